@@ -1,0 +1,261 @@
+"""Every setting of a run, in three frozen dataclasses; the command line is made from them.
+
+`SAEConfig` says what the autoencoder is, `DataConfig` where activations come from, `TrainConfig`
+how it learns; `RunConfig` holds the three and is what a run folder's config.json stores.
+The text of each field's metadata is the help of its flag.
+"""
+
+import dataclasses
+import math
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from kronsae.errors import InputError
+
+ENCODERS = ("kron", "dense")
+COMPOSITIONS = ("mand", "relu_mul", "mul")
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def setting(default: Any, help: str, **metadata: Any) -> Any:
+    """A dataclass field with the help text of its flag (and `choices`, where there are some)."""
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise InputError(message)
+
+
+@dataclass(frozen=True)
+class SAEConfig:
+    """What the autoencoder is: encoder x TopK.
+
+    A Kron encoder has `heads` heads of `m` base and `n` extension pre-latents, so that
+    dict_size = heads * m * n. [KronSAE, eq. 2-4] Give `heads`, or `dict_size`, or both if they
+    agree. A dense encoder has `dict_size` latents of its own.
+    Raises InputError for settings that contradict each other.
+    """
+
+    d_model: int = setting(0, "width of the activations (0: taken from the data)")
+    encoder: str = setting("kron", "kind of encoder", choices=ENCODERS)
+    heads: int = setting(0, "heads of a Kron encoder (0: dict_size / (m n))")
+    m: int = setting(0, "base pre-latents a head (Kron; default 4)")
+    n: int = setting(0, "extension pre-latents a head (Kron; default 4)")
+    dict_size: int = setting(0, "number of latents F = heads * m * n")
+    k: int = setting(50, "active latents a token")
+    composition: str = setting("mand", "how base and extension compose", choices=COMPOSITIONS)
+    eps: float = setting(0.0, "added under the root of mAND ([KronSAE, App. H] has 1e-5)")
+
+    def __post_init__(self) -> None:
+        _require(self.encoder in ENCODERS, f"encoder: one of {ENCODERS}, not {self.encoder!r}")
+        _require(
+            self.composition in COMPOSITIONS,
+            f"composition: one of {COMPOSITIONS}, not {self.composition!r}",
+        )
+        for name in ("d_model", "heads", "m", "n", "dict_size"):
+            _require(getattr(self, name) >= 0, f"{name}: expected >= 0, got {getattr(self, name)}")
+        if self.encoder == "kron":
+            self._resolve_kron()
+        else:
+            for name in ("heads", "m", "n"):
+                _require(
+                    getattr(self, name) == 0,
+                    f"{name} has no effect with encoder='dense': leave it out (dict_size alone)",
+                )
+            _require(
+                self.composition == "mand" and self.eps == 0.0,
+                "composition and eps have no effect with encoder='dense': leave them out",
+            )
+            _require(self.dict_size > 0, "encoder='dense' needs dict_size")
+        _require(
+            1 <= self.k <= self.dict_size,
+            f"k: expected 1 <= k <= dict_size = {self.dict_size}, got {self.k}",
+        )
+        _require(math.isfinite(self.eps) and self.eps >= 0, f"eps: expected >= 0, got {self.eps}")
+
+    def _resolve_kron(self) -> None:
+        m, n = self.m or 4, self.n or 4
+        heads = self.heads
+        if not heads:
+            _require(self.dict_size > 0, "encoder='kron' needs heads or dict_size")
+            _require(
+                self.dict_size % (m * n) == 0,
+                f"dict_size {self.dict_size} is no multiple of m * n = {m} * {n}: "
+                "heads * m * n = dict_size must hold",
+            )
+            heads = self.dict_size // (m * n)
+        _require(
+            self.dict_size in (0, heads * m * n),
+            f"heads * m * n = {heads} * {m} * {n} = {heads * m * n}, "
+            f"but dict_size = {self.dict_size}: leave one of them out",
+        )
+        for name, value in (("m", m), ("n", n), ("heads", heads), ("dict_size", heads * m * n)):
+            object.__setattr__(self, name, value)
+
+    @property
+    def encoder_rows(self) -> int:
+        """Rows of the encoder matrix: h (m + n), or F for a dense encoder."""
+        return self.heads * (self.m + self.n) if self.encoder == "kron" else self.dict_size
+
+    def flops_per_token(self) -> int:
+        """Multiply-adds of one token's forward pass. [KronSAE, eq. 7]"""
+        encode = self.d_model * self.encoder_rows
+        compose = self.dict_size if self.encoder == "kron" else 0
+        return encode + compose + self.k * self.d_model
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where activations come from: a language model that reads text."""
+
+    model: str = setting("embedded", "language model: hub name or folder; 'embedded' ships with us")
+    revision: str | None = setting(None, "revision (branch, tag, commit) of the model on the hub")
+    layer: int | None = setting(
+        None, "residual stream after this block, counted from 0 (embedded: 2)"
+    )
+    hookpoint: str | None = setting(None, "name of any module instead of a layer: its output")
+    dataset: str = setting(
+        "stdlib",
+        "hub name, or text, JSONL, Parquet or Arrow files, folders and globs, separated by "
+        "commas; 'stdlib' is the source text of Python's standard library",
+    )
+    dataset_config: str | None = setting(None, "configuration name of a hub dataset")
+    split: str = setting("train", "split of a hub dataset")
+    text_column: str = setting("text", "column that holds the text")
+    streaming: bool = setting(False, "stream a hub dataset instead of downloading it first")
+    epochs: int = setting(1, "how often the text may be read before the data counts as ended")
+    context_length: int = setting(256, "tokens a packed context")
+    contexts_per_batch: int = setting(32, "contexts a forward pass of the language model")
+    model_dtype: str = setting(
+        "auto",
+        "dtype of the language model (auto: bfloat16 on a GPU, float32 on a CPU)",
+        choices=("auto", *DTYPES),
+    )
+    buffer_tokens: int = setting(65_536, "size of the shuffle buffer, in tokens")
+    heldout_tokens: int = setting(
+        16_384, "tokens of text set aside before shuffling and never trained on"
+    )
+    trust_remote_code: bool = setting(False, "run code that comes with the model from the hub")
+
+    def __post_init__(self) -> None:
+        _require(
+            self.layer is None or self.hookpoint is None,
+            "layer and hookpoint exclude each other: give one",
+        )
+        _require(self.context_length >= 2, f"context_length: >= 2, got {self.context_length}")
+        for name in ("epochs", "contexts_per_batch", "buffer_tokens", "heldout_tokens"):
+            _require(getattr(self, name) >= 1, f"{name}: expected >= 1, got {getattr(self, name)}")
+        _require(
+            self.model_dtype in ("auto", *DTYPES),
+            f"model_dtype: one of {('auto', *DTYPES)}, not {self.model_dtype!r}",
+        )
+        if self.dataset == "stdlib":
+            for name in ("dataset_config", "streaming"):
+                _require(not getattr(self, name), f"{name} has no effect with dataset='stdlib'")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How the autoencoder learns. Budgets count tokens, schedules count optimizer steps."""
+
+    tokens: int = setting(1_000_000, "training budget, in tokens")
+    batch_size: int = setting(1024, "tokens an optimizer step")
+    lr: float = setting(8e-4, "peak learning rate of AdamW")
+    lr_final: float = setting(1e-6, "learning rate at the end of the cosine")
+    lr_scale_by_dict_size: bool = setting(False, "multiply lr by 1 / sqrt(dict_size / 2**15)")
+    warmup_fraction: float = setting(0.1, "share of the steps with linear warm-up")
+    weight_decay: float = setting(0.0, "weight decay of AdamW (on the encoder's weights)")
+    max_grad_norm: float = setting(
+        0.0, "clip the gradient's norm to this (0: no clipping; non-finite norms always stop)"
+    )
+    auxk_coefficient: float = setting(1 / 32, "weight of the loss that revives dead latents")
+    auxk: int = setting(0, "dead latents a token in that loss (0: d_model / 2)")
+    dead_after_tokens: int = setting(
+        0, "a latent is dead after so many tokens without firing (0: 10 M, or tokens / 10 if less)"
+    )
+    seed: int = setting(0, "seed of everything random")
+    device: str = setting("auto", "cpu, cuda, cuda:1, ... (auto: cuda where there is one)")
+    dtype: str = setting(
+        "auto",
+        "compute dtype of the SAE; weights stay float32 (auto: bfloat16 on a GPU)",
+        choices=("auto", *DTYPES),
+    )
+    log_every: int = setting(10, "steps between two lines of metrics")
+    eval_every: int = setting(
+        200, "steps between two evaluations on held-out tokens (0: at the end)"
+    )
+    checkpoint_every: int = setting(500, "steps between two checkpoints (0: none but the last)")
+    keep_checkpoints: int = setting(2, "how many checkpoints to keep")
+    tensorboard: bool = setting(False, "also log to TensorBoard (needs kronsae[tensorboard])")
+    wandb: str | None = setting(
+        None, "also log to this Weights & Biases project (needs kronsae[wandb])"
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "batch_size", "log_every", "keep_checkpoints"):
+            _require(getattr(self, name) >= 1, f"{name}: expected >= 1, got {getattr(self, name)}")
+        for name in ("eval_every", "checkpoint_every", "auxk", "dead_after_tokens"):
+            _require(getattr(self, name) >= 0, f"{name}: expected >= 0, got {getattr(self, name)}")
+        for name in ("lr", "lr_final", "weight_decay", "max_grad_norm", "auxk_coefficient"):
+            value = getattr(self, name)
+            _require(math.isfinite(value) and value >= 0, f"{name}: expected >= 0, got {value}")
+        _require(
+            0 <= self.warmup_fraction <= 1,
+            f"warmup_fraction: expected 0 to 1, got {self.warmup_fraction}",
+        )
+        _require(
+            self.dtype in ("auto", *DTYPES),
+            f"dtype: one of {('auto', *DTYPES)}, not {self.dtype!r}",
+        )
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole budget; the last batch may be smaller."""
+        return math.ceil(self.tokens / self.batch_size)
+
+    @property
+    def dead_after(self) -> int:
+        """Tokens without firing after which a latent counts as dead."""
+        return self.dead_after_tokens or min(10_000_000, max(1, self.tokens // 10))
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that a run is made from."""
+
+    sae: SAEConfig
+    data: DataConfig
+    train: TrainConfig
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        return {part.name: dataclasses.asdict(getattr(self, part.name)) for part in fields(self)}
+
+
+def from_dict(cls: type, values: dict[str, Any], where: str) -> Any:
+    """`cls(**values)` for a config dataclass; an unknown key or a wrong type is an InputError."""
+    known = {f.name: f for f in fields(cls)}
+    unknown = sorted(set(values) - set(known))
+    _require(not unknown, f"{where}: unknown settings {unknown}; known are {sorted(known)}")
+    return cls(**{name: _checked(known[name], value, where) for name, value in values.items()})
+
+
+def _checked(spec: dataclasses.Field, value: Any, where: str) -> Any:
+    kind, optional = base_type(spec)
+    if value is None and optional:
+        return None
+    if kind is float and type(value) is int:
+        value = float(value)
+    _require(
+        type(value) is kind,
+        f"{where}: {spec.name} expects {kind.__name__}, got {value!r}",
+    )
+    return value
+
+
+def base_type(spec: dataclasses.Field) -> tuple[type, bool]:
+    """(int | float | bool | str, whether None is allowed) of a config field."""
+    args = getattr(spec.type, "__args__", None)
+    if args is None:
+        return spec.type, False
+    return next(a for a in args if a is not type(None)), True

@@ -1,0 +1,12 @@
+"""Kernels of sparse autoencoders: encoders that return only the active latents, sparse decoders.
+
+Needs torch alone. `fused_encode` and `sparse_decode` are a fixed contract; the modules behind them
+(`torch_impl`, `backends`) may change between versions, `reference` is their specification.
+"""
+
+from kronsae_kernels.common import SparseCodes
+from kronsae_kernels.decode import sparse_decode
+from kronsae_kernels.encode import dense_encode, fused_encode
+from kronsae_kernels.version import __version__
+
+__all__ = ["SparseCodes", "__version__", "dense_encode", "fused_encode", "sparse_decode"]

@@ -1,0 +1,87 @@
+"""What all operations share: the sparse codes, checks of arguments, and small conversions.
+
+Letters, everywhere in this package:
+  B tokens        d width of an activation       F dictionary size (F = h m n for a Kron encoder)
+  h heads         m base, n extension pre-latents a head         k selected latents a token
+(m, n, k are not the M, N, K of a matrix product.)
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+COMPOSITIONS = ("mand", "relu_mul", "mul")
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class SparseCodes(NamedTuple):
+    """The k active latents of each token."""
+
+    values: Tensor
+    """[..., k] float32 (float64 for float64 input), largest first; ties: lowest index first."""
+    indices: Tensor
+    """[..., k] int64, latent index in [0, F)."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ValueError(message) unless `condition` holds."""
+    if not condition:
+        raise ValueError(message)
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, else float32: the dtype of products, values and sums."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def shape_of(tensor: Tensor) -> str:
+    return "[" + ", ".join(str(size) for size in tensor.shape) + "]"
+
+
+def check_floating(**tensors: Tensor | None) -> None:
+    """Each argument is a tensor of one of DTYPES (or None)."""
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        require(isinstance(tensor, Tensor), f"{name}: expected a tensor, got {type(tensor)}")
+        require(
+            tensor.dtype in DTYPES,
+            f"{name}: expected float64, float32, bfloat16 or float16, got {tensor.dtype}",
+        )
+
+
+def check_same(attribute: str, **tensors: Tensor | None) -> None:
+    """All given tensors have the same `device` or `dtype`."""
+    found = {name: getattr(t, attribute) for name, t in tensors.items() if t is not None}
+    require(
+        len(set(found.values())) <= 1,
+        f"all tensors must have the same {attribute}, got "
+        + ", ".join(f"{name} {value}" for name, value in found.items()),
+    )
+
+
+def check_shape(name: str, tensor: Tensor | None, expected: tuple[int, ...], meaning: str) -> None:
+    if tensor is not None:
+        require(
+            tuple(tensor.shape) == expected,
+            f"{name}: expected {meaning} = {list(expected)}, got {shape_of(tensor)}",
+        )
+
+
+def check_count(name: str, value: int, low: int, high: int, meaning: str) -> None:
+    require(
+        isinstance(value, int) and not isinstance(value, bool) and low <= value <= high,
+        f"{name}: expected an integer in [{low}, {high}] ({meaning}), got {value!r}",
+    )
+
+
+def cast_for_autocast(device_type: str, *tensors: Tensor | None) -> list[Tensor | None]:
+    """The tensors in autocast's dtype where autocast is on (never float64), else unchanged."""
+    if not torch.is_autocast_enabled(device_type):
+        return list(tensors)
+    dtype = torch.get_autocast_dtype(device_type)
+    return [
+        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in tensors
+    ]

@@ -1,0 +1,88 @@
+"""Every operation in plain PyTorch: the specification that the fast implementations are held to.
+
+Readable rather than fast: these write the [B, F] scores, and autograd differentiates them.
+Shapes and letters as in `common`; arguments as in the public functions of the same name.
+"""
+
+import torch
+from torch import Tensor
+
+from kronsae_kernels.common import SparseCodes, accumulate_dtype
+
+
+def products(base: Tensor, extension: Tensor, composition: str) -> Tensor:
+    """Product of every base with every extension pre-latent of a head, by which latents compete.
+
+    base [..., m], extension [..., n] before the ReLU; returns [..., m, n] float32 (float64 for
+    float64): ReLU(u) ReLU(v), or u v for composition "mul". [KronSAE, eq. 2-4]
+    """
+    if composition != "mul":
+        base, extension = base.relu(), extension.relu()
+    dtype = accumulate_dtype(base.dtype)
+    return base.to(dtype)[..., :, None] * extension.to(dtype)[..., None, :]
+
+
+def compose(product: Tensor, composition: str, eps: float) -> Tensor:
+    """Value of a latent from its product p q; the derivative where the product is 0 is 0.
+
+    "mand": sqrt(p q + eps) for p q > 0, else sqrt(eps). [KronSAE, eq. 3; eps: App. H]
+    "relu_mul", "mul": the product itself. [KronSAE, Table 1]
+    """
+    zero = product == 0
+    if composition == "mand":
+        return torch.where(zero, eps**0.5, (torch.where(zero, 1.0, product) + eps).sqrt())
+    return torch.where(zero, 0.0, product)
+
+
+def largest(scores: Tensor, k: int) -> Tensor:
+    """Positions [..., k] of the k largest scores, largest first; ties: lowest position first."""
+    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+
+
+def fused_encode(
+    x: Tensor,
+    w_enc: Tensor,
+    b_enc: Tensor | None = None,
+    *,
+    m: int,
+    k: int,
+    composition: str = "mand",
+    eps: float = 0.0,
+    mask: Tensor | None = None,
+) -> SparseCodes:
+    """The k largest post-latents of a Kron encoder. [KronSAE, eq. 2-4]"""
+    bias = None if b_enc is None else b_enc.flatten()
+    pre_latents = torch.nn.functional.linear(x, w_enc.flatten(0, 1), bias)
+    pre_latents = pre_latents.unflatten(-1, w_enc.shape[:2])
+    product = products(pre_latents[..., :m], pre_latents[..., m:], composition).flatten(-3)
+    indices = largest(_masked(product.detach(), mask), k)
+    return SparseCodes(compose(product.gather(-1, indices), composition, eps), indices)
+
+
+def dense_encode(
+    x: Tensor,
+    w_enc: Tensor,
+    b_enc: Tensor | None = None,
+    *,
+    k: int,
+    mask: Tensor | None = None,
+) -> SparseCodes:
+    """The k largest of ReLU(w_enc x + b_enc): a TopK SAE's encoder. [Gao et al. 2024]"""
+    latents = torch.nn.functional.linear(x, w_enc, b_enc).relu().to(accumulate_dtype(x.dtype))
+    indices = largest(_masked(latents.detach(), mask), k)
+    return SparseCodes(latents.gather(-1, indices), indices)
+
+
+def sparse_decode(
+    values: Tensor, indices: Tensor, *, w_dec: Tensor, b_dec: Tensor | None = None
+) -> Tensor:
+    """Sum of the selected decoder rows times their values, plus b_dec, in w_dec's dtype."""
+    dtype = accumulate_dtype(w_dec.dtype)
+    out = torch.einsum("...k,...kd->...d", values.to(dtype), w_dec[indices].to(dtype))
+    if b_dec is not None:
+        out = out + b_dec.to(dtype)
+    return out.to(w_dec.dtype)
+
+
+def _masked(scores: Tensor, mask: Tensor | None) -> Tensor:
+    return scores if mask is None else scores.masked_fill(~mask, -torch.inf)

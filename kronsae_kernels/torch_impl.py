@@ -1,0 +1,342 @@
+"""The operations in torch calls that are fast on a CPU and right on any device.
+
+Selection is exact and never holds [B, F]: a head whose largest product M = max p max q is not
+among the k first (by M descending, head ascending) cannot hold one of the k largest latents, since
+each of the k heads before it holds a latent that precedes all of its own. So k heads are kept, and
+the k largest of their k m n latents are the k largest of all. Tokens are taken in chunks, so that
+the pre-latents of a chunk stay in the cache and memory does not grow with B.
+
+The rest is three sums over a sparse matrix C [B, N] with r entries a row, given as coefficients
+[B, r] and columns [B, r]: C table (`combine`), C^T y (`scatter`), and the derivative of the first
+with respect to the coefficients (`pair_dots`). Decoder and encoder, forward and backward, are
+these. All three are deterministic.
+
+Arguments are 2-D, checked by the public functions. Letters as in `common`.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from kronsae_kernels.common import accumulate_dtype
+
+CHUNK_BYTES = {"cpu": 16 << 20}
+"""Size of the pre-latents of one chunk of tokens, by device type: the cache, on a CPU."""
+DEFAULT_CHUNK_BYTES = 512 << 20
+MIN_CHUNK_TOKENS = 64
+"""Fewer tokens make the matrix product inefficient."""
+DENSE_GROUP = 16
+"""Latents of a dense encoder that share one maximum in the first round of the selection."""
+
+
+# Encode
+
+
+def encode(
+    x: Tensor,
+    w_enc: Tensor,
+    b_enc: Tensor | None,
+    mask: Tensor | None,
+    m: int,
+    k: int,
+    composition: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The k latents with the largest products: indices, and their two factors.
+
+    Returns indices [B, k] int64, base [B, k] and extension [B, k] (ReLU applied, except for
+    composition "mul"), float32 (float64 for float64), by product descending, index ascending.
+    """
+    heads, rows, _ = w_enc.shape
+    n = rows - m
+    weight, bias = _i_major(w_enc), None if b_enc is None else b_enc.t().reshape(-1)
+    kept = min(k, heads)
+    parts = [
+        _select_kron(pre.view(-1, rows, heads), mask, m, n, k, composition)
+        for pre in _projections(x, weight, bias, scratch=kept * m * n)
+    ]
+    return _concatenate(parts, x, k, (torch.int64, *2 * [accumulate_dtype(x.dtype)]))
+
+
+def encode_backward(
+    d_base: Tensor,
+    d_extension: Tensor,
+    indices: Tensor,
+    x: Tensor,
+    w_enc: Tensor,
+    m: int,
+    need_x: bool,
+    need_w: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, w_enc, b_enc from those of the selected pre-latents [B, k].
+
+    Only the <= 2k live pre-latents of a token take part. What is not needed is an empty tensor.
+    """
+    heads, rows, d = w_enc.shape
+    n = rows - m
+    head, base_row = indices // (m * n), indices // n % m
+    columns = torch.cat([base_row * heads + head, (m + indices % n) * heads + head], 1)
+    coefficients = torch.cat([d_base, d_extension], 1)
+    d_x, d_w, d_b = x.new_empty(0), x.new_empty(0), x.new_empty(0)
+    if need_x:
+        d_x = combine(coefficients, columns, _i_major(w_enc)).to(x.dtype)
+    if need_w:
+        d_w, d_b = _scatter_linear(coefficients, columns, x, rows * heads)
+        d_w = d_w.view(rows, heads, d).transpose(0, 1)
+        d_b = d_b.view(rows, heads).t().contiguous()
+    return d_x, d_w, d_b
+
+
+def dense_encode(
+    x: Tensor, w_enc: Tensor, b_enc: Tensor | None, mask: Tensor | None, k: int
+) -> tuple[Tensor, Tensor]:
+    """The k largest of ReLU(w_enc x + b_enc): indices [B, k] int64, values [B, k]."""
+    parts = [_select_dense(pre, mask, k) for pre in _projections(x, w_enc, b_enc, scratch=0)]
+    return _concatenate(parts, x, k, (torch.int64, accumulate_dtype(x.dtype)))
+
+
+def dense_encode_backward(
+    d_values: Tensor, indices: Tensor, x: Tensor, w_enc: Tensor, need_x: bool, need_w: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, w_enc, b_enc from those of the selected values (0 where ReLU was 0)."""
+    d_x, d_w, d_b = x.new_empty(0), x.new_empty(0), x.new_empty(0)
+    if need_x:
+        d_x = combine(d_values, indices, w_enc).to(x.dtype)
+    if need_w:
+        d_w, d_b = _scatter_linear(d_values, indices, x, w_enc.shape[0])
+    return d_x, d_w, d_b
+
+
+# Decode
+
+
+def decode(values: Tensor, indices: Tensor, w_dec: Tensor, b_dec: Tensor | None) -> Tensor:
+    """Sum of the selected rows of w_dec times their values, plus b_dec: [B, d] in w_dec's dtype."""
+    out = combine(values, indices, w_dec)
+    return (out if b_dec is None else out.add_(b_dec)).to(w_dec.dtype)
+
+
+def decode_backward(
+    d_out: Tensor, values: Tensor, indices: Tensor, w_dec: Tensor, need_values: bool, need_w: bool
+) -> tuple[Tensor, Tensor]:
+    """Gradients of values [B, k] and w_dec [F, d]. What is not needed is an empty tensor."""
+    d_values, d_w = values.new_empty(0), w_dec.new_empty(0)
+    if need_values:
+        d_values = pair_dots(d_out, indices, w_dec).to(values.dtype)
+    if need_w:
+        y = d_out.to(accumulate_dtype(w_dec.dtype))
+        d_w = scatter(values, *group(indices, w_dec.shape[0]), y).to(w_dec.dtype)
+    return d_values, d_w
+
+
+# The three sparse sums
+
+
+def combine(coefficients: Tensor, columns: Tensor, table: Tensor) -> Tensor:
+    """C table: out[b] = sum_s coefficients[b, s] table[columns[b, s]], [B, d] at least float32."""
+    dtype = accumulate_dtype(table.dtype)
+    coefficients = coefficients.to(dtype)
+    if columns.numel() == 0:
+        return table.new_zeros(columns.shape[0], table.shape[1], dtype=dtype)
+    if table.dtype == dtype:
+        return embedding_bag(columns, table, mode="sum", per_sample_weights=coefficients)
+    # embedding_bag wants the coefficients in the table's dtype, which would round them.
+    out = [
+        torch.bmm(coefficients[span, None, :], table[columns[span]].to(dtype)).squeeze(1)
+        for span in _spans(columns.shape[0], columns.shape[1] * table.shape[1] * 4, table.device)
+    ]
+    return torch.cat(out)
+
+
+def pair_dots(y: Tensor, columns: Tensor, table: Tensor) -> Tensor:
+    """out[b, s] = y[b] . table[columns[b, s]], [B, r] float32 (float64 for a float64 table)."""
+    dtype = accumulate_dtype(table.dtype)
+    (tokens, r), y = columns.shape, y.to(dtype)
+    if table.dtype == dtype and columns.numel():
+        token = torch.arange(tokens, device=y.device)
+        return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+            y, table, columns.reshape(-1), token * r, token.repeat_interleave(r), 0
+        ).view(tokens, r)
+    out = [
+        torch.bmm(table[columns[span]].to(dtype), y[span, :, None]).squeeze(2)
+        for span in _spans(tokens, r * table.shape[1] * 4, table.device)
+    ]
+    return torch.cat(out) if out else y.new_empty(tokens, r)
+
+
+def group(columns: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Entries of [B, r] sorted by column (stably): order [B r], and each column's start [size]."""
+    ordered, order = columns.reshape(-1).sort(stable=True)
+    starts = torch.searchsorted(ordered, torch.arange(size, device=columns.device))
+    return order, starts
+
+
+def scatter(coefficients: Tensor, order: Tensor, starts: Tensor, y: Tensor) -> Tensor:
+    """C^T y: out[f] = sum over entries with column f of coefficient times y[its token], [N, d].
+
+    `order`, `starts` from `group`. Sums run in the order of the tokens.
+    """
+    if order.numel() == 0:
+        return y.new_zeros(starts.numel(), y.shape[1])
+    r = coefficients.shape[1]
+    weights = coefficients.reshape(-1)[order].to(y.dtype)
+    return embedding_bag(order // r, y, starts, mode="sum", per_sample_weights=weights)
+
+
+def _scatter_linear(
+    coefficients: Tensor, columns: Tensor, x: Tensor, size: int
+) -> tuple[Tensor, Tensor]:
+    """Gradients [size, d], [size] of a linear layer's weight and bias, in x's dtype."""
+    dtype = accumulate_dtype(x.dtype)
+    grouped = group(columns, size)
+    d_w = scatter(coefficients, *grouped, x.to(dtype)).to(x.dtype)
+    entries = coefficients.to(dtype).reshape(-1, 1)
+    d_b = scatter(torch.ones_like(entries), *grouped, entries).to(x.dtype)
+    return d_w, d_b.view(-1)
+
+
+# Selection
+
+
+def top(scores: Tensor, k: int) -> Tensor:
+    """Positions [b, k] of the k largest of scores [b, c]: largest first, ties lowest first.
+
+    torch.topk leaves the order of equal scores open; rows where that matters are sorted stably.
+    """
+    if k < scores.shape[1]:
+        ranked, positions = scores.topk(k + 1, dim=1)
+        tied = (ranked[:, 1:] == ranked[:, :-1]).any(1).nonzero().squeeze(1)
+        positions = positions[:, :k]
+        if tied.numel():
+            positions[tied] = _sorted_positions(scores[tied], k)
+        return positions
+    return _sorted_positions(scores, k)
+
+
+def _sorted_positions(scores: Tensor, k: int) -> Tensor:
+    return scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
+
+
+def _select_kron(
+    pre: Tensor, mask: Tensor | None, m: int, n: int, k: int, composition: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`encode` of one chunk from its pre-latents [b, m + n, h] (before the ReLU)."""
+    tokens, rows, heads = pre.shape
+    dtype = accumulate_dtype(pre.dtype)
+    if k < heads:
+        kept = top(_head_scores(pre, mask, m, composition), k).sort(dim=1).values
+        pre = pre.gather(2, kept[:, None, :].expand(-1, rows, -1))
+    else:
+        kept = torch.arange(heads, device=pre.device).expand(tokens, heads)
+    factors = pre.transpose(1, 2).to(dtype)  # [b, kept, m + n]
+    if composition != "mul":
+        factors = factors.clamp(min=0)
+    scores = factors[:, :, :m, None] * factors[:, :, None, m:]
+    if mask is not None:
+        scores = scores.masked_fill(~mask.view(heads, m, n)[kept], -torch.inf)
+    # Heads ascend, so a lower position is a lower latent index.
+    position = top(scores.reshape(tokens, -1), k)
+    slot, latent = position // (m * n), position % (m * n)
+    factors = factors.reshape(tokens, -1)
+    base = factors.gather(1, slot * rows + latent // n)
+    extension = factors.gather(1, slot * rows + m + latent % n)
+    return kept.gather(1, slot) * (m * n) + latent, base, extension
+
+
+def _head_scores(pre: Tensor, mask: Tensor | None, m: int, composition: str) -> Tensor:
+    """Largest product of each head, [b, h]: bit for bit that of its largest latent.
+
+    Rounding is monotone, so the product of the maxima is the maximum of the rounded products.
+    With a mask (latents outside it count -inf) all products are formed, head by head.
+    """
+    dtype = accumulate_dtype(pre.dtype)
+    base, extension = pre[:, :m].unbind(1), pre[:, m:].unbind(1)
+    if mask is not None:
+        low = -torch.inf if composition == "mul" else 0.0
+        extension = [v.to(dtype).clamp(min=low) for v in extension]
+        score = torch.full_like(extension[0], -torch.inf)
+        allowed = mask.view(-1, m, len(extension)).permute(1, 2, 0)
+        for u, of_base in zip(base, allowed, strict=True):
+            u = u.to(dtype).clamp(min=low)
+            for v, of_pair in zip(extension, of_base, strict=True):
+                score = torch.maximum(score, torch.where(of_pair, u * v, -torch.inf))
+        return score
+    highest = _extreme(torch.maximum, base).to(dtype), _extreme(torch.maximum, extension).to(dtype)
+    if composition != "mul":
+        return highest[0].clamp(min=0).mul_(highest[1].clamp(min=0))
+    lowest = _extreme(torch.minimum, base).to(dtype), _extreme(torch.minimum, extension).to(dtype)
+    return torch.maximum(highest[0] * highest[1], lowest[0] * lowest[1])
+
+
+def _extreme(larger_or_smaller, slabs: tuple[Tensor, ...]) -> Tensor:
+    """Element-wise extreme of contiguous slabs: faster than a reduction over a short dimension."""
+    out = slabs[0]
+    for slab in slabs[1:]:
+        out = larger_or_smaller(out, slab)
+    return out
+
+
+def _select_dense(pre: Tensor, mask: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+    """`dense_encode` of one chunk from its pre-activations [b, F] (before the ReLU).
+
+    In two rounds: the k groups with the largest maxima hold the k largest latents. A group is
+    {j, j + F/g, j + 2 F/g, ...}, so its maximum is one of contiguous slabs. Where a tie at the
+    cut leaves the groups open, the row is sorted whole.
+    """
+    tokens, size = pre.shape
+    scores = pre.relu_()
+    if mask is not None:
+        scores = scores.masked_fill(~mask, -torch.inf)
+    groups = size // DENSE_GROUP
+    if size % DENSE_GROUP or k >= groups:
+        indices = top(scores, k)
+    else:
+        slabs = scores.view(tokens, DENSE_GROUP, groups)
+        ranked, kept = _extreme(torch.maximum, slabs.unbind(1)).topk(k + 1, dim=1)
+        kept = kept[:, :k].sort(dim=1).values
+        candidates = slabs.gather(2, kept[:, None, :].expand(-1, DENSE_GROUP, -1))
+        position = top(candidates.reshape(tokens, -1), k)
+        indices = position // k * groups + kept.gather(1, position % k)
+        tied = (ranked[:, k] == ranked[:, k - 1]).nonzero().squeeze(1)
+        if tied.numel():
+            indices[tied] = top(scores[tied], k)
+    return indices, scores.gather(1, indices).to(accumulate_dtype(pre.dtype))
+
+
+# Chunks of tokens
+
+
+def _i_major(w_enc: Tensor) -> Tensor:
+    """[h, m + n, d] as [(m + n) h, d], row i of all heads together: a view if stored so.
+
+    Then the pre-latents of row i are one contiguous slab, and maxima over rows are cheap.
+    """
+    return w_enc.transpose(0, 1).reshape(-1, w_enc.shape[2])
+
+
+def _projections(x: Tensor, weight: Tensor, bias: Tensor | None, scratch: int):
+    """x weight^T + bias, a chunk of tokens at a time in one buffer; `scratch`: other columns."""
+    columns = weight.shape[0]
+    bytes_per_token = max(columns, scratch) * x.element_size()
+    spans = _spans(x.shape[0], bytes_per_token, x.device)
+    buffer = x.new_empty(max((s.stop - s.start for s in spans), default=0), columns)
+    for span in spans:
+        pre = buffer[: span.stop - span.start]
+        if bias is None:
+            torch.mm(x[span], weight.t(), out=pre)
+        else:
+            torch.addmm(bias, x[span], weight.t(), out=pre)
+        yield pre
+
+
+def _spans(tokens: int, bytes_per_token: int, device: torch.device) -> list[slice]:
+    budget = CHUNK_BYTES.get(device.type, DEFAULT_CHUNK_BYTES)
+    step = max(MIN_CHUNK_TOKENS, budget // max(1, bytes_per_token))
+    return [slice(start, min(start + step, tokens)) for start in range(0, tokens, step)]
+
+
+def _concatenate(
+    parts: list[tuple[Tensor, ...]], x: Tensor, k: int, dtypes: tuple[torch.dtype, ...]
+) -> tuple[Tensor, ...]:
+    if not parts:
+        return tuple(x.new_empty(0, k, dtype=dtype) for dtype in dtypes)
+    return tuple(torch.cat(column) for column in zip(*parts, strict=True))

@@ -1,0 +1,46 @@
+"""Packaging of kronsae and kronsae_kernels (see README.md for how to install)."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+VERSION = (Path(__file__).parent / "kronsae_kernels" / "version.py").read_text().split('"')[1]
+
+setup(
+    name="kronsae",
+    version=VERSION,
+    description="Sparse autoencoders with very large dictionaries on language-model activations",
+    long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=find_packages(
+        include=["kronsae", "kronsae.*", "kronsae_kernels", "kronsae_kernels.*"]
+    ),
+    package_data={"kronsae.embedded": ["*/*"]},
+    install_requires=[
+        "torch>=2.6",
+        "triton>=3.2; platform_system == 'Linux' and platform_machine == 'x86_64'",
+        "numpy",
+        "safetensors>=0.4.5",
+        "transformers>=4.48",
+        "datasets>=3.0",
+        "huggingface_hub",
+        "rich",
+    ],
+    extras_require={
+        "dev": [
+            "pytest>=8",
+            "pytest-benchmark",
+            "pytest-timeout",
+            "hypothesis",
+            "expecttest",
+            "ruff",
+            "tensorboard",
+        ],
+        "tensorboard": ["tensorboard"],
+        "wandb": ["wandb"],
+    },
+    entry_points={"console_scripts": ["kronsae-train = kronsae.train:main"]},
+)
