@@ -25,8 +25,6 @@ CHUNK_BYTES = {"cpu": 16 << 20}
 DEFAULT_CHUNK_BYTES = 512 << 20
 MIN_CHUNK_TOKENS = 64
 """Fewer tokens make the matrix product inefficient."""
-DENSE_GROUP = 16
-"""Latents of a dense encoder that share one maximum in the first round of the selection."""
 
 
 # Encode
@@ -200,16 +198,46 @@ def _scatter_linear(
 def top(scores: Tensor, k: int) -> Tensor:
     """Positions [b, k] of the k largest of scores [b, c]: largest first, ties lowest first.
 
-    torch.topk leaves the order of equal scores open; rows where that matters are sorted stably.
+    Long rows in two rounds, by the argument above: the k groups with the largest maxima hold the k
+    largest scores. A group is {j, j + c/g, j + 2c/g, ...}, so that its maximum is taken over
+    contiguous slabs; where a tie at the cut leaves the groups open, the row is sorted whole.
     """
-    if k < scores.shape[1]:
-        ranked, positions = scores.topk(k + 1, dim=1)
-        tied = (ranked[:, 1:] == ranked[:, :-1]).any(1).nonzero().squeeze(1)
-        positions = positions[:, :k]
-        if tied.numel():
-            positions[tied] = _sorted_positions(scores[tied], k)
-        return positions
-    return _sorted_positions(scores, k)
+    rows, size = scores.shape
+    per_group = _group_size(size, k)
+    if per_group == 1:
+        return _top_of_short(scores, k)
+    groups = size // per_group
+    slabs = scores.view(rows, per_group, groups)
+    ranked, kept = slabs.amax(1).topk(k + 1, dim=1)
+    kept = kept[:, :k].sort(dim=1).values
+    candidates = slabs.gather(2, kept[:, None, :].expand(-1, per_group, -1)).flatten(1)
+    position = _top_of_short(candidates, k)
+    positions = position // k * groups + kept.gather(1, position % k)
+    return _sort_where(ranked[:, k] == ranked[:, k - 1], positions, scores)
+
+
+def _group_size(size: int, k: int) -> int:
+    """Power of two near sqrt(size / k), where both rounds are equally long; 1: one round."""
+    per_group = 1
+    while size % (2 * per_group) == 0 and 4 * per_group**2 * k <= size:
+        per_group *= 2
+    return per_group
+
+
+def _top_of_short(scores: Tensor, k: int) -> Tensor:
+    """`top` in one round. topk leaves the order of equal scores open: such rows are sorted."""
+    if k == scores.shape[1]:
+        return _sorted_positions(scores, k)
+    ranked, positions = scores.topk(k + 1, dim=1)
+    return _sort_where((ranked[:, 1:] == ranked[:, :-1]).any(1), positions[:, :k], scores)
+
+
+def _sort_where(rows: Tensor, positions: Tensor, scores: Tensor) -> Tensor:
+    """`positions` [b, k] with those of the given rows (bool [b]) replaced by a stable sort's."""
+    rows = rows.nonzero().squeeze(1)
+    if rows.numel():
+        positions[rows] = _sorted_positions(scores[rows], positions.shape[1])
+    return positions
 
 
 def _sorted_positions(scores: Tensor, k: int) -> Tensor:
@@ -249,56 +277,28 @@ def _head_scores(pre: Tensor, mask: Tensor | None, m: int, composition: str) -> 
     With a mask (latents outside it count -inf) all products are formed, head by head.
     """
     dtype = accumulate_dtype(pre.dtype)
-    base, extension = pre[:, :m].unbind(1), pre[:, m:].unbind(1)
     if mask is not None:
-        low = -torch.inf if composition == "mul" else 0.0
-        extension = [v.to(dtype).clamp(min=low) for v in extension]
-        score = torch.full_like(extension[0], -torch.inf)
-        allowed = mask.view(-1, m, len(extension)).permute(1, 2, 0)
-        for u, of_base in zip(base, allowed, strict=True):
-            u = u.to(dtype).clamp(min=low)
-            for v, of_pair in zip(extension, of_base, strict=True):
+        pre = pre.to(dtype) if composition == "mul" else pre.to(dtype).clamp(min=0)
+        allowed = mask.view(pre.shape[2], m, -1).permute(1, 2, 0)
+        score = pre.new_full((pre.shape[0], pre.shape[2]), -torch.inf)
+        for u, of_base in zip(pre[:, :m].unbind(1), allowed, strict=True):
+            for v, of_pair in zip(pre[:, m:].unbind(1), of_base, strict=True):
                 score = torch.maximum(score, torch.where(of_pair, u * v, -torch.inf))
         return score
-    highest = _extreme(torch.maximum, base).to(dtype), _extreme(torch.maximum, extension).to(dtype)
+    base, extension = pre[:, :m], pre[:, m:]
+    highest = base.amax(1).to(dtype), extension.amax(1).to(dtype)
     if composition != "mul":
         return highest[0].clamp(min=0).mul_(highest[1].clamp(min=0))
-    lowest = _extreme(torch.minimum, base).to(dtype), _extreme(torch.minimum, extension).to(dtype)
+    lowest = base.amin(1).to(dtype), extension.amin(1).to(dtype)
     return torch.maximum(highest[0] * highest[1], lowest[0] * lowest[1])
 
 
-def _extreme(larger_or_smaller, slabs: tuple[Tensor, ...]) -> Tensor:
-    """Element-wise extreme of contiguous slabs: faster than a reduction over a short dimension."""
-    out = slabs[0]
-    for slab in slabs[1:]:
-        out = larger_or_smaller(out, slab)
-    return out
-
-
 def _select_dense(pre: Tensor, mask: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
-    """`dense_encode` of one chunk from its pre-activations [b, F] (before the ReLU).
-
-    In two rounds: the k groups with the largest maxima hold the k largest latents. A group is
-    {j, j + F/g, j + 2 F/g, ...}, so its maximum is one of contiguous slabs. Where a tie at the
-    cut leaves the groups open, the row is sorted whole.
-    """
-    tokens, size = pre.shape
+    """`dense_encode` of one chunk from its pre-activations [b, F] (before the ReLU)."""
     scores = pre.relu_()
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
-    groups = size // DENSE_GROUP
-    if size % DENSE_GROUP or k >= groups:
-        indices = top(scores, k)
-    else:
-        slabs = scores.view(tokens, DENSE_GROUP, groups)
-        ranked, kept = _extreme(torch.maximum, slabs.unbind(1)).topk(k + 1, dim=1)
-        kept = kept[:, :k].sort(dim=1).values
-        candidates = slabs.gather(2, kept[:, None, :].expand(-1, DENSE_GROUP, -1))
-        position = top(candidates.reshape(tokens, -1), k)
-        indices = position // k * groups + kept.gather(1, position % k)
-        tied = (ranked[:, k] == ranked[:, k - 1]).nonzero().squeeze(1)
-        if tied.numel():
-            indices[tied] = top(scores[tied], k)
+    indices = top(scores, k)
     return indices, scores.gather(1, indices).to(accumulate_dtype(pre.dtype))
 
 

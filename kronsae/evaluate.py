@@ -1,0 +1,88 @@
+"""How good an SAE is on text that it was never trained on."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kronsae.metrics import ReconstructionMetrics, cross_entropy_recovered, l0
+from kronsae.sae import SAE
+
+BATCH_TOKENS = 4096
+
+
+@dataclass(frozen=True)
+class Heldout:
+    """Activations set aside for evaluation, and where they came from (if a model made them)."""
+
+    activations: Tensor
+    """[t, d] raw activations of the tokens where `mask` is True, in reading order."""
+    contexts: Tensor | None = None
+    """[c, L] int64 token ids."""
+    mask: Tensor | None = None
+    """[c, L] bool: tokens that an SAE is trained on (no BOS, no padding, no first position)."""
+    language_model: Any | None = None
+    """The `kronsae.data.LanguageModel` that read the contexts."""
+
+
+@torch.no_grad()
+def evaluate(sae: SAE, heldout: Heldout) -> dict[str, float]:
+    """Figures of merit of an SAE of raw activations; definitions in `kronsae.metrics`.
+
+    explained_variance, fvu, explained_variance_batch, mse, l0, and dead_share: the share of latents
+    that no held-out token activates. Raises ValueError if there are no tokens.
+    """
+    metrics = ReconstructionMetrics(sae.d_model)
+    alive = torch.zeros(sae.dict_size, dtype=torch.bool, device=sae.W_dec.device)
+    active = 0.0
+    for x in _batches(heldout.activations, sae):
+        x_hat, codes, _ = sae(x)
+        metrics.update(x, x_hat)
+        fired = sae.fired(codes)
+        alive[codes.indices[fired]] = True
+        active += l0(fired) * x.shape[0]
+    out = metrics.compute()
+    out["l0"] = active / metrics.tokens
+    out["dead_share"] = 1 - alive.double().mean().item()
+    return out
+
+
+@torch.no_grad()
+def evaluate_cross_entropy(sae: SAE, heldout: Heldout) -> dict[str, float]:
+    """What the language model loses when the SAE's reconstruction takes the activations' place.
+
+    ce_clean, ce_spliced, ce_zero: mean next-token cross-entropy in nats with the activations as
+    they are, reconstructed, and zeroed; ce_recovered = (zero - spliced) / (zero - clean). Only
+    tokens in the mask are replaced. Empty if no model (or one without a language head) is there.
+    """
+    model, contexts = heldout.language_model, heldout.contexts
+    if model is None or contexts is None or not model.has_cross_entropy:
+        return {}
+    sums = dict.fromkeys(("ce_clean", "ce_spliced", "ce_zero"), 0.0)
+    count = 0
+    for ids, mask in zip(contexts.split(16), heldout.mask.split(16), strict=True):
+        selected = mask[..., None].to(model.device)
+
+        def spliced(x: Tensor, selected: Tensor = selected) -> Tensor:
+            x_hat = sae(x.to(sae.W_dec)).x_hat
+            return torch.where(selected, x_hat.to(x), x)
+
+        def zeroed(x: Tensor, selected: Tensor = selected) -> Tensor:
+            return x.masked_fill(selected, 0)
+
+        replacements = {"ce_clean": None, "ce_spliced": spliced, "ce_zero": zeroed}
+        for name, replace in replacements.items():
+            sums[name] += model.token_losses(ids, replace=replace).double().sum().item()
+        count += ids[:, 1:].numel()
+    out = {name: total / count for name, total in sums.items()}
+    out["ce_recovered"] = cross_entropy_recovered(
+        out["ce_clean"], out["ce_spliced"], out["ce_zero"]
+    )
+    return out
+
+
+def _batches(activations: Tensor, sae: SAE) -> Iterator[Tensor]:
+    for x in activations.split(BATCH_TOKENS):
+        yield x.to(sae.W_dec)

@@ -1,0 +1,95 @@
+"""Files that are never seen half-written: written beside their place, synced, then renamed."""
+
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from kronsae.errors import InputError
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON, atomically. NaN and infinity are refused."""
+    text = json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    write_text(path, text)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, atomically. Raises InputError if it cannot be written."""
+    beside = _beside(path)
+    try:
+        beside.write_text(text, encoding="utf-8")
+        _sync(beside)
+        os.replace(beside, path)
+        _sync(path.parent)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise _cannot_write(path, error) from error
+
+
+def replace_directory(path: Path, write: Callable[[Path], None]) -> Path:
+    """Let `write(folder)` fill a new folder, then put it in `path`'s place.
+
+    Until everything is on the disk `path` stays as it was (missing, or its old contents); what an
+    interrupted call leaves behind starts with a dot and is removed by `remove_leftovers`.
+    Raises InputError if the disk is full or `path` cannot be written.
+    """
+    beside = _beside(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.mkdir()
+        write(beside)
+        for file in beside.iterdir():
+            _sync(file)
+        _sync(beside)
+        if path.exists():
+            old = _beside(path)
+            os.rename(path, old)
+            os.rename(beside, path)
+            shutil.rmtree(old)
+        else:
+            os.rename(beside, path)
+        _sync(path.parent)
+    except BaseException as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+            raise _cannot_write(path, error) from error
+        raise
+    return path
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what interrupted writes left in `folder`."""
+    for path in folder.glob(".*.partial"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _beside(path: Path) -> Path:
+    return path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.partial"
+
+
+def _sync(path: Path) -> None:
+    if os.name == "nt" and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _cannot_write(path: Path, error: Exception) -> InputError:
+    return InputError(f"{path} could not be written ({error}); nothing was left in its place")

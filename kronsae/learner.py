@@ -1,0 +1,187 @@
+"""One SAE and everything that an optimizer step changes: weights, moments, counters."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kronsae.config import SAEConfig, TrainConfig
+from kronsae.errors import InputError
+from kronsae.metrics import l0
+from kronsae.objectives import auxk_loss
+from kronsae.sae import SAE
+from kronsae_kernels import SparseCodes
+
+
+def learning_rate(step: int, config: TrainConfig, dict_size: int) -> float:
+    """Rate of optimizer step `step` (from 0): linear warm-up, then a cosine to lr_final.
+
+    [KronSAE, App. A.1]
+    """
+    peak = config.lr * (dict_size / 2**15) ** -0.5 if config.lr_scale_by_dict_size else config.lr
+    warmup = round(config.warmup_fraction * config.steps)
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    progress = (step - warmup) / max(1, config.steps - 1 - warmup)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return config.lr_final + (peak - config.lr_final) * cosine
+
+
+class Normalizer:
+    """Centres activations and scales them so that their mean squared norm is d.
+
+    The SAE then learns in units that do not depend on the model; `SAE.folded` undoes it.
+    """
+
+    def __init__(self, mean: Tensor, scale: float) -> None:
+        self.mean = mean
+        self.scale = scale
+
+    @classmethod
+    def of(cls, x: Tensor) -> "Normalizer":
+        """From sample activations [N, d]. Raises InputError if they are all the same."""
+        mean = x.double().mean(0)
+        variance = (x.double() - mean).square().mean().item()
+        if not math.isfinite(variance) or variance <= 0:
+            raise InputError(
+                f"the first {x.shape[0]} activations have variance {variance}: "
+                "expected vectors that are finite and not all equal"
+            )
+        return cls(mean.float(), variance**-0.5)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return (x - self.mean).mul_(self.scale)
+
+
+class Learner:
+    """Trains one SAE on normalised activations [B, d], one optimizer step a call of `step`."""
+
+    def __init__(self, sae_config: SAEConfig, config: TrainConfig, device: torch.device) -> None:
+        self.config = config
+        self.device = device
+        self.dtype = compute_dtype(config.dtype, device)
+        generator = torch.Generator().manual_seed(config.seed)
+        self.sae = SAE(sae_config, generator=generator).to(device)
+        matrices = [self.sae.W_enc]
+        rest = [self.sae.b_enc, self.sae.W_dec, self.sae.b_dec]
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": matrices, "weight_decay": config.weight_decay},
+                {"params": rest, "weight_decay": 0.0},
+            ],
+            lr=config.lr,
+            fused=True,
+        )
+        self.step_count = 0
+        self.tokens = 0
+        self.tokens_since_fired = torch.zeros(
+            sae_config.dict_size, dtype=torch.int64, device=device
+        )
+
+    @property
+    def dead(self) -> Tensor:
+        """Which latents are dead (bool [F]): silent for config.dead_after tokens."""
+        return self.tokens_since_fired >= self.config.dead_after
+
+    def step(self, x: Tensor) -> dict[str, float]:
+        """One optimizer step on normalised activations x [B, d]; returns its metrics.
+
+        Raises FloatingPointError, before the weights change, if the gradient is not finite.
+        """
+        sae, config = self.sae, self.config
+        lr = learning_rate(self.step_count, config, sae.dict_size)
+        for parameters in self.optimizer.param_groups:
+            parameters["lr"] = lr
+        dead = self.dead
+        dead_count = int(dead.sum())
+        with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32):
+            x_hat, codes, loss = sae(x)
+            decoded, aux = [codes], x.new_zeros(())
+            if dead_count and config.auxk_coefficient:
+                k = config.auxk or max(1, sae.d_model // 2)
+                aux, aux_codes = auxk_loss(sae, x, x_hat.detach(), dead, k)
+                decoded.append(aux_codes)
+        for part in decoded:
+            part.values.retain_grad()
+        self.optimizer.zero_grad(set_to_none=True)
+        (loss + config.auxk_coefficient * aux).backward()
+        remove_parallel_component(sae.W_dec, decoded)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in sae.parameters()])
+        grad_norm = norm.item()
+        if not math.isfinite(grad_norm):
+            raise FloatingPointError(f"gradient norm is {grad_norm} at step {self.step_count}")
+        if config.max_grad_norm:
+            torch.nn.utils.clip_grads_with_norm_(sae.parameters(), config.max_grad_norm, norm)
+        self.optimizer.step()
+        sae.normalize_decoder()
+        fired = sae.fired(codes)
+        self.tokens_since_fired += x.shape[0]
+        self.tokens_since_fired[codes.indices[fired]] = 0
+        self.step_count += 1
+        self.tokens += x.shape[0]
+        return {
+            "loss": loss.item(),
+            "auxk_loss": aux.item(),
+            "explained_variance": explained_share(x, x_hat.detach()),
+            "l0": l0(fired),
+            "dead_share": dead_count / sae.dict_size,
+            "grad_norm": grad_norm,
+            "lr": lr,
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights, moments and counters: tensors and JSON values."""
+        named = dict(self.sae.named_parameters())
+        return {
+            "weights": named,
+            "moments": {name: dict(self.optimizer.state[p]) for name, p in named.items()}
+            if self.step_count
+            else {},
+            "step_count": self.step_count,
+            "tokens": self.tokens,
+            "tokens_since_fired": self.tokens_since_fired,
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name, parameter in self.sae.named_parameters():
+            parameter.copy_(state["weights"][name])
+            moments = state["moments"].get(name)
+            if moments:
+                self.optimizer.state[parameter] = {
+                    "step": moments["step"].to(self.device),
+                    **{
+                        key: torch.empty_like(parameter).copy_(moments[key])
+                        for key in ("exp_avg", "exp_avg_sq")
+                    },
+                }
+        self.step_count = state["step_count"]
+        self.tokens = state["tokens"]
+        self.tokens_since_fired.copy_(state["tokens_since_fired"])
+
+
+@torch.no_grad()
+def remove_parallel_component(w_dec: Tensor, decoded: list[SparseCodes]) -> None:
+    """Take out of each row's gradient what would only change the row's (unit) norm.
+
+    decoded: the codes that went through w_dec, their values' gradients retained. A row's gradient
+    is the sum of z dL/dx_hat over its entries, so its product with the row itself is the sum of
+    z dL/dz: no pass over [F, d] is needed to find it.
+    """
+    along = w_dec.new_zeros(w_dec.shape[0])
+    for values, indices in decoded:
+        along.index_add_(0, indices.flatten(), (values * values.grad).flatten().to(along.dtype))
+    w_dec.grad.addcmul_(w_dec, along[:, None], value=-1)
+
+
+def explained_share(x: Tensor, x_hat: Tensor) -> float:
+    """Explained variance within one batch [B, d], in float32: for the log alone."""
+    return 1 - ((x - x_hat).square().sum() / (x - x.mean(0)).square().sum()).item()
+
+
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype that "auto" stands for on a device, or the one named."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, name)

@@ -1,0 +1,59 @@
+"""Each figure of merit, once. Sums run in float64 and stream over batches."""
+
+import torch
+from torch import Tensor
+
+
+class ReconstructionMetrics:
+    """Streaming comparison of x [B, d] with x_hat [B, d] over an evaluation set.
+
+    explained_variance = 1 - sum |x - x_hat|^2 / sum |x - mean(x)|^2, the mean being that of the
+    whole set; fvu = 1 - explained_variance.
+    explained_variance_batch = mean over tokens of 1 - |x - x_hat|^2 / |x - mean(x)|^2, with the
+    mean of the token's batch: the form of [KronSAE, App. H].
+    """
+
+    def __init__(self, d_model: int) -> None:
+        self.tokens = 0
+        self.squared_error = 0.0
+        self.squared_norm = 0.0
+        self.sum = torch.zeros(d_model, dtype=torch.float64)
+        self.batch_form = 0.0
+
+    def update(self, x: Tensor, x_hat: Tensor) -> None:
+        x, x_hat = x.double(), x_hat.double()
+        errors = (x - x_hat).square().sum(-1)
+        self.tokens += x.shape[0]
+        self.squared_error += errors.sum().item()
+        self.squared_norm += x.square().sum().item()
+        self.sum += x.sum(0).cpu()
+        spread = (x - x.mean(0)).square().sum(-1)
+        self.batch_form += (1 - errors / spread.clamp(min=1e-300)).sum().item()
+
+    def compute(self) -> dict[str, float]:
+        """Raises ValueError if nothing was seen, or all of it was the same vector."""
+        if not self.tokens:
+            raise ValueError("no tokens to evaluate on")
+        variance = self.squared_norm - self.sum.square().sum().item() / self.tokens
+        if variance <= 0:
+            raise ValueError("all activations are equal: explained variance is undefined")
+        fvu = self.squared_error / variance
+        return {
+            "explained_variance": 1 - fvu,
+            "fvu": fvu,
+            "explained_variance_batch": self.batch_form / self.tokens,
+            "mse": self.squared_error / (self.tokens * self.sum.numel()),
+        }
+
+
+def l0(fired: Tensor) -> float:
+    """Mean number of active latents a token, from `fired` bool [B, k]."""
+    return fired.sum(-1).double().mean().item()
+
+
+def cross_entropy_recovered(clean: float, spliced: float, ablated: float) -> float:
+    """Share of the damage of ablating the hookpoint that splicing in x_hat avoids.
+
+    1 for a perfect reconstruction, 0 for one as bad as zeros. All three in nats a token.
+    """
+    return (ablated - spliced) / (ablated - clean)

@@ -1,0 +1,248 @@
+"""The sparse autoencoder: an encoder (Kron or dense) x TopK, and a sparse decoder.
+
+On raw activations it is two calls of `kronsae_kernels` and nothing else:
+    codes = fused_encode(x, W_enc, b_enc, m=m, k=k)
+    x_hat = sparse_decode(codes, w_dec=W_dec, b_dec=b_dec)
+Training happens on centred and scaled activations; `SAE.folded` takes that out again.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kronsae.config import SAEConfig, from_dict
+from kronsae.errors import InputError
+from kronsae.files import replace_directory, sha256, write_json
+from kronsae_kernels import SparseCodes, dense_encode, fused_encode, sparse_decode
+
+FORMAT_VERSION = 1
+WEIGHTS_NAME = "sae.safetensors"
+CONFIG_NAME = "config.json"
+
+
+class SAEOutput(NamedTuple):
+    """What a forward pass gives."""
+
+    x_hat: Tensor
+    """[..., d] reconstruction."""
+    codes: SparseCodes
+    """The k active latents of each token."""
+    loss: Tensor
+    """Mean squared error over tokens and dimensions (scalar). [KronSAE, App. H]"""
+
+
+class SAE(nn.Module):
+    """A sparse autoencoder with parameters
+
+    W_enc: [h, m + n, d] (Kron) or [F, d] (dense)      b_enc: [h, m + n] or [F]
+    W_dec: [F, d], rows of unit norm                   b_dec: [d]
+
+    Initialised as in the paper: W_enc ~ N(0, 1) / sqrt(2F); decoder row (head, i, j) is base row i
+    plus extension row j of that head, scaled to unit norm (dense: the encoder's row); biases 0.
+    [KronSAE, App. H] `generator` draws the weights.
+    """
+
+    def __init__(
+        self,
+        config: SAEConfig,
+        *,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        if config.d_model < 1:
+            raise InputError(f"d_model: expected >= 1, got {config.d_model}")
+        self.config = config
+        d, size = config.d_model, config.dict_size
+        if config.encoder == "kron":
+            # Stored row-major over heads, which the kernels read fastest.
+            w_enc = torch.empty(config.m + config.n, config.heads, d, device=device).transpose(0, 1)
+        else:
+            w_enc = torch.empty(size, d, device=device)
+        self.W_enc = nn.Parameter(w_enc)
+        self.b_enc = nn.Parameter(torch.zeros(w_enc.shape[:-1], device=device))
+        self.W_dec = nn.Parameter(torch.empty(size, d, device=device))
+        self.b_dec = nn.Parameter(torch.zeros(d, device=device))
+        if w_enc.device.type != "meta":
+            self.reset_parameters(generator)
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw new weights (see the class)."""
+        shape = self.W_enc.shape
+        drawn = torch.randn(shape, generator=generator, device=_device_of(generator))
+        self.W_enc.copy_(drawn / (2 * self.config.dict_size) ** 0.5)
+        if self.config.encoder == "kron":
+            base, extension = self.W_enc.split([self.config.m, self.config.n], dim=1)
+            rows = (base[:, :, None] + extension[:, None, :]).reshape(self.W_dec.shape)
+        else:
+            rows = self.W_enc
+        self.W_dec.copy_(rows)
+        self.normalize_decoder()
+        self.b_enc.zero_()
+        self.b_dec.zero_()
+
+    @torch.no_grad()
+    def normalize_decoder(self) -> None:
+        """Scale every decoder row to unit norm."""
+        norms = torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True)
+        self.W_dec.div_(norms.clamp_(min=torch.finfo(norms.dtype).tiny))
+
+    @property
+    def dict_size(self) -> int:
+        return self.config.dict_size
+
+    @property
+    def d_model(self) -> int:
+        return self.config.d_model
+
+    def encode(
+        self,
+        x: Tensor,
+        *,
+        k: int | None = None,
+        mask: Tensor | None = None,
+        impl: str | None = None,
+    ) -> SparseCodes:
+        """The k (default: config.k) largest latents of x [..., d], among `mask` [F] if given."""
+        config, k = self.config, k or self.config.k
+        if config.encoder == "dense":
+            return dense_encode(x, self.W_enc, self.b_enc, k=k, mask=mask, impl=impl)
+        return fused_encode(
+            x,
+            self.W_enc,
+            self.b_enc,
+            m=config.m,
+            k=k,
+            composition=config.composition,
+            eps=config.eps,
+            mask=mask,
+            impl=impl,
+        )
+
+    def decode(self, codes: SparseCodes, *, impl: str | None = None) -> Tensor:
+        """Reconstruction [..., d] of codes [..., k]."""
+        return sparse_decode(codes, w_dec=self.W_dec, b_dec=self.b_dec, impl=impl)
+
+    def forward(self, x: Tensor) -> SAEOutput:
+        """Reconstruct x [..., d] (float32; raw activations for a loaded SAE)."""
+        codes = self.encode(x)
+        x_hat = self.decode(codes)
+        return SAEOutput(x_hat, codes, (x_hat - x).square().mean())
+
+    def fired(self, codes: SparseCodes) -> Tensor:
+        """Which of the selected latents are active (bool [..., k]): their product is not 0."""
+        silent = self.config.eps**0.5 if self.config.composition == "mand" else 0.0
+        return codes.values.abs() > silent
+
+    @torch.no_grad()
+    def folded(self, mean: Tensor, scale: float) -> "SAE":
+        """This SAE of (x - mean) * scale as an SAE of x: same latents, reconstruction of x itself.
+
+        Latents are divided by `scale`, so decoder rows keep unit norm: with a root the projections
+        take 1 / scale, with a product of two 1 / sqrt(scale) each. mean: [d].
+        """
+        config = self.config
+        of_product = config.encoder == "kron" and config.composition != "mand"
+        share = scale**-0.5 if of_product else 1 / scale
+        out = SAE(dataclasses.replace(config, eps=config.eps / scale**2), device=self.W_enc.device)
+        out.W_enc.copy_(self.W_enc * (scale * share))
+        shift = (self.W_enc.double() @ mean.double()) * scale
+        out.b_enc.copy_((self.b_enc.double() - shift) * share)
+        out.W_dec.copy_(self.W_dec)
+        out.b_dec.copy_(self.b_dec.double() / scale + mean.double())
+        return out
+
+    def save(self, directory: str | Path, metadata: dict[str, Any] | None = None) -> Path:
+        """Write sae.safetensors and config.json to `directory`, replacing it at once.
+
+        `metadata`: JSON-able facts (model, hookpoint, metrics) that `load` gives back as
+        `sae.metadata`. Raises InputError if the disk is full or not writable.
+        """
+        from safetensors.torch import save_file
+
+        def write(folder: Path) -> None:
+            tensors = {
+                name: tensor.detach().to("cpu").contiguous()
+                for name, tensor in self.named_parameters()
+            }
+            save_file(tensors, folder / WEIGHTS_NAME)
+            settings = {
+                "format": "kronsae",
+                "format_version": FORMAT_VERSION,
+                "sae": dataclasses.asdict(self.config),
+                "sha256": sha256(folder / WEIGHTS_NAME),
+                "metadata": metadata or {},
+            }
+            write_json(folder / CONFIG_NAME, settings)
+
+        return replace_directory(Path(directory), write)
+
+
+def load(source: str | Path, *, device: torch.device | str = "cpu") -> SAE:
+    """An SAE from a run folder, a folder written by `SAE.save`, or a Hugging Face hub id.
+
+    It takes raw activations; `sae.metadata` holds what was saved beside it.
+    Raises InputError if there is none there, or if it is damaged or of another format.
+    """
+    from safetensors.torch import load_file
+
+    folder = _find_sae(source)
+    try:
+        settings = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{folder / CONFIG_NAME} cannot be read: {error}") from error
+    if settings.get("format") != "kronsae" or settings.get("format_version") != FORMAT_VERSION:
+        raise InputError(
+            f"{folder}: expected format 'kronsae', version {FORMAT_VERSION}, got "
+            f"{settings.get('format')!r}, version {settings.get('format_version')!r}"
+        )
+    weights = folder / WEIGHTS_NAME
+    if not weights.is_file():
+        raise InputError(f"{weights} is missing")
+    if sha256(weights) != settings["sha256"]:
+        raise InputError(f"{weights} is damaged: its SHA-256 is not the one in {CONFIG_NAME}")
+    sae = SAE(from_dict(SAEConfig, settings["sae"], str(folder / CONFIG_NAME)), device="meta")
+    sae = sae.to_empty(device=device)
+    tensors = load_file(weights)
+    expected = {name: tuple(p.shape) for name, p in sae.named_parameters()}
+    found = {name: tuple(t.shape) for name, t in tensors.items()}
+    if expected != found:
+        raise InputError(f"{weights}: expected tensors {expected}, got {found}")
+    sae.load_state_dict(tensors)
+    sae.metadata = settings["metadata"]
+    return sae
+
+
+def _find_sae(source: str | Path) -> Path:
+    path = Path(source)
+    for folder in (path, path / "sae"):
+        if (folder / WEIGHTS_NAME).exists():
+            return folder
+    if path.exists():
+        raise InputError(
+            f"{path} holds no SAE: expected {WEIGHTS_NAME} there or in its folder sae/ "
+            "(a run writes it when it ends, or stops on a signal)"
+        )
+    if isinstance(source, Path) or str(source).count("/") != 1 or str(source).startswith("."):
+        raise InputError(f"{source}: no such folder")
+    from huggingface_hub import snapshot_download
+
+    try:
+        files = [f"{place}{name}" for place in ("", "sae/") for name in (WEIGHTS_NAME, CONFIG_NAME)]
+        return _find_sae(Path(snapshot_download(str(source), allow_patterns=files)))
+    except InputError:
+        raise
+    except Exception as error:  # the hub client raises dozens of kinds
+        raise InputError(
+            f"{source}: neither a folder here nor a repository that could be fetched from the "
+            f"Hugging Face hub ({type(error).__name__}: {str(error).splitlines()[0]})"
+        ) from error
+
+
+def _device_of(generator: torch.Generator | None) -> torch.device | None:
+    return None if generator is None else generator.device
