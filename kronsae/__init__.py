@@ -1,0 +1,22 @@
+"""Train sparse autoencoders with very large dictionaries on language-model activations.
+
+`SAE`, its configs, and `load`; training is `kronsae.train.fit`, or `python -m kronsae.train`.
+"""
+
+from kronsae.config import DataConfig, RunConfig, SAEConfig, TrainConfig
+from kronsae.errors import InputError
+from kronsae.sae import SAE, SAEOutput, load
+from kronsae_kernels import SparseCodes, __version__
+
+__all__ = [
+    "DataConfig",
+    "InputError",
+    "RunConfig",
+    "SAE",
+    "SAEConfig",
+    "SAEOutput",
+    "SparseCodes",
+    "TrainConfig",
+    "__version__",
+    "load",
+]

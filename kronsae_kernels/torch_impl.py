@@ -20,10 +20,10 @@ from torch.nn.functional import embedding_bag
 
 from kronsae_kernels.common import accumulate_dtype
 
-CHUNK_BYTES = {"cpu": 16 << 20}
+CHUNK_BYTES = {"cpu": 4 << 20}
 """Size of the pre-latents of one chunk of tokens, by device type: the cache, on a CPU."""
 DEFAULT_CHUNK_BYTES = 512 << 20
-MIN_CHUNK_TOKENS = 64
+MIN_CHUNK_TOKENS = 256
 """Fewer tokens make the matrix product inefficient."""
 
 
@@ -219,7 +219,7 @@ def top(scores: Tensor, k: int) -> Tensor:
 def _group_size(size: int, k: int) -> int:
     """Power of two near sqrt(size / k), where both rounds are equally long; 1: one round."""
     per_group = 1
-    while size % (2 * per_group) == 0 and 4 * per_group**2 * k <= size:
+    while size % (2 * per_group) == 0 and max(32, 4 * per_group**2) * k <= size:
         per_group *= 2
     return per_group
 
@@ -328,9 +328,14 @@ def _projections(x: Tensor, weight: Tensor, bias: Tensor | None, scratch: int):
         yield pre
 
 
-def _spans(tokens: int, bytes_per_token: int, device: torch.device) -> list[slice]:
+def chunk_tokens(bytes_per_token: int, device: torch.device) -> int:
+    """Tokens of a chunk whose largest tensor takes `bytes_per_token` a token."""
     budget = CHUNK_BYTES.get(device.type, DEFAULT_CHUNK_BYTES)
-    step = max(MIN_CHUNK_TOKENS, budget // max(1, bytes_per_token))
+    return max(MIN_CHUNK_TOKENS, budget // max(1, bytes_per_token))
+
+
+def _spans(tokens: int, bytes_per_token: int, device: torch.device) -> list[slice]:
+    step = chunk_tokens(bytes_per_token, device)
     return [slice(start, min(start + step, tokens)) for start in range(0, tokens, step)]
 
 

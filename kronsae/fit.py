@@ -1,0 +1,361 @@
+"""`fit`: train one SAE on a stream of activations, with logging, checkpoints and evaluation."""
+
+import dataclasses
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kronsae.config import SAEConfig, TrainConfig
+from kronsae.data import ActivationSource, IterableActivations, TensorActivations
+from kronsae.errors import InputError
+from kronsae.evaluate import Heldout, evaluate, evaluate_cross_entropy
+from kronsae.learner import Learner, Normalizer
+from kronsae.logs import Log
+from kronsae.run import RunFolder
+from kronsae.sae import SAE
+
+NORMALIZER_TOKENS = 8192
+"""How many of the first activations give the mean and the scale of all."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FitResult:
+    """What a training run gives."""
+
+    sae: SAE
+    """The trained SAE, of raw activations."""
+    tokens: int
+    """Tokens trained on."""
+    metrics: dict[str, float]
+    """Final figures on held-out activations; empty without any."""
+    history: list[dict[str, Any]]
+    """The logged records of this call, as in metrics.jsonl."""
+    stopped_by: int | None
+    """Number of the signal that ended the run early, or None."""
+
+
+def fit(
+    sae_config: SAEConfig,
+    activations: Tensor | ActivationSource | Iterable[Tensor],
+    train_config: TrainConfig | None = None,
+    *,
+    heldout: Heldout | Tensor | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    settings: dict[str, Any] | None = None,
+    on_record: Callable[[dict[str, Any]], None] | None = None,
+) -> FitResult:
+    """Train an SAE on activations; see the fields of `SAEConfig` and `TrainConfig`.
+
+    activations: [N, d] (shuffled each epoch), or an iterable of [B, d] tensors taken as they come,
+        or any `kronsae.data.ActivationSource`.
+    heldout: activations to evaluate on, never trained on: [t, d], or a `Heldout`.
+    out: run folder (see `kronsae.run`); None keeps everything in memory.
+    resume: go on from the newest checkpoint in `out`; batches and weights are, bit for bit, those
+        of an uninterrupted run (on a CPU; an iterable must give the same batches again).
+    settings: what else config.json shall hold.  on_record: called with each logged record.
+
+    On SIGTERM or SIGINT the step in progress is finished, a checkpoint saved, and the result
+    returned with `stopped_by`. Raises InputError if the data ends before the budget, is not finite,
+    or does not fit the configuration; with `out`, the last good checkpoint is kept.
+    """
+    config = train_config or TrainConfig()
+    device = resolve_device(config.device)
+    source = _as_source(activations, config)
+    sae_config = _with_width(sae_config, source.d_model)
+    if isinstance(heldout, Tensor):
+        heldout = Heldout(heldout)
+    settings = {
+        "config": {
+            "sae": dataclasses.asdict(sae_config),
+            "data": None,
+            "train": dataclasses.asdict(config),
+        },
+        "data": source.describe(),
+        **(settings or {}),
+    }
+    run, state = _open_run(out, resume, settings)
+    session = _Session(Learner(sae_config, config, device), source, config)
+    if state is not None:
+        session.load_state_dict(state)
+    log = Log(run, config, settings)
+    history: list[dict[str, Any]] = []
+
+    def record(kind: str, values: dict[str, float]) -> None:
+        entry = {"kind": kind, **session.position(), **values}
+        history.append(entry)
+        log(entry)
+        if on_record:
+            on_record(entry)
+
+    def save() -> None:
+        if run is not None:
+            run.save_checkpoint(
+                session.learner.step_count, session.state_dict(), config.keep_checkpoints
+            )
+
+    def finish(metrics: dict[str, float]) -> SAE:
+        sae = session.sae()
+        if run is not None:
+            facts = {**settings, "tokens": session.learner.tokens, "metrics": metrics}
+            sae.save(run.sae, facts)
+        return sae
+
+    metrics: dict[str, float] = {}
+    try:
+        with _signals() as stop:
+            _train(session, config, heldout, record, save, stop)
+        if stop.received is None and heldout is not None:
+            sae = session.sae()
+            metrics = evaluate(sae, heldout) | evaluate_cross_entropy(sae, heldout)
+            record("final", metrics)
+    except InputError as error:
+        if run is None or not session.learner.step_count:
+            raise
+        finish(metrics)
+        raise InputError(
+            f"{error}\nWhat was learned in {session.learner.tokens:,} tokens is in {run.sae}"
+        ) from error
+    finally:
+        log.close()
+    return FitResult(finish(metrics), session.learner.tokens, metrics, history, stop.received)
+
+
+def _train(
+    session: "_Session",
+    config: TrainConfig,
+    heldout: Heldout | None,
+    record: Callable[[str, dict[str, float]], None],
+    save: Callable[[], None],
+    stop: "_Stop",
+) -> None:
+    """The loop: batch, step, log, evaluate, checkpoint, until the budget is used or a signal."""
+    saved_at = session.learner.step_count
+    learner = session.learner
+    while learner.tokens < config.tokens and stop.received is None:
+        try:
+            x = session.next_batch()
+            values = session.step(x)
+        except DataEnded:
+            if learner.step_count > saved_at:
+                save()
+            raise
+        except FloatingPointError as error:  # the weights are still those of the step before
+            raise InputError(str(error)) from error
+        step = learner.step_count
+        done = learner.tokens >= config.tokens
+        if step % config.log_every == 0 or done:
+            record("train", values)
+        if heldout is not None and config.eval_every and step % config.eval_every == 0 and not done:
+            record("heldout", evaluate(session.sae(), heldout))
+        if config.checkpoint_every and step % config.checkpoint_every == 0 and not done:
+            save()
+            saved_at = step
+    if learner.step_count > saved_at:
+        save()
+
+
+class DataEnded(InputError):
+    """The activations ended before the budget was used."""
+
+
+class _Session:
+    """A learner with its stream of normalised batches, and the clock."""
+
+    def __init__(self, learner: Learner, source: ActivationSource, config: TrainConfig) -> None:
+        self.learner = learner
+        self.source = source
+        self.config = config
+        self.normalizer: Normalizer | None = None
+        self.pending: list[Tensor] = []  # batches that the normalizer saw, not yet trained on
+        self.batches: Iterator[Tensor] | None = None
+        self.seconds = 0.0  # of earlier sessions
+        self.started = time.monotonic()
+        self.waited = 0.0  # for data, since the last record
+        self.last_record = (self.started, 0)
+
+    def next_batch(self) -> Tensor:
+        """The next batch [B, d], cut to the budget. Raises InputError if there is none."""
+        began = time.monotonic()
+        if self.batches is None:
+            self.batches = iter(self.source)
+        if self.normalizer is None:
+            self._measure_normalizer()
+        x = self.pending.pop(0) if self.pending else self._draw()
+        self.waited += time.monotonic() - began
+        return x[: self.config.tokens - self.learner.tokens]
+
+    def _draw(self) -> Tensor:
+        x = next(self.batches, None)
+        if x is None:
+            seen = self.learner.tokens + sum(each.shape[0] for each in self.pending)
+            raise DataEnded(
+                f"the data ended after {seen:,} of {self.config.tokens:,} tokens: "
+                "give more text, more --epochs, or fewer --tokens"
+            )
+        number = self.learner.step_count + len(self.pending)
+        if not torch.isfinite(x).all():
+            bad = int((~torch.isfinite(x)).any(1).sum())
+            raise InputError(
+                f"batch {number}: {bad} of {x.shape[0]} activations hold NaN or infinity"
+            )
+        return x
+
+    def _measure_normalizer(self) -> None:
+        tokens = 0
+        while tokens < min(NORMALIZER_TOKENS, self.config.tokens):
+            self.pending.append(self._draw())
+            tokens += self.pending[-1].shape[0]
+        device = self.learner.device
+        measured = Normalizer.of(torch.cat(self.pending))
+        self.normalizer = Normalizer(measured.mean.to(device), measured.scale)
+
+    def step(self, x: Tensor) -> dict[str, float]:
+        """One optimizer step on raw activations [B, d]; its metrics and rates."""
+        values = self.learner.step(self.normalizer(x.to(self.learner.device)))
+        now, (before, tokens) = time.monotonic(), self.last_record
+        rates = {
+            "tokens_per_s": (self.learner.tokens - tokens) / max(1e-9, now - before),
+            "data_wait_share": min(1.0, self.waited / max(1e-9, now - before)),
+        }
+        if self.learner.step_count % self.config.log_every == 0:
+            self.last_record, self.waited = (now, self.learner.tokens), 0.0
+        return values | rates
+
+    def position(self) -> dict[str, Any]:
+        return {
+            "step": self.learner.step_count,
+            "tokens": self.learner.tokens,
+            "seconds": round(self.seconds + time.monotonic() - self.started, 3),
+        }
+
+    def sae(self) -> SAE:
+        """The SAE as it stands, of raw activations."""
+        if self.normalizer is None:
+            raise InputError("no step was made: there is no SAE to save")
+        return self.learner.sae.folded(self.normalizer.mean, self.normalizer.scale)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "learner": self.learner.state_dict(),
+            "normalizer": {"mean": self.normalizer.mean, "scale": self.normalizer.scale},
+            "source": self.source.state_dict(),
+            "pending": self.pending,
+            "torch_random_state": torch.get_rng_state(),
+            "seconds": self.position()["seconds"],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.learner.load_state_dict(state["learner"])
+        mean = state["normalizer"]["mean"].to(self.learner.device)
+        self.normalizer = Normalizer(mean, state["normalizer"]["scale"])
+        self.source.load_state_dict(state["source"])
+        self.pending = state["pending"]
+        torch.set_rng_state(state["torch_random_state"])
+        self.seconds = state["seconds"]
+        self.last_record = (self.started, self.learner.tokens)
+
+
+@dataclasses.dataclass
+class _Stop:
+    received: int | None = None
+
+
+@contextmanager
+def _signals() -> Iterator[_Stop]:
+    """Note the first SIGTERM or SIGINT instead of dying; a second one acts as usual."""
+    stop = _Stop()
+    earlier: dict[int, Any] = {}
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        stop.received = number
+        for each, handler in earlier.items():
+            signal.signal(each, handler)
+        name = signal.Signals(number).name
+        print(f"\n{name}: finishing this step and saving (again to stop at once)", file=sys.stderr)
+
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            earlier[number] = signal.signal(number, handle)
+    except ValueError:  # not in the main thread: signals are somebody else's business
+        pass
+    try:
+        yield stop
+    finally:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+
+
+def _open_run(
+    out: str | Path | None, resume: bool, settings: dict[str, Any]
+) -> tuple[RunFolder | None, dict[str, Any] | None]:
+    if out is None:
+        if resume:
+            raise InputError("resume needs the run folder: give `out`")
+        return None, None
+    if not resume:
+        return RunFolder.create(out, settings), None
+    run, found = RunFolder.open(out)
+    for part in ("config", "data"):
+        differences = _differences(found[part], settings[part], part)
+        if differences:
+            raise InputError(
+                f"{run.path} was made with other settings:\n  " + "\n  ".join(differences)
+            )
+    return run, run.load_checkpoint()
+
+
+FREE_TO_CHANGE = {
+    f"config.train.{name}"
+    for name in ("device", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints")
+}
+
+
+def _differences(found: Any, given: Any, name: str) -> list[str]:
+    """Lines "name: was X, is Y" where two nested dicts disagree in what decides the result."""
+    if isinstance(found, dict) and isinstance(given, dict):
+        keys = sorted(found.keys() | given.keys())
+        return [
+            line
+            for key in keys
+            for line in _differences(found.get(key), given.get(key), f"{name}.{key}")
+        ]
+    return (
+        [] if found == given or name in FREE_TO_CHANGE else [f"{name}: was {found!r}, is {given!r}"]
+    )
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of a name; "auto" is cuda where there is one. Raises InputError if it is not."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def _as_source(
+    activations: Tensor | ActivationSource | Iterable[Tensor], config: TrainConfig
+) -> ActivationSource:
+    if isinstance(activations, Tensor):
+        return TensorActivations(activations, config.batch_size, config.seed)
+    if hasattr(activations, "state_dict") and hasattr(activations, "d_model"):
+        return activations
+    return IterableActivations(activations)
+
+
+def _with_width(config: SAEConfig, d_model: int) -> SAEConfig:
+    if config.d_model not in (0, d_model):
+        raise InputError(f"d_model: {config.d_model} is configured, the data has {d_model}")
+    return dataclasses.replace(config, d_model=d_model)

@@ -1,0 +1,76 @@
+"""Where metrics go while a run trains: metrics.jsonl always, the terminal, TensorBoard, wandb."""
+
+from pathlib import Path
+from typing import Any
+
+from kronsae.config import TrainConfig
+from kronsae.errors import InputError
+from kronsae.run import RunFolder
+
+_NOT_METRICS = ("kind", "step", "tokens", "seconds")
+
+
+class Log:
+    """Sends each record {"kind", "step", "tokens", ...} to every place that the run asks for.
+
+    Raises InputError if TensorBoard or wandb is asked for and not installed.
+    """
+
+    def __init__(
+        self, run: RunFolder | None, config: TrainConfig, settings: dict[str, Any]
+    ) -> None:
+        self.run = run
+        self.tensorboard = _open_tensorboard(run) if config.tensorboard else None
+        self.wandb = _open_wandb(run, config.wandb, settings) if config.wandb else None
+
+    def __call__(self, record: dict[str, Any]) -> None:
+        if self.run is not None:
+            self.run.log(record)
+        figures = {
+            f"{record['kind']}/{name}": value
+            for name, value in record.items()
+            if name not in _NOT_METRICS
+        }
+        if self.tensorboard is not None:
+            for name, value in figures.items():
+                self.tensorboard.add_scalar(name, value, record["step"])
+        if self.wandb is not None:
+            self.wandb.log({**figures, "tokens": record["tokens"]}, step=record["step"])
+
+    def close(self) -> None:
+        if self.tensorboard is not None:
+            self.tensorboard.close()
+        if self.wandb is not None:
+            self.wandb.finish()
+
+
+def _folder(run: RunFolder | None, flag: str) -> Path:
+    if run is None:
+        raise InputError(f"{flag} needs a run folder: give `out`")
+    return run.path
+
+
+def _open_tensorboard(run: RunFolder | None) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise InputError(
+            "--tensorboard needs the package tensorboard: pip install 'kronsae[tensorboard]'"
+        ) from error
+    return SummaryWriter(str(_folder(run, "tensorboard") / "tensorboard"))
+
+
+def _open_wandb(run: RunFolder | None, project: str, settings: dict[str, Any]) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise InputError("--wandb needs the package wandb: pip install 'kronsae[wandb]'") from error
+    folder = _folder(run, "wandb")
+    return wandb.init(
+        project=project,
+        name=folder.name,
+        id=folder.name,
+        dir=folder,
+        config=settings,
+        resume="allow",
+    )
