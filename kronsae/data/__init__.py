@@ -1,0 +1,24 @@
+"""Streams of activations: a language model that reads text, a tensor, an iterable, synthetic."""
+
+from kronsae.data.activations import (
+    ActivationSource,
+    IterableActivations,
+    LanguageModelActivations,
+    TensorActivations,
+    open_activations,
+)
+from kronsae.data.language_model import LanguageModel
+from kronsae.data.synthetic import SyntheticActivations
+from kronsae.data.text import TextSource, open_text
+
+__all__ = [
+    "ActivationSource",
+    "IterableActivations",
+    "LanguageModel",
+    "LanguageModelActivations",
+    "SyntheticActivations",
+    "TensorActivations",
+    "TextSource",
+    "open_activations",
+    "open_text",
+]

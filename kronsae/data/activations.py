@@ -1,0 +1,253 @@
+"""Streams of activations with an exact position: what a trainer eats."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from kronsae.config import DataConfig
+from kronsae.data.buffer import ShuffleBuffer
+from kronsae.data.language_model import LanguageModel
+from kronsae.data.packing import Packer, token_mask
+from kronsae.data.text import TextSource, open_text
+from kronsae.errors import InputError
+
+
+class ActivationSource(Protocol):
+    """Batches of activations; after `load_state_dict` it goes on where the state was taken."""
+
+    d_model: int
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Batches [B, d]; the last one may be smaller."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Position after the last batch given out: tensors and JSON values."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+    def describe(self) -> dict[str, Any]:
+        """What the batches depend on (JSON-able); compared when a run is resumed."""
+
+
+class TensorActivations:
+    """Rows of a tensor [N, d], in another seeded order each epoch.
+
+    epochs: None repeats for ever. Raises InputError unless x is a non-empty floating [N, d].
+    """
+
+    def __init__(
+        self, x: Tensor, batch_size: int, seed: int = 0, epochs: int | None = None
+    ) -> None:
+        _check_batch(x, "activations", None)
+        self.x, self.batch_size, self.seed, self.epochs = x, batch_size, seed, epochs
+        self.d_model = x.shape[1]
+        self.epoch = self.position = 0
+
+    def __iter__(self) -> Iterator[Tensor]:
+        while self.epochs is None or self.epoch < self.epochs:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+            order = torch.randperm(self.x.shape[0], generator=generator).to(self.x.device)
+            while self.position < self.x.shape[0]:
+                chosen = order[self.position : self.position + self.batch_size]
+                self.position += self.batch_size
+                yield self.x[chosen].float()
+            self.epoch, self.position = self.epoch + 1, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"epoch": self.epoch, "position": self.position}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.epoch, self.position = state["epoch"], state["position"]
+
+    def describe(self) -> dict[str, Any]:
+        return {"source": "tensor", "shape": list(self.x.shape), "epochs": self.epochs}
+
+
+class IterableActivations:
+    """Batches [B, d] of any iterable, as they come.
+
+    It resumes by skipping as many batches, so the iterable must give the same ones again.
+    Raises InputError for a batch that is no floating [B, d], or of another width than the first.
+    """
+
+    def __init__(self, batches: Iterable[Tensor]) -> None:
+        self.batches = iter(batches)
+        self.given = 0
+        self.first = next(self.batches, None)
+        if self.first is None:
+            raise InputError("activations: expected batches [B, d], got an empty iterable")
+        _check_batch(self.first, "batch 0", None)
+        self.d_model = self.first.shape[1]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        if self.first is not None:
+            x, self.first = self.first, None
+            self.given += 1
+            yield x.float()
+        for x in self.batches:
+            _check_batch(x, f"batch {self.given}", self.d_model)
+            self.given += 1
+            yield x.float()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"given": self.given}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        skipped = iter(self)
+        while self.given < state["given"]:
+            if next(skipped, None) is None:
+                raise InputError(
+                    f"the iterable ended after {self.given} batches, before the "
+                    f"{state['given']} that the checkpoint has seen"
+                )
+
+    def describe(self) -> dict[str, Any]:
+        return {"source": "iterable", "d_model": self.d_model}
+
+
+class LanguageModelActivations:
+    """Activations of a language model that reads text: packed, masked, shuffled, in batches."""
+
+    def __init__(
+        self,
+        language_model: LanguageModel,
+        text: TextSource,
+        config: DataConfig,
+        batch_size: int,
+        seed: int,
+    ) -> None:
+        self.language_model = language_model
+        self.text = text
+        self.config = config
+        self.d_model = language_model.d_model
+        self.packer = Packer(language_model.tokenizer, config.context_length)
+        self.contexts: list[Tensor] = []  # packed, not yet read by the model
+        self.forwards = 0
+        self._heldout = self._set_aside()
+        self.buffer = ShuffleBuffer(self._forward(), config.buffer_tokens, batch_size, seed)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.buffer)
+
+    def _forward(self) -> Iterator[Tensor]:
+        """Activations [r, d] float32 of the masked tokens, a forward pass at a time."""
+        size = self.config.contexts_per_batch
+        documents = iter(self.text)
+        while True:
+            while len(self.contexts) < size:
+                document = next(documents, None)
+                if document is None:
+                    break
+                self.contexts += self.packer.add(document)
+            if not self.contexts:
+                return
+            ids = torch.stack(self.contexts[:size])
+            self.contexts = self.contexts[size:]
+            x = self._read(ids)
+            self.forwards += 1
+            yield x
+
+    def _read(self, ids: Tensor) -> Tensor:
+        activations = self.language_model.activations(ids)
+        x = activations[self.token_mask(ids).to(activations.device)].float()
+        if not torch.isfinite(x).all():
+            bad = (~torch.isfinite(x)).any(1).double().mean().item()
+            raise InputError(
+                f"{self.language_model.hookpoint} gave NaN or infinity for {bad:.1%} of the tokens "
+                f"of forward pass {self.forwards}: try --model-dtype float32 or bfloat16"
+            )
+        return x
+
+    def token_mask(self, ids: Tensor) -> Tensor:
+        """Which tokens [b, t] are trained and evaluated on; see `packing.token_mask`."""
+        return token_mask(ids, self.language_model.tokenizer)
+
+    def _set_aside(self) -> Tensor:
+        """Held-out contexts [c, L]: the first that reach config.heldout_tokens."""
+        packer = Packer(self.language_model.tokenizer, self.config.context_length)
+        contexts: list[Tensor] = []
+        wanted = -(-self.config.heldout_tokens // self.config.context_length)
+        documents = 0
+        for text in self.text.heldout():
+            documents += 1
+            contexts += packer.add(text)
+            if len(contexts) >= wanted:
+                break
+        if not contexts:
+            raise InputError(
+                f"dataset {self.config.dataset!r} has less text than one context of "
+                f"{self.config.context_length} tokens to hold out"
+            )
+        self.text.hold_out(documents)
+        return torch.stack(contexts[:wanted])
+
+    def heldout_contexts(self) -> Tensor:
+        """Token ids [c, context_length] that are never trained on; the same for every seed."""
+        return self._heldout
+
+    def heldout_activations(self) -> Tensor:
+        """Activations [t, d] float32 of their masked tokens, in reading order."""
+        parts = self._heldout.split(self.config.contexts_per_batch)
+        return torch.cat([self._read(ids) for ids in parts])
+
+    def state_dict(self) -> dict[str, Any]:
+        length = self.config.context_length
+        empty = torch.empty(0, length, dtype=torch.int64)
+        return {
+            "text": self.text.state_dict(),
+            "packer": self.packer.state_dict(),
+            "contexts": torch.stack(self.contexts) if self.contexts else empty,
+            "forwards": self.forwards,
+            "buffer": self.buffer.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.text.load_state_dict(state["text"])
+        self.packer.load_state_dict(state["packer"])
+        self.contexts = list(state["contexts"])
+        self.forwards = state["forwards"]
+        self.buffer.load_state_dict(state["buffer"])
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "source": "language model",
+            **self.language_model.describe(),
+            "text": self.text.fingerprint(),
+            "heldout_contexts": self._heldout.shape[0],
+        }
+
+
+def open_activations(
+    config: DataConfig, *, batch_size: int, seed: int, device: torch.device | str
+) -> LanguageModelActivations:
+    """The activations that `config` names. Raises InputError if model or text cannot be used."""
+    device = torch.device(device)
+    default = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = default if config.model_dtype == "auto" else getattr(torch, config.model_dtype)
+    text = open_text(config, seed)
+    model = LanguageModel.load(
+        config.model,
+        layer=config.layer,
+        hookpoint=config.hookpoint,
+        revision=config.revision,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=config.trust_remote_code,
+    )
+    longest = getattr(model.model.config, "max_position_embeddings", None)
+    if longest and config.context_length > longest:
+        raise InputError(
+            f"context_length: {config.model} reads at most {longest} tokens, "
+            f"got {config.context_length}"
+        )
+    return LanguageModelActivations(model, text, config, batch_size, seed)
+
+
+def _check_batch(x: Any, name: str, d_model: int | None) -> None:
+    if not isinstance(x, Tensor) or x.ndim != 2 or not x.is_floating_point() or not x.numel():
+        what = f"{list(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x)
+        raise InputError(f"{name}: expected a floating tensor [B, d], got {what}")
+    if d_model not in (None, x.shape[1]):
+        raise InputError(f"{name}: expected width d = {d_model} as before, got {x.shape[1]}")
