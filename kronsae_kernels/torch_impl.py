@@ -289,8 +289,12 @@ def _head_scores(pre: Tensor, mask: Tensor | None, m: int, composition: str) -> 
     highest = base.amax(1).to(dtype), extension.amax(1).to(dtype)
     if composition != "mul":
         return highest[0].clamp(min=0).mul_(highest[1].clamp(min=0))
+    # u v on a rectangle is largest at a corner: which one, the signs say.
     lowest = base.amin(1).to(dtype), extension.amin(1).to(dtype)
-    return torch.maximum(highest[0] * highest[1], lowest[0] * lowest[1])
+    return torch.maximum(
+        torch.maximum(highest[0] * highest[1], lowest[0] * lowest[1]),
+        torch.maximum(highest[0] * lowest[1], lowest[0] * highest[1]),
+    )
 
 
 def _select_dense(pre: Tensor, mask: Tensor | None, k: int) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,54 @@
+"""What all tests share: no network, two threads at most, one seed, poisoned memory."""
+
+import os
+
+import hypothesis
+import pytest
+import torch
+
+# The hub's libraries read these when they are imported, which the tests do later.
+for _name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
+    os.environ[_name] = "1"
+
+torch.set_num_threads(min(2, torch.get_num_threads()))
+
+hypothesis.settings.register_profile(
+    "kronsae",
+    deadline=None,
+    derandomize=True,  # the same cases in every run
+    database=None,
+    suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture],
+)
+hypothesis.settings.load_profile("kronsae")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Leave out `slow` tests unless -m names them; skip `gpu` tests without a GPU."""
+    if not torch.cuda.is_available():
+        reason = pytest.mark.skip(reason="needs a CUDA device")
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(reason)
+    if "slow" not in (config.option.markexpr or ""):
+        slow = [item for item in items if item.get_closest_marker("slow")]
+        if slow:
+            config.hook.pytest_deselected(items=slow)
+            items[:] = [item for item in items if not item.get_closest_marker("slow")]
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned_memory():
+    """torch.empty gives NaN (integers: their maximum), so that an unwritten element is seen."""
+    before = torch.are_deterministic_algorithms_enabled()
+    before_fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    assert torch.empty(1).isnan()
+    yield
+    torch.use_deterministic_algorithms(before)
+    torch.utils.deterministic.fill_uninitialized_memory = before_fill
