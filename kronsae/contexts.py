@@ -178,7 +178,7 @@ def _without_repeats(peaks: _Peaks, text: _Text) -> _Peaks:
     context, position = text.context[peaks.rows], text.position[peaks.rows]
     phrase = np.zeros(len(peaks.rows), dtype=np.uint64)  # a hash of the tokens
     for back in range(SAME_TOKENS):
-        token = np.where(position >= back, text.ids[context, position - back], -1)
+        token = np.where(position >= back, text.ids[context, (position - back).clip(0)], -1)
         phrase = phrase * np.uint64(0x9E3779B97F4A7C15) + token.astype(np.uint64)
     order = np.lexsort((phrase, peaks.latents))
     new = np.ones(len(order), dtype=bool)
@@ -294,58 +294,58 @@ def short(value: float) -> str:
 
 
 def title(found: LatentContexts) -> str:
-    """What a latent is: `latent 1234 = head 77 (base 0 × extension 2) · fires on 0.40 % ...`."""
+    """What a latent is: `latent 9 = head 1 (base 0 × extension 1) · fires on 0.4 % of tokens`."""
     place = ""
     if found.head is not None:
         place = f" = head {found.head} (base {found.base} × extension {found.extension})"
     if not found.windows:
         return f"latent {found.latent}{place} · never fires on the held-out tokens"
-    often = f"fires on {100 * found.density:.2g} % of tokens"
-    return f"latent {found.latent}{place} · {often} · up to {short(found.max_activation)}"
+    return f"latent {found.latent}{place} · fires on {100 * found.density:.2g} % of tokens"
 
 
 def render(
-    found: Sequence[LatentContexts], tokenizer: Any | None, *, width: int = 100
-) -> list[str]:
-    """Lines of text: a title a latent, a line a context with its strongest token in «marks»."""
-    return [line.plain for line in _lines(found, tokenizer, width, ("«", "»"))]
-
-
-def show(
     found: Sequence[LatentContexts], tokenizer: Any | None, console: "Console | None" = None
-) -> None:
-    """Print what `render` gives; on a terminal the strongest token is highlighted instead."""
-    from rich.console import Console
-
-    console = console or Console()
-    marks = ("", "") if console.is_terminal and not console.no_color else ("«", "»")
-    for line in _lines(found, tokenizer, console.width, marks):
-        console.print(line)
-
-
-def _lines(
-    found: Sequence[LatentContexts], tokenizer: Any | None, width: int, marks: tuple[str, str]
 ) -> list["Text"]:
-    """The strongest tokens of a latent stand below each other; both sides are cut to `width`."""
+    """Lines to print: a title for each latent, a line for each context, cut to the console.
+
+    The strongest tokens stand below each other: highlighted on a terminal, where the other tokens
+    on which the latent fires are underlined; in «marks» elsewhere.
+    """
     from rich.text import Text
 
+    styled = console is not None and console.is_terminal and not console.no_color
+    marks = ("", "") if styled else ("«", "»")
+    width = 100 if console is None else console.width
     room = max(20, width - 12)  # without the activation and the marks
-    column = room * 6 // 10
+    parts = [[_split(window, tokenizer) for window in latent.windows] for latent in found]
+    lefts = [left.cell_len for of_latent in parts for left, _, _ in of_latent]
+    column = min(room * 6 // 10, max(lefts, default=0))
     lines = []
-    for latent in found:
+    for latent, of_latent in zip(found, parts, strict=True):
         lines.append(Text(title(latent), style="bold"))
-        for window in latent.windows:
-            texts = token_texts(window.tokens, tokenizer)
-            styles = ["underline" if a else "" for a in window.activations]
-            tokens = [Text(*token) for token in zip(texts, styles, strict=True)]
-            at = window.position - window.start
-            left = _cut(Text().join(tokens[:at]), column, from_left=True)
-            peak = _cut(Text(texts[at], style="reverse"), room * 3 // 10)
-            right = _cut(Text().join(tokens[at + 1 :]), room - column - peak.cell_len)
+        for window, (left, peak, right) in zip(latent.windows, of_latent, strict=True):
+            left = _cut(left, column, from_left=True)
+            peak = _cut(peak, room * 3 // 10)
+            right = _cut(right, room - column - peak.cell_len)
             figure = f"{short(window.activation):>7}  " + " " * (column - left.cell_len)
-            parts = figure, left, marks[0], peak, marks[1], right
-            lines.append(Text.assemble(*parts, no_wrap=True, overflow="ellipsis"))
+            line = figure, left, marks[0], peak, marks[1], right
+            lines.append(Text.assemble(*line, no_wrap=True, overflow="ellipsis"))
     return lines
+
+
+def _split(window: Window, tokenizer: Any | None) -> tuple["Text", "Text", "Text"]:
+    """What is before the strongest token, that token, and what is after it."""
+    from rich.text import Text
+
+    texts = token_texts(window.tokens, tokenizer)
+    styles = ["underline" if activation else "" for activation in window.activations]
+    tokens = [Text(*token) for token in zip(texts, styles, strict=True)]
+    peak = window.position - window.start
+    return (
+        Text().join(tokens[:peak]),
+        Text(texts[peak], style="reverse"),
+        Text().join(tokens[peak + 1 :]),
+    )
 
 
 def _cut(text: "Text", cells: int, from_left: bool = False) -> "Text":

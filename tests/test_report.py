@@ -1,0 +1,212 @@
+"""The report: everything on the page, nothing from outside, and no input that breaks it."""
+
+import json
+from html.parser import HTMLParser
+
+import pytest
+import torch
+
+from kronsae import SAE, RunConfig, SAEConfig
+from kronsae.config import DataConfig, TrainConfig
+from kronsae.contexts import top_contexts
+from kronsae.evaluate import Heldout
+from kronsae.report import _log_ticks, _ticks, write_report
+
+EVIL = "<script>alert('&')</script>"
+VOID = {"meta", "br"}
+HELDOUT = {
+    "explained_variance": 0.8125,
+    "fvu": 0.1875,
+    "explained_variance_batch": 0.8,
+    "mse": 0.25,
+    "l0": 31.5,
+    "dead_share": 0.125,
+}
+CROSS_ENTROPY = {"ce_clean": 2.5, "ce_spliced": 2.75, "ce_zero": 7.5, "ce_recovered": 0.95}
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text of a page; fails on tags that do not match."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.texts: list[str] = []
+        self.feed(html)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.texts.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(self.texts)
+
+
+class EvilTokenizer:
+    """Every token is a script."""
+
+    def decode(self, ids, clean_up_tokenization_spaces):
+        return EVIL * len(ids)
+
+
+def write_run(folder, records, **settings):
+    sae = SAEConfig(d_model=6, heads=5, m=2, n=3, k=4)
+    config = RunConfig(sae, DataConfig(layer=2), TrainConfig(tokens=8000))
+    document = {
+        "config": config.to_dict(),
+        "versions": {"torch": "2.0"},
+        "command": "x",
+        **settings,
+    }
+    (folder / "config.json").write_text(json.dumps(document))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
+
+
+def records(count: int = 1000) -> list[dict]:
+    found = [
+        {
+            "kind": "train",
+            "step": step,
+            "tokens": 8 * step,
+            "seconds": 0.1 * step,
+            "loss": 1 / step,
+            "auxk_loss": 0.0,
+            "explained_variance": 1 - 1 / step,
+            "l0": 32.0,
+            "dead_share": 0.01,
+            "grad_norm": 0.5,
+            "lr": 1e-3,
+            "tokens_per_s": 80.0,
+            "data_wait_share": 0.1,
+        }
+        for step in range(1, count + 1)
+    ]
+    found.append({"kind": "heldout", "step": count // 2, "tokens": 4 * count, **HELDOUT})
+    found.append({"kind": "final", "step": count, "tokens": 8 * count, **HELDOUT, **CROSS_ENTROPY})
+    return found
+
+
+def some_contexts():
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 50, (8, 20), generator=generator)
+    x = torch.randn(160, 6, generator=generator)
+    sae = SAE(SAEConfig(d_model=6, heads=5, m=2, n=3, k=4), generator=generator)
+    return top_contexts(sae, Heldout(x, ids, torch.ones(8, 20, dtype=torch.bool)))
+
+
+def test_the_whole_page(tmp_path):
+    write_run(tmp_path, records())
+    path = write_report(tmp_path, contexts=some_contexts())
+    assert path == tmp_path / "report.html"
+    html = path.read_text(encoding="utf-8")
+    page = Page(html)
+    for expected in ("81.25 %", "31.5", "12.50 %", "2.75", "95.00 %", "8,000", "1 min 40 s"):
+        assert expected in page.text, expected
+    for expected in ("--resume", "kronsae.load(", "Explained variance", "base pre-latents", "[3]"):
+        assert expected in page.text, expected
+    assert page.tags.count("figure") == 6
+    assert page.tags.count("article") == 6
+    assert page.tags.count("mark") == sum(len(found.windows) for found in some_contexts())
+    assert "script" not in page.tags
+    for name, value in page.attributes:
+        assert name not in ("src", "href") and not name.startswith("on"), (name, value)
+    assert "http" not in html and "@import" not in html and "url(" not in html
+    assert len(html) < 200_000  # long curves are thinned
+    write_report(tmp_path, contexts=some_contexts())
+    assert path.read_text(encoding="utf-8") == html
+
+
+def test_everything_is_escaped(tmp_path):
+    folder = tmp_path / "a <b> & 'c' $body {style}"
+    folder.mkdir()
+    write_run(folder, records(20), command=EVIL, versions={EVIL: EVIL})
+    document = json.loads((folder / "config.json").read_text())
+    for part in document["config"].values():
+        part.update({key: EVIL for key in part if not isinstance(part[key], int)})
+        part[EVIL] = EVIL
+    document[EVIL] = {EVIL: EVIL}
+    (folder / "config.json").write_text(json.dumps(document))
+    bad = {"kind": "final", "step": 21, "explained_variance": EVIL, EVIL: EVIL}
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(bad) + "\n")
+    html = write_report(folder, contexts=some_contexts(), tokenizer=EvilTokenizer()).read_text()
+    page = Page(html)
+    assert "script" not in page.tags
+    assert EVIL in page.text
+    assert page.tags.count("body") == 1
+
+
+@pytest.mark.parametrize("left_out", [*HELDOUT, "loss", "tokens", "step", "kind", "seconds", "lr"])
+def test_missing_metrics(tmp_path, left_out):
+    found = [{k: v for k, v in record.items() if k != left_out} for record in records(30)]
+    write_run(tmp_path, found)
+    Page(write_report(tmp_path).read_text(encoding="utf-8"))
+
+
+def test_no_metrics_and_no_settings(tmp_path):
+    page = Page(write_report(tmp_path, contexts=None).read_text(encoding="utf-8"))
+    assert "figure" not in page.tags
+    (tmp_path / "config.json").write_text("[1")
+    (tmp_path / "metrics.jsonl").write_text("")
+    Page(write_report(tmp_path, contexts=[]).read_text(encoding="utf-8"))
+
+
+def test_a_run_that_was_killed(tmp_path):
+    write_run(tmp_path, records(50)[:-1])
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"kind": "train", "step": 51, "lo')
+    page = Page(write_report(tmp_path).read_text(encoding="utf-8"))
+    assert "has not ended" in page.text and "81.25 %" in page.text
+
+
+@pytest.mark.parametrize(
+    "value", [0, -5.0, float("nan"), float("inf"), None, "1e-3", 1e-300, 1e300]
+)
+def test_odd_values(tmp_path, value):
+    odd = {key: value for key in records(1)[0] if key not in ("kind", "step", "tokens")}
+    found = [{"kind": kind, "step": 1, "tokens": 0, **odd} for kind in ("train", "heldout")]
+    write_run(tmp_path, found)
+    html = write_report(tmp_path).read_text(encoding="utf-8")
+    Page(html)
+    assert (
+        "nan"
+        not in html.split("</style>")[1].split("Settings and versions")[0].replace("explained", "")
+        or value != value
+    )
+
+
+def test_dense_and_custom_data(tmp_path):
+    sae = SAEConfig(d_model=6, encoder="dense", dict_size=30, k=4)
+    settings = {"config": {"sae": sae.__dict__, "train": {}}}
+    write_run(tmp_path, records(5), **settings, command=["/home/me/kronsae/train.py", "--k", "a b"])
+    page = Page(write_report(tmp_path).read_text(encoding="utf-8"))
+    assert "TopK SAE" in page.text and "KronSAE on" not in page.text
+    assert "python -m kronsae.train --k 'a b'" in page.text
+
+
+def test_ticks():
+    assert _ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
+    assert _ticks(0, 730_000, 4) == pytest.approx([0, 200_000, 400_000, 600_000, 800_000])
+    assert _ticks(3, 3)[0] <= 3 <= _ticks(3, 3)[-1]
+    assert _ticks(0, 0)[0] == 0 < _ticks(0, 0)[-1]
+    assert _log_ticks(0.03, 0.6) == pytest.approx([0.02, 0.05, 0.1, 0.2, 0.5, 1])
+    assert _log_ticks(0.002, 900) == pytest.approx([10.0**i for i in range(-3, 4)])
+    for value in (1.0, 10.0, 0.37):
+        ticks = _log_ticks(value, value)
+        assert ticks[0] <= value * 1.001 and ticks[-1] >= value * 0.999 and len(ticks) > 1
