@@ -167,7 +167,9 @@ def _figure(key: str, value: Any) -> str:
     """A value of a record for people: 96.03 % for shares, four digits for the rest."""
     if not _is_number(value):
         return _escape(str(value))
-    return f"{100 * value:.2f} %" if key in _SHARES else f"{value:,.4g}"
+    if key in _SHARES:
+        return f"{100 * value:.2f} %"
+    return f"{value:#.4g}" if 0 < abs(value) < 1000 else f"{value:,.0f}"
 
 
 def _tick(key: str, value: float) -> str:
@@ -220,11 +222,10 @@ def _summary(settings: dict[str, Any], records: Sequence[Record], run_folder: Pa
         sentences.append(
             f"On held-out text the reconstruction explains <strong>{share} of the variance</strong>"
         )
-    if _is_number(figures.get("ce_recovered")):
+    if all(_is_number(figures.get(key)) for key in ("ce_clean", "ce_spliced")):
         sentences.append(
-            "With it in place of the activations, the language model keeps "
-            f"<strong>{_figure('ce_recovered', figures['ce_recovered'])}</strong> of what they "
-            "contribute to its predictions"
+            "In place of the activations it changes the language model's loss from <strong>"
+            f"{figures['ce_clean']:.3f} to {figures['ce_spliced']:.3f} nats</strong> a token"
         )
     text = "".join(f"{sentence}. " for sentence in sentences)
     heading = f"{'KronSAE' if kron else 'TopK SAE'}{' on ' if source else ''}{source}"
@@ -593,9 +594,9 @@ li { display: flex; gap: .75rem; align-items: baseline; padding: .1rem 0; }
 li b { min-width: 3rem; text-align: right; font-weight: normal; color: var(--faint);
   font-variant-numeric: tabular-nums; }
 li code { white-space: pre-wrap; overflow-wrap: anywhere; }
-li span, li mark { color: inherit; border-radius: 2px;
+li span, li mark { color: inherit; border-radius: 2px; padding-block: 1px 3px;
   background: rgb(var(--mark) / calc(var(--most) * var(--a))); }
-li mark { outline: 1.5px solid var(--text); }
+li mark { outline: 1.5px solid var(--text); outline-offset: 0; }
 figcaption span { white-space: nowrap; }
 @media (max-width: 40rem) {
   .wide thead { position: absolute; clip-path: inset(50%); }
