@@ -148,7 +148,7 @@ def _check_effects(config: RunConfig, given: dict[str, Any]) -> None:
     rules = [
         (("heads", "m", "n", "composition", "eps"), sae.encoder == "dense", "--encoder dense"),
         (("eps",), sae.composition != "mand", f"--composition {sae.composition}"),
-        (("auxk",), train.auxk_coefficient == 0, "--auxk-coefficient 0"),
+        (("auxk", "auxk_fraction"), train.auxk_coefficient == 0, "--auxk-coefficient 0"),
         (("revision", "trust_remote_code"), embedded, "--model embedded"),
         (
             ("dataset_config", "split", "streaming", "text_column"),

@@ -171,6 +171,11 @@ class TrainConfig:
     )
     auxk_coefficient: float = setting(1 / 32, "weight of the loss that revives dead latents")
     auxk: int = setting(0, "dead latents a token in that loss (0: d_model / 2)")
+    auxk_fraction: float = setting(
+        0.25,
+        "share of each batch on which that loss is measured (all of it costs more than the "
+        "rest of the step)",
+    )
     dead_after_tokens: int = setting(
         0, "a latent is dead after so many tokens without firing (0: 10 M, or tokens / 10 if less)"
     )
@@ -200,10 +205,9 @@ class TrainConfig:
         for name in ("lr", "lr_final", "weight_decay", "max_grad_norm", "auxk_coefficient"):
             value = getattr(self, name)
             _require(math.isfinite(value) and value >= 0, f"{name}: expected >= 0, got {value}")
-        _require(
-            0 <= self.warmup_fraction <= 1,
-            f"warmup_fraction: expected 0 to 1, got {self.warmup_fraction}",
-        )
+        for name in ("warmup_fraction", "auxk_fraction"):
+            value = getattr(self, name)
+            _require(0 <= value <= 1, f"{name}: expected 0 to 1, got {value}")
         _require(
             self.dtype in ("auto", *DTYPES),
             f"dtype: one of {('auto', *DTYPES)}, not {self.dtype!r}",

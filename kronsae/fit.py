@@ -163,6 +163,10 @@ def _train(
         save()
 
 
+def _is_finite(x: Tensor) -> bool:
+    return bool(torch.isfinite(x).all())
+
+
 class DataEnded(InputError):
     """The activations ended before the budget was used."""
 
@@ -189,34 +193,37 @@ class _Session:
             self.batches = iter(self.source)
         if self.normalizer is None:
             self._measure_normalizer()
-        x = self.pending.pop(0) if self.pending else self._draw()
+        x = self.pending.pop(0) if self.pending else next(self.batches, None)
         self.waited += time.monotonic() - began
-        return x[: self.config.tokens - self.learner.tokens]
-
-    def _draw(self) -> Tensor:
-        x = next(self.batches, None)
         if x is None:
-            seen = self.learner.tokens + sum(each.shape[0] for each in self.pending)
             raise DataEnded(
-                f"the data ended after {seen:,} of {self.config.tokens:,} tokens: "
+                f"the data ended after {self.learner.tokens:,} of {self.config.tokens:,} tokens: "
                 "give more text, more --epochs, or fewer --tokens"
             )
-        number = self.learner.step_count + len(self.pending)
-        if not torch.isfinite(x).all():
+        if not _is_finite(x):
             bad = int((~torch.isfinite(x)).any(1).sum())
             raise InputError(
-                f"batch {number}: {bad} of {x.shape[0]} activations hold NaN or infinity"
+                f"batch {self.learner.step_count}: {bad} of {x.shape[0]} activations hold NaN or "
+                "infinity"
             )
-        return x
+        return x[: self.config.tokens - self.learner.tokens]
 
     def _measure_normalizer(self) -> None:
+        """From the first batches, which are kept to be trained on (and to be judged) in turn."""
         tokens = 0
         while tokens < min(NORMALIZER_TOKENS, self.config.tokens):
-            self.pending.append(self._draw())
-            tokens += self.pending[-1].shape[0]
-        device = self.learner.device
-        measured = Normalizer.of(torch.cat(self.pending))
-        self.normalizer = Normalizer(measured.mean.to(device), measured.scale)
+            x = next(self.batches, None)
+            if x is None:
+                break
+            self.pending.append(x)
+            if not _is_finite(x):
+                break
+            tokens += x.shape[0]
+        good = [x for x in self.pending if _is_finite(x)]
+        if good:
+            measured = Normalizer.of(torch.cat(good))
+            mean = measured.mean.to(self.learner.device)
+            self.normalizer = Normalizer(mean, measured.scale)
 
     def step(self, x: Tensor) -> dict[str, float]:
         """One optimizer step on raw activations [B, d]; its metrics and rates."""

@@ -98,9 +98,10 @@ class Learner:
         with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32):
             x_hat, codes, loss = sae(x)
             decoded, aux = [codes], x.new_zeros(())
-            if dead_count and config.auxk_coefficient:
+            if dead_count and config.auxk_coefficient and config.auxk_fraction:
                 k = config.auxk or max(1, sae.d_model // 2)
-                aux, aux_codes = auxk_loss(sae, x, x_hat.detach(), dead, k)
+                part = slice(math.ceil(x.shape[0] * config.auxk_fraction))
+                aux, aux_codes = auxk_loss(sae, x[part], x_hat[part].detach(), dead, k)
                 decoded.append(aux_codes)
         for part in decoded:
             part.values.retain_grad()

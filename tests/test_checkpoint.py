@@ -1,0 +1,135 @@
+"""Checkpoints and files: complete, atomic, checked, free of pickle."""
+
+import os
+
+import pytest
+import torch
+
+from kronsae import InputError, checkpoint, files
+from kronsae.run import RunFolder
+
+STATE = {
+    "weights": {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(2, dtype=torch.bfloat16)},
+    "shared": [torch.arange(6.0)[::2], torch.zeros(1).expand(3)],
+    "generator": torch.Generator().manual_seed(3).get_state(),
+    "empty": torch.empty(0, 4),
+    "step": 7,
+    "rate": 0.1 + 0.2,
+    "names": ["x", None, True, {"deep": 1}],
+}
+
+
+def same(a, b):
+    if isinstance(a, torch.Tensor):
+        return a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, list):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return a == b and type(a) is type(b)
+
+
+def test_round_trip_is_exact(tmp_path):
+    loaded = checkpoint.load_state(checkpoint.save_state(tmp_path / "step-00000007", STATE))
+    assert same(STATE, loaded)
+
+
+@pytest.mark.parametrize("value", [object(), {1: 2}, {"f": lambda: 0}, float], ids=str)
+def test_refuses_what_is_neither_tensor_nor_json(value, tmp_path):
+    with pytest.raises(TypeError):
+        checkpoint.save_state(tmp_path / "step", {"value": value})
+    assert list(tmp_path.iterdir()) == []
+
+
+def _flip(path, position):
+    content = bytearray(path.read_bytes())
+    content[position] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda f: _flip(f / "state.safetensors", -1),
+        lambda f: _flip(f / "state.safetensors", 9),
+        lambda f: (f / "state.safetensors").write_bytes(b""),
+        lambda f: (f / "state.safetensors").unlink(),
+        lambda f: (f / "state.json").unlink(),
+        lambda f: (f / "state.json").write_text("[1]"),
+        lambda f: (f / "state.json").write_bytes((f / "state.json").read_bytes()[:-20]),
+    ],
+    ids=["tensor byte", "header byte", "empty", "no tensors", "no json", "other json", "cut json"],
+)
+def test_damage_is_noticed(damage, tmp_path):
+    folder = checkpoint.save_state(tmp_path / "step-00000001", STATE)
+    damage(folder)
+    with pytest.raises(InputError, match="damaged.*remove the folder"):
+        checkpoint.load_state(folder)
+
+
+def test_other_format_version(tmp_path):
+    folder = checkpoint.save_state(tmp_path / "step-00000001", STATE)
+    text = (folder / "state.json").read_text().replace('"format_version": 1', '"format_version": 2')
+    (folder / "state.json").write_text(text)
+    with pytest.raises(InputError, match="expected format version 1, got 2"):
+        checkpoint.load_state(folder)
+
+
+def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
+    target = tmp_path / "step-00000001"
+    checkpoint.save_state(target, {"step": 1})
+
+    def full(path, value):
+        (path.parent / "half").write_text("half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_json", full)
+    with pytest.raises(InputError, match="No space left on device.*nothing was left"):
+        checkpoint.save_state(target, {"step": 2})
+    monkeypatch.undo()
+    assert checkpoint.load_state(target) == {"step": 1}
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_full_disk_message_for_a_text(monkeypatch, tmp_path):
+    monkeypatch.setattr(files, "_beside", lambda path: files.Path("/dev/full"))
+    monkeypatch.setattr(files.Path, "unlink", lambda self, missing_ok=False: None)
+    with pytest.raises(InputError, match="could not be written.*No space left"):
+        files.write_text(tmp_path / "report.html", "x")
+
+
+def test_leftovers_of_a_killed_write_are_ignored_and_removed(tmp_path):
+    run = RunFolder.create(tmp_path / "run", {"config": {}})
+    run.save_checkpoint(5, {"step": 5}, keep=2)
+    leftover = run.checkpoints / ".step-00000006.0a1b2c3d.partial"
+    leftover.mkdir()
+    (leftover / "state.safetensors").write_bytes(b"half")
+    (run.path / ".report.html.0a1b2c3d.partial").write_text("half")
+    again, _ = RunFolder.open(run.path)
+    assert again.load_checkpoint()["step"] == 5
+    assert not leftover.exists() and not list(run.path.glob(".*"))
+
+
+def test_newest_is_loaded_and_old_ones_go(tmp_path):
+    run = RunFolder.create(tmp_path / "run", {"config": {}})
+    for step in (9, 10, 100_000_000):
+        run.log({"step": step})
+        run.save_checkpoint(step, {"step": step}, keep=2)
+    run.log({"step": 100_000_001})
+    names = [p.name for p in checkpoint.list_checkpoints(run.checkpoints)]
+    assert names == ["step-00000010", "step-100000000"]
+    assert run.load_checkpoint()["step"] == 100_000_000
+    assert len(run.metrics.read_text().splitlines()) == 3  # what came later is cut off
+
+
+def test_run_folder_that_exists(tmp_path):
+    run = RunFolder.create(tmp_path / "run", {"config": {}})
+    with pytest.raises(InputError, match="exists already: --resume .*run goes on with it"):
+        RunFolder.create(run.path, {"config": {}})
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.txt").write_text("x")
+    with pytest.raises(InputError, match="exists already: choose another"):
+        RunFolder.create(tmp_path / "other", {"config": {}})
+    with pytest.raises(InputError, match="no run folder"):
+        RunFolder.open(tmp_path / "other")

@@ -1,0 +1,240 @@
+"""`fit`: learning, seeds, logging, resuming, stopping, and data that cannot be used."""
+
+import json
+import signal
+import threading
+
+import pytest
+import torch
+
+import kronsae
+from kronsae import InputError, SAEConfig, TrainConfig, checkpoint
+from kronsae.data import SyntheticActivations, TensorActivations
+from kronsae.evaluate import Heldout
+from kronsae.run import RunFolder
+from kronsae.train import fit
+
+KRON = SAEConfig(heads=16, m=2, n=4, k=4)
+TRAIN = TrainConfig(
+    tokens=4000, batch_size=100, lr=3e-3, log_every=10, eval_every=20, checkpoint_every=15
+)
+X = SyntheticActivations(24, num_groups=12, batch_size=4000, seed=1).draw()[0]
+HELDOUT = SyntheticActivations(24, num_groups=12, batch_size=500, seed=1)
+HELDOUT.generator.manual_seed(99)
+HELDOUT = HELDOUT.draw()[0]
+
+
+def weights_equal(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def test_it_learns():
+    result = fit(KRON, X, TrainConfig(tokens=60_000, batch_size=200, lr=5e-3), heldout=HELDOUT)
+    first = result.history[0]["explained_variance"]
+    assert result.metrics["explained_variance"] > max(0.75, first + 0.2)
+    assert result.metrics["l0"] <= 4 and result.tokens == 60_000
+
+
+def test_same_seed_same_weights_other_seed_others():
+    first, again = (fit(KRON, X, TRAIN).sae for _ in range(2))
+    other = fit(KRON, X, TrainConfig(**{**vars(TRAIN), "seed": 1})).sae
+    assert weights_equal(first, again) and not weights_equal(first, other)
+
+
+def test_run_folder(tmp_path):
+    result = fit(KRON, X, TRAIN, heldout=HELDOUT, out=tmp_path / "run")
+    run, settings = RunFolder.open(tmp_path / "run")
+    assert settings["config"]["sae"]["d_model"] == 24
+    assert settings["versions"]["torch"] == torch.__version__
+    records = [json.loads(line) for line in run.metrics.read_text().splitlines()]
+    assert records == result.history
+    kinds = [r["kind"] for r in records]
+    assert kinds.count("train") == 4 and kinds.count("heldout") == 1 and kinds[-1] == "final"
+    names = [p.name for p in checkpoint.list_checkpoints(run.checkpoints)]
+    assert names == ["step-00000030", "step-00000040"]
+    sae = kronsae.load(run.path)
+    assert weights_equal(sae, result.sae)
+    assert sae.metadata["metrics"] == result.metrics
+    out = sae(HELDOUT)  # raw activations
+    variance = (HELDOUT - HELDOUT.mean(0)).square().sum()
+    explained = 1 - (out.x_hat - HELDOUT).square().sum() / variance
+    assert explained.item() == pytest.approx(result.metrics["explained_variance"], abs=1e-4)
+
+
+def test_the_budget_is_met_exactly():
+    result = fit(KRON, X, TrainConfig(tokens=250, batch_size=100, log_every=1))
+    assert [r["tokens"] for r in result.history] == [100, 200, 250]
+
+
+@pytest.mark.parametrize("kind", ["tensor", "synthetic", "iterable"])
+@pytest.mark.parametrize("stop_after", [1, 14, 15, 16, 39])
+def test_resume_is_bit_for_bit(kind, stop_after, tmp_path):
+    """Stopped after any step, by a signal, and resumed: the same weights, metrics and records."""
+
+    def source():
+        if kind == "tensor":
+            return TensorActivations(X, 100, seed=3)
+        if kind == "synthetic":
+            return SyntheticActivations(24, batch_size=100)
+        return list(X.split(100))
+
+    whole = fit(KRON, source(), TRAIN, heldout=HELDOUT, out=tmp_path / "whole")
+    steps = 0
+
+    def interrupt(record):
+        nonlocal steps
+        if record["kind"] == "train":
+            steps = record["step"]
+            if steps == stop_after:
+                signal.raise_signal(signal.SIGTERM)
+
+    config = TrainConfig(**{**vars(TRAIN), "log_every": 1})
+    part = fit(KRON, source(), config, heldout=HELDOUT, out=tmp_path / "run", on_record=interrupt)
+    assert part.stopped_by == signal.SIGTERM and part.tokens == 100 * stop_after
+    rest = fit(KRON, source(), TRAIN, heldout=HELDOUT, out=tmp_path / "run", resume=True)
+    assert rest.stopped_by is None
+    assert weights_equal(whole.sae, rest.sae)
+    assert rest.metrics == whole.metrics
+
+
+def test_resume_without_a_checkpoint_starts_anew(tmp_path):
+    whole = fit(KRON, X, TRAIN, out=tmp_path / "whole")
+    fit(KRON, X, TRAIN, out=tmp_path / "run")
+    for folder in checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints"):
+        for file in folder.iterdir():
+            file.unlink()
+        folder.rmdir()
+    again = fit(KRON, X, TRAIN, out=tmp_path / "run", resume=True)
+    assert weights_equal(whole.sae, again.sae)
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 4
+
+
+def test_resume_with_other_settings(tmp_path):
+    fit(KRON, X, TRAIN, out=tmp_path / "run")
+    other = TrainConfig(**{**vars(TRAIN), "lr": 1e-3, "log_every": 5})
+    with pytest.raises(InputError, match="other settings:\n  config.train.lr: was 0.003, is 0.001"):
+        fit(KRON, X, other, out=tmp_path / "run", resume=True)
+    with pytest.raises(InputError, match="data.shape"):
+        fit(KRON, X[:3000], TRAIN, out=tmp_path / "run", resume=True)
+
+
+def test_damaged_checkpoint(tmp_path):
+    fit(KRON, X, TRAIN, out=tmp_path / "run")
+    newest = tmp_path / "run" / "checkpoints" / "step-00000040"
+    (newest / "state.json").write_text("{}")
+    with pytest.raises(InputError, match="step-00000040 is damaged.*remove the folder"):
+        fit(KRON, X, TRAIN, out=tmp_path / "run", resume=True)
+
+
+def test_data_that_ends_early_keeps_the_work(tmp_path):
+    batches = list(X[:1700].split(100))
+    with pytest.raises(InputError, match="ended after 1,700 of 4,000 tokens"):
+        fit(KRON, batches, TRAIN, out=tmp_path / "run")
+    names = [p.name for p in checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")]
+    assert names == ["step-00000015", "step-00000017"]
+    assert kronsae.load(tmp_path / "run").metadata["tokens"] == 1700
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_activations_that_are_not_finite_are_named(bad, tmp_path):
+    batches = [x.clone() for x in X.split(100)]
+    batches[22][7, 3] = bad
+    with pytest.raises(InputError, match="batch 22: 1 of 100 activations hold NaN or infinity"):
+        fit(KRON, batches, TRAIN, out=tmp_path / "run")
+    names = [p.name for p in checkpoint.list_checkpoints(tmp_path / "run" / "checkpoints")]
+    assert names == ["step-00000015"]
+    assert all(p.isfinite().all() for p in kronsae.load(tmp_path / "run").parameters())
+
+
+@pytest.mark.parametrize(
+    ("activations", "words"),
+    [
+        (torch.zeros(10), "expected a floating tensor"),
+        (torch.zeros(10, 4, dtype=torch.int64), "expected a floating tensor"),
+        ([], "empty iterable"),
+        ([torch.randn(100, 24), torch.randn(100, 25)], "width d = 24"),
+        (torch.ones(5000, 24), "variance 0"),
+    ],
+)
+def test_activations_that_cannot_be_used(activations, words):
+    with pytest.raises(InputError, match=words):
+        fit(KRON, activations, TRAIN)
+
+
+def test_width_must_agree():
+    with pytest.raises(InputError, match="d_model: 8 is configured, the data has 24"):
+        fit(SAEConfig(d_model=8, heads=4, k=2), X, TRAIN)
+
+
+def test_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    save = checkpoint.save_state
+
+    def sometimes_full(folder, state):
+        if folder.name == "step-00000030":
+            raise InputError(f"{folder} could not be written (No space left on device)")
+        return save(folder, state)
+
+    monkeypatch.setattr(checkpoint, "save_state", sometimes_full)
+    with pytest.raises(InputError, match="No space left"):
+        fit(KRON, X, TRAIN, out=tmp_path / "run")
+    monkeypatch.undo()
+    whole = fit(KRON, X, TRAIN)
+    resumed = fit(KRON, X, TRAIN, out=tmp_path / "run", resume=True)
+    assert weights_equal(whole.sae, resumed.sae)
+
+
+def test_works_outside_the_main_thread():
+    results = []
+    thread = threading.Thread(target=lambda: results.append(fit(KRON, X, TRAIN)))
+    thread.start()
+    thread.join()
+    assert results[0].tokens == 4000
+
+
+def test_signal_handlers_are_given_back():
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    fit(KRON, X, TrainConfig(tokens=200, batch_size=100))
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_tensorboard(tmp_path):
+    pytest.importorskip("tensorboard")
+    fit(KRON, X, TrainConfig(**{**vars(TRAIN), "tensorboard": True}), out=tmp_path / "run")
+    assert list((tmp_path / "run" / "tensorboard").glob("events*"))
+
+
+def test_settings_of_fit_reach_the_learner():
+    """Flags that only matter with dead latents, or rarely, do change the result."""
+    plain = fit(KRON, X, TRAIN).sae
+    for change in (
+        {"auxk_coefficient": 0.0},
+        {"auxk": 1},
+        {"auxk_fraction": 1.0},
+        {"dead_after_tokens": 100},
+        {"weight_decay": 0.5},
+        {"max_grad_norm": 1e-3},
+        {"lr_final": 1e-3},
+        {"lr_scale_by_dict_size": True},
+        {"warmup_fraction": 0.5},
+    ):
+        other = fit(KRON, X, TrainConfig(**{**vars(TRAIN), **change})).sae
+        assert not weights_equal(plain, other), change
+
+
+def test_evaluation_figures_by_hand():
+    """Explained variance, L0 and dead share of an SAE whose output is known."""
+    from kronsae.evaluate import evaluate
+    from kronsae.sae import SAE
+
+    sae = SAE(SAEConfig(d_model=2, encoder="dense", dict_size=3, k=1))
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.tensor([[1.0, 0], [0, 1], [-1, -1]]))
+        sae.W_dec.copy_(torch.tensor([[1.0, 0], [0, 1], [-1, 0]]))
+    x = torch.tensor([[3.0, 1], [1, 3]])
+    found = evaluate(sae, Heldout(x))
+    # x_hat = (3, 0) and (0, 3): squared error 2; around the mean (2, 2) the spread is 4.
+    assert found["explained_variance"] == pytest.approx(0.5)
+    assert found["fvu"] == pytest.approx(0.5)
+    assert found["explained_variance_batch"] == pytest.approx(0.5)
+    assert found["mse"] == pytest.approx(0.5)
+    assert found["l0"] == 1.0 and found["dead_share"] == pytest.approx(1 / 3)
