@@ -108,6 +108,9 @@ def build(flags: dict[str, Any], file: dict[str, Any] | None = None) -> RunConfi
     settings = dict(EMBEDDED) if model == "embedded" else {"dict_size": PAPER_DICT_SIZE}
     _drop_overruled(settings, given)
     settings |= given
+    defaults = {f.name: f.default for cls in PARTS.values() for f in dataclasses.fields(cls)}
+    explicit = {k: v for k, v in given.items() if k in flags or v != defaults[k]}
+    _check_effects({**defaults, **settings}, explicit)
     parts = {
         part: from_dict(cls, {k: v for k, v in settings.items() if _PART_OF[k] == part}, "settings")
         for part, cls in PARTS.items()
@@ -118,8 +121,6 @@ def build(flags: dict[str, Any], file: dict[str, Any] | None = None) -> RunConfi
             f"--model {model} needs --layer N (the residual stream after block N, from 0) "
             "or --hookpoint MODULE_NAME"
         )
-    defaults = {f.name: f.default for cls in PARTS.values() for f in dataclasses.fields(cls)}
-    _check_effects(config, {k: v for k, v in given.items() if k in flags or v != defaults[k]})
     return config
 
 
@@ -141,18 +142,32 @@ def _drop_overruled(lower: dict[str, Any], higher: dict[str, Any]) -> None:
             lower.pop(other, None)
 
 
-def _check_effects(config: RunConfig, given: dict[str, Any]) -> None:
-    """Raise InputError for a setting that was given and would change nothing."""
-    sae, data, train = config.sae, config.data, config.train
-    embedded, stdlib = data.model == "embedded", data.dataset == "stdlib"
+def _check_effects(settings: dict[str, Any], given: dict[str, Any]) -> None:
+    """Raise InputError for a setting in `given` that changes nothing beside the others."""
     rules = [
-        (("heads", "m", "n", "composition", "eps"), sae.encoder == "dense", "--encoder dense"),
-        (("eps",), sae.composition != "mand", f"--composition {sae.composition}"),
-        (("auxk", "auxk_fraction"), train.auxk_coefficient == 0, "--auxk-coefficient 0"),
-        (("revision", "trust_remote_code"), embedded, "--model embedded"),
+        (
+            ("heads", "m", "n", "composition", "eps"),
+            settings["encoder"] == "dense",
+            "--encoder dense",
+        ),
+        (
+            ("eps",),
+            settings["composition"] != "mand",
+            f"--composition {settings['composition']}",
+        ),
+        (
+            ("auxk", "auxk_fraction"),
+            settings["auxk_coefficient"] == 0,
+            "--auxk-coefficient 0",
+        ),
+        (
+            ("revision", "trust_remote_code"),
+            settings["model"] == "embedded",
+            "--model embedded",
+        ),
         (
             ("dataset_config", "split", "streaming", "text_column"),
-            stdlib,
+            settings["dataset"] == "stdlib",
             "--dataset stdlib",
         ),
     ]

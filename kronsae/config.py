@@ -61,7 +61,7 @@ class SAEConfig:
             for name in ("heads", "m", "n"):
                 _require(
                     getattr(self, name) == 0,
-                    f"{name} has no effect with encoder='dense': leave it out (dict_size alone)",
+                    f"{name} has no effect with a dense encoder: leave it out (dict_size alone)",
                 )
             _require(
                 self.composition == "mand" and self.eps == 0.0,

@@ -1,0 +1,270 @@
+"""`python -m kronsae.train`: from the command line to the run folder, and every way to fail."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+import kronsae
+from kronsae.checkpoint import list_checkpoints
+from kronsae.cli import make_parser, parse
+from kronsae.errors import InputError
+from kronsae.train import main
+
+SMALL = [
+    *("--tokens", "6000", "--batch-size", "256", "--dict-size", "256", "--k", "8"),
+    *("--context-length", "64", "--buffer-tokens", "2048", "--heldout-tokens", "1024"),
+    *("--log-every", "1", "--eval-every", "8", "--checkpoint-every", "3"),
+]
+
+
+def start(*arguments) -> subprocess.Popen:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "kronsae.train", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+
+
+def finish(*arguments) -> tuple[int, str, str]:
+    process = start(*arguments)
+    out, err = process.communicate(timeout=300)
+    return process.returncode, out, err
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted small run: its folder and what it printed."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    status, printed, err = finish(*SMALL, "--out", out)
+    assert status == 0, err
+    return out, printed
+
+
+def test_everything_is_there(whole):
+    out, printed = whole
+    assert {p.name for p in out.iterdir()} == {
+        *("config.json", "metrics.jsonl", "checkpoints", "sae", "report.html")
+    }
+    for words in ("explained_variance", "ce_recovered", "dead_share", "l0", str(out), "latent "):
+        assert words in printed
+    final = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    assert final["kind"] == "final" and final["tokens"] == 6000
+    assert final["explained_variance"] > 0.3 and final["ce_recovered"] > 0.5
+    assert final["ce_clean"] < final["ce_spliced"] < final["ce_zero"]
+    assert kronsae.load(out).d_model == 256
+
+
+def test_config_file_repeats_the_run(whole, tmp_path):
+    out, _ = whole
+    assert main(["--config", str(out / "config.json"), "--out", str(tmp_path / "run")]) == 0
+    weights = "sae/sae.safetensors"
+    assert (tmp_path / "run" / weights).read_bytes() == (out / weights).read_bytes()
+
+
+@pytest.mark.parametrize("moment", ["loading", "first", "second"])
+def test_kill_9_and_resume(moment, whole, tmp_path):
+    """Killed at a random moment, resumed, and the final files are an uninterrupted run's."""
+    out = tmp_path / "run"
+    process = start(*SMALL, "--out", out)
+    wait = random.Random(moment).random()
+    if moment != "loading":
+        count = {"first": 1, "second": 2}[moment]
+        _wait_for(lambda: len(list_checkpoints(out / "checkpoints")) >= count, process)
+        wait *= 0.3
+    else:
+        _wait_for(lambda: (out / "config.json").exists(), process)
+    time.sleep(wait)
+    process.kill()
+    process.communicate()
+    status, printed, err = finish("--resume", out)
+    assert status == 0, err
+    _same_result(out, whole[0])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signal_saves_and_says_how_to_go_on(number, whole, tmp_path):
+    out = tmp_path / "run"
+    process = start(*SMALL, "--out", out)
+    _wait_for(lambda: (out / "metrics.jsonl").exists(), process)
+    process.send_signal(number)
+    printed, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + number, err
+    command = re.search(r"python -m kronsae\.train (--resume \S+)", printed).group(1).split()
+    tokens = kronsae.load(out).metadata["tokens"]
+    assert 0 < tokens < 6000
+    assert json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["tokens"] == tokens
+    status, printed, err = finish(*command)
+    assert status == 0, err
+    _same_result(out, whole[0])
+
+
+def _wait_for(condition, process, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def _same_result(out, expected):
+    weights = "sae/sae.safetensors"
+    assert (out / weights).read_bytes() == (expected / weights).read_bytes()
+    times = ("seconds", "tokens_per_s", "data_wait_share")
+
+    def records(folder):
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        return [{k: v for k, v in json.loads(x).items() if k not in times} for x in lines]
+
+    assert records(out) == records(expected)
+    assert not [p for p in out.rglob("*") if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--heds", "4"], "unknown argument '--heds': did you mean --heads"),
+        (["extra"], "unknown argument 'extra'"),
+        (["--k", "many"], "argument --k: invalid int value: 'many'"),
+        (["--encoder", "round"], "--encoder: invalid choice: 'round'"),
+        (["--k", "5000"], "k: expected 1 <= k <= dict_size = 4096, got 5000"),
+        (["--heads", "3", "--m", "2", "--n", "2", "--dict-size", "99"], "3 * 2 * 2 = 12"),
+        (["--dict-size", "1000", "--m", "3", "--n", "7"], "no multiple of m * n = 3 * 7"),
+        (["--layer", "9"], "0 to 3"),
+        (["--layer", "1", "--hookpoint", "gpt_neox"], "exclude each other"),
+        (["--hookpoint", "gpt_neox.layer.1"], "gpt_neox.layers.1"),
+        (["--model", "no/such-model", "--layer", "1"], "model 'no/such-model'"),
+        (["--model", "no/such-model"], "needs --layer N"),
+        (["--dataset", "no/such-data"], "dataset 'no/such-data'"),
+        (["--dataset", "missing*.jsonl"], "no file matches 'missing*.jsonl'"),
+        (["--device", "cuda:7"], "device 'cuda:7' cannot be used"),
+        (["--device", "toaster"], "device 'toaster' cannot be used"),
+        (["--encoder", "dense", "--m", "4"], "--m has no effect with --encoder dense"),
+        (["--encoder", "dense", "--composition", "mand"], "--composition has no effect"),
+        (["--composition", "mul", "--eps", "1e-5"], "--eps has no effect with --composition mul"),
+        (["--auxk-coefficient", "0", "--auxk", "9"], "--auxk has no effect"),
+        (["--text-column", "body"], "--text-column has no effect with --dataset stdlib"),
+        (["--revision", "v2"], "--revision has no effect with --model embedded"),
+        (["--resume", "no/run"], "no run folder"),
+        (["--config", "no.json"], "--config no.json cannot be read"),
+        (["--context-length", "9999"], "256"),
+        (["--tokens", "0"], "tokens: expected >= 1, got 0"),
+        (["--lr", "nan"], "lr: expected >= 0"),
+    ],
+)
+def test_bad_input(arguments, words, capsys, tmp_path, monkeypatch):
+    """One clear message, exit status 2, and nothing written."""
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    message = capsys.readouterr().err
+    assert words in message and message.startswith("error: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_folder_that_exists(whole, capsys):
+    assert main(["--out", str(whole[0])]) == 2
+    assert f"exists already: --resume {whole[0]}" in capsys.readouterr().err
+
+
+def test_resume_takes_no_other_settings(whole, capsys):
+    assert main(["--resume", str(whole[0]), "--lr", "1"]) == 2
+    assert "--lr cannot change when a run is resumed" in capsys.readouterr().err
+    assert main(["--resume", str(whole[0]), "--out", "x"]) == 2
+    assert "no --out" in capsys.readouterr().err
+
+
+def test_bad_config_files(tmp_path, capsys):
+    file = tmp_path / "config.json"
+    for content, words in [
+        ("[1]", "expected a JSON object"),
+        ('{"sae": {"wings": 2}}', "sae has no setting 'wings'"),
+        ('{"train": {"tokens": "many"}}', "tokens expects int, got 'many'"),
+        ('{"train": {"tokens": true}}', "tokens expects int, got True"),
+        ('{"more": {}}', "expected a JSON object with the parts"),
+    ]:
+        file.write_text(content)
+        assert main(["--config", str(file)]) == 2
+        assert words in capsys.readouterr().err
+
+
+def test_data_that_ends_early(tmp_path, capsys):
+    text = tmp_path / "text.jsonl"
+    text.write_text(
+        "".join(json.dumps({"text": f"def f{i}(x): return x"}) + "\n" for i in range(900))
+    )
+    arguments = [
+        *SMALL,
+        "--tokens",
+        "99999",
+        "--dataset",
+        str(text),
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    assert main(arguments) == 2
+    message = capsys.readouterr().err
+    assert "the data ended after" in message and "--epochs" in message
+    assert kronsae.load(tmp_path / "run").metadata["tokens"] > 0
+
+
+def test_column_that_is_not_there(tmp_path, capsys):
+    (tmp_path / "a.jsonl").write_text('{"body": "x", "id": 1}\n')
+    assert main(["--dataset", str(tmp_path / "a.jsonl")]) == 2
+    message = capsys.readouterr().err
+    assert "no column 'text'" in message and "'body'" in message and "--text-column" in message
+
+
+def test_precedence_defaults_preset_file_flags(tmp_path):
+    file = tmp_path / "config.json"
+    file.write_text('{"train": {"lr": 0.5, "seed": 7}, "sae": {"heads": 32}}')
+    config = parse(["--config", str(file), "--seed", "8"]).config
+    assert config.train.lr == 0.5 and config.train.seed == 8
+    assert config.sae.heads == 32 and config.sae.dict_size == 32 * 16  # not the preset's size
+    assert config.data.layer == 2 and config.sae.k == 32  # from the preset
+    assert parse([]).config.sae.dict_size == 4096
+    paper = parse(["--model", "gpt2", "--layer", "6"]).config
+    assert paper.sae.dict_size == 2**15 and paper.sae.k == 50 and paper.train.lr == 8e-4
+    dense = parse(["--encoder", "dense"]).config
+    assert dense.sae.dict_size == 4096 and dense.sae.heads == 0
+    assert parse(["--m", "2"]).config.sae.heads == 4096 // 8
+    with pytest.raises(InputError, match="unknown argument"):
+        parse(["--tok", "5"])  # no abbreviations
+
+
+def test_every_flag_has_help():
+    for action in make_parser()._actions:
+        assert action.help, action.option_strings
+
+
+@pytest.mark.parametrize("arguments", [[], ["--encoder", "dense"], ["--device", "cpu", "--k", "7"]])
+def test_plan(arguments, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["--plan", *arguments]) == 0
+    printed = capsys.readouterr().out
+    for words in ("F = 4,096", "MiB", "multiply-adds", "kernels", "minutes", "d = 256"):
+        assert words in printed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_plan_does_not_load_the_model(monkeypatch):
+    import transformers
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", refuse)
+    assert main(["--plan"]) == 0
+
+
+def test_plan_refuses_bad_input(capsys):
+    assert main(["--plan", "--layer", "4"]) == 2
+    assert "0 to 3" in capsys.readouterr().err
