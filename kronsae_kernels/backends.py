@@ -42,7 +42,7 @@ def choose(impl: str | None, device: torch.device) -> str:
         return "torch"
     if impl == "reference":
         return impl
-    if impl not in NAMES and impl not in _BACKENDS:
+    if not isinstance(impl, str) or (impl not in NAMES and impl not in _BACKENDS):
         raise ValueError(f"impl: expected None or one of {NAMES}, got {impl!r}")
     reason = (
         _BACKENDS[impl].why_not(device)

@@ -6,6 +6,8 @@ Letters, everywhere in this package:
 (m, n, k are not the M, N, K of a matrix product.)
 """
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -24,10 +26,13 @@ class SparseCodes(NamedTuple):
     """[..., k] int64, latent index in [0, F)."""
 
 
-def require(condition: bool, message: str) -> None:
-    """Raise ValueError(message) unless `condition` holds."""
+def require(condition: bool, message: str | Callable[[], str]) -> None:
+    """Raise ValueError(message) unless `condition` holds.
+
+    A message with a shape in it is a function: torch.compile cannot format a symbolic size.
+    """
     if not condition:
-        raise ValueError(message)
+        raise ValueError(message if isinstance(message, str) else message())
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -39,12 +44,18 @@ def shape_of(tensor: Tensor) -> str:
     return "[" + ", ".join(str(size) for size in tensor.shape) + "]"
 
 
+def check_tensors(**tensors: Tensor) -> None:
+    """Each argument is a tensor."""
+    for name, tensor in tensors.items():
+        require(isinstance(tensor, Tensor), f"{name}: expected a tensor, got {type(tensor)}")
+
+
 def check_floating(**tensors: Tensor | None) -> None:
     """Each argument is a tensor of one of DTYPES (or None)."""
     for name, tensor in tensors.items():
         if tensor is None:
             continue
-        require(isinstance(tensor, Tensor), f"{name}: expected a tensor, got {type(tensor)}")
+        check_tensors(**{name: tensor})
         require(
             tensor.dtype in DTYPES,
             f"{name}: expected float64, float32, bfloat16 or float16, got {tensor.dtype}",
@@ -65,7 +76,7 @@ def check_shape(name: str, tensor: Tensor | None, expected: tuple[int, ...], mea
     if tensor is not None:
         require(
             tuple(tensor.shape) == expected,
-            f"{name}: expected {meaning} = {list(expected)}, got {shape_of(tensor)}",
+            lambda: f"{name}: expected {meaning} = {list(expected)}, got {shape_of(tensor)}",
         )
 
 
@@ -78,10 +89,19 @@ def check_count(name: str, value: int, low: int, high: int, meaning: str) -> Non
 
 def cast_for_autocast(device_type: str, *tensors: Tensor | None) -> list[Tensor | None]:
     """The tensors in autocast's dtype where autocast is on (never float64), else unchanged."""
-    if not torch.is_autocast_enabled(device_type):
+    available = torch.amp.is_autocast_available(device_type)
+    if not available or not torch.is_autocast_enabled(device_type):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device_type)
     return [
         t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
         for t in tensors
     ]
+
+
+def without_autocast(tensor: Tensor) -> AbstractContextManager:
+    """Inside an operator: its dtypes are chosen already, and sums stay in float32."""
+    device_type = tensor.device.type
+    if not torch.amp.is_autocast_available(device_type):
+        return nullcontext()
+    return torch.autocast(device_type, enabled=False)

@@ -1,5 +1,7 @@
 """`sparse_decode`: checks, choice of the implementation, and the operator with its rules."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -9,8 +11,10 @@ from kronsae_kernels.common import (
     check_floating,
     check_same,
     check_shape,
+    check_tensors,
     require,
     shape_of,
+    without_autocast,
 )
 
 
@@ -37,17 +41,22 @@ def sparse_decode(
     """
     if isinstance(codes_or_values, tuple):
         require(indices is None, "indices: give SparseCodes alone, or values and indices")
+        require(
+            len(codes_or_values) == 2,
+            f"codes_or_values: expected (values, indices), got {len(codes_or_values)} items",
+        )
         values, indices = codes_or_values
     else:
         values = codes_or_values
     require(indices is not None, "indices: expected beside values, got None")
     require(w_dec is not None, "w_dec: expected [F, d], got None")
+    check_tensors(values=values, indices=indices, w_dec=w_dec)
     check_floating(values=values, w_dec=w_dec, b_dec=b_dec)
     require(
         w_dec.ndim == 2 and w_dec.numel() > 0,
-        f"w_dec: expected [F, d] with no empty dimension, got {shape_of(w_dec)}",
+        lambda: f"w_dec: expected [F, d] with no empty dimension, got {shape_of(w_dec)}",
     )
-    require(values.ndim >= 1, f"values: expected [..., k], got {shape_of(values)}")
+    require(values.ndim >= 1, lambda: f"values: expected [..., k], got {shape_of(values)}")
     require(indices.dtype == torch.int64, f"indices: expected int64, got {indices.dtype}")
     check_shape("indices", indices, tuple(values.shape), "the shape of values")
     check_shape("b_dec", b_dec, (w_dec.shape[1],), "[d]")
@@ -62,9 +71,9 @@ def sparse_decode(
     name = backends.choose(impl, w_dec.device)
     if name == "reference":
         return reference.sparse_decode(values, indices, w_dec=w_dec, b_dec=b_dec)
-    k = values.shape[-1]
+    shape = math.prod(values.shape[:-1]), values.shape[-1]  # not -1: k may be 0
     out = torch.ops.kronsae.decode(
-        values.reshape(-1, k), indices.reshape(-1, k), w_dec, b_dec, name
+        values.reshape(shape), indices.reshape(shape), w_dec, b_dec, name
     )
     return out.view(*values.shape[:-1], w_dec.shape[1])
 
@@ -73,7 +82,8 @@ def sparse_decode(
 def _decode(
     values: Tensor, indices: Tensor, w_dec: Tensor, b_dec: Tensor | None, impl: str
 ) -> Tensor:
-    return backends.module(impl).decode(values, indices, w_dec, b_dec)
+    with without_autocast(w_dec):
+        return backends.module(impl).decode(values, indices, w_dec, b_dec)
 
 
 @_decode.register_fake
@@ -91,7 +101,10 @@ def _decode_backward(
     need_w: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    return backends.module(impl).decode_backward(d_out, values, indices, w_dec, need_values, need_w)
+    with without_autocast(w_dec):
+        return backends.module(impl).decode_backward(
+            d_out, values, indices, w_dec, need_values, need_w
+        )
 
 
 @_decode_backward.register_fake

@@ -20,8 +20,10 @@ from kronsae_kernels.common import (
     check_floating,
     check_same,
     check_shape,
+    check_tensors,
     require,
     shape_of,
+    without_autocast,
 )
 
 
@@ -70,14 +72,15 @@ def fused_encode(
         composition in COMPOSITIONS,
         f"composition: expected one of {COMPOSITIONS}, got {composition!r}",
     )
-    require(math.isfinite(eps) and eps >= 0, f"eps: expected a finite number >= 0, got {eps!r}")
+    usable = isinstance(eps, (int, float)) and math.isfinite(eps) and eps >= 0
+    require(usable, f"eps: expected a finite number >= 0, got {eps!r}")
     name = backends.choose(impl, x.device)
     if name == "reference":
         return reference.fused_encode(
             x, w_enc, b_enc, m=m, k=k, composition=composition, eps=eps, mask=mask
         )
     flat = x.reshape(-1, x.shape[-1])
-    indices, base, extension = torch.ops.kronsae.encode(
+    base, extension, indices = torch.ops.kronsae.encode(
         flat, w_enc, b_enc, mask, m, k, composition, name
     )
     values = reference.compose(base * extension, composition, eps)
@@ -108,7 +111,7 @@ def dense_encode(
     if name == "reference":
         return reference.dense_encode(x, w_enc, b_enc, k=k, mask=mask)
     flat = x.reshape(-1, x.shape[-1])
-    indices, values = torch.ops.kronsae.dense_encode(flat, w_enc, b_enc, mask, k, name)
+    values, indices = torch.ops.kronsae.dense_encode(flat, w_enc, b_enc, mask, k, name)
     shape = (*x.shape[:-1], k)
     return SparseCodes(values.view(shape), indices.view(shape))
 
@@ -120,16 +123,22 @@ def _check_encoder(
     x: Tensor, w_enc: Tensor, b_enc: Tensor | None, mask: Tensor | None, rank: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Check all but m, k and the options; return the tensors as autocast wants them."""
+    check_tensors(x=x, w_enc=w_enc)
     check_floating(x=x, w_enc=w_enc, b_enc=b_enc)
+    if mask is not None:
+        check_tensors(mask=mask)
     layout = {3: "[h, m + n, d]", 2: "[F, d]"}[rank]
-    require(x.ndim >= 1, f"x: expected [..., d], got {shape_of(x)}")
+    require(x.ndim >= 1, lambda: f"x: expected [..., d], got {shape_of(x)}")
     require(
         w_enc.ndim == rank and w_enc.numel() > 0,
-        f"w_enc: expected {layout} with no empty dimension, got {shape_of(w_enc)}",
+        lambda: f"w_enc: expected {layout} with no empty dimension, got {shape_of(w_enc)}",
     )
     require(
         x.shape[-1] == w_enc.shape[-1],
-        f"x: expected [..., d] with d = {w_enc.shape[-1]} as in w_enc {layout}, got {shape_of(x)}",
+        lambda: (
+            f"x: expected [..., d] with d = {w_enc.shape[-1]} as in w_enc {layout}, "
+            f"got {shape_of(x)}"
+        ),
     )
     check_shape("b_enc", b_enc, tuple(w_enc.shape[:-1]), layout.replace(", d", ""))
     check_same("device", x=x, w_enc=w_enc, b_enc=b_enc, mask=mask)
@@ -143,7 +152,7 @@ def _check_mask(mask: Tensor | None, size: int, k: int) -> None:
         return
     check_shape("mask", mask, (size,), "[F]")
     require(mask.dtype == torch.bool, f"mask: expected bool, got {mask.dtype}")
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_compiling() and not mask.is_meta:
         allowed = int(mask.sum())
         require(k <= allowed, f"k: expected at most the {allowed} latents in mask, got {k}")
 
@@ -162,13 +171,17 @@ def _encode(
     composition: str,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return backends.module(impl).encode(x, w_enc, b_enc, mask, m, k, composition)
+    with without_autocast(x):
+        indices, base, extension = backends.module(impl).encode(
+            x, w_enc, b_enc, mask, m, k, composition
+        )
+    return base, extension, indices
 
 
 @_encode.register_fake
 def _(x, w_enc, b_enc, mask, m, k, composition, impl):
     factor = x.new_empty(x.shape[0], k, dtype=accumulate_dtype(x.dtype))
-    return torch.empty_like(factor, dtype=torch.int64), factor, torch.empty_like(factor)
+    return factor, torch.empty_like(factor), torch.empty_like(factor, dtype=torch.int64)
 
 
 @torch.library.custom_op("kronsae::encode_backward", mutates_args=())
@@ -183,9 +196,10 @@ def _encode_backward(
     need_w: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return backends.module(impl).encode_backward(
-        d_base, d_extension, indices, x, w_enc, m, need_x, need_w
-    )
+    with without_autocast(x):
+        return backends.module(impl).encode_backward(
+            d_base, d_extension, indices, x, w_enc, m, need_x, need_w
+        )
 
 
 @_encode_backward.register_fake
@@ -200,12 +214,12 @@ def _(d_base, d_extension, indices, x, w_enc, m, need_x, need_w, impl):
 
 def _encode_setup(ctx, inputs, output):
     x, w_enc, b_enc, _, ctx.m, _, ctx.composition, ctx.impl = inputs
-    indices, base, extension = output
+    base, extension, indices = output
     ctx.mark_non_differentiable(indices)
     ctx.save_for_backward(x, w_enc, indices, base, extension)
 
 
-def _encode_autograd(ctx, _, d_base, d_extension):
+def _encode_autograd(ctx, d_base, d_extension, _):
     x, w_enc, indices, base, extension = ctx.saved_tensors
     if ctx.composition != "mul":
         d_base, d_extension = d_base * (base > 0), d_extension * (extension > 0)
@@ -228,13 +242,15 @@ _encode.register_autograd(_encode_autograd, setup_context=_encode_setup)
 def _dense_encode(
     x: Tensor, w_enc: Tensor, b_enc: Tensor | None, mask: Tensor | None, k: int, impl: str
 ) -> tuple[Tensor, Tensor]:
-    return backends.module(impl).dense_encode(x, w_enc, b_enc, mask, k)
+    with without_autocast(x):
+        indices, values = backends.module(impl).dense_encode(x, w_enc, b_enc, mask, k)
+    return values, indices
 
 
 @_dense_encode.register_fake
 def _(x, w_enc, b_enc, mask, k, impl):
     values = x.new_empty(x.shape[0], k, dtype=accumulate_dtype(x.dtype))
-    return torch.empty_like(values, dtype=torch.int64), values
+    return values, torch.empty_like(values, dtype=torch.int64)
 
 
 @torch.library.custom_op("kronsae::dense_encode_backward", mutates_args=())
@@ -247,7 +263,10 @@ def _dense_encode_backward(
     need_w: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return backends.module(impl).dense_encode_backward(d_values, indices, x, w_enc, need_x, need_w)
+    with without_autocast(x):
+        return backends.module(impl).dense_encode_backward(
+            d_values, indices, x, w_enc, need_x, need_w
+        )
 
 
 @_dense_encode_backward.register_fake
@@ -261,12 +280,12 @@ def _(d_values, indices, x, w_enc, need_x, need_w, impl):
 
 def _dense_setup(ctx, inputs, output):
     x, w_enc, _, _, _, ctx.impl = inputs
-    indices, values = output
+    values, indices = output
     ctx.mark_non_differentiable(indices)
     ctx.save_for_backward(x, w_enc, indices, values)
 
 
-def _dense_autograd(ctx, _, d_values):
+def _dense_autograd(ctx, d_values, _):
     x, w_enc, indices, values = ctx.saved_tensors
     need_x, need_w, need_b = ctx.needs_input_grad[:3]
     d_x, d_w, d_b = torch.ops.kronsae.dense_encode_backward(

@@ -78,7 +78,8 @@ def sparse_decode(
 ) -> Tensor:
     """Sum of the selected decoder rows times their values, plus b_dec, in w_dec's dtype."""
     dtype = accumulate_dtype(w_dec.dtype)
-    out = torch.einsum("...k,...kd->...d", values.to(dtype), w_dec[indices].to(dtype))
+    # Not a matrix product, which autocast would round.
+    out = (values.to(dtype)[..., None] * w_dec[indices].to(dtype)).sum(-2)
     if b_dec is not None:
         out = out + b_dec.to(dtype)
     return out.to(w_dec.dtype)

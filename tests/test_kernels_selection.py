@@ -1,11 +1,109 @@
 """Selection, by hand: what is selected, in which order, and what a selected latent is worth."""
 
+import math
+
 import pytest
 import torch
 
-from kronsae_kernels import fused_encode
+from kronsae_kernels import dense_encode, fused_encode, sparse_decode, torch_impl
+from kronsae_kernels.common import COMPOSITIONS
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
+both = pytest.mark.parametrize("impl", ["torch", "reference"])
+
+
+def encode(pre_latents, m, k, **options):
+    """fused_encode of one token whose pre-latents are given, head by head: x = 1, w_enc = them."""
+    w_enc = torch.tensor(pre_latents)[:, :, None]
+    codes = fused_encode(torch.ones(1), w_enc, m=m, k=k, **options)
+    return codes.values.tolist(), codes.indices.tolist()
+
+
+@both
+def test_values_of_each_composition(impl):
+    # Head 0: base 4, -1 and extension 9, 1, -2. Head 1: base 2, 0 and extension 3, 8, 5.
+    heads = [[4.0, -1.0, 9.0, 1.0, -2.0], [2.0, 0.0, 3.0, 8.0, 5.0]]
+    values, indices = encode(heads, m=2, k=5, impl=impl)
+    assert indices == [0, 7, 8, 6, 1]  # products 36, 16, 10, 6, 4
+    assert values == pytest.approx([6, 4, math.sqrt(10), math.sqrt(6), 2], rel=1e-6)
+    values, indices = encode(heads, m=2, k=6, eps=0.25, impl=impl)
+    assert indices == [0, 7, 8, 6, 1, 2]  # the last: the first latent without a product
+    assert values == pytest.approx([math.sqrt(v + 0.25) for v in (36, 16, 10, 6, 4, 0)], rel=1e-6)
+    assert encode(heads, m=2, k=5, composition="relu_mul", impl=impl) == (
+        [36, 16, 10, 6, 4],
+        [0, 7, 8, 6, 1],
+    )
+    assert encode(heads, m=2, k=12, composition="mul", impl=impl) == (
+        [36, 16, 10, 6, 4, 2, 0, 0, 0, -1, -8, -9],
+        [0, 7, 8, 6, 1, 5, 9, 10, 11, 4, 2, 3],
+    )
+
+
+@both
+def test_ties_go_to_the_lowest_index(impl):
+    heads = [[1.0, 1.0, 2.0, 2.0]] * 5
+    assert encode(heads, m=2, k=3, impl=impl)[1] == [0, 1, 2]
+    heads[3] = [1.0, 2.0, 2.0, 2.0]
+    assert encode(heads, m=2, k=4, impl=impl)[1] == [14, 15, 0, 1]
+    assert encode([[0.0, 0.0]] * 5, m=1, k=3, impl=impl) == ([0.0] * 3, [0, 1, 2])
+    assert encode([[-1.0, 3.0]] * 5, m=1, k=3, impl=impl) == ([0.0] * 3, [0, 1, 2])
+
+
+@both
+def test_product_decides_not_its_root(impl):
+    """sqrt is not one to one in float32: 1 and the next number have the same root."""
+    above = 1 + torch.finfo(torch.float32).eps
+    values, indices = encode([[1.0, 1.0], [above, 1.0]], m=1, k=2, impl=impl)
+    assert values == [1.0, 1.0]
+    assert indices == [1, 0]
+
+
+@both
+def test_bfloat16_latents_compete_in_float32(impl):
+    """1.0078125 and 1 are neighbours in bfloat16, where these three products would all be 1."""
+    w_enc = torch.tensor([[1.0, 1.0], [1.0078125, 0.9921875], [0.9921875, 1.0]]).bfloat16()
+    codes = fused_encode(
+        torch.ones(1).bfloat16(), w_enc[:, :, None], m=1, k=3, composition="relu_mul", impl=impl
+    )
+    assert codes.indices.tolist() == [0, 1, 2]
+    assert codes.values.tolist() == [1.0, 1.0078125 * 0.9921875, 0.9921875]
+    assert codes.values.dtype == torch.float32
+
+
+@both
+def test_mask_selects_among_its_latents_alone(impl):
+    heads = [[4.0, 2.0, 9.0, 1.0], [2.0, 1.0, 3.0, 8.0]]  # products 36 4 18 2, 6 16 3 8
+    mask = torch.tensor([0, 1, 0, 1, 1, 0, 0, 1]).bool()
+    assert encode(heads, m=2, k=4, composition="relu_mul", mask=mask, impl=impl) == (
+        [8, 6, 4, 2],
+        [7, 4, 1, 3],
+    )
+    # A latent outside the mask loses even against one without a product.
+    mask = torch.tensor([0, 0, 0, 1]).bool()
+    heads = [[1.0, 1.0], [2.0, 2.0], [3.0, 3.0], [-1.0, 1.0]]
+    assert encode(heads, m=1, k=1, mask=mask, impl=impl) == ([0.0], [3])
+
+
+@both
+def test_dense(impl):
+    w_enc = torch.tensor([[3.0], [-1.0], [5.0], [5.0], [0.0], [2.0]])
+    codes = dense_encode(torch.ones(1), w_enc, k=6, impl=impl)
+    assert codes.values.tolist() == [5, 5, 3, 2, 0, 0]
+    assert codes.indices.tolist() == [2, 3, 0, 5, 1, 4]
+
+
+@pytest.mark.parametrize("composition", COMPOSITIONS)
+def test_heads_that_decide_by_a_low_product(composition):
+    """k is larger than the number of latents above 0, so low products decide which heads stay."""
+    generator = torch.Generator().manual_seed(1)
+    w_enc = torch.randn(40, 5, 3, generator=generator, dtype=torch.float64)
+    b_enc = torch.full((40, 5), -1.5, dtype=torch.float64)
+    x = torch.randn(50, 3, generator=generator, dtype=torch.float64)
+    for k in (1, 5, 20, 39):
+        options = {"m": 2, "k": k, "composition": composition}
+        got = fused_encode(x, w_enc, b_enc, **options)
+        expected = fused_encode(x, w_enc, b_enc, **options, impl="reference")
+        assert torch.equal(got.indices, expected.indices)
 
 
 def test_mul_where_all_products_are_negative():
@@ -17,3 +115,136 @@ def test_mul_where_all_products_are_negative():
     assert codes.indices.item() == 2
     codes = fused_encode(x, -w[:, :, None], m=2, k=1, composition="mul")
     assert (codes.values.item(), codes.indices.item()) == (-2.0, 2)
+
+
+# Rows that are not finite
+
+
+@both
+@pytest.mark.parametrize("composition", COMPOSITIONS)
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_bad_row_stays_in_its_row(bad, composition, impl):
+    """Weights are integers, so that the other rows are the same to the bit."""
+    x = torch.randint(-2, 3, (6, 4)).float().requires_grad_()
+    w_enc, b_enc = torch.randint(-2, 3, (9, 5, 4)).float(), torch.randint(-2, 3, (9, 5)).float()
+    w_dec = torch.randint(-2, 3, (54, 4)).float()
+    spoiled = x.detach().clone()
+    spoiled[2, 1] = bad
+    spoiled.requires_grad_()
+    others = [0, 1, 3, 4, 5]
+
+    def run(x):
+        codes = fused_encode(x, w_enc, b_enc, m=2, k=12, composition=composition, impl=impl)
+        out = sparse_decode(codes, w_dec=w_dec, impl=impl)
+        return [codes.values, codes.indices, out, torch.autograd.grad(out.sum(), x)[0]]
+
+    found = run(spoiled)
+    for got, expected in zip(found, run(x), strict=True):
+        assert torch.equal(got[others], expected[others])
+    values, indices, out, _ = (row[2] for row in found)
+    assert not values.isfinite().any()
+    assert ((indices >= 0) & (indices < 54)).all()
+    assert len(set(indices.tolist())) == 12
+    assert not out.isfinite().any()
+    if math.isnan(bad):
+        assert values.isnan().all()
+        assert out.isnan().all()
+
+
+@both
+def test_bad_row_of_a_dense_encoder(impl):
+    x, w_enc = torch.randint(-2, 3, (6, 4)).float(), torch.randint(-2, 3, (64, 4)).float()
+    spoiled = x.clone()
+    spoiled[2, 1] = math.nan
+    got, expected = (dense_encode(rows, w_enc, k=3, impl=impl) for rows in (spoiled, x))
+    others = [0, 1, 3, 4, 5]
+    assert torch.equal(got.values[others], expected.values[others])
+    assert torch.equal(got.indices[others], expected.indices[others])
+    assert got.values[2].isnan().all()
+
+
+# Chunks of tokens
+
+
+def integers(*shape, dtype):
+    """Sums of their products are exact, so that chunks of any size agree to the bit."""
+    return torch.randint(-2, 3, shape).to(dtype)
+
+
+@pytest.fixture
+def small_chunks(monkeypatch):
+    """A function that makes every chunk of tokens the given size."""
+
+    def make(tokens):
+        monkeypatch.setitem(torch_impl.CHUNK_BYTES, "cpu", 1)
+        monkeypatch.setattr(torch_impl, "MIN_CHUNK_TOKENS", tokens)
+
+    return make
+
+
+def assert_same(got, expected):
+    for a, b in zip(got, expected, strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 5, 7])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_chunks_change_nothing(chunk, dtype, small_chunks, monkeypatch):
+    x, g = integers(11, 6, dtype=dtype), integers(11, 6, dtype=dtype)
+    w_enc, b_enc = integers(20, 5, 6, dtype=dtype), integers(20, 5, dtype=dtype)
+    w_dense, b_dense = integers(120, 6, dtype=dtype), integers(120, dtype=dtype)
+    w_dec = integers(120, 6, dtype=dtype)
+    mask = torch.arange(120) % 3 > 0
+    leaves = [t.requires_grad_() for t in (x, w_enc, b_enc, w_dense, b_dense, w_dec)]
+    seen = []
+    spans = torch_impl._spans
+
+    def counted(*arguments):
+        seen.append(spans(*arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(torch_impl, "_spans", counted)
+
+    def run():
+        codes = [
+            fused_encode(x, w_enc, b_enc, m=2, k=7),
+            fused_encode(x, w_enc, b_enc, m=2, k=7, mask=mask),
+            dense_encode(x, w_dense, b_dense, k=5),
+        ]
+        outs = [sparse_decode(one, w_dec=w_dec) for one in codes]
+        gradients = torch.autograd.grad(sum(outs), leaves, g)
+        return [*(part for one in codes for part in one), *outs, *gradients]
+
+    expected = run()
+    assert all(len(of_call) == 1 for of_call in seen)
+    seen.clear()
+    small_chunks(chunk)
+    assert_same(run(), expected)
+    assert all(len(of_call) == math.ceil(11 / chunk) for of_call in seen)
+    assert seen
+
+
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_chunks_of_sums_in_bfloat16(chunk, small_chunks):
+    """`combine` and `pair_dots` of a bfloat16 table gather float32 rows, a chunk at a time."""
+    table, y = torch.randn(50, 9).bfloat16(), torch.randn(10, 9)
+    columns, coefficients = torch.randint(50, (10, 4)), torch.randn(10, 4)
+    expected = [
+        torch_impl.combine(coefficients, columns, table),
+        torch_impl.pair_dots(y, columns, table),
+    ]
+    small_chunks(chunk)
+    got = [
+        torch_impl.combine(coefficients, columns, table),
+        torch_impl.pair_dots(y, columns, table),
+    ]
+    assert_same(got, expected)
+    rows = table[columns].double()
+    truth = [
+        torch.einsum("bk,bkd->bd", coefficients.double(), rows),
+        torch.einsum("bd,bkd->bk", y.double(), rows),
+    ]
+    for one, of_truth in zip(got, truth, strict=True):
+        # A float32 sum of 9 terms at most, each below 4 * 4.
+        assert (one - of_truth).abs().max() < 10 * 2**-24 * 9 * 16
