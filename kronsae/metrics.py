@@ -3,6 +3,37 @@
 import torch
 from torch import Tensor
 
+MEANING = {
+    "explained_variance": (
+        "Explained variance",
+        "share of the activations' variance that the reconstruction explains: 1 is perfect, 0 no "
+        "better than their mean",
+    ),
+    "fvu": ("FVU", "fraction of variance unexplained: 1 - explained variance"),
+    "explained_variance_batch": (
+        "Explained variance, batch form",
+        "mean over tokens of 1 - error / spread, as the KronSAE paper computes it (App. H)",
+    ),
+    "mse": ("MSE", "mean squared error of a coordinate of the raw activations"),
+    "l0": ("L0", "latents active on a token, on average; at most k"),
+    "dead_share": ("Dead latents", "share of latents that no held-out token activates"),
+    "ce_clean": (
+        "Cross-entropy, clean",
+        "loss of the language model as it is, in nats a token; lower is better",
+    ),
+    "ce_spliced": (
+        "Cross-entropy, spliced",
+        "the same with the reconstruction in place of the activations: the closer to clean, the "
+        "better",
+    ),
+    "ce_zero": ("Cross-entropy, zeroed", "the same with zeros in place of the activations"),
+    "ce_recovered": (
+        "Cross-entropy recovered",
+        "share of the damage done by zeros that the reconstruction avoids: 1 is perfect",
+    ),
+}
+"""Label and meaning of each figure of an evaluation, in the order to show them."""
+
 
 class ReconstructionMetrics:
     """Streaming comparison of x [B, d] with x_hat [B, d] over an evaluation set.

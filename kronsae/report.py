@@ -16,39 +16,11 @@ from typing import Any, NamedTuple
 from kronsae.config import DataConfig, SAEConfig, TrainConfig
 from kronsae.contexts import LatentContexts, Window, short, title, token_texts
 from kronsae.files import write_text
+from kronsae.metrics import MEANING
 
 Record = dict[str, Any]
 """A line of metrics.jsonl."""
 
-_MEANING = {
-    "explained_variance": (
-        "Explained variance",
-        "share of the activations' variance that the reconstruction explains: 1 is perfect, 0 no "
-        "better than their mean",
-    ),
-    "fvu": ("FVU", "fraction of variance unexplained: 1 - explained variance"),
-    "explained_variance_batch": (
-        "Explained variance, batch form",
-        "mean over tokens of 1 - error / spread, as the KronSAE paper computes it (App. H)",
-    ),
-    "mse": ("MSE", "mean squared error of a coordinate of the raw activations"),
-    "l0": ("L0", "latents active on a token, on average; at most k"),
-    "dead_share": ("Dead latents", "share of latents that no held-out token activates"),
-    "ce_clean": (
-        "Cross-entropy, clean",
-        "loss of the language model as it is, in nats a token; lower is better",
-    ),
-    "ce_spliced": (
-        "Cross-entropy, spliced",
-        "the same with the reconstruction in place of the activations: the closer to clean, the "
-        "better",
-    ),
-    "ce_zero": ("Cross-entropy, zeroed", "the same with zeros in place of the activations"),
-    "ce_recovered": (
-        "Cross-entropy recovered",
-        "share of the damage done by zeros that the reconstruction avoids: 1 is perfect",
-    ),
-}
 """Label and meaning of each figure of an evaluation."""
 
 _SHARES = {"explained_variance", "fvu", "explained_variance_batch", "dead_share", "ce_recovered"}
@@ -238,7 +210,7 @@ def _evaluation(records: Sequence[Record]) -> str:
         return ""
     rows = [
         (f'<th scope="row">{label}</th>', f"<td>{_figure(key, record[key])}</td>", meaning)
-        for key, (label, meaning) in _MEANING.items()
+        for key, (label, meaning) in MEANING.items()
         if key in record
     ]
     body = "".join(f"<tr>{head}{value}<td>{meaning}</td></tr>" for head, value, meaning in rows)
@@ -327,8 +299,8 @@ def _heldout_table(records: Sequence[Record]) -> str:
     rows = [record for record in records if record.get("kind") in ("heldout", "final")]
     if not rows:
         return ""
-    keys = [key for key in _MEANING if key in rows[0]]
-    head = "".join(f'<th scope="col">{_MEANING[key][0]}</th>' for key in keys)
+    keys = [key for key in MEANING if key in rows[0]]
+    head = "".join(f'<th scope="col">{MEANING[key][0]}</th>' for key in keys)
     body = "".join(
         f'<tr><th scope="row">{record["step"]:,}</th>'
         + "".join(f"<td>{_figure(key, record.get(key, '–'))}</td>" for key in keys)

@@ -22,6 +22,7 @@ from kronsae.config import RunConfig
 from kronsae.errors import InputError
 from kronsae.evaluate import Heldout
 from kronsae.fit import FitResult, fit, resolve_device
+from kronsae.metrics import MEANING
 from kronsae.plan import make_plan, render
 from kronsae.run import RunFolder
 
@@ -180,15 +181,7 @@ class _Progress:
             )
 
 
-_MEANING = {
-    "explained_variance": "share of the activations' variance that the latents explain",
-    "l0": "active latents a token",
-    "dead_share": "share of latents that no held-out token activates",
-    "ce_clean": "cross-entropy of the language model as it is, nats a token",
-    "ce_spliced": "... with the reconstruction in place of the activations",
-    "ce_zero": "... with zeros in their place",
-    "ce_recovered": "share of that damage which the reconstruction avoids",
-}
+_SHOWN = ("explained_variance", "l0", "dead_share", "ce_clean", "ce_spliced", "ce_recovered")
 
 
 def _summarise(
@@ -207,12 +200,12 @@ def _summarise(
     tokenizer = heldout.language_model.tokenizer
     latents = top_contexts(result.sae, heldout)
     write_report(run.path, contexts=latents, tokenizer=tokenizer)
-    table = Table(title="On held-out text", title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for heading in ("", "", ""):
-        table.add_column(heading)
-    for name, meaning in _MEANING.items():
+    console.print("\n[bold]On held-out text[/bold]")
+    table = Table.grid(padding=(0, 2))
+    for name in _SHOWN:
         if name in result.metrics:
-            table.add_row(name, f"{result.metrics[name]:.4f}", f"[dim]{meaning}[/dim]")
+            label, meaning = MEANING[name]
+            table.add_row(label, f"{result.metrics[name]:.4f}", f"[dim]{meaning}[/dim]")
     console.print(table)
     console.print("\n[bold]What some latents have learned[/bold] (where they fire most)")
     for block in render_contexts(latents, tokenizer, console):

@@ -55,7 +55,13 @@ def test_everything_is_there(whole):
     assert {p.name for p in out.iterdir()} == {
         *("config.json", "metrics.jsonl", "checkpoints", "sae", "report.html")
     }
-    for words in ("explained_variance", "ce_recovered", "dead_share", "l0", str(out), "latent "):
+    for words in (
+        "Explained variance",
+        "Cross-entropy recovered",
+        "Dead latents",
+        "latent ",
+        str(out),
+    ):
         assert words in printed
     final = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
     assert final["kind"] == "final" and final["tokens"] == 6000

@@ -1,0 +1,55 @@
+"""The README's Python examples run as they stand, and its commands are ones that exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from kronsae.cli import parse
+
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+COMMANDS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+
+
+def test_there_are_examples():
+    assert len(EXAMPLES) == 2 and len(COMMANDS) >= 3
+
+
+def test_training_example(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    exec(EXAMPLES[0], names)
+    assert 0.3 < float(capsys.readouterr().out) < 1
+    assert names["codes"].values.shape == names["codes"].indices.shape == (8, 16)
+    assert names["x_hat"].shape == (8, 64)
+
+
+def test_kernels_example():
+    names: dict = {}
+    exec(EXAMPLES[1], names)
+    assert names["x_hat"].shape == (32, 64)
+    assert names["w_enc"].grad.any() and names["w_dec"].grad.any()
+    assert names["topk"].values.shape == (32, 8)
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python -m kronsae")])
+def test_commands_parse(command):
+    words = command.replace("\\\n", " ").split()
+    request = parse(words[3:])
+    assert request.config.train.tokens == 500_000_000
+
+
+def test_files_named_in_the_readme_exist():
+    tree = re.search(r"## Where things are\n\n```\n(.*?)```", README, flags=re.DOTALL).group(1)
+    folder, missing = "", []
+    for line in tree.splitlines():
+        names = re.findall(r"([\w/]+\.py|\w+/)(?=\s|$)", line)
+        if not line.startswith(" "):
+            folder = names[0] if names else ""
+        for name in names:
+            places = (Path(folder) / name, Path(name))
+            root = Path(__file__).parent.parent
+            if not any((root / place).exists() for place in places):
+                missing.append(name)
+    assert not missing
