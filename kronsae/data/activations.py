@@ -1,6 +1,9 @@
 """Streams of activations with an exact position: what a trainer eats."""
 
+import hashlib
+import warnings
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -10,8 +13,14 @@ from kronsae.config import DataConfig
 from kronsae.data.buffer import ShuffleBuffer
 from kronsae.data.language_model import LanguageModel
 from kronsae.data.packing import Packer, token_mask
-from kronsae.data.text import TextSource, open_text
+from kronsae.data.text import TextSource, check_text, open_text
 from kronsae.errors import InputError
+
+HASHED_ROWS = 256
+"""Rows of a tensor, evenly spaced, by which `describe` tells it from others."""
+
+DECISIVE = ("context_length", "contexts_per_batch", "buffer_tokens", "epochs")
+"""Settings of `DataConfig` that decide the batches, beside model and text."""
 
 
 class ActivationSource(Protocol):
@@ -32,28 +41,34 @@ class ActivationSource(Protocol):
 
 
 class TensorActivations:
-    """Rows of a tensor [N, d], in another seeded order each epoch.
+    """Rows of a tensor [..., d], in another seeded order each epoch.
 
-    epochs: None repeats for ever. Raises InputError unless x is a non-empty floating [N, d].
+    epochs: None repeats for ever. Raises InputError unless x is floating, non-empty and at least
+    two-dimensional, and batch_size >= 1.
     """
 
     def __init__(
         self, x: Tensor, batch_size: int, seed: int = 0, epochs: int | None = None
     ) -> None:
-        _check_batch(x, "activations", None)
-        self.x, self.batch_size, self.seed, self.epochs = x, batch_size, seed, epochs
-        self.d_model = x.shape[1]
+        _check_batch_size(batch_size)
+        self.x = _rows(x, "activations")
+        self.batch_size, self.seed, self.epochs = batch_size, seed, epochs
+        self.d_model = self.x.shape[1]
         self.epoch = self.position = 0
 
     def __iter__(self) -> Iterator[Tensor]:
+        shuffled, order = None, torch.empty(0)
         while self.epochs is None or self.epoch < self.epochs:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-            order = torch.randperm(self.x.shape[0], generator=generator).to(self.x.device)
-            while self.position < self.x.shape[0]:
-                chosen = order[self.position : self.position + self.batch_size]
-                self.position += self.batch_size
-                yield self.x[chosen].float()
-            self.epoch, self.position = self.epoch + 1, 0
+            if self.position >= self.x.shape[0]:
+                self.epoch, self.position = self.epoch + 1, 0
+                continue
+            if shuffled != self.epoch:
+                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+                order = torch.randperm(self.x.shape[0], generator=generator).to(self.x.device)
+                shuffled = self.epoch
+            chosen = order[self.position : self.position + self.batch_size]
+            self.position += self.batch_size
+            yield self.x[chosen].float()
 
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "position": self.position}
@@ -62,14 +77,24 @@ class TensorActivations:
         self.epoch, self.position = state["epoch"], state["position"]
 
     def describe(self) -> dict[str, Any]:
-        return {"source": "tensor", "shape": list(self.x.shape), "epochs": self.epochs}
+        count = self.x.shape[0]
+        chosen = torch.linspace(0, count - 1, min(count, HASHED_ROWS), dtype=torch.float64)
+        rows = self.x[chosen.long().to(self.x.device)].detach().float().cpu().contiguous()
+        return {
+            "source": "tensor",
+            "shape": list(self.x.shape),
+            "content": hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:16],
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            "epochs": self.epochs,
+        }
 
 
 class IterableActivations:
-    """Batches [B, d] of any iterable, as they come.
+    """Batches [..., d] of any iterable, as they come, flattened to [B, d].
 
     It resumes by skipping as many batches, so the iterable must give the same ones again.
-    Raises InputError for a batch that is no floating [B, d], or of another width than the first.
+    Raises InputError for a batch that is no floating [..., d], or of another width than the first.
     """
 
     def __init__(self, batches: Iterable[Tensor]) -> None:
@@ -78,7 +103,7 @@ class IterableActivations:
         self.first = next(self.batches, None)
         if self.first is None:
             raise InputError("activations: expected batches [B, d], got an empty iterable")
-        _check_batch(self.first, "batch 0", None)
+        self.first = _rows(self.first, "batch 0")
         self.d_model = self.first.shape[1]
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -87,7 +112,7 @@ class IterableActivations:
             self.given += 1
             yield x.float()
         for x in self.batches:
-            _check_batch(x, f"batch {self.given}", self.d_model)
+            x = _rows(x, f"batch {self.given}", self.d_model)
             self.given += 1
             yield x.float()
 
@@ -95,6 +120,11 @@ class IterableActivations:
         return {"given": self.given}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.given > state["given"]:
+            raise InputError(
+                f"the iterable has given {self.given} batches, more than the {state['given']} of "
+                "the checkpoint, and cannot go back: make it anew"
+            )
         skipped = iter(self)
         while self.given < state["given"]:
             if next(skipped, None) is None:
@@ -108,7 +138,13 @@ class IterableActivations:
 
 
 class LanguageModelActivations:
-    """Activations of a language model that reads text: packed, masked, shuffled, in batches."""
+    """Activations of a language model that reads text: packed, masked, shuffled, in batches.
+
+    The first documents are set aside to evaluate on; a warning tells if they are fewer tokens than
+    `config.heldout_tokens`. What does not fill a context at the end of the data is left out.
+    Raises InputError if there is not a context of text for each purpose, or if activations are not
+    finite.
+    """
 
     def __init__(
         self,
@@ -118,15 +154,19 @@ class LanguageModelActivations:
         batch_size: int,
         seed: int,
     ) -> None:
+        _check_batch_size(batch_size)
         self.language_model = language_model
         self.text = text
         self.config = config
+        self.batch_size, self.seed = batch_size, seed
         self.d_model = language_model.d_model
         self.packer = Packer(language_model.tokenizer, config.context_length)
         self.contexts: list[Tensor] = []  # packed, not yet read by the model
         self.forwards = 0
         self._heldout = self._set_aside()
-        self.buffer = ShuffleBuffer(self._forward(), config.buffer_tokens, batch_size, seed)
+        self._check_rest()
+        device = next(language_model.model.parameters()).device
+        self.buffer = ShuffleBuffer(self._forward(), config.buffer_tokens, batch_size, seed, device)
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter(self.buffer)
@@ -145,18 +185,18 @@ class LanguageModelActivations:
                 return
             ids = torch.stack(self.contexts[:size])
             self.contexts = self.contexts[size:]
-            x = self._read(ids)
+            x = self._read(ids, f"forward pass {self.forwards}")
             self.forwards += 1
             yield x
 
-    def _read(self, ids: Tensor) -> Tensor:
+    def _read(self, ids: Tensor, where: str) -> Tensor:
         activations = self.language_model.activations(ids)
         x = activations[self.token_mask(ids).to(activations.device)].float()
         if not torch.isfinite(x).all():
             bad = (~torch.isfinite(x)).any(1).double().mean().item()
             raise InputError(
                 f"{self.language_model.hookpoint} gave NaN or infinity for {bad:.1%} of the tokens "
-                f"of forward pass {self.forwards}: try --model-dtype float32 or bfloat16"
+                f"of {where}: try --model-dtype float32 or bfloat16"
             )
         return x
 
@@ -166,22 +206,43 @@ class LanguageModelActivations:
 
     def _set_aside(self) -> Tensor:
         """Held-out contexts [c, L]: the first that reach config.heldout_tokens."""
-        packer = Packer(self.language_model.tokenizer, self.config.context_length)
+        config = self.config
+        packer = Packer(self.language_model.tokenizer, config.context_length)
         contexts: list[Tensor] = []
-        wanted = -(-self.config.heldout_tokens // self.config.context_length)
+        wanted = -(-config.heldout_tokens // config.context_length)
         documents = 0
         for text in self.text.heldout():
             documents += 1
-            contexts += packer.add(text)
-            if len(contexts) >= wanted:
+            contexts += islice(packer.add(text), wanted - len(contexts))
+            if len(contexts) == wanted:
                 break
         if not contexts:
             raise InputError(
-                f"dataset {self.config.dataset!r} has less text than one context of "
-                f"{self.config.context_length} tokens to hold out"
+                f"dataset {config.dataset!r} has less text than one context of "
+                f"{config.context_length} tokens to hold out: give more text, or a smaller "
+                "--context-length"
             )
         self.text.hold_out(documents)
-        return torch.stack(contexts[:wanted])
+        if len(contexts) < wanted:
+            warnings.warn(
+                f"dataset {config.dataset!r}: only {len(contexts) * config.context_length:,} of "
+                f"{config.heldout_tokens:,} tokens could be held out",
+                stacklevel=3,
+            )
+        return torch.stack(contexts)
+
+    def _check_rest(self) -> None:
+        """Raise InputError unless the training text fills a context; its position stays."""
+        position = self.text.state_dict()
+        packer = Packer(self.language_model.tokenizer, self.config.context_length)
+        if not any(True for text in self.text for _ in packer.add(text)):
+            raise InputError(
+                f"dataset {self.config.dataset!r}: what is left to train on, after "
+                f"{self._heldout.numel():,} held-out tokens, has only {len(packer.waiting)} "
+                f"tokens, less than one context of {self.config.context_length}: give more text, "
+                "fewer --heldout-tokens or a smaller --context-length"
+            )
+        self.text.load_state_dict(position)
 
     def heldout_contexts(self) -> Tensor:
         """Token ids [c, context_length] that are never trained on; the same for every seed."""
@@ -190,7 +251,7 @@ class LanguageModelActivations:
     def heldout_activations(self) -> Tensor:
         """Activations [t, d] float32 of their masked tokens, in reading order."""
         parts = self._heldout.split(self.config.contexts_per_batch)
-        return torch.cat([self._read(ids) for ids in parts])
+        return torch.cat([self._read(ids, "held-out text") for ids in parts])
 
     def state_dict(self) -> dict[str, Any]:
         length = self.config.context_length
@@ -204,10 +265,12 @@ class LanguageModelActivations:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state, also if batches were given already."""
         self.text.load_state_dict(state["text"])
         self.packer.load_state_dict(state["packer"])
         self.contexts = list(state["contexts"])
         self.forwards = state["forwards"]
+        self.buffer.source = self._forward()
         self.buffer.load_state_dict(state["buffer"])
 
     def describe(self) -> dict[str, Any]:
@@ -216,6 +279,9 @@ class LanguageModelActivations:
             **self.language_model.describe(),
             "text": self.text.fingerprint(),
             "heldout_contexts": self._heldout.shape[0],
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+            **{name: getattr(self.config, name) for name in DECISIVE},
         }
 
 
@@ -226,7 +292,9 @@ def open_activations(
     device = torch.device(device)
     default = torch.bfloat16 if device.type == "cuda" else torch.float32
     dtype = default if config.model_dtype == "auto" else getattr(torch, config.model_dtype)
-    text = open_text(config, seed)
+    # What is cheap to check comes first; the model checks its names before it reads weights.
+    _check_batch_size(batch_size)
+    check_text(config)
     model = LanguageModel.load(
         config.model,
         layer=config.layer,
@@ -236,18 +304,25 @@ def open_activations(
         device=device,
         trust_remote_code=config.trust_remote_code,
     )
-    longest = getattr(model.model.config, "max_position_embeddings", None)
+    longest = getattr(model.model.config.get_text_config(), "max_position_embeddings", None)
     if longest and config.context_length > longest:
         raise InputError(
             f"context_length: {config.model} reads at most {longest} tokens, "
             f"got {config.context_length}"
         )
-    return LanguageModelActivations(model, text, config, batch_size, seed)
+    return LanguageModelActivations(model, open_text(config, seed), config, batch_size, seed)
 
 
-def _check_batch(x: Any, name: str, d_model: int | None) -> None:
-    if not isinstance(x, Tensor) or x.ndim != 2 or not x.is_floating_point() or not x.numel():
+def _rows(x: Any, name: str, d_model: int | None = None) -> Tensor:
+    """[..., d] as [B, d]."""
+    if not isinstance(x, Tensor) or x.ndim < 2 or not x.is_floating_point() or not x.numel():
         what = f"{list(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x)
-        raise InputError(f"{name}: expected a floating tensor [B, d], got {what}")
-    if d_model not in (None, x.shape[1]):
-        raise InputError(f"{name}: expected width d = {d_model} as before, got {x.shape[1]}")
+        raise InputError(f"{name}: expected a floating tensor [..., B, d], got {what}")
+    if d_model not in (None, x.shape[-1]):
+        raise InputError(f"{name}: expected width d = {d_model} as before, got {x.shape[-1]}")
+    return x.flatten(0, -2)
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise InputError(f"batch_size: expected >= 1, got {batch_size}")

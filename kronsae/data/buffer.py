@@ -6,6 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kronsae.errors import InputError
+
+MOVED_ROWS = 4096
+"""Rows that are moved in one go: a small copy reuses memory, a large one is given new pages."""
+
 
 class ShuffleBuffer:
     """Mixes a stream of activations [r, d]: every batch is drawn from `capacity` waiting rows.
@@ -13,16 +18,31 @@ class ShuffleBuffer:
     It fills up, serves half of its rows in random order without replacement, fills up again, and
     serves everything when the stream ends; only the very last batch can be smaller. Capacity is
     raised to twice the batch size if it is less. Rows live in one tensor that is made once.
+
+    source: its tensors are not written to, and must not change until the next one is asked for
+        (what does not fit is kept without a copy).
+    device: where rows wait and batches are given; None takes that of the source's tensors.
     """
 
-    def __init__(self, source: Iterator[Tensor], capacity: int, batch_size: int, seed: int) -> None:
+    def __init__(
+        self,
+        source: Iterator[Tensor],
+        capacity: int,
+        batch_size: int,
+        seed: int,
+        device: torch.device | None = None,
+    ) -> None:
+        if batch_size < 1:
+            raise InputError(f"batch_size: expected >= 1, got {batch_size}")
         self.source = source
         self.capacity = max(capacity, 2 * batch_size)
         self.batch_size = batch_size
+        self.device = device
         self.generator = torch.Generator().manual_seed(seed)
         self.rows: Tensor | None = None
         self.filled = 0  # rows [0, filled) wait
-        self.order = torch.empty(0, dtype=torch.int64)  # rows to serve before the next refill
+        self.served = torch.empty(0, dtype=torch.int64)  # rows chosen at the last refill
+        self.order = self.served  # those of them still to serve
         self.overflow: Tensor | None = None  # what the last forward pass gave beyond capacity
         self.ended = False
 
@@ -46,17 +66,21 @@ class ShuffleBuffer:
                 self.ended = True
                 break
             if self.rows is None:
-                self.rows = x.new_empty(self.capacity, x.shape[1])
+                self._allocate(x)
             taken = min(x.shape[0], self.capacity - self.filled)
             self.rows[self.filled : self.filled + taken] = x[:taken]
             self.filled += taken
             if taken < x.shape[0]:
-                self.overflow = x[taken:].clone()
+                self.overflow = x[taken:]
         self.served = torch.randperm(self.filled, generator=self.generator)
         if not self.ended:
             half = max(self.batch_size, self.capacity // 2)
             self.served = self.served[: half - half % self.batch_size]
         self.order = self.served
+
+    def _allocate(self, like: Tensor) -> None:
+        shape = (self.capacity, like.shape[1])
+        self.rows = torch.empty(shape, dtype=like.dtype, device=self.device or like.device)
 
     def _close_gaps(self) -> None:
         """Move waiting rows from the end into the places of those served."""
@@ -64,28 +88,33 @@ class ShuffleBuffer:
         used = torch.zeros(self.filled, dtype=torch.bool)
         used[self.served] = True
         holes, movable = used[:left].nonzero().squeeze(1), (~used[left:]).nonzero().squeeze(1)
-        self.rows[holes] = self.rows[movable + left]
+        for to, since in zip(holes.split(MOVED_ROWS), movable.split(MOVED_ROWS), strict=True):
+            self.rows[to] = self.rows[since + left]
         self.filled = left
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that decides the batches to come, but for the source's own position."""
-        rows = torch.empty(0, 0) if self.rows is None else self.rows[: self.filled]
+        """Everything that decides the batches to come, but for the source's own position.
+
+        Views, valid until the next batch: save or copy them before.
+        """
+        none = torch.empty(0, 0)
         return {
-            "rows": rows,
+            "rows": none if self.rows is None else self.rows[: self.filled],
             "order": self.order,
             "served": self.served if self.order.numel() else self.order,
-            "overflow": torch.empty(0, 0) if self.overflow is None else self.overflow,
+            "overflow": none if self.overflow is None else self.overflow,
             "generator": self.generator.get_state(),
             "ended": self.ended,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        rows = state["rows"]
+        """Go on from a state (which is copied), with the source where it was then."""
+        rows, overflow = state["rows"], state["overflow"]
         self.filled = rows.shape[0]
         if self.filled:
-            self.rows = rows.new_empty(self.capacity, rows.shape[1])
+            self._allocate(rows)
             self.rows[: self.filled] = rows
-        self.order, self.served = state["order"], state["served"]
-        self.overflow = state["overflow"] if state["overflow"].numel() else None
+        self.order, self.served = state["order"].clone(), state["served"].clone()
+        self.overflow = overflow.clone() if overflow.numel() else None
         self.generator.set_state(state["generator"])
         self.ended = state["ended"]

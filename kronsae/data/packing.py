@@ -13,9 +13,10 @@ PIECE_CHARACTERS = 100_000
 class Packer:
     """Joins tokenised documents and cuts them into contexts of `context_length` tokens.
 
-    Documents are separated by the end-of-text token; each context begins with the beginning-of-text
-    token if the tokenizer puts one before a text (Llama, Gemma; not GPT-2, Pythia, Qwen). No token
-    is dropped or padded: what does not fill a context waits for the next document.
+    Each document is followed by the end-of-text token; each context begins with the
+    beginning-of-text token if the tokenizer puts one before a text (Llama, Gemma; not GPT-2,
+    Pythia, Qwen). No token is dropped or padded: what does not fill a context waits for the next
+    document, and at the end of the data there is less than one context of it.
     """
 
     def __init__(self, tokenizer: Any, context_length: int) -> None:
@@ -27,15 +28,26 @@ class Packer:
         self.waiting: list[int] = []
 
     def add(self, text: str) -> Iterator[Tensor]:
-        """Contexts [context_length] int64 that this document completes."""
-        room = self.context_length - (self.bos is not None)
+        """Contexts [context_length] int64 that this document completes; an empty one adds nothing.
+
+        The document counts as added once the iterator has ended; a long one is tokenised as far as
+        the iterator gets.
+        """
+        if not text:
+            return
         for piece in _pieces(text):
-            self.waiting += self._tokens(piece)
-            while len(self.waiting) >= room:
-                ids, self.waiting = self.waiting[:room], self.waiting[room:]
-                yield torch.tensor(ids if self.bos is None else [self.bos, *ids])
+            yield from self._cut(self._tokens(piece))
         if self.separator is not None:
-            self.waiting.append(self.separator)
+            yield from self._cut([self.separator])
+
+    def _cut(self, tokens: list[int]) -> Iterator[Tensor]:
+        """The full contexts that waiting + tokens make; the rest waits."""
+        begin = [] if self.bos is None else [self.bos]
+        room = self.context_length - len(begin)
+        self.waiting += tokens
+        while len(self.waiting) >= room:
+            ids, self.waiting = self.waiting[:room], self.waiting[room:]
+            yield torch.tensor(begin + ids)
 
     def _tokens(self, text: str) -> list[int]:
         # verbose=False: no warning about texts longer than the model's context.
@@ -56,15 +68,21 @@ def pack(documents: Iterable[str], tokenizer: Any, context_length: int) -> Itera
 
 
 def token_mask(input_ids: Tensor, tokenizer: Any) -> Tensor:
-    """Which tokens of [b, t] an SAE is trained on (bool): no special token, no first position.
+    """Which tokens of [b, t] an SAE is trained on (bool, on the CPU): none special, none first.
 
     The first position is left out with or without a BOS: models use it as an attention sink, with
     activations orders of magnitude larger than the rest.
     """
-    special = torch.tensor(sorted(set(tokenizer.all_special_ids)), dtype=torch.int64)
+    special = torch.tensor(sorted(_special_ids(tokenizer)), dtype=torch.int64)
     mask = ~torch.isin(input_ids.cpu(), special)
     mask[:, 0] = False
     return mask
+
+
+def _special_ids(tokenizer: Any) -> set[int]:
+    """Special tokens, also those without a role (Llama 3 reserves 250 of them)."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
 
 
 def beginning_token(tokenizer: Any) -> int | None:
@@ -78,5 +96,16 @@ def beginning_token(tokenizer: Any) -> int | None:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    for start in range(0, len(text), PIECE_CHARACTERS):
-        yield text[start : start + PIECE_CHARACTERS]
+    """text in order, cut where white space begins: most tokenizers begin a token there anyway.
+
+    Without white space in its second half, a piece ends anywhere.
+    """
+    start = 0
+    while start < len(text):
+        limit = stop = start + PIECE_CHARACTERS
+        if limit < len(text):
+            places = range(limit, limit - PIECE_CHARACTERS // 2, -1)
+            begins = (i for i in places if text[i].isspace() and not text[i - 1].isspace())
+            stop = next(begins, limit)
+        yield text[start:stop]
+        start = stop
