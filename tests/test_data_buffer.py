@@ -1,0 +1,147 @@
+"""The shuffle buffer: nothing lost or doubled, really mixed, and resumable at every batch."""
+
+import copy
+
+import pytest
+import torch
+
+from kronsae.data.buffer import ShuffleBuffer
+from kronsae.errors import InputError
+
+SETTINGS = {
+    "usual": {"rows": 1000, "pass_size": 37, "capacity": 128, "batch_size": 16},
+    "capacity below a pass": {"rows": 1000, "pass_size": 300, "capacity": 100, "batch_size": 16},
+    "capacity below a batch": {"rows": 500, "pass_size": 37, "capacity": 5, "batch_size": 64},
+    "capacity no multiple": {"rows": 700, "pass_size": 50, "capacity": 101, "batch_size": 7},
+    "one batch": {"rows": 10, "pass_size": 3, "capacity": 64, "batch_size": 16},
+    "single rows": {"rows": 20, "pass_size": 1, "capacity": 8, "batch_size": 1},
+}
+
+
+class Rows:
+    """Passes [r, 2] of the numbers 0, 1, ..., resumable by `next_row`."""
+
+    def __init__(self, rows, pass_size, next_row=0):
+        self.rows, self.pass_size, self.next_row = rows, pass_size, next_row
+
+    def __iter__(self):
+        while self.next_row < self.rows:
+            start, stop = self.next_row, min(self.rows, self.next_row + self.pass_size)
+            self.next_row = stop
+            yield torch.arange(start, stop).float()[:, None].expand(-1, 2)
+
+
+def make(settings, seed=0, next_row=0):
+    source = Rows(settings["rows"], settings["pass_size"], next_row)
+    buffer = ShuffleBuffer(iter(source), settings["capacity"], settings["batch_size"], seed)
+    return source, buffer
+
+
+def numbers(settings, seed=0):
+    return [batch[:, 0].tolist() for batch in make(settings, seed)[1]]
+
+
+@pytest.fixture(params=SETTINGS.values(), ids=SETTINGS)
+def settings(request):
+    return request.param
+
+
+def test_every_row_comes_once(settings):
+    rows = [number for batch in numbers(settings) for number in batch]
+    assert sorted(rows) == list(range(settings["rows"]))
+
+
+def test_rows_stay_whole():
+    for batch in make(SETTINGS["usual"])[1]:
+        assert batch[:, 0].equal(batch[:, 1])
+
+
+def test_only_the_last_batch_is_smaller(settings):
+    sizes = [len(batch) for batch in numbers(settings)]
+    assert all(size == settings["batch_size"] for size in sizes[:-1])
+    assert 0 < sizes[-1] <= settings["batch_size"]
+
+
+def test_the_seed_decides():
+    settings = SETTINGS["usual"]
+    assert numbers(settings, seed=1) == numbers(settings, seed=1)
+    assert numbers(settings, seed=1) != numbers(settings, seed=2)
+
+
+def test_batches_are_drawn_from_the_whole_buffer():
+    """Batches span many passes, and few neighbours in a batch were neighbours in the stream."""
+    settings = {"rows": 20_000, "pass_size": 100, "capacity": 4096, "batch_size": 64}
+    full = numbers(settings)[:200]
+    passes = [len({int(number) // 100 for number in batch}) for batch in full]
+    assert min(passes) > 15
+    spans = torch.tensor([max(batch) - min(batch) for batch in full])
+    assert spans.median() > 3000
+    together = sum(b == a + 1 for batch in full for a, b in zip(batch, batch[1:], strict=False))
+    assert together < 20  # of 12 600 pairs
+
+
+def test_memory_is_bounded_by_the_capacity():
+    _, buffer = make(SETTINGS["usual"])
+    places = set()
+    for _ in buffer:
+        assert buffer.filled <= buffer.capacity == buffer.rows.shape[0] == 128
+        places.add(buffer.rows.data_ptr())
+    assert len(places) == 1
+
+
+def test_resume_at_every_batch(settings):
+    whole = numbers(settings)
+    for after in range(len(whole) + 1):
+        source, buffer = make(settings)
+        batches = iter(buffer)
+        for _ in range(after):
+            next(batches)
+        state = copy.deepcopy(buffer.state_dict())
+        _, resumed = make(settings, seed=99, next_row=source.next_row)
+        resumed.load_state_dict(state)
+        assert [batch[:, 0].tolist() for batch in resumed] == whole[after:], after
+
+
+def test_a_loaded_state_is_not_written_to():
+    settings = SETTINGS["usual"]
+    source, buffer = make(settings)
+    next(iter(buffer))
+    state = copy.deepcopy(buffer.state_dict())
+    before = copy.deepcopy(state)
+    resumed = make(settings, next_row=source.next_row)[1]
+    resumed.load_state_dict(state)
+    list(resumed)
+    for name, value in before.items():
+        assert value == state[name] if name == "ended" else value.equal(state[name]), name
+
+
+def test_rows_wait_on_the_device_asked_for():
+    buffer = ShuffleBuffer(iter([]), 8, 2, 0, device=torch.device("meta"))
+    state = make(SETTINGS["usual"])[1].state_dict() | {"rows": torch.zeros(4, 2)}
+    buffer.load_state_dict(state)
+    assert buffer.rows.device.type == "meta"
+
+
+@pytest.mark.gpu
+def test_resume_on_a_gpu_from_a_state_on_the_cpu():
+    settings, device = SETTINGS["usual"], torch.device("cuda")
+    whole = numbers(settings)
+    source, buffer = make(settings)
+    batches = iter(buffer)
+    for _ in range(3):
+        next(batches)
+    rest = (x.to(device) for x in Rows(settings["rows"], settings["pass_size"], source.next_row))
+    resumed = ShuffleBuffer(rest, settings["capacity"], settings["batch_size"], 0, device)
+    resumed.load_state_dict(copy.deepcopy(buffer.state_dict()))
+    found = list(resumed)
+    assert all(batch.device.type == "cuda" for batch in found)
+    assert [batch[:, 0].tolist() for batch in found] == whole[3:]
+
+
+def test_an_empty_stream_gives_no_batch():
+    assert list(ShuffleBuffer(iter([]), 8, 2, 0)) == []
+
+
+def test_batch_size_zero_is_refused():
+    with pytest.raises(InputError, match="batch_size: expected >= 1, got 0"):
+        ShuffleBuffer(iter([]), 8, 0, 0)
