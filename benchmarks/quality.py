@@ -31,7 +31,7 @@ LEARNING_RATES = (8e-4, 2e-3, 4e-3, 8e-3)
 
 def harvest(tokens: int, seed: int) -> tuple[Tensor, Tensor]:
     """Activations [tokens, d] of the embedded model, shuffled, and held-out ones [t, d]."""
-    config = DataConfig(layer=2, heldout_tokens=32_768)
+    config = DataConfig(layer=2, buffer_tokens=65_536, heldout_tokens=32_768)
     source = open_activations(config, batch_size=4096, seed=seed, device="cpu")
     x, filled = torch.empty(tokens, source.d_model), 0
     for batch in source:

@@ -51,6 +51,9 @@ def make_parser() -> argparse.ArgumentParser:
         prog="python -m kronsae.train",
         description="Train a sparse autoencoder on a language model's activations. Without "
         "arguments: a small model and text that are on this computer, in about two minutes.",
+        usage="%(prog)s [--model NAME --layer N --dataset NAME --tokens N ...]",
+        epilog="With --model embedded other defaults apply: "
+        + ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in EMBEDDED.items()),
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
     )

@@ -132,9 +132,9 @@ class DataConfig:
         "dtype of the language model (auto: bfloat16 on a GPU, float32 on a CPU)",
         choices=("auto", *DTYPES),
     )
-    buffer_tokens: int = setting(65_536, "size of the shuffle buffer, in tokens")
+    buffer_tokens: int = setting(131_072, "size of the shuffle buffer, in tokens")
     heldout_tokens: int = setting(
-        16_384, "tokens of text set aside before shuffling and never trained on"
+        65_536, "tokens of text set aside before shuffling and never trained on"
     )
     trust_remote_code: bool = setting(False, "run code that comes with the model from the hub")
 
@@ -159,8 +159,8 @@ class DataConfig:
 class TrainConfig:
     """How the autoencoder learns. Budgets count tokens, schedules count optimizer steps."""
 
-    tokens: int = setting(1_000_000, "training budget, in tokens")
-    batch_size: int = setting(1024, "tokens an optimizer step")
+    tokens: int = setting(125_000_000, "training budget, in tokens")
+    batch_size: int = setting(8192, "tokens an optimizer step")
     lr: float = setting(8e-4, "peak learning rate of AdamW")
     lr_final: float = setting(1e-6, "learning rate at the end of the cosine")
     lr_scale_by_dict_size: bool = setting(False, "multiply lr by 1 / sqrt(dict_size / 2**15)")

@@ -7,6 +7,8 @@ PAPER_DICT_SIZE = 2**15
 
 EMBEDDED: dict[str, Any] = {
     "layer": 2,
+    "buffer_tokens": 65_536,
+    "heldout_tokens": 16_384,
     "dict_size": 4096,
     "m": 4,
     "n": 4,
