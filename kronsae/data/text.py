@@ -163,13 +163,21 @@ class StreamedText:
         self.start = self.train.state_dict()
         if check and not any(self._texts(self.train)):
             raise _nothing_left(self.name, count)
-        self.train.load_state_dict(self.start)
+        self._go_to(self.start)
 
     def __iter__(self) -> Iterator[str]:
         while self.epoch < self.epochs:
-            yield from filter(None, self._texts(self.train))
+            for text in self._texts(self.train):
+                self.waiting = None
+                if text:
+                    yield text
             self.epoch += 1
-            self.train.load_state_dict(self.start)
+            self._go_to(self.start)
+
+    def _go_to(self, position: dict[str, Any]) -> None:
+        self.train.load_state_dict(position)
+        # The dataset itself reports it only from the next row on.
+        self.waiting: dict[str, Any] | None = position
 
     def _texts(self, dataset: Any) -> Iterator[str]:
         with _reading(f"dataset {self.name!r}: reading on failed"):
@@ -177,11 +185,11 @@ class StreamedText:
                 yield _clean(row[self.column], self.name)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "stream": self.train.state_dict()}
+        return {"epoch": self.epoch, "stream": self.waiting or self.train.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.epoch = state["epoch"]
-        self.train.load_state_dict(state["stream"])
+        self._go_to(state["stream"])
 
     def fingerprint(self) -> str:
         return self._fingerprint
