@@ -1,7 +1,10 @@
-"""A transformers language model that is read at one hookpoint, and stops there."""
+"""A transformers language model that is read at one hookpoint, and stops there.
 
+Letters: b contexts, t tokens a context, d width of the hookpoint's output, V tokens known.
+"""
+
+import dataclasses
 import difflib
-import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,38 +12,55 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kronsae.embedded import EMBEDDED_MODEL, embedded_model_path
+from kronsae.data.common import digest
+from kronsae.data.loading import load_config, load_model, load_tokenizer, quiet
+from kronsae.embedded import EMBEDDED_MODEL
 from kronsae.errors import InputError
 
-LOGITS_CHUNK = 2048
-"""Tokens whose logits are held at once when losses are taken."""
+EMBEDDED_LAYER = 2
+"""Layer of the embedded model where none is given."""
 
-
-class _Stop(Exception):
-    """Ends a forward pass at the hookpoint: nothing after it is wanted."""
+LOGITS_AT_ONCE = 2**25
+"""Logits that exist at the same time while losses are taken (128 MiB in float32)."""
 
 
 class LanguageModel:
-    """A frozen model, its tokenizer, and the module whose output is read.
+    """A frozen language model, its tokenizer, and the module whose output is read.
 
     model: the transformers model, in evaluation mode.  tokenizer: its tokenizer.
-    hookpoint: name of the module in `model.named_modules()`.  num_layers: number of blocks.
-    d_model: width of the hookpoint's output.
-    has_cross_entropy: whether the model predicts the next token (BERT, say, does not).
+    hookpoint: name of the module in `model.named_modules()`; it must give a tensor [b, t, d], or a
+        tuple or ModelOutput that begins with one.
+    name, revision: where the model came from, for `describe`.
+    absent: names of weights that no checkpoint filled, and that are random.
+
+    Also an attribute: d_model, the width d of the hookpoint's output, seen in a tiny forward pass.
+    has_cross_entropy: whether `token_losses` works. It does not for models made to fill in masked
+    tokens (BERT), nor where the head that predicts the next token was not in the checkpoint.
+    Raises InputError if the hookpoint does not exist, does not run, gives no [b, t, d], or if a
+    weight that it depends on is absent.
     """
 
     def __init__(
-        self, model: nn.Module, tokenizer: Any, hookpoint: str, facts: dict[str, Any]
+        self,
+        model: nn.Module,
+        tokenizer: Any,
+        hookpoint: str,
+        *,
+        name: str = "given",
+        revision: str | None = None,
+        absent: tuple[str, ...] = (),
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.hookpoint = hookpoint
-        self.facts = facts
-        self.num_layers = _num_layers(model)
-        self.has_cross_entropy = facts["causal"]
-        self.module = dict(model.named_modules())[hookpoint]
-        ids = torch.full((1, 2), self._any_token(), dtype=torch.int64)
-        self.d_model = self.activations(ids).shape[-1]
+        self.name, self.revision = name, revision
+        self.commit: str | None = getattr(model.config, "_commit_hash", None)
+        self.weights = _weights_digest(model)
+        for config in (model.config, model.config.get_text_config()):
+            config.use_cache = False
+        self.has_cross_entropy = _is_causal(model) and not absent
+        self.module = _find_module(model, name, hookpoint)
+        self.d_model = self._probe(absent)
 
     @classmethod
     def load(
@@ -54,69 +74,86 @@ class LanguageModel:
         device: torch.device | str = "cpu",
         trust_remote_code: bool = False,
     ) -> "LanguageModel":
-        """A model from a folder, the Hugging Face hub, or "embedded".
+        """A model from a folder, from the Hugging Face hub, or "embedded", which ships with us.
 
-        layer: the residual stream after block `layer`, counted from 0.
-        hookpoint: any module's name instead. Give one of the two ("embedded": layer 2 by default).
-        Only safetensors are loaded. Raises InputError for an unknown model, layer or module.
+        layer: reads the residual stream after block `layer`, counted from 0, which is the block's
+            output: hidden_states[layer + 1] of transformers, except that many models normalise
+            the last of those.  hookpoint: reads the output of any module instead.
+            Give one of them; "embedded" has a default layer.
+        revision: branch, tag or commit on the hub.
+
+        Only safetensors files are read, so that no code runs that came with the weights.
+        Raises InputError if the model cannot be had (no such name, no network, no safetensors, no
+        tokenizer, a part of the weights missing), or has no such layer or module.
         """
-        if (layer is None) == (hookpoint is None) and name_or_path != EMBEDDED_MODEL:
-            raise InputError("give a layer or a hookpoint, one of them")
-        if name_or_path == EMBEDDED_MODEL and layer is None and hookpoint is None:
-            layer = 2
-        model, tokenizer, causal = _load(name_or_path, revision, dtype, trust_remote_code)
-        if hookpoint is None:
-            hookpoint = _block_name(model, name_or_path, layer)
-        else:
-            _check_module(model, name_or_path, hookpoint)
-        import transformers
+        if layer is None and hookpoint is None:
+            if name_or_path != EMBEDDED_MODEL:
+                raise InputError(
+                    f"model {name_or_path!r}: which activations? Give --layer N (the residual "
+                    "stream after block N, from 0) or --hookpoint MODULE_NAME"
+                )
+            layer = EMBEDDED_LAYER
+        if layer is not None and hookpoint is not None:
+            raise InputError(f"layer {layer} and hookpoint {hookpoint!r}: expected one of them")
+        with quiet():
+            config = load_config(name_or_path, revision, trust_remote_code)
+            if layer is not None:
+                _check_layer(name_or_path, config, layer)
+            common = {"revision": revision, "trust_remote_code": trust_remote_code}
+            tokenizer = load_tokenizer(name_or_path, common)
+            model, absent = load_model(name_or_path, config, dtype, common)
+        model = model.to(device)
+        facts = {"name": name_or_path, "revision": revision, "absent": absent}
+        if hookpoint is not None:
+            return cls(model, tokenizer, hookpoint, **facts)
+        return _at_block(cls, model, tokenizer, layer, facts)
 
-        facts = {
-            "model": name_or_path,
-            "revision": revision,
-            "commit": getattr(model.config, "_commit_hash", None),
-            "hookpoint": hookpoint,
-            "dtype": str(dtype).removeprefix("torch."),
-            "causal": causal,
-            "transformers": transformers.__version__,
-        }
-        return cls(model.to(device), tokenizer, hookpoint, facts)
+    @property
+    def num_layers(self) -> int:
+        """Number of blocks."""
+        return _num_layers(self.model.config)
 
     @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.model.parameters()).dtype
+
+    @property
+    def max_context(self) -> int | None:
+        """Longest context that the model was made for, in tokens; None if its config has none."""
+        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if not isinstance(positions, int) or positions <= 0:
+            return None
+        # RoBERTa counts positions from padding_idx + 1: two fewer than it has embeddings for.
+        usable = getattr(self.tokenizer, "model_max_length", positions)
+        return usable if positions - usable in (1, 2) else positions
+
     def describe(self) -> dict[str, Any]:
-        """What identifies the activations (JSON-able)."""
-        return dict(self.facts)
+        """What identifies the activations, JSON-able; the same on every device."""
+        import transformers
+
+        return {
+            "name": self.name,
+            "revision": self.revision,
+            "commit": self.commit,
+            "weights": self.weights,
+            "hookpoint": self.hookpoint,
+            "d_model": self.d_model,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "transformers": transformers.__version__,
+        }
 
     @torch.no_grad()
     def activations(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """Output of the hookpoint [b, t, d] for token ids [b, t]; later modules never run.
+        """The hookpoint's output [b, t, d], in the model's dtype, for token ids [b, t].
 
-        Raises InputError if the module's output is no [b, t, d] tensor (or a tuple that begins
-        with one), or if it does not run at all.
+        The forward pass ends there: later blocks and the head never run.
+        Raises InputError if the output is no [b, t, d].
         """
-        found: list[Tensor] = []
-
-        def read(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            found.append(output[0] if isinstance(output, tuple) else output)
-            raise _Stop
-
-        with _hook(self.module, read):
-            try:
-                self._forward(input_ids, attention_mask)
-            except _Stop:
-                pass
-        if not found:
-            raise InputError(f"hookpoint {self.hookpoint!r} does not run in a forward pass")
-        if not isinstance(found[0], Tensor) or found[0].shape[:2] != input_ids.shape:
-            shape = getattr(found[0], "shape", type(found[0]))
-            raise InputError(
-                f"hookpoint {self.hookpoint!r}: expected an output [b, t, d] for "
-                f"{list(input_ids.shape)} tokens, got {shape}"
-            )
-        return found[0]
+        return self._hidden(self._run_to(self.module, input_ids, attention_mask), input_ids)
 
     @torch.no_grad()
     def token_losses(
@@ -125,135 +162,221 @@ class LanguageModel:
         attention_mask: Tensor | None = None,
         replace: Callable[[Tensor], Tensor] | None = None,
     ) -> Tensor:
-        """Cross-entropy [b, t - 1], float32, nats, of each next token of input_ids [b, t].
+        """Cross-entropy of each next token: [b, t - 1] float32, in nats, for token ids [b, t].
 
-        replace: what to put in the place of the hookpoint's output [b, t, d].
+        replace: what to put in the place of the hookpoint's output [b, t, d]; called once. A
+            module that runs several times in a forward pass is replaced the first time.
+        Memory: the model's own for [b, t] tokens, and about LOGITS_AT_ONCE logits.
         Raises InputError if the model does not predict the next token.
         """
         if not self.has_cross_entropy:
-            raise InputError(f"{self.facts['model']} has no next-token head: no cross-entropy")
+            raise InputError(
+                f"model {self.name!r} has no trained head for the next token, so there is no "
+                "cross-entropy (only models for causal language modelling have one)"
+            )
+        ids = input_ids.to(self.device)
+        body = self.model.base_model
+        with self._replaced(replace):
+            if body is self.model or self.module not in set(body.modules()):
+                logits = self._run(ids, attention_mask).logits
+                losses = _cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+                return losses.view(ids.shape[0], -1)
+            output = self._run_to(body, ids, attention_mask)
+        # The head, and what the model does to its logits, runs on a part of the tokens at a time.
+        hidden, targets = _first(output)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+        losses = torch.empty(targets.shape, device=targets.device)
+        size = max(1, LOGITS_AT_ONCE // self.model.config.get_text_config().vocab_size)
+        for start in range(0, len(targets), size):
+            part, target = (x[start : start + size] for x in (hidden, targets))
+            with _stand_in(body, _with_first(output, part[None])):
+                logits = self.model(input_ids=target[None]).logits[0]
+            losses[start : start + size] = _cross_entropy(logits, target)
+        return losses.view(ids.shape[0], -1)
+
+    def _run(self, input_ids: Tensor, attention_mask: Tensor | None) -> Any:
+        # Without a mask some models guess one from the padding token, which may end texts as well.
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        return self.model(input_ids=input_ids.to(self.device), attention_mask=mask.to(self.device))
+
+    def _run_to(self, module: nn.Module, input_ids: Tensor, attention_mask: Tensor | None) -> Any:
+        """The output of `module` when it first runs; nothing runs after it."""
+
+        def stop(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            raise _Stop(output)
+
+        with _hook(module, stop):
+            try:
+                self._run(input_ids, attention_mask)
+            except _Stop as stopped:
+                return stopped.output
+        raise InputError(
+            f"hookpoint {self.hookpoint!r} of {self.name} does not run in a forward pass: it is "
+            f"a {type(module).__name__}; name one of the modules in it, or another"
+        )
+
+    @contextmanager
+    def _replaced(self, replace: Callable[[Tensor], Tensor] | None) -> Iterator[None]:
+        runs = 0
 
         def splice(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-            if isinstance(output, tuple):
-                return (replace(output[0]), *output[1:])
-            return replace(output)
+            nonlocal runs
+            runs += 1
+            return _with_first(output, replace(_first(output))) if runs == 1 else output
 
-        with _hook(self.module, splice if replace else None):
-            logits = self._forward(input_ids, attention_mask).logits
-        targets = input_ids[:, 1:].to(logits.device)
-        losses = [
-            nn.functional.cross_entropy(part.float(), target, reduction="none")
-            for part, target in zip(
-                logits[:, :-1].flatten(0, 1).split(LOGITS_CHUNK),
-                targets.flatten().split(LOGITS_CHUNK),
-                strict=True,
-            )
+        if replace is None:
+            yield
+        else:
+            with _hook(self.module, splice):
+                yield
+
+    def _hidden(self, output: Any, input_ids: Tensor) -> Tensor:
+        hidden = _first(output)
+        if isinstance(hidden, Tensor) and hidden.ndim == 3 and hidden.shape[:2] == input_ids.shape:
+            return hidden
+        got = list(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
+        raise InputError(
+            f"hookpoint {self.hookpoint!r} of {self.name}: expected an output [b, t, d], "
+            f"{[*input_ids.shape, 'd']} for this input, got {got}: choose another module"
+        )
+
+    def _probe(self, absent: tuple[str, ...]) -> int:
+        """d, from a tiny forward pass; fails if it uses an absent weight."""
+        used: set[nn.Module] = set()
+        hooks = [
+            m.register_forward_pre_hook(lambda m, _: used.add(m)) for m in self.model.modules()
         ]
-        return torch.cat(losses).view(targets.shape)
+        try:
+            d = self.activations(torch.arange(1, 7).view(2, 3)).shape[2]
+        finally:
+            for handle in hooks:
+                handle.remove()
+        names = {id(m): name for name, m in self.model.named_modules()}
+        owners = {names[id(m)] for m in used}
+        random = [weight for weight in absent if weight.rpartition(".")[0] in owners]
+        if random:
+            raise InputError(
+                f"model {self.name!r}: its files lack {len(random)} weights that "
+                f"{self.hookpoint!r} depends on, {random[0]!r} for one: they would be random. "
+                f"Is this a checkpoint of {type(self.model).__name__}?"
+            )
+        return d
 
-    def _forward(self, input_ids: Tensor, attention_mask: Tensor | None) -> Any:
-        options = {}
-        if "use_cache" in inspect.signature(self.model.forward).parameters:
-            options["use_cache"] = False
-        if attention_mask is not None:
-            options["attention_mask"] = attention_mask.to(self.device)
-        return self.model(input_ids=input_ids.to(self.device), **options)
 
-    def _any_token(self) -> int:
-        return next((t for t in self.tokenizer.all_special_ids), 0)
+class _Stop(Exception):
+    """Ends a forward pass, with the output of the module that it got to."""
+
+    def __init__(self, output: Any) -> None:
+        self.output = output
 
 
 @contextmanager
-def _hook(module: nn.Module, function: Callable[..., Any] | None) -> Iterator[None]:
-    handle = module.register_forward_hook(function) if function else None
+def _hook(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
+    handle = module.register_forward_hook(function)
     try:
         yield
     finally:
-        if handle:
-            handle.remove()
+        handle.remove()
 
 
-def _load(
-    name: str, revision: str | None, dtype: torch.dtype, trust_remote_code: bool
-) -> tuple[nn.Module, Any, bool]:
-    """Model, tokenizer, and whether it has a causal language-model head."""
-    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
-    from transformers.utils import logging
-
-    place = str(embedded_model_path()) if name == EMBEDDED_MODEL else name
-    common = {"revision": revision, "trust_remote_code": trust_remote_code}
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+@contextmanager
+def _stand_in(module: nn.Module, output: Any) -> Iterator[None]:
+    """Let `module` give `output` without running."""
+    before = module.__dict__.get("forward")
+    module.forward = lambda *_args, **_kwargs: output
     try:
-        config = AutoConfig.from_pretrained(place, **common)
-        causal = _is_causal(config)
-        loader = AutoModelForCausalLM if causal else AutoModel
-        model = loader.from_pretrained(
-            place, config=config, torch_dtype=dtype, use_safetensors=True, **common
-        )
-        tokenizer = AutoTokenizer.from_pretrained(place, **common)
-    except Exception as error:  # transformers raises dozens of kinds
-        raise InputError(_why_not_loaded(name, error)) from error
+        yield
     finally:
-        logging.set_verbosity(verbosity)
-        logging.enable_progress_bar()
-    return model, tokenizer, causal
+        del module.forward
+        if before is not None:
+            module.forward = before
 
 
-def _is_causal(config: Any) -> bool:
-    """Whether `config`'s architecture is made to predict the next token."""
-    from transformers import AutoModelForCausalLM
-
-    if type(config) not in AutoModelForCausalLM._model_mapping:
-        return False
-    names = getattr(config, "architectures", None) or []
-    encoder = any(n.endswith(("MaskedLM", "ForPreTraining")) for n in names)
-    return not encoder and getattr(config, "model_type", "") not in ("bert", "roberta", "electra")
+def _first(output: Any) -> Any:
+    """Hidden states in a module's output: itself, or the first part of a tuple or ModelOutput."""
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, dict):  # a ModelOutput
+        return next(iter(output.values()), None)
+    return output[0] if isinstance(output, (tuple, list)) and output else output
 
 
-def _why_not_loaded(name: str, error: Exception) -> str:
-    reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-    if "safetensors" in str(error) and "trust_remote_code" not in str(error):
-        return (
-            f"model {name!r} has no safetensors weights, and nothing else is loaded: convert it, "
-            f"or choose a revision that has them ({reason})"
+def _with_first(output: Any, hidden: Tensor) -> Any:
+    """`output` with `hidden` in the place of `_first(output)`."""
+    if isinstance(output, Tensor):
+        return hidden
+    if isinstance(output, dict):
+        return dataclasses.replace(output, **{next(iter(output)): hidden})
+    return type(output)((hidden, *output[1:]))
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """[n] float32 for logits [n, V] and targets [n]."""
+    return nn.functional.cross_entropy(logits.float(), targets, reduction="none")
+
+
+# Looking into a model
+
+
+def _num_layers(config: Any) -> int:
+    return config.get_text_config().num_hidden_layers
+
+
+def _check_layer(name: str, config: Any, layer: int) -> None:
+    layers = _num_layers(config)
+    if not 0 <= layer < layers:
+        raise InputError(
+            f"layer {layer}: {name} has {layers} blocks, so expected 0 to {layers - 1} "
+            "(layer N is the residual stream after block N)"
         )
-    return (
-        f"model {name!r} could not be loaded, neither as a folder here nor from the Hugging Face "
-        f"hub ({type(error).__name__}: {reason})"
-    )
 
 
-def _blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The list of the model's blocks: the first ModuleList as long as its config says."""
-    layers = model.config.get_text_config().num_hidden_layers
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and len(module) == layers:
-            return name, module
+def _at_block(
+    cls: type[LanguageModel], model: nn.Module, tokenizer: Any, layer: int, facts: dict[str, Any]
+) -> LanguageModel:
+    """Reads out block `layer` of the first list of blocks that gives hidden states."""
+    layers = _num_layers(model.config)
+    lists = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == layers
+    ]
+    problem: InputError | None = None
+    for name in lists:
+        try:
+            return cls(model, tokenizer, f"{name}.{layer}", **facts)
+        except InputError as error:  # the blocks of an image encoder, say, do not run
+            problem = problem or error
+    if problem is not None:
+        raise problem
     raise InputError(
-        f"the blocks of {type(model).__name__} were not found: name a module with --hookpoint"
+        f"model {facts['name']!r}: no list of {layers} blocks found in {type(model).__name__}, so "
+        "--layer has no meaning: name a module with --hookpoint"
     )
 
 
-def _num_layers(model: nn.Module) -> int:
-    return model.config.get_text_config().num_hidden_layers
+def _find_module(model: nn.Module, name: str, hookpoint: str) -> nn.Module:
+    modules = dict(model.named_modules())
+    if hookpoint in modules:
+        return modules[hookpoint]
+    close = difflib.get_close_matches(hookpoint, modules, n=4, cutoff=0.5)
+    hint = f"close are {', '.join(close)}; " if close else ""
+    raise InputError(
+        f"hookpoint {hookpoint!r}: {name} has no such module; {hint}to list all: "
+        f"print(*dict(LanguageModel.load({name!r}, layer=0).model.named_modules()), sep='\\n')"
+    )
 
 
-def _block_name(model: nn.Module, name: str, layer: int) -> str:
-    prefix, blocks = _blocks(model)
-    if not 0 <= layer < len(blocks):
-        raise InputError(
-            f"layer {layer}: {name} has {len(blocks)} layers, so expected 0 to {len(blocks) - 1}"
+def _is_causal(model: nn.Module) -> bool:
+    """Whether the model predicts the next token (it was loaded as such, and it is no encoder)."""
+    name = type(model).__name__
+    return model.get_output_embeddings() is not None and not name.endswith("ForMaskedLM")
+
+
+def _weights_digest(model: nn.Module) -> str:
+    """Identifies the weights by the first few elements of each."""
+    return digest(
+        *(
+            (name, *p.shape, *p.detach().reshape(-1)[:4].float().tolist())
+            for name, p in model.named_parameters()
         )
-    return f"{prefix}.{layer}"
-
-
-def _check_module(model: nn.Module, name: str, hookpoint: str) -> None:
-    names = [each for each, _ in model.named_modules() if each]
-    if hookpoint not in names:
-        close = difflib.get_close_matches(hookpoint, names, n=4, cutoff=0.3)
-        raise InputError(
-            f"hookpoint {hookpoint!r}: {name} has no such module; close are {close} "
-            "(all: dict(model.named_modules()))"
-        )
+    )

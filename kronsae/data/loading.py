@@ -1,0 +1,140 @@
+"""From a name to a transformers model: its configuration, tokenizer and weights, or why not."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from kronsae.data.common import reason
+from kronsae.embedded import EMBEDDED_MODEL, embedded_model_path
+from kronsae.errors import InputError
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No bars and no warnings of transformers; those of a download from the hub stay."""
+    from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    downloads = not are_progress_bars_disabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if downloads:
+                enable_progress_bars()
+            yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def _place(name: str) -> str:
+    """What from_pretrained takes for a name."""
+    if name == EMBEDDED_MODEL:
+        try:
+            return str(embedded_model_path())
+        except FileNotFoundError as error:
+            raise InputError(str(error)) from error
+    folder = Path(name).expanduser()
+    return str(folder) if folder.is_dir() else name
+
+
+def load_config(name: str, revision: str | None, trust_remote_code: bool) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(
+            _place(name), revision=revision, trust_remote_code=trust_remote_code
+        )
+    except Exception as error:  # transformers and the hub raise dozens of kinds
+        raise InputError(_not_found(name, revision, error)) from error
+
+
+def _not_found(name: str, revision: str | None, error: Exception) -> str:
+    text = str(error)
+    why = reason(error)
+    if "trust_remote_code" in text:
+        return (
+            f"model {name!r} needs code that comes with it from the hub. Read that code; "
+            "to run it, add --trust-remote-code"
+        )
+    if Path(name).expanduser().is_dir():
+        return f"model {name!r}: the folder holds no transformers model ({why})"
+    if name.startswith((".", "/", "~")):
+        return f"model {name!r}: there is no such folder"
+    at = f", revision {revision!r}" if revision else ""
+    hint = "; log in with `hf auth login`" if "gated" in text or "401" in text else ""
+    return (
+        f"model {name!r}: there is no such folder here, and the Hugging Face hub did not give it"
+        f"{at}{hint}. Check the name and the network ({why})"
+    )
+
+
+def load_tokenizer(name: str, common: dict[str, Any]) -> Any:
+    from transformers import AutoTokenizer
+
+    advice = "text cannot be read without one. Save it beside the model, or name another model"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(_place(name), **common)
+    except Exception as error:  # of dozens of kinds
+        raise InputError(f"model {name!r} has no tokenizer: {advice} ({reason(error)})") from error
+    # Without files, transformers 5 makes a tokenizer that knows its special tokens alone.
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise InputError(f"model {name!r} has no tokenizer: {advice}")
+    return tokenizer
+
+
+def load_model(
+    name: str, config: Any, dtype: torch.dtype, common: dict[str, Any]
+) -> tuple[nn.Module, tuple[str, ...]]:
+    """The model, and the names of the weights that its files lack."""
+    import transformers
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    recent = tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= (4, 56)
+    loader = AutoModelForCausalLM if _has_causal_class(config) else AutoModel
+    try:
+        model, info = loader.from_pretrained(
+            _place(name),
+            config=config,
+            use_safetensors=True,
+            output_loading_info=True,
+            **{"dtype" if recent else "torch_dtype": dtype},
+            **common,
+        )
+    except Exception as error:  # of dozens of kinds
+        if "safetensors" in str(error):
+            raise InputError(
+                f"model {name!r} has no weights in safetensors format, and no other format is "
+                "read, as unpickling can run code: convert it (save_pretrained does), or give a "
+                f"--revision that has them ({reason(error)})"
+            ) from error
+        raise InputError(
+            f"model {name!r}: its weights cannot be loaded ({reason(error)})"
+        ) from error
+    return model, tuple(sorted(info["missing_keys"]))
+
+
+def _has_causal_class(config: Any) -> bool:
+    """Whether to load the model with a head for the next token.
+
+    BERT and its kind have a class for it, which is only right if the config says `is_decoder`.
+    """
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+
+    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
+        return True
+    kind = config.model_type
+    encoder = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not encoder
