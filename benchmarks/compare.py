@@ -52,16 +52,16 @@ def ratio(timings: dict[str, Timing], a: str, b: str) -> tuple[float, float, flo
 
 
 def table(shape: Shape, timings: dict[str, Timing]) -> str:
-    lines = [f"{'':24}{'ms':>9}{'quartiles':>18}{'tokens/s':>11}"]
+    lines = [f"{'':24}{'ms':>9}{'quartiles':>20}{'tokens/s':>11}"]
     for name, timing in timings.items():
         low, high = timing.quartiles_ms
         rate = shape.tokens / timing.median_ms * 1e3
         lines.append(
-            f"{name:24}{timing.median_ms:9.1f}{f'{low:.1f} .. {high:.1f}':>18}{rate:11,.0f}"
+            f"{name:24}{timing.median_ms:9.1f}{f'{low:.1f} .. {high:.1f}':>20}{rate:11,.0f}"
         )
     for a, b in RATIOS:
         middle, low, high = ratio(timings, a, b)
-        lines.append(f"{f'{a} / {b}':24}{middle:9.2f}{f'{low:.2f} .. {high:.2f}':>18}")
+        lines.append(f"{f'{a} / {b}':24}{middle:9.2f}{f'{low:.2f} .. {high:.2f}':>20}")
     return "\n".join(lines)
 
 
