@@ -152,9 +152,12 @@ def test_held_out_text_is_the_same_for_every_seed(model):
 def test_held_out_documents_are_not_trained_on(model):
     texts = [f"unique_{i} " * 30 for i in range(8)]
     source = make(model, texts)
-    seen = set(source.text)
-    count = source.text.first
-    assert 0 < count < 8 and seen == set(texts[count:])
+    source._pack(10**6)
+    trained = model.tokenizer.decode(torch.cat(source.contexts).tolist())
+    heldout = model.tokenizer.decode(source.heldout_contexts().flatten().tolist())
+    names = [f"unique_{i} " for i in range(8)]
+    assert any(name in heldout for name in names)
+    assert [name in trained for name in names] == [name not in heldout for name in names]
 
 
 def test_held_out_text_is_tokenised_as_far_as_needed(model, monkeypatch):
@@ -347,6 +350,12 @@ def test_leading_dimensions_of_a_tensor_are_flattened(shape):
     assert _sorted(batch).equal(numbers())
 
 
+def test_batches_are_cut_from_the_graph_that_made_them():
+    x = numbers().requires_grad_()
+    assert not next(iter(TensorActivations(x, 6))).requires_grad
+    assert not next(iter(IterableActivations([x * 2]))).requires_grad
+
+
 @pytest.mark.parametrize("after", range(9))
 def test_resume_of_a_tensor(after):
     whole = list(TensorActivations(numbers(), 6, epochs=2))
@@ -447,6 +456,15 @@ def test_synthetic_activations_are_sums_of_their_features():
     torch.testing.assert_close(source.features.norm(dim=1), torch.ones(12))
     on = amplitudes[amplitudes > 0]
     assert 0.5 <= on.min() and on.max() <= 1.5
+
+
+@pytest.mark.parametrize(
+    "settings", [{"batch_size": 0}, {"group_size": 0}, {"within": 1.5}], ids=str
+)
+def test_synthetic_settings_that_make_no_sense(settings):
+    (name,) = settings
+    with pytest.raises(InputError, match=f"{name}: expected"):
+        SyntheticActivations(8, **settings)
 
 
 def test_synthetic_features_of_a_group_fire_together():

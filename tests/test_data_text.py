@@ -291,6 +291,17 @@ def test_the_standard_library_keeps_its_own_documents_apart():
     assert not heldout & training
 
 
+def test_fingerprint_of_a_stream_from_the_hub_is_of_its_beginning(monkeypatch):
+    def mark(texts):
+        stream = datasets.Dataset.from_list(rows(texts)).to_iterable_dataset()
+        monkeypatch.setattr(datasets, "load_dataset", lambda *_args, **_settings: stream)
+        text = opened("someone/wiki", streaming=True)
+        assert list(text) == texts
+        return text.fingerprint()
+
+    assert mark(TEXTS) == mark(TEXTS) != mark(["changed", *TEXTS[1:]])
+
+
 # Errors
 
 
@@ -421,7 +432,8 @@ def test_a_hub_dataset_takes_its_settings(monkeypatch):
 
 def test_a_stream_that_breaks_off(monkeypatch):
     def generate():
-        yield {"text": "one"}
+        for _ in range(20):
+            yield {"text": "one"}
         raise ConnectionError("the network is gone")
 
     stream = datasets.IterableDataset.from_generator(generate)

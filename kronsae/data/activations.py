@@ -12,7 +12,7 @@ from torch import Tensor
 from kronsae.config import DataConfig
 from kronsae.data.buffer import ShuffleBuffer
 from kronsae.data.language_model import LanguageModel
-from kronsae.data.packing import Packer, token_mask
+from kronsae.data.packing import Packer, special_ids, token_mask
 from kronsae.data.text import TextSource, check_text, open_text
 from kronsae.errors import InputError
 
@@ -79,7 +79,7 @@ class TensorActivations:
     def describe(self) -> dict[str, Any]:
         count = self.x.shape[0]
         chosen = torch.linspace(0, count - 1, min(count, HASHED_ROWS), dtype=torch.float64)
-        rows = self.x[chosen.long().to(self.x.device)].detach().float().cpu().contiguous()
+        rows = self.x[chosen.long().to(self.x.device)].float().cpu().contiguous()
         return {
             "source": "tensor",
             "shape": list(self.x.shape),
@@ -161,10 +161,19 @@ class LanguageModelActivations:
         self.batch_size, self.seed = batch_size, seed
         self.d_model = language_model.d_model
         self.packer = Packer(language_model.tokenizer, config.context_length)
+        self.special = special_ids(language_model.tokenizer)
         self.contexts: list[Tensor] = []  # packed, not yet read by the model
         self.forwards = 0
         self._heldout = self._set_aside()
-        self._check_rest()
+        self.documents = iter(text)
+        self._pack(1)
+        if not self.contexts:
+            raise InputError(
+                f"dataset {config.dataset!r}: what is left to train on, after "
+                f"{self._heldout.numel():,} held-out tokens, has only {len(self.packer.waiting)} "
+                f"tokens, less than one context of {config.context_length}: give more text, fewer "
+                "--heldout-tokens or a smaller --context-length"
+            )
         device = next(language_model.model.parameters()).device
         self.buffer = ShuffleBuffer(self._forward(), config.buffer_tokens, batch_size, seed, device)
 
@@ -174,13 +183,8 @@ class LanguageModelActivations:
     def _forward(self) -> Iterator[Tensor]:
         """Activations [r, d] float32 of the masked tokens, a forward pass at a time."""
         size = self.config.contexts_per_batch
-        documents = iter(self.text)
         while True:
-            while len(self.contexts) < size:
-                document = next(documents, None)
-                if document is None:
-                    break
-                self.contexts += self.packer.add(document)
+            self._pack(size)
             if not self.contexts:
                 return
             ids = torch.stack(self.contexts[:size])
@@ -188,6 +192,14 @@ class LanguageModelActivations:
             x = self._read(ids, f"forward pass {self.forwards}")
             self.forwards += 1
             yield x
+
+    def _pack(self, count: int) -> None:
+        """Have `count` contexts waiting, or all that are left."""
+        while len(self.contexts) < count:
+            document = next(self.documents, None)
+            if document is None:
+                break
+            self.contexts += self.packer.add(document)
 
     def _read(self, ids: Tensor, where: str) -> Tensor:
         activations = self.language_model.activations(ids)
@@ -202,7 +214,7 @@ class LanguageModelActivations:
 
     def token_mask(self, ids: Tensor) -> Tensor:
         """Which tokens [b, t] are trained and evaluated on; see `packing.token_mask`."""
-        return token_mask(ids, self.language_model.tokenizer)
+        return token_mask(ids, self.language_model.tokenizer, self.special)
 
     def _set_aside(self) -> Tensor:
         """Held-out contexts [c, L]: the first that reach config.heldout_tokens."""
@@ -231,19 +243,6 @@ class LanguageModelActivations:
             )
         return torch.stack(contexts)
 
-    def _check_rest(self) -> None:
-        """Raise InputError unless the training text fills a context; its position stays."""
-        position = self.text.state_dict()
-        packer = Packer(self.language_model.tokenizer, self.config.context_length)
-        if not any(True for text in self.text for _ in packer.add(text)):
-            raise InputError(
-                f"dataset {self.config.dataset!r}: what is left to train on, after "
-                f"{self._heldout.numel():,} held-out tokens, has only {len(packer.waiting)} "
-                f"tokens, less than one context of {self.config.context_length}: give more text, "
-                "fewer --heldout-tokens or a smaller --context-length"
-            )
-        self.text.load_state_dict(position)
-
     def heldout_contexts(self) -> Tensor:
         """Token ids [c, context_length] that are never trained on; the same for every seed."""
         return self._heldout
@@ -267,6 +266,7 @@ class LanguageModelActivations:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state, also if batches were given already."""
         self.text.load_state_dict(state["text"])
+        self.documents = iter(self.text)
         self.packer.load_state_dict(state["packer"])
         self.contexts = list(state["contexts"])
         self.forwards = state["forwards"]
@@ -320,7 +320,7 @@ def _rows(x: Any, name: str, d_model: int | None = None) -> Tensor:
         raise InputError(f"{name}: expected a floating tensor [..., B, d], got {what}")
     if d_model not in (None, x.shape[-1]):
         raise InputError(f"{name}: expected width d = {d_model} as before, got {x.shape[-1]}")
-    return x.flatten(0, -2)
+    return x.detach().flatten(0, -2)
 
 
 def _check_batch_size(batch_size: int) -> None:

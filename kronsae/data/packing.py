@@ -67,22 +67,25 @@ def pack(documents: Iterable[str], tokenizer: Any, context_length: int) -> Itera
         yield from packer.add(text)
 
 
-def token_mask(input_ids: Tensor, tokenizer: Any) -> Tensor:
+def token_mask(input_ids: Tensor, tokenizer: Any, special: Tensor | None = None) -> Tensor:
     """Which tokens of [b, t] an SAE is trained on (bool, on the CPU): none special, none first.
 
     The first position is left out with or without a BOS: models use it as an attention sink, with
     activations orders of magnitude larger than the rest.
+
+    special: `special_ids(tokenizer)`, if it is at hand: listing thousands takes milliseconds.
     """
-    special = torch.tensor(sorted(_special_ids(tokenizer)), dtype=torch.int64)
+    special = special_ids(tokenizer) if special is None else special
     mask = ~torch.isin(input_ids.cpu(), special)
     mask[:, 0] = False
     return mask
 
 
-def _special_ids(tokenizer: Any) -> set[int]:
-    """Special tokens, also those without a role (Llama 3 reserves 250 of them)."""
+def special_ids(tokenizer: Any) -> Tensor:
+    """Special tokens [s] int64, also those without a role (Llama 3 reserves 250 of them)."""
     added = getattr(tokenizer, "added_tokens_decoder", {})
-    return {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
+    ids = {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
+    return torch.tensor(sorted(ids), dtype=torch.int64)
 
 
 def beginning_token(tokenizer: Any) -> int | None:

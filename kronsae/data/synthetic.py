@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kronsae.errors import InputError
+
 
 class SyntheticActivations:
     """x = sum of a few features, which come in correlated groups.
@@ -15,7 +17,8 @@ class SyntheticActivations:
     fire together. Amplitudes are uniform in (0.5, 1.5), directions random unit vectors.
 
     features: [num_groups * group_size, d] the directions.
-    Endless, deterministic in `seed`, resumable.
+    Endless, deterministic in `seed`, resumable. Raises InputError for a size below 1, or for
+    probabilities outside [0, 1].
     """
 
     def __init__(
@@ -38,6 +41,12 @@ class SyntheticActivations:
             "batch_size": batch_size,
             "seed": seed,
         }
+        for name in ("d_model", "num_groups", "group_size", "batch_size"):
+            if self.settings[name] < 1:
+                raise InputError(f"{name}: expected >= 1, got {self.settings[name]}")
+        for name in ("group_density", "within"):
+            if not 0 <= self.settings[name] <= 1:
+                raise InputError(f"{name}: expected a probability, got {self.settings[name]}")
         self.d_model, self.batch_size = d_model, batch_size
         self.groups = (num_groups, group_size)
         self.group_density, self.within = group_density, within

@@ -18,6 +18,7 @@ import hashlib
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -51,6 +52,9 @@ HASHED_WHOLE_BYTES = 2**26
 """Of larger files the fingerprint has the size and both ends: reading all takes minutes a TB."""
 
 HASHED_END_BYTES = 2**20
+
+STREAMED_ROWS = 16
+"""First rows by which the fingerprint tells a stream from the hub from what it was before."""
 
 PEEK_CHARACTERS = 2**20
 """How much of a text file is searched for blank lines."""
@@ -223,7 +227,10 @@ def open_text(config: DataConfig, seed: int) -> TextSource:
     if files:
         mark = _digest([config.text_column, *map(_kind_name, files), *map(_contents, files)])
     elif config.streaming:
-        mark = _digest([config.dataset, config.dataset_config, config.split, config.text_column])
+        name = [config.dataset, config.dataset_config, config.split, config.text_column]
+        with _reading(f"dataset {config.dataset!r} could not be read"):
+            first = [row[config.text_column] for row in islice(dataset, STREAMED_ROWS)]
+        mark = _digest([*name, *first])
     else:
         mark = dataset._fingerprint
     if config.streaming:
