@@ -1,6 +1,5 @@
 """Streams of activations with an exact position: what a trainer eats."""
 
-import hashlib
 import warnings
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from kronsae.config import DataConfig
 from kronsae.data.buffer import ShuffleBuffer
+from kronsae.data.common import digest
 from kronsae.data.language_model import LanguageModel
 from kronsae.data.packing import Packer, special_ids, token_mask
 from kronsae.data.text import TextSource, check_text, open_text
@@ -83,7 +83,7 @@ class TensorActivations:
         return {
             "source": "tensor",
             "shape": list(self.x.shape),
-            "content": hashlib.sha256(rows.numpy().tobytes()).hexdigest()[:16],
+            "content": digest(rows.numpy().tobytes()),
             "batch_size": self.batch_size,
             "seed": self.seed,
             "epochs": self.epochs,
@@ -274,9 +274,11 @@ class LanguageModelActivations:
         self.buffer.load_state_dict(state["buffer"])
 
     def describe(self) -> dict[str, Any]:
+        model = self.language_model.describe()
+        model.pop("transformers", None)  # a run may go on with another version
         return {
             "source": "language model",
-            **self.language_model.describe(),
+            **model,
             "text": self.text.fingerprint(),
             "heldout_contexts": self._heldout.shape[0],
             "batch_size": self.batch_size,

@@ -16,7 +16,7 @@ Rows without text (null, empty, white space) are passed over.
 import glob
 import hashlib
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -25,6 +25,7 @@ from typing import Any, Protocol
 import torch
 
 from kronsae.config import DataConfig
+from kronsae.data.common import digest
 from kronsae.data.stdlib import stdlib_documents
 from kronsae.errors import InputError
 
@@ -225,12 +226,12 @@ def open_text(config: DataConfig, seed: int) -> TextSource:
     _check_column(dataset, config)
     source = {"epochs": config.epochs, "name": config.dataset}
     if files:
-        mark = _digest([config.text_column, *map(_kind_name, files), *map(_contents, files)])
+        mark = digest(config.text_column, *map(_kind_name, files), *map(_contents, files))
     elif config.streaming:
         name = [config.dataset, config.dataset_config, config.split, config.text_column]
         with _reading(f"dataset {config.dataset!r} could not be read"):
             first = [row[config.text_column] for row in islice(dataset, STREAMED_ROWS)]
-        mark = _digest([*name, *first])
+        mark = digest(*name, *first)
     else:
         mark = dataset._fingerprint
     if config.streaming:
@@ -344,7 +345,7 @@ def _open_stdlib(config: DataConfig, seed: int) -> IndexedText:
         raise InputError(str(error)) from error
     # By a hash, so that the beginning of what is set aside is not one package alone.
     aside.sort(key=lambda document: zlib.crc32(document["path"].encode()))
-    mark = _digest(document["text"] for document in train + aside)
+    mark = digest(*(document["text"] for document in train + aside))
     texts = [[document["text"] for document in side] for side in (train, aside)]
     return IndexedText(*texts, seed=seed, epochs=config.epochs, fingerprint=mark, name=STDLIB)
 
@@ -493,11 +494,3 @@ def _contents(path: Path) -> str:
         file.seek(size - HASHED_END_BYTES)
         hashed.update(file.read())
         return hashed.hexdigest()
-
-
-def _digest(parts: Iterable[Any]) -> str:
-    hashed = hashlib.sha256()
-    for part in parts:
-        data = repr(part).encode()
-        hashed.update(len(data).to_bytes(8, "little") + data)
-    return hashed.hexdigest()[:16]
