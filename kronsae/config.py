@@ -117,15 +117,19 @@ class DataConfig:
     hookpoint: str | None = setting(None, "name of any module instead of a layer: its output")
     dataset: str = setting(
         "stdlib",
-        "hub name, or text, JSONL, Parquet or Arrow files, folders and globs, separated by "
+        "hub name, or text, JSONL, CSV, Parquet or Arrow files, folders and globs, separated by "
         "commas; 'stdlib' is the source text of Python's standard library",
     )
     dataset_config: str | None = setting(None, "configuration name of a hub dataset")
     split: str = setting("train", "split of a hub dataset")
     text_column: str = setting("text", "column that holds the text")
-    streaming: bool = setting(False, "stream a hub dataset instead of downloading it first")
+    streaming: bool = setting(
+        False, "stream the dataset instead of downloading or indexing it first"
+    )
     epochs: int = setting(1, "how often the text may be read before the data counts as ended")
-    context_length: int = setting(256, "tokens a packed context")
+    context_length: int = setting(
+        0, "tokens a packed context (0: 1024, or as many as the model reads if less)"
+    )
     contexts_per_batch: int = setting(32, "contexts a forward pass of the language model")
     model_dtype: str = setting(
         "auto",
@@ -143,7 +147,10 @@ class DataConfig:
             self.layer is None or self.hookpoint is None,
             "layer and hookpoint exclude each other: give one",
         )
-        _require(self.context_length >= 2, f"context_length: >= 2, got {self.context_length}")
+        _require(
+            self.context_length == 0 or self.context_length >= 2,
+            f"context_length: expected 0 or >= 2, got {self.context_length}",
+        )
         for name in ("epochs", "contexts_per_batch", "buffer_tokens", "heldout_tokens"):
             _require(getattr(self, name) >= 1, f"{name}: expected >= 1, got {getattr(self, name)}")
         _require(

@@ -1,5 +1,6 @@
 """Streams of activations with an exact position: what a trainer eats."""
 
+import dataclasses
 import warnings
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -18,6 +19,9 @@ from kronsae.errors import InputError
 
 HASHED_ROWS = 256
 """Rows of a tensor, evenly spaced, by which `describe` tells it from others."""
+
+DEFAULT_CONTEXT = 1024
+"""Tokens a context where the configuration leaves it open, if the model reads so many."""
 
 DECISIVE = ("context_length", "contexts_per_batch", "buffer_tokens", "epochs")
 """Settings of `DataConfig` that decide the batches, beside model and text."""
@@ -306,13 +310,20 @@ def open_activations(
         device=device,
         trust_remote_code=config.trust_remote_code,
     )
-    longest = getattr(model.model.config.get_text_config(), "max_position_embeddings", None)
-    if longest and config.context_length > longest:
+    config = dataclasses.replace(config, context_length=_context_length(model, config))
+    return LanguageModelActivations(model, open_text(config, seed), config, batch_size, seed)
+
+
+def _context_length(model: LanguageModel, config: DataConfig) -> int:
+    """Tokens a context: as configured, or (0) DEFAULT_CONTEXT, or all that the model reads."""
+    settings = model.model.config.get_text_config()
+    longest = getattr(settings, "max_position_embeddings", None) or config.context_length
+    if config.context_length > longest:
         raise InputError(
             f"context_length: {config.model} reads at most {longest} tokens, "
             f"got {config.context_length}"
         )
-    return LanguageModelActivations(model, open_text(config, seed), config, batch_size, seed)
+    return config.context_length or min(DEFAULT_CONTEXT, longest or DEFAULT_CONTEXT)
 
 
 def _rows(x: Any, name: str, d_model: int | None = None) -> Tensor:
