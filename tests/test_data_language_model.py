@@ -202,7 +202,7 @@ def test_description(folders):
     facts = json.loads(json.dumps(lm.describe()))
     assert facts["name"] == str(folders["llama"]) and facts["dtype"] == "bfloat16"
     assert facts["hookpoint"] == "model.layers.1" and facts["d_model"] == WIDTH
-    assert facts["transformers"] and lm.dtype == torch.bfloat16 and lm.max_context == POSITIONS
+    assert lm.dtype == torch.bfloat16 and lm.max_context == POSITIONS
     assert lm.activations(IDS).dtype == torch.bfloat16
     again = LanguageModel.load(str(folders["llama"]), layer=1, dtype=torch.bfloat16)
     assert again.describe() == lm.describe()

@@ -47,6 +47,8 @@ class ActivationSource(Protocol):
 class TensorActivations:
     """Rows of a tensor [..., d], in another seeded order each epoch.
 
+    A batch goes on into the next epoch, so that only the very last one can be smaller: schedules
+    count on full ones.
     epochs: None repeats for ever. Raises InputError unless x is floating, non-empty and at least
     two-dimensional, and batch_size >= 1.
     """
@@ -58,27 +60,40 @@ class TensorActivations:
         self.x = _rows(x, "activations")
         self.batch_size, self.seed, self.epochs = batch_size, seed, epochs
         self.d_model = self.x.shape[1]
-        self.epoch = self.position = 0
+        self.given = 0
+        """Rows given out, over all epochs."""
+        self._shuffled: tuple[int, Tensor] | None = None  # epoch, and its order
 
     def __iter__(self) -> Iterator[Tensor]:
-        shuffled, order = None, torch.empty(0)
-        while self.epochs is None or self.epoch < self.epochs:
-            if self.position >= self.x.shape[0]:
-                self.epoch, self.position = self.epoch + 1, 0
-                continue
-            if shuffled != self.epoch:
-                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-                order = torch.randperm(self.x.shape[0], generator=generator).to(self.x.device)
-                shuffled = self.epoch
-            chosen = order[self.position : self.position + self.batch_size]
-            self.position += self.batch_size
-            yield self.x[chosen].float()
+        while len(rows := self._next_rows()):
+            self.given += len(rows)
+            yield self.x[rows].float()
+
+    def _next_rows(self) -> Tensor:
+        """Numbers [B] of the rows that follow, on into the next epoch; none at the end."""
+        start, count = self.given, self.x.shape[0]
+        stop = start + self.batch_size
+        if self.epochs is not None:
+            stop = min(stop, self.epochs * count)
+        parts = [torch.empty(0, dtype=torch.int64, device=self.x.device)]
+        while start < stop:
+            epoch, row = divmod(start, count)
+            parts.append(self._order(epoch)[row : row + stop - start])
+            start += len(parts[-1])
+        return torch.cat(parts)
+
+    def _order(self, epoch: int) -> Tensor:
+        if self._shuffled is None or self._shuffled[0] != epoch:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+            order = torch.randperm(self.x.shape[0], generator=generator)
+            self._shuffled = epoch, order.to(self.x.device)
+        return self._shuffled[1]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "position": self.position}
+        return {"given": self.given}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.epoch, self.position = state["epoch"], state["position"]
+        self.given = state["given"]
 
     def describe(self) -> dict[str, Any]:
         count = self.x.shape[0]
@@ -278,11 +293,9 @@ class LanguageModelActivations:
         self.buffer.load_state_dict(state["buffer"])
 
     def describe(self) -> dict[str, Any]:
-        model = self.language_model.describe()
-        model.pop("transformers", None)  # a run may go on with another version
         return {
             "source": "language model",
-            **model,
+            **self.language_model.describe(),
             "text": self.text.fingerprint(),
             "heldout_contexts": self._heldout.shape[0],
             "batch_size": self.batch_size,
@@ -316,9 +329,8 @@ def open_activations(
 
 def _context_length(model: LanguageModel, config: DataConfig) -> int:
     """Tokens a context: as configured, or (0) DEFAULT_CONTEXT, or all that the model reads."""
-    settings = model.model.config.get_text_config()
-    longest = getattr(settings, "max_position_embeddings", None) or config.context_length
-    if config.context_length > longest:
+    longest = model.max_context
+    if longest and config.context_length > longest:
         raise InputError(
             f"context_length: {config.model} reads at most {longest} tokens, "
             f"got {config.context_length}"

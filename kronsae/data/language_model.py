@@ -133,8 +133,6 @@ class LanguageModel:
 
     def describe(self) -> dict[str, Any]:
         """What identifies the activations, JSON-able; the same on every device."""
-        import transformers
-
         return {
             "name": self.name,
             "revision": self.revision,
@@ -143,7 +141,6 @@ class LanguageModel:
             "hookpoint": self.hookpoint,
             "d_model": self.d_model,
             "dtype": str(self.dtype).removeprefix("torch."),
-            "transformers": transformers.__version__,
         }
 
     @torch.no_grad()
