@@ -222,6 +222,7 @@ def main(argv: list[str] | None = None) -> dict:
 
     model = new_model(len(tokenizer), args.context, args.hidden, args.layers, args.heads)
     model.to(args.device).train()
+    device_type = torch.device(args.device).type
     parameters = list(model.parameters())
     optimiser = torch.optim.AdamW(
         [
@@ -284,7 +285,7 @@ def main(argv: list[str] | None = None) -> dict:
         tokens += ids[:, 1:].numel()
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(progress, tokens, args.lr, args.warmup_tokens)
-        with torch.autocast(args.device, torch.bfloat16, enabled=not args.float32):
+        with torch.autocast(device_type, torch.bfloat16, enabled=not args.float32):
             logits = model(ids[:, :-1]).logits
         loss = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
         optimiser.zero_grad(set_to_none=True)
