@@ -103,10 +103,16 @@ def quartiles(values: list[float]) -> tuple[float, float]:
 def interleaved(
     calls: dict[str, Callable[[], object]], rounds: int, warmup: int, device: torch.device
 ) -> dict[str, Timing]:
-    """Times of each call, one call of each a round, after `warmup` rounds without a clock."""
+    """Times of each call, one of each a round, after `warmup` rounds without a clock.
+
+    Before the timed call stands one without a clock, since a training step follows another of its
+    own kind: it finds its weights in the cache and its memory with the allocator, not what another
+    contender left there.
+    """
     times: dict[str, list[float]] = {name: [] for name in calls}
     for round_ in range(warmup + rounds):
         for name, call in calls.items():
+            call()
             synchronize(device)
             start = time.perf_counter()
             call()

@@ -1,6 +1,6 @@
 """KronSAE against a dense TopK SAE of the same F and k on the embedded model's activations.
 
-    python -m benchmarks.quality                     # the table in benchmarks/results/quality.md
+    python -m benchmarks.quality                     # a table as in benchmarks/results/
     python -m benchmarks.quality --tokens 40000      # a quick look
 
 Each learns at equal tokens, and KronSAE also at equal FLOPs [KronSAE, eq. 7]: its encoder is

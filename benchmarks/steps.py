@@ -56,6 +56,7 @@ def kron_loss(
     b_dec: Tensor,
     impl: str | None = None,
 ) -> Tensor:
+    w_enc = w_enc.transpose(0, 1)
     codes = fused_encode(x, w_enc, b_enc, m=shape.m, k=shape.k, eps=1e-5, impl=impl)
     return mse_loss(sparse_decode(codes, w_dec=w_dec, b_dec=b_dec, impl=impl), x)
 
@@ -74,10 +75,9 @@ def dense_loss(
 
 
 def kron_parameters(shape: Shape, device: torch.device) -> tuple[nn.Parameter, ...]:
-    """w_enc [h, m + n, d] (stored row-major over heads), b_enc, w_dec, b_dec of the listing."""
+    """w_enc [m + n, h, d] (row-major over heads), b_enc, w_dec, b_dec of the listing."""
     model, rows = _listing(shape, device), shape.m + shape.n
-    w_enc = torch.empty(rows, shape.heads, shape.d, device=device).transpose(0, 1)
-    w_enc.copy_(model.W_enc.detach().T.view(shape.heads, rows, shape.d))
+    w_enc = model.W_enc.detach().T.view(shape.heads, rows, shape.d).transpose(0, 1).contiguous()
     b_enc = model.b_enc.detach().view(shape.heads, rows)
     return nn.Parameter(w_enc), nn.Parameter(b_enc), model.W_dec, model.b_dec
 

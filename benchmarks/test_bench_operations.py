@@ -20,6 +20,7 @@ def impl(request, device):
 
 def encode_kron(shape, x):
     w_enc, b_enc, *_ = kron_parameters(shape, x.device)
+    w_enc = w_enc.transpose(0, 1)
 
     def call(tokens, impl):
         codes = fused_encode(x[:tokens], w_enc, b_enc, m=shape.m, k=shape.k, eps=1e-5, impl=impl)
@@ -40,6 +41,7 @@ def encode_dense(shape, x):
 
 def decode(shape, x):
     w_enc, b_enc, w_dec, b_dec = kron_parameters(shape, x.device)
+    w_enc = w_enc.transpose(0, 1)
     with torch.no_grad():
         values, indices = fused_encode(x, w_enc, b_enc, m=shape.m, k=shape.k)
     values.requires_grad_()

@@ -140,6 +140,8 @@ def _drop_overruled(lower: dict[str, Any], higher: dict[str, Any]) -> None:
         for name in ("heads", "m", "n", "composition", "eps"):
             if name not in higher:
                 lower.pop(name, None)
+    if any(name in higher for name in ("model", "layer", "hookpoint")) and "d_model" not in higher:
+        lower.pop("d_model", None)
     for name, other in (("layer", "hookpoint"), ("hookpoint", "layer")):
         if higher.get(name) is not None and other not in higher:
             lower.pop(other, None)
@@ -163,6 +165,7 @@ def _check_effects(settings: dict[str, Any], given: dict[str, Any]) -> None:
             settings["auxk_coefficient"] == 0,
             "--auxk-coefficient 0",
         ),
+        (("auxk",), settings["auxk_fraction"] == 0, "--auxk-fraction 0"),
         (
             ("revision", "trust_remote_code"),
             settings["model"] == "embedded",

@@ -73,6 +73,10 @@ class SAEConfig:
             f"k: expected 1 <= k <= dict_size = {self.dict_size}, got {self.k}",
         )
         _require(math.isfinite(self.eps) and self.eps >= 0, f"eps: expected >= 0, got {self.eps}")
+        _require(
+            self.eps == 0 or self.composition == "mand",
+            f"eps has no effect with composition {self.composition!r}: leave it out",
+        )
 
     def _resolve_kron(self) -> None:
         m, n = self.m or 4, self.n or 4
@@ -215,6 +219,7 @@ class TrainConfig:
         for name in ("warmup_fraction", "auxk_fraction"):
             value = getattr(self, name)
             _require(0 <= value <= 1, f"{name}: expected 0 to 1, got {value}")
+        _require(0 <= self.seed < 2**40, f"seed: expected 0 to 2**40 - 1, got {self.seed}")
         _require(
             self.dtype in ("auto", *DTYPES),
             f"dtype: one of {('auto', *DTYPES)}, not {self.dtype!r}",
@@ -227,8 +232,9 @@ class TrainConfig:
 
     @property
     def dead_after(self) -> int:
-        """Tokens without firing after which a latent counts as dead."""
-        return self.dead_after_tokens or min(10_000_000, max(1, self.tokens // 10))
+        """Tokens without firing after which a latent counts as dead; by default >= 10 batches."""
+        default = max(min(10_000_000, self.tokens // 10), 10 * self.batch_size)
+        return self.dead_after_tokens or default
 
 
 @dataclass(frozen=True)

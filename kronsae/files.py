@@ -43,9 +43,11 @@ def write_text(path: Path, text: str) -> None:
 def replace_directory(path: Path, write: Callable[[Path], None]) -> Path:
     """Let `write(folder)` fill a new folder, then put it in `path`'s place.
 
-    Until everything is on the disk `path` stays as it was (missing, or its old contents); what an
-    interrupted call leaves behind starts with a dot and is removed by `remove_leftovers`.
-    Raises InputError if the disk is full or `path` cannot be written.
+    Until everything is on the disk `path` stays as it was (missing, or its old contents). What an
+    interrupted call leaves behind starts with a dot; `remove_leftovers` clears it away, and puts an
+    old folder back if the call ended between moving it away and putting the new one in its place.
+    Raises InputError if the disk is full, `path` cannot be written, or holds files that `write`
+    does not: somebody else's work is never removed.
     """
     beside = _beside(path)
     try:
@@ -56,9 +58,14 @@ def replace_directory(path: Path, write: Callable[[Path], None]) -> Path:
             _sync(file)
         _sync(beside)
         if path.exists():
-            old = _beside(path)
+            _check_replaceable(path, beside)
+            old = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}{_OLD}"
             os.rename(path, old)
-            os.rename(beside, path)
+            try:
+                os.rename(beside, path)
+            except BaseException:
+                os.rename(old, path)
+                raise
             shutil.rmtree(old)
         else:
             os.rename(beside, path)
@@ -71,10 +78,28 @@ def replace_directory(path: Path, write: Callable[[Path], None]) -> Path:
     return path
 
 
+_OLD = ".replaced"
+
+
+def _check_replaceable(path: Path, new: Path) -> None:
+    others = (
+        {p.name for p in path.iterdir()} - {p.name for p in new.iterdir()}
+        if (path.is_dir())
+        else {path.name}
+    )
+    if others:
+        raise InputError(
+            f"{path} holds {sorted(others)[:5]}, which would be lost: choose another folder"
+        )
+
+
 def remove_leftovers(folder: Path) -> None:
-    """Remove what interrupted writes left in `folder`."""
+    """Clear away what interrupted writes left in `folder`; see `replace_directory`."""
     for path in folder.glob(".*.partial"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for old in folder.glob(f".*{_OLD}"):
+        place = folder / old.name[1:].removesuffix(_OLD).rpartition(".")[0]
+        shutil.rmtree(old) if place.exists() else os.rename(old, place)
 
 
 def _beside(path: Path) -> Path:

@@ -18,7 +18,7 @@ from kronsae.data import ActivationSource, IterableActivations, TensorActivation
 from kronsae.errors import InputError
 from kronsae.evaluate import Heldout, evaluate, evaluate_cross_entropy
 from kronsae.learner import Learner, Normalizer
-from kronsae.logs import Log
+from kronsae.logs import Log, check_packages
 from kronsae.run import RunFolder
 from kronsae.sae import SAE
 
@@ -72,7 +72,9 @@ def fit(
     source = _as_source(activations, config)
     sae_config = _with_width(sae_config, source.d_model)
     if isinstance(heldout, Tensor):
-        heldout = Heldout(heldout)
+        heldout = Heldout(heldout.detach().reshape(-1, heldout.shape[-1]))
+    if heldout is not None:
+        _check_heldout(heldout.activations, source.d_model)
     settings = {
         "config": {
             "sae": dataclasses.asdict(sae_config),
@@ -82,8 +84,9 @@ def fit(
         "data": source.describe(),
         **(settings or {}),
     }
-    run, state = _open_run(out, resume, settings)
+    check_packages(config)
     session = _Session(Learner(sae_config, config, device), source, config)
+    run, state = _open_run(out, resume, settings)
     if state is not None:
         session.load_state_dict(state)
     log = Log(run, config, settings)
@@ -227,7 +230,7 @@ class _Session:
 
     def step(self, x: Tensor) -> dict[str, float]:
         """One optimizer step on raw activations [B, d]; its metrics and rates."""
-        values = self.learner.step(self.normalizer(x.to(self.learner.device)))
+        values = self.learner.step(self.normalizer(x.to(self.learner.device, torch.float32)))
         now, (before, tokens) = time.monotonic(), self.last_record
         rates = {
             "tokens_per_s": (self.learner.tokens - tokens) / max(1e-9, now - before),
@@ -322,7 +325,15 @@ def _open_run(
 
 FREE_TO_CHANGE = {
     f"config.train.{name}"
-    for name in ("device", "log_every", "eval_every", "checkpoint_every", "keep_checkpoints")
+    for name in (
+        "device",
+        "log_every",
+        "eval_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "tensorboard",
+        "wandb",
+    )
 }
 
 
@@ -346,10 +357,24 @@ def resolve_device(name: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("expected cpu or cuda")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
     return device
+
+
+def _check_heldout(x: Tensor, d_model: int) -> None:
+    if x.ndim != 2 or x.shape[1] != d_model or x.shape[0] < 2 or not x.is_floating_point():
+        raise InputError(
+            f"heldout: expected floating activations [t, {d_model}], at least two of them, got "
+            f"{list(x.shape)} {x.dtype}"
+        )
+    if not _is_finite(x):
+        raise InputError("heldout: some activations are NaN or infinite")
+    if (x == x[0]).all():
+        raise InputError("heldout: all activations are equal, so nothing can be explained")
 
 
 def _as_source(

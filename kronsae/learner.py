@@ -14,16 +14,18 @@ from kronsae.sae import SAE
 from kronsae_kernels import SparseCodes
 
 
-def learning_rate(step: int, config: TrainConfig, dict_size: int) -> float:
-    """Rate of optimizer step `step` (from 0): linear warm-up, then a cosine to lr_final.
+def learning_rate(tokens: int, config: TrainConfig, dict_size: int, batch: int) -> float:
+    """Rate of the step after `tokens` tokens: linear warm-up, then a cosine to lr_final.
 
-    [KronSAE, App. A.1]
+    Counted in steps of the batch at hand, so that batches of another size than config.batch_size
+    (an iterable's own) still run through the whole schedule. [KronSAE, App. A.1]
     """
     peak = config.lr * (dict_size / 2**15) ** -0.5 if config.lr_scale_by_dict_size else config.lr
-    warmup = round(config.warmup_fraction * config.steps)
+    step, steps = tokens / batch, math.ceil(config.tokens / batch)
+    warmup = round(config.warmup_fraction * steps)
     if step < warmup:
         return peak * (step + 1) / warmup
-    progress = (step - warmup) / max(1, config.steps - 1 - warmup)
+    progress = (step - warmup) / max(1, steps - 1 - warmup)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     return config.lr_final + (peak - config.lr_final) * cosine
 
@@ -75,6 +77,7 @@ class Learner:
         )
         self.step_count = 0
         self.tokens = 0
+        self.batch = 0  # tokens of the first batch: the schedule's step
         self.tokens_since_fired = torch.zeros(
             sae_config.dict_size, dtype=torch.int64, device=device
         )
@@ -90,7 +93,8 @@ class Learner:
         Raises FloatingPointError, before the weights change, if the gradient is not finite.
         """
         sae, config = self.sae, self.config
-        lr = learning_rate(self.step_count, config, sae.dict_size)
+        lr = learning_rate(self.tokens, config, sae.dict_size, self.batch or x.shape[0])
+        self.batch = self.batch or x.shape[0]
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = lr
         dead = self.dead
@@ -98,9 +102,9 @@ class Learner:
         with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32):
             x_hat, codes, loss = sae(x)
             decoded, aux = [codes], x.new_zeros(())
-            if dead_count and config.auxk_coefficient and config.auxk_fraction:
+            part = slice(math.ceil(x.shape[0] * config.auxk_fraction))
+            if dead_count and config.auxk_coefficient and len(x[part]) >= 2:
                 k = config.auxk or max(1, sae.d_model // 2)
-                part = slice(math.ceil(x.shape[0] * config.auxk_fraction))
                 aux, aux_codes = auxk_loss(sae, x[part], x_hat[part].detach(), dead, k)
                 decoded.append(aux_codes)
         for part in decoded:
@@ -140,6 +144,7 @@ class Learner:
             if self.step_count
             else {},
             "step_count": self.step_count,
+            "batch": self.batch,
             "tokens": self.tokens,
             "tokens_since_fired": self.tokens_since_fired,
         }
@@ -158,6 +163,7 @@ class Learner:
                     },
                 }
         self.step_count = state["step_count"]
+        self.batch = state["batch"]
         self.tokens = state["tokens"]
         self.tokens_since_fired.copy_(state["tokens_since_fired"])
 
@@ -176,9 +182,10 @@ def remove_parallel_component(w_dec: Tensor, decoded: list[SparseCodes]) -> None
     w_dec.grad.addcmul_(w_dec, along[:, None], value=-1)
 
 
-def explained_share(x: Tensor, x_hat: Tensor) -> float:
-    """Explained variance within one batch [B, d], in float32: for the log alone."""
-    return 1 - ((x - x_hat).square().sum() / (x - x.mean(0)).square().sum()).item()
+def explained_share(x: Tensor, x_hat: Tensor) -> float | None:
+    """Explained variance within one batch [B, d], in float32, for the log; None if all is equal."""
+    spread = (x - x.mean(0)).square().sum().item()
+    return 1 - (x - x_hat).square().sum().item() / spread if spread else None
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -1,5 +1,6 @@
 """Where metrics go while a run trains: metrics.jsonl always, the terminal, TensorBoard, wandb."""
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,15 @@ class Log:
             self.wandb.finish()
 
 
+def check_packages(config: TrainConfig) -> None:
+    """Raise InputError if a logger that `config` asks for is not installed."""
+    for wanted, package in ((config.tensorboard, "tensorboard"), (config.wandb, "wandb")):
+        if wanted and find_spec(package) is None:
+            raise InputError(
+                f"--{package} needs the package {package}: pip install 'kronsae[{package}]'"
+            )
+
+
 def _folder(run: RunFolder | None, flag: str) -> Path:
     if run is None:
         raise InputError(f"{flag} needs a run folder: give `out`")
@@ -51,20 +61,14 @@ def _folder(run: RunFolder | None, flag: str) -> Path:
 
 
 def _open_tensorboard(run: RunFolder | None) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise InputError(
-            "--tensorboard needs the package tensorboard: pip install 'kronsae[tensorboard]'"
-        ) from error
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(str(_folder(run, "tensorboard") / "tensorboard"))
 
 
 def _open_wandb(run: RunFolder | None, project: str, settings: dict[str, Any]) -> Any:
-    try:
-        import wandb
-    except ImportError as error:
-        raise InputError("--wandb needs the package wandb: pip install 'kronsae[wandb]'") from error
+    import wandb
+
     folder = _folder(run, "wandb")
     return wandb.init(
         project=project,

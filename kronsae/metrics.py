@@ -50,6 +50,7 @@ class ReconstructionMetrics:
         self.squared_norm = 0.0
         self.sum = torch.zeros(d_model, dtype=torch.float64)
         self.batch_form = 0.0
+        self.batch_tokens = 0
 
     def update(self, x: Tensor, x_hat: Tensor) -> None:
         x, x_hat = x.double(), x_hat.double()
@@ -59,7 +60,9 @@ class ReconstructionMetrics:
         self.squared_norm += x.square().sum().item()
         self.sum += x.sum(0).cpu()
         spread = (x - x.mean(0)).square().sum(-1)
-        self.batch_form += (1 - errors / spread.clamp(min=1e-300)).sum().item()
+        varied = spread > 0  # a batch of one token is its own mean
+        self.batch_form += (1 - errors[varied] / spread[varied]).sum().item()
+        self.batch_tokens += int(varied.sum())
 
     def compute(self) -> dict[str, float]:
         """Raises ValueError if nothing was seen, or all of it was the same vector."""
@@ -72,7 +75,7 @@ class ReconstructionMetrics:
         return {
             "explained_variance": 1 - fvu,
             "fvu": fvu,
-            "explained_variance_batch": self.batch_form / self.tokens,
+            "explained_variance_batch": self.batch_form / max(1, self.batch_tokens),
             "mse": self.squared_error / (self.tokens * self.sum.numel()),
         }
 
@@ -87,4 +90,5 @@ def cross_entropy_recovered(clean: float, spliced: float, ablated: float) -> flo
 
     1 for a perfect reconstruction, 0 for one as bad as zeros. All three in nats a token.
     """
-    return (ablated - spliced) / (ablated - clean)
+    damage = ablated - clean
+    return (ablated - spliced) / damage if damage else float(spliced == clean)

@@ -15,10 +15,15 @@ def auxk_loss(
     variance. [Gao et al. 2024, App. A.2; KronSAE, App. A.1] The gradient reaches the base and
     extension rows behind each dead latent, and its decoder row. Only dead latents are scored.
 
-    x, x_hat: [B, d].  dead: bool [F], at least one True.  k is cut to the number of dead latents,
-    and the loss scaled down in proportion. Returns the loss (scalar) and the dead latents' codes.
+    x, x_hat: [B, d], B >= 2.  dead: bool [F], at least one True.  k is cut to the number of dead
+    latents, and the loss scaled down in proportion. Returns the loss (scalar) and the dead latents'
+    codes.
     """
     target = (x - x_hat).detach()
+    if x.shape[0] < 2:
+        raise ValueError(
+            f"x: expected at least 2 tokens, whose variance is taken, got {x.shape[0]}"
+        )
     available = min(k, int(dead.sum()))
     codes = sae.encode(x, k=available, mask=dead)
     error = (sparse_decode(codes, w_dec=sae.W_dec) - target).square().mean()

@@ -1,5 +1,6 @@
 """`--plan`: what a run would take, before a language model is loaded or anything is allocated."""
 
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -24,7 +25,7 @@ def make_plan(config: RunConfig) -> dict[str, Any]:
     device = resolve_device(config.train.device)
     settings = _model_settings(config)
     d = config.sae.d_model or settings["d_model"]
-    sae, data, train = _with_width(config, d), config.data, config.train
+    sae, data, train = dataclasses.replace(config.sae, d_model=d), config.data, config.train
     encoder, decoder = sae.encoder_rows * (d + 1), sae.dict_size * d + d
     parameters = encoder + decoder
     state = 4 * 3 * parameters + 8 * sae.dict_size  # weights and two moments; tokens since fired
@@ -98,12 +99,6 @@ def render(plan: dict[str, Any], config: RunConfig) -> str:
         "(a rough lower estimate)",
     ]
     return "\n".join(lines)
-
-
-def _with_width(config: RunConfig, d: int) -> Any:
-    import dataclasses
-
-    return dataclasses.replace(config.sae, d_model=d)
 
 
 def _model_settings(config: RunConfig) -> dict[str, int]:

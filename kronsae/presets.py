@@ -15,7 +15,7 @@ EMBEDDED: dict[str, Any] = {
     "k": 32,
     "tokens": 800_000,
     "batch_size": 1024,
-    "lr": 4e-3,
+    "lr": 1.6e-2,
     "eval_every": 200,
 }
 """Settings that apply with model 'embedded', below a config file and flags."""

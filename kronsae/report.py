@@ -21,8 +21,6 @@ from kronsae.metrics import MEANING
 Record = dict[str, Any]
 """A line of metrics.jsonl."""
 
-"""Label and meaning of each figure of an evaluation."""
-
 _SHARES = {"explained_variance", "fvu", "explained_variance_batch", "dead_share", "ce_recovered"}
 
 

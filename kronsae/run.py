@@ -39,10 +39,8 @@ class RunFolder:
     @classmethod
     def create(cls, path: str | Path, settings: dict[str, Any]) -> "RunFolder":
         """A new run. Raises InputError if the folder exists and is not empty."""
+        cls.check_free(path)
         run = cls(Path(path))
-        if run.path.exists() and (not run.path.is_dir() or any(run.path.iterdir())):
-            hint = f"--resume {run.path} goes on with it, or " if run.config.exists() else ""
-            raise InputError(f"{run.path} exists already: {hint}choose another --out")
         try:
             run.checkpoints.mkdir(parents=True)
         except OSError as error:
@@ -57,6 +55,16 @@ class RunFolder:
         write_json(run.config, document)
         return run
 
+    @staticmethod
+    def check_free(path: str | Path) -> None:
+        """Raise InputError if `path` exists and is not an empty folder."""
+        path = Path(path)
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            hint = (
+                f"--resume {path} goes on with it, or " if (path / "config.json").exists() else ""
+            )
+            raise InputError(f"{path} exists already: {hint}choose another --out")
+
     @classmethod
     def open(cls, path: str | Path) -> tuple["RunFolder", dict[str, Any]]:
         """A run that exists, and its config.json. Raises InputError if it is none."""
@@ -67,6 +75,8 @@ class RunFolder:
             raise InputError(
                 f"{run.path} is no run folder: {run.config} cannot be read ({error})"
             ) from error
+        if not isinstance(settings, dict) or not {"config", "data"} <= settings.keys():
+            raise InputError(f"{run.config} is not one that a run wrote")
         if settings.get("format") != "kronsae-run" or settings["format_version"] != FORMAT_VERSION:
             raise InputError(
                 f"{run.config}: expected a kronsae run of format version {FORMAT_VERSION}, got "
@@ -80,7 +90,7 @@ class RunFolder:
         """Append one line to metrics.jsonl."""
         try:
             with open(self.metrics, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(json.dumps(record, allow_nan=False) + "\n")
         except OSError as error:
             raise InputError(f"{self.metrics} could not be written: {error}") from error
 

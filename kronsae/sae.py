@@ -57,6 +57,7 @@ class SAE(nn.Module):
         if config.d_model < 1:
             raise InputError(f"d_model: expected >= 1, got {config.d_model}")
         self.config = config
+        self.metadata: dict[str, Any] = {}
         d, size = config.d_model, config.dict_size
         if config.encoder == "kron":
             # Stored row-major over heads, which the kernels read fastest.
@@ -109,7 +110,9 @@ class SAE(nn.Module):
         impl: str | None = None,
     ) -> SparseCodes:
         """The k (default: config.k) largest latents of x [..., d], among `mask` [F] if given."""
-        config, k = self.config, k or self.config.k
+        config, k = self.config, self.config.k if k is None else k
+        if not torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.W_enc.dtype)
         if config.encoder == "dense":
             return dense_encode(x, self.W_enc, self.b_enc, k=k, mask=mask, impl=impl)
         return fused_encode(
@@ -129,7 +132,7 @@ class SAE(nn.Module):
         return sparse_decode(codes, w_dec=self.W_dec, b_dec=self.b_dec, impl=impl)
 
     def forward(self, x: Tensor) -> SAEOutput:
-        """Reconstruct x [..., d] (float32; raw activations for a loaded SAE)."""
+        """Reconstruct x [..., d], of any floating dtype (raw activations for a loaded SAE)."""
         codes = self.encode(x)
         x_hat = self.decode(codes)
         return SAEOutput(x_hat, codes, (x_hat - x).square().mean())
@@ -161,7 +164,8 @@ class SAE(nn.Module):
         """Write sae.safetensors and config.json to `directory`, replacing it at once.
 
         `metadata`: JSON-able facts (model, hookpoint, metrics) that `load` gives back as
-        `sae.metadata`. Raises InputError if the disk is full or not writable.
+        `sae.metadata`; by default those it has. Raises InputError if the disk is full, or if the
+        folder holds other files.
         """
         from safetensors.torch import save_file
 
@@ -176,7 +180,7 @@ class SAE(nn.Module):
                 "format_version": FORMAT_VERSION,
                 "sae": dataclasses.asdict(self.config),
                 "sha256": sha256(folder / WEIGHTS_NAME),
-                "metadata": metadata or {},
+                "metadata": self.metadata if metadata is None else metadata,
             }
             write_json(folder / CONFIG_NAME, settings)
 
@@ -196,6 +200,8 @@ def load(source: str | Path, *, device: torch.device | str = "cpu") -> SAE:
         settings = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{folder / CONFIG_NAME} cannot be read: {error}") from error
+    if not isinstance(settings, dict) or not {"sae", "sha256", "metadata"} <= settings.keys():
+        raise InputError(f"{folder / CONFIG_NAME} is not one that SAE.save wrote")
     if settings.get("format") != "kronsae" or settings.get("format_version") != FORMAT_VERSION:
         raise InputError(
             f"{folder}: expected format 'kronsae', version {FORMAT_VERSION}, got "

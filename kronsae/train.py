@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -24,6 +25,7 @@ from kronsae.evaluate import Heldout
 from kronsae.fit import FitResult, fit, resolve_device
 from kronsae.metrics import MEANING
 from kronsae.plan import make_plan, render
+from kronsae.report import write_report
 from kronsae.run import RunFolder
 
 __all__ = ["fit", "main"]
@@ -57,8 +59,10 @@ def train(request: Request, console: Console) -> int:
     began = time.monotonic()
     config = request.config
     out = request.resume or request.out or _new_folder(config)
-    _check_out(out, request)
-    console.print(f"[bold]kronsae[/bold]: loading {config.data.model} and {config.data.dataset}")
+    if request.resume is None:
+        RunFolder.check_free(out)  # before the model is loaded; fit checks again
+    what = escape(f"{config.data.model} and {config.data.dataset}")
+    console.print(f"[bold]kronsae[/bold]: loading {what}")
     source = open_activations(
         config.data,
         batch_size=config.train.batch_size,
@@ -75,17 +79,23 @@ def train(request: Request, console: Console) -> int:
     )
     _describe(console, config, source, heldout, out)
     with _Progress(console, config) as progress:
-        result = fit(
-            config.sae,
-            source,
-            config.train,
-            heldout=heldout,
-            out=out,
-            resume=request.resume is not None,
-            settings={"config": config.to_dict()},
-            on_record=progress,
-        )
+        try:
+            result = fit(
+                config.sae,
+                source,
+                config.train,
+                heldout=heldout,
+                out=out,
+                resume=request.resume is not None,
+                settings={"config": config.to_dict()},
+                on_record=progress,
+            )
+        except InputError:
+            if (out / "metrics.jsonl").exists():
+                write_report(out)
+            raise
     if result.stopped_by is not None:
+        write_report(out)
         name = signal.Signals(result.stopped_by).name
         console.print(
             f"Stopped by {name} after {result.tokens:,} of {config.train.tokens:,} tokens; "
@@ -104,12 +114,6 @@ def _new_folder(config: RunConfig) -> Path:
     stamp = time.strftime("%Y%m%d-%H%M%S")
     name = f"{Path(data.model).name}-{hook}-{sae.encoder}-F{sae.dict_size}-k{sae.k}-{stamp}"
     return Path("runs") / name
-
-
-def _check_out(out: Path, request: Request) -> None:
-    """Fail on a folder that is taken before the model is loaded (fit checks again)."""
-    if request.resume is None and out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} exists already: --resume {out}, or choose another --out")
 
 
 def _describe(
@@ -133,7 +137,7 @@ def _describe(
     }
     table = Table.grid(padding=(0, 2))
     for name, value in rows.items():
-        table.add_row(f"[dim]{name}[/dim]", value)
+        table.add_row(f"[dim]{name}[/dim]", escape(value))
     console.print(table)
 
 
@@ -195,7 +199,6 @@ def _summarise(
     """Write the report; print the evaluation, some latents, and where everything is."""
     from kronsae.contexts import render as render_contexts
     from kronsae.contexts import top_contexts
-    from kronsae.report import write_report
 
     tokenizer = heldout.language_model.tokenizer
     latents = top_contexts(result.sae, heldout)

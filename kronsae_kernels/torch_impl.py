@@ -20,7 +20,7 @@ from torch.nn.functional import embedding_bag
 
 from kronsae_kernels.common import accumulate_dtype
 
-CHUNK_BYTES = {"cpu": 4 << 20}
+CHUNK_BYTES = {"cpu": 8 << 20}
 """Size of the pre-latents of one chunk of tokens, by device type: the cache, on a CPU."""
 DEFAULT_CHUNK_BYTES = 512 << 20
 MIN_CHUNK_TOKENS = 256
@@ -71,8 +71,9 @@ def encode_backward(
     """
     heads, rows, d = w_enc.shape
     n = rows - m
-    head, base_row = indices // (m * n), indices // n % m
-    columns = torch.cat([base_row * heads + head, (m + indices % n) * heads + head], 1)
+    head, latent = divide(indices, m * n)
+    base_row, extension_row = divide(latent, n)
+    columns = torch.cat([base_row * heads + head, (m + extension_row) * heads + head], 1)
     coefficients = torch.cat([d_base, d_extension], 1)
     d_x, d_w, d_b = x.new_empty(0), x.new_empty(0), x.new_empty(0)
     if need_x:
@@ -163,8 +164,11 @@ def pair_dots(y: Tensor, columns: Tensor, table: Tensor) -> Tensor:
 
 def group(columns: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Entries of [B, r] sorted by column (stably): order [B r], and each column's start [size]."""
-    ordered, order = columns.reshape(-1).sort(stable=True)
-    starts = torch.searchsorted(ordered, torch.arange(size, device=columns.device))
+    keys = columns.reshape(-1)
+    if size < 2**31:
+        keys = keys.int()  # half the time of int64
+    ordered, order = keys.sort(stable=True)
+    starts = torch.searchsorted(ordered, torch.arange(size, dtype=keys.dtype, device=keys.device))
     return order, starts
 
 
@@ -192,6 +196,12 @@ def _scatter_linear(
     return d_w, d_b.view(-1)
 
 
+def divide(numbers: Tensor, divisor: int) -> tuple[Tensor, Tensor]:
+    """Quotient and remainder of numbers >= 0. (`%` on tensors is another, slower division.)"""
+    quotient = numbers // divisor
+    return quotient, numbers - quotient * divisor
+
+
 # Selection
 
 
@@ -212,7 +222,8 @@ def top(scores: Tensor, k: int) -> Tensor:
     kept = kept[:, :k].sort(dim=1).values
     candidates = slabs.gather(2, kept[:, None, :].expand(-1, per_group, -1)).flatten(1)
     position = _top_of_short(candidates, k)
-    positions = position // k * groups + kept.gather(1, position % k)
+    member, slot = divide(position, k)
+    positions = member * groups + kept.gather(1, slot)
     return _sort_where(ranked[:, k] == ranked[:, k - 1], positions, scores)
 
 
@@ -229,7 +240,13 @@ def _top_of_short(scores: Tensor, k: int) -> Tensor:
     if k == scores.shape[1]:
         return _sorted_positions(scores, k)
     ranked, positions = scores.topk(k + 1, dim=1)
-    return _sort_where((ranked[:, 1:] == ranked[:, :-1]).any(1), positions[:, :k], scores)
+    positions = positions[:, :k]
+    if (ranked[:, 1:k] == ranked[:, : k - 1]).any():
+        # The right ones, but equal scores in any order: by position, then stably by score.
+        positions = positions.sort(dim=1).values
+        order = scores.gather(1, positions).sort(dim=1, descending=True, stable=True).indices
+        positions = positions.gather(1, order)
+    return _sort_where(ranked[:, k] == ranked[:, k - 1], positions, scores)
 
 
 def _sort_where(rows: Tensor, positions: Tensor, scores: Tensor) -> Tensor:
@@ -263,10 +280,11 @@ def _select_kron(
         scores = scores.masked_fill(~mask.view(heads, m, n)[kept], -torch.inf)
     # Heads ascend, so a lower position is a lower latent index.
     position = top(scores.reshape(tokens, -1), k)
-    slot, latent = position // (m * n), position % (m * n)
+    slot, latent = divide(position, m * n)
+    base_row, extension_row = divide(latent, n)
     factors = factors.reshape(tokens, -1)
-    base = factors.gather(1, slot * rows + latent // n)
-    extension = factors.gather(1, slot * rows + m + latent % n)
+    base = factors.gather(1, slot * rows + base_row)
+    extension = factors.gather(1, slot * rows + m + extension_row)
     return kept.gather(1, slot) * (m * n) + latent, base, extension
 
 

@@ -100,7 +100,7 @@ def test_full_disk_message_for_a_text(monkeypatch, tmp_path):
 
 
 def test_leftovers_of_a_killed_write_are_ignored_and_removed(tmp_path):
-    run = RunFolder.create(tmp_path / "run", {"config": {}})
+    run = RunFolder.create(tmp_path / "run", {"config": {}, "data": {}})
     run.save_checkpoint(5, {"step": 5}, keep=2)
     leftover = run.checkpoints / ".step-00000006.0a1b2c3d.partial"
     leftover.mkdir()
@@ -111,8 +111,32 @@ def test_leftovers_of_a_killed_write_are_ignored_and_removed(tmp_path):
     assert not leftover.exists() and not list(run.path.glob(".*"))
 
 
+def test_an_interrupted_replacement_loses_neither_copy(tmp_path, monkeypatch):
+    """The second rename fails, or the process dies before it: the old folder is still there."""
+    import os
+
+    folder = checkpoint.save_state(tmp_path / "step-00000001", {"step": 1})
+    rename, calls = os.rename, []
+
+    def fail_once(source, target):
+        calls.append(target)
+        if len(calls) == 2:
+            raise OSError(5, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", fail_once)
+    with pytest.raises(InputError, match="Input/output error"):
+        checkpoint.save_state(folder, {"step": 2})
+    monkeypatch.undo()
+    assert checkpoint.load_state(folder) == {"step": 1}
+    assert [p.name for p in tmp_path.iterdir()] == [folder.name]
+    rename(folder, tmp_path / ".step-00000001.0a1b2c3d.replaced")  # killed between the renames
+    files.remove_leftovers(tmp_path)
+    assert checkpoint.load_state(folder) == {"step": 1}
+
+
 def test_newest_is_loaded_and_old_ones_go(tmp_path):
-    run = RunFolder.create(tmp_path / "run", {"config": {}})
+    run = RunFolder.create(tmp_path / "run", {"config": {}, "data": {}})
     for step in (9, 10, 100_000_000):
         run.log({"step": step})
         run.save_checkpoint(step, {"step": step}, keep=2)
@@ -124,12 +148,12 @@ def test_newest_is_loaded_and_old_ones_go(tmp_path):
 
 
 def test_run_folder_that_exists(tmp_path):
-    run = RunFolder.create(tmp_path / "run", {"config": {}})
+    run = RunFolder.create(tmp_path / "run", {"config": {}, "data": {}})
     with pytest.raises(InputError, match="exists already: --resume .*run goes on with it"):
-        RunFolder.create(run.path, {"config": {}})
+        RunFolder.create(run.path, {"config": {}, "data": {}})
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("x")
     with pytest.raises(InputError, match="exists already: choose another"):
-        RunFolder.create(tmp_path / "other", {"config": {}})
+        RunFolder.create(tmp_path / "other", {"config": {}, "data": {}})
     with pytest.raises(InputError, match="no run folder"):
         RunFolder.open(tmp_path / "other")

@@ -161,6 +161,36 @@ def test_activations_that_cannot_be_used(activations, words):
         fit(KRON, activations, TRAIN)
 
 
+@pytest.mark.parametrize(
+    ("heldout", "words"),
+    [
+        (torch.randn(10, 25), "expected floating activations .t, 24."),
+        (torch.randn(1, 24), "at least two"),
+        (torch.ones(10, 24), "all activations are equal"),
+        (torch.full((10, 24), torch.nan), "NaN or infinite"),
+        (torch.ones(10, 24, dtype=torch.int64), "floating"),
+    ],
+)
+def test_heldout_is_checked_before_training(heldout, words, tmp_path):
+    with pytest.raises(InputError, match=words):
+        fit(KRON, X, TRAIN, heldout=heldout, out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_heldout_may_have_leading_dimensions():
+    flat = fit(KRON, X, TRAIN, heldout=HELDOUT).metrics
+    assert fit(KRON, X, TRAIN, heldout=HELDOUT.view(5, 100, 24)).metrics == flat
+
+
+def test_a_logger_that_is_missing_leaves_no_folder(tmp_path, monkeypatch):
+    import kronsae.logs
+
+    monkeypatch.setattr(kronsae.logs, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="needs the package wandb: pip install"):
+        fit(KRON, X, TrainConfig(wandb="project"), out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_width_must_agree():
     with pytest.raises(InputError, match="d_model: 8 is configured, the data has 24"):
         fit(SAEConfig(d_model=8, heads=4, k=2), X, TRAIN)
@@ -219,6 +249,18 @@ def test_settings_of_fit_reach_the_learner():
     ):
         other = fit(KRON, X, TrainConfig(**{**vars(TRAIN), **change})).sae
         assert not weights_equal(plain, other), change
+
+
+def test_one_token_batches_do_not_spoil_the_batch_form():
+    from kronsae.metrics import ReconstructionMetrics, cross_entropy_recovered
+
+    metrics = ReconstructionMetrics(24)
+    metrics.update(X[:50], 0.5 * X[:50])
+    before = metrics.compute()["explained_variance_batch"]
+    metrics.update(X[50:51], X[50:51])
+    assert metrics.compute()["explained_variance_batch"] == before
+    assert cross_entropy_recovered(2.0, 2.0, 5.0) == 1 and cross_entropy_recovered(2, 5, 5) == 0
+    assert cross_entropy_recovered(2.0, 2.0, 2.0) == 1
 
 
 def test_evaluation_figures_by_hand():

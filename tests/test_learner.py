@@ -19,7 +19,7 @@ def learner(config=KRON, **settings) -> Learner:
 
 def test_schedule_is_warmup_then_cosine():
     config = TrainConfig(tokens=100_000, batch_size=1000, lr=1e-3, lr_final=1e-6)
-    rates = [learning_rate(step, config, 2**15) for step in range(100)]
+    rates = [learning_rate(1000 * step, config, 2**15, 1000) for step in range(100)]
     assert rates[0] == pytest.approx(1e-4)
     assert rates[9] == pytest.approx(1e-3) and rates[10] == pytest.approx(1e-3)
     middle = (10 + 99) / 2
@@ -32,8 +32,39 @@ def test_schedule_is_warmup_then_cosine():
 def test_rate_scales_with_dict_size_only_when_asked():
     plain = TrainConfig(warmup_fraction=0.0)
     scaled = TrainConfig(warmup_fraction=0.0, lr_scale_by_dict_size=True)
-    assert learning_rate(0, plain, 2**17) == pytest.approx(8e-4)
-    assert learning_rate(0, scaled, 2**17) == pytest.approx(4e-4)
+    assert learning_rate(0, plain, 2**17, 8192) == pytest.approx(8e-4)
+    assert learning_rate(0, scaled, 2**17, 8192) == pytest.approx(4e-4)
+
+
+@pytest.mark.parametrize("batch", [50, 100, 400])
+def test_schedule_ends_with_the_budget_whatever_the_batches(batch):
+    """Batches of another size than the configured one still run through the whole cosine."""
+    subject = learner(tokens=4000, lr=1e-3, lr_final=1e-6)
+    rates = [subject.step(torch.randn(batch, 16))["lr"] for _ in range(4000 // batch)]
+    assert max(rates) == pytest.approx(1e-3, rel=0.01)
+    assert rates[-1] == pytest.approx(1e-6, rel=0.01)
+    assert all(rate > 1.2e-6 for rate in rates[:-1])  # and not before
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4])
+def test_tiny_batches_do_not_blow_up_the_auxiliary_loss(tokens):
+    subject = learner(dead_after_tokens=1)
+    subject.step(torch.randn(100, 16))
+    metrics = subject.step(torch.randn(tokens, 16))
+    assert metrics["auxk_loss"] < 100 and metrics["grad_norm"] < 100
+
+
+def test_bfloat16_autocast_learns_like_float32():
+    losses = {}
+    for dtype in ("float32", "bfloat16"):
+        subject = learner(dtype=dtype, lr=3e-3, warmup_fraction=0.0)
+        torch.manual_seed(0)
+        batches = torch.randn(40, 100, 4) @ torch.randn(4, 16)
+        losses[dtype] = [subject.step(x)["loss"] for x in batches]
+        assert all(p.dtype == torch.float32 for p in subject.sae.parameters())
+    assert losses["bfloat16"] != losses["float32"]  # it does run in another precision
+    assert losses["bfloat16"][-1] == pytest.approx(losses["float32"][-1], rel=0.05)
+    assert losses["bfloat16"][-1] < 0.7 * losses["bfloat16"][0]
 
 
 def test_normalizer_gives_zero_mean_and_squared_norm_d():

@@ -121,6 +121,28 @@ def test_save_replaces_what_was_there(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["sae"]
 
 
+def test_save_never_removes_other_files(tmp_path):
+    (tmp_path / "sae").mkdir()
+    (tmp_path / "sae" / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match="holds .'thesis.txt'., which would be lost"):
+        make(KRON).save(tmp_path / "sae")
+    assert [p.name for p in (tmp_path / "sae").iterdir()] == ["thesis.txt"]
+    assert [p.name for p in tmp_path.iterdir()] == ["sae"]
+
+
+def test_metadata_stays_with_the_sae(tmp_path):
+    assert make(KRON).metadata == {}
+    make(KRON).save(tmp_path / "a", {"model": "tiny"})
+    kronsae.load(tmp_path / "a").save(tmp_path / "b")
+    assert kronsae.load(tmp_path / "b").metadata == {"model": "tiny"}
+
+
+def test_takes_activations_of_any_floating_dtype():
+    sae, x = make(KRON), torch.randn(5, 12)
+    for dtype in (torch.bfloat16, torch.float16, torch.float64):
+        assert torch.equal(sae(x.to(dtype)).x_hat, sae(x.to(dtype).float()).x_hat)
+
+
 def test_a_flipped_byte_is_noticed(tmp_path):
     file = make(KRON).save(tmp_path / "sae") / "sae.safetensors"
     content = bytearray(file.read_bytes())
@@ -135,6 +157,8 @@ def test_a_flipped_byte_is_noticed(tmp_path):
     [
         (lambda f: (f / "sae.safetensors").unlink(), "holds no SAE"),
         (lambda f: (f / "config.json").write_text("{"), "cannot be read"),
+        (lambda f: (f / "config.json").write_text("[]"), "not one that SAE.save wrote"),
+        (lambda f: (f / "config.json").write_text('{"sae": {}}'), "not one that SAE.save wrote"),
         (lambda f: _edit(f, format_version=99), "version 99"),
         (lambda f: _edit(f, sae={**dataclasses.asdict(KRON), "wings": 2}), "wings"),
         (lambda f: _edit(f, sae={**dataclasses.asdict(KRON), "d_model": 13}), "expected tensors"),
@@ -176,6 +200,7 @@ def _edit(folder, **changes):
         ({"heads": 2, "k": 2, "composition": "max"}, "composition: one of"),
         ({"heads": 2, "k": 2, "eps": float("nan")}, "eps: expected"),
         ({"heads": -2}, "heads: expected >= 0"),
+        ({"heads": 2, "k": 2, "composition": "mul", "eps": 1e-5}, "eps has no effect"),
     ],
 )
 def test_config_refuses(settings, words):

@@ -165,6 +165,9 @@ def _same_result(out, expected):
         (["--context-length", "9999"], "256"),
         (["--tokens", "0"], "tokens: expected >= 1, got 0"),
         (["--lr", "nan"], "lr: expected >= 0"),
+        (["--seed", "9" * 30], "seed: expected 0 to"),
+        (["--device", "meta"], "device 'meta' cannot be used"),
+        (["--auxk-fraction", "0", "--auxk", "9"], "--auxk has no effect with --auxk-fraction 0"),
     ],
 )
 def test_bad_input(arguments, words, capsys, tmp_path, monkeypatch):
@@ -179,6 +182,20 @@ def test_bad_input(arguments, words, capsys, tmp_path, monkeypatch):
 def test_folder_that_exists(whole, capsys):
     assert main(["--out", str(whole[0])]) == 2
     assert f"exists already: --resume {whole[0]}" in capsys.readouterr().err
+
+
+def test_folder_that_holds_something_else(tmp_path, capsys):
+    (tmp_path / "thesis.txt").write_text("x")
+    assert main(["--out", str(tmp_path)]) == 2
+    message = capsys.readouterr().err
+    assert "choose another --out" in message and "--resume" not in message
+
+
+def test_config_file_for_another_hookpoint(whole):
+    """The width that a run found is no setting for a run that reads elsewhere."""
+    other = "gpt_neox.layers.1.mlp.dense_h_to_4h"
+    config = parse(["--config", str(whole[0] / "config.json"), "--hookpoint", other]).config
+    assert config.sae.d_model == 0 and config.data.hookpoint == other and config.data.layer is None
 
 
 def test_resume_takes_no_other_settings(whole, capsys):
@@ -220,6 +237,7 @@ def test_data_that_ends_early(tmp_path, capsys):
     message = capsys.readouterr().err
     assert "the data ended after" in message and "--epochs" in message
     assert kronsae.load(tmp_path / "run").metadata["tokens"] > 0
+    assert (tmp_path / "run" / "report.html").exists()
 
 
 def test_column_that_is_not_there(tmp_path, capsys):
