@@ -36,7 +36,7 @@ setup(
             "pytest-timeout",
             "hypothesis",
             "expecttest",
-            "ruff",
+            "ruff==0.17.6",
             "tensorboard",
         ],
         "tensorboard": ["tensorboard"],
