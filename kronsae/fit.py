@@ -129,6 +129,8 @@ def fit(
         ) from error
     finally:
         log.close()
+        if run is not None:
+            run.release()
     return FitResult(finish(metrics), session.learner.tokens, metrics, history, stop.received)
 
 
@@ -312,8 +314,11 @@ def _open_run(
             raise InputError("resume needs the run folder: give `out`")
         return None, None
     if not resume:
-        return RunFolder.create(out, settings), None
+        run = RunFolder.create(out, settings)
+        run.lock()
+        return run, None
     run, found = RunFolder.open(out)
+    run.lock()
     for part in ("config", "data"):
         differences = _differences(found[part], settings[part], part)
         if differences:

@@ -313,7 +313,7 @@ def _heldout_table(records: Sequence[Record]) -> str:
     )
 
 
-WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 440, 220, 52, 14, 10, 36
+WIDTH, HEIGHT, LEFT, RIGHT, TOP, BOTTOM = 440, 220, 52, 26, 10, 36
 """Of a chart and the margins around its plot, in SVG units."""
 
 

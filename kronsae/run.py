@@ -13,7 +13,7 @@ import platform
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
@@ -35,6 +35,7 @@ class RunFolder:
         self.checkpoints = path / "checkpoints"
         self.sae = path / "sae"
         self.report = path / "report.html"
+        self._locked: IO[str] | None = None
 
     @classmethod
     def create(cls, path: str | Path, settings: dict[str, Any]) -> "RunFolder":
@@ -82,9 +83,32 @@ class RunFolder:
                 f"{run.config}: expected a kronsae run of format version {FORMAT_VERSION}, got "
                 f"{settings.get('format')!r}, version {settings.get('format_version')!r}"
             )
-        for folder in (run.path, run.checkpoints):
-            remove_leftovers(folder)
         return run, settings
+
+    def lock(self) -> None:
+        """Keep other processes from training this run, and clear away what a dead one left.
+
+        Raises InputError if another process holds it. (Windows has no flock: no lock there.)
+        """
+        try:
+            import fcntl
+        except ImportError:
+            fcntl = None
+        if fcntl is not None:
+            self._locked = open(self.config, encoding="utf-8")
+            try:
+                fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                self.release()
+                raise InputError(f"{self.path} is being trained by another process") from error
+        for folder in (self.path, self.checkpoints):
+            remove_leftovers(folder)
+
+    def release(self) -> None:
+        """Let others train this run again."""
+        if self._locked is not None:
+            self._locked.close()
+            self._locked = None
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""

@@ -107,6 +107,7 @@ def test_leftovers_of_a_killed_write_are_ignored_and_removed(tmp_path):
     (leftover / "state.safetensors").write_bytes(b"half")
     (run.path / ".report.html.0a1b2c3d.partial").write_text("half")
     again, _ = RunFolder.open(run.path)
+    again.lock()
     assert again.load_checkpoint()["step"] == 5
     assert not leftover.exists() and not list(run.path.glob(".*"))
 
@@ -133,6 +134,17 @@ def test_an_interrupted_replacement_loses_neither_copy(tmp_path, monkeypatch):
     rename(folder, tmp_path / ".step-00000001.0a1b2c3d.replaced")  # killed between the renames
     files.remove_leftovers(tmp_path)
     assert checkpoint.load_state(folder) == {"step": 1}
+
+
+def test_only_one_process_trains_a_run(tmp_path):
+    run = RunFolder.create(tmp_path / "run", {"config": {}, "data": {}})
+    run.lock()
+    other, _ = RunFolder.open(run.path)  # to read it is fine
+    with pytest.raises(InputError, match="is being trained by another process"):
+        other.lock()
+    run.release()
+    other.lock()
+    other.release()
 
 
 def test_newest_is_loaded_and_old_ones_go(tmp_path):
