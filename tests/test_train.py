@@ -18,7 +18,7 @@ from kronsae.errors import InputError
 from kronsae.train import main
 
 SMALL = [
-    *("--tokens", "6000", "--batch-size", "256", "--dict-size", "256", "--k", "8"),
+    *("--tokens", "12000", "--batch-size", "256", "--dict-size", "256", "--k", "8"),
     *("--context-length", "64", "--buffer-tokens", "2048", "--heldout-tokens", "1024"),
     *("--log-every", "1", "--eval-every", "8", "--checkpoint-every", "3"),
 ]
@@ -64,7 +64,7 @@ def test_everything_is_there(whole):
     ):
         assert words in printed
     final = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
-    assert final["kind"] == "final" and final["tokens"] == 6000
+    assert final["kind"] == "final" and final["tokens"] == 12000
     assert final["explained_variance"] > 0.3 and final["ce_recovered"] > 0.5
     assert final["ce_clean"] < final["ce_spliced"] < final["ce_zero"]
     assert kronsae.load(out).d_model == 256
@@ -107,7 +107,7 @@ def test_signal_saves_and_says_how_to_go_on(number, whole, tmp_path):
     assert process.returncode == 128 + number, err
     command = re.search(r"python -m kronsae\.train (--resume \S+)", printed).group(1).split()
     tokens = kronsae.load(out).metadata["tokens"]
-    assert 0 < tokens < 6000
+    assert 0 < tokens < 12000
     assert json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])["tokens"] == tokens
     status, printed, err = finish(*command)
     assert status == 0, err
