@@ -188,7 +188,9 @@ class TrainConfig:
         "rest of the step)",
     )
     dead_after_tokens: int = setting(
-        0, "a latent is dead after so many tokens without firing (0: 10 M, or tokens / 10 if less)"
+        0,
+        "a latent is dead after so many tokens without firing (0: 10 M, or tokens / 10 if less, "
+        "but at least 10 batches)",
     )
     seed: int = setting(0, "seed of everything random")
     device: str = setting("auto", "cpu, cuda, cuda:1, ... (auto: cuda where there is one)")

@@ -17,8 +17,9 @@ from kronsae_kernels import SparseCodes
 def learning_rate(tokens: int, config: TrainConfig, dict_size: int, batch: int) -> float:
     """Rate of the step after `tokens` tokens: linear warm-up, then a cosine to lr_final.
 
-    Counted in steps of the batch at hand, so that batches of another size than config.batch_size
-    (an iterable's own) still run through the whole schedule. [KronSAE, App. A.1]
+    Counted in steps of `batch` tokens, the size of the run's first batch, so that batches of
+    another size than config.batch_size (an iterable's own) still run through the whole schedule.
+    [KronSAE, App. A.1]
     """
     peak = config.lr * (dict_size / 2**15) ** -0.5 if config.lr_scale_by_dict_size else config.lr
     step, steps = tokens / batch, math.ceil(config.tokens / batch)
