@@ -68,7 +68,7 @@ def sparse_decode(
             low >= 0 and high < w_dec.shape[0],
             f"indices: expected latents in [0, {w_dec.shape[0]}), got [{low}, {high}]",
         )
-    name = backends.choose(impl, w_dec.device)
+    name = backends.choose(impl, w_dec.device, w_dec.dtype)
     if name == "reference":
         return reference.sparse_decode(values, indices, w_dec=w_dec, b_dec=b_dec)
     shape = math.prod(values.shape[:-1]), values.shape[-1]  # not -1: k may be 0

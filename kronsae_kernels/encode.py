@@ -74,7 +74,7 @@ def fused_encode(
     )
     usable = isinstance(eps, (int, float)) and math.isfinite(eps) and eps >= 0
     require(usable, f"eps: expected a finite number >= 0, got {eps!r}")
-    name = backends.choose(impl, x.device)
+    name = backends.choose(impl, x.device, x.dtype)
     if name == "reference":
         return reference.fused_encode(
             x, w_enc, b_enc, m=m, k=k, composition=composition, eps=eps, mask=mask
@@ -107,7 +107,7 @@ def dense_encode(
     size = w_enc.shape[0]
     check_count("k", k, 1, size, f"1 <= k <= F = {size}")
     _check_mask(mask, size, k)
-    name = backends.choose(impl, x.device)
+    name = backends.choose(impl, x.device, x.dtype)
     if name == "reference":
         return reference.dense_encode(x, w_enc, b_enc, k=k, mask=mask)
     flat = x.reshape(-1, x.shape[-1])

@@ -46,13 +46,13 @@ def encode(
     """
     heads, rows, _ = w_enc.shape
     n = rows - m
-    weight, bias = _i_major(w_enc), None if b_enc is None else b_enc.t().reshape(-1)
+    weight, bias = i_major(w_enc), None if b_enc is None else b_enc.t().reshape(-1)
     kept = min(k, heads)
     parts = [
-        _select_kron(pre.view(-1, rows, heads), mask, m, n, k, composition)
-        for pre in _projections(x, weight, bias, scratch=kept * m * n)
+        select_kron(pre.view(-1, rows, heads), mask, m, n, k, composition)
+        for pre in projections(x, weight, bias, scratch=kept * m * n)
     ]
-    return _concatenate(parts, x, k, (torch.int64, *2 * [accumulate_dtype(x.dtype)]))
+    return concatenate(parts, x, k, (torch.int64, *2 * [accumulate_dtype(x.dtype)]))
 
 
 def encode_backward(
@@ -71,13 +71,10 @@ def encode_backward(
     """
     heads, rows, d = w_enc.shape
     n = rows - m
-    head, latent = divide(indices, m * n)
-    base_row, extension_row = divide(latent, n)
-    columns = torch.cat([base_row * heads + head, (m + extension_row) * heads + head], 1)
-    coefficients = torch.cat([d_base, d_extension], 1)
+    coefficients, columns = live_pre_latents(d_base, d_extension, indices, heads, m, n)
     d_x, d_w, d_b = x.new_empty(0), x.new_empty(0), x.new_empty(0)
     if need_x:
-        d_x = combine(coefficients, columns, _i_major(w_enc)).to(x.dtype)
+        d_x = combine(coefficients, columns, i_major(w_enc)).to(x.dtype)
     if need_w:
         d_w, d_b = _scatter_linear(coefficients, columns, x, rows * heads)
         d_w = d_w.view(rows, heads, d).transpose(0, 1)
@@ -85,12 +82,22 @@ def encode_backward(
     return d_x, d_w, d_b
 
 
+def live_pre_latents(
+    d_base: Tensor, d_extension: Tensor, indices: Tensor, heads: int, m: int, n: int
+) -> tuple[Tensor, Tensor]:
+    """The pre-latents behind latents [B, k]: gradients [B, 2k], and i-major rows [B, 2k]."""
+    head, latent = divide(indices, m * n)
+    base_row, extension_row = divide(latent, n)
+    columns = torch.cat([base_row * heads + head, (m + extension_row) * heads + head], 1)
+    return torch.cat([d_base, d_extension], 1), columns
+
+
 def dense_encode(
     x: Tensor, w_enc: Tensor, b_enc: Tensor | None, mask: Tensor | None, k: int
 ) -> tuple[Tensor, Tensor]:
     """The k largest of ReLU(w_enc x + b_enc): indices [B, k] int64, values [B, k]."""
-    parts = [_select_dense(pre, mask, k) for pre in _projections(x, w_enc, b_enc, scratch=0)]
-    return _concatenate(parts, x, k, (torch.int64, accumulate_dtype(x.dtype)))
+    parts = [select_dense(pre, mask, k) for pre in projections(x, w_enc, b_enc, scratch=0)]
+    return concatenate(parts, x, k, (torch.int64, accumulate_dtype(x.dtype)))
 
 
 def dense_encode_backward(
@@ -141,7 +148,7 @@ def combine(coefficients: Tensor, columns: Tensor, table: Tensor) -> Tensor:
     # embedding_bag wants the coefficients in the table's dtype, which would round them.
     out = [
         torch.bmm(coefficients[span, None, :], table[columns[span]].to(dtype)).squeeze(1)
-        for span in _spans(columns.shape[0], columns.shape[1] * table.shape[1] * 4, table.device)
+        for span in spans(columns.shape[0], columns.shape[1] * table.shape[1] * 4, table.device)
     ]
     return torch.cat(out)
 
@@ -157,7 +164,7 @@ def pair_dots(y: Tensor, columns: Tensor, table: Tensor) -> Tensor:
         ).view(tokens, r)
     out = [
         torch.bmm(table[columns[span]].to(dtype), y[span, :, None]).squeeze(2)
-        for span in _spans(tokens, r * table.shape[1] * 4, table.device)
+        for span in spans(tokens, r * table.shape[1] * 4, table.device)
     ]
     return torch.cat(out) if out else y.new_empty(tokens, r)
 
@@ -261,7 +268,7 @@ def _sorted_positions(scores: Tensor, k: int) -> Tensor:
     return scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
 
 
-def _select_kron(
+def select_kron(
     pre: Tensor, mask: Tensor | None, m: int, n: int, k: int, composition: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`encode` of one chunk from its pre-latents [b, m + n, h] (before the ReLU)."""
@@ -315,7 +322,7 @@ def _head_scores(pre: Tensor, mask: Tensor | None, m: int, composition: str) -> 
     )
 
 
-def _select_dense(pre: Tensor, mask: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
+def select_dense(pre: Tensor, mask: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
     """`dense_encode` of one chunk from its pre-activations [b, F] (before the ReLU)."""
     scores = pre.relu_()
     if mask is not None:
@@ -327,7 +334,7 @@ def _select_dense(pre: Tensor, mask: Tensor | None, k: int) -> tuple[Tensor, Ten
 # Chunks of tokens
 
 
-def _i_major(w_enc: Tensor) -> Tensor:
+def i_major(w_enc: Tensor) -> Tensor:
     """[h, m + n, d] as [(m + n) h, d], row i of all heads together: a view if stored so.
 
     Then the pre-latents of row i are one contiguous slab, and maxima over rows are cheap.
@@ -335,13 +342,13 @@ def _i_major(w_enc: Tensor) -> Tensor:
     return w_enc.transpose(0, 1).reshape(-1, w_enc.shape[2])
 
 
-def _projections(x: Tensor, weight: Tensor, bias: Tensor | None, scratch: int):
+def projections(x: Tensor, weight: Tensor, bias: Tensor | None, scratch: int):
     """x weight^T + bias, a chunk of tokens at a time in one buffer; `scratch`: other columns."""
     columns = weight.shape[0]
     bytes_per_token = max(columns, scratch) * x.element_size()
-    spans = _spans(x.shape[0], bytes_per_token, x.device)
-    buffer = x.new_empty(max((s.stop - s.start for s in spans), default=0), columns)
-    for span in spans:
+    chunks = spans(x.shape[0], bytes_per_token, x.device)
+    buffer = x.new_empty(max((s.stop - s.start for s in chunks), default=0), columns)
+    for span in chunks:
         pre = buffer[: span.stop - span.start]
         if bias is None:
             torch.mm(x[span], weight.t(), out=pre)
@@ -356,14 +363,16 @@ def chunk_tokens(bytes_per_token: int, device: torch.device) -> int:
     return max(MIN_CHUNK_TOKENS, budget // max(1, bytes_per_token))
 
 
-def _spans(tokens: int, bytes_per_token: int, device: torch.device) -> list[slice]:
+def spans(tokens: int, bytes_per_token: int, device: torch.device) -> list[slice]:
+    """Chunks of tokens."""
     step = chunk_tokens(bytes_per_token, device)
     return [slice(start, min(start + step, tokens)) for start in range(0, tokens, step)]
 
 
-def _concatenate(
+def concatenate(
     parts: list[tuple[Tensor, ...]], x: Tensor, k: int, dtypes: tuple[torch.dtype, ...]
 ) -> tuple[Tensor, ...]:
+    """The results of all chunks as one."""
     if not parts:
         return tuple(x.new_empty(0, k, dtype=dtype) for dtype in dtypes)
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))

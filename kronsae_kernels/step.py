@@ -1,0 +1,397 @@
+"""A whole training step whose gradients are never written: forward, backward and AdamW, fused.
+
+    step = TrainingStep(w_enc, b_enc, w_dec, b_dec, m=m, k=k)
+    out = step.accumulate(x)       # forward and backward, as often as there are micro-batches
+    grad_norm = step.apply(lr=8e-4)
+
+gives what autograd through `fused_encode` and `sparse_decode`, with torch.optim.AdamW, gives. A
+gradient row exists in the registers of the program that updates its weights, and nowhere else: the
+step moves about half the bytes. Weights and AdamW's state keep torch's own names and forms, so that
+a run can go from one to the other at any step. Needs Triton kernels: `why_not` says if they run.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from kronsae_kernels import backends
+from kronsae_kernels.common import (
+    COMPOSITIONS,
+    DTYPES,
+    SparseCodes,
+    check_count,
+    check_same,
+    check_shape,
+    check_tensors,
+    require,
+    shape_of,
+)
+
+MAX_WIDTH = 8192
+"""d at most: a program holds a decoder row, its gradient and both moments in registers."""
+MAX_FUSED_CODES = 128
+"""k at most for one gather in decoder and backward; above, rows are gathered twice."""
+NAMES = ("w_enc", "b_enc", "w_dec", "b_dec")
+
+
+def why_not(device: torch.device, d: int = 1, dtype: torch.dtype = torch.float32) -> str | None:
+    """Why a fused step of width d, computed in `dtype`, cannot run on a device; None if it can."""
+    reason = backends.why_not("triton", device, dtype)
+    if reason is None and d > MAX_WIDTH:
+        reason = f"rows of {d} numbers are too long for one program (at most {MAX_WIDTH})"
+    return reason
+
+
+class StepOutput(NamedTuple):
+    """What one forward and backward pass gives."""
+
+    loss: Tensor
+    """Mean squared error over tokens and dimensions, not weighted (float32 scalar)."""
+    codes: SparseCodes
+    """[B, k] values and indices, largest first."""
+    residual: Tensor
+    """[B, d] reconstruction minus target, in the compute dtype."""
+
+
+class _Part(NamedTuple):
+    """What a pass leaves for `apply`: its codes, with gradients of weight * loss."""
+
+    x: Tensor
+    residual: Tensor
+    indices: Tensor
+    values: Tensor  # times the loss's scale, as all that follow
+    along: Tensor
+    d_base: Tensor
+    d_extension: Tensor
+
+
+class TrainingStep:
+    """Trains w_enc, b_enc, w_dec, b_dec in place.
+
+    w_enc: [h, m + n, d] (Kron; m given), stored row-major over heads, so that
+        `w_enc.transpose(0, 1)` is contiguous; or [F, d] (dense; m None), contiguous.
+    b_enc: [h, m + n] or [F].   w_dec: [F, d].   b_dec: [d].   All float32, on one device.
+    k, composition, eps: as in `fused_encode` (a dense encoder has neither of the last two).
+    dtype: of activations, of matrix products and of the copies of the weights that they read:
+        float32, bfloat16 or float16. Sums, weights and moments are float32 in any case.
+    betas, adam_eps, weight_decay: AdamW's; the decay is on w_enc alone.
+    unit_norm: decoder rows have unit norm. What would only change a row's norm is taken out of its
+        gradient, and rows are scaled to unit norm after the step.
+    state: AdamW's, to go on with: for each name of `NAMES`, "step" (float32 scalar), "exp_avg" and
+        "exp_avg_sq" (shaped and stored as the weight). It is used, and changed, in place; None: new.
+
+    Raises ValueError for wrong shapes, dtypes, devices or layouts, RuntimeError if it cannot run
+    here. Results are deterministic. May be captured in a CUDA graph (see `apply`).
+    """
+
+    def __init__(
+        self,
+        w_enc: Tensor,
+        b_enc: Tensor,
+        w_dec: Tensor,
+        b_dec: Tensor,
+        *,
+        k: int,
+        m: int | None = None,
+        composition: str = "mand",
+        eps: float = 0.0,
+        dtype: torch.dtype = torch.float32,
+        betas: tuple[float, float] = (0.9, 0.999),
+        adam_eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        unit_norm: bool = True,
+        state: Mapping[str, Mapping[str, Tensor]] | None = None,
+    ) -> None:
+        self.weights = {"w_enc": w_enc, "b_enc": b_enc, "w_dec": w_dec, "b_dec": b_dec}
+        _check_weights(self.weights, m)
+        self.m, self.k, self.composition, self.eps = m, k, composition, float(eps)
+        self.dict_size, self.d = w_dec.shape
+        self.device, self.dtype = w_dec.device, dtype
+        check_count("k", k, 1, self.dict_size, f"1 <= k <= F = {self.dict_size}")
+        require(
+            composition in COMPOSITIONS,
+            f"composition: expected one of {COMPOSITIONS}, got {composition!r}",
+        )
+        require(math.isfinite(eps) and eps >= 0, f"eps: expected a number >= 0, got {eps!r}")
+        require(dtype in DTYPES, f"dtype: expected one of {DTYPES}, got {dtype}")
+        reason = why_not(self.device, self.d, dtype)
+        if reason is not None:
+            raise RuntimeError(f"the fused step cannot run on {self.device}: {reason}")
+        self.unit_norm, self.weight_decay = unit_norm, float(weight_decay)
+        self.state = new_state(self.weights) if state is None else state
+        self.betas = betas
+        # Rows: with weight decay, and without; columns as in `triton_impl.device`.
+        fields = [1.0, 1 - betas[0], betas[1], 1 - betas[1], 0.0, 0.0, adam_eps, 1.0, 1.0]
+        self._constants = torch.tensor([fields, fields], device=self.device)
+        self._parts: list[_Part] = []
+        self._b_dec_gradient: Tensor | None = None
+        self._check = torch.zeros((), device=self.device)
+        self._copies: dict[str, Tensor] = {}
+        self._versions: tuple[int, ...] = ()
+
+    def accumulate(
+        self,
+        x: Tensor,
+        *,
+        target: Tensor | None = None,
+        k: int | None = None,
+        mask: Tensor | None = None,
+        bias: bool = True,
+        weight: float | Tensor = 1.0,
+    ) -> StepOutput:
+        """Forward and backward of weight * mean((decode(encode(x)) - target)^2); no weight changes.
+
+        x: [B, d].  target: [B, d], by default x.  k: by default that of the step.
+        mask: bool [F], which latents may be selected (at least k).  bias: whether b_dec takes part.
+        Raises ValueError if shapes do not fit.
+        """
+        k = self.k if k is None else k
+        require(
+            x.ndim == 2 and x.shape[1] == self.d and x.shape[0] > 0,
+            lambda: f"x: expected [B, {self.d}] with B >= 1, got {shape_of(x)}",
+        )
+        check_count("k", k, 1, self.dict_size, f"1 <= k <= F = {self.dict_size}")
+        check_shape("target", target, tuple(x.shape), "the shape of x")
+        check_shape("mask", mask, (self.dict_size,), "[F]")
+        check_same("device", x=x, target=target, mask=mask, w_dec=self.weights["w_dec"])
+        with torch.no_grad():
+            return self._accumulate(x, target, k, mask, bias, weight)
+
+    def _accumulate(
+        self,
+        x: Tensor,
+        target: Tensor | None,
+        k: int,
+        mask: Tensor | None,
+        bias: bool,
+        weight: float | Tensor,
+    ) -> StepOutput:
+        from kronsae_kernels.triton_impl import operations
+
+        x = x.to(self.dtype).contiguous()
+        target = x if target is None else target.contiguous()
+        low = self._low_precision()
+        w_enc, b_enc = low["w_enc"], self.weights["b_enc"].to(self.dtype)
+        if self.m is None:
+            indices, base = operations.dense_encode(x, w_enc, b_enc, mask, k)
+            extension = base
+        else:
+            indices, base, extension = operations.encode(
+                x, w_enc, b_enc, mask, self.m, k, self.composition
+            )
+        composition = "dense" if self.m is None else self.composition
+        table, b_dec = low["w_dec"], self.weights["b_dec"] if bias else None
+        found = operations.decode_and_loss(
+            target, indices, base, extension, table, b_dec, composition, self.eps,
+            one_gather=k <= MAX_FUSED_CODES,
+        )  # fmt: skip
+        scale = weight * (2 / x.numel())
+        if bias:
+            of_bias = found.residual.sum(0, dtype=torch.float32) * scale
+            earlier = self._b_dec_gradient
+            self._b_dec_gradient = of_bias if earlier is None else earlier + of_bias
+        squares = found.squares.sum()
+        d_base, d_extension = found.d_base * scale, found.d_extension * scale
+        # Not finite if anything is that an update would use.
+        self._check = self._check + (squares * scale + d_base.sum() + d_extension.sum()) * 0
+        self._parts.append(
+            _Part(
+                x,
+                found.residual,
+                indices,
+                found.values * scale,
+                found.along * scale,
+                d_base,
+                d_extension,
+            )
+        )
+        codes = SparseCodes(found.values, indices)
+        return StepOutput(squares / x.numel(), codes, found.residual)
+
+    def apply(self, lr: float | Tensor, *, max_norm: float | None = None) -> Tensor:
+        """AdamW step from all that was accumulated; returns the gradient's norm (before clipping).
+
+        lr: for a CUDA graph, a float32 scalar on the device, filled before each replay.
+        max_norm: gradients are scaled down to this norm. It must be known before the first weight
+            changes, so all sums are made twice.
+        If anything accumulated is not finite, nothing changes, and the norm is NaN.
+        Raises RuntimeError if nothing was accumulated.
+        """
+        if not self._parts:
+            raise RuntimeError("apply: nothing was accumulated since the last step")
+        with torch.no_grad():
+            norm = self._apply(lr, max_norm)
+        self._parts.clear()
+        self._b_dec_gradient = None
+        self._check = torch.zeros_like(self._check)
+        return norm
+
+    def _apply(self, lr: float | Tensor, max_norm: float | None) -> Tensor:
+        from kronsae_kernels.triton_impl import operations
+
+        x, residual, indices, tokens = self._joined()
+        entries = operations.Entries.of(indices, self.dict_size, tokens)
+        sorted_ = {
+            name: entries(torch.cat([getattr(part, name).flatten() for part in self._parts]))
+            for name in ("values", "along", "d_base", "d_extension")
+        }
+        hyper = self._hyper(lr)
+        b_dec = self.weights["b_dec"]
+        gradient = self._b_dec_gradient
+        gradient = torch.zeros_like(b_dec) if gradient is None else gradient
+        low = self._copies
+
+        def run(mode: str) -> Tensor:
+            squares = [gradient.square().sum()]
+            squares.append(
+                operations.update_rows(
+                    entries,
+                    sorted_["values"],
+                    sorted_["along"],
+                    residual,
+                    hyper,
+                    mode,
+                    self.unit_norm,
+                    self._of("w_dec"),
+                    low.get("w_dec"),
+                )  # fmt: skip
+            )
+            if self.m is None:
+                squares.append(
+                    operations.update_rows(
+                        entries,
+                        sorted_["d_base"],
+                        sorted_["along"],
+                        x,
+                        hyper,
+                        mode,
+                        False,
+                        self._of("w_enc"),
+                        low.get("w_enc"),
+                        self._of("b_enc"),
+                    )  # fmt: skip
+                )
+            else:
+                squares.append(
+                    operations.update_heads(
+                        entries,
+                        sorted_["d_base"],
+                        sorted_["d_extension"],
+                        x,
+                        self.m,
+                        hyper,
+                        mode,
+                        self._of("w_enc"),
+                        low.get("w_enc"),
+                        self._of("b_enc"),
+                    )  # fmt: skip
+                )
+            return torch.stack(squares).sum().sqrt()
+
+        if max_norm is not None:
+            norm = run("measure")
+            hyper[:, 7] = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+            run("update")
+        else:
+            norm = run("update")
+        operations.update_vector(gradient, self._of("b_dec"), hyper[1])
+        proceed = hyper[0, 8]
+        for of_weight in self.state.values():
+            of_weight["step"] += proceed
+        return torch.where(proceed != 0, norm, torch.nan)
+
+    def refresh(self) -> None:
+        """Make the low-precision copies of the weights anew, after others changed the weights."""
+        self._versions = ()
+
+    # Parts of a step
+
+    def _hyper(self, lr: float | Tensor) -> Tensor:
+        """[2, 9] float32: the numbers of this AdamW step, on the device."""
+        hyper = self._constants.clone()
+        steps = torch.stack([self.state[name]["step"] for name in ("w_enc", "w_dec")]).double() + 1
+        hyper[0, 0] = 1 - lr * self.weight_decay
+        hyper[:, 4] = lr / (1 - self.betas[0] ** steps)
+        hyper[:, 5] = (1 - self.betas[1] ** steps).rsqrt()
+        hyper[:, 8] = torch.isfinite(self._check)
+        return hyper
+
+    def _of(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
+        """A weight and its moments, as kernels want them (a Kron encoder's i-major)."""
+        found = self.weights[name], self.state[name]["exp_avg"], self.state[name]["exp_avg_sq"]
+        if self.m is not None and name == "w_enc":
+            return tuple(tensor.detach().transpose(0, 1) for tensor in found)
+        return tuple(tensor.detach() for tensor in found)
+
+    def _joined(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x and residual [sum B, d] of all parts, and latent and token of all codes, flat."""
+        parts, start, tokens = self._parts, 0, []
+        for part in parts:
+            count, k = part.indices.shape
+            of_part = torch.arange(start, start + count, dtype=torch.int32, device=self.device)
+            tokens.append(of_part[:, None].expand(-1, k).reshape(-1))
+            start += count
+        if len(parts) == 1:
+            return parts[0].x, parts[0].residual, parts[0].indices.flatten(), tokens[0]
+        return (
+            torch.cat([part.x for part in parts]),
+            torch.cat([part.residual for part in parts]),
+            torch.cat([part.indices.flatten() for part in parts]),
+            torch.cat(tokens),
+        )
+
+    def _low_precision(self) -> dict[str, Tensor]:
+        """w_enc and w_dec in the compute dtype: copies that `apply` keeps up to date."""
+        if self.dtype == torch.float32:
+            return {name: self.weights[name].detach() for name in ("w_enc", "w_dec")}
+        versions = tuple(self.weights[name]._version for name in ("w_enc", "w_dec"))
+        if versions != self._versions:
+            for name in ("w_enc", "w_dec"):
+                self._copies[name] = self._of(name)[0].to(self.dtype)
+            self._versions = versions
+        w_enc = self._copies["w_enc"]
+        w_enc = w_enc if self.m is None else w_enc.transpose(0, 1)
+        return {"w_enc": w_enc, "w_dec": self._copies["w_dec"]}
+
+
+def new_state(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """AdamW's state before its first step, for each weight, as torch.optim.AdamW makes it."""
+    return {
+        name: {
+            "step": torch.zeros((), device=weight.device),
+            "exp_avg": torch.zeros_like(weight.detach(), memory_format=torch.preserve_format),
+            "exp_avg_sq": torch.zeros_like(weight.detach(), memory_format=torch.preserve_format),
+        }
+        for name, weight in weights.items()
+    }
+
+
+def _check_weights(weights: dict[str, Tensor], m: int | None) -> None:
+    check_tensors(**weights)
+    check_same("device", **weights)
+    for name, weight in weights.items():
+        require(weight.dtype == torch.float32, f"{name}: expected float32, got {weight.dtype}")
+    w_enc, w_dec = weights["w_enc"], weights["w_dec"]
+    require(w_dec.ndim == 2, lambda: f"w_dec: expected [F, d], got {shape_of(w_dec)}")
+    size, d = w_dec.shape
+    rank, layout = (2, "[F, d]") if m is None else (3, "[h, m + n, d]")
+    require(
+        w_enc.ndim == rank and w_enc.shape[-1] == d and w_enc.numel() > 0,
+        lambda: f"w_enc: expected {layout} with d = {d}, got {shape_of(w_enc)}",
+    )
+    found, stored = w_enc.shape[0], w_enc
+    if m is not None:
+        rows = w_enc.shape[1]
+        check_count("m", m, 1, rows - 1, f"w_enc has m + n = {rows} rows a head")
+        found, stored = w_enc.shape[0] * m * (rows - m), w_enc.transpose(0, 1)
+    require(found == size, f"w_dec: expected F = {found} rows as of w_enc, got {size}")
+    check_shape("b_enc", weights["b_enc"], tuple(w_enc.shape[:-1]), layout.replace(", d", ""))
+    check_shape("b_dec", weights["b_dec"], (d,), "[d]")
+    require(
+        stored.is_contiguous() and all(weights[n].is_contiguous() for n in NAMES[1:]),
+        "weights: expected contiguous tensors, and w_enc [h, m + n, d] stored row-major over "
+        "heads: torch.empty(m + n, h, d).transpose(0, 1)",
+    )

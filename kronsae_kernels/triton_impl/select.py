@@ -1,0 +1,318 @@
+"""Exact selection of the k largest latents of a token, without the [B, F] scores.
+
+One idea, three times: if a set of latents is cut into intervals of consecutive indices, the k
+largest latents (ties: lowest index first) lie in the k intervals with the largest maxima (ties:
+first interval first), since each of those holds a latent that precedes all of any other interval.
+So: the k first heads of all, the k first (head, base) rows of those, the k first latents of those.
+For a dense encoder, a "head" is a group of consecutive columns, and there are no rows.
+
+Any superset of the k first intervals serves as well, so a cut stops as soon as what is left fits
+into a list of `cap` places. Lists are in no particular order, and padded with -1.
+
+Scores compete as int32 keys (`device.key_of`). Pre-latents are [tokens, m + n, h] (i-major), or
+[tokens, F] for a dense encoder. One program a token.
+"""
+
+import triton
+import triton.language as tl
+
+from kronsae_kernels.triton_impl.device import (
+    LAST,
+    MASKED,
+    PADDING,
+    factor,
+    key_of,
+    maximum,
+    minimum,
+)
+
+
+@triton.jit
+def _count(flags):
+    return tl.sum(flags.to(tl.int32))
+
+
+@triton.jit
+def _middle(low, high):
+    """Of two int32, without overflow."""
+    return (low & high) + ((low ^ high) >> 1)
+
+
+@triton.jit
+def _cut(keys, ids, low, k, cap):
+    """(low, bound): take keys > low, and those == low with id < bound. That is k to cap of them.
+
+    `low` comes in as a key that at least k have or exceed. Bisection on the key, then, if ties at
+    the cut leave more than `cap`, on the id: the k first are left.
+    """
+    high = tl.max(keys) + 1
+    left = _count(keys >= low)
+    while (left > cap) & (low + 1 < high):
+        middle = _middle(low, high)
+        count = _count(keys >= middle)
+        enough = count >= k
+        left = tl.where(enough, count, left)
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle)
+    bound = tl.full((), LAST, tl.int32)
+    if left > cap:
+        missing = k - _count(keys > low)
+        below = tl.full((), 0, tl.int32)
+        above = tl.max(ids) + 1
+        while below + 1 < above:
+            middle = _middle(below, above)
+            fits = _count((keys == low) & (ids < middle)) <= missing
+            below = tl.where(fits, middle, below)
+            above = tl.where(fits, above, middle)
+        bound = below
+    return low, bound
+
+
+@triton.jit
+def _lower_bound(keys, k):
+    """A key that at least k of keys have or exceed: the k-th largest of as many group maxima."""
+    high = tl.max(keys) + 1
+    low = tl.full((), MASKED, tl.int32)
+    count = k - 1
+    while (count != k) & (low + 1 < high):
+        middle = _middle(low, high)
+        count = _count(keys >= middle)
+        enough = count >= k
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle)
+    return low
+
+
+@triton.jit
+def _store_list(out, ids, take, CAP: tl.constexpr):
+    """Write the ids [C] that are taken to out [CAP], and -1 behind them."""
+    chosen = take.to(tl.int32)
+    place = tl.cumsum(chosen, 0) - chosen
+    tl.store(out + place, ids, mask=take)
+    slot = tl.arange(0, CAP)
+    tl.store(out + slot, tl.full([CAP], -1, tl.int32), mask=slot >= tl.sum(chosen))
+
+
+@triton.jit
+def _head_keys(pre, mask, h, head, M: tl.constexpr, N: tl.constexpr, SIGNED: tl.constexpr,
+               HAS_MASK: tl.constexpr):  # fmt: skip
+    """Key of the largest product of each head (any shape), from i-major pre-latents of a token.
+
+    Rounding is monotone, so the product of the maxima is the maximum of the rounded products; of a
+    product of signed factors, the largest is at a corner. With a mask (uint8 [m n, h]) all are
+    formed.
+    """
+    inside = head < h
+    if HAS_MASK:
+        key = tl.full(head.shape, MASKED, tl.int32)
+        for i in tl.range(0, M):
+            u = factor(tl.load(pre + i * h + head, mask=inside, other=0.0), SIGNED)
+            for j in tl.range(0, N):
+                v = factor(tl.load(pre + (M + j) * h + head, mask=inside, other=0.0), SIGNED)
+                allowed = tl.load(mask + (i * N + j) * h + head, mask=inside, other=0) != 0
+                key = tl.maximum(key, tl.where(allowed, key_of(u * v), MASKED))
+    else:
+        u = factor(tl.load(pre + head, mask=inside, other=0.0), SIGNED)
+        v = factor(tl.load(pre + M * h + head, mask=inside, other=0.0), SIGNED)
+        u_low, v_low = u, v
+        for i in tl.static_range(1, M):
+            more = factor(tl.load(pre + i * h + head, mask=inside, other=0.0), SIGNED)
+            u = maximum(u, more)
+            if SIGNED:
+                u_low = minimum(u_low, more)
+        for j in tl.static_range(1, N):
+            more = factor(tl.load(pre + (M + j) * h + head, mask=inside, other=0.0), SIGNED)
+            v = maximum(v, more)
+            if SIGNED:
+                v_low = minimum(v_low, more)
+        score = u * v
+        if SIGNED:
+            score = maximum(maximum(score, u_low * v_low), maximum(u * v_low, u_low * v))
+        key = key_of(score)
+    return tl.where(inside, key, PADDING)
+
+
+@triton.jit
+def _group_keys(pre, mask, size, head, GROUP: tl.constexpr, HAS_MASK: tl.constexpr):
+    """Key of the largest of GROUP consecutive columns, for each group in `head` [A, B]."""
+    column = head[:, :, None] * GROUP + tl.arange(0, GROUP)[None, None, :]
+    inside = column < size
+    key = key_of(factor(tl.load(pre + column, mask=inside, other=0.0), False))
+    if HAS_MASK:
+        allowed = tl.load(mask + column, mask=inside, other=0) != 0
+        key = tl.where(allowed, key, MASKED)
+    return tl.max(tl.where(inside, key, PADDING), 2)
+
+
+@triton.jit
+def select_heads(pre, mask, head_keys, heads, keys, stride, size, h, k, cap,
+                 M: tl.constexpr, N: tl.constexpr, SIGNED: tl.constexpr, DENSE: tl.constexpr,
+                 HAS_MASK: tl.constexpr, FROM_KEYS: tl.constexpr, STORE_KEYS: tl.constexpr,
+                 CAP: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr):  # fmt: skip
+    """The k to cap first heads among CHUNKS * LANES of them: heads [tokens, splits, CAP].
+
+    pre [tokens, stride]; with FROM_KEYS, head_keys [tokens, h] were made by the matrix product.
+    DENSE: h groups of M columns, of `size` columns. keys: as heads, if STORE_KEYS.
+    Grid (tokens, splits).
+    """
+    token, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    chunk, lane = tl.arange(0, CHUNKS), tl.arange(0, LANES)
+    ids = (split * CHUNKS + chunk[:, None]) * LANES + lane[None, :]
+    if FROM_KEYS:
+        key = tl.load(head_keys + token * h + ids, mask=ids < h, other=PADDING)
+    elif DENSE:
+        key = _group_keys(pre + token * stride, mask, size, ids, M, HAS_MASK)
+    else:
+        key = _head_keys(pre + token * stride, mask, h, ids, M, N, SIGNED, HAS_MASK)
+    # Of this split's heads, all may be wanted.
+    here = tl.minimum(k, h - split * (CHUNKS * LANES))
+    low = tl.full((), MASKED, tl.int32)
+    of_lane = tl.max(key, 0)
+    if _count(of_lane >= MASKED) >= here:
+        low = _lower_bound(of_lane, here)
+    low, bound = _cut(key, ids, low, here, cap)
+    take = (key > low) | ((key == low) & (ids < bound))
+    # Places: lane after lane, and within a lane chunk after chunk.
+    chosen = take.to(tl.int32)
+    in_lane = tl.sum(chosen, 0)
+    place = (tl.cumsum(in_lane, 0) - in_lane)[None, :] + tl.cumsum(chosen, 0) - chosen
+    out = (token * tl.num_programs(1) + split) * CAP
+    tl.store(heads + out + place, ids, mask=take)
+    slot = tl.arange(0, CAP)
+    rest = slot >= tl.sum(in_lane)
+    tl.store(heads + out + slot, tl.full([CAP], -1, tl.int32), mask=rest)
+    if STORE_KEYS:
+        tl.store(keys + out + place, key, mask=take)
+        tl.store(keys + out + slot, tl.full([CAP], PADDING, tl.int32), mask=rest)
+
+
+@triton.jit
+def merge_heads(lists, keys, heads, length, k, cap,
+                CAP: tl.constexpr, CANDIDATES: tl.constexpr):  # fmt: skip
+    """The k to cap first of the heads in lists [tokens, length] with keys: heads [tokens, CAP]."""
+    token = tl.program_id(0).to(tl.int64)
+    place = tl.arange(0, CANDIDATES)
+    inside = place < length
+    ids = tl.load(lists + token * length + place, mask=inside, other=-1)
+    key = tl.load(keys + token * length + place, mask=inside, other=PADDING)
+    low, bound = _cut(key, ids, tl.full((), MASKED, tl.int32), k, cap)
+    take = (key > low) | ((key == low) & (ids < bound))
+    _store_list(heads + token * CAP, ids, take, CAP)
+
+
+@triton.jit
+def select_rows(pre, mask, heads, rows, stride, h, k, cap,
+                M: tl.constexpr, N: tl.constexpr, M_PADDED: tl.constexpr, N_PADDED: tl.constexpr,
+                SIGNED: tl.constexpr, HAS_MASK: tl.constexpr, ALL: tl.constexpr,
+                HEADS: tl.constexpr, CAP: tl.constexpr):  # fmt: skip
+    """The k to cap first (head, base) rows, head * m + base, of heads [tokens, HEADS].
+
+    ALL: of all h heads, `heads` is not read. Result rows [tokens, CAP].
+    """
+    token = tl.program_id(0).to(tl.int64)
+    pre += token * stride
+    slot, i, j = tl.arange(0, HEADS), tl.arange(0, M_PADDED), tl.arange(0, N_PADDED)
+    if ALL:
+        head = tl.where(slot < h, slot, -1)
+    else:
+        head = tl.load(heads + token * HEADS + slot)
+    there = head >= 0
+    head = tl.where(there, head, 0)
+    of_base = there[:, None] & (i < M)[None, :]
+    of_extension = there[:, None] & (j < N)[None, :]
+    u = factor(tl.load(pre + i[None, :] * h + head[:, None], mask=of_base, other=0.0), SIGNED)
+    v = tl.load(pre + (M + j)[None, :] * h + head[:, None], mask=of_extension, other=0.0)
+    v = factor(v, SIGNED)
+    ids = head[:, None] * M + i[None, :]
+    if HAS_MASK:
+        product = key_of(u[:, :, None] * v[:, None, :])
+        latent = ids[:, :, None] * N + j[None, None, :]
+        real = of_base[:, :, None] & of_extension[:, None, :]
+        allowed = tl.load(mask + latent, mask=real, other=0) != 0
+        key = tl.max(tl.where(allowed, product, MASKED), 2)
+    else:
+        real, least = (j < N)[None, :], float("-inf")
+        highest = tl.reduce(tl.where(real, v, least), 1, maximum)[:, None]
+        score = u * highest
+        if SIGNED:
+            lowest = tl.reduce(tl.where(real, v, -least), 1, minimum)[:, None]
+            score = maximum(score, u * lowest)
+        key = key_of(score)
+    key = tl.reshape(tl.where(of_base, key, PADDING), [HEADS * M_PADDED])
+    ids = tl.reshape(ids, [HEADS * M_PADDED])
+    low, bound = _cut(key, ids, tl.full((), MASKED, tl.int32), k, cap)
+    take = (key > low) | ((key == low) & (ids < bound))
+    _store_list(rows + token * CAP, ids, take, CAP)
+
+
+@triton.jit
+def select_latents(pre, mask, rows, ranked, stride, size, h, k,
+                   M: tl.constexpr, N: tl.constexpr, N_PADDED: tl.constexpr,
+                   SIGNED: tl.constexpr, DENSE: tl.constexpr, HAS_MASK: tl.constexpr,
+                   ALL: tl.constexpr, ROWS: tl.constexpr):  # fmt: skip
+    """The k first latents in rows [tokens, ROWS], in no order: ranked [tokens, k] int64.
+
+    ranked: the key, then 2^31 - 1 - index, 32 bits each: what comes first is larger.
+    DENSE: rows are groups of N columns, of `size`. ALL: all rows there are; `rows` is not read.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    pre += token * stride
+    slot, j = tl.arange(0, ROWS), tl.arange(0, N_PADDED)
+    if ALL:
+        row = tl.where(slot * N < size, slot, -1)
+    else:
+        row = tl.load(rows + token * ROWS + slot)
+    there = row >= 0
+    row = tl.where(there, row, 0)
+    ids = row[:, None] * N + j[None, :]
+    inside = there[:, None] & (j < N)[None, :] & (ids < size)
+    if DENSE:
+        score = factor(tl.load(pre + ids, mask=inside, other=0.0), SIGNED)
+    else:
+        head = row // M
+        u = factor(tl.load(pre + (row - head * M) * h + head, mask=there, other=0.0), SIGNED)
+        v = tl.load(pre + (M + j)[None, :] * h + head[:, None], mask=inside, other=0.0)
+        score = u[:, None] * factor(v, SIGNED)
+    key = key_of(score)
+    if HAS_MASK:
+        allowed = tl.load(mask + ids, mask=inside, other=0) != 0
+        key = tl.where(allowed, key, MASKED)
+    key = tl.reshape(tl.where(inside, key, PADDING), [ROWS * N_PADDED])
+    ids = tl.reshape(ids, [ROWS * N_PADDED])
+    low, bound = _cut(key, ids, tl.full((), MASKED, tl.int32), k, k)
+    take = (key > low) | ((key == low) & (ids < bound))
+    chosen = take.to(tl.int32)
+    place = tl.cumsum(chosen, 0) - chosen
+    rank = (key.to(tl.int64) << 32) | (ids ^ LAST).to(tl.int64)  # x ^ LAST: 2^31 - 1 - x
+    tl.store(ranked + token * k + place, rank, mask=take)
+
+
+@triton.jit
+def rank_latents(pre, ranked, indices, base, extension, stride, h, k,
+                 M: tl.constexpr, N: tl.constexpr, SIGNED: tl.constexpr, DENSE: tl.constexpr,
+                 SORT: tl.constexpr, K_PADDED: tl.constexpr):  # fmt: skip
+    """From ranked [tokens, k]: indices int64 and the two factors, first latent first.
+
+    SORT: ranked is in no order. DENSE: base is the value, extension is not written.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    pre += token * stride
+    slot = tl.arange(0, K_PADDED)
+    inside = slot < k
+    rank = tl.load(ranked + token * k + slot, mask=inside, other=-(2**63))
+    if SORT:
+        rank = tl.sort(rank, descending=True)
+    latent = (rank & 0xFFFFFFFF).to(tl.int32) ^ LAST
+    latent = tl.where(inside, latent, 0)
+    out = token * k + slot
+    tl.store(indices + out, latent.to(tl.int64), mask=inside)
+    if DENSE:
+        value = factor(tl.load(pre + latent, mask=inside, other=0.0), SIGNED)
+        tl.store(base + out, value, mask=inside)
+    else:
+        row = latent // N
+        head = row // M
+        u = tl.load(pre + (row - head * M) * h + head, mask=inside, other=0.0)
+        v = tl.load(pre + (M + latent - row * N) * h + head, mask=inside, other=0.0)
+        tl.store(base + out, factor(u, SIGNED), mask=inside)
+        tl.store(extension + out, factor(v, SIGNED), mask=inside)
