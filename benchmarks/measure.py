@@ -1,22 +1,24 @@
 """Checks before timing, and timing: interleaved rounds, so that a drift of the machine hits all."""
 
+import gc
+import importlib.metadata
+import platform
+import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import cycle
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from benchmarks import peers
+from benchmarks.floors import compute_bytes
 from benchmarks.shapes import Shape
-from benchmarks.steps import (
-    ENCODERS,
-    STEPS,
-    dense_loss,
-    dense_parameters,
-    kron_loss,
-    kron_parameters,
-)
+from benchmarks.steps import CONTENDERS, LOSSES, Step, autocast, dense_parameters
+from kronsae_kernels import dense_encode, sparse_decode
 
 CHECKED_TOKENS = 64
 
@@ -30,14 +32,43 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def describe(device: torch.device) -> dict[str, str | int]:
-    """Where a time was measured."""
+def reason(broken: Exception) -> str:
+    """Why something was not measured, in a line."""
+    if isinstance(broken, torch.OutOfMemoryError):
+        return "does not fit in memory"
+    return f"{type(broken).__name__}: {broken}".splitlines()[0][:300]
+
+
+def describe(device: torch.device) -> dict[str, str | int | None]:
+    """Where a time was measured, with which versions (None: not installed)."""
     cuda = device.type == "cuda"
     return {
-        "torch": torch.__version__,
         "device": torch.cuda.get_device_name(device) if cuda else "cpu",
+        "processor": _processor(),
         "threads": torch.get_num_threads(),
+        "compute": "bfloat16" if cuda else "float32",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **{name: _version(name) for name in ("triton", "kronsae", *peers.PEERS)},
     }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        found = None
+    return found.group(1) if found else platform.processor()
+
+
+# Checks
 
 
 def require_close(name: str, got: Tensor, expected: Tensor, tolerance: float) -> None:
@@ -54,7 +85,7 @@ def check_gradients(shape: Shape, x: Tensor) -> None:
     (of d in the products that precede it), so rounding is of the order of sqrt(3200) eps = 7e-6,
     if terms are of one size; 1e-4 leaves room for cancellation, and none for a wrong latent.
     """
-    for loss_of, parameters_of in (kron_loss, kron_parameters), (dense_loss, dense_parameters):
+    for encoder, (loss_of, parameters_of) in LOSSES.items():
         parameters = parameters_of(shape, x.device)
         found = []
         for impl in (None, "reference"):
@@ -62,21 +93,48 @@ def check_gradients(shape: Shape, x: Tensor) -> None:
             found.append([loss, *torch.autograd.grad(loss, parameters)])
         names = ("loss", "w_enc", "b_enc", "w_dec", "b_dec")
         for name, got, expected in zip(names, *found, strict=True):
-            require_close(f"{loss_of.__name__} {shape.name} {name}", got, expected, 1e-4)
+            require_close(f"{encoder} {shape.name} {name}", got, expected, 1e-4)
 
 
-def check_losses(shape: Shape, losses: dict[str, list[float]]) -> None:
-    """Steps of one model, started from the same weights, have the same losses, step by step.
+def check_peer(name: str, shape: Shape, x: Tensor) -> None:
+    """A peer reconstructs what our TopK SAE with the same weights does, on a few tokens.
 
-    Rounding differs and AdamW magnifies what it does to gradients near 0, so by 1e-3 at most.
+    In float32 both take the same latents but where two differ by rounding, at most at the k-th
+    place of a token, so 1e-3 of the norm; in bfloat16 (8 bits) values and more of those places
+    differ, so 2e-2.
     """
-    for name, found in losses.items():
-        for other, expected in losses.items():
-            if ENCODERS[name] == ENCODERS[other]:
-                pairs = zip(found, expected, strict=False)
-                worst = max((abs(a - b) / b for a, b in pairs), default=0.0)
-                if not worst <= 1e-3:
-                    raise WrongResult(f"{shape.name}: losses of {name} and {other}: {worst:.1e}")
+    x = x[:CHECKED_TOKENS]
+    w_enc, b_enc, w_dec, b_dec = (p.detach() for p in dense_parameters(shape, x.device))
+    with torch.no_grad(), autocast(x.device):
+        codes = dense_encode(x, w_enc, b_enc, k=shape.k)
+        expected = sparse_decode(codes, w_dec=w_dec, b_dec=b_dec)
+        got = peers.PEERS[name].make(shape, w_enc, b_enc, w_dec, b_dec).reconstruct(x)
+    tolerance = 2e-2 if x.device.type == "cuda" else 1e-3
+    require_close(f"{name} {shape.name} reconstruction", got.float(), expected.float(), tolerance)
+
+
+def check_losses(shape: Shape, losses: dict[str, list[float]], device: torch.device) -> None:
+    """Steps of one model have the same first loss; those of one recipe too, all the same losses.
+
+    Rounding differs and AdamW magnifies what it does to gradients near 0: by 1e-3 at most in
+    float32, by 2e-2 in bfloat16, in which pre-latents have 8 bits. A peer's loss has its own unit
+    (`check_peer` looks at what it computes).
+    """
+    tolerance = 2e-2 if device.type == "cuda" else 1e-3
+    ours = {name: found for name, found in losses.items() if name not in peers.PEERS}
+    for name, found in ours.items():
+        for other, expected in ours.items():
+            one, two = CONTENDERS[name], CONTENDERS[other]
+            if one.encoder != two.encoder:
+                continue
+            compared = slice(None if one.recipe == two.recipe else 1)
+            pairs = zip(found[compared], expected[compared], strict=False)
+            worst = max((abs(a - b) / b for a, b in pairs), default=0.0)
+            if not worst <= tolerance:
+                raise WrongResult(f"{shape.name}: losses of {name} and {other}: {worst:.1e}")
+
+
+# Timing
 
 
 class Timing(NamedTuple):
@@ -100,6 +158,36 @@ def quartiles(values: list[float]) -> tuple[float, float]:
     return low, high
 
 
+class Flush:
+    """Overwrites a GPU's L2 cache, so that a call finds there what a training run would leave."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.buffer = None
+        if device.type == "cuda":
+            size = torch.cuda.get_device_properties(device).L2_cache_size
+            self.buffer = torch.empty(max(2 * size, 2**26), dtype=torch.uint8, device=device)
+
+    def __call__(self) -> None:
+        if self.buffer is not None:
+            self.buffer.zero_()
+
+
+def timed_ms(call: Callable[[], object], device: torch.device, flush: Flush) -> float:
+    """Milliseconds of one call: by CUDA events, the cache flushed; on a CPU by its clock."""
+    synchronize(device)
+    flush()
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+    begin = time.perf_counter()
+    call()
+    return 1e3 * (time.perf_counter() - begin)
+
+
 def interleaved(
     calls: dict[str, Callable[[], object]], rounds: int, warmup: int, device: torch.device
 ) -> dict[str, Timing]:
@@ -109,36 +197,130 @@ def interleaved(
     own kind: it finds its weights in the cache and its memory with the allocator, not what another
     contender left there.
     """
+    flush = Flush(device)
     times: dict[str, list[float]] = {name: [] for name in calls}
     for round_ in range(warmup + rounds):
         for name, call in calls.items():
             call()
-            synchronize(device)
-            start = time.perf_counter()
-            call()
-            synchronize(device)
+            taken = timed_ms(call, device, flush)
             if round_ >= warmup:
-                times[name].append(1e3 * (time.perf_counter() - start))
+                times[name].append(taken)
     return {name: Timing(found) for name, found in times.items()}
 
 
+def alone(
+    call: Callable[[], object],
+    rounds: int,
+    warmup: int,
+    device: torch.device,
+    seconds: float = float("inf"),
+) -> Timing:
+    """Times of one call after `warmup` calls without a clock; fewer when `seconds` are up."""
+    flush, end = Flush(device), time.monotonic() + seconds
+    for _ in range(warmup):
+        call()
+    times: list[float] = []
+    while len(times) < rounds and (not times or time.monotonic() < end):
+        times.append(timed_ms(call, device, flush))
+    return Timing(times)
+
+
+class Memory:
+    """Peak of a GPU's memory above what was taken when this was made; None on a CPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+            self.before = torch.cuda.memory_allocated(device)
+
+    @property
+    def peak_bytes(self) -> int | None:
+        if self.device.type != "cuda":
+            return None
+        return torch.cuda.max_memory_allocated(self.device) - self.before
+
+
+def rotating(step: Step, batches: list[Tensor]) -> Callable[[], Tensor]:
+    """The step as a call without arguments, each on the next batch."""
+    order: Iterator[Tensor] = cycle(batches)
+    return lambda: step(next(order))
+
+
 def products(shape: Shape, x: Tensor) -> dict[str, Callable[[], Tensor]]:
-    """The bare matrix products x w^T of the two encoders."""
-    kron = torch.randn(shape.columns, shape.d, device=x.device)
-    dense = torch.randn(shape.dict_size, shape.d, device=x.device)
-    return {"kron product": lambda: x @ kron.T, "dense product": lambda: x @ dense.T}
+    """The bare matrix products x w^T of the two encoders, in compute precision."""
+    dtype = torch.bfloat16 if compute_bytes(x.device) == 2 else torch.float32
+    x = x.to(dtype)
+
+    def product(rows: int) -> Callable[[], Tensor]:
+        w = torch.randn(rows, shape.d, device=x.device, dtype=dtype)
+        return lambda: x @ w.T
+
+    return {"kron product": product(shape.columns), "dense product": product(shape.dict_size)}
 
 
-def compare_steps(shape: Shape, x: Tensor, rounds: int, warmup: int = 2) -> dict[str, Timing]:
-    """Times of all STEPS and of the encoders' bare matrix products, checked."""
-    check_gradients(shape, x)
-    losses: dict[str, list[float]] = {name: [] for name in STEPS}
+class Comparison(NamedTuple):
+    """What came of timing several contenders at a shape."""
 
-    def recorded(name: str) -> Callable[[], None]:
-        step = STEPS[name](shape, x)
-        return lambda: losses[name].append(float(step()))
+    timings: dict[str, Timing]
+    peak_bytes: dict[str, int]
+    """Of those measured on a GPU."""
+    skipped: dict[str, str]
+    """Contender: why it was not timed."""
 
-    calls = {name: recorded(name) for name in STEPS}
-    timings = interleaved({**calls, **products(shape, x)}, rounds, warmup, x.device)
-    check_losses(shape, losses)
-    return timings
+
+def compare_steps(
+    shape: Shape,
+    batches: list[Tensor],
+    rounds: int,
+    warmup: int = 2,
+    seconds: float = float("inf"),
+) -> Comparison:
+    """Times of all contenders' steps and of the encoders' bare matrix products, checked.
+
+    On a CPU all take turns. On a GPU, where they do not fit side by side and the clock is steady,
+    one after the other, each alone in memory; what does not fit, or comes after `seconds`, is
+    skipped.
+    """
+    device = batches[0].device
+    end = time.monotonic() + seconds
+    check_gradients(shape, batches[0])
+    skipped = {name: why for name, it in CONTENDERS.items() if (why := it.why_not(device))}
+    losses: dict[str, list[float]] = {name: [] for name in CONTENDERS if name not in skipped}
+    peak_bytes: dict[str, int] = {}
+
+    def prepared(name: str) -> Callable[[], Tensor]:
+        """The contender as a call; its first two losses are known."""
+        if name in peers.PEERS:
+            check_peer(name, shape, batches[0])
+        call = rotating(CONTENDERS[name].make(shape, device), batches)
+        losses[name] = [float(call()) for _ in range(2)]
+        return call
+
+    if device.type == "cpu":
+        calls = {name: prepared(name) for name in losses}
+        check_losses(shape, losses, device)
+        timings = interleaved({**calls, **products(shape, batches[0])}, rounds, warmup, device)
+        return Comparison(timings, peak_bytes, skipped)
+
+    timings = {}
+    for name, product in products(shape, batches[0]).items():
+        timings[name] = alone(product, rounds, warmup, device)
+    for name in losses:
+        left = end - time.monotonic()
+        if left < 0:
+            skipped[name] = "no time left"
+            continue
+        memory = Memory(device)
+        try:
+            call = prepared(name)
+            check_losses(shape, losses, device)
+            timings[name] = alone(call, rounds, warmup, device, left)
+            peak_bytes[name] = memory.peak_bytes
+        except Exception as broken:  # the others still tell something
+            losses[name] = []
+            skipped[name] = reason(broken)
+        call = None
+    return Comparison(timings, peak_bytes, skipped)

@@ -1,9 +1,10 @@
-"""The shapes that benchmarks run at, and what a step costs at least there."""
+"""The shapes that benchmarks run at, and the activations they run on."""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 
 class Shape(NamedTuple):
@@ -33,16 +34,21 @@ class Shape(NamedTuple):
             return self.d * self.dict_size + self.k * self.d
         return self.d * self.columns + self.m * self.n * self.heads + self.k * self.d
 
-    def step_bytes(self, encoder: str) -> int:
-        """Lower bound of a training step's float32 traffic, for a step that writes no [B, F].
+    def rows(self, encoder: str) -> int:
+        """Rows of the encoder's weight, each of d numbers."""
+        return self.dict_size if encoder == "dense" else self.columns
 
-        Each parameter is read by the forward pass, its gradient written and read, it and its two
-        moments read and written by AdamW: 9 accesses. Each of the B k decoder rows is gathered by
-        the forward pass and by the gradients of values and decoder; x is read twice.
+    def parameters(self, encoder: str) -> int:
+        """Weights and biases of encoder and decoder."""
+        return self.rows(encoder) * (self.d + 1) + self.dict_size * self.d + self.d
+
+    def step_flops(self, encoder: str) -> int:
+        """Multiply-adds of a training step, had the backward pass two products for each forward.
+
+        So steps are counted where FLOPs are compared [KronSAE, eq. 7]; what a step cannot do
+        without is less, see `floors`.
         """
-        rows = self.dict_size if encoder == "dense" else self.columns
-        parameters = rows * (self.d + 1) + self.dict_size * self.d + self.d
-        return 4 * (9 * parameters + self.tokens * self.d * (3 * self.k + 2))
+        return 3 * self.tokens * self.flops_per_token(encoder)
 
     def __str__(self) -> str:
         return (
@@ -62,18 +68,29 @@ SHAPES = {
         Shape("P1", d=1536, heads=2048, m=4, n=4, k=50, tokens=8192),
         Shape("P2", d=1536, heads=8192, m=2, n=4, k=50, tokens=8192),
         Shape("P3", d=2304, heads=8192, m=4, n=4, k=50, tokens=8192),
+        # A million latents, for one large GPU.
+        Shape("P4", d=4096, heads=16384, m=8, n=8, k=64, tokens=8192),
     )
 }
 
 
 def activations(shape: Shape, device: torch.device | str = "cpu", seed: int = 0) -> Tensor:
     """[B, d]: sums of k of 4d unit directions with positive coefficients, plus noise."""
+    return batches(shape, device, count=1, seed=seed)[0]
+
+
+def batches(
+    shape: Shape, device: torch.device | str = "cpu", count: int = 3, seed: int = 0
+) -> list[Tensor]:
+    """`count` batches [B, d] of `activations`, so that none is in the cache when it comes again."""
     generator = torch.Generator().manual_seed(seed)
     directions = torch.randn(4 * shape.d, shape.d, generator=generator)
     directions /= directions.norm(dim=1, keepdim=True)
-    chosen = torch.randint(4 * shape.d, (shape.tokens, shape.k), generator=generator)
-    strength = torch.rand(shape.tokens, shape.k, generator=generator)
-    x = torch.nn.functional.embedding_bag(
-        chosen, directions, mode="sum", per_sample_weights=strength
-    )
-    return (x + 0.1 * torch.randn(x.shape, generator=generator)).to(device)
+
+    def batch() -> Tensor:
+        chosen = torch.randint(4 * shape.d, (shape.tokens, shape.k), generator=generator)
+        strength = torch.rand(shape.tokens, shape.k, generator=generator)
+        x = embedding_bag(chosen, directions, mode="sum", per_sample_weights=strength)
+        return (x + 0.1 * torch.randn(x.shape, generator=generator)).to(device)
+
+    return [batch() for _ in range(count)]

@@ -1,50 +1,44 @@
-"""Training steps to compare: forward, backward, AdamW. Each starts from the same weights.
+"""Training steps to compare: forward, backward, optimizer. Each starts from the same weights.
 
-A step is made by a function of (shape, x) and returns the loss when called. To compare another
-one, write such a function and add it to STEPS.
+A step is made by a function of (shape, device); called with a batch [B, d] it trains on it and
+returns the loss. To compare another one, write such a function and add it to CONTENDERS.
+On a GPU all compute in bfloat16 (autocast) with float32 weights and moments, on a CPU in float32.
 """
 
 from collections.abc import Callable, Iterable
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import mse_loss
 
+from benchmarks import peers
 from benchmarks.baselines import KronListing, TopKSAE
 from benchmarks.shapes import Shape
 from kronsae_kernels import dense_encode, fused_encode, sparse_decode
 
 LEARNING_RATE = 8e-4
-Step = Callable[[], Tensor]
+EPS = 1e-5
+"""Under the root, as in the listing. [KronSAE, App. H]"""
+Step = Callable[[Tensor], Tensor]
 
 
-def listing(shape: Shape, x: Tensor) -> Step:
-    """KronSAE as the paper's listing writes it."""
-    model = _listing(shape, x.device)
-    return _train(lambda: mse_loss(model(x), x), model.parameters())
+class Contender(NamedTuple):
+    """A way to train a model."""
+
+    encoder: str
+    """"kron" or "dense": which model. Contenders of one model start from the same weights."""
+    make: Callable[[Shape, torch.device], Step]
+    recipe: str = "AdamW"
+    """Contenders of one model and one recipe have the same losses, step by step."""
+    why_not: Callable[[torch.device], str | None] = lambda device: None
+    """Why it cannot run on a device, or None if it can."""
 
 
-def topk(shape: Shape, x: Tensor) -> Step:
-    """A TopK SAE in plain PyTorch."""
-    model = _topk(shape, x.device)
-    return _train(lambda: mse_loss(model(x), x), model.parameters())
-
-
-def kron(shape: Shape, x: Tensor) -> Step:
-    """The listing's model through kronsae_kernels."""
-    parameters = kron_parameters(shape, x.device)
-    return _train(lambda: kron_loss(shape, x, *parameters), parameters)
-
-
-def dense(shape: Shape, x: Tensor) -> Step:
-    """The TopK SAE through kronsae_kernels."""
-    parameters = dense_parameters(shape, x.device)
-    return _train(lambda: dense_loss(shape, x, *parameters), parameters)
-
-
-STEPS = {"listing": listing, "topk": topk, "kron": kron, "dense": dense}
-ENCODERS = {"listing": "kron", "topk": "dense", "kron": "kron", "dense": "dense"}
-"""Which model a step trains: steps of one model start from the same weights."""
+def autocast(device: torch.device) -> torch.autocast:
+    """bfloat16 on a GPU, nothing on a CPU."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
 def kron_loss(
@@ -57,7 +51,7 @@ def kron_loss(
     impl: str | None = None,
 ) -> Tensor:
     w_enc = w_enc.transpose(0, 1)
-    codes = fused_encode(x, w_enc, b_enc, m=shape.m, k=shape.k, eps=1e-5, impl=impl)
+    codes = fused_encode(x, w_enc, b_enc, m=shape.m, k=shape.k, eps=EPS, impl=impl)
     return mse_loss(sparse_decode(codes, w_dec=w_dec, b_dec=b_dec, impl=impl), x)
 
 
@@ -76,7 +70,7 @@ def dense_loss(
 
 def kron_parameters(shape: Shape, device: torch.device) -> tuple[nn.Parameter, ...]:
     """w_enc [m + n, h, d] (row-major over heads), b_enc, w_dec, b_dec of the listing."""
-    model, rows = _listing(shape, device), shape.m + shape.n
+    model, rows = _model(KronListing, shape, device), shape.m + shape.n
     w_enc = model.W_enc.detach().T.view(shape.heads, rows, shape.d).transpose(0, 1).contiguous()
     b_enc = model.b_enc.detach().view(shape.heads, rows)
     return nn.Parameter(w_enc), nn.Parameter(b_enc), model.W_dec, model.b_dec
@@ -84,28 +78,126 @@ def kron_parameters(shape: Shape, device: torch.device) -> tuple[nn.Parameter, .
 
 def dense_parameters(shape: Shape, device: torch.device) -> tuple[nn.Parameter, ...]:
     """w_enc [F, d], b_enc, w_dec, b_dec of the TopK SAE."""
-    model = _topk(shape, device)
+    model = _model(TopKSAE, shape, device)
     return model.encoder.weight, model.encoder.bias, model.W_dec, model.b_dec
 
 
-def _listing(shape: Shape, device: torch.device) -> KronListing:
+LOSSES = {"kron": (kron_loss, kron_parameters), "dense": (dense_loss, dense_parameters)}
+"""Our operations' loss of a model, and its parameters."""
+
+
+def plain(model: type[nn.Module], shape: Shape, device: torch.device) -> Step:
+    """A model in plain PyTorch."""
+    module = _model(model, shape, device)
+    return _train(lambda x: mse_loss(module(x), x), module.parameters(), device)
+
+
+def unfused(encoder: str, shape: Shape, device: torch.device) -> Step:
+    """Our operations, differentiated by autograd, and torch's fused AdamW."""
+    loss, parameters_of = LOSSES[encoder]
+    parameters = parameters_of(shape, device)
+    return _train(lambda x: loss(shape, x, *parameters), parameters, device)
+
+
+def fused(encoder: str, shape: Shape, device: torch.device) -> Step:
+    """Our explicit step: AdamW inside the kernels, decoder rows of unit norm."""
+    training = training_step(encoder, shape, device, dtype=torch.bfloat16)
+
+    def step(x: Tensor) -> Tensor:
+        loss = training.accumulate(x).loss
+        training.apply(lr=LEARNING_RATE)
+        return loss
+
+    return step
+
+
+def training_step(
+    encoder: str,
+    shape: Shape,
+    device: torch.device,
+    dtype: torch.dtype,
+    unit_norm: bool = True,
+):
+    """`kronsae_kernels.step.TrainingStep` of a model, with the weights all contenders start at."""
+    from kronsae_kernels.step import TrainingStep
+
+    _, parameters_of = LOSSES[encoder]
+    w_enc, b_enc, w_dec, b_dec = (p.detach() for p in parameters_of(shape, device))
+    kron = encoder == "kron"
+    return TrainingStep(
+        w_enc.transpose(0, 1) if kron else w_enc,
+        b_enc,
+        w_dec,
+        b_dec,
+        m=shape.m if kron else None,
+        k=shape.k,
+        composition="mand",
+        eps=EPS,
+        dtype=dtype,
+        unit_norm=unit_norm,
+    )
+
+
+def why_not_fused(device: torch.device) -> str | None:
+    try:
+        from kronsae_kernels.step import why_not
+    except ImportError:
+        return "this version of kronsae_kernels has no fused step"
+    return why_not(device)
+
+
+def _model(cls: type[nn.Module], shape: Shape, device: torch.device) -> nn.Module:
     torch.manual_seed(0)
-    return KronListing(shape.d, shape.heads, shape.m, shape.n, shape.k).to(device)
+    size = (shape.heads, shape.m, shape.n) if cls is KronListing else (shape.dict_size,)
+    with torch.device(device):
+        return cls(shape.d, *size, shape.k)
 
 
-def _topk(shape: Shape, device: torch.device) -> TopKSAE:
-    torch.manual_seed(0)
-    return TopKSAE(shape.d, shape.dict_size, shape.k).to(device)
-
-
-def _train(loss_of_batch: Callable[[], Tensor], parameters: Iterable[nn.Parameter]) -> Step:
+def _train(
+    loss_of: Callable[[Tensor], Tensor], parameters: Iterable[nn.Parameter], device: torch.device
+) -> Step:
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, fused=True)
 
-    def step() -> Tensor:
-        loss = loss_of_batch()
+    def step(x: Tensor) -> Tensor:
+        with autocast(device):
+            loss = loss_of(x)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         return loss.detach()
 
     return step
+
+
+def _peer(name: str) -> Contender:
+    def make(shape: Shape, device: torch.device) -> Step:
+        parameters = [p.detach() for p in dense_parameters(shape, device)]
+        return peers.PEERS[name].make(shape, *parameters).step
+
+    return Contender("dense", make, name, lambda device: peers.why_not(name))
+
+
+CONTENDERS = {
+    "listing": Contender("kron", partial(plain, KronListing)),
+    "topk": Contender("dense", partial(plain, TopKSAE)),
+    "kron": Contender("kron", partial(unfused, "kron")),
+    "dense": Contender("dense", partial(unfused, "dense")),
+    "kron fused": Contender("kron", partial(fused, "kron"), "unit norm", why_not_fused),
+    "dense fused": Contender("dense", partial(fused, "dense"), "unit norm", why_not_fused),
+    **{name: _peer(name) for name in peers.PEERS},
+}
+LABELS = {
+    "listing": "KronSAE, the paper's listing",
+    "topk": "TopK SAE, plain PyTorch",
+    "kron": "KronSAE, kronsae_kernels",
+    "dense": "TopK SAE, kronsae_kernels",
+    "kron fused": "KronSAE, kronsae_kernels, fused step",
+    "dense fused": "TopK SAE, kronsae_kernels, fused step",
+    **{name: f"TopK SAE, {name}" for name in peers.PEERS},
+}
+"""Names in tables and pictures."""
+
+
+def best_of_ours(encoder: str, device: torch.device) -> str:
+    """Our fastest contender of a model that runs on a device."""
+    return f"{encoder} fused" if why_not_fused(device) is None else encoder

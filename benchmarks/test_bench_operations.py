@@ -1,10 +1,15 @@
-"""Each operation, forward alone and with its backward pass, beside the bare encoder product."""
+"""Each operation: forward, backward, both; and the bare product that its encoder begins with."""
+
+from itertools import cycle
+from typing import NamedTuple
 
 import pytest
 import torch
+from torch import Tensor
 
+from benchmarks.floors import Work, compute_bytes, stages
 from benchmarks.measure import CHECKED_TOKENS, products, require_close, synchronize
-from benchmarks.steps import dense_parameters, kron_parameters
+from benchmarks.steps import EPS, autocast, dense_parameters, kron_parameters
 from kronsae_kernels import backends, dense_encode, fused_encode, sparse_decode
 
 IMPLEMENTATIONS = [name for name in backends.NAMES if name != "reference"]
@@ -18,105 +23,152 @@ def impl(request, device):
         pytest.skip(str(reason))
 
 
-def encode_kron(shape, x):
-    w_enc, b_enc, *_ = kron_parameters(shape, x.device)
+class Pass(NamedTuple):
+    """A forward pass, ready to be differentiated."""
+
+    out: Tensor
+    inputs: tuple[Tensor, ...]
+
+
+def encode_kron(shape, xs):
+    w_enc, b_enc, *_ = kron_parameters(shape, xs[0].device)
     w_enc = w_enc.transpose(0, 1)
 
-    def call(tokens, impl):
-        codes = fused_encode(x[:tokens], w_enc, b_enc, m=shape.m, k=shape.k, eps=1e-5, impl=impl)
-        return codes.values, (w_enc, b_enc)
+    def call(x, impl):
+        codes = fused_encode(x, w_enc, b_enc, m=shape.m, k=shape.k, eps=EPS, impl=impl)
+        return Pass(codes.values, (w_enc, b_enc))
 
-    return call
-
-
-def encode_dense(shape, x):
-    w_enc, b_enc, *_ = dense_parameters(shape, x.device)
-
-    def call(tokens, impl):
-        codes = dense_encode(x[:tokens], w_enc, b_enc, k=shape.k, impl=impl)
-        return codes.values, (w_enc, b_enc)
-
-    return call
+    return call, xs
 
 
-def decode(shape, x):
-    w_enc, b_enc, w_dec, b_dec = kron_parameters(shape, x.device)
+def encode_dense(shape, xs):
+    w_enc, b_enc, *_ = dense_parameters(shape, xs[0].device)
+
+    def call(x, impl):
+        return Pass(dense_encode(x, w_enc, b_enc, k=shape.k, impl=impl).values, (w_enc, b_enc))
+
+    return call, xs
+
+
+def decode(shape, xs):
+    w_enc, b_enc, w_dec, b_dec = kron_parameters(shape, xs[0].device)
     w_enc = w_enc.transpose(0, 1)
     with torch.no_grad():
-        values, indices = fused_encode(x, w_enc, b_enc, m=shape.m, k=shape.k)
-    values.requires_grad_()
+        codes = [fused_encode(x, w_enc, b_enc, m=shape.m, k=shape.k) for x in xs]
+    for values, _ in codes:
+        values.requires_grad_()
 
-    def call(tokens, impl):
-        out = sparse_decode(values[:tokens], indices[:tokens], w_dec, b_dec, impl=impl)
-        return out, (values, w_dec, b_dec)
+    def call(code, impl):
+        values, indices = code
+        out = sparse_decode(values, indices, w_dec, b_dec, impl=impl)
+        return Pass(out, (values, w_dec, b_dec))
 
-    return call
-
-
-def encode_bytes(shape, columns):
-    """Float32 traffic: x and weights read, pre-latents written and read, codes (12 bytes)."""
-    weights = columns * (shape.d + 1)
-    return 4 * (shape.tokens * (shape.d + 2 * columns) + weights) + 12 * shape.tokens * shape.k
+    return call, codes
 
 
-def decode_bytes(shape):
-    """Float32 traffic: k rows gathered and one written a token, codes (12 bytes) read."""
-    return 4 * shape.tokens * shape.d * (shape.k + 1) + 12 * shape.tokens * shape.k
+def first_tokens(batch):
+    if isinstance(batch, Tensor):
+        return batch[:CHECKED_TOKENS]
+    return tuple(part[:CHECKED_TOKENS] for part in batch)
 
 
-def flops(shape, name):
-    """Multiply-adds of a forward pass. [KronSAE, eq. 7]"""
-    of_decoder = shape.k * shape.d
+def work_of(shape, name, direction, width):
+    """What an operation alone cannot do without; `width`: bytes of a number in its products.
+
+    Forward: as in `floors.stages` (an encoder is encode + select, and reads its float32 weights).
+    Backward: the products of the update stages, and each gradient written in float32 (4 bytes).
+    """
+    encoder = "dense" if name == "encode_dense" else "kron"
+    of = stages(shape, encoder, width)
+    gathered = width * shape.tokens * shape.k * shape.d
+    values_in_and_out = 2 * 4 * shape.tokens * shape.k
     if name == "decode":
-        return shape.tokens * of_decoder
-    return shape.tokens * (shape.flops_per_token(name.removeprefix("encode_")) - of_decoder)
+        forward = of["decode"]._replace(multiply_adds=shape.tokens * shape.k * shape.d)
+        rows, products_back = shape.dict_size, 2 * shape.tokens * shape.k * shape.d
+    else:
+        forward = Work(*map(sum, zip(of["encode"], of["select"], strict=True)))
+        rows, products_back = shape.rows(encoder), of["encoder update"].multiply_adds
+    batch = width * shape.tokens * shape.d
+    backward = Work(products_back, 4 * rows * shape.d + batch + values_in_and_out, gathered)
+    if direction == "both":
+        return Work(*map(sum, zip(forward, backward, strict=True)))
+    return forward if direction == "forward" else backward
 
 
-OPERATIONS = {
-    "encode_kron": (encode_kron, lambda shape: encode_bytes(shape, shape.columns)),
-    "encode_dense": (encode_dense, lambda shape: encode_bytes(shape, shape.dict_size)),
-    "decode": (decode, decode_bytes),
-}
+def flops(shape, name, direction):
+    """Multiply-adds [KronSAE, eq. 7]; the backward pass has two products for each forward."""
+    of_decoder = shape.k * shape.d
+    encoder = "dense" if name == "encode_dense" else "kron"
+    once = of_decoder if name == "decode" else shape.flops_per_token(encoder) - of_decoder
+    return {"forward": 1, "backward": 2, "both": 3}[direction] * shape.tokens * once
 
 
-@pytest.mark.parametrize("backward", [False, True], ids=["forward", "both"])
+OPERATIONS = {"encode_kron": encode_kron, "encode_dense": encode_dense, "decode": decode}
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward", "both"])
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_operation(benchmark, report, shape, x, impl, name, backward):
-    make, moved_bytes = OPERATIONS[name]
-    call = make(shape, x)
+def test_operation(benchmark, report, flush, ceilings, device, shape, xs, impl, name, direction):
+    call, batches = OPERATIONS[name](shape, xs)
+    order = cycle(batches)
 
-    def run(tokens=None, impl=impl):
-        with torch.set_grad_enabled(backward):
-            out, inputs = call(tokens, impl)
-        found = [out]
-        if backward:
-            found += torch.autograd.grad(out, inputs, torch.ones_like(out))
-        synchronize(x.device)
-        return found
+    def forward(batch, impl=impl):
+        with torch.set_grad_enabled(direction != "forward"):
+            return call(batch, impl)
 
-    pairs = zip(run(CHECKED_TOKENS), run(CHECKED_TOKENS, "reference"), strict=True)
-    for place, (got, expected) in enumerate(pairs):
-        # The bound of `check_gradients`, whose sums are the same.
+    def backward(done):
+        return torch.autograd.grad(done.out, done.inputs, torch.ones_like(done.out))
+
+    def both(batch, impl=impl):
+        done = forward(batch, impl)
+        return [done.out] + ([] if direction == "forward" else [*backward(done)])
+
+    # In float32, so that the bound of `check_gradients` holds, whose sums are the same.
+    few = first_tokens(batches[0])
+    for place, (got, expected) in enumerate(zip(both(few), both(few, "reference"), strict=True)):
         require_close(f"{name} output or gradient {place}", got, expected, 1e-4)
-    # The backward pass has two products for each of the forward pass.
-    passes = 3 if backward else 1
+
+    def setup():
+        batch = next(order)
+        with autocast(device):
+            argument = forward(batch) if direction == "backward" else batch
+        flush()
+        synchronize(device)
+        return (argument,), {}
+
+    def run(argument):
+        with autocast(device):
+            (backward if direction == "backward" else both)(argument)
+        synchronize(device)
+
+    work = work_of(shape, name, direction, compute_bytes(device))
     report(
-        f"{name} {'forward and backward' if backward else 'forward'}",
-        passes * flops(shape, name),
-        passes * moved_bytes(shape),
+        f"{name} {direction}",
+        flops(shape, name, direction),
+        work.moved_bytes,
+        ceilings.floor_ms(work),
     )
-    benchmark.pedantic(run, rounds=7, warmup_rounds=2)
+    benchmark.pedantic(run, setup=setup, rounds=7, warmup_rounds=2)
 
 
 @pytest.mark.parametrize("encoder", ["kron", "dense"])
-def test_product(benchmark, report, shape, x, encoder):
+def test_product(benchmark, report, flush, ceilings, device, shape, x, encoder):
     """x w^T, which no encoder can do without: the floor of `encode` forward."""
     product = products(shape, x)[f"{encoder} product"]
 
+    def setup():
+        flush()
+        synchronize(device)
+
     def run():
         product()
-        synchronize(x.device)
+        synchronize(device)
 
-    name = f"encode_{encoder}"
-    report(f"{name} forward", flops(shape, name), OPERATIONS[name][1](shape))
-    benchmark.pedantic(run, rounds=7, warmup_rounds=2)
+    work = stages(shape, encoder, compute_bytes(device))["encode"]
+    report(
+        f"encode_{encoder} forward",
+        flops(shape, f"encode_{encoder}", "forward"),
+        work.moved_bytes,
+        ceilings.floor_ms(work),
+    )
+    benchmark.pedantic(run, setup=setup, rounds=7, warmup_rounds=2)

@@ -1,29 +1,48 @@
-"""A whole training step (forward, backward, AdamW): ours, the paper's listing, plain TopK."""
+"""A whole training step (forward, backward, optimizer): ours, plain PyTorch, other libraries."""
+
+from itertools import cycle
 
 import pytest
 
-from benchmarks.measure import check_gradients, check_losses, synchronize
-from benchmarks.steps import ENCODERS, STEPS
+from benchmarks import floors
+from benchmarks.measure import check_gradients, check_losses, check_peer, synchronize
+from benchmarks.peers import PEERS
+from benchmarks.steps import CONTENDERS
 
 
 @pytest.fixture(scope="module")
 def losses(shape, x):
-    """The losses of the first steps of each step, once our gradients are known to be right."""
+    """The losses of the first steps of each contender, once our gradients are known to be right."""
     check_gradients(shape, x)
     return {}
 
 
-@pytest.mark.parametrize("name", STEPS)
-def test_step(benchmark, report, losses, shape, x, name):
-    step = STEPS[name](shape, x)
-    losses[name] = [float(step()) for _ in range(2)]
-    check_losses(shape, losses)
+@pytest.mark.parametrize("name", CONTENDERS)
+def test_step(benchmark, report, losses, flush, ceilings, shape, xs, device, name):
+    contender = CONTENDERS[name]
+    if reason := contender.why_not(device):
+        pytest.skip(reason)
+    if name in PEERS:
+        check_peer(name, shape, xs[0])
+    step, order = contender.make(shape, device), cycle(xs)
+    losses[name] = [float(step(next(order))) for _ in range(2)]
+    check_losses(shape, losses, device)
 
-    def run():
-        step()
-        synchronize(x.device)
+    def setup():
+        flush()
+        synchronize(device)
+        return (next(order),), {}
 
-    encoder = ENCODERS[name]
-    # Forward once; the backward pass has two products for each of the forward pass.
-    report("step", 3 * shape.tokens * shape.flops_per_token(encoder), shape.step_bytes(encoder))
-    benchmark.pedantic(run, rounds=5, warmup_rounds=1)
+    def run(x):
+        step(x)
+        synchronize(device)
+
+    encoder = contender.encoder
+    works = floors.stages(shape, encoder, floors.compute_bytes(device))
+    report(
+        "step",
+        shape.step_flops(encoder),
+        floors.total(works).moved_bytes,
+        floors.step_floor_ms(shape, encoder, ceilings, device),
+    )
+    benchmark.pedantic(run, setup=setup, rounds=5, warmup_rounds=1)

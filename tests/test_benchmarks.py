@@ -27,10 +27,12 @@ def test_benchmarks_run_at_a_toy_shape(tmp_path):
     )
     assert done.returncode == 0, done.stdout
     report = json.loads(file.read_text())["benchmarks"]
-    assert len(report) >= 12
+    assert len(report) >= 15
     for one in report:
         info = one["extra_info"]
         assert info["tokens_per_s"] == pytest.approx(64 / one["stats"]["median"])
+        share = info["floor_ms"] / 1e3 / one["stats"]["median"]
+        assert info["share_of_ceiling"] == pytest.approx(share)
         assert info["flops"] > 0
         assert info["moved_bytes"] > 0
         assert info["torch"] == torch.__version__
@@ -54,23 +56,60 @@ def test_comparison_at_a_toy_shape(capsys, tmp_path):
 def test_wrong_step_reports_no_time(monkeypatch):
     """A step with another loss, and an operation with another result, are found out."""
     from benchmarks import measure, steps
-    from benchmarks.shapes import SHAPES, activations
+    from benchmarks.shapes import SHAPES, batches
 
     shape = SHAPES["toy"]
-    x = activations(shape)
-    kron = steps.STEPS["kron"]
+    xs = batches(shape)
+    kron = steps.CONTENDERS["kron"]
     with monkeypatch.context() as patch:
-        patch.setitem(steps.STEPS, "kron", lambda shape, x: kron(shape._replace(k=3), x))
+        other = kron._replace(make=lambda shape, device: kron.make(shape._replace(k=3), device))
+        patch.setitem(steps.CONTENDERS, "kron", other)
         with pytest.raises(measure.WrongResult, match="losses of"):
-            measure.compare_steps(shape, x, rounds=1)
+            measure.compare_steps(shape, xs, rounds=1)
 
     def wrong(*arguments, impl):
-        return kron_loss(*arguments, impl=impl) * (1 if impl else 1.01)
+        return steps.kron_loss(*arguments, impl=impl) * (1 if impl else 1.01)
 
-    kron_loss = measure.kron_loss
-    monkeypatch.setattr(measure, "kron_loss", wrong)
+    monkeypatch.setitem(steps.LOSSES, "kron", (wrong, steps.kron_parameters))
     with pytest.raises(measure.WrongResult, match="toy loss"):
-        measure.check_gradients(shape, x)
+        measure.check_gradients(shape, xs[0])
+
+
+@pytest.mark.parametrize("name", ["eai-sparsify", "sae-lens", "dictionary-learning"])
+def test_peer_is_checked_and_trains(name, monkeypatch):
+    """It reconstructs what our TopK SAE does, its step changes that; and a wrong one is found."""
+    from benchmarks import measure, peers, steps
+    from benchmarks.shapes import SHAPES, batches
+
+    if reason := peers.why_not(name):
+        pytest.skip(reason)
+    shape = SHAPES["toy"]
+    xs = batches(shape)
+    measure.check_peer(name, shape, xs[0])
+    weights = [p.detach() for p in steps.dense_parameters(shape, xs[0].device)]
+    peer = peers.PEERS[name].make(shape, *weights)
+    with torch.no_grad():
+        before = peer.reconstruct(xs[0]).clone()
+    for x in xs:
+        assert torch.isfinite(peer.step(x))
+    with torch.no_grad():
+        assert not torch.allclose(peer.reconstruct(xs[0]), before, atol=1e-7)
+
+    library = peers.PEERS[name]
+    wrong = library._replace(make=lambda shape, *w: library.make(shape._replace(k=3), *w))
+    monkeypatch.setitem(peers.PEERS, name, wrong)
+    with pytest.raises(measure.WrongResult, match="reconstruction"):
+        measure.check_peer(name, shape, xs[0])
+
+
+def test_absent_peers_say_how_to_install_them(monkeypatch):
+    from benchmarks import measure, peers
+    from benchmarks.shapes import SHAPES, batches
+
+    monkeypatch.setattr(peers, "version", lambda name: None)
+    found = measure.compare_steps(SHAPES["toy"], batches(SHAPES["toy"]), rounds=1, warmup=0)
+    for name in peers.PEERS:
+        assert "kronsae[peers]" in found.skipped[name]
 
 
 def test_flops_are_those_of_the_paper():
@@ -81,3 +120,92 @@ def test_flops_are_those_of_the_paper():
     assert shape.dict_size == 32768
     assert shape.flops_per_token("kron") == 1536 * 4096 * 6 + 2 * 4 * 4096 + 50 * 1536
     assert shape.flops_per_token("dense") == 1536 * 32768 + 50 * 1536
+
+
+def test_floors_of_the_stages():
+    """Formulas by hand: the encoder's product, what is multiplied sparsely, AdamW's traffic."""
+    from benchmarks.floors import Ceilings, stages, total
+    from benchmarks.shapes import Shape
+
+    shape = Shape("", d=8, heads=4, m=2, n=4, k=3, tokens=100)
+    works = stages(shape, "kron", width=2)
+    assert works["encode"].multiply_adds == 100 * 8 * 24
+    assert works["encode"].moved_bytes == 2 * (100 * 8 + 24 * 8 + 100 * 24)
+    update = works["decoder update"].moved_bytes
+    assert update == 26 * 32 * 8 + 2 * 100 * 8 + 12 * 100 * 3
+    ceilings = Ceilings(1e6, 1e9, 1e9)
+    assert ceilings.floor_ms(works["encode"]) == pytest.approx(19.2)
+    assert total(works).multiply_adds == 100 * 8 * (24 + (2 + 1 + 2) * 3)
+
+
+def test_kernels_are_counted_where_they_belong():
+    from benchmarks.profile import stage_of
+
+    found = {
+        "select_heads": "select",
+        "merge_heads": "select",
+        "select_rows": "select",
+        "encode_gemm": "encode",
+        "nvjet_tst_128x256_64x4_coopB_bz_TNT": "encode",
+        "decode_and_loss": "decode",
+        "sum_head_segments": "encoder update",
+        "update_rows": "decoder update",
+        "void at::native::radixSortKVInPlace<...>": "group",
+        "void at::native::vectorized_elementwise_kernel<...>": "other",
+    }
+    assert {kernel: stage_of(kernel) for kernel in found} == found
+
+
+def test_rehearsal_of_the_script_for_a_gpu(tmp_path):
+    """Each part runs on the CPU at a toy shape, and what they wrote becomes a summary."""
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.on_gpu", "--out", str(tmp_path), "--smallest"]
+        + ["--seconds", "200", "--only", "profile", "isoflop", "tests"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    figures = json.loads((tmp_path / "summary.json").read_text())
+    assert {run["status"] for run in figures["runs"]} == {"ok"}
+    assert figures["stages"][0]["ms_and_floor"]["encode"][0] > 0
+    text = (tmp_path / "summary.md").read_text()
+    for words in ("| profile | ok |", "all kernels", "tokens for equal FLOPs", "toy: d 16"):
+        assert words in text
+
+
+def test_part_that_runs_long_is_stopped(tmp_path):
+    from benchmarks.on_gpu import Part, run
+
+    sleep = Part("sleep", [sys.executable, "-c", "import time; print('on it'); time.sleep(60)"], 60)
+    done = run(sleep, 1.5, tmp_path)
+    assert done.status.startswith("stopped")
+    assert done.seconds < 10
+    assert run(Part("fail", [sys.executable, "-c", "1 / 0"], 9), 9, tmp_path).status == (
+        "exit status 1"
+    )
+
+
+def test_report_makes_tables_and_pictures(tmp_path):
+    from benchmarks import compare, report
+
+    compare.main(["--shape", "toy", "--rounds", "2", "--json", str(tmp_path / "steps.json")])
+    cell = {"d": 64, "dict_size": 2**13, "encoder": "kron"}
+    timed = {"ms": 2.0, "tokens_per_s": 5e5, "equal_flops_tokens": 2e8, "equal_flops_hours": 0.11}
+    grid = {"m": 4, "n": 4, "k": 8, "tokens": 1000, "name": "cpu"}
+    cells = [
+        {**cell, "contender": "kron", **timed},
+        {**cell, "contender": "topk", "skipped": "does not fit in memory"},
+    ]
+    result = {"where": {}, "grid": grid, "budget_tokens": 10**8, "cells": cells}
+    (tmp_path / "isoflop.json").write_text(json.dumps(result))
+    report.main([str(tmp_path), "--no-pictures"])
+    text = (tmp_path / "report.md").read_text()
+    assert "| KronSAE, the paper's listing |" in text
+    assert "| 2^13 | 64 | KronSAE, kronsae_kernels | 2.00 | 500,000 | 200 M | 0.11 |" in text
+    assert "does not fit in memory" in text
+
+    pytest.importorskip("matplotlib")
+    report.write(tmp_path)
+    for name in ("steps.png", "isoflop.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")

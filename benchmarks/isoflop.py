@@ -1,0 +1,138 @@
+"""Kron against TopK for equal FLOPs, over F and d: `python -m benchmarks.isoflop --json FILE`.
+
+The grid of the paper's Fig. 8 on a GPU; on a CPU a smaller one that takes about two minutes. Each
+cell times the full training step. A KronSAE then gets the FLOPs [KronSAE, eq. 7] that a TopK SAE
+of the same F and k spends on the token budget, so it sees more tokens; what remains is how long
+either takes for them.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.floors import measure_ceilings
+from benchmarks.measure import Memory, alone, describe, reason, rotating
+from benchmarks.shapes import Shape, batches
+from benchmarks.steps import CONTENDERS, LABELS, best_of_ours
+
+BUDGET_TOKENS = 125_000_000
+"""The tokens that the TopK SAE sees: the paper's smallest budget. [KronSAE, App. A.1]"""
+
+
+class Grid(NamedTuple):
+    """What is measured: dictionary sizes F, widths d, tokens B a step."""
+
+    dict_sizes: tuple[int, ...]
+    widths: tuple[int, ...]
+    tokens: int
+    k: int
+
+
+GRIDS = {
+    "cuda": Grid((2**15, 2**16, 2**17), (1024, 2048, 4096, 8192), 8192, 50),
+    "cpu": Grid((2**13, 2**14, 2**15), (256, 512), 512, 32),
+    "smallest": Grid((64,), (16, 32), 64, 4),
+}
+
+
+def measure(shape: Shape, name: str, xs: list[Tensor], seconds: float) -> dict[str, Any]:
+    """One cell: {"ms", "tokens_per_s", …}, or {"skipped": why}.
+
+    xs: batches to rotate.  seconds: what a cell may take, once it is built and has run twice.
+    """
+    device = xs[0].device
+    cell = {
+        "d": shape.d,
+        "dict_size": shape.dict_size,
+        "contender": name,
+        "encoder": CONTENDERS[name].encoder,
+        "flops_per_token": shape.flops_per_token(CONTENDERS[name].encoder),
+    }
+    memory = Memory(device)
+    try:
+        call = rotating(CONTENDERS[name].make(shape, device), xs)
+        call()
+        timing = alone(call, rounds=9, warmup=1, device=device, seconds=seconds)
+    except Exception as broken:  # the others still tell something
+        return {**cell, "skipped": reason(broken)}
+    rate = 1e3 * shape.tokens / timing.median_ms
+    spent = BUDGET_TOKENS * shape.flops_per_token("dense")
+    tokens = spent / cell["flops_per_token"]
+    return {
+        **cell,
+        "ms": timing.median_ms,
+        "quartiles_ms": timing.quartiles_ms,
+        "tokens_per_s": rate,
+        "equal_flops_tokens": tokens,
+        "equal_flops_hours": tokens / rate / 3600,
+        "peak_bytes": memory.peak_bytes,
+    }
+
+
+def contenders(device: torch.device, listing: bool) -> list[str]:
+    """Ours of both models, plain PyTorch's TopK and, if asked for, the paper's listing."""
+    ours = [best_of_ours(encoder, device) for encoder in ("kron", "dense")]
+    return [*ours, "topk", *(["listing"] if listing else [])]
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("benchmarks.isoflop", description=__doc__.splitlines()[0])
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--grid", choices=GRIDS, default=default)
+    parser.add_argument("--device", default=default)
+    parser.add_argument("--m", type=int, default=4)
+    parser.add_argument("--n", type=int, default=4)
+    parser.add_argument("--listing", action="store_true", help="time the paper's listing, too")
+    parser.add_argument("--seconds", type=float, default=120.0, help="start no cell after this")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all cells here")
+    options = parser.parse_args(arguments)
+    device, grid = torch.device(options.device), GRIDS[options.grid]
+    end = time.monotonic() + options.seconds
+    if grid is not GRIDS["cuda"]:
+        print(f"a reduced grid, not the paper's Fig. 8: {grid}")
+    result = {
+        "where": describe(device),
+        "ceilings": measure_ceilings(device)._asdict(),
+        "grid": {**grid._asdict(), "m": options.m, "n": options.n, "name": options.grid},
+        "budget_tokens": BUDGET_TOKENS,
+        "cells": [],
+    }
+    plan = list(
+        itertools.product(grid.widths, grid.dict_sizes, contenders(device, options.listing))
+    )
+    xs: list[Tensor] = []
+    for place, (d, size, name) in enumerate(plan):
+        heads = size // (options.m * options.n)
+        shape = Shape(f"F{size}-d{d}", d, heads, options.m, options.n, grid.k, grid.tokens)
+        left = end - time.monotonic()
+        if left > 0:
+            if not xs or xs[0].shape[1] != d:
+                xs = batches(shape, device, count=2)
+            cell = measure(shape, name, xs, seconds=left / (len(plan) - place) / 2)
+        else:
+            cell = {"d": d, "dict_size": size, "contender": name, "skipped": "no time left"}
+        result["cells"].append(cell)
+        print(line(cell), flush=True)
+        if options.json:
+            options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def line(cell: dict[str, Any]) -> str:
+    name = f"d {cell['d']:5}  F 2^{math.log2(cell['dict_size']):<3g} {LABELS[cell['contender']]:38}"
+    if "skipped" in cell:
+        return f"{name} {cell['skipped']}"
+    return (
+        f"{name} {cell['ms']:9.2f} ms {cell['tokens_per_s']:12,.0f} tokens/s"
+        f" {cell['equal_flops_hours']:9.2f} h for {cell['equal_flops_tokens'] / 1e6:.0f} M tokens"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,167 @@
+"""Other libraries' TopK training steps, as their trainers run them: `pip install 'kronsae[peers]'`.
+
+Each starts from the weights it is given and keeps its own optimizer, schedule, clipping, decoder
+norm and bookkeeping of dead latents (no latent is dead yet, so no auxiliary loss is computed).
+First steps, in which some initialise a bias from data, are left out. Paths and lines are those of
+the versions that the extra pins.
+"""
+
+import importlib.metadata
+import importlib.util
+import os
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from benchmarks.shapes import Shape
+
+STEPS = 100_000
+"""Length of the training that their schedules are made for."""
+
+
+class Peer(NamedTuple):
+    """A library's trainer, set up."""
+
+    step: Callable[[Tensor], Tensor]
+    """Trains on a batch [B, d]; its loss, in its own unit."""
+    reconstruct: Callable[[Tensor], Tensor]
+    """[B, d] to [B, d] with the weights as they are."""
+
+
+def sparsify(shape: Shape, w_enc: Tensor, b_enc: Tensor, w_dec: Tensor, b_dec: Tensor) -> Peer:
+    """eai-sparsify 1.3.3: the part of Trainer.fit's loop that is not the language model.
+
+    With its "adam" (torch.optim.Adam where bitsandbytes is missing), the optimizer of the others;
+    signum is its default. It autocasts to bfloat16 on a GPU by itself (sparse_coder.py:205-209).
+    """
+    device = w_enc.device
+    if device.type == "cpu":
+        os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # its Triton decoder fails on a CPU
+    from sparsify import SparseCoder, SparseCoderConfig
+    from transformers import get_linear_schedule_with_warmup
+
+    config = SparseCoderConfig(num_latents=shape.dict_size, k=shape.k)
+    sae = SparseCoder(shape.d, config, device, dtype=torch.float32)
+    sae.load_state_dict(
+        {"encoder.weight": w_enc, "encoder.bias": b_enc, "W_dec": w_dec, "b_dec": b_dec}
+    )
+    rate = 2e-4 / (sae.num_latents / 2**14) ** 0.5  # trainer.py:123
+    optimizer = torch.optim.Adam([{"params": sae.parameters(), "lr": rate}])  # trainer.py:120-130
+    scheduler = get_linear_schedule_with_warmup(optimizer, 1000, STEPS)  # trainer.py:132-136
+    did_fire = torch.zeros(sae.num_latents, device=device, dtype=torch.bool)
+    silent_for = torch.zeros(sae.num_latents, device=device, dtype=torch.long)
+
+    def step(x: Tensor) -> Tensor:
+        sae.set_decoder_norm_to_unit_norm()  # trainer.py:424-425
+        variance = (x - x.mean(0)).pow(2).sum()  # trainer.py:452
+        out = sae(x=x, y=x, dead_mask=None, total_variance=variance)  # trainer.py:454-460
+        did_fire[out.latent_indices.flatten()] = True  # trainer.py:463
+        fvu = float(out.fvu.detach())  # trainer.py:467-469, logging: waits for the GPU
+        loss = out.fvu + 0 * out.auxk_loss + out.multi_topk_fvu / 8  # trainer.py:480-484
+        loss.div(1).backward()  # trainer.py:485
+        sae.remove_gradient_parallel_to_decoder_directions()  # trainer.py:551-553
+        optimizer.step()  # trainer.py:556-560
+        optimizer.zero_grad()
+        scheduler.step()
+        with torch.no_grad():  # trainer.py:567-576
+            silent_for.add_(x.shape[0])
+            silent_for[did_fire] = 0
+            did_fire.zero_()
+        return torch.tensor(fvu)
+
+    return Peer(step, lambda x: sae(x).sae_out)
+
+
+def sae_lens(shape: Shape, w_enc: Tensor, b_enc: Tensor, w_dec: Tensor, b_dec: Tensor) -> Peer:
+    """sae-lens 6.54: SAETrainer.step (training/sae_trainer.py), with its autocast on a GPU."""
+    from sae_lens import SAETrainer, TopKTrainingSAE, TopKTrainingSAEConfig
+    from sae_lens.config import SAETrainerConfig
+
+    device = w_enc.device
+    sae = TopKTrainingSAE(
+        TopKTrainingSAEConfig(
+            d_in=shape.d, d_sae=shape.dict_size, k=shape.k, device=str(device), dtype="float32"
+        )
+    )
+    sae.load_state_dict({"W_enc": w_enc.T, "b_enc": b_enc, "W_dec": w_dec, "b_dec": b_dec})
+    config = SAETrainerConfig(
+        total_training_samples=STEPS * shape.tokens,
+        train_batch_size_samples=shape.tokens,
+        lr_end=3e-5,  # as its runner's configuration fills in (config.py); the rate is constant
+        device=str(device),
+        autocast=device.type == "cuda",
+    )
+    trainer = SAETrainer(config, sae, data_provider=iter(()))
+
+    def step(x: Tensor) -> Tensor:
+        loss = trainer.step(x).loss.detach()
+        trainer.n_training_steps += 1  # as `fit` does
+        return loss
+
+    return Peer(step, sae)
+
+
+def dictionary_learning(
+    shape: Shape, w_enc: Tensor, b_enc: Tensor, w_dec: Tensor, b_dec: Tensor
+) -> Peer:
+    """dictionary-learning 0.1.0: TopKTrainer.update (trainers/top_k.py) as trainSAE calls it.
+
+    On a GPU with autocast_dtype=torch.bfloat16, which its documentation advises.
+    """
+    from dictionary_learning.trainers.top_k import TopKTrainer
+
+    device = w_enc.device
+    trainer = TopKTrainer(
+        steps=STEPS,
+        activation_dim=shape.d,
+        dict_size=shape.dict_size,
+        k=shape.k,
+        layer=0,
+        lm_name="",
+        device=str(device),
+    )
+    weights = {"encoder.weight": w_enc, "encoder.bias": b_enc, "b_dec": b_dec}
+    trainer.ae.load_state_dict({**weights, "decoder.weight": w_dec.T}, strict=False)
+    gpu = device.type == "cuda"
+    done = 0
+
+    def step(x: Tensor) -> Tensor:
+        nonlocal done
+        done += 1  # from 1: step 0 puts the geometric median into b_dec, once
+        x = x.to(torch.bfloat16 if gpu else torch.float32)  # training.py:200
+        with torch.autocast(device.type, torch.bfloat16, enabled=gpu):  # training.py:141, 237
+            return torch.tensor(trainer.update(done, x))  # training.py:238
+
+    return Peer(step, trainer.ae)
+
+
+class Library(NamedTuple):
+    """Where a peer comes from."""
+
+    package: str
+    """Module that it is imported as."""
+    make: Callable[..., Peer]
+
+
+PEERS = {
+    "eai-sparsify": Library("sparsify", sparsify),
+    "sae-lens": Library("sae_lens", sae_lens),
+    "dictionary-learning": Library("dictionary_learning", dictionary_learning),
+}
+"""By the name of the distribution."""
+
+
+def why_not(name: str) -> str | None:
+    """Why a peer cannot run: not installed. (Another package is called sparsify, too.)"""
+    if importlib.util.find_spec(PEERS[name].package) is None or version(name) is None:
+        return f"{name} is not installed: pip install 'kronsae[peers]'"
+    return None
+
+
+def version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

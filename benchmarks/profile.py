@@ -1,0 +1,122 @@
+"""Where a step's time goes, beside the floor of each stage: `python -m benchmarks.profile`.
+
+Kernel times of torch.profiler, summed by stage; the step as a whole by events. What the kernels'
+sum lacks of it is time in which the GPU waits for launches.
+"""
+
+import argparse
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.floors import Ceilings, Work, compute_bytes, measure_ceilings, stages
+from benchmarks.measure import Memory, alone, describe, reason, rotating, synchronize
+from benchmarks.report import profile_table
+from benchmarks.shapes import SHAPES, Shape, batches
+from benchmarks.steps import CONTENDERS, best_of_ours
+
+STAGE_OF_KERNEL = (
+    ("select", r"select_|merge_heads|rank_latents|topk"),
+    ("encode", r"encode_gemm|gemm|cutlass|nvjet|xmma|addmm|aten::mm"),
+    ("decode", r"decode_and_loss|combine|pair_dots|embedding_bag"),
+    ("encoder update", r"head"),
+    ("decoder update", r"row"),
+    ("group", r"[sS]ort|[sS]can|[hH]istogram|bincount|searchsorted|cumsum"),
+    ("optimizer", r"[aA]dam|multi_tensor"),
+)
+"""Stage, and what the names of its kernels look like; the first that fits."""
+STEPS = 5
+
+
+def stage_of(kernel: str) -> str:
+    return next((s for s, pattern in STAGE_OF_KERNEL if re.search(pattern, kernel)), "other")
+
+
+def kernel_times(call, device: torch.device) -> dict[str, float]:
+    """Milliseconds a call spends in each kernel (on a CPU: in each operator)."""
+    gpu = device.type == "cuda"
+    activity = ProfilerActivity.CUDA if gpu else ProfilerActivity.CPU
+    with profile(activities=[activity], acc_events=True) as profiler:
+        for _ in range(STEPS):
+            call()
+        synchronize(device)
+    times = {}
+    for event in profiler.key_averages():
+        if gpu and event.device_type != DeviceType.CUDA:
+            continue
+        microseconds = event.self_device_time_total if gpu else event.self_cpu_time_total
+        times[event.key] = microseconds / 1e3 / STEPS
+    return times
+
+
+def measure(
+    shape: Shape, name: str, ceilings: Ceilings, device: torch.device, rounds: int = 20
+) -> dict[str, Any]:
+    """Times of a contender's stages and kernels in ms, peak memory, and its losses as it trains."""
+    memory = Memory(device)
+    call = rotating(CONTENDERS[name].make(shape, device), batches(shape, device, count=2))
+    losses = [float(call()) for _ in range(10)]
+    timing = alone(call, rounds, warmup=1, device=device)
+    times = kernel_times(call, device)
+    works = stages(shape, CONTENDERS[name].encoder, compute_bytes(device))
+    summed = dict.fromkeys(works, 0.0)
+    for kernel, taken in times.items():
+        stage = stage_of(kernel)
+        summed[stage] = summed.get(stage, 0.0) + taken
+    largest = sorted(times.items(), key=lambda item: -item[1])[:20]
+    return {
+        "shape": shape._asdict(),
+        "contender": name,
+        "step_ms": timing.median_ms,
+        "quartiles_ms": timing.quartiles_ms,
+        "tokens_per_s": 1e3 * shape.tokens / timing.median_ms,
+        "losses": losses,
+        "peak_bytes": memory.peak_bytes,
+        # Float32 weights and two moments, and the largest thing that must not be there.
+        "state_bytes": 12 * shape.parameters(CONTENDERS[name].encoder),
+        "latents_bytes": compute_bytes(device) * shape.tokens * shape.dict_size,
+        "stages": {
+            stage: {"ms": taken, "floor_ms": ceilings.floor_ms(works.get(stage, Work()))}
+            for stage, taken in summed.items()
+        },
+        "kernels_ms": {kernel[:80]: taken for kernel, taken in largest},
+    }
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("benchmarks.profile", description=__doc__.splitlines()[0])
+    gpu = torch.cuda.is_available()
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["P1"] if gpu else ["S1"])
+    parser.add_argument("--contender", choices=CONTENDERS, help="default: our fastest KronSAE")
+    parser.add_argument("--device", default="cuda" if gpu else "cpu")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no more then")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all times here")
+    options = parser.parse_args(arguments)
+    device = torch.device(options.device)
+    end = time.monotonic() + options.seconds
+    ceilings = measure_ceilings(device)
+    result = {"where": describe(device), "ceilings": ceilings._asdict(), "profiles": []}
+    for name in options.shape:
+        if time.monotonic() > end:
+            print(f"{name}: no time left")
+            continue
+        contender = options.contender or best_of_ours("kron", device)
+        try:
+            found = measure(SHAPES[name], contender, ceilings, device)
+        except Exception as broken:  # the others still tell something
+            shape = SHAPES[name]._asdict()
+            found = {"shape": shape, "contender": contender, "skipped": reason(broken)}
+        result["profiles"].append(found)
+        print(profile_table({"profiles": [found]}) + "\n", flush=True)
+        if options.json:
+            options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
