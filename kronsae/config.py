@@ -199,6 +199,12 @@ class TrainConfig:
         "compute dtype of the SAE; weights stay float32 (auto: bfloat16 on a GPU)",
         choices=("auto", *DTYPES),
     )
+    fused_step: str = setting(
+        "auto",
+        "whether gradients and AdamW are fused into kernels that write no gradient (auto: on a "
+        "GPU, where they can run; on: an error where they cannot)",
+        choices=("auto", "on", "off"),
+    )
     log_every: int = setting(10, "steps between two lines of metrics")
     eval_every: int = setting(
         200, "steps between two evaluations on held-out tokens (0: at the end)"
@@ -225,6 +231,10 @@ class TrainConfig:
         _require(
             self.dtype in ("auto", *DTYPES),
             f"dtype: one of {('auto', *DTYPES)}, not {self.dtype!r}",
+        )
+        _require(
+            self.fused_step in ("auto", "on", "off"),
+            f"fused_step: one of ('auto', 'on', 'off'), not {self.fused_step!r}",
         )
 
     @property

@@ -332,6 +332,7 @@ FREE_TO_CHANGE = {
     f"config.train.{name}"
     for name in (
         "device",
+        "fused_step",
         "log_every",
         "eval_every",
         "checkpoint_every",

@@ -1,7 +1,7 @@
 """One SAE and everything that an optimizer step changes: weights, moments, counters."""
 
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,9 +9,10 @@ from torch import Tensor
 from kronsae.config import SAEConfig, TrainConfig
 from kronsae.errors import InputError
 from kronsae.metrics import l0
-from kronsae.objectives import auxk_loss
+from kronsae.objectives import auxk_loss, auxk_weight
 from kronsae.sae import SAE
 from kronsae_kernels import SparseCodes
+from kronsae_kernels import step as fused
 
 
 def learning_rate(tokens: int, config: TrainConfig, dict_size: int, batch: int) -> float:
@@ -57,13 +58,40 @@ class Normalizer:
         return (x - self.mean).mul_(self.scale)
 
 
+def why_not_fused(sae: SAEConfig, config: TrainConfig, device: torch.device) -> str | None:
+    """Why training takes autograd and torch's AdamW and not the fused step; None if it takes it."""
+    if config.fused_step == "off":
+        return "fused_step is off"
+    if config.fused_step == "auto" and device.type == "cpu":
+        return "it is made of kernels for a GPU"
+    return fused.why_not(device, sae.d_model, compute_dtype(config.dtype, device))
+
+
+class Pass(NamedTuple):
+    """What one optimizer step did."""
+
+    loss: Tensor
+    """Mean squared error over tokens and dimensions (scalar)."""
+    auxk_loss: Tensor
+    """Scalar; 0 where it was not computed."""
+    codes: SparseCodes
+    grad_norm: float
+
+
 class Learner:
-    """Trains one SAE on normalised activations [B, d], one optimizer step a call of `step`."""
+    """Trains one SAE on normalised activations [B, d], one optimizer step a call of `step`.
+
+    Steps are made by `kronsae_kernels.step` where it can run, else by autograd and torch's AdamW;
+    both change the same weights and moments, and give the same but for rounding.
+    """
 
     def __init__(self, sae_config: SAEConfig, config: TrainConfig, device: torch.device) -> None:
         self.config = config
         self.device = device
         self.dtype = compute_dtype(config.dtype, device)
+        reason = why_not_fused(sae_config, config, device)
+        if config.fused_step == "on" and reason is not None:
+            raise InputError(f"fused_step 'on': {reason}")
         generator = torch.Generator().manual_seed(config.seed)
         self.sae = SAE(sae_config, generator=generator).to(device)
         matrices = [self.sae.W_enc]
@@ -76,6 +104,23 @@ class Learner:
             lr=config.lr,
             fused=True,
         )
+        weights = {name.lower(): p for name, p in self.sae.named_parameters()}
+        moments = fused.new_state(weights)
+        for name, parameter in weights.items():
+            self.optimizer.state[parameter] = moments[name]
+        self.fused: fused.TrainingStep | None = None
+        if reason is None:
+            kron = sae_config.encoder == "kron"
+            self.fused = fused.TrainingStep(
+                **weights,
+                k=sae_config.k,
+                m=sae_config.m if kron else None,
+                composition=sae_config.composition,
+                eps=sae_config.eps,
+                dtype=self.dtype,
+                weight_decay=config.weight_decay,
+                state=moments,
+            )
         self.step_count = 0
         self.tokens = 0
         self.batch = 0  # tokens of the first batch: the schedule's step
@@ -96,45 +141,88 @@ class Learner:
         sae, config = self.sae, self.config
         lr = learning_rate(self.tokens, config, sae.dict_size, self.batch or x.shape[0])
         self.batch = self.batch or x.shape[0]
-        for parameters in self.optimizer.param_groups:
-            parameters["lr"] = lr
         dead = self.dead
         dead_count = int(dead.sum())
+        # The part of the batch on which the auxiliary loss is measured; empty without one.
+        part = slice(math.ceil(x.shape[0] * config.auxk_fraction))
+        if not (dead_count and config.auxk_coefficient and len(x[part]) >= 2):
+            part = slice(0)
+        make = self._autograd_step if self.fused is None else self._fused_step
+        done = make(x, lr, dead, part)
+        fired = sae.fired(done.codes)
+        self.tokens_since_fired += x.shape[0]
+        self.tokens_since_fired[done.codes.indices[fired]] = 0
+        self.step_count += 1
+        self.tokens += x.shape[0]
+        loss = done.loss.item()
+        return {
+            "loss": loss,
+            "auxk_loss": done.auxk_loss.item(),
+            "explained_variance": explained_share(x, loss),
+            "l0": l0(fired),
+            "dead_share": dead_count / sae.dict_size,
+            "grad_norm": done.grad_norm,
+            "lr": lr,
+        }
+
+    @property
+    def _auxk(self) -> int:
+        """Dead latents a token in the auxiliary loss."""
+        return self.config.auxk or max(1, self.sae.d_model // 2)
+
+    def _autograd_step(self, x: Tensor, lr: float, dead: Tensor, part: slice) -> Pass:
+        """By loss.backward() and torch's AdamW."""
+        sae, config = self.sae, self.config
+        for parameters in self.optimizer.param_groups:
+            parameters["lr"] = lr
         with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32):
             x_hat, codes, loss = sae(x)
             decoded, aux = [codes], x.new_zeros(())
-            part = slice(math.ceil(x.shape[0] * config.auxk_fraction))
-            if dead_count and config.auxk_coefficient and len(x[part]) >= 2:
-                k = config.auxk or max(1, sae.d_model // 2)
-                aux, aux_codes = auxk_loss(sae, x[part], x_hat[part].detach(), dead, k)
+            if len(x[part]):
+                aux, aux_codes = auxk_loss(sae, x[part], x_hat[part].detach(), dead, self._auxk)
                 decoded.append(aux_codes)
-        for part in decoded:
-            part.values.retain_grad()
+        for codes_of_part in decoded:
+            codes_of_part.values.retain_grad()
         self.optimizer.zero_grad(set_to_none=True)
         (loss + config.auxk_coefficient * aux).backward()
         remove_parallel_component(sae.W_dec, decoded)
         norm = torch.nn.utils.get_total_norm([p.grad for p in sae.parameters()])
-        grad_norm = norm.item()
-        if not math.isfinite(grad_norm):
-            raise FloatingPointError(f"gradient norm is {grad_norm} at step {self.step_count}")
+        grad_norm = self._finite(norm)
         if config.max_grad_norm:
             torch.nn.utils.clip_grads_with_norm_(sae.parameters(), config.max_grad_norm, norm)
         self.optimizer.step()
         sae.normalize_decoder()
-        fired = sae.fired(codes)
-        self.tokens_since_fired += x.shape[0]
-        self.tokens_since_fired[codes.indices[fired]] = 0
-        self.step_count += 1
-        self.tokens += x.shape[0]
-        return {
-            "loss": loss.item(),
-            "auxk_loss": aux.item(),
-            "explained_variance": explained_share(x, x_hat.detach()),
-            "l0": l0(fired),
-            "dead_share": dead_count / sae.dict_size,
-            "grad_norm": grad_norm,
-            "lr": lr,
-        }
+        return Pass(loss.detach(), aux.detach(), codes, grad_norm)
+
+    def _fused_step(self, x: Tensor, lr: float, dead: Tensor, part: slice) -> Pass:
+        """By the kernels that never write a gradient; where it is not finite, they change nothing.
+
+        The auxiliary loss is a second pass of the same step, among the dead latents, whose target
+        is what the first leaves over (see `objectives.auxk_loss`).
+        """
+        config = self.config
+        out, aux = self.fused.accumulate(x), x.new_zeros(())
+        if len(x[part]):
+            target = -out.residual[part].float()
+            available = min(self._auxk, int(dead.sum()))
+            weight = auxk_weight(target, available, self._auxk)
+            of_dead = self.fused.accumulate(
+                x[part],
+                target=target,
+                k=available,
+                mask=dead,
+                bias=False,
+                weight=config.auxk_coefficient * weight,
+            )
+            aux = of_dead.loss * weight
+        norm = self.fused.apply(lr, max_norm=config.max_grad_norm or None)
+        return Pass(out.loss, aux, out.codes, self._finite(norm))
+
+    def _finite(self, norm: Tensor) -> float:
+        grad_norm = norm.item()
+        if not math.isfinite(grad_norm):
+            raise FloatingPointError(f"gradient norm is {grad_norm} at step {self.step_count}")
+        return grad_norm
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, moments and counters: tensors and JSON values."""
@@ -154,15 +242,8 @@ class Learner:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, parameter in self.sae.named_parameters():
             parameter.copy_(state["weights"][name])
-            moments = state["moments"].get(name)
-            if moments:
-                self.optimizer.state[parameter] = {
-                    "step": moments["step"].to(self.device),
-                    **{
-                        key: torch.empty_like(parameter).copy_(moments[key])
-                        for key in ("exp_avg", "exp_avg_sq")
-                    },
-                }
+            for key, moment in state["moments"].get(name, {}).items():
+                self.optimizer.state[parameter][key].copy_(moment)
         self.step_count = state["step_count"]
         self.batch = state["batch"]
         self.tokens = state["tokens"]
@@ -183,10 +264,13 @@ def remove_parallel_component(w_dec: Tensor, decoded: list[SparseCodes]) -> None
     w_dec.grad.addcmul_(w_dec, along[:, None], value=-1)
 
 
-def explained_share(x: Tensor, x_hat: Tensor) -> float | None:
-    """Explained variance within one batch [B, d], in float32, for the log; None if all is equal."""
-    spread = (x - x.mean(0)).square().sum().item()
-    return 1 - (x - x_hat).square().sum().item() / spread if spread else None
+def explained_share(x: Tensor, loss: float) -> float | None:
+    """Explained variance within one batch x [B, d] of mean squared error `loss`, for the log.
+
+    In float32; None if all activations are equal.
+    """
+    spread = (x - x.mean(0)).square().mean().item()
+    return 1 - loss / spread if spread else None
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:

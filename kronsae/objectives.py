@@ -27,6 +27,14 @@ def auxk_loss(
     available = min(k, int(dead.sum()))
     codes = sae.encode(x, k=available, mask=dead)
     error = (sparse_decode(codes, w_dec=sae.W_dec) - target).square().mean()
+    return error * auxk_weight(target, available, k), codes
+
+
+def auxk_weight(target: Tensor, available: int, k: int) -> Tensor:
+    """What `auxk_loss` multiplies its mean squared error with: 1 / variance, and available / k.
+
+    target: [B, d], what is left over.  available, k: dead latents a token taken, and asked for.
+    """
     variance = (target - target.mean(0)).square().mean()
     # The constant only matters where nothing is left over: activations have unit variance.
-    return error / (variance + 1e-8) * (available / k), codes
+    return (available / k) / (variance + 1e-8)

@@ -11,7 +11,7 @@ import torch
 from kronsae.config import RunConfig
 from kronsae.errors import InputError
 from kronsae.fit import resolve_device
-from kronsae.learner import compute_dtype
+from kronsae.learner import compute_dtype, why_not_fused
 from kronsae_kernels import backends
 
 _MIB = 2**20
@@ -33,6 +33,10 @@ def make_plan(config: RunConfig) -> dict[str, Any]:
     dtype = compute_dtype(train.dtype, device)
     chunk = _pre_latent_bytes(sae.encoder_rows, train.batch_size, dtype, device)
     codes = train.batch_size * sae.k * 64
+    reason = why_not_fused(sae, train, device)
+    # The fused step writes no gradients, but keeps the matrices in the compute dtype, too.
+    copies = dtype.itemsize * parameters if dtype != torch.float32 else 0
+    gradients = 4 * parameters if reason is not None else copies
     model_bytes = settings["parameters"] * _model_itemsize(data.model_dtype, device)
     sae_flops = sae.flops_per_token()
     # Backward: the encoder's and decoder's gradients take the 2k (k) live rows of a token alone.
@@ -45,6 +49,8 @@ def make_plan(config: RunConfig) -> dict[str, Any]:
         "compute_dtype": str(dtype).removeprefix("torch."),
         "kernels": backends.choose(None, device),
         "kernels_why": _why(device),
+        "training_step": "fused" if reason is None else "autograd and AdamW",
+        "training_step_why": "gradients are never written" if reason is None else reason,
         "d_model": d,
         "dict_size": sae.dict_size,
         "parameters": parameters,
@@ -56,7 +62,7 @@ def make_plan(config: RunConfig) -> dict[str, Any]:
         "flops_per_token_model": settings["flops"],
         "memory_mib": {
             "weights and moments": state / _MIB,
-            "gradients": 4 * parameters / _MIB,
+            "gradients" if reason is not None else "copies": gradients / _MIB,
             "pre-latents of a chunk": chunk / _MIB,
             "codes of a batch": codes / _MIB,
             "shuffle buffer": buffer / _MIB,
@@ -88,6 +94,7 @@ def render(plan: dict[str, Any], config: RunConfig) -> str:
         f"{train.batch_size:,}, AdamW, lr {train.lr:g}",
         f"  device           {plan['device']}, {plan['compute_dtype']}",
         f"  kernels          {plan['kernels']} ({plan['kernels_why']})",
+        f"  training step    {plan['training_step']} ({plan['training_step_why']})",
         f"  multiply-adds    {plan['flops_per_token'] / 1e6:,.2f} M a token for the autoencoder "
         f"(eq. 7; dense TopK: x{ratio:.2f}), {plan['flops_per_token_model'] / 1e6:,.1f} M for the "
         "language model",
@@ -147,9 +154,10 @@ def _pre_latent_bytes(rows: int, batch: int, dtype: torch.dtype, device: torch.d
 
 
 def _why(device: torch.device) -> str:
+    reason = backends.why_not("triton", device)
     if device.type == "cpu":
-        return "the device is a CPU"
-    return "this version has no kernels of its own for this device"
+        reason = "the device is a CPU"
+    return reason or "the device is a GPU"
 
 
 def _multiply_adds_per_second(device: torch.device) -> dict[Any, float]:

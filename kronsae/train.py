@@ -23,6 +23,7 @@ from kronsae.config import RunConfig
 from kronsae.errors import InputError
 from kronsae.evaluate import Heldout
 from kronsae.fit import FitResult, fit, resolve_device
+from kronsae.learner import why_not_fused
 from kronsae.metrics import MEANING
 from kronsae.plan import make_plan, render
 from kronsae.report import write_report
@@ -120,6 +121,7 @@ def _describe(
     console: Console, config: RunConfig, source: Any, heldout: Heldout, out: Path
 ) -> None:
     sae, train, model = config.sae, config.train, source.language_model
+    reason = why_not_fused(sae, train, resolve_device(train.device))
     parameters = sum(p.numel() for p in model.model.parameters())
     shape = (
         f"Kron, {sae.heads:,} heads x ({sae.m} base, {sae.n} extension)"
@@ -133,6 +135,7 @@ def _describe(
         "autoencoder": f"{shape}: F = {sae.dict_size:,} latents, {sae.k} active a token",
         "training": f"{train.tokens:,} tokens, {train.steps:,} steps of {train.batch_size:,}, "
         f"lr {train.lr:g}, seed {train.seed}",
+        "training step": "fused" if reason is None else f"autograd and AdamW (not fused: {reason})",
         "run folder": str(out),
     }
     table = Table.grid(padding=(0, 2))

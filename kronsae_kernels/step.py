@@ -81,7 +81,7 @@ class TrainingStep:
     unit_norm: decoder rows have unit norm. What would only change a row's norm is taken out of its
         gradient, and rows are scaled to unit norm after the step.
     state: AdamW's, to go on with: for each name of `NAMES`, "step" (float32 scalar), "exp_avg" and
-        "exp_avg_sq" (shaped and stored as the weight). It is used, and changed, in place; None: new.
+        "exp_avg_sq" (shaped and stored as the weight). Used, and changed, in place; None: new.
 
     Raises ValueError for wrong shapes, dtypes, devices or layouts, RuntimeError if it cannot run
     here. Results are deterministic. May be captured in a CUDA graph (see `apply`).
@@ -128,7 +128,8 @@ class TrainingStep:
         self._constants = torch.tensor([fields, fields], device=self.device)
         self._parts: list[_Part] = []
         self._b_dec_gradient: Tensor | None = None
-        self._check = torch.zeros((), device=self.device)
+        self._zero = torch.zeros((), device=self.device)  # a CUDA graph may go on reading it
+        self._check = self._zero
         self._copies: dict[str, Tensor] = {}
         self._versions: tuple[int, ...] = ()
 
@@ -171,8 +172,8 @@ class TrainingStep:
     ) -> StepOutput:
         from kronsae_kernels.triton_impl import operations
 
+        target = (x if target is None else target).contiguous()
         x = x.to(self.dtype).contiguous()
-        target = x if target is None else target.contiguous()
         low = self._low_precision()
         w_enc, b_enc = low["w_enc"], self.weights["b_enc"].to(self.dtype)
         if self.m is None:
@@ -226,7 +227,7 @@ class TrainingStep:
             norm = self._apply(lr, max_norm)
         self._parts.clear()
         self._b_dec_gradient = None
-        self._check = torch.zeros_like(self._check)
+        self._check = self._zero
         return norm
 
     def _apply(self, lr: float | Tensor, max_norm: float | None) -> Tensor:
@@ -355,6 +356,62 @@ class TrainingStep:
         w_enc = self._copies["w_enc"]
         w_enc = w_enc if self.m is None else w_enc.transpose(0, 1)
         return {"w_enc": w_enc, "w_dec": self._copies["w_dec"]}
+
+
+class GraphedStep:
+    """One pass and its update, `accumulate` and `apply`, as a CUDA graph: one launch a step.
+
+        replay = GraphedStep(step)
+        out, grad_norm = replay(x, lr)
+
+    The first WARMUP calls run as they are; then a step is captured, and replayed from then on.
+    x must have the same shape and dtype in every call. What is returned is overwritten by the next
+    call. Not for steps with more than one pass. Where others change the weights in between, call
+    `step.refresh()` and make a new GraphedStep.
+    Raises ValueError if x has another shape or dtype, RuntimeError without a CUDA device.
+    """
+
+    WARMUP = 3
+    """Calls that compile the kernels, and let libraries allocate what they keep."""
+
+    def __init__(self, step: TrainingStep, *, max_norm: float | None = None) -> None:
+        if step.device.type != "cuda":
+            raise RuntimeError(
+                f"a CUDA graph needs a CUDA device, the weights are on {step.device}"
+            )
+        self.step, self.max_norm = step, max_norm
+        self._calls = 0
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._x = torch.empty(0, device=step.device)
+        self._lr = torch.zeros((), device=step.device)
+
+    def __call__(self, x: Tensor, lr: float | Tensor) -> tuple[StepOutput, Tensor]:
+        """Train on x [B, d]; gives the pass's output and the gradient's norm."""
+        if self._calls == 0:
+            self._x = torch.empty_like(x)
+        require(
+            x.shape == self._x.shape and x.dtype == self._x.dtype,
+            lambda: (
+                f"x: expected {shape_of(self._x)} {self._x.dtype} as in the first call, "
+                f"got {shape_of(x)} {x.dtype}"
+            ),
+        )
+        self._calls += 1
+        self._x.copy_(x)
+        self._lr.fill_(lr) if isinstance(lr, float) else self._lr.copy_(lr)
+        if self._calls <= self.WARMUP:
+            return self._once()
+        if self._graph is None:
+            torch.cuda.synchronize(self.step.device)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self._result = self._once()
+        self._graph.replay()
+        return self._result
+
+    def _once(self) -> tuple[StepOutput, Tensor]:
+        out = self.step.accumulate(self._x)
+        return out, self.step.apply(self._lr, max_norm=self.max_norm)
 
 
 def new_state(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

@@ -34,6 +34,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
+from kronsae_kernels.step import TrainingStep
 from kronsae_kernels.triton_impl import operations
 from kronsae_kernels.triton_impl.launch import Launch, record
 
@@ -96,6 +97,34 @@ def _decoder(dtype: torch.dtype, size: int, d: int, values: Tensor, indices: Ten
     operations.decode_backward(out, values, indices, w_dec, True, True)
 
 
+def step(
+    dtype: torch.dtype,
+    heads: int,
+    m: int | None,
+    n: int,
+    d: int,
+    k: int,
+    *,
+    composition: str = "mand",
+    tokens: int = 8192,
+) -> None:
+    """The fused step of a Kron autoencoder, or (m None) of a dense one of heads * n latents.
+
+    Clipped, so that sums are made without an update, too.
+    """
+    size = heads * (m or 1) * n
+    if m is None:
+        w_enc, b_enc = _meta(F32, size, d), _meta(F32, size)
+    else:
+        w_enc, b_enc = _meta(F32, m + n, heads, d).transpose(0, 1), _meta(F32, heads, m + n)
+    training = TrainingStep(
+        w_enc, b_enc, _meta(F32, size, d), _meta(F32, d), m=m, k=k, composition=composition,
+        dtype=dtype,
+    )  # fmt: skip
+    training.accumulate(_meta(dtype, tokens, d))
+    training.apply(lr=1e-3, max_norm=1.0)
+
+
 def _meta(dtype: torch.dtype, *shape: int) -> Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
@@ -116,6 +145,12 @@ CASES: list[Case] = [
     case("kron_f16", kron, F16, 2048, 4, 4, 1536, 50),
     case("kron_mul_masked", kron, BF16, 2048, 4, 4, 1536, 50, composition="mul", masked=True),
     case("topk_64k", dense, BF16, 65536, 1536, 50),
+    case("step_64k", step, BF16, 8192, 2, 4, 1536, 50),
+    case("step_128k", step, BF16, 8192, 4, 4, 2304, 50),
+    case("step_1m", step, BF16, 16384, 8, 8, 4096, 64),
+    case("step_f32", step, F32, 2048, 4, 4, 1536, 50, composition="mul"),
+    case("step_topk_64k", step, BF16, 8192, None, 8, 1536, 50),
+    case("step_wide", step, BF16, 8192, 2, 4, 8192, 128),
 ]
 
 # What a card allows, and what is expected of a kernel

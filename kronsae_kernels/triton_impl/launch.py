@@ -15,7 +15,6 @@ from torch import Tensor
 from kronsae_kernels.triton_impl.configs import Config, generation_of
 from kronsae_kernels.triton_impl.device import INTERPRETED
 
-
 FP_FUSION = True
 """Products and sums may be one instruction (pinned: Triton's default changes with versions).
 

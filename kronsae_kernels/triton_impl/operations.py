@@ -483,7 +483,7 @@ class DecodeAndLoss(NamedTuple):
     d_base: Tensor
     """dL by the base's pre-latent (a dense encoder's pre-activation)."""
     d_extension: Tensor
-    """dL by the extension's pre-latent (not to be used for a dense encoder)."""
+    """dL by the extension's pre-latent (a dense encoder's: d_base)."""
 
 
 def decode_and_loss(
@@ -509,9 +509,8 @@ def decode_and_loss(
         "SIGNED": composition == "mul",
         "DENSE": composition == "dense",
     }
-    of_code = [torch.empty_like(base) for _ in range(4)]
-    code_names = ("values", "along", "d_base", "d_extension")
-    into = dict(zip(code_names, of_code, strict=True))
+    into = {name: torch.empty_like(base) for name in ("values", "along", "d_base")}
+    into["d_extension"] = into["d_base"] if composed["DENSE"] else torch.empty_like(base)
     if one_gather:
         residual = table.new_empty(tokens, d)
         squares = table.new_empty(tokens, dtype=torch.float32)
@@ -535,7 +534,7 @@ def decode_and_loss(
             **into,
             **composed,
         )
-        return DecodeAndLoss(residual, squares, *of_code)
+        return DecodeAndLoss(residual, squares, **into)
     values = base
     if composition != "dense":
         values = reference.compose(base * extension, composition, eps)
@@ -553,7 +552,7 @@ def decode_and_loss(
         **into,
         **composed,
     )
-    return DecodeAndLoss(error.to(table.dtype), error.square().sum(1), *of_code)
+    return DecodeAndLoss(error.to(table.dtype), error.square().sum(1), **into)
 
 
 # Sums over the entries of a row

@@ -1,0 +1,442 @@
+"""The fused training step against autograd and torch's AdamW, and what it promises beside."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kronsae_kernels import dense_encode, fused_encode, sparse_decode
+from kronsae_kernels import step as fused
+from kronsae_kernels.step import TrainingStep
+
+pytest.importorskip("triton")
+
+D, HEADS, M, N, K, B = 12, 4, 2, 3, 3, 6
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+Weights = dict[str, Tensor]
+
+
+def new_weights(dense: bool, seed: int = 0, frequent: bool = False) -> Weights:
+    """frequent: the latents of one head are on at every token, so that their rows are long."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(DEVICE)
+
+    size = HEADS * M * N
+    w_dec = drawn(size, D)
+    w_dec /= w_dec.norm(dim=1, keepdim=True)
+    if dense:
+        w_enc, b_enc = drawn(size, D) / D**0.5, 0.1 * drawn(size)
+        b_enc[:K] += 6.0 * frequent
+    else:
+        w_enc = drawn(M + N, HEADS, D).transpose(0, 1) / D**0.5
+        b_enc = 0.1 * drawn(HEADS, M + N)
+        b_enc[1] += 6.0 * frequent
+    return {"w_enc": w_enc, "b_enc": b_enc, "w_dec": w_dec, "b_dec": 0.1 * drawn(D)}
+
+
+def batches(count: int, seed: int = 1) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(B, D, generator=generator).to(DEVICE) for _ in range(count)]
+
+
+def copy_of(weights: Weights) -> Weights:
+    return {name: torch.empty_like(w).copy_(w) for name, w in weights.items()}
+
+
+def make(weights: Weights, **settings: Any) -> TrainingStep:
+    dense = weights["w_enc"].ndim == 2
+    return TrainingStep(**weights, **{"k": K, "m": None if dense else M, **settings})
+
+
+class Autograd:
+    """The same training by loss.backward(), in float64 or another dtype, and torch's AdamW."""
+
+    def __init__(
+        self,
+        weights: Weights,
+        *,
+        dtype: torch.dtype = torch.float64,
+        composition: str = "mand",
+        eps: float = 0.0,
+        unit_norm: bool = True,
+        weight_decay: float = 0.0,
+        autocast: bool = False,
+    ) -> None:
+        self.weights = {n: w.to(dtype).requires_grad_() for n, w in weights.items()}
+        self.settings = {"composition": composition, "eps": eps}
+        self.unit_norm, self.dtype, self.autocast = unit_norm, dtype, autocast
+        w_enc, *rest = self.weights.values()
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": [w_enc], "weight_decay": weight_decay},
+                {"params": rest, "weight_decay": 0.0},
+            ]
+        )
+
+    def backward(self, x: Tensor, *, target=None, k=K, mask=None, bias=True, weight=1.0) -> Tensor:
+        w_enc, b_enc, w_dec, b_dec = self.weights.values()
+        x = x.to(self.dtype)
+        target = x if target is None else target.to(self.dtype)
+        impl = None if self.autocast else "reference"
+        with torch.autocast(x.device.type, torch.bfloat16, self.autocast):
+            if w_enc.ndim == 2:
+                codes = dense_encode(x, w_enc, b_enc, k=k, mask=mask, impl=impl)
+            else:
+                codes = fused_encode(
+                    x, w_enc, b_enc, m=M, k=k, mask=mask, impl=impl, **self.settings
+                )
+            x_hat = sparse_decode(codes, w_dec=w_dec, b_dec=b_dec if bias else None, impl=impl)
+        loss = (x_hat - target).square().mean()
+        (weight * loss).backward()
+        return loss.detach()
+
+    def apply(self, lr: float, max_norm: float | None = None) -> Tensor:
+        """The gradient's norm, before clipping."""
+        w_dec = self.weights["w_dec"]
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        with torch.no_grad():
+            for weight in self.weights.values():
+                if weight.grad is None:  # as the fused step: a step on a gradient of 0
+                    weight.grad = torch.zeros_like(weight)
+            if self.unit_norm:
+                along = (w_dec.grad * w_dec).sum(1, keepdim=True)
+                w_dec.grad.addcmul_(along, w_dec, value=-1)
+            norm = torch.nn.utils.clip_grad_norm_(
+                self.weights.values(), float("inf") if max_norm is None else max_norm
+            )
+            self.optimizer.step()
+            if self.unit_norm:
+                w_dec /= w_dec.norm(dim=1, keepdim=True)
+        self.optimizer.zero_grad()
+        return norm
+
+
+def assert_same(step: TrainingStep, truth: Autograd, rtol: float, start: Weights) -> None:
+    """Each weight's distance from the truth, relative to its norm; biases', to what they moved."""
+    for name, expected in truth.weights.items():
+        got, expected = step.weights[name].double(), expected.detach().double()
+        scale = expected.norm()
+        if name.startswith("b_"):
+            scale = torch.maximum(scale, (expected - start[name]).norm())
+        error = float((got.detach() - expected).norm() / scale)
+        assert error <= rtol, f"{name}: relative error {error:.2e}, expected at most {rtol:.0e}"
+
+
+@pytest.mark.parametrize(
+    "dense, unit_norm",
+    [
+        pytest.param(False, True, id="kron-unit-norm"),
+        pytest.param(True, False, id="dense-free-norm"),
+        pytest.param(False, False, id="kron-free-norm", marks=pytest.mark.slow),
+        pytest.param(True, True, id="dense-unit-norm", marks=pytest.mark.slow),
+    ],
+)
+def test_50_steps_equal_autograd_and_adamw(dense, unit_norm):
+    """In float32, with micro-batches and with rows so frequent that they are cut into segments.
+
+    AdamW divides by the root of the second moment, so a relative error of 1e-7 of a gradient stays
+    one of the update; 50 of those add up to 5e-6 of what the weights moved.
+    """
+    weights = new_weights(dense, frequent=True)
+    truth = Autograd(weights, unit_norm=unit_norm, weight_decay=0.01)
+    step = make(copy_of(weights), unit_norm=unit_norm, weight_decay=0.01)
+    for number, x in enumerate(batches(50)):
+        parts = x.split(4) if number % 5 == 0 else [x]
+        lr = 1e-2 / (1 + number)
+        for part in parts:
+            weight = len(part) / len(x)
+            loss = step.accumulate(part, weight=weight).loss
+            expected = truth.backward(part, weight=weight)
+            torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+        norm, expected = step.apply(lr), truth.apply(lr)
+        torch.testing.assert_close(norm.double(), expected.double(), rtol=1e-4, atol=0)
+    assert_same(step, truth, 1e-5, weights)
+    assert float((weights["w_enc"] - step.weights["w_enc"]).norm()) > 0.1  # it did train
+    if unit_norm:
+        torch.testing.assert_close(
+            step.weights["w_dec"].norm(dim=1), torch.ones(HEADS * M * N, device=DEVICE)
+        )
+
+
+def test_rows_of_the_frequent_latents_are_cut_into_segments():
+    """What the test above relies on."""
+    from kronsae_kernels.triton_impl import operations
+
+    out = make(new_weights(False, frequent=True)).accumulate(batches(1)[0])
+    counts = out.codes.indices.flatten().bincount(minlength=HEADS * M * N)
+    assert int((counts == 0).sum()) > 0  # and rows with no entry are there too
+    lengths = operations.configure("segments", torch.device("cpu")).blocks
+    of_heads = counts.view(HEADS, M * N).sum(1)
+    assert int(of_heads.max()) > lengths["HEAD_LENGTH"]
+
+
+@pytest.mark.parametrize(
+    "composition, eps", [("mand", 1e-5), ("relu_mul", 0.0), ("mul", 0.0)], ids=lambda v: str(v)
+)
+def test_each_composition(composition, eps):
+    weights, settings = new_weights(False), {"composition": composition, "eps": eps}
+    truth, step = Autograd(weights, **settings), make(copy_of(weights), **settings)
+    for x in batches(6):
+        step.accumulate(x), truth.backward(x)
+        step.apply(1e-2), truth.apply(1e-2)
+    assert_same(step, truth, 1e-5, weights)
+
+
+@pytest.mark.parametrize("dense", [False, True], ids=["kron", "dense"])
+def test_passes_with_target_mask_and_weight_add_up(dense):
+    """As the auxiliary loss makes them: few latents, another target, no b_dec, a weight."""
+    weights = new_weights(dense)
+    truth, step = Autograd(weights), make(copy_of(weights))
+    mask = torch.arange(HEADS * M * N, device=DEVICE) % 3 == 0
+    for x in batches(4):
+        out = step.accumulate(x)
+        truth.backward(x)
+        target = -out.residual[:4]
+        second = {"target": target, "k": 2, "mask": mask, "bias": False}
+        # A weight on the device, as one computed from a batch is.
+        loss = step.accumulate(x[:4], **second, weight=torch.tensor(0.3, device=DEVICE)).loss
+        expected = truth.backward(x[:4], **second, weight=0.3)
+        torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=0)
+        step.apply(1e-2), truth.apply(1e-2)
+    assert_same(step, truth, 1e-5, weights)
+
+
+def test_many_codes_are_decoded_in_two_gathers(monkeypatch):
+    monkeypatch.setattr(fused, "MAX_FUSED_CODES", 2)
+    weights = new_weights(False)
+    truth, step = Autograd(weights), make(copy_of(weights))
+    for x in batches(4):
+        step.accumulate(x), truth.backward(x)
+        step.apply(1e-2), truth.apply(1e-2)
+    assert_same(step, truth, 1e-5, weights)
+
+
+def test_clipping():
+    weights = new_weights(False)
+    truth, step = Autograd(weights), make(copy_of(weights))
+    norms = []
+    for x in batches(4):
+        step.accumulate(x), truth.backward(x)
+        norms.append(step.apply(1e-2, max_norm=0.1))
+        torch.testing.assert_close(norms[-1].double(), truth.apply(1e-2, max_norm=0.1), rtol=1e-4,
+                                   atol=0)  # fmt: skip
+    assert max(norms) > 0.2  # it was clipped
+    assert_same(step, truth, 1e-5, weights)
+
+
+def test_bfloat16_is_as_close_to_float32_as_autocast_is():
+    """After 6 steps, weights are at most twice as far from the float32 run's as autocast's are.
+
+    Both round activations, weights and pre-latents to 8 bits before the same products; the fused
+    step also reads decoder rows, and writes residuals, in bfloat16, where autocast keeps float32:
+    two more roundings of the same size, so a factor of 2 with room. (A bound from the dtype alone
+    would say little: where rounding changes which latent is the k-th, a step differs by a whole
+    latent.)
+    """
+    distances: dict[str, list[Tensor]] = {"fused": [], "autocast": []}
+    for seed in range(2):
+        weights = new_weights(False, seed)
+        truth = Autograd(weights)
+        step = make(copy_of(weights), dtype=torch.bfloat16)
+        rounded = Autograd(weights, dtype=torch.float32, autocast=True)
+        for x in batches(6, seed=10 + seed):
+            for each in (truth, rounded):
+                each.backward(x)
+                each.apply(1e-2)
+            step.accumulate(x)
+            step.apply(1e-2)
+        for name, found in (("fused", step), ("autocast", rounded)):
+            moved = [found.weights[w].double() - truth.weights[w] for w in fused.NAMES]
+            distances[name].append(torch.cat([m.detach().flatten() for m in moved]).norm())
+        for name in ("w_enc", "w_dec"):  # the copies that kernels read follow the weights
+            copy = step._copies[name]
+            stored = step.weights[name].transpose(0, 1) if name == "w_enc" else step.weights[name]
+            assert torch.equal(copy, stored.bfloat16())
+    ours, theirs = (torch.stack(found).mean() for found in distances.values())
+    assert 0 < ours <= 2 * theirs, f"fused {ours:.3e}, autocast {theirs:.3e} from float32"
+
+
+def test_float16():
+    weights = new_weights(False)
+    step, truth = make(copy_of(weights), dtype=torch.float16), Autograd(weights)
+    for x in batches(3):
+        step.accumulate(x), truth.backward(x)
+        step.apply(1e-3), truth.apply(1e-3)
+    assert_same(step, truth, 1e-2, weights)
+
+
+def test_a_run_can_go_from_torch_to_the_fused_step():
+    """Weights and AdamW's state are shared, not copied."""
+    weights = new_weights(False)
+    truth, other = Autograd(weights), Autograd(weights, dtype=torch.float32)
+    first, last = batches(6)[:3], batches(6)[3:]
+    for x in first:
+        for each in (truth, other):
+            each.backward(x)
+            each.apply(1e-2)
+    detached = {name: w.detach() for name, w in other.weights.items()}
+    state = {name: other.optimizer.state[w] for name, w in other.weights.items()}
+    step = make(detached, state=state)
+    for x in last:
+        truth.backward(x), step.accumulate(x)
+        truth.apply(1e-2), step.apply(1e-2)
+    assert_same(step, truth, 1e-5, weights)
+    assert float(other.optimizer.state[other.weights["b_dec"]]["step"]) == 6
+    other.backward(last[0])  # and back
+    truth.backward(last[0])
+    truth.apply(1e-2), other.apply(1e-2)
+    assert_same(step, truth, 1e-5, weights)
+
+
+def test_weights_that_others_changed_are_read_anew():
+    step, x = make(new_weights(False), dtype=torch.bfloat16), batches(1)[0]
+    before = step.accumulate(x).loss
+    with torch.no_grad():
+        step.weights["w_dec"].mul_(0.5)
+    assert not torch.equal(step.accumulate(x).loss, before)
+
+
+@pytest.mark.parametrize("what", ["x", "target"])
+def test_nothing_changes_where_something_is_not_finite(what):
+    weights = new_weights(False)
+    step, (x, good) = make(weights), batches(2)
+    step.accumulate(good)
+    step.apply(1e-2)
+    before = copy_of({**step.weights, **{n: s["exp_avg"] for n, s in step.state.items()}})
+    before |= {"step": step.state["w_enc"]["step"].clone()}
+    bad = x.clone()
+    bad[1, 2] = torch.nan
+    step.accumulate(good)
+    step.accumulate(bad) if what == "x" else step.accumulate(x, target=bad)
+    assert step.apply(1e-2).isnan()
+    after = {**step.weights, **{n: s["exp_avg"] for n, s in step.state.items()}}
+    after |= {"step": step.state["w_enc"]["step"]}
+    for name, expected in before.items():
+        assert torch.equal(after[name], expected), name
+    step.accumulate(good)  # and training goes on
+    assert step.apply(1e-2).isfinite()
+    assert not torch.equal(step.weights["w_dec"], before["w_dec"])
+
+
+def test_everything_is_written(poisoned_memory):
+    for dense in (False, True):
+        step = make(new_weights(dense), dtype=torch.bfloat16)
+        for x in batches(2):
+            out = step.accumulate(x)
+            assert all(t.isfinite().all() for t in (out.loss, out.codes.values, out.residual))
+            assert step.apply(1e-2, max_norm=1.0).isfinite()
+        found = [*step.weights.values(), *step._copies.values()]
+        found += [t for state in step.state.values() for t in state.values()]
+        assert all(t.isfinite().all() for t in found)
+
+
+def test_rate_on_the_device_and_deterministic_algorithms():
+    """As a CUDA graph wants the rate; the same bits in every run."""
+    results = []
+    for lr in (1e-2, torch.tensor(1e-2, device=DEVICE), 1e-2):
+        torch.use_deterministic_algorithms(len(results) == 2)
+        try:
+            step = make(new_weights(False))
+            for x in batches(2):
+                step.accumulate(x)
+                step.apply(lr)
+        finally:
+            torch.use_deterministic_algorithms(False)
+        results.append(step.weights)
+    for name, expected in results[0].items():
+        assert torch.equal(results[2][name], expected), name
+        torch.testing.assert_close(results[1][name], expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_cuda_graph_gives_the_same_bits(dtype):
+    weights = new_weights(False)
+    eager, graphed = (make(copy_of(weights), dtype=dtype) for _ in range(2))
+    replay = fused.GraphedStep(graphed)
+    for number, x in enumerate(batches(8)):
+        lr = torch.tensor(1e-2 / (1 + number), device=DEVICE)
+        expected = eager.accumulate(x)
+        norm = eager.apply(lr)
+        out, got = replay(x, lr)
+        assert torch.equal(out.loss, expected.loss) and torch.equal(got, norm)
+        assert torch.equal(out.codes.indices, expected.codes.indices)
+    for name in fused.NAMES:
+        assert torch.equal(graphed.weights[name], eager.weights[name]), name
+
+
+# Arguments
+
+
+def changed(**changes: Any) -> Weights:
+    return {**new_weights(False), **changes}
+
+
+@pytest.mark.parametrize(
+    "weights, settings, words",
+    [
+        (changed(b_dec=torch.zeros(D + 1)), {}, ["b_dec", f"[{D}]", f"[{D + 1}]"]),
+        (changed(w_dec=torch.zeros(5, D)), {}, ["w_dec", "24", "5"]),
+        (changed(w_dec=torch.zeros(24, D).double()), {}, ["w_dec", "float32", "float64"]),
+        (changed(w_enc=torch.zeros(HEADS, M + N, D)), {}, ["row-major over heads"]),
+        ({}, {"m": M + N}, ["m:", "5 rows a head"]),
+        ({}, {"k": 0}, ["k:", "24", "got 0"]),
+        ({}, {"k": 25}, ["k:", "24", "got 25"]),
+        ({}, {"composition": "xor"}, ["composition", "'xor'"]),
+        ({}, {"eps": -1.0}, ["eps", "-1.0"]),
+        ({}, {"dtype": torch.int8}, ["dtype", "int8"]),
+    ],
+    ids=lambda value: None,
+)
+def test_errors_of_the_constructor(weights, settings, words):
+    weights = {n: w.to(DEVICE) for n, w in (weights or new_weights(False)).items()}
+    if "row-major over heads" not in words:
+        weights["w_enc"] = new_weights(False)["w_enc"]
+    with pytest.raises(ValueError) as error:
+        make(weights, **settings)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ({"x": torch.zeros(3, D + 1)}, ["x:", f"[B, {D}]", "[3, 13]"]),
+        ({"x": torch.zeros(0, D)}, ["x:", "B >= 1"]),
+        ({"x": torch.zeros(3, D), "target": torch.zeros(2, D)}, ["target", "[2, 12]"]),
+        ({"x": torch.zeros(3, D), "mask": torch.ones(5, dtype=torch.bool)}, ["mask", "24", "5"]),
+        ({"x": torch.zeros(3, D), "k": 25}, ["k:", "24", "25"]),
+    ],
+    ids=lambda value: None,
+)
+def test_errors_of_accumulate(arguments, words):
+    arguments = {
+        name: value.to(DEVICE) if isinstance(value, Tensor) else value
+        for name, value in arguments.items()
+    }
+    with pytest.raises(ValueError) as error:
+        make(new_weights(False)).accumulate(**arguments)
+    assert all(word in str(error.value) for word in words), str(error.value)
+
+
+def test_apply_needs_something():
+    with pytest.raises(RuntimeError, match="nothing was accumulated"):
+        make(new_weights(False)).apply(1e-3)
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU is here")
+def test_cuda_graph_needs_a_gpu():
+    with pytest.raises(RuntimeError, match="CUDA"):
+        fused.GraphedStep(make(new_weights(False)))
+
+
+def test_why_not():
+    assert fused.why_not(DEVICE, D) is None
+    assert "float64" in fused.why_not(DEVICE, D, torch.float64)
+    assert "16384" in fused.why_not(DEVICE, 16384)
+    with pytest.raises(RuntimeError, match="float64"):
+        make(new_weights(False), dtype=torch.float64)
