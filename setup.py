@@ -41,7 +41,9 @@ setup(
         ],
         "tensorboard": ["tensorboard"],
         "wandb": ["wandb"],
-        # Other libraries that the benchmarks time. dictionary-learning's newest is 0.1.0.
+        # Other libraries that the benchmarks time; they live in one environment.
+        # dictionary-learning (its newest is 0.1.0) brings torchvision, whose build must fit
+        # torch's: for a CPU build of torch, install both from its index first.
         "peers": ["sae-lens==6.54.*", "eai-sparsify==1.3.*", "dictionary-learning==0.1.0"],
         "report": ["matplotlib"],
     },

@@ -41,6 +41,7 @@ class KronListing(nn.Module):
 class TopKSAE(nn.Module):
     """A TopK SAE in plain PyTorch, its decoder tied at the start. [Gao et al. 2024]
 
+    The ReLU follows the selection, where it costs k numbers a token, not F.
     encoder.weight: [F, d].  W_dec: [F, d].
     """
 
@@ -53,7 +54,7 @@ class TopKSAE(nn.Module):
         self.b_dec = nn.Parameter(torch.zeros(d))
 
     def forward(self, x: Tensor) -> Tensor:
-        latents = self.encoder(x).relu()
-        values, indices = latents.topk(self.k, dim=1)
-        codes = torch.zeros_like(latents).scatter(1, indices, values)
+        latents = self.encoder(x)
+        values, indices = latents.topk(self.k, dim=1, sorted=False)
+        codes = torch.zeros_like(latents).scatter(1, indices, values.relu())
         return codes @ self.W_dec + self.b_dec

@@ -125,11 +125,11 @@ def dictionary_learning(
     weights = {"encoder.weight": w_enc, "encoder.bias": b_enc, "b_dec": b_dec}
     trainer.ae.load_state_dict({**weights, "decoder.weight": w_dec.T}, strict=False)
     gpu = device.type == "cuda"
-    done = 0
+    done = trainer.threshold_start_step  # from then on it keeps a threshold, too
 
     def step(x: Tensor) -> Tensor:
         nonlocal done
-        done += 1  # from 1: step 0 puts the geometric median into b_dec, once
+        done += 1
         x = x.to(torch.bfloat16 if gpu else torch.float32)  # training.py:200
         with torch.autocast(device.type, torch.bfloat16, enabled=gpu):  # training.py:141, 237
             return torch.tensor(trainer.update(done, x))  # training.py:238

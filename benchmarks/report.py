@@ -17,6 +17,8 @@ from benchmarks.shapes import Shape
 from benchmarks.steps import LABELS
 
 COLOURS = {
+    "kron graphed": "#08306b",
+    "dense graphed": "#7f3b08",
     "kron fused": "#0b4f8a",
     "kron": "#3f8fd2",
     "dense fused": "#c2570c",
@@ -124,7 +126,7 @@ def steps_table(found: Json) -> str:
 
 
 def _our_kron(medians: dict[str, float]) -> float | None:
-    """What others are compared to: our fastest KronSAE."""
+    """What others are compared to, as `steps.best_of_ours` says."""
     return medians.get("kron fused") or medians.get("kron")
 
 

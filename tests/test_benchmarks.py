@@ -112,6 +112,37 @@ def test_absent_peers_say_how_to_install_them(monkeypatch):
         assert "kronsae[peers]" in found.skipped[name]
 
 
+def test_peer_that_cannot_be_imported_costs_only_itself(monkeypatch):
+    from benchmarks import measure, peers, steps
+    from benchmarks.shapes import SHAPES, batches
+
+    def broken(shape, *weights):
+        raise ImportError("torchvision is amiss")
+
+    name = "sae-lens"
+    monkeypatch.setitem(peers.PEERS, name, peers.PEERS[name]._replace(make=broken))
+    there = steps.CONTENDERS[name]._replace(why_not=lambda device: None)
+    monkeypatch.setitem(steps.CONTENDERS, name, there)
+    found = measure.compare_steps(SHAPES["toy"], batches(SHAPES["toy"]), rounds=1, warmup=0)
+    assert "torchvision is amiss" in found.skipped[name]
+    assert {"kron", "topk"} <= found.timings.keys()
+    assert name not in found.timings
+
+
+def test_interpreter_is_never_timed(monkeypatch):
+    """Where kernels are interpreted, the fused step could run on a CPU, but is no contender."""
+    from benchmarks import steps
+    from kronsae_kernels.step import why_not
+
+    launch = pytest.importorskip("kronsae_kernels.triton_impl.launch")
+    monkeypatch.setattr(launch, "interpreted", lambda: True)
+    cpu = torch.device("cpu")
+    assert why_not(cpu) is None
+    assert steps.best_of_ours("kron", cpu) == "kron"
+    for name in ("kron fused", "dense fused", "kron graphed", "dense graphed"):
+        assert steps.CONTENDERS[name].why_not(cpu) is not None
+
+
 def test_flops_are_those_of_the_paper():
     """[KronSAE, eq. 7]: d h (m + n) + m n h + k d and d F + k d."""
     from benchmarks.shapes import Shape
