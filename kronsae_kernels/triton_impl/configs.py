@@ -7,6 +7,8 @@ hand; nothing is searched for unless it is asked to.
 
 import functools
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,8 +40,29 @@ def config_of(kernel: str, generation: str, **blocks: int) -> Config:
     """The configuration of a kernel for a card generation; `blocks` override its block sizes."""
     table = _table()
     found = {**table["default"][kernel], **table.get(generation, {}).get(kernel, {})}
+    found |= _overrides.get(kernel, {})
     warps, stages = found.pop("num_warps"), found.pop("num_stages")
     return Config(warps, stages, {**found, **blocks})
+
+
+_overrides: dict[str, dict[str, int]] = {}
+
+
+@contextmanager
+def override(kernel: str, **changes: int) -> Iterator[None]:
+    """Inside, a kernel has these numbers (warps, stages, block sizes) on every card.
+
+    Raises ValueError for a kernel or a number that the table does not have.
+    """
+    known = _table()["default"].get(kernel)
+    if known is None or not changes.keys() <= known.keys():
+        raise ValueError(f"{kernel}: expected changes of {known}, got {changes}")
+    before = _overrides.get(kernel, {})
+    _overrides[kernel] = {**before, **changes}
+    try:
+        yield
+    finally:
+        _overrides[kernel] = before
 
 
 @functools.cache
