@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from kronsae.cli import parse
 
@@ -13,7 +14,7 @@ COMMANDS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
 
 
 def test_there_are_examples():
-    assert len(EXAMPLES) == 2 and len(COMMANDS) >= 3
+    assert len(EXAMPLES) == 3 and len(COMMANDS) >= 3
 
 
 def test_training_example(tmp_path, monkeypatch, capsys):
@@ -31,6 +32,16 @@ def test_kernels_example():
     assert names["x_hat"].shape == (32, 64)
     assert names["w_enc"].grad.any() and names["w_dec"].grad.any()
     assert names["topk"].values.shape == (32, 8)
+
+
+def test_fused_step_example(capsys):
+    """On a GPU as it stands, elsewhere with the kernels in Triton's interpreter."""
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    names: dict = {}
+    exec(EXAMPLES[2].replace('"cuda"', f'"{device}"'), names)
+    assert 0 < float(capsys.readouterr().out) < 10
+    assert names["grad_norm"].isfinite()
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python -m kronsae")])
