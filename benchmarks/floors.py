@@ -102,11 +102,11 @@ def measure_ceilings(device: torch.device, rounds: int = 5) -> Ceilings:
         for _ in range(repeats):
             target[:small].copy_(near)
 
-    cached = _best_seconds(_graphed(copies) if gpu else copies, device, rounds)
+    cached = _best_seconds(graphed(copies) if gpu else copies, device, rounds)
     return Ceilings(side**3 / product, 2 * large / copy, 2 * small * repeats / cached)
 
 
-def _graphed(call: Callable[[], object]) -> Callable[[], object]:
+def graphed(call: Callable[[], object]) -> Callable[[], object]:
     """The call as a CUDA graph: kernels follow one another without the launching process."""
     call()
     graph = torch.cuda.CUDAGraph()

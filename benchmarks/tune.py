@@ -1,0 +1,433 @@
+"""Alternatives to the kernels' configurations, measured: `python -m benchmarks.tune --seconds 200`.
+
+configs.json holds one configuration of each kernel for a card generation; nothing is searched for
+in training. This measures a short list of others on the card at hand (warps, stages, block sizes;
+the fused encoder product), each checked against what the present one computes, all in turns, the
+cache flushed, as CUDA graphs, so that launches cost nothing. A better one is better by more than
+the spread at a shape, and worse at none.
+
+--write puts those into configs.json, under the card's generation; `--read FILE --write` does that
+on another machine, from what --json wrote here.
+"""
+
+import argparse
+import functools
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.floors import graphed
+from benchmarks.measure import (
+    Timing,
+    WrongResult,
+    describe,
+    interleaved,
+    reason,
+    require_close,
+)
+from benchmarks.shapes import SHAPES, Shape, activations
+from benchmarks.steps import EPS, kron_parameters
+from kronsae_kernels import backends, torch_impl
+from kronsae_kernels.triton_impl import configs, operations
+from kronsae_kernels.triton_impl.launch import record
+
+DTYPE = torch.bfloat16
+TOLERANCE = 5e-3
+"""Sums in another order, rounded to bfloat16: a few numbers differ by 2^-8 of themselves."""
+Changes = dict[str, int]
+Results = tuple[Tensor, ...]
+
+
+class Data:
+    """What a training step of a shape has at hand, in bfloat16."""
+
+    def __init__(self, shape: Shape, device: torch.device) -> None:
+        w_enc, b_enc, w_dec, b_dec = (p.detach() for p in kron_parameters(shape, device))
+        self.shape = shape
+        self.x = activations(shape, device).to(DTYPE)
+        self.w_enc, self.b_enc = w_enc.to(DTYPE).transpose(0, 1), b_enc.to(DTYPE)
+        self.table, self.b_dec = w_dec.to(DTYPE), b_dec
+        self.selection = operations.Selection(shape.heads, shape.m, shape.n, shape.k, False)
+        weight, bias = torch_impl.i_major(self.w_enc), self.b_enc.t().reshape(-1)
+        self.pre = next(torch_impl.projections(self.x, weight, bias, scratch=0))
+        """Pre-latents of the first chunk of tokens."""
+        self.indices, self.base, self.extension = operations.encode(
+            self.x, self.w_enc, self.b_enc, None, shape.m, shape.k, "mand"
+        )
+        self.found = decode_and_loss(self)
+        self.entries = operations.Entries.of(self.indices, shape.dict_size)
+        self.encoder, self.encoder_bias, self.decoder, self.decoder_bias = (
+            (w, torch.zeros_like(w), torch.zeros_like(w)) for w in (w_enc, b_enc, w_dec, b_dec)
+        )
+        """Each with AdamW's moments."""
+        # Rows as in `triton_impl.device`; a step of length 0, so that weights stay as they are.
+        self.hyper = torch.tensor(2 * [[1.0, 0.1, 0.999, 1e-3, 0.0, 1.0, 1e-8, 1.0, 1.0]])
+        self.hyper = self.hyper.to(device)
+
+    def reset(self) -> None:
+        """Moments as at first: updates change them."""
+        for _, *moments in (self.encoder, self.encoder_bias, self.decoder, self.decoder_bias):
+            for moment in moments:
+                moment.zero_()
+
+
+# The calls, each of which launches some of the kernels; what they return is compared.
+
+
+def encode(data: Data) -> Results:
+    shape = data.shape
+    _, base, extension = operations.encode(
+        data.x, data.w_enc, data.b_enc, None, shape.m, shape.k, "mand"
+    )
+    return (base * extension,)
+
+
+def encode_fused(data: Data) -> Results:
+    with configs.override("encode", FUSED_GEMM=1):
+        return encode(data)
+
+
+def select(data: Data) -> Results:
+    return operations.select_kron(data.pre, None, data.selection)
+
+
+def combine(data: Data) -> Results:
+    values, indices = data.found.values, data.indices
+    return (operations.combine(values, indices, data.table, data.b_dec, DTYPE),)
+
+
+def pair_dots(data: Data) -> Results:
+    return (operations.pair_dots(data.found.residual, data.indices, data.table, torch.float32),)
+
+
+def decode_and_loss(data: Data, one_gather: bool = True) -> operations.DecodeAndLoss:
+    return operations.decode_and_loss(
+        data.x, data.indices, data.base, data.extension, data.table, data.b_dec, "mand", EPS,
+        one_gather,
+    )  # fmt: skip
+
+
+def row_gradients(data: Data) -> Results:
+    out, entries = torch.empty_like(data.table), data.entries
+    operations.row_gradients(entries, entries(data.found.values), data.found.residual, out, None)
+    return (out,)
+
+
+def update_decoder(data: Data) -> Results:
+    found, entries = data.found, data.entries
+    squares = operations.update_rows(
+        entries, entries(found.values), entries(found.along), found.residual, data.hyper, "update",
+        True, data.decoder, data.table,
+    )  # fmt: skip
+    return squares, data.decoder[1]
+
+
+def update_encoder(data: Data) -> Results:
+    found, entries, low = data.found, data.entries, data.w_enc.transpose(0, 1)
+    squares = operations.update_heads(
+        entries, entries(found.d_base), entries(found.d_extension), data.x, data.shape.m,
+        data.hyper, "update", data.encoder, low, data.encoder_bias,
+    )  # fmt: skip
+    return squares, data.encoder[1], data.encoder_bias[1]
+
+
+def update_both(data: Data) -> Results:
+    return update_decoder(data) + update_encoder(data)
+
+
+def update_bias(data: Data) -> Results:
+    gradient = data.found.residual.sum(0, dtype=torch.float32)
+    operations.update_vector(gradient, data.decoder_bias, data.hyper[1])
+    return (data.decoder_bias[1],)
+
+
+KERNELS: dict[str, tuple[Callable[[Data], Results], list[Changes]]] = {
+    "encode": (encode, [{"FUSED_GEMM": 1}, {"FUSED_GEMM": 0}]),
+    "encode_gemm": (
+        encode_fused,
+        [
+            {"num_stages": 4},
+            {"num_stages": 2},
+            {"COLUMNS": 128},
+            {"COLUMNS": 128, "num_warps": 4},
+            {"WIDTH": 32, "num_stages": 5},
+            {"WIDTH": 128, "num_stages": 2},
+            {"GROUP": 16},
+            {"GROUP": 4},
+        ],
+    ),
+    "select_heads": (
+        select,
+        [{"num_warps": 4}, {"num_warps": 16}, {"LANES": 1024}, {"PER_PROGRAM": 4096}],
+    ),
+    "merge_heads": (select, [{"num_warps": 4}, {"num_warps": 16}]),
+    "select_rows": (select, [{"num_warps": 4}, {"num_warps": 2}, {"num_warps": 1}]),
+    "select_latents": (select, [{"num_warps": 4}, {"num_warps": 2}, {"num_warps": 1}]),
+    "rank_latents": (select, [{"num_warps": 2}, {"num_warps": 1}]),
+    "combine": (
+        combine,
+        [
+            {"ROWS": 16},
+            {"ROWS": 4},
+            {"WIDTH": 1024},
+            {"WIDTH": 1024, "num_warps": 8},
+            {"WIDTH": 256, "num_warps": 2},
+            {"num_stages": 3},
+        ],
+    ),
+    "pair_dots": (
+        pair_dots,
+        [{"ROWS": 16}, {"ROWS": 4}, {"WIDTH": 1024}, {"WIDTH": 256}, {"num_stages": 3}],
+    ),
+    "decode_and_loss": (
+        decode_and_loss,
+        [
+            {"TILE": 4096},
+            {"TILE": 16384, "num_warps": 8},
+            {"num_warps": 8},
+            {"num_stages": 3},
+            {"num_stages": 1},
+        ],
+    ),
+    "code_gradients": (
+        functools.partial(decode_and_loss, one_gather=False),
+        [{"WIDTH": 512}, {"WIDTH": 2048}],
+    ),
+    "row_gradients": (
+        row_gradients,
+        [{"ENTRIES": 4}, {"ENTRIES": 16}, {"WIDTH": 1024}, {"WIDTH": 256}, {"num_warps": 2}],
+    ),
+    "sum_row_segments": (update_decoder, [{"ENTRIES": 16}, {"WIDTH": 1024}, {"WIDTH": 256}]),
+    "update_rows": (
+        update_decoder,
+        [
+            {"ENTRIES": 8},
+            {"ENTRIES": 2},
+            {"PER_WARP": 256},
+            {"PER_WARP": 1024},
+            {"num_stages": 2},
+            {"MANY": 32},
+        ],
+    ),
+    "head_gradients": (
+        update_encoder,
+        [
+            {"WIDTH": 128},
+            {"WIDTH": 512, "num_warps": 8},
+            {"num_warps": 8},
+            {"ENTRIES": 64},
+            {"ENTRIES": 16},
+            {"num_stages": 3},
+        ],
+    ),
+    "sum_head_segments": (update_encoder, [{"WIDTH": 128}, {"ENTRIES": 64}, {"num_stages": 3}]),
+    "update_vector": (update_bias, [{"WIDTH": 256}, {"WIDTH": 1024}]),
+    "segments": (
+        update_both,
+        [{"ROW_LENGTH": 128}, {"ROW_LENGTH": 512}, {"HEAD_LENGTH": 512}, {"HEAD_LENGTH": 2048}],
+    ),
+}
+"""A call that launches the kernel, and the alternatives; what the table has already is left out."""
+CHOICES = ("encode", "segments")
+"""Entries of the table that are no kernels."""
+PRESENT = "as it is"
+
+
+# Measuring
+
+
+def numbers(kernel: str, device: torch.device) -> Changes:
+    """A kernel's warps, stages and block sizes as they are."""
+    found = configs.config_of(kernel, configs.generation_of(device))
+    return {"num_warps": found.num_warps, "num_stages": found.num_stages, **found.blocks}
+
+
+def label_of(changes: Changes) -> str:
+    return ", ".join(f"{name} {value}" for name, value in changes.items()) or PRESENT
+
+
+def launched(call: Callable[[Data], Results], data: Data, device: torch.device) -> set[str]:
+    """Names of the kernels that a call launches."""
+    with record(configs.generation_of(device)) as launches:
+        call(data)
+    return {launch.kernel.fn.__name__ for launch in launches}
+
+
+def measure(
+    kernel: str, data: Data, device: torch.device, rounds: int, most: int, end: float
+) -> dict[str, Any]:
+    """Times of a kernel's call, as it is and with each alternative, or why there is none."""
+    call, alternatives = KERNELS[kernel]
+    present = numbers(kernel, device)
+    others = [c for c in alternatives if any(present[name] != c[name] for name in c)][:most]
+    result = {"kernel": kernel, "shape": data.shape.name, "present": present, "times_ms": {}}
+    if kernel not in CHOICES and kernel not in launched(call, data, device):
+        return {**result, "skipped": {PRESENT: "not launched at this shape"}}
+
+    def configured(changes: Changes) -> Callable[[], Results]:
+        def run() -> Results:
+            with configs.override(kernel, **changes):
+                return call(data)
+
+        return run
+
+    def checked(changes: Changes) -> Results:
+        data.reset()
+        return tuple(tensor.clone() for tensor in configured(changes)())
+
+    calls: dict[str, Callable[[], Any]] = {}
+    skipped: dict[str, str] = {}
+    expected = checked({})
+    for changes in ({}, *others):
+        label = label_of(changes)
+        if changes and time.monotonic() > end:
+            skipped[label] = "no time left"
+            continue
+        try:
+            for place, (got, wanted) in enumerate(zip(checked(changes), expected, strict=True)):
+                require_close(f"result {place}", got.float(), wanted.float(), TOLERANCE)
+            run = configured(changes)
+            calls[label] = graphed(run) if device.type == "cuda" else run
+        except WrongResult as wrong:
+            skipped[label] = str(wrong)
+        except Exception as broken:  # too many registers, too much shared memory
+            if not changes:
+                raise
+            skipped[label] = reason(broken)
+    timings = interleaved(calls, rounds, 2, device)
+    return {
+        **result,
+        "changes": {label_of(changes): changes for changes in others},
+        "times_ms": {label: timing.times_ms for label, timing in timings.items()},
+        "skipped": skipped,
+    }
+
+
+def gain(one: dict[str, Any], label: str) -> tuple[float, int]:
+    """Time of an alternative over the present one's; 1 if it is better by more than the spread.
+
+    -1 if it is worse by more than the spread: quartiles do not overlap.
+    """
+    present, other = (Timing(one["times_ms"][name]) for name in (PRESENT, label))
+    (low, high), (other_low, other_high) = present.quartiles_ms, other.quartiles_ms
+    verdict = 1 if other_high < low else -1 if other_low > high else 0
+    return other.median_ms / present.median_ms, verdict
+
+
+def chosen(results: list[dict[str, Any]]) -> dict[str, Changes]:
+    """For each kernel the best alternative that is better somewhere and worse nowhere, if any."""
+    best: dict[str, Changes] = {}
+    for kernel in dict.fromkeys(one["kernel"] for one in results):
+        mine = [one for one in results if one["kernel"] == kernel and one["times_ms"]]
+        ratios = {}
+        for label in mine[0]["times_ms"] if mine else ():
+            if label == PRESENT or any(label not in one["times_ms"] for one in mine):
+                continue
+            gains = [gain(one, label) for one in mine]
+            if min(verdict for _, verdict in gains) >= 0 and max(v for _, v in gains) == 1:
+                ratios[label] = math.prod(ratio for ratio, _ in gains)
+        if ratios:
+            best[kernel] = mine[0]["changes"][min(ratios, key=ratios.get)]
+    return best
+
+
+def lines(one: dict[str, Any]) -> Iterator[str]:
+    """A table of one kernel at one shape."""
+    yield f"{one['kernel']}, {one['shape']}: {label_of(one['present'])}"
+    for label, times in one["times_ms"].items():
+        timing = Timing(times)
+        low, high = timing.quartiles_ms
+        text = f"  {label:34}{timing.median_ms:10.4f} ms  {low:.4f} .. {high:.4f}"
+        if label != PRESENT:
+            ratio, verdict = gain(one, label)
+            text += f"  {ratio:.3f} {('worse', '', 'better')[verdict + 1]}"
+        yield text.rstrip()
+    for label, why in one["skipped"].items():
+        yield f"  {label:34}{why}"
+
+
+# configs.json
+
+
+def dumps(table: dict[str, dict[str, Changes]]) -> str:
+    """The table as text, a line for each kernel."""
+    parts = []
+    for generation, kernels in table.items():
+        rows = [f"    {json.dumps(name)}: {json.dumps(row)}" for name, row in kernels.items()]
+        parts.append(f"  {json.dumps(generation)}: {{\n" + ",\n".join(rows) + "\n  }")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def write(generation: str, best: dict[str, Changes], path: Path) -> None:
+    """Put changes under a card generation; what equals the default is not written."""
+    table = json.loads(path.read_text(encoding="utf-8"))
+    of_card = table.setdefault(generation, {})
+    for kernel, changes in best.items():
+        row = {**of_card.get(kernel, {}), **changes}
+        default = table["default"][kernel]
+        of_card[kernel] = {name: value for name, value in row.items() if default[name] != value}
+        if not of_card[kernel]:
+            del of_card[kernel]
+    path.write_text(dumps({name: rows for name, rows in table.items() if rows}), encoding="utf-8")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("benchmarks.tune", description=__doc__.splitlines()[0])
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS))
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["P1", "P3"])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--most", type=int, default=100, help="alternatives of a kernel at most")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--read", type=Path, metavar="FILE", help="measure nothing, read --json")
+    parser.add_argument("--write", action="store_true", help="put better ones into configs.json")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all times here")
+    parser.add_argument("--seconds", type=float, default=300.0, help="start no more then")
+    options = parser.parse_args(arguments)
+    if options.read:
+        result = json.loads(options.read.read_text())
+    else:
+        device = torch.device(options.device)
+        if why := backends.why_not("triton", device):
+            parser.error(f"cannot run on {device}: {why}")
+        result = search(options, device)
+    for name, changes in result["better"].items():
+        print(f"better: {name}: {label_of(changes)}")
+    if options.write and result["better"]:
+        write(result["generation"], result["better"], configs.PATH)
+        print(f"written to {configs.PATH}; its kernels are listed by: python -m tests.aot --update")
+
+
+def search(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Measure kernel by kernel; after `options.seconds`, nothing new begins."""
+    end = time.monotonic() + options.seconds
+    generation = configs.generation_of(device)
+    kernels: list[dict[str, Any]] = []
+    result = {
+        "where": describe(device), "generation": generation, "kernels": kernels, "better": {},
+    }  # fmt: skip
+    shapes = [Data(SHAPES[name], device) for name in options.shape]
+    for kernel in options.kernels:
+        for data in shapes:
+            if time.monotonic() > end:
+                break
+            try:
+                found = measure(kernel, data, device, options.rounds, options.most, end)
+            except Exception as broken:  # the others still tell something
+                found = {"kernel": kernel, "shape": data.shape.name, "times_ms": {}}
+                found |= {"present": numbers(kernel, device), "skipped": {PRESENT: reason(broken)}}
+            kernels.append(found)
+            print("\n".join(lines(found)), flush=True)
+        result["better"] = chosen(kernels)
+        if options.json:
+            options.json.write_text(json.dumps(result, indent=1) + "\n")
+    return result
+
+
+if __name__ == "__main__":
+    main()
