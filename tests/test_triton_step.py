@@ -66,7 +66,7 @@ class Autograd:
         weight_decay: float = 0.0,
         autocast: bool = False,
     ) -> None:
-        self.weights = {n: w.to(dtype).requires_grad_() for n, w in weights.items()}
+        self.weights = {n: w.to(dtype, copy=True).requires_grad_() for n, w in weights.items()}
         self.settings = {"composition": composition, "eps": eps}
         self.unit_norm, self.dtype, self.autocast = unit_norm, dtype, autocast
         w_enc, *rest = self.weights.values()
