@@ -1,4 +1,7 @@
-"""What all tests share: no network, two threads at most, one seed, poisoned memory."""
+"""What all tests share: no network, two threads at most, one seed, poisoned memory.
+
+Without a GPU, Triton's interpreter runs the kernels, on CPU tensors.
+"""
 
 import os
 
@@ -9,6 +12,9 @@ import torch
 # The hub's libraries read these when they are imported, which the tests do later.
 for _name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
     os.environ[_name] = "1"
+if not torch.cuda.is_available():
+    # Triton reads it when it and the kernels are imported: later too.
+    os.environ["TRITON_INTERPRET"] = "1"
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
@@ -39,6 +45,12 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def device() -> torch.device:
+    """Where Triton kernels run: a GPU, or a CPU in the interpreter."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @pytest.fixture

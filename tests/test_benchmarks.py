@@ -1,6 +1,7 @@
 """The benchmarks run, at a toy shape, and refuse to time what is wrong."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+"""As a user's: without the interpreter that the tests have."""
 
 
 @pytest.fixture(autouse=True)
@@ -22,6 +25,7 @@ def test_benchmarks_run_at_a_toy_shape(tmp_path):
         [sys.executable, "-m", "pytest", "benchmarks", "--shapes", "toy", "--benchmark-only", "-q"]
         + [f"--benchmark-json={file}", "-p", "no:cacheprovider"],
         cwd=ROOT,
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
     )
@@ -193,6 +197,7 @@ def test_rehearsal_of_the_script_for_a_gpu(tmp_path):
         [sys.executable, "-m", "benchmarks.on_gpu", "--out", str(tmp_path), "--smallest"]
         + ["--seconds", "200", "--only", "profile", "isoflop", "tests"],
         cwd=ROOT,
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
     )

@@ -1,5 +1,7 @@
 """Errors that say what is wrong, and the choice of the implementation."""
 
+import importlib.util
+import os
 import re
 import subprocess
 import sys
@@ -153,11 +155,69 @@ def test_implementations_check_alike(impl):
 # Choice of the implementation
 
 
-@pytest.mark.parametrize("call", [encode, dense, decode])
-def test_triton_that_cannot_run_says_why(call):
-    """On a CPU: whether this version has such kernels or not."""
-    with pytest.raises(RuntimeError, match=r"impl='triton' cannot run on cpu: \w+"):
-        call(impl="triton")
+def test_triton_that_cannot_run_says_why():
+    """On a CPU, in a process as a user's: without the interpreter that the tests have."""
+    script = (
+        "import sys; sys.path.insert(0, 'tests')\n"
+        "from test_kernels_contract import encode, dense, decode\n"
+        "for call in (encode, dense, decode):\n"
+        "    try:\n"
+        "        call(impl='triton')\n"
+        "    except RuntimeError as error:\n"
+        "        print(error)"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    said = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=Path(__file__).parents[1],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+    assert len(said) == 3
+    for line in said:
+        assert re.match(r"impl='triton' cannot run on cpu: \w+", line)
+
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="triton is not installed"
+)
+
+
+@needs_triton
+def test_triton_and_the_interpreter(monkeypatch):
+    """With it kernels run on a CPU, but only if they are asked for."""
+    monkeypatch.setattr("kronsae_kernels.triton_impl.launch.interpreted", lambda: True)
+    cpu = torch.device("cpu")
+    assert backends.choose("triton", cpu) == "triton"
+    assert backends.choose(None, cpu) == "torch"
+    monkeypatch.setattr("kronsae_kernels.triton_impl.launch.interpreted", lambda: False)
+    assert "TRITON_INTERPRET=1" in backends.why_not("triton", cpu)
+
+
+@needs_triton
+@pytest.mark.parametrize("kind", ["cpu", "cuda"])
+def test_triton_does_not_take_float64(kind, monkeypatch):
+    monkeypatch.setattr("kronsae_kernels.triton_impl.launch.interpreted", lambda: True)
+    device = torch.device(kind)
+    assert backends.choose(None, device, torch.float64) == "torch"
+    with pytest.raises(RuntimeError, match=f"impl='triton' cannot run on {kind}: .*float64"):
+        backends.choose("triton", device, torch.float64)
+
+
+@needs_triton
+def test_triton_elsewhere_absent_or_old(monkeypatch):
+    assert "not on mps" in backends.why_not("triton", torch.device("mps"))
+    cuda = torch.device("cuda")
+    assert backends.choose(None, cuda) == "triton"
+    with monkeypatch.context() as patch:
+        patch.setattr(backends, "OLDEST_TRITON", "99.0")
+        assert "triton 99.0 or newer" in backends.why_not("triton", cuda)
+        assert backends.choose(None, cuda) == "torch"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert "not installed" in backends.why_not("triton", cuda)
+    assert backends.choose(None, cuda) == "torch"
 
 
 FUNCTIONS = (
@@ -189,7 +249,8 @@ def fake(calls, monkeypatch):
 
     def plug(device_types=(), reason=None):
         module = SimpleNamespace(**{name: noting(name) for name in FUNCTIONS})
-        backend = backends.Backend(module, device_types, lambda device: reason)
+        monkeypatch.setitem(sys.modules, "fake_operations", module)
+        backend = backends.Backend("fake_operations", device_types, lambda *where: reason)
         monkeypatch.setattr(backends, "_BACKENDS", {"fake": backend, **backends._BACKENDS})
 
     return plug
