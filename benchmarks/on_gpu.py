@@ -1,7 +1,8 @@
 """All that wants a GPU, within a time: `python -m benchmarks.on_gpu --out DIR --seconds 520`.
 
 Correctness on the card, training steps side by side, the operations, a profile of the fused step
-beside its floors, the iso-FLOP grid with the time that is left. Each part is a process of its own
+beside its floors, the memory of a step, the iso-FLOP grid with the time that is left (and, with
+--tune, half of that for a search of better configurations). Each part is a process of its own
 with its own limit, and writes as it goes, so that what fails or runs long costs only itself. At the
 end DIR holds summary.md, summary.json and pictures for benchmarks/results/, and the raw files in
 DIR/raw.
@@ -50,8 +51,11 @@ class Done(NamedTuple):
     """The last lines it printed."""
 
 
-def parts(raw: Path, smallest: bool, scale: float) -> list[Part]:
-    """The parts in order of importance; modules take their own limit a little early."""
+def parts(raw: Path, smallest: bool, scale: float, tune: bool) -> list[Part]:
+    """The parts in order of importance; modules take their own limit a little early.
+
+    Those whose limit is WHOLE share the time that is left.
+    """
     python = [sys.executable, "-m"]
 
     def module(name: str, limit: float, *options: str, timed: bool = True) -> Part:
@@ -81,9 +85,11 @@ def parts(raw: Path, smallest: bool, scale: float) -> list[Part]:
             else []
         ),
         module("profile", 90, "--shape", *profiled),
+        module("memory", 30, "--shape", *(["toy"] if smallest else ["P1", "P3"]), timed=False),
         module("compare", 130, "--shape", *shapes, *(["--rounds", "3"] if smallest else [])),
         Part("operations", operations, 60),
         module("isoflop", WHOLE, *grid),
+        *([module("tune", WHOLE)] if tune else []),
     ]
 
 
@@ -125,6 +131,7 @@ def brief(raw: Path, done: list[Done]) -> dict[str, Any]:
         (found[name] for name in ("compare", "profile", "check") if name in found), {}
     )
     checks = found.get("check", {})
+    tuned = found.get("tune", {})
     return {
         "where": any_result.get("where"),
         "ceilings": any_result.get("ceilings"),
@@ -157,6 +164,19 @@ def brief(raw: Path, done: list[Done]) -> dict[str, Any]:
             }
             for one in found.get("profile", {}).get("profiles", [])
         ],
+        "memory": [
+            {
+                "shape": one["shape"]["name"],
+                "contender": one["contender"],
+                "skipped": one.get("skipped"),
+                **{
+                    f"{name}_gib": round((one[f"{name}_bytes"] or 0) / 2**30, 2)
+                    for name in ("formula", "counted", "measured")
+                },
+            }
+            for one in found.get("memory", {}).get("memory", [])
+        ],
+        "better": {"generation": tuned.get("generation"), **tuned["better"]} if tuned else None,
     }
 
 
@@ -185,6 +205,15 @@ def summary(figures: dict[str, Any], tables: str) -> str:
                 f"{one['peak_gib']:.1f} GiB (weights and moments {one['state_gib']:.1f}; one "
                 f"[B, F] would be {one['latents_gib']:.1f}), loss {first:.4f} to {last:.4f} in ten"
             )
+    for one in figures["memory"]:
+        measured = f"{one['measured_gib']:.2f} GiB measured, " if one["measured_gib"] else ""
+        lines.append(
+            f"- memory of a step, {one['shape']}, {one['contender']}: {measured}"
+            f"{one['counted_gib']:.2f} counted, {one['formula_gib']:.2f} by the formula"
+            + (f"; {one['skipped']}" if one["skipped"] else "")
+        )
+    if figures["better"]:
+        lines.append(f"- better configurations: {figures['better']}")
     for r in figures["runs"]:
         if r["status"] != "ok":
             lines += ["", f"{r['name']}, {r['status']}:", "```", r["tail"], "```"]
@@ -213,6 +242,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     parser.add_argument("--seconds", type=float, default=WHOLE, help="never more than this")
     parser.add_argument("--only", nargs="+", metavar="PART", help="these parts alone")
+    parser.add_argument("--tune", action="store_true", help="search for better configurations")
     parser.add_argument(
         "--smallest", action="store_true", help="a toy shape on the CPU: a rehearsal"
     )
@@ -229,11 +259,14 @@ def main(arguments: list[str] | None = None) -> None:
         left = end - time.monotonic()
         if left < 5:
             return Done(part.name, "no time left", 0.0, "")
-        if part.name == "isoflop":  # all that is left, and it must end by itself
+        if part.limit == WHOLE:  # what is left, shared; and it must end by itself
+            begun = {one.name for one in done}
+            left /= sum(one.limit == WHOLE and one.name not in begun for one in chosen)
             part.command[-1] = f"{max(0.0, 0.8 * left - 5):.0f}"
         return run(part, min(part.limit * scale, left), logs)
 
-    chosen = parts(raw, options.smallest, scale)
+    tune = options.tune or "tune" in (options.only or ())
+    chosen = parts(raw, options.smallest, scale, tune)
     if options.only:
         chosen = [part for part in chosen if part.name in options.only]
     together = [part for part in chosen if not part.timing]

@@ -195,7 +195,7 @@ def test_rehearsal_of_the_script_for_a_gpu(tmp_path):
     """Each part runs on the CPU at a toy shape, and what they wrote becomes a summary."""
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.on_gpu", "--out", str(tmp_path), "--smallest"]
-        + ["--seconds", "200", "--only", "profile", "isoflop", "tests"],
+        + ["--seconds", "200", "--only", "profile", "memory", "isoflop", "tests"],
         cwd=ROOT,
         env=ENVIRONMENT,
         capture_output=True,
@@ -205,8 +205,11 @@ def test_rehearsal_of_the_script_for_a_gpu(tmp_path):
     figures = json.loads((tmp_path / "summary.json").read_text())
     assert {run["status"] for run in figures["runs"]} == {"ok"}
     assert figures["stages"][0]["ms_and_floor"]["encode"][0] > 0
+    assert figures["memory"][0]["contender"] == "kron fused"
     text = (tmp_path / "summary.md").read_text()
     for words in ("| profile | ok |", "all kernels", "tokens for equal FLOPs", "toy: d 16"):
+        assert words in text
+    for words in ("| memory | ok |", "memory of a step, toy, dense fused"):
         assert words in text
 
 
