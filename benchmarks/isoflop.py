@@ -130,7 +130,8 @@ def line(cell: dict[str, Any]) -> str:
         return f"{name} {cell['skipped']}"
     return (
         f"{name} {cell['ms']:9.2f} ms {cell['tokens_per_s']:12,.0f} tokens/s"
-        f" {cell['equal_flops_hours']:9.2f} h for {cell['equal_flops_tokens'] / 1e6:.0f} M tokens"
+        f" {60 * cell['equal_flops_hours']:9.2f} min for"
+        f" {cell['equal_flops_tokens'] / 1e6:.0f} M tokens"
     )
 
 

@@ -1,7 +1,7 @@
 """Tables and pictures from measurements: `python -m benchmarks.report RESULTS_DIR`.
 
-Reads every JSON file of the folder that benchmarks.compare, benchmarks.isoflop, benchmarks.profile
-or pytest-benchmark wrote, and writes report.md and a PNG for each into the folder.
+Reads every JSON file of the folder that benchmarks.compare, isoflop, profile, memory or
+pytest-benchmark wrote, and writes report.md and a PNG for each into the folder.
 Pictures need matplotlib: pip install 'kronsae[report]'.
 """
 
@@ -150,7 +150,8 @@ def steps_picture(found: Json, path: Path) -> None:
         panel.set_xlim(0, 1.22 * max(one["median_ms"][name] for name in names))
         panel.set_title(title_of(one["shape"]), fontsize=9, loc="left")
         _bare(panel)
-    panels[-1][0].set_xlabel("ms a training step (median; line: quartiles; ×: to our KronSAE)")
+    label = "ms a training step (median; line: quartiles; ×: to our KronSAE)"
+    panels[-1][0].set_xlabel(label, fontsize=9)
     _save(figure, path)
 
 
@@ -175,7 +176,7 @@ def isoflop_table(found: Json) -> str:
                 f"{cell['ms']:.2f}",
                 f"{cell['tokens_per_s']:,.0f}",
                 f"{cell['equal_flops_tokens'] / 1e6:,.0f} M",
-                f"{cell['equal_flops_hours']:.2f}",
+                _three_digits(60 * cell["equal_flops_hours"]),
             )
         )
     note = (
@@ -184,7 +185,7 @@ def isoflop_table(found: Json) -> str:
     )
     if grid["name"] != "cuda":
         note += " A reduced grid, not the paper's Fig. 8."
-    head = ("F", "d", "", "ms a step", "tokens/s", "tokens for equal FLOPs", "hours for them")
+    head = ("F", "d", "", "ms a step", "tokens/s", "tokens for equal FLOPs", "minutes for them")
     return note + "\n\n" + markdown(head, sorted(rows, key=lambda row: (row[0], int(row[1]))))
 
 
@@ -193,30 +194,38 @@ def isoflop_picture(found: Json, path: Path) -> None:
     sizes = sorted({cell["dict_size"] for cell in cells})
     if not sizes:
         return
-    figure, panels = _figure(2, len(sizes), (3.6 * len(sizes) + 0.6, 6.4), sharex=True)
-    budget = f"hours for the FLOPs of\nTopK on {found['budget_tokens'] / 1e6:.0f} M tokens"
-    views = (("ms", f"ms a training step\n({found['grid']['tokens']:,} tokens)"),)
-    views += (("equal_flops_hours", budget),)
-    for row, (key, label) in zip(panels, views, strict=True):
+    from matplotlib.ticker import LogLocator
+
+    figure, panels = _figure(
+        2, len(sizes), (3.6 * len(sizes) + 0.6, 6.4), sharex=True, sharey="row"
+    )
+    budget = f"minutes for the FLOPs of\nTopK on {found['budget_tokens'] / 1e6:.0f} M tokens"
+    views = (
+        ("tokens_per_s", 1, f"tokens/s of training\n({found['grid']['tokens']:,} a step)"),
+        ("equal_flops_hours", 60, budget),
+    )
+    for row, (key, unit, label) in zip(panels, views, strict=True):
         for panel, size in zip(row, sizes, strict=True):
-            for name in LABELS:
+            for name in COLOURS:
                 mine = [c for c in cells if c["dict_size"] == size and c["contender"] == name]
                 if mine:
-                    xs, ys = [c["d"] for c in mine], [c[key] for c in mine]
+                    xs, ys = [c["d"] for c in mine], [unit * c[key] for c in mine]
                     style = "--" if name in ("topk", "listing") else "-"
                     panel.plot(xs, ys, style, marker="o", color=COLOURS[name], label=LABELS[name])
             widths = sorted({c["d"] for c in cells})
             panel.set_xscale("log", base=2)
             panel.set_xticks(widths, [str(d) for d in widths])
+            panel.set_yscale("log")
             panel.minorticks_off()
-            panel.set_ylim(bottom=0)
+            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=20))
+            panel.yaxis.set_major_formatter(lambda value, _: _short(value))
             panel.grid(alpha=0.25)
             _bare(panel)
-        row[0].set_ylabel(label)
+        row[0].set_ylabel(label, fontsize=9)
     for panel, size in zip(panels[0], sizes, strict=True):
         panel.set_title(f"F = $2^{{{math.log2(size):g}}}$", fontsize=10)
     for panel in panels[1]:
-        panel.set_xlabel("d, width of an activation")
+        panel.set_xlabel("d, width of an activation", fontsize=9)
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=3, fontsize=8, frameon=False)
     _save(figure, path)
@@ -257,20 +266,79 @@ def profile_picture(found: Json, path: Path) -> None:
             stage = one["stages"][name]
             panel.barh(place, stage["ms"], color="#3f8fd2", height=0.7)
             panel.barh(place, stage["floor_ms"], color="#0b3c66", height=0.28)
-            text = f" {stage['ms']:.3f}, {_times(stage['ms'], stage['floor_ms'])}"
-            panel.text(stage["ms"], place, text, va="center", fontsize=8)
+            text = f" {stage['ms']:.3f}  {_times(stage['ms'], stage['floor_ms'])}"
+            panel.text(max(stage.values()), place, text, va="center", fontsize=8)
         panel.set_yticks(range(len(names)), names, fontsize=8)
         panel.invert_yaxis()
-        panel.set_xlim(0, 1.2 * max(stage["ms"] for stage in one["stages"].values()))
+        panel.set_xlim(0, 1.2 * max(max(stage.values()) for stage in one["stages"].values()))
         title = f"{LABELS[one['contender']]}; {title_of(one['shape'])}"
         panel.set_title(title, fontsize=9, loc="left")
         _bare(panel)
-    panels[-1][0].set_xlabel("ms (light: measured; dark: floor)")
+    panels[-1][0].set_xlabel("ms (light: measured; dark: floor; ×: to the floor)", fontsize=9)
     _save(figure, path)
+
+
+def _three_digits(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:#.3g}"
+
+
+def _short(number: float) -> str:
+    """0.5, 20, 5k, 2M."""
+    if number >= 1e6:
+        return f"{number / 1e6:.3g}M"
+    return f"{number / 1e3:.3g}k" if number >= 1e3 else f"{number:.3g}"
 
 
 def _times(ms: float, floor_ms: float) -> str:
     return f"×{ms / floor_ms:.2f}" if floor_ms > 0 else ""
+
+
+# benchmarks.memory: {"memory": [{"shape", "contender", "terms_bytes": {name: bytes}, …}]}
+
+
+def memory_table(found: Json) -> str:
+    rows = []
+    for one in found["memory"]:
+        sizes = [one[f"{name}_bytes"] for name in ("state", "formula", "counted", "measured")]
+        sizes += [one["largest"][0]["size_bytes"], _latents_bytes(one)]
+        cells = [f"{size / 2**20:,.0f}" if size else "" for size in sizes]
+        rows.append((one["shape"]["name"], LABELS[one["contender"]], *cells))
+    head = ("", "MiB of a training step", "between steps", "peak by the formula", "counted")
+    head += ("measured", "largest allocation", "one [B, F] in bfloat16 would be")
+    note = "Counted: on meta tensors, products in bfloat16. Measured: by the allocator of a GPU."
+    return note + "\n\n" + markdown(head, rows)
+
+
+def memory_picture(found: Json, path: Path) -> None:
+    from matplotlib import colormaps
+
+    many = found["memory"]
+    figure, ((panel,),) = _figure(1, 1, (8.5, 0.5 * len(many) + 1.6))
+    terms = list(dict.fromkeys(name for one in many for name in one["terms_bytes"]))
+    for place, one in enumerate(many):
+        left = 0.0
+        for number, term in enumerate(terms):
+            size = one["terms_bytes"].get(term, 0) / 2**30
+            panel.barh(place, size, left=left, height=0.6, color=colormaps["tab20"](number))
+            left += size
+        peak = one["measured_bytes"] or one["counted_bytes"]
+        word = "measured" if one["measured_bytes"] else "counted"
+        panel.plot(2 * [peak / 2**30], [place - 0.4, place + 0.4], color="black", linewidth=1.5)
+        text = f" {peak / 2**30:.2f} {word}"
+        panel.text(max(left, peak / 2**30), place, text, va="center", fontsize=8)
+    labels = [f"{one['shape']['name']}, {LABELS[one['contender']]}" for one in many]
+    panel.set_yticks(range(len(many)), labels, fontsize=8)
+    panel.invert_yaxis()
+    panel.set_xlim(0, 1.2 * max(one["formula_bytes"] for one in many) / 2**30)
+    panel.set_xlabel("GiB at the peak of a step (bars: formula)", fontsize=9)
+    handles = [panel.barh(0, 0, color=colormaps["tab20"](n), label=t) for n, t in enumerate(terms)]
+    figure.legend(handles, terms, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
+    _bare(panel)
+    _save(figure, path)
+
+
+def _latents_bytes(one: Json) -> int:
+    return 2 * one["shape"]["tokens"] * Shape(**one["shape"]).dict_size
 
 
 # pytest-benchmark: {"benchmarks": […]}
@@ -291,11 +359,11 @@ def pytest_table(found: Json) -> str:
                 f"{one['extra_info']['floor_ms']:.3f}",
                 f"{one['extra_info']['share_of_ceiling']:.0%}",
             )
-            for one in group
+            for one in sorted(group, key=_pytest_order)
         ]
         head = ("", "of", "ms", "quartiles", "floor, ms", "share of the ceiling")
         title = f"**{title_of(group[0]['extra_info']['shape'])}**"
-        parts += [title, markdown(head, sorted(rows, key=lambda row: (row[1], float(row[2]))))]
+        parts += [title, markdown(head, rows)]
     return "\n\n".join(parts)
 
 
@@ -309,7 +377,7 @@ def pytest_picture(found: Json, path: Path) -> None:
     ratios = [len(group) for group in groups]
     figure, panels = _figure(len(groups), 1, (8.5, height), height_ratios=ratios)
     for (panel,), group in zip(panels, groups, strict=True):
-        group = sorted(group, key=lambda one: (one["group"], one["stats"]["median"]))
+        group = sorted(group, key=_pytest_order)
         for place, one in enumerate(group):
             ms, floor = 1e3 * one["stats"]["median"], one["extra_info"]["floor_ms"]
             panel.barh(place, ms, color="#3f8fd2", height=0.7)
@@ -322,8 +390,15 @@ def pytest_picture(found: Json, path: Path) -> None:
         panel.set_xlim(0, 1.35 * max(1e3 * one["stats"]["median"] for one in group))
         panel.set_title(title_of(group[0]["extra_info"]["shape"]), fontsize=9, loc="left")
         _bare(panel)
-    panels[-1][0].set_xlabel("ms (light: measured median; dark: floor)")
+    panels[-1][0].set_xlabel("ms (light: measured median; dark: floor)", fontsize=9)
     _save(figure, path)
+
+
+def _pytest_order(one: Json) -> tuple[str, int, float]:
+    """By operation, then forward, backward, both, then time."""
+    operation, _, direction = one["group"].split(",")[0].partition(" ")
+    directions = ("", "forward", "backward", "both")
+    return operation, directions.index(direction), one["stats"]["median"]
 
 
 def _pytest_name(one: Json) -> str:
@@ -337,6 +412,7 @@ KINDS: dict[str, tuple[Callable[[Json], str], Callable[[Json, Path], None]]] = {
     "shapes": (steps_table, steps_picture),
     "cells": (isoflop_table, isoflop_picture),
     "profiles": (profile_table, profile_picture),
+    "memory": (memory_table, memory_picture),
     "benchmarks": (pytest_table, pytest_picture),
 }
 """By the key that only such a file has: table and picture."""
@@ -345,20 +421,14 @@ KINDS: dict[str, tuple[Callable[[Json], str], Callable[[Json, Path], None]]] = {
 # Pictures
 
 
-def _figure(rows: int, columns: int, size: tuple[float, float], sharex=False, height_ratios=None):
+def _figure(rows: int, columns: int, size: tuple[float, float], **options):
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     return pyplot.subplots(
-        rows,
-        columns,
-        figsize=size,
-        squeeze=False,
-        sharex=sharex,
-        height_ratios=height_ratios,
-        layout="constrained",
+        rows, columns, figsize=size, squeeze=False, layout="constrained", **options
     )
 
 

@@ -241,7 +241,7 @@ def test_report_makes_tables_and_pictures(tmp_path):
     report.main([str(tmp_path), "--no-pictures"])
     text = (tmp_path / "report.md").read_text()
     assert "| KronSAE, the paper's listing |" in text
-    assert "| 2^13 | 64 | KronSAE, kronsae_kernels | 2.00 | 500,000 | 200 M | 0.11 |" in text
+    assert "| 2^13 | 64 | KronSAE, kronsae_kernels | 2.00 | 500,000 | 200 M | 6.60 |" in text
     assert "does not fit in memory" in text
 
     pytest.importorskip("matplotlib")

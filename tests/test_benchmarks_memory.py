@@ -1,5 +1,7 @@
 """Memory of a training step, counted storage by storage on meta tensors."""
 
+import json
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -81,9 +83,7 @@ def test_counting_follows_storages():
 
 
 def test_command(capsys, tmp_path):
-    import json
-
-    from benchmarks import memory
+    from benchmarks import memory, report
 
     file = tmp_path / "memory.json"
     memory.main(["--shape", "toy", "--contender", "kron fused", "--device", "cpu"]
@@ -94,3 +94,8 @@ def test_command(capsys, tmp_path):
     (found,) = json.loads(file.read_text())["memory"]
     assert found["counted_bytes"] > found["state_bytes"] > 0
     assert sum(found["terms_bytes"].values()) == found["formula_bytes"]
+
+    text = report.write(tmp_path, pictures=find_spec("matplotlib") is not None)
+    assert "| toy | KronSAE, kronsae_kernels, fused step | 0 | 0 | 0 |  | 0 | 0 |" in text
+    if find_spec("matplotlib"):
+        assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
