@@ -259,6 +259,16 @@ def launched(call: Callable[[Data], Results], data: Data, device: torch.device) 
     return {launch.kernel.fn.__name__ for launch in launches}
 
 
+def require_same(results: Results, expected: Results) -> None:
+    """Integers are equal, numbers close; else WrongResult."""
+    for place, (got, wanted) in enumerate(zip(results, expected, strict=True)):
+        if got.is_floating_point():
+            require_close(f"result {place}", got.float(), wanted.float(), TOLERANCE)
+        elif not torch.equal(got, wanted):
+            different = int((got != wanted).sum())
+            raise WrongResult(f"result {place}: {different} of {got.numel()} differ")
+
+
 def measure(
     kernel: str, data: Data, device: torch.device, rounds: int, most: int, end: float
 ) -> dict[str, Any]:
@@ -290,8 +300,7 @@ def measure(
             skipped[label] = "no time left"
             continue
         try:
-            for place, (got, wanted) in enumerate(zip(checked(changes), expected, strict=True)):
-                require_close(f"result {place}", got.float(), wanted.float(), TOLERANCE)
+            require_same(checked(changes), expected)
             run = configured(changes)
             calls[label] = graphed(run) if device.type == "cuda" else run
         except WrongResult as wrong:

@@ -88,6 +88,20 @@ def test_wrong_result_is_not_timed(monkeypatch):
     assert late["skipped"]["num_warps 2"] == "no time left"
 
 
+def test_integers_must_be_equal():
+    import torch
+
+    from benchmarks.measure import WrongResult
+    from benchmarks.tune import require_same
+
+    indices = torch.arange(100_000)
+    other = indices.clone()
+    other[7] += 1
+    require_same((indices, indices.float()), (indices.clone(), indices + 1e-3))
+    with pytest.raises(WrongResult, match="result 1: 1 of 100000 differ"):
+        require_same((indices.float(), indices), (indices.float(), other))
+
+
 def test_alternatives_are_of_the_table():
     """Each kernel of the table has some, and each names numbers that its kernel has."""
     from benchmarks import tune
