@@ -16,6 +16,8 @@ if not torch.cuda.is_available():
     # Triton reads it when it and the kernels are imported: later too.
     os.environ["TRITON_INTERPRET"] = "1"
 
+pytest.register_assert_rewrite("truth")
+
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 hypothesis.settings.register_profile(
