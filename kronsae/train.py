@@ -22,14 +22,14 @@ from kronsae.cli import Request, parse
 from kronsae.config import RunConfig
 from kronsae.errors import InputError
 from kronsae.evaluate import Heldout
-from kronsae.fit import FitResult, fit, resolve_device
+from kronsae.fit import FitResult, fit, fit_many, resolve_device
 from kronsae.learner import why_not_fused
 from kronsae.metrics import MEANING
 from kronsae.plan import make_plan, render
 from kronsae.report import write_report
 from kronsae.run import RunFolder
 
-__all__ = ["fit", "main"]
+__all__ = ["fit", "fit_many", "main"]
 
 
 def main(argv: list[str] | None = None) -> int:
