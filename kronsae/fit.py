@@ -421,6 +421,11 @@ def _open(
                 f"{folder.path} has the members {list(found)}, and cannot go on with "
                 f"{list(settings)}"
             )
+        for each in found.values():
+            # A run of an older version lacks the settings that came later: it had their defaults.
+            for part, cls in (("sae", SAEConfig), ("train", TrainConfig)):
+                defaults = {spec.name: spec.default for spec in dataclasses.fields(cls)}
+                each["config"][part] = {**defaults, **each["config"][part]}
         differences = [
             line
             for name in found
