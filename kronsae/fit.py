@@ -176,8 +176,7 @@ def _train_and_judge(session: "_Session", heldout: Heldout | None) -> None:
         for member in session.live:
             metrics: dict[str, float] = {}
             if stop.received is None and heldout is not None:
-                sae = member.sae(stream)
-                metrics = evaluate(sae, heldout) | evaluate_cross_entropy(sae, heldout)
+                metrics = _judge(member.sae(stream), heldout)
                 member.record("final", metrics, stream)
             member.finish(stream, metrics, stopped_by=stop.received)
         session.note()
@@ -225,6 +224,10 @@ def _train(session: "_Session", heldout: Heldout | None, stop: "_Stop") -> None:
             saved_at = step
     if stream.steps > saved_at:
         session.save()
+
+
+def _judge(sae: SAE, heldout: Heldout) -> dict[str, float]:
+    return evaluate(sae, heldout) | evaluate_cross_entropy(sae, heldout)
 
 
 class _Member:

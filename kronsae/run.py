@@ -189,6 +189,10 @@ class SweepFolder(_Folder):
             for folder in (run.path, run.checkpoints):
                 remove_leftovers(folder)
 
+    def members(self) -> dict[str, dict[str, Any]]:
+        """What sweep.json holds of each member."""
+        return _read_index(self.index, "kronsae-sweep", {"members"})["members"]
+
     def note(self, endings: dict[str, dict[str, Any]], comparison: str) -> None:
         """Add to sweep.json how each member ended, and write comparison.md."""
         document = _read_index(self.index, "kronsae-sweep", {"members"})

@@ -8,7 +8,6 @@ from typing import Any
 
 from kronsae.config import SAEConfig, TrainConfig
 from kronsae.errors import InputError
-from kronsae.metrics import MEANING
 
 SHARED = (
     *("tokens", "batch_size", "data_seed", "device"),
@@ -66,12 +65,12 @@ def check_names(names: Sequence[str]) -> None:
 
 
 def name_of(overrides: dict[str, Any]) -> str:
-    """A member's name, from the settings that it has of its own: "k16-m2", "dense-lr0.001"."""
+    """A member's name, from the settings that it has of its own: "k16-m2", "dense-lr0.001", ""."""
     parts = [
         str(value) if isinstance(value, str) else f"{name}{value:g}"
         for name, value in overrides.items()
     ]
-    return "-".join(parts) or "base"
+    return "-".join(parts)
 
 
 def product(entries: Iterable[dict[str, Any]], lists: dict[str, list[Any]]) -> list[dict[str, Any]]:
@@ -91,13 +90,19 @@ def product(entries: Iterable[dict[str, Any]], lists: dict[str, list[Any]]) -> l
     return members
 
 
-_SHOWN = ("explained_variance", "l0", "dead_share", "ce_recovered")
+_SHOWN = {
+    "explained_variance": "explained variance",
+    "l0": "L0",
+    "dead_share": "dead",
+    "ce_recovered": "CE recovered",
+}
+"""Figures of `kronsae.metrics` in the table, and the head of their column."""
 
 
 def comparison(members: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Head and rows of a table of {name: {"config", "tokens", "metrics", "step_ms", "failed"}}."""
     shown = [key for key in _SHOWN if any(key in each["metrics"] for each in members.values())]
-    head = ["member", "encoder", "F", "k", "M multiply-adds", "ms a step"]
+    head = ["member", "encoder", "F", "k", "M mult-adds", "ms a step"]
     rows = []
     for name, each in members.items():
         sae = SAEConfig(**each["config"]["sae"])
@@ -105,7 +110,7 @@ def comparison(members: dict[str, dict[str, Any]]) -> tuple[list[str], list[list
         rows.append(
             [
                 name,
-                f"{sae.heads:,} x {sae.m} x {sae.n}" if kron else sae.encoder,
+                f"{sae.heads}x{sae.m}x{sae.n}" if kron else sae.encoder,
                 f"{sae.dict_size:,}",
                 str(sae.k),
                 f"{sae.flops_per_token() / 1e6:,.2f}",
@@ -115,7 +120,7 @@ def comparison(members: dict[str, dict[str, Any]]) -> tuple[list[str], list[list
         )
         if each["failed"]:
             rows[-1][0] += f" (stopped after {each['tokens']:,} tokens)"
-    return [*head, *(MEANING[key][0] for key in shown)], rows
+    return [*head, *(_SHOWN[key] for key in shown)], rows
 
 
 def markdown(members: dict[str, dict[str, Any]]) -> str:

@@ -8,6 +8,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from kronsae.config import DataConfig
+from kronsae.data.common import reason
 from kronsae.data.language_model import (
     EMBEDDED_LAYER,
     check_layer,
@@ -17,6 +18,7 @@ from kronsae.data.language_model import (
 )
 from kronsae.data.loading import has_causal_class, load_config, quiet
 from kronsae.embedded import EMBEDDED_MODEL
+from kronsae.errors import InputError
 
 
 class Outline(NamedTuple):
@@ -30,6 +32,14 @@ class Outline(NamedTuple):
     """Multiply-adds of a forward pass that ends at the hookpoint."""
     context_length: int
     """Tokens a context that the multiply-adds are of."""
+    hidden_size: int
+    """Width of the residual stream."""
+    vocabulary: int
+    """Tokens that it tells apart."""
+
+
+class NoOutline(InputError):
+    """The model cannot be outlined; it may still load and run."""
 
 
 def outline(config: DataConfig, context_length: int = 1024) -> Outline:
@@ -37,7 +47,8 @@ def outline(config: DataConfig, context_length: int = 1024) -> Outline:
 
     A model that only runs on numbers is outlined by its parts: the width of the module, or of the
     model, and a multiply-add for each weight of the blocks up to the hookpoint.
-    Raises InputError if its config.json cannot be had, or it has no such layer or module.
+    Raises InputError if its config.json cannot be had, or it has no such layer or module;
+    NoOutline if it is a model that cannot be made without its weights.
     """
     from transformers import AutoModel, AutoModelForCausalLM
 
@@ -49,8 +60,13 @@ def outline(config: DataConfig, context_length: int = 1024) -> Outline:
         if layer is not None:
             check_layer(config.model, settings, layer)
         loader = AutoModelForCausalLM if has_causal_class(settings) else AutoModel
-        with torch.device("meta"):
-            model = loader.from_config(settings, trust_remote_code=config.trust_remote_code)
+        try:
+            with torch.device("meta"):
+                model = loader.from_config(settings, trust_remote_code=config.trust_remote_code)
+        except Exception as error:  # of dozens of kinds
+            raise NoOutline(
+                f"model {config.model!r} cannot be made without weights ({reason(error)})"
+            ) from error
     if layer is None:
         modules = [find_module(model, config.model, config.hookpoint)]
     else:
@@ -58,6 +74,7 @@ def outline(config: DataConfig, context_length: int = 1024) -> Outline:
     text = settings.get_text_config()
     longest = getattr(text, "max_position_embeddings", None) or context_length
     tokens = min(config.context_length or context_length, longest)
+    vocabulary = getattr(text, "vocab_size", 0)
     parameters = sum(p.numel() for p in model.parameters())
     for module in modules:
         try:
@@ -65,12 +82,13 @@ def outline(config: DataConfig, context_length: int = 1024) -> Outline:
         except Exception as error:  # whatever a model does that needs numbers
             warnings.warn(f"{config.model} is outlined by its parts: {error}", stacklevel=2)
             continue
-        return Outline(d, parameters, flops, tokens)
+        return Outline(d, parameters, flops, tokens, text.hidden_size, vocabulary)
     blocks = [module for _, found in lists_of_blocks(model) for module in found]
     used = blocks if layer is None else blocks[: layer + 1]
     weights = sum(p.numel() for block in used for p in block.parameters())
-    width = modules and (getattr(modules[0], "out_features", None) or text.hidden_size)
-    return Outline(width or text.hidden_size, parameters, weights, tokens)
+    width = modules and getattr(modules[0], "out_features", None)
+    hidden = text.hidden_size
+    return Outline(width or hidden, parameters, weights, tokens, hidden, vocabulary)
 
 
 class _Reached(Exception):
