@@ -266,7 +266,7 @@ def _summarise(
     done = f"\nTrained on {tokens:,} tokens in {seconds:,.0f} s. Everything is in {folder.path}:\n"
     console.print("\n[bold]On held-out text[/bold]")
     if isinstance(folder, SweepFolder):
-        console.print(_comparison(folder))
+        console.print(_comparison(folder), markup=False)
         for name, result in results.items():
             if result.failed:
                 console.print(f"{name} ended early: {result.failed}", style="red", markup=False)
@@ -301,15 +301,17 @@ def _summarise(
     )
 
 
-def _comparison(folder: SweepFolder) -> Table:
-    """The members of a sweep that has ended, as a table."""
+def _comparison(folder: SweepFolder) -> str:
+    """The members of a sweep that has ended, as a table: figures to the right."""
     head, rows = comparison(folder.members())
-    table = Table(box=None, padding=(0, 1), pad_edge=False)
-    for place, name in enumerate(head):
-        table.add_column(name, justify="left" if place < 2 else "right")
-    for row in rows:
-        table.add_row(*map(escape, row))
-    return table
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if place < 2 else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in (head, *rows)
+    )
 
 
 if __name__ == "__main__":
