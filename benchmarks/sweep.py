@@ -37,9 +37,10 @@ def members(dict_size: int, k: int) -> dict[str, SAEConfig]:
     return found
 
 
-def open_stream(batch_size: int) -> LanguageModelActivations:
-    config = DataConfig(layer=2, buffer_tokens=65_536, heldout_tokens=4096)
-    return open_activations(config, batch_size=batch_size, seed=0, device="cpu")
+def open_stream(config: TrainConfig) -> LanguageModelActivations:
+    buffer = min(65_536, config.tokens)  # it is filled before the first batch
+    data = DataConfig(layer=2, buffer_tokens=buffer, heldout_tokens=4096)
+    return open_activations(data, batch_size=config.batch_size, seed=0, device="cpu")
 
 
 def read(source: LanguageModelActivations, tokens: int) -> Iterator[Tensor]:
@@ -72,11 +73,11 @@ def measure(saes: dict[str, SAEConfig], config: TrainConfig) -> dict[str, Any]:
 
     Raises AssertionError if a member of the sweep is not, byte for byte, what it is alone.
     """
-    source = open_stream(config.batch_size)
+    source = open_stream(config)
     clock = Clock()
     batches = list(read(source, config.tokens))
     stream = clock.read()
-    source = open_stream(config.batch_size)
+    source = open_stream(config)
     clock = Clock()
     together = fit_many(list(saes.values()), source, config, names=list(saes))
     sweep = clock.read()

@@ -244,7 +244,8 @@ class _Member:
         self.settings = plan.settings
         self.on_record = on_record
         self.run = folder.runs[plan.name] if folder else None
-        self.log = Log(self.run, plan.train, plan.settings)
+        group = folder.path.name if isinstance(folder, SweepFolder) else None
+        self.log = Log(self.run, plan.train, plan.settings, group)
         self.learner: Learner | None = Learner(plan.sae, plan.train, device)
         self.figures: dict[str, float] = {}  # of the last step
         self.history: list[dict[str, Any]] = []

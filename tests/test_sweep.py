@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import signal
+import sys
+import types
 
 import pytest
 import torch
@@ -272,6 +274,32 @@ def test_what_is_resumed_must_be_what_was_made(whole):
         fit(SAES["small"], X, TRAIN, out=whole / "small", resume=True)
     with pytest.raises(InputError, match="exists already: --resume"):
         sweep(out=whole)
+
+
+def test_members_are_logged_side_by_side(tmp_path, monkeypatch):
+    """wandb gets a run for each, whose name and id no other sweep's member has."""
+    import kronsae.logs
+
+    class Run:
+        def __init__(self, **options):
+            self.options, self.records, self.finished = options, [], False
+            runs.append(self)
+
+        def log(self, record, step):
+            self.records.append((step, record["train/loss"]))
+
+        def finish(self):
+            self.finished = True
+
+    runs = []
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=Run))
+    monkeypatch.setattr(kronsae.logs, "find_spec", lambda name: object())
+    trains = {n: dataclasses.replace(t, wandb="project") for n, t in TRAINS.items()}
+    results = sweep(trains=trains, out=tmp_path / "night")
+    assert [run.options["id"] for run in runs] == [f"night-{name}" for name in SAES]
+    for run, result in zip(runs, results.values(), strict=True):
+        assert run.options["group"] == "night" and run.options["reinit"] == "create_new"
+        assert run.records == [(r["step"], r["loss"]) for r in result.history] and run.finished
 
 
 def test_data_that_ends_early_keeps_the_work_of_all(tmp_path):
