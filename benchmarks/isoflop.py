@@ -21,6 +21,7 @@ from benchmarks.floors import measure_ceilings
 from benchmarks.measure import Memory, alone, describe, reason, rotating
 from benchmarks.shapes import Shape, batches
 from benchmarks.steps import CONTENDERS, LABELS, best_of_ours
+from kronsae.flops import equal_budget
 
 BUDGET_TOKENS = 125_000_000
 """The tokens that the TopK SAE sees: the paper's smallest budget. [KronSAE, App. A.1]"""
@@ -63,8 +64,7 @@ def measure(shape: Shape, name: str, xs: list[Tensor], seconds: float) -> dict[s
     except Exception as broken:  # the others still tell something
         return {**cell, "skipped": reason(broken)}
     rate = 1e3 * shape.tokens / timing.median_ms
-    spent = BUDGET_TOKENS * shape.flops_per_token("dense")
-    tokens = spent / cell["flops_per_token"]
+    tokens = equal_budget(BUDGET_TOKENS, shape.flops_per_token("dense"), cell["flops_per_token"])
     return {
         **cell,
         "ms": timing.median_ms,

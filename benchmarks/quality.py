@@ -24,6 +24,7 @@ from kronsae import DataConfig, SAEConfig, TrainConfig
 from kronsae.data import open_activations
 from kronsae.evaluate import Heldout
 from kronsae.fit import fit
+from kronsae.flops import equal_budget
 
 RESULTS = Path(__file__).parent / "results"
 LEARNING_RATES = (8e-4, 2e-3, 4e-3, 8e-3)
@@ -64,7 +65,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     kron = SAEConfig(m=arguments.m, n=arguments.n, **size)
     dense = SAEConfig(encoder="dense", **size)
     tokens = arguments.tokens
-    more = round(tokens * dense.flops_per_token() / kron.flops_per_token())
+    more = equal_budget(tokens, dense.flops_per_token(), kron.flops_per_token())
     x, heldout = harvest(max(tokens, more), seed=0)
     plan = [
         ("TopK", dense, tokens),

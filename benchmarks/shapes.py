@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from kronsae import flops
+
 
 class Shape(NamedTuple):
     """A dictionary of F = h m n latents, k of them active, and a batch of activations [B, d]."""
@@ -30,9 +32,8 @@ class Shape(NamedTuple):
 
     def flops_per_token(self, encoder: str) -> int:
         """Multiply-adds of a forward pass. [KronSAE, eq. 7]"""
-        if encoder == "dense":
-            return self.d * self.dict_size + self.k * self.d
-        return self.d * self.columns + self.m * self.n * self.heads + self.k * self.d
+        parts = {"heads": self.heads, "m": self.m, "n": self.n} if encoder == "kron" else {}
+        return flops.forward(self.d, self.dict_size, self.k, **parts)
 
     def rows(self, encoder: str) -> int:
         """Rows of the encoder's weight, each of d numbers."""
@@ -43,12 +44,8 @@ class Shape(NamedTuple):
         return self.rows(encoder) * (self.d + 1) + self.dict_size * self.d + self.d
 
     def step_flops(self, encoder: str) -> int:
-        """Multiply-adds of a training step, had the backward pass two products for each forward.
-
-        So steps are counted where FLOPs are compared [KronSAE, eq. 7]; what a step cannot do
-        without is less, see `floors`.
-        """
-        return 3 * self.tokens * self.flops_per_token(encoder)
+        """Multiply-adds of a training step; what it cannot do without is less, see `floors`."""
+        return self.tokens * flops.counted_step(self.flops_per_token(encoder))
 
     def __str__(self) -> str:
         return (

@@ -15,7 +15,7 @@ import torch
 from kronsae.errors import InputError
 from kronsae.files import replace_directory, sha256, write_json
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 TENSORS_NAME = "state.safetensors"
 VALUES_NAME = "state.json"
 _TENSOR_KEY = "__tensor__"
@@ -110,7 +110,19 @@ def list_checkpoints(checkpoints: Path) -> list[Path]:
     if not checkpoints.is_dir():
         return []
     found = [path for path in checkpoints.iterdir() if pattern.fullmatch(path.name)]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+    return sorted(found, key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """The step of a folder step-NNNNNNNN."""
+    return int(folder.name.removeprefix("step-"))
+
+
+def drop_after(checkpoints: Path, step: int) -> None:
+    """Remove all checkpoints of steps after `step`."""
+    for path in list_checkpoints(checkpoints):
+        if step_of(path) > step:
+            shutil.rmtree(path)
 
 
 def prune(checkpoints: Path, keep: int) -> None:

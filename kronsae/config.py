@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from kronsae import flops
 from kronsae.errors import InputError
 
 ENCODERS = ("kron", "dense")
@@ -104,9 +105,9 @@ class SAEConfig:
 
     def flops_per_token(self) -> int:
         """Multiply-adds of one token's forward pass. [KronSAE, eq. 7]"""
-        encode = self.d_model * self.encoder_rows
-        compose = self.dict_size if self.encoder == "kron" else 0
-        return encode + compose + self.k * self.d_model
+        return flops.forward(
+            self.d_model, self.dict_size, self.k, heads=self.heads, m=self.m, n=self.n
+        )
 
 
 @dataclass(frozen=True)
@@ -193,6 +194,9 @@ class TrainConfig:
         "but at least 10 batches)",
     )
     seed: int = setting(0, "seed of everything random")
+    data_seed: int | None = setting(
+        None, "seed of the order of the data (default: the same as --seed)"
+    )
     device: str = setting("auto", "cpu, cuda, cuda:1, ... (auto: cuda where there is one)")
     dtype: str = setting(
         "auto",
@@ -227,7 +231,9 @@ class TrainConfig:
         for name in ("warmup_fraction", "auxk_fraction"):
             value = getattr(self, name)
             _require(0 <= value <= 1, f"{name}: expected 0 to 1, got {value}")
-        _require(0 <= self.seed < 2**40, f"seed: expected 0 to 2**40 - 1, got {self.seed}")
+        for name in ("seed", "data_seed"):
+            value = getattr(self, name) or 0
+            _require(0 <= value < 2**40, f"{name}: expected 0 to 2**40 - 1, got {value}")
         _require(
             self.dtype in ("auto", *DTYPES),
             f"dtype: one of {('auto', *DTYPES)}, not {self.dtype!r}",
@@ -241,6 +247,11 @@ class TrainConfig:
     def steps(self) -> int:
         """Optimizer steps of the whole budget; the last batch may be smaller."""
         return math.ceil(self.tokens / self.batch_size)
+
+    @property
+    def stream_seed(self) -> int:
+        """What the order of the data is drawn from; `seed` draws the weights."""
+        return self.seed if self.data_seed is None else self.data_seed
 
     @property
     def dead_after(self) -> int:

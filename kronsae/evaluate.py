@@ -1,7 +1,8 @@
 """How good an SAE is on text that it was never trained on."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -25,6 +26,32 @@ class Heldout:
     """[c, L] bool: tokens that an SAE is trained on (no BOS, no padding, no first position)."""
     language_model: Any | None = None
     """The `kronsae.data.LanguageModel` that read the contexts."""
+
+    @cached_property
+    def unspliced(self) -> dict[str, float]:
+        """ce_clean and ce_zero, which no SAE takes part in: measured once for all of them."""
+        return {
+            "ce_clean": self.cross_entropy(None),
+            "ce_zero": self.cross_entropy(torch.zeros_like),
+        }
+
+    @torch.no_grad()
+    def cross_entropy(self, replace: Callable[[Tensor], Tensor] | None) -> float:
+        """Mean next-token cross-entropy of the contexts, in nats.
+
+        replace: what takes the place of the activations [b, t, d] where the mask is True.
+        """
+        total, count = 0.0, 0
+        for ids, mask in zip(self.contexts.split(16), self.mask.split(16), strict=True):
+            selected = mask[..., None].to(self.language_model.device)
+
+            def replaced(x: Tensor, selected: Tensor = selected) -> Tensor:
+                return torch.where(selected, replace(x), x)
+
+            losses = self.language_model.token_losses(ids, replace=replace and replaced)
+            total += losses.double().sum().item()
+            count += losses.numel()
+        return total / count
 
 
 @torch.no_grad()
@@ -57,30 +84,18 @@ def evaluate_cross_entropy(sae: SAE, heldout: Heldout) -> dict[str, float]:
     they are, reconstructed, and zeroed; ce_recovered = (zero - spliced) / (zero - clean). Only
     tokens in the mask are replaced. Empty if no model (or one without a language head) is there.
     """
-    model, contexts = heldout.language_model, heldout.contexts
-    if model is None or contexts is None or not model.has_cross_entropy:
+    model = heldout.language_model
+    if model is None or heldout.contexts is None or not model.has_cross_entropy:
         return {}
-    sums = dict.fromkeys(("ce_clean", "ce_spliced", "ce_zero"), 0.0)
-    count = 0
-    for ids, mask in zip(contexts.split(16), heldout.mask.split(16), strict=True):
-        selected = mask[..., None].to(model.device)
-
-        def spliced(x: Tensor, selected: Tensor = selected) -> Tensor:
-            x_hat = sae(x.to(sae.W_dec)).x_hat
-            return torch.where(selected, x_hat.to(x), x)
-
-        def zeroed(x: Tensor, selected: Tensor = selected) -> Tensor:
-            return x.masked_fill(selected, 0)
-
-        replacements = {"ce_clean": None, "ce_spliced": spliced, "ce_zero": zeroed}
-        for name, replace in replacements.items():
-            sums[name] += model.token_losses(ids, replace=replace).double().sum().item()
-        count += ids[:, 1:].numel()
-    out = {name: total / count for name, total in sums.items()}
-    out["ce_recovered"] = cross_entropy_recovered(
-        out["ce_clean"], out["ce_spliced"], out["ce_zero"]
-    )
-    return out
+    limits = heldout.unspliced
+    spliced = heldout.cross_entropy(lambda x: sae(x.to(sae.W_dec)).x_hat.to(x))
+    recovered = cross_entropy_recovered(limits["ce_clean"], spliced, limits["ce_zero"])
+    return {
+        "ce_clean": limits["ce_clean"],
+        "ce_spliced": spliced,
+        "ce_zero": limits["ce_zero"],
+        "ce_recovered": recovered,
+    }
 
 
 def _batches(activations: Tensor, sae: SAE) -> Iterator[Tensor]:

@@ -1,10 +1,10 @@
-"""`fit`: train one SAE on a stream of activations, with logging, checkpoints and evaluation."""
+"""`fit` and `fit_many`: train SAEs on one stream of activations, with logs and checkpoints."""
 
 import dataclasses
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -19,11 +19,10 @@ from kronsae.errors import InputError
 from kronsae.evaluate import Heldout, evaluate, evaluate_cross_entropy
 from kronsae.learner import Learner, Normalizer
 from kronsae.logs import Log, check_packages
-from kronsae.run import RunFolder
-from kronsae.sae import SAE
-
-NORMALIZER_TOKENS = 8192
-"""How many of the first activations give the mean and the scale of all."""
+from kronsae.run import SINGLE, RunFolder, SweepFolder, open_to_resume
+from kronsae.sae import SAE, load
+from kronsae.stream import DataEnded, Stream, is_finite
+from kronsae.sweep import check_names, markdown, one_stream
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +39,10 @@ class FitResult:
     """The logged records of this call, as in metrics.jsonl."""
     stopped_by: int | None
     """Number of the signal that ended the run early, or None."""
+    failed: str | None = None
+    """Why this member of a sweep ended before the others, or None."""
+    step_ms: float = 0.0
+    """Mean time of an optimizer step of this SAE alone, in this call."""
 
 
 def fit(
@@ -67,213 +70,308 @@ def fit(
     returned with `stopped_by`. Raises InputError if the data ends before the budget, is not finite,
     or does not fit the configuration; with `out`, the last good checkpoint is kept.
     """
-    config = train_config or TrainConfig()
+    [result] = _fit(
+        [_Plan(SINGLE, sae_config, train_config or TrainConfig(), settings or {})],
+        activations,
+        heldout,
+        out,
+        resume,
+        (lambda _, entry: on_record(entry)) if on_record else None,
+        sweep=False,
+    )
+    return result
+
+
+def fit_many(
+    sae_configs: Sequence[SAEConfig],
+    activations: Tensor | ActivationSource | Iterable[Tensor],
+    train_configs: TrainConfig | Sequence[TrainConfig] | None = None,
+    *,
+    names: Sequence[str] | None = None,
+    heldout: Heldout | Tensor | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    settings: Sequence[dict[str, Any]] | None = None,
+    on_record: Callable[[str, dict[str, Any]], None] | None = None,
+) -> list[FitResult]:
+    """Train any number of SAEs on the same batches, each as `fit` alone would, bit for bit.
+
+    train_configs: one for all, or one each; they may differ in what `kronsae.sweep.OWN` names. The
+        order of the data is the first member's, `seed` draws each member's weights.
+    names: of the members, and of their run folders in `out` (default: "sae-0", "sae-1", ...).
+    out: sweep folder (see `kronsae.run`).  settings: for each, as in `fit`.
+    on_record: called with the member's name and each logged record.
+    The rest is as in `fit`. Every step, each SAE in turn learns from the batch; the mean and scale
+    of the activations, and what does not depend on an SAE in the evaluation, is computed once.
+
+    A member whose gradient is not finite ends there, with the weights of the step before (its
+    result has `failed`), and the others go on. Returns the results in order. Raises InputError as
+    `fit` does, if the members cannot share a stream, or if all of them failed.
+    """
+    count = len(sae_configs)
+    if train_configs is None or isinstance(train_configs, TrainConfig):
+        train_configs = [train_configs or TrainConfig()] * count
+    names = [f"sae-{i}" for i in range(count)] if names is None else list(names)
+    settings = [{}] * count if settings is None else settings
+    lengths = {len(train_configs), len(names), len(settings)}
+    if not count or lengths != {count}:
+        raise InputError(
+            f"fit_many: expected one SAE or more, and as many of everything, got {count} SAEs, "
+            f"{len(train_configs)} train_configs, {len(names)} names, {len(settings)} settings"
+        )
+    check_names(names)
+    members = zip(names, sae_configs, one_stream(train_configs), settings, strict=True)
+    plans = [_Plan(*member) for member in members]
+    return _fit(plans, activations, heldout, out, resume, on_record, sweep=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What is to be made: one member."""
+
+    name: str
+    sae: SAEConfig
+    train: TrainConfig
+    settings: dict[str, Any]
+
+
+def _fit(
+    plans: list[_Plan],
+    activations: Tensor | ActivationSource | Iterable[Tensor],
+    heldout: Heldout | Tensor | None,
+    out: str | Path | None,
+    resume: bool,
+    on_record: Callable[[str, dict[str, Any]], None] | None,
+    sweep: bool,
+) -> list[FitResult]:
+    """`fit` and `fit_many`: they differ in the folders that they write, and in nothing else."""
+    config = plans[0].train  # what all share
     device = resolve_device(config.device)
     source = _as_source(activations, config)
-    sae_config = _with_width(sae_config, source.d_model)
     if isinstance(heldout, Tensor):
         heldout = Heldout(heldout.detach().reshape(-1, heldout.shape[-1]))
     if heldout is not None:
         _check_heldout(heldout.activations, source.d_model)
-    settings = {
-        "config": {
-            "sae": dataclasses.asdict(sae_config),
-            "data": None,
-            "train": dataclasses.asdict(config),
-        },
-        "data": source.describe(),
-        **(settings or {}),
-    }
+    plans = [_complete(plan, source) for plan in plans]
     check_packages(config)
-    session = _Session(Learner(sae_config, config, device), source, config)
-    run, state = _open_run(out, resume, settings)
-    if state is not None:
-        session.load_state_dict(state)
-    log = Log(run, config, settings)
-    history: list[dict[str, Any]] = []
+    folder, state = _open(out, resume, {p.name: p.settings for p in plans}, sweep)
+    session = _Session(Stream(source, config.tokens, device), config, folder)
+    try:
+        for plan in plans:
+            session.members[plan.name] = _Member(plan, device, folder, on_record)
+        if state is not None:
+            session.load_state_dict(state)
+        _train_and_judge(session, heldout)
+    finally:
+        session.close()
+    return [member.result for member in session.members.values()]
 
-    def record(kind: str, values: dict[str, float]) -> None:
-        entry = {"kind": kind, **session.position(), **values}
-        history.append(entry)
-        log(entry)
-        if on_record:
-            on_record(entry)
 
-    def save() -> None:
-        if run is not None:
-            run.save_checkpoint(
-                session.learner.step_count, session.state_dict(), config.keep_checkpoints
-            )
-
-    def finish(metrics: dict[str, float]) -> SAE:
-        sae = session.sae()
-        if run is not None:
-            facts = {**settings, "tokens": session.learner.tokens, "metrics": metrics}
-            sae.save(run.sae, facts)
-        return sae
-
-    metrics: dict[str, float] = {}
+def _train_and_judge(session: "_Session", heldout: Heldout | None) -> None:
+    """Train all members, evaluate them, and save what they have learned, whatever happens."""
+    stream = session.stream
     try:
         with _signals() as stop:
-            _train(session, config, heldout, record, save, stop)
-        if stop.received is None and heldout is not None:
-            sae = session.sae()
-            metrics = evaluate(sae, heldout) | evaluate_cross_entropy(sae, heldout)
-            record("final", metrics)
+            _train(session, heldout, stop)
+        for member in session.live:
+            metrics: dict[str, float] = {}
+            if stop.received is None and heldout is not None:
+                metrics = _judge(member.sae(stream), heldout)
+                member.record("final", metrics, stream)
+            member.finish(stream, metrics, stopped_by=stop.received)
+        session.note()
     except InputError as error:
-        if run is None or not session.learner.step_count:
+        for member in session.live if stream.steps else ():
+            member.finish(stream, {})
+        results = [member.result for member in session.members.values() if member.result]
+        learned = max((result.tokens for result in results), default=0)
+        if session.folder is None or not learned:
             raise
-        finish(metrics)
+        session.note()
+        folder = session.folder
+        where = folder.path if isinstance(folder, SweepFolder) else folder.sae
         raise InputError(
-            f"{error}\nWhat was learned in {session.learner.tokens:,} tokens is in {run.sae}"
+            f"{error}\nWhat was learned in {learned:,} tokens is in {where}"
         ) from error
-    finally:
-        log.close()
-        if run is not None:
-            run.release()
-    return FitResult(finish(metrics), session.learner.tokens, metrics, history, stop.received)
 
 
-def _train(
-    session: "_Session",
-    config: TrainConfig,
-    heldout: Heldout | None,
-    record: Callable[[str, dict[str, float]], None],
-    save: Callable[[], None],
-    stop: "_Stop",
-) -> None:
-    """The loop: batch, step, log, evaluate, checkpoint, until the budget is used or a signal."""
-    saved_at = session.learner.step_count
-    learner = session.learner
-    while learner.tokens < config.tokens and stop.received is None:
+def _train(session: "_Session", heldout: Heldout | None, stop: "_Stop") -> None:
+    """The loop: batch, steps, log, evaluate, checkpoint, until the budget is used or a signal."""
+    stream, config = session.stream, session.config
+    saved_at = stream.steps
+    while not stream.done and stop.received is None:
         try:
-            x = session.next_batch()
-            values = session.step(x)
+            x = stream.next()
         except DataEnded:
-            if learner.step_count > saved_at:
-                save()
+            if stream.steps > saved_at:
+                session.save()
             raise
-        except FloatingPointError as error:  # the weights are still those of the step before
-            raise InputError(str(error)) from error
-        step = learner.step_count
-        done = learner.tokens >= config.tokens
-        if step % config.log_every == 0 or done:
-            record("train", values)
-        if heldout is not None and config.eval_every and step % config.eval_every == 0 and not done:
-            record("heldout", evaluate(session.sae(), heldout))
-        if config.checkpoint_every and step % config.checkpoint_every == 0 and not done:
-            save()
+        for member in session.live:
+            member.step(x, stream)
+        if not session.live:
+            raise InputError("\n".join(m.result.failed for m in session.members.values()))
+        step = stream.steps
+        if step % config.log_every == 0 or stream.done:
+            rates = stream.rates()
+            for member in session.live:
+                member.record("train", member.figures | rates, stream)
+        evaluated = heldout is not None and config.eval_every and step % config.eval_every == 0
+        if evaluated and not stream.done:
+            for member in session.live:
+                member.record("heldout", evaluate(member.sae(stream), heldout), stream)
+        if config.checkpoint_every and step % config.checkpoint_every == 0 and not stream.done:
+            session.save()
             saved_at = step
-    if learner.step_count > saved_at:
-        save()
+    if stream.steps > saved_at:
+        session.save()
 
 
-def _is_finite(x: Tensor) -> bool:
-    return bool(torch.isfinite(x).all())
+def _judge(sae: SAE, heldout: Heldout) -> dict[str, float]:
+    return evaluate(sae, heldout) | evaluate_cross_entropy(sae, heldout)
 
 
-class DataEnded(InputError):
-    """The activations ended before the budget was used."""
+class _Member:
+    """One SAE that learns: its learner, its run folder, its log, and in the end its result."""
+
+    def __init__(
+        self,
+        plan: _Plan,
+        device: torch.device,
+        folder: RunFolder | SweepFolder | None,
+        on_record: Callable[[str, dict[str, Any]], None] | None,
+    ) -> None:
+        self.name = plan.name
+        self.settings = plan.settings
+        self.on_record = on_record
+        self.run = folder.runs[plan.name] if folder else None
+        group = folder.path.name if isinstance(folder, SweepFolder) else None
+        self.log = Log(self.run, plan.train, plan.settings, group)
+        self.learner: Learner | None = Learner(plan.sae, plan.train, device)
+        self.figures: dict[str, float] = {}  # of the last step
+        self.history: list[dict[str, Any]] = []
+        self.step_seconds, self.steps = 0.0, 0
+        self.result: FitResult | None = None
+
+    def step(self, x: Tensor, stream: Stream) -> None:
+        """One optimizer step on normalised activations [B, d]; ends the member if it diverges."""
+        began = time.monotonic()
+        try:
+            self.figures = self.learner.step(x)
+        except FloatingPointError as error:  # the weights are still those of the step before
+            self.finish(stream, {}, failed=str(error))
+            return
+        # The next member's gradients take the place of these.
+        self.learner.optimizer.zero_grad(set_to_none=True)
+        self.step_seconds += time.monotonic() - began
+        self.steps += 1
+
+    def record(self, kind: str, values: dict[str, float], stream: Stream) -> None:
+        entry = {"kind": kind, **stream.position(), **values}
+        self.history.append(entry)
+        self.log(entry)
+        if self.on_record:
+            self.on_record(self.name, entry)
+
+    def sae(self, stream: Stream) -> SAE:
+        """The SAE as it stands, of raw activations."""
+        normalizer: Normalizer = stream.normalizer
+        return self.learner.sae.folded(normalizer.mean, normalizer.scale)
+
+    def finish(
+        self,
+        stream: Stream,
+        metrics: dict[str, float],
+        *,
+        stopped_by: int | None = None,
+        failed: str | None = None,
+    ) -> None:
+        """Save the SAE, make the result, and let go of the learner."""
+        if stream.normalizer is None:
+            raise InputError("no step was made: there is no SAE to save")
+        sae, tokens = self.sae(stream), self.learner.tokens
+        if self.run is not None:
+            facts = {**self.settings, "tokens": tokens, "metrics": metrics}
+            sae.save(self.run.sae, facts | ({"failed": failed} if failed else {}))
+        step_ms = 1e3 * self.step_seconds / max(1, self.steps)
+        self.result = FitResult(sae, tokens, metrics, self.history, stopped_by, failed, step_ms)
+        self.learner = None
+
+    def restore_failed(self, message: str) -> None:
+        """Take over the result of an earlier session, in which this member failed."""
+        sae = load(self.run.sae)
+        self.result = FitResult(sae, sae.metadata["tokens"], {}, [], None, message)
+        self.learner = None
 
 
 class _Session:
-    """A learner with its stream of normalised batches, and the clock."""
+    """The stream and all members, and how they are saved together."""
 
-    def __init__(self, learner: Learner, source: ActivationSource, config: TrainConfig) -> None:
-        self.learner = learner
-        self.source = source
+    def __init__(
+        self, stream: Stream, config: TrainConfig, folder: RunFolder | SweepFolder | None
+    ) -> None:
+        self.stream = stream
         self.config = config
-        self.normalizer: Normalizer | None = None
-        self.pending: list[Tensor] = []  # batches that the normalizer saw, not yet trained on
-        self.batches: Iterator[Tensor] | None = None
-        self.seconds = 0.0  # of earlier sessions
-        self.started = time.monotonic()
-        self.waited = 0.0  # for data, since the last record
-        self.last_record = (self.started, 0)
+        self.folder = folder
+        self.members: dict[str, _Member] = {}
 
-    def next_batch(self) -> Tensor:
-        """The next batch [B, d], cut to the budget. Raises InputError if there is none."""
-        began = time.monotonic()
-        if self.batches is None:
-            self.batches = iter(self.source)
-        if self.normalizer is None:
-            self._measure_normalizer()
-        x = self.pending.pop(0) if self.pending else next(self.batches, None)
-        self.waited += time.monotonic() - began
-        if x is None:
-            raise DataEnded(
-                f"the data ended after {self.learner.tokens:,} of {self.config.tokens:,} tokens: "
-                "give more text, more --epochs, or fewer --tokens"
-            )
-        if not _is_finite(x):
-            bad = int((~torch.isfinite(x)).any(1).sum())
-            raise InputError(
-                f"batch {self.learner.step_count}: {bad} of {x.shape[0]} activations hold NaN or "
-                "infinity"
-            )
-        return x[: self.config.tokens - self.learner.tokens]
+    @property
+    def live(self) -> list[_Member]:
+        """The members that still learn."""
+        return [member for member in self.members.values() if member.result is None]
 
-    def _measure_normalizer(self) -> None:
-        """From the first batches, which are kept to be trained on (and to be judged) in turn."""
-        tokens = 0
-        while tokens < min(NORMALIZER_TOKENS, self.config.tokens):
-            x = next(self.batches, None)
-            if x is None:
-                break
-            self.pending.append(x)
-            if not _is_finite(x):
-                break
-            tokens += x.shape[0]
-        good = [x for x in self.pending if _is_finite(x)]
-        if good:
-            measured = Normalizer.of(torch.cat(good))
-            mean = measured.mean.to(self.learner.device)
-            self.normalizer = Normalizer(mean, measured.scale)
-
-    def step(self, x: Tensor) -> dict[str, float]:
-        """One optimizer step on raw activations [B, d]; its metrics and rates."""
-        values = self.learner.step(self.normalizer(x.to(self.learner.device, torch.float32)))
-        now, (before, tokens) = time.monotonic(), self.last_record
-        rates = {
-            "tokens_per_s": (self.learner.tokens - tokens) / max(1e-9, now - before),
-            "data_wait_share": min(1.0, self.waited / max(1e-9, now - before)),
-        }
-        if self.learner.step_count % self.config.log_every == 0:
-            self.last_record, self.waited = (now, self.learner.tokens), 0.0
-        return values | rates
-
-    def position(self) -> dict[str, Any]:
-        return {
-            "step": self.learner.step_count,
-            "tokens": self.learner.tokens,
-            "seconds": round(self.seconds + time.monotonic() - self.started, 3),
-        }
-
-    def sae(self) -> SAE:
-        """The SAE as it stands, of raw activations."""
-        if self.normalizer is None:
-            raise InputError("no step was made: there is no SAE to save")
-        return self.learner.sae.folded(self.normalizer.mean, self.normalizer.scale)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "learner": self.learner.state_dict(),
-            "normalizer": {"mean": self.normalizer.mean, "scale": self.normalizer.scale},
-            "source": self.source.state_dict(),
-            "pending": self.pending,
-            "torch_random_state": torch.get_rng_state(),
-            "seconds": self.position()["seconds"],
-        }
+    def save(self) -> None:
+        if self.folder is not None:
+            state = {
+                "stream": self.stream.state_dict(),
+                "members": {member.name: member.learner.state_dict() for member in self.live},
+                "failed": {
+                    name: member.result.failed
+                    for name, member in self.members.items()
+                    if member.result is not None
+                },
+            }
+            self.folder.save_checkpoint(self.stream.steps, state, self.config.keep_checkpoints)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.learner.load_state_dict(state["learner"])
-        mean = state["normalizer"]["mean"].to(self.learner.device)
-        self.normalizer = Normalizer(mean, state["normalizer"]["scale"])
-        self.source.load_state_dict(state["source"])
-        self.pending = state["pending"]
-        torch.set_rng_state(state["torch_random_state"])
-        self.seconds = state["seconds"]
-        self.last_record = (self.started, self.learner.tokens)
+        self.stream.load_state_dict(state["stream"])
+        for name, own in state["members"].items():
+            self.members[name].learner.load_state_dict(own)
+        for name, message in state["failed"].items():
+            self.members[name].restore_failed(message)
+
+    def note(self) -> None:
+        """Write a sweep's table, once all members have ended."""
+        if isinstance(self.folder, SweepFolder):
+            endings = {
+                name: {
+                    "config": member.settings["config"],
+                    "tokens": member.result.tokens,
+                    "metrics": member.result.metrics,
+                    "step_ms": member.result.step_ms,
+                    "stopped_by": member.result.stopped_by,
+                    "failed": member.result.failed,
+                }
+                for name, member in self.members.items()
+            }
+            self.folder.note(endings, markdown(endings))
+
+    def close(self) -> None:
+        for member in self.members.values():
+            member.log.close()
+        if self.folder is not None:
+            self.folder.release()
+
+
+def _complete(plan: _Plan, source: ActivationSource) -> _Plan:
+    """With the width of the activations, and everything that config.json holds."""
+    sae = _with_width(plan.sae, source.d_model)
+    config = {
+        "sae": dataclasses.asdict(sae),
+        "data": None,
+        "train": dataclasses.asdict(plan.train),
+    }
+    settings = {"config": config, "data": source.describe(), **plan.settings}
+    return dataclasses.replace(plan, sae=sae, settings=settings)
 
 
 @dataclasses.dataclass
@@ -306,26 +404,48 @@ def _signals() -> Iterator[_Stop]:
             signal.signal(number, handler)
 
 
-def _open_run(
-    out: str | Path | None, resume: bool, settings: dict[str, Any]
-) -> tuple[RunFolder | None, dict[str, Any] | None]:
+def _open(
+    out: str | Path | None, resume: bool, settings: dict[str, dict[str, Any]], sweep: bool
+) -> tuple[RunFolder | SweepFolder | None, dict[str, Any] | None]:
+    """The folder to train in, locked, and the state to go on from."""
     if out is None:
         if resume:
             raise InputError("resume needs the run folder: give `out`")
         return None, None
     if not resume:
-        run = RunFolder.create(out, settings)
-        run.lock()
-        return run, None
-    run, found = RunFolder.open(out)
-    run.lock()
-    for part in ("config", "data"):
-        differences = _differences(found[part], settings[part], part)
+        made = SweepFolder.create(out, settings) if sweep else None
+        folder = made or RunFolder.create(out, settings[SINGLE])
+        folder.lock()
+        return folder, None
+    folder, found = open_to_resume(out)
+    folder.lock()
+    try:
+        if found.keys() != settings.keys():
+            raise InputError(
+                f"{folder.path} has the members {list(found)}, and cannot go on with "
+                f"{list(settings)}"
+            )
+        for each in found.values():
+            # A run of an older version lacks the settings that came later: it had their defaults.
+            for part, cls in (("sae", SAEConfig), ("train", TrainConfig)):
+                defaults = {spec.name: spec.default for spec in dataclasses.fields(cls)}
+                each["config"][part] = {**defaults, **each["config"][part]}
+        differences = [
+            line
+            for name in found
+            for part in ("config", "data")
+            for line in _differences(
+                found[name][part], settings[name][part], part, f"{name}: " if sweep else ""
+            )
+        ]
         if differences:
             raise InputError(
-                f"{run.path} was made with other settings:\n  " + "\n  ".join(differences)
+                f"{folder.path} was made with other settings:\n  " + "\n  ".join(differences)
             )
-    return run, run.load_checkpoint()
+        return folder, folder.load_checkpoint()
+    except InputError:
+        folder.release()
+        raise
 
 
 FREE_TO_CHANGE = {
@@ -343,18 +463,18 @@ FREE_TO_CHANGE = {
 }
 
 
-def _differences(found: Any, given: Any, name: str) -> list[str]:
+def _differences(found: Any, given: Any, name: str, member: str = "") -> list[str]:
     """Lines "name: was X, is Y" where two nested dicts disagree in what decides the result."""
     if isinstance(found, dict) and isinstance(given, dict):
         keys = sorted(found.keys() | given.keys())
         return [
             line
             for key in keys
-            for line in _differences(found.get(key), given.get(key), f"{name}.{key}")
+            for line in _differences(found.get(key), given.get(key), f"{name}.{key}", member)
         ]
-    return (
-        [] if found == given or name in FREE_TO_CHANGE else [f"{name}: was {found!r}, is {given!r}"]
-    )
+    if found == given or name in FREE_TO_CHANGE:
+        return []
+    return [f"{member}{name}: was {found!r}, is {given!r}"]
 
 
 def resolve_device(name: str) -> torch.device:
@@ -377,7 +497,7 @@ def _check_heldout(x: Tensor, d_model: int) -> None:
             f"heldout: expected floating activations [t, {d_model}], at least two of them, got "
             f"{list(x.shape)} {x.dtype}"
         )
-    if not _is_finite(x):
+    if not is_finite(x):
         raise InputError("heldout: some activations are NaN or infinite")
     if (x == x[0]).all():
         raise InputError("heldout: all activations are equal, so nothing can be explained")
@@ -387,7 +507,7 @@ def _as_source(
     activations: Tensor | ActivationSource | Iterable[Tensor], config: TrainConfig
 ) -> ActivationSource:
     if isinstance(activations, Tensor):
-        return TensorActivations(activations, config.batch_size, config.seed)
+        return TensorActivations(activations, config.batch_size, config.stream_seed)
     if hasattr(activations, "state_dict") and hasattr(activations, "d_model"):
         return activations
     return IterableActivations(activations)

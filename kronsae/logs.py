@@ -14,15 +14,20 @@ _NOT_METRICS = ("kind", "step", "tokens", "seconds")
 class Log:
     """Sends each record {"kind", "step", "tokens", ...} to every place that the run asks for.
 
+    group: the sweep that the run is a member of.
     Raises InputError if TensorBoard or wandb is asked for and not installed.
     """
 
     def __init__(
-        self, run: RunFolder | None, config: TrainConfig, settings: dict[str, Any]
+        self,
+        run: RunFolder | None,
+        config: TrainConfig,
+        settings: dict[str, Any],
+        group: str | None = None,
     ) -> None:
         self.run = run
         self.tensorboard = _open_tensorboard(run) if config.tensorboard else None
-        self.wandb = _open_wandb(run, config.wandb, settings) if config.wandb else None
+        self.wandb = _open_wandb(run, config.wandb, settings, group) if config.wandb else None
 
     def __call__(self, record: dict[str, Any]) -> None:
         if self.run is not None:
@@ -66,15 +71,21 @@ def _open_tensorboard(run: RunFolder | None) -> Any:
     return SummaryWriter(str(_folder(run, "tensorboard") / "tensorboard"))
 
 
-def _open_wandb(run: RunFolder | None, project: str, settings: dict[str, Any]) -> Any:
+def _open_wandb(
+    run: RunFolder | None, project: str, settings: dict[str, Any], group: str | None
+) -> Any:
     import wandb
 
     folder = _folder(run, "wandb")
+    name = folder.name if group is None else f"{group}-{folder.name}"
     return wandb.init(
         project=project,
-        name=folder.name,
-        id=folder.name,
+        name=name,
+        id=name,
+        group=group,
         dir=folder,
         config=settings,
         resume="allow",
+        # The members of a sweep are logged side by side, from one process.
+        **({} if group is None else {"reinit": "create_new"}),
     )

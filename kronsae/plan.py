@@ -1,149 +1,243 @@
-"""`--plan`: what a run would take, before a language model is loaded or anything is allocated."""
+"""`--plan`: what a run or a sweep would take, before a language model is loaded.
 
-import dataclasses
-import json
+Memory is what is there at the same time: what stays (weights, moments, buffers, the language
+model), and the largest of what comes and goes: a step, an evaluation, a checkpoint.
+"""
+
+import os
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kronsae.config import RunConfig
+from kronsae import flops
+from kronsae.config import RunConfig, SAEConfig, TrainConfig
+from kronsae.data.language_model import LOGITS_AT_ONCE
+from kronsae.data.outline import Outline
 from kronsae.errors import InputError
+from kronsae.evaluate import BATCH_TOKENS
 from kronsae.fit import resolve_device
 from kronsae.learner import compute_dtype, why_not_fused
+from kronsae.stream import NORMALIZER_TOKENS
 from kronsae_kernels import backends
 
 _MIB = 2**20
 
+FAR = 1.5
+"""A run is refused if it needs so many times the memory that is free: plans are estimates."""
 
-def make_plan(config: RunConfig) -> dict[str, Any]:
-    """Figures of the run: counts, bytes, multiply-adds a token, seconds (JSON-able).
 
-    Only the model's config.json is read. Raises InputError if it cannot be found.
+def make_plan(members: Mapping[str, RunConfig], model: Outline) -> dict[str, Any]:
+    """Figures of a run, or of a sweep of several: counts, bytes, multiply-adds (JSON-able).
+
+    members: by name, with the width of their activations; they share data and stream.
     """
-    device = resolve_device(config.train.device)
-    settings = _model_settings(config)
-    d = config.sae.d_model or settings["d_model"]
-    sae, data, train = dataclasses.replace(config.sae, d_model=d), config.data, config.train
-    encoder, decoder = sae.encoder_rows * (d + 1), sae.dict_size * d + d
-    parameters = encoder + decoder
-    state = 4 * 3 * parameters + 8 * sae.dict_size  # weights and two moments; tokens since fired
-    buffer = 4 * d * max(data.buffer_tokens, 2 * train.batch_size)
-    dtype = compute_dtype(train.dtype, device)
-    chunk = _pre_latent_bytes(sae.encoder_rows, train.batch_size, dtype, device)
-    codes = train.batch_size * sae.k * 64
-    reason = why_not_fused(sae, train, device)
-    # The fused step writes no gradients, but keeps the matrices in the compute dtype, too.
-    copies = dtype.itemsize * parameters if dtype != torch.float32 else 0
-    gradients = 4 * parameters if reason is not None else copies
-    model_bytes = settings["parameters"] * _model_itemsize(data.model_dtype, device)
-    sae_flops = sae.flops_per_token()
-    # Backward: the encoder's and decoder's gradients take the 2k (k) live rows of a token alone.
-    live = 2 * sae.k if sae.encoder == "kron" else sae.k
-    step_flops = sae_flops + d * (live + 2 * sae.k)
-    rate = _multiply_adds_per_second(device)
-    seconds = train.tokens * (step_flops / rate[torch.float32] + settings["flops"] / rate["model"])
+    config = next(iter(members.values()))
+    data, train, d = config.data, config.train, model.d_model
+    device = resolve_device(train.device)
+    each = {name: _member(c.sae, c.train, device) for name, c in members.items()}
+    rows = 4 * d  # bytes of an activation
+    buffer = rows * max(data.buffer_tokens, 2 * train.batch_size)
+    states = [member["state"] for member in each.values()]
+    stays = {
+        "language model": model.parameters * compute_dtype(data.model_dtype, device).itemsize,
+        "weights and moments": sum(states),
+        "copies in the compute dtype": sum(member["copies"] for member in each.values()),
+        "shuffle buffer": buffer,
+        # The first batches wait for the mean; of one, raw, normalised, and a few in the step.
+        "batches": rows * (max(NORMALIZER_TOKENS, train.batch_size) + 6 * train.batch_size),
+        "held-out activations": rows * data.heldout_tokens,
+    }
+    passes = {
+        "a step": max(member["step"] for member in each.values()),
+        "an evaluation": max(member["evaluation"] for member in each.values()),
+        "a forward pass of the language model": _forward_bytes(config, model, device),
+    }
+    if device.type == "cpu":
+        passes["the copy for a checkpoint"] = max(*states, buffer)
+    largest = max(passes, key=passes.get)
+    memory = {**stays, f"at most beside it ({largest})": passes[largest]}
+    free = free_bytes(device)
     return {
         "device": str(device),
-        "compute_dtype": str(dtype).removeprefix("torch."),
         "kernels": backends.choose(None, device),
         "kernels_why": _why(device),
-        "training_step": "fused" if reason is None else "autograd and AdamW",
-        "training_step_why": "gradients are never written" if reason is None else reason,
         "d_model": d,
-        "dict_size": sae.dict_size,
-        "parameters": parameters,
-        "parameters_encoder": encoder,
         "steps": train.steps,
         "tokens": train.tokens,
-        "flops_per_token": sae_flops,
-        "flops_per_token_dense": sae.dict_size * d + sae.k * d,
-        "flops_per_token_model": settings["flops"],
-        "memory_mib": {
-            "weights and moments": state / _MIB,
-            "gradients" if reason is not None else "copies": gradients / _MIB,
-            "pre-latents of a chunk": chunk / _MIB,
-            "codes of a batch": codes / _MIB,
-            "shuffle buffer": buffer / _MIB,
-            "language model": model_bytes / _MIB,
-        },
+        "flops_per_token_model": model.flops_per_token,
+        "members": {name: {key: member[key] for key in _SHOWN} for name, member in each.items()},
+        "memory_mib": {name: size / _MIB for name, size in memory.items()},
+        "passes_mib": {name: size / _MIB for name, size in passes.items()},
+        "free_mib": None if free is None else free / _MIB,
         "disk_mib": {
-            "checkpoints": (train.keep_checkpoints + 1) * (state + buffer) / _MIB,
-            "sae": 4 * parameters / _MIB,
+            "checkpoints": (train.keep_checkpoints + 1) * (sum(states) + buffer) / _MIB,
+            "autoencoders": sum(4 * member["parameters"] for member in each.values()) / _MIB,
         },
-        "estimated_seconds": seconds,
     }
 
 
-def render(plan: dict[str, Any], config: RunConfig) -> str:
+_SHOWN = (
+    *("compute_dtype", "training_step", "training_step_why", "dict_size"),
+    *("parameters", "flops_per_token", "flops_per_token_dense", "flops_per_token_step"),
+)
+
+
+def _member(sae: SAEConfig, train: TrainConfig, device: torch.device) -> dict[str, Any]:
+    """Counts and bytes of one SAE."""
+    d, batch = sae.d_model, train.batch_size
+    dtype = compute_dtype(train.dtype, device)
+    reason = why_not_fused(sae, train, device)
+    encoder = sae.encoder_rows * (d + 1)
+    parameters = encoder + sae.dict_size * d + d
+    shape = {"heads": sae.heads, "m": sae.m, "n": sae.n}
+    dead = min(sae.dict_size, train.auxk or max(1, d // 2)) if train.auxk_coefficient else 0
+    step = flops.training_step(
+        d, sae.dict_size, sae.k, batch, auxk=dead, auxk_fraction=train.auxk_fraction, **shape
+    )
+    chunk = _pre_latent_bytes(sae.encoder_rows, batch, dtype, device)
+    codes = 64 * max(batch * sae.k, round(batch * train.auxk_fraction) * dead)
+    # The fused step writes no gradients, but keeps the matrices in the compute dtype.
+    copies = dtype.itemsize * parameters if reason is None and dtype != torch.float32 else 0
+    gradients = 4 * parameters if reason is not None else 0
+    # Folding takes a new SAE, and the encoder in float64. What is judged goes in smaller batches.
+    seen = _pre_latent_bytes(sae.encoder_rows, BATCH_TOKENS, torch.float32, device)
+    return {
+        "compute_dtype": str(dtype).removeprefix("torch."),
+        "training_step": "fused" if reason is None else "autograd and AdamW",
+        "training_step_why": "gradients are never written" if reason is None else reason,
+        "dict_size": sae.dict_size,
+        "parameters": parameters,
+        "flops_per_token": sae.flops_per_token(),
+        "flops_per_token_dense": flops.forward(d, sae.dict_size, sae.k),
+        "flops_per_token_step": step.total,
+        # Weights and two moments; tokens since each latent fired.
+        "state": 4 * 3 * parameters + 8 * sae.dict_size,
+        "copies": copies,
+        "step": gradients + chunk + codes,
+        "evaluation": 4 * parameters + max(8 * encoder, seen + 64 * BATCH_TOKENS * sae.k),
+    }
+
+
+def _forward_bytes(config: RunConfig, model: Outline, device: torch.device) -> int:
+    """Roughly, of the language model's own activations: to read out, and for its loss."""
+    size = compute_dtype(config.data.model_dtype, device).itemsize
+    tokens = config.data.contexts_per_batch * model.context_length
+    # The widest place of a block has about four widths, twice, beside the residual stream.
+    reading = 12 * tokens * model.hidden_size * size + 4 * tokens * model.d_model
+    return max(reading, 3 * 4 * min(LOGITS_AT_ONCE, tokens * model.vocabulary))
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory of the device that is free, or None if the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    found = [size for size in (_available(), _left_in_group()) if size is not None]
+    return min(found, default=None)
+
+
+def _available() -> int | None:
+    """Memory that the machine can give without swapping."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        kilobytes = dict(line.split(":") for line in lines)["MemAvailable"]
+        return int(kilobytes.split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        pass
+    try:  # not Linux: all that it has
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def _left_in_group(root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Memory that a container's limit leaves; its file cache counts as free."""
+    try:
+        limit = int((root / "memory.max").read_text())  # "max" where there is none
+        used = int((root / "memory.current").read_text())
+        statistics = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
+        return limit - used + int(statistics["inactive_file"])
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+def shortage(plan: dict[str, Any]) -> str | None:
+    """What to say if a plan needs far more memory than is free; None if it does not."""
+    needed, free = sum(plan["memory_mib"].values()), plan["free_mib"]
+    if free is None or needed <= FAR * free:
+        return None
+    parts = sorted(plan["memory_mib"].items(), key=lambda part: -part[1])
+    return (
+        f"{needed:,.0f} MiB of memory are needed on {plan['device']}, where {free:,.0f} MiB are "
+        "free: " + ", ".join(f"{name} {size:,.0f}" for name, size in parts)
+    )
+
+
+def check_memory(plan: dict[str, Any]) -> None:
+    """Raise InputError if a plan needs far more memory than is free."""
+    reason = shortage(plan)
+    if reason is not None:
+        raise InputError(
+            f"{reason}. Train fewer or smaller autoencoders, or a smaller buffer (--plan shows "
+            "what they take); --no-memory-check starts anyway"
+        )
+
+
+def estimate_seconds(plan: dict[str, Any]) -> float:
+    """Of the whole run, from the rate of matrix products here, measured in a fraction of a second.
+
+    A lower estimate: what gathers rows or streams memory is slower than a matrix product.
+    """
+    rates = _multiply_adds_per_second(torch.device(plan["device"]))
+    steps = sum(member["flops_per_token_step"] for member in plan["members"].values())
+    return plan["tokens"] * (
+        steps / rates["autoencoder"] + plan["flops_per_token_model"] / rates["model"]
+    )
+
+
+def render(plan: dict[str, Any], members: Mapping[str, RunConfig], seconds: float) -> str:
     """The plan as text."""
-    sae, data, train = config.sae, config.data, config.train
-    shape = f"{sae.heads:,} heads x {sae.m} x {sae.n}" if sae.encoder == "kron" else "dense"
+    config = next(iter(members.values()))
+    data, train = config.data, config.train
     where = data.hookpoint or f"residual stream after block {data.layer}"
-    memory, disk = plan["memory_mib"], plan["disk_mib"]
-    ratio = plan["flops_per_token_dense"] / plan["flops_per_token"]
-    minutes = plan["estimated_seconds"] / 60
+    memory, disk, free = plan["memory_mib"], plan["disk_mib"], plan["free_mib"]
+    beside = "" if free is None else f" ({free:,.0f} MiB are free)"
     lines = [
         "What would run (nothing was loaded or written):",
-        f"  language model   {data.model}, {where}, d = {plan['d_model']:,}",
+        f"  language model   {data.model}, {where}, d = {plan['d_model']:,}; "
+        f"{plan['flops_per_token_model'] / 1e6:,.1f} M multiply-adds a token",
         f"  text             {data.dataset}",
-        f"  autoencoder      {shape}, F = {plan['dict_size']:,}, k = {sae.k}, "
-        f"{plan['parameters'] / 1e6:,.1f} M parameters",
         f"  training         {plan['tokens']:,} tokens in {plan['steps']:,} steps of "
-        f"{train.batch_size:,}, AdamW, lr {train.lr:g}",
-        f"  device           {plan['device']}, {plan['compute_dtype']}",
+        f"{train.batch_size:,}, AdamW",
+        f"  device           {plan['device']}",
         f"  kernels          {plan['kernels']} ({plan['kernels_why']})",
-        f"  training step    {plan['training_step']} ({plan['training_step_why']})",
-        f"  multiply-adds    {plan['flops_per_token'] / 1e6:,.2f} M a token for the autoencoder "
-        f"(eq. 7; dense TopK: x{ratio:.2f}), {plan['flops_per_token_model'] / 1e6:,.1f} M for the "
-        "language model",
-        f"  memory           {sum(memory.values()):,.0f} MiB: "
+    ]
+    for name, member in plan["members"].items():
+        sae, lr = members[name].sae, members[name].train.lr
+        shape = f"{sae.heads:,} heads x {sae.m} x {sae.n}" if sae.encoder == "kron" else "dense"
+        ratio = member["flops_per_token_dense"] / member["flops_per_token"]
+        title = "autoencoder" if len(members) == 1 else name
+        lines += [
+            f"  {title:16} {shape}, F = {member['dict_size']:,}, k = {sae.k}, "
+            f"{member['parameters'] / 1e6:,.1f} M parameters, lr {lr:g}, "
+            f"{member['compute_dtype']}",
+            f"    multiply-adds  {member['flops_per_token'] / 1e6:,.2f} M a token (eq. 7; dense "
+            f"TopK: x{ratio:.2f}), {member['flops_per_token_step'] / 1e6:,.2f} M with the whole "
+            "training step",
+            f"    training step  {member['training_step']} ({member['training_step_why']})",
+        ]
+    lines += [
+        f"  memory           {sum(memory.values()):,.0f} MiB{beside}: "
         + ", ".join(f"{name} {size:,.0f}" for name, size in memory.items()),
         f"  disk             up to {sum(disk.values()):,.0f} MiB: "
         + ", ".join(f"{name} {size:,.0f}" for name, size in disk.items()),
-        f"  time             about {minutes:,.1f} minutes, from the matrix rate of this device "
-        "(a rough lower estimate)",
+        f"  time             about {seconds / 60:,.1f} minutes, from the matrix rate of this "
+        "device (a rough lower estimate)",
     ]
-    return "\n".join(lines)
-
-
-def _model_settings(config: RunConfig) -> dict[str, int]:
-    """Width, parameters and multiply-adds a token up to the hookpoint, from the model's config."""
-    from transformers import AutoConfig
-
-    data = config.data
-    name: str | Path = data.model
-    if data.model == "embedded":
-        from kronsae.embedded import embedded_model_path
-
-        name = embedded_model_path()
-    try:
-        model = AutoConfig.from_pretrained(
-            name, revision=data.revision, trust_remote_code=data.trust_remote_code
-        )
-    except (OSError, ValueError, json.JSONDecodeError) as error:
-        raise InputError(
-            f"the configuration of {data.model!r} cannot be read: {str(error).splitlines()[0]}"
-        ) from error
-    text = model.get_text_config()
-    d, layers = text.hidden_size, text.num_hidden_layers
-    if data.layer is not None and not 0 <= data.layer < layers:
-        raise InputError(f"layer {data.layer}: {data.model} has {layers} blocks, 0 to {layers - 1}")
-    inner = getattr(text, "intermediate_size", None) or 4 * d
-    block = (
-        4 * d * d + (3 if getattr(text, "hidden_act", "") in ("silu", "swiglu") else 2) * d * inner
-    )
-    used = layers if data.layer is None else data.layer + 1
-    return {
-        "d_model": d,
-        "parameters": layers * block + 2 * text.vocab_size * d,
-        "flops": used * block,
-    }
-
-
-def _model_itemsize(name: str, device: torch.device) -> int:
-    return compute_dtype(name, device).itemsize
+    reason = shortage(plan)
+    return "\n".join(lines if reason is None else [*lines, f"It would be refused: {reason}"])
 
 
 def _pre_latent_bytes(rows: int, batch: int, dtype: torch.dtype, device: torch.device) -> int:
@@ -160,11 +254,11 @@ def _why(device: torch.device) -> str:
     return reason or "the device is a GPU"
 
 
-def _multiply_adds_per_second(device: torch.device) -> dict[Any, float]:
+def _multiply_adds_per_second(device: torch.device) -> dict[str, float]:
     """Rate of a matrix product here, measured in a fraction of a second."""
     size = 1024 if device.type == "cpu" else 8192
-    rates: dict[Any, float] = {}
-    for name in (torch.float32, "model"):
+    rates: dict[str, float] = {}
+    for name in ("autoencoder", "model"):
         dtype = compute_dtype("auto", device) if name == "model" else torch.float32
         a = torch.ones(size, size, dtype=dtype, device=device)
         a @ a

@@ -1,16 +1,24 @@
 """The run folder: what it holds, how it is opened, and the log of its metrics.
 
+A run:
 config.json       everything needed to repeat the run, with versions and the data's description
 metrics.jsonl     a line each logged step ("train"), evaluation ("heldout"), the end ("final")
 checkpoints/      step-NNNNNNNN/: complete state, for an exact resume
 sae/              sae.safetensors, config.json: what others load
 report.html       the run to look at
+
+A sweep, which trains several SAEs on one stream of activations:
+sweep.json        the members' names and settings, and how each ended
+NAME/             a run for each member, with what it alone has in its checkpoints
+checkpoints/      step-NNNNNNNN/: what they share; written last, so it says which step is complete
+comparison.md     a table of the members
 """
 
 import json
 import os
 import platform
 import sys
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
@@ -20,22 +28,75 @@ import torch
 import kronsae_kernels
 from kronsae import checkpoint
 from kronsae.errors import InputError
-from kronsae.files import remove_leftovers, write_json
+from kronsae.files import remove_leftovers, write_json, write_text
 
 FORMAT_VERSION = 1
 
+SINGLE = "sae"
+"""Name of the one member of a run that is no sweep."""
 
-class RunFolder:
+
+class _Folder:
+    """A folder that one process at a time trains in, with checkpoints.
+
+    index: the file that makes it one.
+    """
+
+    def __init__(self, path: Path, index: str) -> None:
+        self.path = path
+        self.index = path / index
+        self.checkpoints = path / "checkpoints"
+        self._locked: IO[str] | None = None
+
+    def lock(self) -> None:
+        """Keep other processes from training here, and clear away what a dead one left.
+
+        Raises InputError if another process holds it. (Windows has no flock: no lock there.)
+        """
+        try:
+            import fcntl
+        except ImportError:
+            fcntl = None
+        if fcntl is not None:
+            self._locked = open(self.index, encoding="utf-8")
+            try:
+                fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                self.release()
+                raise InputError(f"{self.path} is being trained by another process") from error
+        for folder in (self.path, self.checkpoints):
+            remove_leftovers(folder)
+
+    def release(self) -> None:
+        """Let others train here again."""
+        if self._locked is not None:
+            self._locked.close()
+            self._locked = None
+
+    @staticmethod
+    def check_free(path: str | Path) -> None:
+        """Raise InputError if `path` exists and is not an empty folder."""
+        path = Path(path)
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            known = any((path / name).exists() for name in ("config.json", "sweep.json"))
+            hint = f"--resume {path} goes on with it, or " if known else ""
+            raise InputError(f"{path} exists already: {hint}choose another --out")
+
+
+class RunFolder(_Folder):
     """Paths of a run and its metrics file."""
 
     def __init__(self, path: Path) -> None:
-        self.path = path
-        self.config = path / "config.json"
+        super().__init__(path, "config.json")
+        self.config = self.index
         self.metrics = path / "metrics.jsonl"
-        self.checkpoints = path / "checkpoints"
         self.sae = path / "sae"
         self.report = path / "report.html"
-        self._locked: IO[str] | None = None
+
+    @property
+    def runs(self) -> dict[str, "RunFolder"]:
+        """The runs that are trained together here: this one, as in a `SweepFolder` all members."""
+        return {SINGLE: self}
 
     @classmethod
     def create(cls, path: str | Path, settings: dict[str, Any]) -> "RunFolder":
@@ -56,59 +117,11 @@ class RunFolder:
         write_json(run.config, document)
         return run
 
-    @staticmethod
-    def check_free(path: str | Path) -> None:
-        """Raise InputError if `path` exists and is not an empty folder."""
-        path = Path(path)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            hint = (
-                f"--resume {path} goes on with it, or " if (path / "config.json").exists() else ""
-            )
-            raise InputError(f"{path} exists already: {hint}choose another --out")
-
     @classmethod
     def open(cls, path: str | Path) -> tuple["RunFolder", dict[str, Any]]:
         """A run that exists, and its config.json. Raises InputError if it is none."""
         run = cls(Path(path))
-        try:
-            settings = json.loads(run.config.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(
-                f"{run.path} is no run folder: {run.config} cannot be read ({error})"
-            ) from error
-        if not isinstance(settings, dict) or not {"config", "data"} <= settings.keys():
-            raise InputError(f"{run.config} is not one that a run wrote")
-        if settings.get("format") != "kronsae-run" or settings["format_version"] != FORMAT_VERSION:
-            raise InputError(
-                f"{run.config}: expected a kronsae run of format version {FORMAT_VERSION}, got "
-                f"{settings.get('format')!r}, version {settings.get('format_version')!r}"
-            )
-        return run, settings
-
-    def lock(self) -> None:
-        """Keep other processes from training this run, and clear away what a dead one left.
-
-        Raises InputError if another process holds it. (Windows has no flock: no lock there.)
-        """
-        try:
-            import fcntl
-        except ImportError:
-            fcntl = None
-        if fcntl is not None:
-            self._locked = open(self.config, encoding="utf-8")
-            try:
-                fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                self.release()
-                raise InputError(f"{self.path} is being trained by another process") from error
-        for folder in (self.path, self.checkpoints):
-            remove_leftovers(folder)
-
-    def release(self) -> None:
-        """Let others train this run again."""
-        if self._locked is not None:
-            self._locked.close()
-            self._locked = None
+        return run, _read_index(run.index, "kronsae-run", {"config", "data"})
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
@@ -118,12 +131,14 @@ class RunFolder:
         except OSError as error:
             raise InputError(f"{self.metrics} could not be written: {error}") from error
 
-    def save_checkpoint(self, step: int, state: dict[str, Any], keep: int) -> Path:
+    def save_checkpoint(self, step: int, state: dict[str, Any], keep: int) -> None:
         """Write the state of `step`, and remove all but the newest `keep` checkpoints."""
-        state = {**state, "metrics_bytes": _size(self.metrics)}
-        folder = checkpoint.save_state(checkpoint.step_folder(self.checkpoints, step), state)
+        self._write_checkpoint(step, state)
         checkpoint.prune(self.checkpoints, keep)
-        return folder
+
+    def _write_checkpoint(self, step: int, state: dict[str, Any]) -> None:
+        state = {**state, "metrics_bytes": _size(self.metrics)}
+        checkpoint.save_state(checkpoint.step_folder(self.checkpoints, step), state)
 
     def load_checkpoint(self) -> dict[str, Any] | None:
         """The newest checkpoint's state, or None if there is none; later metrics are cut off."""
@@ -133,6 +148,126 @@ class RunFolder:
         if _size(self.metrics) > keep_bytes:
             os.truncate(self.metrics, keep_bytes)
         return state
+
+
+class SweepFolder(_Folder):
+    """Paths of a sweep: the runs of its members, by name, and what they share."""
+
+    def __init__(self, path: Path, names: Iterable[str]) -> None:
+        super().__init__(path, "sweep.json")
+        self.runs = {name: RunFolder(path / name) for name in names}
+        self.comparison = path / "comparison.md"
+
+    @classmethod
+    def create(cls, path: str | Path, settings: dict[str, dict[str, Any]]) -> "SweepFolder":
+        """A new sweep, with a run for each name. Raises InputError if the folder is not empty."""
+        cls.check_free(path)
+        sweep = cls(Path(path), settings)
+        for name, run in sweep.runs.items():
+            RunFolder.create(run.path, {**settings[name], "sweep": name})
+        sweep.checkpoints.mkdir()
+        document = {
+            "format": "kronsae-sweep",
+            "format_version": FORMAT_VERSION,
+            "members": {name: {"config": given["config"]} for name, given in settings.items()},
+            "versions": versions(),
+            "command": sys.argv,
+        }
+        write_json(sweep.index, document)
+        return sweep
+
+    @classmethod
+    def open(cls, path: str | Path) -> tuple["SweepFolder", dict[str, dict[str, Any]]]:
+        """A sweep that exists, and the config.json of each member. Raises InputError."""
+        index = _read_index(Path(path) / "sweep.json", "kronsae-sweep", {"members"})
+        sweep = cls(Path(path), index["members"])
+        return sweep, {name: RunFolder.open(run.path)[1] for name, run in sweep.runs.items()}
+
+    def lock(self) -> None:
+        super().lock()
+        for run in self.runs.values():
+            for folder in (run.path, run.checkpoints):
+                remove_leftovers(folder)
+
+    def members(self) -> dict[str, dict[str, Any]]:
+        """What sweep.json holds of each member."""
+        return _read_index(self.index, "kronsae-sweep", {"members"})["members"]
+
+    def note(self, endings: dict[str, dict[str, Any]], comparison: str) -> None:
+        """Add to sweep.json how each member ended, and write comparison.md."""
+        document = _read_index(self.index, "kronsae-sweep", {"members"})
+        for name, ending in endings.items():
+            document["members"][name] |= ending
+        write_json(self.index, document)
+        write_text(self.comparison, comparison)
+
+    def save_checkpoint(self, step: int, state: dict[str, Any], keep: int) -> None:
+        """Write the state of `step`: each of state["members"] in its run, then here the rest.
+
+        A step counts once the sweep's own part is there, so that one that was interrupted between
+        two members never happened.
+        """
+        members = state["members"]
+        for name, own in members.items():
+            self.runs[name]._write_checkpoint(step, own)
+        shared = {**state, "members": list(members)}
+        checkpoint.save_state(checkpoint.step_folder(self.checkpoints, step), shared)
+        checkpoint.prune(self.checkpoints, keep)
+        for name in members:
+            checkpoint.prune(self.runs[name].checkpoints, keep)
+
+    def load_checkpoint(self) -> dict[str, Any] | None:
+        """The state of the newest step that is complete, or None; what came later is removed.
+
+        Members that state["members"] leaves out had ended by then: theirs stays as it is.
+        """
+        state, step = None, -1
+        for folder in reversed(checkpoint.list_checkpoints(self.checkpoints)):
+            found = checkpoint.load_state(folder)
+            if all(
+                (self.runs[name].checkpoints / folder.name).is_dir() for name in found["members"]
+            ):
+                state, step = found, checkpoint.step_of(folder)
+                break
+        checkpoint.drop_after(self.checkpoints, step)
+        names = self.runs if state is None else state["members"]
+        for name in names:
+            checkpoint.drop_after(self.runs[name].checkpoints, step)
+        members = {name: self.runs[name].load_checkpoint() for name in names}
+        return None if state is None else {**state, "members": members}
+
+
+def open_to_resume(
+    path: str | Path,
+) -> tuple[RunFolder | SweepFolder, dict[str, dict[str, Any]]]:
+    """The run or sweep in `path`, and the config.json of each member. Raises InputError."""
+    path = Path(path)
+    if (path / "sweep.json").exists():
+        return SweepFolder.open(path)
+    run, settings = RunFolder.open(path)
+    if "sweep" in settings:
+        raise InputError(
+            f"{path} is a member of a sweep and goes on with all of it: resume {path.parent}"
+        )
+    return run, {SINGLE: settings}
+
+
+def _read_index(path: Path, kind: str, keys: set[str]) -> dict[str, Any]:
+    """The JSON object that makes a folder a run or a sweep. Raises InputError if it is none."""
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(
+            f"{path.parent} is no run folder: {path} cannot be read ({error})"
+        ) from error
+    if not isinstance(document, dict) or not keys <= document.keys():
+        raise InputError(f"{path} is not one that a run wrote")
+    if document.get("format") != kind or document.get("format_version") != FORMAT_VERSION:
+        raise InputError(
+            f"{path}: expected {kind!r} of format version {FORMAT_VERSION}, got "
+            f"{document.get('format')!r}, version {document.get('format_version')!r}"
+        )
+    return document
 
 
 def versions() -> dict[str, str]:

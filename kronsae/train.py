@@ -1,6 +1,5 @@
 """`python -m kronsae.train`: train a sparse autoencoder on a language model's activations."""
 
-import dataclasses
 import signal
 import sys
 import time
@@ -20,29 +19,40 @@ from rich.table import Table
 
 from kronsae.cli import Request, parse
 from kronsae.config import RunConfig
+from kronsae.data.outline import NoOutline, outline
 from kronsae.errors import InputError
 from kronsae.evaluate import Heldout
-from kronsae.fit import FitResult, fit, resolve_device
+from kronsae.fit import FitResult, fit, fit_many, resolve_device
 from kronsae.learner import why_not_fused
 from kronsae.metrics import MEANING
-from kronsae.plan import make_plan, render
+from kronsae.plan import check_memory, estimate_seconds, make_plan, render
 from kronsae.report import write_report
-from kronsae.run import RunFolder
+from kronsae.run import RunFolder, SweepFolder
+from kronsae.sweep import comparison
 
-__all__ = ["fit", "main"]
+__all__ = ["fit", "fit_many", "main"]
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 only when the work was done.
 
-    2: what was asked for cannot work. 128 + n: stopped by signal n, and saved.
+    2: what was asked for cannot work. 3: a member of a sweep ended early, the others did not.
+    128 + n: stopped by signal n, and saved.
     """
     console = Console(stderr=False, highlight=False, soft_wrap=True)
     try:
         request = parse(argv)
         if request.plan:
-            console.print(render(make_plan(request.config), request.config), markup=False)
+            plan, members = _plan(request)
+            console.print(render(plan, members, estimate_seconds(plan)), markup=False)
             return 0
+        if request.memory_check:
+            try:
+                plan, _ = _plan(request)
+            except NoOutline as error:  # which is no reason not to try
+                console.print(f"memory was not planned: {error}", markup=False)
+            else:
+                check_memory(plan)
         return train(request, console)
     except InputError as error:
         Console(stderr=True, highlight=False, soft_wrap=True).print(
@@ -53,89 +63,119 @@ def main(argv: list[str] | None = None) -> int:
         return 128 + signal.SIGINT
 
 
+def _plan(request: Request) -> tuple[dict[str, Any], dict[str, RunConfig]]:
+    """The plan, and the members that it is of."""
+    model = outline(request.config.data)
+    members = request.at_width(model.d_model).members
+    return make_plan(members, model), members
+
+
 def train(request: Request, console: Console) -> int:
     """Model and text -> activations -> fit -> evaluation and report; returns the exit status."""
     from kronsae.data import open_activations
 
     began = time.monotonic()
-    config = request.config
-    out = request.resume or request.out or _new_folder(config)
+    data, train_config = request.config.data, request.config.train
+    out = request.resume or request.out or _new_folder(request)
     if request.resume is None:
         RunFolder.check_free(out)  # before the model is loaded; fit checks again
-    what = escape(f"{config.data.model} and {config.data.dataset}")
+    what = escape(f"{data.model} and {data.dataset}")
     console.print(f"[bold]kronsae[/bold]: loading {what}")
     source = open_activations(
-        config.data,
-        batch_size=config.train.batch_size,
-        seed=config.train.seed,
-        device=resolve_device(config.train.device),
+        data,
+        batch_size=train_config.batch_size,
+        seed=train_config.stream_seed,
+        device=resolve_device(train_config.device),
     )
-    sae = dataclasses.replace(config.sae, d_model=config.sae.d_model or source.d_model)
-    config = dataclasses.replace(config, sae=sae)
+    request = request.at_width(source.d_model)
     heldout = Heldout(
         source.heldout_activations(),
         source.heldout_contexts(),
         source.token_mask(source.heldout_contexts()),
         source.language_model,
     )
-    _describe(console, config, source, heldout, out)
-    with _Progress(console, config) as progress:
+    _describe(console, request, source, heldout, out)
+    names = list(request.members)
+    folder = SweepFolder(out, names) if request.sweep else RunFolder(out)
+    with _Progress(console, request) as progress:
         try:
-            result = fit(
-                config.sae,
-                source,
-                config.train,
-                heldout=heldout,
-                out=out,
-                resume=request.resume is not None,
-                settings={"config": config.to_dict()},
-                on_record=progress,
-            )
+            results = _fit(request, source, heldout, out, progress)
         except InputError:
-            if (out / "metrics.jsonl").exists():
-                write_report(out)
+            for run in folder.runs.values():
+                if run.metrics.exists():
+                    write_report(run.path)
             raise
-    if result.stopped_by is not None:
-        write_report(out)
-        name = signal.Signals(result.stopped_by).name
+    results = dict(zip(names, results, strict=True))
+    stopped_by = next((r.stopped_by for r in results.values() if r.stopped_by), None)
+    if stopped_by is not None:
+        for run in folder.runs.values():
+            write_report(run.path)
+        tokens = max(result.tokens for result in results.values())
         console.print(
-            f"Stopped by {name} after {result.tokens:,} of {config.train.tokens:,} tokens; "
-            f"everything is saved. Go on with:\n  python -m kronsae.train --resume {out}",
+            f"Stopped by {signal.Signals(stopped_by).name} after {tokens:,} of "
+            f"{request.config.train.tokens:,} tokens; everything is saved. Go on with:\n"
+            f"  python -m kronsae.train --resume {out}",
             markup=False,
         )
-        return 128 + result.stopped_by
-    _summarise(console, config, result, heldout, RunFolder(out), time.monotonic() - began)
-    return 0
+        return 128 + stopped_by
+    _summarise(console, results, heldout, folder, time.monotonic() - began)
+    return 3 if any(result.failed for result in results.values()) else 0
 
 
-def _new_folder(config: RunConfig) -> Path:
-    """runs/MODEL-HOOK-ENCODER-F…-k…-TIME, not yet there."""
-    data, sae = config.data, config.sae
+def _fit(
+    request: Request, source: Any, heldout: Heldout, out: Path, progress: "_Progress"
+) -> list[FitResult]:
+    """The results of all members, in order."""
+    configs = list(request.members.values())
+    settings = [
+        {"config": config.to_dict(), **request.notes.get(name, {})}
+        for name, config in request.members.items()
+    ]
+    common = {"heldout": heldout, "out": out, "resume": request.resume is not None}
+    if request.sweep:
+        return fit_many(
+            [config.sae for config in configs],
+            source,
+            [config.train for config in configs],
+            names=list(request.members),
+            settings=settings,
+            on_record=progress,
+            **common,
+        )
+    [config] = configs
+    alone = fit(
+        config.sae,
+        source,
+        config.train,
+        settings=settings[0],
+        on_record=lambda record: progress("", record),
+        **common,
+    )
+    return [alone]
+
+
+def _new_folder(request: Request) -> Path:
+    """runs/MODEL-HOOK-ENCODER-F…-k…-TIME (of a sweep: MODEL-HOOK-sweep-TIME), not yet there."""
+    data, sae = request.config.data, request.config.sae
     hook = data.hookpoint or f"layer{data.layer}"
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    name = f"{Path(data.model).name}-{hook}-{sae.encoder}-F{sae.dict_size}-k{sae.k}-{stamp}"
-    return Path("runs") / name
+    what = "sweep" if request.sweep else f"{sae.encoder}-F{sae.dict_size}-k{sae.k}"
+    return Path("runs") / f"{Path(data.model).name}-{hook}-{what}-{stamp}"
 
 
-def _describe(
-    console: Console, config: RunConfig, source: Any, heldout: Heldout, out: Path
-) -> None:
-    sae, train, model = config.sae, config.train, source.language_model
-    reason = why_not_fused(sae, train, resolve_device(train.device))
+def _describe(console: Console, request: Request, source: Any, heldout: Heldout, out: Path) -> None:
+    config, model = request.config, source.language_model
+    train = config.train
     parameters = sum(p.numel() for p in model.model.parameters())
-    shape = (
-        f"Kron, {sae.heads:,} heads x ({sae.m} base, {sae.n} extension)"
-        if sae.encoder == "kron"
-        else "dense"
-    )
     rows = {
         "language model": f"{config.data.model}, {parameters / 1e6:,.1f} M parameters; reads out "
         f"{model.hookpoint} (d = {source.d_model:,})",
         "text": f"{config.data.dataset}; {heldout.activations.shape[0]:,} tokens held out",
-        "autoencoder": f"{shape}: F = {sae.dict_size:,} latents, {sae.k} active a token",
-        "training": f"{train.tokens:,} tokens, {train.steps:,} steps of {train.batch_size:,}, "
-        f"lr {train.lr:g}, seed {train.seed}",
-        "training step": "fused" if reason is None else f"autograd and AdamW (not fused: {reason})",
+        "training": f"{train.tokens:,} tokens, {train.steps:,} steps of {train.batch_size:,}",
+        **{
+            name if request.sweep else "autoencoder": _describe_member(member)
+            for name, member in request.members.items()
+        },
         "run folder": str(out),
     }
     table = Table.grid(padding=(0, 2))
@@ -144,14 +184,29 @@ def _describe(
     console.print(table)
 
 
+def _describe_member(config: RunConfig) -> str:
+    sae, train = config.sae, config.train
+    shape = (
+        f"Kron, {sae.heads:,} heads x ({sae.m} base, {sae.n} extension)"
+        if sae.encoder == "kron"
+        else "dense"
+    )
+    reason = why_not_fused(sae, train, resolve_device(train.device))
+    step = "fused step" if reason is None else f"autograd and AdamW (not fused: {reason})"
+    return (
+        f"{shape}: F = {sae.dict_size:,} latents, {sae.k} active a token; lr {train.lr:g}, "
+        f"seed {train.seed}, {step}"
+    )
+
+
 class _Progress:
     """Shows the records of `fit`: a bar on a terminal, a line now and then elsewhere."""
 
-    def __init__(self, console: Console, config: RunConfig) -> None:
+    def __init__(self, console: Console, request: Request) -> None:
         self.console = console
-        self.total = config.train.steps
+        self.total = request.config.train.steps
         self.every = max(1, self.total // 10)
-        self.printed = -1
+        self.printed: dict[str, int] = {}
         self.bar = Progress(
             TextColumn("training"),
             BarColumn(),
@@ -170,20 +225,21 @@ class _Progress:
     def __exit__(self, *_: object) -> None:
         self.bar.stop()
 
-    def __call__(self, record: dict[str, Any]) -> None:
-        step = record["step"]
+    def __call__(self, name: str, record: dict[str, Any]) -> None:
+        """name: of the member of a sweep; empty without one."""
+        step, name = record["step"], f"{name}: " if name else ""
         if record["kind"] == "train":
             figures = (
-                f"EV {record['explained_variance']:.3f}  dead {record['dead_share']:.1%}  "
+                f"{name}EV {record['explained_variance']:.3f}  dead {record['dead_share']:.1%}  "
                 f"{record['tokens_per_s']:,.0f} tokens/s"
             )
             self.bar.update(self.task, completed=step, figures=figures)
-            if not self.console.is_terminal and step // self.every != self.printed:
-                self.printed = step // self.every
+            if not self.console.is_terminal and step // self.every != self.printed.get(name):
+                self.printed[name] = step // self.every
                 self.console.print(f"step {step:,}/{self.total:,}  {figures}")
         elif record["kind"] == "heldout":
             self.console.print(
-                f"step {step:,}: held-out explained variance "
+                f"step {step:,}: {name}held-out explained variance "
                 f"{record['explained_variance']:.4f}, L0 {record['l0']:.1f}"
             )
 
@@ -193,20 +249,38 @@ _SHOWN = ("explained_variance", "l0", "dead_share", "ce_clean", "ce_spliced", "c
 
 def _summarise(
     console: Console,
-    config: RunConfig,
-    result: FitResult,
+    results: dict[str, FitResult],
     heldout: Heldout,
-    run: RunFolder,
+    folder: RunFolder | SweepFolder,
     seconds: float,
 ) -> None:
-    """Write the report; print the evaluation, some latents, and where everything is."""
+    """Write the reports; print the evaluation, some latents, and where everything is."""
     from kronsae.contexts import render as render_contexts
     from kronsae.contexts import top_contexts
 
     tokenizer = heldout.language_model.tokenizer
-    latents = top_contexts(result.sae, heldout)
-    write_report(run.path, contexts=latents, tokenizer=tokenizer)
+    for name, result in results.items():
+        latents = top_contexts(result.sae, heldout)
+        write_report(folder.runs[name].path, contexts=latents, tokenizer=tokenizer)
+    tokens = max(result.tokens for result in results.values())
+    done = f"\nTrained on {tokens:,} tokens in {seconds:,.0f} s. Everything is in {folder.path}:\n"
     console.print("\n[bold]On held-out text[/bold]")
+    if isinstance(folder, SweepFolder):
+        console.print(_comparison(folder), markup=False)
+        for name, result in results.items():
+            if result.failed:
+                console.print(f"{name} ended early: {result.failed}", style="red", markup=False)
+        console.print(
+            f"{done}"
+            f"  NAME/          the run of each: config.json, metrics.jsonl, report.html, sae/\n"
+            f"  comparison.md  this table\n"
+            f"  sweep.json     every setting and figure\n"
+            f"Next: kronsae.load({str(folder.path / next(iter(results)))!r}), or --config "
+            f"{folder.path}/NAME/config.json to train one of them alone.",
+            markup=False,
+        )
+        return
+    [result] = results.values()
     table = Table.grid(padding=(0, 2))
     for name in _SHOWN:
         if name in result.metrics:
@@ -217,13 +291,26 @@ def _summarise(
     for block in render_contexts(latents, tokenizer, console):
         console.print(block)
     console.print(
-        f"\nTrained on {result.tokens:,} tokens in {seconds:,.0f} s. Everything is in {run.path}:\n"
+        f"{done}"
         f"  report.html    this run to look at\n"
-        f"  sae/           the autoencoder:  kronsae.load({str(run.path)!r})\n"
+        f"  sae/           the autoencoder:  kronsae.load({str(folder.path)!r})\n"
         f"  metrics.jsonl  every logged step\n"
-        f"  config.json    every setting; --config {run.config} repeats the run\n"
+        f"  config.json    every setting; --config {folder.config} repeats the run\n"
         f"Next: python -m kronsae.train --help, or --model, --layer and --dataset of your own.",
         markup=False,
+    )
+
+
+def _comparison(folder: SweepFolder) -> str:
+    """The members of a sweep that has ended, as a table: figures to the right."""
+    head, rows = comparison(folder.members())
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if place < 2 else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in (head, *rows)
     )
 
 

@@ -248,3 +248,22 @@ def test_report_makes_tables_and_pictures(tmp_path):
     report.write(tmp_path)
     for name in ("steps.png", "isoflop.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_a_sweep_costs_little_more_than_its_steps():
+    """Less than 1.5 times the language model beside the steps, and the same bytes (it asserts)."""
+    from benchmarks import sweep
+    from kronsae import TrainConfig
+
+    config = TrainConfig(tokens=30_000, batch_size=1024, device="cpu")
+    result = sweep.measure(sweep.members(4096, 32), config)
+    assert result["sweep_seconds"]["cpu"] < result["allowed_seconds"]["cpu"]
+    assert "less than 1.5 x" in sweep.line(result, "cpu")
+
+
+def test_sweep_of_the_smallest(capsys):
+    from benchmarks import sweep
+
+    sweep.main(["--tokens", "256", "--batch-size", "128", "--dict-size", "64", "--k", "4"])
+    assert capsys.readouterr().out.count("the same bytes") == 8

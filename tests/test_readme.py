@@ -48,6 +48,9 @@ def test_fused_step_example(capsys):
 def test_commands_parse(command):
     words = command.replace("\\\n", " ").split()
     request = parse(words[3:])
+    if request.sweep:  # "trains twelve"
+        assert len(request.members) == 12
+        return
     assert request.config.train.tokens == 500_000_000
 
 

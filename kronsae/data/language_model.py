@@ -59,7 +59,7 @@ class LanguageModel:
         for config in (model.config, model.config.get_text_config()):
             config.use_cache = False
         self.has_cross_entropy = _is_causal(model) and not absent
-        self.module = _find_module(model, name, hookpoint)
+        self.module = find_module(model, name, hookpoint)
         self.d_model = self._probe(absent)
 
     @classmethod
@@ -98,7 +98,7 @@ class LanguageModel:
         with quiet():
             config = load_config(name_or_path, revision, trust_remote_code)
             if layer is not None:
-                _check_layer(name_or_path, config, layer)
+                check_layer(name_or_path, config, layer)
             common = {"revision": revision, "trust_remote_code": trust_remote_code}
             tokenizer = load_tokenizer(name_or_path, common)
             model, absent = load_model(name_or_path, config, dtype, common)
@@ -180,7 +180,7 @@ class LanguageModel:
                 return losses.view(ids.shape[0], -1)
             output = self._run_to(body, ids, attention_mask)
         # The head, and what the model does to its logits, runs on a part of the tokens at a time.
-        hidden, targets = _first(output)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
+        hidden, targets = first_tensor(output)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
         losses = torch.empty(targets.shape, device=targets.device)
         size = max(1, LOGITS_AT_ONCE // self.model.config.get_text_config().vocab_size)
         for start in range(0, len(targets), size):
@@ -218,7 +218,7 @@ class LanguageModel:
         def splice(_module: nn.Module, _inputs: Any, output: Any) -> Any:
             nonlocal runs
             runs += 1
-            return _with_first(output, replace(_first(output))) if runs == 1 else output
+            return _with_first(output, replace(first_tensor(output))) if runs == 1 else output
 
         if replace is None:
             yield
@@ -227,7 +227,7 @@ class LanguageModel:
                 yield
 
     def _hidden(self, output: Any, input_ids: Tensor) -> Tensor:
-        hidden = _first(output)
+        hidden = first_tensor(output)
         if isinstance(hidden, Tensor) and hidden.ndim == 3 and hidden.shape[:2] == input_ids.shape:
             return hidden
         got = list(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
@@ -288,7 +288,7 @@ def _stand_in(module: nn.Module, output: Any) -> Iterator[None]:
             module.forward = before
 
 
-def _first(output: Any) -> Any:
+def first_tensor(output: Any) -> Any:
     """Hidden states in a module's output: itself, or the first part of a tuple or ModelOutput."""
     if isinstance(output, Tensor):
         return output
@@ -298,7 +298,7 @@ def _first(output: Any) -> Any:
 
 
 def _with_first(output: Any, hidden: Tensor) -> Any:
-    """`output` with `hidden` in the place of `_first(output)`."""
+    """`output` with `hidden` in the place of `first_tensor(output)`."""
     if isinstance(output, Tensor):
         return hidden
     if isinstance(output, dict):
@@ -318,7 +318,7 @@ def _num_layers(config: Any) -> int:
     return config.get_text_config().num_hidden_layers
 
 
-def _check_layer(name: str, config: Any, layer: int) -> None:
+def check_layer(name: str, config: Any, layer: int) -> None:
     layers = _num_layers(config)
     if not 0 <= layer < layers:
         raise InputError(
@@ -331,14 +331,8 @@ def _at_block(
     cls: type[LanguageModel], model: nn.Module, tokenizer: Any, layer: int, facts: dict[str, Any]
 ) -> LanguageModel:
     """Reads out block `layer` of the first list of blocks that gives hidden states."""
-    layers = _num_layers(model.config)
-    lists = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == layers
-    ]
     problem: InputError | None = None
-    for name in lists:
+    for name, _ in lists_of_blocks(model):
         try:
             return cls(model, tokenizer, f"{name}.{layer}", **facts)
         except InputError as error:  # the blocks of an image encoder, say, do not run
@@ -346,12 +340,22 @@ def _at_block(
     if problem is not None:
         raise problem
     raise InputError(
-        f"model {facts['name']!r}: no list of {layers} blocks found in {type(model).__name__}, so "
-        "--layer has no meaning: name a module with --hookpoint"
+        f"model {facts['name']!r}: no list of {_num_layers(model.config)} blocks found in "
+        f"{type(model).__name__}, so --layer has no meaning: name a module with --hookpoint"
     )
 
 
-def _find_module(model: nn.Module, name: str, hookpoint: str) -> nn.Module:
+def lists_of_blocks(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
+    """The lists of as many modules as the model has blocks, with their names."""
+    layers = _num_layers(model.config)
+    return [
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len(module) == layers
+    ]
+
+
+def find_module(model: nn.Module, name: str, hookpoint: str) -> nn.Module:
     modules = dict(model.named_modules())
     if hookpoint in modules:
         return modules[hookpoint]

@@ -100,7 +100,7 @@ def load_model(
     from transformers import AutoModel, AutoModelForCausalLM
 
     recent = tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= (4, 56)
-    loader = AutoModelForCausalLM if _has_causal_class(config) else AutoModel
+    loader = AutoModelForCausalLM if has_causal_class(config) else AutoModel
     try:
         model, info = loader.from_pretrained(
             _place(name),
@@ -123,7 +123,7 @@ def load_model(
     return model, tuple(sorted(info["missing_keys"]))
 
 
-def _has_causal_class(config: Any) -> bool:
+def has_causal_class(config: Any) -> bool:
     """Whether to load the model with a head for the next token.
 
     BERT and its kind have a class for it, which is only right if the config says `is_decoder`.

@@ -1,0 +1,129 @@
+"""The stream that all SAEs of a run learn from: normalised batches of activations, and a clock."""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kronsae.data import ActivationSource
+from kronsae.errors import InputError
+from kronsae.learner import Normalizer
+
+NORMALIZER_TOKENS = 8192
+"""How many of the first activations give the mean and the scale of all."""
+
+
+class DataEnded(InputError):
+    """The activations ended before the budget was used."""
+
+
+class Stream:
+    """Batches of a source up to a budget of tokens, normalised by what the first ones measure.
+
+    steps, tokens: how many batches and tokens were given.  normalizer: None before the first.
+    """
+
+    def __init__(self, source: ActivationSource, budget: int, device: torch.device) -> None:
+        self.source = source
+        self.budget = budget
+        self.device = device
+        self.steps = 0
+        self.tokens = 0
+        self.normalizer: Normalizer | None = None
+        self.pending: list[Tensor] = []  # batches that the normalizer saw, not yet given
+        self.batches: Iterator[Tensor] | None = None
+        self.seconds = 0.0  # of earlier sessions
+        self.started = time.monotonic()
+        self.waited = 0.0  # for data, since the rates were last asked for
+        self.rated = (self.started, 0)
+
+    @property
+    def done(self) -> bool:
+        """Whether the budget is used."""
+        return self.tokens >= self.budget
+
+    def next(self) -> Tensor:
+        """The next batch [B, d], normalised, on the device, cut to the budget.
+
+        Raises DataEnded if there is none, InputError if it is not finite.
+        """
+        began = time.monotonic()
+        if self.batches is None:
+            self.batches = iter(self.source)
+        if self.normalizer is None:
+            self._measure_normalizer()
+        x = self.pending.pop(0) if self.pending else next(self.batches, None)
+        self.waited += time.monotonic() - began
+        if x is None:
+            raise DataEnded(
+                f"the data ended after {self.tokens:,} of {self.budget:,} tokens: "
+                "give more text, more --epochs, or fewer --tokens"
+            )
+        if not is_finite(x):
+            bad = int((~torch.isfinite(x)).any(1).sum())
+            raise InputError(
+                f"batch {self.steps}: {bad} of {x.shape[0]} activations hold NaN or infinity"
+            )
+        x = x[: self.budget - self.tokens]
+        self.steps += 1
+        self.tokens += x.shape[0]
+        return self.normalizer(x.to(self.device, torch.float32))
+
+    def _measure_normalizer(self) -> None:
+        """From the first batches, which are kept to be trained on (and to be judged) in turn."""
+        tokens = 0
+        while tokens < min(NORMALIZER_TOKENS, self.budget):
+            x = next(self.batches, None)
+            if x is None:
+                break
+            self.pending.append(x)
+            if not is_finite(x):
+                break
+            tokens += x.shape[0]
+        good = [x for x in self.pending if is_finite(x)]
+        if good:
+            measured = Normalizer.of(torch.cat(good))
+            self.normalizer = Normalizer(measured.mean.to(self.device), measured.scale)
+
+    def rates(self) -> dict[str, float]:
+        """Tokens a second, and the share of the time spent waiting for data, since last asked."""
+        now, (before, tokens) = time.monotonic(), self.rated
+        elapsed = max(1e-9, now - before)
+        rates = {
+            "tokens_per_s": (self.tokens - tokens) / elapsed,
+            "data_wait_share": min(1.0, self.waited / elapsed),
+        }
+        self.rated, self.waited = (now, self.tokens), 0.0
+        return rates
+
+    def position(self) -> dict[str, Any]:
+        return {
+            "step": self.steps,
+            "tokens": self.tokens,
+            "seconds": round(self.seconds + time.monotonic() - self.started, 3),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that decides the batches to come; views, valid until the next one."""
+        return {
+            **self.position(),
+            "normalizer": {"mean": self.normalizer.mean, "scale": self.normalizer.scale},
+            "source": self.source.state_dict(),
+            "pending": self.pending,
+            "torch_random_state": torch.get_rng_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps, self.tokens, self.seconds = (state[k] for k in ("step", "tokens", "seconds"))
+        mean = state["normalizer"]["mean"].to(self.device)
+        self.normalizer = Normalizer(mean, state["normalizer"]["scale"])
+        self.source.load_state_dict(state["source"])
+        self.pending = state["pending"]
+        torch.set_rng_state(state["torch_random_state"])
+        self.rated = (self.started, self.tokens)
+
+
+def is_finite(x: Tensor) -> bool:
+    return bool(torch.isfinite(x).all())

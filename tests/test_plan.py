@@ -1,0 +1,161 @@
+"""Plans: what they count is what is there, and what does not fit is refused."""
+
+import dataclasses
+import itertools
+import json
+
+import pytest
+import torch
+from tiny_models import BLOCKS, FAMILIES, save_model
+
+from kronsae import DataConfig, InputError, RunConfig, SAEConfig, TrainConfig, flops
+from kronsae import plan as planning
+from kronsae.data import LanguageModel
+from kronsae.data.outline import outline
+from kronsae.learner import Learner
+from kronsae.plan import check_memory, make_plan
+from kronsae.train import main
+
+DATA = DataConfig(layer=2, buffer_tokens=5000, heldout_tokens=3000)
+TRAIN = TrainConfig(tokens=10_000, batch_size=128, device="cpu", keep_checkpoints=2)
+SAES = {
+    "kron": SAEConfig(d_model=256, heads=64, m=2, n=4, k=8),
+    "dense": SAEConfig(d_model=256, encoder="dense", dict_size=512, k=8),
+}
+MIB = 2**20
+
+
+def members(**saes):
+    return {name: RunConfig(sae, DATA, TRAIN) for name, sae in saes.items()}
+
+
+def storage(value):
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size()
+    values = value.values() if isinstance(value, dict) else ()
+    return sum(storage(each) for each in values)
+
+
+def test_memory_of_a_sweep_is_the_sum_of_what_stays():
+    model = outline(DATA)
+    both = make_plan(members(**SAES), model)["memory_mib"]
+    alone = [make_plan(members(**{n: s}), model)["memory_mib"] for n, s in SAES.items()]
+    assert both["weights and moments"] == sum(each["weights and moments"] for each in alone)
+    for name in ("language model", "shuffle buffer", "batches", "held-out activations"):
+        assert both[name] == alone[0][name]
+    assert list(both)[-1] in {list(each)[-1] for each in alone}  # at most one member at a time
+    assert both["held-out activations"] * MIB == 4 * 256 * 3000
+    assert both["shuffle buffer"] * MIB == 4 * 256 * 5000
+
+
+@pytest.mark.parametrize("name", SAES)
+def test_state_and_gradients_are_what_a_learner_has(name):
+    """The bytes of a learner's state after a step, and of its gradients."""
+    learner = Learner(SAES[name], TRAIN, torch.device("cpu"))
+    learner.step(torch.randn(128, 256))
+    planned = make_plan(members(**{name: SAES[name]}), outline(DATA))
+    member = planned["members"][name]
+    parameters = list(learner.sae.parameters())
+    assert member["parameters"] == sum(p.numel() for p in parameters)
+    steps = 4 * len(parameters)  # AdamW counts steps for each
+    state = storage(learner.state_dict()) - steps
+    assert planned["memory_mib"]["weights and moments"] * MIB == state
+    assert planned["passes_mib"]["a step"] * MIB > 4 * member["parameters"]
+    assert planned["passes_mib"]["an evaluation"] * MIB > 4 * member["parameters"]
+    assert member["flops_per_token"] == SAES[name].flops_per_token()
+    assert member["flops_per_token_dense"] == flops.forward(256, 512, 8)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_outline_is_what_the_loaded_model_has(family, tmp_path):
+    """Width of every hookpoint that runs in a block, and parameters, without any weight."""
+    name = str(save_model(tmp_path, family))
+    loaded = LanguageModel.load(name, layer=1)
+    found = outline(DataConfig(model=name, layer=1))
+    assert found.d_model == loaded.d_model
+    assert found.parameters == sum(p.numel() for p in loaded.model.parameters())
+    blocks = [n for n in dict(loaded.model.named_modules()) if n.endswith(f"{BLOCKS[family]}.1")]
+    inside = [n for n, m in loaded.model.named_modules() if n.startswith(blocks[0] + ".")]
+    widths = {}
+    for hookpoint in inside:
+        try:
+            widths[hookpoint] = LanguageModel.load(name, hookpoint=hookpoint).d_model
+        except InputError:
+            continue
+    assert len(set(widths.values())) > 1
+    for hookpoint, width in widths.items():
+        assert outline(DataConfig(model=name, hookpoint=hookpoint)).d_model == width
+
+
+def test_multiply_adds_of_the_embedded_model_by_hand():
+    """Three GPT-NeoX blocks: 12 d^2 weights, and 2 d L for the attention of L tokens."""
+    found = outline(DataConfig(layer=2))
+    d, length = found.d_model, found.context_length
+    assert found.flops_per_token == 3 * (12 * d * d + 2 * d * length)
+    assert outline(DataConfig(layer=0)).flops_per_token == found.flops_per_token / 3
+    assert found.hidden_size == d
+
+
+def test_what_does_not_fit_is_refused_before_the_model_is_loaded(monkeypatch, capsys, tmp_path):
+    import transformers
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(transformers.PreTrainedModel, "from_pretrained", refuse)
+    monkeypatch.setattr(planning, "free_bytes", lambda device: 50 * MIB)
+    out = ["--out", str(tmp_path / "run")]
+    assert main(out) == 2
+    message = capsys.readouterr().err
+    assert "50 MiB are free" in message and "weights and moments" in message
+    assert "--no-memory-check starts anyway" in message
+    assert main(["--plan", *out]) == 0
+    assert "It would be refused" in capsys.readouterr().out
+    assert main(["--no-memory-check", *out]) == 2
+    assert "the model was loaded" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_only_what_is_far_too_much_is_refused(monkeypatch):
+    plan = {"memory_mib": {"a": 100.0, "b": 49.0}, "device": "cpu"}
+    check_memory({**plan, "free_mib": 100.0})
+    check_memory({**plan, "free_mib": None})
+    with pytest.raises(InputError, match="149 MiB of memory are needed on cpu, where 99 MiB"):
+        check_memory({**plan, "free_mib": 99.0})
+
+
+def test_free_memory_is_within_the_machines():
+    free = planning.free_bytes(torch.device("cpu"))
+    assert free is None or 0 < free < 2**50
+
+
+def test_a_containers_limit_counts(tmp_path):
+    assert planning._left_in_group(tmp_path) is None
+    (tmp_path / "memory.current").write_text("700\n")
+    (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 100\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert planning._left_in_group(tmp_path) is None
+    (tmp_path / "memory.max").write_text("1000\n")
+    assert planning._left_in_group(tmp_path) == 400
+
+
+def test_plan_of_a_sweep(capsys):
+    assert main(["--plan", "--k", "16", "32", "--m", "2", "4"]) == 0
+    printed = capsys.readouterr().out
+    for k, m in itertools.product((16, 32), (2, 4)):
+        assert f"k{k}-m{m}" in printed
+    for words in ("held-out activations", "MiB are free", "whole training step", "minutes"):
+        assert words in printed
+
+
+def test_plan_of_another_hookpoint(capsys):
+    assert main(["--plan", "--hookpoint", "gpt_neox.layers.1.mlp.dense_h_to_4h"]) == 0
+    assert "d = 1,024" in capsys.readouterr().out
+
+
+def test_plans_are_json():
+    plan = make_plan(members(**SAES), outline(DATA))
+    assert json.loads(json.dumps(plan)) == plan
+    wide = dataclasses.replace(SAES["kron"], heads=128, dict_size=0)
+    wider = make_plan(members(kron=wide), outline(DATA))
+    assert wider["members"]["kron"]["dict_size"] == 1024
