@@ -38,12 +38,15 @@ setup(
             "expecttest",
             "ruff==0.17.6",
             "tensorboard",
+            "matplotlib",
+            "scipy",
         ],
         "tensorboard": ["tensorboard"],
         "wandb": ["wandb"],
         # Other libraries that the benchmarks time. dictionary-learning's newest is 0.1.0.
         "peers": ["sae-lens==6.54.*", "eai-sparsify==1.3.*", "dictionary-learning==0.1.0"],
         "report": ["matplotlib"],
+        "experiments": ["matplotlib", "scipy"],
     },
     entry_points={"console_scripts": ["kronsae-train = kronsae.train:main"]},
 )
