@@ -1,5 +1,6 @@
 """The experiments run in their smallest form; their formulas hold in cases worked by hand."""
 
+import dataclasses
 import json
 import math
 from types import SimpleNamespace
@@ -7,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from kronsae.data import TensorActivations
 from kronsae.errors import InputError
 from kronsae.experiments import NAMES, common
 from kronsae.experiments.__main__ import load, main
@@ -54,9 +56,8 @@ def test_paper_form_is_a_matter_of_settings(name):
 @pytest.fixture
 def squares():
     """An experiment that squares numbers, and remembers which; it stops at the number `ill`."""
-    from dataclasses import dataclass
 
-    @dataclass(frozen=True)
+    @dataclasses.dataclass(frozen=True)
     class Settings:
         numbers: tuple[int, ...] = common.axis((1, 2, 3), "to square")
         scale: int = common.setting(1, "factor")
@@ -140,6 +141,25 @@ def test_learning_rates_are_chosen_on_a_seed_of_their_own():
     assert common.reported(runs) == []
     one = common.TrainingSettings(learning_rates=(0.1,), seeds=1)
     assert common.tuned_cells(rows[:1], one, []) == [{"variant": "a", "lr": 0.1, "seed": 0}]
+
+
+def test_activations_that_do_not_fit_are_streamed():
+    """The same tokens, held or streamed."""
+    settings = common.TrainingSettings(
+        buffer_tokens=1024, heldout_tokens=512, batch_size=256, memory_gib=1.0
+    )
+    held = common.Activations(settings).hold(1024)
+    streamed = common.Activations(dataclasses.replace(settings, memory_gib=0.0)).hold(1024)
+    assert streamed.x is None
+    assert torch.equal(streamed.heldout, held.heldout)
+    batches = iter(streamed.training(512, seed=0))
+    assert torch.equal(torch.cat([next(batches), next(batches)]), held.training(512, seed=0))
+
+
+def test_too_little_text_is_an_error():
+    batches = TensorActivations(torch.randn(10, 4), batch_size=4, epochs=1)
+    with pytest.raises(InputError, match="10 tokens to train on, of 11"):
+        common.collect(batches, 11)
 
 
 # The command line

@@ -5,6 +5,7 @@ import dataclasses
 import difflib
 import importlib
 import shlex
+import signal
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -120,6 +121,8 @@ def main(argv: list[str] | None = None) -> int:
     except Stopped as stop:
         print(f"{stop}: the same command goes on from here", file=sys.stderr)
         return 128 + stop.number
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
     print((out / f"{name}.md").read_text(encoding="utf-8"))
     print(f"In {out}: {name}.json, {name}.md, {name}.png")
     return 0

@@ -61,9 +61,9 @@ def run_grid(
 ) -> list[Run]:
     """Run every cell that `folder` does not have yet; its JSON file is whole after each.
 
-    on_run: called with each new run, and with how many of the cells known so far are done, of how
-    many.  Raises InputError if the file there was made
-    with other settings (but for axes, which may grow) or versions.
+    on_run: called with each new run, the cells done and the cells known so far.
+    Raises InputError if the file there was made with other settings (but for axes, which may grow)
+    or versions.
     """
     name = experiment.__name__.rpartition(".")[2]
     path = folder / f"{name}.json"

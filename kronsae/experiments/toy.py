@@ -216,7 +216,7 @@ def match(target: Tensor, c: Tensor) -> Tensor:
     """
     from scipy.optimize import quadratic_assignment
 
-    options = {"maximize": True, "tol": 1e-4, "maxiter": 100}
+    options = {"maximize": True}
     found = quadratic_assignment(target.numpy(), c.numpy(), method="faq", options=options)
     order = torch.from_numpy(found.col_ind)
     return c[order][:, order]
