@@ -1,11 +1,13 @@
 """The README's Python examples run as they stand, and its commands are ones that exist."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 
 from kronsae.cli import parse
+from kronsae.experiments.__main__ import parse as parse_experiment
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
@@ -33,11 +35,19 @@ def test_kernels_example():
     assert names["topk"].values.shape == (32, 8)
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python -m kronsae")])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python -m kronsae.train")])
 def test_commands_parse(command):
     words = command.replace("\\\n", " ").split()
     request = parse(words[3:])
     assert request.config.train.tokens == 500_000_000
+
+
+def test_experiments_parse():
+    found = [c for c in COMMANDS if c.startswith("python -m kronsae.experiments")]
+    for command in found:
+        name, *flags = shlex.split(command, comments=True)[3:]
+        parse_experiment(name, flags)
+    assert found
 
 
 def test_files_named_in_the_readme_exist():
