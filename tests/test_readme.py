@@ -35,7 +35,9 @@ def test_kernels_example():
     assert names["topk"].values.shape == (32, 8)
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python -m kronsae.train")])
+@pytest.mark.parametrize(
+    "command", [c for c in COMMANDS if c.startswith("python -m kronsae.train")]
+)
 def test_commands_parse(command):
     words = command.replace("\\\n", " ").split()
     request = parse(words[3:])
