@@ -282,6 +282,22 @@ def test_the_control_is_where_training_starts():
     assert torch.equal(initial(config, 5).W_dec, learner.sae.W_dec)
 
 
+def test_untied_training_starts_elsewhere():
+    """Without a step the decoder is neither the tied one nor of rows alike."""
+    from kronsae import SAEConfig, TrainConfig
+    from kronsae.experiments.toy import initial, train_untied
+
+    config = SAEConfig(d_model=64, heads=2, m=2, n=4, k=3)
+    x = torch.randn(64, 64)
+    still = train_untied(config, x, TrainConfig(tokens=64, batch_size=32, lr=0.0, lr_final=0.0))
+    tied = initial(config, 0)
+    assert torch.equal(still.W_enc, tied.W_enc)
+    assert (still.W_dec[0] @ still.W_dec[1]).abs() < 0.4 < tied.W_dec[0] @ tied.W_dec[1]
+    torch.testing.assert_close(still.W_dec.norm(dim=1), torch.ones(16))
+    trained = train_untied(config, x, TrainConfig(tokens=64, batch_size=32, lr=0.01))
+    assert not torch.equal(trained.W_dec, still.W_dec)
+
+
 def test_mean_correlations_equal_the_whole_matrix():
     """Against torch.corrcoef of the dense latents; one latent never fires."""
     from kronsae.experiments.correlation import mean_correlations

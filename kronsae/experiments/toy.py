@@ -9,8 +9,10 @@ assignment problem, by FAQ); C is then compared with S.
 The paper does not say, and we chose: the covariances (`SETUPS`), how many features are active (32,
 with which the autoencoder's own RV coefficient is near the paper's; that figure does not depend on
 any SAE), L (Cholesky), the lengths and rates of the trainings, and the definitions of
-`effective_rank`, `mean_correlation` and rank difference. Beside the paper's figures stand two
-controls: every figure of the same SAE *before* training, and RV with latents matched to S itself.
+`effective_rank`, `mean_correlation` and rank difference. A KronSAE's decoder starts from sums of
+encoder rows, so latents of a head are alike before anything is learned. Two controls show how much
+of the result that is: the same figures *before* training, and after a training that started from an
+*untied* decoder of independent random rows. RV with latents matched to S itself is a third view.
 """
 
 import dataclasses
@@ -24,6 +26,7 @@ import torch
 from torch import Tensor
 
 from kronsae.config import SAEConfig, TrainConfig, setting
+from kronsae.data import TensorActivations
 from kronsae.evaluate import Heldout
 from kronsae.experiments.common import (
     Conclusion,
@@ -37,7 +40,8 @@ from kronsae.experiments.common import (
     sae_config,
     save,
 )
-from kronsae.fit import resolve_device
+from kronsae.fit import NORMALIZER_TOKENS, resolve_device
+from kronsae.learner import Learner, Normalizer
 from kronsae.sae import SAE
 
 FIGURE = "Fig. 5, Table 7"
@@ -76,13 +80,13 @@ SETUPS = tuple(
 @dataclasses.dataclass(frozen=True)
 class Settings:
     setups: int = axis(len(SETUPS), "covariance set-ups, of the 8")
-    seeds: int = axis(3, "seeds of each set-up")
+    seeds: int = axis(2, "seeds of each set-up")
     active: int = setting(32, "features active in a sample")
     autoencoder_steps: int = setting(500, "optimizer steps of the autoencoder")
     autoencoder_lr: float = setting(5e-3, "its peak learning rate (Adam, cosine)")
-    tokens: int = setting(204_800, "hidden states that an SAE is trained on")
-    batch_size: int = setting(512, "hidden states an optimizer step")
-    lr: float = setting(8e-3, "peak learning rate of the SAEs")
+    tokens: int = setting(102_400, "hidden states that an SAE is trained on")
+    batch_size: int = setting(256, "hidden states an optimizer step")
+    lr: float = setting(1.6e-2, "peak learning rate of the SAEs")
     device: str = setting("auto", "cpu, cuda, cuda:1, ... (auto: cuda where there is one)")
 
 
@@ -134,12 +138,29 @@ def run(settings: Settings, prepared: None, cell: dict[str, Any]) -> dict[str, A
             **decoder_figures(result.sae.W_dec, own, truth),
             "before_training": decoder_figures(before.W_dec, own, truth),
         }
+        if sae.encoder == "kron":
+            untied = train_untied(sae, hidden, config)
+            figures[variant]["untied"] = decoder_figures(untied.W_dec, own, truth)
     return figures
 
 
 def initial(config: SAEConfig, seed: int) -> SAE:
     """The SAE that a training with this seed starts from."""
     return SAE(config, generator=torch.Generator().manual_seed(seed))
+
+
+def train_untied(config: SAEConfig, x: Tensor, train_config: TrainConfig) -> SAE:
+    """Trained as `fit` does, but from decoder rows that know nothing of the encoder's."""
+    learner = Learner(config, train_config, resolve_device(train_config.device))
+    sae = learner.sae
+    generator = torch.Generator().manual_seed(train_config.seed)
+    with torch.no_grad():
+        sae.W_dec.copy_(torch.randn(sae.W_dec.shape, generator=generator))
+    sae.normalize_decoder()
+    normalizer = Normalizer.of(x[:NORMALIZER_TOKENS])
+    for batch in TensorActivations(x, train_config.batch_size, train_config.seed, epochs=1):
+        learner.step(normalizer(batch).to(learner.device))
+    return sae
 
 
 # The data and the autoencoder
@@ -267,86 +288,85 @@ def decoder_figures(w_dec: Tensor, own: Tensor, truth: Tensor) -> dict[str, floa
 # What comes out
 
 
+COLUMNS = {
+    "RV": ("rv", 2),
+    "RV, before training": ("before_training.rv", 2),
+    "RV, untied start": ("untied.rv", 2),
+    "RV matched to S": ("rv_direct", 2),
+    "so, before training": ("before_training.rv_direct", 2),
+    "so, untied start": ("untied.rv_direct", 2),
+    "effective rank": ("effective_rank", 0),
+    "mean correlation": ("mean_correlation", 3),
+    "rank difference": ("rank_difference", 0),
+    "explained variance": ("explained_variance", 3),
+}
+"""Heading: name of a figure, digits."""
+
+
 def conclude(settings: Settings, runs: Sequence[Run]) -> Conclusion:
-    names = ("truth", "autoencoder", *VARIANTS)
-    columns = {
-        "RV": ("rv", 2),
-        "RV, matched to S": ("rv_direct", 2),
-        "effective rank": ("effective_rank", 0),
-        "mean correlation": ("mean_correlation", 3),
-        "rank difference": ("rank_difference", 0),
-        "explained variance": ("explained_variance", 3),
-    }
-
-    def cell(name: str, key: str, digits: int) -> str:
-        found = over_setups(runs, name, key)
-        return found.to(digits) if found else ""
-
     rows = []
-    for name in names:
-        figures = [cell(name, *column) for column in columns.values()]
-        before = [cell(name, f"before_training.{key}", 2) for key in ("rv", "rv_direct")]
-        rows.append([name, PAPER_RV.get(name, ""), figures[0], before[0], figures[1], before[1]])
-        rows[-1] += figures[2:]
-    header = ["", "RV, paper", "RV, ours", "RV before training"]
-    header += ["matched to S", "matched to S, before", *list(columns)[2:]]
-    rv = {name: over_setups(runs, name, "rv") for name in names[1:]}
-    start = {name: over_setups(runs, name, "before_training.rv") for name in VARIANTS}
-    above = [name for name in VARIANTS[1:] if rv[name].mean > rv["topk"].mean]
-    gained = [name for name in VARIANTS if rv[name].mean > start[name].mean]
+    for name in ("truth", "autoencoder", *VARIANTS):
+        found = [(over_setups(runs, name, key), digits) for key, digits in COLUMNS.values()]
+        cells = ["" if spread is None else spread.to(digits) for spread, digits in found]
+        rows.append([name, PAPER_RV.get(name, ""), *cells])
+    rv = {name: over_setups(runs, name, "rv") for name in ("autoencoder", *VARIANTS)}
+    topk, krons = rv["topk"], VARIANTS[1:]
+
+    def above(key: str) -> str:
+        names = [name for name in krons if over_setups(runs, name, key).mean > topk.mean]
+        return ", ".join(names) or "none"
+
     line = (
         f"RV of the autoencoder {rv['autoencoder'].to(2)} (paper: {PAPER_RV['autoencoder']}), of "
-        f"TopK {rv['topk'].to(2)} (paper: {PAPER_RV['topk']}), of the KronSAEs "
-        + ", ".join(rv[name].to(2) for name in VARIANTS[1:])
-        + f" (paper: {', '.join(PAPER_RV[name] for name in VARIANTS[1:])}). "
-        f"Above TopK: {_list(above)} (paper: all four). Above the same SAE before training: "
-        f"{_list(gained)} (the paper has no such control)."
+        f"TopK {topk.to(2)} (paper: {PAPER_RV['topk']}), of the KronSAEs "
+        + ", ".join(rv[name].to(2) for name in krons)
+        + f" (paper: {', '.join(PAPER_RV[name] for name in krons)}). Above TopK: {above('rv')} "
+        f"(paper: all four); from an untied start: {above('untied.rv')}; before any training: "
+        f"{above('before_training.rv')} (the paper has no such controls)."
     )
-    return Conclusion(markdown(header, rows), line)
+    return Conclusion(markdown(["", "RV, paper", *COLUMNS], rows), line)
 
 
 def over_setups(runs: Sequence[Run], name: str, key: str) -> Spread | None:
     """Mean and deviation over set-ups, each the mean of its seeds; None where there is no figure.
 
-    key: of a figure, or "before_training.KEY".
+    key: of a figure, with a dot between the levels.
     """
     by_setup: dict[int, list[float]] = {}
     for each in runs:
-        figures = each[name]
-        if key.startswith("before_training."):
-            figures = figures.get("before_training", {})
-        value = figures.get(key.removeprefix("before_training."))
-        if value is None:
+        value = each[name]
+        for part in key.split("."):
+            value = value.get(part, {})
+        if value == {}:
             return None
         by_setup.setdefault(each["setup"], []).append(value)
     return Spread.of(Spread.of(values).mean for values in by_setup.values())
 
 
-def _list(names: Sequence[str]) -> str:
-    return ", ".join(names) or "none"
-
-
 def draw(settings: Settings, runs: Sequence[Run], path: Path) -> None:
-    """RV of each set-up (a dot, the mean of its seeds) and on average, trained and before."""
-    figure, ((axes,),) = panels(1, 1, (7.5, 3.8))
+    """RV by set-up (a dot, the mean of its seeds) and on average (a bar), with the controls."""
+    figure, ((axes,),) = panels(1, 1, (8, 3.8))
     names = ["autoencoder", *VARIANTS]
-    kinds = {"rv": ("trained", "C0", -0.15), "before_training.rv": ("before training", "C7", 0.15)}
+    kinds = {
+        "rv": ("trained", "C0", -0.22),
+        "untied.rv": ("trained from an untied decoder", "C1", 0.0),
+        "before_training.rv": ("before training", "C7", 0.22),
+    }
+    setups = sorted({run["setup"] for run in runs})
     for key, (label, color, shift) in kinds.items():
         for place, name in enumerate(names):
-            mean = over_setups(runs, name, key)
-            if mean is None:
+            if (mean := over_setups(runs, name, key)) is None:
                 continue
-            dots = [
-                over_setups([run for run in runs if run["setup"] == setup], name, key).mean
-                for setup in sorted({run["setup"] for run in runs})
-            ]
-            axes.plot([place + shift] * len(dots), dots, ".", color=color, alpha=0.4)
-            axes.plot([place + shift - 0.1, place + shift + 0.1], [mean.mean] * 2, color=color)
+            of_setups = [[run for run in runs if run["setup"] == setup] for setup in setups]
+            dots = [over_setups(of_setup, name, key).mean for of_setup in of_setups]
+            middle = place + shift
+            axes.plot([middle] * len(dots), dots, ".", color=color, alpha=0.4)
+            axes.plot([middle - 0.1, middle + 0.1], [mean.mean] * 2, color=color, linewidth=2)
         axes.plot([], [], color=color, label=label)
     paper = [float(PAPER_RV[name].split(" ")[0]) for name in names]
-    axes.plot(range(len(names)), paper, "k_", markersize=12, label="paper")
+    axes.plot([place - 0.22 for place in range(len(names))], paper, "kx", label="paper, mean")
     axes.set_xticks(range(len(names)), names)
     axes.set_ylabel("RV coefficient with S")
     axes.set_ylim(0, None)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, fontsize=8)
     save(figure, path)
