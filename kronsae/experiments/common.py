@@ -185,7 +185,7 @@ class TrainingSettings:
     batch_size: int = setting(1024, "tokens an optimizer step")
     k: int = setting(32, "active latents a token")
     learning_rates: tuple[float, ...] = axis(
-        (8e-3, 1.6e-2, 2.4e-2), "rates to choose from, for each row on a seed of its own"
+        (1.6e-2, 2.4e-2), "rates to choose from, for each row on a seed of its own"
     )
     seeds: int = axis(3, "trainings of each row")
     device: str = setting("auto", "cpu, cuda, cuda:1, ... (auto: cuda where there is one)")

@@ -38,9 +38,10 @@ PAPER_EV = {
 
 @dataclasses.dataclass(frozen=True)
 class Settings(TrainingSettings):
-    tokens: int = axis(400_000, "tokens of a training")
+    tokens: int = axis(200_000, "tokens of a training")
     dict_sizes: tuple[int, ...] = axis((4096,), "dictionary sizes F")
     shapes: tuple[str, ...] = axis(("m2n4", "m4n8"), "shapes of the heads")
+    learning_rates: tuple[float, ...] = axis((8e-3, 1.6e-2, 2.4e-2), "rates to choose from")
 
 
 SMALLEST = SMALLEST_TRAINING | {"tokens": 2048, "dict_sizes": (128,)}

@@ -33,7 +33,7 @@ STATEMENT = "At a fixed dictionary size, explained variance rises with h and fal
 
 @dataclasses.dataclass(frozen=True)
 class Settings(TrainingSettings):
-    tokens: int = axis(400_000, "tokens of a training")
+    tokens: int = axis(200_000, "tokens of a training")
     dict_size: int = axis(4096, "dictionary size F")
     m: tuple[int, ...] = axis((1, 2, 4, 8), "base widths")
     n: tuple[int, ...] = axis((4, 8, 16), "extension widths; those below m are left out")

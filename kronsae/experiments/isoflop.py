@@ -38,8 +38,8 @@ BASELINE = "topk"
 class Settings(TrainingSettings):
     budgets: tuple[int, ...] = axis((100_000, 200_000, 400_000), "tokens that a TopK SAE sees")
     dict_sizes: tuple[int, ...] = axis((2048, 4096), "dictionary sizes F")
-    variants: tuple[str, ...] = axis(("m2n4", "m4n4", "m4n8"), "what is held against topk")
-    learning_rates: tuple[float, ...] = axis((1.6e-2, 2.4e-2), "rates to choose from")
+    variants: tuple[str, ...] = axis(("m2n4", "m4n4"), "what is held against topk")
+    seeds: int = axis(2, "trainings of each point")
 
 
 SMALLEST = SMALLEST_TRAINING | {

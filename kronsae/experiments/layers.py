@@ -31,7 +31,7 @@ STATEMENT = "KronSAE stands beside TopK alike at every layer of a model."
 @dataclasses.dataclass(frozen=True)
 class Settings(TrainingSettings):
     layer: tuple[int, ...] = axis((0, 1, 2, 3), "residual streams after these blocks, from 0")
-    tokens: int = axis(400_000, "tokens of a training")
+    tokens: int = axis(200_000, "tokens of a training")
     dict_size: int = axis(4096, "dictionary size F")
     variants: tuple[str, ...] = axis(("topk", "m2n4", "m4n4"), "what is compared, with the first")
 
