@@ -172,6 +172,7 @@ def test_too_little_text_is_an_error():
         (["toy", "--token", "3"], "did you mean --tokens?"),
         (["toy", "--seeds", "few"], "--seeds"),
         (["heads", "--smallest", "--paper"], "not allowed with"),
+        (["toy", "--seeds", "0"], "nothing to run"),
     ],
 )
 def test_wrong_command(argv, words, capsys):

@@ -89,6 +89,8 @@ def run_grid(
         folder.mkdir(parents=True, exist_ok=True)
         write_json(path, document)
         on_run(runs[-1], len(cells) - len(missing) + 1, len(cells))
+    if not cells:
+        raise InputError(f"{name}: with these settings there is nothing to run")
     wanted = [run for run in runs if any(matches(run, cell) for cell in cells)]
     conclusion = experiment.conclude(settings, wanted)
     write_json(path, {**document, "conclusion": conclusion.line})

@@ -98,7 +98,9 @@ PAPER: dict[str, Any] = {}
 def cells(settings: Settings, runs: Sequence[Run]) -> list[dict[str, Any]]:
     return [
         {"setup": setup, "seed": seed}
-        for setup, seed in itertools.product(range(settings.setups), range(settings.seeds))
+        for setup, seed in itertools.product(
+            range(len(SETUPS))[: settings.setups], range(settings.seeds)
+        )
     ]
 
 
