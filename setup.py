@@ -38,6 +38,8 @@ setup(
             "expecttest",
             "ruff==0.17.6",
             "tensorboard",
+            "matplotlib",
+            "scipy",
         ],
         "tensorboard": ["tensorboard"],
         "wandb": ["wandb"],
@@ -46,6 +48,7 @@ setup(
         # torch's: for a CPU build of torch, install both from its index first.
         "peers": ["sae-lens==6.54.*", "eai-sparsify==1.3.*", "dictionary-learning==0.1.0"],
         "report": ["matplotlib"],
+        "experiments": ["matplotlib", "scipy"],
     },
     entry_points={"console_scripts": ["kronsae-train = kronsae.train:main"]},
 )

@@ -1,12 +1,14 @@
 """The README's Python examples run as they stand, and its commands are ones that exist."""
 
 import re
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
 
 from kronsae.cli import parse
+from kronsae.experiments.__main__ import parse as parse_experiment
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
@@ -44,7 +46,9 @@ def test_fused_step_example(capsys):
     assert names["grad_norm"].isfinite()
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python -m kronsae")])
+@pytest.mark.parametrize(
+    "command", [c for c in COMMANDS if c.startswith("python -m kronsae.train")]
+)
 def test_commands_parse(command):
     words = command.replace("\\\n", " ").split()
     request = parse(words[3:])
@@ -52,6 +56,14 @@ def test_commands_parse(command):
         assert len(request.members) == 12
         return
     assert request.config.train.tokens == 500_000_000
+
+
+def test_experiments_parse():
+    found = [c for c in COMMANDS if c.startswith("python -m kronsae.experiments")]
+    for command in found:
+        name, *flags = shlex.split(command, comments=True)[3:]
+        parse_experiment(name, flags)
+    assert found
 
 
 def test_files_named_in_the_readme_exist():

@@ -1,0 +1,142 @@
+"""`python -m kronsae.experiments NAME`: check one of the paper's statements."""
+
+import argparse
+import dataclasses
+import difflib
+import importlib
+import shlex
+import signal
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NoReturn
+
+from kronsae.config import base_type
+from kronsae.errors import InputError
+from kronsae.experiments import NAMES
+from kronsae.experiments.common import Run, Stopped, require, run_grid
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message)
+
+
+def load(name: str) -> ModuleType:
+    """The module of an experiment."""
+    return importlib.import_module(f"kronsae.experiments.{name}")
+
+
+def overview() -> str:
+    """A line each experiment."""
+    lines = [f"  {name:12} [{load(name).FIGURE}] {load(name).STATEMENT}" for name in NAMES]
+    return "experiments:\n" + "\n".join(lines)
+
+
+def make_parser(name: str) -> argparse.ArgumentParser:
+    """Flags of one experiment: one a field of its Settings, and those of all."""
+    experiment = load(name)
+    parser = _Parser(
+        prog=f"python -m kronsae.experiments {name}",
+        description=f"[KronSAE, {experiment.FIGURE}] {experiment.STATEMENT}",
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help=f"folder (default: runs/experiments/{name})"
+    )
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--smallest", action="store_true", help="a form that takes seconds")
+    size.add_argument("--paper", action="store_true", help="the paper's model, layer and tokens")
+    for spec in dataclasses.fields(experiment.Settings):
+        _add_flag(parser, spec)
+    return parser
+
+
+def _add_flag(parser: argparse.ArgumentParser, spec: dataclasses.Field) -> None:
+    text = f"{spec.metadata['help']} (default: {_shown(spec.default)})".replace("%", "%%")
+    options: dict[str, Any] = {"help": text}
+    if isinstance(spec.default, tuple):
+        kind = type(spec.default[0])
+        options |= {"nargs": "+", "type": kind}
+    else:
+        kind, _ = base_type(spec)
+        options |= {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
+    if kind is not bool:
+        options["metavar"] = {int: "N", float: "X", str: "NAME"}[kind]
+    parser.add_argument(f"--{spec.name.replace('_', '-')}", **options)
+
+
+def _shown(value: Any) -> str:
+    return " ".join(str(each) for each in value) if isinstance(value, tuple) else str(value)
+
+
+def parse(name: str, argv: list[str]) -> tuple[Any, Path]:
+    """Settings and folder. Raises InputError for anything wrong."""
+    experiment = load(name)
+    parser = make_parser(name)
+    found, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise InputError(_unknown(unknown[0], parser))
+    flags = {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in vars(found).items()
+    }
+    out = flags.pop("out", None)
+    size = "smallest" if flags.pop("smallest", False) else ""
+    size = "paper" if flags.pop("paper", False) else size
+    preset = {"": {}, "smallest": experiment.SMALLEST, "paper": experiment.PAPER}[size]
+    default = Path("runs/experiments") / (f"{name}-{size}" if size else name)
+    return experiment.Settings(**(preset | flags)), out or default
+
+
+def _unknown(argument: str, parser: argparse.ArgumentParser) -> str:
+    flags = [option for action in parser._actions for option in action.option_strings]
+    close = difflib.get_close_matches(argument.split("=")[0], flags, n=3)
+    hint = f"did you mean {' or '.join(close)}?" if close else "--help lists all flags"
+    return f"unknown argument {argument!r}: {hint}"
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0 only when the experiment is complete.
+
+    2: what was asked for cannot work. 128 + n: stopped by signal n; the same command goes on.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(f"usage: python -m kronsae.experiments NAME [--smallest | --paper] [flags]\n\n"
+              f"{overview()}\n\nNAME --help lists an experiment's flags.")  # fmt: skip
+        return 0 if argv else 2
+    try:
+        name, *rest = argv
+        if name not in NAMES:
+            raise InputError(f"no experiment {name!r}: expected one of {', '.join(NAMES)}")
+        settings, out = parse(name, rest)
+        require("matplotlib")
+        command = shlex.join(["python", "-m", "kronsae.experiments", *argv])
+        run_grid(load(name), settings, out, command, show)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Stopped as stop:
+        print(f"{stop}: the same command goes on from here", file=sys.stderr)
+        return 128 + stop.number
+    except KeyboardInterrupt:
+        return 128 + signal.SIGINT
+    print((out / f"{name}.md").read_text(encoding="utf-8"))
+    print(f"In {out}: {name}.json, {name}.md, {name}.png")
+    return 0
+
+
+def show(run: Run, done: int, total: int) -> None:
+    """A line a run: its cell and its plain figures."""
+    texts = [
+        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}"
+        for key, value in run.items()
+        if key != "command" and isinstance(value, int | float | str)
+    ]
+    print(f"[{done}/{total}]", "  ".join(texts), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,134 @@
+"""Explained variance at equal FLOPs, over budgets and dictionary sizes. [KronSAE, Figs. 1, 9]
+
+A budget is what a TopK SAE of the same dictionary size spends on so many tokens (eq. 7); a variant
+with a cheaper encoder sees more tokens for it. The learning rate is chosen for each point.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kronsae.experiments.common import (
+    QWEN,
+    SMALLEST_TRAINING,
+    Activations,
+    Conclusion,
+    Run,
+    TrainingSettings,
+    axis,
+    explained,
+    markdown,
+    panels,
+    quality,
+    sae_config,
+    save,
+    train,
+    tuned_cells,
+)
+
+FIGURE = "Figs. 1, 9"
+STATEMENT = "At equal FLOPs KronSAE explains as much as a TopK SAE, or more."
+
+BASELINE = "topk"
+"""The variant whose FLOPs are the budget."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings(TrainingSettings):
+    budgets: tuple[int, ...] = axis((100_000, 200_000, 400_000), "tokens that a TopK SAE sees")
+    dict_sizes: tuple[int, ...] = axis((2048, 4096), "dictionary sizes F")
+    variants: tuple[str, ...] = axis(("m2n4", "m4n4"), "what is held against topk")
+    seeds: int = axis(2, "trainings of each point")
+
+
+SMALLEST = SMALLEST_TRAINING | {
+    "budgets": (1024, 2048),
+    "dict_sizes": (128,),
+    "variants": ("m2n4",),
+}
+PAPER = QWEN | {
+    "budgets": (125_000_000, 500_000_000, 1_000_000_000, 2_000_000_000),
+    "dict_sizes": (32768, 65536, 131072),
+}
+
+
+def cells(settings: Settings, runs: Sequence[Run]) -> list[dict[str, Any]]:
+    rows = [
+        {"dict_size": size, "variant": variant, "budget": budget}
+        for size in settings.dict_sizes
+        for variant in (BASELINE, *settings.variants)
+        for budget in settings.budgets
+    ]
+    return tuned_cells(rows, settings, runs)
+
+
+def equal_flops_tokens(variant: str, dict_size: int, k: int, d_model: int, budget: int) -> int:
+    """Tokens for which a variant spends what the baseline does on `budget`. [KronSAE, eq. 7]"""
+    cost = {
+        name: dataclasses.replace(sae_config(name, dict_size, k), d_model=d_model).flops_per_token()
+        for name in (BASELINE, variant)
+    }
+    return round(budget * cost[BASELINE] / cost[variant])
+
+
+def prepare(settings: Settings) -> Activations:
+    """Activations for the cheapest variant at the largest budget."""
+    activations = Activations(settings)
+    most = max(
+        equal_flops_tokens(variant, size, settings.k, activations.d_model, max(settings.budgets))
+        for variant in (BASELINE, *settings.variants)
+        for size in settings.dict_sizes
+    )
+    return activations.hold(most)
+
+
+def run(settings: Settings, activations: Activations, cell: dict[str, Any]) -> dict[str, Any]:
+    variant, size, budget = cell["variant"], cell["dict_size"], cell["budget"]
+    tokens = equal_flops_tokens(variant, size, settings.k, activations.d_model, budget)
+    sae = sae_config(variant, size, settings.k)
+    result = train(sae, activations, settings, {**cell, "tokens": tokens})
+    flops = tokens * result.sae.config.flops_per_token()
+    return {"tokens": tokens, "flops": flops, **quality(result)}
+
+
+def conclude(settings: Settings, runs: Sequence[Run]) -> Conclusion:
+    lines, wins = [], {variant: 0 for variant in settings.variants}
+    for size in settings.dict_sizes:
+        for budget in settings.budgets:
+            found = {
+                variant: explained(runs, dict_size=size, budget=budget, variant=variant)
+                for variant in (BASELINE, *settings.variants)
+            }
+            lines.append([f"{size:,}", f"{budget:,}", *found.values()])
+            for variant in settings.variants:
+                wins[variant] += found[variant].mean >= found[BASELINE].mean
+    points = len(settings.dict_sizes) * len(settings.budgets)
+    line = (
+        "At equal FLOPs, at least as much as TopK explains: "
+        + ", ".join(f"{variant} at {count} of {points} points" for variant, count in wins.items())
+        + " (paper: on a par or better; its authors expect TopK to win at large budgets)."
+    )
+    header = ["F", "TopK's tokens", BASELINE, *settings.variants]
+    return Conclusion(markdown(header, lines), line)
+
+
+def draw(settings: Settings, runs: Sequence[Run], path: Path) -> None:
+    """Explained variance against FLOPs, a line each variant, a panel each dictionary size."""
+    count = len(settings.dict_sizes)
+    figure, (row,) = panels(1, count, (4.5 * count, 3.4))
+    for axes, size in zip(row, settings.dict_sizes, strict=True):
+        for variant in (BASELINE, *settings.variants):
+            points = []
+            for budget in sorted(settings.budgets):
+                of_point = {"dict_size": size, "budget": budget, "variant": variant}
+                flops = next(r["flops"] for r in runs if all(r[k] == of_point[k] for k in of_point))
+                points.append((flops, *explained(runs, **of_point)))
+            flops, means, deviations = zip(*points, strict=True)
+            axes.errorbar(flops, means, deviations, fmt="o-", capsize=3, label=variant)
+        axes.set_xscale("log")
+        axes.set_xlabel("multiply-adds of the forward passes (eq. 7)")
+        axes.set_ylabel("explained variance")
+        axes.set_title(f"F = {size:,}")
+        axes.legend(frameon=False)
+    save(figure, path)

@@ -1,0 +1,325 @@
+"""The experiments run in their smallest form; their formulas hold in cases worked by hand."""
+
+import dataclasses
+import json
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from kronsae.data import TensorActivations
+from kronsae.errors import InputError
+from kronsae.experiments import NAMES, common
+from kronsae.experiments.__main__ import load, main
+from kronsae_kernels import SparseCodes
+
+pytest.importorskip("matplotlib")
+pytest.importorskip("scipy")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_smallest_form(name, tmp_path, capsys):
+    """Every cell is run; the JSON says with what; a second call runs nothing again."""
+    arguments = [name, "--smallest", "--out", str(tmp_path)]
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    document = json.loads((tmp_path / f"{name}.json").read_text())
+    experiment = load(name)
+    settings = experiment.Settings(**experiment.SMALLEST)
+    cells = experiment.cells(settings, document["runs"])
+    assert len(document["runs"]) == len(cells) >= 2
+    assert not common.missing_cells(cells, document["runs"])
+    assert f"[{len(cells)}/{len(cells)}]" in printed
+    assert {run["seed"] for run in document["runs"]} == {0, 1}
+    assert all(name in run["command"] for run in document["runs"])
+    assert document["made_with"]["torch"] == torch.__version__
+    assert document["made_with"]["dtype"] in ("float32", "bfloat16")
+    assert document["conclusion"] in (tmp_path / f"{name}.md").read_text()
+    assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+    before = document["runs"]
+    assert main(arguments) == 0
+    assert f"/{len(cells)}]" not in capsys.readouterr().out
+    assert json.loads((tmp_path / f"{name}.json").read_text())["runs"] == before
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_paper_form_is_a_matter_of_settings(name):
+    experiment = load(name)
+    assert experiment.cells(experiment.Settings(**experiment.PAPER), [])
+
+
+# The grid
+
+
+@pytest.fixture
+def squares():
+    """An experiment that squares numbers, and remembers which; it stops at the number `ill`."""
+
+    @dataclasses.dataclass(frozen=True)
+    class Settings:
+        numbers: tuple[int, ...] = common.axis((1, 2, 3), "to square")
+        scale: int = common.setting(1, "factor")
+        device: str = common.setting("cpu", "device")
+
+    def run(settings, prepared, cell):
+        if cell["number"] == experiment.ill:
+            raise common.Stopped(2)
+        experiment.seen.append(cell["number"])
+        return {"square": settings.scale * cell["number"] ** 2}
+
+    experiment = SimpleNamespace(
+        __name__="kronsae.experiments.squares",
+        FIGURE="none",
+        STATEMENT="Squares grow.",
+        Settings=Settings,
+        seen=[],
+        ill=None,
+        cells=lambda settings, runs: [{"number": number} for number in settings.numbers],
+        prepare=lambda settings: None,
+        run=run,
+        conclude=lambda settings, runs: common.Conclusion(
+            "", str(sorted(run["square"] for run in runs))
+        ),
+        draw=lambda settings, runs, path: None,
+    )
+    return experiment
+
+
+def run(experiment, folder, **settings):
+    settings = experiment.Settings(**settings)
+    return common.run_grid(experiment, settings, folder, "a command", lambda *_: None)
+
+
+def test_half_done_grid_goes_on(squares, tmp_path):
+    squares.ill = 3
+    with pytest.raises(common.Stopped):
+        run(squares, tmp_path)
+    assert squares.seen == [1, 2]
+    squares.ill = None
+    assert [each["square"] for each in run(squares, tmp_path)] == [1, 4, 9]
+    assert squares.seen == [1, 2, 3]
+
+
+def test_an_axis_may_grow_and_shrink(squares, tmp_path):
+    run(squares, tmp_path)
+    run(squares, tmp_path, numbers=(2, 5))
+    assert squares.seen == [1, 2, 3, 5]
+    document = json.loads((tmp_path / "squares.json").read_text())
+    assert document["conclusion"] == "[4, 25]"  # of what was asked for
+    assert len(document["runs"]) == 4  # nothing is thrown away
+
+
+def test_other_settings_do_not_mix(squares, tmp_path):
+    run(squares, tmp_path)
+    with pytest.raises(InputError, match="scale: was 1, is 2"):
+        run(squares, tmp_path, scale=2)
+
+
+def test_a_foreign_file_is_left_alone(squares, tmp_path):
+    (tmp_path / "squares.json").write_text("[]")
+    with pytest.raises(InputError, match="not one that an experiment wrote"):
+        run(squares, tmp_path)
+    assert (tmp_path / "squares.json").read_text() == "[]"
+
+
+def test_learning_rates_are_chosen_on_a_seed_of_their_own():
+    settings = common.TrainingSettings(learning_rates=(0.1, 0.2), seeds=2)
+    rows = [{"variant": "a"}, {"variant": "b"}]
+    trials = common.tuned_cells(rows, settings, [])
+    assert [(cell["variant"], cell["lr"]) for cell in trials] == [
+        (variant, lr) for variant in "ab" for lr in (0.1, 0.2)
+    ]
+    assert {cell["seed"] for cell in trials} == {common.TUNING_SEED}
+    values = {("a", 0.1): 0.5, ("a", 0.2): 0.6, ("b", 0.1): 0.9, ("b", 0.2): 0.8}
+    runs = [{**cell, "explained_variance": values[cell["variant"], cell["lr"]]} for cell in trials]
+    chosen = [cell for cell in common.tuned_cells(rows, settings, runs) if cell not in trials]
+    assert [(cell["variant"], cell["lr"], cell["seed"]) for cell in chosen] == [
+        ("a", 0.2, 0), ("a", 0.2, 1), ("b", 0.1, 0), ("b", 0.1, 1)
+    ]  # fmt: skip
+    assert common.reported(runs) == []
+    one = common.TrainingSettings(learning_rates=(0.1,), seeds=1)
+    assert common.tuned_cells(rows[:1], one, []) == [{"variant": "a", "lr": 0.1, "seed": 0}]
+
+
+def test_activations_that_do_not_fit_are_streamed():
+    """The same tokens, held or streamed."""
+    settings = common.TrainingSettings(
+        buffer_tokens=1024, heldout_tokens=512, batch_size=256, memory_gib=1.0
+    )
+    held = common.Activations(settings).hold(1024)
+    streamed = common.Activations(dataclasses.replace(settings, memory_gib=0.0)).hold(1024)
+    assert streamed.x is None
+    assert torch.equal(streamed.heldout, held.heldout)
+    batches = iter(streamed.training(512, seed=0))
+    assert torch.equal(torch.cat([next(batches), next(batches)]), held.training(512, seed=0))
+
+
+def test_too_little_text_is_an_error():
+    batches = TensorActivations(torch.randn(10, 4), batch_size=4, epochs=1)
+    with pytest.raises(InputError, match="10 tokens to train on, of 11"):
+        common.collect(batches, 11)
+
+
+# The command line
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["toys"], "no experiment 'toys'"),
+        (["toy", "--token", "3"], "did you mean --tokens?"),
+        (["toy", "--seeds", "few"], "--seeds"),
+        (["heads", "--smallest", "--paper"], "not allowed with"),
+        (["toy", "--seeds", "0"], "nothing to run"),
+    ],
+)
+def test_wrong_command(argv, words, capsys):
+    assert main(argv) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_overview_lists_all(capsys):
+    assert main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"  {name} " in printed for name in NAMES)
+
+
+@pytest.mark.parametrize(
+    ("variant", "expected"),
+    [
+        ("topk", ("dense", 0, 0, 0, "mand")),
+        ("m2n4", ("kron", 8, 2, 4, "mand")),
+        ("h8m2n4", ("kron", 8, 2, 4, "mand")),
+        ("m2n4-relu_mul", ("kron", 8, 2, 4, "relu_mul")),
+    ],
+)
+def test_variants(variant, expected):
+    found = common.sae_config(variant, dict_size=64, k=4)
+    assert (found.encoder, found.heads, found.m, found.n, found.composition) == expected
+
+
+@pytest.mark.parametrize("variant", ["dense", "m2", "h4m2n4", "m2n4-xor"])
+def test_wrong_variants(variant):
+    with pytest.raises(InputError):
+        common.sae_config(variant, dict_size=64, k=4)
+
+
+# Formulas
+
+
+def test_rv_coefficient():
+    from kronsae.experiments.toy import rv_coefficient
+
+    s = torch.tensor([[1.0, 0.5], [0.5, 1.0]]).double()
+    assert rv_coefficient(s, 3 * s) == pytest.approx(1)
+    # tr(S I) = 2, tr(S²) = 2.5, tr(I²) = 2
+    assert rv_coefficient(s, torch.eye(2).double()) == pytest.approx(2 / math.sqrt(5))
+    other = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).double()
+    assert rv_coefficient(s, other) == pytest.approx(1 / math.sqrt(2.5 * 4))
+
+
+def test_effective_rank():
+    from kronsae.experiments.toy import effective_rank
+
+    assert effective_rank(5 * torch.eye(7).double()) == pytest.approx(7)
+    assert effective_rank(torch.ones(7, 7).double()) == pytest.approx(1)
+    # shares 3/4 and 1/4
+    expected = math.exp(-(0.75 * math.log(0.75) + 0.25 * math.log(0.25)))
+    assert effective_rank(torch.tensor([[1.0, 0.5], [0.5, 1.0]]).double()) == pytest.approx(
+        expected
+    )
+
+
+def test_mean_correlation():
+    from kronsae.experiments.toy import mean_correlation
+
+    # correlations 3 / (2 · 3) = 1/2 and -1/4, and 0 of the third with a row of zeros
+    c = torch.tensor([[4.0, 3.0, 0.0], [3.0, 9.0, 0.0], [0.0, 0.0, 0.0]]).double()
+    assert mean_correlation(c) == pytest.approx(0.5 / 3)
+    assert mean_correlation(torch.tensor([[1.0, -0.25], [-0.25, 1.0]]).double()) == 0.25
+
+
+def test_matching_finds_a_permutation():
+    from kronsae.experiments.toy import match
+
+    root = torch.randn(12, 12, dtype=torch.float64)
+    target = root @ root.T
+    order = torch.randperm(12)
+    found = match(target, target[order][:, order])
+    torch.testing.assert_close(found, target)
+
+
+def test_covariances():
+    from kronsae.experiments.toy import FEATURES, SETUPS, covariance
+
+    for number, setup in enumerate(SETUPS):
+        s = covariance(setup, seed=number)
+        assert s.shape == (FEATURES, FEATURES)
+        assert torch.equal(s, s.T)
+        assert torch.linalg.eigvalsh(s)[0] > 0
+        off = s[~torch.eye(FEATURES, dtype=torch.bool)]
+        levels = [0.0, setup.within * setup.between, setup.within]
+        assert off.unique().tolist() == pytest.approx(levels)
+
+
+def test_samples_have_so_many_active_features():
+    from kronsae.experiments.toy import samples
+
+    x = samples(torch.eye(256), 100, 8, torch.Generator().manual_seed(0))
+    assert ((x > 0).sum(1) == 8).all()
+    assert (x >= 0).all()
+
+
+def test_the_control_is_where_training_starts():
+    """`initial` has the decoder that a training of that seed begins with."""
+    from kronsae import SAEConfig, TrainConfig
+    from kronsae.experiments.toy import initial
+    from kronsae.learner import Learner
+
+    config = SAEConfig(d_model=8, heads=4, m=2, n=4, k=3)
+    learner = Learner(config, TrainConfig(seed=5), torch.device("cpu"))
+    assert torch.equal(initial(config, 5).W_dec, learner.sae.W_dec)
+
+
+def test_untied_training_starts_elsewhere():
+    """Without a step the decoder is neither the tied one nor of rows alike."""
+    from kronsae import SAEConfig, TrainConfig
+    from kronsae.experiments.toy import initial, train_untied
+
+    config = SAEConfig(d_model=64, heads=2, m=2, n=4, k=3)
+    x = torch.randn(64, 64)
+    still = train_untied(config, x, TrainConfig(tokens=64, batch_size=32, lr=0.0, lr_final=0.0))
+    tied = initial(config, 0)
+    assert torch.equal(still.W_enc, tied.W_enc)
+    assert (still.W_dec[0] @ still.W_dec[1]).abs() < 0.4 < tied.W_dec[0] @ tied.W_dec[1]
+    torch.testing.assert_close(still.W_dec.norm(dim=1), torch.ones(16))
+    trained = train_untied(config, x, TrainConfig(tokens=64, batch_size=32, lr=0.01))
+    assert not torch.equal(trained.W_dec, still.W_dec)
+
+
+def test_mean_correlations_equal_the_whole_matrix():
+    """Against torch.corrcoef of the dense latents; one latent never fires."""
+    from kronsae.experiments.correlation import mean_correlations
+
+    heads, size, tokens, k = 3, 4, 50, 5
+    scores = torch.rand(tokens, heads * size, dtype=torch.float64)
+    scores[:, 6] = -1
+    values, indices = scores.topk(k)
+    dense = torch.zeros_like(scores).scatter_(1, indices, values)
+    alive = torch.tensor([latent for latent in range(heads * size) if latent != 6])
+    matrix = torch.corrcoef(dense[:, alive].T).fill_diagonal_(0)
+    own = (alive[:, None] // size == alive // size).double().fill_diagonal_(0)
+    found = mean_correlations(SparseCodes(values, indices), heads, size)
+    torch.testing.assert_close(found.head, (matrix * own).sum(1) / own.sum(1))
+    torch.testing.assert_close(found.others, matrix.sum(1) / (len(alive) - 1))
+
+
+def test_equal_flops():
+    """Eq. 7 by hand: TopK 64·16 + 4·16; m2n4 with 8 heads 16·8·6 + 64 + 4·16."""
+    from kronsae.experiments.isoflop import equal_flops_tokens
+
+    tokens = equal_flops_tokens("m2n4", dict_size=64, k=4, d_model=16, budget=1000)
+    assert tokens == round(1000 * (1024 + 64) / (768 + 64 + 64))
+    assert equal_flops_tokens("topk", 64, 4, 16, 1000) == 1000
