@@ -140,6 +140,8 @@ def _drop_overruled(lower: dict[str, Any], higher: dict[str, Any]) -> None:
         for name in ("heads", "m", "n", "composition", "eps"):
             if name not in higher:
                 lower.pop(name, None)
+    if higher.get("objective", "matryoshka") != "matryoshka" and "matryoshka_first" not in higher:
+        lower.pop("matryoshka_first", None)
     if any(name in higher for name in ("model", "layer", "hookpoint")) and "d_model" not in higher:
         lower.pop("d_model", None)
     for name, other in (("layer", "hookpoint"), ("hookpoint", "layer")):
@@ -159,6 +161,11 @@ def _check_effects(settings: dict[str, Any], given: dict[str, Any]) -> None:
             ("eps",),
             settings["composition"] != "mand",
             f"--composition {settings['composition']}",
+        ),
+        (
+            ("matryoshka_first",),
+            settings["objective"] != "matryoshka",
+            f"--objective {settings['objective']}",
         ),
         (
             ("auxk", "auxk_fraction"),

@@ -13,6 +13,8 @@ from typing import Any
 from kronsae.errors import InputError
 
 ENCODERS = ("kron", "dense")
+SELECTIONS = ("topk", "batchtopk")
+OBJECTIVES = ("plain", "matryoshka")
 COMPOSITIONS = ("mand", "relu_mul", "mul")
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -29,7 +31,7 @@ def _require(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True)
 class SAEConfig:
-    """What the autoencoder is: encoder x TopK.
+    """What the autoencoder is: encoder x selection x objective.
 
     A Kron encoder has `heads` heads of `m` base and `n` extension pre-latents, so that
     dict_size = heads * m * n. [KronSAE, eq. 2-4] Give `heads`, or `dict_size`, or both if they
@@ -46,14 +48,24 @@ class SAEConfig:
     k: int = setting(50, "active latents a token")
     composition: str = setting("mand", "how base and extension compose", choices=COMPOSITIONS)
     eps: float = setting(0.0, "added under the root of mAND ([KronSAE, App. H] has 1e-5)")
+    selection: str = setting("topk", "which latents are active", choices=SELECTIONS)
+    objective: str = setting("plain", "what the reconstruction is judged by", choices=OBJECTIVES)
+    matryoshka_first: int = setting(
+        0,
+        "latents of the first Matryoshka group, and of the second; each later one has twice as "
+        "many (0: 2048, or dict_size / 16 if less)",
+    )
 
     def __post_init__(self) -> None:
-        _require(self.encoder in ENCODERS, f"encoder: one of {ENCODERS}, not {self.encoder!r}")
-        _require(
-            self.composition in COMPOSITIONS,
-            f"composition: one of {COMPOSITIONS}, not {self.composition!r}",
-        )
-        for name in ("d_model", "heads", "m", "n", "dict_size"):
+        for name, choices in (
+            ("encoder", ENCODERS),
+            ("composition", COMPOSITIONS),
+            ("selection", SELECTIONS),
+            ("objective", OBJECTIVES),
+        ):
+            value = getattr(self, name)
+            _require(value in choices, f"{name}: one of {choices}, not {value!r}")
+        for name in ("d_model", "heads", "m", "n", "dict_size", "matryoshka_first"):
             _require(getattr(self, name) >= 0, f"{name}: expected >= 0, got {getattr(self, name)}")
         if self.encoder == "kron":
             self._resolve_kron()
@@ -77,6 +89,13 @@ class SAEConfig:
             self.eps == 0 or self.composition == "mand",
             f"eps has no effect with composition {self.composition!r}: leave it out",
         )
+        if self.objective == "matryoshka":
+            self._resolve_matryoshka()
+        else:
+            _require(
+                self.matryoshka_first == 0,
+                f"matryoshka_first has no effect with objective {self.objective!r}: leave it out",
+            )
 
     def _resolve_kron(self) -> None:
         m, n = self.m or 4, self.n or 4
@@ -96,6 +115,40 @@ class SAEConfig:
         )
         for name, value in (("m", m), ("n", n), ("heads", heads), ("dict_size", heads * m * n)):
             object.__setattr__(self, name, value)
+
+    def _resolve_matryoshka(self) -> None:
+        size = self.dict_size
+        first = self.matryoshka_first or min(2048, max(1, size // 16))
+        object.__setattr__(self, "matryoshka_first", first)
+        _require(
+            self.prefixes[-1] == size,
+            f"matryoshka_first: groups of {first}, {first}, {2 * first}, ... latents cannot sum to "
+            f"dict_size = {size}: it must be {first} times a power of two",
+        )
+        if self.encoder == "kron" and first % (self.m * self.n):
+            shapes = [
+                f"m {m}, n {n}, heads {size // (m * n)}"
+                for m, n in ((self.m, self.n), (2, 4), (4, 4), (4, 8), (2, 2), (1, 2), (1, 1))
+                for m, n in ((math.gcd(m, first), math.gcd(n, first)),)
+                if first % (m * n) == 0
+            ]
+            raise InputError(
+                f"matryoshka_first: heads of m * n = {self.m * self.n} latents would straddle the "
+                f"border of a group of {first}. These would fit: "
+                f"{'; '.join(dict.fromkeys(shapes))}"
+            )
+
+    @property
+    def prefixes(self) -> tuple[int, ...]:
+        """Ends of the nested parts of the dictionary that Matryoshka reconstructs from.
+
+        Groups of first, first, 2 first, 4 first, ... latents, so each end is twice the one before.
+        [KronSAE, App. A.1]
+        """
+        ends = [self.matryoshka_first]
+        while ends[-1] < self.dict_size:
+            ends.append(2 * ends[-1])
+        return tuple(ends)
 
     @property
     def encoder_rows(self) -> int:

@@ -319,6 +319,10 @@ def _open_run(
         return run, None
     run, found = RunFolder.open(out)
     run.lock()
+    for part, cls in (("sae", SAEConfig), ("train", TrainConfig)):
+        # A run of an older version lacks the settings that came later: it had their defaults.
+        defaults = {spec.name: spec.default for spec in dataclasses.fields(cls)}
+        found["config"][part] = {**defaults, **found["config"][part]}
     for part in ("config", "data"):
         differences = _differences(found[part], settings[part], part)
         if differences:

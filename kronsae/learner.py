@@ -9,7 +9,7 @@ from torch import Tensor
 from kronsae.config import SAEConfig, TrainConfig
 from kronsae.errors import InputError
 from kronsae.metrics import l0
-from kronsae.objectives import auxk_loss
+from kronsae.objectives import auxk_loss, objective
 from kronsae.sae import SAE
 from kronsae_kernels import SparseCodes
 
@@ -67,7 +67,7 @@ class Learner:
         generator = torch.Generator().manual_seed(config.seed)
         self.sae = SAE(sae_config, generator=generator).to(device)
         matrices = [self.sae.W_enc]
-        rest = [self.sae.b_enc, self.sae.W_dec, self.sae.b_dec]
+        rest = [p for p in self.sae.parameters() if p is not self.sae.W_enc]
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": matrices, "weight_decay": config.weight_decay},
@@ -101,7 +101,7 @@ class Learner:
         dead = self.dead
         dead_count = int(dead.sum())
         with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32):
-            x_hat, codes, loss = sae(x)
+            loss, mse, x_hat, codes = objective(sae, x)
             decoded, aux = [codes], x.new_zeros(())
             part = slice(math.ceil(x.shape[0] * config.auxk_fraction))
             if dead_count and config.auxk_coefficient and len(x[part]) >= 2:
@@ -121,26 +121,28 @@ class Learner:
             torch.nn.utils.clip_grads_with_norm_(sae.parameters(), config.max_grad_norm, norm)
         self.optimizer.step()
         sae.normalize_decoder()
+        sae.selection.update(sae, codes)
         fired = sae.fired(codes)
         self.tokens_since_fired += x.shape[0]
         self.tokens_since_fired[codes.indices[fired]] = 0
         self.step_count += 1
         self.tokens += x.shape[0]
         return {
-            "loss": loss.item(),
+            "loss": mse.item(),
             "auxk_loss": aux.item(),
             "explained_variance": explained_share(x, x_hat.detach()),
             "l0": l0(fired),
             "dead_share": dead_count / sae.dict_size,
             "grad_norm": grad_norm,
             "lr": lr,
+            **({"objective": loss.item()} if loss is not mse else {}),
         }
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, moments and counters: tensors and JSON values."""
         named = dict(self.sae.named_parameters())
         return {
-            "weights": named,
+            "weights": self.sae.state_dict(),
             "moments": {name: dict(self.optimizer.state[p]) for name, p in named.items()}
             if self.step_count
             else {},
@@ -152,8 +154,8 @@ class Learner:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.sae.load_state_dict(state["weights"])
         for name, parameter in self.sae.named_parameters():
-            parameter.copy_(state["weights"][name])
             moments = state["moments"].get(name)
             if moments:
                 self.optimizer.state[parameter] = {

@@ -1,9 +1,43 @@
-"""Losses beside the reconstruction error."""
+"""What training minimises: the reconstruction error, nested or not, and the dead latents' loss."""
+
+from typing import NamedTuple
 
 from torch import Tensor
 
 from kronsae.sae import SAE
-from kronsae_kernels import SparseCodes, sparse_decode
+from kronsae_kernels import SparseCodes, nested_decode, sparse_decode
+
+
+class Objective(NamedTuple):
+    """What a forward pass of training gives."""
+
+    loss: Tensor
+    """What is minimised, apart from the loss of dead latents (scalar)."""
+    mse: Tensor
+    """Mean squared error of x_hat over tokens and dimensions (scalar)."""
+    x_hat: Tensor
+    """[B, d] reconstruction from all active latents."""
+    codes: SparseCodes
+    """The active latents of each token; their values' gradients are those of the decoder alone."""
+
+
+def objective(sae: SAE, x: Tensor) -> Objective:
+    """The objective of `sae.config` on normalised activations x [B, d]."""
+    if sae.config.objective == "matryoshka":
+        return _matryoshka(sae, x)
+    x_hat, codes, loss = sae(x)
+    return Objective(loss, loss, x_hat, codes)
+
+
+def _matryoshka(sae: SAE, x: Tensor) -> Objective:
+    """Sum of the errors of the reconstructions from each prefix of the dictionary.
+
+    All prefixes from one gather of the decoder's rows. [Bussmann et al. 2025; KronSAE, App. A.1]
+    """
+    codes = sae.encode(x)
+    nested = nested_decode(codes, sae.config.prefixes, sae.W_dec, sae.b_dec)
+    errors = (nested - x[:, None]).square().mean((0, 2))
+    return Objective(errors.sum(), errors[-1], nested[:, -1], codes)
 
 
 def auxk_loss(

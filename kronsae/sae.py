@@ -1,6 +1,6 @@
-"""The sparse autoencoder: an encoder (Kron or dense) x TopK, and a sparse decoder.
+"""The sparse autoencoder: an encoder (Kron or dense), a selection, and a sparse decoder.
 
-On raw activations it is two calls of `kronsae_kernels` and nothing else:
+With TopK it is, on raw activations, two calls of `kronsae_kernels` and nothing else:
     codes = fused_encode(x, W_enc, b_enc, m=m, k=k)
     x_hat = sparse_decode(codes, w_dec=W_dec, b_dec=b_dec)
 Training happens on centred and scaled activations; `SAE.folded` takes that out again.
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from kronsae.config import SAEConfig, from_dict
 from kronsae.errors import InputError
 from kronsae.files import replace_directory, sha256, write_json
+from kronsae.selection import SELECTIONS
 from kronsae_kernels import SparseCodes, dense_encode, fused_encode, sparse_decode
 
 FORMAT_VERSION = 1
@@ -30,7 +31,7 @@ class SAEOutput(NamedTuple):
     x_hat: Tensor
     """[..., d] reconstruction."""
     codes: SparseCodes
-    """The k active latents of each token."""
+    """The active latents of each token."""
     loss: Tensor
     """Mean squared error over tokens and dimensions (scalar). [KronSAE, App. H]"""
 
@@ -44,6 +45,9 @@ class SAE(nn.Module):
     Initialised as in the paper: W_enc ~ N(0, 1) / sqrt(2F); decoder row (head, i, j) is base row i
     plus extension row j of that head, scaled to unit norm (dense: the encoder's row); biases 0.
     [KronSAE, App. H] `generator` draws the weights.
+
+    BatchTopK selects over the batch while `sae.training`, and by a threshold after `sae.eval()`,
+    as a loaded SAE does; `selection.update` keeps the threshold (`kronsae.selection`).
     """
 
     def __init__(
@@ -68,6 +72,7 @@ class SAE(nn.Module):
         self.b_enc = nn.Parameter(torch.zeros(w_enc.shape[:-1], device=device))
         self.W_dec = nn.Parameter(torch.empty(size, d, device=device))
         self.b_dec = nn.Parameter(torch.zeros(d, device=device))
+        self.selection = SELECTIONS[config.selection](config).to(device)
         if w_enc.device.type != "meta":
             self.reset_parameters(generator)
 
@@ -101,6 +106,11 @@ class SAE(nn.Module):
     def d_model(self) -> int:
         return self.config.d_model
 
+    @property
+    def latents_per_token(self) -> int:
+        """From how many latents those of a token are selected."""
+        return self.config.dict_size
+
     def encode(
         self,
         x: Tensor,
@@ -109,8 +119,19 @@ class SAE(nn.Module):
         mask: Tensor | None = None,
         impl: str | None = None,
     ) -> SparseCodes:
-        """The k (default: config.k) largest latents of x [..., d], among `mask` [F] if given."""
-        config, k = self.config, self.config.k if k is None else k
+        """The active latents of x [..., d]; or, with `k` or `mask`, the k largest (see `largest`).
+
+        Unused slots have value 0 (see `kronsae.selection`); TopK has none.
+        """
+        if k is not None or mask is not None:
+            return self.largest(x, self.config.k if k is None else k, mask=mask, impl=impl)
+        return self.selection(self, x, self.config.k, impl)
+
+    def largest(
+        self, x: Tensor, k: int, *, mask: Tensor | None = None, impl: str | None = None
+    ) -> SparseCodes:
+        """The k largest latents of x [..., d], among `mask` [F] (bool) if given."""
+        config = self.config
         if not torch.is_autocast_enabled(x.device.type):
             x = x.to(self.W_enc.dtype)
         if config.encoder == "dense":
@@ -137,10 +158,14 @@ class SAE(nn.Module):
         x_hat = self.decode(codes)
         return SAEOutput(x_hat, codes, (x_hat - x).square().mean())
 
+    @property
+    def silent_value(self) -> float:
+        """Value of a latent whose product is 0."""
+        return self.config.eps**0.5 if self.config.composition == "mand" else 0.0
+
     def fired(self, codes: SparseCodes) -> Tensor:
-        """Which of the selected latents are active (bool [..., k]): their product is not 0."""
-        silent = self.config.eps**0.5 if self.config.composition == "mand" else 0.0
-        return codes.values.abs() > silent
+        """Which of the codes are active latents (bool [..., k]): their product is not 0."""
+        return codes.values.abs() > self.silent_value
 
     @torch.no_grad()
     def folded(self, mean: Tensor, scale: float) -> "SAE":
@@ -158,7 +183,9 @@ class SAE(nn.Module):
         out.b_enc.copy_((self.b_enc.double() - shift) * share)
         out.W_dec.copy_(self.W_dec)
         out.b_dec.copy_(self.b_dec.double() / scale + mean.double())
-        return out
+        out.selection.load_state_dict(self.selection.state_dict())
+        out.selection.scale_(1 / scale)
+        return out.eval()
 
     def save(self, directory: str | Path, metadata: dict[str, Any] | None = None) -> Path:
         """Write sae.safetensors and config.json to `directory`, replacing it at once.
@@ -172,7 +199,7 @@ class SAE(nn.Module):
         def write(folder: Path) -> None:
             tensors = {
                 name: tensor.detach().to("cpu").contiguous()
-                for name, tensor in self.named_parameters()
+                for name, tensor in self.state_dict().items()
             }
             save_file(tensors, folder / WEIGHTS_NAME)
             settings = {
@@ -215,13 +242,13 @@ def load(source: str | Path, *, device: torch.device | str = "cpu") -> SAE:
     sae = SAE(from_dict(SAEConfig, settings["sae"], str(folder / CONFIG_NAME)), device="meta")
     sae = sae.to_empty(device=device)
     tensors = load_file(weights)
-    expected = {name: tuple(p.shape) for name, p in sae.named_parameters()}
+    expected = {name: tuple(t.shape) for name, t in sae.state_dict().items()}
     found = {name: tuple(t.shape) for name, t in tensors.items()}
     if expected != found:
         raise InputError(f"{weights}: expected tensors {expected}, got {found}")
     sae.load_state_dict(tensors)
     sae.metadata = settings["metadata"]
-    return sae
+    return sae.eval()
 
 
 def _find_sae(source: str | Path) -> Path:

@@ -4,6 +4,8 @@ Readable rather than fast: these write the [B, F] scores, and autograd different
 Shapes and letters as in `common`; arguments as in the public functions of the same name.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -83,6 +85,22 @@ def sparse_decode(
     if b_dec is not None:
         out = out + b_dec.to(dtype)
     return out.to(w_dec.dtype)
+
+
+def nested_decode(
+    values: Tensor,
+    indices: Tensor,
+    bounds: Sequence[int],
+    *,
+    w_dec: Tensor,
+    b_dec: Tensor | None = None,
+) -> Tensor:
+    """`sparse_decode` of the latents below each bound: [..., G, d]."""
+    parts = [
+        sparse_decode(values.where(indices < bound, 0), indices, w_dec=w_dec, b_dec=b_dec)
+        for bound in bounds
+    ]
+    return torch.stack(parts, -2)
 
 
 def _masked(scores: Tensor, mask: Tensor | None) -> Tensor:

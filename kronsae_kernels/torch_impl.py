@@ -14,6 +14,8 @@ these. All three are deterministic.
 Arguments are 2-D, checked by the public functions. Letters as in `common`.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
@@ -134,6 +136,64 @@ def decode_backward(
     return d_values, d_w
 
 
+def nested_decode(
+    values: Tensor,
+    indices: Tensor,
+    w_dec: Tensor,
+    b_dec: Tensor | None,
+    bounds: Sequence[int],
+) -> Tensor:
+    """`decode` of the latents below each bound: [B, G, d]. A token's rows are gathered once."""
+    dtype, count = accumulate_dtype(w_dec.dtype), len(bounds)
+    prefixes = torch.arange(count, device=values.device)[:, None]
+    groups, values = _groups(indices, bounds), values.to(dtype)
+    out = torch.empty(values.shape[0], count, w_dec.shape[1], dtype=dtype, device=values.device)
+    for span in _row_spans(indices, w_dec):
+        coefficients = values[span, None].where(groups[span, None] <= prefixes, 0)  # [b, G, k]
+        torch.bmm(coefficients, w_dec[indices[span]].to(dtype), out=out[span])
+    return (out if b_dec is None else out.add_(b_dec)).to(w_dec.dtype)
+
+
+def nested_decode_backward(
+    d_out: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    w_dec: Tensor,
+    bounds: Sequence[int],
+    need_values: bool,
+    need_w: bool,
+) -> tuple[Tensor, Tensor]:
+    """`decode_backward` for d_out [B, G, d]: a latent of group g is in the prefixes from g on."""
+    (tokens, count, d), dtype = d_out.shape, accumulate_dtype(w_dec.dtype)
+    d_values, d_w = values.new_empty(0), w_dec.new_empty(0)
+    groups = _groups(indices, bounds)
+    outside, groups = groups == count, groups.clamp(max=count - 1)
+    suffixes = d_out.to(dtype).flip(1).cumsum(1).flip(1)
+    if need_values:
+        d_values = torch.empty_like(values)
+        for span in _row_spans(indices, w_dec):
+            dots = torch.bmm(w_dec[indices[span]].to(dtype), suffixes[span].transpose(1, 2))
+            d_values[span] = dots.gather(2, groups[span, :, None]).squeeze(2)
+        d_values.masked_fill_(outside, 0)
+    if need_w:
+        rows = groups + torch.arange(tokens, device=groups.device)[:, None] * count
+        grouped = group(indices, w_dec.shape[0])
+        y, values = suffixes.view(-1, d), values.masked_fill(outside, 0)
+        d_w = scatter(values, *grouped, y, rows).to(w_dec.dtype)
+    return d_values, d_w
+
+
+def _groups(indices: Tensor, bounds: Sequence[int]) -> Tensor:
+    """The first prefix that holds each latent: [B, k] in [0, G], G where none does."""
+    edges = torch.tensor(bounds, dtype=indices.dtype, device=indices.device)
+    return torch.searchsorted(edges, indices.contiguous(), right=True)
+
+
+def _row_spans(indices: Tensor, table: Tensor) -> list[slice]:
+    """Chunks of tokens [B, r] whose rows of the table are held at once."""
+    return spans(indices.shape[0], indices.shape[1] * table.shape[1] * 4, table.device)
+
+
 # The three sparse sums
 
 
@@ -148,7 +208,7 @@ def combine(coefficients: Tensor, columns: Tensor, table: Tensor) -> Tensor:
     # embedding_bag wants the coefficients in the table's dtype, which would round them.
     out = [
         torch.bmm(coefficients[span, None, :], table[columns[span]].to(dtype)).squeeze(1)
-        for span in spans(columns.shape[0], columns.shape[1] * table.shape[1] * 4, table.device)
+        for span in _row_spans(columns, table)
     ]
     return torch.cat(out)
 
@@ -164,7 +224,7 @@ def pair_dots(y: Tensor, columns: Tensor, table: Tensor) -> Tensor:
         ).view(tokens, r)
     out = [
         torch.bmm(table[columns[span]].to(dtype), y[span, :, None]).squeeze(2)
-        for span in spans(tokens, r * table.shape[1] * 4, table.device)
+        for span in _row_spans(columns, table)
     ]
     return torch.cat(out) if out else y.new_empty(tokens, r)
 
@@ -179,16 +239,20 @@ def group(columns: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return order, starts
 
 
-def scatter(coefficients: Tensor, order: Tensor, starts: Tensor, y: Tensor) -> Tensor:
-    """C^T y: out[f] = sum over entries with column f of coefficient times y[its token], [N, d].
+def scatter(
+    coefficients: Tensor, order: Tensor, starts: Tensor, y: Tensor, rows: Tensor | None = None
+) -> Tensor:
+    """C^T y: out[f] = sum over entries with column f of coefficient times y[its row], [N, d].
 
     `order`, `starts` from `group`. Sums run in the order of the tokens.
+    rows: [B, r] row of y of each entry; by default its token.
     """
     if order.numel() == 0:
         return y.new_zeros(starts.numel(), y.shape[1])
     r = coefficients.shape[1]
     weights = coefficients.reshape(-1)[order].to(y.dtype)
-    return embedding_bag(order // r, y, starts, mode="sum", per_sample_weights=weights)
+    rows = order // r if rows is None else rows.reshape(-1)[order]
+    return embedding_bag(rows, y, starts, mode="sum", per_sample_weights=weights)
 
 
 def _scatter_linear(
