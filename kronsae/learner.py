@@ -58,7 +58,10 @@ class Normalizer:
 
 
 class Learner:
-    """Trains one SAE on normalised activations [B, d], one optimizer step a call of `step`."""
+    """Trains one SAE on normalised activations [B, d], one optimizer step a call of `step`.
+
+    A transcoder also gets its target [B, d_target], normalised.
+    """
 
     def __init__(self, sae_config: SAEConfig, config: TrainConfig, device: torch.device) -> None:
         self.config = config
@@ -88,7 +91,7 @@ class Learner:
         """Which latents are dead (bool [F]): silent for config.dead_after tokens."""
         return self.tokens_since_fired >= self.config.dead_after
 
-    def step(self, x: Tensor) -> dict[str, float]:
+    def step(self, x: Tensor, target: Tensor | None = None) -> dict[str, float]:
         """One optimizer step on normalised activations x [B, d]; returns its metrics.
 
         Raises FloatingPointError, before the weights change, if the gradient is not finite.
@@ -98,20 +101,29 @@ class Learner:
         self.batch = self.batch or x.shape[0]
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = lr
+        if not self.step_count:
+            sae.selection.prepare(sae, x)
         dead = self.dead
         dead_count = int(dead.sum())
         with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32):
-            loss, mse, x_hat, codes = objective(sae, x)
-            decoded, aux = [codes], x.new_zeros(())
+            found = objective(sae, x, config, target)
+            decoded, aux = [found.decoded], x.new_zeros(())
             part = slice(math.ceil(x.shape[0] * config.auxk_fraction))
             if dead_count and config.auxk_coefficient and len(x[part]) >= 2:
                 k = config.auxk or max(1, sae.d_model // 2)
-                aux, aux_codes = auxk_loss(sae, x[part], x_hat[part].detach(), dead, k)
+                aux, aux_codes = auxk_loss(
+                    sae,
+                    x[part],
+                    found.x_hat[part],
+                    dead,
+                    k,
+                    None if target is None else target[part],
+                )
                 decoded.append(aux_codes)
         for part in decoded:
             part.values.retain_grad()
         self.optimizer.zero_grad(set_to_none=True)
-        (loss + config.auxk_coefficient * aux).backward()
+        (found.loss + config.auxk_coefficient * aux).backward()
         remove_parallel_component(sae.W_dec, decoded)
         norm = torch.nn.utils.get_total_norm([p.grad for p in sae.parameters()])
         grad_norm = norm.item()
@@ -121,21 +133,24 @@ class Learner:
             torch.nn.utils.clip_grads_with_norm_(sae.parameters(), config.max_grad_norm, norm)
         self.optimizer.step()
         sae.normalize_decoder()
-        sae.selection.update(sae, codes)
-        fired = sae.fired(codes)
+        sae.selection.update(sae, found.codes)
+        fired = sae.fired(found.codes)
         self.tokens_since_fired += x.shape[0]
-        self.tokens_since_fired[codes.indices[fired]] = 0
+        self.tokens_since_fired[found.codes.indices[fired]] = 0
         self.step_count += 1
         self.tokens += x.shape[0]
         return {
-            "loss": mse.item(),
+            "loss": found.mse.item(),
             "auxk_loss": aux.item(),
-            "explained_variance": explained_share(x, x_hat.detach()),
+            "explained_variance": explained_share(
+                x if target is None else target, found.x_hat.detach()
+            ),
             "l0": l0(fired),
             "dead_share": dead_count / sae.dict_size,
             "grad_norm": grad_norm,
             "lr": lr,
-            **({"objective": loss.item()} if loss is not mse else {}),
+            **{name: penalty.item() for name, penalty in found.penalties.items()},
+            **({"objective": found.loss.item()} if found.loss is not found.mse else {}),
         }
 
     def state_dict(self) -> dict[str, Any]:

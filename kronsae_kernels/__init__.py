@@ -8,6 +8,7 @@ from kronsae_kernels.common import SparseCodes
 from kronsae_kernels.decode import sparse_decode
 from kronsae_kernels.encode import dense_encode, fused_encode
 from kronsae_kernels.nested import nested_decode
+from kronsae_kernels.threshold import threshold_encode
 from kronsae_kernels.version import __version__
 
 __all__ = [
@@ -17,4 +18,5 @@ __all__ = [
     "fused_encode",
     "nested_decode",
     "sparse_decode",
+    "threshold_encode",
 ]

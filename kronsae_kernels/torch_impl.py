@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from kronsae_kernels import reference
 from kronsae_kernels.common import accumulate_dtype
 
 CHUNK_BYTES = {"cpu": 8 << 20}
@@ -112,6 +113,62 @@ def dense_encode_backward(
     if need_w:
         d_w, d_b = _scatter_linear(d_values, indices, x, w_enc.shape[0])
     return d_x, d_w, d_b
+
+
+def threshold_encode(
+    x: Tensor,
+    w_enc: Tensor,
+    b_enc: Tensor | None,
+    threshold: Tensor,
+    m: int | None,
+    composition: str,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """All latents above their threshold: base, extension, indices [B, w], and counts [B].
+
+    A dense encoder's values are `base` and `extension` both. Slots from a token's count on are
+    unused; their indices are spread over the dictionary, as no latent should have a long list of
+    entries that mean nothing.
+    """
+    size, dtype, parts = threshold.shape[0], accumulate_dtype(x.dtype), []
+    if m is None:
+        weight, bias = w_enc, b_enc
+    else:
+        weight, bias = i_major(w_enc), None if b_enc is None else b_enc.t().reshape(-1)
+    for pre in projections(x, weight, bias, scratch=size):
+        if m is None:
+            values = product = pre.to(dtype).relu()
+        else:
+            factors = pre.view(-1, w_enc.shape[1], w_enc.shape[0]).transpose(1, 2).to(dtype)
+            if composition != "mul":
+                factors = factors.relu()
+            base, extension = factors[..., :m], factors[..., m:]
+            product = (base[..., :, None] * extension[..., None, :]).flatten(1)
+            values = reference.compose(product, composition, eps)
+        token, latent = ((values > threshold) & (product > 0)).nonzero(as_tuple=True)
+        # Largest first. `nonzero` gives latents in order, and both sorts are stable.
+        order = product[token, latent].argsort(descending=True, stable=True)
+        order = order[token[order].argsort(stable=True)]
+        token, latent = token[order], latent[order]
+        if m is None:
+            of_base = of_extension = product[token, latent]
+        else:
+            n = extension.shape[2]
+            head, of_head = divide(latent, m * n)
+            row, column = divide(of_head, n)
+            of_base, of_extension = base[token, head, row], extension[token, head, column]
+        parts.append((token.bincount(minlength=pre.shape[0]), latent, of_base, of_extension))
+    counts, *flat = concatenate(parts, x, 0, (torch.int64, torch.int64, dtype, dtype))
+    counts = counts.view(-1)
+    width = max(1, int(counts.max()) if counts.numel() else 0)
+    used = torch.arange(width, device=x.device) < counts[:, None]
+    indices = torch.arange(used.numel(), device=x.device).remainder_(size).view(used.shape)
+    base = torch.zeros(used.shape, dtype=dtype, device=x.device)
+    out = indices, base, torch.zeros_like(base)
+    for slots, entries in zip(out, flat, strict=True):
+        slots[used] = entries.view(-1)
+    indices, base, extension = out
+    return base, extension, indices, counts
 
 
 # Decode

@@ -284,5 +284,6 @@ def test_public_names():
         "fused_encode",
         "nested_decode",
         "sparse_decode",
+        "threshold_encode",
     }
     assert re.fullmatch(r"\d+\.\d+\.\d+.*", kronsae_kernels.__version__)

@@ -5,7 +5,9 @@ import torch
 from torch import Tensor
 
 import kronsae
-from kronsae import SAE, InputError, SAEConfig, SparseCodes, selection
+from kronsae import SAE, InputError, SAEConfig, SparseCodes, TrainConfig, selection
+from kronsae.data import SyntheticActivations
+from kronsae.learner import Learner, Normalizer
 from kronsae_kernels import reference
 
 D, F, K = 6, 24, 3
@@ -178,14 +180,18 @@ def test_k_and_mask_ask_for_the_largest(point):
             assert torch.equal(a, b)
 
 
-def test_threshold_is_folded_and_saved(point, tmp_path):
-    sae = make(point, selection="batchtopk")
+@pytest.mark.parametrize("name", ["batchtopk", "jumprelu"])
+def test_thresholds_are_folded_and_saved(point, name, tmp_path):
+    sae = make(point, selection=name)
     x = 3 * torch.randn(50, D) + 2
     mean, scale = x.mean(0), 0.3
-    sae.selection.threshold.fill_(0.9)
+    with torch.no_grad():
+        if name == "batchtopk":
+            sae.selection.threshold.fill_(0.9)
+        else:
+            sae.selection.log_threshold.normal_()
     inside = sae.eval()((x - mean) * scale)
     folded = sae.folded(mean, scale)
-    assert folded.selection.threshold.item() == pytest.approx(0.9 / scale)
     outside = folded(x)
     assert torch.equal(sae.fired(inside.codes), folded.fired(outside.codes))
     torch.testing.assert_close(outside.x_hat, inside.x_hat / scale + mean, rtol=1e-3, atol=1e-3)
@@ -195,10 +201,86 @@ def test_threshold_is_folded_and_saved(point, tmp_path):
     assert torch.equal(loaded(x).x_hat, outside.x_hat)
 
 
+# JumpReLU
+
+
+def test_jump_and_its_derivatives_are_the_formulas():
+    """z, H and their pseudo-derivatives, latent by latent. [Rajamanoharan et al. 2024]"""
+    width = 0.5
+    values = torch.tensor([0.1, 0.9, 1.1, 1.24, 1.26, 3.0, 0.0, 0.1])
+    thresholds = torch.tensor([1.0] * 6 + [0.2, 0.2]).requires_grad_()
+    values.requires_grad_()
+    z, active = selection.jump(values, thresholds, values.detach() > 0, width)
+    assert z.tolist() == pytest.approx([0, 0, 1.1, 1.24, 1.26, 3.0, 0, 0])
+    assert active.tolist() == [0, 0, 1, 1, 1, 1, 0, 0]
+    d_z, d_active = torch.randn(8), torch.randn(8)
+    d_values, d_thresholds = torch.autograd.grad([z, active], [values, thresholds], [d_z, d_active])
+    for i in range(8):
+        v, t = values[i].item(), thresholds[i].item()
+        inside = abs(v - t) / width < 0.5 and v > 0
+        by_z, by_active = (-t / width, -1 / width) if inside else (0.0, 0.0)
+        expected = by_z * d_z[i].item() + by_active * d_active[i].item()
+        assert d_thresholds[i].item() == pytest.approx(expected, abs=1e-6), i
+        assert d_values[i].item() == pytest.approx(d_z[i].item() if v > t else 0.0), i
+    assert (d_thresholds != 0).tolist() == [False, True, True, True, False, False, False, True]
+
+
+def test_jumprelu_is_its_formula_over_all_latents(point):
+    """Codes, L0 and gradients of encoder and thresholds, against all scores [B, F] written out."""
+    sae, x = make(point, selection="jumprelu", jumprelu_bandwidth=0.8), torch.randn(16, D)
+    with torch.no_grad():
+        sae.selection.log_threshold.normal_()
+    codes, l0 = sae.selection.codes_and_l0(sae, x)
+    scores, thresholds = all_latents(sae, x), sae.selection.log_threshold.exp().expand(16, F)
+    z, active = selection.jump(scores, thresholds, scores > sae.silent_value, 0.8)
+    torch.testing.assert_close(written_out(codes), z)
+    torch.testing.assert_close(l0, active.sum(1).mean())
+    weight, parameters = torch.randn(16, F), (sae.W_enc, sae.b_enc, sae.selection.log_threshold)
+    got = torch.autograd.grad((written_out(codes) * weight).sum() + 3 * l0, parameters)
+    truth = torch.autograd.grad((z * weight).sum() + 3 * active.sum(1).mean(), parameters)
+    for a, b in zip(got, truth, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+    assert truth[2].any()
+    codes = sae.eval().encode(x)
+    torch.testing.assert_close(written_out(codes), z)
+    assert_well_formed(sae, codes)
+
+
+def test_jumprelu_starts_with_k_latents_a_token(point):
+    sae, x = make(point, selection="jumprelu"), torch.randn(64, D)
+    sae.selection.prepare(sae, x)
+    codes = sae.eval().encode(x)
+    assert sae.fired(codes).sum().item() == pytest.approx(64 * K, abs=2)
+
+
+def test_jumprelu_comes_to_its_l0():
+    """From thresholds that are all too high, past far too many latents, down to about k."""
+    config = SAEConfig(d_model=16, heads=16, m=2, n=4, k=6, selection="jumprelu")
+    learner = Learner(
+        config, TrainConfig(tokens=80_000, batch_size=200, lr=1e-2), torch.device("cpu")
+    )
+    learner.sae.selection.prepare = lambda sae, x: None
+    with torch.no_grad():
+        learner.sae.selection.log_threshold.fill_(-1.0)
+    batches = iter(SyntheticActivations(16, group_density=0.1, batch_size=200))
+    normalize = Normalizer.of(next(batches))
+    found = [learner.step(normalize(next(batches)))["l0"] for _ in range(400)]
+    assert found[0] < 5 and max(found) > 9
+    assert sum(found[-10:]) / 10 == pytest.approx(6, rel=0.15)
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
         ({"selection": "best"}, "selection: one of"),
+        ({"jumprelu_bandwidth": 0.1}, "jumprelu_bandwidth has no effect with selection 'topk'"),
+        ({"objective": "multi_topk", "k": 7}, "selects 4 k = 28 latents, more than the 24"),
+        ({"experts": 3}, "experts: 4 heads cannot be spread evenly over 3 experts"),
+        ({"experts": 1}, "expected 0 .no Switch. or at least 2, got 1"),
+        ({"experts": 4, "k": 7}, "at most the 6 latents of one of 4 experts, got 7"),
+        ({"experts": 4, "eps": 1e-5}, "eps would no longer tell"),
+        ({"experts": 4, "objective": "multi_topk"}, "selects 4 k = 8 latents, more than the 6"),
+        ({"skip": True}, "skip needs a target beside the input"),
         ({"objective": "nested"}, "objective: one of"),
         ({"matryoshka_first": 6}, "matryoshka_first has no effect with objective 'plain'"),
         ({"objective": "matryoshka", "matryoshka_first": 7}, "7 times a power of two"),
@@ -211,7 +293,7 @@ def test_threshold_is_folded_and_saved(point, tmp_path):
 )
 def test_config_refuses(settings, words):
     with pytest.raises(InputError, match=words):
-        SAEConfig(d_model=8, heads=4, m=2, n=3, k=2, **settings)
+        SAEConfig(d_model=8, heads=4, m=2, n=3, **{"k": 2, **settings})
 
 
 def test_matryoshka_groups_are_the_papers():
