@@ -306,8 +306,20 @@ def _drop_overruled(lower: dict[str, Any], higher: dict[str, Any]) -> None:
         for name in ("heads", "m", "n", "composition", "eps"):
             if name not in higher:
                 lower.pop(name, None)
+    for name, value, dependent in (
+        ("selection", "jumprelu", ("jumprelu_bandwidth", "l0_coefficient")),
+        ("objective", "matryoshka", ("matryoshka_first",)),
+    ):
+        if higher.get(name, value) != value:
+            for setting in dependent:
+                if setting not in higher:
+                    lower.pop(setting, None)
+    if higher.get("experts") == 0 and "balance_coefficient" not in higher:
+        lower.pop("balance_coefficient", None)
     if any(name in higher for name in ("model", "layer", "hookpoint")) and "d_model" not in higher:
         lower.pop("d_model", None)
+    if any(name in higher for name in ("model", "target_hookpoint")) and "d_target" not in higher:
+        lower.pop("d_target", None)
     for name, other in (("layer", "hookpoint"), ("hookpoint", "layer")):
         if higher.get(name) is not None and other not in higher:
             lower.pop(other, None)
@@ -325,6 +337,22 @@ def _check_effects(settings: dict[str, Any], given: dict[str, Any]) -> None:
             ("eps",),
             settings["composition"] != "mand",
             f"--composition {settings['composition']}",
+        ),
+        (
+            ("jumprelu_bandwidth", "l0_coefficient"),
+            settings["selection"] != "jumprelu",
+            f"--selection {settings['selection']}",
+        ),
+        (("balance_coefficient",), settings["experts"] == 0, "--experts 0"),
+        (
+            ("d_target", "skip"),
+            settings["target_hookpoint"] is None,
+            "an autoencoder (a transcoder has a --target-hookpoint)",
+        ),
+        (
+            ("matryoshka_first",),
+            settings["objective"] != "matryoshka",
+            f"--objective {settings['objective']}",
         ),
         (
             ("auxk", "auxk_fraction"),

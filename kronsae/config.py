@@ -14,8 +14,13 @@ from kronsae import flops
 from kronsae.errors import InputError
 
 ENCODERS = ("kron", "dense")
+SELECTIONS = ("topk", "batchtopk", "jumprelu")
+OBJECTIVES = ("plain", "matryoshka", "multi_topk")
+MULTI_TOPK = 4
+"""Multi-TopK adds the error with so many times k latents. [Gao et al. 2024]"""
 COMPOSITIONS = ("mand", "relu_mul", "mul")
 DTYPES = ("float32", "bfloat16", "float16")
+DEFAULT_BANDWIDTH = 0.1
 
 
 def setting(default: Any, help: str, **metadata: Any) -> Any:
@@ -30,7 +35,9 @@ def _require(condition: bool, message: str) -> None:
 
 @dataclass(frozen=True)
 class SAEConfig:
-    """What the autoencoder is: encoder x TopK.
+    """What the autoencoder is: encoder x selection x objective, and whether it has experts.
+
+    With d_target it is a transcoder: it predicts another stream of activations than it reads.
 
     A Kron encoder has `heads` heads of `m` base and `n` extension pre-latents, so that
     dict_size = heads * m * n. [KronSAE, eq. 2-4] Give `heads`, or `dict_size`, or both if they
@@ -39,22 +46,51 @@ class SAEConfig:
     """
 
     d_model: int = setting(0, "width of the activations (0: taken from the data)")
+    d_target: int = setting(
+        0,
+        "width of what a transcoder predicts from them (0: an autoencoder, or taken from the data)",
+    )
     encoder: str = setting("kron", "kind of encoder", choices=ENCODERS)
     heads: int = setting(0, "heads of a Kron encoder (0: dict_size / (m n))")
     m: int = setting(0, "base pre-latents a head (Kron; default 4)")
     n: int = setting(0, "extension pre-latents a head (Kron; default 4)")
     dict_size: int = setting(0, "number of latents F = heads * m * n")
-    k: int = setting(50, "active latents a token")
+    k: int = setting(
+        50, "active latents a token (batchtopk: on average; jumprelu: that training aims at)"
+    )
     composition: str = setting("mand", "how base and extension compose", choices=COMPOSITIONS)
     eps: float = setting(0.0, "added under the root of mAND ([KronSAE, App. H] has 1e-5)")
+    selection: str = setting("topk", "which latents are active", choices=SELECTIONS)
+    objective: str = setting("plain", "what the reconstruction is judged by", choices=OBJECTIVES)
+    matryoshka_first: int = setting(
+        0,
+        "latents of the first Matryoshka group, and of the second; each later one has twice as "
+        "many (0: 2048, or dict_size / 16 if less)",
+    )
+    jumprelu_bandwidth: float = setting(
+        0.0,
+        "width of the window around a threshold in which latents teach it, in units of activations "
+        f"of variance 1 (0: {DEFAULT_BANDWIDTH})",
+    )
+    experts: int = setting(
+        0,
+        "a router sends each token to one of so many equal parts of the dictionary (0: no Switch)",
+    )
+    skip: bool = setting(False, "a transcoder also predicts linearly from its input")
 
     def __post_init__(self) -> None:
-        _require(self.encoder in ENCODERS, f"encoder: one of {ENCODERS}, not {self.encoder!r}")
-        _require(
-            self.composition in COMPOSITIONS,
-            f"composition: one of {COMPOSITIONS}, not {self.composition!r}",
-        )
-        for name in ("d_model", "heads", "m", "n", "dict_size"):
+        for name, choices in (
+            ("encoder", ENCODERS),
+            ("composition", COMPOSITIONS),
+            ("selection", SELECTIONS),
+            ("objective", OBJECTIVES),
+        ):
+            value = getattr(self, name)
+            _require(value in choices, f"{name}: one of {choices}, not {value!r}")
+        for name in (
+            *("d_model", "d_target", "heads", "m", "n", "dict_size"),
+            *("matryoshka_first", "jumprelu_bandwidth", "experts"),
+        ):
             _require(getattr(self, name) >= 0, f"{name}: expected >= 0, got {getattr(self, name)}")
         if self.encoder == "kron":
             self._resolve_kron()
@@ -78,6 +114,68 @@ class SAEConfig:
             self.eps == 0 or self.composition == "mand",
             f"eps has no effect with composition {self.composition!r}: leave it out",
         )
+        for illegal, reason in self._illegal_points():
+            _require(not illegal, reason)
+        if self.objective == "matryoshka":
+            self._resolve_matryoshka()
+        if self.selection == "jumprelu" and not self.jumprelu_bandwidth:
+            object.__setattr__(self, "jumprelu_bandwidth", DEFAULT_BANDWIDTH)
+
+    def _illegal_points(self) -> list[tuple[bool, str]]:
+        """Which points of the grid are not there, and why; all others are."""
+        switch, per_token = self.experts > 0, self.latents_per_token
+        multi, matryoshka = self.objective == "multi_topk", self.objective == "matryoshka"
+        of_experts = self.heads if self.encoder == "kron" else self.dict_size
+        return [
+            (
+                self.matryoshka_first > 0 and not matryoshka,
+                f"matryoshka_first has no effect with objective {self.objective!r}: leave it out",
+            ),
+            (
+                self.jumprelu_bandwidth > 0 and self.selection != "jumprelu",
+                f"jumprelu_bandwidth has no effect with selection {self.selection!r}: leave it out",
+            ),
+            (
+                multi and self.selection == "jumprelu",
+                "objective 'multi_topk' needs a selection by k: jumprelu selects by thresholds",
+            ),
+            (
+                multi and MULTI_TOPK * self.k > per_token,
+                f"objective 'multi_topk' selects {MULTI_TOPK} k = {MULTI_TOPK * self.k} latents, "
+                f"more than the {per_token} that a token has",
+            ),
+            (self.experts == 1, "experts: expected 0 (no Switch) or at least 2, got 1"),
+            (
+                switch and bool(of_experts % max(1, self.experts)),
+                f"experts: {of_experts} {'heads' if self.encoder == 'kron' else 'latents'} cannot "
+                f"be spread evenly over {self.experts} experts",
+            ),
+            (
+                switch and self.k > per_token,
+                f"k: expected at most the {per_token} latents of one of {self.experts} experts, "
+                f"got {self.k}",
+            ),
+            (
+                switch and matryoshka,
+                "experts cannot be nested: a prefix of the dictionary would hold the first experts "
+                "whole and the last ones not at all. Leave out experts, or objective 'matryoshka'",
+            ),
+            (
+                switch and self.selection == "jumprelu",
+                "experts scale latents by the router's probability, another one for each token: "
+                "thresholds of latents cannot follow. Leave out experts, or selection 'jumprelu'",
+            ),
+            (
+                switch and self.eps > 0,
+                "experts scale latents by the router's probability, so that eps would no longer "
+                "tell a silent latent from an active one: leave one of them out",
+            ),
+            (
+                self.skip and self.d_model > 0 and not self.d_target,
+                "skip needs a target beside the input (--target-hookpoint, or pairs of inputs and "
+                "targets): an autoencoder with a linear skip would copy its input",
+            ),
+        ]
 
     def _resolve_kron(self) -> None:
         m, n = self.m or 4, self.n or 4
@@ -98,15 +196,70 @@ class SAEConfig:
         for name, value in (("m", m), ("n", n), ("heads", heads), ("dict_size", heads * m * n)):
             object.__setattr__(self, name, value)
 
+    def _resolve_matryoshka(self) -> None:
+        size = self.dict_size
+        first = self.matryoshka_first or min(2048, max(1, size // 16))
+        object.__setattr__(self, "matryoshka_first", first)
+        _require(
+            self.prefixes[-1] == size,
+            f"matryoshka_first: groups of {first}, {first}, {2 * first}, ... latents cannot sum to "
+            f"dict_size = {size}: it must be {first} times a power of two",
+        )
+        if self.encoder == "kron" and first % (self.m * self.n):
+            shapes = [
+                f"m {m}, n {n}, heads {size // (m * n)}"
+                for m, n in ((self.m, self.n), (2, 4), (4, 4), (4, 8), (2, 2), (1, 2), (1, 1))
+                for m, n in ((math.gcd(m, first), math.gcd(n, first)),)
+                if first % (m * n) == 0
+            ]
+            raise InputError(
+                f"matryoshka_first: heads of m * n = {self.m * self.n} latents would straddle the "
+                f"border of a group of {first}. These would fit: "
+                f"{'; '.join(dict.fromkeys(shapes))}"
+            )
+
+    @property
+    def prefixes(self) -> tuple[int, ...]:
+        """Ends of the nested parts of the dictionary that Matryoshka reconstructs from.
+
+        Groups of first, first, 2 first, 4 first, ... latents, so each end is twice the one before.
+        [KronSAE, App. A.1]
+        """
+        ends = [self.matryoshka_first]
+        while ends[-1] < self.dict_size:
+            ends.append(2 * ends[-1])
+        return tuple(ends)
+
+    @property
+    def latents_per_token(self) -> int:
+        """From how many latents those of a token are selected: the dictionary, or an expert's."""
+        return self.dict_size // max(1, self.experts)
+
+    @property
+    def d_out(self) -> int:
+        """Width of the reconstruction: d_target of a transcoder, else d_model."""
+        return self.d_target or self.d_model
+
     @property
     def encoder_rows(self) -> int:
         """Rows of the encoder matrix: h (m + n), or F for a dense encoder."""
         return self.heads * (self.m + self.n) if self.encoder == "kron" else self.dict_size
 
     def flops_per_token(self) -> int:
-        """Multiply-adds of one token's forward pass. [KronSAE, eq. 7]"""
+        """Multiply-adds of one token's forward pass. [KronSAE, eq. 7]
+
+        Of the whole dictionary, or the router and one expert; and of a linear skip.
+        """
         return flops.forward(
-            self.d_model, self.dict_size, self.k, heads=self.heads, m=self.m, n=self.n
+            self.d_model,
+            self.dict_size,
+            self.k,
+            heads=self.heads,
+            m=self.m,
+            n=self.n,
+            experts=self.experts,
+            d_out=self.d_out,
+            skip=self.skip,
         )
 
 
@@ -120,6 +273,11 @@ class DataConfig:
         None, "residual stream after this block, counted from 0 (embedded: 2)"
     )
     hookpoint: str | None = setting(None, "name of any module instead of a layer: its output")
+    target_hookpoint: str | None = setting(
+        None,
+        "train a transcoder: predict the output of this module, which runs later, from that of "
+        "layer or hookpoint",
+    )
     dataset: str = setting(
         "stdlib",
         "hub name, or text, JSONL, CSV, Parquet or Arrow files, folders and globs, separated by "
@@ -188,6 +346,12 @@ class TrainConfig:
         "share of each batch on which that loss is measured (all of it costs more than the "
         "rest of the step)",
     )
+    l0_coefficient: float = setting(
+        1.0, "jumprelu: weight of the loss (L0 / k - 1)^2 that keeps k latents a token active"
+    )
+    balance_coefficient: float = setting(
+        0.1, "experts: weight of the loss that spreads tokens evenly over them"
+    )
     dead_after_tokens: int = setting(
         0,
         "a latent is dead after so many tokens without firing (0: 10 M, or tokens / 10 if less, "
@@ -225,7 +389,10 @@ class TrainConfig:
             _require(getattr(self, name) >= 1, f"{name}: expected >= 1, got {getattr(self, name)}")
         for name in ("eval_every", "checkpoint_every", "auxk", "dead_after_tokens"):
             _require(getattr(self, name) >= 0, f"{name}: expected >= 0, got {getattr(self, name)}")
-        for name in ("lr", "lr_final", "weight_decay", "max_grad_norm", "auxk_coefficient"):
+        for name in (
+            *("lr", "lr_final", "weight_decay", "max_grad_norm"),
+            *("auxk_coefficient", "l0_coefficient", "balance_coefficient"),
+        ):
             value = getattr(self, name)
             _require(math.isfinite(value) and value >= 0, f"{name}: expected >= 0, got {value}")
         for name in ("warmup_fraction", "auxk_fraction"):

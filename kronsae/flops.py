@@ -14,14 +14,26 @@ ADAMW = 8
 """Operations on one parameter: two averages, bias corrections, root, division, update."""
 
 
-def forward(d: int, dict_size: int, k: int, *, heads: int = 0, m: int = 0, n: int = 0) -> int:
+def forward(
+    d: int,
+    dict_size: int,
+    k: int,
+    *,
+    heads: int = 0,
+    m: int = 0,
+    n: int = 0,
+    experts: int = 0,
+    d_out: int | None = None,
+    skip: bool = False,
+) -> int:
     """Multiply-adds of one token's forward pass. [KronSAE, eq. 7]
 
-    dF + kd for a dense encoder (heads = 0), dh(m + n) + mnh + kd for a Kron encoder.
+    dF + kd for a dense encoder (heads = 0), dh(m + n) + mnh + kd for a Kron encoder. With experts:
+    the router's, and one expert's share of the encoder. d_out: width of a transcoder's target.
     """
-    if not heads:
-        return d * dict_size + k * d
-    return d * heads * (m + n) + m * n * heads + k * d
+    d_out = d if d_out is None else d_out
+    encode = d * heads * (m + n) + m * n * heads if heads else d * dict_size
+    return encode // max(1, experts) + d * experts + k * d_out + skip * d * d_out
 
 
 def counted_step(forward_flops: int) -> int:

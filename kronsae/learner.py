@@ -9,7 +9,7 @@ from torch import Tensor
 from kronsae.config import SAEConfig, TrainConfig
 from kronsae.errors import InputError
 from kronsae.metrics import l0
-from kronsae.objectives import auxk_loss, auxk_weight
+from kronsae.objectives import Objective, auxk_loss, auxk_weight, objective
 from kronsae.sae import SAE
 from kronsae_kernels import SparseCodes
 from kronsae_kernels import step as fused
@@ -64,18 +64,25 @@ def why_not_fused(sae: SAEConfig, config: TrainConfig, device: torch.device) -> 
         return "fused_step is off"
     if config.fused_step == "auto" and device.type == "cpu":
         return "it is made of kernels for a GPU"
+    kinds = {"selection": "topk", "objective": "plain", "experts": 0, "d_target": 0}
+    for name, kind in kinds.items():
+        if getattr(sae, name) != kind:
+            return f"{name} is {getattr(sae, name)!r}, it knows {kind!r} alone"
     return fused.why_not(device, sae.d_model, compute_dtype(config.dtype, device))
 
 
 class Pass(NamedTuple):
     """What one optimizer step did."""
 
-    loss: Tensor
+    mse: Tensor
     """Mean squared error over tokens and dimensions (scalar)."""
     auxk_loss: Tensor
     """Scalar; 0 where it was not computed."""
     codes: SparseCodes
+    """The active latents of each token."""
     grad_norm: float
+    more: dict[str, Tensor] = {}
+    """Other losses of the objective, by name (scalars)."""
 
 
 class Learner:
@@ -83,6 +90,7 @@ class Learner:
 
     Steps are made by `kronsae_kernels.step` where it can run, else by autograd and torch's AdamW;
     both change the same weights and moments, and give the same but for rounding.
+    A transcoder also gets its target [B, d_target], normalised.
     """
 
     def __init__(self, sae_config: SAEConfig, config: TrainConfig, device: torch.device) -> None:
@@ -95,7 +103,7 @@ class Learner:
         generator = torch.Generator().manual_seed(config.seed)
         self.sae = SAE(sae_config, generator=generator).to(device)
         matrices = [self.sae.W_enc]
-        rest = [self.sae.b_enc, self.sae.W_dec, self.sae.b_dec]
+        rest = [p for p in self.sae.parameters() if p is not self.sae.W_enc]
         self.optimizer = torch.optim.AdamW(
             [
                 {"params": matrices, "weight_decay": config.weight_decay},
@@ -104,7 +112,7 @@ class Learner:
             lr=config.lr,
             fused=True,
         )
-        weights = {name.lower(): p for name, p in self.sae.named_parameters()}
+        weights = dict(self.sae.named_parameters())
         moments = fused.new_state(weights)
         for name, parameter in weights.items():
             self.optimizer.state[parameter] = moments[name]
@@ -112,14 +120,14 @@ class Learner:
         if reason is None:
             kron = sae_config.encoder == "kron"
             self.fused = fused.TrainingStep(
-                **weights,
+                **{name.lower(): weight for name, weight in weights.items()},
                 k=sae_config.k,
                 m=sae_config.m if kron else None,
                 composition=sae_config.composition,
                 eps=sae_config.eps,
                 dtype=self.dtype,
                 weight_decay=config.weight_decay,
-                state=moments,
+                state={name.lower(): moment for name, moment in moments.items()},
             )
         self.step_count = 0
         self.tokens = 0
@@ -133,7 +141,7 @@ class Learner:
         """Which latents are dead (bool [F]): silent for config.dead_after tokens."""
         return self.tokens_since_fired >= self.config.dead_after
 
-    def step(self, x: Tensor) -> dict[str, float]:
+    def step(self, x: Tensor, target: Tensor | None = None) -> dict[str, float]:
         """One optimizer step on normalised activations x [B, d]; returns its metrics.
 
         Raises FloatingPointError, before the weights change, if the gradient is not finite.
@@ -141,28 +149,34 @@ class Learner:
         sae, config = self.sae, self.config
         lr = learning_rate(self.tokens, config, sae.dict_size, self.batch or x.shape[0])
         self.batch = self.batch or x.shape[0]
+        if not self.step_count:
+            sae.selection.prepare(sae, x)
         dead = self.dead
         dead_count = int(dead.sum())
         # The part of the batch on which the auxiliary loss is measured; empty without one.
         part = slice(math.ceil(x.shape[0] * config.auxk_fraction))
         if not (dead_count and config.auxk_coefficient and len(x[part]) >= 2):
             part = slice(0)
-        make = self._autograd_step if self.fused is None else self._fused_step
-        done = make(x, lr, dead, part)
+        if self.fused is None:
+            done = self._autograd_step(x, target, lr, dead, part)
+        else:
+            done = self._fused_step(x, lr, dead, part)
+        sae.selection.update(sae, done.codes)
         fired = sae.fired(done.codes)
         self.tokens_since_fired += x.shape[0]
         self.tokens_since_fired[done.codes.indices[fired]] = 0
         self.step_count += 1
         self.tokens += x.shape[0]
-        loss = done.loss.item()
+        mse = done.mse.item()
         return {
-            "loss": loss,
+            "loss": mse,
             "auxk_loss": done.auxk_loss.item(),
-            "explained_variance": explained_share(x, loss),
+            "explained_variance": explained_share(x if target is None else target, mse),
             "l0": l0(fired),
             "dead_share": dead_count / sae.dict_size,
             "grad_norm": done.grad_norm,
             "lr": lr,
+            **{name: loss.item() for name, loss in done.more.items()},
         }
 
     @property
@@ -170,21 +184,25 @@ class Learner:
         """Dead latents a token in the auxiliary loss."""
         return self.config.auxk or max(1, self.sae.d_model // 2)
 
-    def _autograd_step(self, x: Tensor, lr: float, dead: Tensor, part: slice) -> Pass:
+    def _autograd_step(
+        self, x: Tensor, target: Tensor | None, lr: float, dead: Tensor, part: slice
+    ) -> Pass:
         """By loss.backward() and torch's AdamW."""
         sae, config = self.sae, self.config
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = lr
         with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32):
-            x_hat, codes, loss = sae(x)
-            decoded, aux = [codes], x.new_zeros(())
+            found = objective(sae, x, config, target)
+            decoded, aux = [found.decoded], x.new_zeros(())
             if len(x[part]):
-                aux, aux_codes = auxk_loss(sae, x[part], x_hat[part].detach(), dead, self._auxk)
+                part_of_target = None if target is None else target[part]
+                x_hat = found.x_hat[part]
+                aux, aux_codes = auxk_loss(sae, x[part], x_hat, dead, self._auxk, part_of_target)
                 decoded.append(aux_codes)
-        for codes_of_part in decoded:
-            codes_of_part.values.retain_grad()
+        for codes in decoded:
+            codes.values.retain_grad()
         self.optimizer.zero_grad(set_to_none=True)
-        (loss + config.auxk_coefficient * aux).backward()
+        (found.loss + config.auxk_coefficient * aux).backward()
         remove_parallel_component(sae.W_dec, decoded)
         norm = torch.nn.utils.get_total_norm([p.grad for p in sae.parameters()])
         grad_norm = self._finite(norm)
@@ -192,7 +210,7 @@ class Learner:
             torch.nn.utils.clip_grads_with_norm_(sae.parameters(), config.max_grad_norm, norm)
         self.optimizer.step()
         sae.normalize_decoder()
-        return Pass(loss.detach(), aux.detach(), codes, grad_norm)
+        return Pass(found.mse.detach(), aux.detach(), found.codes, grad_norm, _more(found))
 
     def _fused_step(self, x: Tensor, lr: float, dead: Tensor, part: slice) -> Pass:
         """By the kernels that never write a gradient; where it is not finite, they change nothing.
@@ -228,7 +246,7 @@ class Learner:
         """Weights, moments and counters: tensors and JSON values."""
         named = dict(self.sae.named_parameters())
         return {
-            "weights": named,
+            "weights": self.sae.state_dict(),
             "moments": {name: dict(self.optimizer.state[p]) for name, p in named.items()}
             if self.step_count
             else {},
@@ -240,14 +258,20 @@ class Learner:
 
     @torch.no_grad()
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.sae.load_state_dict(state["weights"])
         for name, parameter in self.sae.named_parameters():
-            parameter.copy_(state["weights"][name])
             for key, moment in state["moments"].get(name, {}).items():
                 self.optimizer.state[parameter][key].copy_(moment)
         self.step_count = state["step_count"]
         self.batch = state["batch"]
         self.tokens = state["tokens"]
         self.tokens_since_fired.copy_(state["tokens_since_fired"])
+
+
+def _more(found: Objective) -> dict[str, Tensor]:
+    """Penalties, and the loss as a whole where it is more than the error."""
+    whole = {} if found.loss is found.mse else {"objective": found.loss}
+    return {name: loss.detach() for name, loss in (found.penalties | whole).items()}
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ MEANING = {
         "mean over tokens of 1 - error / spread, as the KronSAE paper computes it (App. H)",
     ),
     "mse": ("MSE", "mean squared error of a coordinate of the raw activations"),
-    "l0": ("L0", "latents active on a token, on average; at most k"),
+    "l0": ("L0", "latents active on a token, on average; with TopK at most k"),
     "dead_share": ("Dead latents", "share of latents that no held-out token activates"),
     "ce_clean": (
         "Cross-entropy, clean",

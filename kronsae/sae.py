@@ -1,12 +1,13 @@
-"""The sparse autoencoder: an encoder (Kron or dense) x TopK, and a sparse decoder.
+"""The sparse autoencoder: an encoder (Kron or dense), a selection, and a sparse decoder.
 
-On raw activations it is two calls of `kronsae_kernels` and nothing else:
+With TopK it is, on raw activations, two calls of `kronsae_kernels` and nothing else:
     codes = fused_encode(x, W_enc, b_enc, m=m, k=k)
     x_hat = sparse_decode(codes, w_dec=W_dec, b_dec=b_dec)
 Training happens on centred and scaled activations; `SAE.folded` takes that out again.
 """
 
 import dataclasses
+import functools
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,15 @@ from torch import Tensor, nn
 from kronsae.config import SAEConfig, from_dict
 from kronsae.errors import InputError
 from kronsae.files import replace_directory, sha256, write_json
-from kronsae_kernels import SparseCodes, dense_encode, fused_encode, sparse_decode
+from kronsae.selection import SELECTIONS, widened
+from kronsae.switch import Router
+from kronsae_kernels import (
+    SparseCodes,
+    dense_encode,
+    fused_encode,
+    sparse_decode,
+    threshold_encode,
+)
 
 FORMAT_VERSION = 1
 WEIGHTS_NAME = "sae.safetensors"
@@ -30,9 +39,10 @@ class SAEOutput(NamedTuple):
     x_hat: Tensor
     """[..., d] reconstruction."""
     codes: SparseCodes
-    """The k active latents of each token."""
-    loss: Tensor
-    """Mean squared error over tokens and dimensions (scalar). [KronSAE, App. H]"""
+    """The active latents of each token."""
+    loss: Tensor | None
+    """Mean squared error over tokens and dimensions (scalar). [KronSAE, App. H]
+    None for a transcoder that was not given its target."""
 
 
 class SAE(nn.Module):
@@ -44,6 +54,15 @@ class SAE(nn.Module):
     Initialised as in the paper: W_enc ~ N(0, 1) / sqrt(2F); decoder row (head, i, j) is base row i
     plus extension row j of that head, scaled to unit norm (dense: the encoder's row); biases 0.
     [KronSAE, App. H] `generator` draws the weights.
+
+    and, where config asks for them,
+    selection.…: BatchTopK's threshold, JumpReLU's thresholds (`kronsae.selection`)
+    router.weight, router.bias: of experts (`kronsae.switch`)
+    W_skip: [d_target, d], of a transcoder with a linear skip; starts at 0 [Paulo et al. 2025]
+    A transcoder's W_dec [F, d_target] starts as random rows of unit norm.
+
+    BatchTopK selects over the batch while `sae.training`, and by its threshold after `sae.eval()`,
+    as a loaded SAE does.
     """
 
     def __init__(
@@ -66,8 +85,12 @@ class SAE(nn.Module):
             w_enc = torch.empty(size, d, device=device)
         self.W_enc = nn.Parameter(w_enc)
         self.b_enc = nn.Parameter(torch.zeros(w_enc.shape[:-1], device=device))
-        self.W_dec = nn.Parameter(torch.empty(size, d, device=device))
-        self.b_dec = nn.Parameter(torch.zeros(d, device=device))
+        self.W_dec = nn.Parameter(torch.empty(size, config.d_out, device=device))
+        self.b_dec = nn.Parameter(torch.zeros(config.d_out, device=device))
+        self.selection = SELECTIONS[config.selection](config).to(device)
+        self.router = Router(config.experts, d, device) if config.experts else None
+        skip = torch.zeros(config.d_out, d, device=device) if config.skip else None
+        self.W_skip = None if skip is None else nn.Parameter(skip)
         if w_enc.device.type != "meta":
             self.reset_parameters(generator)
 
@@ -77,7 +100,10 @@ class SAE(nn.Module):
         shape = self.W_enc.shape
         drawn = torch.randn(shape, generator=generator, device=_device_of(generator))
         self.W_enc.copy_(drawn / (2 * self.config.dict_size) ** 0.5)
-        if self.config.encoder == "kron":
+        if self.config.d_target:
+            shape = self.W_dec.shape
+            rows = torch.randn(shape, generator=generator, device=_device_of(generator))
+        elif self.config.encoder == "kron":
             base, extension = self.W_enc.split([self.config.m, self.config.n], dim=1)
             rows = (base[:, :, None] + extension[:, None, :]).reshape(self.W_dec.shape)
         else:
@@ -86,6 +112,10 @@ class SAE(nn.Module):
         self.normalize_decoder()
         self.b_enc.zero_()
         self.b_dec.zero_()
+        if self.router is not None:
+            self.router.reset_parameters(generator)
+        if self.W_skip is not None:
+            self.W_skip.zero_()
 
     @torch.no_grad()
     def normalize_decoder(self) -> None:
@@ -101,6 +131,10 @@ class SAE(nn.Module):
     def d_model(self) -> int:
         return self.config.d_model
 
+    @property
+    def latents_per_token(self) -> int:
+        return self.config.latents_per_token
+
     def encode(
         self,
         x: Tensor,
@@ -109,56 +143,146 @@ class SAE(nn.Module):
         mask: Tensor | None = None,
         impl: str | None = None,
     ) -> SparseCodes:
-        """The k (default: config.k) largest latents of x [..., d], among `mask` [F] if given."""
-        config, k = self.config, self.config.k if k is None else k
-        if not torch.is_autocast_enabled(x.device.type):
-            x = x.to(self.W_enc.dtype)
-        if config.encoder == "dense":
-            return dense_encode(x, self.W_enc, self.b_enc, k=k, mask=mask, impl=impl)
-        return fused_encode(
-            x,
+        """The active latents of x [..., d]; or, with `k` or `mask`, the k largest (see `largest`).
+
+        Unused slots have value 0 (see `kronsae.selection`); TopK has none.
+        """
+        if k is not None or mask is not None:
+            k = self.config.k if k is None else k
+            return self.largest(x, k, mask=mask, impl=impl)
+        return self.selection(self, x, self.config.k, impl)
+
+    def largest(
+        self, x: Tensor, k: int, *, mask: Tensor | None = None, impl: str | None = None
+    ) -> SparseCodes:
+        """The k largest latents of x [..., d], among `mask` [F] (bool) if given.
+
+        With experts: of the token's expert, times the router's probability; fewer (unused slots)
+        where the mask leaves an expert fewer.
+        """
+        kron = self.config.encoder == "kron"
+        encode = functools.partial(fused_encode, **self._gate) if kron else dense_encode
+        x = self._as_weights(x)
+        if self.router is None:
+            return encode(x, self.W_enc, self.b_enc, k=k, mask=mask, impl=impl)
+        weights, biases = (p.split(len(p) // self.config.experts) for p in (self.W_enc, self.b_enc))
+        masks = mask.split(self.latents_per_token) if mask is not None else None
+
+        def of_expert(expert: int, rows: Tensor) -> SparseCodes:
+            allowed = masks[expert] if masks else None
+            count = k if allowed is None else min(k, int(allowed.sum()))
+            if count:
+                values, indices = encode(
+                    rows, weights[expert], biases[expert], k=count, mask=allowed, impl=impl
+                )
+            else:
+                values = self.W_enc.new_zeros(len(rows), 0)
+                indices = values.long()
+            return widened(values, indices + expert * self.latents_per_token, k, self.dict_size)
+
+        codes = self.router.dispatch(x.reshape(-1, x.shape[-1]), of_expert)
+        shape = (*x.shape[:-1], codes.values.shape[1])
+        return SparseCodes(codes.values.view(shape), codes.indices.view(shape))
+
+    def above(self, x: Tensor, threshold: Tensor, *, impl: str | None = None) -> SparseCodes:
+        """Every latent of x [..., d] above its threshold [F], padded (`threshold_encode`)."""
+        return threshold_encode(
+            self._as_weights(x),
             self.W_enc,
             self.b_enc,
-            m=config.m,
-            k=k,
-            composition=config.composition,
-            eps=config.eps,
-            mask=mask,
-            impl=impl,
+            threshold=threshold,
+            impl=impl if impl == "reference" else None,
+            **self._gate,
         )
 
-    def decode(self, codes: SparseCodes, *, impl: str | None = None) -> Tensor:
-        """Reconstruction [..., d] of codes [..., k]."""
-        return sparse_decode(codes, w_dec=self.W_dec, b_dec=self.b_dec, impl=impl)
+    @property
+    def _gate(self) -> dict[str, Any]:
+        """How a Kron encoder makes latents, for the kernels; nothing for a dense one."""
+        config = self.config
+        if config.encoder == "dense":
+            return {}
+        return {"m": config.m, "composition": config.composition, "eps": config.eps}
 
-    def forward(self, x: Tensor) -> SAEOutput:
-        """Reconstruct x [..., d], of any floating dtype (raw activations for a loaded SAE)."""
+    def _as_weights(self, x: Tensor) -> Tensor:
+        autocast = torch.is_autocast_enabled(x.device.type)
+        return x if autocast else x.to(self.W_enc.dtype)
+
+    def decode(
+        self, codes: SparseCodes, x: Tensor | None = None, *, impl: str | None = None
+    ) -> Tensor:
+        """Reconstruction [..., d] of codes [..., k]; a transcoder with skip needs its input x."""
+        return self.with_skip(
+            sparse_decode(codes, w_dec=self.W_dec, b_dec=self.b_dec, impl=impl), x
+        )
+
+    def with_skip(self, x_hat: Tensor, x: Tensor | None) -> Tensor:
+        """x_hat [..., d_out] plus what the linear skip makes of x [..., d], where there is one."""
+        if self.W_skip is None:
+            return x_hat
+        if x is None:
+            raise ValueError("x: a transcoder with a linear skip decodes codes with their input x")
+        return x_hat + nn.functional.linear(self._as_weights(x), self.W_skip)
+
+    def forward(self, x: Tensor, target: Tensor | None = None) -> SAEOutput:
+        """Reconstruct x [..., d], of any floating dtype (raw activations for a loaded SAE).
+
+        target: [..., d_target], what a transcoder shall predict.
+        """
         codes = self.encode(x)
-        x_hat = self.decode(codes)
-        return SAEOutput(x_hat, codes, (x_hat - x).square().mean())
+        x_hat = self.decode(codes, x)
+        if target is None and not self.config.d_target:
+            target = x
+        loss = None if target is None else (x_hat - target).square().mean()
+        return SAEOutput(x_hat, codes, loss)
+
+    @property
+    def silent_value(self) -> float:
+        """Value of a latent whose product is 0."""
+        return self.config.eps**0.5 if self.config.composition == "mand" else 0.0
 
     def fired(self, codes: SparseCodes) -> Tensor:
-        """Which of the selected latents are active (bool [..., k]): their product is not 0."""
-        silent = self.config.eps**0.5 if self.config.composition == "mand" else 0.0
-        return codes.values.abs() > silent
+        """Which of the codes are active latents (bool [..., k]): their product is not 0."""
+        return codes.values.abs() > self.silent_value
 
     @torch.no_grad()
-    def folded(self, mean: Tensor, scale: float) -> "SAE":
+    def folded(
+        self, mean: Tensor, scale: float, target: tuple[Tensor, float] | None = None
+    ) -> "SAE":
         """This SAE of (x - mean) * scale as an SAE of x: same latents, reconstruction of x itself.
 
         Latents are divided by `scale`, so decoder rows keep unit norm: with a root the projections
         take 1 / scale, with a product of two 1 / sqrt(scale) each. mean: [d].
+        target: mean [d_target] and scale of a transcoder's target (None: those of x), by whose
+        scale the latents are then divided.
         """
         config = self.config
+        out_mean, out_scale = (mean, scale) if target is None else target
         of_product = config.encoder == "kron" and config.composition != "mand"
-        share = scale**-0.5 if of_product else 1 / scale
-        out = SAE(dataclasses.replace(config, eps=config.eps / scale**2), device=self.W_enc.device)
-        out.W_enc.copy_(self.W_enc * (scale * share))
-        shift = (self.W_enc.double() @ mean.double()) * scale
-        out.b_enc.copy_((self.b_enc.double() - shift) * share)
-        out.W_dec.copy_(self.W_dec)
-        out.b_dec.copy_(self.b_dec.double() / scale + mean.double())
-        return out
+        share = out_scale**-0.5 if of_product else 1 / out_scale
+        config = dataclasses.replace(
+            config,
+            eps=config.eps / out_scale**2,
+            jumprelu_bandwidth=config.jumprelu_bandwidth / out_scale,
+        )
+        out = SAE(config, device=self.W_enc.device)
+        out.load_state_dict(self.state_dict())
+
+        def shift(weight: Tensor) -> Tensor:
+            """What a linear map of (x - mean) * scale takes away because of the mean (float64)."""
+            return (weight.double() @ mean.double()) * scale
+
+        out.W_enc.mul_(scale * share)
+        out.b_enc.copy_((self.b_enc.double() - shift(self.W_enc)) * share)
+        bias = self.b_dec.double()
+        if self.W_skip is not None:
+            out.W_skip.mul_(scale / out_scale)
+            bias = bias - shift(self.W_skip)
+        out.b_dec.copy_(bias / out_scale + out_mean.double())
+        if self.router is not None:
+            out.router.weight.mul_(scale)
+            out.router.bias.copy_(self.router.bias.double() - shift(self.router.weight))
+        out.selection.scale_(1 / out_scale)
+        return out.eval()
 
     def save(self, directory: str | Path, metadata: dict[str, Any] | None = None) -> Path:
         """Write sae.safetensors and config.json to `directory`, replacing it at once.
@@ -172,7 +296,7 @@ class SAE(nn.Module):
         def write(folder: Path) -> None:
             tensors = {
                 name: tensor.detach().to("cpu").contiguous()
-                for name, tensor in self.named_parameters()
+                for name, tensor in self.state_dict().items()
             }
             save_file(tensors, folder / WEIGHTS_NAME)
             settings = {
@@ -215,13 +339,13 @@ def load(source: str | Path, *, device: torch.device | str = "cpu") -> SAE:
     sae = SAE(from_dict(SAEConfig, settings["sae"], str(folder / CONFIG_NAME)), device="meta")
     sae = sae.to_empty(device=device)
     tensors = load_file(weights)
-    expected = {name: tuple(p.shape) for name, p in sae.named_parameters()}
+    expected = {name: tuple(t.shape) for name, t in sae.state_dict().items()}
     found = {name: tuple(t.shape) for name, t in tensors.items()}
     if expected != found:
         raise InputError(f"{weights}: expected tensors {expected}, got {found}")
     sae.load_state_dict(tensors)
     sae.metadata = settings["metadata"]
-    return sae
+    return sae.eval()
 
 
 def _find_sae(source: str | Path) -> Path:

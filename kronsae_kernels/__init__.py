@@ -7,6 +7,16 @@ Needs torch alone. `fused_encode` and `sparse_decode` are a fixed contract; the 
 from kronsae_kernels.common import SparseCodes
 from kronsae_kernels.decode import sparse_decode
 from kronsae_kernels.encode import dense_encode, fused_encode
+from kronsae_kernels.nested import nested_decode
+from kronsae_kernels.threshold import threshold_encode
 from kronsae_kernels.version import __version__
 
-__all__ = ["SparseCodes", "__version__", "dense_encode", "fused_encode", "sparse_decode"]
+__all__ = [
+    "SparseCodes",
+    "__version__",
+    "dense_encode",
+    "fused_encode",
+    "nested_decode",
+    "sparse_decode",
+    "threshold_encode",
+]

@@ -48,6 +48,19 @@ def sparse_decode(
         values, indices = codes_or_values
     else:
         values = codes_or_values
+    check_decode(values, indices, w_dec, b_dec)
+    name = backends.choose(impl, w_dec.device, w_dec.dtype)
+    if name == "reference":
+        return reference.sparse_decode(values, indices, w_dec=w_dec, b_dec=b_dec)
+    shape = math.prod(values.shape[:-1]), values.shape[-1]  # not -1: k may be 0
+    out = torch.ops.kronsae.decode(
+        values.reshape(shape), indices.reshape(shape), w_dec, b_dec, name
+    )
+    return out.view(*values.shape[:-1], w_dec.shape[1])
+
+
+def check_decode(values: Tensor, indices: Tensor, w_dec: Tensor, b_dec: Tensor | None) -> None:
+    """Raise ValueError unless these are codes, decoder and bias that belong together."""
     require(indices is not None, "indices: expected beside values, got None")
     require(w_dec is not None, "w_dec: expected [F, d], got None")
     check_tensors(values=values, indices=indices, w_dec=w_dec)
@@ -68,14 +81,6 @@ def sparse_decode(
             low >= 0 and high < w_dec.shape[0],
             f"indices: expected latents in [0, {w_dec.shape[0]}), got [{low}, {high}]",
         )
-    name = backends.choose(impl, w_dec.device, w_dec.dtype)
-    if name == "reference":
-        return reference.sparse_decode(values, indices, w_dec=w_dec, b_dec=b_dec)
-    shape = math.prod(values.shape[:-1]), values.shape[-1]  # not -1: k may be 0
-    out = torch.ops.kronsae.decode(
-        values.reshape(shape), indices.reshape(shape), w_dec, b_dec, name
-    )
-    return out.view(*values.shape[:-1], w_dec.shape[1])
 
 
 @torch.library.custom_op("kronsae::decode", mutates_args=())

@@ -62,7 +62,7 @@ def fused_encode(
     Raises ValueError for wrong shapes, dtypes, devices, m, k, composition or eps; RuntimeError if
     `impl` cannot run here.
     """
-    x, w_enc, b_enc = _check_encoder(x, w_enc, b_enc, mask, rank=3)
+    x, w_enc, b_enc = check_encoder(x, w_enc, b_enc, mask, rank=3)
     heads, rows, _ = w_enc.shape
     check_count("m", m, 1, rows - 1, f"w_enc has m + n = {rows} rows a head")
     size = heads * m * (rows - m)
@@ -103,7 +103,7 @@ def dense_encode(
     x: [..., d].  w_enc: [F, d].  b_enc: [F] or None.  impl, mask, results, ties, errors: as in
     `fused_encode`.
     """
-    x, w_enc, b_enc = _check_encoder(x, w_enc, b_enc, mask, rank=2)
+    x, w_enc, b_enc = check_encoder(x, w_enc, b_enc, mask, rank=2)
     size = w_enc.shape[0]
     check_count("k", k, 1, size, f"1 <= k <= F = {size}")
     _check_mask(mask, size, k)
@@ -119,7 +119,7 @@ def dense_encode(
 # Checks
 
 
-def _check_encoder(
+def check_encoder(
     x: Tensor, w_enc: Tensor, b_enc: Tensor | None, mask: Tensor | None, rank: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Check all but m, k and the options; return the tensors as autocast wants them."""

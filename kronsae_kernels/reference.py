@@ -4,6 +4,8 @@ Readable rather than fast: these write the [B, F] scores, and autograd different
 Shapes and letters as in `common`; arguments as in the public functions of the same name.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -39,6 +41,22 @@ def largest(scores: Tensor, k: int) -> Tensor:
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
 
 
+def latents(
+    x: Tensor,
+    w_enc: Tensor,
+    b_enc: Tensor | None,
+    m: int | None,
+    composition: str,
+) -> Tensor:
+    """What latents compete by, [..., F]: products of a Kron encoder, or (m None) the ReLU."""
+    bias = None if b_enc is None else b_enc.flatten()
+    pre_latents = torch.nn.functional.linear(x, w_enc.flatten(0, -2), bias)
+    if m is None:
+        return pre_latents.relu().to(accumulate_dtype(x.dtype))
+    pre_latents = pre_latents.unflatten(-1, w_enc.shape[:2])
+    return products(pre_latents[..., :m], pre_latents[..., m:], composition).flatten(-3)
+
+
 def fused_encode(
     x: Tensor,
     w_enc: Tensor,
@@ -51,10 +69,7 @@ def fused_encode(
     mask: Tensor | None = None,
 ) -> SparseCodes:
     """The k largest post-latents of a Kron encoder. [KronSAE, eq. 2-4]"""
-    bias = None if b_enc is None else b_enc.flatten()
-    pre_latents = torch.nn.functional.linear(x, w_enc.flatten(0, 1), bias)
-    pre_latents = pre_latents.unflatten(-1, w_enc.shape[:2])
-    product = products(pre_latents[..., :m], pre_latents[..., m:], composition).flatten(-3)
+    product = latents(x, w_enc, b_enc, m, composition)
     indices = largest(_masked(product.detach(), mask), k)
     return SparseCodes(compose(product.gather(-1, indices), composition, eps), indices)
 
@@ -68,9 +83,29 @@ def dense_encode(
     mask: Tensor | None = None,
 ) -> SparseCodes:
     """The k largest of ReLU(w_enc x + b_enc): a TopK SAE's encoder. [Gao et al. 2024]"""
-    latents = torch.nn.functional.linear(x, w_enc, b_enc).relu().to(accumulate_dtype(x.dtype))
-    indices = largest(_masked(latents.detach(), mask), k)
-    return SparseCodes(latents.gather(-1, indices), indices)
+    values = latents(x, w_enc, b_enc, None, "")
+    indices = largest(_masked(values.detach(), mask), k)
+    return SparseCodes(values.gather(-1, indices), indices)
+
+
+def threshold_encode(
+    x: Tensor,
+    w_enc: Tensor,
+    b_enc: Tensor | None = None,
+    *,
+    threshold: Tensor,
+    m: int | None = None,
+    composition: str = "mand",
+    eps: float = 0.0,
+) -> SparseCodes:
+    """All latents above their threshold that are not silent; unused slots have value 0."""
+    product = latents(x, w_enc, b_enc, m, composition)
+    values = product if m is None else compose(product, composition, eps)
+    active = (values > threshold) & (product > 0)
+    indices = largest(product.detach().masked_fill(~active, -torch.inf), values.shape[-1])
+    width = max(1, int(active.sum(-1).max()) if active.numel() else 0)
+    indices = indices[..., :width]
+    return SparseCodes(values.where(active, 0).gather(-1, indices), indices)
 
 
 def sparse_decode(
@@ -83,6 +118,22 @@ def sparse_decode(
     if b_dec is not None:
         out = out + b_dec.to(dtype)
     return out.to(w_dec.dtype)
+
+
+def nested_decode(
+    values: Tensor,
+    indices: Tensor,
+    bounds: Sequence[int],
+    *,
+    w_dec: Tensor,
+    b_dec: Tensor | None = None,
+) -> Tensor:
+    """`sparse_decode` of the latents below each bound: [..., G, d]."""
+    parts = [
+        sparse_decode(values.where(indices < bound, 0), indices, w_dec=w_dec, b_dec=b_dec)
+        for bound in bounds
+    ]
+    return torch.stack(parts, -2)
 
 
 def _masked(scores: Tensor, mask: Tensor | None) -> Tensor:

@@ -14,10 +14,13 @@ these. All three are deterministic.
 Arguments are 2-D, checked by the public functions. Letters as in `common`.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
+from kronsae_kernels import reference
 from kronsae_kernels.common import accumulate_dtype
 
 CHUNK_BYTES = {"cpu": 8 << 20}
@@ -112,6 +115,62 @@ def dense_encode_backward(
     return d_x, d_w, d_b
 
 
+def threshold_encode(
+    x: Tensor,
+    w_enc: Tensor,
+    b_enc: Tensor | None,
+    threshold: Tensor,
+    m: int | None,
+    composition: str,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """All latents above their threshold: base, extension, indices [B, w], and counts [B].
+
+    A dense encoder's values are `base` and `extension` both. Slots from a token's count on are
+    unused; their indices are spread over the dictionary, as no latent should have a long list of
+    entries that mean nothing.
+    """
+    size, dtype, parts = threshold.shape[0], accumulate_dtype(x.dtype), []
+    if m is None:
+        weight, bias = w_enc, b_enc
+    else:
+        weight, bias = i_major(w_enc), None if b_enc is None else b_enc.t().reshape(-1)
+    for pre in projections(x, weight, bias, scratch=size):
+        if m is None:
+            values = product = pre.to(dtype).relu()
+        else:
+            factors = pre.view(-1, w_enc.shape[1], w_enc.shape[0]).transpose(1, 2).to(dtype)
+            if composition != "mul":
+                factors = factors.relu()
+            base, extension = factors[..., :m], factors[..., m:]
+            product = (base[..., :, None] * extension[..., None, :]).flatten(1)
+            values = reference.compose(product, composition, eps)
+        token, latent = ((values > threshold) & (product > 0)).nonzero(as_tuple=True)
+        # Largest first. `nonzero` gives latents in order, and both sorts are stable.
+        order = product[token, latent].argsort(descending=True, stable=True)
+        order = order[token[order].argsort(stable=True)]
+        token, latent = token[order], latent[order]
+        if m is None:
+            of_base = of_extension = product[token, latent]
+        else:
+            n = extension.shape[2]
+            head, of_head = divide(latent, m * n)
+            row, column = divide(of_head, n)
+            of_base, of_extension = base[token, head, row], extension[token, head, column]
+        parts.append((token.bincount(minlength=pre.shape[0]), latent, of_base, of_extension))
+    counts, *flat = concatenate(parts, x, 0, (torch.int64, torch.int64, dtype, dtype))
+    counts = counts.view(-1)
+    width = max(1, int(counts.max()) if counts.numel() else 0)
+    used = torch.arange(width, device=x.device) < counts[:, None]
+    indices = torch.arange(used.numel(), device=x.device).remainder_(size).view(used.shape)
+    base = torch.zeros(used.shape, dtype=dtype, device=x.device)
+    out = indices, base, torch.zeros_like(base)
+    for slots, entries in zip(out, flat, strict=True):
+        slots[used] = entries.view(-1)
+    indices, base, extension = out
+    return base, extension, indices, counts
+
+
 # Decode
 
 
@@ -134,6 +193,64 @@ def decode_backward(
     return d_values, d_w
 
 
+def nested_decode(
+    values: Tensor,
+    indices: Tensor,
+    w_dec: Tensor,
+    b_dec: Tensor | None,
+    bounds: Sequence[int],
+) -> Tensor:
+    """`decode` of the latents below each bound: [B, G, d]. A token's rows are gathered once."""
+    dtype, count = accumulate_dtype(w_dec.dtype), len(bounds)
+    prefixes = torch.arange(count, device=values.device)[:, None]
+    groups, values = _groups(indices, bounds), values.to(dtype)
+    out = torch.empty(values.shape[0], count, w_dec.shape[1], dtype=dtype, device=values.device)
+    for span in _row_spans(indices, w_dec):
+        coefficients = values[span, None].where(groups[span, None] <= prefixes, 0)  # [b, G, k]
+        torch.bmm(coefficients, w_dec[indices[span]].to(dtype), out=out[span])
+    return (out if b_dec is None else out.add_(b_dec)).to(w_dec.dtype)
+
+
+def nested_decode_backward(
+    d_out: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    w_dec: Tensor,
+    bounds: Sequence[int],
+    need_values: bool,
+    need_w: bool,
+) -> tuple[Tensor, Tensor]:
+    """`decode_backward` for d_out [B, G, d]: a latent of group g is in the prefixes from g on."""
+    (tokens, count, d), dtype = d_out.shape, accumulate_dtype(w_dec.dtype)
+    d_values, d_w = values.new_empty(0), w_dec.new_empty(0)
+    groups = _groups(indices, bounds)
+    outside, groups = groups == count, groups.clamp(max=count - 1)
+    suffixes = d_out.to(dtype).flip(1).cumsum(1).flip(1)
+    if need_values:
+        d_values = torch.empty_like(values)
+        for span in _row_spans(indices, w_dec):
+            dots = torch.bmm(w_dec[indices[span]].to(dtype), suffixes[span].transpose(1, 2))
+            d_values[span] = dots.gather(2, groups[span, :, None]).squeeze(2)
+        d_values.masked_fill_(outside, 0)
+    if need_w:
+        rows = groups + torch.arange(tokens, device=groups.device)[:, None] * count
+        grouped = group(indices, w_dec.shape[0])
+        y, values = suffixes.view(-1, d), values.masked_fill(outside, 0)
+        d_w = scatter(values, *grouped, y, rows).to(w_dec.dtype)
+    return d_values, d_w
+
+
+def _groups(indices: Tensor, bounds: Sequence[int]) -> Tensor:
+    """The first prefix that holds each latent: [B, k] in [0, G], G where none does."""
+    edges = torch.tensor(bounds, dtype=indices.dtype, device=indices.device)
+    return torch.searchsorted(edges, indices.contiguous(), right=True)
+
+
+def _row_spans(indices: Tensor, table: Tensor) -> list[slice]:
+    """Chunks of tokens [B, r] whose rows of the table are held at once."""
+    return spans(indices.shape[0], indices.shape[1] * table.shape[1] * 4, table.device)
+
+
 # The three sparse sums
 
 
@@ -148,7 +265,7 @@ def combine(coefficients: Tensor, columns: Tensor, table: Tensor) -> Tensor:
     # embedding_bag wants the coefficients in the table's dtype, which would round them.
     out = [
         torch.bmm(coefficients[span, None, :], table[columns[span]].to(dtype)).squeeze(1)
-        for span in spans(columns.shape[0], columns.shape[1] * table.shape[1] * 4, table.device)
+        for span in _row_spans(columns, table)
     ]
     return torch.cat(out)
 
@@ -164,7 +281,7 @@ def pair_dots(y: Tensor, columns: Tensor, table: Tensor) -> Tensor:
         ).view(tokens, r)
     out = [
         torch.bmm(table[columns[span]].to(dtype), y[span, :, None]).squeeze(2)
-        for span in spans(tokens, r * table.shape[1] * 4, table.device)
+        for span in _row_spans(columns, table)
     ]
     return torch.cat(out) if out else y.new_empty(tokens, r)
 
@@ -179,16 +296,20 @@ def group(columns: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return order, starts
 
 
-def scatter(coefficients: Tensor, order: Tensor, starts: Tensor, y: Tensor) -> Tensor:
-    """C^T y: out[f] = sum over entries with column f of coefficient times y[its token], [N, d].
+def scatter(
+    coefficients: Tensor, order: Tensor, starts: Tensor, y: Tensor, rows: Tensor | None = None
+) -> Tensor:
+    """C^T y: out[f] = sum over entries with column f of coefficient times y[its row], [N, d].
 
     `order`, `starts` from `group`. Sums run in the order of the tokens.
+    rows: [B, r] row of y of each entry; by default its token.
     """
     if order.numel() == 0:
         return y.new_zeros(starts.numel(), y.shape[1])
     r = coefficients.shape[1]
     weights = coefficients.reshape(-1)[order].to(y.dtype)
-    return embedding_bag(order // r, y, starts, mode="sum", per_sample_weights=weights)
+    rows = order // r if rows is None else rows.reshape(-1)[order]
+    return embedding_bag(rows, y, starts, mode="sum", per_sample_weights=weights)
 
 
 def _scatter_linear(

@@ -343,6 +343,8 @@ def test_public_names():
         "__version__",
         "dense_encode",
         "fused_encode",
+        "nested_decode",
         "sparse_decode",
+        "threshold_encode",
     }
     assert re.fullmatch(r"\d+\.\d+\.\d+.*", kronsae_kernels.__version__)

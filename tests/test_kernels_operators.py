@@ -72,6 +72,23 @@ def decode_backward_inputs():
             yield g, randn(5, 3), indices, w, need_values, need_w, "torch"
 
 
+def nested_decode_inputs():
+    for values, indices, w, b, _ in decode_inputs():
+        yield values, indices, w, b, [1, 12, F]
+
+
+def nested_decode_backward_inputs():
+    for g, *rest, need_values, need_w, _ in decode_backward_inputs():
+        yield g[:, None].repeat(1, 2, 1), *rest, [12, F - 1], need_values, need_w
+
+
+def threshold_encode_inputs():
+    for x, w, b, _, m, _, composition, _ in encode_inputs():
+        yield x, w, b, torch.rand(F), m, composition, 1e-3 if composition == "mand" else 0.0
+    for x, w, b, *_ in dense_inputs():
+        yield x, w, b, torch.rand(F), None, "mand", 0.0
+
+
 INPUTS = {
     "encode": encode_inputs,
     "encode_backward": encode_backward_inputs,
@@ -79,6 +96,9 @@ INPUTS = {
     "dense_encode_backward": dense_backward_inputs,
     "decode": decode_inputs,
     "decode_backward": decode_backward_inputs,
+    "threshold_encode": threshold_encode_inputs,
+    "nested_decode": nested_decode_inputs,
+    "nested_decode_backward": nested_decode_backward_inputs,
 }
 
 

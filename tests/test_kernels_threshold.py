@@ -1,0 +1,92 @@
+"""`threshold_encode` against its reference, and its gradients against autograd's."""
+
+import pytest
+import torch
+
+from kronsae_kernels import dense_encode, fused_encode, threshold_encode, torch_impl
+
+B, D, H, M, N = 9, 5, 6, 2, 3
+F = H * M * N
+KINDS = {
+    "mand": {"m": M},
+    "eps": {"m": M, "eps": 1e-2},
+    "relu_mul": {"m": M, "composition": "relu_mul"},
+    "mul": {"m": M, "composition": "mul"},
+    "dense": {},
+}
+
+
+@pytest.fixture(params=KINDS.values(), ids=KINDS)
+def kind(request):
+    return request.param
+
+
+def tensors(kind, dtype=torch.float64):
+    rows = (H, M + N) if "m" in kind else (F,)
+    shapes = (B, D), (*rows, D), rows
+    return [torch.randn(*shape, dtype=dtype, requires_grad=True) for shape in shapes]
+
+
+def written_out(codes):
+    dense = torch.zeros(*codes.values.shape[:-1], F, dtype=codes.values.dtype)
+    return dense.scatter_add(-1, codes.indices, codes.values)
+
+
+@pytest.mark.parametrize("low", [-1.0, 0.0, 1.0, 50.0])
+@pytest.mark.parametrize("chunk_tokens", [1, 4, 100])
+def test_equals_the_reference(kind, low, chunk_tokens, monkeypatch):
+    monkeypatch.setattr(torch_impl, "chunk_tokens", lambda *_: chunk_tokens)
+    leaves = tensors(kind)
+    threshold = low + torch.rand(F, dtype=torch.float64)
+    got = threshold_encode(*leaves, threshold=threshold, **kind)
+    expected = threshold_encode(*leaves, threshold=threshold, **kind, impl="reference")
+    torch.testing.assert_close(got.values, expected.values)
+    used = expected.values > 0
+    assert torch.equal(got.indices[used], expected.indices[used])
+    assert got.indices.min() >= 0 and got.indices.max() < F
+    weight = torch.randn(B, F, dtype=torch.float64)
+    gradients = [
+        torch.autograd.grad((written_out(codes) * weight).sum(), leaves)
+        for codes in (got, expected)
+    ]
+    for name, a, b in zip(("x", "w_enc", "b_enc"), *gradients, strict=True):
+        torch.testing.assert_close(a, b, msg=name)
+
+
+def test_below_all_it_is_all_that_is_active(kind):
+    """With a threshold that nothing meets it has the latents of the TopK encoders, in order."""
+    leaves = tensors(kind)
+    codes = threshold_encode(*leaves, threshold=torch.full((F,), -100.0), **kind)
+    width = codes.values.shape[1]
+    encode = fused_encode if "m" in kind else dense_encode
+    top = encode(*leaves, k=width, **kind)
+    used = codes.values > 0
+    assert torch.equal(codes.values[used], top.values[used])
+    assert torch.equal(codes.indices[used], top.indices[used])
+
+
+def test_leading_dimensions_and_no_tokens(kind):
+    x, *weights = tensors(kind, torch.float32)
+    threshold = torch.full((F,), 0.5)
+    flat = threshold_encode(x, *weights, threshold=threshold, **kind)
+    cube = threshold_encode(x.view(3, 3, D), *weights, threshold=threshold, **kind)
+    assert torch.equal(cube.values.view(flat.values.shape), flat.values)
+    none = threshold_encode(x[:0], *weights, threshold=threshold, **kind)
+    assert none.values.shape == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"threshold": torch.zeros(F - 1)}, "threshold: expected .F. = .36."),
+        ({"m": 5}, "m: expected an integer in .1, 4."),
+        ({"m": None}, "w_enc: expected .F, d."),
+        ({"composition": "max"}, "composition"),
+        ({"eps": -1.0}, "eps"),
+        ({"impl": "triton"}, "impl: expected 'torch'"),
+    ],
+)
+def test_arguments_are_checked(change, words):
+    options = {"threshold": torch.zeros(F), "m": M, **change}
+    with pytest.raises(ValueError, match=words):
+        threshold_encode(*tensors(KINDS["mand"]), **options)
