@@ -25,21 +25,24 @@ class Heldout:
     """[c, L] bool: tokens that an SAE is trained on (no BOS, no padding, no first position)."""
     language_model: Any | None = None
     """The `kronsae.data.LanguageModel` that read the contexts."""
+    targets: Tensor | None = None
+    """[t, d_target] what a transcoder shall make of the activations; None for an autoencoder."""
 
 
 @torch.no_grad()
 def evaluate(sae: SAE, heldout: Heldout) -> dict[str, float]:
     """Figures of merit of an SAE of raw activations; definitions in `kronsae.metrics`.
 
+    A transcoder is judged by how well it predicts `heldout.targets`.
     explained_variance, fvu, explained_variance_batch, mse, l0, and dead_share: the share of latents
     that no held-out token activates. Raises ValueError if there are no tokens.
     """
-    metrics = ReconstructionMetrics(sae.d_model)
+    metrics = ReconstructionMetrics(sae.config.d_out)
     alive = torch.zeros(sae.dict_size, dtype=torch.bool, device=sae.W_dec.device)
     active = 0.0
-    for x in _batches(heldout.activations, sae):
+    for x, target in _batches(heldout, sae):
         x_hat, codes, _ = sae(x)
-        metrics.update(x, x_hat)
+        metrics.update(target, x_hat)
         fired = sae.fired(codes)
         alive[codes.indices[fired]] = True
         active += l0(fired) * x.shape[0]
@@ -53,6 +56,7 @@ def evaluate(sae: SAE, heldout: Heldout) -> dict[str, float]:
 def evaluate_cross_entropy(sae: SAE, heldout: Heldout) -> dict[str, float]:
     """What the language model loses when the SAE's reconstruction takes the activations' place.
 
+    (A transcoder's takes the place of its target.)
     ce_clean, ce_spliced, ce_zero: mean next-token cross-entropy in nats with the activations as
     they are, reconstructed, and zeroed; ce_recovered = (zero - spliced) / (zero - clean). Only
     tokens in the mask are replaced. Empty if no model (or one without a language head) is there.
@@ -65,12 +69,15 @@ def evaluate_cross_entropy(sae: SAE, heldout: Heldout) -> dict[str, float]:
     for ids, mask in zip(contexts.split(16), heldout.mask.split(16), strict=True):
         selected = mask[..., None].to(model.device)
 
-        def spliced(x: Tensor, selected: Tensor = selected) -> Tensor:
+        # x is what the SAE reads; a transcoder is spliced in for its target, which comes last.
+        def spliced(x: Tensor, *target: Tensor, selected: Tensor = selected) -> Tensor:
+            (replaced,) = target or (x,)
             x_hat = sae(x.to(sae.W_dec)).x_hat
-            return torch.where(selected, x_hat.to(x), x)
+            return torch.where(selected, x_hat.to(replaced), replaced)
 
-        def zeroed(x: Tensor, selected: Tensor = selected) -> Tensor:
-            return x.masked_fill(selected, 0)
+        def zeroed(x: Tensor, *target: Tensor, selected: Tensor = selected) -> Tensor:
+            (replaced,) = target or (x,)
+            return replaced.masked_fill(selected, 0)
 
         replacements = {"ce_clean": None, "ce_spliced": spliced, "ce_zero": zeroed}
         for name, replace in replacements.items():
@@ -83,6 +90,9 @@ def evaluate_cross_entropy(sae: SAE, heldout: Heldout) -> dict[str, float]:
     return out
 
 
-def _batches(activations: Tensor, sae: SAE) -> Iterator[Tensor]:
-    for x in activations.split(BATCH_TOKENS):
-        yield x.to(sae.W_dec)
+def _batches(heldout: Heldout, sae: SAE) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs and targets, which for an autoencoder are the same."""
+    targets = heldout.activations if heldout.targets is None else heldout.targets
+    for start in range(0, len(targets), BATCH_TOKENS):
+        span = slice(start, start + BATCH_TOKENS)
+        yield heldout.activations[span].to(sae.W_dec), targets[span].to(sae.W_dec)

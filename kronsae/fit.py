@@ -14,7 +14,12 @@ import torch
 from torch import Tensor
 
 from kronsae.config import SAEConfig, TrainConfig
-from kronsae.data import ActivationSource, IterableActivations, TensorActivations
+from kronsae.data import (
+    ActivationSource,
+    IterableActivations,
+    TensorActivations,
+    split_target,
+)
 from kronsae.errors import InputError
 from kronsae.evaluate import Heldout, evaluate, evaluate_cross_entropy
 from kronsae.learner import Learner, Normalizer
@@ -42,12 +47,17 @@ class FitResult:
     """Number of the signal that ended the run early, or None."""
 
 
+Activations = (
+    Tensor | tuple[Tensor, Tensor] | ActivationSource | Iterable[Tensor | tuple[Tensor, Tensor]]
+)
+
+
 def fit(
     sae_config: SAEConfig,
-    activations: Tensor | ActivationSource | Iterable[Tensor],
+    activations: Activations,
     train_config: TrainConfig | None = None,
     *,
-    heldout: Heldout | Tensor | None = None,
+    heldout: Heldout | Tensor | tuple[Tensor, Tensor] | None = None,
     out: str | Path | None = None,
     resume: bool = False,
     settings: dict[str, Any] | None = None,
@@ -57,7 +67,8 @@ def fit(
 
     activations: [N, d] (shuffled each epoch), or an iterable of [B, d] tensors taken as they come,
         or any `kronsae.data.ActivationSource`.
-    heldout: activations to evaluate on, never trained on: [t, d], or a `Heldout`.
+        For a transcoder: a pair (inputs [N, d], targets [N, d_target]), or an iterable of pairs.
+    heldout: activations to evaluate on, never trained on: [t, d], or a pair, or a `Heldout`.
     out: run folder (see `kronsae.run`); None keeps everything in memory.
     resume: go on from the newest checkpoint in `out`; batches and weights are, bit for bit, those
         of an uninterrupted run (on a CPU; an iterable must give the same batches again).
@@ -70,11 +81,14 @@ def fit(
     config = train_config or TrainConfig()
     device = resolve_device(config.device)
     source = _as_source(activations, config)
-    sae_config = _with_width(sae_config, source.d_model)
+    sae_config = _with_widths(sae_config, source)
     if isinstance(heldout, Tensor):
-        heldout = Heldout(heldout.detach().reshape(-1, heldout.shape[-1]))
+        heldout = (heldout,)
+    if isinstance(heldout, tuple):
+        flat = [part.detach().reshape(-1, part.shape[-1]) for part in heldout]
+        heldout = Heldout(flat[0], targets=flat[1] if len(flat) == 2 else None)
     if heldout is not None:
-        _check_heldout(heldout.activations, source.d_model)
+        _check_heldout(heldout, sae_config)
     settings = {
         "config": {
             "sae": dataclasses.asdict(sae_config),
@@ -183,7 +197,9 @@ class _Session:
         self.learner = learner
         self.source = source
         self.config = config
+        self.d_target = learner.sae.config.d_target
         self.normalizer: Normalizer | None = None
+        self.target_normalizer: Normalizer | None = None
         self.pending: list[Tensor] = []  # batches that the normalizer saw, not yet trained on
         self.batches: Iterator[Tensor] | None = None
         self.seconds = 0.0  # of earlier sessions
@@ -226,13 +242,17 @@ class _Session:
             tokens += x.shape[0]
         good = [x for x in self.pending if _is_finite(x)]
         if good:
-            measured = Normalizer.of(torch.cat(good))
-            mean = measured.mean.to(self.learner.device)
-            self.normalizer = Normalizer(mean, measured.scale)
+            x, target = split_target(torch.cat(good), self.d_target)
+            self.normalizer = Normalizer.of(x).to(self.learner.device)
+            if target is not None:
+                self.target_normalizer = Normalizer.of(target).to(self.learner.device)
 
     def step(self, x: Tensor) -> dict[str, float]:
-        """One optimizer step on raw activations [B, d]; its metrics and rates."""
-        values = self.learner.step(self.normalizer(x.to(self.learner.device, torch.float32)))
+        """One optimizer step on raw activations [B, d (+ d_target)]; its metrics and rates."""
+        x, target = split_target(x.to(self.learner.device, torch.float32), self.d_target)
+        if target is not None:
+            target = self.target_normalizer(target)
+        values = self.learner.step(self.normalizer(x), target)
         now, (before, tokens) = time.monotonic(), self.last_record
         rates = {
             "tokens_per_s": (self.learner.tokens - tokens) / max(1e-9, now - before),
@@ -253,12 +273,18 @@ class _Session:
         """The SAE as it stands, of raw activations."""
         if self.normalizer is None:
             raise InputError("no step was made: there is no SAE to save")
-        return self.learner.sae.folded(self.normalizer.mean, self.normalizer.scale)
+        of_target = self.target_normalizer
+        return self.learner.sae.folded(
+            self.normalizer.mean,
+            self.normalizer.scale,
+            None if of_target is None else (of_target.mean, of_target.scale),
+        )
 
     def state_dict(self) -> dict[str, Any]:
         return {
             "learner": self.learner.state_dict(),
-            "normalizer": {"mean": self.normalizer.mean, "scale": self.normalizer.scale},
+            "normalizer": self.normalizer.state_dict(),
+            "target_normalizer": self.target_normalizer and self.target_normalizer.state_dict(),
             "source": self.source.state_dict(),
             "pending": self.pending,
             "torch_random_state": torch.get_rng_state(),
@@ -267,8 +293,10 @@ class _Session:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.learner.load_state_dict(state["learner"])
-        mean = state["normalizer"]["mean"].to(self.learner.device)
-        self.normalizer = Normalizer(mean, state["normalizer"]["scale"])
+        self.normalizer = Normalizer(**state["normalizer"]).to(self.learner.device)
+        of_target = state.get("target_normalizer")  # older runs have none
+        if of_target is not None:
+            self.target_normalizer = Normalizer(**of_target).to(self.learner.device)
         self.source.load_state_dict(state["source"])
         self.pending = state["pending"]
         torch.set_rng_state(state["torch_random_state"])
@@ -374,29 +402,46 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def _check_heldout(x: Tensor, d_model: int) -> None:
-    if x.ndim != 2 or x.shape[1] != d_model or x.shape[0] < 2 or not x.is_floating_point():
+def _check_heldout(heldout: Heldout, config: SAEConfig) -> None:
+    if (heldout.targets is None) != (config.d_target == 0):
         raise InputError(
-            f"heldout: expected floating activations [t, {d_model}], at least two of them, got "
-            f"{list(x.shape)} {x.dtype}"
+            "heldout: expected inputs with their targets, as in training"
+            if config.d_target
+            else "heldout: expected no targets, as training has none"
         )
-    if not _is_finite(x):
-        raise InputError("heldout: some activations are NaN or infinite")
-    if (x == x[0]).all():
-        raise InputError("heldout: all activations are equal, so nothing can be explained")
+    widths = {"activations": (heldout.activations, config.d_model)}
+    if heldout.targets is not None:
+        widths["targets"] = heldout.targets, config.d_target
+        if len(heldout.targets) != len(heldout.activations):
+            raise InputError(
+                f"heldout: expected a target for each of {len(heldout.activations)} activations, "
+                f"got {len(heldout.targets)}"
+            )
+    for name, (x, width) in widths.items():
+        if x.ndim != 2 or x.shape[1] != width or x.shape[0] < 2 or not x.is_floating_point():
+            raise InputError(
+                f"heldout: expected floating {name} [t, {width}], at least two of them, got "
+                f"{list(x.shape)} {x.dtype}"
+            )
+        if not _is_finite(x):
+            raise InputError(f"heldout: some {name} are NaN or infinite")
+        if (x == x[0]).all():
+            raise InputError(f"heldout: all {name} are equal, so nothing can be explained")
 
 
-def _as_source(
-    activations: Tensor | ActivationSource | Iterable[Tensor], config: TrainConfig
-) -> ActivationSource:
-    if isinstance(activations, Tensor):
+def _as_source(activations: Activations, config: TrainConfig) -> ActivationSource:
+    pair = isinstance(activations, tuple) and len(activations) == 2
+    if isinstance(activations, Tensor) or pair and isinstance(activations[0], Tensor):
         return TensorActivations(activations, config.batch_size, config.seed)
     if hasattr(activations, "state_dict") and hasattr(activations, "d_model"):
         return activations
     return IterableActivations(activations)
 
 
-def _with_width(config: SAEConfig, d_model: int) -> SAEConfig:
-    if config.d_model not in (0, d_model):
-        raise InputError(f"d_model: {config.d_model} is configured, the data has {d_model}")
-    return dataclasses.replace(config, d_model=d_model)
+def _with_widths(config: SAEConfig, source: ActivationSource) -> SAEConfig:
+    found = {"d_model": source.d_model, "d_target": getattr(source, "d_target", 0)}
+    for name, width in found.items():
+        configured = getattr(config, name)
+        if configured not in (0, width):
+            raise InputError(f"{name}: {configured} is configured, the data has {width or 'none'}")
+    return dataclasses.replace(config, **found)

@@ -56,6 +56,12 @@ class Normalizer:
     def __call__(self, x: Tensor) -> Tensor:
         return (x - self.mean).mul_(self.scale)
 
+    def to(self, device: torch.device) -> "Normalizer":
+        return Normalizer(self.mean.to(device), self.scale)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"mean": self.mean, "scale": self.scale}
+
 
 class Learner:
     """Trains one SAE on normalised activations [B, d], one optimizer step a call of `step`.

@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def train(request: Request, console: Console) -> int:
     """Model and text -> activations -> fit -> evaluation and report; returns the exit status."""
-    from kronsae.data import open_activations
+    from kronsae.data import open_activations, split_target
 
     began = time.monotonic()
     config = request.config
@@ -69,13 +69,18 @@ def train(request: Request, console: Console) -> int:
         seed=config.train.seed,
         device=resolve_device(config.train.device),
     )
-    sae = dataclasses.replace(config.sae, d_model=config.sae.d_model or source.d_model)
-    config = dataclasses.replace(config, sae=sae)
+    widths = {
+        "d_model": config.sae.d_model or source.d_model,
+        "d_target": config.sae.d_target or source.d_target,
+    }
+    config = dataclasses.replace(config, sae=dataclasses.replace(config.sae, **widths))
+    activations, targets = split_target(source.heldout_activations(), source.d_target)
     heldout = Heldout(
-        source.heldout_activations(),
+        activations,
         source.heldout_contexts(),
         source.token_mask(source.heldout_contexts()),
         source.language_model,
+        targets,
     )
     _describe(console, config, source, heldout, out)
     with _Progress(console, config) as progress:
