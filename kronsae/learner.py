@@ -23,12 +23,17 @@ def learning_rate(tokens: int, config: TrainConfig, dict_size: int, batch: int) 
     """
     peak = config.lr * (dict_size / 2**15) ** -0.5 if config.lr_scale_by_dict_size else config.lr
     step, steps = tokens / batch, math.ceil(config.tokens / batch)
-    warmup = round(config.warmup_fraction * steps)
+    warmup = warmup_steps(config, batch)
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - 1 - warmup)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     return config.lr_final + (peak - config.lr_final) * cosine
+
+
+def warmup_steps(config: TrainConfig, batch: int) -> int:
+    """Steps with a growing rate, in steps of `batch` tokens."""
+    return round(config.warmup_fraction * math.ceil(config.tokens / batch))
 
 
 class Normalizer:
@@ -107,7 +112,7 @@ class Learner:
         self.batch = self.batch or x.shape[0]
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = lr
-        if not self.step_count:
+        if self.tokens < self.batch * max(1, warmup_steps(config, self.batch)):
             sae.selection.prepare(sae, x)
         dead = self.dead
         dead_count = int(dead.sum())

@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
-from kronsae.config import RunConfig
+from kronsae.config import MULTI_TOPK, RunConfig, kind_of
 from kronsae.errors import InputError
 from kronsae.fit import resolve_device
 from kronsae.learner import compute_dtype
+from kronsae.selection import CANDIDATES
 from kronsae_kernels import backends
 
 _MIB = 2**20
@@ -24,41 +25,61 @@ def make_plan(config: RunConfig) -> dict[str, Any]:
     """
     device = resolve_device(config.train.device)
     settings = _model_settings(config)
+    data, train = config.data, config.train
     d = config.sae.d_model or settings["d_model"]
-    sae, data, train = dataclasses.replace(config.sae, d_model=d), config.data, config.train
-    encoder, decoder = sae.encoder_rows * (d + 1), sae.dict_size * d + d
-    parameters = encoder + decoder
+    # A target's width is only known from the loaded model: most are as wide as the residual stream.
+    d_target = config.sae.d_target or (settings["d_model"] if data.target_hookpoint else 0)
+    sae = dataclasses.replace(config.sae, d_model=d, d_target=d_target)
+    encoder, decoder = sae.encoder_rows * (d + 1), (sae.dict_size + 1) * sae.d_out
+    further = sae.experts * (d + 1)
+    further += d * sae.d_out if sae.skip else 0
+    further += sae.dict_size if sae.selection == "jumprelu" else 0
+    parameters = encoder + decoder + further
     state = 4 * 3 * parameters + 8 * sae.dict_size  # weights and two moments; tokens since fired
-    buffer = 4 * d * max(data.buffer_tokens, 2 * train.batch_size)
+    buffer = 4 * (d + d_target) * max(data.buffer_tokens, 2 * train.batch_size)
     dtype = compute_dtype(train.dtype, device)
-    chunk = _pre_latent_bytes(sae.encoder_rows, train.batch_size, dtype, device)
-    codes = train.batch_size * sae.k * 64
+    rows = sae.encoder_rows
+    chunk = _chunk_tokens(rows, train.batch_size, dtype, device) * rows * dtype.itemsize
+    # What is selected from, and decoded: more than k latents a token at some points of the grid.
+    width = sae.k * (MULTI_TOPK if sae.objective == "multi_topk" else 1)
+    candidates = width * (CANDIDATES if sae.selection == "batchtopk" else 1)
+    codes = train.batch_size * candidates * 64
+    memory = {}
+    if sae.selection == "jumprelu":  # [b, F]: products, values, and their comparison
+        tokens = _chunk_tokens(max(rows, sae.dict_size), train.batch_size, dtype, device)
+        memory["scores of a chunk"] = 12 * tokens * sae.dict_size
+    if sae.objective == "matryoshka":  # and their gradients, and the suffix sums of these
+        memory["nested reconstructions"] = 3 * 4 * train.batch_size * len(sae.prefixes) * sae.d_out
     model_bytes = settings["parameters"] * _model_itemsize(data.model_dtype, device)
     sae_flops = sae.flops_per_token()
     # Backward: the encoder's and decoder's gradients take the 2k (k) live rows of a token alone.
-    live = 2 * sae.k if sae.encoder == "kron" else sae.k
-    step_flops = sae_flops + d * (live + 2 * sae.k)
+    live = 2 * candidates if sae.encoder == "kron" else candidates
+    step_flops = sae_flops + d * live + sae.d_out * (3 * width - sae.k)
     rate = _multiply_adds_per_second(device)
     seconds = train.tokens * (step_flops / rate[torch.float32] + settings["flops"] / rate["model"])
     return {
         "device": str(device),
         "compute_dtype": str(dtype).removeprefix("torch."),
         "kernels": backends.choose(None, device),
-        "kernels_why": _why(device),
+        "kernels_why": _why(device)
+        + ("; latents above thresholds: torch" if sae.selection == "jumprelu" else "")
+        + ("; nested reconstructions: torch" if sae.objective == "matryoshka" else ""),
         "d_model": d,
+        "d_target": d_target,
         "dict_size": sae.dict_size,
         "parameters": parameters,
         "parameters_encoder": encoder,
         "steps": train.steps,
         "tokens": train.tokens,
         "flops_per_token": sae_flops,
-        "flops_per_token_dense": sae.dict_size * d + sae.k * d,
+        "flops_per_token_dense": sae.dict_size * d + sae.k * sae.d_out,
         "flops_per_token_model": settings["flops"],
         "memory_mib": {
             "weights and moments": state / _MIB,
             "gradients": 4 * parameters / _MIB,
             "pre-latents of a chunk": chunk / _MIB,
             "codes of a batch": codes / _MIB,
+            **{name: size / _MIB for name, size in memory.items()},
             "shuffle buffer": buffer / _MIB,
             "language model": model_bytes / _MIB,
         },
@@ -73,8 +94,14 @@ def make_plan(config: RunConfig) -> dict[str, Any]:
 def render(plan: dict[str, Any], config: RunConfig) -> str:
     """The plan as text."""
     sae, data, train = config.sae, config.data, config.train
-    shape = f"{sae.heads:,} heads x {sae.m} x {sae.n}" if sae.encoder == "kron" else "dense"
+    shape = kind_of(vars(sae) | {"d_target": plan["d_target"]})
+    if sae.encoder == "kron":
+        shape += f", {sae.heads:,} heads x {sae.m} x {sae.n}"
+    if sae.experts:
+        shape += f", {sae.experts} experts"
     where = data.hookpoint or f"residual stream after block {data.layer}"
+    if data.target_hookpoint:
+        where += f", to predict {data.target_hookpoint}"
     memory, disk = plan["memory_mib"], plan["disk_mib"]
     ratio = plan["flops_per_token_dense"] / plan["flops_per_token"]
     minutes = plan["estimated_seconds"] / 60
@@ -139,11 +166,10 @@ def _model_itemsize(name: str, device: torch.device) -> int:
     return compute_dtype(name, device).itemsize
 
 
-def _pre_latent_bytes(rows: int, batch: int, dtype: torch.dtype, device: torch.device) -> int:
+def _chunk_tokens(columns: int, batch: int, dtype: torch.dtype, device: torch.device) -> int:
     from kronsae_kernels.torch_impl import chunk_tokens
 
-    bytes_per_token = rows * dtype.itemsize
-    return min(batch, chunk_tokens(bytes_per_token, device)) * bytes_per_token
+    return min(batch, chunk_tokens(columns * dtype.itemsize, device))
 
 
 def _why(device: torch.device) -> str:

@@ -19,7 +19,7 @@ from rich.progress import (
 from rich.table import Table
 
 from kronsae.cli import Request, parse
-from kronsae.config import RunConfig
+from kronsae.config import RunConfig, kind_of
 from kronsae.errors import InputError
 from kronsae.evaluate import Heldout
 from kronsae.fit import FitResult, fit, resolve_device
@@ -117,7 +117,11 @@ def _new_folder(config: RunConfig) -> Path:
     data, sae = config.data, config.sae
     hook = data.hookpoint or f"layer{data.layer}"
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    name = f"{Path(data.model).name}-{hook}-{sae.encoder}-F{sae.dict_size}-k{sae.k}-{stamp}"
+    usual = ("topk", "plain")  # what a name need not say
+    point = [sae.encoder, *(word for word in (sae.selection, sae.objective) if word not in usual)]
+    point += [f"experts{sae.experts}"] if sae.experts else []
+    kind = "-".join(point)
+    name = f"{Path(data.model).name}-{hook}-{kind}-F{sae.dict_size}-k{sae.k}-{stamp}"
     return Path("runs") / name
 
 
@@ -126,16 +130,20 @@ def _describe(
 ) -> None:
     sae, train, model = config.sae, config.train, source.language_model
     parameters = sum(p.numel() for p in model.model.parameters())
-    shape = (
-        f"Kron, {sae.heads:,} heads x ({sae.m} base, {sae.n} extension)"
-        if sae.encoder == "kron"
-        else "dense"
-    )
+    shape = kind_of(vars(sae))
+    if sae.encoder == "kron":
+        shape += f", {sae.heads:,} heads x ({sae.m} base, {sae.n} extension)"
+    if sae.experts:
+        shape += f", {sae.experts} experts"
+    about = "" if sae.selection == "topk" else "about "
+    reads = model.hookpoint
+    if sae.d_target:
+        reads += f" and, to predict it, {model.target_hookpoint}"
     rows = {
         "language model": f"{config.data.model}, {parameters / 1e6:,.1f} M parameters; reads out "
-        f"{model.hookpoint} (d = {source.d_model:,})",
+        f"{reads} (d = {source.d_model:,})",
         "text": f"{config.data.dataset}; {heldout.activations.shape[0]:,} tokens held out",
-        "autoencoder": f"{shape}: F = {sae.dict_size:,} latents, {sae.k} active a token",
+        "autoencoder": f"{shape}: F = {sae.dict_size:,} latents, {about}{sae.k} active a token",
         "training": f"{train.tokens:,} tokens, {train.steps:,} steps of {train.batch_size:,}, "
         f"lr {train.lr:g}, seed {train.seed}",
         "run folder": str(out),
