@@ -57,16 +57,16 @@ class Request:
         """Of the first member; what members share is the same in all."""
         return next(iter(self.members.values()))
 
-    def at_width(self, d_model: int) -> "Request":
-        """With the width of the activations filled in, and token budgets of equal FLOPs found.
+    def at_width(self, d_model: int, d_target: int = 0) -> "Request":
+        """With the widths of the activations filled in, and token budgets of equal FLOPs found.
 
         Raises InputError if another width is configured, or if the budgets of members differ.
         """
         members, notes = {}, {}
         for name, config in self.members.items():
-            sae, train = _at_width(config.sae, d_model), config.train
+            sae, train = _at_width(config.sae, d_model, d_target), config.train
             if self.iso_flops_of:
-                reference = _at_width(self.iso_flops_of[name], d_model)
+                reference = _at_width(self.iso_flops_of[name], d_model, d_target)
                 of, own = reference.flops_per_token(), sae.flops_per_token()
                 if of == own:
                     raise InputError(
@@ -87,10 +87,13 @@ class Request:
         return dataclasses.replace(self, members=members, iso_flops_of=None, notes=notes)
 
 
-def _at_width(sae: SAEConfig, d_model: int) -> SAEConfig:
-    if sae.d_model not in (0, d_model):
-        raise InputError(f"d_model: {sae.d_model} is configured, the data has {d_model}")
-    return dataclasses.replace(sae, d_model=d_model)
+def _at_width(sae: SAEConfig, d_model: int, d_target: int) -> SAEConfig:
+    found = {"d_model": d_model, "d_target": d_target}
+    for name, width in found.items():
+        configured = getattr(sae, name)
+        if configured not in (0, width):
+            raise InputError(f"{name}: {configured} is configured, the data has {width or 'none'}")
+    return dataclasses.replace(sae, **found)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -7,6 +7,7 @@ The text of each field's metadata is the help of its flag.
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -263,6 +264,25 @@ class SAEConfig:
         )
 
 
+def kind_of(settings: Mapping[str, Any]) -> str:
+    """What an SAE with these settings of `SAEConfig` is called: "KronSAE", "Switch TopK SAE", …"""
+    kron = settings.get("encoder", "kron") == "kron"
+    selection = settings.get("selection", "topk")
+    objective = settings.get("objective", "plain")
+    usual = kron or objective == "multi_topk"
+    names = {"topk": "" if usual else "TopK", "batchtopk": "BatchTopK", "jumprelu": "JumpReLU"}
+    words = [
+        "Switch" if settings.get("experts") else "",
+        {"matryoshka": "Matryoshka", "multi_topk": "Multi-TopK"}.get(objective, ""),
+        names.get(selection, ""),
+        ("Kron transcoder" if kron else "transcoder")
+        if settings.get("d_target")
+        else ("KronSAE" if kron else "SAE"),
+        "with a linear skip" if settings.get("skip") else "",
+    ]
+    return " ".join(filter(None, words))
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Where activations come from: a language model that reads text."""
@@ -319,6 +339,10 @@ class DataConfig:
         _require(
             self.model_dtype in ("auto", *DTYPES),
             f"model_dtype: one of {('auto', *DTYPES)}, not {self.model_dtype!r}",
+        )
+        _require(
+            self.target_hookpoint is None or self.target_hookpoint != self.hookpoint,
+            "target_hookpoint is the hookpoint: an autoencoder predicts its input, leave it out",
         )
         if self.dataset == "stdlib":
             for name in ("dataset_config", "streaming"):

@@ -26,27 +26,30 @@ class Heldout:
     """[c, L] bool: tokens that an SAE is trained on (no BOS, no padding, no first position)."""
     language_model: Any | None = None
     """The `kronsae.data.LanguageModel` that read the contexts."""
+    targets: Tensor | None = None
+    """[t, d_target] what a transcoder shall make of the activations; None for an autoencoder."""
 
     @cached_property
     def unspliced(self) -> dict[str, float]:
         """ce_clean and ce_zero, which no SAE takes part in: measured once for all of them."""
         return {
             "ce_clean": self.cross_entropy(None),
-            "ce_zero": self.cross_entropy(torch.zeros_like),
+            "ce_zero": self.cross_entropy(lambda *read: torch.zeros_like(read[-1])),
         }
 
     @torch.no_grad()
-    def cross_entropy(self, replace: Callable[[Tensor], Tensor] | None) -> float:
+    def cross_entropy(self, replace: Callable[..., Tensor] | None) -> float:
         """Mean next-token cross-entropy of the contexts, in nats.
 
-        replace: what takes the place of the activations [b, t, d] where the mask is True.
+        replace: called with the activations [b, t, d] and, for a transcoder, those of the target;
+        what it gives takes the place of the last of them where the mask is True.
         """
         total, count = 0.0, 0
         for ids, mask in zip(self.contexts.split(16), self.mask.split(16), strict=True):
             selected = mask[..., None].to(self.language_model.device)
 
-            def replaced(x: Tensor, selected: Tensor = selected) -> Tensor:
-                return torch.where(selected, replace(x), x)
+            def replaced(*read: Tensor, selected: Tensor = selected) -> Tensor:
+                return torch.where(selected, replace(*read).to(read[-1]), read[-1])
 
             losses = self.language_model.token_losses(ids, replace=replace and replaced)
             total += losses.double().sum().item()
@@ -58,15 +61,16 @@ class Heldout:
 def evaluate(sae: SAE, heldout: Heldout) -> dict[str, float]:
     """Figures of merit of an SAE of raw activations; definitions in `kronsae.metrics`.
 
+    A transcoder is judged by how well it predicts `heldout.targets`.
     explained_variance, fvu, explained_variance_batch, mse, l0, and dead_share: the share of latents
     that no held-out token activates. Raises ValueError if there are no tokens.
     """
-    metrics = ReconstructionMetrics(sae.d_model)
+    metrics = ReconstructionMetrics(sae.config.d_out)
     alive = torch.zeros(sae.dict_size, dtype=torch.bool, device=sae.W_dec.device)
     active = 0.0
-    for x in _batches(heldout.activations, sae):
+    for x, target in _batches(heldout, sae):
         x_hat, codes, _ = sae(x)
-        metrics.update(x, x_hat)
+        metrics.update(target, x_hat)
         fired = sae.fired(codes)
         alive[codes.indices[fired]] = True
         active += l0(fired) * x.shape[0]
@@ -80,6 +84,7 @@ def evaluate(sae: SAE, heldout: Heldout) -> dict[str, float]:
 def evaluate_cross_entropy(sae: SAE, heldout: Heldout) -> dict[str, float]:
     """What the language model loses when the SAE's reconstruction takes the activations' place.
 
+    (A transcoder's takes the place of its target.)
     ce_clean, ce_spliced, ce_zero: mean next-token cross-entropy in nats with the activations as
     they are, reconstructed, and zeroed; ce_recovered = (zero - spliced) / (zero - clean). Only
     tokens in the mask are replaced. Empty if no model (or one without a language head) is there.
@@ -87,8 +92,9 @@ def evaluate_cross_entropy(sae: SAE, heldout: Heldout) -> dict[str, float]:
     model = heldout.language_model
     if model is None or heldout.contexts is None or not model.has_cross_entropy:
         return {}
+    # x is what the SAE reads; a transcoder is spliced in for its target, which comes last.
     limits = heldout.unspliced
-    spliced = heldout.cross_entropy(lambda x: sae(x.to(sae.W_dec)).x_hat.to(x))
+    spliced = heldout.cross_entropy(lambda x, *_: sae(x.to(sae.W_dec)).x_hat)
     recovered = cross_entropy_recovered(limits["ce_clean"], spliced, limits["ce_zero"])
     return {
         "ce_clean": limits["ce_clean"],
@@ -98,6 +104,9 @@ def evaluate_cross_entropy(sae: SAE, heldout: Heldout) -> dict[str, float]:
     }
 
 
-def _batches(activations: Tensor, sae: SAE) -> Iterator[Tensor]:
-    for x in activations.split(BATCH_TOKENS):
-        yield x.to(sae.W_dec)
+def _batches(heldout: Heldout, sae: SAE) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs and targets, which for an autoencoder are the same."""
+    targets = heldout.activations if heldout.targets is None else heldout.targets
+    for start in range(0, len(targets), BATCH_TOKENS):
+        span = slice(start, start + BATCH_TOKENS)
+        yield heldout.activations[span].to(sae.W_dec), targets[span].to(sae.W_dec)

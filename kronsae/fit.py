@@ -14,10 +14,14 @@ import torch
 from torch import Tensor
 
 from kronsae.config import SAEConfig, TrainConfig
-from kronsae.data import ActivationSource, IterableActivations, TensorActivations
+from kronsae.data import (
+    ActivationSource,
+    IterableActivations,
+    TensorActivations,
+)
 from kronsae.errors import InputError
 from kronsae.evaluate import Heldout, evaluate, evaluate_cross_entropy
-from kronsae.learner import Learner, Normalizer
+from kronsae.learner import Learner
 from kronsae.logs import Log, check_packages
 from kronsae.run import SINGLE, RunFolder, SweepFolder, open_to_resume
 from kronsae.sae import SAE, load
@@ -45,12 +49,17 @@ class FitResult:
     """Mean time of an optimizer step of this SAE alone, in this call."""
 
 
+Activations = (
+    Tensor | tuple[Tensor, Tensor] | ActivationSource | Iterable[Tensor | tuple[Tensor, Tensor]]
+)
+
+
 def fit(
     sae_config: SAEConfig,
-    activations: Tensor | ActivationSource | Iterable[Tensor],
+    activations: Activations,
     train_config: TrainConfig | None = None,
     *,
-    heldout: Heldout | Tensor | None = None,
+    heldout: Heldout | Tensor | tuple[Tensor, Tensor] | None = None,
     out: str | Path | None = None,
     resume: bool = False,
     settings: dict[str, Any] | None = None,
@@ -60,7 +69,8 @@ def fit(
 
     activations: [N, d] (shuffled each epoch), or an iterable of [B, d] tensors taken as they come,
         or any `kronsae.data.ActivationSource`.
-    heldout: activations to evaluate on, never trained on: [t, d], or a `Heldout`.
+        For a transcoder: a pair (inputs [N, d], targets [N, d_target]), or an iterable of pairs.
+    heldout: activations to evaluate on, never trained on: [t, d], or a pair, or a `Heldout`.
     out: run folder (see `kronsae.run`); None keeps everything in memory.
     resume: go on from the newest checkpoint in `out`; batches and weights are, bit for bit, those
         of an uninterrupted run (on a CPU; an iterable must give the same batches again).
@@ -149,10 +159,13 @@ def _fit(
     device = resolve_device(config.device)
     source = _as_source(activations, config)
     if isinstance(heldout, Tensor):
-        heldout = Heldout(heldout.detach().reshape(-1, heldout.shape[-1]))
-    if heldout is not None:
-        _check_heldout(heldout.activations, source.d_model)
+        heldout = (heldout,)
+    if isinstance(heldout, tuple):
+        flat = [part.detach().reshape(-1, part.shape[-1]) for part in heldout]
+        heldout = Heldout(flat[0], targets=flat[1] if len(flat) == 2 else None)
     plans = [_complete(plan, source) for plan in plans]
+    if heldout is not None:
+        _check_heldout(heldout, plans[0].sae)
     check_packages(config)
     folder, state = _open(out, resume, {p.name: p.settings for p in plans}, sweep)
     session = _Session(Stream(source, config.tokens, device), config, folder)
@@ -201,13 +214,13 @@ def _train(session: "_Session", heldout: Heldout | None, stop: "_Stop") -> None:
     saved_at = stream.steps
     while not stream.done and stop.received is None:
         try:
-            x = stream.next()
+            batch = stream.next()
         except DataEnded:
             if stream.steps > saved_at:
                 session.save()
             raise
         for member in session.live:
-            member.step(x, stream)
+            member.step(*batch, stream)
         if not session.live:
             raise InputError("\n".join(m.result.failed for m in session.members.values()))
         step = stream.steps
@@ -252,11 +265,11 @@ class _Member:
         self.step_seconds, self.steps = 0.0, 0
         self.result: FitResult | None = None
 
-    def step(self, x: Tensor, stream: Stream) -> None:
-        """One optimizer step on normalised activations [B, d]; ends the member if it diverges."""
+    def step(self, x: Tensor, target: Tensor | None, stream: Stream) -> None:
+        """One optimizer step on a normalised batch; ends the member if it diverges."""
         began = time.monotonic()
         try:
-            self.figures = self.learner.step(x)
+            self.figures = self.learner.step(x, target)
         except FloatingPointError as error:  # the weights are still those of the step before
             self.finish(stream, {}, failed=str(error))
             return
@@ -274,8 +287,12 @@ class _Member:
 
     def sae(self, stream: Stream) -> SAE:
         """The SAE as it stands, of raw activations."""
-        normalizer: Normalizer = stream.normalizer
-        return self.learner.sae.folded(normalizer.mean, normalizer.scale)
+        of_target = stream.target_normalizer
+        return self.learner.sae.folded(
+            stream.normalizer.mean,
+            stream.normalizer.scale,
+            None if of_target is None else (of_target.mean, of_target.scale),
+        )
 
     def finish(
         self,
@@ -364,7 +381,7 @@ class _Session:
 
 def _complete(plan: _Plan, source: ActivationSource) -> _Plan:
     """With the width of the activations, and everything that config.json holds."""
-    sae = _with_width(plan.sae, source.d_model)
+    sae = _with_widths(plan.sae, source)
     config = {
         "sae": dataclasses.asdict(sae),
         "data": None,
@@ -491,29 +508,46 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def _check_heldout(x: Tensor, d_model: int) -> None:
-    if x.ndim != 2 or x.shape[1] != d_model or x.shape[0] < 2 or not x.is_floating_point():
+def _check_heldout(heldout: Heldout, config: SAEConfig) -> None:
+    if (heldout.targets is None) != (config.d_target == 0):
         raise InputError(
-            f"heldout: expected floating activations [t, {d_model}], at least two of them, got "
-            f"{list(x.shape)} {x.dtype}"
+            "heldout: expected inputs with their targets, as in training"
+            if config.d_target
+            else "heldout: expected no targets, as training has none"
         )
-    if not is_finite(x):
-        raise InputError("heldout: some activations are NaN or infinite")
-    if (x == x[0]).all():
-        raise InputError("heldout: all activations are equal, so nothing can be explained")
+    widths = {"activations": (heldout.activations, config.d_model)}
+    if heldout.targets is not None:
+        widths["targets"] = heldout.targets, config.d_target
+        if len(heldout.targets) != len(heldout.activations):
+            raise InputError(
+                f"heldout: expected a target for each of {len(heldout.activations)} activations, "
+                f"got {len(heldout.targets)}"
+            )
+    for name, (x, width) in widths.items():
+        if x.ndim != 2 or x.shape[1] != width or x.shape[0] < 2 or not x.is_floating_point():
+            raise InputError(
+                f"heldout: expected floating {name} [t, {width}], at least two of them, got "
+                f"{list(x.shape)} {x.dtype}"
+            )
+        if not is_finite(x):
+            raise InputError(f"heldout: some {name} are NaN or infinite")
+        if (x == x[0]).all():
+            raise InputError(f"heldout: all {name} are equal, so nothing can be explained")
 
 
-def _as_source(
-    activations: Tensor | ActivationSource | Iterable[Tensor], config: TrainConfig
-) -> ActivationSource:
-    if isinstance(activations, Tensor):
+def _as_source(activations: Activations, config: TrainConfig) -> ActivationSource:
+    pair = isinstance(activations, tuple) and len(activations) == 2
+    if isinstance(activations, Tensor) or pair and isinstance(activations[0], Tensor):
         return TensorActivations(activations, config.batch_size, config.stream_seed)
     if hasattr(activations, "state_dict") and hasattr(activations, "d_model"):
         return activations
     return IterableActivations(activations)
 
 
-def _with_width(config: SAEConfig, d_model: int) -> SAEConfig:
-    if config.d_model not in (0, d_model):
-        raise InputError(f"d_model: {config.d_model} is configured, the data has {d_model}")
-    return dataclasses.replace(config, d_model=d_model)
+def _with_widths(config: SAEConfig, source: ActivationSource) -> SAEConfig:
+    found = {"d_model": source.d_model, "d_target": getattr(source, "d_target", 0)}
+    for name, width in found.items():
+        configured = getattr(config, name)
+        if configured not in (0, width):
+            raise InputError(f"{name}: {configured} is configured, the data has {width or 'none'}")
+    return dataclasses.replace(config, **found)

@@ -24,12 +24,17 @@ def learning_rate(tokens: int, config: TrainConfig, dict_size: int, batch: int) 
     """
     peak = config.lr * (dict_size / 2**15) ** -0.5 if config.lr_scale_by_dict_size else config.lr
     step, steps = tokens / batch, math.ceil(config.tokens / batch)
-    warmup = round(config.warmup_fraction * steps)
+    warmup = warmup_steps(config, batch)
     if step < warmup:
         return peak * (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - 1 - warmup)
     cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     return config.lr_final + (peak - config.lr_final) * cosine
+
+
+def warmup_steps(config: TrainConfig, batch: int) -> int:
+    """Steps with a growing rate, in steps of `batch` tokens."""
+    return round(config.warmup_fraction * math.ceil(config.tokens / batch))
 
 
 class Normalizer:
@@ -56,6 +61,12 @@ class Normalizer:
 
     def __call__(self, x: Tensor) -> Tensor:
         return (x - self.mean).mul_(self.scale)
+
+    def to(self, device: torch.device) -> "Normalizer":
+        return Normalizer(self.mean.to(device), self.scale)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"mean": self.mean, "scale": self.scale}
 
 
 def why_not_fused(sae: SAEConfig, config: TrainConfig, device: torch.device) -> str | None:
@@ -149,7 +160,7 @@ class Learner:
         sae, config = self.sae, self.config
         lr = learning_rate(self.tokens, config, sae.dict_size, self.batch or x.shape[0])
         self.batch = self.batch or x.shape[0]
-        if not self.step_count:
+        if self.tokens < self.batch * max(1, warmup_steps(config, self.batch)):
             sae.selection.prepare(sae, x)
         dead = self.dead
         dead_count = int(dead.sum())

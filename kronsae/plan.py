@@ -6,20 +6,21 @@ model), and the largest of what comes and goes: a step, an evaluation, a checkpo
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from kronsae import flops
-from kronsae.config import RunConfig, SAEConfig, TrainConfig
+from kronsae.config import MULTI_TOPK, RunConfig, SAEConfig, TrainConfig, kind_of
 from kronsae.data.language_model import LOGITS_AT_ONCE
 from kronsae.data.outline import Outline
 from kronsae.errors import InputError
 from kronsae.evaluate import BATCH_TOKENS
 from kronsae.fit import resolve_device
 from kronsae.learner import compute_dtype, why_not_fused
+from kronsae.selection import CANDIDATES
 from kronsae.stream import NORMALIZER_TOKENS
 from kronsae_kernels import backends
 
@@ -38,7 +39,7 @@ def make_plan(members: Mapping[str, RunConfig], model: Outline) -> dict[str, Any
     data, train, d = config.data, config.train, model.d_model
     device = resolve_device(train.device)
     each = {name: _member(c.sae, c.train, device) for name, c in members.items()}
-    rows = 4 * d  # bytes of an activation
+    rows = 4 * (d + model.d_target)  # bytes of an activation, and of its target
     buffer = rows * max(data.buffer_tokens, 2 * train.batch_size)
     states = [member["state"] for member in each.values()]
     stays = {
@@ -63,7 +64,7 @@ def make_plan(members: Mapping[str, RunConfig], model: Outline) -> dict[str, Any
     return {
         "device": str(device),
         "kernels": backends.choose(None, device),
-        "kernels_why": _why(device),
+        "kernels_why": "; ".join([_why(device), *_in_torch(members.values())]),
         "d_model": d,
         "steps": train.steps,
         "tokens": train.tokens,
@@ -91,14 +92,25 @@ def _member(sae: SAEConfig, train: TrainConfig, device: torch.device) -> dict[st
     dtype = compute_dtype(train.dtype, device)
     reason = why_not_fused(sae, train, device)
     encoder = sae.encoder_rows * (d + 1)
-    parameters = encoder + sae.dict_size * d + d
+    parameters = encoder + (sae.dict_size + 1) * sae.d_out
+    parameters += sae.experts * (d + 1)  # the router
+    parameters += d * sae.d_out if sae.skip else 0
+    parameters += sae.dict_size if sae.selection == "jumprelu" else 0
     shape = {"heads": sae.heads, "m": sae.m, "n": sae.n}
     dead = min(sae.dict_size, train.auxk or max(1, d // 2)) if train.auxk_coefficient else 0
     step = flops.training_step(
         d, sae.dict_size, sae.k, batch, auxk=dead, auxk_fraction=train.auxk_fraction, **shape
     )
     chunk = _pre_latent_bytes(sae.encoder_rows, batch, dtype, device)
-    codes = 64 * max(batch * sae.k, round(batch * train.auxk_fraction) * dead)
+    # What is selected from, and decoded: more than k latents a token at some points of the grid.
+    width = sae.k * (MULTI_TOPK if sae.objective == "multi_topk" else 1)
+    width *= CANDIDATES if sae.selection == "batchtopk" else 1
+    codes = 64 * max(batch * width, round(batch * train.auxk_fraction) * dead)
+    if sae.selection == "jumprelu":  # [b, F]: products, values, and their comparison
+        columns = max(sae.encoder_rows, sae.dict_size)
+        codes += 12 * sae.dict_size * _chunk_tokens(columns, batch, dtype, device)
+    if sae.objective == "matryoshka":  # and their gradients, and the suffix sums of these
+        codes += 3 * 4 * batch * len(sae.prefixes) * sae.d_out
     # The fused step writes no gradients, but keeps the matrices in the compute dtype.
     copies = dtype.itemsize * parameters if reason is None and dtype != torch.float32 else 0
     gradients = 4 * parameters if reason is not None else 0
@@ -111,7 +123,7 @@ def _member(sae: SAEConfig, train: TrainConfig, device: torch.device) -> dict[st
         "dict_size": sae.dict_size,
         "parameters": parameters,
         "flops_per_token": sae.flops_per_token(),
-        "flops_per_token_dense": flops.forward(d, sae.dict_size, sae.k),
+        "flops_per_token_dense": flops.forward(d, sae.dict_size, sae.k, d_out=sae.d_out),
         "flops_per_token_step": step.total,
         # Weights and two moments; tokens since each latent fired.
         "state": 4 * 3 * parameters + 8 * sae.dict_size,
@@ -202,6 +214,8 @@ def render(plan: dict[str, Any], members: Mapping[str, RunConfig], seconds: floa
     config = next(iter(members.values()))
     data, train = config.data, config.train
     where = data.hookpoint or f"residual stream after block {data.layer}"
+    if data.target_hookpoint:
+        where += f", to predict {data.target_hookpoint}"
     memory, disk, free = plan["memory_mib"], plan["disk_mib"], plan["free_mib"]
     beside = "" if free is None else f" ({free:,.0f} MiB are free)"
     lines = [
@@ -216,7 +230,11 @@ def render(plan: dict[str, Any], members: Mapping[str, RunConfig], seconds: floa
     ]
     for name, member in plan["members"].items():
         sae, lr = members[name].sae, members[name].train.lr
-        shape = f"{sae.heads:,} heads x {sae.m} x {sae.n}" if sae.encoder == "kron" else "dense"
+        shape = kind_of(vars(sae))
+        if sae.encoder == "kron":
+            shape += f", {sae.heads:,} heads x {sae.m} x {sae.n}"
+        if sae.experts:
+            shape += f", {sae.experts} experts"
         ratio = member["flops_per_token_dense"] / member["flops_per_token"]
         title = "autoencoder" if len(members) == 1 else name
         lines += [
@@ -240,11 +258,10 @@ def render(plan: dict[str, Any], members: Mapping[str, RunConfig], seconds: floa
     return "\n".join(lines if reason is None else [*lines, f"It would be refused: {reason}"])
 
 
-def _pre_latent_bytes(rows: int, batch: int, dtype: torch.dtype, device: torch.device) -> int:
+def _chunk_tokens(columns: int, batch: int, dtype: torch.dtype, device: torch.device) -> int:
     from kronsae_kernels.torch_impl import chunk_tokens
 
-    bytes_per_token = rows * dtype.itemsize
-    return min(batch, chunk_tokens(bytes_per_token, device)) * bytes_per_token
+    return min(batch, chunk_tokens(columns * dtype.itemsize, device))
 
 
 def _why(device: torch.device) -> str:
@@ -252,6 +269,16 @@ def _why(device: torch.device) -> str:
     if device.type == "cpu":
         reason = "the device is a CPU"
     return reason or "the device is a GPU"
+
+
+def _in_torch(members: Iterable[RunConfig]) -> list[str]:
+    """What is made of torch calls on any device."""
+    saes = [config.sae for config in members]
+    parts = {
+        "latents above thresholds: torch": any(s.selection == "jumprelu" for s in saes),
+        "nested reconstructions: torch": any(s.objective == "matryoshka" for s in saes),
+    }
+    return [part for part, there in parts.items() if there]
 
 
 def _multiply_adds_per_second(device: torch.device) -> dict[str, float]:
@@ -274,3 +301,7 @@ def _multiply_adds_per_second(device: torch.device) -> dict[str, float]:
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def _pre_latent_bytes(rows: int, batch: int, dtype: torch.dtype, device: torch.device) -> int:
+    return rows * dtype.itemsize * _chunk_tokens(rows, batch, dtype, device)

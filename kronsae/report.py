@@ -13,7 +13,7 @@ from pathlib import Path
 from string import Template
 from typing import Any, NamedTuple
 
-from kronsae.config import DataConfig, SAEConfig, TrainConfig
+from kronsae.config import DataConfig, SAEConfig, TrainConfig, kind_of
 from kronsae.contexts import LatentContexts, Window, short, title, token_texts
 from kronsae.files import write_text
 from kronsae.metrics import MEANING
@@ -57,6 +57,13 @@ _CHARTS = (
         "dead_share",
         "share of latents: silent for long in training; on no held-out token",
         kinds=("train", "heldout"),
+    ),
+    Chart("Active latents", "l0", "latents active on a token of the training batch, on average"),
+    Chart(
+        "Balance of the experts",
+        "balance_loss",
+        "1 where each expert gets as many tokens; their number where one gets all",
+        (1.0, None),
     ),
     Chart("Learning rate", "lr", "of AdamW"),
     Chart(
@@ -177,11 +184,18 @@ def _summary(settings: dict[str, Any], records: Sequence[Record], run_folder: Pa
         latents = f"<strong>{sae['dict_size']:,} latents</strong>"
         if kron and all(_is_number(sae.get(key)) for key in ("heads", "m", "n")):
             latents += f" ({sae['heads']:,} heads of {sae['m']} base × {sae['n']} extension)"
-        active = f", {_escape(str(sae['k']))} of them active on each token," if "k" in sae else ""
+        about = "" if sae.get("selection", "topk") == "topk" else "about "
+        k = _escape(str(sae.get("k")))
+        active = f", {about}{k} of them active on each token," if "k" in sae else ""
         vectors = f"vectors of width {sae.get('d_model')}"
         if source:
             vectors += f", the activations of {source} as it reads {data.get('dataset')}"
-        sentences.append(f"{latents}{active} reconstruct {_escape(vectors)}")
+        if sae.get("d_target"):
+            of_target = data.get("target_hookpoint") or "another stream"
+            does = f"predict {of_target}, vectors of width {sae['d_target']}, from {vectors}"
+        else:
+            does = f"reconstruct {vectors}"
+        sentences.append(f"{latents}{active} {_escape(does)}")
     timed = [r for r in records if _is_number(r.get("tokens")) and _is_number(r.get("seconds"))]
     if timed:
         time = _duration(timed[-1]["seconds"])
@@ -198,7 +212,7 @@ def _summary(settings: dict[str, Any], records: Sequence[Record], run_folder: Pa
             f"{figures['ce_clean']:.3f} to {figures['ce_spliced']:.3f} nats</strong> a token"
         )
     text = "".join(f"{sentence}. " for sentence in sentences)
-    heading = f"{'KronSAE' if kron else 'TopK SAE'}{' on ' if source else ''}{source}"
+    heading = f"{kind_of(sae)}{' on ' if source else ''}{source}"
     return f"<header><h1>{_escape(heading)}</h1><p>{text}</p></header>"
 
 
@@ -424,7 +438,8 @@ def _log_ticks(low: float, high: float) -> list[float]:
 def _commands(settings: dict[str, Any], run_folder: Path) -> str:
     folder = shlex.quote(str(run_folder))
     config = shlex.quote(str(run_folder / "config.json"))
-    width = settings["config"]["sae"].get("d_model") or "d"
+    sae = settings["config"]["sae"]
+    width = sae.get("d_model") or "d"
     blocks = {
         "As it was started": _command(settings.get("command")),
         "Repeat it": f"python -m kronsae.train --config {config}",
@@ -433,7 +448,7 @@ def _commands(settings: dict[str, Any], run_folder: Path) -> str:
         f"sae = kronsae.load({str(run_folder)!r})\n"
         f"codes = sae.encode(x)      # x: [..., {width}] raw activations\n"
         "codes.indices, codes.values  # the active latents of each vector\n"
-        "x_hat = sae.decode(codes)",
+        + ("y_hat = sae(x).x_hat" if sae.get("d_target") else "x_hat = sae.decode(codes)"),
     }
     body = "".join(
         f"<h3>{name}</h3><pre><code>{_escape(text)}</code></pre>"

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 CANDIDATES = 2
 """A token's candidates, at first: so many times k. More are looked at only where it is needed."""
-THRESHOLD_RATE = 0.05
+THRESHOLD_RATE = 0.1
 """Share of the newest batch in the running mean of BatchTopK's threshold."""
 
 
@@ -43,7 +43,7 @@ class TopK(nn.Module):
         return SparseCodes(codes.values[..., :k], codes.indices[..., :k])
 
     def prepare(self, sae: "SAE", x: Tensor) -> None:
-        """Start from the first batch x [B, d], before its step."""
+        """Get ready for a batch x [B, d], before each step of the warm-up."""
 
     def update(self, sae: "SAE", codes: SparseCodes) -> None:
         """Learn from a batch's codes, after its optimizer step."""
@@ -122,7 +122,8 @@ class JumpReLU(TopK):
     log_threshold: parameter [F]. The loss learns it through the pseudo-derivatives of `jump`, and
     through a loss (L0 / k - 1)^2 that holds the mean number of active latents L0 at k.
     [Rajamanoharan et al. 2024: JumpReLU SAEs]
-    `prepare` sets all thresholds to the value that k latents a token of the first batch exceed.
+    In the warm-up latents grow faster than thresholds are learned, and L0 with them: until its end
+    `prepare` sets all thresholds to the value that k latents a token of the batch exceed.
     Memory: O(B w) and a chunk of scores [b, F].
     """
 

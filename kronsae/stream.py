@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kronsae.data import ActivationSource
+from kronsae.data import ActivationSource, split_target
 from kronsae.errors import InputError
 from kronsae.learner import Normalizer
 
@@ -23,6 +23,7 @@ class Stream:
     """Batches of a source up to a budget of tokens, normalised by what the first ones measure.
 
     steps, tokens: how many batches and tokens were given.  normalizer: None before the first.
+    target_normalizer: of a transcoder's targets; None where there are none.
     """
 
     def __init__(self, source: ActivationSource, budget: int, device: torch.device) -> None:
@@ -31,7 +32,9 @@ class Stream:
         self.device = device
         self.steps = 0
         self.tokens = 0
+        self.d_target = getattr(source, "d_target", 0)
         self.normalizer: Normalizer | None = None
+        self.target_normalizer: Normalizer | None = None
         self.pending: list[Tensor] = []  # batches that the normalizer saw, not yet given
         self.batches: Iterator[Tensor] | None = None
         self.seconds = 0.0  # of earlier sessions
@@ -44,8 +47,8 @@ class Stream:
         """Whether the budget is used."""
         return self.tokens >= self.budget
 
-    def next(self) -> Tensor:
-        """The next batch [B, d], normalised, on the device, cut to the budget.
+    def next(self) -> tuple[Tensor, Tensor | None]:
+        """The next batch [B, d] and its targets, normalised, on the device, cut to the budget.
 
         Raises DataEnded if there is none, InputError if it is not finite.
         """
@@ -69,7 +72,8 @@ class Stream:
         x = x[: self.budget - self.tokens]
         self.steps += 1
         self.tokens += x.shape[0]
-        return self.normalizer(x.to(self.device, torch.float32))
+        x, target = split_target(x.to(self.device, torch.float32), self.d_target)
+        return self.normalizer(x), None if target is None else self.target_normalizer(target)
 
     def _measure_normalizer(self) -> None:
         """From the first batches, which are kept to be trained on (and to be judged) in turn."""
@@ -84,8 +88,10 @@ class Stream:
             tokens += x.shape[0]
         good = [x for x in self.pending if is_finite(x)]
         if good:
-            measured = Normalizer.of(torch.cat(good))
-            self.normalizer = Normalizer(measured.mean.to(self.device), measured.scale)
+            x, target = split_target(torch.cat(good), self.d_target)
+            self.normalizer = Normalizer.of(x).to(self.device)
+            if target is not None:
+                self.target_normalizer = Normalizer.of(target).to(self.device)
 
     def rates(self) -> dict[str, float]:
         """Tokens a second, and the share of the time spent waiting for data, since last asked."""
@@ -109,7 +115,8 @@ class Stream:
         """Everything that decides the batches to come; views, valid until the next one."""
         return {
             **self.position(),
-            "normalizer": {"mean": self.normalizer.mean, "scale": self.normalizer.scale},
+            "normalizer": self.normalizer.state_dict(),
+            "target_normalizer": self.target_normalizer and self.target_normalizer.state_dict(),
             "source": self.source.state_dict(),
             "pending": self.pending,
             "torch_random_state": torch.get_rng_state(),
@@ -117,8 +124,9 @@ class Stream:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.steps, self.tokens, self.seconds = (state[k] for k in ("step", "tokens", "seconds"))
-        mean = state["normalizer"]["mean"].to(self.device)
-        self.normalizer = Normalizer(mean, state["normalizer"]["scale"])
+        self.normalizer = Normalizer(**state["normalizer"]).to(self.device)
+        if state["target_normalizer"] is not None:
+            self.target_normalizer = Normalizer(**state["target_normalizer"]).to(self.device)
         self.source.load_state_dict(state["source"])
         self.pending = state["pending"]
         torch.set_rng_state(state["torch_random_state"])

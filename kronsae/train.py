@@ -18,7 +18,7 @@ from rich.progress import (
 from rich.table import Table
 
 from kronsae.cli import Request, parse
-from kronsae.config import RunConfig
+from kronsae.config import RunConfig, kind_of
 from kronsae.data.outline import NoOutline, outline
 from kronsae.errors import InputError
 from kronsae.evaluate import Heldout
@@ -66,13 +66,13 @@ def main(argv: list[str] | None = None) -> int:
 def _plan(request: Request) -> tuple[dict[str, Any], dict[str, RunConfig]]:
     """The plan, and the members that it is of."""
     model = outline(request.config.data)
-    members = request.at_width(model.d_model).members
+    members = request.at_width(model.d_model, model.d_target).members
     return make_plan(members, model), members
 
 
 def train(request: Request, console: Console) -> int:
     """Model and text -> activations -> fit -> evaluation and report; returns the exit status."""
-    from kronsae.data import open_activations
+    from kronsae.data import open_activations, split_target
 
     began = time.monotonic()
     data, train_config = request.config.data, request.config.train
@@ -87,12 +87,14 @@ def train(request: Request, console: Console) -> int:
         seed=train_config.stream_seed,
         device=resolve_device(train_config.device),
     )
-    request = request.at_width(source.d_model)
+    request = request.at_width(source.d_model, source.d_target)
+    activations, targets = split_target(source.heldout_activations(), source.d_target)
     heldout = Heldout(
-        source.heldout_activations(),
+        activations,
         source.heldout_contexts(),
         source.token_mask(source.heldout_contexts()),
         source.language_model,
+        targets,
     )
     _describe(console, request, source, heldout, out)
     names = list(request.members)
@@ -159,7 +161,10 @@ def _new_folder(request: Request) -> Path:
     data, sae = request.config.data, request.config.sae
     hook = data.hookpoint or f"layer{data.layer}"
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    what = "sweep" if request.sweep else f"{sae.encoder}-F{sae.dict_size}-k{sae.k}"
+    usual = ("topk", "plain")  # what a name need not say
+    point = [sae.encoder, *(word for word in (sae.selection, sae.objective) if word not in usual)]
+    point += [f"experts{sae.experts}"] if sae.experts else []
+    what = "sweep" if request.sweep else f"{'-'.join(point)}-F{sae.dict_size}-k{sae.k}"
     return Path("runs") / f"{Path(data.model).name}-{hook}-{what}-{stamp}"
 
 
@@ -167,9 +172,12 @@ def _describe(console: Console, request: Request, source: Any, heldout: Heldout,
     config, model = request.config, source.language_model
     train = config.train
     parameters = sum(p.numel() for p in model.model.parameters())
+    reads = model.hookpoint
+    if source.d_target:
+        reads += f" and, to predict it, {model.target_hookpoint}"
     rows = {
         "language model": f"{config.data.model}, {parameters / 1e6:,.1f} M parameters; reads out "
-        f"{model.hookpoint} (d = {source.d_model:,})",
+        f"{reads} (d = {source.d_model:,})",
         "text": f"{config.data.dataset}; {heldout.activations.shape[0]:,} tokens held out",
         "training": f"{train.tokens:,} tokens, {train.steps:,} steps of {train.batch_size:,}",
         **{
@@ -186,15 +194,16 @@ def _describe(console: Console, request: Request, source: Any, heldout: Heldout,
 
 def _describe_member(config: RunConfig) -> str:
     sae, train = config.sae, config.train
-    shape = (
-        f"Kron, {sae.heads:,} heads x ({sae.m} base, {sae.n} extension)"
-        if sae.encoder == "kron"
-        else "dense"
-    )
+    shape = kind_of(vars(sae))
+    if sae.encoder == "kron":
+        shape += f", {sae.heads:,} heads x ({sae.m} base, {sae.n} extension)"
+    if sae.experts:
+        shape += f", {sae.experts} experts"
+    about = "" if sae.selection == "topk" else "about "
     reason = why_not_fused(sae, train, resolve_device(train.device))
     step = "fused step" if reason is None else f"autograd and AdamW (not fused: {reason})"
     return (
-        f"{shape}: F = {sae.dict_size:,} latents, {sae.k} active a token; lr {train.lr:g}, "
+        f"{shape}: F = {sae.dict_size:,} latents, {about}{sae.k} active a token; lr {train.lr:g}, "
         f"seed {train.seed}, {step}"
     )
 

@@ -265,6 +265,7 @@ class Broken:
         self.inner, self.good_calls = model, good_calls
         self.model, self.tokenizer, self.hookpoint = model.model, model.tokenizer, model.hookpoint
         self.d_model = model.d_model
+        self.d_target = 0
 
     def activations(self, ids):
         x = self.inner.activations(ids)

@@ -109,6 +109,30 @@ def test_resume_without_a_checkpoint_starts_anew(tmp_path):
     assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == 4
 
 
+def test_runs_of_before_the_grid_resume_and_load(tmp_path):
+    """Their config.json lacks the settings that came later: they had the defaults."""
+    fit(KRON, X, TRAIN, out=tmp_path / "run")
+    new = {
+        "sae": ("d_target", "selection", "objective", "matryoshka_first", "jumprelu_bandwidth")
+        + ("experts", "skip"),
+        "train": ("l0_coefficient", "balance_coefficient"),
+    }
+    path = tmp_path / "run" / "config.json"
+    settings = json.loads(path.read_text())
+    for part, names in new.items():
+        for name in names:
+            del settings["config"][part][name]
+    path.write_text(json.dumps(settings))
+    path = tmp_path / "run" / "sae" / "config.json"
+    settings = json.loads(path.read_text())
+    for name in new["sae"]:
+        del settings["sae"][name]
+    path.write_text(json.dumps(settings))
+    loaded = kronsae.load(tmp_path / "run")
+    again = fit(KRON, X, TRAIN, out=tmp_path / "run", resume=True)
+    assert weights_equal(loaded, again.sae)
+
+
 def test_resume_with_other_settings(tmp_path):
     fit(KRON, X, TRAIN, out=tmp_path / "run")
     other = TrainConfig(**{**vars(TRAIN), "lr": 1e-3, "log_every": 5})

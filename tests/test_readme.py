@@ -28,9 +28,17 @@ def test_training_example(tmp_path, monkeypatch, capsys):
     assert names["x_hat"].shape == (8, 64)
 
 
-def test_kernels_example():
+def test_grid_example():
     names: dict = {}
     exec(EXAMPLES[1], names)
+    assert names["sae"].config.experts == 8
+    assert names["transcoder"].config.d_target == 32
+    assert names["y_hat"].shape == (8, 32)
+
+
+def test_kernels_example():
+    names: dict = {}
+    exec(EXAMPLES[2], names)
     assert names["x_hat"].shape == (32, 64)
     assert names["w_enc"].grad.any() and names["w_dec"].grad.any()
     assert names["topk"].values.shape == (32, 8)

@@ -129,7 +129,7 @@ def test_the_whole_page(tmp_path):
         assert expected in page.text, expected
     for expected in ("--resume", "kronsae.load(", "Explained variance", "base pre-latents", "[3]"):
         assert expected in page.text, expected
-    assert page.tags.count("figure") == 6
+    assert page.tags.count("figure") == 7
     assert page.tags.count("article") == 6
     assert page.tags.count("mark") == sum(len(found.windows) for found in some_contexts())
     assert "script" not in page.tags

@@ -159,6 +159,14 @@ def _same_result(out, expected):
         (["--composition", "mul", "--eps", "1e-5"], "--eps has no effect with --composition mul"),
         (["--auxk-coefficient", "0", "--auxk", "9"], "--auxk has no effect"),
         (["--text-column", "body"], "--text-column has no effect with --dataset stdlib"),
+        (["--l0-coefficient", "2"], "--l0-coefficient has no effect with --selection topk"),
+        (["--jumprelu-bandwidth", "2"], "--jumprelu-bandwidth has no effect with --selection topk"),
+        (["--balance-coefficient", "2"], "--balance-coefficient has no effect with --experts 0"),
+        (["--matryoshka-first", "64"], "--matryoshka-first has no effect with --objective plain"),
+        (["--skip"], "--skip has no effect with an autoencoder"),
+        (["--d-target", "9"], "--d-target has no effect with an autoencoder"),
+        (["--experts", "7"], "256 heads cannot be spread evenly over 7 experts"),
+        (["--objective", "matryoshka", "--experts", "8"], "experts cannot be nested"),
         (["--revision", "v2"], "--revision has no effect with --model embedded"),
         (["--resume", "no/run"], "no run folder"),
         (["--config", "no.json"], "--config no.json cannot be read"),
@@ -247,6 +255,20 @@ def test_column_that_is_not_there(tmp_path, capsys):
     assert "no column 'text'" in message and "'body'" in message and "--text-column" in message
 
 
+def test_a_transcoder_between_two_hookpoints(tmp_path, capsys):
+    out = tmp_path / "run"
+    hooks = "gpt_neox.layers.2.post_attention_layernorm", "gpt_neox.layers.2.mlp"
+    flags = ["--hookpoint", hooks[0], "--target-hookpoint", hooks[1], "--skip"]
+    assert main([*SMALL, "--tokens", "2048", *flags, "--out", str(out)]) == 0
+    sae = kronsae.load(out)
+    assert (sae.config.d_model, sae.config.d_target, sae.config.skip) == (256, 256, True)
+    assert sae.metadata["data"]["target_hookpoint"] == hooks[1]
+    final = json.loads((out / "metrics.jsonl").read_text().splitlines()[-1])
+    assert final["explained_variance"] > 0.2
+    assert final["ce_clean"] < final["ce_spliced"] < final["ce_zero"]
+    assert "Kron transcoder with a linear skip" in (out / "report.html").read_text()
+
+
 def test_precedence_defaults_preset_file_flags(tmp_path):
     file = tmp_path / "config.json"
     file.write_text('{"train": {"lr": 0.5, "seed": 7}, "sae": {"heads": 32}}')
@@ -269,7 +291,30 @@ def test_every_flag_has_help():
         assert action.help, action.option_strings
 
 
-@pytest.mark.parametrize("arguments", [[], ["--encoder", "dense"], ["--device", "cpu", "--k", "7"]])
+def test_flags_replace_a_point_of_the_config_file(tmp_path):
+    """A file's choice goes, and what only that choice needs goes with it."""
+    file = tmp_path / "config.json"
+    found = {"selection": "jumprelu", "objective": "matryoshka", "matryoshka_first": 64}
+    file.write_text(json.dumps({"sae": found, "train": {"l0_coefficient": 3.0}}))
+    same = parse(["--config", str(file)]).config
+    assert same.sae.prefixes[0] == 64 and same.train.l0_coefficient == 3.0
+    flags = ["--selection", "batchtopk", "--objective", "plain", "--experts", "8"]
+    other = parse(["--config", str(file), *flags]).config
+    assert (other.sae.selection, other.sae.objective) == ("batchtopk", "plain")
+    assert other.sae.experts == 8 and other.train.l0_coefficient == 1.0
+
+
+GRID = [
+    ["--selection", "batchtopk", "--objective", "matryoshka"],
+    ["--selection", "jumprelu"],
+    ["--objective", "multi_topk", "--experts", "8"],
+    ["--target-hookpoint", "gpt_neox.layers.3.mlp", "--skip"],
+]
+
+
+@pytest.mark.parametrize(
+    "arguments", [[], ["--encoder", "dense"], ["--device", "cpu", "--k", "7"], *GRID]
+)
 def test_plan(arguments, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["--plan", *arguments]) == 0

@@ -6,6 +6,7 @@ from kronsae.data.activations import (
     LanguageModelActivations,
     TensorActivations,
     open_activations,
+    split_target,
 )
 from kronsae.data.language_model import LanguageModel
 from kronsae.data.synthetic import SyntheticActivations
@@ -21,4 +22,5 @@ __all__ = [
     "TextSource",
     "open_activations",
     "open_text",
+    "split_target",
 ]

@@ -28,12 +28,16 @@ DECISIVE = ("context_length", "contexts_per_batch", "buffer_tokens", "epochs")
 
 
 class ActivationSource(Protocol):
-    """Batches of activations; after `load_state_dict` it goes on where the state was taken."""
+    """Batches of activations; after `load_state_dict` it goes on where the state was taken.
+
+    For a transcoder a row is an input and, behind it, its target: [B, d_model + d_target], so that
+    the two are shuffled, kept and checked as one. An autoencoder's source has d_target 0, or none.
+    """
 
     d_model: int
 
     def __iter__(self) -> Iterator[Tensor]:
-        """Batches [B, d]; the last one may be smaller."""
+        """Batches [B, d_model (+ d_target)]; the last one may be smaller."""
 
     def state_dict(self) -> dict[str, Any]:
         """Position after the last batch given out: tensors and JSON values."""
@@ -44,22 +48,34 @@ class ActivationSource(Protocol):
         """What the batches depend on (JSON-able); compared when a run is resumed."""
 
 
+Pair = tuple[Tensor, Tensor]
+"""Inputs [..., d_model] and targets [..., d_target], row by row."""
+
+
+def split_target(rows: Tensor, d_target: int) -> tuple[Tensor, Tensor | None]:
+    """Rows [B, d_model + d_target] as inputs [B, d_model] and targets (None if there are none)."""
+    if not d_target:
+        return rows, None
+    return tuple(rows.split([rows.shape[1] - d_target, d_target], 1))
+
+
 class TensorActivations:
     """Rows of a tensor [..., d], in another seeded order each epoch.
 
     A batch goes on into the next epoch, so that only the very last one can be smaller: schedules
     count on full ones.
-    epochs: None repeats for ever. Raises InputError unless x is floating, non-empty and at least
-    two-dimensional, and batch_size >= 1.
+    x: a tensor, or a pair of them (which is copied into one).  epochs: None repeats for ever.
+    Raises InputError unless x is floating, non-empty and at least two-dimensional, and
+    batch_size >= 1.
     """
 
     def __init__(
-        self, x: Tensor, batch_size: int, seed: int = 0, epochs: int | None = None
+        self, x: Tensor | Pair, batch_size: int, seed: int = 0, epochs: int | None = None
     ) -> None:
         _check_batch_size(batch_size)
-        self.x = _rows(x, "activations")
+        self.x, self.d_target = _rows(x, "activations")
         self.batch_size, self.seed, self.epochs = batch_size, seed, epochs
-        self.d_model = self.x.shape[1]
+        self.d_model = self.x.shape[1] - self.d_target
         self.given = 0
         """Rows given out, over all epochs."""
         self._shuffled: tuple[int, Tensor] | None = None  # epoch, and its order
@@ -106,24 +122,25 @@ class TensorActivations:
             "batch_size": self.batch_size,
             "seed": self.seed,
             "epochs": self.epochs,
+            **_describe_target(self.d_target),
         }
 
 
 class IterableActivations:
-    """Batches [..., d] of any iterable, as they come, flattened to [B, d].
+    """Batches [..., d], or pairs of them, of any iterable, as they come, flattened to [B, d].
 
     It resumes by skipping as many batches, so the iterable must give the same ones again.
     Raises InputError for a batch that is no floating [..., d], or of another width than the first.
     """
 
-    def __init__(self, batches: Iterable[Tensor]) -> None:
+    def __init__(self, batches: Iterable[Tensor | Pair]) -> None:
         self.batches = iter(batches)
         self.given = 0
         self.first = next(self.batches, None)
         if self.first is None:
             raise InputError("activations: expected batches [B, d], got an empty iterable")
-        self.first = _rows(self.first, "batch 0")
-        self.d_model = self.first.shape[1]
+        self.first, self.d_target = _rows(self.first, "batch 0")
+        self.d_model = self.first.shape[1] - self.d_target
 
     def __iter__(self) -> Iterator[Tensor]:
         if self.first is not None:
@@ -131,7 +148,7 @@ class IterableActivations:
             self.given += 1
             yield x.float()
         for x in self.batches:
-            x = _rows(x, f"batch {self.given}", self.d_model)
+            x, _ = _rows(x, f"batch {self.given}", (self.d_model, self.d_target))
             self.given += 1
             yield x.float()
 
@@ -153,7 +170,11 @@ class IterableActivations:
                 )
 
     def describe(self) -> dict[str, Any]:
-        return {"source": "iterable", "d_model": self.d_model}
+        return {
+            "source": "iterable",
+            "d_model": self.d_model,
+            **_describe_target(self.d_target),
+        }
 
 
 class LanguageModelActivations:
@@ -178,7 +199,7 @@ class LanguageModelActivations:
         self.text = text
         self.config = config
         self.batch_size, self.seed = batch_size, seed
-        self.d_model = language_model.d_model
+        self.d_model, self.d_target = language_model.d_model, language_model.d_target
         self.packer = Packer(language_model.tokenizer, config.context_length)
         self.special = special_ids(language_model.tokenizer)
         self.contexts: list[Tensor] = []  # packed, not yet read by the model
@@ -200,7 +221,7 @@ class LanguageModelActivations:
         return iter(self.buffer)
 
     def _forward(self) -> Iterator[Tensor]:
-        """Activations [r, d] float32 of the masked tokens, a forward pass at a time."""
+        """Rows [r, d_model + d_target] float32 of the masked tokens, a forward pass at a time."""
         size = self.config.contexts_per_batch
         while True:
             self._pack(size)
@@ -267,7 +288,7 @@ class LanguageModelActivations:
         return self._heldout
 
     def heldout_activations(self) -> Tensor:
-        """Activations [t, d] float32 of their masked tokens, in reading order."""
+        """Rows [t, d_model + d_target] float32 of their masked tokens, in reading order."""
         parts = self._heldout.split(self.config.contexts_per_batch)
         return torch.cat([self._read(ids, "held-out text") for ids in parts])
 
@@ -318,6 +339,7 @@ def open_activations(
         config.model,
         layer=config.layer,
         hookpoint=config.hookpoint,
+        target_hookpoint=config.target_hookpoint,
         revision=config.revision,
         dtype=dtype,
         device=device,
@@ -338,14 +360,33 @@ def _context_length(model: LanguageModel, config: DataConfig) -> int:
     return config.context_length or min(DEFAULT_CONTEXT, longest or DEFAULT_CONTEXT)
 
 
-def _rows(x: Any, name: str, d_model: int | None = None) -> Tensor:
-    """[..., d] as [B, d]."""
-    if not isinstance(x, Tensor) or x.ndim < 2 or not x.is_floating_point() or not x.numel():
-        what = f"{list(x.shape)} {x.dtype}" if isinstance(x, Tensor) else type(x)
-        raise InputError(f"{name}: expected a floating tensor [..., B, d], got {what}")
-    if d_model not in (None, x.shape[-1]):
-        raise InputError(f"{name}: expected width d = {d_model} as before, got {x.shape[-1]}")
-    return x.detach().flatten(0, -2)
+def _rows(x: Any, name: str, widths: tuple[int, int] | None = None) -> tuple[Tensor, int]:
+    """[..., d] as [B, d], or a pair as [B, d_model + d_target]; and d_target (0 for a tensor)."""
+    parts = list(x) if isinstance(x, (tuple, list)) and len(x) == 2 else [x]
+    for part in parts:
+        floating = isinstance(part, Tensor) and part.ndim >= 2 and part.is_floating_point()
+        if not floating or not part.numel():
+            what = f"{list(part.shape)} {part.dtype}" if isinstance(part, Tensor) else type(part)
+            raise InputError(f"{name}: expected a floating tensor [..., B, d], got {what}")
+    if parts[0].shape[:-1] != parts[-1].shape[:-1]:
+        raise InputError(
+            f"{name}: expected a target for each input, got {list(parts[0].shape)} and "
+            f"{list(parts[1].shape)}"
+        )
+    found = parts[0].shape[-1], parts[1].shape[-1] if len(parts) == 2 else 0
+    if widths not in (None, found):
+        if widths[1] or found[1]:
+            raise InputError(
+                f"{name}: expected inputs and targets of widths {widths} as before, got {found}"
+            )
+        raise InputError(f"{name}: expected width d = {widths[0]} as before, got {found[0]}")
+    rows = [part.detach().flatten(0, -2) for part in parts]
+    return (rows[0] if len(rows) == 1 else torch.cat(rows, 1)), found[1]
+
+
+def _describe_target(d_target: int) -> dict[str, int]:
+    """For `describe`: nothing for an autoencoder, whose runs may be older than transcoders."""
+    return {"d_target": d_target} if d_target else {}
 
 
 def _check_batch_size(batch_size: int) -> None:

@@ -30,10 +30,12 @@ class LanguageModel:
     model: the transformers model, in evaluation mode.  tokenizer: its tokenizer.
     hookpoint: name of the module in `model.named_modules()`; it must give a tensor [b, t, d], or a
         tuple or ModelOutput that begins with one.
+    target_hookpoint: for a transcoder, another one, which runs after the first.
     name, revision: where the model came from, for `describe`.
     absent: names of weights that no checkpoint filled, and that are random.
 
-    Also an attribute: d_model, the width d of the hookpoint's output, seen in a tiny forward pass.
+    Also attributes: d_model and d_target, the widths of the hookpoint's and the target's outputs,
+    seen in a tiny forward pass (d_target 0 without a target).
     has_cross_entropy: whether `token_losses` works. It does not for models made to fill in masked
     tokens (BERT), nor where the head that predicts the next token was not in the checkpoint.
     Raises InputError if the hookpoint does not exist, does not run, gives no [b, t, d], or if a
@@ -46,6 +48,7 @@ class LanguageModel:
         tokenizer: Any,
         hookpoint: str,
         *,
+        target_hookpoint: str | None = None,
         name: str = "given",
         revision: str | None = None,
         absent: tuple[str, ...] = (),
@@ -60,7 +63,9 @@ class LanguageModel:
             config.use_cache = False
         self.has_cross_entropy = _is_causal(model) and not absent
         self.module = find_module(model, name, hookpoint)
-        self.d_model = self._probe(absent)
+        self.target_hookpoint = target_hookpoint
+        self.target = find_module(model, name, target_hookpoint) if target_hookpoint else None
+        self.d_model, self.d_target = self._probe(absent)
 
     @classmethod
     def load(
@@ -69,6 +74,7 @@ class LanguageModel:
         *,
         layer: int | None = None,
         hookpoint: str | None = None,
+        target_hookpoint: str | None = None,
         revision: str | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
@@ -80,6 +86,7 @@ class LanguageModel:
             output: hidden_states[layer + 1] of transformers, except that many models normalise
             the last of those.  hookpoint: reads the output of any module instead.
             Give one of them; "embedded" has a default layer.
+        target_hookpoint: also reads the output of this module, as what a transcoder predicts.
         revision: branch, tag or commit on the hub.
 
         Only safetensors files are read, so that no code runs that came with the weights.
@@ -103,7 +110,12 @@ class LanguageModel:
             tokenizer = load_tokenizer(name_or_path, common)
             model, absent = load_model(name_or_path, config, dtype, common)
         model = model.to(device)
-        facts = {"name": name_or_path, "revision": revision, "absent": absent}
+        facts = {
+            "name": name_or_path,
+            "revision": revision,
+            "absent": absent,
+            "target_hookpoint": target_hookpoint,
+        }
         if hookpoint is not None:
             return cls(model, tokenizer, hookpoint, **facts)
         return _at_block(cls, model, tokenizer, layer, facts)
@@ -140,6 +152,7 @@ class LanguageModel:
             "weights": self.weights,
             "hookpoint": self.hookpoint,
             "d_model": self.d_model,
+            **({"target_hookpoint": self.target_hookpoint} if self.target_hookpoint else {}),
             "dtype": str(self.dtype).removeprefix("torch."),
         }
 
@@ -147,22 +160,36 @@ class LanguageModel:
     def activations(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """The hookpoint's output [b, t, d], in the model's dtype, for token ids [b, t].
 
+        With a target its output follows behind: [b, t, d_model + d_target].
         The forward pass ends there: later blocks and the head never run.
-        Raises InputError if the output is no [b, t, d].
+        Raises InputError if an output is no [b, t, d], or if the target runs before the input.
         """
-        return self._hidden(self._run_to(self.module, input_ids, attention_mask), input_ids)
+        if self.target is None:
+            output = self._run_to(self.module, input_ids, attention_mask)
+            return self._hidden(output, input_ids, self.hookpoint)
+        with self._reading() as read:
+            output = self._run_to(self.target, input_ids, attention_mask)
+        if not read:
+            raise InputError(
+                f"target_hookpoint {self.target_hookpoint!r} of {self.name} runs before "
+                f"{self.hookpoint!r}: a transcoder predicts what comes later"
+            )
+        hidden = self._hidden(read[0], input_ids, self.hookpoint)
+        return torch.cat([hidden, self._hidden(output, input_ids, self.target_hookpoint)], -1)
 
     @torch.no_grad()
     def token_losses(
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        replace: Callable[[Tensor], Tensor] | None = None,
+        replace: Callable[..., Tensor] | None = None,
     ) -> Tensor:
         """Cross-entropy of each next token: [b, t - 1] float32, in nats, for token ids [b, t].
 
-        replace: what to put in the place of the hookpoint's output [b, t, d]; called once. A
-            module that runs several times in a forward pass is replaced the first time.
+        replace: what to put in the place of the hookpoint's output [b, t, d]; called once, with
+            that output. A module that runs several times in a forward pass is replaced the first
+            time. With a target its output [b, t, d_target] is replaced, and `replace` gets, before
+            it, the hookpoint's.
         Memory: the model's own for [b, t] tokens, and about LOGITS_AT_ONCE logits.
         Raises InputError if the model does not predict the next token.
         """
@@ -174,7 +201,7 @@ class LanguageModel:
         ids = input_ids.to(self.device)
         body = self.model.base_model
         with self._replaced(replace):
-            if body is self.model or self.module not in set(body.modules()):
+            if body is self.model or self._spliced not in set(body.modules()):
                 logits = self._run(ids, attention_mask).logits
                 losses = _cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
                 return losses.view(ids.shape[0], -1)
@@ -211,39 +238,68 @@ class LanguageModel:
             f"a {type(module).__name__}; name one of the modules in it, or another"
         )
 
+    @property
+    def _spliced(self) -> nn.Module:
+        """The module whose output an SAE stands for."""
+        return self.module if self.target is None else self.target
+
     @contextmanager
-    def _replaced(self, replace: Callable[[Tensor], Tensor] | None) -> Iterator[None]:
+    def _reading(self) -> Iterator[list[Any]]:
+        """Collect what the hookpoint gives, each time it runs."""
+        read: list[Any] = []
+
+        def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            hidden = first_tensor(output)
+            # A copy: later modules may add to it in place.
+            read.append(hidden.clone() if isinstance(hidden, Tensor) else hidden)
+
+        with _hook(self.module, keep):
+            yield read
+
+    @contextmanager
+    def _replaced(self, replace: Callable[..., Tensor] | None) -> Iterator[None]:
         runs = 0
 
         def splice(_module: nn.Module, _inputs: Any, output: Any) -> Any:
             nonlocal runs
             runs += 1
-            return _with_first(output, replace(first_tensor(output))) if runs == 1 else output
+            if runs > 1:
+                return output
+            return _with_first(output, replace(*read[:1], first_tensor(output)))
 
+        read: list[Any] = []
         if replace is None:
             yield
-        else:
+        elif self.target is None:
             with _hook(self.module, splice):
                 yield
+        else:
+            with self._reading() as read, _hook(self.target, splice):
+                yield
 
-    def _hidden(self, output: Any, input_ids: Tensor) -> Tensor:
+    def _hidden(self, output: Any, input_ids: Tensor, hookpoint: str) -> Tensor:
         hidden = first_tensor(output)
         if isinstance(hidden, Tensor) and hidden.ndim == 3 and hidden.shape[:2] == input_ids.shape:
             return hidden
         got = list(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
         raise InputError(
-            f"hookpoint {self.hookpoint!r} of {self.name}: expected an output [b, t, d], "
+            f"hookpoint {hookpoint!r} of {self.name}: expected an output [b, t, d], "
             f"{[*input_ids.shape, 'd']} for this input, got {got}: choose another module"
         )
 
-    def _probe(self, absent: tuple[str, ...]) -> int:
-        """d, from a tiny forward pass; fails if it uses an absent weight."""
+    def _probe(self, absent: tuple[str, ...]) -> tuple[int, int]:
+        """d_model and d_target, from a tiny forward pass; fails if it uses an absent weight."""
         used: set[nn.Module] = set()
         hooks = [
             m.register_forward_pre_hook(lambda m, _: used.add(m)) for m in self.model.modules()
         ]
         try:
-            d = self.activations(torch.arange(1, 7).view(2, 3)).shape[2]
+            ids = torch.arange(1, 7).view(2, 3)
+            both = self.activations(ids).shape[2]
+            d_model = both
+            if self.target is not None:
+                output = self._run_to(self.module, ids, None)
+                d_model = self._hidden(output, ids, self.hookpoint).shape[2]
         finally:
             for handle in hooks:
                 handle.remove()
@@ -256,7 +312,7 @@ class LanguageModel:
                 f"{self.hookpoint!r} depends on, {random[0]!r} for one: they would be random. "
                 f"Is this a checkpoint of {type(self.model).__name__}?"
             )
-        return d
+        return d_model, both - d_model
 
 
 class _Stop(Exception):

@@ -36,6 +36,8 @@ class Outline(NamedTuple):
     """Width of the residual stream."""
     vocabulary: int
     """Tokens that it tells apart."""
+    d_target: int = 0
+    """Width of the target hookpoint's output; 0 without one."""
 
 
 class NoOutline(InputError):
@@ -79,16 +81,21 @@ def outline(config: DataConfig, context_length: int = 1024) -> Outline:
     for module in modules:
         try:
             d, flops = _run(model, module, tokens)
+            d_target = 0
+            if config.target_hookpoint:  # the forward pass ends there
+                target = find_module(model, config.model, config.target_hookpoint)
+                d_target, flops = _run(model, target, tokens)
         except Exception as error:  # whatever a model does that needs numbers
             warnings.warn(f"{config.model} is outlined by its parts: {error}", stacklevel=2)
             continue
-        return Outline(d, parameters, flops, tokens, text.hidden_size, vocabulary)
+        return Outline(d, parameters, flops, tokens, text.hidden_size, vocabulary, d_target)
     blocks = [module for _, found in lists_of_blocks(model) for module in found]
     used = blocks if layer is None else blocks[: layer + 1]
     weights = sum(p.numel() for block in used for p in block.parameters())
     width = modules and getattr(modules[0], "out_features", None)
     hidden = text.hidden_size
-    return Outline(width or hidden, parameters, weights, tokens, hidden, vocabulary)
+    d_target = hidden if config.target_hookpoint else 0
+    return Outline(width or hidden, parameters, weights, tokens, hidden, vocabulary, d_target)
 
 
 class _Reached(Exception):
