@@ -85,7 +85,7 @@ def parts(raw: Path, smallest: bool, scale: float, tune: bool) -> list[Part]:
             else []
         ),
         module("profile", 90, "--shape", *profiled),
-        module("memory", 30, "--shape", *(["toy"] if smallest else ["P1", "P3"]), timed=False),
+        module("memory", 120, "--shape", *(["toy"] if smallest else ["P1", "P3"]), timed=False),
         module("compare", 130, "--shape", *shapes, *(["--rounds", "3"] if smallest else [])),
         Part("operations", operations, 60),
         module("isoflop", WHOLE, *grid),

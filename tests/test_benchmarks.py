@@ -195,7 +195,7 @@ def test_rehearsal_of_the_script_for_a_gpu(tmp_path):
     """Each part runs on the CPU at a toy shape, and what they wrote becomes a summary."""
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.on_gpu", "--out", str(tmp_path), "--smallest"]
-        + ["--seconds", "200", "--only", "profile", "memory", "isoflop", "tests"],
+        + ["--seconds", "500", "--only", "profile", "memory", "isoflop", "tests"],
         cwd=ROOT,
         env=ENVIRONMENT,
         capture_output=True,

@@ -18,6 +18,7 @@ from benchmarks import shapes, tune
 shapes.SHAPES["tiny"] = shapes.Shape("tiny", d=40, heads=4, m=1, n=2, k=2, tokens=3)
 tune.KERNELS["pair_dots"] = tune.combine, [{"ROWS": 1}]  # combine does not launch it
 tune.KERNELS["combine"][1][:] = [{"ROWS": 2}, {"WIDTH": 20}, {"WIDTH": 64}]
+tune.KERNELS["rank_latents"][1][:] = [{"num_warps": 2}]  # it has too little work for two
 tune.main(sys.argv[1:])
 """
 
@@ -30,7 +31,8 @@ def root_on_path(monkeypatch):
 def test_search_in_the_interpreter(tmp_path):
     """An alternative is measured; one that no kernel can have is passed over, with the reason."""
     file = tmp_path / "tune.json"
-    command = ["--shape", "tiny", "--kernels", "combine", "pair_dots", "--most", "2"]
+    command = ["--shape", "tiny", "--kernels", "combine", "pair_dots"]
+    command += ["rank_latents", "--most", "2"]
     done = subprocess.run(
         [sys.executable, "-c", SEARCH, *command, "--rounds", "2", "--device", "cpu"]
         + ["--json", str(file)],
@@ -41,7 +43,7 @@ def test_search_in_the_interpreter(tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    combine, pair_dots = json.loads(file.read_text())["kernels"]
+    combine, pair_dots, rank_latents = json.loads(file.read_text())["kernels"]
     assert {name: len(times) for name, times in combine["times_ms"].items()} == {
         "as it is": 2,
         "ROWS 2": 2,
@@ -49,6 +51,7 @@ def test_search_in_the_interpreter(tmp_path):
     assert combine["present"]["WIDTH"] == 32
     assert combine["skipped"].keys() == {"WIDTH 20"}  # a block is a power of two
     assert pair_dots["skipped"] == {"as it is": "not launched at this shape"}
+    assert rank_latents["skipped"] == {"num_warps 2": "launches the same"}
     assert "combine, tiny: num_warps 4" in done.stdout
 
 
@@ -66,7 +69,7 @@ def test_wrong_result_is_not_timed(monkeypatch):
 
     from benchmarks import tune
     from benchmarks.shapes import Shape
-    from kronsae_kernels.triton_impl import configs
+    from kronsae_kernels.triton_impl import configs, launch
 
     class Nothing:
         shape = Shape("none", 1, 1, 1, 1, 1, 1)
@@ -74,8 +77,15 @@ def test_wrong_result_is_not_timed(monkeypatch):
         def reset(self):
             pass
 
+    class Kernel:
+        def fn(self):
+            pass
+
     def call(data):
-        return (torch.ones(3) * configs.config_of("segments", "interpreter").num_stages,)
+        config = configs.config_of("segments", "interpreter")
+        if launch.recording():
+            launch.launch(Kernel, (1,), config)
+        return (torch.ones(3) * config.num_stages,)
 
     alternatives = [{"num_stages": 2}, {"num_warps": 2}]
     monkeypatch.setitem(tune.KERNELS, "segments", (call, alternatives))

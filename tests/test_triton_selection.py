@@ -1,0 +1,320 @@
+"""The kernels select what a stable sort of all products selects, index by index.
+
+Pre-latents are given, or are exact whatever the matrix product does: x is a row of the identity,
+or all are integers. Then there is one right answer, also among ties.
+"""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from truth import projection
+
+from kronsae_kernels import dense_encode, fused_encode, reference, sparse_decode, torch_impl
+from kronsae_kernels.common import COMPOSITIONS
+from kronsae_kernels.triton_impl import configs, launch, operations
+
+pytestmark = [
+    pytest.mark.usefixtures("poisoned_memory"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),  # numpy's, in the interpreter
+]
+of_composition = pytest.mark.parametrize("composition", COMPOSITIONS)
+of_dtype = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=lambda d: str(d).split(".")[1]
+)
+
+
+@pytest.fixture(autouse=True)
+def small_programs():
+    """64 heads a program: more take several, and another that merges."""
+    with configs.override("select_heads", PER_PROGRAM=64, LANES=16):
+        yield
+
+
+@pytest.fixture
+def kernels(monkeypatch) -> list[str]:
+    """Names of the kernels that were launched."""
+    names, original = [], launch.launch
+
+    def noting(kernel, grid, config, **arguments):
+        names.append(kernel.fn.__name__)
+        original(kernel, grid, config, **arguments)
+
+    monkeypatch.setattr(operations, "launch", noting)
+    return names
+
+
+def assert_same(got, expected) -> None:
+    """To the bit; NaN equals NaN, -0 equals 0."""
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+
+
+def expected_of(pre: Tensor, m: int, k: int, composition: str, mask: Tensor | None = None):
+    """indices, base, extension [B, k] of pre-latents [B, m + n, h], from all products."""
+    heads_last = pre.transpose(1, 2)
+    product = reference.products(heads_last[..., :m], heads_last[..., m:], composition).flatten(1)
+    if mask is not None:
+        product = product.masked_fill(~mask, -torch.inf)
+    indices = reference.largest(product, k)
+    factors = pre.float() if composition == "mul" else pre.float().relu()
+    n, tokens = pre.shape[1] - m, torch.arange(len(pre), device=pre.device)[:, None]
+    head, i, j = indices // (m * n), indices // n % m, indices % n
+    return indices, factors[tokens, i, head], factors[tokens, m + j, head]
+
+
+def select(pre: Tensor, m: int, k: int, composition: str, mask: Tensor | None = None):
+    """indices, base, extension [B, k] by the kernels."""
+    _, rows, heads = pre.shape
+    selection = operations.Selection(heads, m, rows - m, k, composition == "mul")
+    mask = None if mask is None else mask.view(torch.uint8)
+    return operations.select_kron(pre.flatten(1), mask, selection)
+
+
+# Numbers
+
+
+def special(name: str, *shape: int) -> Tensor:
+    """Pre-latents, or numbers to make them of."""
+    ties = torch.randint(-2, 3, shape).float()
+    normal = torch.randn(shape)
+    sometimes = torch.rand(shape) < 0.15
+    return {
+        "normal": normal,
+        "ties": ties,
+        "one value": torch.ones(shape),
+        "zero": torch.zeros(shape),
+        "negative": -normal.abs() - 0.1,
+        "negative ties": ties.abs().neg() - 1,
+        "signed zeros": torch.where(torch.rand(shape) < 0.5, -0.0, 0.0 * ties.abs()),
+        "zeros and signs": torch.where(sometimes, normal, -0.0),
+        "underflow": normal * 1e-25,
+        "subnormal": ties * 1e-42,
+        "overflow": (normal.abs() + 0.5) * 1e25,
+        "infinite": torch.where(sometimes, torch.inf, normal.abs() + 0.1),
+        "nan": torch.where(sometimes, torch.nan, normal),
+        "all nan": torch.full(shape, torch.nan),
+    }[name]
+
+
+SPECIAL = (
+    "normal", "ties", "one value", "zero", "negative", "negative ties", "signed zeros",
+    "zeros and signs", "underflow", "subnormal", "overflow", "infinite", "nan", "all nan",
+)  # fmt: skip
+
+
+@of_composition
+@pytest.mark.parametrize("name", SPECIAL)
+def test_special_numbers(name, composition, device):
+    """k below and above the number of heads, and of rows; without a mask and with one."""
+    m, n, heads = 2, 3, 9
+    pre = special(name, 1, m + n, heads).to(device)
+    mask = (torch.arange(m * n * heads) % 5 > 1).to(device)
+    for k, of_mask in ((4, None), (13, None), (4, mask), (20, mask)):
+        got = select(pre, m, k, composition, of_mask)
+        assert_same(got, expected_of(pre, m, k, composition, of_mask))
+
+
+@pytest.mark.parametrize("name", SPECIAL)
+def test_special_numbers_of_a_dense_encoder(name, device):
+    """F is no multiple of a group of 4 (k = 6) nor of one of 8 (k = 2)."""
+    pre = special(name, 1, 45).to(device)
+    mask = (torch.arange(45) % 5 > 1).to(device)
+    for k, of_mask in ((2, None), (6, None), (11, mask)):
+        scores = pre.relu()
+        if of_mask is not None:
+            scores = scores.masked_fill(~of_mask, -torch.inf)
+        indices = reference.largest(scores, k)
+        as_bytes = None if of_mask is None else of_mask.view(torch.uint8)
+        got = operations.select_dense(pre.clone(), as_bytes, k)
+        assert_same(got, (indices, pre.relu().gather(1, indices)))
+
+
+@of_dtype
+@of_composition
+def test_encode_any_numbers(composition, dtype, device):
+    """x = 1 at one place, so that pre-latents are weights: all bits of a mantissa matter."""
+    x = torch.eye(3, device=device, dtype=dtype)
+    w_enc = torch.randn(13, 5, 3).to(device, dtype)
+    w_enc[:, :, 1] = (w_enc[:, :, 1] * 4).round() / 4  # a token of many ties
+    w_enc[:, :, 2] = -w_enc[:, :, 2].abs()
+    for k in (6, 20):
+        options = {"m": 2, "k": k, "composition": composition, "eps": 1e-5}
+        got = fused_encode(x, w_enc, **options, impl="triton")
+        assert_same(got, fused_encode(x, w_enc, **options, impl="reference"))
+
+
+@of_dtype
+def test_dense_encode_any_numbers(dtype, device):
+    x = torch.eye(3, device=device, dtype=dtype)
+    w_enc = torch.randn(101, 3).to(device, dtype)
+    w_enc[:, 1] = w_enc[:, 1].round()
+    w_enc[:, 2] = -w_enc[:, 2].abs()
+    for k in (5, 40):
+        got = dense_encode(x, w_enc, k=k, impl="triton")
+        assert_same(got, dense_encode(x, w_enc, k=k, impl="reference"))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_bad_row_stays_in_its_row(bad, device):
+    x = torch.randint(-2, 3, (4, 4)).float()
+    spoiled = x.clone()
+    spoiled[2, 1] = bad
+    w_enc, w_dec = torch.randint(-2, 3, (9, 5, 4)).float(), torch.randint(-2, 3, (54, 4)).float()
+    w_enc, w_dec = w_enc.to(device), w_dec.to(device)
+
+    def run(x):
+        x = x.to(device).requires_grad_()
+        codes = fused_encode(x, w_enc, m=2, k=12, impl="triton")
+        out = sparse_decode(codes, w_dec=w_dec, impl="triton")
+        return *codes, out, *torch.autograd.grad(out.sum(), x)
+
+    found, others = run(spoiled), [0, 1, 3]
+    assert_same((part[others] for part in found), (part[others] for part in run(x)))
+    values, indices, out, _ = (part[2] for part in found)
+    assert not values.isfinite().any()
+    assert not out.isfinite().any()
+    assert ((indices >= 0) & (indices < 54)).all()
+    assert len(set(indices.tolist())) == 12
+    assert values.isnan().all() or not math.isnan(bad)
+
+
+# Sizes that take other ways
+
+
+@pytest.mark.parametrize("per_program", [16, 32, 128])
+@pytest.mark.parametrize("name", ["ties", "normal"])
+@pytest.mark.parametrize("composition", ["mand", "mul"])
+def test_any_number_of_splits(composition, name, per_program, device, kernels):
+    pre = special(name, 1, 3, 101).to(device)
+    with configs.override("select_heads", PER_PROGRAM=per_program):
+        got = select(pre, 1, 5, composition)
+    assert_same(got, expected_of(pre, 1, 5, composition))
+    assert ("merge_heads" in kernels) == (per_program < 101)
+
+
+@pytest.mark.parametrize("name", ["ties", "normal", "zero"])
+def test_splits_of_groups_and_masks(name, device, kernels):
+    """A dense encoder with a mask, and a Kron encoder with one, in several splits."""
+    pre = special(name, 1, 805).to(device)
+    mask = (torch.arange(805) % 3 > 0).to(device)
+    indices = reference.largest(pre.relu().masked_fill(~mask, -torch.inf), 3)
+    got = operations.select_dense(pre, mask.view(torch.uint8), 3)
+    assert_same(got, (indices, pre.relu().gather(1, indices)))
+    pre = special(name, 1, 3, 267).to(device)
+    mask = (torch.arange(534) % 3 > 0).to(device)
+    got = select(pre, 1, 4, "mul", mask)
+    assert_same(got, expected_of(pre, 1, 4, "mul", mask))
+    assert kernels.count("merge_heads") == 2
+
+
+@pytest.mark.parametrize("most", [16, 64])
+def test_what_does_not_fit_is_selected_by_torch(most, device, kernels, monkeypatch):
+    """Lists of k = 5 heads or rows need 8 m or 8 n places, 7 splits 56."""
+    monkeypatch.setattr(operations, "MAX_CANDIDATES", most)
+    pre = special("ties", 1, 5, 401).to(device)
+    mask = (torch.arange(2406) % 3 > 0).to(device)
+    for of_mask in (None, mask):
+        got = select(pre, 2, 5, "mand", of_mask)
+        assert_same(got, expected_of(pre, 2, 5, "mand", of_mask))
+    assert bool(kernels) == (most >= 56)
+    kernels.clear()
+    pre = special("ties", 1, 1201).to(device)
+    indices = reference.largest(pre.relu(), 5)
+    got = operations.select_dense(pre.clone(), None, 5)
+    assert_same(got, (indices, pre.relu().gather(1, indices)))
+    assert bool(kernels) == (most >= 64)
+
+
+@pytest.mark.parametrize("name", ["ties", "normal"])
+def test_long_lists_are_sorted_by_torch(name, device, monkeypatch):
+    monkeypatch.setattr(operations, "MAX_SORTED", 8)
+    pre = special(name, 1, 4, 11).to(device)
+    for k in (8, 9, 44):
+        assert_same(select(pre, 2, k, "mul"), expected_of(pre, 2, k, "mul"))
+
+
+def test_lists_as_long_as_a_program_sorts(device):
+    k = operations.MAX_SORTED
+    for more in (0, 1):
+        pre = special("ties", 1, 4, 131).to(device)
+        assert_same(select(pre, 2, k + more, "mand"), expected_of(pre, 2, k + more, "mand"))
+
+
+def test_chunks_of_tokens_change_nothing(device, monkeypatch):
+    x = torch.randint(-2, 3, (4, 4), device=device).float()
+    w_enc = torch.randint(-2, 3, (9, 5, 4), device=device).float()
+
+    def run():
+        return (
+            *fused_encode(x, w_enc, m=2, k=4, impl="triton"),
+            *dense_encode(x, w_enc.flatten(0, 1), k=4, impl="triton"),
+        )
+
+    expected = run()
+    monkeypatch.setitem(torch_impl.CHUNK_BYTES, device.type, 1)
+    monkeypatch.setattr(torch_impl, "MIN_CHUNK_TOKENS", 3)  # the last chunk is shorter
+    assert_same(run(), expected)
+
+
+# The matrix product with head maxima in its epilogue
+
+
+def key_of(score: Tensor) -> Tensor:
+    """int32 that order as scores do (`device.key_of`)."""
+    bits = torch.where(score == 0, 0.0, score).view(torch.int32)
+    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+
+
+@pytest.fixture
+def fused_product():
+    """The encoder's product by `encode_gemm`, in tiles smaller than what it is made of."""
+    tiles = {"TOKENS": 16, "COLUMNS": 64, "WIDTH": 32, "GROUP": 2, "num_warps": 4}
+    with configs.override("encode", FUSED_GEMM=1), configs.override("encode_gemm", **tiles):
+        yield
+
+
+@pytest.mark.usefixtures("fused_product")
+@pytest.mark.parametrize(
+    ("m", "n", "heads", "d", "tokens", "bias", "composition", "dtype"),
+    [
+        pytest.param(2, 4, 11, 37, 18, True, "mand", torch.bfloat16, id="odd"),
+        pytest.param(2, 4, 11, 37, 3, True, "mand", torch.float16, id="float16"),
+        pytest.param(1, 1, 40, 8, 5, False, "mul", torch.bfloat16, id="1 x 1, mul"),
+        pytest.param(3, 5, 7, 32, 5, True, "mul", torch.float16, id="3 x 5, mul"),
+        pytest.param(4, 1, 9, 65, 5, True, "relu_mul", torch.bfloat16, id="4 x 1"),
+    ],
+)
+def test_fused_product(m, n, heads, d, tokens, bias, composition, dtype, device, kernels):
+    x = torch.randn(tokens, d).to(device, dtype)
+    w_enc = torch.randn(heads, m + n, d).to(device, dtype)
+    b_enc = torch.randn(heads, m + n).to(device, dtype) if bias else None
+    weight = torch_impl.i_major(w_enc)
+    of_row = None if b_enc is None else b_enc.t().reshape(-1)
+    selection = operations.Selection(heads, m, n, 4, composition == "mul")
+    ((pre, keys),) = operations._fused_projections(x, weight, of_row, selection)
+    on_cpu = None if of_row is None else of_row.cpu()
+    truth = projection(x.cpu(), weight.cpu(), on_cpu, dtype, "triton")
+    assert ((pre.cpu().double() - truth.value).abs() <= truth.error).all()
+
+    pre = pre.view(tokens, m + n, heads)
+    factors = pre.transpose(1, 2)
+    products = reference.products(factors[..., :m], factors[..., m:], composition)
+    assert torch.equal(keys, key_of(products.flatten(2).amax(2)))
+
+    options = {"m": m, "k": 4, "composition": composition, "impl": "triton"}
+    got = fused_encode(x, w_enc, b_enc, **options)
+    indices, base, extension = expected_of(pre, m, 4, composition)
+    x = x[:2]
+    assert torch.equal(got.indices, indices)
+    assert torch.equal(got.values, reference.compose(base * extension, composition, 0.0))
+    assert kernels.count("encode_gemm") == 2
+
+    mask = (torch.arange(heads * m * n) % 4 > 0).to(device)
+    fused_encode(x, w_enc, b_enc, **options, mask=mask)
+    fused_encode(x.float(), w_enc.float(), **options)
+    assert kernels.count("encode_gemm") == 2  # it makes maxima without a mask, in 16 bits
