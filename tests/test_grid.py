@@ -230,3 +230,11 @@ def test_decoder_gradients_keep_no_component_along_their_rows(config):
     for _ in range(8):
         learner.step(normalize(next(batches)))
     assert max(rows) < 1e-6, rows
+
+
+def test_bfloat16_autocast_learns_everywhere(config):
+    train = dataclasses.replace(TRAIN, dtype="bfloat16", dead_after_tokens=1)
+    learner, batches = Learner(config, train, torch.device("cpu")), iter(source())
+    normalize = Normalizer.of(next(batches))
+    losses = [learner.step(normalize(next(batches)))["loss"] for _ in range(25)]
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5]), losses
