@@ -43,7 +43,8 @@ def test_everything_is_there(whole):
 def test_a_members_config_repeats_it_alone(whole, tmp_path):
     out, _ = whole
     config = str(out / "k4" / "config.json")
-    assert main(["--config", config, "--out", str(tmp_path / "run")]) == 0
+    status, _, err = finish("--config", config, "--out", tmp_path / "run")
+    assert status == 0, err
     _same_result(tmp_path / "run", out / "k4")
 
 
@@ -56,7 +57,8 @@ def test_kill_9_and_resume(count, whole, tmp_path):
     time.sleep(0.02 * random.Random(count).random())
     process.kill()
     process.communicate()
-    assert main(["--resume", str(out)]) == 0
+    status, _, err = finish("--resume", out)
+    assert status == 0, err
     for name in NAMES:
         _same_result(out / name, whole[0] / name)
 
