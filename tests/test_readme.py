@@ -16,7 +16,7 @@ COMMANDS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
 
 
 def test_there_are_examples():
-    assert len(EXAMPLES) == 3 and len(COMMANDS) >= 3
+    assert len(EXAMPLES) == 4 and len(COMMANDS) >= 3
 
 
 def test_training_example(tmp_path, monkeypatch, capsys):
@@ -49,7 +49,7 @@ def test_fused_step_example(capsys):
     pytest.importorskip("triton")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     names: dict = {}
-    exec(EXAMPLES[2].replace('"cuda"', f'"{device}"'), names)
+    exec(EXAMPLES[3].replace('"cuda"', f'"{device}"'), names)
     assert 0 < float(capsys.readouterr().out) < 10
     assert names["grad_norm"].isfinite()
 

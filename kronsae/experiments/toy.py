@@ -40,9 +40,10 @@ from kronsae.experiments.common import (
     sae_config,
     save,
 )
-from kronsae.fit import NORMALIZER_TOKENS, resolve_device
+from kronsae.fit import resolve_device
 from kronsae.learner import Learner, Normalizer
 from kronsae.sae import SAE
+from kronsae.stream import NORMALIZER_TOKENS
 
 FIGURE = "Fig. 5, Table 7"
 STATEMENT = "Kron decoders match the correlations of a toy model's features better than TopK's."
