@@ -2,6 +2,7 @@
 
 import itertools
 
+import implementations
 import pytest
 import torch
 from torch.autograd import gradcheck
@@ -83,7 +84,7 @@ def test_second_derivatives_are_refused():
 # Where a product is 0
 
 
-@pytest.mark.parametrize("impl", ["torch", "reference"])
+@pytest.mark.parametrize("impl", implementations.ALL)
 @pytest.mark.parametrize("eps", [0.0, 1e-5])
 @pytest.mark.parametrize("composition", COMPOSITIONS)
 def test_derivative_of_no_product_is_0(composition, eps, impl):
@@ -104,7 +105,7 @@ def test_derivative_of_no_product_is_0(composition, eps, impl):
         assert torch.equal(gradient, torch.zeros_like(gradient))
 
 
-@pytest.mark.parametrize("impl", ["torch", "reference"])
+@pytest.mark.parametrize("impl", implementations.ALL)
 def test_eps_bounds_the_gradient(impl):
     """dz/dp = q / (2 sqrt(p q + eps)) <= q / (2 sqrt(eps)); without eps it grows without bound."""
     eps, extension = 1e-5, 2.0
@@ -227,15 +228,18 @@ def test_nothing_selected_and_no_tokens():
 # Against plain torch, at a middle size
 
 
+@pytest.mark.parametrize("ours", ["torch", implementations.TRITON])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_errs_no_more_than_plain_torch(dtype):
+def test_errs_no_more_than_plain_torch(dtype, ours):
     """Loss and gradients of an autoencoder: distance from float64, as torch's in the same dtype.
 
     Each implementation is compared with the truth for the latents that it selected. Ours rounds
     less often, but adds a row's r terms one after the other where torch adds in pairs, which errs
-    by about sqrt(r) u in float32: that much more, and 10 %, is allowed.
+    by about sqrt(r) u in float32: that much more, and 10 %, is allowed. The interpreter's shape is
+    smaller: 60 roundings of a bias have a norm that chance moves by 9 %, so 25 % there.
     """
-    tokens, d, heads, n, k = 128, 64, 32, 4, 16
+    tokens, d, heads, n, k = (128, 64, 32, 4, 16) if ours == "torch" else (24, 33, 12, 3, 4)
+    chance = 0.1 if ours == "torch" else 0.25
     generator = torch.Generator().manual_seed(0)
     x, w_enc, b_enc, w_dec = (
         torch.randn(*shape, generator=generator, dtype=torch.float64)
@@ -263,7 +267,7 @@ def test_errs_no_more_than_plain_torch(dtype):
     terms = tokens * k / (heads * M)  # of a base row, on average
     allowance = terms**0.5 * torch.finfo(torch.float32).eps / 2
     errors = {}
-    for impl in ("torch", "reference"):
+    for impl in (ours, "reference"):
         leaves = [t.to(dtype).requires_grad_() for t in (x, w_enc, b_enc, w_dec)]
         codes = fused_encode(*leaves[:3], m=M, k=k, impl=impl)
         found = differentiate(codes.values, codes.indices, leaves, impl)
@@ -273,5 +277,7 @@ def test_errs_no_more_than_plain_torch(dtype):
             for name in names
         }
     for name in names:
-        ours, theirs = errors["torch"][name], errors["reference"][name]
-        assert ours <= 1.1 * theirs + allowance, f"{name}: {ours:.2e}, torch {theirs:.2e}"
+        error, theirs = errors[ours][name], errors["reference"][name]
+        assert error <= (1 + chance) * theirs + allowance, (
+            f"{name}: {error:.2e}, torch {theirs:.2e}"
+        )

@@ -1,5 +1,6 @@
 """The operators as torch sees them: opcheck, torch.compile, autocast."""
 
+import implementations
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -257,7 +258,7 @@ def test_autocast_leaves_float64_alone():
     assert_same(got, fused_encode(*tensors, m=M, k=5))
 
 
-@pytest.mark.parametrize("impl", ["torch", "reference"])
+@pytest.mark.parametrize("impl", implementations.ALL)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_autocast_does_not_round_the_decoder(dtype, impl):
     """It gathers and sums in float32, forward and backward, under autocast too."""
@@ -274,7 +275,7 @@ def test_autocast_does_not_round_the_decoder(dtype, impl):
     assert_same(run(autocast()), run(torch.autocast("cpu", enabled=False)))
 
 
-@pytest.mark.parametrize("impl", ["torch", "reference"])
+@pytest.mark.parametrize("impl", implementations.ALL)
 def test_autocast_around_backward_changes_nothing(impl):
     leaves = randn(9, D, grad=True), *parameters()[:2]
 

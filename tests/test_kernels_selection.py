@@ -2,6 +2,7 @@
 
 import math
 
+import implementations
 import pytest
 import torch
 
@@ -10,6 +11,7 @@ from kronsae_kernels.common import COMPOSITIONS
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 both = pytest.mark.parametrize("impl", ["torch", "reference"])
+every = pytest.mark.parametrize("impl", implementations.ALL)
 
 
 def encode(pre_latents, m, k, **options):
@@ -19,7 +21,7 @@ def encode(pre_latents, m, k, **options):
     return codes.values.tolist(), codes.indices.tolist()
 
 
-@both
+@every
 def test_values_of_each_composition(impl):
     # Head 0: base 4, -1 and extension 9, 1, -2. Head 1: base 2, 0 and extension 3, 8, 5.
     heads = [[4.0, -1.0, 9.0, 1.0, -2.0], [2.0, 0.0, 3.0, 8.0, 5.0]]
@@ -39,7 +41,7 @@ def test_values_of_each_composition(impl):
     )
 
 
-@both
+@every
 def test_ties_go_to_the_lowest_index(impl):
     heads = [[1.0, 1.0, 2.0, 2.0]] * 5
     assert encode(heads, m=2, k=3, impl=impl)[1] == [0, 1, 2]
@@ -49,7 +51,7 @@ def test_ties_go_to_the_lowest_index(impl):
     assert encode([[-1.0, 3.0]] * 5, m=1, k=3, impl=impl) == ([0.0] * 3, [0, 1, 2])
 
 
-@both
+@every
 def test_product_decides_not_its_root(impl):
     """sqrt is not one to one in float32: 1 and the next number have the same root."""
     above = 1 + torch.finfo(torch.float32).eps
@@ -58,7 +60,7 @@ def test_product_decides_not_its_root(impl):
     assert indices == [1, 0]
 
 
-@both
+@every
 def test_bfloat16_latents_compete_in_float32(impl):
     """1.0078125 and 1 are neighbours in bfloat16, where these three products would all be 1."""
     w_enc = torch.tensor([[1.0, 1.0], [1.0078125, 0.9921875], [0.9921875, 1.0]]).bfloat16()
@@ -70,7 +72,7 @@ def test_bfloat16_latents_compete_in_float32(impl):
     assert codes.values.dtype == torch.float32
 
 
-@both
+@every
 def test_mask_selects_among_its_latents_alone(impl):
     heads = [[4.0, 2.0, 9.0, 1.0], [2.0, 1.0, 3.0, 8.0]]  # products 36 4 18 2, 6 16 3 8
     mask = torch.tensor([0, 1, 0, 1, 1, 0, 0, 1]).bool()
@@ -84,7 +86,7 @@ def test_mask_selects_among_its_latents_alone(impl):
     assert encode(heads, m=1, k=1, mask=mask, impl=impl) == ([0.0], [3])
 
 
-@both
+@every
 def test_dense(impl):
     w_enc = torch.tensor([[3.0], [-1.0], [5.0], [5.0], [0.0], [2.0]])
     codes = dense_encode(torch.ones(1), w_enc, k=6, impl=impl)
@@ -151,7 +153,7 @@ def test_bad_row_stays_in_its_row(bad, composition, impl):
         assert out.isnan().all()
 
 
-@both
+@every
 def test_bad_row_of_a_dense_encoder(impl):
     x, w_enc = torch.randint(-2, 3, (6, 4)).float(), torch.randint(-2, 3, (64, 4)).float()
     spoiled = x.clone()

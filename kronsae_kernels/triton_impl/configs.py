@@ -37,8 +37,13 @@ def generation_of(device: torch.device) -> str:
 
 
 def config_of(kernel: str, generation: str, **blocks: int) -> Config:
-    """The configuration of a kernel for a card generation; `blocks` override its block sizes."""
+    """The configuration of a kernel for a card generation; `blocks` override its block sizes.
+
+    Raises ValueError for a kernel that the table does not have, and for a table that is not right.
+    """
     table = _table()
+    if kernel not in table["default"]:
+        raise ValueError(f"{kernel}: expected one of {sorted(table['default'])}")
     found = {**table["default"][kernel], **table.get(generation, {}).get(kernel, {})}
     found |= _overrides.get(kernel, {})
     warps, stages = found.pop("num_warps"), found.pop("num_stages")
@@ -66,5 +71,25 @@ def override(kernel: str, **changes: int) -> Iterator[None]:
 
 
 @functools.cache
-def _table() -> dict[str, Any]:
-    return json.loads(PATH.read_text(encoding="utf-8"))
+def _table() -> dict[str, dict[str, dict[str, int]]]:
+    table = json.loads(PATH.read_text(encoding="utf-8"))
+    _check(table)
+    return table
+
+
+def _check(table: dict[str, dict[str, dict[str, Any]]]) -> None:
+    """Raise ValueError for what is not known of the default, and what is not an integer >= 0."""
+    default = table["default"]
+    for generation, kernels in table.items():
+        for kernel, numbers in kernels.items():
+            where = f"{PATH.name}: {generation}: {kernel}"
+            if kernel not in default:
+                raise ValueError(f"{where}: expected one of {sorted(default)}")
+            known = default[kernel].keys()
+            if not {"num_warps", "num_stages"} <= known:
+                raise ValueError(f"{where}: expected num_warps and num_stages, got {sorted(known)}")
+            for name, number in numbers.items():
+                if name not in known:
+                    raise ValueError(f"{where}: {name}: expected one of {sorted(known)}")
+                if type(number) is not int or number < 0:
+                    raise ValueError(f"{where}: {name}: expected an integer >= 0, got {number!r}")
