@@ -119,6 +119,17 @@ def test_special_numbers(name, composition, device):
         assert_same(got, expected_of(pre, m, k, composition, of_mask))
 
 
+@pytest.mark.parametrize("name", ["ties", "normal"])
+def test_mul_where_all_products_are_negative(name, device):
+    """A head's largest product is then that of its smallest number and its largest negative one."""
+    pre = special(name, 1, 5, 23).abs() + 0.5
+    pre[:, 2:] *= -1
+    for one in (pre, -pre):
+        one = one.to(device)
+        for k in (3, 30):
+            assert_same(select(one, 2, k, "mul"), expected_of(one, 2, k, "mul"))
+
+
 @pytest.mark.parametrize("name", SPECIAL)
 def test_special_numbers_of_a_dense_encoder(name, device):
     """F is no multiple of a group of 4 (k = 6) nor of one of 8 (k = 2)."""
@@ -294,7 +305,10 @@ def fused_product():
 def test_fused_product(m, n, heads, d, tokens, bias, composition, dtype, device, kernels):
     x = torch.randn(tokens, d).to(device, dtype)
     w_enc = torch.randn(heads, m + n, d).to(device, dtype)
-    b_enc = torch.randn(heads, m + n).to(device, dtype) if bias else None
+    b_enc = None
+    if bias:  # in half of the heads, no product is positive
+        opposite = torch.tensor([40.0] * m + [-40.0] * n) * (torch.arange(heads)[:, None] % 2)
+        b_enc = (torch.randn(heads, m + n) + opposite).to(device, dtype)
     weight = torch_impl.i_major(w_enc)
     of_row = None if b_enc is None else b_enc.t().reshape(-1)
     selection = operations.Selection(heads, m, n, 4, composition == "mul")
