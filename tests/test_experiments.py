@@ -193,6 +193,8 @@ def test_overview_lists_all(capsys):
         ("m2n4", ("kron", 8, 2, 4, "mand")),
         ("h8m2n4", ("kron", 8, 2, 4, "mand")),
         ("m2n4-relu_mul", ("kron", 8, 2, 4, "relu_mul")),
+        ("matryoshka", ("dense", 0, 0, 0, "mand")),
+        ("switch-m2n4-relu_mul", ("kron", 8, 2, 4, "relu_mul")),
     ],
 )
 def test_variants(variant, expected):
@@ -200,7 +202,34 @@ def test_variants(variant, expected):
     assert (found.encoder, found.heads, found.m, found.n, found.composition) == expected
 
 
-@pytest.mark.parametrize("variant", ["dense", "m2", "h4m2n4", "m2n4-xor"])
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [
+        ("topk", ("topk", "plain", 0)),
+        ("matryoshka", ("topk", "matryoshka", 0)),
+        ("switch", ("topk", "plain", 8)),
+        ("jumprelu", ("jumprelu", "plain", 0)),
+    ],
+)
+def test_families(family, expected):
+    """The Kron form of a family differs from its dense form in the encoder alone."""
+    for variant in (family, f"{family}-m1n4"):
+        found = common.sae_config(variant, dict_size=64, k=4)
+        assert (found.selection, found.objective, found.experts) == expected
+        assert (found.encoder == "dense") == (variant == family)
+
+
+def test_kron_forms_stand_behind_their_dense_forms():
+    variants = ("topk", "m2n4", "switch-m2n4", "h8m2n4-mul", "switch-m4n4")
+    assert common.with_dense_forms(variants) == (
+        "topk", "m2n4", "switch", "switch-m2n4", "h8m2n4-mul", "switch-m4n4"
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "variant",
+    ["dense", "m2", "h4m2n4", "m2n4-xor", "switch-", "m2n4-switch", "matryoshka-m2n4"],
+)
 def test_wrong_variants(variant):
     with pytest.raises(InputError):
         common.sae_config(variant, dict_size=64, k=4)
@@ -322,4 +351,5 @@ def test_equal_flops():
 
     tokens = equal_flops_tokens("m2n4", dict_size=64, k=4, d_model=16, budget=1000)
     assert tokens == round(1000 * (1024 + 64) / (768 + 64 + 64))
-    assert equal_flops_tokens("topk", 64, 4, 16, 1000) == 1000
+    for dense in ("topk", "matryoshka"):
+        assert equal_flops_tokens(dense, 64, 4, 16, 1000) == 1000
