@@ -345,6 +345,27 @@ def test_mean_correlations_equal_the_whole_matrix():
     torch.testing.assert_close(found.others, matrix.sum(1) / (len(alive) - 1))
 
 
+def test_jumprelu_is_not_chosen_for_more_latents():
+    """More latents explain more: rates that meet their L0 go first, then who is nearest to it."""
+    from kronsae.experiments.jumprelu import merit
+
+    def ranked(*runs):
+        runs = [{"k": 100, "l0": l0, "explained_variance": ev} for l0, ev in runs]
+        return [run["l0"] for run in sorted(runs, key=merit, reverse=True)]
+
+    assert ranked((150, 0.9), (108, 0.7), (93, 0.8)) == [93, 108, 150]
+    assert ranked((150, 0.9), (80, 0.7)) == [80, 150]
+
+
+def test_jumprelu_is_judged_at_the_l0_it_has():
+    from kronsae.experiments.jumprelu import on_curve
+
+    points = [(64, 0.7), (16, 0.5), (128, 0.9)]
+    found = [on_curve(points, l0) for l0 in (8, 16, 32, 64, 128, 256)]
+    assert found == pytest.approx([0.4, 0.5, 0.6, 0.7, 0.9, 1.1])
+    assert on_curve([(16, 0.5)], 20) == 0.5
+
+
 def test_equal_flops():
     """Eq. 7 by hand: TopK 64·16 + 4·16; m2n4 with 8 heads 16·8·6 + 64 + 4·16."""
     from kronsae.experiments.isoflop import equal_flops_tokens

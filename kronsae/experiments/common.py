@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
+from operator import itemgetter
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -357,16 +358,19 @@ def fit_whole(
 
 def quality(result: FitResult) -> dict[str, float]:
     """The figures of a training that experiments keep."""
-    return {name: result.metrics[name] for name in ("explained_variance", "dead_share")}
+    return {name: result.metrics[name] for name in ("explained_variance", "dead_share", "l0")}
 
 
 def tuned_cells(
-    rows: Iterable[dict[str, Any]], settings: TrainingSettings, runs: Sequence[Run]
+    rows: Iterable[dict[str, Any]],
+    settings: TrainingSettings,
+    runs: Sequence[Run],
+    merit: Callable[[Run], Any] = itemgetter("explained_variance"),
 ) -> list[dict[str, Any]]:
     """Cells of each row over its seeds, at the learning rate that is best for it.
 
-    Where there are several rates, each is first tried on TUNING_SEED, and the one that explains
-    most wins: so call it anew when runs are done.
+    Where there are several rates, each is first tried on TUNING_SEED, and that of the greatest
+    merit (what it explains) wins: so call it anew when runs are done.
     """
     cells = []
     for row in rows:
@@ -376,7 +380,7 @@ def tuned_cells(
             tried = [run for run in runs if any(matches(run, trial) for trial in trials)]
             if len(tried) < len(trials):
                 continue
-            best = max(tried, key=lambda run: run["explained_variance"])["lr"]
+            best = max(tried, key=merit)["lr"]
         else:
             best = trials[0]["lr"]
         cells += [{**row, "lr": best, "seed": seed} for seed in range(settings.seeds)]
