@@ -88,7 +88,7 @@ def conclude(settings: Settings, runs: Sequence[Run]) -> Conclusion:
             f"{kron} explains more than {dense_form(kron)} at {count} of {len(settings.k)} k"
             for kron, count in wins.items()
         )
-        + " (paper: curves, no numbers to count)."
+        + " (paper: pictures, Figs. 3 and 10)."
     )
     lines = [[k, *(found[k, variant] for variant in variants)] for k in settings.k]
     return Conclusion(markdown(["k", *variants], lines), line)
