@@ -193,6 +193,8 @@ def test_overview_lists_all(capsys):
         ("m2n4", ("kron", 8, 2, 4, "mand")),
         ("h8m2n4", ("kron", 8, 2, 4, "mand")),
         ("m2n4-relu_mul", ("kron", 8, 2, 4, "relu_mul")),
+        ("matryoshka", ("dense", 0, 0, 0, "mand")),
+        ("switch-m2n4-relu_mul", ("kron", 8, 2, 4, "relu_mul")),
     ],
 )
 def test_variants(variant, expected):
@@ -200,7 +202,34 @@ def test_variants(variant, expected):
     assert (found.encoder, found.heads, found.m, found.n, found.composition) == expected
 
 
-@pytest.mark.parametrize("variant", ["dense", "m2", "h4m2n4", "m2n4-xor"])
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [
+        ("topk", ("topk", "plain", 0)),
+        ("matryoshka", ("topk", "matryoshka", 0)),
+        ("switch", ("topk", "plain", 8)),
+        ("jumprelu", ("jumprelu", "plain", 0)),
+    ],
+)
+def test_families(family, expected):
+    """The Kron form of a family differs from its dense form in the encoder alone."""
+    for variant in (family, f"{family}-m1n4"):
+        found = common.sae_config(variant, dict_size=64, k=4)
+        assert (found.selection, found.objective, found.experts) == expected
+        assert (found.encoder == "dense") == (variant == family)
+
+
+def test_kron_forms_stand_behind_their_dense_forms():
+    variants = ("topk", "m2n4", "switch-m2n4", "h8m2n4-mul", "switch-m4n4")
+    assert common.with_dense_forms(variants) == (
+        "topk", "m2n4", "switch", "switch-m2n4", "h8m2n4-mul", "switch-m4n4"
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "variant",
+    ["dense", "m2", "h4m2n4", "m2n4-xor", "switch-", "m2n4-switch", "matryoshka-m2n4"],
+)
 def test_wrong_variants(variant):
     with pytest.raises(InputError):
         common.sae_config(variant, dict_size=64, k=4)
@@ -316,10 +345,32 @@ def test_mean_correlations_equal_the_whole_matrix():
     torch.testing.assert_close(found.others, matrix.sum(1) / (len(alive) - 1))
 
 
+def test_jumprelu_is_not_chosen_for_more_latents():
+    """More latents explain more: rates that meet their L0 go first, then who is nearest to it."""
+    from kronsae.experiments.jumprelu import merit
+
+    def ranked(*runs):
+        runs = [{"k": 100, "l0": l0, "explained_variance": ev} for l0, ev in runs]
+        return [run["l0"] for run in sorted(runs, key=merit, reverse=True)]
+
+    assert ranked((150, 0.9), (108, 0.7), (93, 0.8)) == [93, 108, 150]
+    assert ranked((150, 0.9), (80, 0.7)) == [80, 150]
+
+
+def test_jumprelu_is_judged_at_the_l0_it_has():
+    from kronsae.experiments.jumprelu import on_curve
+
+    points = [(64, 0.7), (16, 0.5), (128, 0.9)]
+    found = [on_curve(points, l0) for l0 in (8, 16, 32, 64, 128, 256)]
+    assert found == pytest.approx([0.4, 0.5, 0.6, 0.7, 0.9, 1.1])
+    assert on_curve([(16, 0.5)], 20) == 0.5
+
+
 def test_equal_flops():
     """Eq. 7 by hand: TopK 64·16 + 4·16; m2n4 with 8 heads 16·8·6 + 64 + 4·16."""
     from kronsae.experiments.isoflop import equal_flops_tokens
 
     tokens = equal_flops_tokens("m2n4", dict_size=64, k=4, d_model=16, budget=1000)
     assert tokens == round(1000 * (1024 + 64) / (768 + 64 + 64))
-    assert equal_flops_tokens("topk", 64, 4, 16, 1000) == 1000
+    for dense in ("topk", "matryoshka"):
+        assert equal_flops_tokens(dense, 64, 4, 16, 1000) == 1000

@@ -12,5 +12,8 @@ An experiment is a module here, named as on the command line, that holds
 `kronsae.experiments.common` does the rest: the grid, its file, resuming it.
 """
 
-NAMES = ("toy", "correlation", "composition", "heads", "isoflop", "layers")
+NAMES = (
+    *("toy", "correlation", "composition", "heads"),
+    *("isoflop", "layers", "sparsity", "jumprelu"),
+)
 """Experiments, in the order to list them; each is a module of this package."""

@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
+from operator import itemgetter
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -30,6 +31,14 @@ Run = dict[str, Any]
 
 TUNING_SEED = 1000
 """Seed of the runs that choose a learning rate; their figures are not reported."""
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "topk": {},
+    "matryoshka": {"objective": "matryoshka"},
+    "switch": {"experts": 8},
+    "jumprelu": {"selection": "jumprelu"},
+}
+"""SAEs that the paper gives a Kron encoder, and their settings. [KronSAE, App. A.1, A.6]"""
 
 
 class Conclusion(NamedTuple):
@@ -275,24 +284,41 @@ def collect(source: ActivationSource, tokens: int) -> Tensor:
 def sae_config(variant: str, dict_size: int, k: int) -> SAEConfig:
     """The SAE that a variant's name means.
 
-    "topk": a dense encoder; "m2n4": KronSAE with m = 2, n = 4 (and as many heads as dict_size
-    takes); "h8m2n4": the same with its heads, which must agree; "m2n4-relu_mul": another
-    composition than mAND. Raises InputError for any other name.
+    "topk", "matryoshka", "switch", "jumprelu": a dense encoder; "m2n4": KronSAE with m = 2, n = 4
+    (and as many heads as dict_size takes); "matryoshka-m2n4": the Kron form of another family than
+    TopK; "h8m2n4": with its heads, which must agree; "m2n4-relu_mul": another composition than
+    mAND. Raises InputError for any other name, and where dict_size does not fit the variant.
     """
-    if variant == "topk":
-        return SAEConfig(encoder="dense", dict_size=dict_size, k=k)
-    found = re.fullmatch(r"(?:h(\d+))?m(\d+)n(\d+)(?:-(\w+))?", variant)
+    family = dense_form(variant)
+    given = {"dict_size": dict_size, "k": k, **FAMILIES[family]}
+    if variant == family:
+        return SAEConfig(encoder="dense", **given)
+    shape = variant.removeprefix(f"{family}-")
+    found = re.fullmatch(r"(?:h(\d+))?m(\d+)n(\d+)(?:-(\w+))?", shape)
     if found is None:
-        raise InputError(f"variant: expected topk, m2n4, h8m2n4 or m2n4-relu_mul, got {variant!r}")
+        raise InputError(
+            f"variant: expected {', '.join(FAMILIES)}, m2n4, h8m2n4, m2n4-relu_mul or "
+            f"matryoshka-m2n4, got {variant!r}"
+        )
     heads, m, n, composition = found.groups()
     return SAEConfig(
         heads=int(heads or 0),
         m=int(m),
         n=int(n),
-        dict_size=dict_size,
-        k=k,
         composition=composition or "mand",
+        **given,
     )
+
+
+def dense_form(variant: str) -> str:
+    """The variant with a dense encoder that a Kron form is held against (of itself: itself)."""
+    family = variant.partition("-")[0]
+    return family if family in FAMILIES else "topk"
+
+
+def with_dense_forms(variants: Iterable[str]) -> tuple[str, ...]:
+    """The variants, each family's dense form before its Kron forms, none twice."""
+    return tuple(dict.fromkeys(name for kron in variants for name in (dense_form(kron), kron)))
 
 
 def train(
@@ -332,16 +358,19 @@ def fit_whole(
 
 def quality(result: FitResult) -> dict[str, float]:
     """The figures of a training that experiments keep."""
-    return {name: result.metrics[name] for name in ("explained_variance", "dead_share")}
+    return {name: result.metrics[name] for name in ("explained_variance", "dead_share", "l0")}
 
 
 def tuned_cells(
-    rows: Iterable[dict[str, Any]], settings: TrainingSettings, runs: Sequence[Run]
+    rows: Iterable[dict[str, Any]],
+    settings: TrainingSettings,
+    runs: Sequence[Run],
+    merit: Callable[[Run], Any] = itemgetter("explained_variance"),
 ) -> list[dict[str, Any]]:
     """Cells of each row over its seeds, at the learning rate that is best for it.
 
-    Where there are several rates, each is first tried on TUNING_SEED, and the one that explains
-    most wins: so call it anew when runs are done.
+    Where there are several rates, each is first tried on TUNING_SEED, and that of the greatest
+    merit (what it explains) wins: so call it anew when runs are done.
     """
     cells = []
     for row in rows:
@@ -351,7 +380,7 @@ def tuned_cells(
             tried = [run for run in runs if any(matches(run, trial) for trial in trials)]
             if len(tried) < len(trials):
                 continue
-            best = max(tried, key=lambda run: run["explained_variance"])["lr"]
+            best = max(tried, key=merit)["lr"]
         else:
             best = trials[0]["lr"]
         cells += [{**row, "lr": best, "seed": seed} for seed in range(settings.seeds)]

@@ -1,7 +1,9 @@
 """Explained variance at equal FLOPs, over budgets and dictionary sizes. [KronSAE, Figs. 1, 9]
 
 A budget is what a TopK SAE of the same dictionary size spends on so many tokens (eq. 7); a variant
-with a cheaper encoder sees more tokens for it. The learning rate is chosen for each point.
+with a cheaper encoder sees more tokens for it. The learning rate is chosen for each point. A
+Matryoshka SAE costs what its plain form does: one pass over the active latents reconstructs from
+all nested prefixes.
 """
 
 import dataclasses
@@ -17,6 +19,7 @@ from kronsae.experiments.common import (
     Run,
     TrainingSettings,
     axis,
+    dense_form,
     explained,
     markdown,
     panels,
@@ -25,10 +28,12 @@ from kronsae.experiments.common import (
     save,
     train,
     tuned_cells,
+    with_dense_forms,
 )
+from kronsae.flops import equal_budget
 
 FIGURE = "Figs. 1, 9"
-STATEMENT = "At equal FLOPs KronSAE explains as much as a TopK SAE, or more."
+STATEMENT = "At equal FLOPs a Kron encoder explains as much as a dense one, or more."
 
 BASELINE = "topk"
 """The variant whose FLOPs are the budget."""
@@ -38,14 +43,16 @@ BASELINE = "topk"
 class Settings(TrainingSettings):
     budgets: tuple[int, ...] = axis((100_000, 200_000, 400_000), "tokens that a TopK SAE sees")
     dict_sizes: tuple[int, ...] = axis((2048, 4096), "dictionary sizes F")
-    variants: tuple[str, ...] = axis(("m2n4", "m4n4"), "what is held against topk")
+    variants: tuple[str, ...] = axis(
+        ("m2n4", "m4n4", "matryoshka-m2n4"), "Kron forms, each held against its dense form"
+    )
     seeds: int = axis(2, "trainings of each point")
 
 
 SMALLEST = SMALLEST_TRAINING | {
     "budgets": (1024, 2048),
     "dict_sizes": (128,),
-    "variants": ("m2n4",),
+    "variants": ("m2n4", "matryoshka-m2n4"),
 }
 PAPER = QWEN | {
     "budgets": (125_000_000, 500_000_000, 1_000_000_000, 2_000_000_000),
@@ -57,10 +64,15 @@ def cells(settings: Settings, runs: Sequence[Run]) -> list[dict[str, Any]]:
     rows = [
         {"dict_size": size, "variant": variant, "budget": budget}
         for size in settings.dict_sizes
-        for variant in (BASELINE, *settings.variants)
+        for variant in compared(settings)
         for budget in settings.budgets
     ]
     return tuned_cells(rows, settings, runs)
+
+
+def compared(settings: Settings) -> tuple[str, ...]:
+    """All variants: the baseline, Kron forms, and what they are held against."""
+    return with_dense_forms((BASELINE, *settings.variants))
 
 
 def equal_flops_tokens(variant: str, dict_size: int, k: int, d_model: int, budget: int) -> int:
@@ -69,7 +81,7 @@ def equal_flops_tokens(variant: str, dict_size: int, k: int, d_model: int, budge
         name: dataclasses.replace(sae_config(name, dict_size, k), d_model=d_model).flops_per_token()
         for name in (BASELINE, variant)
     }
-    return round(budget * cost[BASELINE] / cost[variant])
+    return equal_budget(budget, cost[BASELINE], cost[variant])
 
 
 def prepare(settings: Settings) -> Activations:
@@ -77,7 +89,7 @@ def prepare(settings: Settings) -> Activations:
     activations = Activations(settings)
     most = max(
         equal_flops_tokens(variant, size, settings.k, activations.d_model, max(settings.budgets))
-        for variant in (BASELINE, *settings.variants)
+        for variant in compared(settings)
         for size in settings.dict_sizes
     )
     return activations.hold(most)
@@ -93,23 +105,24 @@ def run(settings: Settings, activations: Activations, cell: dict[str, Any]) -> d
 
 
 def conclude(settings: Settings, runs: Sequence[Run]) -> Conclusion:
-    lines, wins = [], {variant: 0 for variant in settings.variants}
+    krons = [variant for variant in compared(settings) if variant != dense_form(variant)]
+    lines, wins = [], dict.fromkeys(krons, 0)
     for size in settings.dict_sizes:
         for budget in settings.budgets:
             found = {
                 variant: explained(runs, dict_size=size, budget=budget, variant=variant)
-                for variant in (BASELINE, *settings.variants)
+                for variant in compared(settings)
             }
             lines.append([f"{size:,}", f"{budget:,}", *found.values()])
-            for variant in settings.variants:
-                wins[variant] += found[variant].mean >= found[BASELINE].mean
+            for variant in krons:
+                wins[variant] += found[variant].mean >= found[dense_form(variant)].mean
     points = len(settings.dict_sizes) * len(settings.budgets)
     line = (
-        "At equal FLOPs, at least as much as TopK explains: "
+        "At equal FLOPs, at least as much as its dense form explains: "
         + ", ".join(f"{variant} at {count} of {points} points" for variant, count in wins.items())
         + " (paper: on a par or better; its authors expect TopK to win at large budgets)."
     )
-    header = ["F", "TopK's tokens", BASELINE, *settings.variants]
+    header = ["F", "TopK's tokens", *compared(settings)]
     return Conclusion(markdown(header, lines), line)
 
 
@@ -118,7 +131,7 @@ def draw(settings: Settings, runs: Sequence[Run], path: Path) -> None:
     count = len(settings.dict_sizes)
     figure, (row,) = panels(1, count, (4.5 * count, 3.4))
     for axes, size in zip(row, settings.dict_sizes, strict=True):
-        for variant in (BASELINE, *settings.variants):
+        for variant in compared(settings):
             points = []
             for budget in sorted(settings.budgets):
                 of_point = {"dict_size": size, "budget": budget, "variant": variant}
