@@ -315,17 +315,29 @@ def conclude(settings: Settings, runs: Sequence[Run]) -> Conclusion:
     rv = {name: over_setups(runs, name, "rv") for name in ("autoencoder", *VARIANTS)}
     topk, krons = rv["topk"], VARIANTS[1:]
 
-    def above(key: str) -> str:
-        names = [name for name in krons if over_setups(runs, name, key).mean > topk.mean]
-        return ", ".join(names) or "none"
+    setups = sorted({run["setup"] for run in runs})
 
+    def above(key: str, baseline: str) -> str:
+        """For each KronSAE in how many set-ups its figure is above TopK's."""
+        wins = [
+            sum(
+                over_setups(of_setup, name, key).mean > over_setups(of_setup, "topk", baseline).mean
+                for of_setup in ([run for run in runs if run["setup"] == s] for s in setups)
+            )
+            for name in krons
+        ]
+        return ", ".join(str(count) for count in wins)
+
+    on_average = [name for name in krons if rv[name].mean > topk.mean]
     line = (
         f"RV of the autoencoder {rv['autoencoder'].to(2)} (paper: {PAPER_RV['autoencoder']}), of "
         f"TopK {topk.to(2)} (paper: {PAPER_RV['topk']}), of the KronSAEs "
         + ", ".join(rv[name].to(2) for name in krons)
-        + f" (paper: {', '.join(PAPER_RV[name] for name in krons)}). Above TopK: {above('rv')} "
-        f"(paper: all four); from an untied start: {above('untied.rv')}; before any training: "
-        f"{above('before_training.rv')} (the paper has no such controls)."
+        + f" (paper: {', '.join(PAPER_RV[name] for name in krons)}). On average above TopK: "
+        f"{', '.join(on_average) or 'none'} (paper: all four). Above it in {above('rv', 'rv')} of "
+        f"{len(setups)} set-ups; from an untied start in {above('untied.rv', 'rv')}; before any "
+        f"training in {above('before_training.rv', 'before_training.rv')}; with latents matched to "
+        f"S itself in {above('rv_direct', 'rv_direct')} (the paper does not say)."
     )
     return Conclusion(markdown(["", "RV, paper", *COLUMNS], rows), line)
 
