@@ -97,13 +97,17 @@ def special(name: str, *shape: int) -> Tensor:
         "overflow": (normal.abs() + 0.5) * 1e25,
         "infinite": torch.where(sometimes, torch.inf, normal.abs() + 0.1),
         "nan": torch.where(sometimes, torch.nan, normal),
+        "negative nan": torch.where(
+            sometimes, torch.full(shape, torch.nan).copysign(-normal.abs()), normal
+        ),
         "all nan": torch.full(shape, torch.nan),
     }[name]
 
 
 SPECIAL = (
     "normal", "ties", "one value", "zero", "negative", "negative ties", "signed zeros",
-    "zeros and signs", "underflow", "subnormal", "overflow", "infinite", "nan", "all nan",
+    "zeros and signs", "underflow", "subnormal", "overflow", "infinite", "nan", "negative nan",
+    "all nan",
 )  # fmt: skip
 
 
