@@ -33,7 +33,13 @@ def on(device):
     return move
 
 
-@pytest.mark.parametrize("name", INPUTS)
+def has_kernels(name):
+    """Whether the operator takes an implementation: others are torch calls everywhere."""
+    schema = getattr(torch.ops.kronsae, name).default._schema
+    return schema.arguments[-1].name == "impl"
+
+
+@pytest.mark.parametrize("name", filter(has_kernels, INPUTS))
 def test_opcheck(name, device):
     """The same inputs as of the torch implementation, but for float64."""
     operator = getattr(torch.ops.kronsae, name).default
