@@ -185,10 +185,10 @@ def diverging(monkeypatch):
 
     step = Learner.step
 
-    def fails(self, x):
+    def fails(self, x, target):
         if self.sae.config.composition == "mul" and self.step_count == 12:
             raise FloatingPointError("gradient norm is nan at step 12")
-        return step(self, x)
+        return step(self, x, target)
 
     monkeypatch.setattr(Learner, "step", fails)
 
