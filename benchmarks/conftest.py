@@ -9,7 +9,7 @@ from benchmarks.shapes import SHAPES, batches
 
 
 def pytest_addoption(parser):
-    default = "P1,P3" if torch.cuda.is_available() else "S1,S2"
+    default = "P1,P3" if torch.cuda.is_available() else "S1"
     parser.addoption(
         "--shapes",
         default=default,
