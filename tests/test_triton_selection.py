@@ -37,11 +37,11 @@ def small_programs():
 
 @pytest.fixture
 def kernels(monkeypatch) -> list[str]:
-    """Names of the kernels that were launched."""
+    """Names of the kernels that were launched; of `rank_latents`, whether it sorts."""
     names, original = [], launch.launch
 
     def noting(kernel, grid, config, **arguments):
-        names.append(kernel.fn.__name__)
+        names.append(kernel.fn.__name__ + (" and sort" if arguments.get("SORT") else ""))
         original(kernel, grid, config, **arguments)
 
     monkeypatch.setattr(operations, "launch", noting)
@@ -132,6 +132,17 @@ def test_mul_where_all_products_are_negative(name, device):
         one = one.to(device)
         for k in (3, 30):
             assert_same(select(one, 2, k, "mul"), expected_of(one, 2, k, "mul"))
+
+
+@pytest.mark.parametrize("name", ["ties", "normal"])
+@pytest.mark.parametrize("composition", ["mand", "mul"])
+def test_mask_decides_which_heads_and_rows_stay(composition, name, device):
+    """One latent in eight is allowed, so that most of the largest are not."""
+    pre = special(name, 2, 7, 21).to(device)
+    mask = (torch.rand(252) < 0.125).to(device)
+    for k in (3, 6):
+        got = select(pre, 4, k, composition, mask)
+        assert_same(got, expected_of(pre, 4, k, composition, mask))
 
 
 @pytest.mark.parametrize("name", SPECIAL)
@@ -248,11 +259,13 @@ def test_what_does_not_fit_is_selected_by_torch(most, device, kernels, monkeypat
 
 
 @pytest.mark.parametrize("name", ["ties", "normal"])
-def test_long_lists_are_sorted_by_torch(name, device, monkeypatch):
+def test_long_lists_are_sorted_by_torch(name, device, kernels, monkeypatch):
     monkeypatch.setattr(operations, "MAX_SORTED", 8)
     pre = special(name, 1, 4, 11).to(device)
     for k in (8, 9, 44):
+        kernels.clear()
         assert_same(select(pre, 2, k, "mul"), expected_of(pre, 2, k, "mul"))
+        assert kernels[-1] == ("rank_latents and sort" if k == 8 else "rank_latents")
 
 
 def test_lists_as_long_as_a_program_sorts(device):
@@ -301,7 +314,7 @@ def fused_product():
     [
         pytest.param(2, 4, 11, 37, 18, True, "mand", torch.bfloat16, id="odd"),
         pytest.param(2, 4, 11, 37, 3, True, "mand", torch.float16, id="float16"),
-        pytest.param(1, 1, 40, 8, 5, False, "mul", torch.bfloat16, id="1 x 1, mul"),
+        pytest.param(1, 1, 40, 8, 35, False, "mul", torch.bfloat16, id="1 x 1, mul"),
         pytest.param(3, 5, 7, 32, 5, True, "mul", torch.float16, id="3 x 5, mul"),
         pytest.param(4, 1, 9, 65, 5, True, "relu_mul", torch.bfloat16, id="4 x 1"),
     ],
@@ -327,14 +340,13 @@ def test_fused_product(m, n, heads, d, tokens, bias, composition, dtype, device,
     assert torch.equal(keys, key_of(products.flatten(2).amax(2)))
 
     options = {"m": m, "k": 4, "composition": composition, "impl": "triton"}
-    got = fused_encode(x, w_enc, b_enc, **options)
-    indices, base, extension = expected_of(pre, m, 4, composition)
-    x = x[:2]
+    got = fused_encode(x[:3], w_enc, b_enc, **options)
+    indices, base, extension = expected_of(pre[:3], m, 4, composition)
     assert torch.equal(got.indices, indices)
     assert torch.equal(got.values, reference.compose(base * extension, composition, 0.0))
     assert kernels.count("encode_gemm") == 2
 
     mask = (torch.arange(heads * m * n) % 4 > 0).to(device)
-    fused_encode(x, w_enc, b_enc, **options, mask=mask)
-    fused_encode(x.float(), w_enc.float(), **options)
+    fused_encode(x[:2], w_enc, b_enc, **options, mask=mask)
+    fused_encode(x[:2].float(), w_enc.float(), **options)
     assert kernels.count("encode_gemm") == 2  # it makes maxima without a mask, in 16 bits
