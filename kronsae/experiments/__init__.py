@@ -1,7 +1,8 @@
 """The paper's statements, checked: `python -m kronsae.experiments NAME`.
 
 An experiment is a module here, named as on the command line, that holds
-    FIGURE, STATEMENT        what of the paper it checks (a figure or table; one sentence)
+    FIGURE, STATEMENT        what of the paper it checks: a figure or table, and its statement, or
+                             what it asks where the paper's answer is a picture alone
     Settings                 frozen dataclass of `kronsae.config.setting`s: its flags and defaults
     SMALLEST, PAPER          settings for a run of seconds, and for one of the paper's size
     cells(settings, runs)    the runs it wants, each a dict of JSON values, as far as is known now

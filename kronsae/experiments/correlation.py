@@ -39,8 +39,8 @@ from kronsae_kernels import SparseCodes
 
 FIGURE = "section 5.2, Fig. 6"
 STATEMENT = (
-    "Latents correlate more with their head than with all others, and in a trained KronSAE more "
-    "than in a random one."
+    "How latents correlate within their head and with all others, in a trained KronSAE and in a "
+    "random one."
 )
 
 BINS = 40
@@ -180,7 +180,7 @@ def conclude(settings: Settings, runs: Sequence[Run]) -> Conclusion:
     line = (
         f"Latents correlate more with their own head than with all others in {within} of "
         f"{len(found)} trained shapes, and more than in a head of random weights in {learned} "
-        "(paper: both hold)."
+        "(paper: a picture, Fig. 6)."
     )
     return Conclusion(markdown(header, lines), line)
 

@@ -33,7 +33,7 @@ from kronsae.experiments.common import (
 from kronsae.flops import equal_budget
 
 FIGURE = "Figs. 1, 9"
-STATEMENT = "At equal FLOPs a Kron encoder explains as much as a dense one, or more."
+STATEMENT = "How much a Kron encoder explains with the FLOPs of a dense one."
 
 BASELINE = "topk"
 """The variant whose FLOPs are the budget."""
@@ -120,7 +120,7 @@ def conclude(settings: Settings, runs: Sequence[Run]) -> Conclusion:
     line = (
         "At equal FLOPs, at least as much as its dense form explains: "
         + ", ".join(f"{variant} at {count} of {points} points" for variant, count in wins.items())
-        + " (paper: on a par or better; its authors expect TopK to win at large budgets)."
+        + " (paper: pictures, Figs. 1 and 9; its authors expect TopK to win at large budgets)."
     )
     header = ["F", "TopK's tokens", *compared(settings)]
     return Conclusion(markdown(header, lines), line)

@@ -25,7 +25,7 @@ from kronsae.experiments.common import (
 )
 
 FIGURE = "Fig. 12"
-STATEMENT = "KronSAE stands beside TopK alike at every layer of a model."
+STATEMENT = "How KronSAE stands beside TopK at each layer of a model."
 
 
 @dataclasses.dataclass(frozen=True)

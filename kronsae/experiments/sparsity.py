@@ -27,8 +27,8 @@ from kronsae.experiments.common import (
 
 FIGURE = "Figs. 3, 10"
 STATEMENT = (
-    "A Kron encoder stands beside a dense one at every sparsity, "
-    "in TopK, Matryoshka and Switch SAEs alike."
+    "How a Kron encoder stands beside a dense one at each sparsity, in TopK, Matryoshka and Switch "
+    "SAEs."
 )
 
 
