@@ -118,5 +118,6 @@ def draw(settings: Settings, runs: Sequence[Run], path: Path) -> None:
     axes.set_xlabel("k, active latents a token")
     axes.set_ylabel("explained variance")
     axes.set_title(f"F = {settings.dict_size:,}, {settings.tokens:,} tokens")
-    axes.legend(frameon=False)
+    # Six curves leave no room within the axes.
+    axes.legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     save(figure, path)
