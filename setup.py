@@ -34,6 +34,7 @@ setup(
             "pytest>=8",
             "pytest-benchmark",
             "pytest-timeout",
+            "pytest-xdist",
             "hypothesis",
             "expecttest",
             "ruff==0.17.6",

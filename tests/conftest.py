@@ -1,9 +1,13 @@
 """What all tests share: no network, two threads at most, one seed, poisoned memory.
 
-Without a GPU, Triton's interpreter runs the kernels, on CPU tensors.
+Without a GPU, Triton's interpreter runs the kernels, on CPU tensors. Where several processes test
+(pytest -n 2), each has one thread, and so have the processes that it starts.
 """
 
 import os
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # torch reads it when it is imported
 
 import hypothesis
 import pytest
