@@ -20,6 +20,7 @@ OBJECTIVES = ("plain", "matryoshka", "multi_topk")
 MULTI_TOPK = 4
 """Multi-TopK adds the error with so many times k latents. [Gao et al. 2024]"""
 COMPOSITIONS = ("mand", "relu_mul", "mul")
+DECODER_NORMS = ("unit", "free")
 DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT_BANDWIDTH = 0.1
 
@@ -78,6 +79,9 @@ class SAEConfig:
         "a router sends each token to one of so many equal parts of the dictionary (0: no Switch)",
     )
     skip: bool = setting(False, "a transcoder also predicts linearly from its input")
+    init_scale: float = setting(
+        1.0, "encoder weights start at so many times N(0, 1) / sqrt(2 dict_size)"
+    )
 
     def __post_init__(self) -> None:
         for name, choices in (
@@ -111,6 +115,10 @@ class SAEConfig:
             f"k: expected 1 <= k <= dict_size = {self.dict_size}, got {self.k}",
         )
         _require(math.isfinite(self.eps) and self.eps >= 0, f"eps: expected >= 0, got {self.eps}")
+        _require(
+            math.isfinite(self.init_scale) and self.init_scale > 0,
+            f"init_scale: expected > 0, got {self.init_scale}",
+        )
         _require(
             self.eps == 0 or self.composition == "mand",
             f"eps has no effect with composition {self.composition!r}: leave it out",
@@ -359,7 +367,13 @@ class TrainConfig:
     lr_final: float = setting(1e-6, "learning rate at the end of the cosine")
     lr_scale_by_dict_size: bool = setting(False, "multiply lr by 1 / sqrt(dict_size / 2**15)")
     warmup_fraction: float = setting(0.1, "share of the steps with linear warm-up")
+    adam_beta2: float = setting(
+        0.999, "how much of AdamW's second moment stays from a step to the next"
+    )
     weight_decay: float = setting(0.0, "weight decay of AdamW (on the encoder's weights)")
+    decoder_norm: str = setting(
+        "unit", "decoder rows are kept at unit norm, or free", choices=DECODER_NORMS
+    )
     max_grad_norm: float = setting(
         0.0, "clip the gradient's norm to this (0: no clipping; non-finite norms always stop)"
     )
@@ -419,6 +433,13 @@ class TrainConfig:
         ):
             value = getattr(self, name)
             _require(math.isfinite(value) and value >= 0, f"{name}: expected >= 0, got {value}")
+        _require(
+            0 <= self.adam_beta2 < 1, f"adam_beta2: expected 0 <= beta < 1, got {self.adam_beta2}"
+        )
+        _require(
+            self.decoder_norm in DECODER_NORMS,
+            f"decoder_norm: one of {DECODER_NORMS}, not {self.decoder_norm!r}",
+        )
         for name in ("warmup_fraction", "auxk_fraction"):
             value = getattr(self, name)
             _require(0 <= value <= 1, f"{name}: expected 0 to 1, got {value}")

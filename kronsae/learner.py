@@ -14,6 +14,8 @@ from kronsae.sae import SAE
 from kronsae_kernels import SparseCodes
 from kronsae_kernels import step as fused
 
+ADAM_BETA1 = 0.9
+
 
 def learning_rate(tokens: int, config: TrainConfig, dict_size: int, batch: int) -> float:
     """Rate of the step after `tokens` tokens: linear warm-up, then a cosine to lr_final.
@@ -108,6 +110,7 @@ class Learner:
         self.config = config
         self.device = device
         self.dtype = compute_dtype(config.dtype, device)
+        self.unit_norm = config.decoder_norm == "unit"
         reason = why_not_fused(sae_config, config, device)
         if config.fused_step == "on" and reason is not None:
             raise InputError(f"fused_step 'on': {reason}")
@@ -121,6 +124,7 @@ class Learner:
                 {"params": rest, "weight_decay": 0.0},
             ],
             lr=config.lr,
+            betas=(ADAM_BETA1, config.adam_beta2),
             fused=True,
         )
         weights = dict(self.sae.named_parameters())
@@ -137,6 +141,8 @@ class Learner:
                 composition=sae_config.composition,
                 eps=sae_config.eps,
                 dtype=self.dtype,
+                betas=(ADAM_BETA1, config.adam_beta2),
+                unit_norm=self.unit_norm,
                 weight_decay=config.weight_decay,
                 state={name.lower(): moment for name, moment in moments.items()},
             )
@@ -214,13 +220,15 @@ class Learner:
             codes.values.retain_grad()
         self.optimizer.zero_grad(set_to_none=True)
         (found.loss + config.auxk_coefficient * aux).backward()
-        remove_parallel_component(sae.W_dec, decoded)
+        if self.unit_norm:
+            remove_parallel_component(sae.W_dec, decoded)
         norm = torch.nn.utils.get_total_norm([p.grad for p in sae.parameters()])
         grad_norm = self._finite(norm)
         if config.max_grad_norm:
             torch.nn.utils.clip_grads_with_norm_(sae.parameters(), config.max_grad_norm, norm)
         self.optimizer.step()
-        sae.normalize_decoder()
+        if self.unit_norm:
+            sae.normalize_decoder()
         return Pass(found.mse.detach(), aux.detach(), found.codes, grad_norm, _more(found))
 
     def _fused_step(self, x: Tensor, lr: float, dead: Tensor, part: slice) -> Pass:

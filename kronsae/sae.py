@@ -51,9 +51,9 @@ class SAE(nn.Module):
     W_enc: [h, m + n, d] (Kron) or [F, d] (dense)      b_enc: [h, m + n] or [F]
     W_dec: [F, d], rows of unit norm                   b_dec: [d]
 
-    Initialised as in the paper: W_enc ~ N(0, 1) / sqrt(2F); decoder row (head, i, j) is base row i
-    plus extension row j of that head, scaled to unit norm (dense: the encoder's row); biases 0.
-    [KronSAE, App. H] `generator` draws the weights.
+    Initialised as in the paper: W_enc ~ N(0, 1) / sqrt(2F), times config.init_scale; decoder row
+    (head, i, j) is base row i plus extension row j of that head, scaled to unit norm (dense: the
+    encoder's row); biases 0. [KronSAE, App. H] `generator` draws the weights.
 
     and, where config asks for them,
     selection.…: BatchTopK's threshold, JumpReLU's thresholds (`kronsae.selection`)
@@ -99,7 +99,7 @@ class SAE(nn.Module):
         """Draw new weights (see the class)."""
         shape = self.W_enc.shape
         drawn = torch.randn(shape, generator=generator, device=_device_of(generator))
-        self.W_enc.copy_(drawn / (2 * self.config.dict_size) ** 0.5)
+        self.W_enc.copy_(drawn * self.config.init_scale / (2 * self.config.dict_size) ** 0.5)
         if self.config.d_target:
             shape = self.W_dec.shape
             rows = torch.randn(shape, generator=generator, device=_device_of(generator))

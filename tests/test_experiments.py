@@ -374,3 +374,32 @@ def test_equal_flops():
     assert tokens == round(1000 * (1024 + 64) / (768 + 64 + 64))
     for dense in ("topk", "matryoshka"):
         assert equal_flops_tokens(dense, 64, 4, 16, 1000) == 1000
+
+
+# convergence
+
+
+@pytest.mark.parametrize(
+    "arm, words",
+    [
+        ("lr_fnal=1", "NAME=VALUE"),
+        ("adam_beta2", "NAME=VALUE"),
+        ("adam_beta2=fast", "float"),
+        ("adam_beta2=2", "adam_beta2"),
+        ("eps=-1", "eps"),
+    ],
+)
+def test_arms_are_settings_of_the_trainer(arm, words):
+    experiment = load("convergence")
+    with pytest.raises(InputError, match=words):
+        experiment.cells(experiment.Settings(**experiment.SMALLEST | {"arms": (arm,)}), [])
+
+
+def test_a_dense_encoder_has_no_gate_to_change():
+    experiment = load("convergence")
+    settings = experiment.Settings(**experiment.SMALLEST)
+    assert experiment.arms_of(settings, "m2n4") == ["recipe", "adam_beta2=0.95", "eps=1e-5"]
+    assert experiment.arms_of(settings, "topk") == ["recipe", "adam_beta2=0.95"]
+    sae, recipe = experiment.configured(settings, "m2n4", "eps=1e-5")
+    assert sae.eps == 1e-5 and not recipe
+    assert experiment.configured(settings, "topk", "adam_beta2=0.95")[1] == {"adam_beta2": 0.95}

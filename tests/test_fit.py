@@ -266,6 +266,8 @@ def test_settings_of_fit_reach_the_learner():
         {"auxk_fraction": 1.0},
         {"dead_after_tokens": 100},
         {"weight_decay": 0.5},
+        {"adam_beta2": 0.9},
+        {"decoder_norm": "free"},
         {"max_grad_norm": 1e-3},
         {"lr_final": 1e-3},
         {"lr_scale_by_dict_size": True},

@@ -46,6 +46,15 @@ def test_schedule_ends_with_the_budget_whatever_the_batches(batch):
     assert all(rate > 1.2e-6 for rate in rates[:-1])  # and not before
 
 
+@pytest.mark.parametrize("decoder_norm", ["unit", "free"])
+def test_decoder_norms(decoder_norm):
+    subject = learner(decoder_norm=decoder_norm, lr=1e-2)
+    for _ in range(3):
+        subject.step(torch.randn(100, 16))
+    norms = subject.sae.W_dec.norm(dim=1)
+    assert torch.allclose(norms, torch.ones(128), atol=1e-5) == (decoder_norm == "unit")
+
+
 @pytest.mark.parametrize("tokens", [1, 2, 3, 4])
 def test_tiny_batches_do_not_blow_up_the_auxiliary_loss(tokens):
     subject = learner(dead_after_tokens=1)

@@ -48,6 +48,31 @@ def test_paper_initialisation():
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.ones(1024))
 
 
+def test_init_scale_multiplies_the_encoder_alone():
+    config = SAEConfig(d_model=8, heads=4, m=2, n=4, k=2)
+    wide = dataclasses.replace(config, init_scale=4.0)
+    one, other = (SAE(c, generator=torch.Generator().manual_seed(3)) for c in (config, wide))
+    torch.testing.assert_close(other.W_enc, 4 * one.W_enc)
+    torch.testing.assert_close(other.W_dec, one.W_dec)
+
+
+def test_base_and_extension_change_places():
+    """A gate is symmetric: with m and n swapped the same latents come, in another order."""
+    h, m, n, d, k = 5, 2, 4, 12, 6
+    sae = SAE(SAEConfig(d_model=d, heads=h, m=m, n=n, k=k))
+    swapped = SAE(SAEConfig(d_model=d, heads=h, m=n, n=m, k=k))
+    with torch.no_grad():
+        swapped.W_enc.copy_(sae.W_enc.roll(n, dims=1))
+        rows = sae.W_dec.view(h, m, n, d).transpose(1, 2)
+        swapped.W_dec.copy_(rows.reshape(h * m * n, d))
+    x = torch.randn(9, d)
+    one, other = sae.encode(x), swapped.encode(x)
+    torch.testing.assert_close(one.values, other.values)
+    head, i, j = one.indices // (m * n), one.indices // n % m, one.indices % n
+    assert torch.equal(other.indices, head * m * n + j * m + i)
+    torch.testing.assert_close(sae(x).x_hat, swapped(x).x_hat)
+
+
 def test_dense_decoder_starts_as_the_encoders_transpose():
     sae = SAE(CONFIGS["dense"], generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(sae.W_dec, sae.W_enc / sae.W_enc.norm(dim=1, keepdim=True))

@@ -32,10 +32,15 @@ def assert_same(one: Learner, other: Learner) -> None:
         torch.testing.assert_close(parameter, expected, rtol=1e-4, atol=1e-6, msg=name)
 
 
-@pytest.mark.parametrize("config", [KRON, DENSE], ids=["kron", "dense"])
-def test_fused_and_torch_steps_give_the_same_run(config):
+@pytest.mark.parametrize(
+    "config, decoder_norm",
+    [(KRON, "unit"), (DENSE, "unit"), (KRON, "free")],
+    ids=["kron", "dense", "kron-free"],
+)
+def test_fused_and_torch_steps_give_the_same_run(config, decoder_norm):
     """Metrics and weights, with the auxiliary loss, weight decay and clipping."""
     settings = {"dead_after_tokens": 8, "auxk": 4, "max_grad_norm": 0.5, "auxk_fraction": 0.5}
+    settings |= {"adam_beta2": 0.9, "decoder_norm": decoder_norm}
     runs = [learner(config, fused_step, **settings) for fused_step in ("on", "off")]
     for x in batches(4):
         ours, theirs = (run.step(x) for run in runs)

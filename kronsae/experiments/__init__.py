@@ -15,6 +15,6 @@ An experiment is a module here, named as on the command line, that holds
 
 NAMES = (
     *("toy", "correlation", "composition", "heads"),
-    *("isoflop", "layers", "sparsity", "jumprelu"),
+    *("isoflop", "layers", "sparsity", "jumprelu", "convergence"),
 )
 """Experiments, in the order to list them; each is a module of this package."""

@@ -322,11 +322,15 @@ def with_dense_forms(variants: Iterable[str]) -> tuple[str, ...]:
 
 
 def train(
-    config: SAEConfig, activations: Activations, settings: TrainingSettings, cell: dict[str, Any]
+    config: SAEConfig,
+    activations: Activations,
+    settings: TrainingSettings,
+    cell: dict[str, Any],
+    **recipe: Any,
 ) -> FitResult:
     """Train one SAE on cell's "tokens", "lr" and "seed", and judge it on the held-out activations.
 
-    Raises Stopped on a signal.
+    recipe: settings of `TrainConfig` in place of its defaults. Raises Stopped on a signal.
     """
     return fit_whole(
         config,
@@ -338,6 +342,7 @@ def train(
             seed=cell["seed"],
             device=settings.device,
             eval_every=0,
+            **recipe,
         ),
         Heldout(activations.heldout),
     )
