@@ -74,7 +74,7 @@ def run(settings: Settings, activations: Activations, cell: dict[str, Any]) -> d
 
 
 def conclude(settings: Settings, runs: Sequence[Run]) -> Conclusion:
-    lines, verdicts = [], []
+    lines, first, verdicts = [], [], []
     for size in settings.dict_sizes:
         for shape in settings.shapes:
             found = [
@@ -82,6 +82,7 @@ def conclude(settings: Settings, runs: Sequence[Run]) -> Conclusion:
                 for composition in COMPOSITIONS
             ]
             lines.append([f"{size:,}", shape, *found])
+            first.append(found[0].mean > max(found[1].mean, found[2].mean))
             verdicts.append(found[0].mean > found[1].mean > found[2].mean)
     published = [
         [f"{size:,}, paper", shape, *(f"{ev:.4f}" for ev in values)]
@@ -89,8 +90,8 @@ def conclude(settings: Settings, runs: Sequence[Run]) -> Conclusion:
     ]
     header = ["F", "shape", *COMPOSITIONS]
     line = (
-        f"mand > relu_mul > mul in {sum(verdicts)} of {len(verdicts)} rows "
-        f"(paper: {len(PAPER_EV)} of {len(PAPER_EV)})."
+        f"mand explains most in {sum(first)} of {len(first)} rows (paper: {len(PAPER_EV)} of "
+        f"{len(PAPER_EV)}); mand > relu_mul > mul in {sum(verdicts)} (paper: {len(PAPER_EV)})."
     )
     return Conclusion(markdown(header, lines + published), line)
 
@@ -105,7 +106,7 @@ def draw(settings: Settings, runs: Sequence[Run], path: Path) -> None:
                 for composition in COMPOSITIONS
             ]
             means, deviations = zip(*found, strict=True)
-            axes.errorbar(COMPOSITIONS, means, deviations, fmt="o-", capsize=3, label=shape)
+            axes.errorbar(COMPOSITIONS, means, deviations, fmt="o", capsize=3, label=shape)
         axes.set_title(f"F = {size:,}")
         axes.set_ylabel("explained variance")
         axes.legend(frameon=False)

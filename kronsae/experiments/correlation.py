@@ -43,7 +43,7 @@ STATEMENT = (
     "random one."
 )
 
-BINS = 40
+BINS, LOWEST, HIGHEST = 120, -0.1, 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,9 +150,9 @@ def mean_correlations(codes: SparseCodes, heads: int, size: int) -> Correlations
 
 
 def summary(found: Correlations) -> dict[str, Any]:
-    """Means, and the histogram of the first of them, as shares of bins over [-0.1, 1]."""
+    """Means, and the histogram of the first, as shares of bins (what is outside: the outermost)."""
     head = found.head[found.head.isfinite()]
-    counts = torch.histc(head.clamp(-0.1, 1), BINS, -0.1, 1)
+    counts = torch.histc(head.clamp(LOWEST, HIGHEST), BINS, LOWEST, HIGHEST)
     return {
         "head": head.mean().item(),
         "others": found.others.mean().item(),
@@ -189,15 +189,19 @@ def draw(settings: Settings, runs: Sequence[Run], path: Path) -> None:
     """How correlations within a head are distributed, trained and random, a panel each shape."""
     count = len(settings.shapes)
     figure, (row,) = panels(1, count, (4 * count, 3.2))
-    edges = torch.linspace(-0.1, 1, BINS + 1).tolist()
+    edges = torch.linspace(LOWEST, HIGHEST, BINS + 1).tolist()
     for axes, shape in zip(row, settings.shapes, strict=True):
         for weights, color in (("trained", "C0"), ("random", "C7")):
             shares = [run[weights]["head_shares"] for run in reported(runs, shape=shape)]
-            axes.stairs(torch.tensor(shares).mean(0).tolist(), edges, color=color, label=weights)
+            mean = torch.tensor(shares).mean(0).tolist()
+            axes.stairs(mean, edges, color=color, label=weights)
+            reach = max(
+                reach, *(e for e, share in zip(edges[1:], mean, strict=True) if share > 1e-3)
+            )
             others = figures(runs, shape)[weights, "others"].mean
             axes.axvline(others, color=color, linestyle=":", label=f"{weights}, all others")
         axes.set_title(shape)
         axes.set_xlabel("mean correlation with its head")
         axes.set_ylabel("share of latents")
-        axes.legend(frameon=False, fontsize=8)
+    row[-1].legend(frameon=False, fontsize=8)
     save(figure, path)
