@@ -43,7 +43,7 @@ STATEMENT = (
     "random one."
 )
 
-BINS, LOWEST, HIGHEST = 120, -0.1, 0.5
+BINS, LOWEST, HIGHEST = 60, -0.05, 0.25
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,11 +193,7 @@ def draw(settings: Settings, runs: Sequence[Run], path: Path) -> None:
     for axes, shape in zip(row, settings.shapes, strict=True):
         for weights, color in (("trained", "C0"), ("random", "C7")):
             shares = [run[weights]["head_shares"] for run in reported(runs, shape=shape)]
-            mean = torch.tensor(shares).mean(0).tolist()
-            axes.stairs(mean, edges, color=color, label=weights)
-            reach = max(
-                reach, *(e for e, share in zip(edges[1:], mean, strict=True) if share > 1e-3)
-            )
+            axes.stairs(torch.tensor(shares).mean(0).tolist(), edges, color=color, label=weights)
             others = figures(runs, shape)[weights, "others"].mean
             axes.axvline(others, color=color, linestyle=":", label=f"{weights}, all others")
         axes.set_title(shape)
