@@ -147,5 +147,12 @@ class KronSAE(SAE[KronSAEConfig]):
         raise NotImplementedError("a KronSAE takes raw activations: there is nothing to fold")
 
 
-if ARCHITECTURE not in SAE_CLASS_REGISTRY:
+def register() -> None:
+    """Make the architecture known to SAELens, in place of what this module registered before."""
+    known = SAE_CLASS_REGISTRY.get(ARCHITECTURE)
+    if known is not None and known[0].__module__ == __name__:
+        del SAE_CLASS_REGISTRY[ARCHITECTURE]
     register_sae_class(ARCHITECTURE, KronSAE, KronSAEConfig)
+
+
+register()
