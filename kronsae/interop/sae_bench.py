@@ -10,7 +10,8 @@ numpy < 2 and datasets < 4.
 """
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,23 @@ def adapt(
     return wrapped.to(device=device, dtype=getattr(torch, dtype))
 
 
+@contextmanager
+def without_shape_checks() -> Iterator[None]:
+    """Let sae-bench 0.6.0 train its probes, whose annotated sizes contradict each other.
+
+    `train_probe_on_activations` binds the number of examples a class, and calls with twice as many;
+    today's jaxtyping and beartype notice.
+    """
+    import jaxtyping
+
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", before)
+
+
 def evaluations(model_name: str, dtype: str, batch_size: int, out: Path) -> dict[str, Callable]:
     """What SAEBench can run here, by name: functions of a list of (name, SAE), and a device.
 
@@ -82,7 +100,8 @@ def evaluations(model_name: str, dtype: str, batch_size: int, out: Path) -> dict
     def run(module: Any, config: Any, folder: Path, **flags: Any) -> Callable:
         def evaluate(saes: list[tuple[str, Any]], device: str) -> Any:
             folder.mkdir(parents=True, exist_ok=True)
-            return module.run_eval(config, saes, device, str(folder), **flags)
+            with without_shape_checks():
+                return module.run_eval(config, saes, device, str(folder), **flags)
 
         return evaluate
 
