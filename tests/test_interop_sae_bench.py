@@ -254,7 +254,7 @@ def test_command_line(sae, model, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sae_bench, "evaluations", fake)
     for name in ("a", "b"):
         sae.save(tmp_path / name / "sae", {"data": {"name": MODEL, "hookpoint": "blocks.0"}})
-    command = [str(tmp_path / "a"), str(tmp_path / "b"), "--evals", "absorption", "core"]
+    command = [str(tmp_path / "a"), str(tmp_path / "b" / "sae"), "--evals", "absorption", "core"]
     assert sae_bench.main([*command, "--out", str(tmp_path / "out"), "--device", "cpu"]) == 0
     assert [name for name, *_ in called] == ["absorption", "core"]
     for _, settings, saes in called:

@@ -184,7 +184,9 @@ def _run(argv: list[str]) -> None:
             device=device,
             dtype=request.dtype,
         )
-        saes.append((Path(source).resolve().name, sae))
+        place = Path(source).resolve()
+        # A run's folder sae/ is called after the run.
+        saes.append((place.parent.name if place.name == "sae" else place.name, sae))
         models.add(sae.cfg.metadata.model_name)
     if len(models) > 1:
         raise InputError(f"expected SAEs of one model, got {', '.join(sorted(models))}")
