@@ -5,6 +5,7 @@ id; so this also brings SAEs of other libraries here (--to kronsae).
 """
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -81,12 +82,14 @@ def _export(argv: list[str]) -> None:
     if request.to == "hub":
         from kronsae.hub import push
 
-        source = sae if request.subfolder else _run_of(request.source, sae)
+        # `push` finds the report in a run's folder.
+        is_run = (Path(request.source) / "report.html").is_file()
+        source = request.source if is_run else sae
         url = push(source, request.repo, revision=request.branch, private=request.private)
         print(f'Pushed: {url}\nLoad it with: kronsae.load("{request.repo}")')
         return
     convert(sae, request.to, request.out)
-    kind = kind_of(sae.config.__dict__)
+    kind = kind_of(dataclasses.asdict(sae.config))
     print(f"Wrote {request.out}: a {kind} for {FORMATS[request.to].library}")
     print("Load it with:", HOW_TO_LOAD[request.to].format(out=request.out))
     if request.verify:
@@ -113,11 +116,6 @@ def _check(request: argparse.Namespace) -> None:
         raise InputError("--tokens has no effect without --verify: leave it out")
     if request.tokens is not None and request.tokens < 2:
         raise InputError(f"--tokens: expected at least 2, got {request.tokens}")
-
-
-def _run_of(source: str, sae: SAE) -> SAE | str:
-    """The folder, where `push` finds a run's report; what came from the hub is pushed as it is."""
-    return source if Path(source).is_dir() else sae
 
 
 def convert(sae: SAE, to: str, out: Path) -> Path:

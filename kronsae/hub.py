@@ -16,7 +16,7 @@ from kronsae.config import kind_of
 from kronsae.data.common import reason
 from kronsae.errors import InputError
 from kronsae.interop import FORMATS
-from kronsae.interop.stock import Origin
+from kronsae.interop.stock import Origin, part_of
 from kronsae.metrics import MEANING
 from kronsae.sae import SAE, load
 from kronsae_kernels import __version__
@@ -147,8 +147,7 @@ def _metadata(origin: Origin, kind: str) -> str:
 
 
 def _figures(metadata: dict[str, Any]) -> str:
-    metrics = metadata.get("metrics")
-    metrics = metrics if isinstance(metrics, dict) else {}
+    metrics = part_of(metadata, "metrics")
     rows = [
         (label, f"{metrics[name]:.4g}", meaning)
         for name, (label, meaning) in MEANING.items()

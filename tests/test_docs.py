@@ -66,7 +66,12 @@ def test_contract_lists_what_is_exported():
         assert name == "__version__" or name in text or name == "SparseCodes", name
 
 
-COMMANDS = [line for block in blocks("interop.md", "bash") for line in block.splitlines()]
+COMMANDS = [
+    line
+    for page in ("interop.md", "../README.md")
+    for block in blocks(page, "bash")
+    for line in block.splitlines()
+]
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "kronsae.export" in c])
@@ -75,7 +80,7 @@ def test_export_commands_parse(command):
 
 
 def test_training_command_of_the_absorption_figures(tmp_path, monkeypatch):
-    [command] = [c for c in COMMANDS if "kronsae.train" in c]
+    [command] = [c for c in COMMANDS if "--sweep absorption.json" in c]
     text = (DOCS / "interop.md").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     Path("absorption.json").write_text(re.search(r"holding `(\[.*?\])`", text).group(1))

@@ -169,6 +169,19 @@ def test_a_note_that_the_tensors_contradict_is_not_believed(trained, tmp_path):
     torch.testing.assert_close(back.selection.log_threshold.exp(), tensors["threshold"])
 
 
+def test_the_smallest_active_value_of_batchtopk_stays_active(trained, activations, tmp_path):
+    """Ours are active from the threshold on, theirs above it."""
+    sae = kronsae.load(trained("batchtopk").save(tmp_path / "sae"))
+    smallest = sae.encode(activations[:1]).values[0, 1]
+    sae.selection.threshold.copy_(smallest)
+    assert int(sae.fired(sae.encode(activations[:1])).sum()) == 2
+    folder = module_of("sae_lens").write(sae, tmp_path / "out")
+    threshold = load_file(folder / "sae_weights.safetensors")["threshold"]
+    assert (threshold < smallest).all()
+    assert torch.equal(torch.nextafter(threshold[0], smallest), smallest.detach())
+    assert kronsae.load(folder).selection.threshold == smallest
+
+
 def test_untrained_batchtopk_has_no_threshold_to_export(tmp_path):
     sae = SAE(dataclasses.replace(GRID["batchtopk"], d_model=16))
     with pytest.raises(InputError, match="no threshold yet"):
@@ -208,6 +221,8 @@ def test_a_pickle_that_would_run_code_does_not(tmp_path):
         ("sae_lens/topk", "cfg.json", {"architecture": "temporal"}, "'temporal' has no counterp"),
         ("sae_lens/topk", "cfg.json", {"normalize_activations": "layer_norm"}, "'layer_norm'"),
         ("sae_lens/topk", "cfg.json", {"k": 17}, "k: expected 1 to 16"),
+        ("sae_lens/topk", "cfg.json", {"k": "3"}, "k: expected 1 to 16.*got '3'"),
+        ("sae_lens/topk", "cfg.json", {"architecture": "kronsae"}, "encoder='kron' needs heads"),
         ("sae_lens/topk", "cfg.json", {"architecture": "jumprelu"}, r"tensors \['threshold'\]"),
         ("sparsify/layers.3", "cfg.json", {"activation": "groupmax"}, "got 'groupmax'"),
         ("sparsify/layers.3", "cfg.json", {"k": None}, "has no k"),
@@ -239,6 +254,32 @@ def test_settings_of_saelens_before_version_6(tmp_path):
     sae = kronsae.load(folder)
     torch.testing.assert_close(sae(expected["x"]).x_hat, expected["x_hat"])
     assert Origin.of(sae.metadata).layer == 7
+
+
+def test_metadata_of_any_shape_is_no_reason_to_fail(tmp_path):
+    folder = tmp_path / "sae"
+    shutil.copytree(FIXTURES / "sae_lens" / "topk", folder)
+    settings = json.loads((folder / "cfg.json").read_text())
+    for metadata in (None, [], {"kronsae": {"metadata": {}, "sae": 3}}, {"hook_name": 7}):
+        changed = {**settings, "metadata": metadata, "apply_b_dec_to_input": False}
+        (folder / "cfg.json").write_text(json.dumps(changed))
+        sae = kronsae.load(folder)
+        assert sae.config.k == 3 and Origin.of(sae.metadata).layer is None
+    sae.metadata = {"data": [1], "config": {"data": "text"}}
+    assert Origin.of(sae.metadata) == Origin()
+
+
+def test_tensors_of_the_wrong_rank(tmp_path):
+    from safetensors.torch import save_file
+
+    folder = tmp_path / "sae"
+    shutil.copytree(FIXTURES / "sparsify" / "layers.3", folder)
+    tensors = load_file(folder / "sae.safetensors")
+    for name, reason in (("encoder.weight", "W_enc: expected a matrix"), ("b_dec", "b_dec: exp")):
+        changed = {**tensors, name: torch.zeros(2, 2, 2)}
+        save_file(changed, folder / "sae.safetensors")
+        with pytest.raises(InputError, match=reason):
+            kronsae.load(folder)
 
 
 def test_a_damaged_file_is_an_input_error(tmp_path):

@@ -5,11 +5,12 @@ skipped where its library is missing.
 """
 
 import dataclasses
-import importlib
+import importlib.util
 
 import pytest
 import torch
-from test_interop import DENSE, GRID, HOLDS, activations, trained  # noqa: F401 - fixtures
+from test_hub import hub, run  # noqa: F401 - a fixture
+from test_interop import DENSE, FIXTURES, GRID, HOLDS, activations, trained  # noqa: F401
 
 import kronsae
 from kronsae import SAE, InputError, TrainConfig
@@ -19,18 +20,13 @@ from kronsae.interop.stock import dense
 from kronsae.interop.verify import verify
 from kronsae.train import fit
 
-MODULES = {
-    "sae_lens": "sae_lens",
-    "sparsify": "sparsify",
-    "dictionary_learning": "dictionary_learning",
-}
 HELD = [(library, name) for library, names in HOLDS.items() for name in sorted(names)]
 
 
 def need(library: str) -> None:
-    if library == "sparsify" and not torch.cuda.is_available():
-        pytest.MonkeyPatch().setenv("SPARSIFY_DISABLE_TRITON", "1")
-    pytest.importorskip(MODULES[library], reason=f"{library} is not installed")
+    """Skip the test if the library, which has the name of its format, is not there."""
+    if importlib.util.find_spec(library) is None:
+        pytest.skip(f"{library} is not installed")
 
 
 @pytest.mark.parametrize("library, name", HELD)
@@ -158,7 +154,6 @@ def test_export_and_verify_in_saelens(plugin, trained, tmp_path, capsys):  # noq
 def test_saes_of_saelens_in_saelens_again(plugin, tmp_path):
     """What came from there, and was kept here, goes back as it was."""
     import sae_lens
-    from test_interop import FIXTURES
 
     folder = FIXTURES / "sae_lens" / "topk_rescaled"
     x = torch.randn(20, 8)
@@ -167,3 +162,21 @@ def test_saes_of_saelens_in_saelens_again(plugin, tmp_path):
     theirs = sae_lens.SAE.load_from_disk(folder)
     torch.testing.assert_close(again.encode(x), theirs.encode(x))
     torch.testing.assert_close(again(x), theirs(x))
+
+
+def test_from_pretrained(trained, hub, tmp_path):  # noqa: F811
+    """From a repository with a folder of ours, by SAELens' own download."""
+    need("sae_lens")
+    sae = trained("kron")
+    folder = module_of("sae_lens").write(sae, tmp_path / "out")
+    hub.commits["me/saes"], hub.branches["me/saes"] = {}, {}
+    hub.commit("me/saes", "main", {f"kron/{p.name}": p.read_bytes() for p in folder.iterdir()})
+    script = """
+import sae_lens, torch
+import kronsae.interop.sae_lens
+sae = sae_lens.SAE.from_pretrained("me/saes", "kron")
+print(type(sae).__name__, sae.cfg.kronsae["k"], sae.encode(torch.ones(1, 16)).sum().item())
+"""
+    name, k, total = run(hub, tmp_path, script)[-1].split()
+    expected = sae.encode(torch.ones(1, 16)).values.sum().item()
+    assert (name, k) == ("KronSAE", "8") and float(total) == pytest.approx(expected, rel=1e-5)

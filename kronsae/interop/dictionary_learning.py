@@ -14,7 +14,7 @@ from torch import Tensor
 from kronsae.errors import InputError
 from kronsae.files import replace_directory, write_json
 from kronsae.interop.lens_format import ungated
-from kronsae.interop.stock import Origin, Stock, note_of, read_json, stock_of, take
+from kronsae.interop.stock import Origin, Stock, note_of, part_of, read_json, stock_of, take
 from kronsae.sae import SAE
 
 WEIGHTS_NAME = "ae.pt"
@@ -84,7 +84,7 @@ def _class_of(sae: SAE) -> str:
 
 def _trainer(sae: SAE, kind: str) -> dict[str, Any]:
     origin = Origin.of(sae.metadata)
-    train = (sae.metadata.get("config") or {}).get("train") or {}
+    train = part_of(sae.metadata, "config", "train")
     return {
         "trainer_class": _TRAINERS[kind],
         "dict_class": kind,
@@ -118,8 +118,7 @@ def read(folder: Path) -> SAE:
     of. ReLU and gated autoencoders are read as what they are, thresholds.
     """
     settings = read_json(folder / CONFIG_NAME)
-    trainer = settings.get("trainer")
-    trainer = trainer if isinstance(trainer, dict) else {}
+    trainer = part_of(settings, "trainer")
     kind = trainer.get("dict_class")
     if kind not in CLASSES:
         raise InputError(
@@ -179,12 +178,11 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
 
 
 def _facts(settings: dict[str, Any], trainer: dict[str, Any]) -> dict[str, Any]:
-    buffer = settings.get("buffer")
     data = {
         "name": trainer.get("lm_name"),
         "hookpoint": trainer.get("submodule_name"),
         "layer": trainer.get("layer"),
-        "context_length": (buffer if isinstance(buffer, dict) else {}).get("ctx_len"),
+        "context_length": part_of(settings, "buffer").get("ctx_len"),
     }
     return {
         "format": "dictionary_learning",

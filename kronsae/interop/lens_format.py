@@ -21,6 +21,7 @@ from kronsae.interop.stock import (
     Stock,
     layer_of,
     note_of,
+    part_of,
     read_json,
     read_tensors,
     stock_of,
@@ -142,12 +143,12 @@ def read(folder: Path) -> SAE:
     settings = read_json(folder / CONFIG_NAME)
     path = folder / WEIGHTS_NAME
     tensors = read_tensors(path)
-    metadata = settings.get("metadata") or {}
+    metadata = part_of(settings, "metadata")
     architecture = settings.get("architecture", "standard")
     activation = settings.get("activation_fn", settings.get("activation_fn_str"))
     if architecture == "standard" and activation == "topk":  # how versions before 6 say it
         architecture = "topk"
-        settings = {**settings, "k": (settings.get("activation_fn_kwargs") or {}).get("k")}
+        settings = {**settings, "k": part_of(settings, "activation_fn_kwargs").get("k")}
     if architecture == ARCHITECTURE:
         return _read_own(settings, tensors, path)
     if architecture not in STOCK:
@@ -205,29 +206,28 @@ def ungated(
 
 
 def _read_own(settings: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> SAE:
-    config = from_dict(SAEConfig, settings.get("kronsae") or {}, f"{path.parent / CONFIG_NAME}")
+    config = from_dict(SAEConfig, part_of(settings, "kronsae"), f"{path.parent / CONFIG_NAME}")
     sae = SAE(config, device="meta").to_empty(device="cpu")
     expected = {name: tuple(t.shape) for name, t in sae.state_dict().items()}
     found = {name: tuple(t.shape) for name, t in tensors.items()}
     if expected != found:
         raise InputError(f"{path}: expected tensors {expected}, got {found}")
     sae.load_state_dict(tensors)
-    note = (settings.get("metadata") or {}).get("kronsae") or {}
-    sae.metadata = note.get("metadata") or {}
+    sae.metadata = part_of(settings, "metadata", "kronsae", "metadata")
     return sae.eval()
 
 
 def _facts(settings: dict[str, Any], metadata: dict[str, Any]) -> dict[str, Any]:
     """What SAELens says of the model, in the places where a run of ours says it."""
     found = {**settings, **metadata}
-    hook = found.get("hook_name") or ""
+    hook, module = (str(found.get(name) or "") for name in ("hook_name", "hf_hook_name"))
     parts = hook.split(".")
     block = parts[1] if len(parts) == 3 and parts[2] == "hook_resid_post" else ""
     data = {
         "name": found.get("model_name"),
-        "hookpoint": found.get("hf_hook_name") or hook or None,
+        "hookpoint": module or hook or None,
         "target_hookpoint": found.get("hf_hook_name_out"),
-        "layer": int(block) if block.isdigit() else layer_of(found.get("hf_hook_name")),
+        "layer": int(block) if block.isdigit() else layer_of(module),
         "context_length": found.get("context_size"),
     }
     return {

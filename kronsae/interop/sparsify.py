@@ -9,7 +9,6 @@ from typing import Any
 from kronsae.errors import InputError
 from kronsae.files import replace_directory, write_json
 from kronsae.interop.stock import (
-    Origin,
     Stock,
     layer_of,
     note_of,
@@ -99,8 +98,10 @@ def read(folder: Path) -> SAE:
 
 def _facts(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     # A folder is named after its hookpoint, as `layers.10`; the run above it names the model.
-    above = folder.resolve().parent / "config.json"
-    run = read_json(above) if above.is_file() else {}
+    try:
+        run = read_json(folder.resolve().parent / "config.json")
+    except InputError:
+        run = {}
     layer = layer_of(folder.name) if folder.name.startswith("layers.") else None
     data = {"name": run.get("model"), "hookpoint": folder.name, "layer": layer}
     return {
@@ -108,11 +109,3 @@ def _facts(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
         "data": {name: value for name, value in data.items() if value is not None},
         "settings": settings,
     }
-
-
-def folder_name(sae: SAE) -> str:
-    """How sparsify would call this SAE's folder: by its hookpoint."""
-    origin = Origin.of(sae.metadata)
-    if origin.layer is not None:
-        return f"layers.{origin.layer}"
-    return origin.hookpoint or "sae"

@@ -51,6 +51,11 @@ class Stock:
     multi_topk: bool = False
 
     def __post_init__(self) -> None:
+        for name in ("W_enc", "W_dec"):
+            if getattr(self, name).ndim != 2:
+                raise InputError(
+                    f"{name}: expected a matrix, got {list(getattr(self, name).shape)}"
+                )
         size, d = self.W_enc.shape
         d_out = self.W_dec.shape[1]
         expected = {"b_enc": (size,), "W_dec": (size, d_out), "b_dec": (d_out,)}
@@ -60,8 +65,8 @@ class Stock:
             found = tuple(getattr(self, name).shape)
             if found != shape:
                 raise InputError(f"{name}: expected {list(shape)}, got {list(found)}")
-        if self.k is not None and not 1 <= self.k <= size:
-            raise InputError(f"k: expected 1 to {size}, the number of latents, got {self.k}")
+        if self.k is not None and not (type(self.k) is int and 1 <= self.k <= size):
+            raise InputError(f"k: expected 1 to {size}, the number of latents, got {self.k!r}")
 
     def with_decoder_bias_first(self, sign: int) -> "Stock":
         """The same SAE for a library that encodes x - b_dec (sign 1), or from one (-1)."""
@@ -120,14 +125,11 @@ def stock_of(sae: SAE, library: str) -> Stock:
             f"{library}'s stock formats have no router: an SAE with experts stays with --to "
             "kronsae, sae_lens or hub"
         )
-    skip = sae.W_skip
     return Stock(
-        **{
-            name: getattr(sae, name).detach().cpu() for name in ("W_enc", "b_enc", "W_dec", "b_dec")
-        },
+        **{name: _exact(getattr(sae, name)) for name in ("W_enc", "b_enc", "W_dec", "b_dec")},
         k=config.k,
         threshold=_threshold(sae),
-        W_skip=None if skip is None else skip.detach().cpu(),
+        W_skip=None if sae.W_skip is None else _exact(sae.W_skip),
         transcoder=bool(config.d_target),
         multi_topk=config.objective == "multi_topk",
     )
@@ -138,8 +140,8 @@ def _threshold(sae: SAE) -> Tensor | None:
     if sae.config.selection == "topk":
         return None
     if sae.config.selection == "jumprelu":
-        return sae.selection.log_threshold.detach().exp().cpu()
-    smallest = sae.selection.threshold.detach().cpu()
+        return _exact(sae.selection.log_threshold).exp()
+    smallest = _exact(sae.selection.threshold)
     if smallest.isnan():
         raise InputError("BatchTopK has no threshold yet: train the SAE before it is exported")
     # Ours is the smallest value that is active, theirs the largest that is not.
@@ -205,7 +207,12 @@ def take(tensors: dict[str, Tensor], names: dict[str, str], path: Path) -> dict[
     if missing:
         raise InputError(f"{path}: expected tensors {missing}, got {sorted(tensors)}")
     found = {ours: tensors[theirs] for ours, theirs in names.items()}
-    return {name: t.to(torch.promote_types(t.dtype, torch.float32)) for name, t in found.items()}
+    return {name: _exact(tensor) for name, tensor in found.items()}
+
+
+def _exact(tensor: Tensor) -> Tensor:
+    """On the CPU, in float32 at least."""
+    return tensor.detach().to("cpu", torch.promote_types(tensor.dtype, torch.float32))
 
 
 @dataclass(frozen=True)
@@ -224,23 +231,35 @@ class Origin:
     @classmethod
     def of(cls, metadata: dict[str, Any]) -> "Origin":
         """From what a run writes beside its SAE, or what was read from another library's file."""
-        data = metadata.get("data") or {}
-        settings = (metadata.get("config") or {}).get("data") or {}
-        hookpoint = data.get("hookpoint")
+        data = part_of(metadata, "data")
+        hookpoint = _of(str, data.get("hookpoint"))
+        layer = _of(int, data.get("layer"))
         return cls(
-            model=data.get("name"),
+            model=_of(str, data.get("name")),
             hookpoint=hookpoint,
-            target_hookpoint=data.get("target_hookpoint"),
-            layer=data.get("layer", layer_of(hookpoint)),
-            context_length=data.get("context_length"),
-            dataset=settings.get("dataset"),
+            target_hookpoint=_of(str, data.get("target_hookpoint")),
+            layer=layer_of(hookpoint) if layer is None else layer,
+            context_length=_of(int, data.get("context_length")),
+            dataset=_of(str, part_of(metadata, "config", "data").get("dataset")),
         )
+
+
+def part_of(document: dict[str, Any], *names: str) -> dict[str, Any]:
+    """An object inside a JSON object, {} where there is none: files may come from anybody."""
+    for name in names:
+        found = document.get(name)
+        document = found if isinstance(found, dict) else {}
+    return document
+
+
+def _of(kind: type, value: Any) -> Any:
+    return value if type(value) is kind else None
 
 
 def layer_of(hookpoint: str | None) -> int | None:
     """N of a hookpoint `….N`, the output of a block: the residual stream after it. Else None."""
-    last = (hookpoint or "").rpartition(".")[2]
-    return int(last) if last.isdigit() else None
+    before, _, last = (hookpoint or "").rpartition(".")
+    return int(last) if before and last.isdigit() else None
 
 
 def dense(codes: SparseCodes, size: int) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 from kronsae.config import DataConfig, from_dict
 from kronsae.errors import InputError
 from kronsae.evaluate import Heldout, evaluate
+from kronsae.interop.stock import part_of
 from kronsae.metrics import ReconstructionMetrics
 from kronsae.sae import SAE, load
 
@@ -100,7 +101,7 @@ def heldout_tokens(
     """
     from kronsae.data import open_activations, split_target
 
-    stored = (sae.metadata.get("config") or {}).get("data")
+    stored = part_of(sae.metadata, "config", "data")
     if not stored:
         return None
     config = from_dict(DataConfig, stored, "the SAE's metadata")
