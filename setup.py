@@ -48,6 +48,10 @@ setup(
         # dictionary-learning (its newest is 0.1.0) brings torchvision, whose build must fit
         # torch's: for a CPU build of torch, install both from its index first.
         "peers": ["sae-lens==6.54.*", "eai-sparsify==1.3.*", "dictionary-learning==0.1.0"],
+        # SAEs of ours in other libraries. sae-bench wants numpy < 2 and datasets < 4, and so
+        # an environment of its own.
+        "sae_lens": ["sae-lens>=6.54,<7"],
+        "sae_bench": ["sae-bench==0.6.0", "sae-lens>=6.54,<7"],
         "report": ["matplotlib"],
         "experiments": ["matplotlib", "scipy"],
     },

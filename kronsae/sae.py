@@ -311,15 +311,41 @@ class SAE(nn.Module):
         return replace_directory(Path(directory), write)
 
 
-def load(source: str | Path, *, device: torch.device | str = "cpu") -> SAE:
+def load(
+    source: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    revision: str | None = None,
+    subfolder: str | None = None,
+    allow_pickle: bool = False,
+) -> SAE:
     """An SAE from a run folder, a folder written by `SAE.save`, or a Hugging Face hub id.
 
+    Also from a folder or repository of SAELens, sparsify or dictionary_learning, whose format is
+    recognised by its files (`kronsae.interop`).
+
     It takes raw activations; `sae.metadata` holds what was saved beside it.
+    revision: branch, tag or commit on the hub.  subfolder: where in the folder or repository the
+        SAE is, as "layers.6".
+    allow_pickle: also read dictionary_learning's ae.pt, a pickle, of which tensors alone are taken.
     Raises InputError if there is none there, or if it is damaged or of another format.
     """
+    from kronsae.interop import module_of, recognise
+
+    folder = _find_sae(source, revision, subfolder, allow_pickle)
+    found = recognise(folder) or "kronsae"
+    if found == "dictionary_learning" and not allow_pickle:
+        raise InputError(
+            f"{folder / 'ae.pt'} is a pickle, which is only read on request: allow_pickle=True "
+            "(--allow-pickle) takes tensors from it and runs nothing"
+        )
+    return (_load_own if found == "kronsae" else module_of(found).read)(folder).to(device)
+
+
+def _load_own(folder: Path) -> SAE:
+    """The SAE in a folder written by `SAE.save`."""
     from safetensors.torch import load_file
 
-    folder = _find_sae(source)
     try:
         settings = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -337,7 +363,7 @@ def load(source: str | Path, *, device: torch.device | str = "cpu") -> SAE:
     if sha256(weights) != settings["sha256"]:
         raise InputError(f"{weights} is damaged: its SHA-256 is not the one in {CONFIG_NAME}")
     sae = SAE(from_dict(SAEConfig, settings["sae"], str(folder / CONFIG_NAME)), device="meta")
-    sae = sae.to_empty(device=device)
+    sae = sae.to_empty(device="cpu")
     tensors = load_file(weights)
     expected = {name: tuple(t.shape) for name, t in sae.state_dict().items()}
     found = {name: tuple(t.shape) for name, t in tensors.items()}
@@ -348,30 +374,35 @@ def load(source: str | Path, *, device: torch.device | str = "cpu") -> SAE:
     return sae.eval()
 
 
-def _find_sae(source: str | Path) -> Path:
-    path = Path(source)
-    for folder in (path, path / "sae"):
-        if (folder / WEIGHTS_NAME).exists():
-            return folder
-    if path.exists():
-        raise InputError(
-            f"{path} holds no SAE: expected {WEIGHTS_NAME} there or in its folder sae/ "
-            "(a run writes it when it ends, or stops on a signal)"
-        )
-    if isinstance(source, Path) or str(source).count("/") != 1 or str(source).startswith("."):
-        raise InputError(f"{source}: no such folder")
-    from huggingface_hub import snapshot_download
+def _find_sae(
+    source: str | Path, revision: str | None, subfolder: str | None, allow_pickle: bool
+) -> Path:
+    """The folder, here or downloaded, that holds the SAE. Raises InputError if there is none."""
+    from kronsae.interop import known, recognise
 
-    try:
-        files = [f"{place}{name}" for place in ("", "sae/") for name in (WEIGHTS_NAME, CONFIG_NAME)]
-        return _find_sae(Path(snapshot_download(str(source), allow_patterns=files)))
-    except InputError:
-        raise
-    except Exception as error:  # the hub client raises dozens of kinds
-        raise InputError(
-            f"{source}: neither a folder here nor a repository that could be fetched from the "
-            f"Hugging Face hub ({type(error).__name__}: {str(error).splitlines()[0]})"
-        ) from error
+    path = Path(source)
+    local = path.exists()
+    if not local:
+        if isinstance(source, Path) or str(source).count("/") != 1 or str(source).startswith("."):
+            raise InputError(f"{source}: no such folder")
+        from kronsae.hub import download
+
+        path = download(str(source), revision, subfolder, allow_pickle)
+    elif revision is not None:
+        raise InputError(f"revision {revision!r} has no effect: {source} is a folder here")
+    for folder in (path / subfolder,) if subfolder else (path, path / "sae"):
+        if recognise(folder) or (folder / WEIGHTS_NAME).exists():
+            return folder
+    where = f"{source}{f', {subfolder}' if subfolder else ''}"
+    hint = (
+        "(a run writes it when it ends, or stops on a signal)"
+        if local
+        else "(if it is in a folder there, name it with subfolder)"
+    )
+    raise InputError(
+        f"{where} holds no SAE: expected {WEIGHTS_NAME} there or in its folder sae/ {hint}. "
+        f"Formats that are read: {known()}"
+    )
 
 
 def _device_of(generator: torch.Generator | None) -> torch.device | None:

@@ -1,0 +1,251 @@
+"""SAEs carried to other libraries and back: explained variance and L0 before and after.
+
+    python -m benchmarks.interop --out DIR     # needs pip install 'kronsae[peers]'
+
+On the embedded language model's activations. Outwards: trained here, written here, loaded and
+judged by the other library. Inwards: trained and saved by the other library, loaded and judged
+here. Training is short: what is compared is each SAE with itself.
+"""
+
+import argparse
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.quality import harvest
+from kronsae import SAE, SAEConfig, TrainConfig, load
+from kronsae.export import convert
+from kronsae.interop import FORMATS
+from kronsae.interop.verify import Verification, verify
+from kronsae.run import versions
+from kronsae.train import fit
+
+SIZE, K = 1024, 16
+DENSE = {"encoder": "dense", "dict_size": SIZE, "k": K}
+KRON = {"dict_size": SIZE, "m": 4, "n": 4, "k": K}
+STOCK = {
+    "TopK": DENSE,
+    "BatchTopK": {**DENSE, "selection": "batchtopk"},
+    "Matryoshka BatchTopK": {**DENSE, "selection": "batchtopk", "objective": "matryoshka"},
+    "JumpReLU": {**DENSE, "selection": "jumprelu"},
+}
+OUTWARDS: dict[str, dict[str, dict[str, Any]]] = {
+    "sae_lens": {
+        **STOCK,
+        "KronSAE": KRON,
+        "BatchTopK KronSAE": {**KRON, "selection": "batchtopk"},
+        "JumpReLU KronSAE": {**KRON, "selection": "jumprelu"},
+        "Switch TopK": {**DENSE, "experts": 4},
+    },
+    "sparsify": {"TopK": DENSE},
+    "dictionary_learning": STOCK,
+}
+"""What is trained here, by the library that it goes to."""
+
+Trained = tuple[str, str, Callable[[Path], None]]
+"""Library, architecture, and what saves it as that library does."""
+
+
+def sae_lens_trained(x: Tensor, batch: int) -> Iterator[Trained]:
+    """By SAELens' own trainer step."""
+    from sae_lens import SAETrainer, TrainingSAE
+    from sae_lens.config import SAETrainerConfig
+
+    kinds = {
+        "TopK": {"architecture": "topk", "k": K},
+        "BatchTopK": {"architecture": "batchtopk", "k": K},
+        "Matryoshka BatchTopK": {
+            "architecture": "matryoshka_batchtopk",
+            "k": K,
+            "matryoshka_widths": [SIZE // 4, SIZE],
+        },
+        "JumpReLU": {"architecture": "jumprelu"},
+        "ReLU": {"architecture": "standard"},
+        "Gated": {"architecture": "gated"},
+    }
+    for kind, settings in kinds.items():
+        sae = TrainingSAE.from_dict({"d_in": x.shape[1], "d_sae": SIZE, **settings})
+        config = SAETrainerConfig(
+            total_training_samples=len(x), train_batch_size_samples=batch, lr=3e-3, lr_end=3e-3
+        )
+        trainer = SAETrainer(config, sae, data_provider=iter(()))
+        for rows in x.split(batch):
+            trainer.step(rows)
+            trainer.n_training_steps += 1
+        yield "sae_lens", kind, sae.save_inference_model
+
+
+def sparsify_trained(x: Tensor, batch: int) -> Iterator[Trained]:
+    """By the loss of sparsify's coder, and Adam."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")
+    from sparsify import SparseCoder, SparseCoderConfig
+
+    coder = SparseCoder(x.shape[1], SparseCoderConfig(num_latents=SIZE, k=K))
+    coder.b_dec.data = x[:batch].mean(0)
+    optimizer = torch.optim.Adam(coder.parameters(), lr=3e-3)
+    for rows in x.split(batch):
+        coder.set_decoder_norm_to_unit_norm()
+        coder(rows).fvu.backward()
+        coder.remove_gradient_parallel_to_decoder_directions()
+        optimizer.step()
+        optimizer.zero_grad()
+    yield "sparsify", "TopK", coder.save_to_disk
+
+
+def dictionary_learning_trained(x: Tensor, batch: int) -> Iterator[Trained]:
+    """By dictionary_learning's trainers."""
+    from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
+    from dictionary_learning.trainers.jumprelu import JumpReluTrainer
+    from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKTrainer
+    from dictionary_learning.trainers.top_k import TopKTrainer
+
+    steps = -(-len(x) // batch)
+    common = {
+        "steps": steps,
+        "activation_dim": x.shape[1],
+        "dict_size": SIZE,
+        "layer": 2,
+        "lm_name": "embedded",
+        "lr": 3e-3,
+        "warmup_steps": 10,
+        "device": "cpu",
+    }
+    limited = {**common, "k": K}
+    kept = {**limited, "threshold_start_step": 10, "threshold_beta": 0.9}
+    trainers = {
+        "TopK": TopKTrainer(**kept),
+        "BatchTopK": BatchTopKTrainer(**kept),
+        "Matryoshka BatchTopK": MatryoshkaBatchTopKTrainer(**kept, group_fractions=[0.25, 0.75]),
+        "JumpReLU": JumpReluTrainer(**common, target_l0=K, sparsity_warmup_steps=20),
+    }
+    for kind, trainer in trainers.items():
+        for step, rows in enumerate(x.split(batch)):
+            trainer.update(step, rows)
+
+        def save(folder: Path, trainer: Any = trainer) -> None:
+            folder.mkdir()
+            torch.save(trainer.ae.state_dict(), folder / "ae.pt")
+            config = {"trainer": trainer.config}
+            (folder / "config.json").write_text(json.dumps(config))
+
+        yield "dictionary_learning", kind, save
+
+
+@dataclass
+class Row:
+    """One SAE that was carried over."""
+
+    architecture: str
+    direction: str
+    result: Verification
+
+    @property
+    def inwards(self) -> bool:
+        return self.direction.endswith("→ kronsae")
+
+    def facts(self) -> dict[str, Any]:
+        """Figures, the SAE's old library first."""
+        pair = [self.result.before, self.result.after]
+        before, after = reversed(pair) if self.inwards else pair
+        return {
+            "architecture": self.architecture,
+            "direction": self.direction,
+            "explained_variance": [before.explained_variance, after.explained_variance],
+            "l0": [before.l0, after.l0],
+            "largest_difference": self.result.largest_difference,
+        }
+
+
+def outwards(x: Tensor, heldout: Tensor, batch: int, folder: Path) -> Iterator[Row]:
+    """Each SAE of `OUTWARDS`; those that another library may save again also come back."""
+    train = TrainConfig(tokens=len(x), batch_size=batch, lr=8e-3, eval_every=0)
+    saes: dict[str, SAE] = {}
+    for library, kinds in OUTWARDS.items():
+        for kind, settings in kinds.items():
+            if kind not in saes:
+                saes[kind] = fit(SAEConfig(**settings), x, train).sae
+            out = convert(saes[kind], library, folder / f"{library} {kind}")
+            name = FORMATS[library].library
+            yield Row(kind, f"kronsae → {name}", verify(saes[kind], out, library, heldout))
+            if library == "sae_lens" and kind.startswith(("KronSAE", "Switch")):
+                import sae_lens
+
+                again = folder / f"again {kind}"
+                sae_lens.SAE.load_from_disk(out).save_model(again)
+                result = verify(load(again), again, library, heldout)
+                yield Row(kind, f"{name} → kronsae", result)
+
+
+def inwards(x: Tensor, heldout: Tensor, batch: int, folder: Path) -> Iterator[Row]:
+    """SAEs that the other libraries trained."""
+    for trained in (sae_lens_trained, sparsify_trained, dictionary_learning_trained):
+        for library, kind, save in trained(x, batch):
+            place = folder / f"{library} {kind} trained there"
+            save(place)
+            ours = load(place, allow_pickle=True)
+            name = FORMATS[library].library
+            yield Row(kind, f"{name} → kronsae", verify(ours, place, library, heldout))
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: a line each SAE."""
+    lines = [
+        "| from → to | architecture | explained variance before | after | L0 before | after "
+        "| largest difference |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in sorted(rows, key=lambda row: (row["direction"].replace("kronsae", ""), str(row))):
+        (ev, ev_after), (l0, l0_after) = row["explained_variance"], row["l0"]
+        lines.append(
+            f"| {row['direction']} | {row['architecture']} | {ev:.6f} | {ev_after:.6f} "
+            f"| {l0:.3f} | {l0_after:.3f} | {row['largest_difference']:.0e} |"
+        )
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--tokens", type=int, default=60_000, help="to train each SAE on")
+    parser.add_argument("--heldout", type=int, default=8192, help="tokens to judge on")
+    parser.add_argument("--batch-size", type=int, default=512)
+    parser.add_argument("--out", type=Path, help="folder for interop.json, interop.md")
+    arguments = parser.parse_args(argv)
+    torch.manual_seed(0)
+    x, heldout = harvest(arguments.tokens, seed=0)
+    scale = (x.square().sum(1).mean() / x.shape[1]) ** -0.5  # as the other trainers expect
+    x, heldout = x * scale, heldout[: arguments.heldout] * scale
+    rows = []
+    with tempfile.TemporaryDirectory() as temporary:
+        for carry in (outwards, inwards):
+            for row in carry(x, heldout, arguments.batch_size, Path(temporary)):
+                if not row.result.agrees:
+                    raise SystemExit(f"{row.architecture}, {row.direction}: {row.result}")
+                rows.append(row.facts())
+                print(json.dumps(rows[-1], ensure_ascii=False), flush=True)
+    text = table(rows)
+    print("\n" + text)
+    if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        names = ("sae-lens", "eai-sparsify", "dictionary-learning")
+        document = {
+            "settings": {name: value for name, value in vars(arguments).items() if name != "out"},
+            "versions": {**versions(), **{name: metadata.version(name) for name in names}},
+            "rows": rows,
+        }
+        (arguments.out / "interop.json").write_text(
+            json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+        (arguments.out / "interop.md").write_text(text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""SAEs on the Hugging Face hub: `push` one with its model card and report, `download` by id.
+
+from kronsae.hub import push
+push("runs/my-run", "me/my-sae")                 # or: python -m kronsae.export … --to hub
+sae = kronsae.load("me/my-sae", revision="main")
+"""
+
+import dataclasses
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from kronsae.config import kind_of
+from kronsae.data.common import reason
+from kronsae.errors import InputError
+from kronsae.interop import FORMATS
+from kronsae.interop.stock import Origin, part_of
+from kronsae.metrics import MEANING
+from kronsae.sae import SAE, load
+from kronsae_kernels import __version__
+
+CARD_NAME = "README.md"
+
+
+def push(
+    source: SAE | str | Path,
+    repo_id: str,
+    *,
+    revision: str | None = None,
+    private: bool = False,
+    message: str | None = None,
+    token: str | None = None,
+) -> str:
+    """Upload an SAE to the hub in one commit; returns its URL.
+
+    source: an SAE, or what `kronsae.load` takes; of a run folder report.html goes along.
+    repo_id: "owner/name"; made if it does not exist.  revision: a branch, made if need be.
+    token: of the hub; default: that of `hf auth login`, or HF_TOKEN.
+
+    The repository gets sae.safetensors and config.json, from which `kronsae.load(repo_id)` makes
+    the SAE again, and README.md, its model card. config.json names model, data and settings as the
+    run did: look whether they hold a path that is private.
+    Raises InputError if there is no such SAE, or if the hub refuses.
+    """
+    from huggingface_hub import HfApi
+
+    if repo_id.count("/") != 1:
+        raise InputError(f"repo_id: expected 'owner/name', got {repo_id!r}")
+    sae = source if isinstance(source, SAE) else load(source)
+    report = None if isinstance(source, SAE) else Path(source) / "report.html"
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = sae.save(Path(temporary) / "sae")
+        has_report = report is not None and report.is_file()
+        if has_report:
+            shutil.copy(report, folder / report.name)
+        card = model_card(sae, repo_id, report=has_report)
+        (folder / CARD_NAME).write_text(card, encoding="utf-8")
+        api = HfApi(token=token)
+        try:
+            api.create_repo(repo_id, private=private, exist_ok=True)
+            if revision is not None:
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            commit = api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                revision=revision,
+                commit_message=message or f"SAE from kronsae {__version__}",
+            )
+        except Exception as error:  # the hub client raises dozens of kinds
+            raise InputError(
+                f"{repo_id}: the Hugging Face hub did not take it ({reason(error)}); log in with "
+                "`hf auth login`, and check that the name is yours"
+            ) from error
+    return commit.commit_url
+
+
+def download(repo_id: str, revision: str | None, subfolder: str | None, allow_pickle: bool) -> Path:
+    """Folder with what an SAE in a repository consists of. Raises InputError if there is none.
+
+    Weights that are a pickle are left where they are unless `allow_pickle`.
+    """
+    from huggingface_hub import snapshot_download
+
+    places = [f"{subfolder.strip('/')}/"] if subfolder else ["", "sae/"]
+    names = {file for form in FORMATS.values() for file in (form.weights, form.config)}
+    names -= set() if allow_pickle else {FORMATS["dictionary_learning"].weights}
+    files = [f"{place}{name}" for place in places for name in sorted(names)]
+    try:
+        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=files))
+    except Exception as error:  # the hub client raises dozens of kinds
+        at = f", revision {revision!r}," if revision else ""
+        raise InputError(
+            f"{repo_id}{at}: neither a folder here nor a repository that could be fetched from the "
+            f"Hugging Face hub ({reason(error)})"
+        ) from error
+
+
+def model_card(sae: SAE, repo_id: str, *, report: bool = False) -> str:
+    """README.md of a repository: the hub's metadata, then what the SAE is and how to load it."""
+    config = dataclasses.asdict(sae.config)
+    origin, kind = Origin.of(sae.metadata), kind_of(dataclasses.asdict(sae.config))
+    read = f" of `{origin.model}`" if origin.model else ""
+    read += f" at `{origin.hookpoint}`" if origin.hookpoint else ""
+    if origin.target_hookpoint:
+        read += f" that predicts `{origin.target_hookpoint}`"
+    elif origin.layer is not None:
+        read += f" (the residual stream after block {origin.layer})"
+    shown = {name: value for name, value in config.items() if value not in (0, 0.0, False)}
+    parts = [
+        _metadata(origin, kind),
+        f"# {repo_id.partition('/')[2]}",
+        f"A {kind}{read}: {sae.dict_size:,} latents, {_active(config)}, of activations of width "
+        f"{sae.d_model:,}.",
+        "## Use",
+        "```python\nimport kronsae\n\n"
+        f'sae = kronsae.load("{repo_id}")  # takes raw activations [..., {sae.d_model}]\n'
+        "codes = sae.encode(x)  # values and indices of the active latents\n"
+        "x_hat = sae.decode(codes"
+        + (", x" if sae.config.skip else "")
+        + ")\n```\n\n`pip install kronsae`. Other libraries: `python -m kronsae.export "
+        f"{repo_id} --to sae_lens` and so on.",
+    ]
+    figures = _figures(sae.metadata)
+    if figures:
+        parts += ["## On held-out text", figures]
+    parts += ["## Settings", _table(("setting", "value"), shown.items())]
+    if report:
+        parts.append("`report.html` shows the run: its figures, and contexts of its latents.")
+    return "\n\n".join(parts) + "\n"
+
+
+def _active(config: dict[str, Any]) -> str:
+    exact = config["selection"] == "topk"
+    return f"{config['k']} of them active on a token" + ("" if exact else ", on average")
+
+
+def _metadata(origin: Origin, kind: str) -> str:
+    """YAML between two lines of dashes; every value is a JSON string, which YAML reads, too."""
+    lines = ["library_name: kronsae"]
+    if origin.model and origin.model.count("/") == 1 and not origin.model.startswith((".", "~")):
+        lines.append(f"base_model: {json.dumps(origin.model)}")
+    tags = ["sparse-autoencoder", "interpretability", "kronsae", kind.lower().replace(" ", "-")]
+    lines += ["tags:", *(f"- {json.dumps(tag)}" for tag in dict.fromkeys(tags))]
+    return "\n".join(["---", *lines, "---"])
+
+
+def _figures(metadata: dict[str, Any]) -> str:
+    metrics = part_of(metadata, "metrics")
+    rows = [
+        (label, f"{metrics[name]:.4g}", meaning)
+        for name, (label, meaning) in MEANING.items()
+        if isinstance(metrics.get(name), int | float)
+    ]
+    return _table(("figure", "value", "meaning"), rows) if rows else ""
+
+
+def _table(head: tuple[str, ...], rows: Any) -> str:
+    lines = [head, ("---",) * len(head), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)

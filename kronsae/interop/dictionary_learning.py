@@ -1,0 +1,191 @@
+"""dictionary_learning's folders: ae.pt and config.json, as its trainer_0/ holds them.
+
+ae.pt is a pickle. `kronsae.load` reads one only when asked to (allow_pickle=True), and then with
+`torch.load(weights_only=True)`, whose unpickler makes tensors and plain containers and runs nothing
+else; safetensors, which the library does not read, would need no such care.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kronsae.errors import InputError
+from kronsae.files import replace_directory, write_json
+from kronsae.interop.lens_format import ungated
+from kronsae.interop.stock import Origin, Stock, note_of, part_of, read_json, stock_of, take
+from kronsae.sae import SAE
+
+WEIGHTS_NAME = "ae.pt"
+CONFIG_NAME = "config.json"
+
+_LINEAR = {
+    "W_enc": "encoder.weight",
+    "b_enc": "encoder.bias",
+    "W_dec": "decoder.weight",
+    "b_dec": "b_dec",
+}
+_PARAMETERS = {"W_enc": "W_enc", "b_enc": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
+_TRAINERS = {
+    "AutoEncoderTopK": "TopKTrainer",
+    "BatchTopKSAE": "BatchTopKTrainer",
+    "MatryoshkaBatchTopKSAE": "MatryoshkaBatchTopKTrainer",
+    "JumpReluAutoEncoder": "JumpReluTrainer",
+}
+"""Classes that `write` writes, and what SAEBench expects as their trainers."""
+CLASSES = (*_TRAINERS, "AutoEncoder", "AutoEncoderNew", "GatedAutoEncoder")
+"""Classes that `read` reads."""
+
+
+def write(sae: SAE, folder: str | Path) -> Path:
+    """Write `sae` for `dictionary_learning.utils.load_dictionary(folder, device)`.
+
+    Raises InputError if it is a transcoder, or not dense.
+    """
+    stock = stock_of(sae, "dictionary_learning")
+    if stock.transcoder:
+        raise InputError(
+            "dictionary_learning's dictionaries reconstruct what they read: no transcoder fits. "
+            "What can hold one: --to sparsify (TopK) or sae_lens (with thresholds)"
+        )
+    kind = _class_of(sae)
+    if kind == "JumpReluAutoEncoder":
+        tensors = _transposed({ours: getattr(stock, ours) for ours in _PARAMETERS}, "W_enc")
+        tensors["threshold"] = stock.threshold
+    else:
+        stock = stock.with_decoder_bias_first(1)
+        matryoshka = kind == "MatryoshkaBatchTopKSAE"
+        names, turned = (_PARAMETERS, "W_enc") if matryoshka else (_LINEAR, "decoder.weight")
+        tensors = _transposed({names[ours]: getattr(stock, ours) for ours in names}, turned)
+        # -1 is theirs for a threshold that was never learned: TopK needs none.
+        first = torch.tensor(-1.0) if stock.threshold is None else stock.threshold[0]
+        tensors |= {"k": torch.tensor(stock.k, dtype=torch.int32), "threshold": first.clone()}
+        if matryoshka:
+            ends = torch.tensor([0, *sae.config.prefixes])
+            tensors["group_sizes"] = ends.diff()
+    config = {"trainer": _trainer(sae, kind), "kronsae": note_of(sae)}
+
+    def save(new: Path) -> None:
+        torch.save({name: t.contiguous() for name, t in tensors.items()}, new / WEIGHTS_NAME)
+        write_json(new / CONFIG_NAME, config)
+
+    return replace_directory(Path(folder), save)
+
+
+def _class_of(sae: SAE) -> str:
+    if sae.config.selection == "topk":
+        return "AutoEncoderTopK"
+    if sae.config.selection == "jumprelu":
+        return "JumpReluAutoEncoder"
+    nested = sae.config.objective == "matryoshka"
+    return "MatryoshkaBatchTopKSAE" if nested else "BatchTopKSAE"
+
+
+def _trainer(sae: SAE, kind: str) -> dict[str, Any]:
+    origin = Origin.of(sae.metadata)
+    train = part_of(sae.metadata, "config", "train")
+    return {
+        "trainer_class": _TRAINERS[kind],
+        "dict_class": kind,
+        "activation_dim": sae.config.d_model,
+        "dict_size": sae.config.dict_size,
+        "k": sae.config.k,
+        "lr": train.get("lr"),
+        "seed": train.get("seed"),
+        "steps": _steps(train),
+        "layer": origin.layer,
+        "lm_name": origin.model,
+        "submodule_name": origin.hookpoint,
+        "device": "cpu",
+        "wandb_name": f"kronsae-{kind}",
+    }
+
+
+def _steps(train: dict[str, Any]) -> int | None:
+    tokens, batch = train.get("tokens"), train.get("batch_size")
+    return -(-tokens // batch) if tokens and batch else None
+
+
+def _transposed(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    return tensors | {name: tensors[name].T}
+
+
+def read(folder: Path) -> SAE:
+    """The SAE in a folder of dictionary_learning: unpickles ae.pt, tensors alone.
+
+    Raises InputError if ae.pt holds anything else, is damaged, or of a class we have no counterpart
+    of. ReLU and gated autoencoders are read as what they are, thresholds.
+    """
+    settings = read_json(folder / CONFIG_NAME)
+    trainer = part_of(settings, "trainer")
+    kind = trainer.get("dict_class")
+    if kind not in CLASSES:
+        raise InputError(
+            f"{folder}: dictionary_learning's class {kind!r} has no counterpart here; known are "
+            f"{', '.join(CLASSES)}"
+        )
+    path = folder / WEIGHTS_NAME
+    tensors = _unpickled(path)
+    bias_first, nested = True, kind == "MatryoshkaBatchTopKSAE"
+    if nested or kind == "JumpReluAutoEncoder":
+        found = take(tensors, _PARAMETERS | {"threshold": "threshold"}, path)
+        found = _transposed(found, "W_enc")
+        bias_first = nested
+    elif kind == "GatedAutoEncoder":
+        names = {"W_enc": "encoder.weight", "W_dec": "decoder.weight", "b_dec": "decoder_bias"}
+        names |= {name: name for name in ("r_mag", "mag_bias", "gate_bias")}
+        found = _transposed(take(tensors, names, path), "W_dec")
+        found["W_enc"], found["b_enc"], found["threshold"] = ungated(
+            found["W_enc"], found.pop("r_mag"), found.pop("mag_bias"), found.pop("gate_bias")
+        )
+    else:
+        bias = {"AutoEncoder": "bias", "AutoEncoderNew": "decoder.bias"}.get(kind, "b_dec")
+        names = _LINEAR | {"b_dec": bias}
+        names |= {"threshold": "threshold"} if kind == "BatchTopKSAE" else {}
+        found = _transposed(take(tensors, names, path), "W_dec")
+        bias_first = kind != "AutoEncoderNew"
+        if kind.startswith("AutoEncoder") and kind != "AutoEncoderTopK":
+            found["threshold"] = torch.zeros_like(found["b_enc"])
+    if kind in ("BatchTopKSAE", "MatryoshkaBatchTopKSAE"):
+        found["threshold"] = found["threshold"].clamp(min=0).expand(len(found["b_enc"])).clone()
+    stock = Stock(**found, k=_k_of(kind, trainer, tensors, path))
+    if bias_first:
+        stock = stock.with_decoder_bias_first(-1)
+    return stock.to_sae(settings.get("kronsae"), _facts(settings, trainer))
+
+
+def _k_of(kind: str, trainer: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> int | None:
+    if kind not in ("AutoEncoderTopK", "BatchTopKSAE", "MatryoshkaBatchTopKSAE"):
+        return None
+    k = int(tensors["k"]) if "k" in tensors else trainer.get("k")
+    if k is None:
+        raise InputError(f"{path} has no k, nor has {CONFIG_NAME}")
+    return k
+
+
+def _unpickled(path: Path) -> dict[str, Tensor]:
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle, zip and torch raise their own kinds
+        raise InputError(
+            f"{path} cannot be read as tensors alone, and nothing else is unpickled "
+            f"({type(error).__name__}: {str(error).splitlines()[0]})"
+        ) from error
+    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
+        raise InputError(f"{path}: expected a dictionary of tensors")
+    return tensors
+
+
+def _facts(settings: dict[str, Any], trainer: dict[str, Any]) -> dict[str, Any]:
+    data = {
+        "name": trainer.get("lm_name"),
+        "hookpoint": trainer.get("submodule_name"),
+        "layer": trainer.get("layer"),
+        "context_length": part_of(settings, "buffer").get("ctx_len"),
+    }
+    return {
+        "format": "dictionary_learning",
+        "data": {name: value for name, value in data.items() if value is not None},
+        "settings": settings,
+    }

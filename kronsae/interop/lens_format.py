@@ -1,0 +1,237 @@
+"""SAELens' folders: sae_weights.safetensors and cfg.json, of version 6.
+
+Dense SAEs go into its stock architectures: TopK into "topk"; BatchTopK (with its threshold for
+use) and JumpReLU into "jumprelu", which is how SAELens saves a BatchTopK SAE itself; transcoders
+with thresholds into "jumprelu_transcoder". Everything else is written as architecture "kronsae",
+which SAELens knows after `import kronsae.interop.sae_lens`.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kronsae.config import SAEConfig, from_dict, kind_of
+from kronsae.errors import InputError
+from kronsae.files import replace_directory, write_json
+from kronsae.interop.stock import (
+    Origin,
+    Stock,
+    layer_of,
+    note_of,
+    part_of,
+    read_json,
+    read_tensors,
+    stock_of,
+    take,
+)
+from kronsae.sae import SAE
+
+WEIGHTS_NAME = "sae_weights.safetensors"
+CONFIG_NAME = "cfg.json"
+ARCHITECTURE = "kronsae"
+VERSION = "6.54.12"
+"""Of the SAELens that reads these files in our tests; below 6.0.0 it would rewrite cfg.json."""
+
+_NAMES = {"W_enc": "W_enc", "b_enc": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
+_WITH_THRESHOLD = ("jumprelu", "jumprelu_transcoder", "jumprelu_skip_transcoder")
+_OF_RELU = ("standard", "transcoder", "skip_transcoder")
+_GATED = ("gated",)
+STOCK = ("topk", *_WITH_THRESHOLD, *_OF_RELU, *_GATED)
+"""SAELens' own architectures that `read` knows."""
+
+
+def write(sae: SAE, folder: str | Path) -> Path:
+    """Write `sae` for `sae_lens.SAE.load_from_disk(folder)`. Raises InputError if it cannot be."""
+    if sae.config.encoder == "dense" and not sae.config.experts:
+        tensors, settings = _stock(sae)
+    else:
+        tensors, settings = _own(sae)
+    config = {
+        "d_in": sae.config.d_model,
+        "d_sae": sae.config.dict_size,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": False,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+        **settings,
+        "metadata": metadata_of(sae),
+    }
+    return replace_directory(Path(folder), lambda new: _save(new, tensors, config))
+
+
+def _save(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
+    from safetensors.torch import save_file
+
+    save_file({name: t.contiguous() for name, t in tensors.items()}, folder / WEIGHTS_NAME)
+    write_json(folder / CONFIG_NAME, config)
+
+
+def _stock(sae: SAE) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    stock = stock_of(sae, "SAELens")
+    if stock.transcoder and stock.threshold is None:
+        raise InputError(
+            "SAELens has no transcoder with TopK: sparsify has (--to sparsify), or train one with "
+            "--selection batchtopk or jumprelu"
+        )
+    tensors = {name: getattr(stock, name) for name in _NAMES}
+    tensors["W_enc"] = stock.W_enc.T
+    if stock.threshold is None:
+        return tensors, {
+            "architecture": "topk",
+            "k": stock.k,
+            "rescale_acts_by_decoder_norm": False,
+        }
+    tensors["threshold"] = stock.threshold
+    if not stock.transcoder:
+        return tensors, {"architecture": "jumprelu"}
+    skip = ""
+    if stock.W_skip is not None:
+        tensors["W_skip"], skip = stock.W_skip, "skip_"
+    return tensors, {
+        "architecture": f"jumprelu_{skip}transcoder",
+        "d_out": stock.W_dec.shape[1],
+    }
+
+
+def _own(sae: SAE) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    check_own(sae.config)
+    tensors = {name: t.detach().cpu() for name, t in sae.state_dict().items()}
+    return tensors, {"architecture": ARCHITECTURE, "kronsae": dataclasses.asdict(sae.config)}
+
+
+def check_own(config: SAEConfig) -> None:
+    """Raise InputError if the architecture "kronsae" cannot hold such an SAE."""
+    if config.d_target:
+        raise InputError(
+            f"a {kind_of(dataclasses.asdict(config))} cannot go to SAELens: its transcoders are "
+            "dense. What can: --to hub, or, to call it, kronsae.load(...)"
+        )
+
+
+def metadata_of(sae: SAE) -> dict[str, Any]:
+    origin = Origin.of(sae.metadata)
+    facts = {
+        "sae_lens_version": VERSION,
+        "sae_lens_training_version": None,
+        "model_name": origin.model,
+        "hook_name": lens_hook(origin.layer, origin.hookpoint),
+        "hf_hook_name": origin.hookpoint,
+        "hf_hook_name_out": origin.target_hookpoint,
+        "context_size": origin.context_length,
+        "prepend_bos": True,
+        "dataset_path": origin.dataset,
+        "kronsae": note_of(sae),
+    }
+    return {name: value for name, value in facts.items() if value is not None}
+
+
+def lens_hook(layer: int | None, hookpoint: str | None) -> str | None:
+    """TransformerLens' name of the residual stream after a block, or else the module's own."""
+    return hookpoint if layer is None else f"blocks.{layer}.hook_resid_post"
+
+
+def read(folder: Path) -> SAE:
+    """The SAE in a folder of SAELens. Raises InputError if it is damaged, or of a kind we lack.
+
+    "gated" and "standard" are read as what they are, thresholds: a gated latent is active above
+    b_mag - exp(r_mag) b_gate, a ReLU above 0.
+    """
+    settings = read_json(folder / CONFIG_NAME)
+    path = folder / WEIGHTS_NAME
+    tensors = read_tensors(path)
+    metadata = part_of(settings, "metadata")
+    architecture = settings.get("architecture", "standard")
+    activation = settings.get("activation_fn", settings.get("activation_fn_str"))
+    if architecture == "standard" and activation == "topk":  # how versions before 6 say it
+        architecture = "topk"
+        settings = {**settings, "k": part_of(settings, "activation_fn_kwargs").get("k")}
+    if architecture == ARCHITECTURE:
+        return _read_own(settings, tensors, path)
+    if architecture not in STOCK:
+        raise InputError(
+            f"{folder}: SAELens' architecture {architecture!r} has no counterpart here; "
+            f"known are {', '.join((*STOCK, ARCHITECTURE))}"
+        )
+    if settings.get("normalize_activations", "none") not in ("none", False, None):
+        raise InputError(
+            f"{folder}: the SAE takes activations normalised by "
+            f"{settings['normalize_activations']!r}; fold that into its weights in SAELens first, "
+            "where it can be"
+        )
+    if settings.get("finetuning_scaling_factor"):
+        raise InputError(f"{folder}: SAEs with a finetuning scaling factor are not read")
+    if architecture in _GATED:
+        names = {k: v for k, v in _NAMES.items() if k != "b_enc"}
+        names |= {"r_mag": "r_mag", "b_mag": "b_mag", "b_gate": "b_gate"}
+        found = take(tensors, names, path)
+        found["W_enc"], found["b_enc"], found["threshold"] = ungated(
+            found["W_enc"].T, found.pop("r_mag"), found.pop("b_mag"), found.pop("b_gate")
+        )
+    else:
+        names = _NAMES | ({"threshold": "threshold"} if architecture in _WITH_THRESHOLD else {})
+        names |= {"W_skip": "W_skip"} if "skip" in architecture else {}
+        found = take(tensors, names, path)
+        found["W_enc"] = found["W_enc"].T
+        if architecture in _OF_RELU:
+            found["threshold"] = torch.zeros_like(found["b_enc"])
+    if architecture == "topk" and settings.get("rescale_acts_by_decoder_norm"):
+        norms = found["W_dec"].norm(dim=1)
+        found["W_enc"] = found["W_enc"] * norms[:, None]
+        found["b_enc"] = found["b_enc"] * norms
+        found["W_dec"] = found["W_dec"] / norms[:, None]
+    stock = Stock(
+        **found,
+        k=settings.get("k") if architecture == "topk" else None,
+        transcoder="transcoder" in architecture,
+    )
+    if settings.get("apply_b_dec_to_input", True) and not stock.transcoder:
+        stock = stock.with_decoder_bias_first(-1)
+    return stock.to_sae(metadata.get("kronsae"), _facts(settings, metadata))
+
+
+def ungated(
+    w_enc: Tensor, r_mag: Tensor, b_mag: Tensor, b_gate: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """W_enc [F, d], b_enc [F] and threshold [F] of a gated SAE, whose gate shares its directions.
+
+    Active where w x + b_gate > 0, with value relu(e^r w x + b_mag): so where that value's argument
+    is greater than b_mag - e^r b_gate. [Rajamanoharan et al. 2024, Gated SAEs, App. on JumpReLU]
+    """
+    scale = r_mag.exp()
+    return w_enc * scale[:, None], b_mag, b_mag - scale * b_gate
+
+
+def _read_own(settings: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> SAE:
+    config = from_dict(SAEConfig, part_of(settings, "kronsae"), f"{path.parent / CONFIG_NAME}")
+    sae = SAE(config, device="meta").to_empty(device="cpu")
+    expected = {name: tuple(t.shape) for name, t in sae.state_dict().items()}
+    found = {name: tuple(t.shape) for name, t in tensors.items()}
+    if expected != found:
+        raise InputError(f"{path}: expected tensors {expected}, got {found}")
+    sae.load_state_dict(tensors)
+    sae.metadata = part_of(settings, "metadata", "kronsae", "metadata")
+    return sae.eval()
+
+
+def _facts(settings: dict[str, Any], metadata: dict[str, Any]) -> dict[str, Any]:
+    """What SAELens says of the model, in the places where a run of ours says it."""
+    found = {**settings, **metadata}
+    hook, module = (str(found.get(name) or "") for name in ("hook_name", "hf_hook_name"))
+    parts = hook.split(".")
+    block = parts[1] if len(parts) == 3 and parts[2] == "hook_resid_post" else ""
+    data = {
+        "name": found.get("model_name"),
+        "hookpoint": module or hook or None,
+        "target_hookpoint": found.get("hf_hook_name_out"),
+        "layer": int(block) if block.isdigit() else layer_of(module),
+        "context_length": found.get("context_size"),
+    }
+    return {
+        "format": "sae_lens",
+        "data": {name: value for name, value in data.items() if value is not None},
+        "settings": settings,
+    }

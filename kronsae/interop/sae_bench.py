@@ -1,0 +1,203 @@
+"""SAEs of ours in SAEBench: an adaptor, and its evaluations from the command line.
+
+    python -m kronsae.interop.sae_bench RUN --evals core absorption sparse_probing --model-name NAME
+
+SAEBench takes SAEs of SAELens, so the adaptor is `kronsae.interop.sae_lens.KronSAE` with what the
+evaluations ask of `cfg`. Its `encode` gives dense latents [..., F], as they all need.
+
+Needs `pip install 'kronsae[sae_bench]'`, in an environment of its own: sae-bench 0.6.0 wants
+numpy < 2 and datasets < 4.
+"""
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kronsae.errors import InputError
+from kronsae.flags import Parser, exit_status
+from kronsae.interop.lens_format import lens_hook
+from kronsae.interop.sae_lens import KronSAE
+from kronsae.interop.stock import Origin
+from kronsae.sae import SAE, load
+
+PROXY = (
+    "W_enc and b_enc are a proxy: the mean of a latent's base and extension row, which encode does "
+    "not use"
+)
+
+
+def adapt(
+    sae: SAE,
+    *,
+    model_name: str | None = None,
+    layer: int | None = None,
+    device: str = "cpu",
+    dtype: str = "float32",
+) -> KronSAE:
+    """An SAE that SAEBench evaluates: `run_eval(config, [("name", adapt(sae))], …)`.
+
+    model_name: as TransformerLens calls it; default: the name of the model that it was trained on.
+    layer: it reads the residual stream after this block; default: that of its hookpoint.
+    Where `W_enc` is a proxy, `cfg.metadata`, which SAEBench writes into its results, says so.
+    Raises InputError for a transcoder, or if model or layer is not known.
+    """
+    origin = Origin.of(sae.metadata)
+    model_name = model_name or origin.model
+    layer = origin.layer if layer is None else layer
+    if model_name is None or layer is None:
+        raise InputError(
+            f"SAEBench evaluates the residual stream after a block: expected a model and a layer, "
+            f"got {model_name!r} and {layer!r} (hookpoint {origin.hookpoint!r})"
+        )
+    wrapped = KronSAE.wrap(sae).requires_grad_(False)
+    facts = wrapped.cfg.metadata
+    facts.model_name, facts.hook_layer = model_name, layer
+    facts.hook_name, facts.prepend_bos = lens_hook(layer, None), True
+    facts.context_size = facts.context_size or 128
+    if sae.config.encoder == "kron":
+        facts.w_enc = PROXY
+    return wrapped.to(device=device, dtype=getattr(torch, dtype))
+
+
+@contextmanager
+def without_shape_checks() -> Iterator[None]:
+    """Let sae-bench 0.6.0 train its probes, whose annotated sizes contradict each other.
+
+    `train_probe_on_activations` binds the number of examples a class, and calls with twice as many;
+    today's jaxtyping and beartype notice.
+    """
+    import jaxtyping
+
+    before = jaxtyping.config.jaxtyping_disable
+    jaxtyping.config.update("jaxtyping_disable", True)
+    try:
+        yield
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", before)
+
+
+def evaluations(model_name: str, dtype: str, batch_size: int, out: Path) -> dict[str, Callable]:
+    """What SAEBench can run here, by name: functions of a list of (name, SAE), and a device.
+
+    Settings are SAEBench's own, seed 42; those of core are its script's for custom SAEs.
+    """
+    from sae_bench.evals.absorption import main as absorption
+    from sae_bench.evals.core import main as core
+    from sae_bench.evals.scr_and_tpp import main as scr_and_tpp
+    from sae_bench.evals.sparse_probing import main as sparse_probing
+
+    model = {
+        "model_name": model_name,
+        "random_seed": 42,
+        "llm_dtype": dtype,
+        "llm_batch_size": batch_size,
+    }
+
+    def run(module: Any, config: Any, folder: Path, **flags: Any) -> Callable:
+        def evaluate(saes: list[tuple[str, Any]], device: str) -> Any:
+            folder.mkdir(parents=True, exist_ok=True)
+            with without_shape_checks():
+                return module.run_eval(config, saes, device, str(folder), **flags)
+
+        return evaluate
+
+    def run_core(saes: list[tuple[str, Any]], device: str) -> Any:
+        return core.multiple_evals(
+            selected_saes=saes,
+            n_eval_reconstruction_batches=200,
+            n_eval_sparsity_variance_batches=2000,
+            eval_batch_size_prompts=16,
+            compute_featurewise_density_statistics=True,
+            compute_featurewise_weight_based_metrics=True,
+            exclude_special_tokens_from_reconstruction=True,
+            dataset="Skylion007/openwebtext",
+            context_size=128,
+            output_folder=str(out / "core"),
+            dtype=dtype,
+            device=device,
+        )
+
+    def scr_or_tpp(scr: bool) -> Callable:
+        config = scr_and_tpp.ScrAndTppEvalConfig(**model, perform_scr=scr)
+        return run(scr_and_tpp, config, out, clean_up_activations=True, save_activations=False)
+
+    return {
+        "core": run_core,
+        "absorption": run(absorption, absorption.AbsorptionEvalConfig(**model), out / "absorption"),
+        "sparse_probing": run(
+            sparse_probing,
+            sparse_probing.SparseProbingEvalConfig(**model),
+            out / "sparse_probing",
+            save_activations=False,
+        ),
+        "scr": scr_or_tpp(True),
+        "tpp": scr_or_tpp(False),
+    }
+
+
+NAMES = ("core", "absorption", "sparse_probing", "scr", "tpp")
+
+
+def make_parser() -> Parser:
+    parser = Parser(
+        prog="python -m kronsae.interop.sae_bench",
+        description="Run evaluations of SAEBench on SAEs that kronsae.load can load. Models and "
+        "data sets come from the Hugging Face hub.",
+    )
+    parser.add_argument("sources", nargs="+", metavar="SAE", help="run folders, or hub ids")
+    parser.add_argument("--evals", nargs="+", required=True, choices=NAMES, help="what to run")
+    parser.add_argument(
+        "--model-name", metavar="NAME", help="TransformerLens' name (default: the run's model)"
+    )
+    parser.add_argument(
+        "--layer", type=int, metavar="N", help="residual stream after block N (default: the run's)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("eval_results"), metavar="DIR", help="folder of results"
+    )
+    parser.add_argument("--llm-batch-size", type=int, default=32, metavar="N", help="contexts")
+    parser.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16"), help="of model and SAE"
+    )
+    parser.add_argument("--device", default=None, metavar="NAME", help="cpu or cuda")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0 only when the work was done."""
+    return exit_status(_run, argv)
+
+
+def _run(argv: list[str]) -> None:
+    request = make_parser().parse(argv)
+    device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    saes, models = [], set()
+    for source in request.sources:
+        sae = adapt(
+            load(source),
+            model_name=request.model_name,
+            layer=request.layer,
+            device=device,
+            dtype=request.dtype,
+        )
+        place = Path(source).resolve()
+        # A run's folder sae/ is called after the run.
+        saes.append((place.parent.name if place.name == "sae" else place.name, sae))
+        models.add(sae.cfg.metadata.model_name)
+    if len(models) > 1:
+        raise InputError(f"expected SAEs of one model, got {', '.join(sorted(models))}")
+    if len({name for name, _ in saes}) < len(saes):
+        raise InputError("two SAEs have the same name, and would have the same file of results")
+    batch = request.llm_batch_size
+    known = evaluations(models.pop(), request.dtype, batch, request.out)
+    for name in request.evals:
+        known[name](saes, device)
+    print(f"In {request.out}: {', '.join(request.evals)}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

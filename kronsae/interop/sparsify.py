@@ -1,0 +1,111 @@
+"""sparsify's folders (eai-sparsify): sae.safetensors and cfg.json, one for each hookpoint.
+
+It holds TopK autoencoders and transcoders, with Multi-TopK and a linear skip.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from kronsae.errors import InputError
+from kronsae.files import replace_directory, write_json
+from kronsae.interop.stock import (
+    Stock,
+    layer_of,
+    note_of,
+    read_json,
+    read_tensors,
+    stock_of,
+    take,
+)
+from kronsae.sae import SAE
+
+WEIGHTS_NAME = "sae.safetensors"
+CONFIG_NAME = "cfg.json"
+
+_NAMES = {
+    "W_enc": "encoder.weight",
+    "b_enc": "encoder.bias",
+    "W_dec": "W_dec",
+    "b_dec": "b_dec",
+}
+
+
+def write(sae: SAE, folder: str | Path) -> Path:
+    """Write `sae` for `sparsify.SparseCoder.load_from_disk(folder)`.
+
+    Raises InputError if it is not a dense TopK SAE, or a transcoder between streams of two widths.
+    """
+    stock = stock_of(sae, "sparsify")
+    if stock.threshold is not None:
+        raise InputError(
+            f"sparsify selects the k largest latents, and selection {sae.config.selection!r} has "
+            "thresholds: --to sae_lens or dictionary_learning has a place for them"
+        )
+    if stock.transcoder and sae.config.d_out != sae.config.d_model:
+        raise InputError(
+            f"sparsify's transcoders have one width, this one reads {sae.config.d_model} and "
+            f"predicts {sae.config.d_out}"
+        )
+    if not stock.transcoder:
+        stock = stock.with_decoder_bias_first(1)
+    tensors = {theirs: getattr(stock, ours) for ours, theirs in _NAMES.items()}
+    if stock.W_skip is not None:
+        tensors["W_skip"] = stock.W_skip
+    size, d = stock.W_enc.shape
+    config = {
+        "activation": "topk",
+        "expansion_factor": max(1, size // d),
+        "normalize_decoder": True,
+        "num_latents": size,
+        "k": stock.k,
+        "multi_topk": stock.multi_topk,
+        "skip_connection": stock.W_skip is not None,
+        "transcode": stock.transcoder,
+        "d_in": d,
+        "kronsae": note_of(sae),
+    }
+
+    def save(new: Path) -> None:
+        from safetensors.torch import save_file
+
+        save_file({name: t.contiguous() for name, t in tensors.items()}, new / WEIGHTS_NAME)
+        write_json(new / CONFIG_NAME, config)
+
+    return replace_directory(Path(folder), save)
+
+
+def read(folder: Path) -> SAE:
+    """The SAE in a folder of sparsify. Raises InputError if it is damaged, or of a kind we lack."""
+    settings = read_json(folder / CONFIG_NAME)
+    path = folder / WEIGHTS_NAME
+    if settings.get("activation", "topk") != "topk" or settings.get("signed"):
+        kind = "signed" if settings.get("signed") else settings["activation"]
+        raise InputError(f"{folder}: expected sparsify's activation 'topk', got {kind!r}")
+    tensors = read_tensors(path)
+    names = _NAMES | ({"W_skip": "W_skip"} if settings.get("skip_connection") else {})
+    stock = Stock(
+        **take(tensors, names, path),
+        k=settings.get("k"),
+        transcoder=bool(settings.get("transcode")),
+        multi_topk=bool(settings.get("multi_topk")),
+    )
+    if stock.k is None:
+        raise InputError(f"{folder / CONFIG_NAME} has no k")
+    if not stock.transcoder:
+        stock = stock.with_decoder_bias_first(-1)
+    return stock.to_sae(settings.get("kronsae"), _facts(folder, settings))
+
+
+def _facts(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    # A folder is named after its hookpoint, as `layers.10`; the run above it names the model.
+    try:
+        run = read_json(folder.resolve().parent / "config.json")
+    except InputError:
+        run = {}
+    layer = layer_of(folder.name) if folder.name.startswith("layers.") else None
+    data = {"name": run.get("model"), "hookpoint": folder.name, "layer": layer}
+    return {
+        "format": "sparsify",
+        "data": {name: value for name, value in data.items() if value is not None},
+        "settings": settings,
+    }

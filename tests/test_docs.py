@@ -1,0 +1,96 @@
+"""The examples of docs/ run as they stand, and their commands are ones that exist."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from kronsae.cli import parse
+from kronsae.export import make_parser
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+def blocks(page: str, language: str) -> list[str]:
+    text = (DOCS / page).read_text(encoding="utf-8")
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+EXAMPLES = blocks("libraries.md", "python")
+
+
+def run(example: str) -> dict:
+    names: dict = {}
+    exec(example, names)
+    return names
+
+
+def test_there_are_examples():
+    assert len(EXAMPLES) == 4
+
+
+def test_beside_what_you_have():
+    """The plain autoencoder and the one of kernels have the same gradients."""
+    gradients = run(EXAMPLES[0])["gradients"]
+    plain, sparse = gradients.values()
+    for expected, found in zip(plain, sparse, strict=True):
+        assert expected.abs().sum() > 0
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_with_your_layout():
+    names = run(EXAMPLES[1])
+    torch.testing.assert_close(names["x_hat"], names["x_hat_dense"], rtol=1e-4, atol=1e-5)
+
+
+def test_dead_latents():
+    names = run(EXAMPLES[2])
+    dead = names["dead"]
+    for gradient in (names["w_enc"].grad, names["w_dec"].grad):
+        assert gradient[dead].abs().sum() > 0 and gradient[~dead].abs().sum() == 0
+
+
+def test_a_kron_encoder_in_your_class():
+    names = run(EXAMPLES[3])
+    assert names["x_hat"].shape == (16, 32) and names["codes"].indices.max() < 512
+    for parameter in names["model"].parameters():
+        assert parameter.grad.isfinite().all() and parameter.grad.any()
+
+
+def test_contract_lists_what_is_exported():
+    import kronsae_kernels
+
+    text = (DOCS / "libraries.md").read_text(encoding="utf-8")
+    for name in kronsae_kernels.__all__:
+        assert name == "__version__" or name in text or name == "SparseCodes", name
+
+
+COMMANDS = [
+    line
+    for page in ("interop.md", "../README.md")
+    for block in blocks(page, "bash")
+    for line in block.splitlines()
+]
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "kronsae.export" in c])
+def test_export_commands_parse(command):
+    assert make_parser().parse(command.split()[3:]).source == "RUN"
+
+
+def test_training_command_of_the_absorption_figures(tmp_path, monkeypatch):
+    [command] = [c for c in COMMANDS if "--sweep absorption.json" in c]
+    text = (DOCS / "interop.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    Path("absorption.json").write_text(re.search(r"holding `(\[.*?\])`", text).group(1))
+    request = parse(command.split()[3:])
+    assert len(request.members) == 10
+    kinds = {(c.sae.encoder, c.sae.k) for c in request.members.values()}
+    assert len(kinds) == 10
+
+
+def test_links_lead_somewhere():
+    for page in DOCS.glob("*.md"):
+        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text(encoding="utf-8")):
+            assert (DOCS / target).exists(), f"{page.name}: {target}"

@@ -1,0 +1,282 @@
+"""An SAE goes to a hub and comes back: a small server here speaks as much of its protocol as that
+needs. The client runs in a process of its own, as it reads its endpoint when it is imported.
+"""
+
+import base64
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+import yaml
+
+from kronsae import SAE, InputError, SAEConfig
+from kronsae.hub import model_card, push
+
+METADATA = {
+    "data": {"name": "EleutherAI/pythia-70m", "hookpoint": "gpt_neox.layers.3"},
+    "metrics": {"explained_variance": 0.75, "l0": 4.0, "ce_recovered": 0.9},
+}
+
+
+class Hub(ThreadingHTTPServer):
+    """Repositories in memory: {repo: {commit: {path: bytes}}}; branches {repo: {name: commit}}."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.commits: dict[str, dict[str, dict[str, bytes]]] = {}
+        self.branches: dict[str, dict[str, str]] = {}
+        self.private: dict[str, bool] = {}
+        self.unknown: list[str] = []
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def commit(self, repo: str, branch: str, files: dict[str, bytes]) -> str:
+        parent = self.branches[repo].get(branch, "")
+        merged = {**self.commits[repo].get(parent, {}), **files}
+        name = hashlib.sha1(repr((parent, sorted(files.items()))).encode()).hexdigest()
+        self.commits[repo][name] = merged
+        self.branches[repo][branch] = name
+        return name
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Hub
+
+    def log_message(self, *_) -> None:
+        """Quiet."""
+
+    def reply(self, status: int, body: object = b"", **headers: str) -> None:
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
+        kind = "application/octet-stream" if isinstance(body, bytes) else "application/json"
+        self.send_response(status)
+        headers = {"Content-Type": kind, "Content-Length": str(len(data)), **headers}
+        for name, value in headers.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def not_found(self, what: str) -> None:
+        self.reply(404, {"error": what}, X_Error_Code=what, X_Error_Message=what)
+
+    def do_POST(self) -> None:
+        hub = self.server
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        parts = unquote(self.path.split("?")[0]).strip("/").split("/")
+        if parts[:3] == ["api", "repos", "create"]:
+            wanted = json.loads(body)
+            repo = "/".join(filter(None, (wanted.get("organization"), wanted["name"])))
+            there = repo in hub.commits
+            if not there:
+                hub.commits[repo], hub.branches[repo] = {}, {}
+                hub.private[repo] = wanted.get("visibility") == "private"
+                hub.commit(repo, "main", {})
+            self.reply(409 if there else 200, {"url": f"{hub.url}/{repo}"})
+            return
+        if parts[:2] == ["api", "validate-yaml"]:
+            self.reply(200, {"errors": [], "warnings": []})
+            return
+        repo, action, revision = "/".join(parts[2:4]), parts[4], "/".join(parts[5:])
+        if action == "branch":
+            hub.branches[repo].setdefault(revision, hub.branches[repo]["main"])
+            self.reply(201, {})
+        elif action == "preupload":
+            files = json.loads(body)["files"]
+            answer = [
+                {"path": f["path"], "uploadMode": "regular", "shouldIgnore": False} for f in files
+            ]
+            self.reply(200, {"files": answer})
+        elif action == "commit":
+            lines = [json.loads(line) for line in body.splitlines() if line.strip()]
+            files = {
+                line["value"]["path"]: base64.b64decode(line["value"]["content"])
+                for line in lines
+                if line["key"] == "file"
+            }
+            commit = hub.commit(repo, revision, files)
+            url = f"{hub.url}/{repo}/commit/{commit}"
+            self.reply(200, {"success": True, "commitOid": commit, "commitUrl": url})
+        else:
+            hub.unknown.append(f"POST {self.path}")
+            self.not_found("EntryNotFound")
+
+    def do_GET(self) -> None:
+        hub = self.server
+        parts = unquote(self.path.split("?")[0]).strip("/").split("/")
+        if parts[:2] == ["api", "models"]:
+            repo, action, revision = "/".join(parts[2:4]), parts[4:5], "/".join(parts[5:6])
+            commit, files = self.find(repo, revision or "main")
+            if files is None:
+                return
+            if action == ["tree"]:
+                tree = [
+                    {"type": "file", "path": p, "size": len(d), "oid": hashlib.sha1(d).hexdigest()}
+                    for p, d in files.items()
+                ]
+                self.reply(200, tree)
+            else:
+                siblings = [{"rfilename": path} for path in files]
+                known = {"id": repo, "sha": commit, "siblings": siblings, "private": False}
+                self.reply(200, known)
+        elif parts[2:3] == ["resolve"]:
+            repo, revision, path = "/".join(parts[:2]), parts[3], "/".join(parts[4:])
+            commit, files = self.find(repo, revision)
+            if files is None:
+                return
+            if path not in files:
+                self.not_found("EntryNotFound")
+                return
+            tag = f'"{hashlib.sha1(files[path]).hexdigest()}"'
+            self.reply(200, files[path], ETag=tag, X_Repo_Commit=commit)
+        else:
+            hub.unknown.append(f"GET {self.path}")
+            self.not_found("EntryNotFound")
+
+    do_HEAD = do_GET
+
+    def find(self, repo: str, revision: str) -> tuple[str, dict[str, bytes] | None]:
+        hub = self.server
+        if repo not in hub.commits:
+            self.not_found("RepoNotFound")
+            return "", None
+        commit = hub.branches[repo].get(revision, revision)
+        if commit not in hub.commits[repo]:
+            self.not_found("RevisionNotFound")
+            return "", None
+        return commit, hub.commits[repo][commit]
+
+
+@pytest.fixture
+def hub():
+    server = Hub()
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+def run(hub: Hub, tmp_path: Path, script: str) -> list[str]:
+    """The lines that a Python script prints, with the client pointed to `hub`."""
+    environment = {
+        **os.environ,
+        "HF_ENDPOINT": hub.url,
+        "HF_HUB_OFFLINE": "0",
+        "HF_HOME": str(tmp_path / "cache"),
+        "HF_TOKEN": "hf_of_this_test",
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "PYTHONPATH": str(Path(__file__).parent.parent),
+        "NO_PROXY": "127.0.0.1",
+        "OMP_NUM_THREADS": "1",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_push_and_load(hub, tmp_path):
+    """A run with its report, to main and to a branch; loaded by id, branch and commit."""
+    sae = SAE(SAEConfig(d_model=8, heads=4, m=2, n=2, k=3)).eval()
+    sae.save(tmp_path / "run" / "sae", METADATA)
+    (tmp_path / "run" / "report.html").write_text("<html>the run</html>")
+    second = SAE(SAEConfig(d_model=8, heads=4, m=2, n=2, k=4)).eval()
+    second.save(tmp_path / "second")
+    lines = run(
+        hub,
+        tmp_path,
+        """
+import kronsae
+from kronsae.export import main
+from kronsae.hub import push
+assert main(["run", "--to", "hub", "--repo", "me/sae", "--private"]) == 0
+url = push("second", "me/sae", revision="wider", message="k is 4")
+sae = kronsae.load("me/sae")
+print(sae.config.k, sae.metadata["data"]["name"], sae.W_dec.sum().item())
+print(kronsae.load("me/sae", revision="wider").config.k, kronsae.load("me/sae").config.k)
+print(kronsae.load("me/sae", revision=url.rpartition("/")[2]).config.k)
+for source, settings in (("me/other", {}), ("me/sae", {"revision": "no"}),
+                         ("me/sae", {"subfolder": "layers.3"})):
+    try:
+        kronsae.load(source, **settings)
+    except kronsae.InputError as error:
+        print(error)
+""",
+    )
+    assert lines[0].startswith(f"Pushed: {hub.url}/me/sae/commit/")
+    k, model, total = lines[2].split()
+    assert (k, model) == ("3", "EleutherAI/pythia-70m")
+    assert float(total) == pytest.approx(sae.W_dec.sum().item(), abs=1e-6)
+    assert lines[3:5] == ["4 3", "4"]
+    assert "me/other: neither a folder here nor a repository" in lines[5]
+    assert "me/sae, revision 'no', neither" in lines[6].replace(":", "")
+    assert "me/sae, layers.3 holds no SAE" in lines[7]
+    assert hub.private == {"me/sae": True} and not hub.unknown
+    files = hub.commits["me/sae"][hub.branches["me/sae"]["main"]]
+    assert sorted(files) == ["README.md", "config.json", "report.html", "sae.safetensors"]
+    assert files["report.html"] == b"<html>the run</html>"
+
+
+def test_an_sae_of_another_library_on_the_hub(hub, tmp_path):
+    """As sparsify's repositories are: a folder for each hookpoint."""
+    fixture = Path(__file__).parent / "fixtures" / "interop" / "sparsify" / "layers.3"
+    hub.commits["them/saes"], hub.branches["them/saes"] = {}, {}
+    files = {f"layers.3/{path.name}": path.read_bytes() for path in fixture.iterdir()}
+    hub.commit("them/saes", "main", files)
+    script = """
+import kronsae
+sae = kronsae.load("them/saes", subfolder="layers.3")
+print(sae.config.k, sae.config.encoder, sae.metadata["data"]["layer"])
+"""
+    assert run(hub, tmp_path, script) == ["3 dense 3"]
+
+
+def test_model_card():
+    """The hub reads its head; people read the rest."""
+    sae = SAE(SAEConfig(d_model=8, heads=4, m=2, n=2, k=3))
+    sae.metadata = METADATA
+    card = model_card(sae, "me/my-sae", report=True)
+    _, head, text = card.split("---\n", 2)
+    facts = yaml.safe_load(head)
+    assert facts["base_model"] == "EleutherAI/pythia-70m" and facts["library_name"] == "kronsae"
+    assert {"sparse-autoencoder", "kronsae"} <= set(facts["tags"])
+    for part in (
+        "# my-sae",
+        "A KronSAE of `EleutherAI/pythia-70m` at `gpt_neox.layers.3` (the residual stream after "
+        "block 3): 16 latents, 3 of them active on a token",
+        'kronsae.load("me/my-sae")',
+        "| Explained variance | 0.75 |",
+        "| heads | 4 |",
+        "report.html",
+    ):
+        assert part in text, part
+
+
+def test_model_card_of_an_sae_that_says_nothing_of_its_model():
+    sae = SAE(SAEConfig(d_model=8, encoder="dense", dict_size=16, k=3, selection="batchtopk"))
+    sae.metadata = {"data": {"name": "/somewhere/on/my/disk"}}
+    card = model_card(sae, "me/my-sae")
+    assert "base_model" not in card and "report.html" not in card and "held-out" not in card
+    assert "A BatchTopK SAE of" in card and "3 of them active on a token, on average" in card
+
+
+def test_push_refuses_a_name_that_is_none():
+    with pytest.raises(InputError, match="expected 'owner/name', got 'mine'"):
+        push(SAE(SAEConfig(d_model=8, heads=4, m=2, n=2, k=3)), "mine")
