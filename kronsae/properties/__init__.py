@@ -2,7 +2,7 @@
 
 from kronsae.properties.examples import WINDOW, Examples
 from kronsae.properties.geometry import LogitEffects, Nearest, logit_effects, nearest_rows
-from kronsae.properties.measure import Examined, Properties, Settings, measure
+from kronsae.properties.gather import Examined, Properties, Settings, measure
 from kronsae.properties.store import FOLDER, Stored, load_properties, save_properties
 from kronsae.properties.summary import gates, summarise
 

@@ -12,14 +12,14 @@ from kronsae.config import DataConfig, base_type, from_dict
 from kronsae.errors import InputError
 from kronsae.files import sha256
 from kronsae.properties.geometry import kinship, logit_effects, mean_cosines, nearest_rows
-from kronsae.properties.measure import Settings, measure
+from kronsae.properties.gather import Settings, measure
 from kronsae.properties.store import FOLDER, Stored, load_properties, save_properties
 from kronsae.properties.summary import summarise
 from kronsae.run import RunFolder
 from kronsae.sae import SAE, WEIGHTS_NAME, load
 
 EMBEDDED: dict[str, Any] = {"tokens": 200_000, "sample": 32}
-"""Settings that apply to the embedded model where none are given: half a minute, and little disk."""
+"""Settings that apply to the embedded model where none are given."""
 
 NEAREST, EFFECTS = 8, 10
 """How many nearest rows, and raised and lowered tokens, are kept of each latent."""

@@ -4,7 +4,6 @@ properties.safetensors   every array, by name: "post.count", "pre.top.tokens", "
 properties.json          the text, the settings, a summary, and the checksum of the former
 """
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,7 +14,7 @@ from kronsae.errors import InputError
 from kronsae.files import replace_directory, sha256, write_json
 from kronsae.properties.examples import Examples
 from kronsae.properties.geometry import LogitEffects, Nearest
-from kronsae.properties.measure import Examined, Properties
+from kronsae.properties.gather import Examined, Properties
 
 FOLDER = "properties"
 FORMAT_VERSION = 1

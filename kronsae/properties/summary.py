@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from kronsae.properties.measure import Examined, Properties
+from kronsae.properties.gather import Examined, Properties
 from kronsae.properties.token_mass import entropy
 from kronsae.sae import SAE
 

@@ -87,19 +87,13 @@ class TokenMass:
         return np.where(some, entropy(latents, mass, self.count), np.nan)
 
     def top(self, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens [N, size] with most mass, and their shares of it; -1 and 0 where there are
-        fewer. Raises ValueError if the sums are not exact any more."""
+        """The tokens with most mass, and their shares of it (`largest_shares`).
+
+        Raises ValueError if the sums are not exact any more.
+        """
         if not self.exact:
             raise ValueError("the sums by token are a sketch, which does not know the tokens")
-        latents, tokens, mass = self._entries()
-        order = np.lexsort((-mass, latents))
-        place = rank(latents[order])
-        order, place = order[place < size], place[place < size]
-        total = np.bincount(latents, mass, self.count)
-        found, shares = np.full((self.count, size), -1), np.zeros((self.count, size))
-        found[latents[order], place] = tokens[order]
-        shares[latents[order], place] = mass[order] / total[latents[order]]
-        return found, shares
+        return largest_shares(*self._entries(), self.count, size)
 
     def _entries(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Latent, token and mass of all sums that are not 0, by latent."""
@@ -108,6 +102,23 @@ class TokenMass:
             return latents, tokens, self.table[latents, tokens]
         some = self.mass > 0
         return *np.divmod(self.pairs[some], self.vocabulary), self.mass[some]
+
+
+def largest_shares(
+    latents: np.ndarray, tokens: np.ndarray, mass: np.ndarray, count: int, size: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens [count, size] with most of each latent's mass, and their shares of it.
+
+    latents, tokens, mass: [e], each pair once. -1 and 0 where there are fewer tokens.
+    """
+    order = np.lexsort((-mass, latents))
+    place = rank(latents[order])
+    order, place = order[place < size], place[place < size]
+    total = np.bincount(latents, mass, count)
+    found, shares = np.full((count, size), -1), np.zeros((count, size))
+    found[latents[order], place] = tokens[order]
+    shares[latents[order], place] = mass[order] / total[latents[order]]
+    return found, shares
 
 
 def entropy(groups: np.ndarray, mass: np.ndarray, count: int) -> np.ndarray:

@@ -21,7 +21,7 @@ from kronsae.errors import InputError
 from kronsae.properties.correlation import active_codes, joined, mean_correlations
 from kronsae.properties.examples import NO_TOKEN, WINDOW, Examples, random_scores
 from kronsae.properties.histogram import Histograms
-from kronsae.properties.token_mass import TokenMass
+from kronsae.properties.token_mass import TokenMass, largest_shares
 from kronsae.sae import SAE
 from kronsae_kernels import SparseCodes
 
@@ -314,11 +314,11 @@ class _Gathered:
 
 def _tokens_of(top: Examples) -> tuple[np.ndarray, np.ndarray]:
     """The tokens of the strongest examples by their activation, where sums by token are unknown."""
-    here = top.places >= 0
-    latents, slots = here.nonzero()
-    mass = TokenMass(len(here), int(top.tokens.max(initial=0)) + 1)
-    mass.add(latents, top.tokens[latents, slots, WINDOW // 2], top.scores[latents, slots])
-    return mass.top(TOP_TOKENS)
+    latents, slots = (top.places >= 0).nonzero()
+    tokens = top.tokens[latents, slots, WINDOW // 2]
+    pairs, of_example = np.unique(np.stack([latents, tokens]), axis=1, return_inverse=True)
+    mass = np.bincount(of_example.ravel(), top.scores[latents, slots])
+    return largest_shares(*pairs, mass, len(top.places), TOP_TOKENS)
 
 
 def _correlations(sae: SAE, codes: SparseCodes) -> tuple[np.ndarray | None, np.ndarray]:
