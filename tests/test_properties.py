@@ -23,9 +23,9 @@ from kronsae.properties import (
 from kronsae.properties import gather as gather_module
 from kronsae.properties import token_mass as token_mass_module
 from kronsae.properties.examples import WINDOW, Examples, random_scores
+from kronsae.properties.gather import pre_latents
 from kronsae.properties.geometry import kinship, mean_cosines
 from kronsae.properties.histogram import BINS, Histograms
-from kronsae.properties.gather import pre_latents
 from kronsae.properties.summary import effective_number, rank_correlation
 from kronsae.properties.token_mass import REGISTERS, TokenMass
 
@@ -128,7 +128,7 @@ def check_latent(examined, latent, z, text):
 
 
 def check_top(examples, latent, z, ids):
-    peaks = sorted(((-z[c].max(), c, z[c].argmax()) for c in range(len(z)) if z[c].any()))[:3]
+    peaks = sorted((-z[c].max(), c, z[c].argmax()) for c in range(len(z)) if z[c].any())[:3]
     there = examples.places[latent] >= 0
     assert there.sum() == len(peaks)
     for slot, (value, context, position) in enumerate(peaks):

@@ -1,8 +1,8 @@
 """What the latents of a run do on a text: frequency, entropy, examples, relations, geometry."""
 
 from kronsae.properties.examples import WINDOW, Examples
-from kronsae.properties.geometry import LogitEffects, Nearest, logit_effects, nearest_rows
 from kronsae.properties.gather import Examined, Properties, Settings, measure
+from kronsae.properties.geometry import LogitEffects, Nearest, logit_effects, nearest_rows
 from kronsae.properties.store import FOLDER, Stored, load_properties, save_properties
 from kronsae.properties.summary import gates, summarise
 

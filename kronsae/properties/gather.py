@@ -134,6 +134,9 @@ def measure(
     codes: list[SparseCodes] = []
     tokens = contexts = 0
     for ids, mask, rows in _chunks(batches, pre_count):
+        ends = mask.sum(1).cumsum(0)
+        last = min(len(ids) - 1, int((ends < settings.tokens - tokens).sum()))
+        ids, mask, rows = ids[: last + 1], mask[: last + 1], rows[: ends[last]]
         x = rows[:, : config.d_model].to(sae.W_dec)
         text = _Text(ids.cpu().numpy(), mask.cpu().numpy(), contexts)
         part = active_codes(sae, x)

@@ -11,8 +11,8 @@ from typing import Any, NoReturn
 from kronsae.config import DataConfig, base_type, from_dict
 from kronsae.errors import InputError
 from kronsae.files import sha256
-from kronsae.properties.geometry import kinship, logit_effects, mean_cosines, nearest_rows
 from kronsae.properties.gather import Settings, measure
+from kronsae.properties.geometry import kinship, logit_effects, mean_cosines, nearest_rows
 from kronsae.properties.store import FOLDER, Stored, load_properties, save_properties
 from kronsae.properties.summary import summarise
 from kronsae.run import RunFolder

@@ -13,8 +13,8 @@ import numpy as np
 from kronsae.errors import InputError
 from kronsae.files import replace_directory, sha256, write_json
 from kronsae.properties.examples import Examples
-from kronsae.properties.geometry import LogitEffects, Nearest
 from kronsae.properties.gather import Examined, Properties
+from kronsae.properties.geometry import LogitEffects, Nearest
 
 FOLDER = "properties"
 FORMAT_VERSION = 1
