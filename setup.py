@@ -45,6 +45,7 @@ setup(
             "tensorboard",
             "matplotlib",
             "scipy",
+            "selenium",
         ],
         "tensorboard": ["tensorboard"],
         "wandb": ["wandb"],

@@ -151,9 +151,8 @@ def test_shows_the_examples_of_a_latent(at_home, made):
     assert float(figures[0]) == pytest.approx(peaks[0], rel=0.01)
     middle = post.top.tokens[latent, 0, WINDOW // 2]
     shown = at_home.texts(".unit .examples mark")[0]
-    assert shown == (EVIL[middle] if middle < len(EVIL) else f" word{middle}").replace(
-        "\u2028", "\ufffd"
-    ).replace("\u202e", "\ufffd")
+    expected = EVIL[middle] if middle < len(EVIL) else f"word{middle}"
+    assert shown == expected.replace("\u2028", "\ufffd").replace("\u202e", "\ufffd")
     assert at_home.texts(".bars h4") == ["Fires on", "Makes likelier", "Makes less likely"]
     assert len(at_home.texts(".near li")) == 4
     assert "final_norm" in at_home.texts(".note")[0]

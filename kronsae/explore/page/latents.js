@@ -54,9 +54,10 @@ function example(tokens, shades, peak, strongest) {
       return;
     }
     const value = peak * shades[place] / 255;
-    line.append(make(place === middle ? 'mark' : 'span', {
+    const blank = text.match(/^ *(?=[^ ])/)?.[0] ?? ''; // else a line may break in the frame
+    line.append(blank, make(place === middle ? 'mark' : 'span', {
       title: short(value), vars: { '--a': strongest ? Math.min(1, value / strongest) : 0 },
-    }, text));
+    }, text.slice(blank.length)));
   });
   const shown = peak * shades[middle] / 255;
   return make('li', null, make('b', null, short(shown)), line);
@@ -218,7 +219,7 @@ async function unitView(unit) {
     make('section', null, make('h4', null, 'Strongest examples'),
       exampleList(block, unit.group, 'top', row, strongest)),
     make('section', { class: 'lists' }, lists), note,
-    top ? make('section', null, make('h4', null, 'Activations (counts by their root)'),
+    top ? make('section', null, make('h4', null, 'Activations (heights by the root of counts)'),
       histogram(counts, top, `Histogram of activations from 0 to ${short(top)}`)) : null,
     post && grid.kron ? gateOf(unit) : null,
     facts.examples[1] ? make('details', null,

@@ -58,6 +58,8 @@ async function route() {
     window.scrollTo(0, scroll); // another cell of the same grid
     if (held) main.querySelector('.grid [aria-current]')?.focus({ preventScroll: true });
   } else window.scrollTo(0, 0);
+  // The link that was followed is gone: reading goes on at the top of what it led to.
+  if (turn > 1 && document.activeElement === document.body) main.focus({ preventScroll: true });
   shownHead = head;
   document.title = titleText(address);
   main.dataset.address = address;

@@ -56,7 +56,7 @@ function distributions() {
     name: `${style}s`, style, values: valuesOf(group, name, belongs),
   }));
   return [
-    distribution('How often they fire (share of tokens, logarithmic)', of('frequency'), {
+    distribution('Frequency (share of tokens, logarithmic)', of('frequency'), {
       from: -6, to: 0, count: 36, ticks: [-6, -4, -2, 0],
       text: (power) => (power ? `1e${power}` : '1'), map: Math.log10,
     }),
