@@ -7,12 +7,23 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from kronsae import SAE, RunConfig, SAEConfig, TrainConfig
 from kronsae.config import DataConfig
 from kronsae.explore.write import write_explorer
-from kronsae.properties import Settings, Stored, measure, nearest_rows, summarise
+from kronsae.properties import (
+    Examined,
+    Examples,
+    Nearest,
+    Properties,
+    Settings,
+    Stored,
+    measure,
+    nearest_rows,
+    summarise,
+)
 from kronsae.properties.geometry import LogitEffects, kinship, mean_cosines
 
 EVIL = (
@@ -93,3 +104,44 @@ def make_page(folder: Path, name: str = "kron") -> Made:
     (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     page = write_explorer(run, sae, stored, EvilTokenizer(), folder / f"{name}.html")
     return Made(page, run, sae, stored)
+
+
+def make_large_page(folder: Path) -> Path:
+    """A page of 2^17 latents with random properties."""
+    rng = np.random.default_rng(0)
+    config = SAEConfig(d_model=4, heads=8192, m=4, n=4, k=50)
+    sae = SAE(config, generator=torch.Generator().manual_seed(0))
+    size, words = config.dict_size, 50_000
+
+    def examples(count: int, kept: int) -> Examples:
+        out = Examples(count, kept)
+        out.scores = -np.sort(-rng.exponential(5.0, (count, kept)))
+        out.places = rng.integers(0, 10**7, (count, kept))
+        out.tokens = (words * rng.random(out.tokens.shape, np.float32) ** 4).astype(np.int32)
+        shade = rng.random(out.values.shape, np.float32)
+        out.values = np.where(shade < 0.1, 50 * shade, 0)
+        return out
+
+    def examined(count: int) -> Examined:
+        tokens = rng.integers(0, words, (count, 8))
+        shares = -np.sort(-rng.random((count, 8))) / 8
+        counts, means = rng.integers(0, 1000, count), rng.exponential(3.0, count)
+        histograms, tops = rng.poisson(3.0, (count, 32)), np.full(count, 16.0)
+        top, sample = examples(count, 4), examples(count, 1)
+        return Examined(
+            counts, means, means, counts / 1e4, histograms, tops, tokens, shares, top, sample
+        )
+
+    post, pre = examined(size), examined(8192 * 8)
+    both = rng.integers(1000, 2000, (8192, 4, 4))
+    found = Properties(10**6, 4000, post, pre, both, None, None, {"post": False, "pre": False})
+    nearest = Nearest(torch.randint(size, (size, 8)), torch.rand(size, 8))
+    tokens, by = torch.randint(words, (2, size, 10)), torch.rand(size, 10)
+    logits = LogitEffects(tokens[0], by, tokens[1], -by, "norm")
+    summary = summarise(sae, found)
+    summary |= {"cosines": mean_cosines(sae.W_dec.detach(), 8192, 4, 4)}
+    facts = {"summary": summary, "text": {"dataset": "random"}}
+    whole = RunConfig(config, DataConfig(layer=2), TrainConfig(tokens=8000))
+    (folder / "config.json").write_text(json.dumps({"config": whole.to_dict()}))
+    stored = Stored(found, nearest, logits, facts)
+    return write_explorer(folder, sae, stored, None, folder / "large.html")

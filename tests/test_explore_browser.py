@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 import pytest
-from explorer_pages import EVIL, make_page
+from explorer_pages import EVIL, make_large_page, make_page
 
 from kronsae.properties import WINDOW
 
@@ -252,4 +252,22 @@ def test_a_dense_encoder(browser, tmp_path):
     browser.go("#/latent/3")
     assert browser.texts(".unit h3") == ["Latent 3"]
     browser.go("#/find/word")
+    assert browser.complaints() == []
+
+
+@pytest.mark.slow
+def test_a_large_dictionary(browser, tmp_path):
+    """2^17 latents: the first view within 3 s, and the last latent's soon after the page is read."""
+    page = make_large_page(tmp_path)
+    browser.screen(1400, 900)
+    browser.open(page)
+    [shown] = browser.run(
+        "return performance.getEntriesByName('first-view').map((m) => m.startTime)"
+    )
+    assert shown < 3000
+    assert "131,072 latents" in browser.texts("main")[0]
+    started = time.monotonic()
+    browser.go("#/latent/131071")
+    assert browser.texts(".unit h3") == ["Latent 131071"]
+    assert time.monotonic() - started < 3
     assert browser.complaints() == []
