@@ -18,7 +18,11 @@ setup(
     packages=find_packages(
         include=["kronsae", "kronsae.*", "kronsae_kernels", "kronsae_kernels.*"]
     ),
-    package_data={"kronsae.embedded": ["*/*"], "kronsae_kernels.triton_impl": ["*.json"]},
+    package_data={
+        "kronsae.embedded": ["*/*"],
+        "kronsae.explore": ["page/*"],
+        "kronsae_kernels.triton_impl": ["*.json"],
+    },
     install_requires=[
         "torch>=2.6",
         "triton>=3.2; platform_system == 'Linux' and platform_machine == 'x86_64'",
@@ -41,6 +45,7 @@ setup(
             "tensorboard",
             "matplotlib",
             "scipy",
+            "selenium",
         ],
         "tensorboard": ["tensorboard"],
         "wandb": ["wandb"],

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kronsae.errors import InputError
 from kronsae.evaluate import BATCH_TOKENS, Heldout
+from kronsae.properties.token_mass import entropy, rank
 from kronsae.sae import SAE
 
 if TYPE_CHECKING:
@@ -167,19 +168,17 @@ def _strongest(peaks: _Peaks, text: _Text, keep: int) -> _Peaks:
     """
     pairs = peaks.latents * len(text.ids) + text.context[peaks.rows]
     order = np.lexsort((-peaks.values, pairs))
-    order = order[_rank(pairs[order]) == 0]
+    order = order[rank(pairs[order]) == 0]
     order = order[np.lexsort((-peaks.values[order], peaks.latents[order]))]
-    order = order[_rank(peaks.latents[order]) < keep]
+    order = order[rank(peaks.latents[order]) < keep]
     return _Peaks(*(part[order] for part in peaks))
 
 
 def _without_repeats(peaks: _Peaks, text: _Text) -> _Peaks:
     """peaks without those of a latent whose last SAME_TOKENS tokens a stronger one has too."""
-    context, position = text.context[peaks.rows], text.position[peaks.rows]
-    phrase = np.zeros(len(peaks.rows), dtype=np.uint64)  # a hash of the tokens
-    for back in range(SAME_TOKENS):
-        token = np.where(position >= back, text.ids[context, (position - back).clip(0)], -1)
-        phrase = phrase * np.uint64(0x9E3779B97F4A7C15) + token.astype(np.uint64)
+    context = text.context[peaks.rows, None]
+    position = text.position[peaks.rows, None] - np.arange(SAME_TOKENS)
+    phrase = phrases(np.where(position >= 0, text.ids[context, position.clip(0)], -1))
     order = np.lexsort((phrase, peaks.latents))
     new = np.ones(len(order), dtype=bool)
     new[1:] = np.diff(peaks.latents[order]).astype(bool) | (np.diff(phrase[order]) != 0)
@@ -187,9 +186,12 @@ def _without_repeats(peaks: _Peaks, text: _Text) -> _Peaks:
     return _Peaks(*(part[first] for part in peaks))
 
 
-def _rank(groups: np.ndarray) -> np.ndarray:
-    """Place of each entry within its group, from 0. groups: sorted."""
-    return np.arange(len(groups)) - np.searchsorted(groups, groups)
+def phrases(tokens: np.ndarray) -> np.ndarray:
+    """A hash [...] uint64 of the tokens [..., s] of each phrase."""
+    out = np.zeros(tokens.shape[:-1], dtype=np.uint64)
+    for place in range(tokens.shape[-1]):
+        out = out * np.uint64(0x9E3779B97F4A7C15) + tokens[..., place].astype(np.uint64)
+    return out
 
 
 def _choose(
@@ -236,8 +238,7 @@ def _effective_number(tokens: np.ndarray, group: np.ndarray, mass: np.ndarray) -
     width = tokens.max(initial=0) + 2
     pairs, of_entry = np.unique(group * width + tokens + 1, return_inverse=True)
     of_pair = pairs // width
-    share = np.bincount(of_entry, mass) / np.bincount(group, mass)[of_pair]
-    return np.exp(np.bincount(of_pair, -share * np.log(share)))
+    return np.exp(entropy(of_pair, np.bincount(of_entry, mass), group.max(initial=-1) + 1))
 
 
 def _window(

@@ -89,7 +89,7 @@ def write_report(
     here, is left out of the page. Raises InputError if the page cannot be written.
     """
     settings = _read_settings(run_folder / "config.json")
-    records = _read_metrics(run_folder / "metrics.jsonl")
+    records = read_metrics(run_folder / "metrics.jsonl")
     body = "".join(
         (
             _summary(settings, records, run_folder),
@@ -119,7 +119,7 @@ def _read_settings(path: Path) -> dict[str, Any]:
     return {**settings, "config": parts}
 
 
-def _read_metrics(path: Path) -> list[Record]:
+def read_metrics(path: Path) -> list[Record]:
     """The records, by step; half a line at the end (of a run that was killed) is skipped."""
     records = []
     try:

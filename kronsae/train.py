@@ -305,7 +305,8 @@ def _summarise(
         f"  sae/           the autoencoder:  kronsae.load({str(folder.path)!r})\n"
         f"  metrics.jsonl  every logged step\n"
         f"  config.json    every setting; --config {folder.config} repeats the run\n"
-        f"Next: python -m kronsae.train --help, or --model, --layer and --dataset of your own.",
+        f"Next: python -m kronsae.explore {folder.path} to look into its latents, or a --model, "
+        f"--layer and --dataset of your own (python -m kronsae.train --help).",
         markup=False,
     )
 

@@ -330,7 +330,7 @@ def test_untied_training_starts_elsewhere():
 
 def test_mean_correlations_equal_the_whole_matrix():
     """Against torch.corrcoef of the dense latents; one latent never fires."""
-    from kronsae.experiments.correlation import mean_correlations
+    from kronsae.properties.correlation import mean_correlations
 
     heads, size, tokens, k = 3, 4, 50, 5
     scores = torch.rand(tokens, heads * size, dtype=torch.float64)

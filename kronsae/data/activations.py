@@ -292,6 +292,23 @@ class LanguageModelActivations:
         parts = self._heldout.split(self.config.contexts_per_batch)
         return torch.cat([self._read(ids, "held-out text") for ids in parts])
 
+    def text_in_order(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Held-out text and then the rest, as it is read: what to look at, not to train on.
+
+        Token ids [b, L], their mask [b, L], and rows [t, d_model + d_target] float32 of the masked
+        tokens, a forward pass at a time. It takes from the text that training would take.
+        """
+        size = self.config.contexts_per_batch
+        for ids in self._heldout.split(size):
+            yield ids, self.token_mask(ids), self._read(ids, "held-out text")
+        while True:
+            self._pack(size)
+            if not self.contexts:
+                return
+            ids = torch.stack(self.contexts[:size])
+            self.contexts = self.contexts[size:]
+            yield ids, self.token_mask(ids), self._read(ids, "the text")
+
     def state_dict(self) -> dict[str, Any]:
         length = self.config.context_length
         empty = torch.empty(0, length, dtype=torch.int64)

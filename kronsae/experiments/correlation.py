@@ -9,7 +9,7 @@ out.
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,8 +34,8 @@ from kronsae.experiments.common import (
     tuned_cells,
 )
 from kronsae.learner import Normalizer
+from kronsae.properties.correlation import Correlations, correlations_of
 from kronsae.sae import SAE
-from kronsae_kernels import SparseCodes
 
 FIGURE = "section 5.2, Fig. 6"
 STATEMENT = (
@@ -90,63 +90,6 @@ def uniform_sae(config: SAEConfig, x: Tensor, seed: int) -> SAE:
     sae.W_enc.copy_(2 * torch.rand(sae.W_enc.shape, generator=generator) - 1)
     normalizer = Normalizer.of(x)
     return sae.folded(normalizer.mean, normalizer.scale)
-
-
-class Correlations(NamedTuple):
-    """Mean correlations of each latent that fires [a], a <= F."""
-
-    head: Tensor
-    """With the others of its head that fire; nan where there is none."""
-    others: Tensor
-    """With all other latents that fire, of every head."""
-
-
-@torch.no_grad()
-def correlations_of(sae: SAE, x: Tensor) -> Correlations:
-    """Correlations of an SAE's latents over x [t, d]."""
-    parts = [sae.encode(part.to(sae.W_dec)) for part in x.split(4096)]
-    codes = SparseCodes(*(torch.cat(each).cpu() for each in zip(*parts, strict=True)))
-    return mean_correlations(codes, sae.config.heads, sae.config.m * sae.config.n)
-
-
-def mean_correlations(codes: SparseCodes, heads: int, size: int) -> Correlations:
-    """From codes [t, k] of latents in `heads` heads of `size`; no [F, F] or [t, F] tensor is made.
-
-    With each latent's activations ẑ_i centred and scaled to norm 1 over the tokens, the sum of its
-    correlations with a set of latents is ẑ_i · Σ_j ẑ_j, and ẑ_i sums to 0: so the activations need
-    not be centred in the second factor.
-    """
-    tokens = codes.values.shape[0]
-    count = heads * size
-    values, latents = codes.values.double(), codes.indices
-    sums, squares = (
-        torch.zeros(count, dtype=torch.float64).index_add_(0, latents.flatten(), each.flatten())
-        for each in (values, values.square())
-    )
-    variance = squares - sums.square() / tokens
-    fires = variance > 1e-12 * squares  # rounding leaves less than that of a constant
-    scale = torch.where(fires, variance, 1).rsqrt() * fires
-    scaled = values * scale[latents]
-
-    def summed(group: Tensor, groups: int) -> Tensor:
-        """For each latent its correlation with all of its group, itself included. group: [F]."""
-        together = torch.zeros(count, dtype=torch.float64)
-        rows = max(1, 2**24 // groups)
-        for z, index in zip(scaled.split(rows), latents.split(rows), strict=True):
-            of = group[index]  # [rows, k]
-            total = torch.zeros(len(z), groups, dtype=torch.float64).scatter_add_(1, of, z)
-            together.index_add_(0, index.flatten(), (z * total.gather(1, of)).flatten())
-        means = torch.zeros(groups, dtype=torch.float64).index_add_(0, group, sums * scale)
-        return together - sums * scale * means[group] / tokens
-
-    def mean_of_others(group: Tensor, groups: int) -> Tensor:
-        alive = torch.zeros(groups, dtype=torch.float64).index_add_(0, group, fires.double())
-        return ((summed(group, groups) - 1) / (alive[group] - 1))[fires]
-
-    of_head = torch.arange(count) // size
-    return Correlations(
-        mean_of_others(of_head, heads), mean_of_others(torch.zeros_like(of_head), 1)
-    )
 
 
 def summary(found: Correlations) -> dict[str, Any]:

@@ -1,0 +1,336 @@
+"""What latents and pre-latents do on a text, in one pass over it. [KronSAE, section 5.3, App. D]
+
+Letters: F latents, P = h (m + n) pre-latents, N either of them, b contexts of L tokens, t tokens
+that the mask keeps, d width, e events: a latent on a token where it fires, V tokens known.
+
+A latent fires where it is among a token's active latents; a pre-latent u fires where ReLU(u) > 0,
+which is its activation. (With experts: on the tokens of its expert.) Memory does not depend on the
+length of the text.
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kronsae.config import setting
+from kronsae.errors import InputError
+from kronsae.properties.correlation import active_codes, joined, mean_correlations
+from kronsae.properties.examples import NO_TOKEN, WINDOW, Examples, random_scores
+from kronsae.properties.histogram import Histograms
+from kronsae.properties.token_mass import TokenMass, largest_shares
+from kronsae.sae import SAE
+from kronsae_kernels import SparseCodes
+
+PAPER_SAMPLE = 384
+"""Examples of a latent that are sampled. [KronSAE, App. D]"""
+
+SAMPLE_BYTES = 2**31
+"""Most memory of the sampled examples, where their number is left open."""
+
+CHUNK_TOKENS = 4096
+CHUNK_SCORES = 2**24
+"""Pre-latents times tokens that exist at a time."""
+
+TOP_TOKENS = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How much of a text to read, and how much of it to keep."""
+
+    tokens: int = setting(1_000_000, "tokens of text to read")
+    top: int = setting(16, "strongest examples of each latent to keep")
+    sample: int = setting(
+        0, "examples of each latent to sample (0: 384 as in the paper, or as many as fit in 2 GiB)"
+    )
+    correlation_tokens: int = setting(65_536, "tokens, the first, over which to correlate latents")
+    seed: int = setting(0, "of the sample")
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "top"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}: expected >= 1, got {getattr(self, name)}")
+        for name in ("sample", "correlation_tokens"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name}: expected >= 0, got {getattr(self, name)}")
+
+
+class Examined(NamedTuple):
+    """Properties of N latents, or of N pre-latents."""
+
+    count: np.ndarray
+    """[N] int64: tokens on which each fires."""
+    mean: np.ndarray
+    """[N] mean activation where it fires; 0 if it never does."""
+    entropy: np.ndarray
+    """[N] token entropy in nats (`TokenMass.entropy`); nan for one that never fires."""
+    multitoken: np.ndarray
+    """[N] share of a context's tokens on which it fires, mean over the contexts where it does."""
+    histogram: np.ndarray
+    """[N, BINS] counts of activations in equal bins over [0, histogram_top)."""
+    histogram_top: np.ndarray
+    """[N]"""
+    top_tokens: np.ndarray
+    """[N, TOP_TOKENS] tokens that most of its activation lies on; -1 where there are fewer."""
+    top_shares: np.ndarray
+    """[N, TOP_TOKENS] how much of it."""
+    top: Examples
+    """Its strongest examples, one a context."""
+    sample: Examples
+    """A uniform sample of the tokens where it fires."""
+
+
+class Properties(NamedTuple):
+    """What `measure` finds."""
+
+    tokens: int
+    """Read, of those that the mask keeps."""
+    contexts: int
+    post: Examined
+    """Of the F latents."""
+    pre: Examined | None
+    """Of the P pre-latents, head by head: its m base, then its n extension; None: dense."""
+    both: np.ndarray | None
+    """[h, m, n] tokens on which a latent's base and extension both fire."""
+    head_correlation: np.ndarray | None
+    """[F] mean correlation of each latent with the others of its head; nan where it has none."""
+    other_correlation: np.ndarray | None
+    """[F] with all other latents. Both: None if correlation_tokens is 0."""
+    exact_entropy: dict[str, bool]
+    """Whether token entropies are exact, or estimates of a sketch; by "post" and "pre"."""
+
+
+@torch.no_grad()
+def measure(
+    sae: SAE,
+    batches: Iterable[tuple[Tensor, Tensor, Tensor]],
+    vocabulary: int,
+    settings: Settings,
+    progress: Callable[[int], None] = lambda tokens: None,
+) -> Properties:
+    """Properties of an SAE of raw activations, over token ids [b, L], masks [b, L], rows [t, d].
+
+    Whole contexts are read until there are settings.tokens, or no more; all need the same L.
+    vocabulary: tokens that there are.  progress: told the number of tokens read, now and then.
+    Deterministic; the same however contexts are grouped into batches, up to rounding of sums.
+    Raises InputError if there is no text.
+    """
+    config = sae.config
+    kron = config.encoder == "kron"
+    sample = settings.sample
+    pre_count = config.heads * (config.m + config.n) if kron else 0
+    if not sample:
+        one = (config.dict_size + pre_count) * (8 * WINDOW + 16)
+        sample = max(1, min(PAPER_SAMPLE, SAMPLE_BYTES // one))
+    post = _Gathered(config.dict_size, vocabulary, settings.top, sample, settings.seed)
+    pre = both = None
+    if kron:
+        pre = _Gathered(pre_count, vocabulary, settings.top, sample, settings.seed + 1)
+        both = torch.zeros(config.heads, config.m, config.n, dtype=torch.float64)
+    codes: list[SparseCodes] = []
+    tokens = contexts = 0
+    for ids, mask, rows in _chunks(batches, pre_count):
+        ends = mask.sum(1).cumsum(0)
+        last = min(len(ids) - 1, int((ends < settings.tokens - tokens).sum()))
+        ids, mask, rows = ids[: last + 1], mask[: last + 1], rows[: ends[last]]
+        x = rows[:, : config.d_model].to(sae.W_dec)
+        text = _Text(ids.cpu().numpy(), mask.cpu().numpy(), contexts)
+        part = active_codes(sae, x)
+        if tokens < settings.correlation_tokens:
+            codes.append(SparseCodes(part.values.float(), part.indices.int()))
+        row, slot = part.values.nonzero(as_tuple=True)
+        latents = part.indices[row, slot].numpy()
+        values = part.values[row, slot].double().numpy()
+        post.add(text, latents, row.numpy(), values)
+        if pre is not None:
+            dense = pre_latents(sae, x)
+            pre.add_dense(text, dense.cpu().float().numpy())
+            fires = (dense > 0).float().view(-1, config.heads, config.m + config.n)
+            base, extension = fires.split([config.m, config.n], 2)
+            both += torch.einsum("thi,thj->hij", base, extension).cpu()
+        tokens, contexts = tokens + len(x), contexts + len(ids)
+        progress(tokens)
+        if tokens >= settings.tokens:
+            break
+    if not tokens:
+        raise InputError("there is no text to read: no context of it is full")
+    head = others = None
+    if codes:
+        head, others = _correlations(sae, joined(codes))
+    return Properties(
+        tokens,
+        contexts,
+        post.result(),
+        pre and pre.result(),
+        None if both is None else both.long().numpy(),
+        head,
+        others,
+        {name: each.mass.exact for name, each in (("post", post), ("pre", pre)) if each},
+    )
+
+
+def pre_latents(sae: SAE, x: Tensor) -> Tensor:
+    """ReLU of the pre-latents [t, P] of x [t, d]; with experts, 0 but for the token's own."""
+    dense = torch.nn.functional.linear(x, sae.W_enc.flatten(0, -2), sae.b_enc.flatten()).relu()
+    if sae.router is not None:
+        own = torch.nn.functional.one_hot(sae.router(x).argmax(-1), sae.config.experts)
+        dense = (dense.view(len(x), sae.config.experts, -1) * own[..., None]).flatten(1)
+    return dense
+
+
+def _chunks(
+    batches: Iterable[tuple[Tensor, Tensor, Tensor]], width: int
+) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
+    """The same text in chunks of few enough contexts; each has at least one."""
+    for ids, mask, rows in batches:
+        budget = min(CHUNK_TOKENS, CHUNK_SCORES // max(1, width))
+        size = max(1, budget // ids.shape[1])
+        parts = rows.split([int(part.sum()) for part in mask.split(size)])
+        yield from zip(ids.split(size), mask.split(size), parts, strict=True)
+
+
+class _Text:
+    """The contexts of a chunk, and where in them the rows of its activations are."""
+
+    def __init__(self, ids: np.ndarray, mask: np.ndarray, first: int) -> None:
+        self.ids = ids  # [b, L]
+        self.first = first  # number of its first context
+        self.context, self.position = mask.nonzero()  # [t] each
+        self.row = np.full(ids.shape, -1)  # [b, L]
+        self.row[self.context, self.position] = np.arange(len(self.context))
+        self.lengths = mask.sum(1)
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """[t]"""
+        return self.ids[self.context, self.position]
+
+    def places(self, rows: np.ndarray) -> np.ndarray:
+        """Numbers of tokens in the whole stream."""
+        length = self.ids.shape[1]
+        return (self.first + self.context[rows]) * length + self.position[rows]
+
+    def windows(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens [e, WINDOW] around rows [e], and the rows of each of them (-1: none)."""
+        length = self.ids.shape[1]
+        position = self.position[rows, None] + np.arange(WINDOW) - WINDOW // 2
+        inside = (position >= 0) & (position < length)
+        at = self.context[rows, None], position.clip(0, length - 1)
+        return np.where(inside, self.ids[at], NO_TOKEN), np.where(inside, self.row[at], -1)
+
+
+class _Gathered:
+    """Running sums of N latents."""
+
+    def __init__(self, count: int, vocabulary: int, top: int, sample: int, seed: int) -> None:
+        self.seed = seed
+        self.count = np.zeros(count, np.int64)
+        self.sum = np.zeros(count)
+        self.contexts = np.zeros(count, np.int64)
+        self.shares = np.zeros(count)
+        self.mass = TokenMass(count, vocabulary)
+        self.histograms = Histograms(count)
+        self.top, self.sample = Examples(count, top), Examples(count, sample)
+
+    def add(self, text: _Text, latents: np.ndarray, rows: np.ndarray, values: np.ndarray) -> None:
+        """Events [e], by row: few of the latents fire on each."""
+        self.mass.add(latents, text.tokens[rows], values)
+        keys = latents * len(text.position) + rows
+        order = np.argsort(keys)
+        keys, sorted_values = keys[order], values[order]
+
+        def value_of(of: np.ndarray, at: np.ndarray) -> np.ndarray:
+            wanted = of[:, None] * len(text.position) + at
+            found = np.searchsorted(keys, wanted).clip(max=len(keys) - 1)
+            return np.where((keys[found] == wanted) & (at >= 0), sorted_values[found], 0)
+
+        self._add_events(text, latents, rows, values, value_of)
+
+    def add_dense(self, text: _Text, dense: np.ndarray) -> None:
+        """Activations [t, N]."""
+        self.mass.add_dense(text.tokens, dense)
+        rows, latents = dense.nonzero()
+
+        def value_of(of: np.ndarray, at: np.ndarray) -> np.ndarray:
+            return np.where(at >= 0, dense[at, of[:, None]], 0)
+
+        self._add_events(text, latents, rows, dense[rows, latents].astype(np.float64), value_of)
+
+    def _add_events(
+        self,
+        text: _Text,
+        latents: np.ndarray,
+        rows: np.ndarray,
+        values: np.ndarray,
+        value_of: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    ) -> None:
+        size, contexts = len(self.count), len(text.ids)
+        self.count += np.bincount(latents, minlength=size)
+        self.sum += np.bincount(latents, values, size)
+        self.histograms.add(latents, values)
+        pair = latents * contexts + text.context[rows]  # of a latent and a context
+        fired = np.bincount(pair, minlength=size * contexts).reshape(size, contexts)
+        self.contexts += (fired > 0).sum(1)
+        self.shares += (fired / text.lengths.clip(min=1)).sum(1)
+
+        def window(of: np.ndarray, events: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            tokens, at = text.windows(rows[events])
+            return tokens, value_of(of, at)
+
+        places = text.places(rows)
+        scores = random_scores(self.seed, latents, places)
+        self.sample.add(latents, scores, places, lambda events: window(latents[events], events))
+        peak = np.full(size * contexts, -np.inf)
+        np.maximum.at(peak, pair, values)
+        highest = np.flatnonzero(values == peak[pair])
+        _, first = np.unique(pair[highest], return_index=True)  # of equal ones the earliest
+        best = highest[first]
+        best = best[np.argsort(places[best], kind="stable")]
+        self.top.add(
+            latents[best],
+            values[best],
+            places[best],
+            lambda events: window(latents[best[events]], best[events]),
+        )
+
+    def result(self) -> Examined:
+        top = self.top.sort()
+        exact = self.mass.exact
+        tokens, shares = self.mass.top(TOP_TOKENS) if exact else _tokens_of(top)
+        return Examined(
+            self.count,
+            self.sum / self.count.clip(min=1),
+            self.mass.entropy(),
+            self.shares / self.contexts.clip(min=1),
+            self.histograms.counts,
+            self.histograms.top,
+            tokens,
+            shares,
+            top,
+            self.sample.sort(),
+        )
+
+
+def _tokens_of(top: Examples) -> tuple[np.ndarray, np.ndarray]:
+    """The tokens of the strongest examples by their activation, where sums by token are unknown."""
+    latents, slots = (top.places >= 0).nonzero()
+    tokens = top.tokens[latents, slots, WINDOW // 2]
+    pairs, of_example = np.unique(np.stack([latents, tokens]), axis=1, return_inverse=True)
+    mass = np.bincount(of_example.ravel(), top.scores[latents, slots])
+    return largest_shares(*pairs, mass, len(top.places), TOP_TOKENS)
+
+
+def _correlations(sae: SAE, codes: SparseCodes) -> tuple[np.ndarray | None, np.ndarray]:
+    """Mean correlations [F] with a latent's head (None for a dense encoder) and with all others."""
+    config = sae.config
+    kron = config.encoder == "kron"
+    heads, size = (config.heads, config.m * config.n) if kron else (1, config.dict_size)
+    found = mean_correlations(codes, heads, size)
+    spread = [torch.full((config.dict_size,), torch.nan, dtype=torch.float64) for _ in range(2)]
+    for out, values in zip(spread, (found.head, found.others), strict=True):
+        out[found.latents] = values
+    return spread[0].numpy() if kron else None, spread[1].numpy()

@@ -1,0 +1,177 @@
+"""The properties of a run: its SAE on its own text, or on another, and where they are kept."""
+
+import argparse
+import dataclasses
+import difflib
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NoReturn
+
+from kronsae.config import DataConfig, base_type, from_dict
+from kronsae.errors import InputError
+from kronsae.files import sha256
+from kronsae.properties.gather import Settings, measure
+from kronsae.properties.geometry import kinship, logit_effects, mean_cosines, nearest_rows
+from kronsae.properties.store import FOLDER, Stored, load_properties, save_properties
+from kronsae.properties.summary import summarise
+from kronsae.run import RunFolder
+from kronsae.sae import SAE, WEIGHTS_NAME, load
+
+EMBEDDED: dict[str, Any] = {"tokens": 200_000, "sample": 32}
+"""Settings that apply to the embedded model where none are given."""
+
+NEAREST, EFFECTS = 8, 10
+"""How many nearest rows, and raised and lowered tokens, are kept of each latent."""
+
+
+def examine(
+    run: Path,
+    given: dict[str, Any],
+    text: dict[str, Any] | None = None,
+    device: str = "cpu",
+    say: Callable[[str], None] = lambda line: None,
+) -> Stored:
+    """Measure the properties of a run's latents and keep them in RUN/properties/.
+
+    given: settings of `measure` (`Settings`), by name.  text: fields of `DataConfig` that name
+    another text than the run's.  say: told what happens, line by line.
+    Raises InputError if RUN is no finished run of a language model, or its model or text is gone.
+    """
+    sae, data, digest = open_run(run, text or {}, device)
+    settings = settings_of(data, given)
+    from kronsae.data import open_activations
+
+    say(f"{run}: reading {settings.tokens:,} tokens of {data.dataset} with {data.model}")
+    source = open_activations(data, batch_size=1, seed=settings.seed, device=device)
+    model = source.language_model
+    said = 0
+
+    def progress(tokens: int) -> None:
+        nonlocal said
+        if tokens * 10 // settings.tokens > said:
+            said = tokens * 10 // settings.tokens
+            say(f"{tokens:,} tokens")
+
+    vocabulary = max(len(model.tokenizer), model.model.config.get_text_config().vocab_size)
+    found = measure(sae, source.text_in_order(), vocabulary, settings, progress)
+    say("decoder rows: nearest ones, and effects on the next token")
+    nearest = nearest_rows(sae.W_dec.detach(), NEAREST)
+    summary = summarise(sae, found)
+    config = sae.config
+    if config.encoder == "kron":
+        shape = config.heads, config.m, config.n
+        summary["cosines"] = _finite(mean_cosines(sae.W_dec.detach(), *shape))
+        if nearest is not None:
+            summary["nearest"] = kinship(nearest, config.m, config.n)
+    facts = {
+        "sae_sha256": digest,
+        "text": {name: getattr(data, name) for name in _TEXT},
+        "settings": dataclasses.asdict(settings),
+        "summary": summary,
+    }
+    stored = Stored(found, nearest, logit_effects(sae, model.model, EFFECTS), facts)
+    save_properties(stored, run / FOLDER)
+    return load_properties(run / FOLDER)
+
+
+_TEXT = ("dataset", "dataset_config", "split", "text_column")
+
+
+def settings_of(data: DataConfig, given: dict[str, Any]) -> Settings:
+    """The settings that apply to a run on `data`."""
+    return Settings(**((EMBEDDED if data.model == "embedded" else {}) | given))
+
+
+def kept(run: Path, given: dict[str, Any], text: dict[str, Any]) -> Stored | None:
+    """What RUN/properties/ holds, if it is of this SAE and of these settings and this text."""
+    if not (run / FOLDER).is_dir():
+        return None
+    stored = load_properties(run / FOLDER)
+    digest = sha256(run / "sae" / WEIGHTS_NAME)
+    same = {**stored.facts["settings"], **stored.facts["text"]}
+    asked = given | text
+    if stored.facts["sae_sha256"] != digest or any(same[k] != v for k, v in asked.items()):
+        return None
+    return stored
+
+
+def open_run(run: Path, text: dict[str, Any], device: str) -> tuple[SAE, DataConfig, str]:
+    """A run's SAE, where its activations come from, and the checksum of its weights."""
+    if (run / "sweep.json").is_file():
+        raise InputError(f"{run} is a sweep: name one of its runs, {run}/NAME")
+    _, settings = RunFolder.open(run)
+    stored = settings["config"]["data"]
+    if stored is None:
+        raise InputError(f"{run} was trained from tensors: there is no text to look at")
+    data = from_dict(DataConfig, stored, str(run / "config.json"))
+    sae = load(run, device=device)
+    return sae, dataclasses.replace(data, **text), sha256(run / "sae" / WEIGHTS_NAME)
+
+
+def _finite(values: dict[str, float]) -> dict[str, float | None]:
+    return {name: value if value == value else None for name, value in values.items()}
+
+
+# The command line, which `python -m kronsae.properties` and `python -m kronsae.explore` share
+
+
+class Parser(argparse.ArgumentParser):
+    """Flags of both commands; what is wrong is an InputError."""
+
+    def __init__(self, prog: str, description: str) -> None:
+        super().__init__(
+            prog=prog,
+            description=description,
+            argument_default=argparse.SUPPRESS,
+            allow_abbrev=False,
+        )
+        self.add_argument("run", type=Path, metavar="RUN", help="run folder")
+        for spec in dataclasses.fields(Settings):
+            self._add(spec, f" (default: {spec.default:,})" if spec.default else "")
+        for spec in dataclasses.fields(DataConfig):
+            if spec.name in _TEXT:
+                self._add(spec, " (default: the run's)")
+        self.add_argument("--device", default="cpu", metavar="NAME", help="cpu (default) or cuda")
+
+    def _add(self, spec: dataclasses.Field, default: str) -> None:
+        kind, _ = base_type(spec)
+        self.add_argument(
+            f"--{spec.name.replace('_', '-')}",
+            type=kind,
+            metavar={int: "N", str: "NAME"}[kind],
+            help=(spec.metadata["help"] + default).replace("%", "%%"),
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message)
+
+    def read(self, argv: list[str] | None) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        """Settings, text, and the other flags. Raises InputError for anything wrong."""
+        found, unknown = self.parse_known_args(argv)
+        if unknown:
+            flags = [option for action in self._actions for option in action.option_strings]
+            close = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=3)
+            hint = f"did you mean {' or '.join(close)}?" if close else "--help lists all flags"
+            raise InputError(f"unknown argument {unknown[0]!r}: {hint}")
+        flags = vars(found)
+        names = {spec.name for spec in dataclasses.fields(Settings)}
+        settings = {name: flags.pop(name) for name in names & flags.keys()}
+        text = {name: flags.pop(name) for name in _TEXT if name in flags}
+        return settings, text, flags
+
+
+def run_command(work: Callable[[], None]) -> int:
+    """`work` with its exit status: 0, or 2 with a message where what was asked for cannot work."""
+    try:
+        work()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def say(line: str) -> None:
+    print(line, flush=True)

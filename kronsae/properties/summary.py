@@ -1,0 +1,161 @@
+"""What the properties of all latents come to: medians, relations to parents, use of heads."""
+
+from typing import Any
+
+import numpy as np
+
+from kronsae.properties.gather import Examined, Properties
+from kronsae.properties.token_mass import entropy
+from kronsae.sae import SAE
+
+PROPERTIES = ("frequency", "mean", "entropy", "multitoken")
+
+
+def of_each(examined: Examined, tokens: int) -> dict[str, np.ndarray]:
+    """The four properties of the paper [N] each; nan for latents that never fire."""
+    fires = examined.count > 0
+    values = {
+        "frequency": examined.count / tokens,
+        "mean": examined.mean,
+        "entropy": examined.entropy,
+        "multitoken": examined.multitoken,
+    }
+    return {name: np.where(fires, value, np.nan) for name, value in values.items()}
+
+
+def summarise(sae: SAE, found: Properties) -> dict[str, Any]:
+    """JSON-able figures of a run's properties.
+
+    groups: quartiles of each property over the latents that fire, for "latent", "base" and
+        "extension"; and how many of them fire.
+    correlation: mean over latents of their mean correlation with their head and with all others.
+    parents: rank correlations over latents of each property with that of its base and extension.
+    gate: see `gates`.  use: effective numbers (exp of the entropy of the shares of all activity) of
+        heads, and of bases and extensions within a head.
+    """
+    groups = {"latent": of_each(found.post, found.tokens)}
+    if found.pre is not None:
+        parts = split(sae, of_each(found.pre, found.tokens))
+        groups |= {name: {k: v.ravel() for k, v in part.items()} for name, part in parts.items()}
+    out: dict[str, Any] = {
+        "groups": {name: _quartiles(group) for name, group in groups.items()},
+        "correlation": {
+            name: _mean(values)
+            for name, values in (
+                ("head", found.head_correlation),
+                ("others", found.other_correlation),
+            )
+            if values is not None
+        },
+    }
+    if found.pre is not None:
+        out["parents"] = _parents(sae, groups["latent"], parts)
+        out["gate"] = _gate(sae, found)
+        out["use"] = _use(sae, found.post.count)
+    return out
+
+
+def split(sae: SAE, values: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
+    """Of values of all pre-latents [P], those of the "base" [h, m] and "extension" [h, n]."""
+    config = sae.config
+    shaped = {k: v.reshape(config.heads, config.m + config.n) for k, v in values.items()}
+    return {
+        "base": {k: v[:, : config.m] for k, v in shaped.items()},
+        "extension": {k: v[:, config.m :] for k, v in shaped.items()},
+    }
+
+
+def gates(sae: SAE, found: Properties) -> dict[str, np.ndarray]:
+    """How base and extension decide on each latent, [h, m, n] each, as shares of all tokens.
+
+    both: both fire.  base_blocks: the extension fires and the base is 0.  extension_blocks: the
+    other way round.  selected: of the tokens where both fire, those on which the latent is active.
+    The gate of a latent is the factor that blocks more often.
+    """
+    config = sae.config
+    parts = split(sae, {"count": found.pre.count})
+    base, extension = parts["base"]["count"], parts["extension"]["count"]
+    shape = config.heads, config.m, config.n
+    return {
+        "both": found.both / found.tokens,
+        "base_blocks": (extension[:, None, :] - found.both) / found.tokens,
+        "extension_blocks": (base[:, :, None] - found.both) / found.tokens,
+        "selected": found.post.count.reshape(shape) / found.both.clip(min=1),
+    }
+
+
+def _gate(sae: SAE, found: Properties) -> dict[str, float]:
+    each = gates(sae, found)
+    fires = found.post.count.reshape(found.both.shape) > 0
+    gate = each["base_blocks"][fires] > each["extension_blocks"][fires]
+    medians = {name: _median(values[fires]) for name, values in each.items()}
+    return {"base_decides": _mean(gate), **medians}
+
+
+def _parents(
+    sae: SAE, latent: dict[str, np.ndarray], parts: dict[str, dict[str, np.ndarray]]
+) -> dict[str, dict[str, float | None]]:
+    shape = sae.config.heads, sae.config.m, sae.config.n
+    out: dict[str, dict[str, float | None]] = {}
+    for name in PROPERTIES:
+        base = np.broadcast_to(parts["base"][name][:, :, None], shape).ravel()
+        extension = np.broadcast_to(parts["extension"][name][:, None, :], shape).ravel()
+        out[name] = {
+            "base": rank_correlation(latent[name], base),
+            "extension": rank_correlation(latent[name], extension),
+        }
+    return out
+
+
+def _use(sae: SAE, count: np.ndarray) -> dict[str, float]:
+    config = sae.config
+    grid = count.reshape(config.heads, config.m, config.n)
+    of_head = grid.sum((1, 2))
+    some = of_head > 0
+    return {
+        "heads": effective_number(of_head[None])[0],
+        "heads_unused": int((~some).sum()),
+        "bases": _mean(effective_number(grid.sum(2)[some])),
+        "extensions": _mean(effective_number(grid.sum(1)[some])),
+        "latents": _mean(effective_number(grid.reshape(config.heads, -1)[some])),
+    }
+
+
+def effective_number(counts: np.ndarray) -> np.ndarray:
+    """exp of the entropy of each row's shares: how many of [r, c] are used, in effect; [r]."""
+    row, column = counts.nonzero()
+    return np.exp(entropy(row, counts[row, column].astype(float), len(counts)))
+
+
+def rank_correlation(x: np.ndarray, y: np.ndarray) -> float | None:
+    """Spearman's correlation over the entries where both are numbers; None if it has none."""
+    good = np.isfinite(x) & np.isfinite(y)
+    x, y = _ranks(x[good]), _ranks(y[good])
+    spread = np.sqrt(x.var() * y.var()) if len(x) else 0.0
+    return float(((x - x.mean()) * (y - y.mean())).mean() / spread) if spread > 0 else None
+
+
+def _ranks(x: np.ndarray) -> np.ndarray:
+    """Places of values in their order; equal ones share the mean of theirs."""
+    _, of_entry, counts = np.unique(x, return_inverse=True, return_counts=True)
+    return (counts.cumsum() - (counts - 1) / 2)[of_entry]
+
+
+def _quartiles(group: dict[str, np.ndarray]) -> dict[str, Any]:
+    fires = np.isfinite(group["frequency"])
+    out: dict[str, Any] = {"count": len(fires), "fire": int(fires.sum())}
+    for name, values in group.items():
+        values = values[np.isfinite(values)]
+        quartiles = np.quantile(values, (0.25, 0.5, 0.75)) if len(values) else ()
+        out[name] = [float(value) for value in quartiles]
+    return out
+
+
+def _mean(values: np.ndarray) -> float | None:
+    values = np.asarray(values, dtype=float)
+    values = values[np.isfinite(values)]
+    return float(values.mean()) if len(values) else None
+
+
+def _median(values: np.ndarray) -> float | None:
+    return float(np.median(values)) if len(values) else None

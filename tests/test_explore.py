@@ -1,0 +1,241 @@
+"""The explorer's page, read back: its data are the properties, and nothing in it can break out."""
+
+import base64
+import hashlib
+import json
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+import torch
+from explorer_pages import CONFIGS, EVIL, make_page
+
+from kronsae import SAEConfig, TrainConfig
+from kronsae.explore import __main__ as command
+from kronsae.explore.blocks import ALIGN, decode, decode_json, encode, rounded, smallest
+from kronsae.explore.write import json_in_html
+from kronsae.properties import WINDOW, load_properties
+from kronsae.train import fit
+from kronsae.train import main as train
+
+
+class Page(HTMLParser):
+    """The elements of a page: their tags, attributes and texts."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.elements: list[tuple[str, dict[str, str | None]]] = []
+        self.texts: list[str] = []
+        self.feed(html)
+        self.close()
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        self.texts.append("")
+
+    def handle_data(self, data):
+        if self.texts:
+            self.texts[-1] += data
+
+    def of(self, **wanted) -> list[str]:
+        return [
+            text
+            for (_, attributes), text in zip(self.elements, self.texts, strict=True)
+            if all(attributes.get(key) == value for key, value in wanted.items())
+        ]
+
+
+@pytest.fixture(scope="module", params=["kron", "dense"])
+def made(request, tmp_path_factory):
+    return make_page(tmp_path_factory.mktemp("pages"), request.param)
+
+
+def read(made):
+    page = Page(made.page.read_text(encoding="utf-8"))
+    [facts], [index], [vocabulary] = (page.of(id=name) for name in ("facts", "index", "vocabulary"))
+    details = []
+    while block := page.of(id=f"details-{len(details)}"):
+        details.append(decode(block[0].strip()))
+    return page, json.loads(facts), decode(index), decode_json(vocabulary), details
+
+
+def test_index_is_the_properties(made):
+    _, facts, index, vocabulary, _ = read(made)
+    found = made.stored.properties
+    assert facts["tokens"] == found.tokens and facts["latents"] == made.sae.dict_size
+    for name in ("post", "pre") if found.pre is not None else ("post",):
+        examined = getattr(found, name)
+        fires = examined.count > 0
+        frequency = index[f"{name}.frequency"]
+        np.testing.assert_allclose(frequency[fires], examined.count[fires] / found.tokens, 1e-3)
+        assert np.isnan(frequency[~fires]).all()
+        np.testing.assert_allclose(index[f"{name}.entropy"], examined.entropy, 1e-3, 1e-3)
+        peaks = examined.top.scores[fires, 0]
+        np.testing.assert_allclose(index[f"{name}.max"][fires], peaks, 1e-3)
+        for latent in np.flatnonzero(fires)[:50]:
+            numbers = index[f"{name}.tokens"][latent]
+            shown = [vocabulary[n] for n in numbers if n < len(vocabulary)]
+            assert shown == [text_of(t) for t in examined.top_tokens[latent][:4] if t >= 0]
+    assert (~(found.post.count > 0)).any()
+
+
+def text_of(token):
+    """A token as the page shows it, on one line."""
+    text = EVIL[token] if token < len(EVIL) else f" word{token}"
+    return "".join(char if char.isprintable() else "\ufffd" for char in text)
+
+
+def test_details_are_the_properties(made):
+    _, facts, _, vocabulary, details = read(made)
+    found, grid = made.stored.properties, facts["grid"]
+    assert len(details) == -(-grid["heads"] // facts["perBlock"]) > 1
+    width = facts["perBlock"] * grid["m"] * grid["n"]
+    seen = 0
+    for number, block in enumerate(details):
+        for row in range(len(block["post.histogram"])):
+            latent = number * width + row
+            seen += 1
+            np.testing.assert_array_equal(
+                block["post.histogram"][row], found.post.histogram[latent]
+            )
+            assert block["post.histogramTop"][row] == found.post.histogram_top[latent]
+            np.testing.assert_array_equal(
+                block["nearest"][row], made.stored.nearest.latents[latent]
+            )
+            raised = [vocabulary[n] for n in block["raised"][row]]
+            assert raised == [text_of(t) for t in made.stored.logits.raised[latent].tolist()]
+            check_examples(block, row, found.post.top, latent, vocabulary)
+    assert seen == made.sae.dict_size
+
+
+def check_examples(block, row, examples, latent, vocabulary):
+    """Those on the page are among the strongest, in their order, with their activations."""
+    phrases = []
+    for place, numbers in enumerate(block["post.top.tokens"][row]):
+        if numbers[WINDOW // 2] >= len(vocabulary):
+            continue
+        values = block["post.top.values"][row, place] / 255 * block["post.top.peaks"][row, place]
+        texts = [vocabulary[n] if n < len(vocabulary) else None for n in numbers]
+        phrases.append(tuple(texts))
+        slots = [
+            slot
+            for slot in range(examples.tokens.shape[1])
+            if [None if t < 0 else text_of(t) for t in examples.tokens[latent, slot]] == texts
+        ]
+        assert slots
+        expected = examples.values[latent, slots[0]]
+        np.testing.assert_allclose(values, expected, atol=expected.max() / 200)
+    assert len(phrases) == len(set(phrases))
+    assert bool(phrases) == (examples.places[latent, 0] >= 0)
+
+
+def test_nothing_breaks_out(made):
+    """No element, attribute or script comes from the data, and the policy allows one script."""
+    html = made.page.read_text(encoding="utf-8")
+    page, facts, _, vocabulary, details = read(made)
+    assert facts["dataset"] == EVIL[0] and EVIL[0] in vocabulary and EVIL[1] in vocabulary
+    assert "pwned" not in html.replace(json_in_html(EVIL[0]), "").replace(
+        json_in_html(EVIL[1])[1:-1], ""
+    )
+    scripts = [attributes for tag, attributes in page.elements if tag == "script"]
+    assert len(scripts) == 4 + len(details)
+    running = [a for a in scripts if a.get("type") not in ("text/plain", "application/json")]
+    assert running == [{}]
+    assert not [tag for tag, _ in page.elements if tag in ("img", "iframe", "object", "base")]
+    assert not [k for _, a in page.elements for k in a if k.startswith("on") or k == "style"]
+    policy = next(a["content"] for _, a in page.elements if "http-equiv" in a)
+    assert policy.startswith("default-src 'none';")
+    for tag in ("script", "style"):
+        [text] = re.findall(rf"<{tag}>(.*?)</{tag}>", html, re.S)
+        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+        assert f"{tag}-src 'sha256-{digest}'" in policy
+    assert "unsafe" not in policy
+    addresses = re.findall(r"https?://[^\s'\"]+", html)
+    assert set(addresses) <= {"http://www.w3.org/2000/svg"}
+    assert "innerHTML" not in html and "eval(" not in html
+
+
+@pytest.mark.parametrize("name", sorted(set(CONFIGS) - {"kron", "dense"}))
+def test_every_kind_has_a_page(name, tmp_path):
+    made = make_page(tmp_path, name)
+    _, facts, index, _, details = read(made)
+    assert facts["latents"] == len(index["post.frequency"]) == made.sae.dict_size
+    assert np.isfinite(index["post.frequency"]).any()
+    assert sum(len(block["post.histogram"]) for block in details) == made.sae.dict_size
+
+
+def test_blocks():
+    arrays = {
+        "a": np.arange(7, dtype=np.uint8),
+        "empty": np.zeros((0, 3), np.float32),
+        "b": np.arange(12, dtype=np.uint16).reshape(3, 4),
+        "c": np.float32([[np.nan, -1.5, np.inf]]),
+    }
+    block = encode(arrays)
+    assert block == encode(arrays)  # no date in it
+    for name, array in decode(block).items():
+        assert array.dtype == arrays[name].dtype
+        np.testing.assert_array_equal(array, arrays[name])
+    assert ALIGN % 4 == 0
+    with pytest.raises(ValueError, match="float64"):
+        encode({"x": np.zeros(1)})
+
+
+def test_smallest_and_rounded():
+    np.testing.assert_array_equal(smallest(np.array([3, -1])), np.uint16([3, 65535]))
+    np.testing.assert_array_equal(smallest(np.array([65534, -1])), np.uint16([65534, 65535]))
+    assert smallest(np.array([65535, -1])).tolist() == [65535, 2**32 - 1]
+    values = np.random.default_rng(0).normal(size=1000).astype(np.float32)
+    np.testing.assert_allclose(rounded(values), values, rtol=2**-12)
+    assert np.isnan(rounded(np.float32([np.nan]))).all()
+
+
+# The commands, on a run of the embedded model
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("explored") / "run"
+    flags = "--tokens 2048 --batch-size 512 --heldout-tokens 1024 --buffer-tokens 2048 --k 8"
+    assert train([*flags.split(), "--dict-size", "128", "--out", str(out)]) == 0
+    return out
+
+
+def test_command(run, capsys):
+    flags = ["--tokens", "3000", "--sample", "4", "--correlation-tokens", "1000"]
+    assert command.main([str(run), *flags]) == 0
+    assert "explorer.html (" in capsys.readouterr().out
+    stored = load_properties(run / "properties")
+    tokens = stored.properties.tokens
+    assert 3000 <= tokens < 3256  # whole contexts
+    assert 7 * tokens < stored.properties.post.count.sum() <= 8 * tokens
+    assert stored.logits.norm == "final_layer_norm"
+    assert set(stored.facts["summary"]["groups"]) == {"latent", "base", "extension"}
+    # The same properties serve again, others are measured.
+    before = (run / "properties" / "properties.json").stat().st_mtime_ns
+    out = run.parent / "page.html"
+    assert command.main([str(run), "--tokens", "3000", "--out", str(out)]) == 0
+    assert out.read_bytes() == (run / "explorer.html").read_bytes()
+    assert (run / "properties" / "properties.json").stat().st_mtime_ns == before
+    assert command.main([str(run), "--tokens", "1000", "--sample", "4"]) == 0
+    assert load_properties(run / "properties").facts["settings"]["tokens"] == 1000
+    facts = json.loads(Page(out.read_text(encoding="utf-8")).of(id="facts")[0])
+    assert facts["grid"] == {"heads": 8, "m": 4, "n": 4, "kron": True}
+
+
+def test_command_says_what_is_wrong(run, tmp_path, capsys):
+    def error(*arguments):
+        assert command.main([str(argument) for argument in arguments]) == 2
+        return capsys.readouterr().err
+
+    assert "no run folder" in error(tmp_path)
+    assert "did you mean --tokens" in error(run, "--tokns", "3")
+    assert "tokens: expected >= 1, got 0" in error(run, "--tokens", 0)
+    (tmp_path / "sweep").mkdir()
+    (tmp_path / "sweep" / "sweep.json").write_text("{}")
+    assert "is a sweep" in error(tmp_path / "sweep")
+    x = torch.randn(300, 6)
+    config = SAEConfig(heads=4, m=2, n=2, k=2)
+    fit(config, x, TrainConfig(tokens=300, batch_size=100), out=tmp_path / "tensors")
+    assert "trained from tensors" in error(tmp_path / "tensors")

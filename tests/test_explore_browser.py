@@ -1,0 +1,273 @@
+"""The explorer's page in a real browser: what a reader does with it, and what an attacker cannot.
+
+Needs Chromium, its driver and selenium (Debian: chromium, chromium-driver); skipped without.
+"""
+
+import shutil
+import time
+
+import numpy as np
+import pytest
+from explorer_pages import EVIL, make_large_page, make_page
+
+from kronsae.properties import WINDOW
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
+DRIVER = shutil.which("chromedriver")
+webdriver = pytest.importorskip("selenium.webdriver", reason="needs selenium")
+
+pytestmark = pytest.mark.skipif(not (CHROMIUM and DRIVER), reason="needs chromium and chromedriver")
+
+FLAGS = (
+    "--headless=new",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+)
+
+
+class Browser:
+    """A browser on a page."""
+
+    def __init__(self, folder) -> None:
+        options = webdriver.ChromeOptions()
+        options.binary_location = CHROMIUM
+        for flag in (*FLAGS, f"--user-data-dir={folder}"):
+            options.add_argument(flag)
+        options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+        service = webdriver.chrome.service.Service(DRIVER)
+        self.driver = webdriver.Chrome(options=options, service=service)
+
+    def run(self, script, *arguments):
+        return self.driver.execute_script(script, *arguments)
+
+    def until(self, condition):
+        """Wait until a script's expression holds."""
+        end = time.monotonic() + 30
+        while not self.run(f"return Boolean({condition})"):
+            assert time.monotonic() < end, f"never came true: {condition}"
+            time.sleep(0.02)
+
+    def screen(self, width, height, dark=False):
+        metrics = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": width < 500}
+        self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [scheme]})
+
+    def open(self, page, address="#/"):
+        self.driver.get("about:blank")
+        self.driver.get(page.as_uri() + address)
+        self.until("document.body && 'ready' in document.body.dataset")
+
+    def go(self, address):
+        self.run("location.hash = arguments[0]", address)
+        self.arrive(address)
+
+    def arrive(self, address):
+        self.until(f"document.getElementById('main').dataset.address === '{address}'")
+
+    def texts(self, selector):
+        return self.run(
+            "return [...document.querySelectorAll(arguments[0])].map((e) => e.textContent)",
+            selector,
+        )
+
+    def click(self, selector):
+        self.driver.find_element("css selector", selector).click()
+
+    def press(self, *keys):
+        webdriver.ActionChains(self.driver).send_keys(*keys).perform()
+
+    def focused(self):
+        return self.run("return document.activeElement.getAttribute('href')")
+
+    def complaints(self):
+        return [entry["message"] for entry in self.driver.get_log("browser")]
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    browser = Browser(tmp_path_factory.mktemp("browser"))
+    yield browser
+    browser.driver.quit()
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return make_page(tmp_path_factory.mktemp("pages"))
+
+
+@pytest.fixture
+def at_home(browser, made):
+    browser.screen(1200, 900)
+    browser.complaints()
+    browser.open(made.page)
+    yield browser
+    assert browser.complaints() == []
+    assert browser.run("return window.pwned") is None
+
+
+Keys = webdriver.Keys
+
+
+def test_from_the_heads_to_a_latent_and_back(at_home, made):
+    assert "72 latents" in at_home.texts("main")[0]
+    canvas = at_home.driver.find_element("css selector", ".wall canvas")
+    center = at_home.run(
+        "const c = arguments[0].getBoundingClientRect();"
+        "return [c.width, c.height]", canvas)  # fmt: skip
+    # Head 1 is the second square of the first row.
+    tile = 3 * 8 + 6
+    move = webdriver.ActionChains(at_home.driver).move_to_element_with_offset(
+        canvas, int(-center[0] / 2 + tile + 4), int(-center[1] / 2 + 4)
+    )
+    move.click().perform()
+    at_home.arrive("#/head/1")
+    assert at_home.texts("h2")[0].startswith("Head 1 of 12")
+    assert len(at_home.texts(".grid td .cell")) == 6 and len(at_home.texts(".grid th .cell")) == 5
+    at_home.click(".grid a[href='#/latent/10']")
+    at_home.arrive("#/latent/10")
+    assert at_home.texts(".unit h3") == ["Latent 10"]
+    assert at_home.driver.title.startswith("latent 10")
+    at_home.click(".unit .title a.base")
+    at_home.arrive("#/head/1/base/1")  # latent 10 = head 1, base 1, extension 1
+    at_home.driver.back()
+    at_home.arrive("#/latent/10")
+    at_home.click("#home")
+    at_home.arrive("#/")
+
+
+def test_shows_the_examples_of_a_latent(at_home, made):
+    post = made.stored.properties.post
+    latent = int(np.argmax(post.top.scores[:, 0]))
+    at_home.go(f"#/latent/{latent}")
+    figures = [text for text in at_home.texts(".unit section:first-of-type .examples li > b")]
+    peaks = post.top.scores[latent][np.isfinite(post.top.scores[latent])]
+    assert float(figures[0]) == pytest.approx(peaks[0], rel=0.01)
+    middle = post.top.tokens[latent, 0, WINDOW // 2]
+    shown = at_home.texts(".unit .examples mark")[0]
+    expected = EVIL[middle] if middle < len(EVIL) else f"word{middle}"
+    assert shown == expected.replace("\u2028", "\ufffd").replace("\u202e", "\ufffd")
+    assert at_home.texts(".bars h4") == ["Fires on", "Makes likelier", "Makes less likely"]
+    assert len(at_home.texts(".near li")) == 4
+    assert "final_norm" in at_home.texts(".note")[0]
+
+
+def test_a_latent_that_never_fires(at_home, made):
+    silent = int(np.flatnonzero(made.stored.properties.post.count == 0)[0])
+    at_home.go(f"#/latent/{silent}")
+    assert "It never fires" in at_home.texts(".unit")[0]
+
+
+def test_keyboard(at_home):
+    at_home.press("/")
+    assert at_home.run("return document.activeElement.id") == "query"
+    at_home.press("head 3", Keys.ENTER)
+    at_home.arrive("#/find/head%203")
+    at_home.click(".found a")
+    at_home.arrive("#/head/3")
+    at_home.click("main .grid a[href='#/latent/18']")
+    at_home.arrive("#/latent/18")
+    assert at_home.focused() == "#/latent/18"
+    at_home.press(Keys.ARROW_RIGHT)
+    assert at_home.focused() == "#/latent/19"
+    at_home.press(Keys.ARROW_DOWN, Keys.ENTER)
+    at_home.arrive("#/latent/22")
+    at_home.press(Keys.ARROW_LEFT, Keys.ARROW_LEFT)
+    assert at_home.focused() == "#/head/3/base/1"
+    at_home.press("n")
+    at_home.arrive("#/head/4")
+    at_home.press("h")
+    at_home.arrive("#/")
+    at_home.run("document.querySelector('.wall canvas').focus()")
+    at_home.press(Keys.ARROW_RIGHT, Keys.ARROW_RIGHT, Keys.ENTER)
+    at_home.until("location.hash.startsWith('#/head/')")
+
+
+def test_search(at_home, made):
+    index = made.stored.properties
+    at_home.go("#/find/word17")
+    found = set(at_home.texts(".found:not(.texts) > li > a"))
+    expected = set()
+    for latent, tokens in enumerate(index.post.top_tokens[:, :4]):
+        if 17 in tokens and index.post.top_shares[latent][tokens.tolist().index(17)] >= 1 / 255:
+            expected.add(f"latent {latent}")
+    assert expected and expected == {text for text in found if text.startswith("latent")}
+    # A phrase of two tokens of an example.
+    latent = int(np.argmax(index.post.count))
+    tokens = index.post.top.tokens[latent, 0]
+    pairs = zip(tokens, tokens[1:], strict=False)
+    first, second = next((a, b) for a, b in pairs if min(a, b) >= len(EVIL))
+    at_home.go(f"#/find/word{first}%20word{second}")
+    at_home.until("/found\\.$/.test(document.querySelector('[aria-live]').textContent)")
+    assert f"latent {latent}" in at_home.texts(".texts > li > a")
+
+
+def test_links_that_lead_nowhere(at_home):
+    for address in ("#/latent/72", "#/latent/", "#/head/99", "#/head/1/base/2", "#/x", "#/find/%"):
+        at_home.go(address)
+        assert at_home.texts("h1") == ["Nothing there"]
+    at_home.go("#/head/1/")
+    assert at_home.texts("h2")[0].startswith("Head 1")
+
+
+def test_tokens_stay_text(at_home, made):
+    at_home.go("#/find/" + "%3C/script")
+    chips = at_home.texts(".chip")
+    assert any(EVIL[0] in chip for chip in chips)
+    assert at_home.run("return document.images.length") == 0
+    # Even an attack that got through the escaping would not run.
+    at_home.run("const s = document.createElement('script'); s.textContent = 'window.pwned = 1';"
+                "document.body.append(s)")  # fmt: skip
+    assert at_home.run("return window.pwned") is None
+    assert "Content Security Policy" in at_home.complaints()[0]
+
+
+@pytest.mark.parametrize("width", [390, 820, 1400])
+def test_fits_every_screen(at_home, made, width):
+    colors = []
+    for dark in (False, True):
+        at_home.screen(width, 900, dark)
+        for address in ("#/", "#/latent/10", "#/head/1/base/0", "#/find/word"):
+            at_home.open(made.page, address)
+            wide = at_home.run("return document.documentElement.scrollWidth")
+            assert wide <= width, address
+        colors.append(at_home.run("return getComputedStyle(document.body).backgroundColor"))
+    assert colors[0] != colors[1]
+
+
+def test_a_dense_encoder(browser, tmp_path):
+    made = make_page(tmp_path, "dense")
+    browser.screen(1200, 900)
+    browser.open(made.page)
+    assert "150 latents" in browser.texts("main")[0]
+    browser.go("#/head/2")
+    assert browser.texts("h2")[0].startswith("Group 2 of 3")
+    assert len(browser.texts(".grid .cell")) == 150 - 2 * 64
+    browser.go("#/latent/3")
+    assert browser.texts(".unit h3") == ["Latent 3"]
+    browser.go("#/find/word")
+    assert browser.complaints() == []
+
+
+@pytest.mark.slow
+def test_a_large_dictionary(browser, tmp_path):
+    """2^17 latents: the first view within 3 s, and the last latent's soon after the page is read."""
+    page = make_large_page(tmp_path)
+    browser.screen(1400, 900)
+    browser.open(page)
+    [shown] = browser.run(
+        "return performance.getEntriesByName('first-view').map((m) => m.startTime)"
+    )
+    assert shown < 3000
+    assert "131,072 latents" in browser.texts("main")[0]
+    started = time.monotonic()
+    browser.go("#/latent/131071")
+    assert browser.texts(".unit h3") == ["Latent 131071"]
+    assert time.monotonic() - started < 3
+    assert browser.complaints() == []
