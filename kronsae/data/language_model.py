@@ -243,7 +243,7 @@ class LanguageModel:
         size = max(1, LOGITS_AT_ONCE // self.model.config.get_text_config().vocab_size)
         for start in range(0, len(hidden), size):
             rows = slice(start, min(start + size, len(hidden)))
-            output = _with_first(states.output, hidden[rows][None])
+            output = with_first(states.output, hidden[rows][None])
             with _stand_in(self.model.base_model, output):
                 logits = self.model(input_ids=ids[rows][None]).logits[0]
             yield rows, logits
@@ -301,7 +301,7 @@ class LanguageModel:
             runs += 1
             if runs > 1:
                 return output
-            return _with_first(output, replace(*read[:1], first_tensor(output)))
+            return with_first(output, replace(*read[:1], first_tensor(output)))
 
         read: list[Any] = []
         if replace is None:
@@ -400,7 +400,7 @@ def first_tensor(output: Any) -> Any:
     return output[0] if isinstance(output, (tuple, list)) and output else output
 
 
-def _with_first(output: Any, hidden: Tensor) -> Any:
+def with_first(output: Any, hidden: Tensor) -> Any:
     """`output` with `hidden` in the place of `first_tensor(output)`."""
     if isinstance(output, Tensor):
         return hidden
