@@ -11,6 +11,7 @@ from kronsae import SAE, SAEConfig
 from kronsae.cli import parse
 from kronsae.evaluate.__main__ import make_parser as evaluate_parser
 from kronsae.experiments.__main__ import parse as parse_experiment
+from kronsae.interpret.__main__ import make_parser as interpret_parser
 from kronsae.intervene import make_parser as intervene_parser
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
@@ -72,9 +73,13 @@ def test_interventions_example(tmp_path, monkeypatch, capsys):
 
 def test_other_commands_parse():
     """Commands other than training's, each by its own parser."""
-    parsers = {"kronsae.evaluate": evaluate_parser, "kronsae.intervene": intervene_parser}
+    parsers = {
+        "kronsae.evaluate": evaluate_parser,
+        "kronsae.intervene": intervene_parser,
+        "kronsae.interpret": interpret_parser,
+    }
     found = set()
-    for line in (line for each in COMMANDS for line in each.splitlines()):
+    for line in "\n".join(COMMANDS).replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
         if words[:2] == ["python", "-m"] and words[2] in parsers:
             parsers[words[2]]().parse(words[3:])
