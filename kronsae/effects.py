@@ -25,6 +25,9 @@ from kronsae_kernels import SparseCodes
 GATHERED = 2**24
 """Elements of decoder rows that are looked up at once."""
 
+LOGITS = 2**27
+"""Logits of a forward pass, at most, where an objective needs them all."""
+
 Objective = Callable[[Tensor, Tensor], Tensor]
 """From logits [b, t, V] and token ids [b, t] to a number [b] for each context, differentiably."""
 
@@ -99,9 +102,11 @@ def exact_effects(
 ) -> Tensor:
     """By how much the objective grows in a context when a latent is ablated there: [p] float64.
 
-    pairs: [p, 2] int64, context and latent.  batch: contexts a forward pass.
+    pairs: [p, 2] int64, context and latent.
+    batch: contexts a forward pass; fewer where they have more than LOGITS logits.
     The SAE's error stays: activations lose the latent's value times its decoder row.
     """
+    batch = _at_most(batch, model, found)
     clean = torch.cat([objective(model.logits(ids), ids) for ids in found.ids.split(batch)])
     effects = []
     for part in pairs.to(found.ids.device).split(batch):
@@ -115,6 +120,11 @@ def exact_effects(
 
         effects.append(objective(model.logits(ids, without), ids) - clean[contexts])
     return torch.cat(effects) if effects else torch.zeros(0, dtype=torch.float64)
+
+
+def _at_most(batch: int, model: LanguageModel, found: Read) -> int:
+    known = model.model.config.get_text_config().vocab_size
+    return max(1, min(batch, LOGITS // (known * found.ids.shape[1])))
 
 
 def _values(sae: SAE, found: Read, context: int, latent: int) -> Tensor:
@@ -139,6 +149,7 @@ def attributed_effects(
     of the context. [Nanda 2023, Syed et al. 2023: attribution patching, to zero]
     """
     parts = []
+    batch = _at_most(batch, model, found)
     for start in range(0, len(found.ids), batch):
         part = found.of(slice(start, start + batch))
         gradient = _gradient(model, part.ids, objective)[part.mask]
@@ -357,10 +368,13 @@ def _ablate(
 
     targets = part.ids[:, 1:].flatten()
     at = fires[:, :-1].flatten()  # a token's activations predict the next one
-    clean = model.logits(part.ids)[:, :-1].flatten(0, 1)
-    changed = model.logits(part.ids, replace)[:, :-1].flatten(0, 1)
-    growth = cross_entropy(changed, targets) - cross_entropy(clean, targets)
-    divergence = kl_divergence(clean[at], changed[at]).sum()
+    growth = torch.empty(len(targets), dtype=torch.float64, device=targets.device)
+    divergence = growth.new_zeros(())
+    states = model.last_states(part.ids), model.last_states(part.ids, replace=replace)
+    for (rows, clean), (_, changed) in zip(*map(model.next_token_logits, states), strict=True):
+        target, chosen = targets[rows], at[rows]
+        growth[rows] = cross_entropy(changed, target) - cross_entropy(clean, target)
+        divergence += kl_divergence(clean[chosen], changed[chosen]).sum()
     figures = (*sums, lost, gained, growth[at].sum(), divergence)
     return torch.stack([*(f.double() for f in figures), growth[~at].sum(), at.sum().double()])
 
