@@ -1,4 +1,10 @@
-"""Each figure of merit, once. Sums run in float64 and stream over batches."""
+"""Each figure of merit, once. Sums run in float64 and stream over batches.
+
+Letters: B tokens, d width, F latents, V tokens known to a language model.
+"""
+
+import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -15,8 +21,17 @@ MEANING = {
         "mean over tokens of 1 - error / spread, as the KronSAE paper computes it (App. H)",
     ),
     "mse": ("MSE", "mean squared error of a coordinate of the raw activations"),
+    "cosine": ("Cosine", "mean cosine of the angle between activations and reconstruction"),
+    "relative_norm": (
+        "Relative norm",
+        "mean length of the reconstruction over that of the activations: below 1 it shrinks",
+    ),
     "l0": ("L0", "latents active on a token, on average; with TopK at most k"),
     "dead_share": ("Dead latents", "share of latents that no held-out token activates"),
+    "dense_share": (
+        "Dense latents",
+        "share of latents that more than a tenth of the held-out tokens activates",
+    ),
     "ce_clean": (
         "Cross-entropy, clean",
         "loss of the language model as it is, in nats a token; lower is better",
@@ -26,13 +41,32 @@ MEANING = {
         "the same with the reconstruction in place of the activations: the closer to clean, the "
         "better",
     ),
+    "ce_mean": (
+        "Cross-entropy, mean",
+        "the same with the mean of the activations in place of each of them",
+    ),
     "ce_zero": ("Cross-entropy, zeroed", "the same with zeros in place of the activations"),
     "ce_recovered": (
         "Cross-entropy recovered",
         "share of the damage done by zeros that the reconstruction avoids: 1 is perfect",
     ),
+    "ce_recovered_mean": (
+        "Recovered, of the mean's",
+        "share of the damage done by the mean that the reconstruction avoids: the stricter figure",
+    ),
+    "kl_spliced": (
+        "KL divergence, spliced",
+        "of the model's next-token distribution with the reconstruction from the clean one, in "
+        "nats a token: 0 is perfect",
+    ),
+    "kl_mean": ("KL divergence, mean", "the same with the mean of the activations"),
+    "kl_zero": ("KL divergence, zeroed", "the same with zeros"),
 }
 """Label and meaning of each figure of an evaluation, in the order to show them."""
+
+
+DENSE = 0.1
+"""A latent that fires on a larger share of tokens counts as dense."""
 
 
 class ReconstructionMetrics:
@@ -42,6 +76,8 @@ class ReconstructionMetrics:
     whole set; fvu = 1 - explained_variance.
     explained_variance_batch = mean over tokens of 1 - |x - x_hat|^2 / |x - mean(x)|^2, with the
     mean of the token's batch: the form of [KronSAE, App. H].
+    cosine = mean over tokens of x . x_hat / (|x| |x_hat|), 0 where one of them is 0;
+    relative_norm = mean of |x_hat| / |x| over tokens that are not 0.
     """
 
     def __init__(self, d_model: int) -> None:
@@ -51,6 +87,9 @@ class ReconstructionMetrics:
         self.sum = torch.zeros(d_model, dtype=torch.float64)
         self.batch_form = 0.0
         self.batch_tokens = 0
+        self.cosines = 0.0
+        self.norm_ratios = 0.0
+        self.nonzero = 0
 
     def update(self, x: Tensor, x_hat: Tensor) -> None:
         x, x_hat = x.double(), x_hat.double()
@@ -63,6 +102,13 @@ class ReconstructionMetrics:
         varied = spread > 0  # a batch of one token is its own mean
         self.batch_form += (1 - errors[varied] / spread[varied]).sum().item()
         self.batch_tokens += int(varied.sum())
+        norms, norms_hat = x.norm(dim=-1), x_hat.norm(dim=-1)
+        both = (norms > 0) & (norms_hat > 0)
+        products = (x * x_hat).sum(-1)[both]
+        self.cosines += (products / (norms * norms_hat)[both]).sum().item()
+        nonzero = norms > 0
+        self.norm_ratios += (norms_hat[nonzero] / norms[nonzero]).sum().item()
+        self.nonzero += int(nonzero.sum())
 
     def compute(self) -> dict[str, float]:
         """Raises ValueError if nothing was seen, or all of it was the same vector."""
@@ -77,7 +123,60 @@ class ReconstructionMetrics:
             "fvu": fvu,
             "explained_variance_batch": self.batch_form / max(1, self.batch_tokens),
             "mse": self.squared_error / (self.tokens * self.sum.numel()),
+            "cosine": self.cosines / self.tokens,
+            "relative_norm": self.norm_ratios / max(1, self.nonzero),
         }
+
+
+class FiringMetrics:
+    """Streaming counts of how often each latent fires.
+
+    l0 = latents that fire, a token; dead_share, dense_share = shares of latents that fire on no
+    token, and on more than a share DENSE of them.
+    """
+
+    def __init__(self, dict_size: int, device: torch.device | str = "cpu") -> None:
+        self.tokens = 0
+        self.counts = torch.zeros(dict_size, dtype=torch.int64, device=device)
+        """[F] tokens on which each latent fired."""
+
+    def update(self, indices: Tensor, fired: Tensor) -> None:
+        """indices: [B, k] of latents, none twice in a row.  fired: bool [B, k]."""
+        self.tokens += indices.shape[0]
+        self.counts += torch.bincount(indices[fired], minlength=len(self.counts))
+
+    @property
+    def densities(self) -> Tensor:
+        """[F] float64: share of the tokens on which each latent fires."""
+        return self.counts.double() / self.tokens
+
+    def compute(self) -> dict[str, float]:
+        """Raises ValueError if nothing was seen."""
+        if not self.tokens:
+            raise ValueError("no tokens to evaluate on")
+        return {
+            "l0": int(self.counts.sum()) / self.tokens,
+            "dead_share": (self.counts == 0).double().mean().item(),
+            "dense_share": (self.densities > DENSE).double().mean().item(),
+        }
+
+
+def density_histogram(counts: Tensor, tokens: int, bins_a_decade: int = 4) -> dict[str, object]:
+    """How many latents have which density, in bins of equal width in log10.
+
+    counts: [F] tokens on which each latent fired, of `tokens`.
+    Returns log10_edges [b + 1], from the decade of one token to 0 (all tokens); latents [b]; and
+    dead: the latents that never fire. A bin holds its lower edge; the last one also its upper.
+    """
+    decades = max(1, math.ceil(math.log10(tokens)))
+    edges = [-decades + i / bins_a_decade for i in range(decades * bins_a_decade + 1)]
+    alive = counts[counts > 0].double() / tokens
+    # Where a density lies on an edge, rounding must not decide: compare densities, not logarithms.
+    bounds = torch.tensor([10.0**edge for edge in edges], dtype=torch.float64)
+    places = torch.bucketize(alive.cpu(), bounds, right=True) - 1
+    latents = torch.bincount(places.clamp_(0, len(edges) - 2), minlength=len(edges) - 1)
+    dead = int((counts == 0).sum())
+    return {"log10_edges": edges, "latents": latents.tolist(), "dead": dead}
 
 
 def l0(fired: Tensor) -> float:
@@ -92,3 +191,34 @@ def cross_entropy_recovered(clean: float, spliced: float, ablated: float) -> flo
     """
     damage = ablated - clean
     return (ablated - spliced) / damage if damage else float(spliced == clean)
+
+
+def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """-log p(target) in nats: [n] float64 for logits [n, V] and targets [n]."""
+    return torch.nn.functional.cross_entropy(logits.double(), targets, reduction="none")
+
+
+def kl_divergence(logits: Tensor, other: Tensor) -> Tensor:
+    """KL(softmax(logits) || softmax(other)) in nats: [n] float64 for two [n, V]."""
+    logp, logq = logits.double().log_softmax(-1), other.double().log_softmax(-1)
+    return (logp.exp() * (logp - logq)).nansum(-1)  # 0 log 0 = 0: logits may be -inf
+
+
+def pearson(x: Sequence[float], y: Sequence[float]) -> float:
+    """Correlation of two lists of numbers; nan where one of them does not vary."""
+    a, b = (torch.as_tensor(values, dtype=torch.float64) for values in (x, y))
+    a, b = a - a.mean(), b - b.mean()
+    norms = (a.norm() * b.norm()).item()
+    return (a @ b).item() / norms if norms else math.nan
+
+
+def spearman(x: Sequence[float], y: Sequence[float]) -> float:
+    """Correlation of the ranks; equal values share the mean of theirs."""
+    return pearson(*(_ranks(values) for values in (x, y)))
+
+
+def _ranks(values: Sequence[float]) -> Tensor:
+    each = torch.as_tensor(values, dtype=torch.float64)
+    _, group, counts = torch.unique(each, return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).double()
+    return (last - (counts - 1) / 2)[group]

@@ -257,7 +257,7 @@ def test_a_dense_encoder(browser, tmp_path):
 
 @pytest.mark.slow
 def test_a_large_dictionary(browser, tmp_path):
-    """2^17 latents: the first view within 3 s, and the last latent's soon after the page is read."""
+    """2^17 latents: the first view within 3 s, the last latent's soon after the page is read."""
     page = make_large_page(tmp_path)
     browser.screen(1400, 900)
     browser.open(page)

@@ -7,22 +7,32 @@ from pathlib import Path
 import pytest
 import torch
 
+from kronsae import SAE, SAEConfig
 from kronsae.cli import parse
+from kronsae.evaluate.__main__ import make_parser as evaluate_parser
 from kronsae.experiments.__main__ import parse as parse_experiment
+from kronsae.interpret.__main__ import make_parser as interpret_parser
+from kronsae.intervene import make_parser as intervene_parser
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 COMMANDS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
 
 
+def example(words: str) -> str:
+    """The one Python example that holds these words."""
+    [found] = [each for each in EXAMPLES if words in each]
+    return found
+
+
 def test_there_are_examples():
-    assert len(EXAMPLES) == 4 and len(COMMANDS) >= 3
+    assert len(EXAMPLES) == 5 and len(COMMANDS) >= 3
 
 
 def test_training_example(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names: dict = {}
-    exec(EXAMPLES[0], names)
+    exec(example("result = fit("), names)
     assert 0.3 < float(capsys.readouterr().out) < 1
     assert names["codes"].values.shape == names["codes"].indices.shape == (8, 16)
     assert names["x_hat"].shape == (8, 64)
@@ -30,7 +40,7 @@ def test_training_example(tmp_path, monkeypatch, capsys):
 
 def test_grid_example():
     names: dict = {}
-    exec(EXAMPLES[1], names)
+    exec(example("nested = SAEConfig"), names)
     assert names["sae"].config.experts == 8
     assert names["transcoder"].config.d_target == 32
     assert names["y_hat"].shape == (8, 32)
@@ -38,7 +48,7 @@ def test_grid_example():
 
 def test_kernels_example():
     names: dict = {}
-    exec(EXAMPLES[2], names)
+    exec(example("dense_encode"), names)
     assert names["x_hat"].shape == (32, 64)
     assert names["w_enc"].grad.any() and names["w_dec"].grad.any()
     assert names["topk"].values.shape == (32, 8)
@@ -49,9 +59,32 @@ def test_fused_step_example(capsys):
     pytest.importorskip("triton")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     names: dict = {}
-    exec(EXAMPLES[3].replace('"cuda"', f'"{device}"'), names)
+    exec(example("TrainingStep").replace('"cuda"', f'"{device}"'), names)
     assert 0 < float(capsys.readouterr().out) < 10
     assert names["grad_norm"].isfinite()
+
+
+def test_interventions_example(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    SAE(SAEConfig(d_model=256, heads=32, m=2, n=2, k=8)).save("runs/MY-RUN")
+    exec(example("intervene("), {})
+    assert capsys.readouterr().out.startswith("def read(self, path):")
+
+
+def test_other_commands_parse():
+    """Commands other than training's, each by its own parser."""
+    parsers = {
+        "kronsae.evaluate": evaluate_parser,
+        "kronsae.intervene": intervene_parser,
+        "kronsae.interpret": interpret_parser,
+    }
+    found = set()
+    for line in "\n".join(COMMANDS).replace("\\\n", " ").splitlines():
+        words = shlex.split(line, comments=True)
+        if words[:2] == ["python", "-m"] and words[2] in parsers:
+            parsers[words[2]]().parse(words[3:])
+            found.add(words[2])
+    assert found == parsers.keys()
 
 
 @pytest.mark.parametrize(

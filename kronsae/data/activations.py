@@ -258,30 +258,9 @@ class LanguageModelActivations:
 
     def _set_aside(self) -> Tensor:
         """Held-out contexts [c, L]: the first that reach config.heldout_tokens."""
-        config = self.config
-        packer = Packer(self.language_model.tokenizer, config.context_length)
-        contexts: list[Tensor] = []
-        wanted = -(-config.heldout_tokens // config.context_length)
-        documents = 0
-        for text in self.text.heldout():
-            documents += 1
-            contexts += islice(packer.add(text), wanted - len(contexts))
-            if len(contexts) == wanted:
-                break
-        if not contexts:
-            raise InputError(
-                f"dataset {config.dataset!r} has less text than one context of "
-                f"{config.context_length} tokens to hold out: give more text, or a smaller "
-                "--context-length"
-            )
+        contexts, documents = set_aside(self.text, self.language_model.tokenizer, self.config)
         self.text.hold_out(documents)
-        if len(contexts) < wanted:
-            warnings.warn(
-                f"dataset {config.dataset!r}: only {len(contexts) * config.context_length:,} of "
-                f"{config.heldout_tokens:,} tokens could be held out",
-                stacklevel=3,
-            )
-        return torch.stack(contexts)
+        return contexts
 
     def heldout_contexts(self) -> Tensor:
         """Token ids [c, context_length] that are never trained on; the same for every seed."""
@@ -342,16 +321,52 @@ class LanguageModelActivations:
         }
 
 
+def set_aside(text: TextSource, tokenizer: Any, config: DataConfig) -> tuple[Tensor, int]:
+    """Contexts [c, context_length] that reach config.heldout_tokens, and of how many documents.
+
+    They are the text's first documents to evaluate on; a warning tells if they are too few.
+    Raises InputError if they do not fill one context.
+    """
+    packer = Packer(tokenizer, config.context_length)
+    contexts: list[Tensor] = []
+    wanted = -(-config.heldout_tokens // config.context_length)
+    documents = 0
+    for document in text.heldout():
+        documents += 1
+        contexts += islice(packer.add(document), wanted - len(contexts))
+        if len(contexts) == wanted:
+            break
+    if not contexts:
+        raise InputError(
+            f"dataset {config.dataset!r} has less text than one context of "
+            f"{config.context_length} tokens to hold out: give more text, or a smaller "
+            "--context-length"
+        )
+    if len(contexts) < wanted:
+        warnings.warn(
+            f"dataset {config.dataset!r}: only {len(contexts) * config.context_length:,} of "
+            f"{config.heldout_tokens:,} tokens could be held out",
+            stacklevel=4,
+        )
+    return torch.stack(contexts), documents
+
+
 def open_activations(
     config: DataConfig, *, batch_size: int, seed: int, device: torch.device | str
 ) -> LanguageModelActivations:
     """The activations that `config` names. Raises InputError if model or text cannot be used."""
-    device = torch.device(device)
-    default = torch.bfloat16 if device.type == "cuda" else torch.float32
-    dtype = default if config.model_dtype == "auto" else getattr(torch, config.model_dtype)
     # What is cheap to check comes first; the model checks its names before it reads weights.
     _check_batch_size(batch_size)
     check_text(config)
+    model, config = open_model(config, device)
+    return LanguageModelActivations(model, open_text(config, seed), config, batch_size, seed)
+
+
+def open_model(config: DataConfig, device: torch.device | str) -> tuple[LanguageModel, DataConfig]:
+    """The language model that `config` names, and `config` with the context length it gives."""
+    device = torch.device(device)
+    default = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = default if config.model_dtype == "auto" else getattr(torch, config.model_dtype)
     model = LanguageModel.load(
         config.model,
         layer=config.layer,
@@ -362,8 +377,7 @@ def open_activations(
         device=device,
         trust_remote_code=config.trust_remote_code,
     )
-    config = dataclasses.replace(config, context_length=_context_length(model, config))
-    return LanguageModelActivations(model, open_text(config, seed), config, batch_size, seed)
+    return model, dataclasses.replace(config, context_length=_context_length(model, config))
 
 
 def _context_length(model: LanguageModel, config: DataConfig) -> int:

@@ -7,7 +7,7 @@ import dataclasses
 import difflib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -199,23 +199,59 @@ class LanguageModel:
                 "cross-entropy (only models for causal language modelling have one)"
             )
         ids = input_ids.to(self.device)
+        targets = ids[:, 1:].flatten()
+        losses = torch.empty(targets.shape, device=targets.device)
+        for rows, logits in self.next_token_logits(self.last_states(ids, attention_mask, replace)):
+            losses[rows] = _cross_entropy(logits, targets[rows])
+        return losses.view(ids.shape[0], -1)
+
+    @torch.no_grad()
+    def last_states(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        replace: Callable[..., Tensor] | None = None,
+    ) -> "LastStates":
+        """What the model makes of token ids [b, t] before its head; for `next_token_logits`.
+
+        replace, errors: as in `token_losses`.
+        """
+        if not self.has_cross_entropy:
+            raise InputError(
+                f"model {self.name!r} has no trained head for the next token, so there is no "
+                "cross-entropy (only models for causal language modelling have one)"
+            )
+        ids = input_ids.to(self.device)
         body = self.model.base_model
         with self._replaced(replace):
             if body is self.model or self._spliced not in set(body.modules()):
-                logits = self._run(ids, attention_mask).logits
-                losses = _cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-                return losses.view(ids.shape[0], -1)
-            output = self._run_to(body, ids, attention_mask)
-        # The head, and what the model does to its logits, runs on a part of the tokens at a time.
-        hidden, targets = first_tensor(output)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()
-        losses = torch.empty(targets.shape, device=targets.device)
+                return LastStates(ids, None, self._run(ids, attention_mask).logits)
+            return LastStates(ids, self._run_to(body, ids, attention_mask), None)
+
+    @torch.no_grad()
+    def next_token_logits(self, states: "LastStates") -> Iterator[tuple[slice, Tensor]]:
+        """Logits [n, V] of each next token, and which of the flattened [b (t - 1)] tokens they are.
+
+        The head, and what the model does to its logits, runs on about LOGITS_AT_ONCE at a time.
+        """
+        if states.logits is not None:
+            logits = states.logits[:, :-1].flatten(0, 1)
+            yield slice(0, len(logits)), logits
+            return
+        hidden = first_tensor(states.output)[:, :-1].flatten(0, 1)
+        ids = states.ids[:, 1:].flatten()
         size = max(1, LOGITS_AT_ONCE // self.model.config.get_text_config().vocab_size)
-        for start in range(0, len(targets), size):
-            part, target = (x[start : start + size] for x in (hidden, targets))
-            with _stand_in(body, _with_first(output, part[None])):
-                logits = self.model(input_ids=target[None]).logits[0]
-            losses[start : start + size] = _cross_entropy(logits, target)
-        return losses.view(ids.shape[0], -1)
+        for start in range(0, len(hidden), size):
+            rows = slice(start, min(start + size, len(hidden)))
+            output = with_first(states.output, hidden[rows][None])
+            with _stand_in(self.model.base_model, output):
+                logits = self.model(input_ids=ids[rows][None]).logits[0]
+            yield rows, logits
+
+    def logits(self, input_ids: Tensor, replace: Callable[..., Tensor] | None = None) -> Tensor:
+        """All logits [b, t, V] at once, for a few short contexts; gradients reach `replace`."""
+        with self._replaced(replace):
+            return self._run(input_ids.to(self.device), None).logits
 
     def _run(self, input_ids: Tensor, attention_mask: Tensor | None) -> Any:
         # Without a mask some models guess one from the padding token, which may end texts as well.
@@ -265,7 +301,7 @@ class LanguageModel:
             runs += 1
             if runs > 1:
                 return output
-            return _with_first(output, replace(*read[:1], first_tensor(output)))
+            return with_first(output, replace(*read[:1], first_tensor(output)))
 
         read: list[Any] = []
         if replace is None:
@@ -315,6 +351,17 @@ class LanguageModel:
         return d_model, both - d_model
 
 
+class LastStates(NamedTuple):
+    """What a forward pass came to before its head."""
+
+    ids: Tensor
+    """[b, t] token ids that it read."""
+    output: Any
+    """Of the model's body; None where the head cannot be run alone."""
+    logits: Tensor | None
+    """[b, t, V] in its place."""
+
+
 class _Stop(Exception):
     """Ends a forward pass, with the output of the module that it got to."""
 
@@ -353,7 +400,7 @@ def first_tensor(output: Any) -> Any:
     return output[0] if isinstance(output, (tuple, list)) and output else output
 
 
-def _with_first(output: Any, hidden: Tensor) -> Any:
+def with_first(output: Any, hidden: Tensor) -> Any:
     """`output` with `hidden` in the place of `first_tensor(output)`."""
     if isinstance(output, Tensor):
         return hidden

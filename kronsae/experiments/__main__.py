@@ -2,24 +2,19 @@
 
 import argparse
 import dataclasses
-import difflib
 import importlib
 import shlex
 import signal
 import sys
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any
 
 from kronsae.config import base_type
 from kronsae.errors import InputError
 from kronsae.experiments import NAMES
 from kronsae.experiments.common import Run, Stopped, require, run_grid
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(message)
+from kronsae.flags import Parser
 
 
 def load(name: str) -> ModuleType:
@@ -33,14 +28,13 @@ def overview() -> str:
     return "experiments:\n" + "\n".join(lines)
 
 
-def make_parser(name: str) -> argparse.ArgumentParser:
+def make_parser(name: str) -> Parser:
     """Flags of one experiment: one a field of its Settings, and those of all."""
     experiment = load(name)
-    parser = _Parser(
+    parser = Parser(
         prog=f"python -m kronsae.experiments {name}",
         description=f"[KronSAE, {experiment.FIGURE}] {experiment.STATEMENT}",
         argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
     )
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help=f"folder (default: runs/experiments/{name})"
@@ -74,10 +68,7 @@ def _shown(value: Any) -> str:
 def parse(name: str, argv: list[str]) -> tuple[Any, Path]:
     """Settings and folder. Raises InputError for anything wrong."""
     experiment = load(name)
-    parser = make_parser(name)
-    found, unknown = parser.parse_known_args(argv)
-    if unknown:
-        raise InputError(_unknown(unknown[0], parser))
+    found = make_parser(name).parse(argv)
     flags = {
         name: tuple(value) if isinstance(value, list) else value
         for name, value in vars(found).items()
@@ -88,13 +79,6 @@ def parse(name: str, argv: list[str]) -> tuple[Any, Path]:
     preset = {"": {}, "smallest": experiment.SMALLEST, "paper": experiment.PAPER}[size]
     default = Path("runs/experiments") / (f"{name}-{size}" if size else name)
     return experiment.Settings(**(preset | flags)), out or default
-
-
-def _unknown(argument: str, parser: argparse.ArgumentParser) -> str:
-    flags = [option for action in parser._actions for option in action.option_strings]
-    close = difflib.get_close_matches(argument.split("=")[0], flags, n=3)
-    hint = f"did you mean {' or '.join(close)}?" if close else "--help lists all flags"
-    return f"unknown argument {argument!r}: {hint}"
 
 
 def main(argv: list[str] | None = None) -> int:

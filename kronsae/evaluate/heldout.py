@@ -1,4 +1,4 @@
-"""How good an SAE is on text that it was never trained on."""
+"""How good an SAE is on activations set aside, as training measures it."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kronsae.metrics import ReconstructionMetrics, cross_entropy_recovered, l0
+from kronsae.metrics import FiringMetrics, ReconstructionMetrics, cross_entropy_recovered
 from kronsae.sae import SAE
 
 BATCH_TOKENS = 4096
@@ -62,22 +62,15 @@ def evaluate(sae: SAE, heldout: Heldout) -> dict[str, float]:
     """Figures of merit of an SAE of raw activations; definitions in `kronsae.metrics`.
 
     A transcoder is judged by how well it predicts `heldout.targets`.
-    explained_variance, fvu, explained_variance_batch, mse, l0, and dead_share: the share of latents
-    that no held-out token activates. Raises ValueError if there are no tokens.
+    Those of `ReconstructionMetrics` and `FiringMetrics`. Raises ValueError if there are no tokens.
     """
     metrics = ReconstructionMetrics(sae.config.d_out)
-    alive = torch.zeros(sae.dict_size, dtype=torch.bool, device=sae.W_dec.device)
-    active = 0.0
+    firing = FiringMetrics(sae.dict_size, sae.W_dec.device)
     for x, target in _batches(heldout, sae):
         x_hat, codes, _ = sae(x)
         metrics.update(target, x_hat)
-        fired = sae.fired(codes)
-        alive[codes.indices[fired]] = True
-        active += l0(fired) * x.shape[0]
-    out = metrics.compute()
-    out["l0"] = active / metrics.tokens
-    out["dead_share"] = 1 - alive.double().mean().item()
-    return out
+        firing.update(codes.indices, sae.fired(codes))
+    return metrics.compute() | firing.compute()
 
 
 @torch.no_grad()

@@ -1,0 +1,141 @@
+"""`python -m kronsae.evaluate RUN…`: figures of merit on text that was never trained on."""
+
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import Progress
+
+from kronsae.config import kind_of
+from kronsae.data.loading import quiet
+from kronsae.evaluate.judge import Judgement, judge
+from kronsae.evaluate.show import console_table, draw, facts, markdown
+from kronsae.files import write_json, write_text
+from kronsae.fit import resolve_device
+from kronsae.flags import Parser, exit_status
+from kronsae.metrics import density_histogram
+from kronsae.run import RunFolder, versions
+from kronsae.subject import (
+    HeldoutText,
+    Subject,
+    add_flags,
+    by_text,
+    given_data,
+    load_subjects,
+    open_heldout,
+)
+
+
+def make_parser() -> Parser:
+    parser = Parser(
+        prog="python -m kronsae.evaluate",
+        description="Judge SAEs on text that they were never trained on: how much they explain, "
+        "which latents live, and what the language model loses when they stand for its "
+        "activations. Writes evaluation.json, evaluation.md and pictures.",
+    )
+    parser.add_argument(
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="run folder, sweep folder (all its members), folder of a saved SAE, or hub id",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder to write (default: a new one under runs/)"
+    )
+    add_flags(parser)
+    return parser
+
+
+def work(argv: list[str]) -> None:
+    found = make_parser().parse(argv)
+    out = found.out or Path("runs") / f"evaluation-{time.strftime('%Y%m%d-%H%M%S')}"
+    RunFolder.check_free(out)
+    device = resolve_device(found.device)
+    subjects = load_subjects(found.runs, given_data(found), device)
+    console = Console(highlight=False, soft_wrap=True)
+    entries: dict[str, dict[str, Any]] = {}
+    texts = []
+    for group in by_text(subjects):
+        console.print(f"loading {group[0].data.model}", style="dim", markup=False)
+        with quiet():
+            text = open_heldout(group[0], device)
+        texts.append(_describe(text, group))
+        for subject, judgement in zip(group, _judge(group, text, console), strict=True):
+            entries[subject.name] = _entry(subject, judgement)
+    document = {
+        "format": "kronsae-evaluation",
+        "format_version": 1,
+        "command": shlex.join(["python", "-m", "kronsae.evaluate", *argv]),
+        "versions": versions(),
+        "device": str(device),
+        "texts": texts,
+        "judged": [entries[subject.name] for subject in subjects],
+    }
+    _write(document, out, console)
+
+
+def _judge(group: list[Subject], text: HeldoutText, console: Console) -> list[Judgement]:
+    batches = sum(1 for _ in text.batches())
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("reading", total=2 * batches)
+        saes = {subject.name: subject.sae for subject in group}
+        found = judge(saes, text, lambda: bar.advance(task))
+    return [found[subject.name] for subject in group]
+
+
+def _describe(text: HeldoutText, group: list[Subject]) -> dict[str, Any]:
+    of = [subject.name for subject in group]
+    return {"of": of, **text.facts, "model": text.model.describe()}
+
+
+def _entry(subject: Subject, judgement: Judgement) -> dict[str, Any]:
+    config, metadata = subject.sae.config, subject.sae.metadata
+    trained = (metadata.get("config") or {}).get("train") or {}
+    return {
+        "name": subject.name,
+        "source": subject.source,
+        "kind": kind_of(vars(config)),
+        "dict_size": config.dict_size,
+        "k": config.k,
+        "dtype": str(subject.sae.W_dec.dtype).removeprefix("torch."),
+        "trained_tokens": metadata.get("tokens"),
+        "seed": trained.get("seed"),
+        "tokens": judgement.tokens,
+        "metrics": judgement.metrics,
+        "densities": density_histogram(judgement.counts, judgement.tokens),
+    }
+
+
+def _write(document: dict[str, Any], out: Path, console: Console) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "evaluation.json", document)
+    write_text(out / "evaluation.md", markdown(document))
+    try:
+        pictures = [path.name for path in draw(document["judged"], out)]
+    except ImportError:
+        pictures = []
+    for text in document["texts"]:
+        about = f"{text['tokens']:,} tokens of {text['dataset']} ({text['which']})"
+        of = f"{', '.join(text['of'])}: " if len(document["texts"]) > 1 else ""
+        console.print(f"{of}{about}; {text['left_out']}", style="dim", markup=False)
+    if len(document["judged"]) == 1:
+        [entry] = document["judged"]
+        console.print(" · ".join([entry["name"], *filter(None, facts(entry))]), style="bold")
+    console.print(console_table(document["judged"], console.width))
+    console.print(
+        f"In {out}: {', '.join(['evaluation.json', 'evaluation.md', *pictures])}"
+        + ("" if pictures else " (pictures need matplotlib: pip install 'kronsae[report]')"),
+        markup=False,
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0 only when the work was done."""
+    return exit_status(work, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,205 @@
+"""What `python -m kronsae.evaluate` shows: a table of runs, for people and machines, and pictures.
+
+A document is what it writes as JSON: {"judged": [{"name", "kind", "dict_size", "k", "metrics",
+"densities", …}], …}; see `kronsae.evaluate.__main__`.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kronsae.metrics import MEANING
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+Entry = Mapping[str, Any]
+"""One judged SAE of a document."""
+
+
+def rows(judged: Sequence[Entry]) -> list[tuple[str, str, list[str]]]:
+    """(name in `MEANING`, label, a text for each SAE) of every figure that some SAE has."""
+    return [
+        (name, label, [_text(name, entry["metrics"].get(name)) for entry in judged])
+        for name, (label, _) in MEANING.items()
+        if any(name in entry["metrics"] for entry in judged)
+    ]
+
+
+def _text(name: str, value: float | None) -> str:
+    if value is None:
+        return "–"
+    if name == "l0":
+        return f"{value:.1f}"
+    return f"{100 * value:.2f} %" if name.endswith("_share") else f"{value:.4f}"
+
+
+def facts(entry: Entry) -> list[str]:
+    """What an SAE is, a line each."""
+    tokens = entry.get("trained_tokens")
+    return [
+        entry["kind"],
+        f"F = {entry['dict_size']:,}, k = {entry['k']}",
+        f"trained on {tokens:,} tokens" if tokens else "",
+    ]
+
+
+WIDE = 110
+"""Cells of a console that has room for what the figures mean."""
+
+_COLUMNS = {
+    "explained_variance": "EV",
+    "cosine": "cosine",
+    "l0": "L0",
+    "dead_share": "dead",
+    "dense_share": "dense",
+    "ce_recovered": "CE recovered",
+    "ce_recovered_mean": "of mean's",
+    "kl_spliced": "KL",
+}
+"""Figures of a table of several SAEs on a console, and their short names."""
+
+
+def console_table(judged: Sequence[Entry], width: int) -> "Table":
+    """For a terminal: all figures of one SAE, or a row with the main ones for each of several."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    if len(judged) == 1:
+        [entry] = judged
+        table.show_header = False
+        shown = rows(judged)
+        for side, texts in (
+            ("left", [row[1] for row in shown]),
+            ("right", [row[2][0] for row in shown]),
+        ):
+            table.add_column(no_wrap=True, justify=side, min_width=max(map(len, texts)))
+        if width >= WIDE:
+            table.add_column(style="dim", no_wrap=True, overflow="ellipsis")
+        for name, label, [text] in shown:
+            table.add_row(label, text, *([MEANING[name][1]] if width >= WIDE else []))
+        return table
+    table.add_column("", overflow="fold")
+    shown = [(name, texts) for name, _, texts in rows(judged) if name in _COLUMNS]
+    for name, _ in shown:
+        table.add_column(_COLUMNS[name], justify="right")
+    for place, entry in enumerate(judged):
+        table.add_row(Text(entry["name"]), *(texts[place] for _, texts in shown))
+    return table
+
+
+def markdown(document: Mapping[str, Any]) -> str:
+    """The same as a page: the table, what its rows mean, and how it was made."""
+    judged = document["judged"]
+    head = ["", *(_cell(entry["name"]) for entry in judged)]
+    lines = [head, ["---", *["---:"] * len(judged)]]
+    lines += [
+        ["", *map(_cell, line)] for line in zip(*map(facts, judged), strict=True) if any(line)
+    ]
+    lines += [[label, *texts] for _, label, texts in rows(judged)]
+    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    meanings = "\n".join(f"- **{label}**: {MEANING[name][1]}." for name, label, _ in rows(judged))
+    texts = "\n".join(
+        f"- {', '.join(_cell(name) for name in text['of'])}: {text['tokens']:,} tokens of "
+        f"{text['dataset']} ({text['which']}), {text['contexts']} contexts of "
+        f"{text['context_length']}, read by {text['model']['name']} in {text['model']['dtype']} at "
+        f"{text['model']['hookpoint']}; {text['left_out']}."
+        for text in document["texts"]
+    )
+    return (
+        f"# Evaluation on held-out text\n\n    {document['command']}\n\n{table}\n\n{texts}\n\n"
+        f"{meanings}\n"
+    )
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+def draw(judged: Sequence[Entry], folder: Path) -> list[Path]:
+    """densities.png; of several also tradeoff.png: what each explains and recovers, against its L0.
+
+    Raises ImportError without matplotlib.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    made = []
+    with pyplot.rc_context({"axes.spines.top": False, "axes.spines.right": False}):
+        figure = _densities(judged)
+        made.append(folder / "densities.png")
+        figure.savefig(made[-1], dpi=110)
+        if len(judged) > 1:
+            figure = _tradeoff(judged)
+            made.append(folder / "tradeoff.png")
+            figure.savefig(made[-1], dpi=110)
+        pyplot.close("all")
+    return made
+
+
+def _densities(judged: Sequence[Entry]) -> Any:
+    """A histogram for each SAE below each other, on one axis; dead latents at its left end."""
+    from matplotlib import pyplot
+
+    count = len(judged)
+    figure, panels = pyplot.subplots(
+        count, 1, figsize=(7, 1.2 + 1.7 * count), sharex=True, squeeze=False, layout="constrained"
+    )
+    first = min(entry["densities"]["log10_edges"][0] for entry in judged)
+    for axes, entry in zip(panels[:, 0], judged, strict=True):
+        found = entry["densities"]
+        edges, latents = found["log10_edges"], found["latents"]
+        width = edges[1] - edges[0]
+        axes.bar(edges[:-1], latents, width=width, align="edge", color="#4477aa")
+        axes.bar(first - 4 * width, found["dead"], width=2 * width, align="edge", color="#bbbbbb")
+        axes.axvline(-1, color="#cc6677", linewidth=1, linestyle=":")
+        axes.set_title(entry["name"], fontsize=9, loc="left")
+        axes.set_ylabel("latents")
+    ticks = range(round(first), 1)
+    axes = panels[-1, 0]
+    axes.set_xticks(
+        [first - 3 * width, *ticks],
+        ["dead", *(f"$10^{{{tick}}}$" if tick else "1" for tick in ticks)],
+    )
+    axes.set_xlabel("share of tokens on which a latent fires (right of the dotted line: dense)")
+    return figure
+
+
+_FIGURES = (
+    ("explained_variance", "Explained variance"),
+    ("ce_recovered", "Cross-entropy recovered\n(1: clean, 0: zeroed)"),
+    ("ce_recovered_mean", "Cross-entropy recovered\n(1: clean, 0: mean-ablated)"),
+)
+
+
+def _tradeoff(judged: Sequence[Entry]) -> Any:
+    from matplotlib import pyplot
+
+    shown = [(name, label) for name, label in _FIGURES if name in judged[0]["metrics"]]
+    figure, panels = pyplot.subplots(
+        1, len(shown), figsize=(3.6 * len(shown) + 1.8, 3.4), squeeze=False, layout="constrained"
+    )
+    colours = pyplot.get_cmap("tab10").colors
+    for axes, (name, label) in zip(panels[0], shown, strict=True):
+        for place, entry in enumerate(judged):
+            figures = entry["metrics"]
+            if name in figures:
+                axes.plot(
+                    figures["l0"],
+                    figures[name],
+                    "osD^v"[place // len(colours) % 5],
+                    color=colours[place % len(colours)],
+                    label=entry["name"],
+                )
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
+        axes.margins(0.2)
+        axes.set_xlabel("L0 (active latents a token)")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+    handles, labels = panels[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)
+    return figure

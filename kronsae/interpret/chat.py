@@ -1,0 +1,242 @@
+"""Language models that answer: one loaded here, or a server's; and a file of their answers."""
+
+import hashlib
+import json
+import os
+import threading
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from kronsae.data.loading import load_config, load_model, load_tokenizer, quiet
+from kronsae.errors import InputError
+
+Messages = list[dict[str, str]]
+"""[{"role": "system" | "user" | "assistant", "content": text}, …]"""
+
+ATTEMPTS = 5
+"""How often a request is made before a failing server is given up."""
+
+WAIT_S = 1.0
+"""Before the second attempt; doubled before each later one, unless the server says how long."""
+
+TIMEOUT_S = 300.0
+
+PASSING = (408, 409, 425, 429, 500, 502, 503, 504)
+"""Statuses after which another attempt may work."""
+
+
+class Reply(NamedTuple):
+    """An answer, and what it cost."""
+
+    text: str
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class Chat(Protocol):
+    """A language model that answers messages, the same way each time."""
+
+    name: str
+    """Identifies the model in the file of answers."""
+
+    def answer(self, messages: Messages, max_tokens: int) -> Reply: ...
+
+
+class LocalChat:
+    """A `transformers` generation model, greedy. Without a chat template it reads plain text.
+
+    Raises InputError as `LanguageModel.load` does, and for prompts longer than the model reads.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.name = f"{name}@{revision}" if revision else name
+        common = {"revision": revision, "trust_remote_code": trust_remote_code}
+        with quiet():
+            config = load_config(name, **common)
+            self.tokenizer = load_tokenizer(name, common)
+            model, absent = load_model(name, config, dtype, common)
+        if absent or not hasattr(model, "generate"):
+            raise InputError(
+                f"model {name!r} cannot generate text: it has no trained head for that"
+            )
+        self.model = model.to(device).eval()
+        self._one_at_a_time = threading.Lock()
+
+    @torch.no_grad()
+    def answer(self, messages: Messages, max_tokens: int) -> Reply:
+        ids = torch.tensor([self._tokens(messages)], device=self.model.device)
+        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if longest and ids.shape[1] + max_tokens > longest:
+            raise InputError(
+                f"model {self.name!r} reads at most {longest} tokens; this prompt and its answer "
+                f"need {ids.shape[1] + max_tokens}: take a model with longer contexts, or fewer "
+                "examples"
+            )
+        tokenizer = self.tokenizer
+        pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        with self._one_at_a_time, quiet():
+            out = self.model.generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=max_tokens,
+                do_sample=False,
+                temperature=None,
+                top_p=None,
+                top_k=None,
+                pad_token_id=next(pad for pad in pads if pad is not None),
+                use_cache=True,
+            )[0, ids.shape[1] :]
+        text = tokenizer.decode(out, skip_special_tokens=True)
+        return Reply(text, ids.shape[1], len(out))
+
+    def _tokens(self, messages: Messages) -> list[int]:
+        if getattr(self.tokenizer, "chat_template", None):
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True
+            )
+            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        parts = [f"{each['role'].capitalize()}: {each['content']}" for each in messages]
+        return self.tokenizer("\n\n".join([*parts, "Assistant:"]))["input_ids"]
+
+
+class ServerChat:
+    """A server that speaks OpenAI's chat-completions protocol, greedy.
+
+    url: its base, as http://localhost:8000/v1.  key: what it wants to know callers by; by default
+    the environment variable OPENAI_API_KEY, if there is one. It is sent, and never written down.
+    Requests that fail for a passing reason are made ATTEMPTS times.
+    Raises InputError if the server refuses, cannot be reached, or answers something else.
+    """
+
+    def __init__(self, url: str, model: str, *, key: str | None = None) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise InputError(
+                f"server: expected a URL such as http://localhost:8000/v1, got {url!r}"
+            )
+        self.url = url.rstrip("/")
+        self.model = model
+        self.name = model  # a server may come back at another port
+        self.key = os.environ.get("OPENAI_API_KEY") if key is None else key
+
+    def answer(self, messages: Messages, max_tokens: int) -> Reply:
+        body = {
+            "model": self.model,
+            "messages": messages,
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "stream": False,
+        }
+        found = self._post(body)
+        try:
+            text = found["choices"][0]["message"]["content"]
+            usage = found.get("usage") or {}
+            tokens = [int(usage.get(f"{part}_tokens") or 0) for part in ("prompt", "completion")]
+        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+            raise InputError(
+                f"{self.url} did not answer as the chat-completions protocol says: {found!r:.300}"
+            ) from error
+        return Reply(text or "", *tokens)
+
+    def _post(self, body: dict[str, Any]) -> Any:
+        headers = {"Content-Type": "application/json"}
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
+        request = urllib.request.Request(
+            f"{self.url}/chat/completions", json.dumps(body).encode(), headers, method="POST"
+        )
+        for attempt in range(ATTEMPTS):
+            wait = WAIT_S * 2**attempt
+            try:
+                with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
+                    return json.loads(response.read())
+            except urllib.error.HTTPError as error:
+                why = f"{error.code} {error.reason}: {error.read()[:300].decode(errors='replace')}"
+                if error.code not in PASSING:
+                    raise InputError(f"{self.url} refused: {why}") from error
+                wait = _seconds(error.headers.get("Retry-After"), wait)
+            except (OSError, ValueError) as error:  # no connection, a timeout, no JSON
+                why = f"{type(error).__name__}: {error}"
+            if attempt < ATTEMPTS - 1:
+                time.sleep(wait)
+        raise InputError(f"{self.url} did not answer in {ATTEMPTS} attempts ({why})")
+
+
+def _seconds(text: str | None, default: float) -> float:
+    try:
+        return float(text)
+    except (TypeError, ValueError):  # none, or a date
+        return default
+
+
+class Answers:
+    """A chat whose answers are kept in a file, so that no question is asked twice.
+
+    Each line of the JSONL file is an answer, under a digest of the model's name and the question.
+    Several threads may ask.
+    Raises InputError for a file that holds something else.
+    """
+
+    def __init__(self, chat: Chat, path: Path) -> None:
+        self.chat, self.path = chat, path
+        self.asked = self.reused = 0
+        """Calls of the model, and answers found in the file."""
+        self.used: dict[str, Reply] = {}
+        """Answers that were needed, by digest: their tokens are the whole cost."""
+        self._known: dict[str, Reply] = {}
+        self._lock = threading.Lock()
+        self._read()
+
+    def ask(self, messages: Messages, max_tokens: int, **about: Any) -> str:
+        """The answer to the messages.  about: what else its line shall say (JSON values)."""
+        question = json.dumps([self.chat.name, messages, max_tokens])
+        key = hashlib.sha256(question.encode()).hexdigest()
+        with self._lock:
+            reply = self._known.get(key)
+            if reply is not None:
+                self.reused += key not in self.used
+                self.used[key] = reply
+                return reply.text
+        reply = self.chat.answer(messages, max_tokens)
+        line = json.dumps({"key": key, **about, **reply._asdict()}, ensure_ascii=False) + "\n"
+        with self._lock:
+            with open(self.path, "a", encoding="utf-8") as file:
+                file.write(line)
+            self.asked += 1
+            self._known[key] = self.used[key] = reply
+        return reply.text
+
+    def costs(self) -> dict[str, int]:
+        """Calls and tokens: asked this time, found in the file, and both together in tokens."""
+        return {
+            "calls": self.asked,
+            "answers_found": self.reused,
+            "prompt_tokens": sum(reply.prompt_tokens for reply in self.used.values()),
+            "completion_tokens": sum(reply.completion_tokens for reply in self.used.values()),
+        }
+
+    def _read(self) -> None:
+        if not self.path.exists():
+            return
+        content = self.path.read_bytes()
+        whole = content.rfind(b"\n") + 1
+        if whole < len(content):  # a line that was being written when everything stopped
+            os.truncate(self.path, whole)
+        for number, line in enumerate(content[:whole].decode().splitlines(), 1):
+            try:
+                found = json.loads(line)
+                self._known[found["key"]] = Reply(*(found[name] for name in Reply._fields))
+            except (ValueError, KeyError, TypeError) as error:
+                raise InputError(f"{self.path}, line {number}: expected an answer") from error

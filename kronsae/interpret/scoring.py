@@ -1,0 +1,216 @@
+"""From examples of a latent to its explanation, and to how well that predicts.
+
+A reply that does not hold what was asked for is discarded, and counted.
+"""
+
+import json
+import random
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from kronsae.contexts import token_texts
+from kronsae.interpret.chat import Answers, Messages
+from kronsae.interpret.examples import Example, LatentExamples
+
+SHOWN = 16
+"""Examples that an explanation is made from, above the median activation. [KronSAE, App. D]"""
+
+TESTED = 64
+"""At most so many examples of each kind are judged. [KronSAE, App. D]"""
+
+AT_ONCE = 8
+"""Examples of a prompt that asks for judgements. [KronSAE, App. D]"""
+
+EXPLANATION_TOKENS, JUDGEMENT_TOKENS = 400, 100
+"""Longest answers."""
+
+_NOTE = "In the texts ↵ stands for a line break and ⇥ for a tab or four spaces."
+
+_EXPLAIN = f"""\
+You study a unit inside a language model. You get excerpts of texts in which it is active; the \
+tokens on which it is active stand between << and >>, and below each excerpt they are listed with \
+their strength, from 1 to 9. {_NOTE}
+Say in one sentence, as specifically as the excerpts allow, what makes the unit active: the marked \
+tokens, what comes before them, their meaning or their grammar. Do not list the excerpts.
+End your answer with a line of this form:
+EXPLANATION: what makes the unit active"""
+
+_DETECT = f"""\
+A unit inside a language model is described in one sentence. You get numbered excerpts of texts. \
+For each of them decide whether the unit is active somewhere in it, if the description is right. \
+{_NOTE}
+Answer with a JSON list alone, with 1 (active) or 0 (not active) for each excerpt in order, as \
+[1, 0, 0]."""
+
+_FUZZ = f"""\
+A unit inside a language model is described in one sentence. You get numbered excerpts of texts, \
+with some tokens between << and >>. For each of them decide whether the marked tokens are those on \
+which the unit is active, if the description is right. {_NOTE}
+Answer with a JSON list alone, with 1 (marked rightly) or 0 (not) for each excerpt in order, as \
+[1, 0, 0]."""
+
+INSTRUCTIONS = {"detection": _DETECT, "fuzzing": _FUZZ}
+
+
+class Score(NamedTuple):
+    """How well an explanation tells examples apart."""
+
+    score: float | None
+    """Mean of the true-positive and the true-negative rate; None without examples of both."""
+    true_positive_rate: float | None
+    true_negative_rate: float | None
+    judged: int
+    """Examples with an answer."""
+    discarded: int
+    """Replies that could not be read; their examples do not count."""
+
+
+class Interpretation(NamedTuple):
+    """A latent, what it is said to be, and how far that is right."""
+
+    latent: int
+    explanation: str | None
+    """None if it never fired, or if the reply could not be read."""
+    detection: Score | None
+    fuzzing: Score | None
+    firing: int
+    """Examples that there were."""
+
+
+def interpret(
+    found: LatentExamples, tokenizer: Any, answers: Answers, seed: int = 0
+) -> Interpretation:
+    """Explain a latent and score the explanation. Deterministic, if the model is."""
+    shown, firing = split(found.firing)
+    if not shown:
+        return Interpretation(found.latent, None, None, None, len(found.firing))
+    reply = answers.ask(
+        explanation_prompt(shown, tokenizer),
+        EXPLANATION_TOKENS,
+        latent=found.latent,
+        task="explanation",
+    )
+    explanation = parse_explanation(reply)
+    if explanation is None:
+        return Interpretation(found.latent, None, None, None, len(found.firing))
+    silent = found.silent[:TESTED]
+    scores = {}
+    for task in INSTRUCTIONS:
+        items = [(render(each, tokenizer, task == "fuzzing"), True) for each in firing]
+        generator = random.Random(f"{seed} {found.latent} {task}")
+        marks = _mean_firing(firing)
+        for each in silent:
+            if task == "fuzzing":
+                each = _marked_at_random(each, marks, generator)
+            items.append((render(each, tokenizer, task == "fuzzing"), False))
+        generator.shuffle(items)
+        judgements: list[tuple[bool, bool]] = []  # what is true, what the model says
+        discarded = 0
+        for start in range(0, len(items), AT_ONCE):
+            part = items[start : start + AT_ONCE]
+            messages = judgement_prompt(task, explanation, [text for text, _ in part])
+            reply = answers.ask(messages, JUDGEMENT_TOKENS, latent=found.latent, task=task)
+            said = parse_judgements(reply, len(part))
+            if said is None:
+                discarded += 1
+                continue
+            judgements += zip((truth for _, truth in part), said, strict=True)
+        scores[task] = score(judgements, discarded)
+    return Interpretation(found.latent, explanation, *scores.values(), len(found.firing))
+
+
+def split(firing: Sequence[Example]) -> tuple[list[Example], list[Example]]:
+    """SHOWN examples above the median activation to explain by, and up to TESTED others."""
+    peaks = sorted(example.peak for example in firing)
+    middle = len(peaks) // 2
+    median = (peaks[middle] + peaks[~middle]) / 2 if peaks else 0.0
+    # Where all are equal none is above.
+    strong = [i for i, each in enumerate(firing) if each.peak > median] or list(range(len(firing)))
+    shown = set(strong[:SHOWN])
+    others = [each for i, each in enumerate(firing) if i not in shown]
+    return [firing[i] for i in sorted(shown)], others[:TESTED]
+
+
+def score(judgements: Sequence[tuple[bool, bool]], discarded: int) -> Score:
+    """judgements: (whether the latent fires, whether the model says so)."""
+    rates = []
+    for truth in (True, False):
+        said = [answer for true, answer in judgements if true is truth]
+        rates.append(said.count(truth) / len(said) if said else None)
+    whole = None if None in rates else sum(rates) / 2
+    return Score(whole, *rates, len(judgements), discarded)
+
+
+# Prompts and replies
+
+
+def render(example: Example, tokenizer: Any, marked: bool) -> str:
+    """An example on one line; if marked, with << >> around tokens on which the latent fires."""
+    texts = token_texts(example.tokens, tokenizer)
+    if not marked:
+        return "".join(texts)
+    out, inside = [], False
+    for text, activation in zip(texts, example.activations, strict=True):
+        fires = activation > 0
+        if fires != inside:
+            out.append("<<" if fires else ">>")
+        inside = fires
+        out.append(text)
+    return "".join(out) + (">>" if inside else "")
+
+
+def explanation_prompt(shown: Sequence[Example], tokenizer: Any) -> Messages:
+    largest = max(example.peak for example in shown)
+    lines = []
+    for number, example in enumerate(shown, 1):
+        texts = token_texts(example.tokens, tokenizer)
+        strengths = ", ".join(
+            f"{text!r} {max(1, round(9 * value / largest))}"
+            for text, value in zip(texts, example.activations, strict=True)
+            if value > 0
+        )
+        lines.append(
+            f"{number}. {render(example, tokenizer, marked=True)}\n   Strength: {strengths}"
+        )
+    return _messages(_EXPLAIN, "\n".join(lines))
+
+
+def judgement_prompt(task: str, explanation: str, texts: Sequence[str]) -> Messages:
+    lines = [f"{number}. {text}" for number, text in enumerate(texts, 1)]
+    excerpts = "\n".join(lines)
+    return _messages(INSTRUCTIONS[task], f"Description: {explanation}\n\nExcerpts:\n{excerpts}")
+
+
+def _messages(system: str, user: str) -> Messages:
+    return [{"role": "system", "content": system}, {"role": "user", "content": user}]
+
+
+def parse_explanation(reply: str) -> str | None:
+    """What follows the last EXPLANATION: on its line, or None."""
+    found = re.findall(r"explanation\**:[ \t*]*(\S.*)", reply, flags=re.IGNORECASE)
+    return found[-1].strip().rstrip("*").strip() or None if found else None
+
+
+def parse_judgements(reply: str, count: int) -> list[bool] | None:
+    """The last list in a reply if it holds `count` numbers, all of them 0 or 1; else None."""
+    lists = re.findall(r"\[[^\[\]]*\]", reply)
+    try:
+        found = json.loads(lists[-1])
+    except (IndexError, ValueError):
+        return None
+    if len(found) != count or any(type(each) is not int or each not in (0, 1) for each in found):
+        return None
+    return [bool(each) for each in found]
+
+
+def _mean_firing(firing: Sequence[Example]) -> int:
+    """On how many tokens of an example a latent fires, on average, rounded up."""
+    counts = [sum(value > 0 for value in example.activations) for example in firing]
+    return -(-sum(counts) // len(counts)) if counts else 1
+
+
+def _marked_at_random(example: Example, count: int, generator: random.Random) -> Example:
+    size = len(example.tokens)
+    chosen = set(generator.sample(range(size), min(count, size)))
+    return example._replace(activations=tuple(float(place in chosen) for place in range(size)))

@@ -1,0 +1,124 @@
+"""`python -m kronsae.intervene` on the embedded model, with an SAE that nobody trained."""
+
+import json
+
+import pytest
+import torch
+
+from kronsae import SAE, InputError, SAEConfig
+from kronsae.data import LanguageModel
+from kronsae.intervene import before_and_after, main
+from kronsae.interventions import clamp, steer
+
+PROMPT = "def read(self, path):\n    return self."
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    config = SAEConfig(d_model=256, heads=32, m=2, n=4, k=16)
+    sae = SAE(config, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        sae.W_enc.mul_(10)
+    data = {"model": "embedded", "layer": 2, "context_length": 48, "heldout_tokens": 192}
+    return str(sae.save(tmp_path_factory.mktemp("sae") / "it", {"config": {"data": data}}))
+
+
+@pytest.fixture(scope="module")
+def embedded():
+    return LanguageModel.load("embedded")
+
+
+def test_before_and_after(folder, embedded):
+    from kronsae import load
+
+    sae = load(folder)
+    found = before_and_after(embedded, sae, [clamp(5, 60.0)], PROMPT, new_tokens=8)
+    assert found.before != found.after and found.before
+    ids = torch.tensor([embedded.tokenizer(PROMPT)["input_ids"]])
+    torch.testing.assert_close(found.logits, embedded.logits(ids)[0, -1].double())
+    assert not torch.allclose(found.logits, found.edited)
+    again = before_and_after(embedded, sae, [clamp(5, 60.0)], PROMPT, new_tokens=8)
+    assert again.after == found.after
+    same = before_and_after(embedded, sae, [steer(5, 0.0)], PROMPT, new_tokens=8)
+    assert same.before == same.after == found.before
+    one, other = (
+        before_and_after(
+            embedded, sae, [steer(5, 0.0)], PROMPT, new_tokens=12, temperature=1.5, seed=seed
+        )
+        for seed in (0, 1)
+    )
+    assert one.before == one.after != other.before  # the same draws with and without the edits
+    with pytest.raises(InputError, match="two tokens"):
+        before_and_after(embedded, sae, [], "def")
+
+
+def test_text_from_the_command_line(folder, capsys):
+    flags = [folder, "--latent", "3", "9", "--prompt", PROMPT, "--new-tokens", "4"]
+    assert main([*flags, "--set", "40"]) == 0
+    printed = capsys.readouterr().out
+    assert "latent 3, 9 set to 40 (error kept)" in printed
+    assert printed.count("def read(self, path)") == 2 and "next token" in printed
+    assert main([*flags, "--reconstruct"]) == 0
+    assert "ablated (its reconstruction" in capsys.readouterr().out
+    assert main([*flags, "--add", "-30"]) == 0
+    assert "steered by -30" in capsys.readouterr().out
+
+
+def test_effects_from_the_command_line(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert main([folder, "--effects", "12", "--contexts-each", "2", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    document = json.loads((out / "effects.json").read_text())
+    assert len(document["latents"]) == 12 and (out / "effects.png").exists()
+    assert -1 <= document["spearman"] <= 1 and f"Pearson {document['pearson']:.3f}" in printed
+    assert document["unit"].startswith("nats") and document["seed"] == 0
+    assert all(each["tokens"] > 0 for each in document["latents"])
+
+
+def test_effects_on_a_logit(folder, tmp_path):
+    out = tmp_path / "out"
+    flags = [folder, "--effects", "500", "--prompt", PROMPT, "--target", "path"]
+    assert main([*flags, "--out", str(out)]) == 0
+    document = json.loads((out / "effects.json").read_text())
+    assert document["of"] == "logit of 'path'" and document["unit"] == "logits"
+    assert any(each["exact"] for each in document["latents"])
+
+
+def test_and_test_from_the_command_line(folder, tmp_path, capsys):
+    out = tmp_path / "effects"
+    assert main([folder, "--effects", "3", "--contexts-each", "1", "--out", str(out)]) == 0
+    latent = json.loads((out / "effects.json").read_text())["latents"][0]["latent"]
+    capsys.readouterr()
+    out = tmp_path / "and"
+    assert main([folder, "--and-test", "--latent", str(latent), "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    [found] = json.loads((out / "and-test.json").read_text())["latents"]
+    assert [each["what"] for each in found["ablated"]] == ["base", "extension", "composition"]
+    assert [each["latents"] for each in found["ablated"]] == [4, 2, 1]
+    assert found["tokens"] > 0 and f"latent {latent} = head {latent // 8}" in printed
+    assert max(map(len, printed.splitlines()[2:6])) <= 80
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        ([], "nothing to do"),
+        (["--latent", "3"], "nothing to do"),
+        (["--latent", "999", "--prompt", PROMPT], "expected 0 to 255"),
+        (["--latent", "3", "--prompt", PROMPT, "--target", "x"], "--target has no effect"),
+        (["--latent", "3", "--prompt", PROMPT, "--set", "1", "--add", "1"], "not allowed with"),
+        (["--effects", "5", "--set", "1"], "no effect here"),
+        (["--effects", "1"], "expected >= 2"),
+        (["--effects", "5", "--prompt", "x"], "go together"),
+        (["--effects", "5", "--prompt", PROMPT, "--target", "no one token"], "expected one token"),
+        (["--and-test"], "needs --latent"),
+        (["--latents", "3"], "did you mean --latent"),
+    ],
+    ids=lambda value: " ".join(value)[:30] if isinstance(value, list) else "",
+)
+def test_what_cannot_work_is_said(folder, tmp_path, monkeypatch, capsys, flags, words):
+    monkeypatch.chdir(tmp_path)
+    assert main([folder, *flags]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ") and words in captured.err
+    assert not list(tmp_path.iterdir())
