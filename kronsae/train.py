@@ -81,6 +81,8 @@ def train(request: Request, console: Console) -> int:
         RunFolder.check_free(out)  # before the model is loaded; fit checks again
     what = escape(f"{data.model} and {data.dataset}")
     console.print(f"[bold]kronsae[/bold]: loading {what}")
+    if data.model_device is not None:
+        resolve_device(data.model_device)
     source = open_activations(
         data,
         batch_size=train_config.batch_size,
@@ -240,7 +242,7 @@ class _Progress:
         if record["kind"] == "train":
             figures = (
                 f"{name}EV {record['explained_variance']:.3f}  dead {record['dead_share']:.1%}  "
-                f"{record['tokens_per_s']:,.0f} tokens/s"
+                f"{record['tokens_per_s']:,.0f} tokens/s, {_waits(record)}"
             )
             self.bar.update(self.task, completed=step, figures=figures)
             if not self.console.is_terminal and step // self.every != self.printed.get(name):
@@ -251,6 +253,14 @@ class _Progress:
                 f"step {step:,}: {name}held-out explained variance "
                 f"{record['explained_variance']:.4f}, L0 {record['l0']:.1f}"
             )
+
+
+def _waits(record: dict[str, Any]) -> str:
+    """Who waited for whom, as a share of the time."""
+    waits = f"waited {record['wait_share']:.0%} for activations"
+    if "model_wait_share" in record:
+        waits += f", the language model {record['model_wait_share']:.0%} for room"
+    return waits
 
 
 _SHOWN = ("explained_variance", "l0", "dead_share", "ce_clean", "ce_spliced", "ce_recovered")
