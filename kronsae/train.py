@@ -19,13 +19,13 @@ from rich.table import Table
 
 from kronsae.cli import Request, parse
 from kronsae.config import RunConfig, kind_of
-from kronsae.data.outline import NoOutline, outline
+from kronsae.data.outline import NoOutline, Outline, outline
 from kronsae.errors import InputError
 from kronsae.evaluate import Heldout
 from kronsae.fit import FitResult, fit, fit_many, resolve_device
 from kronsae.learner import why_not_fused
 from kronsae.metrics import MEANING
-from kronsae.plan import check_memory, estimate_seconds, make_plan, render
+from kronsae.plan import check_memory, make_plan, predict_time, render
 from kronsae.report import write_report
 from kronsae.run import RunFolder, SweepFolder
 from kronsae.sweep import comparison
@@ -43,12 +43,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         request = parse(argv)
         if request.plan:
-            plan, members = _plan(request)
-            console.print(render(plan, members, estimate_seconds(plan)), markup=False)
+            plan, members, model = _plan(request)
+            times = predict_time(plan, members, model)
+            console.print(render(plan, members, times), markup=False)
             return 0
         if request.memory_check:
             try:
-                plan, _ = _plan(request)
+                plan, _, _ = _plan(request)
             except NoOutline as error:  # which is no reason not to try
                 console.print(f"memory was not planned: {error}", markup=False)
             else:
@@ -63,11 +64,11 @@ def main(argv: list[str] | None = None) -> int:
         return 128 + signal.SIGINT
 
 
-def _plan(request: Request) -> tuple[dict[str, Any], dict[str, RunConfig]]:
-    """The plan, and the members that it is of."""
+def _plan(request: Request) -> tuple[dict[str, Any], dict[str, RunConfig], Outline]:
+    """The plan, and the members and the language model that it is of."""
     model = outline(request.config.data)
     members = request.at_width(model.d_model, model.d_target).members
-    return make_plan(members, model), members
+    return make_plan(members, model), members, model
 
 
 def train(request: Request, console: Console) -> int:
