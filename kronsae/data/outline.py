@@ -102,6 +102,7 @@ def _skeleton(config: DataConfig) -> tuple[int | None, Any, nn.Module]:
             raise NoOutline(
                 f"model {config.model!r} cannot be made without weights ({reason(error)})"
             ) from error
+    model.config.pad_token_id = None  # some models look for it among the tokens, to warn
     return layer, settings, model.eval()
 
 
@@ -151,8 +152,8 @@ def time_block(
         raise NoOutline(f"model {config.model!r} needs numbers to run ({reason(error)})") from error
     finally:
         handle.remove()
-    args, kwargs = given[0]
-    kwargs = {name: None if name in CACHES else value for name, value in kwargs.items()}
+    # Keys and values of earlier tokens, if they were kept, would make the next call's work larger.
+    args, kwargs = _without_caches(given[0][0]), _without_caches(given[0][1])
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         block(*args, **kwargs)
     args, kwargs = _real((args, kwargs), device)
@@ -169,8 +170,12 @@ def time_block(
     return Block(seconds, counter.get_total_flops() / 2 / tokens)
 
 
-CACHES = ("past_key_values", "past_key_value", "layer_past")
-"""Arguments of blocks that keep keys and values of earlier tokens."""
+def _without_caches(values: Any) -> Any:
+    """Arguments with None in the place of each of transformers' caches, by whatever name."""
+    if isinstance(values, dict):
+        names, given = list(values), list(values.values())
+        return dict(zip(names, _without_caches(given), strict=True))
+    return [None if type(value).__name__.endswith("Cache") else value for value in values]
 
 
 def _shape(value: Any) -> tuple[int, ...] | None:
@@ -201,8 +206,6 @@ def _run(model: nn.Module, module: nn.Module, tokens: int) -> tuple[int, float]:
         widths.append(first_tensor(output).shape[-1])
         raise _Reached
 
-    model.eval()
-    model.config.pad_token_id = None  # some models look for it among the tokens, to warn
     ids = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
     handle = module.register_forward_hook(stop)
     counter = FlopCounterMode(display=False)
