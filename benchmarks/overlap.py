@@ -101,6 +101,12 @@ def compare(
     sources = {name: open_source(model, data, batch, name, device) for name in ("on", "off")}
     streams = {name: Stream(source, 10**15, device) for name, source in sources.items()}
     ready = [streams["off"].next()[0] for _ in range(4)]
+    for stream in streams.values():
+        stream.next()
+        while stream.pending:  # batches that the normaliser has read already
+            stream.next()
+        stream.close()
+        stream.batches = None
     threads = torch.get_num_threads()
     alone: dict[str, Callable[[], Iterator[int]]] = {
         "language model": lambda: read(open_source(model, data, batch, "off", device)),

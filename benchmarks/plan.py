@@ -112,6 +112,8 @@ def measure_time(name: str, device: str, clock: str, rounds: int) -> dict[str, A
     stream = Stream(source, 10**15, where)
     learner = Learner(config.sae, train, where)
     learner.step(*stream.next())
+    while stream.pending:  # batches that the normaliser has read already
+        stream.next()
     steps = source.buffer.served_at_once // train.batch_size  # from one fill to the next
     now = CLOCKS[clock]
     planned, measured = [], []
