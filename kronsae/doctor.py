@@ -4,8 +4,6 @@ Versions, devices and their rates (measured in seconds), which kernels run and w
 whether they compute what the reference does, and what is installed. No network is touched.
 """
 
-import argparse
-import difflib
 import importlib.metadata
 import importlib.util
 import json
@@ -18,7 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from rich.console import Console, Group
@@ -26,7 +24,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from kronsae.errors import InputError
+from kronsae.flags import Parser, exit_status
 from kronsae.plan import free_bytes
 from kronsae_kernels import backends, dense_encode, fused_encode, sparse_decode
 from kronsae_kernels.step import why_not as why_not_fused
@@ -472,37 +470,25 @@ def _absent(text: str) -> Text:
     return Text.assemble(("– ", "dim"), (text, "dim"))
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(message)
-
-
 def main(argv: list[str] | None = None) -> int:
     """Print the findings; returns 0 if all is well, 1 if not, 2 for wrong flags."""
-    parser = _Parser(
-        "python -m kronsae.doctor", description=__doc__.split("\n\n")[0], allow_abbrev=False
-    )
+    parser = Parser(prog="python -m kronsae.doctor", description=__doc__.split("\n\n")[0])
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="where runs would go")
     parser.add_argument("--no-rates", action="store_true", help="measure no rates")
-    try:
-        options, unknown = parser.parse_known_args(argv)
-        if unknown:
-            flags = [flag for action in parser._actions for flag in action.option_strings]
-            close = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=3)
-            hint = f"did you mean {' or '.join(close)}?" if close else "--help lists all flags"
-            raise InputError(f"unknown argument {unknown[0]!r}: {hint}")
-    except InputError as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(
-            f"error: {error}", style="red", markup=False
-        )
-        return 2
-    found = examine(options.out, rates=not options.no_rates)
-    if options.json:
-        print(json.dumps(found, indent=1))
-    else:
-        Console(highlight=False).print(render(found))
-    return 1 if found["problems"] else 0
+    well = True
+
+    def work(arguments: list[str]) -> None:
+        nonlocal well
+        options = parser.parse(arguments)
+        found = examine(options.out, rates=not options.no_rates)
+        well = not found["problems"]
+        if options.json:
+            print(json.dumps(found, indent=1))
+        else:
+            Console(highlight=False).print(render(found))
+
+    return exit_status(work, argv) or int(not well)
 
 
 if __name__ == "__main__":
