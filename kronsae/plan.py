@@ -13,8 +13,9 @@ from typing import Any
 import torch
 
 from kronsae import calibrate, flops
-from kronsae.config import MULTI_TOPK, RunConfig, SAEConfig, TrainConfig, kind_of
+from kronsae.config import MULTI_TOPK, DataConfig, RunConfig, SAEConfig, TrainConfig, kind_of
 from kronsae.data.activations import overlaps
+from kronsae.data.ahead import with_index
 from kronsae.data.language_model import LOGITS_AT_ONCE
 from kronsae.data.outline import Outline
 from kronsae.errors import InputError
@@ -46,7 +47,7 @@ def make_plan(members: Mapping[str, RunConfig], model: Outline) -> dict[str, Any
     rows = 4 * (d + model.d_target)  # bytes of an activation, and of its target
     buffer = rows * max(data.buffer_tokens, 2 * train.batch_size)
     states = [member["state"] for member in each.values()]
-    model_device = resolve_device(data.model_device) if data.model_device else device
+    model_device = _model_device(data, device)
     of_model = model.parameters * compute_dtype(data.model_dtype, model_device).itemsize
     ahead = overlaps(data, model_device)
     reading, losses = _forward_bytes(config, model, model_device)
@@ -157,6 +158,14 @@ def _forward_bytes(config: RunConfig, model: Outline, device: torch.device) -> t
     return reading, 3 * 4 * min(LOGITS_AT_ONCE, tokens * model.vocabulary)
 
 
+def _model_device(data: DataConfig, device: torch.device) -> torch.device:
+    """Where the language model runs: the very device of the autoencoder, or another."""
+    if data.model_device is None:
+        return device
+    found = resolve_device(data.model_device)
+    return device if with_index(found) == with_index(device) else found
+
+
 def free_bytes(device: torch.device) -> int | None:
     """Memory of the device that is free, or None if the system does not say."""
     if device.type == "cuda":
@@ -228,7 +237,7 @@ def predict_time(
     config = next(iter(members.values()))
     data, train = config.data, config.train
     device = torch.device(plan["device"])
-    model_device = resolve_device(data.model_device) if data.model_device else device
+    model_device = _model_device(data, device)
     saes = {name: (c.sae, c.train) for name, c in members.items()}
     found = calibrate.measure(data, model, saes, device, model_device, clock)
     reading = found.text + found.model

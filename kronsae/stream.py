@@ -109,7 +109,7 @@ class Stream:
         }
         total = getattr(self.source, "model_waited", None)
         if total is not None:
-            rates["model_wait_share"] = min(1.0, (total - model_waited) / elapsed)
+            rates["model_wait_share"] = min(1.0, max(0.0, total - model_waited) / elapsed)
         self.rated, self.waited = (now, self.tokens, total or 0.0), 0.0
         return rates
 

@@ -78,6 +78,42 @@ def test_batches_and_states_are_the_same(model):
     ahead.close()
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", ["cuda", "cpu"])
+def test_batches_are_the_same_on_a_gpu(rows):
+    """With streams of its own, and rows that wait on the card or on the host."""
+    model = LanguageModel.load("embedded", device="cuda", dtype=torch.bfloat16)
+    found = []
+    for overlap in ("off", "on"):
+        config = dataclasses.replace(SETTINGS, overlap=overlap, buffer_tokens=4096)
+        text = IndexedText(TEXTS, None, seed=0, epochs=40, fingerprint="mark", name="given")
+        device = torch.device(rows)
+        source = LanguageModelActivations(model, text, config, 512, 0, device)
+        found.append([x.cpu() for x in source])
+        source.close()
+    assert len(found[0]) > 20
+    assert all(a.equal(b) for a, b in zip(*found, strict=True))
+
+
+def test_a_thread_that_is_stuck_is_left_behind(monkeypatch):
+    """In a read that does not return: closing waits once, and not for ever."""
+    monkeypatch.setattr("kronsae.data.ahead.PATIENCE", 0.2)
+    stuck = threading.Event()
+
+    def passes():
+        yield Pass(torch.zeros(1, 1), {})
+        stuck.wait(60)
+
+    ahead = Ahead(passes(), limit=9, devices=(torch.device("cpu"),))
+    next(ahead)
+    began = time.monotonic()
+    assert not ahead.close() and not ahead.close()
+    assert time.monotonic() - began < 10
+    stuck.set()
+    ahead.thread.join()
+    assert ahead.close()
+
+
 def test_it_is_ahead_and_no_further_than_a_fill(model):
     source = make(model, "on")
     next(iter(source))

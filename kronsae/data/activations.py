@@ -252,7 +252,9 @@ class LanguageModelActivations:
             self.contexts = self.contexts[size:]
             x = self._read(ids, f"forward pass {self.forwards}")
             self.forwards += 1
-            yield Pass(x.to(self.device, non_blocking=True), self._position())
+            # A copy to the host must have arrived; one between cards is in order with its streams.
+            x = x.to(self.device, non_blocking=self.device.type == "cuda")
+            yield Pass(x, self._position())
 
     def _pack(self, count: int) -> None:
         """Have `count` contexts waiting, or all that are left."""

@@ -12,8 +12,15 @@ from torch import Tensor
 
 from kronsae.data.common import Interrupted
 
-PATIENCE = 10.0
+PATIENCE = 5.0
 """Seconds that `Ahead.close` waits for a thread that is stuck, as in a read from a network."""
+
+
+def with_index(device: torch.device) -> torch.device:
+    """The device as tensors name theirs: "cuda" alone is the current card."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 class Pass(NamedTuple):
@@ -41,7 +48,7 @@ class Ahead:
     ) -> None:
         self.passes = passes
         self.limit = limit
-        cards = dict.fromkeys(device for device in devices if device.type == "cuda")
+        cards = dict.fromkeys(with_index(device) for device in devices if device.type == "cuda")
         self.streams = {device: torch.cuda.Stream(device) for device in cards}
         for device, stream in self.streams.items():  # after the weights have come
             stream.wait_stream(torch.cuda.current_stream(device))
@@ -93,9 +100,10 @@ class Ahead:
     def close(self) -> bool:
         """End the thread after the pass it is at; whether it has ended (see PATIENCE)."""
         with self.changed:
+            patience = 0 if self.closed else PATIENCE
             self.closed = True
             self.changed.notify_all()
-        self.thread.join(PATIENCE)
+        self.thread.join(patience)
         return not self.thread.is_alive()
 
     def _work(self) -> None:
