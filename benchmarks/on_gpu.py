@@ -7,7 +7,8 @@ with its own limit, and writes as it goes, so that what fails or runs long costs
 end DIR holds summary.md, summary.json and pictures for benchmarks/results/, and the raw files in
 DIR/raw.
 
-Works from a bare checkout: torch, triton, numpy, pytest, pytest-benchmark. Without matplotlib there
+Works from a bare checkout: torch, triton, numpy, pytest, pytest-benchmark (with transformers also
+training beside the language model). Without matplotlib there
 are no pictures; `python -m benchmarks.report DIR/raw` makes them later, elsewhere.
 """
 
@@ -72,6 +73,11 @@ def parts(raw: Path, smallest: bool, scale: float, tune: bool) -> list[Part]:
     shapes = ["toy"] if smallest else ["P1", "P2", "P3", "S1", "S2"]
     profiled = ["toy"] if smallest else ["P1", "P2", "P3", "P4"]
     grid = ["--grid", "smallest" if smallest else "cuda"]
+    overlap = ["--dict-size", "65536", "--k", "50", "--batch-size", "8192"]
+    overlap += ["--contexts-per-batch", "128", "--buffer-tokens", "131072"]
+    if smallest:
+        overlap = ["--rounds", "1", "--dict-size", "256", "--k", "4", "--batch-size", "128"]
+        overlap += ["--context-length", "32", "--buffer-tokens", "512"]
     operations = [
         *[*pytest, "benchmarks", "--benchmark-only", "-k", "operation or product"],
         *["--shapes", shapes[0] if smallest else "P2"],
@@ -88,6 +94,7 @@ def parts(raw: Path, smallest: bool, scale: float, tune: bool) -> list[Part]:
         module("memory", 120, "--shape", *(["toy"] if smallest else ["P1", "P3"]), timed=False),
         module("compare", 130, "--shape", *shapes, *(["--rounds", "3"] if smallest else [])),
         Part("operations", operations, 60),
+        *([module("overlap", 60, *overlap)] if importlib.util.find_spec("transformers") else []),
         module("isoflop", WHOLE, *grid),
         *([module("tune", WHOLE)] if tune else []),
     ]
@@ -176,8 +183,16 @@ def brief(raw: Path, done: list[Done]) -> dict[str, Any]:
             }
             for one in found.get("memory", {}).get("memory", [])
         ],
+        "overlap": {
+            name: {"tokens_per_s": round(1 / times["seconds"]), **_waits(times)}
+            for name, times in found.get("overlap", {}).get("medians", {}).items()
+        },
         "better": {"generation": tuned.get("generation"), **tuned["better"]} if tuned else None,
     }
+
+
+def _waits(times: dict[str, float]) -> dict[str, float]:
+    return {name: round(share, 3) for name, share in times.items() if name.endswith("wait_share")}
 
 
 def _rounded(figures: dict[str, float]) -> dict[str, float]:
@@ -212,6 +227,9 @@ def summary(figures: dict[str, Any], tables: str) -> str:
             f"{one['counted_gib']:.2f} counted, {one['formula_gib']:.2f} by the formula"
             + (f"; {one['skipped']}" if one["skipped"] else "")
         )
+    for name, one in figures["overlap"].items():
+        waits = "".join(f", {key} {one[key]:.0%}" for key in one if key != "tokens_per_s")
+        lines.append(f"- training, {name}: {one['tokens_per_s']:,} tokens/s{waits}")
     if figures["better"]:
         lines.append(f"- better configurations: {figures['better']}")
     for r in figures["runs"]:

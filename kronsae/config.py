@@ -327,6 +327,15 @@ class DataConfig:
         "dtype of the language model (auto: bfloat16 on a GPU, float32 on a CPU)",
         choices=("auto", *DTYPES),
     )
+    model_device: str | None = setting(
+        None, "device of the language model, such as a second GPU (default: that of --device)"
+    )
+    overlap: str = setting(
+        "auto",
+        "run the language model in a thread, beside the autoencoder (auto: where it runs on a GPU; "
+        "the batches are the same)",
+        choices=("auto", "on", "off"),
+    )
     buffer_tokens: int = setting(131_072, "size of the shuffle buffer, in tokens")
     heldout_tokens: int = setting(
         65_536, "tokens of text set aside before shuffling and never trained on"
@@ -347,6 +356,10 @@ class DataConfig:
         _require(
             self.model_dtype in ("auto", *DTYPES),
             f"model_dtype: one of {('auto', *DTYPES)}, not {self.model_dtype!r}",
+        )
+        _require(
+            self.overlap in ("auto", "on", "off"),
+            f"overlap: one of ('auto', 'on', 'off'), not {self.overlap!r}",
         )
         _require(
             self.target_hookpoint is None or self.target_hookpoint != self.hookpoint,

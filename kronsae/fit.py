@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kronsae.config import SAEConfig, TrainConfig
+from kronsae.config import DataConfig, SAEConfig, TrainConfig
 from kronsae.data import (
     ActivationSource,
     IterableActivations,
     TensorActivations,
 )
+from kronsae.data.common import Interrupted
 from kronsae.errors import InputError
 from kronsae.evaluate import Heldout, evaluate, evaluate_cross_entropy
 from kronsae.learner import Learner
@@ -184,8 +185,9 @@ def _train_and_judge(session: "_Session", heldout: Heldout | None) -> None:
     """Train all members, evaluate them, and save what they have learned, whatever happens."""
     stream = session.stream
     try:
-        with _signals() as stop:
+        with _signals(stream.interrupt) as stop:
             _train(session, heldout, stop)
+        stream.close()
         for member in session.live:
             metrics: dict[str, float] = {}
             if stop.received is None and heldout is not None:
@@ -215,6 +217,8 @@ def _train(session: "_Session", heldout: Heldout | None, stop: "_Stop") -> None:
     while not stream.done and stop.received is None:
         try:
             batch = stream.next()
+        except Interrupted:
+            break
         except DataEnded:
             if stream.steps > saved_at:
                 session.save()
@@ -373,6 +377,7 @@ class _Session:
             self.folder.note(endings, markdown(endings))
 
     def close(self) -> None:
+        self.stream.close()
         for member in self.members.values():
             member.log.close()
         if self.folder is not None:
@@ -397,13 +402,14 @@ class _Stop:
 
 
 @contextmanager
-def _signals() -> Iterator[_Stop]:
-    """Note the first SIGTERM or SIGINT instead of dying; a second one acts as usual."""
+def _signals(interrupt: Callable[[], None]) -> Iterator[_Stop]:
+    """Note the first SIGTERM or SIGINT, and interrupt, instead of dying; a second acts as usual."""
     stop = _Stop()
     earlier: dict[int, Any] = {}
 
     def handle(number: int, frame: FrameType | None) -> None:
         stop.received = number
+        interrupt()
         for each, handler in earlier.items():
             signal.signal(each, handler)
         name = signal.Signals(number).name
@@ -444,7 +450,9 @@ def _open(
             )
         for each in found.values():
             # A run of an older version lacks the settings that came later: it had their defaults.
-            for part, cls in (("sae", SAEConfig), ("train", TrainConfig)):
+            for part, cls in (("sae", SAEConfig), ("data", DataConfig), ("train", TrainConfig)):
+                if each["config"][part] is None:  # no language model
+                    continue
                 defaults = {spec.name: spec.default for spec in dataclasses.fields(cls)}
                 each["config"][part] = {**defaults, **each["config"][part]}
         differences = [
@@ -477,7 +485,7 @@ FREE_TO_CHANGE = {
         "tensorboard",
         "wandb",
     )
-}
+} | {"config.data.model_device", "config.data.overlap"}
 
 
 def _differences(found: Any, given: Any, name: str, member: str = "") -> list[str]:

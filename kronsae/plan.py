@@ -6,14 +6,16 @@ model), and the largest of what comes and goes: a step, an evaluation, a checkpo
 
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kronsae import flops
-from kronsae.config import MULTI_TOPK, RunConfig, SAEConfig, TrainConfig, kind_of
+from kronsae import calibrate, flops
+from kronsae.config import MULTI_TOPK, DataConfig, RunConfig, SAEConfig, TrainConfig, kind_of
+from kronsae.data.activations import overlaps
+from kronsae.data.ahead import with_index
 from kronsae.data.language_model import LOGITS_AT_ONCE
 from kronsae.data.outline import Outline
 from kronsae.errors import InputError
@@ -25,6 +27,9 @@ from kronsae.stream import NORMALIZER_TOKENS
 from kronsae_kernels import backends
 
 _MIB = 2**20
+
+TEXT_BYTES = 30 * _MIB
+"""Of a tokenizer, and of the text that is held at once: seen with the embedded default."""
 
 FAR = 1.5
 """A run is refused if it needs so many times the memory that is free: plans are estimates."""
@@ -42,11 +47,17 @@ def make_plan(members: Mapping[str, RunConfig], model: Outline) -> dict[str, Any
     rows = 4 * (d + model.d_target)  # bytes of an activation, and of its target
     buffer = rows * max(data.buffer_tokens, 2 * train.batch_size)
     states = [member["state"] for member in each.values()]
+    model_device = _model_device(data, device)
+    of_model = model.parameters * compute_dtype(data.model_dtype, model_device).itemsize
+    ahead = overlaps(data, model_device)
+    reading, losses = _forward_bytes(config, model, model_device)
     stays = {
-        "language model": model.parameters * compute_dtype(data.model_dtype, device).itemsize,
+        "language model": of_model if model_device == device else 0,
+        "text": TEXT_BYTES if device.type == "cpu" else 0,
         "weights and moments": sum(states),
         "copies in the compute dtype": sum(member["copies"] for member in each.values()),
         "shuffle buffer": buffer,
+        "activations made ahead": buffer // 2 if ahead else 0,
         # The first batches wait for the mean; of one, raw, normalised, and a few in the step.
         "batches": rows * (max(NORMALIZER_TOKENS, train.batch_size) + 6 * train.batch_size),
         "held-out activations": rows * data.heldout_tokens,
@@ -54,11 +65,16 @@ def make_plan(members: Mapping[str, RunConfig], model: Outline) -> dict[str, Any
     passes = {
         "a step": max(member["step"] for member in each.values()),
         "an evaluation": max(member["evaluation"] for member in each.values()),
-        "a forward pass of the language model": _forward_bytes(config, model, device),
     }
+    if model_device == device:
+        passes |= {"a forward pass of the language model": reading, "its losses": losses}
     if device.type == "cpu":
-        passes["the copy for a checkpoint"] = max(*states, buffer)
+        passes["the copy for a checkpoint"] = sum(states) + buffer
     largest = max(passes, key=passes.get)
+    if device.type == "cpu" and model_device == device and passes[largest] > max(reading, losses):
+        # What a forward pass is made of is small enough for the C library to keep it when it is
+        # freed; larger pieces go back to the system.
+        stays["kept by the allocator"] = reading
     memory = {**stays, f"at most beside it ({largest})": passes[largest]}
     free = free_bytes(device)
     return {
@@ -133,13 +149,21 @@ def _member(sae: SAEConfig, train: TrainConfig, device: torch.device) -> dict[st
     }
 
 
-def _forward_bytes(config: RunConfig, model: Outline, device: torch.device) -> int:
-    """Roughly, of the language model's own activations: to read out, and for its loss."""
+def _forward_bytes(config: RunConfig, model: Outline, device: torch.device) -> tuple[int, int]:
+    """Roughly, of the language model's own activations: to read out, and for its losses."""
     size = compute_dtype(config.data.model_dtype, device).itemsize
     tokens = config.data.contexts_per_batch * model.context_length
     # The widest place of a block has about four widths, twice, beside the residual stream.
     reading = 12 * tokens * model.hidden_size * size + 4 * tokens * model.d_model
-    return max(reading, 3 * 4 * min(LOGITS_AT_ONCE, tokens * model.vocabulary))
+    return reading, 3 * 4 * min(LOGITS_AT_ONCE, tokens * model.vocabulary)
+
+
+def _model_device(data: DataConfig, device: torch.device) -> torch.device:
+    """Where the language model runs: the very device of the autoencoder, or another."""
+    if data.model_device is None:
+        return device
+    found = resolve_device(data.model_device)
+    return device if with_index(found) == with_index(device) else found
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -197,20 +221,57 @@ def check_memory(plan: dict[str, Any]) -> None:
         )
 
 
-def estimate_seconds(plan: dict[str, Any]) -> float:
-    """Of the whole run, from the rate of matrix products here, measured in a fraction of a second.
+def predict_time(
+    plan: dict[str, Any],
+    members: Mapping[str, RunConfig],
+    model: Outline,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Any]:
+    """Microseconds a token, the bottleneck, and seconds in all, from what `calibrate` measures.
 
-    A lower estimate: what gathers rows or streams memory is slower than a matrix product.
+    Takes some seconds. A token's own time is the sum of what it passes through, or, where the
+    language model runs in a thread on a device of its own, the longer of the two. While latents are
+    dead the auxiliary loss adds to it: `reviving` is with as many as it takes. The whole run counts
+    evaluations, and as many dead latents as that from the moment on that a latent can be dead.
     """
-    rates = _multiply_adds_per_second(torch.device(plan["device"]))
-    steps = sum(member["flops_per_token_step"] for member in plan["members"].values())
-    return plan["tokens"] * (
-        steps / rates["autoencoder"] + plan["flops_per_token_model"] / rates["model"]
-    )
+    config = next(iter(members.values()))
+    data, train = config.data, config.train
+    device = torch.device(plan["device"])
+    model_device = _model_device(data, device)
+    saes = {name: (c.sae, c.train) for name, c in members.items()}
+    found = calibrate.measure(data, model, saes, device, model_device, clock)
+    reading = found.text + found.model
+    together = max if overlaps(data, model_device) and model_device != device else _sum
+    learning = found.buffer + sum(found.steps.values())
+    reviving = found.buffer + sum(found.reviving.values())
+    alive = min(train.tokens, train.dead_after)
+    training = alive * together(reading, learning)
+    training += (train.tokens - alive) * together(reading, reviving)
+    times = 1 + (train.steps - 1) // train.eval_every if train.eval_every else 1
+    judging = data.heldout_tokens * (reading + times * sum(found.judging.values()))
+    # Clean, zeroed, and with each SAE: the whole model, a multiply-add for each weight.
+    passes = (2 + len(members)) * model.parameters / max(1.0, model.flops_per_token)
+    judging += data.heldout_tokens * passes * found.model
+    return {
+        "us_per_token": {
+            "text": 1e6 * found.text,
+            "language model": 1e6 * found.model,
+            "buffer": 1e6 * found.buffer,
+            **{name: 1e6 * seconds for name, seconds in found.steps.items()},
+        },
+        "reviving_us_per_token": {n: 1e6 * seconds for n, seconds in found.reviving.items()},
+        "us_per_token_all": 1e6 * together(reading, learning),
+        "bottleneck": "language model" if reading > learning else "autoencoder",
+        "seconds": training + judging,
+    }
 
 
-def render(plan: dict[str, Any], members: Mapping[str, RunConfig], seconds: float) -> str:
-    """The plan as text."""
+def _sum(a: float, b: float) -> float:
+    return a + b
+
+
+def render(plan: dict[str, Any], members: Mapping[str, RunConfig], time: dict[str, Any]) -> str:
+    """The plan as text. time: of `predict_time`."""
     config = next(iter(members.values()))
     data, train = config.data, config.train
     where = data.hookpoint or f"residual stream after block {data.layer}"
@@ -251,8 +312,15 @@ def render(plan: dict[str, Any], members: Mapping[str, RunConfig], seconds: floa
         + ", ".join(f"{name} {size:,.0f}" for name, size in memory.items()),
         f"  disk             up to {sum(disk.values()):,.0f} MiB: "
         + ", ".join(f"{name} {size:,.0f}" for name, size in disk.items()),
-        f"  time             about {seconds / 60:,.1f} minutes, from the matrix rate of this "
-        "device (a rough lower estimate)",
+        f"  time             about {time['seconds'] / 60:,.1f} minutes; "
+        f"{time['us_per_token_all']:,.1f} us a token: "
+        + ", ".join(f"{name} {us:,.1f}" for name, us in time["us_per_token"].items())
+        + "".join(
+            f"; {name} {us:,.1f} while latents are dead"
+            for name, us in time["reviving_us_per_token"].items()
+            if us > 1.01 * time["us_per_token"][name]
+        ),
+        f"  bottleneck       the {time['bottleneck']} (all timed here, in short runs)",
     ]
     reason = shortage(plan)
     return "\n".join(lines if reason is None else [*lines, f"It would be refused: {reason}"])
@@ -279,28 +347,6 @@ def _in_torch(members: Iterable[RunConfig]) -> list[str]:
         "nested reconstructions: torch": any(s.objective == "matryoshka" for s in saes),
     }
     return [part for part, there in parts.items() if there]
-
-
-def _multiply_adds_per_second(device: torch.device) -> dict[str, float]:
-    """Rate of a matrix product here, measured in a fraction of a second."""
-    size = 1024 if device.type == "cpu" else 8192
-    rates: dict[str, float] = {}
-    for name in ("autoencoder", "model"):
-        dtype = compute_dtype("auto", device) if name == "model" else torch.float32
-        a = torch.ones(size, size, dtype=dtype, device=device)
-        a @ a
-        _synchronize(device)
-        start = time.perf_counter()
-        for _ in range(3):
-            a @ a
-        _synchronize(device)
-        rates[name] = 3 * size**3 / (time.perf_counter() - start)
-    return rates
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def _pre_latent_bytes(rows: int, batch: int, dtype: torch.dtype, device: torch.device) -> int:

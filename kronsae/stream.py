@@ -39,8 +39,10 @@ class Stream:
         self.batches: Iterator[Tensor] | None = None
         self.seconds = 0.0  # of earlier sessions
         self.started = time.monotonic()
-        self.waited = 0.0  # for data, since the rates were last asked for
-        self.rated = (self.started, 0)
+        # Since the rates were last asked for: seconds waited for data, and the time, tokens, and
+        # seconds that the language model had waited for room then.
+        self.waited = 0.0
+        self.rated = (self.started, 0, 0.0)
 
     @property
     def done(self) -> bool:
@@ -94,15 +96,35 @@ class Stream:
                 self.target_normalizer = Normalizer.of(target).to(self.device)
 
     def rates(self) -> dict[str, float]:
-        """Tokens a second, and the share of the time spent waiting for data, since last asked."""
-        now, (before, tokens) = time.monotonic(), self.rated
+        """How the time since last asked was spent.
+
+        tokens_per_s; wait_share: the share spent waiting for activations; model_wait_share: that in
+        which a language model beside it waited for room (only if there is one in a thread).
+        """
+        now, (before, tokens, model_waited) = time.monotonic(), self.rated
         elapsed = max(1e-9, now - before)
         rates = {
             "tokens_per_s": (self.tokens - tokens) / elapsed,
-            "data_wait_share": min(1.0, self.waited / elapsed),
+            "wait_share": min(1.0, self.waited / elapsed),
         }
-        self.rated, self.waited = (now, self.tokens), 0.0
+        total = getattr(self.source, "model_waited", None)
+        if total is not None:
+            rates["model_wait_share"] = min(1.0, max(0.0, total - model_waited) / elapsed)
+        self.rated, self.waited = (now, self.tokens, total or 0.0), 0.0
         return rates
+
+    def interrupt(self) -> None:
+        """Wait no longer for a batch, if the source can be interrupted: `Interrupted` is raised.
+
+        Not before the first step, as there would be nothing to save.
+        """
+        if self.steps and hasattr(self.source, "interrupt"):
+            self.source.interrupt()
+
+    def close(self) -> None:
+        """Let the source make nothing more ahead."""
+        if hasattr(self.source, "close"):
+            self.source.close()
 
     def position(self) -> dict[str, Any]:
         return {
@@ -130,7 +152,7 @@ class Stream:
         self.source.load_state_dict(state["source"])
         self.pending = state["pending"]
         torch.set_rng_state(state["torch_random_state"])
-        self.rated = (self.started, self.tokens)
+        self.rated = (self.started, self.tokens, 0.0)
 
 
 def is_finite(x: Tensor) -> bool:

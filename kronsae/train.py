@@ -19,13 +19,13 @@ from rich.table import Table
 
 from kronsae.cli import Request, parse
 from kronsae.config import RunConfig, kind_of
-from kronsae.data.outline import NoOutline, outline
+from kronsae.data.outline import NoOutline, Outline, outline
 from kronsae.errors import InputError
 from kronsae.evaluate import Heldout
 from kronsae.fit import FitResult, fit, fit_many, resolve_device
 from kronsae.learner import why_not_fused
 from kronsae.metrics import MEANING
-from kronsae.plan import check_memory, estimate_seconds, make_plan, render
+from kronsae.plan import check_memory, make_plan, predict_time, render
 from kronsae.report import write_report
 from kronsae.run import RunFolder, SweepFolder
 from kronsae.sweep import comparison
@@ -43,12 +43,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         request = parse(argv)
         if request.plan:
-            plan, members = _plan(request)
-            console.print(render(plan, members, estimate_seconds(plan)), markup=False)
+            plan, members, model = _plan(request)
+            times = predict_time(plan, members, model)
+            console.print(render(plan, members, times), markup=False)
             return 0
         if request.memory_check:
             try:
-                plan, _ = _plan(request)
+                plan, _, _ = _plan(request)
             except NoOutline as error:  # which is no reason not to try
                 console.print(f"memory was not planned: {error}", markup=False)
             else:
@@ -63,11 +64,11 @@ def main(argv: list[str] | None = None) -> int:
         return 128 + signal.SIGINT
 
 
-def _plan(request: Request) -> tuple[dict[str, Any], dict[str, RunConfig]]:
-    """The plan, and the members that it is of."""
+def _plan(request: Request) -> tuple[dict[str, Any], dict[str, RunConfig], Outline]:
+    """The plan, and the members and the language model that it is of."""
     model = outline(request.config.data)
     members = request.at_width(model.d_model, model.d_target).members
-    return make_plan(members, model), members
+    return make_plan(members, model), members, model
 
 
 def train(request: Request, console: Console) -> int:
@@ -81,6 +82,8 @@ def train(request: Request, console: Console) -> int:
         RunFolder.check_free(out)  # before the model is loaded; fit checks again
     what = escape(f"{data.model} and {data.dataset}")
     console.print(f"[bold]kronsae[/bold]: loading {what}")
+    if data.model_device is not None:
+        resolve_device(data.model_device)
     source = open_activations(
         data,
         batch_size=train_config.batch_size,
@@ -240,7 +243,7 @@ class _Progress:
         if record["kind"] == "train":
             figures = (
                 f"{name}EV {record['explained_variance']:.3f}  dead {record['dead_share']:.1%}  "
-                f"{record['tokens_per_s']:,.0f} tokens/s"
+                f"{record['tokens_per_s']:,.0f} tokens/s, {_waits(record)}"
             )
             self.bar.update(self.task, completed=step, figures=figures)
             if not self.console.is_terminal and step // self.every != self.printed.get(name):
@@ -251,6 +254,14 @@ class _Progress:
                 f"step {step:,}: {name}held-out explained variance "
                 f"{record['explained_variance']:.4f}, L0 {record['l0']:.1f}"
             )
+
+
+def _waits(record: dict[str, Any]) -> str:
+    """Who waited for whom, as a share of the time."""
+    waits = f"waited {record['wait_share']:.0%} for activations"
+    if "model_wait_share" in record:
+        waits += f", the language model {record['model_wait_share']:.0%} for room"
+    return waits
 
 
 _SHOWN = ("explained_variance", "l0", "dead_share", "ce_clean", "ce_spliced", "ce_recovered")

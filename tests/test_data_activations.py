@@ -264,7 +264,7 @@ class Broken:
     def __init__(self, model, good_calls):
         self.inner, self.good_calls = model, good_calls
         self.model, self.tokenizer, self.hookpoint = model.model, model.tokenizer, model.hookpoint
-        self.d_model = model.d_model
+        self.d_model, self.device = model.d_model, model.device
         self.d_target = 0
 
     def activations(self, ids):

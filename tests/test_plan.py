@@ -8,7 +8,7 @@ import pytest
 import torch
 from tiny_models import BLOCKS, FAMILIES, save_model
 
-from kronsae import DataConfig, InputError, RunConfig, SAEConfig, TrainConfig, flops
+from kronsae import DataConfig, InputError, RunConfig, SAEConfig, TrainConfig, calibrate, flops
 from kronsae import plan as planning
 from kronsae.data import LanguageModel
 from kronsae.data.outline import outline
@@ -23,6 +23,13 @@ SAES = {
     "dense": SAEConfig(d_model=256, encoder="dense", dict_size=512, k=8),
 }
 MIB = 2**20
+
+
+@pytest.fixture(autouse=True)
+def short_runs(monkeypatch):
+    """Times are not what is tested here."""
+    monkeypatch.setattr(calibrate, "WORK", {"cpu": 1e7})
+    monkeypatch.setattr(calibrate, "SAMPLE_CHARACTERS", 2000)
 
 
 def members(**saes):

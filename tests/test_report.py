@@ -93,7 +93,7 @@ def records(count: int = 1000) -> list[dict]:
             "grad_norm": 0.5,
             "lr": 1e-3,
             "tokens_per_s": 80.0,
-            "data_wait_share": 0.1,
+            "wait_share": 0.1,
         }
         for step in range(1, count + 1)
     ]

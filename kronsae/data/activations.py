@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kronsae.config import DataConfig
+from kronsae.data.ahead import Ahead, Pass
 from kronsae.data.buffer import ShuffleBuffer
 from kronsae.data.common import digest
 from kronsae.data.language_model import LanguageModel
@@ -180,6 +181,11 @@ class IterableActivations:
 class LanguageModelActivations:
     """Activations of a language model that reads text: packed, masked, shuffled, in batches.
 
+    With `config.overlap` a thread runs the language model ahead of who takes batches, by as many
+    tokens as the shuffle buffer serves between two fills, so that neither waits for the other while
+    both have work; batches and states are the same. `close` ends the thread.
+
+    device: where rows wait and batches are given (None: where the language model is).
     The first documents are set aside to evaluate on; a warning tells if they are fewer tokens than
     `config.heldout_tokens`. What does not fill a context at the end of the data is left out.
     Raises InputError if there is not a context of text for each purpose, or if activations are not
@@ -193,8 +199,10 @@ class LanguageModelActivations:
         config: DataConfig,
         batch_size: int,
         seed: int,
+        device: torch.device | None = None,
     ) -> None:
         _check_batch_size(batch_size)
+        self.device = device or language_model.device
         self.language_model = language_model
         self.text = text
         self.config = config
@@ -214,14 +222,27 @@ class LanguageModelActivations:
                 f"tokens, less than one context of {config.context_length}: give more text, fewer "
                 "--heldout-tokens or a smaller --context-length"
             )
-        device = next(language_model.model.parameters()).device
-        self.buffer = ShuffleBuffer(self._forward(), config.buffer_tokens, batch_size, seed, device)
+        self.overlap = overlaps(config, language_model.device)
+        self.ahead: Ahead | None = None
+        self.position = self._position()
+        self.buffer = ShuffleBuffer(
+            self._rows(), config.buffer_tokens, batch_size, seed, self.device
+        )
 
     def __iter__(self) -> Iterator[Tensor]:
         return iter(self.buffer)
 
-    def _forward(self) -> Iterator[Tensor]:
+    def _rows(self) -> Iterator[Tensor]:
         """Rows [r, d_model + d_target] float32 of the masked tokens, a forward pass at a time."""
+        passes = self._passes()
+        if self.overlap:
+            devices = (self.device, self.language_model.device)
+            passes = self.ahead = Ahead(passes, self.buffer.served_at_once, devices)
+        for done in passes:
+            self.position = done.position
+            yield done.rows
+
+    def _passes(self) -> Iterator[Pass]:
         size = self.config.contexts_per_batch
         while True:
             self._pack(size)
@@ -231,7 +252,9 @@ class LanguageModelActivations:
             self.contexts = self.contexts[size:]
             x = self._read(ids, f"forward pass {self.forwards}")
             self.forwards += 1
-            yield x
+            # A copy to the host must have arrived; one between cards is in order with its streams.
+            x = x.to(self.device, non_blocking=self.device.type == "cuda")
+            yield Pass(x, self._position())
 
     def _pack(self, count: int) -> None:
         """Have `count` contexts waiting, or all that are left."""
@@ -288,7 +311,33 @@ class LanguageModelActivations:
             self.contexts = self.contexts[size:]
             yield ids, self.token_mask(ids), self._read(ids, "the text")
 
+    def interrupt(self) -> None:
+        """Let whoever waits for a batch, or is in a forward pass, have `Interrupted` raised.
+
+        May be called from a signal's handler. States stay whole; `close` ends the interruption.
+        """
+        self.language_model.interrupt()
+        if self.ahead is not None:
+            self.ahead.interrupt()
+
+    def close(self) -> None:
+        """End the thread; whoever iterates anew goes on behind the last batch given."""
+        self.language_model.interrupt()
+        if self.ahead is None or self.ahead.close():
+            self.ahead = None
+            self.language_model.interrupted.clear()
+            self._go_to(self.position)
+
+    @property
+    def model_waited(self) -> float | None:
+        """Seconds that the language model waited for room, since it began; None if in turns."""
+        return None if self.ahead is None else self.ahead.waited
+
     def state_dict(self) -> dict[str, Any]:
+        return {**self.position, "buffer": self.buffer.state_dict()}
+
+    def _position(self) -> dict[str, Any]:
+        """Where text, packer and language model stand: after the last forward pass."""
         length = self.config.context_length
         empty = torch.empty(0, length, dtype=torch.int64)
         return {
@@ -296,18 +345,22 @@ class LanguageModelActivations:
             "packer": self.packer.state_dict(),
             "contexts": torch.stack(self.contexts) if self.contexts else empty,
             "forwards": self.forwards,
-            "buffer": self.buffer.state_dict(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state, also if batches were given already."""
-        self.text.load_state_dict(state["text"])
-        self.documents = iter(self.text)
-        self.packer.load_state_dict(state["packer"])
-        self.contexts = list(state["contexts"])
-        self.forwards = state["forwards"]
-        self.buffer.source = self._forward()
+        self.close()
+        self._go_to({name: state[name] for name in self.position})
         self.buffer.load_state_dict(state["buffer"])
+
+    def _go_to(self, position: dict[str, Any]) -> None:
+        self.position = position
+        self.text.load_state_dict(position["text"])
+        self.documents = iter(self.text)
+        self.packer.load_state_dict(position["packer"])
+        self.contexts = list(position["contexts"])
+        self.forwards = position["forwards"]
+        self.buffer.source = self._rows()
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -351,15 +404,28 @@ def set_aside(text: TextSource, tokenizer: Any, config: DataConfig) -> tuple[Ten
     return torch.stack(contexts), documents
 
 
+def overlaps(config: DataConfig, model_device: torch.device) -> bool:
+    """Whether the language model runs in a thread, beside the autoencoder.
+
+    By itself where it runs on a GPU. On a CPU both want the same cores (see benchmarks.overlap).
+    """
+    return config.overlap == "on" or config.overlap == "auto" and model_device.type != "cpu"
+
+
 def open_activations(
     config: DataConfig, *, batch_size: int, seed: int, device: torch.device | str
 ) -> LanguageModelActivations:
-    """The activations that `config` names. Raises InputError if model or text cannot be used."""
+    """The activations that `config` names, given on `device`; see `DataConfig.model_device`.
+
+    Raises InputError if model or text cannot be used.
+    """
+    device = torch.device(device)
     # What is cheap to check comes first; the model checks its names before it reads weights.
     _check_batch_size(batch_size)
     check_text(config)
-    model, config = open_model(config, device)
-    return LanguageModelActivations(model, open_text(config, seed), config, batch_size, seed)
+    model, config = open_model(config, torch.device(config.model_device or device))
+    text = open_text(config, seed)
+    return LanguageModelActivations(model, text, config, batch_size, seed, device)
 
 
 def open_model(config: DataConfig, device: torch.device | str) -> tuple[LanguageModel, DataConfig]:

@@ -58,6 +58,12 @@ class ShuffleBuffer:
                 self._close_gaps()
             yield batch
 
+    @property
+    def served_at_once(self) -> int:
+        """Rows between two times that it fills up: half of it, in whole batches."""
+        half = max(self.batch_size, self.capacity // 2)
+        return half - half % self.batch_size
+
     def _refill(self) -> None:
         while self.filled < self.capacity and not self.ended:
             x = self.overflow if self.overflow is not None else next(self.source, None)
@@ -74,8 +80,7 @@ class ShuffleBuffer:
                 self.overflow = x[taken:]
         self.served = torch.randperm(self.filled, generator=self.generator)
         if not self.ended:
-            half = max(self.batch_size, self.capacity // 2)
-            self.served = self.served[: half - half % self.batch_size]
+            self.served = self.served[: self.served_at_once]
         self.order = self.served
 
     def _allocate(self, like: Tensor) -> None:

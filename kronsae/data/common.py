@@ -7,6 +7,10 @@ REASON_CHARACTERS = 240
 """Longest reason quoted from another library's error."""
 
 
+class Interrupted(Exception):
+    """Whoever waits for activations was asked to stop: they may come or not, but not now."""
+
+
 def digest(*parts: Any) -> str:
     """16 hexadecimal digits that identify some JSON values, strings and bytes, in their order."""
     hashed = hashlib.sha256()

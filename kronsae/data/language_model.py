@@ -5,14 +5,15 @@ Letters: b contexts, t tokens a context, d width of the hookpoint's output, V to
 
 import dataclasses
 import difflib
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from kronsae.data.common import digest
+from kronsae.data.common import Interrupted, digest
 from kronsae.data.loading import load_config, load_model, load_tokenizer, quiet
 from kronsae.embedded import EMBEDDED_MODEL
 from kronsae.errors import InputError
@@ -54,6 +55,9 @@ class LanguageModel:
         absent: tuple[str, ...] = (),
     ) -> None:
         self.model = model.eval().requires_grad_(False)
+        # Hooks belong to the model, not to the thread that set them: one forward pass at a time.
+        self.lock = threading.RLock()
+        self.interrupted = threading.Event()
         self.tokenizer = tokenizer
         self.hookpoint = hookpoint
         self.name, self.revision = name, revision
@@ -162,8 +166,20 @@ class LanguageModel:
 
         With a target its output follows behind: [b, t, d_model + d_target].
         The forward pass ends there: later blocks and the head never run.
-        Raises InputError if an output is no [b, t, d], or if the target runs before the input.
+        Raises InputError if an output is no [b, t, d], or if the target runs before the input;
+        Interrupted after `interrupt`.
         """
+        with self.lock, self._interruptible():
+            return self._activations(input_ids, attention_mask)
+
+    def interrupt(self) -> None:
+        """Let `activations` raise Interrupted, at the next block, until `interrupted` is cleared.
+
+        May be called from a signal's handler, and while another thread is in a forward pass.
+        """
+        self.interrupted.set()
+
+    def _activations(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         if self.target is None:
             output = self._run_to(self.module, input_ids, attention_mask)
             return self._hidden(output, input_ids, self.hookpoint)
@@ -223,7 +239,7 @@ class LanguageModel:
             )
         ids = input_ids.to(self.device)
         body = self.model.base_model
-        with self._replaced(replace):
+        with self.lock, self._replaced(replace):
             if body is self.model or self._spliced not in set(body.modules()):
                 return LastStates(ids, None, self._run(ids, attention_mask).logits)
             return LastStates(ids, self._run_to(body, ids, attention_mask), None)
@@ -244,13 +260,13 @@ class LanguageModel:
         for start in range(0, len(hidden), size):
             rows = slice(start, min(start + size, len(hidden)))
             output = with_first(states.output, hidden[rows][None])
-            with _stand_in(self.model.base_model, output):
+            with self.lock, _stand_in(self.model.base_model, output):
                 logits = self.model(input_ids=ids[rows][None]).logits[0]
             yield rows, logits
 
     def logits(self, input_ids: Tensor, replace: Callable[..., Tensor] | None = None) -> Tensor:
         """All logits [b, t, V] at once, for a few short contexts; gradients reach `replace`."""
-        with self._replaced(replace):
+        with self.lock, self._replaced(replace):
             return self._run(input_ids.to(self.device), None).logits
 
     def _run(self, input_ids: Tensor, attention_mask: Tensor | None) -> Any:
@@ -273,6 +289,18 @@ class LanguageModel:
             f"hookpoint {self.hookpoint!r} of {self.name} does not run in a forward pass: it is "
             f"a {type(module).__name__}; name one of the modules in it, or another"
         )
+
+    @contextmanager
+    def _interruptible(self) -> Iterator[None]:
+        def stop(_module: nn.Module, _inputs: Any, _output: Any) -> None:
+            if self.interrupted.is_set():
+                raise Interrupted
+
+        with ExitStack() as stack:
+            for _, blocks in lists_of_blocks(self.model):
+                for block in blocks:
+                    stack.enter_context(_hook(block, stop))
+            yield
 
     @property
     def _spliced(self) -> nn.Module:

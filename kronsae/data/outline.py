@@ -1,6 +1,7 @@
 """What a language model takes and gives, from its configuration alone: no weight is loaded."""
 
 import warnings
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -52,23 +53,7 @@ def outline(config: DataConfig, context_length: int = 1024) -> Outline:
     Raises InputError if its config.json cannot be had, or it has no such layer or module;
     NoOutline if it is a model that cannot be made without its weights.
     """
-    from transformers import AutoModel, AutoModelForCausalLM
-
-    layer = config.layer
-    if layer is None and config.hookpoint is None and config.model == EMBEDDED_MODEL:
-        layer = EMBEDDED_LAYER
-    with quiet():
-        settings = load_config(config.model, config.revision, config.trust_remote_code)
-        if layer is not None:
-            check_layer(config.model, settings, layer)
-        loader = AutoModelForCausalLM if has_causal_class(settings) else AutoModel
-        try:
-            with torch.device("meta"):
-                model = loader.from_config(settings, trust_remote_code=config.trust_remote_code)
-        except Exception as error:  # of dozens of kinds
-            raise NoOutline(
-                f"model {config.model!r} cannot be made without weights ({reason(error)})"
-            ) from error
+    layer, settings, model = _skeleton(config)
     if layer is None:
         modules = [find_module(model, config.model, config.hookpoint)]
     else:
@@ -98,6 +83,117 @@ def outline(config: DataConfig, context_length: int = 1024) -> Outline:
     return Outline(width or hidden, parameters, weights, tokens, hidden, vocabulary, d_target)
 
 
+def _skeleton(config: DataConfig) -> tuple[int | None, Any, nn.Module]:
+    """The layer that is read, the model's configuration, and the model on the meta device."""
+    from transformers import AutoModel, AutoModelForCausalLM
+
+    layer = config.layer
+    if layer is None and config.hookpoint is None and config.model == EMBEDDED_MODEL:
+        layer = EMBEDDED_LAYER
+    with quiet():
+        settings = load_config(config.model, config.revision, config.trust_remote_code)
+        if layer is not None:
+            check_layer(config.model, settings, layer)
+        loader = AutoModelForCausalLM if has_causal_class(settings) else AutoModel
+        try:
+            with torch.device("meta"):
+                model = loader.from_config(settings, trust_remote_code=config.trust_remote_code)
+        except Exception as error:  # of dozens of kinds
+            raise NoOutline(
+                f"model {config.model!r} cannot be made without weights ({reason(error)})"
+            ) from error
+    model.config.pad_token_id = None  # some models look for it among the tokens, to warn
+    return layer, settings, model.eval()
+
+
+class Block(NamedTuple):
+    """What one block of a language model takes."""
+
+    seconds: float
+    """Of one call."""
+    flops_per_token: float
+    """Multiply-adds."""
+
+
+def time_block(
+    config: DataConfig,
+    contexts: int,
+    tokens: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    timed: Callable[[Callable[[], Any]], float],
+) -> Block:
+    """A block (the last that the hookpoint needs), with random weights, on [contexts, tokens].
+
+    The model gives it what it gives its blocks, but for the numbers. timed: seconds of a call.
+    Raises NoOutline if the model only runs on numbers.
+    """
+    layer, settings, model = _skeleton(config)
+    hidden_size = settings.get_text_config().hidden_size
+    blocks = [blocks for _, blocks in lists_of_blocks(model)]
+    if not blocks:
+        raise NoOutline(f"model {config.model!r} has no list of blocks to time one of")
+    block = blocks[0][layer or 0]
+    given: list[tuple[Any, Any]] = []
+
+    def stop(_module: nn.Module, args: Any, kwargs: Any) -> None:
+        given.append((args, kwargs))
+        raise _Reached
+
+    ids = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
+    handle = block.register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            model.to(dtype)(input_ids=ids)
+    except _Reached:
+        pass
+    except Exception as error:  # whatever a model does that needs numbers
+        raise NoOutline(f"model {config.model!r} needs numbers to run ({reason(error)})") from error
+    finally:
+        handle.remove()
+    # Keys and values of earlier tokens, if they were kept, would make the next call's work larger.
+    args, kwargs = _without_caches(given[0][0]), _without_caches(given[0][1])
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        block(*args, **kwargs)
+    args, kwargs = _real((args, kwargs), device)
+    hidden = (1, tokens, hidden_size)  # all else is the same for each context
+    args = [x.repeat(contexts, 1, 1) if _shape(x) == hidden else x for x in args]
+    kwargs = {
+        name: x.repeat(contexts, 1, 1) if _shape(x) == hidden else x for name, x in kwargs.items()
+    }
+    block.to_empty(device=device)
+    for tensor in (*block.parameters(), *block.buffers()):
+        tensor.detach().copy_(_real(tensor.detach(), device).mul(0.02))
+    with torch.no_grad():
+        seconds = timed(lambda: block(*args, **kwargs))
+    return Block(seconds, counter.get_total_flops() / 2 / tokens)
+
+
+def _without_caches(values: Any) -> Any:
+    """Arguments with None in the place of each of transformers' caches, by whatever name."""
+    if isinstance(values, dict):
+        names, given = list(values), list(values.values())
+        return dict(zip(names, _without_caches(given), strict=True))
+    return [None if type(value).__name__.endswith("Cache") else value for value in values]
+
+
+def _shape(value: Any) -> tuple[int, ...] | None:
+    return tuple(value.shape) if isinstance(value, torch.Tensor) else None
+
+
+def _real(value: Any, device: torch.device) -> Any:
+    """The same with numbers in the place of tensors without: normal ones, or ones."""
+    if isinstance(value, torch.Tensor):
+        make = torch.randn if value.is_floating_point() else torch.ones
+        return make(value.shape, device=device, dtype=value.dtype)
+    if isinstance(value, (tuple, list)):
+        return type(value)(_real(each, device) for each in value)
+    if isinstance(value, dict):
+        return {name: _real(each, device) for name, each in value.items()}
+    return value
+
+
 class _Reached(Exception):
     """Ends the forward pass at the hookpoint."""
 
@@ -110,8 +206,6 @@ def _run(model: nn.Module, module: nn.Module, tokens: int) -> tuple[int, float]:
         widths.append(first_tensor(output).shape[-1])
         raise _Reached
 
-    model.eval()
-    model.config.pad_token_id = None  # some models look for it among the tokens, to warn
     ids = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
     handle = module.register_forward_hook(stop)
     counter = FlopCounterMode(display=False)

@@ -1,0 +1,269 @@
+"""What 16 M latents and 100 B tokens would cost on many GPUs: `python -m benchmarks.scale`.
+
+A model on paper, all of it an estimate. The stages of a step and what they move are those of
+`floors`, on the part of the dictionary that a rank owns; their rates are a card's ceilings. Heads
+are split over all ranks (tensor parallel, as in `kronsae`'s), so that every rank sees every token
+of a batch and no gradient is ever sent. Its language model reads its share of the tokens.
+
+    python -m benchmarks.scale --measured DIR/raw/compare.json
+
+replaces the assumed ceilings by those that a card has shown, and multiplies each stage by how much
+longer than its floor a step took there: `python -m benchmarks.on_gpu` makes that file.
+`--write docs/scale.md` puts the tables into the document.
+"""
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from benchmarks.floors import Ceilings, stages
+from benchmarks.shapes import Shape
+
+ROOT = Path(__file__).parents[1]
+DOCUMENT = ROOT / "docs" / "scale.md"
+BEGIN, END = "<!-- tables: python -m benchmarks.scale --write docs/scale.md -->", "<!-- end -->"
+
+SHAPE = Shape("16M", d=4096, heads=2**18, m=8, n=8, k=64, tokens=8192)
+TOKENS = 100_000_000_000
+GPUS = (8, 64, 512)
+BATCHES = (8192, 65_536)
+
+
+class Machine(NamedTuple):
+    """A card and its surroundings."""
+
+    ceilings: Ceilings
+    memory_bytes: float
+    """Of a card."""
+    link_bytes_per_s: float
+    """Between the cards of a node, each way."""
+    network_bytes_per_s: float
+    """Of a node, each way: that of all its adapters."""
+    cards: int
+    """A node."""
+    overhead: float
+    """How much longer than its floor a stage takes."""
+
+
+H200 = Machine(
+    Ceilings(multiply_adds_per_s=395e12, bytes_per_s=4.3e12, cached_bytes_per_s=5.5e12),
+    memory_bytes=141e9,
+    link_bytes_per_s=450e9,
+    network_bytes_per_s=8 * 50e9,
+    cards=8,
+    overhead=1.0,
+)
+"""Ceilings: assumed, 790 TFLOP/s in bfloat16 and 4.3 TB/s of memory seen on such a card, 5.5 TB/s
+from its cache. Memory and NVLink (900 GB/s, both ways together): NVIDIA's data sheet of the H200.
+Network: an adapter of 400 Gbit/s for each of 8 cards."""
+
+MODEL_MULTIPLY_ADDS = 16 * (2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14_336)
+"""A token in the first 16 blocks of Llama-3.1-8B, by its config.json: queries and outputs, keys and
+values of 8 heads of 128, and the three products of the MLP. (Attention's own products, 2 percent of
+it at 1,024 tokens, left out.)"""
+
+OURS = ("kron fused", "kron graphed", "kron")
+"""Contenders of `benchmarks.compare`, of which the fastest counts."""
+BYTES = 2
+"""Of a number that is multiplied or sent: bfloat16."""
+STATE = {"float32": 12 + BYTES, "bfloat16": 4 + 2 + 2 + BYTES}
+"""Bytes a weight by the moments' dtype: the weight, two moments, a copy for products."""
+
+
+class Step(NamedTuple):
+    """A step's milliseconds on each rank, by what limits them."""
+
+    language_model: float
+    encode: float
+    select: float
+    decode: float
+    optimizer: float
+    """The backward pass, fused with AdamW over the rank's weights."""
+    exchange: float
+    """x, reconstructions and residuals, through the slower of link and network."""
+    maxima: float
+    """What makes the selection exact across ranks, by the cheaper of two ways."""
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+    @property
+    def limit(self) -> str:
+        return max(self._fields, key=lambda name: getattr(self, name))
+
+
+def step(shape: Shape, ranks: int, machine: Machine) -> Step:
+    """Of one batch. Nothing overlaps: a sum of floors, times the overhead."""
+    part = shape._replace(heads=shape.heads / ranks, k=shape.k / ranks)
+    ms = {
+        name: machine.ceilings.floor_ms(work) * machine.overhead
+        for name, work in stages(part, "kron", BYTES).items()
+    }
+    model = shape.tokens * MODEL_MULTIPLY_ADDS / ranks / machine.ceilings.multiply_adds_per_s
+    # All-gather of x, reduce-scatter of float32 sums, all-gather of residuals.
+    exchanged = shape.tokens * shape.d * (BYTES + 4 + BYTES)
+    return Step(
+        language_model=1e3 * model * machine.overhead,
+        encode=ms["encode"],
+        select=ms["select"] + ms["group"],
+        decode=ms["decode"],
+        optimizer=ms["decoder update"] + ms["encoder update"],
+        exchange=1e3 * gather_seconds(exchanged, ranks, machine),
+        maxima=1e3 * min(maxima_seconds(shape, ranks, machine).values()),
+    )
+
+
+def gather_seconds(size: float, ranks: int, machine: Machine) -> float:
+    """Until each rank has (or has given) all `size` bytes, of which each holds an equal part.
+
+    Rings through the nodes: a node's adapters work side by side, its cards pass on what came.
+    """
+    nodes = max(1, ranks // machine.cards)
+    inside = size * (ranks - 1) / ranks / machine.link_bytes_per_s
+    between = size * (nodes - 1) / nodes / machine.network_bytes_per_s
+    return max(inside, between)
+
+
+BISECTIONS = 31
+"""Of the bits of a positive float32."""
+LATENCY = 20e-6
+"""Seconds of a small all-reduce: assumed."""
+
+
+def maxima_seconds(shape: Shape, ranks: int, machine: Machine) -> dict[str, float]:
+    """Two exact ways to agree on the k heads with the largest maxima over all ranks.
+
+    "gather": each rank's own k, as float32 and int32. "count": a bisection on the bits of the
+    threshold, in which ranks add up how many of their maxima lie above: a count a token each time.
+    """
+    if ranks == 1:
+        return {"gather": 0.0, "count": 0.0}
+    own = 8 * shape.tokens * shape.k
+    counts = 4 * shape.tokens
+    return {
+        "gather": gather_seconds(own * ranks, ranks, machine),
+        # An all-reduce moves what a reduce-scatter and an all-gather do.
+        "count": BISECTIONS * (LATENCY + 2 * gather_seconds(counts, ranks, machine)),
+    }
+
+
+def memory_bytes(shape: Shape, ranks: int, moments: str) -> float:
+    """Of a rank: weights and moments, when latents fired, and what a step makes of all tokens."""
+    weights = shape.parameters("kron") / ranks * STATE[moments] + 8 * shape.dict_size / ranks
+    pre_latents = BYTES * shape.tokens * shape.columns / ranks
+    rows = shape.tokens * shape.d * (BYTES + 4 + BYTES)
+    return weights + pre_latents + rows
+
+
+def fits(shape: Shape, ranks: int, machine: Machine) -> str:
+    """The moments' dtype with which a rank's part fits into nine tenths of its card, or "no"."""
+    for moments in STATE:
+        if memory_bytes(shape, ranks, moments) <= 0.9 * machine.memory_bytes:
+            return moments
+    return "no"
+
+
+def measured(document: dict[str, Any]) -> Machine:
+    """The machine with the ceilings and the overhead of `python -m benchmarks.compare --json`."""
+    ceilings = Ceilings(**document["ceilings"])
+    over = [
+        min(one["median_ms"][name] for name in OURS if name in one["median_ms"])
+        / one["floor_ms"]["kron"]
+        for one in document["shapes"]
+        if not one["median_ms"].keys().isdisjoint(OURS)
+    ]
+    return H200._replace(ceilings=ceilings, overhead=statistics.median(over))
+
+
+# Tables
+
+
+def tables(machine: Machine = H200) -> str:
+    """Markdown."""
+    shape, lines = SHAPE, []
+    weights = shape.parameters("kron")
+    lines += [
+        "**The run** (estimate)",
+        "",
+        "| | |",
+        "|---|---:|",
+        f"| latents F, of width d | {shape.dict_size:,}, {shape.d:,} |",
+        f"| heads × m × n, k | {shape.heads:,} × {shape.m} × {shape.n}, {shape.k} |",
+        f"| weights | {weights / 1e9:,.1f} G |",
+        f"| weights and moments in float32 | {12 * weights / 1e12:,.2f} TB |",
+        f"| the same, a checkpoint | {12 * weights / 1e12:,.2f} TB |",
+        f"| multiply-adds a token: language model | {MODEL_MULTIPLY_ADDS / 1e9:,.1f} G |",
+        f"| encoder, KronSAE | {shape.d * shape.columns / 1e9:,.1f} G |",
+        f"| encoder, dense TopK of as many latents | {shape.d * shape.dict_size / 1e9:,.1f} G |",
+        f"| activations of {TOKENS / 1e9:,.0f} G tokens, in bfloat16 | "
+        f"{TOKENS * shape.d * BYTES / 1e12:,.0f} TB |",
+        "",
+        "**A rank's memory** (estimate)",
+        "",
+        "| GPUs | batch | GiB, moments in float32 | in bfloat16 | fits a card with moments in |",
+        "|---:|---:|---:|---:|---|",
+    ]
+    for ranks in GPUS:
+        for batch in BATCHES:
+            one = shape._replace(tokens=batch)
+            sizes = [f"{memory_bytes(one, ranks, kind) / 2**30:,.1f}" for kind in STATE]
+            fit = fits(one, ranks, machine)
+            lines.append(f"| {ranks} | {batch:,} | {' | '.join(sizes)} | {fit} |")
+    names = [name.replace("_", " ") for name in Step._fields]
+    lines += [
+        "",
+        "**A step, ms on each rank** (estimate: floors"
+        + (f" × {machine.overhead:.2f}" if machine.overhead != 1 else "")
+        + ")",
+        "",
+        f"| GPUs | batch | {' | '.join(names)} | sum | largest | days for all tokens |",
+        "|---:|---:|" + "---:|" * len(names) + "---:|---|---:|",
+    ]
+    for ranks in GPUS:
+        for batch in BATCHES:
+            one = step(shape._replace(tokens=batch), ranks, machine)
+            days = TOKENS / batch * one.total / 1e3 / 86_400
+            lines.append(
+                f"| {ranks} | {batch:,} | {' | '.join(f'{ms:,.2f}' for ms in one)} | "
+                f"{one.total:,.1f} | {one.limit.replace('_', ' ')} | {days:,.1f} |"
+            )
+    lines += [
+        "",
+        "**Agreeing on the heads, ms** (estimate)",
+        "",
+        "| GPUs | batch | each rank's k maxima gathered | counts, by bisection |",
+        "|---:|---:|---:|---:|",
+    ]
+    for ranks in GPUS:
+        for batch in BATCHES:
+            ways = maxima_seconds(shape._replace(tokens=batch), ranks, machine)
+            ms = " | ".join(f"{1e3 * ways[name]:,.2f}" for name in ("gather", "count"))
+            lines.append(f"| {ranks} | {batch:,} | {ms} |")
+    return "\n".join(lines) + "\n"
+
+
+def put(document: str, found: str) -> str:
+    """The document with these tables in the place of those that it has."""
+    before, rest = document.split(BEGIN)
+    return f"{before}{BEGIN}\n\n{found}\n{END}{rest.split(END)[1]}"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("benchmarks.scale", description=__doc__.splitlines()[0])
+    parser.add_argument("--measured", type=Path, metavar="FILE", help="compare's --json on a card")
+    parser.add_argument("--write", type=Path, metavar="FILE", help="put the tables into this file")
+    options = parser.parse_args(arguments)
+    machine = H200
+    if options.measured:
+        machine = measured(json.loads(options.measured.read_text()))
+    found = tables(machine)
+    if options.write:
+        options.write.write_text(put(options.write.read_text(encoding="utf-8"), found))
+    print(found)
+
+
+if __name__ == "__main__":
+    main()

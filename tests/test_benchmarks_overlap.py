@@ -1,0 +1,24 @@
+"""The benchmark of overlap: it runs, and its shares are those of its own times."""
+
+import json
+
+import pytest
+
+from benchmarks import overlap
+
+
+def test_it_runs(tmp_path, capsys):
+    file = tmp_path / "overlap.json"
+    small = ["--device", "cpu", "--dict-size", "256", "--k", "4", "--batch-size", "128"]
+    small += ["--context-length", "32", "--contexts-per-batch", "4", "--buffer-tokens", "512"]
+    overlap.main([*small, "--rounds", "1", "--json", str(file)])
+    found = json.loads(file.read_text())
+    medians = found["medians"]
+    assert {"language model", "autoencoder", "in turns", "beside"} <= medians.keys()
+    a, b = (medians[name]["seconds"] for name in ("language model", "autoencoder"))
+    assert found["bounds"]["in turns"] == pytest.approx(a / (a + b))
+    for name, share in found["of_the_model_alone"].items():
+        assert share == pytest.approx(a / medians[name]["seconds"])
+        assert 0 <= medians[name]["wait_share"] <= 1
+    assert "model_wait_share" in medians["beside"] and "model_wait_share" not in medians["in turns"]
+    assert "of the language model" in capsys.readouterr().out
