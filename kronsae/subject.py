@@ -24,6 +24,7 @@ OF_MODEL = ("model", "revision", "layer", "hookpoint", "target_hookpoint", "trus
 OF_TEXT = ("dataset", "dataset_config", "split", "text_column", "streaming")
 OF_READING = ("context_length", "contexts_per_batch", "model_dtype", "heldout_tokens")
 HELP = {
+    "target_hookpoint": "of a transcoder: the module whose output it predicts, by name",
     "heldout_tokens": "tokens of text to read (default: as many as the run held out)",
     "contexts_per_batch": "contexts a forward pass of the language model",
     "dataset": "other text than the run's own held-out slice: hub name, or files; 'stdlib'",

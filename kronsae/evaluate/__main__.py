@@ -32,6 +32,7 @@ from kronsae.subject import (
 def make_parser() -> Parser:
     parser = Parser(
         prog="python -m kronsae.evaluate",
+        usage="%(prog)s RUN [RUN ...] [--out DIR] [flags]",
         description="Judge SAEs on text that they were never trained on: how much they explain, "
         "which latents live, and what the language model loses when they stand for its "
         "activations. Writes evaluation.json, evaluation.md and pictures.",
