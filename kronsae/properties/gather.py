@@ -4,8 +4,8 @@ Letters: F latents, P = h (m + n) pre-latents, N either of them, b contexts of L
 that the mask keeps, d width, e events: a latent on a token where it fires, V tokens known.
 
 A latent fires where it is among a token's active latents; a pre-latent u fires where ReLU(u) > 0,
-which is its activation, whatever the composition. (With experts: on the tokens of its expert.) Memory does
-not depend on the length of the text.
+which is its activation, whatever the composition. (With experts: on the tokens of its expert.)
+Memory does not depend on the length of the text.
 """
 
 import dataclasses
