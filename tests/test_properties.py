@@ -50,6 +50,7 @@ def a_text(contexts: int = 10):
     mask = torch.rand(contexts, LENGTH, generator=generator) > 0.2
     mask[0] = False
     mask[0, 7] = True
+    mask[3:4] = False
     of_token = torch.randn(TOKENS, 6, generator=generator)
     x = of_token[ids] + 0.5 * torch.randn(contexts, LENGTH, 6, generator=generator)
     return ids, mask, x[mask]
@@ -352,6 +353,21 @@ def test_sample_is_uniform():
     expected = count * size / events
     spread = math.sqrt(expected * (1 - size / events))
     assert np.abs(kept - expected).max() < 4.5 * spread
+
+
+def test_sample_of_dense_activations_is_uniform():
+    """Over 400 seeds, of 60 tokens where a latent fires, each is kept equally often."""
+    ids, mask = torch.zeros(1, 64).long().numpy(), torch.ones(1, 64).bool().numpy()
+    dense = np.ones((64, 2), np.float32)
+    dense[:4, 0] = 0
+    kept = np.zeros(64)
+    for seed in range(400):
+        gathered = gather_module._Gathered(2, 1, 1, 12, seed)
+        gathered.add_dense(gather_module._Text(ids, mask, 0), dense)
+        kept += np.bincount(gathered.sample.places[0], minlength=64)
+    assert not kept[:4].any() and kept.sum() == 400 * 12
+    expected = 400 * 12 / 60
+    assert np.abs(kept[4:] - expected).max() < 4.5 * math.sqrt(expected * (1 - 12 / 60))
 
 
 def test_mean_cosines_equal_loops():

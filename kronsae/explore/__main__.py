@@ -4,36 +4,38 @@ import sys
 from pathlib import Path
 
 from kronsae.explore.write import write_explorer
-from kronsae.properties.run import Parser, examine, kept, open_run, run_command, say
+from kronsae.flags import exit_status
+from kronsae.properties.run import PropertiesParser, examine, kept, open_run, say
+
+
+def work(argv: list[str]) -> None:
+    """What the command line asks for. Raises InputError if it cannot be done."""
+    parser = PropertiesParser(
+        "python -m kronsae.explore",
+        "Write one HTML file to look into the latents of a run. Their properties are measured "
+        "first, unless RUN/properties/ has them.",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="page (default: RUN/explorer.html)"
+    )
+    settings, text, flags = parser.read(argv)
+    run = flags["run"]
+    sae, data, _ = open_run(run, text, flags["device"])
+    stored = kept(run, settings, text)
+    if stored is None:
+        stored = examine(run, settings, text, flags["device"], say)
+    from kronsae.data.loading import load_tokenizer
+
+    common = {"revision": data.revision, "trust_remote_code": data.trust_remote_code}
+    tokenizer = load_tokenizer(data.model, common)
+    out = flags.get("out", run / "explorer.html")
+    write_explorer(run, sae, stored, tokenizer, out)
+    say(f"{out} ({out.stat().st_size / 2**20:.1f} MiB): open it in a browser")
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 only when the work was done."""
-
-    def work() -> None:
-        parser = Parser(
-            "python -m kronsae.explore",
-            "Write one HTML file to look into the latents of a run. Their properties are measured "
-            "first, unless RUN/properties/ has them.",
-        )
-        parser.add_argument(
-            "--out", type=Path, metavar="FILE", help="page (default: RUN/explorer.html)"
-        )
-        settings, text, flags = parser.read(argv)
-        run = flags["run"]
-        sae, data, _ = open_run(run, text, flags["device"])
-        stored = kept(run, settings, text)
-        if stored is None:
-            stored = examine(run, settings, text, flags["device"], say)
-        from kronsae.data.loading import load_tokenizer
-
-        common = {"revision": data.revision, "trust_remote_code": data.trust_remote_code}
-        tokenizer = load_tokenizer(data.model, common)
-        out = flags.get("out", run / "explorer.html")
-        write_explorer(run, sae, stored, tokenizer, out)
-        say(f"{out} ({out.stat().st_size / 2**20:.1f} MiB): open it in a browser")
-
-    return run_command(work)
+    return exit_status(work, argv)
 
 
 if __name__ == "__main__":

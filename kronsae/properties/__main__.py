@@ -3,24 +3,26 @@
 import sys
 from typing import Any
 
-from kronsae.properties.run import Parser, examine, run_command, say
+from kronsae.flags import exit_status
+from kronsae.properties.run import PropertiesParser, examine, say
+
+
+def work(argv: list[str]) -> None:
+    """What the command line asks for. Raises InputError if it cannot be done."""
+    parser = PropertiesParser(
+        "python -m kronsae.properties",
+        "Measure what the latents of a run do on a text, in one pass over it, into "
+        "RUN/properties/. [KronSAE, App. D]",
+    )
+    settings, text, flags = parser.read(argv)
+    stored = examine(flags["run"], settings, text, flags["device"], say)
+    for line in describe(stored.facts["summary"]):
+        print(line)
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 only when the work was done."""
-
-    def work() -> None:
-        parser = Parser(
-            "python -m kronsae.properties",
-            "Measure what the latents of a run do on a text, in one pass over it, into "
-            "RUN/properties/. [KronSAE, App. D]",
-        )
-        settings, text, flags = parser.read(argv)
-        stored = examine(flags["run"], settings, text, flags["device"], say)
-        for line in describe(stored.facts["summary"]):
-            print(line)
-
-    return run_command(work)
+    return exit_status(work, argv)
 
 
 def describe(summary: dict[str, Any]) -> list[str]:

@@ -4,8 +4,8 @@ Letters: F latents, P = h (m + n) pre-latents, N either of them, b contexts of L
 that the mask keeps, d width, e events: a latent on a token where it fires, V tokens known.
 
 A latent fires where it is among a token's active latents; a pre-latent u fires where ReLU(u) > 0,
-which is its activation. (With experts: on the tokens of its expert.) Memory does not depend on the
-length of the text.
+which is its activation, whatever the composition. (With experts: on the tokens of its expert.)
+Memory does not depend on the length of the text.
 """
 
 import dataclasses
@@ -137,6 +137,9 @@ def measure(
         ends = mask.sum(1).cumsum(0)
         last = min(len(ids) - 1, int((ends < settings.tokens - tokens).sum()))
         ids, mask, rows = ids[: last + 1], mask[: last + 1], rows[: ends[last]]
+        if not len(rows):  # special tokens alone
+            contexts += len(ids)
+            continue
         x = rows[:, : config.d_model].to(sae.W_dec)
         text = _Text(ids.cpu().numpy(), mask.cpu().numpy(), contexts)
         part = active_codes(sae, x)
@@ -238,64 +241,63 @@ class _Gathered:
 
     def add(self, text: _Text, latents: np.ndarray, rows: np.ndarray, values: np.ndarray) -> None:
         """Events [e], by row: few of the latents fire on each."""
-        self.mass.add(latents, text.tokens[rows], values)
-        keys = latents * len(text.position) + rows
-        order = np.argsort(keys)
-        keys, sorted_values = keys[order], values[order]
-
-        def value_of(of: np.ndarray, at: np.ndarray) -> np.ndarray:
-            wanted = of[:, None] * len(text.position) + at
-            found = np.searchsorted(keys, wanted).clip(max=len(keys) - 1)
-            return np.where((keys[found] == wanted) & (at >= 0), sorted_values[found], 0)
-
-        self._add_events(text, latents, rows, values, value_of)
-
-    def add_dense(self, text: _Text, dense: np.ndarray) -> None:
-        """Activations [t, N]."""
-        self.mass.add_dense(text.tokens, dense)
-        rows, latents = dense.nonzero()
-
-        def value_of(of: np.ndarray, at: np.ndarray) -> np.ndarray:
-            return np.where(at >= 0, dense[at, of[:, None]], 0)
-
-        self._add_events(text, latents, rows, dense[rows, latents].astype(np.float64), value_of)
-
-    def _add_events(
-        self,
-        text: _Text,
-        latents: np.ndarray,
-        rows: np.ndarray,
-        values: np.ndarray,
-        value_of: Callable[[np.ndarray, np.ndarray], np.ndarray],
-    ) -> None:
         size, contexts = len(self.count), len(text.ids)
+        self.mass.add(latents, text.tokens[rows], values)
         self.count += np.bincount(latents, minlength=size)
         self.sum += np.bincount(latents, values, size)
         self.histograms.add(latents, values)
         pair = latents * contexts + text.context[rows]  # of a latent and a context
         fired = np.bincount(pair, minlength=size * contexts).reshape(size, contexts)
-        self.contexts += (fired > 0).sum(1)
-        self.shares += (fired / text.lengths.clip(min=1)).sum(1)
+        self._add_contexts(fired.T, text.lengths)
+        keys = latents * len(text.context) + rows
+        order = np.argsort(keys)
+        sorted_keys, sorted_values = keys[order], values[order]
 
-        def window(of: np.ndarray, events: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-            tokens, at = text.windows(rows[events])
-            return tokens, value_of(of, at)
+        def value_of(of: np.ndarray, at: np.ndarray) -> np.ndarray:
+            wanted = of[:, None] * len(text.context) + at
+            found = np.searchsorted(sorted_keys, wanted).clip(max=len(keys) - 1)
+            return np.where((sorted_keys[found] == wanted) & (at >= 0), sorted_values[found], 0)
 
-        places = text.places(rows)
-        scores = random_scores(self.seed, latents, places)
-        self.sample.add(latents, scores, places, lambda events: window(latents[events], events))
+        scores = random_scores(self.seed, latents, text.places(rows))
+        _keep(self.sample, text, latents, rows, scores, value_of)
         peak = np.full(size * contexts, -np.inf)
         np.maximum.at(peak, pair, values)
         highest = np.flatnonzero(values == peak[pair])
         _, first = np.unique(pair[highest], return_index=True)  # of equal ones the earliest
-        best = highest[first]
-        best = best[np.argsort(places[best], kind="stable")]
-        self.top.add(
-            latents[best],
-            values[best],
-            places[best],
-            lambda events: window(latents[best[events]], best[events]),
-        )
+        best = np.sort(highest[first])
+        _keep(self.top, text, latents[best], rows[best], values[best], value_of)
+
+    def add_dense(self, text: _Text, dense: np.ndarray) -> None:
+        """Activations [t, N]; the same, where many fire on each token."""
+        self.mass.add_dense(text.tokens, dense)
+        fires = dense > 0
+        self.count += fires.sum(0)
+        self.sum += dense.sum(0, dtype=np.float64)
+        self.histograms.add_dense(dense)
+        present, starts = np.unique(text.context, return_index=True)
+        fired = np.add.reduceat(fires, starts, 0, dtype=np.int64)
+        self._add_contexts(fired, text.lengths[present])
+
+        def value_of(of: np.ndarray, at: np.ndarray) -> np.ndarray:
+            return np.where(at >= 0, dense[at, of[:, None]], 0)
+
+        # One number a token serves all latents: it leaves each a uniform sample, and most rows out.
+        rows = np.arange(len(dense))
+        scores = random_scores(self.seed, np.zeros(1, np.int64), text.places(rows))
+        some = np.flatnonzero(scores > self.sample.floor.min())
+        row, latents = (fires[some] & (scores[some, None] > self.sample.floor)).nonzero()
+        _keep(self.sample, text, latents, some[row], scores[some[row]], value_of)
+        spans = zip(starts, np.append(starts[1:], len(dense)), strict=True)
+        best = np.stack([first + dense[first:end].argmax(0) for first, end in spans])  # [c, N]
+        peak = np.take_along_axis(dense, best, 0)
+        context, latents = ((peak > 0) & (peak > self.top.floor)).nonzero()
+        rows = best[context, latents]
+        _keep(self.top, text, latents, rows, dense[rows, latents], value_of)
+
+    def _add_contexts(self, fired: np.ndarray, lengths: np.ndarray) -> None:
+        """fired: [c, N] tokens of contexts of `lengths` [c] tokens on which each latent fires."""
+        self.contexts += (fired > 0).sum(0)
+        self.shares += (fired / lengths.clip(min=1)[:, None]).sum(0)
 
     def result(self) -> Examined:
         top = self.top.sort()
@@ -313,6 +315,26 @@ class _Gathered:
             top,
             self.sample.sort(),
         )
+
+
+def _keep(
+    examples: Examples,
+    text: _Text,
+    latents: np.ndarray,
+    rows: np.ndarray,
+    scores: np.ndarray,
+    value_of: Callable[[np.ndarray, np.ndarray], np.ndarray],
+) -> None:
+    """Add events [e], in the order of the stream, with their windows.
+
+    value_of: activations [f, w] of latents [f] on rows [f, w] (-1: none).
+    """
+
+    def window(events: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        tokens, at = text.windows(rows[events])
+        return tokens, value_of(latents[events], at)
+
+    examples.add(latents, scores, text.places(rows), window)
 
 
 def _tokens_of(top: Examples) -> tuple[np.ndarray, np.ndarray]:

@@ -21,6 +21,21 @@ class Histograms:
         """Events [e]."""
         peak = np.zeros(len(self.top))
         np.maximum.at(peak, latents, values)
+        self._grow(peak)
+        top = np.where(self.top > 0, self.top, 1)[latents]
+        bins = (values / top * BINS).astype(np.int64).clip(0, BINS - 1)
+        self._count(latents * BINS + bins)
+
+    def add_dense(self, values: np.ndarray) -> None:
+        """Activations [t, N], of which those above 0 count."""
+        self._grow(values.max(0, initial=0).astype(np.float64))
+        scale = BINS / np.where(self.top > 0, self.top, 1)  # a power of two: no rounding
+        bins = (values * scale.astype(values.dtype)).astype(np.int64)
+        self._count((bins + BINS * np.arange(len(self.top))).ravel())
+        self.counts[:, 0] -= (values <= 0).sum(0)
+
+    def _grow(self, peak: np.ndarray) -> None:
+        """Make room for values up to peak [N]."""
         needed = np.where(peak > 0, np.ldexp(1.0, np.frexp(peak)[1]), 0.0)
         grow = np.flatnonzero((needed > self.top) & (self.top > 0))
         while len(grow):
@@ -29,7 +44,7 @@ class Histograms:
             self.top[grow] *= 2
             grow = grow[needed[grow] > self.top[grow]]
         self.top = np.maximum(self.top, needed)
-        top = np.where(self.top > 0, self.top, 1)[latents]
-        bins = (values / top * BINS).astype(np.int64).clip(0, BINS - 1)
-        flat = np.bincount(latents * BINS + bins, minlength=self.counts.size)
+
+    def _count(self, cells: np.ndarray) -> None:
+        flat = np.bincount(cells, minlength=self.counts.size)
         self.counts += flat.reshape(self.counts.shape)

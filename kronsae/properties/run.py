@@ -2,15 +2,14 @@
 
 import argparse
 import dataclasses
-import difflib
-import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from kronsae.config import DataConfig, base_type, from_dict
 from kronsae.errors import InputError
 from kronsae.files import sha256
+from kronsae.flags import Parser
 from kronsae.properties.gather import Settings, measure
 from kronsae.properties.geometry import kinship, logit_effects, mean_cosines, nearest_rows
 from kronsae.properties.store import FOLDER, Stored, load_properties, save_properties
@@ -116,16 +115,11 @@ def _finite(values: dict[str, float]) -> dict[str, float | None]:
 # The command line, which `python -m kronsae.properties` and `python -m kronsae.explore` share
 
 
-class Parser(argparse.ArgumentParser):
-    """Flags of both commands; what is wrong is an InputError."""
+class PropertiesParser(Parser):
+    """Flags of both commands: the run, the settings, the text."""
 
     def __init__(self, prog: str, description: str) -> None:
-        super().__init__(
-            prog=prog,
-            description=description,
-            argument_default=argparse.SUPPRESS,
-            allow_abbrev=False,
-        )
+        super().__init__(prog=prog, description=description, argument_default=argparse.SUPPRESS)
         self.add_argument("run", type=Path, metavar="RUN", help="run folder")
         for spec in dataclasses.fields(Settings):
             self._add(spec, f" (default: {spec.default:,})" if spec.default else "")
@@ -143,34 +137,13 @@ class Parser(argparse.ArgumentParser):
             help=(spec.metadata["help"] + default).replace("%", "%%"),
         )
 
-    def error(self, message: str) -> NoReturn:
-        raise InputError(message)
-
-    def read(self, argv: list[str] | None) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    def read(self, argv: list[str]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         """Settings, text, and the other flags. Raises InputError for anything wrong."""
-        found, unknown = self.parse_known_args(argv)
-        if unknown:
-            flags = [option for action in self._actions for option in action.option_strings]
-            close = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=3)
-            hint = f"did you mean {' or '.join(close)}?" if close else "--help lists all flags"
-            raise InputError(f"unknown argument {unknown[0]!r}: {hint}")
-        flags = vars(found)
+        flags = vars(self.parse(argv))
         names = {spec.name for spec in dataclasses.fields(Settings)}
         settings = {name: flags.pop(name) for name in names & flags.keys()}
         text = {name: flags.pop(name) for name in _TEXT if name in flags}
         return settings, text, flags
-
-
-def run_command(work: Callable[[], None]) -> int:
-    """`work` with its exit status: 0, or 2 with a message where what was asked for cannot work."""
-    try:
-        work()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
-    return 0
 
 
 def say(line: str) -> None:
