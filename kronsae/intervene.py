@@ -52,7 +52,7 @@ TOP = 8
 def make_parser() -> Parser:
     parser = Parser(
         prog="python -m kronsae.intervene",
-        usage="%(prog)s RUN (--latent N --prompt TEXT | --effects N | --latent N --and-test) [flags]",
+        usage="%(prog)s RUN (--latent N --prompt TEXT | --effects N | --latent N --and-test) …",
         description="Change latents in a language model while it runs, and see what that does.",
     )
     parser.add_argument("run", metavar="RUN", help="run folder, folder of a saved SAE, or hub id")

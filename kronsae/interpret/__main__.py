@@ -29,7 +29,7 @@ ANSWERS, RESULT = "answers.jsonl", "interpretation.json"
 def make_parser() -> Parser:
     parser = Parser(
         prog="python -m kronsae.interpret",
-        usage="%(prog)s RUN (--explainer MODEL | --server URL --server-model NAME) --out DIR [flags]",
+        usage="%(prog)s RUN (--explainer MODEL | --server URL --server-model NAME) --out DIR …",
         description="Let a language model explain latents, and score the explanations by detection "
         "and fuzzing. The same command goes on where it was stopped: answers are kept in "
         f"{ANSWERS} of --out.",
