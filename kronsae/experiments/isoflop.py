@@ -143,5 +143,5 @@ def draw(settings: Settings, runs: Sequence[Run], path: Path) -> None:
         axes.set_xlabel("multiply-adds of the forward passes (eq. 7)")
         axes.set_ylabel("explained variance")
         axes.set_title(f"F = {size:,}")
-        axes.legend(frameon=False)
+    row[-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))
     save(figure, path)
