@@ -89,7 +89,11 @@ class HarvestConfig:
         """What `to_dict` gave; others: `device`. Raises InputError for anything else."""
         try:
             values = dict(values)
-            data = from_dict(DataConfig, values.pop("data"), where)
+            data = values.pop("data")
+            unknown = sorted(data.keys() - set(DESCRIBED))
+            if unknown:
+                raise InputError(f"{where}: unknown settings {unknown}")
+            data = from_dict(DataConfig, data, where)
             places = {name: tuple(values.pop(name)) for name in ("layers", "hookpoints")}
             if not all(type(i) is int for i in places["layers"]):
                 raise TypeError(f"layers {places['layers']}")
@@ -266,7 +270,9 @@ class _Harvest:
 
     def _heldout(self) -> Iterator[Tensor]:
         done = sum(shard.contexts for shard in self.shards["heldout"])
-        yield from self.source.heldout_contexts()[done:].split(self.data.contexts_per_batch)
+        left = self.source.heldout_contexts()[done:]
+        if len(left):
+            yield from left.split(self.data.contexts_per_batch)
 
     def _train(self) -> Iterator[Tensor]:
         """Token ids [b, L] a pass, until there are as many tokens as asked for."""
