@@ -143,11 +143,12 @@ def make_parser() -> argparse.ArgumentParser:
     for part, cls in PARTS.items():
         group = parser.add_argument_group(titles[part])
         for spec in dataclasses.fields(cls):
-            add_flag(group, spec)
+            add_flag(group, spec, several=spec.name in OWN)
     return parser
 
 
-def add_flag(group: Any, spec: dataclasses.Field) -> None:
+def add_flag(group: Any, spec: dataclasses.Field, several: bool = False) -> None:
+    """The flag of a config field. several: it takes one value or more, and gives a list."""
     kind, _ = base_type(spec)
     default = "" if spec.default in (None, 0, False, "") else f" (default: {spec.default})"
     options: dict[str, Any] = {"help": (spec.metadata["help"] + default).replace("%", "%%")}
@@ -156,7 +157,7 @@ def add_flag(group: Any, spec: dataclasses.Field) -> None:
     else:
         options["type"] = kind
         options["metavar"] = {int: "N", float: "X", str: "NAME"}[kind]
-    if spec.name in OWN and kind is not bool:
+    if several and kind is not bool:
         options |= {"nargs": "+", "action": "extend"}
     if "choices" in spec.metadata:
         options["choices"] = spec.metadata["choices"]

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import subprocess
@@ -166,6 +167,19 @@ def test_code_from_a_hub_is_not_trusted_by_a_file(tmp_path, shared):
     (tmp_path / "cache" / "harvest.json").write_text(json.dumps(document))
     with pytest.raises(InputError, match="unknown settings"):
         parse(["--resume", out])
+
+
+def test_every_flag_arrives():
+    config, folder, plan = parse(
+        shlex.split(
+            "--out x --layer 1 2 --hookpoint gpt_neox --tokens 5_000 --dtype float16 --seed 3 "
+            "--shard-tokens 9 --device cpu --dataset a.txt --heldout-tokens 7 --plan"
+        )
+    )
+    assert (config.layers, config.hookpoints) == ((1, 2), ("gpt_neox",))
+    assert (config.tokens, config.dtype, config.seed) == (5000, "float16", 3)
+    assert (config.shard_tokens, config.device, str(folder), plan) == (9, "cpu", "x", True)
+    assert (config.data.dataset, config.data.heldout_tokens) == ("a.txt", 7)
 
 
 def test_settings_without_effect_are_refused():

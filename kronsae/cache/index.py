@@ -52,7 +52,8 @@ CODES = {
 MAX_HEADER_BYTES = 2**16
 MAX_WIDTH = 2**24
 AT_ONCE = 2**20
-"""Bytes that are hashed, and read or written, in turn: they are in the processor's cache then."""
+"""Bytes that are read or written at a time, and hashed while they are in the processor's cache.
+(Files that the system does not have in memory are read faster so than by one large call.)"""
 
 DESCRIBED = (
     *("model", "revision", "dataset", "dataset_config", "split", "text_column", "streaming"),
@@ -401,7 +402,7 @@ def _fill(file: Any, tensor: Tensor, hashed: Any) -> None:
     """Read a tensor's bytes into it."""
     left = _bytes(tensor)
     while left:
-        count = file.readinto(left if hashed is None else left[:AT_ONCE])
+        count = file.readinto(left[:AT_ONCE])
         if not count:
             raise ValueError("it ended early")
         if hashed is not None:
