@@ -24,7 +24,7 @@ from kronsae.cache.model import default_layers
 from kronsae.cache.writer import Progress, stored_config
 from kronsae.cli import add_flag
 from kronsae.config import DataConfig
-from kronsae.data.outline import NoOutline, outline
+from kronsae.data.outline import NoOutline, Outline, outline
 from kronsae.data.text import check_text
 from kronsae.errors import InputError
 from kronsae.fit import resolve_device
@@ -135,6 +135,28 @@ def parse(argv: list[str]) -> tuple[HarvestConfig | None, Path, bool]:
 _OWN = {spec.name for spec in dataclasses.fields(HarvestConfig)} - {"data"}
 
 
+def outlines(config: HarvestConfig) -> dict[str, Outline]:
+    """The language model up to each hookpoint, by the name or layer that was asked for."""
+    data = config.data
+    layers = default_layers(data, config.layers, config.hookpoints)
+    reads: list[dict[str, Any]] = [{"layer": layer} for layer in layers]
+    reads += [{"hookpoint": name} for name in config.hookpoints]
+    if not reads:
+        raise InputError(
+            f"--model {data.model} needs --layer N ... (residual streams after blocks, from 0) "
+            "or --hookpoint MODULE_NAME ..."
+        )
+    return {
+        " ".join(map(str, *read.items())): outline(dataclasses.replace(data, **read))
+        for read in reads
+    }
+
+
+def last(models: dict[str, Outline]) -> Outline:
+    """Up to where a forward pass goes."""
+    return max(models.values(), key=lambda model: model.flops_per_token)
+
+
 def make_plan(config: HarvestConfig, out: Path) -> dict[str, Any]:
     """Figures of a harvest, before a language model is loaded (JSON-able).
 
@@ -142,19 +164,11 @@ def make_plan(config: HarvestConfig, out: Path) -> dict[str, Any]:
     """
     data, device = config.data, resolve_device(config.device)
     check_text(data)
-    layers = default_layers(data, config.layers, config.hookpoints)
-    reads = [{"layer": layer} for layer in layers]
-    reads += [{"hookpoint": name} for name in config.hookpoints]
-    if not reads:
-        raise InputError(
-            f"--model {data.model} needs --layer N ... (residual streams after blocks, from 0) "
-            "or --hookpoint MODULE_NAME ..."
-        )
-    models = [outline(dataclasses.replace(data, **read)) for read in reads]
-    model = max(models, key=lambda each: each.flops_per_token)  # it ends at the last one
+    models = outlines(config)
+    model = last(models)
     size = compute_dtype(data.model_dtype, device).itemsize
     stored = size if config.dtype == "auto" else getattr(torch, config.dtype).itemsize
-    width, length = sum(each.d_model for each in models), model.context_length
+    width, length = sum(each.d_model for each in models.values()), model.context_length
     # Beside the activations a token id and the mask of each place in a context, but for the first.
     row = stored * width + 5 * length / (length - 1)
     contexts = -(-data.heldout_tokens // length)
@@ -172,7 +186,7 @@ def make_plan(config: HarvestConfig, out: Path) -> dict[str, Any]:
     }
     return {
         "device": str(device),
-        "hookpoints": {str(next(iter(r.values()))): m.d_model for r, m in zip(reads, models)},  # noqa: B905
+        "hookpoints": {name: each.d_model for name, each in models.items()},
         "bytes_per_token": row,
         "tokens": config.tokens or None,
         "flops_per_token_model": model.flops_per_token,
