@@ -8,7 +8,7 @@ The text of each field's metadata is the help of its flag.
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from kronsae import flops
@@ -392,6 +392,10 @@ class DataConfig:
         if self.dataset == "stdlib":
             for name in ("dataset_config", "streaming"):
                 _require(not getattr(self, name), f"{name} has no effect with dataset='stdlib'")
+
+    def live(self) -> "DataConfig":
+        """The model and text that a cache was harvested from, in its place: to look at more."""
+        return replace(self, activations=None, activations_order="global")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,9 @@ import kronsae.train
 from kronsae import SAEConfig, TrainConfig
 from kronsae.cache import CacheActivations, CacheIndex
 from kronsae.data import LanguageModelActivations
+from kronsae.errors import InputError
 from kronsae.fit import fit
+from kronsae.subject import load_subjects, open_heldout
 from kronsae.train import main
 
 FLAGS = [
@@ -114,6 +116,20 @@ def test_stream_order_goes_on_bit_for_bit_and_learns_what_live_training_does(
     again = fit(sae, source(), train, out=tmp_path / "run", resume=True)
     for name, weights in live.sae.state_dict().items():
         assert again.sae.state_dict()[name].equal(weights)
+
+
+def test_later_looks_read_the_text_that_the_cache_was_made_from(whole, cache, monkeypatch):
+    """A run is judged again on the same held-out tokens, without the cache."""
+    [subject] = load_subjects([str(whole)], {})
+    assert subject.data.activations is None and subject.data.dataset == "given"
+    monkeypatch.setattr("kronsae.subject.open_text", lambda data, seed: cached.text(data, seed))
+    heldout = open_heldout(subject, "cpu")
+    expected = CacheActivations(cache, layer=2, batch_size=1).heldout_contexts()
+    assert heldout.contexts.equal(expected)
+    assert heldout.facts["which"] == "the run's own held-out text"
+    more = dataclasses.replace(subject.data, heldout_tokens=2 * subject.data.heldout_tokens)
+    with pytest.raises(InputError, match="was trained on all of 'given' but the 80 tokens"):
+        open_heldout(subject._replace(data=more), "cpu")
 
 
 def test_config_file_repeats_the_run(whole, tmp_path):
