@@ -10,6 +10,7 @@ import difflib
 import shutil
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from kronsae import calibrate
 from kronsae.cache import CacheIndex, HarvestConfig, harvest
 from kronsae.cache.index import DESCRIBED, INDEX_NAME, damaged, resume_command
 from kronsae.cache.model import default_layers
@@ -213,8 +215,16 @@ def disk_shortage(plan: dict[str, Any]) -> str | None:
     )
 
 
-def render(plan: dict[str, Any], config: HarvestConfig, out: Path) -> str:
-    """The plan as text."""
+def seconds_per_token(config: HarvestConfig) -> float:
+    """Of the text and the language model up to the last hookpoint, as measured here and now."""
+    device, model, clock = resolve_device(config.device), last(outlines(config)), time.perf_counter
+    return calibrate.text_seconds(model.context_length, clock) + calibrate.model_seconds(
+        config.data, model, device, clock
+    )
+
+
+def render(plan: dict[str, Any], config: HarvestConfig, out: Path, seconds: float) -> str:
+    """The plan as text. seconds: that a token takes."""
     tokens, memory, free = plan["tokens"], plan["memory_mib"], plan["free_mib"]
     beside = "" if free is None else f" ({free:,.0f} MiB are free)"
     if tokens is None:
@@ -223,8 +233,7 @@ def render(plan: dict[str, Any], config: HarvestConfig, out: Path) -> str:
         disk = f"unknown, as nobody has counted the text; there is room for {room:,.0f} tokens"
     else:
         amount = f"{tokens:,} tokens"
-        seconds = estimate_seconds({**plan, "members": {}, "tokens": tokens})
-        amount += f", about {seconds / 60:,.1f} minutes (a rough lower estimate)"
+        amount += f", about {tokens * seconds / 60:,.1f} minutes"
         disk = f"{plan['disk_mib']:,.0f} MiB"
     widths = ", ".join(f"{name} (d = {width:,})" for name, width in plan["hookpoints"].items())
     lines = [
@@ -259,7 +268,7 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"disk and memory were not planned: {error}")
             else:
                 if plan_alone:
-                    print(render(plan, config, folder))
+                    print(render(plan, config, folder, seconds_per_token(config)))
                     return 0
                 reason = disk_shortage(plan) or shortage(plan)
                 if reason is not None:

@@ -211,6 +211,7 @@ def test_another_model_of_that_name_is_not_taken_for_it(cache, tmp_path):
         (["--layer", "2", "--model", "embedded"], "--model embedded has no effect with"),
         (["--layer", "2", "--context-length", "64"], "--context-length 64 has no effect with"),
         (["--layer", "2", "--heldout-tokens", "64"], "--heldout-tokens 64 has no effect with"),
+        (["--layer", "2", "--overlap", "on"], "--overlap has no effect with --activations"),
         (["--layer", "2", "--streaming"], "--streaming True has no effect with --activations"),
         ([], "which one?: the cache holds gpt_neox.layers.1 (layer 1), gpt_neox.layers.2"),
         (["--layer", "0"], "layer 0: the cache holds"),
@@ -234,7 +235,7 @@ def test_plan_counts_the_buffer_of_a_cache(cache, capsys):
     assert main(arguments) == 0
     assert f"from the cache {cache}" in capsys.readouterr().out
     request = kronsae.train.parse(arguments)
-    plan, _ = kronsae.train._plan(request)
+    plan, _, _ = kronsae.train._plan(request)
     source = CacheActivations(cache, layer=2, batch_size=64, buffer_tokens=400)
     slots = 2 * sum(part.numel() * part.itemsize for part in source._new_slot())
     assert plan["memory_mib"]["shuffle buffer"] == pytest.approx(slots / 2**20)
