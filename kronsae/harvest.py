@@ -233,7 +233,8 @@ def render(plan: dict[str, Any], config: HarvestConfig, out: Path, seconds: floa
         disk = f"unknown, as nobody has counted the text; there is room for {room:,.0f} tokens"
     else:
         amount = f"{tokens:,} tokens"
-        amount += f", about {tokens * seconds / 60:,.1f} minutes"
+        seconds *= tokens + config.data.heldout_tokens
+        amount += f", about {seconds / 60:,.1f} minutes"
         disk = f"{plan['disk_mib']:,.0f} MiB"
     widths = ", ".join(f"{name} (d = {width:,})" for name, width in plan["hookpoints"].items())
     lines = [
