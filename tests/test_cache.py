@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -429,14 +430,25 @@ class Disk:
         for module, name in ((os, "fsync"), (os, "replace"), (os, "rename"), (shutil, "rmtree")):
             monkeypatch.setattr(module, name, self.watched(getattr(module, name), always=True))
         monkeypatch.setattr(index.Path, "unlink", self.watched(index.Path.unlink))
+        monkeypatch.setattr(index, "open", self.opened, raising=False)
 
-    def watched(self, change, always=False):
+    def opened(self, path, mode, **settings):
+        if mode == "rb":
+            return open(path, mode, **settings)
+        file = io.FileIO(path, "w")
+        half = self.watched(file.write, always=True, at_the_cut=lambda data: file.write(data[:9]))
+        file.write = half
+        return file
+
+    def watched(self, change, always=False, at_the_cut=None):
         def changed(*arguments, **settings):
             if self.changes > self.at and isinstance(self.error, PowerCut):
                 return None  # the process that would have done this is dead
             if always:
                 self.changes += 1
                 if self.changes - 1 == self.at:
+                    if at_the_cut is not None:
+                        at_the_cut(*arguments)
                     raise self.error
             return change(*arguments, **settings)
 
