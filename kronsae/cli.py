@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
+from kronsae.cache.index import DESCRIBED, CacheIndex
+from kronsae.cache.reader import places_of
 from kronsae.config import (
     DataConfig,
     RunConfig,
@@ -141,11 +143,12 @@ def make_parser() -> argparse.ArgumentParser:
     for part, cls in PARTS.items():
         group = parser.add_argument_group(titles[part])
         for spec in dataclasses.fields(cls):
-            _add_flag(group, spec)
+            add_flag(group, spec, several=spec.name in OWN)
     return parser
 
 
-def _add_flag(group: Any, spec: dataclasses.Field) -> None:
+def add_flag(group: Any, spec: dataclasses.Field, several: bool = False) -> None:
+    """The flag of a config field. several: it takes one value or more, and gives a list."""
     kind, _ = base_type(spec)
     default = "" if spec.default in (None, 0, False, "") else f" (default: {spec.default})"
     options: dict[str, Any] = {"help": (spec.metadata["help"] + default).replace("%", "%%")}
@@ -154,7 +157,7 @@ def _add_flag(group: Any, spec: dataclasses.Field) -> None:
     else:
         options["type"] = kind
         options["metavar"] = {int: "N", float: "X", str: "NAME"}[kind]
-    if spec.name in OWN and kind is not bool:
+    if several and kind is not bool:
         options |= {"nargs": "+", "action": "extend"}
     if "choices" in spec.metadata:
         options["choices"] = spec.metadata["choices"]
@@ -276,12 +279,14 @@ def build(flags: dict[str, Any], file: dict[str, Any] | None = None) -> RunConfi
     given = dict(file or {})
     _drop_overruled(given, flags)
     given |= flags
+    defaults = {f.name: f.default for cls in PARTS.values() for f in dataclasses.fields(cls)}
+    explicit = {k: v for k, v in given.items() if k in flags or v != defaults[k]}
+    if given.get("activations") is not None:
+        given |= _of_cache(given, explicit, flags)
     model = given.get("model", DataConfig.model)
     settings = dict(EMBEDDED) if model == "embedded" else {"dict_size": PAPER_DICT_SIZE}
     _drop_overruled(settings, given)
     settings |= given
-    defaults = {f.name: f.default for cls in PARTS.values() for f in dataclasses.fields(cls)}
-    explicit = {k: v for k, v in given.items() if k in flags or v != defaults[k]}
     _check_effects({**defaults, **settings}, explicit)
     parts = {
         part: from_dict(cls, {k: v for k, v in settings.items() if _PART_OF[k] == part}, "settings")
@@ -294,6 +299,31 @@ def build(flags: dict[str, Any], file: dict[str, Any] | None = None) -> RunConfi
             "or --hookpoint MODULE_NAME"
         )
     return config
+
+
+def _of_cache(
+    given: dict[str, Any], explicit: dict[str, Any], flags: dict[str, Any]
+) -> dict[str, Any]:
+    """What a cache has decided: model, text and hookpoint, so that config.json records them.
+
+    Raises InputError for a setting that contradicts it, or a flag that repeats it.
+    """
+    index = CacheIndex.open(given["activations"])
+    names = ("layer", "hookpoint", "target_hookpoint")
+    place = places_of(index, *(given.get(name) for name in names))[0]
+    decided = {name: getattr(index.data, name) for name in DESCRIBED}
+    for name in DESCRIBED:
+        if name in flags or explicit.get(name, decided[name]) != decided[name]:
+            raise InputError(
+                f"--{name.replace('_', '-')} {explicit[name]} has no effect with --activations, "
+                f"which was harvested with {decided[name]}: leave it out"
+            )
+        explicit.pop(name, None)
+    if given.get("hookpoint") is None:
+        decided["layer"] = index.hookpoints[place].layer
+    if given.get("hookpoint") is not None or decided["layer"] is None:
+        decided |= {"layer": None, "hookpoint": index.hookpoints[place].name}
+    return decided
 
 
 def _drop_overruled(lower: dict[str, Any], higher: dict[str, Any]) -> None:
@@ -319,7 +349,8 @@ def _drop_overruled(lower: dict[str, Any], higher: dict[str, Any]) -> None:
                     lower.pop(setting, None)
     if higher.get("experts") == 0 and "balance_coefficient" not in higher:
         lower.pop("balance_coefficient", None)
-    if any(name in higher for name in ("model", "layer", "hookpoint")) and "d_model" not in higher:
+    reads = ("model", "layer", "hookpoint", "activations")
+    if any(name in higher for name in reads) and "d_model" not in higher:
         lower.pop("d_model", None)
     if any(name in higher for name in ("model", "target_hookpoint")) and "d_target" not in higher:
         lower.pop("d_target", None)
@@ -363,6 +394,16 @@ def _check_effects(settings: dict[str, Any], given: dict[str, Any]) -> None:
             "--auxk-coefficient 0",
         ),
         (("auxk",), settings["auxk_fraction"] == 0, "--auxk-fraction 0"),
+        (
+            ("model_device", "overlap"),
+            settings["activations"] is not None,
+            "--activations: no language model runs beside the autoencoder",
+        ),
+        (
+            ("activations_order",),
+            settings["activations"] is None,
+            "a language model that is read live (a cache is named by --activations)",
+        ),
         (
             ("revision", "trust_remote_code"),
             settings["model"] == "embedded",

@@ -8,7 +8,7 @@ The text of each field's metadata is the help of its flag.
 import dataclasses
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from kronsae import flops
@@ -21,6 +21,7 @@ MULTI_TOPK = 4
 """Multi-TopK adds the error with so many times k latents. [Gao et al. 2024]"""
 COMPOSITIONS = ("mand", "relu_mul", "mul")
 DECODER_NORMS = ("unit", "free")
+ACTIVATIONS_ORDERS = ("global", "stream")
 DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT_BANDWIDTH = 0.1
 
@@ -293,7 +294,7 @@ def kind_of(settings: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Where activations come from: a language model that reads text."""
+    """Where activations come from: a language model that reads text, or a cache of what it gave."""
 
     model: str = setting("embedded", "language model: hub name or folder; 'embedded' ships with us")
     revision: str | None = setting(None, "revision (branch, tag, commit) of the model on the hub")
@@ -306,6 +307,17 @@ class DataConfig:
         "train a transcoder: predict the output of this module, which runs later, from that of "
         "layer or hookpoint",
     )
+    activations: str | None = setting(
+        None,
+        "train from this cache (a folder that python -m kronsae.harvest wrote) instead of a "
+        "language model and text, which it knows; --layer or --hookpoint choose, if it holds "
+        "several",
+    )
+    activations_order: str = setting(
+        "global",
+        "order in which a cache is read: permuted over all of it, or the stream of live training",
+        choices=ACTIVATIONS_ORDERS,
+    )
     dataset: str = setting(
         "stdlib",
         "hub name, or text, JSONL, CSV, Parquet or Arrow files, folders and globs, separated by "
@@ -317,7 +329,9 @@ class DataConfig:
     streaming: bool = setting(
         False, "stream the dataset instead of downloading or indexing it first"
     )
-    epochs: int = setting(1, "how often the text may be read before the data counts as ended")
+    epochs: int = setting(
+        1, "how often the text (or cache) may be read before the data counts as ended"
+    )
     context_length: int = setting(
         0, "tokens a packed context (0: 1024, or as many as the model reads if less)"
     )
@@ -336,7 +350,9 @@ class DataConfig:
         "the batches are the same)",
         choices=("auto", "on", "off"),
     )
-    buffer_tokens: int = setting(131_072, "size of the shuffle buffer, in tokens")
+    buffer_tokens: int = setting(
+        131_072, "size of the shuffle buffer, in tokens (of a cache: what is shuffled together)"
+    )
     heldout_tokens: int = setting(
         65_536, "tokens of text set aside before shuffling and never trained on"
     )
@@ -358,6 +374,14 @@ class DataConfig:
             f"model_dtype: one of {('auto', *DTYPES)}, not {self.model_dtype!r}",
         )
         _require(
+            self.activations_order in ACTIVATIONS_ORDERS,
+            f"activations_order: one of {ACTIVATIONS_ORDERS}, not {self.activations_order!r}",
+        )
+        _require(
+            self.activations is not None or self.activations_order == "global",
+            "activations_order has no effect without a cache (activations): leave it out",
+        )
+        _require(
             self.overlap in ("auto", "on", "off"),
             f"overlap: one of ('auto', 'on', 'off'), not {self.overlap!r}",
         )
@@ -368,6 +392,10 @@ class DataConfig:
         if self.dataset == "stdlib":
             for name in ("dataset_config", "streaming"):
                 _require(not getattr(self, name), f"{name} has no effect with dataset='stdlib'")
+
+    def live(self) -> "DataConfig":
+        """The model and text that a cache was harvested from, in its place: to look at more."""
+        return replace(self, activations=None, activations_order="global")
 
 
 @dataclass(frozen=True)

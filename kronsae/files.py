@@ -7,7 +7,7 @@ import shutil
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from kronsae.errors import InputError
 
@@ -29,15 +29,25 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file, atomically. Raises InputError if it cannot be written."""
+    write_file(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+
+
+def write_file(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write(beside)` write a new file, then put it in `path`'s place, on the disk.
+
+    Raises InputError if the disk is full, or `path` cannot be written; it is then as it was.
+    """
     beside = _beside(path)
     try:
-        beside.write_text(text, encoding="utf-8")
+        write(beside)
         _sync(beside)
         os.replace(beside, path)
         _sync(path.parent)
-    except OSError as error:
+    except BaseException as error:
         beside.unlink(missing_ok=True)
-        raise _cannot_write(path, error) from error
+        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+            raise _cannot_write(path, error) from error
+        raise
 
 
 def replace_directory(path: Path, write: Callable[[Path], None]) -> Path:
@@ -100,6 +110,24 @@ def remove_leftovers(folder: Path) -> None:
     for old in folder.glob(f".*{_OLD}"):
         place = folder / old.name[1:].removesuffix(_OLD).rpartition(".")[0]
         shutil.rmtree(old) if place.exists() else os.rename(old, place)
+
+
+def lock(path: Path, problem: str) -> IO[str] | None:
+    """Keep other processes that lock this file waiting outside, until what is given is closed.
+
+    Raises InputError, with `problem`, if one of them holds it. (Windows has no flock: None.)
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    file = open(path, encoding="utf-8")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        raise InputError(problem) from error
+    return file
 
 
 def _beside(path: Path) -> Path:

@@ -473,19 +473,23 @@ def _open(
         raise
 
 
-FREE_TO_CHANGE = {
-    f"config.train.{name}"
-    for name in (
-        "device",
-        "fused_step",
-        "log_every",
-        "eval_every",
-        "checkpoint_every",
-        "keep_checkpoints",
-        "tensorboard",
-        "wandb",
-    )
-} | {"config.data.model_device", "config.data.overlap"}
+FREE_TO_CHANGE = (
+    {"config.data.activations"}
+    | {  # its contents are compared, not its place
+        f"config.train.{name}"
+        for name in (
+            "device",
+            "fused_step",
+            "log_every",
+            "eval_every",
+            "checkpoint_every",
+            "keep_checkpoints",
+            "tensorboard",
+            "wandb",
+        )
+    }
+    | {"config.data.model_device", "config.data.overlap"}
+)
 
 
 def _differences(found: Any, given: Any, name: str, member: str = "") -> list[str]:

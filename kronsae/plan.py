@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 from kronsae import calibrate, flops
+from kronsae.cache import CacheIndex
+from kronsae.cache.reader import group_rows
 from kronsae.config import MULTI_TOPK, DataConfig, RunConfig, SAEConfig, TrainConfig, kind_of
 from kronsae.data.activations import overlaps
 from kronsae.data.ahead import with_index
@@ -45,7 +47,7 @@ def make_plan(members: Mapping[str, RunConfig], model: Outline) -> dict[str, Any
     device = resolve_device(train.device)
     each = {name: _member(c.sae, c.train, device) for name, c in members.items()}
     rows = 4 * (d + model.d_target)  # bytes of an activation, and of its target
-    buffer = rows * max(data.buffer_tokens, 2 * train.batch_size)
+    buffer, kept_buffer = _buffer_bytes(config, rows)
     states = [member["state"] for member in each.values()]
     model_device = _model_device(data, device)
     of_model = model.parameters * compute_dtype(data.model_dtype, model_device).itemsize
@@ -69,7 +71,7 @@ def make_plan(members: Mapping[str, RunConfig], model: Outline) -> dict[str, Any
     if model_device == device:
         passes |= {"a forward pass of the language model": reading, "its losses": losses}
     if device.type == "cpu":
-        passes["the copy for a checkpoint"] = sum(states) + buffer
+        passes["the copy for a checkpoint"] = sum(states) + kept_buffer
     largest = max(passes, key=passes.get)
     if device.type == "cpu" and model_device == device and passes[largest] > max(reading, losses):
         # What a forward pass is made of is small enough for the C library to keep it when it is
@@ -90,7 +92,7 @@ def make_plan(members: Mapping[str, RunConfig], model: Outline) -> dict[str, Any
         "passes_mib": {name: size / _MIB for name, size in passes.items()},
         "free_mib": None if free is None else free / _MIB,
         "disk_mib": {
-            "checkpoints": (train.keep_checkpoints + 1) * (sum(states) + buffer) / _MIB,
+            "checkpoints": (train.keep_checkpoints + 1) * (sum(states) + kept_buffer) / _MIB,
             "autoencoders": sum(4 * member["parameters"] for member in each.values()) / _MIB,
         },
     }
@@ -147,6 +149,19 @@ def _member(sae: SAEConfig, train: TrainConfig, device: torch.device) -> dict[st
         "step": gradients + chunk + codes,
         "evaluation": 4 * parameters + max(8 * encoder, seen + 64 * BATCH_TOKENS * sae.k),
     }
+
+
+def _buffer_bytes(config: RunConfig, row: int) -> tuple[int, int]:
+    """What the shuffle buffer takes, for rows of so many bytes; and in a checkpoint."""
+    data = config.data
+    live = row * max(data.buffer_tokens, 2 * config.train.batch_size)
+    if data.activations is None:
+        return live, live
+    index = CacheIndex.open(data.activations)
+    permuted = data.activations_order == "global"
+    rows = group_rows(index, data.buffer_tokens if permuted else 0)
+    read_ahead = 2 * rows * row // 4 * getattr(torch, index.dtype).itemsize
+    return (read_ahead, 0) if permuted else (live + read_ahead, live)
 
 
 def _forward_bytes(config: RunConfig, model: Outline, device: torch.device) -> tuple[int, int]:
@@ -279,10 +294,12 @@ def render(plan: dict[str, Any], members: Mapping[str, RunConfig], time: dict[st
         where += f", to predict {data.target_hookpoint}"
     memory, disk, free = plan["memory_mib"], plan["disk_mib"], plan["free_mib"]
     beside = "" if free is None else f" ({free:,.0f} MiB are free)"
+    cost = f"{plan['flops_per_token_model'] / 1e6:,.1f} M multiply-adds a token"
+    if data.activations:
+        cost = f"from the cache {data.activations}, so it runs to evaluate alone"
     lines = [
         "What would run (nothing was loaded or written):",
-        f"  language model   {data.model}, {where}, d = {plan['d_model']:,}; "
-        f"{plan['flops_per_token_model'] / 1e6:,.1f} M multiply-adds a token",
+        f"  language model   {data.model}, {where}, d = {plan['d_model']:,}; {cost}",
         f"  text             {data.dataset}",
         f"  training         {plan['tokens']:,} tokens in {plan['steps']:,} steps of "
         f"{train.batch_size:,}, AdamW",

@@ -28,7 +28,7 @@ import torch
 import kronsae_kernels
 from kronsae import checkpoint
 from kronsae.errors import InputError
-from kronsae.files import remove_leftovers, write_json, write_text
+from kronsae.files import lock, remove_leftovers, write_json, write_text
 
 FORMAT_VERSION = 1
 
@@ -51,19 +51,9 @@ class _Folder:
     def lock(self) -> None:
         """Keep other processes from training here, and clear away what a dead one left.
 
-        Raises InputError if another process holds it. (Windows has no flock: no lock there.)
+        Raises InputError if another process holds it.
         """
-        try:
-            import fcntl
-        except ImportError:
-            fcntl = None
-        if fcntl is not None:
-            self._locked = open(self.index, encoding="utf-8")
-            try:
-                fcntl.flock(self._locked, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                self.release()
-                raise InputError(f"{self.path} is being trained by another process") from error
+        self._locked = lock(self.index, f"{self.path} is being trained by another process")
         for folder in (self.path, self.checkpoints):
             remove_leftovers(folder)
 

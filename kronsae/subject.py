@@ -148,7 +148,7 @@ def data_of(sae: SAE, given: dict[str, Any], name: str) -> DataConfig:
     for one, other in (("layer", "hookpoint"), ("hookpoint", "layer")):
         if one in given and other not in given:
             known.pop(other, None)
-    return from_dict(DataConfig, known | given, f"settings of {name}")
+    return from_dict(DataConfig, known | given, f"settings of {name}").live()
 
 
 def by_text(subjects: Sequence[Subject]) -> list[list[Subject]]:

@@ -80,7 +80,7 @@ def train(request: Request, console: Console) -> int:
     out = request.resume or request.out or _new_folder(request)
     if request.resume is None:
         RunFolder.check_free(out)  # before the model is loaded; fit checks again
-    what = escape(f"{data.model} and {data.dataset}")
+    what = escape(data.activations or f"{data.model} and {data.dataset}")
     console.print(f"[bold]kronsae[/bold]: loading {what}")
     if data.model_device is not None:
         resolve_device(data.model_device)
@@ -91,11 +91,13 @@ def train(request: Request, console: Console) -> int:
         device=resolve_device(train_config.device),
     )
     request = request.at_width(source.d_model, source.d_target)
+    if data.activations is not None:
+        source.check_budget(request.config.train.tokens)
     activations, targets = split_target(source.heldout_activations(), source.d_target)
     heldout = Heldout(
         activations,
         source.heldout_contexts(),
-        source.token_mask(source.heldout_contexts()),
+        source.heldout_mask(),
         source.language_model,
         targets,
     )
@@ -174,13 +176,18 @@ def _new_folder(request: Request) -> Path:
 def _describe(console: Console, request: Request, source: Any, heldout: Heldout, out: Path) -> None:
     config, model = request.config, source.language_model
     train = config.train
-    parameters = sum(p.numel() for p in model.model.parameters())
     reads = model.hookpoint
     if source.d_target:
         reads += f" and, to predict it, {model.target_hookpoint}"
+    if config.data.activations is not None:
+        where = f"{config.data.model}, not loaded: {source.index.train_rows:,} tokens of {reads}"
+        where += f" (d = {source.d_model:,}) are in {config.data.activations}"
+    else:
+        parameters = sum(p.numel() for p in model.model.parameters())
+        where = f"{config.data.model}, {parameters / 1e6:,.1f} M parameters; reads out {reads}"
+        where += f" (d = {source.d_model:,})"
     rows = {
-        "language model": f"{config.data.model}, {parameters / 1e6:,.1f} M parameters; reads out "
-        f"{reads} (d = {source.d_model:,})",
+        "language model": where,
         "text": f"{config.data.dataset}; {heldout.activations.shape[0]:,} tokens held out",
         "training": f"{train.tokens:,} tokens, {train.steps:,} steps of {train.batch_size:,}",
         **{
@@ -280,11 +287,17 @@ def _summarise(
 
     tokenizer = heldout.language_model.tokenizer
     for name, result in results.items():
-        latents = top_contexts(result.sae, heldout)
+        latents = [] if tokenizer is None else top_contexts(result.sae, heldout)
         write_report(folder.runs[name].path, contexts=latents, tokenizer=tokenizer)
     tokens = max(result.tokens for result in results.values())
     done = f"\nTrained on {tokens:,} tokens in {seconds:,.0f} s. Everything is in {folder.path}:\n"
     console.print("\n[bold]On held-out text[/bold]")
+    # The model of a cache may be out of reach.
+    missing = getattr(heldout.language_model, "missing", None)
+    if missing is not None:
+        console.print(f"Without cross-entropy, as the model is not here: {missing}", markup=False)
+    if tokenizer is None:
+        console.print("Without the contexts of latents, as the model's tokenizer is not here")
     if isinstance(folder, SweepFolder):
         console.print(_comparison(folder), markup=False)
         for name, result in results.items():
@@ -307,7 +320,8 @@ def _summarise(
             label, meaning = MEANING[name]
             table.add_row(label, f"{result.metrics[name]:.4f}", f"[dim]{meaning}[/dim]")
     console.print(table)
-    console.print("\n[bold]What some latents have learned[/bold] (where they fire most)")
+    if latents:
+        console.print("\n[bold]What some latents have learned[/bold] (where they fire most)")
     for block in render_contexts(latents, tokenizer, console):
         console.print(block)
     console.print(

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from kronsae import SAE, SAEConfig
-from kronsae.cli import parse
+from kronsae.cli import make_parser, parse
 from kronsae.evaluate.__main__ import make_parser as evaluate_parser
 from kronsae.experiments.__main__ import parse as parse_experiment
+from kronsae.harvest import parse as parse_harvest
 from kronsae.interpret.__main__ import make_parser as interpret_parser
 from kronsae.intervene import make_parser as intervene_parser
 
@@ -97,6 +98,15 @@ def test_commands_parse(command):
         assert len(request.members) == 12
         return
     assert request.config.train.tokens == 500_000_000
+
+
+def test_harvest_parses():
+    [block] = [c for c in COMMANDS if c.startswith("python -m kronsae.harvest")]
+    harvested, trained = block.replace("\\\n", " ").strip().splitlines()
+    config, folder, _ = parse_harvest(shlex.split(harvested)[3:])
+    assert config.layers == (3, 6) and config.tokens == 500_000_000
+    flags = vars(make_parser().parse_args(shlex.split(trained)[3:]))
+    assert Path(flags["activations"]) == folder and flags["layer"] in config.layers
 
 
 def test_experiments_parse():

@@ -4,7 +4,7 @@ import dataclasses
 import warnings
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,6 +17,9 @@ from kronsae.data.language_model import LanguageModel
 from kronsae.data.packing import Packer, special_ids, token_mask
 from kronsae.data.text import TextSource, check_text, open_text
 from kronsae.errors import InputError
+
+if TYPE_CHECKING:
+    from kronsae.cache import CacheActivations
 
 HASHED_ROWS = 256
 """Rows of a tensor, evenly spaced, by which `describe` tells it from others."""
@@ -224,7 +227,7 @@ class LanguageModelActivations:
             )
         self.overlap = overlaps(config, language_model.device)
         self.ahead: Ahead | None = None
-        self.position = self._position()
+        self.position = self.position_dict()
         self.buffer = ShuffleBuffer(
             self._rows(), config.buffer_tokens, batch_size, seed, self.device
         )
@@ -243,18 +246,22 @@ class LanguageModelActivations:
             yield done.rows
 
     def _passes(self) -> Iterator[Pass]:
-        size = self.config.contexts_per_batch
-        while True:
-            self._pack(size)
-            if not self.contexts:
-                return
-            ids = torch.stack(self.contexts[:size])
-            self.contexts = self.contexts[size:]
-            x = self._read(ids, f"forward pass {self.forwards}")
-            self.forwards += 1
+        while (ids := self.next_contexts()) is not None:
+            x = self.read(ids, f"forward pass {self.forwards - 1}")
             # A copy to the host must have arrived; one between cards is in order with its streams.
             x = x.to(self.device, non_blocking=self.device.type == "cuda")
-            yield Pass(x, self._position())
+            yield Pass(x, self.position_dict())
+
+    def next_contexts(self) -> Tensor | None:
+        """Token ids [b, context_length] of the next forward pass; None at the end of the text."""
+        size = self.config.contexts_per_batch
+        self._pack(size)
+        if not self.contexts:
+            return None
+        ids = torch.stack(self.contexts[:size])
+        self.contexts = self.contexts[size:]
+        self.forwards += 1
+        return ids
 
     def _pack(self, count: int) -> None:
         """Have `count` contexts waiting, or all that are left."""
@@ -264,7 +271,11 @@ class LanguageModelActivations:
                 break
             self.contexts += self.packer.add(document)
 
-    def _read(self, ids: Tensor, where: str) -> Tensor:
+    def read(self, ids: Tensor, where: str) -> Tensor:
+        """Rows [r, d_model + d_target] float32 of the masked tokens of contexts [b, L].
+
+        Raises InputError, which names `where`, if they are not finite.
+        """
         activations = self.language_model.activations(ids)
         x = activations[self.token_mask(ids).to(activations.device)].float()
         if not torch.isfinite(x).all():
@@ -289,10 +300,14 @@ class LanguageModelActivations:
         """Token ids [c, context_length] that are never trained on; the same for every seed."""
         return self._heldout
 
+    def heldout_mask(self) -> Tensor:
+        """Which of them [c, context_length] are evaluated on."""
+        return self.token_mask(self._heldout)
+
     def heldout_activations(self) -> Tensor:
         """Rows [t, d_model + d_target] float32 of their masked tokens, in reading order."""
         parts = self._heldout.split(self.config.contexts_per_batch)
-        return torch.cat([self._read(ids, "held-out text") for ids in parts])
+        return torch.cat([self.read(ids, "held-out text") for ids in parts])
 
     def text_in_order(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Held-out text and then the rest, as it is read: what to look at, not to train on.
@@ -302,14 +317,9 @@ class LanguageModelActivations:
         """
         size = self.config.contexts_per_batch
         for ids in self._heldout.split(size):
-            yield ids, self.token_mask(ids), self._read(ids, "held-out text")
-        while True:
-            self._pack(size)
-            if not self.contexts:
-                return
-            ids = torch.stack(self.contexts[:size])
-            self.contexts = self.contexts[size:]
-            yield ids, self.token_mask(ids), self._read(ids, "the text")
+            yield ids, self.token_mask(ids), self.read(ids, "held-out text")
+        while (ids := self.next_contexts()) is not None:
+            yield ids, self.token_mask(ids), self.read(ids, "the text")
 
     def interrupt(self) -> None:
         """Let whoever waits for a batch, or is in a forward pass, have `Interrupted` raised.
@@ -326,7 +336,7 @@ class LanguageModelActivations:
         if self.ahead is None or self.ahead.close():
             self.ahead = None
             self.language_model.interrupted.clear()
-            self._go_to(self.position)
+            self.go_to(self.position)
 
     @property
     def model_waited(self) -> float | None:
@@ -336,8 +346,8 @@ class LanguageModelActivations:
     def state_dict(self) -> dict[str, Any]:
         return {**self.position, "buffer": self.buffer.state_dict()}
 
-    def _position(self) -> dict[str, Any]:
-        """Where text, packer and language model stand: after the last forward pass."""
+    def position_dict(self) -> dict[str, Any]:
+        """Where text and packer stand: what decides the contexts that come next."""
         length = self.config.context_length
         empty = torch.empty(0, length, dtype=torch.int64)
         return {
@@ -350,10 +360,11 @@ class LanguageModelActivations:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state, also if batches were given already."""
         self.close()
-        self._go_to({name: state[name] for name in self.position})
+        self.go_to({name: state[name] for name in self.position})
         self.buffer.load_state_dict(state["buffer"])
 
-    def _go_to(self, position: dict[str, Any]) -> None:
+    def go_to(self, position: dict[str, Any]) -> None:
+        """Go on with the contexts that came after `position_dict`."""
         self.position = position
         self.text.load_state_dict(position["text"])
         self.documents = iter(self.text)
@@ -414,11 +425,27 @@ def overlaps(config: DataConfig, model_device: torch.device) -> bool:
 
 def open_activations(
     config: DataConfig, *, batch_size: int, seed: int, device: torch.device | str
-) -> LanguageModelActivations:
+) -> "LanguageModelActivations | CacheActivations":
     """The activations that `config` names, given on `device`; see `DataConfig.model_device`.
 
-    Raises InputError if model or text cannot be used.
+    Raises InputError if they cannot be used.
     """
+    if config.activations is not None:
+        from kronsae.cache import CacheActivations  # which is made of what is here
+
+        return CacheActivations(
+            config.activations,
+            layer=config.layer,
+            hookpoint=config.hookpoint,
+            target_hookpoint=config.target_hookpoint,
+            batch_size=batch_size,
+            seed=seed,
+            epochs=config.epochs,
+            buffer_tokens=config.buffer_tokens,
+            order=config.activations_order,
+            device=device,
+            trust_remote_code=config.trust_remote_code,
+        )
     device = torch.device(device)
     # What is cheap to check comes first; the model checks its names before it reads weights.
     _check_batch_size(batch_size)
@@ -443,10 +470,10 @@ def open_model(config: DataConfig, device: torch.device | str) -> tuple[Language
         device=device,
         trust_remote_code=config.trust_remote_code,
     )
-    return model, dataclasses.replace(config, context_length=_context_length(model, config))
+    return model, dataclasses.replace(config, context_length=resolve_context_length(model, config))
 
 
-def _context_length(model: LanguageModel, config: DataConfig) -> int:
+def resolve_context_length(model: LanguageModel, config: DataConfig) -> int:
     """Tokens a context: as configured, or (0) DEFAULT_CONTEXT, or all that the model reads."""
     longest = model.max_context
     if longest and config.context_length > longest:

@@ -6,7 +6,7 @@ Letters: b contexts, t tokens a context, d width of the hookpoint's output, V to
 import dataclasses
 import difflib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
@@ -65,11 +65,12 @@ class LanguageModel:
         self.weights = _weights_digest(model)
         for config in (model.config, model.config.get_text_config()):
             config.use_cache = False
+        self.absent = absent
         self.has_cross_entropy = _is_causal(model) and not absent
         self.module = find_module(model, name, hookpoint)
         self.target_hookpoint = target_hookpoint
         self.target = find_module(model, name, target_hookpoint) if target_hookpoint else None
-        self.d_model, self.d_target = self._probe(absent)
+        self.d_model, self.d_target = self._probe()
 
     @classmethod
     def load(
@@ -192,6 +193,34 @@ class LanguageModel:
             )
         hidden = self._hidden(read[0], input_ids, self.hookpoint)
         return torch.cat([hidden, self._hidden(output, input_ids, self.target_hookpoint)], -1)
+
+    @torch.no_grad()
+    def activations_at(self, hookpoints: Sequence[str], input_ids: Tensor) -> list[Tensor]:
+        """The outputs [b, t, d] of several modules, in one forward pass, for token ids [b, t].
+
+        The forward pass ends once all of them have run. A module's first run counts.
+        Raises InputError if there is no such module, one does not run, or gives no [b, t, d].
+        """
+        read: dict[str, Tensor] = {}
+
+        def keep(name: str, output: Any) -> None:
+            if name not in read:
+                # A copy: later modules may add to it in place.
+                read[name] = self._hidden(output, input_ids, name).clone()
+            if len(read) == len(set(hookpoints)):
+                raise _Stop(output)
+
+        with ExitStack() as stack:
+            for name in dict.fromkeys(hookpoints):
+                module = find_module(self.model, self.name, name)
+                hook = lambda _module, _inputs, output, name=name: keep(name, output)  # noqa: E731
+                stack.enter_context(_hook(module, hook))
+            try:
+                self._run(input_ids, None)
+            except _Stop:
+                return [read[name] for name in hookpoints]
+        silent = next(name for name in hookpoints if name not in read)
+        raise InputError(f"hookpoint {silent!r} of {self.name} does not run in a forward pass")
 
     @torch.no_grad()
     def token_losses(
@@ -351,7 +380,7 @@ class LanguageModel:
             f"{[*input_ids.shape, 'd']} for this input, got {got}: choose another module"
         )
 
-    def _probe(self, absent: tuple[str, ...]) -> tuple[int, int]:
+    def _probe(self) -> tuple[int, int]:
         """d_model and d_target, from a tiny forward pass; fails if it uses an absent weight."""
         used: set[nn.Module] = set()
         hooks = [
@@ -369,7 +398,7 @@ class LanguageModel:
                 handle.remove()
         names = {id(m): name for name, m in self.model.named_modules()}
         owners = {names[id(m)] for m in used}
-        random = [weight for weight in absent if weight.rpartition(".")[0] in owners]
+        random = [weight for weight in self.absent if weight.rpartition(".")[0] in owners]
         if random:
             raise InputError(
                 f"model {self.name!r}: its files lack {len(random)} weights that "

@@ -53,6 +53,8 @@ def outline(config: DataConfig, context_length: int = 1024) -> Outline:
     Raises InputError if its config.json cannot be had, or it has no such layer or module;
     NoOutline if it is a model that cannot be made without its weights.
     """
+    if config.activations is not None:
+        return _of_cache(config)
     layer, settings, model = _skeleton(config)
     if layer is None:
         modules = [find_module(model, config.model, config.hookpoint)]
@@ -81,6 +83,18 @@ def outline(config: DataConfig, context_length: int = 1024) -> Outline:
     hidden = text.hidden_size
     d_target = hidden if config.target_hookpoint else 0
     return Outline(width or hidden, parameters, weights, tokens, hidden, vocabulary, d_target)
+
+
+def _of_cache(config: DataConfig) -> Outline:
+    """What a cache says; no model runs while one trains from it."""
+    from kronsae.cache import CacheIndex
+    from kronsae.cache.reader import places_of
+
+    index = CacheIndex.open(config.activations)
+    places = places_of(index, config.layer, config.hookpoint, config.target_hookpoint)
+    d, *of_target = (index.hookpoints[place].width for place in places)
+    parameters, tokens = index.model["parameters"], index.context_length
+    return Outline(d, parameters, 0.0, tokens, d, 0, sum(of_target))
 
 
 def _skeleton(config: DataConfig) -> tuple[int | None, Any, nn.Module]:

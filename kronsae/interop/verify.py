@@ -104,7 +104,7 @@ def heldout_tokens(
     stored = part_of(sae.metadata, "config", "data")
     if not stored:
         return None
-    config = from_dict(DataConfig, stored, "the SAE's metadata")
+    config = from_dict(DataConfig, stored, "the SAE's metadata").live()
     config = dataclasses.replace(config, heldout_tokens=min(tokens, config.heldout_tokens))
     source = open_activations(config, batch_size=1024, seed=0, device=device)
     x, target = split_target(source.heldout_activations().cpu(), source.d_target)

@@ -103,7 +103,7 @@ def open_run(run: Path, text: dict[str, Any], device: str) -> tuple[SAE, DataCon
     stored = settings["config"]["data"]
     if stored is None:
         raise InputError(f"{run} was trained from tensors: there is no text to look at")
-    data = from_dict(DataConfig, stored, str(run / "config.json"))
+    data = from_dict(DataConfig, stored, str(run / "config.json")).live()
     sae = load(run, device=device)
     return sae, dataclasses.replace(data, **text), sha256(run / "sae" / WEIGHTS_NAME)
 

@@ -1,0 +1,277 @@
+"""Caches of activations against plain files, in one run: `python -m benchmarks.cache`.
+
+No language model: shards of random numbers, written and read by the code that harvests and trains.
+Beside them plain files of the same sizes, written and read from end to end, a mebibyte at a time,
+into memory that is used again. The two take turns; a ratio is the median of the rounds' ratios.
+
+The page cache is made the same for both: "cold" asks the system to drop the files' pages before
+they are read (posix_fadvise; a host's own cache below a virtual disk stays as it is), "warm" reads
+files that were read just before. Every write ends in fsync.
+
+Peak memory is that of processes that read caches of several sizes once, from end to end.
+"""
+
+import argparse
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from benchmarks.measure import describe
+from kronsae.cache import CacheActivations, CacheIndex, Hookpoint
+from kronsae.cache.index import INDEX_NAME, Shard, file_name, write_tensors
+from kronsae.config import DataConfig
+from kronsae.files import write_file, write_json
+
+BLOCK = 2**20
+CONTEXT = 1024
+GROUP = 2
+"""Shards that are shuffled together: few, beside the cache, as in use. The memory that two groups
+take is touched once, which costs more than to read into it again."""
+
+
+def write_cache(folder: Path, shards: int, rows: int, width: int, dtype: str) -> CacheIndex:
+    """A cache of random numbers: `shards` shards of `rows` tokens."""
+    contexts = -(-rows // (CONTEXT - 1))
+    tokens = {
+        "contexts": torch.zeros(contexts, CONTEXT, dtype=torch.int32),
+        "mask": torch.ones(contexts, CONTEXT, dtype=torch.bool),
+    }
+    activations = {"activations": torch.randn(rows, width).to(getattr(torch, dtype))}
+
+    def shard(section: str, number: int) -> Shard:
+        marks = [
+            write_tensors(folder / file_name(section, number, part), tensors)
+            for part, tensors in (("tokens", tokens), (0, activations))
+        ]
+        return Shard(contexts, rows, marks[0], (marks[1],))
+
+    folder.mkdir()
+    index = CacheIndex(
+        hookpoints=(Hookpoint("random", width),),
+        dtype=dtype,
+        context_length=CONTEXT,
+        data=DataConfig(context_length=CONTEXT),
+        model={"weights": "none", "parameters": 0},
+        tokenizer="none",
+        text="none",
+        seed=0,
+        heldout=(),
+        train=tuple(shard("train", number) for number in range(shards)),
+    )
+    write_json(folder / INDEX_NAME, index.json())
+    return index
+
+
+def write_plain(folder: Path, sizes: Sequence[int]) -> int:
+    """Write files of these sizes, from end to end; returns the bytes."""
+    block = os.urandom(BLOCK)
+    folder.mkdir()
+
+    def write(path: Path, size: int) -> None:
+        with open(path, "wb", buffering=0) as file:
+            for start in range(0, size, BLOCK):
+                file.write(block[: size - start])
+
+    for number, size in enumerate(sizes):
+        write_file(folder / f"{number:06d}", lambda path, size=size: write(path, size))
+    return sum(sizes)
+
+
+def read_plain(folder: Path) -> int:
+    """Read all files, from end to end; returns the bytes."""
+    block, size = bytearray(BLOCK), 0
+    for path in sorted(folder.iterdir()):
+        with open(path, "rb", buffering=0) as file:
+            while count := file.readinto(block):
+                size += count
+    return size
+
+
+def drop(folder: Path) -> None:
+    """Ask the system to forget the contents of the files."""
+    for path in folder.iterdir():
+        with open(path, "rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+class Rate(NamedTuple):
+    """Bytes a second of wall time, and of processor time (of all threads)."""
+
+    wall: float
+    cpu: float
+
+
+def rate(work: Callable[[], int]) -> Rate:
+    """work: gives the number of bytes that it has read or written."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    size = work()
+    return Rate(size / (time.perf_counter() - wall), size / (time.process_time() - cpu))
+
+
+def read_cache(folder: Path, together: int, batches: bool, verify: bool) -> int:
+    """One epoch: its batches, or only the groups of shards that they are drawn from."""
+    source = CacheActivations(folder, batch_size=4096, buffer_tokens=together, verify=verify)
+    for _ in source if batches else source._groups():
+        pass
+    return sum(shard.activations[0].bytes for shard in source.index.train)
+
+
+READERS = {
+    "shards": (False, False),
+    "shards, verified": (False, True),
+    "batches": (True, False),
+    "batches, verified": (True, True),
+}
+"""Whether batches are made, and checksums compared."""
+
+
+def compare(folder: Path, shards: int, rows: int, width: int, dtype: str, rounds: int) -> dict:
+    """Rates over rounds, by name, and the size of the cache."""
+    rates: dict[str, list[Rate]] = {}
+    cache, plain = folder / "cache", folder / "plain"
+    for _ in range(rounds):
+        for path in (cache, plain):
+            shutil.rmtree(path, ignore_errors=True)
+        index: CacheIndex | None = None
+
+        def write() -> int:
+            nonlocal index
+            index = write_cache(cache, shards, rows, width, dtype)
+            return index.bytes
+
+        rates.setdefault("write cache", []).append(rate(write))
+        sizes = [mark.bytes for shard in index.train for mark in shard.marks]
+        rates.setdefault("write plain", []).append(
+            rate(lambda sizes=sizes: write_plain(plain, sizes))
+        )
+    # Token ids are not read to train.
+    shutil.rmtree(plain)
+    write_plain(plain, [shard.activations[0].bytes for shard in index.train])
+    together = GROUP * rows
+    for state in ("cold", "warm"):
+        for turn in range(rounds + (state == "warm")):
+            for name, how in {"plain": None, **READERS}.items():
+                if state == "cold":
+                    drop(plain if how is None else cache)
+                if how is None:
+                    found = rate(lambda: read_plain(plain))
+                else:
+                    found = rate(lambda how=how: read_cache(cache, together, *how))
+                if state == "cold" or turn:  # the first turn warms
+                    rates.setdefault(f"{state} {name}", []).append(found)
+    return {
+        "shards": shards,
+        "rows": rows,
+        "width": width,
+        "dtype": dtype,
+        "shards_together": GROUP,
+        "bytes": index.bytes,
+        "bytes_per_token": index.bytes / index.train_rows,
+        "activation_bytes_per_token": width * getattr(torch, dtype).itemsize,
+        "rates": rates,
+    }
+
+
+def ratio(rates: dict[str, list[Rate]], name: str, plain: str, of: str) -> float:
+    """Median over rounds. of: "wall" or "cpu"."""
+    pairs = zip(rates[name], rates[plain], strict=True)
+    return statistics.median(getattr(a, of) / getattr(b, of) for a, b in pairs)
+
+
+def peak_mib(folder: Path, together: int) -> tuple[float, float]:
+    """Peak memory of a process that reads a cache once, and of one that only opens it."""
+    found = []
+    for epochs in (1, 0):
+        command = [sys.executable, "-m", "benchmarks.cache", "--read"]
+        command += [str(folder), str(together), str(epochs)]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        found.append(float(output.split()[-1]))
+    return found[0], found[1]
+
+
+def read_in_process(folder: str, together: str, epochs: str) -> None:
+    """For `peak_mib`: prints this process's peak memory, in MiB."""
+    source = CacheActivations(
+        folder, batch_size=4096, buffer_tokens=int(together), epochs=int(epochs)
+    )
+    for _ in source:
+        pass
+    status = Path("/proc/self/status").read_text()
+    print(int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024)
+
+
+def report(found: dict) -> str:
+    cache, rates = found["cache"], found["cache"]["rates"]
+    lines = [
+        ", ".join(f"{key} {value}" for key, value in found["where"].items() if value is not None),
+        f"{cache['shards']} shards of {cache['rows']:,} tokens, d = {cache['width']:,}, "
+        f"{cache['dtype']}: {cache['bytes'] / 2**20:,.0f} MiB, {cache['bytes_per_token']:,.1f} "
+        f"bytes a token ({cache['activation_bytes_per_token']:,} of them activations)",
+        "",
+        "| | MB/s | to plain files | MB a CPU second | to plain files |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for name, values in rates.items():
+        state, of = name.split(" ", 1)
+        plain = f"{state} plain"
+        cells = []
+        for kind in Rate._fields:
+            cells.append(f"{statistics.median(getattr(v, kind) for v in values) / 1e6:,.0f}")
+            cells.append("" if of == "plain" else f"×{ratio(rates, name, plain, kind):.2f}")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines += ["", "| shards | cache MiB | peak MiB | above one that only opens it |"]
+    lines.append("|---:|---:|---:|---:|")
+    for row in found["memory"]:
+        lines.append(
+            f"| {row['shards']} | {row['cache_mib']:,.0f} | {row['peak_mib']:,.0f} | "
+            f"{row['peak_mib'] - row['opened_mib']:,.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("benchmarks.cache", description=__doc__.splitlines()[0])
+    parser.add_argument("--shards", type=int, default=96)
+    parser.add_argument("--rows", type=int, default=2048, help="tokens a shard")
+    parser.add_argument("--width", type=int, default=768)
+    parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument(
+        "--sizes", type=int, nargs="+", default=[32, 128, 512], help="shards, for memory"
+    )
+    parser.add_argument("--folder", type=Path, help="where the disk is (default: temporary files)")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
+    parser.add_argument("--read", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.read:
+        read_in_process(*options.read)
+        return
+    shape = {"rows": options.rows, "width": options.width, "dtype": options.dtype}
+    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+        measured = compare(Path(folder), options.shards, rounds=options.rounds, **shape)
+    memory = []
+    for shards in options.sizes:
+        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+            index = write_cache(Path(folder) / "cache", shards, **shape)
+            peak, opened = peak_mib(Path(folder) / "cache", GROUP * options.rows)
+        size = index.bytes / 2**20
+        memory.append({"shards": shards, "cache_mib": size, "peak_mib": peak, "opened_mib": opened})
+    found = {"where": describe(torch.device("cpu")), "cache": measured, "memory": memory}
+    print(report(found))
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

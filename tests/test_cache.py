@@ -1,0 +1,502 @@
+"""Caches of activations: what is in them, in which order it comes out, and what damage does."""
+
+import errno
+import hashlib
+import io
+import json
+import os
+import shutil
+import threading
+
+import cached
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from kronsae.cache import CacheActivations, CacheIndex, Damaged, index, reader, writer
+from kronsae.cache.index import damaged
+from kronsae.data import LanguageModel, LanguageModelActivations
+from kronsae.errors import InputError
+
+BATCH = 24
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    """A float32 cache of two layers, in several shards. Tests that change it copy it."""
+    folder = tmp_path_factory.mktemp("caches") / "cache"
+    with pytest.MonkeyPatch.context() as patch:
+        cached.make(patch, folder)
+    return folder
+
+
+@pytest.fixture
+def copy(cache, tmp_path):
+    return shutil.copytree(cache, tmp_path / "copy")
+
+
+@pytest.fixture(scope="module")
+def model():
+    return LanguageModel.load("embedded")
+
+
+@pytest.fixture
+def harvester(monkeypatch):
+    """Harvests into a folder, with a shared model and text."""
+    cached.give_text(monkeypatch)
+    cached.give_model(monkeypatch)
+    return lambda folder, config=cached.CONFIG: writer.harvest(config, folder)
+
+
+def live(model, seed=0, batch_size=BATCH, **settings):
+    data = cached.dataclasses.replace(cached.DATA, buffer_tokens=128, **settings)
+    return LanguageModelActivations(model, cached.text(data, seed), data, batch_size, seed)
+
+
+def opened(folder, **settings):
+    return CacheActivations(folder, **({"layer": 2, "batch_size": BATCH} | settings))
+
+
+def same(found, expected):
+    return len(found) == len(expected) and all(
+        a.equal(b) for a, b in zip(found, expected, strict=True)
+    )
+
+
+def same_rows(found, expected):
+    """Whether the rows are the same, each as often, in any order."""
+    pairs = zip(*(x.unique(dim=0, return_counts=True) for x in (found, expected)), strict=True)
+    return all(a.equal(b) for a, b in pairs)
+
+
+def train_rows(folder, place=1):
+    shards = CacheIndex.open(folder).train
+    return [load_file(folder / s.activations[place].file)["activations"] for s in shards]
+
+
+# What is in a cache
+
+
+def test_rows_are_hidden_states_of_the_masked_tokens(cache, model):
+    """Of both layers, for each context in the files; and a context is in one section alone."""
+    held = CacheIndex.open(cache)
+    assert len(held.train) > 5 and len(held.heldout) == 1
+    contexts = {}
+    for section in ("heldout", "train"):
+        for shard in getattr(held, section):
+            tokens = load_file(cache / shard.tokens.file)
+            ids, mask = tokens["contexts"], tokens["mask"]
+            assert ids.dtype == torch.int32 and ids.shape == mask.shape
+            assert mask.sum() == shard.rows and not mask[:, 0].any()
+            assert not mask[ids == model.tokenizer.eos_token_id].any()
+            for part in ids.split(cached.PASS):
+                contexts.setdefault(section, []).append(part)
+            states = model.model(input_ids=ids.long(), output_hidden_states=True).hidden_states
+            for layer, mark in zip(cached.LAYERS, shard.activations, strict=True):
+                rows = load_file(cache / mark.file)["activations"]
+                torch.testing.assert_close(rows, states[layer + 1][mask], rtol=1e-4, atol=1e-4)
+    source = live(model)
+    assert torch.cat(contexts["heldout"]).equal(source.heldout_contexts().int())
+    assert same(contexts["train"], [c.int() for c in iter(source.next_contexts, None)])
+
+
+def test_one_forward_pass_reads_all_and_ends_after_the_last(model):
+    """Blocks behind the last hookpoint do not run, and those before it once."""
+    ran = []
+    blocks = model.model.gpt_neox.layers
+    hooks = [b.register_forward_hook(lambda *_, i=i: ran.append(i)) for i, b in enumerate(blocks)]
+    names = ["gpt_neox.layers.2", "gpt_neox.layers.0.mlp"]
+    try:
+        after, mlp = model.activations_at(names, torch.arange(1, 9).view(2, 4))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert ran == [0, 1, 2]
+    assert after.shape == mlp.shape == (2, 4, model.d_model) and not after.equal(mlp)
+    with pytest.raises(InputError, match="no such module"):
+        model.activations_at(["gpt_neox.layers.9"], torch.ones(1, 2, dtype=torch.int64))
+
+
+def test_index_says_what_is_there(cache, model):
+    held = CacheIndex.open(cache)
+    assert [each.name for each in held.hookpoints] == ["gpt_neox.layers.1", "gpt_neox.layers.2"]
+    assert [each.layer for each in held.hookpoints] == [1, 2]
+    assert held.model["parameters"] == sum(p.numel() for p in model.model.parameters())
+    assert (held.data.model, held.data.dataset, held.dtype) == ("embedded", "given", "float32")
+    files = {path.name for path in cache.iterdir()} - {"index.json", "harvest.json"}
+    marks = [m for s in (*held.heldout, *held.train) for m in s.marks]
+    assert {mark.file for mark in marks} == files
+    for mark in marks:
+        data = (cache / mark.file).read_bytes()
+        assert (len(data), hashlib.sha256(data).hexdigest()) == (mark.bytes, mark.sha256)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_stored_dtype_rounds_and_nothing_else(dtype, cache, monkeypatch, tmp_path):
+    held = cached.make(monkeypatch, tmp_path / "cache", dtype=dtype)
+    assert held.dtype == dtype and held.bytes < 0.52 * CacheIndex.open(cache).bytes
+    exact = torch.cat(train_rows(cache))
+    assert torch.cat(train_rows(tmp_path / "cache")).equal(exact.to(getattr(torch, dtype)))
+    batch = next(iter(opened(tmp_path / "cache", order="stream")))
+    assert batch.dtype == torch.float32
+
+
+def test_what_float16_cannot_hold_is_refused(harvester, monkeypatch, tmp_path):
+    read = LanguageModelActivations.read
+    monkeypatch.setattr(LanguageModelActivations, "read", lambda *a: 1e6 * read(*a))
+    config = cached.dataclasses.replace(cached.CONFIG, dtype="float16")
+    with pytest.raises(InputError, match=r"gpt_neox.layers.1 has activations.*--dtype bfloat16"):
+        harvester(tmp_path / "cache", config)
+
+
+def test_tokens_are_at_least_as_many_as_asked_for(monkeypatch, tmp_path):
+    held = cached.make(monkeypatch, tmp_path / "cache", tokens=250)
+    assert 250 <= held.train_rows < 250 + cached.PASS * cached.LENGTH
+    assert all(shard.rows >= 100 for shard in held.train[:-1])
+
+
+# In which order it comes out
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_stream_order_gives_the_batches_of_live_training(seed, model, monkeypatch, tmp_path):
+    """Bit for bit, with any size of shards, also from the middle on."""
+    cached.make(monkeypatch, tmp_path / "cache", seed=seed, shard_tokens=70)
+    settings = {"order": "stream", "seed": seed, "buffer_tokens": 128}
+    source = opened(tmp_path / "cache", **settings)
+    expected = list(live(model, seed))
+    assert same(list(source), expected) and len(expected) > 10
+    first = opened(tmp_path / "cache", **settings)
+    batches = iter(first)
+    for _ in range(7):
+        next(batches)
+    again = opened(tmp_path / "cache", **settings)
+    again.load_state_dict(first.state_dict())
+    assert same(list(again), expected[7:])
+
+
+def test_stream_order_gives_pairs_of_live_training(cache):
+    both = LanguageModel.load("embedded", layer=1, target_hookpoint="gpt_neox.layers.2")
+    source = opened(
+        cache,
+        layer=1,
+        target_hookpoint="gpt_neox.layers.2",
+        order="stream",
+        buffer_tokens=128,
+    )
+    assert (source.d_model, source.d_target) == (both.d_model, both.d_target)
+    expected = live(both)
+    assert same(list(source), list(expected))
+    assert source.heldout_activations().equal(expected.heldout_activations())
+
+
+def test_held_out_part_is_that_of_live_training(cache, model):
+    source, expected = opened(cache), live(model)
+    assert source.heldout_activations().equal(expected.heldout_activations())
+    assert source.heldout_contexts().equal(expected.heldout_contexts())
+    assert source.heldout_mask().equal(expected.heldout_mask())
+
+
+def test_every_epoch_gives_each_row_once_in_another_order(cache):
+    everything = torch.cat(train_rows(cache))
+    rows = torch.cat(list(opened(cache, epochs=2, buffer_tokens=400)))
+    count = len(everything)
+    epochs = rows[:count], rows[count:]
+    assert all(same_rows(epoch, everything) for epoch in epochs)
+    assert not epochs[0].equal(epochs[1])
+    other = torch.cat(list(opened(cache, seed=1, buffer_tokens=400)))
+    assert same_rows(other, everything) and not other.equal(epochs[0])
+
+
+def test_a_batch_goes_on_into_the_next_group_and_epoch(cache):
+    sizes = [len(batch) for batch in opened(cache, epochs=3, buffer_tokens=400)]
+    total = 3 * CacheIndex.open(cache).train_rows
+    assert set(sizes[:-1]) == {BATCH} and sum(sizes) == total and 0 < sizes[-1] <= BATCH
+
+
+def test_rows_mix_within_a_group_of_shards_and_groups_over_the_cache(cache):
+    """Consecutive rows come from several shards; which shards are together changes by epoch."""
+    shards = train_rows(cache)
+    assert all(100 <= len(rows) <= 133 for rows in shards[:-1])  # 3 of them in a group of 400
+    owners = {}
+    for number, rows in enumerate(shards):
+        for row in rows.tolist():
+            owners.setdefault(tuple(row), set()).add(number)
+    groups = []
+    for epoch in torch.cat(list(opened(cache, epochs=2, buffer_tokens=400))).chunk(2):
+        found = [owners[tuple(row)] for row in epoch[:200].tolist()]
+        alone = [next(iter(each)) for each in found if len(each) == 1]
+        groups.append(set(alone))
+        assert 2 <= len(groups[-1]) <= 3 and len(set(alone[:BATCH])) >= 2
+    assert groups[0] != groups[1]
+
+
+def test_a_shard_is_read_once_an_epoch_and_one_group_ahead(cache, monkeypatch):
+    read, names, ahead = reader.read_tensors, [], threading.Event()
+
+    def watched(folder, mark, *arguments, **settings):
+        names.append(mark.file)
+        if len(names) == 2:
+            ahead.set()
+        return read(folder, mark, *arguments, **settings)
+
+    monkeypatch.setattr(reader, "read_tensors", watched)
+    source = opened(cache, epochs=2, buffer_tokens=1)  # a group is one shard
+    batches = iter(source)
+    next(batches)
+    assert ahead.wait(20)  # while nobody asked for more
+    rest = list(batches)
+    shards = CacheIndex.open(cache).train
+    assert sorted(names) == sorted(2 * [shard.activations[1].file for shard in shards]) and rest
+
+
+def test_resumes_at_any_batch_from_two_numbers(cache, monkeypatch):
+    """Batches go on as if nothing had happened; what lies before is not read."""
+    settings = {"epochs": 2, "buffer_tokens": 400}
+    expected = list(opened(cache, **settings))
+    read, names = reader.read_tensors, []
+
+    def watched(folder, mark, *arguments, **keywords):
+        names.append(mark.file)
+        return read(folder, mark, *arguments, **keywords)
+
+    monkeypatch.setattr(reader, "read_tensors", watched)
+    source = opened(cache, **settings)
+    states = [source.state_dict()] + [source.state_dict() for _ in source]
+    assert json.loads(json.dumps(states)) == states
+    for position in (0, 1, len(expected) // 2, len(expected) // 2 + 1, len(expected) - 1):
+        again = opened(cache, **settings)
+        again.load_state_dict(states[position])
+        names.clear()
+        assert same(list(again), expected[position:])
+    assert len(names) <= 3  # for the last batch of all
+
+
+def test_memory_is_two_groups_whatever_the_cache(cache, monkeypatch, tmp_path):
+    small = cached.make(monkeypatch, tmp_path / "small", tokens=500)
+    sizes = []
+    for folder in (cache, tmp_path / "small"):
+        source = opened(folder, buffer_tokens=256)
+        made, new = [], source._new_slot
+        monkeypatch.setattr(
+            source, "_new_slot", lambda new=new, made=made: made.append(new()) or made[-1]
+        )
+        list(source)
+        sizes.append(sum(part.shape[0] for slot in made for part in slot))
+        assert len(made) == 2
+    assert CacheIndex.open(cache).train_rows > 2 * small.train_rows
+    assert max(sizes) <= 2 * 256
+
+
+# Damage
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def truncate(path):
+    os.truncate(path, path.stat().st_size - 5)
+
+
+def retype(path):
+    path.write_bytes(path.read_bytes().replace(b'"F32"', b'"I32"'))
+
+
+DAMAGES = [flip, truncate, retype, os.remove]
+
+
+@pytest.mark.parametrize("damage", DAMAGES, ids=lambda f: f.__name__)
+def test_damage_is_named_and_made_good(damage, cache, copy, harvester):
+    name = "train-00003.1.safetensors"
+    damage(copy / name)
+    with pytest.raises(Damaged, match=f"{name}.*kronsae.harvest --resume") as error:
+        list(opened(copy))
+    assert str(copy) in str(error.value)
+    [(section, number, _)] = damaged(copy, CacheIndex.open(copy))
+    assert (section, number) == ("train", 3)
+    harvester(copy)
+    assert cached.contents(copy) == cached.contents(cache)
+
+
+@pytest.mark.parametrize("section", ["train", "heldout"])
+def test_token_ids_are_made_good_from_the_text(section, cache, copy, harvester):
+    for path in copy.glob(f"{section}-*.tokens.safetensors"):
+        flip(path)
+    harvester(copy)
+    assert cached.contents(copy) == cached.contents(cache)
+
+
+def test_damage_is_not_made_good_with_another_text(copy, monkeypatch, harvester):
+    flip(copy / "train-00000.0.safetensors")
+    cached.give_text(monkeypatch, cached.TEXTS[1:])
+    with pytest.raises(InputError, match="text has changed"):
+        harvester(copy)
+
+
+def test_checksums_can_be_left_unread(copy):
+    flip(copy / "train-00003.1.safetensors")
+    assert list(opened(copy, verify=False))
+
+
+TAMPERED = {
+    "file name": lambda d: d["train"][0]["tokens"].update(file="../index.json"),
+    "file name of another section": lambda d: d["train"][0]["tokens"].update(
+        file="heldout-00000.tokens.safetensors"
+    ),
+    "absolute name": lambda d: d["train"][0]["activations"][0].update(file="/etc/passwd"),
+    "twice": lambda d: d["train"].append(d["train"][0]),
+    "dtype": lambda d: d.update(dtype="object"),
+    "width": lambda d: d["hookpoints"][0].update(width=2**40),
+    "float width": lambda d: d["hookpoints"][0].update(width=256.0),
+    "rows": lambda d: d["train"][0].update(rows=2**50),
+    "negative rows": lambda d: d["train"][0].update(rows=-1),
+    "bytes": lambda d: d["train"][0]["tokens"].update(bytes=10),
+    "sha256": lambda d: d["train"][0]["tokens"].update(sha256="0"),
+    "a file less": lambda d: d["train"][0]["activations"].pop(),
+    "no shard": lambda d: d.update(train=[]),
+    "no key": lambda d: d.pop("seed"),
+    "model": lambda d: d.update(model=None),
+    "code to trust": lambda d: d["data"].update(trust_remote_code=True),
+    "unknown": lambda d: d["train"][0].update(code="x"),
+}
+
+
+@pytest.mark.parametrize("tamper", TAMPERED.values(), ids=TAMPERED)
+def test_an_index_is_not_trusted(tamper, copy):
+    document = json.loads((copy / "index.json").read_text())
+    tamper(document)
+    (copy / "index.json").write_text(json.dumps(document))
+    with pytest.raises(InputError, match="index.json is damaged"):
+        CacheIndex.open(copy)
+
+
+def test_sizes_are_checked_before_memory_is_asked_for(copy, monkeypatch):
+    """An index that agrees with itself, but not with its files, asks for half a petabyte."""
+    document = json.loads((copy / "index.json").read_text())
+    rows = document["context_length"] * 2**35
+    for shard in document["train"]:
+        header = shard["activations"][0]["bytes"] - 4 * 256 * shard["rows"]
+        shard.update(rows=rows, contexts=2**35)
+        shard["tokens"]["bytes"] = 200 + 5 * rows
+        for mark in shard["activations"]:
+            mark["bytes"] = header + 4 * 256 * rows
+    (copy / "index.json").write_text(json.dumps(document))
+    CacheIndex.open(copy)
+    monkeypatch.setattr(torch, "empty", None)
+    with pytest.raises(Damaged, match="bytes, expected"):
+        opened(copy)
+
+
+def test_other_folders_are_refused(tmp_path, copy):
+    with pytest.raises(InputError, match="is no cache of activations"):
+        CacheIndex.open(tmp_path)
+    (copy / "index.json").write_text('{"format": "kronsae-activations", "format_version": 9}')
+    with pytest.raises(InputError, match="expected format version 1, got 9"):
+        CacheIndex.open(copy)
+    (copy / "index.json").write_text("{")
+    with pytest.raises(InputError, match="cannot be read"):
+        CacheIndex.open(copy)
+    (copy / "index.json").unlink()
+    with pytest.raises(InputError, match=r"the harvest has not ended.*--resume"):
+        CacheIndex.open(copy)
+
+
+def test_choices_that_the_cache_does_not_hold_are_refused(cache):
+    with pytest.raises(InputError, match="which one.*gpt_neox.layers.1 .layer 1."):
+        opened(cache, layer=None)
+    with pytest.raises(InputError, match="layer 0: the cache holds"):
+        opened(cache, layer=0)
+    with pytest.raises(InputError, match="is the hookpoint"):
+        opened(cache, target_hookpoint="gpt_neox.layers.2")
+    with pytest.raises(InputError, match="order: one of"):
+        opened(cache, order="random")
+
+
+# Interruptions
+
+
+class PowerCut(BaseException):
+    """The process is gone: nothing is cleared away."""
+
+
+class Disk:
+    """Lets the n-th change of the disk fail: the process dies, or there is no space."""
+
+    def __init__(self, monkeypatch, at, error):
+        self.changes, self.at, self.error = 0, at, error
+        for module, name in ((os, "fsync"), (os, "replace"), (os, "rename"), (shutil, "rmtree")):
+            monkeypatch.setattr(module, name, self.watched(getattr(module, name), always=True))
+        monkeypatch.setattr(index.Path, "unlink", self.watched(index.Path.unlink))
+        monkeypatch.setattr(index, "open", self.opened, raising=False)
+
+    def opened(self, path, mode, **settings):
+        if mode == "rb":
+            return open(path, mode, **settings)
+        file = io.FileIO(path, "w")
+        half = self.watched(file.write, always=True, at_the_cut=lambda data: file.write(data[:9]))
+        file.write = half
+        return file
+
+    def watched(self, change, always=False, at_the_cut=None):
+        def changed(*arguments, **settings):
+            if self.changes > self.at and isinstance(self.error, PowerCut):
+                return None  # the process that would have done this is dead
+            if always:
+                self.changes += 1
+                if self.changes - 1 == self.at:
+                    if at_the_cut is not None:
+                        at_the_cut(*arguments)
+                    raise self.error
+            return change(*arguments, **settings)
+
+        return changed
+
+
+@pytest.mark.parametrize(
+    "error", [PowerCut(), OSError(errno.ENOSPC, "no space")], ids=["kill", "full"]
+)
+def test_interrupted_anywhere_it_ends_in_the_same_bytes(error, harvester, tmp_path):
+    """At each change of the disk in turn: the files are then those of an uninterrupted harvest."""
+    config = cached.dataclasses.replace(cached.CONFIG, tokens=250, layers=(2,))
+    harvester(tmp_path / "whole", config)
+    whole = cached.contents(tmp_path / "whole")
+    folder, at = tmp_path / "cache", 0
+    while True:
+        with pytest.MonkeyPatch.context() as patch:
+            disk = Disk(patch, at, error)
+            try:
+                harvester(folder, config)
+            except (PowerCut, InputError, OSError) as caught:
+                assert isinstance(caught, PowerCut) or "no space" in str(caught)
+        for path in folder.glob("*.safetensors"):  # nothing half-written under its final name
+            assert path.read_bytes() == whole[path.name]
+        harvester(folder, config)
+        assert cached.contents(folder) == whole
+        shutil.rmtree(folder)
+        if disk.changes <= at:  # it was not interrupted any more
+            break
+        at += 1 if at < 12 else 5
+    assert at > 50
+
+
+def test_another_harvest_is_not_mixed_in(copy, harvester, monkeypatch):
+    other = cached.dataclasses.replace(cached.CONFIG, seed=1, layers=(2,))
+    with pytest.raises(InputError, match=r"other settings.*\n.*layers: was \[1, 2\], is \[2\]"):
+        harvester(copy, other)
+    (copy / "index.json").unlink()
+    (copy / "harvest.json").unlink()
+    with pytest.raises(InputError, match="is not empty"):
+        harvester(copy)
+
+
+def test_a_changed_text_is_seen_when_a_harvest_goes_on(harvester, monkeypatch, tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        Disk(patch, 40, PowerCut())
+        with pytest.raises(PowerCut):
+            harvester(tmp_path / "cache")
+    cached.give_text(monkeypatch, cached.TEXTS[1:])
+    with pytest.raises(InputError, match="text changed since the harvest began"):
+        harvester(tmp_path / "cache")

@@ -1,0 +1,197 @@
+"""`python -m kronsae.harvest`: the command line, its plan, and kills at random moments."""
+
+import json
+import os
+import random
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import namedtuple
+
+import cached
+import pytest
+import torch
+
+from kronsae import harvest
+from kronsae.cache import CacheIndex, HarvestConfig
+from kronsae.cache.model import ManyHookpoints
+from kronsae.errors import InputError
+from kronsae.harvest import make_plan, parse
+
+SMALL = [
+    *("--layer", "1", "2", "--context-length", "32", "--contexts-per-batch", "16"),
+    *("--heldout-tokens", "1024", "--tokens", "20000", "--shard-tokens", "500"),
+]
+
+
+def start(*arguments) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "kronsae.harvest", *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())},
+    )
+
+
+def interrupt(folder, shards, number, delay, *arguments):
+    """Start a harvest, and send it a signal some time after it has so many shards."""
+    process = start(*SMALL, "--out", folder, *arguments)
+    end = time.monotonic() + 120
+    while len(list(folder.glob("train-*.tokens.*"))) < shards:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < end
+        time.sleep(0.002)
+    time.sleep(delay)
+    process.send_signal(number)
+    return process.communicate()[1], process.returncode
+
+
+@pytest.fixture
+def shared(monkeypatch):
+    """The embedded model, loaded once for all tests here, and a small text."""
+    cached.give_text(monkeypatch)
+    cached.give_model(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted harvest."""
+    folder = tmp_path_factory.mktemp("whole") / "cache"
+    assert harvest.main([*SMALL, "--out", str(folder)]) == 0
+    return folder
+
+
+def test_signals_and_kills_leave_the_same_bytes(whole, tmp_path):
+    """SIGTERM says how to go on, kill -9 nothing; in the end nobody can tell."""
+    folder = tmp_path / "cache"
+    err, status = interrupt(folder, 2, signal.SIGTERM, 0.01)
+    assert status == 128 + signal.SIGTERM and f"--resume {folder} goes on" in err
+    _, status = interrupt(folder, 9, signal.SIGKILL, 0.02)
+    assert status == -signal.SIGKILL
+    assert harvest.main(["--resume", str(folder)]) == 0
+    assert cached.contents(folder) == cached.contents(whole)
+
+
+@pytest.mark.slow
+def test_ten_kills_leave_the_same_bytes(whole, tmp_path):
+    folder, drawn = tmp_path / "cache", random.Random(0)
+    shards = len(CacheIndex.open(whole).train)
+    for kill in range(10):
+        interrupt(folder, kill * shards // 11, signal.SIGKILL, 0.1 * drawn.random())
+        assert not (folder / "index.json").exists()
+    assert harvest.main([*SMALL, "--out", str(folder)]) == 0
+    assert cached.contents(folder) == cached.contents(whole)
+
+
+def test_verify_says_what_is_damaged_and_the_same_command_repairs(shared, tmp_path, capsys):
+    out = tmp_path / "cache"
+    arguments = ["--out", str(out), "--layer", "2", "--tokens", "300", "--dataset", "given"]
+    arguments += ["--context-length", "16", "--contexts-per-batch", "4", "--heldout-tokens", "64"]
+    assert harvest.main(arguments) == 0
+    assert f"python -m kronsae.train --activations {out}" in capsys.readouterr().out
+    before = cached.contents(out)
+    assert harvest.main(["--verify", str(out)]) == 0
+    assert "All files have the SHA-256 of the index" in capsys.readouterr().out
+    path = out / "train-00000.0.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    assert harvest.main(["--verify", str(out)]) == 2
+    assert f"{path} is damaged" in capsys.readouterr().err
+    assert harvest.main(arguments) == 0 and cached.contents(out) == before
+    path.unlink()
+    assert harvest.main(["--resume", str(out)]) == 0 and cached.contents(out) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "expected one of --out DIR, --resume DIR, --verify DIR, got none"),
+        (["--out", "x", "--verify", "y"], "got ['out', 'verify']"),
+        (["--out", "x", "--layr", "1"], "unknown argument '--layr': did you mean --layer"),
+        (["--out", "x", "--buffer-tokens", "9"], "unknown argument '--buffer-tokens'"),
+        (["--out", "x", "--layer", "9"], "0 to 3"),
+        (["--out", "x", "--hookpoint", "gpt_neox.layer.1"], "gpt_neox.layers.1"),
+        (["--out", "x", "--model", "/nowhere/at/all", "--layer", "1"], "no such folder"),
+        (["--out", "x", "--tokens", "-1"], "tokens: expected >= 0, got -1"),
+        (["--out", "x", "--dtype", "int8"], "invalid choice: 'int8'"),
+        (["--out", "x", "--revision", "main"], "--revision has no effect with --model embedded"),
+        (["--resume", "x", "--layer", "1"], "takes everything from the folder: no --layer"),
+        (["--resume", "x"], "holds no harvest"),
+        (["--verify", "x", "--device", "cpu"], "--verify takes everything from the folder"),
+        (["--verify", "x"], "is no cache of activations"),
+        (["--out", "x", "--layer", "1", "1"], "'gpt_neox.layers.1' is asked for twice"),
+    ],
+)  # fmt: skip
+def test_what_cannot_work_is_said(arguments, words, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert harvest.main(arguments) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_the_disk_is_checked_before_the_model_is_loaded(monkeypatch, capsys, tmp_path):
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**40, 0, 2**30))
+    monkeypatch.setattr(ManyHookpoints, "load_at", None)
+    out = tmp_path / "cache"
+    arguments = ["--out", str(out), "--layer", "1", "2", "--tokens", "1_000_000"]
+    assert harvest.main(arguments) == 2
+    err = capsys.readouterr().err
+    assert "of disk are needed (2,053 bytes a token), and 1,024 MiB are free" in err
+    assert not out.exists()
+    assert harvest.main([*arguments, "--plan"]) == 0
+    assert "It would be refused" in capsys.readouterr().out and not out.exists()
+
+
+def test_the_plan_is_what_then_lies_on_the_disk(monkeypatch, tmp_path):
+    held = cached.make(monkeypatch, tmp_path / "cache", tokens=1000)
+    config = cached.dataclasses.replace(cached.CONFIG, tokens=held.train_rows)
+    plan = make_plan(config, tmp_path / "cache")
+    assert plan["disk_mib"] * 2**20 == pytest.approx(held.bytes, rel=0.05)
+    assert plan["disk_there_mib"] * 2**20 == held.bytes
+    assert list(plan["hookpoints"].values()) == [256, 256]
+
+
+def test_code_from_a_hub_is_not_trusted_by_a_file(tmp_path, shared):
+    """Whoever made the folder cannot turn it on; who goes on with it can."""
+    out = str(tmp_path / "cache")
+    config = HarvestConfig(data=cached.dataclasses.replace(cached.DATA, trust_remote_code=True))
+    assert "trust" not in json.dumps(config.to_dict())
+    harvest.harvest(config, out)
+    assert not parse(["--resume", out])[0].data.trust_remote_code
+    assert parse(["--resume", out, "--trust-remote-code"])[0].data.trust_remote_code
+    document = json.loads((tmp_path / "cache" / "harvest.json").read_text())
+    document["config"]["data"]["trust_remote_code"] = True
+    (tmp_path / "cache" / "harvest.json").write_text(json.dumps(document))
+    with pytest.raises(InputError, match="unknown settings"):
+        parse(["--resume", out])
+
+
+def test_every_flag_arrives():
+    config, folder, plan = parse(
+        shlex.split(
+            "--out x --layer 1 2 --hookpoint gpt_neox --tokens 5_000 --dtype float16 --seed 3 "
+            "--shard-tokens 9 --device cpu --dataset a.txt --heldout-tokens 7 --plan"
+        )
+    )
+    assert (config.layers, config.hookpoints) == ((1, 2), ("gpt_neox",))
+    assert (config.tokens, config.dtype, config.seed) == (5000, "float16", 3)
+    assert (config.shard_tokens, config.device, str(folder), plan) == (9, "cpu", "x", True)
+    assert (config.data.dataset, config.data.heldout_tokens) == ("a.txt", 7)
+
+
+def test_settings_without_effect_are_refused():
+    data = cached.dataclasses.replace(cached.DATA, buffer_tokens=99)
+    with pytest.raises(InputError, match="buffer_tokens 99 has no effect on a harvest"):
+        HarvestConfig(data=data)
+
+
+def test_another_process_keeps_out(shared, tmp_path):
+    fcntl = pytest.importorskip("fcntl")
+    harvest.harvest(cached.CONFIG, tmp_path / "cache")
+    with open(tmp_path / "cache" / "harvest.json") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="is being harvested by another process"):
+            harvest.harvest(cached.CONFIG, tmp_path / "cache")
