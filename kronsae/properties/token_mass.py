@@ -6,7 +6,7 @@ Letters: N latents, V tokens of the vocabulary, e events (a latent on a token), 
 import numpy as np
 
 TABLE_ENTRIES = 2**25
-"""Largest table [N, V] that is kept (256 MiB)."""
+"""Largest table [V, N] that is kept (256 MiB)."""
 
 PAIRS = 2**24
 """Pairs of a latent and a token that are kept where there is no table (256 MiB)."""
@@ -18,7 +18,7 @@ REGISTERS = 512
 class TokenMass:
     """Sums of activations by latent and token, and the entropy of each latent's shares.
 
-    Exact while they fit: in a table [N, V], or else as the pairs that occur. When there are more
+    Exact while they fit: in a table [V, N], or else as the pairs that occur. When there are more
     than `PAIRS` of those, a sketch takes their place (`Sketch`), which is linear in the mass: what
     was exact so far enters it, and nothing is lost. `exact` says which.
     Negative activations count as 0.
@@ -27,7 +27,7 @@ class TokenMass:
     def __init__(self, count: int, vocabulary: int) -> None:
         self.count, self.vocabulary = count, vocabulary
         table = count * vocabulary <= TABLE_ENTRIES
-        self.table = np.zeros((count, vocabulary)) if table else None
+        self.table = np.zeros((vocabulary, count)) if table else None
         self.pairs = np.zeros(0, np.int64)  # latent * V + token, ascending
         self.mass = np.zeros(0)
         self.waiting: list[tuple[np.ndarray, np.ndarray]] = []
@@ -45,7 +45,8 @@ class TokenMass:
         keys, of_event = np.unique(latents * self.vocabulary + tokens, return_inverse=True)
         mass = np.bincount(of_event, values.clip(min=0), len(keys))
         if self.table is not None:
-            self.table.reshape(-1)[keys] += mass
+            latents, tokens = np.divmod(keys, self.vocabulary)
+            self.table[tokens, latents] += mass
         elif self.sketch is not None:
             self.sketch.add(*np.divmod(keys, self.vocabulary), mass)
         else:
@@ -60,10 +61,8 @@ class TokenMass:
             self.sketch = self.sketch or Sketch(self.count)
             self.sketch.add_dense(tokens, values)
             return
-        order = np.argsort(tokens, kind="stable")
-        seen, starts = np.unique(tokens[order], return_index=True)
-        sums = np.add.reduceat(values[order].clip(min=0), starts, dtype=np.float64)
-        self.table[:, seen] += sums.T
+        for token, row in zip(tokens, values.clip(min=0), strict=True):
+            self.table[token] += row
 
     def _merge(self) -> None:
         parts = [(self.pairs, self.mass), *self.waiting]
@@ -98,8 +97,8 @@ class TokenMass:
     def _entries(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Latent, token and mass of all sums that are not 0, by latent."""
         if self.table is not None:
-            latents, tokens = self.table.nonzero()
-            return latents, tokens, self.table[latents, tokens]
+            latents, tokens = self.table.T.nonzero()
+            return latents, tokens, self.table[tokens, latents]
         some = self.mass > 0
         return *np.divmod(self.pairs[some], self.vocabulary), self.mass[some]
 
