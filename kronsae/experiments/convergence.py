@@ -219,7 +219,7 @@ def gains(settings: Settings, runs: Sequence[Run]) -> dict[str, tuple[str, float
 
 def draw(settings: Settings, runs: Sequence[Run], path: Path) -> None:
     """Left: what each arm explains above the recipe. Right: the recipe at each rate."""
-    figure, ((left, right),) = panels(1, 2, (10.5, 4.2))
+    figure, ((left, right),) = panels(1, 2, (12.5, 4.2))
     names = [RECIPE, *settings.arms]
     for offset, variant in enumerate(settings.variants):
         recipe = explained(runs, arm=RECIPE, variant=variant).mean
@@ -255,5 +255,5 @@ def draw(settings: Settings, runs: Sequence[Run], path: Path) -> None:
     right.minorticks_off()
     right.set_xlabel("learning rate")
     right.set_title(f"{settings.variants[0]} by the recipe")
-    right.legend(frameon=False, fontsize=8)
+    right.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     save(figure, path)
