@@ -25,7 +25,7 @@ from kronsae.errors import InputError
 from kronsae.evaluate import Heldout, evaluate, evaluate_cross_entropy
 from kronsae.learner import Learner
 from kronsae.logs import Log, check_packages
-from kronsae.parallel import Mesh, join
+from kronsae.parallel import Mesh, RankLost, join
 from kronsae.run import SINGLE, RunFolder, SweepFolder, open_to_resume
 from kronsae.sae import SAE, load
 from kronsae.stream import DataEnded, Stream, is_finite
@@ -468,6 +468,10 @@ def _signals(interrupt: Callable[[], None]) -> Iterator[_Stop]:
         pass
     try:
         yield stop
+    except RankLost:  # torchrun now ends the others: let them say why first
+        if signal.SIGTERM in earlier:
+            earlier[signal.SIGTERM] = signal.SIG_IGN
+        raise
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)

@@ -14,7 +14,7 @@ Letters: B tokens, d width, F latents, k selected latents a token, R ranks of a 
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -39,9 +39,10 @@ def _answers() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        first = str(error).split(". ")[0].strip()  # then advice about other programs
         raise RankLost(
-            f"another process of this training ended or did not answer ({str(error).strip()}). The "
-            "last checkpoint is whole: --resume goes on from it"
+            f"another process of this training ended or did not answer ({first}): torchrun says "
+            "which. --resume goes on from the last checkpoint"
         ) from error
 
 
@@ -124,6 +125,19 @@ class Group:
         """This rank's equal part of `count` things in a row (the last ranks may have fewer)."""
         each = -(-count // self.size)
         return slice(min(count, self.rank * each), min(count, (self.rank + 1) * each))
+
+    def map(self, compute: Callable[..., Tensor], *rows: Tensor | None) -> Tensor:
+        """compute(*rows) [n, ...] of tensors [n, ...], of which each rank computes its share."""
+        if self.size == 1:
+            return compute(*rows)
+        count = next(len(part) for part in rows if part is not None)
+        share = self.share(count)
+        # A rank without a share computes the first row, to know what a row of the others is like.
+        span = share if share.stop > share.start else slice(1)
+        x = compute(*(None if part is None else part[span] for part in rows))
+        padded = x.new_zeros(-(-count // self.size), *x.shape[1:])
+        padded[: share.stop - share.start] = x[: share.stop - share.start]
+        return self.gather(padded).flatten(0, 1)[:count]
 
     def exchange(self, value: Any) -> list[Any]:
         """What each rank gave (JSON values), in their order."""
@@ -226,6 +240,11 @@ def ranks() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def is_first() -> bool:
+    """Whether this process is the one that speaks for all."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def shape(tensor_parallel: int) -> tuple[int, int]:
     """(R along data, R along heads) of all ranks. Raises InputError if they cannot be arranged."""
     count = ranks()
@@ -253,11 +272,19 @@ def join(tensor_parallel: int, device: torch.device, seconds: float) -> Mesh:
     if data * heads == 1:
         return ALONE
     timeout = timedelta(seconds=seconds)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         with _answers():
             dist.init_process_group(backend, timeout=timeout)
     return arrange(torch.arange(data * heads).view(data, heads), device, timeout)
+
+
+def leave() -> None:
+    """Part from the other processes, when all of them are done."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def arrange(layout: Tensor, device: torch.device, timeout: timedelta) -> Mesh | None:

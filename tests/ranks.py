@@ -126,6 +126,17 @@ def edges(mesh: Mesh) -> list[torch.Tensor]:
     return [codes.indices[[0, 2]], codes.values.isnan().any(1), sae.decode(codes).isnan().any(1)]
 
 
+def mapped(mesh: Mesh) -> list[list[int]]:
+    """Squares of so many numbers, of which each rank computes its share."""
+    seen = []
+
+    def square(x, nothing):
+        seen.append(len(x))
+        return x**2
+
+    return [mesh.reading.map(square, torch.arange(n), None).tolist() for n in (1, 3, 8)] + [seen]
+
+
 CHAIN = {"2 x 2": 8, "4 heads": 11, "2 heads": 14, "4 data": 17}
 """One run, begun and ended by a single process: who goes on with it, and after which step it is
 stopped."""
@@ -175,6 +186,7 @@ def _work(rank: int, folder: Path) -> None:
         done[name] = {point: learn(mesh, config) for point, config in points.items()}
         done[name]["run"] = run(folder / name, mesh)
         done[name]["edges"] = edges(mesh)
+        done[name]["mapped"] = mapped(mesh)
         done[name]["refusals"] = refusals(mesh, folder / f"{name} refused")
     for name, stop_after in CHAIN.items():
         if name in meshes:

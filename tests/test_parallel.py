@@ -10,7 +10,11 @@ in float32, with 2^-24 in place of 2^-53, through 20 steps: 1e-5.
 """
 
 import json
+import os
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
 import ranks
@@ -125,6 +129,15 @@ def test_a_run_goes_on_with_any_number_of_ranks(of_ranks, alone, folder):
         assert others and all(o[-1]["step"] == stop_after for o in others)
     final, *_ = ranks.run(folder / "chain", resume=True)
     assert figures(final) == pytest.approx(figures(alone[0]), rel=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_work_is_shared_out(layout, of_ranks):
+    """As the language model's: every rank gets all results, and computes only its part."""
+    results = [done[layout]["mapped"] for done in of_ranks if layout in done]
+    for *squares, seen in results:
+        assert squares == [[0], [0, 1, 4], [0, 1, 4, 9, 16, 25, 36, 49]]
+        assert seen == ([1, 2, 4] if len(results) == 2 else [1, 1, 2]) or seen == [1, 1, 4]
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -258,3 +271,86 @@ def test_each_rank_has_a_gpu_of_its_own(monkeypatch):
 def test_shares_cover_everything_once(count):
     spans = [Holder(rank, 4).share(count) for rank in range(4)]
     assert [i for span in spans for i in range(count)[span]] == list(range(count))
+
+
+# The command line, under torchrun itself
+
+RUN = (
+    *("--tokens", "6000", "--batch-size", "200", "--heads", "16", "--k", "4"),
+    *("--buffer-tokens", "1000", "--heldout-tokens", "1000", "--contexts-per-batch", "5"),
+    *("--context-length", "64", "--checkpoint-every", "5", "--log-every", "1"),
+)
+
+
+def start(processes, *flags, log):
+    """`torchrun -m kronsae.train`, in the background."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
+    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]  # a free port
+    return subprocess.Popen(
+        [*command, "-m", "kronsae.train", *map(str, flags)],
+        stdout=log.open("w"),
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def after_steps(count, run):
+    """Wait until so many steps are logged."""
+    metrics, end = run / "metrics.jsonl", time.monotonic() + 200
+    while not metrics.exists() or len(metrics.read_text().splitlines()) < count:
+        assert time.monotonic() < end, "no steps were made"
+        time.sleep(0.05)
+
+
+def workers(process):
+    """Process ids of the ranks that torchrun has started."""
+    found = subprocess.run(
+        ["ps", "-o", "pid=", "--ppid", str(process.pid)], capture_output=True, text=True
+    )
+    return [int(pid) for pid in found.stdout.split()]
+
+
+@pytest.fixture(scope="module")
+def alone_from_text(tmp_path_factory):
+    out = tmp_path_factory.mktemp("text") / "alone"
+    assert main([*RUN, "--out", str(out)]) == 0
+    return out
+
+
+def close_to(run, alone):
+    metrics, truth = (kronsae.load(path).metadata["metrics"] for path in (run, alone))
+    assert metrics.keys() == truth.keys()
+    # A matrix product of other contexts at once rounds otherwise, from the language model on.
+    assert metrics == pytest.approx(truth, rel=1e-2, abs=1e-3)
+
+
+@pytest.mark.slow
+def test_torchrun_stopped_by_a_signal_goes_on_in_one_process(tmp_path, alone_from_text):
+    run, log = tmp_path / "run", tmp_path / "log"
+    process = start(2, *RUN, "--tensor-parallel", 2, "--out", run, log=log)
+    after_steps(7, run)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(100) != 0
+    assert "Stopped by SIGTERM after" in log.read_text()
+    assert log.read_text().count("Stopped by") == 1  # one speaks for all
+    assert main(["--resume", str(run), "--tensor-parallel", "1"]) == 0
+    close_to(run, alone_from_text)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_that_dies_or_hangs_ends_all_and_the_run_goes_on(fault, tmp_path, alone_from_text):
+    run, log = tmp_path / "run", tmp_path / "log"
+    process = start(3, *RUN, "--out", run, "--rank-timeout", 15, log=log)
+    after_steps(7, run)
+    victim = workers(process)[-1]
+    os.kill(victim, fault)
+    try:
+        assert process.wait(100) != 0
+    finally:
+        if fault == signal.SIGSTOP:
+            os.kill(victim, signal.SIGKILL) if victim in workers(process) else None
+    assert "another process of this training ended or did not answer" in log.read_text()
+    again = start(2, "--resume", run, "--rank-timeout", 600, log=log)
+    assert again.wait(200) == 0, log.read_text()
+    close_to(run, alone_from_text)
