@@ -73,6 +73,33 @@ def test_state_and_gradients_are_what_a_learner_has(name):
     assert member["flops_per_token_dense"] == flops.forward(256, 512, 8)
 
 
+def test_the_plan_of_several_processes_is_that_of_each(monkeypatch):
+    """Weights and moments by those that share the heads, work on tokens by all; disk is whole."""
+    alone = make_plan(members(kron=SAES["kron"]), outline(DATA))
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    train = dataclasses.replace(TRAIN, tensor_parallel=2)
+    own = {"kron": RunConfig(SAES["kron"], DATA, train)}
+    plan = make_plan(own, outline(DATA))
+    memory, before = plan["memory_mib"], alone["memory_mib"]
+    b_dec = 12 * 256 / MIB  # which all hold
+    assert memory["weights and moments"] == pytest.approx(
+        (before["weights and moments"] + b_dec) / 2, abs=b_dec
+    )
+    assert memory["shuffle buffer"] == before["shuffle buffer"]
+    for name in ("a step", "an evaluation"):
+        assert plan["passes_mib"][name] < 0.75 * alone["passes_mib"][name]
+    assert plan["disk_mib"] == pytest.approx(alone["disk_mib"])
+    assert plan["members"]["kron"]["parameters"] == alone["members"]["kron"]["parameters"]
+    assert "add up their gradients" in plan["members"]["kron"]["training_step_why"]
+    text = planning.render(plan, own, 60.0)
+    assert "4 processes: 2 share the tokens of a batch, 2 the heads" in text
+    assert "MiB in each process" in text
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    needed = sum(memory.values())
+    assert planning.shortage({**plan, "free_mib": needed}) is not None
+    assert planning.shortage({**plan, "free_mib": 4 * needed}) is None
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_outline_is_what_the_loaded_model_has(family, tmp_path):
     """Width of every hookpoint that runs in a block, and parameters, without any weight."""
