@@ -44,10 +44,12 @@ def save_state(
     from safetensors.torch import save_file
 
     tensors: dict[str, torch.Tensor] = {}
-    values = _split(state, "", tensors)
     rank, file = mesh.heads.rank, _file(mesh.heads.rank)
-    if rank:
-        tensors = {name: tensor for name, tensor in tensors.items() if _is_held(name, held)}
+
+    def is_mine(name: str) -> bool:
+        return mesh.data.rank == 0 and (rank == 0 or _is_held(name, held))
+
+    values = _split(state, "", tensors, is_mine)
     own, digest = _beside(folder, rank), None
     try:
         with mesh.world.together():
@@ -157,19 +159,24 @@ def _is_held(name: str, held: Collection[str]) -> bool:
     return any(name.endswith(f".{end}") for end in held)
 
 
-def _split(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """`value` with each tensor moved to `tensors` and its name left in its place."""
+def _split(
+    value: Any, name: str, tensors: dict[str, torch.Tensor], is_wanted: Callable[[str], bool]
+) -> Any:
+    """`value` with each wanted tensor moved to `tensors`, and the names of all in their place."""
     if isinstance(value, torch.Tensor):
-        # A copy: tensors that share memory (views, expanded ones) are saved each for itself.
-        tensors[name] = value.detach().to("cpu", copy=True).contiguous()
+        if is_wanted(name):
+            # A copy: tensors that share memory (views, expanded ones) are saved each for itself.
+            tensors[name] = value.detach().to("cpu", copy=True).contiguous()
         return {_TENSOR_KEY: name}
     if isinstance(value, dict):
         for key in value:
             if not isinstance(key, str):
                 raise TypeError(f"state keys must be strings, got {key!r} in {name or 'the root'}")
-        return {key: _split(item, f"{name}.{key}", tensors) for key, item in value.items()}
+        return {
+            key: _split(item, f"{name}.{key}", tensors, is_wanted) for key, item in value.items()
+        }
     if isinstance(value, (list, tuple)):
-        return [_split(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]
+        return [_split(item, f"{name}.{i}", tensors, is_wanted) for i, item in enumerate(value)]
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise TypeError(f"a state holds tensors and JSON values, got {type(value)} at {name}")

@@ -7,6 +7,7 @@ hands back what it got. Tests then compare that with a single process.
 
 import os
 import signal
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from kronsae.errors import InputError
 from kronsae.learner import Learner
 from kronsae.parallel import ALONE, Mesh
 from kronsae.sae import HELD, SAE
-from kronsae.train import fit
+from kronsae.train import fit, fit_many
 
 CPU = torch.device("cpu")
 LAYOUTS = {
@@ -157,15 +158,33 @@ def run(
     return [{**result.metrics, "stopped_by": result.stopped_by}, *result.history]
 
 
+def sweep(out: Path, mesh: Mesh = ALONE) -> list[dict[str, float]]:
+    """`fit_many`: the final metrics of two members, stopped once and gone on with."""
+
+    def stop(name, record):
+        if record["step"] == 7 and name == "kron":
+            signal.raise_signal(signal.SIGTERM)
+
+    members = [POINTS["kron"], POINTS["dense"]]
+    common = {"names": ["kron", "dense"], "heldout": X[:100], "out": out, "mesh": mesh}
+    fit_many(members, X, RUN_TRAIN, **common, on_record=stop)
+    return [result.metrics for result in fit_many(members, X, RUN_TRAIN, **common, resume=True)]
+
+
 def refusals(mesh: Mesh, folder: Path) -> list[str]:
-    """What ranks say that were given different data, or a folder that is not free."""
+    """What ranks say of different data, of a folder that is not free, and when they diverge."""
     messages = []
     folder.mkdir(exist_ok=True)
     (folder / "mine").write_text("")
     x = X if mesh.first else X + 1
-    for activations, out in ((x, folder / "new"), (X, folder)):
+    diverging = replace(RUN_TRAIN, lr=1e30)
+    for activations, out, config in (
+        (x, folder / "new", RUN_TRAIN),
+        (X, folder, RUN_TRAIN),
+        (X, folder / "diverged", diverging),
+    ):
         try:
-            fit(RUN, activations, RUN_TRAIN, out=out, mesh=mesh)
+            fit(RUN, activations, config, out=out, mesh=mesh)
         except InputError as error:
             messages.append(str(error))
     return messages
@@ -182,16 +201,17 @@ def _work(rank: int, folder: Path) -> None:
     meshes = {name: mesh for name, mesh in meshes.items() if mesh is not None}
     done: dict[str, dict[str, Any]] = {}
     for name, mesh in meshes.items():
-        points = POINTS if mesh.heads.size > 1 else POINTS | OVER_TOKENS
+        points = POINTS | (OVER_TOKENS if name == "4 data" else {})
         done[name] = {point: learn(mesh, config) for point, config in points.items()}
         done[name]["run"] = run(folder / name, mesh)
         done[name]["edges"] = edges(mesh)
         done[name]["mapped"] = mapped(mesh)
-        done[name]["refusals"] = refusals(mesh, folder / f"{name} refused")
     for name, stop_after in CHAIN.items():
         if name in meshes:
             done[name]["chain"] = run(folder / "chain", meshes[name], stop_after, resume=True)
         dist.barrier()
+    done["refusals"] = refusals(meshes["2 x 2"], folder / "refused")
+    done["sweep"] = sweep(folder / "sweep", meshes["2 x 2"])
     done["lost"] = lost(meshes["4 data"], rank)
     torch.save(done, folder / f"rank-{rank}.pt")
     os._exit(0)  # without a word to the others, as if killed
