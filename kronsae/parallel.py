@@ -76,8 +76,13 @@ class Group:
 
     def _reduce(self, x: Tensor, op: Any) -> Tensor:
         if self.size > 1:
+            # nccl wants contiguous tensors: an encoder's gradient is one behind a transposition.
+            stored = x.permute(sorted(range(x.ndim), key=lambda dim: -x.stride(dim)))
+            dense = stored.contiguous()
             with _answers():
-                dist.all_reduce(x, op, group=self.group)
+                dist.all_reduce(dense, op, group=self.group)
+            if dense is not stored:
+                stored.copy_(dense)
         return x
 
     def gather(self, x: Tensor) -> Tensor:
