@@ -87,7 +87,7 @@ def make_plan(members: Mapping[str, RunConfig], model: Outline) -> dict[str, Any
     free = free_bytes(device)
     return {
         "device": str(device),
-        "ranks": ranks,
+        "ranks": list(ranks),
         "kernels": backends.choose(None, device),
         "kernels_why": "; ".join([_why(device), *_in_torch(members.values())]),
         "d_model": d,

@@ -98,7 +98,7 @@ def test_latents_compete_by_their_product(layout, of_ranks):
 
 def figures(record):
     """What of a record does not depend on the clock."""
-    clock = ("seconds", "tokens_per_s", "data_wait_share", "kind", "stopped_by")
+    clock = ("seconds", "tokens_per_s", "wait_share", "kind", "stopped_by")
     return {name: value for name, value in record.items() if name not in clock}
 
 
@@ -350,13 +350,8 @@ def test_a_rank_that_dies_or_hangs_ends_all_and_the_run_goes_on(fault, tmp_path,
     run, log = tmp_path / "run", tmp_path / "log"
     process = start(3, *RUN, "--out", run, "--rank-timeout", 15, log=log)
     after_steps(7, run)
-    victim = workers(process)[-1]
-    os.kill(victim, fault)
-    try:
-        assert process.wait(100) != 0
-    finally:
-        if fault == signal.SIGSTOP:
-            os.kill(victim, signal.SIGKILL) if victim in workers(process) else None
+    os.kill(workers(process)[-1], fault)
+    assert process.wait(200) != 0  # torchrun kills the one that hangs
     assert "another process of this training ended or did not answer" in log.read_text()
     again = start(2, "--resume", run, "--rank-timeout", 600, log=log)
     assert again.wait(200) == 0, log.read_text()

@@ -91,7 +91,21 @@ def test_the_plan_of_several_processes_is_that_of_each(monkeypatch):
     assert plan["disk_mib"] == pytest.approx(alone["disk_mib"])
     assert plan["members"]["kron"]["parameters"] == alone["members"]["kron"]["parameters"]
     assert "add up their gradients" in plan["members"]["kron"]["training_step_why"]
-    text = planning.render(plan, own, 60.0)
+    timed = []
+
+    def measure(data, model, saes, *_):
+        timed.append(saes["kron"])
+        each = {"kron": 4.0}
+        return calibrate.TokenTimes(1.0, 8.0, 1.0, each, each, {"kron": 0.0})
+
+    monkeypatch.setattr(calibrate, "measure", measure)
+    times = planning.predict_time(plan, own, outline(DATA))
+    assert times["us_per_token"] == pytest.approx(
+        {"text": 1e6, "language model": 2e6, "buffer": 1e6, "kron": 2e6}
+    )
+    [(sae, share)] = timed  # what one process computes
+    assert (sae.heads, sae.dict_size, share.batch_size) == (32, 256, 64)
+    text = planning.render(plan, own, times)
     assert "4 processes: 2 share the tokens of a batch, 2 the heads" in text
     assert "MiB in each process" in text
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
