@@ -34,7 +34,9 @@ def test_round_trip_is_exact(tmp_path):
     assert same(STATE, loaded)
 
 
-@pytest.mark.parametrize("value", [object(), {1: 2}, {"f": lambda: 0}, float], ids=str)
+@pytest.mark.parametrize(
+    "value", [object(), {1: 2}, {"f": lambda: 0}, float], ids=["object", "key", "function", "type"]
+)
 def test_refuses_what_is_neither_tensor_nor_json(value, tmp_path):
     with pytest.raises(TypeError):
         checkpoint.save_state(tmp_path / "step", {"value": value})
