@@ -2,11 +2,20 @@
 
 A state is a nested dict of tensors and JSON values. On disk it is a folder with the tensors in
 state.safetensors and the rest in state.json, which also holds the SHA-256 of the tensors' file.
+
+Of several processes that hold an autoencoder's heads together (`kronsae.parallel`) each writes its
+own rows: rank 0 to state.safetensors, beside all that is the same on all ranks, the next ones to
+state-1.safetensors, ... File i of n has the i-th of n equal parts of the rows, so that any other
+number of processes finds its own. torch.distributed.checkpoint would shard as well, but its index
+is a pickle, and its safetensors form is one file for each of a model's tensors, with no room for
+the JSON values and checksums that make a checkpoint whole.
 """
 
 import json
+import os
 import re
 import shutil
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -14,86 +23,172 @@ import torch
 
 from kronsae.errors import InputError
 from kronsae.files import replace_directory, sha256, write_json
+from kronsae.parallel import ALONE, Group, Mesh
 
 FORMAT_VERSION = 2
+SHARDED_VERSION = 3
+"""Of a checkpoint with several files of tensors; else it is as in FORMAT_VERSION."""
 TENSORS_NAME = "state.safetensors"
 VALUES_NAME = "state.json"
 _TENSOR_KEY = "__tensor__"
 
 
-def save_state(folder: Path, state: dict[str, Any]) -> Path:
-    """Write `state` to `folder`, atomically. Raises InputError if the disk is full."""
+def save_state(
+    folder: Path, state: dict[str, Any], mesh: Mesh = ALONE, held: Collection[str] = ()
+) -> Path:
+    """Write `state` to `folder`, atomically. Raises InputError if the disk is full.
+
+    held: ends of the names (keys, joined by dots) of tensors that have a part of their rows on each
+        process along `mesh.heads`. All processes of the mesh call this, and see one folder.
+    """
     from safetensors.torch import save_file
 
     tensors: dict[str, torch.Tensor] = {}
-    values = _split(state, "", tensors)
+    rank, file = mesh.heads.rank, _file(mesh.heads.rank)
 
-    def write(partial: Path) -> None:
-        save_file(tensors, partial / TENSORS_NAME)
-        write_json(
-            partial / VALUES_NAME,
-            {
-                "format_version": FORMAT_VERSION,
-                "sha256": sha256(partial / TENSORS_NAME),
+    def is_mine(name: str) -> bool:
+        return mesh.data.rank == 0 and (rank == 0 or _is_held(name, held))
+
+    values = _split(state, "", tensors, is_mine)
+    own, digest = _beside(folder, rank), None
+    try:
+        with mesh.world.together():
+            if mesh.data.rank == 0 and rank:
+                replace_directory(own, lambda partial: save_file(tensors, partial / file))
+                digest = sha256(own / file)
+        # Ranks along `heads` are neighbours: those of the first group are the first of all.
+        others = mesh.world.exchange(digest)[1 : mesh.heads.size]
+
+        def write(partial: Path) -> None:
+            save_file(tensors, partial / TENSORS_NAME)
+            digests = {TENSORS_NAME: sha256(partial / TENSORS_NAME)}
+            for number, other in enumerate(others, 1):
+                name = _file(number)
+                os.rename(
+                    own.parent / f".{folder.name}.rank-{number}.partial" / name, partial / name
+                )
+                digests[name] = other
+            document = {
+                "format_version": SHARDED_VERSION if others else FORMAT_VERSION,
+                "sha256": digests if others else digests[TENSORS_NAME],
                 "state": values,
-            },
-        )
+            }
+            write_json(partial / VALUES_NAME, document)
 
-    return replace_directory(folder, write)
+        with mesh.world.together():
+            if mesh.first:
+                replace_directory(folder, write)
+    finally:
+        shutil.rmtree(own, ignore_errors=True)
+    return folder
 
 
-def load_state(folder: Path) -> dict[str, Any]:
-    """The state in `folder`. Raises InputError if it is damaged or of another format version."""
-    from safetensors.torch import load_file
+def load_state(
+    folder: Path, group: Group = ALONE.heads, held: Collection[str] = ()
+) -> dict[str, Any]:
+    """The state in `folder`. Raises InputError if it is damaged or of another format version.
 
+    group, held: as `mesh.heads` and `held` of `save_state`, whatever they were when it was saved.
+        A rank of the group gets its own rows, and reads only files that have some of them.
+    """
     advice = f"remove the folder {folder} to go on from the checkpoint before it"
     try:
         document = json.loads((folder / VALUES_NAME).read_text(encoding="utf-8"))
-        version, digest, values = (document[k] for k in ("format_version", "sha256", "state"))
+        version, digests, values = (document[k] for k in ("format_version", "sha256", "state"))
+        if version == FORMAT_VERSION:
+            digests = {TENSORS_NAME: digests}
+        files = [_file(number) for number in range(len(digests))]
+        if version in (FORMAT_VERSION, SHARDED_VERSION) and list(digests) != files:
+            raise ValueError(f"expected the files {files}, got {list(digests)}")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(
             f"checkpoint {folder} is damaged ({VALUES_NAME}: {error}); {advice}"
         ) from error
-    if version != FORMAT_VERSION:
+    if version not in (FORMAT_VERSION, SHARDED_VERSION):
         raise InputError(
-            f"checkpoint {folder}: expected format version {FORMAT_VERSION}, got {version}"
+            f"checkpoint {folder}: expected format version {FORMAT_VERSION} or {SHARDED_VERSION}, "
+            f"got {version}"
         )
-    path = folder / TENSORS_NAME
-    if not path.is_file():
-        raise InputError(f"checkpoint {folder} is damaged ({TENSORS_NAME} is missing); {advice}")
-    if sha256(path) != digest:
-        raise InputError(
-            f"checkpoint {folder} is damaged ({TENSORS_NAME} does not have the SHA-256 "
-            f"that {VALUES_NAME} names); {advice}"
-        )
-    return _join(values, load_file(path))
+    parts: dict[int, dict[str, torch.Tensor]] = {}
+
+    def part(number: int) -> dict[str, torch.Tensor]:
+        """The tensors of a file, which are read from the disk when they are looked at."""
+        from safetensors.torch import load_file
+
+        if number not in parts:
+            path = folder / files[number]
+            if not path.is_file():
+                raise InputError(
+                    f"checkpoint {folder} is damaged ({path.name} is missing); {advice}"
+                )
+            if sha256(path) != digests[path.name]:
+                raise InputError(
+                    f"checkpoint {folder} is damaged ({path.name} does not have the SHA-256 "
+                    f"that {VALUES_NAME} names); {advice}"
+                )
+            parts[number] = load_file(path)
+        return parts[number]
+
+    def tensor(name: str) -> torch.Tensor:
+        if not _is_held(name, held):
+            return part(0)[name]
+        # In units of 1 / (files x ranks) of the rows a file has `ranks`, and a rank `files`.
+        ranks, rank, count = group.size, group.rank, len(files)
+        found = []
+        for number in range(rank * count // ranks, -(-(rank + 1) * count // ranks)):
+            rows = part(number)[name]
+            first = max(0, rank * count - number * ranks) * len(rows) // ranks
+            last = min(ranks, (rank + 1) * count - number * ranks) * len(rows) // ranks
+            found.append(rows[first:last])
+        return found[0] if len(found) == 1 else torch.cat(found)
+
+    return _join(values, tensor)
 
 
-def _split(value: Any, name: str, tensors: dict[str, torch.Tensor]) -> Any:
-    """`value` with each tensor moved to `tensors` and its name left in its place."""
+def _file(rank: int) -> str:
+    """Where a rank's tensors are."""
+    return f"state-{rank}.safetensors" if rank else TENSORS_NAME
+
+
+def _beside(folder: Path, rank: int) -> Path:
+    """Where a rank's file waits until all are there (`files.remove_leftovers` knows the name)."""
+    return folder.parent / f".{folder.name}.rank-{rank}.partial"
+
+
+def _is_held(name: str, held: Collection[str]) -> bool:
+    return any(name.endswith(f".{end}") for end in held)
+
+
+def _split(
+    value: Any, name: str, tensors: dict[str, torch.Tensor], is_wanted: Callable[[str], bool]
+) -> Any:
+    """`value` with each wanted tensor moved to `tensors`, and the names of all in their place."""
     if isinstance(value, torch.Tensor):
-        # A copy: tensors that share memory (views, expanded ones) are saved each for itself.
-        tensors[name] = value.detach().to("cpu", copy=True).contiguous()
+        if is_wanted(name):
+            # A copy: tensors that share memory (views, expanded ones) are saved each for itself.
+            tensors[name] = value.detach().to("cpu", copy=True).contiguous()
         return {_TENSOR_KEY: name}
     if isinstance(value, dict):
         for key in value:
             if not isinstance(key, str):
                 raise TypeError(f"state keys must be strings, got {key!r} in {name or 'the root'}")
-        return {key: _split(item, f"{name}.{key}", tensors) for key, item in value.items()}
+        return {
+            key: _split(item, f"{name}.{key}", tensors, is_wanted) for key, item in value.items()
+        }
     if isinstance(value, (list, tuple)):
-        return [_split(item, f"{name}.{i}", tensors) for i, item in enumerate(value)]
+        return [_split(item, f"{name}.{i}", tensors, is_wanted) for i, item in enumerate(value)]
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     raise TypeError(f"a state holds tensors and JSON values, got {type(value)} at {name}")
 
 
-def _join(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
+def _join(value: Any, tensor: Callable[[str], torch.Tensor]) -> Any:
     if isinstance(value, dict):
         if set(value) == {_TENSOR_KEY}:
-            return tensors[value[_TENSOR_KEY]]
-        return {key: _join(item, tensors) for key, item in value.items()}
+            return tensor(value[_TENSOR_KEY])
+        return {key: _join(item, tensor) for key, item in value.items()}
     if isinstance(value, list):
-        return [_join(item, tensors) for item in value]
+        return [_join(item, tensor) for item in value]
     return value
 
 

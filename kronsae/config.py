@@ -452,6 +452,14 @@ class TrainConfig:
         "GPU, where they can run; on: an error where they cannot)",
         choices=("auto", "on", "off"),
     )
+    tensor_parallel: int = setting(
+        1,
+        "processes of torchrun that hold the heads of one autoencoder together; the others share "
+        "the tokens of each batch",
+    )
+    rank_timeout: int = setting(
+        600, "seconds that a process of torchrun waits for another one before it gives up"
+    )
     log_every: int = setting(10, "steps between two lines of metrics")
     eval_every: int = setting(
         200, "steps between two evaluations on held-out tokens (0: at the end)"
@@ -464,7 +472,10 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "batch_size", "log_every", "keep_checkpoints"):
+        for name in (
+            *("tokens", "batch_size", "log_every", "keep_checkpoints"),
+            *("tensor_parallel", "rank_timeout"),
+        ):
             _require(getattr(self, name) >= 1, f"{name}: expected >= 1, got {getattr(self, name)}")
         for name in ("eval_every", "checkpoint_every", "auxk", "dead_after_tokens"):
             _require(getattr(self, name) >= 0, f"{name}: expected >= 0, got {getattr(self, name)}")

@@ -1,6 +1,7 @@
 """`fit` and `fit_many`: train SAEs on one stream of activations, with logs and checkpoints."""
 
 import dataclasses
+import os
 import signal
 import sys
 import time
@@ -19,11 +20,12 @@ from kronsae.data import (
     IterableActivations,
     TensorActivations,
 )
-from kronsae.data.common import Interrupted
+from kronsae.data.common import Interrupted, digest
 from kronsae.errors import InputError
 from kronsae.evaluate import Heldout, evaluate, evaluate_cross_entropy
 from kronsae.learner import Learner
 from kronsae.logs import Log, check_packages
+from kronsae.parallel import Mesh, RankLost, join
 from kronsae.run import SINGLE, RunFolder, SweepFolder, open_to_resume
 from kronsae.sae import SAE, load
 from kronsae.stream import DataEnded, Stream, is_finite
@@ -65,6 +67,7 @@ def fit(
     resume: bool = False,
     settings: dict[str, Any] | None = None,
     on_record: Callable[[dict[str, Any]], None] | None = None,
+    mesh: Mesh | None = None,
 ) -> FitResult:
     """Train an SAE on activations; see the fields of `SAEConfig` and `TrainConfig`.
 
@@ -76,6 +79,9 @@ def fit(
     resume: go on from the newest checkpoint in `out`; batches and weights are, bit for bit, those
         of an uninterrupted run (on a CPU; an iterable must give the same batches again).
     settings: what else config.json shall hold.  on_record: called with each logged record.
+    mesh: of the processes that train together; by default that of torchrun (`kronsae.parallel`).
+        Each of them calls this with the same arguments, and takes its own part of the batches. The
+        first one alone writes, and calls `on_record`.
 
     On SIGTERM or SIGINT the step in progress is finished, a checkpoint saved, and the result
     returned with `stopped_by`. Raises InputError if the data ends before the budget, is not finite,
@@ -88,6 +94,7 @@ def fit(
         out,
         resume,
         (lambda _, entry: on_record(entry)) if on_record else None,
+        mesh,
         sweep=False,
     )
     return result
@@ -104,6 +111,7 @@ def fit_many(
     resume: bool = False,
     settings: Sequence[dict[str, Any]] | None = None,
     on_record: Callable[[str, dict[str, Any]], None] | None = None,
+    mesh: Mesh | None = None,
 ) -> list[FitResult]:
     """Train any number of SAEs on the same batches, each as `fit` alone would, bit for bit.
 
@@ -133,7 +141,7 @@ def fit_many(
     check_names(names)
     members = zip(names, sae_configs, one_stream(train_configs), settings, strict=True)
     plans = [_Plan(*member) for member in members]
-    return _fit(plans, activations, heldout, out, resume, on_record, sweep=True)
+    return _fit(plans, activations, heldout, out, resume, on_record, mesh, sweep=True)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,11 +161,15 @@ def _fit(
     out: str | Path | None,
     resume: bool,
     on_record: Callable[[str, dict[str, Any]], None] | None,
+    mesh: Mesh | None,
     sweep: bool,
 ) -> list[FitResult]:
     """`fit` and `fit_many`: they differ in the folders that they write, and in nothing else."""
     config = plans[0].train  # what all share
     device = resolve_device(config.device)
+    mesh = mesh or join(config.tensor_parallel, device, config.rank_timeout)
+    for plan in plans:
+        mesh.check(plan.sae)
     source = _as_source(activations, config)
     if isinstance(heldout, Tensor):
         heldout = (heldout,)
@@ -168,11 +180,12 @@ def _fit(
     if heldout is not None:
         _check_heldout(heldout, plans[0].sae)
     check_packages(config)
-    folder, state = _open(out, resume, {p.name: p.settings for p in plans}, sweep)
-    session = _Session(Stream(source, config.tokens, device), config, folder)
+    _check_same([plan.settings for plan in plans], mesh)
+    folder, state = _open(out, resume, {p.name: p.settings for p in plans}, sweep, mesh)
+    session = _Session(Stream(source, config.tokens, device), config, folder, mesh)
     try:
         for plan in plans:
-            session.members[plan.name] = _Member(plan, device, folder, on_record)
+            session.members[plan.name] = _Member(plan, device, folder, on_record, mesh)
         if state is not None:
             session.load_state_dict(state)
         _train_and_judge(session, heldout)
@@ -185,15 +198,15 @@ def _train_and_judge(session: "_Session", heldout: Heldout | None) -> None:
     """Train all members, evaluate them, and save what they have learned, whatever happens."""
     stream = session.stream
     try:
-        with _signals(stream.interrupt) as stop:
-            _train(session, heldout, stop)
+        with _signals(session.interrupt) as stop:
+            stopped_by = _train(session, heldout, stop)
         stream.close()
         for member in session.live:
             metrics: dict[str, float] = {}
-            if stop.received is None and heldout is not None:
+            if stopped_by is None and heldout is not None:
                 metrics = _judge(member.sae(stream), heldout)
                 member.record("final", metrics, stream)
-            member.finish(stream, metrics, stopped_by=stop.received)
+            member.finish(stream, metrics, stopped_by=stopped_by)
         session.note()
     except InputError as error:
         for member in session.live if stream.steps else ():
@@ -210,11 +223,14 @@ def _train_and_judge(session: "_Session", heldout: Heldout | None) -> None:
         ) from error
 
 
-def _train(session: "_Session", heldout: Heldout | None, stop: "_Stop") -> None:
-    """The loop: batch, steps, log, evaluate, checkpoint, until the budget is used or a signal."""
+def _train(session: "_Session", heldout: Heldout | None, stop: "_Stop") -> int | None:
+    """The loop: batch, steps, log, evaluate, checkpoint, until the budget is used or a signal.
+
+    Returns the signal, if there was one.
+    """
     stream, config = session.stream, session.config
     saved_at = stream.steps
-    while not stream.done and stop.received is None:
+    while not stream.done and session.signal(stop) is None:
         try:
             batch = stream.next()
         except Interrupted:
@@ -241,6 +257,7 @@ def _train(session: "_Session", heldout: Heldout | None, stop: "_Stop") -> None:
             saved_at = step
     if stream.steps > saved_at:
         session.save()
+    return session.signal(stop)
 
 
 def _judge(sae: SAE, heldout: Heldout) -> dict[str, float]:
@@ -256,14 +273,16 @@ class _Member:
         device: torch.device,
         folder: RunFolder | SweepFolder | None,
         on_record: Callable[[str, dict[str, Any]], None] | None,
+        mesh: Mesh,
     ) -> None:
+        self.mesh = mesh
         self.name = plan.name
         self.settings = plan.settings
         self.on_record = on_record
         self.run = folder.runs[plan.name] if folder else None
         group = folder.path.name if isinstance(folder, SweepFolder) else None
-        self.log = Log(self.run, plan.train, plan.settings, group)
-        self.learner: Learner | None = Learner(plan.sae, plan.train, device)
+        self.log = Log(self.run, plan.train, plan.settings, group) if mesh.first else None
+        self.learner: Learner | None = Learner(plan.sae, plan.train, device, mesh)
         self.figures: dict[str, float] = {}  # of the last step
         self.history: list[dict[str, Any]] = []
         self.step_seconds, self.steps = 0.0, 0
@@ -285,9 +304,11 @@ class _Member:
     def record(self, kind: str, values: dict[str, float], stream: Stream) -> None:
         entry = {"kind": kind, **stream.position(), **values}
         self.history.append(entry)
-        self.log(entry)
-        if self.on_record:
-            self.on_record(self.name, entry)
+        with self.mesh.world.together():
+            if self.mesh.first:
+                self.log(entry)
+                if self.on_record:
+                    self.on_record(self.name, entry)
 
     def sae(self, stream: Stream) -> SAE:
         """The SAE as it stands, of raw activations."""
@@ -319,7 +340,8 @@ class _Member:
 
     def restore_failed(self, message: str) -> None:
         """Take over the result of an earlier session, in which this member failed."""
-        sae = load(self.run.sae)
+        with self.mesh.world.together():
+            sae = load(self.run.sae)
         self.result = FitResult(sae, sae.metadata["tokens"], {}, [], None, message)
         self.learner = None
 
@@ -328,8 +350,13 @@ class _Session:
     """The stream and all members, and how they are saved together."""
 
     def __init__(
-        self, stream: Stream, config: TrainConfig, folder: RunFolder | SweepFolder | None
+        self,
+        stream: Stream,
+        config: TrainConfig,
+        folder: RunFolder | SweepFolder | None,
+        mesh: Mesh,
     ) -> None:
+        self.mesh = mesh
         self.stream = stream
         self.config = config
         self.folder = folder
@@ -339,6 +366,15 @@ class _Session:
     def live(self) -> list[_Member]:
         """The members that still learn."""
         return [member for member in self.members.values() if member.result is None]
+
+    def signal(self, stop: "_Stop") -> int | None:
+        """The signal that any process has received, so that all stop after the same step."""
+        return int(self.mesh.world.max(torch.tensor(stop.received or 0))) or None
+
+    def interrupt(self) -> None:
+        """Let the stream wait no longer; among processes each would be left at another place."""
+        if self.mesh.world.size == 1:
+            self.stream.interrupt()
 
     def save(self) -> None:
         if self.folder is not None:
@@ -362,7 +398,7 @@ class _Session:
 
     def note(self) -> None:
         """Write a sweep's table, once all members have ended."""
-        if isinstance(self.folder, SweepFolder):
+        if isinstance(self.folder, SweepFolder) and self.mesh.first:
             endings = {
                 name: {
                     "config": member.settings["config"],
@@ -379,7 +415,8 @@ class _Session:
     def close(self) -> None:
         self.stream.close()
         for member in self.members.values():
-            member.log.close()
+            if member.log is not None:
+                member.log.close()
         if self.folder is not None:
             self.folder.release()
 
@@ -394,6 +431,15 @@ def _complete(plan: _Plan, source: ActivationSource) -> _Plan:
     }
     settings = {"config": config, "data": source.describe(), **plan.settings}
     return dataclasses.replace(plan, sae=sae, settings=settings)
+
+
+def _check_same(settings: list[dict[str, Any]], mesh: Mesh) -> None:
+    """Raise InputError unless all processes were given the same activations and settings."""
+    if len(set(mesh.world.exchange(digest(settings)))) > 1:
+        raise InputError(
+            "the processes of this training were given different activations or settings: each "
+            "has to get the same, and takes its own part of the batches"
+        )
 
 
 @dataclasses.dataclass
@@ -422,24 +468,53 @@ def _signals(interrupt: Callable[[], None]) -> Iterator[_Stop]:
         pass
     try:
         yield stop
+    except RankLost:  # torchrun now ends the others: let them say why first
+        if signal.SIGTERM in earlier:
+            earlier[signal.SIGTERM] = signal.SIG_IGN
+        raise
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)
 
 
 def _open(
-    out: str | Path | None, resume: bool, settings: dict[str, dict[str, Any]], sweep: bool
+    out: str | Path | None,
+    resume: bool,
+    settings: dict[str, dict[str, Any]],
+    sweep: bool,
+    mesh: Mesh,
 ) -> tuple[RunFolder | SweepFolder | None, dict[str, Any] | None]:
-    """The folder to train in, locked, and the state to go on from."""
+    """The folder to train in, locked by the first process, and the state to go on from."""
     if out is None:
         if resume:
             raise InputError("resume needs the run folder: give `out`")
         return None, None
+    folder, state = None, None
+    try:
+        for turn in (True, False):  # the others find what the first one leaves
+            with mesh.world.together():
+                if mesh.first is turn:
+                    folder = (
+                        _claim(out, resume, settings, sweep) if turn else open_to_resume(out)[0]
+                    )
+                    folder.share(mesh)
+                    state = folder.load_checkpoint() if resume else None
+    except InputError:
+        if folder is not None:
+            folder.release()
+        raise
+    return folder, state
+
+
+def _claim(
+    out: str | Path, resume: bool, settings: dict[str, dict[str, Any]], sweep: bool
+) -> RunFolder | SweepFolder:
+    """The folder, made or found, and locked. Raises InputError if it was made otherwise."""
     if not resume:
         made = SweepFolder.create(out, settings) if sweep else None
         folder = made or RunFolder.create(out, settings[SINGLE])
         folder.lock()
-        return folder, None
+        return folder
     folder, found = open_to_resume(out)
     folder.lock()
     try:
@@ -467,7 +542,7 @@ def _open(
             raise InputError(
                 f"{folder.path} was made with other settings:\n  " + "\n  ".join(differences)
             )
-        return folder, folder.load_checkpoint()
+        return folder
     except InputError:
         folder.release()
         raise
@@ -480,6 +555,8 @@ FREE_TO_CHANGE = (
         for name in (
             "device",
             "fused_step",
+            "tensor_parallel",
+            "rank_timeout",
             "log_every",
             "eval_every",
             "checkpoint_every",
@@ -509,11 +586,13 @@ def _differences(found: Any, given: Any, name: str, member: str = "") -> list[st
 def resolve_device(name: str) -> torch.device:
     """The device of a name; "auto" is cuda where there is one. Raises InputError if it is not."""
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError("expected cpu or cuda")
+        if device == torch.device("cuda") and "LOCAL_RANK" in os.environ:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))  # torchrun's: one each
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error

@@ -8,13 +8,20 @@ from torch import Tensor
 
 from kronsae.config import SAEConfig, TrainConfig
 from kronsae.errors import InputError
-from kronsae.metrics import l0
 from kronsae.objectives import Objective, auxk_loss, auxk_weight, objective
-from kronsae.sae import SAE
+from kronsae.parallel import ALONE, Mesh
+from kronsae.sae import HELD, SAE
 from kronsae_kernels import SparseCodes
 from kronsae_kernels import step as fused
 
 ADAM_BETA1 = 0.9
+
+HELD_STATE = (
+    *(f"weights.{name}" for name in HELD),
+    *(f"moments.{name}.{moment}" for name in HELD for moment in ("exp_avg", "exp_avg_sq")),
+    "tokens_since_fired",
+)
+"""What of `Learner.state_dict` has rows of which each process along `Mesh.heads` holds a part."""
 
 
 def learning_rate(tokens: int, config: TrainConfig, dict_size: int, batch: int) -> float:
@@ -71,10 +78,20 @@ class Normalizer:
         return {"mean": self.mean, "scale": self.scale}
 
 
-def why_not_fused(sae: SAEConfig, config: TrainConfig, device: torch.device) -> str | None:
-    """Why training takes autograd and torch's AdamW and not the fused step; None if it takes it."""
+def why_not_fused(
+    sae: SAEConfig, config: TrainConfig, device: torch.device, ranks: tuple[int, int] = (1, 1)
+) -> str | None:
+    """Why training takes autograd and torch's AdamW and not the fused step; None if it takes it.
+
+    ranks: along `data` and along `heads` (`kronsae.parallel.shape`).
+    """
+    data, heads = ranks
     if config.fused_step == "off":
         return "fused_step is off"
+    if data > 1:
+        return f"{data} ranks add up their gradients, and it writes none"
+    if heads > 1:
+        return f"{heads} ranks select latents and reconstruct together, and it does so alone"
     if config.fused_step == "auto" and device.type == "cpu":
         return "it is made of kernels for a GPU"
     kinds = {"selection": "topk", "objective": "plain", "experts": 0, "d_target": 0}
@@ -98,24 +115,46 @@ class Pass(NamedTuple):
     """Other losses of the objective, by name (scalars)."""
 
 
+class _Dying(NamedTuple):
+    """The dead latents before a step, and on what their loss is measured."""
+
+    dead: Tensor
+    """Bool [F], of the latents held here."""
+    count: int
+    """How many are dead in the whole dictionary."""
+    part: slice
+    """Tokens of this rank on which their loss is measured."""
+    measured: bool
+    """Whether it is, on any rank."""
+
+
 class Learner:
     """Trains one SAE on normalised activations [B, d], one optimizer step a call of `step`.
 
     Steps are made by `kronsae_kernels.step` where it can run, else by autograd and torch's AdamW;
     both change the same weights and moments, and give the same but for rounding.
     A transcoder also gets its target [B, d_target], normalised.
+    mesh: of processes that train it together. Each gets the whole batch, and learns from its part;
+        weights, moments and counters are those of the heads that it holds.
     """
 
-    def __init__(self, sae_config: SAEConfig, config: TrainConfig, device: torch.device) -> None:
+    def __init__(
+        self,
+        sae_config: SAEConfig,
+        config: TrainConfig,
+        device: torch.device,
+        mesh: Mesh = ALONE,
+    ) -> None:
         self.config = config
         self.device = device
+        self.mesh = mesh
         self.dtype = compute_dtype(config.dtype, device)
         self.unit_norm = config.decoder_norm == "unit"
-        reason = why_not_fused(sae_config, config, device)
+        reason = why_not_fused(sae_config, config, device, (mesh.data.size, mesh.heads.size))
         if config.fused_step == "on" and reason is not None:
             raise InputError(f"fused_step 'on': {reason}")
         generator = torch.Generator().manual_seed(config.seed)
-        self.sae = SAE(sae_config, generator=generator).to(device)
+        self.sae = SAE(sae_config, generator=generator, mesh=mesh).to(device)
         matrices = [self.sae.W_enc]
         rest = [p for p in self.sae.parameters() if p is not self.sae.W_enc]
         self.optimizer = torch.optim.AdamW(
@@ -149,13 +188,11 @@ class Learner:
         self.step_count = 0
         self.tokens = 0
         self.batch = 0  # tokens of the first batch: the schedule's step
-        self.tokens_since_fired = torch.zeros(
-            sae_config.dict_size, dtype=torch.int64, device=device
-        )
+        self.tokens_since_fired = torch.zeros(len(self.sae.W_dec), dtype=torch.int64, device=device)
 
     @property
     def dead(self) -> Tensor:
-        """Which latents are dead (bool [F]): silent for config.dead_after tokens."""
+        """Which latents held here are dead (bool [F]): silent for config.dead_after tokens."""
         return self.tokens_since_fired >= self.config.dead_after
 
     def step(self, x: Tensor, target: Tensor | None = None) -> dict[str, float]:
@@ -166,35 +203,46 @@ class Learner:
         sae, config = self.sae, self.config
         lr = learning_rate(self.tokens, config, sae.dict_size, self.batch or x.shape[0])
         self.batch = self.batch or x.shape[0]
+        part = self.mesh.part
+        own, own_target = part(x), None if target is None else part(target)
         if self.tokens < self.batch * max(1, warmup_steps(config, self.batch)):
-            sae.selection.prepare(sae, x)
+            sae.selection.prepare(sae, own)
         dead = self.dead
-        dead_count = int(dead.sum())
-        # The part of the batch on which the auxiliary loss is measured; empty without one.
-        part = slice(math.ceil(x.shape[0] * config.auxk_fraction))
-        if not (dead_count and config.auxk_coefficient and len(x[part]) >= 2):
-            part = slice(0)
+        dead_count = self.mesh.heads.count(int(dead.sum()), self.device)
+        # On so many tokens the auxiliary loss is measured: of the batch, and of this rank's part.
+        of_batch = math.ceil(x.shape[0] * config.auxk_fraction)
+        if not (dead_count and config.auxk_coefficient and of_batch >= 2):
+            of_batch = 0
+        dying = _Dying(dead, dead_count, slice(len(part(x[:of_batch]))), of_batch > 0)
         if self.fused is None:
-            done = self._autograd_step(x, target, lr, dead, part)
+            done = self._autograd_step(own, own_target, x.shape[0], lr, dying)
         else:
-            done = self._fused_step(x, lr, dead, part)
+            done = self._fused_step(x, lr, dying)
         sae.selection.update(sae, done.codes)
         fired = sae.fired(done.codes)
-        self.tokens_since_fired += x.shape[0]
-        self.tokens_since_fired[done.codes.indices[fired]] = 0
+        self._count_fired(x.shape[0], sae.own(done.codes))
         self.step_count += 1
         self.tokens += x.shape[0]
-        mse = done.mse.item()
+        active = fired.sum().double() / x.shape[0]
+        sums = torch.stack([done.mse, done.auxk_loss, active, *done.more.values()]).double()
+        mse, auxk_loss, active, *more = self.mesh.data.sum(sums).tolist()
         return {
             "loss": mse,
-            "auxk_loss": done.auxk_loss.item(),
+            "auxk_loss": auxk_loss,
             "explained_variance": explained_share(x if target is None else target, mse),
-            "l0": l0(fired),
+            "l0": active,
             "dead_share": dead_count / sae.dict_size,
             "grad_norm": done.grad_norm,
             "lr": lr,
-            **{name: loss.item() for name, loss in done.more.items()},
+            **dict(zip(done.more, more, strict=True)),
         }
+
+    def _count_fired(self, tokens: int, own: SparseCodes) -> None:
+        """Count how long each latent has been silent, after a batch of so many tokens."""
+        fired = torch.zeros_like(self.tokens_since_fired, dtype=torch.uint8)
+        fired[own.indices[self.sae.fired(own)]] = 1
+        self.tokens_since_fired += tokens
+        self.tokens_since_fired[self.mesh.data.max(fired).bool()] = 0
 
     @property
     def _auxk(self) -> int:
@@ -202,27 +250,34 @@ class Learner:
         return self.config.auxk or max(1, self.sae.d_model // 2)
 
     def _autograd_step(
-        self, x: Tensor, target: Tensor | None, lr: float, dead: Tensor, part: slice
+        self, x: Tensor, target: Tensor | None, tokens: int, lr: float, dying: "_Dying"
     ) -> Pass:
-        """By loss.backward() and torch's AdamW."""
+        """By loss.backward() and torch's AdamW; x is this rank's part of so many tokens."""
         sae, config = self.sae, self.config
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = lr
         with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32):
-            found = objective(sae, x, config, target)
+            found = objective(sae, x, config, target, tokens)
             decoded, aux = [found.decoded], x.new_zeros(())
-            if len(x[part]):
+            if dying.measured:
+                part = dying.part
                 part_of_target = None if target is None else target[part]
-                x_hat = found.x_hat[part]
-                aux, aux_codes = auxk_loss(sae, x[part], x_hat, dead, self._auxk, part_of_target)
+                aux, aux_codes = auxk_loss(
+                    *(sae, x[part], found.x_hat[part], dying.dead, self._auxk),
+                    *(part_of_target, dying.count),
+                )
                 decoded.append(aux_codes)
+        # A rank without a dead latent decodes unused slots alone, which no gradient reaches.
+        decoded = [codes for codes in decoded if codes.values.requires_grad]
         for codes in decoded:
             codes.values.retain_grad()
         self.optimizer.zero_grad(set_to_none=True)
         (found.loss + config.auxk_coefficient * aux).backward()
         if self.unit_norm:
             remove_parallel_component(sae.W_dec, decoded)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in sae.parameters()])
+        for parameter in sae.parameters():
+            self.mesh.data.sum(parameter.grad)
+        norm = self._gradient_norm()
         grad_norm = self._finite(norm)
         if config.max_grad_norm:
             torch.nn.utils.clip_grads_with_norm_(sae.parameters(), config.max_grad_norm, norm)
@@ -231,7 +286,16 @@ class Learner:
             sae.normalize_decoder()
         return Pass(found.mse.detach(), aux.detach(), found.codes, grad_norm, _more(found))
 
-    def _fused_step(self, x: Tensor, lr: float, dead: Tensor, part: slice) -> Pass:
+    def _gradient_norm(self) -> Tensor:
+        """Norm of the gradient of the whole autoencoder (scalar)."""
+        held = [p.grad for name, p in self.sae.named_parameters() if name in HELD]
+        rest = [p.grad for name, p in self.sae.named_parameters() if name not in HELD]
+        if self.mesh.heads.size == 1:
+            return torch.nn.utils.get_total_norm(held + rest)
+        squares = self.mesh.heads.sum(torch.nn.utils.get_total_norm(held).square())
+        return (squares + torch.nn.utils.get_total_norm(rest).square()).sqrt()
+
+    def _fused_step(self, x: Tensor, lr: float, dying: "_Dying") -> Pass:
         """By the kernels that never write a gradient; where it is not finite, they change nothing.
 
         The auxiliary loss is a second pass of the same step, among the dead latents, whose target
@@ -239,15 +303,16 @@ class Learner:
         """
         config = self.config
         out, aux = self.fused.accumulate(x), x.new_zeros(())
-        if len(x[part]):
+        if dying.measured:
+            part = dying.part
             target = -out.residual[part].float()
-            available = min(self._auxk, int(dead.sum()))
-            weight = auxk_weight(target, available, self._auxk)
+            available = min(self._auxk, dying.count)
+            weight, _ = auxk_weight(target, available, self._auxk)
             of_dead = self.fused.accumulate(
                 x[part],
                 target=target,
                 k=available,
-                mask=dead,
+                mask=dying.dead,
                 bias=False,
                 weight=config.auxk_coefficient * weight,
             )

@@ -1,6 +1,9 @@
 """What training minimises: the reconstruction error, of one or several reconstructions, and more.
 
 Letters: B tokens, d width of the target, k active latents.
+
+Of a batch that processes share (`kronsae.parallel`), each computes its part of every loss: what its
+tokens add to the mean over all B. The parts, and the gradients of all of them, add up.
 """
 
 from typing import NamedTuple
@@ -8,9 +11,10 @@ from typing import NamedTuple
 from torch import Tensor
 
 from kronsae.config import MULTI_TOPK, TrainConfig
+from kronsae.parallel import ALONE, Group
 from kronsae.sae import SAE
 from kronsae.selection import JumpReLU
-from kronsae_kernels import SparseCodes, nested_decode, sparse_decode
+from kronsae_kernels import SparseCodes, nested_decode
 
 MULTI_TOPK_WEIGHT = 1 / 8
 """Of the error with MULTI_TOPK k latents. [Gao et al. 2024, App. A.2]"""
@@ -28,43 +32,53 @@ class Objective(NamedTuple):
     codes: SparseCodes
     """The active latents of each token."""
     decoded: SparseCodes
-    """All latents that were decoded; the gradient of their values comes from decoding alone."""
+    """All latents that were decoded here (`SAE.own`); the gradient of their values comes from
+    decoding alone."""
     penalties: dict[str, Tensor]
     """Losses that are part of `loss` with a coefficient, by name, without it (scalars)."""
 
 
-def objective(sae: SAE, x: Tensor, config: TrainConfig, target: Tensor | None = None) -> Objective:
-    """The objective of `sae.config` on normalised activations x [B, d].
+def objective(
+    sae: SAE,
+    x: Tensor,
+    config: TrainConfig,
+    target: Tensor | None = None,
+    tokens: int | None = None,
+) -> Objective:
+    """The objective of `sae.config` on normalised activations x [b, d].
 
-    target: what is to be reconstructed, [B, d_target]; by default x.
+    target: what is to be reconstructed, [b, d_target]; by default x.
+    tokens: B, of the whole batch of which x is this process's part; by default b.
     """
     target = x if target is None else target
+    tokens = len(x) if tokens is None else tokens
     penalties = {}
     if isinstance(sae.selection, JumpReLU):
         codes, l0 = sae.selection.codes_and_l0(sae, x)
-        penalties["l0_loss"] = (l0 / sae.config.k - 1).square()
+        penalties["l0_loss"] = sae.mesh.data.as_part((l0 / sae.config.k - 1).square())
     elif sae.config.objective == "multi_topk":
-        decoded = sae.selection(sae, x, MULTI_TOPK * sae.config.k)
-        codes = sae.selection.cut(sae, decoded, sae.config.k)
+        wide = sae.selection(sae, x, MULTI_TOPK * sae.config.k)
+        codes = sae.selection.cut(sae, wide, sae.config.k)
     else:
         codes = sae.encode(x)
     if sae.router is not None:
-        penalties["balance_loss"] = sae.router.balance_loss(x)
+        penalties["balance_loss"] = sae.router.balance_loss(x, sae.mesh.data)
 
     if sae.config.objective == "matryoshka":
         # From each prefix of the dictionary. [Bussmann et al. 2025; KronSAE, App. A.1]
         nested = nested_decode(codes, sae.config.prefixes, sae.W_dec, sae.b_dec)
         nested = sae.with_skip(nested, x[:, None])
-        errors = (nested - target[:, None]).square().mean((0, 2))
+        errors = (nested - target[:, None]).square().sum((0, 2)) / (tokens * target.shape[1])
         loss, mse, x_hat = errors.sum(), errors[-1], nested[:, -1]
-    else:
-        x_hat = sae.decode(codes, x)
-        loss = mse = (x_hat - target).square().mean()
-    if sae.config.objective == "multi_topk":
-        wide = (sae.decode(decoded, x) - target).square().mean()
-        loss = loss + MULTI_TOPK_WEIGHT * wide
-    else:
         decoded = codes
+    else:
+        decoded = sae.own(codes)
+        x_hat = sae.with_skip(sae.sum_of_rows(decoded), x)
+        loss = mse = _part_of_mean(x_hat - target, tokens)
+    if sae.config.objective == "multi_topk":
+        decoded = wide
+        error = _part_of_mean(sae.decode(wide, x) - target, tokens)
+        loss = loss + MULTI_TOPK_WEIGHT * error
     coefficients = {
         "l0_loss": config.l0_coefficient,
         "balance_loss": config.balance_coefficient,
@@ -75,7 +89,13 @@ def objective(sae: SAE, x: Tensor, config: TrainConfig, target: Tensor | None = 
 
 
 def auxk_loss(
-    sae: SAE, x: Tensor, x_hat: Tensor, dead: Tensor, k: int, target: Tensor | None = None
+    sae: SAE,
+    x: Tensor,
+    x_hat: Tensor,
+    dead: Tensor,
+    k: int,
+    target: Tensor | None = None,
+    available: int | None = None,
 ) -> tuple[Tensor, SparseCodes]:
     """Error of the k strongest dead latents as a model of what the live ones leave over.
 
@@ -84,26 +104,37 @@ def auxk_loss(
     base and extension rows behind each dead latent, and its decoder row. Only dead latents are
     scored (with experts: those of the token's expert).
 
-    x, x_hat: [B, d], B >= 2.  dead: bool [F], at least one True.  k is cut to the number of dead
-    latents, and the loss scaled down in proportion.  target: what a transcoder shall predict,
-    [B, d_target], in place of x. Returns the loss (scalar) and the dead latents' codes.
+    x, x_hat: [b, d], of B >= 2 in all.  dead: bool [F], of the latents that this process holds.
+    available: how many are dead in all, at least one; by default those in `dead`. k is cut to it,
+    and the loss scaled down in proportion.  target: what a transcoder shall predict, [b, d_target],
+    in place of x. Returns the loss (scalar) and the dead latents' codes, as they were decoded.
     """
     target = ((x if target is None else target) - x_hat).detach()
-    if x.shape[0] < 2:
-        raise ValueError(
-            f"x: expected at least 2 tokens, whose variance is taken, got {x.shape[0]}"
-        )
-    available = min(k, int(dead.sum()))
-    codes = sae.encode(x, k=available, mask=dead)
-    error = (sparse_decode(codes, w_dec=sae.W_dec) - target).square().mean()
-    return error * auxk_weight(target, available, k), codes
+    available = min(k, int(dead.sum()) if available is None else available)
+    weight, tokens = auxk_weight(target, available, k, sae.mesh.data)
+    codes = sae.own(sae.encode(x, k=available, mask=dead))
+    error = _part_of_mean(sae.sum_of_rows(codes, bias=False) - target, tokens)
+    return error * weight, codes
 
 
-def auxk_weight(target: Tensor, available: int, k: int) -> Tensor:
+def auxk_weight(
+    target: Tensor, available: int, k: int, group: Group = ALONE.data
+) -> tuple[Tensor, int]:
     """What `auxk_loss` multiplies its mean squared error with: 1 / variance, and available / k.
 
-    target: [B, d], what is left over.  available, k: dead latents a token taken, and asked for.
+    target: [b, d], what is left over.  available, k: dead latents a token taken, and asked for.
+    group: of ranks that have other tokens. Also returns B, how many tokens all of them have.
+    Raises ValueError for fewer than 2.
     """
-    variance = (target - target.mean(0)).square().mean()
+    tokens = group.count(len(target), target.device)
+    if tokens < 2:
+        raise ValueError(f"x: expected at least 2 tokens, whose variance is taken, got {tokens}")
+    mean = group.sum(target.sum(0)) / tokens
+    variance = group.sum(_part_of_mean(target - mean, tokens))
     # The constant only matters where nothing is left over: activations have unit variance.
-    return (available / k) / (variance + 1e-8)
+    return (available / k) / (variance + 1e-8), tokens
+
+
+def _part_of_mean(error: Tensor, tokens: int) -> Tensor:
+    """What errors [b, d] of some of B tokens add to the mean square over all (scalar)."""
+    return error.square().sum() / (tokens * error.shape[1])

@@ -4,6 +4,8 @@ Memory is what is there at the same time: what stays (weights, moments, buffers,
 model), and the largest of what comes and goes: a step, an evaluation, a checkpoint.
 """
 
+import dataclasses
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -12,7 +14,7 @@ from typing import Any
 
 import torch
 
-from kronsae import calibrate, flops
+from kronsae import calibrate, flops, parallel
 from kronsae.cache import CacheIndex
 from kronsae.cache.reader import group_rows
 from kronsae.config import MULTI_TOPK, DataConfig, RunConfig, SAEConfig, TrainConfig, kind_of
@@ -45,14 +47,15 @@ def make_plan(members: Mapping[str, RunConfig], model: Outline) -> dict[str, Any
     config = next(iter(members.values()))
     data, train, d = config.data, config.train, model.d_model
     device = resolve_device(train.device)
-    each = {name: _member(c.sae, c.train, device) for name, c in members.items()}
+    ranks = parallel.shape(train.tensor_parallel)
+    each = {name: _member(c.sae, c.train, device, ranks) for name, c in members.items()}
     rows = 4 * (d + model.d_target)  # bytes of an activation, and of its target
     buffer, kept_buffer = _buffer_bytes(config, rows)
     states = [member["state"] for member in each.values()]
     model_device = _model_device(data, device)
     of_model = model.parameters * compute_dtype(data.model_dtype, model_device).itemsize
     ahead = overlaps(data, model_device)
-    reading, losses = _forward_bytes(config, model, model_device)
+    reading, losses = _forward_bytes(config, model, model_device, ranks)
     stays = {
         "language model": of_model if model_device == device else 0,
         "text": TEXT_BYTES if device.type == "cpu" else 0,
@@ -72,6 +75,9 @@ def make_plan(members: Mapping[str, RunConfig], model: Outline) -> dict[str, Any
         passes |= {"a forward pass of the language model": reading, "its losses": losses}
     if device.type == "cpu":
         passes["the copy for a checkpoint"] = sum(states) + kept_buffer
+        if train.tensor_parallel > 1:  # rank 0 writes the whole
+            whole = max(member["parameters"] for member in each.values())
+            passes["the whole autoencoder, to save it"] = 4 * whole
     largest = max(passes, key=passes.get)
     if device.type == "cpu" and model_device == device and passes[largest] > max(reading, losses):
         # What a forward pass is made of is small enough for the C library to keep it when it is
@@ -81,6 +87,7 @@ def make_plan(members: Mapping[str, RunConfig], model: Outline) -> dict[str, Any
     free = free_bytes(device)
     return {
         "device": str(device),
+        "ranks": list(ranks),
         "kernels": backends.choose(None, device),
         "kernels_why": "; ".join([_why(device), *_in_torch(members.values())]),
         "d_model": d,
@@ -92,7 +99,9 @@ def make_plan(members: Mapping[str, RunConfig], model: Outline) -> dict[str, Any
         "passes_mib": {name: size / _MIB for name, size in passes.items()},
         "free_mib": None if free is None else free / _MIB,
         "disk_mib": {
-            "checkpoints": (train.keep_checkpoints + 1) * (sum(states) + kept_buffer) / _MIB,
+            "checkpoints": (train.keep_checkpoints + 1)
+            * (train.tensor_parallel * sum(states) + kept_buffer)
+            / _MIB,
             "autoencoders": sum(4 * member["parameters"] for member in each.values()) / _MIB,
         },
     }
@@ -104,11 +113,14 @@ _SHOWN = (
 )
 
 
-def _member(sae: SAEConfig, train: TrainConfig, device: torch.device) -> dict[str, Any]:
-    """Counts and bytes of one SAE."""
-    d, batch = sae.d_model, train.batch_size
+def _member(
+    sae: SAEConfig, train: TrainConfig, device: torch.device, ranks: tuple[int, int]
+) -> dict[str, Any]:
+    """Counts of one SAE, and bytes on each of the ranks (along data, along heads)."""
+    d, (sharing_tokens, sharing_heads) = sae.d_model, ranks
+    batch = math.ceil(train.batch_size / sharing_tokens)
     dtype = compute_dtype(train.dtype, device)
-    reason = why_not_fused(sae, train, device)
+    reason = why_not_fused(sae, train, device, ranks)
     encoder = sae.encoder_rows * (d + 1)
     parameters = encoder + (sae.dict_size + 1) * sae.d_out
     parameters += sae.experts * (d + 1)  # the router
@@ -117,23 +129,33 @@ def _member(sae: SAEConfig, train: TrainConfig, device: torch.device) -> dict[st
     shape = {"heads": sae.heads, "m": sae.m, "n": sae.n}
     dead = min(sae.dict_size, train.auxk or max(1, d // 2)) if train.auxk_coefficient else 0
     step = flops.training_step(
-        d, sae.dict_size, sae.k, batch, auxk=dead, auxk_fraction=train.auxk_fraction, **shape
+        d,
+        sae.dict_size,
+        sae.k,
+        train.batch_size,
+        auxk=dead,
+        auxk_fraction=train.auxk_fraction,
+        **shape,
     )
-    chunk = _pre_latent_bytes(sae.encoder_rows, batch, dtype, device)
+    # What a rank holds; all but matrices and biases of latents is small.
+    own, own_rows = math.ceil(parameters / sharing_heads), sae.encoder_rows // sharing_heads
+    chunk = _pre_latent_bytes(own_rows, batch, dtype, device)
     # What is selected from, and decoded: more than k latents a token at some points of the grid.
     width = sae.k * (MULTI_TOPK if sae.objective == "multi_topk" else 1)
     width *= CANDIDATES if sae.selection == "batchtopk" else 1
     codes = 64 * max(batch * width, round(batch * train.auxk_fraction) * dead)
+    if sharing_heads > 1:  # candidates of all ranks: value, index, copies to sort
+        codes += 32 * sharing_heads * batch * width
     if sae.selection == "jumprelu":  # [b, F]: products, values, and their comparison
         columns = max(sae.encoder_rows, sae.dict_size)
         codes += 12 * sae.dict_size * _chunk_tokens(columns, batch, dtype, device)
     if sae.objective == "matryoshka":  # and their gradients, and the suffix sums of these
         codes += 3 * 4 * batch * len(sae.prefixes) * sae.d_out
     # The fused step writes no gradients, but keeps the matrices in the compute dtype.
-    copies = dtype.itemsize * parameters if reason is None and dtype != torch.float32 else 0
-    gradients = 4 * parameters if reason is not None else 0
+    copies = dtype.itemsize * own if reason is None and dtype != torch.float32 else 0
+    gradients = 4 * own if reason is not None else 0
     # Folding takes a new SAE, and the encoder in float64. What is judged goes in smaller batches.
-    seen = _pre_latent_bytes(sae.encoder_rows, BATCH_TOKENS, torch.float32, device)
+    seen = _pre_latent_bytes(own_rows, BATCH_TOKENS, torch.float32, device)
     return {
         "compute_dtype": str(dtype).removeprefix("torch."),
         "training_step": "fused" if reason is None else "autograd and AdamW",
@@ -144,10 +166,10 @@ def _member(sae: SAEConfig, train: TrainConfig, device: torch.device) -> dict[st
         "flops_per_token_dense": flops.forward(d, sae.dict_size, sae.k, d_out=sae.d_out),
         "flops_per_token_step": step.total,
         # Weights and two moments; tokens since each latent fired.
-        "state": 4 * 3 * parameters + 8 * sae.dict_size,
+        "state": 4 * 3 * own + 8 * sae.dict_size // sharing_heads,
         "copies": copies,
         "step": gradients + chunk + codes,
-        "evaluation": 4 * parameters + max(8 * encoder, seen + 64 * BATCH_TOKENS * sae.k),
+        "evaluation": 4 * own + max(8 * encoder // sharing_heads, seen + 64 * BATCH_TOKENS * sae.k),
     }
 
 
@@ -164,12 +186,16 @@ def _buffer_bytes(config: RunConfig, row: int) -> tuple[int, int]:
     return (read_ahead, 0) if permuted else (live + read_ahead, live)
 
 
-def _forward_bytes(config: RunConfig, model: Outline, device: torch.device) -> tuple[int, int]:
+def _forward_bytes(
+    config: RunConfig, model: Outline, device: torch.device, ranks: tuple[int, int]
+) -> tuple[int, int]:
     """Roughly, of the language model's own activations: to read out, and for its losses."""
     size = compute_dtype(config.data.model_dtype, device).itemsize
     tokens = config.data.contexts_per_batch * model.context_length
-    # The widest place of a block has about four widths, twice, beside the residual stream.
-    reading = 12 * tokens * model.hidden_size * size + 4 * tokens * model.d_model
+    # The widest place of a block has about four widths, twice, beside the residual stream. Ranks
+    # share the contexts out, and each gets what all have read.
+    own = math.ceil(config.data.contexts_per_batch / math.prod(ranks)) * model.context_length
+    reading = 12 * own * model.hidden_size * size + 4 * tokens * model.d_model
     return reading, 3 * 4 * min(LOGITS_AT_ONCE, tokens * model.vocabulary)
 
 
@@ -217,12 +243,15 @@ def _left_in_group(root: Path = Path("/sys/fs/cgroup")) -> int | None:
 def shortage(plan: dict[str, Any]) -> str | None:
     """What to say if a plan needs far more memory than is free; None if it does not."""
     needed, free = sum(plan["memory_mib"].values()), plan["free_mib"]
-    if free is None or needed <= FAR * free:
+    # Processes on one machine share its memory; a GPU is one process's own.
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if plan["device"] == "cpu" else 1
+    if free is None or here * needed <= FAR * free:
         return None
     parts = sorted(plan["memory_mib"].items(), key=lambda part: -part[1])
+    each = f" for each of {here} processes" if here > 1 else ""
     return (
-        f"{needed:,.0f} MiB of memory are needed on {plan['device']}, where {free:,.0f} MiB are "
-        "free: " + ", ".join(f"{name} {size:,.0f}" for name, size in parts)
+        f"{needed:,.0f} MiB of memory are needed{each} on {plan['device']}, where {free:,.0f} MiB "
+        "are free: " + ", ".join(f"{name} {size:,.0f}" for name, size in parts)
     )
 
 
@@ -244,6 +273,7 @@ def predict_time(
 ) -> dict[str, Any]:
     """Microseconds a token, the bottleneck, and seconds in all, from what `calibrate` measures.
 
+    Of several processes it is what each computes, without what they wait for one another.
     Takes some seconds. A token's own time is the sum of what it passes through, or, where the
     language model runs in a thread on a device of its own, the longer of the two. While latents are
     dead the auxiliary loss adds to it: `reviving` is with as many as it takes. The whole run counts
@@ -253,8 +283,15 @@ def predict_time(
     data, train = config.data, config.train
     device = torch.device(plan["device"])
     model_device = _model_device(data, device)
-    saes = {name: (c.sae, c.train) for name, c in members.items()}
+    sharing_tokens, sharing_heads = plan["ranks"]
+    saes = {name: _share(c.sae, c.train, plan["ranks"]) for name, c in members.items()}
     found = calibrate.measure(data, model, saes, device, model_device, clock)
+    if sharing_tokens * sharing_heads > 1:  # text and buffer are each process's own
+        found = found._replace(
+            model=found.model / (sharing_tokens * sharing_heads),
+            steps={n: seconds / sharing_tokens for n, seconds in found.steps.items()},
+            reviving={n: seconds / sharing_tokens for n, seconds in found.reviving.items()},
+        )
     reading = found.text + found.model
     together = max if overlaps(data, model_device) and model_device != device else _sum
     learning = found.buffer + sum(found.steps.values())
@@ -281,6 +318,32 @@ def predict_time(
     }
 
 
+def describe_ranks(data: int, heads: int) -> str:
+    """How many processes train, and what they share; nothing of one alone."""
+    if data * heads == 1:
+        return ""
+    what = [f"{data} share the tokens of a batch"] if data > 1 else []
+    what += [f"{heads} share the heads" if not what else f"{heads} the heads"] if heads > 1 else []
+    return f", by {data * heads} processes: {', '.join(what)}"
+
+
+def _share(
+    sae: SAEConfig, train: TrainConfig, ranks: tuple[int, int]
+) -> tuple[SAEConfig, TrainConfig]:
+    """What each of several processes trains: an SAE and batches of its size."""
+    tokens, heads = ranks
+    if tokens * heads == 1:
+        return sae, train
+    size = sae.dict_size // heads
+    sae = (
+        dataclasses.replace(sae, heads=sae.heads // heads, dict_size=size, k=min(sae.k, size))
+        if heads > 1
+        else sae
+    )
+    batch = math.ceil(train.batch_size / tokens)
+    return sae, dataclasses.replace(train, batch_size=batch, fused_step="off")
+
+
 def _sum(a: float, b: float) -> float:
     return a + b
 
@@ -293,6 +356,7 @@ def render(plan: dict[str, Any], members: Mapping[str, RunConfig], time: dict[st
     if data.target_hookpoint:
         where += f", to predict {data.target_hookpoint}"
     memory, disk, free = plan["memory_mib"], plan["disk_mib"], plan["free_mib"]
+    of_each = " in each process" if math.prod(plan["ranks"]) > 1 else ""
     beside = "" if free is None else f" ({free:,.0f} MiB are free)"
     cost = f"{plan['flops_per_token_model'] / 1e6:,.1f} M multiply-adds a token"
     if data.activations:
@@ -302,7 +366,7 @@ def render(plan: dict[str, Any], members: Mapping[str, RunConfig], time: dict[st
         f"  language model   {data.model}, {where}, d = {plan['d_model']:,}; {cost}",
         f"  text             {data.dataset}",
         f"  training         {plan['tokens']:,} tokens in {plan['steps']:,} steps of "
-        f"{train.batch_size:,}, AdamW",
+        f"{train.batch_size:,}, AdamW{describe_ranks(*plan['ranks'])}",
         f"  device           {plan['device']}",
         f"  kernels          {plan['kernels']} ({plan['kernels_why']})",
     ]
@@ -325,7 +389,7 @@ def render(plan: dict[str, Any], members: Mapping[str, RunConfig], time: dict[st
             f"    training step  {member['training_step']} ({member['training_step_why']})",
         ]
     lines += [
-        f"  memory           {sum(memory.values()):,.0f} MiB{beside}: "
+        f"  memory           {sum(memory.values()):,.0f} MiB{of_each}{beside}: "
         + ", ".join(f"{name} {size:,.0f}" for name, size in memory.items()),
         f"  disk             up to {sum(disk.values()):,.0f} MiB: "
         + ", ".join(f"{name} {size:,.0f}" for name, size in disk.items()),

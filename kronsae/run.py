@@ -29,6 +29,8 @@ import kronsae_kernels
 from kronsae import checkpoint
 from kronsae.errors import InputError
 from kronsae.files import lock, remove_leftovers, write_json, write_text
+from kronsae.learner import HELD_STATE
+from kronsae.parallel import ALONE, Mesh
 
 FORMAT_VERSION = 1
 
@@ -37,10 +39,13 @@ SINGLE = "sae"
 
 
 class _Folder:
-    """A folder that one process at a time trains in, with checkpoints.
+    """A folder that one training at a time happens in, with checkpoints.
 
-    index: the file that makes it one.
+    index: the file that makes it one.  mesh: of the processes that train; the first of them makes,
+    locks and clears the folder, and all of them call to save and to load.
     """
+
+    mesh: Mesh = ALONE
 
     def __init__(self, path: Path, index: str) -> None:
         self.path = path
@@ -56,6 +61,10 @@ class _Folder:
         self._locked = lock(self.index, f"{self.path} is being trained by another process")
         for folder in (self.path, self.checkpoints):
             remove_leftovers(folder)
+
+    def share(self, mesh: Mesh) -> None:
+        """Let the processes of a mesh train here together."""
+        self.mesh = mesh
 
     def release(self) -> None:
         """Let others train here again."""
@@ -124,16 +133,20 @@ class RunFolder(_Folder):
     def save_checkpoint(self, step: int, state: dict[str, Any], keep: int) -> None:
         """Write the state of `step`, and remove all but the newest `keep` checkpoints."""
         self._write_checkpoint(step, state)
-        checkpoint.prune(self.checkpoints, keep)
+        if self.mesh.first:
+            checkpoint.prune(self.checkpoints, keep)
 
     def _write_checkpoint(self, step: int, state: dict[str, Any]) -> None:
         state = {**state, "metrics_bytes": _size(self.metrics)}
-        checkpoint.save_state(checkpoint.step_folder(self.checkpoints, step), state)
+        folder = checkpoint.step_folder(self.checkpoints, step)
+        checkpoint.save_state(folder, state, self.mesh, HELD_STATE)
 
     def load_checkpoint(self) -> dict[str, Any] | None:
         """The newest checkpoint's state, or None if there is none; later metrics are cut off."""
         found = checkpoint.list_checkpoints(self.checkpoints)
-        state = checkpoint.load_state(found[-1]) if found else None
+        state = None
+        if found:
+            state = checkpoint.load_state(found[-1], self.mesh.heads, HELD_STATE)
         keep_bytes = state["metrics_bytes"] if state else 0
         if _size(self.metrics) > keep_bytes:
             os.truncate(self.metrics, keep_bytes)
@@ -173,6 +186,11 @@ class SweepFolder(_Folder):
         sweep = cls(Path(path), index["members"])
         return sweep, {name: RunFolder.open(run.path)[1] for name, run in sweep.runs.items()}
 
+    def share(self, mesh: Mesh) -> None:
+        super().share(mesh)
+        for run in self.runs.values():
+            run.share(mesh)
+
     def lock(self) -> None:
         super().lock()
         for run in self.runs.values():
@@ -201,10 +219,11 @@ class SweepFolder(_Folder):
         for name, own in members.items():
             self.runs[name]._write_checkpoint(step, own)
         shared = {**state, "members": list(members)}
-        checkpoint.save_state(checkpoint.step_folder(self.checkpoints, step), shared)
-        checkpoint.prune(self.checkpoints, keep)
-        for name in members:
-            checkpoint.prune(self.runs[name].checkpoints, keep)
+        checkpoint.save_state(checkpoint.step_folder(self.checkpoints, step), shared, self.mesh)
+        if self.mesh.first:
+            checkpoint.prune(self.checkpoints, keep)
+            for name in members:
+                checkpoint.prune(self.runs[name].checkpoints, keep)
 
     def load_checkpoint(self) -> dict[str, Any] | None:
         """The state of the newest step that is complete, or None; what came later is removed.

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from kronsae.config import SAEConfig, from_dict
 from kronsae.errors import InputError
 from kronsae.files import replace_directory, sha256, write_json
+from kronsae.parallel import ALONE, Mesh, largest, own_part
 from kronsae.selection import SELECTIONS, widened
 from kronsae.switch import Router
 from kronsae_kernels import (
@@ -27,10 +28,14 @@ from kronsae_kernels import (
     sparse_decode,
     threshold_encode,
 )
+from kronsae_kernels.reference import compose
 
 FORMAT_VERSION = 1
 WEIGHTS_NAME = "sae.safetensors"
 CONFIG_NAME = "config.json"
+
+HELD = ("W_enc", "b_enc", "W_dec")
+"""Parameters of whose rows each process along `Mesh.heads` holds an equal part, in their order."""
 
 
 class SAEOutput(NamedTuple):
@@ -63,6 +68,11 @@ class SAE(nn.Module):
 
     BatchTopK selects over the batch while `sae.training`, and by its threshold after `sae.eval()`,
     as a loaded SAE does.
+
+    mesh: of processes that share it (`kronsae.parallel`). Along `mesh.heads` each holds an equal
+    share of the heads, in order, and of the parameters `HELD` 1/R of the rows. All of these have
+    to call a method together, with the same x; codes are those of the whole dictionary, with its
+    indices, and the same on all.
     """
 
     def __init__(
@@ -71,16 +81,20 @@ class SAE(nn.Module):
         *,
         generator: torch.Generator | None = None,
         device: torch.device | str | None = None,
+        mesh: Mesh = ALONE,
     ) -> None:
         super().__init__()
         if config.d_model < 1:
             raise InputError(f"d_model: expected >= 1, got {config.d_model}")
+        mesh.check(config)
         self.config = config
+        self.mesh = mesh
         self.metadata: dict[str, Any] = {}
-        d, size = config.d_model, config.dict_size
+        d, size = config.d_model, config.dict_size // mesh.heads.size
         if config.encoder == "kron":
             # Stored row-major over heads, which the kernels read fastest.
-            w_enc = torch.empty(config.m + config.n, config.heads, d, device=device).transpose(0, 1)
+            heads = config.heads // mesh.heads.size
+            w_enc = torch.empty(config.m + config.n, heads, d, device=device).transpose(0, 1)
         else:
             w_enc = torch.empty(size, d, device=device)
         self.W_enc = nn.Parameter(w_enc)
@@ -97,12 +111,10 @@ class SAE(nn.Module):
     @torch.no_grad()
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:
         """Draw new weights (see the class)."""
-        shape = self.W_enc.shape
-        drawn = torch.randn(shape, generator=generator, device=_device_of(generator))
+        drawn = self._drawn(self.W_enc, generator)
         self.W_enc.copy_(drawn * self.config.init_scale / (2 * self.config.dict_size) ** 0.5)
         if self.config.d_target:
-            shape = self.W_dec.shape
-            rows = torch.randn(shape, generator=generator, device=_device_of(generator))
+            rows = self._drawn(self.W_dec, generator)
         elif self.config.encoder == "kron":
             base, extension = self.W_enc.split([self.config.m, self.config.n], dim=1)
             rows = (base[:, :, None] + extension[:, None, :]).reshape(self.W_dec.shape)
@@ -116,6 +128,13 @@ class SAE(nn.Module):
             self.router.reset_parameters(generator)
         if self.W_skip is not None:
             self.W_skip.zero_()
+
+    def _drawn(self, weight: Tensor, generator: torch.Generator | None) -> Tensor:
+        """N(0, 1) for a weight: its rows of what is drawn for the whole dictionary."""
+        group, (rows, *columns) = self.mesh.heads, weight.shape
+        device = None if generator is None else generator.device
+        whole = torch.randn(rows * group.size, *columns, generator=generator, device=device)
+        return whole[group.rank * rows : (group.rank + 1) * rows]
 
     @torch.no_grad()
     def normalize_decoder(self) -> None:
@@ -163,6 +182,8 @@ class SAE(nn.Module):
         kron = self.config.encoder == "kron"
         encode = functools.partial(fused_encode, **self._gate) if kron else dense_encode
         x = self._as_weights(x)
+        if self.mesh.heads.size > 1:
+            return self._largest_of_ranks(x, k, mask, impl)
         if self.router is None:
             return encode(x, self.W_enc, self.b_enc, k=k, mask=mask, impl=impl)
         weights, biases = (p.split(len(p) // self.config.experts) for p in (self.W_enc, self.b_enc))
@@ -183,6 +204,30 @@ class SAE(nn.Module):
         codes = self.router.dispatch(x.reshape(-1, x.shape[-1]), of_expert)
         shape = (*x.shape[:-1], codes.values.shape[1])
         return SparseCodes(codes.values.view(shape), codes.indices.view(shape))
+
+    def _largest_of_ranks(
+        self, x: Tensor, k: int, mask: Tensor | None, impl: str | None
+    ) -> SparseCodes:
+        """`largest` of a dictionary whose heads are shared out; mask is that of the own latents."""
+        config, size = self.config, len(self.W_dec)
+        flat = x.reshape(-1, x.shape[-1])
+        count = min(k, size if mask is None else int(mask.sum()))
+        options = {"k": count, "mask": mask, "impl": impl}
+        if not count:
+            found = SparseCodes(
+                self.W_dec.new_zeros(len(flat), 0), x.new_zeros(len(flat), 0).long()
+            )
+        elif config.encoder == "dense":
+            found = dense_encode(flat, self.W_enc, self.b_enc, **options)
+        else:
+            # Latents compete by their product: it is composed to their value afterwards.
+            product = "mul" if config.composition == "mul" else "relu_mul"
+            options |= {"m": config.m, "composition": product}
+            found = fused_encode(flat, self.W_enc, self.b_enc, **options)
+        values, indices = largest(found, k, self.mesh.heads, size)
+        if config.encoder == "kron":
+            values = compose(values, config.composition, config.eps)
+        return SparseCodes(values.view(*x.shape[:-1], k), indices.view(*x.shape[:-1], k))
 
     def above(self, x: Tensor, threshold: Tensor, *, impl: str | None = None) -> SparseCodes:
         """Every latent of x [..., d] above its threshold [F], padded (`threshold_encode`)."""
@@ -211,9 +256,29 @@ class SAE(nn.Module):
         self, codes: SparseCodes, x: Tensor | None = None, *, impl: str | None = None
     ) -> Tensor:
         """Reconstruction [..., d] of codes [..., k]; a transcoder with skip needs its input x."""
-        return self.with_skip(
-            sparse_decode(codes, w_dec=self.W_dec, b_dec=self.b_dec, impl=impl), x
-        )
+        return self.with_skip(self.sum_of_rows(self.own(codes), impl=impl), x)
+
+    def own(self, codes: SparseCodes) -> SparseCodes:
+        """What this process decodes of codes [..., k]: all, or only the latents that it holds.
+
+        Of these the indices are rows of its own W_dec.
+        """
+        if self.mesh.heads.size == 1:
+            return codes
+        shape = codes.values.shape[:-1]
+        flat = SparseCodes(*(part.flatten(0, -2) if shape else part[None] for part in codes))
+        values, indices = own_part(flat, self.mesh.heads, len(self.W_dec))
+        shape = *shape, values.shape[1]
+        return SparseCodes(values.view(shape), indices.view(shape))
+
+    def sum_of_rows(
+        self, own: SparseCodes, *, bias: bool = True, impl: str | None = None
+    ) -> Tensor:
+        """Sum of the decoder rows of `own` codes, of all ranks, and of b_dec: [..., d]."""
+        group = self.mesh.heads
+        inside = self.b_dec if bias and group.size == 1 else None
+        x_hat = group.total(sparse_decode(own, w_dec=self.W_dec, b_dec=inside, impl=impl))
+        return x_hat + self.b_dec if bias and inside is None else x_hat
 
     def with_skip(self, x_hat: Tensor, x: Tensor | None) -> Tensor:
         """x_hat [..., d_out] plus what the linear skip makes of x [..., d], where there is one."""
@@ -264,7 +329,7 @@ class SAE(nn.Module):
             eps=config.eps / out_scale**2,
             jumprelu_bandwidth=config.jumprelu_bandwidth / out_scale,
         )
-        out = SAE(config, device=self.W_enc.device)
+        out = SAE(config, device="meta", mesh=self.mesh).to_empty(device=self.W_enc.device)
         out.load_state_dict(self.state_dict())
 
         def shift(weight: Tensor) -> Tensor:
@@ -288,16 +353,20 @@ class SAE(nn.Module):
         """Write sae.safetensors and config.json to `directory`, replacing it at once.
 
         `metadata`: JSON-able facts (model, hookpoint, metrics) that `load` gives back as
-        `sae.metadata`; by default those it has. Raises InputError if the disk is full, or if the
-        folder holds other files.
+        `sae.metadata`; by default those it has. Of a mesh the first rank writes the whole SAE.
+        Raises InputError if the disk is full, or if the folder holds other files.
         """
         from safetensors.torch import save_file
 
-        def write(folder: Path) -> None:
-            tensors = {
-                name: tensor.detach().to("cpu").contiguous()
-                for name, tensor in self.state_dict().items()
+        state = self.state_dict()
+        if self.mesh.data.rank == 0:
+            state = {
+                name: (self.mesh.heads if name in HELD else ALONE.heads).whole(tensor)
+                for name, tensor in state.items()
             }
+
+        def write(folder: Path) -> None:
+            tensors = {name: tensor.contiguous() for name, tensor in state.items()}
             save_file(tensors, folder / WEIGHTS_NAME)
             settings = {
                 "format": "kronsae",
@@ -308,7 +377,10 @@ class SAE(nn.Module):
             }
             write_json(folder / CONFIG_NAME, settings)
 
-        return replace_directory(Path(directory), write)
+        with self.mesh.world.together():
+            if self.mesh.first:
+                replace_directory(Path(directory), write)
+        return Path(directory)
 
 
 def load(
@@ -403,7 +475,3 @@ def _find_sae(
         f"{where} holds no SAE: expected {WEIGHTS_NAME} there or in its folder sae/ {hint}. "
         f"Formats that are read: {known()}"
     )
-
-
-def _device_of(generator: torch.Generator | None) -> torch.device | None:
-    return None if generator is None else generator.device

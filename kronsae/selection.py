@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from kronsae.parallel import ALONE
 from kronsae_kernels import SparseCodes
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ class BatchTopK(TopK):
     never selected. [Bussmann et al. 2024: BatchTopK]
 
     threshold: buffer, running mean of the smallest value selected from a batch; NaN before any.
+    The batch is that of all processes: each gets the candidates' values of the others.
     Memory: O(B w), w the largest number of latents on one token.
     """
 
@@ -75,17 +77,20 @@ class BatchTopK(TopK):
                 "BatchTopK has no threshold yet: train it, or call train() to select over the batch"
             )
         flat = x.reshape(-1, x.shape[-1])
-        count, width = k * flat.shape[0], min(CANDIDATES * k, sae.latents_per_token)
+        width = min(CANDIDATES * k, sae.latents_per_token)
         values, indices = sae.largest(flat, width, impl=impl)
         while True:
             seen = values.detach()
             if self.training:
-                keep = _largest_of_all(seen, count)
+                keep = _largest_of_all(sae, seen, k)
             else:
                 keep = seen >= self.threshold
             keep &= seen > sae.silent_value
             rows = keep[:, -1].nonzero().squeeze(1)
-            if not len(rows) or width == sae.latents_per_token:
+            again = len(rows)
+            if self.training:  # if one rank looks again, all do
+                again = sae.mesh.data.count(again, x.device)
+            if not again or width == sae.latents_per_token:
                 break
             width = min(2 * width, sae.latents_per_token)
             more = sae.largest(flat[rows], width, impl=impl)
@@ -101,7 +106,7 @@ class BatchTopK(TopK):
 
     def cut(self, sae: "SAE", codes: SparseCodes, k: int) -> SparseCodes:
         seen = codes.values.detach()
-        keep = _largest_of_all(seen, k * seen.shape[0]) & (seen > sae.silent_value)
+        keep = _largest_of_all(sae, seen, k) & (seen > sae.silent_value)
         return _without(*codes, keep)
 
     @torch.no_grad()
@@ -145,8 +150,9 @@ class JumpReLU(TopK):
         values, indices = sae.above(x, (threshold - reach).detach(), impl=impl)
         found = values > sae.silent_value
         values, active = jump(values, threshold[indices], found, self.bandwidth)
-        l0 = active.sum() / max(1, active[..., 0].numel())
-        return SparseCodes(values, indices), l0
+        group = sae.mesh.data if self.training else ALONE.data
+        tokens = group.count(active[..., 0].numel(), x.device)
+        return SparseCodes(values, indices), group.total(active.sum() / max(1, tokens))
 
     @torch.no_grad()
     def prepare(self, sae: "SAE", x: Tensor) -> None:
@@ -188,15 +194,16 @@ class _Jump(torch.autograd.Function):
         return d_z * active, d_threshold * near, None, None
 
 
-def _largest_of_all(values: Tensor, count: int) -> Tensor:
-    """Which of values [B, w] are among the `count` largest of all (bool); ties: the earlier."""
-    flat = values.flatten()
+def _largest_of_all(sae: "SAE", values: Tensor, k: int) -> Tensor:
+    """Which of values [b, w] are among the k B largest of the batch (bool); ties: the earlier."""
+    batch = sae.mesh.batch(values)
+    flat, count = batch.flatten(), k * len(batch)
     if count == 0:
         return torch.zeros_like(values, dtype=torch.bool)
     limit = flat.kthvalue(flat.numel() - count + 1).values
     above, ties = flat > limit, flat == limit
     ties &= ties.cumsum(0) <= count - above.sum()
-    return (above | ties).view_as(values)
+    return sae.mesh.part((above | ties).view_as(batch))[:, : values.shape[1]]
 
 
 def _without(values: Tensor, indices: Tensor, keep: Tensor) -> SparseCodes:
@@ -220,8 +227,10 @@ def widened(values: Tensor, indices: Tensor, width: int, size: int) -> SparseCod
 
 
 def _smallest(sae: "SAE", codes: SparseCodes) -> Tensor:
-    """The smallest active value (infinity if none is)."""
-    return codes.values.detach().where(sae.fired(codes), torch.inf).amin()
+    """The smallest active value of the batch (infinity if none is)."""
+    active = codes.values.detach().where(sae.fired(codes), torch.inf).flatten()
+    smallest = active.amin() if len(active) else active.new_tensor(torch.inf)
+    return sae.mesh.data.min(smallest)
 
 
 SELECTIONS = {"topk": TopK, "batchtopk": BatchTopK, "jumprelu": JumpReLU}

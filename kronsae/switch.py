@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from kronsae.parallel import ALONE, Group
 from kronsae_kernels import SparseCodes
 
 
@@ -46,8 +47,12 @@ class Router(nn.Module):
         back = order.argsort()
         return SparseCodes(values[back] * probability[:, None], indices[back])
 
-    def balance_loss(self, x: Tensor) -> Tensor:
-        """E sum_e (share of x's tokens that e gets) (mean p_e): 1 if even, E if one gets all."""
+    def balance_loss(self, x: Tensor, group: Group = ALONE.data) -> Tensor:
+        """E sum_e (share of x's tokens that e gets) (mean p_e): 1 if even, E if one gets all.
+
+        group: of ranks that have other tokens of the batch; this is x's part of the batch's loss.
+        """
         p = self(x)
-        share = p.argmax(-1).bincount(minlength=p.shape[1]) / p.shape[0]
-        return p.shape[1] * (share * p.mean(0)).sum()
+        counts = group.sum(p.argmax(-1).bincount(minlength=p.shape[1]))
+        share = counts / counts.sum()
+        return p.shape[1] * (share * p.sum(0) / counts.sum()).sum()

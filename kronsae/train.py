@@ -1,5 +1,6 @@
 """`python -m kronsae.train`: train a sparse autoencoder on a language model's activations."""
 
+import os
 import signal
 import sys
 import time
@@ -17,15 +18,18 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from kronsae import parallel
 from kronsae.cli import Request, parse
 from kronsae.config import RunConfig, kind_of
+from kronsae.data.activations import NO_OVERLAP
 from kronsae.data.outline import NoOutline, Outline, outline
 from kronsae.errors import InputError
 from kronsae.evaluate import Heldout
 from kronsae.fit import FitResult, fit, fit_many, resolve_device
 from kronsae.learner import why_not_fused
 from kronsae.metrics import MEANING
-from kronsae.plan import check_memory, make_plan, predict_time, render
+from kronsae.parallel import ALONE, Mesh, join
+from kronsae.plan import check_memory, describe_ranks, make_plan, predict_time, render
 from kronsae.report import write_report
 from kronsae.run import RunFolder, SweepFolder
 from kronsae.sweep import comparison
@@ -37,31 +41,60 @@ def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 only when the work was done.
 
     2: what was asked for cannot work. 3: a member of a sweep ended early, the others did not.
-    128 + n: stopped by signal n, and saved.
+    4: another process of torchrun was lost. 128 + n: stopped by signal n, and saved.
+
+    Under torchrun every process runs this, and the first one speaks for all.
     """
-    console = Console(stderr=False, highlight=False, soft_wrap=True)
+    quiet = not parallel.is_first()
+    console = Console(stderr=False, highlight=False, soft_wrap=True, quiet=quiet)
+    errors = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
         request = parse(argv)
         if request.plan:
+            if quiet:  # one measures
+                return 0
             plan, members, model = _plan(request)
             times = predict_time(plan, members, model)
             console.print(render(plan, members, times), markup=False)
             return 0
+        mesh = _join(request)
         if request.memory_check:
-            try:
-                plan, _, _ = _plan(request)
-            except NoOutline as error:  # which is no reason not to try
-                console.print(f"memory was not planned: {error}", markup=False)
-            else:
-                check_memory(plan)
-        return train(request, console)
+            with mesh.world.together():
+                if mesh.first:
+                    _check_memory(request, console)
+        status = train(request, console, mesh)
+        parallel.leave()
+        return status
     except InputError as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(
-            f"error: {error}", style="red", markup=False
-        )
+        if not quiet:  # all have the same
+            errors.print(f"error: {error}", style="red", markup=False)
         return 2
+    except parallel.RankLost as error:
+        rank = os.environ.get("RANK", "0")
+        errors.print(f"error: rank {rank}: {error}", style="red", markup=False)
+        return 4
     except KeyboardInterrupt:
         return 128 + signal.SIGINT
+
+
+def _join(request: Request) -> Mesh:
+    """The processes that train together. Raises InputError for what they cannot train."""
+    config = request.config.train
+    if parallel.ranks() > 1 and request.config.data.overlap == "on":
+        raise InputError(f"overlap 'on': {NO_OVERLAP}")
+    mesh = join(config.tensor_parallel, resolve_device(config.device), config.rank_timeout)
+    for member in request.members.values():
+        mesh.check(member.sae)
+    return mesh
+
+
+def _check_memory(request: Request, console: Console) -> None:
+    try:
+        plan, _, _ = _plan(request)
+    except NoOutline as error:  # which is no reason not to try
+        console.print(f"memory was not planned: {error}", markup=False)
+    else:
+        check_memory(plan)
 
 
 def _plan(request: Request) -> tuple[dict[str, Any], dict[str, RunConfig], Outline]:
@@ -71,15 +104,17 @@ def _plan(request: Request) -> tuple[dict[str, Any], dict[str, RunConfig], Outli
     return make_plan(members, model), members, model
 
 
-def train(request: Request, console: Console) -> int:
+def train(request: Request, console: Console, mesh: Mesh = ALONE) -> int:
     """Model and text -> activations -> fit -> evaluation and report; returns the exit status."""
     from kronsae.data import open_activations, split_target
 
     began = time.monotonic()
     data, train_config = request.config.data, request.config.train
     out = request.resume or request.out or _new_folder(request)
-    if request.resume is None:
-        RunFolder.check_free(out)  # before the model is loaded; fit checks again
+    out = Path(mesh.world.exchange(str(out))[0])
+    with mesh.world.together():
+        if request.resume is None and mesh.first:
+            RunFolder.check_free(out)  # before the model is loaded; fit checks again
     what = escape(data.activations or f"{data.model} and {data.dataset}")
     console.print(f"[bold]kronsae[/bold]: loading {what}")
     if data.model_device is not None:
@@ -90,6 +125,7 @@ def train(request: Request, console: Console) -> int:
         seed=train_config.stream_seed,
         device=resolve_device(train_config.device),
     )
+    source.language_model.ranks = mesh.reading
     request = request.at_width(source.d_model, source.d_target)
     if data.activations is not None:
         source.check_budget(request.config.train.tokens)
@@ -106,17 +142,18 @@ def train(request: Request, console: Console) -> int:
     folder = SweepFolder(out, names) if request.sweep else RunFolder(out)
     with _Progress(console, request) as progress:
         try:
-            results = _fit(request, source, heldout, out, progress)
+            results = _fit(request, source, heldout, out, progress, mesh)
         except InputError:
             for run in folder.runs.values():
-                if run.metrics.exists():
+                if mesh.first and run.metrics.exists():
                     write_report(run.path)
             raise
     results = dict(zip(names, results, strict=True))
     stopped_by = next((r.stopped_by for r in results.values() if r.stopped_by), None)
     if stopped_by is not None:
         for run in folder.runs.values():
-            write_report(run.path)
+            if mesh.first:
+                write_report(run.path)
         tokens = max(result.tokens for result in results.values())
         console.print(
             f"Stopped by {signal.Signals(stopped_by).name} after {tokens:,} of "
@@ -125,12 +162,17 @@ def train(request: Request, console: Console) -> int:
             markup=False,
         )
         return 128 + stopped_by
-    _summarise(console, results, heldout, folder, time.monotonic() - began)
+    _summarise(console, results, heldout, folder, time.monotonic() - began, mesh)
     return 3 if any(result.failed for result in results.values()) else 0
 
 
 def _fit(
-    request: Request, source: Any, heldout: Heldout, out: Path, progress: "_Progress"
+    request: Request,
+    source: Any,
+    heldout: Heldout,
+    out: Path,
+    progress: "_Progress",
+    mesh: Mesh,
 ) -> list[FitResult]:
     """The results of all members, in order."""
     configs = list(request.members.values())
@@ -138,7 +180,8 @@ def _fit(
         {"config": config.to_dict(), **request.notes.get(name, {})}
         for name, config in request.members.items()
     ]
-    common = {"heldout": heldout, "out": out, "resume": request.resume is not None}
+    resume = request.resume is not None
+    common = {"heldout": heldout, "out": out, "resume": resume, "mesh": mesh}
     if request.sweep:
         return fit_many(
             [config.sae for config in configs],
@@ -189,7 +232,8 @@ def _describe(console: Console, request: Request, source: Any, heldout: Heldout,
     rows = {
         "language model": where,
         "text": f"{config.data.dataset}; {heldout.activations.shape[0]:,} tokens held out",
-        "training": f"{train.tokens:,} tokens, {train.steps:,} steps of {train.batch_size:,}",
+        "training": f"{train.tokens:,} tokens, {train.steps:,} steps of {train.batch_size:,}"
+        + describe_ranks(*parallel.shape(train.tensor_parallel)),
         **{
             name if request.sweep else "autoencoder": _describe_member(member)
             for name, member in request.members.items()
@@ -210,7 +254,8 @@ def _describe_member(config: RunConfig) -> str:
     if sae.experts:
         shape += f", {sae.experts} experts"
     about = "" if sae.selection == "topk" else "about "
-    reason = why_not_fused(sae, train, resolve_device(train.device))
+    ranks = parallel.shape(train.tensor_parallel)
+    reason = why_not_fused(sae, train, resolve_device(train.device), ranks)
     step = "fused step" if reason is None else f"autograd and AdamW (not fused: {reason})"
     return (
         f"{shape}: F = {sae.dict_size:,} latents, {about}{sae.k} active a token; lr {train.lr:g}, "
@@ -233,7 +278,7 @@ class _Progress:
             TextColumn("{task.fields[figures]}"),
             TimeRemainingColumn(),
             console=console,
-            disable=not console.is_terminal,
+            disable=console.quiet or not console.is_terminal,
         )
         self.task = self.bar.add_task("training", total=self.total, figures="")
 
@@ -280,6 +325,7 @@ def _summarise(
     heldout: Heldout,
     folder: RunFolder | SweepFolder,
     seconds: float,
+    mesh: Mesh,
 ) -> None:
     """Write the reports; print the evaluation, some latents, and where everything is."""
     from kronsae.contexts import render as render_contexts
@@ -287,8 +333,13 @@ def _summarise(
 
     tokenizer = heldout.language_model.tokenizer
     for name, result in results.items():
+        # Of a part of the heads on each process, which all take part.
         latents = [] if tokenizer is None else top_contexts(result.sae, heldout)
+        if not mesh.first:
+            continue
         write_report(folder.runs[name].path, contexts=latents, tokenizer=tokenizer)
+    if not mesh.first:
+        return
     tokens = max(result.tokens for result in results.values())
     done = f"\nTrained on {tokens:,} tokens in {seconds:,.0f} s. Everything is in {folder.path}:\n"
     console.print("\n[bold]On held-out text[/bold]")

@@ -71,9 +71,9 @@ def test_damage_is_noticed(damage, tmp_path):
 
 def test_other_format_version(tmp_path):
     folder = checkpoint.save_state(tmp_path / "step-00000001", STATE)
-    text = (folder / "state.json").read_text().replace('"format_version": 2', '"format_version": 3')
+    text = (folder / "state.json").read_text().replace('"format_version": 2', '"format_version": 4')
     (folder / "state.json").write_text(text)
-    with pytest.raises(InputError, match="expected format version 2, got 3"):
+    with pytest.raises(InputError, match="expected format version 2 or 3, got 4"):
         checkpoint.load_state(folder)
 
 

@@ -223,10 +223,10 @@ def test_width_must_agree():
 def test_full_disk_keeps_the_last_checkpoint(tmp_path, monkeypatch):
     save = checkpoint.save_state
 
-    def sometimes_full(folder, state):
+    def sometimes_full(folder, state, *of_ranks):
         if folder.name == "step-00000030":
             raise InputError(f"{folder} could not be written (No space left on device)")
-        return save(folder, state)
+        return save(folder, state, *of_ranks)
 
     monkeypatch.setattr(checkpoint, "save_state", sometimes_full)
     with pytest.raises(InputError, match="No space left"):

@@ -73,6 +73,47 @@ def test_state_and_gradients_are_what_a_learner_has(name):
     assert member["flops_per_token_dense"] == flops.forward(256, 512, 8)
 
 
+def test_the_plan_of_several_processes_is_that_of_each(monkeypatch):
+    """Weights and moments by those that share the heads, work on tokens by all; disk is whole."""
+    alone = make_plan(members(kron=SAES["kron"]), outline(DATA))
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    train = dataclasses.replace(TRAIN, tensor_parallel=2)
+    own = {"kron": RunConfig(SAES["kron"], DATA, train)}
+    plan = make_plan(own, outline(DATA))
+    memory, before = plan["memory_mib"], alone["memory_mib"]
+    b_dec = 12 * 256 / MIB  # which all hold
+    assert memory["weights and moments"] == pytest.approx(
+        (before["weights and moments"] + b_dec) / 2, abs=b_dec
+    )
+    assert memory["shuffle buffer"] == before["shuffle buffer"]
+    for name in ("a step", "an evaluation"):
+        assert plan["passes_mib"][name] < 0.75 * alone["passes_mib"][name]
+    assert plan["disk_mib"] == pytest.approx(alone["disk_mib"])
+    assert plan["members"]["kron"]["parameters"] == alone["members"]["kron"]["parameters"]
+    assert "add up their gradients" in plan["members"]["kron"]["training_step_why"]
+    timed = []
+
+    def measure(data, model, saes, *_):
+        timed.append(saes["kron"])
+        each = {"kron": 4.0}
+        return calibrate.TokenTimes(1.0, 8.0, 1.0, each, each, {"kron": 0.0})
+
+    monkeypatch.setattr(calibrate, "measure", measure)
+    times = planning.predict_time(plan, own, outline(DATA))
+    assert times["us_per_token"] == pytest.approx(
+        {"text": 1e6, "language model": 2e6, "buffer": 1e6, "kron": 2e6}
+    )
+    [(sae, share)] = timed  # what one process computes
+    assert (sae.heads, sae.dict_size, share.batch_size) == (32, 256, 64)
+    text = planning.render(plan, own, times)
+    assert "4 processes: 2 share the tokens of a batch, 2 the heads" in text
+    assert "MiB in each process" in text
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    needed = sum(memory.values())
+    assert planning.shortage({**plan, "free_mib": needed}) is not None
+    assert planning.shortage({**plan, "free_mib": 4 * needed}) is None
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_outline_is_what_the_loaded_model_has(family, tmp_path):
     """Width of every hookpoint that runs in a block, and parameters, without any weight."""

@@ -109,6 +109,14 @@ def test_harvest_parses():
     assert Path(flags["activations"]) == folder and flags["layer"] in config.layers
 
 
+def test_commands_of_torchrun_parse():
+    lines = [line for c in COMMANDS for line in c.splitlines() if line.startswith("torchrun")]
+    for line in lines:
+        _, _, flags = line.partition("-m kronsae.train ")
+        assert parse(shlex.split(flags)).config.train.tensor_parallel in (1, 4)
+    assert len(lines) == 2
+
+
 def test_experiments_parse():
     found = [c for c in COMMANDS if c.startswith("python -m kronsae.experiments")]
     for command in found:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from kronsae import parallel
 from kronsae.config import DataConfig
 from kronsae.data.ahead import Ahead, Pass
 from kronsae.data.buffer import ShuffleBuffer
@@ -415,11 +416,17 @@ def set_aside(text: TextSource, tokenizer: Any, config: DataConfig) -> tuple[Ten
     return torch.stack(contexts), documents
 
 
+NO_OVERLAP = "several processes exchange activations and gradients in turns, not in two threads"
+
+
 def overlaps(config: DataConfig, model_device: torch.device) -> bool:
     """Whether the language model runs in a thread, beside the autoencoder.
 
     By itself where it runs on a GPU. On a CPU both want the same cores (see benchmarks.overlap).
+    Never among several processes (NO_OVERLAP).
     """
+    if parallel.ranks() > 1:
+        return False
     return config.overlap == "on" or config.overlap == "auto" and model_device.type != "cpu"
 
 

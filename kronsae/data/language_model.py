@@ -17,6 +17,7 @@ from kronsae.data.common import Interrupted, digest
 from kronsae.data.loading import load_config, load_model, load_tokenizer, quiet
 from kronsae.embedded import EMBEDDED_MODEL
 from kronsae.errors import InputError
+from kronsae.parallel import ALONE
 
 EMBEDDED_LAYER = 2
 """Layer of the embedded model where none is given."""
@@ -58,6 +59,7 @@ class LanguageModel:
         # Hooks belong to the model, not to the thread that set them: one forward pass at a time.
         self.lock = threading.RLock()
         self.interrupted = threading.Event()
+        self.ranks = ALONE.reading
         self.tokenizer = tokenizer
         self.hookpoint = hookpoint
         self.name, self.revision = name, revision
@@ -167,11 +169,13 @@ class LanguageModel:
 
         With a target its output follows behind: [b, t, d_model + d_target].
         The forward pass ends there: later blocks and the head never run.
+        Where `ranks` share the work, all of them call this with the same contexts: each reads its
+        part of them, and gets what the others read.
         Raises InputError if an output is no [b, t, d], or if the target runs before the input;
         Interrupted after `interrupt`.
         """
         with self.lock, self._interruptible():
-            return self._activations(input_ids, attention_mask)
+            return self.ranks.map(self._activations, input_ids, attention_mask)
 
     def interrupt(self) -> None:
         """Let `activations` raise Interrupted, at the next block, until `interrupted` is cleared.
