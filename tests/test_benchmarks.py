@@ -10,8 +10,12 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-ENVIRONMENT = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-"""As a user's: without the interpreter that the tests have."""
+ENVIRONMENT = {
+    name: value
+    for name, value in os.environ.items()
+    if name != "TRITON_INTERPRET" and not name.startswith("PYTEST_")
+}
+"""As a user's: without the interpreter that the tests have, and no worker of pytest-xdist."""
 
 
 @pytest.fixture(autouse=True)
