@@ -7,11 +7,10 @@ values of flags that were given several.
 
 import argparse
 import dataclasses
-import difflib
 import json
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from kronsae.cache.index import DESCRIBED, CacheIndex
 from kronsae.cache.reader import places_of
@@ -25,6 +24,7 @@ from kronsae.config import (
 )
 from kronsae.errors import InputError
 from kronsae.fit import FREE_TO_CHANGE
+from kronsae.flags import Parser
 from kronsae.flops import equal_budget
 from kronsae.presets import EMBEDDED, PAPER_DICT_SIZE
 from kronsae.run import SINGLE, SweepFolder, open_to_resume
@@ -98,14 +98,9 @@ def _at_width(sae: SAEConfig, d_model: int, d_target: int) -> SAEConfig:
     return dataclasses.replace(sae, **found)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(message)
-
-
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """One flag a field of the configs, and those of the run itself."""
-    parser = _Parser(
+    parser = Parser(
         prog="python -m kronsae.train",
         description="Train a sparse autoencoder on a language model's activations. Without "
         "arguments: a small model and text that are on this computer, in about two minutes.",
@@ -113,7 +108,6 @@ def make_parser() -> argparse.ArgumentParser:
         epilog="With --model embedded other defaults apply: "
         + ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in EMBEDDED.items()),
         argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
     )
     run = parser.add_argument_group("run")
     run.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: under runs/)")
@@ -481,7 +475,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     return flat
 
 
-def _unknown(argument: str, parser: argparse.ArgumentParser, argv: list[str]) -> str:
+def _unknown(argument: str, parser: Parser, argv: list[str]) -> str:
     before = [flag for flag in argv[: argv.index(argument)] if flag.startswith("--")]
     name = before[-1].removeprefix("--").replace("-", "_") if before else ""
     if not argument.startswith("-") and name in _PART_OF and name not in OWN:
@@ -489,8 +483,4 @@ def _unknown(argument: str, parser: argparse.ArgumentParser, argv: list[str]) ->
             f"unknown argument {argument!r}: {before[-1]} takes one value, which all members of a "
             "sweep share"
         )
-    name = argument.split("=")[0]
-    flags = [option for action in parser._actions for option in action.option_strings]
-    close = difflib.get_close_matches(name, flags, n=3)
-    hint = f"did you mean {' or '.join(close)}?" if close else "--help lists all flags"
-    return f"unknown argument {argument!r}: {hint}"
+    return parser.unknown(argument)

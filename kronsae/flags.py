@@ -23,11 +23,15 @@ class Parser(argparse.ArgumentParser):
         """The flags in `argv`; an unknown one is an error that names those like it."""
         found, unknown = self.parse_known_args(argv)
         if unknown:
-            flags = [option for action in self._actions for option in action.option_strings]
-            close = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=3)
-            hint = f"did you mean {' or '.join(close)}?" if close else "--help lists all flags"
-            raise InputError(f"unknown argument {unknown[0]!r}: {hint}")
+            raise InputError(self.unknown(unknown[0]))
         return found
+
+    def unknown(self, argument: str) -> str:
+        """What to say of an argument that is none, with the flags like it."""
+        flags = [option for action in self._actions for option in action.option_strings]
+        close = difflib.get_close_matches(argument.split("=")[0], flags, n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else "--help lists all flags"
+        return f"unknown argument {argument!r}: {hint}"
 
 
 def exit_status(work: Callable[[list[str]], None], argv: Sequence[str] | None) -> int:

@@ -6,7 +6,6 @@ for Python, is `kronsae.cache`.
 
 import argparse
 import dataclasses
-import difflib
 import shutil
 import signal
 import sys
@@ -15,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
@@ -30,6 +29,7 @@ from kronsae.data.outline import NoOutline, Outline, outline
 from kronsae.data.text import check_text
 from kronsae.errors import InputError
 from kronsae.fit import resolve_device
+from kronsae.flags import Parser
 from kronsae.learner import compute_dtype
 from kronsae.plan import free_bytes, shortage
 
@@ -45,20 +45,14 @@ class Stopped(BaseException):
     """SIGTERM came. No handler of mere errors may take it for one."""
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise InputError(message)
-
-
-def make_parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+def make_parser() -> Parser:
+    parser = Parser(
         prog="python -m kronsae.harvest",
         description="Write activations of a language model to a folder, to train on many times: "
         "python -m kronsae.train --activations DIR. The same command goes on with a harvest that "
         "was interrupted, and makes damaged shards of one that is complete anew.",
         usage="%(prog)s --out DIR [--model NAME --layer N ... --dataset NAME --tokens N ...]",
         argument_default=argparse.SUPPRESS,
-        allow_abbrev=False,
     )
     run = parser.add_argument_group("folder")
     run.add_argument("--out", type=Path, metavar="DIR", help="the cache to write")
@@ -91,14 +85,7 @@ _WITH_RESUME = ("device", "trust_remote_code")
 
 def parse(argv: list[str]) -> tuple[HarvestConfig | None, Path, bool]:
     """What to harvest (None: to verify), where, and whether to plan alone. Raises InputError."""
-    parser = make_parser()
-    found, unknown = parser.parse_known_args(argv)
-    if unknown:
-        flags = [option for action in parser._actions for option in action.option_strings]
-        close = difflib.get_close_matches(unknown[0].split("=")[0], flags, n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else "--help lists all flags"
-        raise InputError(f"unknown argument {unknown[0]!r}: {hint}")
-    given = vars(found)
+    given = vars(make_parser().parse(argv))
     folders = {name: given.pop(name) for name in ("out", "resume", "verify") if name in given}
     if len(folders) != 1:
         raise InputError(

@@ -400,6 +400,7 @@ def test_a_dense_encoder_has_no_gate_to_change():
     settings = experiment.Settings(**experiment.SMALLEST)
     assert experiment.arms_of(settings, "m2n4") == ["recipe", "adam_beta2=0.95", "eps=1e-5"]
     assert experiment.arms_of(settings, "topk") == ["recipe", "adam_beta2=0.95"]
+    assert "eps=1e-5" in experiment.arms_of(settings, "m8n16")
     sae, recipe = experiment.configured(settings, "m2n4", "eps=1e-5")
     assert sae.eps == 1e-5 and not recipe
     assert experiment.configured(settings, "topk", "adam_beta2=0.95")[1] == {"adam_beta2": 0.95}

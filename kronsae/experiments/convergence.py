@@ -22,6 +22,7 @@ from kronsae.experiments.common import (
     Spread,
     TrainingSettings,
     axis,
+    dense_form,
     explained,
     markdown,
     panels,
@@ -112,7 +113,7 @@ def configured(settings: Settings, variant: str, arm: str) -> tuple[SAEConfig, d
 
 def has(settings: Settings, variant: str, arm: str) -> bool:
     """Whether a variant has the setting of an arm: a dense encoder has no gate."""
-    return not (difference(arm)[0] == "eps" and sae_config(variant, 16, 1).encoder == "dense")
+    return difference(arm)[0] != "eps" or variant != dense_form(variant)
 
 
 def arms_of(settings: Settings, variant: str) -> list[str]:

@@ -28,7 +28,7 @@ function introduction() {
 
 function figures() {
   const shares = ['explained_variance', 'fvu', 'explained_variance_batch', 'dead_share',
-    'ce_recovered'];
+    'dense_share', 'ce_recovered'];
   return make('dl', { class: 'stats' }, facts.figures.map(([label, value, key, meaning]) => stat(
     label, shares.includes(key) ? `${(100 * value).toFixed(2)} %` : short(value), meaning)));
 }
