@@ -1,7 +1,8 @@
 """Checkpoints: the complete state of a run, atomic, checksummed, free of pickle.
 
 A state is a nested dict of tensors and JSON values. On disk it is a folder with the tensors in
-state.safetensors and the rest in state.json, which also holds the SHA-256 of the tensors' file.
+state.safetensors and the rest in state.json, which also holds the SHA-256 of the tensors' file, and
+a checksum of its own. A run's checkpoints also have a copy of its config.json.
 
 Of several processes that hold an autoencoder's heads together (`kronsae.parallel`) each writes its
 own rows: rank 0 to state.safetensors, beside all that is the same on all ranks, the next ones to
@@ -11,18 +12,23 @@ is a pickle, and its safetensors form is one file for each of a model's tensors,
 the JSON values and checksums that make a checkpoint whole.
 """
 
-import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from kronsae.errors import InputError
-from kronsae.files import replace_directory, sha256, write_json
+from kronsae.files import (
+    read_sealed,
+    remove_directory,
+    replace_directory,
+    sha256,
+    write_sealed,
+)
 from kronsae.parallel import ALONE, Group, Mesh
 
 FORMAT_VERSION = 2
@@ -34,12 +40,17 @@ _TENSOR_KEY = "__tensor__"
 
 
 def save_state(
-    folder: Path, state: dict[str, Any], mesh: Mesh = ALONE, held: Collection[str] = ()
+    folder: Path,
+    state: dict[str, Any],
+    mesh: Mesh = ALONE,
+    held: Collection[str] = (),
+    copies: Sequence[Path] = (),
 ) -> Path:
     """Write `state` to `folder`, atomically. Raises InputError if the disk is full.
 
     held: ends of the names (keys, joined by dots) of tensors that have a part of their rows on each
         process along `mesh.heads`. All processes of the mesh call this, and see one folder.
+    copies: files to copy into it.
     """
     from safetensors.torch import save_file
 
@@ -73,7 +84,9 @@ def save_state(
                 "sha256": digests if others else digests[TENSORS_NAME],
                 "state": values,
             }
-            write_json(partial / VALUES_NAME, document)
+            write_sealed(partial / VALUES_NAME, document)
+            for path in copies:
+                shutil.copyfile(path, partial / path.name)
 
         with mesh.world.together():
             if mesh.first:
@@ -93,7 +106,7 @@ def load_state(
     """
     advice = f"remove the folder {folder} to go on from the checkpoint before it"
     try:
-        document = json.loads((folder / VALUES_NAME).read_text(encoding="utf-8"))
+        document = read_sealed(folder / VALUES_NAME)
         version, digests, values = (document[k] for k in ("format_version", "sha256", "state"))
         if version == FORMAT_VERSION:
             digests = {TENSORS_NAME: digests}
@@ -213,14 +226,20 @@ def step_of(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
+def copy_of(path: Path, checkpoints: Path) -> Path | None:
+    """The newest copy of a file that `save_state` put into a checkpoint, or None."""
+    copies = (folder / path.name for folder in reversed(list_checkpoints(checkpoints)))
+    return next((copy for copy in copies if copy.is_file()), None)
+
+
 def drop_after(checkpoints: Path, step: int) -> None:
     """Remove all checkpoints of steps after `step`."""
     for path in list_checkpoints(checkpoints):
         if step_of(path) > step:
-            shutil.rmtree(path)
+            remove_directory(path)
 
 
 def prune(checkpoints: Path, keep: int) -> None:
     """Remove all but the newest `keep` checkpoints."""
     for path in list_checkpoints(checkpoints)[:-keep]:
-        shutil.rmtree(path)
+        remove_directory(path)

@@ -27,6 +27,36 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, text)
 
 
+_CHECKSUM = "checksum"
+
+
+def write_sealed(path: Path, document: dict[str, Any]) -> None:
+    """Write a JSON object, atomically, with a checksum of its values: see `read_sealed`."""
+    write_json(path, {**document, _CHECKSUM: _digest(document)})
+
+
+def read_sealed(path: Path) -> Any:
+    """The JSON value in a file, without its checksum.
+
+    An object without one is taken as it is: people write such files, too, and older versions did.
+    Raises OSError or ValueError if it cannot be read, or if the checksum is of other values.
+    """
+    document = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(document, dict) and _CHECKSUM in document:
+        if document.pop(_CHECKSUM) != _digest(document):
+            raise ValueError(
+                f"its values are not those that its {_CHECKSUM!r} was made of; if you changed them "
+                f"on purpose, take the {_CHECKSUM!r} out"
+            )
+    return document
+
+
+def _digest(document: dict[str, Any]) -> str:
+    """SHA-256 of the values, in whichever order and form they are written."""
+    text = json.dumps(json.loads(json.dumps(document)), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file, atomically. Raises InputError if it cannot be written."""
     write_file(path, lambda beside: beside.write_text(text, encoding="utf-8"))
@@ -40,9 +70,9 @@ def write_file(path: Path, write: Callable[[Path], Any]) -> None:
     beside = _beside(path)
     try:
         write(beside)
-        _sync(beside)
+        sync(beside)
         os.replace(beside, path)
-        _sync(path.parent)
+        sync(path.parent)
     except BaseException as error:
         beside.unlink(missing_ok=True)
         if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
@@ -65,8 +95,8 @@ def replace_directory(path: Path, write: Callable[[Path], None]) -> Path:
         beside.mkdir()
         write(beside)
         for file in beside.iterdir():
-            _sync(file)
-        _sync(beside)
+            sync(file)
+        sync(beside)
         if path.exists():
             _check_replaceable(path, beside)
             old = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}{_OLD}"
@@ -79,7 +109,7 @@ def replace_directory(path: Path, write: Callable[[Path], None]) -> Path:
             shutil.rmtree(old)
         else:
             os.rename(beside, path)
-        _sync(path.parent)
+        sync(path.parent)
     except BaseException as error:
         shutil.rmtree(beside, ignore_errors=True)
         if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
@@ -101,6 +131,13 @@ def _check_replaceable(path: Path, new: Path) -> None:
         raise InputError(
             f"{path} holds {sorted(others)[:5]}, which would be lost: choose another folder"
         )
+
+
+def remove_directory(path: Path) -> None:
+    """Remove a folder so that an interruption leaves none that is half there under its name."""
+    beside = _beside(path)
+    os.rename(path, beside)
+    shutil.rmtree(beside)
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -134,7 +171,8 @@ def _beside(path: Path) -> Path:
     return path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.partial"
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
     if os.name == "nt" and path.is_dir():
         return
     handle = os.open(path, os.O_RDONLY)

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kronsae import checkpoint
 from kronsae.config import DataConfig, SAEConfig, TrainConfig
 from kronsae.data import (
     ActivationSource,
@@ -23,7 +24,7 @@ from kronsae.data import (
 from kronsae.data.common import Interrupted, digest
 from kronsae.errors import InputError
 from kronsae.evaluate import Heldout, evaluate, evaluate_cross_entropy
-from kronsae.learner import Learner
+from kronsae.learner import Learner, Skipped
 from kronsae.logs import Log, check_packages
 from kronsae.parallel import Mesh, RankLost, join
 from kronsae.run import SINGLE, RunFolder, SweepFolder, open_to_resume
@@ -84,8 +85,10 @@ def fit(
         first one alone writes, and calls `on_record`.
 
     On SIGTERM or SIGINT the step in progress is finished, a checkpoint saved, and the result
-    returned with `stopped_by`. Raises InputError if the data ends before the budget, is not finite,
-    or does not fit the configuration; with `out`, the last good checkpoint is kept.
+    returned with `stopped_by`. A batch whose gradient is not finite is skipped, and logged as such.
+    Raises InputError if that happens `learner.SKIPS` times in a row, and if the data ends before
+    the budget, is not finite, or does not fit the configuration; with `out`, the last good
+    checkpoint is kept.
     """
     [result] = _fit(
         [_Plan(SINGLE, sae_config, train_config or TrainConfig(), settings or {})],
@@ -209,18 +212,41 @@ def _train_and_judge(session: "_Session", heldout: Heldout | None) -> None:
             member.finish(stream, metrics, stopped_by=stopped_by)
         session.note()
     except InputError as error:
+        raise InputError("\n".join([str(error), *_rescue(session, error)])) from error
+
+
+class Diverged(InputError):
+    """No member has a finite gradient any more."""
+
+
+def _rescue(session: "_Session", error: InputError) -> list[str]:
+    """Save what was learned before an error, if that works; says where it is, and how to go on."""
+    stream, folder = session.stream, session.folder
+    problem = None
+    try:
         for member in session.live if stream.steps else ():
             member.finish(stream, {})
-        results = [member.result for member in session.members.values() if member.result]
-        learned = max((result.tokens for result in results), default=0)
-        if session.folder is None or not learned:
-            raise
-        session.note()
-        folder = session.folder
-        where = folder.path if isinstance(folder, SweepFolder) else folder.sae
-        raise InputError(
-            f"{error}\nWhat was learned in {learned:,} tokens is in {where}"
-        ) from error
+        learned = max((m.result.tokens for m in session.members.values() if m.result), default=0)
+        if learned:
+            session.note()
+    except InputError as other:  # the disk is full, say, and that was the first error, too
+        problem = other
+    if folder is None:
+        return []
+    where = folder.path if isinstance(folder, SweepFolder) else folder.sae
+    saved = problem is None and learned
+    lines = [f"What was learned in {learned:,} tokens is in {where}"] if saved else []
+    if not isinstance(error, DataEnded | Diverged):  # to go on would end alike
+        alone = next(iter(session.members.values())).settings["config"]["data"] is None
+        command = "fit with resume=True" if alone else "python -m kronsae.train --resume"
+        found = checkpoint.list_checkpoints(folder.checkpoints)
+        place = (
+            f"the checkpoint of step {checkpoint.step_of(found[-1]):,}" if found else "the start"
+        )
+        if problem is not None:
+            lines.append(f"What was learned since {place} could not be saved")
+        lines.append(f"When that is solved, go on from {place}:\n  {command} {folder.path}")
+    return lines
 
 
 def _train(session: "_Session", heldout: Heldout | None, stop: "_Stop") -> int | None:
@@ -230,7 +256,8 @@ def _train(session: "_Session", heldout: Heldout | None, stop: "_Stop") -> int |
     """
     stream, config = session.stream, session.config
     saved_at = stream.steps
-    while not stream.done and session.signal(stop) is None:
+    # A signal before the first step waits for it: there would be nothing to save.
+    while not stream.done and (not stream.steps or session.signal(stop) is None):
         try:
             batch = stream.next()
         except Interrupted:
@@ -242,12 +269,13 @@ def _train(session: "_Session", heldout: Heldout | None, stop: "_Stop") -> int |
         for member in session.live:
             member.step(*batch, stream)
         if not session.live:
-            raise InputError("\n".join(m.result.failed for m in session.members.values()))
+            raise Diverged("\n".join(m.result.failed for m in session.members.values()))
         step = stream.steps
         if step % config.log_every == 0 or stream.done:
             rates = stream.rates()
             for member in session.live:
-                member.record("train", member.figures | rates, stream)
+                if member.figures:  # not all batches were skipped
+                    member.record("train", member.figures | rates, stream)
         evaluated = heldout is not None and config.eval_every and step % config.eval_every == 0
         if evaluated and not stream.done:
             for member in session.live:
@@ -292,10 +320,14 @@ class _Member:
         """One optimizer step on a normalised batch; ends the member if it diverges."""
         began = time.monotonic()
         try:
-            self.figures = self.learner.step(x, target)
+            figures = self.learner.step(x, target)
         except FloatingPointError as error:  # the weights are still those of the step before
             self.finish(stream, {}, failed=str(error))
             return
+        if isinstance(figures, Skipped):
+            self.record("skipped", figures._asdict(), stream)
+        else:
+            self.figures = figures
         # The next member's gradients take the place of these.
         self.learner.optimizer.zero_grad(set_to_none=True)
         self.step_seconds += time.monotonic() - began
@@ -523,7 +555,11 @@ def _claim(
                 f"{folder.path} has the members {list(found)}, and cannot go on with "
                 f"{list(settings)}"
             )
-        for each in found.values():
+        for name, each in found.items():
+            if each["config"].get("data") and each["data"].get("dtype"):
+                asked = settings[name]["config"]["data"]["model_dtype"]
+                if asked != each["config"]["data"].get("model_dtype"):  # for what comes from now on
+                    each["data"]["dtype"] = settings[name]["data"]["dtype"]
             # A run of an older version lacks the settings that came later: it had their defaults.
             for part, cls in (("sae", SAEConfig), ("data", DataConfig), ("train", TrainConfig)):
                 if each["config"][part] is None:  # no language model
@@ -565,7 +601,7 @@ FREE_TO_CHANGE = (
             "wandb",
         )
     }
-    | {"config.data.model_device", "config.data.overlap"}
+    | {"config.data.model_device", "config.data.model_dtype", "config.data.overlap"}
 )
 
 

@@ -10,6 +10,7 @@ import shutil
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 
 from kronsae import calibrate
 from kronsae.cache import CacheIndex, HarvestConfig, harvest
-from kronsae.cache.index import DESCRIBED, INDEX_NAME, damaged, resume_command
+from kronsae.cache.index import DESCRIBED, HARVEST_NAME, INDEX_NAME, damaged, resume_command
 from kronsae.cache.model import default_layers
 from kronsae.cache.writer import Progress, stored_config
 from kronsae.cli import add_flag
@@ -268,6 +269,11 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except Exception:  # in the model's code, the data's or ours: the traceback helps
+        traceback.print_exc()
+        if folder is not None and (folder / HARVEST_NAME).exists():
+            print(f"\nWhat was harvested stays: {resume_command(folder)} goes on", file=sys.stderr)
+        return 1
     except (KeyboardInterrupt, Stopped) as error:
         again = f"; {resume_command(folder)} goes on" if folder else ""
         print(f"stopped{again}", file=sys.stderr)
@@ -289,7 +295,8 @@ def _sigterm() -> Iterator[None]:
 
 
 def _show(progress: Progress) -> None:
-    print(f"{progress.section} shard {progress.number:,}: {progress.rows:,} tokens", flush=True)
+    what = "was damaged, and is made anew" if progress.damaged else f"{progress.rows:,} tokens"
+    print(f"{progress.section} shard {progress.number:,}: {what}", flush=True)
 
 
 def describe(folder: Path, index: CacheIndex) -> str:

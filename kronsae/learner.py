@@ -16,6 +16,12 @@ from kronsae_kernels import step as fused
 
 ADAM_BETA1 = 0.9
 
+SKIPS = 8
+"""Steps in a row whose gradient is not finite before an SAE counts as diverged."""
+
+FAR = 100
+"""Times the median distance from the mean at which an activation is no measure of the others."""
+
 HELD_STATE = (
     *(f"weights.{name}" for name in HELD),
     *(f"moments.{name}.{moment}" for name in HELD for moment in ("exp_avg", "exp_avg_sq")),
@@ -58,9 +64,20 @@ class Normalizer:
 
     @classmethod
     def of(cls, x: Tensor) -> "Normalizer":
-        """From sample activations [N, d]. Raises InputError if they are all the same."""
-        mean = x.double().mean(0)
-        variance = (x.double() - mean).square().mean().item()
+        """From sample activations [N, d]. Raises InputError if they are all the same.
+
+        Without those that are FAR times as far from the mean as the median: a single token of
+        enormous size would else leave all others at almost nothing.
+        """
+        x = x.double()
+        mean = x.mean(0)
+        squares = (x - mean).square()
+        distances, usual = squares.mean(1), squares.mean(1).median()
+        near = distances <= FAR**2 * usual
+        if usual > 0 and not near.all():
+            mean = x[near].mean(0)
+            squares = (x[near] - mean).square()
+        variance = squares.mean().item()
         if not math.isfinite(variance) or variance <= 0:
             raise InputError(
                 f"the first {x.shape[0]} activations have variance {variance}: "
@@ -113,6 +130,14 @@ class Pass(NamedTuple):
     grad_norm: float
     more: dict[str, Tensor] = {}
     """Other losses of the objective, by name (scalars)."""
+
+
+class Skipped(NamedTuple):
+    """Of a batch that no step was made on."""
+
+    reason: str
+    largest: float
+    """Magnitude of the largest normalised activation in the batch: usually 1 to 100."""
 
 
 class _Dying(NamedTuple):
@@ -189,16 +214,19 @@ class Learner:
         self.tokens = 0
         self.batch = 0  # tokens of the first batch: the schedule's step
         self.tokens_since_fired = torch.zeros(len(self.sae.W_dec), dtype=torch.int64, device=device)
+        self.skipped = 0  # steps in a row, the last ones, that a gradient made impossible
 
     @property
     def dead(self) -> Tensor:
         """Which latents held here are dead (bool [F]): silent for config.dead_after tokens."""
         return self.tokens_since_fired >= self.config.dead_after
 
-    def step(self, x: Tensor, target: Tensor | None = None) -> dict[str, float]:
+    def step(self, x: Tensor, target: Tensor | None = None) -> dict[str, float] | Skipped:
         """One optimizer step on normalised activations x [B, d]; returns its metrics.
 
-        Raises FloatingPointError, before the weights change, if the gradient is not finite.
+        A batch whose gradient is not finite, as with an activation of enormous size, is `Skipped`:
+        it counts as seen, and changes nothing else. Raises FloatingPointError if that happens
+        SKIPS times in a row.
         """
         sae, config = self.sae, self.config
         lr = learning_rate(self.tokens, config, sae.dict_size, self.batch or x.shape[0])
@@ -214,10 +242,14 @@ class Learner:
         if not (dead_count and config.auxk_coefficient and of_batch >= 2):
             of_batch = 0
         dying = _Dying(dead, dead_count, slice(len(part(x[:of_batch]))), of_batch > 0)
-        if self.fused is None:
-            done = self._autograd_step(own, own_target, x.shape[0], lr, dying)
-        else:
-            done = self._fused_step(x, lr, dying)
+        try:
+            if self.fused is None:
+                done = self._autograd_step(own, own_target, x.shape[0], lr, dying)
+            else:
+                done = self._fused_step(x, lr, dying)
+        except FloatingPointError as error:
+            return self._skip(x, str(error))
+        self.skipped = 0
         sae.selection.update(sae, done.codes)
         fired = sae.fired(done.codes)
         self._count_fired(x.shape[0], sae.own(done.codes))
@@ -236,6 +268,16 @@ class Learner:
             "lr": lr,
             **dict(zip(done.more, more, strict=True)),
         }
+
+    def _skip(self, x: Tensor, reason: str) -> Skipped:
+        """Leave a batch out, as its gradient is of no use."""
+        self.skipped += 1
+        if self.skipped == SKIPS:
+            raise FloatingPointError(
+                f"{reason}, {SKIPS} batches in a row: training has diverged, try a smaller lr"
+            )
+        self.tokens += x.shape[0]
+        return Skipped(reason, min(x.abs().max().item(), torch.finfo(x.dtype).max))
 
     def _count_fired(self, tokens: int, own: SparseCodes) -> None:
         """Count how long each latent has been silent, after a batch of so many tokens."""
@@ -337,6 +379,7 @@ class Learner:
             "step_count": self.step_count,
             "batch": self.batch,
             "tokens": self.tokens,
+            "skipped": self.skipped,
             "tokens_since_fired": self.tokens_since_fired,
         }
 
@@ -349,6 +392,7 @@ class Learner:
         self.step_count = state["step_count"]
         self.batch = state["batch"]
         self.tokens = state["tokens"]
+        self.skipped = state.get("skipped", 0)  # which older checkpoints lack
         self.tokens_since_fired.copy_(state["tokens_since_fired"])
 
 

@@ -35,7 +35,7 @@ class Log:
         figures = {
             f"{record['kind']}/{name}": value
             for name, value in record.items()
-            if name not in _NOT_METRICS
+            if name not in _NOT_METRICS and not isinstance(value, str)
         }
         if self.tensorboard is not None:
             for name, value in figures.items():

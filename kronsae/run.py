@@ -17,7 +17,9 @@ comparison.md     a table of the members
 import json
 import os
 import platform
+import shutil
 import sys
+import warnings
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
@@ -28,9 +30,10 @@ import torch
 import kronsae_kernels
 from kronsae import checkpoint
 from kronsae.errors import InputError
-from kronsae.files import lock, remove_leftovers, write_json, write_text
+from kronsae.files import lock, read_sealed, remove_leftovers, sync, write_sealed, write_text
 from kronsae.learner import HELD_STATE
 from kronsae.parallel import ALONE, Mesh
+from kronsae.sweep import check_names
 
 FORMAT_VERSION = 1
 
@@ -74,9 +77,13 @@ class _Folder:
 
     @staticmethod
     def check_free(path: str | Path) -> None:
-        """Raise InputError if `path` exists and is not an empty folder."""
+        """Raise InputError if `path` exists, is not empty, and not what `create` began."""
         path = Path(path)
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        try:
+            free = not path.exists() or path.is_dir() and _is_begun(path)
+        except InputError:  # some other config.json
+            free = False
+        if not free:
             known = any((path / name).exists() for name in ("config.json", "sweep.json"))
             hint = f"--resume {path} goes on with it, or " if known else ""
             raise InputError(f"{path} exists already: {hint}choose another --out")
@@ -103,7 +110,7 @@ class RunFolder(_Folder):
         cls.check_free(path)
         run = cls(Path(path))
         try:
-            run.checkpoints.mkdir(parents=True)
+            run.checkpoints.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InputError(f"{run.path} cannot be created: {error}") from error
         document = {
@@ -113,7 +120,7 @@ class RunFolder(_Folder):
             "versions": versions(),
             "command": sys.argv,
         }
-        write_json(run.config, document)
+        write_sealed(run.config, document)
         return run
 
     @classmethod
@@ -137,9 +144,11 @@ class RunFolder(_Folder):
             checkpoint.prune(self.checkpoints, keep)
 
     def _write_checkpoint(self, step: int, state: dict[str, Any]) -> None:
+        if self.mesh.first and self.metrics.exists():
+            sync(self.metrics)
         state = {**state, "metrics_bytes": _size(self.metrics)}
         folder = checkpoint.step_folder(self.checkpoints, step)
-        checkpoint.save_state(folder, state, self.mesh, HELD_STATE)
+        checkpoint.save_state(folder, state, self.mesh, HELD_STATE, [self.index])
 
     def load_checkpoint(self) -> dict[str, Any] | None:
         """The newest checkpoint's state, or None if there is none; later metrics are cut off."""
@@ -147,10 +156,22 @@ class RunFolder(_Folder):
         state = None
         if found:
             state = checkpoint.load_state(found[-1], self.mesh.heads, HELD_STATE)
-        keep_bytes = state["metrics_bytes"] if state else 0
-        if _size(self.metrics) > keep_bytes:
-            os.truncate(self.metrics, keep_bytes)
+        if self.mesh.first:
+            self._cut_metrics(state["metrics_bytes"] if state else 0)
         return state
+
+    def _cut_metrics(self, length: int) -> None:
+        """Leave the first `length` bytes; of a file that lost some of them, the whole lines."""
+        if _size(self.metrics) < length:
+            content = self.metrics.read_bytes() if self.metrics.exists() else b""
+            warnings.warn(
+                f"{self.metrics} has lost {length - len(content):,} bytes: some of what was logged "
+                "before the checkpoint is missing from it, and from the report; training is not",
+                stacklevel=2,
+            )
+            length = content.rfind(b"\n") + 1
+        if _size(self.metrics) > length:
+            os.truncate(self.metrics, length)
 
 
 class SweepFolder(_Folder):
@@ -166,6 +187,8 @@ class SweepFolder(_Folder):
         """A new sweep, with a run for each name. Raises InputError if the folder is not empty."""
         cls.check_free(path)
         sweep = cls(Path(path), settings)
+        for begun in sweep.path.iterdir() if sweep.path.exists() else ():
+            shutil.rmtree(begun) if begun.is_dir() else begun.unlink()
         for name, run in sweep.runs.items():
             RunFolder.create(run.path, {**settings[name], "sweep": name})
         sweep.checkpoints.mkdir()
@@ -176,13 +199,17 @@ class SweepFolder(_Folder):
             "versions": versions(),
             "command": sys.argv,
         }
-        write_json(sweep.index, document)
+        write_sealed(sweep.index, document)
         return sweep
 
     @classmethod
     def open(cls, path: str | Path) -> tuple["SweepFolder", dict[str, dict[str, Any]]]:
         """A sweep that exists, and the config.json of each member. Raises InputError."""
         index = _read_index(Path(path) / "sweep.json", "kronsae-sweep", {"members"})
+        try:
+            check_names(list(index["members"]))  # they are folders, in which files are removed
+        except (InputError, TypeError) as error:
+            raise InputError(f"{Path(path) / 'sweep.json'}: {error}") from error
         sweep = cls(Path(path), index["members"])
         return sweep, {name: RunFolder.open(run.path)[1] for name, run in sweep.runs.items()}
 
@@ -206,7 +233,7 @@ class SweepFolder(_Folder):
         document = _read_index(self.index, "kronsae-sweep", {"members"})
         for name, ending in endings.items():
             document["members"][name] |= ending
-        write_json(self.index, document)
+        write_sealed(self.index, document)
         write_text(self.comparison, comparison)
 
     def save_checkpoint(self, step: int, state: dict[str, Any], keep: int) -> None:
@@ -219,7 +246,8 @@ class SweepFolder(_Folder):
         for name, own in members.items():
             self.runs[name]._write_checkpoint(step, own)
         shared = {**state, "members": list(members)}
-        checkpoint.save_state(checkpoint.step_folder(self.checkpoints, step), shared, self.mesh)
+        folder = checkpoint.step_folder(self.checkpoints, step)
+        checkpoint.save_state(folder, shared, self.mesh, copies=[self.index])
         if self.mesh.first:
             checkpoint.prune(self.checkpoints, keep)
             for name in members:
@@ -264,10 +292,16 @@ def open_to_resume(
 def _read_index(path: Path, kind: str, keys: set[str]) -> dict[str, Any]:
     """The JSON object that makes a folder a run or a sweep. Raises InputError if it is none."""
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = read_sealed(path)
     except (OSError, ValueError) as error:
+        copy = checkpoint.copy_of(path, path.parent / "checkpoints")
+        if copy is not None:
+            raise InputError(
+                f"{path} is damaged ({error}); a checkpoint has a copy:\n  cp {copy} {path}"
+            ) from error
         raise InputError(
-            f"{path.parent} is no run folder: {path} cannot be read ({error})"
+            f"{path.parent} is no run folder: {path} cannot be read ({error}); begin again, with "
+            "another --out or without the folder"
         ) from error
     if not isinstance(document, dict) or not keys <= document.keys():
         raise InputError(f"{path} is not one that a run wrote")
@@ -277,6 +311,24 @@ def _read_index(path: Path, kind: str, keys: set[str]) -> dict[str, Any]:
             f"{document.get('format')!r}, version {document.get('format_version')!r}"
         )
     return document
+
+
+def _is_begun(path: Path, member: bool = False) -> bool:
+    """Whether a folder is empty, or holds nothing but what `create` makes before the index.
+
+    So that a run killed in that moment can be started again by the same command.
+    member: the folder may be the run of a sweep's member, in which nothing has happened yet.
+    """
+    for each in path.iterdir():
+        if each.is_dir() and not each.is_symlink():
+            begun = _is_begun(each, member=True)
+        elif member and each.name == "config.json":
+            begun = "sweep" in _read_index(each, "kronsae-run", {"config", "data"})
+        else:
+            begun = each.name.startswith(".") and each.name.endswith(".partial")
+        if not begun:
+            return False
+    return True
 
 
 def versions() -> dict[str, str]:

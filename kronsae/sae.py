@@ -8,7 +8,6 @@ Training happens on centred and scaled activations; `SAE.folded` takes that out 
 
 import dataclasses
 import functools
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from kronsae.config import SAEConfig, from_dict
 from kronsae.errors import InputError
-from kronsae.files import replace_directory, sha256, write_json
+from kronsae.files import read_sealed, replace_directory, sha256, write_sealed
 from kronsae.parallel import ALONE, Mesh, largest, own_part
 from kronsae.selection import SELECTIONS, widened
 from kronsae.switch import Router
@@ -375,7 +374,7 @@ class SAE(nn.Module):
                 "sha256": sha256(folder / WEIGHTS_NAME),
                 "metadata": self.metadata if metadata is None else metadata,
             }
-            write_json(folder / CONFIG_NAME, settings)
+            write_sealed(folder / CONFIG_NAME, settings)
 
         with self.mesh.world.together():
             if self.mesh.first:
@@ -418,10 +417,14 @@ def _load_own(folder: Path) -> SAE:
     """The SAE in a folder written by `SAE.save`."""
     from safetensors.torch import load_file
 
+    advice = (
+        "copy the folder anew from where it came, or, in a run, --resume writes it again from the "
+        "last checkpoint"
+    )
     try:
-        settings = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+        settings = read_sealed(folder / CONFIG_NAME)
     except (OSError, ValueError) as error:
-        raise InputError(f"{folder / CONFIG_NAME} cannot be read: {error}") from error
+        raise InputError(f"{folder / CONFIG_NAME} is damaged: {error}; {advice}") from error
     if not isinstance(settings, dict) or not {"sae", "sha256", "metadata"} <= settings.keys():
         raise InputError(f"{folder / CONFIG_NAME} is not one that SAE.save wrote")
     if settings.get("format") != "kronsae" or settings.get("format_version") != FORMAT_VERSION:
@@ -431,16 +434,19 @@ def _load_own(folder: Path) -> SAE:
         )
     weights = folder / WEIGHTS_NAME
     if not weights.is_file():
-        raise InputError(f"{weights} is missing")
+        raise InputError(f"{weights} is missing; {advice}")
     if sha256(weights) != settings["sha256"]:
-        raise InputError(f"{weights} is damaged: its SHA-256 is not the one in {CONFIG_NAME}")
+        raise InputError(
+            f"{weights} is damaged: its SHA-256 is not the one in {CONFIG_NAME}; {advice}"
+        )
     sae = SAE(from_dict(SAEConfig, settings["sae"], str(folder / CONFIG_NAME)), device="meta")
-    sae = sae.to_empty(device="cpu")
     tensors = load_file(weights)
+    # Before memory is asked for: the file has no more than its bytes, whatever the settings say.
     expected = {name: tuple(t.shape) for name, t in sae.state_dict().items()}
     found = {name: tuple(t.shape) for name, t in tensors.items()}
     if expected != found:
         raise InputError(f"{weights}: expected tensors {expected}, got {found}")
+    sae = sae.to_empty(device="cpu")
     sae.load_state_dict(tensors)
     sae.metadata = settings["metadata"]
     return sae.eval()

@@ -4,6 +4,8 @@ import os
 import signal
 import sys
 import time
+import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -146,8 +148,15 @@ def train(request: Request, console: Console, mesh: Mesh = ALONE) -> int:
         except InputError:
             for run in folder.runs.values():
                 if mesh.first and run.metrics.exists():
-                    write_report(run.path)
+                    with suppress(InputError):  # the disk may be full: the first error counts
+                        write_report(run.path)
             raise
+        except parallel.RankLost:
+            raise
+        except Exception:  # in the model's code, the data's or ours, for all of which it helps
+            traceback.print_exc()
+            _say_how_to_go_on(out)
+            return 1
     results = dict(zip(names, results, strict=True))
     stopped_by = next((r.stopped_by for r in results.values() if r.stopped_by), None)
     if stopped_by is not None:
@@ -164,6 +173,14 @@ def train(request: Request, console: Console, mesh: Mesh = ALONE) -> int:
         return 128 + stopped_by
     _summarise(console, results, heldout, folder, time.monotonic() - began, mesh)
     return 3 if any(result.failed for result in results.values()) else 0
+
+
+def _say_how_to_go_on(out: Path) -> None:
+    print(
+        f"\nThe checkpoints in {out} are whole. When that is solved, go on from the last one:\n"
+        f"  python -m kronsae.train --resume {out}",
+        file=sys.stderr,
+    )
 
 
 def _fit(
@@ -305,6 +322,12 @@ class _Progress:
             self.console.print(
                 f"step {step:,}: {name}held-out explained variance "
                 f"{record['explained_variance']:.4f}, L0 {record['l0']:.1f}"
+            )
+        elif record["kind"] == "skipped":
+            self.console.print(
+                f"step {step:,}: {name}skipped, as its {record['reason']}; the largest activation "
+                f"of the batch is {record['largest']:.3g} times the usual size",
+                style="yellow",
             )
 
 

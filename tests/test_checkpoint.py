@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kronsae import InputError, checkpoint, files
-from kronsae.run import RunFolder
+from kronsae.run import RunFolder, SweepFolder
 
 STATE = {
     "weights": {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(2, dtype=torch.bfloat16)},
@@ -49,6 +49,11 @@ def _flip(path, position):
     path.write_bytes(content)
 
 
+def _replace(path, old, new):
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -59,8 +64,18 @@ def _flip(path, position):
         lambda f: (f / "state.json").unlink(),
         lambda f: (f / "state.json").write_text("[1]"),
         lambda f: (f / "state.json").write_bytes((f / "state.json").read_bytes()[:-20]),
+        lambda f: _replace(f / "state.json", '"step": 7', '"step": 6'),
     ],
-    ids=["tensor byte", "header byte", "empty", "no tensors", "no json", "other json", "cut json"],
+    ids=[
+        "tensor byte",
+        "header byte",
+        "empty",
+        "no tensors",
+        "no json",
+        "other json",
+        "cut json",
+        "a digit",
+    ],
 )
 def test_damage_is_noticed(damage, tmp_path):
     folder = checkpoint.save_state(tmp_path / "step-00000001", STATE)
@@ -71,8 +86,8 @@ def test_damage_is_noticed(damage, tmp_path):
 
 def test_other_format_version(tmp_path):
     folder = checkpoint.save_state(tmp_path / "step-00000001", STATE)
-    text = (folder / "state.json").read_text().replace('"format_version": 2', '"format_version": 4')
-    (folder / "state.json").write_text(text)
+    document = files.read_sealed(folder / "state.json")
+    files.write_sealed(folder / "state.json", document | {"format_version": 4})
     with pytest.raises(InputError, match="expected format version 2 or 3, got 4"):
         checkpoint.load_state(folder)
 
@@ -85,7 +100,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
         (path.parent / "half").write_text("half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "write_json", full)
+    monkeypatch.setattr(checkpoint, "write_sealed", full)
     with pytest.raises(InputError, match="No space left on device.*nothing was left"):
         checkpoint.save_state(target, {"step": 2})
     monkeypatch.undo()
@@ -171,3 +186,54 @@ def test_run_folder_that_exists(tmp_path):
         RunFolder.create(tmp_path / "other", {"config": {}, "data": {}})
     with pytest.raises(InputError, match="no run folder"):
         RunFolder.open(tmp_path / "other")
+
+
+def test_a_damaged_config_has_copies(tmp_path):
+    run = RunFolder.create(tmp_path / "run", {"config": {"a": 1}, "data": {}})
+    whole = run.config.read_bytes()
+    run.config.write_text("{")
+    with pytest.raises(InputError, match="cannot be read.*begin again"):
+        RunFolder.open(run.path)  # nothing was learned yet
+    run.config.write_bytes(whole)
+    for step in (5, 6):
+        run.save_checkpoint(step, {"step": step}, keep=2)
+    run.config.write_bytes(whole[:-9])
+    with pytest.raises(InputError, match="is damaged.*\n  cp .*step-00000006/config.json .*/run/"):
+        RunFolder.open(run.path)
+    (run.checkpoints / "step-00000006" / "config.json").rename(run.config)
+    assert RunFolder.open(run.path)[1]["config"] == {"a": 1} and run.config.read_bytes() == whole
+
+
+def test_a_run_killed_while_it_was_made_can_be_made_again(tmp_path):
+    begun = tmp_path / "run"
+    (begun / "checkpoints").mkdir(parents=True)
+    (begun / ".config.json.0a1b2c3d.partial").write_text("{")
+    RunFolder.check_free(begun)
+    RunFolder.create(begun, {"config": {}, "data": {}})
+    with pytest.raises(InputError, match="exists already: --resume"):
+        RunFolder.check_free(begun)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "notes.txt").write_text("")
+    with pytest.raises(InputError, match="exists already: choose another"):
+        RunFolder.check_free(tmp_path / "mine")
+
+
+def test_a_log_that_lost_bytes_keeps_whole_lines(tmp_path):
+    run = RunFolder.create(tmp_path / "run", {"config": {}, "data": {}})
+    for step in range(3):
+        run.log({"step": step})
+    run.save_checkpoint(5, {"step": 5}, keep=2)
+    run.log({"step": 3})
+    run.metrics.write_bytes(run.metrics.read_bytes()[:17])  # in the middle of the second line
+    with pytest.warns(UserWarning, match="has lost 19 bytes.*training is not"):
+        assert run.load_checkpoint()["step"] == 5
+    assert run.metrics.read_text() == '{"step": 0}\n'
+
+
+def test_members_of_a_sweep_stay_in_its_folder(tmp_path):
+    sweep = SweepFolder.create(tmp_path / "sweep", {"a": {"config": {}, "data": {}}})
+    document = files.read_sealed(sweep.index)
+    document["members"]["../../mine"] = document["members"].pop("a")
+    files.write_sealed(sweep.index, document)
+    with pytest.raises(InputError, match=r"sweep.json.*\.\./\.\./mine"):
+        SweepFolder.open(sweep.path)

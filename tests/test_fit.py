@@ -9,8 +9,10 @@ import torch
 
 import kronsae
 from kronsae import InputError, SAEConfig, TrainConfig, checkpoint
+from kronsae.config import DataConfig, RunConfig
 from kronsae.data import SyntheticActivations, TensorActivations
 from kronsae.evaluate import Heldout
+from kronsae.files import read_sealed
 from kronsae.run import RunFolder
 from kronsae.train import fit
 
@@ -118,13 +120,13 @@ def test_runs_of_before_the_grid_resume_and_load(tmp_path):
         "train": ("l0_coefficient", "balance_coefficient"),
     }
     path = tmp_path / "run" / "config.json"
-    settings = json.loads(path.read_text())
+    settings = read_sealed(path)
     for part, names in new.items():
         for name in names:
             del settings["config"][part][name]
     path.write_text(json.dumps(settings))
     path = tmp_path / "run" / "sae" / "config.json"
-    settings = json.loads(path.read_text())
+    settings = read_sealed(path)
     for name in new["sae"]:
         del settings["sae"][name]
     path.write_text(json.dumps(settings))
@@ -306,3 +308,43 @@ def test_evaluation_figures_by_hand():
     assert found["explained_variance_batch"] == pytest.approx(0.5)
     assert found["mse"] == pytest.approx(0.5)
     assert found["l0"] == 1.0 and found["dead_share"] == pytest.approx(1 / 3)
+
+
+def test_a_token_of_enormous_size_costs_its_batch_alone(tmp_path):
+    x = X.clone()
+    x[1234] = 1e30
+    records = []
+    config = TrainConfig(**{**vars(TRAIN), "log_every": 1})
+    result = fit(KRON, x, config, out=tmp_path / "run", on_record=records.append)
+    skipped = [record for record in records if record["kind"] == "skipped"]
+    assert skipped and all("gradient norm" in record["reason"] for record in skipped)
+    assert all(record["largest"] > 1e28 for record in skipped)
+    assert result.tokens == TRAIN.tokens and result.failed is None
+    assert all(p.isfinite().all() for p in result.sae.parameters())
+    usual = [r["explained_variance"] for r in fit(KRON, X, config).history if r["kind"] == "train"]
+    found = [r["explained_variance"] for r in records if r["kind"] == "train"]
+    assert found[-1] == pytest.approx(usual[-1], abs=0.05)
+
+
+def test_other_numbers_of_the_language_model_from_here_on(tmp_path):
+    """For a run that met a NaN in float16; only if it is asked for."""
+
+    def asking_for(dtype):
+        config = RunConfig(sae=KRON, data=DataConfig(model_dtype=dtype), train=TRAIN)
+        return {"config": config.to_dict()}
+
+    class Source(TensorActivations):
+        taken = "float16"
+
+        def describe(self):
+            return {**super().describe(), "dtype": self.taken}
+
+    source = Source(X, TRAIN.batch_size, TRAIN.seed)
+    stored = asking_for("float16")
+    fit(KRON, source, TRAIN, out=tmp_path / "run", settings=stored)
+    source = Source(X, TRAIN.batch_size, TRAIN.seed)
+    source.taken = "float32"
+    with pytest.raises(InputError, match="data.dtype: was 'float16', is 'float32'"):
+        fit(KRON, source, TRAIN, out=tmp_path / "run", resume=True, settings=stored)
+    asked = asking_for("float32")
+    fit(KRON, source, TRAIN, out=tmp_path / "run", resume=True, settings=asked)

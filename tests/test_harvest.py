@@ -19,6 +19,7 @@ from kronsae import harvest
 from kronsae.cache import CacheIndex, HarvestConfig
 from kronsae.cache.model import ManyHookpoints
 from kronsae.errors import InputError
+from kronsae.files import read_sealed
 from kronsae.harvest import make_plan, parse
 
 SMALL = [
@@ -162,7 +163,7 @@ def test_code_from_a_hub_is_not_trusted_by_a_file(tmp_path, shared):
     harvest.harvest(config, out)
     assert not parse(["--resume", out])[0].data.trust_remote_code
     assert parse(["--resume", out, "--trust-remote-code"])[0].data.trust_remote_code
-    document = json.loads((tmp_path / "cache" / "harvest.json").read_text())
+    document = read_sealed(tmp_path / "cache" / "harvest.json")
     document["config"]["data"]["trust_remote_code"] = True
     (tmp_path / "cache" / "harvest.json").write_text(json.dumps(document))
     with pytest.raises(InputError, match="unknown settings"):

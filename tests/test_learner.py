@@ -1,10 +1,12 @@
 """One optimizer step: gradients, the decoder's norm, the schedule, dead latents."""
 
+import copy
+
 import pytest
 import torch
 
 from kronsae import SAEConfig, TrainConfig
-from kronsae.learner import Learner, Normalizer, learning_rate
+from kronsae.learner import SKIPS, Learner, Normalizer, learning_rate
 from kronsae.objectives import auxk_loss
 from kronsae_kernels import sparse_decode
 
@@ -132,16 +134,43 @@ def test_weights_move_as_with_plain_autograd():
         torch.testing.assert_close(parameter, copies[name], rtol=1e-4, atol=2e-5, msg=name)
 
 
-def test_a_gradient_that_is_not_finite_changes_nothing():
+def spoiled(size):
+    x = torch.randn(100, 16)
+    x[3, 3] = size
+    return x
+
+
+@pytest.mark.parametrize("size", [1e30, torch.inf, torch.nan])
+def test_a_batch_whose_gradient_is_not_finite_changes_nothing(size):
+    """But that it counts as seen: the next ones are learned from at the rate of their place."""
     subject = learner()
     subject.step(torch.randn(100, 16))
-    before = {n: p.detach().clone() for n, p in subject.sae.named_parameters()}
-    x = torch.randn(100, 16)
-    x[3, 3] = torch.inf
-    with pytest.raises(FloatingPointError, match="step 1"):
-        subject.step(x)
-    for name, parameter in subject.sae.named_parameters():
-        assert torch.equal(parameter, before[name])
+    before = copy.deepcopy(subject.state_dict())
+    skipped = subject.step(spoiled(size))
+    assert "gradient norm is" in skipped.reason and "step 1" in skipped.reason
+    if size == 1e30:
+        assert skipped.largest == pytest.approx(1e30)
+    after = subject.state_dict()
+    assert (before.pop("tokens"), after.pop("tokens")) == (100, 200)
+    assert (before.pop("skipped"), after.pop("skipped")) == (0, 1)
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+    assert subject.step(torch.randn(100, 16))["loss"] < 2 and subject.skipped == 0
+
+
+def test_what_is_never_finite_has_diverged():
+    subject = learner()
+    for _ in range(SKIPS - 1):
+        subject.step(spoiled(1e30))
+    with pytest.raises(FloatingPointError, match=f"{SKIPS} batches in a row: .* diverged"):
+        subject.step(spoiled(1e30))
+
+
+def test_one_enormous_token_does_not_set_the_scale():
+    x = torch.randn(1000, 16) + 3
+    usual, seen = Normalizer.of(x), Normalizer.of(torch.cat([x, torch.full((1, 16), 1e30)]))
+    assert torch.equal(seen.mean, usual.mean) and seen.scale == usual.scale
+    ordinary = torch.cat([x, torch.full((1, 16), 50.0)])  # as real models have
+    assert Normalizer.of(ordinary).scale < 0.9 * usual.scale
 
 
 def test_clipping_bounds_the_norm():

@@ -1,13 +1,13 @@
 """The SAE: initialisation, folding, saving and loading, and what is refused."""
 
 import dataclasses
-import json
 
 import pytest
 import torch
 
 import kronsae
 from kronsae import SAE, InputError, SAEConfig
+from kronsae.files import read_sealed, write_sealed
 from kronsae.learner import Normalizer
 from kronsae_kernels import fused_encode, sparse_decode
 
@@ -181,7 +181,8 @@ def test_a_flipped_byte_is_noticed(tmp_path):
     ("change", "words"),
     [
         (lambda f: (f / "sae.safetensors").unlink(), "holds no SAE"),
-        (lambda f: (f / "config.json").write_text("{"), "cannot be read"),
+        (lambda f: (f / "config.json").write_text("{"), "is damaged"),
+        (lambda f: _flip_digit(f / "config.json"), "take the 'checksum' out"),
         (lambda f: (f / "config.json").write_text("[]"), "not one that SAE.save wrote"),
         (lambda f: (f / "config.json").write_text('{"sae": {}}'), "not one that SAE.save wrote"),
         (lambda f: _edit(f, format_version=99), "version 99"),
@@ -208,7 +209,13 @@ def test_load_from_the_hub_says_what_was_tried():
 
 def _edit(folder, **changes):
     path = folder / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    write_sealed(path, {**read_sealed(path), **changes})
+
+
+def _flip_digit(path):
+    text = path.read_text()
+    assert '"k": 4' in text
+    path.write_text(text.replace('"k": 4', '"k": 5'))
 
 
 @pytest.mark.parametrize(

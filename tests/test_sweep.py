@@ -146,12 +146,12 @@ def test_a_checkpoint_that_was_interrupted_never_happened(written, whole, tmp_pa
     class Killed(BaseException):
         pass
 
-    def killed(folder, state, *of_ranks):
+    def killed(folder, state, *others, **copies):
         if folder.name == "step-00000016":
             calls.append(folder)
             if len(calls) > written:
                 raise Killed
-        return save(folder, state, *of_ranks)
+        return save(folder, state, *others, **copies)
 
     monkeypatch.setattr(checkpoint, "save_state", killed)
     with pytest.raises(Killed):

@@ -21,7 +21,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ FORMAT = "kronsae-activations"
 FORMAT_VERSION = 1
 INDEX_NAME = "index.json"
 HARVEST_NAME = "harvest.json"
+PROGRESS = "progress"
 """What a harvest that has not ended was asked for."""
 
 SECTIONS = ("heldout", "train")
@@ -427,11 +428,17 @@ def check_sizes(folder: Path, index: CacheIndex) -> None:
                     )
 
 
-def damaged(folder: Path, index: CacheIndex) -> list[tuple[str, int, str]]:
-    """Section and number of each shard of which a file is damaged, and why. Reads everything."""
+def damaged(
+    folder: Path, index: CacheIndex, first: Mapping[str, int] | None = None
+) -> list[tuple[str, int, str]]:
+    """Section and number of each shard of which a file is damaged, and why. Reads everything.
+
+    first: look at the first so many shards of each section alone.
+    """
     found = []
     for section in SECTIONS:
-        for number, shard in enumerate(getattr(index, section)):
+        shards = getattr(index, section)
+        for number, shard in enumerate(shards if first is None else shards[: first[section]]):
             for mark, layout in index.files(shard):
                 try:
                     read_tensors(folder, mark, layout)

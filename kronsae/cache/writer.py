@@ -3,7 +3,7 @@
 While it goes on, the folder holds, beside finished shards (see `kronsae.cache.index`):
 
 harvest.json    what was asked for (it stays, so that damaged shards can be made anew)
-progress/       the shards so far, and where the text stood after the last of them
+progress/       of the last two shards: which there are, and where the text stood then
 
 The index comes last. Whatever interrupts a harvest costs the shard that it was at.
 """
@@ -23,6 +23,7 @@ from kronsae.cache.index import (
     DESCRIBED,
     HARVEST_NAME,
     INDEX_NAME,
+    PROGRESS,
     SECTIONS,
     CacheIndex,
     Damaged,
@@ -38,10 +39,13 @@ from kronsae.config import DTYPES, DataConfig, from_dict, setting
 from kronsae.data.activations import LanguageModelActivations, resolve_context_length
 from kronsae.data.text import check_text, open_text
 from kronsae.errors import InputError
-from kronsae.files import lock, remove_leftovers, write_json
+from kronsae.files import lock, read_sealed, remove_leftovers, write_json, write_sealed
 
 FORMAT = "kronsae-harvest"
 FORMAT_VERSION = 1
+
+KEPT = 2
+"""Shards of which the progress is kept: if the last one's is damaged, one shard is made again."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +116,8 @@ class Progress(NamedTuple):
     """Of the shard, in its section."""
     rows: int
     """Of the section, so far; of a shard that took the place of a damaged one, in all."""
+    damaged: bool = False
+    """Whether it took the place of a damaged one."""
 
 
 def harvest(
@@ -137,7 +143,8 @@ def harvest(
     _prepare(folder, config)
     held = lock(folder / HARVEST_NAME, f"{folder} is being harvested by another process")
     try:
-        remove_leftovers(folder)
+        for place in (folder, folder / PROGRESS):
+            remove_leftovers(place)
         return _Harvest(folder, config, on_shard or (lambda _: None)).run()
     finally:
         if held is not None:
@@ -148,12 +155,16 @@ def stored_config(folder: Path, **others: Any) -> HarvestConfig:
     """What a harvest into `folder` was asked for. Raises InputError if there was none."""
     path = folder / HARVEST_NAME
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = read_sealed(path)
         if (document["format"], document["format_version"]) != (FORMAT, FORMAT_VERSION):
             raise ValueError(f"expected {FORMAT} of format version {FORMAT_VERSION}")
         values = document["config"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder} holds no harvest: {path} cannot be read ({error})") from error
+        copy = checkpoint.copy_of(path, folder / PROGRESS)
+        advice = f"holds no harvest: {path} cannot be read ({error}); choose another --out"
+        if copy is not None:
+            advice = f"{path} is damaged ({error}); there is a copy:\n  cp {copy} {path}"
+        raise InputError(advice if copy else f"{folder} {advice}") from error
     return HarvestConfig.from_dict(values, str(path), **others)
 
 
@@ -176,7 +187,7 @@ def _prepare(folder: Path, config: HarvestConfig) -> None:
     except OSError as error:
         raise InputError(f"{folder} cannot be created: {error}") from error
     document = {"format": FORMAT, "format_version": FORMAT_VERSION, "config": config.to_dict()}
-    write_json(folder / HARVEST_NAME, document)
+    write_sealed(folder / HARVEST_NAME, document)
 
 
 class _Harvest:
@@ -188,8 +199,10 @@ class _Harvest:
         self.folder = folder
         self.config = config
         self.on_shard = on_shard
-        self.progress = folder / "progress"
+        self.progress = folder / PROGRESS
         self.shards: dict[str, list[Shard]] = {section: [] for section in SECTIONS}
+        self.earlier = dict.fromkeys(SECTIONS, 0)
+        """How many of them were there when this harvest went on with another."""
 
     def run(self) -> CacheIndex:
         if (self.folder / INDEX_NAME).exists():
@@ -200,21 +213,22 @@ class _Harvest:
             if broken:
                 self._open()
                 self._check_source(index)
-                for section, number, _ in broken:
-                    self._repair(index, section, number)
+                self._repair(index, broken)
             return index
         self._open()
         try:
             self._go_on()
             for section, passes in (("heldout", self._heldout()), ("train", self._train())):
                 self._write_section(section, passes)
+            index = self._index()
+            # What was interrupted may have been struck by more.
+            self._repair(index, damaged(self.folder, index, self.earlier))
         except InputError as error:
             if any(self.shards.values()):
                 raise InputError(
                     f"{error}\nWhat was harvested stays: {resume_command(self.folder)} goes on"
                 ) from error
             raise
-        index = self._index()
         write_json(self.folder / INDEX_NAME, index.json())
         shutil.rmtree(self.progress)
         return index
@@ -249,14 +263,10 @@ class _Harvest:
 
     def _go_on(self) -> None:
         """Take over what an earlier harvest has finished."""
-        if not self.progress.exists():
+        found = checkpoint.list_checkpoints(self.progress)
+        if not found:
             return
-        try:
-            state = checkpoint.load_state(self.progress)
-        except InputError as error:
-            raise InputError(
-                f"{self.progress} is damaged: remove it to harvest from the beginning ({error})"
-            ) from error
+        state = checkpoint.load_state(found[-1])
         facts = self._facts()
         changed = [name for name in facts if facts[name] != state["facts"][name]]
         if changed:
@@ -266,6 +276,7 @@ class _Harvest:
             )
         for section in SECTIONS:
             self.shards[section] = [Shard.from_json(each) for each in state["shards"][section]]
+            self.earlier[section] = len(self.shards[section])
         self.source.go_to(state["position"])
 
     def _heldout(self) -> Iterator[Tensor]:
@@ -293,7 +304,13 @@ class _Harvest:
                 "shards": {s: [dataclasses.asdict(x) for x in self.shards[s]] for s in SECTIONS},
                 "position": self.source.position_dict(),
             }
-            checkpoint.save_state(self.progress, state)
+            written = sum(map(len, self.shards.values()))
+            checkpoint.save_state(
+                checkpoint.step_folder(self.progress, written),
+                state,
+                copies=[self.folder / HARVEST_NAME],
+            )
+            checkpoint.prune(self.progress, KEPT)
             rows = sum(shard.rows for shard in shards)
             self.on_shard(Progress(section, len(shards) - 1, rows))
 
@@ -364,7 +381,12 @@ class _Harvest:
                     f"expected {expected!r}, got {found!r}. Harvest into another folder"
                 )
 
-    def _repair(self, index: CacheIndex, section: str, number: int) -> None:
+    def _repair(self, index: CacheIndex, broken: list[tuple[str, int, str]]) -> None:
+        """Make shards anew that `damaged` has found."""
+        for section, number, _ in broken:
+            self._make_anew(index, section, number)
+
+    def _make_anew(self, index: CacheIndex, section: str, number: int) -> None:
         expected = getattr(index, section)[number]
         ids = self._contexts_of(index, section, number)
         parts = [self._forward(part) for part in ids.split(self.data.contexts_per_batch)]
@@ -375,7 +397,7 @@ class _Harvest:
                 "other ones. Harvest into another folder"
             )
         rows = sum(shard.rows for shard in getattr(index, section))
-        self.on_shard(Progress(section, number, rows))
+        self.on_shard(Progress(section, number, rows, damaged=True))
 
     def _contexts_of(self, index: CacheIndex, section: str, number: int) -> Tensor:
         """Token ids [c, L] of a shard: from its file if that is whole, else from the text."""

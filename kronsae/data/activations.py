@@ -283,7 +283,8 @@ class LanguageModelActivations:
             bad = (~torch.isfinite(x)).any(1).double().mean().item()
             raise InputError(
                 f"{self.language_model.hookpoint} gave NaN or infinity for {bad:.1%} of the tokens "
-                f"of {where}: try --model-dtype float32 or bfloat16"
+                f"of {where}: try --model-dtype float32 or bfloat16 (training can go on with it, "
+                "a harvest begins anew)"
             )
         return x
 

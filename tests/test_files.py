@@ -1,0 +1,66 @@
+"""Files that are whole or not there, and JSON that knows its own checksum."""
+
+import json
+
+import pytest
+
+from kronsae.files import read_sealed, remove_directory, remove_leftovers, write_sealed
+
+DOCUMENT = {"name": "é", "rates": [0.1, 1e-300, 3], "deep": {"none": None, "on": True}}
+
+
+def test_sealed_values_come_back(tmp_path):
+    path = tmp_path / "a.json"
+    write_sealed(path, DOCUMENT)
+    assert read_sealed(path) == DOCUMENT
+    # Written by another program, in another order: the values count.
+    stored = json.loads(path.read_text())
+    path.write_text(json.dumps(dict(reversed(stored.items()))))
+    assert read_sealed(path) == DOCUMENT
+
+
+def test_any_flipped_bit_is_noticed_or_changes_nothing(tmp_path):
+    path = tmp_path / "a.json"
+    write_sealed(path, DOCUMENT)
+    content = path.read_bytes()
+    noticed = 0
+    for place in range(len(content)):
+        for bit in range(8):
+            flipped = bytearray(content)
+            flipped[place] ^= 1 << bit
+            path.write_bytes(flipped)
+            try:
+                values = read_sealed(path)
+            except ValueError:
+                noticed += 1
+            else:  # blanks; or the word "checksum" itself
+                assert {name: values.get(name) for name in DOCUMENT} == DOCUMENT
+    assert noticed > 5 * len(content)
+
+
+def test_what_people_write_has_no_checksum(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text("[1]")
+    assert read_sealed(path) == [1]
+    path.write_text('{"a": 1}')
+    assert read_sealed(path) == {"a": 1}
+    path.write_text('{"a": 1, "checksum": "0"}')
+    with pytest.raises(ValueError, match="on purpose, take the 'checksum' out"):
+        read_sealed(path)
+
+
+def test_a_folder_that_is_removed_is_never_half_there(tmp_path, monkeypatch):
+    folder = tmp_path / "step-00000001"
+    folder.mkdir()
+    (folder / "a").write_text("a")
+
+    def killed(path, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kronsae.files.shutil.rmtree", killed)
+    with pytest.raises(KeyboardInterrupt):
+        remove_directory(folder)
+    monkeypatch.undo()
+    assert not folder.exists()
+    remove_leftovers(tmp_path)
+    assert not list(tmp_path.iterdir())
