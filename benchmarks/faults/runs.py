@@ -1,0 +1,280 @@
+"""Short runs of every kind, in forked processes that faults can strike, and what they must leave.
+
+A process is forked from one that has imported everything, so that a run takes seconds. Everything
+is on the CPU, in one thread.
+"""
+
+import dataclasses
+import json
+import os
+import random
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets  # noqa: F401  (these four: once here, and not in every process anew)
+import safetensors.torch
+import torch
+import torch.distributed
+import transformers
+import transformers.models.gpt_neox.modeling_gpt_neox  # noqa: F401
+
+import kronsae
+import kronsae.contexts  # noqa: F401
+from benchmarks.faults import strikes
+from kronsae import checkpoint, harvest, train
+from kronsae.data.loading import load_tokenizer
+
+TRAIN = (
+    *("--tokens", "2400", "--batch-size", "96", "--heads", "16", "--m", "2", "--n", "4"),
+    *("--buffer-tokens", "600", "--log-every", "1", "--eval-every", "7"),
+    *("--checkpoint-every", "3", "--no-memory-check", "--device", "cpu"),
+)
+READ = ("--layer", "1", "--context-length", "32", "--contexts-per-batch", "6")
+TEXT = (
+    "--heldout-tokens",
+    "300",
+)
+CHECKPOINTS = 8
+"""How many a run of 25 steps writes, of which it keeps 2."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """A command that is run, by how many processes, and how it is taken up again."""
+
+    name: str
+    main: Callable[[list[str]], int]
+    flags: tuple[str, ...]
+    ranks: int = 1
+    compare: Callable[[Path], Any] = None
+    """What is in its folder in the end that has to be equal bit for bit."""
+
+
+@dataclasses.dataclass
+class Ended:
+    """How a run ended: its (first process') exit status, and everything it printed."""
+
+    status: int
+    text: str
+    seconds: float
+    """Of processor time, of the first process' main thread."""
+    operations: int = 0
+    statuses: tuple[int, ...] = ()
+    """Of all its processes."""
+
+
+def make_inputs(folder: Path) -> dict[str, Path]:
+    """A tiny language model with random weights, and some text."""
+    drawn = random.Random(7)
+    words = [f"{a}{b}" for a in ("get", "set", "run", "map", "sum") for b in "abcdefgh"]
+    lines = []
+    for i in range(160):
+        body = " ".join(drawn.choices(words, k=drawn.randrange(5, 60)))
+        lines.append(json.dumps({"text": f"def {words[i % 40]}_{i}(): return {body}"}) + "\n")
+    text = folder / "text.jsonl"
+    text.write_text("".join(lines))
+    tokenizer = load_tokenizer("embedded", {})
+    torch.manual_seed(0)
+    config = transformers.GPTNeoXConfig(
+        **{"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64},
+        **{"num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64},
+        **{"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id},
+    )
+    model = folder / "model"
+    transformers.utils.logging.disable_progress_bar()
+    transformers.GPTNeoXForCausalLM(config).save_pretrained(model)
+    tokenizer.save_pretrained(model)
+    return {"model": model, "text": text}
+
+
+def kinds(inputs: dict[str, Path], cache: Path) -> dict[str, Kind]:
+    """What is run, by name. cache: a folder of activations, harvested before."""
+    live = (*("--model", str(inputs["model"]), "--dataset", str(inputs["text"])), *READ, *TEXT)
+    harvested = (*live, "--tokens", "2600", "--shard-tokens", "200", "--device", "cpu")
+    found = [
+        Kind("live", train.main, (*live, *TRAIN, "--k", "4"), compare=run_contents),
+        Kind(
+            "streamed", train.main, (*live, *TRAIN, "--k", "4", "--streaming"), compare=run_contents
+        ),
+        Kind("sweep", train.main, (*live, *TRAIN, "--k", "4", "8"), compare=sweep_contents),
+        Kind("harvest", harvest.main, harvested, compare=cache_contents),
+        Kind(
+            "cache",
+            train.main,
+            ("--activations", str(cache), *TRAIN, "--k", "4"),
+            compare=run_contents,
+        ),
+        Kind("2 ranks", train.main, (*live, *TRAIN, "--k", "4"), ranks=2, compare=run_contents),
+        Kind(
+            "2 ranks, heads shared out",
+            train.main,
+            (*live, *TRAIN, "--k", "4", "--tensor-parallel", "2"),
+            ranks=2,
+            compare=run_contents,
+        ),
+    ]
+    return {kind.name: kind for kind in found}
+
+
+def execute(
+    kind: Kind,
+    arguments: Sequence[str],
+    log: Path,
+    *,
+    signals: Sequence[tuple[float, int]] = (),
+    prepare: Callable[[int], None] = lambda rank: None,
+    spots: strikes.Spots | None = None,
+    victims: Sequence[int] | None = None,
+    seconds: float = 300,
+) -> Ended:
+    """Run a command in processes of its own; what it prints goes to `log`, in the end.
+
+    signals, seconds: as in `strikes.wait`.  victims: ranks that get them (default: all).
+    prepare: called in each process with its rank, before the command.
+    spots: counts, or kills, in the first process.
+    """
+    if kind.ranks > 1:
+        (log.parent / "store").unlink(missing_ok=True)
+    counted = log.with_suffix(".count")
+    counted.unlink(missing_ok=True)
+    # Not a file: where no file may grow, a terminal could still be written to.
+    reading, writing = os.pipe()
+    pids = []
+    for rank in range(kind.ranks):
+        pid = os.fork()
+        if pid == 0:
+            own = spots if rank == 0 else None
+            _child(kind, arguments, writing, log.parent, rank, prepare, own, counted)
+        pids.append(pid)
+    os.close(writing)
+    printed: list[bytes] = []
+    reader = threading.Thread(target=_read_all, args=(reading, printed))
+    reader.start()
+    struck = None if victims is None else [pids[rank] for rank in victims]
+    ended = strikes.wait(pids, signals, struck, seconds)
+    reader.join()
+    text = b"".join(printed).decode(errors="replace")
+    log.write_text(text)
+    statuses = tuple(ended[pid] for pid in pids)
+    used, operations = json.loads(counted.read_text()) if counted.exists() else (0.0, 0)
+    return Ended(statuses[0], text, used, operations, statuses)
+
+
+def _read_all(pipe: int, into: list[bytes]) -> None:
+    with open(pipe, "rb") as file:
+        into.append(file.read())
+
+
+def _child(
+    kind: Kind,
+    arguments: Sequence[str],
+    output: int,
+    meeting: Path,
+    rank: int,
+    prepare: Callable[[int], None],
+    spots: strikes.Spots | None,
+    counted: Path,
+) -> None:
+    """The process that runs the command; never returns."""
+    status = 1
+    try:
+        for stream in (1, 2):
+            os.dup2(output, stream)
+        sys.stdout = open(1, "w", buffering=1, closefd=False)
+        sys.stderr = open(2, "w", buffering=1, closefd=False)
+        if kind.ranks > 1:
+            _join(rank, kind.ranks, meeting / "store")
+        prepare(rank)
+        if spots is not None:
+            spots.install()
+        status = kind.main(list(map(str, arguments)))
+    except SystemExit as error:
+        status = error.code if isinstance(error.code, int) else 1
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        if spots is not None:
+            counted.write_text(json.dumps([time.thread_time(), spots.count]))
+        os._exit(status)
+
+
+def _join(rank: int, ranks: int, store: Path) -> None:
+    """As torchrun does, but with a file for a meeting place, and no port."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks
+    )
+
+
+def first_or_resume(kind: Kind, out: Path) -> list[str]:
+    """Arguments that begin a run in `out`, or go on with what is there."""
+    index = {harvest.main: ("harvest.json",)}.get(kind.main, ("config.json", "sweep.json"))
+    if any((out / name).exists() for name in index):
+        return ["--resume", str(out)]
+    return [*kind.flags, "--out", str(out)]
+
+
+# What must be equal in the end
+
+_CLOCKS = ("seconds", "tokens_per_s", "wait_share", "model_wait_share", "step_ms")
+
+
+def records(run: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl without what a clock says."""
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(x).items() if k not in _CLOCKS} for x in lines]
+
+
+def run_contents(run: Path) -> dict[str, Any]:
+    """What was learned, and the log of it."""
+    return {**learned(run), "metrics": records(run)}
+
+
+def learned(run: Path) -> dict[str, Any]:
+    """Weights, and the tensors of the last checkpoint: data, moments, random state."""
+    last = checkpoint.list_checkpoints(run / "checkpoints")[-1]
+    tensors = {path.name: path.read_bytes() for path in sorted(last.glob("*.safetensors"))}
+    return {
+        "weights": (run / "sae" / "sae.safetensors").read_bytes(),
+        "checkpoint": (last.name, tensors),
+    }
+
+
+def sweep_contents(sweep: Path) -> dict[str, Any]:
+    return {name: run_contents(sweep / name) for name in ("k4", "k8")}
+
+
+def cache_contents(cache: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in cache.iterdir()}
+
+
+def strays(folder: Path) -> list[str]:
+    """Temporary files that were left."""
+    return [str(p.relative_to(folder)) for p in folder.rglob("*") if p.name.startswith(".")]
+
+
+def damaged(folder: Path) -> list[str]:
+    """What under its final name is not whole. Temporary files, which begin with a dot, may be."""
+    problems = []
+    for path in folder.rglob("*"):
+        if any(part.startswith(".") for part in path.relative_to(folder).parts):
+            continue
+        try:
+            if path.name.startswith("step-"):
+                checkpoint.load_state(path)
+            elif path.name == "sae.safetensors":
+                kronsae.load(path.parent)
+            elif path.suffix == ".json":
+                json.loads(path.read_text())
+            elif path.suffix == ".safetensors":
+                with safetensors.safe_open(path, "pt") as file:
+                    for name in file.keys():
+                        file.get_tensor(name)
+        except Exception as error:
+            problems.append(f"{path}: {type(error).__name__}: {error}")
+    return problems

@@ -1,0 +1,126 @@
+"""What strikes a process: signals after some processor time, and death at a file operation.
+
+Moments are given in processor time, not in seconds: what a process has done by then depends little
+on what else the machine does.
+"""
+
+import os
+import resource
+import shutil
+import signal
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+OPERATIONS = ("mkdir", "replace", "rename", "fsync", "truncate", "unlink", "rmdir")
+"""Functions of `os` by which files change, or reach the disk: between two of them lies every state
+that a folder can be found in."""
+
+
+class Spots:
+    """Counts file operations in this process, and kills it at one of them.
+
+    last: number of the operation to die at, counted from 1; None only counts.
+    after: die when it is done; else before it.
+    A file of tensors counts as well: `after` is then when half of it is written.
+    """
+
+    def __init__(self, last: int | None = None, after: bool = False) -> None:
+        self.last, self.after = last, after
+        self.count = 0
+
+    def install(self) -> None:
+        """For good: meant for a process that ends after the one thing it does."""
+        import safetensors.torch
+
+        for name in OPERATIONS:
+            setattr(os, name, self._counted(getattr(os, name)))
+        save_file = safetensors.torch.save_file
+
+        def save_half(tensors: Any, path: Any, *args: Any) -> None:
+            self.count += 1
+            if self.count == self.last and not self.after:
+                die()
+            save_file(tensors, path, *args)
+            if self.count == self.last:
+                half = Path(path).stat().st_size // 2
+                with open(path, "r+b") as file:
+                    file.truncate(half)
+                die()
+
+        safetensors.torch.save_file = save_half
+
+    def _counted(self, operation: Callable[..., Any]) -> Callable[..., Any]:
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            self.count += 1
+            if self.count == self.last and not self.after:
+                die()
+            result = operation(*args, **kwargs)
+            if self.count == self.last:
+                die()
+            return result
+
+        return counted
+
+
+def die() -> None:
+    """kill -9 of this process."""
+    os.kill(os.getpid(), signal.SIGKILL)
+    time.sleep(60)  # a signal to oneself may come a moment later
+
+
+def limit_file_size(size: int) -> None:
+    """Let no file of this process grow beyond so many bytes: write then fails, as on a full disk.
+
+    For where no small disk can be mounted.
+    """
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+def see_free(size: int) -> None:
+    """Let this process find so many bytes free on any disk, which others may soon take."""
+    usage = shutil.disk_usage
+    shutil.disk_usage = lambda path: usage(path)._replace(free=size)
+
+
+def processor_seconds(pid: int) -> float:
+    """Used so far by the main thread of a process; 0 if it is gone."""
+    try:
+        return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9
+    except (OSError, IndexError, ValueError):
+        return 0.0
+
+
+def wait(
+    pids: Sequence[int],
+    signals: Sequence[tuple[float, int]] = (),
+    victims: Sequence[int] | None = None,
+    seconds: float = 300,
+) -> dict[int, int]:
+    """Exit statuses of child processes, as `os.waitstatus_to_exitcode` gives them.
+
+    signals: (processor seconds of the first process, signal) to send, in turn, to the victims
+        (default: all).
+    Raises TimeoutError, after killing them, if they have not ended in time.
+    """
+    victims = pids if victims is None else victims
+    left, ended = list(signals), {}
+    end = time.monotonic() + seconds
+    while len(ended) < len(pids):
+        for pid in set(pids) - ended.keys():
+            found, status = os.waitpid(pid, os.WNOHANG)
+            if found:
+                ended[pid] = os.waitstatus_to_exitcode(status)
+        while left and pids[0] not in ended and processor_seconds(pids[0]) >= left[0][0]:
+            _, number = left.pop(0)
+            for pid in set(victims) - ended.keys():
+                os.kill(pid, number)
+        if time.monotonic() > end:
+            for pid in set(pids) - ended.keys():
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+            raise TimeoutError(f"processes {list(pids)} did not end in {seconds:g} s")
+        time.sleep(0.002)
+    return ended
