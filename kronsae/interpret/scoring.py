@@ -27,6 +27,8 @@ EXPLANATION_TOKENS, JUDGEMENT_TOKENS = 400, 100
 
 _NOTE = "In the texts ↵ stands for a line break and ⇥ for a tab or four spaces."
 
+_FORM = "what makes the unit active"
+
 _EXPLAIN = f"""\
 You study a unit inside a language model. You get excerpts of texts in which it is active; the \
 tokens on which it is active stand between << and >>, and below each excerpt they are listed with \
@@ -34,7 +36,7 @@ their strength, from 1 to 9. {_NOTE}
 Say in one sentence, as specifically as the excerpts allow, what makes the unit active: the marked \
 tokens, what comes before them, their meaning or their grammar. Do not list the excerpts.
 End your answer with a line of this form:
-EXPLANATION: what makes the unit active"""
+EXPLANATION: {_FORM}"""
 
 _DETECT = f"""\
 A unit inside a language model is described in one sentence. You get numbered excerpts of texts. \
@@ -187,9 +189,10 @@ def _messages(system: str, user: str) -> Messages:
 
 
 def parse_explanation(reply: str) -> str | None:
-    """What follows the last EXPLANATION: on its line, or None."""
+    """What follows the last EXPLANATION: on its line; None if that is nothing, or the form."""
     found = re.findall(r"explanation\**:[ \t*]*(\S.*)", reply, flags=re.IGNORECASE)
-    return found[-1].strip().rstrip("*").strip() or None if found else None
+    said = found[-1].strip().rstrip("*").strip() if found else ""
+    return None if said.rstrip(".").lower() in ("", _FORM) else said
 
 
 def parse_judgements(reply: str, count: int) -> list[bool] | None:
