@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from kronsae.contexts import short, token_texts
+from kronsae.contexts import short
 from kronsae.data import LanguageModel
 from kronsae.data.activations import open_model
 from kronsae.data.loading import quiet
@@ -44,6 +44,7 @@ from kronsae.metrics import pearson, spearman
 from kronsae.run import RunFolder, versions
 from kronsae.sae import SAE
 from kronsae.subject import HeldoutText, Subject, add_flags, given_data, load_subjects, open_heldout
+from kronsae.token_text import token_texts
 
 TOP = 8
 """Next tokens in a table."""

@@ -9,9 +9,9 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from kronsae.contexts import token_texts
 from kronsae.interpret.chat import Answers, Messages
 from kronsae.interpret.examples import Example, LatentExamples
+from kronsae.token_text import token_texts
 
 SHOWN = 16
 """Examples that an explanation is made from, above the median activation. [KronSAE, App. D]"""
@@ -25,7 +25,10 @@ AT_ONCE = 8
 EXPLANATION_TOKENS, JUDGEMENT_TOKENS = 400, 100
 """Longest answers."""
 
-_NOTE = "In the texts ↵ stands for a line break and ⇥ for a tab or four spaces."
+_NOTE = (
+    "In the texts ↵ stands for a line break, ⇥ for a tab or four spaces, and ⟨E2 80⟩ for two bytes "
+    "of a longer character."
+)
 
 _FORM = "what makes the unit active"
 
@@ -149,9 +152,9 @@ def score(judgements: Sequence[tuple[bool, bool]], discarded: int) -> Score:
 
 def render(example: Example, tokenizer: Any, marked: bool) -> str:
     """An example on one line; if marked, with << >> around tokens on which the latent fires."""
-    texts = token_texts(example.tokens, tokenizer)
     if not marked:
-        return "".join(texts)
+        return "".join(token_texts(example.tokens, tokenizer))
+    texts = token_texts(example.tokens, tokenizer, example.activations)
     out, inside = [], False
     for text, activation in zip(texts, example.activations, strict=True):
         fires = activation > 0
@@ -166,7 +169,7 @@ def explanation_prompt(shown: Sequence[Example], tokenizer: Any) -> Messages:
     largest = max(example.peak for example in shown)
     lines = []
     for number, example in enumerate(shown, 1):
-        texts = token_texts(example.tokens, tokenizer)
+        texts = token_texts(example.tokens, tokenizer, example.activations)
         strengths = ", ".join(
             f"{text!r} {max(1, round(9 * value / largest))}"
             for text, value in zip(texts, example.activations, strict=True)
