@@ -342,7 +342,7 @@ def _one_token(tokenizer: Any, text: str) -> tuple[int, str]:
 def _show_effects(document: dict[str, Any], console: Console) -> None:
     found = sorted(document["latents"], key=lambda each: -abs(each["exact"]))
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for name in ("latent", "fires on", "ablated", "attributed"):
+    for name in ("latent", "fires on (tokens)", "ablated", "attributed"):
         table.add_column(name, justify="right")
     for each in found[:TOP]:
         figures = (f"{each[name]:+.4f}" for name in ("exact", "attributed"))
@@ -358,7 +358,7 @@ def _show_effects(document: dict[str, Any], console: Console) -> None:
     console.print(
         f"Attribution (gradient × activation) against ablation: Pearson {document['pearson']:.3f}, "
         f"Spearman {document['spearman']:.3f} over {len(found)} latents; "
-        f"{seconds['attribution']:.1f} s and {seconds['ablation']:.1f} s"
+        f"attribution took {seconds['attribution']:.1f} s, ablation {seconds['ablation']:.1f} s"
     )
 
 

@@ -22,7 +22,14 @@ from kronsae.token_text import token_texts
 Record = dict[str, Any]
 """A line of metrics.jsonl."""
 
-_SHARES = {"explained_variance", "fvu", "explained_variance_batch", "dead_share", "ce_recovered"}
+_SHARES = {
+    "explained_variance",
+    "fvu",
+    "explained_variance_batch",
+    "dead_share",
+    "dense_share",
+    "ce_recovered",
+}
 
 
 class Chart(NamedTuple):
