@@ -75,6 +75,8 @@ def work(argv: list[str]) -> None:
     if len(subjects) > 1:
         raise InputError(f"{found.run} is a sweep: name one of its members")
     [subject] = subjects
+    loaded = [subject.data.model, *filter(None, [found.explainer])]
+    console.print(f"loading {' and '.join(loaded)}", style="dim", markup=False)
     chat: Chat
     if found.server is not None:
         chat, parallel = ServerChat(found.server, found.server_model), found.parallel or 4
@@ -83,6 +85,12 @@ def work(argv: list[str]) -> None:
         chat, parallel = LocalChat(found.explainer, dtype=dtype, device=device), 1
     with quiet():
         text = open_heldout(subject, device)
+    facts = text.facts
+    console.print(
+        f"reading {facts['tokens']:,} tokens of {facts['dataset']} ({facts['which']})",
+        style="dim",
+        markup=False,
+    )
     sae = subject.sae
     latents = found.latent
     if latents is None:
@@ -115,11 +123,12 @@ def work(argv: list[str]) -> None:
         except BaseException:
             answers.stop()
             pool.shutdown(cancel_futures=True)
-            console.print(
-                f"Stopped: {answers.path} keeps {answers.asked:,} new answers, and the same "
-                "command goes on from there",
-                markup=False,
-            )
+            if answers.asked:
+                console.print(
+                    f"Stopped: {answers.path} keeps {answers.asked:,} new answers, and the same "
+                    "command goes on from there",
+                    markup=False,
+                )
             raise
     document = {
         "format": "kronsae-interpretation",
