@@ -141,6 +141,14 @@ class Server(HTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        assert self.path == "/v1/models"
+        data = json.dumps({"data": [{"id": "m"}, {"id": "n"}]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.seen.append(body)
@@ -452,8 +460,11 @@ def test_a_server_answers(server, monkeypatch):
     with pytest.raises(InputError, match="5 attempts .*500.*down"):
         found.answer(messages, 12)
     server.behaviour = [(401, {"error": "bad key"})]
-    with pytest.raises(InputError, match="401.*bad key"):
+    with pytest.raises(InputError, match='401.*bad key"}$'):
         found.answer(messages, 12)
+    server.behaviour = [(404, {"error": "no model o"})]
+    with pytest.raises(InputError, match='404.*no model o"}; its models: m, n$'):
+        ServerChat(server.url, "o").answer(messages, 12)
     server.behaviour = [(200, {"choices": []})]
     with pytest.raises(InputError, match="chat-completions"):
         found.answer(messages, 12)
@@ -466,8 +477,10 @@ def test_no_server(monkeypatch):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/v1"
-        with pytest.raises(InputError, match="did not answer in 5 attempts"):
+        with pytest.raises(InputError, match="did not answer in 5 attempts .*refused>\\)$"):
             ServerChat(url, "m").answer([], 1)
+        with pytest.raises(InputError, match="did not answer .*begin with …/v1"):
+            ServerChat(url[:-3], "m").answer([], 1)
 
 
 def test_encoders_for_delphi(folder):

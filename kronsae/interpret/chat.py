@@ -153,13 +153,15 @@ class ServerChat:
         # `transformers serve` repeats the prompt, if its chat template is not the family's own.
         return Reply((text or "").rpartition(messages[-1]["content"])[2], *tokens)
 
-    def _post(self, body: dict[str, Any]) -> Any:
+    def _request(self, path: str, body: Any = None) -> urllib.request.Request:
         headers = {"Content-Type": "application/json"}
         if self.key:
             headers["Authorization"] = f"Bearer {self.key}"
-        request = urllib.request.Request(
-            f"{self.url}/chat/completions", json.dumps(body).encode(), headers, method="POST"
-        )
+        data = None if body is None else json.dumps(body).encode()
+        return urllib.request.Request(f"{self.url}/{path}", data, headers)
+
+    def _post(self, body: dict[str, Any]) -> Any:
+        request = self._request("chat/completions", body)
         for attempt in range(ATTEMPTS):
             wait = WAIT_S * 2**attempt
             try:
@@ -168,13 +170,23 @@ class ServerChat:
             except urllib.error.HTTPError as error:
                 why = f"{error.code} {error.reason}: {error.read()[:300].decode(errors='replace')}"
                 if error.code not in PASSING:
-                    raise InputError(f"{self.url} refused: {why}") from error
+                    raise InputError(f"{self.url} refused: {why}{self._hint()}") from error
                 wait = _seconds(error.headers.get("Retry-After"), wait)
             except (OSError, ValueError) as error:  # no connection, a timeout, no JSON
                 why = f"{type(error).__name__}: {error}"
             if attempt < ATTEMPTS - 1:
                 time.sleep(wait)
-        raise InputError(f"{self.url} did not answer in {ATTEMPTS} attempts ({why})")
+        raise InputError(f"{self.url} did not answer in {ATTEMPTS} attempts ({why}){self._hint()}")
+
+    def _hint(self) -> str:
+        """Which models the server has, if it says so and ours is not among them."""
+        try:
+            with urllib.request.urlopen(self._request("models"), timeout=5) as response:
+                names = [each["id"] for each in json.loads(response.read())["data"]]
+        except (OSError, ValueError, KeyError, TypeError):
+            return "" if self.url.endswith("/v1") else "; do its addresses begin with …/v1?"
+        unknown = names and self.model not in names
+        return f"; its models: {', '.join(names[:10])}" if unknown else ""
 
 
 def _seconds(text: str | None, default: float) -> float:
