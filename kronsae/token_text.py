@@ -58,8 +58,10 @@ def _hexadecimal(found: re.Match) -> str:
     return f"⟨{found[0].encode(errors='surrogateescape').hex(' ').upper()}⟩"
 
 
-def _bytes(name: str) -> bytes | None:
+def _bytes(name: str | bytes | None) -> bytes | None:
     """The bytes of a token, if its name tells them: in byte-level BPE, or as <0xE4>."""
+    if not isinstance(name, str):  # tiktoken's are bytes; ids beyond the vocabulary have none
+        return name
     if re.fullmatch("<0x[0-9A-F]{2}>", name):
         return bytes.fromhex(name[3:5])
     return bytes(map(_BYTES.get, name)) if _BYTES.keys() >= set(name) else None

@@ -50,6 +50,14 @@ def test_bytes_that_end_without_a_character():
     assert texts("\ufffda") == ["", "", "\ufffd", "a"]  # a text may hold that character
 
 
+def test_names_that_are_bytes_or_none():
+    tokenizer = ByteTokenizer()
+    tokenizer.convert_ids_to_tokens = lambda ids: [bytes([i]) for i in ids]
+    assert token_texts(list("你".encode()), tokenizer, [0, 1, 1]) == ["", "⟨BD⟩", "你"]
+    tokenizer.convert_ids_to_tokens = lambda ids: [None for _ in ids]
+    assert token_texts(list("你".encode()), tokenizer, [0, 1, 1]) == ["", "\ufffd", "你"]
+
+
 def test_where_nothing_tells_the_bytes():
     assert texts("né!", named=False) == ["n", "", "é", "!"]
     assert texts(b"\xe4\xbd", named=False) == ["", "\ufffd"]
