@@ -14,6 +14,7 @@ from kronsae.errors import InputError
 from kronsae.evaluate import BATCH_TOKENS, Heldout
 from kronsae.properties.token_mass import entropy, rank
 from kronsae.sae import SAE
+from kronsae.token_text import token_texts
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -265,30 +266,6 @@ def _window(
     )
 
 
-def token_texts(tokens: Sequence[int], tokenizer: Any | None) -> list[str]:
-    """The text of each token, on one line: ↵ for a newline, ⇥ for a tab or four spaces.
-
-    A character that several tokens spell belongs to the last of them. Without a tokenizer: ids.
-    """
-    if tokenizer is None:
-        return [f"[{token}]" for token in tokens]
-    texts, before = [], ""
-    for stop in range(1, len(tokens) + 1):
-        text = tokenizer.decode(list(tokens[:stop]), clean_up_tokenization_spaces=False)
-        if text.endswith("\ufffd"):  # part of a character, unless it is the last token
-            texts.append("\ufffd" if stop == len(tokens) else "")
-            continue
-        texts.append(text[len(before) :])
-        before = text
-    return [_on_one_line(text) for text in texts]
-
-
-def _on_one_line(text: str) -> str:
-    for blank, mark in (("\r\n", "↵"), ("\n", "↵"), ("\t", "⇥"), ("    ", "⇥")):
-        text = text.replace(blank, mark)
-    return "".join(char if char.isprintable() else "\ufffd" for char in text)
-
-
 def short(value: float) -> str:
     """value to three digits, as in 0.0123, 1.20, 45.6 and 789."""
     return f"{value:#.3g}".rstrip(".")
@@ -338,7 +315,7 @@ def _split(window: Window, tokenizer: Any | None) -> tuple["Text", "Text", "Text
     """What is before the strongest token, that token, and what is after it."""
     from rich.text import Text
 
-    texts = token_texts(window.tokens, tokenizer)
+    texts = token_texts(window.tokens, tokenizer, window.activations)
     styles = ["underline" if activation else "" for activation in window.activations]
     tokens = [Text(*token) for token in zip(texts, styles, strict=True)]
     peak = window.position - window.start

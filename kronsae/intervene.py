@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from kronsae.contexts import short, token_texts
+from kronsae.contexts import short
 from kronsae.data import LanguageModel
 from kronsae.data.activations import open_model
 from kronsae.data.loading import quiet
@@ -44,6 +44,7 @@ from kronsae.metrics import pearson, spearman
 from kronsae.run import RunFolder, versions
 from kronsae.sae import SAE
 from kronsae.subject import HeldoutText, Subject, add_flags, given_data, load_subjects, open_heldout
+from kronsae.token_text import token_texts
 
 TOP = 8
 """Next tokens in a table."""
@@ -341,7 +342,7 @@ def _one_token(tokenizer: Any, text: str) -> tuple[int, str]:
 def _show_effects(document: dict[str, Any], console: Console) -> None:
     found = sorted(document["latents"], key=lambda each: -abs(each["exact"]))
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for name in ("latent", "fires on", "ablated", "attributed"):
+    for name in ("latent", "fires on (tokens)", "ablated", "attributed"):
         table.add_column(name, justify="right")
     for each in found[:TOP]:
         figures = (f"{each[name]:+.4f}" for name in ("exact", "attributed"))
@@ -357,7 +358,7 @@ def _show_effects(document: dict[str, Any], console: Console) -> None:
     console.print(
         f"Attribution (gradient × activation) against ablation: Pearson {document['pearson']:.3f}, "
         f"Spearman {document['spearman']:.3f} over {len(found)} latents; "
-        f"{seconds['attribution']:.1f} s and {seconds['ablation']:.1f} s"
+        f"attribution took {seconds['attribution']:.1f} s, ablation {seconds['ablation']:.1f} s"
     )
 
 

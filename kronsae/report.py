@@ -14,14 +14,22 @@ from string import Template
 from typing import Any, NamedTuple
 
 from kronsae.config import DataConfig, SAEConfig, TrainConfig, kind_of
-from kronsae.contexts import LatentContexts, Window, short, title, token_texts
+from kronsae.contexts import LatentContexts, Window, short, title
 from kronsae.files import write_text
 from kronsae.metrics import MEANING
+from kronsae.token_text import token_texts
 
 Record = dict[str, Any]
 """A line of metrics.jsonl."""
 
-_SHARES = {"explained_variance", "fvu", "explained_variance_batch", "dead_share", "ce_recovered"}
+_SHARES = {
+    "explained_variance",
+    "fvu",
+    "explained_variance_batch",
+    "dead_share",
+    "dense_share",
+    "ce_recovered",
+}
 
 
 class Chart(NamedTuple):
@@ -262,7 +270,7 @@ def _latent(found: LatentContexts, tokenizer: Any) -> str:
 
 def _window(found: LatentContexts, window: Window, tokenizer: Any) -> str:
     tokens = []
-    texts = token_texts(window.tokens, tokenizer)
+    texts = token_texts(window.tokens, tokenizer, window.activations)
     for place, (text, value) in enumerate(zip(texts, window.activations, strict=True)):
         token, peak = _escape(text), place == window.position - window.start
         if value > 0 or peak:

@@ -5,7 +5,7 @@ A text of words: token t is EVIL[t] or " wordT".
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -66,7 +66,34 @@ class Made(NamedTuple):
     stored: Stored
 
 
-def make_page(folder: Path, name: str = "kron") -> Made:
+LETTERS = sorted(set("你好😀 é\u202e".encode()))
+
+
+class ByteTokenizer:
+    """Token i is the byte LETTERS[i], or a full stop."""
+
+    def __call__(self, text, add_special_tokens):
+        return {"input_ids": [TOKENS - 1]}
+
+    def decode(self, ids, clean_up_tokenization_spaces):
+        return self._bytes(ids).decode(errors="replace")
+
+    def convert_ids_to_tokens(self, ids):
+        return [f"<0x{byte:02X}>" for byte in self._bytes(ids)]
+
+    def _bytes(self, ids):
+        return bytes(LETTERS[i] if i < len(LETTERS) else ord(".") for i in ids)
+
+
+def byte_ids(text: str) -> torch.Tensor:
+    """Contexts of ByteTokenizer's tokens that repeat a text of LETTERS, each from another byte."""
+    ids = torch.tensor([LETTERS.index(byte) for byte in text.encode()])
+    return torch.stack([ids.roll(shift).repeat(LENGTH)[:LENGTH] for shift in range(12)])
+
+
+def make_page(
+    folder: Path, name: str = "kron", ids: torch.Tensor | None = None, tokenizer: Any = None
+) -> Made:
     """A page of an untrained SAE with latents that fire and some that never do."""
     config = CONFIGS[name]
     sae = SAE(config, generator=torch.Generator().manual_seed(0)).eval()
@@ -75,7 +102,8 @@ def make_page(folder: Path, name: str = "kron") -> Made:
     if config.selection == "batchtopk":
         sae.selection.threshold.fill_(0.5)
     generator = torch.Generator().manual_seed(1)
-    ids = torch.randint(TOKENS, (12, LENGTH), generator=generator)
+    random = torch.randint(TOKENS, (12, LENGTH), generator=generator)
+    ids = random if ids is None else ids
     mask = torch.ones(12, LENGTH, dtype=torch.bool)
     x = torch.randn(TOKENS, 6, generator=generator)[ids][mask]
     x += 0.3 * torch.randn(x.shape, generator=generator)
@@ -102,7 +130,8 @@ def make_page(folder: Path, name: str = "kron") -> Made:
     final = {"explained_variance": 0.8, "l0": 4.0, "dead_share": 0.1, "mse": 0.25}
     records.append({"kind": "final", "step": 8, "tokens": 8000, **final})
     (run / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    page = write_explorer(run, sae, stored, EvilTokenizer(), folder / f"{name}.html")
+    tokenizer = tokenizer or EvilTokenizer()
+    page = write_explorer(run, sae, stored, tokenizer, folder / f"{name}.html")
     return Made(page, run, sae, stored)
 
 

@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 
 from kronsae import SAE, InputError, SAEConfig, contexts
-from kronsae.contexts import SAME_TOKENS, render, short, title, token_texts, top_contexts
+from kronsae.contexts import SAME_TOKENS, render, short, title, top_contexts
 from kronsae.evaluate import Heldout
 
 KRON = SAEConfig(d_model=6, heads=5, m=2, n=3, k=4)
@@ -190,15 +190,6 @@ def test_nothing_to_show():
     assert "never fires" in title(silent)
     with pytest.raises(InputError, match="0 to 29, got 30"):
         top_contexts(sae, random_heldout(), [30])
-
-
-def test_token_texts():
-    tokenizer = ByteTokenizer()
-    assert token_texts(list(b"a\n\tb"), tokenizer) == ["a", "↵", "⇥", "b"]
-    assert token_texts(list("né!".encode()), tokenizer) == ["n", "", "é", "!"]
-    assert token_texts(list("é".encode())[:1], tokenizer) == ["\ufffd"]
-    assert token_texts([27, 7], tokenizer) == ["\ufffd", "\ufffd"]  # no control characters
-    assert token_texts([3, 40], None) == ["[3]", "[40]"]
 
 
 def test_short():

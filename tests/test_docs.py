@@ -8,6 +8,7 @@ import torch
 
 from kronsae.cli import parse
 from kronsae.export import make_parser
+from kronsae.metrics import MEANING
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -88,6 +89,16 @@ def test_training_command_of_the_absorption_figures(tmp_path, monkeypatch):
     assert len(request.members) == 10
     kinds = {(c.sae.encoder, c.sae.k) for c in request.members.values()}
     assert len(kinds) == 10
+
+
+def test_reading_names_the_figures_of_an_evaluation():
+    text = (DOCS / "reading.md").read_text(encoding="utf-8")
+    part = text[text.index("## How well") : text.index("## The explorer")]
+    labels = {label for label, _ in MEANING.values()}
+    rows = re.findall(r"^\| (\w[^|(]*?) (?:\(.*\) )?\|", part, flags=re.MULTILINE)
+    explained = re.findall(r"^- \*\*(.+?)\*\*", part, flags=re.MULTILINE)
+    assert len(rows) > 5 and len(explained) > 7
+    assert set(rows) | set(explained) <= labels
 
 
 def test_links_lead_somewhere():

@@ -16,6 +16,7 @@ from kronsae.explore import __main__ as command
 from kronsae.explore.blocks import ALIGN, decode, decode_json, encode, rounded, smallest
 from kronsae.explore.write import json_in_html
 from kronsae.properties import WINDOW, load_properties
+from kronsae.properties.run import open_run
 from kronsae.train import fit
 from kronsae.train import main as train
 
@@ -222,6 +223,20 @@ def test_command(run, capsys):
     assert load_properties(run / "properties").facts["settings"]["tokens"] == 1000
     facts = json.loads(Page(out.read_text(encoding="utf-8")).of(id="facts")[0])
     assert facts["grid"] == {"heads": 8, "m": 4, "n": 4, "kron": True}
+
+
+def test_another_text_has_its_own_column(tmp_path):
+    text = tmp_path / "text.jsonl"
+    text.write_text(200 * (json.dumps({"body": "import os, sys " * 20}) + "\n"))
+    flags = "--text-column body --tokens 1024 --batch-size 512 --heldout-tokens 256 --k 8"
+    flags += " --buffer-tokens 1024 --dict-size 128"
+    run = tmp_path / "run"
+    assert train([*flags.split(), "--dataset", str(text), "--out", str(run)]) == 0
+    assert open_run(run, {}, "cpu")[1].text_column == "body"
+    other = tmp_path / "other.jsonl"
+    other.write_text(text.read_text().replace("body", "text"))
+    assert open_run(run, {"dataset": str(other)}, "cpu")[1].text_column == "text"
+    assert command.main([str(run), "--dataset", str(other), "--tokens", "300"]) == 0
 
 
 def test_command_says_what_is_wrong(run, tmp_path, capsys):

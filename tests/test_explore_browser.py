@@ -3,12 +3,13 @@
 Needs Chromium, its driver and selenium (Debian: chromium, chromium-driver); skipped without.
 """
 
+import re
 import shutil
 import time
 
 import numpy as np
 import pytest
-from explorer_pages import EVIL, make_large_page, make_page
+from explorer_pages import EVIL, ByteTokenizer, byte_ids, make_large_page, make_page
 
 from kronsae.properties import WINDOW
 
@@ -156,6 +157,26 @@ def test_shows_the_examples_of_a_latent(at_home, made):
     assert at_home.texts(".bars h4") == ["Fires on", "Makes likelier", "Makes less likely"]
     assert len(at_home.texts(".near li")) == 4
     assert "final_norm" in at_home.texts(".note")[0]
+
+
+def test_characters_of_several_tokens(browser, tmp_path):
+    """In the lines of examples, whole where the window holds them; bytes where a latent fires."""
+    text = "你好😀 é\u202e"
+    made = make_page(tmp_path, ids=byte_ids(text), tokenizer=ByteTokenizer())
+    browser.open(made.page)
+    lines, seen = [], 0
+    for latent in np.flatnonzero(made.stored.properties.post.count)[:20]:
+        browser.go(f"#/latent/{latent}")
+        lines += browser.texts(".unit .examples code")
+        for marked in browser.texts(".unit .examples mark, .unit .examples code span"):
+            assert re.fullmatch("⟨[0-9A-F]{2}⟩|[你好😀é\ufffd.]| ?", marked)
+            seen += marked != ""
+    assert seen and lines
+    whole = text.replace("\u202e", "\ufffd")
+    for line in lines:
+        inner = re.sub("⟨[0-9A-F]{2}(?: [0-9A-F]{2})*⟩", "", line).strip(".")
+        assert inner and inner in 4 * whole
+    assert browser.complaints() == []
 
 
 def test_a_latent_that_never_fires(at_home, made):

@@ -7,12 +7,14 @@ what it says about latents means nothing.
 import json
 import random
 import re
+import signal
 import socket
 import subprocess
 import sys
 import threading
 import time
 import urllib.request
+from concurrent.futures import CancelledError
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
@@ -139,6 +141,14 @@ class Server(HTTPServer):
 
 
 class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        assert self.path == "/v1/models"
+        data = json.dumps({"data": [{"id": "m"}, {"id": "n"}]}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
     def do_POST(self):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.seen.append(body)
@@ -266,6 +276,7 @@ def test_split():
         ("**EXPLANATION:** bold **", "bold"),
         ("**EXPLANATION**: bold", "bold"),
         ("EXPLANATION:\nnext line", None),
+        ("EXPLANATION: a\nEXPLANATION: What makes the unit active.", None),
         ("nothing", None),
         ("", None),
     ],
@@ -397,6 +408,17 @@ def test_answers_are_kept(tmp_path):
         Answers(other, path)
 
 
+def test_after_stop_nothing_is_asked(tmp_path):
+    def stops(messages):
+        answers.stop()  # as Ctrl-C does while a model answers
+        return oracle(messages)
+
+    answers = Answers(Fake(stops), tmp_path / "a.jsonl")
+    with pytest.raises(CancelledError):
+        interpret(latent_examples(), Letters(), answers)
+    assert answers.asked == lines(tmp_path, "a.jsonl") == 1  # what was under way is kept
+
+
 # Models that answer
 
 
@@ -427,13 +449,22 @@ def test_a_server_answers(server, monkeypatch):
     # It recovers from what passes …
     server.behaviour = [(503, {}), (429, {}), (200, b"no json")]
     assert found.answer(messages, 12).text == ANSWER and len(server.seen) == 6
+    # … leaves out the prompt that a reply repeats …
+    echo = {"choices": [{"message": {"content": "<user>é\n<assistant>é is a letter"}}]}
+    server.behaviour = [(200, echo)]
+    assert found.answer([{"role": "user", "content": "é\n"}], 12) == Reply(
+        "<assistant>é is a letter", 0, 0
+    )
     # … gives up in time, and at once on what does not pass.
     server.behaviour = [(500, {"error": "down"})] * chat.ATTEMPTS
     with pytest.raises(InputError, match="5 attempts .*500.*down"):
         found.answer(messages, 12)
     server.behaviour = [(401, {"error": "bad key"})]
-    with pytest.raises(InputError, match="401.*bad key"):
+    with pytest.raises(InputError, match='401.*bad key"}$'):
         found.answer(messages, 12)
+    server.behaviour = [(404, {"error": "no model o"})]
+    with pytest.raises(InputError, match='404.*no model o"}; its models: m, n$'):
+        ServerChat(server.url, "o").answer(messages, 12)
     server.behaviour = [(200, {"choices": []})]
     with pytest.raises(InputError, match="chat-completions"):
         found.answer(messages, 12)
@@ -446,8 +477,10 @@ def test_no_server(monkeypatch):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/v1"
-        with pytest.raises(InputError, match="did not answer in 5 attempts"):
+        with pytest.raises(InputError, match="did not answer in 5 attempts .*refused>\\)$"):
             ServerChat(url, "m").answer([], 1)
+        with pytest.raises(InputError, match="did not answer .*begin with …/v1"):
+            ServerChat(url[:-3], "m").answer([], 1)
 
 
 def test_encoders_for_delphi(folder):
@@ -527,7 +560,7 @@ def test_what_cannot_work_is_said(folder, talker, tmp_path, capsys, flags, words
 
 @pytest.mark.slow
 def test_a_server_of_transformers(folder, talker, tmp_path):
-    """`transformers serve`, as people run it (needs transformers[serving])."""
+    """`transformers serve`, as people run it (needs transformers[serving]), and kill -9 midway."""
     for package in ("fastapi", "uvicorn", "openai", "pydantic", "accelerate"):
         pytest.importorskip(package)
     with socket.socket() as free:
@@ -545,12 +578,34 @@ def test_a_server_of_transformers(folder, talker, tmp_path):
                 break
             except OSError:
                 time.sleep(1)
-        out = tmp_path / "out"
-        flags = ["--server", f"http://127.0.0.1:{port}/v1", "--server-model", talker]
-        assert main([folder, "--latents", "2", *flags, "--out", str(out)]) == 0
+        flags = [folder, "--latents", "3", "--server", f"http://127.0.0.1:{port}/v1"]
+        flags += ["--server-model", talker, "--parallel", "2", "--out"]
+        assert main([*flags, str(tmp_path / "whole")]) == 0
+        out = tmp_path / "killed"
+        command = [sys.executable, "-m", "kronsae.interpret", *flags, str(out)]
+        killed = subprocess.Popen(command)
+        while lines(out) < 5 and killed.poll() is None:
+            time.sleep(0.002)
+        killed.kill()
+        assert killed.wait(30) == -signal.SIGKILL
+        there = lines(out)
+        assert not (out / "interpretation.json").exists()
+        assert main([*flags, str(out)]) == 0
     finally:
         process.terminate()
         process.wait(30)
-    found = json.loads((out / "interpretation.json").read_text())
-    assert found["summary"]["explained"] == found["summary"]["detection_scored"] == 2
-    assert found["costs"]["prompt_tokens"] > 100
+    whole, found = (
+        json.loads((each / "interpretation.json").read_text()) for each in (tmp_path / "whole", out)
+    )
+    assert whole["summary"]["explained"] == whole["summary"]["detection_scored"] == 3
+    assert found["latents"] == whole["latents"]
+    costs, again = whole["costs"], found["costs"]
+    assert again["answers_found"] == there and again["calls"] == costs["calls"] - there > 0
+    assert again["prompt_tokens"] == costs["prompt_tokens"] > 100
+    assert again["completion_tokens"] == costs["completion_tokens"] == 4 * costs["calls"]
+
+
+def lines(out, name="answers.jsonl") -> int:
+    """Whole lines of a folder's answers."""
+    path = out / name
+    return path.read_bytes().count(b"\n") if path.exists() else 0

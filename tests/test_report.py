@@ -21,6 +21,7 @@ HELDOUT = {
     "mse": 0.25,
     "l0": 31.5,
     "dead_share": 0.125,
+    "dense_share": 0.03125,
 }
 CROSS_ENTROPY = {"ce_clean": 2.5, "ce_spliced": 2.75, "ce_zero": 7.5, "ce_recovered": 0.95}
 
@@ -120,6 +121,7 @@ def test_the_whole_page(tmp_path):
         "81.25 %",
         "31.5",
         "12.50 %",
+        "3.12 %",
         "2.75",
         "95.00 %",
         "8,000",

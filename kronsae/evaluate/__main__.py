@@ -127,7 +127,8 @@ def _write(document: dict[str, Any], out: Path, console: Console) -> None:
         console.print(" · ".join([entry["name"], *filter(None, facts(entry))]), style="bold")
     console.print(console_table(document["judged"], console.width))
     console.print(
-        f"In {out}: {', '.join(['evaluation.json', 'evaluation.md', *pictures])}"
+        f"In {out}: evaluation.md (with what each figure means), "
+        f"{', '.join(['evaluation.json', *pictures])}"
         + ("" if pictures else " (pictures need matplotlib: pip install 'kronsae[report]')"),
         markup=False,
     )

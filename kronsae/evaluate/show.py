@@ -53,7 +53,7 @@ _COLUMNS = {
     "l0": "L0",
     "dead_share": "dead",
     "dense_share": "dense",
-    "ce_recovered": "CE recovered",
+    "ce_recovered": "CE rec.",
     "ce_recovered_mean": "of mean's",
     "kl_spliced": "KL",
 }
@@ -65,7 +65,7 @@ def console_table(judged: Sequence[Entry], width: int) -> "Table":
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
     if len(judged) == 1:
         [entry] = judged
         table.show_header = False

@@ -19,7 +19,7 @@ from kronsae.fit import resolve_device
 from kronsae.flags import Parser, exit_status
 from kronsae.interpret.chat import Answers, Chat, LocalChat, ServerChat
 from kronsae.interpret.examples import collect, firing_counts
-from kronsae.interpret.scoring import SHOWN, Interpretation, interpret
+from kronsae.interpret.scoring import EXPLANATION_TOKENS, SHOWN, Interpretation, interpret
 from kronsae.run import versions
 from kronsae.subject import add_flags, given_data, load_subjects, open_heldout
 
@@ -75,6 +75,8 @@ def work(argv: list[str]) -> None:
     if len(subjects) > 1:
         raise InputError(f"{found.run} is a sweep: name one of its members")
     [subject] = subjects
+    loaded = [subject.data.model, *filter(None, [found.explainer])]
+    console.print(f"loading {' and '.join(loaded)}", style="dim", markup=False)
     chat: Chat
     if found.server is not None:
         chat, parallel = ServerChat(found.server, found.server_model), found.parallel or 4
@@ -83,6 +85,12 @@ def work(argv: list[str]) -> None:
         chat, parallel = LocalChat(found.explainer, dtype=dtype, device=device), 1
     with quiet():
         text = open_heldout(subject, device)
+    facts = text.facts
+    console.print(
+        f"reading {facts['tokens']:,} tokens of {facts['dataset']} ({facts['which']})",
+        style="dim",
+        markup=False,
+    )
     sae = subject.sae
     latents = found.latent
     if latents is None:
@@ -113,7 +121,14 @@ def work(argv: list[str]) -> None:
                 results.append(each.result())
                 bar.advance(task)
         except BaseException:
+            answers.stop()
             pool.shutdown(cancel_futures=True)
+            if answers.asked:
+                console.print(
+                    f"Stopped: {answers.path} keeps {answers.asked:,} new answers, and the same "
+                    "command goes on from there",
+                    markup=False,
+                )
             raise
     document = {
         "format": "kronsae-interpretation",
@@ -176,6 +191,12 @@ def _show(results: list[Interpretation], document: dict[str, Any], console: Cons
         f"readable: {found['explanations_discarded']} explanations, "
         f"{found['detection_discarded']} + {found['fuzzing_discarded']} judgements"
     )
+    if found["explanations_discarded"]:
+        console.print(
+            f"An explanation is read from a line EXPLANATION: …, and {ANSWERS} has what the model "
+            "said instead. Small models, and those that think aloud until their "
+            f"{EXPLANATION_TOKENS} tokens are used up, often miss it."
+        )
     console.print(
         f"{costs['calls']:,} calls ({costs['answers_found']:,} answers were there already), "
         f"{costs['prompt_tokens']:,} tokens read and {costs['completion_tokens']:,} written"

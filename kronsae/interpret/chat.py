@@ -7,6 +7,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -77,7 +78,8 @@ class LocalChat:
 
     @torch.no_grad()
     def answer(self, messages: Messages, max_tokens: int) -> Reply:
-        ids = torch.tensor([self._tokens(messages)], device=self.model.device)
+        with quiet():  # transformers goes by the tokenizer's limit, the check below by the model's
+            ids = torch.tensor([self._tokens(messages)], device=self.model.device)
         longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if longest and ids.shape[1] + max_tokens > longest:
             raise InputError(
@@ -148,15 +150,18 @@ class ServerChat:
             raise InputError(
                 f"{self.url} did not answer as the chat-completions protocol says: {found!r:.300}"
             ) from error
-        return Reply(text or "", *tokens)
+        # `transformers serve` repeats the prompt, if its chat template is not the family's own.
+        return Reply((text or "").rpartition(messages[-1]["content"])[2], *tokens)
 
-    def _post(self, body: dict[str, Any]) -> Any:
+    def _request(self, path: str, body: Any = None) -> urllib.request.Request:
         headers = {"Content-Type": "application/json"}
         if self.key:
             headers["Authorization"] = f"Bearer {self.key}"
-        request = urllib.request.Request(
-            f"{self.url}/chat/completions", json.dumps(body).encode(), headers, method="POST"
-        )
+        data = None if body is None else json.dumps(body).encode()
+        return urllib.request.Request(f"{self.url}/{path}", data, headers)
+
+    def _post(self, body: dict[str, Any]) -> Any:
+        request = self._request("chat/completions", body)
         for attempt in range(ATTEMPTS):
             wait = WAIT_S * 2**attempt
             try:
@@ -165,13 +170,23 @@ class ServerChat:
             except urllib.error.HTTPError as error:
                 why = f"{error.code} {error.reason}: {error.read()[:300].decode(errors='replace')}"
                 if error.code not in PASSING:
-                    raise InputError(f"{self.url} refused: {why}") from error
+                    raise InputError(f"{self.url} refused: {why}{self._hint()}") from error
                 wait = _seconds(error.headers.get("Retry-After"), wait)
             except (OSError, ValueError) as error:  # no connection, a timeout, no JSON
                 why = f"{type(error).__name__}: {error}"
             if attempt < ATTEMPTS - 1:
                 time.sleep(wait)
-        raise InputError(f"{self.url} did not answer in {ATTEMPTS} attempts ({why})")
+        raise InputError(f"{self.url} did not answer in {ATTEMPTS} attempts ({why}){self._hint()}")
+
+    def _hint(self) -> str:
+        """Which models the server has, if it says so and ours is not among them."""
+        try:
+            with urllib.request.urlopen(self._request("models"), timeout=5) as response:
+                names = [each["id"] for each in json.loads(response.read())["data"]]
+        except (OSError, ValueError, KeyError, TypeError):
+            return "" if self.url.endswith("/v1") else "; do its addresses begin with …/v1?"
+        unknown = names and self.model not in names
+        return f"; its models: {', '.join(names[:10])}" if unknown else ""
 
 
 def _seconds(text: str | None, default: float) -> float:
@@ -185,7 +200,7 @@ class Answers:
     """A chat whose answers are kept in a file, so that no question is asked twice.
 
     Each line of the JSONL file is an answer, under a digest of the model's name and the question.
-    Several threads may ask.
+    Several threads may ask; after `stop` none gets an answer that has still to be asked for.
     Raises InputError for a file that holds something else.
     """
 
@@ -197,10 +212,14 @@ class Answers:
         """Answers that were needed, by digest: their tokens are the whole cost."""
         self._known: dict[str, Reply] = {}
         self._lock = threading.Lock()
+        self._stopped = threading.Event()
         self._read()
 
     def ask(self, messages: Messages, max_tokens: int, **about: Any) -> str:
-        """The answer to the messages.  about: what else its line shall say (JSON values)."""
+        """The answer to the messages.  about: what else its line shall say (JSON values).
+
+        Raises CancelledError after `stop`, unless the answer is there.
+        """
         question = json.dumps([self.chat.name, messages, max_tokens])
         key = hashlib.sha256(question.encode()).hexdigest()
         with self._lock:
@@ -209,6 +228,8 @@ class Answers:
                 self.reused += key not in self.used
                 self.used[key] = reply
                 return reply.text
+        if self._stopped.is_set():
+            raise CancelledError
         reply = self.chat.answer(messages, max_tokens)
         line = json.dumps({"key": key, **about, **reply._asdict()}, ensure_ascii=False) + "\n"
         with self._lock:
@@ -217,6 +238,10 @@ class Answers:
             self.asked += 1
             self._known[key] = self.used[key] = reply
         return reply.text
+
+    def stop(self) -> None:
+        """Ask no more; answers that are under way are still kept."""
+        self._stopped.set()
 
     def costs(self) -> dict[str, int]:
         """Calls and tokens: asked this time, found in the file, and both together in tokens."""

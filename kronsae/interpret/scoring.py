@@ -9,9 +9,9 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from kronsae.contexts import token_texts
 from kronsae.interpret.chat import Answers, Messages
 from kronsae.interpret.examples import Example, LatentExamples
+from kronsae.token_text import token_texts
 
 SHOWN = 16
 """Examples that an explanation is made from, above the median activation. [KronSAE, App. D]"""
@@ -25,7 +25,12 @@ AT_ONCE = 8
 EXPLANATION_TOKENS, JUDGEMENT_TOKENS = 400, 100
 """Longest answers."""
 
-_NOTE = "In the texts ↵ stands for a line break and ⇥ for a tab or four spaces."
+_NOTE = (
+    "In the texts ↵ stands for a line break, ⇥ for a tab or four spaces, and ⟨E2 80⟩ for two bytes "
+    "of a longer character."
+)
+
+_FORM = "what makes the unit active"
 
 _EXPLAIN = f"""\
 You study a unit inside a language model. You get excerpts of texts in which it is active; the \
@@ -34,7 +39,7 @@ their strength, from 1 to 9. {_NOTE}
 Say in one sentence, as specifically as the excerpts allow, what makes the unit active: the marked \
 tokens, what comes before them, their meaning or their grammar. Do not list the excerpts.
 End your answer with a line of this form:
-EXPLANATION: what makes the unit active"""
+EXPLANATION: {_FORM}"""
 
 _DETECT = f"""\
 A unit inside a language model is described in one sentence. You get numbered excerpts of texts. \
@@ -147,9 +152,9 @@ def score(judgements: Sequence[tuple[bool, bool]], discarded: int) -> Score:
 
 def render(example: Example, tokenizer: Any, marked: bool) -> str:
     """An example on one line; if marked, with << >> around tokens on which the latent fires."""
-    texts = token_texts(example.tokens, tokenizer)
     if not marked:
-        return "".join(texts)
+        return "".join(token_texts(example.tokens, tokenizer))
+    texts = token_texts(example.tokens, tokenizer, example.activations)
     out, inside = [], False
     for text, activation in zip(texts, example.activations, strict=True):
         fires = activation > 0
@@ -164,7 +169,7 @@ def explanation_prompt(shown: Sequence[Example], tokenizer: Any) -> Messages:
     largest = max(example.peak for example in shown)
     lines = []
     for number, example in enumerate(shown, 1):
-        texts = token_texts(example.tokens, tokenizer)
+        texts = token_texts(example.tokens, tokenizer, example.activations)
         strengths = ", ".join(
             f"{text!r} {max(1, round(9 * value / largest))}"
             for text, value in zip(texts, example.activations, strict=True)
@@ -187,9 +192,10 @@ def _messages(system: str, user: str) -> Messages:
 
 
 def parse_explanation(reply: str) -> str | None:
-    """What follows the last EXPLANATION: on its line, or None."""
+    """What follows the last EXPLANATION: on its line; None if that is nothing, or the form."""
     found = re.findall(r"explanation\**:[ \t*]*(\S.*)", reply, flags=re.IGNORECASE)
-    return found[-1].strip().rstrip("*").strip() or None if found else None
+    said = found[-1].strip().rstrip("*").strip() if found else ""
+    return None if said.rstrip(".").lower() in ("", _FORM) else said
 
 
 def parse_judgements(reply: str, count: int) -> list[bool] | None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kronsae.config import DataConfig, base_type, from_dict
+from kronsae.config import DataConfig, base_type
 from kronsae.errors import InputError
 from kronsae.files import sha256
 from kronsae.flags import Parser
@@ -16,6 +16,7 @@ from kronsae.properties.store import FOLDER, Stored, load_properties, save_prope
 from kronsae.properties.summary import summarise
 from kronsae.run import RunFolder
 from kronsae.sae import SAE, WEIGHTS_NAME, load
+from kronsae.subject import data_of
 
 EMBEDDED: dict[str, Any] = {"tokens": 200_000, "sample": 32}
 """Settings that apply to the embedded model where none are given."""
@@ -100,12 +101,10 @@ def open_run(run: Path, text: dict[str, Any], device: str) -> tuple[SAE, DataCon
     if (run / "sweep.json").is_file():
         raise InputError(f"{run} is a sweep: name one of its runs, {run}/NAME")
     _, settings = RunFolder.open(run)
-    stored = settings["config"]["data"]
-    if stored is None:
+    if settings["config"]["data"] is None:
         raise InputError(f"{run} was trained from tensors: there is no text to look at")
-    data = from_dict(DataConfig, stored, str(run / "config.json")).live()
     sae = load(run, device=device)
-    return sae, dataclasses.replace(data, **text), sha256(run / "sae" / WEIGHTS_NAME)
+    return sae, data_of(sae, text, str(run)), sha256(run / "sae" / WEIGHTS_NAME)
 
 
 def _finite(values: dict[str, float]) -> dict[str, float | None]:

@@ -79,6 +79,58 @@ function rowOf({ data, shape }, row) {
 
 const tokenText = (number) => vocabulary[number]; // undefined: no token is there
 
+// Bytes in a token's text that are no character of their own.
+const PART = /⟨([0-9A-F]{2}(?: [0-9A-F]{2})*)⟩/;
+
+// Texts of tokens that follow each other. A character that several of them spell belongs to the
+// last; the others are empty, or their bytes where `fires` is true.
+function textsOf(numbers, fires = []) {
+  const texts = numbers.map(tokenText);
+  const out = [...texts];
+  for (let start = 0, stop; start < texts.length; start = stop + 1) {
+    for (stop = start; PART.test(texts[stop] ?? '');) stop += 1;
+    if (stop > start) out.splice(start, stop - start, ...spelled(texts.slice(start, stop)));
+  }
+  return out.map((text, place) => (text === '' && fires[place] ? texts[place] : text));
+}
+
+function spelled(texts) {
+  const bytes = [];
+  const owners = [];
+  texts.forEach((text, place) => {
+    text.split(PART).forEach((piece, i) => { // every second one is what stands between ⟨ and ⟩
+      const own = i % 2 ? piece.split(' ').map((hex) => parseInt(hex, 16))
+        : new TextEncoder().encode(piece);
+      bytes.push(...own);
+      owners.push(...Array(own.length).fill(place));
+    });
+  });
+  const out = texts.map(() => '');
+  for (let at = 0; at < bytes.length;) {
+    const length = bytes[at] < 0x80 ? 1 : bytes[at] < 0xe0 ? 2 : bytes[at] < 0xf0 ? 3 : 4;
+    const char = character(bytes.slice(at, at + length));
+    if (char === null) {
+      out[owners[at]] += `⟨${bytes[at].toString(16).toUpperCase().padStart(2, '0')}⟩`;
+      at += 1;
+    } else {
+      out[owners[at + length - 1]] += char;
+      at += length;
+    }
+  }
+  return out.map((text) => text.replaceAll('⟩⟨', ' '));
+}
+
+// The character of some bytes as UTF-8, or null. One that is not to be seen is replaced.
+function character(bytes) {
+  try {
+    const text = new TextDecoder('utf-8', { fatal: true, ignoreBOM: true })
+      .decode(new Uint8Array(bytes));
+    return /[\p{C}\p{Z}]/u.test(text) && text !== ' ' ? '\ufffd' : text;
+  } catch {
+    return null;
+  }
+}
+
 // A latent, base or extension: {kind, number, head, i, j, row}; row is its place in the index.
 function latentAt(number) {
   const head = Math.floor(number / PER_HEAD);

@@ -46,10 +46,10 @@ function pairsOf(numbers, values) {
 function example(tokens, shades, peak, strongest) {
   const middle = Math.floor(facts.window / 2);
   const line = make('code', null);
-  tokens.forEach((number, place) => {
-    const text = tokenText(number);
+  const fires = (place) => shades[place] > 0 || place === middle;
+  textsOf(tokens, tokens.map((_, place) => fires(place))).forEach((text, place) => {
     if (text === undefined) return;
-    if (!shades[place] && place !== middle) {
+    if (!fires(place)) {
       line.append(text);
       return;
     }

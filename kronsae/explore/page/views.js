@@ -487,7 +487,7 @@ function hitIn(block, group, row, wanted) {
   for (let place = 0; place < peaks.length; place += 1) {
     const span = [place * facts.window, (place + 1) * facts.window];
     const own = tokens.subarray(...span);
-    const text = [...own].map((number) => tokenText(number) ?? '').join('').toLowerCase();
+    const text = textsOf([...own]).join('').toLowerCase();
     if (text.includes(wanted)) {
       const shades = rowOf(block[`${group}.top.values`], row).subarray(...span);
       return example([...own], shades, peaks[place], peaks[place]);
