@@ -4,10 +4,44 @@ import argparse
 import difflib
 import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any, NoReturn
 
 from kronsae.errors import InputError
+
+
+class Terminated(BaseException):
+    """SIGTERM came. No handler of mere errors may take it for one."""
+
+
+@contextmanager
+def sigterm() -> Iterator[None]:
+    """Raise Terminated on SIGTERM, as Python raises KeyboardInterrupt on SIGINT.
+
+    So what is half-written is cleared away, and the user told how to go on. Outside of the main
+    thread, where no signal arrives, nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        if signal.getsignal(signal.SIGTERM) is stop:  # and not one that came later, to stay
+            signal.signal(signal.SIGTERM, before)
+
+
+def signal_of(error: KeyboardInterrupt | Terminated) -> int:
+    """The signal that raised it."""
+    return int(signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)
 
 
 class Parser(argparse.ArgumentParser):

@@ -7,14 +7,10 @@ for Python, is `kronsae.cache`.
 import argparse
 import dataclasses
 import shutil
-import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -30,7 +26,7 @@ from kronsae.data.outline import NoOutline, Outline, outline
 from kronsae.data.text import check_text
 from kronsae.errors import InputError
 from kronsae.fit import resolve_device
-from kronsae.flags import Parser
+from kronsae.flags import Parser, Terminated, signal_of, sigterm
 from kronsae.learner import compute_dtype
 from kronsae.plan import free_bytes, shortage
 
@@ -40,10 +36,6 @@ _MIB = 2**20
 
 DISK_MARGIN = 1.05
 """A harvest is refused unless so many times the disk that it needs is free."""
-
-
-class Stopped(BaseException):
-    """SIGTERM came. No handler of mere errors may take it for one."""
 
 
 def make_parser() -> Parser:
@@ -262,7 +254,7 @@ def main(argv: list[str] | None = None) -> int:
                 reason = disk_shortage(plan) or shortage(plan)
                 if reason is not None:
                     raise InputError(reason)
-        with _sigterm():
+        with sigterm():
             index = harvest(config, folder, _show)
         print(describe(folder, index))
         return 0
@@ -274,24 +266,10 @@ def main(argv: list[str] | None = None) -> int:
         if folder is not None and (folder / HARVEST_NAME).exists():
             print(f"\nWhat was harvested stays: {resume_command(folder)} goes on", file=sys.stderr)
         return 1
-    except (KeyboardInterrupt, Stopped) as error:
+    except (KeyboardInterrupt, Terminated) as error:
         again = f"; {resume_command(folder)} goes on" if folder else ""
         print(f"stopped{again}", file=sys.stderr)
-        return 128 + (signal.SIGTERM if isinstance(error, Stopped) else signal.SIGINT)
-
-
-@contextmanager
-def _sigterm() -> Iterator[None]:
-    """Raise Stopped on SIGTERM: what is half-written is cleared away, the rest stays."""
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        raise Stopped
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        return 128 + signal_of(error)
 
 
 def _show(progress: Progress) -> None:

@@ -14,6 +14,7 @@ Letters: B tokens, d width, F latents, k selected latents a token, R ranks of a 
 
 import json
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -40,6 +41,7 @@ def _answers() -> Iterator[None]:
         yield
     except RuntimeError as error:
         first = str(error).split(". ")[0].strip()  # then advice about other programs
+        first = re.sub(r"^\[\S+:\d+\] ", "", first)  # a line of torch's own code
         raise RankLost(
             f"another process of this training ended or did not answer ({first}): torchrun says "
             "which. --resume goes on from the last checkpoint"

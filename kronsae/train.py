@@ -28,6 +28,7 @@ from kronsae.data.outline import NoOutline, Outline, outline
 from kronsae.errors import InputError
 from kronsae.evaluate import Heldout
 from kronsae.fit import FitResult, fit, fit_many, resolve_device
+from kronsae.flags import Terminated, signal_of, sigterm
 from kronsae.learner import why_not_fused
 from kronsae.metrics import MEANING
 from kronsae.parallel import ALONE, Mesh, join
@@ -75,7 +76,7 @@ def main(argv: list[str] | None = None) -> int:
         rank = os.environ.get("RANK", "0")
         errors.print(f"error: rank {rank}: {error}", style="red", markup=False)
         return 4
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # before there is a run
         return 128 + signal.SIGINT
 
 
@@ -108,12 +109,39 @@ def _plan(request: Request) -> tuple[dict[str, Any], dict[str, RunConfig], Outli
 
 def train(request: Request, console: Console, mesh: Mesh = ALONE) -> int:
     """Model and text -> activations -> fit -> evaluation and report; returns the exit status."""
+    out = request.resume or request.out or _new_folder(request)
+    out = Path(mesh.world.exchange(str(out))[0])
+    try:
+        with sigterm():
+            return _train(request, console, mesh, out)
+    except (InputError, parallel.RankLost):
+        raise
+    except (KeyboardInterrupt, Terminated) as error:  # where `fit` does not wait for it
+        if mesh.first:
+            _say_how_to_go_on(out, f"Stopped by {signal.Signals(signal_of(error)).name}.")
+        return 128 + signal_of(error)
+    except Exception:  # in the model's code, the data's or ours, for all of which it helps
+        traceback.print_exc()
+        _say_how_to_go_on(out, "When that is solved:")
+        return 1
+
+
+def _say_how_to_go_on(out: Path, words: str) -> None:
+    if any((out / name).exists() for name in ("config.json", "sweep.json")):
+        print(
+            f"\n{words} Go on from the last checkpoint with:\n"
+            f"  python -m kronsae.train --resume {out}",
+            file=sys.stderr,
+        )
+    else:
+        print(f"\n{words} Nothing was written yet; start again.", file=sys.stderr)
+
+
+def _train(request: Request, console: Console, mesh: Mesh, out: Path) -> int:
     from kronsae.data import open_activations, split_target
 
     began = time.monotonic()
     data, train_config = request.config.data, request.config.train
-    out = request.resume or request.out or _new_folder(request)
-    out = Path(mesh.world.exchange(str(out))[0])
     with mesh.world.together():
         if request.resume is None and mesh.first:
             RunFolder.check_free(out)  # before the model is loaded; fit checks again
@@ -151,12 +179,6 @@ def train(request: Request, console: Console, mesh: Mesh = ALONE) -> int:
                     with suppress(InputError):  # the disk may be full: the first error counts
                         write_report(run.path)
             raise
-        except parallel.RankLost:
-            raise
-        except Exception:  # in the model's code, the data's or ours, for all of which it helps
-            traceback.print_exc()
-            _say_how_to_go_on(out)
-            return 1
     results = dict(zip(names, results, strict=True))
     stopped_by = next((r.stopped_by for r in results.values() if r.stopped_by), None)
     if stopped_by is not None:
@@ -173,14 +195,6 @@ def train(request: Request, console: Console, mesh: Mesh = ALONE) -> int:
         return 128 + stopped_by
     _summarise(console, results, heldout, folder, time.monotonic() - began, mesh)
     return 3 if any(result.failed for result in results.values()) else 0
-
-
-def _say_how_to_go_on(out: Path) -> None:
-    print(
-        f"\nThe checkpoints in {out} are whole. When that is solved, go on from the last one:\n"
-        f"  python -m kronsae.train --resume {out}",
-        file=sys.stderr,
-    )
 
 
 def _fit(

@@ -22,6 +22,7 @@ import torch
 
 import kronsae
 from kronsae import InputError, SAEConfig, TrainConfig, checkpoint, parallel
+from kronsae.files import read_sealed, write_sealed
 from kronsae.fit import resolve_device
 from kronsae.learner import why_not_fused
 from kronsae.parallel import ALONE, Group, Mesh
@@ -184,12 +185,12 @@ def sharded(folder, count):
         checkpoint.save_state(parts, state, held=["weights.W_dec"])
     whole = folder / "rank-0"
     names = ["state.safetensors", *(f"state-{rank}.safetensors" for rank in range(1, count))]
-    document = json.loads((whole / "state.json").read_text())
+    document = read_sealed(whole / "state.json")
     for rank, name in enumerate(names):
         (folder / f"rank-{rank}" / "state.safetensors").rename(whole / name)
     digests = {name: checkpoint.sha256(whole / name) for name in names}
     document |= {"format_version": checkpoint.SHARDED_VERSION, "sha256": digests}
-    (whole / "state.json").write_text(json.dumps(document))
+    write_sealed(whole / "state.json", document)
     return whole
 
 
@@ -218,8 +219,9 @@ def test_damage_of_any_part_is_noticed(name, tmp_path):
 
 def test_a_checkpoint_names_no_files_but_its_own(tmp_path):
     folder = sharded(tmp_path, 2)
-    text = (folder / "state.json").read_text().replace("state-1.saf", "../state-1.saf")
-    (folder / "state.json").write_text(text)
+    document = read_sealed(folder / "state.json")
+    document["sha256"]["../state-1.safetensors"] = document["sha256"].pop("state-1.safetensors")
+    write_sealed(folder / "state.json", document)
     with pytest.raises(InputError, match="damaged.*expected the files"):
         checkpoint.load_state(folder, held=["weights.W_dec"])
 

@@ -1,4 +1,5 @@
-"""The README's Python examples run as they stand, and its commands are ones that exist."""
+"""The Python examples of README, docs/training.md and docs/looking.md run as they stand, and their
+commands are ones that exist."""
 
 import re
 import shlex
@@ -15,9 +16,14 @@ from kronsae.harvest import parse as parse_harvest
 from kronsae.interpret.__main__ import make_parser as interpret_parser
 from kronsae.intervene import make_parser as intervene_parser
 
-README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-EXAMPLES = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
-COMMANDS = re.findall(r"```bash\n(.*?)```", README, flags=re.DOTALL)
+ROOT = Path(__file__).parent.parent
+README, *PAGES = (
+    (ROOT / name).read_text(encoding="utf-8")
+    for name in ("README.md", "docs/training.md", "docs/looking.md")
+)
+TEXT = "\n".join([README, *PAGES])
+EXAMPLES = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+COMMANDS = re.findall(r"```bash\n(.*?)```", TEXT, flags=re.DOTALL)
 
 
 def example(words: str) -> str:
@@ -134,7 +140,18 @@ def test_files_named_in_the_readme_exist():
             folder = names[0] if names else ""
         for name in names:
             places = (Path(folder) / name, Path(name))
-            root = Path(__file__).parent.parent
-            if not any((root / place).exists() for place in places):
+            if not any((ROOT / place).exists() for place in places):
                 missing.append(name)
     assert not missing
+
+
+def test_links_of_the_readme_lead_somewhere():
+    """Also to headings of other pages, by the names that GitHub gives them."""
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", README):
+        name, _, heading = target.partition("#")
+        page = ROOT / (name or "README.md")
+        assert page.exists(), target
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            names = [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles]
+            assert heading in names, target

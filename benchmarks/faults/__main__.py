@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import tempfile
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -35,21 +36,28 @@ def markdown(parts: list[dict[str, Any]]) -> str:
     tried, struck, lost = (sum(part[name] for part in parts) for name in COUNTS)
     lines = ["# Faults, and what was lost", ""]
     lines += [
-        f"{tried} attempts; the fault struck in {struck}; what was lost: {lost or 'nothing'}."
+        f"{tried} attempts, in which faults struck {struck} times (some again when the run went "
+        f"on); what was lost: {lost or 'nothing'}. After each the run was taken up again, and "
+        "compared, bit for bit, with one that nothing happened to: weights, the tensors of the "
+        "last checkpoint, the log; of a harvest every byte."
     ]
     lines += ["", "Made by:", ""]
     lines += [f"- `{part['command']}` (seed {part['seed']})" for part in parts]
     versions = ", ".join(f"{name} {value}" for name, value in parts[0]["versions"].items())
     lines += ["", f"Versions: {versions}.", ""]
-    lines += ["| Fault | Run | Tried | Struck | Lost | Messages |", "| --- " * 6 + "|"]
-    for each in (outcome for part in parts for outcome in part["outcomes"]):
-        messages = " / ".join(each["messages"]) or "–"
+    lines += ["| Fault | Run | Tried | Struck | Lost | Message |", "| --- " * 6 + "|"]
+    outcomes = [outcome for part in parts for outcome in part["outcomes"]]
+    for each in outcomes:
+        message = textwrap.shorten((each["messages"] or ["–"])[0], 120, placeholder=" …")
         lost = f"{len(each['lost'])} times: {each['lost'][0]}" if each["lost"] else "nothing"
         cells = [each["fault"], each["kind"], each["tried"], each["struck"]]
-        cells += [each["note"] or lost, messages]
+        cells += [each["note"] or lost, message]
         row = (str(cell).replace("\n", " ").replace("|", "\\|") for cell in cells)
         lines.append("| " + " | ".join(row) + " |")
-    return "\n".join(lines) + "\n"
+    lines += ["", "## All that was said", "", "Numbers are N, the run's folder is RUN.", ""]
+    for text in dict.fromkeys(text for each in outcomes for text in each["messages"]):
+        lines += ["```", *text.splitlines(), "```", ""]
+    return "\n".join(lines)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -76,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
         "command": "python -m benchmarks.faults "
         + " ".join(sys.argv[1:] if argv is None else argv),
         "seed": found.seed,
-        "versions": versions(),
+        "versions": {name: version for name, version in versions().items() if name != "platform"},
         "processor_seconds": round(sum(used[:4])),
         "seconds": round(time.monotonic() - began),
         **dict(zip(COUNTS, map(sum, zip(*counts, strict=True)), strict=True)),

@@ -173,7 +173,7 @@ class Campaign:
                 raise Failed(
                     f"exit {first.statuses}, no word of how to go on:\n{first.text[-600:]}"
                 )
-            outcome.say(_plain(said or _last_line(first.text), place))
+            outcome.say(_plain(said or "(none)", place))
 
         for _ in range(times):
             self.try_(outcome, attempt)
@@ -366,7 +366,7 @@ class Campaign:
             if first.status == 0:
                 return
             outcome.struck += 1
-            said = _last_lines(first.text, ("The checkpoints in", "--resume"))
+            said = _last_lines(first.text, ("Go on", "go on", "--resume"))
             if "--resume" not in said:
                 raise Failed(f"no word of how to go on:\n{first.text[-1500:]}")
             outcome.say(_plain(_error(first.text) or said, place))
@@ -515,10 +515,6 @@ def _error(text: str) -> str:
     """The message that a command ended with, which may have several lines."""
     found = re.search(r"^error: .*", text, re.MULTILINE | re.DOTALL)
     return found[0].strip() if found else ""
-
-
-def _last_line(text: str) -> str:
-    return (text.strip().splitlines() or ["(none)"])[-1]
 
 
 def _last_lines(text: str, words: tuple[str, ...]) -> str:
