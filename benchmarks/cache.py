@@ -119,9 +119,9 @@ def rate(work: Callable[[], int]) -> Rate:
     return Rate(size / (time.perf_counter() - wall), size / (time.process_time() - cpu))
 
 
-def read_cache(folder: Path, together: int, batches: bool, verify: bool) -> int:
+def read_cache(folder: Path, together: int, batch_size: int, batches: bool, verify: bool) -> int:
     """One epoch: its batches, or only the groups of shards that they are drawn from."""
-    source = CacheActivations(folder, batch_size=4096, buffer_tokens=together, verify=verify)
+    source = CacheActivations(folder, batch_size=batch_size, buffer_tokens=together, verify=verify)
     for _ in source if batches else source._groups():
         pass
     return sum(shard.activations[0].bytes for shard in source.index.train)
@@ -136,7 +136,9 @@ READERS = {
 """Whether batches are made, and checksums compared."""
 
 
-def compare(folder: Path, shards: int, rows: int, width: int, dtype: str, rounds: int) -> dict:
+def compare(
+    folder: Path, shards: int, rows: int, width: int, dtype: str, batch_size: int, rounds: int
+) -> dict:
     """Rates over rounds, by name, and the size of the cache."""
     rates: dict[str, list[Rate]] = {}
     cache, plain = folder / "cache", folder / "plain"
@@ -167,7 +169,7 @@ def compare(folder: Path, shards: int, rows: int, width: int, dtype: str, rounds
                 if how is None:
                     found = rate(lambda: read_plain(plain))
                 else:
-                    found = rate(lambda how=how: read_cache(cache, together, *how))
+                    found = rate(lambda how=how: read_cache(cache, together, batch_size, *how))
                 if state == "cold" or turn:  # the first turn warms
                     rates.setdefault(f"{state} {name}", []).append(found)
     return {
@@ -175,6 +177,7 @@ def compare(folder: Path, shards: int, rows: int, width: int, dtype: str, rounds
         "rows": rows,
         "width": width,
         "dtype": dtype,
+        "batch_size": batch_size,
         "shards_together": GROUP,
         "bytes": index.bytes,
         "bytes_per_token": index.bytes / index.train_rows,
@@ -217,7 +220,8 @@ def report(found: dict) -> str:
         ", ".join(f"{key} {value}" for key, value in found["where"].items() if value is not None),
         f"{cache['shards']} shards of {cache['rows']:,} tokens, d = {cache['width']:,}, "
         f"{cache['dtype']}: {cache['bytes'] / 2**20:,.0f} MiB, {cache['bytes_per_token']:,.1f} "
-        f"bytes a token ({cache['activation_bytes_per_token']:,} of them activations)",
+        f"bytes a token ({cache['activation_bytes_per_token']:,} of them activations); batches of "
+        f"{cache['batch_size']:,} in float32",
         "",
         "| | MB/s | to plain files | MB a CPU second | to plain files |",
         "|---|---:|---:|---:|---:|",
@@ -246,6 +250,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rows", type=int, default=2048, help="tokens a shard")
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--batch-size", type=int, default=4096)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument(
         "--sizes", type=int, nargs="+", default=[32, 128, 512], help="shards, for memory"
@@ -259,7 +264,13 @@ def main(arguments: list[str] | None = None) -> None:
         return
     shape = {"rows": options.rows, "width": options.width, "dtype": options.dtype}
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        measured = compare(Path(folder), options.shards, rounds=options.rounds, **shape)
+        measured = compare(
+            Path(folder),
+            options.shards,
+            batch_size=options.batch_size,
+            rounds=options.rounds,
+            **shape,
+        )
     memory = []
     for shards in options.sizes:
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:

@@ -22,6 +22,7 @@ from kronsae.data.activations import overlaps
 from kronsae.data.ahead import with_index
 from kronsae.data.language_model import LOGITS_AT_ONCE
 from kronsae.data.outline import Outline
+from kronsae.data.rows import KEPT
 from kronsae.errors import InputError
 from kronsae.evaluate import BATCH_TOKENS
 from kronsae.fit import resolve_device
@@ -183,6 +184,7 @@ def _buffer_bytes(config: RunConfig, row: int) -> tuple[int, int]:
     permuted = data.activations_order == "global"
     rows = group_rows(index, data.buffer_tokens if permuted else 0)
     read_ahead = 2 * rows * row // 4 * getattr(torch, index.dtype).itemsize
+    read_ahead += KEPT * config.train.batch_size * row if permuted else 0
     return (read_ahead, 0) if permuted else (live + read_ahead, live)
 
 

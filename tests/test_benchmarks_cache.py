@@ -15,7 +15,7 @@ def test_rates_are_of_the_bytes_of_the_files(tmp_path):
     assert sizes == on_disk and all(size > 100 * 8 * 2 for size in sizes)
     assert write_plain(tmp_path / "plain", sizes) == read_plain(tmp_path / "plain") == sum(sizes)
     for batches in (False, True):
-        assert read_cache(tmp_path / "cache", 200, batches, verify=True) == sum(sizes)
+        assert read_cache(tmp_path / "cache", 200, 32, batches, verify=True) == sum(sizes)
 
 
 def test_the_report_has_all_figures(tmp_path, monkeypatch, capsys):

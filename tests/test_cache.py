@@ -272,6 +272,19 @@ def test_resumes_at_any_batch_from_two_numbers(cache, monkeypatch):
     assert len(names) <= 3  # for the last batch of all
 
 
+def test_a_batch_is_made_ahead_and_left_where_it_ends(cache):
+    """A batch that waits is not given out; who stops in the middle leaves no thread behind."""
+    source = opened(cache, buffer_tokens=400)
+    batches = iter(source)
+    next(batches), next(batches)
+    assert source.state_dict() == {"given": 2 * BATCH}
+    batches.close()
+    assert source.state_dict() == {"given": 2 * BATCH}
+    assert not [t.name for t in threading.enumerate() if t.name.startswith("kronsae-")]
+    expected = list(opened(cache, buffer_tokens=400))
+    assert same(list(source), expected[2:])
+
+
 def test_memory_is_two_groups_whatever_the_cache(cache, monkeypatch, tmp_path):
     small = cached.make(monkeypatch, tmp_path / "small", tokens=500)
     sizes = []

@@ -4,7 +4,8 @@ Letters: B tokens a batch, r rows of a shard or a group of them, d width of all 
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import closing
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,11 @@ from kronsae.cache.index import CacheIndex, Shard, check_sizes, read_tensors
 from kronsae.cache.model import ModelByName
 from kronsae.config import ACTIVATIONS_ORDERS
 from kronsae.data.buffer import ShuffleBuffer
+from kronsae.data.rows import BatchMemory, gather
 from kronsae.errors import InputError
+
+READERS = 4
+"""Files that are read at a time: where one waits for the disk, another one's checksum is made."""
 
 
 class CacheActivations:
@@ -40,9 +45,9 @@ class CacheActivations:
     verify: hold each file to its SHA-256 when it is first read.
     device: where batches are given, and the language model goes if an evaluation asks for it.
 
-    A thread reads ahead: one group waits while another is given out, so memory is two groups,
-    whatever the size of the cache (and in "stream" order the buffer). Iterate anew after
-    `load_state_dict`.
+    Threads read ahead: one group waits while another is given out, and a batch while another is
+    trained on. So memory is two groups and three batches, whatever the size of the cache (in
+    "stream" order two shards and the buffer). Iterate anew after `load_state_dict`.
     Raises InputError if the cache or the choice is unsound; a damaged shard is named when it is
     read.
     """
@@ -102,27 +107,30 @@ class CacheActivations:
     # In global order
 
     def _global(self) -> Iterator[Tensor]:
-        parts: list[Tensor] = []
-        missing = self.batch_size
+        with closing(self._batches()) as batches, _one_thread("kronsae-batch") as pool:
+            ahead = pool.submit(next, batches, None)
+            while (batch := ahead.result()) is not None:
+                ahead = pool.submit(next, batches, None)
+                self.given += len(batch)
+                yield batch.to(self.device).float()
+
+    def _batches(self) -> Iterator[Tensor]:
+        """Batches [B, d] from the position on, on the CPU, as they go to the device."""
+        # What goes to another device goes as it is stored, and is converted there.
+        dtype = torch.float32 if self.device.type == "cpu" else getattr(torch, self.index.dtype)
+        memory = BatchMemory(self.batch_size, self.d_model + self.d_target, dtype)
+        batch, filled = memory.take(self.batch_size), 0
         for order, rows in self._groups():
             while len(order):
-                taken, order = order[:missing], order[missing:]
-                parts.append(self._gather(rows, taken))
-                missing -= len(taken)
-                if not missing:
-                    batch = parts[0] if len(parts) == 1 else torch.cat(parts)
-                    parts, missing = [], self.batch_size
-                    self.given += len(batch)
+                taken = order[: self.batch_size - filled]
+                order = order[len(taken) :]
+                gather(rows, taken, batch[filled : filled + len(taken)])
+                filled += len(taken)
+                if filled == self.batch_size:
                     yield batch
-        if parts:
-            self.given += self.batch_size - missing
-            yield torch.cat(parts)
-
-    def _gather(self, parts: list[Tensor], rows: Tensor) -> Tensor:
-        """The given rows [B, d] float32, on the device, of tensors that lie side by side."""
-        # index_select: three times as fast as part[rows], on a CPU. It moves as it is stored.
-        found = (part.index_select(0, rows) for part in parts)
-        return _joined([part.to(self.device).float() for part in found])
+                    batch, filled = memory.take(self.batch_size), 0
+        if filled:
+            yield batch[:filled]
 
     def _groups(self) -> Iterator[tuple[Tensor, list[Tensor]]]:
         """For each group from the position on: rows left to give, in order, and the group."""
@@ -180,14 +188,17 @@ class CacheActivations:
         """
         groups = iter(groups)
         slots = [self._new_slot(), self._new_slot()]
-        with ThreadPoolExecutor(1, thread_name_prefix="kronsae-cache") as pool:
+        with (
+            ThreadPoolExecutor(READERS, "kronsae-shard") as readers,
+            _one_thread("kronsae-cache") as pool,
+        ):
 
             def start() -> Future[list[Tensor]] | None:
                 group = next(groups, None)
                 if group is None:
                     return None
                 slots.reverse()
-                return pool.submit(self._load, group, slots[0])
+                return pool.submit(self._load, group, slots[0], readers)
 
             ahead = start()
             while ahead is not None:
@@ -202,25 +213,29 @@ class CacheActivations:
         widths = (self.index.hookpoints[place].width for place in self.places)
         return [torch.empty(rows, width, dtype=dtype) for width in widths]
 
-    def _load(self, group: Sequence[int], slot: list[Tensor]) -> list[Tensor]:
-        start = 0
+    def _load(self, group: Sequence[int], slot: list[Tensor], readers: Executor) -> list[Tensor]:
+        start, files = 0, []
         for number in group:
             shard = self.index.train[number]
-            self._load_shard(shard, [part[start : start + shard.rows] for part in slot])
+            for place, part in zip(self.places, slot, strict=True):
+                files.append((shard, place, part[start : start + shard.rows]))
             start += shard.rows
+        for _ in readers.map(self._load_file, *zip(*files, strict=True)):
+            pass
         return [part[:start] for part in slot]
 
-    def _load_shard(self, shard: Shard, into: list[Tensor]) -> None:
-        for place, part in zip(self.places, into, strict=True):
-            mark = shard.activations[place]
-            read_tensors(
-                self.folder,
-                mark,
-                self.index.activations_layout(shard, place),
-                into={"activations": part},
-                verify=self.verify and mark.file not in self.verified,
-            )
-            self.verified.add(mark.file)
+    def _load_file(self, shard: Shard, place: int, into: Tensor) -> Tensor:
+        """Read a shard's activations [r, width] of the hookpoint `place`."""
+        mark = shard.activations[place]
+        read_tensors(
+            self.folder,
+            mark,
+            self.index.activations_layout(shard, place),
+            into={"activations": into},
+            verify=self.verify and mark.file not in self.verified,
+        )
+        self.verified.add(mark.file)
+        return into
 
     # Held-out text
 
@@ -243,12 +258,11 @@ class CacheActivations:
         """Rows [t, d_model + d_target] float32 of these, in reading order."""
         parts = []
         for shard in self.index.heldout:
-            rows = [
-                torch.empty(layout[1], dtype=getattr(torch, layout[0]))
-                for place in self.places
-                for layout in self.index.activations_layout(shard, place).values()
-            ]
-            self._load_shard(shard, rows)
+            rows = []
+            for place in self.places:
+                [(dtype, shape)] = self.index.activations_layout(shard, place).values()
+                into = torch.empty(shape, dtype=getattr(torch, dtype))
+                rows.append(self._load_file(shard, place, into))
             parts.append(_joined([part.float() for part in rows]))
         return torch.cat(parts)
 
@@ -308,6 +322,10 @@ def group_rows(index: CacheIndex, buffer_tokens: int) -> int:
 def _shards_per_group(index: CacheIndex, buffer_tokens: int) -> int:
     """How many shards are shuffled together: at least one, as many as fit, whichever they are."""
     return max(1, buffer_tokens // max(shard.rows for shard in index.train))
+
+
+def _one_thread(name: str) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(1, thread_name_prefix=name)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -16,6 +16,7 @@ from kronsae.data.buffer import ShuffleBuffer
 from kronsae.data.common import digest
 from kronsae.data.language_model import LanguageModel
 from kronsae.data.packing import Packer, special_ids, token_mask
+from kronsae.data.rows import BatchMemory, gather
 from kronsae.data.text import TextSource, check_text, open_text
 from kronsae.errors import InputError
 
@@ -83,12 +84,19 @@ class TensorActivations:
         self.d_model = self.x.shape[1] - self.d_target
         self.given = 0
         """Rows given out, over all epochs."""
+        self.memory = BatchMemory(batch_size, self.x.shape[1], torch.float32)
         self._shuffled: tuple[int, Tensor] | None = None  # epoch, and its order
 
     def __iter__(self) -> Iterator[Tensor]:
         while len(rows := self._next_rows()):
             self.given += len(rows)
-            yield self.x[rows].float()
+            yield self._batch(rows)
+
+    def _batch(self, rows: Tensor) -> Tensor:
+        """The rows [B, d] float32 with these numbers [B]."""
+        if self.x.device.type != "cpu":
+            return self.x.index_select(0, rows).float()
+        return gather([self.x], rows, self.memory.take(len(rows)))
 
     def _next_rows(self) -> Tensor:
         """Numbers [B] of the rows that follow, on into the next epoch; none at the end."""

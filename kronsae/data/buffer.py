@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kronsae.data.rows import BatchMemory, gather
 from kronsae.errors import InputError
 
 MOVED_ROWS = 4096
@@ -40,6 +41,7 @@ class ShuffleBuffer:
         self.device = device
         self.generator = torch.Generator().manual_seed(seed)
         self.rows: Tensor | None = None
+        self.memory: BatchMemory | None = None  # of the batches, on a CPU
         self.filled = 0  # rows [0, filled) wait
         self.served = torch.empty(0, dtype=torch.int64)  # rows chosen at the last refill
         self.order = self.served  # those of them still to serve
@@ -53,10 +55,16 @@ class ShuffleBuffer:
                 if not self.filled:
                     return
             chosen, self.order = self.order[: self.batch_size], self.order[self.batch_size :]
-            batch = self.rows[chosen]
+            batch = self._batch(chosen)
             if not self.order.numel():
                 self._close_gaps()
             yield batch
+
+    def _batch(self, chosen: Tensor) -> Tensor:
+        """The rows [B, d] with these numbers [B]."""
+        if self.memory is None:
+            return self.rows.index_select(0, chosen.to(self.rows.device))
+        return gather([self.rows], chosen, self.memory.take(len(chosen)))
 
     @property
     def served_at_once(self) -> int:
@@ -86,6 +94,8 @@ class ShuffleBuffer:
     def _allocate(self, like: Tensor) -> None:
         shape = (self.capacity, like.shape[1])
         self.rows = torch.empty(shape, dtype=like.dtype, device=self.device or like.device)
+        if self.rows.device.type == "cpu":
+            self.memory = BatchMemory(self.batch_size, like.shape[1], like.dtype)
 
     def _close_gaps(self) -> None:
         """Move waiting rows from the end into the places of those served."""
