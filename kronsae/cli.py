@@ -21,6 +21,7 @@ from kronsae.config import (
     TrainConfig,
     base_type,
     from_dict,
+    untrusted,
 )
 from kronsae.errors import InputError
 from kronsae.fit import FREE_TO_CHANGE
@@ -440,6 +441,7 @@ def _resumed(
             raise InputError(
                 f"{run['resume']} was trained from tensors: resume it with kronsae.train.fit"
             )
+        stored["data"] = untrusted(stored["data"])
         for flag, value in flags.items():
             stored[_PART_OF[flag]][flag] = value
         parts = {
@@ -472,7 +474,7 @@ def _read_config(path: Path) -> dict[str, Any]:
             if name not in known:
                 raise InputError(f"--config {path}: {part} has no setting {name!r}")
             flat[name] = value
-    return flat
+    return untrusted(flat)
 
 
 def _unknown(argument: str, parser: Parser, argv: list[str]) -> str:

@@ -544,6 +544,14 @@ def from_dict(cls: type, values: dict[str, Any], where: str) -> Any:
     return cls(**{name: _checked(known[name], value, where) for name, value in values.items()})
 
 
+def untrusted(data: dict[str, Any]) -> dict[str, Any]:
+    """Settings of `DataConfig` that a file holds, without leave to run code from a hub.
+
+    Only who gives the command can give that: a run or an SAE may have been made by anyone.
+    """
+    return {name: value for name, value in data.items() if name != "trust_remote_code"}
+
+
 def _checked(spec: dataclasses.Field, value: Any, where: str) -> Any:
     kind, optional = base_type(spec)
     if value is None and optional:

@@ -55,6 +55,11 @@ def make_parser() -> Parser:
         action="store_true",
         help="read dictionary_learning's ae.pt, a pickle, of which tensors alone are taken",
     )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="with --verify: run code that comes with the model from the hub",
+    )
     hub = parser.add_argument_group("with --to hub")
     hub.add_argument("--repo", metavar="OWNER/NAME", help="repository; made if it is not there")
     hub.add_argument("--branch", metavar="NAME", help="branch to push to (default: main)")
@@ -112,8 +117,12 @@ def _check(request: argparse.Namespace) -> None:
     for flag, holds in without_effect.items():
         if holds:
             raise InputError(f"{flag} has no effect with --to {request.to}: leave it out")
-    if request.tokens is not None and not request.verify:
-        raise InputError("--tokens has no effect without --verify: leave it out")
+    for flag, given in (
+        ("--tokens", request.tokens is not None),
+        ("--trust-remote-code", request.trust_remote_code),
+    ):
+        if given and not request.verify:
+            raise InputError(f"{flag} has no effect without --verify: leave it out")
     if request.tokens is not None and request.tokens < 2:
         raise InputError(f"--tokens: expected at least 2, got {request.tokens}")
 
@@ -130,7 +139,8 @@ def _verify(request: argparse.Namespace, sae: SAE) -> None:
     from kronsae.interop.verify import heldout_tokens, random_tokens, verify
 
     tokens = request.tokens or VERIFY_TOKENS
-    x, target, what = heldout_tokens(sae, tokens) or random_tokens(sae, tokens)
+    heldout = heldout_tokens(sae, tokens, trust_remote_code=request.trust_remote_code)
+    x, target, what = heldout or random_tokens(sae, tokens)
     result = verify(sae, request.out, request.to, x, target)
     print(f"\nOn {result.tokens:,} {what}:")
     print(f"{'':28}{'explained variance':>20}{'L0':>12}")

@@ -585,7 +585,7 @@ def _claim(
 
 
 FREE_TO_CHANGE = (
-    {"config.data.activations"}
+    {"config.data.trust_remote_code", "config.data.activations"}
     | {  # its contents are compared, not its place
         f"config.train.{name}"
         for name in (

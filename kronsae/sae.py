@@ -415,7 +415,7 @@ def load(
 
 def _load_own(folder: Path) -> SAE:
     """The SAE in a folder written by `SAE.save`."""
-    from safetensors.torch import load_file
+    from kronsae.interop.stock import read_tensors
 
     advice = (
         "copy the folder anew from where it came, or, in a run, --resume writes it again from the "
@@ -439,16 +439,31 @@ def _load_own(folder: Path) -> SAE:
         raise InputError(
             f"{weights} is damaged: its SHA-256 is not the one in {CONFIG_NAME}; {advice}"
         )
-    sae = SAE(from_dict(SAEConfig, settings["sae"], str(folder / CONFIG_NAME)), device="meta")
-    tensors = load_file(weights)
-    # Before memory is asked for: the file has no more than its bytes, whatever the settings say.
-    expected = {name: tuple(t.shape) for name, t in sae.state_dict().items()}
-    found = {name: tuple(t.shape) for name, t in tensors.items()}
+    config = from_dict(SAEConfig, settings["sae"], str(folder / CONFIG_NAME))
+    sae = made_of(config, read_tensors(weights), weights)
+    sae.metadata = settings["metadata"]
+    return sae
+
+
+def made_of(config: SAEConfig, tensors: dict[str, Tensor], path: Path) -> SAE:
+    """The SAE of these tensors, which were read from `path`.
+
+    Raises InputError if they are not those of such an SAE; before it takes memory, whatever sizes
+    the configuration names.
+    """
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    rows = config.dict_size, config.d_out
+    if found.get("W_dec") != rows or found.get("W_enc", ())[-1:] != (config.d_model,):
+        raise InputError(
+            f"{path}: expected tensors W_enc [..., {config.d_model}] and W_dec {list(rows)}, "
+            f"got {found}"
+        )
+    sae = SAE(config, device="meta")
+    expected = {name: tuple(tensor.shape) for name, tensor in sae.state_dict().items()}
     if expected != found:
-        raise InputError(f"{weights}: expected tensors {expected}, got {found}")
+        raise InputError(f"{path}: expected tensors {expected}, got {found}")
     sae = sae.to_empty(device="cpu")
     sae.load_state_dict(tensors)
-    sae.metadata = settings["metadata"]
     return sae.eval()
 
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from kronsae.config import DataConfig, base_type, from_dict
+from kronsae.config import DataConfig, base_type, from_dict, untrusted
 from kronsae.data import LanguageModel, open_text
 from kronsae.data.activations import open_model, set_aside
 from kronsae.data.packing import token_mask
@@ -131,7 +131,7 @@ def _names(places: Sequence[str]) -> list[str]:
 
 def data_of(sae: SAE, given: dict[str, Any], name: str) -> DataConfig:
     """Language model and text of an SAE: as given, else as its metadata says."""
-    known = dict((sae.metadata.get("config") or {}).get("data") or {})
+    known = untrusted((sae.metadata.get("config") or {}).get("data") or {})
     described = sae.metadata.get("data") or {}
     if not known and described.get("name", "given") != "given":
         known = {"model": described["name"], "hookpoint": described["hookpoint"]}

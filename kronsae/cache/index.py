@@ -12,7 +12,7 @@ A shard is the files of one number: r rows, one for each token where the mask is
 order. Every file is safetensors, written beside its place and renamed. Shards of `train` lie in the
 order of the stream: that in which live training reads the same text with the same seed.
 
-Nothing in a cache is trusted: names cannot leave the folder, sizes and types are held to the index
+Nothing in a cache is trusted: names and links cannot leave the folder, sizes and types are held to the index
 before memory is asked for, and each file to its SHA-256 when it is first used.
 """
 
@@ -357,6 +357,7 @@ def read_tensors(
     path = folder / mark.file
     hashed = hashlib.sha256() if verify else None
     try:
+        _check_inside(path)
         with open(path, "rb", buffering=0) as file:
             _read_header(file, mark, layout, hashed)
             tensors = into or {
@@ -376,6 +377,12 @@ def read_tensors(
 
 def _repair(folder: Path) -> str:
     return f"{resume_command(folder)} makes what is damaged anew"
+
+
+def _check_inside(path: Path) -> None:
+    """Raise ValueError if a file of a cache is a link to what lies elsewhere."""
+    if path.resolve().parent != path.parent.resolve():
+        raise ValueError("it is a link out of the cache's folder")
 
 
 def _read_header(file: Any, mark: Mark, layout: Layout, hashed: Any) -> None:
@@ -418,9 +425,12 @@ def check_sizes(folder: Path, index: CacheIndex) -> None:
             for mark in shard.marks:
                 path = folder / mark.file
                 try:
+                    _check_inside(path)
                     size = path.stat().st_size
                 except OSError as error:
                     raise Damaged(f"{path} is missing ({error}); {_repair(folder)}") from error
+                except ValueError as error:
+                    raise Damaged(f"{path} is damaged ({error}); {_repair(folder)}") from error
                 if size != mark.bytes:
                     raise Damaged(
                         f"{path} is damaged (it has {size:,} bytes, expected {mark.bytes:,}); "

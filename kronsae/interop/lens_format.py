@@ -27,7 +27,7 @@ from kronsae.interop.stock import (
     stock_of,
     take,
 )
-from kronsae.sae import SAE
+from kronsae.sae import SAE, made_of
 
 WEIGHTS_NAME = "sae_weights.safetensors"
 CONFIG_NAME = "cfg.json"
@@ -207,14 +207,9 @@ def ungated(
 
 def _read_own(settings: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> SAE:
     config = from_dict(SAEConfig, part_of(settings, "kronsae"), f"{path.parent / CONFIG_NAME}")
-    sae = SAE(config, device="meta").to_empty(device="cpu")
-    expected = {name: tuple(t.shape) for name, t in sae.state_dict().items()}
-    found = {name: tuple(t.shape) for name, t in tensors.items()}
-    if expected != found:
-        raise InputError(f"{path}: expected tensors {expected}, got {found}")
-    sae.load_state_dict(tensors)
+    sae = made_of(config, tensors, path)
     sae.metadata = part_of(settings, "metadata", "kronsae", "metadata")
-    return sae.eval()
+    return sae
 
 
 def _facts(settings: dict[str, Any], metadata: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kronsae.config import DataConfig, from_dict
+from kronsae.config import DataConfig, from_dict, untrusted
 from kronsae.errors import InputError
 from kronsae.evaluate import Heldout, evaluate
 from kronsae.interop.stock import part_of
@@ -92,7 +92,7 @@ def verify(
 
 
 def heldout_tokens(
-    sae: SAE, tokens: int, device: str = "cpu"
+    sae: SAE, tokens: int, device: str = "cpu", trust_remote_code: bool = False
 ) -> tuple[Tensor, Tensor | None, str] | None:
     """Held-out activations of the run that the SAE is of, targets, and what they are.
 
@@ -104,8 +104,12 @@ def heldout_tokens(
     stored = part_of(sae.metadata, "config", "data")
     if not stored:
         return None
-    config = from_dict(DataConfig, stored, "the SAE's metadata").live()
-    config = dataclasses.replace(config, heldout_tokens=min(tokens, config.heldout_tokens))
+    config = from_dict(DataConfig, untrusted(stored), "the SAE's metadata").live()
+    config = dataclasses.replace(
+        config,
+        heldout_tokens=min(tokens, config.heldout_tokens),
+        trust_remote_code=trust_remote_code,
+    )
     source = open_activations(config, batch_size=1024, seed=0, device=device)
     x, target = split_target(source.heldout_activations().cpu(), source.d_target)
     return x, target, f"held-out tokens of {config.dataset} in {config.model}"

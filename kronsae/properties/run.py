@@ -35,7 +35,7 @@ def examine(
     """Measure the properties of a run's latents and keep them in RUN/properties/.
 
     given: settings of `measure` (`Settings`), by name.  text: fields of `DataConfig` that name
-    another text than the run's.  say: told what happens, line by line.
+    another text than the run's, or trust its model's code.  say: told what happens, line by line.
     Raises InputError if RUN is no finished run of a language model, or its model or text is gone.
     """
     sae, data, digest = open_run(run, text or {}, device)
@@ -90,7 +90,7 @@ def kept(run: Path, given: dict[str, Any], text: dict[str, Any]) -> Stored | Non
     stored = load_properties(run / FOLDER)
     digest = sha256(run / "sae" / WEIGHTS_NAME)
     same = {**stored.facts["settings"], **stored.facts["text"]}
-    asked = given | text
+    asked = given | {name: value for name, value in text.items() if name in _TEXT}
     if stored.facts["sae_sha256"] != digest or any(same[k] != v for k, v in asked.items()):
         return None
     return stored
@@ -125,6 +125,11 @@ class PropertiesParser(Parser):
         for spec in dataclasses.fields(DataConfig):
             if spec.name in _TEXT:
                 self._add(spec, " (default: the run's)")
+        self.add_argument(
+            "--trust-remote-code",
+            action="store_true",
+            help="run code that comes with the model from the hub",
+        )
         self.add_argument("--device", default="cpu", metavar="NAME", help="cpu (default) or cuda")
 
     def _add(self, spec: dataclasses.Field, default: str) -> None:
@@ -141,7 +146,8 @@ class PropertiesParser(Parser):
         flags = vars(self.parse(argv))
         names = {spec.name for spec in dataclasses.fields(Settings)}
         settings = {name: flags.pop(name) for name in names & flags.keys()}
-        text = {name: flags.pop(name) for name in _TEXT if name in flags}
+        names = (*_TEXT, "trust_remote_code")
+        text = {name: flags.pop(name) for name in names if name in flags}
         return settings, text, flags
 
 

@@ -67,6 +67,7 @@ def save_properties(stored: Stored, folder: Path) -> Path:
 
 def load_properties(folder: Path) -> Stored:
     """What `save_properties` wrote. Raises InputError if it is missing, damaged or another's."""
+    from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
     try:
@@ -86,7 +87,10 @@ def load_properties(folder: Path) -> Stored:
     path = folder / _ARRAYS
     if not path.is_file() or sha256(path) != document["sha256"]:
         raise InputError(f"{path} is missing or damaged: its SHA-256 is not the one in {_FACTS}")
-    arrays = load_file(path)
+    try:
+        arrays = load_file(path)
+    except SafetensorError as error:
+        raise InputError(f"{path} cannot be read: {error}") from error
     properties = Properties(
         document["tokens"],
         document["contexts"],
