@@ -12,8 +12,8 @@ A shard is the files of one number: r rows, one for each token where the mask is
 order. Every file is safetensors, written beside its place and renamed. Shards of `train` lie in the
 order of the stream: that in which live training reads the same text with the same seed.
 
-Nothing in a cache is trusted: names and links cannot leave the folder, sizes and types are held to the index
-before memory is asked for, and each file to its SHA-256 when it is first used.
+Nothing in a cache is trusted: names and links cannot leave the folder, sizes and types are held to
+the index before memory is asked for, and each file to its SHA-256 when it is first used.
 """
 
 import dataclasses

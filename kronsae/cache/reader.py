@@ -135,7 +135,7 @@ class CacheActivations:
     def _groups(self) -> Iterator[tuple[Tensor, list[Tensor]]]:
         """For each group from the position on: rows left to give, in order, and the group."""
         epoch, skipped = divmod(self.given, self.index.train_rows)
-        groups: list[tuple[int, int, list[int]]] = []  # asked for, not yet given
+        groups: list[tuple[int, int, int]] = []  # asked for, not yet given, and rows to leave out
 
         def ask() -> Iterator[list[int]]:
             left = skipped
@@ -145,16 +145,15 @@ class CacheActivations:
                     if left >= rows:
                         left -= rows
                         continue
-                    groups.append((number, place, shards))
+                    groups.append((number, place, left))
+                    left = 0
                     yield shards
 
-        first = True
         for rows in self._read(ask()):
-            number, place, _ = groups.pop(0)
+            number, place, before = groups.pop(0)
             drawn = np.random.default_rng([self.seed, number, place])
             order = torch.from_numpy(drawn.permutation(len(rows[0])))
-            yield order[self._rows_before(skipped, number, place) if first else 0 :], rows
-            first = False
+            yield order[before:], rows
 
     def _grouped(self, epoch: int) -> list[list[int]]:
         """Numbers of the shards of each group of an epoch, in order."""
@@ -162,11 +161,6 @@ class CacheActivations:
         shards = drawn.permutation(len(self.index.train)).tolist()
         size = _shards_per_group(self.index, self.together)
         return [shards[i : i + size] for i in range(0, len(shards), size)]
-
-    def _rows_before(self, skipped: int, epoch: int, place: int) -> int:
-        """How many rows of the group `place` come before row `skipped` of the epoch."""
-        earlier = self._grouped(epoch)[:place]
-        return skipped - sum(self.index.train[shard].rows for group in earlier for shard in group)
 
     # In stream order
 
