@@ -285,6 +285,18 @@ def test_a_batch_is_made_ahead_and_left_where_it_ends(cache):
     assert same(list(source), expected[2:])
 
 
+@pytest.mark.parametrize("order", ["global", "stream"])
+def test_batches_are_float32_on_the_device(order, monkeypatch, tmp_path):
+    """On one that is not the CPU they arrive as they are stored."""
+    cached.make(monkeypatch, tmp_path / "cache", tokens=250, dtype="bfloat16")
+    settings = {"order": order, "buffer_tokens": 200}
+    expected = list(opened(tmp_path / "cache", **settings))
+    there = list(opened(tmp_path / "cache", **settings, device="meta"))
+    assert len(there) == len(expected) > 5
+    for a, b in zip(there, expected, strict=True):
+        assert (a.device.type, a.dtype, a.shape) == ("meta", torch.float32, b.shape)
+
+
 def test_memory_is_two_groups_whatever_the_cache(cache, monkeypatch, tmp_path):
     small = cached.make(monkeypatch, tmp_path / "small", tokens=500)
     sizes = []
