@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from kronsae.errors import InputError
 from kronsae.files import (
@@ -155,7 +156,10 @@ def load_state(
             found.append(rows[first:last])
         return found[0] if len(found) == 1 else torch.cat(found)
 
-    return _join(values, tensor)
+    try:
+        return _join(values, tensor)
+    except (KeyError, SafetensorError) as error:  # whole, but not what `save_state` wrote
+        raise InputError(f"checkpoint {folder} is damaged (tensors: {error}); {advice}") from error
 
 
 def _file(rank: int) -> str:

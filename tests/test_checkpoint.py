@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from safetensors.torch import save
 
 from kronsae import InputError, checkpoint, files
 from kronsae.run import RunFolder, SweepFolder
@@ -81,6 +82,17 @@ def test_damage_is_noticed(damage, tmp_path):
     folder = checkpoint.save_state(tmp_path / "step-00000001", STATE)
     damage(folder)
     with pytest.raises(InputError, match="damaged.*remove the folder"):
+        checkpoint.load_state(folder)
+
+
+@pytest.mark.parametrize("tensors", [b"not one", save({"other": torch.ones(2)})])
+def test_a_file_that_is_whole_but_not_the_right_one(tensors, tmp_path):
+    folder = checkpoint.save_state(tmp_path / "step-00000001", STATE)
+    (folder / "state.safetensors").write_bytes(tensors)
+    document = files.read_sealed(folder / "state.json")
+    digest = files.sha256(folder / "state.safetensors")
+    files.write_sealed(folder / "state.json", document | {"sha256": digest})
+    with pytest.raises(InputError, match="damaged.*tensors.*remove the folder"):
         checkpoint.load_state(folder)
 
 
