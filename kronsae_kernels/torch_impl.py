@@ -247,8 +247,13 @@ def _groups(indices: Tensor, bounds: Sequence[int]) -> Tensor:
 
 
 def _row_spans(indices: Tensor, table: Tensor) -> list[slice]:
-    """Chunks of tokens [B, r] whose rows of the table are held at once."""
-    return spans(indices.shape[0], indices.shape[1] * table.shape[1] * 4, table.device)
+    """Chunks of tokens [B, r] whose rows of the table are held at once.
+
+    Of any number of tokens, as each is a product of its own: r has no bound where a selection is
+    over the batch.
+    """
+    row_bytes = indices.shape[1] * table.shape[1] * 4
+    return spans(indices.shape[0], row_bytes, table.device, 1)
 
 
 # The three sparse sums
@@ -478,15 +483,20 @@ def projections(x: Tensor, weight: Tensor, bias: Tensor | None, scratch: int):
         yield pre
 
 
-def chunk_tokens(bytes_per_token: int, device: torch.device) -> int:
-    """Tokens of a chunk whose largest tensor takes `bytes_per_token` a token."""
+def chunk_tokens(bytes_per_token: int, device: torch.device, least: int | None = None) -> int:
+    """Tokens of a chunk whose largest tensor takes `bytes_per_token` a token.
+
+    least: how many it has at least; by default MIN_CHUNK_TOKENS.
+    """
     budget = CHUNK_BYTES.get(device.type, DEFAULT_CHUNK_BYTES)
-    return max(MIN_CHUNK_TOKENS, budget // max(1, bytes_per_token))
+    return max(MIN_CHUNK_TOKENS if least is None else least, budget // max(1, bytes_per_token))
 
 
-def spans(tokens: int, bytes_per_token: int, device: torch.device) -> list[slice]:
+def spans(
+    tokens: int, bytes_per_token: int, device: torch.device, least: int | None = None
+) -> list[slice]:
     """Chunks of tokens."""
-    step = chunk_tokens(bytes_per_token, device)
+    step = chunk_tokens(bytes_per_token, device, least)
     return [slice(start, min(start + step, tokens)) for start in range(0, tokens, step)]
 
 
