@@ -400,6 +400,9 @@ def select_kron(
     """`encode` of one chunk from its pre-latents [b, m + n, h] (before the ReLU)."""
     tokens, rows, heads = pre.shape
     dtype = accumulate_dtype(pre.dtype)
+    places = None if mask is None else _few(mask, k * m * n)
+    if places is not None:
+        return _select_among(pre, places, m, n, k, composition)
     if k < heads:
         kept = top(_head_scores(pre, mask, m, composition), k).sort(dim=1).values
         pre = pre.gather(2, kept[:, None, :].expand(-1, rows, -1))
@@ -419,6 +422,27 @@ def select_kron(
     base = factors.gather(1, slot * rows + base_row)
     extension = factors.gather(1, slot * rows + m + extension_row)
     return kept.gather(1, slot) * (m * n) + latent, base, extension
+
+
+def _few(mask: Tensor, most: int) -> Tensor | None:
+    """The latents of a mask [F] (ascending), if they are no more than `most`."""
+    places = mask.nonzero().squeeze(1)
+    return places if len(places) <= most else None
+
+
+def _select_among(
+    pre: Tensor, latents: Tensor, m: int, n: int, k: int, composition: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`select_kron` among some latents [c], all of which are scored: as dead ones often are few."""
+    heads, dtype = pre.shape[2], accumulate_dtype(pre.dtype)
+    head, latent = divide(latents, m * n)
+    base_row, extension_row = divide(latent, n)
+    rows = base_row * heads + head, (m + extension_row) * heads + head
+    base, extension = (pre.flatten(1).index_select(1, row).to(dtype) for row in rows)
+    if composition != "mul":
+        base, extension = base.relu_(), extension.relu_()
+    position = top(base * extension, k)
+    return latents[position], base.gather(1, position), extension.gather(1, position)
 
 
 def _head_scores(pre: Tensor, mask: Tensor | None, m: int, composition: str) -> Tensor:
@@ -450,11 +474,13 @@ def _head_scores(pre: Tensor, mask: Tensor | None, m: int, composition: str) -> 
 
 def select_dense(pre: Tensor, mask: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
     """`dense_encode` of one chunk from its pre-activations [b, F] (before the ReLU)."""
-    scores = pre.relu_()
-    if mask is not None:
+    places = None if mask is None else _few(mask, len(mask) // 2)
+    scores = (pre if places is None else pre.index_select(1, places)).relu_()
+    if mask is not None and places is None:
         scores = scores.masked_fill(~mask, -torch.inf)
     indices = top(scores, k)
-    return indices, scores.gather(1, indices).to(accumulate_dtype(pre.dtype))
+    values = scores.gather(1, indices).to(accumulate_dtype(pre.dtype))
+    return indices if places is None else places[indices], values
 
 
 # Chunks of tokens

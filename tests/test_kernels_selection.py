@@ -168,6 +168,23 @@ def test_bad_row_of_a_dense_encoder(impl):
 # Chunks of tokens
 
 
+@pytest.mark.parametrize("composition", ["mand", "relu_mul", "mul"])
+@pytest.mark.parametrize("allowed", [5, 29, 30, 31, 60, 61, 119])
+def test_few_or_many_latents_in_a_mask(allowed, composition):
+    """Up to k m n = 30 are scored one and all, more by heads first; ties fall alike."""
+    x, w_enc = integers(40, 6, dtype=torch.float32), integers(20, 5, 6, dtype=torch.float32)
+    mask = torch.zeros(120, dtype=torch.bool)
+    mask[torch.randperm(120)[:allowed]] = True
+    options = {"k": 5, "mask": mask}
+    kron = [
+        fused_encode(x, w_enc, m=2, composition=composition, impl=impl, **options)
+        for impl in ("torch", "reference")
+    ]
+    assert_same(*kron)
+    dense = integers(120, 6, dtype=torch.float32)
+    assert_same(*(dense_encode(x, dense, impl=i, **options) for i in ("torch", "reference")))
+
+
 def integers(*shape, dtype):
     """Sums of their products are exact, so that chunks of any size agree to the bit."""
     return torch.randint(-2, 3, shape).to(dtype)
