@@ -5,12 +5,17 @@ evaluation and a checkpoint) and notes by how much its resident memory rose abov
 everything imported. The other, in rounds, asks the plan for the time a token and then trains, so
 that whatever else the machine does meets both alike; medians are compared.
 
+Whether latents are dead decides whether there is an auxiliary loss, and a plan does not foresee it:
+it gives the time without, and with as many dead as that loss takes. Both are measured, the second
+by declaring so many dead before every fourth step, which is then left out of the first.
+
 Times are the processor's own (`--clock wall` for the wall clock), with one thread: right also on a
 machine that others use.
 """
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import json
 import os
@@ -25,6 +30,7 @@ from typing import Any
 import torch
 
 from benchmarks.measure import describe, synchronize
+from kronsae.calibrate import kill
 from kronsae.cli import build
 from kronsae.config import RunConfig
 from kronsae.data.outline import outline
@@ -99,7 +105,10 @@ def measure_memory(name: str, device: str) -> dict[str, float]:
 
 
 def measure_time(name: str, device: str, clock: str, rounds: int) -> dict[str, Any]:
-    """Microseconds a token: planned and measured, in turns."""
+    """Microseconds a token: planned and measured, in turns.
+
+    The first batches are learned from before: until they are, a few tokens may have most latents.
+    """
     from kronsae.data import open_activations
 
     torch.set_num_threads(1)
@@ -110,42 +119,61 @@ def measure_time(name: str, device: str, clock: str, rounds: int) -> dict[str, A
     plan = make_plan({name: config}, model)
     source = open_activations(data, batch_size=train.batch_size, seed=0, device=where)
     stream = Stream(source, 10**15, where)
-    learner = Learner(config.sae, train, where)
+    # No latent dies but by `kill`.
+    learner = Learner(config.sae, dataclasses.replace(train, dead_after_tokens=2**60), where)
     learner.step(*stream.next())
     while stream.pending:  # batches that the normaliser has read already
-        stream.next()
+        learner.step(*stream.next())
     steps = source.buffer.served_at_once // train.batch_size  # from one fill to the next
     now = CLOCKS[clock]
-    planned, measured = [], []
+    predictions, planned, measured = [], [], []
     for _ in range(rounds):
-        planned.append(predict_time(plan, {name: config}, model, now))
-        reading = learning = 0.0
-        for _ in range(steps):
+        predictions.append(predict_time(plan, {name: config}, model, now))
+        reading, learning, reviving = 0.0, [], []
+        for number in range(steps):
             began = now()
             batch = stream.next()
             synchronize(where)
-            read = now()
+            reading += now() - began
+            dead = number % 4 == 3
+            learner.tokens_since_fired.zero_()
+            if dead:
+                kill(learner)
+            began = now()
             learner.step(*batch)
             synchronize(where)
-            reading += read - began
-            learning += now() - read
-        tokens = steps * train.batch_size
-        measured.append({"reading": 1e6 * reading / tokens, "learning": 1e6 * learning / tokens})
-    parts = [one["us_per_token"] for one in planned]
+            (reviving if dead else learning).append(now() - began)
+        of_step = 1e6 / train.batch_size
+        reading *= of_step / steps
+        learning, reviving = (of_step * statistics.mean(each) for each in (learning, reviving))
+        measured.append(
+            {
+                "reading": reading,
+                "learning": learning,
+                "reviving": reviving,
+                "total": reading + learning,
+                "reviving_total": reading + reviving,
+            }
+        )
+    for one in predictions:
+        parts = one["us_per_token"]
+        planned.append(
+            {
+                "reading": parts["text"] + parts["language model"] + parts["buffer"],
+                "learning": parts[name],
+                "reviving": one["reviving_us_per_token"][name],
+                "total": one["us_per_token_all"],
+                "reviving_total": one["reviving_us_per_token_all"],
+            }
+        )
     return {
-        "planned": {
-            "reading": statistics.median(
-                p["text"] + p["language model"] + p["buffer"] for p in parts
-            ),
-            "learning": statistics.median(p[name] for p in parts),
-            "total": statistics.median(one["us_per_token_all"] for one in planned),
-            "bottleneck": planned[-1]["bottleneck"],
-        },
-        "measured": {
-            **{key: statistics.median(one[key] for one in measured) for key in measured[0]},
-            "total": statistics.median(sum(one.values()) for one in measured),
-        },
+        "planned": {**_medians(planned), "bottleneck": predictions[-1]["bottleneck"]},
+        "measured": _medians(measured),
     }
+
+
+def _medians(rounds: list[dict[str, float]]) -> dict[str, float]:
+    return {key: statistics.median(one[key] for one in rounds) for key in rounds[0]}
 
 
 def compare(names: list[str], device: str, clock: str, rounds: int) -> list[dict[str, Any]]:
@@ -172,8 +200,8 @@ def _child(part: str, name: str, device: str, clock: str, rounds: int) -> dict[s
 
 HEAD = (
     "| | F, k, batch | memory, MiB: plan | measured | | µs a token: plan | measured | | "
-    "of it the autoencoder's: plan | measured | bottleneck |\n"
-    "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---|"
+    "latents dead: plan | measured | | bottleneck |\n"
+    "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|---|"
 )
 
 
@@ -181,12 +209,10 @@ def row(one: dict[str, Any]) -> str:
     settings, memory = one["settings"], one["memory"]
     planned, measured = one["planned"], one["measured"]
     sizes = ", ".join(f"{settings[key]:,}" for key in ("dict_size", "k", "batch_size"))
-    return (
-        f"| {one['name']} | {sizes} | {memory['planned']:,.0f} | {memory['measured']:,.0f} | "
-        f"{memory['planned'] / memory['measured'] - 1:+.0%} | {planned['total']:,.1f} | "
-        f"{measured['total']:,.1f} | {planned['total'] / measured['total'] - 1:+.0%} | "
-        f"{planned['learning']:,.1f} | {measured['learning']:,.1f} | {planned['bottleneck']} |"
-    )
+    pairs = [(memory["planned"], memory["measured"], ",.0f")]
+    pairs += [(planned[key], measured[key], ",.1f") for key in ("total", "reviving_total")]
+    cells = (f"{a:{form}} | {b:{form}} | {a / b - 1:+.0%}" for a, b, form in pairs)
+    return f"| {one['name']} | {sizes} | {' | '.join(cells)} | {planned['bottleneck']} |"
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -225,6 +225,13 @@ def _shrunk(sae: SAEConfig, part: int) -> SAEConfig:
     return sae
 
 
+def kill(learner: Learner) -> None:
+    """Have latents from all over the dictionary dead, as many as the auxiliary loss takes."""
+    silent = learner.tokens_since_fired
+    count = min(len(silent), learner.auxk)
+    silent[torch.arange(count, device=silent.device) * (len(silent) // count)] = 2**60
+
+
 def _time_steps(
     sae: SAEConfig, train: TrainConfig, device: torch.device, clock: Clock, batch: int
 ) -> tuple[float, float, float]:
@@ -241,7 +248,7 @@ def _time_steps(
     if train.auxk_coefficient and train.auxk_fraction:
 
         def revive() -> None:
-            learner.tokens_since_fired.fill_(2**60)
+            kill(learner)
             learner.step(x, target)
 
         reviving = timed(revive, device, clock)

@@ -287,8 +287,8 @@ class Learner:
         self.tokens_since_fired[self.mesh.data.max(fired).bool()] = 0
 
     @property
-    def _auxk(self) -> int:
-        """Dead latents a token in the auxiliary loss."""
+    def auxk(self) -> int:
+        """Dead latents a token in the auxiliary loss, if so many are dead."""
         return self.config.auxk or max(1, self.sae.d_model // 2)
 
     def _autograd_step(
@@ -305,7 +305,7 @@ class Learner:
                 part = dying.part
                 part_of_target = None if target is None else target[part]
                 aux, aux_codes = auxk_loss(
-                    *(sae, x[part], found.x_hat[part], dying.dead, self._auxk),
+                    *(sae, x[part], found.x_hat[part], dying.dead, self.auxk),
                     *(part_of_target, dying.count),
                 )
                 decoded.append(aux_codes)
@@ -348,8 +348,8 @@ class Learner:
         if dying.measured:
             part = dying.part
             target = -out.residual[part].float()
-            available = min(self._auxk, dying.count)
-            weight, _ = auxk_weight(target, available, self._auxk)
+            available = min(self.auxk, dying.count)
+            weight, _ = auxk_weight(target, available, self.auxk)
             of_dead = self.fused.accumulate(
                 x[part],
                 target=target,

@@ -275,11 +275,11 @@ def predict_time(
 ) -> dict[str, Any]:
     """Microseconds a token, the bottleneck, and seconds in all, from what `calibrate` measures.
 
-    Of several processes it is what each computes, without what they wait for one another.
-    Takes some seconds. A token's own time is the sum of what it passes through, or, where the
-    language model runs in a thread on a device of its own, the longer of the two. While latents are
-    dead the auxiliary loss adds to it: `reviving` is with as many as it takes. The whole run counts
-    evaluations, and as many dead latents as that from the moment on that a latent can be dead.
+    Takes some seconds. Of several processes it is what each computes, without what they wait for
+    one another. A token's own time is the sum of what it passes through, or, where the language
+    model runs in a thread on a device of its own, the longer of the two. The whole run counts
+    evaluations, too. Whether latents will be dead nobody knows: `reviving...` is with as many as
+    the auxiliary loss takes, `reviving_seconds` with these from the moment on that one can be dead.
     """
     config = next(iter(members.values()))
     data, train = config.data, config.train
@@ -298,9 +298,7 @@ def predict_time(
     together = max if overlaps(data, model_device) and model_device != device else _sum
     learning = found.buffer + sum(found.steps.values())
     reviving = found.buffer + sum(found.reviving.values())
-    alive = min(train.tokens, train.dead_after)
-    training = alive * together(reading, learning)
-    training += (train.tokens - alive) * together(reading, reviving)
+    alive, dying = together(reading, learning), together(reading, reviving)
     times = 1 + (train.steps - 1) // train.eval_every if train.eval_every else 1
     judging = data.heldout_tokens * (reading + times * sum(found.judging.values()))
     # Clean, zeroed, and with each SAE: the whole model, a multiply-add for each weight.
@@ -314,9 +312,13 @@ def predict_time(
             **{name: 1e6 * seconds for name, seconds in found.steps.items()},
         },
         "reviving_us_per_token": {n: 1e6 * seconds for n, seconds in found.reviving.items()},
-        "us_per_token_all": 1e6 * together(reading, learning),
+        "us_per_token_all": 1e6 * alive,
+        "reviving_us_per_token_all": 1e6 * dying,
         "bottleneck": "language model" if reading > learning else "autoencoder",
-        "seconds": training + judging,
+        "seconds": train.tokens * alive + judging,
+        "reviving_seconds": judging
+        + train.tokens * alive
+        + max(0, train.tokens - train.dead_after) * (dying - alive),
     }
 
 
@@ -395,18 +397,23 @@ def render(plan: dict[str, Any], members: Mapping[str, RunConfig], time: dict[st
         + ", ".join(f"{name} {size:,.0f}" for name, size in memory.items()),
         f"  disk             up to {sum(disk.values()):,.0f} MiB: "
         + ", ".join(f"{name} {size:,.0f}" for name, size in disk.items()),
-        f"  time             about {time['seconds'] / 60:,.1f} minutes; "
-        f"{time['us_per_token_all']:,.1f} us a token: "
-        + ", ".join(f"{name} {us:,.1f}" for name, us in time["us_per_token"].items())
-        + "".join(
-            f"; {name} {us:,.1f} while latents are dead"
-            for name, us in time["reviving_us_per_token"].items()
-            if us > 1.01 * time["us_per_token"][name]
-        ),
+        f"  time             about {_range(time['seconds'] / 60, time['reviving_seconds'] / 60)} "
+        "minutes; "
+        f"{_range(time['us_per_token_all'], time['reviving_us_per_token_all'])} us a token: "
+        + ", ".join(
+            f"{name} {_range(us, time['reviving_us_per_token'].get(name, us))}"
+            for name, us in time["us_per_token"].items()
+        )
+        + " (the larger while latents are dead)" * (time["reviving_seconds"] > time["seconds"]),
         f"  bottleneck       the {time['bottleneck']} (all timed here, in short runs)",
     ]
     reason = shortage(plan)
     return "\n".join(lines if reason is None else [*lines, f"It would be refused: {reason}"])
+
+
+def _range(least: float, most: float) -> str:
+    least, most = f"{least:,.1f}", f"{most:,.1f}"
+    return least if least == most else f"{least} to {most}"
 
 
 def _chunk_tokens(columns: int, batch: int, dtype: torch.dtype, device: torch.device) -> int:

@@ -114,6 +114,26 @@ def test_the_plan_of_several_processes_is_that_of_each(monkeypatch):
     assert planning.shortage({**plan, "free_mib": 4 * needed}) is None
 
 
+def test_time_without_dead_latents_and_with(monkeypatch):
+    """Until one can be dead there is none; nobody knows about the rest."""
+    found = calibrate.TokenTimes(1.0, 2.0, 3.0, {"kron": 4.0}, {"kron": 9.0}, {"kron": 0.0})
+    monkeypatch.setattr(calibrate, "measure", lambda *_: found)
+    own, model = members(kron=SAES["kron"]), outline(DATA)._replace(parameters=0)
+    plan = make_plan(own, model)
+    times = planning.predict_time(plan, own, model)
+    assert times["us_per_token_all"] == pytest.approx(10e6)
+    assert times["reviving_us_per_token_all"] == pytest.approx(15e6)
+    heldout = DATA.heldout_tokens * 3  # to be read
+    assert times["seconds"] == pytest.approx(10_000 * 10 + heldout)
+    dying = 10_000 - TRAIN.dead_after
+    assert times["reviving_seconds"] == pytest.approx(10_000 * 10 + dying * 5 + heldout)
+    text = planning.render(plan, own, times)
+    assert "10,000,000.0 to 15,000,000.0 us a token: text 1,000,000.0, language" in text
+    assert "kron 4,000,000.0 to 9,000,000.0 (the larger while latents are dead)" in text
+    monkeypatch.setattr(calibrate, "measure", lambda *_: found._replace(reviving=found.steps))
+    assert " to " not in planning.render(plan, own, planning.predict_time(plan, own, model))
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_outline_is_what_the_loaded_model_has(family, tmp_path):
     """Width of every hookpoint that runs in a block, and parameters, without any weight."""
