@@ -94,12 +94,9 @@ class BatchTopK(TopK):
                 break
             width = min(2 * width, sae.latents_per_token)
             more = sae.largest(flat[rows], width, impl=impl)
-            values, indices = (
-                narrow.index_copy(0, rows, wide)
-                for narrow, wide in zip(
-                    widened(values, indices, width, sae.dict_size), more, strict=True
-                )
-            )
+            values, indices = widened(values, indices, width, sae.dict_size)  # new tensors
+            values.index_copy_(0, rows, more.values)
+            indices.index_copy_(0, rows, more.indices)
         values, indices = _without(values, indices, keep)
         shape = (*x.shape[:-1], values.shape[1])
         return SparseCodes(values.reshape(shape), indices.reshape(shape))
