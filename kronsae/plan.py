@@ -24,10 +24,9 @@ from kronsae.data.language_model import LOGITS_AT_ONCE
 from kronsae.data.outline import Outline
 from kronsae.data.rows import KEPT
 from kronsae.errors import InputError
-from kronsae.evaluate import BATCH_TOKENS
+from kronsae.evaluate import BATCH_TOKENS, CONTEXTS_AT_ONCE
 from kronsae.fit import resolve_device
 from kronsae.learner import compute_dtype, why_not_fused
-from kronsae.selection import CANDIDATES
 from kronsae.stream import NORMALIZER_TOKENS
 from kronsae_kernels import backends
 
@@ -35,6 +34,14 @@ _MIB = 2**20
 
 TEXT_BYTES = 30 * _MIB
 """Of a tokenizer, and of the text that is held at once: seen with the embedded default."""
+
+KEPT = 32 * _MIB
+"""A tensor on the CPU that is smaller leaves its memory to the C library, which keeps it; a larger
+one to the system. (The most that glibc's M_MMAP_THRESHOLD grows to, on 64 bits.)"""
+
+WIDEST = 8
+"""So many times k latents BatchTopK looks at on the widest token of a batch. Seen with the embedded
+default once the loss falls slowly; in the first batches it can be all latents."""
 
 FAR = 1.5
 """A run is refused if it needs so many times the memory that is free: plans are estimates."""
@@ -56,7 +63,7 @@ def make_plan(members: Mapping[str, RunConfig], model: Outline) -> dict[str, Any
     model_device = _model_device(data, device)
     of_model = model.parameters * compute_dtype(data.model_dtype, model_device).itemsize
     ahead = overlaps(data, model_device)
-    reading, losses = _forward_bytes(config, model, model_device, ranks)
+    reading, widest, losses = _forward_bytes(config, model, model_device, ranks)
     stays = {
         "language model": of_model if model_device == device else 0,
         "text": TEXT_BYTES if device.type == "cpu" else 0,
@@ -79,12 +86,17 @@ def make_plan(members: Mapping[str, RunConfig], model: Outline) -> dict[str, Any
         if train.tensor_parallel > 1:  # rank 0 writes the whole
             whole = max(member["parameters"] for member in each.values())
             passes["the whole autoencoder, to save it"] = 4 * whole
-    largest = max(passes, key=passes.get)
-    if device.type == "cpu" and model_device == device and passes[largest] > max(reading, losses):
-        # What a forward pass is made of is small enough for the C library to keep it when it is
-        # freed; larger pieces go back to the system.
-        stays["kept by the allocator"] = reading
-    memory = {**stays, f"at most beside it ({largest})": passes[largest]}
+    kept = dict.fromkeys(passes, 0)
+    if device.type == "cpu":
+        # A step and a forward pass have tensors of other sizes, so neither finds room for all of
+        # its own in what the other has left.
+        kept["a step"] = max(member["kept"] for member in each.values())
+        if model_device == device and widest < KEPT:
+            kept["a forward pass of the language model"] = reading
+        stays["kept by the allocator"] = sum(kept.values())
+    beside = {name: size - kept[name] for name, size in passes.items()}
+    largest = max(beside, key=beside.get)
+    memory = {**stays, f"at most beside it ({largest})": beside[largest]}
     free = free_bytes(device)
     return {
         "device": str(device),
@@ -142,8 +154,10 @@ def _member(
     own, own_rows = math.ceil(parameters / sharing_heads), sae.encoder_rows // sharing_heads
     chunk = _pre_latent_bytes(own_rows, batch, dtype, device)
     # What is selected from, and decoded: more than k latents a token at some points of the grid.
-    width = sae.k * (MULTI_TOPK if sae.objective == "multi_topk" else 1)
-    width *= CANDIDATES if sae.selection == "batchtopk" else 1
+    widest = sae.k * (WIDEST if sae.selection == "batchtopk" else 1)
+    judged = 64 * BATCH_TOKENS * min(widest, sae.latents_per_token)
+    width = widest * (MULTI_TOPK if sae.objective == "multi_topk" else 1)
+    width = min(width, sae.latents_per_token)
     codes = 64 * max(batch * width, round(batch * train.auxk_fraction) * dead)
     if sharing_heads > 1:  # candidates of all ranks: value, index, copies to sort
         codes += 32 * sharing_heads * batch * width
@@ -155,6 +169,8 @@ def _member(
     # The fused step writes no gradients, but keeps the matrices in the compute dtype.
     copies = dtype.itemsize * own if reason is None and dtype != torch.float32 else 0
     gradients = 4 * own if reason is not None else 0
+    matrices = own_rows * d, sae.dict_size // sharing_heads * sae.d_out
+    returned = sum(4 * size for size in matrices if 4 * size >= KEPT) if gradients else 0
     # Folding takes a new SAE, and the encoder in float64. What is judged goes in smaller batches.
     seen = _pre_latent_bytes(own_rows, BATCH_TOKENS, torch.float32, device)
     return {
@@ -170,7 +186,8 @@ def _member(
         "state": 4 * 3 * own + 8 * sae.dict_size // sharing_heads,
         "copies": copies,
         "step": gradients + chunk + codes,
-        "evaluation": 4 * own + max(8 * encoder // sharing_heads, seen + 64 * BATCH_TOKENS * sae.k),
+        "kept": gradients + chunk + codes - returned,
+        "evaluation": 4 * own + max(8 * encoder // sharing_heads, seen + judged),
     }
 
 
@@ -190,15 +207,21 @@ def _buffer_bytes(config: RunConfig, row: int) -> tuple[int, int]:
 
 def _forward_bytes(
     config: RunConfig, model: Outline, device: torch.device, ranks: tuple[int, int]
-) -> tuple[int, int]:
-    """Roughly, of the language model's own activations: to read out, and for its losses."""
+) -> tuple[int, int, int]:
+    """Roughly, of the language model's own activations: to read out, the largest of these, and for
+    its losses."""
     size = compute_dtype(config.data.model_dtype, device).itemsize
     tokens = config.data.contexts_per_batch * model.context_length
-    # The widest place of a block has about four widths, twice, beside the residual stream. Ranks
-    # share the contexts out, and each gets what all have read.
+    # The widest place of a block has four widths, twice, and about six lie beside it: the residual
+    # stream, what was normalised of it, attention. Ranks share the contexts out, and each gets what
+    # all have read.
     own = math.ceil(config.data.contexts_per_batch / math.prod(ranks)) * model.context_length
-    reading = 12 * own * model.hidden_size * size + 4 * tokens * model.d_model
-    return reading, 3 * 4 * min(LOGITS_AT_ONCE, tokens * model.vocabulary)
+    width = own * model.hidden_size * size
+    reading = 14 * width + 4 * (tokens - own) * model.d_model
+    # Logits, the same in float32, and logarithms of probabilities.
+    of_logit = size + 4 + (4 if size < 4 else 0)
+    judged = CONTEXTS_AT_ONCE * model.context_length
+    return reading, 4 * width, of_logit * min(LOGITS_AT_ONCE, judged * model.vocabulary)
 
 
 def _model_device(data: DataConfig, device: torch.device) -> torch.device:

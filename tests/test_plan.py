@@ -8,10 +8,12 @@ import pytest
 import torch
 from tiny_models import BLOCKS, FAMILIES, save_model
 
+from benchmarks.memory import Live
 from kronsae import DataConfig, InputError, RunConfig, SAEConfig, TrainConfig, calibrate, flops
 from kronsae import plan as planning
-from kronsae.data import LanguageModel
+from kronsae.data import LanguageModel, open_activations
 from kronsae.data.outline import outline
+from kronsae.evaluate import CONTEXTS_AT_ONCE
 from kronsae.learner import Learner
 from kronsae.plan import check_memory, make_plan
 from kronsae.train import main
@@ -114,6 +116,44 @@ def test_the_plan_of_several_processes_is_that_of_each(monkeypatch):
     assert planning.shortage({**plan, "free_mib": 4 * needed}) is None
 
 
+def test_memory_of_the_language_model_is_what_it_makes():
+    """Bytes of the tensors that live at the same time, to read out and for losses."""
+    source = open_activations(DATA, batch_size=128, seed=0, device=torch.device("cpu"))
+    plan = make_plan(members(kron=SAES["kron"]), outline(DATA))["passes_mib"]
+    ids = source.heldout_contexts()[:1].repeat(DATA.contexts_per_batch, 1)
+    with Live() as live:
+        source.read(ids, "a test")
+    reading = plan["a forward pass of the language model"] * MIB
+    assert reading == pytest.approx(live.peak_bytes, rel=0.2)
+    with Live() as live:
+        source.language_model.token_losses(ids[:CONTEXTS_AT_ONCE])
+    assert plan["its losses"] * MIB == pytest.approx(live.peak_bytes, rel=0.2)
+
+
+def test_what_the_allocator_keeps(monkeypatch):
+    """Of a step and of a forward pass, but for tensors that are large."""
+
+    data = dataclasses.replace(DATA, contexts_per_batch=4)
+
+    def plan(**own):
+        model = outline(data)._replace(**own)
+        found = make_plan({"kron": RunConfig(SAES["kron"], data, TRAIN)}, model)
+        return found["memory_mib"], found["passes_mib"]
+
+    memory, passes = plan()
+    together = passes["a step"] + passes["a forward pass of the language model"]
+    assert memory["kept by the allocator"] == pytest.approx(together)
+    assert memory["at most beside it (its losses)"] == passes["its losses"]
+    wide, passes = plan(hidden_size=2**13)
+    reading = passes["a forward pass of the language model"]
+    assert wide["kept by the allocator"] == passes["a step"]
+    assert wide["at most beside it (a forward pass of the language model)"] == reading
+    size = 4 * 512 * 256  # of the decoder, the largest of the gradients
+    monkeypatch.setattr(planning, "KEPT", size)
+    large, passes = plan(hidden_size=2**13)
+    assert large["kept by the allocator"] == pytest.approx(passes["a step"] - size / MIB)
+
+
 def test_time_without_dead_latents_and_with(monkeypatch):
     """Until one can be dead there is none; nobody knows about the rest."""
     found = calibrate.TokenTimes(1.0, 2.0, 3.0, {"kron": 4.0}, {"kron": 9.0}, {"kron": 0.0})
@@ -131,7 +171,8 @@ def test_time_without_dead_latents_and_with(monkeypatch):
     assert "10,000,000.0 to 15,000,000.0 us a token: text 1,000,000.0, language" in text
     assert "kron 4,000,000.0 to 9,000,000.0 (the larger while latents are dead)" in text
     monkeypatch.setattr(calibrate, "measure", lambda *_: found._replace(reviving=found.steps))
-    assert " to " not in planning.render(plan, own, planning.predict_time(plan, own, model))
+    text = planning.render(plan, own, planning.predict_time(plan, own, model))
+    assert "; 10,000,000.0 us a token" in text and "dead" not in text
 
 
 @pytest.mark.parametrize("family", FAMILIES)

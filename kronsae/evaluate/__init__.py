@@ -4,11 +4,18 @@
 `judge` judges any number while a language model reads text: `python -m kronsae.evaluate RUN…`.
 """
 
-from kronsae.evaluate.heldout import BATCH_TOKENS, Heldout, evaluate, evaluate_cross_entropy
+from kronsae.evaluate.heldout import (
+    BATCH_TOKENS,
+    CONTEXTS_AT_ONCE,
+    Heldout,
+    evaluate,
+    evaluate_cross_entropy,
+)
 from kronsae.evaluate.judge import Judgement, judge
 
 __all__ = [
     "BATCH_TOKENS",
+    "CONTEXTS_AT_ONCE",
     "Heldout",
     "Judgement",
     "evaluate",

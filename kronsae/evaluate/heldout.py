@@ -12,6 +12,8 @@ from kronsae.metrics import FiringMetrics, ReconstructionMetrics, cross_entropy_
 from kronsae.sae import SAE
 
 BATCH_TOKENS = 4096
+CONTEXTS_AT_ONCE = 16
+"""That the language model reads for its losses."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,8 @@ class Heldout:
         what it gives takes the place of the last of them where the mask is True.
         """
         total, count = 0.0, 0
-        for ids, mask in zip(self.contexts.split(16), self.mask.split(16), strict=True):
+        parts = self.contexts.split(CONTEXTS_AT_ONCE), self.mask.split(CONTEXTS_AT_ONCE)
+        for ids, mask in zip(*parts, strict=True):
             selected = mask[..., None].to(self.language_model.device)
 
             def replaced(*read: Tensor, selected: Tensor = selected) -> Tensor:
