@@ -123,20 +123,21 @@ def _beginning(documents: list[dict[str, str]]) -> list[str]:
 
 def model_seconds(data: DataConfig, model: Outline, device: torch.device, clock: Clock) -> float:
     """Of a token in the language model, up to the hookpoint."""
-    tokens = model.context_length
-    contexts = WORK[device.type] / max(1.0, tokens * model.flops_per_token)
-    contexts = max(1, min(data.contexts_per_batch, int(contexts)))
+    tokens, work = model.context_length, WORK[device.type]
+    contexts = data.contexts_per_batch
     dtype = compute_dtype(data.model_dtype, device)
     try:
         block = time_block(
-            data, contexts, tokens, device, dtype, lambda call: timed(call, device, clock)
+            data, contexts, tokens, device, dtype, lambda call: timed(call, device, clock), work
         )
     except NoOutline:  # which leaves the rate of a product as wide as its own
         size = model.hidden_size
-        x, w = (torch.randn(n, size, device=device).to(dtype) for n in (contexts * tokens, size))
+        rows = max(1, min(contexts * tokens, int(work / size**2)))
+        x, w = (torch.randn(n, size, device=device).to(dtype) for n in (rows, size))
         seconds = timed(lambda: x @ w, device, clock)
-        return seconds / (contexts * tokens) * model.flops_per_token / size**2
-    return block.seconds / (contexts * tokens) * model.flops_per_token / block.flops_per_token
+        return seconds / rows * model.flops_per_token / size**2
+    seconds = block.seconds / (block.contexts * tokens)
+    return seconds * model.flops_per_token / block.flops_per_token
 
 
 def buffer_seconds(

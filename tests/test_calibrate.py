@@ -71,11 +71,16 @@ def test_a_block_runs_as_its_model_calls_it(family, tmp_path):
         return 1.0
 
     block = time_block(config, 3, 16, CPU, torch.float32, timed)
-    [output] = outputs
+    output = outputs.pop()
     hidden = output if isinstance(output, torch.Tensor) else output[0]
     assert hidden.shape == (3, 16, 32) and hidden.isfinite().all()
     both = outline(config, context_length=16).flops_per_token
-    assert block.flops_per_token == pytest.approx(both / 2)
+    assert block.flops_per_token == pytest.approx(both / 2) and block.contexts == 3
+    # As many contexts as training reads at once, if they are not too much work: fewer would lie in
+    # the cache.
+    work = 2.5 * 16 * block.flops_per_token
+    fewer = time_block(config, 3, 16, CPU, torch.float32, timed, work)
+    assert fewer.contexts == 2 and fewer.seconds == 1.0
 
 
 def test_reviving_dead_latents_costs_more():

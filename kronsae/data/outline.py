@@ -1,5 +1,6 @@
 """What a language model takes and gives, from its configuration alone: no weight is loaded."""
 
+import math
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -125,6 +126,8 @@ class Block(NamedTuple):
 
     seconds: float
     """Of one call."""
+    contexts: int
+    """Read by it."""
     flops_per_token: float
     """Multiply-adds."""
 
@@ -136,10 +139,12 @@ def time_block(
     device: torch.device,
     dtype: torch.dtype,
     timed: Callable[[Callable[[], Any]], float],
+    work: float = math.inf,
 ) -> Block:
     """A block (the last that the hookpoint needs), with random weights, on [contexts, tokens].
 
     The model gives it what it gives its blocks, but for the numbers. timed: seconds of a call.
+    work: multiply-adds that it may have, in fewer contexts if need be.
     Raises NoOutline if the model only runs on numbers.
     """
     layer, settings, model = _skeleton(config)
@@ -170,6 +175,8 @@ def time_block(
     args, kwargs = _without_caches(given[0][0]), _without_caches(given[0][1])
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         block(*args, **kwargs)
+    flops_per_token = counter.get_total_flops() / 2 / tokens
+    contexts = max(1, int(min(contexts, work / max(1.0, tokens * flops_per_token))))
     args, kwargs = _real((args, kwargs), device)
     hidden = (1, tokens, hidden_size)  # all else is the same for each context
     args = [x.repeat(contexts, 1, 1) if _shape(x) == hidden else x for x in args]
@@ -181,7 +188,7 @@ def time_block(
         tensor.detach().copy_(_real(tensor.detach(), device).mul(0.02))
     with torch.no_grad():
         seconds = timed(lambda: block(*args, **kwargs))
-    return Block(seconds, counter.get_total_flops() / 2 / tokens)
+    return Block(seconds, contexts, flops_per_token)
 
 
 def _without_caches(values: Any) -> Any:
