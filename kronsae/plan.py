@@ -35,7 +35,7 @@ _MIB = 2**20
 TEXT_BYTES = 30 * _MIB
 """Of a tokenizer, and of the text that is held at once: seen with the embedded default."""
 
-KEPT = 32 * _MIB
+RETURNED = 32 * _MIB
 """A tensor on the CPU that is smaller leaves its memory to the C library, which keeps it; a larger
 one to the system. (The most that glibc's M_MMAP_THRESHOLD grows to, on 64 bits.)"""
 
@@ -91,7 +91,7 @@ def make_plan(members: Mapping[str, RunConfig], model: Outline) -> dict[str, Any
         # A step and a forward pass have tensors of other sizes, so neither finds room for all of
         # its own in what the other has left.
         kept["a step"] = max(member["kept"] for member in each.values())
-        if model_device == device and widest < KEPT:
+        if model_device == device and widest < RETURNED:
             kept["a forward pass of the language model"] = reading
         stays["kept by the allocator"] = sum(kept.values())
     beside = {name: size - kept[name] for name, size in passes.items()}
@@ -170,7 +170,7 @@ def _member(
     copies = dtype.itemsize * own if reason is None and dtype != torch.float32 else 0
     gradients = 4 * own if reason is not None else 0
     matrices = own_rows * d, sae.dict_size // sharing_heads * sae.d_out
-    returned = sum(4 * size for size in matrices if 4 * size >= KEPT) if gradients else 0
+    returned = sum(4 * size for size in matrices if 4 * size >= RETURNED) if gradients else 0
     # Folding takes a new SAE, and the encoder in float64. What is judged goes in smaller batches.
     seen = _pre_latent_bytes(own_rows, BATCH_TOKENS, torch.float32, device)
     return {

@@ -200,14 +200,24 @@ def nested_decode(
     b_dec: Tensor | None,
     bounds: Sequence[int],
 ) -> Tensor:
-    """`decode` of the latents below each bound: [B, G, d]. A token's rows are gathered once."""
-    dtype, count = accumulate_dtype(w_dec.dtype), len(bounds)
-    prefixes = torch.arange(count, device=values.device)[:, None]
-    groups, values = _groups(indices, bounds), values.to(dtype)
-    out = torch.empty(values.shape[0], count, w_dec.shape[1], dtype=dtype, device=values.device)
-    for span in _row_spans(indices, w_dec):
-        coefficients = values[span, None].where(groups[span, None] <= prefixes, 0)  # [b, G, k]
-        torch.bmm(coefficients, w_dec[indices[span]].to(dtype), out=out[span])
+    """`decode` of the latents below each bound: [B, G, d].
+
+    Each group of latents between two bounds is summed, then prefixes of groups: a row is read once.
+    """
+    tokens, dtype = values.shape[0], accumulate_dtype(w_dec.dtype)
+    bags, values = _bags(indices, values, bounds)
+    used = values.view(-1).nonzero().squeeze(1)  # nothing is gathered for unused slots
+    bags, order = bags.view(-1)[used].sort(stable=True)
+    used = used[order]
+    starts = torch.searchsorted(bags, torch.arange(tokens * len(bounds), device=bags.device))
+    out = embedding_bag(
+        indices.reshape(-1)[used],
+        w_dec.to(dtype),
+        starts,
+        mode="sum",
+        per_sample_weights=values.view(-1)[used].to(dtype),
+    )
+    out = out.view(tokens, len(bounds), w_dec.shape[1]).cumsum(1)
     return (out if b_dec is None else out.add_(b_dec)).to(w_dec.dtype)
 
 
@@ -221,23 +231,26 @@ def nested_decode_backward(
     need_w: bool,
 ) -> tuple[Tensor, Tensor]:
     """`decode_backward` for d_out [B, G, d]: a latent of group g is in the prefixes from g on."""
-    (tokens, count, d), dtype = d_out.shape, accumulate_dtype(w_dec.dtype)
+    dtype, outside = accumulate_dtype(w_dec.dtype), indices >= bounds[-1]
     d_values, d_w = values.new_empty(0), w_dec.new_empty(0)
-    groups = _groups(indices, bounds)
-    outside, groups = groups == count, groups.clamp(max=count - 1)
-    suffixes = d_out.to(dtype).flip(1).cumsum(1).flip(1)
+    bags, values = _bags(indices, values, bounds)
+    suffixes = d_out.to(dtype).flip(1).cumsum(1).flip(1).flatten(0, 1)
     if need_values:
-        d_values = torch.empty_like(values)
-        for span in _row_spans(indices, w_dec):
-            dots = torch.bmm(w_dec[indices[span]].to(dtype), suffixes[span].transpose(1, 2))
-            d_values[span] = dots.gather(2, groups[span, :, None]).squeeze(2)
-        d_values.masked_fill_(outside, 0)
+        d_values = _row_dots(suffixes, indices, w_dec.to(dtype), bags).to(values.dtype)
+        d_values = d_values.masked_fill(outside, 0)
     if need_w:
-        rows = groups + torch.arange(tokens, device=groups.device)[:, None] * count
         grouped = group(indices, w_dec.shape[0])
-        y, values = suffixes.view(-1, d), values.masked_fill(outside, 0)
-        d_w = scatter(values, *grouped, y, rows).to(w_dec.dtype)
+        d_w = scatter(values, *grouped, suffixes, bags).to(w_dec.dtype)
     return d_values, d_w
+
+
+def _bags(indices: Tensor, values: Tensor, bounds: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Row [B, k] of each latent among B G sums, a token's G groups together; and its value there:
+    0 from the last bound on."""
+    count = len(bounds)
+    groups = _groups(indices, bounds)
+    token = torch.arange(len(indices), device=indices.device)[:, None]
+    return token * count + groups.clamp(max=count - 1), values.masked_fill(groups == count, 0)
 
 
 def _groups(indices: Tensor, bounds: Sequence[int]) -> Tensor:
@@ -281,14 +294,20 @@ def pair_dots(y: Tensor, columns: Tensor, table: Tensor) -> Tensor:
     (tokens, r), y = columns.shape, y.to(dtype)
     if table.dtype == dtype and columns.numel():
         token = torch.arange(tokens, device=y.device)
-        return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-            y, table, columns.reshape(-1), token * r, token.repeat_interleave(r), 0
-        ).view(tokens, r)
+        return _row_dots(y, columns, table, token[:, None].expand(tokens, r))
     out = [
         torch.bmm(table[columns[span]].to(dtype), y[span, :, None]).squeeze(2)
         for span in _row_spans(columns, table)
     ]
     return torch.cat(out) if out else y.new_empty(tokens, r)
+
+
+def _row_dots(y: Tensor, columns: Tensor, table: Tensor, rows: Tensor) -> Tensor:
+    """out[b, s] = y[rows[b, s]] . table[columns[b, s]], [B, r], all in one dtype."""
+    starts = torch.arange(len(columns), device=y.device) * columns.shape[1]
+    return torch.ops.aten._embedding_bag_per_sample_weights_backward(
+        y, table, columns.reshape(-1), starts, rows.reshape(-1).contiguous(), 0
+    ).view(columns.shape)
 
 
 def group(columns: Tensor, size: int) -> tuple[Tensor, Tensor]:

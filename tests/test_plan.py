@@ -149,7 +149,7 @@ def test_what_the_allocator_keeps(monkeypatch):
     assert wide["kept by the allocator"] == passes["a step"]
     assert wide["at most beside it (a forward pass of the language model)"] == reading
     size = 4 * 512 * 256  # of the decoder, the largest of the gradients
-    monkeypatch.setattr(planning, "KEPT", size)
+    monkeypatch.setattr(planning, "RETURNED", size)
     large, passes = plan(hidden_size=2**13)
     assert large["kept by the allocator"] == pytest.approx(passes["a step"] - size / MIB)
 
