@@ -15,8 +15,9 @@ the JSON values and checksums that make a checkpoint whole.
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -45,13 +46,13 @@ def save_state(
     state: dict[str, Any],
     mesh: Mesh = ALONE,
     held: Collection[str] = (),
-    copies: Sequence[Path] = (),
+    copies: Mapping[str, dict[str, Any]] = MappingProxyType({}),
 ) -> Path:
     """Write `state` to `folder`, atomically. Raises InputError if the disk is full.
 
     held: ends of the names (keys, joined by dots) of tensors that have a part of their rows on each
         process along `mesh.heads`. All processes of the mesh call this, and see one folder.
-    copies: files to copy into it.
+    copies: sealed JSON files to put beside the state, by name.
     """
     from safetensors.torch import save_file
 
@@ -86,8 +87,8 @@ def save_state(
                 "state": values,
             }
             write_sealed(partial / VALUES_NAME, document)
-            for path in copies:
-                shutil.copyfile(path, partial / path.name)
+            for name, copy in copies.items():
+                write_sealed(partial / name, copy)
 
         with mesh.world.together():
             if mesh.first:
@@ -231,9 +232,14 @@ def step_of(folder: Path) -> int:
 
 
 def copy_of(path: Path, checkpoints: Path) -> Path | None:
-    """The newest copy of a file that `save_state` put into a checkpoint, or None."""
-    copies = (folder / path.name for folder in reversed(list_checkpoints(checkpoints)))
-    return next((copy for copy in copies if copy.is_file()), None)
+    """The newest whole copy of a file that `save_state` put into a checkpoint, or None."""
+    for folder in reversed(list_checkpoints(checkpoints)):
+        try:
+            read_sealed(folder / path.name)
+            return folder / path.name
+        except (OSError, ValueError):
+            continue
+    return None
 
 
 def drop_after(checkpoints: Path, step: int) -> None:

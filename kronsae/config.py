@@ -416,7 +416,8 @@ class TrainConfig:
         "unit", "decoder rows are kept at unit norm, or free", choices=DECODER_NORMS
     )
     max_grad_norm: float = setting(
-        0.0, "clip the gradient's norm to this (0: no clipping; non-finite norms always stop)"
+        0.0,
+        "clip the gradient's norm to this (0: no clipping); not finite, its batch is skipped",
     )
     auxk_coefficient: float = setting(1 / 32, "weight of the loss that revives dead latents")
     auxk: int = setting(0, "dead latents a token in that loss (0: d_model / 2)")

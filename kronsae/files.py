@@ -1,5 +1,6 @@
 """Files that are never seen half-written: written beside their place, synced, then renamed."""
 
+import errno
 import hashlib
 import json
 import os
@@ -149,21 +150,31 @@ def remove_leftovers(folder: Path) -> None:
         shutil.rmtree(old) if place.exists() else os.rename(old, place)
 
 
-def lock(path: Path, problem: str) -> IO[str] | None:
-    """Keep other processes that lock this file waiting outside, until what is given is closed.
+LOCK_NAME = ".lock"
+"""Of an empty file that stays in a locked folder. (A lock on a file that is replaced is lost.)"""
 
-    Raises InputError, with `problem`, if one of them holds it. (Windows has no flock: None.)
+
+def lock(folder: Path, problem: str) -> IO[str] | None:
+    """Keep other processes that lock this folder out, until what is given is closed.
+
+    Raises InputError, with `problem`, if one of them holds it, or if it cannot be written to.
+    Where there are no locks (Windows, some network file systems) it gives None.
     """
     try:
         import fcntl
     except ImportError:
         return None
-    file = open(path, encoding="utf-8")
+    try:
+        file = open(folder / LOCK_NAME, "a", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written to: {error}") from error
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         file.close()
-        raise InputError(problem) from error
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            raise InputError(problem) from error
+        return None
     return file
 
 

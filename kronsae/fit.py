@@ -126,9 +126,10 @@ def fit_many(
     The rest is as in `fit`. Every step, each SAE in turn learns from the batch; the mean and scale
     of the activations, and what does not depend on an SAE in the evaluation, is computed once.
 
-    A member whose gradient is not finite ends there, with the weights of the step before (its
-    result has `failed`), and the others go on. Returns the results in order. Raises InputError as
-    `fit` does, if the members cannot share a stream, or if all of them failed.
+    A member with `learner.SKIPS` gradients in a row that are not finite ends there, with the
+    weights of the last step (its result has `failed`), and the others go on. Returns the results in
+    order. Raises InputError as `fit` does, if the members cannot share a stream, or if all of them
+    failed.
     """
     count = len(sae_configs)
     if train_configs is None or isinstance(train_configs, TrainConfig):
@@ -238,14 +239,16 @@ def _rescue(session: "_Session", error: InputError) -> list[str]:
     lines = [f"What was learned in {learned:,} tokens is in {where}"] if saved else []
     if not isinstance(error, DataEnded | Diverged):  # to go on would end alike
         alone = next(iter(session.members.values())).settings["config"]["data"] is None
-        command = "fit with resume=True" if alone else "python -m kronsae.train --resume"
+        command = f"python -m kronsae.train --resume {folder.path}"
+        if alone:
+            command = f"fit(..., out={str(folder.path)!r}, resume=True)"
         found = checkpoint.list_checkpoints(folder.checkpoints)
         place = (
             f"the checkpoint of step {checkpoint.step_of(found[-1]):,}" if found else "the start"
         )
         if problem is not None:
             lines.append(f"What was learned since {place} could not be saved")
-        lines.append(f"When that is solved, go on from {place}:\n  {command} {folder.path}")
+        lines.append(f"When that is solved, go on from {place}:\n  {command}")
     return lines
 
 
@@ -274,7 +277,7 @@ def _train(session: "_Session", heldout: Heldout | None, stop: "_Stop") -> int |
         if step % config.log_every == 0 or stream.done:
             rates = stream.rates()
             for member in session.live:
-                if member.figures:  # not all batches were skipped
+                if member.figures:  # the batch was not skipped
                     member.record("train", member.figures | rates, stream)
         evaluated = heldout is not None and config.eval_every and step % config.eval_every == 0
         if evaluated and not stream.done:
@@ -326,6 +329,7 @@ class _Member:
             return
         if isinstance(figures, Skipped):
             self.record("skipped", figures._asdict(), stream)
+            self.figures = {}
         else:
             self.figures = figures
         # The next member's gradients take the place of these.
@@ -555,11 +559,9 @@ def _claim(
                 f"{folder.path} has the members {list(found)}, and cannot go on with "
                 f"{list(settings)}"
             )
+        changed = {name: _other_dtype(each, settings[name]) for name, each in found.items()}
         for name, each in found.items():
-            if each["config"].get("data") and each["data"].get("dtype"):
-                asked = settings[name]["config"]["data"]["model_dtype"]
-                if asked != each["config"]["data"].get("model_dtype"):  # for what comes from now on
-                    each["data"]["dtype"] = settings[name]["data"]["dtype"]
+            each["data"] = each["data"] | changed[name]
             # A run of an older version lacks the settings that came later: it had their defaults.
             for part, cls in (("sae", SAEConfig), ("data", DataConfig), ("train", TrainConfig)):
                 if each["config"][part] is None:  # no language model
@@ -578,10 +580,25 @@ def _claim(
             raise InputError(
                 f"{folder.path} was made with other settings:\n  " + "\n  ".join(differences)
             )
+        for name, data in changed.items():
+            if data:
+                folder.runs[name].change(settings[name]["config"], data)
         return folder
     except InputError:
         folder.release()
         raise
+
+
+def _other_dtype(found: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """What describes a run's data from now on, if it is resumed with another --model-dtype.
+
+    After NaN in float16, say. Empty if it is not.
+    """
+    was, now = (each["config"].get("data") for each in (found, given))
+    if not was or not now or was.get("model_dtype") == now["model_dtype"]:
+        return {}
+    # "weights" is a digest of them in the model's dtype.
+    return {name: given["data"][name] for name in ("dtype", "weights") if name in given["data"]}
 
 
 FREE_TO_CHANGE = (

@@ -20,7 +20,7 @@ SKIPS = 8
 """Steps in a row whose gradient is not finite before an SAE counts as diverged."""
 
 FAR = 100
-"""Times the median distance from the mean at which an activation is no measure of the others."""
+"""Times the usual distance at which an activation is no measure of the others."""
 
 HELD_STATE = (
     *(f"weights.{name}" for name in HELD),
@@ -66,18 +66,16 @@ class Normalizer:
     def of(cls, x: Tensor) -> "Normalizer":
         """From sample activations [N, d]. Raises InputError if they are all the same.
 
-        Without those that are FAR times as far from the mean as the median: a single token of
-        enormous size would else leave all others at almost nothing.
+        Without those that are FAR times as far from the middle as nine tenths are: a single token
+        of enormous size would else leave all others at almost nothing.
         """
         x = x.double()
+        distances = (x - x[:1024].median(0).values).square().mean(1)
+        usual = distances.sort().values[len(x) * 9 // 10]
+        if usual > 0:
+            x = x[distances <= FAR**2 * usual]
         mean = x.mean(0)
-        squares = (x - mean).square()
-        distances, usual = squares.mean(1), squares.mean(1).median()
-        near = distances <= FAR**2 * usual
-        if usual > 0 and not near.all():
-            mean = x[near].mean(0)
-            squares = (x[near] - mean).square()
-        variance = squares.mean().item()
+        variance = (x - mean).square().mean().item()
         if not math.isfinite(variance) or variance <= 0:
             raise InputError(
                 f"the first {x.shape[0]} activations have variance {variance}: "
@@ -365,7 +363,7 @@ class Learner:
     def _finite(self, norm: Tensor) -> float:
         grad_norm = norm.item()
         if not math.isfinite(grad_norm):
-            raise FloatingPointError(f"gradient norm is {grad_norm} at step {self.step_count}")
+            raise FloatingPointError(f"gradient norm is {grad_norm}")
         return grad_norm
 
     def state_dict(self) -> dict[str, Any]:

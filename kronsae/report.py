@@ -128,10 +128,11 @@ def _read_settings(path: Path) -> dict[str, Any]:
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """The records, by step; half a line at the end (of a run that was killed) is skipped."""
+    """The records, by step; what is no line of the log (half a one, of a run that was
+    killed, or a damaged one) is skipped."""
     records = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return []
     for line in lines:

@@ -14,13 +14,16 @@ checkpoints/      step-NNNNNNNN/: what they share; written last, so it says whic
 comparison.md     a table of the members
 """
 
+import copy
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
@@ -54,6 +57,8 @@ class _Folder:
         self.path = path
         self.index = path / index
         self.checkpoints = path / "checkpoints"
+        self.document: dict[str, Any] = {}
+        """What the index holds, if it was made or read here."""
         self._locked: IO[str] | None = None
 
     def lock(self) -> None:
@@ -61,7 +66,7 @@ class _Folder:
 
         Raises InputError if another process holds it.
         """
-        self._locked = lock(self.index, f"{self.path} is being trained by another process")
+        self._locked = lock(self.path, f"{self.path} is being trained by another process")
         for folder in (self.path, self.checkpoints):
             remove_leftovers(folder)
 
@@ -74,6 +79,24 @@ class _Folder:
         if self._locked is not None:
             self._locked.close()
             self._locked = None
+
+    @contextmanager
+    def _making(self) -> Iterator[None]:
+        """Make the folder, of which no other process makes one meanwhile. Raises InputError."""
+        self.check_free(self.path)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock()
+            self.check_free(self.path)  # another one may have been faster
+            yield
+        except OSError as error:
+            raise InputError(f"{self.path} cannot be created: {error}") from error
+        finally:
+            self.release()
+
+    def _write(self, document: dict[str, Any]) -> None:
+        write_sealed(self.index, document)
+        self.document = document
 
     @staticmethod
     def check_free(path: str | Path) -> None:
@@ -107,12 +130,13 @@ class RunFolder(_Folder):
     @classmethod
     def create(cls, path: str | Path, settings: dict[str, Any]) -> "RunFolder":
         """A new run. Raises InputError if the folder exists and is not empty."""
-        cls.check_free(path)
         run = cls(Path(path))
-        try:
-            run.checkpoints.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"{run.path} cannot be created: {error}") from error
+        with run._making():
+            run._fill(settings)
+        return run
+
+    def _fill(self, settings: dict[str, Any]) -> None:
+        self.checkpoints.mkdir(exist_ok=True)
         document = {
             "format": "kronsae-run",
             "format_version": FORMAT_VERSION,
@@ -120,14 +144,18 @@ class RunFolder(_Folder):
             "versions": versions(),
             "command": sys.argv,
         }
-        write_sealed(run.config, document)
-        return run
+        self._write(document)
 
     @classmethod
     def open(cls, path: str | Path) -> tuple["RunFolder", dict[str, Any]]:
         """A run that exists, and its config.json. Raises InputError if it is none."""
         run = cls(Path(path))
-        return run, _read_index(run.index, "kronsae-run", {"config", "data"})
+        run.document = _read_index(run.index, "kronsae-run", {"config", "data"})
+        return run, copy.deepcopy(run.document)
+
+    def change(self, config: dict[str, Any], data: dict[str, Any]) -> None:
+        """Let config.json name other settings, and what describes the data, from now on."""
+        self._write(self.document | {"config": config, "data": self.document["data"] | data})
 
     def log(self, record: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
@@ -144,11 +172,21 @@ class RunFolder(_Folder):
             checkpoint.prune(self.checkpoints, keep)
 
     def _write_checkpoint(self, step: int, state: dict[str, Any]) -> None:
-        if self.mesh.first and self.metrics.exists():
-            sync(self.metrics)
+        with self.mesh.world.together():
+            if self.mesh.first:
+                self._sync_metrics()
         state = {**state, "metrics_bytes": _size(self.metrics)}
         folder = checkpoint.step_folder(self.checkpoints, step)
-        checkpoint.save_state(folder, state, self.mesh, HELD_STATE, [self.index])
+        copies = {self.index.name: self.document}
+        checkpoint.save_state(folder, state, self.mesh, HELD_STATE, copies)
+
+    def _sync_metrics(self) -> None:
+        """See to it that the lines that a checkpoint counts are on the disk."""
+        try:
+            if self.metrics.exists():
+                sync(self.metrics)
+        except OSError as error:  # some file systems tell now that the disk is full
+            raise InputError(f"{self.metrics} could not be written: {error}") from error
 
     def load_checkpoint(self) -> dict[str, Any] | None:
         """The newest checkpoint's state, or None if there is none; later metrics are cut off."""
@@ -185,21 +223,23 @@ class SweepFolder(_Folder):
     @classmethod
     def create(cls, path: str | Path, settings: dict[str, dict[str, Any]]) -> "SweepFolder":
         """A new sweep, with a run for each name. Raises InputError if the folder is not empty."""
-        cls.check_free(path)
         sweep = cls(Path(path), settings)
-        for begun in sweep.path.iterdir() if sweep.path.exists() else ():
-            shutil.rmtree(begun) if begun.is_dir() else begun.unlink()
-        for name, run in sweep.runs.items():
-            RunFolder.create(run.path, {**settings[name], "sweep": name})
-        sweep.checkpoints.mkdir()
-        document = {
-            "format": "kronsae-sweep",
-            "format_version": FORMAT_VERSION,
-            "members": {name: {"config": given["config"]} for name, given in settings.items()},
-            "versions": versions(),
-            "command": sys.argv,
-        }
-        write_sealed(sweep.index, document)
+        with sweep._making():
+            for begun in sweep.path.iterdir():
+                if begun.is_dir():
+                    shutil.rmtree(begun)
+            for name, run in sweep.runs.items():
+                run.path.mkdir()
+                run._fill({**settings[name], "sweep": name})
+            sweep.checkpoints.mkdir()
+            document = {
+                "format": "kronsae-sweep",
+                "format_version": FORMAT_VERSION,
+                "members": {name: {"config": given["config"]} for name, given in settings.items()},
+                "versions": versions(),
+                "command": sys.argv,
+            }
+            sweep._write(document)
         return sweep
 
     @classmethod
@@ -211,7 +251,10 @@ class SweepFolder(_Folder):
         except (InputError, TypeError) as error:
             raise InputError(f"{Path(path) / 'sweep.json'}: {error}") from error
         sweep = cls(Path(path), index["members"])
-        return sweep, {name: RunFolder.open(run.path)[1] for name, run in sweep.runs.items()}
+        sweep.document, settings = index, {}
+        for name, run in sweep.runs.items():
+            sweep.runs[name], settings[name] = RunFolder.open(run.path)
+        return sweep, settings
 
     def share(self, mesh: Mesh) -> None:
         super().share(mesh)
@@ -233,7 +276,7 @@ class SweepFolder(_Folder):
         document = _read_index(self.index, "kronsae-sweep", {"members"})
         for name, ending in endings.items():
             document["members"][name] |= ending
-        write_sealed(self.index, document)
+        self._write(document)
         write_text(self.comparison, comparison)
 
     def save_checkpoint(self, step: int, state: dict[str, Any], keep: int) -> None:
@@ -247,7 +290,8 @@ class SweepFolder(_Folder):
             self.runs[name]._write_checkpoint(step, own)
         shared = {**state, "members": list(members)}
         folder = checkpoint.step_folder(self.checkpoints, step)
-        checkpoint.save_state(folder, shared, self.mesh, copies=[self.index])
+        copies = {self.index.name: self.document}
+        checkpoint.save_state(folder, shared, self.mesh, copies=copies)
         if self.mesh.first:
             checkpoint.prune(self.checkpoints, keep)
             for name in members:
@@ -279,7 +323,8 @@ def open_to_resume(
 ) -> tuple[RunFolder | SweepFolder, dict[str, dict[str, Any]]]:
     """The run or sweep in `path`, and the config.json of each member. Raises InputError."""
     path = Path(path)
-    if (path / "sweep.json").exists():
+    index = path / "sweep.json"
+    if index.exists() or checkpoint.copy_of(index, path / "checkpoints"):
         return SweepFolder.open(path)
     run, settings = RunFolder.open(path)
     if "sweep" in settings:
@@ -294,10 +339,12 @@ def _read_index(path: Path, kind: str, keys: set[str]) -> dict[str, Any]:
     try:
         document = read_sealed(path)
     except (OSError, ValueError) as error:
-        copy = checkpoint.copy_of(path, path.parent / "checkpoints")
-        if copy is not None:
+        if not path.parent.is_dir():
+            raise InputError(f"{path.parent} is no run folder: it does not exist") from error
+        whole = checkpoint.copy_of(path, path.parent / "checkpoints")
+        if whole is not None:
             raise InputError(
-                f"{path} is damaged ({error}); a checkpoint has a copy:\n  cp {copy} {path}"
+                f"{path} is damaged ({error}); a checkpoint has a copy:\n  cp {whole} {path}"
             ) from error
         raise InputError(
             f"{path.parent} is no run folder: {path} cannot be read ({error}); begin again, with "
@@ -320,15 +367,24 @@ def _is_begun(path: Path, member: bool = False) -> bool:
     member: the folder may be the run of a sweep's member, in which nothing has happened yet.
     """
     for each in path.iterdir():
-        if each.is_dir() and not each.is_symlink():
-            begun = _is_begun(each, member=True)
+        if each.is_symlink():
+            return False
+        if each.is_dir():
+            if each.name == "checkpoints":
+                begun = not any(each.iterdir())
+            else:
+                begun = not member and _is_begun(each, member=True)
         elif member and each.name == "config.json":
             begun = "sweep" in _read_index(each, "kronsae-run", {"config", "data"})
         else:
-            begun = each.name.startswith(".") and each.name.endswith(".partial")
+            begun = re.fullmatch(_BEGUN, each.name) is not None
         if not begun:
             return False
     return True
+
+
+_BEGUN = r"\.lock|\.(config|sweep)\.json\.[0-9a-f]{8}\.partial"
+"""Names of files that are there before the index."""
 
 
 def versions() -> dict[str, str]:

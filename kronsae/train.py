@@ -65,9 +65,7 @@ def main(argv: list[str] | None = None) -> int:
             with mesh.world.together():
                 if mesh.first:
                     _check_memory(request, console)
-        status = train(request, console, mesh)
-        parallel.leave()
-        return status
+        return train(request, console, mesh)
     except InputError as error:
         if not quiet:  # all have the same
             errors.print(f"error: {error}", style="red", markup=False)
@@ -113,7 +111,9 @@ def train(request: Request, console: Console, mesh: Mesh = ALONE) -> int:
     out = Path(mesh.world.exchange(str(out))[0])
     try:
         with sigterm():
-            return _train(request, console, mesh, out)
+            status = _train(request, console, mesh, out)
+        parallel.leave()
+        return status
     except (InputError, parallel.RankLost):
         raise
     except (KeyboardInterrupt, Terminated) as error:  # where `fit` does not wait for it

@@ -123,7 +123,7 @@ def test_index_says_what_is_there(cache, model):
     assert [each.layer for each in held.hookpoints] == [1, 2]
     assert held.model["parameters"] == sum(p.numel() for p in model.model.parameters())
     assert (held.data.model, held.data.dataset, held.dtype) == ("embedded", "given", "float32")
-    files = {path.name for path in cache.iterdir()} - {"index.json", "harvest.json"}
+    files = {path.name for path in cache.iterdir()} - {"index.json", "harvest.json", ".lock"}
     marks = [m for s in (*held.heldout, *held.train) for m in s.marks]
     assert {mark.file for mark in marks} == files
     for mark in marks:

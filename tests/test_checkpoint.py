@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import save
 
 from kronsae import InputError, checkpoint, files
-from kronsae.run import RunFolder, SweepFolder
+from kronsae.run import RunFolder, SweepFolder, open_to_resume
 
 STATE = {
     "weights": {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(2, dtype=torch.bfloat16)},
@@ -138,7 +138,7 @@ def test_leftovers_of_a_killed_write_are_ignored_and_removed(tmp_path):
     again, _ = RunFolder.open(run.path)
     again.lock()
     assert again.load_checkpoint()["step"] == 5
-    assert not leftover.exists() and not list(run.path.glob(".*"))
+    assert not leftover.exists() and not list(run.path.glob(".*.partial"))
 
 
 def test_an_interrupted_replacement_loses_neither_copy(tmp_path, monkeypatch):
@@ -212,8 +212,62 @@ def test_a_damaged_config_has_copies(tmp_path):
     run.config.write_bytes(whole[:-9])
     with pytest.raises(InputError, match="is damaged.*\n  cp .*step-00000006/config.json .*/run/"):
         RunFolder.open(run.path)
-    (run.checkpoints / "step-00000006" / "config.json").rename(run.config)
+    newest = run.checkpoints / "step-00000006" / "config.json"
+    newest.rename(run.path / "kept")
+    newest.write_text("{")  # the disk has more such places: the older copy is whole
+    with pytest.raises(InputError, match="is damaged.*\n  cp .*step-00000005/config.json .*/run/"):
+        RunFolder.open(run.path)
+    (run.path / "kept").rename(run.config)
     assert RunFolder.open(run.path)[1]["config"] == {"a": 1} and run.config.read_bytes() == whole
+
+
+def test_a_config_that_is_damaged_while_it_runs_is_copied_whole(tmp_path):
+    run = RunFolder.create(tmp_path / "run", {"config": {"a": 1}, "data": {}})
+    run.config.unlink()
+    run.save_checkpoint(5, {"step": 5}, keep=2)
+    copy = files.read_sealed(run.checkpoints / "step-00000005" / "config.json")
+    assert copy["config"] == {"a": 1}
+
+
+def test_a_sweep_without_its_index_has_copies(tmp_path):
+    sweep = SweepFolder.create(tmp_path / "sweep", {"a": {"config": {}, "data": {}}})
+    sweep.save_checkpoint(5, {"members": {"a": {"step": 5}}}, keep=2)
+    sweep.index.unlink()
+    with pytest.raises(InputError, match="cp .*step-00000005/sweep.json .*/sweep/sweep.json"):
+        open_to_resume(sweep.path)
+
+
+def test_a_folder_that_is_not_there(tmp_path):
+    with pytest.raises(InputError, match="does not exist$"):
+        open_to_resume(tmp_path / "typo")
+
+
+def test_only_one_process_makes_a_run(tmp_path, monkeypatch):
+    """Both saw a free folder; the second one finds, under the lock, what the first one made."""
+    free, first = [], []
+
+    def check(path):
+        free.append(path)
+        if len(free) == 1:  # between the second one's look and its lock
+            first.append(RunFolder.create(path, {"config": {"mine": 1}, "data": {}}))
+        original(path)
+
+    original = RunFolder.check_free
+    monkeypatch.setattr(RunFolder, "check_free", staticmethod(check))
+    with pytest.raises(InputError, match="exists already"):
+        RunFolder.create(tmp_path / "run", {"config": {"mine": 2}, "data": {}})
+    assert RunFolder.open(tmp_path / "run")[1]["config"] == {"mine": 1}
+
+
+@pytest.mark.parametrize("name", ["mine/figures/", ".notes.partial", "mine/notes.txt", "metrics"])
+def test_what_others_made_is_left_alone(name, tmp_path):
+    path = tmp_path / "run" / name
+    path.parent.mkdir(parents=True)
+    path.mkdir() if name.endswith("/") else path.write_text("")
+    for kind in (RunFolder, SweepFolder):
+        with pytest.raises(InputError, match="exists already"):
+            kind.create(tmp_path / "run", {"a": {"config": {}, "data": {}}})
+    assert path.exists()
 
 
 def test_a_run_killed_while_it_was_made_can_be_made_again(tmp_path):

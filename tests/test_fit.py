@@ -337,7 +337,7 @@ def test_other_numbers_of_the_language_model_from_here_on(tmp_path):
         taken = "float16"
 
         def describe(self):
-            return {**super().describe(), "dtype": self.taken}
+            return {**super().describe(), "dtype": self.taken, "weights": f"of {self.taken}"}
 
     source = Source(X, TRAIN.batch_size, TRAIN.seed)
     stored = asking_for("float16")
@@ -348,3 +348,13 @@ def test_other_numbers_of_the_language_model_from_here_on(tmp_path):
         fit(KRON, source, TRAIN, out=tmp_path / "run", resume=True, settings=stored)
     asked = asking_for("float32")
     fit(KRON, source, TRAIN, out=tmp_path / "run", resume=True, settings=asked)
+    stored = read_sealed(tmp_path / "run" / "config.json")  # and holds from now on
+    assert stored["config"]["data"]["model_dtype"] == stored["data"]["dtype"] == "float32"
+    fit(KRON, source, TRAIN, out=tmp_path / "run", resume=True, settings=asked)
+
+
+def test_tensors_do_not_go_on_with_a_run_on_text(tmp_path):
+    config = RunConfig(sae=KRON, data=DataConfig(), train=TRAIN)
+    fit(KRON, X, TRAIN, out=tmp_path / "run", settings={"config": config.to_dict()})
+    with pytest.raises(InputError, match="made with other settings:\n.*config.data"):
+        fit(KRON, X, TRAIN, out=tmp_path / "run", resume=True)

@@ -192,7 +192,7 @@ def test_settings_without_effect_are_refused():
 def test_another_process_keeps_out(shared, tmp_path):
     fcntl = pytest.importorskip("fcntl")
     harvest.harvest(cached.CONFIG, tmp_path / "cache")
-    with open(tmp_path / "cache" / "harvest.json") as file:
+    with open(tmp_path / "cache" / ".lock") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         with pytest.raises(InputError, match="is being harvested by another process"):
             harvest.harvest(cached.CONFIG, tmp_path / "cache")

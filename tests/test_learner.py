@@ -147,7 +147,7 @@ def test_a_batch_whose_gradient_is_not_finite_changes_nothing(size):
     subject.step(torch.randn(100, 16))
     before = copy.deepcopy(subject.state_dict())
     skipped = subject.step(spoiled(size))
-    assert "gradient norm is" in skipped.reason and "step 1" in skipped.reason
+    assert skipped.reason in ("gradient norm is nan", "gradient norm is inf")
     if size == 1e30:
         assert skipped.largest == pytest.approx(1e30)
     after = subject.state_dict()
@@ -169,6 +169,8 @@ def test_one_enormous_token_does_not_set_the_scale():
     x = torch.randn(1000, 16) + 3
     usual, seen = Normalizer.of(x), Normalizer.of(torch.cat([x, torch.full((1, 16), 1e30)]))
     assert torch.equal(seen.mean, usual.mean) and seen.scale == usual.scale
+    two = Normalizer.of(torch.cat([x, torch.full((1, 16), 1e30), torch.full((1, 16), -1e10)]))
+    assert torch.equal(two.mean, usual.mean) and two.scale == usual.scale
     ordinary = torch.cat([x, torch.full((1, 16), 50.0)])  # as real models have
     assert Normalizer.of(ordinary).scale < 0.9 * usual.scale
 

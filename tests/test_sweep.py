@@ -101,7 +101,7 @@ def test_the_source_is_read_once():
 
 def test_sweep_folder(whole):
     assert {p.name for p in whole.iterdir()} == {
-        *("sweep.json", "comparison.md", "checkpoints", *SAES)
+        *(".lock", "sweep.json", "comparison.md", "checkpoints", *SAES)
     }
     index = json.loads((whole / "sweep.json").read_text())
     assert list(index["members"]) == list(SAES)

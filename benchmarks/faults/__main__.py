@@ -28,7 +28,9 @@ def write(out: Path, document: dict[str, Any], group: str | None) -> None:
     out.mkdir(parents=True, exist_ok=True)
     text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
     (out / f"faults-{group or 'all'}.json").write_text(text)
-    parts = [json.loads(path.read_text()) for path in sorted(out.glob("faults-*.json"))]
+    names = {path.name for path in out.glob("faults-*.json")} - {"faults-all.json"}
+    names = sorted(names) if group else ["faults-all.json"]
+    parts = [json.loads((out / name).read_text()) for name in names]
     (out / "faults.md").write_text(markdown(parts))
 
 

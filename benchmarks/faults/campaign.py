@@ -88,7 +88,7 @@ class Campaign:
         outcome.tried += 1
         try:
             attempt(place)
-        except Failed as error:
+        except (Failed, TimeoutError) as error:
             outcome.lost.append(str(error))
             self.show(f"LOST {outcome.fault}, {outcome.kind}: {error}")
         else:

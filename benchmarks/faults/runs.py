@@ -28,6 +28,7 @@ import kronsae.contexts  # noqa: F401
 from benchmarks.faults import strikes
 from kronsae import checkpoint, harvest, train
 from kronsae.data.loading import load_tokenizer
+from kronsae.files import LOCK_NAME
 
 TRAIN = (
     *("--tokens", "2400", "--batch-size", "96", "--heads", "16", "--m", "2", "--n", "4"),
@@ -250,12 +251,13 @@ def sweep_contents(sweep: Path) -> dict[str, Any]:
 
 
 def cache_contents(cache: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in cache.iterdir()}
+    return {path.name: path.read_bytes() for path in cache.iterdir() if path.name != LOCK_NAME}
 
 
 def strays(folder: Path) -> list[str]:
     """Temporary files that were left."""
-    return [str(p.relative_to(folder)) for p in folder.rglob("*") if p.name.startswith(".")]
+    hidden = (path for path in folder.rglob(".*") if path.name != LOCK_NAME)
+    return [str(path.relative_to(folder)) for path in hidden]
 
 
 def damaged(folder: Path) -> list[str]:

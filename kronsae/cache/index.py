@@ -37,8 +37,9 @@ FORMAT = "kronsae-activations"
 FORMAT_VERSION = 1
 INDEX_NAME = "index.json"
 HARVEST_NAME = "harvest.json"
+"""What a harvest was asked for."""
 PROGRESS = "progress"
-"""What a harvest that has not ended was asked for."""
+"""Folder of where a harvest that has not ended stands."""
 
 SECTIONS = ("heldout", "train")
 CODES = {

@@ -39,7 +39,7 @@ from kronsae.config import DTYPES, DataConfig, from_dict, setting
 from kronsae.data.activations import LanguageModelActivations, resolve_context_length
 from kronsae.data.text import check_text, open_text
 from kronsae.errors import InputError
-from kronsae.files import lock, read_sealed, remove_leftovers, write_json, write_sealed
+from kronsae.files import LOCK_NAME, lock, read_sealed, remove_leftovers, write_json, write_sealed
 
 FORMAT = "kronsae-harvest"
 FORMAT_VERSION = 1
@@ -140,9 +140,13 @@ def harvest(
     not finite or do not fit the dtype, or the disk is full.
     """
     folder = Path(out)
-    _prepare(folder, config)
-    held = lock(folder / HARVEST_NAME, f"{folder} is being harvested by another process")
     try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{folder} cannot be created: {error}") from error
+    held = lock(folder, f"{folder} is being harvested by another process")
+    try:
+        _prepare(folder, config)
         for place in (folder, folder / PROGRESS):
             remove_leftovers(place)
         return _Harvest(folder, config, on_shard or (lambda _: None)).run()
@@ -160,16 +164,20 @@ def stored_config(folder: Path, **others: Any) -> HarvestConfig:
             raise ValueError(f"expected {FORMAT} of format version {FORMAT_VERSION}")
         values = document["config"]
     except (OSError, ValueError, KeyError, TypeError) as error:
+        problem = (
+            f"{folder} holds no harvest: {path} cannot be read ({error}); choose another --out"
+        )
         copy = checkpoint.copy_of(path, folder / PROGRESS)
-        advice = f"holds no harvest: {path} cannot be read ({error}); choose another --out"
         if copy is not None:
-            advice = f"{path} is damaged ({error}); there is a copy:\n  cp {copy} {path}"
-        raise InputError(advice if copy else f"{folder} {advice}") from error
+            problem = f"{path} is damaged ({error}); there is a copy:\n  cp {copy} {path}"
+        if not folder.is_dir():
+            problem = f"{folder} holds no harvest: it does not exist"
+        raise InputError(problem) from error
     return HarvestConfig.from_dict(values, str(path), **others)
 
 
 def _prepare(folder: Path, config: HarvestConfig) -> None:
-    """Make the folder, or see that it holds the same harvest."""
+    """Write what is asked for into the folder, or see that it holds the same harvest."""
     if (folder / HARVEST_NAME).exists():
         found, asked = stored_config(folder).to_dict(), config.to_dict()
         found, asked = found | found.pop("data"), asked | asked.pop("data")
@@ -180,12 +188,9 @@ def _prepare(folder: Path, config: HarvestConfig) -> None:
                 + "\n  ".join(lines)
             )
         return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(path for path in folder.iterdir() if not path.name.startswith(f".{HARVEST_NAME}")):
-            raise InputError(f"{folder} is not empty: choose another --out")
-    except OSError as error:
-        raise InputError(f"{folder} cannot be created: {error}") from error
+    begun = (LOCK_NAME, f".{HARVEST_NAME}")
+    if any(path for path in folder.iterdir() if not path.name.startswith(begun)):
+        raise InputError(f"{folder} is not empty: choose another --out")
     document = {"format": FORMAT, "format_version": FORMAT_VERSION, "config": config.to_dict()}
     write_sealed(folder / HARVEST_NAME, document)
 
@@ -197,6 +202,7 @@ class _Harvest:
         self, folder: Path, config: HarvestConfig, on_shard: Callable[[Progress], None]
     ) -> None:
         self.folder = folder
+        self.asked = read_sealed(folder / HARVEST_NAME)
         self.config = config
         self.on_shard = on_shard
         self.progress = folder / PROGRESS
@@ -308,7 +314,7 @@ class _Harvest:
             checkpoint.save_state(
                 checkpoint.step_folder(self.progress, written),
                 state,
-                copies=[self.folder / HARVEST_NAME],
+                copies={HARVEST_NAME: self.asked},
             )
             checkpoint.prune(self.progress, KEPT)
             rows = sum(shard.rows for shard in shards)
