@@ -12,9 +12,9 @@ def token_texts(
 ) -> list[str]:
     """The text of each token, on one line: ↵ for a newline, ⇥ for a tab or four spaces.
 
-    A character that several tokens spell belongs to the last of them. The others are empty; where
-    a latent is positive on them (fires: [t]) they are their bytes, as ⟨E4 BD⟩, as are those that
-    end without a character. Without a tokenizer: ids.
+    A character that several tokens spell belongs to the last of them. What the others give to it is
+    not shown, or, where a latent is positive on them (fires: [t]), as bytes: ⟨E4 BD⟩. So are bytes
+    that end without a character. Without a tokenizer: ids.
     """
     if tokenizer is None:
         return [f"[{token}]" for token in tokens]
@@ -25,10 +25,11 @@ def token_texts(
         if text.endswith(_NO_CHARACTER) and stop < len(tokens):
             continue  # perhaps the next tokens complete a character
         start = len(texts)
-        texts += _spelled(tokens[start:stop], text[len(before) :], tokenizer)
-        for place in range(start, stop):
-            if not texts[place] and fires is not None and fires[place] > 0:
-                [texts[place]] = _spelled(tokens[place : place + 1], _NO_CHARACTER, tokenizer)
+        spelled, given = _spelled(tokens[start:stop], text[len(before) :], tokenizer)
+        texts += spelled
+        for place, rest in enumerate(given, start):
+            if fires is not None and fires[place] > 0:
+                texts[place] += rest
         before = text
     return [_on_one_line(text) for text in texts]
 
@@ -37,25 +38,37 @@ _NO_CHARACTER = "\ufffd"
 """What decoders write for bytes that spell no character."""
 
 
-def _spelled(tokens: Sequence[int], text: str, tokenizer: Any) -> list[str]:
-    """`text` by the tokens that spell it together, their bytes in place of \ufffd if known."""
+def _spelled(tokens: Sequence[int], text: str, tokenizer: Any) -> tuple[list[str], list[str]]:
+    """`text` by the tokens that spell it together, their bytes in place of \ufffd if known; and
+    what each of them gives to a character of a later one."""
     if len(tokens) == 1 and _NO_CHARACTER not in text:
-        return [text]
+        return [text], [""]
     pieces = [_bytes(name) for name in tokenizer.convert_ids_to_tokens([int(t) for t in tokens])]
     if pieces[-1] is None:  # no byte token: what follows the bytes that spelled nothing
         pieces[-1] = text.rpartition(_NO_CHARACTER)[2].encode()
     if None in pieces or b"".join(pieces).decode(errors="replace") != text:
-        return [""] * (len(tokens) - 1) + [text]
+        others = len(tokens) - 1
+        return [""] * others + [text], [_NO_CHARACTER] * others + [""]
     ends = list(accumulate(map(len, pieces)))
-    texts, place = [""] * len(tokens), 0
+    texts, given, place = [""] * len(tokens), [b""] * len(tokens), 0
     for char in b"".join(pieces).decode(errors="surrogateescape"):
-        place += len(char.encode(errors="surrogateescape"))
-        texts[bisect_right(ends, place - 1)] += char
-    return [re.sub("[\udc80-\udcff]+", _hexadecimal, text) for text in texts]
+        spelling = char.encode(errors="surrogateescape")
+        owners = [bisect_right(ends, place + i) for i in range(len(spelling))]
+        place += len(spelling)
+        texts[owners[-1]] += char
+        for owner, byte in zip(owners, spelling, strict=True):
+            if owner != owners[-1]:
+                given[owner] += bytes([byte])
+    seen = re.compile("[\udc80-\udcff]+")
+    texts = [
+        seen.sub(lambda found: _hexadecimal(found[0].encode(errors="surrogateescape")), text)
+        for text in texts
+    ]
+    return texts, [_hexadecimal(rest) if rest else "" for rest in given]
 
 
-def _hexadecimal(found: re.Match) -> str:
-    return f"⟨{found[0].encode(errors='surrogateescape').hex(' ').upper()}⟩"
+def _hexadecimal(data: bytes) -> str:
+    return f"⟨{data.hex(' ').upper()}⟩"
 
 
 def _bytes(name: str | bytes | None) -> bytes | None:

@@ -419,6 +419,20 @@ def test_after_stop_nothing_is_asked(tmp_path):
     assert answers.asked == lines(tmp_path, "a.jsonl") == 1  # what was under way is kept
 
 
+def test_after_stop_no_request_is_repeated(monkeypatch, tmp_path):
+    """A server that does not answer is not waited for, four more times."""
+    found = ServerChat("http://localhost:9/v1", "m")
+    answers = Answers(found, tmp_path / "a.jsonl")
+
+    def refuses(*_, **__):
+        answers.stop()
+        raise OSError("connection refused")
+
+    monkeypatch.setattr(chat.urllib.request, "urlopen", refuses)
+    with pytest.raises(CancelledError):
+        answers.ask([{"role": "user", "content": "x"}], 3)
+
+
 # Models that answer
 
 

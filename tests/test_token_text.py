@@ -71,9 +71,8 @@ def test_byte_level_bpe():
     assert "".join(found) == text
     assert {"你", "好", "😀"} <= {each.strip() for each in found}
     firing = token_texts(ids, tokenizer, [1.0] * len(ids))
-    assert [full for full, each in zip(firing, found, strict=True) if each] == [
-        each for each in found if each
-    ]
+    for full, each in zip(firing, found, strict=True):
+        assert full == each or full.startswith(each) and full[len(each)] == "⟨"
     assert firing[found.index("") :][:2] == ["⟨E4⟩", "⟨BD⟩"]
 
 
@@ -83,6 +82,7 @@ def test_tokens_that_hold_characters_and_parts_of_some():
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
     assert token_texts([0, 1, 2, 0], tokenizer) == ["a", " ", "’s", "a"]
+    assert token_texts([0, 1, 2, 0], tokenizer, [1] * 4) == ["a", " ⟨E2 80⟩", "’s", "a"]
     assert token_texts([2, 0, 1], tokenizer) == ["⟨99⟩s", "a", " ⟨E2 80⟩"]
     assert token_texts([4, 3, 0, 4], tokenizer) == ["⟨E4 BD⟩", "⟨E9⟩", "a", "⟨E4 BD⟩"]
 

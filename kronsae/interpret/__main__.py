@@ -122,6 +122,7 @@ def work(argv: list[str]) -> None:
                 bar.advance(task)
         except BaseException:
             answers.stop()
+            console.print("Stopping, once what was asked is answered", markup=False)
             pool.shutdown(cancel_futures=True)
             if answers.asked:
                 console.print(

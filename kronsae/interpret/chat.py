@@ -4,7 +4,6 @@ import hashlib
 import json
 import os
 import threading
-import time
 import urllib.error
 import urllib.request
 from concurrent.futures import CancelledError
@@ -119,7 +118,7 @@ class ServerChat:
 
     url: its base, as http://localhost:8000/v1.  key: what it wants to know callers by; by default
     the environment variable OPENAI_API_KEY, if there is one. It is sent, and never written down.
-    Requests that fail for a passing reason are made ATTEMPTS times.
+    Requests that fail for a passing reason are made ATTEMPTS times, until `stopped` is set.
     Raises InputError if the server refuses, cannot be reached, or answers something else.
     """
 
@@ -132,6 +131,7 @@ class ServerChat:
         self.model = model
         self.name = model  # a server may come back at another port
         self.key = os.environ.get("OPENAI_API_KEY") if key is None else key
+        self.stopped = threading.Event()
 
     def answer(self, messages: Messages, max_tokens: int) -> Reply:
         body = {
@@ -170,21 +170,24 @@ class ServerChat:
             except urllib.error.HTTPError as error:
                 why = f"{error.code} {error.reason}: {error.read()[:300].decode(errors='replace')}"
                 if error.code not in PASSING:
-                    raise InputError(f"{self.url} refused: {why}{self._hint()}") from error
+                    hint = self._hint(error.code in (404, 405))
+                    raise InputError(f"{self.url} refused: {why}{hint}") from error
                 wait = _seconds(error.headers.get("Retry-After"), wait)
             except (OSError, ValueError) as error:  # no connection, a timeout, no JSON
                 why = f"{type(error).__name__}: {error}"
-            if attempt < ATTEMPTS - 1:
-                time.sleep(wait)
-        raise InputError(f"{self.url} did not answer in {ATTEMPTS} attempts ({why}){self._hint()}")
+            if attempt < ATTEMPTS - 1 and self.stopped.wait(wait):
+                raise CancelledError
+        hint = self._hint(not_there=True)
+        raise InputError(f"{self.url} did not answer in {ATTEMPTS} attempts ({why}){hint}")
 
-    def _hint(self) -> str:
+    def _hint(self, not_there: bool) -> str:
         """Which models the server has, if it says so and ours is not among them."""
         try:
             with urllib.request.urlopen(self._request("models"), timeout=5) as response:
                 names = [each["id"] for each in json.loads(response.read())["data"]]
         except (OSError, ValueError, KeyError, TypeError):
-            return "" if self.url.endswith("/v1") else "; do its addresses begin with …/v1?"
+            usual = self.url.endswith("/v1") or not not_there
+            return "" if usual else "; do its addresses begin with …/v1?"
         unknown = names and self.model not in names
         return f"; its models: {', '.join(names[:10])}" if unknown else ""
 
@@ -242,6 +245,8 @@ class Answers:
     def stop(self) -> None:
         """Ask no more; answers that are under way are still kept."""
         self._stopped.set()
+        if isinstance(self.chat, ServerChat):
+            self.chat.stopped.set()
 
     def costs(self) -> dict[str, int]:
         """Calls and tokens: asked this time, found in the file, and both together in tokens."""

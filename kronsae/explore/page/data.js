@@ -83,15 +83,19 @@ const tokenText = (number) => vocabulary[number]; // undefined: no token is ther
 const PART = /⟨([0-9A-F]{2}(?: [0-9A-F]{2})*)⟩/;
 
 // Texts of tokens that follow each other. A character that several of them spell belongs to the
-// last; the others are empty, or their bytes where `fires` is true.
+// last; what the others give to it is not shown, or as bytes where `fires` is true.
 function textsOf(numbers, fires = []) {
   const texts = numbers.map(tokenText);
   const out = [...texts];
+  const given = texts.map(() => '');
   for (let start = 0, stop; start < texts.length; start = stop + 1) {
     for (stop = start; PART.test(texts[stop] ?? '');) stop += 1;
-    if (stop > start) out.splice(start, stop - start, ...spelled(texts.slice(start, stop)));
+    if (stop === start) continue;
+    const [whole, rests] = spelled(texts.slice(start, stop));
+    out.splice(start, whole.length, ...whole);
+    given.splice(start, rests.length, ...rests);
   }
-  return out.map((text, place) => (text === '' && fires[place] ? texts[place] : text));
+  return out.map((text, place) => (fires[place] ? text + given[place] : text));
 }
 
 function spelled(texts) {
@@ -106,18 +110,26 @@ function spelled(texts) {
     });
   });
   const out = texts.map(() => '');
+  const given = texts.map(() => '');
   for (let at = 0; at < bytes.length;) {
     const length = bytes[at] < 0x80 ? 1 : bytes[at] < 0xe0 ? 2 : bytes[at] < 0xf0 ? 3 : 4;
     const char = character(bytes.slice(at, at + length));
     if (char === null) {
-      out[owners[at]] += `⟨${bytes[at].toString(16).toUpperCase().padStart(2, '0')}⟩`;
+      out[owners[at]] += hexadecimal(bytes[at]);
       at += 1;
     } else {
-      out[owners[at + length - 1]] += char;
-      at += length;
+      const owner = owners[at + length - 1];
+      out[owner] += char;
+      for (let end = at + length; at < end; at += 1) {
+        if (owners[at] !== owner) given[owners[at]] += hexadecimal(bytes[at]);
+      }
     }
   }
-  return out.map((text) => text.replaceAll('⟩⟨', ' '));
+  return [out, given].map((parts) => parts.map((text) => text.replaceAll('⟩⟨', ' ')));
+}
+
+function hexadecimal(byte) {
+  return `⟨${byte.toString(16).toUpperCase().padStart(2, '0')}⟩`;
 }
 
 // The character of some bytes as UTF-8, or null. One that is not to be seen is replaced.
