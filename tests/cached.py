@@ -51,4 +51,5 @@ def make(monkeypatch, folder, **settings):
 
 def contents(folder):
     """The bytes of every file."""
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    files = (path for path in folder.rglob("*") if path.is_file() and path.name != ".lock")
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}

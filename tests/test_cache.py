@@ -17,6 +17,7 @@ from kronsae.cache import CacheActivations, CacheIndex, Damaged, index, reader, 
 from kronsae.cache.index import damaged
 from kronsae.data import LanguageModel, LanguageModelActivations
 from kronsae.errors import InputError
+from kronsae.files import read_sealed, write_sealed
 
 BATCH = 24
 
@@ -123,7 +124,12 @@ def test_index_says_what_is_there(cache, model):
     assert [each.layer for each in held.hookpoints] == [1, 2]
     assert held.model["parameters"] == sum(p.numel() for p in model.model.parameters())
     assert (held.data.model, held.data.dataset, held.dtype) == ("embedded", "given", "float32")
-    files = {path.name for path in cache.iterdir()} - {"index.json", "harvest.json", ".lock"}
+    files = {path.name for path in cache.iterdir()} - {
+        "index.json",
+        "harvest.json",
+        ".lock",
+        "progress",
+    }
     marks = [m for s in (*held.heldout, *held.train) for m in s.marks]
     assert {mark.file for mark in marks} == files
     for mark in marks:
@@ -391,16 +397,16 @@ TAMPERED = {
 
 @pytest.mark.parametrize("tamper", TAMPERED.values(), ids=TAMPERED)
 def test_an_index_is_not_trusted(tamper, copy):
-    document = json.loads((copy / "index.json").read_text())
+    document = read_sealed(copy / "index.json")
     tamper(document)
-    (copy / "index.json").write_text(json.dumps(document))
+    write_sealed(copy / "index.json", document)
     with pytest.raises(InputError, match="index.json is damaged"):
         CacheIndex.open(copy)
 
 
 def test_sizes_are_checked_before_memory_is_asked_for(copy, monkeypatch):
     """An index that agrees with itself, but not with its files, asks for half a petabyte."""
-    document = json.loads((copy / "index.json").read_text())
+    document = read_sealed(copy / "index.json")
     rows = document["context_length"] * 2**35
     for shard in document["train"]:
         header = shard["activations"][0]["bytes"] - 4 * 256 * shard["rows"]
@@ -408,7 +414,7 @@ def test_sizes_are_checked_before_memory_is_asked_for(copy, monkeypatch):
         shard["tokens"]["bytes"] = 200 + 5 * rows
         for mark in shard["activations"]:
             mark["bytes"] = header + 4 * 256 * rows
-    (copy / "index.json").write_text(json.dumps(document))
+    write_sealed(copy / "index.json", document)
     CacheIndex.open(copy)
     monkeypatch.setattr(torch, "empty", None)
     with pytest.raises(Damaged, match="bytes, expected"):

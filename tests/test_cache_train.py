@@ -13,6 +13,7 @@ from kronsae import SAEConfig, TrainConfig
 from kronsae.cache import CacheActivations, CacheIndex
 from kronsae.data import LanguageModelActivations
 from kronsae.errors import InputError
+from kronsae.files import read_sealed, write_sealed
 from kronsae.fit import fit
 from kronsae.subject import load_subjects, open_heldout
 from kronsae.train import main
@@ -180,9 +181,9 @@ def test_a_transcoder_reads_two_hookpoints_together(cache, tmp_path):
 def test_without_the_model_all_but_its_parts_is_there(cache, tmp_path, capsys):
     """The cross-entropy and the contexts' words are missing, and the command says why."""
     lonely = shutil.copytree(cache, tmp_path / "cache")
-    document = json.loads((lonely / "index.json").read_text())
+    document = read_sealed(lonely / "index.json")
     document["data"]["model"] = str(tmp_path / "gone")
-    (lonely / "index.json").write_text(json.dumps(document))
+    write_sealed(lonely / "index.json", document)
     out = tmp_path / "run"
     assert main(["--activations", str(lonely), "--layer", "2", *FLAGS, "--out", str(out)]) == 0
     printed = capsys.readouterr().out
@@ -195,10 +196,10 @@ def test_without_the_model_all_but_its_parts_is_there(cache, tmp_path, capsys):
 
 def test_another_model_of_that_name_is_not_taken_for_it(cache, tmp_path):
     other = shutil.copytree(cache, tmp_path / "cache")
-    document = json.loads((other / "index.json").read_text())
+    document = read_sealed(other / "index.json")
     document["model"]["weights"] = "0" * 16
     document["tokenizer"] = "0" * 16
-    (other / "index.json").write_text(json.dumps(document))
+    write_sealed(other / "index.json", document)
     model = CacheActivations(other, layer=2, batch_size=8).language_model
     assert "weights of embedded are not those" in model.missing
     assert not model.has_cross_entropy and model.tokenizer is None

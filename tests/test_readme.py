@@ -110,7 +110,7 @@ def test_harvest_parses():
     [block] = [c for c in COMMANDS if c.startswith("python -m kronsae.harvest")]
     harvested, trained = block.replace("\\\n", " ").strip().splitlines()
     config, folder, _ = parse_harvest(shlex.split(harvested)[3:])
-    assert config.layers == (3, 6) and config.tokens == 500_000_000
+    assert config.layers == (3, 6) and config.tokens == 10_000_000
     flags = vars(make_parser().parse_args(shlex.split(trained)[3:]))
     assert Path(flags["activations"]) == folder and flags["layer"] in config.layers
 

@@ -8,6 +8,7 @@ import ast
 import contextlib
 import json
 import resource
+import shutil
 from pathlib import Path
 
 import cached
@@ -305,9 +306,7 @@ def cache(tmp_path_factory):
 def test_a_shard_that_links_out_of_its_cache_is_refused(cache, tmp_path):
     """When the cache is opened, when it is verified, and when the shard is read."""
     folder = tmp_path / "cache"
-    folder.mkdir()
-    for path in cache.iterdir():
-        (folder / path.name).write_bytes(path.read_bytes())
+    shutil.copytree(cache, folder)
     name, elsewhere = "train-00000.1.safetensors", tmp_path / "private"
     source = CacheActivations(folder, layer=2, batch_size=8)
     (folder / name).rename(elsewhere)

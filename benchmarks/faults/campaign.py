@@ -260,8 +260,9 @@ class Campaign:
 
         def attempt(place: Path) -> None:
             out = place / "out"
-            moment = drawn.uniform(0.7, 0.8) * whole.seconds
-            signals = [(moment, signal.SIGKILL)]
+            signals = [(drawn.uniform(0.7, 0.8) * whole.seconds, signal.SIGKILL)]
+            if pattern in LAST:
+                signals = []
             runs.execute(kind, [*kind.flags, "--out", out], place / "0.log", signals=signals)
             files = sorted(out.glob(pattern))
             if not files:
@@ -286,10 +287,11 @@ class Campaign:
 
     def obey(self, message: str, out: Path) -> None:
         """Do what a message says about a damaged file. Raises Failed if it says nothing."""
-        remove = re.search(r"remove (?:the folder )?(\S+)", message)
+        remove = re.search(r"remove (?:the folder )?([^\s,]+)", message)
         copy = re.search(r"^  cp (\S+) (\S+)$", message, re.MULTILINE)
         if remove is not None and Path(remove[1]).is_relative_to(out):
-            shutil.rmtree(remove[1])
+            path = Path(remove[1])
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
         elif copy is not None and all(Path(path).is_relative_to(out) for path in copy.groups()):
             shutil.copyfile(*copy.groups())
         else:
@@ -618,4 +620,7 @@ DAMAGED = [
     ("harvest", "train-*.safetensors"),
     ("harvest", "progress/step-*/state.*"),
     ("harvest", "harvest.json"),
+    ("harvest", "index.json"),
 ]
+LAST = ("index.json",)
+"""What is there only once all is done."""

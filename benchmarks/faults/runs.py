@@ -251,7 +251,8 @@ def sweep_contents(sweep: Path) -> dict[str, Any]:
 
 
 def cache_contents(cache: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in cache.iterdir() if path.name != LOCK_NAME}
+    files = (path for path in cache.rglob("*") if path.is_file() and path.name != LOCK_NAME)
+    return {str(path.relative_to(cache)): path.read_bytes() for path in files}
 
 
 def strays(folder: Path) -> list[str]:

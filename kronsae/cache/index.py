@@ -31,7 +31,7 @@ from torch import Tensor
 from kronsae.config import DTYPES, DataConfig, from_dict
 from kronsae.data.common import digest
 from kronsae.errors import InputError
-from kronsae.files import write_file
+from kronsae.files import read_sealed, write_file
 
 FORMAT = "kronsae-activations"
 FORMAT_VERSION = 1
@@ -135,7 +135,7 @@ class CacheIndex:
         folder = Path(folder)
         path = folder / INDEX_NAME
         try:
-            document = json.loads(path.read_text(encoding="utf-8"))
+            document = read_sealed(path)
         except FileNotFoundError as error:
             if (folder / HARVEST_NAME).is_file():
                 raise InputError(
@@ -276,7 +276,7 @@ def resume_command(folder: Path) -> str:
 
 
 def _again(folder: Path) -> str:
-    return f"harvest it again, in another folder or after removing {folder}"
+    return f"remove {folder / INDEX_NAME}, and {resume_command(folder)} makes it anew"
 
 
 # Files of a shard

@@ -1,16 +1,17 @@
 """Harvesting: a language model's activations, written to a cache in shards.
 
-While it goes on, the folder holds, beside finished shards (see `kronsae.cache.index`):
+The folder holds, beside finished shards (see `kronsae.cache.index`):
 
-harvest.json    what was asked for (it stays, so that damaged shards can be made anew)
+harvest.json    what was asked for
 progress/       of the last two shards: which there are, and where the text stood then
+
+Both stay, so that damaged shards, and an index, can be made anew.
 
 The index comes last. Whatever interrupts a harvest costs the shard that it was at.
 """
 
 import dataclasses
 import json
-import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -39,7 +40,7 @@ from kronsae.config import DTYPES, DataConfig, from_dict, setting
 from kronsae.data.activations import LanguageModelActivations, resolve_context_length
 from kronsae.data.text import check_text, open_text
 from kronsae.errors import InputError
-from kronsae.files import LOCK_NAME, lock, read_sealed, remove_leftovers, write_json, write_sealed
+from kronsae.files import LOCK_NAME, lock, read_sealed, remove_leftovers, write_sealed
 
 FORMAT = "kronsae-harvest"
 FORMAT_VERSION = 1
@@ -212,8 +213,6 @@ class _Harvest:
 
     def run(self) -> CacheIndex:
         if (self.folder / INDEX_NAME).exists():
-            if self.progress.exists():  # the last thing that was left to do
-                shutil.rmtree(self.progress)
             index = CacheIndex.open(self.folder)
             broken = damaged(self.folder, index)
             if broken:
@@ -235,8 +234,7 @@ class _Harvest:
                     f"{error}\nWhat was harvested stays: {resume_command(self.folder)} goes on"
                 ) from error
             raise
-        write_json(self.folder / INDEX_NAME, index.json())
-        shutil.rmtree(self.progress)
+        write_sealed(self.folder / INDEX_NAME, index.json())
         return index
 
     def _open(self) -> None:

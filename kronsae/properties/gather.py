@@ -42,10 +42,12 @@ TOP_TOKENS = 8
 class Settings:
     """How much of a text to read, and how much of it to keep."""
 
-    tokens: int = setting(1_000_000, "tokens of text to read")
+    tokens: int = setting(1_000_000, "tokens of text to read (embedded model: 200,000)")
     top: int = setting(16, "strongest examples of each latent to keep")
     sample: int = setting(
-        0, "examples of each latent to sample (0: 384 as in the paper, or as many as fit in 2 GiB)"
+        0,
+        "examples of each latent to sample (0: 384 as in the paper, or as many as fit in 2 GiB;"
+        " embedded model: 32)",
     )
     correlation_tokens: int = setting(65_536, "tokens, the first, over which to correlate latents")
     seed: int = setting(0, "of the sample")
