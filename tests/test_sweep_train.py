@@ -29,7 +29,7 @@ def whole(tmp_path_factory):
 def test_everything_is_there(whole):
     out, printed = whole
     assert {p.name for p in out.iterdir()} == {
-        *("sweep.json", "comparison.md", "checkpoints", *NAMES)
+        *(".lock", "sweep.json", "comparison.md", "checkpoints", *NAMES)
     }
     for name in NAMES:
         assert {p.name for p in (out / name).iterdir()} == {

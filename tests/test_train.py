@@ -53,7 +53,7 @@ def whole(tmp_path_factory):
 def test_everything_is_there(whole):
     out, printed = whole
     assert {p.name for p in out.iterdir()} == {
-        *("config.json", "metrics.jsonl", "checkpoints", "sae", "report.html")
+        *(".lock", "config.json", "metrics.jsonl", "checkpoints", "sae", "report.html")
     }
     for words in (
         "Explained variance",
@@ -132,7 +132,7 @@ def _same_result(out, expected):
         return [{k: v for k, v in json.loads(x).items() if k not in times} for x in lines]
 
     assert records(out) == records(expected)
-    assert not [p for p in out.rglob("*") if p.name.startswith(".")]
+    assert not [path for path in out.rglob(".*") if path.name != ".lock"]
 
 
 @pytest.mark.parametrize(
