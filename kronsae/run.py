@@ -392,7 +392,8 @@ def versions() -> dict[str, str]:
     return {
         "kronsae": kronsae_kernels.__version__,
         "python": platform.python_version(),
-        **{name: metadata.version(name) for name in ("torch", "numpy", "transformers")},
+        "torch": torch.__version__,  # with the CUDA that it was built for
+        **{name: metadata.version(name) for name in ("numpy", "transformers")},
         "platform": platform.platform(),
         "threads": str(torch.get_num_threads()),
     }

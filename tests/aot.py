@@ -217,14 +217,17 @@ class Compiled:
         return f"{self.kernel}/{self.target}"
 
 
-def problems(found: Compiled) -> list[str]:
-    """What is wrong with a compiled kernel, each naming the kernel, the expected and the found."""
+def problems(found: Compiled, spills: int = 0) -> list[str]:
+    """What is wrong with a compiled kernel, each naming the kernel, the expected and the found.
+
+    spills: what it may have: what the golden table says of this Triton, whose ptxas is its own.
+    """
     if found.error is not None:
         return [f"{found.key}: does not compile: {found.error}"]
     limit = TARGETS[found.target].shared
     matrix = " ".join(found.matrix) or "none"
     checks = [
-        (found.spills == 0, "spills: expected 0", found.spills),
+        (found.spills <= spills, f"spills: expected {spills}", found.spills),
         (found.shared <= limit, f"shared memory: expected at most {limit}", found.shared),
         (
             found.tensor_memory <= MAX_TENSOR_MEMORY,

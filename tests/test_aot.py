@@ -77,7 +77,9 @@ def test_golden_table_lists_every_kernel(compiled, target):
 def test_kernel_compiles_well(compiled, kernel, target):
     found = compiled.get(f"{kernel}/{target}")
     assert found is not None, f"{kernel}/{target}: no case launches it"
-    assert not problems(found), "\n".join(problems(found))
+    spills = GOLDEN.get(VERSION, {}).get(found.key, {}).get("spills", 0)
+    assert spills <= 8, f"{found.key}: the golden table has spills of {spills} bytes"
+    assert not problems(found, spills), "\n".join(problems(found, spills))
 
 
 @by_kernel
@@ -88,5 +90,7 @@ def test_kernel_is_as_large_as_before(compiled, kernel, target):
     found = compiled.get(f"{kernel}/{target}")
     if found is None or found.error is not None:
         pytest.skip("does not compile: see test_kernel_compiles_well")
+    if found.key not in GOLDEN[VERSION]:
+        pytest.skip(f"of Triton {VERSION} the golden table has other targets alone")
     lines = differences(found, GOLDEN[VERSION][found.key])
     assert not lines, "\n".join(lines)
