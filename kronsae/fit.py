@@ -582,7 +582,7 @@ def _claim(
             )
         for name, data in changed.items():
             if data:
-                folder.runs[name].change(settings[name]["config"], data)
+                folder.change(name, settings[name]["config"], data)
         return folder
     except InputError:
         folder.release()
@@ -601,25 +601,24 @@ def _other_dtype(found: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]
     return {name: given["data"][name] for name in ("dtype", "weights") if name in given["data"]}
 
 
-FREE_TO_CHANGE = (
-    {"config.data.trust_remote_code", "config.data.activations"}
-    | {  # its contents are compared, not its place
+FREE_TO_CHANGE = {
+    *(
         f"config.train.{name}"
         for name in (
-            "device",
-            "fused_step",
-            "tensor_parallel",
-            "rank_timeout",
-            "log_every",
-            "eval_every",
-            "checkpoint_every",
-            "keep_checkpoints",
-            "tensorboard",
-            "wandb",
+            *("device", "fused_step", "tensor_parallel", "rank_timeout"),
+            *("log_every", "eval_every", "checkpoint_every", "keep_checkpoints"),
+            *("tensorboard", "wandb"),
         )
-    }
-    | {"config.data.model_device", "config.data.model_dtype", "config.data.overlap"}
-)
+    ),
+    *(
+        f"config.data.{name}"
+        for name in (
+            "activations",  # the contents are compared, not the place
+            *("model_device", "model_dtype", "overlap", "trust_remote_code"),
+        )
+    ),
+}
+"""Settings that a run may go on with others of."""
 
 
 def _differences(found: Any, given: Any, name: str, member: str = "") -> list[str]:

@@ -94,6 +94,11 @@ class _Folder:
         finally:
             self.release()
 
+    def _begin(self, kind: str, settings: dict[str, Any]) -> None:
+        """Write the index, which makes the folder a run, or a sweep."""
+        head = {"format": kind, "format_version": FORMAT_VERSION}
+        self._write({**head, **settings, "versions": versions(), "command": sys.argv})
+
     def _write(self, document: dict[str, Any]) -> None:
         write_sealed(self.index, document)
         self.document = document
@@ -137,14 +142,7 @@ class RunFolder(_Folder):
 
     def _fill(self, settings: dict[str, Any]) -> None:
         self.checkpoints.mkdir(exist_ok=True)
-        document = {
-            "format": "kronsae-run",
-            "format_version": FORMAT_VERSION,
-            **settings,
-            "versions": versions(),
-            "command": sys.argv,
-        }
-        self._write(document)
+        self._begin("kronsae-run", settings)
 
     @classmethod
     def open(cls, path: str | Path) -> tuple["RunFolder", dict[str, Any]]:
@@ -153,8 +151,8 @@ class RunFolder(_Folder):
         run.document = _read_index(run.index, "kronsae-run", {"config", "data"})
         return run, copy.deepcopy(run.document)
 
-    def change(self, config: dict[str, Any], data: dict[str, Any]) -> None:
-        """Let config.json name other settings, and what describes the data, from now on."""
+    def change(self, name: str, config: dict[str, Any], data: dict[str, Any]) -> None:
+        """Let other settings of a member, and what describes its data, hold from now on."""
         self._write(self.document | {"config": config, "data": self.document["data"] | data})
 
     def log(self, record: dict[str, Any]) -> None:
@@ -232,14 +230,8 @@ class SweepFolder(_Folder):
                 run.path.mkdir()
                 run._fill({**settings[name], "sweep": name})
             sweep.checkpoints.mkdir()
-            document = {
-                "format": "kronsae-sweep",
-                "format_version": FORMAT_VERSION,
-                "members": {name: {"config": given["config"]} for name, given in settings.items()},
-                "versions": versions(),
-                "command": sys.argv,
-            }
-            sweep._write(document)
+            members = {name: {"config": given["config"]} for name, given in settings.items()}
+            sweep._begin("kronsae-sweep", {"members": members})
         return sweep
 
     @classmethod
@@ -271,12 +263,17 @@ class SweepFolder(_Folder):
         """What sweep.json holds of each member."""
         return _read_index(self.index, "kronsae-sweep", {"members"})["members"]
 
+    def change(self, name: str, config: dict[str, Any], data: dict[str, Any]) -> None:
+        """As of a run, in the member's and here."""
+        self.runs[name].change(name, config, data)
+        self.document["members"][name]["config"] = config
+        self._write(self.document)
+
     def note(self, endings: dict[str, dict[str, Any]], comparison: str) -> None:
         """Add to sweep.json how each member ended, and write comparison.md."""
-        document = _read_index(self.index, "kronsae-sweep", {"members"})
         for name, ending in endings.items():
-            document["members"][name] |= ending
-        self._write(document)
+            self.document["members"][name] |= ending
+        self._write(self.document)
         write_text(self.comparison, comparison)
 
     def save_checkpoint(self, step: int, state: dict[str, Any], keep: int) -> None:

@@ -296,6 +296,16 @@ def test_a_log_that_lost_bytes_keeps_whole_lines(tmp_path):
     assert run.metrics.read_text() == '{"step": 0}\n'
 
 
+def test_a_setting_that_changes_is_kept_by_the_member_and_the_sweep(tmp_path):
+    settings = {name: {"config": {"x": 1}, "data": {"dtype": 1, "d": 2}} for name in "ab"}
+    sweep = SweepFolder.create(tmp_path / "sweep", settings)
+    sweep.change("a", {"x": 3}, {"dtype": 4})
+    again, found = SweepFolder.open(sweep.path)
+    assert (found["a"]["config"], found["a"]["data"]) == ({"x": 3}, {"dtype": 4, "d": 2})
+    assert found["b"]["config"] == {"x": 1}
+    assert [each["config"] for each in again.members().values()] == [{"x": 3}, {"x": 1}]
+
+
 def test_members_of_a_sweep_stay_in_its_folder(tmp_path):
     sweep = SweepFolder.create(tmp_path / "sweep", {"a": {"config": {}, "data": {}}})
     document = files.read_sealed(sweep.index)

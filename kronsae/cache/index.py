@@ -39,7 +39,7 @@ INDEX_NAME = "index.json"
 HARVEST_NAME = "harvest.json"
 """What a harvest was asked for."""
 PROGRESS = "progress"
-"""Folder of where a harvest that has not ended stands."""
+"""Folder of where a harvest stood after its last shards."""
 
 SECTIONS = ("heldout", "train")
 CODES = {
