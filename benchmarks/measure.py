@@ -1,7 +1,9 @@
 """Checks before timing, and timing: interleaved rounds, so that a drift of the machine hits all."""
 
+import functools
 import gc
 import importlib.metadata
+import multiprocessing.connection
 import platform
 import re
 import statistics
@@ -9,18 +11,20 @@ import time
 from collections.abc import Callable, Iterator
 from itertools import cycle
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from benchmarks import peers
-from benchmarks.floors import compute_bytes
-from benchmarks.shapes import Shape
-from benchmarks.steps import CONTENDERS, LOSSES, Step, autocast, dense_parameters
+from benchmarks.floors import compute_bytes, graphed
+from benchmarks.shapes import Shape, batches
+from benchmarks.steps import CONTENDERS, LOSSES, Step, autocast, dense_parameters, encoding
 from kronsae_kernels import dense_encode, sparse_decode
 
 CHECKED_TOKENS = 64
+PLAIN = ("topk", "listing", *peers.PEERS)
+"""Contenders that none of our operations serve."""
 
 
 class WrongResult(AssertionError):
@@ -36,6 +40,8 @@ def reason(broken: Exception) -> str:
     """Why something was not measured, in a line."""
     if isinstance(broken, torch.OutOfMemoryError):
         return "does not fit in memory"
+    if isinstance(broken, Failed):
+        return str(broken)
     return f"{type(broken).__name__}: {broken}".splitlines()[0][:300]
 
 
@@ -78,22 +84,32 @@ def require_close(name: str, got: Tensor, expected: Tensor, tolerance: float) ->
         raise WrongResult(f"{name}: relative error {error:.1e}, allowed {tolerance:.1e}")
 
 
-def check_gradients(shape: Shape, x: Tensor) -> None:
+def check_gradients(shape: Shape, x: Tensor, encoder: str) -> None:
     """Loss and gradients of our operations equal the reference's, on a few tokens.
 
     Both compute in float32, in another order. A gradient is a sum of at most B k = 64 * 50 terms
     (of d in the products that precede it), so rounding is of the order of sqrt(3200) eps = 7e-6,
     if terms are of one size; 1e-4 leaves room for cancellation, and none for a wrong latent.
     """
-    for encoder, (loss_of, parameters_of) in LOSSES.items():
-        parameters = parameters_of(shape, x.device)
-        found = []
-        for impl in (None, "reference"):
-            loss = loss_of(shape, x[:CHECKED_TOKENS], *parameters, impl=impl)
-            found.append([loss, *torch.autograd.grad(loss, parameters)])
-        names = ("loss", "w_enc", "b_enc", "w_dec", "b_dec")
-        for name, got, expected in zip(names, *found, strict=True):
-            require_close(f"{encoder} {shape.name} {name}", got, expected, 1e-4)
+    loss_of, parameters_of = LOSSES[encoder]
+    parameters = parameters_of(shape, x.device)
+    found = []
+    for impl in (None, "reference"):
+        loss = loss_of(shape, x[:CHECKED_TOKENS], *parameters, impl=impl)
+        found.append([loss, *torch.autograd.grad(loss, parameters)])
+    names = ("loss", "w_enc", "b_enc", "w_dec", "b_dec")
+    for name, got, expected in zip(names, *found, strict=True):
+        require_close(f"{encoder} {shape.name} {name}", got, expected, 1e-4)
+
+
+@torch.no_grad()
+def reference_loss(shape: Shape, x: Tensor, encoder: str) -> float:
+    """The loss of a model before its first step by the reference, a few tokens at a time."""
+    loss_of, parameters_of = LOSSES[encoder]
+    parameters = parameters_of(shape, x.device)
+    parts = x.split(4 * CHECKED_TOKENS)
+    losses = [loss_of(shape, part, *parameters, impl="reference") * len(part) for part in parts]
+    return float(sum(losses) / len(x))
 
 
 def check_peer(name: str, shape: Shape, x: Tensor) -> None:
@@ -113,25 +129,25 @@ def check_peer(name: str, shape: Shape, x: Tensor) -> None:
     require_close(f"{name} {shape.name} reconstruction", got.float(), expected.float(), tolerance)
 
 
-def check_losses(shape: Shape, losses: dict[str, list[float]], device: torch.device) -> None:
-    """Steps of one model have the same first loss; those of one recipe too, all the same losses.
+def check_losses(
+    shape: Shape, name: str, losses: dict[str, list[float]], expected: float, device: torch.device
+) -> None:
+    """A contender's first loss is the reference's, the next those of others of its recipe.
 
     Rounding differs and AdamW magnifies what it does to gradients near 0: by 1e-3 at most in
     float32, by 2e-2 in bfloat16, in which pre-latents have 8 bits. A peer's loss has its own unit
     (`check_peer` looks at what it computes).
     """
+    if name in peers.PEERS:
+        return
     tolerance = 2e-2 if device.type == "cuda" else 1e-3
-    ours = {name: found for name, found in losses.items() if name not in peers.PEERS}
-    for name, found in ours.items():
-        for other, expected in ours.items():
-            one, two = CONTENDERS[name], CONTENDERS[other]
-            if one.encoder != two.encoder:
-                continue
-            compared = slice(None if one.recipe == two.recipe else 1)
-            pairs = zip(found[compared], expected[compared], strict=False)
-            worst = max((abs(a - b) / b for a, b in pairs), default=0.0)
-            if not worst <= tolerance:
-                raise WrongResult(f"{shape.name}: losses of {name} and {other}: {worst:.1e}")
+    kind = CONTENDERS[name].encoder, CONTENDERS[name].recipe
+    others = [o for o in losses if (CONTENDERS[o].encoder, CONTENDERS[o].recipe) == kind]
+    pairs = [("the reference", losses[name][0], expected)]
+    pairs += [(o, *both) for o in others for both in zip(losses[name], losses[o], strict=False)]
+    for other, one, two in pairs:
+        if not abs(one - two) <= tolerance * abs(two):
+            raise WrongResult(f"{shape.name}: losses of {name} and {other}: {one} and {two}")
 
 
 # Timing
@@ -261,6 +277,134 @@ def products(shape: Shape, x: Tensor) -> dict[str, Callable[[], Tensor]]:
     return {"kron product": product(shape.columns), "dense product": product(shape.dict_size)}
 
 
+# Contenders
+
+
+class Apart:
+    """Calls functions in a process of its own, which is replaced where a call killed its device.
+
+    After an invalid access a process can never use its GPU again, and what is measured next must
+    not pay for that. Functions and arguments are pickled. A call raises Failed.
+    """
+
+    process = None
+
+    def __call__(self, function: Callable[..., Any], *arguments: Any, seconds: float = 120) -> Any:
+        if self.process is None:
+            context = multiprocessing.get_context("spawn")
+            self.pipe, other = context.Pipe()
+            self.process = context.Process(target=_serve, args=(other,), daemon=True)
+            self.process.start()
+            other.close()
+        lost = True
+        try:
+            self.pipe.send((function, arguments))
+            why: str | None = f"not done after {seconds:.0f} s"
+            if self.pipe.poll(seconds):
+                found, why, lost = self.pipe.recv()
+        except (EOFError, OSError):
+            why = "its process died"
+        if lost:
+            self.close()
+        if why is not None:
+            raise Failed(why)
+        return found
+
+    def close(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.join()
+            self.process = None
+
+
+class Failed(Exception):
+    """What a call in another process came to."""
+
+
+def here(function: Callable[..., Any], *arguments: Any, seconds: float = 0) -> Any:
+    """The call, in this process."""
+    return function(*arguments)
+
+
+def _serve(pipe: multiprocessing.connection.Connection) -> None:
+    while True:
+        try:
+            function, arguments = pipe.recv()
+        except EOFError:
+            return
+        try:
+            result = function(*arguments), None, False
+        except Exception as broken:
+            result = None, reason(broken), not _device_works()
+        pipe.send(result)
+
+
+def _device_works() -> bool:
+    try:
+        return not torch.cuda.is_initialized() or torch.cuda.synchronize() is None
+    except RuntimeError:
+        return False
+
+
+@functools.lru_cache(maxsize=1)
+def _batches(shape: Shape, device: torch.device) -> list[Tensor]:
+    return batches(shape, device)
+
+
+def check_gradients_of(shape: Shape, encoder: str, device: torch.device) -> None:
+    check_gradients(shape, _batches(shape, device)[0], encoder)
+
+
+def reference_loss_of(shape: Shape, encoder: str, device: torch.device) -> float:
+    return reference_loss(shape, _batches(shape, device)[0], encoder)
+
+
+def encoders(shape: Shape, x: Tensor) -> dict[str, Callable[[], object]]:
+    """The bare products, and what a Kron encoder makes of one: encode and selection."""
+    return {"kron encode": encoding(shape, x), **products(shape, x)}
+
+
+@torch.no_grad()
+def measure_encoders(
+    shape: Shape, device: torch.device, rounds: int, warmup: int
+) -> dict[str, Timing]:
+    """`encoders` in turns, on a GPU as CUDA graphs: a ratio of theirs is of one run."""
+    calls = encoders(shape, _batches(shape, device)[0])
+    if device.type == "cuda":
+        calls = {name: graphed(call) for name, call in calls.items()}
+    return interleaved(calls, rounds, warmup, device)
+
+
+def prepare(
+    shape: Shape, name: str, losses: dict[str, list[float]], expected: float, device: torch.device
+) -> Callable[[], Tensor]:
+    """A contender as a call; its first two losses are checked, and put into `losses`."""
+    xs = _batches(shape, device)
+    if name in peers.PEERS:
+        check_peer(name, shape, xs[0])
+    call = rotating(CONTENDERS[name].make(shape, device), xs)
+    losses[name] = [float(call()) for _ in range(2)]
+    check_losses(shape, name, losses, expected, device)
+    return call
+
+
+def measure_contender(
+    shape: Shape,
+    name: str,
+    losses: dict[str, list[float]],
+    expected: float,
+    device: torch.device,
+    rounds: int,
+    warmup: int,
+    seconds: float,
+) -> tuple[Timing, int | None, list[float]]:
+    """A contender alone in memory: its times, its peak, its first losses."""
+    _batches(shape, device)
+    memory = Memory(device)
+    call = prepare(shape, name, losses, expected, device)
+    return alone(call, rounds, warmup, device, seconds), memory.peak_bytes, losses[name]
+
+
 class Comparison(NamedTuple):
     """What came of timing several contenders at a shape."""
 
@@ -273,60 +417,72 @@ class Comparison(NamedTuple):
 
 def compare_steps(
     shape: Shape,
-    batches: list[Tensor],
+    device: torch.device,
     rounds: int,
     warmup: int = 2,
     seconds: float = float("inf"),
+    call: Callable[..., Any] = here,
+    tell: Callable[[Comparison], None] = lambda found: None,
 ) -> Comparison:
     """Times of all contenders' steps and of the encoders' bare matrix products, checked.
 
     On a CPU all take turns. On a GPU, where they do not fit side by side and the clock is steady,
     one after the other, each alone in memory; what does not fit, or comes after `seconds`, is
-    skipped.
+    skipped. What fails is skipped as well, with the reason: the others still tell something.
+    call: where to measure, `here` or an `Apart`.  tell: called with what there is, after each.
     """
-    device = batches[0].device
     end = time.monotonic() + seconds
-    check_gradients(shape, batches[0])
-    skipped = {name: why for name, it in CONTENDERS.items() if (why := it.why_not(device))}
-    losses: dict[str, list[float]] = {name: [] for name in CONTENDERS if name not in skipped}
-    peak_bytes: dict[str, int] = {}
-
-    def prepared(name: str) -> Callable[[], Tensor]:
-        """The contender as a call; its first two losses are known."""
-        if name in peers.PEERS:
-            check_peer(name, shape, batches[0])
-        call = rotating(CONTENDERS[name].make(shape, device), batches)
-        losses[name] = [float(call()) for _ in range(2)]
-        return call
-
-    if device.type == "cpu":
-        calls = {}
-        for name in list(losses):
-            try:
-                calls[name] = prepared(name)
-            except ImportError as broken:  # of another library, whose own requirements are amiss
-                del losses[name]
-                skipped[name] = reason(broken)
-        check_losses(shape, losses, device)
-        timings = interleaved({**calls, **products(shape, batches[0])}, rounds, warmup, device)
-        return Comparison(timings, peak_bytes, skipped)
-
-    timings = {}
-    for name, product in products(shape, batches[0]).items():
-        timings[name] = alone(product, rounds, warmup, device)
-    for name in losses:
-        left = end - time.monotonic()
-        if left < 0:
-            skipped[name] = "no time left"
-            continue
-        memory = Memory(device)
+    found = Comparison({}, {}, {})
+    skipped = found.skipped
+    skipped |= {name: why for name, it in CONTENDERS.items() if (why := it.why_not(device))}
+    losses: dict[str, list[float]] = {}
+    expected: dict[str, float] = {}
+    wrong: dict[str, str] = {}
+    for encoder in LOSSES:
         try:
-            call = prepared(name)
-            check_losses(shape, losses, device)
-            timings[name] = alone(call, rounds, warmup, device, left)
-            peak_bytes[name] = memory.peak_bytes
-        except Exception as broken:  # the others still tell something
-            losses[name] = []
+            expected[encoder] = call(reference_loss_of, shape, encoder, device)
+            call(check_gradients_of, shape, encoder, device)
+        except Exception as broken:
+            wrong[encoder] = reason(broken)
+
+    def allowed(name: str) -> bool:
+        """Whether nothing speaks against it so far: a red check of our operations does."""
+        encoder, recipe = CONTENDERS[name].encoder, CONTENDERS[name].recipe
+        if name in skipped:
+            return False
+        if encoder not in expected or (encoder in wrong and name not in PLAIN):
+            skipped[name] = f"{encoder}: {wrong[encoder]}"
+        elif end < time.monotonic():
+            skipped[name] = "no time left"
+        return name not in skipped
+
+    if device.type == "cpu" and call is here:
+        calls = {}
+        for name in filter(allowed, CONTENDERS):
+            try:
+                calls[name] = prepare(shape, name, losses, expected[CONTENDERS[name].encoder], device)
+            except Exception as broken:
+                losses.pop(name, None)
+                skipped[name] = reason(broken)
+        calls |= encoders(shape, _batches(shape, device)[0])
+        found.timings.update(interleaved(calls, rounds, warmup, device))
+        tell(found)
+        return found
+
+    try:
+        found.timings.update(call(measure_encoders, shape, device, rounds, warmup))
+    except Exception as broken:
+        skipped["kron encode"] = reason(broken)
+    for name in filter(allowed, CONTENDERS):
+        settings = shape, name, losses, expected[CONTENDERS[name].encoder], device
+        left = max(0.0, end - time.monotonic())
+        try:
+            timing, peak, losses[name] = call(measure_contender, *settings, rounds, warmup, left)
+            found.timings[name] = timing
+            if peak is not None:
+                found.peak_bytes[name] = peak
+        except Exception as broken:
+            losses.pop(name, None)
             skipped[name] = reason(broken)
-        call = None
-    return Comparison(timings, peak_bytes, skipped)
+        tell(found)
+    return found
