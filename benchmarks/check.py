@@ -1,13 +1,17 @@
 """Whether the operations compute the right thing on a device: `python -m benchmarks.check`.
 
-Needs no test runner. Odd shapes in each dtype: against the reference in float64, an operation may
-err at most twice as much as the reference in that dtype does. The fused step against autograd and
-torch's AdamW in float32, weight by weight.
+Needs no test runner. Odd shapes in each dtype, and the goals' shapes on a few tokens: against the
+reference in float64, an operation and the fused step may err at most twice as much as the reference
+in that dtype does. Selection index by index, on numbers that no order of sums rounds, full of ties.
+The fused step over some steps against autograd and torch's AdamW in float32, weight by weight.
 """
 
 import argparse
 import json
+import multiprocessing
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,12 +19,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.measure import describe, reason
-from benchmarks.shapes import Shape, batches
+from benchmarks.shapes import SHAPES, Shape, batches
 from benchmarks.steps import LOSSES, training_step, why_not_fused
 from kronsae_kernels import dense_encode, fused_encode, sparse_decode
+from kronsae_kernels.step import TrainingStep
 
 STEPS = 50
 RATE = 1e-3
+EPS = 1e-5
 
 
 class Case(NamedTuple):
@@ -49,35 +55,63 @@ CASES = (
     Case(64, 200, 129, 8, 8, 64, "mul", torch.float16),
     Case(300, 1536, 1024, 2, 4, 50, "mand", torch.float32),
 )
+GOALS = tuple(
+    Case(256, shape.d, shape.heads, shape.m, shape.n, shape.k, "mand", dtype)
+    for shape in (SHAPES["G1"], SHAPES["G2"])
+    for dtype in (torch.bfloat16, torch.float32)
+)
 ODD = Shape("odd", d=104, heads=37, m=3, n=5, k=12, tokens=150)
 """For the fused step."""
 
 
-def results(case: Case, kron: bool, device: torch.device, impl: str | None, dtype: torch.dtype):
-    """Values of the codes, decoded tokens, and gradients of all inputs."""
-    generator = torch.Generator().manual_seed(0)
+def inputs(case: Case, kron: bool, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """x, w_enc, b_enc, w_dec and b_dec; the same numbers in each dtype, as the case's rounds them.
+
+    A Kron encoder's weight is stored row-major over heads.
+    """
+    torch.manual_seed(0)
     size = case.heads * case.m * case.n
 
-    def made(*shape: int) -> Tensor:
-        numbers = torch.randn(*shape, generator=generator) / shape[-1] ** 0.5
-        # Rounded first, so that every dtype computes from the same numbers.
-        return numbers.to(case.dtype).to(device, dtype).requires_grad_()
+    def made(*shape: int, scale: float | None = None) -> Tensor:
+        numbers = torch.randn(*shape, device=device) * (scale or shape[-1] ** -0.5)
+        return numbers.to(case.dtype).to(dtype)
 
-    x = made(case.tokens, case.d)
-    w_enc = made(case.heads, case.m + case.n, case.d) if kron else made(size, case.d)
-    b_enc = made(*w_enc.shape[:-1])
-    w_dec, b_dec = made(size, case.d), made(case.d)
+    x = made(case.tokens, case.d, scale=1.0)  # pre-latents are of the size of 1, too
+    w_enc = made(case.m + case.n, case.heads, case.d) if kron else made(size, case.d)
+    w_enc = w_enc.transpose(0, 1) if kron else w_enc
+    b_enc, w_dec, b_dec = made(*w_enc.shape[:-1]), made(size, case.d), made(case.d)
+    return {"x": x, "w_enc": w_enc, "b_enc": b_enc, "w_dec": w_dec, "b_dec": b_dec}
+
+
+def results(
+    case: Case, kron: bool, device: torch.device, impl: str | None, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Values of the codes, residual, and gradients of all inputs, by autograd."""
+    given = {name: t.requires_grad_() for name, t in inputs(case, kron, device, dtype).items()}
+    x, w_enc, b_enc, w_dec, b_dec = given.values()
     if kron:
-        options = {"m": case.m, "composition": case.composition, "eps": 1e-5}
+        options = {"m": case.m, "composition": case.composition, "eps": EPS}
         codes = fused_encode(x, w_enc, b_enc, k=case.k, impl=impl, **options)
     else:
         codes = dense_encode(x, w_enc, b_enc, k=case.k, impl=impl)
     out = sparse_decode(codes, w_dec=w_dec, b_dec=b_dec, impl=impl)
     loss = (out.double() - x.detach().double()).square().mean()
-    inputs = {"x": x, "w_enc": w_enc, "b_enc": b_enc, "w_dec": w_dec, "b_dec": b_dec}
-    gradients = torch.autograd.grad(loss, list(inputs.values()))
-    named = {f"d {name}": g for name, g in zip(inputs, gradients, strict=True)}
-    return {"values": codes.values.detach(), "decoded": out.detach(), **named}
+    gradients = torch.autograd.grad(loss, list(given.values()))
+    named = {f"d {name}": g for name, g in zip(given, gradients, strict=True)}
+    return {"values": codes.values.detach(), "residual": (out - x).detach(), **named}
+
+
+def results_of_step(case: Case, kron: bool, device: torch.device) -> dict[str, Tensor]:
+    """The same of the fused step, whose first moments are 0.1 of the gradients."""
+    x, *weights = inputs(case, kron, device, torch.float32).values()
+    step = TrainingStep(
+        *weights, m=case.m if kron else None, k=case.k, composition=case.composition, eps=EPS,
+        dtype=case.dtype, unit_norm=False,
+    )  # fmt: skip
+    out = step.accumulate(x)
+    step.apply(lr=0.0)
+    gradients = {f"d {name}": 10 * state["exp_avg"] for name, state in step.state.items()}
+    return {"values": out.codes.values, "residual": out.residual, **gradients}
 
 
 def error(got: Tensor, expected: Tensor) -> float:
@@ -86,22 +120,51 @@ def error(got: Tensor, expected: Tensor) -> float:
     return float(difference / expected.double().norm().clamp_min(1e-30))
 
 
-def check_operations(case: Case, device: torch.device) -> list[dict[str, Any]]:
-    """Each output and gradient of both encoders: {"what", "error", "allowed"}."""
+def check_operations(
+    case: Case, device: torch.device, encoders: tuple[str, ...] = ("kron", "dense")
+) -> list[dict[str, Any]]:
+    """Each output and gradient, of operations and fused step: {"what", "error", "allowed"}."""
     found = []
-    for kron in (True, False):
+    for encoder in encoders:
+        kron = encoder == "kron"
         truth = results(case, kron, device, "reference", torch.float64)
         same = results(case, kron, device, "reference", case.dtype)
-        ours = results(case, kron, device, None, case.dtype)
+        ours = {"": results(case, kron, device, None, case.dtype)}
+        if why_not_fused(device) is None:
+            ours["fused step "] = results_of_step(case, kron, device)
         found += [
             {
-                "what": f"{'kron' if kron else 'dense'} {name}, {case}",
-                "error": error(ours[name], expected),
-                "allowed": 2 * error(same[name], expected) + 1e-5,
+                "what": f"{which}{encoder} {name}, {case}",
+                "error": error(got[name], truth[name]),
+                "allowed": 2 * error(same[name], truth[name]) + 1e-5,
             }
-            for name, expected in truth.items()
+            for which, got in ours.items()
+            for name in got
         ]
     return found
+
+
+def check_selection(case: Case, device: torch.device) -> list[dict[str, Any]]:
+    """Every index of every token, as the reference orders them: by product, then by index.
+
+    Of 8 tokens' length in activations of -1, 0 and 1 most are 0, so that pre-latents are integers
+    below 256: exact in every dtype and order, and many of them equal.
+    """
+    torch.manual_seed(0)
+    tokens = 32 * case.tokens
+    x = torch.randint(-1, 2, (tokens, case.d), device=device).to(case.dtype)
+    x *= torch.rand(tokens, case.d, device=device) < min(1.0, 256 / case.d)
+    w_enc = torch.randint(-1, 2, (case.m + case.n, case.heads, case.d), device=device)
+    w_enc = w_enc.to(case.dtype).transpose(0, 1)
+    options = {"m": case.m, "k": case.k, "composition": case.composition}
+    with torch.no_grad():
+        got = fused_encode(x, w_enc, **options).indices
+        wrong = 0
+        for start in range(0, tokens, case.tokens):
+            part = slice(start, start + case.tokens)
+            wanted = fused_encode(x[part].float(), w_enc.float(), **options, impl="reference")
+            wrong += int((got[part] != wanted.indices).sum())
+    return [{"what": f"indices of {tokens} tokens, {case}", "error": wrong, "allowed": 0}]
 
 
 def check_step(encoder: str, unit_norm: bool, device: torch.device) -> list[dict[str, Any]]:
@@ -146,35 +209,65 @@ def check_step(encoder: str, unit_norm: bool, device: torch.device) -> list[dict
     ]
 
 
+def plan(smallest: bool) -> dict[str, Callable[[torch.device], list[dict[str, Any]]]]:
+    """All checks by name, those that take longest first."""
+    goals, cases = ((), CASES[:2]) if smallest else (GOALS, CASES)
+    return {
+        **{f"goal {case}": partial(check_operations, case, encoders=("kron",)) for case in goals},
+        **{f"indices {case}": partial(check_selection, case) for case in (*goals, *cases)},
+        **{
+            f"fused step {encoder}, unit norm {unit_norm}": partial(check_step, encoder, unit_norm)
+            for encoder in LOSSES
+            for unit_norm in (False, True)
+            if not smallest
+        },
+        **{str(case): partial(check_operations, case) for case in cases},
+    }
+
+
+def checked(name: str, device: torch.device, smallest: bool) -> list[dict[str, Any]]:
+    """What a check found; an exception is a finding as well."""
+    try:
+        return plan(smallest)[name](device=device)
+    except Exception as broken:  # the others still tell something
+        return [{"what": name, "error": reason(broken)}]
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("benchmarks.check", description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--smallest", action="store_true", help="two small cases")
+    parser.add_argument("--workers", type=int, default=1, help="processes, a fresh one a check")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all errors here")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
-    plan: dict[str, Any] = {str(case): (check_operations, case) for case in CASES}
     where, reason_not = describe(device), why_not_fused(device)
-    if reason_not is None:
-        plan |= {
-            f"fused step {encoder} {unit_norm}": (check_step, encoder, unit_norm)
-            for encoder in LOSSES
-            for unit_norm in (False, True)
-        }
+    names = [
+        name
+        for name in plan(options.smallest)
+        if reason_not is None or not name.startswith("fused step")
+    ]
+    check = partial(checked, device=device, smallest=options.smallest)
     checks: list[dict[str, Any]] = []
     wrong: list[dict[str, Any]] = []
-    for name, (check, *settings) in plan.items():
-        try:
-            found = check(*settings, device)
-        except Exception as broken:  # the others still tell something
-            found = [{"what": name, "error": reason(broken)}]
+
+    def tell(found: list[dict[str, Any]]) -> None:
         for one in found:
             right = "allowed" in one and one["error"] <= one["allowed"]
-            wrong += [] if right else [one]
+            wrong.extend([] if right else [one])
             print("ok   " if right else "WRONG", one, flush=True)
-        checks += found
+        checks.extend(found)
         if options.json:
             result = {"where": where, "checks": checks, "wrong": wrong, "fused_skipped": reason_not}
             options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+    if options.workers == 1:
+        for name in names:
+            tell(check(name))
+    else:  # a process that lost its device loses one check
+        with multiprocessing.get_context("spawn").Pool(options.workers, maxtasksperchild=1) as pool:
+            for found in pool.imap_unordered(check, names):
+                tell(found)
     print(f"{len(checks) - len(wrong)} of {len(checks)} right", reason_not or "", flush=True)
     sys.exit(bool(wrong))
 

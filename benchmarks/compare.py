@@ -9,6 +9,7 @@ each is alone, in a process that is replaced if one breaks it. What fails costs 
 import argparse
 import json
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,22 +76,23 @@ def main(arguments: list[str] | None = None) -> None:
         print(rates("assumed", assumed))
     result = {"where": where, "ceilings": ceilings._asdict(), "shapes": []}
     result["assumed"] = assumed._asdict() if assumed else None
+    report = result["shapes"]
+
+    def tell(shape: Shape, found: Comparison) -> None:
+        report[-1] = record(shape, found, ceilings, assumed, device)
+        if options.json:
+            options.json.write_text(json.dumps(result, indent=1) + "\n")
+
     for place, name in enumerate(options.shape):
         left = (end - time.monotonic()) / (len(options.shape) - place)
         if left < 0:
             print(f"\n{name}: no time left")
             continue
-        shape, report = SHAPES[name], result["shapes"]
+        shape = SHAPES[name]
         report.append({"shape": shape._asdict(), "failed": "stopped"})
-
-        def tell(found: Comparison, shape: Shape = shape) -> None:
-            report[-1] = record(shape, found, ceilings, assumed, device)
-            if options.json:
-                options.json.write_text(json.dumps(result, indent=1) + "\n")
-
         try:
             settings = options.rounds, 2, left, call
-            found = compare_steps(shape, device, *settings, tell)
+            found = compare_steps(shape, device, *settings, partial(tell, shape))
             print(f"\n{shape}\n{table(shape, found, device)}", flush=True)
             print("\n".join(report[-1]["goals"]), flush=True)
         except Exception as broken:  # the other shapes still tell something

@@ -447,7 +447,7 @@ def compare_steps(
 
     def allowed(name: str) -> bool:
         """Whether nothing speaks against it so far: a red check of our operations does."""
-        encoder, recipe = CONTENDERS[name].encoder, CONTENDERS[name].recipe
+        encoder = CONTENDERS[name].encoder
         if name in skipped:
             return False
         if encoder not in expected or (encoder in wrong and name not in PLAIN):
@@ -460,7 +460,8 @@ def compare_steps(
         calls = {}
         for name in filter(allowed, CONTENDERS):
             try:
-                calls[name] = prepare(shape, name, losses, expected[CONTENDERS[name].encoder], device)
+                first = expected[CONTENDERS[name].encoder]
+                calls[name] = prepare(shape, name, losses, first, device)
             except Exception as broken:
                 losses.pop(name, None)
                 skipped[name] = reason(broken)

@@ -1,7 +1,9 @@
 """Where a step's time goes, beside the floor of each stage: `python -m benchmarks.profile`.
 
 Kernel times of torch.profiler, summed by stage; the step as a whole by events. What the kernels'
-sum lacks of it is time in which the GPU waits for launches.
+sum lacks of it is time in which the GPU waits for launches. `--predicted FILE` puts beside each
+kernel what `python -m benchmarks.predict --json FILE` expected of it. `--once` trains twice and
+measures nothing: for profilers that watch from outside, as `benchmarks.stalls` does.
 """
 
 import argparse
@@ -15,14 +17,30 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.floors import Ceilings, Work, compute_bytes, measure_ceilings, stages
-from benchmarks.measure import Memory, alone, describe, reason, rotating, synchronize
+from benchmarks.floors import (
+    Ceilings,
+    Work,
+    assumed_ceilings,
+    compute_bytes,
+    measure_ceilings,
+    stages,
+)
+from benchmarks.measure import (
+    Apart,
+    Memory,
+    alone,
+    describe,
+    here,
+    reason,
+    rotating,
+    synchronize,
+)
 from benchmarks.report import profile_table
 from benchmarks.shapes import SHAPES, Shape, batches
 from benchmarks.steps import CONTENDERS, best_of_ours
 
 STAGE_OF_KERNEL = (
-    ("select", r"select_|merge_heads|rank_latents|topk"),
+    ("select", r"select_|merge_heads|rank_latents|finish|topk"),
     ("encode", r"encode_gemm|gemm|cutlass|nvjet|xmma|addmm|aten::mm"),
     ("decode", r"decode_and_loss|combine|pair_dots|embedding_bag"),
     ("encoder update", r"head"),
@@ -56,7 +74,12 @@ def kernel_times(call, device: torch.device) -> dict[str, float]:
 
 
 def measure(
-    shape: Shape, name: str, ceilings: Ceilings, device: torch.device, rounds: int = 20
+    shape: Shape,
+    name: str,
+    ceilings: Ceilings,
+    device: torch.device,
+    predicted: dict[str, Any] | None = None,
+    rounds: int = 20,
 ) -> dict[str, Any]:
     """Times of a contender's stages and kernels in ms, peak memory, and its losses as it trains."""
     memory = Memory(device)
@@ -86,32 +109,64 @@ def measure(
             for stage, taken in summed.items()
         },
         "kernels_ms": {kernel[:80]: taken for kernel, taken in largest},
+        "predicted": beside(times, predicted),
     }
+
+
+def beside(times: dict[str, float], predicted: dict[str, Any] | None) -> list[dict[str, Any]]:
+    """Each kernel of a prediction: {"kernel", "expected_ms", "floor_ms", "ms"}."""
+    rows = predicted["rows"] if predicted else []
+    return [
+        {name: row[name] for name in ("kernel", "expected_ms", "floor_ms")}
+        | {"ms": sum(ms for kernel, ms in times.items() if row["kernel"] in kernel)}
+        for row in rows
+    ]
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("benchmarks.profile", description=__doc__.splitlines()[0])
     gpu = torch.cuda.is_available()
-    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["P1"] if gpu else ["S1"])
-    parser.add_argument("--contender", choices=CONTENDERS, help="default: our fastest KronSAE")
+    default = ["G1", "G2"] if gpu else ["S1"]
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=default)
+    parser.add_argument(
+        "--contender", nargs="+", choices=CONTENDERS, help="default: our fastest KronSAE"
+    )
     parser.add_argument("--device", default="cuda" if gpu else "cpu")
+    parser.add_argument("--predicted", type=Path, metavar="FILE", help="of benchmarks.predict")
+    parser.add_argument("--once", action="store_true", help="train twice, measure nothing")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no more then")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all times here")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     end = time.monotonic() + options.seconds
-    ceilings = measure_ceilings(device)
+    contenders = options.contender or [best_of_ours("kron", device)]
+    pairs = [(SHAPES[name], contender) for name in options.shape for contender in contenders]
+    if options.once:
+        for shape, contender in pairs:
+            call = rotating(CONTENDERS[contender].make(shape, device), batches(shape, device, 2))
+            print(shape, contender, float(call()), float(call()))
+        return
+    call = Apart() if device.type == "cuda" else here
+    ceilings, assumed = call(measure_ceilings, device), assumed_ceilings(device)
     result = {"where": describe(device), "ceilings": ceilings._asdict(), "profiles": []}
-    for name in options.shape:
+    result["assumed"] = assumed._asdict() if assumed else None
+    predictions = {}
+    if options.predicted and options.predicted.exists():
+        shapes = json.loads(options.predicted.read_text())["shapes"]
+        predictions = {one["shape"]["name"]: one for one in shapes}
+    for shape, contender in pairs:
         if time.monotonic() > end:
-            print(f"{name}: no time left")
+            print(f"{shape.name}, {contender}: no time left")
             continue
-        contender = options.contender or best_of_ours("kron", device)
+        if why := CONTENDERS[contender].why_not(device):
+            print(f"{shape.name}, {contender}: {why}")
+            continue
+        prediction = predictions.get(shape.name) if contender == "kron fused" else None
         try:
-            found = measure(SHAPES[name], contender, ceilings, device)
+            settings = shape, contender, assumed or ceilings, device, prediction
+            found = call(measure, *settings)
         except Exception as broken:  # the others still tell something
-            shape = SHAPES[name]._asdict()
-            found = {"shape": shape, "contender": contender, "skipped": reason(broken)}
+            found = {"shape": shape._asdict(), "contender": contender, "skipped": reason(broken)}
         result["profiles"].append(found)
         print(profile_table({"profiles": [found]}) + "\n", flush=True)
         if options.json:

@@ -1,6 +1,6 @@
 """Tables and pictures from measurements: `python -m benchmarks.report RESULTS_DIR`.
 
-Reads every JSON file of the folder that benchmarks.compare, isoflop, profile, memory or
+Reads every JSON file of the folder that benchmarks.compare, isoflop, profile, stalls, memory or
 pytest-benchmark wrote, and writes report.md and a PNG for each into the folder.
 Pictures need matplotlib: pip install 'kronsae[report]'.
 """
@@ -21,6 +21,7 @@ COLOURS = {
     "dense graphed": "#7f3b08",
     "kron fused": "#0b4f8a",
     "kron": "#3f8fd2",
+    "kron fused + aux": "#5b84b1",
     "dense fused": "#c2570c",
     "dense": "#f0913e",
     "listing": "#8fbce6",
@@ -49,7 +50,7 @@ def write(folder: Path, pictures: bool = True) -> str:
         for key, (table, picture) in KINDS.items():
             if isinstance(found, dict) and key in found:
                 parts += [f"## {path.stem}", where(found), table(found)]
-                if pictures:
+                if pictures and picture:
                     image = path.with_suffix(".png")
                     picture(found, image)
                     parts.append(f"![{path.stem}]({image.name})")
@@ -91,6 +92,10 @@ def title_of(shape: Json) -> str:
 def steps_table(found: Json) -> str:
     parts = []
     for one in found["shapes"]:
+        if "failed" in one:
+            parts.append(f"**{title_of(one['shape'])}**: {one['failed']}")
+        if "median_ms" not in one:
+            continue
         tokens, medians = one["shape"]["tokens"], one["median_ms"]
         ours = _our_kron(medians)
         rows = []
@@ -121,7 +126,9 @@ def steps_table(found: Json) -> str:
         )
         parts += [f"**{title_of(one['shape'])}**", markdown(head, rows)]
         parts.append(f"Floor of a step: {floors}. The encoder's bare product: {bare}.")
-        parts.append("\n".join(f"- {LABELS[name]}: {why}" for name, why in one["skipped"].items()))
+        parts.append("\n".join(f"- goal: {goal}" for goal in one.get("goals", [])))
+        skipped = one["skipped"].items()
+        parts.append("\n".join(f"- {LABELS.get(name, name)}: {why}" for name, why in skipped))
     return "\n\n".join(parts)
 
 
@@ -131,7 +138,9 @@ def _our_kron(medians: dict[str, float]) -> float | None:
 
 
 def steps_picture(found: Json, path: Path) -> None:
-    shapes = found["shapes"]
+    shapes = [one for one in found["shapes"] if one.get("median_ms")]
+    if not shapes:
+        return
     counts = [sum(name in LABELS for name in one["median_ms"]) for one in shapes]
     height = sum(counts) * 0.34 + 1.0 * len(shapes) + 0.5
     figure, panels = _figure(len(shapes), 1, (8.5, height), height_ratios=counts)
@@ -252,6 +261,14 @@ def profile_table(found: Json) -> str:
             f"**{title_of(one['shape'])}**, {LABELS[one['contender']]}",
             markdown(("stage", "ms", "floor, ms", "ratio"), rows),
         ]
+        if one.get("predicted"):
+            rows = [
+                (p["kernel"], *(f"{p[key]:.3f}" for key in ("ms", "expected_ms", "floor_ms")))
+                + (_times(p["ms"], p["expected_ms"]),)
+                for p in one["predicted"]
+            ]
+            head = ("kernel", "ms", "predicted, ms", "floor, ms", "to the prediction")
+            parts.append(markdown(head, rows))
     return "\n\n".join(parts)
 
 
@@ -276,6 +293,30 @@ def profile_picture(found: Json, path: Path) -> None:
         _bare(panel)
     panels[-1][0].set_xlabel("ms (light: measured; dark: floor; ×: to the floor)", fontsize=9)
     _save(figure, path)
+
+
+# benchmarks.stalls: {"stalls": [{"shape", "kernels": {name: {"ms", "percent", "stalls"}}}]}
+
+
+def stalls_table(found: Json) -> str:
+    parts = []
+    for one in found["stalls"]:
+        title = f"**{title_of(one['shape'])}**"
+        if "skipped" in one:
+            parts.append(f"{title}: {one['skipped']}")
+            continue
+        rows = [
+            (
+                name,
+                "" if kernel["ms"] is None else f"{kernel['ms']:.3f}",
+                *("" if share is None else f"{share:.0f}" for share in kernel["percent"].values()),
+                ", ".join(f"{why} {x:.1f}" for why, x in list(kernel["stalls"].items())[:4]),
+            )
+            for name, kernel in one["kernels"].items()
+        ]
+        head = ("kernel", "ms", "issue, %", "memory, %", "cache, %", "warps, %")
+        parts += [title, markdown((*head, "warps that wait an instruction issued"), rows)]
+    return "\n\n".join(parts)
 
 
 def _three_digits(number: float) -> str:
@@ -408,14 +449,15 @@ def _pytest_name(one: Json) -> str:
     return LABELS.get(of["name"], of.get("impl", of["name"]))
 
 
-KINDS: dict[str, tuple[Callable[[Json], str], Callable[[Json, Path], None]]] = {
+KINDS: dict[str, tuple[Callable[[Json], str], Callable[[Json, Path], None] | None]] = {
     "shapes": (steps_table, steps_picture),
     "cells": (isoflop_table, isoflop_picture),
     "profiles": (profile_table, profile_picture),
+    "stalls": (stalls_table, None),
     "memory": (memory_table, memory_picture),
     "benchmarks": (pytest_table, pytest_picture),
 }
-"""By the key that only such a file has: table and picture."""
+"""By the key that only such a file has: table, and picture if there is one."""
 
 
 # Pictures
