@@ -65,6 +65,9 @@ SHAPES = {
         Shape("P1", d=1536, heads=2048, m=4, n=4, k=50, tokens=8192),
         Shape("P2", d=1536, heads=8192, m=2, n=4, k=50, tokens=8192),
         Shape("P3", d=2304, heads=8192, m=4, n=4, k=50, tokens=8192),
+        # The goals', on Gemma-2-2B: the same dictionary, in heads of two forms.
+        Shape("G1", d=2304, heads=8192, m=2, n=4, k=50, tokens=8192),
+        Shape("G2", d=2304, heads=4096, m=4, n=4, k=50, tokens=8192),
         # A million latents, for one large GPU.
         Shape("P4", d=4096, heads=16384, m=8, n=8, k=64, tokens=8192),
     )
