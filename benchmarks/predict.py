@@ -14,7 +14,8 @@ machine code follow three bounds, and from these a time:
 The rates and latencies were chosen before the kernels were tuned, and only a measurement on a card
 may change them: kernels move, not their judge. A matrix product by cuBLAS, a sort and the small
 operations have formulas of their own (`product_ms`, `sort_ms`, `small_ms`). `--measured` puts the
-times of `python -m benchmarks.profile --json FILE` beside the expected ones.
+times of `python -m benchmarks.profile --json FILE` beside the expected ones. The host's part of a
+step is timed with a driver that launches nothing (`benchmarks.stub`).
 """
 
 import argparse
@@ -39,6 +40,7 @@ from benchmarks.ahead import VERSION, compiled, specialise, tool
 from benchmarks.floors import Ceilings, Work, stages
 from benchmarks.sass import Code, Instruction, Latencies
 from benchmarks.shapes import SHAPES, Shape
+from benchmarks.stub import host_ms
 from kronsae_kernels.step import TrainingStep
 from kronsae_kernels.triton_impl.launch import Launch, record
 
@@ -540,6 +542,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["G1", "G2"])
     parser.add_argument("--card", choices=CARDS, default="sm_90")
     parser.add_argument("--loops", action="store_true", help="also print each loop's instructions")
+    parser.add_argument(
+        "--host-rounds", type=int, default=30, metavar="N", help="0: do not time the host"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
     parser.add_argument(
         "--measured", type=Path, metavar="FILE", help="times of benchmarks.profile to put beside"
@@ -559,6 +564,9 @@ def main(arguments: list[str] | None = None) -> None:
         if options.loops:
             launches, _ = fused_step(SHAPES[name], options.card)
             print(mix(launches, SHAPES[name], options.card) + "\n", flush=True)
+    if options.host_rounds:
+        taken = host_ms(options.card, options.host_rounds)
+        print(f"host: {taken:.2f} ms of this processor's time to issue a step, on a stubbed driver")
     if options.update:
         write_golden(found)
     if options.json:
