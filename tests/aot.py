@@ -17,7 +17,6 @@ import multiprocessing.connection
 import os
 import re
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,10 +29,9 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
-from triton.runtime.jit import create_function_from_signature
 
+from benchmarks import ahead
+from benchmarks.ahead import VERSION, compiled, specialise, tool
 from kronsae_kernels.step import TrainingStep
 from kronsae_kernels.triton_impl import operations
 from kronsae_kernels.triton_impl.launch import Launch, record
@@ -156,21 +154,8 @@ CASES: list[Case] = [
 # What a card allows, and what is expected of a kernel
 
 
-@dataclass(frozen=True)
-class Target:
-    """A card generation."""
-
-    target: GPUTarget
-    shared: int
-    """Bytes of shared memory a block may have."""
-
-
-TARGETS = {
-    "sm_80": Target(GPUTarget("cuda", 80, 32), 163 * 1024),
-    "sm_90": Target(GPUTarget("cuda", 90, 32), 227 * 1024),
-    "sm_100": Target(GPUTarget("cuda", 100, 32), 227 * 1024),
-    "gfx942": Target(GPUTarget("hip", "gfx942", 64), 64 * 1024),
-}
+TARGETS = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+"""Card generation: bytes of shared memory that a block may have."""
 MAX_THREADS = 1024
 MAX_GRID = (2**31 - 1, 65535, 65535)
 MAX_TENSOR_MEMORY = 512
@@ -182,8 +167,6 @@ MAX_SECONDS = 120
 GOLDEN = Path(__file__).with_name("golden") / "kernels.json"
 TOLERANCE = 0.1
 COMPARED = ("registers", "instructions")
-VERSION = ".".join(triton.__version__.split(".")[:2])
-"""Other compilers give other numbers: the golden table has a part for each minor version."""
 
 
 @dataclass(frozen=True)
@@ -224,7 +207,7 @@ def problems(found: Compiled, spills: int = 0) -> list[str]:
     """
     if found.error is not None:
         return [f"{found.key}: does not compile: {found.error}"]
-    limit = TARGETS[found.target].shared
+    limit = TARGETS[found.target]
     matrix = " ".join(found.matrix) or "none"
     checks = [
         (found.spills <= spills, f"spills: expected {spills}", found.spills),
@@ -298,39 +281,6 @@ def updated(table: Table, found: list[Compiled]) -> Table:
     return {**table, VERSION: part}
 
 
-# Specialise
-
-
-@dataclass
-class Specialised:
-    """All that the compiler is told of a launch; equal keys compile to the same code."""
-
-    source: ASTSource
-    options: Any
-
-    @property
-    def key(self) -> tuple[str, str, str]:
-        """Kernel, types and values, options."""
-        return self.source.fn.cache_key, self.source.hash(), str(self.options)
-
-
-def specialise(launch: Launch, target: str) -> Specialised:
-    """A launch as Triton's JIT would see it on a target.
-
-    By Triton's own functions (`JITFunction.run`): pointers by dtype, integers by their width, and
-    both by divisibility by 16; 1, None and constexpr parameters become constants.
-    """
-    kernel = launch.kernel
-    backend = make_backend(TARGETS[target].target)
-    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    bound, specialisation, rest = bind(**launch.arguments, **options)
-    parsed, signature, constants, attributes = kernel._pack_args(
-        backend, rest, bound, specialisation, None
-    )
-    return Specialised(ASTSource(kernel, signature, constants, attributes), parsed)
-
-
 # Compile
 
 
@@ -340,10 +290,7 @@ def compile_launch(launch: Launch, target: str) -> Compiled:
     Raises what the compiler raises.
     """
     start = time.perf_counter()
-    special = specialise(launch, target)
-    binary = triton.compile(
-        special.source, target=TARGETS[target].target, options=vars(special.options)
-    )
+    binary = compiled(specialise(launch, target), target)
     read = _read_cubin if "cubin" in binary.asm else _read_amdgcn
     warps = getattr(binary.metadata, "num_warps", launch.num_warps)
     return Compiled(
@@ -353,7 +300,7 @@ def compile_launch(launch: Launch, target: str) -> Compiled:
         stages=launch.num_stages,
         shared=binary.metadata.shared,
         tensor_memory=getattr(binary.metadata, "tmem_size", None) or 0,
-        threads=warps * TARGETS[target].target.warp_size,
+        threads=warps * ahead.TARGETS[target].warp_size,
         grid=launch.grid,
         dots=_matrix_products(binary.asm["ttir"]),
         **read(binary.asm),
@@ -378,8 +325,8 @@ def _read_cubin(asm: dict[str, Any]) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
         file.write_bytes(asm["cubin"])
-        usage = _tool("cuobjdump", "--dump-resource-usage", file)
-        listing = _tool("nvdisasm", "-c", file)
+        usage = tool("cuobjdump", "--dump-resource-usage", file)
+        listing = tool("nvdisasm", "-c", file)
     sizes = {name: int(value) for name, value in re.findall(r"\b([A-Z]+):(\d+)", usage)}
     line = r"^\s*/\*[0-9a-f]+\*/\s+(?:\{\s*)?(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_]*)"
     names = Counter(re.findall(line, listing, re.MULTILINE))
@@ -390,13 +337,6 @@ def _read_cubin(asm: dict[str, Any]) -> dict[str, Any]:
         "instructions": names.total(),
         "matrix": {name: n for name, n in sorted(names.items()) if name.endswith("MMA")},
     }
-
-
-def _tool(name: str, *arguments: Any) -> str:
-    """Output of one of NVIDIA's tools that come with Triton."""
-    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    command = [str(part) for part in (folder / name, *arguments)]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def _read_amdgcn(asm: dict[str, Any]) -> dict[str, Any]:

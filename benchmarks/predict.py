@@ -1,0 +1,578 @@
+"""What a training step costs on a card, from its compiled kernels: `python -m benchmarks.predict`.
+
+Needs no GPU. Every kernel that a fused step launches at a shape is compiled for the card; from its
+machine code follow three bounds, and from these a time:
+
+    issue    instructions of all warps, at 4 a cycle and multiprocessor
+    bytes    the floor of `benchmarks.floors`: multiply-adds, memory or cache, at the card's rates;
+             for numbers gathered one by one, SECTOR bytes each
+    latency  time of one program (simulated, `benchmarks.sass`) times the rounds of programs that
+             are resident together
+    expected (issue^4 + bytes^4 + latency^4)^(1/4), which is near the largest where one dominates,
+             and RAMP_MS a launch
+
+The rates and latencies were chosen before the kernels were tuned, and only a measurement on a card
+may change them: kernels move, not their judge. A matrix product by cuBLAS, a sort and the small
+operations have formulas of their own (`product_ms`, `sort_ms`, `small_ms`). `--measured` puts the
+times of `python -m benchmarks.profile --json FILE` beside the expected ones. The host's part of a
+step is timed with a driver that launches nothing (`benchmarks.stub`).
+"""
+
+import argparse
+import json
+import linecache
+import math
+import re
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from benchmarks import sass
+from benchmarks.ahead import VERSION, compiled, specialise, tool
+from benchmarks.floors import Ceilings, Work, stages
+from benchmarks.sass import Code, Instruction, Latencies
+from benchmarks.shapes import SHAPES, Shape
+from benchmarks.stub import host_ms
+from kronsae_kernels.step import TrainingStep
+from kronsae_kernels.triton_impl.launch import Launch, record
+
+
+class Card(NamedTuple):
+    """What a card can do. Rates of an H200 as measured on one; the others' from data sheets, at
+    the same share of the peak."""
+
+    name: str
+    processors: int
+    """Streaming multiprocessors."""
+    hertz: float
+    shared: int
+    """Bytes of shared memory of a multiprocessor."""
+    ceilings: Ceilings
+
+
+CARDS = {
+    "sm_80": Card("A100", 108, 1.41e9, 164 * 1024, Ceilings(125e12, 1.75e12, 3.5e12)),
+    "sm_90": Card("H200", 132, 1.755e9, 228 * 1024, Ceilings(395e12, 4.3e12, 5.5e12)),
+    "sm_100": Card("B200", 148, 1.85e9, 228 * 1024, Ceilings(900e12, 7.0e12, 9.0e12)),
+}
+LATENCIES = Latencies(
+    first_level=40, cached=500, memory=800, shared=33, barrier=10, other=25, read=20
+)
+ISSUED = 4
+"""Warp instructions a cycle and multiprocessor."""
+REGISTERS, WARPS, BLOCKS = 65536, 64, 32
+"""Of a multiprocessor."""
+RAMP_MS = 0.0035
+"""Of a launch: until its programs run everywhere, and until the last has ended."""
+SECTOR = 64
+"""Bytes that memory delivers at least for a number that is gathered by itself."""
+SMALL_MS = 0.0024
+"""Of a small operation of torch: its launch is most of it."""
+SORT_MS_A_MILLION = 0.25
+"""Of a stable sort of int32 keys with their positions."""
+PRODUCT_EFFICIENCY = 0.92
+"""Share of the product's rate that cuBLAS reaches on full rounds of 128 x 256 tiles."""
+PRODUCT_TILE = 128, 256
+SPARSIFY_MS, DENSE_MS = 16.9, 25.1
+"""Estimates for one step at F = 65,536, d = 2304, k = 50, B = 8192: eai-sparsify's, and a dense
+TopK SAE's in bfloat16."""
+GOLDEN = Path(__file__).parents[1] / "tests" / "golden" / "predicted.json"
+GOALS = (("of the floor, at most", 1.25), ("x sparsify, at least", 3.0), ("x dense, at least", 4.5))
+
+
+# What a kernel does
+
+
+class Spec(NamedTuple):
+    """How to follow a kernel's code, and which stage of `floors.stages` it does the work of."""
+
+    stage: str | None
+    """None: what it does belongs to another kernel's stage."""
+    trips: Callable[[dict[str, Any], Shape], dict[str, float]] = lambda arguments, shape: {}
+    """From a launch's arguments: the trips of each loop, by its source line (`sass.Trips`)."""
+    memory: tuple[str, ...] = ()
+    """Arrays (by the name in the kernel) that come from memory; besides MEMORY."""
+    gathered: Callable[[dict[str, Any], Shape], int] = lambda arguments, shape: 0
+    """Numbers that a program gathers one by one."""
+
+
+MEMORY = ("weight", "first", "second", "table", "pre")
+"""Arrays too large for the cache, by their name in the kernels."""
+
+
+def _entries(arguments: dict[str, Any], owners: int, shape: Shape) -> float:
+    """Rounds of a loop over the entries of a row (or head) of average length."""
+    return shape.tokens * shape.k / owners / arguments["ENTRIES"] + 0.5
+
+
+KERNELS: dict[str, Spec] = {
+    "select_heads": Spec(
+        "select",
+        lambda a, s: {
+            "while (count != k)": 17,
+            "while (left > cap)": 0,
+            "if left > cap": 0,
+        },
+    ),
+    "merge_heads": Spec(None, lambda a, s: {"while (left > cap)": 10, "if left > cap": 0}),
+    "select_rows": Spec(
+        None,
+        lambda a, s: {"while (left > cap)": 12, "if left > cap": 0},
+        gathered=lambda a, s: a["HEADS"] * (s.m + s.n),
+    ),
+    "select_latents": Spec(
+        None,
+        lambda a, s: {"while (left > cap)": 14, "if left > cap": 0},
+        gathered=lambda a, s: a["ROWS"] * (1 + s.n),
+    ),
+    "rank_latents": Spec(None, gathered=lambda a, s: 2 * s.k),
+    "decode_and_loss": Spec(
+        "decode", lambda a, s: {"for start in range(0, d, WIDTH)": s.d / a["WIDTH"]}, ("x",)
+    ),
+    "sum_row_segments": Spec(None, lambda a, s: {"for at in range": 0, "while low + 1 < high": 10,
+                                                 "if segment <": 0}),
+    "sum_head_segments": Spec(None, lambda a, s: {"for at in range": 0, "while low + 1 < high": 10,
+                                                  "if segment <": 0}),
+    "update_rows": Spec(
+        "decoder update",
+        lambda a, s: {
+            "for at in range(start, end, ENTRIES)": _entries(a, s.dict_size, s),
+            "for at in range(start, end, MANY)": 1,
+            "for _ in range(first, beyond)": 0,
+        },
+    ),
+    "head_gradients": Spec(
+        "encoder update",
+        lambda a, s: {
+            "for at in range(start, end, ENTRIES)": _entries(a, s.heads, s),
+            "for _ in range(first_part, beyond)": 0,
+        },
+    ),
+    "update_vector": Spec(None),
+}  # fmt: skip
+
+
+# Recording a step
+
+
+class Operation(NamedTuple):
+    """An operation of torch: its name and the bytes of its tensors."""
+
+    name: str
+    bytes: int
+
+
+VIEWS = (
+    "view", "_unsafe_view", "slice", "select", "t", "transpose", "permute", "expand", "unsqueeze",
+    "squeeze", "as_strided", "detach", "alias", "unbind", "split", "empty", "empty_like",
+    "new_empty", "empty_strided", "_reshape_alias", "flatten", "lift_fresh",
+)  # fmt: skip
+PRODUCTS = ("addmm", "mm")
+
+
+class Operations(TorchDispatchMode):
+    """Notes the operations of torch that run on a card: not views, and not allocations."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.noted: list[Operation] = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        name = function.overloadpacket.__name__
+        if name not in VIEWS:
+            tensors = [t for t in _flat((arguments, result)) if isinstance(t, Tensor)]
+            self.noted.append(Operation(name, sum(t.numel() * t.element_size() for t in tensors)))
+        return result
+
+
+def _flat(values: Any) -> Iterable[Any]:
+    if isinstance(values, (tuple, list)):
+        for value in values:
+            yield from _flat(value)
+    else:
+        yield values
+
+
+def fused_step(shape: Shape, card: str) -> tuple[list[Launch], list[Operation]]:
+    """What the fused step of a Kron autoencoder launches at a shape, in bfloat16, once warm."""
+
+    def meta(dtype: torch.dtype, *size: int) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device="meta")
+
+    single, rows = torch.float32, shape.m + shape.n
+    x = meta(torch.bfloat16, shape.tokens, shape.d)
+    with record(card) as launches:
+        step = TrainingStep(
+            meta(single, rows, shape.heads, shape.d).transpose(0, 1),
+            meta(single, shape.heads, rows),
+            meta(single, shape.dict_size, shape.d),
+            meta(single, shape.d),
+            m=shape.m,
+            k=shape.k,
+            dtype=torch.bfloat16,
+        )
+        for _ in range(2):
+            launches.clear()
+            with Operations() as operations:
+                step.accumulate(x)
+                step.apply(lr=1e-3)
+    return list(launches), operations.noted
+
+
+# Formulas
+
+
+class Program(NamedTuple):
+    """A compiled kernel as the formulas see it."""
+
+    warps: int
+    registers: int
+    shared: int
+    """Bytes."""
+    spills: int
+    """Bytes of stack and local memory."""
+    instructions: int
+    """That one warp issues."""
+    cycles: float
+    """From its first to its last."""
+
+
+def resident(program: Program, card: Card) -> int:
+    """Programs that a multiprocessor holds at a time."""
+    of_warp = -(-max(1, program.registers) * 32 // 256) * 256
+    return max(
+        1,
+        min(
+            REGISTERS // (of_warp * program.warps),
+            card.shared // (program.shared + 1024),
+            WARPS // program.warps,
+            BLOCKS,
+        ),
+    )
+
+
+def issue_ms(program: Program, programs: int, card: Card) -> float:
+    issued = program.instructions * program.warps * programs
+    return 1e3 * issued / (ISSUED * card.processors * card.hertz)
+
+
+def latency_ms(program: Program, programs: int, card: Card) -> float:
+    rounds = max(1.0, programs / (card.processors * resident(program, card)))
+    return 1e3 * rounds * program.cycles / card.hertz
+
+
+def together(*bounds_ms: float) -> float:
+    """The expected time from the bounds."""
+    return sum(bound**4 for bound in bounds_ms) ** 0.25
+
+
+def product_ms(rows: int, columns: int, d: int, card: Card) -> float:
+    """A product [rows, d] x [d, columns] by cuBLAS: full rounds of tiles at a share of the rate."""
+    high, wide = PRODUCT_TILE
+    rounds = -(-(-(-rows // high) * -(-columns // wide)) // card.processors)
+    multiply_adds = rounds * card.processors * high * wide * d
+    return 1e3 * multiply_adds / card.ceilings.multiply_adds_per_s / PRODUCT_EFFICIENCY
+
+
+def sort_ms(entries: int) -> float:
+    return entries / 1e6 * SORT_MS_A_MILLION
+
+
+def small_ms(operation: Operation, card: Card) -> float:
+    return max(SMALL_MS, 1e3 * operation.bytes / card.ceilings.bytes_per_s)
+
+
+# Reading a kernel
+
+
+def level_of(spec: Spec) -> Callable[[Instruction], str]:
+    """From an instruction that loads: which latency it has, by the array that its line names."""
+
+    def level(one: Instruction) -> str:
+        lines = [linecache.getline(one.file, one.line + offset) for offset in range(-2, 3)]
+        here = "".join(lines[2:] if "load" in lines[2] else lines)
+        names = re.findall(r"load\(\s*(\w+)", here)
+        array = names[0] if names else ""
+        if "hyper" in array:
+            return "first_level"
+        return "memory" if array in MEMORY + spec.memory else "cached"
+
+    return level
+
+
+def read(launch: Launch, card: str, shape: Shape) -> tuple[Program, Code, dict[str, int]]:
+    """A launch compiled for a card, its code, and the trips that its loops have at a shape.
+
+    Raises KeyError for a kernel that KERNELS does not have, and sass.UnknownLoop.
+    """
+    name = launch.kernel.__name__
+    binary = compiled(specialise(launch, card), card)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(binary.asm["cubin"])
+        usage = tool("cuobjdump", "--dump-resource-usage", file)
+        code = sass.parse(tool("nvdisasm", "-c", "-hex", "-g", file))
+    sizes = {key: int(value) for key, value in re.findall(r"\b([A-Z]+):(\d+)", usage)}
+    spec = KERNELS[name]
+    trips = {part: round(count) for part, count in spec.trips(launch.arguments, shape).items()}
+    order = sass.path(code, trips)
+    time = sass.simulate(code, order, LATENCIES, level_of(spec))
+    program = Program(
+        launch.num_warps,
+        sizes["REG"],
+        binary.metadata.shared,
+        sizes["STACK"] + sizes["LOCAL"],
+        len(order),
+        time.cycles,
+    )
+    return program, code, trips
+
+
+class Row(NamedTuple):
+    """A line of the table; times in milliseconds."""
+
+    kernel: str
+    launches: int
+    programs: int
+    warps: int
+    registers: int
+    shared: int
+    spills: int
+    resident: int
+    barriers: int
+    """That one warp passes."""
+    issue_ms: float
+    latency_ms: float
+    floor_ms: float
+    expected_ms: float
+
+
+def kernel_rows(launches: list[Launch], shape: Shape, card: str) -> list[Row]:
+    """A row for each kernel, all its launches together."""
+    machine, rows = CARDS[card], []
+    works = stages(shape, "kron", 2)
+    names = dict.fromkeys(launch.kernel.__name__ for launch in launches)
+    for name in names:
+        mine = [launch for launch in launches if launch.kernel.__name__ == name]
+        spec, issue, latency, gathered = KERNELS[name], 0.0, 0.0, 0
+        for launch in mine:
+            programs = math.prod(launch.grid)
+            gathered += programs * spec.gathered(launch.arguments, shape) * SECTOR
+            program, code, trips = read(launch, card, shape)
+            issue += issue_ms(program, programs, machine)
+            latency += latency_ms(program, programs, machine)
+            barriers = sum(
+                code.instructions[at].operation == "BAR" for at in sass.path(code, trips)
+            )
+        floor = machine.ceilings.floor_ms(works[spec.stage]) if spec.stage else 0.0
+        moved = machine.ceilings.floor_ms(Work(moved_bytes=gathered))
+        rows.append(
+            Row(
+                name,
+                len(mine),
+                sum(math.prod(launch.grid) for launch in mine),
+                program.warps,
+                program.registers,
+                program.shared,
+                program.spills,
+                resident(program, machine),
+                barriers,
+                issue,
+                latency,
+                floor,
+                together(issue, latency, max(floor, moved)) + RAMP_MS * len(mine),
+            )
+        )
+    return rows
+
+
+def predict(shape: Shape, card: str) -> dict[str, Any]:
+    """Rows, totals and goals of a shape on a card, as JSON values."""
+    machine = CARDS[card]
+    launches, operations = fused_step(shape, card)
+    rows = kernel_rows(launches, shape, card)
+    counts = Counter(operation.name for operation in operations)
+    works, ceilings = stages(shape, "kron", 2), machine.ceilings
+    others = []
+    if any(name in counts for name in PRODUCTS):
+        chunks = sum(counts[name] for name in PRODUCTS)
+        tokens = _split(shape.tokens, chunks)
+        expected = sum(product_ms(part, shape.columns, shape.d, machine) for part in tokens)
+        others.append(("product (cuBLAS)", chunks, ceilings.floor_ms(works["encode"]), expected))
+    entries = shape.tokens * shape.k
+    floor = ceilings.floor_ms(works["group"])
+    others.append(("sort", counts["sort"], floor, sort_ms(entries) * counts["sort"]))
+    small = [o for o in operations if o.name not in (*PRODUCTS, "sort")]
+    total = sum(small_ms(operation, machine) for operation in small)
+    others.append(("operations of torch", len(small), 0.0, total))
+    product = product_ms(shape.tokens, shape.columns, shape.d, machine)
+    selection = sum(
+        row.expected_ms
+        for row in rows
+        if row.kernel.startswith(("select", "merge", "rank", "encode", "finish"))
+    ) + sum(expected for name, _, _, expected in others if name.startswith("product"))
+    step = sum(row.expected_ms for row in rows) + sum(expected for *_, expected in others)
+    step_floor = sum(ceilings.floor_ms(work) for work in works.values())
+    return {
+        "shape": shape._asdict(),
+        "card": card,
+        "triton": triton.__version__,
+        "rows": [row._asdict() for row in rows],
+        "others": [
+            dict(zip(("name", "count", "floor_ms", "expected_ms"), other, strict=True))
+            for other in others
+        ],
+        "launches": len(launches),
+        "operations": len(operations),
+        "step_ms": step,
+        "floor_ms": step_floor,
+        "product_ms": product,
+        "encode_and_select_ms": selection,
+    }
+
+
+def _split(tokens: int, chunks: int) -> list[int]:
+    """The chunks of tokens that `torch_impl.projections` makes, as equal as its sizes allow."""
+    size = -(-tokens // chunks)
+    return [min(size, tokens - start) for start in range(0, tokens, size)]
+
+
+# Printing
+
+
+def table(found: dict[str, Any], measured: dict[str, float] | None = None) -> str:
+    """Markdown of one shape, with the goals below."""
+    shape = Shape(**found["shape"])
+    card = CARDS[found["card"]]
+    lines = [
+        f"## {shape}, {found['card']} ({card.name}), Triton {found['triton']}",
+        "",
+        "| kernel | programs x warps | registers | resident | barriers | spills | issue | latency |"
+        " floor | expected | ratio |" + (" measured |" if measured else ""),
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|" + ("---:|" if measured else ""),
+    ]
+    for row in (Row(**one) for one in found["rows"]):
+        ratio = f"{row.expected_ms / row.floor_ms:.2f}" if row.floor_ms else ""
+        line = (
+            f"| {row.kernel} | {row.programs} x {row.warps} | {row.registers} | {row.resident} | "
+            f"{row.barriers} | {row.spills} | {row.issue_ms:.3f} | {row.latency_ms:.3f} | "
+            f"{row.floor_ms:.3f} | {row.expected_ms:.3f} | {ratio} |"
+        )
+        if measured:
+            times = [ms for kernel, ms in measured.items() if row.kernel in kernel]
+            line += f" {sum(times):.3f} |" if times else " |"
+        lines.append(line)
+    for other in found["others"]:
+        floor, expected = other["floor_ms"], other["expected_ms"]
+        ratio = f"{expected / floor:.2f}" if floor > 0.01 else ""
+        lines.append(
+            f"| {other['name']} | {other['count']} calls | | | | | | | {floor:.3f} | "
+            f"{expected:.3f} | {ratio} |" + (" |" if measured else "")
+        )
+    step, floor = found["step_ms"], found["floor_ms"]
+    lines += [
+        f"| **step** | {found['launches']} launches, {found['operations']} operations | | | | | | |"
+        f" {floor:.3f} | {step:.3f} | {step / floor:.2f} |" + (" |" if measured else ""),
+        "",
+    ]
+    lines += [f"- {line}" for line in verdicts(found)]
+    return "\n".join(lines) + "\n"
+
+
+def verdicts(found: dict[str, Any]) -> list[str]:
+    """The step beside its goals, a sentence each."""
+    shape, step = Shape(**found["shape"]), found["step_ms"]
+    figures = [step / found["floor_ms"], SPARSIFY_MS / step, DENSE_MS / step]
+    known = 3 if (shape.dict_size, shape.d, shape.k) == (65536, 2304, 50) else 1
+    lines = [
+        f"step: {figure:.2f} {name} {goal:.2f}"
+        for figure, (name, goal) in list(zip(figures, GOALS, strict=True))[:known]
+    ]
+    both, product = found["encode_and_select_ms"], found["product_ms"]
+    lines.append(
+        f"encode and selection: {both:.2f} ms, {both / product:.2f} of the unchunked product as "
+        f"cuBLAS is expected to make it ({product:.2f} ms)"
+    )
+    return lines
+
+
+def mix(launches: list[Launch], shape: Shape, card: str) -> str:
+    """The instructions of each kernel's loops, most frequent first."""
+    lines = []
+    for launch in {launch.kernel.__name__: launch for launch in launches}.values():
+        program, code, trips = read(launch, card, shape)
+        lines.append(f"{launch.kernel.__name__}: {program.instructions} instructions of a warp")
+        for first, last in code.loops:
+            if last > first:
+                names = Counter(one.operation for one in code.instructions[first : last + 1])
+                mixed = " ".join(f"{name} {n}" for name, n in names.most_common(10))
+                lines.append(f"  {code.instructions[last].source}  {last - first + 1}: {mixed}")
+    return "\n".join(lines)
+
+
+def read_golden() -> dict[str, dict[str, dict[str, float]]]:
+    """Expected milliseconds by Triton version, shape, and kernel ("step": the whole)."""
+    return json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
+
+
+def write_golden(found: list[dict[str, Any]]) -> None:
+    """Replace this Triton's part."""
+    part = {
+        one["shape"]["name"]: {
+            **{row["kernel"]: round(row["expected_ms"], 4) for row in one["rows"]},
+            "step": round(one["step_ms"], 4),
+        }
+        for one in found
+    }
+    table = dict(sorted({**read_golden(), VERSION: part}.items()))
+    GOLDEN.write_text(json.dumps(table, indent=1) + "\n")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("benchmarks.predict", description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["G1", "G2"])
+    parser.add_argument("--card", choices=CARDS, default="sm_90")
+    parser.add_argument("--loops", action="store_true", help="also print each loop's instructions")
+    parser.add_argument(
+        "--host-rounds", type=int, default=30, metavar="N", help="0: do not time the host"
+    )
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
+    parser.add_argument(
+        "--measured", type=Path, metavar="FILE", help="times of benchmarks.profile to put beside"
+    )
+    parser.add_argument("--update", action="store_true", help="rewrite tests/golden/predicted.json")
+    options = parser.parse_args(arguments)
+    if triton.knobs.runtime.interpret:
+        parser.error("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
+    times: dict[str, dict[str, float]] = {}
+    if options.measured:
+        profiles = json.loads(options.measured.read_text())["profiles"]
+        times = {one["shape"]["name"]: one.get("kernels_ms", {}) for one in profiles}
+    found = []
+    for name in options.shape:
+        found.append(predict(SHAPES[name], options.card))
+        print(table(found[-1], times.get(name)), flush=True)
+        if options.loops:
+            launches, _ = fused_step(SHAPES[name], options.card)
+            print(mix(launches, SHAPES[name], options.card) + "\n", flush=True)
+    if options.host_rounds:
+        taken = host_ms(options.card, options.host_rounds)
+        print(f"host: {taken:.2f} ms of this processor's time to issue a step, on a stubbed driver")
+    if options.update:
+        write_golden(found)
+    if options.json:
+        result = {"triton": VERSION, "shapes": found}
+        options.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
