@@ -1,44 +1,68 @@
-"""All that wants a GPU, within a time: `python -m benchmarks.on_gpu --out DIR --seconds 520`.
+"""All that wants a GPU, within a time: `python -m benchmarks.on_gpu all --out DIR --seconds 520`.
 
-Correctness on the card, training steps side by side, the operations, a profile of the fused step
-beside its floors, the memory of a step, the iso-FLOP grid with the time that is left (and, with
---tune, half of that for a search of better configurations). Each part is a process of its own
-with its own limit, and writes as it goes, so that what fails or runs long costs only itself. At the
-end DIR holds summary.md, summary.json and pictures for benchmarks/results/, and the raw files in
-DIR/raw.
+A command, or several, of:
 
-Works from a bare checkout: torch, triton, numpy, pytest, pytest-benchmark (with transformers also
-training beside the language model). Without matplotlib there
-are no pictures; `python -m benchmarks.report DIR/raw` makes them later, elsewhere.
+    check        values, gradients and indices at the goals' shapes and at odd ones, the kernels'
+                 tests, invalid accesses and races (compute-sanitizer), memory of a step
+    profile      each stage and kernel of the step beside its floor and its prediction; what the
+                 largest kernels wait for (ncu)
+    compare      steps side by side, the goals, other libraries if they are installed; small F
+    tune         better configurations of the kernels
+    end-to-end   with language models in the shapes of two known ones: alone, the autoencoder alone,
+                 both; then Kron and TopK at equal FLOPs
+
+Kernels are compiled first, in many processes. Each part is a process of its own with its own limit,
+and writes as it goes, so that what fails or runs long costs only itself. DIR then holds summary.md,
+summary.json and results.tar.gz: raw figures, logs, and pictures where matplotlib is installed
+(`python -m benchmarks.report` makes them later, elsewhere).
+
+Thirty minutes of a card, the winners of the second command put into configs.json before the third:
+
+    python -m benchmarks.on_gpu check profile compare --out DIR --seconds 540
+    python -m benchmarks.on_gpu tune --out DIR --seconds 480
+    python -m benchmarks.on_gpu compare end-to-end --out DIR --seconds 420
+
+Works from a bare checkout: torch, triton, numpy, pytest, pytest-xdist, hypothesis, transformers.
 """
 
 import argparse
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
+import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.stalls import tool
+
 ROOT = Path(__file__).parents[1]
-RESERVE = 25.0
+RESERVE = 20.0
 """Seconds kept for the summary and the pictures."""
-WHOLE = 520.0
-"""The seconds that the parts' limits are made for."""
+COMMANDS = ("check", "profile", "compare", "tune", "end-to-end")
+SECONDS = "{seconds}"
+"""In a part's command: after so many seconds it begins nothing new."""
+ALONE, TOGETHER = True, False
 
 
 class Part(NamedTuple):
-    """A command, and the seconds it may take out of WHOLE."""
+    """A process."""
 
     name: str
+    of: str
+    """The command that it belongs to."""
     command: list[str]
-    limit: float
-    timing: bool = True
-    """Whether it measures time, and so runs alone."""
+    share: float
+    """Of the time that is left, beside the shares of those that follow."""
+    alone: bool = ALONE
+    """Whether nothing may run beside it: it measures time, or takes all processors."""
+    environment: dict[str, str] = {}
 
 
 class Done(NamedTuple):
@@ -46,71 +70,115 @@ class Done(NamedTuple):
 
     name: str
     status: str
-    """"ok", "exit status N" or "stopped after its N s"."""
+    """"ok", "exit status N", "stopped after its N s", or why it was not begun."""
     seconds: float
     tail: str
     """The last lines it printed."""
 
 
-def parts(raw: Path, smallest: bool, scale: float, tune: bool) -> list[Part]:
-    """The parts in order of importance; modules take their own limit a little early.
+def parts(raw: Path, commands: list[str], smallest: bool) -> list[Part]:
+    """The parts of some commands, in order; those that are not alone begin together."""
+    logs, workers = raw / "logs", min(12, os.cpu_count() or 1)
+    device = ["--device", "cpu" if smallest else "cuda"]
 
-    Those whose limit is WHOLE share the time that is left.
-    """
-    python = [sys.executable, "-m"]
+    def of(larger: str, smaller: str) -> list[str]:
+        return (smaller if smallest else larger).split()
 
-    def module(name: str, limit: float, *options: str, timed: bool = True) -> Part:
-        file = raw / f"{name}.json"
-        device = "cpu" if smallest else "cuda"
-        command = [*python, f"benchmarks.{name}", "--device", device, "--json", str(file), *options]
-        if timed:
-            command += ["--seconds", f"{0.75 * limit * scale:.0f}"]
-        return Part(name, command, limit, timed)
+    def module(name: str, *options: str, file: str = "") -> list[str]:
+        file = str(raw / f"{file or name}.json")
+        return [sys.executable, "-m", f"benchmarks.{name}", "--json", file, *options]
 
-    pytest = [*python, "pytest", "-q", "-p", "no:cacheprovider"]
+    def timed(name: str, *options: str, file: str = "") -> list[str]:
+        return module(name, *device, "--seconds", SECONDS, *options, file=file)
+
+    def watched(name: str) -> Part:
+        check = module("check", *device, "--smallest", file=name)
+        command = [tool("compute-sanitizer"), "--tool", name, "--error-exitcode", "9", *check]
+        every_tensor = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # is an allocation of its own
+        return Part(name, "check", command, 90, TOGETHER, every_tensor)
+
+    needed = {
+        "check": "--checks",
+        "profile": "",
+        "compare": "--shape G1 G2 S1 S2",
+        "tune": "--tuning",
+        "end-to-end": "--shape L1 L2",
+    }
+    shapes = {"G1", "G2"} if set(commands) != {"end-to-end"} else set()
+    options = " ".join(needed[command] for command in commands).split()
+    shapes |= {word for word in options if not word.startswith("--")}
+    compiled = ["--shape", *sorted(shapes), *(w for w in options if w in ("--checks", "--tuning"))]
+    compiled = of(" ".join(compiled), "--shape toy --target sm_90 --most 2 --workers 2")
+    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow"]
+    if importlib.util.find_spec("xdist"):
+        pytest += ["-n", "0" if smallest else str(workers)]
     tests = sorted(str(path) for path in (ROOT / "tests").glob("test_triton*.py"))
-    collect = ["--collect-only"] if smallest else ["--maxfail=20"]
-    shapes = ["toy"] if smallest else ["P1", "P2", "P3", "S1", "S2"]
-    profiled = ["toy"] if smallest else ["P1", "P2", "P3", "P4"]
-    grid = ["--grid", "smallest" if smallest else "cuda"]
-    overlap = ["--dict-size", "65536", "--k", "50", "--batch-size", "8192"]
-    overlap += ["--contexts-per-batch", "128", "--buffer-tokens", "131072"]
-    if smallest:
-        overlap = ["--rounds", "1", "--dict-size", "256", "--k", "4", "--batch-size", "128"]
-        overlap += ["--context-length", "32", "--buffer-tokens", "512"]
-    operations = [
-        *[*pytest, "benchmarks", "--benchmark-only", "-k", "operation or product"],
-        *["--shapes", shapes[0] if smallest else "P2"],
-        f"--benchmark-json={raw / 'operations.json'}",
-    ]
-    return [
-        module("check", 120, timed=False),
-        *(
-            [Part("tests", [*pytest, *tests, "-m", "not slow", *collect], 120, False)]
-            if tests
-            else []
+    step = ["--contender", *of("kron_fused kron_fused_+_aux", "kron")]
+    step = [name.replace("_", " ") for name in step]
+    predicted = str(logs / "predicted.json")
+    training = "--dict-size 65536 --k 50 --batch-size 8192 --contexts-per-batch 128"
+    training += " --buffer-tokens 131072"
+    small = "--rounds 1 --dict-size 256 --k 4 --batch-size 128 --context-length 32 --layer 0"
+    training = of(training, f"{small} --buffer-tokens 512")
+    tune = of("", "--shape toy --kernels update_vector --rounds 1 --most 1")
+    interpreter = {"TRITON_INTERPRET": "1"} if smallest else {}
+    every = [
+        Part("compile", "", module("precompile", *compiled), 60),
+        Part(
+            "check", "check",
+            module("check", *device, *of(f"--workers {workers // 2}", "--smallest")), 120, TOGETHER,
         ),
-        module("profile", 90, "--shape", *profiled),
-        module("memory", 120, "--shape", *(["toy"] if smallest else ["P1", "P3"]), timed=False),
-        module("compare", 130, "--shape", *shapes, *(["--rounds", "3"] if smallest else [])),
-        Part("operations", operations, 60),
-        *([module("overlap", 60, *overlap)] if importlib.util.find_spec("transformers") else []),
-        module("isoflop", WHOLE, *grid),
-        *([module("tune", WHOLE)] if tune else []),
-    ]
+        Part("tests", "check", [*pytest, *tests, *of("--maxfail=20", "--co")], 120, TOGETHER),
+        watched("memcheck"),
+        watched("racecheck"),
+        Part(
+            "memory", "check", module("memory", *device, "--shape", *of("G1", "toy")), 60, TOGETHER
+        ),
+        Part(
+            "predict", "profile",
+            [*module("predict", "--shape", *of("G1 G2", "toy"), "--json", predicted)], 60, TOGETHER,
+        ),
+        Part(
+            "profile", "profile",
+            timed("profile", "--shape", *of("G1 G2", "toy"), *step, "--predicted", predicted), 60,
+        ),
+        Part(
+            "stalls", "profile",
+            module("stalls", "--profile", str(raw / "profile.json"), "--shape")
+            + of("G1 G2", "toy"), 60,
+        ),
+        Part("compare", "compare", timed("compare", "--shape", *of("G1 G2", "toy")), 150),
+        Part(
+            "small", "compare",
+            timed("compare", "--shape", *of("S1 S2", "toy"), file="small"), 40,
+        ),
+        Part("tune", "tune", timed("tune", *tune), 400, ALONE, interpreter),
+        *(
+            Part(name, "end-to-end", timed("overlap", "--model", model, *training, file=name), 70)
+            for name, model in (
+                ("pythia-160m", "pythia-160m"),
+                ("qwen2.5-1.5b", *of("qwen2.5-1.5b", "embedded")),
+            )
+        ),
+        Part("isoflop", "end-to-end", timed("isoflop", "--grid", *of("cuda", "smallest")), 80),
+    ]  # fmt: skip
+    return [part for part in every if part.of in ("", *commands)]
 
 
 def run(part: Part, limit: float, logs: Path) -> Done:
     """Run a part for at most `limit` seconds; what it started ends with it."""
     log, began = logs / f"{part.name}.txt", time.monotonic()
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    soft = f"{0.8 * limit - 5:.0f}"
+    command = [soft if word == SECONDS else word for word in part.command]
+    if shutil.which(command[0]) is None:
+        return Done(part.name, f"{command[0]} is not on the path", 0.0, "")
     with log.open("w") as out:
         process = subprocess.Popen(
-            part.command,
+            command,
             cwd=ROOT,
             stdout=out,
             stderr=subprocess.STDOUT,
-            env=environment,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", **part.environment},
             start_new_session=True,
         )
         try:
@@ -134,65 +202,50 @@ def brief(raw: Path, done: list[Done]) -> dict[str, Any]:
             found[path.stem] = json.loads(path.read_text())
         except ValueError:  # stopped while it wrote
             continue
-    any_result = next(
-        (found[name] for name in ("compare", "profile", "check") if name in found), {}
-    )
-    checks = found.get("check", {})
-    tuned = found.get("tune", {})
+    names = [name for name in ("compare", "profile", "check") if name in found]
+    any_result = found[names[0]] if names else {}
+    checks, compiled = found.get("check", {}), found.get("precompile", {}).get("compiled", [])
     return {
         "where": any_result.get("where"),
         "ceilings": any_result.get("ceilings"),
+        "assumed": any_result.get("assumed"),
         "runs": [one._asdict() for one in done],
+        "not_compiled": [one for one in compiled if one["error"]],
         "checked": len(checks.get("checks", [])),
-        "wrong": checks.get("wrong", [])[:10],
+        "wrong": checks.get("wrong", [])[:20],
         "steps": [
-            {
-                "shape": one["shape"]["name"],
-                **{key: _rounded(one[key]) for key in ("median_ms", "floor_ms", "ratios")},
-                "peak_gib": {n: round(b / 2**30, 2) for n, b in one["peak_bytes"].items()},
-                "skipped": one["skipped"],
-            }
-            for one in found.get("compare", {}).get("shapes", [])
+            {"shape": one["shape"]["name"], "failed": one.get("failed")}
+            | {name: _rounded(one[name]) for name in ("median_ms", "ratios") if name in one}
+            | {name: one[name] for name in ("goals", "skipped") if name in one}
+            for name in ("compare", "small")
+            for one in found.get(name, {}).get("shapes", [])
         ],
         "stages": [
-            {
-                "shape": one["shape"]["name"],
-                "contender": one["contender"],
-                "skipped": one.get("skipped"),
-                "step_ms": one.get("step_ms"),
-                "peak_gib": one["peak_bytes"] / 2**30 if one.get("peak_bytes") else None,
-                "state_gib": one.get("state_bytes", 0) / 2**30,
-                "latents_gib": one.get("latents_bytes", 0) / 2**30,
-                "losses": one.get("losses"),
+            {"shape": one["shape"]["name"], "contender": one["contender"]}
+            | {name: one.get(name) for name in ("skipped", "step_ms", "losses", "predicted")}
+            | {
                 "ms_and_floor": {
                     stage: [round(times["ms"], 4), round(times["floor_ms"], 4)]
                     for stage, times in one.get("stages", {}).items()
-                },
+                }
             }
             for one in found.get("profile", {}).get("profiles", [])
         ],
+        "stalls": found.get("stalls", {}).get("stalls", []),
         "memory": [
-            {
-                "shape": one["shape"]["name"],
-                "contender": one["contender"],
-                "skipped": one.get("skipped"),
-                **{
-                    f"{name}_gib": round((one[f"{name}_bytes"] or 0) / 2**30, 2)
-                    for name in ("formula", "counted", "measured")
-                },
-            }
+            {"shape": one["shape"]["name"], "contender": one["contender"]}
+            | {name: one[f"{name}_bytes"] for name in ("formula", "counted", "measured")}
             for one in found.get("memory", {}).get("memory", [])
         ],
-        "overlap": {
-            name: {"tokens_per_s": round(1 / times["seconds"]), **_waits(times)}
-            for name, times in found.get("overlap", {}).get("medians", {}).items()
+        "end_to_end": {
+            name: {
+                what: round(1 / times["seconds"]) for what, times in one.get("medians", {}).items()
+            }
+            for name, one in found.items()
+            if "medians" in one
         },
-        "better": {"generation": tuned.get("generation"), **tuned["better"]} if tuned else None,
+        "better": found.get("tune", {}).get("better"),
     }
-
-
-def _waits(times: dict[str, float]) -> dict[str, float]:
-    return {name: round(share, 3) for name, share in times.items() if name.endswith("wait_share")}
 
 
 def _rounded(figures: dict[str, float]) -> dict[str, float]:
@@ -200,105 +253,101 @@ def _rounded(figures: dict[str, float]) -> dict[str, float]:
 
 
 def summary(figures: dict[str, Any], tables: str) -> str:
-    """Markdown: how the parts ended, what was wrong, memory, then the tables."""
-    lines = ["# Summary", "", "| part | | seconds |", "|---|---|---:|"]
-    lines += [f"| {r['name']} | {r['status']} | {r['seconds']:.0f} |" for r in figures["runs"]]
-    lines += [
-        "",
-        f"{figures['checked'] - len(figures['wrong'])} of {figures['checked']} checks of ",
-    ]
-    lines[-1] += "values and gradients are right."
+    """Markdown: the goals, what was wrong, how the parts ended, then the tables."""
+    lines = ["# Summary", ""]
+    for one in figures["steps"]:
+        lines += [f"- {one['shape']}: {goal}" for goal in one.get("goals", [])]
+        if one["failed"]:
+            lines.append(f"- {one['shape']}: {one['failed']}")
+    right = figures["checked"] - len(figures["wrong"])
+    lines.append(f"- {right} of {figures['checked']} checks of values and gradients are right")
     lines += [f"- wrong: {one}" for one in figures["wrong"]]
-    lines.append("")
-    for one in figures["stages"]:
-        if one["skipped"]:
-            lines.append(f"- {one['shape']}: {one['skipped']}")
-        elif one["peak_gib"]:
-            first, *_, last = one["losses"]
-            lines.append(
-                f"- {one['shape']}, {one['contender']}: {one['step_ms']:.2f} ms a step, peak "
-                f"{one['peak_gib']:.1f} GiB (weights and moments {one['state_gib']:.1f}; one "
-                f"[B, F] would be {one['latents_gib']:.1f}), loss {first:.4f} to {last:.4f} in ten"
-            )
+    lines += [f"- not compiled: {one['kernel']}: {one['error']}" for one in figures["not_compiled"]]
     for one in figures["memory"]:
-        measured = f"{one['measured_gib']:.2f} GiB measured, " if one["measured_gib"] else ""
-        lines.append(
-            f"- memory of a step, {one['shape']}, {one['contender']}: {measured}"
-            f"{one['counted_gib']:.2f} counted, {one['formula_gib']:.2f} by the formula"
-            + (f"; {one['skipped']}" if one["skipped"] else "")
-        )
-    for name, one in figures["overlap"].items():
-        waits = "".join(f", {key} {one[key]:.0%}" for key in one if key != "tokens_per_s")
-        lines.append(f"- training, {name}: {one['tokens_per_s']:,} tokens/s{waits}")
+        sizes = (f"{size / 2**30:.2f} {name}" for name, size in list(one.items())[2:] if size)
+        lines.append(f"- GiB in a step, {one['shape']}, {one['contender']}: {', '.join(sizes)}")
+    for model, rates in figures["end_to_end"].items():
+        text = ", ".join(f"{what} {rate:,}" for what, rate in rates.items())
+        lines.append(f"- tokens/s with {model}: {text}")
     if figures["better"]:
         lines.append(f"- better configurations: {figures['better']}")
+    lines += ["", "| part | | seconds |", "|---|---|---:|"]
+    lines += [f"| {r['name']} | {r['status']} | {r['seconds']:.0f} |" for r in figures["runs"]]
     for r in figures["runs"]:
-        if r["status"] != "ok":
+        if r["status"] != "ok" and r["tail"]:
             lines += ["", f"{r['name']}, {r['status']}:", "```", r["tail"], "```"]
     return "\n".join(lines) + "\n\n" + tables.replace("# Benchmarks", "", 1).strip() + "\n"
 
 
-def finish(out: Path, raw: Path, done: list[Done]) -> None:
-    """Write the summary first, then again with tables and pictures, should those fail."""
+def keep(out: Path, raw: Path, done: list[Done], tables: str = "") -> None:
+    """Write what there is so far: whatever happens next, this is left."""
     figures = brief(raw, done)
     (out / "summary.json").write_text(json.dumps(figures, indent=1) + "\n")
-    (out / "summary.md").write_text(summary(figures, ""))
-    from benchmarks import report
-
-    pictures = importlib.util.find_spec("matplotlib") is not None
-    (out / "summary.md").write_text(summary(figures, report.write(raw, pictures=pictures)))
-    for picture in raw.glob("*.png"):
-        picture.replace(out / picture.name)
+    (out / "summary.md").write_text(summary(figures, tables))
+    unfinished = out / "results.tar.gz.part"
+    with tarfile.open(unfinished, "w:gz") as archive:
+        archive.add(raw, "results")
+    unfinished.replace(out / "results.tar.gz")
 
 
-def tell(one: Done) -> None:
-    print(f"{one.name}: {one.status}, {one.seconds:.0f} s\n{one.tail}\n", flush=True)
+def report(raw: Path) -> str:
+    from benchmarks import report as tables
+    from benchmarks.measure import reason
+
+    try:
+        return tables.write(raw, pictures=importlib.util.find_spec("matplotlib") is not None)
+    except Exception as broken:  # the figures are there without tables
+        return f"No tables: {reason(broken)}"
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("benchmarks.on_gpu", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        "benchmarks.on_gpu",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("commands", nargs="+", choices=(*COMMANDS, "all"), metavar="COMMAND")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--seconds", type=float, default=WHOLE, help="never more than this")
+    parser.add_argument("--seconds", type=float, default=520.0, help="never more than this")
     parser.add_argument("--only", nargs="+", metavar="PART", help="these parts alone")
-    parser.add_argument("--tune", action="store_true", help="search for better configurations")
     parser.add_argument(
         "--smallest", action="store_true", help="a toy shape on the CPU: a rehearsal"
     )
     options = parser.parse_args(arguments)
-    began = time.monotonic()
+    end = time.monotonic() + options.seconds - min(RESERVE, 0.2 * options.seconds)
     out = options.out.absolute()
-    raw, logs = out / "raw", out / "raw" / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
-    end = began + options.seconds - min(RESERVE, 0.2 * options.seconds)
-    scale = options.seconds / WHOLE
+    out.mkdir(parents=True, exist_ok=True)
+    commands = list(COMMANDS) if "all" in options.commands else options.commands
     done: list[Done] = []
-
-    def start(part: Part) -> Done:
-        left = end - time.monotonic()
-        if left < 5:
-            return Done(part.name, "no time left", 0.0, "")
-        if part.limit == WHOLE:  # what is left, shared; and it must end by itself
-            begun = {one.name for one in done}
-            left /= sum(one.limit == WHOLE and one.name not in begun for one in chosen)
-            part.command[-1] = f"{max(0.0, 0.8 * left - 5):.0f}"
-        return run(part, min(part.limit * scale, left), logs)
-
-    tune = options.tune or "tune" in (options.only or ())
-    chosen = parts(raw, options.smallest, scale, tune)
-    if options.only:
-        chosen = [part for part in chosen if part.name in options.only]
-    together = [part for part in chosen if not part.timing]
-    with ThreadPoolExecutor(max(1, len(together))) as pool:
-        done += pool.map(start, together)
-    for one in done:
-        tell(one)
-    for part in chosen:
-        if part.timing:
-            done.append(start(part))
-            tell(done[-1])
-            (out / "summary.json").write_text(json.dumps(brief(raw, done), indent=1) + "\n")
-    finish(out, raw, done)
+    with tempfile.TemporaryDirectory() as folder:
+        raw, logs = Path(folder), Path(folder) / "logs"
+        logs.mkdir()
+        waiting = parts(raw, commands, options.smallest)
+        waiting = [part for part in waiting if not options.only or part.name in options.only]
+        while waiting:
+            count = 1
+            while not waiting[0].alone and count < len(waiting) and not waiting[count].alone:
+                count += 1
+            now, waiting = waiting[:count], waiting[count:]
+            share, left = max(part.share for part in now), end - time.monotonic()
+            limit = left * share / (share + _shares(waiting))
+            with ThreadPoolExecutor(count) as pool:
+                if limit < 5:
+                    finished = [Done(part.name, "no time left", 0.0, "") for part in now]
+                else:
+                    finished = list(pool.map(lambda part: run(part, limit, logs), now))  # noqa: B023
+            for one in finished:
+                print(f"{one.name}: {one.status}, {one.seconds:.0f} s\n{one.tail}\n", flush=True)
+            done += finished
+            keep(out, raw, done)
+        keep(out, raw, done, report(raw))
     print((out / "summary.md").read_text())
+
+
+def _shares(waiting: list[Part]) -> float:
+    """Of all parts; those that begin together count once."""
+    together = [part.share for part in waiting if not part.alone]
+    return sum(part.share for part in waiting if part.alone) + max(together, default=0.0)
 
 
 if __name__ == "__main__":

@@ -21,13 +21,13 @@ from typing import Any
 import torch
 import triton
 
-from benchmarks import check, tune
+from benchmarks import ahead, check, tune
 from benchmarks.measure import CHECKED_TOKENS, reason
 from benchmarks.memory import LiveKernels, autograd_step
 from benchmarks.shapes import SHAPES, Shape
 from benchmarks.steps import CONTENDERS, LOSSES
 from kronsae_kernels.triton_impl import configs
-from kronsae_kernels.triton_impl.launch import Launch, record
+from kronsae_kernels.triton_impl.launch import Launch
 from tests import aot
 
 META = torch.device("meta")
@@ -86,9 +86,7 @@ def cases(shapes: list[Shape], checks: bool, tuning: bool) -> Iterator[aot.Case]
 
 def compile_launch(launch: Launch, target: str) -> None:
     """Into Triton's cache: the kernel, and what some versions compile to start it."""
-    special = aot.specialise(launch, target)
-    options = vars(special.options)
-    binary = triton.compile(special.source, target=aot.TARGETS[target].target, options=options)
+    binary = ahead.compiled(ahead.specialise(launch, target), target)
     if torch.version.cuda or torch.version.hip:
         triton.runtime.driver.active.launcher_cls(binary.src, binary.metadata)
 
@@ -121,13 +119,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--shape", nargs="*", choices=SHAPES, default=["G1", "G2"])
     parser.add_argument("--checks", action="store_true", help="also for benchmarks.check")
     parser.add_argument("--tuning", action="store_true", help="also for benchmarks.tune")
-    parser.add_argument("--target", choices=aot.TARGETS, help="default: the card that is here")
+    parser.add_argument("--target", choices=ahead.TARGETS, help="default: the card that is here")
     parser.add_argument("--workers", type=int, default=min(12, os.cpu_count() or 1))
     parser.add_argument("--most", type=int, default=10_000, help="kernels at most")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all times here")
     options = parser.parse_args(arguments)
     target = options.target or card_here()
-    if target not in aot.TARGETS:
+    if target not in ahead.TARGETS:
         parser.error(f"no target for this machine's card ({target}): give one")
     began = time.perf_counter()
     found = cases([SHAPES[name] for name in options.shape], options.checks, options.tuning)
@@ -142,7 +140,9 @@ def main(arguments: list[str] | None = None) -> None:
             if why:
                 print(f"{kernel}: {why}", flush=True)
     if options.json:
-        options.json.write_text(json.dumps({"target": target, "compiled": results}, indent=1) + "\n")
+        options.json.write_text(
+            json.dumps({"target": target, "compiled": results}, indent=1) + "\n"
+        )
     print(f"{len(results)} compiled for {target} in {time.perf_counter() - began:.0f} s")
 
 

@@ -46,7 +46,10 @@ def write(folder: Path, pictures: bool = True) -> str:
     """Write report.md and pictures for all results in the folder; returns the Markdown."""
     parts = ["# Benchmarks"]
     for path in sorted(folder.glob("*.json")):
-        found = json.loads(path.read_text())
+        try:
+            found = json.loads(path.read_text())
+        except ValueError:  # stopped while it wrote
+            continue
         for key, (table, picture) in KINDS.items():
             if isinstance(found, dict) and key in found:
                 parts += [f"## {path.stem}", where(found), table(found)]

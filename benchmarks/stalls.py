@@ -29,9 +29,10 @@ SHARES = {
 """Percent of the peak: patterns of the metrics' names, which differ between versions."""
 
 
-def tool(name: str) -> str | None:
-    """An NVIDIA tool on the path, or where a CUDA toolkit puts it."""
-    return shutil.which(name) or shutil.which(f"/usr/local/cuda/bin/{name}")
+def tool(name: str) -> str:
+    """An NVIDIA tool where a CUDA toolkit puts it, unless it is on the path."""
+    there = f"/usr/local/cuda/bin/{name}"
+    return there if shutil.which(name) is None and shutil.which(there) else name
 
 
 def largest(profile: dict[str, Any], shape: str, count: int = 4) -> list[str]:
@@ -96,8 +97,8 @@ def main(arguments: list[str] | None = None) -> None:
         names = largest(profile, shape)
         one: dict[str, Any] = {"shape": SHAPES[shape]._asdict(), "kernels": {}}
         result["stalls"].append(one)
-        if ncu is None or not names:
-            one["skipped"] = "ncu is not on the path" if ncu is None else "no kernels of ours"
+        if shutil.which(ncu) is None or not names:
+            one["skipped"] = "no kernels of ours" if shutil.which(ncu) else "ncu is not on the path"
         else:
             command = [ncu, "--csv", "--page", "raw", "--clock-control", "none"]
             command += [part for section in SECTIONS for part in ("--section", section)]

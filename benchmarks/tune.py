@@ -226,6 +226,8 @@ KERNELS: dict[str, tuple[Callable[[Data], Results], list[Changes]]] = {
 """A call that launches the kernel, and the alternatives; what the table has already is left out."""
 CHOICES = ("encode", "segments")
 """Entries of the table that are no kernels."""
+FIRST = ("update_rows", "head_gradients", "decode_and_loss", "select_heads", "encode")
+"""Where most can be won comes first, should time run out."""
 PRESENT = "as it is"
 
 
@@ -391,8 +393,9 @@ def write(generation: str, best: dict[str, Changes], path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("benchmarks.tune", description=__doc__.splitlines()[0])
-    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS))
-    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["P1", "P3"])
+    order = list(dict.fromkeys([*FIRST, *KERNELS]))
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=order)
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["G1", "G2"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--most", type=int, default=100, help="alternatives of a kernel at most")
     parser.add_argument("--rounds", type=int, default=15)
