@@ -126,7 +126,8 @@ def parts(raw: Path, commands: list[str], smallest: bool) -> list[Part]:
         Part("compile", "", module("precompile", *compiled), 60),
         Part(
             "check", "check",
-            module("check", *device, *of(f"--workers {workers // 2}", "--smallest")), 120, TOGETHER,
+            module("check", *device, *of(f"--workers {max(1, workers // 3)}", "--smallest")),
+            120, TOGETHER,
         ),
         Part("tests", "check", [*pytest, *tests, *of("--maxfail=20", "--co")], 120, TOGETHER),
         watched("memcheck"),

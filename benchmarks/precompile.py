@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import triton
 
 from benchmarks import ahead, check, tune
 from benchmarks.measure import CHECKED_TOKENS, reason
@@ -87,8 +86,10 @@ def cases(shapes: list[Shape], checks: bool, tuning: bool) -> Iterator[aot.Case]
 def compile_launch(launch: Launch, target: str) -> None:
     """Into Triton's cache: the kernel, and what some versions compile to start it."""
     binary = ahead.compiled(ahead.specialise(launch, target), target)
-    if torch.version.cuda or torch.version.hip:
-        triton.runtime.driver.active.launcher_cls(binary.src, binary.metadata)
+    if torch.version.cuda:
+        from triton.backends.nvidia.driver import CudaLauncher
+
+        CudaLauncher(binary.src, binary.metadata)
 
 
 WORKS: list[Any] = []

@@ -70,12 +70,14 @@ def where(found: Json) -> str:
     names = ("device", "processor", "threads", "compute", "python", "torch", "triton")
     libraries = ("kronsae", "eai-sparsify", "sae-lens", "dictionary-learning")
     text = ", ".join(f"{n} {info[n]}" for n in (*names, *libraries) if info.get(n) is not None)
-    ceilings = found.get("ceilings") or info.get("ceilings")
-    if ceilings:
-        text += (
-            f"; measured: {ceilings['multiply_adds_per_s'] / 1e12:.3g} T multiply-adds/s, "
-            f"{ceilings['bytes_per_s'] / 1e9:,.0f} GB/s copied"
-        )
+    for kind in ("ceilings", "assumed"):
+        if rates := found.get(kind) or info.get(kind):
+            text += (
+                f"; {'measured' if kind == 'ceilings' else kind}: "
+                f"{rates['multiply_adds_per_s'] / 1e12:.3g} T multiply-adds/s, "
+                f"{rates['bytes_per_s'] / 1e9:,.0f} GB/s copied, "
+                f"{rates['cached_bytes_per_s'] / 1e9:,.0f} within the cache"
+            )
     return text
 
 
@@ -119,8 +121,13 @@ def steps_table(found: Json) -> str:
         if not any(row[-1] for row in rows):
             head, rows = head[:-1], [row[:-1] for row in rows]
         floors = ", ".join(
-            f"{model} {one['floor_ms'][key]:.2f} ms"
+            f"{model} {floor[key]:.2f} ms {rates}"
+            for rates, floor in (
+                ("by measured rates", one["floor_ms"]),
+                ("by assumed ones", one.get("assumed_floor_ms")),
+            )
             for key, model in (("kron", "KronSAE"), ("dense", "TopK"))
+            if floor
         )
         bare = ", ".join(
             f"{model} {medians[f'{key} product']:.2f} ms"

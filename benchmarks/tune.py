@@ -24,9 +24,11 @@ from torch import Tensor
 
 from benchmarks.floors import graphed
 from benchmarks.measure import (
+    Apart,
     Timing,
     WrongResult,
     describe,
+    here,
     interleaved,
     reason,
     require_close,
@@ -323,6 +325,16 @@ def measure(
     }
 
 
+@functools.lru_cache(maxsize=2)
+def data_of(shape: Shape, device: torch.device) -> Data:
+    return Data(shape, device)
+
+
+def measure_at(shape: Shape, kernel: str, device: torch.device, *limits: Any) -> dict[str, Any]:
+    """`measure` at a shape; what it has at hand is kept for the next kernel."""
+    return measure(kernel, data_of(shape, device), device, *limits)
+
+
 def gain(one: dict[str, Any], label: str) -> tuple[float, int]:
     """Time of an alternative over the present one's; 1 if it is better by more than the spread.
 
@@ -426,15 +438,16 @@ def search(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     result = {
         "where": describe(device), "generation": generation, "kernels": kernels, "better": {},
     }  # fmt: skip
-    shapes = [Data(SHAPES[name], device) for name in options.shape]
+    call = Apart() if device.type == "cuda" else here
     for kernel in options.kernels:
-        for data in shapes:
+        for name in options.shape:
             if time.monotonic() > end:
                 break
+            settings = SHAPES[name], kernel, device, options.rounds, options.most, end
             try:
-                found = measure(kernel, data, device, options.rounds, options.most, end)
+                found = call(measure_at, *settings)
             except Exception as broken:  # the others still tell something
-                found = {"kernel": kernel, "shape": data.shape.name, "times_ms": {}}
+                found = {"kernel": kernel, "shape": name, "times_ms": {}}
                 found |= {"present": numbers(kernel, device), "skipped": {PRESENT: reason(broken)}}
             kernels.append(found)
             print("\n".join(lines(found)), flush=True)

@@ -1,9 +1,12 @@
 """The benchmarks run, at a toy shape, and refuse to time what is wrong."""
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -61,26 +64,207 @@ def test_comparison_at_a_toy_shape(capsys, tmp_path):
     assert of_shape["ratios"]["listing / kron"] == pytest.approx(ratios[1])
 
 
+CPU = torch.device("cpu")
+
+
+def compared(**options):
+    from benchmarks import measure
+    from benchmarks.shapes import SHAPES
+
+    return measure.compare_steps(SHAPES["toy"], CPU, rounds=1, warmup=0, **options)
+
+
 def test_wrong_step_reports_no_time(monkeypatch):
     """A step with another loss, and an operation with another result, are found out."""
     from benchmarks import measure, steps
     from benchmarks.shapes import SHAPES, batches
 
     shape = SHAPES["toy"]
-    xs = batches(shape)
     kron = steps.CONTENDERS["kron"]
     with monkeypatch.context() as patch:
         other = kron._replace(make=lambda shape, device: kron.make(shape._replace(k=3), device))
         patch.setitem(steps.CONTENDERS, "kron", other)
-        with pytest.raises(measure.WrongResult, match="losses of"):
-            measure.compare_steps(shape, xs, rounds=1)
+        found = compared()
+    assert "losses of kron and the reference" in found.skipped["kron"]
+    assert "kron" not in found.timings
+    assert {"dense", "listing", "topk"} <= found.timings.keys()
 
     def wrong(*arguments, impl):
         return steps.kron_loss(*arguments, impl=impl) * (1 if impl else 1.01)
 
     monkeypatch.setitem(steps.LOSSES, "kron", (wrong, steps.kron_parameters))
     with pytest.raises(measure.WrongResult, match="toy loss"):
-        measure.check_gradients(shape, xs[0])
+        measure.check_gradients(shape, batches(shape)[0], "kron")
+    found = compared()
+    assert "toy loss" in found.skipped["kron"]
+    assert {"dense", "listing", "topk"} <= found.timings.keys()
+
+
+@pytest.mark.parametrize("one_by_one", [False, True], ids=["in turns", "one by one"])
+def test_what_fails_costs_only_itself(monkeypatch, one_by_one):
+    """A contender that raises, in the middle: the others are timed, and the reason is kept."""
+    from benchmarks import steps
+
+    def planted(shape, device):
+        raise RuntimeError("an illegal memory access was encountered")
+
+    dense = steps.CONTENDERS["dense"]._replace(make=planted)
+    monkeypatch.setitem(steps.CONTENDERS, "dense", dense)
+    told = []
+    call = {"call": lambda function, *arguments: function(*arguments)} if one_by_one else {}
+    found = compared(tell=lambda found: told.append(dict(found.timings)), **call)
+    assert found.skipped["dense"] == "RuntimeError: an illegal memory access was encountered"
+    timed = {"topk", "kron", "listing", "kron encode", "kron product", "dense product"}
+    assert found.timings.keys() == timed
+    assert told[-1].keys() == timed
+    assert len(told) == (4 if one_by_one else 1)  # after each, should the process be stopped
+
+
+def test_a_shape_that_fails_costs_only_itself(monkeypatch, tmp_path, capsys):
+    from benchmarks import compare
+    from benchmarks.shapes import SHAPES
+
+    broken = SHAPES["toy"]._replace(name="broken", k=10**6)
+    monkeypatch.setitem(SHAPES, "broken", broken)
+    file = tmp_path / "times.json"
+    monkeypatch.setattr(compare, "measure_ceilings", lambda device: compare.Ceilings(1e9, 1e9, 1e9))
+    compare.main(["--shape", "broken", "toy", "--rounds", "1", "--json", str(file)])
+    first, second = json.loads(file.read_text())["shapes"]
+    assert first["failed"] and "median_ms" not in first
+    assert "kron" in second["median_ms"]
+    assert "kron encode / kron product at most 1.25: " in capsys.readouterr().out
+
+
+def test_another_process_is_replaced_when_it_dies():
+    """As a kernel with an invalid access leaves one: what comes next finds a device that works."""
+    from benchmarks.measure import Apart, Failed
+
+    call = Apart()
+    try:
+        assert call(divmod, 7, 2) == (3, 1)
+        with pytest.raises(Failed, match="ZeroDivisionError"):
+            call(divmod, 7, 0)
+        first = call.process.pid
+        with pytest.raises(Failed, match="its process died"):
+            call(os._exit, 3)
+        assert call(divmod, 9, 2) == (4, 1)
+        assert call.process.pid != first
+        with pytest.raises(Failed, match="not done after 1 s"):
+            call(time.sleep, 60, seconds=1)
+        assert call(divmod, 9, 4) == (2, 1)
+    finally:
+        call.close()
+
+
+def test_goals_are_judged():
+    from benchmarks import compare
+    from benchmarks.measure import Comparison, Timing
+
+    times = {"kron encode": 3.0, "kron product": 2.0, "kron fused": 5.0, "kron graphed": 4.0}
+    times |= {"topk": 20.0}
+    found = Comparison({name: Timing([ms]) for name, ms in times.items()}, {}, {})
+    assert compare.verdicts(found, floor_ms=3.2) == [
+        "kron encode / kron product at most 1.25: 1.50 (kron encode), MISSED",
+        "ours / floor at most 1.3: 1.25 (kron graphed), reached",
+        "eai-sparsify / ours at least 3.0: not measured",
+        "topk / ours at least 4.5: 5.00 (topk), reached",
+    ]
+
+
+def test_wrong_index_is_found(monkeypatch):
+    from benchmarks import check
+
+    case = check.Case(2, 16, 12, 2, 4, 5, "mand", torch.bfloat16)
+    (right,) = check.check_selection(case, CPU)
+    assert right["error"] == 0
+
+    encode = check.fused_encode
+
+    def swapped(*arguments, impl=None, **options):
+        codes = encode(*arguments, impl=impl, **options)
+        if impl is None:
+            codes.indices[7, :2] = codes.indices[7, :2].flip(0).clone()
+        return codes
+
+    monkeypatch.setattr(check, "fused_encode", swapped)
+    (wrong,) = check.check_selection(case, CPU)
+    assert wrong["error"] == 2
+
+
+def test_a_check_that_raises_is_a_finding(monkeypatch, tmp_path):
+    from benchmarks import check
+
+    def planted(case, device, encoders=()):
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(check, "check_operations", planted)
+    file = tmp_path / "check.json"
+    with pytest.raises(SystemExit) as left:
+        check.main(["--device", "cpu", "--smallest", "--json", str(file)])
+    assert left.value.code == 1
+    found = json.loads(file.read_text())
+    assert [one["error"] for one in found["wrong"]] == 2 * ["RuntimeError: planted"]
+    assert [one["error"] for one in found["checks"]].count(0) == 2  # the indices
+
+
+NCU = """==PROF== Connected to process 7
+toy: d 16 kron fused 0.5 0.4
+"ID","Kernel Name","gpu__time_duration.sum","dram__throughput.avg.pct_of_peak_sustained_elapsed",\
+"smsp__average_warps_issue_stalled_barrier_per_issue_active.ratio",\
+"smsp__average_warps_issue_stalled_long_scoreboard_per_issue_active.ratio"
+"","","us","%","inst","inst"
+"0","update_rows","2,000.5","50","1.5","9.25"
+"1","select_heads","400","10","3","n/a"
+"2","update_rows","1,500","61.5","1.25","8"
+==PROF== Disconnected
+""".replace("\\\n", "")
+
+
+def test_stalls_are_read():
+    """The last launch of each kernel, stalls largest first; no table is said to be none."""
+    from benchmarks import report, stalls
+    from benchmarks.shapes import SHAPES
+
+    found = stalls.parse(NCU)
+    rows = found["update_rows"]
+    assert rows["ms"] == 1.5
+    assert rows["percent"]["memory"] == 61.5
+    assert list(rows["stalls"].items()) == [("long_scoreboard", 8), ("barrier", 1.25)]
+    assert found["select_heads"]["stalls"] == {"barrier": 3}
+    one = {"shape": SHAPES["toy"]._asdict(), "kernels": found}
+    table = report.stalls_table({"stalls": [one]})
+    assert "| update_rows | 1.500 |  | 62 |  |  | long_scoreboard 8.0, barrier 1.2 |" in table
+    with pytest.raises(ValueError, match="no table"):
+        stalls.parse("==ERROR== no permission")
+    times = {"nvjet_tst_128x256": 3.0, "update_rows": 2.0, "void at::native<int>": 1.0, "a": 0.1}
+    profile = {"profiles": [{"shape": {"name": "toy"}, "kernels_ms": times}]}
+    assert stalls.largest(profile, "toy", 2) == ["nvjet_tst_128x256", "update_rows"]
+
+
+def test_predictions_stand_beside_what_was_measured():
+    from benchmarks import profile, report
+    from benchmarks.shapes import SHAPES
+
+    row = {"kernel": "update_rows", "expected_ms": 1.0, "floor_ms": 0.9, "registers": 64}
+    times = {"update_rows": 1.5, "select_heads": 0.3}
+    found = profile.beside(times, {"rows": [row]})
+    assert found == [{"kernel": "update_rows", "expected_ms": 1.0, "floor_ms": 0.9, "ms": 1.5}]
+    assert profile.beside(times, None) == []
+    one = {"shape": SHAPES["toy"]._asdict(), "contender": "kron fused", "stages": {}}
+    table = report.profile_table({"profiles": [{**one, "step_ms": 2.0, "predicted": found}]})
+    assert "| update_rows | 1.500 | 1.000 | 0.900 | ×1.50 |" in table
+
+
+def test_what_is_read_again_is_read():
+    """The kernel that the cache is measured with adds up what it should have read."""
+    pytest.importorskip("triton")
+    from benchmarks.cached_reads import BLOCK, STEP, read_again
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    data = torch.randint(0, 255, (4 * BLOCK * 5,), dtype=torch.uint8, device=device)
+    blocks = data.view(torch.int32).view(5, BLOCK)
+    expected = [sum(blocks[(i + r * STEP) % 5] for r in range(8)) for i in range(5)]
+    assert torch.equal(read_again(data, 8), torch.stack(expected).int())
 
 
 @pytest.mark.parametrize("name", ["eai-sparsify", "sae-lens", "dictionary-learning"])
@@ -111,18 +295,16 @@ def test_peer_is_checked_and_trains(name, monkeypatch):
 
 
 def test_absent_peers_say_how_to_install_them(monkeypatch):
-    from benchmarks import measure, peers
-    from benchmarks.shapes import SHAPES, batches
+    from benchmarks import peers
 
     monkeypatch.setattr(peers, "version", lambda name: None)
-    found = measure.compare_steps(SHAPES["toy"], batches(SHAPES["toy"]), rounds=1, warmup=0)
+    found = compared()
     for name in peers.PEERS:
         assert "kronsae[peers]" in found.skipped[name]
 
 
 def test_peer_that_cannot_be_imported_costs_only_itself(monkeypatch):
-    from benchmarks import measure, peers, steps
-    from benchmarks.shapes import SHAPES, batches
+    from benchmarks import peers, steps
 
     def broken(shape, *weights):
         raise ImportError("torchvision is amiss")
@@ -131,7 +313,7 @@ def test_peer_that_cannot_be_imported_costs_only_itself(monkeypatch):
     monkeypatch.setitem(peers.PEERS, name, peers.PEERS[name]._replace(make=broken))
     there = steps.CONTENDERS[name]._replace(why_not=lambda device: None)
     monkeypatch.setitem(steps.CONTENDERS, name, there)
-    found = measure.compare_steps(SHAPES["toy"], batches(SHAPES["toy"]), rounds=1, warmup=0)
+    found = compared()
     assert "torchvision is amiss" in found.skipped[name]
     assert {"kron", "topk"} <= found.timings.keys()
     assert name not in found.timings
@@ -147,7 +329,8 @@ def test_interpreter_is_never_timed(monkeypatch):
     cpu = torch.device("cpu")
     assert why_not(cpu) is None
     assert steps.best_of_ours("kron", cpu) == "kron"
-    for name in ("kron fused", "dense fused", "kron graphed", "dense graphed"):
+    ours = ("kron fused", "dense fused", "kron graphed", "dense graphed", "kron fused + aux")
+    for name in ours:
         assert steps.CONTENDERS[name].why_not(cpu) is not None
 
 
@@ -195,38 +378,75 @@ def test_kernels_are_counted_where_they_belong():
     assert {kernel: stage_of(kernel) for kernel in found} == found
 
 
-def test_rehearsal_of_the_script_for_a_gpu(tmp_path):
-    """Each part runs on the CPU at a toy shape, and what they wrote becomes a summary."""
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.on_gpu", "--out", str(tmp_path), "--smallest"]
-        + ["--seconds", "500", "--only", "profile", "memory", "isoflop", "tests"],
-        cwd=ROOT,
-        env=ENVIRONMENT,
-        capture_output=True,
-        text=True,
+def test_rehearsal_of_the_script_for_a_gpu(tmp_path, monkeypatch):
+    """Parts run on the CPU at a toy shape; one that fails in the middle costs only itself."""
+    from benchmarks import on_gpu
+
+    for name in ("TRITON_INTERPRET", *(name for name in os.environ if name.startswith("PYTEST_"))):
+        monkeypatch.delenv(name, raising=False)
+    real = on_gpu.parts
+
+    def with_a_failure(raw, commands, smallest):
+        found = real(raw, commands, smallest)
+        fails = [sys.executable, "-c", "print('on it'); 1 / 0"]
+        place = next(i for i, part in enumerate(found) if part.name == "compare")
+        return [*found[:place], on_gpu.Part("planted", "compare", fails, 30), *found[place:]]
+
+    monkeypatch.setattr(on_gpu, "parts", with_a_failure)
+    on_gpu.main(
+        ["all", "--out", str(tmp_path), "--smallest", "--seconds", "500", "--only"]
+        + ["check", "memcheck", "memory", "profile", "planted", "compare", "isoflop"]
     )
-    assert done.returncode == 0, done.stdout + done.stderr
     figures = json.loads((tmp_path / "summary.json").read_text())
-    assert {run["status"] for run in figures["runs"]} == {"ok"}
+    status = {run["name"]: run["status"] for run in figures["runs"]}
+    assert status.pop("planted") == "exit status 1"
+    assert status.pop("memcheck") == "compute-sanitizer is not on the path"
+    assert set(status.values()) == {"ok"} and len(status) == 5
     assert figures["stages"][0]["ms_and_floor"]["encode"][0] > 0
     assert figures["memory"][0]["contender"] == "kron fused"
     text = (tmp_path / "summary.md").read_text()
-    for words in ("| profile | ok |", "all kernels", "tokens for equal FLOPs", "toy: d 16"):
-        assert words in text
-    for words in ("| memory | ok |", "memory of a step, toy, dense fused"):
-        assert words in text
+    words = ["| profile | ok |", "all kernels", "tokens for equal FLOPs", "toy: d 16", "on it"]
+    words += [
+        "kron encode / kron product at most 1.25: ",
+        "checks of values and gradients",
+        "1 / 0",
+    ]
+    for found in words:
+        assert found in text
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "summary.json", "summary.md", "results.tar.gz",
+    }  # fmt: skip
+    with tarfile.open(tmp_path / "results.tar.gz") as archive:
+        names = set(archive.getnames())
+    assert {"results/compare.json", "results/logs/planted.txt", "results/report.md"} <= names
+
+
+def test_every_command_has_parts(tmp_path):
+    """On a GPU and in a rehearsal; and limits are shares of what is left."""
+    from benchmarks import on_gpu
+
+    for smallest in (False, True):
+        for command in on_gpu.COMMANDS:
+            found = on_gpu.parts(tmp_path, [command], smallest)
+            assert found[0].name == "compile"
+            assert {part.of for part in found[1:]} == {command}
+            for part in found:
+                module = part.command[part.command.index("-m") + 1]
+                assert importlib.util.find_spec(module), module
+    part = on_gpu.Part("a", "", [], 30)
+    beside = part._replace(alone=False)
+    assert on_gpu._shares([beside, beside._replace(share=50), part, part]) == 110
 
 
 def test_part_that_runs_long_is_stopped(tmp_path):
     from benchmarks.on_gpu import Part, run
 
-    sleep = Part("sleep", [sys.executable, "-c", "import time; print('on it'); time.sleep(60)"], 60)
-    done = run(sleep, 1.5, tmp_path)
+    sleep = [sys.executable, "-c", "import time; print('on it'); time.sleep(60)"]
+    done = run(Part("sleep", "", sleep, 60), 1.5, tmp_path)
     assert done.status.startswith("stopped")
     assert done.seconds < 10
-    assert run(Part("fail", [sys.executable, "-c", "1 / 0"], 9), 9, tmp_path).status == (
-        "exit status 1"
-    )
+    fails = Part("fail", "", [sys.executable, "-c", "1 / 0"], 9)
+    assert run(fails, 9, tmp_path).status == "exit status 1"
 
 
 def test_report_makes_tables_and_pictures(tmp_path):

@@ -22,3 +22,17 @@ def test_it_runs(tmp_path, capsys):
         assert 0 <= medians[name]["wait_share"] <= 1
     assert "model_wait_share" in medians["beside"] and "model_wait_share" not in medians["in turns"]
     assert "of the language model" in capsys.readouterr().out
+
+
+def test_random_weights_in_a_known_shape(monkeypatch):
+    """Read after a middle block; its tokens are those of the embedded model's tokenizer."""
+    import torch
+
+    for name, shape in overlap.SHAPES.items():
+        smaller = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
+        smaller |= {"intermediate_size": 16, "vocab_size": 9000}
+        monkeypatch.setitem(overlap.SHAPES, name, shape | smaller)
+        model = overlap.random_model(name, None, torch.float32, torch.device("cpu"))
+        assert model.hookpoint.endswith(".1")
+        assert model.d_model == 32
+        assert len(model.tokenizer) <= 9000
