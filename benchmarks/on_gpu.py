@@ -296,7 +296,8 @@ def report(raw: Path) -> str:
     from benchmarks.measure import reason
 
     try:
-        return tables.write(raw, pictures=importlib.util.find_spec("matplotlib") is not None)
+        text = tables.write(raw, pictures=importlib.util.find_spec("matplotlib") is not None)
+        return "\n".join(line for line in text.splitlines() if not line.startswith("!["))
     except Exception as broken:  # the figures are there without tables
         return f"No tables: {reason(broken)}"
 

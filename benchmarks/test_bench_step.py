@@ -5,20 +5,33 @@ from itertools import cycle
 import pytest
 
 from benchmarks import floors
-from benchmarks.measure import check_gradients, check_losses, check_peer, synchronize
+from benchmarks.measure import (
+    check_gradients,
+    check_losses,
+    check_peer,
+    reference_loss,
+    synchronize,
+)
 from benchmarks.peers import PEERS
-from benchmarks.steps import CONTENDERS
+from benchmarks.steps import CONTENDERS, LOSSES
 
 
 @pytest.fixture(scope="module")
-def losses(shape, x):
-    """The losses of the first steps of each contender, once our gradients are known to be right."""
-    check_gradients(shape, x)
+def expected(shape, x):
+    """The first loss of each model, once our gradients are known to be right."""
+    for encoder in LOSSES:
+        check_gradients(shape, x, encoder)
+    return {encoder: reference_loss(shape, x, encoder) for encoder in LOSSES}
+
+
+@pytest.fixture(scope="module")
+def losses():
+    """The losses of the first steps of each contender."""
     return {}
 
 
 @pytest.mark.parametrize("name", CONTENDERS)
-def test_step(benchmark, report, losses, flush, ceilings, shape, xs, device, name):
+def test_step(benchmark, report, expected, losses, flush, ceilings, shape, xs, device, name):
     contender = CONTENDERS[name]
     if reason := contender.why_not(device):
         pytest.skip(reason)
@@ -26,7 +39,7 @@ def test_step(benchmark, report, losses, flush, ceilings, shape, xs, device, nam
         check_peer(name, shape, xs[0])
     step, order = contender.make(shape, device), cycle(xs)
     losses[name] = [float(step(next(order))) for _ in range(2)]
-    check_losses(shape, losses, device)
+    check_losses(shape, name, losses, expected[contender.encoder], device)
 
     def setup():
         flush()
