@@ -147,8 +147,8 @@ def check_operations(
 def check_selection(case: Case, device: torch.device) -> list[dict[str, Any]]:
     """Every index of every token, as the reference orders them: by product, then by index.
 
-    Of 8 tokens' length in activations of -1, 0 and 1 most are 0, so that pre-latents are integers
-    below 256: exact in every dtype and order, and many of them equal.
+    Activations and weights are -1, 0 and 1, and of wide activations most are 0: pre-latents are
+    integers below 256, exact in every dtype and order, and many of them equal.
     """
     torch.manual_seed(0)
     tokens = 32 * case.tokens

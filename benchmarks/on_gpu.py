@@ -137,7 +137,10 @@ def parts(raw: Path, commands: list[str], smallest: bool) -> list[Part]:
         ),
         Part(
             "predict", "profile",
-            [*module("predict", "--shape", *of("G1 G2", "toy"), "--json", predicted)], 60, TOGETHER,
+            module(
+                "predict", "--shape", *of("G1 G2", "toy"), "--host-rounds", "0",
+                file="logs/predicted",
+            ), 60, TOGETHER,
         ),
         Part(
             "profile", "profile",

@@ -9,7 +9,7 @@ in turns their sum. Where both want the same cores, or the same GPU, no order of
 faster than the work: what overlap then wins is only what one of them leaves unused.
 
 Times are of the wall clock. CPU seconds a token are listed beside them: other work on the machine
-disturbs them less. `--model` also takes the name of one of SHAPES: random weights in its shape,
+disturbs them less. `--model` also takes the name of one of MODELS: random weights in its shape,
 which take as long, and need no download.
 """
 
@@ -35,7 +35,7 @@ from kronsae.learner import Learner
 from kronsae.stream import Stream
 
 LETTERS = "etaoinshrdlu"
-SHAPES: dict[str, dict[str, Any]] = {
+MODELS: dict[str, dict[str, Any]] = {
     "pythia-160m": {
         "model_type": "gpt_neox", "hidden_size": 768, "num_hidden_layers": 12,
         "num_attention_heads": 12, "intermediate_size": 3072, "vocab_size": 50304,
@@ -52,10 +52,10 @@ SHAPES: dict[str, dict[str, Any]] = {
 def random_model(
     name: str, layer: int | None, dtype: torch.dtype, device: torch.device
 ) -> LanguageModel:
-    """A model in one of SHAPES, with the embedded model's tokenizer, read after a middle block."""
+    """A model in one of MODELS, with the embedded model's tokenizer, read after a middle block."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.for_model(**SHAPES[name])
+    config = AutoConfig.for_model(**MODELS[name])
     with device:
         model = AutoModelForCausalLM.from_config(config).to(dtype)
     tokenizer = LanguageModel.load("embedded").tokenizer
@@ -218,7 +218,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("benchmarks.overlap", description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="auto")
     parser.add_argument(
-        "--model", default="embedded", help="ours, or one of SHAPES, or with --layer N"
+        "--model", default="embedded", help="ours, or one of MODELS, or with --layer N"
     )
     parser.add_argument("--layer", type=int, default=None)
     parser.add_argument("--model-device", default=None, help="as of python -m kronsae.train")
@@ -235,7 +235,7 @@ def main(arguments: list[str] | None = None) -> None:
     device = resolve_device(options.device)
     model_device = resolve_device(options.model_device or str(device))
     dtype = torch.bfloat16 if model_device.type == "cuda" else torch.float32
-    if options.model in SHAPES:
+    if options.model in MODELS:
         model = random_model(options.model, options.layer, dtype, model_device)
     else:
         model = LanguageModel.load(

@@ -5,10 +5,10 @@ A model on paper, all of it an estimate. The stages of a step and what they move
 are split over all ranks (tensor parallel, as in `kronsae`'s), so that every rank sees every token
 of a batch and no gradient is ever sent. Its language model reads its share of the tokens.
 
-    python -m benchmarks.scale --measured DIR/raw/compare.json
+    python -m benchmarks.scale --measured results/compare.json
 
 replaces the assumed ceilings by those that a card has shown, and multiplies each stage by how much
-longer than its floor a step took there: `python -m benchmarks.on_gpu` makes that file.
+longer than its floor a step took there: that file is in the archive that `benchmarks.on_gpu` makes.
 `--write docs/scale.md` puts the tables into the document.
 """
 
@@ -173,7 +173,7 @@ def measured(document: dict[str, Any]) -> Machine:
         min(one["median_ms"][name] for name in OURS if name in one["median_ms"])
         / one["floor_ms"]["kron"]
         for one in document["shapes"]
-        if not one["median_ms"].keys().isdisjoint(OURS)
+        if not one.get("median_ms", {}).keys().isdisjoint(OURS)
     ]
     return H200._replace(ceilings=ceilings, overhead=statistics.median(over))
 

@@ -28,10 +28,10 @@ def test_random_weights_in_a_known_shape(monkeypatch):
     """Read after a middle block; its tokens are those of the embedded model's tokenizer."""
     import torch
 
-    for name, shape in overlap.SHAPES.items():
+    for name, shape in overlap.MODELS.items():
         smaller = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
         smaller |= {"intermediate_size": 16, "vocab_size": 9000}
-        monkeypatch.setitem(overlap.SHAPES, name, shape | smaller)
+        monkeypatch.setitem(overlap.MODELS, name, shape | smaller)
         model = overlap.random_model(name, None, torch.float32, torch.device("cpu"))
         assert model.hookpoint.endswith(".1")
         assert model.d_model == 32
