@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kronsae_kernels import reference, torch_impl
+from kronsae_kernels import backends, reference
 from kronsae_kernels.common import SparseCodes, require, without_autocast
 from kronsae_kernels.decode import check_decode
 
@@ -27,8 +27,7 @@ def nested_decode(
 
     codes: values [..., k] and indices [..., k] in [0, F).  bounds: ascending, in [1, F]; latents
     from the last bound on take no part.  w_dec: [F, d].  b_dec: [d] or None.
-    impl: None or "torch" (on any device), or "reference".
-    Results, gradients and errors as of `sparse_decode`.
+    impl, results, gradients and errors: as of `sparse_decode`.
     """
     values, indices = codes
     check_decode(values, indices, w_dec, b_dec)
@@ -39,26 +38,31 @@ def nested_decode(
         and all(a < b for a, b in zip(bounds, bounds[1:], strict=False)),
         f"bounds: expected ascending integers in [1, F] = [1, {size}], got {bounds}",
     )
-    require(impl in (None, "torch", "reference"), f"impl: expected 'torch', got {impl!r}")
-    if impl == "reference":
+    name = backends.choose(impl, w_dec.device, w_dec.dtype)
+    if name == "reference":
         return reference.nested_decode(values, indices, bounds, w_dec=w_dec, b_dec=b_dec)
     shape = math.prod(values.shape[:-1]), values.shape[-1]
     out = torch.ops.kronsae.nested_decode(
-        values.reshape(shape), indices.reshape(shape), w_dec, b_dec, bounds
+        values.reshape(shape), indices.reshape(shape), w_dec, b_dec, bounds, name
     )
     return out.view(*values.shape[:-1], *out.shape[1:])
 
 
 @torch.library.custom_op("kronsae::nested_decode", mutates_args=())
 def _nested_decode(
-    values: Tensor, indices: Tensor, w_dec: Tensor, b_dec: Tensor | None, bounds: Sequence[int]
+    values: Tensor,
+    indices: Tensor,
+    w_dec: Tensor,
+    b_dec: Tensor | None,
+    bounds: Sequence[int],
+    impl: str,
 ) -> Tensor:
     with without_autocast(w_dec):
-        return torch_impl.nested_decode(values, indices, w_dec, b_dec, bounds)
+        return backends.module(impl).nested_decode(values, indices, w_dec, b_dec, bounds)
 
 
 @_nested_decode.register_fake
-def _(values, indices, w_dec, b_dec, bounds):
+def _(values, indices, w_dec, b_dec, bounds, impl):
     return w_dec.new_empty(values.shape[0], len(bounds), w_dec.shape[1])
 
 
@@ -71,15 +75,16 @@ def _nested_decode_backward(
     bounds: Sequence[int],
     need_values: bool,
     need_w: bool,
+    impl: str,
 ) -> tuple[Tensor, Tensor]:
     with without_autocast(w_dec):
-        return torch_impl.nested_decode_backward(
+        return backends.module(impl).nested_decode_backward(
             d_out, values, indices, w_dec, bounds, need_values, need_w
         )
 
 
 @_nested_decode_backward.register_fake
-def _(d_out, values, indices, w_dec, bounds, need_values, need_w):
+def _(d_out, values, indices, w_dec, bounds, need_values, need_w, impl):
     return (
         values.new_empty(values.shape) if need_values else values.new_empty(0),
         w_dec.new_empty(w_dec.shape) if need_w else w_dec.new_empty(0),
@@ -87,7 +92,7 @@ def _(d_out, values, indices, w_dec, bounds, need_values, need_w):
 
 
 def _setup(ctx, inputs, output):
-    values, indices, w_dec, _, ctx.bounds = inputs
+    values, indices, w_dec, _, ctx.bounds, ctx.impl = inputs
     ctx.save_for_backward(values, indices, w_dec)
 
 
@@ -95,13 +100,14 @@ def _autograd(ctx, d_out):
     values, indices, w_dec = ctx.saved_tensors
     need_values, _, need_w, need_b = ctx.needs_input_grad[:4]
     d_values, d_w = torch.ops.kronsae.nested_decode_backward(
-        d_out, values, indices, w_dec, ctx.bounds, need_values, need_w
+        d_out, values, indices, w_dec, ctx.bounds, need_values, need_w, ctx.impl
     )
     return (
         d_values if need_values else None,
         None,
         d_w if need_w else None,
         d_out.sum((0, 1)) if need_b else None,
+        None,
         None,
     )
 

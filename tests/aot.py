@@ -123,6 +123,16 @@ def step(
     training.apply(lr=1e-3, max_norm=1.0)
 
 
+def nested(
+    dtype: torch.dtype, size: int, d: int, k: int, bounds: list[int], tokens: int = 8192
+) -> None:
+    """A Matryoshka decoder's operations, forward and backward."""
+    values, indices = _meta(F32, tokens, k), _meta(torch.int64, tokens, k)
+    w_dec, b_dec = _meta(dtype, size, d), _meta(dtype, d)
+    out = operations.nested_decode(values, indices, w_dec, b_dec, bounds)
+    operations.nested_decode_backward(out, values, indices, w_dec, bounds, True, True)
+
+
 def _meta(dtype: torch.dtype, *shape: int) -> Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
@@ -149,6 +159,9 @@ CASES: list[Case] = [
     case("step_f32", step, F32, 2048, 4, 4, 1536, 50, composition="mul"),
     case("step_topk_64k", step, BF16, 8192, None, 8, 1536, 50),
     case("step_wide", step, BF16, 8192, 2, 4, 8192, 128),
+    case("nested_64k", nested, BF16, 65536, 2304, 50, [4096, 8192, 16384, 32768, 65536]),
+    case("nested_f32", nested, F32, 65536, 2304, 50, [4096, 8192, 16384, 32768, 65536]),
+    case("nested_wide", nested, BF16, 2**20, 4096, 512, [2**i for i in range(10, 21)]),
 ]
 
 # What a card allows, and what is expected of a kernel

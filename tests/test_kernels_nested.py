@@ -107,4 +107,4 @@ def test_codes_and_implementation_are_checked():
     with pytest.raises(ValueError, match="indices"):
         nested_decode(SparseCodes(values, indices[:2]), BOUNDS, w_dec)
     with pytest.raises(ValueError, match="impl"):
-        nested_decode(SparseCodes(values, indices), BOUNDS, w_dec, impl="triton")
+        nested_decode(SparseCodes(values, indices), BOUNDS, w_dec, impl="cuda")

@@ -74,13 +74,13 @@ def decode_backward_inputs():
 
 
 def nested_decode_inputs():
-    for values, indices, w, b, _ in decode_inputs():
-        yield values, indices, w, b, [1, 12, F]
+    for values, indices, w, b, impl in decode_inputs():
+        yield values, indices, w, b, [1, 12, F], impl
 
 
 def nested_decode_backward_inputs():
-    for g, *rest, need_values, need_w, _ in decode_backward_inputs():
-        yield g[:, None].repeat(1, 2, 1), *rest, [12, F - 1], need_values, need_w
+    for g, *rest, need_values, need_w, impl in decode_backward_inputs():
+        yield g[:, None].repeat(1, 2, 1), *rest, [12, F - 1], need_values, need_w, impl
 
 
 def threshold_encode_inputs():

@@ -15,12 +15,13 @@ from kronsae_kernels.triton_impl import (
     decode,
     gemm,
     launch,
+    nested,
     operations,
     select,
 )
 
 TABLE = json.loads(configs.PATH.read_text(encoding="utf-8"))
-MODULES = (backward, decode, gemm, select)
+MODULES = (backward, decode, gemm, nested, select)
 DERIVED = {
     "encode": {"FUSED_GEMM"},
     "segments": {"ROW_LENGTH", "HEAD_LENGTH"},

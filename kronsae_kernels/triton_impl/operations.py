@@ -3,13 +3,15 @@
 Arguments are 2-D, checked by the public functions. Letters as in `common`.
 """
 
+import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kronsae_kernels import reference, torch_impl
-from kronsae_kernels.triton_impl import backward, gemm, select
+from kronsae_kernels.triton_impl import backward, gemm, nested, select
 from kronsae_kernels.triton_impl import decode as decode_kernels
 from kronsae_kernels.triton_impl.configs import Config, config_of
 from kronsae_kernels.triton_impl.launch import generation, launch, next_power_of_2
@@ -869,3 +871,161 @@ def matmul_precision(dtype: torch.dtype, device: torch.device) -> str:
     if dtype == torch.float16 and not generation(device).startswith("gfx"):
         return "tf32x3"
     return "ieee"
+
+
+# Nested prefixes
+
+
+def nested_decode(
+    values: Tensor, indices: Tensor, w_dec: Tensor, b_dec: Tensor | None, bounds: Sequence[int]
+) -> Tensor:
+    """As `torch_impl.nested_decode`."""
+    return nested_sums(Grouped.of(values, indices, bounds), w_dec, b_dec, w_dec.dtype)
+
+
+def nested_decode_backward(
+    d_out: Tensor,
+    values: Tensor,
+    indices: Tensor,
+    w_dec: Tensor,
+    bounds: Sequence[int],
+    need_values: bool,
+    need_w: bool,
+) -> tuple[Tensor, Tensor]:
+    """As `torch_impl.nested_decode_backward`."""
+    d_values, d_w = values.new_empty(0), w_dec.new_empty(0)
+    groups = Grouped.of(None, indices, bounds)
+    suffixes = suffix_sums(d_out)
+    if need_values:
+        d_values = nested_dots(groups, suffixes, w_dec, values.dtype)
+    if need_w:
+        entries = Entries.of(indices.flatten(), w_dec.shape[0], groups.of_slot.flatten())
+        d_w = w_dec.new_empty(w_dec.shape)
+        held = values.masked_fill(indices >= bounds[-1], 0)
+        row_gradients(entries, entries(held), suffixes.flatten(0, 1), d_w, None)
+    return d_values, d_w
+
+
+class Grouped(NamedTuple):
+    """Codes [B, k] in the order of their groups: latents between two of G bounds are one."""
+
+    starts: Tensor
+    """[B, G + 1] int32: group g of a token has places starts[g] to starts[g + 1]."""
+    columns: Tensor
+    """[B, k] int32: the latents; those from the last bound on come last."""
+    weights: Tensor
+    """[B, k] float32: their values (empty without values)."""
+    slots: Tensor
+    """[B, k] int32: where they were among the codes as given."""
+    of_slot: Tensor
+    """[B, k] int32: row among sums [B G, d] of each code as given (empty with values)."""
+
+    @classmethod
+    def of(cls, values: Tensor | None, indices: Tensor, bounds: Sequence[int]) -> "Grouped":
+        """values None: for a backward pass. Raises RuntimeError for 2^31 sums or latents."""
+        (tokens, k), prefixes = indices.shape, len(bounds)
+        if tokens * prefixes >= 2**31:
+            raise RuntimeError(f"expected fewer than 2^31 sums, got {tokens} * {prefixes}")
+        columns = torch.empty_like(indices, dtype=torch.int32)
+        shape = indices.shape
+        found = cls(
+            columns.new_empty(tokens, prefixes + 1),
+            columns.new_empty(shape),
+            columns.new_empty(shape if values is not None else 0, dtype=torch.float32),
+            columns.new_empty(shape),
+            columns.new_empty(shape if values is None else 0),
+        )
+        config = configure("group_codes", indices.device)
+        places = min(config.blocks["PLACES"], next_power_of_2(k))
+        launch(
+            nested.group_codes,
+            (tokens,),
+            config._replace(blocks={"PLACES": places}),
+            values=None if values is None else values.contiguous(),
+            columns=indices.contiguous(),
+            bounds=_edges(tuple(bounds), indices.device),
+            starts=found.starts,
+            slots=found.slots,
+            of_slot=found.of_slot,
+            by_group=found.columns,
+            weights=found.weights,
+            k=k,
+            prefixes=prefixes,
+            VALUES=values is not None,
+            ROWS=values is None,
+        )
+        return found
+
+
+@functools.lru_cache(maxsize=64)
+def _edges(bounds: tuple[int, ...], device: torch.device) -> Tensor:
+    """Bounds [G] int32 on a device: kept, as each copy to a GPU would wait for it."""
+    return torch.tensor(bounds, dtype=torch.int32, device=device)
+
+
+def nested_sums(codes: Grouped, table: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """`combine` of the codes in the first 1, ..., G groups: [B, G, d] in `dtype`."""
+    (tokens, k), d, prefixes = codes.columns.shape, table.shape[1], codes.starts.shape[1] - 1
+    out = table.new_empty(tokens, prefixes, d, dtype=dtype)
+    config = configure("nested_sums", table.device)
+    launch(
+        nested.nested_sums,
+        (tokens, -(-d // config.blocks["WIDTH"])),
+        config,
+        weights=codes.weights,
+        by_group=codes.columns,
+        starts=codes.starts,
+        table=table.contiguous(),
+        bias=None if bias is None else bias.contiguous(),
+        out=out,
+        k=k,
+        d=d,
+        prefixes=prefixes,
+        HAS_BIAS=bias is not None,
+    )
+    return out
+
+
+def suffix_sums(y: Tensor) -> Tensor:
+    """out[b, g] = sum of y[b, g'] over g' >= g: [B, G, d] float32."""
+    tokens, prefixes, d = y.shape
+    out = y.new_empty(y.shape, dtype=torch.float32)
+    config = configure("suffix_sums", y.device)
+    blocks = {**config.blocks, "PREFIXES": min(config.blocks["PREFIXES"], prefixes)}
+    launch(
+        nested.suffix_sums,
+        (tokens, -(-d // blocks["WIDTH"])),
+        config._replace(blocks=blocks),
+        d_out=y.contiguous(),
+        suffixes=out,
+        d=d,
+        prefixes=prefixes,
+    )
+    return out
+
+
+def nested_dots(codes: Grouped, suffixes: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
+    """out[b, s] = suffixes[b, group of s] . table[latent of s], [B, k] in `dtype`.
+
+    suffixes: of `suffix_sums`.  0 where no prefix holds the latent.
+    """
+    (tokens, k), d = codes.columns.shape, table.shape[1]
+    out = table.new_empty(tokens, k, dtype=dtype)
+    config = configure("nested_dots", table.device)
+    blocks = {**config.blocks, "ROWS": min(config.blocks["ROWS"], next_power_of_2(k))}
+    launch(
+        nested.nested_dots,
+        (tokens, -(-k // blocks["ROWS"])),
+        config._replace(blocks=blocks),
+        suffixes=suffixes,
+        by_group=codes.columns,
+        slots=codes.slots,
+        of_slot=codes.of_slot,
+        starts=codes.starts,
+        table=table.contiguous(),
+        d_values=out,
+        k=k,
+        d=d,
+        prefixes=codes.starts.shape[1] - 1,
+    )
+    return out
