@@ -12,6 +12,7 @@ from kronsae_kernels import dense_encode, fused_encode, sparse_decode
 from kronsae_kernels.triton_impl import (
     backward,
     configs,
+    counters,
     decode,
     gemm,
     launch,
@@ -20,7 +21,7 @@ from kronsae_kernels.triton_impl import (
 )
 
 TABLE = json.loads(configs.PATH.read_text(encoding="utf-8"))
-MODULES = (backward, decode, gemm, select)
+MODULES = (backward, counters, decode, gemm, select)
 DERIVED = {
     "encode": {"FUSED_GEMM"},
     "segments": {"ROW_LENGTH", "HEAD_LENGTH"},

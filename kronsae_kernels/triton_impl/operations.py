@@ -3,13 +3,15 @@
 Arguments are 2-D, checked by the public functions. Letters as in `common`.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kronsae_kernels import reference, torch_impl
-from kronsae_kernels.triton_impl import backward, gemm, select
+from kronsae_kernels.common import SparseCodes
+from kronsae_kernels.triton_impl import backward, counters, gemm, select
 from kronsae_kernels.triton_impl import decode as decode_kernels
 from kronsae_kernels.triton_impl.configs import Config, config_of
 from kronsae_kernels.triton_impl.launch import generation, launch, next_power_of_2
@@ -681,7 +683,8 @@ def update_rows(
     copy: Tensor | None,
     bias: Updated | None = None,
 ) -> Tensor:
-    """AdamW step of weight [rows, d] from `row_gradients`; returns the gradient's squared norm.
+    """AdamW step of weight [rows, d] from `row_gradients`; returns squares that add up to the
+    gradient's squared norm.
 
     mode "measure": only that. copy: the weight in another dtype, kept up to date.
     hyper [2, 9]: with weight decay and without, which rows without a bias (decoders) never have.
@@ -721,7 +724,7 @@ def update_rows(
         HAS_BIAS=bias is not None,
         WIDTH=width,
     )
-    return squares.sum()
+    return squares.flatten()
 
 
 def head_gradients(
@@ -761,9 +764,9 @@ def update_heads(
     copy: Tensor | None,
     bias: Updated,
 ) -> Tensor:
-    """AdamW step of weight [m + n, h, d] and bias [h, m + n]; returns the squared norm.
+    """AdamW step of weight [m + n, h, d] and bias [h, m + n] from `head_gradients`.
 
-    As `update_rows`, from `head_gradients`.
+    Otherwise as `update_rows`.
     """
     return _head_gradients(
         entries, d_base, d_extension, x, m, mode, weight, copy=copy, bias=bias, hyper=hyper
@@ -838,7 +841,7 @@ def _head_gradients(
         bias_of_head=bias[0].stride(1 if mode == "gradient" else 0),
         **shared,
     )
-    return squares.sum()
+    return squares.flatten()
 
 
 def update_vector(gradient: Tensor, weight: Updated, hyper: Tensor) -> None:
@@ -855,6 +858,77 @@ def update_vector(gradient: Tensor, weight: Updated, hyper: Tensor) -> None:
         hyper=hyper,
         size=gradient.numel(),
     )
+
+
+# Numbers and counters of a step
+
+
+def prepare_update(
+    sums: Tensor, size: int, lr: Tensor, betas: Tensor, hyper: Tensor, steps: Sequence[Tensor]
+) -> None:
+    """Fill hyper [2, 9] for the next AdamW step, and count it: `counters.prepare_update`.
+
+    steps: float32 scalars of w_enc, b_enc, w_dec, b_dec.
+    """
+    w_enc, b_enc, w_dec, b_dec = steps
+    launch(
+        counters.prepare_update,
+        (1,),
+        configure("prepare_update", hyper.device),
+        sums=sums,
+        size=size,
+        lr=lr,
+        betas=betas,
+        hyper=hyper,
+        steps_w_enc=w_enc,
+        steps_b_enc=b_enc,
+        steps_w_dec=w_dec,
+        steps_b_dec=b_dec,
+    )
+
+
+def note_active(
+    codes: SparseCodes, silent: Tensor, hyper: Tensor, tokens: int, threshold: float
+) -> None:
+    """Mark the latents of codes [B, k] that are active, above the threshold, in silent [F]."""
+    config = configure("note_active", silent.device)
+    size = codes.values.numel()
+    launch(
+        counters.note_active,
+        (-(-size // config.blocks["ENTRIES"]),),
+        config,
+        values=codes.values,
+        indices=codes.indices,
+        silent=silent,
+        hyper=hyper,
+        tokens=tokens,
+        size=size,
+        threshold=threshold,
+    )
+
+
+def finish_update(
+    square: Tensor, skips: Tensor, x: Tensor, hyper: Tensor, silent: Tensor | None, tokens: int
+) -> Tensor:
+    """The norm of a step's gradient (scalar), and its counters: `counters.finish_update`."""
+    config, norm = configure("finish_update", x.device), torch.empty_like(square)
+    latents = 0 if silent is None else silent.numel()
+    launch(
+        counters.finish_update,
+        (max(1, -(-latents // config.blocks["MANY"])),),
+        config,
+        square=square,
+        norm=norm,
+        skips=skips,
+        x=x,
+        silent=silent,
+        hyper=hyper,
+        size=x.numel(),
+        latents=latents,
+        tokens=tokens,
+        HAS_SILENT=silent is not None,
+    )
+    return norm
 
 
 def matmul_precision(dtype: torch.dtype, device: torch.device) -> str:
