@@ -258,12 +258,15 @@ class TrainingStep:
     def _apply(self, lr: float | Tensor, max_norm: float | None) -> Tensor:
         from kronsae_kernels.triton_impl import operations
 
-        x, residual, indices, tokens = self._joined()
-        entries = operations.Entries.of(indices, self.dict_size, tokens)
-        sorted_ = {
-            name: entries(torch.cat([getattr(part, name).flatten() for part in self._parts]))
-            for name in ("values", "along", "d_base", "d_extension")
-        }
+        x, residual = self._all("x"), self._all("residual")
+        names = ["values", "along", "d_base", *(() if self.m is None else ("d_extension",))]
+        entries = operations.Entries.of(
+            self._all("indices"),
+            self.dict_size,
+            tuple(self._all(name) for name in names),
+            self._tokens(),
+        )
+        sorted_ = dict(zip(names, entries.coefficients, strict=True))
         hyper = self._prepared(lr)
         b_dec = self.weights["b_dec"]
         gradient = self._b_dec_gradient
@@ -358,22 +361,24 @@ class TrainingStep:
             return tuple(tensor.detach().transpose(0, 1) for tensor in found)
         return tuple(tensor.detach() for tensor in found)
 
-    def _joined(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x and residual [sum B, d] of all parts, and latent and token of all codes, flat."""
-        parts, start, tokens = self._parts, 0, []
-        for part in parts:
+    def _all(self, name: str) -> Tensor:
+        """A field of all parts: rows of x and of the residual, or what belongs to codes, flat."""
+        found = [getattr(part, name) for part in self._parts]
+        if len(found) == 1:
+            return found[0]
+        return torch.cat(found if name in ("x", "residual") else [f.flatten() for f in found])
+
+    def _tokens(self) -> Tensor | None:
+        """Row of x that each code of several parts belongs to, int32; None for one part."""
+        if len(self._parts) == 1:
+            return None
+        start, tokens = 0, []
+        for part in self._parts:
             count, k = part.indices.shape
             of_part = torch.arange(start, start + count, dtype=torch.int32, device=self.device)
             tokens.append(of_part[:, None].expand(-1, k).reshape(-1))
             start += count
-        if len(parts) == 1:
-            return parts[0].x, parts[0].residual, parts[0].indices.flatten(), tokens[0]
-        return (
-            torch.cat([part.x for part in parts]),
-            torch.cat([part.residual for part in parts]),
-            torch.cat([part.indices.flatten() for part in parts]),
-            torch.cat(tokens),
-        )
+        return torch.cat(tokens)
 
     def _low_precision(self) -> dict[str, Tensor]:
         """w_enc and w_dec in the compute dtype: copies that `apply` keeps up to date."""

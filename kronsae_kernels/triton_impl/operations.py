@@ -91,10 +91,10 @@ def encode_backward(
         )
         d_x = combine(coefficients, columns, torch_impl.i_major(w_enc), None, x.dtype)
     if need_w:
-        entries = Entries.of(indices, heads * m * (rows - m))
+        entries = Entries.of(indices, heads * m * (rows - m), (d_base, d_extension))
         d_w = x.new_empty(rows, heads, d)
         d_b = x.new_empty(rows, heads)
-        head_gradients(entries, entries(d_base), entries(d_extension), x, m, d_w, d_b)
+        head_gradients(entries, *entries.coefficients, x, m, d_w, d_b)
         d_w, d_b = d_w.transpose(0, 1), d_b.t().contiguous()
     return d_x, d_w, d_b
 
@@ -107,9 +107,9 @@ def dense_encode_backward(
     if need_x:
         d_x = combine(d_values, indices, w_enc, None, x.dtype)
     if need_w:
-        entries = Entries.of(indices, w_enc.shape[0])
+        entries = Entries.of(indices, w_enc.shape[0], (d_values,))
         d_w, d_b = x.new_empty(w_enc.shape), x.new_empty(w_enc.shape[0])
-        row_gradients(entries, entries(d_values), x, d_w, d_b)
+        row_gradients(entries, *entries.coefficients, x, d_w, d_b)
     return d_x, d_w, d_b
 
 
@@ -129,9 +129,9 @@ def decode_backward(
     if need_values:
         d_values = pair_dots(d_out, indices, w_dec, values.dtype)
     if need_w:
-        entries = Entries.of(indices, w_dec.shape[0])
+        entries = Entries.of(indices, w_dec.shape[0], (values,))
         d_w = w_dec.new_empty(w_dec.shape)
-        row_gradients(entries, entries(values), d_out, d_w, None)
+        row_gradients(entries, *entries.coefficients, d_out, d_w, None)
     return d_values, d_w
 
 
@@ -563,57 +563,61 @@ def decode_and_loss(
 class Entries(NamedTuple):
     """The (token, latent) pairs of sparse codes [B, k], sorted by latent (stably)."""
 
-    order: Tensor
-    """[E] int64: position of each entry in the flattened codes."""
     tokens: Tensor
     """[E] int32."""
     latents: Tensor
     """[E] int32, ascending."""
     offsets: Tensor
     """[F + 1] int32: latent f owns entries offsets[f] to offsets[f + 1]."""
+    coefficients: tuple[Tensor, ...]
+    """[E] float32 each: those that `of` was given."""
 
     @classmethod
-    def of(cls, indices: Tensor, size: int, tokens: Tensor | None = None) -> "Entries":
-        """From latent indices [B, k] in [0, size) (or [E], with the token of each).
+    def of(
+        cls,
+        indices: Tensor,
+        size: int,
+        coefficients: tuple[Tensor, ...] = (),
+        tokens: Tensor | None = None,
+    ) -> "Entries":
+        """From latent indices [B, k] in [0, size) (or [E], with the token of each, int32).
 
+        coefficients: up to 4 numbers of each code, shaped as indices.
         Raises RuntimeError for 2^31 entries or latents: kernels count them in int32.
         """
-        if indices.numel() >= 2**31 or size >= 2**31:
+        count = indices.numel()
+        if count >= 2**31 or size >= 2**31:
             raise RuntimeError(
-                f"expected fewer than 2^31 codes and latents, got {indices.numel()} and {size}"
+                f"expected fewer than 2^31 codes and latents, got {count} and {size}"
             )
         latents, order = indices.flatten().int().sort(stable=True)
-        bounds = torch.arange(size + 1, dtype=torch.int32, device=indices.device)
-        offsets = torch.searchsorted(latents, bounds, out_int32=True)
-        if tokens is None:
-            of_entry = torch.div(order, indices.shape[1], rounding_mode="floor").int()
-        else:
-            of_entry = tokens[order]
-        return cls(order, of_entry, latents, offsets)
-
-    def __call__(self, values: Tensor) -> Tensor:
-        """[B, k] (or [E]) in the order of the entries, float32."""
-        return values.flatten()[self.order].float()
-
-
-class Segments(NamedTuple):
-    """Rows of more than `length` entries, cut into segments of that many."""
-
-    first: Tensor
-    """[rows + 1] int32: number of the first segment of each row."""
-    length: int
-    most: int
-    """How many there can be."""
-
-    @classmethod
-    def of(cls, offsets: Tensor, length: int, entries: int) -> "Segments":
-        """For rows that own entries offsets[i] to offsets[i + 1], of `entries` in all."""
-        lengths = offsets.diff()
-        pieces = torch.where(lengths > length, (lengths + (length - 1)) // length, 0)
-        first = torch.zeros_like(offsets)
-        torch.cumsum(pieces, 0, dtype=torch.int32, out=first[1:])
-        # A row of L > length entries has at most 2 L / length segments.
-        return cls(first, length, 2 * entries // length)
+        of_entry, offsets = torch.empty_like(latents), latents.new_empty(size + 1)
+        sorted_ = latents.new_empty(len(coefficients), count, dtype=torch.float32)
+        config = configure("group_entries", indices.device)
+        width = config.blocks["WIDTH"]
+        given = [coefficient.contiguous() for coefficient in coefficients]
+        one, two, three, four = given + [None] * (4 - len(given))
+        launch(
+            backward.group_entries,
+            (-(-count // width) + -(-(size + 1) // width),),
+            config,
+            order=order,
+            latents=latents,
+            of_code=tokens,
+            one=one,
+            two=two,
+            three=three,
+            four=four,
+            tokens=of_entry,
+            coefficients=sorted_,
+            offsets=offsets,
+            k=1 if tokens is not None else indices.shape[1],
+            size=count,
+            rows=size,
+            HAS_TOKENS=tokens is not None,
+            COUNT=len(given),
+        )
+        return cls(of_entry, latents, offsets, tuple(sorted_))
 
 
 def row_gradients(
@@ -622,7 +626,7 @@ def row_gradients(
     """out[f] [rows, d] = sum of coefficient * y[token] over f's entries; out_bias [rows]: of 1."""
     rows, d = out.shape
     y = y.contiguous()
-    segments, partial = sum_row_segments(entries, coefficients, y, d)
+    length, partial = sum_row_segments(entries, coefficients, y, d)
     config = configure("row_gradients", out.device)
     launch(
         backward.row_gradients,
@@ -632,38 +636,36 @@ def row_gradients(
         tokens=entries.tokens,
         y=y,
         offsets=entries.offsets,
-        first_segment=segments.first,
         partial=partial,
         out=out,
         out_bias=out_bias,
         d=d,
         HAS_BIAS=out_bias is not None,
+        LENGTH=length,
     )
 
 
 def sum_row_segments(
     entries: Entries, coefficients: Tensor, y: Tensor, d: int
-) -> tuple[Segments, Tensor]:
-    """Segments of frequent latents, and their partial sums [segments, d] float32."""
+) -> tuple[int, Tensor]:
+    """Length of segments, and the sums [segments, d] float32 over those that lie in one row."""
     length = configure("segments", y.device).blocks["ROW_LENGTH"]
-    segments = Segments.of(entries.offsets, length, entries.tokens.numel())
-    partial = y.new_empty(max(1, segments.most), d, dtype=torch.float32)
+    segments = entries.tokens.numel() // length
+    partial = y.new_empty(max(1, segments), d, dtype=torch.float32)
     config = configure("sum_row_segments", y.device)
     launch(
         backward.sum_row_segments,
-        (segments.most, -(-d // config.blocks["WIDTH"])),
+        (segments, -(-d // config.blocks["WIDTH"])),
         config,
         coefficients=coefficients,
         tokens=entries.tokens,
+        latents=entries.latents,
         y=y,
-        offsets=entries.offsets,
-        first_segment=segments.first,
         partial=partial,
-        rows=entries.offsets.numel() - 1,
-        length=length,
         d=d,
+        LENGTH=length,
     )
-    return segments, partial
+    return length, partial
 
 
 Updated = tuple[Tensor, Tensor, Tensor]
@@ -690,7 +692,7 @@ def update_rows(
     hyper [2, 9]: with weight decay and without, which rows without a bias (decoders) never have.
     """
     rows, d = weight[0].shape
-    segments, partial = sum_row_segments(entries, coefficients, y, d)
+    length, partial = sum_row_segments(entries, coefficients, y, d)
     squares = y.new_empty(rows, dtype=torch.float32)
     config, width = configure("update_rows", y.device), max(16, next_power_of_2(d))
     blocks = dict(config.blocks)
@@ -705,7 +707,6 @@ def update_rows(
         tokens=entries.tokens,
         y=y,
         offsets=entries.offsets,
-        first_segment=segments.first,
         partial=partial,
         weight=weight[0],
         shadow=copy,
@@ -722,6 +723,7 @@ def update_rows(
         UNIT_NORM=unit_norm,
         HAS_SHADOW=copy is not None,
         HAS_BIAS=bias is not None,
+        LENGTH=length,
         WIDTH=width,
     )
     return squares.flatten()
@@ -788,33 +790,29 @@ def _head_gradients(
 ) -> Tensor:
     rows, h, d = weight[0].shape
     n, x = rows - m, x.contiguous()
-    offsets = entries.offsets[:: m * n].contiguous()
     length = configure("segments", x.device).blocks["HEAD_LENGTH"]
-    segments = Segments.of(offsets, length, entries.tokens.numel())
+    segments = entries.tokens.numel() // length
     shared = {
         "d_base": d_base,
         "d_extension": d_extension,
         "latents": entries.latents,
         "tokens": entries.tokens,
         "x": x,
-        "offsets": offsets,
-        "first_segment": segments.first,
-        "partial": x.new_empty(max(1, segments.most), rows, d, dtype=torch.float32),
-        "partial_bias": x.new_empty(max(1, segments.most), rows, dtype=torch.float32),
+        "partial": x.new_empty(max(1, segments), rows, d, dtype=torch.float32),
+        "partial_bias": x.new_empty(max(1, segments), rows, dtype=torch.float32),
         "d": d,
         "M": m,
         "N": n,
         "ROWS": max(16, next_power_of_2(rows)),
         "SPLIT": x.dtype == torch.bfloat16,
         "PRECISION": matmul_precision(x.dtype, x.device),
+        "LENGTH": length,
     }
     config = configure("sum_head_segments", x.device)
     launch(
         backward.sum_head_segments,
-        (segments.most, -(-d // config.blocks["WIDTH"])),
+        (segments, -(-d // config.blocks["WIDTH"])),
         config,
-        heads=h,
-        length=length,
         **shared,
     )
     config = configure("head_gradients", x.device)
@@ -824,6 +822,7 @@ def _head_gradients(
         backward.head_gradients,
         (h, chunks),
         config,
+        offsets=entries.offsets,
         weight=weight[0],
         shadow=copy,
         first=weight[1],
