@@ -435,7 +435,7 @@ class Learner:
 
     def _run(self, x: Tensor, lr: float, reviving: int) -> _Made:
         """A fused step, as a graph if there can be one. reviving: tokens of the auxiliary loss."""
-        if self.device.type != "cuda" or self.config.cuda_graph == "off":
+        if self.config.cuda_graph == "off" or fused.why_not_graphed(self.device) is not None:
             return self._once(x, lr, reviving)
         graph = self._graphs.get(reviving)
         if graph is None and len(self._graphs) < GRAPHS:

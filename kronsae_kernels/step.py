@@ -46,6 +46,11 @@ def why_not(device: torch.device, d: int = 1, dtype: torch.dtype = torch.float32
     return reason
 
 
+def why_not_graphed(device: torch.device) -> str | None:
+    """Why a step cannot be a CUDA graph on a device; None if it can."""
+    return None if device.type == "cuda" else f"a CUDA graph needs a CUDA device, not {device}"
+
+
 class StepOutput(NamedTuple):
     """What one forward and backward pass gives."""
 
@@ -430,10 +435,9 @@ class GraphedStep:
         once: Callable[[Tensor, Tensor], Any] | None = None,
         pool: Any = None,
     ) -> None:
-        if step.device.type != "cuda":
-            raise RuntimeError(
-                f"a CUDA graph needs a CUDA device, the weights are on {step.device}"
-            )
+        reason = why_not_graphed(step.device)
+        if reason is not None:
+            raise RuntimeError(reason)
         self.step, self.max_norm = step, max_norm
         self.problem: str | None = None
         self._once = self._plain if once is None else once

@@ -551,4 +551,6 @@ def concatenate(
     """The results of all chunks as one."""
     if not parts:
         return tuple(x.new_empty(0, k, dtype=dtype) for dtype in dtypes)
+    if len(parts) == 1:
+        return parts[0]
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
