@@ -210,17 +210,16 @@ class TrainingStep:
             )
         composition = "dense" if self.m is None else self.composition
         table, b_dec = low["w_dec"], self.weights["b_dec"] if bias else None
+        scale = weight * (2 / x.numel())
         found = operations.decode_and_loss(
-            target, indices, base, extension, table, b_dec, composition, self.eps,
+            target, indices, base, extension, table, b_dec, composition, self.eps, scale,
             one_gather=k <= MAX_FUSED_CODES,
         )  # fmt: skip
-        scale = weight * (2 / x.numel())
         if bias:
             of_bias = found.residual.sum(0, dtype=torch.float32) * scale
             earlier = self._b_dec_gradient
             self._b_dec_gradient = of_bias if earlier is None else earlier + of_bias
-        d_base, d_extension = found.d_base * scale, found.d_extension * scale
-        sums = torch.stack([found.squares.sum(), d_base.sum() + d_extension.sum()])
+        sums = found.sums.sum(1)
         self._sums = sums if self._sums is None else self._sums + sums
         codes = SparseCodes(found.values, indices)
         self._parts.append(
@@ -230,10 +229,10 @@ class TrainingStep:
                 x,
                 found.residual,
                 indices,
-                found.values * scale,
-                found.along * scale,
-                d_base,
-                d_extension,
+                found.scaled,
+                found.along,
+                found.d_base,
+                found.d_extension,
             )
         )
         return StepOutput(sums[0] / x.numel(), codes, found.residual)

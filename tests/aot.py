@@ -125,8 +125,21 @@ def step(
     training.apply(lr=1e-3, max_norm=1.0)
 
 
+def auxiliary(heads: int, m: int, n: int, d: int, k: int, tokens: int = 96) -> None:
+    """The pass among dead latents: few tokens, a mask, a target and a weight on the device."""
+    size = heads * m * n
+    w_enc, b_enc = _meta(F32, m + n, heads, d).transpose(0, 1), _meta(F32, heads, m + n)
+    training = TrainingStep(
+        w_enc, b_enc, _meta(F32, size, d), _meta(F32, d), m=m, k=50, dtype=BF16
+    )  # fmt: skip
+    training.accumulate(
+        _meta(BF16, tokens, d), target=_meta(F32, tokens, d), k=k, mask=_meta(torch.bool, size),
+        bias=False, weight=_meta(F32),
+    )  # fmt: skip
+
+
 def _meta(dtype: torch.dtype, *shape: int) -> Tensor:
-    return torch.empty(*shape, dtype=dtype, device="meta")
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def case(name: str, calls: Callable[..., Any], *values: Any, wgmma: Any = (), **named: Any) -> Case:
@@ -151,6 +164,9 @@ CASES: list[Case] = [
     case("step_f32", step, F32, 2048, 4, 4, 1536, 50, composition="mul"),
     case("step_topk_64k", step, BF16, 8192, None, 8, 1536, 50),
     case("step_wide", step, BF16, 8192, 2, 4, 8192, 128),
+    case("aux_64k_2x4", auxiliary, 8192, 2, 4, 2304, 1152),
+    case("aux_64k_4x4", auxiliary, 4096, 4, 4, 2304, 1152),
+    case("aux_1m", auxiliary, 16384, 8, 8, 4096, 2048),
 ]
 
 # What a card allows, and what is expected of a kernel
@@ -324,6 +340,8 @@ def specialise(launch: Launch, target: str) -> Specialised:
     backend = make_backend(TARGETS[target].target)
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    if launch.maxnreg:
+        options["maxnreg"] = launch.maxnreg
     bound, specialisation, rest = bind(**launch.arguments, **options)
     parsed, signature, constants, attributes = kernel._pack_args(
         backend, rest, bound, specialisation, None

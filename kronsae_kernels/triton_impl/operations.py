@@ -20,6 +20,8 @@ MAX_CANDIDATES = 16384
 """Keys that one program holds in registers at most; where a cut has more, torch selects."""
 MAX_SORTED = 256
 """Latents that one program sorts at most; longer lists are sorted by torch."""
+MAX_SPARE = 128
+"""k up to which a list of heads has an eighth to spare, so that a cut ends early."""
 
 
 def configure(kernel: str, device: torch.device, **blocks: int) -> Config:
@@ -153,8 +155,8 @@ class Selection(NamedTuple):
 
     @property
     def kept_heads(self) -> int:
-        """Places in the list of heads: a power of two."""
-        return next_power_of_2(min(self.k, self.heads))
+        """Places in the list of heads."""
+        return _places(self.k, self.heads)
 
     @property
     def kept_rows(self) -> int:
@@ -162,11 +164,21 @@ class Selection(NamedTuple):
         return next_power_of_2(min(self.k, self.heads * self.m))
 
     @property
+    def direct(self) -> int:
+        """Latents of all listed heads, if a program chooses among these at once."""
+        return self.kept_heads * next_power_of_2(self.m) * next_power_of_2(self.n)
+
+    @property
     def fits(self) -> bool:
         """Whether every cut fits into a program."""
         m, n = next_power_of_2(self.m), next_power_of_2(self.n)
         candidates = max(self.kept_heads * m, self.kept_rows * n)
-        return candidates <= MAX_CANDIDATES and self.size < 2**31
+        return min(candidates, self.direct) <= MAX_CANDIDATES and self.size < 2**31
+
+
+def _places(k: int, heads: int) -> int:
+    """Places in a list of the k first heads: a power of two."""
+    return next_power_of_2(min(k + k // 8 if k <= MAX_SPARE else k, heads))
 
 
 def select_kron(
@@ -174,69 +186,82 @@ def select_kron(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """indices, base, extension [b, k] from pre-latents [b, (m + n) h] (before the ReLU).
 
-    mask: uint8 [F] or None.  head_keys: [b, h] int32 from `encode_gemm`, or None.
+    mask: uint8 [F] or None. Where it allows fewer than k latents, the last places have index -1 and
+    factors 0.  head_keys: [b, h] int32 from `encode_gemm`, or None.
     """
     heads, m, n, k, signed = selection
     if not (selection.fits and _splits_fit(heads, k, pre.device)):
         composition = "mul" if signed else "mand"
-        mask = None if mask is None else mask.view(torch.bool)
-        return torch_impl.select_kron(pre.view(-1, m + n, heads), mask, m, n, k, composition)
+        allowed = None if mask is None else mask.view(torch.bool)
+        found = torch_impl.select_kron(
+            pre.view(-1, m + n, heads), allowed, m, n, k, composition, few=False
+        )
+        return _without_masked(allowed, *found)
     tokens, stride = pre.shape
-    shared = {"pre": pre, "stride": stride, "h": heads, "M": m, "N": n, "SIGNED": signed}
-    masked = {"mask": mask, "HAS_MASK": mask is not None}
+    shape = {"M": m, "N": n, "SIGNED": signed}
     kept_heads, kept_rows = selection.kept_heads, selection.kept_rows
-    every_head, every_row = k >= heads, k >= heads * m
-    list_of_heads = None
-    if not every_head:
+    lists, listed, every, of_heads = None, kept_heads, k >= heads, True
+    if not every:
         of_head = None if mask is None else mask.view(heads, m * n).t().contiguous()
-        list_of_heads = _select_heads(
-            pre, of_head, heads, k, heads, head_keys, M=m, N=n, SIGNED=signed, DENSE=False
-        )
-    list_of_rows = None
-    if not every_row:
-        list_of_rows = pre.new_empty(tokens, kept_rows, dtype=torch.int32)
-        padded = {"M_PADDED": next_power_of_2(m), "N_PADDED": next_power_of_2(n)}
-        launch(
-            select.select_rows,
-            (tokens,),
-            _per_element("select_rows", kept_heads * padded["M_PADDED"], pre.device),
-            **shared,
-            **masked,
-            **padded,
-            heads=list_of_heads,
-            rows=list_of_rows,
-            k=min(k, heads * m),
-            cap=kept_rows,
-            ALL=every_head,
-            HEADS=kept_heads,
-            CAP=kept_rows,
-        )
-    ranked = _select_latents(
-        pre, mask, list_of_rows, kept_rows, selection.size, k, heads, M=m, N=n, SIGNED=signed,
-        DENSE=False,
-    )  # fmt: skip
-    return _rank(pre, ranked, heads, k, M=m, N=n, SIGNED=signed, DENSE=False)
+        lists = _select_heads(pre, of_head, heads, k, heads, head_keys, **shape, DENSE=False)
+    if selection.direct > configure("select_latents", pre.device).blocks["DIRECT"]:
+        heads_listed, every_head, of_heads = lists, every, False
+        lists, listed, every = None, kept_rows, k >= heads * m
+        if not every:
+            lists = pre.new_empty(tokens, kept_rows, dtype=torch.int32)
+            padded = {"M_PADDED": next_power_of_2(m), "N_PADDED": next_power_of_2(n)}
+            launch(
+                select.select_rows,
+                (tokens,),
+                _per_element("select_rows", kept_heads * padded["M_PADDED"], pre.device),
+                pre=pre,
+                mask=mask,
+                heads=heads_listed,
+                rows=lists,
+                stride=stride,
+                h=heads,
+                k=min(k, heads * m),
+                cap=kept_rows,
+                HAS_MASK=mask is not None,
+                ALL=every_head,
+                HEADS=kept_heads,
+                CAP=kept_rows,
+                **shape,
+                **padded,
+            )
+    return _select_latents(
+        pre, mask, lists, listed, selection.size, k, heads, OF_HEADS=of_heads, DENSE=False, **shape
+    )
 
 
 def select_dense(pre: Tensor, mask: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
     """indices, values [b, k] from pre-activations [b, F] (before the ReLU).
 
-    mask: uint8 [F] or None. A "head" is a group of consecutive columns.
+    mask: uint8 [F] or None. A "head" is a group of consecutive columns. As `select_kron`.
     """
     size = pre.shape[1]
     group = 8 if size >= 16 * k else 4
     groups = -(-size // group)
-    kept = next_power_of_2(min(k, groups))
+    kept = _places(k, groups)
     if kept * group > MAX_CANDIDATES or size >= 2**31 or not _splits_fit(groups, k, pre.device):
-        mask = None if mask is None else mask.view(torch.bool)
-        return torch_impl.select_dense(pre, mask, k)
+        allowed = None if mask is None else mask.view(torch.bool)
+        return _without_masked(allowed, *torch_impl.select_dense(pre, allowed, k, few=False))
     shape: dict[str, Any] = {"M": 1, "N": group, "SIGNED": False, "DENSE": True}
     list_of_groups = None
     if k < groups:
         list_of_groups = _select_heads(pre, mask, groups, k, size, None, **{**shape, "M": group})
-    ranked = _select_latents(pre, mask, list_of_groups, kept, size, k, groups, **shape)
-    indices, values, _ = _rank(pre, ranked, groups, k, **shape)
+    indices, values, _ = _select_latents(
+        pre, mask, list_of_groups, kept, size, k, groups, OF_HEADS=False, **shape
+    )
     return indices, values
+
+
+def _without_masked(mask: Tensor | None, indices: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
+    """Index -1 and factors 0 for latents that are not in a mask [F]."""
+    if mask is None:
+        return indices, *factors
+    gone = ~mask[indices]
+    return indices.masked_fill(gone, -1), *(factor.masked_fill(gone, 0) for factor in factors)
 
 
 def _splits_of(heads: int, device: torch.device) -> tuple[int, int, int]:
@@ -249,7 +274,8 @@ def _splits_of(heads: int, device: torch.device) -> tuple[int, int, int]:
 
 def _splits_fit(heads: int, k: int, device: torch.device) -> bool:
     """Whether what the splits leave over can be merged by one program, if anything is cut."""
-    return k >= heads or _splits_of(heads, device)[0] * next_power_of_2(k) <= MAX_CANDIDATES
+    splits = _splits_of(heads, device)[0]
+    return k >= heads or splits == 1 or splits * _places(k, heads) <= MAX_CANDIDATES
 
 
 def _select_heads(
@@ -261,17 +287,21 @@ def _select_heads(
     head_keys: Tensor | None,
     **shape: Any,
 ) -> Tensor:
-    """The list of heads [b, next power of 2 of k] that hold the k first latents."""
-    (tokens, stride), cap = pre.shape, next_power_of_2(k)
+    """The list of heads [b, `_places`] that hold the k first latents."""
+    (tokens, stride), cap = pre.shape, _places(k, heads)
     splits, chunks, lanes = _splits_of(heads, pre.device)
     lists = pre.new_empty(tokens, splits * cap, dtype=torch.int32)
     keys = torch.empty_like(lists) if splits > 1 else None
     config = configure("select_heads", pre.device)
     warps = min(config.num_warps, max(1, chunks * lanes // 256))
+    blocks = {
+        "GROUP": min(config.blocks["GROUP"], max(1, lanes // (4 * cap))),
+        "MAX_REGISTERS": config.blocks["MAX_REGISTERS"],
+    }
     launch(
         select.select_heads,
         (tokens, splits),
-        Config(warps, config.num_stages, {}),
+        Config(warps, config.num_stages, blocks),
         pre=pre,
         mask=mask,
         head_keys=head_keys,
@@ -313,73 +343,57 @@ def _select_heads(
 def _select_latents(
     pre: Tensor,
     mask: Tensor | None,
-    rows: Tensor | None,
-    kept: int,
+    lists: Tensor | None,
+    listed: int,
     size: int,
     k: int,
     heads: int,
     **shape: Any,
-) -> Tensor:
-    """The k first latents of a list of rows [b, kept] (None: all), as ranks [b, k] in no order."""
-    tokens, stride = pre.shape
-    n_padded = next_power_of_2(shape["N"])
-    ranked = pre.new_empty(tokens, k, dtype=torch.int64)
-    launch(
-        select.select_latents,
-        (tokens,),
-        _per_element("select_latents", kept * n_padded, pre.device),
-        pre=pre,
-        mask=mask,
-        rows=rows,
-        ranked=ranked,
-        stride=stride,
-        size=size,
-        h=heads,
-        k=k,
-        N_PADDED=n_padded,
-        HAS_MASK=mask is not None,
-        ALL=rows is None,
-        ROWS=kept,
-        **shape,
-    )
-    return ranked
-
-
-def _rank(
-    pre: Tensor, ranked: Tensor, heads: int, k: int, **shape: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """indices, base, extension [b, k], first latent first, from `_select_latents`."""
+    """indices, base, extension [b, k], first latent first, from lists [b, listed] (None: all)."""
     tokens, stride = pre.shape
-    sort = k <= MAX_SORTED
-    if not sort:
-        ranked = ranked.sort(dim=1, descending=True).values
-    k_padded = next_power_of_2(k)
+    of_heads = shape.pop("OF_HEADS")
+    m_padded = next_power_of_2(shape["M"]) if of_heads else 1
+    n_padded, k_padded, rank = next_power_of_2(shape["N"]), next_power_of_2(k), k <= MAX_SORTED
+    ranked = pre.new_empty(tokens, k, dtype=torch.int64)
     indices = torch.empty_like(ranked)
     base = pre.new_empty(tokens, k, dtype=torch.float32)
     extension = base if shape["DENSE"] else torch.empty_like(base)
+    shared = {"pre": pre, "stride": stride, "h": heads, "k": k, "K_PADDED": k_padded, **shape}
+    shared |= {"indices": indices, "base": base, "extension": extension}
     launch(
-        select.rank_latents,
+        select.select_latents,
         (tokens,),
-        _per_element("rank_latents", k_padded, pre.device),
-        pre=pre,
+        _per_element("select_latents", listed * m_padded * n_padded, pre.device),
+        mask=mask,
+        lists=lists,
         ranked=ranked,
-        indices=indices,
-        base=base,
-        extension=extension,
-        stride=stride,
-        h=heads,
-        k=k,
-        SORT=sort,
-        K_PADDED=k_padded,
-        **shape,
+        size=size,
+        M_PADDED=m_padded,
+        N_PADDED=n_padded,
+        HAS_MASK=mask is not None,
+        ALL=lists is None,
+        OF_HEADS=of_heads,
+        LISTED=listed,
+        RANK=rank,
+        **shared,
     )
+    if not rank:
+        launch(
+            select.rank_latents,
+            (tokens,),
+            _per_element("rank_latents", k_padded, pre.device),
+            ranked=ranked.sort(dim=1, descending=True).values,
+            **shared,
+        )
     return indices, base, extension
 
 
 def _per_element(kernel: str, elements: int, device: torch.device) -> Config:
-    """Warps for a program that holds so many elements: 8 a thread, up to what configs allow."""
+    """Warps for a program that holds so many elements, up to what configs allow."""
     config = configure(kernel, device)
-    return Config(min(config.num_warps, max(1, elements // 256)), config.num_stages, {})
+    per_warp = config.blocks["PER_WARP"]
+    return Config(min(config.num_warps, max(1, elements // per_warp)), config.num_stages, {})
 
 
 def _fused_projections(x: Tensor, weight: Tensor, bias: Tensor | None, selection: Selection):
@@ -472,14 +486,17 @@ def pair_dots(y: Tensor, columns: Tensor, table: Tensor, dtype: torch.dtype) -> 
 
 
 class DecodeAndLoss(NamedTuple):
-    """What `decode_and_loss` gives: of L = squares.sum() / 2."""
+    """What `decode_and_loss` gives: of L = scale * (squared norm of the residual) / 2."""
 
     residual: Tensor
     """[B, d] reconstruction minus x, in the table's dtype."""
-    squares: Tensor
-    """[B] float32: its squared norms."""
+    sums: Tensor
+    """[2, B] float32: its squared norm; and what is 0 if that times scale, and the last two, are
+    finite, else NaN."""
     values: Tensor
-    """[B, k] float32, as the next three."""
+    """[B, k] float32, as all that follow."""
+    scaled: Tensor
+    """values times scale."""
     along: Tensor
     """values times dL/dvalues."""
     d_base: Tensor
@@ -497,12 +514,15 @@ def decode_and_loss(
     bias: Tensor | None,
     composition: str,
     eps: float,
+    scale: float | Tensor,
     one_gather: bool,
 ) -> DecodeAndLoss:
     """Decoder, squared error against x [B, d], and its gradients by the codes [B, k].
 
-    composition: one of COMPOSITIONS, or "dense" (base holds the values). one_gather: rows are
-    gathered once, for which k of them must fit into a program's tile.
+    indices: -1 for a place without a latent, which takes no part: its numbers are 0.
+    composition: one of COMPOSITIONS, or "dense" (base holds the values). scale: a number, or a
+    float32 scalar on the device. one_gather: rows are gathered once, for which a chunk of k of them
+    must fit into a warp's registers.
     """
     (tokens, k), d, device = indices.shape, table.shape[1], table.device
     composed = {
@@ -511,50 +531,60 @@ def decode_and_loss(
         "SIGNED": composition == "mul",
         "DENSE": composition == "dense",
     }
-    into = {name: torch.empty_like(base) for name in ("values", "along", "d_base")}
+    into = {name: torch.empty_like(base) for name in ("values", "scaled", "along", "d_base")}
     into["d_extension"] = into["d_base"] if composed["DENSE"] else torch.empty_like(base)
+    codes = {"columns": indices, "base": base, "extension": extension, "k": k}
+    codes |= {"scale": scale, "ON_DEVICE": isinstance(scale, Tensor)}
+    sums = table.new_empty(2, tokens, dtype=torch.float32)
     if one_gather:
         residual = table.new_empty(tokens, d)
-        squares = table.new_empty(tokens, dtype=torch.float32)
-        config, rows = configure("decode_and_loss", device), next_power_of_2(k)
-        width = min(max(16, config.blocks["TILE"] // rows), next_power_of_2(d))
+        config = configure("decode_and_loss", device)
+        most, tile = config.blocks["BLOCKS"], config.blocks["TILE"]
+        rows = next_power_of_2(-(-k // most))
+        width = min(max(16, tile // rows), next_power_of_2(d))
+        together = min(width, 16 // table.element_size())
+        blocks = {
+            "BLOCKS": -(-k // rows),
+            "ROWS": rows,
+            "WIDTH": width,
+            "TOGETHER": together,
+            "STAGES": config.blocks["STAGES"],
+        }
         launch(
             decode_kernels.decode_and_loss,
             (tokens,),
-            Config(config.num_warps, config.num_stages, {"ROWS": rows, "WIDTH": width}),
+            Config(config.num_warps, config.num_stages, blocks),
             x=x,
-            columns=indices,
-            base=base,
-            extension=extension,
             table=table,
             bias=bias,
             residual=residual,
-            squares=squares,
+            sums=sums,
+            tokens=tokens,
             d=d,
-            k=k,
             HAS_BIAS=bias is not None,
+            **codes,
             **into,
             **composed,
         )
-        return DecodeAndLoss(residual, squares, **into)
+        return DecodeAndLoss(residual, sums, **into)
     values = base
     if composition != "dense":
         values = reference.compose(base * extension, composition, eps)
     error = combine(values, indices, table, bias, torch.float32).sub_(x)
     d_values = pair_dots(error, indices, table, torch.float32)
-    config = configure("code_gradients", device)
+    torch.sum(error.square(), 1, out=sums[0])
     launch(
         decode_kernels.code_gradients,
-        (-(-base.numel() // config.blocks["WIDTH"]),),
-        config,
-        base=base,
-        extension=extension,
+        (tokens,),
+        configure("code_gradients", device),
         d_values=d_values,
-        size=base.numel(),
+        squares=sums[0],
+        finite=sums[1],
+        **codes,
         **into,
         **composed,
     )
-    return DecodeAndLoss(error.to(table.dtype), error.square().sum(1), **into)
+    return DecodeAndLoss(error.to(table.dtype), sums, **into)
 
 
 # Sums over the entries of a row
