@@ -52,6 +52,8 @@ def specialise(launch: Launch, target: str) -> Specialised:
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     options: dict[str, Any] = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
     options["enable_fp_fusion"] = FP_FUSION
+    if launch.maxnreg:
+        options["maxnreg"] = launch.maxnreg
     bound, specialisation, rest = bind(**launch.arguments, **options)
     parsed, signature, constants, attributes = kernel._pack_args(
         backend, rest, bound, specialisation, None

@@ -45,7 +45,7 @@ STAGE_OF_KERNEL = (
     ("decode", r"decode_and_loss|combine|pair_dots|embedding_bag"),
     ("encoder update", r"head"),
     ("decoder update", r"row"),
-    ("group", r"[sS]ort|[sS]can|[hH]istogram|bincount|searchsorted|cumsum"),
+    ("group", r"group_entries|[sS]ort|[sS]can|[hH]istogram|bincount|searchsorted|cumsum"),
     ("optimizer", r"[aA]dam|multi_tensor"),
 )
 """Stage, and what the names of its kernels look like; the first that fits."""

@@ -63,7 +63,7 @@ class Data:
             self.x, self.w_enc, self.b_enc, None, shape.m, shape.k, "mand"
         )
         self.found = decode_and_loss(self)
-        self.entries = operations.Entries.of(self.indices, shape.dict_size)
+        self.entries = group(self)
         self.encoder, self.encoder_bias, self.decoder, self.decoder_bias = (
             (w, torch.zeros_like(w), torch.zeros_like(w)) for w in (w_enc, b_enc, w_dec, b_dec)
         )
@@ -115,26 +115,37 @@ def decode_and_loss(data: Data, one_gather: bool = True) -> operations.DecodeAnd
     )  # fmt: skip
 
 
+def group(data: Data) -> operations.Entries:
+    found = data.found
+    coefficients = (found.values, found.along, found.d_base, found.d_extension)
+    return operations.Entries.of(data.indices, data.shape.dict_size, coefficients)
+
+
+def grouped(data: Data) -> Results:
+    entries = group(data)
+    return entries.tokens, entries.offsets, *entries.coefficients
+
+
 def row_gradients(data: Data) -> Results:
     out, entries = torch.empty_like(data.table), data.entries
-    operations.row_gradients(entries, entries(data.found.values), data.found.residual, out, None)
+    operations.row_gradients(entries, entries.coefficients[0], data.found.residual, out, None)
     return (out,)
 
 
 def update_decoder(data: Data) -> Results:
     found, entries = data.found, data.entries
     squares = operations.update_rows(
-        entries, entries(found.values), entries(found.along), found.residual, data.hyper, "update",
-        True, data.decoder, data.table,
+        entries, *entries.coefficients[:2], found.residual, data.hyper, "update", True,
+        data.decoder, data.table,
     )  # fmt: skip
     return squares, data.decoder[1]
 
 
 def update_encoder(data: Data) -> Results:
-    found, entries, low = data.found, data.entries, data.w_enc.transpose(0, 1)
+    entries, low = data.entries, data.w_enc.transpose(0, 1)
     squares = operations.update_heads(
-        entries, entries(found.d_base), entries(found.d_extension), data.x, data.shape.m,
-        data.hyper, "update", data.encoder, low, data.encoder_bias,
+        entries, *entries.coefficients[2:], data.x, data.shape.m, data.hyper, "update",
+        data.encoder, low, data.encoder_bias,
     )  # fmt: skip
     return squares, data.encoder[1], data.encoder_bias[1]
 
@@ -198,6 +209,7 @@ KERNELS: dict[str, tuple[Callable[[Data], Results], list[Changes]]] = {
         functools.partial(decode_and_loss, one_gather=False),
         [{"WIDTH": 512}, {"WIDTH": 2048}],
     ),
+    "group_entries": (grouped, [{"WIDTH": 256}, {"WIDTH": 1024}]),
     "row_gradients": (
         row_gradients,
         [{"ENTRIES": 4}, {"ENTRIES": 16}, {"WIDTH": 1024}, {"WIDTH": 256}, {"num_warps": 2}],
@@ -222,7 +234,7 @@ KERNELS: dict[str, tuple[Callable[[Data], Results], list[Changes]]] = {
     "update_vector": (update_bias, [{"WIDTH": 256}, {"WIDTH": 1024}]),
     "segments": (
         update_both,
-        [{"ROW_LENGTH": 128}, {"ROW_LENGTH": 512}, {"HEAD_LENGTH": 512}, {"HEAD_LENGTH": 2048}],
+        [{"ROW_LENGTH": 64}, {"ROW_LENGTH": 256}, {"HEAD_LENGTH": 256}, {"HEAD_LENGTH": 1024}],
     ),
 }
 """A call that launches the kernel, and the alternatives; what the table has already is left out."""

@@ -24,6 +24,14 @@ PROCEED = tl.constexpr(8)
 
 
 @triton.jit
+def number(value, ON_DEVICE: tl.constexpr):
+    """A float32 scalar that was given as itself, or (ON_DEVICE) by a pointer to it."""
+    if ON_DEVICE:
+        value = tl.load(value)
+    return value
+
+
+@triton.jit
 def maximum(a, b):
     """The larger; NaN if either is (torch's amax, and ReLU, do so too)."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
