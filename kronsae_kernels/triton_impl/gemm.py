@@ -99,7 +99,7 @@ def _extreme(pre, N_ROWS: tl.constexpr, SIGNED: tl.constexpr, LOWEST: tl.constex
 
 
 @triton.jit
-def _store_pre_latents(planes, pre, keep, N_ROWS: tl.constexpr, PLANE: tl.constexpr):
+def _store_pre_latents(planes, place, pre, keep, N_ROWS: tl.constexpr, PLANE: tl.constexpr):
     """Of the heads in `keep` [T, HEADS]: two rows of pre [T, PADDED, HEADS] in each plane."""
     bits = pre.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
     row = tl.arange(0, pre.shape[1])[None, :, None]
@@ -107,7 +107,13 @@ def _store_pre_latents(planes, pre, keep, N_ROWS: tl.constexpr, PLANE: tl.conste
         word = tl.sum(tl.where(row == 2 * pair, bits, 0), 1)
         if 2 * pair + 1 < N_ROWS:
             word |= tl.sum(tl.where(row == 2 * pair + 1, bits, 0), 1) << 16
-        tl.store(planes + pair * PLANE, word, mask=keep)
+        tl.store(planes + pair * PLANE + place, word, mask=keep)
+
+
+@triton.jit
+def _count(flags):
+    """Along the last axis. Exact; of integers, LLVM would pack the flags into bits to count them."""
+    return tl.sum(tl.where(flags, 1.0, 0.0), 1).to(tl.int32)
 
 
 @triton.jit
@@ -117,10 +123,10 @@ def _first(keys, low, k, cap):
     `low` [T] comes in as such a key. Of equal keys, those on the left come first.
     """
     high = tl.max(keys, 1) + 1
-    left = tl.sum((keys >= low[:, None]).to(tl.int32), 1)
+    left = _count(keys >= low[:, None])
     while tl.max(((left > cap) & (low + 1 < high)).to(tl.int32)) > 0:
         middle = (low & high) + ((low ^ high) >> 1)
-        count = tl.sum((keys >= middle[:, None]).to(tl.int32), 1)
+        count = _count(keys >= middle[:, None])
         enough = count >= k
         left = tl.where(enough, count, left)
         low = tl.where(enough, middle, low)
@@ -144,16 +150,17 @@ def _cut_lists(lists, counts, bounds, k, cap, PLANES: tl.constexpr, TOKENS: tl.c
     for start in range(0, TOKENS, CUT):
         row, slot = start + tl.arange(0, CUT), tl.arange(0, CAPACITY)
         inside = slot[None, :] < tl.load(counts + row)[:, None]
-        line = lists + row[:, None] * CAPACITY
-        key = tl.load(line + slot[None, :], mask=inside, other=PADDING)
+        at = row[:, None] * CAPACITY + slot[None, :]
+        key = tl.load(lists + at, mask=inside, other=PADDING)
         low, take = _first(key, tl.load(bounds + row), k, cap)
         chosen = take.to(tl.int32)
-        place = tl.cumsum(chosen, 1) - 1
-        moves = take & (place < slot[None, :])
-        for plane in tl.static_range(PLANES):
-            value = tl.load(line + plane * (TOKENS * CAPACITY) + slot[None, :], mask=moves, other=0)
+        place = row[:, None] * CAPACITY + tl.cumsum(chosen, 1) - 1
+        place = tl.where(take & (place < at), place, -1)
+        for plane in tl.range(PLANES):
+            of_plane = lists + plane * (TOKENS * CAPACITY)
+            value = tl.load(of_plane + at, mask=place >= 0, other=0)
             tl.debug_barrier()  # what is overwritten was read
-            tl.store(line + plane * (TOKENS * CAPACITY) + place, value, mask=moves)
+            tl.store(of_plane + place, value, mask=place >= 0)
         tl.store(counts + row, tl.sum(chosen, 1))
         tl.store(bounds + row, low)
 
@@ -225,12 +232,12 @@ def encode_heads(x, p_weight, q_weight, bias, lists, counts, bounds, tokens, d, 
             key = tl.where((head < h)[None, :], key_of(score), PADDING)
             keep = key > bound[:, None]
             so_far = tl.cumsum(keep.to(tl.int32), 1)
-            place = lists + ((row * CAPACITY + count)[:, None] + so_far - 1)
+            place = (row * CAPACITY + count)[:, None] + so_far - 1
             count += tl.max(so_far, 1)
-            tl.store(place + KEYS * PLANE, key, mask=keep)
-            tl.store(place + IDS * PLANE, tl.broadcast_to(head[None, :], key.shape), mask=keep)
-            _store_pre_latents(place + ROWS * PLANE, p, keep, M, PLANE)
-            _store_pre_latents(place + OF_Q * PLANE, q, keep, N, PLANE)
+            tl.store(lists + KEYS * PLANE + place, key, mask=keep)
+            tl.store(lists + IDS * PLANE + place, tl.broadcast_to(head[None, :], key.shape), mask=keep)
+            _store_pre_latents(lists + ROWS * PLANE, place, p, keep, M, PLANE)
+            _store_pre_latents(lists + OF_Q * PLANE, place, q, keep, N, PLANE)
         tile = next_tile
     tl.store(counts + row, count)
 
