@@ -39,7 +39,7 @@ from kronsae_kernels.triton_impl.device import (
     rounded,
 )
 
-KEYS, IDS, ROWS = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+KEYS, IDS, PRE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 """Planes of a program's lists, each int32 [TOKENS, CAPACITY]: keys, heads, pre-latents by two."""
 
 
@@ -76,21 +76,21 @@ def _tile_of_weight(weight, first, rows, head, c, h, d, PADDED: tl.constexpr,
 
 @triton.jit
 def _pre_latents(product, bias, first, head, h, HAS_BIAS: tl.constexpr, PADDED: tl.constexpr,
-                 N_ROWS: tl.constexpr, HEADS: tl.constexpr, dtype: tl.constexpr):  # fmt: skip
+                 ROWS: tl.constexpr, HEADS: tl.constexpr, dtype: tl.constexpr):  # fmt: skip
     """product [T, PADDED * HEADS] + bias, rounded, as [T, PADDED, HEADS]."""
     if HAS_BIAS:
         line = tl.arange(0, PADDED * HEADS)
-        real = (line // HEADS < N_ROWS) & (head + line % HEADS < h)
+        real = (line // HEADS < ROWS) & (head + line % HEADS < h)
         at = bias + (first + line // HEADS) * h + head + line % HEADS
         product += tl.load(at, mask=real, other=0.0).to(tl.float32)[None, :]
     return tl.reshape(rounded(product, dtype), [product.shape[0], PADDED, HEADS])
 
 
 @triton.jit
-def _extreme(pre, N_ROWS: tl.constexpr, SIGNED: tl.constexpr, LOWEST: tl.constexpr):
+def _extreme(pre, ROWS: tl.constexpr, SIGNED: tl.constexpr, LOWEST: tl.constexpr):
     """Largest (or smallest) factor of each head [T, HEADS], from pre [T, PADDED, HEADS]."""
     value = pre.to(tl.float32)
-    real = (tl.arange(0, pre.shape[1]) < N_ROWS)[None, :, None]
+    real = (tl.arange(0, pre.shape[1]) < ROWS)[None, :, None]
     if LOWEST:
         result = tl.reduce(tl.where(real, value, float("inf")), 1, minimum)
     else:
@@ -99,20 +99,20 @@ def _extreme(pre, N_ROWS: tl.constexpr, SIGNED: tl.constexpr, LOWEST: tl.constex
 
 
 @triton.jit
-def _store_pre_latents(planes, place, pre, keep, N_ROWS: tl.constexpr, PLANE: tl.constexpr):
+def _store_pre_latents(planes, place, pre, keep, ROWS: tl.constexpr, PLANE: tl.constexpr):
     """Of the heads in `keep` [T, HEADS]: two rows of pre [T, PADDED, HEADS] in each plane."""
-    bits = pre.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    bits = pre.to(tl.uint16, bitcast=True).to(tl.int32)
     row = tl.arange(0, pre.shape[1])[None, :, None]
-    for pair in tl.static_range((N_ROWS + 1) // 2):
+    for pair in tl.static_range((ROWS + 1) // 2):
         word = tl.sum(tl.where(row == 2 * pair, bits, 0), 1)
-        if 2 * pair + 1 < N_ROWS:
+        if 2 * pair + 1 < ROWS:
             word |= tl.sum(tl.where(row == 2 * pair + 1, bits, 0), 1) << 16
         tl.store(planes + pair * PLANE + place, word, mask=keep)
 
 
 @triton.jit
 def _count(flags):
-    """Along the last axis. Exact; of integers, LLVM would pack the flags into bits to count them."""
+    """Along the last axis: in float32, since LLVM packs the flags of an integer sum into bits."""
     return tl.sum(tl.where(flags, 1.0, 0.0), 1).to(tl.int32)
 
 
@@ -176,12 +176,12 @@ def encode_heads(x, p_weight, q_weight, bias, lists, counts, bounds, tokens, d, 
 
     weight [m + n, h, d], bias [m + n, h]. With TMA, x, p_weight and q_weight are descriptors of
     tiles of x and of the weight; else pointers, the latter two the same.
-    lists [programs, planes, TOKENS, CAPACITY] int32 with counts [programs, TOKENS] of heads,
-    program = block * splits + range; bounds: as counts, for the program's own use.
+    lists [programs, planes, TOKENS, CAPACITY] int32, with counts [programs, TOKENS] of heads,
+    program = block * splits + range; bounds: as counts, keys that k of a list have or exceed.
     `tiles` of HEADS heads are one range. Grid (blocks of TOKENS tokens * splits,).
     """
     PLANE: tl.constexpr = TOKENS * CAPACITY
-    OF_Q: tl.constexpr = 2 + (M + 1) // 2
+    OF_Q: tl.constexpr = PRE + (M + 1) // 2
     PLANES: tl.constexpr = OF_Q + (N + 1) // 2
     program = tl.program_id(0)
     token = program // splits * TOKENS
@@ -235,15 +235,17 @@ def encode_heads(x, p_weight, q_weight, bias, lists, counts, bounds, tokens, d, 
             place = (row * CAPACITY + count)[:, None] + so_far - 1
             count += tl.max(so_far, 1)
             tl.store(lists + KEYS * PLANE + place, key, mask=keep)
-            tl.store(lists + IDS * PLANE + place, tl.broadcast_to(head[None, :], key.shape), mask=keep)
-            _store_pre_latents(lists + ROWS * PLANE, place, p, keep, M, PLANE)
+            heads = tl.broadcast_to(head[None, :], key.shape)
+            tl.store(lists + IDS * PLANE + place, heads, mask=keep)
+            _store_pre_latents(lists + PRE * PLANE, place, p, keep, M, PLANE)
             _store_pre_latents(lists + OF_Q * PLANE, place, q, keep, N, PLANE)
         tile = next_tile
     tl.store(counts + row, count)
+    tl.store(bounds + row, tl.maximum(bound, MASKED))
 
 
 @triton.jit
-def gather_heads(lists, counts, heads, pre, splits, k, M: tl.constexpr, N: tl.constexpr,
+def gather_heads(lists, counts, bounds, heads, pre, splits, k, M: tl.constexpr, N: tl.constexpr,
                  TOKENS: tl.constexpr, CAPACITY: tl.constexpr,
                  CANDIDATES: tl.constexpr):  # fmt: skip
     """The k first heads of the lists of `encode_heads`, ascending: heads [tokens, k] int32.
@@ -251,7 +253,7 @@ def gather_heads(lists, counts, heads, pre, splits, k, M: tl.constexpr, N: tl.co
     pre [tokens, m + n, k]: their pre-latents. One program a token.
     """
     PLANE: tl.constexpr = TOKENS * CAPACITY
-    OF_Q: tl.constexpr = 2 + (M + 1) // 2
+    OF_Q: tl.constexpr = PRE + (M + 1) // 2
     PLANES: tl.constexpr = OF_Q + (N + 1) // 2
     token = tl.program_id(0)
     row = token % TOKENS
@@ -263,15 +265,17 @@ def gather_heads(lists, counts, heads, pre, splits, k, M: tl.constexpr, N: tl.co
     at = lists + program.to(tl.int64) * (PLANES * PLANE) + (row * CAPACITY + slot)
     key = tl.load(at + KEYS * PLANE, mask=inside, other=PADDING)
     head = tl.load(at + IDS * PLANE, mask=inside, other=0)
+    # What k of a range have, k of all have.
+    bound = tl.load(bounds + program * TOKENS + row, mask=split < splits, other=MASKED)
     # Ranges of heads follow each other, and a list ascends: so do all candidates.
-    _, take = _first(key[None, :], tl.full([1], MASKED, tl.int32), k, k)
+    _, take = _first(key[None, :], tl.max(bound[None, :], 1), k, k)
     take = tl.reshape(take, [CANDIDATES])
     place = tl.cumsum(take.to(tl.int32), 0) - 1
     tl.store(heads + token.to(tl.int64) * k + place, head, mask=take)
     out = pre + token.to(tl.int64) * ((M + N) * k) + place
     for i in tl.static_range(M + N):
         if i < M:
-            plane, high = 2 + i // 2, i % 2
+            plane, high = PRE + i // 2, i % 2
         else:
             plane, high = OF_Q + (i - M) // 2, (i - M) % 2
         word = tl.load(at + plane * PLANE, mask=take, other=0) >> (16 * high)

@@ -466,8 +466,8 @@ def _select_in_one_pass(
     shape = (programs, lists.planes, lists.tokens, lists.capacity)
     found = x.new_empty(shape, dtype=torch.int32)
     counts = x.new_empty(programs, lists.tokens, dtype=torch.int32)
-    shared = {"lists": found, "counts": counts, "splits": lists.splits, "k": k, "M": m, "N": n}
-    shared["CAPACITY"] = lists.capacity
+    shared = {"lists": found, "counts": counts, "bounds": torch.empty_like(counts)}
+    shared |= {"splits": lists.splits, "k": k, "M": m, "N": n, "CAPACITY": lists.capacity}
     launch(
         gemm.encode_heads,
         (programs,),
@@ -476,7 +476,6 @@ def _select_in_one_pass(
         p_weight=of_p,
         q_weight=of_q,
         bias=bias,
-        bounds=torch.empty_like(counts),
         tokens=tokens,
         d=d,
         h=heads,
