@@ -90,8 +90,8 @@ def encode(data: Data) -> Results:
     return (base * extension,)
 
 
-def encode_fused(data: Data) -> Results:
-    with configs.override("encode", FUSED_GEMM=1):
+def encode_in_one_pass(data: Data) -> Results:
+    with configs.override("encode", ONE_PASS=1):
         return encode(data)
 
 
@@ -161,20 +161,25 @@ def update_bias(data: Data) -> Results:
 
 
 KERNELS: dict[str, tuple[Callable[[Data], Results], list[Changes]]] = {
-    "encode": (encode, [{"FUSED_GEMM": 1}, {"FUSED_GEMM": 0}]),
-    "encode_gemm": (
-        encode_fused,
+    "encode": (encode, [{"ONE_PASS": 1}, {"ONE_PASS": 0}]),
+    "encode_heads": (
+        encode_in_one_pass,
         [
-            {"num_stages": 4},
-            {"num_stages": 2},
+            {"num_stages": 3},
+            {"FLATTEN": 1, "num_stages": 3},
+            {"TMA": 0},
             {"COLUMNS": 128},
             {"COLUMNS": 128, "num_warps": 4},
             {"WIDTH": 32, "num_stages": 5},
             {"WIDTH": 128, "num_stages": 2},
-            {"GROUP": 16},
-            {"GROUP": 4},
+            {"SPLITS": 2},
+            {"SPLITS": 8},
+            {"ROOM": 2},
+            {"ROOM": 8},
         ],
     ),
+    "gather_heads": (encode_in_one_pass, [{"num_warps": 2}, {"num_warps": 8}]),
+    "name_latents": (encode_in_one_pass, [{"WIDTH": 512}, {"num_warps": 8}]),
     "select_heads": (
         select,
         [{"num_warps": 4}, {"num_warps": 16}, {"LANES": 1024}, {"PER_PROGRAM": 4096}],

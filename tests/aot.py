@@ -33,7 +33,7 @@ from torch import Tensor
 from benchmarks import ahead
 from benchmarks.ahead import VERSION, compiled, specialise, tool
 from kronsae_kernels.step import TrainingStep
-from kronsae_kernels.triton_impl import operations
+from kronsae_kernels.triton_impl import configs, operations
 from kronsae_kernels.triton_impl.launch import Launch, record
 
 # Cases
@@ -63,7 +63,7 @@ def kron(
     precision: str = "highest",
     tokens: int = 8192,
 ) -> None:
-    """A Kron autoencoder's operations, forward and backward; the fused GEMM where it is used.
+    """A Kron autoencoder's operations, forward and backward, the encoder in one pass too.
 
     precision: torch's for products of float32 matrices.
     """
@@ -75,10 +75,8 @@ def kron(
     operations.encode_backward(base, extension, indices, x, w_enc, m, True, True)
     _decoder(dtype, heads * m * n, d, base, indices)
     if not masked and x.element_size() == 2:
-        selection = operations.Selection(heads, m, n, k, composition == "mul")
-        weight, bias = w_enc.transpose(0, 1).reshape(-1, d), b_enc.t().reshape(-1)
-        for pre, keys in operations._fused_projections(x, weight, bias, selection):
-            operations.select_kron(pre, None, selection, keys)
+        with configs.override("encode", ONE_PASS=1):
+            operations.encode(x, w_enc, b_enc, None, m, k, composition)
 
 
 def dense(dtype: torch.dtype, size: int, d: int, k: int, tokens: int = 8192) -> None:
@@ -154,7 +152,7 @@ def case(name: str, calls: Callable[..., Any], *values: Any, wgmma: Any = (), **
     return Case(name, functools.partial(calls, *values, **named), tuple(wgmma))
 
 
-GEMM = ("encode_gemm",)
+GEMM = ("encode_heads",)
 BF16, F32, F16 = torch.bfloat16, torch.float32, torch.float16
 CASES: list[Case] = [
     case("kron_32k", kron, BF16, 2048, 4, 4, 1536, 50, wgmma=GEMM),

@@ -367,7 +367,7 @@ def test_kernels_are_counted_where_they_belong():
         "select_heads": "select",
         "merge_heads": "select",
         "select_rows": "select",
-        "encode_gemm": "encode",
+        "encode_heads": "encode",
         "nvjet_tst_128x256_64x4_coopB_bz_TNT": "encode",
         "decode_and_loss": "decode",
         "sum_head_segments": "encoder update",

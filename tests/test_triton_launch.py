@@ -24,14 +24,14 @@ from kronsae_kernels.triton_impl import (
 TABLE = json.loads(configs.PATH.read_text(encoding="utf-8"))
 MODULES = (backward, counters, decode, gemm, nested, select)
 DERIVED = {
-    "encode": {"FUSED_GEMM"},
+    "encode": {"ONE_PASS"},
     "segments": {"ROW_LENGTH", "HEAD_LENGTH"},
     "select_heads": {"PER_PROGRAM", "MAX_REGISTERS"},
     "merge_heads": {"PER_WARP"},
     "select_rows": {"PER_WARP"},
     "select_latents": {"PER_WARP", "DIRECT"},
     "rank_latents": {"PER_WARP"},
-    "encode_gemm": {"COLUMNS"},
+    "encode_heads": {"COLUMNS", "ROOM", "CUT_ENTRIES", "SPLITS", "PROGRAMS"},
     "decode_and_loss": {"TILE"},
     "update_rows": {"PER_WARP"},
 }
@@ -110,7 +110,7 @@ BAD = {
     "no number": ({"sm_90": {"combine": {"ROWS": "4"}}}, ["sm_90", "combine", "ROWS", "'4'"]),
     "a fraction": ({"gfx942": {"combine": {"ROWS": 4.0}}}, ["gfx942", "combine", "4.0"]),
     "negative": ({"sm_90": {"combine": {"WIDTH": -8}}}, ["combine", "WIDTH", "-8"]),
-    "a truth value": ({"sm_90": {"encode": {"FUSED_GEMM": True}}}, ["FUSED_GEMM", "True"]),
+    "a truth value": ({"sm_90": {"encode": {"ONE_PASS": True}}}, ["ONE_PASS", "True"]),
     "no warps": ({"default": {"combine": {"num_stages": 1}}}, ["combine", "num_warps"]),
 }
 

@@ -14,8 +14,6 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from truth import projection
-
 from kronsae_kernels import dense_encode, fused_encode, reference, sparse_decode, torch_impl
 from kronsae_kernels.common import COMPOSITIONS
 from kronsae_kernels.triton_impl import configs, launch, operations
@@ -399,55 +397,3 @@ def key_of(score: Tensor) -> Tensor:
     """int32 that order as scores do (`device.key_of`)."""
     bits = torch.where(score == 0, 0.0, score).view(torch.int32)
     return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-
-
-@pytest.fixture
-def fused_product():
-    """The encoder's product by `encode_gemm`, in tiles smaller than what it is made of."""
-    tiles = {"TOKENS": 16, "COLUMNS": 64, "WIDTH": 32, "GROUP": 2, "num_warps": 4}
-    with configs.override("encode", FUSED_GEMM=1), configs.override("encode_gemm", **tiles):
-        yield
-
-
-@pytest.mark.usefixtures("fused_product")
-@pytest.mark.parametrize(
-    ("m", "n", "heads", "d", "tokens", "bias", "composition", "dtype"),
-    [
-        pytest.param(2, 4, 11, 37, 18, True, "mand", torch.bfloat16, id="odd"),
-        pytest.param(2, 4, 11, 37, 3, True, "mand", torch.float16, id="float16"),
-        pytest.param(1, 1, 40, 8, 35, False, "mul", torch.bfloat16, id="1 x 1, mul"),
-        pytest.param(3, 5, 7, 32, 5, True, "mul", torch.float16, id="3 x 5, mul"),
-        pytest.param(4, 1, 9, 65, 5, True, "relu_mul", torch.bfloat16, id="4 x 1"),
-    ],
-)
-def test_fused_product(m, n, heads, d, tokens, bias, composition, dtype, device, kernels):
-    x = torch.randn(tokens, d).to(device, dtype)
-    w_enc = torch.randn(heads, m + n, d).to(device, dtype)
-    b_enc = None
-    if bias:  # in half of the heads, no product is positive
-        opposite = torch.tensor([40.0] * m + [-40.0] * n) * (torch.arange(heads)[:, None] % 2)
-        b_enc = (torch.randn(heads, m + n) + opposite).to(device, dtype)
-    weight = torch_impl.i_major(w_enc)
-    of_row = None if b_enc is None else b_enc.t().reshape(-1)
-    selection = operations.Selection(heads, m, n, 4, composition == "mul")
-    ((pre, keys),) = operations._fused_projections(x, weight, of_row, selection)
-    on_cpu = None if of_row is None else of_row.cpu()
-    truth = projection(x.cpu(), weight.cpu(), on_cpu, dtype, "triton")
-    assert ((pre.cpu().double() - truth.value).abs() <= truth.error).all()
-
-    pre = pre.view(tokens, m + n, heads)
-    factors = pre.transpose(1, 2)
-    products = reference.products(factors[..., :m], factors[..., m:], composition)
-    assert torch.equal(keys, key_of(products.flatten(2).amax(2)))
-
-    options = {"m": m, "k": 4, "composition": composition, "impl": "triton"}
-    got = fused_encode(x[:3], w_enc, b_enc, **options)
-    indices, base, extension = expected_of(pre[:3], m, 4, composition)
-    assert torch.equal(got.indices, indices)
-    assert torch.equal(got.values, reference.compose(base * extension, composition, 0.0))
-    assert kernels.count("encode_gemm") == 2
-
-    mask = (torch.arange(heads * m * n) % 4 > 0).to(device)
-    fused_encode(x[:2], w_enc, b_enc, **options, mask=mask)
-    fused_encode(x[:2].float(), w_enc.float(), **options)
-    assert kernels.count("encode_gemm") == 2  # it makes maxima without a mask, in 16 bits

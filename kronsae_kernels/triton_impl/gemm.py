@@ -1,80 +1,297 @@
-"""The encoder's matrix product with head maxima in its epilogue: pre-latents and their head keys.
+"""The encoder's matrix product and the selection of heads in one pass: no pre-latent is written
+but those of heads that may hold one of their token's k first latents.
 
-The other way to get them is `torch.addmm` (cuBLAS) and maxima in `select_heads`; which is faster
-is for measurements to say (`encode` in configs.json).
+The other way is `torch.addmm` (cuBLAS), which writes all of them, and `select_heads`; which is
+faster is for measurements to say (ONE_PASS of "encode" in configs.json).
+
+A program of `encode_heads` owns a block of tokens and a range of the heads, whose tiles it makes
+one after the other. For each of its tokens it keeps a list of heads, in ascending order: a head is
+appended where its key (`select._head_keys`) exceeds the token's bound. When one more tile might
+not fit into the fullest list, all lists are cut to the k to `cap` first of their heads, and the
+key of the last of these is the new bound: k heads of lower index have it or exceed it, so of all
+heads that follow, one that does not exceed it comes after those k (ties: lowest index first). So
+a list always has the k first heads of those seen, whatever the numbers and their order, and never
+overflows. About k ln(h / k) heads are appended; where the keys ascend, all are, and lists are cut
+every few tiles: slow, as exact.
+
+`gather_heads` takes the k first of a token's lists, one from each range of heads. Their pre-latents
+are those of an encoder with k heads, from which the k first latents are selected as from any other;
+`name_latents` gives these the indices they have among all heads.
+
+What it costs, by the numbers of a card. A tile of T tokens and C columns needs T C d
+multiply-adds and reads (T + C) d operands of 2 bytes through the L2 cache; T = 128, C = 192 or 256
+(2 or 4 base rows, 4 extension rows): 53 or 48 bytes a cycle and SM at a Hopper's 2048 multiply-adds
+a cycle. cuBLAS's tiles, whose columns are broadcast to two SMs, read 32. Where a card's L2 cache
+does not give that, this kernel waits for it.
 """
 
 import triton
 import triton.language as tl
 
-from kronsae_kernels.triton_impl.device import dot, factor, key_of, maximum, minimum, rounded
+from kronsae_kernels.triton_impl.device import (
+    MASKED,
+    PADDING,
+    dot,
+    factor,
+    key_of,
+    maximum,
+    minimum,
+    rounded,
+)
+
+KEYS, IDS, PRE = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
+"""Planes of a program's lists, each int32 [TOKENS, CAPACITY]: keys, heads, pre-latents by two."""
 
 
 @triton.jit
-def _extreme(pre, rows, SIGNED: tl.constexpr, LOWEST: tl.constexpr,
-             ROWS_PADDED: tl.constexpr, HEADS: tl.constexpr):  # fmt: skip
-    """Largest (or smallest) factor of each head from pre [tokens, ROWS_PADDED * HEADS]."""
-    value = tl.reshape(factor(pre, SIGNED), [pre.shape[0], ROWS_PADDED, HEADS])
-    real = (tl.arange(0, ROWS_PADDED) < rows)[None, :, None]
+def _tile_of_x(x, token, c, tokens, d,
+               TOKENS: tl.constexpr, WIDTH: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
+    """Columns from c of the tokens from `token`: [TOKENS, WIDTH], 0 outside."""
+    if TMA:
+        part = x.load([token, c])
+    else:
+        row, column = token + tl.arange(0, TOKENS), c + tl.arange(0, WIDTH)
+        at = x + row.to(tl.int64)[:, None] * d + column[None, :]
+        part = tl.load(at, mask=(row < tokens)[:, None] & (column < d)[None, :], other=0.0)
+    return part
+
+
+@triton.jit
+def _tile_of_weight(weight, first, rows, head, c, h, d, PADDED: tl.constexpr,
+                    HEADS: tl.constexpr, WIDTH: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
+    """Rows `first` to `first` + PADDED of the heads from `head`: [PADDED * HEADS, WIDTH].
+
+    Of these, `rows` are meant; what the others hold is not said. 0 outside of the weight.
+    """
+    if TMA:
+        part = tl.reshape(weight.load([first, head, c]), [PADDED * HEADS, WIDTH])
+    else:
+        line, column = tl.arange(0, PADDED * HEADS), c + tl.arange(0, WIDTH)
+        real = (line // HEADS < rows) & (head + line % HEADS < h)
+        at = weight + ((first + line // HEADS).to(tl.int64) * h + head + line % HEADS)[:, None] * d
+        at += column[None, :]
+        part = tl.load(at, mask=real[:, None] & (column < d)[None, :], other=0.0)
+    return part
+
+
+@triton.jit
+def _pre_latents(product, bias, first, head, h, HAS_BIAS: tl.constexpr, PADDED: tl.constexpr,
+                 ROWS: tl.constexpr, HEADS: tl.constexpr, dtype: tl.constexpr):  # fmt: skip
+    """product [T, PADDED * HEADS] + bias, rounded, as [T, PADDED, HEADS]."""
+    if HAS_BIAS:
+        line = tl.arange(0, PADDED * HEADS)
+        real = (line // HEADS < ROWS) & (head + line % HEADS < h)
+        at = bias + (first + line // HEADS) * h + head + line % HEADS
+        product += tl.load(at, mask=real, other=0.0).to(tl.float32)[None, :]
+    return tl.reshape(rounded(product, dtype), [product.shape[0], PADDED, HEADS])
+
+
+@triton.jit
+def _extreme(pre, ROWS: tl.constexpr, SIGNED: tl.constexpr, LOWEST: tl.constexpr):
+    """Largest (or smallest) factor of each head [T, HEADS], from pre [T, PADDED, HEADS]."""
+    value = pre.to(tl.float32)
+    real = (tl.arange(0, pre.shape[1]) < ROWS)[None, :, None]
     if LOWEST:
         result = tl.reduce(tl.where(real, value, float("inf")), 1, minimum)
     else:
         result = tl.reduce(tl.where(real, value, float("-inf")), 1, maximum)
-    return result
+    return factor(result, SIGNED)
 
 
 @triton.jit
-def encode_gemm(x, weight, bias, pre, head_keys, tokens, d, h,
-                M: tl.constexpr, N: tl.constexpr, M_PADDED: tl.constexpr, N_PADDED: tl.constexpr,
-                SIGNED: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
-                TOKENS: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr,
-                GROUP: tl.constexpr):  # fmt: skip
-    """pre [tokens, m + n, h] = x weight^T + bias, head_keys [tokens, h] int32.
+def _store_pre_latents(planes, place, pre, keep, ROWS: tl.constexpr, PLANE: tl.constexpr):
+    """Of the heads in `keep` [T, HEADS]: two rows of pre [T, PADDED, HEADS] in each plane."""
+    bits = pre.to(tl.uint16, bitcast=True).to(tl.int32)
+    row = tl.arange(0, pre.shape[1])[None, :, None]
+    for pair in tl.static_range((ROWS + 1) // 2):
+        word = tl.sum(tl.where(row == 2 * pair, bits, 0), 1)
+        if 2 * pair + 1 < ROWS:
+            word |= tl.sum(tl.where(row == 2 * pair + 1, bits, 0), 1) << 16
+        tl.store(planes + pair * PLANE + place, word, mask=keep)
 
-    weight [m + n, h, d], bias [m + n, h]. A program makes TOKENS x HEADS heads of it; programs go
-    in groups of GROUP blocks of tokens, so that weights are found in the L2 cache.
+
+@triton.jit
+def _count(flags):
+    """Along the last axis: in float32, since LLVM packs the flags of an integer sum into bits."""
+    return tl.sum(tl.where(flags, 1.0, 0.0), 1).to(tl.int32)
+
+
+@triton.jit
+def _first(keys, low, k, cap):
+    """(low, take): the k to cap first of keys [T, C], and a key that k of them have or exceed.
+
+    `low` [T] comes in as such a key. Of equal keys, those on the left come first.
     """
-    blocks, per_block = tl.cdiv(tokens, TOKENS), tl.cdiv(h, HEADS)
+    high = tl.max(keys, 1) + 1
+    left = _count(keys >= low[:, None])
+    while tl.max(((left > cap) & (low + 1 < high)).to(tl.int32)) > 0:
+        middle = (low & high) + ((low ^ high) >> 1)
+        count = _count(keys >= middle[:, None])
+        enough = count >= k
+        left = tl.where(enough, count, left)
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle)
+    take = keys >= low[:, None]
+    if tl.max(left) > cap:
+        # Fewer than k exceed `low` where more than cap are left: there the first of the equal go.
+        equal = (keys == low[:, None]).to(tl.int32)
+        room = cap - (left - tl.sum(equal, 1))
+        take = take & ((equal == 0) | (tl.cumsum(equal, 1) <= room[:, None]))
+    return low, take
+
+
+@triton.jit
+def _cut_lists(lists, counts, bounds, k, cap, PLANES: tl.constexpr, TOKENS: tl.constexpr,
+               CAPACITY: tl.constexpr, CUT: tl.constexpr):  # fmt: skip
+    """Cut each of a program's lists to the k to cap first; counts, bounds [TOKENS] follow.
+
+    What is left moves to the front, in order, CUT tokens at a time.
+    """
+    for start in range(0, TOKENS, CUT):
+        row, slot = start + tl.arange(0, CUT), tl.arange(0, CAPACITY)
+        inside = slot[None, :] < tl.load(counts + row)[:, None]
+        at = row[:, None] * CAPACITY + slot[None, :]
+        key = tl.load(lists + at, mask=inside, other=PADDING)
+        low, take = _first(key, tl.load(bounds + row), k, cap)
+        chosen = take.to(tl.int32)
+        place = row[:, None] * CAPACITY + tl.cumsum(chosen, 1) - 1
+        place = tl.where(take & (place < at), place, -1)
+        for plane in tl.range(PLANES):
+            of_plane = lists + plane * (TOKENS * CAPACITY)
+            value = tl.load(of_plane + at, mask=place >= 0, other=0)
+            tl.debug_barrier()  # what is overwritten was read
+            tl.store(of_plane + place, value, mask=place >= 0)
+        tl.store(counts + row, tl.sum(chosen, 1))
+        tl.store(bounds + row, low)
+
+
+@triton.jit
+def encode_heads(x, p_weight, q_weight, bias, lists, counts, bounds, tokens, d, h, splits, tiles,
+                 k, cap, M: tl.constexpr, N: tl.constexpr, M_PADDED: tl.constexpr,
+                 N_PADDED: tl.constexpr, SIGNED: tl.constexpr, HAS_BIAS: tl.constexpr,
+                 PRECISION: tl.constexpr, DTYPE: tl.constexpr, TOKENS: tl.constexpr,
+                 HEADS: tl.constexpr, WIDTH: tl.constexpr, CAPACITY: tl.constexpr,
+                 CUT: tl.constexpr, TMA: tl.constexpr, FLATTEN: tl.constexpr):  # fmt: skip
+    """Lists of heads, among which are the k first, of x [tokens, d] weight^T + bias.
+
+    weight [m + n, h, d], bias [m + n, h]. With TMA, x, p_weight and q_weight are descriptors of
+    tiles of x and of the weight; else pointers, the latter two the same.
+    lists [programs, planes, TOKENS, CAPACITY] int32, with counts [programs, TOKENS] of heads,
+    program = block * splits + range; bounds: as counts, keys that k of a list have or exceed.
+    `tiles` of HEADS heads are one range. Grid (blocks of TOKENS tokens * splits,).
+    """
+    PLANE: tl.constexpr = TOKENS * CAPACITY
+    OF_Q: tl.constexpr = PRE + (M + 1) // 2
+    PLANES: tl.constexpr = OF_Q + (N + 1) // 2
     program = tl.program_id(0)
-    first = program // (GROUP * per_block) * GROUP
-    count = tl.minimum(blocks - first, GROUP)
-    within = program % (GROUP * per_block)
-    token = (first + within % count) * TOKENS + tl.arange(0, TOKENS)
-    head_start = within // count * HEADS
-    real_token = (token < tokens)[:, None]
-    # Column c of a tile is row c // HEADS of head head_start + c % HEADS.
-    p, q = tl.arange(0, M_PADDED * HEADS), tl.arange(0, N_PADDED * HEADS)
-    p_head, q_head = head_start + p % HEADS, head_start + q % HEADS
-    p_real, q_real = (p // HEADS < M) & (p_head < h), (q // HEADS < N) & (q_head < h)
-    p_row = (p // HEADS).to(tl.int64) * h + p_head
-    q_row = (M + q // HEADS).to(tl.int64) * h + q_head
-    c = tl.arange(0, WIDTH)
-    x_at = x + token.to(tl.int64)[:, None] * d + c[None, :]
-    p_at = weight + p_row[None, :] * d + c[:, None]
-    q_at = weight + q_row[None, :] * d + c[:, None]
-    of_p = tl.zeros([TOKENS, M_PADDED * HEADS], tl.float32)
-    of_q = tl.zeros([TOKENS, N_PADDED * HEADS], tl.float32)
-    for start in range(0, d, WIDTH):
-        real = c < d - start
-        part = tl.load(x_at + start, mask=real_token & real[None, :], other=0.0)
-        p_weight = tl.load(p_at + start, mask=p_real[None, :] & real[:, None], other=0.0)
-        q_weight = tl.load(q_at + start, mask=q_real[None, :] & real[:, None], other=0.0)
-        of_p = dot(part, p_weight, of_p, PRECISION)
-        of_q = dot(part, q_weight, of_q, PRECISION)
-    if HAS_BIAS:
-        of_p += tl.load(bias + p_row, mask=p_real, other=0.0).to(tl.float32)[None, :]
-        of_q += tl.load(bias + q_row, mask=q_real, other=0.0).to(tl.float32)[None, :]
-    p_pre, q_pre = rounded(of_p, pre.dtype.element_ty), rounded(of_q, pre.dtype.element_ty)
-    out = pre + token.to(tl.int64)[:, None] * ((M + N) * h)
-    tl.store(out + p_row[None, :], p_pre, mask=real_token & p_real[None, :])
-    tl.store(out + q_row[None, :], q_pre, mask=real_token & q_real[None, :])
-    u = _extreme(p_pre, M, SIGNED, False, M_PADDED, HEADS)
-    v = _extreme(q_pre, N, SIGNED, False, N_PADDED, HEADS)
-    score = u * v
-    if SIGNED:
-        u_low = _extreme(p_pre, M, SIGNED, True, M_PADDED, HEADS)
-        v_low = _extreme(q_pre, N, SIGNED, True, N_PADDED, HEADS)
-        score = maximum(maximum(score, u_low * v_low), maximum(u * v_low, u_low * v))
-    head = head_start + tl.arange(0, HEADS)
-    at = token.to(tl.int64)[:, None] * h + head[None, :]
-    tl.store(head_keys + at, key_of(score), mask=real_token & (head < h)[None, :])
+    token = program // splits * TOKENS
+    tile = program % splits * tiles
+    end = tl.minimum(tile + tiles, tl.cdiv(h, HEADS))
+    lists += program.to(tl.int64) * (PLANES * PLANE)
+    row = tl.arange(0, TOKENS)
+    counts += program * TOKENS
+    bounds += program * TOKENS
+    count = tl.zeros([TOKENS], tl.int32)
+    bound = tl.full([TOKENS], PADDING, tl.int32)
+    while tile < end:
+        fullest = tl.max(count)
+        if fullest > CAPACITY - HEADS:
+            # A cut starts from a key that k have. Before the first one, every head is in the list.
+            tl.store(counts + row, count)
+            tl.store(bounds + row, tl.maximum(bound, MASKED))
+            tl.debug_barrier()
+            _cut_lists(lists, counts, bounds, k, cap, PLANES, TOKENS, CAPACITY, CUT)
+            tl.debug_barrier()
+            count = tl.load(counts + row)
+            bound = tl.load(bounds + row)
+            fullest = tl.max(count)
+        # As many tiles as are sure to fit: one pipelined loop without another in it.
+        next_tile = tl.minimum(tile + (CAPACITY - fullest) // HEADS, end)
+        for at in tl.range(tile, next_tile, flatten=FLATTEN):
+            start = at * HEADS
+            of_p = tl.zeros([TOKENS, M_PADDED * HEADS], tl.float32)
+            of_q = tl.zeros([TOKENS, N_PADDED * HEADS], tl.float32)
+            for c in range(0, d, WIDTH):
+                part = _tile_of_x(x, token, c, tokens, d, TOKENS, WIDTH, TMA)
+                of_base = _tile_of_weight(
+                    p_weight, 0, M, start, c, h, d, M_PADDED, HEADS, WIDTH, TMA
+                )
+                of_extension = _tile_of_weight(
+                    q_weight, M, N, start, c, h, d, N_PADDED, HEADS, WIDTH, TMA
+                )
+                of_p = dot(part, of_base.T, of_p, PRECISION)
+                of_q = dot(part, of_extension.T, of_q, PRECISION)
+            p = _pre_latents(of_p, bias, 0, start, h, HAS_BIAS, M_PADDED, M, HEADS, DTYPE)
+            q = _pre_latents(of_q, bias, M, start, h, HAS_BIAS, N_PADDED, N, HEADS, DTYPE)
+            u, v = _extreme(p, M, SIGNED, False), _extreme(q, N, SIGNED, False)
+            score = u * v
+            if SIGNED:
+                u_low, v_low = _extreme(p, M, SIGNED, True), _extreme(q, N, SIGNED, True)
+                score = maximum(maximum(score, u_low * v_low), maximum(u * v_low, u_low * v))
+            head = start + tl.arange(0, HEADS)
+            key = tl.where((head < h)[None, :], key_of(score), PADDING)
+            keep = key > bound[:, None]
+            so_far = tl.cumsum(keep.to(tl.int32), 1)
+            place = (row * CAPACITY + count)[:, None] + so_far - 1
+            count += tl.max(so_far, 1)
+            tl.store(lists + KEYS * PLANE + place, key, mask=keep)
+            heads = tl.broadcast_to(head[None, :], key.shape)
+            tl.store(lists + IDS * PLANE + place, heads, mask=keep)
+            _store_pre_latents(lists + PRE * PLANE, place, p, keep, M, PLANE)
+            _store_pre_latents(lists + OF_Q * PLANE, place, q, keep, N, PLANE)
+        tile = next_tile
+    tl.store(counts + row, count)
+    tl.store(bounds + row, tl.maximum(bound, MASKED))
+
+
+@triton.jit
+def gather_heads(lists, counts, bounds, heads, pre, splits, k, M: tl.constexpr, N: tl.constexpr,
+                 TOKENS: tl.constexpr, CAPACITY: tl.constexpr,
+                 CANDIDATES: tl.constexpr):  # fmt: skip
+    """The k first heads of the lists of `encode_heads`, ascending: heads [tokens, k] int32.
+
+    pre [tokens, m + n, k]: their pre-latents. One program a token.
+    """
+    PLANE: tl.constexpr = TOKENS * CAPACITY
+    OF_Q: tl.constexpr = PRE + (M + 1) // 2
+    PLANES: tl.constexpr = OF_Q + (N + 1) // 2
+    token = tl.program_id(0)
+    row = token % TOKENS
+    candidate = tl.arange(0, CANDIDATES)
+    slot, split = candidate % CAPACITY, candidate // CAPACITY
+    program = token // TOKENS * splits + split
+    count = tl.load(counts + program * TOKENS + row, mask=split < splits, other=0)
+    inside = slot < count
+    at = lists + program.to(tl.int64) * (PLANES * PLANE) + (row * CAPACITY + slot)
+    key = tl.load(at + KEYS * PLANE, mask=inside, other=PADDING)
+    head = tl.load(at + IDS * PLANE, mask=inside, other=0)
+    # What k of a range have, k of all have.
+    bound = tl.load(bounds + program * TOKENS + row, mask=split < splits, other=MASKED)
+    # Ranges of heads follow each other, and a list ascends: so do all candidates.
+    _, take = _first(key[None, :], tl.max(bound[None, :], 1), k, k)
+    take = tl.reshape(take, [CANDIDATES])
+    place = tl.cumsum(take.to(tl.int32), 0) - 1
+    tl.store(heads + token.to(tl.int64) * k + place, head, mask=take)
+    out = pre + token.to(tl.int64) * ((M + N) * k) + place
+    for i in tl.static_range(M + N):
+        if i < M:
+            plane, high = PRE + i // 2, i % 2
+        else:
+            plane, high = OF_Q + (i - M) // 2, (i - M) % 2
+        word = tl.load(at + plane * PLANE, mask=take, other=0) >> (16 * high)
+        value = word.to(tl.int16).to(pre.dtype.element_ty, bitcast=True)
+        tl.store(out + i * k, value, mask=take)
+
+
+@triton.jit
+def name_latents(indices, heads, size, k, LATENTS: tl.constexpr, WIDTH: tl.constexpr):
+    """Latents of the heads [tokens, k] that were gathered, LATENTS each: of all heads, in place.
+
+    indices int64, `size` = tokens * k of them.
+    """
+    at = tl.program_id(0).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
+    inside = at < size
+    index = tl.load(indices + at, mask=inside, other=0)
+    slot = index // LATENTS
+    head = tl.load(heads + at // k * k + slot, mask=inside, other=0).to(tl.int64)
+    tl.store(indices + at, head * LATENTS + (index - slot * LATENTS), mask=inside)

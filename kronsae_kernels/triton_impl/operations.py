@@ -8,7 +8,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
+import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kronsae_kernels import reference, torch_impl
 from kronsae_kernels.common import SparseCodes
@@ -49,12 +51,9 @@ def encode(
     selection = Selection(heads, m, rows - m, k, composition == "mul")
     if mask is not None:
         mask = mask.contiguous().view(torch.uint8)
-    fused = configure("encode", x.device).blocks["FUSED_GEMM"] and x.element_size() == 2
-    if fused and mask is None and selection.fits:
-        parts = [
-            select_kron(pre, None, selection, keys)
-            for pre, keys in _fused_projections(x.contiguous(), weight, bias, selection)
-        ]
+    lists = None if mask is not None else _lists_of(x, selection)
+    if lists is not None:
+        parts = _encode_in_one_pass(x.contiguous(), weight, bias, selection, lists)
     else:
         parts = [
             select_kron(pre, mask, selection)
@@ -397,48 +396,151 @@ def _per_element(kernel: str, elements: int, device: torch.device) -> Config:
     return Config(min(config.num_warps, max(1, elements // per_warp)), config.num_stages, {})
 
 
-def _fused_projections(x: Tensor, weight: Tensor, bias: Tensor | None, selection: Selection):
-    """(pre-latents, head keys) of a chunk of tokens at a time, by `encode_gemm` (16-bit dtypes)."""
-    heads, m, n, _, signed = selection
+class Lists(NamedTuple):
+    """Sizes of the lists of heads that `encode_heads` keeps, and of the tiles that it makes."""
+
+    tokens: int
+    """Tokens of a program, as the next two: powers of two."""
+    heads: int
+    """Heads of a tile."""
+    capacity: int
+    """Heads that a list has room for."""
+    planes: int
+    """int32 numbers for each of these."""
+    splits: int
+    """Ranges that the heads are cut into."""
+    tiles: int
+    """Tiles of a range (the last one may have fewer)."""
+
+    @property
+    def bytes_per_token(self) -> int:
+        return self.splits * self.capacity * self.planes * 4
+
+
+def _lists_of(x: Tensor, selection: Selection) -> Lists | None:
+    """For the encoder in one pass; None where the configuration, or the shape, is for two."""
+    heads, m, n, k, _ = selection
+    wanted = configure("encode", x.device).blocks["ONE_PASS"] and x.element_size() == 2
+    if not (wanted and selection.fits and k < heads):
+        return None
+    blocks = configure("encode_heads", x.device).blocks
     m_padded, n_padded = next_power_of_2(m), next_power_of_2(n)
-    config = configure("encode_gemm", x.device)
-    blocks = config.blocks
-    # COLUMNS of a tile: both products need 16 of their own at least.
-    per_tile = next_power_of_2(max(blocks["COLUMNS"] // (m_padded + n_padded), 1))
-    per_tile = max(per_tile if per_tile * (m_padded + n_padded) <= blocks["COLUMNS"]
-                   else per_tile // 2, 16 // min(m_padded, n_padded), 1)  # fmt: skip
-    spans = torch_impl.spans(x.shape[0], weight.shape[0] * x.element_size(), x.device)
-    most = max((s.stop - s.start for s in spans), default=0)
-    buffer = x.new_empty(most, weight.shape[0])
-    keys = x.new_empty(most, heads, dtype=torch.int32)
-    for span in spans:
-        tokens = span.stop - span.start
-        tiles = -(-tokens // blocks["TOKENS"]) * -(-heads // per_tile)
-        launch(
-            gemm.encode_gemm,
-            (tiles,),
-            Config(config.num_warps, config.num_stages, {}),
-            x=x[span],
-            weight=weight,
-            bias=bias,
-            pre=buffer,
-            head_keys=keys,
-            tokens=tokens,
-            d=x.shape[1],
-            h=heads,
-            M=m,
-            N=n,
-            M_PADDED=m_padded,
-            N_PADDED=n_padded,
-            SIGNED=signed,
-            HAS_BIAS=bias is not None,
-            PRECISION="ieee",
-            TOKENS=blocks["TOKENS"],
-            HEADS=per_tile,
-            WIDTH=blocks["WIDTH"],
-            GROUP=blocks["GROUP"],
+    # Both products of a tile need 16 columns of their own at least.
+    per_tile = max(blocks["COLUMNS"] // (m_padded + n_padded), 1)
+    per_tile = max(next_power_of_2(per_tile + 1) // 2, 16 // min(m_padded, n_padded), 1)
+    capacity = next_power_of_2(max(blocks["ROOM"] * k, k + 2 * per_tile))
+    tiles = -(-heads // per_tile)
+    tiles_of_program = -(-tiles // max(blocks["SPLITS"], blocks["PROGRAMS"] // _blocks_of(x)))
+    splits = -(-tiles // tiles_of_program)
+    if next_power_of_2(splits) * capacity > MAX_CANDIDATES:
+        return None
+    planes = 2 + -(-m // 2) + -(-n // 2)
+    return Lists(blocks["TOKENS"], per_tile, capacity, planes, splits, tiles_of_program)
+
+
+def _blocks_of(x: Tensor) -> int:
+    """Blocks of tokens that `encode_heads` makes at once of x [B, d]."""
+    return max(1, -(-x.shape[0] // configure("encode_heads", x.device).blocks["TOKENS"]))
+
+
+def _encode_in_one_pass(
+    x: Tensor, weight: Tensor, bias: Tensor | None, selection: Selection, lists: Lists
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """indices, base, extension [b, k] of each chunk of tokens (of 16-bit numbers)."""
+    parts = []
+    for span in torch_impl.spans(x.shape[0], lists.bytes_per_token, x.device):
+        heads, pre = _select_in_one_pass(x[span], weight, bias, selection, lists)
+        of_heads = selection._replace(heads=selection.k)
+        indices, base, extension = select_kron(pre, None, of_heads)
+        _name_latents(indices, heads, selection.m * selection.n)
+        parts.append((indices, base, extension))
+    return parts
+
+
+def _select_in_one_pass(
+    x: Tensor, weight: Tensor, bias: Tensor | None, selection: Selection, lists: Lists
+) -> tuple[Tensor, Tensor]:
+    """The k first heads of each token [b, k] int32, ascending, and their pre-latents."""
+    heads, m, n, k, signed = selection
+    (tokens, d), blocks = x.shape, _blocks_of(x)
+    config = configure("encode_heads", x.device)
+    sizes = dict(config.blocks)
+    room = lists.capacity - lists.heads - k
+    cut = max(1, min(lists.tokens, sizes.pop("CUT_ENTRIES") // lists.capacity))
+    for name in ("COLUMNS", "ROOM", "SPLITS", "PROGRAMS"):
+        del sizes[name]
+    padded = {"M_PADDED": next_power_of_2(m), "N_PADDED": next_power_of_2(n)}
+    of_x, of_p, of_q = x, weight, weight
+    sizes["TMA"] = int(sizes["TMA"] and d % 8 == 0 and _aligned(x) and _aligned(weight))
+    if sizes["TMA"]:
+        width, cube = sizes["WIDTH"], weight.view(m + n, heads, d)
+        of_x = TensorDescriptor.from_tensor(x, [lists.tokens, width])
+        of_p, of_q = (
+            TensorDescriptor.from_tensor(cube, [rows, lists.heads, width])
+            for rows in padded.values()
         )
-        yield buffer[:tokens], keys[:tokens]
+    programs = blocks * lists.splits
+    shape = (programs, lists.planes, lists.tokens, lists.capacity)
+    found = x.new_empty(shape, dtype=torch.int32)
+    counts = x.new_empty(programs, lists.tokens, dtype=torch.int32)
+    shared = {"lists": found, "counts": counts, "bounds": torch.empty_like(counts)}
+    shared |= {"splits": lists.splits, "k": k, "M": m, "N": n, "CAPACITY": lists.capacity}
+    launch(
+        gemm.encode_heads,
+        (programs,),
+        Config(config.num_warps, config.num_stages, sizes),
+        x=of_x,
+        p_weight=of_p,
+        q_weight=of_q,
+        bias=bias,
+        tokens=tokens,
+        d=d,
+        h=heads,
+        tiles=lists.tiles,
+        cap=k + room // 8,
+        SIGNED=signed,
+        HAS_BIAS=bias is not None,
+        PRECISION="ieee",
+        DTYPE=tl.bfloat16 if x.dtype == torch.bfloat16 else tl.float16,
+        HEADS=lists.heads,
+        CUT=cut,
+        **padded,
+        **shared,
+    )
+    first = x.new_empty(tokens, k, dtype=torch.int32)
+    pre = x.new_empty(tokens, (m + n) * k)
+    candidates = next_power_of_2(lists.splits) * lists.capacity
+    launch(
+        gemm.gather_heads,
+        (tokens,),
+        _per_element("gather_heads", candidates, x.device),
+        heads=first,
+        pre=pre,
+        TOKENS=lists.tokens,
+        CANDIDATES=candidates,
+        **shared,
+    )
+    return first, pre
+
+
+def _aligned(tensor: Tensor) -> bool:
+    """Whether a tensor begins where a descriptor's may."""
+    return tensor.is_meta or tensor.data_ptr() % 16 == 0
+
+
+def _name_latents(indices: Tensor, heads: Tensor, latents: int) -> None:
+    """Change latents [b, k] of gathered heads into those of all heads, `latents` a head."""
+    config = configure("name_latents", indices.device)
+    launch(
+        gemm.name_latents,
+        (-(-indices.numel() // config.blocks["WIDTH"]),),
+        config,
+        indices=indices,
+        heads=heads,
+        size=indices.numel(),
+        k=heads.shape[1],
+        LATENTS=latents,
+    )
 
 
 # Gathers
