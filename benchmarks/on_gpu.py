@@ -123,7 +123,7 @@ def parts(raw: Path, commands: list[str], smallest: bool) -> list[Part]:
     tune = of("", "--shape toy --kernels update_vector --rounds 1 --most 1")
     interpreter = {"TRITON_INTERPRET": "1"} if smallest else {}
     every = [
-        Part("compile", "", module("precompile", *compiled), 60),
+        Part("compile", "", module("precompile", *compiled), 100),
         Part(
             "check", "check",
             module("check", *device, *of(f"--workers {max(1, workers // 3)}", "--smallest")),
