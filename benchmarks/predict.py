@@ -113,38 +113,39 @@ def _entries(arguments: dict[str, Any], owners: int, shape: Shape) -> float:
     return shape.tokens * shape.k / owners / arguments["ENTRIES"] + 0.5
 
 
+CUT = {"while (left > cap)": 0, "if left > cap": 0, "while below + 1 < above": 0}
+"""Lists that one cut shortens enough, without ties at the cut."""
+
+
+def _rounds(bisections: int, **others: int) -> dict[str, float]:
+    """Rounds of a cut as counted on the products of normal random pre-latents."""
+    return {**CUT, "while (left > cap)": bisections, "while (left > enough)": 4, **others}
+
+
 KERNELS: dict[str, Spec] = {
-    "select_heads": Spec(
-        "select",
-        lambda a, s: {
-            "while (count != k)": 17,
-            "while (left > cap)": 0,
-            "if left > cap": 0,
-        },
-    ),
-    "merge_heads": Spec(None, lambda a, s: {"while (left > cap)": 10, "if left > cap": 0}),
+    "select_heads": Spec("select", lambda a, s: _rounds(0 if a["cap"] > a["k"] else 9)),
+    "merge_heads": Spec(None, lambda a, s: _rounds(10)),
     "select_rows": Spec(
-        None,
-        lambda a, s: {"while (left > cap)": 12, "if left > cap": 0},
-        gathered=lambda a, s: a["HEADS"] * (s.m + s.n),
+        None, lambda a, s: _rounds(12), gathered=lambda a, s: a["HEADS"] * (s.m + s.n)
     ),
     "select_latents": Spec(
         None,
-        lambda a, s: {"while (left > cap)": 14, "if left > cap": 0},
-        gathered=lambda a, s: a["ROWS"] * (1 + s.n),
+        lambda a, s: _rounds(14),
+        gathered=lambda a, s: (
+            a["LISTED"] * (s.m + s.n if a["OF_HEADS"] else 1 + s.n) + 2 * s.k * a["RANK"]
+        ),
     ),
     "rank_latents": Spec(None, gathered=lambda a, s: 2 * s.k),
     "decode_and_loss": Spec(
-        "decode", lambda a, s: {"for start in range(0, d, WIDTH)": s.d / a["WIDTH"]}, ("x",)
+        "decode", lambda a, s: {"for start in tl.range(0, d, WIDTH": s.d / a["WIDTH"]}, ("x",)
     ),
-    "sum_row_segments": Spec(None, lambda a, s: {"for at in range": 0, "while low + 1 < high": 10,
-                                                 "if segment <": 0}),
-    "sum_head_segments": Spec(None, lambda a, s: {"for at in range": 0, "while low + 1 < high": 10,
-                                                  "if segment <": 0}),
+    "group_entries": Spec(None, lambda a, s: {"while left > 0": 19}),
+    "sum_row_segments": Spec(None, lambda a, s: {"for ": 0, "if whole": 0}),
+    "sum_head_segments": Spec(None, lambda a, s: {"for ": 0, "if whole": 0}),
     "update_rows": Spec(
         "decoder update",
         lambda a, s: {
-            "for at in range(start, end, ENTRIES)": _entries(a, s.dict_size, s),
+            "for done in range(0, count, ENTRIES)": _entries(a, s.dict_size, s),
             "for at in range(start, end, MANY)": 1,
             "for _ in range(first, beyond)": 0,
         },
@@ -152,12 +153,15 @@ KERNELS: dict[str, Spec] = {
     "head_gradients": Spec(
         "encoder update",
         lambda a, s: {
-            "for at in range(start, end, ENTRIES)": _entries(a, s.heads, s),
+            "for done in range(0, count, ENTRIES)": _entries(a, s.heads, s),
             "for _ in range(first_part, beyond)": 0,
         },
     ),
     "update_vector": Spec(None),
-}  # fmt: skip
+    "prepare_update": Spec(None, lambda a, s: {"for _ in range(24)": 24}),
+    "note_active": Spec(None),
+    "finish_update": Spec(None, lambda a, s: {"for start in range(0, first, MANY)": 0}),
+}
 
 
 # Recording a step
