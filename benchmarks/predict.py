@@ -146,9 +146,10 @@ KERNELS: dict[str, Spec] = {
         "decoder update",
         lambda a, s: {
             "for done in range(0, count, ENTRIES)": _entries(a, s.dict_size, s),
-            "for at in range(start, end, MANY)": 1,
             "for _ in range(first, beyond)": 0,
+            "if beyond > first": 0,
         },
+        ("row",),
     ),
     "head_gradients": Spec(
         "encoder update",

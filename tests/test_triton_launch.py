@@ -33,7 +33,7 @@ DERIVED = {
     "rank_latents": {"PER_WARP"},
     "encode_heads": {"COLUMNS", "ROOM", "CUT_ENTRIES", "SPLITS", "PROGRAMS"},
     "decode_and_loss": {"TILE"},
-    "update_rows": {"PER_WARP"},
+    "update_rows": {"PER_WARP", "PER_LOAD"},
 }
 """Numbers that a launcher makes block sizes of, by entry; the first two are of no kernel."""
 
