@@ -148,6 +148,7 @@ KERNELS: dict[str, Spec] = {
             "for done in range(0, count, ENTRIES)": _entries(a, s.dict_size, s),
             "for _ in range(first, beyond)": 0,
             "if beyond > first": 0,
+            "for at in range(start, end, MANY)": 0,
         },
         ("row",),
     ),

@@ -110,7 +110,8 @@ also that of an `if` (a path that is seldom taken)."""
 def path(code: Code, trips: Trips) -> list[int]:
     """Positions of the instructions that a warp executes, in order.
 
-    Conditional jumps forward are not taken, unconditional ones are, except over a loop that runs.
+    Conditional jumps forward are taken where their line has 0 trips, unconditional ones always,
+    except over a loop that runs.
     Raises UnknownLoop for a loop whose line is not among `trips`.
     """
     unreached = [_within(one, trips) for one in code.instructions]
@@ -135,7 +136,8 @@ def path(code: Code, trips: Trips) -> list[int]:
                     return False
                 to = code.jumps.get(at, -1)
                 over = any(at < a and b < to and count for (a, b), count in counts.items())
-                if to > at and not one.conditional and not over:
+                skips = any(part in one.source for part in _left_out(trips))
+                if to > at and (skips if one.conditional else not over):
                     at = to
                     continue
             at += 1
@@ -161,8 +163,12 @@ def _trips_of(code: Code, loop: tuple[int, int], trips: Trips) -> int:
 
 def _within(one: Instruction, trips: Trips) -> bool:
     """Whether an instruction's source line lies in the body of a line with 0 trips."""
-    left_out = tuple(part for part, count in trips.items() if count == 0)
-    return any(head < one.line <= end for head, end in _bodies(one.file, left_out))
+    bodies = _bodies(one.file, _left_out(trips))
+    return any(head < one.line <= end for head, end in bodies)
+
+
+def _left_out(trips: Trips) -> tuple[str, ...]:
+    return tuple(part for part, count in trips.items() if count == 0)
 
 
 @functools.cache
