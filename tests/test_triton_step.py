@@ -336,7 +336,7 @@ def test_what_is_not_finite_is_marked_in_its_token(bad, one_gather):
         )
         of_token = found.sums[1].isfinite().tolist()
         assert of_token == ([False] * 3 if spoiled == "scale" else [False, True, True]), spoiled
-        # Numbers so large that their sum would overflow are finite themselves.
+    # Numbers whose sum would overflow are finite themselves.
     large = {**given, "scale": 1e38 / 3, "base": torch.ones(3, 2).to(DEVICE)}
     found = operations.decode_and_loss(
         **large, bias=None, composition="mul", eps=0.0, one_gather=one_gather

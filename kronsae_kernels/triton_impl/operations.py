@@ -20,6 +20,8 @@ MAX_SORTED = 256
 """Latents that one program sorts at most; longer lists are sorted by torch."""
 MAX_HELD = 4096
 """Candidates whose keys one program makes and cuts; of more, keys are written and read."""
+MAX_LIMITED_ROWS = 6
+"""m + n up to which `select_heads` needs no more registers than configs.json allows."""
 MAX_SPARE = 128
 """k up to which a list of heads has an eighth to spare, so that a cut ends early."""
 
@@ -272,10 +274,10 @@ def _select_heads(
     keys = torch.empty_like(lists) if splits > 1 else None
     config = configure("select_heads", pre.device)
     warps = min(config.num_warps, max(1, chunks * lanes // 256))
-    blocks = {
-        "GROUP": min(config.blocks["GROUP"], max(1, lanes // (4 * cap))),
-        "MAX_REGISTERS": config.blocks["MAX_REGISTERS"] if mask is None else 0,
-    }
+    group = min(config.blocks["GROUP"], max(1, lanes // (4 * cap)))
+    blocks = {"GROUP": group, "MAX_REGISTERS": config.blocks["MAX_REGISTERS"]}
+    if mask is not None or shape["DENSE"] or shape["M"] + shape["N"] > MAX_LIMITED_ROWS:
+        blocks["MAX_REGISTERS"] = 0
     launch(
         select.select_heads,
         (tokens, splits),
