@@ -40,7 +40,7 @@ from benchmarks.shapes import SHAPES, Shape, batches
 from benchmarks.steps import CONTENDERS, best_of_ours
 
 STAGE_OF_KERNEL = (
-    ("select", r"select_|merge_heads|rank_latents|gather_heads|name_latents|finish_sel|topk"),
+    ("select", r"select_|merge_lists|list_keys|rank_latents|gather_heads|name_latents|topk"),
     ("encode", r"encode_heads|gemm|cutlass|nvjet|xmma|addmm|aten::mm"),
     ("decode", r"decode_and_loss|combine|pair_dots|embedding_bag"),
     ("encoder update", r"head"),

@@ -230,7 +230,7 @@ def test_any_number_of_splits(composition, name, per_program, device, kernels):
     with configs.override("select_heads", PER_PROGRAM=per_program):
         got = select(pre, 1, 5, composition)
     assert_same(got, expected_of(pre, 1, 5, composition))
-    assert ("merge_heads" in kernels) == (per_program < 101)
+    assert ("merge_lists" in kernels) == (per_program < 101)
 
 
 @pytest.mark.parametrize("name", ["ties", "normal", "zero"])
@@ -245,7 +245,7 @@ def test_splits_of_groups_and_masks(name, device, kernels):
     mask = (torch.arange(534) % 3 > 0).to(device)
     got = select(pre, 1, 4, "mul", mask)
     assert_same(got, expected_of(pre, 1, 4, "mul", mask))
-    assert kernels.count("merge_heads") == 2
+    assert kernels.count("merge_lists") == 2
 
 
 @pytest.mark.parametrize("most", [16, 64])
@@ -315,10 +315,10 @@ def test_masks_of_fewer_than_k(fits, composition, allowed, device, monkeypatch):
         got = select(pre, 2, k, composition, mask)
         assert_same(got, without_masked(expected_of(pre, 2, k, composition, mask), mask))
         assert int((got[0] >= 0).sum(1).max()) == min(k, allowed)
-        of_dense = operations.select_dense(pre.flatten(1)[:, :83].clone(), mask[:83].view(torch.uint8), k)
-        indices = reference.largest(pre.flatten(1)[:, :83].relu().masked_fill(~mask[:83], -torch.inf), k)
-        values = pre.flatten(1)[:, :83].relu().gather(1, indices)
-        assert_same(of_dense, without_masked((indices, values), mask[:83]))
+        of_dense, of_mask = pre.flatten(1)[:, :83].contiguous(), mask[:83]
+        indices = reference.largest(of_dense.relu().masked_fill(~of_mask, -torch.inf), k)
+        expected = without_masked((indices, of_dense.relu().gather(1, indices)), of_mask)
+        assert_same(operations.select_dense(of_dense, of_mask.view(torch.uint8), k), expected)
 
 
 # Drawn cases
@@ -338,6 +338,7 @@ class Drawn(NamedTuple):
     per_program: int
     group: int
     direct: int
+    held: int
     dense: bool
 
 
@@ -356,19 +357,21 @@ def draw(number: int) -> Drawn:
         chance.choice([16, 64, 256]),
         chance.choice([1, 2, 8]),
         chance.choice([1, 64, 4096]),
+        chance.choice([1, 32, 4096]),
         chance.random() < 0.25,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("block", range(10))
-def test_drawn_cases(block, device):
+def test_drawn_cases(block, device, monkeypatch):
     """25 each: ties, signed zeros, NaN, masks of any number of latents, k from 1 to F, splits,
-    lists of heads or of rows, no tokens."""
+    lists of heads or of rows, in one kernel or several, no tokens."""
     for number in range(25 * block, 25 * block + 25):
         case = draw(number)
         torch.manual_seed(number)
         size = case.m * case.n * case.heads
         mask = None if case.share is None else (torch.rand(size) < case.share).to(device)
+        monkeypatch.setattr(operations, "MAX_HELD", case.held)
         with (
             configs.override("select_heads", PER_PROGRAM=case.per_program, GROUP=case.group),
             configs.override("select_latents", DIRECT=case.direct),
