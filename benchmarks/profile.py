@@ -22,7 +22,7 @@ from benchmarks.shapes import SHAPES, Shape, batches
 from benchmarks.steps import CONTENDERS, best_of_ours
 
 STAGE_OF_KERNEL = (
-    ("select", r"select_|merge_heads|rank_latents|topk"),
+    ("select", r"select_|merge_lists|list_keys|rank_latents|topk"),
     ("encode", r"encode_gemm|gemm|cutlass|nvjet|xmma|addmm|aten::mm"),
     ("decode", r"decode_and_loss|combine|pair_dots|embedding_bag"),
     ("encoder update", r"head"),

@@ -57,7 +57,7 @@ class StepOutput(NamedTuple):
     loss: Tensor
     """Mean squared error over tokens and dimensions, not weighted (float32 scalar)."""
     codes: SparseCodes
-    """[B, k] values and indices, largest first."""
+    """[B, k] values and indices, largest first (-1 in places that a mask leaves over)."""
     residual: Tensor
     """[B, d] reconstruction minus target, in the compute dtype."""
 
@@ -171,7 +171,9 @@ class TrainingStep:
         """Forward and backward of weight * mean((decode(encode(x)) - target)^2); no weight changes.
 
         x: [B, d].  target: [B, d], by default x.  k: by default that of the step.
-        mask: bool [F], which latents may be selected (at least k).  bias: whether b_dec takes part.
+        mask: bool [F], which latents may be selected. Where it allows fewer than k, the places left
+            over have index -1 and value 0 and take no part, here and in `apply`: k can stay the
+            same however many are allowed.  bias: whether b_dec takes part.
         Raises ValueError if shapes do not fit.
         """
         k = self.k if k is None else k

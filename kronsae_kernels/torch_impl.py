@@ -25,9 +25,11 @@ from kronsae_kernels.common import accumulate_dtype
 
 CHUNK_BYTES = {"cpu": 8 << 20}
 """Size of the pre-latents of one chunk of tokens, by device type: the cache, on a CPU."""
-DEFAULT_CHUNK_BYTES = 512 << 20
+DEFAULT_CHUNK_BYTES = 1 << 30
 MIN_CHUNK_TOKENS = 256
 """Fewer tokens make the matrix product inefficient."""
+TILE_TOKENS = 128
+"""Tokens of a tile of the product on a GPU, of which chunks are multiples."""
 
 
 # Encode
@@ -548,7 +550,11 @@ def chunk_tokens(bytes_per_token: int, device: torch.device, least: int | None =
     least: how many it has at least; by default MIN_CHUNK_TOKENS.
     """
     budget = CHUNK_BYTES.get(device.type, DEFAULT_CHUNK_BYTES)
-    return max(MIN_CHUNK_TOKENS if least is None else least, budget // max(1, bytes_per_token))
+    least = MIN_CHUNK_TOKENS if least is None else least
+    tokens = max(least, budget // max(1, bytes_per_token))
+    if device.type != "cpu" and tokens > TILE_TOKENS:
+        tokens -= tokens % TILE_TOKENS
+    return tokens
 
 
 def spans(

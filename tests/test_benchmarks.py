@@ -182,7 +182,7 @@ def test_kernels_are_counted_where_they_belong():
 
     found = {
         "select_heads": "select",
-        "merge_heads": "select",
+        "merge_lists": "select",
         "select_rows": "select",
         "encode_gemm": "encode",
         "nvjet_tst_128x256_64x4_coopB_bz_TNT": "encode",

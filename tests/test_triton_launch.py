@@ -26,10 +26,11 @@ DERIVED = {
     "encode": {"FUSED_GEMM"},
     "segments": {"ROW_LENGTH", "HEAD_LENGTH"},
     "select_heads": {"PER_PROGRAM", "MAX_REGISTERS"},
-    "merge_heads": {"PER_WARP"},
-    "select_rows": {"PER_WARP"},
-    "select_latents": {"PER_WARP", "DIRECT"},
-    "rank_latents": {"PER_WARP"},
+    "merge_lists": {"ONE_WARP", "PER_WARP"},
+    "list_keys": {"TILE"},
+    "select_rows": {"ONE_WARP", "PER_WARP"},
+    "select_latents": {"ONE_WARP", "PER_WARP", "DIRECT"},
+    "rank_latents": {"ONE_WARP", "PER_WARP"},
     "encode_gemm": {"COLUMNS"},
     "decode_and_loss": {"TILE"},
     "update_rows": {"PER_WARP"},
@@ -93,9 +94,7 @@ def test_override_ends():
         with configs.override("combine", ROWS=2):
             inside = configs.config_of("combine", "sm_90")
         assert configs.config_of("combine", "interpreter").blocks["ROWS"] != 2
-    assert inside == configs.Config(
-        1, before.num_stages, {**before.blocks, "ROWS": 2, "WIDTH": 16}
-    )
+    assert inside == configs.Config(1, before.num_stages, {**before.blocks, "ROWS": 2, "WIDTH": 16})
     assert configs.config_of("combine", "sm_90") == before
     for kernel, numbers in (("combine", {"ROW": 2}), ("decode_all", {"ROWS": 2})):
         with pytest.raises(ValueError, match=f"{kernel}: expected changes of"):
@@ -211,7 +210,7 @@ def test_production_shapes_are_recorded_without_memory():
     assert (indices.shape, out.shape, n) == ((8192, k), (8192, d), 8)
     names = [one.kernel.fn.__name__ for one in launches]
     assert set(names) == {
-        "select_heads", "merge_heads", "select_rows", "select_latents", "combine",
+        "select_heads", "merge_lists", "select_rows", "select_latents", "combine",
         "pair_dots", "group_entries", "sum_row_segments", "row_gradients", "sum_head_segments",
         "head_gradients",
     }  # fmt: skip

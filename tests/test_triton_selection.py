@@ -232,7 +232,7 @@ def test_any_number_of_splits(composition, name, per_program, device, kernels):
     with configs.override("select_heads", PER_PROGRAM=per_program):
         got = select(pre, 1, 5, composition)
     assert_same(got, expected_of(pre, 1, 5, composition))
-    assert ("merge_heads" in kernels) == (per_program < 101)
+    assert ("merge_lists" in kernels) == (per_program < 101)
 
 
 @pytest.mark.parametrize("name", ["ties", "normal", "zero"])
@@ -247,7 +247,7 @@ def test_splits_of_groups_and_masks(name, device, kernels):
     mask = (torch.arange(534) % 3 > 0).to(device)
     got = select(pre, 1, 4, "mul", mask)
     assert_same(got, expected_of(pre, 1, 4, "mul", mask))
-    assert kernels.count("merge_heads") == 2
+    assert kernels.count("merge_lists") == 2
 
 
 @pytest.mark.parametrize("most", [16, 64])
@@ -317,8 +317,12 @@ def test_masks_of_fewer_than_k(fits, composition, allowed, device, monkeypatch):
         got = select(pre, 2, k, composition, mask)
         assert_same(got, without_masked(expected_of(pre, 2, k, composition, mask), mask))
         assert int((got[0] >= 0).sum(1).max()) == min(k, allowed)
-        of_dense = operations.select_dense(pre.flatten(1)[:, :83].clone(), mask[:83].view(torch.uint8), k)
-        indices = reference.largest(pre.flatten(1)[:, :83].relu().masked_fill(~mask[:83], -torch.inf), k)
+        of_dense = operations.select_dense(
+            pre.flatten(1)[:, :83].clone(), mask[:83].view(torch.uint8), k
+        )
+        indices = reference.largest(
+            pre.flatten(1)[:, :83].relu().masked_fill(~mask[:83], -torch.inf), k
+        )
         values = pre.flatten(1)[:, :83].relu().gather(1, indices)
         assert_same(of_dense, without_masked((indices, values), mask[:83]))
 

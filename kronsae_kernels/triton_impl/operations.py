@@ -20,6 +20,8 @@ MAX_CANDIDATES = 16384
 """Keys that one program holds in registers at most; where a cut has more, torch selects."""
 MAX_SORTED = 256
 """Latents that one program sorts at most; longer lists are sorted by torch."""
+MAX_HELD = 4096
+"""Candidates whose keys one program makes and cuts; of more, keys are written and read."""
 MAX_SPARE = 128
 """k up to which a list of heads has an eighth to spare, so that a cut ends early."""
 
@@ -173,7 +175,7 @@ class Selection(NamedTuple):
         """Whether every cut fits into a program."""
         m, n = next_power_of_2(self.m), next_power_of_2(self.n)
         candidates = max(self.kept_heads * m, self.kept_rows * n)
-        return min(candidates, self.direct) <= MAX_CANDIDATES and self.size < 2**31
+        return candidates <= MAX_CANDIDATES and self.size < 2**31
 
 
 def _places(k: int, heads: int) -> int:
@@ -200,35 +202,13 @@ def select_kron(
     tokens, stride = pre.shape
     shape = {"M": m, "N": n, "SIGNED": signed}
     kept_heads, kept_rows = selection.kept_heads, selection.kept_rows
-    lists, listed, every, of_heads = None, kept_heads, k >= heads, True
-    if not every:
+    lists, listed, of_heads = None, kept_heads, True
+    if k < heads:
         of_head = None if mask is None else mask.view(heads, m * n).t().contiguous()
         lists = _select_heads(pre, of_head, heads, k, heads, head_keys, **shape, DENSE=False)
     if selection.direct > configure("select_latents", pre.device).blocks["DIRECT"]:
-        heads_listed, every_head, of_heads = lists, every, False
-        lists, listed, every = None, kept_rows, k >= heads * m
-        if not every:
-            lists = pre.new_empty(tokens, kept_rows, dtype=torch.int32)
-            padded = {"M_PADDED": next_power_of_2(m), "N_PADDED": next_power_of_2(n)}
-            launch(
-                select.select_rows,
-                (tokens,),
-                _per_element("select_rows", kept_heads * padded["M_PADDED"], pre.device),
-                pre=pre,
-                mask=mask,
-                heads=heads_listed,
-                rows=lists,
-                stride=stride,
-                h=heads,
-                k=min(k, heads * m),
-                cap=kept_rows,
-                HAS_MASK=mask is not None,
-                ALL=every_head,
-                HEADS=kept_heads,
-                CAP=kept_rows,
-                **shape,
-                **padded,
-            )
+        lists = _select_rows(pre, mask, lists, selection) if k < heads * m else None
+        listed, of_heads = kept_rows, False
     return _select_latents(
         pre, mask, lists, listed, selection.size, k, heads, OF_HEADS=of_heads, DENSE=False, **shape
     )
@@ -296,7 +276,7 @@ def _select_heads(
     warps = min(config.num_warps, max(1, chunks * lanes // 256))
     blocks = {
         "GROUP": min(config.blocks["GROUP"], max(1, lanes // (4 * cap))),
-        "MAX_REGISTERS": config.blocks["MAX_REGISTERS"],
+        "MAX_REGISTERS": config.blocks["MAX_REGISTERS"] if mask is None else 0,
     }
     launch(
         select.select_heads,
@@ -322,22 +302,97 @@ def _select_heads(
     )
     if splits == 1:
         return lists
-    merged = pre.new_empty(tokens, cap, dtype=torch.int32)
-    candidates = next_power_of_2(splits * cap)
+    return _merged(lists, keys, k, cap)
+
+
+def _merged(
+    lists: Tensor, keys: Tensor, k: int, cap: int, ranked: Tensor | None = None
+) -> Tensor | None:
+    """The list [b, cap] of the k first ids in lists [b, c] with keys; or these in `ranked`."""
+    tokens, length = lists.shape
+    kept = lists.new_empty(tokens, cap) if ranked is None else None
+    candidates, config = next_power_of_2(length), configure("merge_lists", lists.device)
     launch(
-        select.merge_heads,
+        select.merge_lists,
         (tokens,),
-        _per_element("merge_heads", candidates, pre.device),
+        _per_element("merge_lists", candidates, lists.device),
         lists=lists,
         keys=keys,
-        heads=merged,
-        length=splits * cap,
+        kept=kept,
+        ranked=ranked,
+        length=length,
         k=k,
         cap=cap,
+        RANKED=ranked is not None,
         CAP=cap,
         CANDIDATES=candidates,
+        PART=min(candidates, config.blocks["PART"]),
     )
-    return merged
+    return kept
+
+
+def _list_keys(
+    pre: Tensor, listed: int, of_rows: bool, size: int, **shared: Any
+) -> tuple[Tensor, Tensor]:
+    """ids and keys [b, c] of what is in lists [b, listed] of heads (of_rows) or rows."""
+    tokens = pre.shape[0]
+    m_padded, n_padded = next_power_of_2(shared["M"]), next_power_of_2(shared["N"])
+    per = m_padded if of_rows else n_padded
+    config = configure("list_keys", pre.device)
+    entries = min(listed, max(1, config.blocks["TILE"] // per))
+    ids = pre.new_empty(tokens, listed * per, dtype=torch.int32)
+    keys = torch.empty_like(ids)
+    launch(
+        select.list_keys,
+        (tokens, listed // entries),
+        Config(config.num_warps, config.num_stages, {"ENTRIES": entries}),
+        pre=pre,
+        ids=ids,
+        keys=keys,
+        stride=pre.shape[1],
+        size=size,
+        M_PADDED=m_padded,
+        N_PADDED=n_padded,
+        OF_ROWS=of_rows,
+        LISTED=listed,
+        PER=per,
+        **shared,
+    )
+    return ids, keys
+
+
+def _select_rows(
+    pre: Tensor, mask: Tensor | None, list_of_heads: Tensor | None, selection: Selection
+) -> Tensor:
+    """The list of rows [b, kept_rows] that hold the k first latents (None: of all heads)."""
+    heads, m, n, k, signed = selection
+    kept_heads, kept_rows = selection.kept_heads, selection.kept_rows
+    m_padded = next_power_of_2(m)
+    shared = {"M": m, "N": n, "SIGNED": signed, "h": heads}
+    shared |= {"mask": mask, "HAS_MASK": mask is not None, "ALL": list_of_heads is None}
+    if kept_heads * m_padded > MAX_HELD:
+        found = _list_keys(
+            pre, kept_heads, True, selection.size, lists=list_of_heads, DENSE=False, **shared
+        )
+        return _merged(*found, k, kept_rows)
+    rows = pre.new_empty(pre.shape[0], kept_rows, dtype=torch.int32)
+    launch(
+        select.select_rows,
+        (pre.shape[0],),
+        _per_element("select_rows", kept_heads * m_padded, pre.device),
+        pre=pre,
+        heads=list_of_heads,
+        rows=rows,
+        stride=pre.shape[1],
+        k=k,
+        cap=kept_rows,
+        M_PADDED=m_padded,
+        N_PADDED=next_power_of_2(n),
+        HEADS=kept_heads,
+        CAP=kept_rows,
+        **shared,
+    )
+    return rows
 
 
 def _select_latents(
@@ -354,30 +409,36 @@ def _select_latents(
     tokens, stride = pre.shape
     of_heads = shape.pop("OF_HEADS")
     m_padded = next_power_of_2(shape["M"]) if of_heads else 1
-    n_padded, k_padded, rank = next_power_of_2(shape["N"]), next_power_of_2(k), k <= MAX_SORTED
+    n_padded, k_padded = next_power_of_2(shape["N"]), next_power_of_2(k)
     ranked = pre.new_empty(tokens, k, dtype=torch.int64)
     indices = torch.empty_like(ranked)
     base = pre.new_empty(tokens, k, dtype=torch.float32)
     extension = base if shape["DENSE"] else torch.empty_like(base)
-    shared = {"pre": pre, "stride": stride, "h": heads, "k": k, "K_PADDED": k_padded, **shape}
-    shared |= {"indices": indices, "base": base, "extension": extension}
-    launch(
-        select.select_latents,
-        (tokens,),
-        _per_element("select_latents", listed * m_padded * n_padded, pre.device),
-        mask=mask,
-        lists=lists,
-        ranked=ranked,
-        size=size,
-        M_PADDED=m_padded,
-        N_PADDED=n_padded,
-        HAS_MASK=mask is not None,
-        ALL=lists is None,
-        OF_HEADS=of_heads,
-        LISTED=listed,
-        RANK=rank,
-        **shared,
-    )
+    held = listed * m_padded * n_padded <= MAX_HELD or of_heads
+    shared = {"pre": pre, "h": heads, **shape}
+    masked = {"mask": mask, "HAS_MASK": mask is not None, "lists": lists, "ALL": lists is None}
+    ranks = {"stride": stride, "k": k, "K_PADDED": k_padded, "indices": indices}
+    ranks |= {"base": base, "extension": extension}
+    rank = held and k <= MAX_SORTED
+    if held:
+        launch(
+            select.select_latents,
+            (tokens,),
+            _per_element("select_latents", listed * m_padded * n_padded, pre.device),
+            ranked=ranked,
+            size=size,
+            M_PADDED=m_padded,
+            N_PADDED=n_padded,
+            OF_HEADS=of_heads,
+            LISTED=listed,
+            RANK=rank,
+            **shared,
+            **masked,
+            **ranks,
+        )
+    else:
+        found = _list_keys(listed=listed, of_rows=False, size=size, **shared, **masked)
+        _merged(*found, k, k, ranked)
     if not rank:
         launch(
             select.rank_latents,
@@ -385,6 +446,7 @@ def _select_latents(
             _per_element("rank_latents", k_padded, pre.device),
             ranked=ranked.sort(dim=1, descending=True).values,
             **shared,
+            **ranks,
         )
     return indices, base, extension
 
@@ -392,8 +454,8 @@ def _select_latents(
 def _per_element(kernel: str, elements: int, device: torch.device) -> Config:
     """Warps for a program that holds so many elements, up to what configs allow."""
     config = configure(kernel, device)
-    per_warp = config.blocks["PER_WARP"]
-    return Config(min(config.num_warps, max(1, elements // per_warp)), config.num_stages, {})
+    warps = 1 if elements <= config.blocks["ONE_WARP"] else elements // config.blocks["PER_WARP"]
+    return Config(min(config.num_warps, max(1, warps)), config.num_stages, {})
 
 
 def _fused_projections(x: Tensor, weight: Tensor, bias: Tensor | None, selection: Selection):

@@ -208,42 +208,73 @@ def select_heads(pre, mask, head_keys, heads, keys, stride, size, h, k, cap,
 
 
 @triton.jit
-def merge_heads(lists, keys, heads, length, k, cap,
-                CAP: tl.constexpr, CANDIDATES: tl.constexpr):  # fmt: skip
-    """The k to cap first of the heads in lists [tokens, length] with keys: heads [tokens, CAP]."""
-    token = tl.program_id(0).to(tl.int64)
-    place = tl.arange(0, CANDIDATES)
-    inside = place < length
-    ids = tl.load(lists + token * length + place, mask=inside, other=-1)
-    key = tl.load(keys + token * length + place, mask=inside, other=PADDING)
-    low, bound, left = _cut(key, ids, tl.full((), MASKED, tl.int32), tl.max(key), k, cap)
-    take = (key > low) | ((key == low) & (ids < bound))
-    _store_list(heads + token * CAP, ids, take, left, CAP)
+def _load_list(lists, keys, start, length, SIZE: tl.constexpr):
+    """(key, id) of SIZE places of a list from `start` on."""
+    place = start + tl.arange(0, SIZE)
+    key = tl.load(keys + place, mask=place < length, other=PADDING)
+    return key, tl.load(lists + place, mask=place < length, other=-1)
 
 
 @triton.jit
-def select_rows(pre, mask, heads, rows, stride, h, k, cap,
-                M: tl.constexpr, N: tl.constexpr, M_PADDED: tl.constexpr, N_PADDED: tl.constexpr,
-                SIGNED: tl.constexpr, HAS_MASK: tl.constexpr, ALL: tl.constexpr,
-                HEADS: tl.constexpr, CAP: tl.constexpr):  # fmt: skip
-    """The k to cap first (head, base) rows, head * m + base, of heads [tokens, HEADS].
+def merge_lists(lists, keys, kept, ranked, length, k, cap, RANKED: tl.constexpr,
+                CAP: tl.constexpr, CANDIDATES: tl.constexpr, PART: tl.constexpr):  # fmt: skip
+    """The k to cap first of ids in lists [tokens, length] with keys: kept [tokens, CAP].
 
-    ALL: of all h heads, `heads` is not read. Result rows [tokens, CAP].
+    RANKED: the k first, as ranked [tokens, k] of `select_latents`. They are read twice, PART at a
+    time when they are written: keys, ids, places and addresses of all do not fit into registers.
     """
     token = tl.program_id(0).to(tl.int64)
-    pre += token * stride
-    slot, i, j = tl.arange(0, HEADS), tl.arange(0, M_PADDED), tl.arange(0, N_PADDED)
+    lists += token * length
+    keys += token * length
+    every_key, every_id = _load_list(lists, keys, 0, length, CANDIDATES)
+    low = tl.full((), MASKED, tl.int32)
+    low, bound, left = _cut(every_key, every_id, low, tl.max(every_key), k, cap)
+    written = tl.full((), 0, tl.int32)
+    for start in range(0, length, PART):
+        key, ids = _load_list(lists, keys, start, length, PART)
+        take = (key > low) | ((key == low) & (ids < bound))
+        chosen = take.to(tl.int32)
+        if RANKED:
+            _store_ranks(ranked + token * k + written, key, ids, take)
+        else:
+            place = written + tl.cumsum(chosen, 0) - chosen
+            tl.store(kept + token * CAP + place, ids, mask=take)
+        written += tl.sum(chosen)
+    if not RANKED:
+        slot = tl.arange(0, CAP)
+        rest = tl.full([CAP], -1, tl.int32)
+        tl.store(kept + token * CAP + slot, rest, mask=slot >= left)
+
+
+@triton.jit
+def _store_ranks(ranked, key, ids, take):
+    """Write the key, then 2^31 - 1 - id, 32 bits each, of ids [C] that are taken, in no order."""
+    chosen = take.to(tl.int32)
+    rank = (key.to(tl.int64) << 32) | (ids ^ LAST).to(tl.int64)  # x ^ LAST: 2^31 - 1 - x
+    tl.store(ranked + tl.cumsum(chosen, 0) - chosen, rank, mask=take)
+
+
+@triton.jit
+def _listed(lists, start, slot, size, ALL: tl.constexpr):
+    """Entries of the list at `start`: (them or 0, whether they are there). ALL: 0 to size."""
     if ALL:
-        head = tl.where(slot < h, slot, -1)
+        listed = tl.where(slot < size, slot, -1)
     else:
-        head = tl.load(heads + token * HEADS + slot)
-    there = head >= 0
-    head = tl.where(there, head, 0)
+        listed = tl.load(lists + start + slot)
+    return tl.where(listed >= 0, listed, 0), listed >= 0
+
+
+@triton.jit
+def _row_keys(pre, mask, head, there, h,
+              M: tl.constexpr, N: tl.constexpr, M_PADDED: tl.constexpr, N_PADDED: tl.constexpr,
+              SIGNED: tl.constexpr, HAS_MASK: tl.constexpr):  # fmt: skip
+    """(key, id) of the rows of heads [H], flattened; id = head * m + base."""
+    i, j = tl.arange(0, M_PADDED), tl.arange(0, N_PADDED)
     of_base = there[:, None] & (i < M)[None, :]
     u = factor(tl.load(pre + i[None, :] * h + head[:, None], mask=of_base, other=0.0), SIGNED)
     ids = head[:, None] * M + i[None, :]
     if HAS_MASK:
-        key = tl.full([HEADS, M_PADDED], MASKED, tl.int32)
+        key = tl.full(ids.shape, MASKED, tl.int32)
         for extension in range(0, N):
             v = factor(tl.load(pre + (M + extension) * h + head, mask=there, other=0.0), SIGNED)
             allowed = tl.load(mask + ids * N + extension, mask=of_base, other=0) != 0
@@ -258,8 +289,82 @@ def select_rows(pre, mask, heads, rows, stride, h, k, cap,
             lowest = tl.reduce(tl.where(real, v, -least), 1, minimum)[:, None]
             score = maximum(score, u * lowest)
         key = key_of(score)
-    key = tl.reshape(tl.where(of_base, key, PADDING), [HEADS * M_PADDED])
-    ids = tl.reshape(ids, [HEADS * M_PADDED])
+    key = tl.where(of_base, key, PADDING)
+    return tl.reshape(key, [key.numel]), tl.reshape(ids, [ids.numel])
+
+
+@triton.jit
+def _latent_keys(pre, mask, listed, there, size, h,
+                 M: tl.constexpr, N: tl.constexpr, M_PADDED: tl.constexpr, N_PADDED: tl.constexpr,
+                 SIGNED: tl.constexpr, DENSE: tl.constexpr, HAS_MASK: tl.constexpr,
+                 OF_HEADS: tl.constexpr):  # fmt: skip
+    """(key, latent) of the latents of heads (OF_HEADS) or rows [L], flattened."""
+    i, j = tl.arange(0, M_PADDED), tl.arange(0, N_PADDED)
+    of_base = there[:, None]
+    if OF_HEADS:
+        head = listed
+        row = listed[:, None] * M + i[None, :]
+        of_base = of_base & (i < M)[None, :]
+    else:
+        head = listed // M
+        row = listed[:, None]
+    ids = row[:, :, None] * N + j[None, None, :]
+    inside = of_base[:, :, None] & (j < N)[None, None, :] & (ids < size)
+    if DENSE:
+        score = factor(tl.load(pre + ids, mask=inside, other=0.0), SIGNED)
+    else:
+        at = (row - head[:, None] * M) * h + head[:, None]
+        u = factor(tl.load(pre + at, mask=of_base, other=0.0), SIGNED)
+        at = (M + j)[None, :] * h + head[:, None]
+        v = tl.load(pre + at, mask=there[:, None] & (j < N)[None, :], other=0.0)
+        score = u[:, :, None] * factor(v, SIGNED)[:, None, :]
+    key = key_of(score)
+    if HAS_MASK:
+        allowed = tl.load(mask + ids, mask=inside, other=0) != 0
+        key = tl.where(allowed, key, MASKED)
+    key = tl.where(inside, key, PADDING)
+    return tl.reshape(key, [key.numel]), tl.reshape(ids, [ids.numel])
+
+
+@triton.jit
+def list_keys(pre, mask, lists, ids, keys, stride, size, h,
+              M: tl.constexpr, N: tl.constexpr, M_PADDED: tl.constexpr, N_PADDED: tl.constexpr,
+              SIGNED: tl.constexpr, DENSE: tl.constexpr, HAS_MASK: tl.constexpr,
+              ALL: tl.constexpr, OF_ROWS: tl.constexpr, LISTED: tl.constexpr, PER: tl.constexpr,
+              ENTRIES: tl.constexpr):  # fmt: skip
+    """Keys and ids [tokens, LISTED * PER] of the rows of heads (OF_ROWS) or latents of rows listed.
+
+    Where they are too many for the program that selects. Grid (tokens, LISTED / ENTRIES).
+    """
+    token, part = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    pre += token * stride
+    slot = part * ENTRIES + tl.arange(0, ENTRIES)
+    if OF_ROWS:
+        listed, there = _listed(lists, token * LISTED, slot, h, ALL)
+        key, id = _row_keys(pre, mask, listed, there, h, M, N, M_PADDED, N_PADDED, SIGNED,
+                            HAS_MASK)  # fmt: skip
+    else:
+        listed, there = _listed(lists, token * LISTED, slot, tl.cdiv(size, N), ALL)
+        key, id = _latent_keys(pre, mask, listed, there, size, h, M, N, 1, N_PADDED, SIGNED, DENSE,
+                               HAS_MASK, False)  # fmt: skip
+    at = (token * LISTED + part * ENTRIES) * PER + tl.arange(0, ENTRIES * PER)
+    tl.store(keys + at, key)
+    tl.store(ids + at, id)
+
+
+@triton.jit
+def select_rows(pre, mask, heads, rows, stride, h, k, cap,
+                M: tl.constexpr, N: tl.constexpr, M_PADDED: tl.constexpr, N_PADDED: tl.constexpr,
+                SIGNED: tl.constexpr, HAS_MASK: tl.constexpr, ALL: tl.constexpr,
+                HEADS: tl.constexpr, CAP: tl.constexpr):  # fmt: skip
+    """The k to cap first (head, base) rows, head * m + base, of heads [tokens, HEADS].
+
+    ALL: of all h heads, `heads` is not read. Result rows [tokens, CAP].
+    """
+    token = tl.program_id(0).to(tl.int64)
+    head, there = _listed(heads, token * HEADS, tl.arange(0, HEADS), h, ALL)
+    key, ids = _row_keys(pre + token * stride, mask, head, there, h, M, N, M_PADDED, N_PADDED,
+                         SIGNED, HAS_MASK)  # fmt: skip
     low, bound, left = _cut(key, ids, tl.full((), MASKED, tl.int32), tl.max(key), k, cap)
     take = (key > low) | ((key == low) & (ids < bound))
     _store_list(rows + token * CAP, ids, take, left, CAP)
@@ -273,50 +378,19 @@ def select_latents(pre, mask, lists, ranked, indices, base, extension, stride, s
                    LISTED: tl.constexpr, RANK: tl.constexpr, K_PADDED: tl.constexpr):  # fmt: skip
     """The k first latents in lists [tokens, LISTED] of heads (OF_HEADS) or of rows.
 
-    ranked [tokens, k] int64, in no order: the key, then 2^31 - 1 - index, 32 bits each: what comes
-    first is larger. RANK: they are sorted at once (see `rank_latents`).
+    ranked [tokens, k] int64, in no order: what comes first is larger. RANK: they are sorted at once
+    (see `rank_latents`).
     DENSE: rows are groups of N columns, of `size`. ALL: all there are; `lists` is not read.
     """
     token = tl.program_id(0).to(tl.int64)
     pre += token * stride
-    slot, i, j = tl.arange(0, LISTED), tl.arange(0, M_PADDED), tl.arange(0, N_PADDED)
-    if ALL:
-        listed = tl.where(slot * (M * N if OF_HEADS else N) < size, slot, -1)
-    else:
-        listed = tl.load(lists + token * LISTED + slot)
-    there = (listed >= 0)[:, None]
-    listed = tl.where(listed >= 0, listed, 0)
-    if OF_HEADS:
-        head = listed
-        row = listed[:, None] * M + i[None, :]
-        of_base = there & (i < M)[None, :]
-    else:
-        head = listed // M
-        row = listed[:, None]
-        of_base = there
-    ids = row[:, :, None] * N + j[None, None, :]
-    inside = of_base[:, :, None] & (j < N)[None, None, :] & (ids < size)
-    if DENSE:
-        score = factor(tl.load(pre + ids, mask=inside, other=0.0), SIGNED)
-    else:
-        at = (row - head[:, None] * M) * h + head[:, None]
-        u = factor(tl.load(pre + at, mask=of_base, other=0.0), SIGNED)
-        at = (M + j)[None, :] * h + head[:, None]
-        v = tl.load(pre + at, mask=there & (j < N)[None, :], other=0.0)
-        score = u[:, :, None] * factor(v, SIGNED)[:, None, :]
-    key = key_of(score)
-    if HAS_MASK:
-        allowed = tl.load(mask + ids, mask=inside, other=0) != 0
-        key = tl.where(allowed, key, MASKED)
-    key = tl.where(inside, key, PADDING)
-    key, ids = tl.reshape(key, [key.numel]), tl.reshape(ids, [ids.numel])
+    entries = h if OF_HEADS else tl.cdiv(size, N)
+    listed, there = _listed(lists, token * LISTED, tl.arange(0, LISTED), entries, ALL)
+    key, ids = _latent_keys(pre, mask, listed, there, size, h, M, N, M_PADDED, N_PADDED, SIGNED,
+                            DENSE, HAS_MASK, OF_HEADS)  # fmt: skip
     low, bound, _ = _cut(key, ids, tl.full((), MASKED, tl.int32), tl.max(key), k, k)
-    take = (key > low) | ((key == low) & (ids < bound))
-    chosen = take.to(tl.int32)
-    place = tl.cumsum(chosen, 0) - chosen
-    rank = (key.to(tl.int64) << 32) | (ids ^ LAST).to(tl.int64)  # x ^ LAST: 2^31 - 1 - x
     ranked += token * k
-    tl.store(ranked + place, rank, mask=take)
+    _store_ranks(ranked, key, ids, (key > low) | ((key == low) & (ids < bound)))
     if RANK:
         tl.debug_barrier()  # the program reads what it wrote
         out = token * k
