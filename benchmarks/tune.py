@@ -222,7 +222,7 @@ KERNELS: dict[str, tuple[Callable[[Data], Results], list[Changes]]] = {
     "sum_row_segments": (update_decoder, [{"ENTRIES": 16}, {"WIDTH": 1024}, {"WIDTH": 256}]),
     "update_rows": (
         update_decoder,
-        [{"ENTRIES": 8}, {"ENTRIES": 2}, {"PER_WARP": 256}, {"PER_WARP": 1024}, {"MANY": 32}],
+        [{"ENTRIES": 1}, {"ENTRIES": 4}, {"PER_WARP": 320}, {"PER_WARP": 1280}],
     ),
     "head_gradients": (
         update_encoder,

@@ -33,7 +33,7 @@ DERIVED = {
     "rank_latents": {"ONE_WARP", "PER_WARP"},
     "encode_gemm": {"COLUMNS"},
     "decode_and_loss": {"TILE"},
-    "update_rows": {"PER_WARP"},
+    "update_rows": {"PER_WARP", "PER_LOAD"},
 }
 """Numbers that a launcher makes block sizes of, by entry; the first two are of no kernel."""
 

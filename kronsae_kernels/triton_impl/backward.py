@@ -18,7 +18,9 @@ import triton.language as tl
 
 from kronsae_kernels.triton_impl.device import (
     GRADIENT_SCALE,
+    PROCEED,
     adamw,
+    adamw_numbers,
     dot,
     if_proceeds,
     rounded,
@@ -94,38 +96,81 @@ def _row_of_segment(latents, segment, LENGTH: tl.constexpr, LATENTS: tl.constexp
     return row, row == tl.load(latents + segment * LENGTH + (LENGTH - 1)) // LATENTS
 
 
-# Rows
+# Rows. A program holds PIECES x WIDTH columns, as a tuple: no tile is padded to a power of two, and
+# WIDTH is what its threads take with one load each.
 
 
 @triton.jit
-def _row_sum(coefficients, tokens, y, start, count, gap_at, gap, d, c, real,
-             WIDTH: tl.constexpr, ENTRIES: tl.constexpr):  # fmt: skip
-    """Sum of coefficient * y[token] over `count` entries from start, for columns c.
+def _zeros(PIECES: tl.constexpr, WIDTH: tl.constexpr):
+    pieces = ()
+    for _ in tl.static_range(PIECES):
+        pieces = pieces + (tl.zeros([WIDTH], tl.float32),)
+    return pieces
 
-    From entry gap_at on, `gap` entries are left out.
+
+@triton.jit
+def _load(row, columns, PIECES: tl.constexpr, WIDTH: tl.constexpr):
+    """The first `columns` numbers of a row, float32; 0 beyond."""
+    c = tl.arange(0, WIDTH)
+    pieces = ()
+    for i in tl.static_range(PIECES):
+        piece = tl.load(row + i * WIDTH + c, mask=c < columns - i * WIDTH, other=0.0)
+        pieces = pieces + (piece.to(tl.float32),)
+    return pieces
+
+
+@triton.jit
+def _store(row, pieces, columns, PIECES: tl.constexpr, WIDTH: tl.constexpr):
+    c = tl.arange(0, WIDTH)
+    for i in tl.static_range(PIECES):
+        value = rounded(pieces[i], row.dtype.element_ty)
+        tl.store(row + i * WIDTH + c, value, mask=c < columns - i * WIDTH)
+
+
+@triton.jit
+def _add(one, other, factor, PIECES: tl.constexpr):
+    """one + factor * other, piece by piece."""
+    pieces = ()
+    for i in tl.static_range(PIECES):
+        pieces = pieces + (one[i] + factor * other[i],)
+    return pieces
+
+
+@triton.jit
+def _scaled(row, factor, PIECES: tl.constexpr):
+    pieces = ()
+    for i in tl.static_range(PIECES):
+        pieces = pieces + (row[i] * factor,)
+    return pieces
+
+
+@triton.jit
+def _row_sum(coefficients, along, tokens, y, start, count, gap_at, gap, columns, d,
+             ALONG: tl.constexpr, ENTRIES: tl.constexpr, PIECES: tl.constexpr,
+             WIDTH: tl.constexpr):  # fmt: skip
+    """Sums of coefficient * y[token], of coefficients and of `along` over `count` entries.
+
+    They begin at start; from entry gap_at on, `gap` entries are left out. ENTRIES rows of y are on
+    their way at once.
     """
-    e = tl.arange(0, ENTRIES)
-    total = tl.zeros([WIDTH], tl.float32)
+    total = _zeros(PIECES, WIDTH)
+    of_bias, parallel = tl.full((), 0.0, tl.float32), tl.full((), 0.0, tl.float32)
+    beyond = start + count
     for done in range(0, count, ENTRIES):
-        entry = done + e < count
-        at = start + done + e
-        at = tl.where(at >= gap_at, at + gap, at)
-        token = tl.load(tokens + at, mask=entry, other=0).to(tl.int64)
-        weight = tl.load(coefficients + at, mask=entry, other=0.0)
-        part = tl.load(
-            y + token[:, None] * d + c[None, :], mask=entry[:, None] & real[None, :], other=0.0
-        )
-        total += tl.sum(part.to(tl.float32) * weight[:, None], 0)
-    return total
-
-
-@triton.jit
-def _scalar_sum(coefficients, start, end, MANY: tl.constexpr):
-    e = tl.arange(0, MANY)
-    total = tl.zeros([MANY], tl.float32)
-    for at in range(start, end, MANY):
-        total += tl.load(coefficients + at + e, mask=at + e < end, other=0.0)
-    return tl.sum(total)
+        weights, rows = (), ()
+        for j in tl.static_range(ENTRIES):
+            at = start + done + j
+            real = at < beyond
+            at += tl.where(at >= gap_at, gap, 0)
+            token = tl.load(tokens + at, mask=real, other=0).to(tl.int64)
+            weights = weights + (tl.load(coefficients + at, mask=real, other=0.0),)
+            if ALONG:
+                parallel += tl.load(along + at, mask=real, other=0.0)
+            rows = rows + (_load(y + token * d, tl.where(real, columns, 0), PIECES, WIDTH),)
+        for j in tl.static_range(ENTRIES):
+            total = _add(total, rows[j], weights[j], PIECES)
+            of_bias += weights[j]
+    return total, of_bias, parallel
 
 
 @triton.jit
@@ -139,51 +184,63 @@ def sum_row_segments(coefficients, tokens, latents, y, partial, d,
     segment = tl.program_id(0)
     _, whole = _row_of_segment(latents, segment, LENGTH, 1)
     if whole:
-        c = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-        real = c < d
-        start = segment * LENGTH
-        total = _row_sum(
-            coefficients, tokens, y, start, LENGTH, start + LENGTH, 0, d, c, real, WIDTH, ENTRIES
-        )
-        tl.store(partial + segment.to(tl.int64) * d + c, total, mask=real)
+        at, start = tl.program_id(1) * WIDTH, segment * LENGTH
+        total, _, _ = _row_sum(
+            coefficients, None, tokens, y + at, start, LENGTH, start + LENGTH, 0, d - at, d,
+            False, ENTRIES, 1, WIDTH,
+        )  # fmt: skip
+        _store(partial + segment.to(tl.int64) * d + at, total, d - at, 1, WIDTH)
 
 
 @triton.jit
-def _whole_row_sum(coefficients, tokens, y, partial, start, end, d, c, real,
-                   LENGTH: tl.constexpr, WIDTH: tl.constexpr, ENTRIES: tl.constexpr):  # fmt: skip
-    """Of all entries start to end: those in no whole segment, then the whole segments."""
+def _sum(numbers, start, end, MANY: tl.constexpr):
+    e = tl.arange(0, MANY)
+    total = tl.zeros([MANY], tl.float32)
+    for at in range(start, end, MANY):
+        total += tl.load(numbers + at + e, mask=at + e < end, other=0.0)
+    return tl.sum(total)
+
+
+@triton.jit
+def _whole_row_sum(coefficients, along, tokens, y, partial, start, end, columns, d,
+                   BIAS: tl.constexpr, ALONG: tl.constexpr, LENGTH: tl.constexpr,
+                   ENTRIES: tl.constexpr, PIECES: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+    """`_row_sum` of all entries start to end: those in no whole segment, then whole segments."""
     first, beyond = _whole_segments(start, end, LENGTH)
     gap = (beyond - first) * LENGTH
-    total = _row_sum(
-        coefficients, tokens, y, start, end - start - gap, first * LENGTH, gap, d, c, real,
-        WIDTH, ENTRIES,
+    total, of_bias, parallel = _row_sum(
+        coefficients, along, tokens, y, start, end - start - gap, first * LENGTH, gap, columns, d,
+        ALONG, ENTRIES, PIECES, WIDTH,
     )  # fmt: skip
     partial += first.to(tl.int64) * d
     for _ in range(first, beyond):
-        total += tl.load(partial + c, mask=real, other=0.0)
+        total = _add(total, _load(partial, columns, PIECES, WIDTH), 1.0, PIECES)
         partial += d
-    return total
+    if beyond > first:
+        if BIAS:
+            of_bias += _sum(coefficients, first * LENGTH, beyond * LENGTH, WIDTH)
+        if ALONG:
+            parallel += _sum(along, first * LENGTH, beyond * LENGTH, WIDTH)
+    return total, of_bias, parallel
 
 
 @triton.jit
 def row_gradients(coefficients, tokens, y, offsets, partial, out, out_bias, d,
                   HAS_BIAS: tl.constexpr, LENGTH: tl.constexpr, ENTRIES: tl.constexpr,
-                  WIDTH: tl.constexpr, MANY: tl.constexpr):  # fmt: skip
+                  WIDTH: tl.constexpr):  # fmt: skip
     """out[f] = sum of coefficient * y[token], out_bias[f] = sum of coefficients, over f's entries.
 
     Grid (rows, d / WIDTH).
     """
-    row = tl.program_id(0).to(tl.int64)
-    c = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    real = c < d
+    row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * WIDTH
     start, end = tl.load(offsets + row), tl.load(offsets + row + 1)
-    total = _whole_row_sum(
-        coefficients, tokens, y, partial, start, end, d, c, real, LENGTH, WIDTH, ENTRIES
-    )
-    tl.store(out + row * d + c, rounded(total, out.dtype.element_ty), mask=real)
+    total, of_bias, _ = _whole_row_sum(
+        coefficients, None, tokens, y + at, partial + at, start, end, d - at, d,
+        HAS_BIAS, False, LENGTH, ENTRIES, 1, WIDTH,
+    )  # fmt: skip
+    _store(out + row * d + at, total, d - at, 1, WIDTH)
     if HAS_BIAS:
-        if tl.program_id(1) == 0:
-            of_bias = _scalar_sum(coefficients, start, end, MANY)
+        if at == 0:
             tl.store(out_bias + row, rounded(of_bias, out_bias.dtype.element_ty))
 
 
@@ -193,54 +250,66 @@ def update_rows(coefficients, along, tokens, y, offsets, partial,
                 hyper, bias_hyper, d,
                 MODE: tl.constexpr, UNIT_NORM: tl.constexpr, HAS_SHADOW: tl.constexpr,
                 HAS_BIAS: tl.constexpr, LENGTH: tl.constexpr, ENTRIES: tl.constexpr,
-                WIDTH: tl.constexpr, MANY: tl.constexpr):  # fmt: skip
+                PIECES: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
     """AdamW step of weight [rows, d] (and bias [rows]), each row's gradient in registers.
 
     UNIT_NORM: what would only change the row's norm is taken out of its gradient (its product with
     the row is the sum of `along`), and the row is scaled to unit norm afterwards.
     shadow: weight rounded to another dtype.  squares [rows]: squared norm of the gradient.
-    d <= WIDTH. Grid (rows,).
+    d <= PIECES * WIDTH. Grid (rows,).
     """
     row = tl.program_id(0).to(tl.int64)
-    c = tl.arange(0, WIDTH)
-    columns = if_proceeds(d, hyper)
-    real = c < columns
-    at = row * d + c
-    scale = tl.load(hyper + GRADIENT_SCALE)
     start, end = tl.load(offsets + row), tl.load(offsets + row + 1)
-    gradient = scale * _whole_row_sum(
-        coefficients, tokens, y, partial, start, end, d, c, real, LENGTH, WIDTH, ENTRIES
-    )
-    parallel = 0.0
-    if UNIT_NORM:
-        parallel = scale * _scalar_sum(along, start, end, MANY)
-    of_bias = 0.0
-    if HAS_BIAS:
-        of_bias = scale * _scalar_sum(coefficients, start, end, MANY)
-    w = tl.load(weight + at, mask=real, other=0.0)
-    if UNIT_NORM:
-        gradient -= w * parallel
-    tl.store(squares + row, tl.sum(gradient * gradient) + of_bias * of_bias)
+    # Weights and moments are on their way while the gradient's terms are gathered.
+    weight, first, second = weight + row * d, first + row * d, second + row * d
+    if MODE == UPDATE or UNIT_NORM:
+        w = _load(weight, d, PIECES, WIDTH)
     if MODE == UPDATE:
-        one = tl.load(first + at, mask=real, other=0.0)
-        two = tl.load(second + at, mask=real, other=0.0)
-        w, one, two = adamw(w, gradient, one, two, hyper)
+        one, two = _load(first, d, PIECES, WIDTH), _load(second, d, PIECES, WIDTH)
+        numbers = adamw_numbers(hyper)
+    scale, proceed = tl.load(hyper + GRADIENT_SCALE), tl.load(hyper + PROCEED) != 0.0
+    gradient, of_bias, parallel = _whole_row_sum(
+        coefficients, along, tokens, y, partial, start, end, d, d,
+        HAS_BIAS, UNIT_NORM, LENGTH, ENTRIES, PIECES, WIDTH,
+    )  # fmt: skip
+    of_bias *= scale
+    parallel *= scale
+    c = tl.arange(0, WIDTH)
+    square, norm = tl.zeros([WIDTH], tl.float32), tl.zeros([WIDTH], tl.float32)
+    of_w, of_one, of_two = (), (), ()
+    for i in tl.static_range(PIECES):
+        along_row = gradient[i] * scale
         if UNIT_NORM:
-            norm = tl.sqrt_rn(tl.sum(tl.where(real, w * w, 0.0)))
-            w = w / tl.maximum(norm, 1.1754943508222875e-38)
-        tl.store(weight + at, w, mask=real)
-        tl.store(first + at, one, mask=real)
-        tl.store(second + at, two, mask=real)
-        if HAS_SHADOW:
-            tl.store(shadow + at, rounded(w, shadow.dtype.element_ty), mask=real)
-        if HAS_BIAS:
-            b = tl.load(bias + row)
-            one_ = tl.load(bias_first + row)
-            two_ = tl.load(bias_second + row)
-            b, one_, two_ = adamw(b, of_bias, one_, two_, bias_hyper)
-            tl.store(bias + row, b, mask=columns > 0)
-            tl.store(bias_first + row, one_, mask=columns > 0)
-            tl.store(bias_second + row, two_, mask=columns > 0)
+            along_row -= w[i] * parallel
+        square += along_row * along_row
+        if MODE == UPDATE:
+            new, new_one, new_two = adamw(w[i], along_row, one[i], two[i], numbers)
+            of_w, of_one, of_two = of_w + (new,), of_one + (new_one,), of_two + (new_two,)
+            if UNIT_NORM:
+                norm += tl.where(c < d - i * WIDTH, new * new, 0.0)
+    if MODE == UPDATE and UNIT_NORM:
+        square, norm = tl.split(tl.sum(tl.join(square, norm), 0))
+        inverse = 1.0 / tl.maximum(tl.sqrt_rn(norm), 1.1754943508222875e-38)
+    else:
+        square = tl.sum(square)
+    tl.store(squares + row, square + (of_bias * of_bias if HAS_BIAS else 0.0))
+    if MODE == UPDATE:
+        if proceed:
+            if UNIT_NORM:
+                of_w = _scaled(of_w, inverse, PIECES)
+            _store(weight, of_w, d, PIECES, WIDTH)
+            _store(first, of_one, d, PIECES, WIDTH)
+            _store(second, of_two, d, PIECES, WIDTH)
+            if HAS_SHADOW:
+                _store(shadow + row * d, of_w, d, PIECES, WIDTH)
+            if HAS_BIAS:
+                b, b_one, b_two = adamw(
+                    tl.load(bias + row), of_bias, tl.load(bias_first + row),
+                    tl.load(bias_second + row), adamw_numbers(bias_hyper),
+                )  # fmt: skip
+                tl.store(bias + row, b)
+                tl.store(bias_first + row, b_one)
+                tl.store(bias_second + row, b_two)
 
 
 # Heads
@@ -374,7 +443,7 @@ def head_gradients(d_base, d_extension, latents, tokens, x, offsets, partial, pa
         w = tl.load(weight + at, mask=mask, other=0.0)
         one = tl.load(first + at, mask=mask, other=0.0)
         two = tl.load(second + at, mask=mask, other=0.0)
-        w, one, two = adamw(w, gradient, one, two, hyper)
+        w, one, two = adamw(w, gradient, one, two, adamw_numbers(hyper))
         tl.store(weight + at, w, mask=mask)
         tl.store(first + at, one, mask=mask)
         tl.store(second + at, two, mask=mask)
@@ -384,7 +453,7 @@ def head_gradients(d_base, d_extension, latents, tokens, x, offsets, partial, pa
             b = tl.load(bias + of_head, mask=of_row, other=0.0)
             b_one = tl.load(bias_first + of_head, mask=of_row, other=0.0)
             b_two = tl.load(bias_second + of_head, mask=of_row, other=0.0)
-            b, b_one, b_two = adamw(b, of_bias, b_one, b_two, bias_hyper)
+            b, b_one, b_two = adamw(b, of_bias, b_one, b_two, adamw_numbers(bias_hyper))
             tl.store(bias + of_head, b, mask=of_row)
             tl.store(bias_first + of_head, b_one, mask=of_row)
             tl.store(bias_second + of_head, b_two, mask=of_row)
@@ -399,7 +468,8 @@ def update_vector(gradient, weight, first, second, hyper, size, WIDTH: tl.conste
     w = tl.load(weight + c, mask=real, other=0.0)
     one = tl.load(first + c, mask=real, other=0.0)
     two = tl.load(second + c, mask=real, other=0.0)
-    w, one, two = adamw(w, scale * tl.load(gradient + c, mask=real, other=0.0), one, two, hyper)
+    g = scale * tl.load(gradient + c, mask=real, other=0.0)
+    w, one, two = adamw(w, g, one, two, adamw_numbers(hyper))
     tl.store(weight + c, w, mask=real)
     tl.store(first + c, one, mask=real)
     tl.store(second + c, two, mask=real)

@@ -786,9 +786,10 @@ def update_rows(
     rows, d = weight[0].shape
     length, partial = sum_row_segments(entries, coefficients, y, d)
     squares = y.new_empty(rows, dtype=torch.float32)
-    config, width = configure("update_rows", y.device), max(16, next_power_of_2(d))
+    config = configure("update_rows", y.device)
     blocks = dict(config.blocks)
-    warps = min(config.num_warps, max(1, width // blocks.pop("PER_WARP")))
+    warps = min(config.num_warps, next_power_of_2(-(-d // blocks.pop("PER_WARP"))))
+    width = warps * blocks.pop("PER_LOAD")
     of_bias = (None, None, None) if bias is None else bias
     launch(
         backward.update_rows,
@@ -816,6 +817,7 @@ def update_rows(
         HAS_SHADOW=copy is not None,
         HAS_BIAS=bias is not None,
         LENGTH=length,
+        PIECES=-(-d // width),
         WIDTH=width,
     )
     return squares.flatten()
