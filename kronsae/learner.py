@@ -467,7 +467,7 @@ class Learner:
         out, aux = self.fused.accumulate(x), None
         if reviving:
             dead = self.dead
-            target = out.residual[:reviving].float().neg_()
+            target = -out.residual[:reviving].float()
             variance = target.var(0, correction=0).mean()
             share = dead.sum().clamp_(max=self.auxk) * (config.auxk_coefficient / self.auxk)
             weight = share / (variance + VARIANCE_FLOOR)

@@ -116,8 +116,8 @@ def test_a_step_is_few_operations_and_waits_for_nothing(config):
         assert len(counts.waits) == log, counts.waits
         if not log:
             quiet = counts
-    assert sum(quiet.operations.values()) <= 18, quiet.operations
-    assert len(quiet.kernels) <= 14, quiet.kernels
+    assert sum(quiet.operations.values()) <= 16, quiet.operations
+    assert len(quiet.kernels) <= 12, quiet.kernels
 
 
 def test_a_step_with_dead_latents_waits_for_nothing_either():
@@ -127,7 +127,7 @@ def test_a_step_with_dead_latents_waits_for_nothing_either():
             subject.step(x, log=False)
         assert not counts.waits
     assert sum(counts.operations.values()) <= 50, counts.operations
-    assert len(counts.kernels) <= 20, counts.kernels
+    assert len(counts.kernels) <= 16, counts.kernels
 
 
 def test_a_step_of_the_trainer_is_few_operations():
@@ -211,8 +211,9 @@ class Tape:
 
     def replay(self) -> None:
         self.replays += 1
-        for call in self.calls:
-            call()
+        with torch.no_grad():
+            for call in self.calls:
+                call()
 
 
 @contextmanager
@@ -275,18 +276,19 @@ def tensors_of(subject: Learner) -> list[torch.Tensor]:
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="graphs are real here")
-def test_a_step_is_captured_and_replayed(taped):
+def test_a_step_is_captured_and_replayed(taped, monkeypatch):
     """Replays change the same tensors to the same bits; batches of another size are left out."""
-    settings = {"dtype": "bfloat16", "dead_after_tokens": 48, "auxk": 4, "tokens": 1000}
+    monkeypatch.setattr(fused.GraphedStep, "WARMUP", 1)
+    settings = {"dtype": "bfloat16", "dead_after_tokens": 24, "auxk": 4, "tokens": 1000}
     runs = [learner(KRON, "on", **settings, cuda_graph=how) for how in ("auto", "off")]
-    for number, x in enumerate(batches(14)):
-        x = x[:5] if number == 4 else spoiled(x) if number == 12 else x
+    for number, x in enumerate(batches(8)):
+        x = x[:5] if number == 2 else spoiled(x) if number == 6 else x
         Tape.held = tensors_of(runs[0])
         figures = [run.step(x, log=number % 2 == 1) for run in runs]
         assert figures[0] == figures[1]
         for ours, theirs in zip(*map(tensors_of, runs), strict=True):
             assert torch.equal(ours, theirs), number
-    assert [tape.replays for tape in Tape.made] == [2, 5]  # without, and with the auxiliary loss
+    assert [tape.replays for tape in Tape.made] == [2, 3]  # without, and with the auxiliary loss
     assert figures[0]["auxk_loss"] > 0
     Tape.held = tensors_of(runs[0])
     for run in runs:  # weights that others change are copied again
