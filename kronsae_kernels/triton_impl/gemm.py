@@ -75,14 +75,13 @@ def _tile_of_weight(weight, first, rows, head, c, h, d, PADDED: tl.constexpr,
 
 
 @triton.jit
-def _pre_latents(product, bias, first, head, h, HAS_BIAS: tl.constexpr, PADDED: tl.constexpr,
+def _pre_latents(product, bias, HAS_BIAS: tl.constexpr, PADDED: tl.constexpr,
                  ROWS: tl.constexpr, HEADS: tl.constexpr, dtype: tl.constexpr):  # fmt: skip
-    """product [T, PADDED * HEADS] + bias, rounded, as [T, PADDED, HEADS]."""
+    """product [T, PADDED * HEADS] + bias [ROWS * HEADS], rounded, as [T, PADDED, HEADS]."""
     if HAS_BIAS:
         line = tl.arange(0, PADDED * HEADS)
-        real = (line // HEADS < ROWS) & (head + line % HEADS < h)
-        at = bias + (first + line // HEADS) * h + head + line % HEADS
-        product += tl.load(at, mask=real, other=0.0).to(tl.float32)[None, :]
+        of_line = tl.load(bias + line, mask=line < ROWS * HEADS, other=0.0)
+        product += of_line.to(tl.float32)[None, :]
     return tl.reshape(rounded(product, dtype), [product.shape[0], PADDED, HEADS])
 
 
@@ -174,8 +173,8 @@ def encode_heads(x, p_weight, q_weight, bias, lists, counts, bounds, tokens, d, 
                  CUT: tl.constexpr, TMA: tl.constexpr, FLATTEN: tl.constexpr):  # fmt: skip
     """Lists of heads, among which are the k first, of x [tokens, d] weight^T + bias.
 
-    weight [m + n, h, d], bias [m + n, h]. With TMA, x, p_weight and q_weight are descriptors of
-    tiles of x and of the weight; else pointers, the latter two the same.
+    weight [m + n, h, d], bias [tiles in all, m + n, HEADS]. With TMA, x, p_weight and q_weight are
+    descriptors of tiles of x and of the weight; else pointers, the latter two the same.
     lists [programs, planes, TOKENS, CAPACITY] int32, with counts [programs, TOKENS] of heads,
     program = block * splits + range; bounds: as counts, keys that k of a list have or exceed.
     `tiles` of HEADS heads are one range. Grid (blocks of TOKENS tokens * splits,).
@@ -221,8 +220,13 @@ def encode_heads(x, p_weight, q_weight, bias, lists, counts, bounds, tokens, d, 
                 )
                 of_p = dot(part, of_base.T, of_p, PRECISION)
                 of_q = dot(part, of_extension.T, of_q, PRECISION)
-            p = _pre_latents(of_p, bias, 0, start, h, HAS_BIAS, M_PADDED, M, HEADS, DTYPE)
-            q = _pre_latents(of_q, bias, M, start, h, HAS_BIAS, N_PADDED, N, HEADS, DTYPE)
+            of_tile = bias
+            if HAS_BIAS:
+                of_tile += at * ((M + N) * HEADS)
+            p = _pre_latents(of_p, of_tile, HAS_BIAS, M_PADDED, M, HEADS, DTYPE)
+            if HAS_BIAS:
+                of_tile += M * HEADS
+            q = _pre_latents(of_q, of_tile, HAS_BIAS, N_PADDED, N, HEADS, DTYPE)
             u, v = _extreme(p, M, SIGNED, False), _extreme(q, N, SIGNED, False)
             score = u * v
             if SIGNED:

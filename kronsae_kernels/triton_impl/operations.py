@@ -543,6 +543,11 @@ def _select_in_one_pass(
             TensorDescriptor.from_tensor(cube, [rows, lists.heads, width])
             for rows in padded.values()
         )
+    of_tiles = bias
+    if bias is not None:  # [tiles, m + n, heads of a tile]
+        padding = (0, -heads % lists.heads)
+        padded_bias = torch.nn.functional.pad(bias.view(m + n, heads), padding)
+        of_tiles = padded_bias.unflatten(1, (-1, lists.heads)).transpose(0, 1).contiguous()
     programs = blocks * lists.splits
     shape = (programs, lists.planes, lists.tokens, lists.capacity)
     found = x.new_empty(shape, dtype=torch.int32)
@@ -556,7 +561,7 @@ def _select_in_one_pass(
         x=of_x,
         p_weight=of_p,
         q_weight=of_q,
-        bias=bias,
+        bias=of_tiles,
         tokens=tokens,
         d=d,
         h=heads,
