@@ -18,10 +18,11 @@ from kronsae_kernels.triton_impl import (
     nested,
     operations,
     select,
+    threshold,
 )
 
 TABLE = json.loads(configs.PATH.read_text(encoding="utf-8"))
-MODULES = (backward, decode, gemm, nested, select)
+MODULES = (backward, decode, gemm, nested, select, threshold)
 DERIVED = {
     "encode": {"FUSED_GEMM"},
     "segments": {"ROW_LENGTH", "HEAD_LENGTH"},
