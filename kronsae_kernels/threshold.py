@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from kronsae_kernels import reference, torch_impl
+from kronsae_kernels import backends, reference
 from kronsae_kernels.common import (
     COMPOSITIONS,
     SparseCodes,
@@ -39,8 +39,7 @@ def threshold_encode(
 
     x: [..., d].  w_enc: [h, m + n, d] with m given (Kron), or [F, d] without (dense).
     b_enc: [h, m + n] or [F], or None.  threshold: [F], of the latents' values; no gradient.
-    composition, eps, order of the latents, gradients and errors: as in `fused_encode`.
-    impl: None or "torch" (on any device), or "reference".
+    composition, eps, impl, order of the latents, gradients and errors: as in `fused_encode`.
     Memory: O(B w) and one chunk of tokens' scores [b, F], forward alone.
     """
     x, w_enc, b_enc = check_encoder(x, w_enc, b_enc, None, rank=2 if m is None else 3)
@@ -56,14 +55,14 @@ def threshold_encode(
         f"composition: expected one of {COMPOSITIONS}, got {composition!r}",
     )
     require(math.isfinite(eps) and eps >= 0, f"eps: expected a finite number >= 0, got {eps!r}")
-    require(impl in (None, "torch", "reference"), f"impl: expected 'torch', got {impl!r}")
-    if impl == "reference":
+    name = backends.choose(impl, x.device, x.dtype)
+    if name == "reference":
         return reference.threshold_encode(
             x, w_enc, b_enc, threshold=threshold, m=m, composition=composition, eps=eps
         )
     flat = x.reshape(-1, x.shape[-1])
     base, extension, indices, counts = torch.ops.kronsae.threshold_encode(
-        flat, w_enc, b_enc, threshold.detach(), m, composition, eps
+        flat, w_enc, b_enc, threshold.detach(), m, composition, eps, name
     )
     values = base if m is None else reference.compose(base * extension, composition, eps)
     values = values.where(torch.arange(values.shape[1], device=x.device) < counts[:, None], 0)
@@ -80,13 +79,16 @@ def _threshold_encode(
     m: int | None,
     composition: str,
     eps: float,
+    impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with without_autocast(x):
-        return torch_impl.threshold_encode(x, w_enc, b_enc, threshold, m, composition, eps)
+        return backends.module(impl).threshold_encode(
+            x, w_enc, b_enc, threshold, m, composition, eps
+        )
 
 
 @_threshold_encode.register_fake
-def _(x, w_enc, b_enc, threshold, m, composition, eps):
+def _(x, w_enc, b_enc, threshold, m, composition, eps, impl):
     width = torch.library.get_ctx().new_dynamic_size()
     factor = x.new_empty(x.shape[0], width, dtype=accumulate_dtype(x.dtype))
     indices = torch.empty_like(factor, dtype=torch.int64)
@@ -94,7 +96,7 @@ def _(x, w_enc, b_enc, threshold, m, composition, eps):
 
 
 def _setup(ctx, inputs, output):
-    x, w_enc, _, _, ctx.m, ctx.composition, _ = inputs
+    x, w_enc, _, _, ctx.m, ctx.composition, _, ctx.impl = inputs
     base, extension, indices, counts = output
     ctx.mark_non_differentiable(indices, counts)
     ctx.save_for_backward(x, w_enc, indices, base, extension)
@@ -105,7 +107,7 @@ def _autograd(ctx, d_base, d_extension, *_):
     need_x, need_w, need_b = ctx.needs_input_grad[:3]
     if ctx.composition != "mul":
         d_base, d_extension = d_base * (base > 0), d_extension * (extension > 0)
-    options = need_x, need_w or need_b, "torch"
+    options = need_x, need_w or need_b, ctx.impl
     if ctx.m is None:
         gradients = torch.ops.kronsae.dense_encode_backward(d_base, indices, x, w_enc, *options)
     else:
@@ -113,7 +115,7 @@ def _autograd(ctx, d_base, d_extension, *_):
             d_base, d_extension, indices, x, w_enc, ctx.m, *options
         )
     needed = zip((need_x, need_w, need_b), gradients, strict=True)
-    return (*(gradient if need else None for need, gradient in needed), *4 * [None])
+    return (*(gradient if need else None for need, gradient in needed), *5 * [None])
 
 
 _threshold_encode.register_autograd(_autograd, setup_context=_setup)

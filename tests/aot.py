@@ -144,6 +144,22 @@ def auxiliary(heads: int, m: int, n: int, d: int, k: int, tokens: int = 96) -> N
     )  # fmt: skip
 
 
+def threshold(
+    dtype: torch.dtype, heads: int, m: int | None, n: int, *, composition: str = "mand"
+) -> None:
+    """Latents above thresholds, of a Kron encoder or (m None) of a dense one of heads * n latents.
+
+    The widths are not known without numbers: one that is sorted in a program, and one that is not.
+    """
+    size, tokens = heads * (m or 1) * n, 4096
+    shape = torch.Size((heads, (m or 0) + n, 8))
+    limits = operations.Limits.of(_meta(F32, size), m, shape, composition, 1e-5)
+    pre = _meta(dtype, tokens, size if m is None else heads * (m + n))
+    counts = operations.count_above(pre, limits)
+    for width in (64, 256, 1000):
+        operations.select_above(pre, limits, counts, width, begin=4096)
+
+
 def _meta(dtype: torch.dtype, *shape: int) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
@@ -170,6 +186,10 @@ CASES: list[Case] = [
     case("step_f32", step, F32, 2048, 4, 4, 1536, 50, composition="mul"),
     case("step_topk_64k", step, BF16, 8192, None, 8, 1536, 50),
     case("step_wide", step, BF16, 8192, 2, 4, 8192, 128),
+    case("threshold_64k", threshold, BF16, 8192, 2, 4),
+    case("threshold_1m", threshold, BF16, 16384, 8, 8),
+    case("threshold_mul_f32", threshold, F32, 2048, 4, 4, composition="mul"),
+    case("threshold_topk_64k", threshold, BF16, 8192, None, 8),
     case("nested_64k", nested, BF16, 65536, 2304, 50, [4096, 8192, 16384, 32768, 65536]),
     case("nested_f32", nested, F32, 65536, 2304, 50, [4096, 8192, 16384, 32768, 65536]),
     case("nested_wide", nested, BF16, 2**20, 4096, 512, [2**i for i in range(10, 21)]),

@@ -84,10 +84,10 @@ def nested_decode_backward_inputs():
 
 
 def threshold_encode_inputs():
-    for x, w, b, _, m, _, composition, _ in encode_inputs():
-        yield x, w, b, torch.rand(F), m, composition, 1e-3 if composition == "mand" else 0.0
-    for x, w, b, *_ in dense_inputs():
-        yield x, w, b, torch.rand(F), None, "mand", 0.0
+    for x, w, b, _, m, _, composition, impl in encode_inputs():
+        yield x, w, b, torch.rand(F), m, composition, 1e-3 if composition == "mand" else 0.0, impl
+    for x, w, b, *_, impl in dense_inputs():
+        yield x, w, b, torch.rand(F), None, "mand", 0.0, impl
 
 
 INPUTS = {

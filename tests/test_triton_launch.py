@@ -19,10 +19,11 @@ from kronsae_kernels.triton_impl import (
     nested,
     operations,
     select,
+    threshold,
 )
 
 TABLE = json.loads(configs.PATH.read_text(encoding="utf-8"))
-MODULES = (backward, counters, decode, gemm, nested, select)
+MODULES = (backward, counters, decode, gemm, nested, select, threshold)
 DERIVED = {
     "encode": {"ONE_PASS"},
     "segments": {"ROW_LENGTH", "HEAD_LENGTH"},

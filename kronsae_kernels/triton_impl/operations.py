@@ -16,6 +16,7 @@ from kronsae_kernels import reference, torch_impl
 from kronsae_kernels.common import SparseCodes
 from kronsae_kernels.triton_impl import backward, counters, gemm, nested, select
 from kronsae_kernels.triton_impl import decode as decode_kernels
+from kronsae_kernels.triton_impl import threshold as threshold_kernels
 from kronsae_kernels.triton_impl.configs import Config, config_of
 from kronsae_kernels.triton_impl.launch import generation, launch, next_power_of_2
 
@@ -1304,3 +1305,167 @@ def nested_dots(codes: Grouped, suffixes: Tensor, table: Tensor, dtype: torch.dt
         prefixes=codes.starts.shape[1] - 1,
     )
     return out
+
+
+# Thresholds
+
+
+def threshold_encode(
+    x: Tensor,
+    w_enc: Tensor,
+    b_enc: Tensor | None,
+    threshold: Tensor,
+    m: int | None,
+    composition: str,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `torch_impl.threshold_encode`. The width of each chunk of tokens is read by the host."""
+    if threshold.shape[0] >= 2**31:
+        return torch_impl.threshold_encode(x, w_enc, b_enc, threshold, m, composition, eps)
+    if m is None:
+        weight, bias = w_enc, b_enc
+    else:
+        weight = torch_impl.i_major(w_enc)
+        bias = None if b_enc is None else b_enc.t().reshape(-1)
+    limits = Limits.of(threshold, m, w_enc.shape, composition, eps)
+    parts, begin = [], 0
+    for pre in torch_impl.projections(x, weight, bias, scratch=0):
+        counts = count_above(pre, limits)
+        width = max(1, int(counts.sum(1).max()))
+        parts.append(select_above(pre, limits, counts, width, begin))
+        begin += len(pre)
+    if len(parts) == 1:
+        return parts[0]
+    width = max((len(part[0][0]) for part in parts), default=1)
+    base = x.new_zeros(x.shape[0], width, dtype=torch.float32)
+    spread = torch.arange(base.numel(), device=x.device).remainder_(limits.size)
+    whole = base, torch.zeros_like(base), spread.view(base.shape)
+    begin = 0
+    for *part, _ in parts:
+        for into, columns in zip(whole, part, strict=True):
+            into[begin : begin + len(columns), : columns.shape[1]] = columns
+        begin += len(part[0])
+    counts = [of_part for *_, of_part in parts]
+    return *whole, torch.cat(counts) if counts else spread.new_empty(0)
+
+
+class Limits(NamedTuple):
+    """What products of latents must exceed for the latents to be active."""
+
+    of_latent: Tensor
+    """[m n, h] float32; of a dense encoder [F]."""
+    of_head: Tensor
+    """[h] float32: the lowest of each head; of a dense encoder as `of_latent`."""
+    shape: dict[str, Any]
+    """How latents are made, for the kernels."""
+
+    @property
+    def size(self) -> int:
+        return self.of_latent.numel()
+
+    @property
+    def heads(self) -> int:
+        return self.of_head.numel()
+
+    @classmethod
+    def of(
+        cls, threshold: Tensor, m: int | None, shape: torch.Size, composition: str, eps: float
+    ) -> "Limits":
+        """From thresholds [F] of the latents' values; shape: that of w_enc."""
+        limits = torch.empty_like(threshold, dtype=torch.float32)
+        config = configure("product_limits", threshold.device)
+        launch(
+            threshold_kernels.product_limits,
+            (-(-limits.numel() // config.blocks["WIDTH"]),),
+            config,
+            threshold=threshold.double().contiguous(),
+            limits=limits,
+            size=limits.numel(),
+            eps=float(eps),
+            ROOT=m is not None and composition == "mand",
+        )
+        if m is None:
+            return cls(limits, limits, {"M": 1, "N": 1, "SIGNED": False, "DENSE": True})
+        heads, n = shape[0], shape[1] - m
+        by_head = limits.view(heads, m * n)
+        how = {"M": m, "N": n, "SIGNED": composition == "mul", "DENSE": False}
+        return cls(by_head.t().contiguous(), by_head.amin(1), how)
+
+
+def count_above(pre: Tensor, limits: Limits) -> Tensor:
+    """Active latents of each split of the heads, [b, splits] int32, from pre-latents of a chunk."""
+    tokens, stride = pre.shape
+    config = configure("count_above", pre.device)
+    splits = -(-limits.heads // config.blocks["HEADS"])
+    counts = pre.new_empty(tokens, splits, dtype=torch.int32)
+    launch(
+        threshold_kernels.count_above,
+        (tokens * splits,),
+        config,
+        pre=pre,
+        limits=limits.of_latent,
+        lowest=limits.of_head,
+        counts=counts,
+        stride=stride,
+        h=limits.heads,
+        splits=splits,
+        **limits.shape,
+    )
+    return counts
+
+
+def select_above(
+    pre: Tensor, limits: Limits, counts: Tensor, width: int, begin: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """base, extension, indices [b, width], counts [b] of a chunk whose first token is `begin`.
+
+    counts: of `count_above`; width: of the token that has most.
+    """
+    (tokens, stride), splits, heads = pre.shape, counts.shape[1], limits.heads
+    starts = counts.new_zeros(tokens, splits + 1)
+    torch.cumsum(counts, 1, dtype=torch.int32, out=starts[:, 1:])
+    sort = width <= MAX_SORTED
+    ranked = pre.new_full((tokens, width), -(2**63), dtype=torch.int64)
+    launch(
+        threshold_kernels.write_above,
+        (tokens * splits,),
+        configure("write_above", pre.device, **configure("count_above", pre.device).blocks),
+        pre=pre,
+        limits=limits.of_latent,
+        starts=starts,
+        ranked=ranked,
+        stride=stride,
+        h=heads,
+        splits=splits,
+        width=width,
+        **limits.shape,
+    )
+    if not sort:
+        ranked = ranked.sort(dim=1, descending=True).values
+    counts = starts[:, -1].long()
+    indices = torch.empty_like(ranked)
+    base = pre.new_empty(ranked.shape, dtype=torch.float32)
+    extension = torch.empty_like(base)
+    config = configure("rank_above", pre.device)
+    block = next_power_of_2(width) if sort else MAX_SORTED
+    launch(
+        threshold_kernels.rank_above,
+        (tokens, -(-width // block)),
+        config._replace(
+            num_warps=min(config.num_warps, max(1, block // 64)), blocks={"WIDTH": block}
+        ),
+        pre=pre,
+        ranked=ranked,
+        counts=counts,
+        indices=indices,
+        base=base,
+        extension=extension,
+        stride=stride,
+        h=heads,
+        width=width,
+        size=limits.size,
+        begin=begin,
+        SORT=sort,
+        **limits.shape,
+    )
+    return base, extension.copy_(base) if limits.shape["DENSE"] else extension, indices, counts
