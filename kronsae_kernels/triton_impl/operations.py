@@ -187,12 +187,12 @@ def _places(k: int, heads: int) -> int:
 
 
 def select_kron(
-    pre: Tensor, mask: Tensor | None, selection: Selection, head_keys: Tensor | None = None
+    pre: Tensor, mask: Tensor | None, selection: Selection
 ) -> tuple[Tensor, Tensor, Tensor]:
     """indices, base, extension [b, k] from pre-latents [b, (m + n) h] (before the ReLU).
 
     mask: uint8 [F] or None. Where it allows fewer than k latents, the last places have index -1 and
-    factors 0.  head_keys: [b, h] int32 from `encode_gemm`, or None.
+    factors 0.
     """
     heads, m, n, k, signed = selection
     if not (selection.fits and _splits_fit(heads, k, pre.device)):
@@ -208,7 +208,7 @@ def select_kron(
     lists, listed, of_heads = None, kept_heads, True
     if k < heads:
         of_head = None if mask is None else mask.view(heads, m * n).t().contiguous()
-        lists = _select_heads(pre, of_head, heads, k, heads, head_keys, **shape, DENSE=False)
+        lists = _select_heads(pre, of_head, heads, k, heads, **shape, DENSE=False)
     if selection.direct > configure("select_latents", pre.device).blocks["DIRECT"]:
         lists = _select_rows(pre, mask, lists, selection) if k < heads * m else None
         listed, of_heads = kept_rows, False
@@ -232,7 +232,7 @@ def select_dense(pre: Tensor, mask: Tensor | None, k: int) -> tuple[Tensor, Tens
     shape: dict[str, Any] = {"M": 1, "N": group, "SIGNED": False, "DENSE": True}
     list_of_groups = None
     if k < groups:
-        list_of_groups = _select_heads(pre, mask, groups, k, size, None, **{**shape, "M": group})
+        list_of_groups = _select_heads(pre, mask, groups, k, size, **{**shape, "M": group})
     indices, values, _ = _select_latents(
         pre, mask, list_of_groups, kept, size, k, groups, OF_HEADS=False, **shape
     )
@@ -267,7 +267,6 @@ def _select_heads(
     heads: int,
     k: int,
     size: int,
-    head_keys: Tensor | None,
     **shape: Any,
 ) -> Tensor:
     """The list of heads [b, `_places`] that hold the k first latents."""
@@ -287,7 +286,6 @@ def _select_heads(
         Config(warps, config.num_stages, blocks),
         pre=pre,
         mask=mask,
-        head_keys=head_keys,
         heads=lists,
         keys=keys,
         stride=stride,
@@ -296,7 +294,6 @@ def _select_heads(
         k=k,
         cap=cap,
         HAS_MASK=mask is not None,
-        FROM_KEYS=head_keys is not None,
         STORE_KEYS=splits > 1,
         CAP=cap,
         CHUNKS=chunks,

@@ -168,23 +168,20 @@ def _group_keys(pre, mask, size, head, GROUP: tl.constexpr, HAS_MASK: tl.constex
 
 
 @triton.jit
-def select_heads(pre, mask, head_keys, heads, keys, stride, size, h, k, cap,
+def select_heads(pre, mask, heads, keys, stride, size, h, k, cap,
                  M: tl.constexpr, N: tl.constexpr, SIGNED: tl.constexpr, DENSE: tl.constexpr,
-                 HAS_MASK: tl.constexpr, FROM_KEYS: tl.constexpr, STORE_KEYS: tl.constexpr,
-                 CAP: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr,
-                 GROUP: tl.constexpr):  # fmt: skip
+                 HAS_MASK: tl.constexpr, STORE_KEYS: tl.constexpr, CAP: tl.constexpr,
+                 CHUNKS: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
     """The k to cap first heads among CHUNKS * LANES of them: heads [tokens, splits, CAP].
 
-    pre [tokens, stride]; with FROM_KEYS, head_keys [tokens, h] were made by the matrix product.
-    DENSE: h groups of M columns, of `size` columns. keys: as heads, if STORE_KEYS. A lower bound
-    is found among the maxima of GROUP * CHUNKS heads, those of a thread. Grid (tokens, splits).
+    pre [tokens, stride]. DENSE: h groups of M columns, of `size` columns. keys: as heads, if
+    STORE_KEYS. A lower bound is found among the maxima of GROUP * CHUNKS heads, those of a thread.
+    Grid (tokens, splits).
     """
     token, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     chunk, lane = tl.arange(0, CHUNKS), tl.arange(0, LANES)
     ids = (split * CHUNKS + chunk[:, None]) * LANES + lane[None, :]
-    if FROM_KEYS:
-        key = tl.load(head_keys + token * h + ids, mask=ids < h, other=PADDING)
-    elif DENSE:
+    if DENSE:
         key = _group_keys(pre + token * stride, mask, size, ids, M, HAS_MASK)
     else:
         key = _head_keys(pre + token * stride, mask, h, ids, M, N, SIGNED, HAS_MASK)
