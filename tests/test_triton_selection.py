@@ -345,16 +345,16 @@ class Drawn(NamedTuple):
 def draw(number: int) -> Drawn:
     chance = random.Random(number)
     m, n = chance.choice([(1, 1), (2, 3), (2, 4), (3, 1), (4, 4), (5, 2)])
-    heads = chance.choice([1, 2, 5, 9, 23, 70, 139])
+    heads = chance.choice([1, 2, 5, 9, 23, 41, 70])
     size = m * n * heads
     return Drawn(
         m, n, heads,
         min(chance.choice([1, 2, 3, 7, 20, 60, 300, size]), size),
-        chance.choice([0, 1, 1, 2]),
+        chance.choice([0, 1, 1, 1, 2]),
         chance.choice(SPECIAL),
         chance.choice(COMPOSITIONS),
         chance.choice([None, None, 0.0, 0.03, 0.5, 1.0]),
-        chance.choice([16, 64, 256]),
+        chance.choice([32, 64, 256]),
         chance.choice([1, 2, 8]),
         chance.choice([1, 64, 4096]),
         chance.choice([1, 32, 4096]),
