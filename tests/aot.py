@@ -79,6 +79,13 @@ def kron(
             operations.encode(x, w_enc, b_enc, None, m, k, composition)
 
 
+def one_pass(heads: int, m: int, n: int, d: int, k: int, composition: str = "mand") -> None:
+    """A Kron encoder in one pass."""
+    x, w_enc = _meta(BF16, 8192, d), _meta(BF16, m + n, heads, d).transpose(0, 1)
+    with configs.override("encode", ONE_PASS=1):
+        operations.encode(x, w_enc, _meta(BF16, m + n, heads).t(), None, m, k, composition)
+
+
 def dense(dtype: torch.dtype, size: int, d: int, k: int, tokens: int = 8192) -> None:
     """A TopK autoencoder's operations, forward and backward."""
     x, w_enc, b_enc = _meta(dtype, tokens, d), _meta(dtype, size, d), _meta(dtype, size)
@@ -175,6 +182,8 @@ CASES: list[Case] = [
     case("kron_64k", kron, BF16, 8192, 2, 4, 1536, 50, wgmma=GEMM),
     case("kron_128k", kron, BF16, 8192, 4, 4, 2304, 50, wgmma=GEMM),
     case("kron_1m", kron, BF16, 16384, 8, 8, 4096, 64, wgmma=GEMM),
+    case("one_pass_2x4", one_pass, 8192, 2, 4, 2304, 50, wgmma=GEMM),
+    case("one_pass_mul", one_pass, 4096, 4, 4, 2304, 50, composition="mul", wgmma=GEMM),
     case("kron_f32", kron, F32, 8192, 4, 4, 2304, 50),
     case("kron_tf32", kron, F32, 8192, 4, 4, 2304, 50, precision="high"),
     case("kron_f16", kron, F16, 2048, 4, 4, 1536, 50),

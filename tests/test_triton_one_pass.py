@@ -128,7 +128,7 @@ def test_drawn_heads(number, device):
 @pytest.mark.parametrize(
     ("m", "n", "heads", "d", "tokens", "k", "bias", "composition", "dtype", "tma"),
     [
-        pytest.param(2, 4, 37, 37, 18, 5, True, "mand", torch.bfloat16, 1, id="odd d"),
+        pytest.param(2, 4, 37, 37, 18, 5, True, "mand", torch.bfloat16, 0, id="odd d"),
         pytest.param(2, 4, 37, 40, 18, 5, True, "mand", torch.float16, 1, id="descriptors"),
         pytest.param(1, 1, 80, 8, 33, 1, False, "mul", torch.bfloat16, 0, id="1 x 1, k = 1"),
         pytest.param(3, 5, 19, 24, 5, 18, True, "mul", torch.float16, 1, id="3 x 5, k = h - 1"),
@@ -249,7 +249,7 @@ def test_chunks_of_tokens(device, kernels, monkeypatch):
 
 
 def test_where_it_is_not_used(device, kernels):
-    """Masks, 32 bits, no head to leave out, lists too long for a program; and without a token."""
+    """Masks, 32 bits, no head to leave out, lists too long, rows that no descriptor can have."""
     x = torch.randint(-2, 3, (2, 16)).to(device, torch.bfloat16)
     w_enc = torch.randint(-2, 3, (20, 3, 16)).to(x)
     mask = (torch.arange(40) % 3 > 0).to(device)
@@ -260,8 +260,10 @@ def test_where_it_is_not_used(device, kernels):
         fused_encode(x, w_enc, m=1, k=3, impl="triton")
     with configs.override("encode", ONE_PASS=0):
         fused_encode(x, w_enc, m=1, k=3, impl="triton")
+    with configs.override("encode_heads", TMA=1):
+        fused_encode(x[:, :15], w_enc[..., :15], m=1, k=3, impl="triton")
     assert fused_encode(x[:0], w_enc, m=1, k=3, impl="triton").indices.shape == (0, 3)
-    assert kernels.count("rank_latents") == 5
+    assert kernels.count("rank_latents") == 6
     assert "encode_heads" not in kernels
 
 
@@ -275,3 +277,14 @@ def test_order_of_programs_changes_no_bit(device, shuffled):  # noqa: F811
         got = fused_encode(x, w_enc, m=2, k=5, impl="triton")
         assert torch.equal(got.indices, expected.indices)
         assert torch.equal(got.values, expected.values)
+
+
+def test_tensors_that_no_descriptor_can_have(device):
+    """They begin where a descriptor cannot: pointers are used."""
+    x = torch.randint(-2, 3, (3 * 16 + 1,)).to(device, torch.bfloat16)[1:].view(3, 16)
+    w_enc = torch.randint(-2, 3, (20, 3, 16)).to(x)
+    assert x.data_ptr() % 16
+    expected = fused_encode(x, w_enc, m=1, k=3, impl="reference")
+    with configs.override("encode_heads", TMA=1):
+        got = fused_encode(x, w_enc, m=1, k=3, impl="triton")
+    assert torch.equal(got.indices, expected.indices)

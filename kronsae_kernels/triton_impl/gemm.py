@@ -18,11 +18,12 @@ every few tiles: slow, as exact.
 are those of an encoder with k heads, from which the k first latents are selected as from any other;
 `name_latents` gives these the indices they have among all heads.
 
-What it costs, by the numbers of a card. A tile of T tokens and C columns needs T C d
-multiply-adds and reads (T + C) d operands of 2 bytes through the L2 cache; T = 128, C = 192 or 256
-(2 or 4 base rows, 4 extension rows): 53 or 48 bytes a cycle and SM at a Hopper's 2048 multiply-adds
-a cycle. cuBLAS's tiles, whose columns are broadcast to two SMs, read 32. Where a card's L2 cache
-does not give that, this kernel waits for it.
+What it costs on a Hopper, by what it compiles to (nothing is measured). A tile of T tokens and C
+columns is T C d multiply-adds, of which an SM makes 2048 a cycle, and reads 2 (T + C) d bytes of
+operands through the L2 cache: 53 bytes a cycle for T = 128 and C = 192, 48 for C = 256, where
+cuBLAS, which sends a tile to two SMs at once, needs 32. What follows a tile's product, 1,600 to 1,900
+instructions of each of 8 warps, is 3,300 to 3,700 cycles more, which no product hides: a tenth of a
+tile at d = 2304. So the other way is the default.
 """
 
 import triton
@@ -140,9 +141,9 @@ def _first(keys, low, k, cap):
 
 
 @triton.jit
-def _cut_lists(lists, counts, bounds, k, cap, PLANES: tl.constexpr, TOKENS: tl.constexpr,
+def _cut_lists(lists, counts, k, cap, PLANES: tl.constexpr, TOKENS: tl.constexpr,
                CAPACITY: tl.constexpr, CUT: tl.constexpr):  # fmt: skip
-    """Cut each of a program's lists to the k to cap first; counts, bounds [TOKENS] follow.
+    """Cut each of a program's lists to the k to cap first; counts [2, TOKENS] follow.
 
     What is left moves to the front, in order, CUT tokens at a time.
     """
@@ -151,7 +152,7 @@ def _cut_lists(lists, counts, bounds, k, cap, PLANES: tl.constexpr, TOKENS: tl.c
         inside = slot[None, :] < tl.load(counts + row)[:, None]
         at = row[:, None] * CAPACITY + slot[None, :]
         key = tl.load(lists + at, mask=inside, other=PADDING)
-        low, take = _first(key, tl.load(bounds + row), k, cap)
+        low, take = _first(key, tl.load(counts + TOKENS + row), k, cap)
         chosen = take.to(tl.int32)
         place = row[:, None] * CAPACITY + tl.cumsum(chosen, 1) - 1
         place = tl.where(take & (place < at), place, -1)
@@ -161,11 +162,11 @@ def _cut_lists(lists, counts, bounds, k, cap, PLANES: tl.constexpr, TOKENS: tl.c
             tl.debug_barrier()  # what is overwritten was read
             tl.store(of_plane + place, value, mask=place >= 0)
         tl.store(counts + row, tl.sum(chosen, 1))
-        tl.store(bounds + row, low)
+        tl.store(counts + TOKENS + row, low)
 
 
 @triton.jit
-def encode_heads(x, p_weight, q_weight, bias, lists, counts, bounds, tokens, d, h, splits, tiles,
+def encode_heads(x, p_weight, q_weight, bias, lists, counts, scratch, tokens, d, h, splits, tiles,
                  k, cap, M: tl.constexpr, N: tl.constexpr, M_PADDED: tl.constexpr,
                  N_PADDED: tl.constexpr, SIGNED: tl.constexpr, HAS_BIAS: tl.constexpr,
                  PRECISION: tl.constexpr, DTYPE: tl.constexpr, TOKENS: tl.constexpr,
@@ -175,8 +176,9 @@ def encode_heads(x, p_weight, q_weight, bias, lists, counts, bounds, tokens, d, 
 
     weight [m + n, h, d], bias [tiles in all, m + n, HEADS]. With TMA, x, p_weight and q_weight are
     descriptors of tiles of x and of the weight; else pointers, the latter two the same.
-    lists [programs, planes, TOKENS, CAPACITY] int32, with counts [programs, TOKENS] of heads,
-    program = block * splits + range; bounds: as counts, keys that k of a list have or exceed.
+    lists [programs, planes, TOKENS, CAPACITY] int32; counts [programs, 2, TOKENS]: of its heads,
+    and bound, a key that k of them have or exceed; program = block * splits + range.
+    scratch: as counts, for the cuts.
     `tiles` of HEADS heads are one range. Grid (blocks of TOKENS tokens * splits,).
     """
     PLANE: tl.constexpr = TOKENS * CAPACITY
@@ -188,21 +190,20 @@ def encode_heads(x, p_weight, q_weight, bias, lists, counts, bounds, tokens, d, 
     end = tl.minimum(tile + tiles, tl.cdiv(h, HEADS))
     lists += program.to(tl.int64) * (PLANES * PLANE)
     row = tl.arange(0, TOKENS)
-    counts += program * TOKENS
-    bounds += program * TOKENS
+    scratch += program * (2 * TOKENS)
     count = tl.zeros([TOKENS], tl.int32)
     bound = tl.full([TOKENS], PADDING, tl.int32)
     while tile < end:
         fullest = tl.max(count)
         if fullest > CAPACITY - HEADS:
             # A cut starts from a key that k have. Before the first one, every head is in the list.
-            tl.store(counts + row, count)
-            tl.store(bounds + row, tl.maximum(bound, MASKED))
+            tl.store(scratch + row, count)
+            tl.store(scratch + TOKENS + row, tl.maximum(bound, MASKED))
             tl.debug_barrier()
-            _cut_lists(lists, counts, bounds, k, cap, PLANES, TOKENS, CAPACITY, CUT)
+            _cut_lists(lists, scratch, k, cap, PLANES, TOKENS, CAPACITY, CUT)
             tl.debug_barrier()
-            count = tl.load(counts + row)
-            bound = tl.load(bounds + row)
+            count = tl.load(scratch + row)
+            bound = tl.load(scratch + TOKENS + row)
             fullest = tl.max(count)
         # As many tiles as are sure to fit: one pipelined loop without another in it.
         next_tile = tl.minimum(tile + (CAPACITY - fullest) // HEADS, end)
@@ -244,12 +245,13 @@ def encode_heads(x, p_weight, q_weight, bias, lists, counts, bounds, tokens, d, 
             _store_pre_latents(lists + PRE * PLANE, place, p, keep, M, PLANE)
             _store_pre_latents(lists + OF_Q * PLANE, place, q, keep, N, PLANE)
         tile = next_tile
-    tl.store(counts + row, count)
-    tl.store(bounds + row, tl.maximum(bound, MASKED))
+    of_list = counts + program * (2 * TOKENS) + row
+    tl.store(of_list, count)
+    tl.store(of_list + TOKENS, tl.maximum(bound, MASKED))
 
 
 @triton.jit
-def gather_heads(lists, counts, bounds, heads, pre, splits, k, M: tl.constexpr, N: tl.constexpr,
+def gather_heads(lists, counts, heads, pre, splits, k, M: tl.constexpr, N: tl.constexpr,
                  TOKENS: tl.constexpr, CAPACITY: tl.constexpr,
                  CANDIDATES: tl.constexpr):  # fmt: skip
     """The k first heads of the lists of `encode_heads`, ascending: heads [tokens, k] int32.
@@ -264,13 +266,14 @@ def gather_heads(lists, counts, bounds, heads, pre, splits, k, M: tl.constexpr, 
     candidate = tl.arange(0, CANDIDATES)
     slot, split = candidate % CAPACITY, candidate // CAPACITY
     program = token // TOKENS * splits + split
-    count = tl.load(counts + program * TOKENS + row, mask=split < splits, other=0)
+    of_list = counts + program * (2 * TOKENS) + row
+    count = tl.load(of_list, mask=split < splits, other=0)
     inside = slot < count
     at = lists + program.to(tl.int64) * (PLANES * PLANE) + (row * CAPACITY + slot)
     key = tl.load(at + KEYS * PLANE, mask=inside, other=PADDING)
     head = tl.load(at + IDS * PLANE, mask=inside, other=0)
     # What k of a range have, k of all have.
-    bound = tl.load(bounds + program * TOKENS + row, mask=split < splits, other=MASKED)
+    bound = tl.load(of_list + TOKENS, mask=split < splits, other=MASKED)
     # Ranges of heads follow each other, and a list ascends: so do all candidates.
     _, take = _first(key[None, :], tl.max(bound[None, :], 1), k, k)
     take = tl.reshape(take, [CANDIDATES])

@@ -486,6 +486,8 @@ def _lists_of(x: Tensor, selection: Selection) -> Lists | None:
     if not (wanted and selection.fits and k < heads):
         return None
     blocks = configure("encode_heads", x.device).blocks
+    if blocks["TMA"] and x.shape[1] % 8:  # rows of a descriptor begin at multiples of 16 bytes
+        return None
     m_padded, n_padded = next_power_of_2(m), next_power_of_2(n)
     # Both products of a tile need 16 columns of their own at least.
     per_tile = max(blocks["COLUMNS"] // (m_padded + n_padded), 1)
@@ -533,7 +535,7 @@ def _select_in_one_pass(
         del sizes[name]
     padded = {"M_PADDED": next_power_of_2(m), "N_PADDED": next_power_of_2(n)}
     of_x, of_p, of_q = x, weight, weight
-    sizes["TMA"] = int(sizes["TMA"] and d % 8 == 0 and _aligned(x) and _aligned(weight))
+    sizes["TMA"] = int(sizes["TMA"] and _aligned(x) and _aligned(weight))
     if sizes["TMA"]:
         width, cube = sizes["WIDTH"], weight.view(m + n, heads, d)
         of_x = TensorDescriptor.from_tensor(x, [lists.tokens, width])
@@ -549,9 +551,9 @@ def _select_in_one_pass(
     programs = blocks * lists.splits
     shape = (programs, lists.planes, lists.tokens, lists.capacity)
     found = x.new_empty(shape, dtype=torch.int32)
-    counts = x.new_empty(programs, lists.tokens, dtype=torch.int32)
-    shared = {"lists": found, "counts": counts, "bounds": torch.empty_like(counts)}
-    shared |= {"splits": lists.splits, "k": k, "M": m, "N": n, "CAPACITY": lists.capacity}
+    counts = x.new_empty(programs, 2, lists.tokens, dtype=torch.int32)
+    shared = {"lists": found, "counts": counts, "splits": lists.splits, "k": k, "M": m, "N": n}
+    shared["CAPACITY"] = lists.capacity
     launch(
         gemm.encode_heads,
         (programs,),
@@ -560,6 +562,7 @@ def _select_in_one_pass(
         p_weight=of_p,
         q_weight=of_q,
         bias=of_tiles,
+        scratch=torch.empty_like(counts),
         tokens=tokens,
         d=d,
         h=heads,
