@@ -181,7 +181,7 @@ def state_terms(shape: Shape, contender: str) -> dict[str, int]:
 def moments_of_step(shape: Shape, contender: str) -> dict[str, dict[str, int]]:
     """Bytes beside the state, at the moments of a step in which it may hold most.
 
-    A row, or head, of more codes than a segment is long has at most 2 / length segments a code.
+    A partial sum for each segment of so many codes as the kernels' configurations say.
     """
     from kronsae_kernels.triton_impl.configs import config_of
 
@@ -191,10 +191,10 @@ def moments_of_step(shape: Shape, contender: str) -> dict[str, dict[str, int]]:
     factors = 2 if kron else 1  # base and extension, or the value
     chunk = min(torch_impl.chunk_tokens(WIDTH * rows, torch.device("cuda")), shape.tokens)
     lengths = config_of("segments", GENERATION).blocks
-    of_decoder = 2 * codes // lengths["ROW_LENGTH"] * 4 * d
+    of_decoder = codes // lengths["ROW_LENGTH"] * 4 * d
     of_encoder = of_decoder
     if kron:
-        of_encoder = 2 * codes // lengths["HEAD_LENGTH"] * (shape.m + shape.n) * 4 * d
+        of_encoder = codes // lengths["HEAD_LENGTH"] * (shape.m + shape.n) * 4 * d
     low_batch = {"batch in low precision": WIDTH * shape.tokens * d}
     encode = {
         **low_batch,
@@ -202,14 +202,14 @@ def moments_of_step(shape: Shape, contender: str) -> dict[str, dict[str, int]]:
         # int64 index and float32 factors; of a chunk, its unsorted ranks, too.
         "codes": (8 + 4 * factors) * codes + 8 * shape.k * chunk,
     }
-    # Sorted by latent: int64 order, int32 token and latent; where each latent's begin.
-    entries = 16 * codes + 4 * size
+    # Sorted by latent: int32 token and latent; where each latent's begin.
+    entries = 8 * codes + 4 * size
     if fused:
         update = {
             **low_batch,
             "residual": WIDTH * shape.tokens * d,
-            # int64 index, int32 token; value and three derivatives, and all four sorted.
-            "codes": (8 + 4 + 16 + 16) * codes + entries,
+            # int64 index; value and three derivatives, and all of these sorted.
+            "codes": (8 + 16 + 16) * codes + entries,
             "partial sums": max(of_decoder, of_encoder),
         }
         return {"encode": encode, "update": update}

@@ -22,12 +22,12 @@ from benchmarks.shapes import SHAPES, Shape, batches
 from benchmarks.steps import CONTENDERS, best_of_ours
 
 STAGE_OF_KERNEL = (
-    ("select", r"select_|merge_heads|rank_latents|topk"),
+    ("select", r"select_|merge_lists|list_keys|rank_latents|topk"),
     ("encode", r"encode_gemm|gemm|cutlass|nvjet|xmma|addmm|aten::mm"),
     ("decode", r"decode_and_loss|combine|pair_dots|embedding_bag"),
     ("encoder update", r"head"),
     ("decoder update", r"row"),
-    ("group", r"[sS]ort|[sS]can|[hH]istogram|bincount|searchsorted|cumsum"),
+    ("group", r"group_entries|[sS]ort|[sS]can|[hH]istogram|bincount|searchsorted|cumsum"),
     ("optimizer", r"[aA]dam|multi_tensor"),
 )
 """Stage, and what the names of its kernels look like; the first that fits."""

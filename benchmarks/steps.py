@@ -156,7 +156,9 @@ def why_not_fused(device: torch.device) -> str | None:
 
 
 def _why_not_graphed(device: torch.device) -> str | None:
-    return "needs a CUDA device" if device.type != "cuda" else why_not_fused(device)
+    from kronsae_kernels.step import why_not_graphed
+
+    return why_not_graphed(device) or why_not_fused(device)
 
 
 def _model(cls: type[nn.Module], shape: Shape, device: torch.device) -> nn.Module:

@@ -61,7 +61,7 @@ class Data:
             self.x, self.w_enc, self.b_enc, None, shape.m, shape.k, "mand"
         )
         self.found = decode_and_loss(self)
-        self.entries = operations.Entries.of(self.indices, shape.dict_size)
+        self.entries = group(self)
         self.encoder, self.encoder_bias, self.decoder, self.decoder_bias = (
             (w, torch.zeros_like(w), torch.zeros_like(w)) for w in (w_enc, b_enc, w_dec, b_dec)
         )
@@ -113,26 +113,37 @@ def decode_and_loss(data: Data, one_gather: bool = True) -> operations.DecodeAnd
     )  # fmt: skip
 
 
+def group(data: Data) -> operations.Entries:
+    found = data.found
+    coefficients = (found.values, found.along, found.d_base, found.d_extension)
+    return operations.Entries.of(data.indices, data.shape.dict_size, coefficients)
+
+
+def grouped(data: Data) -> Results:
+    entries = group(data)
+    return entries.tokens, entries.offsets, *entries.coefficients
+
+
 def row_gradients(data: Data) -> Results:
     out, entries = torch.empty_like(data.table), data.entries
-    operations.row_gradients(entries, entries(data.found.values), data.found.residual, out, None)
+    operations.row_gradients(entries, entries.coefficients[0], data.found.residual, out, None)
     return (out,)
 
 
 def update_decoder(data: Data) -> Results:
     found, entries = data.found, data.entries
     squares = operations.update_rows(
-        entries, entries(found.values), entries(found.along), found.residual, data.hyper, "update",
-        True, data.decoder, data.table,
+        entries, *entries.coefficients[:2], found.residual, data.hyper, "update", True,
+        data.decoder, data.table,
     )  # fmt: skip
     return squares, data.decoder[1]
 
 
 def update_encoder(data: Data) -> Results:
-    found, entries, low = data.found, data.entries, data.w_enc.transpose(0, 1)
+    entries, low = data.entries, data.w_enc.transpose(0, 1)
     squares = operations.update_heads(
-        entries, entries(found.d_base), entries(found.d_extension), data.x, data.shape.m,
-        data.hyper, "update", data.encoder, low, data.encoder_bias,
+        entries, *entries.coefficients[2:], data.x, data.shape.m, data.hyper, "update",
+        data.encoder, low, data.encoder_bias,
     )  # fmt: skip
     return squares, data.encoder[1], data.encoder_bias[1]
 
@@ -164,38 +175,46 @@ KERNELS: dict[str, tuple[Callable[[Data], Results], list[Changes]]] = {
     ),
     "select_heads": (
         select,
-        [{"num_warps": 4}, {"num_warps": 16}, {"LANES": 1024}, {"PER_PROGRAM": 4096}],
+        [
+            {"MAX_REGISTERS": 0},
+            {"num_warps": 16, "LANES": 4096},
+            {"num_warps": 4, "LANES": 1024, "MAX_REGISTERS": 255},
+            {"PER_PROGRAM": 4096},
+        ],
     ),
-    "merge_heads": (select, [{"num_warps": 4}, {"num_warps": 16}]),
+    "merge_lists": (select, [{"num_warps": 4}, {"num_warps": 8}]),
+    "list_keys": (select, [{"TILE": 512}, {"TILE": 2048}]),
     "select_rows": (select, [{"num_warps": 4}, {"num_warps": 2}, {"num_warps": 1}]),
-    "select_latents": (select, [{"num_warps": 4}, {"num_warps": 2}, {"num_warps": 1}]),
+    "select_latents": (select, [{"ONE_WARP": 512}, {"ONE_WARP": 2048}, {"DIRECT": 256}]),
     "rank_latents": (select, [{"num_warps": 2}, {"num_warps": 1}]),
     "combine": (
         combine,
         [
             {"ROWS": 16},
-            {"ROWS": 4},
-            {"WIDTH": 1024},
-            {"WIDTH": 1024, "num_warps": 8},
-            {"WIDTH": 256, "num_warps": 2},
+            {"ROWS": 4, "WIDTH": 128},
+            {"ROWS": 32, "num_warps": 4},
+            {"STAGES": 2},
+            {"STAGES": 4},
         ],
     ),
     "pair_dots": (
         pair_dots,
-        [{"ROWS": 16}, {"ROWS": 4}, {"WIDTH": 1024}, {"WIDTH": 256}, {"num_warps": 8}],
+        [{"ROWS": 16}, {"ROWS": 4, "WIDTH": 128}, {"STAGES": 2}, {"STAGES": 4}],
     ),
     "decode_and_loss": (
         decode_and_loss,
         [
-            {"TILE": 4096},
-            {"TILE": 16384, "num_warps": 8},
-            {"num_warps": 8},
+            {"BLOCKS": 16},
+            {"BLOCKS": 16, "TILE": 128},
+            {"STAGES": 1},
+            {"STAGES": 3},
         ],
     ),
     "code_gradients": (
         functools.partial(decode_and_loss, one_gather=False),
-        [{"WIDTH": 512}, {"WIDTH": 2048}],
+        [{"WIDTH": 256}, {"WIDTH": 1024}],
     ),
+    "group_entries": (grouped, [{"WIDTH": 256}, {"WIDTH": 1024}]),
     "row_gradients": (
         row_gradients,
         [{"ENTRIES": 4}, {"ENTRIES": 16}, {"WIDTH": 1024}, {"WIDTH": 256}, {"num_warps": 2}],
@@ -203,7 +222,7 @@ KERNELS: dict[str, tuple[Callable[[Data], Results], list[Changes]]] = {
     "sum_row_segments": (update_decoder, [{"ENTRIES": 16}, {"WIDTH": 1024}, {"WIDTH": 256}]),
     "update_rows": (
         update_decoder,
-        [{"ENTRIES": 8}, {"ENTRIES": 2}, {"PER_WARP": 256}, {"PER_WARP": 1024}, {"MANY": 32}],
+        [{"ENTRIES": 1}, {"ENTRIES": 4}, {"PER_WARP": 320}, {"PER_WARP": 1280}],
     ),
     "head_gradients": (
         update_encoder,
@@ -220,7 +239,7 @@ KERNELS: dict[str, tuple[Callable[[Data], Results], list[Changes]]] = {
     "update_vector": (update_bias, [{"WIDTH": 256}, {"WIDTH": 1024}]),
     "segments": (
         update_both,
-        [{"ROW_LENGTH": 128}, {"ROW_LENGTH": 512}, {"HEAD_LENGTH": 512}, {"HEAD_LENGTH": 2048}],
+        [{"ROW_LENGTH": 64}, {"ROW_LENGTH": 256}, {"HEAD_LENGTH": 256}, {"HEAD_LENGTH": 1024}],
     ),
 }
 """A call that launches the kernel, and the alternatives; what the table has already is left out."""

@@ -231,6 +231,7 @@ def kill(learner: Learner) -> None:
     silent = learner.tokens_since_fired
     count = min(len(silent), learner.auxk)
     silent[torch.arange(count, device=silent.device) * (len(silent) // count)] = 2**60
+    learner.quiet_until = 0
 
 
 def _time_steps(

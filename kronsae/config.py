@@ -423,8 +423,8 @@ class TrainConfig:
     auxk: int = setting(0, "dead latents a token in that loss (0: d_model / 2)")
     auxk_fraction: float = setting(
         0.25,
-        "share of each batch on which that loss is measured (all of it costs more than the "
-        "rest of the step)",
+        "share of each batch on which that loss is measured (k / auxk times that, where it has "
+        "more latents a token than the rest of the step)",
     )
     l0_coefficient: float = setting(
         1.0, "jumprelu: weight of the loss (L0 / k - 1)^2 that keeps k latents a token active"
@@ -452,6 +452,12 @@ class TrainConfig:
         "whether gradients and AdamW are fused into kernels that write no gradient (auto: on a "
         "GPU, where they can run; on: an error where they cannot)",
         choices=("auto", "on", "off"),
+    )
+    cuda_graph: str = setting(
+        "auto",
+        "whether the fused step is one launch of a CUDA graph (auto: where that works), or of "
+        "each of its kernels",
+        choices=("auto", "off"),
     )
     tensor_parallel: int = setting(
         1,
@@ -506,6 +512,10 @@ class TrainConfig:
         _require(
             self.fused_step in ("auto", "on", "off"),
             f"fused_step: one of ('auto', 'on', 'off'), not {self.fused_step!r}",
+        )
+        _require(
+            self.cuda_graph in ("auto", "off"),
+            f"cuda_graph: one of ('auto', 'off'), not {self.cuda_graph!r}",
         )
 
     @property

@@ -269,12 +269,14 @@ def _train(session: "_Session", heldout: Heldout | None, stop: "_Stop") -> int |
             if stream.steps > saved_at:
                 session.save()
             raise
-        for member in session.live:
-            member.step(*batch, stream)
-        if not session.live:
-            raise Diverged("\n".join(m.result.failed for m in session.members.values()))
         step = stream.steps
-        if step % config.log_every == 0 or stream.done:
+        log = step % config.log_every == 0 or stream.done
+        if log or any(member.learner.fused is None for member in session.live):
+            stream.check()
+        for member in session.live:
+            member.step(*batch, stream, log)
+        session.check_live()
+        if log:
             rates = stream.rates()
             for member in session.live:
                 if member.figures:  # the batch was not skipped
@@ -316,14 +318,21 @@ class _Member:
         self.learner: Learner | None = Learner(plan.sae, plan.train, device, mesh)
         self.figures: dict[str, float] = {}  # of the last step
         self.history: list[dict[str, Any]] = []
-        self.step_seconds, self.steps = 0.0, 0
+        self.clock = _Clock(device)
         self.result: FitResult | None = None
 
-    def step(self, x: Tensor, target: Tensor | None, stream: Stream) -> None:
-        """One optimizer step on a normalised batch; ends the member if it diverges."""
-        began = time.monotonic()
+    def step(self, x: Tensor, target: Tensor | None, stream: Stream, log: bool) -> None:
+        """One optimizer step on a normalised batch; ends the member if it diverges.
+
+        log: whether its figures are to be logged.
+        """
+        if log:
+            self.settle(stream)
+            if self.result is not None:
+                return
         try:
-            figures = self.learner.step(x, target)
+            with self.clock:
+                figures = self.learner.step(x, target, log)
         except FloatingPointError as error:  # the weights are still those of the step before
             self.finish(stream, {}, failed=str(error))
             return
@@ -331,11 +340,19 @@ class _Member:
             self.record("skipped", figures._asdict(), stream)
             self.figures = {}
         else:
-            self.figures = figures
+            self.figures = figures or {}
         # The next member's gradients take the place of these.
         self.learner.optimizer.zero_grad(set_to_none=True)
-        self.step_seconds += time.monotonic() - began
-        self.steps += 1
+
+    def settle(self, stream: Stream) -> None:
+        """Record batches that were skipped without a word; end the member if it has diverged."""
+        try:
+            skipped = self.learner.settle()
+        except FloatingPointError as error:
+            self.finish(stream, {}, failed=str(error))
+            return
+        if skipped is not None:
+            self.record("skipped", skipped._asdict(), stream)
 
     def record(self, kind: str, values: dict[str, float], stream: Stream) -> None:
         entry = {"kind": kind, **stream.position(), **values}
@@ -370,8 +387,9 @@ class _Member:
         if self.run is not None:
             facts = {**self.settings, "tokens": tokens, "metrics": metrics}
             sae.save(self.run.sae, facts | ({"failed": failed} if failed else {}))
-        step_ms = 1e3 * self.step_seconds / max(1, self.steps)
-        self.result = FitResult(sae, tokens, metrics, self.history, stopped_by, failed, step_ms)
+        self.result = FitResult(
+            sae, tokens, metrics, self.history, stopped_by, failed, self.clock.mean_ms
+        )
         self.learner = None
 
     def restore_failed(self, message: str) -> None:
@@ -380,6 +398,52 @@ class _Member:
             sae = load(self.run.sae)
         self.result = FitResult(sae, sae.metadata["tokens"], {}, [], None, message)
         self.learner = None
+
+
+class _Clock:
+    """Mean time of what runs inside, on a device that may be behind the host.
+
+    On a card the time between two events of its own: nobody waits for it before somebody asks.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds, self.count = 0.0, 0
+        self.began: Any = None
+        self.pending: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def _now(self) -> Any:
+        if self.device.type != "cuda":
+            return time.monotonic()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def __enter__(self) -> None:
+        self.began = self._now()
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if kind is not None:
+            return
+        self.count += 1
+        if self.device.type != "cuda":
+            self.seconds += time.monotonic() - self.began
+            return
+        self.pending.append((self.began, self._now()))
+        while self.pending and self.pending[0][1].query():
+            self._take()
+
+    def _take(self) -> None:
+        began, ended = self.pending.pop(0)
+        self.seconds += began.elapsed_time(ended) / 1e3
+
+    @property
+    def mean_ms(self) -> float:
+        if self.pending:
+            self.pending[-1][1].synchronize()
+        while self.pending:
+            self._take()
+        return 1e3 * self.seconds / max(1, self.count)
 
 
 class _Session:
@@ -412,7 +476,17 @@ class _Session:
         if self.mesh.world.size == 1:
             self.stream.interrupt()
 
+    def check_live(self) -> None:
+        """Raise Diverged if no member learns any more."""
+        if not self.live:
+            raise Diverged("\n".join(m.result.failed for m in self.members.values()))
+
     def save(self) -> None:
+        """Write a checkpoint, of steps that are known to be good."""
+        self.stream.check()
+        for member in self.live:
+            member.settle(self.stream)
+        self.check_live()
         if self.folder is not None:
             state = {
                 "stream": self.stream.state_dict(),
@@ -605,7 +679,7 @@ FREE_TO_CHANGE = {
     *(
         f"config.train.{name}"
         for name in (
-            *("device", "fused_step", "tensor_parallel", "rank_timeout"),
+            *("device", "fused_step", "cuda_graph", "tensor_parallel", "rank_timeout"),
             *("log_every", "eval_every", "checkpoint_every", "keep_checkpoints"),
             *("tensorboard", "wandb"),
         )

@@ -1,5 +1,6 @@
 """One SAE and everything that an optimizer step changes: weights, moments, counters."""
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -8,7 +9,14 @@ from torch import Tensor
 
 from kronsae.config import SAEConfig, TrainConfig
 from kronsae.errors import InputError
-from kronsae.objectives import Objective, auxk_loss, auxk_weight, objective
+from kronsae.objectives import (
+    VARIANCE_FLOOR,
+    Objective,
+    auxk_latents,
+    auxk_loss,
+    auxk_tokens,
+    objective,
+)
 from kronsae.parallel import ALONE, Mesh
 from kronsae.sae import HELD, SAE
 from kronsae_kernels import SparseCodes
@@ -18,6 +26,9 @@ ADAM_BETA1 = 0.9
 
 SKIPS = 8
 """Steps in a row whose gradient is not finite before an SAE counts as diverged."""
+
+GRAPHS = 2
+"""Kinds of a step that are CUDA graphs: with and without the auxiliary loss."""
 
 FAR = 100
 """Times the usual distance at which an activation is no measure of the others."""
@@ -131,11 +142,22 @@ class Pass(NamedTuple):
 
 
 class Skipped(NamedTuple):
-    """Of a batch that no step was made on."""
+    """Of batches that no step was made on."""
 
     reason: str
     largest: float
-    """Magnitude of the largest normalised activation in the batch: usually 1 to 100."""
+    """Magnitude of the largest normalised activation in the first of them: usually 1 to 100."""
+    batches: int = 1
+
+
+class _Made(NamedTuple):
+    """What the fused step did: `Pass`, on the device."""
+
+    mse: Tensor
+    auxk_loss: Tensor | None
+    """None where it was not computed."""
+    codes: SparseCodes
+    grad_norm: Tensor
 
 
 class _Dying(NamedTuple):
@@ -155,7 +177,9 @@ class Learner:
     """Trains one SAE on normalised activations [B, d], one optimizer step a call of `step`.
 
     Steps are made by `kronsae_kernels.step` where it can run, else by autograd and torch's AdamW;
-    both change the same weights and moments, and give the same but for rounding.
+    both change the same weights and moments, and give the same but for rounding. The fused step
+    asks nothing of the device but in a `step` that logs; on a GPU it is a CUDA graph that is
+    replayed, as long as batches have the size of the first (`graph_problem`: why it is not).
     A transcoder also gets its target [B, d_target], normalised.
     mesh: of processes that train it together. Each gets the whole batch, and learns from its part;
         weights, moments and counters are those of the heads that it holds.
@@ -190,6 +214,7 @@ class Learner:
             fused=True,
         )
         weights = dict(self.sae.named_parameters())
+        self.tokens_since_fired = torch.zeros(len(self.sae.W_dec), dtype=torch.int64, device=device)
         moments = fused.new_state(weights)
         for name, parameter in weights.items():
             self.optimizer.state[parameter] = moments[name]
@@ -207,28 +232,38 @@ class Learner:
                 unit_norm=self.unit_norm,
                 weight_decay=config.weight_decay,
                 state={name.lower(): moment for name, moment in moments.items()},
+                silent=self.tokens_since_fired,
             )
+        self._graphs: dict[int, fused.GraphedStep] = {}
         self.step_count = 0
         self.tokens = 0
         self.batch = 0  # tokens of the first batch: the schedule's step
-        self.tokens_since_fired = torch.zeros(len(self.sae.W_dec), dtype=torch.int64, device=device)
         self.skipped = 0  # steps in a row, the last ones, that a gradient made impossible
+        self._left_out: Skipped | None = None  # of the fused step, not yet given out
+        # No latent is dead before so many tokens: until then the fused step looks for none.
+        self.quiet_until = config.dead_after
 
     @property
     def dead(self) -> Tensor:
         """Which latents held here are dead (bool [F]): silent for config.dead_after tokens."""
         return self.tokens_since_fired >= self.config.dead_after
 
-    def step(self, x: Tensor, target: Tensor | None = None) -> dict[str, float] | Skipped:
+    def step(
+        self, x: Tensor, target: Tensor | None = None, log: bool = True
+    ) -> dict[str, float] | Skipped | None:
         """One optimizer step on normalised activations x [B, d]; returns its metrics.
 
+        log: whether anybody wants them. If not, the fused step does not wait for the device, and
+            returns None.
         A batch whose gradient is not finite, as with an activation of enormous size, is `Skipped`:
         it counts as seen, and changes nothing else. Raises FloatingPointError if that happens
-        SKIPS times in a row.
+        SKIPS times in a row. Of steps that did not log, `settle` tells it.
         """
         sae, config = self.sae, self.config
         lr = learning_rate(self.tokens, config, sae.dict_size, self.batch or x.shape[0])
         self.batch = self.batch or x.shape[0]
+        if self.fused is not None:
+            return self._fused_step(x, lr, log)
         part = self.mesh.part
         own, own_target = part(x), None if target is None else part(target)
         if self.tokens < self.batch * max(1, warmup_steps(config, self.batch)):
@@ -236,15 +271,10 @@ class Learner:
         dead = self.dead
         dead_count = self.mesh.heads.count(int(dead.sum()), self.device)
         # On so many tokens the auxiliary loss is measured: of the batch, and of this rank's part.
-        of_batch = math.ceil(x.shape[0] * config.auxk_fraction)
-        if not (dead_count and config.auxk_coefficient and of_batch >= 2):
-            of_batch = 0
+        of_batch = auxk_tokens(sae.config, config, x.shape[0]) if dead_count else 0
         dying = _Dying(dead, dead_count, slice(len(part(x[:of_batch]))), of_batch > 0)
         try:
-            if self.fused is None:
-                done = self._autograd_step(own, own_target, x.shape[0], lr, dying)
-            else:
-                done = self._fused_step(x, lr, dying)
+            done = self._autograd_step(own, own_target, x.shape[0], lr, dying)
         except FloatingPointError as error:
             return self._skip(x, str(error))
         self.skipped = 0
@@ -256,24 +286,59 @@ class Learner:
         active = fired.sum().double() / x.shape[0]
         sums = torch.stack([done.mse, done.auxk_loss, active, *done.more.values()]).double()
         mse, auxk_loss, active, *more = self.mesh.data.sum(sums).tolist()
+        spread = spread_of(x if target is None else target).item()
+        metrics = self._metrics(mse, auxk_loss, spread, active, dead_count, done.grad_norm, lr)
+        return metrics | dict(zip(done.more, more, strict=True))
+
+    def _metrics(
+        self,
+        mse: float,
+        auxk_loss: float,
+        spread: float,
+        active: float,
+        dead: float,
+        grad_norm: float,
+        lr: float,
+    ) -> dict[str, float]:
         return {
             "loss": mse,
             "auxk_loss": auxk_loss,
-            "explained_variance": explained_share(x if target is None else target, mse),
+            "explained_variance": 1 - mse / spread if spread else None,
             "l0": active,
-            "dead_share": dead_count / sae.dict_size,
-            "grad_norm": done.grad_norm,
+            "dead_share": dead / self.sae.dict_size,
+            "grad_norm": grad_norm,
             "lr": lr,
-            **dict(zip(done.more, more, strict=True)),
         }
+
+    def settle(self) -> Skipped | None:
+        """Which batches were skipped since this was last asked (None: none); waits for the device.
+
+        Brings step_count and `skipped` up to date. Raises as `step` does.
+        """
+        if self.fused is None:
+            return None
+        longest = self._note_skips(self.fused.skips.tolist())
+        found, self._left_out = self._left_out, None
+        if longest >= SKIPS:
+            raise FloatingPointError(_diverged(found.reason))
+        return found
+
+    def _note_skips(self, skips: list[float]) -> int:
+        """Take over what the device counted; returns the most in a row since the last time."""
+        in_a_row, longest, count, largest = skips
+        self.skipped = int(in_a_row)
+        if count:
+            self.fused.skips[1:].zero_()
+            self.step_count -= int(count)
+            before = self._left_out or Skipped("gradient norm is nan", largest, 0)
+            self._left_out = before._replace(batches=before.batches + int(count))
+        return int(longest)
 
     def _skip(self, x: Tensor, reason: str) -> Skipped:
         """Leave a batch out, as its gradient is of no use."""
         self.skipped += 1
         if self.skipped == SKIPS:
-            raise FloatingPointError(
-                f"{reason}, {SKIPS} batches in a row: training has diverged, try a smaller lr"
-            )
+            raise FloatingPointError(_diverged(reason))
         self.tokens += x.shape[0]
         return Skipped(reason, min(x.abs().max().item(), torch.finfo(x.dtype).max))
 
@@ -287,7 +352,7 @@ class Learner:
     @property
     def auxk(self) -> int:
         """Dead latents a token in the auxiliary loss, if so many are dead."""
-        return self.config.auxk or max(1, self.sae.d_model // 2)
+        return auxk_latents(self.sae.config, self.config)
 
     def _autograd_step(
         self, x: Tensor, target: Tensor | None, tokens: int, lr: float, dying: "_Dying"
@@ -335,30 +400,88 @@ class Learner:
         squares = self.mesh.heads.sum(torch.nn.utils.get_total_norm(held).square())
         return (squares + torch.nn.utils.get_total_norm(rest).square()).sqrt()
 
-    def _fused_step(self, x: Tensor, lr: float, dying: "_Dying") -> Pass:
+    def _fused_step(self, x: Tensor, lr: float, log: bool) -> dict[str, float] | Skipped | None:
         """By the kernels that never write a gradient; where it is not finite, they change nothing.
 
-        The auxiliary loss is a second pass of the same step, among the dead latents, whose target
-        is what the first leaves over (see `objectives.auxk_loss`).
+        Nothing depends on what the device holds, so that nobody has to ask it: latents that may be
+        dead are looked for, whether some are or not.
+        """
+        reviving = 0
+        if self.tokens >= self.quiet_until:
+            reviving = auxk_tokens(self.sae.config, self.config, x.shape[0])
+        dead = self.dead.sum() if log else None
+        made = self._run(x, lr, reviving)
+        self.step_count += 1
+        self.tokens += x.shape[0]
+        return self._read(x, lr, made, dead) if log else None
+
+    def _read(self, x: Tensor, lr: float, made: _Made, dead: Tensor) -> dict[str, float] | Skipped:
+        """Metrics of the step that was made, in one transfer; dead: how many were, before it."""
+        silent = self.tokens_since_fired.max()
+        active = self.sae.fired(made.codes).sum().double() / x.shape[0]
+        aux = torch.zeros_like(made.mse) if made.auxk_loss is None else made.auxk_loss
+        numbers = [made.mse, aux, spread_of(x), active, dead, made.grad_norm, silent]
+        numbers = torch.cat([torch.stack([n.double() for n in numbers]), self.fused.skips.double()])
+        *numbers, silent, in_a_row, longest, count, largest = numbers.tolist()
+        self.quiet_until = self.tokens + self.config.dead_after - int(silent)
+        longest = self._note_skips([in_a_row, longest, count, largest])
+        skipped = self._left_out
+        if longest >= SKIPS:
+            raise FloatingPointError(_diverged(skipped.reason))
+        if self.skipped:
+            self._left_out = None
+            return skipped
+        return self._metrics(*numbers, lr)
+
+    def _run(self, x: Tensor, lr: float, reviving: int) -> _Made:
+        """A fused step, as a graph if there can be one. reviving: tokens of the auxiliary loss."""
+        if self.config.cuda_graph == "off" or fused.why_not_graphed(self.device) is not None:
+            return self._once(x, lr, reviving)
+        graph = self._graphs.get(reviving)
+        if graph is None and len(self._graphs) < GRAPHS:
+            # Only one of them runs at a time, so they can use the same memory.
+            pools = [other.pool for other in self._graphs.values()]
+            graph = self._graphs[reviving] = fused.GraphedStep(
+                self.fused,
+                once=functools.partial(self._once, reviving=reviving),
+                pool=next(filter(None, pools), None),
+            )
+        if graph is None or not graph.fits(x):  # the last batch of a run, say
+            return self._once(x, lr, reviving)
+        return graph(x, lr)
+
+    @property
+    def graph_problem(self) -> str | None:
+        """Why a step could not be made a CUDA graph; None if none failed."""
+        problems = [graph.problem for graph in self._graphs.values()]
+        return next(filter(None, problems), None)
+
+    def _once(self, x: Tensor, lr: float | Tensor, reviving: int) -> _Made:
+        """Kernels of a step. The auxiliary loss is a second pass of it, on the first tokens.
+
+        Among the dead latents, whose target is what the first pass leaves over: as
+        `objectives.auxk_loss`, but that where there are fewer dead ones than `auxk`, the missing
+        ones are zeros.
         """
         config = self.config
-        out, aux = self.fused.accumulate(x), x.new_zeros(())
-        if dying.measured:
-            part = dying.part
-            target = -out.residual[part].float()
-            available = min(self.auxk, dying.count)
-            weight, _ = auxk_weight(target, available, self.auxk)
+        out, aux = self.fused.accumulate(x), None
+        if reviving:
+            dead = self.dead
+            target = -out.residual[:reviving].float()
+            variance = target.var(0, correction=0).mean()
+            share = dead.sum().clamp_(max=self.auxk) * (config.auxk_coefficient / self.auxk)
+            weight = share / (variance + VARIANCE_FLOOR)
             of_dead = self.fused.accumulate(
-                x[part],
+                x[:reviving],
                 target=target,
-                k=available,
-                mask=dying.dead,
+                k=min(self.auxk, self.sae.dict_size),
+                mask=dead,
                 bias=False,
-                weight=config.auxk_coefficient * weight,
+                weight=weight,
             )
-            aux = of_dead.loss * weight
+            aux = of_dead.loss * weight / config.auxk_coefficient
         norm = self.fused.apply(lr, max_norm=config.max_grad_norm or None)
-        return Pass(out.loss, aux, out.codes, self._finite(norm))
+        return _Made(out.loss, aux, out.codes, norm)
 
     def _finite(self, norm: Tensor) -> float:
         grad_norm = norm.item()
@@ -368,6 +491,8 @@ class Learner:
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, moments and counters: tensors and JSON values."""
+        if self.fused is not None:
+            self._note_skips(self.fused.skips.tolist())
         named = dict(self.sae.named_parameters())
         return {
             "weights": self.sae.state_dict(),
@@ -378,6 +503,7 @@ class Learner:
             "batch": self.batch,
             "tokens": self.tokens,
             "skipped": self.skipped,
+            "quiet_until": self.quiet_until,
             "tokens_since_fired": self.tokens_since_fired,
         }
 
@@ -391,7 +517,15 @@ class Learner:
         self.batch = state["batch"]
         self.tokens = state["tokens"]
         self.skipped = state.get("skipped", 0)  # which older checkpoints lack
+        self.quiet_until = state.get("quiet_until", self.config.dead_after)
         self.tokens_since_fired.copy_(state["tokens_since_fired"])
+        if self.fused is not None:
+            self.fused.skips.zero_()
+            self.fused.skips[0] = self.skipped
+
+
+def _diverged(reason: str) -> str:
+    return f"{reason}, {SKIPS} batches in a row: training has diverged, try a smaller lr"
 
 
 def _more(found: Objective) -> dict[str, Tensor]:
@@ -414,13 +548,12 @@ def remove_parallel_component(w_dec: Tensor, decoded: list[SparseCodes]) -> None
     w_dec.grad.addcmul_(w_dec, along[:, None], value=-1)
 
 
-def explained_share(x: Tensor, loss: float) -> float | None:
-    """Explained variance within one batch x [B, d] of mean squared error `loss`, for the log.
+def spread_of(x: Tensor) -> Tensor:
+    """Mean square of what a batch x [B, d] differs from its mean by (scalar).
 
-    In float32; None if all activations are equal.
+    Of it a mean squared error is the share that is not explained; 0 if all activations are equal.
     """
-    spread = (x - x.mean(0)).square().mean().item()
-    return 1 - loss / spread if spread else None
+    return (x - x.mean(0)).square().mean()
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -6,11 +6,12 @@ Of a batch that processes share (`kronsae.parallel`), each computes its part of 
 tokens add to the mean over all B. The parts, and the gradients of all of them, add up.
 """
 
+import math
 from typing import NamedTuple
 
 from torch import Tensor
 
-from kronsae.config import MULTI_TOPK, TrainConfig
+from kronsae.config import MULTI_TOPK, SAEConfig, TrainConfig
 from kronsae.parallel import ALONE, Group
 from kronsae.sae import SAE
 from kronsae.selection import JumpReLU
@@ -18,6 +19,10 @@ from kronsae_kernels import SparseCodes, nested_decode
 
 MULTI_TOPK_WEIGHT = 1 / 8
 """Of the error with MULTI_TOPK k latents. [Gao et al. 2024, App. A.2]"""
+
+VARIANCE_FLOOR = 1e-8
+"""Added to the variance of what is left over: it only matters where nothing is, as activations
+have unit variance."""
 
 
 class Objective(NamedTuple):
@@ -88,6 +93,23 @@ def objective(
     return Objective(loss, mse, x_hat, codes, decoded, penalties)
 
 
+def auxk_latents(sae: SAEConfig, config: TrainConfig) -> int:
+    """Dead latents a token in their loss, if so many are dead."""
+    return config.auxk or max(1, sae.d_model // 2)
+
+
+def auxk_tokens(sae: SAEConfig, config: TrainConfig, batch: int) -> int:
+    """Of how many tokens of a batch, the first, the loss of dead latents is taken; 0: of none.
+
+    Of config.auxk_fraction of them; of fewer if that loss has more latents a token than the rest of
+    the step, so that it never gathers more than that fraction of what the rest does. At least two.
+    """
+    share = config.auxk_fraction * min(1.0, sae.k / auxk_latents(sae, config))
+    if not (share and config.auxk_coefficient and batch >= 2):
+        return 0
+    return max(2, math.ceil(batch * share))
+
+
 def auxk_loss(
     sae: SAE,
     x: Tensor,
@@ -131,8 +153,7 @@ def auxk_weight(
         raise ValueError(f"x: expected at least 2 tokens, whose variance is taken, got {tokens}")
     mean = group.sum(target.sum(0)) / tokens
     variance = group.sum(_part_of_mean(target - mean, tokens))
-    # The constant only matters where nothing is left over: activations have unit variance.
-    return (available / k) / (variance + 1e-8), tokens
+    return (available / k) / (variance + VARIANCE_FLOOR), tokens
 
 
 def _part_of_mean(error: Tensor, tokens: int) -> Tensor:

@@ -27,6 +27,7 @@ from kronsae.errors import InputError
 from kronsae.evaluate import BATCH_TOKENS, CONTEXTS_AT_ONCE
 from kronsae.fit import resolve_device
 from kronsae.learner import compute_dtype, why_not_fused
+from kronsae.objectives import auxk_latents, auxk_tokens
 from kronsae.stream import NORMALIZER_TOKENS
 from kronsae_kernels import backends
 
@@ -140,14 +141,15 @@ def _member(
     parameters += d * sae.d_out if sae.skip else 0
     parameters += sae.dict_size if sae.selection == "jumprelu" else 0
     shape = {"heads": sae.heads, "m": sae.m, "n": sae.n}
-    dead = min(sae.dict_size, train.auxk or max(1, d // 2)) if train.auxk_coefficient else 0
+    on = auxk_tokens(sae, train, train.batch_size)
+    dead = min(sae.dict_size, auxk_latents(sae, train)) if on else 0
     step = flops.training_step(
         d,
         sae.dict_size,
         sae.k,
         train.batch_size,
         auxk=dead,
-        auxk_fraction=train.auxk_fraction,
+        auxk_fraction=on / train.batch_size,
         **shape,
     )
     # What a rank holds; all but matrices and biases of latents is small.
@@ -158,7 +160,7 @@ def _member(
     judged = 64 * BATCH_TOKENS * min(widest, sae.latents_per_token)
     width = widest * (MULTI_TOPK if sae.objective == "multi_topk" else 1)
     width = min(width, sae.latents_per_token)
-    codes = 64 * max(batch * width, round(batch * train.auxk_fraction) * dead)
+    codes = 64 * max(batch * width, math.ceil(on / sharing_tokens) * dead)
     if sharing_heads > 1:  # candidates of all ranks: value, index, copies to sort
         codes += 32 * sharing_heads * batch * width
     if sae.selection == "jumprelu":  # [b, F]: products, values, and their comparison

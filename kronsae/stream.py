@@ -37,6 +37,8 @@ class Stream:
         self.target_normalizer: Normalizer | None = None
         self.pending: list[Tensor] = []  # batches that the normalizer saw, not yet given
         self.batches: Iterator[Tensor] | None = None
+        self.largest: Tensor | None = None  # magnitude in batches on a card, not yet looked at
+        self.checked = 0  # batches
         self.seconds = 0.0  # of earlier sessions
         self.started = time.monotonic()
         # Since the rates were last asked for: seconds waited for data, and the time, tokens, and
@@ -52,7 +54,8 @@ class Stream:
     def next(self) -> tuple[Tensor, Tensor | None]:
         """The next batch [B, d] and its targets, normalised, on the device, cut to the budget.
 
-        Raises DataEnded if there is none, InputError if it is not finite.
+        Raises DataEnded if there is none, InputError if it is not finite: of a batch that comes
+        from a card, `check` does so, as only that waits for the card.
         """
         began = time.monotonic()
         if self.batches is None:
@@ -66,7 +69,10 @@ class Stream:
                 f"the data ended after {self.tokens:,} of {self.budget:,} tokens: "
                 "give more text, more --epochs, or fewer --tokens"
             )
-        if not is_finite(x):
+        if x.device.type != "cpu":
+            largest = torch.linalg.vector_norm(x, torch.inf)
+            self.largest = largest if self.largest is None else self.largest.maximum(largest)
+        elif not is_finite(x):
             bad = int((~torch.isfinite(x)).any(1).sum())
             raise InputError(
                 f"batch {self.steps}: {bad} of {x.shape[0]} activations hold NaN or infinity"
@@ -76,6 +82,15 @@ class Stream:
         self.tokens += x.shape[0]
         x, target = split_target(x.to(self.device, torch.float32), self.d_target)
         return self.normalizer(x), None if target is None else self.target_normalizer(target)
+
+    def check(self) -> None:
+        """Raise InputError if a batch that came from a card since the last call is not finite."""
+        largest, self.largest = self.largest, None
+        if largest is not None and not is_finite(largest):
+            raise InputError(
+                f"batches {self.checked} to {self.steps - 1}: some activations are NaN or infinite"
+            )
+        self.checked = self.steps
 
     def _measure_normalizer(self) -> None:
         """From the first batches, which are kept to be trained on (and to be judged) in turn."""

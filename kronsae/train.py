@@ -339,10 +339,15 @@ class _Progress:
             )
         elif record["kind"] == "skipped":
             self.console.print(
-                f"step {step:,}: {name}skipped, as its {record['reason']}; the largest activation "
-                f"of the batch is {record['largest']:.3g} times the usual size",
+                f"step {step:,}: {name}{_batches(record)}skipped, as its {record['reason']}; the "
+                f"largest activation of the batch is {record['largest']:.3g} times the usual size",
                 style="yellow",
             )
+
+
+def _batches(record: dict[str, Any]) -> str:
+    """How many batches before a step were skipped, if it is not the step's own alone."""
+    return f"{record['batches']} batches up to here " if record["batches"] > 1 else ""
 
 
 def _waits(record: dict[str, Any]) -> str:

@@ -11,8 +11,9 @@ a run can go from one to the other at any step. Needs Triton kernels: `why_not` 
 """
 
 import math
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,13 +46,18 @@ def why_not(device: torch.device, d: int = 1, dtype: torch.dtype = torch.float32
     return reason
 
 
+def why_not_graphed(device: torch.device) -> str | None:
+    """Why a step cannot be a CUDA graph on a device; None if it can."""
+    return None if device.type == "cuda" else f"a CUDA graph needs a CUDA device, not {device}"
+
+
 class StepOutput(NamedTuple):
     """What one forward and backward pass gives."""
 
     loss: Tensor
     """Mean squared error over tokens and dimensions, not weighted (float32 scalar)."""
     codes: SparseCodes
-    """[B, k] values and indices, largest first."""
+    """[B, k] values and indices, largest first (-1 in places that a mask leaves over)."""
     residual: Tensor
     """[B, d] reconstruction minus target, in the compute dtype."""
 
@@ -59,6 +65,10 @@ class StepOutput(NamedTuple):
 class _Part(NamedTuple):
     """What a pass leaves for `apply`: its codes, with gradients of weight * loss."""
 
+    given: Tensor
+    """x in the dtype that it came in."""
+    codes: SparseCodes | None
+    """None if they are among a mask."""
     x: Tensor
     residual: Tensor
     indices: Tensor
@@ -82,6 +92,12 @@ class TrainingStep:
         gradient, and rows are scaled to unit norm after the step.
     state: AdamW's, to go on with: for each name of `NAMES`, "step" (float32 scalar), "exp_avg" and
         "exp_avg_sq" (shaped and stored as the weight). Used, and changed, in place; None: new.
+    silent: int64 [F], tokens since each latent was active: `apply` keeps count, of what passes
+        without a mask select. None: nobody counts.
+
+    skips: float32 [4] on the device, of calls of `apply` that made no step as something was not
+        finite: how many in a row, up to now; the most in a row; all of them; the largest magnitude
+        in x at the first. Whoever reads the last three may set them to 0.
 
     Raises ValueError for wrong shapes, dtypes, devices or layouts, RuntimeError if it cannot run
     here. Results are deterministic. May be captured in a CUDA graph (see `apply`).
@@ -104,6 +120,7 @@ class TrainingStep:
         weight_decay: float = 0.0,
         unit_norm: bool = True,
         state: Mapping[str, Mapping[str, Tensor]] | None = None,
+        silent: Tensor | None = None,
     ) -> None:
         self.weights = {"w_enc": w_enc, "b_enc": b_enc, "w_dec": w_dec, "b_dec": b_dec}
         _check_weights(self.weights, m)
@@ -122,14 +139,22 @@ class TrainingStep:
             raise RuntimeError(f"the fused step cannot run on {self.device}: {reason}")
         self.unit_norm, self.weight_decay = unit_norm, float(weight_decay)
         self.state = new_state(self.weights) if state is None else state
-        self.betas = betas
-        # Rows: with weight decay, and without; columns as in `triton_impl.device`.
-        fields = [1.0, 1 - betas[0], betas[1], 1 - betas[1], 0.0, 0.0, adam_eps, 1.0, 1.0]
-        self._constants = torch.tensor([fields, fields], device=self.device)
+        check_shape("silent", silent, (self.dict_size,), "[F]")
+        check_same("device", silent=silent, w_dec=w_dec)
+        self.silent, self.skips = silent, torch.zeros(4, device=self.device)
+        # Values above it in magnitude are those of active latents.
+        self._threshold = eps**0.5 if m is not None and composition == "mand" else 0.0
+        # Rows: with weight decay, and without; columns as in `triton_impl.device`. The zeros are
+        # filled in for each step.
+        fields = [0.0, 1 - betas[0], betas[1], 1 - betas[1], 0.0, 0.0, adam_eps, 0.0, 0.0]
+        self._hyper = torch.tensor([[0.0, *fields[1:]], [1.0, *fields[1:]]], device=self.device)
+        self._betas = torch.tensor(
+            [*betas, self.weight_decay], dtype=torch.float64, device=self.device
+        )
+        self._lr = torch.zeros((), dtype=torch.float64, device=self.device)
         self._parts: list[_Part] = []
         self._b_dec_gradient: Tensor | None = None
-        self._zero = torch.zeros((), device=self.device)  # a CUDA graph may go on reading it
-        self._check = self._zero
+        self._sums: Tensor | None = None  # of all parts, as `counters.prepare_update` wants them
         self._copies: dict[str, Tensor] = {}
         self._versions: tuple[int, ...] = ()
 
@@ -146,7 +171,9 @@ class TrainingStep:
         """Forward and backward of weight * mean((decode(encode(x)) - target)^2); no weight changes.
 
         x: [B, d].  target: [B, d], by default x.  k: by default that of the step.
-        mask: bool [F], which latents may be selected (at least k).  bias: whether b_dec takes part.
+        mask: bool [F], which latents may be selected. Where it allows fewer than k, the places left
+            over have index -1 and value 0 and take no part, here and in `apply`: k can stay the
+            same however many are allowed.  bias: whether b_dec takes part.
         Raises ValueError if shapes do not fit.
         """
         k = self.k if k is None else k
@@ -172,7 +199,7 @@ class TrainingStep:
     ) -> StepOutput:
         from kronsae_kernels.triton_impl import operations
 
-        target = (x if target is None else target).contiguous()
+        given, target = x, (x if target is None else target).contiguous()
         x = x.to(self.dtype).contiguous()
         low = self._low_precision()
         w_enc, b_enc = low["w_enc"], self.weights["b_enc"].to(self.dtype)
@@ -185,68 +212,75 @@ class TrainingStep:
             )
         composition = "dense" if self.m is None else self.composition
         table, b_dec = low["w_dec"], self.weights["b_dec"] if bias else None
+        scale = weight * (2 / x.numel())
         found = operations.decode_and_loss(
-            target, indices, base, extension, table, b_dec, composition, self.eps,
+            target, indices, base, extension, table, b_dec, composition, self.eps, scale,
             one_gather=k <= MAX_FUSED_CODES,
         )  # fmt: skip
-        scale = weight * (2 / x.numel())
         if bias:
             of_bias = found.residual.sum(0, dtype=torch.float32) * scale
             earlier = self._b_dec_gradient
             self._b_dec_gradient = of_bias if earlier is None else earlier + of_bias
-        squares = found.squares.sum()
-        d_base, d_extension = found.d_base * scale, found.d_extension * scale
-        # Not finite if anything is that an update would use.
-        self._check = self._check + (squares * scale + d_base.sum() + d_extension.sum()) * 0
+        sums = found.sums.sum(1)
+        self._sums = sums if self._sums is None else self._sums + sums
+        codes = SparseCodes(found.values, indices)
         self._parts.append(
             _Part(
+                given,
+                codes if mask is None else None,
                 x,
                 found.residual,
                 indices,
-                found.values * scale,
-                found.along * scale,
-                d_base,
-                d_extension,
+                found.scaled,
+                found.along,
+                found.d_base,
+                found.d_extension,
             )
         )
-        codes = SparseCodes(found.values, indices)
-        return StepOutput(squares / x.numel(), codes, found.residual)
+        return StepOutput(sums[0] / x.numel(), codes, found.residual)
 
     def apply(self, lr: float | Tensor, *, max_norm: float | None = None) -> Tensor:
         """AdamW step from all that was accumulated; returns the gradient's norm (before clipping).
 
-        lr: for a CUDA graph, a float32 scalar on the device, filled before each replay.
+        lr: for a CUDA graph, a scalar on the device, filled before each replay.
         max_norm: gradients are scaled down to this norm. It must be known before the first weight
             changes, so all sums are made twice.
-        If anything accumulated is not finite, nothing changes, and the norm is NaN.
+        If anything accumulated is not finite, or the mean squared error so large that its square is
+        not, nothing changes but `skips`, and the norm is NaN.
         Raises RuntimeError if nothing was accumulated.
         """
         if not self._parts:
             raise RuntimeError("apply: nothing was accumulated since the last step")
         with torch.no_grad():
             norm = self._apply(lr, max_norm)
-        self._parts.clear()
-        self._b_dec_gradient = None
-        self._check = self._zero
+        self.forget()
         return norm
+
+    def forget(self) -> None:
+        """Drop what was accumulated."""
+        self._parts.clear()
+        self._b_dec_gradient = self._sums = None
 
     def _apply(self, lr: float | Tensor, max_norm: float | None) -> Tensor:
         from kronsae_kernels.triton_impl import operations
 
-        x, residual, indices, tokens = self._joined()
-        entries = operations.Entries.of(indices, self.dict_size, tokens)
-        sorted_ = {
-            name: entries(torch.cat([getattr(part, name).flatten() for part in self._parts]))
-            for name in ("values", "along", "d_base", "d_extension")
-        }
-        hyper = self._hyper(lr)
+        x, residual = self._all("x"), self._all("residual")
+        names = ["values", "along", "d_base", *(() if self.m is None else ("d_extension",))]
+        entries = operations.Entries.of(
+            self._all("indices"),
+            self.dict_size,
+            tuple(self._all(name) for name in names),
+            self._tokens(),
+        )
+        sorted_ = dict(zip(names, entries.coefficients, strict=True))
+        hyper = self._prepared(lr)
         b_dec = self.weights["b_dec"]
         gradient = self._b_dec_gradient
         gradient = torch.zeros_like(b_dec) if gradient is None else gradient
         low = self._copies
 
         def run(mode: str) -> Tensor:
-            squares = [gradient.square().sum()]
+            squares = [gradient.square()]
             squares.append(
                 operations.update_rows(
                     entries,
@@ -290,19 +324,24 @@ class TrainingStep:
                         self._of("b_enc"),
                     )  # fmt: skip
                 )
-            return torch.stack(squares).sum().sqrt()
+            return torch.cat(squares).sum()
 
         if max_norm is not None:
-            norm = run("measure")
-            hyper[:, 7] = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+            square = run("measure")
+            hyper[:, 7] = (max_norm / (square.sqrt() + 1e-6)).clamp(max=1.0)
             run("update")
         else:
-            norm = run("update")
+            square = run("update")
         operations.update_vector(gradient, self._of("b_dec"), hyper[1])
-        proceed = hyper[0, 8]
-        for of_weight in self.state.values():
-            of_weight["step"] += proceed
-        return torch.where(proceed != 0, norm, torch.nan)
+        tokens = 0
+        for part in self._parts:
+            if self.silent is not None and part.codes is not None:
+                tokens += len(part.indices)
+        for part in self._parts:
+            if self.silent is not None and part.codes is not None:
+                operations.note_active(part.codes, self.silent, hyper, tokens, self._threshold)
+        given = self._parts[0].given
+        return operations.finish_update(square, self.skips, given, hyper, self.silent, tokens)
 
     def refresh(self) -> None:
         """Make the low-precision copies of the weights anew, after others changed the weights."""
@@ -310,15 +349,16 @@ class TrainingStep:
 
     # Parts of a step
 
-    def _hyper(self, lr: float | Tensor) -> Tensor:
-        """[2, 9] float32: the numbers of this AdamW step, on the device."""
-        hyper = self._constants.clone()
-        steps = torch.stack([self.state[name]["step"] for name in ("w_enc", "w_dec")]).double() + 1
-        hyper[0, 0] = 1 - lr * self.weight_decay
-        hyper[:, 4] = lr / (1 - self.betas[0] ** steps)
-        hyper[:, 5] = (1 - self.betas[1] ** steps).rsqrt()
-        hyper[:, 8] = torch.isfinite(self._check)
-        return hyper
+    def _prepared(self, lr: float | Tensor) -> Tensor:
+        """[2, 9] float32: the numbers of this AdamW step, on the device; counts it."""
+        from kronsae_kernels.triton_impl import operations
+
+        if not isinstance(lr, Tensor):
+            lr = self._lr.fill_(lr)
+        size = sum(part.x.numel() for part in self._parts)
+        steps = [self.state[name]["step"] for name in NAMES]
+        operations.prepare_update(self._sums, size, lr, self._betas, self._hyper, steps)
+        return self._hyper
 
     def _of(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
         """A weight and its moments, as kernels want them (a Kron encoder's i-major)."""
@@ -327,91 +367,149 @@ class TrainingStep:
             return tuple(tensor.detach().transpose(0, 1) for tensor in found)
         return tuple(tensor.detach() for tensor in found)
 
-    def _joined(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x and residual [sum B, d] of all parts, and latent and token of all codes, flat."""
-        parts, start, tokens = self._parts, 0, []
-        for part in parts:
+    def _all(self, name: str) -> Tensor:
+        """A field of all parts: rows of x and of the residual, or what belongs to codes, flat."""
+        found = [getattr(part, name) for part in self._parts]
+        if len(found) == 1:
+            return found[0]
+        return torch.cat(found if name in ("x", "residual") else [f.flatten() for f in found])
+
+    def _tokens(self) -> Tensor | None:
+        """Row of x that each code of several parts belongs to, int32; None for one part."""
+        if len(self._parts) == 1:
+            return None
+        start, tokens = 0, []
+        for part in self._parts:
             count, k = part.indices.shape
             of_part = torch.arange(start, start + count, dtype=torch.int32, device=self.device)
             tokens.append(of_part[:, None].expand(-1, k).reshape(-1))
             start += count
-        if len(parts) == 1:
-            return parts[0].x, parts[0].residual, parts[0].indices.flatten(), tokens[0]
-        return (
-            torch.cat([part.x for part in parts]),
-            torch.cat([part.residual for part in parts]),
-            torch.cat([part.indices.flatten() for part in parts]),
-            torch.cat(tokens),
-        )
+        return torch.cat(tokens)
 
     def _low_precision(self) -> dict[str, Tensor]:
         """w_enc and w_dec in the compute dtype: copies that `apply` keeps up to date."""
-        if self.dtype == torch.float32:
+        self.copy_weights()
+        if not self._copies:
             return {name: self.weights[name].detach() for name in ("w_enc", "w_dec")}
-        versions = tuple(self.weights[name]._version for name in ("w_enc", "w_dec"))
-        if versions != self._versions:
-            for name in ("w_enc", "w_dec"):
-                self._copies[name] = self._of(name)[0].to(self.dtype)
-            self._versions = versions
         w_enc = self._copies["w_enc"]
         w_enc = w_enc if self.m is None else w_enc.transpose(0, 1)
         return {"w_enc": w_enc, "w_dec": self._copies["w_dec"]}
 
+    def copy_weights(self) -> None:
+        """Bring the copies in the compute dtype up to date, if others changed the weights."""
+        versions = tuple(self.weights[name]._version for name in ("w_enc", "w_dec"))
+        if self.dtype == torch.float32 or versions == self._versions:
+            return
+        for name in ("w_enc", "w_dec"):
+            weight = self._of(name)[0]
+            if name not in self._copies:
+                self._copies[name] = torch.empty_like(weight, dtype=self.dtype)
+            self._copies[name].copy_(weight)  # in place: a CUDA graph goes on reading it
+        self._versions = versions
+
 
 class GraphedStep:
-    """One pass and its update, `accumulate` and `apply`, as a CUDA graph: one launch a step.
+    """A training step, `accumulate` and `apply`, as a CUDA graph: one launch a step.
 
         replay = GraphedStep(step)
         out, grad_norm = replay(x, lr)
 
+    once: what a step is, instead, as a function of x and lr on the device; it calls `accumulate`
+        as often as it likes, and `apply`, and asks nothing of the device.
+    pool: of another graph's memory (`GraphedStep.pool`), if the two never run at the same time.
+
     The first WARMUP calls run as they are; then a step is captured, and replayed from then on.
     x must have the same shape and dtype in every call. What is returned is overwritten by the next
-    call. Not for steps with more than one pass. Where others change the weights in between, call
-    `step.refresh()` and make a new GraphedStep.
+    call. Other threads may go on using the device during the capture. If it fails, `problem` says
+    why, and steps run as they are for good.
     Raises ValueError if x has another shape or dtype, RuntimeError without a CUDA device.
     """
 
     WARMUP = 3
     """Calls that compile the kernels, and let libraries allocate what they keep."""
 
-    def __init__(self, step: TrainingStep, *, max_norm: float | None = None) -> None:
-        if step.device.type != "cuda":
-            raise RuntimeError(
-                f"a CUDA graph needs a CUDA device, the weights are on {step.device}"
-            )
+    def __init__(
+        self,
+        step: TrainingStep,
+        *,
+        max_norm: float | None = None,
+        once: Callable[[Tensor, Tensor], Any] | None = None,
+        pool: Any = None,
+    ) -> None:
+        reason = why_not_graphed(step.device)
+        if reason is not None:
+            raise RuntimeError(reason)
         self.step, self.max_norm = step, max_norm
+        self.problem: str | None = None
+        self._once = self._plain if once is None else once
+        self._pool = pool
         self._calls = 0
         self._graph: torch.cuda.CUDAGraph | None = None
         self._x = torch.empty(0, device=step.device)
-        self._lr = torch.zeros((), device=step.device)
+        self._lr = torch.zeros((), dtype=torch.float64, device=step.device)
 
-    def __call__(self, x: Tensor, lr: float | Tensor) -> tuple[StepOutput, Tensor]:
-        """Train on x [B, d]; gives the pass's output and the gradient's norm."""
-        if self._calls == 0:
-            self._x = torch.empty_like(x)
+    @property
+    def pool(self) -> Any:
+        """Where the graph's memory is; None before there is one."""
+        return None if self._graph is None else self._graph.pool()
+
+    def fits(self, x: Tensor) -> bool:
+        """Whether x has the shape and dtype of the first call's."""
+        return self._calls == 0 or (x.shape, x.dtype) == (self._x.shape, self._x.dtype)
+
+    def __call__(self, x: Tensor, lr: float | Tensor) -> Any:
+        """Train on x [B, d]; gives the pass's output and the gradient's norm, or what `once` does.
+
+        lr: a float, or a scalar on the device.
+        """
         require(
-            x.shape == self._x.shape and x.dtype == self._x.dtype,
+            self.fits(x),
             lambda: (
                 f"x: expected {shape_of(self._x)} {self._x.dtype} as in the first call, "
                 f"got {shape_of(x)} {x.dtype}"
             ),
         )
-        self._calls += 1
-        self._x.copy_(x)
-        self._lr.fill_(lr) if isinstance(lr, float) else self._lr.copy_(lr)
-        if self._calls <= self.WARMUP:
-            return self._once()
-        if self._graph is None:
-            torch.cuda.synchronize(self.step.device)
-            self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
-                self._result = self._once()
-        self._graph.replay()
-        return self._result
+        with _device_of(self.step.device):
+            if self._calls == 0:
+                self._x = torch.empty_like(x)
+            self._calls += 1
+            self._x.copy_(x)
+            self._lr.copy_(lr) if isinstance(lr, Tensor) else self._lr.fill_(lr)
+            if self._calls > self.WARMUP and self._graph is None and self.problem is None:
+                self._capture()
+            if self._graph is None:
+                return self._once(self._x, self._lr)
+            self.step.copy_weights()
+            self._graph.replay()
+            return self._result
 
-    def _once(self) -> tuple[StepOutput, Tensor]:
-        out = self.step.accumulate(self._x)
-        return out, self.step.apply(self._lr, max_norm=self.max_norm)
+    def _capture(self) -> None:
+        """Record a step, without running it."""
+        device = self.step.device
+        self.step.copy_weights()
+        torch.cuda.synchronize(device)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(
+                graph,
+                pool=self._pool,
+                stream=torch.cuda.Stream(device),
+                capture_error_mode="thread_local",
+            ):
+                self._result = self._once(self._x, self._lr)
+            self._graph = graph
+        except RuntimeError as error:
+            self.step.forget()
+            self.problem = str(error).splitlines()[0]
+
+    def _plain(self, x: Tensor, lr: Tensor) -> tuple[StepOutput, Tensor]:
+        out = self.step.accumulate(x)
+        return out, self.step.apply(lr, max_norm=self.max_norm)
+
+
+def _device_of(device: torch.device) -> AbstractContextManager[Any]:
+    """Inside, a CUDA device is the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def new_state(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

@@ -25,9 +25,11 @@ from kronsae_kernels.common import accumulate_dtype
 
 CHUNK_BYTES = {"cpu": 8 << 20}
 """Size of the pre-latents of one chunk of tokens, by device type: the cache, on a CPU."""
-DEFAULT_CHUNK_BYTES = 512 << 20
+DEFAULT_CHUNK_BYTES = 1 << 30
 MIN_CHUNK_TOKENS = 256
 """Fewer tokens make the matrix product inefficient."""
+TILE_TOKENS = 128
+"""Tokens of a tile of the product on a GPU, of which chunks are multiples."""
 
 
 # Encode
@@ -414,12 +416,21 @@ def _sorted_positions(scores: Tensor, k: int) -> Tensor:
 
 
 def select_kron(
-    pre: Tensor, mask: Tensor | None, m: int, n: int, k: int, composition: str
+    pre: Tensor,
+    mask: Tensor | None,
+    m: int,
+    n: int,
+    k: int,
+    composition: str,
+    few: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`encode` of one chunk from its pre-latents [b, m + n, h] (before the ReLU)."""
+    """`encode` of one chunk from its pre-latents [b, m + n, h] (before the ReLU).
+
+    few: whether latents of a mask are counted (on the host), and scored alone if they are few.
+    """
     tokens, rows, heads = pre.shape
     dtype = accumulate_dtype(pre.dtype)
-    places = None if mask is None else _few(mask, k * m * n)
+    places = _few(mask, k * m * n) if few and mask is not None else None
     if places is not None:
         return _select_among(pre, places, m, n, k, composition)
     if k < heads:
@@ -491,9 +502,14 @@ def _head_scores(pre: Tensor, mask: Tensor | None, m: int, composition: str) -> 
     )
 
 
-def select_dense(pre: Tensor, mask: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
-    """`dense_encode` of one chunk from its pre-activations [b, F] (before the ReLU)."""
-    places = None if mask is None else _few(mask, len(mask) // 2)
+def select_dense(
+    pre: Tensor, mask: Tensor | None, k: int, few: bool = True
+) -> tuple[Tensor, Tensor]:
+    """`dense_encode` of one chunk from its pre-activations [b, F] (before the ReLU).
+
+    few: as in `select_kron`.
+    """
+    places = _few(mask, len(mask) // 2) if few and mask is not None else None
     scores = (pre if places is None else pre.index_select(1, places)).relu_()
     if mask is not None and places is None:
         scores = scores.masked_fill(~mask, -torch.inf)
@@ -534,7 +550,11 @@ def chunk_tokens(bytes_per_token: int, device: torch.device, least: int | None =
     least: how many it has at least; by default MIN_CHUNK_TOKENS.
     """
     budget = CHUNK_BYTES.get(device.type, DEFAULT_CHUNK_BYTES)
-    return max(MIN_CHUNK_TOKENS if least is None else least, budget // max(1, bytes_per_token))
+    least = MIN_CHUNK_TOKENS if least is None else least
+    tokens = max(least, budget // max(1, bytes_per_token))
+    if device.type != "cpu" and tokens > TILE_TOKENS:
+        tokens -= tokens % TILE_TOKENS
+    return tokens
 
 
 def spans(
@@ -551,4 +571,6 @@ def concatenate(
     """The results of all chunks as one."""
     if not parts:
         return tuple(x.new_empty(0, k, dtype=dtype) for dtype in dtypes)
+    if len(parts) == 1:
+        return parts[0]
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))

@@ -151,8 +151,21 @@ def threshold(
         operations.select_above(pre, limits, counts, width, begin=4096)
 
 
+def auxiliary(heads: int, m: int, n: int, d: int, k: int, tokens: int = 96) -> None:
+    """The pass among dead latents: few tokens, a mask, a target and a weight on the device."""
+    size = heads * m * n
+    w_enc, b_enc = _meta(F32, m + n, heads, d).transpose(0, 1), _meta(F32, heads, m + n)
+    training = TrainingStep(
+        w_enc, b_enc, _meta(F32, size, d), _meta(F32, d), m=m, k=50, dtype=BF16
+    )  # fmt: skip
+    training.accumulate(
+        _meta(BF16, tokens, d), target=_meta(F32, tokens, d), k=k, mask=_meta(torch.bool, size),
+        bias=False, weight=_meta(F32),
+    )  # fmt: skip
+
+
 def _meta(dtype: torch.dtype, *shape: int) -> Tensor:
-    return torch.empty(*shape, dtype=dtype, device="meta")
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def case(name: str, calls: Callable[..., Any], *values: Any, wgmma: Any = (), **named: Any) -> Case:
@@ -184,6 +197,9 @@ CASES: list[Case] = [
     case("nested_64k", nested, BF16, 65536, 2304, 50, [4096, 8192, 16384, 32768, 65536]),
     case("nested_f32", nested, F32, 65536, 2304, 50, [4096, 8192, 16384, 32768, 65536]),
     case("nested_wide", nested, BF16, 2**20, 4096, 512, [2**i for i in range(10, 21)]),
+    case("aux_64k_2x4", auxiliary, 8192, 2, 4, 2304, 1152),
+    case("aux_64k_4x4", auxiliary, 4096, 4, 4, 2304, 1152),
+    case("aux_1m", auxiliary, 16384, 8, 8, 4096, 2048),
 ]
 
 # What a card allows, and what is expected of a kernel
@@ -357,6 +373,8 @@ def specialise(launch: Launch, target: str) -> Specialised:
     backend = make_backend(TARGETS[target].target)
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    if launch.maxnreg:
+        options["maxnreg"] = launch.maxnreg
     bound, specialisation, rest = bind(**launch.arguments, **options)
     parsed, signature, constants, attributes = kernel._pack_args(
         backend, rest, bound, specialisation, None

@@ -182,12 +182,13 @@ def test_kernels_are_counted_where_they_belong():
 
     found = {
         "select_heads": "select",
-        "merge_heads": "select",
+        "merge_lists": "select",
         "select_rows": "select",
         "encode_gemm": "encode",
         "nvjet_tst_128x256_64x4_coopB_bz_TNT": "encode",
         "decode_and_loss": "decode",
         "sum_head_segments": "encoder update",
+        "group_entries": "group",
         "update_rows": "decoder update",
         "void at::native::radixSortKVInPlace<...>": "group",
         "void at::native::vectorized_elementwise_kernel<...>": "other",

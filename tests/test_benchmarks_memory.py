@@ -57,8 +57,8 @@ def test_more_tokens_cost_what_is_of_tokens(p3):
     more = 16 * p3.tokens
     added = (large.peak_bytes - small.peak_bytes) / more
     # Batch (float32, bfloat16) and residual; codes and entries; segments of heads.
-    expected = (4 + 2 + 2) * p3.d + (44 + 16) * p3.k
-    expected += 2 * p3.k / 1024 * (p3.m + p3.n) * 4 * p3.d
+    expected = (4 + 2 + 2) * p3.d + (40 + 8) * p3.k
+    expected += p3.k / 512 * (p3.m + p3.n) * 4 * p3.d
     assert added == pytest.approx(expected, rel=0.01)
     assert added < p3.dict_size / 2
 

@@ -12,6 +12,7 @@ from kronsae_kernels import dense_encode, fused_encode, sparse_decode
 from kronsae_kernels.triton_impl import (
     backward,
     configs,
+    counters,
     decode,
     gemm,
     launch,
@@ -22,14 +23,19 @@ from kronsae_kernels.triton_impl import (
 )
 
 TABLE = json.loads(configs.PATH.read_text(encoding="utf-8"))
-MODULES = (backward, decode, gemm, nested, select, threshold)
+MODULES = (backward, counters, decode, gemm, nested, select, threshold)
 DERIVED = {
     "encode": {"FUSED_GEMM"},
     "segments": {"ROW_LENGTH", "HEAD_LENGTH"},
-    "select_heads": {"PER_PROGRAM"},
+    "select_heads": {"PER_PROGRAM", "MAX_REGISTERS"},
+    "merge_lists": {"ONE_WARP", "PER_WARP"},
+    "list_keys": {"TILE"},
+    "select_rows": {"ONE_WARP", "PER_WARP"},
+    "select_latents": {"ONE_WARP", "PER_WARP", "DIRECT"},
+    "rank_latents": {"ONE_WARP", "PER_WARP"},
     "encode_gemm": {"COLUMNS"},
     "decode_and_loss": {"TILE"},
-    "update_rows": {"PER_WARP"},
+    "update_rows": {"PER_WARP", "PER_LOAD"},
 }
 """Numbers that a launcher makes block sizes of, by entry; the first two are of no kernel."""
 
@@ -73,7 +79,9 @@ def test_every_generation_has_all_kernels(generation):
 
 def test_blocks_given_override_those_of_the_table():
     found = configs.config_of("combine", "sm_90", WIDTH=4, OTHER=5)
-    assert found.blocks == {"ROWS": TABLE["default"]["combine"]["ROWS"], "WIDTH": 4, "OTHER": 5}
+    default = TABLE["default"]["combine"]
+    rest = {"ROWS": default["ROWS"], "STAGES": default["STAGES"]}
+    assert found.blocks == {**rest, "WIDTH": 4, "OTHER": 5}
     assert configs.config_of("combine", "sm_90").blocks["WIDTH"] != 4
 
 
@@ -88,7 +96,7 @@ def test_override_ends():
         with configs.override("combine", ROWS=2):
             inside = configs.config_of("combine", "sm_90")
         assert configs.config_of("combine", "interpreter").blocks["ROWS"] != 2
-    assert inside == configs.Config(1, before.num_stages, {"ROWS": 2, "WIDTH": 16})
+    assert inside == configs.Config(1, before.num_stages, {**before.blocks, "ROWS": 2, "WIDTH": 16})
     assert configs.config_of("combine", "sm_90") == before
     for kernel, numbers in (("combine", {"ROW": 2}), ("decode_all", {"ROWS": 2})):
         with pytest.raises(ValueError, match=f"{kernel}: expected changes of"):
@@ -133,7 +141,7 @@ def test_recorded_launches_run_nothing(device):
     """Outputs stay what they were, and the arguments are all that a compiler wants."""
     x, w = torch.ones(3, 5, device=device), torch.ones(4, 5, device=device)
     out = torch.full((3, 4), 7.0, device=device)
-    config = configs.Config(2, 3, {"ROWS": 4, "WIDTH": 8})
+    config = configs.Config(2, 3, {"ROWS": 4, "WIDTH": 8, "STAGES": 1})
     columns = torch.zeros(3, 4, dtype=torch.int64, device=device)
     arguments = {"y": x, "columns": columns, "table": w, "out": out, "r": 4, "d": 5}
     with launch.record("sm_90") as launches:
@@ -142,8 +150,9 @@ def test_recorded_launches_run_nothing(device):
         assert launch.recording()
     assert not launch.recording()
     (one,) = launches
+    blocks = {"ROWS": 4, "WIDTH": 8, "STAGES": 1}
     assert one == launch.Launch(
-        decode.pair_dots, (3, 1), {"ROWS": 4, "WIDTH": 8, **arguments}, num_warps=2, num_stages=3
+        decode.pair_dots, (3, 1), {**blocks, **arguments}, num_warps=2, num_stages=3
     )
     assert set(one.arguments) == set(decode.pair_dots.arg_names)
     assert (out == 7).all()
@@ -151,6 +160,18 @@ def test_recorded_launches_run_nothing(device):
     assert (out == 7).all()
     launch.launch(decode.pair_dots, (3, 1), config, **arguments)
     assert (out == 5).all()
+
+
+def test_registers_are_an_option_and_no_argument(device):
+    x, index = torch.ones(1, 2, device=device), torch.zeros(1, 1, dtype=torch.int64, device=device)
+    config = configs.Config(1, 1, {"ROWS": 1, "WIDTH": 2, "STAGES": 1, "MAX_REGISTERS": 64})
+    arguments = {"y": x, "columns": index, "table": x, "out": x, "r": 1, "d": 2}
+    with launch.record("sm_90") as launches:
+        launch.launch(decode.pair_dots, (1, 1), config, **arguments)
+        config.blocks["MAX_REGISTERS"] = 0
+        launch.launch(decode.pair_dots, (1, 1), config, **arguments)
+    assert [one.maxnreg for one in launches] == [64, None]
+    assert all(set(one.arguments) == set(decode.pair_dots.arg_names) for one in launches)
 
 
 def test_recording_is_nested_and_ends_by_an_error(device):
@@ -191,8 +212,9 @@ def test_production_shapes_are_recorded_without_memory():
     assert (indices.shape, out.shape, n) == ((8192, k), (8192, d), 8)
     names = [one.kernel.fn.__name__ for one in launches]
     assert set(names) == {
-        "select_heads", "merge_heads", "select_rows", "select_latents", "rank_latents", "combine",
-        "pair_dots", "sum_row_segments", "row_gradients", "sum_head_segments", "head_gradients",
+        "select_heads", "merge_lists", "select_rows", "select_latents", "combine",
+        "pair_dots", "group_entries", "sum_row_segments", "row_gradients", "sum_head_segments",
+        "head_gradients",
     }  # fmt: skip
     for one in launches:
         tensors = [a for a in one.arguments.values() if isinstance(a, torch.Tensor)]

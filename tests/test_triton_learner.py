@@ -1,13 +1,25 @@
 """Training by the fused step: the same run as by autograd and torch's AdamW."""
 
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from kronsae import SAEConfig, TrainConfig
 from kronsae.errors import InputError
-from kronsae.learner import Learner, why_not_fused
+from kronsae.fit import fit
+from kronsae.learner import SKIPS, Learner, Normalizer, Skipped, why_not_fused
+from kronsae.sae import load
+from kronsae.stream import Stream
 
 pytest.importorskip("triton")
+
+from kronsae_kernels import step as fused
+from kronsae_kernels.triton_impl import launch, operations
+from tests.counted import FREE, counted
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 KRON = SAEConfig(d_model=12, heads=4, m=2, n=3, k=3)
@@ -82,3 +94,268 @@ def test_choice_of_the_step():
         learner(wide, "on")
     with pytest.raises(InputError, match="fused_step"):
         TrainConfig(fused_step="yes")
+
+
+# Nothing is asked of the device
+
+
+def spoiled(x: torch.Tensor, size: float = 1e30) -> torch.Tensor:
+    x = x.clone()
+    x[3, 4] = size
+    return x
+
+
+@pytest.mark.parametrize("config", [KRON, DENSE], ids=["kron", "dense"])
+def test_a_step_is_few_operations_and_waits_for_nothing(config):
+    """Off log steps; where it logs, it waits once."""
+    subject = learner(config, "on", dtype="bfloat16", dead_after_tokens=10**9)
+    for log in (False, False, True):  # the first one makes copies of the weights
+        (x,) = batches(1)
+        with counted() as counts:
+            subject.step(x, log=log)
+        assert len(counts.waits) == log, counts.waits
+        if not log:
+            quiet = counts
+    assert sum(quiet.operations.values()) <= 16, quiet.operations
+    assert len(quiet.kernels) <= 12, quiet.kernels
+
+
+def test_a_step_with_dead_latents_waits_for_nothing_either():
+    subject = learner(KRON, "on", dtype="bfloat16", dead_after_tokens=8, auxk=4)
+    for x in batches(3):
+        with counted() as counts:
+            subject.step(x, log=False)
+        assert not counts.waits
+    assert sum(counts.operations.values()) <= 50, counts.operations
+    assert len(counts.kernels) <= 16, counts.kernels
+
+
+def test_a_step_of_the_trainer_is_few_operations():
+    """At the shape of the speed goals, with the batch's way to it, where nothing can be read."""
+
+    class Source:
+        d_model = 2304
+
+        def __iter__(self):
+            while True:
+                yield torch.empty(8192, 2304, device="meta")
+
+    config = SAEConfig(d_model=2304, heads=8192, m=2, n=4, k=50)
+    settings = TrainConfig(fused_step="on", dtype="bfloat16")
+    meta = torch.device("meta")
+    with launch.record("sm_90"):
+        subject = Learner(config, settings, meta)
+        stream = Stream(Source(), settings.tokens, meta)
+        stream.batches = iter(Source())
+        stream.normalizer = Normalizer(torch.empty(2304, device="meta"), 1.0)
+        for _ in range(2):
+            with counted() as counts:
+                subject.step(*stream.next(), log=False)
+    assert not counts.waits
+    assert sum(counts.operations.values()) <= 25, counts.operations
+
+
+def test_skipped_batches_are_heard_of_where_somebody_asks():
+    subject, (x, *_) = learner(KRON, "on"), batches(1)
+    assert subject.step(x, log=False) is None and subject.settle() is None
+    before = {name: p.detach().clone() for name, p in subject.sae.named_parameters()}
+    silent = subject.tokens_since_fired.clone()
+    subject.step(spoiled(x), log=False), subject.step(spoiled(x, 1e35), log=False)
+    for name, parameter in subject.sae.named_parameters():
+        assert torch.equal(parameter, before[name]), name
+    assert torch.equal(subject.tokens_since_fired, silent)
+    reason, largest, count = subject.settle()
+    assert reason == "gradient norm is nan" and count == 2
+    assert largest == pytest.approx(1e30)
+    assert (subject.step_count, subject.tokens, subject.skipped) == (1, 24, 2)
+    assert subject.settle() is None
+    assert subject.step(spoiled(x)) == Skipped(reason, pytest.approx(1e30))  # asked at once
+    assert subject.state_dict()["skipped"] == 3
+    resumed = learner(KRON, "on")
+    resumed.load_state_dict(subject.state_dict())
+    for _ in range(SKIPS - 3):
+        resumed.step(spoiled(x), log=False)
+    resumed.step(x, log=False)
+    with pytest.raises(FloatingPointError, match=f"{SKIPS} batches in a row: .* diverged"):
+        resumed.settle()
+    assert subject.step(x)["loss"] > 0 and subject.skipped == 0
+
+
+def test_an_error_whose_square_overflows_is_not_learned_from():
+    """Its gradients are finite, and second moments, their squares, would be infinite for good."""
+    subject, (x,) = learner(KRON, "on"), batches(1)
+    subject.step(spoiled(x, 1e16), log=False)
+    assert subject.settle().batches == 1
+    subject.step(spoiled(x, 1e6), log=False)
+    assert subject.settle() is None
+    moments = [moment for state in subject.fused.state.values() for moment in state.values()]
+    assert all(moment.isfinite().all() for moment in moments)
+
+
+class Tape:
+    """Stands for `torch.cuda.CUDAGraph`: what was asked for in a capture happens in replays only.
+
+    It holds the tensors that it saw, so that another one, made later, would not be read.
+    """
+
+    held: list[torch.Tensor] = []
+    made: list["Tape"] = []
+
+    def __init__(self) -> None:
+        self.calls: list[Any] = []
+        self.replays = 0
+        self.made.append(self)
+
+    def pool(self) -> str:
+        return "pool"
+
+    def replay(self) -> None:
+        self.replays += 1
+        with torch.no_grad():
+            for call in self.calls:
+                call()
+
+
+@contextmanager
+def recording(tape: Tape, **options: Any):
+    """Stands for `torch.cuda.graph`."""
+    assert options["capture_error_mode"] == "thread_local"
+    before = [tensor.detach().clone() for tensor in Tape.held]
+    started = operations.launch
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            kwargs = kwargs or {}
+            found = function(*args, **kwargs)
+            if function._schema.is_mutable:
+                tape.calls.append(lambda: function(*args, **kwargs))
+            elif function.overloadpacket.__name__ not in FREE:
+                into = found if isinstance(found, tuple) else (found,)
+
+                def again() -> None:
+                    new = function(*args, **kwargs)
+                    new = new if isinstance(new, tuple) else (new,)
+                    for old, value in zip(into, new, strict=True):
+                        old.copy_(value)
+
+                tape.calls.append(again)
+            return found
+
+    def noted(*args: Any, **arguments: Any) -> None:
+        tape.calls.append(lambda: started(*args, **arguments))
+        with _disable_current_modes():
+            started(*args, **arguments)
+
+    operations.launch = noted
+    try:
+        with Mode():
+            yield
+    finally:
+        operations.launch = started
+        for tensor, value in zip(Tape.held, before, strict=True):
+            tensor.copy_(value)
+
+
+@pytest.fixture
+def taped(monkeypatch):
+    """CUDA graphs on a CPU: captures are noted, and replayed call by call."""
+    monkeypatch.setattr(fused, "why_not_graphed", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Tape)
+    monkeypatch.setattr(torch.cuda, "graph", recording)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(Tape, "held", [])
+    monkeypatch.setattr(Tape, "made", [])
+
+
+def tensors_of(subject: Learner) -> list[torch.Tensor]:
+    states = [tensor for state in subject.fused.state.values() for tensor in state.values()]
+    weights = [weight.detach() for weight in subject.fused.weights.values()]
+    counters = [subject.tokens_since_fired, subject.fused.skips]
+    return [*weights, *states, *counters, *subject.fused._copies.values()]
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="graphs are real here")
+def test_a_step_is_captured_and_replayed(taped, monkeypatch):
+    """Replays change the same tensors to the same bits; batches of another size are left out."""
+    monkeypatch.setattr(fused.GraphedStep, "WARMUP", 1)
+    settings = {"dtype": "bfloat16", "dead_after_tokens": 24, "auxk": 4, "tokens": 1000}
+    runs = [learner(KRON, "on", **settings, cuda_graph=how) for how in ("auto", "off")]
+    for number, x in enumerate(batches(8)):
+        x = x[:5] if number == 2 else spoiled(x) if number == 6 else x
+        Tape.held = tensors_of(runs[0])
+        figures = [run.step(x, log=number % 2 == 1) for run in runs]
+        assert figures[0] == figures[1]
+        for ours, theirs in zip(*map(tensors_of, runs), strict=True):
+            assert torch.equal(ours, theirs), number
+    assert [tape.replays for tape in Tape.made] == [2, 3]  # without, and with the auxiliary loss
+    assert figures[0]["auxk_loss"] > 0
+    Tape.held = tensors_of(runs[0])
+    for run in runs:  # weights that others change are copied again
+        run.load_state_dict(runs[1].state_dict())
+        with torch.no_grad():
+            run.sae.W_dec.mul_(0.5)
+        run.step(x, log=False)
+    assert torch.equal(*[run.sae.W_dec for run in runs])
+    assert runs[0].graph_problem is None
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="graphs are real here")
+def test_a_capture_that_fails_leaves_steps_as_they_are(taped, monkeypatch):
+    @contextmanager
+    def fails(*_: Any, **__: Any):
+        yield
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    monkeypatch.setattr(torch.cuda, "graph", fails)
+    monkeypatch.setattr(operations, "launch", lambda *_, **__: None)
+    subject = learner(KRON, "on", dead_after_tokens=10**9)
+    for x in batches(5):
+        subject.step(x, log=False)
+    assert subject.graph_problem == "operation not permitted when stream is capturing"
+    assert not subject.fused._parts
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", [KRON, DENSE], ids=["kron", "dense"])
+def test_graphs_on_a_card(config):
+    settings = {"dtype": "bfloat16", "dead_after_tokens": 48, "auxk": 4, "tokens": 1000}
+    runs = [learner(config, "on", **settings, cuda_graph=how) for how in ("auto", "off")]
+    for number, x in enumerate(batches(14)):
+        x = x[:5] if number == 4 else spoiled(x) if number == 12 else x
+        figures = [run.step(x, log=number % 2 == 1) for run in runs]
+        assert figures[0] == figures[1]
+    for ours, theirs in zip(*map(tensors_of, runs), strict=True):
+        assert torch.equal(ours, theirs)
+    assert runs[0].graph_problem is None
+
+
+# In a run
+
+
+X = torch.randn(160, 12, generator=torch.Generator().manual_seed(3))
+RUN = TrainConfig(**SETTINGS | {"tokens": 160, "log_every": 5, "fused_step": "on"})
+
+
+def test_a_run_records_what_was_skipped_between_its_lines():
+    x = X.clone()
+    x[:, 4] *= 2
+    x[77] = 1e30
+    records = []
+    result = fit(KRON, x, RUN, on_record=records.append)
+    (skipped,) = [record for record in records if record["kind"] == "skipped"]
+    assert skipped["batches"] == 1 and skipped["largest"] > 1e28
+    assert skipped["step"] % RUN.log_every == 0 and "nan" in skipped["reason"]
+    assert result.tokens == 160 and all(p.isfinite().all() for p in result.sae.parameters())
+
+
+def test_a_run_that_diverges_ends_where_it_is_noticed(tmp_path):
+    def batches():
+        yield from X[:40].split(10)
+        while True:
+            yield spoiled(X[:10])
+
+    with pytest.raises(InputError, match=f"{SKIPS} batches in a row"):
+        fit(KRON, batches(), replace(RUN, tokens=1000, log_every=20), out=tmp_path / "run")
+    sae = load(tmp_path / "run" / "sae")
+    assert all(p.isfinite().all() for p in sae.parameters())

@@ -166,10 +166,10 @@ def test_length_of_segments_changes_no_integer(length, device):
     values = torch.randint(-3, 4, indices.shape, device=device).float()
     one_hot = torch.nn.functional.one_hot(indices, len(COUNTS)).double()
     expected = torch.einsum("bkf,bk,bd->fd", one_hot, values.double(), y.double())
-    entries = operations.Entries.of(indices, len(COUNTS))
+    entries = operations.Entries.of(indices, len(COUNTS), (values,))
     out, out_bias = torch.empty(len(COUNTS), D, device=device), torch.empty(12, device=device)
     with configs.override("segments", ROW_LENGTH=length):
-        operations.row_gradients(entries, entries(values), y, out, out_bias)
+        operations.row_gradients(entries, *entries.coefficients, y, out, out_bias)
     assert torch.equal(out.double(), expected)
     assert torch.equal(out_bias.double(), torch.einsum("bkf,bk->f", one_hot, values.double()))
 
@@ -189,31 +189,67 @@ def test_length_of_segments_of_heads_changes_no_integer(length, dtype, device):
         term = d_pre.cpu().double()[..., None] * x.cpu().double()[:, None]
         expected.index_put_(at, term.flatten(0, 1), accumulate=True)
         of_bias.index_put_(at, d_pre.cpu().double().flatten(), accumulate=True)
-    entries = operations.Entries.of(indices, 16)
+    entries = operations.Entries.of(indices, 16, (d_base, d_extension))
     # Sums of 50 terms of at most 9: exact in float32, rounded to 8 bits at the end alone.
     weight = torch.empty(4, 4, D, device=device, dtype=dtype)
     bias = torch.empty(4, 4, device=device, dtype=dtype)
     with configs.override("segments", HEAD_LENGTH=length):
-        operations.head_gradients(
-            entries, entries(d_base), entries(d_extension), x, 2, weight, bias
-        )
+        operations.head_gradients(entries, *entries.coefficients, x, 2, weight, bias)
     assert torch.equal(weight.cpu(), expected.to(dtype))
     assert torch.equal(bias.cpu(), of_bias.to(dtype))
     assert not weight[:, 3].any()
 
 
-def test_segments_of_rows():
-    """Longer rows are cut, shorter ones are not; and there are never more than there is room."""
-    for length in (1, 3, 16):
-        for _ in range(20):
-            lengths = torch.randint(0, 40, (9,)) * (torch.rand(9) < 0.5)
-            offsets = torch.cat([torch.zeros(1), lengths.cumsum(0)]).int()
-            entries = int(lengths.sum())
-            segments = operations.Segments.of(offsets, length, entries)
-            pieces = [-(-n // length) if n > length else 0 for n in lengths.tolist()]
-            assert segments.first.diff().tolist() == pieces
-            assert segments.first[0] == 0
-            assert segments.first[-1] <= segments.most
+def drawn_codes(generator: torch.Generator) -> tuple[Tensor, int]:
+    """Indices [B, k], with empty rows, rows that hold nearly all, or one row alone; and F."""
+
+    def draw(most: int) -> int:
+        return int(torch.randint(1, most + 1, (1,), generator=generator))
+
+    size = draw((1, 7, 300)[draw(3) - 1])
+    live = torch.randperm(size, generator=generator)[: draw(size)]
+    shape = draw(40), draw(9)
+    at = torch.rand(shape, generator=generator) ** draw(6) * len(live)
+    return live[at.long()], size
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+def test_entries_equal_a_sort(device):
+    """200 drawn cases: with the tokens of codes given and not, 0 to 4 coefficients, any dtype."""
+    generator = torch.Generator().manual_seed(0)
+    for case in range(200):
+        indices, size = drawn_codes(generator)
+        tokens, k = indices.shape
+        given = tuple(
+            torch.randn(tokens, k, generator=generator).to(dtype).to(device)
+            for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float32)[: case % 5]
+        )
+        of_code = torch.randint(0, 99, (tokens * k,), generator=generator).int().to(device)
+        named = case % 2 == 0
+        found = operations.Entries.of(
+            indices.flatten().to(device) if named else indices.to(device),
+            size,
+            tuple(c.flatten() for c in given) if named else given,
+            of_code if named else None,
+        )
+        latents, order = indices.flatten().sort(stable=True)
+        order = order.to(device)
+        if not named:
+            of_code = torch.arange(tokens, device=device).repeat_interleave(k).int()
+        assert found.latents.tolist() == latents.tolist()
+        assert torch.equal(found.tokens, of_code[order])
+        bounds = torch.searchsorted(latents, torch.arange(size + 1))
+        assert found.offsets.tolist() == bounds.tolist()
+        assert len(found.coefficients) == len(given)
+        for got, coefficient in zip(found.coefficients, given, strict=True):
+            assert torch.equal(got, coefficient.flatten()[order].float())
+
+
+def test_entries_of_no_code(device):
+    none = torch.empty(0, 3, dtype=torch.int64, device=device)
+    entries = operations.Entries.of(none, 40, (none.float(),))
+    assert entries.offsets.tolist() == [0] * 41
+    assert entries.tokens.shape == entries.coefficients[0].shape == (0,)
 
 
 def test_entries_are_sorted_by_latent_and_then_by_token(device):
@@ -222,9 +258,6 @@ def test_entries_are_sorted_by_latent_and_then_by_token(device):
     pairs = list(zip(entries.latents.tolist(), entries.tokens.tolist(), strict=True))
     assert pairs == sorted(pairs)
     assert entries.offsets.diff().tolist() == COUNTS
-    assert torch.equal(indices.flatten()[entries.order], entries.latents.long())
-    values = torch.randn(indices.shape, device=device)
-    assert torch.equal(entries(values), values.flatten()[entries.order])
 
 
 def test_as_many_codes_as_int32_counts():

@@ -5,6 +5,8 @@ or all are integers. Then there is one right answer, also among ties.
 """
 
 import math
+import random
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -37,11 +39,11 @@ def small_programs():
 
 @pytest.fixture
 def kernels(monkeypatch) -> list[str]:
-    """Names of the kernels that were launched; of `rank_latents`, whether it sorts."""
+    """Names of the kernels that were launched; of `select_latents`, whether it sorts."""
     names, original = [], launch.launch
 
     def noting(kernel, grid, config, **arguments):
-        names.append(kernel.fn.__name__ + (" and sort" if arguments.get("SORT") else ""))
+        names.append(kernel.fn.__name__ + (" and sort" if arguments.get("RANK") else ""))
         original(kernel, grid, config, **arguments)
 
     monkeypatch.setattr(operations, "launch", noting)
@@ -73,6 +75,14 @@ def select(pre: Tensor, m: int, k: int, composition: str, mask: Tensor | None = 
     selection = operations.Selection(heads, m, rows - m, k, composition == "mul")
     mask = None if mask is None else mask.view(torch.uint8)
     return operations.select_kron(pre.flatten(1), mask, selection)
+
+
+def without_masked(found, mask: Tensor | None):
+    """`expected_of` where the mask allows fewer than k: index -1 and factors 0."""
+    if mask is None:
+        return found
+    gone = ~mask[found[0]]
+    return found[0].masked_fill(gone, -1), *(part.masked_fill(gone, 0) for part in found[1:])
 
 
 # Numbers
@@ -222,7 +232,7 @@ def test_any_number_of_splits(composition, name, per_program, device, kernels):
     with configs.override("select_heads", PER_PROGRAM=per_program):
         got = select(pre, 1, 5, composition)
     assert_same(got, expected_of(pre, 1, 5, composition))
-    assert ("merge_heads" in kernels) == (per_program < 101)
+    assert ("merge_lists" in kernels) == (per_program < 101)
 
 
 @pytest.mark.parametrize("name", ["ties", "normal", "zero"])
@@ -237,7 +247,7 @@ def test_splits_of_groups_and_masks(name, device, kernels):
     mask = (torch.arange(534) % 3 > 0).to(device)
     got = select(pre, 1, 4, "mul", mask)
     assert_same(got, expected_of(pre, 1, 4, "mul", mask))
-    assert kernels.count("merge_heads") == 2
+    assert kernels.count("merge_lists") == 2
 
 
 @pytest.mark.parametrize("most", [16, 64])
@@ -265,7 +275,7 @@ def test_long_lists_are_sorted_by_torch(name, device, kernels, monkeypatch):
     for k in (8, 9, 44):
         kernels.clear()
         assert_same(select(pre, 2, k, "mul"), expected_of(pre, 2, k, "mul"))
-        assert kernels[-1] == ("rank_latents and sort" if k == 8 else "rank_latents")
+        assert kernels[-1] == ("select_latents and sort" if k == 8 else "rank_latents")
 
 
 def test_lists_as_long_as_a_program_sorts(device):
@@ -289,6 +299,101 @@ def test_chunks_of_tokens_change_nothing(device, monkeypatch):
     monkeypatch.setitem(torch_impl.CHUNK_BYTES, device.type, 1)
     monkeypatch.setattr(torch_impl, "MIN_CHUNK_TOKENS", 3)  # the last chunk is shorter
     assert_same(run(), expected)
+
+
+@pytest.mark.parametrize("allowed", [0, 1, 5, 12])
+@pytest.mark.parametrize("composition", ["mand", "mul"])
+@pytest.mark.parametrize("fits", [True, False], ids=["kernels", "torch"])
+def test_masks_of_fewer_than_k(fits, composition, allowed, device, monkeypatch):
+    """The places left over are marked, and no count is made on the host."""
+    if not fits:
+        monkeypatch.setattr(operations, "MAX_CANDIDATES", 1)
+    monkeypatch.setattr(torch_impl, "_few", None)
+    pre = special("ties", 2, 5, 23).to(device)
+    mask = torch.zeros(138, dtype=torch.bool)
+    mask[torch.randperm(138)[:allowed]] = True
+    mask = mask.to(device)
+    for k in (5, 12, 40):
+        got = select(pre, 2, k, composition, mask)
+        assert_same(got, without_masked(expected_of(pre, 2, k, composition, mask), mask))
+        assert int((got[0] >= 0).sum(1).max()) == min(k, allowed)
+        of_dense = operations.select_dense(
+            pre.flatten(1)[:, :83].clone(), mask[:83].view(torch.uint8), k
+        )
+        indices = reference.largest(
+            pre.flatten(1)[:, :83].relu().masked_fill(~mask[:83], -torch.inf), k
+        )
+        values = pre.flatten(1)[:, :83].relu().gather(1, indices)
+        assert_same(of_dense, without_masked((indices, values), mask[:83]))
+
+
+# Drawn cases
+
+
+class Drawn(NamedTuple):
+    """A case of the selection kernels, all of it drawn from its number."""
+
+    m: int
+    n: int
+    heads: int
+    k: int
+    tokens: int
+    name: str
+    composition: str
+    share: float | None
+    per_program: int
+    group: int
+    direct: int
+    dense: bool
+
+
+def draw(number: int) -> Drawn:
+    chance = random.Random(number)
+    m, n = chance.choice([(1, 1), (2, 3), (2, 4), (3, 1), (4, 4), (5, 2)])
+    heads = chance.choice([1, 2, 5, 9, 23, 70, 139])
+    size = m * n * heads
+    return Drawn(
+        m, n, heads,
+        min(chance.choice([1, 2, 3, 7, 20, 60, 300, size]), size),
+        chance.choice([0, 1, 1, 2]),
+        chance.choice(SPECIAL),
+        chance.choice(COMPOSITIONS),
+        chance.choice([None, None, 0.0, 0.03, 0.5, 1.0]),
+        chance.choice([16, 64, 256]),
+        chance.choice([1, 2, 8]),
+        chance.choice([1, 64, 4096]),
+        chance.random() < 0.25,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("block", range(10))
+def test_drawn_cases(block, device):
+    """25 each: ties, signed zeros, NaN, masks of any number of latents, k from 1 to F, splits,
+    lists of heads or of rows, no tokens."""
+    for number in range(25 * block, 25 * block + 25):
+        case = draw(number)
+        torch.manual_seed(number)
+        size = case.m * case.n * case.heads
+        mask = None if case.share is None else (torch.rand(size) < case.share).to(device)
+        with (
+            configs.override("select_heads", PER_PROGRAM=case.per_program, GROUP=case.group),
+            configs.override("select_latents", DIRECT=case.direct),
+        ):
+            if case.dense:
+                pre = special(case.name, case.tokens, size).to(device)
+                scores = pre.relu()
+                if mask is not None:
+                    scores = scores.masked_fill(~mask, -torch.inf)
+                indices = reference.largest(scores, case.k)
+                expected = indices, pre.relu().gather(1, indices)
+                of_mask = None if mask is None else mask.view(torch.uint8)
+                got = operations.select_dense(pre.clone(), of_mask, case.k)
+            else:
+                pre = special(case.name, case.tokens, case.m + case.n, case.heads).to(device)
+                expected = expected_of(pre, case.m, case.k, case.composition, mask)
+                got = select(pre, case.m, case.k, case.composition, mask)
+        for a, b in zip(got, without_masked(expected, mask), strict=True):
+            assert torch.allclose(a, b, rtol=0, atol=0, equal_nan=True), (number, case)
 
 
 # The matrix product with head maxima in its epilogue

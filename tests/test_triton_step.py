@@ -1,5 +1,6 @@
 """The fused training step against autograd and torch's AdamW, and what it promises beside."""
 
+import random
 from typing import Any
 
 import pytest
@@ -214,6 +215,133 @@ def test_many_codes_are_decoded_in_two_gathers(monkeypatch):
         step.accumulate(x), truth.backward(x)
         step.apply(1e-2), truth.apply(1e-2)
     assert_same(step, truth, 1e-5, weights)
+
+
+@pytest.mark.parametrize("one_gather", [True, False], ids=["one-gather", "two-gathers"])
+@pytest.mark.parametrize("dense", [False, True], ids=["kron", "dense"])
+def test_masks_of_fewer_than_k(dense, one_gather, monkeypatch):
+    """k stays as it is; what is left over adds nothing, where a silent latent is sqrt(eps), too."""
+    monkeypatch.setattr(fused, "MAX_FUSED_CODES", 24 if one_gather else 2)
+    weights, settings = new_weights(dense), {} if dense else {"eps": 1e-2}
+    truth, step = Autograd(weights, **settings), make(copy_of(weights), **settings)
+    for number, x in enumerate(batches(3)):
+        allowed = (2, 0, 5)[number]
+        mask = torch.zeros(HEADS * M * N, dtype=torch.bool, device=DEVICE)
+        mask[torch.arange(allowed) * 5 % (HEADS * M * N)] = True
+        step.accumulate(x), truth.backward(x)
+        out = step.accumulate(x, k=8, mask=mask, bias=False, weight=0.5)
+        assert ((out.codes.indices >= 0).sum(1) == allowed).all()
+        assert not out.codes.values[:, allowed:].any()
+        if allowed:
+            expected = truth.backward(x, k=allowed, mask=mask, bias=False, weight=0.5)
+        else:
+            expected = x.square().mean().double()
+        torch.testing.assert_close(out.loss.double(), expected, rtol=1e-5, atol=0)
+        step.apply(1e-2), truth.apply(1e-2)
+    assert_same(step, truth, 1e-5, weights)
+
+
+def drawn_codes(number: int) -> dict[str, Any]:
+    """Arguments of `operations.decode_and_loss`, all drawn: odd sizes, no token, missing places."""
+    chance, generator = random.Random(number), torch.Generator().manual_seed(number)
+    tokens, d = chance.choice([0, 1, 2]), chance.choice([1, 7, 16, 33, 65])
+    k, size = chance.choice([1, 3, 5, 17, 40]), chance.choice([3, 11])
+    composition = chance.choice(["mand", "relu_mul", "mul", "dense"])
+    dtype = chance.choice([torch.float32, torch.bfloat16, torch.float16])
+    base, extension = torch.randn(2, tokens, k, generator=generator)
+    if composition != "mul":
+        base, extension = base.relu(), extension.relu()
+    if composition == "dense":
+        extension = base
+    indices = torch.randint(-1, size, (tokens, k), generator=generator)
+    scale = chance.choice([0.5, torch.tensor(0.25)])
+    return {
+        "x": torch.randn(tokens, d, generator=generator).to(chance.choice([dtype, torch.float32])),
+        "indices": indices,
+        "base": base,
+        "extension": extension,
+        "table": torch.randn(size, d, generator=generator).to(dtype),
+        "bias": chance.choice([None, torch.randn(d, generator=generator)]),
+        "composition": composition,
+        "eps": chance.choice([0.0, 1e-2]),
+        "scale": scale.to(DEVICE) if isinstance(scale, Tensor) else scale,
+    }
+
+
+@pytest.mark.parametrize("block", range(10))
+@pytest.mark.parametrize("one_gather", [True, False], ids=["one-gather", "two-gathers"])
+def test_drawn_codes(one_gather, block):
+    """25 each, against autograd in float64."""
+    from kronsae_kernels import reference
+    from kronsae_kernels.triton_impl import operations
+
+    for number in range(25 * block, 25 * block + 25):
+        given = drawn_codes(number)
+        given = {n: v.to(DEVICE) if isinstance(v, Tensor) else v for n, v in given.items()}
+        found = operations.decode_and_loss(**given, one_gather=one_gather)
+        there, scale = given["indices"] >= 0, float(given["scale"])
+        p, q = (given[n].double().requires_grad_() for n in ("base", "extension"))
+        if given["composition"] == "dense":
+            values = p.where(there, 0)
+        else:
+            values = reference.compose(p * q, given["composition"], given["eps"]).where(there, 0)
+        values.retain_grad()
+        rows = given["table"].double()[given["indices"].clamp(min=0)]
+        error = (values[..., None] * rows).sum(1) - given["x"].double()
+        error = error if given["bias"] is None else error + given["bias"].double()
+        squares = error.square().sum(1)
+        (squares.sum() * scale / 2).backward()
+        d_base, d_extension = p.grad, q.grad
+        if given["composition"] == "dense":
+            d_base = d_extension = p.grad * (p > 0)
+        elif given["composition"] != "mul":
+            d_base, d_extension = p.grad * (p > 0), q.grad * (q > 0)
+        expected = {
+            "values": values.detach(),
+            "scaled": values.detach() * scale,
+            "along": values.detach() * values.grad,
+            "d_base": d_base,
+            "d_extension": d_extension,
+        }
+        for name, truth in expected.items():
+            got = getattr(found, name)
+            assert not got[~there].any(), (number, name)
+            bound = 1e-4 * (1 + truth.abs().max()) if truth.numel() else 0
+            assert ((got.double() - truth).abs() <= bound).all(), (number, name)
+        torch.testing.assert_close(found.sums[0].double(), squares.detach(), rtol=1e-5, atol=1e-6)
+        assert not found.sums[1].any(), number
+        tolerance = {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+        rtol = tolerance[found.residual.dtype]
+        torch.testing.assert_close(found.residual.double(), error.detach(), rtol=rtol, atol=1e-4)
+
+
+@pytest.mark.parametrize("one_gather", [True, False], ids=["one-gather", "two-gathers"])
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan])
+def test_what_is_not_finite_is_marked_in_its_token(bad, one_gather):
+    from kronsae_kernels.triton_impl import operations
+
+    for spoiled in ("x", "base", "scale"):
+        given: dict[str, Any] = {
+            "x": torch.ones(3, 5),
+            "indices": torch.arange(6).view(3, 2),
+            "base": torch.ones(3, 2),
+            "extension": torch.ones(3, 2),
+            "table": torch.ones(6, 5),
+            "scale": torch.ones(()),
+        }
+        given[spoiled].view(-1)[0] = bad
+        given = {name: value.to(DEVICE) for name, value in given.items()}
+        found = operations.decode_and_loss(
+            **given, bias=None, composition="mul", eps=0.0, one_gather=one_gather
+        )
+        of_token = found.sums[1].isfinite().tolist()
+        assert of_token == ([False] * 3 if spoiled == "scale" else [False, True, True]), spoiled
+        # Numbers so large that their sum would overflow are finite themselves.
+    large = {**given, "scale": 1e38 / 3, "base": torch.ones(3, 2).to(DEVICE)}
+    found = operations.decode_and_loss(
+        **large, bias=None, composition="mul", eps=0.0, one_gather=one_gather
+    )
+    assert found.d_base.isfinite().all() and not found.sums[1].any()
 
 
 def test_clipping():

@@ -1,9 +1,13 @@
 """Gradients of weights as sums over the entries of each row, and AdamW in the same kernel.
 
 An entry is a (token, latent) pair of the sparse codes. Entries are sorted by latent, stably, so
-that a latent's, and a head's, lie together: row f owns entries offsets[f] to offsets[f + 1]. Sums
-run in that order. Rows with many entries are cut into segments, whose partial sums are made first
-and added in order: no atomics, the same bits in every run.
+that a latent's, and a head's, lie together: row f owns entries offsets[f] to offsets[f + 1] (a head
+of G latents: offsets[G head] to offsets[G (head + 1)]).
+
+The sorted list is cut into segments of LENGTH entries, whatever rows they belong to. The sum over a
+segment that lies wholly in one row is made first; the row then adds its other entries, of which
+there are fewer than 2 LENGTH, and the sums of its whole segments, in order: no atomics, the same
+bits in every run.
 
 MODE of the last kernels: GRADIENT writes the gradient; MEASURE only its squared norm; UPDATE makes
 the AdamW step, with the gradient in registers alone.
@@ -14,7 +18,9 @@ import triton.language as tl
 
 from kronsae_kernels.triton_impl.device import (
     GRADIENT_SCALE,
+    PROCEED,
     adamw,
+    adamw_numbers,
     dot,
     if_proceeds,
     rounded,
@@ -25,181 +31,317 @@ MEASURE = tl.constexpr(1)
 UPDATE = tl.constexpr(2)
 
 
-@triton.jit
-def _row_of_segment(segment, first_segment, rows):
-    """Largest row with first_segment[row] <= segment: the one that it belongs to."""
-    low = tl.full((), 0, tl.int32)
-    high = low + rows
-    while low + 1 < high:
-        middle = (low + high) // 2
-        before = tl.load(first_segment + middle) <= segment
-        low = tl.where(before, middle, low)
-        high = tl.where(before, high, middle)
-    return low
+# Entries
 
 
 @triton.jit
-def _segment(offsets, first_segment, segment, rows, length):
-    """(row, start, end): which entries a segment holds."""
-    row = _row_of_segment(segment, first_segment, rows)
-    start = tl.load(offsets + row) + (segment - tl.load(first_segment + row)) * length
-    return row, start, tl.minimum(start + length, tl.load(offsets + row + 1))
+def _sorted(coefficient, code, real, to):
+    tl.store(to, tl.load(coefficient + code, mask=real, other=0.0).to(tl.float32), mask=real)
 
 
 @triton.jit
-def _row_sum(coefficients, tokens, y, start, end, d, c, real,
-             WIDTH: tl.constexpr, ENTRIES: tl.constexpr):  # fmt: skip
-    """Sum of coefficient * y[token] over entries start to end, for columns c."""
-    e = tl.arange(0, ENTRIES)
-    total = tl.zeros([WIDTH], tl.float32)
-    for at in range(start, end, ENTRIES):
-        entry = at + e < end
-        token = tl.load(tokens + at + e, mask=entry, other=0).to(tl.int64)
-        weight = tl.load(coefficients + at + e, mask=entry, other=0.0)
-        part = tl.load(
-            y + token[:, None] * d + c[None, :], mask=entry[:, None] & real[None, :], other=0.0
-        )
-        total += tl.sum(part.to(tl.float32) * weight[:, None], 0)
-    return total
+def group_entries(order, latents, of_code, one, two, three, four, tokens, coefficients, offsets,
+                  k, size, rows,
+                  HAS_TOKENS: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+    """tokens [E] and coefficients [COUNT, E] in the order of the entries, and offsets [rows + 1].
+
+    order, latents [E]: of the stable sort of the codes.  of_code [E]: token of each code (where not
+    HAS_TOKENS, there are k codes a token).  one to four [E]: COUNT coefficients, by code.
+    Grid (E / WIDTH + (rows + 1) / WIDTH,): the first programs move entries, the others search.
+    """
+    block, lanes = tl.program_id(0), tl.arange(0, WIDTH)
+    moving = tl.cdiv(size, WIDTH)
+    if block < moving:
+        entry = block * WIDTH + lanes
+        real = entry < size
+        code = tl.load(order + entry, mask=real, other=0)
+        if HAS_TOKENS:
+            token = tl.load(of_code + code, mask=real, other=0)
+        else:
+            token = code.to(tl.int32) // k
+        tl.store(tokens + entry, token, mask=real)
+        to = coefficients + entry
+        if COUNT > 0:
+            _sorted(one, code, real, to)
+        if COUNT > 1:
+            _sorted(two, code, real, to + size)
+        if COUNT > 2:
+            _sorted(three, code, real, to + size + size)
+        if COUNT > 3:
+            _sorted(four, code, real, to + size + size + size)
+    else:
+        # How many entries precede those of each row: halves of what is left, in step for all rows.
+        row = (block - moving) * WIDTH + lanes
+        before = tl.zeros([WIDTH], tl.int32)
+        left = size
+        while left > 0:
+            half = (left + 1) // 2
+            smaller = tl.load(latents + before + half - 1) < row
+            before = tl.where(smaller, before + half, before)
+            left -= half
+        tl.store(offsets + row, before, mask=row <= rows)
 
 
 @triton.jit
-def _scalar_sum(coefficients, start, end, MANY: tl.constexpr):
+def _whole_segments(start, end, LENGTH: tl.constexpr):
+    """(first, beyond): the segments that lie wholly within entries start to end."""
+    first = (start + (LENGTH - 1)) // LENGTH
+    return first, tl.maximum(end // LENGTH, first)
+
+
+@triton.jit
+def _row_of_segment(latents, segment, LENGTH: tl.constexpr, LATENTS: tl.constexpr):
+    """(row, whether the segment lies wholly in it), for rows of LATENTS latents."""
+    row = tl.load(latents + segment * LENGTH) // LATENTS
+    return row, row == tl.load(latents + segment * LENGTH + (LENGTH - 1)) // LATENTS
+
+
+# Rows. A program holds PIECES x WIDTH columns, as a tuple: no tile is padded to a power of two, and
+# WIDTH is what its threads take with one load each.
+
+
+@triton.jit
+def _zeros(PIECES: tl.constexpr, WIDTH: tl.constexpr):
+    pieces = ()
+    for _ in tl.static_range(PIECES):
+        pieces = pieces + (tl.zeros([WIDTH], tl.float32),)
+    return pieces
+
+
+@triton.jit
+def _load(row, columns, PIECES: tl.constexpr, WIDTH: tl.constexpr):
+    """The first `columns` numbers of a row, float32; 0 beyond."""
+    c = tl.arange(0, WIDTH)
+    pieces = ()
+    for i in tl.static_range(PIECES):
+        piece = tl.load(row + i * WIDTH + c, mask=c < columns - i * WIDTH, other=0.0)
+        pieces = pieces + (piece.to(tl.float32),)
+    return pieces
+
+
+@triton.jit
+def _store(row, pieces, columns, PIECES: tl.constexpr, WIDTH: tl.constexpr):
+    c = tl.arange(0, WIDTH)
+    for i in tl.static_range(PIECES):
+        value = rounded(pieces[i], row.dtype.element_ty)
+        tl.store(row + i * WIDTH + c, value, mask=c < columns - i * WIDTH)
+
+
+@triton.jit
+def _add(one, other, factor, PIECES: tl.constexpr):
+    """one + factor * other, piece by piece."""
+    pieces = ()
+    for i in tl.static_range(PIECES):
+        pieces = pieces + (one[i] + factor * other[i],)
+    return pieces
+
+
+@triton.jit
+def _scaled(row, factor, PIECES: tl.constexpr):
+    pieces = ()
+    for i in tl.static_range(PIECES):
+        pieces = pieces + (row[i] * factor,)
+    return pieces
+
+
+@triton.jit
+def _row_sum(coefficients, along, tokens, y, start, count, gap_at, gap, columns, d,
+             ALONG: tl.constexpr, ENTRIES: tl.constexpr, PIECES: tl.constexpr,
+             WIDTH: tl.constexpr):  # fmt: skip
+    """Sums of coefficient * y[token], of coefficients and of `along` over `count` entries.
+
+    They begin at start; from entry gap_at on, `gap` entries are left out. ENTRIES rows of y are on
+    their way at once.
+    """
+    total = _zeros(PIECES, WIDTH)
+    of_bias, parallel = tl.full((), 0.0, tl.float32), tl.full((), 0.0, tl.float32)
+    beyond = start + count
+    for done in range(0, count, ENTRIES):
+        weights, rows = (), ()
+        for j in tl.static_range(ENTRIES):
+            at = start + done + j
+            real = at < beyond
+            at += tl.where(at >= gap_at, gap, 0)
+            token = tl.load(tokens + at, mask=real, other=0).to(tl.int64)
+            weights = weights + (tl.load(coefficients + at, mask=real, other=0.0),)
+            if ALONG:
+                parallel += tl.load(along + at, mask=real, other=0.0)
+            rows = rows + (_load(y + token * d, tl.where(real, columns, 0), PIECES, WIDTH),)
+        for j in tl.static_range(ENTRIES):
+            total = _add(total, rows[j], weights[j], PIECES)
+            of_bias += weights[j]
+    return total, of_bias, parallel
+
+
+@triton.jit
+def sum_row_segments(coefficients, tokens, latents, y, partial, d,
+                     LENGTH: tl.constexpr, ENTRIES: tl.constexpr,
+                     WIDTH: tl.constexpr):  # fmt: skip
+    """partial [E / LENGTH, d]: `_row_sum` of each segment that lies in one row.
+
+    Grid (E / LENGTH, d / WIDTH).
+    """
+    segment = tl.program_id(0)
+    _, whole = _row_of_segment(latents, segment, LENGTH, 1)
+    if whole:
+        at, start = tl.program_id(1) * WIDTH, segment * LENGTH
+        total, _, _ = _row_sum(
+            coefficients, None, tokens, y + at, start, LENGTH, start + LENGTH, 0, d - at, d,
+            False, ENTRIES, 1, WIDTH,
+        )  # fmt: skip
+        _store(partial + segment.to(tl.int64) * d + at, total, d - at, 1, WIDTH)
+
+
+@triton.jit
+def _sum(numbers, start, end, MANY: tl.constexpr):
     e = tl.arange(0, MANY)
     total = tl.zeros([MANY], tl.float32)
     for at in range(start, end, MANY):
-        total += tl.load(coefficients + at + e, mask=at + e < end, other=0.0)
+        total += tl.load(numbers + at + e, mask=at + e < end, other=0.0)
     return tl.sum(total)
 
 
 @triton.jit
-def sum_row_segments(coefficients, tokens, y, offsets, first_segment, partial, rows, length, d,
-                     ENTRIES: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
-    """partial [segments, d]: `_row_sum` of each segment. Grid (segments at most, d / WIDTH)."""
-    segment = tl.program_id(0)
-    if segment < tl.load(first_segment + rows):
-        c = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-        real = c < d
-        _, start, end = _segment(offsets, first_segment, segment, rows, length)
-        total = _row_sum(coefficients, tokens, y, start, end, d, c, real, WIDTH, ENTRIES)
-        tl.store(partial + segment.to(tl.int64) * d + c, total, mask=real)
-
-
-@triton.jit
-def _whole_row_sum(coefficients, tokens, y, offsets, first_segment, partial, row, d, c, real,
-                   WIDTH: tl.constexpr, ENTRIES: tl.constexpr):  # fmt: skip
-    """Of all entries of a row, or of its segments' partial sums."""
-    first, beyond = tl.load(first_segment + row), tl.load(first_segment + row + 1)
-    start, end = tl.load(offsets + row), tl.load(offsets + row + 1)
-    end = tl.where(beyond > first, start, end)
-    total = _row_sum(coefficients, tokens, y, start, end, d, c, real, WIDTH, ENTRIES)
+def _whole_row_sum(coefficients, along, tokens, y, partial, start, end, columns, d,
+                   BIAS: tl.constexpr, ALONG: tl.constexpr, LENGTH: tl.constexpr,
+                   ENTRIES: tl.constexpr, PIECES: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+    """`_row_sum` of all entries start to end: those in no whole segment, then whole segments."""
+    first, beyond = _whole_segments(start, end, LENGTH)
+    gap = (beyond - first) * LENGTH
+    total, of_bias, parallel = _row_sum(
+        coefficients, along, tokens, y, start, end - start - gap, first * LENGTH, gap, columns, d,
+        ALONG, ENTRIES, PIECES, WIDTH,
+    )  # fmt: skip
     partial += first.to(tl.int64) * d
     for _ in range(first, beyond):
-        total += tl.load(partial + c, mask=real, other=0.0)
+        total = _add(total, _load(partial, columns, PIECES, WIDTH), 1.0, PIECES)
         partial += d
-    return total
+    if beyond > first:
+        if BIAS:
+            of_bias += _sum(coefficients, first * LENGTH, beyond * LENGTH, WIDTH)
+        if ALONG:
+            parallel += _sum(along, first * LENGTH, beyond * LENGTH, WIDTH)
+    return total, of_bias, parallel
 
 
 @triton.jit
-def row_gradients(coefficients, tokens, y, offsets, first_segment, partial, out, out_bias, d,
-                  HAS_BIAS: tl.constexpr, ENTRIES: tl.constexpr, WIDTH: tl.constexpr,
-                  MANY: tl.constexpr):  # fmt: skip
+def row_gradients(coefficients, tokens, y, offsets, partial, out, out_bias, d,
+                  HAS_BIAS: tl.constexpr, LENGTH: tl.constexpr, ENTRIES: tl.constexpr,
+                  WIDTH: tl.constexpr):  # fmt: skip
     """out[f] = sum of coefficient * y[token], out_bias[f] = sum of coefficients, over f's entries.
 
     Grid (rows, d / WIDTH).
     """
-    row = tl.program_id(0).to(tl.int64)
-    c = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    real = c < d
-    total = _whole_row_sum(
-        coefficients, tokens, y, offsets, first_segment, partial, row, d, c, real, WIDTH, ENTRIES
-    )
-    tl.store(out + row * d + c, rounded(total, out.dtype.element_ty), mask=real)
+    row, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * WIDTH
+    start, end = tl.load(offsets + row), tl.load(offsets + row + 1)
+    total, of_bias, _ = _whole_row_sum(
+        coefficients, None, tokens, y + at, partial + at, start, end, d - at, d,
+        HAS_BIAS, False, LENGTH, ENTRIES, 1, WIDTH,
+    )  # fmt: skip
+    _store(out + row * d + at, total, d - at, 1, WIDTH)
     if HAS_BIAS:
-        if tl.program_id(1) == 0:
-            start, end = tl.load(offsets + row), tl.load(offsets + row + 1)
-            of_bias = _scalar_sum(coefficients, start, end, MANY)
+        if at == 0:
             tl.store(out_bias + row, rounded(of_bias, out_bias.dtype.element_ty))
 
 
 @triton.jit
-def update_rows(coefficients, along, tokens, y, offsets, first_segment, partial,
+def update_rows(coefficients, along, tokens, y, offsets, partial,
                 weight, shadow, first, second, bias, bias_first, bias_second, squares,
                 hyper, bias_hyper, d,
                 MODE: tl.constexpr, UNIT_NORM: tl.constexpr, HAS_SHADOW: tl.constexpr,
-                HAS_BIAS: tl.constexpr, ENTRIES: tl.constexpr, WIDTH: tl.constexpr,
-                MANY: tl.constexpr):  # fmt: skip
+                HAS_BIAS: tl.constexpr, LENGTH: tl.constexpr, ENTRIES: tl.constexpr,
+                PIECES: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
     """AdamW step of weight [rows, d] (and bias [rows]), each row's gradient in registers.
 
     UNIT_NORM: what would only change the row's norm is taken out of its gradient (its product with
     the row is the sum of `along`), and the row is scaled to unit norm afterwards.
     shadow: weight rounded to another dtype.  squares [rows]: squared norm of the gradient.
-    d <= WIDTH. Grid (rows,).
+    d <= PIECES * WIDTH. Grid (rows,).
     """
     row = tl.program_id(0).to(tl.int64)
-    c = tl.arange(0, WIDTH)
-    columns = if_proceeds(d, hyper)
-    real = c < columns
-    at = row * d + c
-    scale = tl.load(hyper + GRADIENT_SCALE)
-    gradient = scale * _whole_row_sum(
-        coefficients, tokens, y, offsets, first_segment, partial, row, d, c, real, WIDTH, ENTRIES
-    )
     start, end = tl.load(offsets + row), tl.load(offsets + row + 1)
-    parallel = 0.0
-    if UNIT_NORM:
-        parallel = scale * _scalar_sum(along, start, end, MANY)
-    of_bias = 0.0
-    if HAS_BIAS:
-        of_bias = scale * _scalar_sum(coefficients, start, end, MANY)
-    w = tl.load(weight + at, mask=real, other=0.0)
-    if UNIT_NORM:
-        gradient -= w * parallel
-    tl.store(squares + row, tl.sum(gradient * gradient) + of_bias * of_bias)
+    # Weights and moments are on their way while the gradient's terms are gathered.
+    weight, first, second = weight + row * d, first + row * d, second + row * d
+    if MODE == UPDATE or UNIT_NORM:
+        w = _load(weight, d, PIECES, WIDTH)
     if MODE == UPDATE:
-        one = tl.load(first + at, mask=real, other=0.0)
-        two = tl.load(second + at, mask=real, other=0.0)
-        w, one, two = adamw(w, gradient, one, two, hyper)
+        one, two = _load(first, d, PIECES, WIDTH), _load(second, d, PIECES, WIDTH)
+        numbers = adamw_numbers(hyper)
+    scale, proceed = tl.load(hyper + GRADIENT_SCALE), tl.load(hyper + PROCEED) != 0.0
+    gradient, of_bias, parallel = _whole_row_sum(
+        coefficients, along, tokens, y, partial, start, end, d, d,
+        HAS_BIAS, UNIT_NORM, LENGTH, ENTRIES, PIECES, WIDTH,
+    )  # fmt: skip
+    of_bias *= scale
+    parallel *= scale
+    c = tl.arange(0, WIDTH)
+    square, norm = tl.zeros([WIDTH], tl.float32), tl.zeros([WIDTH], tl.float32)
+    of_w, of_one, of_two = (), (), ()
+    for i in tl.static_range(PIECES):
+        along_row = gradient[i] * scale
         if UNIT_NORM:
-            norm = tl.sqrt_rn(tl.sum(tl.where(real, w * w, 0.0)))
-            w = w / tl.maximum(norm, 1.1754943508222875e-38)
-        tl.store(weight + at, w, mask=real)
-        tl.store(first + at, one, mask=real)
-        tl.store(second + at, two, mask=real)
-        if HAS_SHADOW:
-            tl.store(shadow + at, rounded(w, shadow.dtype.element_ty), mask=real)
-        if HAS_BIAS:
-            b = tl.load(bias + row)
-            one_ = tl.load(bias_first + row)
-            two_ = tl.load(bias_second + row)
-            b, one_, two_ = adamw(b, of_bias, one_, two_, bias_hyper)
-            tl.store(bias + row, b, mask=columns > 0)
-            tl.store(bias_first + row, one_, mask=columns > 0)
-            tl.store(bias_second + row, two_, mask=columns > 0)
+            along_row -= w[i] * parallel
+        square += along_row * along_row
+        if MODE == UPDATE:
+            new, new_one, new_two = adamw(w[i], along_row, one[i], two[i], numbers)
+            of_w, of_one, of_two = of_w + (new,), of_one + (new_one,), of_two + (new_two,)
+            if UNIT_NORM:
+                norm += tl.where(c < d - i * WIDTH, new * new, 0.0)
+    if MODE == UPDATE and UNIT_NORM:
+        square, norm = tl.split(tl.sum(tl.join(square, norm), 0))
+        inverse = 1.0 / tl.maximum(tl.sqrt_rn(norm), 1.1754943508222875e-38)
+    else:
+        square = tl.sum(square)
+    tl.store(squares + row, square + (of_bias * of_bias if HAS_BIAS else 0.0))
+    if MODE == UPDATE:
+        if proceed:
+            if UNIT_NORM:
+                of_w = _scaled(of_w, inverse, PIECES)
+            _store(weight, of_w, d, PIECES, WIDTH)
+            _store(first, of_one, d, PIECES, WIDTH)
+            _store(second, of_two, d, PIECES, WIDTH)
+            if HAS_SHADOW:
+                _store(shadow + row * d, of_w, d, PIECES, WIDTH)
+            if HAS_BIAS:
+                b, b_one, b_two = adamw(
+                    tl.load(bias + row), of_bias, tl.load(bias_first + row),
+                    tl.load(bias_second + row), adamw_numbers(bias_hyper),
+                )  # fmt: skip
+                tl.store(bias + row, b)
+                tl.store(bias_first + row, b_one)
+                tl.store(bias_second + row, b_two)
+
+
+# Heads
 
 
 @triton.jit
-def _head_sum(total, of_bias, d_base, d_extension, latents, tokens, x, head, start, end, d, c, real,
+def _head_sum(total, of_bias, d_base, d_extension, latents, tokens, x, head, start, count, gap_at,
+              gap, d, c, real,
               M: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, ENTRIES: tl.constexpr,
               SPLIT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Add A x[token] over entries start to end of a head, A [m + n, entries] built in registers.
+    """Add A x[token] over `count` entries from start, A [m + n, entries] built in registers.
+
+    From entry gap_at on, `gap` entries are left out.
 
     Each entry has d_base in its base's row and d_extension in its extension's. One load of a
     token's activation serves all m + n rows. SPLIT: A as the sum of two numbers of x's dtype, so
     that coefficients keep 16 bits or more on bfloat16 matrix units.
     """
     r, e = tl.arange(0, ROWS), tl.arange(0, ENTRIES)
-    for at in range(start, end, ENTRIES):
-        entry = at + e < end
-        latent = tl.load(latents + at + e, mask=entry, other=0) - head * (M * N)
-        of_base = tl.load(d_base + at + e, mask=entry, other=0.0)
-        of_extension = tl.load(d_extension + at + e, mask=entry, other=0.0)
+    for done in range(0, count, ENTRIES):
+        entry = done + e < count
+        at = start + done + e
+        at = tl.where(at >= gap_at, at + gap, at)
+        latent = tl.load(latents + at, mask=entry, other=0) - head * (M * N)
+        of_base = tl.load(d_base + at, mask=entry, other=0.0)
+        of_extension = tl.load(d_extension + at, mask=entry, other=0.0)
         base = latent // N
         extension = M + latent - base * N
         a = tl.where(r[:, None] == base[None, :], of_base[None, :], 0.0)
         a += tl.where(r[:, None] == extension[None, :], of_extension[None, :], 0.0)
         of_bias += tl.sum(a, 1)
-        token = tl.load(tokens + at + e, mask=entry, other=0).to(tl.int64)
+        token = tl.load(tokens + at, mask=entry, other=0).to(tl.int64)
         part = tl.load(
             x + token[:, None] * d + c[None, :], mask=entry[:, None] & real[None, :], other=0.0
         )
@@ -214,25 +356,25 @@ def _head_sum(total, of_bias, d_base, d_extension, latents, tokens, x, head, sta
 
 
 @triton.jit
-def sum_head_segments(d_base, d_extension, latents, tokens, x, offsets, first_segment, partial,
-                      partial_bias, heads, length, d,
+def sum_head_segments(d_base, d_extension, latents, tokens, x, partial, partial_bias, d,
                       M: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr,
-                      PRECISION: tl.constexpr, ENTRIES: tl.constexpr,
+                      PRECISION: tl.constexpr, LENGTH: tl.constexpr, ENTRIES: tl.constexpr,
                       WIDTH: tl.constexpr):  # fmt: skip
-    """partial [segments, m + n, d], partial_bias [segments, m + n]: `_head_sum` of each segment.
+    """partial [E / LENGTH, m + n, d], partial_bias [E / LENGTH, m + n]: of segments in one head.
 
-    offsets [heads + 1]: of heads. Grid (segments at most, d / WIDTH).
+    Grid (E / LENGTH, d / WIDTH).
     """
     segment = tl.program_id(0)
-    if segment < tl.load(first_segment + heads):
+    head, whole = _row_of_segment(latents, segment, LENGTH, M * N)
+    if whole:
         r, c = tl.arange(0, ROWS), tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
         real = c < d
-        head, start, end = _segment(offsets, first_segment, segment, heads, length)
+        start = segment * LENGTH
         total = tl.zeros([ROWS, WIDTH], tl.float32)
         of_bias = tl.zeros([ROWS], tl.float32)
         total, of_bias = _head_sum(
-            total, of_bias, d_base, d_extension, latents, tokens, x, head, start, end, d, c, real,
-            M, N, ROWS, ENTRIES, SPLIT, PRECISION,
+            total, of_bias, d_base, d_extension, latents, tokens, x, head, start, LENGTH,
+            start + LENGTH, 0, d, c, real, M, N, ROWS, ENTRIES, SPLIT, PRECISION,
         )  # fmt: skip
         row = segment.to(tl.int64) * (M + N) + r
         of_row = r < M + N
@@ -244,12 +386,12 @@ def sum_head_segments(d_base, d_extension, latents, tokens, x, offsets, first_se
 
 
 @triton.jit
-def head_gradients(d_base, d_extension, latents, tokens, x, offsets, first_segment, partial,
-                   partial_bias, weight, shadow, first, second, bias, bias_first, bias_second,
+def head_gradients(d_base, d_extension, latents, tokens, x, offsets, partial, partial_bias,
+                   weight, shadow, first, second, bias, bias_first, bias_second,
                    squares, hyper, bias_hyper, bias_of_row, bias_of_head, d, h,
                    M: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr,
                    PRECISION: tl.constexpr, MODE: tl.constexpr, HAS_SHADOW: tl.constexpr,
-                   ENTRIES: tl.constexpr,
+                   LENGTH: tl.constexpr, ENTRIES: tl.constexpr,
                    WIDTH: tl.constexpr):  # fmt: skip
     """Gradient, or AdamW step, of a Kron encoder's weight [m + n, h, d] and its bias.
 
@@ -267,14 +409,15 @@ def head_gradients(d_base, d_extension, latents, tokens, x, offsets, first_segme
         columns, rows = if_proceeds(d, hyper), if_proceeds(M + N, hyper)
         scale = tl.load(hyper + GRADIENT_SCALE)
     real = c < columns
-    first_part, beyond = tl.load(first_segment + head), tl.load(first_segment + head + 1)
-    start, end = tl.load(offsets + head), tl.load(offsets + head + 1)
-    end = tl.where(beyond > first_part, start, end)
+    start = tl.load(offsets + head * (M * N))
+    end = tl.load(offsets + (head + 1) * (M * N))
+    first_part, beyond = _whole_segments(start, end, LENGTH)
+    gap = (beyond - first_part) * LENGTH
     total = tl.zeros([ROWS, WIDTH], tl.float32)
     of_bias = tl.zeros([ROWS], tl.float32)
     total, of_bias = _head_sum(
-        total, of_bias, d_base, d_extension, latents, tokens, x, head, start, end, d, c, real,
-        M, N, ROWS, ENTRIES, SPLIT, PRECISION,
+        total, of_bias, d_base, d_extension, latents, tokens, x, head, start, end - start - gap,
+        first_part * LENGTH, gap, d, c, real, M, N, ROWS, ENTRIES, SPLIT, PRECISION,
     )  # fmt: skip
     of_row = r < rows
     mask = of_row[:, None] & real[None, :]
@@ -300,7 +443,7 @@ def head_gradients(d_base, d_extension, latents, tokens, x, offsets, first_segme
         w = tl.load(weight + at, mask=mask, other=0.0)
         one = tl.load(first + at, mask=mask, other=0.0)
         two = tl.load(second + at, mask=mask, other=0.0)
-        w, one, two = adamw(w, gradient, one, two, hyper)
+        w, one, two = adamw(w, gradient, one, two, adamw_numbers(hyper))
         tl.store(weight + at, w, mask=mask)
         tl.store(first + at, one, mask=mask)
         tl.store(second + at, two, mask=mask)
@@ -310,7 +453,7 @@ def head_gradients(d_base, d_extension, latents, tokens, x, offsets, first_segme
             b = tl.load(bias + of_head, mask=of_row, other=0.0)
             b_one = tl.load(bias_first + of_head, mask=of_row, other=0.0)
             b_two = tl.load(bias_second + of_head, mask=of_row, other=0.0)
-            b, b_one, b_two = adamw(b, of_bias, b_one, b_two, bias_hyper)
+            b, b_one, b_two = adamw(b, of_bias, b_one, b_two, adamw_numbers(bias_hyper))
             tl.store(bias + of_head, b, mask=of_row)
             tl.store(bias_first + of_head, b_one, mask=of_row)
             tl.store(bias_second + of_head, b_two, mask=of_row)
@@ -325,7 +468,8 @@ def update_vector(gradient, weight, first, second, hyper, size, WIDTH: tl.conste
     w = tl.load(weight + c, mask=real, other=0.0)
     one = tl.load(first + c, mask=real, other=0.0)
     two = tl.load(second + c, mask=real, other=0.0)
-    w, one, two = adamw(w, scale * tl.load(gradient + c, mask=real, other=0.0), one, two, hyper)
+    g = scale * tl.load(gradient + c, mask=real, other=0.0)
+    w, one, two = adamw(w, g, one, two, adamw_numbers(hyper))
     tl.store(weight + c, w, mask=real)
     tl.store(first + c, one, mask=real)
     tl.store(second + c, two, mask=real)

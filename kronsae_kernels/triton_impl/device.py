@@ -24,6 +24,14 @@ PROCEED = tl.constexpr(8)
 
 
 @triton.jit
+def number(value, ON_DEVICE: tl.constexpr):
+    """A float32 scalar that was given as itself, or (ON_DEVICE) by a pointer to it."""
+    if ON_DEVICE:
+        value = tl.load(value)
+    return value
+
+
+@triton.jit
 def maximum(a, b):
     """The larger; NaN if either is (torch's amax, and ReLU, do so too)."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
@@ -104,13 +112,25 @@ def if_proceeds(size, hyper):
 
 
 @triton.jit
-def adamw(w, gradient, first, second, hyper):
-    """One AdamW step: (w, first, second) afterwards, as torch.optim.AdamW computes them.
+def adamw_numbers(hyper):
+    """What `adamw` takes of a row of `hyper`, loaded once for many calls."""
+    return (
+        tl.load(hyper + DECAY),
+        tl.load(hyper + BETA1_REST),
+        tl.load(hyper + BETA2),
+        tl.load(hyper + BETA2_REST),
+        tl.load(hyper + STEP_SIZE),
+        tl.load(hyper + ROOT_SCALE),
+        tl.load(hyper + ADAM_EPS),
+    )
 
-    hyper: pointer to a row of the fields above.
-    """
-    first = first + (gradient - first) * tl.load(hyper + BETA1_REST)
-    second = second * tl.load(hyper + BETA2) + gradient * gradient * tl.load(hyper + BETA2_REST)
-    root = tl.sqrt(second) * tl.load(hyper + ROOT_SCALE) + tl.load(hyper + ADAM_EPS)
-    w = w * tl.load(hyper + DECAY) - tl.load(hyper + STEP_SIZE) * (first / root)
+
+@triton.jit
+def adamw(w, gradient, first, second, numbers):
+    """One AdamW step: (w, first, second) afterwards, as torch.optim.AdamW computes them."""
+    decay, beta1_rest, beta2, beta2_rest, step_size, root_scale, eps = numbers
+    first = first + (gradient - first) * beta1_rest
+    second = second * beta2 + gradient * gradient * beta2_rest
+    root = tl.sqrt(second) * root_scale + eps
+    w = w * decay - step_size * (first / root)
     return w, first, second

@@ -32,6 +32,8 @@ class Launch(NamedTuple):
     """By parameter name: tensors (perhaps meta), numbers, None; constexprs are in here too."""
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
+    """Registers that a thread may have at most (CUDA alone)."""
 
 
 _recorded: list[Launch] | None = None
@@ -63,13 +65,16 @@ def generation(device: torch.device) -> str:
 def launch(kernel: Any, grid: tuple[int, ...], config: Config, **arguments: Any) -> None:
     """Run a kernel over a grid with the warps, stages and block sizes of its configuration.
 
-    arguments: the kernel's, by name; those that `config` names are taken from there.
-    An empty grid launches nothing.
+    arguments: the kernel's, by name; those that `config` names are taken from there, and so is
+    "MAX_REGISTERS" of a thread (0: as the compiler wants). An empty grid launches nothing.
     """
     if 0 in grid:
         return
     options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     arguments = {**config.blocks, **arguments}
+    registers = arguments.pop("MAX_REGISTERS", 0)
+    if registers:
+        options["maxnreg"] = registers
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, arguments, **options))
         return

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from kronsae_kernels import reference, torch_impl
-from kronsae_kernels.triton_impl import backward, gemm, nested, select
+from kronsae_kernels.common import SparseCodes
+from kronsae_kernels.triton_impl import backward, counters, gemm, nested, select
 from kronsae_kernels.triton_impl import decode as decode_kernels
 from kronsae_kernels.triton_impl import threshold as threshold_kernels
 from kronsae_kernels.triton_impl.configs import Config, config_of
@@ -21,6 +22,10 @@ MAX_CANDIDATES = 16384
 """Keys that one program holds in registers at most; where a cut has more, torch selects."""
 MAX_SORTED = 256
 """Latents that one program sorts at most; longer lists are sorted by torch."""
+MAX_HELD = 4096
+"""Candidates whose keys one program makes and cuts; of more, keys are written and read."""
+MAX_SPARE = 128
+"""k up to which a list of heads has an eighth to spare, so that a cut ends early."""
 
 
 def configure(kernel: str, device: torch.device, **blocks: int) -> Config:
@@ -92,10 +97,10 @@ def encode_backward(
         )
         d_x = combine(coefficients, columns, torch_impl.i_major(w_enc), None, x.dtype)
     if need_w:
-        entries = Entries.of(indices, heads * m * (rows - m))
+        entries = Entries.of(indices, heads * m * (rows - m), (d_base, d_extension))
         d_w = x.new_empty(rows, heads, d)
         d_b = x.new_empty(rows, heads)
-        head_gradients(entries, entries(d_base), entries(d_extension), x, m, d_w, d_b)
+        head_gradients(entries, *entries.coefficients, x, m, d_w, d_b)
         d_w, d_b = d_w.transpose(0, 1), d_b.t().contiguous()
     return d_x, d_w, d_b
 
@@ -108,9 +113,9 @@ def dense_encode_backward(
     if need_x:
         d_x = combine(d_values, indices, w_enc, None, x.dtype)
     if need_w:
-        entries = Entries.of(indices, w_enc.shape[0])
+        entries = Entries.of(indices, w_enc.shape[0], (d_values,))
         d_w, d_b = x.new_empty(w_enc.shape), x.new_empty(w_enc.shape[0])
-        row_gradients(entries, entries(d_values), x, d_w, d_b)
+        row_gradients(entries, *entries.coefficients, x, d_w, d_b)
     return d_x, d_w, d_b
 
 
@@ -130,9 +135,9 @@ def decode_backward(
     if need_values:
         d_values = pair_dots(d_out, indices, w_dec, values.dtype)
     if need_w:
-        entries = Entries.of(indices, w_dec.shape[0])
+        entries = Entries.of(indices, w_dec.shape[0], (values,))
         d_w = w_dec.new_empty(w_dec.shape)
-        row_gradients(entries, entries(values), d_out, d_w, None)
+        row_gradients(entries, *entries.coefficients, d_out, d_w, None)
     return d_values, d_w
 
 
@@ -154,13 +159,18 @@ class Selection(NamedTuple):
 
     @property
     def kept_heads(self) -> int:
-        """Places in the list of heads: a power of two."""
-        return next_power_of_2(min(self.k, self.heads))
+        """Places in the list of heads."""
+        return _places(self.k, self.heads)
 
     @property
     def kept_rows(self) -> int:
         """Places in the list of (head, base) rows: a power of two."""
         return next_power_of_2(min(self.k, self.heads * self.m))
+
+    @property
+    def direct(self) -> int:
+        """Latents of all listed heads, if a program chooses among these at once."""
+        return self.kept_heads * next_power_of_2(self.m) * next_power_of_2(self.n)
 
     @property
     def fits(self) -> bool:
@@ -170,74 +180,70 @@ class Selection(NamedTuple):
         return candidates <= MAX_CANDIDATES and self.size < 2**31
 
 
+def _places(k: int, heads: int) -> int:
+    """Places in a list of the k first heads: a power of two."""
+    return next_power_of_2(min(k + k // 8 if k <= MAX_SPARE else k, heads))
+
+
 def select_kron(
     pre: Tensor, mask: Tensor | None, selection: Selection, head_keys: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """indices, base, extension [b, k] from pre-latents [b, (m + n) h] (before the ReLU).
 
-    mask: uint8 [F] or None.  head_keys: [b, h] int32 from `encode_gemm`, or None.
+    mask: uint8 [F] or None. Where it allows fewer than k latents, the last places have index -1 and
+    factors 0.  head_keys: [b, h] int32 from `encode_gemm`, or None.
     """
     heads, m, n, k, signed = selection
     if not (selection.fits and _splits_fit(heads, k, pre.device)):
         composition = "mul" if signed else "mand"
-        mask = None if mask is None else mask.view(torch.bool)
-        return torch_impl.select_kron(pre.view(-1, m + n, heads), mask, m, n, k, composition)
+        allowed = None if mask is None else mask.view(torch.bool)
+        found = torch_impl.select_kron(
+            pre.view(-1, m + n, heads), allowed, m, n, k, composition, few=False
+        )
+        return _without_masked(allowed, *found)
     tokens, stride = pre.shape
-    shared = {"pre": pre, "stride": stride, "h": heads, "M": m, "N": n, "SIGNED": signed}
-    masked = {"mask": mask, "HAS_MASK": mask is not None}
+    shape = {"M": m, "N": n, "SIGNED": signed}
     kept_heads, kept_rows = selection.kept_heads, selection.kept_rows
-    every_head, every_row = k >= heads, k >= heads * m
-    list_of_heads = None
-    if not every_head:
+    lists, listed, of_heads = None, kept_heads, True
+    if k < heads:
         of_head = None if mask is None else mask.view(heads, m * n).t().contiguous()
-        list_of_heads = _select_heads(
-            pre, of_head, heads, k, heads, head_keys, M=m, N=n, SIGNED=signed, DENSE=False
-        )
-    list_of_rows = None
-    if not every_row:
-        list_of_rows = pre.new_empty(tokens, kept_rows, dtype=torch.int32)
-        padded = {"M_PADDED": next_power_of_2(m), "N_PADDED": next_power_of_2(n)}
-        launch(
-            select.select_rows,
-            (tokens,),
-            _per_element("select_rows", kept_heads * padded["M_PADDED"], pre.device),
-            **shared,
-            **masked,
-            **padded,
-            heads=list_of_heads,
-            rows=list_of_rows,
-            k=min(k, heads * m),
-            cap=kept_rows,
-            ALL=every_head,
-            HEADS=kept_heads,
-            CAP=kept_rows,
-        )
-    ranked = _select_latents(
-        pre, mask, list_of_rows, kept_rows, selection.size, k, heads, M=m, N=n, SIGNED=signed,
-        DENSE=False,
-    )  # fmt: skip
-    return _rank(pre, ranked, heads, k, M=m, N=n, SIGNED=signed, DENSE=False)
+        lists = _select_heads(pre, of_head, heads, k, heads, head_keys, **shape, DENSE=False)
+    if selection.direct > configure("select_latents", pre.device).blocks["DIRECT"]:
+        lists = _select_rows(pre, mask, lists, selection) if k < heads * m else None
+        listed, of_heads = kept_rows, False
+    return _select_latents(
+        pre, mask, lists, listed, selection.size, k, heads, OF_HEADS=of_heads, DENSE=False, **shape
+    )
 
 
 def select_dense(pre: Tensor, mask: Tensor | None, k: int) -> tuple[Tensor, Tensor]:
     """indices, values [b, k] from pre-activations [b, F] (before the ReLU).
 
-    mask: uint8 [F] or None. A "head" is a group of consecutive columns.
+    mask: uint8 [F] or None. A "head" is a group of consecutive columns. As `select_kron`.
     """
     size = pre.shape[1]
     group = 8 if size >= 16 * k else 4
     groups = -(-size // group)
-    kept = next_power_of_2(min(k, groups))
+    kept = _places(k, groups)
     if kept * group > MAX_CANDIDATES or size >= 2**31 or not _splits_fit(groups, k, pre.device):
-        mask = None if mask is None else mask.view(torch.bool)
-        return torch_impl.select_dense(pre, mask, k)
+        allowed = None if mask is None else mask.view(torch.bool)
+        return _without_masked(allowed, *torch_impl.select_dense(pre, allowed, k, few=False))
     shape: dict[str, Any] = {"M": 1, "N": group, "SIGNED": False, "DENSE": True}
     list_of_groups = None
     if k < groups:
         list_of_groups = _select_heads(pre, mask, groups, k, size, None, **{**shape, "M": group})
-    ranked = _select_latents(pre, mask, list_of_groups, kept, size, k, groups, **shape)
-    indices, values, _ = _rank(pre, ranked, groups, k, **shape)
+    indices, values, _ = _select_latents(
+        pre, mask, list_of_groups, kept, size, k, groups, OF_HEADS=False, **shape
+    )
     return indices, values
+
+
+def _without_masked(mask: Tensor | None, indices: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
+    """Index -1 and factors 0 for latents that are not in a mask [F]."""
+    if mask is None:
+        return indices, *factors
+    gone = ~mask[indices]
+    return indices.masked_fill(gone, -1), *(factor.masked_fill(gone, 0) for factor in factors)
 
 
 def _splits_of(heads: int, device: torch.device) -> tuple[int, int, int]:
@@ -250,7 +256,8 @@ def _splits_of(heads: int, device: torch.device) -> tuple[int, int, int]:
 
 def _splits_fit(heads: int, k: int, device: torch.device) -> bool:
     """Whether what the splits leave over can be merged by one program, if anything is cut."""
-    return k >= heads or _splits_of(heads, device)[0] * next_power_of_2(k) <= MAX_CANDIDATES
+    splits = _splits_of(heads, device)[0]
+    return k >= heads or splits == 1 or splits * _places(k, heads) <= MAX_CANDIDATES
 
 
 def _select_heads(
@@ -262,17 +269,21 @@ def _select_heads(
     head_keys: Tensor | None,
     **shape: Any,
 ) -> Tensor:
-    """The list of heads [b, next power of 2 of k] that hold the k first latents."""
-    (tokens, stride), cap = pre.shape, next_power_of_2(k)
+    """The list of heads [b, `_places`] that hold the k first latents."""
+    (tokens, stride), cap = pre.shape, _places(k, heads)
     splits, chunks, lanes = _splits_of(heads, pre.device)
     lists = pre.new_empty(tokens, splits * cap, dtype=torch.int32)
     keys = torch.empty_like(lists) if splits > 1 else None
     config = configure("select_heads", pre.device)
     warps = min(config.num_warps, max(1, chunks * lanes // 256))
+    blocks = {
+        "GROUP": min(config.blocks["GROUP"], max(1, lanes // (4 * cap))),
+        "MAX_REGISTERS": config.blocks["MAX_REGISTERS"] if mask is None else 0,
+    }
     launch(
         select.select_heads,
         (tokens, splits),
-        Config(warps, config.num_stages, {}),
+        Config(warps, config.num_stages, blocks),
         pre=pre,
         mask=mask,
         head_keys=head_keys,
@@ -293,94 +304,160 @@ def _select_heads(
     )
     if splits == 1:
         return lists
-    merged = pre.new_empty(tokens, cap, dtype=torch.int32)
-    candidates = next_power_of_2(splits * cap)
+    return _merged(lists, keys, k, cap)
+
+
+def _merged(
+    lists: Tensor, keys: Tensor, k: int, cap: int, ranked: Tensor | None = None
+) -> Tensor | None:
+    """The list [b, cap] of the k first ids in lists [b, c] with keys; or these in `ranked`."""
+    tokens, length = lists.shape
+    kept = lists.new_empty(tokens, cap) if ranked is None else None
+    candidates, config = next_power_of_2(length), configure("merge_lists", lists.device)
     launch(
-        select.merge_heads,
+        select.merge_lists,
         (tokens,),
-        _per_element("merge_heads", candidates, pre.device),
+        _per_element("merge_lists", candidates, lists.device),
         lists=lists,
         keys=keys,
-        heads=merged,
-        length=splits * cap,
+        kept=kept,
+        ranked=ranked,
+        length=length,
         k=k,
         cap=cap,
+        RANKED=ranked is not None,
         CAP=cap,
         CANDIDATES=candidates,
+        PART=min(candidates, config.blocks["PART"]),
     )
-    return merged
+    return kept
+
+
+def _list_keys(
+    pre: Tensor, listed: int, of_rows: bool, size: int, **shared: Any
+) -> tuple[Tensor, Tensor]:
+    """ids and keys [b, c] of what is in lists [b, listed] of heads (of_rows) or rows."""
+    tokens = pre.shape[0]
+    m_padded, n_padded = next_power_of_2(shared["M"]), next_power_of_2(shared["N"])
+    per = m_padded if of_rows else n_padded
+    config = configure("list_keys", pre.device)
+    entries = min(listed, max(1, config.blocks["TILE"] // per))
+    ids = pre.new_empty(tokens, listed * per, dtype=torch.int32)
+    keys = torch.empty_like(ids)
+    launch(
+        select.list_keys,
+        (tokens, listed // entries),
+        Config(config.num_warps, config.num_stages, {"ENTRIES": entries}),
+        pre=pre,
+        ids=ids,
+        keys=keys,
+        stride=pre.shape[1],
+        size=size,
+        M_PADDED=m_padded,
+        N_PADDED=n_padded,
+        OF_ROWS=of_rows,
+        LISTED=listed,
+        PER=per,
+        **shared,
+    )
+    return ids, keys
+
+
+def _select_rows(
+    pre: Tensor, mask: Tensor | None, list_of_heads: Tensor | None, selection: Selection
+) -> Tensor:
+    """The list of rows [b, kept_rows] that hold the k first latents (None: of all heads)."""
+    heads, m, n, k, signed = selection
+    kept_heads, kept_rows = selection.kept_heads, selection.kept_rows
+    m_padded = next_power_of_2(m)
+    shared = {"M": m, "N": n, "SIGNED": signed, "h": heads}
+    shared |= {"mask": mask, "HAS_MASK": mask is not None, "ALL": list_of_heads is None}
+    if kept_heads * m_padded > MAX_HELD:
+        found = _list_keys(
+            pre, kept_heads, True, selection.size, lists=list_of_heads, DENSE=False, **shared
+        )
+        return _merged(*found, k, kept_rows)
+    rows = pre.new_empty(pre.shape[0], kept_rows, dtype=torch.int32)
+    launch(
+        select.select_rows,
+        (pre.shape[0],),
+        _per_element("select_rows", kept_heads * m_padded, pre.device),
+        pre=pre,
+        heads=list_of_heads,
+        rows=rows,
+        stride=pre.shape[1],
+        k=k,
+        cap=kept_rows,
+        M_PADDED=m_padded,
+        N_PADDED=next_power_of_2(n),
+        HEADS=kept_heads,
+        CAP=kept_rows,
+        **shared,
+    )
+    return rows
 
 
 def _select_latents(
     pre: Tensor,
     mask: Tensor | None,
-    rows: Tensor | None,
-    kept: int,
+    lists: Tensor | None,
+    listed: int,
     size: int,
     k: int,
     heads: int,
     **shape: Any,
-) -> Tensor:
-    """The k first latents of a list of rows [b, kept] (None: all), as ranks [b, k] in no order."""
-    tokens, stride = pre.shape
-    n_padded = next_power_of_2(shape["N"])
-    ranked = pre.new_empty(tokens, k, dtype=torch.int64)
-    launch(
-        select.select_latents,
-        (tokens,),
-        _per_element("select_latents", kept * n_padded, pre.device),
-        pre=pre,
-        mask=mask,
-        rows=rows,
-        ranked=ranked,
-        stride=stride,
-        size=size,
-        h=heads,
-        k=k,
-        N_PADDED=n_padded,
-        HAS_MASK=mask is not None,
-        ALL=rows is None,
-        ROWS=kept,
-        **shape,
-    )
-    return ranked
-
-
-def _rank(
-    pre: Tensor, ranked: Tensor, heads: int, k: int, **shape: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """indices, base, extension [b, k], first latent first, from `_select_latents`."""
+    """indices, base, extension [b, k], first latent first, from lists [b, listed] (None: all)."""
     tokens, stride = pre.shape
-    sort = k <= MAX_SORTED
-    if not sort:
-        ranked = ranked.sort(dim=1, descending=True).values
-    k_padded = next_power_of_2(k)
+    of_heads = shape.pop("OF_HEADS")
+    m_padded = next_power_of_2(shape["M"]) if of_heads else 1
+    n_padded, k_padded = next_power_of_2(shape["N"]), next_power_of_2(k)
+    ranked = pre.new_empty(tokens, k, dtype=torch.int64)
     indices = torch.empty_like(ranked)
     base = pre.new_empty(tokens, k, dtype=torch.float32)
     extension = base if shape["DENSE"] else torch.empty_like(base)
-    launch(
-        select.rank_latents,
-        (tokens,),
-        _per_element("rank_latents", k_padded, pre.device),
-        pre=pre,
-        ranked=ranked,
-        indices=indices,
-        base=base,
-        extension=extension,
-        stride=stride,
-        h=heads,
-        k=k,
-        SORT=sort,
-        K_PADDED=k_padded,
-        **shape,
-    )
+    held = listed * m_padded * n_padded <= MAX_HELD or of_heads
+    shared = {"pre": pre, "h": heads, **shape}
+    masked = {"mask": mask, "HAS_MASK": mask is not None, "lists": lists, "ALL": lists is None}
+    ranks = {"stride": stride, "k": k, "K_PADDED": k_padded, "indices": indices}
+    ranks |= {"base": base, "extension": extension}
+    rank = held and k <= MAX_SORTED
+    if held:
+        launch(
+            select.select_latents,
+            (tokens,),
+            _per_element("select_latents", listed * m_padded * n_padded, pre.device),
+            ranked=ranked,
+            size=size,
+            M_PADDED=m_padded,
+            N_PADDED=n_padded,
+            OF_HEADS=of_heads,
+            LISTED=listed,
+            RANK=rank,
+            **shared,
+            **masked,
+            **ranks,
+        )
+    else:
+        found = _list_keys(listed=listed, of_rows=False, size=size, **shared, **masked)
+        _merged(*found, k, k, ranked)
+    if not rank:
+        launch(
+            select.rank_latents,
+            (tokens,),
+            _per_element("rank_latents", k_padded, pre.device),
+            ranked=ranked.sort(dim=1, descending=True).values,
+            **shared,
+            **ranks,
+        )
     return indices, base, extension
 
 
 def _per_element(kernel: str, elements: int, device: torch.device) -> Config:
-    """Warps for a program that holds so many elements: 8 a thread, up to what configs allow."""
+    """Warps for a program that holds so many elements, up to what configs allow."""
     config = configure(kernel, device)
-    return Config(min(config.num_warps, max(1, elements // 256)), config.num_stages, {})
+    warps = 1 if elements <= config.blocks["ONE_WARP"] else elements // config.blocks["PER_WARP"]
+    return Config(min(config.num_warps, max(1, warps)), config.num_stages, {})
 
 
 def _fused_projections(x: Tensor, weight: Tensor, bias: Tensor | None, selection: Selection):
@@ -473,14 +550,17 @@ def pair_dots(y: Tensor, columns: Tensor, table: Tensor, dtype: torch.dtype) -> 
 
 
 class DecodeAndLoss(NamedTuple):
-    """What `decode_and_loss` gives: of L = squares.sum() / 2."""
+    """What `decode_and_loss` gives: of L = scale * (squared norm of the residual) / 2."""
 
     residual: Tensor
     """[B, d] reconstruction minus x, in the table's dtype."""
-    squares: Tensor
-    """[B] float32: its squared norms."""
+    sums: Tensor
+    """[2, B] float32: its squared norm; and what is 0 if that times scale, and the last two, are
+    finite, else NaN."""
     values: Tensor
-    """[B, k] float32, as the next three."""
+    """[B, k] float32, as all that follow."""
+    scaled: Tensor
+    """values times scale."""
     along: Tensor
     """values times dL/dvalues."""
     d_base: Tensor
@@ -498,12 +578,15 @@ def decode_and_loss(
     bias: Tensor | None,
     composition: str,
     eps: float,
+    scale: float | Tensor,
     one_gather: bool,
 ) -> DecodeAndLoss:
     """Decoder, squared error against x [B, d], and its gradients by the codes [B, k].
 
-    composition: one of COMPOSITIONS, or "dense" (base holds the values). one_gather: rows are
-    gathered once, for which k of them must fit into a program's tile.
+    indices: -1 for a place without a latent, which takes no part: its numbers are 0.
+    composition: one of COMPOSITIONS, or "dense" (base holds the values). scale: a number, or a
+    float32 scalar on the device. one_gather: rows are gathered once, for which a chunk of k of them
+    must fit into a warp's registers.
     """
     (tokens, k), d, device = indices.shape, table.shape[1], table.device
     composed = {
@@ -512,50 +595,60 @@ def decode_and_loss(
         "SIGNED": composition == "mul",
         "DENSE": composition == "dense",
     }
-    into = {name: torch.empty_like(base) for name in ("values", "along", "d_base")}
+    into = {name: torch.empty_like(base) for name in ("values", "scaled", "along", "d_base")}
     into["d_extension"] = into["d_base"] if composed["DENSE"] else torch.empty_like(base)
+    codes = {"columns": indices, "base": base, "extension": extension, "k": k}
+    codes |= {"scale": scale, "ON_DEVICE": isinstance(scale, Tensor)}
+    sums = table.new_empty(2, tokens, dtype=torch.float32)
     if one_gather:
         residual = table.new_empty(tokens, d)
-        squares = table.new_empty(tokens, dtype=torch.float32)
-        config, rows = configure("decode_and_loss", device), next_power_of_2(k)
-        width = min(max(16, config.blocks["TILE"] // rows), next_power_of_2(d))
+        config = configure("decode_and_loss", device)
+        most, tile = config.blocks["BLOCKS"], config.blocks["TILE"]
+        rows = next_power_of_2(-(-k // most))
+        width = min(max(16, tile // rows), next_power_of_2(d))
+        together = min(width, 16 // table.element_size())
+        blocks = {
+            "BLOCKS": -(-k // rows),
+            "ROWS": rows,
+            "WIDTH": width,
+            "TOGETHER": together,
+            "STAGES": config.blocks["STAGES"],
+        }
         launch(
             decode_kernels.decode_and_loss,
             (tokens,),
-            Config(config.num_warps, config.num_stages, {"ROWS": rows, "WIDTH": width}),
+            Config(config.num_warps, config.num_stages, blocks),
             x=x,
-            columns=indices,
-            base=base,
-            extension=extension,
             table=table,
             bias=bias,
             residual=residual,
-            squares=squares,
+            sums=sums,
+            tokens=tokens,
             d=d,
-            k=k,
             HAS_BIAS=bias is not None,
+            **codes,
             **into,
             **composed,
         )
-        return DecodeAndLoss(residual, squares, **into)
+        return DecodeAndLoss(residual, sums, **into)
     values = base
     if composition != "dense":
         values = reference.compose(base * extension, composition, eps)
     error = combine(values, indices, table, bias, torch.float32).sub_(x)
     d_values = pair_dots(error, indices, table, torch.float32)
-    config = configure("code_gradients", device)
+    torch.sum(error.square(), 1, out=sums[0])
     launch(
         decode_kernels.code_gradients,
-        (-(-base.numel() // config.blocks["WIDTH"]),),
-        config,
-        base=base,
-        extension=extension,
+        (tokens,),
+        configure("code_gradients", device),
         d_values=d_values,
-        size=base.numel(),
+        squares=sums[0],
+        finite=sums[1],
+        **codes,
         **into,
         **composed,
     )
-    return DecodeAndLoss(error.to(table.dtype), error.square().sum(1), **into)
+    return DecodeAndLoss(error.to(table.dtype), sums, **into)
 
 
 # Sums over the entries of a row
@@ -564,57 +657,61 @@ def decode_and_loss(
 class Entries(NamedTuple):
     """The (token, latent) pairs of sparse codes [B, k], sorted by latent (stably)."""
 
-    order: Tensor
-    """[E] int64: position of each entry in the flattened codes."""
     tokens: Tensor
     """[E] int32."""
     latents: Tensor
     """[E] int32, ascending."""
     offsets: Tensor
     """[F + 1] int32: latent f owns entries offsets[f] to offsets[f + 1]."""
+    coefficients: tuple[Tensor, ...]
+    """[E] float32 each: those that `of` was given."""
 
     @classmethod
-    def of(cls, indices: Tensor, size: int, tokens: Tensor | None = None) -> "Entries":
-        """From latent indices [B, k] in [0, size) (or [E], with the token of each).
+    def of(
+        cls,
+        indices: Tensor,
+        size: int,
+        coefficients: tuple[Tensor, ...] = (),
+        tokens: Tensor | None = None,
+    ) -> "Entries":
+        """From latent indices [B, k] in [0, size) (or [E], with the token of each, int32).
 
+        coefficients: up to 4 numbers of each code, shaped as indices.
         Raises RuntimeError for 2^31 entries or latents: kernels count them in int32.
         """
-        if indices.numel() >= 2**31 or size >= 2**31:
+        count = indices.numel()
+        if count >= 2**31 or size >= 2**31:
             raise RuntimeError(
-                f"expected fewer than 2^31 codes and latents, got {indices.numel()} and {size}"
+                f"expected fewer than 2^31 codes and latents, got {count} and {size}"
             )
         latents, order = indices.flatten().int().sort(stable=True)
-        bounds = torch.arange(size + 1, dtype=torch.int32, device=indices.device)
-        offsets = torch.searchsorted(latents, bounds, out_int32=True)
-        if tokens is None:
-            of_entry = torch.div(order, indices.shape[1], rounding_mode="floor").int()
-        else:
-            of_entry = tokens[order]
-        return cls(order, of_entry, latents, offsets)
-
-    def __call__(self, values: Tensor) -> Tensor:
-        """[B, k] (or [E]) in the order of the entries, float32."""
-        return values.flatten()[self.order].float()
-
-
-class Segments(NamedTuple):
-    """Rows of more than `length` entries, cut into segments of that many."""
-
-    first: Tensor
-    """[rows + 1] int32: number of the first segment of each row."""
-    length: int
-    most: int
-    """How many there can be."""
-
-    @classmethod
-    def of(cls, offsets: Tensor, length: int, entries: int) -> "Segments":
-        """For rows that own entries offsets[i] to offsets[i + 1], of `entries` in all."""
-        lengths = offsets.diff()
-        pieces = torch.where(lengths > length, (lengths + (length - 1)) // length, 0)
-        first = torch.zeros_like(offsets)
-        torch.cumsum(pieces, 0, dtype=torch.int32, out=first[1:])
-        # A row of L > length entries has at most 2 L / length segments.
-        return cls(first, length, 2 * entries // length)
+        of_entry, offsets = torch.empty_like(latents), latents.new_empty(size + 1)
+        sorted_ = latents.new_empty(len(coefficients), count, dtype=torch.float32)
+        config = configure("group_entries", indices.device)
+        width = config.blocks["WIDTH"]
+        given = [coefficient.contiguous() for coefficient in coefficients]
+        one, two, three, four = given + [None] * (4 - len(given))
+        launch(
+            backward.group_entries,
+            (-(-count // width) + -(-(size + 1) // width),),
+            config,
+            order=order,
+            latents=latents,
+            of_code=tokens,
+            one=one,
+            two=two,
+            three=three,
+            four=four,
+            tokens=of_entry,
+            coefficients=sorted_,
+            offsets=offsets,
+            k=1 if tokens is not None else indices.shape[1],
+            size=count,
+            rows=size,
+            HAS_TOKENS=tokens is not None,
+            COUNT=len(given),
+        )
+        return cls(of_entry, latents, offsets, tuple(sorted_))
 
 
 def row_gradients(
@@ -623,7 +720,7 @@ def row_gradients(
     """out[f] [rows, d] = sum of coefficient * y[token] over f's entries; out_bias [rows]: of 1."""
     rows, d = out.shape
     y = y.contiguous()
-    segments, partial = sum_row_segments(entries, coefficients, y, d)
+    length, partial = sum_row_segments(entries, coefficients, y, d)
     config = configure("row_gradients", out.device)
     launch(
         backward.row_gradients,
@@ -633,38 +730,36 @@ def row_gradients(
         tokens=entries.tokens,
         y=y,
         offsets=entries.offsets,
-        first_segment=segments.first,
         partial=partial,
         out=out,
         out_bias=out_bias,
         d=d,
         HAS_BIAS=out_bias is not None,
+        LENGTH=length,
     )
 
 
 def sum_row_segments(
     entries: Entries, coefficients: Tensor, y: Tensor, d: int
-) -> tuple[Segments, Tensor]:
-    """Segments of frequent latents, and their partial sums [segments, d] float32."""
+) -> tuple[int, Tensor]:
+    """Length of segments, and the sums [segments, d] float32 over those that lie in one row."""
     length = configure("segments", y.device).blocks["ROW_LENGTH"]
-    segments = Segments.of(entries.offsets, length, entries.tokens.numel())
-    partial = y.new_empty(max(1, segments.most), d, dtype=torch.float32)
+    segments = entries.tokens.numel() // length
+    partial = y.new_empty(max(1, segments), d, dtype=torch.float32)
     config = configure("sum_row_segments", y.device)
     launch(
         backward.sum_row_segments,
-        (segments.most, -(-d // config.blocks["WIDTH"])),
+        (segments, -(-d // config.blocks["WIDTH"])),
         config,
         coefficients=coefficients,
         tokens=entries.tokens,
+        latents=entries.latents,
         y=y,
-        offsets=entries.offsets,
-        first_segment=segments.first,
         partial=partial,
-        rows=entries.offsets.numel() - 1,
-        length=length,
         d=d,
+        LENGTH=length,
     )
-    return segments, partial
+    return length, partial
 
 
 Updated = tuple[Tensor, Tensor, Tensor]
@@ -684,17 +779,19 @@ def update_rows(
     copy: Tensor | None,
     bias: Updated | None = None,
 ) -> Tensor:
-    """AdamW step of weight [rows, d] from `row_gradients`; returns the gradient's squared norm.
+    """AdamW step of weight [rows, d] from `row_gradients`; returns squares that add up to the
+    gradient's squared norm.
 
     mode "measure": only that. copy: the weight in another dtype, kept up to date.
     hyper [2, 9]: with weight decay and without, which rows without a bias (decoders) never have.
     """
     rows, d = weight[0].shape
-    segments, partial = sum_row_segments(entries, coefficients, y, d)
+    length, partial = sum_row_segments(entries, coefficients, y, d)
     squares = y.new_empty(rows, dtype=torch.float32)
-    config, width = configure("update_rows", y.device), max(16, next_power_of_2(d))
+    config = configure("update_rows", y.device)
     blocks = dict(config.blocks)
-    warps = min(config.num_warps, max(1, width // blocks.pop("PER_WARP")))
+    warps = min(config.num_warps, next_power_of_2(-(-d // blocks.pop("PER_WARP"))))
+    width = warps * blocks.pop("PER_LOAD")
     of_bias = (None, None, None) if bias is None else bias
     launch(
         backward.update_rows,
@@ -705,7 +802,6 @@ def update_rows(
         tokens=entries.tokens,
         y=y,
         offsets=entries.offsets,
-        first_segment=segments.first,
         partial=partial,
         weight=weight[0],
         shadow=copy,
@@ -722,9 +818,11 @@ def update_rows(
         UNIT_NORM=unit_norm,
         HAS_SHADOW=copy is not None,
         HAS_BIAS=bias is not None,
+        LENGTH=length,
+        PIECES=-(-d // width),
         WIDTH=width,
     )
-    return squares.sum()
+    return squares.flatten()
 
 
 def head_gradients(
@@ -764,9 +862,9 @@ def update_heads(
     copy: Tensor | None,
     bias: Updated,
 ) -> Tensor:
-    """AdamW step of weight [m + n, h, d] and bias [h, m + n]; returns the squared norm.
+    """AdamW step of weight [m + n, h, d] and bias [h, m + n] from `head_gradients`.
 
-    As `update_rows`, from `head_gradients`.
+    Otherwise as `update_rows`.
     """
     return _head_gradients(
         entries, d_base, d_extension, x, m, mode, weight, copy=copy, bias=bias, hyper=hyper
@@ -788,33 +886,29 @@ def _head_gradients(
 ) -> Tensor:
     rows, h, d = weight[0].shape
     n, x = rows - m, x.contiguous()
-    offsets = entries.offsets[:: m * n].contiguous()
     length = configure("segments", x.device).blocks["HEAD_LENGTH"]
-    segments = Segments.of(offsets, length, entries.tokens.numel())
+    segments = entries.tokens.numel() // length
     shared = {
         "d_base": d_base,
         "d_extension": d_extension,
         "latents": entries.latents,
         "tokens": entries.tokens,
         "x": x,
-        "offsets": offsets,
-        "first_segment": segments.first,
-        "partial": x.new_empty(max(1, segments.most), rows, d, dtype=torch.float32),
-        "partial_bias": x.new_empty(max(1, segments.most), rows, dtype=torch.float32),
+        "partial": x.new_empty(max(1, segments), rows, d, dtype=torch.float32),
+        "partial_bias": x.new_empty(max(1, segments), rows, dtype=torch.float32),
         "d": d,
         "M": m,
         "N": n,
         "ROWS": max(16, next_power_of_2(rows)),
         "SPLIT": x.dtype == torch.bfloat16,
         "PRECISION": matmul_precision(x.dtype, x.device),
+        "LENGTH": length,
     }
     config = configure("sum_head_segments", x.device)
     launch(
         backward.sum_head_segments,
-        (segments.most, -(-d // config.blocks["WIDTH"])),
+        (segments, -(-d // config.blocks["WIDTH"])),
         config,
-        heads=h,
-        length=length,
         **shared,
     )
     config = configure("head_gradients", x.device)
@@ -824,6 +918,7 @@ def _head_gradients(
         backward.head_gradients,
         (h, chunks),
         config,
+        offsets=entries.offsets,
         weight=weight[0],
         shadow=copy,
         first=weight[1],
@@ -841,7 +936,7 @@ def _head_gradients(
         bias_of_head=bias[0].stride(1 if mode == "gradient" else 0),
         **shared,
     )
-    return squares.sum()
+    return squares.flatten()
 
 
 def update_vector(gradient: Tensor, weight: Updated, hyper: Tensor) -> None:
@@ -858,6 +953,77 @@ def update_vector(gradient: Tensor, weight: Updated, hyper: Tensor) -> None:
         hyper=hyper,
         size=gradient.numel(),
     )
+
+
+# Numbers and counters of a step
+
+
+def prepare_update(
+    sums: Tensor, size: int, lr: Tensor, betas: Tensor, hyper: Tensor, steps: Sequence[Tensor]
+) -> None:
+    """Fill hyper [2, 9] for the next AdamW step, and count it: `counters.prepare_update`.
+
+    steps: float32 scalars of w_enc, b_enc, w_dec, b_dec.
+    """
+    w_enc, b_enc, w_dec, b_dec = steps
+    launch(
+        counters.prepare_update,
+        (1,),
+        configure("prepare_update", hyper.device),
+        sums=sums,
+        size=size,
+        lr=lr,
+        betas=betas,
+        hyper=hyper,
+        steps_w_enc=w_enc,
+        steps_b_enc=b_enc,
+        steps_w_dec=w_dec,
+        steps_b_dec=b_dec,
+    )
+
+
+def note_active(
+    codes: SparseCodes, silent: Tensor, hyper: Tensor, tokens: int, threshold: float
+) -> None:
+    """Mark the latents of codes [B, k] that are active, above the threshold, in silent [F]."""
+    config = configure("note_active", silent.device)
+    size = codes.values.numel()
+    launch(
+        counters.note_active,
+        (-(-size // config.blocks["ENTRIES"]),),
+        config,
+        values=codes.values,
+        indices=codes.indices,
+        silent=silent,
+        hyper=hyper,
+        tokens=tokens,
+        size=size,
+        threshold=threshold,
+    )
+
+
+def finish_update(
+    square: Tensor, skips: Tensor, x: Tensor, hyper: Tensor, silent: Tensor | None, tokens: int
+) -> Tensor:
+    """The norm of a step's gradient (scalar), and its counters: `counters.finish_update`."""
+    config, norm = configure("finish_update", x.device), torch.empty_like(square)
+    latents = 0 if silent is None else silent.numel()
+    launch(
+        counters.finish_update,
+        (max(1, -(-latents // config.blocks["MANY"])),),
+        config,
+        square=square,
+        norm=norm,
+        skips=skips,
+        x=x,
+        silent=silent,
+        hyper=hyper,
+        size=x.numel(),
+        latents=latents,
+        tokens=tokens,
+        HAS_SILENT=silent is not None,
+    )
+    return norm
 
 
 def matmul_precision(dtype: torch.dtype, device: torch.device) -> str:
@@ -900,10 +1066,11 @@ def nested_decode_backward(
     if need_values:
         d_values = nested_dots(groups, suffixes, w_dec, values.dtype)
     if need_w:
-        entries = Entries.of(indices.flatten(), w_dec.shape[0], groups.of_slot.flatten())
-        d_w = w_dec.new_empty(w_dec.shape)
         held = values.masked_fill(indices >= bounds[-1], 0)
-        row_gradients(entries, entries(held), suffixes.flatten(0, 1), d_w, None)
+        rows = groups.of_slot.flatten()
+        entries = Entries.of(indices, w_dec.shape[0], (held,), rows)
+        d_w = w_dec.new_empty(w_dec.shape)
+        row_gradients(entries, *entries.coefficients, suffixes.flatten(0, 1), d_w, None)
     return d_values, d_w
 
 

@@ -1,0 +1,164 @@
+"""Kernels that sum the entries of rows and update weights: drawn cases, held to float64."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from kronsae_kernels.triton_impl import configs, operations
+
+CASES = 200
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+
+class Drawn:
+    """Numbers of one case, from its own generator."""
+
+    def __init__(self, seed: int, device: torch.device) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.device = device
+
+    def integer(self, low: int, high: int) -> int:
+        return int(torch.randint(low, high + 1, (1,), generator=self.generator))
+
+    def one_of(self, choices: tuple[Any, ...]) -> Any:
+        return choices[self.integer(0, len(choices) - 1)]
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator).to(self.device)
+
+    def indices(self, size: int, tokens: int, k: int) -> Tensor:
+        """[tokens, k]: some latents have most codes, some none."""
+        live = torch.randperm(size, generator=self.generator)[: self.integer(1, size)]
+        skew = self.integer(1, 6)
+        at = torch.rand(tokens, k, generator=self.generator) ** skew * len(live)
+        return live[at.long()].to(self.device)
+
+    def hyper(self) -> Tensor:
+        """[2, 9], as of a step with weight decay, from the middle of a run."""
+        row = [0.99, 0.1, 0.999, 1e-3, 1e-2, 1.3, 1e-8, self.one_of((1.0, 0.5)), 1.0]
+        return torch.tensor([row, [1.0, *row[1:]]], device=self.device)
+
+    def weight(self, *shape: int) -> tuple[Tensor, Tensor, Tensor]:
+        """A weight and its moments."""
+        return self.normal(*shape), 0.1 * self.normal(*shape), 0.01 * self.normal(*shape).square()
+
+
+def adamw(weight: tuple[Tensor, ...], gradient: Tensor, hyper: Tensor) -> tuple[Tensor, ...]:
+    """Weight and moments after a step, float64."""
+    w, first, second = (tensor.double() for tensor in weight)
+    decay, beta1_rest, beta2, beta2_rest, step_size, root_scale, eps, *_ = hyper.double()
+    first = first + (gradient - first) * beta1_rest
+    second = second * beta2 + gradient.square() * beta2_rest
+    return w * decay - step_size * first / (second.sqrt() * root_scale + eps), first, second
+
+
+def assert_close(what: str, got: Tensor, expected: Tensor, rtol: float = 1e-5) -> None:
+    """Distance relative to the larger norm of the two."""
+    got, expected = got.double(), expected.double()
+    assert got.shape == expected.shape, what
+    error = float((got - expected).norm() / max(float(expected.norm()), 1e-3))
+    assert error <= rtol, f"{what}: relative error {error:.1e}"
+
+
+def copies(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(tensor).copy_(tensor) for tensor in tensors)
+
+
+def sums(rows: Tensor, size: int, coefficients: Tensor, y: Tensor) -> Tensor:
+    """out[r] = sum of coefficient * y[token] over the codes [B, k] with rows == r, float64."""
+    terms = coefficients.double()[..., None] * y.double()[:, None]
+    out = torch.zeros(size, y.shape[1], dtype=torch.float64, device=y.device)
+    return out.index_add_(0, rows.flatten(), terms.flatten(0, 1))
+
+
+def bias_sums(rows: Tensor, size: int, coefficients: Tensor) -> Tensor:
+    ones = torch.ones(len(coefficients), 1, device=coefficients.device)
+    return sums(rows, size, coefficients, ones)[:, 0]
+
+
+def check_rows(drawn: Drawn, what: str, size: int, d: int, tokens: int, k: int) -> None:
+    dtype, unit_norm = drawn.one_of(DTYPES), drawn.one_of((True, False))
+    mode, hyper = drawn.one_of(("update", "update", "measure")), drawn.hyper()
+    indices = drawn.indices(size, tokens, k)
+    coefficients, along = drawn.normal(tokens, k), drawn.normal(tokens, k)
+    y, weight = drawn.normal(tokens, d).to(dtype), drawn.weight(size, d)
+    bias = None if unit_norm else drawn.weight(size)
+    row = hyper[1 if bias is None else 0]
+    gradient = sums(indices, size, coefficients, y) * row[7]
+    if unit_norm:
+        gradient -= weight[0] * (bias_sums(indices, size, along) * row[7])[:, None]
+    of_bias = bias_sums(indices, size, coefficients) * row[7]
+    square = gradient.square().sum() + (0 if bias is None else of_bias.square().sum())
+
+    entries = operations.Entries.of(indices, size, (coefficients, along))
+    got, got_bias = copies(weight), None if bias is None else copies(bias)
+    copy = None if dtype == torch.float32 else torch.full_like(weight[0], 7, dtype=dtype)
+    norm = operations.update_rows(
+        entries, *entries.coefficients, y, hyper, mode, unit_norm, got, copy, got_bias
+    )
+    assert_close(f"{what}: squares", norm, square)
+    expected = weight if mode == "measure" else adamw(weight, gradient, row)
+    if unit_norm and mode == "update":
+        expected = (expected[0] / expected[0].norm(dim=1, keepdim=True), *expected[1:])
+    for name, one, other in zip(("weight", "first", "second"), got, expected, strict=True):
+        assert_close(f"{what}: {name}", one, other)
+    if copy is not None:
+        assert torch.equal(copy, got[0].to(dtype) if mode == "update" else torch.full_like(copy, 7))
+    if bias is not None:
+        expected = bias if mode == "measure" else adamw(bias, of_bias, hyper[1])
+        for name, one, other in zip(("bias", "first", "second"), got_bias, expected, strict=True):
+            assert_close(f"{what}: {name} of bias", one, other)
+
+    out = torch.empty(size, d, dtype=dtype, device=y.device)
+    out_bias = torch.empty(size, dtype=dtype, device=y.device)
+    operations.row_gradients(entries, entries.coefficients[0], y, out, out_bias)
+    rtol = 1e-5 if dtype == torch.float32 else 2**-8
+    assert_close(f"{what}: gradient", out, sums(indices, size, coefficients, y), rtol)
+    assert_close(
+        f"{what}: gradient of bias", out_bias, bias_sums(indices, size, coefficients), rtol
+    )
+
+
+ODD = (1, 2, 3, 5, 8, 16, 17, 33, 37, 40, 48)
+"""Widths: with and without whole pieces of 8 and 16."""
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_rows(part, device):
+    """Pieces that are whole and not, segments, empty rows, one token, each mode and dtype."""
+    for case in range(part * CASES // 4, (part + 1) * CASES // 4):
+        drawn = Drawn(case, device)
+        with (
+            configs.override("segments", ROW_LENGTH=drawn.one_of((1, 3, 4, 8, 100))),
+            configs.override("update_rows", PER_LOAD=8, PER_WARP=drawn.one_of((8, 24, 1000))),
+            configs.override("row_gradients", WIDTH=drawn.one_of((8, 16, 32))),
+            configs.override("sum_row_segments", WIDTH=drawn.one_of((8, 32))),
+        ):
+            check_rows(
+                drawn, f"case {case}", drawn.integer(1, 5), drawn.one_of(ODD),
+                drawn.one_of((1, 2, 7, 12)), drawn.integer(1, 4),
+            )  # fmt: skip
+
+
+def test_a_row_of_thousands_of_entries(device):
+    """With the segments' own length: 2,001 tokens, of which one latent has nearly all."""
+    length = configs.config_of("segments", "sm_90").blocks["ROW_LENGTH"]
+    with configs.override("segments", ROW_LENGTH=length):
+        check_rows(Drawn(1000, device), "thousands", 3, 5, 2001, 1)
+
+
+def test_a_token_that_is_not_finite_stays_in_its_rows(device):
+    y = torch.ones(3, 5, device=device)
+    y[1, 2] = torch.nan
+    indices = torch.tensor([[0, 1], [2, 3], [4, 0]], device=device)
+    entries = operations.Entries.of(indices, 6, (torch.ones(3, 2, device=device),))
+    out = torch.empty(6, 5, device=device)
+    operations.row_gradients(entries, *entries.coefficients, y, out, None)
+    assert out.isnan().nonzero().tolist() == [[2, 2], [3, 2]]
+    assert out[5].eq(0).all() and out[0].eq(2).all()
