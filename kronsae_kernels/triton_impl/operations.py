@@ -1175,10 +1175,11 @@ def nested_decode_backward(
     if need_values:
         d_values = nested_dots(groups, suffixes, w_dec, values.dtype)
     if need_w:
-        entries = Entries.of(indices.flatten(), w_dec.shape[0], groups.of_slot.flatten())
-        d_w = w_dec.new_empty(w_dec.shape)
         held = values.masked_fill(indices >= bounds[-1], 0)
-        row_gradients(entries, entries(held), suffixes.flatten(0, 1), d_w, None)
+        rows = groups.of_slot.flatten()
+        entries = Entries.of(indices, w_dec.shape[0], (held,), rows)
+        d_w = w_dec.new_empty(w_dec.shape)
+        row_gradients(entries, *entries.coefficients, suffixes.flatten(0, 1), d_w, None)
     return d_values, d_w
 
 
