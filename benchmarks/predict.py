@@ -99,7 +99,8 @@ class Spec(NamedTuple):
     trips: Callable[[dict[str, Any], Shape], dict[str, float]] = lambda arguments, shape: {}
     """From a launch's arguments: the trips of each loop, by its source line (`sass.Trips`)."""
     memory: tuple[str, ...] = ()
-    """Arrays (by the name in the kernel) that come from memory; besides MEMORY."""
+    """Arrays (by the name in the kernel) that come from memory, besides MEMORY; or their loads of
+    a width, as "row.128"."""
     gathered: Callable[[dict[str, Any], Shape], int] = lambda arguments, shape: 0
     """Numbers that a program gathers one by one."""
 
@@ -145,19 +146,25 @@ KERNELS: dict[str, Spec] = {
     "update_rows": Spec(
         "decoder update",
         lambda a, s: {
-            "for done in range(0, count, ENTRIES)": _entries(a, s.dict_size, s),
+            "for _ in range(0, tl.where(resume < end, 2, 1))": 1,
+            "for at in range(low, high, ENTRIES)": _entries(a, s.dict_size, s),
             "for _ in range(first, beyond)": 0,
             "if beyond > first": 0,
             "for at in range(start, end, MANY)": 0,
         },
-        ("row",),
+        ("row.128",),  # of weights; an activation's numbers are half as wide
     ),
     "head_gradients": Spec(
         "encoder update",
         lambda a, s: {
-            "for done in range(0, count, ENTRIES)": _entries(a, s.heads, s),
-            "for _ in range(first_part, beyond)": 0,
+            "for i in range(0, M)": s.m,
+            "for _ in range(0, tl.where(resume < end, 2, 1))": 1,
+            "for at in range(low, high, ENTRIES)": _entries(a, s.heads * s.m, s),
+            "for _ in range(first_segment, beyond)": 0,
+            "if chunk == 0": 0,
+            "for at in range(start, end, MANY)": 0,
         },
+        ("row.128",),  # of weights; an activation's numbers are half as wide
     ),
     "update_vector": Spec(None),
     "prepare_update": Spec(None, lambda a, s: {"for _ in range(24)": 24}),
@@ -310,7 +317,8 @@ def level_of(spec: Spec) -> Callable[[Instruction], str]:
         array = names[0] if names else ""
         if "hyper" in array:
             return "first_level"
-        return "memory" if array in MEMORY + spec.memory else "cached"
+        wide = f"{array}.{one.name.rpartition('.')[2]}"  # as "row.128"
+        return "memory" if {array, wide} & {*MEMORY, *spec.memory} else "cached"
 
     return level
 
