@@ -21,9 +21,9 @@ are those of an encoder with k heads, from which the k first latents are selecte
 What it costs on a Hopper, by what it compiles to (nothing is measured). A tile of T tokens and C
 columns is T C d multiply-adds, of which an SM makes 2048 a cycle, and reads 2 (T + C) d bytes of
 operands through the L2 cache: 53 bytes a cycle for T = 128 and C = 192, 48 for C = 256, where
-cuBLAS, which sends a tile to two SMs at once, needs 32. What follows a tile's product, 1,600 to 1,900
-instructions of each of 8 warps, is 3,300 to 3,700 cycles more, which no product hides: a tenth of a
-tile at d = 2304. So the other way is the default.
+cuBLAS, which sends a tile to two SMs at once, needs 32. What follows a tile's product, 1,600 to
+1,900 instructions of each of 8 warps, is 3,300 to 3,700 cycles more, which no product hides: a
+tenth of a tile at d = 2304. So the other way is the default.
 """
 
 import triton
