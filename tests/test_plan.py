@@ -278,7 +278,7 @@ def test_what_cuda_graphs_keep(monkeypatch):
     data = dataclasses.replace(DATA, model_device="cpu")
     memory = {}
     for how in ("auto", "off"):
-        train = dataclasses.replace(TRAIN, device="cuda", cuda_graph=how)
+        train = dataclasses.replace(TRAIN, device="cuda:0", cuda_graph=how)
         runs = {name: RunConfig(SAES["kron"], data, train) for name in ("one", "two")}
         found = make_plan(runs, outline(data))
         memory[how], step = found["memory_mib"], found["passes_mib"]["a step"]
