@@ -95,6 +95,10 @@ def make_plan(members: Mapping[str, RunConfig], model: Outline) -> dict[str, Any
         if model_device == device and widest < RETURNED:
             kept["a forward pass of the language model"] = reading
         stays["kept by the allocator"] = sum(kept.values())
+    graphs = [member["step"] for member in each.values() if member["graph"]]
+    if graphs:  # what a graph's kernels write is written to the same place in every replay
+        kept["a step"] = max(graphs)
+        stays["kept by CUDA graphs"] = sum(graphs)
     beside = {name: size - kept[name] for name, size in passes.items()}
     largest = max(beside, key=beside.get)
     memory = {**stays, f"at most beside it ({largest})": beside[largest]}
@@ -177,6 +181,7 @@ def _member(
     seen = _pre_latent_bytes(own_rows, BATCH_TOKENS, torch.float32, device)
     return {
         "compute_dtype": str(dtype).removeprefix("torch."),
+        "graph": reason is None and device.type == "cuda" and train.cuda_graph != "off",
         "training_step": "fused" if reason is None else "autograd and AdamW",
         "training_step_why": "gradients are never written" if reason is None else reason,
         "dict_size": sae.dict_size,

@@ -268,3 +268,19 @@ def test_plans_are_json():
     wide = dataclasses.replace(SAES["kron"], heads=128, dict_size=0)
     wider = make_plan(members(kron=wide), outline(DATA))
     assert wider["members"]["kron"]["dict_size"] == 1024
+
+
+def test_what_cuda_graphs_keep(monkeypatch):
+    """A card's fused steps have memory of their own, which nothing else finds room in."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(planning, "resolve_device", torch.device)
+    monkeypatch.setattr(planning, "free_bytes", lambda device: None)
+    data = dataclasses.replace(DATA, model_device="cpu")
+    memory = {}
+    for how in ("auto", "off"):
+        train = dataclasses.replace(TRAIN, device="cuda:0", cuda_graph=how)
+        runs = {name: RunConfig(SAES["kron"], data, train) for name in ("one", "two")}
+        found = make_plan(runs, outline(data))
+        memory[how], step = found["memory_mib"], found["passes_mib"]["a step"]
+    assert memory["auto"]["kept by CUDA graphs"] == pytest.approx(2 * step)
+    assert "kept by CUDA graphs" not in memory["off"]
