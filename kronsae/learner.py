@@ -120,11 +120,12 @@ def why_not_fused(
         return f"{heads} ranks select latents and reconstruct together, and it does so alone"
     if config.fused_step == "auto" and device.type == "cpu":
         return "it is made of kernels for a GPU"
-    kinds = {"selection": "topk", "objective": "plain", "experts": 0, "d_target": 0}
+    kinds = {"selection": "topk", "objective": "plain", "experts": 0, "skip": False}
     for name, kind in kinds.items():
         if getattr(sae, name) != kind:
             return f"{name} is {getattr(sae, name)!r}, it knows {kind!r} alone"
-    return fused.why_not(device, sae.d_model, compute_dtype(config.dtype, device))
+    width = max(sae.d_model, sae.d_out)
+    return fused.why_not(device, width, compute_dtype(config.dtype, device))
 
 
 class Pass(NamedTuple):
@@ -263,7 +264,7 @@ class Learner:
         lr = learning_rate(self.tokens, config, sae.dict_size, self.batch or x.shape[0])
         self.batch = self.batch or x.shape[0]
         if self.fused is not None:
-            return self._fused_step(x, lr, log)
+            return self._fused_step(x, target, lr, log)
         part = self.mesh.part
         own, own_target = part(x), None if target is None else part(target)
         if self.tokens < self.batch * max(1, warmup_steps(config, self.batch)):
@@ -400,7 +401,9 @@ class Learner:
         squares = self.mesh.heads.sum(torch.nn.utils.get_total_norm(held).square())
         return (squares + torch.nn.utils.get_total_norm(rest).square()).sqrt()
 
-    def _fused_step(self, x: Tensor, lr: float, log: bool) -> dict[str, float] | Skipped | None:
+    def _fused_step(
+        self, x: Tensor, target: Tensor | None, lr: float, log: bool
+    ) -> dict[str, float] | Skipped | None:
         """By the kernels that never write a gradient; where it is not finite, they change nothing.
 
         Nothing depends on what the device holds, so that nobody has to ask it: latents that may be
@@ -410,17 +413,19 @@ class Learner:
         if self.tokens >= self.quiet_until:
             reviving = auxk_tokens(self.sae.config, self.config, x.shape[0])
         dead = self.dead.sum() if log else None
-        made = self._run(x, lr, reviving)
+        made = self._run(x, target, lr, reviving)
         self.step_count += 1
         self.tokens += x.shape[0]
-        return self._read(x, lr, made, dead) if log else None
+        return self._read(x if target is None else target, lr, made, dead) if log else None
 
-    def _read(self, x: Tensor, lr: float, made: _Made, dead: Tensor) -> dict[str, float] | Skipped:
+    def _read(
+        self, target: Tensor, lr: float, made: _Made, dead: Tensor
+    ) -> dict[str, float] | Skipped:
         """Metrics of the step that was made, in one transfer; dead: how many were, before it."""
         silent = self.tokens_since_fired.max()
-        active = self.sae.fired(made.codes).sum().double() / x.shape[0]
+        active = self.sae.fired(made.codes).sum().double() / target.shape[0]
         aux = torch.zeros_like(made.mse) if made.auxk_loss is None else made.auxk_loss
-        numbers = [made.mse, aux, spread_of(x), active, dead, made.grad_norm, silent]
+        numbers = [made.mse, aux, spread_of(target), active, dead, made.grad_norm, silent]
         numbers = torch.cat([torch.stack([n.double() for n in numbers]), self.fused.skips.double()])
         *numbers, silent, in_a_row, longest, count, largest = numbers.tolist()
         self.quiet_until = self.tokens + self.config.dead_after - int(silent)
@@ -433,10 +438,10 @@ class Learner:
             return skipped
         return self._metrics(*numbers, lr)
 
-    def _run(self, x: Tensor, lr: float, reviving: int) -> _Made:
+    def _run(self, x: Tensor, target: Tensor | None, lr: float, reviving: int) -> _Made:
         """A fused step, as a graph if there can be one. reviving: tokens of the auxiliary loss."""
         if self.config.cuda_graph == "off" or fused.why_not_graphed(self.device) is not None:
-            return self._once(x, lr, reviving)
+            return self._once(x, lr, target, reviving=reviving)
         graph = self._graphs.get(reviving)
         if graph is None and len(self._graphs) < GRAPHS:
             # Only one of them runs at a time, so they can use the same memory.
@@ -446,9 +451,9 @@ class Learner:
                 once=functools.partial(self._once, reviving=reviving),
                 pool=next(filter(None, pools), None),
             )
-        if graph is None or not graph.fits(x):  # the last batch of a run, say
-            return self._once(x, lr, reviving)
-        return graph(x, lr)
+        if graph is None or not graph.fits(x, target):  # the last batch of a run, say
+            return self._once(x, lr, target, reviving=reviving)
+        return graph(x, lr, target)
 
     @property
     def graph_problem(self) -> str | None:
@@ -456,7 +461,9 @@ class Learner:
         problems = [graph.problem for graph in self._graphs.values()]
         return next(filter(None, problems), None)
 
-    def _once(self, x: Tensor, lr: float | Tensor, reviving: int) -> _Made:
+    def _once(
+        self, x: Tensor, lr: float | Tensor, target: Tensor | None = None, *, reviving: int
+    ) -> _Made:
         """Kernels of a step. The auxiliary loss is a second pass of it, on the first tokens.
 
         Among the dead latents, whose target is what the first pass leaves over: as
@@ -464,16 +471,16 @@ class Learner:
         ones are zeros.
         """
         config = self.config
-        out, aux = self.fused.accumulate(x), None
+        out, aux = self.fused.accumulate(x, target=target), None
         if reviving:
             dead = self.dead
-            target = -out.residual[:reviving].float()
-            variance = target.var(0, correction=0).mean()
+            left_over = -out.residual[:reviving].float()
+            variance = left_over.var(0, correction=0).mean()
             share = dead.sum().clamp_(max=self.auxk) * (config.auxk_coefficient / self.auxk)
             weight = share / (variance + VARIANCE_FLOOR)
             of_dead = self.fused.accumulate(
                 x[:reviving],
-                target=target,
+                target=left_over,
                 k=min(self.auxk, self.sae.dict_size),
                 mask=dead,
                 bias=False,

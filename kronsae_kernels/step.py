@@ -32,7 +32,7 @@ from kronsae_kernels.common import (
 )
 
 MAX_WIDTH = 8192
-"""d at most: a program holds a decoder row, its gradient and both moments in registers."""
+"""d at most, of x and of the target: a program holds a row and both its moments in registers."""
 MAX_FUSED_CODES = 128
 """k at most for one gather in decoder and backward; above, rows are gathered twice."""
 NAMES = ("w_enc", "b_enc", "w_dec", "b_dec")
@@ -59,7 +59,7 @@ class StepOutput(NamedTuple):
     codes: SparseCodes
     """[B, k] values and indices, largest first (-1 in places that a mask leaves over)."""
     residual: Tensor
-    """[B, d] reconstruction minus target, in the compute dtype."""
+    """[B, d_target] reconstruction minus target, in the compute dtype."""
 
 
 class _Part(NamedTuple):
@@ -83,7 +83,8 @@ class TrainingStep:
 
     w_enc: [h, m + n, d] (Kron; m given), stored row-major over heads, so that
         `w_enc.transpose(0, 1)` is contiguous; or [F, d] (dense; m None), contiguous.
-    b_enc: [h, m + n] or [F].   w_dec: [F, d].   b_dec: [d].   All float32, on one device.
+    b_enc: [h, m + n] or [F].   w_dec: [F, d_target].   b_dec: [d_target].   All float32, on one
+        device. d_target is d, but for a transcoder, which predicts another vector than it reads.
     k, composition, eps: as in `fused_encode` (a dense encoder has neither of the last two).
     dtype: of activations, of matrix products and of the copies of the weights that they read:
         float32, bfloat16 or float16. Sums, weights and moments are float32 in any case.
@@ -125,7 +126,7 @@ class TrainingStep:
         self.weights = {"w_enc": w_enc, "b_enc": b_enc, "w_dec": w_dec, "b_dec": b_dec}
         _check_weights(self.weights, m)
         self.m, self.k, self.composition, self.eps = m, k, composition, float(eps)
-        self.dict_size, self.d = w_dec.shape
+        self.d, (self.dict_size, self.d_target) = w_enc.shape[-1], w_dec.shape
         self.device, self.dtype = w_dec.device, dtype
         check_count("k", k, 1, self.dict_size, f"1 <= k <= F = {self.dict_size}")
         require(
@@ -134,7 +135,7 @@ class TrainingStep:
         )
         require(math.isfinite(eps) and eps >= 0, f"eps: expected a number >= 0, got {eps!r}")
         require(dtype in DTYPES, f"dtype: expected one of {DTYPES}, got {dtype}")
-        reason = why_not(self.device, self.d, dtype)
+        reason = why_not(self.device, max(self.d, self.d_target), dtype)
         if reason is not None:
             raise RuntimeError(f"the fused step cannot run on {self.device}: {reason}")
         self.unit_norm, self.weight_decay = unit_norm, float(weight_decay)
@@ -170,7 +171,7 @@ class TrainingStep:
     ) -> StepOutput:
         """Forward and backward of weight * mean((decode(encode(x)) - target)^2); no weight changes.
 
-        x: [B, d].  target: [B, d], by default x.  k: by default that of the step.
+        x: [B, d].  target: [B, d_target], by default x.  k: by default that of the step.
         mask: bool [F], which latents may be selected. Where it allows fewer than k, the places left
             over have index -1 and value 0 and take no part, here and in `apply`: k can stay the
             same however many are allowed.  bias: whether b_dec takes part.
@@ -182,7 +183,11 @@ class TrainingStep:
             lambda: f"x: expected [B, {self.d}] with B >= 1, got {shape_of(x)}",
         )
         check_count("k", k, 1, self.dict_size, f"1 <= k <= F = {self.dict_size}")
-        check_shape("target", target, tuple(x.shape), "the shape of x")
+        require(
+            target is not None or self.d_target == self.d,
+            f"target: expected [B, {self.d_target}], as w_dec's rows are no x [B, {self.d}]",
+        )
+        check_shape("target", target, (x.shape[0], self.d_target), "[B, d_target]")
         check_shape("mask", mask, (self.dict_size,), "[F]")
         check_same("device", x=x, target=target, mask=mask, w_dec=self.weights["w_dec"])
         with torch.no_grad():
@@ -212,7 +217,7 @@ class TrainingStep:
             )
         composition = "dense" if self.m is None else self.composition
         table, b_dec = low["w_dec"], self.weights["b_dec"] if bias else None
-        scale = weight * (2 / x.numel())
+        scale = weight * (2 / target.numel())
         found = operations.decode_and_loss(
             target, indices, base, extension, table, b_dec, composition, self.eps, scale,
             one_gather=k <= MAX_FUSED_CODES,
@@ -237,7 +242,7 @@ class TrainingStep:
                 found.d_extension,
             )
         )
-        return StepOutput(sums[0] / x.numel(), codes, found.residual)
+        return StepOutput(sums[0] / target.numel(), codes, found.residual)
 
     def apply(self, lr: float | Tensor, *, max_norm: float | None = None) -> Tensor:
         """AdamW step from all that was accumulated; returns the gradient's norm (before clipping).
@@ -355,7 +360,7 @@ class TrainingStep:
 
         if not isinstance(lr, Tensor):
             lr = self._lr.fill_(lr)
-        size = sum(part.x.numel() for part in self._parts)
+        size = sum(part.residual.numel() for part in self._parts)
         steps = [self.state[name]["step"] for name in NAMES]
         operations.prepare_update(self._sums, size, lr, self._betas, self._hyper, steps)
         return self._hyper
@@ -414,14 +419,15 @@ class GraphedStep:
         replay = GraphedStep(step)
         out, grad_norm = replay(x, lr)
 
-    once: what a step is, instead, as a function of x and lr on the device; it calls `accumulate`
-        as often as it likes, and `apply`, and asks nothing of the device.
+    once: what a step is, instead, as a function of x, lr and (if calls have one) target on the
+        device; it calls `accumulate` as often as it likes, and `apply`, and asks nothing of the
+        device.
     pool: of another graph's memory (`GraphedStep.pool`), if the two never run at the same time.
 
     The first WARMUP calls run as they are; then a step is captured, and replayed from then on.
-    x must have the same shape and dtype in every call. What is returned is overwritten by the next
-    call. Other threads may go on using the device during the capture. If it fails, `problem` says
-    why, and steps run as they are for good.
+    x and target must have the same shape and dtype in every call. What is returned is overwritten
+    by the next call. Other threads may go on using the device during the capture. If it fails,
+    `problem` says why, and steps run as they are for good.
     Raises ValueError if x has another shape or dtype, RuntimeError without a CUDA device.
     """
 
@@ -433,7 +439,7 @@ class GraphedStep:
         step: TrainingStep,
         *,
         max_norm: float | None = None,
-        once: Callable[[Tensor, Tensor], Any] | None = None,
+        once: Callable[..., Any] | None = None,
         pool: Any = None,
     ) -> None:
         reason = why_not_graphed(step.device)
@@ -445,7 +451,7 @@ class GraphedStep:
         self._pool = pool
         self._calls = 0
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._x = torch.empty(0, device=step.device)
+        self._given: tuple[Tensor, ...] = ()  # x and perhaps target
         self._lr = torch.zeros((), dtype=torch.float64, device=step.device)
 
     @property
@@ -453,35 +459,39 @@ class GraphedStep:
         """Where the graph's memory is; None before there is one."""
         return None if self._graph is None else self._graph.pool()
 
-    def fits(self, x: Tensor) -> bool:
-        """Whether x has the shape and dtype of the first call's."""
-        return self._calls == 0 or (x.shape, x.dtype) == (self._x.shape, self._x.dtype)
+    def fits(self, x: Tensor, target: Tensor | None = None) -> bool:
+        """Whether x and target have the shapes and dtypes of the first call's."""
+        return self._calls == 0 or _kinds(self._given) == _kinds(_present(x, target))
 
-    def __call__(self, x: Tensor, lr: float | Tensor) -> Any:
-        """Train on x [B, d]; gives the pass's output and the gradient's norm, or what `once` does.
+    def __call__(self, x: Tensor, lr: float | Tensor, target: Tensor | None = None) -> Any:
+        """Train on x [B, d] (and target); gives the pass's output and the gradient's norm, or what
+        `once` does.
 
         lr: a float, or a scalar on the device.
         """
+        given = _present(x, target)
         require(
-            self.fits(x),
-            lambda: (
-                f"x: expected {shape_of(self._x)} {self._x.dtype} as in the first call, "
-                f"got {shape_of(x)} {x.dtype}"
-            ),
+            self.fits(x, target),
+            lambda: f"x: expected {_kinds(self._given)} as in the first call, got {_kinds(given)}",
         )
         with _device_of(self.step.device):
             if self._calls == 0:
-                self._x = torch.empty_like(x)
+                self._given = tuple(torch.empty_like(tensor) for tensor in given)
             self._calls += 1
-            self._x.copy_(x)
+            for kept, tensor in zip(self._given, given, strict=True):
+                kept.copy_(tensor)
             self._lr.copy_(lr) if isinstance(lr, Tensor) else self._lr.fill_(lr)
             if self._calls > self.WARMUP and self._graph is None and self.problem is None:
                 self._capture()
             if self._graph is None:
-                return self._once(self._x, self._lr)
+                return self._run()
             self.step.copy_weights()
             self._graph.replay()
             return self._result
+
+    def _run(self) -> Any:
+        x, *target = self._given
+        return self._once(x, self._lr, *target)
 
     def _capture(self) -> None:
         """Record a step, without running it."""
@@ -496,15 +506,26 @@ class GraphedStep:
                 stream=torch.cuda.Stream(device),
                 capture_error_mode="thread_local",
             ):
-                self._result = self._once(self._x, self._lr)
+                self._result = self._run()
             self._graph = graph
         except RuntimeError as error:
             self.step.forget()
             self.problem = str(error).splitlines()[0]
 
-    def _plain(self, x: Tensor, lr: Tensor) -> tuple[StepOutput, Tensor]:
-        out = self.step.accumulate(x)
+    def _plain(
+        self, x: Tensor, lr: Tensor, target: Tensor | None = None
+    ) -> tuple[StepOutput, Tensor]:
+        out = self.step.accumulate(x, target=target)
         return out, self.step.apply(lr, max_norm=self.max_norm)
+
+
+def _present(x: Tensor, target: Tensor | None) -> tuple[Tensor, ...]:
+    return (x,) if target is None else (x, target)
+
+
+def _kinds(tensors: tuple[Tensor, ...]) -> list[str]:
+    """Shapes and dtypes, as "[3, 4] torch.float32"."""
+    return [f"{shape_of(tensor)} {tensor.dtype}" for tensor in tensors]
 
 
 def _device_of(device: torch.device) -> AbstractContextManager[Any]:
@@ -530,12 +551,15 @@ def _check_weights(weights: dict[str, Tensor], m: int | None) -> None:
     for name, weight in weights.items():
         require(weight.dtype == torch.float32, f"{name}: expected float32, got {weight.dtype}")
     w_enc, w_dec = weights["w_enc"], weights["w_dec"]
-    require(w_dec.ndim == 2, lambda: f"w_dec: expected [F, d], got {shape_of(w_dec)}")
-    size, d = w_dec.shape
+    require(
+        w_dec.ndim == 2 and w_dec.numel() > 0,
+        lambda: f"w_dec: expected [F, d_target] with no empty dimension, got {shape_of(w_dec)}",
+    )
+    size, d_target = w_dec.shape
     rank, layout = (2, "[F, d]") if m is None else (3, "[h, m + n, d]")
     require(
-        w_enc.ndim == rank and w_enc.shape[-1] == d and w_enc.numel() > 0,
-        lambda: f"w_enc: expected {layout} with d = {d}, got {shape_of(w_enc)}",
+        w_enc.ndim == rank and w_enc.numel() > 0,
+        lambda: f"w_enc: expected {layout} with no empty dimension, got {shape_of(w_enc)}",
     )
     found, stored = w_enc.shape[0], w_enc
     if m is not None:
@@ -544,7 +568,7 @@ def _check_weights(weights: dict[str, Tensor], m: int | None) -> None:
         found, stored = w_enc.shape[0] * m * (rows - m), w_enc.transpose(0, 1)
     require(found == size, f"w_dec: expected F = {found} rows as of w_enc, got {size}")
     check_shape("b_enc", weights["b_enc"], tuple(w_enc.shape[:-1]), layout.replace(", d", ""))
-    check_shape("b_dec", weights["b_dec"], (d,), "[d]")
+    check_shape("b_dec", weights["b_dec"], (d_target,), "[d_target]")
     require(
         stored.is_contiguous() and all(weights[n].is_contiguous() for n in NAMES[1:]),
         "weights: expected contiguous tensors, and w_enc [h, m + n, d] stored row-major over "

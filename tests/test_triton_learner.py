@@ -24,6 +24,10 @@ from tests.counted import FREE, counted
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 KRON = SAEConfig(d_model=12, heads=4, m=2, n=3, k=3)
 DENSE = SAEConfig(d_model=12, encoder="dense", dict_size=24, k=3)
+TRANSCODERS = {
+    name: replace(config, d_target=d_target)
+    for name, config, d_target in (("kron", KRON, 7), ("dense", DENSE, 20))
+}
 SETTINGS = {"tokens": 100, "batch_size": 10, "lr": 1e-2, "dtype": "float32", "weight_decay": 0.01}
 
 
@@ -60,6 +64,33 @@ def test_fused_and_torch_steps_give_the_same_run(config, decoder_norm):
     assert ours["auxk_loss"] > 0 and ours["dead_share"] > 0
     assert runs[0].fused is not None and runs[1].fused is None
     assert_same(*runs)
+
+
+def targets_of(xs: list[torch.Tensor], width: int) -> list[torch.Tensor]:
+    """What a transcoder is to predict: [8, width], not a function of x alone."""
+    generator = torch.Generator().manual_seed(2)
+    into = torch.randn(12, width, generator=generator).to(DEVICE)
+    return [x @ into + torch.randn(len(x), width, generator=generator).to(DEVICE) for x in xs]
+
+
+@pytest.mark.parametrize("name", TRANSCODERS)
+def test_a_transcoder_has_the_same_run(name):
+    """Of a target narrower or wider than x; with clipping and the auxiliary loss."""
+    config = TRANSCODERS[name]
+    settings = {"dead_after_tokens": 8, "auxk": 4, "max_grad_norm": 0.5, "adam_beta2": 0.9}
+    runs = [learner(config, fused_step, **settings) for fused_step in ("on", "off")]
+    xs = batches(4)
+    for x, target in zip(xs, targets_of(xs, config.d_target), strict=True):
+        ours, theirs = (run.step(x, target) for run in runs)
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+    assert ours["auxk_loss"] > 0
+    assert runs[0].fused is not None and runs[1].fused is None
+    assert_same(*runs)
+
+
+def test_a_transcoder_with_a_linear_skip_trains_by_autograd():
+    config = replace(TRANSCODERS["kron"], skip=True)
+    assert "skip" in why_not_fused(config, TrainConfig(fused_step="on"), DEVICE)
 
 
 def test_a_run_goes_on_with_the_other_step():
@@ -298,6 +329,21 @@ def test_a_step_is_captured_and_replayed(taped, monkeypatch):
         run.step(x, log=False)
     assert torch.equal(*[run.sae.W_dec for run in runs])
     assert runs[0].graph_problem is None
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="graphs are real here")
+def test_a_transcoders_step_is_replayed_with_its_target(taped, monkeypatch):
+    monkeypatch.setattr(fused.GraphedStep, "WARMUP", 1)
+    config, settings = TRANSCODERS["kron"], {"dead_after_tokens": 10**9}
+    runs = [learner(config, "on", **settings, cuda_graph=how) for how in ("auto", "off")]
+    xs = batches(4)
+    for x, target in zip(xs, targets_of(xs, config.d_target), strict=True):
+        Tape.held = tensors_of(runs[0])
+        figures = [run.step(x, target) for run in runs]
+        assert figures[0] == figures[1]
+    for ours, theirs in zip(*map(tensors_of, runs), strict=True):
+        assert torch.equal(ours, theirs)
+    assert [tape.replays for tape in Tape.made] == [3]
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="graphs are real here")

@@ -11,7 +11,13 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
-from kronsae_kernels import dense_encode, fused_encode, sparse_decode
+from kronsae_kernels import (
+    dense_encode,
+    fused_encode,
+    nested_decode,
+    sparse_decode,
+    threshold_encode,
+)
 from kronsae_kernels.triton_impl import configs, operations
 
 B, D, H, M, N, K = 7, 37, 5, 2, 3, 11
@@ -23,6 +29,7 @@ def small_blocks():
     with (
         configs.override("select_heads", PER_PROGRAM=16, LANES=16),
         configs.override("segments", ROW_LENGTH=4, HEAD_LENGTH=16),
+        configs.override("count_above", HEADS=2),
     ):
         yield
 
@@ -56,7 +63,12 @@ def results(tensors: dict[str, Tensor], subset: tuple[str, ...] | None = None) -
     for name, codes in (("kron", kron), ("dense", dense)):
         found[name], found[f"{name} indices"] = codes.values.detach(), codes.indices
         found[f"{name} out"] = sparse_decode(codes, w_dec=w_dec, b_dec=b_dec, impl="triton")
-    loss = found["kron out"].square().sum() + found["dense out"].square().sum()
+    level = torch.full((F,), 0.9, device=x.device)
+    above = threshold_encode(x, w_enc, b_enc, threshold=level, m=M, impl="triton")
+    found["above"], found["above indices"] = above.values.detach(), above.indices
+    for name, codes in (("kron", kron), ("above", above)):
+        found[f"{name} nested"] = nested_decode(codes, [2, 9, F - 3], w_dec, b_dec, impl="triton")
+    loss = sum(out.square().sum() for name, out in found.items() if out.requires_grad)
     loss.backward()
     found |= {f"d {name}": leaf.grad for name, leaf in leaves.items() if leaf.grad is not None}
     return {name: tensor.detach() for name, tensor in found.items()}

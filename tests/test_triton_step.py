@@ -551,6 +551,16 @@ def test_errors_of_accumulate(arguments, words):
     assert all(word in str(error.value) for word in words), str(error.value)
 
 
+def test_a_transcoder_needs_a_target():
+    step = make(
+        changed(w_dec=torch.zeros(24, D + 2).to(DEVICE), b_dec=torch.zeros(D + 2).to(DEVICE))
+    )
+    x = torch.zeros(3, D, device=DEVICE)
+    for target, words in ((None, rf"target: expected .B, {D + 2}."), (x, r"target: .*\[3, 14\]")):
+        with pytest.raises(ValueError, match=words):
+            step.accumulate(x, target=target)
+
+
 def test_apply_needs_something():
     with pytest.raises(RuntimeError, match="nothing was accumulated"):
         make(new_weights(False)).apply(1e-3)
