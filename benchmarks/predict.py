@@ -125,7 +125,10 @@ def _rounds(bisections: int, **others: int) -> dict[str, float]:
 
 KERNELS: dict[str, Spec] = {
     "select_heads": Spec("select", lambda a, s: _rounds(0 if a["cap"] > a["k"] else 9)),
-    "merge_heads": Spec(None, lambda a, s: _rounds(10)),
+    "merge_lists": Spec(
+        None, lambda a, s: _rounds(10, **{"for start in range(0, length, PART)": 1})
+    ),
+    "list_keys": Spec(None),
     "select_rows": Spec(
         None, lambda a, s: _rounds(12), gathered=lambda a, s: a["HEADS"] * (s.m + s.n)
     ),
