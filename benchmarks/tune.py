@@ -111,7 +111,7 @@ def pair_dots(data: Data) -> Results:
 def decode_and_loss(data: Data, one_gather: bool = True) -> operations.DecodeAndLoss:
     return operations.decode_and_loss(
         data.x, data.indices, data.base, data.extension, data.table, data.b_dec, "mand", EPS,
-        one_gather,
+        1.0, one_gather,
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from benchmarks import shapes, tune
 shapes.SHAPES["tiny"] = shapes.Shape("tiny", d=40, heads=4, m=1, n=2, k=2, tokens=3)
 tune.KERNELS["pair_dots"] = tune.combine, [{"ROWS": 1}]  # combine does not launch it
 tune.KERNELS["combine"][1][:] = [{"ROWS": 2}, {"WIDTH": 20}, {"WIDTH": 64}]
-tune.KERNELS["rank_latents"][1][:] = [{"num_warps": 2}]  # it has too little work for two
+tune.KERNELS["select_latents"][1][:] = [{"num_warps": 2}]  # it has too little work for two
 tune.main(sys.argv[1:])
 """
 
@@ -32,7 +32,7 @@ def test_search_in_the_interpreter(tmp_path):
     """An alternative is measured; one that no kernel can have is passed over, with the reason."""
     file = tmp_path / "tune.json"
     command = ["--shape", "tiny", "--kernels", "combine", "pair_dots"]
-    command += ["rank_latents", "--most", "2"]
+    command += ["select_latents", "--most", "2"]
     done = subprocess.run(
         [sys.executable, "-c", SEARCH, *command, "--rounds", "2", "--device", "cpu"]
         + ["--json", str(file)],
@@ -43,7 +43,7 @@ def test_search_in_the_interpreter(tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    combine, pair_dots, rank_latents = json.loads(file.read_text())["kernels"]
+    combine, pair_dots, select_latents = json.loads(file.read_text())["kernels"]
     assert {name: len(times) for name, times in combine["times_ms"].items()} == {
         "as it is": 2,
         "ROWS 2": 2,
@@ -51,8 +51,8 @@ def test_search_in_the_interpreter(tmp_path):
     assert combine["present"]["WIDTH"] == 32
     assert combine["skipped"].keys() == {"WIDTH 20"}  # a block is a power of two
     assert pair_dots["skipped"] == {"as it is": "not launched at this shape"}
-    assert rank_latents["skipped"] == {"num_warps 2": "launches the same"}
-    assert "combine, tiny: num_warps 4" in done.stdout
+    assert select_latents["skipped"] == {"num_warps 2": "launches the same"}
+    assert "combine, tiny: num_warps 1" in done.stdout
 
 
 def test_without_a_gpu_or_the_interpreter_it_says_why(capsys, monkeypatch):
