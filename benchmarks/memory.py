@@ -194,7 +194,7 @@ def moments_of_step(shape: Shape, contender: str) -> dict[str, dict[str, int]]:
     of_decoder = codes // lengths["ROW_LENGTH"] * 4 * d
     of_encoder = of_decoder
     if kron:
-        of_encoder = codes // lengths["HEAD_LENGTH"] * (shape.m + shape.n) * 4 * d
+        of_encoder = codes // lengths["HEAD_LENGTH"] * (1 + shape.n) * 4 * d
     low_batch = {"batch in low precision": WIDTH * shape.tokens * d}
     encode = {
         **low_batch,

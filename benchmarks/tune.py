@@ -220,15 +220,14 @@ KERNELS: dict[str, tuple[Callable[[Data], Results], list[Changes]]] = {
     "head_gradients": (
         update_encoder,
         [
-            {"WIDTH": 128},
-            {"WIDTH": 512, "num_warps": 8},
-            {"num_warps": 8},
-            {"ENTRIES": 64},
-            {"ENTRIES": 16},
-            {"num_stages": 3},
+            {"ENTRIES": 2},
+            {"ENTRIES": 4},
+            {"PIECES": 1},
+            {"PIECES": 1, "ENTRIES": 4},
+            {"PIECES": 1, "WIDTH": 256, "num_warps": 2},
         ],
     ),
-    "sum_head_segments": (update_encoder, [{"WIDTH": 128}, {"ENTRIES": 64}, {"num_stages": 3}]),
+    "sum_head_segments": (update_encoder, [{"PIECES": 1}, {"ENTRIES": 8}, {"ENTRIES": 2}]),
     "update_vector": (update_bias, [{"WIDTH": 256}, {"WIDTH": 1024}]),
     "segments": (
         update_both,

@@ -56,9 +56,9 @@ def test_more_tokens_cost_what_is_of_tokens(p3):
     small, large = (count(p3._replace(tokens=f * p3.tokens), "kron fused") for f in (16, 32))
     more = 16 * p3.tokens
     added = (large.peak_bytes - small.peak_bytes) / more
-    # Batch (float32, bfloat16) and residual; codes and entries; segments of heads.
+    # Batch (float32, bfloat16) and residual; codes and entries; segments of bases' runs.
     expected = (4 + 2 + 2) * p3.d + (40 + 8) * p3.k
-    expected += p3.k / 512 * (p3.m + p3.n) * 4 * p3.d
+    expected += p3.k / 512 * (1 + p3.n) * 4 * p3.d
     assert added == pytest.approx(expected, rel=0.01)
     assert added < p3.dict_size / 2
 

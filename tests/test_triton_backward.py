@@ -162,3 +162,78 @@ def test_a_token_that_is_not_finite_stays_in_its_rows(device):
     operations.row_gradients(entries, *entries.coefficients, y, out, None)
     assert out.isnan().nonzero().tolist() == [[2, 2], [3, 2]]
     assert out[5].eq(0).all() and out[0].eq(2).all()
+
+
+def check_heads(drawn: Drawn, what: str, h: int, m: int, n: int, d: int, tokens: int, k: int):
+    dtype, mode = drawn.one_of(DTYPES), drawn.one_of(("update", "update", "measure"))
+    indices, hyper = drawn.indices(h * m * n, tokens, k), drawn.hyper()
+    d_base, d_extension = drawn.normal(tokens, k), drawn.normal(tokens, k)
+    x, weight = drawn.normal(tokens, d).to(dtype), drawn.weight(m + n, h, d)
+    bias = drawn.weight(h, m + n)
+    head, i, j = indices // (m * n), indices // n % m, indices % n
+    rows = (i * h + head, (m + j) * h + head)
+    gradient = sum(
+        sums(row, (m + n) * h, coefficient, x)
+        for row, coefficient in zip(rows, (d_base, d_extension), strict=True)
+    ).view(m + n, h, d)
+    of_bias = sum(
+        bias_sums(row, (m + n) * h, coefficient)
+        for row, coefficient in zip(rows, (d_base, d_extension), strict=True)
+    ).view(m + n, h)
+    scale = hyper[0, 7]
+
+    entries = operations.Entries.of(indices, h * m * n, (d_base, d_extension))
+    got, got_bias = copies(weight), copies(bias)
+    copy = None if dtype == torch.float32 else torch.full_like(weight[0], 7, dtype=dtype)
+    norm = operations.update_heads(
+        entries, *entries.coefficients, x, m, hyper, mode, got, copy, got_bias
+    )
+    square = (gradient * scale).square().sum() + (of_bias * scale).square().sum()
+    assert_close(f"{what}: squares", norm, square)
+    update = mode == "update"
+    expected = adamw(weight, gradient * scale, hyper[0]) if update else weight
+    for name, one, other in zip(("weight", "first", "second"), got, expected, strict=True):
+        assert_close(f"{what}: {name}", one, other)
+    expected = adamw(bias, of_bias.t() * scale, hyper[1]) if update else bias
+    for name, one, other in zip(("bias", "first", "second"), got_bias, expected, strict=True):
+        assert_close(f"{what}: {name} of bias", one, other)
+    if copy is not None:
+        assert torch.equal(copy, got[0].to(dtype) if update else torch.full_like(copy, 7))
+
+    out = torch.empty(m + n, h, d, dtype=dtype, device=x.device)
+    out_bias = torch.empty(m + n, h, dtype=dtype, device=x.device)
+    operations.head_gradients(entries, *entries.coefficients, x, m, out, out_bias)
+    rtol = 1e-5 if dtype == torch.float32 else 2**-8
+    assert_close(f"{what}: gradient", out, gradient, rtol)
+    assert_close(f"{what}: gradient of bias", out_bias, of_bias, rtol)
+
+
+@pytest.mark.parametrize("part", range(4))
+def test_heads(part, device, monkeypatch):
+    """Extension rows of one program and of several, segments, empty runs, each mode and dtype."""
+    for case in range(part * CASES // 4, (part + 1) * CASES // 4):
+        drawn = Drawn(case, device)
+        monkeypatch.setattr(operations, "MAX_EXTENSIONS", drawn.one_of((1, 2, 3, 16)))
+        pieces = {"PIECES": drawn.one_of((1, 2)), "WIDTH": 8}
+        with (
+            configs.override("segments", HEAD_LENGTH=drawn.one_of((2, 3, 100))),
+            configs.override("head_gradients", **pieces),
+            configs.override("sum_head_segments", WIDTH=drawn.one_of((8, 16))),
+        ):
+            check_heads(
+                drawn, f"case {case}", drawn.integer(1, 2), drawn.integer(1, 3),
+                drawn.integer(1, 4), drawn.one_of((1, 3, 8, 9, 17)), drawn.one_of((1, 2, 5)),
+                drawn.integer(1, 3),
+            )  # fmt: skip
+
+
+def test_a_head_of_thousands_of_entries(device):
+    """With the segments' own length."""
+    length = configs.config_of("segments", "sm_90").blocks["HEAD_LENGTH"]
+    with configs.override("segments", HEAD_LENGTH=length):
+        check_heads(Drawn(1000, device), "thousands", 2, 1, 2, 3, 1501, 1)
+
+
+def test_a_head_with_more_extension_rows_than_a_program_sums(device):
+    assert operations.MAX_EXTENSIONS < 37
+    check_heads(Drawn(0, device), "37 extension rows", 1, 1, 37, 3, 5, 5)

@@ -21,7 +21,6 @@ from kronsae_kernels.triton_impl.device import (
     PROCEED,
     adamw,
     adamw_numbers,
-    dot,
     if_proceeds,
     rounded,
 )
@@ -83,10 +82,20 @@ def group_entries(order, latents, of_code, one, two, three, four, tokens, coeffi
 
 
 @triton.jit
-def _whole_segments(start, end, LENGTH: tl.constexpr):
-    """(first, beyond): the segments that lie wholly within entries start to end."""
+def _cut(start, end, LENGTH: tl.constexpr):
+    """(first, beyond, stop, resume): segments wholly within entries start to end, and the others.
+
+    These are entries start to stop and resume to end (none, if there is no whole segment).
+    """
     first = (start + (LENGTH - 1)) // LENGTH
-    return first, tl.maximum(end // LENGTH, first)
+    beyond = tl.maximum(end // LENGTH, first)
+    whole = beyond > first
+    return (
+        first,
+        beyond,
+        tl.where(whole, first * LENGTH, end),
+        tl.where(whole, beyond * LENGTH, end),
+    )
 
 
 @triton.jit
@@ -145,31 +154,30 @@ def _scaled(row, factor, PIECES: tl.constexpr):
 
 
 @triton.jit
-def _row_sum(coefficients, along, tokens, y, start, count, gap_at, gap, columns, d,
+def _row_sum(coefficients, along, tokens, y, start, stop, resume, end, columns, d,
              ALONG: tl.constexpr, ENTRIES: tl.constexpr, PIECES: tl.constexpr,
              WIDTH: tl.constexpr):  # fmt: skip
-    """Sums of coefficient * y[token], of coefficients and of `along` over `count` entries.
+    """Sums of coefficient * y[token], of coefficients and of `along`.
 
-    They begin at start; from entry gap_at on, `gap` entries are left out. ENTRIES rows of y are on
-    their way at once.
+    Over entries start to stop and resume to end. ENTRIES rows of y are on their way at once.
     """
     total = _zeros(PIECES, WIDTH)
     of_bias, parallel = tl.full((), 0.0, tl.float32), tl.full((), 0.0, tl.float32)
-    beyond = start + count
-    for done in range(0, count, ENTRIES):
-        weights, rows = (), ()
-        for j in tl.static_range(ENTRIES):
-            at = start + done + j
-            real = at < beyond
-            at += tl.where(at >= gap_at, gap, 0)
-            token = tl.load(tokens + at, mask=real, other=0).to(tl.int64)
-            weights = weights + (tl.load(coefficients + at, mask=real, other=0.0),)
-            if ALONG:
-                parallel += tl.load(along + at, mask=real, other=0.0)
-            rows = rows + (_load(y + token * d, tl.where(real, columns, 0), PIECES, WIDTH),)
-        for j in tl.static_range(ENTRIES):
-            total = _add(total, rows[j], weights[j], PIECES)
-            of_bias += weights[j]
+    low, high = start, stop
+    for _ in range(0, tl.where(resume < end, 2, 1)):
+        for at in range(low, high, ENTRIES):
+            weights, rows = (), ()
+            for j in tl.static_range(ENTRIES):
+                real = at + j < high
+                token = tl.load(tokens + at + j, mask=real, other=0).to(tl.int64)
+                weights = weights + (tl.load(coefficients + at + j, mask=real, other=0.0),)
+                if ALONG:
+                    parallel += tl.load(along + at + j, mask=real, other=0.0)
+                rows = rows + (_load(y + token * d, tl.where(real, columns, 0), PIECES, WIDTH),)
+            for j in tl.static_range(ENTRIES):
+                total = _add(total, rows[j], weights[j], PIECES)
+                of_bias += weights[j]
+        low, high = resume, end
     return total, of_bias, parallel
 
 
@@ -182,11 +190,12 @@ def sum_row_segments(coefficients, tokens, latents, y, partial, d,
     Grid (E / LENGTH, d / WIDTH).
     """
     segment = tl.program_id(0)
-    _, whole = _row_of_segment(latents, segment, LENGTH, 1)
+    row, whole = _row_of_segment(latents, segment, LENGTH, 1)
     if whole:
         at, start = tl.program_id(1) * WIDTH, segment * LENGTH
-        total, _, _ = _row_sum(
-            coefficients, None, tokens, y + at, start, LENGTH, start + LENGTH, 0, d - at, d,
+        end = start + LENGTH
+        total, of_bias, parallel = _row_sum(
+            coefficients, None, tokens, y + at, start, end, end, end, d - at, d,
             False, ENTRIES, 1, WIDTH,
         )  # fmt: skip
         _store(partial + segment.to(tl.int64) * d + at, total, d - at, 1, WIDTH)
@@ -206,10 +215,9 @@ def _whole_row_sum(coefficients, along, tokens, y, partial, start, end, columns,
                    BIAS: tl.constexpr, ALONG: tl.constexpr, LENGTH: tl.constexpr,
                    ENTRIES: tl.constexpr, PIECES: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
     """`_row_sum` of all entries start to end: those in no whole segment, then whole segments."""
-    first, beyond = _whole_segments(start, end, LENGTH)
-    gap = (beyond - first) * LENGTH
+    first, beyond, stop, resume = _cut(start, end, LENGTH)
     total, of_bias, parallel = _row_sum(
-        coefficients, along, tokens, y, start, end - start - gap, first * LENGTH, gap, columns, d,
+        coefficients, along, tokens, y, start, stop, resume, end, columns, d,
         ALONG, ENTRIES, PIECES, WIDTH,
     )  # fmt: skip
     partial += first.to(tl.int64) * d
@@ -218,9 +226,9 @@ def _whole_row_sum(coefficients, along, tokens, y, partial, start, end, columns,
         partial += d
     if beyond > first:
         if BIAS:
-            of_bias += _sum(coefficients, first * LENGTH, beyond * LENGTH, WIDTH)
+            of_bias += _sum(coefficients, stop, resume, WIDTH)
         if ALONG:
-            parallel += _sum(along, first * LENGTH, beyond * LENGTH, WIDTH)
+            parallel += _sum(along, stop, resume, WIDTH)
     return total, of_bias, parallel
 
 
@@ -312,151 +320,279 @@ def update_rows(coefficients, along, tokens, y, offsets, partial,
                 tl.store(bias_second + row, b_two)
 
 
-# Heads
+# Heads. Entries of a head are sorted by base: a run of entries belongs to one base row, and each of
+# them to an extension row beside. A run's tokens are loaded once for all of these rows.
 
 
 @triton.jit
-def _head_sum(total, of_bias, d_base, d_extension, latents, tokens, x, head, start, count, gap_at,
-              gap, d, c, real,
-              M: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, ENTRIES: tl.constexpr,
-              SPLIT: tl.constexpr, PRECISION: tl.constexpr):  # fmt: skip
-    """Add A x[token] over `count` entries from start, A [m + n, entries] built in registers.
+def _zero_rows(ROWS: tl.constexpr, PIECES: tl.constexpr, WIDTH: tl.constexpr):
+    rows = ()
+    for _ in tl.static_range(ROWS):
+        rows = rows + (_zeros(PIECES, WIDTH),)
+    return rows
 
-    From entry gap_at on, `gap` entries are left out.
 
-    Each entry has d_base in its base's row and d_extension in its extension's. One load of a
-    token's activation serves all m + n rows. SPLIT: A as the sum of two numbers of x's dtype, so
-    that coefficients keep 16 bits or more on bfloat16 matrix units.
+@triton.jit
+def _zero_sums(SUMS: tl.constexpr):
+    sums = ()
+    for _ in tl.static_range(SUMS):
+        sums = sums + (tl.full((), 0.0, tl.float32),)
+    return sums
+
+
+@triton.jit
+def _entries(d_base, d_extension, latents, tokens, at, end, ENTRIES: tl.constexpr):
+    """Of entries at, at + 1, ...: token, latent, d_base and d_extension; 0 from `end` on."""
+    token, latent, of_base, of_extension = (), (), (), ()
+    for j in tl.static_range(ENTRIES):
+        real = at + j < end
+        token = token + (tl.load(tokens + at + j, mask=real, other=0),)
+        latent = latent + (tl.load(latents + at + j, mask=real, other=0),)
+        of_base = of_base + (tl.load(d_base + at + j, mask=real, other=0.0),)
+        of_extension = of_extension + (tl.load(d_extension + at + j, mask=real, other=0.0),)
+    return token, latent, of_base, of_extension
+
+
+@triton.jit
+def _run_sum(rows, d_base, d_extension, latents, tokens, x, extension, start, stop, resume, end,
+             columns, d,
+             EXTENSIONS: tl.constexpr, ENTRIES: tl.constexpr, PIECES: tl.constexpr,
+             WIDTH: tl.constexpr):  # fmt: skip
+    """Add coefficient * x[token] to rows over entries start to stop and resume to end of a run.
+
+    The first row is the base's, with d_base; the others are those of latents extension,
+    extension + 1, ... of the run, with d_extension. Numbers of the next ENTRIES entries are on
+    their way while those of x are.
     """
-    r, e = tl.arange(0, ROWS), tl.arange(0, ENTRIES)
-    for done in range(0, count, ENTRIES):
-        entry = done + e < count
-        at = start + done + e
-        at = tl.where(at >= gap_at, at + gap, at)
-        latent = tl.load(latents + at, mask=entry, other=0) - head * (M * N)
-        of_base = tl.load(d_base + at, mask=entry, other=0.0)
-        of_extension = tl.load(d_extension + at, mask=entry, other=0.0)
-        base = latent // N
-        extension = M + latent - base * N
-        a = tl.where(r[:, None] == base[None, :], of_base[None, :], 0.0)
-        a += tl.where(r[:, None] == extension[None, :], of_extension[None, :], 0.0)
-        of_bias += tl.sum(a, 1)
-        token = tl.load(tokens + at, mask=entry, other=0).to(tl.int64)
-        part = tl.load(
-            x + token[:, None] * d + c[None, :], mask=entry[:, None] & real[None, :], other=0.0
+    low, high = start, stop
+    for _ in range(0, tl.where(resume < end, 2, 1)):
+        token, latent, of_base, of_extension = _entries(
+            d_base, d_extension, latents, tokens, low, high, ENTRIES
         )
-        if SPLIT:
-            high = rounded(a, part.dtype)
-            total = dot(high, part, total, PRECISION)
-            rest = rounded(a - high.to(tl.float32), part.dtype)
-            total = dot(rest, part, total, PRECISION)
-        else:
-            total = dot(a, part.to(tl.float32), total, PRECISION)
-    return total, of_bias
+        for at in range(low, high, ENTRIES):
+            part = ()
+            for j in tl.static_range(ENTRIES):
+                there = tl.where(at + j < high, columns, 0)
+                part = part + (_load(x + token[j].to(tl.int64) * d, there, PIECES, WIDTH),)
+            following = _entries(d_base, d_extension, latents, tokens, at + ENTRIES, high, ENTRIES)
+            for j in tl.static_range(ENTRIES):
+                new = (_add(rows[0], part[j], of_base[j], PIECES),)
+                for r in tl.static_range(EXTENSIONS):
+                    coefficient = tl.where(latent[j] == extension + r, of_extension[j], 0.0)
+                    new = new + (_add(rows[r + 1], part[j], coefficient, PIECES),)
+                rows = new
+            token, latent, of_base, of_extension = following
+        low, high = resume, end
+    return rows
 
 
 @triton.jit
-def sum_head_segments(d_base, d_extension, latents, tokens, x, partial, partial_bias, d,
-                      M: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr,
-                      PRECISION: tl.constexpr, LENGTH: tl.constexpr, ENTRIES: tl.constexpr,
+def _run_bias(sums, d_base, d_extension, latents, extension, start, end,
+              EXTENSIONS: tl.constexpr, MANY: tl.constexpr):  # fmt: skip
+    """Add coefficients of a run's entries start to end to sums, as `_run_sum` does to rows."""
+    e = tl.arange(0, MANY)
+    for at in range(start, end, MANY):
+        real = at + e < end
+        new = (sums[0] + tl.sum(tl.load(d_base + at + e, mask=real, other=0.0)),)
+        latent = tl.load(latents + at + e, mask=real, other=0)
+        coefficient = tl.load(d_extension + at + e, mask=real, other=0.0)
+        for r in tl.static_range(EXTENSIONS):
+            mine = tl.where(latent == extension + r, coefficient, 0.0)
+            new = new + (sums[r + 1] + tl.sum(mine),)
+        sums = new
+    return sums
+
+
+@triton.jit
+def _place(d, GROUPS: tl.constexpr, WIDTH: tl.constexpr):
+    """(row, group, chunk) of a program of grid (rows * GROUPS * d / WIDTH,)."""
+    chunks = tl.cdiv(d, WIDTH)
+    program = tl.program_id(0)
+    row = program // chunks
+    return row // GROUPS, row % GROUPS, program % chunks
+
+
+@triton.jit
+def sum_head_segments(d_base, d_extension, latents, tokens, x, partial, d,
+                      N: tl.constexpr, EXTENSIONS: tl.constexpr, LENGTH: tl.constexpr,
+                      ENTRIES: tl.constexpr, PIECES: tl.constexpr,
                       WIDTH: tl.constexpr):  # fmt: skip
-    """partial [E / LENGTH, m + n, d], partial_bias [E / LENGTH, m + n]: of segments in one head.
+    """partial [E / LENGTH, 1 + n, d]: of segments that lie in one run.
 
-    Grid (E / LENGTH, d / WIDTH).
+    Grid (E / LENGTH * n / EXTENSIONS * d / (PIECES * WIDTH),).
     """
-    segment = tl.program_id(0)
-    head, whole = _row_of_segment(latents, segment, LENGTH, M * N)
+    GROUPS: tl.constexpr = (N + EXTENSIONS - 1) // EXTENSIONS
+    segment, group, chunk = _place(d, GROUPS, PIECES * WIDTH)
+    run, whole = _row_of_segment(latents, segment, LENGTH, N)
     if whole:
-        r, c = tl.arange(0, ROWS), tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-        real = c < d
-        start = segment * LENGTH
-        total = tl.zeros([ROWS, WIDTH], tl.float32)
-        of_bias = tl.zeros([ROWS], tl.float32)
-        total, of_bias = _head_sum(
-            total, of_bias, d_base, d_extension, latents, tokens, x, head, start, LENGTH,
-            start + LENGTH, 0, d, c, real, M, N, ROWS, ENTRIES, SPLIT, PRECISION,
+        at, start = chunk * (PIECES * WIDTH), segment * LENGTH
+        end = start + LENGTH
+        rows = _run_sum(
+            _zero_rows(EXTENSIONS + 1, PIECES, WIDTH), d_base, d_extension, latents, tokens, x + at,
+            run * N + group * EXTENSIONS, start, end, end, end, d - at, d,
+            EXTENSIONS, ENTRIES, PIECES, WIDTH,
         )  # fmt: skip
-        row = segment.to(tl.int64) * (M + N) + r
-        of_row = r < M + N
-        tl.store(
-            partial + row[:, None] * d + c[None, :], total, mask=of_row[:, None] & real[None, :]
-        )
-        if tl.program_id(1) == 0:
-            tl.store(partial_bias + row, of_bias, mask=of_row)
+        to = segment.to(tl.int64) * (N + 1)
+        for r in tl.static_range(EXTENSIONS + 1):
+            row = r if r == 0 else group * EXTENSIONS + r
+            if row <= N:
+                _store(partial + (to + row) * d + at, rows[r], d - at, PIECES, WIDTH)
 
 
 @triton.jit
-def head_gradients(d_base, d_extension, latents, tokens, x, offsets, partial, partial_bias,
+def _add_segment(rows, partial, group, columns, d,
+                 N: tl.constexpr, EXTENSIONS: tl.constexpr, PIECES: tl.constexpr,
+                 WIDTH: tl.constexpr):  # fmt: skip
+    """Add to rows what `sum_head_segments` found of a segment."""
+    new = (_add(rows[0], _load(partial, columns, PIECES, WIDTH), 1.0, PIECES),)
+    for r in tl.static_range(1, EXTENSIONS + 1):
+        row = group * EXTENSIONS + r
+        there = tl.where(row <= N, columns, 0)  # the last program of a head may have fewer rows
+        part = _load(partial + row.to(tl.int64) * d, there, PIECES, WIDTH)
+        new = new + (_add(rows[r], part, 1.0, PIECES),)
+    return new
+
+
+@triton.jit
+def _update(row, gradient, w, one, two, weight, shadow, first, second, columns, numbers,
+            MODE: tl.constexpr, HAS_SHADOW: tl.constexpr, PIECES: tl.constexpr,
+            WIDTH: tl.constexpr):  # fmt: skip
+    """Write a gradient, or make its AdamW step, at offset `row`; returns its squares [WIDTH]."""
+    square = tl.zeros([WIDTH], tl.float32)
+    of_w, of_one, of_two = (), (), ()
+    for i in tl.static_range(PIECES):
+        square += gradient[i] * gradient[i]
+        if MODE == UPDATE:
+            new, new_one, new_two = adamw(w[i], gradient[i], one[i], two[i], numbers)
+            of_w, of_one, of_two = of_w + (new,), of_one + (new_one,), of_two + (new_two,)
+    if MODE == GRADIENT:
+        _store(weight + row, gradient, columns, PIECES, WIDTH)
+    if MODE == UPDATE:
+        _store(weight + row, of_w, columns, PIECES, WIDTH)
+        _store(first + row, of_one, columns, PIECES, WIDTH)
+        _store(second + row, of_two, columns, PIECES, WIDTH)
+        if HAS_SHADOW:
+            _store(shadow + row, of_w, columns, PIECES, WIDTH)
+    return square
+
+
+@triton.jit
+def _update_bias(at, gradient, bias, first, second, hyper, MODE: tl.constexpr):
+    if MODE == GRADIENT:
+        tl.store(bias + at, rounded(gradient, bias.dtype.element_ty))
+    if MODE == UPDATE:
+        b, one, two = tl.load(bias + at), tl.load(first + at), tl.load(second + at)
+        b, one, two = adamw(b, gradient, one, two, adamw_numbers(hyper))
+        if tl.load(hyper + PROCEED) != 0.0:
+            tl.store(bias + at, b)
+            tl.store(first + at, one)
+            tl.store(second + at, two)
+
+
+@triton.jit
+def _row_of_weight(weight, first, second, row, columns, MODE: tl.constexpr, PIECES: tl.constexpr,
+                   WIDTH: tl.constexpr):  # fmt: skip
+    """Weight and moments at offset `row`, where they are needed."""
+    w, one, two = (), (), ()
+    if MODE == UPDATE:
+        w = _load(weight + row, columns, PIECES, WIDTH)
+        one = _load(first + row, columns, PIECES, WIDTH)
+        two = _load(second + row, columns, PIECES, WIDTH)
+    return w, one, two
+
+
+@triton.jit
+def head_gradients(d_base, d_extension, latents, tokens, x, offsets, partial,
                    weight, shadow, first, second, bias, bias_first, bias_second,
                    squares, hyper, bias_hyper, bias_of_row, bias_of_head, d, h,
-                   M: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr,
-                   PRECISION: tl.constexpr, MODE: tl.constexpr, HAS_SHADOW: tl.constexpr,
-                   LENGTH: tl.constexpr, ENTRIES: tl.constexpr,
-                   WIDTH: tl.constexpr):  # fmt: skip
+                   M: tl.constexpr, N: tl.constexpr, EXTENSIONS: tl.constexpr, MODE: tl.constexpr,
+                   HAS_SHADOW: tl.constexpr, LENGTH: tl.constexpr, ENTRIES: tl.constexpr,
+                   PIECES: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
     """Gradient, or AdamW step, of a Kron encoder's weight [m + n, h, d] and its bias.
 
     bias_of_row, bias_of_head: strides of the bias, [m + n, h] or [h, m + n].
 
     MODE GRADIENT: it is written to weight and bias, which hold nothing else; the other tensors
-    from shadow on are not used. squares [h, d / WIDTH]: squared norm of each program's part.
-    Grid (h, d / WIDTH).
+    from shadow on are not used. squares: squared norm of each program's part.
+    Grid (h * n / EXTENSIONS * d / (PIECES * WIDTH),): a program has EXTENSIONS extension rows of a
+    head, and the first of a head the base rows.
     """
-    head, chunk = tl.program_id(0), tl.program_id(1)
-    r, c = tl.arange(0, ROWS), chunk * WIDTH + tl.arange(0, WIDTH)
-    columns, rows = d, M + N
-    scale = 1.0
+    GROUPS: tl.constexpr = (N + EXTENSIONS - 1) // EXTENSIONS
+    head, group, chunk = _place(d, GROUPS, PIECES * WIDTH)
+    at = chunk * (PIECES * WIDTH)
+    columns = d - at
+    stored, scale, numbers = columns, 1.0, (0.0,)
     if MODE != GRADIENT:
-        columns, rows = if_proceeds(d, hyper), if_proceeds(M + N, hyper)
         scale = tl.load(hyper + GRADIENT_SCALE)
-    real = c < columns
-    start = tl.load(offsets + head * (M * N))
-    end = tl.load(offsets + (head + 1) * (M * N))
-    first_part, beyond = _whole_segments(start, end, LENGTH)
-    gap = (beyond - first_part) * LENGTH
-    total = tl.zeros([ROWS, WIDTH], tl.float32)
-    of_bias = tl.zeros([ROWS], tl.float32)
-    total, of_bias = _head_sum(
-        total, of_bias, d_base, d_extension, latents, tokens, x, head, start, end - start - gap,
-        first_part * LENGTH, gap, d, c, real, M, N, ROWS, ENTRIES, SPLIT, PRECISION,
-    )  # fmt: skip
-    of_row = r < rows
-    mask = of_row[:, None] & real[None, :]
-    partial += first_part.to(tl.int64) * ((M + N) * d)
-    partial_bias += first_part.to(tl.int64) * (M + N)
-    for _ in range(first_part, beyond):
-        total += tl.load(partial + r[:, None] * d + c[None, :], mask=mask, other=0.0)
-        of_bias += tl.load(partial_bias + r, mask=of_row, other=0.0)
-        partial += (M + N) * d
-        partial_bias += M + N
-    gradient, of_bias = total * scale, of_bias * scale
-    at = (r.to(tl.int64) * h + head)[:, None] * d + c[None, :]
-    of_head = r * bias_of_row + head * bias_of_head
-    if MODE == GRADIENT:
-        tl.store(weight + at, rounded(gradient, weight.dtype.element_ty), mask=mask)
-        if chunk == 0:
-            tl.store(bias + of_head, rounded(of_bias, bias.dtype.element_ty), mask=of_row)
-    else:
-        square = tl.sum(gradient * gradient)
-        square += tl.where(chunk == 0, tl.sum(of_bias * of_bias), 0.0)
-        tl.store(squares + head.to(tl.int64) * tl.num_programs(1) + chunk, square)
     if MODE == UPDATE:
-        w = tl.load(weight + at, mask=mask, other=0.0)
-        one = tl.load(first + at, mask=mask, other=0.0)
-        two = tl.load(second + at, mask=mask, other=0.0)
-        w, one, two = adamw(w, gradient, one, two, adamw_numbers(hyper))
-        tl.store(weight + at, w, mask=mask)
-        tl.store(first + at, one, mask=mask)
-        tl.store(second + at, two, mask=mask)
-        if HAS_SHADOW:
-            tl.store(shadow + at, rounded(w, shadow.dtype.element_ty), mask=mask)
+        stored, numbers = if_proceeds(columns, hyper), adamw_numbers(hyper)
+    of_head = head * bias_of_head
+    x += at
+    square, square_of_bias = tl.zeros([WIDTH], tl.float32), tl.full((), 0.0, tl.float32)
+    rows, sums = _zero_rows(EXTENSIONS + 1, PIECES, WIDTH), _zero_sums(EXTENSIONS + 1)
+    end = tl.load(offsets + head * (M * N))
+    following = tl.load(offsets + (head * M + 1) * N)
+    for i in range(0, M):
+        # The row and the end of the next run are on their way while this one is gathered.
+        start, end = end, following
+        following = tl.load(offsets + tl.minimum(head * M + i + 2, h * M) * N)
+        row = (i * h + head).to(tl.int64) * d + at
+        of_base = columns if GROUPS == 1 else tl.where(group == 0, columns, 0)
+        w, one, two = _row_of_weight(weight, first, second, row, of_base, MODE, PIECES, WIDTH)
+        first_segment, beyond, stop, resume = _cut(start, end, LENGTH)
+        extension = (head * M + i) * N + group * EXTENSIONS
+        rows = _run_sum(
+            rows, d_base, d_extension, latents, tokens, x, extension, start, stop, resume, end,
+            columns, d, EXTENSIONS, ENTRIES, PIECES, WIDTH,
+        )  # fmt: skip
+        of_segment = partial + first_segment.to(tl.int64) * (N + 1) * d + at
+        for _ in range(first_segment, beyond):
+            rows = _add_segment(rows, of_segment, group, columns, d, N, EXTENSIONS, PIECES, WIDTH)
+            of_segment += (N + 1) * d
         if chunk == 0:
-            b = tl.load(bias + of_head, mask=of_row, other=0.0)
-            b_one = tl.load(bias_first + of_head, mask=of_row, other=0.0)
-            b_two = tl.load(bias_second + of_head, mask=of_row, other=0.0)
-            b, b_one, b_two = adamw(b, of_bias, b_one, b_two, adamw_numbers(bias_hyper))
-            tl.store(bias + of_head, b, mask=of_row)
-            tl.store(bias_first + of_head, b_one, mask=of_row)
-            tl.store(bias_second + of_head, b_two, mask=of_row)
+            sums = _run_bias(
+                sums, d_base, d_extension, latents, extension, start, end, EXTENSIONS, WIDTH
+            )
+        if group == 0:
+            square += _update(
+                row, _scaled(rows[0], scale, PIECES), w, one, two, weight, shadow, first, second,
+                stored, numbers, MODE, HAS_SHADOW, PIECES, WIDTH,
+            )  # fmt: skip
+            if chunk == 0:
+                of_bias = sums[0] * scale
+                square_of_bias += of_bias * of_bias
+                _update_bias(
+                    of_head + i * bias_of_row, of_bias, bias, bias_first, bias_second, bias_hyper,
+                    MODE,
+                )  # fmt: skip
+        rows = _zero_rows(1, PIECES, WIDTH) + rows[1:]
+        sums = _zero_sums(1) + sums[1:]
+    # Of each extension row, the numbers are on their way while the one before is updated.
+    i = M + group * EXTENSIONS
+    row = (i * h + head).to(tl.int64) * d + at
+    w, one, two = _row_of_weight(weight, first, second, row, columns, MODE, PIECES, WIDTH)
+    for r in tl.static_range(EXTENSIONS):
+        next_row = row + h.to(tl.int64) * d
+        there = tl.where(i + r + 1 < M + N, columns, 0)
+        if r + 1 < EXTENSIONS:
+            ahead = _row_of_weight(weight, first, second, next_row, there, MODE, PIECES, WIDTH)
+        if i + r < M + N:
+            square += _update(
+                row, _scaled(rows[r + 1], scale, PIECES), w, one, two, weight, shadow, first,
+                second, stored, numbers, MODE, HAS_SHADOW, PIECES, WIDTH,
+            )  # fmt: skip
+            if chunk == 0:
+                of_bias = sums[r + 1] * scale
+                square_of_bias += of_bias * of_bias
+                _update_bias(
+                    of_head + (i + r) * bias_of_row, of_bias, bias, bias_first, bias_second,
+                    bias_hyper, MODE,
+                )  # fmt: skip
+        if r + 1 < EXTENSIONS:
+            row = next_row
+            w, one, two = ahead
+    if MODE != GRADIENT:
+        tl.store(squares + tl.program_id(0), tl.sum(square) + square_of_bias)
 
 
 @triton.jit

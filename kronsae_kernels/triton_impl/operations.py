@@ -666,6 +666,8 @@ def sum_row_segments(
     return length, partial
 
 
+MAX_EXTENSIONS = 16
+"""Extension rows that one program sums at most, in registers."""
 Updated = tuple[Tensor, Tensor, Tensor]
 """A float32 weight and AdamW's two moments of it, changed in place."""
 MODES = {"gradient": 0, "measure": 1, "update": 2}
@@ -790,36 +792,36 @@ def _head_gradients(
     rows, h, d = weight[0].shape
     n, x = rows - m, x.contiguous()
     length = configure("segments", x.device).blocks["HEAD_LENGTH"]
-    segments = entries.tokens.numel() // length
+    segments, extensions = entries.tokens.numel() // length, min(n, MAX_EXTENSIONS)
     shared = {
         "d_base": d_base,
         "d_extension": d_extension,
         "latents": entries.latents,
         "tokens": entries.tokens,
         "x": x,
-        "partial": x.new_empty(max(1, segments), rows, d, dtype=torch.float32),
-        "partial_bias": x.new_empty(max(1, segments), rows, dtype=torch.float32),
+        "partial": x.new_empty(max(1, segments), 1 + n, d, dtype=torch.float32),
         "d": d,
-        "M": m,
         "N": n,
-        "ROWS": max(16, next_power_of_2(rows)),
-        "SPLIT": x.dtype == torch.bfloat16,
-        "PRECISION": matmul_precision(x.dtype, x.device),
+        "EXTENSIONS": extensions,
         "LENGTH": length,
     }
-    config = configure("sum_head_segments", x.device)
-    launch(
-        backward.sum_head_segments,
-        (segments, -(-d // config.blocks["WIDTH"])),
-        config,
-        **shared,
-    )
-    config = configure("head_gradients", x.device)
-    chunks = -(-d // config.blocks["WIDTH"])
-    squares = x.new_empty(h, chunks, dtype=torch.float32)
+
+    def configured(kernel: str) -> tuple[Config, int]:
+        """Its configuration, and how many programs share a head, or a segment."""
+        config = configure(kernel, x.device)
+        blocks = dict(config.blocks)
+        if extensions > 8:
+            blocks["PIECES"] = 1
+        programs = -(-n // extensions) * -(-d // (blocks["PIECES"] * blocks["WIDTH"]))
+        return Config(config.num_warps, config.num_stages, blocks), programs
+
+    config, programs = configured("sum_head_segments")
+    launch(backward.sum_head_segments, (segments * programs,), config, **shared)
+    config, programs = configured("head_gradients")
+    squares = x.new_empty(h * programs, dtype=torch.float32)
     launch(
         backward.head_gradients,
-        (h, chunks),
+        (h * programs,),
         config,
         offsets=entries.offsets,
         weight=weight[0],
@@ -833,6 +835,7 @@ def _head_gradients(
         hyper=None if hyper is None else hyper[0],
         bias_hyper=None if hyper is None else hyper[1],
         h=h,
+        M=m,
         MODE=MODES[mode],
         HAS_SHADOW=copy is not None,
         bias_of_row=bias[0].stride(0 if mode == "gradient" else 1),
