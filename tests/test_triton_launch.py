@@ -34,6 +34,7 @@ DERIVED = {
     "select_latents": {"ONE_WARP", "PER_WARP", "DIRECT"},
     "rank_latents": {"ONE_WARP", "PER_WARP"},
     "encode_heads": {"COLUMNS", "ROOM", "CUT_ENTRIES", "SPLITS", "PROGRAMS"},
+    "gather_heads": {"ONE_WARP", "PER_WARP"},
     "decode_and_loss": {"TILE"},
     "update_rows": {"PER_WARP", "PER_LOAD"},
 }
