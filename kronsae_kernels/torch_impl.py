@@ -572,5 +572,5 @@ def concatenate(
     if not parts:
         return tuple(x.new_empty(0, k, dtype=dtype) for dtype in dtypes)
     if len(parts) == 1:
-        return parts[0]
+        return tuple(part.contiguous() for part in parts[0])
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
