@@ -249,6 +249,20 @@ KERNELS: dict[str, tuple[Callable[[Data], Results], list[Changes]]] = {
     ),
 }
 """A call that launches the kernel, and the alternatives; what the table has already is left out."""
+NOT_TUNED = (
+    "group_codes",
+    "nested_sums",
+    "suffix_sums",
+    "nested_dots",
+    "prepare_update",
+    "note_active",
+    "finish_update",
+    "product_limits",
+    "count_above",
+    "write_above",
+    "rank_above",
+)
+"""Kernels that the measured calls do not launch, or whose time is that of a launch."""
 CHOICES = ("encode", "segments")
 """Entries of the table that are no kernels."""
 FIRST = ("update_rows", "head_gradients", "decode_and_loss", "select_heads", "encode")
