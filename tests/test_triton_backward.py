@@ -99,10 +99,10 @@ def check_rows(drawn: Drawn, what: str, size: int, d: int, tokens: int, k: int) 
     entries = operations.Entries.of(indices, size, (coefficients, along))
     got, got_bias = copies(weight), None if bias is None else copies(bias)
     copy = None if dtype == torch.float32 else torch.full_like(weight[0], 7, dtype=dtype)
-    norm = operations.update_rows(
+    squares = operations.update_rows(
         entries, *entries.coefficients, y, hyper, mode, unit_norm, got, copy, got_bias
     )
-    assert_close(f"{what}: squares", norm, square)
+    assert_close(f"{what}: squares", squares.sum(), square)
     expected = weight if mode == "measure" else adamw(weight, gradient, row)
     if unit_norm and mode == "update":
         expected = (expected[0] / expected[0].norm(dim=1, keepdim=True), *expected[1:])
@@ -185,11 +185,11 @@ def check_heads(drawn: Drawn, what: str, h: int, m: int, n: int, d: int, tokens:
     entries = operations.Entries.of(indices, h * m * n, (d_base, d_extension))
     got, got_bias = copies(weight), copies(bias)
     copy = None if dtype == torch.float32 else torch.full_like(weight[0], 7, dtype=dtype)
-    norm = operations.update_heads(
+    squares = operations.update_heads(
         entries, *entries.coefficients, x, m, hyper, mode, got, copy, got_bias
     )
     square = (gradient * scale).square().sum() + (of_bias * scale).square().sum()
-    assert_close(f"{what}: squares", norm, square)
+    assert_close(f"{what}: squares", squares.sum(), square)
     update = mode == "update"
     expected = adamw(weight, gradient * scale, hyper[0]) if update else weight
     for name, one, other in zip(("weight", "first", "second"), got, expected, strict=True):
