@@ -12,7 +12,10 @@ import linecache
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import NamedTuple
+
+import kronsae_kernels
 
 SCOREBOARDS = 6
 NONE = 7
@@ -78,7 +81,7 @@ def parse(listing: str) -> Code:
     file, line, text = "", 0, ""
     for row in listing.splitlines():
         if found := re.match(r'\s*//## File "(.*?)", line (\d+)', row):
-            file, line = found[1], int(found[2])
+            file, line = _here(found[1]), int(found[2])
         elif found := re.match(r"\s*(\.L\w+):", row):
             labels[found[1]] = len(instructions)
         elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?)\s*/\* 0x[0-9a-f]{16} \*/", row):
@@ -93,6 +96,13 @@ def parse(listing: str) -> Code:
             instructions.append(Instruction(text, file, line, *fields, waits))
             text = ""
     return Code(instructions, {at: labels[to] for at, to in branches.items() if to in labels})
+
+
+def _here(file: str) -> str:
+    """Where this checkout has a kernel's source: Triton's cache may hold one that another compiled
+    (its key has the text and the line, not the place)."""
+    _, ours, rest = file.rpartition(f"/{kronsae_kernels.__name__}/")
+    return str(Path(kronsae_kernels.__file__).parent / rest) if ours else file
 
 
 # The path of a warp

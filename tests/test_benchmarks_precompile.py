@@ -54,9 +54,11 @@ def real(argument):
 for work in precompile.WORKS:
     launch = work.launch
     arguments = {name: real(argument) for name, argument in launch.arguments.items()}
+    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
+    if launch.maxnreg:
+        options["maxnreg"] = launch.maxnreg
     launch.kernel.run(
-        grid=launch.grid, warmup=True, **arguments, num_warps=launch.num_warps,
-        num_stages=launch.num_stages, enable_fp_fusion=FP_FUSION,
+        grid=launch.grid, warmup=True, **arguments, **options, enable_fp_fusion=FP_FUSION
     )
 print("hits", hits)
 """

@@ -185,10 +185,10 @@ def diverging(monkeypatch):
 
     step = Learner.step
 
-    def fails(self, x, target):
+    def fails(self, x, target, log):
         if self.sae.config.composition == "mul" and self.step_count == 12:
             raise FloatingPointError("gradient norm is nan at step 12")
-        return step(self, x, target)
+        return step(self, x, target, log)
 
     monkeypatch.setattr(Learner, "step", fails)
 
