@@ -260,10 +260,10 @@ class Campaign:
 
         def attempt(place: Path) -> None:
             out = place / "out"
-            signals = [(drawn.uniform(0.7, 0.8) * whole.seconds, signal.SIGKILL)]
             if pattern in LAST:
-                signals = []
-            runs.execute(kind, [*kind.flags, "--out", out], place / "0.log", signals=signals)
+                runs.execute(kind, [*kind.flags, "--out", out], place / "0.log")
+            else:
+                _interrupt(kind, place, drawn.uniform(0.7, 0.8) * whole.seconds)
             files = sorted(out.glob(pattern))
             if not files:
                 return
@@ -306,8 +306,7 @@ class Campaign:
 
         def attempt(place: Path) -> None:
             out = place / "out"
-            signals = [(drawn.uniform(0.7, 0.8) * whole.seconds, signal.SIGKILL)]
-            runs.execute(kind, [*kind.flags, "--out", out], place / "0.log", signals=signals)
+            _interrupt(kind, place, drawn.uniform(0.7, 0.8) * whole.seconds)
             outcome.struck += 1
             DAMAGES[how](out / "metrics.jsonl", drawn)
             ended = runs.execute(kind, ["--resume", out], place / "1.log")
@@ -402,6 +401,20 @@ class Campaign:
         for _ in range(times):
             self.try_(outcome, attempt)
         return outcome
+
+
+def _interrupt(kind: Kind, place: Path, seconds: float) -> None:
+    """Begin a run that kill -9 ends after `seconds`, or sooner where it is complete by then.
+
+    What a complete run has left of its progress is not read again, so damage there is not found.
+    """
+    out, start = place / "out", [*kind.flags, "--out", place / "out"]
+    while True:
+        ended = runs.execute(kind, start, place / "0.log", signals=[(seconds, signal.SIGKILL)])
+        if ended.status != 0 and not any((out / name).exists() for name in LAST):
+            return
+        shutil.rmtree(out)
+        seconds *= 0.8
 
 
 def _truncate(path: Path, drawn: random.Random) -> None:
