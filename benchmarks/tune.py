@@ -69,7 +69,7 @@ class Data:
         )
         """Each with AdamW's moments."""
         # Rows as in `triton_impl.device`; a step of length 0, so that weights stay as they are.
-        self.hyper = torch.tensor(2 * [[1.0, 0.1, 0.999, 1e-3, 0.0, 1.0, 1e-8, 1.0, 1.0]])
+        self.hyper = torch.tensor(2 * [[1.0, 0.1, 0.999, 1e-3, 0.0, 1.0, 1e-8, 1.0, 1.0, 1.0]])
         self.hyper = self.hyper.to(device)
 
     def reset(self) -> None:

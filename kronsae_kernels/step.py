@@ -36,6 +36,8 @@ MAX_WIDTH = 8192
 MAX_FUSED_CODES = 128
 """k at most for one gather in decoder and backward; above, rows are gathered twice."""
 NAMES = ("w_enc", "b_enc", "w_dec", "b_dec")
+MOMENTS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""Dtypes of the moments of w_enc and w_dec; those of biases are float32."""
 
 
 def why_not(device: torch.device, d: int = 1, dtype: torch.dtype = torch.float32) -> str | None:
@@ -91,6 +93,11 @@ class TrainingStep:
     betas, adam_eps, weight_decay: AdamW's; the decay is on w_enc alone.
     unit_norm: decoder rows have unit norm. What would only change a row's norm is taken out of its
         gradient, and rows are scaled to unit norm after the step.
+    moments: "float32", or "bfloat16": the moments of w_enc and w_dec take half the bytes. They are
+        computed in float32 and rounded by chance, so that their mean is right (to the nearest, a
+        second moment that changes by 0.1 % a step would stay where it is). The noise depends on
+        the number of the step and the place of the element alone: a run that is resumed, or
+        replayed from a CUDA graph, has the same bits.
     state: AdamW's, to go on with: for each name of `NAMES`, "step" (float32 scalar), "exp_avg" and
         "exp_avg_sq" (shaped and stored as the weight). Used, and changed, in place; None: new.
     silent: int64 [F], tokens since each latent was active: `apply` keeps count, of what passes
@@ -120,6 +127,7 @@ class TrainingStep:
         adam_eps: float = 1e-8,
         weight_decay: float = 0.0,
         unit_norm: bool = True,
+        moments: str = "float32",
         state: Mapping[str, Mapping[str, Tensor]] | None = None,
         silent: Tensor | None = None,
     ) -> None:
@@ -135,11 +143,17 @@ class TrainingStep:
         )
         require(math.isfinite(eps) and eps >= 0, f"eps: expected a number >= 0, got {eps!r}")
         require(dtype in DTYPES, f"dtype: expected one of {DTYPES}, got {dtype}")
+        require(
+            moments in MOMENTS,
+            f"moments: expected one of {tuple(MOMENTS)}, got {moments!r}",
+        )
         reason = why_not(self.device, max(self.d, self.d_target), dtype)
         if reason is not None:
             raise RuntimeError(f"the fused step cannot run on {self.device}: {reason}")
         self.unit_norm, self.weight_decay = unit_norm, float(weight_decay)
-        self.state = new_state(self.weights) if state is None else state
+        self.moments = moments
+        self.state = new_state(self.weights, moments) if state is None else state
+        _check_moments(self.state, moments)
         check_shape("silent", silent, (self.dict_size,), "[F]")
         check_same("device", silent=silent, w_dec=w_dec)
         self.silent, self.skips = silent, torch.zeros(4, device=self.device)
@@ -147,7 +161,7 @@ class TrainingStep:
         self._threshold = eps**0.5 if m is not None and composition == "mand" else 0.0
         # Rows: with weight decay, and without; columns as in `triton_impl.device`. The zeros are
         # filled in for each step.
-        fields = [0.0, 1 - betas[0], betas[1], 1 - betas[1], 0.0, 0.0, adam_eps, 0.0, 0.0]
+        fields = [0.0, 1 - betas[0], betas[1], 1 - betas[1], 0.0, 0.0, adam_eps, 0.0, 0.0, 0.0]
         self._hyper = torch.tensor([[0.0, *fields[1:]], [1.0, *fields[1:]]], device=self.device)
         self._betas = torch.tensor(
             [*betas, self.weight_decay], dtype=torch.float64, device=self.device
@@ -355,7 +369,7 @@ class TrainingStep:
     # Parts of a step
 
     def _prepared(self, lr: float | Tensor) -> Tensor:
-        """[2, 9] float32: the numbers of this AdamW step, on the device; counts it."""
+        """[2, 10] float32: the numbers of this AdamW step, on the device; counts it."""
         from kronsae_kernels.triton_impl import operations
 
         if not isinstance(lr, Tensor):
@@ -533,16 +547,42 @@ def _device_of(device: torch.device) -> AbstractContextManager[Any]:
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-def new_state(weights: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """AdamW's state before its first step, for each weight, as torch.optim.AdamW makes it."""
+def new_state(
+    weights: Mapping[str, Tensor], moments: str = "float32"
+) -> dict[str, dict[str, Tensor]]:
+    """AdamW's state before its first step, for each weight, as torch.optim.AdamW makes it.
+
+    moments: as in `TrainingStep`.
+    """
     return {
         name: {
             "step": torch.zeros((), device=weight.device),
-            "exp_avg": torch.zeros_like(weight.detach(), memory_format=torch.preserve_format),
-            "exp_avg_sq": torch.zeros_like(weight.detach(), memory_format=torch.preserve_format),
+            **{
+                moment: torch.zeros_like(
+                    weight.detach(),
+                    dtype=_dtype_of_moments(name, moments),
+                    memory_format=torch.preserve_format,
+                )
+                for moment in ("exp_avg", "exp_avg_sq")
+            },
         }
         for name, weight in weights.items()
     }
+
+
+def _dtype_of_moments(name: str, moments: str) -> torch.dtype:
+    return MOMENTS[moments] if name in ("w_enc", "w_dec") else torch.float32
+
+
+def _check_moments(state: Mapping[str, Mapping[str, Tensor]], moments: str) -> None:
+    for name in NAMES:
+        expected = _dtype_of_moments(name, moments)
+        for moment in ("exp_avg", "exp_avg_sq"):
+            found = state[name][moment].dtype
+            require(
+                found == expected,
+                f"state: {name}: {moment}: expected {expected} (moments={moments!r}), got {found}",
+            )
 
 
 def _check_weights(weights: dict[str, Tensor], m: int | None) -> None:

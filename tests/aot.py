@@ -109,6 +109,7 @@ def step(
     k: int,
     *,
     composition: str = "mand",
+    moments: str = "float32",
     tokens: int = 8192,
 ) -> None:
     """The fused step of a Kron autoencoder, or (m None) of a dense one of heads * n latents.
@@ -122,7 +123,7 @@ def step(
         w_enc, b_enc = _meta(F32, m + n, heads, d).transpose(0, 1), _meta(F32, heads, m + n)
     training = TrainingStep(
         w_enc, b_enc, _meta(F32, size, d), _meta(F32, d), m=m, k=k, composition=composition,
-        dtype=dtype,
+        dtype=dtype, moments=moments,
     )  # fmt: skip
     training.accumulate(_meta(dtype, tokens, d))
     training.apply(lr=1e-3, max_norm=1.0)
@@ -192,6 +193,7 @@ CASES: list[Case] = [
     case("step_64k", step, BF16, 8192, 2, 4, 1536, 50),
     case("step_128k", step, BF16, 8192, 4, 4, 2304, 50),
     case("step_1m", step, BF16, 16384, 8, 8, 4096, 64),
+    case("step_1m_moments", step, BF16, 16384, 8, 8, 4096, 64, moments="bfloat16"),
     case("step_f32", step, F32, 2048, 4, 4, 1536, 50, composition="mul"),
     case("step_topk_64k", step, BF16, 8192, None, 8, 1536, 50),
     case("step_wide", step, BF16, 8192, 2, 4, 8192, 128),

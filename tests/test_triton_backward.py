@@ -8,7 +8,12 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+import triton
+import triton.language as tl
+
 from kronsae_kernels.triton_impl import configs, operations
+from kronsae_kernels.triton_impl.device import hashed as hashed_by_kernel
+from kronsae_kernels.triton_impl.device import rounded_by_chance as rounded_by_kernel
 
 CASES = 200
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -40,8 +45,8 @@ class Drawn:
         return live[at.long()].to(self.device)
 
     def hyper(self) -> Tensor:
-        """[2, 9], as of a step with weight decay, from the middle of a run."""
-        row = [0.99, 0.1, 0.999, 1e-3, 1e-2, 1.3, 1e-8, self.one_of((1.0, 0.5)), 1.0]
+        """[2, 10], as of a step with weight decay, from the middle of a run."""
+        row = [0.99, 0.1, 0.999, 1e-3, 1e-2, 1.3, 1e-8, self.one_of((1.0, 0.5)), 1.0, 7.0]
         return torch.tensor([row, [1.0, *row[1:]]], device=self.device)
 
     def weight(self, *shape: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -237,3 +242,114 @@ def test_a_head_of_thousands_of_entries(device):
 def test_a_head_with_more_extension_rows_than_a_program_sums(device):
     assert operations.MAX_EXTENSIONS < 37
     check_heads(Drawn(0, device), "37 extension rows", 1, 1, 37, 3, 5, 5)
+
+
+# Moments in bfloat16
+
+BITS = 0xFFFFFFFF
+
+
+def hashed(number: Tensor) -> Tensor:
+    """`device.hashed` of int64 numbers below 2^32."""
+    number = ((number ^ (number >> 16)) * 0x7FEB352D) & BITS
+    number = ((number ^ (number >> 15)) * 0x846CA68B) & BITS
+    return number ^ (number >> 16)
+
+
+def rounded_by_chance(value: Tensor, noise: Tensor) -> Tensor:
+    """`device.rounded_by_chance` of finite float32 numbers."""
+    bits = (value.view(torch.int32).long() & BITS) + (noise & 0xFFFF)
+    bits = bits & 0xFFFF0000
+    return torch.where(bits >= 2**31, bits - 2**32, bits).int().view(torch.float32).bfloat16()
+
+
+def rounded_moments(first: Tensor, second: Tensor, seed: int, step: int) -> tuple[Tensor, Tensor]:
+    """Moments [rows, d] (float32) as the kernels store them in bfloat16."""
+    rows, d = first.shape
+    key = hashed(hashed(torch.tensor([seed])) + step & BITS)
+    key = hashed(key + torch.arange(rows) & BITS)[:, None]
+    noise = hashed(key + torch.arange(d) & BITS)
+    return rounded_by_chance(first, noise), rounded_by_chance(second, noise >> 16)
+
+
+@triton.jit
+def _round(value, noise, out, size, WIDTH: tl.constexpr):
+    at = tl.program_id(0) * WIDTH + tl.arange(0, WIDTH)
+    real = at < size
+    drawn = hashed_by_kernel(tl.load(noise + at, mask=real, other=0).to(tl.uint32))
+    rounded = rounded_by_kernel(tl.load(value + at, mask=real, other=0.0), drawn)
+    tl.store(out + at, rounded, mask=real)
+
+
+def round_by_chance(value: Tensor, noise: Tensor) -> Tensor:
+    out = torch.empty(value.shape, dtype=torch.bfloat16, device=value.device)
+    _round[(triton.cdiv(value.numel(), 4096),)](value, noise, out, value.numel(), WIDTH=4096)
+    return out
+
+
+def test_rounding_by_chance_is_that_of_the_emulation(device):
+    """Numbers of all sizes, both signs and zeros; infinity and NaN stay what they are."""
+    generator = torch.Generator().manual_seed(0)
+    value = torch.randn(20000, generator=generator) * 10.0 ** torch.randint(
+        -38, 38, (20000,), generator=generator
+    )
+    value[:4] = torch.tensor([0.0, -0.0, 1.0, 3.0e38])
+    noise = torch.randint(0, 2**31, (20000,), generator=generator)
+    got = round_by_chance(value.to(device), noise.int().to(device)).cpu()
+    assert torch.equal(got, rounded_by_chance(value, hashed(noise)))
+    assert torch.equal(got[:3], value[:3].bfloat16())
+    special = torch.tensor([torch.inf, -torch.inf, torch.nan], device=device)
+    got = round_by_chance(special, torch.full((3,), -1, dtype=torch.int32, device=device))
+    torch.testing.assert_close(got.float(), special, rtol=0, atol=0, equal_nan=True)
+
+
+def test_rounding_by_chance_has_the_right_mean(device):
+    """2^16 draws of a number between two bfloat16s: the mean is within 5 standard deviations."""
+    count = 2**16
+    for value in (1.0 + 2**-10, 1.0 + 2**-8, -0.7, 3.3e-20, 1.0):
+        numbers = torch.full((count,), value, device=device)
+        got = round_by_chance(numbers, torch.arange(count, dtype=torch.int32, device=device))
+        low, high = got.min().double(), got.max().double()
+        exact = float(numbers[0].double())
+        assert low <= exact <= high and got.unique().numel() == (1 if value == 1.0 else 2)
+        deviation = float(((high - exact) * (exact - low)).clamp(min=0)) ** 0.5 / count**0.5
+        assert abs(float(got.double().mean()) - exact) <= 5 * deviation
+
+
+@pytest.mark.parametrize("kron", [False, True], ids=["rows", "heads"])
+def test_bfloat16_moments_are_those_of_float32_rounded_by_chance(kron, device):
+    """To the bit, whatever the blocks; the weight is what it is with float32 moments."""
+    for case in range(4):
+        drawn = Drawn(case, device)
+        h, m, n, d = 2, 2, 3, drawn.one_of((5, 17, 24))
+        size, hyper = h * m * n, drawn.hyper()
+        hyper[:, 9] = step = 3 + case
+        codes = (drawn.normal(6, 3), drawn.normal(6, 3))
+        entries = operations.Entries.of(drawn.indices(size, 6, 3), size, codes)
+        y, bias = drawn.normal(6, d), drawn.weight(h, m + n)
+        shape = (m + n, h, d) if kron else (size, d)
+        w, *moments = drawn.weight(*shape)
+        low = [moment.bfloat16() for moment in moments]
+        exact = (w.clone(), *(moment.float() for moment in low))
+        found = (w.clone(), *low)
+        for weight in (exact, found):
+            if kron:
+                blocks = {"PIECES": 2, "WIDTH": 8} if weight is found else {}
+                with configs.override("head_gradients", **blocks):
+                    operations.update_heads(
+                        entries, *entries.coefficients, y, m, hyper, "update", weight, None,
+                        copies(bias),
+                    )  # fmt: skip
+            else:
+                blocks = {"PER_LOAD": 8} if weight is found else {}
+                with configs.override("update_rows", **blocks):
+                    operations.update_rows(
+                        entries, *entries.coefficients, y, hyper, "update", True, weight, None
+                    )
+        torch.testing.assert_close(found[0], exact[0], rtol=1e-6, atol=1e-7)
+        seed = operations.SEEDS["w_enc" if kron else "w_dec"]
+        expected = rounded_moments(*(e.cpu().flatten(0, -2) for e in exact[1:]), seed, step)
+        for got, other, before in zip(found[1:], expected, moments, strict=True):
+            assert got.dtype == torch.bfloat16
+            assert torch.equal(got.cpu().flatten(0, -2), other)
+            assert not torch.equal(got, before.bfloat16())

@@ -21,8 +21,11 @@ from kronsae_kernels.triton_impl.device import (
     PROCEED,
     adamw,
     adamw_numbers,
+    hashed,
     if_proceeds,
+    key_of_row,
     rounded,
+    rounded_by_chance,
 )
 
 GRADIENT = tl.constexpr(0)
@@ -134,6 +137,25 @@ def _store(row, pieces, columns, PIECES: tl.constexpr, WIDTH: tl.constexpr):
     for i in tl.static_range(PIECES):
         value = rounded(pieces[i], row.dtype.element_ty)
         tl.store(row + i * WIDTH + c, value, mask=c < columns - i * WIDTH)
+
+
+@triton.jit
+def _store_moments(first, second, one, two, key, start, columns, PIECES: tl.constexpr,
+                   WIDTH: tl.constexpr):  # fmt: skip
+    """Of a row's columns from `start` on; bfloat16 ones are rounded by chance.
+
+    key: `key_of_row`; each column has 32 bits of noise, of which each moment takes half.
+    """
+    c = tl.arange(0, WIDTH)
+    for i in tl.static_range(PIECES):
+        real = c < columns - i * WIDTH
+        new_one, new_two = one[i], two[i]
+        if first.dtype.element_ty == tl.bfloat16:
+            noise = hashed(key + (start + i * WIDTH + c).to(tl.uint32))
+            new_one = rounded_by_chance(new_one, noise)
+            new_two = rounded_by_chance(new_two, noise >> 16)
+        tl.store(first + i * WIDTH + c, new_one, mask=real)
+        tl.store(second + i * WIDTH + c, new_two, mask=real)
 
 
 @triton.jit
@@ -257,12 +279,13 @@ def update_rows(coefficients, along, tokens, y, offsets, partial,
                 weight, shadow, first, second, bias, bias_first, bias_second, squares,
                 hyper, bias_hyper, d,
                 MODE: tl.constexpr, UNIT_NORM: tl.constexpr, HAS_SHADOW: tl.constexpr,
-                HAS_BIAS: tl.constexpr, LENGTH: tl.constexpr, ENTRIES: tl.constexpr,
-                PIECES: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+                HAS_BIAS: tl.constexpr, SEED: tl.constexpr, LENGTH: tl.constexpr,
+                ENTRIES: tl.constexpr, PIECES: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
     """AdamW step of weight [rows, d] (and bias [rows]), each row's gradient in registers.
 
     UNIT_NORM: what would only change the row's norm is taken out of its gradient (its product with
     the row is the sum of `along`), and the row is scaled to unit norm afterwards.
+    first, second: moments, of which bfloat16 ones are rounded by chance, drawn from SEED.
     shadow: weight rounded to another dtype.  squares [rows]: squared norm of the gradient.
     d <= PIECES * WIDTH. Grid (rows,).
     """
@@ -306,8 +329,8 @@ def update_rows(coefficients, along, tokens, y, offsets, partial,
             if UNIT_NORM:
                 of_w = _scaled(of_w, inverse, PIECES)
             _store(weight, of_w, d, PIECES, WIDTH)
-            _store(first, of_one, d, PIECES, WIDTH)
-            _store(second, of_two, d, PIECES, WIDTH)
+            key = key_of_row(SEED, hyper, row)
+            _store_moments(first, second, of_one, of_two, key, 0, d, PIECES, WIDTH)
             if HAS_SHADOW:
                 _store(shadow + row * d, of_w, d, PIECES, WIDTH)
             if HAS_BIAS:
@@ -454,10 +477,15 @@ def _add_segment(rows, partial, group, columns, d,
 
 
 @triton.jit
-def _update(row, gradient, w, one, two, weight, shadow, first, second, columns, numbers,
-            MODE: tl.constexpr, HAS_SHADOW: tl.constexpr, PIECES: tl.constexpr,
+def _update(index, start, d, gradient, w, one, two, weight, shadow, first, second, columns,
+            numbers, hyper,
+            MODE: tl.constexpr, HAS_SHADOW: tl.constexpr, SEED: tl.constexpr, PIECES: tl.constexpr,
             WIDTH: tl.constexpr):  # fmt: skip
-    """Write a gradient, or make its AdamW step, at offset `row`; returns its squares [WIDTH]."""
+    """Write a gradient, or make its AdamW step, in row `index` from column `start` on.
+
+    Returns its squares [WIDTH].
+    """
+    row = index * d + start
     square = tl.zeros([WIDTH], tl.float32)
     of_w, of_one, of_two = (), (), ()
     for i in tl.static_range(PIECES):
@@ -469,8 +497,10 @@ def _update(row, gradient, w, one, two, weight, shadow, first, second, columns, 
         _store(weight + row, gradient, columns, PIECES, WIDTH)
     if MODE == UPDATE:
         _store(weight + row, of_w, columns, PIECES, WIDTH)
-        _store(first + row, of_one, columns, PIECES, WIDTH)
-        _store(second + row, of_two, columns, PIECES, WIDTH)
+        _store_moments(
+            first + row, second + row, of_one, of_two, key_of_row(SEED, hyper, index), start,
+            columns, PIECES, WIDTH,
+        )  # fmt: skip
         if HAS_SHADOW:
             _store(shadow + row, of_w, columns, PIECES, WIDTH)
     return square
@@ -506,12 +536,13 @@ def head_gradients(d_base, d_extension, latents, tokens, x, offsets, partial,
                    weight, shadow, first, second, bias, bias_first, bias_second,
                    squares, hyper, bias_hyper, bias_of_row, bias_of_head, d, h,
                    M: tl.constexpr, N: tl.constexpr, EXTENSIONS: tl.constexpr, MODE: tl.constexpr,
-                   HAS_SHADOW: tl.constexpr, LENGTH: tl.constexpr, ENTRIES: tl.constexpr,
-                   PIECES: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+                   HAS_SHADOW: tl.constexpr, SEED: tl.constexpr, LENGTH: tl.constexpr,
+                   ENTRIES: tl.constexpr, PIECES: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
     """Gradient, or AdamW step, of a Kron encoder's weight [m + n, h, d] and its bias.
 
     bias_of_row, bias_of_head: strides of the bias, [m + n, h] or [h, m + n].
 
+    first, second: moments, of which bfloat16 ones are rounded by chance, drawn from SEED.
     MODE GRADIENT: it is written to weight and bias, which hold nothing else; the other tensors
     from shadow on are not used. squares: squared norm of each program's part.
     Grid (h * n / EXTENSIONS * d / (PIECES * WIDTH),): a program has EXTENSIONS extension rows of a
@@ -536,7 +567,8 @@ def head_gradients(d_base, d_extension, latents, tokens, x, offsets, partial,
         # The row and the end of the next run are on their way while this one is gathered.
         start, end = end, following
         following = tl.load(offsets + tl.minimum(head * M + i + 2, h * M) * N)
-        row = (i * h + head).to(tl.int64) * d + at
+        index = (i * h + head).to(tl.int64)
+        row = index * d + at
         of_base = columns if GROUPS == 1 else tl.where(group == 0, columns, 0)
         w, one, two = _row_of_weight(weight, first, second, row, of_base, MODE, PIECES, WIDTH)
         first_segment, beyond, stop, resume = _cut(start, end, LENGTH)
@@ -555,8 +587,8 @@ def head_gradients(d_base, d_extension, latents, tokens, x, offsets, partial,
             )
         if group == 0:
             square += _update(
-                row, _scaled(rows[0], scale, PIECES), w, one, two, weight, shadow, first, second,
-                stored, numbers, MODE, HAS_SHADOW, PIECES, WIDTH,
+                index, at, d, _scaled(rows[0], scale, PIECES), w, one, two, weight, shadow, first,
+                second, stored, numbers, hyper, MODE, HAS_SHADOW, SEED, PIECES, WIDTH,
             )  # fmt: skip
             if chunk == 0:
                 of_bias = sums[0] * scale
@@ -569,7 +601,8 @@ def head_gradients(d_base, d_extension, latents, tokens, x, offsets, partial,
         sums = _zero_sums(1) + sums[1:]
     # Of each extension row, the numbers are on their way while the one before is updated.
     i = M + group * EXTENSIONS
-    row = (i * h + head).to(tl.int64) * d + at
+    index = (i * h + head).to(tl.int64)
+    row = index * d + at
     w, one, two = _row_of_weight(weight, first, second, row, columns, MODE, PIECES, WIDTH)
     for r in tl.static_range(EXTENSIONS):
         next_row = row + h.to(tl.int64) * d
@@ -578,8 +611,8 @@ def head_gradients(d_base, d_extension, latents, tokens, x, offsets, partial,
             ahead = _row_of_weight(weight, first, second, next_row, there, MODE, PIECES, WIDTH)
         if i + r < M + N:
             square += _update(
-                row, _scaled(rows[r + 1], scale, PIECES), w, one, two, weight, shadow, first,
-                second, stored, numbers, MODE, HAS_SHADOW, PIECES, WIDTH,
+                index, at, d, _scaled(rows[r + 1], scale, PIECES), w, one, two, weight, shadow,
+                first, second, stored, numbers, hyper, MODE, HAS_SHADOW, SEED, PIECES, WIDTH,
             )  # fmt: skip
             if chunk == 0:
                 of_bias = sums[r + 1] * scale
@@ -589,7 +622,7 @@ def head_gradients(d_base, d_extension, latents, tokens, x, offsets, partial,
                     bias_hyper, MODE,
                 )  # fmt: skip
         if r + 1 < EXTENSIONS:
-            row = next_row
+            row, index = next_row, index + h
             w, one, two = ahead
     if MODE != GRADIENT:
         tl.store(squares + tl.program_id(0), tl.sum(square) + square_of_bias)

@@ -12,10 +12,11 @@ from kronsae_kernels.triton_impl.device import (
     GRADIENT_SCALE,
     PROCEED,
     ROOT_SCALE,
+    STEP,
     STEP_SIZE,
 )
 
-FIELDS = tl.constexpr(9)
+FIELDS = tl.constexpr(10)
 IN_A_ROW = tl.constexpr(0)
 LONGEST = tl.constexpr(1)
 COUNT = tl.constexpr(2)
@@ -37,7 +38,8 @@ def _power(base, exponent):
 
 @triton.jit
 def _corrected(hyper, steps, lr, betas):
-    """Write the step's size and the scale of the second moment's root, both bias-corrected."""
+    """Write the step's number, its size and the scale of the second moment's root, corrected."""
+    tl.store(hyper + STEP, steps.to(tl.float32))
     one = tl.full((), 1.0, tl.float64)
     first = one - _power(tl.load(betas), steps)
     second = one - _power(tl.load(betas + 1), steps)
@@ -54,7 +56,7 @@ def prepare_update(sums, size, lr, betas, hyper, steps_w_enc, steps_b_enc, steps
     an update would use. No step is made unless both are, and the square of the mean squared error,
     too: second moments are squares of gradients, and infinity would stay in them.
     lr: a scalar.  betas [3] float64: AdamW's two, and the weight decay.
-    hyper [2, 9]: with weight decay (w_enc), and without (the others); see `device`.
+    hyper [2, 10]: with weight decay (w_enc), and without (the others); see `device`.
     steps_*: float32 scalars, how many steps each weight has made; one more afterwards.
     """
     error, rest = tl.load(sums) / size, tl.load(sums + 1)

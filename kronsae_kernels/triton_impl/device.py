@@ -21,6 +21,7 @@ ROOT_SCALE = tl.constexpr(5)
 ADAM_EPS = tl.constexpr(6)
 GRADIENT_SCALE = tl.constexpr(7)
 PROCEED = tl.constexpr(8)
+STEP = tl.constexpr(9)  # its number, from 1
 
 
 @triton.jit
@@ -91,6 +92,33 @@ def rounded(value, dtype: tl.constexpr):
             bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
             value = tl.where(value == value, bits.to(tl.float32, bitcast=True), value)
     return value.to(dtype)
+
+
+@triton.jit
+def hashed(number):
+    """32 bits that look random, from 32 bits (uint32): one to one."""
+    number = (number ^ (number >> 16)) * 0x7FEB352D
+    number = (number ^ (number >> 15)) * 0x846CA68B
+    return number ^ (number >> 16)
+
+
+@triton.jit
+def key_of_row(SEED: tl.constexpr, hyper, row):
+    """uint32 [1] from which the noise of a row of a weight is drawn, in this step alone."""
+    key = hashed(tl.full([1], SEED, tl.uint32))
+    key = hashed(key + tl.load(hyper + STEP).to(tl.uint32))
+    return hashed(key + row.to(tl.uint32))
+
+
+@triton.jit
+def rounded_by_chance(value, noise):
+    """float32 in bfloat16: up or down, with a chance that makes the mean right.
+
+    noise: uint32, of which 16 bits are used: they are added below the bits that stay.
+    """
+    bits = value.to(tl.uint32, bitcast=True) + (noise & 0xFFFF)
+    high = tl.where(value == value, bits >> 16, 0x7FC0)
+    return high.to(tl.uint16).to(tl.bfloat16, bitcast=True)
 
 
 @triton.jit

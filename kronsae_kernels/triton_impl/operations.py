@@ -874,7 +874,9 @@ def sum_row_segments(
 MAX_EXTENSIONS = 16
 """Extension rows that one program sums at most, in registers."""
 Updated = tuple[Tensor, Tensor, Tensor]
-"""A float32 weight and AdamW's two moments of it, changed in place."""
+"""A float32 weight and AdamW's two moments of it (of matrices also bfloat16), changed in place."""
+SEEDS = {"w_enc": 1, "w_dec": 2}
+"""Of the noise that rounds bfloat16 moments."""
 MODES = {"gradient": 0, "measure": 1, "update": 2}
 
 
@@ -894,7 +896,7 @@ def update_rows(
     gradient's squared norm.
 
     mode "measure": only that. copy: the weight in another dtype, kept up to date.
-    hyper [2, 9]: with weight decay and without, which rows without a bias (decoders) never have.
+    hyper [2, 10]: with weight decay and without, which rows without a bias (decoders) never have.
     """
     rows, d = weight[0].shape
     length, partial = sum_row_segments(entries, coefficients, y, d)
@@ -929,6 +931,7 @@ def update_rows(
         UNIT_NORM=unit_norm,
         HAS_SHADOW=copy is not None,
         HAS_BIAS=bias is not None,
+        SEED=SEEDS["w_dec" if bias is None else "w_enc"],
         LENGTH=length,
         PIECES=-(-d // width),
         WIDTH=width,
@@ -1044,6 +1047,7 @@ def _head_gradients(
         M=m,
         MODE=MODES[mode],
         HAS_SHADOW=copy is not None,
+        SEED=SEEDS["w_enc"],
         bias_of_row=bias[0].stride(0 if mode == "gradient" else 1),
         bias_of_head=bias[0].stride(1 if mode == "gradient" else 0),
         **shared,
@@ -1052,7 +1056,7 @@ def _head_gradients(
 
 
 def update_vector(gradient: Tensor, weight: Updated, hyper: Tensor) -> None:
-    """AdamW step of a vector from its gradient; hyper: [9]."""
+    """AdamW step of a vector from its gradient; hyper: [10]."""
     config = configure("update_vector", gradient.device)
     launch(
         backward.update_vector,
@@ -1073,7 +1077,7 @@ def update_vector(gradient: Tensor, weight: Updated, hyper: Tensor) -> None:
 def prepare_update(
     sums: Tensor, size: int, lr: Tensor, betas: Tensor, hyper: Tensor, steps: Sequence[Tensor]
 ) -> None:
-    """Fill hyper [2, 9] for the next AdamW step, and count it: `counters.prepare_update`.
+    """Fill hyper [2, 10] for the next AdamW step, and count it: `counters.prepare_update`.
 
     steps: float32 scalars of w_enc, b_enc, w_dec, b_dec.
     """
