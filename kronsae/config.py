@@ -21,6 +21,7 @@ MULTI_TOPK = 4
 """Multi-TopK adds the error with so many times k latents. [Gao et al. 2024]"""
 COMPOSITIONS = ("mand", "relu_mul", "mul")
 DECODER_NORMS = ("unit", "free")
+MOMENTS = ("float32", "bfloat16")
 ACTIVATIONS_ORDERS = ("global", "stream")
 DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT_BANDWIDTH = 0.1
@@ -459,6 +460,12 @@ class TrainConfig:
         "each of its kernels",
         choices=("auto", "off"),
     )
+    moments: str = setting(
+        "float32",
+        "dtype of AdamW's moments of the two matrices; bfloat16 (fused step alone) halves their "
+        "memory, and rounds by chance, so that their mean is right",
+        choices=MOMENTS,
+    )
     tensor_parallel: int = setting(
         1,
         "processes of torchrun that hold the heads of one autoencoder together; the others share "
@@ -517,6 +524,7 @@ class TrainConfig:
             self.cuda_graph in ("auto", "off"),
             f"cuda_graph: one of ('auto', 'off'), not {self.cuda_graph!r}",
         )
+        _require(self.moments in MOMENTS, f"moments: one of {MOMENTS}, not {self.moments!r}")
 
     @property
     def steps(self) -> int:

@@ -201,6 +201,8 @@ class Learner:
         reason = why_not_fused(sae_config, config, device, (mesh.data.size, mesh.heads.size))
         if config.fused_step == "on" and reason is not None:
             raise InputError(f"fused_step 'on': {reason}")
+        if config.moments != "float32" and reason is not None:
+            raise InputError(f"moments {config.moments!r} needs the fused step: {reason}")
         generator = torch.Generator().manual_seed(config.seed)
         self.sae = SAE(sae_config, generator=generator, mesh=mesh).to(device)
         matrices = [self.sae.W_enc]
@@ -216,9 +218,11 @@ class Learner:
         )
         weights = dict(self.sae.named_parameters())
         self.tokens_since_fired = torch.zeros(len(self.sae.W_dec), dtype=torch.int64, device=device)
-        moments = fused.new_state(weights)
+        moments = fused.new_state(
+            {name.lower(): weight for name, weight in weights.items()}, config.moments
+        )
         for name, parameter in weights.items():
-            self.optimizer.state[parameter] = moments[name]
+            self.optimizer.state[parameter] = moments[name.lower()]
         self.fused: fused.TrainingStep | None = None
         if reason is None:
             kron = sae_config.encoder == "kron"
@@ -232,7 +236,8 @@ class Learner:
                 betas=(ADAM_BETA1, config.adam_beta2),
                 unit_norm=self.unit_norm,
                 weight_decay=config.weight_decay,
-                state={name.lower(): moment for name, moment in moments.items()},
+                moments=config.moments,
+                state=moments,
                 silent=self.tokens_since_fired,
             )
         self._graphs: dict[int, fused.GraphedStep] = {}

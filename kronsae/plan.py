@@ -176,6 +176,7 @@ def _member(
     copies = dtype.itemsize * own if reason is None and dtype != torch.float32 else 0
     gradients = 4 * own if reason is not None else 0
     matrices = own_rows * d, sae.dict_size // sharing_heads * sae.d_out
+    moments = 8 * own - (4 * sum(matrices) if train.moments == "bfloat16" else 0)
     returned = sum(4 * size for size in matrices if 4 * size >= RETURNED) if gradients else 0
     # Folding takes a new SAE, and the encoder in float64. What is judged goes in smaller batches.
     seen = _pre_latent_bytes(own_rows, BATCH_TOKENS, torch.float32, device)
@@ -190,7 +191,7 @@ def _member(
         "flops_per_token_dense": flops.forward(d, sae.dict_size, sae.k, d_out=sae.d_out),
         "flops_per_token_step": step.total,
         # Weights and two moments; tokens since each latent fired.
-        "state": 4 * 3 * own + 8 * sae.dict_size // sharing_heads,
+        "state": 4 * own + moments + 8 * sae.dict_size // sharing_heads,
         "copies": copies,
         "step": gradients + chunk + codes,
         "kept": gradients + chunk + codes - returned,

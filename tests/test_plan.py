@@ -284,3 +284,16 @@ def test_what_cuda_graphs_keep(monkeypatch):
         memory[how], step = found["memory_mib"], found["passes_mib"]["a step"]
     assert memory["auto"]["kept by CUDA graphs"] == pytest.approx(2 * step)
     assert "kept by CUDA graphs" not in memory["off"]
+
+
+def test_bfloat16_moments_take_half_the_bytes():
+    def state_mib(moments: str) -> float:
+        train = dataclasses.replace(TRAIN, moments=moments)
+        return make_plan({"one": RunConfig(SAES["kron"], DATA, train)}, outline(DATA))[
+            "memory_mib"
+        ]["weights and moments"]
+
+    sae = SAES["kron"]
+    matrices = sae.encoder_rows * sae.d_model + sae.dict_size * sae.d_out
+    saved = 2**20 * (state_mib("float32") - state_mib("bfloat16"))
+    assert saved == pytest.approx(2 * 2 * matrices)

@@ -407,3 +407,28 @@ def test_a_run_that_diverges_ends_where_it_is_noticed(tmp_path):
     sae = load(tmp_path / "run" / "sae")
     assert all(p.isfinite().all() for p in sae.parameters())
     assert sae.metadata["tokens"] == 10 * (SKIPS + 1)
+
+
+def test_a_run_with_bfloat16_moments_goes_on_from_its_checkpoint():
+    """To the bit, as the rounding of a step depends on its number; and it takes half the bytes."""
+    whole, first, second = (learner(KRON, "on", moments="bfloat16") for _ in range(3))
+    xs = batches(4)
+    for x in xs:
+        whole.step(x)
+    for x in xs[:2]:
+        first.step(x)
+    state = first.state_dict()
+    assert state["moments"]["W_enc"]["exp_avg_sq"].dtype == torch.bfloat16
+    assert state["moments"]["b_dec"]["exp_avg_sq"].dtype == torch.float32
+    second.load_state_dict(state)
+    for x in xs[2:]:
+        second.step(x)
+    for name, parameter in second.sae.named_parameters():
+        assert torch.equal(parameter, dict(whole.sae.named_parameters())[name]), name
+
+
+def test_bfloat16_moments_need_the_fused_step():
+    with pytest.raises(InputError, match="moments 'bfloat16' needs the fused step: fused_step is"):
+        learner(KRON, "off", moments="bfloat16")
+    with pytest.raises(InputError, match="moments: one of .*not 'float16'"):
+        TrainConfig(moments="float16")
