@@ -32,8 +32,19 @@ def compose(product: Tensor, composition: str, eps: float) -> Tensor:
     """
     zero = product == 0
     if composition == "mand":
-        return torch.where(zero, eps**0.5, (torch.where(zero, 1.0, product) + eps).sqrt())
+        return torch.where(zero, eps**0.5, _root(torch.where(zero, 1.0, product) + eps))
     return torch.where(zero, 0.0, product)
+
+
+def _root(x: Tensor) -> Tensor:
+    """Square root rounded to the nearest, as GPUs give it.
+
+    torch's own of float32 numbers on a CPU may be one unit off, which would decide where a value
+    equals its threshold.
+    """
+    if x.dtype == torch.float32 and x.device.type == "cpu":
+        return x.double().sqrt().float()
+    return x.sqrt()
 
 
 def largest(scores: Tensor, k: int) -> Tensor:

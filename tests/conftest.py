@@ -22,6 +22,49 @@ if not torch.cuda.is_available():
 
 pytest.register_assert_rewrite("truth")
 
+
+def interpret_faster() -> None:
+    """Triton's interpreter wraps all of its language for each call of a device function; what a
+    kernel's launch, or an earlier call, has wrapped already is left as it is (a third of the time).
+    """
+    try:
+        from triton.runtime import interpreter
+    except ImportError:
+        return
+    wrap, launched, lasting = interpreter._patch_lang, [], set()
+
+    class Nothing:
+        def restore(self) -> None:
+            pass
+
+    def modules(function) -> tuple[int, ...]:
+        languages = (interpreter.tl, interpreter.tl.core)
+        return tuple(any(v is one for v in function.__globals__.values()) for one in languages)
+
+    def wrap_once(function):
+        if not launched:
+            launched.append(modules(function))
+            scope = wrap(function)
+            restore = scope.restore
+
+            def end() -> None:
+                launched.clear()
+                restore()
+
+            scope.restore = end
+            return scope
+        found = modules(function)
+        if found != launched[0] and found not in lasting:
+            lasting.add(found)  # nobody restores what a device function's call has wrapped
+            wrap(function)
+        return Nothing()
+
+    interpreter._patch_lang = wrap_once
+
+
+if "TRITON_INTERPRET" in os.environ:
+    interpret_faster()
+
 torch.set_num_threads(min(2, torch.get_num_threads()))
 
 hypothesis.settings.register_profile(

@@ -39,22 +39,6 @@ def small_blocks():
         yield
 
 
-@pytest.fixture(autouse=True)
-def exact_roots(monkeypatch):
-    """Roots rounded to the nearest, as in the kernels and on a GPU: torch's own float32 roots on
-    some CPUs are one unit off, which decides where a value equals its threshold."""
-    compose = reference.compose
-
-    def rounded_once(product: Tensor, composition: str, eps: float) -> Tensor:
-        if composition != "mand":
-            return compose(product, composition, eps)
-        zero = product == 0
-        inside = torch.where(zero, 1.0, product) + eps
-        return torch.where(zero, eps**0.5, inside.double().sqrt().to(product.dtype))
-
-    monkeypatch.setattr(reference, "compose", rounded_once)
-
-
 def shape_of(heads: int, m: int, n: int, kind: dict | None) -> tuple[int, ...]:
     return (heads * m * n,) if kind is None else (heads, m + n)
 
