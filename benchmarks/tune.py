@@ -252,6 +252,7 @@ KERNELS: dict[str, tuple[Callable[[Data], Results], list[Changes]]] = {
 NOT_TUNED = (
     "group_codes",
     "nested_sums",
+    "nested_errors",
     "suffix_sums",
     "nested_dots",
     "prepare_update",

@@ -120,10 +120,19 @@ def why_not_fused(
         return f"{heads} ranks select latents and reconstruct together, and it does so alone"
     if config.fused_step == "auto" and device.type == "cpu":
         return "it is made of kernels for a GPU"
-    kinds = {"selection": "topk", "objective": "plain", "experts": 0, "skip": False}
-    for name, kind in kinds.items():
-        if getattr(sae, name) != kind:
-            return f"{name} is {getattr(sae, name)!r}, it knows {kind!r} alone"
+    kinds = {
+        "selection": ("topk",),
+        "objective": ("plain", "matryoshka"),
+        "experts": (0,),
+        "skip": (False,),
+    }
+    for name, known in kinds.items():
+        if getattr(sae, name) not in known:
+            kinds_known = " and ".join(map(repr, known))
+            return f"{name} is {getattr(sae, name)!r}, it knows {kinds_known} alone"
+    prefixes = len(sae.prefixes) if sae.objective == "matryoshka" else 0
+    if prefixes > fused.MAX_PREFIXES:
+        return f"{prefixes} prefixes are too many for one program (at most {fused.MAX_PREFIXES})"
     width = max(sae.d_model, sae.d_out)
     return fused.why_not(device, width, compute_dtype(config.dtype, device))
 
@@ -159,6 +168,8 @@ class _Made(NamedTuple):
     """None where it was not computed."""
     codes: SparseCodes
     grad_norm: Tensor
+    objective: Tensor | None
+    """What is minimised, apart from auxk_loss; None where that is mse."""
 
 
 class _Dying(NamedTuple):
@@ -430,9 +441,10 @@ class Learner:
         silent = self.tokens_since_fired.max()
         active = self.sae.fired(made.codes).sum().double() / target.shape[0]
         aux = torch.zeros_like(made.mse) if made.auxk_loss is None else made.auxk_loss
-        numbers = [made.mse, aux, spread_of(target), active, dead, made.grad_norm, silent]
+        whole = made.mse if made.objective is None else made.objective
+        numbers = [made.mse, aux, spread_of(target), active, dead, made.grad_norm, whole, silent]
         numbers = torch.cat([torch.stack([n.double() for n in numbers]), self.fused.skips.double()])
-        *numbers, silent, in_a_row, longest, count, largest = numbers.tolist()
+        *numbers, whole, silent, in_a_row, longest, count, largest = numbers.tolist()
         self.quiet_until = self.tokens + self.config.dead_after - int(silent)
         longest = self._note_skips([in_a_row, longest, count, largest])
         skipped = self._left_out
@@ -441,7 +453,8 @@ class Learner:
         if self.skipped:
             self._left_out = None
             return skipped
-        return self._metrics(*numbers, lr)
+        metrics = self._metrics(*numbers, lr)
+        return metrics if made.objective is None else metrics | {"objective": whole}
 
     def _run(self, x: Tensor, target: Tensor | None, lr: float, reviving: int) -> _Made:
         """A fused step, as a graph if there can be one. reviving: tokens of the auxiliary loss."""
@@ -475,8 +488,9 @@ class Learner:
         `objectives.auxk_loss`, but that where there are fewer dead ones than `auxk`, the missing
         ones are zeros.
         """
-        config = self.config
-        out, aux = self.fused.accumulate(x, target=target), None
+        sae, config = self.sae.config, self.config
+        bounds = sae.prefixes if sae.objective == "matryoshka" else None
+        out, aux = self.fused.accumulate(x, target=target, bounds=bounds), None
         if reviving:
             dead = self.dead
             left_over = -out.residual[:reviving].float()
@@ -486,14 +500,15 @@ class Learner:
             of_dead = self.fused.accumulate(
                 x[:reviving],
                 target=left_over,
-                k=min(self.auxk, self.sae.dict_size),
+                k=min(self.auxk, sae.dict_size),
                 mask=dead,
                 bias=False,
                 weight=weight,
             )
             aux = of_dead.loss * weight / config.auxk_coefficient
         norm = self.fused.apply(lr, max_norm=config.max_grad_norm or None)
-        return _Made(out.loss, aux, out.codes, norm)
+        objective = None if bounds is None else out.loss
+        return _Made(out.mse, aux, out.codes, norm, objective)
 
     def _finite(self, norm: Tensor) -> float:
         grad_norm = norm.item()

@@ -11,7 +11,7 @@ a run can go from one to the other at any step. Needs Triton kernels: `why_not` 
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -30,11 +30,14 @@ from kronsae_kernels.common import (
     require,
     shape_of,
 )
+from kronsae_kernels.nested import check_bounds
 
 MAX_WIDTH = 8192
 """d at most, of x and of the target: a program holds a row and both its moments in registers."""
 MAX_FUSED_CODES = 128
 """k at most for one gather in decoder and backward; above, rows are gathered twice."""
+MAX_PREFIXES = 32
+"""Nested prefixes at most: a program holds the errors of all of them in registers."""
 NAMES = ("w_enc", "b_enc", "w_dec", "b_dec")
 MOMENTS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """Dtypes of the moments of w_enc and w_dec; those of biases are float32."""
@@ -57,11 +60,14 @@ class StepOutput(NamedTuple):
     """What one forward and backward pass gives."""
 
     loss: Tensor
-    """Mean squared error over tokens and dimensions, not weighted (float32 scalar)."""
+    """Mean squared error over tokens and dimensions, not weighted (float32 scalar); with nested
+    prefixes the sum of theirs."""
     codes: SparseCodes
     """[B, k] values and indices, largest first (-1 in places that a mask leaves over)."""
     residual: Tensor
     """[B, d_target] reconstruction minus target, in the compute dtype."""
+    mse: Tensor
+    """Mean squared error of the whole reconstruction (float32 scalar)."""
 
 
 class _Part(NamedTuple):
@@ -72,7 +78,10 @@ class _Part(NamedTuple):
     codes: SparseCodes | None
     """None if they are among a mask."""
     x: Tensor
-    residual: Tensor
+    d_rows: Tensor
+    """[R, d_target]: the gradient of a decoder row is a sum of these, times values of codes."""
+    row: Tensor | None
+    """[B, k] int32: which one, for each code; None: that of the code's token (R = B)."""
     indices: Tensor
     values: Tensor  # times the loss's scale, as all that follow
     along: Tensor
@@ -182,6 +191,7 @@ class TrainingStep:
         mask: Tensor | None = None,
         bias: bool = True,
         weight: float | Tensor = 1.0,
+        bounds: Sequence[int] | None = None,
     ) -> StepOutput:
         """Forward and backward of weight * mean((decode(encode(x)) - target)^2); no weight changes.
 
@@ -189,6 +199,8 @@ class TrainingStep:
         mask: bool [F], which latents may be selected. Where it allows fewer than k, the places left
             over have index -1 and value 0 and take no part, here and in `apply`: k can stay the
             same however many are allowed.  bias: whether b_dec takes part.
+        bounds: of nested prefixes, as of `nested_decode`, the last of them F: what is decoded from
+            the latents of each prefix has an error, and the sum of all errors is the loss.
         Raises ValueError if shapes do not fit.
         """
         k = self.k if k is None else k
@@ -204,8 +216,16 @@ class TrainingStep:
         check_shape("target", target, (x.shape[0], self.d_target), "[B, d_target]")
         check_shape("mask", mask, (self.dict_size,), "[F]")
         check_same("device", x=x, target=target, mask=mask, w_dec=self.weights["w_dec"])
+        if bounds is not None:
+            bounds = list(bounds)
+            check_bounds(bounds, self.dict_size)
+            require(
+                bounds[-1] == self.dict_size and len(bounds) <= MAX_PREFIXES,
+                f"bounds: expected at most {MAX_PREFIXES}, the last of them F = {self.dict_size}, "
+                f"got {bounds}",
+            )
         with torch.no_grad():
-            return self._accumulate(x, target, k, mask, bias, weight)
+            return self._accumulate(x, target, k, mask, bias, weight, bounds)
 
     def _accumulate(
         self,
@@ -215,6 +235,7 @@ class TrainingStep:
         mask: Tensor | None,
         bias: bool,
         weight: float | Tensor,
+        bounds: list[int] | None,
     ) -> StepOutput:
         from kronsae_kernels.triton_impl import operations
 
@@ -232,23 +253,30 @@ class TrainingStep:
         composition = "dense" if self.m is None else self.composition
         table, b_dec = low["w_dec"], self.weights["b_dec"] if bias else None
         scale = weight * (2 / target.numel())
-        found = operations.decode_and_loss(
-            target, indices, base, extension, table, b_dec, composition, self.eps, scale,
-            one_gather=k <= MAX_FUSED_CODES,
-        )  # fmt: skip
+        given_codes = target, indices, base, extension, table, b_dec, composition, self.eps, scale
+        if bounds is None:
+            found = operations.decode_and_loss(*given_codes, one_gather=k <= MAX_FUSED_CODES)
+            row, d_rows = None, found.residual
+            d_x_hat = residual = found.residual
+        else:
+            found, row = operations.nested_decode_and_loss(*given_codes, bounds)
+            # Of each prefix, all that follow are part: the first has what all of them get.
+            d_x_hat, residual = found.residual[:, 0], found.residual[:, -1]
+            d_rows = found.residual.flatten(0, 1)
         if bias:
-            of_bias = found.residual.sum(0, dtype=torch.float32) * scale
+            of_bias = d_x_hat.sum(0, dtype=torch.float32) * scale
             earlier = self._b_dec_gradient
             self._b_dec_gradient = of_bias if earlier is None else earlier + of_bias
         sums = found.sums.sum(1)
-        self._sums = sums if self._sums is None else self._sums + sums
+        self._sums = sums[:2] if self._sums is None else self._sums + sums[:2]
         codes = SparseCodes(found.values, indices)
         self._parts.append(
             _Part(
                 given,
                 codes if mask is None else None,
                 x,
-                found.residual,
+                d_rows,
+                row,
                 indices,
                 found.scaled,
                 found.along,
@@ -256,7 +284,9 @@ class TrainingStep:
                 found.d_extension,
             )
         )
-        return StepOutput(sums[0] / target.numel(), codes, found.residual)
+        loss = sums[0] / target.numel()
+        mse = loss if bounds is None else sums[2] / target.numel()
+        return StepOutput(loss, codes, residual, mse)
 
     def apply(self, lr: float | Tensor, *, max_norm: float | None = None) -> Tensor:
         """AdamW step from all that was accumulated; returns the gradient's norm (before clipping).
@@ -283,14 +313,17 @@ class TrainingStep:
     def _apply(self, lr: float | Tensor, max_norm: float | None) -> Tensor:
         from kronsae_kernels.triton_impl import operations
 
-        x, residual = self._all("x"), self._all("residual")
+        x, d_rows = self._all("x"), self._all("d_rows")
         names = ["values", "along", "d_base", *(() if self.m is None else ("d_extension",))]
         entries = operations.Entries.of(
             self._all("indices"),
             self.dict_size,
             tuple(self._all(name) for name in names),
-            self._tokens(),
+            self._row_of_codes("x"),
         )
+        of_decoder = entries
+        if any(part.row is not None for part in self._parts):
+            of_decoder = entries.of_rows(self._row_of_codes("d_rows"))
         sorted_ = dict(zip(names, entries.coefficients, strict=True))
         hyper = self._prepared(lr)
         b_dec = self.weights["b_dec"]
@@ -302,10 +335,10 @@ class TrainingStep:
             squares = [gradient.square()]
             squares.append(
                 operations.update_rows(
-                    entries,
+                    of_decoder,
                     sorted_["values"],
                     sorted_["along"],
-                    residual,
+                    d_rows,
                     hyper,
                     mode,
                     self.unit_norm,
@@ -374,7 +407,7 @@ class TrainingStep:
 
         if not isinstance(lr, Tensor):
             lr = self._lr.fill_(lr)
-        size = sum(part.residual.numel() for part in self._parts)
+        size = sum(len(part.x) for part in self._parts) * self.d_target
         steps = [self.state[name]["step"] for name in NAMES]
         operations.prepare_update(self._sums, size, lr, self._betas, self._hyper, steps)
         return self._hyper
@@ -387,23 +420,31 @@ class TrainingStep:
         return tuple(tensor.detach() for tensor in found)
 
     def _all(self, name: str) -> Tensor:
-        """A field of all parts: rows of x and of the residual, or what belongs to codes, flat."""
+        """A field of all parts: x or d_rows, or what belongs to codes, flat."""
         found = [getattr(part, name) for part in self._parts]
         if len(found) == 1:
             return found[0]
-        return torch.cat(found if name in ("x", "residual") else [f.flatten() for f in found])
+        return torch.cat(found if name in ("x", "d_rows") else [f.flatten() for f in found])
 
-    def _tokens(self) -> Tensor | None:
-        """Row of x that each code of several parts belongs to, int32; None for one part."""
-        if len(self._parts) == 1:
-            return None
-        start, tokens = 0, []
+    def _row_of_codes(self, name: str) -> Tensor | None:
+        """Row of `_all(name)` (x or d_rows) that each code belongs to, flat int32.
+
+        None for that of its token, in a single part.
+        """
+        start, rows = 0, []
         for part in self._parts:
-            count, k = part.indices.shape
-            of_part = torch.arange(start, start + count, dtype=torch.int32, device=self.device)
-            tokens.append(of_part[:, None].expand(-1, k).reshape(-1))
-            start += count
-        return torch.cat(tokens)
+            row = part.row if name == "d_rows" else None
+            if row is None and len(self._parts) == 1:
+                return None
+            if row is None:
+                count, k = part.indices.shape
+                row = torch.arange(start, start + count, dtype=torch.int32, device=self.device)
+                row = row[:, None].expand(-1, k)
+            elif start:
+                row = row + start
+            rows.append(row.flatten())
+            start += len(getattr(part, name))
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
 
     def _low_precision(self) -> dict[str, Tensor]:
         """w_enc and w_dec in the compute dtype: copies that `apply` keeps up to date."""
