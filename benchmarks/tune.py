@@ -255,6 +255,8 @@ NOT_TUNED = (
     "nested_errors",
     "suffix_sums",
     "nested_dots",
+    "code_values",
+    "keep_first",
     "prepare_update",
     "note_active",
     "finish_update",

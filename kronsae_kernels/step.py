@@ -63,7 +63,8 @@ class StepOutput(NamedTuple):
     """Mean squared error over tokens and dimensions, not weighted (float32 scalar); with nested
     prefixes the sum of theirs."""
     codes: SparseCodes
-    """[B, k] values and indices, largest first (-1 in places that a mask leaves over)."""
+    """[B, k] values and indices, largest first (-1 in places that a mask leaves over); of a
+    selection over the batch [B, width]."""
     residual: Tensor
     """[B, d_target] reconstruction minus target, in the compute dtype."""
     mse: Tensor
@@ -112,6 +113,10 @@ class TrainingStep:
     silent: int64 [F], tokens since each latent was active: `apply` keeps count, of what passes
         without a mask select. None: nobody counts.
 
+    missed: float32 [2] on the device, of selections over the batch (see `accumulate`): whether what
+        is accumulated had too few candidates, and how many calls of `apply` made no step since that
+        first was so. Until somebody sets both to 0, no call makes one: the batches of the last
+        calls can be given again in their order, with a larger `width`.
     skips: float32 [4] on the device, of calls of `apply` that made no step as something was not
         finite: how many in a row, up to now; the most in a row; all of them; the largest magnitude
         in x at the first. Whoever reads the last three may set them to 0.
@@ -166,6 +171,7 @@ class TrainingStep:
         check_shape("silent", silent, (self.dict_size,), "[F]")
         check_same("device", silent=silent, w_dec=w_dec)
         self.silent, self.skips = silent, torch.zeros(4, device=self.device)
+        self.missed = torch.zeros(2, device=self.device)
         # Values above it in magnitude are those of active latents.
         self._threshold = eps**0.5 if m is not None and composition == "mand" else 0.0
         # Rows: with weight decay, and without; columns as in `triton_impl.device`. The zeros are
@@ -192,6 +198,7 @@ class TrainingStep:
         bias: bool = True,
         weight: float | Tensor = 1.0,
         bounds: Sequence[int] | None = None,
+        width: int | None = None,
     ) -> StepOutput:
         """Forward and backward of weight * mean((decode(encode(x)) - target)^2); no weight changes.
 
@@ -201,6 +208,11 @@ class TrainingStep:
             same however many are allowed.  bias: whether b_dec takes part.
         bounds: of nested prefixes, as of `nested_decode`, the last of them F: what is decoded from
             the latents of each prefix has an error, and the sum of all errors is the loss.
+        width: for a selection over the batch (BatchTopK): of all active latents the k B largest, of
+            equal ones the earlier token's, looked for among the `width` >= k largest of each token.
+            Codes are [B, width], and places of others have index -1 and value 0. Where a token
+            keeps all `width`, more might be among the largest: `apply` then makes no step, and
+            `missed` says so.
         Raises ValueError if shapes do not fit.
         """
         k = self.k if k is None else k
@@ -216,6 +228,9 @@ class TrainingStep:
         check_shape("target", target, (x.shape[0], self.d_target), "[B, d_target]")
         check_shape("mask", mask, (self.dict_size,), "[F]")
         check_same("device", x=x, target=target, mask=mask, w_dec=self.weights["w_dec"])
+        if width is not None:
+            check_count("width", width, k, self.dict_size, f"k = {k} to F = {self.dict_size}")
+            require(mask is None, "mask: a selection over the batch (width) has none")
         if bounds is not None:
             bounds = list(bounds)
             check_bounds(bounds, self.dict_size)
@@ -225,7 +240,7 @@ class TrainingStep:
                 f"got {bounds}",
             )
         with torch.no_grad():
-            return self._accumulate(x, target, k, mask, bias, weight, bounds)
+            return self._accumulate(x, target, k, mask, bias, weight, bounds, width)
 
     def _accumulate(
         self,
@@ -236,6 +251,7 @@ class TrainingStep:
         bias: bool,
         weight: float | Tensor,
         bounds: list[int] | None,
+        width: int | None,
     ) -> StepOutput:
         from kronsae_kernels.triton_impl import operations
 
@@ -243,19 +259,27 @@ class TrainingStep:
         x = x.to(self.dtype).contiguous()
         low = self._low_precision()
         w_enc, b_enc = low["w_enc"], self.weights["b_enc"].to(self.dtype)
+        candidates = k if width is None else width
         if self.m is None:
-            indices, base = operations.dense_encode(x, w_enc, b_enc, mask, k)
+            indices, base = operations.dense_encode(x, w_enc, b_enc, mask, candidates)
             extension = base
         else:
             indices, base, extension = operations.encode(
-                x, w_enc, b_enc, mask, self.m, k, self.composition
+                x, w_enc, b_enc, mask, self.m, candidates, self.composition
             )
         composition = "dense" if self.m is None else self.composition
+        if width is not None:
+            operations.keep_largest(
+                indices, base, extension, k * len(x), composition, self.eps, self._threshold,
+                self.dict_size, self.missed[0],
+            )  # fmt: skip
         table, b_dec = low["w_dec"], self.weights["b_dec"] if bias else None
         scale = weight * (2 / target.numel())
         given_codes = target, indices, base, extension, table, b_dec, composition, self.eps, scale
         if bounds is None:
-            found = operations.decode_and_loss(*given_codes, one_gather=k <= MAX_FUSED_CODES)
+            found = operations.decode_and_loss(
+                *given_codes, one_gather=candidates <= MAX_FUSED_CODES
+            )
             row, d_rows = None, found.residual
             d_x_hat = residual = found.residual
         else:
@@ -295,18 +319,23 @@ class TrainingStep:
         max_norm: gradients are scaled down to this norm. It must be known before the first weight
             changes, so all sums are made twice.
         If anything accumulated is not finite, or the mean squared error so large that its square is
-        not, nothing changes but `skips`, and the norm is NaN.
+        not, nothing changes but `skips`, and the norm is NaN; if candidates were too few, nothing
+        but `missed`.
         Raises RuntimeError if nothing was accumulated.
         """
         if not self._parts:
             raise RuntimeError("apply: nothing was accumulated since the last step")
         with torch.no_grad():
             norm = self._apply(lr, max_norm)
-        self.forget()
+        self._clear()
         return norm
 
     def forget(self) -> None:
         """Drop what was accumulated."""
+        self.missed[0].zero_()
+        self._clear()
+
+    def _clear(self) -> None:
         self._parts.clear()
         self._b_dec_gradient = self._sums = None
 
@@ -393,7 +422,9 @@ class TrainingStep:
             if self.silent is not None and part.codes is not None:
                 operations.note_active(part.codes, self.silent, hyper, tokens, self._threshold)
         given = self._parts[0].given
-        return operations.finish_update(square, self.skips, given, hyper, self.silent, tokens)
+        return operations.finish_update(
+            square, self.skips, self.missed, given, hyper, self.silent, tokens
+        )
 
     def refresh(self) -> None:
         """Make the low-precision copies of the weights anew, after others changed the weights."""
@@ -409,7 +440,9 @@ class TrainingStep:
             lr = self._lr.fill_(lr)
         size = sum(len(part.x) for part in self._parts) * self.d_target
         steps = [self.state[name]["step"] for name in NAMES]
-        operations.prepare_update(self._sums, size, lr, self._betas, self._hyper, steps)
+        operations.prepare_update(
+            self._sums, self.missed, size, lr, self._betas, self._hyper, steps
+        )
         return self._hyper
 
     def _of(self, name: str) -> tuple[Tensor, Tensor, Tensor]:

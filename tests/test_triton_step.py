@@ -301,6 +301,64 @@ def test_nested_prefixes_in_bfloat16_are_as_close_as_autocast():
     assert 0 < distances[0] <= 2 * distances[1], distances
 
 
+@pytest.mark.parametrize("number", range(12))
+def test_largest_of_a_batch(number):
+    """With ties, against a stable sort of all values; nothing that is not active is kept."""
+    from kronsae_kernels.triton_impl import operations
+
+    generator = torch.Generator().manual_seed(number)
+    tokens, width = 1 + number % 4, 1 + 5 * (number % 3)
+    count = 1 + number * 7 % (tokens * width)
+    composition = ("mand", "mul", "dense")[number % 3]
+    base, extension = (
+        torch.randint(-1, 3, (tokens, width), generator=generator).float() for _ in range(2)
+    )
+    if composition == "mand":
+        base, extension = base.relu(), extension.relu()
+    eps = 0.25 if composition == "mand" else 0.0
+    values = base if composition == "dense" else base * extension
+    values, order = values.sort(dim=1, descending=True, stable=True)
+    base, extension = base.gather(1, order), extension.gather(1, order)
+    if composition == "mand":
+        values = torch.where(values == 0, eps, values + eps).sqrt()
+    indices = torch.randint(40, (tokens, width), generator=generator)
+    first = values.flatten().sort(descending=True, stable=True).indices[:count]
+    keep = torch.zeros(tokens * width, dtype=torch.bool).index_fill_(0, first, True)
+    keep = keep.view(tokens, width) & (values > eps**0.5)
+    expected, narrow = indices.where(keep, -1), torch.zeros((), device=DEVICE)
+    got, base, extension = (t.to(DEVICE) for t in (indices.clone(), base, extension))
+    operations.keep_largest(
+        got, base, extension, count, composition, eps, eps**0.5, width + number % 2, narrow
+    )
+    assert torch.equal(got.cpu(), expected)
+    assert float(narrow) == float(number % 2 == 1 and keep[:, -1].any())
+
+
+def test_no_step_is_made_with_too_few_candidates():
+    """Nor after that, until somebody says so; batches given again train as they would have."""
+    weights = new_weights(False)
+    step, other = make(copy_of(weights)), make(copy_of(weights))
+    size, xs = HEADS * M * N, batches(3)
+    for x in xs:
+        step.accumulate(x, width=K)
+        assert step.apply(1e-2).isnan()
+    assert step.missed.tolist() == [0, 3] and step.skips.tolist() == [0] * 4
+    for name, weight in weights.items():
+        assert torch.equal(step.weights[name], weight), name
+    step.accumulate(xs[0], width=K)
+    step.forget()
+    step.missed.zero_()
+    for x in xs:
+        out = step.accumulate(x, width=size)
+        assert int((out.codes.indices >= 0).sum()) == K * B
+        assert step.apply(1e-2).isfinite()
+        other.accumulate(x, width=size)
+        other.apply(1e-2)
+    assert not step.missed.any()
+    for name, weight in other.weights.items():
+        assert torch.equal(step.weights[name], weight), name
+
+
 def drawn_codes(number: int) -> dict[str, Any]:
     """Arguments of `operations.decode_and_loss`, all drawn: odd sizes, no token, missing places."""
     chance, generator = random.Random(number), torch.Generator().manual_seed(number)
@@ -663,6 +721,8 @@ def test_errors_of_the_constructor(weights, settings, words):
         ({"x": torch.zeros(3, D), "target": torch.zeros(2, D)}, ["target", "[2, 12]"]),
         ({"x": torch.zeros(3, D), "mask": torch.ones(5, dtype=torch.bool)}, ["mask", "24", "5"]),
         ({"x": torch.zeros(3, D), "k": 25}, ["k:", "24", "25"]),
+        ({"x": torch.zeros(3, D), "width": 2}, ["width", "k = 3 to F = 24", "2"]),
+        ({"x": torch.zeros(3, D), "width": 4, "mask": torch.ones(24).bool()}, ["mask", "width"]),
         ({"x": torch.zeros(3, D), "bounds": []}, ["bounds", "ascending", "[]"]),
         ({"x": torch.zeros(3, D), "bounds": [5, 23]}, ["bounds", "F = 24", "[5, 23]"]),
     ],

@@ -14,7 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kronsae_kernels import reference, torch_impl
 from kronsae_kernels.common import SparseCodes
-from kronsae_kernels.triton_impl import backward, counters, gemm, nested, select
+from kronsae_kernels.triton_impl import backward, batch, counters, gemm, nested, select
 from kronsae_kernels.triton_impl import decode as decode_kernels
 from kronsae_kernels.triton_impl import threshold as threshold_kernels
 from kronsae_kernels.triton_impl.configs import Config, config_of
@@ -613,6 +613,56 @@ def _name_latents(indices: Tensor, heads: Tensor, latents: int) -> None:
     )
 
 
+def keep_largest(
+    indices: Tensor,
+    base: Tensor,
+    extension: Tensor,
+    count: int,
+    composition: str,
+    eps: float,
+    silent: float,
+    size: int,
+    narrow: Tensor,
+) -> None:
+    """Keep `count` of the candidates [B, w], the largest: the index of others becomes -1.
+
+    Of equal values the earlier token's are kept, within a token the first. Values of `silent` or
+    less are never kept. composition: as of `decode_and_loss`.  size: latents that there are.
+    narrow: float32 scalar, set to 1 where a token has kept all of its w < size candidates.
+    """
+    values = base
+    if composition != "dense":
+        values = torch.empty_like(base)
+        config = configure("code_values", base.device)
+        launch(
+            batch.code_values,
+            (-(-base.numel() // config.blocks["ENTRIES"]),),
+            config,
+            base=base,
+            extension=extension,
+            values=values,
+            size=base.numel(),
+            eps=eps,
+            ROOT=composition == "mand",
+        )
+    ranked, order = values.flatten().sort(descending=True, stable=True)
+    config = configure("keep_first", base.device)
+    launch(
+        batch.keep_first,
+        (-(-base.numel() // config.blocks["ENTRIES"]),),
+        config,
+        ranked=ranked,
+        order=order,
+        indices=indices,
+        narrow=narrow,
+        count=count,
+        size=base.numel(),
+        width=indices.shape[1],
+        silent=silent,
+        WHOLE=indices.shape[1] == size,
+    )
+
+
 # Gathers
 
 
@@ -1119,7 +1169,13 @@ def update_vector(gradient: Tensor, weight: Updated, hyper: Tensor) -> None:
 
 
 def prepare_update(
-    sums: Tensor, size: int, lr: Tensor, betas: Tensor, hyper: Tensor, steps: Sequence[Tensor]
+    sums: Tensor,
+    missed: Tensor,
+    size: int,
+    lr: Tensor,
+    betas: Tensor,
+    hyper: Tensor,
+    steps: Sequence[Tensor],
 ) -> None:
     """Fill hyper [2, 10] for the next AdamW step, and count it: `counters.prepare_update`.
 
@@ -1131,6 +1187,7 @@ def prepare_update(
         (1,),
         configure("prepare_update", hyper.device),
         sums=sums,
+        missed=missed,
         size=size,
         lr=lr,
         betas=betas,
@@ -1163,7 +1220,13 @@ def note_active(
 
 
 def finish_update(
-    square: Tensor, skips: Tensor, x: Tensor, hyper: Tensor, silent: Tensor | None, tokens: int
+    square: Tensor,
+    skips: Tensor,
+    missed: Tensor,
+    x: Tensor,
+    hyper: Tensor,
+    silent: Tensor | None,
+    tokens: int,
 ) -> Tensor:
     """The norm of a step's gradient (scalar), and its counters: `counters.finish_update`."""
     config, norm = configure("finish_update", x.device), torch.empty_like(square)
@@ -1175,6 +1238,7 @@ def finish_update(
         square=square,
         norm=norm,
         skips=skips,
+        missed=missed,
         x=x,
         silent=silent,
         hyper=hyper,
