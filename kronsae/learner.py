@@ -128,6 +128,11 @@ def why_not_fused(
         return f"{heads} ranks select latents and reconstruct together, and it does so alone"
     if config.fused_step == "auto" and device.type == "cpu":
         return "it is made of kernels for a GPU"
+    if sae.selection == "jumprelu":
+        return (
+            "selection is 'jumprelu': its thresholds are weights too, and no kernel sums up their "
+            "gradient, to which latents below them belong"
+        )
     kinds = {
         "selection": ("topk", "batchtopk"),
         "objective": ("plain", "matryoshka"),

@@ -187,6 +187,11 @@ def test_not_finite_activations_leave_the_weights_as_they_were():
         assert torch.equal(parameter, before[name]), name
 
 
+def test_jumprelu_trains_by_autograd():
+    config = replace(KRON, selection="jumprelu")
+    assert "thresholds are weights" in why_not_fused(config, TrainConfig(fused_step="on"), DEVICE)
+
+
 def test_prefixes_that_no_program_holds_train_by_autograd():
     many = SAEConfig(
         d_model=8, encoder="dense", dict_size=2**33, k=1, objective="matryoshka", matryoshka_first=1
