@@ -252,8 +252,11 @@ KERNELS: dict[str, tuple[Callable[[Data], Results], list[Changes]]] = {
 NOT_TUNED = (
     "group_codes",
     "nested_sums",
+    "nested_errors",
     "suffix_sums",
     "nested_dots",
+    "code_values",
+    "keep_first",
     "prepare_update",
     "note_active",
     "finish_update",

@@ -366,6 +366,7 @@ class _Member:
     def sae(self, stream: Stream) -> SAE:
         """The SAE as it stands, of raw activations."""
         of_target = stream.target_normalizer
+        self.learner.confirm()
         return self.learner.sae.folded(
             stream.normalizer.mean,
             stream.normalizer.scale,

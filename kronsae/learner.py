@@ -19,6 +19,7 @@ from kronsae.objectives import (
 )
 from kronsae.parallel import ALONE, Mesh
 from kronsae.sae import HELD, SAE
+from kronsae.selection import CANDIDATES
 from kronsae_kernels import SparseCodes
 from kronsae_kernels import step as fused
 
@@ -26,6 +27,13 @@ ADAM_BETA1 = 0.9
 
 SKIPS = 8
 """Steps in a row whose gradient is not finite before an SAE counts as diverged."""
+
+UNCONFIRMED = 16
+"""Batches of BatchTopK that the fused step keeps at most before it asks the device whether any had
+too few candidates: it must be able to make their steps again."""
+MOST_CANDIDATES = 8
+"""So many times k latents of a token are candidates in every step at most; more in those steps
+alone that need them."""
 
 GRAPHS = 2
 """Kinds of a step that are CUDA graphs: with and without the auxiliary loss."""
@@ -120,10 +128,24 @@ def why_not_fused(
         return f"{heads} ranks select latents and reconstruct together, and it does so alone"
     if config.fused_step == "auto" and device.type == "cpu":
         return "it is made of kernels for a GPU"
-    kinds = {"selection": "topk", "objective": "plain", "experts": 0, "skip": False}
-    for name, kind in kinds.items():
-        if getattr(sae, name) != kind:
-            return f"{name} is {getattr(sae, name)!r}, it knows {kind!r} alone"
+    if sae.selection == "jumprelu":
+        return (
+            "selection is 'jumprelu': its thresholds are weights too, and no kernel sums up their "
+            "gradient, to which latents below them belong"
+        )
+    kinds = {
+        "selection": ("topk", "batchtopk"),
+        "objective": ("plain", "matryoshka"),
+        "experts": (0,),
+        "skip": (False,),
+    }
+    for name, known in kinds.items():
+        if getattr(sae, name) not in known:
+            kinds_known = " and ".join(map(repr, known))
+            return f"{name} is {getattr(sae, name)!r}, it knows {kinds_known} alone"
+    prefixes = len(sae.prefixes) if sae.objective == "matryoshka" else 0
+    if prefixes > fused.MAX_PREFIXES:
+        return f"{prefixes} prefixes are too many for one program (at most {fused.MAX_PREFIXES})"
     width = max(sae.d_model, sae.d_out)
     return fused.why_not(device, width, compute_dtype(config.dtype, device))
 
@@ -159,6 +181,8 @@ class _Made(NamedTuple):
     """None where it was not computed."""
     codes: SparseCodes
     grad_norm: Tensor
+    objective: Tensor | None
+    """What is minimised, apart from auxk_loss; None where that is mse."""
 
 
 class _Dying(NamedTuple):
@@ -181,6 +205,9 @@ class Learner:
     both change the same weights and moments, and give the same but for rounding. The fused step
     asks nothing of the device but in a `step` that logs; on a GPU it is a CUDA graph that is
     replayed, as long as batches have the size of the first (`graph_problem`: why it is not).
+    With BatchTopK a token may turn out to have too few candidates: the device then makes no step
+    from there on, and the learner makes those steps again, in order, when it next asks: in a `step`
+    that logs, in `settle` and `confirm`, or after UNCONFIRMED steps.
     A transcoder also gets its target [B, d_target], normalised.
     mesh: of processes that train it together. Each gets the whole batch, and learns from its part;
         weights, moments and counters are those of the heads that it holds.
@@ -246,6 +273,12 @@ class Learner:
         self.batch = 0  # tokens of the first batch: the schedule's step
         self.skipped = 0  # steps in a row, the last ones, that a gradient made impossible
         self._left_out: Skipped | None = None  # of the fused step, not yet given out
+        # Of BatchTopK: candidates a token (None for other selections), and the arguments of the
+        # last steps, which the device may not have made.
+        self._width: int | None = None
+        if self.fused is not None and sae_config.selection == "batchtopk":
+            self._width = min(CANDIDATES * sae_config.k, sae_config.dict_size)
+        self._kept: list[tuple[Tensor, float, Tensor | None, int]] = []
         # No latent is dead before so many tokens: until then the fused step looks for none.
         self.quiet_until = config.dead_after
 
@@ -323,11 +356,40 @@ class Learner:
         """
         if self.fused is None:
             return None
+        self.confirm()
         longest = self._note_skips(self.fused.skips.tolist())
         found, self._left_out = self._left_out, None
         if longest >= SKIPS:
             raise FloatingPointError(_diverged(found.reason))
         return found
+
+    def confirm(self) -> None:
+        """See to it that the device has made all steps; waits for it, if it may not have."""
+        if self._kept:
+            missed = int(self.fused.missed[1])
+            if missed:
+                self._make_again(missed)
+            self._kept.clear()
+
+    def _make_again(self, missed: int) -> tuple["_Made", Tensor]:
+        """The last steps, which were not made: each with as many candidates as it needs.
+
+        Gives what the last of them did, and how many latents were dead before it. How many
+        candidates a step has depends on the steps before it alone, not on when the device is asked.
+        """
+        for x, lr, target, reviving in self._kept[-missed:]:
+            dead, width = self.dead.sum(), self._width
+            while True:
+                self.fused.missed.zero_()
+                made = self._once(x, lr, target, reviving=reviving, width=width)
+                if not int(self.fused.missed[1]):
+                    break
+                width = min(2 * width, self.sae.dict_size)
+            if width > self._width:
+                most = max(self._width, MOST_CANDIDATES * self.sae.config.k)
+                self._width = min(2 * self._width, most, self.sae.dict_size)
+                self._graphs.clear()
+        return made, dead
 
     def _note_skips(self, skips: list[float]) -> int:
         """Take over what the device counted; returns the most in a row since the last time."""
@@ -421,7 +483,13 @@ class Learner:
         made = self._run(x, target, lr, reviving)
         self.step_count += 1
         self.tokens += x.shape[0]
-        return self._read(x if target is None else target, lr, made, dead) if log else None
+        if self._width is not None:
+            self._kept.append((x, lr, target, reviving))
+        if log:
+            return self._read(x if target is None else target, lr, made, dead)
+        if len(self._kept) == UNCONFIRMED:
+            self.confirm()
+        return None
 
     def _read(
         self, target: Tensor, lr: float, made: _Made, dead: Tensor
@@ -430,9 +498,14 @@ class Learner:
         silent = self.tokens_since_fired.max()
         active = self.sae.fired(made.codes).sum().double() / target.shape[0]
         aux = torch.zeros_like(made.mse) if made.auxk_loss is None else made.auxk_loss
-        numbers = [made.mse, aux, spread_of(target), active, dead, made.grad_norm, silent]
-        numbers = torch.cat([torch.stack([n.double() for n in numbers]), self.fused.skips.double()])
-        *numbers, silent, in_a_row, longest, count, largest = numbers.tolist()
+        whole = made.mse if made.objective is None else made.objective
+        numbers = [made.mse, aux, spread_of(target), active, dead, made.grad_norm, whole, silent]
+        counters = [self.fused.skips.double(), self.fused.missed[1:].double()]
+        numbers = torch.cat([torch.stack([n.double() for n in numbers]), *counters])
+        *numbers, whole, silent, in_a_row, longest, count, largest, missed = numbers.tolist()
+        if missed:
+            return self._read(target, lr, *self._make_again(int(missed)))
+        self._kept.clear()
         self.quiet_until = self.tokens + self.config.dead_after - int(silent)
         longest = self._note_skips([in_a_row, longest, count, largest])
         skipped = self._left_out
@@ -441,23 +514,24 @@ class Learner:
         if self.skipped:
             self._left_out = None
             return skipped
-        return self._metrics(*numbers, lr)
+        metrics = self._metrics(*numbers, lr)
+        return metrics if made.objective is None else metrics | {"objective": whole}
 
     def _run(self, x: Tensor, target: Tensor | None, lr: float, reviving: int) -> _Made:
         """A fused step, as a graph if there can be one. reviving: tokens of the auxiliary loss."""
         if self.config.cuda_graph == "off" or fused.why_not_graphed(self.device) is not None:
-            return self._once(x, lr, target, reviving=reviving)
+            return self._once(x, lr, target, reviving=reviving, width=self._width)
         graph = self._graphs.get(reviving)
         if graph is None and len(self._graphs) < GRAPHS:
             # Only one of them runs at a time, so they can use the same memory.
             pools = [other.pool for other in self._graphs.values()]
             graph = self._graphs[reviving] = fused.GraphedStep(
                 self.fused,
-                once=functools.partial(self._once, reviving=reviving),
+                once=functools.partial(self._once, reviving=reviving, width=self._width),
                 pool=next(filter(None, pools), None),
             )
         if graph is None or not graph.fits(x, target):  # the last batch of a run, say
-            return self._once(x, lr, target, reviving=reviving)
+            return self._once(x, lr, target, reviving=reviving, width=self._width)
         return graph(x, lr, target)
 
     @property
@@ -467,16 +541,23 @@ class Learner:
         return next(filter(None, problems), None)
 
     def _once(
-        self, x: Tensor, lr: float | Tensor, target: Tensor | None = None, *, reviving: int
+        self,
+        x: Tensor,
+        lr: float | Tensor,
+        target: Tensor | None = None,
+        *,
+        reviving: int,
+        width: int | None,
     ) -> _Made:
-        """Kernels of a step. The auxiliary loss is a second pass of it, on the first tokens.
+        """Kernels of a step, with `width` candidates a token (BatchTopK).
 
-        Among the dead latents, whose target is what the first pass leaves over: as
-        `objectives.auxk_loss`, but that where there are fewer dead ones than `auxk`, the missing
-        ones are zeros.
+        The auxiliary loss is a second pass of it, on the first tokens, among the dead latents,
+        whose target is what the first pass leaves over: as `objectives.auxk_loss`, but that where
+        there are fewer dead ones than `auxk`, the missing ones are zeros.
         """
-        config = self.config
-        out, aux = self.fused.accumulate(x, target=target), None
+        sae, config = self.sae.config, self.config
+        bounds = sae.prefixes if sae.objective == "matryoshka" else None
+        out, aux = self.fused.accumulate(x, target=target, bounds=bounds, width=width), None
         if reviving:
             dead = self.dead
             left_over = -out.residual[:reviving].float()
@@ -486,14 +567,19 @@ class Learner:
             of_dead = self.fused.accumulate(
                 x[:reviving],
                 target=left_over,
-                k=min(self.auxk, self.sae.dict_size),
+                k=min(self.auxk, sae.dict_size),
                 mask=dead,
                 bias=False,
                 weight=weight,
             )
             aux = of_dead.loss * weight / config.auxk_coefficient
         norm = self.fused.apply(lr, max_norm=config.max_grad_norm or None)
-        return _Made(out.loss, aux, out.codes, norm)
+        if width is not None:  # without a step there is nothing that it has selected
+            values, indices = out.codes
+            codes = SparseCodes(values.masked_fill(norm.isnan(), 0), indices)
+            self.sae.selection.update(self.sae, codes)
+        objective = None if bounds is None else out.loss
+        return _Made(out.mse, aux, out.codes, norm, objective)
 
     def _finite(self, norm: Tensor) -> float:
         grad_norm = norm.item()
@@ -504,6 +590,7 @@ class Learner:
     def state_dict(self) -> dict[str, Any]:
         """Weights, moments and counters: tensors and JSON values."""
         if self.fused is not None:
+            self.confirm()
             self._note_skips(self.fused.skips.tolist())
         named = dict(self.sae.named_parameters())
         return {
@@ -516,6 +603,7 @@ class Learner:
             "tokens": self.tokens,
             "skipped": self.skipped,
             "quiet_until": self.quiet_until,
+            "width": self._width,
             "tokens_since_fired": self.tokens_since_fired,
         }
 
@@ -531,7 +619,11 @@ class Learner:
         self.skipped = state.get("skipped", 0)  # which older checkpoints lack
         self.quiet_until = state.get("quiet_until", self.config.dead_after)
         self.tokens_since_fired.copy_(state["tokens_since_fired"])
+        self._kept.clear()
+        if self._width is not None and state.get("width") is not None:
+            self._width = state["width"]
         if self.fused is not None:
+            self.fused.missed.zero_()
             self.fused.skips.zero_()
             self.fused.skips[0] = self.skipped
 

@@ -26,7 +26,7 @@ from kronsae.data.rows import KEPT
 from kronsae.errors import InputError
 from kronsae.evaluate import BATCH_TOKENS, CONTEXTS_AT_ONCE
 from kronsae.fit import resolve_device
-from kronsae.learner import compute_dtype, why_not_fused
+from kronsae.learner import UNCONFIRMED, compute_dtype, why_not_fused
 from kronsae.objectives import auxk_latents, auxk_tokens
 from kronsae.stream import NORMALIZER_TOKENS
 from kronsae_kernels import backends
@@ -172,6 +172,8 @@ def _member(
         codes += 12 * sae.dict_size * _chunk_tokens(columns, batch, dtype, device)
     if sae.objective == "matryoshka":  # and their gradients, and the suffix sums of these
         codes += 3 * 4 * batch * len(sae.prefixes) * sae.d_out
+    if sae.selection == "batchtopk" and reason is None:  # batches, until their steps are made
+        codes += 4 * batch * (d + sae.d_target) * min(UNCONFIRMED, train.log_every)
     # The fused step writes no gradients, but keeps the matrices in the compute dtype.
     copies = dtype.itemsize * own if reason is None and dtype != torch.float32 else 0
     gradients = 4 * own if reason is not None else 0

@@ -31,13 +31,8 @@ def nested_decode(
     """
     values, indices = codes
     check_decode(values, indices, w_dec, b_dec)
-    size, bounds = w_dec.shape[0], list(bounds)
-    require(
-        bool(bounds)
-        and all(isinstance(bound, int) and 1 <= bound <= size for bound in bounds)
-        and all(a < b for a, b in zip(bounds, bounds[1:], strict=False)),
-        f"bounds: expected ascending integers in [1, F] = [1, {size}], got {bounds}",
-    )
+    bounds = list(bounds)
+    check_bounds(bounds, w_dec.shape[0])
     name = backends.choose(impl, w_dec.device, w_dec.dtype)
     if name == "reference":
         return reference.nested_decode(values, indices, bounds, w_dec=w_dec, b_dec=b_dec)
@@ -46,6 +41,15 @@ def nested_decode(
         values.reshape(shape), indices.reshape(shape), w_dec, b_dec, bounds, name
     )
     return out.view(*values.shape[:-1], *out.shape[1:])
+
+
+def check_bounds(bounds: list[int], size: int) -> None:
+    require(
+        bool(bounds)
+        and all(isinstance(bound, int) and 1 <= bound <= size for bound in bounds)
+        and all(a < b for a, b in zip(bounds, bounds[1:], strict=False)),
+        f"bounds: expected ascending integers in [1, F] = [1, {size}], got {bounds}",
+    )
 
 
 @torch.library.custom_op("kronsae::nested_decode", mutates_args=())

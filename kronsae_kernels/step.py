@@ -11,7 +11,7 @@ a run can go from one to the other at any step. Needs Triton kernels: `why_not` 
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -30,11 +30,14 @@ from kronsae_kernels.common import (
     require,
     shape_of,
 )
+from kronsae_kernels.nested import check_bounds
 
 MAX_WIDTH = 8192
 """d at most, of x and of the target: a program holds a row and both its moments in registers."""
 MAX_FUSED_CODES = 128
 """k at most for one gather in decoder and backward; above, rows are gathered twice."""
+MAX_PREFIXES = 32
+"""Nested prefixes at most: a program holds the errors of all of them in registers."""
 NAMES = ("w_enc", "b_enc", "w_dec", "b_dec")
 MOMENTS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 """Dtypes of the moments of w_enc and w_dec; those of biases are float32."""
@@ -57,11 +60,15 @@ class StepOutput(NamedTuple):
     """What one forward and backward pass gives."""
 
     loss: Tensor
-    """Mean squared error over tokens and dimensions, not weighted (float32 scalar)."""
+    """Mean squared error over tokens and dimensions, not weighted (float32 scalar); with nested
+    prefixes the sum of theirs."""
     codes: SparseCodes
-    """[B, k] values and indices, largest first (-1 in places that a mask leaves over)."""
+    """[B, k] values and indices, largest first (-1 in places that a mask leaves over); of a
+    selection over the batch [B, width]."""
     residual: Tensor
     """[B, d_target] reconstruction minus target, in the compute dtype."""
+    mse: Tensor
+    """Mean squared error of the whole reconstruction (float32 scalar)."""
 
 
 class _Part(NamedTuple):
@@ -72,7 +79,10 @@ class _Part(NamedTuple):
     codes: SparseCodes | None
     """None if they are among a mask."""
     x: Tensor
-    residual: Tensor
+    d_rows: Tensor
+    """[R, d_target]: the gradient of a decoder row is a sum of these, times values of codes."""
+    row: Tensor | None
+    """[B, k] int32: which one, for each code; None: that of the code's token (R = B)."""
     indices: Tensor
     values: Tensor  # times the loss's scale, as all that follow
     along: Tensor
@@ -103,6 +113,10 @@ class TrainingStep:
     silent: int64 [F], tokens since each latent was active: `apply` keeps count, of what passes
         without a mask select. None: nobody counts.
 
+    missed: float32 [2] on the device, of selections over the batch (see `accumulate`): whether what
+        is accumulated had too few candidates, and how many calls of `apply` made no step since that
+        first was so. Until somebody sets both to 0, no call makes one: the batches of the last
+        calls can be given again in their order, with a larger `width`.
     skips: float32 [4] on the device, of calls of `apply` that made no step as something was not
         finite: how many in a row, up to now; the most in a row; all of them; the largest magnitude
         in x at the first. Whoever reads the last three may set them to 0.
@@ -157,6 +171,7 @@ class TrainingStep:
         check_shape("silent", silent, (self.dict_size,), "[F]")
         check_same("device", silent=silent, w_dec=w_dec)
         self.silent, self.skips = silent, torch.zeros(4, device=self.device)
+        self.missed = torch.zeros(2, device=self.device)
         # Values above it in magnitude are those of active latents.
         self._threshold = eps**0.5 if m is not None and composition == "mand" else 0.0
         # Rows: with weight decay, and without; columns as in `triton_impl.device`. The zeros are
@@ -182,6 +197,8 @@ class TrainingStep:
         mask: Tensor | None = None,
         bias: bool = True,
         weight: float | Tensor = 1.0,
+        bounds: Sequence[int] | None = None,
+        width: int | None = None,
     ) -> StepOutput:
         """Forward and backward of weight * mean((decode(encode(x)) - target)^2); no weight changes.
 
@@ -189,6 +206,13 @@ class TrainingStep:
         mask: bool [F], which latents may be selected. Where it allows fewer than k, the places left
             over have index -1 and value 0 and take no part, here and in `apply`: k can stay the
             same however many are allowed.  bias: whether b_dec takes part.
+        bounds: of nested prefixes, as of `nested_decode`, the last of them F: what is decoded from
+            the latents of each prefix has an error, and the sum of all errors is the loss.
+        width: for a selection over the batch (BatchTopK): of all active latents the k B largest, of
+            equal ones the earlier token's, looked for among the `width` >= k largest of each token.
+            Codes are [B, width], and places of others have index -1 and value 0. Where a token
+            keeps all `width`, more might be among the largest: `apply` then makes no step, and
+            `missed` says so.
         Raises ValueError if shapes do not fit.
         """
         k = self.k if k is None else k
@@ -204,8 +228,19 @@ class TrainingStep:
         check_shape("target", target, (x.shape[0], self.d_target), "[B, d_target]")
         check_shape("mask", mask, (self.dict_size,), "[F]")
         check_same("device", x=x, target=target, mask=mask, w_dec=self.weights["w_dec"])
+        if width is not None:
+            check_count("width", width, k, self.dict_size, f"k = {k} to F = {self.dict_size}")
+            require(mask is None, "mask: a selection over the batch (width) has none")
+        if bounds is not None:
+            bounds = list(bounds)
+            check_bounds(bounds, self.dict_size)
+            require(
+                bounds[-1] == self.dict_size and len(bounds) <= MAX_PREFIXES,
+                f"bounds: expected at most {MAX_PREFIXES}, the last of them F = {self.dict_size}, "
+                f"got {bounds}",
+            )
         with torch.no_grad():
-            return self._accumulate(x, target, k, mask, bias, weight)
+            return self._accumulate(x, target, k, mask, bias, weight, bounds, width)
 
     def _accumulate(
         self,
@@ -215,6 +250,8 @@ class TrainingStep:
         mask: Tensor | None,
         bias: bool,
         weight: float | Tensor,
+        bounds: list[int] | None,
+        width: int | None,
     ) -> StepOutput:
         from kronsae_kernels.triton_impl import operations
 
@@ -222,33 +259,48 @@ class TrainingStep:
         x = x.to(self.dtype).contiguous()
         low = self._low_precision()
         w_enc, b_enc = low["w_enc"], self.weights["b_enc"].to(self.dtype)
+        candidates = k if width is None else width
         if self.m is None:
-            indices, base = operations.dense_encode(x, w_enc, b_enc, mask, k)
+            indices, base = operations.dense_encode(x, w_enc, b_enc, mask, candidates)
             extension = base
         else:
             indices, base, extension = operations.encode(
-                x, w_enc, b_enc, mask, self.m, k, self.composition
+                x, w_enc, b_enc, mask, self.m, candidates, self.composition
             )
         composition = "dense" if self.m is None else self.composition
+        if width is not None:
+            operations.keep_largest(
+                indices, base, extension, k * len(x), composition, self.eps, self._threshold,
+                self.dict_size, self.missed[0],
+            )  # fmt: skip
         table, b_dec = low["w_dec"], self.weights["b_dec"] if bias else None
         scale = weight * (2 / target.numel())
-        found = operations.decode_and_loss(
-            target, indices, base, extension, table, b_dec, composition, self.eps, scale,
-            one_gather=k <= MAX_FUSED_CODES,
-        )  # fmt: skip
+        given_codes = target, indices, base, extension, table, b_dec, composition, self.eps, scale
+        if bounds is None:
+            found = operations.decode_and_loss(
+                *given_codes, one_gather=candidates <= MAX_FUSED_CODES
+            )
+            row, d_rows = None, found.residual
+            d_x_hat = residual = found.residual
+        else:
+            found, row = operations.nested_decode_and_loss(*given_codes, bounds)
+            # Of each prefix, all that follow are part: the first has what all of them get.
+            d_x_hat, residual = found.residual[:, 0], found.residual[:, -1]
+            d_rows = found.residual.flatten(0, 1)
         if bias:
-            of_bias = found.residual.sum(0, dtype=torch.float32) * scale
+            of_bias = d_x_hat.sum(0, dtype=torch.float32) * scale
             earlier = self._b_dec_gradient
             self._b_dec_gradient = of_bias if earlier is None else earlier + of_bias
         sums = found.sums.sum(1)
-        self._sums = sums if self._sums is None else self._sums + sums
+        self._sums = sums[:2] if self._sums is None else self._sums + sums[:2]
         codes = SparseCodes(found.values, indices)
         self._parts.append(
             _Part(
                 given,
                 codes if mask is None else None,
                 x,
-                found.residual,
+                d_rows,
+                row,
                 indices,
                 found.scaled,
                 found.along,
@@ -256,7 +308,9 @@ class TrainingStep:
                 found.d_extension,
             )
         )
-        return StepOutput(sums[0] / target.numel(), codes, found.residual)
+        loss = sums[0] / target.numel()
+        mse = loss if bounds is None else sums[2] / target.numel()
+        return StepOutput(loss, codes, residual, mse)
 
     def apply(self, lr: float | Tensor, *, max_norm: float | None = None) -> Tensor:
         """AdamW step from all that was accumulated; returns the gradient's norm (before clipping).
@@ -265,32 +319,40 @@ class TrainingStep:
         max_norm: gradients are scaled down to this norm. It must be known before the first weight
             changes, so all sums are made twice.
         If anything accumulated is not finite, or the mean squared error so large that its square is
-        not, nothing changes but `skips`, and the norm is NaN.
+        not, nothing changes but `skips`, and the norm is NaN; if candidates were too few, nothing
+        but `missed`.
         Raises RuntimeError if nothing was accumulated.
         """
         if not self._parts:
             raise RuntimeError("apply: nothing was accumulated since the last step")
         with torch.no_grad():
             norm = self._apply(lr, max_norm)
-        self.forget()
+        self._clear()
         return norm
 
     def forget(self) -> None:
         """Drop what was accumulated."""
+        self.missed[0].zero_()
+        self._clear()
+
+    def _clear(self) -> None:
         self._parts.clear()
         self._b_dec_gradient = self._sums = None
 
     def _apply(self, lr: float | Tensor, max_norm: float | None) -> Tensor:
         from kronsae_kernels.triton_impl import operations
 
-        x, residual = self._all("x"), self._all("residual")
+        x, d_rows = self._all("x"), self._all("d_rows")
         names = ["values", "along", "d_base", *(() if self.m is None else ("d_extension",))]
         entries = operations.Entries.of(
             self._all("indices"),
             self.dict_size,
             tuple(self._all(name) for name in names),
-            self._tokens(),
+            self._row_of_codes("x"),
         )
+        of_decoder = entries
+        if any(part.row is not None for part in self._parts):
+            of_decoder = entries.of_rows(self._row_of_codes("d_rows"))
         sorted_ = dict(zip(names, entries.coefficients, strict=True))
         hyper = self._prepared(lr)
         b_dec = self.weights["b_dec"]
@@ -302,10 +364,10 @@ class TrainingStep:
             squares = [gradient.square()]
             squares.append(
                 operations.update_rows(
-                    entries,
+                    of_decoder,
                     sorted_["values"],
                     sorted_["along"],
-                    residual,
+                    d_rows,
                     hyper,
                     mode,
                     self.unit_norm,
@@ -360,7 +422,9 @@ class TrainingStep:
             if self.silent is not None and part.codes is not None:
                 operations.note_active(part.codes, self.silent, hyper, tokens, self._threshold)
         given = self._parts[0].given
-        return operations.finish_update(square, self.skips, given, hyper, self.silent, tokens)
+        return operations.finish_update(
+            square, self.skips, self.missed, given, hyper, self.silent, tokens
+        )
 
     def refresh(self) -> None:
         """Make the low-precision copies of the weights anew, after others changed the weights."""
@@ -374,9 +438,11 @@ class TrainingStep:
 
         if not isinstance(lr, Tensor):
             lr = self._lr.fill_(lr)
-        size = sum(part.residual.numel() for part in self._parts)
+        size = sum(len(part.x) for part in self._parts) * self.d_target
         steps = [self.state[name]["step"] for name in NAMES]
-        operations.prepare_update(self._sums, size, lr, self._betas, self._hyper, steps)
+        operations.prepare_update(
+            self._sums, self.missed, size, lr, self._betas, self._hyper, steps
+        )
         return self._hyper
 
     def _of(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -387,23 +453,31 @@ class TrainingStep:
         return tuple(tensor.detach() for tensor in found)
 
     def _all(self, name: str) -> Tensor:
-        """A field of all parts: rows of x and of the residual, or what belongs to codes, flat."""
+        """A field of all parts: x or d_rows, or what belongs to codes, flat."""
         found = [getattr(part, name) for part in self._parts]
         if len(found) == 1:
             return found[0]
-        return torch.cat(found if name in ("x", "residual") else [f.flatten() for f in found])
+        return torch.cat(found if name in ("x", "d_rows") else [f.flatten() for f in found])
 
-    def _tokens(self) -> Tensor | None:
-        """Row of x that each code of several parts belongs to, int32; None for one part."""
-        if len(self._parts) == 1:
-            return None
-        start, tokens = 0, []
+    def _row_of_codes(self, name: str) -> Tensor | None:
+        """Row of `_all(name)` (x or d_rows) that each code belongs to, flat int32.
+
+        None for that of its token, in a single part.
+        """
+        start, rows = 0, []
         for part in self._parts:
-            count, k = part.indices.shape
-            of_part = torch.arange(start, start + count, dtype=torch.int32, device=self.device)
-            tokens.append(of_part[:, None].expand(-1, k).reshape(-1))
-            start += count
-        return torch.cat(tokens)
+            row = part.row if name == "d_rows" else None
+            if row is None and len(self._parts) == 1:
+                return None
+            if row is None:
+                count, k = part.indices.shape
+                row = torch.arange(start, start + count, dtype=torch.int32, device=self.device)
+                row = row[:, None].expand(-1, k)
+            elif start:
+                row = row + start
+            rows.append(row.flatten())
+            start += len(getattr(part, name))
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
 
     def _low_precision(self) -> dict[str, Tensor]:
         """w_enc and w_dec in the compute dtype: copies that `apply` keeps up to date."""

@@ -110,6 +110,8 @@ def step(
     *,
     composition: str = "mand",
     moments: str = "float32",
+    bounds: list[int] | None = None,
+    width: int | None = None,
     tokens: int = 8192,
 ) -> None:
     """The fused step of a Kron autoencoder, or (m None) of a dense one of heads * n latents.
@@ -125,7 +127,7 @@ def step(
         w_enc, b_enc, _meta(F32, size, d), _meta(F32, d), m=m, k=k, composition=composition,
         dtype=dtype, moments=moments,
     )  # fmt: skip
-    training.accumulate(_meta(dtype, tokens, d))
+    training.accumulate(_meta(dtype, tokens, d), bounds=bounds, width=width)
     training.apply(lr=1e-3, max_norm=1.0)
 
 
@@ -207,6 +209,10 @@ CASES: list[Case] = [
     case("aux_64k_2x4", auxiliary, 8192, 2, 4, 2304, 1152),
     case("aux_64k_4x4", auxiliary, 4096, 4, 4, 2304, 1152),
     case("aux_1m", auxiliary, 16384, 8, 8, 4096, 2048),
+    case("step_nested_64k", step, BF16, 8192, 2, 4, 2304, 50, bounds=[2**i for i in range(11, 17)]),
+    case("step_batch_64k", step, BF16, 8192, 2, 4, 2304, 50, width=100),
+    case("step_batch_wide", step, BF16, 8192, None, 8, 1536, 50, width=400),
+    case("step_nested_f32", step, F32, 4096, None, 8, 1536, 50, bounds=[2**i for i in range(16)]),
 ]
 
 # What a card allows, and what is expected of a kernel

@@ -9,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from kronsae import SAEConfig, TrainConfig
+from kronsae import learner as learners
 from kronsae.errors import InputError
 from kronsae.fit import fit
 from kronsae.learner import SKIPS, Learner, Normalizer, Skipped, why_not_fused
@@ -24,6 +25,15 @@ from tests.counted import FREE, counted
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 KRON = SAEConfig(d_model=12, heads=4, m=2, n=3, k=3)
 DENSE = SAEConfig(d_model=12, encoder="dense", dict_size=24, k=3)
+NESTED = replace(KRON, objective="matryoshka", matryoshka_first=6)
+BATCH = replace(KRON, selection="batchtopk")
+BATCHES = {
+    "kron": BATCH,
+    "dense": replace(DENSE, selection="batchtopk"),
+    "mul": replace(BATCH, composition="mul"),
+    "eps": replace(BATCH, eps=1e-2),
+    "nested": replace(NESTED, selection="batchtopk"),
+}
 TRANSCODERS = {
     name: replace(config, d_target=d_target)
     for name, config, d_target in (("kron", KRON, 7), ("dense", DENSE, 20))
@@ -46,12 +56,21 @@ def assert_same(one: Learner, other: Learner) -> None:
     for name, parameter in one.sae.named_parameters():
         expected = dict(other.sae.named_parameters())[name]
         torch.testing.assert_close(parameter, expected, rtol=1e-4, atol=1e-6, msg=name)
+    for name, buffer in one.sae.named_buffers():
+        expected = dict(other.sae.named_buffers())[name]
+        torch.testing.assert_close(buffer, expected, rtol=1e-4, atol=1e-6, msg=name)
 
 
 @pytest.mark.parametrize(
     "config, decoder_norm",
-    [(KRON, "unit"), (DENSE, "unit"), (KRON, "free")],
-    ids=["kron", "dense", "kron-free"],
+    [
+        (KRON, "unit"),
+        (DENSE, "unit"),
+        (KRON, "free"),
+        (NESTED, "unit"),
+        (replace(DENSE, objective="matryoshka", matryoshka_first=3), "free"),
+    ],
+    ids=["kron", "dense", "kron-free", "nested", "nested-dense-free"],
 )
 def test_fused_and_torch_steps_give_the_same_run(config, decoder_norm):
     """Metrics and weights, with the auxiliary loss, weight decay and clipping."""
@@ -64,6 +83,58 @@ def test_fused_and_torch_steps_give_the_same_run(config, decoder_norm):
     assert ours["auxk_loss"] > 0 and ours["dead_share"] > 0
     assert runs[0].fused is not None and runs[1].fused is None
     assert_same(*runs)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] * (n in ("mul", "eps"))) for n in BATCHES],
+)
+def test_batchtopk_gives_the_same_run(name, monkeypatch):
+    """Its threshold, too; and where the first candidates are too few, which is noticed later.
+
+    k candidates a token are too few in every step: all are made again. Other steps have enough.
+    """
+    monkeypatch.setattr(learners, "UNCONFIRMED", 2)
+    settings = {"dead_after_tokens": 8, "auxk": 4, "max_grad_norm": 0.5, "adam_beta2": 0.9}
+    theirs = learner(BATCHES[name], "off", **settings)
+    runs = []
+    for candidates in (1, 8):
+        monkeypatch.setattr(learners, "CANDIDATES", candidates)
+        runs.append(learner(BATCHES[name], "on", **settings))
+    for number, x in enumerate(batches(3)):
+        expected = theirs.step(x)
+        for run in runs:
+            figures = run.step(x, log=number == 2)
+            assert figures is None or figures == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    for run in runs:
+        assert run.fused is not None and not run.fused.missed.any()
+        assert_same(run, theirs)
+        assert torch.equal(run.tokens_since_fired, theirs.tokens_since_fired)
+        assert run.step_count == 3
+    assert runs[0]._width > 3 and runs[1]._width == 24
+
+
+def test_batches_with_too_few_candidates_are_made_again_wherever_somebody_looks(monkeypatch):
+    """Before a checkpoint, and one by one: the same bits. A spoiled batch is left out as ever."""
+    monkeypatch.setattr(learners, "CANDIDATES", 1)
+    often, seldom = learner(BATCH, "on"), learner(BATCH, "on")
+    xs = batches(3)
+    for x in (xs[0], spoiled(xs[1]), xs[1], xs[2]):
+        for run in (often, seldom):
+            run.step(x, log=False)
+        often.confirm()
+    assert int(seldom.fused.missed[1]) == 4
+    states = [run.state_dict() for run in (often, seldom)]
+    assert states[0]["width"] == states[1]["width"] > 3
+    for name, weight in states[0]["weights"].items():
+        assert torch.equal(weight, states[1]["weights"][name]), name
+    for run in (often, seldom):
+        assert run.settle().batches == 1 and run.step_count == 3 and run.skipped == 0
+    resumed = learner(BATCH, "on")
+    resumed.load_state_dict(states[1])
+    for run in (often, resumed):
+        run.step(xs[0])
+    assert torch.equal(resumed.sae.W_enc, often.sae.W_enc)
 
 
 def targets_of(xs: list[torch.Tensor], width: int) -> list[torch.Tensor]:
@@ -116,6 +187,18 @@ def test_not_finite_activations_leave_the_weights_as_they_were():
         assert torch.equal(parameter, before[name]), name
 
 
+def test_jumprelu_trains_by_autograd():
+    config = replace(KRON, selection="jumprelu")
+    assert "thresholds are weights" in why_not_fused(config, TrainConfig(fused_step="on"), DEVICE)
+
+
+def test_prefixes_that_no_program_holds_train_by_autograd():
+    many = SAEConfig(
+        d_model=8, encoder="dense", dict_size=2**33, k=1, objective="matryoshka", matryoshka_first=1
+    )
+    assert "34 prefixes" in why_not_fused(many, TrainConfig(fused_step="on"), DEVICE)
+
+
 def test_choice_of_the_step():
     assert "off" in why_not_fused(KRON, TrainConfig(fused_step="off"), DEVICE)
     auto = why_not_fused(KRON, TrainConfig(fused_step="auto"), DEVICE)
@@ -136,9 +219,16 @@ def spoiled(x: torch.Tensor, size: float = 1e30) -> torch.Tensor:
     return x
 
 
-@pytest.mark.parametrize("config", [KRON, DENSE], ids=["kron", "dense"])
-def test_a_step_is_few_operations_and_waits_for_nothing(config):
-    """Off log steps; where it logs, it waits once."""
+@pytest.mark.parametrize(
+    "config, operations_of, kernels_of",
+    [(KRON, 16, 12), (DENSE, 16, 12), (NESTED, 16, 15), (BATCH, 32, 14)],
+    ids=["kron", "dense", "nested", "batchtopk"],
+)
+def test_a_step_is_few_operations_and_waits_for_nothing(
+    config, operations_of, kernels_of, monkeypatch
+):
+    """Off log steps; where it logs, it waits once. Prefixes take four kernels for one."""
+    monkeypatch.setattr(learners, "CANDIDATES", 8)
     subject = learner(config, "on", dtype="bfloat16", dead_after_tokens=10**9)
     for log in (False, False, True):  # the first one makes copies of the weights
         (x,) = batches(1)
@@ -147,8 +237,8 @@ def test_a_step_is_few_operations_and_waits_for_nothing(config):
         assert len(counts.waits) == log, counts.waits
         if not log:
             quiet = counts
-    assert sum(quiet.operations.values()) <= 16, quiet.operations
-    assert len(quiet.kernels) <= 12, quiet.kernels
+    assert sum(quiet.operations.values()) <= operations_of, quiet.operations
+    assert len(quiet.kernels) <= kernels_of, quiet.kernels
 
 
 def test_a_step_with_dead_latents_waits_for_nothing_either():
@@ -302,16 +392,26 @@ def taped(monkeypatch):
 def tensors_of(subject: Learner) -> list[torch.Tensor]:
     states = [tensor for state in subject.fused.state.values() for tensor in state.values()]
     weights = [weight.detach() for weight in subject.fused.weights.values()]
-    counters = [subject.tokens_since_fired, subject.fused.skips]
+    counters = [subject.tokens_since_fired, subject.fused.skips, subject.fused.missed]
+    counters += list(subject.sae.buffers())
     return [*weights, *states, *counters, *subject.fused._copies.values()]
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="graphs are real here")
-def test_a_step_is_captured_and_replayed(taped, monkeypatch):
+@pytest.mark.parametrize(
+    "config",
+    [
+        pytest.param(KRON, id="plain"),
+        pytest.param(NESTED, id="nested", marks=pytest.mark.slow),
+        pytest.param(BATCH, id="batchtopk"),
+    ],
+)
+def test_a_step_is_captured_and_replayed(config, taped, monkeypatch):
     """Replays change the same tensors to the same bits; batches of another size are left out."""
+    monkeypatch.setattr(learners, "CANDIDATES", 8)  # of batchtopk: no step is made again
     monkeypatch.setattr(fused.GraphedStep, "WARMUP", 1)
     settings = {"dtype": "bfloat16", "dead_after_tokens": 24, "auxk": 4, "tokens": 1000}
-    runs = [learner(KRON, "on", **settings, cuda_graph=how) for how in ("auto", "off")]
+    runs = [learner(config, "on", **settings, cuda_graph=how) for how in ("auto", "off")]
     for number, x in enumerate(batches(8)):
         x = x[:5] if number == 2 else spoiled(x) if number == 6 else x
         Tape.held = tensors_of(runs[0])
@@ -363,7 +463,9 @@ def test_a_capture_that_fails_leaves_steps_as_they_are(taped, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("config", [KRON, DENSE], ids=["kron", "dense"])
+@pytest.mark.parametrize(
+    "config", [KRON, DENSE, NESTED, BATCH], ids=["kron", "dense", "nested", "batchtopk"]
+)
 def test_graphs_on_a_card(config):
     settings = {"dtype": "bfloat16", "dead_after_tokens": 48, "auxk": 4, "tokens": 1000}
     runs = [learner(config, "on", **settings, cuda_graph=how) for how in ("auto", "off")]

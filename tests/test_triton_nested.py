@@ -174,16 +174,16 @@ def test_groups_are_stable(device):
     """Codes of a group stay in their order; what no prefix holds comes last."""
     indices = torch.tensor([[9, 0, 4, 1, 9, 3, 5]], device=device)
     values = torch.arange(7.0, device=device)[None]
-    codes = operations.Grouped.of(values, indices, (2, 5))
+    codes = operations.Grouped.of(indices, (2, 5), values)
     assert codes.starts.tolist() == [[0, 2, 4]]
     assert codes.columns.tolist() == [[0, 1, 4, 3, 9, 9, 5]]
     assert codes.slots.tolist() == [[1, 3, 2, 5, 0, 4, 6]]
     assert codes.weights.tolist() == [[1, 3, 2, 5, 0, 4, 6]]
-    rows = operations.Grouped.of(None, indices.repeat(2, 1), (2, 5)).of_slot
+    rows = operations.Grouped.of(indices.repeat(2, 1), (2, 5), rows=True).of_slot
     assert rows.tolist() == [[1, 0, 1, 0, 1, 1, 1], [3, 2, 3, 2, 3, 3, 3]]
 
 
 def test_as_many_sums_as_int32_counts():
     indices = torch.empty(2**30, 1, device="meta", dtype=torch.int64)
     with pytest.raises(RuntimeError, match="fewer than 2"):
-        operations.Grouped.of(None, indices, (1, 2))
+        operations.Grouped.of(indices, (1, 2))

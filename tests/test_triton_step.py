@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kronsae_kernels import dense_encode, fused_encode, sparse_decode
+from kronsae_kernels import dense_encode, fused_encode, nested_decode, sparse_decode
 from kronsae_kernels import step as fused
 from kronsae_kernels.step import TrainingStep
 
@@ -78,7 +78,9 @@ class Autograd:
             ]
         )
 
-    def backward(self, x: Tensor, *, target=None, k=K, mask=None, bias=True, weight=1.0) -> Tensor:
+    def backward(
+        self, x: Tensor, *, target=None, k=K, mask=None, bias=True, weight=1.0, bounds=None
+    ) -> Tensor:
         w_enc, b_enc, w_dec, b_dec = self.weights.values()
         x = x.to(self.dtype)
         target = x if target is None else target.to(self.dtype)
@@ -90,8 +92,12 @@ class Autograd:
                 codes = fused_encode(
                     x, w_enc, b_enc, m=M, k=k, mask=mask, impl=impl, **self.settings
                 )
-            x_hat = sparse_decode(codes, w_dec=w_dec, b_dec=b_dec if bias else None, impl=impl)
-        loss = (x_hat - target).square().mean()
+            b_dec = b_dec if bias else None
+            if bounds is None:
+                x_hat = sparse_decode(codes, w_dec=w_dec, b_dec=b_dec, impl=impl)[:, None]
+            else:
+                x_hat = nested_decode(codes, bounds, w_dec, b_dec, impl=impl)
+        loss = (x_hat - target[:, None]).square().mean((0, 2)).sum()
         (weight * loss).backward()
         return loss.detach()
 
@@ -239,6 +245,118 @@ def test_masks_of_fewer_than_k(dense, one_gather, monkeypatch):
         torch.testing.assert_close(out.loss.double(), expected, rtol=1e-5, atol=0)
         step.apply(1e-2), truth.apply(1e-2)
     assert_same(step, truth, 1e-5, weights)
+
+
+NESTED = {
+    "kron": {"bounds": [6, 12, HEADS * M * N], "eps": 1e-2},
+    "kron-mul": {"bounds": [1, 2, 3, 20, HEADS * M * N], "composition": "mul"},
+    "dense": {"bounds": [HEADS * M * N]},
+}
+
+
+@pytest.mark.parametrize("name", NESTED)
+def test_nested_prefixes(name):
+    """With passes of other tokens and kinds, and frequent rows that are cut into segments."""
+    settings = dict(NESTED[name])
+    bounds, dense = settings.pop("bounds"), name == "dense"
+    weights = new_weights(dense, frequent=True)
+    truth, step = Autograd(weights, **settings), make(copy_of(weights), **settings)
+    mask = torch.zeros(HEADS * M * N, dtype=torch.bool, device=DEVICE)
+    mask[:2] = True
+    for number, x in enumerate(batches(3)):
+        out, expected = step.accumulate(x, bounds=bounds), truth.backward(x, bounds=bounds)
+        torch.testing.assert_close(out.loss.double(), expected, rtol=1e-5, atol=0)
+        w_dec, b_dec = (step.weights[n].detach() for n in ("w_dec", "b_dec"))
+        error = sparse_decode(out.codes, w_dec=w_dec, b_dec=b_dec, impl="torch") - x
+        torch.testing.assert_close(out.residual, error, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(out.mse, error.square().mean(), rtol=1e-5, atol=0)
+        if number % 2:
+            step.accumulate(x[:2], bias=False, weight=0.5)
+            truth.backward(x[:2], bias=False, weight=0.5)
+            step.accumulate(x[1:4], bounds=[5, HEADS * M * N])
+            truth.backward(x[1:4], bounds=[5, HEADS * M * N])
+            # Places that a mask leaves over are in no prefix.
+            step.accumulate(x, bounds=bounds, k=5, mask=mask)
+            truth.backward(x, bounds=bounds, k=2, mask=mask)
+        norm, expected = step.apply(1e-2), truth.apply(1e-2)
+        torch.testing.assert_close(norm.double(), expected.double(), rtol=1e-4, atol=0)
+    assert_same(step, truth, 1e-5, weights)
+
+
+def test_nested_prefixes_in_bfloat16_are_as_close_as_autocast():
+    """As `test_bfloat16_is_as_close_to_float32_as_autocast_is`."""
+    bounds, distances = [6, 12, HEADS * M * N], []
+    weights = new_weights(False)
+    truth, rounded = Autograd(weights), Autograd(weights, dtype=torch.float32, autocast=True)
+    step = make(copy_of(weights), dtype=torch.bfloat16)
+    for x in batches(6):
+        for each in (truth, rounded):
+            each.backward(x, bounds=bounds)
+            each.apply(1e-2)
+        step.accumulate(x, bounds=bounds)
+        step.apply(1e-2)
+    for found in (step, rounded):
+        moved = [found.weights[w].double() - truth.weights[w] for w in fused.NAMES]
+        distances.append(torch.cat([m.detach().flatten() for m in moved]).norm())
+    assert 0 < distances[0] <= 2 * distances[1], distances
+
+
+@pytest.mark.parametrize("number", range(12))
+def test_largest_of_a_batch(number):
+    """With ties, against a stable sort of all values; nothing that is not active is kept."""
+    from kronsae_kernels.triton_impl import operations
+
+    generator = torch.Generator().manual_seed(number)
+    tokens, width = 1 + number % 4, 1 + 5 * (number % 3)
+    count = 1 + number * 7 % (tokens * width)
+    composition = ("mand", "mul", "dense")[number % 3]
+    base, extension = (
+        torch.randint(-1, 3, (tokens, width), generator=generator).float() for _ in range(2)
+    )
+    if composition == "mand":
+        base, extension = base.relu(), extension.relu()
+    eps = 0.25 if composition == "mand" else 0.0
+    values = base if composition == "dense" else base * extension
+    values, order = values.sort(dim=1, descending=True, stable=True)
+    base, extension = base.gather(1, order), extension.gather(1, order)
+    if composition == "mand":
+        values = torch.where(values == 0, eps, values + eps).sqrt()
+    indices = torch.randint(40, (tokens, width), generator=generator)
+    first = values.flatten().sort(descending=True, stable=True).indices[:count]
+    keep = torch.zeros(tokens * width, dtype=torch.bool).index_fill_(0, first, True)
+    keep = keep.view(tokens, width) & (values > eps**0.5)
+    expected, narrow = indices.where(keep, -1), torch.zeros((), device=DEVICE)
+    got, base, extension = (t.to(DEVICE) for t in (indices.clone(), base, extension))
+    operations.keep_largest(
+        got, base, extension, count, composition, eps, eps**0.5, width + number % 2, narrow
+    )
+    assert torch.equal(got.cpu(), expected)
+    assert float(narrow) == float(number % 2 == 1 and keep[:, -1].any())
+
+
+def test_no_step_is_made_with_too_few_candidates():
+    """Nor after that, until somebody says so; batches given again train as they would have."""
+    weights = new_weights(False)
+    step, other = make(copy_of(weights)), make(copy_of(weights))
+    size, xs = HEADS * M * N, batches(3)
+    for x in xs:
+        step.accumulate(x, width=K)
+        assert step.apply(1e-2).isnan()
+    assert step.missed.tolist() == [0, 3] and step.skips.tolist() == [0] * 4
+    for name, weight in weights.items():
+        assert torch.equal(step.weights[name], weight), name
+    step.accumulate(xs[0], width=K)
+    step.forget()
+    step.missed.zero_()
+    for x in xs:
+        out = step.accumulate(x, width=size)
+        assert int((out.codes.indices >= 0).sum()) == K * B
+        assert step.apply(1e-2).isfinite()
+        other.accumulate(x, width=size)
+        other.apply(1e-2)
+    assert not step.missed.any()
+    for name, weight in other.weights.items():
+        assert torch.equal(step.weights[name], weight), name
 
 
 def drawn_codes(number: int) -> dict[str, Any]:
@@ -493,7 +611,8 @@ def test_weights_that_others_changed_are_read_anew():
 
 
 @pytest.mark.parametrize("what", ["x", "target"])
-def test_nothing_changes_where_something_is_not_finite(what):
+@pytest.mark.parametrize("bounds", [None, [6, 24]], ids=["plain", "nested"])
+def test_nothing_changes_where_something_is_not_finite(what, bounds):
     weights = new_weights(False)
     step, (x, good) = make(weights), batches(2)
     step.accumulate(good)
@@ -503,7 +622,7 @@ def test_nothing_changes_where_something_is_not_finite(what):
     bad = x.clone()
     bad[1, 2] = torch.nan
     step.accumulate(good)
-    step.accumulate(bad) if what == "x" else step.accumulate(x, target=bad)
+    step.accumulate(bad if what == "x" else x, target=bad, bounds=bounds)
     assert step.apply(1e-2).isnan()
     after = {**step.weights, **{n: s["exp_avg"] for n, s in step.state.items()}}
     after |= {"step": step.state["w_enc"]["step"]}
@@ -518,6 +637,7 @@ def test_everything_is_written(poisoned_memory):
     for dense in (False, True):
         step = make(new_weights(dense), dtype=torch.bfloat16)
         for x in batches(2):
+            step.accumulate(x, bounds=[1, 9, HEADS * M * N])
             out = step.accumulate(x)
             assert all(t.isfinite().all() for t in (out.loss, out.codes.values, out.residual))
             assert step.apply(1e-2, max_norm=1.0).isfinite()
@@ -601,6 +721,10 @@ def test_errors_of_the_constructor(weights, settings, words):
         ({"x": torch.zeros(3, D), "target": torch.zeros(2, D)}, ["target", "[2, 12]"]),
         ({"x": torch.zeros(3, D), "mask": torch.ones(5, dtype=torch.bool)}, ["mask", "24", "5"]),
         ({"x": torch.zeros(3, D), "k": 25}, ["k:", "24", "25"]),
+        ({"x": torch.zeros(3, D), "width": 2}, ["width", "k = 3 to F = 24", "2"]),
+        ({"x": torch.zeros(3, D), "width": 4, "mask": torch.ones(24).bool()}, ["mask", "width"]),
+        ({"x": torch.zeros(3, D), "bounds": []}, ["bounds", "ascending", "[]"]),
+        ({"x": torch.zeros(3, D), "bounds": [5, 23]}, ["bounds", "F = 24", "[5, 23]"]),
     ],
     ids=lambda value: None,
 )

@@ -103,9 +103,14 @@ def _cut(start, end, LENGTH: tl.constexpr):
 
 @triton.jit
 def _row_of_segment(latents, segment, LENGTH: tl.constexpr, LATENTS: tl.constexpr):
-    """(row, whether the segment lies wholly in it), for rows of LATENTS latents."""
-    row = tl.load(latents + segment * LENGTH) // LATENTS
-    return row, row == tl.load(latents + segment * LENGTH + (LENGTH - 1)) // LATENTS
+    """(row, whether the segment lies wholly in it), for rows of LATENTS latents.
+
+    Of entries without a latent (-1) nothing does: their sums are not wanted.
+    """
+    first = tl.load(latents + segment * LENGTH)
+    row = first // LATENTS
+    last = tl.load(latents + segment * LENGTH + (LENGTH - 1))
+    return row, (first >= 0) & (row == last // LATENTS)
 
 
 # Rows. A program holds PIECES x WIDTH columns, as a tuple: no tile is padded to a power of two, and

@@ -48,20 +48,22 @@ def _corrected(hyper, steps, lr, betas):
 
 
 @triton.jit
-def prepare_update(sums, size, lr, betas, hyper, steps_w_enc, steps_b_enc, steps_w_dec,
+def prepare_update(sums, missed, size, lr, betas, hyper, steps_w_enc, steps_b_enc, steps_w_dec,
                    steps_b_dec):  # fmt: skip
     """The numbers of an AdamW step, and its place in the count of steps. Grid (1,).
 
     sums [2] float32: the sum of `size` squared errors, and a number that is finite if all is that
     an update would use. No step is made unless both are, and the square of the mean squared error,
-    too: second moments are squares of gradients, and infinity would stay in them.
+    too: second moments are squares of gradients, and infinity would stay in them. Nor is one made
+    unless both numbers of `missed` are 0 (see `finish_update`).
     lr: a scalar.  betas [3] float64: AdamW's two, and the weight decay.
     hyper [2, 10]: with weight decay (w_enc), and without (the others); see `device`.
     steps_*: float32 scalars, how many steps each weight has made; one more afterwards.
     """
     error, rest = tl.load(sums) / size, tl.load(sums + 1)
     doubt = error * error * 0.0 + rest * 0.0
-    proceed = tl.where(doubt == 0.0, 1.0, 0.0)
+    narrow = tl.load(missed) + tl.load(missed + 1)
+    proceed = tl.where((doubt == 0.0) & (narrow == 0.0), 1.0, 0.0)
     rate = tl.load(lr).to(tl.float64)
     one = tl.full((), 1.0, tl.float64)
     of_w_enc, of_w_dec = tl.load(steps_w_enc), tl.load(steps_w_dec)
@@ -95,7 +97,7 @@ def note_active(values, indices, silent, hyper, tokens, size, threshold,
 
 
 @triton.jit
-def finish_update(square, norm, skips, x, silent, hyper, size, latents, tokens,
+def finish_update(square, norm, skips, missed, x, silent, hyper, size, latents, tokens,
                   HAS_SILENT: tl.constexpr, MANY: tl.constexpr):  # fmt: skip
     """How a step went: the gradient's norm, and counters of steps that were not made.
 
@@ -103,6 +105,8 @@ def finish_update(square, norm, skips, x, silent, hyper, size, latents, tokens,
     skips [4] float32: steps in a row, the last ones, that were not made; the most that there were
     in a row; all of them; and the largest magnitude in x (of `size` numbers) at the first. Whoever
     reads the last three sets them to 0.
+    missed [2] float32: whether candidates were too few in this step, which is set to 0, and how
+    many steps were not made since they first were. Those are no part of `skips`.
     silent: int64 [F], tokens since each latent was active: `tokens` more, if a step was made.
     Grid (latents / MANY,), at least one.
     """
@@ -111,8 +115,13 @@ def finish_update(square, norm, skips, x, silent, hyper, size, latents, tokens,
     if program == 0:
         root = tl.sqrt_rn(tl.load(square))
         tl.store(norm, tl.where(made != 0.0, root, float("nan")))
+        earlier = tl.load(missed + 1)
+        narrow = tl.load(missed) + earlier != 0.0
+        tl.store(missed, 0.0)
+        tl.store(missed + 1, tl.where(narrow, earlier + 1.0, 0.0))
         in_a_row, count = tl.load(skips + IN_A_ROW), tl.load(skips + COUNT)
-        first = tl.where((made == 0.0) & (count == 0.0), size, 0)
+        spoiled = tl.where(narrow, 0.0, 1.0 - made)
+        first = tl.where((spoiled != 0.0) & (count == 0.0), size, 0)
         largest = tl.zeros([MANY], tl.float32)
         for start in range(0, first, MANY):
             at = start + e
@@ -120,10 +129,10 @@ def finish_update(square, norm, skips, x, silent, hyper, size, latents, tokens,
             largest = tl.maximum(largest, tl.where(part == part, part, INFINITY))
         found = tl.minimum(tl.max(largest, 0), MOST)
         tl.store(skips + LARGEST, tl.where(first > 0, found, tl.load(skips + LARGEST)))
-        in_a_row = tl.where(made == 0.0, in_a_row + 1.0, 0.0)
+        in_a_row = tl.where(spoiled != 0.0, in_a_row + 1.0, tl.where(narrow, in_a_row, 0.0))
         tl.store(skips + IN_A_ROW, in_a_row)
         tl.store(skips + LONGEST, tl.maximum(tl.load(skips + LONGEST), in_a_row))
-        tl.store(skips + COUNT, tl.where(made == 0.0, count + 1.0, count))
+        tl.store(skips + COUNT, count + spoiled)
     if HAS_SILENT:
         at = program * MANY + e
         real = at < latents

@@ -12,19 +12,22 @@ fixed order.
 import triton
 import triton.language as tl
 
-from kronsae_kernels.triton_impl.device import rounded
+from kronsae_kernels.triton_impl.device import compose, rounded
 
 BEYOND = tl.constexpr(2**31 - 1)  # no latent has this index
 
 
 @triton.jit
-def group_codes(values, columns, bounds, starts, slots, of_slot, by_group, weights, k, prefixes,
-                VALUES: tl.constexpr, ROWS: tl.constexpr, PLACES: tl.constexpr):  # fmt: skip
+def group_codes(values, extension, columns, bounds, starts, slots, of_slot, by_group, weights, k,
+                prefixes, eps, VALUES: tl.constexpr, PAIRS: tl.constexpr, ROOT: tl.constexpr,
+                ROWS: tl.constexpr, PLACES: tl.constexpr):  # fmt: skip
     """Codes in the order of their groups, stably: group g has places starts[g] to starts[g + 1].
 
     starts [tokens, G + 1]; by_group [tokens, k] the columns, slots [tokens, k] where they come
-    from, all int32. VALUES: weights [tokens, k] float32, the values. ROWS: of_slot [tokens, k], for
-    each code as it was given, token G + its group (G - 1 for those of no prefix). Grid (tokens,).
+    from, all int32. VALUES: weights [tokens, k] float32, the values (PAIRS: composed of two
+    factors, `values` and `extension`). ROWS: of_slot [tokens, k], for each code as it was given,
+    token G + its group (G - 1 for those of no prefix). A column of -1 is in no prefix.
+    Grid (tokens,).
     """
     token = tl.program_id(0).to(tl.int64)
     at = token * k
@@ -38,6 +41,7 @@ def group_codes(values, columns, bounds, starts, slots, of_slot, by_group, weigh
         for start in range(0, k, PLACES):
             slot = start + s
             column = tl.load(columns + at + slot, mask=slot < k, other=BEYOND).to(tl.int32)
+            column = tl.where(column < 0, BEYOND - 1, column)
             here = (column >= low) & (column < high)
             chosen = here.to(tl.int32)
             place = at + first + tl.cumsum(chosen, 0) - chosen
@@ -45,12 +49,28 @@ def group_codes(values, columns, bounds, starts, slots, of_slot, by_group, weigh
             tl.store(slots + place, slot, mask=here)
             if VALUES:
                 value = tl.load(values + at + slot, mask=here, other=0.0)
+                if PAIRS:
+                    other = tl.load(extension + at + slot, mask=here, other=0.0)
+                    value = compose(value * other, eps, ROOT)
                 tl.store(weights + place, value.to(tl.float32), mask=here)
             if ROWS:
                 row = tl.zeros([PLACES], tl.int32) + (token * prefixes + last).to(tl.int32)
                 tl.store(of_slot + at + slot, row, mask=here)
             first += tl.sum(chosen)
         low = high
+
+
+@triton.jit
+def _add_rows(total, weights, by_group, start, end, table, c, columns, d, ROWS: tl.constexpr):
+    """total + sum of weight * table[column] over places start to end; c < columns are real."""
+    for at in range(start, end, ROWS):
+        for s in tl.static_range(ROWS):
+            place = tl.minimum(at + s, end - 1)
+            columns_of_row = tl.where(at + s < end, columns, 0)
+            column = tl.load(by_group + place).to(tl.int64)
+            row = tl.load(table + column * d + c, mask=c < columns_of_row, other=0.0)
+            total += row.to(tl.float32) * tl.load(weights + place)
+    return total
 
 
 @triton.jit
@@ -73,16 +93,53 @@ def nested_sums(weights, by_group, starts, table, bias, out, k, d, prefixes,
     start = tl.load(starts)
     for group in range(0, prefixes):
         end = tl.load(starts + group + 1)
-        for at in range(start, end, ROWS):
-            for s in tl.static_range(ROWS):
-                place = tl.minimum(at + s, end - 1)
-                columns_of_row = tl.where(at + s < end, d, 0)
-                column = tl.load(by_group + place).to(tl.int64)
-                row = tl.load(table + column * d + c, mask=c < columns_of_row, other=0.0)
-                total += row.to(tl.float32) * tl.load(weights + place)
+        total = _add_rows(total, weights, by_group, start, end, table, c, d, d, ROWS)
         tl.store(out + c, rounded(total, out.dtype.element_ty), mask=c < d)
         out += d
         start = end
+
+
+@triton.jit
+def nested_errors(weights, by_group, starts, table, bias, x, suffixes, sums, tokens, k, d,
+                  HAS_BIAS: tl.constexpr, PREFIXES: tl.constexpr, ROWS: tl.constexpr,
+                  WIDTH: tl.constexpr):  # fmt: skip
+    """`nested_sums` minus x, and `suffix_sums` of that: of the errors only their sums are written.
+
+    suffixes [tokens, PREFIXES, d].  sums [3, tokens]: squared norm of all errors of a token, and
+    (the last) of that with all latents; the other row is left as it is. Grid (tokens,).
+    """
+    token = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, WIDTH)
+    weights += token * k
+    by_group += token * k
+    starts += token * (PREFIXES + 1)
+    x += token * d
+    suffixes += token * PREFIXES * d
+    of_all = tl.zeros([WIDTH], tl.float32)
+    of_last = of_all
+    for begin in range(0, d, WIDTH):
+        columns = d - begin
+        total = -tl.load(x + begin + c, mask=c < columns, other=0.0).to(tl.float32)
+        if HAS_BIAS:
+            total += tl.load(bias + begin + c, mask=c < columns, other=0.0).to(tl.float32)
+        errors = ()
+        start = tl.load(starts)
+        for group in tl.static_range(PREFIXES):
+            end = tl.load(starts + group + 1)
+            total = _add_rows(
+                total, weights, by_group, start, end, table + begin, c, columns, d, ROWS
+            )
+            errors = errors + (total,)
+            of_all += total * total
+            start = end
+        of_last += total * total
+        suffix = tl.zeros([WIDTH], tl.float32)
+        for step in tl.static_range(PREFIXES):
+            suffix += errors[PREFIXES - 1 - step]
+            into = suffixes + (PREFIXES - 1 - step) * d + begin + c
+            tl.store(into, rounded(suffix, suffixes.dtype.element_ty), mask=c < columns)
+    tl.store(sums + token, tl.sum(of_all))
+    tl.store(sums + 2 * tokens + token, tl.sum(of_last))
 
 
 @triton.jit
@@ -124,6 +181,6 @@ def nested_dots(suffixes, by_group, slots, of_slot, starts, table, d_values, k, 
         at = start + c[None, :]
         part = tl.load(table + row[:, None] * d + at, mask=mask, other=0.0)
         suffix = tl.load(suffixes + of_code[:, None] * d + at, mask=mask, other=0.0)
-        total += part.to(tl.float32) * suffix
+        total += part.to(tl.float32) * suffix.to(tl.float32)
     found = rounded(tl.sum(total, 1), d_values.dtype.element_ty)
     tl.store(d_values + token * k + slot, found, mask=inside)

@@ -14,7 +14,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kronsae_kernels import reference, torch_impl
 from kronsae_kernels.common import SparseCodes
-from kronsae_kernels.triton_impl import backward, counters, gemm, nested, select
+from kronsae_kernels.triton_impl import backward, batch, counters, gemm, nested, select
 from kronsae_kernels.triton_impl import decode as decode_kernels
 from kronsae_kernels.triton_impl import threshold as threshold_kernels
 from kronsae_kernels.triton_impl.configs import Config, config_of
@@ -613,6 +613,56 @@ def _name_latents(indices: Tensor, heads: Tensor, latents: int) -> None:
     )
 
 
+def keep_largest(
+    indices: Tensor,
+    base: Tensor,
+    extension: Tensor,
+    count: int,
+    composition: str,
+    eps: float,
+    silent: float,
+    size: int,
+    narrow: Tensor,
+) -> None:
+    """Keep `count` of the candidates [B, w], the largest: the index of others becomes -1.
+
+    Of equal values the earlier token's are kept, within a token the first. Values of `silent` or
+    less are never kept. composition: as of `decode_and_loss`.  size: latents that there are.
+    narrow: float32 scalar, set to 1 where a token has kept all of its w < size candidates.
+    """
+    values = base
+    if composition != "dense":
+        values = torch.empty_like(base)
+        config = configure("code_values", base.device)
+        launch(
+            batch.code_values,
+            (-(-base.numel() // config.blocks["ENTRIES"]),),
+            config,
+            base=base,
+            extension=extension,
+            values=values,
+            size=base.numel(),
+            eps=eps,
+            ROOT=composition == "mand",
+        )
+    ranked, order = values.flatten().sort(descending=True, stable=True)
+    config = configure("keep_first", base.device)
+    launch(
+        batch.keep_first,
+        (-(-base.numel() // config.blocks["ENTRIES"]),),
+        config,
+        ranked=ranked,
+        order=order,
+        indices=indices,
+        narrow=narrow,
+        count=count,
+        size=base.numel(),
+        width=indices.shape[1],
+        silent=silent,
+        WHOLE=indices.shape[1] == size,
+    )
+
+
 # Gathers
 
 
@@ -698,19 +748,9 @@ def decode_and_loss(
     must fit into a warp's registers.
     """
     (tokens, k), d, device = indices.shape, table.shape[1], table.device
-    composed = {
-        "eps": eps,
-        "ROOT": composition == "mand",
-        "SIGNED": composition == "mul",
-        "DENSE": composition == "dense",
-    }
-    into = {name: torch.empty_like(base) for name in ("values", "scaled", "along", "d_base")}
-    into["d_extension"] = into["d_base"] if composed["DENSE"] else torch.empty_like(base)
-    codes = {"columns": indices, "base": base, "extension": extension, "k": k}
-    codes |= {"scale": scale, "ON_DEVICE": isinstance(scale, Tensor)}
     sums = table.new_empty(2, tokens, dtype=torch.float32)
     if one_gather:
-        residual = table.new_empty(tokens, d)
+        residual, into = table.new_empty(tokens, d), _like_codes(base, composition)
         config = configure("decode_and_loss", device)
         most, tile = config.blocks["BLOCKS"], config.blocks["TILE"]
         rows = next_power_of_2(-(-k // most))
@@ -735,9 +775,8 @@ def decode_and_loss(
             tokens=tokens,
             d=d,
             HAS_BIAS=bias is not None,
-            **codes,
+            **_codes(indices, base, extension, composition, eps, scale),
             **into,
-            **composed,
         )
         return DecodeAndLoss(residual, sums, **into)
     values = base
@@ -746,18 +785,67 @@ def decode_and_loss(
     error = combine(values, indices, table, bias, torch.float32).sub_(x)
     d_values = pair_dots(error, indices, table, torch.float32)
     torch.sum(error.square(), 1, out=sums[0])
+    of_codes = code_gradients(indices, base, extension, d_values, sums, composition, eps, scale)
+    return DecodeAndLoss(error.to(table.dtype), sums, **of_codes)
+
+
+def code_gradients(
+    indices: Tensor,
+    base: Tensor,
+    extension: Tensor,
+    d_values: Tensor,
+    sums: Tensor,
+    composition: str,
+    eps: float,
+    scale: float | Tensor,
+) -> dict[str, Tensor]:
+    """The fields of `DecodeAndLoss` that belong to codes [B, k], from d_values, not yet scaled.
+
+    sums [2 or more, B]: row 0 the squared norms; row 1 is written.
+    """
+    into = _like_codes(base, composition)
     launch(
         decode_kernels.code_gradients,
-        (tokens,),
-        configure("code_gradients", device),
+        (indices.shape[0],),
+        configure("code_gradients", base.device),
         d_values=d_values,
         squares=sums[0],
         finite=sums[1],
-        **codes,
+        **_codes(indices, base, extension, composition, eps, scale),
         **into,
-        **composed,
     )
-    return DecodeAndLoss(error.to(table.dtype), sums, **into)
+    return into
+
+
+def _like_codes(base: Tensor, composition: str) -> dict[str, Tensor]:
+    """Memory for the fields of `DecodeAndLoss` that belong to codes [B, k]."""
+    into = {name: torch.empty_like(base) for name in ("values", "scaled", "along", "d_base")}
+    return into | {
+        "d_extension": into["d_base"] if composition == "dense" else torch.empty_like(base)
+    }
+
+
+def _codes(
+    indices: Tensor,
+    base: Tensor,
+    extension: Tensor,
+    composition: str,
+    eps: float,
+    scale: float | Tensor,
+) -> dict[str, Any]:
+    """Codes [B, k], and how they are made, for the kernels."""
+    return {
+        "columns": indices,
+        "base": base,
+        "extension": extension,
+        "k": indices.shape[1],
+        "scale": scale,
+        "ON_DEVICE": isinstance(scale, Tensor),
+        "eps": eps,
+        "ROOT": composition == "mand",
+        "SIGNED": composition == "mul",
+        "DENSE": composition == "dense",
+    }
 
 
 # Sums over the entries of a row
@@ -774,6 +862,12 @@ class Entries(NamedTuple):
     """[F + 1] int32: latent f owns entries offsets[f] to offsets[f + 1]."""
     coefficients: tuple[Tensor, ...]
     """[E] float32 each: those that `of` was given."""
+    order: Tensor
+    """[E] int64: place of each entry among the codes as given."""
+
+    def of_rows(self, rows: Tensor) -> "Entries":
+        """The same with another row than its token for each code, rows [E] int32."""
+        return self._replace(tokens=rows[self.order])
 
     @classmethod
     def of(
@@ -820,7 +914,7 @@ class Entries(NamedTuple):
             HAS_TOKENS=tokens is not None,
             COUNT=len(given),
         )
-        return cls(of_entry, latents, offsets, tuple(sorted_))
+        return cls(of_entry, latents, offsets, tuple(sorted_), order)
 
 
 def row_gradients(
@@ -1075,7 +1169,13 @@ def update_vector(gradient: Tensor, weight: Updated, hyper: Tensor) -> None:
 
 
 def prepare_update(
-    sums: Tensor, size: int, lr: Tensor, betas: Tensor, hyper: Tensor, steps: Sequence[Tensor]
+    sums: Tensor,
+    missed: Tensor,
+    size: int,
+    lr: Tensor,
+    betas: Tensor,
+    hyper: Tensor,
+    steps: Sequence[Tensor],
 ) -> None:
     """Fill hyper [2, 10] for the next AdamW step, and count it: `counters.prepare_update`.
 
@@ -1087,6 +1187,7 @@ def prepare_update(
         (1,),
         configure("prepare_update", hyper.device),
         sums=sums,
+        missed=missed,
         size=size,
         lr=lr,
         betas=betas,
@@ -1119,7 +1220,13 @@ def note_active(
 
 
 def finish_update(
-    square: Tensor, skips: Tensor, x: Tensor, hyper: Tensor, silent: Tensor | None, tokens: int
+    square: Tensor,
+    skips: Tensor,
+    missed: Tensor,
+    x: Tensor,
+    hyper: Tensor,
+    silent: Tensor | None,
+    tokens: int,
 ) -> Tensor:
     """The norm of a step's gradient (scalar), and its counters: `counters.finish_update`."""
     config, norm = configure("finish_update", x.device), torch.empty_like(square)
@@ -1131,6 +1238,7 @@ def finish_update(
         square=square,
         norm=norm,
         skips=skips,
+        missed=missed,
         x=x,
         silent=silent,
         hyper=hyper,
@@ -1159,11 +1267,15 @@ def matmul_precision(dtype: torch.dtype, device: torch.device) -> str:
 # Nested prefixes
 
 
+MAX_PREFIXES = 32
+"""Errors of prefixes that one program holds in registers at most."""
+
+
 def nested_decode(
     values: Tensor, indices: Tensor, w_dec: Tensor, b_dec: Tensor | None, bounds: Sequence[int]
 ) -> Tensor:
     """As `torch_impl.nested_decode`."""
-    return nested_sums(Grouped.of(values, indices, bounds), w_dec, b_dec, w_dec.dtype)
+    return nested_sums(Grouped.of(indices, bounds, values), w_dec, b_dec, w_dec.dtype)
 
 
 def nested_decode_backward(
@@ -1177,7 +1289,7 @@ def nested_decode_backward(
 ) -> tuple[Tensor, Tensor]:
     """As `torch_impl.nested_decode_backward`."""
     d_values, d_w = values.new_empty(0), w_dec.new_empty(0)
-    groups = Grouped.of(None, indices, bounds)
+    groups = Grouped.of(indices, bounds, rows=True)
     suffixes = suffix_sums(d_out)
     if need_values:
         d_values = nested_dots(groups, suffixes, w_dec, values.dtype)
@@ -1202,11 +1314,26 @@ class Grouped(NamedTuple):
     slots: Tensor
     """[B, k] int32: where they were among the codes as given."""
     of_slot: Tensor
-    """[B, k] int32: row among sums [B G, d] of each code as given (empty with values)."""
+    """[B, k] int32: row among sums [B G, d] of each code as given (empty without `rows`)."""
 
     @classmethod
-    def of(cls, values: Tensor | None, indices: Tensor, bounds: Sequence[int]) -> "Grouped":
-        """values None: for a backward pass. Raises RuntimeError for 2^31 sums or latents."""
+    def of(
+        cls,
+        indices: Tensor,
+        bounds: Sequence[int],
+        values: Tensor | None = None,
+        extension: Tensor | None = None,
+        *,
+        root: bool = False,
+        eps: float = 0.0,
+        rows: bool = False,
+    ) -> "Grouped":
+        """indices: -1 for a place without a latent, which no prefix holds.
+
+        values: of a Kron encoder either these, or the base, with the extension: they are composed
+        (root: to the square root of the product + eps). None: for a backward pass.
+        rows: whether `of_slot` is wanted. Raises RuntimeError for 2^31 sums or latents.
+        """
         (tokens, k), prefixes = indices.shape, len(bounds)
         if tokens * prefixes >= 2**31:
             raise RuntimeError(f"expected fewer than 2^31 sums, got {tokens} * {prefixes}")
@@ -1217,7 +1344,7 @@ class Grouped(NamedTuple):
             columns.new_empty(shape),
             columns.new_empty(shape if values is not None else 0, dtype=torch.float32),
             columns.new_empty(shape),
-            columns.new_empty(shape if values is None else 0),
+            columns.new_empty(shape if rows else 0),
         )
         config = configure("group_codes", indices.device)
         places = min(config.blocks["PLACES"], next_power_of_2(k))
@@ -1226,6 +1353,7 @@ class Grouped(NamedTuple):
             (tokens,),
             config._replace(blocks={"PLACES": places}),
             values=None if values is None else values.contiguous(),
+            extension=extension,
             columns=indices.contiguous(),
             bounds=_edges(tuple(bounds), indices.device),
             starts=found.starts,
@@ -1235,8 +1363,11 @@ class Grouped(NamedTuple):
             weights=found.weights,
             k=k,
             prefixes=prefixes,
+            eps=eps,
             VALUES=values is not None,
-            ROWS=values is None,
+            PAIRS=extension is not None,
+            ROOT=root,
+            ROWS=rows,
         )
         return found
 
@@ -1270,6 +1401,59 @@ def nested_sums(codes: Grouped, table: Tensor, bias: Tensor | None, dtype: torch
     return out
 
 
+def nested_decode_and_loss(
+    x: Tensor,
+    indices: Tensor,
+    base: Tensor,
+    extension: Tensor,
+    table: Tensor,
+    bias: Tensor | None,
+    composition: str,
+    eps: float,
+    scale: float | Tensor,
+    bounds: Sequence[int],
+) -> tuple[DecodeAndLoss, Tensor]:
+    """`decode_and_loss` of L = scale * (sum of the squared norms of all prefixes' residuals) / 2.
+
+    bounds: of G <= MAX_PREFIXES prefixes, the last that of all latents.
+    Its residual is [B, G, d]: what decoder rows of each group get, the sum of the residuals of all
+    prefixes that hold the group. The last is that of the whole reconstruction. Also returns [B, k]
+    int32, the row of each code among these [B G, d]. sums is [3, B]: also the squared norm of the
+    whole reconstruction's residual.
+    """
+    (tokens, k), d, prefixes = indices.shape, table.shape[1], len(bounds)
+    dense, root = composition == "dense", composition == "mand"
+    groups = Grouped.of(
+        indices, bounds, base, None if dense else extension, root=root, eps=eps, rows=True
+    )
+    sums = table.new_empty(3, tokens, dtype=torch.float32)
+    suffixes = table.new_empty(tokens, prefixes, d)
+    config = configure("nested_errors", table.device)
+    most = max(1, config.blocks["TILE"] // next_power_of_2(prefixes))
+    blocks = {"ROWS": config.blocks["ROWS"], "WIDTH": min(config.blocks["WIDTH"], most)}
+    launch(
+        nested.nested_errors,
+        (tokens,),
+        config._replace(blocks=blocks),
+        weights=groups.weights,
+        by_group=groups.columns,
+        starts=groups.starts,
+        table=table,
+        bias=bias,
+        x=x,
+        suffixes=suffixes,
+        sums=sums,
+        tokens=tokens,
+        k=k,
+        d=d,
+        HAS_BIAS=bias is not None,
+        PREFIXES=prefixes,
+    )
+    d_values = nested_dots(groups, suffixes, table, torch.float32)
+    of_codes = code_gradients(indices, base, extension, d_values, sums, composition, eps, scale)
+    return DecodeAndLoss(suffixes, sums, **of_codes), groups.of_slot
+
+
 def suffix_sums(y: Tensor) -> Tensor:
     """out[b, g] = sum of y[b, g'] over g' >= g: [B, G, d] float32."""
     tokens, prefixes, d = y.shape
@@ -1291,7 +1475,7 @@ def suffix_sums(y: Tensor) -> Tensor:
 def nested_dots(codes: Grouped, suffixes: Tensor, table: Tensor, dtype: torch.dtype) -> Tensor:
     """out[b, s] = suffixes[b, group of s] . table[latent of s], [B, k] in `dtype`.
 
-    suffixes: of `suffix_sums`.  0 where no prefix holds the latent.
+    suffixes [B, G, d]: of `suffix_sums`, in any dtype.  0 where no prefix holds the latent.
     """
     (tokens, k), d = codes.columns.shape, table.shape[1]
     out = table.new_empty(tokens, k, dtype=dtype)
