@@ -60,11 +60,12 @@ def compute_bytes(device: torch.device) -> int:
     return 2 if device.type == "cuda" else 4
 
 
-def stages(shape: Shape, encoder: str, width: int) -> dict[str, Work]:
+def stages(shape: Shape, encoder: str, width: int, moment: int = 4) -> dict[str, Work]:
     """The stages of a step that writes neither [B, F] nor gradients. `width`: `compute_bytes`.
 
-    A weight is read and written with its two moments, 24 bytes, and its copy in compute precision
-    is written where there is one. Of the decoder, the rows that B k uniform draws hit are read.
+    A weight is read and written with its two moments, of `moment` bytes each (24 bytes in all for
+    4), and its copy in compute precision is written where there is one. Of the decoder, the rows
+    that B k uniform draws hit are read.
     """
     tokens, d, k, size = shape.tokens, shape.d, shape.k, shape.dict_size
     rows = shape.rows(encoder)
@@ -72,7 +73,7 @@ def stages(shape: Shape, encoder: str, width: int) -> dict[str, Work]:
     pre_latents = width * tokens * rows
     hit = round(-size * math.expm1(-tokens * k / size))
     codes = 12 * tokens * k  # float32 value, int64 index
-    update = 24 + (width if width < 4 else 0)
+    update = 8 + 4 * moment + (width if width < 4 else 0)
     # A Kron latent sends gradient to a base and an extension row, a dense one to its own.
     rows_a_latent = 2 if encoder == "kron" else 1
     return {

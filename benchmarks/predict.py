@@ -13,9 +13,10 @@ machine code follow three bounds, and from these a time:
 
 The rates and latencies were chosen before the kernels were tuned, and only a measurement on a card
 may change them: kernels move, not their judge. A matrix product by cuBLAS, a sort and the small
-operations have formulas of their own (`product_ms`, `sort_ms`, `small_ms`). `--measured` puts the
-times of `python -m benchmarks.profile --json FILE` beside the expected ones. The host's part of a
-step is timed with a driver that launches nothing (`benchmarks.stub`).
+operations have formulas of their own (`product_ms`, `sort_ms`, `small_ms`). The auxiliary pass is
+counted with what it adds to the update. `--measured` puts the times of
+`python -m benchmarks.profile --json FILE` beside the expected ones. The host's part of a step is
+timed with a driver that launches nothing (`benchmarks.stub`).
 """
 
 import argparse
@@ -41,7 +42,9 @@ from benchmarks.floors import Ceilings, Work, stages
 from benchmarks.sass import Code, Instruction, Latencies
 from benchmarks.shapes import SHAPES, Shape
 from benchmarks.stub import host_ms
-from kronsae_kernels.step import TrainingStep
+from kronsae import objectives
+from kronsae.config import SAEConfig, TrainConfig
+from kronsae_kernels.step import MOMENTS, TrainingStep
 from kronsae_kernels.triton_impl.launch import Launch, record
 
 
@@ -109,9 +112,9 @@ MEMORY = ("weight", "first", "second", "table", "pre")
 """Arrays too large for the cache, by their name in the kernels."""
 
 
-def _entries(arguments: dict[str, Any], owners: int, shape: Shape) -> float:
+def _entries(arguments: dict[str, Any], owners: int) -> float:
     """Rounds of a loop over the entries of a row (or head) of average length."""
-    return shape.tokens * shape.k / owners / arguments["ENTRIES"] + 0.5
+    return arguments["tokens"].numel() / owners / arguments["ENTRIES"] + 0.5
 
 
 CUT = {"while (left > cap)": 0, "if left > cap": 0, "while below + 1 < above": 0}
@@ -124,22 +127,47 @@ def _rounds(bisections: int, **others: int) -> dict[str, float]:
 
 
 KERNELS: dict[str, Spec] = {
-    "select_heads": Spec("select", lambda a, s: _rounds(0 if a["cap"] > a["k"] else 9)),
-    "merge_lists": Spec(
-        None, lambda a, s: _rounds(10, **{"for start in range(0, length, PART)": 1})
+    "select_heads": Spec(
+        "select",
+        lambda a, s: _rounds(
+            0 if a["cap"] > a["k"] else 9,
+            **{"for i in tl.range(0, M)": s.m, "for j in tl.range(0, N)": s.n},
+        ),
     ),
-    "list_keys": Spec(None),
+    "merge_lists": Spec(
+        None,
+        lambda a, s: _rounds(
+            24 if a["cap"] == a["k"] else 10,
+            **{"for start in range(0, length, PART)": -(-a["length"] // a["PART"])},
+        ),
+    ),
+    "list_keys": Spec(
+        None,
+        lambda a, s: {"for extension in range(0, N)": s.n},
+        gathered=lambda a, s: a["ENTRIES"] * (s.m + s.n if a["OF_ROWS"] else 1 + s.n),
+    ),
     "select_rows": Spec(
-        None, lambda a, s: _rounds(12), gathered=lambda a, s: a["HEADS"] * (s.m + s.n)
+        None,
+        lambda a, s: _rounds(12, **{"for extension in range(0, N)": s.n}),
+        gathered=lambda a, s: a["HEADS"] * (s.m + s.n),
     ),
     "select_latents": Spec(
         None,
         lambda a, s: _rounds(14),
         gathered=lambda a, s: (
-            a["LISTED"] * (s.m + s.n if a["OF_HEADS"] else 1 + s.n) + 2 * s.k * a["RANK"]
+            a["LISTED"] * (s.m + s.n if a["OF_HEADS"] else 1 + s.n) + 2 * a["k"] * a["RANK"]
         ),
     ),
-    "rank_latents": Spec(None, gathered=lambda a, s: 2 * s.k),
+    "rank_latents": Spec(None, gathered=lambda a, s: 2 * a["k"]),
+    "combine": Spec(
+        "decode", lambda a, s: {"for start in tl.range(0, r, ROWS": a["r"] / a["ROWS"]}
+    ),
+    "pair_dots": Spec(
+        "decode", lambda a, s: {"for start in tl.range(0, d, WIDTH": s.d / a["WIDTH"]}
+    ),
+    "code_gradients": Spec(
+        None, lambda a, s: {"for start in range(0, k, WIDTH)": -(-a["k"] // a["WIDTH"])}
+    ),
     "decode_and_loss": Spec(
         "decode", lambda a, s: {"for start in tl.range(0, d, WIDTH": s.d / a["WIDTH"]}, ("x",)
     ),
@@ -150,7 +178,7 @@ KERNELS: dict[str, Spec] = {
         "decoder update",
         lambda a, s: {
             "for _ in range(0, tl.where(resume < end, 2, 1))": 1,
-            "for at in range(low, high, ENTRIES)": _entries(a, s.dict_size, s),
+            "for at in range(low, high, ENTRIES)": _entries(a, s.dict_size),
             "for _ in range(first, beyond)": 0,
             "if beyond > first": 0,
             "for at in range(start, end, MANY)": 0,
@@ -162,7 +190,7 @@ KERNELS: dict[str, Spec] = {
         lambda a, s: {
             "for i in range(0, M)": s.m,
             "for _ in range(0, tl.where(resume < end, 2, 1))": 1,
-            "for at in range(low, high, ENTRIES)": _entries(a, s.heads * s.m, s),
+            "for at in range(low, high, ENTRIES)": _entries(a, s.heads * s.m),
             "for _ in range(first_segment, beyond)": 0,
             "if chunk == 0": 0,
             "for at in range(start, end, MANY)": 0,
@@ -180,10 +208,15 @@ KERNELS: dict[str, Spec] = {
 
 
 class Operation(NamedTuple):
-    """An operation of torch: its name and the bytes of its tensors."""
+    """An operation of torch."""
 
     name: str
     bytes: int
+    """Of its tensors."""
+    size: tuple[int, ...]
+    """Of its (first) result."""
+    item: int
+    """Bytes of one number of it."""
 
 
 VIEWS = (
@@ -206,7 +239,9 @@ class Operations(TorchDispatchMode):
         name = function.overloadpacket.__name__
         if name not in VIEWS:
             tensors = [t for t in _flat((arguments, result)) if isinstance(t, Tensor)]
-            self.noted.append(Operation(name, sum(t.numel() * t.element_size() for t in tensors)))
+            moved = sum(t.numel() * t.element_size() for t in tensors)
+            first = next(t for t in _flat([result]) if isinstance(t, Tensor))
+            self.noted.append(Operation(name, moved, tuple(first.shape), first.element_size()))
         return result
 
 
@@ -218,15 +253,59 @@ def _flat(values: Any) -> Iterable[Any]:
         yield values
 
 
-def fused_step(shape: Shape, card: str) -> tuple[list[Launch], list[Operation]]:
-    """What the fused step of a Kron autoencoder launches at a shape, in bfloat16, once warm."""
+class Pass(NamedTuple):
+    """What a part of a step does."""
+
+    launches: list[Launch]
+    operations: list[Operation]
+
+    def __add__(self, other: "Pass") -> "Pass":
+        return Pass(self.launches + other.launches, self.operations + other.operations)
+
+
+def fused_step(shape: Shape, card: str, moments: str = "float32") -> Pass:
+    """The fused step of a Kron autoencoder at a shape, in bfloat16, once warm."""
+    first, _, update = passes(shape, card, moments, auxiliary=False)
+    return first + update
+
+
+def auxiliary_of(shape: Shape) -> Shape:
+    """The pass among dead latents, as training has it by default: its k, and its tokens."""
+    sae = SAEConfig(d_model=shape.d, heads=shape.heads, m=shape.m, n=shape.n, k=shape.k)
+    config = TrainConfig()
+    tokens = objectives.auxk_tokens(sae, config, shape.tokens)
+    return shape._replace(k=objectives.auxk_latents(sae, config), tokens=tokens)
+
+
+def passes(shape: Shape, card: str, moments: str, auxiliary: bool) -> tuple[Pass, Pass, Pass]:
+    """A fused step in parts: forward and backward, the same among dead latents, update.
+
+    auxiliary: whether there is a second part; as `kronsae.learner` makes it.
+    """
 
     def meta(dtype: torch.dtype, *size: int) -> Tensor:
         return torch.empty(*size, dtype=dtype, device="meta")
 
     single, rows = torch.float32, shape.m + shape.n
     x = meta(torch.bfloat16, shape.tokens, shape.d)
-    with record(card) as launches:
+    silent, dying = meta(torch.int64, shape.dict_size), auxiliary_of(shape)
+    parts: list[Pass] = []
+
+    def note(call: Callable[[], Any]) -> Any:
+        with record(card) as launches, Operations() as operations:
+            found = call()
+        parts.append(Pass(list(launches), operations.noted))
+        return found
+
+    def revive() -> None:
+        dead, target = silent >= 1, -residual[: dying.tokens].float()
+        share = dead.sum().clamp_(max=dying.k) * 1.0
+        weight = share / (target.var(0, correction=0).mean() + 1.0)
+        step.accumulate(
+            x[: dying.tokens], target=target, k=dying.k, mask=dead, bias=False, weight=weight
+        )
+
+    with record(card):
         step = TrainingStep(
             meta(single, rows, shape.heads, shape.d).transpose(0, 1),
             meta(single, shape.heads, rows),
@@ -235,13 +314,14 @@ def fused_step(shape: Shape, card: str) -> tuple[list[Launch], list[Operation]]:
             m=shape.m,
             k=shape.k,
             dtype=torch.bfloat16,
+            moments=moments,
         )
-        for _ in range(2):
-            launches.clear()
-            with Operations() as operations:
-                step.accumulate(x)
-                step.apply(lr=1e-3)
-    return list(launches), operations.noted
+    for _ in range(2):
+        parts.clear()
+        residual = note(lambda: step.accumulate(x)).residual
+        note(revive if auxiliary else lambda: None)
+        note(lambda: step.apply(lr=1e-3))
+    return parts[0], parts[1], parts[2]
 
 
 # Formulas
@@ -299,8 +379,9 @@ def product_ms(rows: int, columns: int, d: int, card: Card) -> float:
     return 1e3 * multiply_adds / card.ceilings.multiply_adds_per_s / PRODUCT_EFFICIENCY
 
 
-def sort_ms(entries: int) -> float:
-    return entries / 1e6 * SORT_MS_A_MILLION
+def sort_ms(operation: Operation) -> float:
+    """In proportion to the bytes of a key."""
+    return math.prod(operation.size) / 1e6 * SORT_MS_A_MILLION * operation.item / 4
 
 
 def small_ms(operation: Operation, card: Card) -> float:
@@ -373,10 +454,11 @@ class Row(NamedTuple):
     expected_ms: float
 
 
-def kernel_rows(launches: list[Launch], shape: Shape, card: str) -> list[Row]:
-    """A row for each kernel, all its launches together."""
+def kernel_rows(
+    launches: list[Launch], shape: Shape, card: str, works: dict[str, Work]
+) -> list[Row]:
+    """A row for each kernel, all its launches together. works: of `floors.stages`."""
     machine, rows = CARDS[card], []
-    works = stages(shape, "kron", 2)
     names = dict.fromkeys(launch.kernel.__name__ for launch in launches)
     for name in names:
         mine = [launch for launch in launches if launch.kernel.__name__ == name]
@@ -412,67 +494,146 @@ def kernel_rows(launches: list[Launch], shape: Shape, card: str) -> list[Row]:
     return rows
 
 
-def predict(shape: Shape, card: str) -> dict[str, Any]:
-    """Rows, totals and goals of a shape on a card, as JSON values."""
+class Other(NamedTuple):
+    """A line of the table that is no kernel of ours."""
+
+    name: str
+    count: int
+    floor_ms: float
+    expected_ms: float
+
+
+def other_rows(
+    operations: list[Operation], shape: Shape, card: str, works: dict[str, Work]
+) -> list[Other]:
+    """What is not a kernel of ours: products by cuBLAS, sorts and small operations."""
+    machine, names = CARDS[card], (*PRODUCTS, "sort")
+    products = [o for o in operations if o.name in PRODUCTS]
+    sorts = [o for o in operations if o.name == "sort"]
+    small = [o for o in operations if o.name not in names]
+    floor = machine.ceilings.floor_ms
+    made = sum(
+        max(product_ms(*one.size, shape.d, machine), small_ms(one, machine)) for one in products
+    )
+    sorted_, rest = sum(map(sort_ms, sorts)), sum(small_ms(one, machine) for one in small)
+    found = [
+        Other("product (cuBLAS)", len(products), floor(works["encode"]), made),
+        Other("sort", len(sorts), floor(works["group"]), sorted_),
+        Other("operations of torch", len(small), 0.0, rest),
+    ]
+    return [one for one in found if one.count]
+
+
+class Estimate(NamedTuple):
+    """A part of a step."""
+
+    rows: list[Row]
+    others: list[Other]
+    launches: int
+    operations: int
+
+    @classmethod
+    def of(cls, part: Pass, shape: Shape, card: str, works: dict[str, Work]) -> "Estimate":
+        return cls(
+            kernel_rows(part.launches, shape, card, works),
+            other_rows(part.operations, shape, card, works),
+            len(part.launches),
+            len(part.operations),
+        )
+
+    @property
+    def expected_ms(self) -> float:
+        return sum(one.expected_ms for one in (*self.rows, *self.others))
+
+    def json(self) -> dict[str, Any]:
+        return {
+            "rows": [row._asdict() for row in self.rows],
+            "others": [other._asdict() for other in self.others],
+            "launches": self.launches,
+            "operations": self.operations,
+            "step_ms": self.expected_ms,
+        }
+
+
+def predict(
+    shape: Shape, card: str, moments: str = "float32", auxiliary: bool = False
+) -> dict[str, Any]:
+    """Rows, totals and goals of a shape on a card, as JSON values.
+
+    moments: of AdamW. auxiliary: also what the pass that revives dead latents adds.
+    """
     machine = CARDS[card]
-    launches, operations = fused_step(shape, card)
-    rows = kernel_rows(launches, shape, card)
-    counts = Counter(operation.name for operation in operations)
-    works, ceilings = stages(shape, "kron", 2), machine.ceilings
-    others = []
-    if any(name in counts for name in PRODUCTS):
-        chunks = sum(counts[name] for name in PRODUCTS)
-        tokens = _split(shape.tokens, chunks)
-        expected = sum(product_ms(part, shape.columns, shape.d, machine) for part in tokens)
-        others.append(("product (cuBLAS)", chunks, ceilings.floor_ms(works["encode"]), expected))
-    entries = shape.tokens * shape.k
-    floor = ceilings.floor_ms(works["group"])
-    others.append(("sort", counts["sort"], floor, sort_ms(entries) * counts["sort"]))
-    small = [o for o in operations if o.name not in (*PRODUCTS, "sort")]
-    total = sum(small_ms(operation, machine) for operation in small)
-    others.append(("operations of torch", len(small), 0.0, total))
+    first, _, update = passes(shape, card, moments, auxiliary=False)
+    works = stages(shape, "kron", 2, MOMENTS[moments].itemsize)
+    step = Estimate.of(first + update, shape, card, works)
     product = product_ms(shape.tokens, shape.columns, shape.d, machine)
-    selection = sum(
-        row.expected_ms
-        for row in rows
-        if row.kernel.startswith(("select", "merge", "rank", "encode", "finish"))
-    ) + sum(expected for name, _, _, expected in others if name.startswith("product"))
-    step = sum(row.expected_ms for row in rows) + sum(expected for *_, expected in others)
-    step_floor = sum(ceilings.floor_ms(work) for work in works.values())
-    return {
+    names = ("select", "merge", "rank", "encode", "finish")
+    selection = sum(row.expected_ms for row in step.rows if row.kernel.startswith(names))
+    selection += sum(one.expected_ms for one in step.others if one.name.startswith("product"))
+    found = {
         "shape": shape._asdict(),
         "card": card,
         "triton": triton.__version__,
-        "rows": [row._asdict() for row in rows],
-        "others": [
-            dict(zip(("name", "count", "floor_ms", "expected_ms"), other, strict=True))
-            for other in others
-        ],
-        "launches": len(launches),
-        "operations": len(operations),
-        "step_ms": step,
-        "floor_ms": step_floor,
+        "moments": moments,
+        **step.json(),
+        "floor_ms": sum(machine.ceilings.floor_ms(work) for work in works.values()),
         "product_ms": product,
         "encode_and_select_ms": selection,
     }
-
-
-def _split(tokens: int, chunks: int) -> list[int]:
-    """The chunks of tokens that `torch_impl.projections` makes, as equal as its sizes allow."""
-    size = -(-tokens // chunks)
-    return [min(size, tokens - start) for start in range(0, tokens, size)]
+    if auxiliary:
+        dying = auxiliary_of(shape)
+        _, second, longer = passes(shape, card, moments, auxiliary=True)
+        revived = Estimate.of(second, dying, card, stages(dying, "kron", 2))
+        alone, both = (Estimate.of(one, shape, card, works) for one in (update, longer))
+        found["auxiliary"] = {
+            "shape": dying._asdict(),
+            **revived.json(),
+            "update_ms": both.expected_ms - alone.expected_ms,
+            "total_ms": revived.expected_ms + both.expected_ms - alone.expected_ms,
+        }
+    return found
 
 
 # Printing
 
 
 def table(found: dict[str, Any], measured: dict[str, float] | None = None) -> str:
-    """Markdown of one shape, with the goals below."""
-    shape = Shape(**found["shape"])
-    card = CARDS[found["card"]]
+    """Markdown of one shape, with the goals below; and of its auxiliary pass, if there is one."""
+    shape, card = Shape(**found["shape"]), CARDS[found["card"]]
+    moments = "" if found["moments"] == "float32" else f", moments in {found['moments']}"
+    step, floor = found["step_ms"], found["floor_ms"]
     lines = [
-        f"## {shape}, {found['card']} ({card.name}), Triton {found['triton']}",
+        f"## {shape}, {found['card']} ({card.name}), Triton {found['triton']}{moments}",
         "",
+        *_lines(found, measured),
+        f"| **step** | {_counts(found)} | | | | | | | {floor:.3f} | {step:.3f} | "
+        f"{step / floor:.2f} |" + (" |" if measured else ""),
+        "",
+        *(f"- {line}" for line in verdicts(found)),
+    ]
+    if "auxiliary" in found:
+        more = found["auxiliary"]
+        dying, total = Shape(**more["shape"]), more["total_ms"]
+        lines += [
+            "",
+            f"### Auxiliary pass: {dying.k} dead latents of each of {dying.tokens} tokens",
+            "",
+            *_lines(more, None),
+            f"| longer update | | | | | | | | | {more['update_ms']:.3f} | |",
+            f"| **auxiliary pass** | {_counts(more)} | | | | | | | | {total:.3f} | |",
+            "",
+            f"- {total / step:.1%} of the step's time, at most 15 %",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _counts(found: dict[str, Any]) -> str:
+    return f"{found['launches']} launches, {found['operations']} operations"
+
+
+def _lines(found: dict[str, Any], measured: dict[str, float] | None) -> list[str]:
+    """The table's head, and a line for each kernel and for what is not one of ours."""
+    lines = [
         "| kernel | programs x warps | registers | resident | barriers | spills | issue | latency |"
         " floor | expected | ratio |" + (" measured |" if measured else ""),
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|" + ("---:|" if measured else ""),
@@ -488,21 +649,13 @@ def table(found: dict[str, Any], measured: dict[str, float] | None = None) -> st
             times = [ms for kernel, ms in measured.items() if row.kernel in kernel]
             line += f" {sum(times):.3f} |" if times else " |"
         lines.append(line)
-    for other in found["others"]:
-        floor, expected = other["floor_ms"], other["expected_ms"]
-        ratio = f"{expected / floor:.2f}" if floor > 0.01 else ""
+    for other in (Other(**one) for one in found["others"]):
+        ratio = f"{other.expected_ms / other.floor_ms:.2f}" if other.floor_ms > 0.01 else ""
         lines.append(
-            f"| {other['name']} | {other['count']} calls | | | | | | | {floor:.3f} | "
-            f"{expected:.3f} | {ratio} |" + (" |" if measured else "")
+            f"| {other.name} | {other.count} calls | | | | | | | {other.floor_ms:.3f} | "
+            f"{other.expected_ms:.3f} | {ratio} |" + (" |" if measured else "")
         )
-    step, floor = found["step_ms"], found["floor_ms"]
-    lines += [
-        f"| **step** | {found['launches']} launches, {found['operations']} operations | | | | | | |"
-        f" {floor:.3f} | {step:.3f} | {step / floor:.2f} |" + (" |" if measured else ""),
-        "",
-    ]
-    lines += [f"- {line}" for line in verdicts(found)]
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def verdicts(found: dict[str, Any]) -> list[str]:
@@ -558,6 +711,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("benchmarks.predict", description=__doc__.splitlines()[0])
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["G1", "G2"])
     parser.add_argument("--card", choices=CARDS, default="sm_90")
+    parser.add_argument("--moments", choices=MOMENTS, default="float32", help="of AdamW")
+    parser.add_argument(
+        "--auxiliary", action="store_true", help="also what the pass that revives latents adds"
+    )
     parser.add_argument("--loops", action="store_true", help="also print each loop's instructions")
     parser.add_argument(
         "--host-rounds", type=int, default=30, metavar="N", help="0: do not time the host"
@@ -576,10 +733,10 @@ def main(arguments: list[str] | None = None) -> None:
         times = {one["shape"]["name"]: one.get("kernels_ms", {}) for one in profiles}
     found = []
     for name in options.shape:
-        found.append(predict(SHAPES[name], options.card))
+        found.append(predict(SHAPES[name], options.card, options.moments, options.auxiliary))
         print(table(found[-1], times.get(name)), flush=True)
         if options.loops:
-            launches, _ = fused_step(SHAPES[name], options.card)
+            launches = fused_step(SHAPES[name], options.card, options.moments).launches
             print(mix(launches, SHAPES[name], options.card) + "\n", flush=True)
     if options.host_rounds:
         taken = host_ms(options.card, options.host_rounds)

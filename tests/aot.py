@@ -125,7 +125,7 @@ def step(
         w_enc, b_enc = _meta(F32, m + n, heads, d).transpose(0, 1), _meta(F32, heads, m + n)
     training = TrainingStep(
         w_enc, b_enc, _meta(F32, size, d), _meta(F32, d), m=m, k=k, composition=composition,
-        dtype=dtype, moments=moments,
+        dtype=dtype, moments=moments, silent=_meta(torch.int64, size),
     )  # fmt: skip
     training.accumulate(_meta(dtype, tokens, d), bounds=bounds, width=width)
     training.apply(lr=1e-3, max_norm=1.0)

@@ -21,6 +21,8 @@ pytestmark = pytest.mark.timeout(3700)
 ROOT = Path(__file__).parents[1]
 SLOW = ("sm_80", "sm_100", "gfx942")
 """Targets left to the slow tests: all of them together take longer than the other tests."""
+MAX_SPILLS = 24
+"""Bytes that the golden table may have: a number or two, outside of a kernel's loops."""
 GOLDEN = read_golden()
 LISTED = GOLDEN.get(VERSION) or max(GOLDEN.items(), default=("", {}))[1]
 """The kernels do not depend on the compiler; its numbers do."""
@@ -78,7 +80,7 @@ def test_kernel_compiles_well(compiled, kernel, target):
     found = compiled.get(f"{kernel}/{target}")
     assert found is not None, f"{kernel}/{target}: no case launches it"
     spills = GOLDEN.get(VERSION, {}).get(found.key, {}).get("spills", 0)
-    assert spills <= 8, f"{found.key}: the golden table has spills of {spills} bytes"
+    assert spills <= MAX_SPILLS, f"{found.key}: the golden table has spills of {spills} bytes"
     assert not problems(found, spills), "\n".join(problems(found, spills))
 
 

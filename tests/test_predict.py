@@ -74,7 +74,7 @@ def found(tmp_path_factory) -> dict:
     file = tmp_path_factory.mktemp("predict") / "predicted.json"
     environment = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_")}
     command = [sys.executable, "-m", "benchmarks.predict", "--host-rounds", "3"]
-    command += ["--json", str(file)]
+    command += ["--auxiliary", "--json", str(file)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "ms of this processor's time to issue a step" in done.stdout
@@ -101,6 +101,23 @@ def test_kernels_are_no_worse(found, shape):
         if expected > 1.03 * golden[name] + 0.001
     }
     assert not worse, f"expected ms, and that of the golden table: {worse}"
+
+
+def test_auxiliary_pass_is_a_small_part_of_a_step(found):
+    """At most 15 %, as training has it by default."""
+    for one in found["shapes"]:
+        more = one["auxiliary"]
+        assert more["total_ms"] <= 0.15 * one["step_ms"], one["shape"]["name"]
+        assert [row["kernel"] for row in more["rows"] if row["spills"]] == []
+        assert f"### Auxiliary pass: {more['shape']['k']} dead latents" in predict.table(one)
+
+
+def test_bytes_of_a_weight_by_the_dtype_of_its_moments():
+    """26 with float32 moments and a copy in bfloat16, 18 with bfloat16 ones."""
+    shape = SHAPES["G1"]
+    numbers = shape.dict_size * shape.d
+    works = [stages(shape, "kron", 2, moment)["decoder update"] for moment in (4, 2)]
+    assert works[0].moved_bytes - works[1].moved_bytes == (26 - 18) * numbers
 
 
 def test_table_names_every_kernel_and_goal(found):

@@ -36,7 +36,7 @@ DERIVED = {
     "encode_heads": {"COLUMNS", "ROOM", "CUT_ENTRIES", "SPLITS", "PROGRAMS"},
     "gather_heads": {"ONE_WARP", "PER_WARP"},
     "decode_and_loss": {"TILE"},
-    "update_rows": {"PER_WARP", "PER_LOAD"},
+    "update_rows": {"PER_WARP", "PER_LOAD", "MAX_REGISTERS"},
 }
 """Numbers that a launcher makes block sizes of, by entry; the first two are of no kernel."""
 

@@ -53,11 +53,17 @@ def factor(pre, SIGNED: tl.constexpr):
 
 
 @triton.jit
-def key_of(score):
-    """Key of a float32 score: larger scores have larger keys, -0 that of 0, NaN the largest."""
-    score = tl.where(score == 0.0, 0.0, score)
-    bits = score.to(tl.int32, bitcast=True)
-    key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+def key_of(score, SIGNED: tl.constexpr = True):
+    """Key of a float32 score: larger scores have larger keys, -0 that of 0, NaN the largest.
+
+    SIGNED: some may be below 0.
+    """
+    if SIGNED:
+        score = tl.where(score == 0.0, 0.0, score)
+        bits = score.to(tl.int32, bitcast=True)
+        key = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    else:
+        key = score.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     return tl.where(score == score, key, NAN)
 
 

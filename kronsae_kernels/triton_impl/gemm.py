@@ -166,8 +166,8 @@ def _cut_lists(lists, counts, k, cap, PLANES: tl.constexpr, TOKENS: tl.constexpr
 
 
 @triton.jit
-def encode_heads(x, p_weight, q_weight, bias, lists, counts, scratch, tokens, d, h, splits, tiles,
-                 k, cap, M: tl.constexpr, N: tl.constexpr, M_PADDED: tl.constexpr,
+def encode_heads(x, p_weight, q_weight, bias, lists, counts, tokens, d, h, splits, tiles, k,
+                 cap, M: tl.constexpr, N: tl.constexpr, M_PADDED: tl.constexpr,
                  N_PADDED: tl.constexpr, SIGNED: tl.constexpr, HAS_BIAS: tl.constexpr,
                  PRECISION: tl.constexpr, DTYPE: tl.constexpr, TOKENS: tl.constexpr,
                  HEADS: tl.constexpr, WIDTH: tl.constexpr, CAPACITY: tl.constexpr,
@@ -178,7 +178,6 @@ def encode_heads(x, p_weight, q_weight, bias, lists, counts, scratch, tokens, d,
     descriptors of tiles of x and of the weight; else pointers, the latter two the same.
     lists [programs, planes, TOKENS, CAPACITY] int32; counts [programs, 2, TOKENS]: of its heads,
     and bound, a key that k of them have or exceed; program = block * splits + range.
-    scratch: as counts, for the cuts.
     `tiles` of HEADS heads are one range. Grid (blocks of TOKENS tokens * splits,).
     """
     PLANE: tl.constexpr = TOKENS * CAPACITY
@@ -190,20 +189,20 @@ def encode_heads(x, p_weight, q_weight, bias, lists, counts, scratch, tokens, d,
     end = tl.minimum(tile + tiles, tl.cdiv(h, HEADS))
     lists += program.to(tl.int64) * (PLANES * PLANE)
     row = tl.arange(0, TOKENS)
-    scratch += program * (2 * TOKENS)
+    counts += program * (2 * TOKENS)
     count = tl.zeros([TOKENS], tl.int32)
-    bound = tl.full([TOKENS], PADDING, tl.int32)
+    bound = tl.full([TOKENS], MASKED, tl.int32)
     while tile < end:
         fullest = tl.max(count)
         if fullest > CAPACITY - HEADS:
             # A cut starts from a key that k have. Before the first one, every head is in the list.
-            tl.store(scratch + row, count)
-            tl.store(scratch + TOKENS + row, tl.maximum(bound, MASKED))
+            tl.store(counts + row, count)
+            tl.store(counts + TOKENS + row, bound)
             tl.debug_barrier()
-            _cut_lists(lists, scratch, k, cap, PLANES, TOKENS, CAPACITY, CUT)
+            _cut_lists(lists, counts, k, cap, PLANES, TOKENS, CAPACITY, CUT)
             tl.debug_barrier()
-            count = tl.load(scratch + row)
-            bound = tl.load(scratch + TOKENS + row)
+            count = tl.load(counts + row)
+            bound = tl.load(counts + TOKENS + row)
             fullest = tl.max(count)
         # As many tiles as are sure to fit: one pipelined loop without another in it.
         next_tile = tl.minimum(tile + (CAPACITY - fullest) // HEADS, end)
@@ -234,20 +233,19 @@ def encode_heads(x, p_weight, q_weight, bias, lists, counts, scratch, tokens, d,
                 u_low, v_low = _extreme(p, M, SIGNED, True), _extreme(q, N, SIGNED, True)
                 score = maximum(maximum(score, u_low * v_low), maximum(u * v_low, u_low * v))
             head = start + tl.arange(0, HEADS)
-            key = tl.where((head < h)[None, :], key_of(score), PADDING)
+            key = tl.where((head < h)[None, :], key_of(score, SIGNED), PADDING)
             keep = key > bound[:, None]
             so_far = tl.cumsum(keep.to(tl.int32), 1)
             place = (row * CAPACITY + count)[:, None] + so_far - 1
-            count += tl.max(so_far, 1)
             tl.store(lists + KEYS * PLANE + place, key, mask=keep)
             heads = tl.broadcast_to(head[None, :], key.shape)
             tl.store(lists + IDS * PLANE + place, heads, mask=keep)
             _store_pre_latents(lists + PRE * PLANE, place, p, keep, M, PLANE)
             _store_pre_latents(lists + OF_Q * PLANE, place, q, keep, N, PLANE)
+            count += tl.max(so_far, 1)
         tile = next_tile
-    of_list = counts + program * (2 * TOKENS) + row
-    tl.store(of_list, count)
-    tl.store(of_list + TOKENS, tl.maximum(bound, MASKED))
+    tl.store(counts + row, count)
+    tl.store(counts + TOKENS + row, bound)
 
 
 @triton.jit

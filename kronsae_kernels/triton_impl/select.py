@@ -42,8 +42,9 @@ def _middle(low, high):
 
 @triton.jit
 def _cut(keys, ids, low, high, k, cap):
-    """(low, bound, left): take keys > low, and those == low with id < bound: left, k to cap.
+    """(keys, low, bound, left): take keys > low, and those == low with id < bound: left, k to cap.
 
+    In the keys that are returned, what is not taken of those == low is padding: take all >= low.
     `low` comes in as a key that at least k have or exceed, `high` as one that none exceeds.
     Bisection on the key, then, if ties at the cut leave more than `cap`, on the id: the k first
     are left.
@@ -69,7 +70,8 @@ def _cut(keys, ids, low, high, k, cap):
             above = tl.where(fits, above, middle)
         bound = below
         left = k
-    return low, bound, left
+        keys = tl.where((keys == low) & (ids >= bound), PADDING, keys)
+    return keys, low, bound, left
 
 
 @triton.jit
@@ -118,14 +120,14 @@ def _store_list(out, ids, take, left, CAP: tl.constexpr):
 
 @triton.jit
 def _head_keys(pre, mask, h, head, M: tl.constexpr, N: tl.constexpr, SIGNED: tl.constexpr,
-               HAS_MASK: tl.constexpr):  # fmt: skip
+               HAS_MASK: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
     """Key of the largest product of each head (any shape), from i-major pre-latents of a token.
 
     Rounding is monotone, so the product of the maxima is the maximum of the rounded products; of a
     product of signed factors, the largest is at a corner. With a mask (uint8 [m n, h]) all are
-    formed.
+    formed. WHOLE: every head is below h.
     """
-    inside = head < h
+    inside = tl.full(head.shape, True, tl.int1) if WHOLE else head < h
     if HAS_MASK:
         key = tl.full(head.shape, MASKED, tl.int32)
         for i in tl.range(0, M):
@@ -133,25 +135,25 @@ def _head_keys(pre, mask, h, head, M: tl.constexpr, N: tl.constexpr, SIGNED: tl.
             for j in tl.range(0, N):
                 v = factor(tl.load(pre + (M + j) * h + head, mask=inside, other=0.0), SIGNED)
                 allowed = tl.load(mask + (i * N + j) * h + head, mask=inside, other=0) != 0
-                key = tl.maximum(key, tl.where(allowed, key_of(u * v), MASKED))
+                key = tl.maximum(key, tl.where(allowed, key_of(u * v, SIGNED), MASKED))
     else:
-        u = factor(tl.load(pre + head, mask=inside, other=0.0), SIGNED)
-        v = factor(tl.load(pre + M * h + head, mask=inside, other=0.0), SIGNED)
+        u = tl.load(pre + head, mask=inside, other=0.0).to(tl.float32)
+        v = tl.load(pre + M * h + head, mask=inside, other=0.0).to(tl.float32)
         u_low, v_low = u, v
         for i in tl.static_range(1, M):
-            more = factor(tl.load(pre + i * h + head, mask=inside, other=0.0), SIGNED)
+            more = tl.load(pre + i * h + head, mask=inside, other=0.0).to(tl.float32)
             u = maximum(u, more)
             if SIGNED:
                 u_low = minimum(u_low, more)
         for j in tl.static_range(1, N):
-            more = factor(tl.load(pre + (M + j) * h + head, mask=inside, other=0.0), SIGNED)
+            more = tl.load(pre + (M + j) * h + head, mask=inside, other=0.0).to(tl.float32)
             v = maximum(v, more)
             if SIGNED:
                 v_low = minimum(v_low, more)
-        score = u * v
+        score = factor(u, SIGNED) * factor(v, SIGNED)
         if SIGNED:
             score = maximum(maximum(score, u_low * v_low), maximum(u * v_low, u_low * v))
-        key = key_of(score)
+        key = key_of(score, SIGNED)
     return tl.where(inside, key, PADDING)
 
 
@@ -160,7 +162,7 @@ def _group_keys(pre, mask, size, head, GROUP: tl.constexpr, HAS_MASK: tl.constex
     """Key of the largest of GROUP consecutive columns, for each group in `head` [A, B]."""
     column = head[:, :, None] * GROUP + tl.arange(0, GROUP)[None, None, :]
     inside = column < size
-    key = key_of(factor(tl.load(pre + column, mask=inside, other=0.0), False))
+    key = key_of(factor(tl.load(pre + column, mask=inside, other=0.0), False), False)
     if HAS_MASK:
         allowed = tl.load(mask + column, mask=inside, other=0) != 0
         key = tl.where(allowed, key, MASKED)
@@ -171,26 +173,29 @@ def _group_keys(pre, mask, size, head, GROUP: tl.constexpr, HAS_MASK: tl.constex
 def select_heads(pre, mask, heads, keys, stride, size, h, k, cap,
                  M: tl.constexpr, N: tl.constexpr, SIGNED: tl.constexpr, DENSE: tl.constexpr,
                  HAS_MASK: tl.constexpr, STORE_KEYS: tl.constexpr, CAP: tl.constexpr,
-                 CHUNKS: tl.constexpr, LANES: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
+                 WHOLE: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr,
+                 GROUP: tl.constexpr):  # fmt: skip
     """The k to cap first heads among CHUNKS * LANES of them: heads [tokens, splits, CAP].
 
     pre [tokens, stride]. DENSE: h groups of M columns, of `size` columns. keys: as heads, if
-    STORE_KEYS. A lower bound is found among the maxima of GROUP * CHUNKS heads, those of a thread.
+    STORE_KEYS: if there are several splits. WHOLE: they are h heads together, none beyond. A lower
+    bound is found among the maxima of GROUP * CHUNKS heads, those of a thread.
     Grid (tokens, splits).
     """
-    token, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    token = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1) if STORE_KEYS else 0
     chunk, lane = tl.arange(0, CHUNKS), tl.arange(0, LANES)
     ids = (split * CHUNKS + chunk[:, None]) * LANES + lane[None, :]
     if DENSE:
         key = _group_keys(pre + token * stride, mask, size, ids, M, HAS_MASK)
     else:
-        key = _head_keys(pre + token * stride, mask, h, ids, M, N, SIGNED, HAS_MASK)
+        key = _head_keys(pre + token * stride, mask, h, ids, M, N, SIGNED, HAS_MASK, WHOLE)
     # Of this split's heads, all may be wanted.
     here = tl.minimum(k, h - split * (CHUNKS * LANES))
     of_group = tl.max(tl.reshape(tl.max(key, 0), [LANES // GROUP, GROUP]), 1)
     low, high = _bounds(of_group, here, here + (cap - here) // 4)
-    low, bound, left = _cut(key, ids, low, high, here, cap)
-    take = (key > low) | ((key == low) & (ids < bound))
+    key, low, _, left = _cut(key, ids, low, high, here, cap)
+    take = key >= low
     # Places: lane after lane, and within a lane chunk after chunk.
     chosen = take.to(tl.int32)
     in_lane = tl.sum(chosen, 0)
@@ -225,7 +230,7 @@ def merge_lists(lists, keys, kept, ranked, length, k, cap, RANKED: tl.constexpr,
     keys += token * length
     every_key, every_id = _load_list(lists, keys, 0, length, CANDIDATES)
     low = tl.full((), MASKED, tl.int32)
-    low, bound, left = _cut(every_key, every_id, low, tl.max(every_key), k, cap)
+    _, low, bound, left = _cut(every_key, every_id, low, tl.max(every_key), k, cap)
     written = tl.full((), 0, tl.int32)
     for start in range(0, length, PART):
         key, ids = _load_list(lists, keys, start, length, PART)
@@ -275,7 +280,7 @@ def _row_keys(pre, mask, head, there, h,
         for extension in range(0, N):
             v = factor(tl.load(pre + (M + extension) * h + head, mask=there, other=0.0), SIGNED)
             allowed = tl.load(mask + ids * N + extension, mask=of_base, other=0) != 0
-            key = tl.maximum(key, tl.where(allowed, key_of(u * v[:, None]), MASKED))
+            key = tl.maximum(key, tl.where(allowed, key_of(u * v[:, None], SIGNED), MASKED))
     else:
         real, least = (j < N)[None, :], float("-inf")
         at = pre + (M + j)[None, :] * h + head[:, None]
@@ -285,7 +290,7 @@ def _row_keys(pre, mask, head, there, h,
         if SIGNED:
             lowest = tl.reduce(tl.where(real, v, -least), 1, minimum)[:, None]
             score = maximum(score, u * lowest)
-        key = key_of(score)
+        key = key_of(score, SIGNED)
     key = tl.where(of_base, key, PADDING)
     return tl.reshape(key, [key.numel]), tl.reshape(ids, [ids.numel])
 
@@ -315,7 +320,7 @@ def _latent_keys(pre, mask, listed, there, size, h,
         at = (M + j)[None, :] * h + head[:, None]
         v = tl.load(pre + at, mask=there[:, None] & (j < N)[None, :], other=0.0)
         score = u[:, :, None] * factor(v, SIGNED)[:, None, :]
-    key = key_of(score)
+    key = key_of(score, SIGNED)
     if HAS_MASK:
         allowed = tl.load(mask + ids, mask=inside, other=0) != 0
         key = tl.where(allowed, key, MASKED)
@@ -362,8 +367,8 @@ def select_rows(pre, mask, heads, rows, stride, h, k, cap,
     head, there = _listed(heads, token * HEADS, tl.arange(0, HEADS), h, ALL)
     key, ids = _row_keys(pre + token * stride, mask, head, there, h, M, N, M_PADDED, N_PADDED,
                          SIGNED, HAS_MASK)  # fmt: skip
-    low, bound, left = _cut(key, ids, tl.full((), MASKED, tl.int32), tl.max(key), k, cap)
-    take = (key > low) | ((key == low) & (ids < bound))
+    key, low, _, left = _cut(key, ids, tl.full((), MASKED, tl.int32), tl.max(key), k, cap)
+    take = key >= low
     _store_list(rows + token * CAP, ids, take, left, CAP)
 
 
@@ -385,9 +390,9 @@ def select_latents(pre, mask, lists, ranked, indices, base, extension, stride, s
     listed, there = _listed(lists, token * LISTED, tl.arange(0, LISTED), entries, ALL)
     key, ids = _latent_keys(pre, mask, listed, there, size, h, M, N, M_PADDED, N_PADDED, SIGNED,
                             DENSE, HAS_MASK, OF_HEADS)  # fmt: skip
-    low, bound, _ = _cut(key, ids, tl.full((), MASKED, tl.int32), tl.max(key), k, k)
+    key, low, _, _ = _cut(key, ids, tl.full((), MASKED, tl.int32), tl.max(key), k, k)
     ranked += token * k
-    _store_ranks(ranked, key, ids, (key > low) | ((key == low) & (ids < bound)))
+    _store_ranks(ranked, key, ids, key >= low)
     if RANK:
         tl.debug_barrier()  # the program reads what it wrote
         out = token * k
