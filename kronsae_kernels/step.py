@@ -39,8 +39,9 @@ MAX_FUSED_CODES = 128
 MAX_PREFIXES = 32
 """Nested prefixes at most: a program holds the errors of all of them in registers."""
 NAMES = ("w_enc", "b_enc", "w_dec", "b_dec")
-MOMENTS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-"""Dtypes of the moments of w_enc and w_dec; those of biases are float32."""
+MOMENTS = ("float32", "bfloat16")
+ROUNDED = ("w_enc", "w_dec")
+"""Weights whose moments may be in bfloat16."""
 
 
 def why_not(device: torch.device, d: int = 1, dtype: torch.dtype = torch.float32) -> str | None:
@@ -159,7 +160,7 @@ class TrainingStep:
         require(dtype in DTYPES, f"dtype: expected one of {DTYPES}, got {dtype}")
         require(
             moments in MOMENTS,
-            f"moments: expected one of {tuple(MOMENTS)}, got {moments!r}",
+            f"moments: expected one of {MOMENTS}, got {moments!r}",
         )
         reason = why_not(self.device, max(self.d, self.d_target), dtype)
         if reason is not None:
@@ -349,10 +350,9 @@ class TrainingStep:
             self.dict_size,
             tuple(self._all(name) for name in names),
             self._row_of_codes("x"),
+            None if all(part.row is None for part in self._parts) else self._row_of_codes("d_rows"),
         )
-        of_decoder = entries
-        if any(part.row is not None for part in self._parts):
-            of_decoder = entries.of_rows(self._row_of_codes("d_rows"))
+        of_decoder = entries if entries.rows is None else entries._replace(tokens=entries.rows)
         sorted_ = dict(zip(names, entries.coefficients, strict=True))
         hyper = self._prepared(lr)
         b_dec = self.weights["b_dec"]
@@ -634,7 +634,7 @@ def new_state(
             **{
                 moment: torch.zeros_like(
                     weight.detach(),
-                    dtype=_dtype_of_moments(name, moments),
+                    dtype=_dtype_of_moments(name, weight.dtype, moments),
                     memory_format=torch.preserve_format,
                 )
                 for moment in ("exp_avg", "exp_avg_sq")
@@ -644,13 +644,13 @@ def new_state(
     }
 
 
-def _dtype_of_moments(name: str, moments: str) -> torch.dtype:
-    return MOMENTS[moments] if name in ("w_enc", "w_dec") else torch.float32
+def _dtype_of_moments(name: str, weight: torch.dtype, moments: str) -> torch.dtype:
+    return torch.bfloat16 if moments == "bfloat16" and name in ROUNDED else weight
 
 
 def _check_moments(state: Mapping[str, Mapping[str, Tensor]], moments: str) -> None:
     for name in NAMES:
-        expected = _dtype_of_moments(name, moments)
+        expected = _dtype_of_moments(name, torch.float32, moments)
         for moment in ("exp_avg", "exp_avg_sq"):
             found = state[name][moment].dtype
             require(

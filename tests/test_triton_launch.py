@@ -11,6 +11,7 @@ pytest.importorskip("triton")
 from kronsae_kernels import dense_encode, fused_encode, sparse_decode
 from kronsae_kernels.triton_impl import (
     backward,
+    batch,
     configs,
     counters,
     decode,
@@ -23,13 +24,14 @@ from kronsae_kernels.triton_impl import (
 )
 
 TABLE = json.loads(configs.PATH.read_text(encoding="utf-8"))
-MODULES = (backward, counters, decode, gemm, nested, select, threshold)
+MODULES = (backward, batch, counters, decode, gemm, nested, select, threshold)
 DERIVED = {
     "encode": {"ONE_PASS"},
     "segments": {"ROW_LENGTH", "HEAD_LENGTH"},
     "select_heads": {"PER_PROGRAM", "MAX_REGISTERS"},
     "merge_lists": {"ONE_WARP", "PER_WARP"},
     "list_keys": {"TILE"},
+    "nested_errors": {"TILE"},
     "select_rows": {"ONE_WARP", "PER_WARP"},
     "select_latents": {"ONE_WARP", "PER_WARP", "DIRECT"},
     "rank_latents": {"ONE_WARP", "PER_WARP"},

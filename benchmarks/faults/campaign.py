@@ -263,7 +263,7 @@ class Campaign:
             if pattern in LAST:
                 runs.execute(kind, [*kind.flags, "--out", out], place / "0.log")
             else:
-                _interrupt(kind, place, drawn.uniform(0.7, 0.8) * whole.seconds)
+                _interrupt(kind, place, whole, drawn)
             files = sorted(out.glob(pattern))
             if not files:
                 return
@@ -306,7 +306,7 @@ class Campaign:
 
         def attempt(place: Path) -> None:
             out = place / "out"
-            _interrupt(kind, place, drawn.uniform(0.7, 0.8) * whole.seconds)
+            _interrupt(kind, place, whole, drawn)
             outcome.struck += 1
             DAMAGES[how](out / "metrics.jsonl", drawn)
             ended = runs.execute(kind, ["--resume", out], place / "1.log")
@@ -403,18 +403,11 @@ class Campaign:
         return outcome
 
 
-def _interrupt(kind: Kind, place: Path, seconds: float) -> None:
-    """Begin a run that kill -9 ends after `seconds`, or sooner where it is complete by then.
-
-    What a complete run has left of its progress is not read again, so damage there is not found.
-    """
-    out, start = place / "out", [*kind.flags, "--out", place / "out"]
-    while True:
-        ended = runs.execute(kind, start, place / "0.log", signals=[(seconds, signal.SIGKILL)])
-        if ended.status != 0 and not any((out / name).exists() for name in LAST):
-            return
-        shutil.rmtree(out)
-        seconds *= 0.8
+def _interrupt(kind: Kind, place: Path, whole: Ended, drawn: random.Random) -> None:
+    """Begin a run that dies at a file operation when three quarters of them are done."""
+    at = round(drawn.uniform(0.7, 0.8) * whole.operations)
+    start = [*kind.flags, "--out", place / "out"]
+    runs.execute(kind, start, place / "0.log", spots=strikes.Spots(at), seconds=60)
 
 
 def _truncate(path: Path, drawn: random.Random) -> None:

@@ -862,12 +862,8 @@ class Entries(NamedTuple):
     """[F + 1] int32: latent f owns entries offsets[f] to offsets[f + 1]."""
     coefficients: tuple[Tensor, ...]
     """[E] float32 each: those that `of` was given."""
-    order: Tensor
-    """[E] int64: place of each entry among the codes as given."""
-
-    def of_rows(self, rows: Tensor) -> "Entries":
-        """The same with another row than its token for each code, rows [E] int32."""
-        return self._replace(tokens=rows[self.order])
+    rows: Tensor | None
+    """[E] int32: those that `of` was given."""
 
     @classmethod
     def of(
@@ -876,10 +872,12 @@ class Entries(NamedTuple):
         size: int,
         coefficients: tuple[Tensor, ...] = (),
         tokens: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> "Entries":
         """From latent indices [B, k] in [0, size) (or [E], with the token of each, int32).
 
         coefficients: up to 4 numbers of each code, shaped as indices.
+        rows: another number of each code, [E] int32.
         Raises RuntimeError for 2^31 entries or latents: kernels count them in int32.
         """
         count = indices.numel()
@@ -914,7 +912,8 @@ class Entries(NamedTuple):
             HAS_TOKENS=tokens is not None,
             COUNT=len(given),
         )
-        return cls(of_entry, latents, offsets, tuple(sorted_), order)
+        rows = None if rows is None else rows[order]
+        return cls(of_entry, latents, offsets, tuple(sorted_), rows)
 
 
 def row_gradients(
