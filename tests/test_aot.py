@@ -6,6 +6,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from aot import TARGETS, VERSION, Compiled, differences, problems, read_golden
+from aot import TARGETS, VERSION, Compiled, case_of, differences, problems, read_golden
 
 pytestmark = pytest.mark.timeout(3700)
 
@@ -28,9 +29,14 @@ LISTED = GOLDEN.get(VERSION) or max(GOLDEN.items(), default=("", {}))[1]
 """The kernels do not depend on the compiler; its numbers do."""
 
 
+DAILY = "64k|step_128k|step_1m"
+"""Cases that are compiled for the other targets; the rest are slow."""
+
+
 def _marked(target: str, *values: str):
+    slow = target in SLOW or any(not re.search(DAILY, case_of(kernel)) for kernel in values)
     return pytest.param(
-        *values, target, id="-".join((*values, target)), marks=[pytest.mark.slow] * (target in SLOW)
+        *values, target, id="-".join((*values, target)), marks=[pytest.mark.slow] * slow
     )
 
 
@@ -42,14 +48,22 @@ by_kernel = pytest.mark.parametrize(
 
 
 @pytest.fixture(scope="module")
-def compiled(request, tmp_path_factory) -> dict[str, Compiled]:
+def cases(request) -> str:
+    """Regular expression of the cases that the chosen tests need."""
+    items = [item for item in request.session.items if item.path == Path(__file__)]
+    return "" if any(item.get_closest_marker("slow") for item in items) else DAILY
+
+
+@pytest.fixture(scope="module")
+def compiled(request, cases, tmp_path_factory) -> dict[str, Compiled]:
     """All kernels for the targets of the chosen tests, by "case/kernel/target"."""
     items = [item for item in request.session.items if item.path == Path(__file__)]
     targets = {item.callspec.params["target"] for item in items}
     file = tmp_path_factory.mktemp("aot") / "kernels.json"
     environment = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_")}
+    command = [sys.executable, "-m", "tests.aot", "--json", str(file), "--cases", cases]
     done = subprocess.run(
-        [sys.executable, "-m", "tests.aot", "--json", str(file), "--targets", *sorted(targets)],
+        [*command, "--targets", *sorted(targets)],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -62,10 +76,11 @@ def compiled(request, tmp_path_factory) -> dict[str, Compiled]:
 
 
 @by_target
-def test_golden_table_lists_every_kernel(compiled, target):
+def test_golden_table_lists_every_kernel(compiled, cases, target):
     """Also where a case cannot even make its calls: that is a kernel "case/(calls)" here."""
     found = {key: one for key, one in compiled.items() if one.target == target}
     listed = {key for key in LISTED if key.endswith(f"/{target}")}
+    listed = {key for key in listed if re.search(cases, case_of(key))}
     missing = [f"{key}: gone" for key in sorted(listed - found.keys())]
     unlisted = [
         "\n".join(problems(found[key])) or f"{key}: new" for key in sorted(found.keys() - listed)

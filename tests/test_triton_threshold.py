@@ -30,6 +30,7 @@ KINDS = [
     None,  # a dense encoder
 ]
 CASES = 240
+DRAWN_PARTS = [pytest.param(part, marks=[pytest.mark.slow] * (part >= 4)) for part in range(8)]
 
 
 @pytest.fixture(autouse=True)
@@ -104,7 +105,7 @@ def gradients(leaves: list[Tensor], options: dict, weight: Tensor, impl: str) ->
     return list(torch.autograd.grad((values * of_code).sum(), leaves))
 
 
-@pytest.mark.parametrize("part", range(8))
+@pytest.mark.parametrize("part", DRAWN_PARTS)
 def test_drawn_cases(part, device, monkeypatch):
     """Of integers; gradients without a root are integers, too, and equal to the bit."""
     for seed in range(part, CASES, 8):
