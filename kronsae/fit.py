@@ -24,7 +24,7 @@ from kronsae.data import (
 from kronsae.data.common import Interrupted, digest
 from kronsae.errors import InputError
 from kronsae.evaluate import Heldout, evaluate, evaluate_cross_entropy
-from kronsae.learner import Learner, Skipped
+from kronsae.learner import Learner, Skipped, check_step
 from kronsae.logs import Log, check_packages
 from kronsae.parallel import Mesh, RankLost, join
 from kronsae.run import SINGLE, RunFolder, SweepFolder, open_to_resume
@@ -181,6 +181,8 @@ def _fit(
         flat = [part.detach().reshape(-1, part.shape[-1]) for part in heldout]
         heldout = Heldout(flat[0], targets=flat[1] if len(flat) == 2 else None)
     plans = [_complete(plan, source) for plan in plans]
+    for plan in plans:
+        check_step(plan.sae, plan.train, device, (mesh.data.size, mesh.heads.size))
     if heldout is not None:
         _check_heldout(heldout, plans[0].sae)
     check_packages(config)

@@ -150,6 +150,21 @@ def why_not_fused(
     return fused.why_not(device, width, compute_dtype(config.dtype, device))
 
 
+def check_step(
+    sae: SAEConfig, config: TrainConfig, device: torch.device, ranks: tuple[int, int]
+) -> None:
+    """Raise InputError for settings that need the fused step where it cannot be taken."""
+    reason = why_not_fused(sae, config, device, ranks)
+    if reason is None:
+        return
+    if config.fused_step == "on":
+        raise InputError(f"fused_step 'on': {reason}")
+    if config.moments != "float32":
+        raise InputError(
+            f"moments {config.moments!r} needs the fused step: {reason}. Leave it out (float32)"
+        )
+
+
 class Pass(NamedTuple):
     """What one optimizer step did."""
 
@@ -225,11 +240,9 @@ class Learner:
         self.mesh = mesh
         self.dtype = compute_dtype(config.dtype, device)
         self.unit_norm = config.decoder_norm == "unit"
-        reason = why_not_fused(sae_config, config, device, (mesh.data.size, mesh.heads.size))
-        if config.fused_step == "on" and reason is not None:
-            raise InputError(f"fused_step 'on': {reason}")
-        if config.moments != "float32" and reason is not None:
-            raise InputError(f"moments {config.moments!r} needs the fused step: {reason}")
+        ranks = mesh.data.size, mesh.heads.size
+        check_step(sae_config, config, device, ranks)
+        reason = why_not_fused(sae_config, config, device, ranks)
         generator = torch.Generator().manual_seed(config.seed)
         self.sae = SAE(sae_config, generator=generator, mesh=mesh).to(device)
         matrices = [self.sae.W_enc]

@@ -24,6 +24,7 @@ from kronsae_kernels.common import (
     DTYPES,
     SparseCodes,
     check_count,
+    check_floating,
     check_same,
     check_shape,
     check_tensors,
@@ -168,7 +169,7 @@ class TrainingStep:
         self.unit_norm, self.weight_decay = unit_norm, float(weight_decay)
         self.moments = moments
         self.state = new_state(self.weights, moments) if state is None else state
-        _check_moments(self.state, moments)
+        _check_state(self.state, self.weights, moments)
         check_shape("silent", silent, (self.dict_size,), "[F]")
         check_same("device", silent=silent, w_dec=w_dec)
         self.silent, self.skips = silent, torch.zeros(4, device=self.device)
@@ -217,6 +218,7 @@ class TrainingStep:
         Raises ValueError if shapes do not fit.
         """
         k = self.k if k is None else k
+        check_floating(x=x, target=target)
         require(
             x.ndim == 2 and x.shape[1] == self.d and x.shape[0] > 0,
             lambda: f"x: expected [B, {self.d}] with B >= 1, got {shape_of(x)}",
@@ -228,6 +230,10 @@ class TrainingStep:
         )
         check_shape("target", target, (x.shape[0], self.d_target), "[B, d_target]")
         check_shape("mask", mask, (self.dict_size,), "[F]")
+        require(
+            mask is None or mask.dtype == torch.bool,
+            lambda: f"mask: expected torch.bool, got {mask.dtype}",
+        )
         check_same("device", x=x, target=target, mask=mask, w_dec=self.weights["w_dec"])
         if width is not None:
             check_count("width", width, k, self.dict_size, f"k = {k} to F = {self.dict_size}")
@@ -237,8 +243,8 @@ class TrainingStep:
             check_bounds(bounds, self.dict_size)
             require(
                 bounds[-1] == self.dict_size and len(bounds) <= MAX_PREFIXES,
-                f"bounds: expected at most {MAX_PREFIXES}, the last of them F = {self.dict_size}, "
-                f"got {bounds}",
+                f"bounds: expected at most {MAX_PREFIXES} prefixes, of which the last ends at "
+                f"F = {self.dict_size}, got {bounds}",
             )
         with torch.no_grad():
             return self._accumulate(x, target, k, mask, bias, weight, bounds, width)
@@ -437,6 +443,7 @@ class TrainingStep:
         from kronsae_kernels.triton_impl import operations
 
         if not isinstance(lr, Tensor):
+            require(math.isfinite(lr), lambda: f"lr: expected a finite number, got {lr}")
             lr = self._lr.fill_(lr)
         size = sum(len(part.x) for part in self._parts) * self.d_target
         steps = [self.state[name]["step"] for name in NAMES]
@@ -648,15 +655,36 @@ def _dtype_of_moments(name: str, weight: torch.dtype, moments: str) -> torch.dty
     return torch.bfloat16 if moments == "bfloat16" and name in ROUNDED else weight
 
 
-def _check_moments(state: Mapping[str, Mapping[str, Tensor]], moments: str) -> None:
-    for name in NAMES:
+def _check_state(
+    state: Mapping[str, Mapping[str, Tensor]], weights: Mapping[str, Tensor], moments: str
+) -> None:
+    for name, weight in weights.items():
+        of_weight = state.get(name, {})
+        missing = {"step", "exp_avg", "exp_avg_sq"} - of_weight.keys()
+        require(not missing, f"state: {name}: expected a step and both moments, not {missing}")
+        step = of_weight["step"]
+        require(
+            isinstance(step, Tensor) and step.dtype == torch.float32 and step.numel() == 1,
+            f"state: {name}: step: expected a float32 scalar tensor, got {step!r}",
+        )
         expected = _dtype_of_moments(name, torch.float32, moments)
         for moment in ("exp_avg", "exp_avg_sq"):
-            found = state[name][moment].dtype
+            found, what = of_weight[moment], f"state: {name}: {moment}"
+            check_tensors(**{what: found})
             require(
-                found == expected,
-                f"state: {name}: {moment}: expected {expected} (moments={moments!r}), got {found}",
+                found.dtype == expected,
+                f"{what}: expected {expected} (moments={moments!r}), got {found.dtype}",
             )
+            require(
+                _layout(found) == _layout(weight) and found.device == weight.device,
+                f"{what}: expected the shape, strides and device of the weight, {_layout(weight)} "
+                f"on {weight.device}, got {_layout(found)} on {found.device}",
+            )
+
+
+def _layout(x: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape, and strides where they matter."""
+    return tuple(x.shape), tuple(x.stride(dim) for dim in range(x.ndim) if x.shape[dim] > 1)
 
 
 def _check_weights(weights: dict[str, Tensor], m: int | None) -> None:

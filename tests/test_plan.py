@@ -287,8 +287,10 @@ def test_what_cuda_graphs_keep(monkeypatch):
 
 
 def test_bfloat16_moments_take_half_the_bytes():
+    pytest.importorskip("triton")
+
     def state_mib(moments: str) -> float:
-        train = dataclasses.replace(TRAIN, moments=moments)
+        train = dataclasses.replace(TRAIN, moments=moments, fused_step="on")
         return make_plan({"one": RunConfig(SAES["kron"], DATA, train)}, outline(DATA))[
             "memory_mib"
         ]["weights and moments"]
@@ -297,3 +299,6 @@ def test_bfloat16_moments_take_half_the_bytes():
     matrices = sae.encoder_rows * sae.d_model + sae.dict_size * sae.d_out
     saved = 2**20 * (state_mib("float32") - state_mib("bfloat16"))
     assert saved == pytest.approx(2 * 2 * matrices)
+    train = dataclasses.replace(TRAIN, moments="bfloat16", fused_step="off")
+    with pytest.raises(InputError, match="needs the fused step: fused_step is off. Leave it out"):
+        make_plan({"one": RunConfig(SAES["kron"], DATA, train)}, outline(DATA))

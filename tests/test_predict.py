@@ -126,4 +126,6 @@ def test_table_names_every_kernel_and_goal(found):
         for row in one["rows"]:
             assert f"| {row['kernel']} |" in text
         assert " 1.250 |" in text
-        assert "of the floor" in text and "x sparsify" in text and "x dense" in text
+        assert (
+            "of the floor" in text and "as fast as sparsify" in text and "as fast as dense" in text
+        )

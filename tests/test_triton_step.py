@@ -562,6 +562,38 @@ def test_bfloat16_moments_are_the_same_after_a_resume(dense):
             assert torch.equal(second.state[name][moment], whole.state[name][moment]), name
 
 
+def test_state_is_that_of_the_weights():
+    """A moment in another layout would be read as another weight's."""
+    weights = new_weights(False)
+
+    def changed(name: str, key: str, value: object) -> dict:
+        state = fused.new_state(weights)
+        return {**state, name: {**state[name], key: value}}
+
+    turned = torch.zeros_like(weights["w_enc"], memory_format=torch.contiguous_format)
+    for state, message in (
+        (changed("w_enc", "exp_avg", turned.contiguous()), "w_enc: exp_avg: .*shape, strides"),
+        (changed("w_dec", "exp_avg_sq", torch.zeros(3, 3)), "w_dec: exp_avg_sq: .*shape, strides"),
+        (changed("b_dec", "step", 3), "b_dec: step: expected a float32 scalar tensor, got 3"),
+        ({}, "state: w_enc: expected a step and both moments"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make(weights, state=state)
+
+
+def test_masks_are_bool_and_rates_finite():
+    step, x = make(new_weights(False)), batches(1)[0]
+    with pytest.raises(ValueError, match="mask: expected torch.bool, got torch.uint8"):
+        step.accumulate(x, mask=torch.ones(step.dict_size, dtype=torch.uint8, device=DEVICE))
+    with pytest.raises(ValueError, match="x: expected a tensor"):
+        step.accumulate([[1.0]])
+    with pytest.raises(ValueError, match="x: expected float64, .* got torch.int64"):
+        step.accumulate(x.long())
+    step.accumulate(x)
+    with pytest.raises(ValueError, match="lr: expected a finite number, got nan"):
+        step.apply(float("nan"))
+
+
 def test_state_has_the_dtype_of_moments():
     weights = new_weights(False)
     with pytest.raises(ValueError, match="w_enc: exp_avg: expected torch.bfloat16.*float32"):
