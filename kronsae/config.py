@@ -463,7 +463,7 @@ class TrainConfig:
     moments: str = setting(
         "float32",
         "dtype of AdamW's moments of the two matrices; bfloat16 (fused step alone) halves their "
-        "memory, and rounds by chance, so that their mean is right",
+        "memory, by stochastic rounding",
         choices=MOMENTS,
     )
     tensor_parallel: int = setting(

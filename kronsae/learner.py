@@ -152,17 +152,19 @@ def why_not_fused(
 
 def check_step(
     sae: SAEConfig, config: TrainConfig, device: torch.device, ranks: tuple[int, int]
-) -> None:
-    """Raise InputError for settings that need the fused step where it cannot be taken."""
+) -> str | None:
+    """`why_not_fused`. Raises InputError for settings that need the fused step where it cannot be
+    taken."""
     reason = why_not_fused(sae, config, device, ranks)
     if reason is None:
-        return
+        return None
     if config.fused_step == "on":
         raise InputError(f"fused_step 'on': {reason}")
     if config.moments != "float32":
         raise InputError(
             f"moments {config.moments!r} needs the fused step: {reason}. Leave it out (float32)"
         )
+    return reason
 
 
 class Pass(NamedTuple):
@@ -240,9 +242,7 @@ class Learner:
         self.mesh = mesh
         self.dtype = compute_dtype(config.dtype, device)
         self.unit_norm = config.decoder_norm == "unit"
-        ranks = mesh.data.size, mesh.heads.size
-        check_step(sae_config, config, device, ranks)
-        reason = why_not_fused(sae_config, config, device, ranks)
+        reason = check_step(sae_config, config, device, (mesh.data.size, mesh.heads.size))
         generator = torch.Generator().manual_seed(config.seed)
         self.sae = SAE(sae_config, generator=generator, mesh=mesh).to(device)
         matrices = [self.sae.W_enc]

@@ -26,7 +26,7 @@ from kronsae.data.rows import KEPT
 from kronsae.errors import InputError
 from kronsae.evaluate import BATCH_TOKENS, CONTEXTS_AT_ONCE
 from kronsae.fit import resolve_device
-from kronsae.learner import UNCONFIRMED, check_step, compute_dtype, why_not_fused
+from kronsae.learner import UNCONFIRMED, check_step, compute_dtype
 from kronsae.objectives import auxk_latents, auxk_tokens
 from kronsae.stream import NORMALIZER_TOKENS
 from kronsae_kernels import backends
@@ -138,8 +138,7 @@ def _member(
     d, (sharing_tokens, sharing_heads) = sae.d_model, ranks
     batch = math.ceil(train.batch_size / sharing_tokens)
     dtype = compute_dtype(train.dtype, device)
-    check_step(sae, train, device, ranks)
-    reason = why_not_fused(sae, train, device, ranks)
+    reason = check_step(sae, train, device, ranks)
     encoder = sae.encoder_rows * (d + 1)
     parameters = encoder + (sae.dict_size + 1) * sae.d_out
     parameters += sae.experts * (d + 1)  # the router

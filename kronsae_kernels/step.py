@@ -106,7 +106,7 @@ class TrainingStep:
     unit_norm: decoder rows have unit norm. What would only change a row's norm is taken out of its
         gradient, and rows are scaled to unit norm after the step.
     moments: "float32", or "bfloat16": the moments of w_enc and w_dec take half the bytes. They are
-        computed in float32 and rounded by chance, so that their mean is right (to the nearest, a
+        computed in float32 and rounded stochastically: their mean is right (to the nearest, a
         second moment that changes by 0.1 % a step would stay where it is). The noise depends on
         the number of the step and the place of the element alone: a run that is resumed, or
         replayed from a CUDA graph, has the same bits.

@@ -24,8 +24,8 @@ pytest.register_assert_rewrite("truth")
 
 
 def interpret_faster() -> None:
-    """Triton's interpreter wraps all of its language for each call of a device function; what a
-    kernel's launch, or an earlier call, has wrapped already is left as it is (a third of the time).
+    """Triton's interpreter wraps all of its language anew for each call of a device function, which
+    is half of its time; here what a launch, or an earlier call, has wrapped stays as it is.
     """
     try:
         from triton.runtime import interpreter

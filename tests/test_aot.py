@@ -22,15 +22,21 @@ pytestmark = pytest.mark.timeout(3700)
 ROOT = Path(__file__).parents[1]
 SLOW = ("sm_80", "sm_100", "gfx942")
 """Targets left to the slow tests: all of them together take longer than the other tests."""
-MAX_SPILLS = 24
-"""Bytes that the golden table may have: a number or two, outside of a kernel's loops."""
+SPILLS = {
+    "3.6 kron_mul_masked/select_heads/sm_90": 8,
+    "3.6 kron_mul_masked/select_latents/sm_90": 8,
+    "3.6 one_pass_mul/encode_heads/sm_90": 24,
+    "3.6 step_wide/select_heads/sm_90": 16,
+    "3.9 kron_1m/select_heads/sm_100": 16,
+}
+"""Bytes that kernels may spill, by Triton version; all others none."""
 GOLDEN = read_golden()
 LISTED = GOLDEN.get(VERSION) or max(GOLDEN.items(), default=("", {}))[1]
 """The kernels do not depend on the compiler; its numbers do."""
 
 
 DAILY = "64k|step_128k|step_1m"
-"""Cases that are compiled for the other targets; the rest are slow."""
+"""Cases that are compiled by default, for sm_90; the others are slow."""
 
 
 def _marked(target: str, *values: str):
@@ -95,7 +101,8 @@ def test_kernel_compiles_well(compiled, kernel, target):
     found = compiled.get(f"{kernel}/{target}")
     assert found is not None, f"{kernel}/{target}: no case launches it"
     spills = GOLDEN.get(VERSION, {}).get(found.key, {}).get("spills", 0)
-    assert spills <= MAX_SPILLS, f"{found.key}: the golden table has spills of {spills} bytes"
+    most = SPILLS.get(f"{VERSION} {found.key}", 0)
+    assert spills <= most, f"{found.key}: the golden table has spills of {spills} bytes"
     assert not problems(found, spills), "\n".join(problems(found, spills))
 
 

@@ -1266,10 +1266,6 @@ def matmul_precision(dtype: torch.dtype, device: torch.device) -> str:
 # Nested prefixes
 
 
-MAX_PREFIXES = 32
-"""Errors of prefixes that one program holds in registers at most."""
-
-
 def nested_decode(
     values: Tensor, indices: Tensor, w_dec: Tensor, b_dec: Tensor | None, bounds: Sequence[int]
 ) -> Tensor:
@@ -1414,7 +1410,7 @@ def nested_decode_and_loss(
 ) -> tuple[DecodeAndLoss, Tensor]:
     """`decode_and_loss` of L = scale * (sum of the squared norms of all prefixes' residuals) / 2.
 
-    bounds: of G <= MAX_PREFIXES prefixes, the last that of all latents.
+    bounds: of G prefixes (at most `step.MAX_PREFIXES`), the last that of all latents.
     Its residual is [B, G, d]: what decoder rows of each group get, the sum of the residuals of all
     prefixes that hold the group. The last is that of the whole reconstruction. Also returns [B, k]
     int32, the row of each code among these [B G, d]. sums is [3, B]: also the squared norm of the
