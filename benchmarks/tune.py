@@ -264,6 +264,9 @@ NOT_TUNED = (
     "count_above",
     "write_above",
     "rank_above",
+    "jump",
+    "jump_gradients",
+    "sum_entries",
 )
 """Kernels that the measured calls do not launch, or whose time is that of a launch."""
 CHOICES = ("encode", "segments")

@@ -19,7 +19,7 @@ from kronsae.objectives import (
 )
 from kronsae.parallel import ALONE, Mesh
 from kronsae.sae import HELD, SAE
-from kronsae.selection import CANDIDATES
+from kronsae.selection import CANDIDATES, JumpReLU
 from kronsae_kernels import SparseCodes
 from kronsae_kernels import step as fused
 
@@ -29,14 +29,15 @@ SKIPS = 8
 """Steps in a row whose gradient is not finite before an SAE counts as diverged."""
 
 UNCONFIRMED = 16
-"""Batches of BatchTopK that the fused step keeps at most before it asks the device whether any had
-too few candidates: it must be able to make their steps again."""
+"""Batches of BatchTopK or JumpReLU that the fused step keeps at most before it asks the device
+whether any had too few candidates: it must be able to make their steps again."""
 MOST_CANDIDATES = 8
 """So many times k latents of a token are candidates in every step at most; more in those steps
 alone that need them."""
 
-GRAPHS = 2
-"""Kinds of a step that are CUDA graphs: with and without the auxiliary loss."""
+GRAPHS = 3
+"""Kinds of a step that are CUDA graphs: with and without the auxiliary loss, and one that sets
+thresholds."""
 
 FAR = 100
 """Times the usual distance at which an activation is no measure of the others."""
@@ -128,13 +129,10 @@ def why_not_fused(
         return f"{heads} ranks select latents and reconstruct together, and it does so alone"
     if config.fused_step == "auto" and device.type == "cpu":
         return "it is made of kernels for a GPU"
-    if sae.selection == "jumprelu":
-        return (
-            "selection is 'jumprelu': its thresholds are weights too, and no kernel sums up their "
-            "gradient, to which latents below them belong"
-        )
+    if sae.selection == "jumprelu" and sae.eps:
+        return f"eps is {sae.eps:g}, with selection 'jumprelu' it knows 0 alone"
     kinds = {
-        "selection": ("topk", "batchtopk"),
+        "selection": ("topk", "batchtopk", "jumprelu"),
         "objective": ("plain", "matryoshka"),
         "experts": (0,),
         "skip": (False,),
@@ -198,8 +196,17 @@ class _Made(NamedTuple):
     """None where it was not computed."""
     codes: SparseCodes
     grad_norm: Tensor
-    objective: Tensor | None
-    """What is minimised, apart from auxk_loss; None where that is mse."""
+    more: dict[str, Tensor]
+    """Other losses of the objective, by name (scalars)."""
+
+
+class _Form(NamedTuple):
+    """Which kernels a fused step has."""
+
+    reviving: int
+    """Tokens of the loss of dead latents."""
+    prepares: bool
+    """Whether the batch sets a JumpReLU's thresholds first (`JumpReLU.prepare`)."""
 
 
 class _Dying(NamedTuple):
@@ -222,9 +229,9 @@ class Learner:
     both change the same weights and moments, and give the same but for rounding. The fused step
     asks nothing of the device but in a `step` that logs; on a GPU it is a CUDA graph that is
     replayed, as long as batches have the size of the first (`graph_problem`: why it is not).
-    With BatchTopK a token may turn out to have too few candidates: the device then makes no step
-    from there on, and the learner makes those steps again, in order, when it next asks: in a `step`
-    that logs, in `settle` and `confirm`, or after UNCONFIRMED steps.
+    With BatchTopK or JumpReLU a token may turn out to have too few candidates: the device then
+    makes no step from there on, and the learner makes those steps again, in order, when it next
+    asks: in a `step` that logs, in `settle` and `confirm`, or after UNCONFIRMED steps.
     A transcoder also gets its target [B, d_target], normalised.
     mesh: of processes that train it together. Each gets the whole batch, and learns from its part;
         weights, moments and counters are those of the heads that it holds.
@@ -258,16 +265,18 @@ class Learner:
         )
         weights = dict(self.sae.named_parameters())
         self.tokens_since_fired = torch.zeros(len(self.sae.W_dec), dtype=torch.int64, device=device)
+        # The fused step's names: "w_enc", "log_threshold".
+        names = {name: name.split(".")[-1].lower() for name in weights}
         moments = fused.new_state(
-            {name.lower(): weight for name, weight in weights.items()}, config.moments
+            {names[name]: weight for name, weight in weights.items()}, config.moments
         )
         for name, parameter in weights.items():
-            self.optimizer.state[parameter] = moments[name.lower()]
+            self.optimizer.state[parameter] = moments[names[name]]
         self.fused: fused.TrainingStep | None = None
         if reason is None:
             kron = sae_config.encoder == "kron"
             self.fused = fused.TrainingStep(
-                **{name.lower(): weight for name, weight in weights.items()},
+                **{n: weights[name] for name, n in names.items() if n in fused.NAMES},
                 k=sae_config.k,
                 m=sae_config.m if kron else None,
                 composition=sae_config.composition,
@@ -279,21 +288,36 @@ class Learner:
                 moments=config.moments,
                 state=moments,
                 silent=self.tokens_since_fired,
+                thresholds=self._thresholds(),
             )
-        self._graphs: dict[int, fused.GraphedStep] = {}
+        self._graphs: dict[_Form, fused.GraphedStep] = {}
         self.step_count = 0
         self.tokens = 0
         self.batch = 0  # tokens of the first batch: the schedule's step
         self.skipped = 0  # steps in a row, the last ones, that a gradient made impossible
         self._left_out: Skipped | None = None  # of the fused step, not yet given out
-        # Of BatchTopK: candidates a token (None for other selections), and the arguments of the
-        # last steps, which the device may not have made.
+        # Candidates a token (None where there are always k), and the arguments of the last steps,
+        # which the device may not have made.
         self._width: int | None = None
-        if self.fused is not None and sae_config.selection == "batchtopk":
+        if self.fused is not None and sae_config.selection != "topk":
             self._width = min(CANDIDATES * sae_config.k, sae_config.dict_size)
-        self._kept: list[tuple[Tensor, float, Tensor | None, int]] = []
+        self._kept: list[tuple[Tensor, float, Tensor | None, _Form]] = []
         # No latent is dead before so many tokens: until then the fused step looks for none.
         self.quiet_until = config.dead_after
+
+    def _thresholds(self) -> fused.Thresholds | None:
+        """What the fused step trains beside the weights of all autoencoders."""
+        if not isinstance(self.sae.selection, JumpReLU):
+            return None
+        selection = self.sae.selection
+        return fused.Thresholds(
+            selection.log_threshold, selection.bandwidth, self.config.l0_coefficient
+        )
+
+    @property
+    def _warming_up(self) -> bool:
+        """Whether selections may still prepare themselves."""
+        return self.tokens < self.batch * max(1, warmup_steps(self.config, self.batch))
 
     @property
     def dead(self) -> Tensor:
@@ -318,7 +342,7 @@ class Learner:
             return self._fused_step(x, target, lr, log)
         part = self.mesh.part
         own, own_target = part(x), None if target is None else part(target)
-        if self.tokens < self.batch * max(1, warmup_steps(config, self.batch)):
+        if self._warming_up:
             sae.selection.prepare(sae, own)
         dead = self.dead
         dead_count = self.mesh.heads.count(int(dead.sum()), self.device)
@@ -390,11 +414,11 @@ class Learner:
         Gives what the last of them did, and how many latents were dead before it. How many
         candidates a step has depends on the steps before it alone, not on when the device is asked.
         """
-        for x, lr, target, reviving in self._kept[-missed:]:
+        for x, lr, target, form in self._kept[-missed:]:
             dead, width = self.dead.sum(), self._width
             while True:
                 self.fused.missed.zero_()
-                made = self._once(x, lr, target, reviving=reviving, width=width)
+                made = self._once(x, lr, target, form=form, width=width)
                 if not int(self.fused.missed[1]):
                     break
                 width = min(2 * width, self.sae.dict_size)
@@ -493,11 +517,12 @@ class Learner:
         if self.tokens >= self.quiet_until:
             reviving = auxk_tokens(self.sae.config, self.config, x.shape[0])
         dead = self.dead.sum() if log else None
-        made = self._run(x, target, lr, reviving)
+        form = _Form(reviving, self.fused.thresholds is not None and self._warming_up)
+        made = self._run(x, target, lr, form)
         self.step_count += 1
         self.tokens += x.shape[0]
         if self._width is not None:
-            self._kept.append((x, lr, target, reviving))
+            self._kept.append((x, lr, target, form))
         if log:
             return self._read(x if target is None else target, lr, made, dead)
         if len(self._kept) == UNCONFIRMED:
@@ -511,11 +536,12 @@ class Learner:
         silent = self.tokens_since_fired.max()
         active = self.sae.fired(made.codes).sum().double() / target.shape[0]
         aux = torch.zeros_like(made.mse) if made.auxk_loss is None else made.auxk_loss
-        whole = made.mse if made.objective is None else made.objective
-        numbers = [made.mse, aux, spread_of(target), active, dead, made.grad_norm, whole, silent]
+        numbers = [made.mse, aux, spread_of(target), active, dead, made.grad_norm]
+        usual = len(numbers)
+        numbers += [*made.more.values(), silent]
         counters = [self.fused.skips.double(), self.fused.missed[1:].double()]
         numbers = torch.cat([torch.stack([n.double() for n in numbers]), *counters])
-        *numbers, whole, silent, in_a_row, longest, count, largest, missed = numbers.tolist()
+        *numbers, silent, in_a_row, longest, count, largest, missed = numbers.tolist()
         if missed:
             return self._read(target, lr, *self._make_again(int(missed)))
         self._kept.clear()
@@ -527,24 +553,24 @@ class Learner:
         if self.skipped:
             self._left_out = None
             return skipped
-        metrics = self._metrics(*numbers, lr)
-        return metrics if made.objective is None else metrics | {"objective": whole}
+        more = dict(zip(made.more, numbers[usual:], strict=True))
+        return self._metrics(*numbers[:usual], lr) | more
 
-    def _run(self, x: Tensor, target: Tensor | None, lr: float, reviving: int) -> _Made:
-        """A fused step, as a graph if there can be one. reviving: tokens of the auxiliary loss."""
+    def _run(self, x: Tensor, target: Tensor | None, lr: float, form: "_Form") -> _Made:
+        """A fused step, as a graph if there can be one."""
         if self.config.cuda_graph == "off" or fused.why_not_graphed(self.device) is not None:
-            return self._once(x, lr, target, reviving=reviving, width=self._width)
-        graph = self._graphs.get(reviving)
+            return self._once(x, lr, target, form=form, width=self._width)
+        graph = self._graphs.get(form)
         if graph is None and len(self._graphs) < GRAPHS:
             # Only one of them runs at a time, so they can use the same memory.
             pools = [other.pool for other in self._graphs.values()]
-            graph = self._graphs[reviving] = fused.GraphedStep(
+            graph = self._graphs[form] = fused.GraphedStep(
                 self.fused,
-                once=functools.partial(self._once, reviving=reviving, width=self._width),
+                once=functools.partial(self._once, form=form, width=self._width),
                 pool=next(filter(None, pools), None),
             )
         if graph is None or not graph.fits(x, target):  # the last batch of a run, say
-            return self._once(x, lr, target, reviving=reviving, width=self._width)
+            return self._once(x, lr, target, form=form, width=self._width)
         return graph(x, lr, target)
 
     @property
@@ -559,10 +585,10 @@ class Learner:
         lr: float | Tensor,
         target: Tensor | None = None,
         *,
-        reviving: int,
+        form: "_Form",
         width: int | None,
     ) -> _Made:
-        """Kernels of a step, with `width` candidates a token (BatchTopK).
+        """Kernels of a step, with `width` candidates a token (BatchTopK, JumpReLU).
 
         The auxiliary loss is a second pass of it, on the first tokens, among the dead latents,
         whose target is what the first pass leaves over: as `objectives.auxk_loss`, but that where
@@ -570,7 +596,10 @@ class Learner:
         """
         sae, config = self.sae.config, self.config
         bounds = sae.prefixes if sae.objective == "matryoshka" else None
+        if form.prepares:
+            self.fused.set_thresholds(x, width=width)
         out, aux = self.fused.accumulate(x, target=target, bounds=bounds, width=width), None
+        reviving = form.reviving
         if reviving:
             dead = self.dead
             left_over = -out.residual[:reviving].float()
@@ -587,12 +616,15 @@ class Learner:
             )
             aux = of_dead.loss * weight / config.auxk_coefficient
         norm = self.fused.apply(lr, max_norm=config.max_grad_norm or None)
-        if width is not None:  # without a step there is nothing that it has selected
+        if sae.selection == "batchtopk":  # without a step there is nothing that it has selected
             values, indices = out.codes
             codes = SparseCodes(values.masked_fill(norm.isnan(), 0), indices)
             self.sae.selection.update(self.sae, codes)
-        objective = None if bounds is None else out.loss
-        return _Made(out.mse, aux, out.codes, norm, objective)
+        more = {} if bounds is None else {"objective": out.loss}
+        if out.l0_loss is not None:
+            loss = out.loss + config.l0_coefficient * out.l0_loss
+            more = {"l0_loss": out.l0_loss, "objective": loss}
+        return _Made(out.mse, aux, out.codes, norm, more)
 
     def _finite(self, norm: Tensor) -> float:
         grad_norm = norm.item()

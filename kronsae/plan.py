@@ -160,19 +160,20 @@ def _member(
     own, own_rows = math.ceil(parameters / sharing_heads), sae.encoder_rows // sharing_heads
     chunk = _pre_latent_bytes(own_rows, batch, dtype, device)
     # What is selected from, and decoded: more than k latents a token at some points of the grid.
-    widest = sae.k * (WIDEST if sae.selection == "batchtopk" else 1)
+    kept = reason is None and sae.selection != "topk"  # batches, until their steps are made
+    widest = sae.k * (WIDEST if kept or sae.selection == "batchtopk" else 1)
     judged = 64 * BATCH_TOKENS * min(widest, sae.latents_per_token)
     width = widest * (MULTI_TOPK if sae.objective == "multi_topk" else 1)
     width = min(width, sae.latents_per_token)
     codes = 64 * max(batch * width, math.ceil(on / sharing_tokens) * dead)
     if sharing_heads > 1:  # candidates of all ranks: value, index, copies to sort
         codes += 32 * sharing_heads * batch * width
-    if sae.selection == "jumprelu":  # [b, F]: products, values, and their comparison
+    if sae.selection == "jumprelu" and reason is not None:  # [b, F]: products, values, and more
         columns = max(sae.encoder_rows, sae.dict_size)
         codes += 12 * sae.dict_size * _chunk_tokens(columns, batch, dtype, device)
     if sae.objective == "matryoshka":  # and their gradients, and the suffix sums of these
         codes += 3 * 4 * batch * len(sae.prefixes) * sae.d_out
-    if sae.selection == "batchtopk" and reason is None:  # batches, until their steps are made
+    if kept:
         codes += 4 * batch * (d + sae.d_target) * min(UNCONFIRMED, train.log_every)
     # The fused step writes no gradients, but keeps the matrices in the compute dtype.
     copies = dtype.itemsize * own if reason is None and dtype != torch.float32 else 0

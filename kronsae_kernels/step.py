@@ -32,6 +32,7 @@ from kronsae_kernels.common import (
     shape_of,
 )
 from kronsae_kernels.nested import check_bounds
+from kronsae_kernels.reference import compose
 
 MAX_WIDTH = 8192
 """d at most, of x and of the target: a program holds a row and both its moments in registers."""
@@ -40,6 +41,8 @@ MAX_FUSED_CODES = 128
 MAX_PREFIXES = 32
 """Nested prefixes at most: a program holds the errors of all of them in registers."""
 NAMES = ("w_enc", "b_enc", "w_dec", "b_dec")
+THRESHOLDS = "log_threshold"
+"""The name of a JumpReLU's thresholds, where they are trained too."""
 MOMENTS = ("float32", "bfloat16")
 ROUNDED = ("w_enc", "w_dec")
 """Weights whose moments may be in bfloat16."""
@@ -71,6 +74,23 @@ class StepOutput(NamedTuple):
     """[B, d_target] reconstruction minus target, in the compute dtype."""
     mse: Tensor
     """Mean squared error of the whole reconstruction (float32 scalar)."""
+    l0_loss: Tensor | None = None
+    """With `Thresholds`: (L0 / k - 1)^2 (float32 scalar), not weighted, no part of `loss`."""
+
+
+class Thresholds(NamedTuple):
+    """Of a JumpReLU, which selects every latent above a threshold of its own, and learns it.
+
+    [Rajamanoharan et al. 2024: JumpReLU SAEs]
+    """
+
+    log: Tensor
+    """float32 [F], contiguous: logarithms of the thresholds, which are trained in place."""
+    bandwidth: float
+    """Of the pseudo-derivatives by a threshold t, of a value v: with |v - t| < bandwidth / 2 that
+    of the JumpReLU is -t / bandwidth, that of the number of active latents -1 / bandwidth."""
+    l0_coefficient: float
+    """Weight of (L0 / k - 1)^2, L0 the mean number of active latents of the tokens of a pass."""
 
 
 class _Part(NamedTuple):
@@ -90,6 +110,8 @@ class _Part(NamedTuple):
     along: Tensor
     d_base: Tensor
     d_extension: Tensor
+    d_log: Tensor | None
+    """By the logarithms of thresholds; None: of a pass that does not select by them."""
 
 
 class TrainingStep:
@@ -112,10 +134,12 @@ class TrainingStep:
         replayed from a CUDA graph, has the same bits.
     state: AdamW's, to go on with: for each name of `NAMES`, "step" (float32 scalar), "exp_avg" and
         "exp_avg_sq" (shaped and stored as the weight). Used, and changed, in place; None: new.
+    thresholds: of a JumpReLU, which then selects where no mask does; eps must be 0. `state` has
+        those of "log_threshold", too.
     silent: int64 [F], tokens since each latent was active: `apply` keeps count, of what passes
         without a mask select. None: nobody counts.
 
-    missed: float32 [2] on the device, of selections over the batch (see `accumulate`): whether what
+    missed: float32 [2] on the device, of selections with a `width` (see `accumulate`): whether what
         is accumulated had too few candidates, and how many calls of `apply` made no step since that
         first was so. Until somebody sets both to 0, no call makes one: the batches of the last
         calls can be given again in their order, with a larger `width`.
@@ -146,9 +170,14 @@ class TrainingStep:
         moments: str = "float32",
         state: Mapping[str, Mapping[str, Tensor]] | None = None,
         silent: Tensor | None = None,
+        thresholds: Thresholds | None = None,
     ) -> None:
         self.weights = {"w_enc": w_enc, "b_enc": b_enc, "w_dec": w_dec, "b_dec": b_dec}
         _check_weights(self.weights, m)
+        self.thresholds = thresholds
+        if thresholds is not None:
+            _check_thresholds(thresholds, w_dec, eps)
+            self.weights[THRESHOLDS] = thresholds.log
         self.m, self.k, self.composition, self.eps = m, k, composition, float(eps)
         self.d, (self.dict_size, self.d_target) = w_enc.shape[-1], w_dec.shape
         self.device, self.dtype = w_dec.device, dtype
@@ -214,7 +243,9 @@ class TrainingStep:
             equal ones the earlier token's, looked for among the `width` >= k largest of each token.
             Codes are [B, width], and places of others have index -1 and value 0. Where a token
             keeps all `width`, more might be among the largest: `apply` then makes no step, and
-            `missed` says so.
+            `missed` says so. With `Thresholds` and no mask it must be given: of each token, all
+            latents that are above their threshold, or so near that it learns from them, which have
+            value 0. If they are more than `width`, `apply` makes no step.
         Raises ValueError if shapes do not fit.
         """
         k = self.k if k is None else k
@@ -237,7 +268,11 @@ class TrainingStep:
         check_same("device", x=x, target=target, mask=mask, w_dec=self.weights["w_dec"])
         if width is not None:
             check_count("width", width, k, self.dict_size, f"k = {k} to F = {self.dict_size}")
-            require(mask is None, "mask: a selection over the batch (width) has none")
+            require(mask is None, "mask: a selection with a width has none")
+        require(
+            width is not None or mask is not None or self.thresholds is None,
+            "width: expected places a token for the latents above their thresholds, got None",
+        )
         if bounds is not None:
             bounds = list(bounds)
             check_bounds(bounds, self.dict_size)
@@ -267,26 +302,20 @@ class TrainingStep:
         low = self._low_precision()
         w_enc, b_enc = low["w_enc"], self.weights["b_enc"].to(self.dtype)
         candidates = k if width is None else width
-        if self.m is None:
-            indices, base = operations.dense_encode(x, w_enc, b_enc, mask, candidates)
-            extension = base
-        else:
-            indices, base, extension = operations.encode(
-                x, w_enc, b_enc, mask, self.m, candidates, self.composition
-            )
         composition = "dense" if self.m is None else self.composition
-        if width is not None:
-            operations.keep_largest(
-                indices, base, extension, k * len(x), composition, self.eps, self._threshold,
-                self.dict_size, self.missed[0],
-            )  # fmt: skip
+        jumped = None
+        if self.thresholds is not None and mask is None:
+            indices, base, extension, threshold, jumped = self._above(x, w_enc, b_enc, candidates)
+        else:
+            indices, base, extension = self._largest(x, w_enc, b_enc, mask, candidates)
+            if width is not None:
+                self._keep_largest(indices, base, extension, k * len(x))
         table, b_dec = low["w_dec"], self.weights["b_dec"] if bias else None
         scale = weight * (2 / target.numel())
         given_codes = target, indices, base, extension, table, b_dec, composition, self.eps, scale
         if bounds is None:
-            found = operations.decode_and_loss(
-                *given_codes, one_gather=candidates <= MAX_FUSED_CODES
-            )
+            one_gather = candidates <= MAX_FUSED_CODES and jumped is None
+            found = operations.decode_and_loss(*given_codes, one_gather=one_gather)
             row, d_rows = None, found.residual
             d_x_hat = residual = found.residual
         else:
@@ -300,7 +329,14 @@ class TrainingStep:
             self._b_dec_gradient = of_bias if earlier is None else earlier + of_bias
         sums = found.sums.sum(1)
         self._sums = sums[:2] if self._sums is None else self._sums + sums[:2]
-        codes = SparseCodes(found.values, indices)
+        codes, l0_loss, d_log = SparseCodes(found.values, indices), None, None
+        if jumped is not None:
+            excess = jumped.active.mean() / k - 1
+            l0_loss = excess.square()
+            d_active = excess * (weight * self.thresholds.l0_coefficient * 2 / (k * len(x)))
+            d_log = operations.jump_gradients(
+                found.d_values, indices, jumped.slopes, threshold, scale, d_active
+            )
         self._parts.append(
             _Part(
                 given,
@@ -313,11 +349,72 @@ class TrainingStep:
                 found.along,
                 found.d_base,
                 found.d_extension,
+                d_log,
             )
         )
         loss = sums[0] / target.numel()
         mse = loss if bounds is None else sums[2] / target.numel()
-        return StepOutput(loss, codes, residual, mse)
+        return StepOutput(loss, codes, residual, mse, l0_loss)
+
+    def _largest(
+        self, x: Tensor, w_enc: Tensor, b_enc: Tensor, mask: Tensor | None, k: int
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The k largest latents of each token: indices, base, extension [B, k]."""
+        from kronsae_kernels.triton_impl import operations
+
+        if self.m is None:
+            indices, base = operations.dense_encode(x, w_enc, b_enc, mask, k)
+            return indices, base, base
+        return operations.encode(x, w_enc, b_enc, mask, self.m, k, self.composition)
+
+    def _keep_largest(self, indices: Tensor, base: Tensor, extension: Tensor, count: int) -> None:
+        """Of all candidates the `count` largest alone: the others get index -1."""
+        from kronsae_kernels.triton_impl import operations
+
+        composition = "dense" if self.m is None else self.composition
+        operations.keep_largest(
+            indices, base, extension, count, composition, self.eps, self._threshold,
+            self.dict_size, self.missed[0],
+        )  # fmt: skip
+
+    def _above(
+        self, x: Tensor, w_enc: Tensor, b_enc: Tensor, width: int
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Any]:
+        """Latents above or near their thresholds: indices, base, extension [B, width]; thresholds
+        [F]; and which they are."""
+        from kronsae_kernels.triton_impl import operations
+
+        threshold, bandwidth = self.thresholds.log.detach().exp(), self.thresholds.bandwidth
+        base, extension, indices, counts = operations.threshold_encode(
+            x, w_enc, b_enc, threshold - bandwidth / 2, self.m, self.composition, 0.0, width
+        )
+        composition = "dense" if self.m is None else self.composition
+        jumped = operations.jump(
+            base, extension, indices, counts, threshold, bandwidth, composition, self.missed[0]
+        )
+        return indices, base, extension, threshold, jumped
+
+    def set_thresholds(self, x: Tensor, *, k: int | None = None, width: int) -> None:
+        """Set all thresholds to the smallest of the k B largest active values of x [B, d].
+
+        They are looked for as `accumulate` does it for a selection over the batch; if `width` is
+        too small, the next call of `apply` makes no step. Where no latent is active, or a number is
+        not finite, thresholds stay as they are.
+        """
+        k = self.k if k is None else k
+        check_count("width", width, k, self.dict_size, f"k = {k} to F = {self.dict_size}")
+        require(self.thresholds is not None, "set_thresholds: this step has no thresholds")
+        with torch.no_grad():
+            self._set_thresholds(x.to(self.dtype).contiguous(), k, width)
+
+    def _set_thresholds(self, x: Tensor, k: int, width: int) -> None:
+        w_enc, b_enc = self._low_precision()["w_enc"], self.weights["b_enc"].to(self.dtype)
+        indices, base, extension = self._largest(x, w_enc, b_enc, None, width)
+        self._keep_largest(indices, base, extension, k * len(x))
+        values = base if self.m is None else compose(base * extension, self.composition, 0.0)
+        smallest = values.masked_fill(indices < 0, torch.inf).amin()
+        log = self.thresholds.log.detach()
+        log.copy_(smallest.log().where(smallest.isfinite(), log))
 
     def apply(self, lr: float | Tensor, *, max_norm: float | None = None) -> Tensor:
         """AdamW step from all that was accumulated; returns the gradient's norm (before clipping).
@@ -350,7 +447,9 @@ class TrainingStep:
         from kronsae_kernels.triton_impl import operations
 
         x, d_rows = self._all("x"), self._all("d_rows")
-        names = ["values", "along", "d_base", *(() if self.m is None else ("d_extension",))]
+        names = ["values", "along", "d_base"]
+        names += [] if self.m is None else ["d_extension"]
+        names += [] if self.thresholds is None else ["d_log"]
         entries = operations.Entries.of(
             self._all("indices"),
             self.dict_size,
@@ -364,10 +463,12 @@ class TrainingStep:
         b_dec = self.weights["b_dec"]
         gradient = self._b_dec_gradient
         gradient = torch.zeros_like(b_dec) if gradient is None else gradient
-        low = self._copies
+        low, of_log = self._copies, None
+        if self.thresholds is not None:
+            of_log = operations.sum_entries(entries, sorted_["d_log"])
 
         def run(mode: str) -> Tensor:
-            squares = [gradient.square()]
+            squares = [gradient.square(), *([] if of_log is None else [of_log.square()])]
             squares.append(
                 operations.update_rows(
                     of_decoder,
@@ -420,6 +521,8 @@ class TrainingStep:
         else:
             square = run("update")
         operations.update_vector(gradient, self._of("b_dec"), hyper[1])
+        if of_log is not None:
+            operations.update_vector(of_log, self._of(THRESHOLDS), hyper[1])
         tokens = 0
         for part in self._parts:
             if self.silent is not None and part.codes is not None:
@@ -446,7 +549,7 @@ class TrainingStep:
             require(math.isfinite(lr), lambda: f"lr: expected a finite number, got {lr}")
             lr = self._lr.fill_(lr)
         size = sum(len(part.x) for part in self._parts) * self.d_target
-        steps = [self.state[name]["step"] for name in NAMES]
+        steps = [self.state[name]["step"] for name in self.weights]
         operations.prepare_update(
             self._sums, self.missed, size, lr, self._betas, self._hyper, steps
         )
@@ -462,6 +565,11 @@ class TrainingStep:
     def _all(self, name: str) -> Tensor:
         """A field of all parts: x or d_rows, or what belongs to codes, flat."""
         found = [getattr(part, name) for part in self._parts]
+        if name == "d_log":  # a mask selects by size, from which no threshold learns
+            found = [
+                torch.zeros_like(part.values) if field is None else field
+                for part, field in zip(self._parts, found, strict=True)
+            ]
         if len(found) == 1:
             return found[0]
         return torch.cat(found if name in ("x", "d_rows") else [f.flatten() for f in found])
@@ -685,6 +793,26 @@ def _check_state(
 def _layout(x: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Shape, and strides where they matter."""
     return tuple(x.shape), tuple(x.stride(dim) for dim in range(x.ndim) if x.shape[dim] > 1)
+
+
+def _check_thresholds(thresholds: Thresholds, w_dec: Tensor, eps: float) -> None:
+    log, bandwidth, coefficient = thresholds
+    check_tensors(log=log)
+    check_shape("thresholds.log", log, (len(w_dec),), "[F]")
+    check_same("device", log=log, w_dec=w_dec)
+    require(
+        log.dtype == torch.float32 and log.is_contiguous(),
+        lambda: f"thresholds.log: expected contiguous float32, got {log.dtype}, {log.stride()}",
+    )
+    require(
+        math.isfinite(bandwidth) and bandwidth > 0,
+        f"bandwidth: expected a finite number > 0, got {bandwidth!r}",
+    )
+    require(
+        math.isfinite(coefficient) and coefficient >= 0,
+        f"l0_coefficient: expected a finite number >= 0, got {coefficient!r}",
+    )
+    require(eps == 0, f"eps: expected 0 with thresholds, got {eps!r}")
 
 
 def _check_weights(weights: dict[str, Tensor], m: int | None) -> None:

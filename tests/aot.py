@@ -32,7 +32,7 @@ from torch import Tensor
 
 from benchmarks import ahead
 from benchmarks.ahead import VERSION, compiled, specialise, tool
-from kronsae_kernels.step import TrainingStep
+from kronsae_kernels.step import Thresholds, TrainingStep
 from kronsae_kernels.triton_impl import configs, operations
 from kronsae_kernels.triton_impl.launch import Launch, record
 
@@ -112,6 +112,7 @@ def step(
     moments: str = "float32",
     bounds: list[int] | None = None,
     width: int | None = None,
+    jumps: bool = False,
     tokens: int = 8192,
 ) -> None:
     """The fused step of a Kron autoencoder, or (m None) of a dense one of heads * n latents.
@@ -126,7 +127,10 @@ def step(
     training = TrainingStep(
         w_enc, b_enc, _meta(F32, size, d), _meta(F32, d), m=m, k=k, composition=composition,
         dtype=dtype, moments=moments, silent=_meta(torch.int64, size),
+        thresholds=Thresholds(_meta(F32, size), 0.1, 1.0) if jumps else None,
     )  # fmt: skip
+    if jumps:
+        training.set_thresholds(_meta(dtype, tokens, d), width=width)
     training.accumulate(_meta(dtype, tokens, d), bounds=bounds, width=width)
     training.apply(lr=1e-3, max_norm=1.0)
 
@@ -212,6 +216,8 @@ CASES: list[Case] = [
     case("step_nested_64k", step, BF16, 8192, 2, 4, 2304, 50, bounds=[2**i for i in range(11, 17)]),
     case("step_batch_64k", step, BF16, 8192, 2, 4, 2304, 50, width=100),
     case("step_batch_wide", step, BF16, 8192, None, 8, 1536, 50, width=400),
+    case("step_jump_64k", step, BF16, 8192, 2, 4, 2304, 50, width=100, jumps=True),
+    case("step_jump_topk", step, BF16, 8192, None, 8, 1536, 50, width=400, jumps=True),
     case("step_nested_f32", step, F32, 4096, None, 8, 1536, 50, bounds=[2**i for i in range(16)]),
 ]
 

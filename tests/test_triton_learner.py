@@ -34,6 +34,11 @@ BATCHES = {
     "eps": replace(BATCH, eps=1e-2),
     "nested": replace(NESTED, selection="batchtopk"),
 }
+JUMPS = {
+    name: replace(config, selection="jumprelu", jumprelu_bandwidth=0.4)
+    for name, config in {**BATCHES, "nested": NESTED}.items()
+    if name != "eps"
+}
 TRANSCODERS = {
     name: replace(config, d_target=d_target)
     for name, config, d_target in (("kron", KRON, 7), ("dense", DENSE, 20))
@@ -114,6 +119,42 @@ def test_batchtopk_gives_the_same_run(name, monkeypatch):
     assert runs[0]._width > 3 and runs[1]._width == 24
 
 
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "kron")) for n in JUMPS]
+)
+def test_jumprelu_gives_the_same_run(name, monkeypatch):
+    """Its thresholds, too: set anew in the warm-up, learned all along, by latents below them, too.
+
+    k candidates a token are too few in every step: all are made again. Other steps have enough.
+    """
+    monkeypatch.setattr(learners, "UNCONFIRMED", 2)
+    settings = {"dead_after_tokens": 8, "auxk": 4, "max_grad_norm": 0.5, "adam_beta2": 0.9}
+    settings |= {"l0_coefficient": 0.3}
+    theirs = learner(JUMPS[name], "off", **settings)
+    runs = []
+    for candidates in (1, 8):
+        monkeypatch.setattr(learners, "CANDIDATES", candidates)
+        runs.append(learner(JUMPS[name], "on", **settings))
+    for number, x in enumerate(batches(3)):
+        expected = theirs.step(x)
+        for run in runs:
+            figures = run.step(x, log=number == 2)
+            assert figures is None or figures == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert figures["l0_loss"] > 0 and "objective" in figures
+    thresholds = theirs.sae.selection.log_threshold
+    assert len(thresholds.unique()) > 6
+    for run in runs:
+        assert run.fused is not None and not run.fused.missed.any()
+        assert_same(run, theirs)
+        assert torch.equal(run.tokens_since_fired, theirs.tokens_since_fired)
+        assert run.step_count == 3
+    assert runs[0]._width > 3 and runs[1]._width == 24
+    state = runs[0].state_dict()["moments"]["selection.log_threshold"]
+    theirs = theirs.state_dict()["moments"]["selection.log_threshold"]
+    assert state["step"] == theirs["step"] == 3
+    torch.testing.assert_close(state["exp_avg"], theirs["exp_avg"], rtol=1e-3, atol=1e-6)
+
+
 def test_batches_with_too_few_candidates_are_made_again_wherever_somebody_looks(monkeypatch):
     """Before a checkpoint, and one by one: the same bits. A spoiled batch is left out as ever."""
     monkeypatch.setattr(learners, "CANDIDATES", 1)
@@ -187,9 +228,9 @@ def test_not_finite_activations_leave_the_weights_as_they_were():
         assert torch.equal(parameter, before[name]), name
 
 
-def test_jumprelu_trains_by_autograd():
-    config = replace(KRON, selection="jumprelu")
-    assert "thresholds are weights" in why_not_fused(config, TrainConfig(fused_step="on"), DEVICE)
+def test_jumprelu_with_eps_trains_by_autograd():
+    config = replace(KRON, selection="jumprelu", eps=1e-3)
+    assert "eps is 0.001" in why_not_fused(config, TrainConfig(fused_step="on"), DEVICE)
 
 
 def test_prefixes_that_no_program_holds_train_by_autograd():
@@ -221,8 +262,11 @@ def spoiled(x: torch.Tensor, size: float = 1e30) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     "config, operations_of, kernels_of",
-    [(KRON, 16, 12), (DENSE, 16, 12), (NESTED, 16, 15), (BATCH, 32, 14)],
-    ids=["kron", "dense", "nested", "batchtopk"],
+    [
+        *((KRON, 16, 12), (DENSE, 16, 12), (NESTED, 16, 15), (BATCH, 32, 14)),
+        (JUMPS["kron"], 48, 22),
+    ],
+    ids=["kron", "dense", "nested", "batchtopk", "jumprelu"],
 )
 def test_a_step_is_few_operations_and_waits_for_nothing(
     config, operations_of, kernels_of, monkeypatch
@@ -404,6 +448,7 @@ def tensors_of(subject: Learner) -> list[torch.Tensor]:
         pytest.param(KRON, id="plain"),
         pytest.param(NESTED, id="nested", marks=pytest.mark.slow),
         pytest.param(BATCH, id="batchtopk"),
+        pytest.param(JUMPS["kron"], id="jumprelu", marks=pytest.mark.slow),
     ],
 )
 def test_a_step_is_captured_and_replayed(config, taped, monkeypatch):
@@ -464,7 +509,9 @@ def test_a_capture_that_fails_leaves_steps_as_they_are(taped, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    "config", [KRON, DENSE, NESTED, BATCH], ids=["kron", "dense", "nested", "batchtopk"]
+    "config",
+    [KRON, DENSE, NESTED, BATCH, JUMPS["kron"]],
+    ids=["kron", "dense", "nested", "batchtopk", "jumprelu"],
 )
 def test_graphs_on_a_card(config):
     settings = {"dtype": "bfloat16", "dead_after_tokens": 48, "auxk": 4, "tokens": 1000}

@@ -42,13 +42,13 @@ def _sorted(coefficient, code, real, to):
 
 
 @triton.jit
-def group_entries(order, latents, of_code, one, two, three, four, tokens, coefficients, offsets,
-                  k, size, rows,
+def group_entries(order, latents, of_code, one, two, three, four, five, tokens, coefficients,
+                  offsets, k, size, rows,
                   HAS_TOKENS: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
     """tokens [E] and coefficients [COUNT, E] in the order of the entries, and offsets [rows + 1].
 
     order, latents [E]: of the stable sort of the codes.  of_code [E]: token of each code (where not
-    HAS_TOKENS, there are k codes a token).  one to four [E]: COUNT coefficients, by code.
+    HAS_TOKENS, there are k codes a token).  one to five [E]: COUNT coefficients, by code.
     Grid (E / WIDTH + (rows + 1) / WIDTH,): the first programs move entries, the others search.
     """
     block, lanes = tl.program_id(0), tl.arange(0, WIDTH)
@@ -71,6 +71,8 @@ def group_entries(order, latents, of_code, one, two, three, four, tokens, coeffi
             _sorted(three, code, real, to + size + size)
         if COUNT > 3:
             _sorted(four, code, real, to + size + size + size)
+        if COUNT > 4:
+            _sorted(five, code, real, to + size + size + size + size)
     else:
         # How many entries precede those of each row: halves of what is left, in step for all rows.
         row = (block - moving) * WIDTH + lanes
@@ -111,6 +113,23 @@ def _row_of_segment(latents, segment, LENGTH: tl.constexpr, LATENTS: tl.constexp
     row = first // LATENTS
     last = tl.load(latents + segment * LENGTH + (LENGTH - 1))
     return row, (first >= 0) & (row == last // LATENTS)
+
+
+@triton.jit
+def _sum(numbers, start, end, MANY: tl.constexpr):
+    e = tl.arange(0, MANY)
+    total = tl.zeros([MANY], tl.float32)
+    for at in range(start, end, MANY):
+        total += tl.load(numbers + at + e, mask=at + e < end, other=0.0)
+    return tl.sum(total)
+
+
+@triton.jit
+def sum_entries(coefficients, offsets, out, MANY: tl.constexpr):
+    """out[f] = sum of the coefficients of f's entries. Grid (F,)."""
+    row = tl.program_id(0)
+    total = _sum(coefficients, tl.load(offsets + row), tl.load(offsets + row + 1), MANY)
+    tl.store(out + row, total)
 
 
 # Rows. A program holds PIECES x WIDTH columns, as a tuple: no tile is padded to a power of two, and
@@ -226,15 +245,6 @@ def sum_row_segments(coefficients, tokens, latents, y, partial, d,
             False, ENTRIES, 1, WIDTH,
         )  # fmt: skip
         _store(partial + segment.to(tl.int64) * d + at, total, d - at, 1, WIDTH)
-
-
-@triton.jit
-def _sum(numbers, start, end, MANY: tl.constexpr):
-    e = tl.arange(0, MANY)
-    total = tl.zeros([MANY], tl.float32)
-    for at in range(start, end, MANY):
-        total += tl.load(numbers + at + e, mask=at + e < end, other=0.0)
-    return tl.sum(total)
 
 
 @triton.jit

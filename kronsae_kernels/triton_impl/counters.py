@@ -49,7 +49,7 @@ def _corrected(hyper, steps, lr, betas):
 
 @triton.jit
 def prepare_update(sums, missed, size, lr, betas, hyper, steps_w_enc, steps_b_enc, steps_w_dec,
-                   steps_b_dec):  # fmt: skip
+                   steps_b_dec, steps_more, MORE: tl.constexpr):  # fmt: skip
     """The numbers of an AdamW step, and its place in the count of steps. Grid (1,).
 
     sums [2] float32: the sum of `size` squared errors, and a number that is finite if all is that
@@ -77,6 +77,8 @@ def prepare_update(sums, missed, size, lr, betas, hyper, steps_w_enc, steps_b_en
     tl.store(steps_b_enc, tl.load(steps_b_enc) + proceed)
     tl.store(steps_w_dec, of_w_dec + proceed)
     tl.store(steps_b_dec, tl.load(steps_b_dec) + proceed)
+    if MORE:
+        tl.store(steps_more, tl.load(steps_more) + proceed)
 
 
 @triton.jit

@@ -726,6 +726,8 @@ class DecodeAndLoss(NamedTuple):
     """dL by the base's pre-latent (a dense encoder's pre-activation)."""
     d_extension: Tensor
     """dL by the extension's pre-latent (a dense encoder's: d_base)."""
+    d_values: Tensor | None = None
+    """dL/dvalues / scale, also where a factor is 0; None where rows are gathered once."""
 
 
 def decode_and_loss(
@@ -786,7 +788,7 @@ def decode_and_loss(
     d_values = pair_dots(error, indices, table, torch.float32)
     torch.sum(error.square(), 1, out=sums[0])
     of_codes = code_gradients(indices, base, extension, d_values, sums, composition, eps, scale)
-    return DecodeAndLoss(error.to(table.dtype), sums, **of_codes)
+    return DecodeAndLoss(error.to(table.dtype), sums, **of_codes, d_values=d_values)
 
 
 def code_gradients(
@@ -876,7 +878,7 @@ class Entries(NamedTuple):
     ) -> "Entries":
         """From latent indices [B, k] in [0, size) (or [E], with the token of each, int32).
 
-        coefficients: up to 4 numbers of each code, shaped as indices.
+        coefficients: up to 5 numbers of each code, shaped as indices.
         rows: another number of each code, [E] int32.
         Raises RuntimeError for 2^31 entries or latents: kernels count them in int32.
         """
@@ -891,7 +893,7 @@ class Entries(NamedTuple):
         config = configure("group_entries", indices.device)
         width = config.blocks["WIDTH"]
         given = [coefficient.contiguous() for coefficient in coefficients]
-        one, two, three, four = given + [None] * (4 - len(given))
+        one, two, three, four, five = given + [None] * (5 - len(given))
         launch(
             backward.group_entries,
             (-(-count // width) + -(-(size + 1) // width),),
@@ -903,6 +905,7 @@ class Entries(NamedTuple):
             two=two,
             three=three,
             four=four,
+            five=five,
             tokens=of_entry,
             coefficients=sorted_,
             offsets=offsets,
@@ -914,6 +917,21 @@ class Entries(NamedTuple):
         )
         rows = None if rows is None else rows[order]
         return cls(of_entry, latents, offsets, tuple(sorted_), rows)
+
+
+def sum_entries(entries: Entries, coefficients: Tensor) -> Tensor:
+    """The sum of the coefficients of each latent's entries, [F] float32."""
+    rows = len(entries.offsets) - 1
+    out = coefficients.new_empty(rows)
+    launch(
+        backward.sum_entries,
+        (rows,),
+        configure("sum_entries", out.device),
+        coefficients=coefficients,
+        offsets=entries.offsets,
+        out=out,
+    )
+    return out
 
 
 def row_gradients(
@@ -1178,9 +1196,9 @@ def prepare_update(
 ) -> None:
     """Fill hyper [2, 10] for the next AdamW step, and count it: `counters.prepare_update`.
 
-    steps: float32 scalars of w_enc, b_enc, w_dec, b_dec.
+    steps: float32 scalars of w_enc, b_enc, w_dec, b_dec, and perhaps of thresholds.
     """
-    w_enc, b_enc, w_dec, b_dec = steps
+    w_enc, b_enc, w_dec, b_dec, *rest = steps
     launch(
         counters.prepare_update,
         (1,),
@@ -1195,6 +1213,8 @@ def prepare_update(
         steps_b_enc=b_enc,
         steps_w_dec=w_dec,
         steps_b_dec=b_dec,
+        steps_more=rest[0] if rest else None,
+        MORE=bool(rest),
     )
 
 
@@ -1446,7 +1466,7 @@ def nested_decode_and_loss(
     )
     d_values = nested_dots(groups, suffixes, table, torch.float32)
     of_codes = code_gradients(indices, base, extension, d_values, sums, composition, eps, scale)
-    return DecodeAndLoss(suffixes, sums, **of_codes), groups.of_slot
+    return DecodeAndLoss(suffixes, sums, **of_codes, d_values=d_values), groups.of_slot
 
 
 def suffix_sums(y: Tensor) -> Tensor:
@@ -1505,9 +1525,14 @@ def threshold_encode(
     m: int | None,
     composition: str,
     eps: float,
+    width: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `torch_impl.threshold_encode`. The width of each chunk of tokens is read by the host."""
-    if threshold.shape[0] >= 2**31:
+    """As `torch_impl.threshold_encode`. The width of each chunk of tokens is read by the host.
+
+    width: unless it is given. Of a token with more latents, which its count shows, some are then
+    left out; and the host reads nothing.
+    """
+    if threshold.shape[0] >= 2**31 and width is None:
         return torch_impl.threshold_encode(x, w_enc, b_enc, threshold, m, composition, eps)
     if m is None:
         weight, bias = w_enc, b_enc
@@ -1518,11 +1543,13 @@ def threshold_encode(
     parts, begin = [], 0
     for pre in torch_impl.projections(x, weight, bias, scratch=0):
         counts = count_above(pre, limits)
-        width = max(1, int(counts.sum(1).max()))
-        parts.append(select_above(pre, limits, counts, width, begin))
+        widest = max(1, int(counts.sum(1).max())) if width is None else width
+        parts.append(select_above(pre, limits, counts, widest, begin))
         begin += len(pre)
     if len(parts) == 1:
         return parts[0]
+    if width is not None:
+        return tuple(map(torch.cat, zip(*parts, strict=True)))
     width = max((len(part[0][0]) for part in parts), default=1)
     base = x.new_zeros(x.shape[0], width, dtype=torch.float32)
     spread = torch.arange(base.numel(), device=x.device).remainder_(limits.size)
@@ -1534,6 +1561,80 @@ def threshold_encode(
         begin += len(part[0])
     counts = [of_part for *_, of_part in parts]
     return *whole, torch.cat(counts) if counts else spread.new_empty(0)
+
+
+class Jumped(NamedTuple):
+    """What `jump` gives."""
+
+    active: Tensor
+    """[B] float32: latents of each token above their threshold."""
+    slopes: Tensor
+    """[B, w] float32: threshold / bandwidth for values near their threshold, else 0."""
+
+
+def jump(
+    base: Tensor,
+    extension: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    threshold: Tensor,
+    bandwidth: float,
+    composition: str,
+    narrow: Tensor,
+) -> Jumped:
+    """JumpReLU of codes [B, w], counts [B] of them a token: `threshold.jump`, which changes them.
+
+    composition: as of `decode_and_loss`, with eps = 0.
+    narrow: float32 scalar, set to 1 where a token has more than w.
+    """
+    (tokens, width), device = indices.shape, indices.device
+    found = Jumped(base.new_empty(tokens), torch.empty_like(base))
+    config = configure("jump", device)
+    launch(
+        threshold_kernels.jump,
+        (tokens,),
+        config._replace(blocks={"WIDTH": min(config.blocks["WIDTH"], next_power_of_2(width))}),
+        base=base,
+        extension=extension,
+        indices=indices,
+        counts=counts,
+        threshold=threshold,
+        slopes=found.slopes,
+        active=found.active,
+        narrow=narrow,
+        width=width,
+        bandwidth=bandwidth,
+        ROOT=composition == "mand",
+        DENSE=composition == "dense",
+    )
+    return found
+
+
+def jump_gradients(
+    d_values: Tensor,
+    indices: Tensor,
+    slopes: Tensor,
+    threshold: Tensor,
+    scale: float | Tensor,
+    d_active: Tensor,
+) -> Tensor:
+    """dL by the logarithms of thresholds, of each code [B, w]: `threshold.jump_gradients`."""
+    out, config = torch.empty_like(slopes), configure("jump_gradients", slopes.device)
+    launch(
+        threshold_kernels.jump_gradients,
+        (-(-out.numel() // config.blocks["ENTRIES"]),),
+        config,
+        d_values=d_values,
+        indices=indices,
+        slopes=slopes,
+        threshold=threshold,
+        scale=scale,
+        d_active=d_active,
+        out=out,
+        size=out.numel(),
+        ON_DEVICE=isinstance(scale, Tensor),
+    )
+    return out
 
 
 class Limits(NamedTuple):

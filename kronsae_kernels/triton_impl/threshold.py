@@ -12,7 +12,7 @@ Pre-latents are [tokens, m + n, h] (i-major), or [tokens, h] for a dense encoder
 import triton
 import triton.language as tl
 
-from kronsae_kernels.triton_impl.device import LAST, compose, factor, key_of
+from kronsae_kernels.triton_impl.device import LAST, compose, factor, key_of, number
 
 INFINITY_BITS = tl.constexpr(0x7F800000)
 
@@ -96,13 +96,16 @@ def count_above(pre, limits, lowest, counts, stride, h, splits,
 
 
 @triton.jit
-def _append(ranked, first, product, active, latent):
-    """Write the ranks of the active latents from place `first` on; returns the next free place."""
+def _append(ranked, first, width, product, active, latent):
+    """Write the ranks of the active latents from place `first` on; returns the next free place.
+
+    What would lie beyond `width` is left out.
+    """
     chosen = active.to(tl.int32)
     place = first + tl.cumsum(chosen, 0) - chosen
     # The key, then 2^31 - 1 - index, 32 bits each: what comes first is larger.
     rank = (key_of(product).to(tl.int64) << 32) | (latent ^ LAST).to(tl.int64)
-    tl.store(ranked + place, rank, mask=active)
+    tl.store(ranked + place, rank, mask=active & (place < width))
     return first + tl.sum(chosen)
 
 
@@ -126,7 +129,7 @@ def write_above(pre, limits, starts, ranked, stride, h, splits, width,
         if DENSE:
             product = factor(tl.load(pre + head, mask=inside, other=0.0), SIGNED)
             limit = tl.load(limits + head, mask=inside, other=float("inf"))
-            _append(ranked, first, product, product > limit, head)
+            _append(ranked, first, width, product, product > limit, head)
         else:
             for i in tl.range(0, M):
                 u = factor(tl.load(pre + i * h + head, mask=inside, other=0.0), SIGNED)
@@ -135,7 +138,7 @@ def write_above(pre, limits, starts, ranked, stride, h, splits, width,
                     of_pair = limits + (i * N + j) * h + head
                     limit = tl.load(of_pair, mask=inside, other=float("inf"))
                     latent = head * (M * N) + i * N + j
-                    first = _append(ranked, first, u * v, u * v > limit, latent)
+                    first = _append(ranked, first, width, u * v, u * v > limit, latent)
 
 
 @triton.jit
@@ -151,7 +154,7 @@ def rank_above(pre, ranked, counts, indices, base, extension, stride, h, width, 
     token = tl.program_id(0).to(tl.int64)
     pre += token * stride
     slot = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    used = slot < tl.load(counts + token)
+    used = slot < tl.minimum(tl.load(counts + token), width)
     rank = tl.load(ranked + token * width + slot, mask=used, other=-(2**63))
     if SORT:
         rank = tl.sort(rank, descending=True)
@@ -170,3 +173,60 @@ def rank_above(pre, ranked, counts, indices, base, extension, stride, h, width, 
         v = tl.load(pre + (M + latent - row * N) * h + head, mask=used, other=0.0)
         tl.store(base + at, factor(u, SIGNED), mask=there)
         tl.store(extension + at, factor(v, SIGNED), mask=there)
+
+
+@triton.jit
+def jump(base, extension, indices, counts, threshold, slopes, active, narrow, width, bandwidth,
+         ROOT: tl.constexpr, DENSE: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+    """Of latents above their threshold less half the bandwidth: those above it, and those near it.
+
+    base, extension, indices [tokens, width] are changed: factors are 0 where a value is not above
+    its threshold, and the index is -1 where it is not near it either, or there is no latent.
+    counts [tokens]: so many latents there are; if they are more than `width`, `narrow` becomes 1.
+    threshold [F].  slopes [tokens, width]: threshold / bandwidth near the threshold, else 0.
+    active [tokens] float32: number of latents above their threshold. Grid (tokens,).
+    """
+    token = tl.program_id(0).to(tl.int64)
+    count = tl.load(counts + token)
+    above_in_all = 0
+    for start in tl.range(0, width, WIDTH):
+        slot = start + tl.arange(0, WIDTH)
+        there = slot < width
+        used = there & (slot < count)
+        at = token * width + slot
+        latent = tl.load(indices + at, mask=used, other=0)
+        p = tl.load(base + at, mask=used, other=0.0)
+        value = p
+        if not DENSE:
+            q = tl.load(extension + at, mask=used, other=0.0)
+            value = compose(p * q, 0.0, ROOT)
+        least = tl.load(threshold + latent, mask=used, other=0.0)
+        above = used & (value > least)
+        near = used & (tl.abs(value - least) < bandwidth / 2)
+        tl.store(base + at, tl.where(above, p, 0.0), mask=there)
+        if not DENSE:
+            tl.store(extension + at, tl.where(above, q, 0.0), mask=there)
+        tl.store(indices + at, tl.where(above | near, latent, -1), mask=there)
+        tl.store(slopes + at, tl.where(near, least / bandwidth, 0.0), mask=there)
+        above_in_all += tl.sum(above.to(tl.int32))
+    tl.store(active + token, above_in_all.to(tl.float32))
+    tl.store(narrow, 1.0, mask=count > width)
+
+
+@triton.jit
+def jump_gradients(d_values, indices, slopes, threshold, scale, d_active, out, size,
+                   ON_DEVICE: tl.constexpr, ENTRIES: tl.constexpr):  # fmt: skip
+    """out [size]: of each code of `jump`, dL by the logarithm of its threshold.
+
+    d_values: dL/dvalues / scale.  d_active: scalar, dL by the number of active latents. With t the
+    threshold and w the bandwidth: dL/dt = -(t dL/dvalue + d_active) / w near it, and times t.
+    Grid (size / ENTRIES,).
+    """
+    at = tl.program_id(0).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)
+    real = at < size
+    slope = tl.load(slopes + at, mask=real, other=0.0)
+    near = slope > 0.0
+    latent = tl.load(indices + at, mask=near, other=0)
+    least = tl.load(threshold + latent, mask=near, other=0.0)
+    d_value = tl.load(d_values + at, mask=near, other=0.0) * number(scale, ON_DEVICE)
+    tl.store(out + at, -slope * (least * d_value + tl.load(d_active)), mask=real)
