@@ -77,7 +77,9 @@ def test_config_file_repeats_the_run(whole, tmp_path):
     assert (tmp_path / "run" / weights).read_bytes() == (out / weights).read_bytes()
 
 
-@pytest.mark.parametrize("moment", ["loading", "first", "second"])
+@pytest.mark.parametrize(
+    "moment", [*(pytest.param(m, marks=pytest.mark.slow) for m in ("loading", "first")), "second"]
+)
 def test_kill_9_and_resume(moment, whole, tmp_path):
     """Killed at a random moment, resumed, and the final files are an uninterrupted run's."""
     out = tmp_path / "run"
@@ -97,7 +99,9 @@ def test_kill_9_and_resume(moment, whole, tmp_path):
     _same_result(out, whole[0])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_signal_saves_and_says_how_to_go_on(number, whole, tmp_path):
     out = tmp_path / "run"
     process = start(*SMALL, "--out", out)

@@ -92,7 +92,7 @@ def test_fused_and_torch_steps_give_the_same_run(config, decoder_norm):
 
 @pytest.mark.parametrize(
     "name",
-    [pytest.param(n, marks=[pytest.mark.slow] * (n in ("mul", "eps"))) for n in BATCHES],
+    [pytest.param(n, marks=[pytest.mark.slow] * (n != "kron")) for n in BATCHES],
 )
 def test_batchtopk_gives_the_same_run(name, monkeypatch):
     """Its threshold, too; and where the first candidates are too few, which is noticed later.
@@ -447,7 +447,7 @@ def tensors_of(subject: Learner) -> list[torch.Tensor]:
     [
         pytest.param(KRON, id="plain"),
         pytest.param(NESTED, id="nested", marks=pytest.mark.slow),
-        pytest.param(BATCH, id="batchtopk"),
+        pytest.param(BATCH, id="batchtopk", marks=pytest.mark.slow),
         pytest.param(JUMPS["kron"], id="jumprelu", marks=pytest.mark.slow),
     ],
 )

@@ -145,7 +145,11 @@ def test_runs_agree_to_the_bit(tensors):
 
 
 @pytest.mark.parametrize(
-    "subset", [("x",), ("w_enc", "w_dec"), ("b_enc", "b_dense", "b_dec")], ids="-".join
+    "subset",
+    [
+        pytest.param(names, marks=[pytest.mark.slow] * (len(names) != 2), id="-".join(names))
+        for names in (("x",), ("w_enc", "w_dec"), ("b_enc", "b_dense", "b_dec"))
+    ],
 )
 def test_any_subset_of_gradients(tensors, subset):
     """The others are not computed, and what is asked for is the same to the bit."""

@@ -134,6 +134,7 @@ def assert_same(step: TrainingStep, truth: Autograd, rtol: float, start: Weights
         assert error <= rtol, f"{name}: relative error {error:.2e}, expected at most {rtol:.0e}"
 
 
+@pytest.mark.parametrize("count", [7, pytest.param(50, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(
     "dense, unit_norm",
     [
@@ -143,7 +144,7 @@ def assert_same(step: TrainingStep, truth: Autograd, rtol: float, start: Weights
         pytest.param(True, True, id="dense-unit-norm", marks=pytest.mark.slow),
     ],
 )
-def test_50_steps_equal_autograd_and_adamw(dense, unit_norm):
+def test_steps_equal_autograd_and_adamw(dense, unit_norm, count):
     """In float32, with micro-batches and with rows so frequent that they are cut into segments.
 
     AdamW divides by the root of the second moment, so a relative error of 1e-7 of a gradient stays
@@ -152,7 +153,7 @@ def test_50_steps_equal_autograd_and_adamw(dense, unit_norm):
     weights = new_weights(dense, frequent=True)
     truth = Autograd(weights, unit_norm=unit_norm, weight_decay=0.01)
     step = make(copy_of(weights), unit_norm=unit_norm, weight_decay=0.01)
-    for number, x in enumerate(batches(50)):
+    for number, x in enumerate(batches(count)):
         parts = x.split(4) if number % 5 == 0 else [x]
         lr = 1e-2 / (1 + number)
         for part in parts:
