@@ -471,7 +471,9 @@ def main(arguments: list[str] | None = None) -> None:
         result = search(options, device)
     for name, changes in result["better"].items():
         print(f"better: {name}: {label_of(changes)}")
-    if options.write and result["better"]:
+    if not result["better"]:
+        print("nothing is better than what configs.json has")
+    elif options.write:
         write(result["generation"], result["better"], configs.PATH)
         print(f"written to {configs.PATH}; its kernels are listed by: python -m tests.aot --update")
 
