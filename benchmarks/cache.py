@@ -27,6 +27,7 @@ from typing import NamedTuple
 
 import torch
 
+from benchmarks.flags import positive
 from benchmarks.measure import describe
 from kronsae.cache import CacheActivations, CacheIndex, Hookpoint
 from kronsae.cache.index import INDEX_NAME, Shard, file_name, write_tensors
@@ -251,7 +252,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--width", type=int, default=768)
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--batch-size", type=int, default=4096)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=positive, default=7)
     parser.add_argument(
         "--sizes", type=int, nargs="+", default=[32, 128, 512], help="shards, for memory"
     )

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from benchmarks.flags import positive
 from benchmarks.measure import describe, reason
 from benchmarks.shapes import SHAPES, Shape, batches
 from benchmarks.steps import LOSSES, training_step, why_not_fused
@@ -237,7 +238,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("benchmarks.check", description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--smallest", action="store_true", help="two small cases")
-    parser.add_argument("--workers", type=int, default=1, help="processes, a fresh one a check")
+    parser.add_argument(
+        "--workers", type=positive, default=1, help="processes, a fresh one a check"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all errors here")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)

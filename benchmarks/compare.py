@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks import floors
+from benchmarks.flags import positive
 from benchmarks.floors import Ceilings, assumed_ceilings, measure_ceilings
 from benchmarks.measure import (
     Apart,
@@ -47,10 +48,10 @@ class Goal(NamedTuple):
 
 
 GOALS = (
-    Goal("kron encode", "kron product", 1.25),
-    Goal("ours", "floor", 1.3),
-    Goal("eai-sparsify", "ours", None, 3.0),
-    Goal("topk", "ours", None, 4.5),
+    Goal("kron encode", "kron product", floors.ENCODE_GOAL),
+    Goal("ours", "floor", floors.STEP_GOAL),
+    Goal("eai-sparsify", "ours", None, floors.SPARSIFY_GOAL),
+    Goal("topk", "ours", None, floors.DENSE_GOAL),
 )
 """On a GPU, at G1 and G2. Ours: the fused step, as a CUDA graph where there is one; topk: the dense
 SAE in plain PyTorch, bfloat16."""
@@ -60,7 +61,7 @@ OURS = ("kron graphed", "kron fused", "kron")
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("benchmarks.compare", description=__doc__.splitlines()[0])
     parser.add_argument("--shape", nargs="+", default=["S1", "S2"], choices=SHAPES)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=positive, default=7)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no more then")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all times here")

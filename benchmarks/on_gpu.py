@@ -16,11 +16,13 @@ and writes as it goes, so that what fails or runs long costs only itself. DIR th
 summary.json and results.tar.gz: raw figures, logs, and pictures where matplotlib is installed
 (`python -m benchmarks.report` makes them later, elsewhere).
 
-Thirty minutes of a card, the winners of the second command put into configs.json before the third:
+Thirty minutes of a card. What `tune` finds better is put into configs.json for what follows:
 
-    python -m benchmarks.on_gpu check profile compare --out DIR --seconds 540
-    python -m benchmarks.on_gpu tune --out DIR --seconds 480
-    python -m benchmarks.on_gpu compare end-to-end --out DIR --seconds 420
+    python -m benchmarks.on_gpu check profile compare --out DIR/1 --seconds 540
+    python -m benchmarks.on_gpu tune --out DIR/2 --seconds 480
+    tar -xzf DIR/2/results.tar.gz -C DIR/2
+    python -m benchmarks.tune --read DIR/2/results/tune.json --write
+    python -m benchmarks.on_gpu compare end-to-end --out DIR/3 --seconds 420
 
 Works from a bare checkout: torch, triton, numpy, pytest, pytest-xdist, hypothesis, transformers.
 """
@@ -138,7 +140,7 @@ def parts(raw: Path, commands: list[str], smallest: bool) -> list[Part]:
         Part(
             "predict", "profile",
             module(
-                "predict", "--shape", *of("G1 G2", "toy"), "--host-rounds", "0",
+                "predict", "--shape", *of("G1 G2", "toy"), "--no-host",
                 file="logs/predicted",
             ), 60, TOGETHER,
         ),
@@ -306,23 +308,42 @@ def report(raw: Path) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
+    every = parts(Path(), list(COMMANDS), smallest=False)
+    named = {
+        command: " ".join(part.name for part in every if part.of == command)
+        for command in ("", *COMMANDS)
+    }
     parser = argparse.ArgumentParser(
-        "benchmarks.on_gpu",
+        "python -m benchmarks.on_gpu",
         description=__doc__,
+        epilog="parts, by command:\n\n"
+        + "\n".join(f"    {command or 'any':12} {names}" for command, names in named.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("commands", nargs="+", choices=(*COMMANDS, "all"), metavar="COMMAND")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--seconds", type=float, default=520.0, help="never more than this")
-    parser.add_argument("--only", nargs="+", metavar="PART", help="these parts alone")
+    parser.add_argument(
+        "commands", nargs="+", choices=(*COMMANDS, "all"), metavar="COMMAND", help="as above"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="folder of the results, a new one"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=520.0, metavar="S",
+        help="the whole takes at most this long; default: 520",
+    )  # fmt: skip
+    parser.add_argument("--only", nargs="+", metavar="PART", help="these parts alone, see below")
     parser.add_argument(
         "--smallest", action="store_true", help="a toy shape on the CPU: a rehearsal"
     )
     options = parser.parse_args(arguments)
+    if (options.out / "results.tar.gz").exists():
+        parser.error(f"--out: {options.out} has results, which would be lost: give another folder")
+    commands = list(COMMANDS) if "all" in options.commands else options.commands
+    known = [part.name for part in every if part.of in ("", *commands)]
+    if unknown := [name for name in options.only or [] if name not in known]:
+        parser.error(f"--only: no part {', '.join(unknown)}; there are {', '.join(known)}")
     end = time.monotonic() + options.seconds - min(RESERVE, 0.2 * options.seconds)
     out = options.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
-    commands = list(COMMANDS) if "all" in options.commands else options.commands
     done: list[Done] = []
     with tempfile.TemporaryDirectory() as folder:
         raw, logs = Path(folder), Path(folder) / "logs"

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.flags import positive
 from benchmarks.measure import describe, synchronize
 from kronsae.config import DataConfig, SAEConfig, TrainConfig
 from kronsae.data import LanguageModel, LanguageModelActivations
@@ -228,7 +229,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--context-length", type=int, default=256)
     parser.add_argument("--contexts-per-batch", type=int, default=16)
     parser.add_argument("--buffer-tokens", type=int, default=16_384)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=positive, default=5)
     parser.add_argument("--seconds", type=float, default=120, help="no new round after these")
     parser.add_argument("--json", type=Path, metavar="FILE")
     options = parser.parse_args(arguments)

@@ -29,6 +29,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.flags import positive
 from benchmarks.measure import describe, synchronize
 from kronsae.calibrate import kill
 from kronsae.cli import build
@@ -221,7 +222,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("benchmarks.plan", description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="auto")
     parser.add_argument("--clock", choices=tuple(CLOCKS), default=None)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=positive, default=3)
     parser.add_argument("--only", nargs="+", default=list(CONFIGURATIONS), metavar="NAME")
     parser.add_argument("--json", type=Path, metavar="FILE")
     parser.add_argument("--child", choices=("memory", "time"), help=argparse.SUPPRESS)

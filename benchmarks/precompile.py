@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks import ahead, check, tune
+from benchmarks.flags import positive
 from benchmarks.measure import CHECKED_TOKENS, reason
 from benchmarks.memory import LiveKernels, autograd_step
 from benchmarks.shapes import SHAPES, Shape
@@ -121,8 +122,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--checks", action="store_true", help="also for benchmarks.check")
     parser.add_argument("--tuning", action="store_true", help="also for benchmarks.tune")
     parser.add_argument("--target", choices=ahead.TARGETS, help="default: the card that is here")
-    parser.add_argument("--workers", type=int, default=min(12, os.cpu_count() or 1))
-    parser.add_argument("--most", type=int, default=10_000, help="kernels at most")
+    parser.add_argument("--workers", type=positive, default=min(12, os.cpu_count() or 1))
+    parser.add_argument("--most", type=positive, default=10_000, help="kernels at most")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all times here")
     options = parser.parse_args(arguments)
     target = options.target or card_here()

@@ -29,6 +29,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from textwrap import indent
 from typing import Any, NamedTuple
 
 import torch
@@ -38,7 +39,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import sass
 from benchmarks.ahead import VERSION, compiled, specialise, tool
-from benchmarks.floors import Ceilings, Work, stages
+from benchmarks.flags import positive, written_by
+from benchmarks.floors import DENSE_GOAL, SPARSIFY_GOAL, STEP_GOAL, Ceilings, Work, stages
 from benchmarks.sass import Code, Instruction, Latencies
 from benchmarks.shapes import SHAPES, Shape
 from benchmarks.stub import host_ms
@@ -89,9 +91,9 @@ SPARSIFY_MS, DENSE_MS = 16.9, 25.1
 TopK SAE's in bfloat16."""
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden" / "predicted.json"
 GOALS = (
-    ("of the floor, at most", 1.25),
-    ("times as fast as sparsify, at least", 3.0),
-    ("times as fast as dense, at least", 4.5),
+    ("of the floor, at most", STEP_GOAL),
+    ("times as fast as sparsify, at least", SPARSIFY_GOAL),
+    ("times as fast as dense, at least", DENSE_GOAL),
 )
 
 
@@ -631,6 +633,21 @@ def table(found: dict[str, Any], measured: dict[str, float] | None = None) -> st
     return "\n".join(lines) + "\n"
 
 
+LEGEND = """\
+programs x warps   of all launches, and of one program
+registers          of a thread
+resident           programs that a multiprocessor holds at a time
+barriers           that a warp passes
+spills             bytes that do not fit in the registers of a thread
+issue, latency     bounds: instructions of all warps; a program's time by the rounds of programs
+floor              bound: multiply-adds, bytes, and numbers that are gathered
+expected           a little above the largest bound, and the launches
+ratio              expected / floor
+measured           of the kernels of that name, where --measured gives them
+"""
+"""Of the tables' columns."""
+
+
 def _counts(found: dict[str, Any]) -> str:
     return f"{found['launches']} launches, {found['operations']} operations"
 
@@ -638,8 +655,9 @@ def _counts(found: dict[str, Any]) -> str:
 def _lines(found: dict[str, Any], measured: dict[str, float] | None) -> list[str]:
     """The table's head, and a line for each kernel and for what is not one of ours."""
     lines = [
-        "| kernel | programs x warps | registers | resident | barriers | spills | issue | latency |"
-        " floor | expected | ratio |" + (" measured |" if measured else ""),
+        "| kernel | programs x warps | registers | resident | barriers | spills, bytes | issue, ms "
+        "| latency, ms | floor, ms | expected, ms | ratio |"
+        + (" measured, ms |" if measured else ""),
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|" + ("---:|" if measured else ""),
     ]
     for row in (Row(**one) for one in found["rows"]):
@@ -712,29 +730,48 @@ def write_golden(found: list[dict[str, Any]]) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("benchmarks.predict", description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["G1", "G2"])
-    parser.add_argument("--card", choices=CARDS, default="sm_90")
-    parser.add_argument("--moments", choices=MOMENTS, default="float32", help="of AdamW")
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks.predict",
+        description=__doc__,
+        epilog=f"columns of the tables (times in milliseconds):\n\n{indent(LEGEND, '    ')}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--shape", nargs="+", choices=SHAPES, default=["G1", "G2"], metavar="NAME",
+        help=f"of {', '.join(SHAPES)}, as in benchmarks/shapes.py; default: G1 G2, the goals'",
+    )  # fmt: skip
+    cards = ", ".join(f"{name} ({card.name})" for name, card in CARDS.items())
+    parser.add_argument(
+        "--card", choices=CARDS, default="sm_90", metavar="CARD",
+        help=f"of {cards}; default: sm_90",
+    )  # fmt: skip
+    parser.add_argument(
+        "--moments", choices=MOMENTS, default="float32", help="of AdamW; default: float32"
+    )
     parser.add_argument(
         "--auxiliary", action="store_true", help="also what the pass that revives latents adds"
     )
     parser.add_argument("--loops", action="store_true", help="also print each loop's instructions")
-    parser.add_argument(
-        "--host-rounds", type=int, default=30, metavar="N", help="0: do not time the host"
-    )
+    host = parser.add_mutually_exclusive_group()
+    host.add_argument(
+        "--host-rounds", type=positive, default=30, metavar="N",
+        help="the host's time is the median of N steps; default: 30",
+    )  # fmt: skip
+    host.add_argument("--no-host", action="store_true", help="do not time the host")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
     parser.add_argument(
-        "--measured", type=Path, metavar="FILE", help="times of benchmarks.profile to put beside"
-    )
+        "--measured", type=written_by("profile", "profiles"), metavar="FILE",
+        help="times that benchmarks.profile --json wrote on a card, to put beside",
+    )  # fmt: skip
     parser.add_argument("--update", action="store_true", help="rewrite tests/golden/predicted.json")
     options = parser.parse_args(arguments)
+    profiles = options.measured["profiles"] if options.measured else []
+    times = {one["shape"]["name"]: one.get("kernels_ms", {}) for one in profiles}
+    if options.measured and (missing := [name for name in options.shape if name not in times]):
+        parser.error(f"--measured has no times of {', '.join(missing)}, but of {', '.join(times)}")
     if triton.knobs.runtime.interpret:
         parser.error("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
-    times: dict[str, dict[str, float]] = {}
-    if options.measured:
-        profiles = json.loads(options.measured.read_text())["profiles"]
-        times = {one["shape"]["name"]: one.get("kernels_ms", {}) for one in profiles}
+    print(f"Estimates; times in milliseconds.\n\n{indent(LEGEND, '    ')}")
     found = []
     for name in options.shape:
         found.append(predict(SHAPES[name], options.card, options.moments, options.auxiliary))
@@ -742,7 +779,7 @@ def main(arguments: list[str] | None = None) -> None:
         if options.loops:
             launches = fused_step(SHAPES[name], options.card, options.moments).launches
             print(mix(launches, SHAPES[name], options.card) + "\n", flush=True)
-    if options.host_rounds:
+    if not options.no_host:
         taken = host_ms(options.card, options.host_rounds)
         print(f"host: {taken:.2f} ms of this processor's time to issue a step, on a stubbed driver")
     if options.update:

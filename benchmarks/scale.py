@@ -13,11 +13,11 @@ longer than its floor a step took there: that file is in the archive that `bench
 """
 
 import argparse
-import json
 import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.flags import written_by
 from benchmarks.floors import Ceilings, stages
 from benchmarks.shapes import Shape
 
@@ -253,12 +253,15 @@ def put(document: str, found: str) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("benchmarks.scale", description=__doc__.splitlines()[0])
-    parser.add_argument("--measured", type=Path, metavar="FILE", help="compare's --json on a card")
+    parser.add_argument(
+        "--measured", type=written_by("compare", "shapes"), metavar="FILE",
+        help="compare's --json on a card",
+    )  # fmt: skip
     parser.add_argument("--write", type=Path, metavar="FILE", help="put the tables into this file")
     options = parser.parse_args(arguments)
     machine = H200
     if options.measured:
-        machine = measured(json.loads(options.measured.read_text()))
+        machine = measured(options.measured)
     found = tables(machine)
     if options.write:
         options.write.write_text(put(options.write.read_text(encoding="utf-8"), found))

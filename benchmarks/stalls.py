@@ -15,6 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from benchmarks.flags import written_by
 from benchmarks.report import stalls_table
 from benchmarks.shapes import SHAPES
 
@@ -87,11 +88,13 @@ def _number(text: str | None) -> float | None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("benchmarks.stalls", description=__doc__.splitlines()[0])
-    parser.add_argument("--profile", type=Path, required=True, metavar="FILE")
+    parser.add_argument(
+        "--profile", type=written_by("profile", "profiles"), required=True, metavar="FILE"
+    )
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["G1", "G2"])
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
     options = parser.parse_args(arguments)
-    ncu, profile = tool("ncu"), json.loads(options.profile.read_text())
+    ncu, profile = tool("ncu"), options.profile
     result: dict[str, Any] = {"where": profile["where"], "stalls": []}
     for shape in options.shape:
         names = largest(profile, shape)

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.flags import positive, written_by
 from benchmarks.floors import graphed
 from benchmarks.measure import (
     Apart,
@@ -452,15 +453,20 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=order)
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["G1", "G2"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--most", type=int, default=100, help="alternatives of a kernel at most")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--read", type=Path, metavar="FILE", help="measure nothing, read --json")
+    parser.add_argument(
+        "--most", type=positive, default=100, help="alternatives of a kernel at most"
+    )
+    parser.add_argument("--rounds", type=positive, default=15)
+    parser.add_argument(
+        "--read", type=written_by("tune", "better"), metavar="FILE",
+        help="measure nothing: take what --json wrote",
+    )  # fmt: skip
     parser.add_argument("--write", action="store_true", help="put better ones into configs.json")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all times here")
     parser.add_argument("--seconds", type=float, default=300.0, help="start no more then")
     options = parser.parse_args(arguments)
     if options.read:
-        result = json.loads(options.read.read_text())
+        result = options.read
     else:
         device = torch.device(options.device)
         if why := backends.why_not("triton", device):
@@ -468,7 +474,9 @@ def main(arguments: list[str] | None = None) -> None:
         result = search(options, device)
     for name, changes in result["better"].items():
         print(f"better: {name}: {label_of(changes)}")
-    if options.write and result["better"]:
+    if not result["better"]:
+        print("nothing is better than what configs.json has")
+    elif options.write:
         write(result["generation"], result["better"], configs.PATH)
         print(f"written to {configs.PATH}; its kernels are listed by: python -m tests.aot --update")
 

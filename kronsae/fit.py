@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -572,7 +572,9 @@ def _signals(interrupt: Callable[[], None]) -> Iterator[_Stop]:
         for each, handler in earlier.items():
             signal.signal(each, handler)
         name = signal.Signals(number).name
-        print(f"\n{name}: finishing this step and saving (again to stop at once)", file=sys.stderr)
+        words = f"\n{name}: finishing this step and saving (again to stop at once)"
+        with suppress(RuntimeError):  # it came in the middle of another print
+            print(words, file=sys.stderr)
 
     try:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -581,9 +583,12 @@ def _signals(interrupt: Callable[[], None]) -> Iterator[_Stop]:
         pass
     try:
         yield stop
-    except RankLost:  # torchrun now ends the others: let them say why first
-        if signal.SIGTERM in earlier:
+    except RankLost:
+        usual = earlier.get(stop.received)
+        if signal.SIGTERM in earlier:  # torchrun now ends the others: let them say why first
             earlier[signal.SIGTERM] = signal.SIG_IGN
+        if callable(usual):  # the others were stopped at once, and so is this one
+            usual(stop.received, None)
         raise
     finally:
         for number, handler in earlier.items():

@@ -17,31 +17,74 @@ class Terminated(BaseException):
     """SIGTERM came. No handler of mere errors may take it for one."""
 
 
-@contextmanager
-def sigterm() -> Iterator[None]:
-    """Raise Terminated on SIGTERM, as Python raises KeyboardInterrupt on SIGINT.
+AGAIN = 0.05
+"""Seconds until a stop that Python dropped is raised again."""
 
-    So what is half-written is cleared away, and the user told how to go on. Outside of the main
-    thread, where no signal arrives, nothing changes.
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Raise Terminated on SIGTERM and KeyboardInterrupt on SIGINT, so that neither is ever lost.
+
+    So what is half-written is cleared away, and the user told how to go on. Python prints and drops
+    what is raised inside a destructor or the callback of a weak reference: it is raised again a
+    moment later. An error that the work raises after the signal (other processes were stopped too,
+    or a library was interrupted half-way) is raised as that stop, `from` the error.
+
+    Outside of the main thread, where no signal arrives, nothing changes. An ignored signal stays
+    so.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+    came: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise Terminated
+        if number != signal.SIGALRM:  # the alarm repeats the signal that came
+            came.append(number)
+        raise _exception_of(came[-1])
 
-    before = signal.signal(signal.SIGTERM, stop)
+    def see_dropped(dropped: Any) -> None:
+        if came and isinstance(dropped.exc_value, KeyboardInterrupt | Terminated):
+            before.setdefault(signal.SIGALRM, signal.signal(signal.SIGALRM, stop))
+            signal.setitimer(signal.ITIMER_REAL, AGAIN)
+        else:
+            hook(dropped)
+
+    before = {
+        number: signal.signal(number, stop)
+        for number in (signal.SIGTERM, signal.SIGINT)
+        if signal.getsignal(number) is not signal.SIG_IGN
+    }
+    hook, sys.unraisablehook = sys.unraisablehook, see_dropped
     try:
         yield
+    except Exception as error:
+        if came:
+            raise _exception_of(came[-1]) from error
+        raise
     finally:
-        if signal.getsignal(signal.SIGTERM) is stop:  # and not one that came later, to stay
-            signal.signal(signal.SIGTERM, before)
+        sys.unraisablehook = hook
+        if signal.SIGALRM in before:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        for number, handler in before.items():
+            if signal.getsignal(number) is stop:  # and not one that came later, to stay
+                signal.signal(number, handler)
 
 
-def signal_of(error: KeyboardInterrupt | Terminated) -> int:
+def _exception_of(number: int) -> KeyboardInterrupt | Terminated:
+    return Terminated() if number == signal.SIGTERM else KeyboardInterrupt()
+
+
+def signal_of(error: KeyboardInterrupt | Terminated) -> signal.Signals:
     """The signal that raised it."""
-    return int(signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT)
+    return signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
+
+
+def stopped(error: KeyboardInterrupt | Terminated) -> str:
+    """What to say of a stop, with the error that it was raised from, if there is one."""
+    cause = error.__cause__
+    after = "" if cause is None else f" (after it came {type(cause).__name__}: {cause})"
+    return f"Stopped by {signal_of(error).name}{after}"
 
 
 class Parser(argparse.ArgumentParser):
@@ -69,12 +112,17 @@ class Parser(argparse.ArgumentParser):
 
 
 def exit_status(work: Callable[[list[str]], None], argv: Sequence[str] | None) -> int:
-    """Do the work of a command line: 0 when it was done, 2 if what was asked for cannot work."""
+    """Do the work of a command line: 0 when it was done, 2 if what was asked for cannot work.
+
+    128 + n: stopped by signal n.
+    """
     try:
-        work(list(sys.argv[1:] if argv is None else argv))
+        with stoppable():
+            work(list(sys.argv[1:] if argv is None else argv))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+    except (KeyboardInterrupt, Terminated) as error:
+        print(stopped(error), file=sys.stderr)
+        return 128 + signal_of(error)
     return 0

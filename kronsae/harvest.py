@@ -26,7 +26,7 @@ from kronsae.data.outline import NoOutline, Outline, outline
 from kronsae.data.text import check_text
 from kronsae.errors import InputError
 from kronsae.fit import resolve_device
-from kronsae.flags import Parser, Terminated, signal_of, sigterm
+from kronsae.flags import Parser, Terminated, signal_of, stoppable, stopped
 from kronsae.learner import compute_dtype
 from kronsae.plan import free_bytes, shortage
 
@@ -254,7 +254,7 @@ def main(argv: list[str] | None = None) -> int:
                 reason = disk_shortage(plan) or shortage(plan)
                 if reason is not None:
                     raise InputError(reason)
-        with sigterm():
+        with stoppable():
             index = harvest(config, folder, _show)
         print(describe(folder, index))
         return 0
@@ -268,7 +268,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except (KeyboardInterrupt, Terminated) as error:
         again = f"; {resume_command(folder)} goes on" if folder else ""
-        print(f"stopped{again}", file=sys.stderr)
+        print(f"{stopped(error)}{again}", file=sys.stderr)
         return 128 + signal_of(error)
 
 

@@ -28,7 +28,7 @@ from kronsae.data.outline import NoOutline, Outline, outline
 from kronsae.errors import InputError
 from kronsae.evaluate import Heldout
 from kronsae.fit import FitResult, fit, fit_many, resolve_device
-from kronsae.flags import Terminated, signal_of, sigterm
+from kronsae.flags import Terminated, signal_of, stoppable, stopped
 from kronsae.learner import why_not_fused
 from kronsae.metrics import MEANING
 from kronsae.parallel import ALONE, Mesh, join
@@ -110,7 +110,7 @@ def train(request: Request, console: Console, mesh: Mesh = ALONE) -> int:
     out = request.resume or request.out or _new_folder(request)
     out = Path(mesh.world.exchange(str(out))[0])
     try:
-        with sigterm():
+        with stoppable():
             status = _train(request, console, mesh, out)
         parallel.leave()
         return status
@@ -118,7 +118,7 @@ def train(request: Request, console: Console, mesh: Mesh = ALONE) -> int:
         raise
     except (KeyboardInterrupt, Terminated) as error:  # where `fit` does not wait for it
         if mesh.first:
-            _say_how_to_go_on(out, f"Stopped by {signal.Signals(signal_of(error)).name}.")
+            _say_how_to_go_on(out, f"{stopped(error)}.")
         return 128 + signal_of(error)
     except Exception:  # in the model's code, the data's or ours, for all of which it helps
         traceback.print_exc()

@@ -6,9 +6,11 @@ Letters, everywhere in this package:
 (m, n, k are not the M, N, K of a matrix product.)
 """
 
+import math
+import reprlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -44,10 +46,22 @@ def shape_of(tensor: Tensor) -> str:
     return "[" + ", ".join(str(size) for size in tensor.shape) + "]"
 
 
+def shown(value: Any) -> str:
+    """A wrong argument, in short; with its type, if that is not one of plain numbers or lists."""
+    kind, text = type(value), reprlib.repr(value)
+    if kind in (int, float, list, tuple):
+        return text
+    module = "" if kind.__module__ == "builtins" else f"{kind.__module__}."
+    return f"{text} ({module}{kind.__qualname__})"
+
+
 def check_tensors(**tensors: Tensor) -> None:
     """Each argument is a tensor."""
     for name, tensor in tensors.items():
-        require(isinstance(tensor, Tensor), f"{name}: expected a tensor, got {type(tensor)}")
+        require(
+            isinstance(tensor, Tensor),
+            lambda name=name, found=tensor: f"{name}: expected a tensor, got {shown(found)}",
+        )
 
 
 def check_floating(**tensors: Tensor | None) -> None:
@@ -80,11 +94,29 @@ def check_shape(name: str, tensor: Tensor | None, expected: tuple[int, ...], mea
         )
 
 
+def is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def check_count(name: str, value: int, low: int, high: int, meaning: str) -> None:
     require(
-        isinstance(value, int) and not isinstance(value, bool) and low <= value <= high,
-        f"{name}: expected an integer in [{low}, {high}] ({meaning}), got {value!r}",
+        is_integer(value) and low <= value <= high,
+        lambda: f"{name}: expected an integer in [{low}, {high}] ({meaning}), got {shown(value)}",
     )
+
+
+def check_number(name: str, value: float, low: float | None, below: float | None = None) -> None:
+    """A finite number in [low, below). (A default that is a number would be symbolic, compiled.)"""
+
+    def message() -> str:
+        least = "" if low is None else f" >= {low:g}"
+        less = "" if below is None else f" and < {below:g}"
+        return f"{name}: expected a finite number{least}{less}, got {shown(value)}"
+
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    right = number and math.isfinite(value)
+    right = right and (low is None or value >= low) and (below is None or value < below)
+    require(right, message)
 
 
 def cast_for_autocast(device_type: str, *tensors: Tensor | None) -> list[Tensor | None]:

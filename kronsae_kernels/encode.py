@@ -5,8 +5,6 @@ autograd rules, opaque to torch.compile. The operator selects; what a selected l
 the derivative of that, are differentiable torch operations on [B, k] here (`reference.compose`).
 """
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -18,6 +16,7 @@ from kronsae_kernels.common import (
     cast_for_autocast,
     check_count,
     check_floating,
+    check_number,
     check_same,
     check_shape,
     check_tensors,
@@ -72,8 +71,7 @@ def fused_encode(
         composition in COMPOSITIONS,
         f"composition: expected one of {COMPOSITIONS}, got {composition!r}",
     )
-    usable = isinstance(eps, (int, float)) and math.isfinite(eps) and eps >= 0
-    require(usable, f"eps: expected a finite number >= 0, got {eps!r}")
+    check_number("eps", eps, 0)
     name = backends.choose(impl, x.device, x.dtype)
     if name == "reference":
         return reference.fused_encode(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kronsae_kernels import backends, reference
-from kronsae_kernels.common import SparseCodes, require, without_autocast
+from kronsae_kernels.common import SparseCodes, is_integer, require, shown, without_autocast
 from kronsae_kernels.decode import check_decode
 
 
@@ -31,8 +31,7 @@ def nested_decode(
     """
     values, indices = codes
     check_decode(values, indices, w_dec, b_dec)
-    bounds = list(bounds)
-    check_bounds(bounds, w_dec.shape[0])
+    bounds = check_bounds(bounds, w_dec.shape[0])
     name = backends.choose(impl, w_dec.device, w_dec.dtype)
     if name == "reference":
         return reference.nested_decode(values, indices, bounds, w_dec=w_dec, b_dec=b_dec)
@@ -43,13 +42,19 @@ def nested_decode(
     return out.view(*values.shape[:-1], *out.shape[1:])
 
 
-def check_bounds(bounds: list[int], size: int) -> None:
+def check_bounds(bounds: Sequence[int], size: int) -> list[int]:
+    """The bounds of nested prefixes of F = size latents. Raises ValueError if they are none."""
     require(
-        bool(bounds)
-        and all(isinstance(bound, int) and 1 <= bound <= size for bound in bounds)
+        isinstance(bounds, Sequence)
+        and len(bounds) > 0
+        and all(is_integer(bound) and 1 <= bound <= size for bound in bounds)
         and all(a < b for a, b in zip(bounds, bounds[1:], strict=False)),
-        f"bounds: expected ascending integers in [1, F] = [1, {size}], got {bounds}",
+        lambda: (
+            f"bounds: expected a list of ascending integers in [1, F] = [1, {size}], "
+            f"got {shown(bounds)}"
+        ),
     )
+    return list(bounds)
 
 
 @torch.library.custom_op("kronsae::nested_decode", mutates_args=())

@@ -10,7 +10,6 @@ step moves about half the bytes. Weights and AdamW's state keep torch's own name
 a run can go from one to the other at any step. Needs Triton kernels: `why_not` says if they run.
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -25,11 +24,13 @@ from kronsae_kernels.common import (
     SparseCodes,
     check_count,
     check_floating,
+    check_number,
     check_same,
     check_shape,
     check_tensors,
     require,
     shape_of,
+    shown,
 )
 from kronsae_kernels.nested import check_bounds
 from kronsae_kernels.reference import compose
@@ -147,8 +148,8 @@ class TrainingStep:
         finite: how many in a row, up to now; the most in a row; all of them; the largest magnitude
         in x at the first. Whoever reads the last three may set them to 0.
 
-    Raises ValueError for wrong shapes, dtypes, devices or layouts, RuntimeError if it cannot run
-    here. Results are deterministic. May be captured in a CUDA graph (see `apply`).
+    Raises ValueError for wrong shapes, dtypes, devices, layouts or numbers, RuntimeError if it
+    cannot run here. Results are deterministic. May be captured in a CUDA graph (see `apply`).
     """
 
     def __init__(
@@ -174,6 +175,7 @@ class TrainingStep:
     ) -> None:
         self.weights = {"w_enc": w_enc, "b_enc": b_enc, "w_dec": w_dec, "b_dec": b_dec}
         _check_weights(self.weights, m)
+        _check_settings(dtype, eps, betas, adam_eps, weight_decay)
         self.thresholds = thresholds
         if thresholds is not None:
             _check_thresholds(thresholds, w_dec, eps)
@@ -186,8 +188,6 @@ class TrainingStep:
             composition in COMPOSITIONS,
             f"composition: expected one of {COMPOSITIONS}, got {composition!r}",
         )
-        require(math.isfinite(eps) and eps >= 0, f"eps: expected a number >= 0, got {eps!r}")
-        require(dtype in DTYPES, f"dtype: expected one of {DTYPES}, got {dtype}")
         require(
             moments in MOMENTS,
             f"moments: expected one of {MOMENTS}, got {moments!r}",
@@ -199,8 +199,7 @@ class TrainingStep:
         self.moments = moments
         self.state = new_state(self.weights, moments) if state is None else state
         _check_state(self.state, self.weights, moments)
-        check_shape("silent", silent, (self.dict_size,), "[F]")
-        check_same("device", silent=silent, w_dec=w_dec)
+        _check_silent(silent, w_dec)
         self.silent, self.skips = silent, torch.zeros(4, device=self.device)
         self.missed = torch.zeros(2, device=self.device)
         # Values above it in magnitude are those of active latents.
@@ -246,25 +245,22 @@ class TrainingStep:
             `missed` says so. With `Thresholds` and no mask it must be given: of each token, all
             latents that are above their threshold, or so near that it learns from them, which have
             value 0. If they are more than `width`, `apply` makes no step.
-        Raises ValueError if shapes do not fit.
+        Raises ValueError if shapes, dtypes, devices or numbers do not fit.
         """
-        k = self.k if k is None else k
-        check_floating(x=x, target=target)
-        require(
-            x.ndim == 2 and x.shape[1] == self.d and x.shape[0] > 0,
-            lambda: f"x: expected [B, {self.d}] with B >= 1, got {shape_of(x)}",
-        )
-        check_count("k", k, 1, self.dict_size, f"1 <= k <= F = {self.dict_size}")
+        k = self._check_batch(x, k)
+        check_floating(target=target)
         require(
             target is not None or self.d_target == self.d,
             f"target: expected [B, {self.d_target}], as w_dec's rows are no x [B, {self.d}]",
         )
         check_shape("target", target, (x.shape[0], self.d_target), "[B, d_target]")
-        check_shape("mask", mask, (self.dict_size,), "[F]")
-        require(
-            mask is None or mask.dtype == torch.bool,
-            lambda: f"mask: expected torch.bool, got {mask.dtype}",
-        )
+        if mask is not None:
+            check_tensors(mask=mask)
+            check_shape("mask", mask, (self.dict_size,), "[F]")
+            require(
+                mask.dtype == torch.bool, lambda: f"mask: expected torch.bool, got {mask.dtype}"
+            )
+        _check_scalar("weight", weight, self.device, low=None)
         check_same("device", x=x, target=target, mask=mask, w_dec=self.weights["w_dec"])
         if width is not None:
             check_count("width", width, k, self.dict_size, f"k = {k} to F = {self.dict_size}")
@@ -274,8 +270,7 @@ class TrainingStep:
             "width: expected places a token for the latents above their thresholds, got None",
         )
         if bounds is not None:
-            bounds = list(bounds)
-            check_bounds(bounds, self.dict_size)
+            bounds = check_bounds(bounds, self.dict_size)
             require(
                 bounds[-1] == self.dict_size and len(bounds) <= MAX_PREFIXES,
                 f"bounds: expected at most {MAX_PREFIXES} prefixes, of which the last ends at "
@@ -283,6 +278,18 @@ class TrainingStep:
             )
         with torch.no_grad():
             return self._accumulate(x, target, k, mask, bias, weight, bounds, width)
+
+    def _check_batch(self, x: Tensor, k: int | None) -> int:
+        """k, by default that of the step."""
+        k = self.k if k is None else k
+        check_floating(x=x)
+        require(
+            x.ndim == 2 and x.shape[1] == self.d and x.shape[0] > 0,
+            lambda: f"x: expected [B, {self.d}] with B >= 1, got {shape_of(x)}",
+        )
+        check_same("device", x=x, w_dec=self.weights["w_dec"])
+        check_count("k", k, 1, self.dict_size, f"1 <= k <= F = {self.dict_size}")
+        return k
 
     def _accumulate(
         self,
@@ -399,11 +406,11 @@ class TrainingStep:
 
         They are looked for as `accumulate` does it for a selection over the batch; if `width` is
         too small, the next call of `apply` makes no step. Where no latent is active, or a number is
-        not finite, thresholds stay as they are.
+        not finite, thresholds stay as they are. Raises ValueError if shapes do not fit.
         """
-        k = self.k if k is None else k
-        check_count("width", width, k, self.dict_size, f"k = {k} to F = {self.dict_size}")
         require(self.thresholds is not None, "set_thresholds: this step has no thresholds")
+        k = self._check_batch(x, k)
+        check_count("width", width, k, self.dict_size, f"k = {k} to F = {self.dict_size}")
         with torch.no_grad():
             self._set_thresholds(x.to(self.dtype).contiguous(), k, width)
 
@@ -425,10 +432,14 @@ class TrainingStep:
         If anything accumulated is not finite, or the mean squared error so large that its square is
         not, nothing changes but `skips`, and the norm is NaN; if candidates were too few, nothing
         but `missed`.
-        Raises RuntimeError if nothing was accumulated.
+        Raises ValueError for numbers that do not fit, RuntimeError if nothing was accumulated.
         """
         if not self._parts:
             raise RuntimeError("apply: nothing was accumulated since the last step")
+        _check_scalar("lr", lr, self.device, low=0)
+        if max_norm is not None:
+            check_number("max_norm", max_norm, 0)
+            require(max_norm > 0, "max_norm: expected a number > 0, or None for no limit, got 0")
         with torch.no_grad():
             norm = self._apply(lr, max_norm)
         self._clear()
@@ -546,7 +557,6 @@ class TrainingStep:
         from kronsae_kernels.triton_impl import operations
 
         if not isinstance(lr, Tensor):
-            require(math.isfinite(lr), lambda: f"lr: expected a finite number, got {lr}")
             lr = self._lr.fill_(lr)
         size = sum(len(part.x) for part in self._parts) * self.d_target
         steps = [self.state[name]["step"] for name in self.weights]
@@ -772,8 +782,12 @@ def _check_state(
         require(not missing, f"state: {name}: expected a step and both moments, not {missing}")
         step = of_weight["step"]
         require(
-            isinstance(step, Tensor) and step.dtype == torch.float32 and step.numel() == 1,
-            f"state: {name}: step: expected a float32 scalar tensor, got {step!r}",
+            isinstance(step, Tensor)
+            and step.dtype == torch.float32
+            and step.numel() == 1
+            and step.device == weight.device,
+            f"state: {name}: step: expected a float32 scalar tensor on {weight.device}, "
+            f"got {step!r}",
         )
         expected = _dtype_of_moments(name, torch.float32, moments)
         for moment in ("exp_avg", "exp_avg_sq"):
@@ -804,15 +818,60 @@ def _check_thresholds(thresholds: Thresholds, w_dec: Tensor, eps: float) -> None
         log.dtype == torch.float32 and log.is_contiguous(),
         lambda: f"thresholds.log: expected contiguous float32, got {log.dtype}, {log.stride()}",
     )
-    require(
-        math.isfinite(bandwidth) and bandwidth > 0,
-        f"bandwidth: expected a finite number > 0, got {bandwidth!r}",
-    )
-    require(
-        math.isfinite(coefficient) and coefficient >= 0,
-        f"l0_coefficient: expected a finite number >= 0, got {coefficient!r}",
-    )
+    check_number("bandwidth", bandwidth, 0)
+    require(bandwidth > 0, "bandwidth: expected a number above 0, got 0")
+    check_number("l0_coefficient", coefficient, 0)
     require(eps == 0, f"eps: expected 0 with thresholds, got {eps!r}")
+
+
+def _check_settings(
+    dtype: torch.dtype,
+    eps: float,
+    betas: tuple[float, float],
+    adam_eps: float,
+    weight_decay: float,
+) -> None:
+    allowed = tuple(each for each in DTYPES if each != torch.float64)
+    require(dtype in allowed, lambda: f"dtype: expected one of {allowed}, got {shown(dtype)}")
+    check_number("eps", eps, 0)
+    require(
+        isinstance(betas, tuple | list) and len(betas) == 2,
+        lambda: f"betas: expected two numbers, got {shown(betas)}",
+    )
+    for place, beta in enumerate(betas):
+        check_number(f"betas[{place}]", beta, 0, 1)
+    check_number("adam_eps", adam_eps, 0)
+    check_number("weight_decay", weight_decay, 0)
+
+
+def _check_scalar(
+    name: str, value: float | Tensor, device: torch.device, low: float | None
+) -> None:
+    """A number, or a scalar on the device, of which the value is not known here."""
+    if not isinstance(value, Tensor):
+        check_number(name, value, low)
+        return
+    require(
+        value.numel() == 1 and value.is_floating_point() and value.device == device,
+        lambda: (
+            f"{name}: expected a number or a floating scalar on {device}, got {shape_of(value)} "
+            f"{value.dtype} on {value.device}"
+        ),
+    )
+
+
+def _check_silent(silent: Tensor | None, w_dec: Tensor) -> None:
+    if silent is None:
+        return
+    check_tensors(silent=silent)
+    check_shape("silent", silent, (len(w_dec),), "[F]")
+    check_same("device", silent=silent, w_dec=w_dec)
+    require(
+        silent.dtype == torch.int64 and silent.is_contiguous(),
+        lambda: (
+            f"silent: expected contiguous int64, got {silent.dtype} with stride {silent.stride(0)}"
+        ),
+    )
 
 
 def _check_weights(weights: dict[str, Tensor], m: int | None) -> None:

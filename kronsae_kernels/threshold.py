@@ -1,7 +1,5 @@
 """`threshold_encode`: every latent above a threshold of its own, as JumpReLU needs them."""
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -11,8 +9,10 @@ from kronsae_kernels.common import (
     SparseCodes,
     accumulate_dtype,
     check_count,
+    check_number,
     check_same,
     check_shape,
+    check_tensors,
     require,
     without_autocast,
 )
@@ -48,13 +48,14 @@ def threshold_encode(
         heads, rows, _ = w_enc.shape
         check_count("m", m, 1, rows - 1, f"w_enc has m + n = {rows} rows a head")
         size = heads * m * (rows - m)
+    check_tensors(threshold=threshold)
     check_shape("threshold", threshold, (size,), "[F]")
     check_same("device", x=x, threshold=threshold)
     require(
         composition in COMPOSITIONS,
         f"composition: expected one of {COMPOSITIONS}, got {composition!r}",
     )
-    require(math.isfinite(eps) and eps >= 0, f"eps: expected a finite number >= 0, got {eps!r}")
+    check_number("eps", eps, 0)
     name = backends.choose(impl, x.device, x.dtype)
     if name == "reference":
         return reference.threshold_encode(

@@ -165,10 +165,23 @@ def test_goals_are_judged():
     found = Comparison({name: Timing([ms]) for name, ms in times.items()}, {}, {})
     assert compare.verdicts(found, floor_ms=3.2) == [
         "kron encode / kron product at most 1.25: 1.50 (kron encode), MISSED",
-        "ours / floor at most 1.3: 1.25 (kron graphed), reached",
+        "ours / floor at most 1.25: 1.25 (kron graphed), reached",
         "eai-sparsify / ours at least 3.0: not measured",
         "topk / ours at least 4.5: 5.00 (topk), reached",
     ]
+
+
+def test_the_goal_of_a_step_is_one_number():
+    """That of the comparison, of the prediction, and of the README."""
+    from benchmarks import compare, floors
+
+    (goal,) = (goal for goal in compare.GOALS if goal.under == "floor")
+    text = " ".join((ROOT / "benchmarks" / "README.md").read_text().split())
+    assert f"a step at most {goal.most} times its floor" in text
+    if importlib.util.find_spec("triton"):
+        from benchmarks import predict
+
+        assert dict(predict.GOALS)["of the floor, at most"] == goal.most == floors.STEP_GOAL
 
 
 def test_wrong_index_is_found(monkeypatch):
@@ -438,6 +451,28 @@ def test_every_command_has_parts(tmp_path):
     part = on_gpu.Part("a", "", [], 30)
     beside = part._replace(alone=False)
     assert on_gpu._shares([beside, beside._replace(share=50), part, part]) == 110
+
+
+def test_help_lists_the_parts_and_only_takes_no_others(tmp_path, capsys):
+    """And results are never written over."""
+    from benchmarks import on_gpu
+
+    with pytest.raises(SystemExit):
+        on_gpu.main(["--help"])
+    text = capsys.readouterr().out
+    for part in on_gpu.parts(tmp_path, list(on_gpu.COMMANDS), False):
+        assert f" {part.name}" in text.partition("parts, by command:")[2]
+    assert "default: 520" in text and "benchmarks.tune --read DIR/2/results/tune.json" in text
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit):
+        on_gpu.main(["check", "--out", str(out), "--only", "profile"])
+    assert "no part profile; there are compile, check, tests" in capsys.readouterr().err
+    assert not out.exists()
+    out.mkdir()
+    (out / "results.tar.gz").touch()
+    with pytest.raises(SystemExit):
+        on_gpu.main(["check", "--out", str(out)])
+    assert f"{out} has results, which would be lost" in capsys.readouterr().err
 
 
 def test_part_that_runs_long_is_stopped(tmp_path):

@@ -79,10 +79,12 @@ def test_leading_dimensions_and_no_tokens(kind):
     ("change", "words"),
     [
         ({"threshold": torch.zeros(F - 1)}, "threshold: expected .F. = .36."),
+        ({"threshold": [0.0] * F}, "threshold: expected a tensor, got .0.0"),
         ({"m": 5}, "m: expected an integer in .1, 4."),
         ({"m": None}, "w_enc: expected .F, d."),
         ({"composition": "max"}, "composition"),
         ({"eps": -1.0}, "eps"),
+        ({"eps": "0"}, "eps: expected a finite number >= 0, got '0' .str."),
         ({"impl": "cuda"}, "impl: expected None or one of"),
     ],
 )

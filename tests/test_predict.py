@@ -120,6 +120,38 @@ def test_bytes_of_a_weight_by_the_dtype_of_its_moments():
     assert works[0].moved_bytes - works[1].moved_bytes == (26 - 18) * numbers
 
 
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--host-rounds", "-3"], "--host-rounds: expected an integer of at least 1, got '-3'"),
+        (["--host-rounds", "0"], "--host-rounds: expected an integer of at least 1, got '0'"),
+        (["--measured", "MISSING"], "wrote, got MISSING: [Errno 2] No such file"),
+        (["--measured", "pyproject.toml"], "wrote, got pyproject.toml: Expecting value"),
+        (["--measured", "{folder}/other.json"], "other.json has no 'profiles'"),
+        (["--measured", "{folder}/toy.json"], "no times of G1, G2, but of toy"),
+    ],
+)
+def test_wrong_arguments_are_said_before_anything_is_compiled(
+    arguments, words, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(ROOT)
+    (tmp_path / "other.json").write_text("{}")
+    profile = {"profiles": [{"shape": {"name": "toy"}, "kernels_ms": {}}]}
+    (tmp_path / "toy.json").write_text(json.dumps(profile))
+    with pytest.raises(SystemExit) as left:
+        predict.main([argument.format(folder=tmp_path) for argument in arguments])
+    assert left.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_every_column_has_a_unit_or_a_line_in_the_legend(found):
+    head = predict.table(found["shapes"][0], measured={"none": 0.0}).splitlines()[2]
+    columns = [cell.strip() for cell in head.strip("|").split("|")]
+    terms = {term.strip() for line in predict.LEGEND.splitlines() for term in line[:19].split(",")}
+    assert {column.removesuffix(", ms").removesuffix(", bytes") for column in columns} == {
+        "kernel", *terms,
+    }  # fmt: skip
+
+
 def test_table_names_every_kernel_and_goal(found):
     for one in found["shapes"]:
         text = predict.table(one, measured={"update_rows_0d1d": 1.25})

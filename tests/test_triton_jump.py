@@ -242,8 +242,8 @@ def test_thresholds_are_set_to_the_smallest_of_the_largest(dense):
     [
         (Thresholds(new_log()[:5], 0.1, 1.0), {}, ["thresholds.log", f"[F] = [{SIZE}]", "[5]"]),
         (Thresholds(new_log().double(), 0.1, 1.0), {}, ["float32", "float64"]),
-        (Thresholds(new_log(), 0.0, 1.0), {}, ["bandwidth", "0.0"]),
-        (Thresholds(new_log(), 0.1, -1.0), {}, ["l0_coefficient", "-1.0"]),
+        (Thresholds(new_log(), 0.0, 1.0), {}, ["bandwidth", "above 0"]),
+        (Thresholds(new_log(), 0.1, -1.0), {}, ["l0_coefficient", ">= 0", "-1.0"]),
         (Thresholds(new_log(), 0.1, 1.0), {"eps": 0.1}, ["eps", "0.1"]),
     ],
     ids=lambda value: None,
@@ -260,5 +260,7 @@ def test_errors_of_calls():
         make(new_weights(False), new_log()).accumulate(x)
     with pytest.raises(ValueError, match="width: .*got 2"):
         make(new_weights(False), new_log()).set_thresholds(x, width=2)
+    with pytest.raises(ValueError, match=r"x: expected \[B, 12\]"):
+        make(new_weights(False), new_log()).set_thresholds(x[0], width=8)
     with pytest.raises(ValueError, match="no thresholds"):
         make_step(new_weights(False)).set_thresholds(x, width=8)

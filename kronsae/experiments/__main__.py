@@ -4,7 +4,6 @@ import argparse
 import dataclasses
 import importlib
 import shlex
-import signal
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -14,7 +13,7 @@ from kronsae.config import base_type
 from kronsae.errors import InputError
 from kronsae.experiments import NAMES
 from kronsae.experiments.common import Run, Stopped, require, run_grid
-from kronsae.flags import Parser
+from kronsae.flags import Parser, Terminated, signal_of, stoppable, stopped
 
 
 def load(name: str) -> ModuleType:
@@ -98,15 +97,17 @@ def main(argv: list[str] | None = None) -> int:
         settings, out = parse(name, rest)
         require("matplotlib")
         command = shlex.join(["python", "-m", "kronsae.experiments", *argv])
-        run_grid(load(name), settings, out, command, show)
+        with stoppable():
+            run_grid(load(name), settings, out, command, show)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except Stopped as stop:
         print(f"{stop}: the same command goes on from here", file=sys.stderr)
         return 128 + stop.number
-    except KeyboardInterrupt:
-        return 128 + signal.SIGINT
+    except (KeyboardInterrupt, Terminated) as error:
+        print(f"{stopped(error)}: the same command goes on from here", file=sys.stderr)
+        return 128 + signal_of(error)
     print((out / f"{name}.md").read_text(encoding="utf-8"))
     print(f"In {out}: {name}.json, {name}.md, {name}.png")
     return 0
