@@ -119,13 +119,11 @@ def why_not_fused(
 
     ranks: along `data` and along `heads` (`kronsae.parallel.shape`).
     """
-    data, heads = ranks
+    data, _ = ranks
     if config.fused_step == "off":
         return "fused_step is off"
     if data > 1:
         return f"{data} ranks add up their gradients, and it writes none"
-    if heads > 1:
-        return f"{heads} ranks select latents and reconstruct together, and it does so alone"
     if config.fused_step == "auto" and device.type == "cpu":
         return "it is made of kernels for a GPU"
     if sae.selection == "jumprelu":
@@ -197,6 +195,7 @@ class _Made(NamedTuple):
     auxk_loss: Tensor | None
     """None where it was not computed."""
     codes: SparseCodes
+    """Those of the latents held here; -1 in other places."""
     grad_norm: Tensor
     objective: Tensor | None
     """What is minimised, apart from auxk_loss; None where that is mse."""
@@ -221,7 +220,8 @@ class Learner:
     Steps are made by `kronsae_kernels.step` where it can run, else by autograd and torch's AdamW;
     both change the same weights and moments, and give the same but for rounding. The fused step
     asks nothing of the device but in a `step` that logs; on a GPU it is a CUDA graph that is
-    replayed, as long as batches have the size of the first (`graph_problem`: why it is not).
+    replayed, as long as batches have the size of the first (`graph_problem`: why it is not), and of
+    a process that has all heads.
     With BatchTopK a token may turn out to have too few candidates: the device then makes no step
     from there on, and the learner makes those steps again, in order, when it next asks: in a `step`
     that logs, in `settle` and `confirm`, or after UNCONFIRMED steps.
@@ -279,6 +279,7 @@ class Learner:
                 moments=config.moments,
                 state=moments,
                 silent=self.tokens_since_fired,
+                ranks=mesh.heads,
             )
         self._graphs: dict[int, fused.GraphedStep] = {}
         self.step_count = 0
@@ -299,6 +300,10 @@ class Learner:
     def dead(self) -> Tensor:
         """Which latents held here are dead (bool [F]): silent for config.dead_after tokens."""
         return self.tokens_since_fired >= self.config.dead_after
+
+    def _dead_in_all(self) -> Tensor:
+        """How many latents of the whole dictionary are dead (scalar); nobody waits for it."""
+        return self.mesh.heads.sum(self.dead.sum())
 
     def step(
         self, x: Tensor, target: Tensor | None = None, log: bool = True
@@ -391,7 +396,7 @@ class Learner:
         candidates a step has depends on the steps before it alone, not on when the device is asked.
         """
         for x, lr, target, reviving in self._kept[-missed:]:
-            dead, width = self.dead.sum(), self._width
+            dead, width = self._dead_in_all(), self._width
             while True:
                 self.fused.missed.zero_()
                 made = self._once(x, lr, target, reviving=reviving, width=width)
@@ -492,7 +497,7 @@ class Learner:
         reviving = 0
         if self.tokens >= self.quiet_until:
             reviving = auxk_tokens(self.sae.config, self.config, x.shape[0])
-        dead = self.dead.sum() if log else None
+        dead = self._dead_in_all() if log else None
         made = self._run(x, target, lr, reviving)
         self.step_count += 1
         self.tokens += x.shape[0]
@@ -508,8 +513,9 @@ class Learner:
         self, target: Tensor, lr: float, made: _Made, dead: Tensor
     ) -> dict[str, float] | Skipped:
         """Metrics of the step that was made, in one transfer; dead: how many were, before it."""
-        silent = self.tokens_since_fired.max()
-        active = self.sae.fired(made.codes).sum().double() / target.shape[0]
+        heads = self.mesh.heads
+        silent = heads.max(self.tokens_since_fired.max())
+        active = heads.sum(self.sae.fired(made.codes).sum()).double() / target.shape[0]
         aux = torch.zeros_like(made.mse) if made.auxk_loss is None else made.auxk_loss
         whole = made.mse if made.objective is None else made.objective
         numbers = [made.mse, aux, spread_of(target), active, dead, made.grad_norm, whole, silent]
@@ -532,7 +538,8 @@ class Learner:
 
     def _run(self, x: Tensor, target: Tensor | None, lr: float, reviving: int) -> _Made:
         """A fused step, as a graph if there can be one. reviving: tokens of the auxiliary loss."""
-        if self.config.cuda_graph == "off" or fused.why_not_graphed(self.device) is not None:
+        reason = fused.why_not_graphed(self.device, self.mesh.heads.size)
+        if self.config.cuda_graph == "off" or reason is not None:
             return self._once(x, lr, target, reviving=reviving, width=self._width)
         graph = self._graphs.get(reviving)
         if graph is None and len(self._graphs) < GRAPHS:
@@ -572,16 +579,16 @@ class Learner:
         bounds = sae.prefixes if sae.objective == "matryoshka" else None
         out, aux = self.fused.accumulate(x, target=target, bounds=bounds, width=width), None
         if reviving:
-            dead = self.dead
             left_over = -out.residual[:reviving].float()
             variance = left_over.var(0, correction=0).mean()
-            share = dead.sum().clamp_(max=self.auxk) * (config.auxk_coefficient / self.auxk)
+            taken = self._dead_in_all().clamp_(max=self.auxk)
+            share = taken * (config.auxk_coefficient / self.auxk)
             weight = share / (variance + VARIANCE_FLOOR)
             of_dead = self.fused.accumulate(
                 x[:reviving],
                 target=left_over,
                 k=min(self.auxk, sae.dict_size),
-                mask=dead,
+                mask=self.dead,
                 bias=False,
                 weight=weight,
             )
