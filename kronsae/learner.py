@@ -120,13 +120,11 @@ def why_not_fused(
 
     ranks: along `data` and along `heads` (`kronsae.parallel.shape`).
     """
-    data, heads = ranks
+    data, _ = ranks
     if config.fused_step == "off":
         return "fused_step is off"
     if data > 1:
         return f"{data} ranks add up their gradients, and it writes none"
-    if heads > 1:
-        return f"{heads} ranks select latents and reconstruct together, and it does so alone"
     if config.fused_step == "auto" and device.type == "cpu":
         return "it is made of kernels for a GPU"
     if sae.selection == "jumprelu" and sae.eps:
@@ -195,6 +193,7 @@ class _Made(NamedTuple):
     auxk_loss: Tensor | None
     """None where it was not computed."""
     codes: SparseCodes
+    """Those of the latents held here; -1 in other places."""
     grad_norm: Tensor
     more: dict[str, Tensor]
     """Other losses of the objective, by name (scalars)."""
@@ -228,7 +227,8 @@ class Learner:
     Steps are made by `kronsae_kernels.step` where it can run, else by autograd and torch's AdamW;
     both change the same weights and moments, and give the same but for rounding. The fused step
     asks nothing of the device but in a `step` that logs; on a GPU it is a CUDA graph that is
-    replayed, as long as batches have the size of the first (`graph_problem`: why it is not).
+    replayed, as long as batches have the size of the first (`graph_problem`: why it is not), and of
+    a process that has all heads.
     With BatchTopK or JumpReLU a token may turn out to have too few candidates: the device then
     makes no step from there on, and the learner makes those steps again, in order, when it next
     asks: in a `step` that logs, in `settle` and `confirm`, or after UNCONFIRMED steps.
@@ -289,6 +289,7 @@ class Learner:
                 state=moments,
                 silent=self.tokens_since_fired,
                 thresholds=self._thresholds(),
+                ranks=mesh.heads,
             )
         self._graphs: dict[_Form, fused.GraphedStep] = {}
         self.step_count = 0
@@ -323,6 +324,10 @@ class Learner:
     def dead(self) -> Tensor:
         """Which latents held here are dead (bool [F]): silent for config.dead_after tokens."""
         return self.tokens_since_fired >= self.config.dead_after
+
+    def _dead_in_all(self) -> Tensor:
+        """How many latents of the whole dictionary are dead (scalar); nobody waits for it."""
+        return self.mesh.heads.sum(self.dead.sum())
 
     def step(
         self, x: Tensor, target: Tensor | None = None, log: bool = True
@@ -415,7 +420,7 @@ class Learner:
         candidates a step has depends on the steps before it alone, not on when the device is asked.
         """
         for x, lr, target, form in self._kept[-missed:]:
-            dead, width = self.dead.sum(), self._width
+            dead, width = self._dead_in_all(), self._width
             while True:
                 self.fused.missed.zero_()
                 made = self._once(x, lr, target, form=form, width=width)
@@ -516,7 +521,7 @@ class Learner:
         reviving = 0
         if self.tokens >= self.quiet_until:
             reviving = auxk_tokens(self.sae.config, self.config, x.shape[0])
-        dead = self.dead.sum() if log else None
+        dead = self._dead_in_all() if log else None
         form = _Form(reviving, self.fused.thresholds is not None and self._warming_up)
         made = self._run(x, target, lr, form)
         self.step_count += 1
@@ -533,8 +538,9 @@ class Learner:
         self, target: Tensor, lr: float, made: _Made, dead: Tensor
     ) -> dict[str, float] | Skipped:
         """Metrics of the step that was made, in one transfer; dead: how many were, before it."""
-        silent = self.tokens_since_fired.max()
-        active = self.sae.fired(made.codes).sum().double() / target.shape[0]
+        heads = self.mesh.heads
+        silent = heads.max(self.tokens_since_fired.max())
+        active = heads.sum(self.sae.fired(made.codes).sum()).double() / target.shape[0]
         aux = torch.zeros_like(made.mse) if made.auxk_loss is None else made.auxk_loss
         numbers = [made.mse, aux, spread_of(target), active, dead, made.grad_norm]
         usual = len(numbers)
@@ -558,7 +564,8 @@ class Learner:
 
     def _run(self, x: Tensor, target: Tensor | None, lr: float, form: "_Form") -> _Made:
         """A fused step, as a graph if there can be one."""
-        if self.config.cuda_graph == "off" or fused.why_not_graphed(self.device) is not None:
+        reason = fused.why_not_graphed(self.device, self.mesh.heads.size)
+        if self.config.cuda_graph == "off" or reason is not None:
             return self._once(x, lr, target, form=form, width=self._width)
         graph = self._graphs.get(form)
         if graph is None and len(self._graphs) < GRAPHS:
@@ -601,16 +608,16 @@ class Learner:
         out, aux = self.fused.accumulate(x, target=target, bounds=bounds, width=width), None
         reviving = form.reviving
         if reviving:
-            dead = self.dead
             left_over = -out.residual[:reviving].float()
             variance = left_over.var(0, correction=0).mean()
-            share = dead.sum().clamp_(max=self.auxk) * (config.auxk_coefficient / self.auxk)
+            taken = self._dead_in_all().clamp_(max=self.auxk)
+            share = taken * (config.auxk_coefficient / self.auxk)
             weight = share / (variance + VARIANCE_FLOOR)
             of_dead = self.fused.accumulate(
                 x[:reviving],
                 target=left_over,
                 k=min(self.auxk, sae.dict_size),
-                mask=dead,
+                mask=self.dead,
                 bias=False,
                 weight=weight,
             )

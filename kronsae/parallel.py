@@ -28,6 +28,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from kronsae.config import SAEConfig
 from kronsae.errors import InputError
 from kronsae_kernels import SparseCodes
+from kronsae_kernels.ranks import largest_of_all
 
 
 class RankLost(RuntimeError):
@@ -329,10 +330,8 @@ def largest(found: SparseCodes, k: int, group: Group, size: int) -> SparseCodes:
     missing = width - found.values.shape[1]
     values = torch.nn.functional.pad(found.values, (0, missing), value=-torch.inf)
     indices = torch.nn.functional.pad(found.indices, (0, missing))
-    # Candidates by rank, and so, where values are equal, by latent: a stable sort keeps that.
-    candidates = group.gather(values.detach()).transpose(0, 1).flatten(1)
+    candidates, taken = largest_of_all(values.detach(), k, group)
     latents = group.gather(indices.int()).transpose(0, 1).flatten(1)
-    taken = candidates.sort(dim=1, descending=True, stable=True).indices[:, :k]
     rank = taken // width
     own = (taken - group.rank * width).clamp(0, max(0, width - 1))
     chosen = torch.where(rank == group.rank, values.gather(1, own), candidates.gather(1, taken))

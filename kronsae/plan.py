@@ -30,6 +30,7 @@ from kronsae.learner import UNCONFIRMED, check_step, compute_dtype
 from kronsae.objectives import auxk_latents, auxk_tokens
 from kronsae.stream import NORMALIZER_TOKENS
 from kronsae_kernels import backends
+from kronsae_kernels.step import why_not_graphed
 
 _MIB = 2**20
 
@@ -168,6 +169,8 @@ def _member(
     codes = 64 * max(batch * width, math.ceil(on / sharing_tokens) * dead)
     if sharing_heads > 1:  # candidates of all ranks: value, index, copies to sort
         codes += 32 * sharing_heads * batch * width
+        if reason is None:  # what all decode, added up in float32, and its squares
+            codes += 8 * batch * sae.d_out
     if sae.selection == "jumprelu" and reason is not None:  # [b, F]: products, values, and more
         columns = max(sae.encoder_rows, sae.dict_size)
         codes += 12 * sae.dict_size * _chunk_tokens(columns, batch, dtype, device)
@@ -185,7 +188,9 @@ def _member(
     seen = _pre_latent_bytes(own_rows, BATCH_TOKENS, torch.float32, device)
     return {
         "compute_dtype": str(dtype).removeprefix("torch."),
-        "graph": reason is None and device.type == "cuda" and train.cuda_graph != "off",
+        "graph": reason is None
+        and train.cuda_graph != "off"
+        and why_not_graphed(device, sharing_heads) is None,
         "training_step": "fused" if reason is None else "autograd and AdamW",
         "training_step_why": "gradients are never written" if reason is None else reason,
         "dict_size": sae.dict_size,
@@ -379,7 +384,8 @@ def _share(
         else sae
     )
     batch = math.ceil(train.batch_size / tokens)
-    return sae, dataclasses.replace(train, batch_size=batch, fused_step="off")
+    train = dataclasses.replace(train, batch_size=batch, cuda_graph="off")
+    return sae, train if tokens == 1 else dataclasses.replace(train, fused_step="off")
 
 
 def _sum(a: float, b: float) -> float:

@@ -33,6 +33,7 @@ from kronsae_kernels.common import (
     shown,
 )
 from kronsae_kernels.nested import check_bounds
+from kronsae_kernels.ranks import Ranks, keep_largest_of_all
 from kronsae_kernels.reference import compose
 
 MAX_WIDTH = 8192
@@ -57,8 +58,10 @@ def why_not(device: torch.device, d: int = 1, dtype: torch.dtype = torch.float32
     return reason
 
 
-def why_not_graphed(device: torch.device) -> str | None:
-    """Why a step cannot be a CUDA graph on a device; None if it can."""
+def why_not_graphed(device: torch.device, ranks: int = 1) -> str | None:
+    """Why a step of so many ranks cannot be a CUDA graph on a device; None if it can."""
+    if ranks > 1:
+        return f"{ranks} ranks exchange numbers within a step, which is not captured"
     return None if device.type == "cuda" else f"a CUDA graph needs a CUDA device, not {device}"
 
 
@@ -70,7 +73,8 @@ class StepOutput(NamedTuple):
     prefixes the sum of theirs."""
     codes: SparseCodes
     """[B, k] values and indices, largest first (-1 in places that a mask leaves over); of a
-    selection over the batch [B, width]."""
+    selection over the batch [B, width]; with ranks this rank's own, [B, min(k, F)], and -1 in
+    places that the latents of others take."""
     residual: Tensor
     """[B, d_target] reconstruction minus target, in the compute dtype."""
     mse: Tensor
@@ -139,6 +143,14 @@ class TrainingStep:
         those of "log_threshold", too.
     silent: int64 [F], tokens since each latent was active: `apply` keeps count, of what passes
         without a mask select. None: nobody counts.
+    ranks: processes that hold R F latents together, each F of them with their rows of w_enc, b_enc
+        and w_dec: rank r those from r F on (of a Kron encoder: whole heads). b_dec is the same on
+        all, and stays so to the bit. All ranks call `accumulate` and `apply` together, with the
+        same arguments but for the mask, which is of the own latents. They select from all R F
+        latents, and add up what they decode (in float32), the gradient's squared norm, and whether
+        all is finite: loss, residual and norm are the same bits on all. No gradient is sent. The
+        noise of bfloat16 moments depends on an element's place among the rank's own: another R has
+        other noise. None: one process has all latents.
 
     missed: float32 [2] on the device, of selections with a `width` (see `accumulate`): whether what
         is accumulated had too few candidates, and how many calls of `apply` made no step since that
@@ -172,6 +184,7 @@ class TrainingStep:
         state: Mapping[str, Mapping[str, Tensor]] | None = None,
         silent: Tensor | None = None,
         thresholds: Thresholds | None = None,
+        ranks: Ranks | None = None,
     ) -> None:
         self.weights = {"w_enc": w_enc, "b_enc": b_enc, "w_dec": w_dec, "b_dec": b_dec}
         _check_weights(self.weights, m)
@@ -183,7 +196,12 @@ class TrainingStep:
         self.m, self.k, self.composition, self.eps = m, k, composition, float(eps)
         self.d, (self.dict_size, self.d_target) = w_enc.shape[-1], w_dec.shape
         self.device, self.dtype = w_dec.device, dtype
-        check_count("k", k, 1, self.dict_size, f"1 <= k <= F = {self.dict_size}")
+        self.ranks = None if ranks is None or ranks.size == 1 else ranks
+        self._check_k(k)
+        require(
+            self.ranks is None or thresholds is None,
+            "thresholds: ranks select the k latents of each token; expected None",
+        )
         require(
             composition in COMPOSITIONS,
             f"composition: expected one of {COMPOSITIONS}, got {composition!r}",
@@ -262,6 +280,11 @@ class TrainingStep:
             )
         _check_scalar("weight", weight, self.device, low=None)
         check_same("device", x=x, target=target, mask=mask, w_dec=self.weights["w_dec"])
+        require(
+            self.ranks is None or (bounds is None and width is None),
+            "bounds, width: ranks select the k latents of each token, for one reconstruction; "
+            f"expected None for both, got {bounds} and {width}",
+        )
         if width is not None:
             check_count("width", width, k, self.dict_size, f"k = {k} to F = {self.dict_size}")
             require(mask is None, "mask: a selection with a width has none")
@@ -288,7 +311,7 @@ class TrainingStep:
             lambda: f"x: expected [B, {self.d}] with B >= 1, got {shape_of(x)}",
         )
         check_same("device", x=x, w_dec=self.weights["w_dec"])
-        check_count("k", k, 1, self.dict_size, f"1 <= k <= F = {self.dict_size}")
+        self._check_k(k)
         return k
 
     def _accumulate(
@@ -308,7 +331,7 @@ class TrainingStep:
         x = x.to(self.dtype).contiguous()
         low = self._low_precision()
         w_enc, b_enc = low["w_enc"], self.weights["b_enc"].to(self.dtype)
-        candidates = k if width is None else width
+        ranks, candidates = self.ranks, min(k, self.dict_size) if width is None else width
         composition = "dense" if self.m is None else self.composition
         jumped = None
         if self.thresholds is not None and mask is None:
@@ -317,12 +340,18 @@ class TrainingStep:
             indices, base, extension = self._largest(x, w_enc, b_enc, mask, candidates)
             if width is not None:
                 self._keep_largest(indices, base, extension, k * len(x))
-        table, b_dec = low["w_dec"], self.weights["b_dec"] if bias else None
+        if ranks is not None:
+            factor = None if self.m is None else extension
+            indices = keep_largest_of_all(indices, base, factor, k, ranks)
+        table, b_dec = low["w_dec"], self.weights["b_dec"] if bias and self._first else None
         scale = weight * (2 / target.numel())
         given_codes = target, indices, base, extension, table, b_dec, composition, self.eps, scale
         if bounds is None:
-            one_gather = candidates <= MAX_FUSED_CODES and jumped is None
-            found = operations.decode_and_loss(*given_codes, one_gather=one_gather)
+            found = operations.decode_and_loss(
+                *given_codes,
+                one_gather=candidates <= MAX_FUSED_CODES and jumped is None,
+                total=None if ranks is None else ranks.sum,
+            )
             row, d_rows = None, found.residual
             d_x_hat = residual = found.residual
         else:
@@ -457,6 +486,9 @@ class TrainingStep:
     def _apply(self, lr: float | Tensor, max_norm: float | None) -> Tensor:
         from kronsae_kernels.triton_impl import operations
 
+        ranks = self.ranks
+        if ranks is not None:
+            ranks.sum(self._sums[1:])  # if one of them cannot make the step, none does
         x, d_rows = self._all("x"), self._all("d_rows")
         names = ["values", "along", "d_base"]
         names += [] if self.m is None else ["d_extension"]
@@ -479,7 +511,8 @@ class TrainingStep:
             of_log = operations.sum_entries(entries, sorted_["d_log"])
 
         def run(mode: str) -> Tensor:
-            squares = [gradient.square(), *([] if of_log is None else [of_log.square()])]
+            squares = [gradient.square()] if self._first else []
+            squares += [] if of_log is None else [of_log.square()]
             squares.append(
                 operations.update_rows(
                     of_decoder,
@@ -525,12 +558,15 @@ class TrainingStep:
                 )
             return torch.cat(squares).sum()
 
+        def total(square: Tensor) -> Tensor:
+            return square if ranks is None else ranks.sum(square)
+
         if max_norm is not None:
-            square = run("measure")
+            square = total(run("measure"))
             hyper[:, 7] = (max_norm / (square.sqrt() + 1e-6)).clamp(max=1.0)
             run("update")
         else:
-            square = run("update")
+            square = total(run("update"))
         operations.update_vector(gradient, self._of("b_dec"), hyper[1])
         if of_log is not None:
             operations.update_vector(of_log, self._of(THRESHOLDS), hyper[1])
@@ -551,6 +587,16 @@ class TrainingStep:
         self._versions = ()
 
     # Parts of a step
+
+    @property
+    def _first(self) -> bool:
+        """Whether b_dec, which all ranks have, counts here in what they add up."""
+        return self.ranks is None or self.ranks.rank == 0
+
+    def _check_k(self, k: int) -> None:
+        ranks = 1 if self.ranks is None else self.ranks.size
+        most, of = ranks * self.dict_size, "" if ranks == 1 else f" of {ranks} ranks"
+        check_count("k", k, 1, most, f"1 <= k <= F = {most}{of}")
 
     def _prepared(self, lr: float | Tensor) -> Tensor:
         """[2, 10] float32: the numbers of this AdamW step, on the device; counts it."""
@@ -641,7 +687,8 @@ class GraphedStep:
     x and target must have the same shape and dtype in every call. What is returned is overwritten
     by the next call. Other threads may go on using the device during the capture. If it fails,
     `problem` says why, and steps run as they are for good.
-    Raises ValueError if x has another shape or dtype, RuntimeError without a CUDA device.
+    Raises ValueError if x has another shape or dtype, RuntimeError without a CUDA device, or for a
+    step of several ranks.
     """
 
     WARMUP = 3
@@ -655,7 +702,7 @@ class GraphedStep:
         once: Callable[..., Any] | None = None,
         pool: Any = None,
     ) -> None:
-        reason = why_not_graphed(step.device)
+        reason = why_not_graphed(step.device, 1 if step.ranks is None else step.ranks.size)
         if reason is not None:
             raise RuntimeError(reason)
         self.step, self.max_norm = step, max_norm

@@ -144,7 +144,13 @@ stopped."""
 
 
 def run(
-    out: Path, mesh: Mesh = ALONE, stop_after: int | None = None, resume: bool = False
+    out: Path,
+    mesh: Mesh = ALONE,
+    stop_after: int | None = None,
+    resume: bool = False,
+    sae: SAEConfig = RUN,
+    train: TrainConfig = RUN_TRAIN,
+    x: torch.Tensor = X,
 ) -> list[dict[str, Any]]:
     """`fit` in a run folder: the final metrics, and its records. Rank 0 gets a signal, if any."""
 
@@ -152,9 +158,7 @@ def run(
         if record["kind"] == "train" and record["step"] == stop_after:
             signal.raise_signal(signal.SIGTERM)
 
-    result = fit(
-        RUN, X, RUN_TRAIN, heldout=X[:100], out=out, resume=resume, on_record=stop, mesh=mesh
-    )
+    result = fit(sae, x, train, heldout=x[:100], out=out, resume=resume, on_record=stop, mesh=mesh)
     return [{**result.metrics, "stopped_by": result.stopped_by}, *result.history]
 
 

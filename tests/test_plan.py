@@ -116,6 +116,20 @@ def test_the_plan_of_several_processes_is_that_of_each(monkeypatch):
     assert planning.shortage({**plan, "free_mib": 4 * needed}) is None
 
 
+def test_the_plan_of_processes_that_share_heads_has_the_fused_step(monkeypatch):
+    """And the time is that of this step, as each of them makes it; no graph keeps its memory."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    train = dataclasses.replace(TRAIN, tensor_parallel=2, fused_step="on", moments="bfloat16")
+    plan = make_plan({"kron": RunConfig(SAES["kron"], DATA, train)}, outline(DATA))
+    assert plan["members"]["kron"]["training_step"] == "fused"
+    found = planning._member(SAES["kron"], train, torch.device("cuda"), (1, 2))
+    assert not found["graph"] and found["training_step"] == "fused"
+    assert planning._member(SAES["kron"], train, torch.device("cuda"), (1, 1))["graph"]
+    _, share = planning._share(SAES["kron"], train, (1, 2))
+    assert (share.fused_step, share.cuda_graph, share.moments) == ("on", "off", "bfloat16")
+
+
 def test_memory_of_the_language_model_is_what_it_makes():
     """Bytes of the tensors that live at the same time, to read out and for losses."""
     source = open_activations(DATA, batch_size=128, seed=0, device=torch.device("cpu"))

@@ -424,7 +424,7 @@ def recording(tape: Tape, **options: Any):
 @pytest.fixture
 def taped(monkeypatch):
     """CUDA graphs on a CPU: captures are noted, and replayed call by call."""
-    monkeypatch.setattr(fused, "why_not_graphed", lambda device: None)
+    monkeypatch.setattr(fused, "why_not_graphed", lambda *_: None)
     monkeypatch.setattr(torch.cuda, "CUDAGraph", Tape)
     monkeypatch.setattr(torch.cuda, "graph", recording)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)

@@ -4,7 +4,7 @@ Arguments are 2-D, checked by the public functions. Letters as in `common`.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -741,6 +741,7 @@ def decode_and_loss(
     eps: float,
     scale: float | Tensor,
     one_gather: bool,
+    total: Callable[[Tensor], Tensor] | None = None,
 ) -> DecodeAndLoss:
     """Decoder, squared error against x [B, d], and its gradients by the codes [B, k].
 
@@ -748,10 +749,12 @@ def decode_and_loss(
     composition: one of COMPOSITIONS, or "dense" (base holds the values). scale: a number, or a
     float32 scalar on the device. one_gather: rows are gathered once, for which a chunk of k of them
     must fit into a warp's registers.
+    total: adds up [B, d] float32 over processes that decode other codes of the same tokens, of
+    which one has the bias; rows are then gathered twice.
     """
     (tokens, k), d, device = indices.shape, table.shape[1], table.device
     sums = table.new_empty(2, tokens, dtype=torch.float32)
-    if one_gather:
+    if one_gather and total is None:
         residual, into = table.new_empty(tokens, d), _like_codes(base, composition)
         config = configure("decode_and_loss", device)
         most, tile = config.blocks["BLOCKS"], config.blocks["TILE"]
@@ -784,7 +787,8 @@ def decode_and_loss(
     values = base
     if composition != "dense":
         values = reference.compose(base * extension, composition, eps)
-    error = combine(values, indices, table, bias, torch.float32).sub_(x)
+    x_hat = combine(values, indices, table, bias, torch.float32)
+    error = (x_hat if total is None else total(x_hat)).sub_(x)
     d_values = pair_dots(error, indices, table, torch.float32)
     torch.sum(error.square(), 1, out=sums[0])
     of_codes = code_gradients(indices, base, extension, d_values, sums, composition, eps, scale)
