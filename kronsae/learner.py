@@ -123,7 +123,10 @@ def why_not_fused(
     if config.fused_step == "off":
         return "fused_step is off"
     if data > 1:
-        return f"{data} ranks add up their gradients, and it writes none"
+        return (
+            f"{data} ranks add up their gradients, and it writes none. With --share members each "
+            "rank trains members of a sweep alone"
+        )
     if heads > 1:
         return f"{heads} ranks select latents and reconstruct together, and it does so alone"
     if config.fused_step == "auto" and device.type == "cpu":
