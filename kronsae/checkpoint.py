@@ -98,13 +98,40 @@ def save_state(
     return folder
 
 
+def state_of(owner: int, state: dict[str, Any] | None, group: Group) -> dict[str, Any]:
+    """The state that rank `owner` of the group (tensors on the CPU) gives, on all of its ranks.
+
+    Rank 0 gets the tensors, too, on the CPU; other ranks get None in their place. All of them have
+    to call this; what others than the owner give does not count.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    told = None
+    if group.rank == owner:
+        values = _split(state, "", tensors, lambda _: owner > 0)
+        kinds = {name: [str(x.dtype), *x.shape] for name, x in tensors.items()}
+        told = values, kinds
+    values, kinds = group.exchange(told)[owner]
+    if group.rank == 0:
+        tensors = {
+            name: torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")))
+            for name, (dtype, *shape) in kinds.items()
+        }
+    for x in tensors.values():
+        group.to_first(x, owner)
+    return state if group.rank == owner else _join(values, tensors.get)
+
+
 def load_state(
-    folder: Path, group: Group = ALONE.heads, held: Collection[str] = ()
+    folder: Path,
+    group: Group = ALONE.heads,
+    held: Collection[str] = (),
+    tensors: bool = True,
 ) -> dict[str, Any]:
     """The state in `folder`. Raises InputError if it is damaged or of another format version.
 
     group, held: as `mesh.heads` and `held` of `save_state`, whatever they were when it was saved.
         A rank of the group gets its own rows, and reads only files that have some of them.
+    tensors: False leaves None in their place, and their files unread.
     """
     advice = f"remove the folder {folder} to go on from the checkpoint before it"
     try:
@@ -158,7 +185,7 @@ def load_state(
         return found[0] if len(found) == 1 else torch.cat(found)
 
     try:
-        return _join(values, tensor)
+        return _join(values, tensor if tensors else lambda _: None)
     except (KeyError, SafetensorError) as error:  # whole, but not what `save_state` wrote
         raise InputError(f"checkpoint {folder} is damaged (tensors: {error}); {advice}") from error
 

@@ -22,6 +22,7 @@ MULTI_TOPK = 4
 COMPOSITIONS = ("mand", "relu_mul", "mul")
 DECODER_NORMS = ("unit", "free")
 MOMENTS = ("float32", "bfloat16")
+SHARES = ("tokens", "members")
 ACTIVATIONS_ORDERS = ("global", "stream")
 DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT_BANDWIDTH = 0.1
@@ -471,6 +472,12 @@ class TrainConfig:
         "processes of torchrun that hold the heads of one autoencoder together; the others share "
         "the tokens of each batch",
     )
+    share: str = setting(
+        "tokens",
+        "what processes of torchrun share out: the tokens of each batch, or the members of a "
+        "sweep, each of which one process trains alone",
+        choices=SHARES,
+    )
     rank_timeout: int = setting(
         600, "seconds that a process of torchrun waits for another one before it gives up"
     )
@@ -524,6 +531,7 @@ class TrainConfig:
             self.cuda_graph in ("auto", "off"),
             f"cuda_graph: one of ('auto', 'off'), not {self.cuda_graph!r}",
         )
+        _require(self.share in SHARES, f"share: one of {SHARES}, not {self.share!r}")
         _require(self.moments in MOMENTS, f"moments: one of {MOMENTS}, not {self.moments!r}")
 
     @property

@@ -26,9 +26,9 @@ from kronsae.errors import InputError
 from kronsae.evaluate import Heldout, evaluate, evaluate_cross_entropy
 from kronsae.learner import Learner, Skipped, check_step
 from kronsae.logs import Log, check_packages
-from kronsae.parallel import Mesh, RankLost, join
+from kronsae.parallel import ALONE, Mesh, RankLost, join, owners
 from kronsae.run import SINGLE, RunFolder, SweepFolder, open_to_resume
-from kronsae.sae import SAE, load
+from kronsae.sae import SAE, load, made_of
 from kronsae.stream import DataEnded, Stream, is_finite
 from kronsae.sweep import check_names, markdown, one_stream
 
@@ -37,8 +37,9 @@ from kronsae.sweep import check_names, markdown, one_stream
 class FitResult:
     """What a training run gives."""
 
-    sae: SAE
-    """The trained SAE, of raw activations."""
+    sae: SAE | None
+    """The trained SAE, of raw activations. None where another process has trained it alone (`share`
+    "members"): it is in the run folder."""
     tokens: int
     """Tokens trained on."""
     metrics: dict[str, float]
@@ -81,8 +82,9 @@ def fit(
         of an uninterrupted run (on a CPU; an iterable must give the same batches again).
     settings: what else config.json shall hold.  on_record: called with each logged record.
     mesh: of the processes that train together; by default that of torchrun (`kronsae.parallel`).
-        Each of them calls this with the same arguments, and takes its own part of the batches. The
-        first one alone writes, and calls `on_record`.
+        Each of them calls this with the same arguments, and takes its own part of the batches, or,
+        with `share` "members", of the SAEs of `fit_many`. The first one alone writes, and calls
+        `on_record`.
 
     On SIGTERM or SIGINT the step in progress is finished, a checkpoint saved, and the result
     returned with `stopped_by`. A batch whose gradient is not finite is skipped, and logged as such.
@@ -123,6 +125,8 @@ def fit_many(
     names: of the members, and of their run folders in `out` (default: "sae-0", "sae-1", ...).
     out: sweep folder (see `kronsae.run`).  settings: for each, as in `fit`.
     on_record: called with the member's name and each logged record.
+    Of several processes each trains all SAEs on its part of the tokens or heads, or, with `share`
+    "members", every R-th SAE on all tokens.
     The rest is as in `fit`. Every step, each SAE in turn learns from the batch; the mean and scale
     of the activations, and what does not depend on an SAE in the evaluation, is computed once.
 
@@ -172,6 +176,8 @@ def _fit(
     config = plans[0].train  # what all share
     device = resolve_device(config.device)
     mesh = mesh or join(config.tensor_parallel, device, config.rank_timeout)
+    layout = mesh.data.size, mesh.heads.size
+    owned = owners([plan.name for plan in plans], config.share, layout)
     for plan in plans:
         mesh.check(plan.sae)
     source = _as_source(activations, config)
@@ -181,17 +187,19 @@ def _fit(
         flat = [part.detach().reshape(-1, part.shape[-1]) for part in heldout]
         heldout = Heldout(flat[0], targets=flat[1] if len(flat) == 2 else None)
     plans = [_complete(plan, source) for plan in plans]
-    for plan in plans:
-        check_step(plan.sae, plan.train, device, (mesh.data.size, mesh.heads.size))
+    of_one = (1, 1) if owned else layout
+    not_fused = [check_step(plan.sae, plan.train, device, of_one) for plan in plans]
     if heldout is not None:
         _check_heldout(heldout, plans[0].sae)
     check_packages(config)
     _check_same([plan.settings for plan in plans], mesh)
-    folder, state = _open(out, resume, {p.name: p.settings for p in plans}, sweep, mesh)
-    session = _Session(Stream(source, config.tokens, device), config, folder, mesh)
+    folder, state = _open(out, resume, {p.name: p.settings for p in plans}, sweep, mesh, owned)
+    stream = Stream(source, config.tokens, device)
+    session = _Session(stream, config, folder, mesh, bool(owned), any(not_fused))
     try:
         for plan in plans:
-            session.members[plan.name] = _Member(plan, device, folder, on_record, mesh)
+            owner = owned.get(plan.name)
+            session.members[plan.name] = _Member(plan, device, folder, on_record, mesh, owner)
         if state is not None:
             session.load_state_dict(state)
         _train_and_judge(session, heldout)
@@ -207,12 +215,13 @@ def _train_and_judge(session: "_Session", heldout: Heldout | None) -> None:
         with _signals(session.interrupt) as stop:
             stopped_by = _train(session, heldout, stop)
         stream.close()
+        if stopped_by is None and heldout is not None:
+            for member in session.own:
+                member.metrics = _judge(member.sae(stream), heldout)
+                member.record("final", member.metrics, stream)
+        session.sync()
         for member in session.live:
-            metrics: dict[str, float] = {}
-            if stopped_by is None and heldout is not None:
-                metrics = _judge(member.sae(stream), heldout)
-                member.record("final", metrics, stream)
-            member.finish(stream, metrics, stopped_by=stopped_by)
+            member.finish(stream, stopped_by)
         session.note()
     except InputError as error:
         raise InputError("\n".join([str(error), *_rescue(session, error)])) from error
@@ -227,8 +236,10 @@ def _rescue(session: "_Session", error: InputError) -> list[str]:
     stream, folder = session.stream, session.folder
     problem = None
     try:
-        for member in session.live if stream.steps else ():
-            member.finish(stream, {})
+        if stream.steps:
+            session.sync()
+            for member in session.live:
+                member.finish(stream)
         learned = max((m.result.tokens for m in session.members.values() if m.result), default=0)
         if learned:
             session.note()
@@ -273,20 +284,22 @@ def _train(session: "_Session", heldout: Heldout | None, stop: "_Stop") -> int |
             raise
         step = stream.steps
         log = step % config.log_every == 0 or stream.done
-        if log or any(member.learner.fused is None for member in session.live):
+        if log or session.waits:
             stream.check()
-        for member in session.live:
+        for member in session.own:
             member.step(*batch, stream, log)
-        session.check_live()
         if log:
             rates = stream.rates()
-            for member in session.live:
+            for member in session.own:
                 if member.figures:  # the batch was not skipped
                     member.record("train", member.figures | rates, stream)
         evaluated = heldout is not None and config.eval_every and step % config.eval_every == 0
         if evaluated and not stream.done:
-            for member in session.live:
+            for member in session.own:
                 member.record("heldout", evaluate(member.sae(stream), heldout), stream)
+        if session.is_sync_step:
+            session.sync()
+            session.check_live()
         if config.checkpoint_every and step % config.checkpoint_every == 0 and not stream.done:
             session.save()
             saved_at = step
@@ -300,7 +313,11 @@ def _judge(sae: SAE, heldout: Heldout) -> dict[str, float]:
 
 
 class _Member:
-    """One SAE that learns: its learner, its run folder, its log, and in the end its result."""
+    """One SAE that learns: its learner, its run folder, its log, and in the end its result.
+
+    owner: the rank that trains it alone, of which the others hear in `_Session.sync`; None if all
+        ranks of the mesh train it together.
+    """
 
     def __init__(
         self,
@@ -309,34 +326,42 @@ class _Member:
         folder: RunFolder | SweepFolder | None,
         on_record: Callable[[str, dict[str, Any]], None] | None,
         mesh: Mesh,
+        owner: int | None,
     ) -> None:
         self.mesh = mesh
+        self.owner = owner
         self.name = plan.name
         self.settings = plan.settings
         self.on_record = on_record
         self.run = folder.runs[plan.name] if folder else None
         group = folder.path.name if isinstance(folder, SweepFolder) else None
         self.log = Log(self.run, plan.train, plan.settings, group) if mesh.first else None
-        self.learner: Learner | None = Learner(plan.sae, plan.train, device, mesh)
+        self.mine = owner in (None, mesh.world.rank)
+        self.learner: Learner | None = None
+        if self.mine:
+            self.learner = Learner(plan.sae, plan.train, device, mesh if owner is None else ALONE)
         self.figures: dict[str, float] = {}  # of the last step
+        self.metrics: dict[str, float] = {}  # final ones
         self.history: list[dict[str, Any]] = []
+        self.unsent: list[dict[str, Any]] = []  # records that other ranks lack
         self.clock = _Clock(device)
+        self.failed: str | None = None
         self.result: FitResult | None = None
 
     def step(self, x: Tensor, target: Tensor | None, stream: Stream, log: bool) -> None:
-        """One optimizer step on a normalised batch; ends the member if it diverges.
+        """One optimizer step on a normalised batch; it has `failed` if it diverges.
 
         log: whether its figures are to be logged.
         """
         if log:
             self.settle(stream)
-            if self.result is not None:
+            if self.failed is not None:
                 return
         try:
             with self.clock:
                 figures = self.learner.step(x, target, log)
         except FloatingPointError as error:  # the weights are still those of the step before
-            self.finish(stream, {}, failed=str(error))
+            self.failed = str(error)
             return
         if isinstance(figures, Skipped):
             self.record("skipped", figures._asdict(), stream)
@@ -347,23 +372,30 @@ class _Member:
         self.learner.optimizer.zero_grad(set_to_none=True)
 
     def settle(self, stream: Stream) -> None:
-        """Record batches that were skipped without a word; end the member if it has diverged."""
+        """Record batches that were skipped without a word; it has `failed` if it diverged."""
         try:
             skipped = self.learner.settle()
         except FloatingPointError as error:
-            self.finish(stream, {}, failed=str(error))
+            self.failed = str(error)
             return
         if skipped is not None:
             self.record("skipped", skipped._asdict(), stream)
 
     def record(self, kind: str, values: dict[str, float], stream: Stream) -> None:
         entry = {"kind": kind, **stream.position(), **values}
-        self.history.append(entry)
-        with self.mesh.world.together():
-            if self.mesh.first:
-                self.log(entry)
-                if self.on_record:
-                    self.on_record(self.name, entry)
+        if self.owner is None:
+            with self.mesh.world.together():
+                self.write([entry])
+        else:
+            self.unsent.append(entry)
+
+    def write(self, entries: list[dict[str, Any]]) -> None:
+        """Take records into the history; the first rank also logs them."""
+        self.history += entries
+        for entry in entries if self.mesh.first else ():
+            self.log(entry)
+            if self.on_record:
+                self.on_record(self.name, entry)
 
     def sae(self, stream: Stream) -> SAE:
         """The SAE as it stands, of raw activations."""
@@ -375,31 +407,51 @@ class _Member:
             None if of_target is None else (of_target.mean, of_target.scale),
         )
 
-    def finish(
-        self,
-        stream: Stream,
-        metrics: dict[str, float],
-        *,
-        stopped_by: int | None = None,
-        failed: str | None = None,
-    ) -> None:
-        """Save the SAE, make the result, and let go of the learner."""
+    def finish(self, stream: Stream, stopped_by: int | None = None) -> None:
+        """Save the SAE, make the result, and let go of the learner; all ranks do so together."""
         if stream.normalizer is None:
             raise InputError("no step was made: there is no SAE to save")
-        sae, tokens = self.sae(stream), self.learner.tokens
-        if self.run is not None:
-            facts = {**self.settings, "tokens": tokens, "metrics": metrics}
-            sae.save(self.run.sae, facts | ({"failed": failed} if failed else {}))
+        sae, ending = None, None
+        if self.mine:
+            sae = self.sae(stream)
+            ending = {
+                "tokens": self.learner.tokens,
+                "metrics": self.metrics,
+                "step_ms": self.clock.mean_ms,
+            }
+        ending = self._save(sae, ending)
         self.result = FitResult(
-            sae, tokens, metrics, self.history, stopped_by, failed, self.clock.mean_ms
+            sae, history=self.history, stopped_by=stopped_by, failed=self.failed, **ending
         )
         self.learner = None
+
+    def _save(self, sae: SAE | None, ending: dict[str, Any] | None) -> dict[str, Any]:
+        """Write the SAE that its owner has to the run folder, if there is one; gives `ending`."""
+        if self.owner is not None:
+            if sae is not None:
+                parts = {"config": dataclasses.asdict(sae.config), "weights": sae.state_dict()}
+                ending |= parts if self.run is not None else {}
+            ending = checkpoint.state_of(self.owner, ending, self.mesh.world)
+            config, weights = ending.pop("config", None), ending.pop("weights", None)
+        if self.run is None:
+            return ending
+        facts = {**self.settings, "tokens": ending["tokens"], "metrics": ending["metrics"]}
+        facts |= {"failed": self.failed} if self.failed else {}
+        if self.owner is None:
+            sae.save(self.run.sae, facts)
+            return ending
+        with self.mesh.world.together():
+            if self.mesh.first:
+                sae = sae or made_of(SAEConfig(**config), weights, self.run.sae)
+                sae.save(self.run.sae, facts)
+        return ending
 
     def restore_failed(self, message: str) -> None:
         """Take over the result of an earlier session, in which this member failed."""
         with self.mesh.world.together():
             sae = load(self.run.sae)
-        self.result = FitResult(sae, sae.metadata["tokens"], {}, [], None, message)
+        sae, tokens = sae if self.mine else None, sae.metadata["tokens"]
+        self.result = FitResult(sae, tokens, {}, [], None, message)
         self.learner = None
 
 
@@ -450,7 +502,11 @@ class _Clock:
 
 
 class _Session:
-    """The stream and all members, and how they are saved together."""
+    """The stream and all members, and how they are saved together.
+
+    owned: whether each member has one rank that trains it alone. Such ranks `sync` in some steps.
+    waits: whether the steps of any member wait for the device.
+    """
 
     def __init__(
         self,
@@ -458,8 +514,12 @@ class _Session:
         config: TrainConfig,
         folder: RunFolder | SweepFolder | None,
         mesh: Mesh,
+        owned: bool,
+        waits: bool,
     ) -> None:
         self.mesh = mesh
+        self.owned = owned
+        self.waits = waits
         self.stream = stream
         self.config = config
         self.folder = folder
@@ -467,11 +527,43 @@ class _Session:
 
     @property
     def live(self) -> list[_Member]:
-        """The members that still learn."""
-        return [member for member in self.members.values() if member.result is None]
+        """The members that still learn, as far as this rank knows."""
+        return [m for m in self.members.values() if m.result is None and m.failed is None]
+
+    @property
+    def own(self) -> list[_Member]:
+        """Those of them that this rank trains, alone or with others."""
+        return [member for member in self.live if member.mine]
+
+    @property
+    def is_sync_step(self) -> bool:
+        """Whether all ranks exchange something after this step."""
+        config = self.config
+        every = config.log_every, config.eval_every, config.checkpoint_every
+        due = any(self.stream.steps % steps == 0 for steps in every if steps)
+        return due or self.stream.done or not self.owned
+
+    def sync(self) -> None:
+        """Finish the members that have failed. Ranks with members of their own first exchange what
+        happened: records, which the first one writes, and failures."""
+        if self.owned:
+            sent = {m.name: [m.unsent, m.failed] for m in self.members.values() if m.mine}
+            received: dict[str, Any] = {}
+            for of_rank in self.mesh.world.exchange(sent):
+                received |= of_rank
+            for name, member in self.members.items():
+                member.unsent, member.failed = [], received[name][1]
+            with self.mesh.world.together():
+                for name, member in self.members.items():
+                    member.write(received[name][0])
+        for member in self.members.values():
+            if member.failed is not None and member.result is None:
+                member.finish(self.stream)
 
     def signal(self, stop: "_Stop") -> int | None:
         """The signal that any process has received, so that all stop after the same step."""
+        if not self.is_sync_step:
+            return None
         return int(self.mesh.world.max(torch.tensor(stop.received or 0))) or None
 
     def interrupt(self) -> None:
@@ -487,13 +579,17 @@ class _Session:
     def save(self) -> None:
         """Write a checkpoint, of steps that are known to be good."""
         self.stream.check()
-        for member in self.live:
+        for member in self.own:
             member.settle(self.stream)
+        self.sync()
         self.check_live()
         if self.folder is not None:
             state = {
                 "stream": self.stream.state_dict(),
-                "members": {member.name: member.learner.state_dict() for member in self.live},
+                "members": {
+                    member.name: member.learner.state_dict() if member.mine else None
+                    for member in self.live
+                },
                 "failed": {
                     name: member.result.failed
                     for name, member in self.members.items()
@@ -505,7 +601,8 @@ class _Session:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.stream.load_state_dict(state["stream"])
         for name, own in state["members"].items():
-            self.members[name].learner.load_state_dict(own)
+            if self.members[name].mine:
+                self.members[name].learner.load_state_dict(own)
         for name, message in state["failed"].items():
             self.members[name].restore_failed(message)
 
@@ -601,8 +698,12 @@ def _open(
     settings: dict[str, dict[str, Any]],
     sweep: bool,
     mesh: Mesh,
+    owned: dict[str, int],
 ) -> tuple[RunFolder | SweepFolder | None, dict[str, Any] | None]:
-    """The folder to train in, locked by the first process, and the state to go on from."""
+    """The folder to train in, locked by the first process, and the state to go on from.
+
+    owned: which rank trains a member alone, and needs its state.
+    """
     if out is None:
         if resume:
             raise InputError("resume needs the run folder: give `out`")
@@ -615,7 +716,7 @@ def _open(
                     folder = (
                         _claim(out, resume, settings, sweep) if turn else open_to_resume(out)[0]
                     )
-                    folder.share(mesh)
+                    folder.share(mesh, owned)
                     state = folder.load_checkpoint() if resume else None
     except InputError:
         if folder is not None:
@@ -687,7 +788,7 @@ FREE_TO_CHANGE = {
     *(
         f"config.train.{name}"
         for name in (
-            *("device", "fused_step", "cuda_graph", "tensor_parallel", "rank_timeout"),
+            *("device", "fused_step", "cuda_graph", "tensor_parallel", "share", "rank_timeout"),
             *("log_every", "eval_every", "checkpoint_every", "keep_checkpoints"),
             *("tensorboard", "wandb"),
         )

@@ -124,7 +124,10 @@ def why_not_fused(
     if config.fused_step == "off":
         return "fused_step is off"
     if data > 1:
-        return f"{data} ranks add up their gradients, and it writes none"
+        return (
+            f"{data} ranks add up their gradients, and it writes none. With --share members each "
+            "rank trains members of a sweep alone"
+        )
     if config.fused_step == "auto" and device.type == "cpu":
         return "it is made of kernels for a GPU"
     if sae.selection == "jumprelu" and sae.eps:

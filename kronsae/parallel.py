@@ -8,6 +8,9 @@ All ranks read the same stream: the order of the data, and with it each batch of
 that of a single process, whatever the number of ranks. The language model, which costs most, is
 shared out: each rank runs it on its part of the contexts, and gets the other parts from the others.
 
+With `share` "members" a rank trains whole members of a sweep, by itself (`owners`): ranks then
+share the language model's work, and the first one writes what all of them have learned.
+
 A single process has the mesh `ALONE`, of which every operation leaves things as they are.
 Letters: B tokens, d width, F latents, k selected latents a token, R ranks of a group.
 """
@@ -15,7 +18,7 @@ Letters: B tokens, d width, F latents, k selected latents a token, R ranks of a 
 import json
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -25,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-from kronsae.config import SAEConfig
+from kronsae.config import SAEConfig, TrainConfig
 from kronsae.errors import InputError
 from kronsae_kernels import SparseCodes
 from kronsae_kernels.ranks import largest_of_all
@@ -117,6 +120,19 @@ class Group:
                     dist.recv(x := torch.empty_like(x), group=self.group, group_src=rank)
             rows.copy_(x)
         return whole
+
+    def to_first(self, x: Tensor, source: int) -> None:
+        """Copy x of rank `source` into rank 0's x, of its shape and dtype; these two call it.
+
+        Both are contiguous, and on the group's device.
+        """
+        content = x.flatten().view(torch.uint8)  # the backend need not know the dtype
+        if len(content):
+            with _answers():
+                if self.rank:
+                    dist.send(content, group=self.group, group_dst=0)
+                else:
+                    dist.recv(content, group=self.group, group_src=source)
 
     def total(self, x: Tensor) -> Tensor:
         """Sum of all ranks' x, of which the derivative by this rank's x is 1.
@@ -266,6 +282,34 @@ def shape(tensor_parallel: int) -> tuple[int, int]:
             f"tensor_parallel: {count} processes cannot be arranged in groups of {tensor_parallel}"
         )
     return count // tensor_parallel, tensor_parallel
+
+
+def ranks_of_one(config: TrainConfig) -> tuple[int, int]:
+    """(R along data, R along heads) of those ranks that train one autoencoder together."""
+    return (1, 1) if config.share == "members" else shape(config.tensor_parallel)
+
+
+def owners(members: Iterable[str], share: str, layout: tuple[int, int]) -> dict[str, int]:
+    """Which rank trains each member of a sweep alone; empty where all ranks train all of them.
+
+    layout: (R along data, R along heads) of all ranks.
+    Raises InputError if share is "members" and a rank would have none, or only some heads of one.
+    """
+    members, (data, heads) = list(members), layout
+    if share == "tokens" or data * heads == 1:
+        return {}
+    if heads > 1:
+        raise InputError(
+            f"share 'members': one process trains an autoencoder, but tensor_parallel is {heads}: "
+            "give --tensor-parallel 1, or --share tokens"
+        )
+    if len(members) < data:
+        raise InputError(
+            f"share 'members': {data} processes need as many autoencoders or more, got "
+            f"{len(members)}: start fewer processes, train more autoencoders, or give --share "
+            "tokens"
+        )
+    return {name: number % data for number, name in enumerate(members)}
 
 
 def join(tensor_parallel: int, device: torch.device, seconds: float) -> Mesh:

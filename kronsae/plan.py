@@ -58,7 +58,11 @@ def make_plan(members: Mapping[str, RunConfig], model: Outline) -> dict[str, Any
     data, train, d = config.data, config.train, model.d_model
     device = resolve_device(train.device)
     ranks = parallel.shape(train.tensor_parallel)
-    each = {name: _member(c.sae, c.train, device, ranks) for name, c in members.items()}
+    of_one = parallel.ranks_of_one(train)
+    every = {name: _member(c.sae, c.train, device, of_one) for name, c in members.items()}
+    parts = _parts(members, ranks)
+    largest_part = max(parts, key=lambda names: sum(every[n]["state"] for n in names))
+    each = {name: every[name] for name in largest_part}  # what one process has
     rows = 4 * (d + model.d_target)  # bytes of an activation, and of its target
     buffer, kept_buffer = _buffer_bytes(config, rows)
     states = [member["state"] for member in each.values()]
@@ -84,7 +88,9 @@ def make_plan(members: Mapping[str, RunConfig], model: Outline) -> dict[str, Any
     if model_device == device:
         passes |= {"a forward pass of the language model": reading, "its losses": losses}
     if device.type == "cpu":
-        passes["the copy for a checkpoint"] = sum(states) + kept_buffer
+        # The first process copies, one at a time, what it got from another one.
+        received = 2 * max(m["state"] for m in every.values()) if len(parts) > 1 else 0
+        passes["the copy for a checkpoint"] = max(sum(states), received) + kept_buffer
         if train.tensor_parallel > 1:  # rank 0 writes the whole
             whole = max(member["parameters"] for member in each.values())
             passes["the whole autoencoder, to save it"] = 4 * whole
@@ -113,15 +119,16 @@ def make_plan(members: Mapping[str, RunConfig], model: Outline) -> dict[str, Any
         "steps": train.steps,
         "tokens": train.tokens,
         "flops_per_token_model": model.flops_per_token,
-        "members": {name: {key: member[key] for key in _SHOWN} for name, member in each.items()},
+        "parts": parts,
+        "members": {name: {key: member[key] for key in _SHOWN} for name, member in every.items()},
         "memory_mib": {name: size / _MIB for name, size in memory.items()},
         "passes_mib": {name: size / _MIB for name, size in passes.items()},
         "free_mib": None if free is None else free / _MIB,
         "disk_mib": {
             "checkpoints": (train.keep_checkpoints + 1)
-            * (train.tensor_parallel * sum(states) + kept_buffer)
+            * (train.tensor_parallel * sum(m["state"] for m in every.values()) + kept_buffer)
             / _MIB,
-            "autoencoders": sum(4 * member["parameters"] for member in each.values()) / _MIB,
+            "autoencoders": sum(4 * member["parameters"] for member in every.values()) / _MIB,
         },
     }
 
@@ -130,6 +137,16 @@ _SHOWN = (
     *("compute_dtype", "training_step", "training_step_why", "dict_size"),
     *("parameters", "flops_per_token", "flops_per_token_dense", "flops_per_token_step"),
 )
+
+
+def _parts(members: Mapping[str, RunConfig], ranks: tuple[int, int]) -> list[list[str]]:
+    """Names of the members that each process trains alone; one part, of all, if they share them."""
+    train = next(iter(members.values())).train
+    owned = parallel.owners(members, train.share, ranks)
+    parts: dict[int, list[str]] = {}
+    for name in members:
+        parts.setdefault(owned.get(name, 0), []).append(name)
+    return list(parts.values())
 
 
 def _member(
@@ -324,24 +341,30 @@ def predict_time(
     data, train = config.data, config.train
     device = torch.device(plan["device"])
     model_device = _model_device(data, device)
-    sharing_tokens, sharing_heads = plan["ranks"]
-    saes = {name: _share(c.sae, c.train, plan["ranks"]) for name, c in members.items()}
+    processes = math.prod(plan["ranks"])
+    of_one = parallel.ranks_of_one(train)
+    saes = {name: _share(c.sae, c.train, of_one) for name, c in members.items()}
     found = calibrate.measure(data, model, saes, device, model_device, clock)
-    if sharing_tokens * sharing_heads > 1:  # text and buffer are each process's own
+    if processes > 1:  # text and buffer are each process's own
         found = found._replace(
-            model=found.model / (sharing_tokens * sharing_heads),
-            steps={n: seconds / sharing_tokens for n, seconds in found.steps.items()},
-            reviving={n: seconds / sharing_tokens for n, seconds in found.reviving.items()},
+            model=found.model / processes,
+            steps={n: seconds / of_one[0] for n, seconds in found.steps.items()},
+            reviving={n: seconds / of_one[0] for n, seconds in found.reviving.items()},
         )
+
+    def slowest(seconds: Mapping[str, float]) -> float:
+        """Of the process whose members take longest."""
+        return max(sum(seconds[name] for name in names) for names in plan["parts"])
+
     reading = found.text + found.model
     together = max if overlaps(data, model_device) and model_device != device else _sum
-    learning = found.buffer + sum(found.steps.values())
-    reviving = found.buffer + sum(found.reviving.values())
+    learning = found.buffer + slowest(found.steps)
+    reviving = found.buffer + slowest(found.reviving)
     alive, dying = together(reading, learning), together(reading, reviving)
     times = 1 + (train.steps - 1) // train.eval_every if train.eval_every else 1
-    judging = data.heldout_tokens * (reading + times * sum(found.judging.values()))
+    judging = data.heldout_tokens * (reading + times * slowest(found.judging))
     # Clean, zeroed, and with each SAE: the whole model, a multiply-add for each weight.
-    passes = (2 + len(members)) * model.parameters / max(1.0, model.flops_per_token)
+    passes = (2 + max(map(len, plan["parts"]))) * model.parameters / max(1.0, model.flops_per_token)
     judging += data.heldout_tokens * passes * found.model
     return {
         "us_per_token": {
@@ -361,10 +384,13 @@ def predict_time(
     }
 
 
-def describe_ranks(data: int, heads: int) -> str:
+def describe_ranks(train: TrainConfig) -> str:
     """How many processes train, and what they share; nothing of one alone."""
+    data, heads = parallel.shape(train.tensor_parallel)
     if data * heads == 1:
         return ""
+    if train.share == "members":
+        return f", by {data} processes: each trains autoencoders of its own"
     what = [f"{data} share the tokens of a batch"] if data > 1 else []
     what += [f"{heads} share the heads" if not what else f"{heads} the heads"] if heads > 1 else []
     return f", by {data * heads} processes: {', '.join(what)}"
@@ -401,6 +427,7 @@ def render(plan: dict[str, Any], members: Mapping[str, RunConfig], time: dict[st
         where += f", to predict {data.target_hookpoint}"
     memory, disk, free = plan["memory_mib"], plan["disk_mib"], plan["free_mib"]
     of_each = " in each process" if math.prod(plan["ranks"]) > 1 else ""
+    of_each = " in the largest process" if len(plan["parts"]) > 1 else of_each
     beside = "" if free is None else f" ({free:,.0f} MiB are free)"
     cost = f"{plan['flops_per_token_model'] / 1e6:,.1f} M multiply-adds a token"
     if data.activations:
@@ -410,7 +437,7 @@ def render(plan: dict[str, Any], members: Mapping[str, RunConfig], time: dict[st
         f"  language model   {data.model}, {where}, d = {plan['d_model']:,}; {cost}",
         f"  text             {data.dataset}",
         f"  training         {plan['tokens']:,} tokens in {plan['steps']:,} steps of "
-        f"{train.batch_size:,}, AdamW{describe_ranks(*plan['ranks'])}",
+        f"{train.batch_size:,}, AdamW{describe_ranks(train)}",
         f"  device           {plan['device']}",
         f"  kernels          {plan['kernels']} ({plan['kernels_why']})",
     ]

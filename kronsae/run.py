@@ -22,10 +22,11 @@ import re
 import shutil
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any
 
 import torch
@@ -52,6 +53,8 @@ class _Folder:
     """
 
     mesh: Mesh = ALONE
+    owners: Mapping[str, int] = MappingProxyType({})
+    """Of members that one rank of the mesh trains alone: which (`kronsae.parallel.owners`)."""
 
     def __init__(self, path: Path, index: str) -> None:
         self.path = path
@@ -70,9 +73,9 @@ class _Folder:
         for folder in (self.path, self.checkpoints):
             remove_leftovers(folder)
 
-    def share(self, mesh: Mesh) -> None:
-        """Let the processes of a mesh train here together."""
-        self.mesh = mesh
+    def share(self, mesh: Mesh, owners: Mapping[str, int]) -> None:
+        """Let the processes of a mesh train here together, or each its own members."""
+        self.mesh, self.owners = mesh, owners
 
     def release(self) -> None:
         """Let others train here again."""
@@ -186,12 +189,15 @@ class RunFolder(_Folder):
         except OSError as error:  # some file systems tell now that the disk is full
             raise InputError(f"{self.metrics} could not be written: {error}") from error
 
-    def load_checkpoint(self) -> dict[str, Any] | None:
-        """The newest checkpoint's state, or None if there is none; later metrics are cut off."""
+    def load_checkpoint(self, tensors: bool = True) -> dict[str, Any] | None:
+        """The newest checkpoint's state, or None if there is none; later metrics are cut off.
+
+        tensors: False leaves None in their place.
+        """
         found = checkpoint.list_checkpoints(self.checkpoints)
         state = None
         if found:
-            state = checkpoint.load_state(found[-1], self.mesh.heads, HELD_STATE)
+            state = checkpoint.load_state(found[-1], self.mesh.heads, HELD_STATE, tensors)
         if self.mesh.first:
             self._cut_metrics(state["metrics_bytes"] if state else 0)
         return state
@@ -248,10 +254,10 @@ class SweepFolder(_Folder):
             sweep.runs[name], settings[name] = RunFolder.open(run.path)
         return sweep, settings
 
-    def share(self, mesh: Mesh) -> None:
-        super().share(mesh)
+    def share(self, mesh: Mesh, owners: Mapping[str, int]) -> None:
+        super().share(mesh, owners)
         for run in self.runs.values():
-            run.share(mesh)
+            run.share(mesh, owners)
 
     def lock(self) -> None:
         super().lock()
@@ -280,10 +286,13 @@ class SweepFolder(_Folder):
         """Write the state of `step`: each of state["members"] in its run, then here the rest.
 
         A step counts once the sweep's own part is there, so that one that was interrupted between
-        two members never happened.
+        two members never happened. The state of a member that another rank trains alone is None;
+        the first rank, which writes, receives one after another.
         """
         members = state["members"]
         for name, own in members.items():
+            if name in self.owners:
+                own = checkpoint.state_of(self.owners[name], own, self.mesh.world)
             self.runs[name]._write_checkpoint(step, own)
         shared = {**state, "members": list(members)}
         folder = checkpoint.step_folder(self.checkpoints, step)
@@ -297,7 +306,8 @@ class SweepFolder(_Folder):
     def load_checkpoint(self) -> dict[str, Any] | None:
         """The state of the newest step that is complete, or None; what came later is removed.
 
-        Members that state["members"] leaves out had ended by then: theirs stays as it is.
+        Members that state["members"] leaves out had ended by then: theirs stays as it is. Those of
+        other ranks come without tensors.
         """
         state, step = None, -1
         for folder in reversed(checkpoint.list_checkpoints(self.checkpoints)):
@@ -311,7 +321,11 @@ class SweepFolder(_Folder):
         names = self.runs if state is None else state["members"]
         for name in names:
             checkpoint.drop_after(self.runs[name].checkpoints, step)
-        members = {name: self.runs[name].load_checkpoint() for name in names}
+        rank = self.mesh.world.rank
+        members = {
+            name: self.runs[name].load_checkpoint(tensors=self.owners.get(name, rank) == rank)
+            for name in names
+        }
         return None if state is None else {**state, "members": members}
 
 

@@ -10,7 +10,7 @@ from kronsae.config import SAEConfig, TrainConfig
 from kronsae.errors import InputError
 
 SHARED = (
-    *("tokens", "batch_size", "data_seed", "device", "tensor_parallel", "rank_timeout"),
+    *("tokens", "batch_size", "data_seed", "device", "tensor_parallel", "share", "rank_timeout"),
     *("log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "tensorboard", "wandb"),
 )
 """Settings of `TrainConfig` that are the stream's and its clock's: the same for all members."""

@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import (
@@ -35,6 +36,7 @@ from kronsae.parallel import ALONE, Mesh, join
 from kronsae.plan import check_memory, describe_ranks, make_plan, predict_time, render
 from kronsae.report import write_report
 from kronsae.run import RunFolder, SweepFolder
+from kronsae.sae import load
 from kronsae.sweep import comparison
 
 __all__ = ["fit", "fit_many", "main"]
@@ -84,6 +86,7 @@ def _join(request: Request) -> Mesh:
     if parallel.ranks() > 1 and request.config.data.overlap == "on":
         raise InputError(f"overlap 'on': {NO_OVERLAP}")
     mesh = join(config.tensor_parallel, resolve_device(config.device), config.rank_timeout)
+    parallel.owners(request.members, config.share, (mesh.data.size, mesh.heads.size))
     for member in request.members.values():
         mesh.check(member.sae)
     return mesh
@@ -193,7 +196,8 @@ def _train(request: Request, console: Console, mesh: Mesh, out: Path) -> int:
             markup=False,
         )
         return 128 + stopped_by
-    _summarise(console, results, heldout, folder, time.monotonic() - began, mesh)
+    device = resolve_device(train_config.device)
+    _summarise(console, results, heldout, folder, time.monotonic() - began, mesh, device)
     return 3 if any(result.failed for result in results.values()) else 0
 
 
@@ -264,7 +268,7 @@ def _describe(console: Console, request: Request, source: Any, heldout: Heldout,
         "language model": where,
         "text": f"{config.data.dataset}; {heldout.activations.shape[0]:,} tokens held out",
         "training": f"{train.tokens:,} tokens, {train.steps:,} steps of {train.batch_size:,}"
-        + describe_ranks(*parallel.shape(train.tensor_parallel)),
+        + describe_ranks(train),
         **{
             name if request.sweep else "autoencoder": _describe_member(member)
             for name, member in request.members.items()
@@ -285,7 +289,7 @@ def _describe_member(config: RunConfig) -> str:
     if sae.experts:
         shape += f", {sae.experts} experts"
     about = "" if sae.selection == "topk" else "about "
-    ranks = parallel.shape(train.tensor_parallel)
+    ranks = parallel.ranks_of_one(train)
     reason = why_not_fused(sae, train, resolve_device(train.device), ranks)
     step = "fused step" if reason is None else f"autograd and AdamW (not fused: {reason})"
     return (
@@ -368,15 +372,19 @@ def _summarise(
     folder: RunFolder | SweepFolder,
     seconds: float,
     mesh: Mesh,
+    device: torch.device,
 ) -> None:
     """Write the reports; print the evaluation, some latents, and where everything is."""
     from kronsae.contexts import render as render_contexts
     from kronsae.contexts import top_contexts
 
     tokenizer = heldout.language_model.tokenizer
+    if not all(result.sae for result in results.values()) and not mesh.first:
+        return  # the first process reads what it lacks
     for name, result in results.items():
+        sae = result.sae or load(folder.runs[name].sae, device=device)
         # Of a part of the heads on each process, which all take part.
-        latents = [] if tokenizer is None else top_contexts(result.sae, heldout)
+        latents = [] if tokenizer is None else top_contexts(sae, heldout)
         if not mesh.first:
             continue
         write_report(folder.runs[name].path, contexts=latents, tokenizer=tokenizer)

@@ -106,6 +106,128 @@ def learn(mesh: Mesh, config: SAEConfig) -> dict[str, Any]:
     return {"metrics": metrics, "codes": codes, "weights": whole, "silent": silent}
 
 
+SWEEP = {name: (POINTS | OVER_TOKENS)[name] for name in ("kron", "batchtopk", "dense")}
+"""Members of which two ranks train each its own."""
+SWEEP_TRAIN = TrainConfig(
+    **{"tokens": 480, "batch_size": 40, "lr": 1e-2, "share": "members", "dead_after_tokens": 80},
+    **{"log_every": 3, "eval_every": 4, "checkpoint_every": 5, "keep_checkpoints": 9},
+)
+FUSED = {"tokens": 8, "batch_size": 4, "log_every": 2, "checkpoint_every": 1, "eval_every": 0}
+"""Few steps: the kernels run in an interpreter."""
+WILD = {"lr": 1e30, "max_grad_norm": 0.0}
+"""A member that diverges."""
+
+
+def owned(
+    out: Path,
+    mesh: Mesh = ALONE,
+    stop_after: int | None = None,
+    resume: bool = False,
+    common: dict[str, Any] | None = None,
+    batchtopk: dict[str, Any] | None = None,
+) -> list[dict[str, Any]]:
+    """`fit_many` of `SWEEP`, each rank its own members: the results, as each rank gets them.
+
+    common, batchtopk: settings of all, and of that member.  Rank 0 gets a signal, if any.
+    """
+
+    def stop(name, record):
+        if (name, record["kind"], record["step"]) == ("kron", "train", stop_after):
+            signal.raise_signal(signal.SIGTERM)
+
+    torch.manual_seed(0)  # checkpoints have its state
+    config = replace(SWEEP_TRAIN, **(common or {}))
+    results = fit_many(
+        list(SWEEP.values()),
+        X,
+        [replace(config, **(batchtopk or {})) if n == "batchtopk" else config for n in SWEEP],
+        names=list(SWEEP),
+        heldout=X[:100],
+        out=out,
+        resume=resume,
+        on_record=stop,
+        mesh=mesh,
+    )
+    return [{**vars(r), "sae": r.sae and dict(r.sae.state_dict())} for r in results]
+
+
+def cut_short(out: Path, mesh: Mesh = ALONE, full: bool = False) -> str:
+    """What is said where the data ends early, or (full) where a record cannot be written."""
+
+    def on_record(name, record):
+        if full and (name, record["step"]) == ("batchtopk", 4):
+            raise InputError("the disk is full")
+
+    torch.manual_seed(0)
+    common = {"names": list(SWEEP), "out": out, "heldout": X[:100], "mesh": mesh}
+    try:
+        fit_many(
+            list(SWEEP.values()), [*X.split(40)][:7], SWEEP_TRAIN, on_record=on_record, **common
+        )
+    except InputError as error:
+        return str(error)
+
+
+def exchanges(mesh: Mesh) -> list[int]:
+    """How often ranks exchange anything in 6 and in 24 steps, of which the last alone logs."""
+    counts, gather = [], dist.all_gather
+    for tokens in (240, 960):
+        calls = []
+        dist.all_gather = lambda *given, calls=calls, **more: calls.append(gather(*given, **more))
+        rarely = {"log_every": tokens, "eval_every": 0, "checkpoint_every": 0}
+        fit_many([POINTS["dense"]] * 2, X, replace(SWEEP_TRAIN, tokens=tokens, **rarely), mesh=mesh)
+        counts.append(len(calls))
+    dist.all_gather = gather
+    return counts
+
+
+def owned_refusals(mesh: Mesh) -> list[str]:
+    """What ranks say when all members diverge, and of settings that cannot be."""
+    messages = []
+    heads = mesh._replace(data=mesh.heads, heads=mesh.data)
+    for count, more, layout in ((3, WILD | {"eval_every": 0}, mesh), (1, {}, mesh), (3, {}, heads)):
+        try:
+            saes = list(SWEEP.values())[:count]
+            fit_many(saes, X, replace(SWEEP_TRAIN, **more), mesh=layout)
+        except InputError as error:
+            messages.append(str(error))
+    return messages
+
+
+JOBS = {
+    "whole": {},
+    "wild": {"common": {"tokens": 640, "eval_every": 0, "log_every": 7}, "batchtopk": WILD},
+    "fused": {"common": FUSED, "batchtopk": {"fused_step": "on"}},
+}
+"""Sweeps that are trained by one process, and by two: arguments of `owned`."""
+
+
+def _work_owned(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    timeout = timedelta(seconds=100)
+    store = f"file://{folder / 'store'}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timeout)
+    mesh = parallel.arrange(torch.tensor(LAYOUTS["2 data"]), CPU, timeout)
+    done = {name: owned(folder / name, mesh, **given) for name, given in JOBS.items()}
+    done["chain"] = owned(folder / "chain", mesh, stop_after=9, resume=True)
+    done["wild chain"] = owned(folder / "wild chain", mesh, resume=True, **JOBS["wild"])
+    done["wild back"] = owned(folder / "wild back", mesh, stop_after=14, **JOBS["wild"])
+    done["ended"] = cut_short(folder / "ended", mesh)
+    done["full"] = cut_short(folder / "full", mesh, full=True)
+    done["exchanges"] = exchanges(mesh)
+    done["refusals"] = owned_refusals(mesh)
+    torch.save(done, folder / f"rank-{rank}.pt")
+    dist.destroy_process_group()
+
+
+def owned_results(folder: Path) -> list[dict[str, Any]]:
+    """What each of two ranks got, by job; run folders are in `folder`."""
+    owned(folder / "chain", stop_after=3)
+    owned(folder / "wild chain", stop_after=14, **JOBS["wild"])
+    mp.spawn(_work_owned, (folder,), nprocs=2)
+    return [torch.load(folder / f"rank-{rank}.pt") for rank in range(2)]
+
+
 RUN = SAEConfig(heads=8, m=2, n=3, k=5)
 RUN_TRAIN = TrainConfig(
     tokens=1000, batch_size=50, lr=1e-2, log_every=1, checkpoint_every=10, dead_after_tokens=200

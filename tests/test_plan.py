@@ -75,6 +75,36 @@ def test_state_and_gradients_are_what_a_learner_has(name):
     assert member["flops_per_token_dense"] == flops.forward(256, 512, 8)
 
 
+def test_the_plan_of_members_shared_out_is_that_of_the_largest_process(monkeypatch):
+    """Memory and time of two of three members, as of one process; disk, and the list, of all."""
+    train = dataclasses.replace(TRAIN, share="members")
+    saes = {"one": SAES["kron"], "two": SAES["dense"], "three": SAES["kron"]}
+    three = {name: RunConfig(sae, DATA, train) for name, sae in saes.items()}
+    two = {name: three[name] for name in ("one", "three")}
+    alone, of_two = make_plan(three, outline(DATA)), make_plan(two, outline(DATA))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    plan = make_plan(three, outline(DATA))
+    assert plan["parts"] == [["one", "three"], ["two"]] and alone["parts"] == [list(three)]
+    stays = "weights and moments"
+    assert plan["memory_mib"][stays] == of_two["memory_mib"][stays] < alone["memory_mib"][stays]
+    assert plan["passes_mib"]["a step"] == of_two["passes_mib"]["a step"]
+    assert plan["disk_mib"] == alone["disk_mib"] and plan["members"] == alone["members"]
+
+    def measure(data, model, saes, *_):
+        assert all(config.batch_size == train.batch_size for _, config in saes.values())
+        seconds = {"one": 1.0, "two": 5.0, "three": 2.0}
+        return calibrate.TokenTimes(0.0, 0.0, 0.0, seconds, seconds, dict.fromkeys(saes, 0.0))
+
+    monkeypatch.setattr(calibrate, "measure", measure)
+    times = planning.predict_time(plan, three, outline(DATA))
+    assert times["us_per_token_all"] == 5e6  # of the slower of two
+    text = planning.render(plan, three, times)
+    assert "by 2 processes: each trains autoencoders of its own" in text
+    assert "MiB in the largest process" in text
+    with pytest.raises(InputError, match="2 processes need as many autoencoders or more, got 1"):
+        make_plan({"one": three["one"]}, outline(DATA))
+
+
 def test_the_plan_of_several_processes_is_that_of_each(monkeypatch):
     """Weights and moments by those that share the heads, work on tokens by all; disk is whole."""
     alone = make_plan(members(kron=SAES["kron"]), outline(DATA))

@@ -120,7 +120,7 @@ def test_commands_of_torchrun_parse():
     for line in lines:
         _, _, flags = line.partition("-m kronsae.train ")
         assert parse(shlex.split(flags)).config.train.tensor_parallel in (1, 4)
-    assert len(lines) == 2
+    assert len(lines) == 3
 
 
 def test_experiments_parse():
