@@ -232,29 +232,32 @@ class Mesh(NamedTuple):
         padded = torch.nn.functional.pad(x, (0, width - x.shape[1], 0, rows - x.shape[0]))
         return self.data.gather(padded).transpose(0, 1).flatten(0, 1)[:tokens]
 
-    def why_not(self, config: SAEConfig) -> str | None:
-        """Why the heads of such an autoencoder cannot be shared out; None if they can."""
-        ranks = self.heads.size
-        if ranks == 1:
-            return None
-        usual = {"selection": "topk", "objective": "plain", "experts": 0}
-        for name, value in usual.items():
-            if getattr(config, name) != value:
-                return f"{name} is {getattr(config, name)!r}, it knows {value!r} alone"
-        kron = config.encoder == "kron"
-        count, what = (config.heads, "heads") if kron else (config.dict_size, "latents")
-        if count % ranks:
-            return f"{count:,} {what} cannot be shared out evenly over {ranks} ranks"
-        return None
-
     def check(self, config: SAEConfig) -> None:
         """Raise InputError for an autoencoder that cannot be trained on this mesh."""
-        reason = self.why_not(config)
-        if reason is not None:
-            raise InputError(f"tensor_parallel {self.heads.size}: {reason}")
+        check_heads(config, self.heads.size)
 
 
 ALONE = Mesh()
+
+
+def check_heads(config: SAEConfig, ranks: int) -> None:
+    """Raise InputError if the heads of an autoencoder cannot be shared out over so many ranks."""
+    if ranks == 1:
+        return
+    usual = {"selection": "topk", "objective": "plain", "experts": 0}
+    for name, value in usual.items():
+        if getattr(config, name) != value:
+            raise InputError(
+                f"tensor_parallel {ranks}: {name} is {getattr(config, name)!r}, it knows {value!r} "
+                "alone"
+            )
+    kron = config.encoder == "kron"
+    count, what = (config.heads, "heads") if kron else (config.dict_size, "latents")
+    if count % ranks:
+        raise InputError(
+            f"tensor_parallel {ranks}: {count:,} {what} cannot be shared out evenly over {ranks} "
+            "ranks"
+        )
 
 
 def ranks() -> int:

@@ -154,6 +154,7 @@ def _member(
 ) -> dict[str, Any]:
     """Counts of one SAE, and bytes on each of the ranks (along data, along heads)."""
     d, (sharing_tokens, sharing_heads) = sae.d_model, ranks
+    parallel.check_heads(sae, sharing_heads)
     batch = math.ceil(train.batch_size / sharing_tokens)
     dtype = compute_dtype(train.dtype, device)
     reason = check_step(sae, train, device, ranks)

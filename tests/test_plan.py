@@ -160,6 +160,14 @@ def test_the_plan_of_processes_that_share_heads_has_the_fused_step(monkeypatch):
     assert (share.fused_step, share.cuda_graph, share.moments) == ("on", "off", "bfloat16")
 
 
+def test_nothing_is_planned_that_training_refuses(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    train = dataclasses.replace(TRAIN, tensor_parallel=2)
+    sae = dataclasses.replace(SAES["kron"], selection="batchtopk")
+    with pytest.raises(InputError, match="tensor_parallel 2: selection is 'batchtopk'"):
+        make_plan({"kron": RunConfig(sae, DATA, train)}, outline(DATA))
+
+
 def test_memory_of_the_language_model_is_what_it_makes():
     """Bytes of the tensors that live at the same time, to read out and for losses."""
     source = open_activations(DATA, batch_size=128, seed=0, device=torch.device("cpu"))
