@@ -213,7 +213,8 @@ def _train_and_judge(session: "_Session", heldout: Heldout | None) -> None:
     stream = session.stream
     try:
         with _signals(session.interrupt) as stop:
-            stopped_by = _train(session, heldout, stop)
+            _train(session, heldout, stop)
+        stopped_by = session.signal(stop)
         stream.close()
         if stopped_by is None and heldout is not None:
             for member in session.own:
@@ -265,11 +266,8 @@ def _rescue(session: "_Session", error: InputError) -> list[str]:
     return lines
 
 
-def _train(session: "_Session", heldout: Heldout | None, stop: "_Stop") -> int | None:
-    """The loop: batch, steps, log, evaluate, checkpoint, until the budget is used or a signal.
-
-    Returns the signal, if there was one.
-    """
+def _train(session: "_Session", heldout: Heldout | None, stop: "_Stop") -> None:
+    """The loop: batch, steps, log, evaluate, checkpoint, until the budget is used or a signal."""
     stream, config = session.stream, session.config
     saved_at = stream.steps
     # A signal before the first step waits for it: there would be nothing to save.
@@ -305,7 +303,6 @@ def _train(session: "_Session", heldout: Heldout | None, stop: "_Stop") -> int |
             saved_at = step
     if stream.steps > saved_at:
         session.save()
-    return session.signal(stop)
 
 
 def _judge(sae: SAE, heldout: Heldout) -> dict[str, float]:

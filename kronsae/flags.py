@@ -27,8 +27,9 @@ def stoppable() -> Iterator[None]:
 
     So what is half-written is cleared away, and the user told how to go on. Python prints and drops
     what is raised inside a destructor or the callback of a weak reference: it is raised again a
-    moment later. An error that the work raises after the signal (other processes were stopped too,
-    or a library was interrupted half-way) is raised as that stop, `from` the error.
+    moment later, or at the end. An error that the work raises after the signal (other processes
+    were stopped too, or a library was interrupted half-way) is raised as that stop, `from` the
+    error. (Code that catches BaseException and goes on does lose it.)
 
     Outside of the main thread, where no signal arrives, nothing changes. An ignored signal stays
     so.
@@ -37,14 +38,19 @@ def stoppable() -> Iterator[None]:
         yield
         return
     came: list[int] = []
+    lost = False
 
     def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal lost
+        lost = False
         if number != signal.SIGALRM:  # the alarm repeats the signal that came
             came.append(number)
         raise _exception_of(came[-1])
 
     def see_dropped(dropped: Any) -> None:
+        nonlocal lost
         if came and isinstance(dropped.exc_value, KeyboardInterrupt | Terminated):
+            lost = True
             before.setdefault(signal.SIGALRM, signal.signal(signal.SIGALRM, stop))
             signal.setitimer(signal.ITIMER_REAL, AGAIN)
         else:
@@ -58,6 +64,8 @@ def stoppable() -> Iterator[None]:
     hook, sys.unraisablehook = sys.unraisablehook, see_dropped
     try:
         yield
+        if lost:
+            raise _exception_of(came[-1])
     except Exception as error:
         if came:
             raise _exception_of(came[-1]) from error

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from kronsae.parallel import ALONE
 from kronsae_kernels import SparseCodes
+from kronsae_kernels.step import BELOW
 
 if TYPE_CHECKING:
     from kronsae.config import SAEConfig
@@ -125,7 +126,7 @@ class JumpReLU(TopK):
     through a loss (L0 / k - 1)^2 that holds the mean number of active latents L0 at k.
     [Rajamanoharan et al. 2024: JumpReLU SAEs]
     In the warm-up latents grow faster than thresholds are learned, and L0 with them: until its end
-    `prepare` sets all thresholds to the value that k latents a token of the batch exceed.
+    `prepare` sets all thresholds just below the smallest of the k B largest values of the batch.
     Memory: O(B w) and a chunk of scores [b, F].
     """
 
@@ -156,7 +157,7 @@ class JumpReLU(TopK):
         batch = BatchTopK(sae.config)
         smallest = _smallest(sae, batch(sae, x, sae.config.k))
         if smallest.isfinite():
-            self.log_threshold.fill_(smallest.log())
+            self.log_threshold.fill_(smallest.log() - BELOW)
 
     @torch.no_grad()
     def scale_(self, factor: float) -> None:

@@ -115,6 +115,8 @@ def train(request: Request, console: Console, mesh: Mesh = ALONE) -> int:
     try:
         with stoppable():
             status = _train(request, console, mesh, out)
+            if status != 0:  # torchrun ends all others where one has failed: the first may write
+                mesh.world.exchange(None)
         parallel.leave()
         return status
     except (InputError, parallel.RankLost):

@@ -45,6 +45,9 @@ MAX_PREFIXES = 32
 NAMES = ("w_enc", "b_enc", "w_dec", "b_dec")
 THRESHOLDS = "log_threshold"
 """The name of a JumpReLU's thresholds, where they are trained too."""
+BELOW = 1e-6
+"""What the logarithm of a threshold is less than that of a value, so that no rounding makes the
+threshold larger."""
 MOMENTS = ("float32", "bfloat16")
 ROUNDED = ("w_enc", "w_dec")
 """Weights whose moments may be in bfloat16."""
@@ -189,6 +192,11 @@ class TrainingStep:
         self.weights = {"w_enc": w_enc, "b_enc": b_enc, "w_dec": w_dec, "b_dec": b_dec}
         _check_weights(self.weights, m)
         _check_settings(dtype, eps, betas, adam_eps, weight_decay)
+        _check_bool("unit_norm", unit_norm)
+        require(
+            ranks is None or all(hasattr(ranks, n) for n in ("rank", "size", "sum", "gather")),
+            lambda: f"ranks: expected rank, size, sum and gather (`Ranks`), got {shown(ranks)}",
+        )
         self.thresholds = thresholds
         if thresholds is not None:
             _check_thresholds(thresholds, w_dec, eps)
@@ -278,6 +286,7 @@ class TrainingStep:
             require(
                 mask.dtype == torch.bool, lambda: f"mask: expected torch.bool, got {mask.dtype}"
             )
+        _check_bool("bias", bias)
         _check_scalar("weight", weight, self.device, low=None)
         check_same("device", x=x, target=target, mask=mask, w_dec=self.weights["w_dec"])
         require(
@@ -305,7 +314,9 @@ class TrainingStep:
     def _check_batch(self, x: Tensor, k: int | None) -> int:
         """k, by default that of the step."""
         k = self.k if k is None else k
+        check_tensors(x=x)
         check_floating(x=x)
+        require(x.layout == torch.strided, lambda: f"x: expected a dense tensor, got {x.layout}")
         require(
             x.ndim == 2 and x.shape[1] == self.d and x.shape[0] > 0,
             lambda: f"x: expected [B, {self.d}] with B >= 1, got {shape_of(x)}",
@@ -431,7 +442,7 @@ class TrainingStep:
         return indices, base, extension, threshold, jumped
 
     def set_thresholds(self, x: Tensor, *, k: int | None = None, width: int) -> None:
-        """Set all thresholds to the smallest of the k B largest active values of x [B, d].
+        """Set all thresholds just below the smallest of the k B largest active values of x [B, d].
 
         They are looked for as `accumulate` does it for a selection over the batch; if `width` is
         too small, the next call of `apply` makes no step. Where no latent is active, or a number is
@@ -450,7 +461,7 @@ class TrainingStep:
         values = base if self.m is None else compose(base * extension, self.composition, 0.0)
         smallest = values.masked_fill(indices < 0, torch.inf).amin()
         log = self.thresholds.log.detach()
-        log.copy_(smallest.log().where(smallest.isfinite(), log))
+        log.copy_((smallest.log() - BELOW).where(smallest.isfinite(), log))
 
     def apply(self, lr: float | Tensor, *, max_norm: float | None = None) -> Tensor:
         """AdamW step from all that was accumulated; returns the gradient's norm (before clipping).
@@ -467,8 +478,11 @@ class TrainingStep:
             raise RuntimeError("apply: nothing was accumulated since the last step")
         _check_scalar("lr", lr, self.device, low=0)
         if max_norm is not None:
-            check_number("max_norm", max_norm, 0)
-            require(max_norm > 0, "max_norm: expected a number > 0, or None for no limit, got 0")
+            check_number("max_norm", max_norm, None)
+            require(
+                max_norm > 0,
+                f"max_norm: expected a number > 0, or None for no limit, got {max_norm!r}",
+            )
         with torch.no_grad():
             norm = self._apply(lr, max_norm)
         self._clear()
@@ -823,8 +837,15 @@ def _dtype_of_moments(name: str, weight: torch.dtype, moments: str) -> torch.dty
 def _check_state(
     state: Mapping[str, Mapping[str, Tensor]], weights: Mapping[str, Tensor], moments: str
 ) -> None:
+    require(isinstance(state, Mapping), lambda: f"state: expected a mapping, got {shown(state)}")
     for name, weight in weights.items():
         of_weight = state.get(name, {})
+        require(
+            isinstance(of_weight, Mapping),
+            lambda name=name, found=of_weight: (
+                f"state: {name}: expected a mapping, got {shown(found)}"
+            ),
+        )
         missing = {"step", "exp_avg", "exp_avg_sq"} - of_weight.keys()
         require(not missing, f"state: {name}: expected a step and both moments, not {missing}")
         step = of_weight["step"]
@@ -857,17 +878,21 @@ def _layout(x: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def _check_thresholds(thresholds: Thresholds, w_dec: Tensor, eps: float) -> None:
+    require(
+        isinstance(thresholds, Thresholds),
+        lambda: f"thresholds: expected `Thresholds`, got {shown(thresholds)}",
+    )
     log, bandwidth, coefficient = thresholds
-    check_tensors(log=log)
+    check_tensors(**{"thresholds.log": log})
     check_shape("thresholds.log", log, (len(w_dec),), "[F]")
-    check_same("device", log=log, w_dec=w_dec)
+    check_same("device", **{"thresholds.log": log, "w_dec": w_dec})
     require(
         log.dtype == torch.float32 and log.is_contiguous(),
         lambda: f"thresholds.log: expected contiguous float32, got {log.dtype}, {log.stride()}",
     )
-    check_number("bandwidth", bandwidth, 0)
-    require(bandwidth > 0, "bandwidth: expected a number above 0, got 0")
-    check_number("l0_coefficient", coefficient, 0)
+    check_number("thresholds.bandwidth", bandwidth, 0)
+    require(bandwidth > 0, "thresholds.bandwidth: expected a number > 0, got 0")
+    check_number("thresholds.l0_coefficient", coefficient, 0)
     require(eps == 0, f"eps: expected 0 with thresholds, got {eps!r}")
 
 
@@ -889,6 +914,10 @@ def _check_settings(
         check_number(f"betas[{place}]", beta, 0, 1)
     check_number("adam_eps", adam_eps, 0)
     check_number("weight_decay", weight_decay, 0)
+
+
+def _check_bool(name: str, value: bool) -> None:
+    require(isinstance(value, bool), lambda: f"{name}: expected True or False, got {shown(value)}")
 
 
 def _check_scalar(

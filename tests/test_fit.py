@@ -1,5 +1,6 @@
 """`fit`: learning, seeds, logging, resuming, stopping, and data that cannot be used."""
 
+import dataclasses
 import json
 import signal
 import threading
@@ -13,6 +14,7 @@ from kronsae.config import DataConfig, RunConfig
 from kronsae.data import SyntheticActivations, TensorActivations
 from kronsae.evaluate import Heldout
 from kronsae.files import read_sealed
+from kronsae.fit import _Session
 from kronsae.run import RunFolder
 from kronsae.train import fit
 
@@ -97,6 +99,24 @@ def test_resume_is_bit_for_bit(kind, stop_after, tmp_path):
     assert rest.stopped_by is None
     assert weights_equal(whole.sae, rest.sae)
     assert rest.metrics == whole.metrics
+
+
+def test_a_signal_after_the_last_step_is_a_stop_too(tmp_path, monkeypatch):
+    """What is left, the evaluation, is made when the run goes on."""
+    save = _Session.save
+
+    def save_and_be_stopped(session):
+        save(session)
+        signal.raise_signal(signal.SIGTERM)
+
+    out = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr(_Session, "save", save_and_be_stopped)
+        config = dataclasses.replace(TRAIN, checkpoint_every=0)
+        part = fit(KRON, X, config, heldout=HELDOUT, out=out)
+    assert part.stopped_by == signal.SIGTERM and not part.metrics
+    rest = fit(KRON, X, config, heldout=HELDOUT, out=out, resume=True)
+    assert rest.stopped_by is None and rest.metrics and rest.tokens == part.tokens
 
 
 def test_resume_without_a_checkpoint_starts_anew(tmp_path):

@@ -61,6 +61,11 @@ class Watched:
     pass
 
 
+def test_a_signal_that_python_drops_at_the_end_stops_there():
+    with pytest.raises(Terminated), stoppable():
+        Last()
+
+
 def dropped_then_lost(*_):
     Last()
     raise RankLost("another process ended")

@@ -6,10 +6,13 @@
 import json
 import signal
 import subprocess
+import sys
+import types
 
 import pytest
 import ranks
 import torch
+from rich.console import Console
 from test_parallel import RUN, after_steps, start
 
 import kronsae
@@ -213,6 +216,18 @@ def test_the_fused_step_is_off_where_ranks_share_tokens_and_it_says_what_helps(m
         for train in [TrainConfig(share=share, fused_step="on")]
     ]
     assert "--share members" in reasons[0] and reasons[1] is None
+
+
+@pytest.mark.parametrize("status", [0, 3, 130])
+def test_no_process_fails_before_all_are_done(status, tmp_path, monkeypatch):
+    """torchrun would stop the first one, which may be writing the reports."""
+    waited = []
+    world = types.SimpleNamespace(rank=1, size=2, exchange=lambda v: waited.append(v) or [v])
+    monkeypatch.setattr(sys.modules[main.__module__], "_train", lambda *_: status)
+    request = types.SimpleNamespace(resume=None, out=tmp_path / "run")
+    mesh = parallel.ALONE._replace(world=world)
+    assert sys.modules[main.__module__].train(request, Console(), mesh) == status
+    assert waited == [str(request.out), *([None] if status else [])]
 
 
 # The command line, under torchrun itself

@@ -12,6 +12,7 @@ import torch
 import kronsae
 from kronsae import InputError, SAEConfig, TrainConfig, checkpoint
 from kronsae.data import SyntheticActivations
+from kronsae.sweep import check_names, name_of
 from kronsae.train import fit, fit_many
 
 X = SyntheticActivations(24, num_groups=12, batch_size=4000, seed=1).draw()[0]
@@ -309,3 +310,9 @@ def test_data_that_ends_early_keeps_the_work_of_all(tmp_path):
         assert kronsae.load(tmp_path / name).metadata["tokens"] == 1700
     shared = [p.name for p in checkpoint.list_checkpoints(tmp_path / "checkpoints")]
     assert shared == ["step-00000016", "step-00000017"]
+
+
+def test_names_of_settings_are_names_of_folders():
+    names = [name_of(own) for own in ({"lr": 1e25}, {"lr": 1e-25}, {"encoder": "dense", "k": 4})]
+    assert names == ["lr1e25", "lr1e-25", "dense-k4"]
+    check_names(names)

@@ -225,6 +225,7 @@ def test_thresholds_are_set_to_the_smallest_of_the_largest(dense):
         values = reference.compose(product, "mand", 0.0)
     expected = values.flatten().sort(descending=True).values[K * len(x) - 1]
     step.set_thresholds(x, width=SIZE)
+    assert (step.weights[THRESHOLDS].exp() < expected).all()  # which is then active, too
     torch.testing.assert_close(step.weights[THRESHOLDS].exp(), expected.expand(SIZE))
     before = step.weights[THRESHOLDS].clone()
     step.set_thresholds(torch.full_like(x, torch.nan), width=SIZE)
@@ -242,9 +243,11 @@ def test_thresholds_are_set_to_the_smallest_of_the_largest(dense):
     [
         (Thresholds(new_log()[:5], 0.1, 1.0), {}, ["thresholds.log", f"[F] = [{SIZE}]", "[5]"]),
         (Thresholds(new_log().double(), 0.1, 1.0), {}, ["float32", "float64"]),
-        (Thresholds(new_log(), 0.0, 1.0), {}, ["bandwidth", "above 0"]),
-        (Thresholds(new_log(), 0.1, -1.0), {}, ["l0_coefficient", ">= 0", "-1.0"]),
+        (Thresholds(new_log(), 0.0, 1.0), {}, ["thresholds.bandwidth", "> 0"]),
+        (Thresholds(new_log(), 0.1, -1.0), {}, ["thresholds.l0_coefficient", ">= 0", "-1.0"]),
         (Thresholds(new_log(), 0.1, 1.0), {"eps": 0.1}, ["eps", "0.1"]),
+        ((new_log(), 0.1, 1.0), {}, ["thresholds: expected `Thresholds`", "0.1, 1.0"]),
+        (5, {}, ["thresholds: expected `Thresholds`, got 5"]),
     ],
     ids=lambda value: None,
 )
