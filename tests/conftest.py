@@ -77,8 +77,16 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("kronsae")
 
 
+LONGEST = (
+    *("test_triton_learner", "test_triton_step", "test_aot", "test_predict", "test_train"),
+    *("test_parallel", "test_members", "test_benchmarks", "test_triton_backward"),
+)
+"""Files that take longest: they come first, so that no process has one left when all others end."""
+
+
 def pytest_collection_modifyitems(config, items):
     """Leave out `slow` tests unless -m names them; skip `gpu` tests without a GPU."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)  # stable
     if not torch.cuda.is_available():
         reason = pytest.mark.skip(reason="needs a CUDA device")
         for item in items:

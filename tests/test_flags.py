@@ -26,6 +26,8 @@ class Last:
     def __del__(self):
         os.kill(os.getpid(), {number})
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started this may ignore it
+
 def work(argv):
     if {place!r} == "destructor":
         Last()

@@ -317,7 +317,11 @@ GRID = [
 
 
 @pytest.mark.parametrize(
-    "arguments", [[], ["--encoder", "dense"], ["--device", "cpu", "--k", "7"], *GRID]
+    "arguments",
+    [
+        *([], ["--encoder", "dense"], ["--device", "cpu", "--k", "7"]),
+        *(pytest.param(arguments, marks=pytest.mark.slow) for arguments in GRID),
+    ],
 )
 def test_plan(arguments, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

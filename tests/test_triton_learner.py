@@ -69,13 +69,16 @@ def assert_same(one: Learner, other: Learner) -> None:
 @pytest.mark.parametrize(
     "config, decoder_norm",
     [
-        (KRON, "unit"),
-        (DENSE, "unit"),
-        (KRON, "free"),
-        (NESTED, "unit"),
-        (replace(DENSE, objective="matryoshka", matryoshka_first=3), "free"),
+        pytest.param(KRON, "unit", id="kron"),
+        pytest.param(DENSE, "unit", id="dense", marks=pytest.mark.slow),
+        pytest.param(KRON, "free", id="kron-free", marks=pytest.mark.slow),
+        pytest.param(NESTED, "unit", id="nested", marks=pytest.mark.slow),
+        pytest.param(
+            replace(DENSE, objective="matryoshka", matryoshka_first=3),
+            "free",
+            id="nested-dense-free",
+        ),
     ],
-    ids=["kron", "dense", "kron-free", "nested", "nested-dense-free"],
 )
 def test_fused_and_torch_steps_give_the_same_run(config, decoder_norm):
     """Metrics and weights, with the auxiliary loss, weight decay and clipping."""

@@ -110,7 +110,9 @@ def drawn(number: int):
     return m, n, heads, k, COMPOSITIONS[draw(0, 2)], (torch.bfloat16, torch.float16)[number % 2]
 
 
-@pytest.mark.parametrize("number", range(32))
+@pytest.mark.parametrize(
+    "number", [pytest.param(n, marks=[pytest.mark.slow] * (n >= 12)) for n in range(32)]
+)
 def test_drawn_heads(number, device):
     """Each token has another kind of numbers; every second case is ordered by its heads' keys."""
     m, n, heads, k, composition, dtype = drawn(number)

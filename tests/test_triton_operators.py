@@ -39,7 +39,13 @@ def has_kernels(name):
     return schema.arguments[-1].name == "impl"
 
 
-@pytest.mark.parametrize("name", filter(has_kernels, INPUTS))
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name not in ("encode", "encode_backward")))
+        for name in filter(has_kernels, INPUTS)
+    ],
+)
 def test_opcheck(name, device):
     """The same inputs as of the torch implementation, but for float64."""
     pytest.importorskip("expecttest", reason="opcheck needs it")

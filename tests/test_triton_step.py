@@ -186,7 +186,9 @@ def test_rows_of_the_frequent_latents_are_cut_into_segments():
 
 
 @pytest.mark.parametrize(
-    "composition, eps", [("mand", 1e-5), ("relu_mul", 0.0), ("mul", 0.0)], ids=lambda v: str(v)
+    "composition, eps",
+    [("mand", 1e-5), pytest.param("relu_mul", 0.0, marks=pytest.mark.slow), ("mul", 0.0)],
+    ids=lambda v: str(v),
 )
 def test_each_composition(composition, eps):
     weights, settings = new_weights(False), {"composition": composition, "eps": eps}
@@ -226,8 +228,15 @@ def test_many_codes_are_decoded_in_two_gathers(monkeypatch):
     assert_same(step, truth, 1e-5, weights)
 
 
-@pytest.mark.parametrize("one_gather", [True, False], ids=["one-gather", "two-gathers"])
-@pytest.mark.parametrize("dense", [False, True], ids=["kron", "dense"])
+@pytest.mark.parametrize(
+    "dense, one_gather",
+    [
+        pytest.param(False, True, id="kron-one-gather"),
+        pytest.param(True, False, id="dense-two-gathers"),
+        pytest.param(False, False, id="kron-two-gathers", marks=pytest.mark.slow),
+        pytest.param(True, True, id="dense-one-gather", marks=pytest.mark.slow),
+    ],
+)
 def test_masks_of_fewer_than_k(dense, one_gather, monkeypatch):
     """k stays as it is; what is left over adds nothing, where a silent latent is sqrt(eps), too."""
     monkeypatch.setattr(fused, "MAX_FUSED_CODES", 24 if one_gather else 2)
@@ -542,7 +551,10 @@ def test_bfloat16_moments_train_as_well():
     assert got != expected and abs(got - expected) <= 0.002, f"{got}, float32: {expected}"
 
 
-@pytest.mark.parametrize("dense", [False, True], ids=["kron", "dense"])
+@pytest.mark.parametrize(
+    "dense",
+    [pytest.param(False, id="kron"), pytest.param(True, id="dense", marks=pytest.mark.slow)],
+)
 def test_bfloat16_moments_are_the_same_after_a_resume(dense):
     """To the bit: noise depends on the number of the step alone; and on that it does depend."""
     weights, data = new_weights(dense), batches(4)
@@ -667,8 +679,15 @@ def test_weights_that_others_changed_are_read_anew():
     assert not torch.equal(step.accumulate(x).loss, before)
 
 
-@pytest.mark.parametrize("what", ["x", "target"])
-@pytest.mark.parametrize("bounds", [None, [6, 24]], ids=["plain", "nested"])
+@pytest.mark.parametrize(
+    "bounds, what",
+    [
+        pytest.param(None, "x", id="plain-x"),
+        pytest.param([6, 24], "target", id="nested-target"),
+        pytest.param(None, "target", id="plain-target", marks=pytest.mark.slow),
+        pytest.param([6, 24], "x", id="nested-x", marks=pytest.mark.slow),
+    ],
+)
 def test_nothing_changes_where_something_is_not_finite(what, bounds):
     weights = new_weights(False)
     step, (x, good) = make(weights), batches(2)
