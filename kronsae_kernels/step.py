@@ -119,7 +119,7 @@ class _Part(NamedTuple):
     d_base: Tensor
     d_extension: Tensor
     d_log: Tensor | None
-    """By the logarithms of thresholds; None: of a pass that does not select by them."""
+    """By the logarithms of thresholds: 0 of a pass that a mask selects; None: there are none."""
 
 
 class TrainingStep:
@@ -228,6 +228,7 @@ class TrainingStep:
         _check_silent(silent, w_dec)
         self.silent, self.skips = silent, torch.zeros(4, device=self.device)
         self.missed = torch.zeros(2, device=self.device)
+        self._how = "dense" if m is None else composition  # as operations name it
         # Values above it in magnitude are those of active latents.
         self._threshold = eps**0.5 if m is not None and composition == "mand" else 0.0
         # Rows: with weight decay, and without; columns as in `triton_impl.device`. The zeros are
@@ -343,7 +344,6 @@ class TrainingStep:
         low = self._low_precision()
         w_enc, b_enc = low["w_enc"], self.weights["b_enc"].to(self.dtype)
         ranks, candidates = self.ranks, min(k, self.dict_size) if width is None else width
-        composition = "dense" if self.m is None else self.composition
         jumped = None
         if self.thresholds is not None and mask is None:
             indices, base, extension, threshold, jumped = self._above(x, w_enc, b_enc, candidates)
@@ -356,7 +356,8 @@ class TrainingStep:
             indices = keep_largest_of_all(indices, base, factor, k, ranks)
         table, b_dec = low["w_dec"], self.weights["b_dec"] if bias and self._first else None
         scale = weight * (2 / target.numel())
-        given_codes = target, indices, base, extension, table, b_dec, composition, self.eps, scale
+        how = self._how, self.eps, scale
+        given_codes = target, indices, base, extension, table, b_dec, *how
         if bounds is None:
             found = operations.decode_and_loss(
                 *given_codes,
@@ -384,6 +385,8 @@ class TrainingStep:
             d_log = operations.jump_gradients(
                 found.d_values, indices, jumped.slopes, threshold, scale, d_active
             )
+        elif self.thresholds is not None:
+            d_log = torch.zeros_like(found.values)
         self._parts.append(
             _Part(
                 given,
@@ -418,9 +421,8 @@ class TrainingStep:
         """Of all candidates the `count` largest alone: the others get index -1."""
         from kronsae_kernels.triton_impl import operations
 
-        composition = "dense" if self.m is None else self.composition
         operations.keep_largest(
-            indices, base, extension, count, composition, self.eps, self._threshold,
+            indices, base, extension, count, self._how, self.eps, self._threshold,
             self.dict_size, self.missed[0],
         )  # fmt: skip
 
@@ -435,9 +437,8 @@ class TrainingStep:
         base, extension, indices, counts = operations.threshold_encode(
             x, w_enc, b_enc, threshold - bandwidth / 2, self.m, self.composition, 0.0, width
         )
-        composition = "dense" if self.m is None else self.composition
         jumped = operations.jump(
-            base, extension, indices, counts, threshold, bandwidth, composition, self.missed[0]
+            base, extension, indices, counts, threshold, bandwidth, self._how, self.missed[0]
         )
         return indices, base, extension, threshold, jumped
 
@@ -635,11 +636,6 @@ class TrainingStep:
     def _all(self, name: str) -> Tensor:
         """A field of all parts: x or d_rows, or what belongs to codes, flat."""
         found = [getattr(part, name) for part in self._parts]
-        if name == "d_log":  # a mask selects by size, from which no threshold learns
-            found = [
-                torch.zeros_like(part.values) if field is None else field
-                for part, field in zip(self._parts, found, strict=True)
-            ]
         if len(found) == 1:
             return found[0]
         return torch.cat(found if name in ("x", "d_rows") else [f.flatten() for f in found])

@@ -93,22 +93,21 @@ def test_fused_and_torch_steps_give_the_same_run(config, decoder_norm):
     assert_same(*runs)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(n, marks=[pytest.mark.slow] * (n != "kron")) for n in BATCHES],
-)
-def test_batchtopk_gives_the_same_run(name, monkeypatch):
-    """Its threshold, too; and where the first candidates are too few, which is noticed later.
+def same_with_few_and_many(
+    config: SAEConfig, monkeypatch, **settings: Any
+) -> tuple[Learner, Learner, dict[str, float]]:
+    """Three steps of autograd, and of fused runs with few and with enough candidates, all the same.
 
-    k candidates a token are too few in every step: all are made again. Other steps have enough.
+    k candidates a token are too few in every step: all are made again, which is noticed later.
+    Returns the run of autograd, that with few candidates, and its last figures.
     """
     monkeypatch.setattr(learners, "UNCONFIRMED", 2)
-    settings = {"dead_after_tokens": 8, "auxk": 4, "max_grad_norm": 0.5, "adam_beta2": 0.9}
-    theirs = learner(BATCHES[name], "off", **settings)
+    settings |= {"dead_after_tokens": 8, "auxk": 4, "max_grad_norm": 0.5, "adam_beta2": 0.9}
+    theirs = learner(config, "off", **settings)
     runs = []
     for candidates in (1, 8):
         monkeypatch.setattr(learners, "CANDIDATES", candidates)
-        runs.append(learner(BATCHES[name], "on", **settings))
+        runs.append(learner(config, "on", **settings))
     for number, x in enumerate(batches(3)):
         expected = theirs.step(x)
         for run in runs:
@@ -120,39 +119,27 @@ def test_batchtopk_gives_the_same_run(name, monkeypatch):
         assert torch.equal(run.tokens_since_fired, theirs.tokens_since_fired)
         assert run.step_count == 3
     assert runs[0]._width > 3 and runs[1]._width == 24
+    return theirs, runs[0], figures
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.slow] * (n != "kron")) for n in BATCHES],
+)
+def test_batchtopk_gives_the_same_run(name, monkeypatch):
+    """Its threshold, too."""
+    same_with_few_and_many(BATCHES[name], monkeypatch)
 
 
 @pytest.mark.parametrize(
     "name", [pytest.param(n, marks=[pytest.mark.slow] * (n != "kron")) for n in JUMPS]
 )
 def test_jumprelu_gives_the_same_run(name, monkeypatch):
-    """Its thresholds, too: set anew in the warm-up, learned all along, by latents below them, too.
-
-    k candidates a token are too few in every step: all are made again. Other steps have enough.
-    """
-    monkeypatch.setattr(learners, "UNCONFIRMED", 2)
-    settings = {"dead_after_tokens": 8, "auxk": 4, "max_grad_norm": 0.5, "adam_beta2": 0.9}
-    settings |= {"l0_coefficient": 0.3}
-    theirs = learner(JUMPS[name], "off", **settings)
-    runs = []
-    for candidates in (1, 8):
-        monkeypatch.setattr(learners, "CANDIDATES", candidates)
-        runs.append(learner(JUMPS[name], "on", **settings))
-    for number, x in enumerate(batches(3)):
-        expected = theirs.step(x)
-        for run in runs:
-            figures = run.step(x, log=number == 2)
-            assert figures is None or figures == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    """Its thresholds, too: set in the warm-up, and learned, by latents below them as well."""
+    theirs, ours, figures = same_with_few_and_many(JUMPS[name], monkeypatch, l0_coefficient=0.3)
     assert figures["l0_loss"] > 0 and "objective" in figures
-    thresholds = theirs.sae.selection.log_threshold
-    assert len(thresholds.unique()) > 6
-    for run in runs:
-        assert run.fused is not None and not run.fused.missed.any()
-        assert_same(run, theirs)
-        assert torch.equal(run.tokens_since_fired, theirs.tokens_since_fired)
-        assert run.step_count == 3
-    assert runs[0]._width > 3 and runs[1]._width == 24
-    state = runs[0].state_dict()["moments"]["selection.log_threshold"]
+    assert len(theirs.sae.selection.log_threshold.unique()) > 6
+    state = ours.state_dict()["moments"]["selection.log_threshold"]
     theirs = theirs.state_dict()["moments"]["selection.log_threshold"]
     assert state["step"] == theirs["step"] == 3
     torch.testing.assert_close(state["exp_avg"], theirs["exp_avg"], rtol=1e-3, atol=1e-6)
