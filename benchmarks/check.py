@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.flags import positive
 from benchmarks.measure import describe, reason
-from benchmarks.shapes import SHAPES, Shape, batches
+from benchmarks.shapes import GOAL_SHAPES, SHAPES, Shape, batches
 from benchmarks.steps import LOSSES, training_step, why_not_fused
 from kronsae_kernels import dense_encode, fused_encode, sparse_decode
 from kronsae_kernels.step import TrainingStep
@@ -58,7 +58,7 @@ CASES = (
 )
 GOALS = tuple(
     Case(256, shape.d, shape.heads, shape.m, shape.n, shape.k, "mand", dtype)
-    for shape in (SHAPES["G1"], SHAPES["G2"])
+    for shape in (SHAPES[name] for name in GOAL_SHAPES)
     for dtype in (torch.bfloat16, torch.float32)
 )
 ODD = Shape("odd", d=104, heads=37, m=3, n=5, k=12, tokens=150)

@@ -42,6 +42,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.shapes import GOAL_SHAPES
 from benchmarks.stalls import tool
 
 ROOT = Path(__file__).parents[1]
@@ -106,7 +107,7 @@ def parts(raw: Path, commands: list[str], smallest: bool) -> list[Part]:
         "tune": "--tuning",
         "end-to-end": "--shape L1 L2",
     }
-    shapes = {"G1", "G2"} if set(commands) != {"end-to-end"} else set()
+    shapes = set(GOAL_SHAPES) if set(commands) != {"end-to-end"} else set()
     options = " ".join(needed[command] for command in commands).split()
     shapes |= {word for word in options if not word.startswith("--")}
     compiled = ["--shape", *sorted(shapes), *(w for w in options if w in ("--checks", "--tuning"))]

@@ -24,7 +24,7 @@ from benchmarks import ahead, check, tune
 from benchmarks.flags import positive
 from benchmarks.measure import CHECKED_TOKENS, reason
 from benchmarks.memory import LiveKernels, autograd_step
-from benchmarks.shapes import SHAPES, Shape
+from benchmarks.shapes import GOAL_SHAPES, SHAPES, Shape
 from benchmarks.steps import CONTENDERS, LOSSES
 from kronsae_kernels.triton_impl import configs
 from kronsae_kernels.triton_impl.launch import Launch
@@ -118,7 +118,7 @@ def card_here() -> str | None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("benchmarks.precompile", description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", nargs="*", choices=SHAPES, default=["G1", "G2"])
+    parser.add_argument("--shape", nargs="*", choices=SHAPES, default=GOAL_SHAPES)
     parser.add_argument("--checks", action="store_true", help="also for benchmarks.check")
     parser.add_argument("--tuning", action="store_true", help="also for benchmarks.tune")
     parser.add_argument("--target", choices=ahead.TARGETS, help="default: the card that is here")

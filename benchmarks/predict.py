@@ -42,7 +42,7 @@ from benchmarks.ahead import VERSION, compiled, specialise, tool
 from benchmarks.flags import positive, written_by
 from benchmarks.floors import DENSE_GOAL, SPARSIFY_GOAL, STEP_GOAL, Ceilings, Work, stages
 from benchmarks.sass import Code, Instruction, Latencies
-from benchmarks.shapes import SHAPES, Shape
+from benchmarks.shapes import GOAL_SHAPES, SHAPES, Shape
 from benchmarks.stub import host_ms
 from kronsae import objectives
 from kronsae.config import SAEConfig, TrainConfig
@@ -737,7 +737,7 @@ def main(arguments: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
-        "--shape", nargs="+", choices=SHAPES, default=["G1", "G2"], metavar="NAME",
+        "--shape", nargs="+", choices=SHAPES, default=GOAL_SHAPES, metavar="NAME",
         help=f"of {', '.join(SHAPES)}, as in benchmarks/shapes.py; default: G1 G2, the goals'",
     )  # fmt: skip
     cards = ", ".join(f"{name} ({card.name})" for name, card in CARDS.items())

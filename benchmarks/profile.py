@@ -36,7 +36,7 @@ from benchmarks.measure import (
     synchronize,
 )
 from benchmarks.report import profile_table
-from benchmarks.shapes import SHAPES, Shape, batches
+from benchmarks.shapes import GOAL_SHAPES, SHAPES, Shape, batches
 from benchmarks.steps import CONTENDERS, best_of_ours
 
 STAGE_OF_KERNEL = (
@@ -126,7 +126,7 @@ def beside(times: dict[str, float], predicted: dict[str, Any] | None) -> list[di
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("benchmarks.profile", description=__doc__.splitlines()[0])
     gpu = torch.cuda.is_available()
-    default = ["G1", "G2"] if gpu else ["S1"]
+    default = GOAL_SHAPES if gpu else ["S1"]
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=default)
     parser.add_argument(
         "--contender", nargs="+", choices=CONTENDERS, help="default: our fastest KronSAE"

@@ -65,7 +65,7 @@ SHAPES = {
         Shape("P1", d=1536, heads=2048, m=4, n=4, k=50, tokens=8192),
         Shape("P2", d=1536, heads=8192, m=2, n=4, k=50, tokens=8192),
         Shape("P3", d=2304, heads=8192, m=4, n=4, k=50, tokens=8192),
-        # The goals', on Gemma-2-2B: the same dictionary, in heads of two forms.
+        # GOAL_SHAPES, on Gemma-2-2B: the same dictionary, in heads of two forms.
         Shape("G1", d=2304, heads=8192, m=2, n=4, k=50, tokens=8192),
         Shape("G2", d=2304, heads=4096, m=4, n=4, k=50, tokens=8192),
         # That many latents for Pythia-160M and Qwen2.5-1.5B.
@@ -75,6 +75,8 @@ SHAPES = {
         Shape("P4", d=4096, heads=16384, m=8, n=8, k=64, tokens=8192),
     )
 }
+GOAL_SHAPES = ["G1", "G2"]
+"""Where a GPU's speed is held to the goals of `floors`."""
 
 
 def activations(shape: Shape, device: torch.device | str = "cpu", seed: int = 0) -> Tensor:

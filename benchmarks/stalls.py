@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks.flags import written_by
 from benchmarks.report import stalls_table
-from benchmarks.shapes import SHAPES
+from benchmarks.shapes import GOAL_SHAPES, SHAPES
 
 SECTIONS = ("WarpStateStats", "SpeedOfLight", "Occupancy")
 STALL = re.compile(r"smsp__average_warps_issue_stalled_(\w+)_per_issue_active\.ratio")
@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--profile", type=written_by("profile", "profiles"), required=True, metavar="FILE"
     )
-    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["G1", "G2"])
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=GOAL_SHAPES)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write all figures here")
     options = parser.parse_args(arguments)
     ncu, profile = tool("ncu"), options.profile

@@ -34,7 +34,7 @@ from benchmarks.measure import (
     reason,
     require_close,
 )
-from benchmarks.shapes import SHAPES, Shape, activations
+from benchmarks.shapes import GOAL_SHAPES, SHAPES, Shape, activations
 from benchmarks.steps import EPS, kron_parameters
 from kronsae_kernels import backends, torch_impl
 from kronsae_kernels.triton_impl import configs, operations
@@ -451,7 +451,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("benchmarks.tune", description=__doc__.splitlines()[0])
     order = list(dict.fromkeys([*FIRST, *KERNELS]))
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=order)
-    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["G1", "G2"])
+    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=GOAL_SHAPES)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
         "--most", type=positive, default=100, help="alternatives of a kernel at most"

@@ -157,18 +157,24 @@ def test_another_process_is_replaced_when_it_dies():
 
 
 def test_goals_are_judged():
-    from benchmarks import compare
+    """At the shapes that they are for, on a GPU."""
+    from benchmarks import compare, floors
     from benchmarks.measure import Comparison, Timing
+    from benchmarks.shapes import SHAPES
 
     times = {"kron encode": 3.0, "kron product": 2.0, "kron fused": 5.0, "kron graphed": 4.0}
     times |= {"topk": 20.0}
     found = Comparison({name: Timing([ms]) for name, ms in times.items()}, {}, {})
     assert compare.verdicts(found, floor_ms=3.2) == [
-        "kron encode / kron product at most 1.25: 1.50 (kron encode), MISSED",
+        "kron encode / kron product at most 1.15: 1.50 (kron encode), MISSED",
         "ours / floor at most 1.25: 1.25 (kron graphed), reached",
         "eai-sparsify / ours at least 3.0: not measured",
         "topk / ours at least 4.5: 5.00 (topk), reached",
     ]
+    rates = floors.ASSUMED["H200"]
+    for name, device, count in (("G1", "cuda", 4), ("S1", "cuda", 0), ("G1", "cpu", 0)):
+        one = compare.record(SHAPES[name], found, rates, rates, torch.device(device))
+        assert len(one["goals"]) == count, (name, device)
 
 
 def test_the_goal_of_a_step_is_one_number():
