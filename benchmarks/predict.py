@@ -87,8 +87,8 @@ PRODUCT_EFFICIENCY = 0.92
 """Share of the product's rate that cuBLAS reaches on full rounds of 128 x 256 tiles."""
 PRODUCT_TILE = 128, 256
 SPARSIFY_MS, DENSE_MS = 16.9, 25.1
-"""Estimates for one step at F = 65,536, d = 2304, k = 50, B = 8192: eai-sparsify's, and a dense
-TopK SAE's in bfloat16."""
+"""Estimates for one step at F = 65,536, d = 2304, k = 50, B = 8192 on an H200 (sm_90):
+eai-sparsify's, and a dense TopK SAE's in bfloat16."""
 GOLDEN = Path(__file__).parents[1] / "tests" / "golden" / "predicted.json"
 GOALS = (
     ("of the floor, at most", STEP_GOAL),
@@ -684,7 +684,8 @@ def verdicts(found: dict[str, Any]) -> list[str]:
     """The step beside its goals, a sentence each."""
     shape, step = Shape(**found["shape"]), found["step_ms"]
     figures = [step / found["floor_ms"], SPARSIFY_MS / step, DENSE_MS / step]
-    known = 3 if (shape.dict_size, shape.d, shape.k) == (65536, 2304, 50) else 1
+    there = shape.dict_size, shape.d, shape.k, shape.tokens, found["card"]
+    known = 3 if there == (65536, 2304, 50, 8192, "sm_90") else 1
     lines = [
         f"step: {figure:.2f} {name} {goal:.2f}"
         for figure, (name, goal) in list(zip(figures, GOALS, strict=True))[:known]

@@ -55,6 +55,11 @@ class Instruction(NamedTuple):
         return self.text.startswith("@") or re.match(r"BRA(\.\w+)* !?U?P\d", self.text) is not None
 
     @property
+    def ends(self) -> bool:
+        """Whether the warp exits here, whatever came before."""
+        return self.operation == "EXIT" and not self.conditional
+
+    @property
     def source(self) -> str:
         """Its source line's text."""
         return linecache.getline(self.file, self.line).strip()
@@ -69,8 +74,13 @@ class Code(NamedTuple):
 
     @property
     def loops(self) -> list[tuple[int, int]]:
-        """(first, last) instruction of each loop: a jump back over more than itself."""
-        return [(to, at) for at, to in self.jumps.items() if to < at]
+        """(first, last) instruction of each loop: a jump back over more than itself.
+
+        One over the program's end comes from a seldom path that the compiler laid behind it.
+        """
+        ends = [at for at, one in enumerate(self.instructions) if one.ends]
+        back = [(to, at) for at, to in self.jumps.items() if to < at]
+        return [(to, at) for to, at in back if not any(to <= end < at for end in ends)]
 
 
 def parse(listing: str) -> Code:
@@ -142,7 +152,7 @@ def path(code: Code, trips: Trips) -> list[int]:
             one = code.instructions[at]
             if not unreached[at]:
                 taken.append(at)
-                if one.operation == "EXIT" and not one.conditional:
+                if one.ends:
                     return False
                 to = code.jumps.get(at, -1)
                 over = any(at < a and b < to and count for (a, b), count in counts.items())
@@ -161,14 +171,16 @@ def _trips_of(code: Code, loop: tuple[int, int], trips: Trips) -> int:
     first, last = loop
     if last == first:  # padding behind the last exit
         return 1
-    lines = [code.instructions[at].source for at in (last, first)]
+    within = [(a, b) for a, b in code.loops if first <= a and b <= last and (a, b) != loop]
+    own = [at for at in range(last, first, -1) if not any(a <= at <= b for a, b in within)]
+    lines = [code.instructions[at].source for at in (last, first, *own)]
     for line in lines:
         for part, count in trips.items():
             if part in line:
                 return count
     if _within(code.instructions[last], trips):  # in a path that is left out
         return 0
-    raise UnknownLoop(f"loop at {code.instructions[last].file}: {' / '.join(lines)}")
+    raise UnknownLoop(f"loop at {code.instructions[last].file}: {' / '.join(lines[:2])}")
 
 
 def _within(one: Instruction, trips: Trips) -> bool:

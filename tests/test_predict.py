@@ -161,3 +161,20 @@ def test_table_names_every_kernel_and_goal(found):
         assert (
             "of the floor" in text and "as fast as sparsify" in text and "as fast as dense" in text
         )
+        other = predict.verdicts({**one, "card": "sm_100"})
+        assert "of the floor" in other[0] and not any("as fast as" in line for line in other)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("card", sorted(CARDS))
+def test_every_card_has_a_table(card, tmp_path):
+    """Compilers turn loops in other ways for each; and nothing spills at these shapes."""
+    file = tmp_path / "predicted.json"
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("TRITON_")}
+    command = [sys.executable, "-m", "benchmarks.predict", "--host-rounds", "1", "--card", card]
+    command += ["--shape", "G1", "G2", "P3", "P4", "--auxiliary", "--json", str(file)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for one in json.loads(file.read_text())["shapes"]:
+        rows = [*one["rows"], *one["auxiliary"]["rows"]]
+        assert [row["kernel"] for row in rows if row["spills"]] == [], one["shape"]["name"]

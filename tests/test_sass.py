@@ -141,6 +141,20 @@ def test_unknown_loop():
         sass.path(sass.parse(LOOP), {"while": 3})
 
 
+def test_a_loop_is_known_by_any_of_its_lines():
+    """Where the compiler turned it, so that neither end has the line that begins it."""
+    rows = (".L_1", (3,), plain("IADD3 R0, R0, R1"), (2,), plain("ISETP P0, R0"), (5,))
+    rows += (plain("@P0 BRA `(.L_1)"), plain("EXIT"))
+    assert sass.path(sass.parse(listing(*rows)), {"for i in": 2}) == [0, 1, 2, 0, 1, 2, 3]
+
+
+def test_a_path_behind_the_end_is_no_loop():
+    rows = (plain("@P0 BRA `(.L_2)"), ".L_1", plain("MOV R0, R1"), plain("EXIT"))
+    rows += (".L_2", plain("IADD3 R0, R0, R1"), plain("BRA `(.L_1)"))
+    code = sass.parse(listing(*rows))
+    assert code.loops == [] and sass.path(code, {}) == [0, 1, 2]
+
+
 def test_jump_over_a_loop_that_runs_is_not_taken():
     """A guard: `if none: goto end`, written as a jump over the loop."""
     rows = (
