@@ -34,7 +34,7 @@ def try_faults(out: Path, *flags: str) -> dict[str, list[dict]]:
 
 
 def test_what_strikes_a_run_costs_nothing(tmp_path):
-    kinds = ("live", "harvest", "2 ranks")
+    kinds = ("live", "2 ranks")
     found = try_faults(tmp_path, "--scale", "0", "--seed", "1", "--kinds", *kinds)
     words = ("kill -9 at", "SIGTERM", "RLIMIT_FSIZE", "one of two ranks", "a bit flipped", "NaN")
     for word in words:
