@@ -450,11 +450,13 @@ def render(plan: dict[str, Any], members: Mapping[str, RunConfig], time: dict[st
         if sae.experts:
             shape += f", {sae.experts} experts"
         ratio = member["flops_per_token_dense"] / member["flops_per_token"]
+        moments = members[name].train.moments
+        rounded = "" if moments == "float32" else f", moments in {moments}"
         title = "autoencoder" if len(members) == 1 else name
         lines += [
             f"  {title:16} {shape}, F = {member['dict_size']:,}, k = {sae.k}, "
             f"{member['parameters'] / 1e6:,.1f} M parameters, lr {lr:g}, "
-            f"{member['compute_dtype']}",
+            f"{member['compute_dtype']}{rounded}",
             f"    multiply-adds  {member['flops_per_token'] / 1e6:,.2f} M a token (eq. 7; dense "
             f"TopK: x{ratio:.2f}), {member['flops_per_token_step'] / 1e6:,.2f} M with the whole "
             "training step",

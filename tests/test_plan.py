@@ -338,14 +338,18 @@ def test_what_cuda_graphs_keep(monkeypatch):
     assert "kept by CUDA graphs" not in memory["off"]
 
 
-def test_bfloat16_moments_take_half_the_bytes():
+def test_bfloat16_moments_take_half_the_bytes(monkeypatch):
     pytest.importorskip("triton")
+    none = calibrate.TokenTimes(0.0, 0.0, 0.0, {"one": 1.0}, {"one": 1.0}, {"one": 0.0})
+    monkeypatch.setattr(calibrate, "measure", lambda *_: none)
 
     def state_mib(moments: str) -> float:
         train = dataclasses.replace(TRAIN, moments=moments, fused_step="on")
-        return make_plan({"one": RunConfig(SAES["kron"], DATA, train)}, outline(DATA))[
-            "memory_mib"
-        ]["weights and moments"]
+        own, model = {"one": RunConfig(SAES["kron"], DATA, train)}, outline(DATA)
+        plan = make_plan(own, model)
+        text = planning.render(plan, own, planning.predict_time(plan, own, model))
+        assert ("moments in bfloat16" in text) == (moments == "bfloat16")
+        return plan["memory_mib"]["weights and moments"]
 
     sae = SAES["kron"]
     matrices = sae.encoder_rows * sae.d_model + sae.dict_size * sae.d_out
