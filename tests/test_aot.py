@@ -36,7 +36,7 @@ LISTED = GOLDEN.get(VERSION) or max(GOLDEN.items(), default=("", {}))[1]
 
 
 DAILY = "kron_64k|step_(nested|jump)_64k|step_1m$"
-"""Cases that are compiled by default, for sm_90, beside those of `test_predict`; others are slow."""
+"""Cases compiled by default, for sm_90, beside those of `test_predict`; the others are slow."""
 
 
 def _marked(target: str, *values: str):
