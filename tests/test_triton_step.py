@@ -166,7 +166,8 @@ def test_steps_equal_autograd_and_adamw(dense, unit_norm, count):
         norm, expected = step.apply(lr), truth.apply(lr)
         torch.testing.assert_close(norm.double(), expected.double(), rtol=1e-4, atol=0)
     assert_same(step, truth, 1e-5, weights)
-    assert float((weights["w_enc"] - step.weights["w_enc"]).norm()) > 0.1  # it did train
+    moved = float((weights["w_enc"] - step.weights["w_enc"]).norm())
+    assert moved > 1000 * 1e-5  # it did train: a thousand times what may differ
     if unit_norm:
         torch.testing.assert_close(
             step.weights["w_dec"].norm(dim=1), torch.ones(HEADS * M * N, device=DEVICE)
