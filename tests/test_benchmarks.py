@@ -132,7 +132,8 @@ def test_a_shape_that_fails_costs_only_itself(monkeypatch, tmp_path, capsys):
     first, second = json.loads(file.read_text())["shapes"]
     assert first["failed"] and "median_ms" not in first
     assert "kron" in second["median_ms"]
-    assert "kron encode / kron product at most 1.25: " in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "kron encode / kron product  " in out and "MISSED" not in out  # goals are a GPU's
 
 
 def test_another_process_is_replaced_when_it_dies():
@@ -427,11 +428,7 @@ def test_rehearsal_of_the_script_for_a_gpu(tmp_path, monkeypatch):
     assert figures["memory"][0]["contender"] == "kron fused"
     text = (tmp_path / "summary.md").read_text()
     words = ["| profile | ok |", "all kernels", "tokens for equal FLOPs", "toy: d 16"]
-    words += [
-        "kron encode / kron product at most 1.25: ",
-        "checks of values and gradients",
-        "ZeroDivisionError",
-    ]
+    words += ["checks of values and gradients", "ZeroDivisionError"]
     for found in words:
         assert found in text
     assert {path.name for path in tmp_path.iterdir()} == {

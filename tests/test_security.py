@@ -9,6 +9,7 @@ import contextlib
 import json
 import resource
 import shutil
+import sys
 from pathlib import Path
 
 import cached
@@ -175,8 +176,10 @@ KINDS = {
 def hostile(request, plain_model, tmp_path, monkeypatch):
     """A model's folder with code that leaves a file `ran`, and that file."""
     file, auto_map, others = request.param
-    # transformers copies the code there before it is run.
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", tmp_path / "modules")
+    # transformers copies the code there before it is run, and adds it to the path.
+    modules = str(tmp_path / "modules")
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", modules)
+    monkeypatch.setattr(sys, "path", list(sys.path))
     folder = tmp_path / "model"
     folder.mkdir()
     for path in plain_model.iterdir():
