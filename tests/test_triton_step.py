@@ -15,7 +15,7 @@ from kronsae_kernels.step import TrainingStep
 
 pytest.importorskip("triton")
 
-D, HEADS, M, N, K, B = 12, 4, 2, 3, 3, 6
+D, HEADS, M, N, K, B = 12, 3, 2, 3, 3, 6
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 Weights = dict[str, Tensor]
@@ -167,7 +167,7 @@ def test_steps_equal_autograd_and_adamw(dense, unit_norm, count):
         torch.testing.assert_close(norm.double(), expected.double(), rtol=1e-4, atol=0)
     assert_same(step, truth, 1e-5, weights)
     moved = float((weights["w_enc"] - step.weights["w_enc"]).norm())
-    assert moved > 1000 * 1e-5  # it did train: a thousand times what may differ
+    assert moved > 0.05  # it did train: thousands of times what may differ
     if unit_norm:
         torch.testing.assert_close(
             step.weights["w_dec"].norm(dim=1), torch.ones(HEADS * M * N, device=DEVICE)
@@ -240,7 +240,7 @@ def test_many_codes_are_decoded_in_two_gathers(monkeypatch):
 )
 def test_masks_of_fewer_than_k(dense, one_gather, monkeypatch):
     """k stays as it is; what is left over adds nothing, where a silent latent is sqrt(eps), too."""
-    monkeypatch.setattr(fused, "MAX_FUSED_CODES", 24 if one_gather else 2)
+    monkeypatch.setattr(fused, "MAX_FUSED_CODES", 18 if one_gather else 2)
     weights, settings = new_weights(dense), {} if dense else {"eps": 1e-2}
     truth, step = Autograd(weights, **settings), make(copy_of(weights), **settings)
     for number, x in enumerate(batches(3)):
@@ -262,7 +262,7 @@ def test_masks_of_fewer_than_k(dense, one_gather, monkeypatch):
 
 NESTED = {
     "kron": {"bounds": [6, 12, HEADS * M * N], "eps": 1e-2},
-    "kron-mul": {"bounds": [1, 2, 3, 20, HEADS * M * N], "composition": "mul"},
+    "kron-mul": {"bounds": [1, 2, 3, 15, HEADS * M * N], "composition": "mul"},
     "dense": {"bounds": [HEADS * M * N]},
 }
 
@@ -684,9 +684,9 @@ def test_weights_that_others_changed_are_read_anew():
     "bounds, what",
     [
         pytest.param(None, "x", id="plain-x"),
-        pytest.param([6, 24], "target", id="nested-target"),
+        pytest.param([6, 18], "target", id="nested-target"),
         pytest.param(None, "target", id="plain-target", marks=pytest.mark.slow),
-        pytest.param([6, 24], "x", id="nested-x", marks=pytest.mark.slow),
+        pytest.param([6, 18], "x", id="nested-x", marks=pytest.mark.slow),
     ],
 )
 def test_nothing_changes_where_something_is_not_finite(what, bounds):
@@ -769,17 +769,17 @@ def changed(**changes: Any) -> Weights:
     "weights, settings, words",
     [
         (changed(b_dec=torch.zeros(D + 1)), {}, ["b_dec", f"[{D}]", f"[{D + 1}]"]),
-        (changed(w_dec=torch.zeros(5, D)), {}, ["w_dec", "24", "5"]),
-        (changed(w_dec=torch.zeros(24, D).double()), {}, ["w_dec", "float32", "float64"]),
+        (changed(w_dec=torch.zeros(5, D)), {}, ["w_dec", "18", "5"]),
+        (changed(w_dec=torch.zeros(18, D).double()), {}, ["w_dec", "float32", "float64"]),
         (changed(w_enc=torch.zeros(HEADS, M + N, D)), {}, ["row-major over heads"]),
         ({}, {"m": M + N}, ["m:", "5 rows a head"]),
-        ({}, {"k": 0}, ["k:", "24", "got 0"]),
-        ({}, {"k": 25}, ["k:", "24", "got 25"]),
+        ({}, {"k": 0}, ["k:", "18", "got 0"]),
+        ({}, {"k": 19}, ["k:", "18", "got 19"]),
         ({}, {"composition": "xor"}, ["composition", "'xor'"]),
         ({}, {"eps": -1.0}, ["eps", "-1.0"]),
         ({}, {"eps": "0"}, ["eps:", "number", "'0' (str)"]),
-        ({}, {"k": True}, ["k:", "integer in [1, 24]", "True (bool)"]),
-        ({}, {"k": torch.tensor(3)}, ["k:", "integer in [1, 24]", "tensor(3) (torch.Tensor)"]),
+        ({}, {"k": True}, ["k:", "integer in [1, 18]", "True (bool)"]),
+        ({}, {"k": torch.tensor(3)}, ["k:", "integer in [1, 18]", "tensor(3) (torch.Tensor)"]),
         ({}, {"unit_norm": "yes"}, ["unit_norm", "'yes' (str)"]),
         ({}, {"ranks": 3}, ["ranks: expected rank, size, sum and gather", "3"]),
         ({}, {"state": 5}, ["state: expected a mapping, got 5"]),
@@ -797,10 +797,10 @@ def changed(**changes: Any) -> Weights:
         ({}, {"adam_eps": math.inf}, ["adam_eps:", "finite", "inf"]),
         ({}, {"weight_decay": -1.0}, ["weight_decay:", ">= 0", "-1.0"]),
         ({}, {"weight_decay": math.nan}, ["weight_decay:", "finite", "nan"]),
-        ({}, {"silent": torch.zeros(24)}, ["silent:", "int64", "torch.float32"]),
-        ({}, {"silent": torch.zeros(5).long()}, ["silent:", "[F] = [24]", "[5]"]),
-        ({}, {"silent": torch.zeros(24, 2).long()[:, 0]}, ["silent:", "contiguous", "stride 2"]),
-        ({}, {"silent": [0] * 24}, ["silent:", "tensor", "[0, 0, "]),
+        ({}, {"silent": torch.zeros(18)}, ["silent:", "int64", "torch.float32"]),
+        ({}, {"silent": torch.zeros(5).long()}, ["silent:", "[F] = [18]", "[5]"]),
+        ({}, {"silent": torch.zeros(18, 2).long()[:, 0]}, ["silent:", "contiguous", "stride 2"]),
+        ({}, {"silent": [0] * 18}, ["silent:", "tensor", "[0, 0, "]),
     ],
     ids=lambda value: None,
 )
@@ -824,27 +824,27 @@ def test_errors_of_the_constructor(weights, settings, words):
         ({"x": torch.zeros(3, D), "bias": "no"}, ["bias", "'no' (str)"]),
         ({"x": torch.zeros(0, D)}, ["x:", "B >= 1"]),
         ({"x": torch.zeros(3, D), "target": torch.zeros(2, D)}, ["target", "[2, 12]"]),
-        ({"x": torch.zeros(3, D), "mask": torch.ones(5, dtype=torch.bool)}, ["mask", "24", "5"]),
-        ({"x": torch.zeros(3, D), "k": 25}, ["k:", "24", "25"]),
-        ({"x": torch.zeros(3, D), "width": 2}, ["width", "k = 3 to F = 24", "2"]),
-        ({"x": torch.zeros(3, D), "width": 4, "mask": torch.ones(24).bool()}, ["mask", "width"]),
+        ({"x": torch.zeros(3, D), "mask": torch.ones(5, dtype=torch.bool)}, ["mask", "18", "5"]),
+        ({"x": torch.zeros(3, D), "k": 19}, ["k:", "18", "19"]),
+        ({"x": torch.zeros(3, D), "width": 2}, ["width", "k = 3 to F = 18", "2"]),
+        ({"x": torch.zeros(3, D), "width": 4, "mask": torch.ones(18).bool()}, ["mask", "width"]),
         ({"x": np.zeros((3, D))}, ["x:", "tensor", "numpy.ndarray"]),
         ({"x": torch.zeros(3, D), "target": [0.0]}, ["target:", "tensor", "[0.0]"]),
-        ({"x": torch.zeros(3, D), "mask": np.ones(24, bool)}, ["mask:", "tensor", "numpy.ndarray"]),
+        ({"x": torch.zeros(3, D), "mask": np.ones(18, bool)}, ["mask:", "tensor", "numpy.ndarray"]),
         ({"x": torch.zeros(3, D), "k": True}, ["k:", "integer", "True (bool)"]),
         ({"x": torch.zeros(3, D), "width": 4.0}, ["width:", "integer", "4.0"]),
         ({"x": torch.zeros(3, D), "weight": math.nan}, ["weight:", "finite", "nan"]),
         ({"x": torch.zeros(3, D), "weight": "1"}, ["weight:", "number", "'1' (str)"]),
         ({"x": torch.zeros(3, D), "weight": torch.ones(2)}, ["weight:", "scalar", "[2]"]),
         ({"x": torch.zeros(3, D), "weight": torch.tensor(1)}, ["weight:", "floating", "int64"]),
-        ({"x": torch.zeros(3, D), "bounds": 24}, ["bounds:", "ascending integers", "24"]),
-        ({"x": torch.zeros(3, D), "bounds": [True, 24]}, ["bounds:", "integers", "[True, 24]"]),
+        ({"x": torch.zeros(3, D), "bounds": 18}, ["bounds:", "ascending integers", "18"]),
+        ({"x": torch.zeros(3, D), "bounds": [True, 18]}, ["bounds:", "integers", "[True, 18]"]),
         (
-            {"x": torch.zeros(3, D), "bounds": torch.tensor([6, 24])},
-            ["bounds:", "ascending integers", "tensor([ 6, 24]) (torch.Tensor)"],
+            {"x": torch.zeros(3, D), "bounds": torch.tensor([6, 18])},
+            ["bounds:", "ascending integers", "tensor([ 6, 18]) (torch.Tensor)"],
         ),
         ({"x": torch.zeros(3, D), "bounds": []}, ["bounds", "ascending", "[]"]),
-        ({"x": torch.zeros(3, D), "bounds": [5, 23]}, ["bounds", "F = 24", "[5, 23]"]),
+        ({"x": torch.zeros(3, D), "bounds": [5, 17]}, ["bounds", "F = 18", "[5, 17]"]),
     ],
     ids=lambda value: None,
 )
@@ -860,7 +860,7 @@ def test_errors_of_accumulate(arguments, words):
 
 def test_a_transcoder_needs_a_target():
     step = make(
-        changed(w_dec=torch.zeros(24, D + 2).to(DEVICE), b_dec=torch.zeros(D + 2).to(DEVICE))
+        changed(w_dec=torch.zeros(18, D + 2).to(DEVICE), b_dec=torch.zeros(D + 2).to(DEVICE))
     )
     x = torch.zeros(3, D, device=DEVICE)
     for target, words in ((None, rf"target: expected .B, {D + 2}."), (x, r"target: .*\[3, 14\]")):
