@@ -247,7 +247,10 @@ def test_auxk_target_is_detached_and_normalised():
     assert codes.values.shape == (64, 4) and part.item() < 0.6
 
 
-@pytest.mark.parametrize("config", [KRON, DENSE], ids=["kron", "dense"])
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(KRON, id="kron"), pytest.param(DENSE, id="dense", marks=pytest.mark.slow)],
+)
 def test_dead_latents_come_back_to_life(config):
     """48 features, 3/4 of 128 latents silenced: the auxiliary loss wakes those that are needed."""
     revived, explained = {}, {}

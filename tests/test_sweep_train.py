@@ -48,7 +48,8 @@ def test_a_members_config_repeats_it_alone(whole, tmp_path):
     _same_result(tmp_path / "run", out / "k4")
 
 
-@pytest.mark.parametrize("count", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [1, 2])
 def test_kill_9_and_resume(count, whole, tmp_path):
     """Killed around a checkpoint, which has several parts, and resumed: the same files."""
     out = tmp_path / "sweep"

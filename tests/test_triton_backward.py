@@ -16,7 +16,7 @@ from kronsae_kernels.triton_impl.device import hashed as hashed_by_kernel
 from kronsae_kernels.triton_impl.device import rounded_by_chance as rounded_by_kernel
 
 CASES = 200
-DRAWN_PARTS = [pytest.param(part, marks=[pytest.mark.slow] * (part > 0)) for part in range(4)]
+DRAWN_PARTS = [pytest.param(part, marks=[pytest.mark.slow] * (part > 0)) for part in range(8)]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -138,7 +138,7 @@ ODD = (1, 2, 3, 5, 8, 16, 17, 33, 37, 40, 48)
 @pytest.mark.parametrize("part", DRAWN_PARTS)
 def test_rows(part, device):
     """Pieces that are whole and not, segments, empty rows, one token, each mode and dtype."""
-    for case in range(part * CASES // 4, (part + 1) * CASES // 4):
+    for case in range(part, CASES, 8):
         drawn = Drawn(case, device)
         with (
             configs.override("segments", ROW_LENGTH=drawn.one_of((1, 3, 4, 8, 100))),
@@ -217,7 +217,7 @@ def check_heads(drawn: Drawn, what: str, h: int, m: int, n: int, d: int, tokens:
 @pytest.mark.parametrize("part", DRAWN_PARTS)
 def test_heads(part, device, monkeypatch):
     """Extension rows of one program and of several, segments, empty runs, each mode and dtype."""
-    for case in range(part * CASES // 4, (part + 1) * CASES // 4):
+    for case in range(part, CASES, 8):
         drawn = Drawn(case, device)
         monkeypatch.setattr(operations, "MAX_EXTENSIONS", drawn.one_of((1, 2, 3, 16)))
         pieces = {"PIECES": drawn.one_of((1, 2)), "WIDTH": 8}

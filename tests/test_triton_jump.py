@@ -123,7 +123,9 @@ def test_drawn_sums_of_entries(part):
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("part", range(4))
+@pytest.mark.parametrize(
+    "part", [pytest.param(part, marks=[pytest.mark.slow] * (part > 0)) for part in range(4)]
+)
 def test_drawn_widths(part, monkeypatch):
     """With a width the same latents, as far as they fit, and nobody waits for the device."""
     for seed in range(part, 60, 4):

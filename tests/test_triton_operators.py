@@ -77,7 +77,9 @@ def fresh_compiler():
 
 @pytest.mark.usefixtures("fresh_compiler", "triton_by_default")
 @pytest.mark.parametrize("dynamic", [False, True])
-@pytest.mark.parametrize("function", [autoencoder, dense_autoencoder])
+@pytest.mark.parametrize(
+    "function", [autoencoder, pytest.param(dense_autoencoder, marks=pytest.mark.slow)]
+)
 def test_compiled_equals_eager(function, dynamic, device):
     compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     weights = [on(device)(weight) for weight in parameters()]

@@ -20,7 +20,7 @@ from kronsae_kernels import (
 )
 from kronsae_kernels.triton_impl import configs, operations
 
-B, D, H, M, N, K = 7, 37, 5, 2, 3, 11
+B, D, H, M, N, K = 7, 37, 3, 2, 3, 7
 F = H * M * N
 
 
@@ -28,7 +28,7 @@ F = H * M * N
 def small_blocks():
     with (
         configs.override("select_heads", PER_PROGRAM=16, LANES=16),
-        configs.override("segments", ROW_LENGTH=4, HEAD_LENGTH=16),
+        configs.override("segments", ROW_LENGTH=3, HEAD_LENGTH=8),
         configs.override("count_above", HEADS=2),
     ):
         yield
