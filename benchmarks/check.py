@@ -12,13 +12,12 @@ import multiprocessing
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from benchmarks.flags import positive
+from benchmarks.flags import new_file, positive, usable_device
 from benchmarks.measure import describe, reason
 from benchmarks.shapes import GOAL_SHAPES, SHAPES, Shape, batches
 from benchmarks.steps import LOSSES, training_step, why_not_fused
@@ -236,14 +235,14 @@ def checked(name: str, device: torch.device, smallest: bool) -> list[dict[str, A
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("benchmarks.check", description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=usable_device, default="auto")
     parser.add_argument("--smallest", action="store_true", help="two small cases")
     parser.add_argument(
         "--workers", type=positive, default=1, help="processes, a fresh one a check"
     )
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all errors here")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="write all errors here")
     options = parser.parse_args(arguments)
-    device = torch.device(options.device)
+    device = options.device
     where, reason_not = describe(device), why_not_fused(device)
     names = [
         name

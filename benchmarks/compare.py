@@ -10,13 +10,12 @@ import argparse
 import json
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from benchmarks import floors
-from benchmarks.flags import positive
+from benchmarks.flags import new_file, positive, positive_seconds, usable_device
 from benchmarks.floors import Ceilings, assumed_ceilings, measure_ceilings
 from benchmarks.measure import (
     Apart,
@@ -60,13 +59,20 @@ OURS = ("kron graphed", "kron fused", "kron")
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("benchmarks.compare", description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", nargs="+", default=["S1", "S2"], choices=SHAPES)
-    parser.add_argument("--rounds", type=positive, default=7)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no more then")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all times here")
+    parser.add_argument(
+        "--shape", nargs="+", default=["S1", "S2"], choices=SHAPES, help="default: S1 S2"
+    )
+    parser.add_argument("--rounds", type=positive, default=7, help="default: 7")
+    parser.add_argument("--device", type=usable_device, default="auto", help="default: auto")
+    parser.add_argument(
+        "--seconds",
+        type=positive_seconds,
+        default=float("inf"),
+        help="nothing new is started after so many",
+    )
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="write all times here")
     options = parser.parse_args(arguments)
-    device = torch.device(options.device)
+    device = options.device
     end = time.monotonic() + options.seconds
     where = describe(device)
     call = Apart() if device.type == "cuda" else here
@@ -138,6 +144,7 @@ def table(shape: Shape, found: Comparison, device: torch.device) -> str:
             f"{name:34}{timing.median_ms:9.2f}{f'{low:.2f} .. {high:.2f}':>20}{rate:13,.0f}"
             + (f"{peak / 2**30:10.2f}" if peak else "")
         )
+    lines.append(f"\n{'time / time':34}{'ratio':>9}{'quartiles':>20}")
     for a, b in pairs_to_compare(found.timings, device):
         middle, low, high = ratio(found.timings, a, b)
         lines.append(f"{f'{a} / {b}':34}{middle:9.2f}{f'{low:.2f} .. {high:.2f}':>20}")

@@ -2,9 +2,12 @@
 
 import argparse
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
 
 
 def positive(text: str) -> int:
@@ -12,6 +15,35 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"expected an integer of at least 1, got {text!r}")
     return int(text)
+
+
+def positive_seconds(text: str) -> float:
+    """A number above 0."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not found > 0:
+        raise argparse.ArgumentTypeError(f"expected a number of seconds above 0, got {text!r}")
+    return found
+
+
+def usable_device(text: str) -> torch.device:
+    """A device that can be used; "auto" is a GPU where there is one."""
+    from kronsae.errors import InputError
+    from kronsae.fit import resolve_device
+
+    try:
+        return resolve_device(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def new_file(text: str) -> Path:
+    """A file that can be written: its folder is there, before any work is done."""
+    if Path(text).is_dir() or not Path(text).parent.is_dir():
+        raise argparse.ArgumentTypeError(f"expected a file in a folder that exists, got {text!r}")
+    return Path(text)
 
 
 def written_by(benchmark: str, key: str) -> Callable[[str], dict[str, Any]]:

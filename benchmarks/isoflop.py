@@ -11,12 +11,12 @@ import itertools
 import json
 import math
 import time
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from benchmarks.flags import new_file, positive_seconds, usable_device
 from benchmarks.floors import measure_ceilings
 from benchmarks.measure import Memory, alone, describe, reason, rotating
 from benchmarks.shapes import Shape, batches
@@ -86,14 +86,16 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("benchmarks.isoflop", description=__doc__.splitlines()[0])
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--grid", choices=GRIDS, default=default)
-    parser.add_argument("--device", default=default)
+    parser.add_argument("--device", type=usable_device, default="auto")
     parser.add_argument("--m", type=int, default=4)
     parser.add_argument("--n", type=int, default=4)
     parser.add_argument("--listing", action="store_true", help="time the paper's listing, too")
-    parser.add_argument("--seconds", type=float, default=120.0, help="start no cell after this")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all cells here")
+    parser.add_argument(
+        "--seconds", type=positive_seconds, default=120.0, help="start no cell after this"
+    )
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="write all cells here")
     options = parser.parse_args(arguments)
-    device, grid = torch.device(options.device), GRIDS[options.grid]
+    device, grid = options.device, GRIDS[options.grid]
     end = time.monotonic() + options.seconds
     if grid is not GRIDS["cuda"]:
         print(f"a reduced grid, not the paper's Fig. 8: {grid}")

@@ -11,7 +11,6 @@ import json
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from benchmarks.flags import new_file, usable_device
 from benchmarks.measure import Memory, describe, reason
 from benchmarks.shapes import SHAPES, Shape, activations
 from benchmarks.steps import CONTENDERS, LOSSES, Step
@@ -304,10 +304,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("benchmarks.memory", description=__doc__.splitlines()[0])
     parser.add_argument("--shape", nargs="+", default=["P3"], choices=SHAPES)
     parser.add_argument("--contender", nargs="+", default=list(COUNTED[:2]), choices=COUNTED)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all counts here")
+    parser.add_argument("--device", type=usable_device, default="auto")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="write all counts here")
     options = parser.parse_args(arguments)
-    device = torch.device(options.device)
+    device = options.device
     result = {"where": describe(device), "memory": []}
     for name in options.shape:
         for contender in options.contender:

@@ -42,6 +42,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from benchmarks.flags import positive_seconds
 from benchmarks.shapes import GOAL_SHAPES
 from benchmarks.stalls import tool
 
@@ -175,7 +176,7 @@ def parts(raw: Path, commands: list[str], smallest: bool) -> list[Part]:
 def run(part: Part, limit: float, logs: Path) -> Done:
     """Run a part for at most `limit` seconds; what it started ends with it."""
     log, began = logs / f"{part.name}.txt", time.monotonic()
-    soft = f"{0.8 * limit - 5:.0f}"
+    soft = f"{max(1.0, 0.8 * limit - 5):.0f}"
     command = [soft if word == SECONDS else word for word in part.command]
     if shutil.which(command[0]) is None:
         return Done(part.name, f"{command[0]} is not on the path", 0.0, "")
@@ -328,7 +329,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--out", type=Path, required=True, metavar="DIR", help="folder of the results, a new one"
     )
     parser.add_argument(
-        "--seconds", type=float, default=520.0, metavar="S",
+        "--seconds", type=positive_seconds, default=520.0, metavar="S",
         help="the whole takes at most this long; default: 520",
     )  # fmt: skip
     parser.add_argument("--only", nargs="+", metavar="PART", help="these parts alone, see below")

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.flags import positive
+from benchmarks.flags import new_file, positive, positive_seconds, usable_device
 from benchmarks.measure import describe, synchronize
 from kronsae.config import DataConfig, SAEConfig, TrainConfig
 from kronsae.data import LanguageModel, LanguageModelActivations
@@ -217,7 +217,7 @@ def table(found: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("benchmarks.overlap", description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--device", type=usable_device, default="auto")
     parser.add_argument(
         "--model", default="embedded", help="ours, or one of MODELS, or with --layer N"
     )
@@ -230,10 +230,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--contexts-per-batch", type=int, default=16)
     parser.add_argument("--buffer-tokens", type=int, default=16_384)
     parser.add_argument("--rounds", type=positive, default=5)
-    parser.add_argument("--seconds", type=float, default=120, help="no new round after these")
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument(
+        "--seconds", type=positive_seconds, default=120, help="no new round after these"
+    )
+    parser.add_argument("--json", type=new_file, metavar="FILE")
     options = parser.parse_args(arguments)
-    device = resolve_device(options.device)
+    device = options.device
     model_device = resolve_device(options.model_device or str(device))
     dtype = torch.bfloat16 if model_device.type == "cuda" else torch.float32
     if options.model in MODELS:

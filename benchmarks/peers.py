@@ -1,4 +1,4 @@
-"""Other libraries' TopK training steps, as their trainers run them: `pip install 'kronsae[peers]'`.
+"""Other libraries' TopK training steps, as their trainers run them: `pip install -e '.[peers]'`.
 
 Each starts from the weights it is given and keeps its own optimizer, schedule, clipping, decoder
 norm and bookkeeping of dead latents (no latent is dead yet, so no auxiliary loss is computed).
@@ -156,7 +156,7 @@ PEERS = {
 def why_not(name: str) -> str | None:
     """Why a peer cannot run: not installed. (Another package is called sparsify, too.)"""
     if importlib.util.find_spec(PEERS[name].package) is None or version(name) is None:
-        return f"{name} is not installed: pip install 'kronsae[peers]'"
+        return f"{name} is not installed: pip install -e '.[peers]'"
     return None
 
 

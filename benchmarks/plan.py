@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.flags import positive
+from benchmarks.flags import new_file, positive, usable_device
 from benchmarks.measure import describe, synchronize
 from kronsae.calibrate import kill
 from kronsae.cli import build
@@ -220,14 +220,14 @@ def row(one: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("benchmarks.plan", description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--device", type=usable_device, default="auto")
     parser.add_argument("--clock", choices=tuple(CLOCKS), default=None)
     parser.add_argument("--rounds", type=positive, default=3)
     parser.add_argument("--only", nargs="+", default=list(CONFIGURATIONS), metavar="NAME")
-    parser.add_argument("--json", type=Path, metavar="FILE")
+    parser.add_argument("--json", type=new_file, metavar="FILE")
     parser.add_argument("--child", choices=("memory", "time"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    device = str(resolve_device(options.device))
+    device = str(options.device)
     clock = options.clock or ("cpu" if device == "cpu" else "wall")
     if options.child:
         [name] = options.only

@@ -17,6 +17,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks.flags import new_file, positive_seconds, usable_device
 from benchmarks.floors import (
     Ceilings,
     Work,
@@ -131,13 +132,18 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--contender", nargs="+", choices=CONTENDERS, help="default: our fastest KronSAE"
     )
-    parser.add_argument("--device", default="cuda" if gpu else "cpu")
+    parser.add_argument("--device", type=usable_device, default="auto")
     parser.add_argument("--predicted", type=Path, metavar="FILE", help="of benchmarks.predict")
     parser.add_argument("--once", action="store_true", help="train twice, measure nothing")
-    parser.add_argument("--seconds", type=float, default=float("inf"), help="start no more then")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all times here")
+    parser.add_argument(
+        "--seconds",
+        type=positive_seconds,
+        default=float("inf"),
+        help="nothing new is started after so many",
+    )
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="write all times here")
     options = parser.parse_args(arguments)
-    device = torch.device(options.device)
+    device = options.device
     end = time.monotonic() + options.seconds
     contenders = options.contender or [best_of_ours("kron", device)]
     pairs = [(SHAPES[name], contender) for name in options.shape for contender in contenders]

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.flags import positive, written_by
+from benchmarks.flags import new_file, positive, positive_seconds, usable_device, written_by
 from benchmarks.floors import graphed
 from benchmarks.measure import (
     Apart,
@@ -452,7 +452,7 @@ def main(arguments: list[str] | None = None) -> None:
     order = list(dict.fromkeys([*FIRST, *KERNELS]))
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=order)
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=GOAL_SHAPES)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=usable_device, default="auto")
     parser.add_argument(
         "--most", type=positive, default=100, help="alternatives of a kernel at most"
     )
@@ -462,13 +462,18 @@ def main(arguments: list[str] | None = None) -> None:
         help="measure nothing: take what --json wrote",
     )  # fmt: skip
     parser.add_argument("--write", action="store_true", help="put better ones into configs.json")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write all times here")
-    parser.add_argument("--seconds", type=float, default=300.0, help="start no more then")
+    parser.add_argument("--json", type=new_file, metavar="FILE", help="write all times here")
+    parser.add_argument(
+        "--seconds",
+        type=positive_seconds,
+        default=300.0,
+        help="nothing new is started after so many",
+    )
     options = parser.parse_args(arguments)
     if options.read:
         result = options.read
     else:
-        device = torch.device(options.device)
+        device = options.device
         if why := backends.why_not("triton", device):
             parser.error(f"cannot run on {device}: {why}")
         result = search(options, device)

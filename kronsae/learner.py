@@ -161,7 +161,8 @@ def check_step(
         raise InputError(f"fused_step 'on': {reason}")
     if config.moments != "float32":
         raise InputError(
-            f"moments {config.moments!r} needs the fused step: {reason}. Leave it out (float32)"
+            f"moments {config.moments!r} needs the fused step, which this run does not take "
+            f"({reason}): leave --moments out, for float32"
         )
     return reason
 

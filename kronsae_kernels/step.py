@@ -160,8 +160,9 @@ class TrainingStep:
         first was so. Until somebody sets both to 0, no call makes one: the batches of the last
         calls can be given again in their order, with a larger `width`.
     skips: float32 [4] on the device, of calls of `apply` that made no step as something was not
-        finite: how many in a row, up to now; the most in a row; all of them; the largest magnitude
-        in x at the first. Whoever reads the last three may set them to 0.
+        finite: how many in a row, up to now; the most in a row; all of them; at the first, the
+        largest magnitude in what its first `accumulate` took. Whoever reads the last three may set
+        them to 0.
 
     Raises ValueError for wrong shapes, dtypes, devices, layouts or numbers, RuntimeError if it
     cannot run here. Results are deterministic. May be captured in a CUDA graph (see `apply`).

@@ -1,5 +1,6 @@
 """The benchmarks run, at a toy shape, and refuse to time what is wrong."""
 
+import importlib
 import importlib.util
 import json
 import os
@@ -72,6 +73,27 @@ def compared(**options):
     from benchmarks.shapes import SHAPES
 
     return measure.compare_steps(SHAPES["toy"], CPU, rounds=1, warmup=0, **options)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--device", "foo"], "argument --device: device 'foo' cannot be used"),
+        (["--device", "mps"], "argument --device: device 'mps' cannot be used"),
+        (["--seconds", "-5"], "argument --seconds: expected a number of seconds above 0"),
+        (["--seconds", "nan"], "argument --seconds: expected a number of seconds above 0"),
+        (["--json", "{folder}"], "argument --json: expected a file"),
+        (["--json", "{folder}/none/x.json"], "argument --json: expected a file in a folder that"),
+    ],
+)
+@pytest.mark.parametrize("name", ["compare", "profile", "tune", "isoflop", "overlap"])
+def test_wrong_arguments_are_said_before_anything_is_timed(
+    name, arguments, words, tmp_path, capsys
+):
+    module = importlib.import_module(f"benchmarks.{name}")
+    with pytest.raises(SystemExit) as left:
+        module.main([argument.format(folder=tmp_path) for argument in arguments])
+    assert left.value.code == 2 and words in capsys.readouterr().err
 
 
 def test_wrong_step_reports_no_time(monkeypatch):
@@ -320,7 +342,7 @@ def test_absent_peers_say_how_to_install_them(monkeypatch):
     monkeypatch.setattr(peers, "version", lambda name: None)
     found = compared()
     for name in peers.PEERS:
-        assert "kronsae[peers]" in found.skipped[name]
+        assert ".[peers]" in found.skipped[name]
 
 
 def test_peer_that_cannot_be_imported_costs_only_itself(monkeypatch):

@@ -1,6 +1,6 @@
 """Exports loaded by the libraries they are for, and what these make of them.
 
-Needs sae-lens, eai-sparsify or dictionary-learning (pip install 'kronsae[peers]'): each test is
+Needs sae-lens, eai-sparsify or dictionary-learning (pip install -e '.[peers]'): each test is
 skipped where its library is missing.
 """
 

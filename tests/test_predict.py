@@ -129,6 +129,9 @@ def test_bytes_of_a_weight_by_the_dtype_of_its_moments():
         (["--measured", "pyproject.toml"], "wrote, got pyproject.toml: Expecting value"),
         (["--measured", "{folder}/other.json"], "other.json has no 'profiles'"),
         (["--measured", "{folder}/toy.json"], "no times of G1, G2, but of toy"),
+        (["--update", "--shape", "toy"], "leave out --shape, --card and --moments"),
+        (["--update", "--card", "sm_80"], "leave out --shape, --card and --moments"),
+        (["--json", "{folder}/none/x.json"], "--json: expected a file in a folder that exists"),
     ],
 )
 def test_wrong_arguments_are_said_before_anything_is_compiled(
@@ -163,6 +166,12 @@ def test_table_names_every_kernel_and_goal(found):
         )
         other = predict.verdicts({**one, "card": "sm_100"})
         assert "of the floor" in other[0] and not any("as fast as" in line for line in other)
+        small = predict.verdicts({**one, "shape": {**one["shape"], "name": "S1"}})
+        assert " at most " in other[0] and not any(" at most " in line for line in small)
+        for row in one["rows"]:  # what the table shows gives what is expected
+            bounds = [row[f"{kind}_ms"] for kind in ("issue", "latency", "bytes")]
+            launched = predict.RAMP_MS * row["launches"]
+            assert predict.together(*bounds) + launched == pytest.approx(row["expected_ms"])
 
 
 @pytest.mark.slow
