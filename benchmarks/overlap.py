@@ -256,7 +256,10 @@ def main(arguments: list[str] | None = None) -> None:
         tokens=10**9, batch_size=options.batch_size, device=str(device), warmup_fraction=0.0
     )
     found = compare(model, data, sae, train_config, options.rounds, device, options.seconds)
-    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(options).items()}
+    settings = {
+        name: str(value) if isinstance(value, (Path, torch.device)) else value
+        for name, value in vars(options).items()
+    }
     found = {"where": describe(device), "settings": settings, **found}
     if options.json:
         options.json.write_text(json.dumps(found, indent=1) + "\n")
