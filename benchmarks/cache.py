@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 import torch
 
-from benchmarks.flags import new_file, positive
+from benchmarks.flags import output_file, positive
 from benchmarks.measure import describe
 from kronsae.cache import CacheActivations, CacheIndex, Hookpoint
 from kronsae.cache.index import INDEX_NAME, Shard, file_name, write_tensors
@@ -257,7 +257,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--sizes", type=int, nargs="+", default=[32, 128, 512], help="shards, for memory"
     )
     parser.add_argument("--folder", type=Path, help="where the disk is (default: temporary files)")
-    parser.add_argument("--json", type=new_file, metavar="FILE", help="write all figures here")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write all figures here")
     parser.add_argument("--read", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.read:

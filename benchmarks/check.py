@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.flags import new_file, positive, usable_device
+from benchmarks.flags import output_file, positive, usable_device
 from benchmarks.measure import describe, reason
 from benchmarks.shapes import GOAL_SHAPES, SHAPES, Shape, batches
 from benchmarks.steps import LOSSES, training_step, why_not_fused
@@ -240,7 +240,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--workers", type=positive, default=1, help="processes, a fresh one a check"
     )
-    parser.add_argument("--json", type=new_file, metavar="FILE", help="write all errors here")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write all errors here")
     options = parser.parse_args(arguments)
     device = options.device
     where, reason_not = describe(device), why_not_fused(device)

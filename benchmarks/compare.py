@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks import floors
-from benchmarks.flags import new_file, positive, positive_seconds, usable_device
+from benchmarks.flags import output_file, positive, positive_seconds, usable_device
 from benchmarks.floors import Ceilings, assumed_ceilings, measure_ceilings
 from benchmarks.measure import (
     Apart,
@@ -70,7 +70,7 @@ def main(arguments: list[str] | None = None) -> None:
         default=float("inf"),
         help="nothing new is started after so many",
     )
-    parser.add_argument("--json", type=new_file, metavar="FILE", help="write all times here")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write all times here")
     options = parser.parse_args(arguments)
     device = options.device
     end = time.monotonic() + options.seconds

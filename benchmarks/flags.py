@@ -39,8 +39,8 @@ def usable_device(text: str) -> torch.device:
         raise argparse.ArgumentTypeError(str(error)) from error
 
 
-def new_file(text: str) -> Path:
-    """A file that can be written: its folder is there, before any work is done."""
+def output_file(text: str) -> Path:
+    """A file to write: its folder exists. (Else all that was measured would be lost at the end.)"""
     if Path(text).is_dir() or not Path(text).parent.is_dir():
         raise argparse.ArgumentTypeError(f"expected a file in a folder that exists, got {text!r}")
     return Path(text)

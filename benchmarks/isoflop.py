@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.flags import new_file, positive_seconds, usable_device
+from benchmarks.flags import output_file, positive_seconds, usable_device
 from benchmarks.floors import measure_ceilings
 from benchmarks.measure import Memory, alone, describe, reason, rotating
 from benchmarks.shapes import Shape, batches
@@ -93,7 +93,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--seconds", type=positive_seconds, default=120.0, help="start no cell after this"
     )
-    parser.add_argument("--json", type=new_file, metavar="FILE", help="write all cells here")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write all cells here")
     options = parser.parse_args(arguments)
     device, grid = options.device, GRIDS[options.grid]
     end = time.monotonic() + options.seconds

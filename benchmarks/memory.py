@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.flags import new_file, usable_device
+from benchmarks.flags import output_file, usable_device
 from benchmarks.measure import Memory, describe, reason
 from benchmarks.shapes import SHAPES, Shape, activations
 from benchmarks.steps import CONTENDERS, LOSSES, Step
@@ -305,7 +305,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--shape", nargs="+", default=["P3"], choices=SHAPES)
     parser.add_argument("--contender", nargs="+", default=list(COUNTED[:2]), choices=COUNTED)
     parser.add_argument("--device", type=usable_device, default="auto")
-    parser.add_argument("--json", type=new_file, metavar="FILE", help="write all counts here")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write all counts here")
     options = parser.parse_args(arguments)
     device = options.device
     result = {"where": describe(device), "memory": []}

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.flags import new_file, positive, positive_seconds, usable_device
+from benchmarks.flags import output_file, positive, positive_seconds, usable_device
 from benchmarks.measure import describe, synchronize
 from kronsae.config import DataConfig, SAEConfig, TrainConfig
 from kronsae.data import LanguageModel, LanguageModelActivations
@@ -233,7 +233,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--seconds", type=positive_seconds, default=120, help="no new round after these"
     )
-    parser.add_argument("--json", type=new_file, metavar="FILE")
+    parser.add_argument("--json", type=output_file, metavar="FILE")
     options = parser.parse_args(arguments)
     device = options.device
     model_device = resolve_device(options.model_device or str(device))

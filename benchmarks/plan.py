@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.flags import new_file, positive, usable_device
+from benchmarks.flags import output_file, positive, usable_device
 from benchmarks.measure import describe, synchronize
 from kronsae.calibrate import kill
 from kronsae.cli import build
@@ -224,7 +224,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--clock", choices=tuple(CLOCKS), default=None)
     parser.add_argument("--rounds", type=positive, default=3)
     parser.add_argument("--only", nargs="+", default=list(CONFIGURATIONS), metavar="NAME")
-    parser.add_argument("--json", type=new_file, metavar="FILE")
+    parser.add_argument("--json", type=output_file, metavar="FILE")
     parser.add_argument("--child", choices=("memory", "time"), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     device = str(options.device)

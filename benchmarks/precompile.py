@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from benchmarks import ahead, check, tune
-from benchmarks.flags import new_file, positive
+from benchmarks.flags import output_file, positive
 from benchmarks.measure import CHECKED_TOKENS, reason
 from benchmarks.memory import LiveKernels, autograd_step
 from benchmarks.shapes import GOAL_SHAPES, SHAPES, Shape
@@ -123,7 +123,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--target", choices=ahead.TARGETS, help="default: the card that is here")
     parser.add_argument("--workers", type=positive, default=min(12, os.cpu_count() or 1))
     parser.add_argument("--most", type=positive, default=10_000, help="kernels at most")
-    parser.add_argument("--json", type=new_file, metavar="FILE", help="write all times here")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write all times here")
     options = parser.parse_args(arguments)
     target = options.target or card_here()
     if target not in ahead.TARGETS:

@@ -39,7 +39,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import sass
 from benchmarks.ahead import VERSION, compiled, specialise, tool
-from benchmarks.flags import new_file, positive, written_by
+from benchmarks.flags import output_file, positive, written_by
 from benchmarks.floors import (
     DENSE_GOAL,
     ENCODE_GOAL,
@@ -774,7 +774,7 @@ def main(arguments: list[str] | None = None) -> None:
         help="the host's time is the median of N steps; default: 30",
     )  # fmt: skip
     host.add_argument("--no-host", action="store_true", help="do not time the host")
-    parser.add_argument("--json", type=new_file, metavar="FILE", help="write all figures here")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write all figures here")
     parser.add_argument(
         "--measured", type=written_by("profile", "profiles"), metavar="FILE",
         help="times that benchmarks.profile --json wrote on a card, to put beside",

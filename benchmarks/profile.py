@@ -17,7 +17,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.flags import new_file, positive_seconds, usable_device
+from benchmarks.flags import output_file, positive_seconds, usable_device
 from benchmarks.floors import (
     Ceilings,
     Work,
@@ -141,7 +141,7 @@ def main(arguments: list[str] | None = None) -> None:
         default=float("inf"),
         help="nothing new is started after so many",
     )
-    parser.add_argument("--json", type=new_file, metavar="FILE", help="write all times here")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write all times here")
     options = parser.parse_args(arguments)
     device = options.device
     end = time.monotonic() + options.seconds

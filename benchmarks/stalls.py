@@ -14,7 +14,7 @@ import subprocess
 import sys
 from typing import Any
 
-from benchmarks.flags import new_file, written_by
+from benchmarks.flags import output_file, written_by
 from benchmarks.report import stalls_table
 from benchmarks.shapes import GOAL_SHAPES, SHAPES
 
@@ -91,7 +91,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--profile", type=written_by("profile", "profiles"), required=True, metavar="FILE"
     )
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=GOAL_SHAPES)
-    parser.add_argument("--json", type=new_file, metavar="FILE", help="write all figures here")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write all figures here")
     options = parser.parse_args(arguments)
     ncu, profile = tool("ncu"), options.profile
     result: dict[str, Any] = {"where": profile["where"], "stalls": []}

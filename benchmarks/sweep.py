@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.flags import new_file
+from benchmarks.flags import output_file
 from benchmarks.measure import describe
 from kronsae import DataConfig, SAEConfig, TrainConfig
 from kronsae.data import LanguageModelActivations, open_activations
@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--batch-size", type=int, default=1024)
     parser.add_argument("--dict-size", type=int, default=4096)
     parser.add_argument("--k", type=int, default=32)
-    parser.add_argument("--json", type=new_file, metavar="FILE", help="write the figures here")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the figures here")
     options = parser.parse_args(arguments)
     config = TrainConfig(tokens=options.tokens, batch_size=options.batch_size, device="cpu")
     result = measure(members(options.dict_size, options.k), config)

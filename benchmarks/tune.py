@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.flags import new_file, positive, positive_seconds, usable_device, written_by
+from benchmarks.flags import output_file, positive, positive_seconds, usable_device, written_by
 from benchmarks.floors import graphed
 from benchmarks.measure import (
     Apart,
@@ -462,7 +462,7 @@ def main(arguments: list[str] | None = None) -> None:
         help="measure nothing: take what --json wrote",
     )  # fmt: skip
     parser.add_argument("--write", action="store_true", help="put better ones into configs.json")
-    parser.add_argument("--json", type=new_file, metavar="FILE", help="write all times here")
+    parser.add_argument("--json", type=output_file, metavar="FILE", help="write all times here")
     parser.add_argument(
         "--seconds",
         type=positive_seconds,

@@ -1,6 +1,5 @@
 """The benchmarks run, at a toy shape, and refuse to time what is wrong."""
 
-import importlib
 import importlib.util
 import json
 import os

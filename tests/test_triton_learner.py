@@ -171,7 +171,7 @@ def test_batches_with_too_few_candidates_are_made_again_wherever_somebody_looks(
 
 
 def targets_of(xs: list[torch.Tensor], width: int) -> list[torch.Tensor]:
-    """What a transcoder is to predict: [8, width], not a function of x alone."""
+    """What a transcoder is to predict: [B, width], not a function of x alone."""
     generator = torch.Generator().manual_seed(2)
     into = torch.randn(12, width, generator=generator).to(DEVICE)
     return [x @ into + torch.randn(len(x), width, generator=generator).to(DEVICE) for x in xs]
