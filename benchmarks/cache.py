@@ -32,7 +32,7 @@ from benchmarks.measure import describe
 from kronsae.cache import CacheActivations, CacheIndex, Hookpoint
 from kronsae.cache.index import INDEX_NAME, Shard, file_name, write_tensors
 from kronsae.config import DataConfig
-from kronsae.files import write_file, write_json
+from kronsae.system.files import write_file, write_json
 
 BLOCK = 2**20
 CONTEXT = 1024

@@ -31,7 +31,7 @@ def positive_seconds(text: str) -> float:
 def usable_device(text: str) -> torch.device:
     """A device that can be used; "auto" is a GPU where there is one."""
     from kronsae.errors import InputError
-    from kronsae.fit import resolve_device
+    from kronsae.system.devices import resolve_device
 
     try:
         return resolve_device(text)

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from benchmarks.quality import harvest
 from kronsae import SAE, SAEConfig, TrainConfig, load
-from kronsae.export import convert
+from kronsae.export.__main__ import convert
+from kronsae.export.verify import Verification, verify
 from kronsae.interop import FORMATS
-from kronsae.interop.verify import Verification, verify
-from kronsae.run import versions
+from kronsae.runs.folder import versions
 from kronsae.train import fit
 
 SIZE, K = 1024, 16

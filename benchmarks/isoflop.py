@@ -21,7 +21,7 @@ from benchmarks.floors import measure_ceilings
 from benchmarks.measure import Memory, alone, describe, reason, rotating
 from benchmarks.shapes import Shape, batches
 from benchmarks.steps import CONTENDERS, LABELS, best_of_ours
-from kronsae.flops import equal_budget
+from kronsae.model.flops import equal_budget
 
 BUDGET_TOKENS = 125_000_000
 """The tokens that the TopK SAE sees: the paper's smallest budget. [KronSAE, App. A.1]"""

@@ -31,9 +31,9 @@ from kronsae.config import DataConfig, SAEConfig, TrainConfig
 from kronsae.data import LanguageModel, LanguageModelActivations
 from kronsae.data.language_model import lists_of_blocks
 from kronsae.data.text import IndexedText
-from kronsae.fit import resolve_device
-from kronsae.learner import Learner
-from kronsae.stream import Stream
+from kronsae.system.devices import resolve_device
+from kronsae.training.learner import Learner
+from kronsae.training.stream import Stream
 
 LETTERS = "etaoinshrdlu"
 MODELS: dict[str, dict[str, Any]] = {

@@ -31,14 +31,14 @@ import torch
 
 from benchmarks.flags import output_file, positive, usable_device
 from benchmarks.measure import describe, synchronize
-from kronsae.calibrate import kill
-from kronsae.cli import build
 from kronsae.config import RunConfig
-from kronsae.data.outline import outline
-from kronsae.fit import resolve_device
-from kronsae.learner import Learner
-from kronsae.plan import make_plan, predict_time
-from kronsae.stream import Stream
+from kronsae.plan.memory import make_plan, predict_time
+from kronsae.plan.outline import outline
+from kronsae.plan.time import kill
+from kronsae.system.devices import resolve_device
+from kronsae.training.learner import Learner
+from kronsae.training.options import build
+from kronsae.training.stream import Stream
 
 COMMON = {
     "buffer_tokens": 32_768,
@@ -82,7 +82,6 @@ def measure_memory(name: str, device: str) -> dict[str, float]:
     import datasets  # noqa: F401  (all that a run imports belongs to the baseline)
     import transformers  # noqa: F401
 
-    from kronsae.data import open_activations  # noqa: F401
     from kronsae.train import main as train
 
     config = run_config(name, device)
@@ -112,7 +111,7 @@ def measure_time(name: str, device: str, clock: str, rounds: int) -> dict[str, A
 
     The first batches are learned from before: until they are, a few tokens may have most latents.
     """
-    from kronsae.data import open_activations
+    from kronsae.sources import open_activations
 
     torch.set_num_threads(1)
     config = run_config(name, device)

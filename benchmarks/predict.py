@@ -52,8 +52,8 @@ from benchmarks.floors import (
 from benchmarks.sass import Code, Instruction, Latencies
 from benchmarks.shapes import GOAL_SHAPES, SHAPES, Shape
 from benchmarks.stub import host_ms
-from kronsae import objectives
 from kronsae.config import SAEConfig, TrainConfig
+from kronsae.model import objectives
 from kronsae_kernels.step import MOMENTS, TrainingStep
 from kronsae_kernels.triton_impl.launch import Launch, record
 
@@ -291,7 +291,7 @@ def auxiliary_of(shape: Shape) -> Shape:
 def passes(shape: Shape, card: str, moments: str, auxiliary: bool) -> tuple[Pass, Pass, Pass]:
     """A fused step in parts: forward and backward, the same among dead latents, update.
 
-    auxiliary: whether there is a second part; as `kronsae.learner` makes it.
+    auxiliary: whether there is a second part; as `kronsae.training.learner` makes it.
     """
 
     def meta(dtype: torch.dtype, *size: int) -> Tensor:

@@ -21,10 +21,10 @@ import torch
 from torch import Tensor
 
 from kronsae import DataConfig, SAEConfig, TrainConfig
-from kronsae.data import open_activations
-from kronsae.evaluate import Heldout
-from kronsae.fit import fit
-from kronsae.flops import equal_budget
+from kronsae.metrics.heldout import Heldout
+from kronsae.model.flops import equal_budget, flops_per_token
+from kronsae.sources import open_activations
+from kronsae.training.fit import fit
 
 RESULTS = Path(__file__).parent / "results"
 LEARNING_RATES = (8e-4, 2e-3, 4e-3, 8e-3)
@@ -65,7 +65,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     kron = SAEConfig(m=arguments.m, n=arguments.n, **size)
     dense = SAEConfig(encoder="dense", **size)
     tokens = arguments.tokens
-    more = equal_budget(tokens, dense.flops_per_token(), kron.flops_per_token())
+    more = equal_budget(tokens, flops_per_token(dense), flops_per_token(kron))
     x, heldout = harvest(max(tokens, more), seed=0)
     plan = [
         ("TopK", dense, tokens),
@@ -78,7 +78,7 @@ def compare(arguments: argparse.Namespace) -> dict[str, Any]:
     ):
         settings = {"batch_size": 1024, "auxk_coefficient": arguments.auxk_coefficient}
         run = measure(sae, x[:count], heldout, lr=lr, seed=seed, **settings)
-        run = {"what": what, "flops_per_token": sae.flops_per_token(), **run}
+        run = {"what": what, "flops_per_token": flops_per_token(sae), **run}
         runs.append(run)
         print(
             f"{what:22} lr {lr:<7g} seed {seed}  {count:>9,} tokens  "

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
 
-from kronsae import flops
+from kronsae.model import flops
 
 
 class Shape(NamedTuple):

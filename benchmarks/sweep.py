@@ -19,8 +19,10 @@ from torch import Tensor
 from benchmarks.flags import output_file
 from benchmarks.measure import describe
 from kronsae import DataConfig, SAEConfig, TrainConfig
-from kronsae.data import LanguageModelActivations, open_activations
-from kronsae.fit import FitResult, fit, fit_many
+from kronsae.data import LanguageModelActivations
+from kronsae.sources import open_activations
+from kronsae.training.fit import fit, fit_many
+from kronsae.training.session import FitResult
 
 ALLOWED = 1.5
 """Times of the language model that a sweep may take beside its members' steps."""

@@ -5,7 +5,8 @@
 
 from kronsae.config import DataConfig, RunConfig, SAEConfig, TrainConfig
 from kronsae.errors import InputError
-from kronsae.sae import SAE, SAEOutput, load
+from kronsae.interop.load import load
+from kronsae.model.sae import SAE, SAEOutput
 from kronsae_kernels import SparseCodes, __version__
 
 __all__ = [

@@ -11,7 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from kronsae import flops
 from kronsae.errors import InputError
 
 ENCODERS = ("kron", "dense")
@@ -26,6 +25,24 @@ SHARES = ("tokens", "members")
 ACTIVATIONS_ORDERS = ("global", "stream")
 DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT_BANDWIDTH = 0.1
+
+PAPER_DICT_SIZE = 2**15
+"""Dictionary size where none is given. [KronSAE, App. A.1]"""
+
+EMBEDDED: dict[str, Any] = {
+    "layer": 2,
+    "buffer_tokens": 65_536,
+    "heldout_tokens": 16_384,
+    "dict_size": 4096,
+    "m": 4,
+    "n": 4,
+    "k": 32,
+    "tokens": 800_000,
+    "batch_size": 1024,
+    "lr": 1.6e-2,
+    "eval_every": 200,
+}
+"""Settings that apply with model 'embedded', below a config file and flags."""
 
 
 def setting(default: Any, help: str, **metadata: Any) -> Any:
@@ -256,23 +273,6 @@ class SAEConfig:
     def encoder_rows(self) -> int:
         """Rows of the encoder matrix: h (m + n), or F for a dense encoder."""
         return self.heads * (self.m + self.n) if self.encoder == "kron" else self.dict_size
-
-    def flops_per_token(self) -> int:
-        """Multiply-adds of one token's forward pass. [KronSAE, eq. 7]
-
-        Of the whole dictionary, or the router and one expert; and of a linear skip.
-        """
-        return flops.forward(
-            self.d_model,
-            self.dict_size,
-            self.k,
-            heads=self.heads,
-            m=self.m,
-            n=self.n,
-            experts=self.experts,
-            d_out=self.d_out,
-            skip=self.skip,
-        )
 
 
 def kind_of(settings: Mapping[str, Any]) -> str:

@@ -24,8 +24,8 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from kronsae.flags import Parser, exit_status
-from kronsae.plan import free_bytes
+from kronsae.commandline import Parser, exit_status
+from kronsae.system.devices import free_bytes
 from kronsae_kernels import backends, dense_encode, fused_encode, sparse_decode
 from kronsae_kernels.step import why_not as why_not_fused
 

@@ -15,20 +15,18 @@ from typing import Any
 
 import torch
 
-from kronsae import calibrate
 from kronsae.cache import CacheIndex, HarvestConfig, harvest
 from kronsae.cache.index import DESCRIBED, HARVEST_NAME, INDEX_NAME, damaged, resume_command
 from kronsae.cache.model import default_layers
 from kronsae.cache.writer import Progress, stored_config
-from kronsae.cli import add_flag
+from kronsae.commandline import Parser, Terminated, add_flag, signal_of, stoppable, stopped
 from kronsae.config import DataConfig
-from kronsae.data.outline import NoOutline, Outline, outline
 from kronsae.data.text import check_text
 from kronsae.errors import InputError
-from kronsae.fit import resolve_device
-from kronsae.flags import Parser, Terminated, signal_of, stoppable, stopped
-from kronsae.learner import compute_dtype
-from kronsae.plan import free_bytes, shortage
+from kronsae.plan import time as calibrate
+from kronsae.plan.memory import shortage
+from kronsae.plan.outline import NoOutline, Outline, outline
+from kronsae.system.devices import compute_dtype, free_bytes, resolve_device
 
 __all__ = ["HarvestConfig", "harvest", "main", "make_plan"]
 

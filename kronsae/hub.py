@@ -15,10 +15,10 @@ from typing import Any
 from kronsae.config import kind_of
 from kronsae.data.common import reason
 from kronsae.errors import InputError
-from kronsae.interop import FORMATS
+from kronsae.interop.load import load
 from kronsae.interop.stock import Origin, part_of
-from kronsae.metrics import MEANING
-from kronsae.sae import SAE, load
+from kronsae.metrics.figures import MEANING
+from kronsae.model.sae import SAE
 from kronsae_kernels import __version__
 
 CARD_NAME = "README.md"
@@ -74,27 +74,6 @@ def push(
                 "`hf auth login`, and check that the name is yours"
             ) from error
     return commit.commit_url
-
-
-def download(repo_id: str, revision: str | None, subfolder: str | None, allow_pickle: bool) -> Path:
-    """Folder with what an SAE in a repository consists of. Raises InputError if there is none.
-
-    Weights that are a pickle are left where they are unless `allow_pickle`.
-    """
-    from huggingface_hub import snapshot_download
-
-    places = [f"{subfolder.strip('/')}/"] if subfolder else ["", "sae/"]
-    names = {file for form in FORMATS.values() for file in (form.weights, form.config)}
-    names -= set() if allow_pickle else {FORMATS["dictionary_learning"].weights}
-    files = [f"{place}{name}" for place in places for name in sorted(names)]
-    try:
-        return Path(snapshot_download(repo_id, revision=revision, allow_patterns=files))
-    except Exception as error:  # the hub client raises dozens of kinds
-        at = f", revision {revision!r}," if revision else ""
-        raise InputError(
-            f"{repo_id}{at}: neither a folder here nor a repository that could be fetched from the "
-            f"Hugging Face hub ({reason(error)})"
-        ) from error
 
 
 def model_card(sae: SAE, repo_id: str, *, report: bool = False) -> str:

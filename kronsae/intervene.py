@@ -19,12 +19,14 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from kronsae.contexts import short
+from kronsae.commandline import Parser, exit_status
 from kronsae.data import LanguageModel
 from kronsae.data.activations import open_model
 from kronsae.data.loading import quiet
 from kronsae.data.packing import token_mask
-from kronsae.effects import (
+from kronsae.data.token_text import token_texts
+from kronsae.errors import InputError
+from kronsae.interventions.effects import (
     AndTest,
     Objective,
     and_test,
@@ -35,16 +37,21 @@ from kronsae.effects import (
     read,
     summed_loss,
 )
-from kronsae.errors import InputError
-from kronsae.files import write_json
-from kronsae.fit import resolve_device
-from kronsae.flags import Parser, exit_status
-from kronsae.interventions import Edit, ablate, clamp, intervene, steer
-from kronsae.metrics import pearson, spearman
-from kronsae.run import RunFolder, versions
-from kronsae.sae import SAE
-from kronsae.subject import HeldoutText, Subject, add_flags, given_data, load_subjects, open_heldout
-from kronsae.token_text import token_texts
+from kronsae.interventions.hooks import Edit, ablate, clamp, intervene, steer
+from kronsae.metrics.figures import pearson, spearman
+from kronsae.metrics.target_model import (
+    HeldoutText,
+    Subject,
+    add_flags,
+    given_data,
+    load_subjects,
+    open_heldout,
+)
+from kronsae.model.sae import SAE
+from kronsae.properties.contexts import short
+from kronsae.runs.folder import RunFolder, versions
+from kronsae.system.devices import resolve_device
+from kronsae.system.files import write_json
 
 TOP = 8
 """Next tokens in a table."""

@@ -12,32 +12,29 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
-from kronsae import parallel
-from kronsae.cli import Request, parse
+from kronsae.commandline import Terminated, signal_of, stoppable, stopped
 from kronsae.config import RunConfig, kind_of
 from kronsae.data.activations import NO_OVERLAP
-from kronsae.data.outline import NoOutline, Outline, outline
 from kronsae.errors import InputError
-from kronsae.evaluate import Heldout
-from kronsae.fit import FitResult, fit, fit_many, resolve_device
-from kronsae.flags import Terminated, signal_of, stoppable, stopped
-from kronsae.learner import why_not_fused
-from kronsae.metrics import MEANING
-from kronsae.parallel import ALONE, Mesh, join
-from kronsae.plan import check_memory, describe_ranks, make_plan, predict_time, render
-from kronsae.report import write_report
-from kronsae.run import RunFolder, SweepFolder
-from kronsae.sae import load
-from kronsae.sweep import comparison
+from kronsae.explore.report import write_report
+from kronsae.interop.load import load
+from kronsae.metrics.figures import MEANING
+from kronsae.metrics.heldout import Heldout
+from kronsae.model.ranks import check_heads, ranks_of_one
+from kronsae.plan.memory import check_memory, describe_ranks, make_plan, predict_time, render
+from kronsae.plan.outline import NoOutline, Outline, outline
+from kronsae.runs.folder import RunFolder, SweepFolder
+from kronsae.runs.sweep import comparison
+from kronsae.system import parallel
+from kronsae.system.devices import resolve_device
+from kronsae.system.parallel import ALONE, Mesh, join
+from kronsae.training.fit import fit, fit_many
+from kronsae.training.learner import why_not_fused
+from kronsae.training.options import Request, parse
+from kronsae.training.progress import ProgressBar
+from kronsae.training.session import FitResult
 
 __all__ = ["fit", "fit_many", "main"]
 
@@ -88,7 +85,7 @@ def _join(request: Request) -> Mesh:
     mesh = join(config.tensor_parallel, resolve_device(config.device), config.rank_timeout)
     parallel.owners(request.members, config.share, (mesh.data.size, mesh.heads.size))
     for member in request.members.values():
-        mesh.check(member.sae)
+        check_heads(member.sae, mesh.heads.size)
     return mesh
 
 
@@ -143,7 +140,8 @@ def _say_how_to_go_on(out: Path, words: str) -> None:
 
 
 def _train(request: Request, console: Console, mesh: Mesh, out: Path) -> int:
-    from kronsae.data import open_activations, split_target
+    from kronsae.data import split_target
+    from kronsae.sources import open_activations
 
     began = time.monotonic()
     data, train_config = request.config.data, request.config.train
@@ -175,7 +173,7 @@ def _train(request: Request, console: Console, mesh: Mesh, out: Path) -> int:
     _describe(console, request, source, heldout, out)
     names = list(request.members)
     folder = SweepFolder(out, names) if request.sweep else RunFolder(out)
-    with _Progress(console, request) as progress:
+    with ProgressBar(console, request) as progress:
         try:
             results = _fit(request, source, heldout, out, progress, mesh)
         except InputError:
@@ -208,7 +206,7 @@ def _fit(
     source: Any,
     heldout: Heldout,
     out: Path,
-    progress: "_Progress",
+    progress: ProgressBar,
     mesh: Mesh,
 ) -> list[FitResult]:
     """The results of all members, in order."""
@@ -291,77 +289,13 @@ def _describe_member(config: RunConfig) -> str:
     if sae.experts:
         shape += f", {sae.experts} experts"
     about = "" if sae.selection == "topk" else "about "
-    ranks = parallel.ranks_of_one(train)
+    ranks = ranks_of_one(train)
     reason = why_not_fused(sae, train, resolve_device(train.device), ranks)
     step = "fused step" if reason is None else f"autograd and AdamW (not fused: {reason})"
     return (
         f"{shape}: F = {sae.dict_size:,} latents, {about}{sae.k} active a token; lr {train.lr:g}, "
         f"seed {train.seed}, {step}"
     )
-
-
-class _Progress:
-    """Shows the records of `fit`: a bar on a terminal, a line now and then elsewhere."""
-
-    def __init__(self, console: Console, request: Request) -> None:
-        self.console = console
-        self.total = request.config.train.steps
-        self.every = max(1, self.total // 10)
-        self.printed: dict[str, int] = {}
-        self.bar = Progress(
-            TextColumn("training"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=console.quiet or not console.is_terminal,
-        )
-        self.task = self.bar.add_task("training", total=self.total, figures="")
-
-    def __enter__(self) -> "_Progress":
-        self.bar.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.stop()
-
-    def __call__(self, name: str, record: dict[str, Any]) -> None:
-        """name: of the member of a sweep; empty without one."""
-        step, name = record["step"], f"{name}: " if name else ""
-        if record["kind"] == "train":
-            figures = (
-                f"{name}EV {record['explained_variance']:.3f}  dead {record['dead_share']:.1%}  "
-                f"{record['tokens_per_s']:,.0f} tokens/s, {_waits(record)}"
-            )
-            self.bar.update(self.task, completed=step, figures=figures)
-            if not self.console.is_terminal and step // self.every != self.printed.get(name):
-                self.printed[name] = step // self.every
-                self.console.print(f"step {step:,}/{self.total:,}  {figures}")
-        elif record["kind"] == "heldout":
-            self.console.print(
-                f"step {step:,}: {name}held-out explained variance "
-                f"{record['explained_variance']:.4f}, L0 {record['l0']:.1f}"
-            )
-        elif record["kind"] == "skipped":
-            self.console.print(
-                f"step {step:,}: {name}{_batches(record)}skipped, as its {record['reason']}; the "
-                f"largest activation of the batch is {record['largest']:.3g} times the usual size",
-                style="yellow",
-            )
-
-
-def _batches(record: dict[str, Any]) -> str:
-    """How many batches before a step were skipped, if it is not the step's own alone."""
-    return f"{record['batches']} batches up to here " if record["batches"] > 1 else ""
-
-
-def _waits(record: dict[str, Any]) -> str:
-    """Who waited for whom, as a share of the time."""
-    waits = f"waited {record['wait_share']:.0%} for activations"
-    if "model_wait_share" in record:
-        waits += f", the language model {record['model_wait_share']:.0%} for room"
-    return waits
 
 
 _SHOWN = ("explained_variance", "l0", "dead_share", "ce_clean", "ce_spliced", "ce_recovered")
@@ -377,8 +311,8 @@ def _summarise(
     device: torch.device,
 ) -> None:
     """Write the reports; print the evaluation, some latents, and where everything is."""
-    from kronsae.contexts import render as render_contexts
-    from kronsae.contexts import top_contexts
+    from kronsae.properties.contexts import render as render_contexts
+    from kronsae.properties.contexts import top_contexts
 
     tokenizer = heldout.language_model.tokenizer
     if not all(result.sae for result in results.values()) and not mesh.first:

@@ -17,10 +17,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from kronsae import SAEConfig, TrainConfig, parallel
-from kronsae.learner import Learner
-from kronsae.parallel import ALONE, Group, Mesh
-from kronsae.sae import HELD
+from kronsae import SAEConfig, TrainConfig
+from kronsae.model.ranks import HELD
+from kronsae.system import parallel
+from kronsae.system.parallel import ALONE, Group, Mesh
+from kronsae.training.learner import Learner
 from kronsae_kernels.step import NAMES, TrainingStep
 
 CPU = torch.device("cpu")

@@ -1,4 +1,4 @@
-"""Processes for the tests of `kronsae.parallel`: four of them, started once, do all jobs in turn.
+"""Processes for the tests of `kronsae.system.parallel`: four, started once, do all jobs in turn.
 
 A job is a function of this module that takes a mesh and gives tensors and JSON values. `results`
 starts the processes; each arranges itself in one mesh after the other, does the jobs there, and
@@ -16,12 +16,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from kronsae import SAEConfig, TrainConfig, parallel
+from kronsae import SAEConfig, TrainConfig
 from kronsae.errors import InputError
-from kronsae.learner import Learner
-from kronsae.parallel import ALONE, Mesh
-from kronsae.sae import HELD, SAE
+from kronsae.model.ranks import HELD
+from kronsae.model.sae import SAE
+from kronsae.system import parallel
+from kronsae.system.parallel import ALONE, Mesh
 from kronsae.train import fit, fit_many
+from kronsae.training.learner import Learner
 
 CPU = torch.device("cpu")
 LAYOUTS = {

@@ -17,7 +17,7 @@ from kronsae.cache import CacheActivations, CacheIndex, Damaged, index, reader, 
 from kronsae.cache.index import damaged
 from kronsae.data import LanguageModel, LanguageModelActivations
 from kronsae.errors import InputError
-from kronsae.files import read_sealed, write_sealed
+from kronsae.system.files import read_sealed, write_sealed
 
 BATCH = 24
 

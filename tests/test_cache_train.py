@@ -13,10 +13,10 @@ from kronsae import SAEConfig, TrainConfig
 from kronsae.cache import CacheActivations, CacheIndex
 from kronsae.data import LanguageModelActivations
 from kronsae.errors import InputError
-from kronsae.files import read_sealed, write_sealed
-from kronsae.fit import fit
-from kronsae.subject import load_subjects, open_heldout
+from kronsae.metrics.target_model import load_subjects, open_heldout
+from kronsae.system.files import read_sealed, write_sealed
 from kronsae.train import main
+from kronsae.training.fit import fit
 
 FLAGS = [
     *("--tokens", "3000", "--batch-size", "64", "--epochs", "2", "--buffer-tokens", "400"),
@@ -51,7 +51,7 @@ def records(folder):
 
 def stop_at(monkeypatch, step):
     """SIGTERM comes while the (first) record of a step is shown."""
-    show, came = kronsae.train._Progress.__call__, []
+    show, came = kronsae.train.ProgressBar.__call__, []
 
     def stopping(self, name, record):
         show(self, name, record)
@@ -59,7 +59,7 @@ def stop_at(monkeypatch, step):
             came.append(step)
             signal.raise_signal(signal.SIGTERM)
 
-    monkeypatch.setattr(kronsae.train._Progress, "__call__", stopping)
+    monkeypatch.setattr(kronsae.train.ProgressBar, "__call__", stopping)
 
 
 def test_a_run_has_everything_that_a_live_one_has(whole, cache, capsys):
@@ -123,7 +123,9 @@ def test_later_looks_read_the_text_that_the_cache_was_made_from(whole, cache, mo
     """A run is judged again on the same held-out tokens, without the cache."""
     [subject] = load_subjects([str(whole)], {})
     assert subject.data.activations is None and subject.data.dataset == "given"
-    monkeypatch.setattr("kronsae.subject.open_text", lambda data, seed: cached.text(data, seed))
+    monkeypatch.setattr(
+        "kronsae.metrics.target_model.open_text", lambda data, seed: cached.text(data, seed)
+    )
     heldout = open_heldout(subject, "cpu")
     expected = CacheActivations(cache, layer=2, batch_size=1).heldout_contexts()
     assert heldout.contexts.equal(expected)

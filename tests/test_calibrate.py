@@ -7,9 +7,10 @@ import torch
 from tiny_models import FAMILIES, save_model
 
 from benchmarks import plan as against
-from kronsae import DataConfig, SAEConfig, TrainConfig, calibrate
-from kronsae.data.outline import outline, time_block
-from kronsae.learner import Learner
+from kronsae import DataConfig, SAEConfig, TrainConfig
+from kronsae.plan import time as calibrate
+from kronsae.plan.outline import outline, time_block
+from kronsae.training.learner import Learner
 
 CPU = torch.device("cpu")
 LARGE = SAEConfig(d_model=512, heads=8192, m=4, n=4, k=32)

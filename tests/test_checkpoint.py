@@ -6,8 +6,9 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from kronsae import InputError, checkpoint, files
-from kronsae.run import RunFolder, SweepFolder, open_to_resume
+from kronsae import InputError
+from kronsae.runs.folder import RunFolder, SweepFolder, open_to_resume
+from kronsae.system import checkpoint, files
 
 STATE = {
     "weights": {"a": torch.arange(6.0).view(2, 3), "b": torch.ones(2, dtype=torch.bfloat16)},

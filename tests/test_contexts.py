@@ -7,9 +7,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from kronsae import SAE, InputError, SAEConfig, contexts
-from kronsae.contexts import SAME_TOKENS, render, short, title, top_contexts
-from kronsae.evaluate import Heldout
+from kronsae import SAE, InputError, SAEConfig
+from kronsae.metrics.heldout import Heldout
+from kronsae.properties import contexts
+from kronsae.properties.contexts import SAME_TOKENS, render, short, title, top_contexts
 
 KRON = SAEConfig(d_model=6, heads=5, m=2, n=3, k=4)
 DENSE = SAEConfig(d_model=6, encoder="dense", dict_size=30, k=4)

@@ -8,7 +8,6 @@ import warnings
 import pytest
 import torch
 
-from kronsae.checkpoint import load_state, save_state
 from kronsae.config import DataConfig
 from kronsae.data import (
     IterableActivations,
@@ -16,12 +15,12 @@ from kronsae.data import (
     LanguageModelActivations,
     SyntheticActivations,
     TensorActivations,
-    activations,
-    open_activations,
     packing,
 )
 from kronsae.data.text import IndexedText
 from kronsae.errors import InputError
+from kronsae.sources import open_activations
+from kronsae.system.checkpoint import load_state, save_state
 
 BATCH = 24
 LENGTH = 16
@@ -318,7 +317,7 @@ def test_what_is_cheap_to_check_comes_before_the_model(settings, batch_size, wor
     ids=["model", "layer", "context length"],
 )
 def test_the_model_is_checked_before_the_text_is_read(settings, words, monkeypatch):
-    monkeypatch.setattr(activations, "open_text", lambda *_args: pytest.fail("text was read"))
+    monkeypatch.setattr("kronsae.sources.open_text", lambda *_args: pytest.fail("text was read"))
     with pytest.raises(InputError, match=words):
         open_activations(DataConfig(**settings), batch_size=BATCH, seed=0, device="cpu")
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from kronsae.cli import parse
-from kronsae.export import make_parser
-from kronsae.metrics import MEANING
+from kronsae.export.__main__ import make_parser
+from kronsae.metrics.figures import MEANING
+from kronsae.training.options import parse
 
 DOCS = Path(__file__).parent.parent / "docs"
 

@@ -11,10 +11,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from benchmarks import train_language_model as training
 from kronsae.data import stdlib
 from kronsae.data.stdlib import is_heldout, stdlib_documents, stdlib_files
 from kronsae.embedded import EMBEDDED_MODEL, embedded_model_path
-from kronsae.embedded import train_language_model as training
 
 AWKWARD = {
     "empty": "",

@@ -9,12 +9,12 @@ from tiny_models import BLOCKS, CAUSAL, POSITIONS, WIDTH, WORDS, save_model
 
 from kronsae import SAE, InputError, SAEConfig
 from kronsae.data import LanguageModel
-from kronsae.evaluate import evaluate, judge
+from kronsae.evaluate import judge
 from kronsae.evaluate.__main__ import main
-from kronsae.evaluate.heldout import Heldout
 from kronsae.evaluate.show import console_table
-from kronsae.metrics import MEANING, cross_entropy_recovered
-from kronsae.subject import HeldoutText, data_of, load_subjects, open_heldout
+from kronsae.metrics.figures import MEANING, cross_entropy_recovered
+from kronsae.metrics.heldout import Heldout, evaluate
+from kronsae.metrics.target_model import HeldoutText, data_of, load_subjects, open_heldout
 from kronsae.train import main as train
 
 SMALL = [

@@ -305,7 +305,7 @@ def test_the_control_is_where_training_starts():
     """`initial` has the decoder that a training of that seed begins with."""
     from kronsae import SAEConfig, TrainConfig
     from kronsae.experiments.toy import initial
-    from kronsae.learner import Learner
+    from kronsae.training.learner import Learner
 
     config = SAEConfig(d_model=8, heads=4, m=2, n=4, k=3)
     learner = Learner(config, TrainConfig(seed=5), torch.device("cpu"))

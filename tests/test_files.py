@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from kronsae.files import read_sealed, remove_directory, remove_leftovers, write_sealed
+from kronsae.system.files import read_sealed, remove_directory, remove_leftovers, write_sealed
 
 DOCUMENT = {"name": "é", "rates": [0.1, 1e-300, 3], "deep": {"none": None, "on": True}}
 
@@ -57,7 +57,7 @@ def test_a_folder_that_is_removed_is_never_half_there(tmp_path, monkeypatch):
     def killed(path, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("kronsae.files.shutil.rmtree", killed)
+    monkeypatch.setattr("kronsae.system.files.shutil.rmtree", killed)
     with pytest.raises(KeyboardInterrupt):
         remove_directory(folder)
     monkeypatch.undo()

@@ -9,14 +9,15 @@ import pytest
 import torch
 
 import kronsae
-from kronsae import InputError, SAEConfig, TrainConfig, checkpoint
+from kronsae import InputError, SAEConfig, TrainConfig
 from kronsae.config import DataConfig, RunConfig
 from kronsae.data import SyntheticActivations, TensorActivations
-from kronsae.evaluate import Heldout
-from kronsae.files import read_sealed
-from kronsae.fit import _Session
-from kronsae.run import RunFolder
+from kronsae.metrics.heldout import Heldout
+from kronsae.runs.folder import RunFolder
+from kronsae.system import checkpoint
+from kronsae.system.files import read_sealed
 from kronsae.train import fit
+from kronsae.training.session import Session
 
 KRON = SAEConfig(heads=16, m=2, n=4, k=4)
 TRAIN = TrainConfig(
@@ -103,7 +104,7 @@ def test_resume_is_bit_for_bit(kind, stop_after, tmp_path):
 
 def test_a_signal_after_the_last_step_is_a_stop_too(tmp_path, monkeypatch):
     """What is left, the evaluation, is made when the run goes on."""
-    save = _Session.save
+    save = Session.save
 
     def save_and_be_stopped(session):
         save(session)
@@ -111,7 +112,7 @@ def test_a_signal_after_the_last_step_is_a_stop_too(tmp_path, monkeypatch):
 
     out = tmp_path / "run"
     with monkeypatch.context() as patched:
-        patched.setattr(_Session, "save", save_and_be_stopped)
+        patched.setattr(Session, "save", save_and_be_stopped)
         config = dataclasses.replace(TRAIN, checkpoint_every=0)
         part = fit(KRON, X, config, heldout=HELDOUT, out=out)
     assert part.stopped_by == signal.SIGTERM and not part.metrics
@@ -229,9 +230,9 @@ def test_heldout_may_have_leading_dimensions():
 
 
 def test_a_logger_that_is_missing_leaves_no_folder(tmp_path, monkeypatch):
-    import kronsae.logs
+    import kronsae.runs.logs
 
-    monkeypatch.setattr(kronsae.logs, "find_spec", lambda name: None)
+    monkeypatch.setattr(kronsae.runs.logs, "find_spec", lambda name: None)
     with pytest.raises(InputError, match="needs the package wandb: pip install"):
         fit(KRON, X, TrainConfig(wandb="project"), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
@@ -300,7 +301,7 @@ def test_settings_of_fit_reach_the_learner():
 
 
 def test_one_token_batches_do_not_spoil_the_batch_form():
-    from kronsae.metrics import ReconstructionMetrics, cross_entropy_recovered
+    from kronsae.metrics.figures import ReconstructionMetrics, cross_entropy_recovered
 
     metrics = ReconstructionMetrics(24)
     metrics.update(X[:50], 0.5 * X[:50])
@@ -313,8 +314,8 @@ def test_one_token_batches_do_not_spoil_the_batch_form():
 
 def test_evaluation_figures_by_hand():
     """Explained variance, L0 and dead share of an SAE whose output is known."""
-    from kronsae.evaluate import evaluate
-    from kronsae.sae import SAE
+    from kronsae.metrics.heldout import evaluate
+    from kronsae.model.sae import SAE
 
     sae = SAE(SAEConfig(d_model=2, encoder="dense", dict_size=3, k=1))
     with torch.no_grad():

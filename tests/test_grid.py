@@ -8,11 +8,13 @@ import pytest
 import torch
 
 import kronsae
-from kronsae import SAE, InputError, SAEConfig, TrainConfig, evaluate
+from kronsae import SAE, InputError, SAEConfig, TrainConfig
 from kronsae.data import SyntheticActivations
-from kronsae.fit import fit
-from kronsae.learner import Learner, Normalizer
-from kronsae.objectives import auxk_loss, objective
+from kronsae.metrics import Heldout, evaluate
+from kronsae.model.normalizer import Normalizer
+from kronsae.model.objectives import auxk_loss, objective
+from kronsae.training.fit import fit
+from kronsae.training.learner import Learner
 from kronsae_kernels import sparse_decode
 
 D, F = 16, 64
@@ -102,7 +104,7 @@ def test_a_point_from_its_start_to_its_file(config, tmp_path):
     for key, tensor in whole.sae.state_dict().items():
         assert torch.equal(rest.sae.state_dict()[key], tensor), key
         assert torch.equal(loaded.state_dict()[key], tensor), key
-    assert evaluate.evaluate(loaded, evaluate.Heldout(heldout)) == whole.metrics
+    assert evaluate(loaded, Heldout(heldout)) == whole.metrics
 
 
 def test_gradients_reach_every_parameter(config):

@@ -19,8 +19,8 @@ from kronsae import harvest
 from kronsae.cache import CacheIndex, HarvestConfig
 from kronsae.cache.model import ManyHookpoints
 from kronsae.errors import InputError
-from kronsae.files import read_sealed
 from kronsae.harvest import make_plan, parse
+from kronsae.system.files import read_sealed
 
 SMALL = [
     *("--layer", "1", "2", "--context-length", "32", "--contexts-per-batch", "16"),

@@ -204,7 +204,7 @@ def test_push_and_load(hub, tmp_path):
         tmp_path,
         """
 import kronsae
-from kronsae.export import main
+from kronsae.export.__main__ import main
 from kronsae.hub import push
 assert main(["run", "--to", "hub", "--repo", "me/sae", "--private"]) == 0
 url = push("second", "me/sae", revision="wider", message="k is 4")

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 import kronsae
 from kronsae import SAE, InputError, SAEConfig, TrainConfig
-from kronsae.export import main as export
+from kronsae.export.__main__ import main as export
 from kronsae.interop import FORMATS, module_of, recognise
 from kronsae.interop.stock import Origin, dense, encoder_proxy
 from kronsae.train import fit
@@ -326,7 +326,7 @@ def test_export_and_verify_its_own_format(trained, tmp_path, capsys):
 
 
 def test_verify_notices_another_sae(trained, activations, tmp_path):
-    from kronsae.interop.verify import verify
+    from kronsae.export.verify import verify
 
     sae = trained("topk")
     other = kronsae.load(sae.save(tmp_path / "sae"))

@@ -14,10 +14,10 @@ from test_interop import DENSE, FIXTURES, GRID, HOLDS, activations, trained  # n
 
 import kronsae
 from kronsae import SAE, InputError, TrainConfig
-from kronsae.export import main as export
+from kronsae.export.__main__ import main as export
+from kronsae.export.verify import verify
 from kronsae.interop import module_of
 from kronsae.interop.stock import dense
-from kronsae.interop.verify import verify
 from kronsae.train import fit
 
 HELD = [(library, name) for library, names in HOLDS.items() for name in sorted(names)]

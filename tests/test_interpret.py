@@ -49,7 +49,7 @@ from kronsae.interpret.scoring import (
     score,
     split,
 )
-from kronsae.subject import HeldoutText
+from kronsae.metrics.target_model import HeldoutText
 
 SAYS = ["EXPLANATION:", "words", "[1,0,1,0,1,0,1,0]"]
 ANSWER = " ".join(SAYS)

@@ -8,7 +8,7 @@ import torch
 from kronsae import SAE, InputError, SAEConfig
 from kronsae.data import LanguageModel
 from kronsae.intervene import before_and_after, main
-from kronsae.interventions import clamp, steer
+from kronsae.interventions.hooks import clamp, steer
 
 PROMPT = "def read(self, path):\n    return self."
 

@@ -9,7 +9,7 @@ from tiny_models import BLOCKS, WIDTH, save_model
 from kronsae import SAE, InputError, SAEConfig
 from kronsae.data import LanguageModel
 from kronsae.data.packing import token_mask
-from kronsae.effects import (
+from kronsae.interventions.effects import (
     Read,
     and_test,
     attributed_effects,
@@ -20,8 +20,8 @@ from kronsae.effects import (
     summed_loss,
     without,
 )
-from kronsae.interventions import ablate, change, clamp, intervene, steer, values_of
-from kronsae.subject import HeldoutText
+from kronsae.interventions.hooks import ablate, change, clamp, intervene, steer, values_of
+from kronsae.metrics.target_model import HeldoutText
 from kronsae_kernels import SparseCodes
 
 F = 40

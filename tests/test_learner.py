@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from kronsae import SAEConfig, TrainConfig
-from kronsae.learner import SKIPS, Learner, Normalizer, learning_rate
-from kronsae.objectives import auxk_loss
+from kronsae.model.normalizer import Normalizer
+from kronsae.model.objectives import auxk_loss
+from kronsae.training.learner import SKIPS, Learner, learning_rate
 from kronsae_kernels import sparse_decode
 
 CPU = torch.device("cpu")
@@ -88,7 +89,7 @@ def test_normalizer_gives_zero_mean_and_squared_norm_d():
 @pytest.mark.parametrize("config", [KRON, DENSE], ids=["kron", "dense"])
 def test_parallel_gradient_from_the_codes_is_the_rows_dot_product(config, monkeypatch):
     """What the codes say about the parallel component equals a pass over W_dec and its gradient."""
-    import kronsae.learner as module
+    import kronsae.training.learner as module
 
     subject, seen = learner(config, dead_after_tokens=150, auxk=16), []
     remove = module.remove_parallel_component

@@ -16,11 +16,13 @@ from rich.console import Console
 from test_parallel import RUN, after_steps, start
 
 import kronsae
-from kronsae import InputError, SAEConfig, TrainConfig, checkpoint, parallel
-from kronsae.cli import parse
-from kronsae.files import read_sealed
-from kronsae.learner import why_not_fused
+from kronsae import InputError, SAEConfig, TrainConfig
+from kronsae.model.ranks import ranks_of_one
+from kronsae.system import checkpoint, parallel
+from kronsae.system.files import read_sealed
 from kronsae.train import fit, fit_many, main
+from kronsae.training.learner import why_not_fused
+from kronsae.training.options import parse
 
 pytest.importorskip("triton")
 
@@ -211,7 +213,7 @@ def test_the_fused_step_is_off_where_ranks_share_tokens_and_it_says_what_helps(m
     monkeypatch.setenv("WORLD_SIZE", "2")
     sae, device = SAEConfig(d_model=16, heads=4, m=2, n=2, k=2), torch.device("cpu")
     reasons = [
-        why_not_fused(sae, train, device, parallel.ranks_of_one(train))
+        why_not_fused(sae, train, device, ranks_of_one(train))
         for share in ("tokens", "members")
         for train in [TrainConfig(share=share, fused_step="on")]
     ]

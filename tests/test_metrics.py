@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from kronsae.metrics import (
+from kronsae.metrics.figures import (
     FiringMetrics,
     ReconstructionMetrics,
     cross_entropy,

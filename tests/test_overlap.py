@@ -10,13 +10,14 @@ from itertools import islice
 import pytest
 import torch
 
-from kronsae import InputError, SAEConfig, TrainConfig, stream
+from kronsae import InputError, SAEConfig, TrainConfig
 from kronsae.config import DataConfig
 from kronsae.data import LanguageModel, LanguageModelActivations
 from kronsae.data.ahead import Ahead, Pass
 from kronsae.data.common import Interrupted
 from kronsae.data.text import IndexedText
 from kronsae.train import fit
+from kronsae.training import stream
 
 LENGTH, BATCH = 16, 48
 TEXTS = [f"def f{i}(x):\n    return x + {i * i}  # number {i}\n" * (1 + i % 4) for i in range(32)]

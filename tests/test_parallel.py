@@ -21,12 +21,14 @@ import ranks
 import torch
 
 import kronsae
-from kronsae import InputError, SAEConfig, TrainConfig, checkpoint, parallel
-from kronsae.files import read_sealed, write_sealed
-from kronsae.fit import resolve_device
-from kronsae.learner import why_not_fused
-from kronsae.parallel import ALONE, Group, Mesh
+from kronsae import InputError, SAEConfig, TrainConfig
+from kronsae.model.ranks import check_heads
+from kronsae.system import checkpoint, parallel
+from kronsae.system.devices import resolve_device
+from kronsae.system.files import read_sealed, write_sealed
+from kronsae.system.parallel import ALONE, Group, Mesh
 from kronsae.train import fit, main
+from kronsae.training.learner import why_not_fused
 
 LAYOUTS = list(ranks.LAYOUTS)
 
@@ -247,7 +249,9 @@ def test_what_cannot_be_shared_out_is_refused(settings, reason):
     mesh = Mesh(heads=Holder(1, 4))
     with pytest.raises(InputError, match=f"tensor_parallel 4: {reason}"):
         fit(config, torch.randn(10, 8), mesh=mesh)
-    Mesh(data=Holder(1, 4)).check(config)  # which share tokens, and the whole of it
+    check_heads(
+        config, Mesh(data=Holder(1, 4)).heads.size
+    )  # which share tokens, and the whole of it
 
 
 def test_why_the_fused_step_is_off():

@@ -9,14 +9,19 @@ import torch
 from tiny_models import BLOCKS, FAMILIES, save_model
 
 from benchmarks.memory import Live
-from kronsae import DataConfig, InputError, RunConfig, SAEConfig, TrainConfig, calibrate, flops
-from kronsae import plan as planning
-from kronsae.data import LanguageModel, open_activations
-from kronsae.data.outline import outline
-from kronsae.evaluate import CONTEXTS_AT_ONCE
-from kronsae.learner import Learner
-from kronsae.plan import check_memory, make_plan
+from kronsae import DataConfig, InputError, RunConfig, SAEConfig, TrainConfig
+from kronsae.data import LanguageModel
+from kronsae.metrics.heldout import CONTEXTS_AT_ONCE
+from kronsae.model import flops
+from kronsae.model.flops import flops_per_token
+from kronsae.plan import memory as planning
+from kronsae.plan import time as calibrate
+from kronsae.plan.memory import check_memory, make_plan
+from kronsae.plan.outline import outline
+from kronsae.sources import open_activations
+from kronsae.system.devices import _left_in_group
 from kronsae.train import main
+from kronsae.training.learner import Learner
 
 DATA = DataConfig(layer=2, buffer_tokens=5000, heldout_tokens=3000)
 TRAIN = TrainConfig(tokens=10_000, batch_size=128, device="cpu", keep_checkpoints=2)
@@ -71,7 +76,7 @@ def test_state_and_gradients_are_what_a_learner_has(name):
     assert planned["memory_mib"]["weights and moments"] * MIB == state
     assert planned["passes_mib"]["a step"] * MIB > 4 * member["parameters"]
     assert planned["passes_mib"]["an evaluation"] * MIB > 4 * member["parameters"]
-    assert member["flops_per_token"] == SAES[name].flops_per_token()
+    assert member["flops_per_token"] == flops_per_token(SAES[name])
     assert member["flops_per_token_dense"] == flops.forward(256, 512, 8)
 
 
@@ -291,13 +296,13 @@ def test_free_memory_is_within_the_machines():
 
 
 def test_a_containers_limit_counts(tmp_path):
-    assert planning._left_in_group(tmp_path) is None
+    assert _left_in_group(tmp_path) is None
     (tmp_path / "memory.current").write_text("700\n")
     (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 100\n")
     (tmp_path / "memory.max").write_text("max\n")
-    assert planning._left_in_group(tmp_path) is None
+    assert _left_in_group(tmp_path) is None
     (tmp_path / "memory.max").write_text("1000\n")
-    assert planning._left_in_group(tmp_path) == 400
+    assert _left_in_group(tmp_path) == 400
 
 
 def test_plan_of_a_sweep(capsys):

@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from kronsae import SAE, SAEConfig
-from kronsae.cli import make_parser, parse
 from kronsae.evaluate.__main__ import make_parser as evaluate_parser
 from kronsae.experiments.__main__ import parse as parse_experiment
 from kronsae.harvest import parse as parse_harvest
 from kronsae.interpret.__main__ import make_parser as interpret_parser
 from kronsae.intervene import make_parser as intervene_parser
+from kronsae.training.options import make_parser, parse
 
 ROOT = Path(__file__).parent.parent
 README, *PAGES = (

@@ -8,9 +8,9 @@ import torch
 
 from kronsae import SAE, RunConfig, SAEConfig
 from kronsae.config import DataConfig, TrainConfig
-from kronsae.contexts import top_contexts
-from kronsae.evaluate import Heldout
-from kronsae.report import _log_ticks, _ticks, write_report
+from kronsae.explore.report import _log_ticks, _ticks, write_report
+from kronsae.metrics.heldout import Heldout
+from kronsae.properties.contexts import top_contexts
 
 EVIL = "<script>alert('&')</script>"
 VOID = {"meta", "br"}

@@ -16,13 +16,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from kronsae import parallel, stream
 from kronsae.cache import CacheActivations, reader
-from kronsae.checkpoint import load_state, save_state
 from kronsae.data import LanguageModel, LanguageModelActivations, open_text
 from kronsae.data.text import IndexedText
-from kronsae.parallel import ALONE
-from kronsae.stream import Stream
+from kronsae.system import parallel
+from kronsae.system.checkpoint import load_state, save_state
+from kronsae.system.parallel import ALONE
+from kronsae.training import stream
+from kronsae.training.stream import Stream
 
 CPU = torch.device("cpu")
 BATCH, BATCHES, STOPS = 48, 52, (7, 20)

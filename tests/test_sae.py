@@ -7,8 +7,9 @@ import torch
 
 import kronsae
 from kronsae import SAE, InputError, SAEConfig
-from kronsae.files import read_sealed, write_sealed
-from kronsae.learner import Normalizer
+from kronsae.model.flops import flops_per_token
+from kronsae.model.normalizer import Normalizer
+from kronsae.system.files import read_sealed, write_sealed
 from kronsae_kernels import fused_encode, sparse_decode
 
 KRON = SAEConfig(d_model=12, heads=6, m=2, n=3, k=4)
@@ -241,6 +242,6 @@ def test_config_refuses(settings, words):
 
 
 def test_flops_are_eq_7():
-    assert SAEConfig(d_model=10, heads=3, m=2, n=4, k=5).flops_per_token() == 10 * 18 + 24 + 50
+    assert flops_per_token(SAEConfig(d_model=10, heads=3, m=2, n=4, k=5)) == 10 * 18 + 24 + 50
     dense = SAEConfig(d_model=10, encoder="dense", dict_size=24, k=5)
-    assert dense.flops_per_token() == 240 + 50
+    assert flops_per_token(dense) == 240 + 50

@@ -22,20 +22,22 @@ from tiny_models import save_model
 
 import kronsae
 import kronsae_kernels
-from kronsae import SAE, InputError, SAEConfig, cli
+from kronsae import SAE, InputError, SAEConfig
 from kronsae.cache import CacheActivations, CacheIndex, Damaged, HarvestConfig, harvest
 from kronsae.cache.index import Mark, damaged, read_tensors
 from kronsae.config import DataConfig, RunConfig, TrainConfig
-from kronsae.data import LanguageModel, open_activations, open_text
+from kronsae.data import LanguageModel, open_text
 from kronsae.data.loading import load_tokenizer
-from kronsae.data.outline import outline
-from kronsae.files import sha256
+from kronsae.export.verify import heldout_tokens
 from kronsae.interop import module_of
-from kronsae.interop.verify import heldout_tokens
 from kronsae.interpret.chat import LocalChat
+from kronsae.metrics.target_model import load_subjects, open_heldout
+from kronsae.plan.outline import outline
 from kronsae.properties.run import open_run
-from kronsae.run import RunFolder, SweepFolder, open_to_resume
-from kronsae.subject import load_subjects, open_heldout
+from kronsae.runs.folder import RunFolder, SweepFolder, open_to_resume
+from kronsae.sources import open_activations
+from kronsae.system.files import sha256
+from kronsae.training import options as cli
 
 ELSEWHERE = {
     "weights of a model are read from safetensors alone": (

@@ -5,9 +5,11 @@ import torch
 from torch import Tensor
 
 import kronsae
-from kronsae import SAE, InputError, SAEConfig, SparseCodes, TrainConfig, selection
+from kronsae import SAE, InputError, SAEConfig, SparseCodes, TrainConfig
 from kronsae.data import SyntheticActivations
-from kronsae.learner import Learner, Normalizer
+from kronsae.model import selection
+from kronsae.model.normalizer import Normalizer
+from kronsae.training.learner import Learner
 from kronsae_kernels import reference
 
 D, F, K = 6, 24, 3

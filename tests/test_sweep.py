@@ -10,9 +10,10 @@ import pytest
 import torch
 
 import kronsae
-from kronsae import InputError, SAEConfig, TrainConfig, checkpoint
+from kronsae import InputError, SAEConfig, TrainConfig
 from kronsae.data import SyntheticActivations
-from kronsae.sweep import check_names, name_of
+from kronsae.runs.sweep import check_names, name_of
+from kronsae.system import checkpoint
 from kronsae.train import fit, fit_many
 
 X = SyntheticActivations(24, num_groups=12, batch_size=4000, seed=1).draw()[0]
@@ -182,7 +183,7 @@ def test_resume_goes_back_to_a_step_that_all_members_have(whole, tmp_path):
 @pytest.fixture
 def diverging(monkeypatch):
     """The member `long` has a gradient that is not finite at step 12."""
-    from kronsae.learner import Learner
+    from kronsae.training.learner import Learner
 
     step = Learner.step
 
@@ -279,7 +280,7 @@ def test_what_is_resumed_must_be_what_was_made(whole):
 
 def test_members_are_logged_side_by_side(tmp_path, monkeypatch):
     """wandb gets a run for each, whose name and id no other sweep's member has."""
-    import kronsae.logs
+    import kronsae.runs.logs
 
     class Run:
         def __init__(self, **options):
@@ -294,7 +295,7 @@ def test_members_are_logged_side_by_side(tmp_path, monkeypatch):
 
     runs = []
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=Run))
-    monkeypatch.setattr(kronsae.logs, "find_spec", lambda name: object())
+    monkeypatch.setattr(kronsae.runs.logs, "find_spec", lambda name: object())
     trains = {n: dataclasses.replace(t, wandb="project") for n, t in TRAINS.items()}
     results = sweep(trains=trains, out=tmp_path / "night")
     assert [run.options["id"] for run in runs] == [f"night-{name}" for name in SAES]

@@ -9,9 +9,9 @@ from test_train import SMALL, _same_result, _wait_for, finish, start
 
 import kronsae
 from kronsae import InputError
-from kronsae.checkpoint import list_checkpoints
-from kronsae.cli import parse
+from kronsae.system.checkpoint import list_checkpoints
 from kronsae.train import main
+from kronsae.training.options import parse
 
 NAMES = ("k4", "k8")
 SWEEP = [*SMALL, "--tokens", "6000", "--k", "4"]  # SMALL has --k 8

@@ -4,8 +4,8 @@ import pytest
 from tokenizers import Tokenizer, decoders, models
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from kronsae.data.token_text import token_texts
 from kronsae.embedded import embedded_model_path
-from kronsae.token_text import token_texts
 
 
 class ByteTokenizer:

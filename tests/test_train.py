@@ -12,10 +12,10 @@ import time
 import pytest
 
 import kronsae
-from kronsae.checkpoint import list_checkpoints
-from kronsae.cli import make_parser, parse
 from kronsae.errors import InputError
+from kronsae.system.checkpoint import list_checkpoints
 from kronsae.train import main
+from kronsae.training.options import make_parser, parse
 
 SMALL = [
     *("--tokens", "12000", "--batch-size", "256", "--dict-size", "256", "--k", "8"),

@@ -9,10 +9,11 @@ from tiny_models import FAMILIES, make_tokenizer
 import kronsae
 from kronsae import SAE, InputError, SAEConfig, TrainConfig
 from kronsae.data import LanguageModel, split_target
-from kronsae.evaluate import Heldout, evaluate, evaluate_cross_entropy
-from kronsae.fit import fit
-from kronsae.learner import Learner, Normalizer
-from kronsae.metrics import ReconstructionMetrics
+from kronsae.metrics.figures import ReconstructionMetrics
+from kronsae.metrics.heldout import Heldout, evaluate, evaluate_cross_entropy
+from kronsae.model.normalizer import Normalizer
+from kronsae.training.fit import fit
+from kronsae.training.learner import Learner
 
 D, TARGET = 12, 20
 POINTS = {

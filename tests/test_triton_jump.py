@@ -22,7 +22,7 @@ from test_triton_step import (
 )
 from test_triton_step import make as make_step
 
-from kronsae.selection import jump as reference_jump
+from kronsae.model.selection import jump as reference_jump
 from kronsae_kernels import reference, torch_impl
 from kronsae_kernels.step import THRESHOLDS, Thresholds, TrainingStep
 from kronsae_kernels.triton_impl import operations

@@ -9,12 +9,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from kronsae import SAEConfig, TrainConfig
-from kronsae import learner as learners
 from kronsae.errors import InputError
-from kronsae.fit import fit
-from kronsae.learner import SKIPS, Learner, Normalizer, Skipped, why_not_fused
-from kronsae.sae import load
-from kronsae.stream import Stream
+from kronsae.interop.load import load
+from kronsae.model.normalizer import Normalizer
+from kronsae.training import learner as learners
+from kronsae.training.fit import fit
+from kronsae.training.learner import SKIPS, Learner, Skipped, why_not_fused
+from kronsae.training.stream import Stream
 
 pytest.importorskip("triton")
 

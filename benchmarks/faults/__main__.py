@@ -18,7 +18,7 @@ import torch
 import transformers
 
 from benchmarks.faults.campaign import Campaign, run_all
-from kronsae.run import versions
+from kronsae.runs.folder import versions
 
 COUNTS = ("tried", "struck", "lost")
 

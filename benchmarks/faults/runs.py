@@ -24,11 +24,12 @@ import transformers
 import transformers.models.gpt_neox.modeling_gpt_neox  # noqa: F401
 
 import kronsae
-import kronsae.contexts  # noqa: F401
+import kronsae.properties.contexts  # noqa: F401
 from benchmarks.faults import strikes
-from kronsae import checkpoint, harvest, train
+from kronsae import harvest, train
 from kronsae.data.loading import load_tokenizer
-from kronsae.files import LOCK_NAME
+from kronsae.system import checkpoint
+from kronsae.system.files import LOCK_NAME
 
 TRAIN = (
     *("--tokens", "2400", "--batch-size", "96", "--heads", "16", "--m", "2", "--n", "4"),

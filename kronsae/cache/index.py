@@ -31,7 +31,7 @@ from torch import Tensor
 from kronsae.config import DTYPES, DataConfig, from_dict
 from kronsae.data.common import digest
 from kronsae.errors import InputError
-from kronsae.files import read_sealed, write_file
+from kronsae.system.files import read_sealed, write_file
 
 FORMAT = "kronsae-activations"
 FORMAT_VERSION = 1

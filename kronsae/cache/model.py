@@ -14,7 +14,7 @@ from kronsae.data.language_model import EMBEDDED_LAYER, LanguageModel, check_lay
 from kronsae.data.loading import load_tokenizer, quiet
 from kronsae.embedded import EMBEDDED_MODEL
 from kronsae.errors import InputError
-from kronsae.learner import compute_dtype
+from kronsae.system.devices import compute_dtype
 
 
 class ManyHookpoints(LanguageModel):

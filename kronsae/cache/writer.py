@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kronsae import checkpoint
 from kronsae.cache.index import (
     DESCRIBED,
     HARVEST_NAME,
@@ -40,7 +39,8 @@ from kronsae.config import DTYPES, DataConfig, from_dict, setting
 from kronsae.data.activations import LanguageModelActivations, resolve_context_length
 from kronsae.data.text import check_text, open_text
 from kronsae.errors import InputError
-from kronsae.files import LOCK_NAME, lock, read_sealed, remove_leftovers, write_sealed
+from kronsae.system import checkpoint
+from kronsae.system.files import LOCK_NAME, lock, read_sealed, remove_leftovers, write_sealed
 
 FORMAT = "kronsae-harvest"
 FORMAT_VERSION = 1
@@ -238,7 +238,7 @@ class _Harvest:
         return index
 
     def _open(self) -> None:
-        from kronsae.fit import resolve_device
+        from kronsae.system.devices import resolve_device
 
         config, device = self.config, resolve_device(self.config.device)
         check_text(config.data)

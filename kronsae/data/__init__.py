@@ -5,7 +5,6 @@ from kronsae.data.activations import (
     IterableActivations,
     LanguageModelActivations,
     TensorActivations,
-    open_activations,
     split_target,
 )
 from kronsae.data.language_model import LanguageModel
@@ -20,7 +19,6 @@ __all__ = [
     "SyntheticActivations",
     "TensorActivations",
     "TextSource",
-    "open_activations",
     "open_text",
     "split_target",
 ]

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
-from kronsae import parallel
 from kronsae.config import DataConfig
 from kronsae.data.ahead import Ahead, Pass
 from kronsae.data.buffer import ShuffleBuffer
@@ -17,11 +16,12 @@ from kronsae.data.common import digest
 from kronsae.data.language_model import LanguageModel
 from kronsae.data.packing import Packer, special_ids, token_mask
 from kronsae.data.rows import BatchMemory, gather
-from kronsae.data.text import TextSource, check_text, open_text
+from kronsae.data.text import TextSource
 from kronsae.errors import InputError
+from kronsae.system import parallel
 
 if TYPE_CHECKING:
-    from kronsae.cache import CacheActivations
+    pass
 
 HASHED_ROWS = 256
 """Rows of a tensor, evenly spaced, by which `describe` tells it from others."""
@@ -78,7 +78,7 @@ class TensorActivations:
     def __init__(
         self, x: Tensor | Pair, batch_size: int, seed: int = 0, epochs: int | None = None
     ) -> None:
-        _check_batch_size(batch_size)
+        check_batch_size(batch_size)
         self.x, self.d_target = _rows(x, "activations")
         self.batch_size, self.seed, self.epochs = batch_size, seed, epochs
         self.d_model = self.x.shape[1] - self.d_target
@@ -213,7 +213,7 @@ class LanguageModelActivations:
         seed: int,
         device: torch.device | None = None,
     ) -> None:
-        _check_batch_size(batch_size)
+        check_batch_size(batch_size)
         self.device = device or language_model.device
         self.language_model = language_model
         self.text = text
@@ -439,38 +439,6 @@ def overlaps(config: DataConfig, model_device: torch.device) -> bool:
     return config.overlap == "on" or config.overlap == "auto" and model_device.type != "cpu"
 
 
-def open_activations(
-    config: DataConfig, *, batch_size: int, seed: int, device: torch.device | str
-) -> "LanguageModelActivations | CacheActivations":
-    """The activations that `config` names, given on `device`; see `DataConfig.model_device`.
-
-    Raises InputError if they cannot be used.
-    """
-    if config.activations is not None:
-        from kronsae.cache import CacheActivations  # which is made of what is here
-
-        return CacheActivations(
-            config.activations,
-            layer=config.layer,
-            hookpoint=config.hookpoint,
-            target_hookpoint=config.target_hookpoint,
-            batch_size=batch_size,
-            seed=seed,
-            epochs=config.epochs,
-            buffer_tokens=config.buffer_tokens,
-            order=config.activations_order,
-            device=device,
-            trust_remote_code=config.trust_remote_code,
-        )
-    device = torch.device(device)
-    # What is cheap to check comes first; the model checks its names before it reads weights.
-    _check_batch_size(batch_size)
-    check_text(config)
-    model, config = open_model(config, torch.device(config.model_device or device))
-    text = open_text(config, seed)
-    return LanguageModelActivations(model, text, config, batch_size, seed, device)
-
-
 def open_model(config: DataConfig, device: torch.device | str) -> tuple[LanguageModel, DataConfig]:
     """The language model that `config` names, and `config` with the context length it gives."""
     device = torch.device(device)
@@ -529,6 +497,6 @@ def _describe_target(d_target: int) -> dict[str, int]:
     return {"d_target": d_target} if d_target else {}
 
 
-def _check_batch_size(batch_size: int) -> None:
+def check_batch_size(batch_size: int) -> None:
     if batch_size < 1:
         raise InputError(f"batch_size: expected >= 1, got {batch_size}")

@@ -11,16 +11,10 @@ import torch
 from torch import Tensor
 
 from kronsae.data.common import Interrupted
+from kronsae.system.devices import with_index
 
 PATIENCE = 5.0
 """Seconds that `Ahead.close` waits for a thread that is stuck, as in a read from a network."""
-
-
-def with_index(device: torch.device) -> torch.device:
-    """The device as tensors name theirs: "cuda" alone is the current card."""
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device())
-    return device
 
 
 class Pass(NamedTuple):

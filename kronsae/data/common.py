@@ -3,6 +3,9 @@
 import hashlib
 from typing import Any
 
+import torch
+from torch import Tensor
+
 REASON_CHARACTERS = 240
 """Longest reason quoted from another library's error."""
 
@@ -25,3 +28,7 @@ def reason(error: BaseException) -> str:
     lines = (line.strip() for line in str(error).splitlines())
     first = next((line for line in lines if line), "no message")
     return f"{type(error).__name__}: {first}"[:REASON_CHARACTERS]
+
+
+def is_finite(x: Tensor) -> bool:
+    return bool(torch.isfinite(x).all())

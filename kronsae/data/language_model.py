@@ -17,7 +17,7 @@ from kronsae.data.common import Interrupted, digest
 from kronsae.data.loading import load_config, load_model, load_tokenizer, quiet
 from kronsae.embedded import EMBEDDED_MODEL
 from kronsae.errors import InputError
-from kronsae.parallel import ALONE
+from kronsae.system.parallel import ALONE
 
 EMBEDDED_LAYER = 2
 """Layer of the embedded model where none is given."""

@@ -9,16 +9,13 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
+from kronsae.commandline import Parser, exit_status
 from kronsae.config import kind_of
 from kronsae.data.loading import quiet
 from kronsae.evaluate.judge import Judgement, judge
 from kronsae.evaluate.show import console_table, draw, facts, markdown
-from kronsae.files import write_json, write_text
-from kronsae.fit import resolve_device
-from kronsae.flags import Parser, exit_status
-from kronsae.metrics import density_histogram
-from kronsae.run import RunFolder, versions
-from kronsae.subject import (
+from kronsae.metrics.figures import density_histogram
+from kronsae.metrics.target_model import (
     HeldoutText,
     Subject,
     add_flags,
@@ -27,6 +24,9 @@ from kronsae.subject import (
     load_subjects,
     open_heldout,
 )
+from kronsae.runs.folder import RunFolder, versions
+from kronsae.system.devices import resolve_device
+from kronsae.system.files import write_json, write_text
 
 
 def make_parser() -> Parser:

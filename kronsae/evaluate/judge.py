@@ -12,15 +12,15 @@ from torch import Tensor
 from kronsae.data import LanguageModel
 from kronsae.data.language_model import LastStates
 from kronsae.errors import InputError
-from kronsae.metrics import (
+from kronsae.metrics.figures import (
     FiringMetrics,
     ReconstructionMetrics,
     cross_entropy,
     cross_entropy_recovered,
     kl_divergence,
 )
-from kronsae.sae import SAE
-from kronsae.subject import HeldoutText
+from kronsae.metrics.target_model import HeldoutText
+from kronsae.model.sae import SAE
 
 
 class Judgement(NamedTuple):

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kronsae.metrics import MEANING
+from kronsae.metrics.figures import MEANING
 
 if TYPE_CHECKING:
     from rich.table import Table

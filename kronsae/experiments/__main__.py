@@ -9,11 +9,11 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from kronsae.commandline import Parser, Terminated, signal_of, stoppable, stopped
 from kronsae.config import base_type
 from kronsae.errors import InputError
 from kronsae.experiments import NAMES
 from kronsae.experiments.common import Run, Stopped, require, run_grid
-from kronsae.flags import Parser, Terminated, signal_of, stoppable, stopped
 
 
 def load(name: str) -> ModuleType:

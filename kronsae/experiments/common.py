@@ -18,12 +18,14 @@ import torch
 from torch import Tensor
 
 from kronsae.config import DataConfig, SAEConfig, TrainConfig, setting
-from kronsae.data import ActivationSource, open_activations
+from kronsae.data import ActivationSource
 from kronsae.errors import InputError
-from kronsae.evaluate import Heldout
-from kronsae.files import write_json, write_text
-from kronsae.fit import FitResult, fit, resolve_device
-from kronsae.learner import compute_dtype
+from kronsae.metrics.heldout import Heldout
+from kronsae.sources import open_activations
+from kronsae.system.devices import compute_dtype, resolve_device
+from kronsae.system.files import write_json, write_text
+from kronsae.training.fit import fit
+from kronsae.training.session import FitResult
 from kronsae_kernels import __version__
 
 Run = dict[str, Any]

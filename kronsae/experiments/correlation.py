@@ -33,9 +33,9 @@ from kronsae.experiments.common import (
     train,
     tuned_cells,
 )
-from kronsae.learner import Normalizer
+from kronsae.model.normalizer import Normalizer
+from kronsae.model.sae import SAE
 from kronsae.properties.correlation import Correlations, correlations_of
-from kronsae.sae import SAE
 
 FIGURE = "section 5.2, Fig. 6"
 STATEMENT = (

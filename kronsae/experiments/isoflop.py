@@ -30,7 +30,7 @@ from kronsae.experiments.common import (
     tuned_cells,
     with_dense_forms,
 )
-from kronsae.flops import equal_budget
+from kronsae.model.flops import equal_budget, flops_per_token
 
 FIGURE = "Figs. 1, 9"
 STATEMENT = "How much a Kron encoder explains with the FLOPs of a dense one."
@@ -78,7 +78,7 @@ def compared(settings: Settings) -> tuple[str, ...]:
 def equal_flops_tokens(variant: str, dict_size: int, k: int, d_model: int, budget: int) -> int:
     """Tokens for which a variant spends what the baseline does on `budget`. [KronSAE, eq. 7]"""
     cost = {
-        name: dataclasses.replace(sae_config(name, dict_size, k), d_model=d_model).flops_per_token()
+        name: flops_per_token(dataclasses.replace(sae_config(name, dict_size, k), d_model=d_model))
         for name in (BASELINE, variant)
     }
     return equal_budget(budget, cost[BASELINE], cost[variant])
@@ -100,7 +100,7 @@ def run(settings: Settings, activations: Activations, cell: dict[str, Any]) -> d
     tokens = equal_flops_tokens(variant, size, settings.k, activations.d_model, budget)
     sae = sae_config(variant, size, settings.k)
     result = train(sae, activations, settings, {**cell, "tokens": tokens})
-    flops = tokens * result.sae.config.flops_per_token()
+    flops = tokens * flops_per_token(result.sae.config)
     return {"tokens": tokens, "flops": flops, **quality(result)}
 
 

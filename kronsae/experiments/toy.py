@@ -27,7 +27,6 @@ from torch import Tensor
 
 from kronsae.config import SAEConfig, TrainConfig, setting
 from kronsae.data import TensorActivations
-from kronsae.evaluate import Heldout
 from kronsae.experiments.common import (
     Conclusion,
     Run,
@@ -40,10 +39,12 @@ from kronsae.experiments.common import (
     sae_config,
     save,
 )
-from kronsae.fit import resolve_device
-from kronsae.learner import Learner, Normalizer
-from kronsae.sae import SAE
-from kronsae.stream import NORMALIZER_TOKENS
+from kronsae.metrics.heldout import Heldout
+from kronsae.model.normalizer import Normalizer
+from kronsae.model.sae import SAE
+from kronsae.system.devices import resolve_device
+from kronsae.training.learner import Learner
+from kronsae.training.stream import NORMALIZER_TOKENS
 
 FIGURE = "Fig. 5, Table 7"
 STATEMENT = "Kron decoders match the correlations of a toy model's features better than TopK's."

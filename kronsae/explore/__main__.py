@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
+from kronsae.commandline import exit_status
 from kronsae.explore.write import write_explorer
-from kronsae.flags import exit_status
 from kronsae.properties.run import PropertiesParser, examine, kept, open_run, say
 
 

@@ -16,14 +16,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kronsae.config import kind_of
-from kronsae.contexts import SAME_TOKENS, phrases
+from kronsae.data.token_text import token_texts
 from kronsae.explore.blocks import encode, encode_json, rounded, smallest
-from kronsae.metrics import MEANING
+from kronsae.explore.report import read_metrics
+from kronsae.metrics.figures import MEANING
+from kronsae.model.sae import SAE
 from kronsae.properties import WINDOW, Examined, Examples, Stored, gates
+from kronsae.properties.contexts import SAME_TOKENS, phrases
 from kronsae.properties.summary import of_each
-from kronsae.report import read_metrics
-from kronsae.sae import SAE
-from kronsae.token_text import token_texts
 
 EXAMPLES = ((8, 8), (6, 4), (4, 2), (3, 1))
 """Strongest and sampled examples of each latent: the first that fits in EXAMPLE_BYTES."""

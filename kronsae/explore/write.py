@@ -14,9 +14,9 @@ from string import Template
 from typing import Any
 
 from kronsae.explore.content import Content, make_content
-from kronsae.files import write_text
+from kronsae.model.sae import SAE
 from kronsae.properties import Stored
-from kronsae.sae import SAE
+from kronsae.system.files import write_text
 
 SCRIPTS = ("data.js", "charts.js", "latents.js", "views.js", "main.js")
 _PAGE = Path(__file__).parent / "page"

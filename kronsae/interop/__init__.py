@@ -23,7 +23,7 @@ class Format(NamedTuple):
     config: str
     library: str
     module: str | None
-    """What reads and writes it: `read(folder)`, `write(sae, folder)`. None: `kronsae.sae`."""
+    """What reads and writes it: `read(folder)`, `write(sae, folder)`. None for our own."""
 
 
 FORMATS = {

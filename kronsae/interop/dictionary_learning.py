@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from kronsae.errors import InputError
-from kronsae.files import replace_directory, write_json
 from kronsae.interop.lens_format import ungated
 from kronsae.interop.stock import Origin, Stock, note_of, part_of, read_json, stock_of, take
-from kronsae.sae import SAE
+from kronsae.model.sae import SAE
+from kronsae.system.files import replace_directory, write_json
 
 WEIGHTS_NAME = "ae.pt"
 CONFIG_NAME = "config.json"

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from kronsae.config import SAEConfig, from_dict, kind_of
 from kronsae.errors import InputError
-from kronsae.files import replace_directory, write_json
 from kronsae.interop.stock import (
     Origin,
     Stock,
@@ -23,11 +22,11 @@ from kronsae.interop.stock import (
     note_of,
     part_of,
     read_json,
-    read_tensors,
     stock_of,
     take,
 )
-from kronsae.sae import SAE, made_of
+from kronsae.model.sae import SAE, made_of
+from kronsae.system.files import read_tensors, replace_directory, write_json
 
 WEIGHTS_NAME = "sae_weights.safetensors"
 CONFIG_NAME = "cfg.json"

@@ -17,12 +17,13 @@ from typing import Any
 
 import torch
 
+from kronsae.commandline import Parser, exit_status
 from kronsae.errors import InputError
-from kronsae.flags import Parser, exit_status
 from kronsae.interop.lens_format import lens_hook
+from kronsae.interop.load import load
 from kronsae.interop.sae_lens import KronSAE
 from kronsae.interop.stock import Origin
-from kronsae.sae import SAE, load
+from kronsae.model.sae import SAE
 
 PROXY = (
     "W_enc and b_enc are a proxy: the mean of a latent's base and extension row, which encode does "

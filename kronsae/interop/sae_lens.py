@@ -18,10 +18,12 @@ from sae_lens import SAE, SAEConfig, register_sae_class
 from sae_lens.registry import SAE_CLASS_REGISTRY
 from torch import Tensor, nn
 
-import kronsae
+from kronsae.config import SAEConfig as OwnConfig
 from kronsae.config import from_dict
+from kronsae.errors import InputError
 from kronsae.interop.lens_format import ARCHITECTURE, check_own, metadata_of
 from kronsae.interop.stock import dense, encoder_proxy
+from kronsae.model.sae import SAE as OwnSAE
 from kronsae_kernels import SparseCodes
 
 _PREFIX = "sae."
@@ -40,15 +42,15 @@ class KronSAEConfig(SAEConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        own = from_dict(kronsae.SAEConfig, self.kronsae, "cfg.kronsae")
+        own = from_dict(OwnConfig, self.kronsae, "cfg.kronsae")
         check_own(own)
         for name, value in (("d_in", own.d_model), ("d_sae", own.dict_size)):
             if getattr(self, name) != value:
-                raise kronsae.InputError(
+                raise InputError(
                     f"{name}: {getattr(self, name)} disagrees with {value} in cfg.kronsae"
                 )
         if self.normalize_activations != "none" or self.apply_b_dec_to_input:
-            raise kronsae.InputError(
+            raise InputError(
                 "a KronSAE takes raw activations: expected normalize_activations 'none' and "
                 "apply_b_dec_to_input False"
             )
@@ -62,13 +64,13 @@ class KronSAE(SAE[KronSAEConfig]):
     `W_enc` is a proxy (`kronsae.interop.stock.encoder_proxy`), made when it is read.
     """
 
-    sae: kronsae.SAE
+    sae: OwnSAE
 
     def __init__(self, cfg: KronSAEConfig, use_error_term: bool = False) -> None:
         super().__init__(cfg, use_error_term)
 
     @classmethod
-    def wrap(cls, sae: kronsae.SAE) -> "KronSAE":
+    def wrap(cls, sae: OwnSAE) -> "KronSAE":
         """An SAE of ours as one of SAELens. Raises InputError for a transcoder."""
         check_own(sae.config)
         settings = {
@@ -83,8 +85,8 @@ class KronSAE(SAE[KronSAEConfig]):
         return wrapped.to(device=str(sae.W_dec.device))
 
     def initialize_weights(self) -> None:
-        config = from_dict(kronsae.SAEConfig, self.cfg.kronsae, "cfg.kronsae")
-        self.sae = kronsae.SAE(config, device=self.device).to(self.dtype).eval()
+        config = from_dict(OwnConfig, self.cfg.kronsae, "cfg.kronsae")
+        self.sae = OwnSAE(config, device=self.device).to(self.dtype).eval()
 
     @property
     def W_dec(self) -> nn.Parameter:

@@ -7,17 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from kronsae.errors import InputError
-from kronsae.files import replace_directory, write_json
-from kronsae.interop.stock import (
-    Stock,
-    layer_of,
-    note_of,
-    read_json,
-    read_tensors,
-    stock_of,
-    take,
-)
-from kronsae.sae import SAE
+from kronsae.interop.stock import Stock, layer_of, note_of, read_json, stock_of, take
+from kronsae.model.sae import SAE
+from kronsae.system.files import read_tensors, replace_directory, write_json
 
 WEIGHTS_NAME = "sae.safetensors"
 CONFIG_NAME = "cfg.json"

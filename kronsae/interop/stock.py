@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kronsae.config import SAEConfig, from_dict, kind_of
 from kronsae.errors import InputError
-from kronsae.sae import SAE
+from kronsae.model.sae import SAE
 from kronsae_kernels import SparseCodes, __version__
 
 DEFAULT_K = 50
@@ -185,17 +185,6 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise InputError(f"{path}: expected a JSON object, got {type(value).__name__}")
     return value
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file. Raises InputError if it is damaged."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path} cannot be read: {error}") from error
 
 
 def take(tensors: dict[str, Tensor], names: dict[str, str], path: Path) -> dict[str, Tensor]:

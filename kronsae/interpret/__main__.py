@@ -12,16 +12,16 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.text import Text
 
+from kronsae.commandline import Parser, exit_status
 from kronsae.data.loading import quiet
 from kronsae.errors import InputError
-from kronsae.files import write_json
-from kronsae.fit import resolve_device
-from kronsae.flags import Parser, exit_status
 from kronsae.interpret.chat import Answers, Chat, LocalChat, ServerChat
 from kronsae.interpret.examples import collect, firing_counts
 from kronsae.interpret.scoring import EXPLANATION_TOKENS, SHOWN, Interpretation, interpret
-from kronsae.run import versions
-from kronsae.subject import add_flags, given_data, load_subjects, open_heldout
+from kronsae.metrics.target_model import add_flags, given_data, load_subjects, open_heldout
+from kronsae.runs.folder import versions
+from kronsae.system.devices import resolve_device
+from kronsae.system.files import write_json
 
 ANSWERS, RESULT = "answers.jsonl", "interpretation.json"
 

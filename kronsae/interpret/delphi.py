@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kronsae.sae import SAE, load
+from kronsae.interop.load import load
+from kronsae.model.sae import SAE
 
 
 def encoders(

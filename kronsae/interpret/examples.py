@@ -10,9 +10,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from kronsae.metrics import FiringMetrics
-from kronsae.sae import SAE
-from kronsae.subject import HeldoutText
+from kronsae.metrics.figures import FiringMetrics
+from kronsae.metrics.target_model import HeldoutText
+from kronsae.model.sae import SAE
 
 CONTEXT = 256
 """Tokens of a context; longer ones are cut. [KronSAE, App. D]"""

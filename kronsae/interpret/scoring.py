@@ -9,9 +9,9 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from kronsae.data.token_text import token_texts
 from kronsae.interpret.chat import Answers, Messages
 from kronsae.interpret.examples import Example, LatentExamples
-from kronsae.token_text import token_texts
 
 SHOWN = 16
 """Examples that an explanation is made from, above the median activation. [KronSAE, App. D]"""

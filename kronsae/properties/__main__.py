@@ -3,7 +3,7 @@
 import sys
 from typing import Any
 
-from kronsae.flags import exit_status
+from kronsae.commandline import exit_status
 from kronsae.properties.run import PropertiesParser, examine, say
 
 

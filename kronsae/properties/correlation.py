@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from kronsae.sae import SAE
+from kronsae.model.sae import SAE
 from kronsae_kernels import SparseCodes
 
 

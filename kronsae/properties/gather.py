@@ -18,11 +18,11 @@ from torch import Tensor
 
 from kronsae.config import setting
 from kronsae.errors import InputError
+from kronsae.model.sae import SAE
 from kronsae.properties.correlation import active_codes, joined, mean_correlations
 from kronsae.properties.examples import NO_TOKEN, WINDOW, Examples, random_scores
 from kronsae.properties.histogram import Histograms
 from kronsae.properties.token_mass import TokenMass, largest_shares
-from kronsae.sae import SAE
 from kronsae_kernels import SparseCodes
 
 PAPER_SAMPLE = 384

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kronsae.sae import SAE
+from kronsae.model.sae import SAE
 
 NEIGHBOURS_ON_CPU = 2**42
 """Most multiply-adds, F^2 d, for which nearest rows are searched on a CPU (minutes)."""

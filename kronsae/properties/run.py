@@ -6,17 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from kronsae.commandline import Parser
 from kronsae.config import DataConfig, base_type
 from kronsae.errors import InputError
-from kronsae.files import sha256
-from kronsae.flags import Parser
+from kronsae.interop.load import load
+from kronsae.metrics.target_model import data_of
+from kronsae.model.sae import SAE, WEIGHTS_NAME
 from kronsae.properties.gather import Settings, measure
 from kronsae.properties.geometry import kinship, logit_effects, mean_cosines, nearest_rows
 from kronsae.properties.store import FOLDER, Stored, load_properties, save_properties
 from kronsae.properties.summary import summarise
-from kronsae.run import RunFolder
-from kronsae.sae import SAE, WEIGHTS_NAME, load
-from kronsae.subject import data_of
+from kronsae.runs.folder import RunFolder
+from kronsae.system.files import sha256
 
 EMBEDDED: dict[str, Any] = {"tokens": 200_000, "sample": 32}
 """Settings that apply to the embedded model where none are given."""
@@ -40,7 +41,7 @@ def examine(
     """
     sae, data, digest = open_run(run, text or {}, device)
     settings = settings_of(data, given)
-    from kronsae.data import open_activations
+    from kronsae.sources import open_activations
 
     say(f"{run}: reading {settings.tokens:,} tokens of {data.dataset} with {data.model}")
     source = open_activations(data, batch_size=1, seed=settings.seed, device=device)

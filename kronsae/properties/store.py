@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kronsae.errors import InputError
-from kronsae.files import replace_directory, sha256, write_json
 from kronsae.properties.examples import Examples
 from kronsae.properties.gather import Examined, Properties
 from kronsae.properties.geometry import LogitEffects, Nearest
+from kronsae.system.files import replace_directory, sha256, write_json
 
 FOLDER = "properties"
 FORMAT_VERSION = 1

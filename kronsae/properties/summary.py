@@ -4,9 +4,9 @@ from typing import Any
 
 import numpy as np
 
+from kronsae.model.sae import SAE
 from kronsae.properties.gather import Examined, Properties
 from kronsae.properties.token_mass import entropy
-from kronsae.sae import SAE
 
 PROPERTIES = ("frequency", "mean", "entropy", "multitoken")
 

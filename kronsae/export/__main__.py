@@ -1,0 +1,159 @@
+"""`python -m kronsae.export SAE --to FORMAT`: an SAE for another library, or for the hub.
+
+SAE is whatever `kronsae.load` takes: a run folder, a folder of ours or of another library, a hub
+id; so this also brings SAEs of other libraries here (--to kronsae).
+"""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from kronsae.commandline import Parser, exit_status
+from kronsae.config import kind_of
+from kronsae.errors import InputError
+from kronsae.interop import FORMATS, module_of
+from kronsae.interop.load import load
+from kronsae.model.sae import SAE
+
+VERIFY_TOKENS = 16_384
+
+HOW_TO_LOAD = {
+    "kronsae": 'kronsae.load("{out}")',
+    "sae_lens": 'import kronsae.interop.sae_lens; sae_lens.SAE.load_from_disk("{out}")',
+    "sparsify": 'sparsify.SparseCoder.load_from_disk("{out}")',
+    "dictionary_learning": 'dictionary_learning.utils.load_dictionary("{out}", "cpu")',
+}
+
+
+def make_parser() -> Parser:
+    parser = Parser(
+        prog="python -m kronsae.export",
+        description="Write an SAE in the format of another library, or push it to the Hugging Face "
+        "hub.",
+    )
+    parser.add_argument(
+        "source", metavar="SAE", help="run folder, folder of an SAE of any known format, or hub id"
+    )
+    parser.add_argument(
+        "--to", required=True, choices=(*FORMATS, "hub"), help="the library that shall load it"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write (not: hub)")
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="load it in that library, and compare explained variance and L0 on the run's held-out "
+        "tokens (of an SAE without a run: on random vectors)",
+    )
+    parser.add_argument(
+        "--tokens", type=int, metavar="N", help=f"tokens to verify on (default: {VERIFY_TOKENS})"
+    )
+    parser.add_argument("--subfolder", metavar="NAME", help="where in SAE it is, as layers.6")
+    parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a hub id")
+    parser.add_argument(
+        "--allow-pickle",
+        action="store_true",
+        help="read dictionary_learning's ae.pt, a pickle, of which tensors alone are taken",
+    )
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="with --verify: run code that comes with the model from the hub",
+    )
+    hub = parser.add_argument_group("with --to hub")
+    hub.add_argument("--repo", metavar="OWNER/NAME", help="repository; made if it is not there")
+    hub.add_argument("--branch", metavar="NAME", help="branch to push to (default: main)")
+    hub.add_argument("--private", action="store_true", help="make the repository private")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit status: 0 only when the work was done.
+
+    2: what was asked for cannot work, or the verification did not agree.
+    """
+    return exit_status(_export, argv)
+
+
+def _export(argv: list[str]) -> None:
+    request = make_parser().parse(argv)
+    _check(request)
+    sae = load(
+        request.source,
+        revision=request.revision,
+        subfolder=request.subfolder,
+        allow_pickle=request.allow_pickle,
+    )
+    if request.to == "hub":
+        from kronsae.hub import push
+
+        # `push` finds the report in a run's folder.
+        is_run = (Path(request.source) / "report.html").is_file()
+        source = request.source if is_run else sae
+        url = push(source, request.repo, revision=request.branch, private=request.private)
+        print(f'Pushed: {url}\nLoad it with: kronsae.load("{request.repo}")')
+        return
+    convert(sae, request.to, request.out)
+    kind = kind_of(dataclasses.asdict(sae.config))
+    print(f"Wrote {request.out}: a {kind} for {FORMATS[request.to].library}")
+    print("Load it with:", HOW_TO_LOAD[request.to].format(out=request.out))
+    if request.verify:
+        _verify(request, sae)
+
+
+def _check(request: argparse.Namespace) -> None:
+    hub = request.to == "hub"
+    if hub and not request.repo:
+        raise InputError("--to hub needs --repo OWNER/NAME")
+    if not hub and request.out is None:
+        raise InputError(f"--to {request.to} needs --out DIR, the folder to write")
+    without_effect = {
+        "--out": hub and request.out is not None,
+        "--verify": hub and request.verify,
+        "--repo": not hub and request.repo is not None,
+        "--branch": not hub and request.branch is not None,
+        "--private": not hub and request.private,
+    }
+    for flag, holds in without_effect.items():
+        if holds:
+            raise InputError(f"{flag} has no effect with --to {request.to}: leave it out")
+    for flag, given in (
+        ("--tokens", request.tokens is not None),
+        ("--trust-remote-code", request.trust_remote_code),
+    ):
+        if given and not request.verify:
+            raise InputError(f"{flag} has no effect without --verify: leave it out")
+    if request.tokens is not None and request.tokens < 2:
+        raise InputError(f"--tokens: expected at least 2, got {request.tokens}")
+
+
+def convert(sae: SAE, to: str, out: Path) -> Path:
+    """Write `sae` to `out` in a format of `kronsae.interop.FORMATS`.
+
+    Raises InputError, with the reason, if that format cannot hold it.
+    """
+    return sae.save(out) if to == "kronsae" else module_of(to).write(sae, out)
+
+
+def _verify(request: argparse.Namespace, sae: SAE) -> None:
+    from kronsae.export.verify import heldout_tokens, random_tokens, verify
+
+    tokens = request.tokens or VERIFY_TOKENS
+    heldout = heldout_tokens(sae, tokens, trust_remote_code=request.trust_remote_code)
+    x, target, what = heldout or random_tokens(sae, tokens)
+    result = verify(sae, request.out, request.to, x, target)
+    print(f"\nOn {result.tokens:,} {what}:")
+    print(f"{'':28}{'explained variance':>20}{'L0':>12}")
+    for figures in (result.before, result.after):
+        print(f"{figures.library:28}{figures.explained_variance:20.6f}{figures.l0:12.4f}")
+    print(
+        f"largest difference of a reconstruction's coordinate: {result.largest_difference:.1e} "
+        "standard deviations"
+    )
+    if not result.agrees:
+        raise InputError(f"{result.after.library} does not make of {request.out} what kronsae does")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

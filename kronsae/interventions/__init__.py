@@ -1,0 +1,5 @@
+"""Latents changed in a running language model, and what the changes do to its output."""
+
+from kronsae.interventions.hooks import Edit, ablate, change, clamp, intervene, spliced, steer
+
+__all__ = ["Edit", "ablate", "change", "clamp", "intervene", "spliced", "steer"]

@@ -1,0 +1,25 @@
+"""Figures of merit of SAEs, and the held-out text and activations that they are measured on."""
+
+from kronsae.metrics.figures import (
+    MEANING,
+    FiringMetrics,
+    ReconstructionMetrics,
+    cross_entropy,
+    cross_entropy_recovered,
+    density_histogram,
+    kl_divergence,
+)
+from kronsae.metrics.heldout import Heldout, evaluate, evaluate_cross_entropy
+
+__all__ = [
+    "MEANING",
+    "FiringMetrics",
+    "Heldout",
+    "ReconstructionMetrics",
+    "cross_entropy",
+    "cross_entropy_recovered",
+    "density_histogram",
+    "evaluate",
+    "evaluate_cross_entropy",
+    "kl_divergence",
+]

@@ -1,0 +1,201 @@
+"""Trained SAEs with their language model and text that they never saw: what is judged and probed.
+
+A command line names SAEs (a run, a sweep, a folder that `SAE.save` wrote, a hub id); which model,
+layer and text belong to them stands in their metadata, or is said by flags.
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from kronsae.config import DataConfig, base_type, from_dict, untrusted
+from kronsae.data import LanguageModel, open_text
+from kronsae.data.activations import open_model, set_aside
+from kronsae.data.packing import token_mask
+from kronsae.errors import InputError
+from kronsae.interop.load import load
+from kronsae.model.sae import SAE
+from kronsae.runs.folder import SweepFolder
+
+OF_MODEL = ("model", "revision", "layer", "hookpoint", "target_hookpoint", "trust_remote_code")
+OF_TEXT = ("dataset", "dataset_config", "split", "text_column", "streaming")
+OF_READING = ("context_length", "contexts_per_batch", "model_dtype", "heldout_tokens")
+HELP = {
+    "target_hookpoint": "of a transcoder: the module whose output it predicts, by name",
+    "heldout_tokens": "tokens of text to read (default: as many as the run held out)",
+    "contexts_per_batch": "contexts a forward pass of the language model",
+    "dataset": "other text than the run's own held-out slice: hub name, or files; 'stdlib'",
+}
+
+
+class HeldoutText(NamedTuple):
+    """Text that an SAE was never trained on, and the model that reads it."""
+
+    model: LanguageModel
+    contexts: Tensor
+    """[c, L] int64 token ids."""
+    mask: Tensor
+    """[c, L] bool: tokens on which an SAE stands for the activations. BOS, other special tokens
+    and the first position of each context are not among them: they pass unchanged."""
+    contexts_per_batch: int
+    facts: dict[str, Any]
+    """What text it is (JSON-able)."""
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Token ids [b, L] and mask [b, L], on the model's device."""
+        device, size = self.model.device, self.contexts_per_batch
+        for ids, mask in zip(self.contexts.split(size), self.mask.split(size), strict=True):
+            yield ids.to(device), mask.to(device)
+
+
+class Subject(NamedTuple):
+    """An SAE that is to be looked into."""
+
+    name: str
+    source: str
+    sae: SAE
+    data: DataConfig
+    """Its language model and text."""
+
+    @property
+    def trained_on(self) -> dict[str, Any]:
+        """Description of the stream that it was trained on, as its run wrote it; else empty."""
+        return self.sae.metadata.get("data") or {}
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags for what an SAE's metadata lacks, or that shall be otherwise; and the device."""
+    group = parser.add_argument_group("language model and text (default: the run's own)")
+    for spec in dataclasses.fields(DataConfig):
+        if spec.name not in (*OF_MODEL, *OF_TEXT, *OF_READING):
+            continue
+        kind, _ = base_type(spec)
+        options: dict[str, Any] = {"help": HELP.get(spec.name, spec.metadata["help"])}
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif "choices" in spec.metadata:
+            options["choices"] = spec.metadata["choices"]
+        else:
+            options |= {"type": kind, "metavar": "N" if kind is int else "NAME"}
+        flag = f"--{spec.name.replace('_', '-')}"
+        group.add_argument(flag, default=argparse.SUPPRESS, **options)
+    parser.add_argument(
+        "--device", default="auto", metavar="NAME", help="cpu, cuda, … (auto: cuda if there is one)"
+    )
+
+
+def given_data(found: argparse.Namespace) -> dict[str, Any]:
+    """The flags of `add_flags` that were given."""
+    names = (*OF_MODEL, *OF_TEXT, *OF_READING)
+    return {name: value for name, value in vars(found).items() if name in names}
+
+
+def load_subjects(
+    sources: Sequence[str], given: dict[str, Any], device: Any = "cpu"
+) -> list[Subject]:
+    """The SAEs that `sources` name: runs, `SAE.save` folders, hub ids, or all members of a sweep.
+
+    given: fields of `DataConfig` that come before those in the SAE's metadata.
+    Raises InputError if there is no SAE, or if nothing says which language model it is of.
+    """
+    places = [place for source in sources for place in _members(source)]
+    names = _names(places)
+    found = []
+    for name, place in zip(names, places, strict=True):
+        sae = load(place, device=device)
+        found.append(Subject(name, place, sae, data_of(sae, given, place)))
+    return found
+
+
+def _members(source: str) -> list[str]:
+    if not (Path(source) / "sweep.json").exists():
+        return [source]
+    sweep, _ = SweepFolder.open(source)
+    return [str(run.path) for run in sweep.runs.values()]
+
+
+def _names(places: Sequence[str]) -> list[str]:
+    """The last part of each path that tells them apart (a folder sae/ goes by its parent)."""
+    parts = [[part for part in Path(place).parts if part != "sae"] or [place] for place in places]
+    if len({tuple(part) for part in parts}) < len(parts):
+        raise InputError(f"the same SAE is named twice: {', '.join(places)}")
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(part[-length:]) for part in parts]
+        if len(set(names)) == len(names):
+            break
+    return names
+
+
+def data_of(sae: SAE, given: dict[str, Any], name: str) -> DataConfig:
+    """Language model and text of an SAE: as given, else as its metadata says."""
+    known = untrusted((sae.metadata.get("config") or {}).get("data") or {})
+    described = sae.metadata.get("data") or {}
+    if not known and described.get("name", "given") != "given":
+        known = {"model": described["name"], "hookpoint": described["hookpoint"]}
+        known |= {k: described[k] for k in ("revision", "target_hookpoint") if k in described}
+    if not known and "model" not in given:
+        raise InputError(
+            f"{name}: nothing in its metadata says which language model it is of: give --model, "
+            "and --layer or --hookpoint"
+        )
+    if given.get("model", known.get("model")) != known.get("model"):
+        known = {key: value for key, value in known.items() if key not in OF_MODEL}
+    if "dataset" in given:
+        known = {key: value for key, value in known.items() if key not in OF_TEXT}
+    for one, other in (("layer", "hookpoint"), ("hookpoint", "layer")):
+        if one in given and other not in given:
+            known.pop(other, None)
+    return from_dict(DataConfig, known | given, f"settings of {name}").live()
+
+
+def by_text(subjects: Sequence[Subject]) -> list[list[Subject]]:
+    """Subjects that can be judged on the same pass of a language model, together."""
+    groups: dict[Any, list[Subject]] = {}
+    for subject in subjects:
+        trained_on = [subject.trained_on.get(key) for key in ("text", "heldout_contexts")]
+        groups.setdefault((subject.data, *trained_on), []).append(subject)
+    return list(groups.values())
+
+
+def open_heldout(subject: Subject, device: Any) -> HeldoutText:
+    """The language model of a subject, and text that the subject was not trained on.
+
+    Of the text of its own run that is the slice that the run held out; other text counts as unseen.
+    Raises InputError if more is asked for than the run held out, or if the widths do not fit.
+    """
+    model, data = open_model(subject.data, device)
+    config = subject.sae.config
+    if (model.d_model, model.d_target) != (config.d_model, config.d_target):
+        raise InputError(
+            f"{subject.name}: the SAE maps width {config.d_model} to {config.d_out}, but "
+            f"{model.hookpoint} of {model.name} has width {model.d_model}"
+            + (f", and {model.target_hookpoint} {model.d_target}" if model.d_target else "")
+        )
+    text = open_text(data, seed=0)
+    contexts, documents = set_aside(text, model.tokenizer, data)
+    trained_on = subject.trained_on
+    own = text.fingerprint() == trained_on.get("text")
+    if own and getattr(text, "aside", None) is None:
+        length = trained_on["context_length"]
+        tokens = length * trained_on["heldout_contexts"]
+        slice_ = dataclasses.replace(data, context_length=length, heldout_tokens=tokens)
+        if documents > set_aside(text, model.tokenizer, slice_)[1]:
+            raise InputError(
+                f"{subject.name} was trained on all of {data.dataset!r} but the {tokens:,} tokens "
+                "that it held out: expected as many --heldout-tokens at most, or another --dataset"
+            )
+    mask = token_mask(contexts, model.tokenizer)
+    facts = {
+        "dataset": data.dataset,
+        "which": "the run's own held-out text" if own else "other text than the run's",
+        "fingerprint": text.fingerprint(),
+        "contexts": len(contexts),
+        "context_length": data.context_length,
+        "tokens": int(mask.sum()),
+        "left_out": "special tokens and the first position of each context pass unchanged",
+    }
+    return HeldoutText(model, contexts, mask, data.contexts_per_batch, facts)

@@ -1,0 +1,1 @@
+"""The autoencoder and what trains it: encoder, selection, objectives, and what each costs."""

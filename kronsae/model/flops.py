@@ -1,0 +1,135 @@
+"""What an SAE costs, in multiply-adds a token: the paper's count, and a training step of ours.
+
+Plain numbers in and out, so that everything that counts (configs, plans, benchmarks) counts alike.
+
+d width of the activations      F = h m n latents, k of them active      rows of the encoder: F, or
+h heads of m base and n extension pre-latents (0 for a dense encoder)       h (m + n)
+"""
+
+from typing import NamedTuple
+
+from kronsae.config import SAEConfig
+from kronsae.errors import InputError
+
+ADAMW = 8
+"""Operations on one parameter: two averages, bias corrections, root, division, update."""
+
+
+def forward(
+    d: int,
+    dict_size: int,
+    k: int,
+    *,
+    heads: int = 0,
+    m: int = 0,
+    n: int = 0,
+    experts: int = 0,
+    d_out: int | None = None,
+    skip: bool = False,
+) -> int:
+    """Multiply-adds of one token's forward pass. [KronSAE, eq. 7]
+
+    dF + kd for a dense encoder (heads = 0), dh(m + n) + mnh + kd for a Kron encoder. With experts:
+    the router's, and one expert's share of the encoder. d_out: width of a transcoder's target.
+    """
+    d_out = d if d_out is None else d_out
+    encode = d * heads * (m + n) + m * n * heads if heads else d * dict_size
+    return encode // max(1, experts) + d * experts + k * d_out + skip * d * d_out
+
+
+def flops_per_token(sae: SAEConfig) -> int:
+    """Multiply-adds of one token's forward pass. [KronSAE, eq. 7]
+
+    Of the whole dictionary, or the router and one expert; and of a linear skip.
+    """
+    return forward(
+        sae.d_model,
+        sae.dict_size,
+        sae.k,
+        heads=sae.heads,
+        m=sae.m,
+        n=sae.n,
+        experts=sae.experts,
+        d_out=sae.d_out,
+        skip=sae.skip,
+    )
+
+
+def counted_step(forward_flops: int) -> int:
+    """A training step's, had the backward pass two products for each of the forward's.
+
+    So steps are counted where FLOPs are compared; what ours really does is `training_step`.
+    """
+    return 3 * forward_flops
+
+
+class Step(NamedTuple):
+    """Multiply-adds of a training step for each token of the batch, by what they are for."""
+
+    encode: float
+    """The encoder's matrix product: all rows."""
+    select: float
+    """Products of pre-latents: a maximum a head, and all of the k heads that are kept."""
+    decode: float
+    """The sum of k decoder rows."""
+    decoder_backward: float
+    """Gradients of the codes and of the decoder: the k active rows, twice."""
+    encoder_backward: float
+    """Gradient of the encoder: the live pre-latents alone, at most 2k (Kron) or k (dense)."""
+    auxk: float
+    """The auxiliary loss on its share of the batch; 0 while no latent is dead."""
+    optimizer: float
+    """AdamW, the decoder's unit norm, and its gradient's parallel part; shared by the batch."""
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+
+def training_step(
+    d: int,
+    dict_size: int,
+    k: int,
+    batch: int,
+    *,
+    heads: int = 0,
+    m: int = 0,
+    n: int = 0,
+    auxk: int = 0,
+    auxk_fraction: float = 0.0,
+) -> Step:
+    """What a step on `batch` tokens really does, for each of them.
+
+    auxk: dead latents in the auxiliary loss (those that there are, if fewer), on `auxk_fraction`
+    of the batch: it encodes once more, forming all F products of a Kron encoder.
+    """
+    kron = heads > 0
+    rows = heads * (m + n) if kron else dict_size
+    live = 2 if kron else 1  # encoder rows behind an active latent
+    aux = 0
+    if auxk:
+        aux = d * rows + (dict_size if kron else 0) + auxk * d * (1 + 2 + live)
+    parameters = rows * (d + 1) + dict_size * d + d
+    # The norm takes one pass over the decoder, the division one, the parallel part one.
+    optimizer = ADAMW * parameters + 3 * dict_size * d
+    return Step(
+        encode=d * rows,
+        select=heads + min(k, heads) * m * n if kron else 0,
+        decode=k * d,
+        decoder_backward=2 * k * d,
+        encoder_backward=live * k * d,
+        auxk=auxk_fraction * aux,
+        optimizer=optimizer / batch,
+    )
+
+
+def equal_budget(tokens: int, reference: int, own: int) -> int:
+    """Tokens for which `own` FLOPs a token cost what `tokens` do at `reference` FLOPs a token.
+
+    The iso-FLOP rule: a cheaper encoder sees more tokens. [KronSAE, eq. 7]
+    Raises InputError unless all are at least 1.
+    """
+    for name, value in (("tokens", tokens), ("reference", reference), ("own", own)):
+        if value < 1:
+            raise InputError(f"{name}: expected >= 1, got {value}")
+    return max(1, round(tokens * reference / own))

@@ -1,0 +1,88 @@
+"""Dictionaries whose heads several processes share.
+
+Letters: B tokens, F latents, k selected latents a token, R ranks of a group.
+"""
+
+import torch
+
+from kronsae.config import SAEConfig, TrainConfig
+from kronsae.errors import InputError
+from kronsae.system.parallel import Group, shape
+from kronsae_kernels import SparseCodes
+from kronsae_kernels.ranks import largest_of_all
+
+HELD = ("W_enc", "b_enc", "W_dec")
+"""Parameters of whose rows each process along `Mesh.heads` holds an equal part, in their order."""
+
+HELD_STATE = (
+    *(f"weights.{name}" for name in HELD),
+    *(f"moments.{name}.{moment}" for name in HELD for moment in ("exp_avg", "exp_avg_sq")),
+    "tokens_since_fired",
+)
+"""What of `Learner.state_dict` has rows of which each process along `Mesh.heads` holds a part."""
+
+
+def check_heads(config: SAEConfig, ranks: int) -> None:
+    """Raise InputError if the heads of an autoencoder cannot be shared out over so many ranks."""
+    if ranks == 1:
+        return
+    usual = {"selection": "topk", "objective": "plain", "experts": 0}
+    for name, value in usual.items():
+        if getattr(config, name) != value:
+            raise InputError(
+                f"tensor_parallel {ranks}: {name} is {getattr(config, name)!r}, it knows {value!r} "
+                "alone"
+            )
+    kron = config.encoder == "kron"
+    count, what = (config.heads, "heads") if kron else (config.dict_size, "latents")
+    if count % ranks:
+        raise InputError(
+            f"tensor_parallel {ranks}: {count:,} {what} cannot be shared out evenly over {ranks} "
+            "ranks"
+        )
+
+
+def largest(found: SparseCodes, k: int, group: Group, size: int) -> SparseCodes:
+    """The k largest latents of each token [B, k] among those that every rank found, exactly.
+
+    found: [B, w] this rank's largest, or all that it may take if these are fewer than k: values by
+        which latents compete, largest first and then lowest index first, and indices in [0, size).
+        Each rank's k largest hold all of the k largest of all, ties included.
+    size: latents of a rank; latent f of rank r is r * size + f of the dictionary.
+    k: at most as many as all ranks found together.
+
+    Values of this rank's latents keep their derivative, those of others have none.
+    """
+    width = min(k, size)
+    missing = width - found.values.shape[1]
+    values = torch.nn.functional.pad(found.values, (0, missing), value=-torch.inf)
+    indices = torch.nn.functional.pad(found.indices, (0, missing))
+    candidates, taken = largest_of_all(values.detach(), k, group)
+    latents = group.gather(indices.int()).transpose(0, 1).flatten(1)
+    rank = taken // width
+    own = (taken - group.rank * width).clamp(0, max(0, width - 1))
+    chosen = torch.where(rank == group.rank, values.gather(1, own), candidates.gather(1, taken))
+    return SparseCodes(chosen, latents.gather(1, taken).long() + rank * size)
+
+
+def own_part(codes: SparseCodes, group: Group, size: int) -> SparseCodes:
+    """The codes [B, w] that a rank decodes, of [B, k]: its own latents, with indices in [0, size).
+
+    As wide as the token with the most needs; slots that a token does not use have value 0.
+    """
+    if group.size == 1:
+        return codes
+    local = codes.indices - group.rank * size
+    own = (local >= 0) & (local < size)
+    width = max(1, int(own.sum(1).max()) if len(own) else 0)
+    first = (~own).to(torch.uint8).sort(dim=1, stable=True).indices[:, :width]
+    own = own.gather(1, first)
+    values = codes.values.gather(1, first).where(own, 0)
+    # Indices of unused slots are spread out: one latent in all of them would have a long list.
+    spread = torch.arange(own.numel(), device=own.device).view_as(own) % size
+    return SparseCodes(values, local.gather(1, first).where(own, spread))
+
+
+def ranks_of_one(config: TrainConfig) -> tuple[int, int]:
+    """(R along data, R along heads) of those ranks that train one autoencoder together."""
+    return (1, 1) if config.share == "members" else shape(config.tensor_parallel)

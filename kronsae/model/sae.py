@@ -1,0 +1,270 @@
+"""The sparse autoencoder: an encoder (Kron or dense), a selection, and a sparse decoder.
+
+With TopK it is, on raw activations, two calls of `kronsae_kernels` and nothing else:
+    codes = fused_encode(x, W_enc, b_enc, m=m, k=k)
+    x_hat = sparse_decode(codes, w_dec=W_dec, b_dec=b_dec)
+Training happens on centred and scaled activations; `SAE.folded` takes that out again.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kronsae.config import SAEConfig
+from kronsae.errors import InputError
+from kronsae.model.encoder import Encoder
+from kronsae.model.ranks import HELD, own_part
+from kronsae.model.selection import SELECTIONS
+from kronsae.system.files import replace_directory, sha256, write_sealed
+from kronsae.system.parallel import ALONE, Mesh
+from kronsae_kernels import SparseCodes, sparse_decode
+
+FORMAT_VERSION = 1
+WEIGHTS_NAME = "sae.safetensors"
+CONFIG_NAME = "config.json"
+
+
+class SAEOutput(NamedTuple):
+    """What a forward pass gives."""
+
+    x_hat: Tensor
+    """[..., d] reconstruction."""
+    codes: SparseCodes
+    """The active latents of each token."""
+    loss: Tensor | None
+    """Mean squared error over tokens and dimensions (scalar). [KronSAE, App. H]
+    None for a transcoder that was not given its target."""
+
+
+class SAE(Encoder):
+    """A sparse autoencoder with parameters
+
+    W_enc: [h, m + n, d] (Kron) or [F, d] (dense)      b_enc: [h, m + n] or [F]
+    W_dec: [F, d], rows of unit norm                   b_dec: [d]
+
+    Initialised as in the paper: W_enc ~ N(0, 1) / sqrt(2F), times config.init_scale; decoder row
+    (head, i, j) is base row i plus extension row j of that head, scaled to unit norm (dense: the
+    encoder's row); biases 0. [KronSAE, App. H] `generator` draws the weights.
+
+    and, where config asks for them,
+    selection.…: BatchTopK's threshold, JumpReLU's thresholds (`kronsae.model.selection`)
+    router.weight, router.bias: of experts (`kronsae.model.router`)
+    W_skip: [d_target, d], of a transcoder with a linear skip; starts at 0 [Paulo et al. 2025]
+    A transcoder's W_dec [F, d_target] starts as random rows of unit norm.
+
+    BatchTopK selects over the batch while `sae.training`, and by its threshold after `sae.eval()`,
+    as a loaded SAE does.
+
+    mesh: of processes that share it (`kronsae.system.parallel`). Along `mesh.heads` each holds an
+    equal share of the heads, in order, and of the parameters `HELD` 1/R of the rows. All of these
+    have to call a method together, with the same x; codes are those of the whole dictionary, with
+    its indices, and the same on all.
+    """
+
+    def __init__(
+        self,
+        config: SAEConfig,
+        *,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        mesh: Mesh = ALONE,
+    ) -> None:
+        super().__init__(config, device, mesh)
+        self.metadata: dict[str, Any] = {}
+        self.W_dec = nn.Parameter(torch.empty(self.own_latents, config.d_out, device=device))
+        self.b_dec = nn.Parameter(torch.zeros(config.d_out, device=device))
+        self.selection = SELECTIONS[config.selection](config).to(device)
+        skip = torch.zeros(config.d_out, config.d_model, device=device) if config.skip else None
+        self.W_skip = None if skip is None else nn.Parameter(skip)
+        if self.W_enc.device.type != "meta":
+            self.reset_parameters(generator)
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw new weights (see the class)."""
+        drawn = self._drawn(self.W_enc, generator)
+        self.W_enc.copy_(drawn * self.config.init_scale / (2 * self.config.dict_size) ** 0.5)
+        if self.config.d_target:
+            rows = self._drawn(self.W_dec, generator)
+        elif self.config.encoder == "kron":
+            base, extension = self.W_enc.split([self.config.m, self.config.n], dim=1)
+            rows = (base[:, :, None] + extension[:, None, :]).reshape(self.W_dec.shape)
+        else:
+            rows = self.W_enc
+        self.W_dec.copy_(rows)
+        self.normalize_decoder()
+        self.b_enc.zero_()
+        self.b_dec.zero_()
+        if self.router is not None:
+            self.router.reset_parameters(generator)
+        if self.W_skip is not None:
+            self.W_skip.zero_()
+
+    @torch.no_grad()
+    def normalize_decoder(self) -> None:
+        """Scale every decoder row to unit norm."""
+        norms = torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True)
+        self.W_dec.div_(norms.clamp_(min=torch.finfo(norms.dtype).tiny))
+
+    def encode(
+        self,
+        x: Tensor,
+        *,
+        k: int | None = None,
+        mask: Tensor | None = None,
+        impl: str | None = None,
+    ) -> SparseCodes:
+        """The active latents of x [..., d]; or, with `k` or `mask`, the k largest (see `largest`).
+
+        Unused slots have value 0 (see `kronsae.model.selection`); TopK has none.
+        """
+        if k is not None or mask is not None:
+            k = self.config.k if k is None else k
+            return self.largest(x, k, mask=mask, impl=impl)
+        return self.selection(self, x, self.config.k, impl)
+
+    def decode(
+        self, codes: SparseCodes, x: Tensor | None = None, *, impl: str | None = None
+    ) -> Tensor:
+        """Reconstruction [..., d] of codes [..., k]; a transcoder with skip needs its input x."""
+        return self.with_skip(self.sum_of_rows(self.own(codes), impl=impl), x)
+
+    def own(self, codes: SparseCodes) -> SparseCodes:
+        """What this process decodes of codes [..., k]: all, or only the latents that it holds.
+
+        Of these the indices are rows of its own W_dec.
+        """
+        if self.mesh.heads.size == 1:
+            return codes
+        shape = codes.values.shape[:-1]
+        flat = SparseCodes(*(part.flatten(0, -2) if shape else part[None] for part in codes))
+        values, indices = own_part(flat, self.mesh.heads, len(self.W_dec))
+        shape = *shape, values.shape[1]
+        return SparseCodes(values.view(shape), indices.view(shape))
+
+    def sum_of_rows(
+        self, own: SparseCodes, *, bias: bool = True, impl: str | None = None
+    ) -> Tensor:
+        """Sum of the decoder rows of `own` codes, of all ranks, and of b_dec: [..., d]."""
+        group = self.mesh.heads
+        inside = self.b_dec if bias and group.size == 1 else None
+        x_hat = group.total(sparse_decode(own, w_dec=self.W_dec, b_dec=inside, impl=impl))
+        return x_hat + self.b_dec if bias and inside is None else x_hat
+
+    def with_skip(self, x_hat: Tensor, x: Tensor | None) -> Tensor:
+        """x_hat [..., d_out] plus what the linear skip makes of x [..., d], where there is one."""
+        if self.W_skip is None:
+            return x_hat
+        if x is None:
+            raise ValueError("x: a transcoder with a linear skip decodes codes with their input x")
+        return x_hat + nn.functional.linear(self._as_weights(x), self.W_skip)
+
+    def forward(self, x: Tensor, target: Tensor | None = None) -> SAEOutput:
+        """Reconstruct x [..., d], of any floating dtype (raw activations for a loaded SAE).
+
+        target: [..., d_target], what a transcoder shall predict.
+        """
+        codes = self.encode(x)
+        x_hat = self.decode(codes, x)
+        if target is None and not self.config.d_target:
+            target = x
+        loss = None if target is None else (x_hat - target).square().mean()
+        return SAEOutput(x_hat, codes, loss)
+
+    @torch.no_grad()
+    def folded(
+        self, mean: Tensor, scale: float, target: tuple[Tensor, float] | None = None
+    ) -> "SAE":
+        """This SAE of (x - mean) * scale as an SAE of x: same latents, reconstruction of x itself.
+
+        Latents are divided by `scale`, so decoder rows keep unit norm: with a root the projections
+        take 1 / scale, with a product of two 1 / sqrt(scale) each. mean: [d].
+        target: mean [d_target] and scale of a transcoder's target (None: those of x), by whose
+        scale the latents are then divided.
+        """
+        config = self.config
+        out_mean, out_scale = (mean, scale) if target is None else target
+        of_product = config.encoder == "kron" and config.composition != "mand"
+        share = out_scale**-0.5 if of_product else 1 / out_scale
+        config = dataclasses.replace(
+            config,
+            eps=config.eps / out_scale**2,
+            jumprelu_bandwidth=config.jumprelu_bandwidth / out_scale,
+        )
+        out = SAE(config, device="meta", mesh=self.mesh).to_empty(device=self.W_enc.device)
+        out.load_state_dict(self.state_dict())
+
+        def shift(weight: Tensor) -> Tensor:
+            """What a linear map of (x - mean) * scale takes away because of the mean (float64)."""
+            return (weight.double() @ mean.double()) * scale
+
+        out.W_enc.mul_(scale * share)
+        out.b_enc.copy_((self.b_enc.double() - shift(self.W_enc)) * share)
+        bias = self.b_dec.double()
+        if self.W_skip is not None:
+            out.W_skip.mul_(scale / out_scale)
+            bias = bias - shift(self.W_skip)
+        out.b_dec.copy_(bias / out_scale + out_mean.double())
+        if self.router is not None:
+            out.router.weight.mul_(scale)
+            out.router.bias.copy_(self.router.bias.double() - shift(self.router.weight))
+        out.selection.scale_(1 / out_scale)
+        return out.eval()
+
+    def save(self, directory: str | Path, metadata: dict[str, Any] | None = None) -> Path:
+        """Write sae.safetensors and config.json to `directory`, replacing it at once.
+
+        `metadata`: JSON-able facts (model, hookpoint, metrics) that `load` gives back as
+        `sae.metadata`; by default those it has. Of a mesh the first rank writes the whole SAE.
+        Raises InputError if the disk is full, or if the folder holds other files.
+        """
+        from safetensors.torch import save_file
+
+        state = self.state_dict()
+        if self.mesh.data.rank == 0:
+            state = {
+                name: (self.mesh.heads if name in HELD else ALONE.heads).whole(tensor)
+                for name, tensor in state.items()
+            }
+
+        def write(folder: Path) -> None:
+            tensors = {name: tensor.contiguous() for name, tensor in state.items()}
+            save_file(tensors, folder / WEIGHTS_NAME)
+            settings = {
+                "format": "kronsae",
+                "format_version": FORMAT_VERSION,
+                "sae": dataclasses.asdict(self.config),
+                "sha256": sha256(folder / WEIGHTS_NAME),
+                "metadata": self.metadata if metadata is None else metadata,
+            }
+            write_sealed(folder / CONFIG_NAME, settings)
+
+        with self.mesh.world.together():
+            if self.mesh.first:
+                replace_directory(Path(directory), write)
+        return Path(directory)
+
+
+def made_of(config: SAEConfig, tensors: dict[str, Tensor], path: Path) -> SAE:
+    """The SAE of these tensors, which were read from `path`.
+
+    Raises InputError if they are not those of such an SAE; before it takes memory, whatever sizes
+    the configuration names.
+    """
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    rows = config.dict_size, config.d_out
+    if found.get("W_dec") != rows or found.get("W_enc", ())[-1:] != (config.d_model,):
+        raise InputError(
+            f"{path}: expected tensors W_enc [..., {config.d_model}] and W_dec {list(rows)}, "
+            f"got {found}"
+        )
+    sae = SAE(config, device="meta")
+    expected = {name: tuple(tensor.shape) for name, tensor in sae.state_dict().items()}
+    if expected != found:
+        raise InputError(f"{path}: expected tensors {expected}, got {found}")
+    sae = sae.to_empty(device="cpu")
+    sae.load_state_dict(tensors)
+    return sae.eval()

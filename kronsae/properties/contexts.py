@@ -1,0 +1,337 @@
+"""Where latents fire most in held-out text: the first look at what an SAE has learned.
+
+Letters: t tokens, c contexts, L tokens a context, k active latents a token, F latents.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kronsae.data.token_text import token_texts
+from kronsae.errors import InputError
+from kronsae.metrics.heldout import BATCH_TOKENS, Heldout
+from kronsae.model.sae import SAE
+from kronsae.properties.token_mass import entropy, rank
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.text import Text
+
+LEFT, RIGHT = 12, 4
+"""Tokens of a window before and after the one where the latent fires most."""
+
+SAME_TOKENS = 8
+"""A window that repeats so many tokens of a stronger one, up to its peak, is left out."""
+
+KEPT_CONTEXTS = 16
+"""Strongest contexts of a latent among which to choose, and by which latents are chosen."""
+
+MAX_DENSITY = 0.02
+"""A latent that fires on a larger share of tokens says little about any of them."""
+
+
+class Window(NamedTuple):
+    """The tokens around the one where a latent fires most in a context."""
+
+    context: int
+    """Row of `Heldout.contexts`."""
+    position: int
+    """Of the token where the latent fires most, in its context."""
+    start: int
+    """Position of the window's first token in its context."""
+    activation: float
+    """The latent at `position`, in the units of the raw activations."""
+    tokens: tuple[int, ...]
+    """Token ids of the window."""
+    activations: tuple[float, ...]
+    """The latent on each of them; 0 where it is not among the k active ones."""
+
+
+class LatentContexts(NamedTuple):
+    """A latent, how often it fires, and where it fires most."""
+
+    latent: int
+    head: int | None
+    """Its head, base and extension; None for a dense encoder."""
+    base: int | None
+    extension: int | None
+    density: float
+    """Share of held-out tokens on which it fires."""
+    max_activation: float
+    """Over the held-out tokens; 0 if it never fires."""
+    windows: tuple[Window, ...]
+    """Strongest first; one a context, and none that repeats another's text."""
+    head_densities: tuple[tuple[float, ...], ...] | None
+    """[m][n] density of every latent of its head; None for a dense encoder."""
+
+
+@torch.no_grad()
+def top_contexts(
+    sae: SAE,
+    heldout: Heldout,
+    latents: Sequence[int] | None = None,
+    *,
+    num_latents: int = 6,
+    num_contexts: int = 4,
+) -> list[LatentContexts]:
+    """The `num_contexts` contexts in which each latent fires most, in one pass over the text.
+
+    latents: which ones; by default `num_latents` that are easy to understand (see `_choose`).
+    sae: of raw activations. Ties go to the earlier context, then to the earlier position.
+    Memory: O(BATCH_TOKENS k + F KEPT_CONTEXTS), never [t, F]. Deterministic.
+    Empty if the activations came without text. Raises InputError for a latent outside [0, F).
+    """
+    for latent in latents or ():
+        if not 0 <= latent < sae.dict_size:
+            raise InputError(f"latent: expected 0 to {sae.dict_size - 1}, got {latent}")
+    if heldout.contexts is None or heldout.mask is None or not len(heldout.activations):
+        return []
+    text = _Text(heldout.contexts.cpu().numpy(), *heldout.mask.cpu().numpy().nonzero())
+    keep = max(num_contexts, KEPT_CONTEXTS)
+    counts, peaks = _scan(sae, heldout.activations, text, latents, keep)
+    peaks = _without_repeats(peaks, text)
+    density = counts / len(text.context)
+    if latents is None:
+        latents = _choose(sae, peaks, density, text, num_latents, num_contexts)
+    found = []
+    for latent in latents:
+        strongest = np.flatnonzero(peaks.latents == latent)[:num_contexts]
+        windows = tuple(
+            _window(sae, heldout.activations, text, latent, int(peaks.rows[i]), peaks.values[i])
+            for i in strongest
+        )
+        head = base = extension = head_densities = None
+        if sae.config.encoder == "kron":
+            m, n = sae.config.m, sae.config.n
+            head, base, extension = latent // (m * n), latent // n % m, latent % n
+            grid = density.reshape(-1, m, n)[head].tolist()
+            head_densities = tuple(tuple(row) for row in grid)
+        strength = windows[0].activation if windows else 0.0
+        share = float(density[latent])
+        found.append(
+            LatentContexts(latent, head, base, extension, share, strength, windows, head_densities)
+        )
+    return found
+
+
+class _Text(NamedTuple):
+    """The held-out text, and where in it each row of the activations [t, d] is."""
+
+    ids: np.ndarray
+    """[c, L]"""
+    context: np.ndarray
+    """[t]"""
+    position: np.ndarray
+    """[t]"""
+
+
+class _Peaks(NamedTuple):
+    """The strongest token of each latent in each context; by latent, strongest first."""
+
+    latents: np.ndarray
+    rows: np.ndarray
+    """Of the activations [t, d]."""
+    values: np.ndarray
+
+
+def _scan(
+    sae: SAE, activations: Tensor, text: _Text, latents: Sequence[int] | None, keep: int
+) -> tuple[np.ndarray, _Peaks]:
+    """How many tokens each latent fires on [F], and its peaks in its `keep` strongest contexts."""
+    counts = np.zeros(sae.dict_size, dtype=np.int64)
+    peaks = _Peaks(np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0))
+    for start in range(0, len(activations), BATCH_TOKENS):
+        fired = _fired(sae, activations[start : start + BATCH_TOKENS])
+        counts += np.bincount(fired.latents, minlength=sae.dict_size)
+        fired = fired._replace(rows=fired.rows + start)
+        if latents is not None:
+            fired = _Peaks(*(part[np.isin(fired.latents, list(latents))] for part in fired))
+        peaks = _Peaks(*(np.concatenate(parts) for parts in zip(peaks, fired, strict=True)))
+        peaks = _strongest(peaks, text, keep)
+    return counts, peaks
+
+
+def _fired(sae: SAE, x: Tensor) -> _Peaks:
+    """Everything that fires on x [B, d], in the order of its rows."""
+    codes = sae.encode(x.to(sae.W_dec))
+    rows, slots = sae.fired(codes).nonzero(as_tuple=True)
+    parts = codes.indices[rows, slots], rows, codes.values[rows, slots].double()
+    return _Peaks(*(part.cpu().numpy() for part in parts))
+
+
+def _strongest(peaks: _Peaks, text: _Text, keep: int) -> _Peaks:
+    """The best of each latent and context, then the `keep` best contexts of each latent.
+
+    Sorting is stable: of equal values the one that came first, of equal contexts the lower.
+    """
+    pairs = peaks.latents * len(text.ids) + text.context[peaks.rows]
+    order = np.lexsort((-peaks.values, pairs))
+    order = order[rank(pairs[order]) == 0]
+    order = order[np.lexsort((-peaks.values[order], peaks.latents[order]))]
+    order = order[rank(peaks.latents[order]) < keep]
+    return _Peaks(*(part[order] for part in peaks))
+
+
+def _without_repeats(peaks: _Peaks, text: _Text) -> _Peaks:
+    """peaks without those of a latent whose last SAME_TOKENS tokens a stronger one has too."""
+    context = text.context[peaks.rows, None]
+    position = text.position[peaks.rows, None] - np.arange(SAME_TOKENS)
+    phrase = phrases(np.where(position >= 0, text.ids[context, position.clip(0)], -1))
+    order = np.lexsort((phrase, peaks.latents))
+    new = np.ones(len(order), dtype=bool)
+    new[1:] = np.diff(peaks.latents[order]).astype(bool) | (np.diff(phrase[order]) != 0)
+    first = np.sort(order[new])
+    return _Peaks(*(part[first] for part in peaks))
+
+
+def phrases(tokens: np.ndarray) -> np.ndarray:
+    """A hash [...] uint64 of the tokens [..., s] of each phrase."""
+    out = np.zeros(tokens.shape[:-1], dtype=np.uint64)
+    for place in range(tokens.shape[-1]):
+        out = out * np.uint64(0x9E3779B97F4A7C15) + tokens[..., place].astype(np.uint64)
+    return out
+
+
+def _choose(
+    sae: SAE,
+    peaks: _Peaks,
+    density: np.ndarray,
+    text: _Text,
+    num_latents: int,
+    num_contexts: int,
+) -> list[int]:
+    """Latents that a newcomer understands at a glance, best first.
+
+    Score: mean peak, over the number of tokens that the peaks are effectively about: exp of the
+    entropy of their mass over tokens [KronSAE, App. D], for the token itself or the one before,
+    whichever is fewer. First come latents that have num_contexts contexts and fire on at most
+    MAX_DENSITY of the tokens, from different heads and each about another token; those about
+    themselves ("def") and about what is before them (the name after "def") in turns.
+    """
+    alive, first, contexts = np.unique(peaks.latents, return_index=True, return_counts=True)
+    group = np.repeat(np.arange(len(alive)), contexts)
+    mass = peaks.values.clip(min=np.finfo(float).tiny)
+    context, position = text.context[peaks.rows], text.position[peaks.rows]
+    itself = text.ids[context, position]
+    before = np.where(position > 0, text.ids[context, position - 1], -1)
+    spread = np.stack([_effective_number(tokens, group, mass) for tokens in (itself, before)])
+    score = np.bincount(group, mass, len(alive)) / contexts / spread.min(0)
+    usual = (contexts >= num_contexts) & (density[alive] <= MAX_DENSITY)
+    about_before = spread[1] < spread[0]
+    subject = np.where(about_before, before[first], itself[first])
+    head = alive // (sae.config.m * sae.config.n or 1)
+    chosen: list[int] = []  # places in `alive`
+    for turn in range(min(num_latents, len(alive))):
+        left = ~np.isin(np.arange(len(alive)), chosen)
+        fresh = usual & ~np.isin(head, head[chosen]) & ~np.isin(subject, subject[chosen])
+        for options in (fresh & (about_before == turn % 2), fresh, usual & left, left):
+            if options.any():
+                chosen.append(int(np.where(options, score, -np.inf).argmax()))
+                break
+    return alive[chosen].tolist()
+
+
+def _effective_number(tokens: np.ndarray, group: np.ndarray, mass: np.ndarray) -> np.ndarray:
+    """exp of the entropy of each group's mass over its tokens: how many share it, in effect."""
+    width = tokens.max(initial=0) + 2
+    pairs, of_entry = np.unique(group * width + tokens + 1, return_inverse=True)
+    of_pair = pairs // width
+    return np.exp(entropy(of_pair, np.bincount(of_entry, mass), group.max(initial=-1) + 1))
+
+
+def _window(
+    sae: SAE, activations: Tensor, text: _Text, latent: int, row: int, value: float
+) -> Window:
+    """The window around a row of the activations, whose few tokens are encoded once more."""
+    context, position = int(text.context[row]), int(text.position[row])
+    start, stop = max(0, position - LEFT), min(text.ids.shape[1], position + RIGHT + 1)
+    rows = np.arange(max(0, row - LEFT), min(len(text.context), row + RIGHT + 1))
+    places = text.position[rows]
+    rows = rows[(text.context[rows] == context) & (places >= start) & (places < stop)]
+    fired = _fired(sae, activations[rows[0] : rows[-1] + 1])
+    here = fired.latents == latent
+    on_tokens = np.zeros(stop - start)
+    on_tokens[text.position[rows[fired.rows[here]]] - start] = fired.values[here]
+    on_tokens[position - start] = value
+    return Window(
+        context=context,
+        position=position,
+        start=start,
+        activation=float(value),
+        tokens=tuple(text.ids[context, start:stop].tolist()),
+        activations=tuple(on_tokens.tolist()),
+    )
+
+
+def short(value: float) -> str:
+    """value to three digits, as in 0.0123, 1.20, 45.6 and 789."""
+    return f"{value:#.3g}".rstrip(".")
+
+
+def title(found: LatentContexts) -> str:
+    """What a latent is: `latent 9 = head 1 (base 0 × extension 1) · fires on 0.4 % of tokens`."""
+    place = ""
+    if found.head is not None:
+        place = f" = head {found.head} (base {found.base} × extension {found.extension})"
+    if not found.windows:
+        return f"latent {found.latent}{place} · never fires on the held-out tokens"
+    return f"latent {found.latent}{place} · fires on {100 * found.density:.2g} % of tokens"
+
+
+def render(
+    found: Sequence[LatentContexts], tokenizer: Any | None, console: "Console | None" = None
+) -> list["Text"]:
+    """Lines to print: a title for each latent, a line for each context, cut to the console.
+
+    The strongest tokens stand below each other: highlighted on a terminal, where the other tokens
+    on which the latent fires are underlined; in «marks» elsewhere.
+    """
+    from rich.text import Text
+
+    styled = console is not None and console.is_terminal and not console.no_color
+    marks = ("", "") if styled else ("«", "»")
+    width = 100 if console is None else console.width
+    room = max(20, width - 12)  # without the activation and the marks
+    parts = [[_split(window, tokenizer) for window in latent.windows] for latent in found]
+    lefts = [left.cell_len for of_latent in parts for left, _, _ in of_latent]
+    column = min(room * 6 // 10, max(lefts, default=0))
+    lines = []
+    for latent, of_latent in zip(found, parts, strict=True):
+        lines.append(Text(title(latent), style="bold"))
+        for window, (left, peak, right) in zip(latent.windows, of_latent, strict=True):
+            left = _cut(left, column, from_left=True)
+            peak = _cut(peak, room * 3 // 10)
+            right = _cut(right, room - column - peak.cell_len)
+            figure = f"{short(window.activation):>7}  " + " " * (column - left.cell_len)
+            line = figure, left, marks[0], peak, marks[1], right
+            lines.append(Text.assemble(*line, no_wrap=True, overflow="ellipsis"))
+    return lines
+
+
+def _split(window: Window, tokenizer: Any | None) -> tuple["Text", "Text", "Text"]:
+    """What is before the strongest token, that token, and what is after it."""
+    from rich.text import Text
+
+    texts = token_texts(window.tokens, tokenizer, window.activations)
+    styles = ["underline" if activation else "" for activation in window.activations]
+    tokens = [Text(*token) for token in zip(texts, styles, strict=True)]
+    peak = window.position - window.start
+    return (
+        Text().join(tokens[:peak]),
+        Text(texts[peak], style="reverse"),
+        Text().join(tokens[peak + 1 :]),
+    )
+
+
+def _cut(text: "Text", cells: int, from_left: bool = False) -> "Text":
+    """text, or as much of it as fits into `cells` of a terminal with an ellipsis."""
+    from rich.text import Text
+
+    if text.cell_len <= cells:
+        return text
+    while text and text.cell_len >= cells:
+        text = text[1:] if from_left else text[:-1]
+    return Text("…") + text if from_left else text + Text("…")

@@ -1,0 +1,1 @@
+"""Run and sweep folders: what is in them, how they resume, and where metrics go."""

@@ -1,0 +1,421 @@
+"""The run folder: what it holds, how it is opened, and the log of its metrics.
+
+A run:
+config.json       everything needed to repeat the run, with versions and the data's description
+metrics.jsonl     a line each logged step ("train"), evaluation ("heldout"), the end ("final")
+checkpoints/      step-NNNNNNNN/: complete state, for an exact resume
+sae/              sae.safetensors, config.json: what others load
+report.html       the run to look at
+
+A sweep, which trains several SAEs on one stream of activations:
+sweep.json        the members' names and settings, and how each ended
+NAME/             a run for each member, with what it alone has in its checkpoints
+checkpoints/      step-NNNNNNNN/: what they share; written last, so it says which step is complete
+comparison.md     a table of the members
+"""
+
+import copy
+import json
+import os
+import platform
+import re
+import shutil
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from types import MappingProxyType
+from typing import IO, Any
+
+import torch
+
+import kronsae_kernels
+from kronsae.errors import InputError
+from kronsae.model.ranks import HELD_STATE
+from kronsae.runs.sweep import check_names
+from kronsae.system import checkpoint
+from kronsae.system.files import (
+    lock,
+    read_sealed,
+    remove_leftovers,
+    sync,
+    write_sealed,
+    write_text,
+)
+from kronsae.system.parallel import ALONE, Mesh
+
+FORMAT_VERSION = 1
+
+SINGLE = "sae"
+"""Name of the one member of a run that is no sweep."""
+
+
+class _Folder:
+    """A folder that one training at a time happens in, with checkpoints.
+
+    index: the file that makes it one.  mesh: of the processes that train; the first of them makes,
+    locks and clears the folder, and all of them call to save and to load.
+    """
+
+    mesh: Mesh = ALONE
+    owners: Mapping[str, int] = MappingProxyType({})
+    """Of members that one rank of the mesh trains alone: which (`parallel.owners`)."""
+
+    def __init__(self, path: Path, index: str) -> None:
+        self.path = path
+        self.index = path / index
+        self.checkpoints = path / "checkpoints"
+        self.document: dict[str, Any] = {}
+        """What the index holds, if it was made or read here."""
+        self._locked: IO[str] | None = None
+
+    def lock(self) -> None:
+        """Keep other processes from training here, and clear away what a dead one left.
+
+        Raises InputError if another process holds it.
+        """
+        self._locked = lock(self.path, f"{self.path} is being trained by another process")
+        for folder in (self.path, self.checkpoints):
+            remove_leftovers(folder)
+
+    def share(self, mesh: Mesh, owners: Mapping[str, int]) -> None:
+        """Let the processes of a mesh train here together, or each its own members."""
+        self.mesh, self.owners = mesh, owners
+
+    def release(self) -> None:
+        """Let others train here again."""
+        if self._locked is not None:
+            self._locked.close()
+            self._locked = None
+
+    @contextmanager
+    def _making(self) -> Iterator[None]:
+        """Make the folder, of which no other process makes one meanwhile. Raises InputError."""
+        self.check_free(self.path)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock()
+            self.check_free(self.path)  # another one may have been faster
+            yield
+        except OSError as error:
+            raise InputError(f"{self.path} cannot be created: {error}") from error
+        finally:
+            self.release()
+
+    def _begin(self, kind: str, settings: dict[str, Any]) -> None:
+        """Write the index, which makes the folder a run, or a sweep."""
+        head = {"format": kind, "format_version": FORMAT_VERSION}
+        self._write({**head, **settings, "versions": versions(), "command": sys.argv})
+
+    def _write(self, document: dict[str, Any]) -> None:
+        write_sealed(self.index, document)
+        self.document = document
+
+    @staticmethod
+    def check_free(path: str | Path) -> None:
+        """Raise InputError if `path` exists, is not empty, and not what `create` began."""
+        path = Path(path)
+        try:
+            free = not path.exists() or path.is_dir() and _is_begun(path)
+        except InputError:  # some other config.json
+            free = False
+        if not free:
+            known = any((path / name).exists() for name in ("config.json", "sweep.json"))
+            hint = f"--resume {path} goes on with it, or " if known else ""
+            raise InputError(f"{path} exists already: {hint}choose another --out")
+
+
+class RunFolder(_Folder):
+    """Paths of a run and its metrics file."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "config.json")
+        self.config = self.index
+        self.metrics = path / "metrics.jsonl"
+        self.sae = path / "sae"
+        self.report = path / "report.html"
+
+    @property
+    def runs(self) -> dict[str, "RunFolder"]:
+        """The runs that are trained together here: this one, as in a `SweepFolder` all members."""
+        return {SINGLE: self}
+
+    @classmethod
+    def create(cls, path: str | Path, settings: dict[str, Any]) -> "RunFolder":
+        """A new run. Raises InputError if the folder exists and is not empty."""
+        run = cls(Path(path))
+        with run._making():
+            run._fill(settings)
+        return run
+
+    def _fill(self, settings: dict[str, Any]) -> None:
+        self.checkpoints.mkdir(exist_ok=True)
+        self._begin("kronsae-run", settings)
+
+    @classmethod
+    def open(cls, path: str | Path) -> tuple["RunFolder", dict[str, Any]]:
+        """A run that exists, and its config.json. Raises InputError if it is none."""
+        run = cls(Path(path))
+        run.document = _read_index(run.index, "kronsae-run", {"config", "data"})
+        return run, copy.deepcopy(run.document)
+
+    def change(self, name: str, config: dict[str, Any], data: dict[str, Any]) -> None:
+        """Let other settings of a member, and what describes its data, hold from now on."""
+        self._write(self.document | {"config": config, "data": self.document["data"] | data})
+
+    def log(self, record: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl."""
+        try:
+            with open(self.metrics, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record, allow_nan=False) + "\n")
+        except OSError as error:
+            raise InputError(f"{self.metrics} could not be written: {error}") from error
+
+    def save_checkpoint(self, step: int, state: dict[str, Any], keep: int) -> None:
+        """Write the state of `step`, and remove all but the newest `keep` checkpoints."""
+        self._write_checkpoint(step, state)
+        if self.mesh.first:
+            checkpoint.prune(self.checkpoints, keep)
+
+    def _write_checkpoint(self, step: int, state: dict[str, Any]) -> None:
+        with self.mesh.world.together():
+            if self.mesh.first:
+                self._sync_metrics()
+        state = {**state, "metrics_bytes": _size(self.metrics)}
+        folder = checkpoint.step_folder(self.checkpoints, step)
+        copies = {self.index.name: self.document}
+        checkpoint.save_state(folder, state, self.mesh, HELD_STATE, copies)
+
+    def _sync_metrics(self) -> None:
+        """See to it that the lines that a checkpoint counts are on the disk."""
+        try:
+            if self.metrics.exists():
+                sync(self.metrics)
+        except OSError as error:  # some file systems tell now that the disk is full
+            raise InputError(f"{self.metrics} could not be written: {error}") from error
+
+    def load_checkpoint(self, tensors: bool = True) -> dict[str, Any] | None:
+        """The newest checkpoint's state, or None if there is none; later metrics are cut off.
+
+        tensors: False leaves None in their place.
+        """
+        found = checkpoint.list_checkpoints(self.checkpoints)
+        state = None
+        if found:
+            state = checkpoint.load_state(found[-1], self.mesh.heads, HELD_STATE, tensors)
+        if self.mesh.first:
+            self._cut_metrics(state["metrics_bytes"] if state else 0)
+        return state
+
+    def _cut_metrics(self, length: int) -> None:
+        """Leave the first `length` bytes; of a file that lost some of them, the whole lines."""
+        if _size(self.metrics) < length:
+            content = self.metrics.read_bytes() if self.metrics.exists() else b""
+            warnings.warn(
+                f"{self.metrics} has lost {length - len(content):,} bytes: some of what was logged "
+                "before the checkpoint is missing from it, and from the report; training is not",
+                stacklevel=2,
+            )
+            length = content.rfind(b"\n") + 1
+        if _size(self.metrics) > length:
+            os.truncate(self.metrics, length)
+
+
+class SweepFolder(_Folder):
+    """Paths of a sweep: the runs of its members, by name, and what they share."""
+
+    def __init__(self, path: Path, names: Iterable[str]) -> None:
+        super().__init__(path, "sweep.json")
+        self.runs = {name: RunFolder(path / name) for name in names}
+        self.comparison = path / "comparison.md"
+
+    @classmethod
+    def create(cls, path: str | Path, settings: dict[str, dict[str, Any]]) -> "SweepFolder":
+        """A new sweep, with a run for each name. Raises InputError if the folder is not empty."""
+        sweep = cls(Path(path), settings)
+        with sweep._making():
+            for begun in sweep.path.iterdir():
+                if begun.is_dir():
+                    shutil.rmtree(begun)
+            for name, run in sweep.runs.items():
+                run.path.mkdir()
+                run._fill({**settings[name], "sweep": name})
+            sweep.checkpoints.mkdir()
+            members = {name: {"config": given["config"]} for name, given in settings.items()}
+            sweep._begin("kronsae-sweep", {"members": members})
+        return sweep
+
+    @classmethod
+    def open(cls, path: str | Path) -> tuple["SweepFolder", dict[str, dict[str, Any]]]:
+        """A sweep that exists, and the config.json of each member. Raises InputError."""
+        index = _read_index(Path(path) / "sweep.json", "kronsae-sweep", {"members"})
+        try:
+            check_names(list(index["members"]))  # they are folders, in which files are removed
+        except (InputError, TypeError) as error:
+            raise InputError(f"{Path(path) / 'sweep.json'}: {error}") from error
+        sweep = cls(Path(path), index["members"])
+        sweep.document, settings = index, {}
+        for name, run in sweep.runs.items():
+            sweep.runs[name], settings[name] = RunFolder.open(run.path)
+        return sweep, settings
+
+    def share(self, mesh: Mesh, owners: Mapping[str, int]) -> None:
+        super().share(mesh, owners)
+        for run in self.runs.values():
+            run.share(mesh, owners)
+
+    def lock(self) -> None:
+        super().lock()
+        for run in self.runs.values():
+            for folder in (run.path, run.checkpoints):
+                remove_leftovers(folder)
+
+    def members(self) -> dict[str, dict[str, Any]]:
+        """What sweep.json holds of each member."""
+        return _read_index(self.index, "kronsae-sweep", {"members"})["members"]
+
+    def change(self, name: str, config: dict[str, Any], data: dict[str, Any]) -> None:
+        """As of a run, in the member's and here."""
+        self.runs[name].change(name, config, data)
+        self.document["members"][name]["config"] = config
+        self._write(self.document)
+
+    def note(self, endings: dict[str, dict[str, Any]], comparison: str) -> None:
+        """Add to sweep.json how each member ended, and write comparison.md."""
+        for name, ending in endings.items():
+            self.document["members"][name] |= ending
+        self._write(self.document)
+        write_text(self.comparison, comparison)
+
+    def save_checkpoint(self, step: int, state: dict[str, Any], keep: int) -> None:
+        """Write the state of `step`: each of state["members"] in its run, then here the rest.
+
+        A step counts once the sweep's own part is there, so that one that was interrupted between
+        two members never happened. The state of a member that another rank trains alone is None;
+        the first rank, which writes, receives one after another.
+        """
+        members = state["members"]
+        for name, own in members.items():
+            if name in self.owners:
+                own = checkpoint.state_of(self.owners[name], own, self.mesh.world)
+            self.runs[name]._write_checkpoint(step, own)
+        shared = {**state, "members": list(members)}
+        folder = checkpoint.step_folder(self.checkpoints, step)
+        copies = {self.index.name: self.document}
+        checkpoint.save_state(folder, shared, self.mesh, copies=copies)
+        if self.mesh.first:
+            checkpoint.prune(self.checkpoints, keep)
+            for name in members:
+                checkpoint.prune(self.runs[name].checkpoints, keep)
+
+    def load_checkpoint(self) -> dict[str, Any] | None:
+        """The state of the newest step that is complete, or None; what came later is removed.
+
+        Members that state["members"] leaves out had ended by then: theirs stays as it is. Those of
+        other ranks come without tensors.
+        """
+        state, step = None, -1
+        for folder in reversed(checkpoint.list_checkpoints(self.checkpoints)):
+            found = checkpoint.load_state(folder)
+            if all(
+                (self.runs[name].checkpoints / folder.name).is_dir() for name in found["members"]
+            ):
+                state, step = found, checkpoint.step_of(folder)
+                break
+        checkpoint.drop_after(self.checkpoints, step)
+        names = self.runs if state is None else state["members"]
+        for name in names:
+            checkpoint.drop_after(self.runs[name].checkpoints, step)
+        rank = self.mesh.world.rank
+        members = {
+            name: self.runs[name].load_checkpoint(tensors=self.owners.get(name, rank) == rank)
+            for name in names
+        }
+        return None if state is None else {**state, "members": members}
+
+
+def open_to_resume(
+    path: str | Path,
+) -> tuple[RunFolder | SweepFolder, dict[str, dict[str, Any]]]:
+    """The run or sweep in `path`, and the config.json of each member. Raises InputError."""
+    path = Path(path)
+    index = path / "sweep.json"
+    if index.exists() or checkpoint.copy_of(index, path / "checkpoints"):
+        return SweepFolder.open(path)
+    run, settings = RunFolder.open(path)
+    if "sweep" in settings:
+        raise InputError(
+            f"{path} is a member of a sweep and goes on with all of it: resume {path.parent}"
+        )
+    return run, {SINGLE: settings}
+
+
+def _read_index(path: Path, kind: str, keys: set[str]) -> dict[str, Any]:
+    """The JSON object that makes a folder a run or a sweep. Raises InputError if it is none."""
+    try:
+        document = read_sealed(path)
+    except (OSError, ValueError) as error:
+        if not path.parent.is_dir():
+            raise InputError(f"{path.parent} is no run folder: it does not exist") from error
+        whole = checkpoint.copy_of(path, path.parent / "checkpoints")
+        if whole is not None:
+            raise InputError(
+                f"{path} is damaged ({error}); a checkpoint has a copy:\n  cp {whole} {path}"
+            ) from error
+        raise InputError(
+            f"{path.parent} is no run folder: {path} cannot be read ({error}); begin again, with "
+            "another --out or without the folder"
+        ) from error
+    if not isinstance(document, dict) or not keys <= document.keys():
+        raise InputError(f"{path} is not one that a run wrote")
+    if document.get("format") != kind or document.get("format_version") != FORMAT_VERSION:
+        raise InputError(
+            f"{path}: expected {kind!r} of format version {FORMAT_VERSION}, got "
+            f"{document.get('format')!r}, version {document.get('format_version')!r}"
+        )
+    return document
+
+
+def _is_begun(path: Path, member: bool = False) -> bool:
+    """Whether a folder is empty, or holds nothing but what `create` makes before the index.
+
+    So that a run killed in that moment can be started again by the same command.
+    member: the folder may be the run of a sweep's member, in which nothing has happened yet.
+    """
+    for each in path.iterdir():
+        if each.is_symlink():
+            return False
+        if each.is_dir():
+            if each.name == "checkpoints":
+                begun = not any(each.iterdir())
+            else:
+                begun = not member and _is_begun(each, member=True)
+        elif member and each.name == "config.json":
+            begun = "sweep" in _read_index(each, "kronsae-run", {"config", "data"})
+        else:
+            begun = re.fullmatch(_BEGUN, each.name) is not None
+        if not begun:
+            return False
+    return True
+
+
+_BEGUN = r"\.lock|\.(config|sweep)\.json\.[0-9a-f]{8}\.partial"
+"""Names of files that are there before the index."""
+
+
+def versions() -> dict[str, str]:
+    """Versions that a result depends on."""
+    return {
+        "kronsae": kronsae_kernels.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,  # with the CUDA that it was built for
+        **{name: metadata.version(name) for name in ("numpy", "transformers")},
+        "platform": platform.platform(),
+        "threads": str(torch.get_num_threads()),
+    }
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0

@@ -1,0 +1,136 @@
+"""A run or sweep folder that a training goes on with."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from kronsae.config import DataConfig, SAEConfig, TrainConfig
+from kronsae.errors import InputError
+from kronsae.runs.folder import SINGLE, RunFolder, SweepFolder, open_to_resume
+from kronsae.system.parallel import Mesh
+
+
+def open_folder(
+    out: str | Path | None,
+    resume: bool,
+    settings: dict[str, dict[str, Any]],
+    sweep: bool,
+    mesh: Mesh,
+    owned: dict[str, int],
+) -> tuple[RunFolder | SweepFolder | None, dict[str, Any] | None]:
+    """The folder to train in, locked by the first process, and the state to go on from.
+
+    owned: which rank trains a member alone, and needs its state.
+    """
+    if out is None:
+        if resume:
+            raise InputError("resume needs the run folder: give `out`")
+        return None, None
+    folder, state = None, None
+    try:
+        for turn in (True, False):  # the others find what the first one leaves
+            with mesh.world.together():
+                if mesh.first is turn:
+                    folder = (
+                        _claim(out, resume, settings, sweep) if turn else open_to_resume(out)[0]
+                    )
+                    folder.share(mesh, owned)
+                    state = folder.load_checkpoint() if resume else None
+    except InputError:
+        if folder is not None:
+            folder.release()
+        raise
+    return folder, state
+
+
+def _claim(
+    out: str | Path, resume: bool, settings: dict[str, dict[str, Any]], sweep: bool
+) -> RunFolder | SweepFolder:
+    """The folder, made or found, and locked. Raises InputError if it was made otherwise."""
+    if not resume:
+        made = SweepFolder.create(out, settings) if sweep else None
+        folder = made or RunFolder.create(out, settings[SINGLE])
+        folder.lock()
+        return folder
+    folder, found = open_to_resume(out)
+    folder.lock()
+    try:
+        if found.keys() != settings.keys():
+            raise InputError(
+                f"{folder.path} has the members {list(found)}, and cannot go on with "
+                f"{list(settings)}"
+            )
+        changed = {name: _other_dtype(each, settings[name]) for name, each in found.items()}
+        for name, each in found.items():
+            each["data"] = each["data"] | changed[name]
+            # A run of an older version lacks the settings that came later: it had their defaults.
+            for part, cls in (("sae", SAEConfig), ("data", DataConfig), ("train", TrainConfig)):
+                if each["config"][part] is None:  # no language model
+                    continue
+                defaults = {spec.name: spec.default for spec in dataclasses.fields(cls)}
+                each["config"][part] = {**defaults, **each["config"][part]}
+        differences = [
+            line
+            for name in found
+            for part in ("config", "data")
+            for line in _differences(
+                found[name][part], settings[name][part], part, f"{name}: " if sweep else ""
+            )
+        ]
+        if differences:
+            raise InputError(
+                f"{folder.path} was made with other settings:\n  " + "\n  ".join(differences)
+            )
+        for name, data in changed.items():
+            if data:
+                folder.change(name, settings[name]["config"], data)
+        return folder
+    except InputError:
+        folder.release()
+        raise
+
+
+def _other_dtype(found: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """What describes a run's data from now on, if it is resumed with another --model-dtype.
+
+    After NaN in float16, say. Empty if it is not.
+    """
+    was, now = (each["config"].get("data") for each in (found, given))
+    if not was or not now or was.get("model_dtype") == now["model_dtype"]:
+        return {}
+    # "weights" is a digest of them in the model's dtype.
+    return {name: given["data"][name] for name in ("dtype", "weights") if name in given["data"]}
+
+
+FREE_TO_CHANGE = {
+    *(
+        f"config.train.{name}"
+        for name in (
+            *("device", "fused_step", "cuda_graph", "tensor_parallel", "share", "rank_timeout"),
+            *("log_every", "eval_every", "checkpoint_every", "keep_checkpoints"),
+            *("tensorboard", "wandb"),
+        )
+    ),
+    *(
+        f"config.data.{name}"
+        for name in (
+            "activations",  # the contents are compared, not the place
+            *("model_device", "model_dtype", "overlap", "trust_remote_code"),
+        )
+    ),
+}
+"""Settings that a run may go on with others of."""
+
+
+def _differences(found: Any, given: Any, name: str, member: str = "") -> list[str]:
+    """Lines "name: was X, is Y" where two nested dicts disagree in what decides the result."""
+    if isinstance(found, dict) and isinstance(given, dict):
+        keys = sorted(found.keys() | given.keys())
+        return [
+            line
+            for key in keys
+            for line in _differences(found.get(key), given.get(key), f"{name}.{key}", member)
+        ]
+    if found == given or name in FREE_TO_CHANGE:
+        return []
+    return [f"{member}{name}: was {found!r}, is {given!r}"]

@@ -1,0 +1,133 @@
+"""A sweep: several SAEs that learn from one stream of activations. Its members, and their table."""
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from kronsae.config import SAEConfig, TrainConfig
+from kronsae.errors import InputError
+from kronsae.model.flops import flops_per_token
+
+SHARED = (
+    *("tokens", "batch_size", "data_seed", "device", "tensor_parallel", "share", "rank_timeout"),
+    *("log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "tensorboard", "wandb"),
+)
+"""Settings of `TrainConfig` that are the stream's and its clock's: the same for all members."""
+
+OWN = tuple(
+    field.name
+    for cls in (SAEConfig, TrainConfig)
+    for field in dataclasses.fields(cls)
+    if field.name not in (*SHARED, "d_model")
+)
+"""Settings in which members may differ: what the autoencoder is, and how it learns."""
+
+_RESERVED = ("checkpoints", "sweep.json", "comparison.md")
+
+
+def one_stream(configs: Sequence[TrainConfig]) -> list[TrainConfig]:
+    """The members' settings, with the first one's order of the data in all of them.
+
+    So each also says how to train its SAE alone, on the same batches.
+    Raises InputError if they differ in what is `SHARED`.
+    """
+    first = configs[0]
+    for name in SHARED:
+        for other in configs[1:]:
+            pair = getattr(first, name), getattr(other, name)
+            if name == "data_seed":
+                pair = first.stream_seed, pair[1]
+                if pair[1] is None:
+                    continue
+            if pair[0] != pair[1]:
+                raise InputError(
+                    f"{name}: the members of a sweep learn from one stream of activations, and "
+                    f"cannot differ in it (got {pair[0]!r} and {pair[1]!r})"
+                )
+    seed = first.stream_seed
+    return [
+        config if config.stream_seed == seed else dataclasses.replace(config, data_seed=seed)
+        for config in configs
+    ]
+
+
+def check_names(names: Sequence[str]) -> None:
+    """Raise InputError unless the names are folders' names, all different."""
+    for name in names:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=-]{0,199}", name) or name in _RESERVED:
+            raise InputError(
+                f"{name!r} cannot be the name of a member of a sweep, and of its folder: expected "
+                f"letters, digits and any of . _ = -, and none of {', '.join(_RESERVED)}"
+            )
+        if names.count(name) > 1:
+            raise InputError(f"two members of the sweep have the name {name!r}: give others")
+
+
+def name_of(overrides: dict[str, Any]) -> str:
+    """A member's name, from the settings that it has of its own: "k16-m2", "dense-lr0.001", ""."""
+    parts = [
+        str(value) if isinstance(value, str) else f"{name}{value:g}".replace("+", "")
+        for name, value in overrides.items()
+    ]
+    return "-".join(parts)
+
+
+def product(entries: Iterable[dict[str, Any]], lists: dict[str, list[Any]]) -> list[dict[str, Any]]:
+    """Each entry with each combination of the lists' values: every member's own settings.
+
+    Raises InputError if an entry has a setting that is also a list.
+    """
+    members = []
+    for entry in entries:
+        both = sorted(entry.keys() & lists.keys())
+        if both:
+            raise InputError(
+                f"{both[0]} has several values and is in the sweep file, too: leave it out of one"
+            )
+        for values in itertools.product(*lists.values()):
+            members.append({**entry, **dict(zip(lists, values, strict=True))})
+    return members
+
+
+_SHOWN = {
+    "explained_variance": "explained variance",
+    "l0": "L0",
+    "dead_share": "dead",
+    "ce_recovered": "CE recovered",
+}
+"""Figures of `kronsae.metrics` in the table, and the head of their column."""
+
+
+def comparison(members: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of a table of {name: {"config", "tokens", "metrics", "step_ms", "failed"}}."""
+    shown = [key for key in _SHOWN if any(key in each["metrics"] for each in members.values())]
+    head = ["member", "encoder", "F", "k", "M mult-adds", "ms a step"]
+    rows = []
+    for name, each in members.items():
+        sae = SAEConfig(**each["config"]["sae"])
+        kron = sae.encoder == "kron"
+        rows.append(
+            [
+                name,
+                f"{sae.heads}x{sae.m}x{sae.n}" if kron else sae.encoder,
+                f"{sae.dict_size:,}",
+                str(sae.k),
+                f"{flops_per_token(sae) / 1e6:,.2f}",
+                f"{each['step_ms']:,.1f}" if each["step_ms"] else "–",
+                *(f"{each['metrics'][k]:.4f}" if k in each["metrics"] else "–" for k in shown),
+            ]
+        )
+        if each["failed"]:
+            rows[-1][0] += f" (stopped after {each['tokens']:,} tokens)"
+    return [*head, *(_SHOWN[key] for key in shown)], rows
+
+
+def markdown(members: dict[str, dict[str, Any]]) -> str:
+    """The `comparison` as a document."""
+    head, rows = comparison(members)
+    lines = [head, ["---"] * len(head), *rows]
+    failed = [f"- {name}: {each['failed']}" for name, each in members.items() if each["failed"]]
+    text = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+    return text + ("\nStopped early:\n\n" + "\n".join(failed) + "\n" if failed else "")

@@ -1,0 +1,1 @@
+"""The machine: devices, files, checkpoints, and the processes that train together."""

@@ -1,0 +1,119 @@
+"""Names of devices and dtypes as torch has them, and the memory that is free."""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kronsae.errors import InputError
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device of a name; "auto" is cuda where there is one. Raises InputError if it is not."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        if device.type not in ("cpu", "cuda"):
+            raise RuntimeError("expected cpu or cuda")
+        if device == torch.device("cuda") and "LOCAL_RANK" in os.environ:
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))  # torchrun's: one each
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
+
+
+def compute_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype that "auto" stands for on a device, or the one named."""
+    if name == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return getattr(torch, name)
+
+
+def with_index(device: torch.device) -> torch.device:
+    """The device as tensors name theirs: "cuda" alone is the current card."""
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory of the device that is free, or None if the system does not say."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    found = [size for size in (_available(), _left_in_group()) if size is not None]
+    return min(found, default=None)
+
+
+def _available() -> int | None:
+    """Memory that the machine can give without swapping."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        kilobytes = dict(line.split(":") for line in lines)["MemAvailable"]
+        return int(kilobytes.split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        pass
+    try:  # not Linux: all that it has
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return None
+
+
+def _left_in_group(root: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """Memory that a container's limit leaves; its file cache counts as free."""
+    try:
+        limit = int((root / "memory.max").read_text())  # "max" where there is none
+        used = int((root / "memory.current").read_text())
+        statistics = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
+        return limit - used + int(statistics["inactive_file"])
+    except (OSError, KeyError, ValueError):
+        return None
+
+
+class Clock:
+    """Mean time of what runs inside, on a device that may be behind the host.
+
+    On a card the time between two events of its own: nobody waits for it before somebody asks.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds, self.count = 0.0, 0
+        self.began: Any = None
+        self.pending: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def _now(self) -> Any:
+        if self.device.type != "cuda":
+            return time.monotonic()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
+
+    def __enter__(self) -> None:
+        self.began = self._now()
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        if kind is not None:
+            return
+        self.count += 1
+        if self.device.type != "cuda":
+            self.seconds += time.monotonic() - self.began
+            return
+        self.pending.append((self.began, self._now()))
+        while self.pending and self.pending[0][1].query():
+            self._take()
+
+    def _take(self) -> None:
+        began, ended = self.pending.pop(0)
+        self.seconds += began.elapsed_time(ended) / 1e3
+
+    @property
+    def mean_ms(self) -> float:
+        if self.pending:
+            self.pending[-1][1].synchronize()
+        while self.pending:
+            self._take()
+        return 1e3 * self.seconds / max(1, self.count)

@@ -1,0 +1,210 @@
+"""Files that are never seen half-written: written beside their place, synced, then renamed."""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+from torch import Tensor
+
+from kronsae.errors import InputError
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as JSON, atomically. NaN and infinity are refused."""
+    text = json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
+    write_text(path, text)
+
+
+_CHECKSUM = "checksum"
+
+
+def write_sealed(path: Path, document: dict[str, Any]) -> None:
+    """Write a JSON object, atomically, with a checksum of its values: see `read_sealed`."""
+    write_json(path, {**document, _CHECKSUM: _digest(document)})
+
+
+def read_sealed(path: Path) -> Any:
+    """The JSON value in a file, without its checksum.
+
+    An object without one is taken as it is: people write such files, too, and older versions did.
+    Raises OSError or ValueError if it cannot be read, or if the checksum is of other values.
+    """
+    document = json.loads(path.read_text(encoding="utf-8"))
+    if isinstance(document, dict) and _CHECKSUM in document:
+        if document.pop(_CHECKSUM) != _digest(document):
+            raise ValueError(
+                f"its values are not those that its {_CHECKSUM!r} was made of; if you changed them "
+                f"on purpose, take the {_CHECKSUM!r} out"
+            )
+    return document
+
+
+def _digest(document: dict[str, Any]) -> str:
+    """SHA-256 of the values, in whichever order and form they are written."""
+    text = json.dumps(json.loads(json.dumps(document)), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, atomically. Raises InputError if it cannot be written."""
+    write_file(path, lambda beside: beside.write_text(text, encoding="utf-8"))
+
+
+def write_file(path: Path, write: Callable[[Path], Any]) -> None:
+    """Let `write(beside)` write a new file, then put it in `path`'s place, on the disk.
+
+    Raises InputError if the disk is full, or `path` cannot be written; it is then as it was.
+    """
+    beside = _beside(path)
+    try:
+        write(beside)
+        sync(beside)
+        os.replace(beside, path)
+        sync(path.parent)
+    except BaseException as error:
+        beside.unlink(missing_ok=True)
+        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+            raise _cannot_write(path, error) from error
+        raise
+
+
+def replace_directory(path: Path, write: Callable[[Path], None]) -> Path:
+    """Let `write(folder)` fill a new folder, then put it in `path`'s place.
+
+    Until everything is on the disk `path` stays as it was (missing, or its old contents). What an
+    interrupted call leaves behind starts with a dot; `remove_leftovers` clears it away, and puts an
+    old folder back if the call ended between moving it away and putting the new one in its place.
+    Raises InputError if the disk is full, `path` cannot be written, or holds files that `write`
+    does not: somebody else's work is never removed.
+    """
+    beside = _beside(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.mkdir()
+        write(beside)
+        for file in beside.iterdir():
+            sync(file)
+        sync(beside)
+        if path.exists():
+            _check_replaceable(path, beside)
+            old = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}{_OLD}"
+            os.rename(path, old)
+            try:
+                os.rename(beside, path)
+            except BaseException:
+                os.rename(old, path)
+                raise
+            shutil.rmtree(old)
+        else:
+            os.rename(beside, path)
+        sync(path.parent)
+    except BaseException as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
+            raise _cannot_write(path, error) from error
+        raise
+    return path
+
+
+_OLD = ".replaced"
+
+
+def _check_replaceable(path: Path, new: Path) -> None:
+    others = (
+        {p.name for p in path.iterdir()} - {p.name for p in new.iterdir()}
+        if (path.is_dir())
+        else {path.name}
+    )
+    if others:
+        raise InputError(
+            f"{path} holds {sorted(others)[:5]}, which would be lost: choose another folder"
+        )
+
+
+def remove_directory(path: Path) -> None:
+    """Remove a folder so that an interruption leaves none that is half there under its name."""
+    beside = _beside(path)
+    os.rename(path, beside)
+    shutil.rmtree(beside)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Clear away what interrupted writes left in `folder`; see `replace_directory`."""
+    for path in folder.glob(".*.partial"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for old in folder.glob(f".*{_OLD}"):
+        place = folder / old.name[1:].removesuffix(_OLD).rpartition(".")[0]
+        shutil.rmtree(old) if place.exists() else os.rename(old, place)
+
+
+LOCK_NAME = ".lock"
+"""Of an empty file that stays in a locked folder. (A lock on a file that is replaced is lost.)"""
+
+
+def lock(folder: Path, problem: str) -> IO[str] | None:
+    """Keep other processes that lock this folder out, until what is given is closed.
+
+    Raises InputError, with `problem`, if one of them holds it, or if it cannot be written to.
+    Where there are no locks (Windows, some network file systems) it gives None.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return None
+    try:
+        file = open(folder / LOCK_NAME, "a", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written to: {error}") from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        file.close()
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            raise InputError(problem) from error
+        return None
+    return file
+
+
+def _beside(path: Path) -> Path:
+    return path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}.partial"
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    if os.name == "nt" and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _cannot_write(path: Path, error: Exception) -> InputError:
+    return InputError(f"{path} could not be written ({error}); nothing was left in its place")
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors of a safetensors file. Raises InputError if it is damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} cannot be read: {error}") from error

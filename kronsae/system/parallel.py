@@ -1,0 +1,330 @@
+"""Several processes that train together, started by torchrun: `Mesh`, and what ranks tell another.
+
+A mesh has two dimensions (torch.distributed's DeviceMesh). Along `data` ranks hold the same heads
+and take different tokens of each batch; along `heads` they see the same tokens and each holds an
+equal share of the heads (of a dense encoder: of the latents), with their decoder rows and moments.
+
+All ranks read the same stream: the order of the data, and with it each batch of the whole mesh, is
+that of a single process, whatever the number of ranks. The language model, which costs most, is
+shared out: each rank runs it on its part of the contexts, and gets the other parts from the others.
+
+With `share` "members" a rank trains whole members of a sweep, by itself (`owners`): ranks then
+share the language model's work, and the first one writes what all of them have learned.
+
+A single process has the mesh `ALONE`, of which every operation leaves things as they are.
+Letters: B tokens, d width, F latents, k selected latents a token, R ranks of a group.
+"""
+
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from kronsae.errors import InputError
+
+
+class RankLost(RuntimeError):
+    """Another process ended, or did not answer in time."""
+
+
+@contextmanager
+def _answers() -> Iterator[None]:
+    """What torch raises when another rank is gone, as `RankLost`."""
+    try:
+        yield
+    except RuntimeError as error:
+        first = str(error).split(". ")[0].strip()  # then advice about other programs
+        first = re.sub(r"^\[\S+:\d+\] ", "", first)  # a line of torch's own code
+        raise RankLost(
+            f"another process of this training ended or did not answer ({first}): torchrun says "
+            "which. --resume goes on from the last checkpoint"
+        ) from error
+
+
+class Group:
+    """Ranks that work together; of one alone every operation gives back what it was given.
+
+    Every rank of the group has to call an operation, in the same order as the others.
+    Raises RankLost if one does not.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.group = group
+        self.size = 1 if group is None else dist.get_world_size(group)
+        self.rank = 0 if group is None else dist.get_rank(group)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Sum of all ranks' x, in place; the same bits on each."""
+        return self._reduce(x, dist.ReduceOp.SUM)
+
+    def count(self, own: int, device: torch.device) -> int:
+        """Sum of a number that each rank has; tensors of the group are on `device`."""
+        return own if self.size == 1 else int(self.sum(torch.tensor(own, device=device)))
+
+    def max(self, x: Tensor) -> Tensor:
+        """Elementwise largest of all ranks' x, in place."""
+        return self._reduce(x, dist.ReduceOp.MAX)
+
+    def min(self, x: Tensor) -> Tensor:
+        """Elementwise smallest of all ranks' x, in place."""
+        return self._reduce(x, dist.ReduceOp.MIN)
+
+    def _reduce(self, x: Tensor, op: Any) -> Tensor:
+        if self.size > 1:
+            # nccl wants contiguous tensors: an encoder's gradient is one behind a transposition.
+            stored = x.permute(sorted(range(x.ndim), key=lambda dim: -x.stride(dim)))
+            dense = stored.contiguous()
+            with _answers():
+                dist.all_reduce(dense, op, group=self.group)
+            if dense is not stored:
+                stored.copy_(dense)
+        return x
+
+    def gather(self, x: Tensor) -> Tensor:
+        """All ranks' x, which have one shape: [R, *x.shape]."""
+        if self.size == 1:
+            return x[None]
+        parts = list(x.new_empty(self.size, *x.shape))
+        if x.numel():
+            with _answers():
+                dist.all_gather(parts, x.contiguous(), group=self.group)
+        return torch.stack(parts)
+
+    def whole(self, x: Tensor) -> Tensor:
+        """The tensor x [n, ...] of which each rank holds equally many rows, on the CPU of rank 0.
+
+        Elsewhere it is the rank's own rows.
+        """
+        if self.size == 1:
+            return x.detach().to("cpu")
+        x = x.detach().contiguous()
+        if self.rank:
+            with _answers():
+                dist.send(x, group=self.group, group_dst=0)
+            return x.to("cpu")
+        whole = torch.empty(self.size * len(x), *x.shape[1:], dtype=x.dtype)
+        for rank, rows in enumerate(whole.split(len(x))):
+            if rank:  # one at a time: there may be no room for more
+                with _answers():
+                    dist.recv(x := torch.empty_like(x), group=self.group, group_src=rank)
+            rows.copy_(x)
+        return whole
+
+    def to_first(self, x: Tensor, source: int) -> None:
+        """Copy x of rank `source` into rank 0's x, of its shape and dtype; these two call it.
+
+        Both are contiguous, and on the group's device.
+        """
+        content = x.flatten().view(torch.uint8)  # the backend need not know the dtype
+        if len(content):
+            with _answers():
+                if self.rank:
+                    dist.send(content, group=self.group, group_dst=0)
+                else:
+                    dist.recv(content, group=self.group, group_src=source)
+
+    def total(self, x: Tensor) -> Tensor:
+        """Sum of all ranks' x, of which the derivative by this rank's x is 1.
+
+        For a loss that every rank of the group computes alike from the sum.
+        """
+        return x if self.size == 1 else _Total.apply(x, self)
+
+    def as_part(self, x: Tensor) -> Tensor:
+        """x, which every rank has whole, as a part of the sum of all; with x's derivative."""
+        return x if self.size == 1 else x - x.detach() * (1 - 1 / self.size)
+
+    def share(self, count: int) -> slice:
+        """This rank's equal part of `count` things in a row (the last ranks may have fewer)."""
+        each = -(-count // self.size)
+        return slice(min(count, self.rank * each), min(count, (self.rank + 1) * each))
+
+    def map(self, compute: Callable[..., Tensor], *rows: Tensor | None) -> Tensor:
+        """compute(*rows) [n, ...] of tensors [n, ...], of which each rank computes its share."""
+        if self.size == 1:
+            return compute(*rows)
+        count = next(len(part) for part in rows if part is not None)
+        share = self.share(count)
+        # A rank without a share computes the first row, to know what a row of the others is like.
+        span = share if share.stop > share.start else slice(1)
+        x = compute(*(None if part is None else part[span] for part in rows))
+        padded = x.new_zeros(-(-count // self.size), *x.shape[1:])
+        padded[: share.stop - share.start] = x[: share.stop - share.start]
+        return self.gather(padded).flatten(0, 1)[:count]
+
+    def exchange(self, value: Any) -> list[Any]:
+        """What each rank gave (JSON values), in their order."""
+        if self.size == 1:
+            return [value]
+        own = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
+        lengths = self.gather(torch.tensor([len(own)])).flatten().tolist()
+        padded = torch.nn.functional.pad(own, (0, max(lengths) - len(own)))
+        texts = zip(self.gather(padded), lengths, strict=True)
+        return [json.loads(bytes(text[:length].tolist())) for text, length in texts]
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Work that each rank does for itself: an InputError of one becomes that of all.
+
+        Nothing inside may wait for other ranks.
+        """
+        if self.size == 1:
+            yield
+            return
+        problem = None
+        try:
+            yield
+        except InputError as error:
+            problem = error
+        for rank, message in enumerate(self.exchange(problem and str(problem))):
+            if message is not None:
+                raise InputError(f"rank {rank}: {message}" if rank else message) from problem
+
+
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, group):
+        return group.sum(x.clone())
+
+    @staticmethod
+    def backward(ctx, d_total):
+        return d_total, None
+
+
+class Mesh(NamedTuple):
+    """This process's place among all, and the groups that it is in."""
+
+    data: Group = Group()
+    """Ranks with the same heads: each takes every R-th token of a batch."""
+    heads: Group = Group()
+    """Ranks with the same tokens: each holds 1/R of the heads."""
+    world: Group = Group()
+    """All ranks, for messages (tensors on the CPU)."""
+    reading: Group = Group()
+    """All ranks, for activations."""
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the rank that writes and speaks for all."""
+        return self.world.rank == 0
+
+    def part(self, x: Tensor) -> Tensor:
+        """This rank's tokens of a batch x [B, ...]."""
+        return x[self.data.rank :: self.data.size]
+
+    def batch(self, x: Tensor) -> Tensor:
+        """The batch [B, w] of which each rank has its `part` x, in order; 0 where x is narrower."""
+        if self.data.size == 1:
+            return x
+        sizes = self.data.gather(torch.tensor(x.shape, device=x.device))
+        (tokens, _), (rows, width) = sizes.sum(0).tolist(), sizes.amax(0).tolist()
+        padded = torch.nn.functional.pad(x, (0, width - x.shape[1], 0, rows - x.shape[0]))
+        return self.data.gather(padded).transpose(0, 1).flatten(0, 1)[:tokens]
+
+
+ALONE = Mesh()
+
+
+def ranks() -> int:
+    """How many processes torchrun started (1 without it)."""
+    if dist.is_available() and dist.is_initialized():
+        return dist.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first() -> bool:
+    """Whether this process is the one that speaks for all."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+def shape(tensor_parallel: int) -> tuple[int, int]:
+    """(R along data, R along heads) of all ranks. Raises InputError if they cannot be arranged."""
+    count = ranks()
+    if tensor_parallel > 1 and count == 1:
+        raise InputError(
+            f"tensor_parallel {tensor_parallel}: this is a single process. Start it with torchrun "
+            f"--nproc-per-node {tensor_parallel} -m kronsae.train, or give --tensor-parallel 1"
+        )
+    if count % tensor_parallel:
+        raise InputError(
+            f"tensor_parallel: {count} processes cannot be arranged in groups of {tensor_parallel}"
+        )
+    return count // tensor_parallel, tensor_parallel
+
+
+def owners(members: Iterable[str], share: str, layout: tuple[int, int]) -> dict[str, int]:
+    """Which rank trains each member of a sweep alone; empty where all ranks train all of them.
+
+    layout: (R along data, R along heads) of all ranks.
+    Raises InputError if share is "members" and a rank would have none, or only some heads of one.
+    """
+    members, (data, heads) = list(members), layout
+    if share == "tokens" or data * heads == 1:
+        return {}
+    if heads > 1:
+        raise InputError(
+            f"share 'members': one process trains an autoencoder, but tensor_parallel is {heads}: "
+            "give --tensor-parallel 1, or --share tokens"
+        )
+    if len(members) < data:
+        raise InputError(
+            f"share 'members': {data} processes need as many autoencoders or more, got "
+            f"{len(members)}: start fewer processes, train more autoencoders, or give --share "
+            "tokens"
+        )
+    return {name: number % data for number, name in enumerate(members)}
+
+
+def join(tensor_parallel: int, device: torch.device, seconds: float) -> Mesh:
+    """The mesh of all processes that torchrun started; `ALONE` without it.
+
+    Ranks that hold one autoencoder's heads together are neighbours: on one machine, if they fit.
+    seconds: how long a rank waits for another one before it gives up.
+    Uses nccl for tensors on a GPU, gloo for all others. Raises InputError if the ranks cannot be
+    arranged so.
+    """
+    data, heads = shape(tensor_parallel)
+    if data * heads == 1:
+        return ALONE
+    timeout = timedelta(seconds=seconds)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        with _answers():
+            dist.init_process_group(backend, timeout=timeout)
+    return arrange(torch.arange(data * heads).view(data, heads), device, timeout)
+
+
+def leave() -> None:
+    """Part from the other processes, when all of them are done."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def arrange(layout: Tensor, device: torch.device, timeout: timedelta) -> Mesh | None:
+    """The mesh of the ranks in layout [R along data, R along heads]; None if this is not in it.
+
+    All processes have to call it, those outside too.
+    """
+    inside, data, heads = dist.get_rank() in layout, layout.t().tolist(), layout.tolist()
+    everyone = layout.flatten().tolist()
+    along_data, _ = dist.new_subgroups_by_enumeration(data, timeout=timeout)
+    along_heads, _ = dist.new_subgroups_by_enumeration(heads, timeout=timeout)
+    world = dist.new_group(everyone, timeout=timeout, backend="gloo")
+    reading = dist.new_group(everyone, timeout=timeout)
+    if not inside:
+        return None
+    mesh = DeviceMesh.from_group(
+        [along_data, along_heads], device.type, mesh=layout, mesh_dim_names=("data", "heads")
+    )
+    groups = mesh.get_group("data"), mesh.get_group("heads"), world, reading
+    return Mesh(*(Group(group) for group in groups))

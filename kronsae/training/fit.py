@@ -1,0 +1,313 @@
+"""`fit` and `fit_many`: train SAEs on one stream of activations, with logs and checkpoints."""
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from kronsae.config import SAEConfig, TrainConfig
+from kronsae.data import (
+    ActivationSource,
+    IterableActivations,
+    TensorActivations,
+)
+from kronsae.data.common import Interrupted, digest
+from kronsae.errors import InputError
+from kronsae.metrics.heldout import Heldout, check_heldout, evaluate, evaluate_cross_entropy
+from kronsae.model.ranks import check_heads
+from kronsae.model.sae import SAE
+from kronsae.runs.folder import SINGLE, SweepFolder
+from kronsae.runs.logs import check_packages
+from kronsae.runs.resume import open_folder
+from kronsae.runs.sweep import check_names, one_stream
+from kronsae.system import checkpoint
+from kronsae.system.devices import resolve_device
+from kronsae.system.parallel import Mesh, join, owners
+from kronsae.training.learner import check_step
+from kronsae.training.session import Diverged, FitResult, Member, MemberPlan, Session
+from kronsae.training.signals import Stop, note_signals
+from kronsae.training.stream import DataEnded, Stream
+
+Activations = (
+    Tensor | tuple[Tensor, Tensor] | ActivationSource | Iterable[Tensor | tuple[Tensor, Tensor]]
+)
+
+
+def fit(
+    sae_config: SAEConfig,
+    activations: Activations,
+    train_config: TrainConfig | None = None,
+    *,
+    heldout: Heldout | Tensor | tuple[Tensor, Tensor] | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    settings: dict[str, Any] | None = None,
+    on_record: Callable[[dict[str, Any]], None] | None = None,
+    mesh: Mesh | None = None,
+) -> FitResult:
+    """Train an SAE on activations; see the fields of `SAEConfig` and `TrainConfig`.
+
+    activations: [N, d] (shuffled each epoch), or an iterable of [B, d] tensors taken as they come,
+        or any `kronsae.data.ActivationSource`.
+        For a transcoder: a pair (inputs [N, d], targets [N, d_target]), or an iterable of pairs.
+    heldout: activations to evaluate on, never trained on: [t, d], or a pair, or a `Heldout`.
+    out: run folder (see `kronsae.runs.folder`); None keeps everything in memory.
+    resume: go on from the newest checkpoint in `out`; batches and weights are, bit for bit, those
+        of an uninterrupted run (on a CPU; an iterable must give the same batches again).
+    settings: what else config.json shall hold.  on_record: called with each logged record.
+    mesh: of the processes that train together; by default that of torchrun
+        (`kronsae.system.parallel`).
+        Each of them calls this with the same arguments, and takes its own part of the batches, or,
+        with `share` "members", of the SAEs of `fit_many`. The first one alone writes, and calls
+        `on_record`.
+
+    On SIGTERM or SIGINT the step in progress is finished, a checkpoint saved, and the result
+    returned with `stopped_by`. A batch whose gradient is not finite is skipped, and logged as such.
+    Raises InputError if that happens `learner.SKIPS` times in a row, and if the data ends before
+    the budget, is not finite, or does not fit the configuration; with `out`, the last good
+    checkpoint is kept.
+    """
+    [result] = _fit(
+        [MemberPlan(SINGLE, sae_config, train_config or TrainConfig(), settings or {})],
+        activations,
+        heldout,
+        out,
+        resume,
+        (lambda _, entry: on_record(entry)) if on_record else None,
+        mesh,
+        sweep=False,
+    )
+    return result
+
+
+def fit_many(
+    sae_configs: Sequence[SAEConfig],
+    activations: Tensor | ActivationSource | Iterable[Tensor],
+    train_configs: TrainConfig | Sequence[TrainConfig] | None = None,
+    *,
+    names: Sequence[str] | None = None,
+    heldout: Heldout | Tensor | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    settings: Sequence[dict[str, Any]] | None = None,
+    on_record: Callable[[str, dict[str, Any]], None] | None = None,
+    mesh: Mesh | None = None,
+) -> list[FitResult]:
+    """Train any number of SAEs on the same batches, each as `fit` alone would, bit for bit.
+
+    train_configs: one for all, or one each; they may differ in what `kronsae.runs.sweep.OWN` names.
+        The order of the data is the first member's, `seed` draws each member's weights.
+    names: of the members, and of their run folders in `out` (default: "sae-0", "sae-1", ...).
+    out: sweep folder (see `kronsae.runs.folder`).  settings: for each, as in `fit`.
+    on_record: called with the member's name and each logged record.
+    Of several processes each trains all SAEs on its part of the tokens or heads, or, with `share`
+    "members", every R-th SAE on all tokens.
+    The rest is as in `fit`. Every step, each SAE in turn learns from the batch; the mean and scale
+    of the activations, and what does not depend on an SAE in the evaluation, is computed once.
+
+    A member with `learner.SKIPS` gradients in a row that are not finite ends there, with the
+    weights of the last step (its result has `failed`), and the others go on. Returns the results in
+    order. Raises InputError as `fit` does, if the members cannot share a stream, or if all of them
+    failed.
+    """
+    count = len(sae_configs)
+    if train_configs is None or isinstance(train_configs, TrainConfig):
+        train_configs = [train_configs or TrainConfig()] * count
+    names = [f"sae-{i}" for i in range(count)] if names is None else list(names)
+    settings = [{}] * count if settings is None else settings
+    lengths = {len(train_configs), len(names), len(settings)}
+    if not count or lengths != {count}:
+        raise InputError(
+            f"fit_many: expected one SAE or more, and as many of everything, got {count} SAEs, "
+            f"{len(train_configs)} train_configs, {len(names)} names, {len(settings)} settings"
+        )
+    check_names(names)
+    members = zip(names, sae_configs, one_stream(train_configs), settings, strict=True)
+    plans = [MemberPlan(*member) for member in members]
+    return _fit(plans, activations, heldout, out, resume, on_record, mesh, sweep=True)
+
+
+def _fit(
+    plans: list[MemberPlan],
+    activations: Tensor | ActivationSource | Iterable[Tensor],
+    heldout: Heldout | Tensor | None,
+    out: str | Path | None,
+    resume: bool,
+    on_record: Callable[[str, dict[str, Any]], None] | None,
+    mesh: Mesh | None,
+    sweep: bool,
+) -> list[FitResult]:
+    """`fit` and `fit_many`: they differ in the folders that they write, and in nothing else."""
+    config = plans[0].train  # what all share
+    device = resolve_device(config.device)
+    mesh = mesh or join(config.tensor_parallel, device, config.rank_timeout)
+    layout = mesh.data.size, mesh.heads.size
+    owned = owners([plan.name for plan in plans], config.share, layout)
+    for plan in plans:
+        check_heads(plan.sae, mesh.heads.size)
+    source = _as_source(activations, config)
+    if isinstance(heldout, Tensor):
+        heldout = (heldout,)
+    if isinstance(heldout, tuple):
+        flat = [part.detach().reshape(-1, part.shape[-1]) for part in heldout]
+        heldout = Heldout(flat[0], targets=flat[1] if len(flat) == 2 else None)
+    plans = [_complete(plan, source) for plan in plans]
+    of_one = (1, 1) if owned else layout
+    not_fused = [check_step(plan.sae, plan.train, device, of_one) for plan in plans]
+    if heldout is not None:
+        check_heldout(heldout, plans[0].sae)
+    check_packages(config)
+    _check_same([plan.settings for plan in plans], mesh)
+    folder, state = open_folder(
+        out, resume, {p.name: p.settings for p in plans}, sweep, mesh, owned
+    )
+    stream = Stream(source, config.tokens, device)
+    session = Session(stream, config, folder, mesh, bool(owned), any(not_fused))
+    try:
+        for plan in plans:
+            owner = owned.get(plan.name)
+            session.members[plan.name] = Member(plan, device, folder, on_record, mesh, owner)
+        if state is not None:
+            session.load_state_dict(state)
+        _train_and_judge(session, heldout)
+    finally:
+        session.close()
+    return [member.result for member in session.members.values()]
+
+
+def _train_and_judge(session: Session, heldout: Heldout | None) -> None:
+    """Train all members, evaluate them, and save what they have learned, whatever happens."""
+    stream = session.stream
+    try:
+        with note_signals(session.interrupt) as stop:
+            _train(session, heldout, stop)
+        stopped_by = session.signal(stop)
+        stream.close()
+        if stopped_by is None and heldout is not None:
+            for member in session.own:
+                member.metrics = _judge(member.sae(stream), heldout)
+                member.record("final", member.metrics, stream)
+        session.sync()
+        for member in session.live:
+            member.finish(stream, stopped_by)
+        session.note()
+    except InputError as error:
+        raise InputError("\n".join([str(error), *_rescue(session, error)])) from error
+
+
+def _rescue(session: Session, error: InputError) -> list[str]:
+    """Save what was learned before an error, if that works; says where it is, and how to go on."""
+    stream, folder = session.stream, session.folder
+    problem = None
+    try:
+        if stream.steps:
+            session.sync()
+            for member in session.live:
+                member.finish(stream)
+        learned = max((m.result.tokens for m in session.members.values() if m.result), default=0)
+        if learned:
+            session.note()
+    except InputError as other:  # the disk is full, say, and that was the first error, too
+        problem = other
+    if folder is None:
+        return []
+    where = folder.path if isinstance(folder, SweepFolder) else folder.sae
+    saved = problem is None and learned
+    lines = [f"What was learned in {learned:,} tokens is in {where}"] if saved else []
+    if not isinstance(error, DataEnded | Diverged):  # to go on would end alike
+        alone = next(iter(session.members.values())).settings["config"]["data"] is None
+        command = f"python -m kronsae.train --resume {folder.path}"
+        if alone:
+            command = f"fit(..., out={str(folder.path)!r}, resume=True)"
+        found = checkpoint.list_checkpoints(folder.checkpoints)
+        place = (
+            f"the checkpoint of step {checkpoint.step_of(found[-1]):,}" if found else "the start"
+        )
+        if problem is not None:
+            lines.append(f"What was learned since {place} could not be saved")
+        lines.append(f"When that is solved, go on from {place}:\n  {command}")
+    return lines
+
+
+def _train(session: Session, heldout: Heldout | None, stop: Stop) -> None:
+    """The loop: batch, steps, log, evaluate, checkpoint, until the budget is used or a signal."""
+    stream, config = session.stream, session.config
+    saved_at = stream.steps
+    # A signal before the first step waits for it: there would be nothing to save.
+    while not stream.done and (not stream.steps or session.signal(stop) is None):
+        try:
+            batch = stream.next()
+        except Interrupted:
+            break
+        except DataEnded:
+            if stream.steps > saved_at:
+                session.save()
+            raise
+        step = stream.steps
+        log = step % config.log_every == 0 or stream.done
+        if log or session.waits:
+            stream.check()
+        for member in session.own:
+            member.step(*batch, stream, log)
+        if log:
+            rates = stream.rates()
+            for member in session.own:
+                if member.figures:  # the batch was not skipped
+                    member.record("train", member.figures | rates, stream)
+        evaluated = heldout is not None and config.eval_every and step % config.eval_every == 0
+        if evaluated and not stream.done:
+            for member in session.own:
+                member.record("heldout", evaluate(member.sae(stream), heldout), stream)
+        if session.is_sync_step:
+            session.sync()
+            session.check_live()
+        if config.checkpoint_every and step % config.checkpoint_every == 0 and not stream.done:
+            session.save()
+            saved_at = step
+    if stream.steps > saved_at:
+        session.save()
+
+
+def _judge(sae: SAE, heldout: Heldout) -> dict[str, float]:
+    return evaluate(sae, heldout) | evaluate_cross_entropy(sae, heldout)
+
+
+def _complete(plan: MemberPlan, source: ActivationSource) -> MemberPlan:
+    """With the width of the activations, and everything that config.json holds."""
+    sae = _with_widths(plan.sae, source)
+    config = {
+        "sae": dataclasses.asdict(sae),
+        "data": None,
+        "train": dataclasses.asdict(plan.train),
+    }
+    settings = {"config": config, "data": source.describe(), **plan.settings}
+    return dataclasses.replace(plan, sae=sae, settings=settings)
+
+
+def _check_same(settings: list[dict[str, Any]], mesh: Mesh) -> None:
+    """Raise InputError unless all processes were given the same activations and settings."""
+    if len(set(mesh.world.exchange(digest(settings)))) > 1:
+        raise InputError(
+            "the processes of this training were given different activations or settings: each "
+            "has to get the same, and takes its own part of the batches"
+        )
+
+
+def _as_source(activations: Activations, config: TrainConfig) -> ActivationSource:
+    pair = isinstance(activations, tuple) and len(activations) == 2
+    if isinstance(activations, Tensor) or pair and isinstance(activations[0], Tensor):
+        return TensorActivations(activations, config.batch_size, config.stream_seed)
+    if hasattr(activations, "state_dict") and hasattr(activations, "d_model"):
+        return activations
+    return IterableActivations(activations)
+
+
+def _with_widths(config: SAEConfig, source: ActivationSource) -> SAEConfig:
+    found = {"d_model": source.d_model, "d_target": getattr(source, "d_target", 0)}
+    for name, width in found.items():
+        configured = getattr(config, name)
+        if configured not in (0, width):
+            raise InputError(f"{name}: {configured} is configured, the data has {width or 'none'}")
+    return dataclasses.replace(config, **found)

@@ -1,0 +1,470 @@
+"""The command line of `python -m kronsae.train`, made from the config dataclasses.
+
+Precedence: defaults < the embedded preset (with model 'embedded') < --config file < flags < entry
+of the --sweep file. A sweep has a member for each entry of the file, with each combination of the
+values of flags that were given several.
+"""
+
+import argparse
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from kronsae.cache.index import DESCRIBED, CacheIndex
+from kronsae.cache.reader import places_of
+from kronsae.commandline import Parser, add_flag
+from kronsae.config import (
+    EMBEDDED,
+    PAPER_DICT_SIZE,
+    DataConfig,
+    RunConfig,
+    SAEConfig,
+    TrainConfig,
+    from_dict,
+    untrusted,
+)
+from kronsae.errors import InputError
+from kronsae.model.flops import equal_budget, flops_per_token
+from kronsae.runs.folder import SINGLE, SweepFolder, open_to_resume
+from kronsae.runs.resume import FREE_TO_CHANGE
+from kronsae.runs.sweep import OWN, check_names, name_of, one_stream, product
+
+PARTS: dict[str, type] = {"data": DataConfig, "sae": SAEConfig, "train": TrainConfig}
+_PART_OF = {f.name: part for part, cls in PARTS.items() for f in dataclasses.fields(cls)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What the user asks for."""
+
+    members: dict[str, RunConfig]
+    """What to train, by name: several in a sweep, which share all that decides their stream."""
+    sweep: bool
+    out: Path | None
+    """Run folder to make; None: a new one under runs/."""
+    resume: Path | None
+    """Run folder to go on with."""
+    plan: bool
+    """Only say what would run."""
+    memory_check: bool = True
+    """Refuse what needs far more memory than there is."""
+    iso_flops_of: dict[str, SAEConfig] | None = None
+    """For each member the autoencoder whose FLOPs on config.train.tokens are its budget."""
+    notes: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
+    """For each member what its config.json holds beside its settings."""
+
+    @property
+    def config(self) -> RunConfig:
+        """Of the first member; what members share is the same in all."""
+        return next(iter(self.members.values()))
+
+    def at_width(self, d_model: int, d_target: int = 0) -> "Request":
+        """With the widths of the activations filled in, and token budgets of equal FLOPs found.
+
+        Raises InputError if another width is configured, or if the budgets of members differ.
+        """
+        members, notes = {}, {}
+        for name, config in self.members.items():
+            sae, train = _at_width(config.sae, d_model, d_target), config.train
+            if self.iso_flops_of:
+                reference = _at_width(self.iso_flops_of[name], d_model, d_target)
+                of, own = flops_per_token(reference), flops_per_token(sae)
+                if of == own:
+                    raise InputError(
+                        f"--iso-flops-of has no effect: both spend {own:,} multiply-adds a token"
+                    )
+                budget = {"sae": dataclasses.asdict(reference), "tokens": train.tokens}
+                notes[name] = {"iso_flops_of": budget}
+                train = dataclasses.replace(train, tokens=equal_budget(train.tokens, of, own))
+            members[name] = dataclasses.replace(config, sae=sae, train=train)
+        budgets = {name: config.train.tokens for name, config in members.items()}
+        if len(set(budgets.values())) > 1:
+            raise InputError(
+                "--iso-flops-of gives the members of the sweep different budgets, but they learn "
+                "from one stream of as many tokens: train them one by one ("
+                + ", ".join(f"{name} {tokens:,}" for name, tokens in budgets.items())
+                + ")"
+            )
+        return dataclasses.replace(self, members=members, iso_flops_of=None, notes=notes)
+
+
+def _at_width(sae: SAEConfig, d_model: int, d_target: int) -> SAEConfig:
+    found = {"d_model": d_model, "d_target": d_target}
+    for name, width in found.items():
+        configured = getattr(sae, name)
+        if configured not in (0, width):
+            raise InputError(f"{name}: {configured} is configured, the data has {width or 'none'}")
+    return dataclasses.replace(sae, **found)
+
+
+def make_parser() -> Parser:
+    """One flag a field of the configs, and those of the run itself."""
+    parser = Parser(
+        prog="python -m kronsae.train",
+        description="Train a sparse autoencoder on a language model's activations. Without "
+        "arguments: a small model and text that are on this computer, in about two minutes.",
+        usage="%(prog)s [--model NAME --layer N --dataset NAME --tokens N ...]",
+        epilog="With --model embedded other defaults apply: "
+        + ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in EMBEDDED.items()),
+        argument_default=argparse.SUPPRESS,
+    )
+    run = parser.add_argument_group("run")
+    run.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: under runs/)")
+    run.add_argument("--resume", type=Path, metavar="DIR", help="go on with the run in DIR")
+    run.add_argument("--config", type=Path, metavar="FILE", help="settings, as in a config.json")
+    run.add_argument("--plan", action="store_true", help="say what would run, and stop")
+    run.add_argument(
+        "--sweep",
+        type=Path,
+        metavar="FILE",
+        help="train several autoencoders on one stream of activations: a JSON list with an object "
+        'for each, of what it has of its own, as {"m": 2, "lr": 0.001, "name": "thin"}. Flags that '
+        "take several values ([N ...]) make a sweep, too: one for each combination, of each entry",
+    )
+    run.add_argument(
+        "--iso-flops-of",
+        metavar="CONFIG",
+        help="raise (or lower) --tokens until they cost as many FLOPs as another autoencoder's: a "
+        "config.json of a run or an SAE, or 'topk' for a dense one of the same dict_size and k",
+    )
+    run.add_argument(
+        "--no-memory-check",
+        action="store_true",
+        help="start even if the plan needs far more memory than is free",
+    )
+    titles = {"data": "language model and text", "sae": "autoencoder", "train": "training"}
+    for part, cls in PARTS.items():
+        group = parser.add_argument_group(titles[part])
+        for spec in dataclasses.fields(cls):
+            add_flag(group, spec, several=spec.name in OWN)
+    return parser
+
+
+def parse(argv: list[str] | None = None) -> Request:
+    """The request in `argv`. Raises InputError for anything wrong or without effect."""
+    parser = make_parser()
+    found, unknown = parser.parse_known_args(argv)
+    if unknown:
+        raise InputError(_unknown(unknown[0], parser, sys.argv[1:] if argv is None else argv))
+    flags = vars(found)
+    names = ("out", "resume", "config", "plan", "sweep", "iso_flops_of", "no_memory_check")
+    run = {name: flags.pop(name, None) for name in names}
+    lists = {name: value for name, value in flags.items() if isinstance(value, list)}
+    flags |= {name: value[0] for name, value in lists.items()}
+    lists = {name: value for name, value in lists.items() if len(value) > 1}
+    if run["plan"] and run["no_memory_check"]:
+        raise InputError("--no-memory-check has no effect with --plan: leave it out")
+    common = (bool(run["plan"]), not run["no_memory_check"])
+    if run["resume"] is not None:
+        return _resumed(run, flags, lists, common)
+    file = _read_config(run["config"]) if run["config"] else {}
+    sweep = bool(run["sweep"] or lists)
+    if sweep:
+        flags = {name: value for name, value in flags.items() if name not in lists}
+        members = _members(flags, file, run["sweep"], lists)
+    else:
+        members = {SINGLE: build(flags, file)}
+    references = None
+    if run["iso_flops_of"] is not None:
+        if "tokens" not in flags:
+            raise InputError(
+                "--iso-flops-of needs --tokens, the budget of the autoencoder that it names"
+            )
+        references = {n: _reference(run["iso_flops_of"], c.sae) for n, c in members.items()}
+    return Request(members, sweep, run["out"], None, *common, references)
+
+
+def _members(
+    flags: dict[str, Any], file: dict[str, Any], sweep: Path | None, lists: dict[str, list[Any]]
+) -> dict[str, RunConfig]:
+    """The members of a sweep: each entry of its file, with each combination of the lists."""
+    for name, values in lists.items():
+        if len(set(values)) < len(values):
+            flag = "--" + name.replace("_", "-")
+            raise InputError(f"{flag} has the same value twice: {values}")
+    entries = [{}] if sweep is None else _read_sweep(sweep)
+    configs: dict[str, RunConfig] = {}
+    names = []
+    for own in product(entries, lists):
+        given = own.pop("name", None)
+        layered = dict(flags)
+        _drop_overruled(layered, own)
+        try:
+            config = build(layered | own, file)
+        except InputError as error:
+            raise InputError(f"member {given or own} of the sweep: {error}") from error
+        if given is not None:  # the lists' values tell the members of an entry apart
+            own = {name: value for name, value in own.items() if name in lists}
+        names.append("-".join(filter(None, (given, name_of(own)))) or "base")
+        check_names(names)
+        configs[names[-1]] = config
+    trains = one_stream([config.train for config in configs.values()])
+    return {
+        name: dataclasses.replace(config, train=train)
+        for (name, config), train in zip(configs.items(), trains, strict=True)
+    }
+
+
+def _read_sweep(path: Path) -> list[dict[str, Any]]:
+    """The entries of a sweep file. Raises InputError for what a member cannot have of its own."""
+    document = _read_json(path, "--sweep")
+    if not isinstance(document, list) or not document:
+        raise InputError(
+            f"--sweep {path}: expected a JSON list of objects, one for each autoencoder, "
+            f"got {str(document)[:80]}"
+        )
+    for place, entry in enumerate(document):
+        where = f"--sweep {path}, entry {place}"
+        if not isinstance(entry, dict):
+            raise InputError(f"{where}: expected an object of settings, got {str(entry)[:80]}")
+        if not isinstance(entry.get("name", ""), str):
+            raise InputError(f"{where}: name: expected a string, got {entry['name']!r}")
+        for name in entry:
+            if name not in (*OWN, "name"):
+                raise InputError(
+                    f"{where}: {name} decides the stream of activations (or the clock) of all "
+                    "members, and cannot be one's own: give it as a flag"
+                    if name in _PART_OF
+                    else f"{where}: there is no setting {name!r}; known are {', '.join(OWN)}"
+                )
+    return document
+
+
+def _reference(of: str, own: SAEConfig) -> SAEConfig:
+    """The autoencoder that --iso-flops-of names, of any width."""
+    if of == "topk":
+        return SAEConfig(encoder="dense", dict_size=own.dict_size, k=own.k)
+    path = Path(of)
+    path = path / "config.json" if path.is_dir() else path
+    document = _read_json(path, "--iso-flops-of")
+    if isinstance(document, dict):
+        document = document.get("config", document)  # a run's, or else an SAE's
+    if not isinstance(document, dict) or not isinstance(document.get("sae"), dict):
+        raise InputError(
+            f"--iso-flops-of {path}: expected the config.json of a run or an SAE, or 'topk'"
+        )
+    return from_dict(SAEConfig, document["sae"], f"--iso-flops-of {path}")
+
+
+def build(flags: dict[str, Any], file: dict[str, Any] | None = None) -> RunConfig:
+    """The run that these settings make (flat, by field name): flags win over the file's.
+
+    Raises InputError for settings that contradict each other, or have no effect.
+    """
+    given = dict(file or {})
+    _drop_overruled(given, flags)
+    given |= flags
+    defaults = {f.name: f.default for cls in PARTS.values() for f in dataclasses.fields(cls)}
+    explicit = {k: v for k, v in given.items() if k in flags or v != defaults[k]}
+    if given.get("activations") is not None:
+        given |= _of_cache(given, explicit, flags)
+    model = given.get("model", DataConfig.model)
+    settings = dict(EMBEDDED) if model == "embedded" else {"dict_size": PAPER_DICT_SIZE}
+    _drop_overruled(settings, given)
+    settings |= given
+    _check_effects({**defaults, **settings}, explicit)
+    parts = {
+        part: from_dict(cls, {k: v for k, v in settings.items() if _PART_OF[k] == part}, "settings")
+        for part, cls in PARTS.items()
+    }
+    config = RunConfig(**parts)
+    if config.data.layer is None and config.data.hookpoint is None:
+        raise InputError(
+            f"--model {model} needs --layer N (the residual stream after block N, from 0) "
+            "or --hookpoint MODULE_NAME"
+        )
+    return config
+
+
+def _of_cache(
+    given: dict[str, Any], explicit: dict[str, Any], flags: dict[str, Any]
+) -> dict[str, Any]:
+    """What a cache has decided: model, text and hookpoint, so that config.json records them.
+
+    Raises InputError for a setting that contradicts it, or a flag that repeats it.
+    """
+    index = CacheIndex.open(given["activations"])
+    names = ("layer", "hookpoint", "target_hookpoint")
+    place = places_of(index, *(given.get(name) for name in names))[0]
+    decided = {name: getattr(index.data, name) for name in DESCRIBED}
+    for name in DESCRIBED:
+        if name in flags or explicit.get(name, decided[name]) != decided[name]:
+            raise InputError(
+                f"--{name.replace('_', '-')} {explicit[name]} has no effect with --activations, "
+                f"which was harvested with {decided[name]}: leave it out"
+            )
+        explicit.pop(name, None)
+    if given.get("hookpoint") is None:
+        decided["layer"] = index.hookpoints[place].layer
+    if given.get("hookpoint") is not None or decided["layer"] is None:
+        decided |= {"layer": None, "hookpoint": index.hookpoints[place].name}
+    return decided
+
+
+def _drop_overruled(lower: dict[str, Any], higher: dict[str, Any]) -> None:
+    """Remove from `lower` what a setting in `higher` replaces under another name."""
+    size = ("heads", "dict_size")
+    if any(higher.get(name) for name in size):
+        for name in size:
+            if name not in higher:
+                lower.pop(name, None)
+    elif (higher.get("m") or higher.get("n")) and lower.get("dict_size"):
+        lower.pop("heads", None)
+    if higher.get("encoder") == "dense":
+        for name in ("heads", "m", "n", "composition", "eps"):
+            if name not in higher:
+                lower.pop(name, None)
+    for name, value, dependent in (
+        ("selection", "jumprelu", ("jumprelu_bandwidth", "l0_coefficient")),
+        ("objective", "matryoshka", ("matryoshka_first",)),
+    ):
+        if higher.get(name, value) != value:
+            for setting in dependent:
+                if setting not in higher:
+                    lower.pop(setting, None)
+    if higher.get("experts") == 0 and "balance_coefficient" not in higher:
+        lower.pop("balance_coefficient", None)
+    reads = ("model", "layer", "hookpoint", "activations")
+    if any(name in higher for name in reads) and "d_model" not in higher:
+        lower.pop("d_model", None)
+    if any(name in higher for name in ("model", "target_hookpoint")) and "d_target" not in higher:
+        lower.pop("d_target", None)
+    for name, other in (("layer", "hookpoint"), ("hookpoint", "layer")):
+        if higher.get(name) is not None and other not in higher:
+            lower.pop(other, None)
+
+
+def _check_effects(settings: dict[str, Any], given: dict[str, Any]) -> None:
+    """Raise InputError for a setting in `given` that changes nothing beside the others."""
+    rules = [
+        (
+            ("heads", "m", "n", "composition", "eps"),
+            settings["encoder"] == "dense",
+            "--encoder dense",
+        ),
+        (
+            ("eps",),
+            settings["composition"] != "mand",
+            f"--composition {settings['composition']}",
+        ),
+        (
+            ("jumprelu_bandwidth", "l0_coefficient"),
+            settings["selection"] != "jumprelu",
+            f"--selection {settings['selection']}",
+        ),
+        (("balance_coefficient",), settings["experts"] == 0, "--experts 0"),
+        (
+            ("d_target", "skip"),
+            settings["target_hookpoint"] is None,
+            "an autoencoder (a transcoder has a --target-hookpoint)",
+        ),
+        (
+            ("matryoshka_first",),
+            settings["objective"] != "matryoshka",
+            f"--objective {settings['objective']}",
+        ),
+        (
+            ("auxk", "auxk_fraction"),
+            settings["auxk_coefficient"] == 0,
+            "--auxk-coefficient 0",
+        ),
+        (("auxk",), settings["auxk_fraction"] == 0, "--auxk-fraction 0"),
+        (
+            ("model_device", "overlap"),
+            settings["activations"] is not None,
+            "--activations: no language model runs beside the autoencoder",
+        ),
+        (
+            ("activations_order",),
+            settings["activations"] is None,
+            "a language model that is read live (a cache is named by --activations)",
+        ),
+        (
+            ("revision", "trust_remote_code"),
+            settings["model"] == "embedded",
+            "--model embedded",
+        ),
+        (
+            ("dataset_config", "split", "streaming", "text_column"),
+            settings["dataset"] == "stdlib",
+            "--dataset stdlib",
+        ),
+    ]
+    for names, holds, reason in rules:
+        for name in names:
+            if holds and name in given and given[name] not in (0, None):
+                flag = "--" + name.replace("_", "-")
+                raise InputError(f"{flag} has no effect with {reason}: leave it out")
+
+
+def _resumed(
+    run: dict[str, Any],
+    flags: dict[str, Any],
+    lists: dict[str, list[Any]],
+    common: tuple[bool, bool],
+) -> Request:
+    for name in ("out", "config", "sweep", "iso_flops_of"):
+        if run[name] is not None:
+            flag = "--" + name.replace("_", "-")
+            raise InputError(f"--resume takes everything from the run folder: no {flag}")
+    for name in flags:
+        if f"config.{_PART_OF[name]}.{name}" not in FREE_TO_CHANGE or name in lists:
+            raise InputError(
+                f"--{name.replace('_', '-')} cannot change when a run is resumed: "
+                "leave it out, or start a new run"
+            )
+    folder, settings = open_to_resume(run["resume"])
+    members = {}
+    for name, each in settings.items():
+        stored = each["config"]
+        if stored["data"] is None:
+            raise InputError(
+                f"{run['resume']} was trained from tensors: resume it with kronsae.train.fit"
+            )
+        stored["data"] = untrusted(stored["data"])
+        for flag, value in flags.items():
+            stored[_PART_OF[flag]][flag] = value
+        parts = {
+            part: from_dict(cls, stored[part], str(run["resume"])) for part, cls in PARTS.items()
+        }
+        members[name] = RunConfig(**parts)
+    return Request(members, isinstance(folder, SweepFolder), None, run["resume"], *common)
+
+
+def _read_json(path: Path, flag: str) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{flag} {path} cannot be read: {error}") from error
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """Flat settings from a JSON file: a run's config.json, or {"sae": …, "data": …, "train": …}."""
+    document = _read_json(path, "--config")
+    parts = document.get("config", document) if isinstance(document, dict) else document
+    if not isinstance(parts, dict) or not set(parts) <= set(PARTS):
+        raise InputError(
+            f"--config {path}: expected a JSON object with the parts {list(PARTS)}, "
+            f"each an object of settings, got {str(parts)[:80]}"
+        )
+    flat: dict[str, Any] = {}
+    for part, values in parts.items():
+        known = {f.name for f in dataclasses.fields(PARTS[part])}
+        for name, value in (values or {}).items():
+            if name not in known:
+                raise InputError(f"--config {path}: {part} has no setting {name!r}")
+            flat[name] = value
+    return untrusted(flat)
+
+
+def _unknown(argument: str, parser: Parser, argv: list[str]) -> str:
+    before = [flag for flag in argv[: argv.index(argument)] if flag.startswith("--")]
+    name = before[-1].removeprefix("--").replace("-", "_") if before else ""
+    if not argument.startswith("-") and name in _PART_OF and name not in OWN:
+        return (
+            f"unknown argument {argument!r}: {before[-1]} takes one value, which all members of a "
+            "sweep share"
+        )
+    return parser.unknown(argument)

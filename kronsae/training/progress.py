@@ -1,0 +1,72 @@
+"""The progress of a run on the terminal."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from kronsae.training.options import Request
+
+
+class ProgressBar:
+    """Shows the records of `fit`: a bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, console: Console, request: Request) -> None:
+        self.console = console
+        self.total = request.config.train.steps
+        self.every = max(1, self.total // 10)
+        self.printed: dict[str, int] = {}
+        self.bar = Progress(
+            TextColumn("training"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=console.quiet or not console.is_terminal,
+        )
+        self.task = self.bar.add_task("training", total=self.total, figures="")
+
+    def __enter__(self) -> "ProgressBar":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def __call__(self, name: str, record: dict[str, Any]) -> None:
+        """name: of the member of a sweep; empty without one."""
+        step, name = record["step"], f"{name}: " if name else ""
+        if record["kind"] == "train":
+            figures = (
+                f"{name}EV {record['explained_variance']:.3f}  dead {record['dead_share']:.1%}  "
+                f"{record['tokens_per_s']:,.0f} tokens/s, {_waits(record)}"
+            )
+            self.bar.update(self.task, completed=step, figures=figures)
+            if not self.console.is_terminal and step // self.every != self.printed.get(name):
+                self.printed[name] = step // self.every
+                self.console.print(f"step {step:,}/{self.total:,}  {figures}")
+        elif record["kind"] == "heldout":
+            self.console.print(
+                f"step {step:,}: {name}held-out explained variance "
+                f"{record['explained_variance']:.4f}, L0 {record['l0']:.1f}"
+            )
+        elif record["kind"] == "skipped":
+            self.console.print(
+                f"step {step:,}: {name}{batches(record)}skipped, as its {record['reason']}; the "
+                f"largest activation of the batch is {record['largest']:.3g} times the usual size",
+                style="yellow",
+            )
+
+
+def _waits(record: dict[str, Any]) -> str:
+    """Who waited for whom, as a share of the time."""
+    waits = f"waited {record['wait_share']:.0%} for activations"
+    if "model_wait_share" in record:
+        waits += f", the language model {record['model_wait_share']:.0%} for room"
+    return waits
+
+
+def batches(record: dict[str, Any]) -> str:
+    """How many batches before a step were skipped, if it is not the step's own alone."""
+    return f"{record['batches']} batches up to here " if record["batches"] > 1 else ""

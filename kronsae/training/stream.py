@@ -1,0 +1,171 @@
+"""The stream that all SAEs of a run learn from: normalised batches of activations, and a clock."""
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kronsae.data import ActivationSource, split_target
+from kronsae.data.common import is_finite
+from kronsae.errors import InputError
+from kronsae.model.normalizer import Normalizer
+
+NORMALIZER_TOKENS = 8192
+"""How many of the first activations give the mean and the scale of all."""
+
+
+class DataEnded(InputError):
+    """The activations ended before the budget was used."""
+
+
+class Stream:
+    """Batches of a source up to a budget of tokens, normalised by what the first ones measure.
+
+    steps, tokens: how many batches and tokens were given.  normalizer: None before the first.
+    target_normalizer: of a transcoder's targets; None where there are none.
+    """
+
+    def __init__(self, source: ActivationSource, budget: int, device: torch.device) -> None:
+        self.source = source
+        self.budget = budget
+        self.device = device
+        self.steps = 0
+        self.tokens = 0
+        self.d_target = getattr(source, "d_target", 0)
+        self.normalizer: Normalizer | None = None
+        self.target_normalizer: Normalizer | None = None
+        self.pending: list[Tensor] = []  # batches that the normalizer saw, not yet given
+        self.batches: Iterator[Tensor] | None = None
+        self.largest: Tensor | None = None  # magnitude in batches on a card, not yet looked at
+        self.checked = 0  # batches
+        self.seconds = 0.0  # of earlier sessions
+        self.started = time.monotonic()
+        # Since the rates were last asked for: seconds waited for data, and the time, tokens, and
+        # seconds that the language model had waited for room then.
+        self.waited = 0.0
+        self.rated = (self.started, 0, 0.0)
+
+    @property
+    def done(self) -> bool:
+        """Whether the budget is used."""
+        return self.tokens >= self.budget
+
+    def next(self) -> tuple[Tensor, Tensor | None]:
+        """The next batch [B, d] and its targets, normalised, on the device, cut to the budget.
+
+        Raises DataEnded if there is none, InputError if it is not finite: of a batch that comes
+        from a card, `check` does so, as only that waits for the card.
+        """
+        began = time.monotonic()
+        if self.batches is None:
+            self.batches = iter(self.source)
+        if self.normalizer is None:
+            self._measure_normalizer()
+        x = self.pending.pop(0) if self.pending else next(self.batches, None)
+        self.waited += time.monotonic() - began
+        if x is None:
+            raise DataEnded(
+                f"the data ended after {self.tokens:,} of {self.budget:,} tokens: "
+                "give more text, more --epochs, or fewer --tokens"
+            )
+        if x.device.type != "cpu":
+            largest = torch.linalg.vector_norm(x, torch.inf)
+            self.largest = largest if self.largest is None else self.largest.maximum(largest)
+        elif not is_finite(x):
+            bad = int((~torch.isfinite(x)).any(1).sum())
+            raise InputError(
+                f"batch {self.steps}: {bad} of {x.shape[0]} activations hold NaN or infinity"
+            )
+        x = x[: self.budget - self.tokens]
+        self.steps += 1
+        self.tokens += x.shape[0]
+        x, target = split_target(x.to(self.device, torch.float32), self.d_target)
+        return self.normalizer(x), None if target is None else self.target_normalizer(target)
+
+    def check(self) -> None:
+        """Raise InputError if a batch that came from a card since the last call is not finite."""
+        largest, self.largest = self.largest, None
+        if largest is not None and not is_finite(largest):
+            raise InputError(
+                f"batches {self.checked} to {self.steps - 1}: some activations are NaN or infinite"
+            )
+        self.checked = self.steps
+
+    def _measure_normalizer(self) -> None:
+        """From the first batches, which are kept to be trained on (and to be judged) in turn."""
+        tokens = 0
+        while tokens < min(NORMALIZER_TOKENS, self.budget):
+            x = next(self.batches, None)
+            if x is None:
+                break
+            self.pending.append(x)
+            if not is_finite(x):
+                break
+            tokens += x.shape[0]
+        good = [x for x in self.pending if is_finite(x)]
+        if good:
+            x, target = split_target(torch.cat(good), self.d_target)
+            self.normalizer = Normalizer.of(x).to(self.device)
+            if target is not None:
+                self.target_normalizer = Normalizer.of(target).to(self.device)
+
+    def rates(self) -> dict[str, float]:
+        """How the time since last asked was spent.
+
+        tokens_per_s; wait_share: the share spent waiting for activations; model_wait_share: that in
+        which a language model beside it waited for room (only if there is one in a thread).
+        """
+        now, (before, tokens, model_waited) = time.monotonic(), self.rated
+        elapsed = max(1e-9, now - before)
+        rates = {
+            "tokens_per_s": (self.tokens - tokens) / elapsed,
+            "wait_share": min(1.0, self.waited / elapsed),
+        }
+        total = getattr(self.source, "model_waited", None)
+        if total is not None:
+            rates["model_wait_share"] = min(1.0, max(0.0, total - model_waited) / elapsed)
+        self.rated, self.waited = (now, self.tokens, total or 0.0), 0.0
+        return rates
+
+    def interrupt(self) -> None:
+        """Wait no longer for a batch, if the source can be interrupted: `Interrupted` is raised.
+
+        Not before the first step, as there would be nothing to save.
+        """
+        if self.steps and hasattr(self.source, "interrupt"):
+            self.source.interrupt()
+
+    def close(self) -> None:
+        """Let the source make nothing more ahead."""
+        if hasattr(self.source, "close"):
+            self.source.close()
+
+    def position(self) -> dict[str, Any]:
+        return {
+            "step": self.steps,
+            "tokens": self.tokens,
+            "seconds": round(self.seconds + time.monotonic() - self.started, 3),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that decides the batches to come; views, valid until the next one."""
+        return {
+            **self.position(),
+            "normalizer": self.normalizer.state_dict(),
+            "target_normalizer": self.target_normalizer and self.target_normalizer.state_dict(),
+            "source": self.source.state_dict(),
+            "pending": self.pending,
+            "torch_random_state": torch.get_rng_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps, self.tokens, self.seconds = (state[k] for k in ("step", "tokens", "seconds"))
+        self.normalizer = Normalizer(**state["normalizer"]).to(self.device)
+        if state["target_normalizer"] is not None:
+            self.target_normalizer = Normalizer(**state["target_normalizer"]).to(self.device)
+        self.source.load_state_dict(state["source"])
+        self.pending = state["pending"]
+        torch.set_rng_state(state["torch_random_state"])
+        self.rated = (self.started, self.tokens, 0.0)

@@ -1,0 +1,151 @@
+"""A stop that was asked for is never lost: `kronsae.commandline.stoppable`."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import weakref
+
+import pytest
+
+from kronsae import harvest, train
+from kronsae.commandline import Terminated, stoppable
+from kronsae.experiments.__main__ import main as experiments
+from kronsae.system.parallel import RankLost
+from kronsae.training.signals import note_signals
+
+WORK = """
+import os, signal, sys, time, weakref
+from kronsae.commandline import exit_status
+
+class Watched:
+    pass
+
+class Last:
+    def __del__(self):
+        os.kill(os.getpid(), {number})
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # whoever started this may ignore it
+
+def work(argv):
+    if {place!r} == "destructor":
+        Last()
+    else:
+        watched = Watched()
+        callback = weakref.ref(watched, lambda _: os.kill(os.getpid(), {number}))
+        del watched
+    print("it went on")
+    time.sleep(30)
+
+sys.exit(exit_status(work, []))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("place", ["destructor", "callback of a weak reference"])
+def test_a_signal_where_python_drops_what_is_raised_stops_the_process(number, place):
+    code = WORK.format(number=int(number), place=place)
+    began = time.monotonic()
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == 128 + number, ended.stderr
+    assert ended.stdout == "it went on\n"  # what the handler raised was dropped, indeed
+    assert ended.stderr == f"Stopped by {number.name}\n"
+    assert time.monotonic() - began < 25
+
+
+class Last:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Watched:
+    pass
+
+
+def test_a_signal_that_python_drops_at_the_end_stops_there():
+    with pytest.raises(Terminated), stoppable():
+        Last()
+
+
+def dropped_then_lost(*_):
+    Last()
+    raise RankLost("another process ended")
+
+
+COMMANDS = {
+    "train": (train, "_train", train.main, ["--no-memory-check"], "start again"),
+    "harvest": (
+        *(harvest, "harvest", harvest.main),
+        *(["--layer", "1", "--tokens", "300"], "goes on"),
+    ),
+    "experiments": (
+        *(sys.modules[experiments.__module__], "run_grid", experiments),
+        *(["toy", "--smallest"], "goes on"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_an_error_after_a_signal_is_the_stop(name, monkeypatch, tmp_path, capsys):
+    """Of every command that has a run in progress: it ends as stopped, with how to go on."""
+    module, inner, main, flags, words = COMMANDS[name]
+    if name == "experiments":
+        pytest.importorskip("matplotlib")
+    monkeypatch.setattr(module, inner, dropped_then_lost)
+    assert main([*flags, "--out", str(tmp_path / "out")]) == 128 + signal.SIGTERM
+    err = capsys.readouterr().err
+    assert "Stopped by SIGTERM (after it came RankLost: another process ended)" in err
+    assert words in err and "Traceback" not in err
+
+
+def test_an_error_without_a_signal_is_itself():
+    with pytest.raises(RankLost), stoppable():
+        raise RankLost("another process ended")
+
+
+@pytest.fixture
+def handlers():
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield before
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_a_rank_that_is_lost_while_a_step_is_finished_is_the_stop(handlers):
+    """The others had a second signal, and ended at once: so does this process."""
+    with pytest.raises(Terminated), stoppable(), note_signals(lambda: None):
+        signal.raise_signal(signal.SIGTERM)
+        raise RankLost("another process ended")
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_IGN  # torchrun sends another one
+
+
+def test_handlers_are_given_back_after_a_dropped_stop(handlers):
+    hook = sys.unraisablehook
+    with pytest.raises(Terminated), stoppable():
+        Last()
+        time.sleep(10)
+    assert {number: signal.getsignal(number) for number in handlers} == handlers
+    assert sys.unraisablehook is hook
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+
+
+def test_what_others_drop_goes_where_it_went(monkeypatch):
+    """Only a stop is raised again."""
+    seen = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda dropped: seen.append(dropped.exc_type))
+    with stoppable():
+        watched = Watched()
+        callback = weakref.ref(watched, lambda _: 1 / 0)
+        del watched
+    assert callback() is None
+    assert seen == [ZeroDivisionError]
+
+
+def test_an_ignored_signal_stays_ignored(handlers):
+    """As SIGINT is of a job in the background."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with stoppable():
+        signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
