@@ -60,5 +60,5 @@ setup(
         "report": ["matplotlib"],
         "experiments": ["matplotlib", "scipy"],
     },
-    entry_points={"console_scripts": ["kronsae-train = kronsae.train:main"]},
+    entry_points={"console_scripts": ["kronsae = kronsae.__main__:main"]},
 )

@@ -7,6 +7,7 @@ from kronsae.config import DataConfig, RunConfig, SAEConfig, TrainConfig
 from kronsae.errors import InputError
 from kronsae.interop.load import load
 from kronsae.model.sae import SAE, SAEOutput
+from kronsae.registry import load_installed_plugins
 from kronsae_kernels import SparseCodes, __version__
 
 __all__ = [
@@ -21,3 +22,5 @@ __all__ = [
     "__version__",
     "load",
 ]
+
+load_installed_plugins()

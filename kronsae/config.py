@@ -2,22 +2,19 @@
 
 `SAEConfig` says what the autoencoder is, `DataConfig` where activations come from, `TrainConfig`
 how it learns; `RunConfig` holds the three and is what a run folder's config.json stores.
-The text of each field's metadata is the help of its flag.
+What anyone needs to know of a field stands at the field: see `setting`.
 """
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from types import UnionType
+from typing import Any, NamedTuple
 
 from kronsae.errors import InputError
+from kronsae.registry import ENCODERS, OBJECTIVES, SAE_KINDS, SELECTIONS, Registry
 
-ENCODERS = ("kron", "dense")
-SELECTIONS = ("topk", "batchtopk", "jumprelu")
-OBJECTIVES = ("plain", "matryoshka", "multi_topk")
-MULTI_TOPK = 4
-"""Multi-TopK adds the error with so many times k latents. [Gao et al. 2024]"""
 COMPOSITIONS = ("mand", "relu_mul", "mul")
 DECODER_NORMS = ("unit", "free")
 MOMENTS = ("float32", "bfloat16")
@@ -45,14 +42,128 @@ EMBEDDED: dict[str, Any] = {
 """Settings that apply with model 'embedded', below a config file and flags."""
 
 
-def setting(default: Any, help: str, **metadata: Any) -> Any:
-    """A dataclass field with the help text of its flag (and `choices`, where there are some)."""
-    return field(default=default, metadata={"help": help, **metadata})
+Unless = Callable[[Mapping[str, Any]], str | None]
+"""Of flat settings (of all configs, by field): with what a setting has no effect, or None."""
+
+
+def setting(
+    default: Any,
+    help: str,
+    *,
+    choices: tuple[str, ...] | Registry[Any] | None = None,
+    unless: Unless | None = None,
+    **metadata: Any,
+) -> Any:
+    """A dataclass field, and what is known of it.
+
+    help: of its flag.  choices: the values that it may have.
+    unless: when it has no effect; to give it then is an error.
+    metadata: `group` (of flags that belong together) and `free` (it may change when a run
+        resumes); of `TrainConfig` and `SAEConfig` also `shared` (all members of a sweep have the
+        same); of `DataConfig` also `of` ("model", "text" or "reading") and `harvested` (a cache of
+        activations has decided it).
+    """
+    metadata |= {"help": help, "unless": unless}
+    if choices is not None:  # a registry fills later
+        metadata["choices"] = choices
+    return field(default=default, metadata=metadata)
+
+
+def no_effect(spec: dataclasses.Field[Any], settings: Mapping[str, Any]) -> str | None:
+    """With what among flat settings that of `spec` has no effect; None if it has one."""
+    unless = spec.metadata.get("unless")
+    return unless and unless(settings)
+
+
+def flag(name: str) -> str:
+    """The flag of a setting."""
+    return "--" + name.replace("_", "-")
 
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise InputError(message)
+
+
+def _check_choices(config: Any) -> None:
+    for spec in fields(config):
+        choices, value = spec.metadata.get("choices"), getattr(config, spec.name)
+        if choices is not None and value not in choices:
+            raise InputError(f"{spec.name}: one of {tuple(choices)}, not {value!r}")
+
+
+def _check_effects(config: Any, *names: str) -> None:
+    """Raise InputError for a setting that has no effect. names: to look at; by default all."""
+    for spec in fields(config):
+        reason, value = no_effect(spec, vars(config)), getattr(config, spec.name)
+        if names and spec.name not in names:
+            continue
+        if reason is not None and value not in (spec.default, 0):
+            raise InputError(f"{spec.name} has no effect with {reason}: leave it out")
+
+
+def _unless_factored(settings: Mapping[str, Any]) -> str | None:
+    name = settings["encoder"]
+    return None if ENCODERS[name].factored else f"encoder {name!r}"
+
+
+def _unless_mand(settings: Mapping[str, Any]) -> str | None:
+    if settings["composition"] != "mand":
+        return f"composition {settings['composition']!r}"
+    return _unless_factored(settings)
+
+
+def _unless_thresholds(settings: Mapping[str, Any]) -> str | None:
+    name = settings["selection"]
+    return None if SELECTIONS[name].learns_thresholds else f"selection {name!r}"
+
+
+def _unless_by_k(settings: Mapping[str, Any]) -> str | None:
+    name = settings["selection"]
+    return None if SELECTIONS[name].aims_at_k else f"selection {name!r}"
+
+
+def _unless_experts(settings: Mapping[str, Any]) -> str | None:
+    return None if settings["experts"] else "experts 0"
+
+
+def _unless_transcoder(settings: Mapping[str, Any]) -> str | None:
+    if settings.get("target_hookpoint", "") is not None:  # known of a run alone
+        return None
+    return "an autoencoder (a transcoder has a --target-hookpoint)"
+
+
+def _unless_auxk_loss(settings: Mapping[str, Any]) -> str | None:
+    return None if settings["auxk_coefficient"] else "auxk_coefficient 0"
+
+
+def _unless_auxk(settings: Mapping[str, Any]) -> str | None:
+    return _unless_auxk_loss(settings) or (None if settings["auxk_fraction"] else "auxk_fraction 0")
+
+
+def _unless_cached(settings: Mapping[str, Any]) -> str | None:
+    if settings["activations"] is not None:
+        return None
+    return "a language model that is read live (a cache is named by --activations)"
+
+
+def _unless_live(settings: Mapping[str, Any]) -> str | None:
+    if settings["activations"] is None:
+        return None
+    return "--activations: no language model runs beside the autoencoder"
+
+
+def _unless_downloaded(settings: Mapping[str, Any]) -> str | None:
+    return "model 'embedded'" if settings["model"] == "embedded" else None
+
+
+def _unless_a_dataset(settings: Mapping[str, Any]) -> str | None:
+    return "dataset 'stdlib'" if settings["dataset"] == "stdlib" else None
+
+
+def _unless_nested(settings: Mapping[str, Any]) -> str | None:
+    name = settings["objective"]
+    return None if OBJECTIVES[name].nested else f"objective {name!r}"
 
 
 @dataclass(frozen=True)
@@ -63,154 +174,142 @@ class SAEConfig:
 
     A Kron encoder has `heads` heads of `m` base and `n` extension pre-latents, so that
     dict_size = heads * m * n. [KronSAE, eq. 2-4] Give `heads`, or `dict_size`, or both if they
-    agree. A dense encoder has `dict_size` latents of its own.
+    agree. Other encoders have `dict_size` latents of their own.
+    Encoder, selection and objective are registered kinds (`kronsae.registry`). One that has
+    settings of its own gets them in `…_settings`: an instance of its dataclass, or a mapping.
     Raises InputError for settings that contradict each other.
     """
 
-    d_model: int = setting(0, "width of the activations (0: taken from the data)")
+    d_model: int = setting(0, "width of the activations (0: taken from the data)", shared=True)
     d_target: int = setting(
         0,
         "width of what a transcoder predicts from them (0: an autoencoder, or taken from the data)",
+        unless=_unless_transcoder,
     )
     encoder: str = setting("kron", "kind of encoder", choices=ENCODERS)
-    heads: int = setting(0, "heads of a Kron encoder (0: dict_size / (m n))")
-    m: int = setting(0, "base pre-latents a head (Kron; default 4)")
-    n: int = setting(0, "extension pre-latents a head (Kron; default 4)")
+    heads: int = setting(
+        0, "heads of a Kron encoder (0: dict_size / (m n))", unless=_unless_factored
+    )
+    m: int = setting(0, "base pre-latents a head (Kron)", unless=_unless_factored)
+    n: int = setting(0, "extension pre-latents a head (Kron)", unless=_unless_factored)
     dict_size: int = setting(0, "number of latents F = heads * m * n")
     k: int = setting(
-        50, "active latents a token (batchtopk: on average; jumprelu: that training aims at)"
+        50,
+        "active latents a token (batchtopk: on average; jumprelu: that training aims at)",
+        unless=_unless_by_k,
     )
-    composition: str = setting("mand", "how base and extension compose", choices=COMPOSITIONS)
-    eps: float = setting(0.0, "added under the root of mAND ([KronSAE, App. H] has 1e-5)")
+    composition: str = setting(
+        "mand",
+        "how base and extension compose",
+        choices=COMPOSITIONS,
+        unless=_unless_factored,
+    )
+    eps: float = setting(
+        0.0, "added under the root of mAND ([KronSAE, App. H] has 1e-5)", unless=_unless_mand
+    )
     selection: str = setting("topk", "which latents are active", choices=SELECTIONS)
     objective: str = setting("plain", "what the reconstruction is judged by", choices=OBJECTIVES)
     matryoshka_first: int = setting(
         0,
         "latents of the first Matryoshka group, and of the second; each later one has twice as "
         "many (0: 2048, or dict_size / 16 if less)",
+        unless=_unless_nested,
     )
     jumprelu_bandwidth: float = setting(
         0.0,
         "width of the window around a threshold in which latents teach it, in units of activations "
         f"of variance 1 (0: {DEFAULT_BANDWIDTH})",
+        unless=_unless_thresholds,
     )
     experts: int = setting(
         0,
         "a router sends each token to one of so many equal parts of the dictionary (0: no Switch)",
     )
-    skip: bool = setting(False, "a transcoder also predicts linearly from its input")
+    skip: bool = setting(
+        False, "a transcoder also predicts linearly from its input", unless=_unless_transcoder
+    )
     init_scale: float = setting(
         1.0, "encoder weights start at so many times N(0, 1) / sqrt(2 dict_size)"
     )
+    encoder_settings: Any = None
+    selection_settings: Any = None
+    objective_settings: Any = None
 
     def __post_init__(self) -> None:
-        for name, choices in (
-            ("encoder", ENCODERS),
-            ("composition", COMPOSITIONS),
-            ("selection", SELECTIONS),
-            ("objective", OBJECTIVES),
-        ):
-            value = getattr(self, name)
-            _require(value in choices, f"{name}: one of {choices}, not {value!r}")
+        for part, kinds in SAE_KINDS.items():
+            kind, name = kinds[getattr(self, part)], f"{part}_settings"
+            given = getattr(self, name)
+            object.__setattr__(self, name, _settings_of(kind, given, f"{part} {name!r}"))
+        _check_choices(self)
         for name in (
             *("d_model", "d_target", "heads", "m", "n", "dict_size"),
             *("matryoshka_first", "jumprelu_bandwidth", "experts"),
         ):
             _require(getattr(self, name) >= 0, f"{name}: expected >= 0, got {getattr(self, name)}")
-        if self.encoder == "kron":
-            self._resolve_kron()
-        else:
-            for name in ("heads", "m", "n"):
-                _require(
-                    getattr(self, name) == 0,
-                    f"{name} has no effect with a dense encoder: leave it out (dict_size alone)",
-                )
+        _check_effects(self)
+        if ENCODERS[self.encoder].factored:
+            self._resolve_heads()
+        _require(self.dict_size > 0, f"encoder {self.encoder!r} needs dict_size")
+        if SELECTIONS[self.selection].aims_at_k:
             _require(
-                self.composition == "mand" and self.eps == 0.0,
-                "composition and eps have no effect with encoder='dense': leave them out",
+                1 <= self.k <= self.dict_size,
+                f"k: expected 1 <= k <= dict_size = {self.dict_size}, got {self.k}",
             )
-            _require(self.dict_size > 0, "encoder='dense' needs dict_size")
-        _require(
-            1 <= self.k <= self.dict_size,
-            f"k: expected 1 <= k <= dict_size = {self.dict_size}, got {self.k}",
-        )
+        else:
+            object.__setattr__(self, "k", 0)
         _require(math.isfinite(self.eps) and self.eps >= 0, f"eps: expected >= 0, got {self.eps}")
         _require(
             math.isfinite(self.init_scale) and self.init_scale > 0,
             f"init_scale: expected > 0, got {self.init_scale}",
         )
+        self._check_experts()
         _require(
-            self.eps == 0 or self.composition == "mand",
-            f"eps has no effect with composition {self.composition!r}: leave it out",
+            not (self.skip and self.d_model > 0 and not self.d_target),
+            "skip needs a target beside the input (--target-hookpoint, or pairs of inputs and "
+            "targets): an autoencoder with a linear skip would copy its input",
         )
-        for illegal, reason in self._illegal_points():
-            _require(not illegal, reason)
-        if self.objective == "matryoshka":
-            self._resolve_matryoshka()
-        if self.selection == "jumprelu" and not self.jumprelu_bandwidth:
+        if OBJECTIVES[self.objective].nested:
+            self._resolve_prefixes()
+        if SELECTIONS[self.selection].learns_thresholds and not self.jumprelu_bandwidth:
             object.__setattr__(self, "jumprelu_bandwidth", DEFAULT_BANDWIDTH)
+        for part, kinds in SAE_KINDS.items():
+            kinds[getattr(self, part)].check(self)
 
-    def _illegal_points(self) -> list[tuple[bool, str]]:
-        """Which points of the grid are not there, and why; all others are."""
-        switch, per_token = self.experts > 0, self.latents_per_token
-        multi, matryoshka = self.objective == "multi_topk", self.objective == "matryoshka"
-        of_experts = self.heads if self.encoder == "kron" else self.dict_size
-        return [
-            (
-                self.matryoshka_first > 0 and not matryoshka,
-                f"matryoshka_first has no effect with objective {self.objective!r}: leave it out",
-            ),
-            (
-                self.jumprelu_bandwidth > 0 and self.selection != "jumprelu",
-                f"jumprelu_bandwidth has no effect with selection {self.selection!r}: leave it out",
-            ),
-            (
-                multi and self.selection == "jumprelu",
-                "objective 'multi_topk' needs a selection by k: jumprelu selects by thresholds",
-            ),
-            (
-                multi and MULTI_TOPK * self.k > per_token,
-                f"objective 'multi_topk' selects {MULTI_TOPK} k = {MULTI_TOPK * self.k} latents, "
-                f"more than the {per_token} that a token has",
-            ),
-            (self.experts == 1, "experts: expected 0 (no Switch) or at least 2, got 1"),
-            (
-                switch and bool(of_experts % max(1, self.experts)),
-                f"experts: {of_experts} {'heads' if self.encoder == 'kron' else 'latents'} cannot "
-                f"be spread evenly over {self.experts} experts",
-            ),
-            (
-                switch and self.k > per_token,
-                f"k: expected at most the {per_token} latents of one of {self.experts} experts, "
-                f"got {self.k}",
-            ),
-            (
-                switch and matryoshka,
-                "experts cannot be nested: a prefix of the dictionary would hold the first experts "
-                "whole and the last ones not at all. Leave out experts, or objective 'matryoshka'",
-            ),
-            (
-                switch and self.selection == "jumprelu",
-                "experts scale latents by the router's probability, another one for each token: "
-                "thresholds of latents cannot follow. Leave out experts, or selection 'jumprelu'",
-            ),
-            (
-                switch and self.eps > 0,
-                "experts scale latents by the router's probability, so that eps would no longer "
-                "tell a silent latent from an active one: leave one of them out",
-            ),
-            (
-                self.skip and self.d_model > 0 and not self.d_target,
-                "skip needs a target beside the input (--target-hookpoint, or pairs of inputs and "
-                "targets): an autoencoder with a linear skip would copy its input",
-            ),
-        ]
+    def _check_experts(self) -> None:
+        """Raise InputError for a number of experts that the dictionary cannot have."""
+        if not self.experts:
+            return
+        _require(self.experts > 1, "experts: expected 0 (no Switch) or at least 2, got 1")
+        factored = ENCODERS[self.encoder].factored
+        parts = self.heads if factored else self.dict_size
+        _require(
+            parts % self.experts == 0,
+            f"experts: {parts} {'heads' if factored else 'latents'} cannot be spread evenly over "
+            f"{self.experts} experts",
+        )
+        per_token = self.latents_per_token
+        _require(
+            self.k <= per_token,
+            f"k: expected at most the {per_token} latents of one of {self.experts} experts, "
+            f"got {self.k}",
+        )
+        _require(
+            not OBJECTIVES[self.objective].nested,
+            "experts cannot be nested: a prefix of the dictionary would hold the first experts "
+            f"whole and the last ones not at all. Leave out experts, or objective "
+            f"{self.objective!r}",
+        )
+        _require(
+            self.eps == 0,
+            "experts scale latents by the router's probability, so that eps would no longer "
+            "tell a silent latent from an active one: leave one of them out",
+        )
 
-    def _resolve_kron(self) -> None:
+    def _resolve_heads(self) -> None:
         m, n = self.m or 4, self.n or 4
         heads = self.heads
         if not heads:
-            _require(self.dict_size > 0, "encoder='kron' needs heads or dict_size")
+            _require(self.dict_size > 0, f"encoder {self.encoder!r} needs heads or dict_size")
             _require(
                 self.dict_size % (m * n) == 0,
                 f"dict_size {self.dict_size} is no multiple of m * n = {m} * {n}: "
@@ -225,7 +324,7 @@ class SAEConfig:
         for name, value in (("m", m), ("n", n), ("heads", heads), ("dict_size", heads * m * n)):
             object.__setattr__(self, name, value)
 
-    def _resolve_matryoshka(self) -> None:
+    def _resolve_prefixes(self) -> None:
         size = self.dict_size
         first = self.matryoshka_first or min(2048, max(1, size // 16))
         object.__setattr__(self, "matryoshka_first", first)
@@ -234,7 +333,7 @@ class SAEConfig:
             f"matryoshka_first: groups of {first}, {first}, {2 * first}, ... latents cannot sum to "
             f"dict_size = {size}: it must be {first} times a power of two",
         )
-        if self.encoder == "kron" and first % (self.m * self.n):
+        if self.heads and first % (self.m * self.n):
             shapes = [
                 f"m {m}, n {n}, heads {size // (m * n)}"
                 for m, n in ((self.m, self.n), (2, 4), (4, 4), (4, 8), (2, 2), (1, 2), (1, 1))
@@ -271,94 +370,170 @@ class SAEConfig:
 
     @property
     def encoder_rows(self) -> int:
-        """Rows of the encoder matrix: h (m + n), or F for a dense encoder."""
-        return self.heads * (self.m + self.n) if self.encoder == "kron" else self.dict_size
+        """Rows of the encoder matrix: h (m + n), or F without heads."""
+        return self.heads * (self.m + self.n) or self.dict_size
+
+
+def _settings_of(kind: Any, given: Any, where: str) -> Any:
+    """The settings of its own that a kind has, from an instance, a mapping, or nothing."""
+    if kind.Settings is None:
+        _require(given is None, f"{where}: it has no settings of its own, got {given!r}")
+        return None
+    if given is None:
+        return kind.Settings()
+    if isinstance(given, Mapping):
+        return from_dict(kind.Settings, dict(given), where)
+    _require(
+        isinstance(given, kind.Settings),
+        f"{where}: expected a {kind.Settings.__name__}, got {given!r}",
+    )
+    return given
 
 
 def kind_of(settings: Mapping[str, Any]) -> str:
     """What an SAE with these settings of `SAEConfig` is called: "KronSAE", "Switch TopK SAE", …"""
-    kron = settings.get("encoder", "kron") == "kron"
-    selection = settings.get("selection", "topk")
-    objective = settings.get("objective", "plain")
-    usual = kron or objective == "multi_topk"
-    names = {"topk": "" if usual else "TopK", "batchtopk": "BatchTopK", "jumprelu": "JumpReLU"}
+    kinds = {}
+    for part, registry in SAE_KINDS.items():
+        name = settings.get(part) or getattr(SAEConfig, part)
+        kinds[part] = registry[name] if name in registry else None
+    encoder, selection, objective = kinds.values()
+    name = encoder.title if encoder else f"{settings['encoder']} SAE"
+    # The usual selection of an encoder need not be said, nor what the objective says.
+    silent = selection and (
+        encoder
+        and encoder.usual_selection == selection.title
+        or objective
+        and selection.title in objective.title
+    )
     words = [
         "Switch" if settings.get("experts") else "",
-        {"matryoshka": "Matryoshka", "multi_topk": "Multi-TopK"}.get(objective, ""),
-        names.get(selection, ""),
-        ("Kron transcoder" if kron else "transcoder")
-        if settings.get("d_target")
-        else ("KronSAE" if kron else "SAE"),
+        objective.title if objective else settings["objective"],
+        "" if silent else selection.title if selection else settings["selection"],
+        f"{name.removesuffix('SAE').strip()} transcoder" if settings.get("d_target") else name,
         "with a linear skip" if settings.get("skip") else "",
     ]
-    return " ".join(filter(None, words))
+    return " ".join(filter(None, map(str.strip, words)))
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """Where activations come from: a language model that reads text, or a cache of what it gave."""
 
-    model: str = setting("embedded", "language model: hub name or folder; 'embedded' ships with us")
-    revision: str | None = setting(None, "revision (branch, tag, commit) of the model on the hub")
-    layer: int | None = setting(
-        None, "residual stream after this block, counted from 0 (embedded: 2)"
+    model: str = setting(
+        "embedded",
+        "language model: hub name or folder; 'embedded' ships with us",
+        of="model",
+        harvested=True,
     )
-    hookpoint: str | None = setting(None, "name of any module instead of a layer: its output")
+    revision: str | None = setting(
+        None,
+        "revision (branch, tag, commit) of the model on the hub",
+        of="model",
+        harvested=True,
+        unless=_unless_downloaded,
+    )
+    layer: int | None = setting(
+        None, "residual stream after this block, counted from 0", of="model"
+    )
+    hookpoint: str | None = setting(
+        None, "name of any module instead of a layer: its output", of="model"
+    )
     target_hookpoint: str | None = setting(
         None,
         "train a transcoder: predict the output of this module, which runs later, from that of "
         "layer or hookpoint",
+        of="model",
     )
     activations: str | None = setting(
         None,
         "train from this cache (a folder that python -m kronsae.harvest wrote) instead of a "
         "language model and text, which it knows; --layer or --hookpoint choose, if it holds "
         "several",
+        free=True,
     )
     activations_order: str = setting(
         "global",
         "order in which a cache is read: permuted over all of it, or the stream of live training",
         choices=ACTIVATIONS_ORDERS,
+        unless=_unless_cached,
     )
     dataset: str = setting(
         "stdlib",
         "hub name, or text, JSONL, CSV, Parquet or Arrow files, folders and globs, separated by "
         "commas; 'stdlib' is the source text of Python's standard library",
+        of="text",
+        harvested=True,
     )
-    dataset_config: str | None = setting(None, "configuration name of a hub dataset")
-    split: str = setting("train", "split of a hub dataset")
-    text_column: str = setting("text", "column that holds the text")
+    dataset_config: str | None = setting(
+        None,
+        "configuration name of a hub dataset",
+        of="text",
+        harvested=True,
+        unless=_unless_a_dataset,
+    )
+    split: str = setting(
+        "train", "split of a hub dataset", of="text", harvested=True, unless=_unless_a_dataset
+    )
+    text_column: str = setting(
+        "text", "column that holds the text", of="text", harvested=True, unless=_unless_a_dataset
+    )
     streaming: bool = setting(
-        False, "stream the dataset instead of downloading or indexing it first"
+        False,
+        "stream the dataset instead of downloading or indexing it first",
+        of="text",
+        harvested=True,
+        unless=_unless_a_dataset,
     )
     epochs: int = setting(
         1, "how often the text (or cache) may be read before the data counts as ended"
     )
     context_length: int = setting(
-        0, "tokens a packed context (0: 1024, or as many as the model reads if less)"
+        0,
+        "tokens a packed context (0: 1024, or as many as the model reads if less)",
+        of="reading",
+        harvested=True,
     )
-    contexts_per_batch: int = setting(32, "contexts a forward pass of the language model")
+    contexts_per_batch: int = setting(
+        32, "contexts a forward pass of the language model", of="reading", harvested=True
+    )
     model_dtype: str = setting(
         "auto",
         "dtype of the language model (auto: bfloat16 on a GPU, float32 on a CPU)",
         choices=("auto", *DTYPES),
+        of="reading",
+        harvested=True,
+        free=True,
     )
     model_device: str | None = setting(
-        None, "device of the language model, such as a second GPU (default: that of --device)"
+        None,
+        "device of the language model, such as a second GPU (default: that of --device)",
+        free=True,
+        unless=_unless_live,
     )
     overlap: str = setting(
         "auto",
         "run the language model in a thread, beside the autoencoder (auto: where it runs on a GPU; "
         "the batches are the same)",
         choices=("auto", "on", "off"),
+        free=True,
+        unless=_unless_live,
     )
     buffer_tokens: int = setting(
         131_072, "size of the shuffle buffer, in tokens (of a cache: what is shuffled together)"
     )
     heldout_tokens: int = setting(
-        65_536, "tokens of text set aside before shuffling and never trained on"
+        65_536,
+        "tokens of text set aside before shuffling and never trained on",
+        of="reading",
+        harvested=True,
     )
-    trust_remote_code: bool = setting(False, "run code that comes with the model from the hub")
+    trust_remote_code: bool = setting(
+        False,
+        "run code that comes with the model from the hub",
+        of="model",
+        free=True,
+        unless=_unless_downloaded,
+    )
 
     def __post_init__(self) -> None:
         _require(
@@ -372,28 +547,11 @@ class DataConfig:
         for name in ("epochs", "contexts_per_batch", "buffer_tokens", "heldout_tokens"):
             _require(getattr(self, name) >= 1, f"{name}: expected >= 1, got {getattr(self, name)}")
         _require(
-            self.model_dtype in ("auto", *DTYPES),
-            f"model_dtype: one of {('auto', *DTYPES)}, not {self.model_dtype!r}",
-        )
-        _require(
-            self.activations_order in ACTIVATIONS_ORDERS,
-            f"activations_order: one of {ACTIVATIONS_ORDERS}, not {self.activations_order!r}",
-        )
-        _require(
-            self.activations is not None or self.activations_order == "global",
-            "activations_order has no effect without a cache (activations): leave it out",
-        )
-        _require(
-            self.overlap in ("auto", "on", "off"),
-            f"overlap: one of ('auto', 'on', 'off'), not {self.overlap!r}",
-        )
-        _require(
             self.target_hookpoint is None or self.target_hookpoint != self.hookpoint,
             "target_hookpoint is the hookpoint: an autoencoder predicts its input, leave it out",
         )
-        if self.dataset == "stdlib":
-            for name in ("dataset_config", "streaming"):
-                _require(not getattr(self, name), f"{name} has no effect with dataset='stdlib'")
+        _check_choices(self)
+        _check_effects(self, "activations_order", "dataset_config", "streaming")
 
     def live(self) -> "DataConfig":
         """The model and text that a cache was harvested from, in its place: to look at more."""
@@ -404,8 +562,8 @@ class DataConfig:
 class TrainConfig:
     """How the autoencoder learns. Budgets count tokens, schedules count optimizer steps."""
 
-    tokens: int = setting(125_000_000, "training budget, in tokens")
-    batch_size: int = setting(8192, "tokens an optimizer step")
+    tokens: int = setting(125_000_000, "training budget, in tokens", shared=True)
+    batch_size: int = setting(8192, "tokens an optimizer step", shared=True)
     lr: float = setting(8e-4, "peak learning rate of AdamW")
     lr_final: float = setting(1e-6, "learning rate at the end of the cosine")
     lr_scale_by_dict_size: bool = setting(False, "multiply lr by 1 / sqrt(dict_size / 2**15)")
@@ -421,75 +579,143 @@ class TrainConfig:
         0.0,
         "clip the gradient's norm to this (0: no clipping); not finite, its batch is skipped",
     )
-    auxk_coefficient: float = setting(1 / 32, "weight of the loss that revives dead latents")
-    auxk: int = setting(0, "dead latents a token in that loss (0: d_model / 2)")
+    auxk_coefficient: float = setting(
+        1 / 32,
+        "weight of the loss that revives dead latents",
+        group="dead latents, and losses beside the error",
+    )
+    auxk: int = setting(
+        0,
+        "dead latents a token in that loss (0: d_model / 2)",
+        unless=_unless_auxk,
+        group="dead latents, and losses beside the error",
+    )
     auxk_fraction: float = setting(
         0.25,
         "share of each batch on which that loss is measured (k / auxk times that, where it has "
         "more latents a token than the rest of the step)",
+        unless=_unless_auxk_loss,
+        group="dead latents, and losses beside the error",
     )
     l0_coefficient: float = setting(
-        1.0, "jumprelu: weight of the loss (L0 / k - 1)^2 that keeps k latents a token active"
+        1.0,
+        "jumprelu: weight of the loss (L0 / k - 1)^2 that keeps k latents a token active",
+        unless=_unless_thresholds,
+        group="dead latents, and losses beside the error",
     )
     balance_coefficient: float = setting(
-        0.1, "experts: weight of the loss that spreads tokens evenly over them"
+        0.1,
+        "experts: weight of the loss that spreads tokens evenly over them",
+        unless=_unless_experts,
+        group="dead latents, and losses beside the error",
     )
     dead_after_tokens: int = setting(
         0,
         "a latent is dead after so many tokens without firing (0: 10 M, or tokens / 10 if less, "
         "but at least 10 batches)",
+        group="dead latents, and losses beside the error",
     )
     seed: int = setting(0, "seed of everything random")
     data_seed: int | None = setting(
-        None, "seed of the order of the data (default: the same as --seed)"
+        None, "seed of the order of the data (default: the same as --seed)", shared=True
     )
-    device: str = setting("auto", "cpu, cuda, cuda:1, ... (auto: cuda where there is one)")
+    device: str = setting(
+        "auto",
+        "cpu, cuda, cuda:1, ... (auto: cuda where there is one)",
+        shared=True,
+        free=True,
+        group="device and kernels",
+    )
     dtype: str = setting(
         "auto",
         "compute dtype of the SAE; weights stay float32 (auto: bfloat16 on a GPU)",
         choices=("auto", *DTYPES),
+        group="device and kernels",
     )
     fused_step: str = setting(
         "auto",
         "whether gradients and AdamW are fused into kernels that write no gradient (auto: on a "
         "GPU, where they can run; on: an error where they cannot)",
         choices=("auto", "on", "off"),
+        free=True,
+        group="device and kernels",
     )
     cuda_graph: str = setting(
         "auto",
         "whether the fused step is one launch of a CUDA graph (auto: where that works), or of "
         "each of its kernels",
         choices=("auto", "off"),
+        free=True,
+        group="device and kernels",
     )
     moments: str = setting(
         "float32",
         "dtype of AdamW's moments of the two matrices; bfloat16 (fused step alone) halves their "
         "memory, by stochastic rounding",
         choices=MOMENTS,
+        group="device and kernels",
     )
     tensor_parallel: int = setting(
         1,
         "processes of torchrun that hold the heads of one autoencoder together; the others share "
         "the tokens of each batch",
+        shared=True,
+        free=True,
+        group="several processes (torchrun)",
     )
     share: str = setting(
         "tokens",
         "what processes of torchrun share out: the tokens of each batch, or the members of a "
         "sweep, each of which one process trains alone",
         choices=SHARES,
+        shared=True,
+        free=True,
+        group="several processes (torchrun)",
     )
     rank_timeout: int = setting(
-        600, "seconds that a process of torchrun waits for another one before it gives up"
+        600,
+        "seconds that a process of torchrun waits for another one before it gives up",
+        shared=True,
+        free=True,
+        group="several processes (torchrun)",
     )
-    log_every: int = setting(10, "steps between two lines of metrics")
+    log_every: int = setting(
+        10,
+        "steps between two lines of metrics",
+        shared=True,
+        free=True,
+        group="logs and checkpoints",
+    )
     eval_every: int = setting(
-        200, "steps between two evaluations on held-out tokens (0: at the end)"
+        200,
+        "steps between two evaluations on held-out tokens (0: at the end)",
+        shared=True,
+        free=True,
+        group="logs and checkpoints",
     )
-    checkpoint_every: int = setting(500, "steps between two checkpoints (0: none but the last)")
-    keep_checkpoints: int = setting(2, "how many checkpoints to keep")
-    tensorboard: bool = setting(False, "also log to TensorBoard (needs kronsae[tensorboard])")
+    checkpoint_every: int = setting(
+        500,
+        "steps between two checkpoints (0: none but the last)",
+        shared=True,
+        free=True,
+        group="logs and checkpoints",
+    )
+    keep_checkpoints: int = setting(
+        2, "how many checkpoints to keep", shared=True, free=True, group="logs and checkpoints"
+    )
+    tensorboard: bool = setting(
+        False,
+        "also log to TensorBoard (needs kronsae[tensorboard])",
+        shared=True,
+        free=True,
+        group="logs and checkpoints",
+    )
     wandb: str | None = setting(
-        None, "also log to this Weights & Biases project (needs kronsae[wandb])"
+        None,
+        "also log to this Weights & Biases project (needs kronsae[wandb])",
+        shared=True,
+        free=True,
+        group="logs and checkpoints",
     )
 
     def __post_init__(self) -> None:
@@ -509,30 +735,13 @@ class TrainConfig:
         _require(
             0 <= self.adam_beta2 < 1, f"adam_beta2: expected 0 <= beta < 1, got {self.adam_beta2}"
         )
-        _require(
-            self.decoder_norm in DECODER_NORMS,
-            f"decoder_norm: one of {DECODER_NORMS}, not {self.decoder_norm!r}",
-        )
+        _check_choices(self)
         for name in ("warmup_fraction", "auxk_fraction"):
             value = getattr(self, name)
             _require(0 <= value <= 1, f"{name}: expected 0 to 1, got {value}")
         for name in ("seed", "data_seed"):
             value = getattr(self, name) or 0
             _require(0 <= value < 2**40, f"{name}: expected 0 to 2**40 - 1, got {value}")
-        _require(
-            self.dtype in ("auto", *DTYPES),
-            f"dtype: one of {('auto', *DTYPES)}, not {self.dtype!r}",
-        )
-        _require(
-            self.fused_step in ("auto", "on", "off"),
-            f"fused_step: one of ('auto', 'on', 'off'), not {self.fused_step!r}",
-        )
-        _require(
-            self.cuda_graph in ("auto", "off"),
-            f"cuda_graph: one of ('auto', 'off'), not {self.cuda_graph!r}",
-        )
-        _require(self.share in SHARES, f"share: one of {SHARES}, not {self.share!r}")
-        _require(self.moments in MOMENTS, f"moments: one of {MOMENTS}, not {self.moments!r}")
 
     @property
     def steps(self) -> int:
@@ -579,10 +788,85 @@ def untrusted(data: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in data.items() if name != "trust_remote_code"}
 
 
+class Setting(NamedTuple):
+    """A setting of a run: a field of one of the configs, or of a registered kind's own."""
+
+    spec: dataclasses.Field[Any]
+    part: str
+    """Of `RunConfig`: "sae", "data" or "train"."""
+    inside: str | None = None
+    """Field of SAEConfig that holds it, of a kind's own settings."""
+    kind: str | None = None
+    """Name of that kind."""
+
+    def no_effect(self, settings: Mapping[str, Any]) -> str | None:
+        """With what among flat settings it has no effect; None if it has one."""
+        if self.inside is not None:
+            which = self.inside.removesuffix("_settings")
+            if settings[which] != self.kind:
+                return f"{which} {settings[which]!r}"
+        return no_effect(self.spec, settings)
+
+
+PARTS: dict[str, type] = {"data": DataConfig, "sae": SAEConfig, "train": TrainConfig}
+
+
+def all_settings() -> dict[str, Setting]:
+    """Every setting that a run can have, by name; those of registered kinds among them."""
+    found = {
+        spec.name: Setting(spec, part)
+        for part, cls in PARTS.items()
+        for spec in fields(cls)
+        if "help" in spec.metadata
+    }
+    for part, kinds in SAE_KINDS.items():
+        for kind in kinds:
+            for spec in fields(kinds[kind].Settings) if kinds[kind].Settings else ():
+                if spec.name in found:
+                    raise InputError(
+                        f"{part} {kind!r}: its setting {spec.name} has the name of another one"
+                    )
+                found[spec.name] = Setting(spec, "sae", f"{part}_settings", kind)
+    return found
+
+
+def data_settings(**metadata: Any) -> tuple[str, ...]:
+    """Names of the fields of `DataConfig` with this metadata: `data_settings(of="text")`."""
+    return tuple(
+        spec.name
+        for spec in fields(DataConfig)
+        if all(spec.metadata.get(name) == value for name, value in metadata.items())
+    )
+
+
+def nested(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Flat settings, by the part of `RunConfig` that they belong to."""
+    known = all_settings()
+    parts: dict[str, dict[str, Any]] = {part: {} for part in PARTS}
+    for name, value in settings.items():
+        inside = known[name].inside
+        of_part = parts[known[name].part]
+        (of_part if inside is None else of_part.setdefault(inside, {}))[name] = value
+    return parts
+
+
+def flat(part: str, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The settings of a part as a file holds them, without nesting. Raises InputError."""
+    known, found = all_settings(), {}
+    for name, value in values.items():
+        if name.endswith("_settings") and name.removesuffix("_settings") in SAE_KINDS:
+            found |= flat(part, value or {}, where)
+        elif name not in known or known[name].part != part:
+            raise InputError(f"{where}: {part} has no setting {name!r}")
+        else:
+            found[name] = value
+    return found
+
+
 def _checked(spec: dataclasses.Field, value: Any, where: str) -> Any:
     kind, optional = base_type(spec)
-    if value is None and optional:
-        return None
+    if kind is Any or value is None and optional:
+        return value
     if kind is float and type(value) is int:
         value = float(value)
     _require(
@@ -592,9 +876,8 @@ def _checked(spec: dataclasses.Field, value: Any, where: str) -> Any:
     return value
 
 
-def base_type(spec: dataclasses.Field) -> tuple[type, bool]:
-    """(int | float | bool | str, whether None is allowed) of a config field."""
-    args = getattr(spec.type, "__args__", None)
-    if args is None:
-        return spec.type, False
-    return next(a for a in args if a is not type(None)), True
+def base_type(spec: dataclasses.Field[Any]) -> tuple[Any, bool]:
+    """Type of a config field, of one value or a tuple, and whether it may be None."""
+    if isinstance(spec.type, UnionType):
+        return next(kind for kind in spec.type.__args__ if kind is not type(None)), True
+    return spec.type, False

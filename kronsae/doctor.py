@@ -472,7 +472,12 @@ def _absent(text: str) -> Text:
 
 def main(argv: list[str] | None = None) -> int:
     """Print the findings; returns 0 if all is well, 1 if not, 2 for wrong flags."""
-    parser = Parser(prog="python -m kronsae.doctor", description=__doc__.split("\n\n")[0])
+    parser = Parser(
+        "doctor",
+        "Say what this machine can do, which kernels run, and whether they compute the right "
+        "thing.",
+        "kronsae doctor",
+    )
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
     parser.add_argument("--out", type=Path, default=Path("runs"), help="where runs would go")
     parser.add_argument("--no-rates", action="store_true", help="measure no rates")

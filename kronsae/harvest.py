@@ -19,8 +19,16 @@ from kronsae.cache import CacheIndex, HarvestConfig, harvest
 from kronsae.cache.index import DESCRIBED, HARVEST_NAME, INDEX_NAME, damaged, resume_command
 from kronsae.cache.model import default_layers
 from kronsae.cache.writer import Progress, stored_config
-from kronsae.commandline import Parser, Terminated, add_flag, signal_of, stoppable, stopped
-from kronsae.config import DataConfig
+from kronsae.commandline import (
+    Parser,
+    Terminated,
+    add_flag,
+    load_plugins,
+    signal_of,
+    stoppable,
+    stopped,
+)
+from kronsae.config import DataConfig, flag
 from kronsae.data.text import check_text
 from kronsae.errors import InputError
 from kronsae.plan import time as calibrate
@@ -38,11 +46,14 @@ DISK_MARGIN = 1.05
 
 def make_parser() -> Parser:
     parser = Parser(
-        prog="python -m kronsae.harvest",
-        description="Write activations of a language model to a folder, to train on many times: "
-        "python -m kronsae.train --activations DIR. The same command goes on with a harvest that "
-        "was interrupted, and makes damaged shards of one that is complete anew.",
-        usage="%(prog)s --out DIR [--model NAME --layer N ... --dataset NAME --tokens N ...]",
+        "harvest",
+        "Write activations of a language model to a folder, to train on many times. The same "
+        "command goes on with a harvest that was interrupted, and makes damaged shards of one that "
+        "is complete anew.",
+        "kronsae harvest --model EleutherAI/pythia-160m --layer 6 --tokens 50M \\\n"
+        "    --dataset text.jsonl --out pythia-layer6\n"
+        "kronsae train --activations pythia-layer6",
+        usage="%(prog)s --out DIR [--model NAME --layer N ... --dataset NAME ...]",
         argument_default=argparse.SUPPRESS,
     )
     run = parser.add_argument_group("folder")
@@ -53,12 +64,7 @@ def make_parser() -> Parser:
     group = parser.add_argument_group("what to harvest")
     for spec in dataclasses.fields(HarvestConfig):
         if spec.name in _LISTS:
-            flag, kind = _LISTS[spec.name]
-            metavar = "N" if kind is int else "NAME"
-            group.add_argument(
-                flag, dest=spec.name, type=kind, nargs="+", action="extend", metavar=metavar,
-                help=spec.metadata["help"],
-            )  # fmt: skip
+            add_flag(group, spec, name=_LISTS[spec.name])
         elif spec.name != "data":
             add_flag(group, spec)
     group = parser.add_argument_group("language model and text")
@@ -68,7 +74,7 @@ def make_parser() -> Parser:
     return parser
 
 
-_LISTS = {"layers": ("--layer", int), "hookpoints": ("--hookpoint", str)}
+_LISTS = {"layers": "layer", "hookpoints": "hookpoint"}
 
 _WITH_RESUME = ("device", "trust_remote_code")
 """What the folder does not know."""
@@ -88,8 +94,8 @@ def parse(argv: list[str]) -> tuple[HarvestConfig | None, Path, bool]:
         allowed = _WITH_RESUME if action == "resume" else ()
         for name in given:
             if name not in allowed:
-                flag = _LISTS[name][0] if name in _LISTS else "--" + name.replace("_", "-")
-                raise InputError(f"--{action} takes everything from the folder: no {flag}")
+                given_flag = flag(_LISTS.get(name, name))
+                raise InputError(f"--{action} takes everything from the folder: no {given_flag}")
     if action == "verify":
         if plan:
             raise InputError("--plan has no effect with --verify: leave it out")
@@ -107,8 +113,7 @@ def parse(argv: list[str]) -> tuple[HarvestConfig | None, Path, bool]:
     if data.model == "embedded":
         for name in ("revision", "trust_remote_code"):
             if given.get(name):
-                flag = "--" + name.replace("_", "-")
-                raise InputError(f"{flag} has no effect with --model embedded: leave it out")
+                raise InputError(f"{flag(name)} has no effect with model 'embedded': leave it out")
     return HarvestConfig(data=data, **own), folder, plan
 
 
@@ -237,7 +242,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     folder: Path | None = None
     try:
-        config, folder, plan_alone = parse(sys.argv[1:] if argv is None else argv)
+        config, folder, plan_alone = parse(load_plugins(argv))
         if config is None:
             return _verify(folder)
         if not (folder / INDEX_NAME).exists() or plan_alone:

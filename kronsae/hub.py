@@ -6,7 +6,9 @@ sae = kronsae.load("me/my-sae", revision="main")
 """
 
 import dataclasses
+import functools
 import json
+import operator
 import shutil
 import tempfile
 from pathlib import Path
@@ -86,12 +88,12 @@ def model_card(sae: SAE, repo_id: str, *, report: bool = False) -> str:
         read += f" that predicts `{origin.target_hookpoint}`"
     elif origin.layer is not None:
         read += f" (the residual stream after block {origin.layer})"
-    shown = {name: value for name, value in config.items() if value not in (0, 0.0, False)}
+    shown = {name: value for name, value in _plain(config).items() if value not in (0, False)}
     parts = [
         _metadata(origin, kind),
         f"# {repo_id.partition('/')[2]}",
-        f"A {kind}{read}: {sae.dict_size:,} latents, {_active(config)}, of activations of width "
-        f"{sae.d_model:,}.",
+        f"A {kind}{read}: {sae.dict_size:,} latents, {sae.selection.describe(sae.config)}, of "
+        f"activations of width {sae.d_model:,}.",
         "## Use",
         "```python\nimport kronsae\n\n"
         f'sae = kronsae.load("{repo_id}")  # takes raw activations [..., {sae.d_model}]\n'
@@ -110,9 +112,11 @@ def model_card(sae: SAE, repo_id: str, *, report: bool = False) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _active(config: dict[str, Any]) -> str:
-    exact = config["selection"] == "topk"
-    return f"{config['k']} of them active on a token" + ("" if exact else ", on average")
+def _plain(config: dict[str, Any]) -> dict[str, Any]:
+    """Settings of an SAE without nesting, and without what it has none of."""
+    nested = [value for value in config.values() if isinstance(value, dict)]
+    plain = {n: v for n, v in config.items() if v is not None and not isinstance(v, dict)}
+    return functools.reduce(operator.or_, nested, plain)
 
 
 def _metadata(origin: Origin, kind: str) -> str:

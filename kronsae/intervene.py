@@ -59,9 +59,12 @@ TOP = 8
 
 def make_parser() -> Parser:
     parser = Parser(
-        prog="python -m kronsae.intervene",
-        usage="%(prog)s RUN (--latent N --prompt TEXT | --effects N | --latent N --and-test) …",
-        description="Change latents in a language model while it runs, and see what that does.",
+        "intervene",
+        "Change latents in a language model while it runs, and see what that does.",
+        'kronsae intervene RUN --latent 107 --prompt "import os" --add 5\n'
+        "kronsae intervene RUN --effects 20\n"
+        "kronsae intervene RUN --latent 107 --and-test",
+        usage="%(prog)s RUN (--latent N ... | --effects N) [flags]",
     )
     parser.add_argument("run", metavar="RUN", help="run folder, folder of a saved SAE, or hub id")
     parser.add_argument("--latent", type=int, nargs="+", metavar="N", help="latents to change")

@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from kronsae.commandline import Terminated, signal_of, stoppable, stopped
-from kronsae.config import RunConfig, kind_of
+from kronsae.commandline import Terminated, load_plugins, signal_of, stoppable, stopped
+from kronsae.config import RunConfig, SAEConfig, kind_of
 from kronsae.data.activations import NO_OVERLAP
 from kronsae.errors import InputError
 from kronsae.explore.report import write_report
@@ -25,6 +25,7 @@ from kronsae.metrics.heldout import Heldout
 from kronsae.model.ranks import check_heads, ranks_of_one
 from kronsae.plan.memory import check_memory, describe_ranks, make_plan, predict_time, render
 from kronsae.plan.outline import NoOutline, Outline, outline
+from kronsae.registry import SELECTIONS
 from kronsae.runs.folder import RunFolder, SweepFolder
 from kronsae.runs.sweep import comparison
 from kronsae.system import parallel
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None) -> int:
     console = Console(stderr=False, highlight=False, soft_wrap=True, quiet=quiet)
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
-        request = parse(argv)
+        request = parse(load_plugins(argv))
         if request.plan:
             if quiet:  # one measures
                 return 0
@@ -244,10 +245,11 @@ def _new_folder(request: Request) -> Path:
     data, sae = request.config.data, request.config.sae
     hook = data.hookpoint or f"layer{data.layer}"
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    usual = ("topk", "plain")  # what a name need not say
+    usual = (SAEConfig.selection, SAEConfig.objective)  # which a name need not say
     point = [sae.encoder, *(word for word in (sae.selection, sae.objective) if word not in usual)]
     point += [f"experts{sae.experts}"] if sae.experts else []
-    what = "sweep" if request.sweep else f"{'-'.join(point)}-F{sae.dict_size}-k{sae.k}"
+    point += [f"F{sae.dict_size}", *([f"k{sae.k}"] if sae.k else [])]
+    what = "sweep" if request.sweep else "-".join(point)
     return Path("runs") / f"{Path(data.model).name}-{hook}-{what}-{stamp}"
 
 
@@ -284,16 +286,16 @@ def _describe(console: Console, request: Request, source: Any, heldout: Heldout,
 def _describe_member(config: RunConfig) -> str:
     sae, train = config.sae, config.train
     shape = kind_of(vars(sae))
-    if sae.encoder == "kron":
+    if sae.heads:
         shape += f", {sae.heads:,} heads x ({sae.m} base, {sae.n} extension)"
     if sae.experts:
         shape += f", {sae.experts} experts"
-    about = "" if sae.selection == "topk" else "about "
+    active = SELECTIONS[sae.selection].describe(sae)
     ranks = ranks_of_one(train)
     reason = why_not_fused(sae, train, resolve_device(train.device), ranks)
     step = "fused step" if reason is None else f"autograd and AdamW (not fused: {reason})"
     return (
-        f"{shape}: F = {sae.dict_size:,} latents, {about}{sae.k} active a token; lr {train.lr:g}, "
+        f"{shape}: F = {sae.dict_size:,} latents, {active}; lr {train.lr:g}, "
         f"seed {train.seed}, {step}"
     )
 

@@ -1,6 +1,7 @@
-"""A stop that was asked for is never lost: `kronsae.commandline.stoppable`."""
+"""What command lines share: stops that are never lost, numbers, help that fits a terminal."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,7 +11,9 @@ import weakref
 import pytest
 
 from kronsae import harvest, train
-from kronsae.commandline import Terminated, stoppable
+from kronsae.__main__ import COMMANDS as ALL_COMMANDS
+from kronsae.__main__ import main as kronsae_command
+from kronsae.commandline import Terminated, integer, stoppable
 from kronsae.experiments.__main__ import main as experiments
 from kronsae.system.parallel import RankLost
 from kronsae.training.signals import note_signals
@@ -149,3 +152,63 @@ def test_an_ignored_signal_stays_ignored(handlers):
     with stoppable():
         signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+# Flags and help
+
+
+@pytest.mark.parametrize(
+    "text, value",
+    [("4096", 4096), ("4_096", 4096), ("1e6", 10**6), ("500k", 500_000), ("1.5M", 1_500_000)],
+)
+def test_numbers_as_people_write_them(text, value):
+    assert integer(text) == value and integer(f"-{text}") == -value
+
+
+@pytest.mark.parametrize("text", ["", "k", "few", "1.5", "nan", "inf", "1e999999999", "0x10"])
+def test_what_is_no_whole_number(text):
+    with pytest.raises(ValueError):
+        integer(text)
+
+
+@pytest.mark.parametrize("command", ["", *ALL_COMMANDS, "experiments toy"])
+def test_help_fits_a_terminal_and_opens_with_what_it_does(command, monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    try:
+        assert kronsae_command([*command.split(), "--help"]) == 0
+    except SystemExit as stop:  # argparse's way to end
+        assert stop.code == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 80
+    if command and command != "experiments":
+        opening = r"[A-Z\[].*?\n\nExample:\n  kronsae " + command
+        assert re.match(opening, text, re.DOTALL), text[:300]
+    for word in ALL_COMMANDS if not command else ():
+        assert f"  {word} " in text
+
+
+def test_a_command_that_there_is_none(capsys):
+    assert kronsae_command(["trian"]) == 2
+    assert "did you mean train?" in capsys.readouterr().err
+    assert kronsae_command(["--version"]) == 0 and "kronsae 0." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "argument, ours",
+    [
+        ("--d-sae", "--dict-size N"),
+        ("--expansion-factor", "--dict-size N"),
+        ("--architecture", "--encoder"),
+        ("--hook-name=blocks.6.hook_resid_post", "--layer N"),
+        ("--training_tokens", "--tokens N"),
+    ],
+)
+def test_flags_of_other_libraries_are_answered_with_ours(argument, ours, capsys):
+    assert kronsae_command(["train", argument, "3"]) == 2
+    assert f"here it is {ours}" in capsys.readouterr().err
+
+
+def test_the_libraries_names_as_people_write_them(tmp_path, capsys):
+    for name in ("saelens", "SAE-Lens", "dictionary-learning"):
+        assert kronsae_command(["export", "nowhere", "--to", name, "--out", "x"]) == 2
+        assert "nowhere: no such folder" in capsys.readouterr().err

@@ -21,8 +21,10 @@ D, F = 16, 64
 ENCODERS = {
     "kron": {"heads": 16, "m": 2, "n": 2},
     "dense": {"encoder": "dense", "dict_size": F},
+    "gated": {"encoder": "gated", "dict_size": F},
 }
-SELECTIONS = {name: {"selection": name} for name in ("topk", "batchtopk", "jumprelu")}
+SELECTIONS = {name: {"selection": name, "k": 4} for name in ("topk", "batchtopk", "jumprelu")}
+SELECTIONS["relu"] = {"selection": "relu", "selection_settings": {"l1_coefficient": 0.5}}
 OBJECTIVES = {
     "plain": {},
     "matryoshka": {"objective": "matryoshka", "matryoshka_first": 8},
@@ -32,7 +34,10 @@ EXPERTS = {"": {}, "switch": {"experts": 4}}
 ILLEGAL = {
     ("jumprelu", "multi_topk"): "needs a selection by k",
     ("matryoshka", "switch"): "experts cannot be nested",
+    ("relu", "multi_topk"): "needs a selection by k",
     ("jumprelu", "switch"): "thresholds of latents cannot follow",
+    ("relu", "switch"): "takes all latents above 0",
+    ("gated", "switch"): "has no experts",
 }
 ALL = {
     names: {name: value for part in parts for name, value in part.items()}
@@ -71,17 +76,17 @@ def heldout_activations():
 
 
 def test_the_grid_is_what_it_should_be():
-    """2 x 3 x 3 x 2 points, of which those of ILLEGAL say at once why they are not there."""
-    assert len(ALL) == 36 and len(POINTS) == 24
+    """3 x 4 x 3 x 2 points, of which those of ILLEGAL say at once why they are not there."""
+    assert len(ALL) == 72 and len(POINTS) == 38
     for names, settings in ALL.items():
         if BARRED[names]:
             with pytest.raises(InputError, match="|".join(BARRED[names])):
-                SAEConfig(k=4, **settings)
+                SAEConfig(**settings)
 
 
 @pytest.fixture(params=POINTS.values(), ids=POINTS)
 def config(request):
-    return SAEConfig(d_model=D, k=4, **request.param)
+    return SAEConfig(d_model=D, **request.param)
 
 
 def test_a_point_from_its_start_to_its_file(config, tmp_path):
@@ -152,30 +157,42 @@ def test_auxk_works_everywhere(config):
 # Objectives
 
 
+def without_penalties(found):
+    return found.loss - sum(p.coefficient * p.loss for p in found.penalties.values())
+
+
+def gradients(loss, parameters):
+    """0 where none comes: a gate learns from its penalty alone."""
+    return torch.autograd.grad(
+        loss, list(parameters), retain_graph=True, allow_unused=True, materialize_grads=True
+    )
+
+
 @pytest.mark.parametrize("encoder", ENCODERS.values(), ids=ENCODERS)
 @pytest.mark.parametrize("selection", SELECTIONS.values(), ids=SELECTIONS)
 def test_matryoshka_is_the_sum_over_prefixes(encoder, selection):
     """Loss and gradients of a decode of its own for each prefix."""
-    config = SAEConfig(d_model=D, k=4, **encoder, **selection, **OBJECTIVES["matryoshka"])
+    config = SAEConfig(d_model=D, **encoder, **selection, **OBJECTIVES["matryoshka"])
     assert config.prefixes == (8, 16, 32, 64)
     sae, x = SAE(config, generator=torch.Generator().manual_seed(0)), torch.randn(32, D)
     with torch.no_grad():
         sae.b_dec.normal_()
     if config.selection == "jumprelu":
         sae.selection.prepare(sae, x)
-    found = objective(sae, x, TrainConfig(l0_coefficient=0.0))
-    got = torch.autograd.grad(found.loss, list(sae.parameters()))
+    found = objective(sae, x, TrainConfig())
+    error = without_penalties(found)
+    parameters = dict(sae.named_parameters())
+    got = gradients(error, parameters.values())
     codes, expected = sae.encode(x), 0.0
     for end in (8, 16, 32, 64):
         values = codes.values * (codes.indices < end)
         x_hat = sparse_decode(values, codes.indices, sae.W_dec, sae.b_dec)
         expected = expected + (x_hat - x).square().mean()
-    torch.testing.assert_close(found.loss, expected)
+    torch.testing.assert_close(error, expected)
     torch.testing.assert_close(found.mse, (x_hat - x).square().mean())
     torch.testing.assert_close(found.x_hat, x_hat)
-    for (name, _), a, b in zip(
-        sae.named_parameters(), got, torch.autograd.grad(expected, sae.parameters()), strict=True
-    ):
+    truth = gradients(expected, parameters.values())
+    for name, a, b in zip(parameters, got, truth, strict=True):
         torch.testing.assert_close(a, b, msg=name)
 
 
@@ -187,10 +204,11 @@ def test_multi_topk_is_two_topk_losses(encoder):
     found = objective(sae, x, TRAIN)
     few, many = ((sae.decode(sae.encode(x, k=k)) - x).square().mean() for k in (4, 16))
     torch.testing.assert_close(found.mse, few)
-    torch.testing.assert_close(found.loss, few + many / 8)
+    error = without_penalties(found)
+    torch.testing.assert_close(error, few + many / 8)
     parameters = list(sae.parameters())
-    truth = torch.autograd.grad(few + many / 8, parameters)
-    for a, b in zip(torch.autograd.grad(found.loss, parameters), truth, strict=True):
+    truth = gradients(few + many / 8, parameters)
+    for a, b in zip(gradients(error, parameters), truth, strict=True):
         torch.testing.assert_close(a, b)
     assert found.codes.values.shape == (32, 4) and found.decoded.values.shape == (32, 16)
 
@@ -216,7 +234,7 @@ def test_penalties_enter_with_their_coefficients():
         sae = SAE(SAEConfig(d_model=D, k=4, **ENCODERS["kron"], **settings))
         found = objective(sae, x, TrainConfig(**{coefficient: 0.7}))
         assert set(found.penalties) == {name}
-        torch.testing.assert_close(found.loss, found.mse + 0.7 * found.penalties[name])
+        torch.testing.assert_close(found.loss, found.mse + 0.7 * found.penalties[name].loss)
 
 
 def test_decoder_gradients_keep_no_component_along_their_rows(config):

@@ -118,7 +118,7 @@ def test_verify_says_what_is_damaged_and_the_same_command_repairs(shared, tmp_pa
         (["--out", "x", "--model", "/nowhere/at/all", "--layer", "1"], "no such folder"),
         (["--out", "x", "--tokens", "-1"], "tokens: expected >= 0, got -1"),
         (["--out", "x", "--dtype", "int8"], "invalid choice: 'int8'"),
-        (["--out", "x", "--revision", "main"], "--revision has no effect with --model embedded"),
+        (["--out", "x", "--revision", "main"], "--revision has no effect with model 'embedded'"),
         (["--resume", "x", "--layer", "1"], "takes everything from the folder: no --layer"),
         (["--resume", "x"], "holds no harvest"),
         (["--verify", "x", "--device", "cpu"], "--verify takes everything from the folder"),

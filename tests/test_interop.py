@@ -222,7 +222,7 @@ def test_a_pickle_that_would_run_code_does_not(tmp_path):
         ("sae_lens/topk", "cfg.json", {"normalize_activations": "layer_norm"}, "'layer_norm'"),
         ("sae_lens/topk", "cfg.json", {"k": 17}, "k: expected 1 to 16"),
         ("sae_lens/topk", "cfg.json", {"k": "3"}, "k: expected 1 to 16.*got '3'"),
-        ("sae_lens/topk", "cfg.json", {"architecture": "kronsae"}, "encoder='kron' needs heads"),
+        ("sae_lens/topk", "cfg.json", {"architecture": "kronsae"}, "encoder 'kron' needs heads"),
         ("sae_lens/topk", "cfg.json", {"architecture": "jumprelu"}, r"tensors \['threshold'\]"),
         ("sparsify/layers.3", "cfg.json", {"activation": "groupmax"}, "got 'groupmax'"),
         ("sparsify/layers.3", "cfg.json", {"k": None}, "has no k"),

@@ -133,7 +133,7 @@ def test_seeds_draw_weights_and_the_stream_stays():
         ([{"wings": 1}], [], "entry 0: there is no setting 'wings'"),
         ([{}, {"m": "two"}], [], "member {'m': 'two'} of the sweep: settings: m expects int"),
         ([{"k": 5000}], [], "k: expected 1 <= k <= dict_size"),
-        ([{"encoder": "dense", "m": 2}], [], "--m has no effect with --encoder dense"),
+        ([{"encoder": "dense", "m": 2}], [], "--m has no effect with encoder 'dense'"),
         ([{"m": 2}, {"m": 2}], [], "two members of the sweep have the name 'm2'"),
         ([{"name": "../x"}], [], "'../x' cannot be the name"),
         ([{"name": 3}], [], "name: expected a string, got 3"),

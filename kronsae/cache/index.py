@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kronsae.config import DTYPES, DataConfig, from_dict
+from kronsae.config import DTYPES, DataConfig, data_settings, from_dict
 from kronsae.data.common import digest
 from kronsae.errors import InputError
 from kronsae.system.files import read_sealed, write_file
@@ -57,10 +57,7 @@ AT_ONCE = 2**20
 """Bytes that are read or written at a time, and hashed while they are in the processor's cache.
 (Files that the system does not have in memory are read faster so than by one large call.)"""
 
-DESCRIBED = (
-    *("model", "revision", "dataset", "dataset_config", "split", "text_column", "streaming"),
-    *("context_length", "contexts_per_batch", "model_dtype", "heldout_tokens"),
-)
+DESCRIBED = data_settings(harvested=True)
 """Settings of `DataConfig` that a cache has decided."""
 
 _FILE_NAME = re.compile(r"(heldout|train)-[0-9]{5,12}\.(tokens|[0-9]{1,4})\.safetensors")

@@ -31,11 +31,12 @@ from kronsae.system.files import write_json, write_text
 
 def make_parser() -> Parser:
     parser = Parser(
-        prog="python -m kronsae.evaluate",
+        "evaluate",
+        "Judge SAEs on text that they were never trained on: how much they explain, which latents "
+        "live, and what the language model loses when they stand for its activations. Writes "
+        "evaluation.json, evaluation.md and pictures.",
+        "kronsae evaluate runs/MY-RUN runs/ANOTHER",
         usage="%(prog)s RUN [RUN ...] [--out DIR] [flags]",
-        description="Judge SAEs on text that they were never trained on: how much they explain, "
-        "which latents live, and what the language model loses when they stand for its "
-        "activations. Writes evaluation.json, evaluation.md and pictures.",
     )
     parser.add_argument(
         "runs",

@@ -5,12 +5,20 @@ import dataclasses
 import importlib
 import shlex
 import sys
+import textwrap
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from kronsae.commandline import Parser, Terminated, signal_of, stoppable, stopped
-from kronsae.config import base_type
+from kronsae.commandline import (
+    Parser,
+    Terminated,
+    add_flag,
+    load_plugins,
+    signal_of,
+    stoppable,
+    stopped,
+)
 from kronsae.errors import InputError
 from kronsae.experiments import NAMES
 from kronsae.experiments.common import Run, Stopped, require, run_grid
@@ -22,8 +30,16 @@ def load(name: str) -> ModuleType:
 
 
 def overview() -> str:
-    """A line each experiment."""
-    lines = [f"  {name:12} [{load(name).FIGURE}] {load(name).STATEMENT}" for name in NAMES]
+    """What each experiment checks."""
+    lines = [
+        textwrap.fill(
+            f"[{load(name).FIGURE}] {load(name).STATEMENT}",
+            width=80,
+            initial_indent=f"  {name:13}",
+            subsequent_indent=" " * 15,
+        )
+        for name in NAMES
+    ]
     return "experiments:\n" + "\n".join(lines)
 
 
@@ -31,8 +47,9 @@ def make_parser(name: str) -> Parser:
     """Flags of one experiment: one a field of its Settings, and those of all."""
     experiment = load(name)
     parser = Parser(
-        prog=f"python -m kronsae.experiments {name}",
-        description=f"[KronSAE, {experiment.FIGURE}] {experiment.STATEMENT}",
+        f"experiments {name}",
+        f"[KronSAE, {experiment.FIGURE}] {experiment.STATEMENT}",
+        f"kronsae experiments {name} --smallest",
         argument_default=argparse.SUPPRESS,
     )
     parser.add_argument(
@@ -42,26 +59,8 @@ def make_parser(name: str) -> Parser:
     size.add_argument("--smallest", action="store_true", help="a form that takes seconds")
     size.add_argument("--paper", action="store_true", help="the paper's model, layer and tokens")
     for spec in dataclasses.fields(experiment.Settings):
-        _add_flag(parser, spec)
+        add_flag(parser, spec)
     return parser
-
-
-def _add_flag(parser: argparse.ArgumentParser, spec: dataclasses.Field) -> None:
-    text = f"{spec.metadata['help']} (default: {_shown(spec.default)})".replace("%", "%%")
-    options: dict[str, Any] = {"help": text}
-    if isinstance(spec.default, tuple):
-        kind = type(spec.default[0])
-        options |= {"nargs": "+", "type": kind}
-    else:
-        kind, _ = base_type(spec)
-        options |= {"action": argparse.BooleanOptionalAction} if kind is bool else {"type": kind}
-    if kind is not bool:
-        options["metavar"] = {int: "N", float: "X", str: "NAME"}[kind]
-    parser.add_argument(f"--{spec.name.replace('_', '-')}", **options)
-
-
-def _shown(value: Any) -> str:
-    return " ".join(str(each) for each in value) if isinstance(value, tuple) else str(value)
 
 
 def parse(name: str, argv: list[str]) -> tuple[Any, Path]:
@@ -85,13 +84,17 @@ def main(argv: list[str] | None = None) -> int:
 
     2: what was asked for cannot work. 128 + n: stopped by signal n; the same command goes on.
     """
-    argv = sys.argv[1:] if argv is None else argv
+    argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
-        print(f"usage: python -m kronsae.experiments NAME [--smallest | --paper] [flags]\n\n"
-              f"{overview()}\n\nNAME --help lists an experiment's flags.")  # fmt: skip
+        print(
+            "Check a statement of the KronSAE paper.\n\n"
+            "Example:\n  kronsae experiments toy --smallest\n\n"
+            "usage: kronsae experiments NAME [--smallest | --paper] [flags]\n\n"
+            f"{overview()}\n\nkronsae experiments NAME --help lists an experiment's flags."
+        )
         return 0 if argv else 2
     try:
-        name, *rest = argv
+        name, *rest = load_plugins(argv)
         if name not in NAMES:
             raise InputError(f"no experiment {name!r}: expected one of {', '.join(NAMES)}")
         settings, out = parse(name, rest)

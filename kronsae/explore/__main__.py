@@ -11,9 +11,10 @@ from kronsae.properties.run import PropertiesParser, examine, kept, open_run, sa
 def work(argv: list[str]) -> None:
     """What the command line asks for. Raises InputError if it cannot be done."""
     parser = PropertiesParser(
-        "python -m kronsae.explore",
+        "explore",
         "Write one HTML file to look into the latents of a run. Their properties are measured "
         "first, unless RUN/properties/ has them.",
+        "kronsae explore runs/MY-RUN",
     )
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="page (default: RUN/explorer.html)"

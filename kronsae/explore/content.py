@@ -62,7 +62,7 @@ class Grid(NamedTuple):
 def grid_of(sae: SAE) -> Grid:
     """Its heads, or for a dense encoder squares of neighbours by number."""
     config = sae.config
-    if config.encoder == "kron":
+    if config.heads:
         return Grid(config.heads, config.m, config.n, True)
     return Grid(-(-config.dict_size // GROUP**2), GROUP, GROUP, False)
 

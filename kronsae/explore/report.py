@@ -17,6 +17,7 @@ from kronsae.config import DataConfig, SAEConfig, TrainConfig, kind_of
 from kronsae.data.token_text import token_texts
 from kronsae.metrics.figures import MEANING
 from kronsae.properties.contexts import LatentContexts, Window, short, title
+from kronsae.registry import SELECTIONS
 from kronsae.system.files import write_text
 
 Record = dict[str, Any]
@@ -193,9 +194,9 @@ def _summary(settings: dict[str, Any], records: Sequence[Record], run_folder: Pa
         latents = f"<strong>{sae['dict_size']:,} latents</strong>"
         if kron and all(_is_number(sae.get(key)) for key in ("heads", "m", "n")):
             latents += f" ({sae['heads']:,} heads of {sae['m']} base × {sae['n']} extension)"
-        about = "" if sae.get("selection", "topk") == "topk" else "about "
-        k = _escape(str(sae.get("k")))
-        active = f", {about}{k} of them active on each token," if "k" in sae else ""
+        exact = SELECTIONS[sae["selection"]].exact if sae.get("selection") in SELECTIONS else True
+        about, k = "" if exact else "about ", _escape(str(sae.get("k")))
+        active = f", {about}{k} of them active on each token," if sae.get("k") else ""
         vectors = f"vectors of width {sae.get('d_model')}"
         if source:
             vectors += f", the activations of {source} as it reads {data.get('dataset')}"

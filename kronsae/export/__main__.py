@@ -6,6 +6,7 @@ id; so this also brings SAEs of other libraries here (--to kronsae).
 
 import argparse
 import dataclasses
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,17 +28,28 @@ HOW_TO_LOAD = {
 }
 
 
+def _library(text: str) -> str:
+    """A format's name, also as people write it: saelens, SAE-Lens, dictionary-learning."""
+    names = {name.replace("_", ""): name for name in FORMATS}
+    return names.get(re.sub("[_ -]", "", text.lower()), text)
+
+
 def make_parser() -> Parser:
     parser = Parser(
-        prog="python -m kronsae.export",
-        description="Write an SAE in the format of another library, or push it to the Hugging Face "
-        "hub.",
+        "export",
+        "Write an SAE in the format of another library, or push it to the Hugging Face hub.",
+        "kronsae export RUN --to sae_lens --out exported --verify\n"
+        "kronsae export RUN --to hub --repo me/my-sae",
     )
     parser.add_argument(
         "source", metavar="SAE", help="run folder, folder of an SAE of any known format, or hub id"
     )
     parser.add_argument(
-        "--to", required=True, choices=(*FORMATS, "hub"), help="the library that shall load it"
+        "--to",
+        required=True,
+        type=_library,
+        choices=(*FORMATS, "hub"),
+        help="the library that shall load it",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write (not: hub)")
     parser.add_argument(

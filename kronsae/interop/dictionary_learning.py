@@ -15,6 +15,7 @@ from kronsae.errors import InputError
 from kronsae.interop.lens_format import ungated
 from kronsae.interop.stock import Origin, Stock, note_of, part_of, read_json, stock_of, take
 from kronsae.model.sae import SAE
+from kronsae.registry import OBJECTIVES
 from kronsae.system.files import replace_directory, write_json
 
 WEIGHTS_NAME = "ae.pt"
@@ -49,7 +50,7 @@ def write(sae: SAE, folder: str | Path) -> Path:
             "dictionary_learning's dictionaries reconstruct what they read: no transcoder fits. "
             "What can hold one: --to sparsify (TopK) or sae_lens (with thresholds)"
         )
-    kind = _class_of(sae)
+    kind = _class_of(sae, stock)
     if kind == "JumpReluAutoEncoder":
         tensors = _transposed({ours: getattr(stock, ours) for ours in _PARAMETERS}, "W_enc")
         tensors["threshold"] = stock.threshold
@@ -73,12 +74,12 @@ def write(sae: SAE, folder: str | Path) -> Path:
     return replace_directory(Path(folder), save)
 
 
-def _class_of(sae: SAE) -> str:
-    if sae.config.selection == "topk":
+def _class_of(sae: SAE, stock: Stock) -> str:
+    if sae.selection.exact:
         return "AutoEncoderTopK"
-    if sae.config.selection == "jumprelu":
+    if not sae.selection.by_k or stock.gated:
         return "JumpReluAutoEncoder"
-    nested = sae.config.objective == "matryoshka"
+    nested = OBJECTIVES[sae.config.objective].nested
     return "MatryoshkaBatchTopKSAE" if nested else "BatchTopKSAE"
 
 
@@ -90,7 +91,7 @@ def _trainer(sae: SAE, kind: str) -> dict[str, Any]:
         "dict_class": kind,
         "activation_dim": sae.config.d_model,
         "dict_size": sae.config.dict_size,
-        "k": sae.config.k,
+        "k": sae.config.k or None,
         "lr": train.get("lr"),
         "seed": train.get("seed"),
         "steps": _steps(train),

@@ -1,9 +1,9 @@
 """SAELens' folders: sae_weights.safetensors and cfg.json, of version 6.
 
 Dense SAEs go into its stock architectures: TopK into "topk"; BatchTopK (with its threshold for
-use) and JumpReLU into "jumprelu", which is how SAELens saves a BatchTopK SAE itself; transcoders
-with thresholds into "jumprelu_transcoder". Everything else is written as architecture "kronsae",
-which SAELens knows after `import kronsae.interop.sae_lens`.
+use), JumpReLU, ReLU and gated SAEs into "jumprelu", which is how SAELens saves a BatchTopK SAE
+itself; transcoders with thresholds into "jumprelu_transcoder". Everything else is written as
+architecture "kronsae", which SAELens knows after `import kronsae.interop.sae_lens`.
 """
 
 import dataclasses
@@ -16,6 +16,7 @@ from torch import Tensor
 from kronsae.config import SAEConfig, from_dict, kind_of
 from kronsae.errors import InputError
 from kronsae.interop.stock import (
+    NoStockForm,
     Origin,
     Stock,
     layer_of,
@@ -44,9 +45,9 @@ STOCK = ("topk", *_WITH_THRESHOLD, *_OF_RELU, *_GATED)
 
 def write(sae: SAE, folder: str | Path) -> Path:
     """Write `sae` for `sae_lens.SAE.load_from_disk(folder)`. Raises InputError if it cannot be."""
-    if sae.config.encoder == "dense" and not sae.config.experts:
+    try:
         tensors, settings = _stock(sae)
-    else:
+    except NoStockForm:
         tensors, settings = _own(sae)
     config = {
         "d_in": sae.config.d_model,

@@ -145,9 +145,10 @@ NAMES = ("core", "absorption", "sparse_probing", "scr", "tpp")
 
 def make_parser() -> Parser:
     parser = Parser(
-        prog="python -m kronsae.interop.sae_bench",
-        description="Run evaluations of SAEBench on SAEs that kronsae.load can load. Models and "
-        "data sets come from the Hugging Face hub.",
+        "interop.sae_bench",
+        "Run evaluations of SAEBench on SAEs that kronsae.load can load. Models and data sets come "
+        "from the Hugging Face hub.",
+        "kronsae interop.sae_bench runs/MY-RUN --evals core",
     )
     parser.add_argument("sources", nargs="+", metavar="SAE", help="run folders, or hub ids")
     parser.add_argument("--evals", nargs="+", required=True, choices=NAMES, help="what to run")

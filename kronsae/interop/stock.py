@@ -19,6 +19,7 @@ from torch import Tensor
 from kronsae.config import SAEConfig, from_dict, kind_of
 from kronsae.errors import InputError
 from kronsae.model.sae import SAE
+from kronsae.registry import SELECTIONS
 from kronsae_kernels import SparseCodes, __version__
 
 DEFAULT_K = 50
@@ -49,6 +50,8 @@ class Stock:
     """[d_out, d]"""
     transcoder: bool = False
     multi_topk: bool = False
+    gated: bool = False
+    """Whether a gate decides, beside the selection, which latents are active."""
 
     def __post_init__(self) -> None:
         for name in ("W_enc", "W_dec"):
@@ -98,55 +101,65 @@ class Stock:
         tensors["b_dec"] = self.b_dec.float()
         if self.W_skip is not None:
             tensors["W_skip"] = self.W_skip.float()
-        if sae.config.selection == "jumprelu":
-            # Values are never negative, so that a threshold below 0 is one of 0.
-            tensors["selection.log_threshold"] = self.threshold.float().clamp(min=0).log()
-        elif sae.config.selection == "batchtopk":
-            smallest = torch.nextafter(self.threshold[0].float(), torch.tensor(torch.inf))
-            tensors["selection.threshold"] = smallest
+        if self.threshold is not None:
+            tensors |= sae.selection.load_activity_threshold(self.threshold)
         sae.load_state_dict(tensors)
         sae.metadata = note["metadata"] if noted else metadata or {}
         return sae.eval()
 
 
+class NoStockForm(InputError):
+    """No stock class of any library gives the latents of such an SAE."""
+
+
 def stock_of(sae: SAE, library: str) -> Stock:
-    """The stock form of a dense SAE. Raises InputError, with the reason, if it has none."""
+    """The stock form of a dense SAE. Raises NoStockForm, with the reason, if it has none."""
     config = sae.config
-    if config.encoder == "kron":
-        raise InputError(
-            f"{library}'s stock formats cannot hold a {kind_of(dataclasses.asdict(config))}: its "
-            f"latents are products of two projections, and no dense encoder of "
-            f"{config.dict_size:,} rows gives the same ones. What can: --to sae_lens (an "
-            "architecture of its own there, after `import kronsae.interop.sae_lens`), --to hub, "
-            "or, to call it, kronsae.load(...).encode"
+    with torch.no_grad():
+        form = sae.kind.dense_form(_exact(sae.W_enc), _exact(sae.b_enc))
+    if form is None:
+        raise NoStockForm(
+            f"{library}'s stock formats cannot hold a {kind_of(dataclasses.asdict(config))}: no "
+            f"dense encoder of {config.dict_size:,} rows gives the same latents (those of a Kron "
+            "encoder are products of two projections). What can: --to sae_lens (an architecture "
+            "of its own there, after `import kronsae.interop.sae_lens`), --to hub, or, to call "
+            "it, kronsae.load(...).encode"
         )
     if config.experts:
-        raise InputError(
+        raise NoStockForm(
             f"{library}'s stock formats have no router: an SAE with experts stays with --to "
             "kronsae, sae_lens or hub"
         )
+    w_enc, b_enc, gate = form
     return Stock(
-        **{name: _exact(getattr(sae, name)) for name in ("W_enc", "b_enc", "W_dec", "b_dec")},
-        k=config.k,
-        threshold=_threshold(sae),
+        W_enc=w_enc,
+        b_enc=b_enc,
+        W_dec=_exact(sae.W_dec),
+        b_dec=_exact(sae.b_dec),
+        k=config.k or None,
+        threshold=_threshold(sae, gate, library),
         W_skip=None if sae.W_skip is None else _exact(sae.W_skip),
         transcoder=bool(config.d_target),
         multi_topk=config.objective == "multi_topk",
+        gated=gate is not None,
     )
 
 
-def _threshold(sae: SAE) -> Tensor | None:
-    """[F] such that a latent is active if its value is greater; None with TopK."""
-    if sae.config.selection == "topk":
-        return None
-    if sae.config.selection == "jumprelu":
-        return _exact(sae.selection.log_threshold).exp()
-    smallest = _exact(sae.selection.threshold)
-    if smallest.isnan():
-        raise InputError("BatchTopK has no threshold yet: train the SAE before it is exported")
-    # Ours is the smallest value that is active, theirs the largest that is not.
-    below = torch.nextafter(smallest, torch.tensor(-torch.inf))
-    return below.expand(sae.dict_size).clone()
+def _threshold(sae: SAE, gate: Tensor | None, library: str) -> Tensor | None:
+    """[F] such that a latent is active if its value is greater; None with TopK.
+
+    gate: that of the encoder, if it has one.
+    """
+    own = sae.selection.activity_threshold()
+    if gate is None or own is None:
+        if gate is not None:
+            raise NoStockForm(
+                f"{library}'s stock formats cannot hold a {kind_of(dataclasses.asdict(sae.config))}"
+                ": its latents have to pass a gate and be among the k largest. What can: --to "
+                "kronsae or hub"
+            )
+        return None if own is None else _exact(own)
+    return torch.maximum(gate, _exact(own))
 
 
 def note_of(sae: SAE) -> dict[str, Any]:
@@ -168,11 +181,9 @@ def _believed(note: Any, found: SAEConfig, threshold: Tensor | None) -> SAEConfi
         return None
     same = ("d_model", "d_target", "encoder", "dict_size", "skip")
     kept = all(getattr(noted, name) == getattr(found, name) for name in same)
-    kept &= (noted.selection == "topk") == (threshold is None) and not noted.experts
-    if noted.selection == "topk":
+    kept &= SELECTIONS[noted.selection].can_have(threshold) and not noted.experts
+    if SELECTIONS[noted.selection].exact:
         kept &= noted.k == found.k
-    elif noted.selection == "batchtopk":
-        kept &= bool((threshold == threshold[0]).all())
     return noted if kept else None
 
 
@@ -267,8 +278,9 @@ def encoder_proxy(sae: SAE) -> tuple[Tensor, Tensor]:
     direction in which both grow. Good for cosines and for ordering; encoding with it gives other
     latents. A dense SAE's own rows are no proxy.
     """
-    if sae.config.encoder == "dense":
-        return sae.W_enc, sae.b_enc
+    form = sae.kind.dense_form(sae.W_enc, sae.b_enc)
+    if form is not None:
+        return form[:2]
     m, n = sae.config.m, sae.config.n
 
     def mean(rows: Tensor) -> Tensor:

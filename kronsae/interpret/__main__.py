@@ -28,11 +28,12 @@ ANSWERS, RESULT = "answers.jsonl", "interpretation.json"
 
 def make_parser() -> Parser:
     parser = Parser(
-        prog="python -m kronsae.interpret",
-        usage="%(prog)s RUN (--explainer MODEL | --server URL --server-model NAME) --out DIR …",
-        description="Let a language model explain latents, and score the explanations by detection "
-        "and fuzzing. The same command goes on where it was stopped: answers are kept in "
+        "interpret",
+        "Let a language model explain latents, and score the explanations by detection and "
+        "fuzzing. The same command goes on where it was stopped: answers are kept in "
         f"{ANSWERS} of --out.",
+        "kronsae interpret RUN --explainer Qwen/Qwen2.5-7B-Instruct --out explanations",
+        usage="%(prog)s RUN --out DIR (--explainer MODEL | --server URL) ...",
     )
     parser.add_argument("run", metavar="RUN", help="run folder, folder of a saved SAE, or hub id")
     model = parser.add_argument_group("the model that explains (one of the two)")

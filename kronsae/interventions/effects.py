@@ -260,7 +260,7 @@ def without(sae: SAE, x: Tensor, off: Tensor) -> SparseCodes:
     TopK then selects others in their place, as it would if their pre-latents were 0; thresholds
     do not.
     """
-    if sae.config.selection == "topk":
+    if sae.selection.exact:
         k = min(sae.config.k, int((~off).sum()))
         return sae.encode(x, k=k, mask=~off)
     values, indices = sae.encode(x)
@@ -276,7 +276,7 @@ def and_test(sae: SAE, text: HeldoutText, latent: int) -> AndTest:
     Raises InputError for a dense SAE, a latent outside [0, F), or one that never fires there.
     """
     config = sae.config
-    if config.encoder != "kron":
+    if not config.heads:
         raise InputError("an AND-test needs latents composed of base and extension (encoder kron)")
     if not 0 <= latent < sae.dict_size:
         raise InputError(f"latent: expected 0 to {sae.dict_size - 1}, got {latent}")

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from kronsae.config import DataConfig, base_type, from_dict, untrusted
+from kronsae.commandline import add_flag
+from kronsae.config import DataConfig, data_settings, from_dict, untrusted
 from kronsae.data import LanguageModel, open_text
 from kronsae.data.activations import open_model, set_aside
 from kronsae.data.packing import token_mask
@@ -21,9 +22,8 @@ from kronsae.interop.load import load
 from kronsae.model.sae import SAE
 from kronsae.runs.folder import SweepFolder
 
-OF_MODEL = ("model", "revision", "layer", "hookpoint", "target_hookpoint", "trust_remote_code")
-OF_TEXT = ("dataset", "dataset_config", "split", "text_column", "streaming")
-OF_READING = ("context_length", "contexts_per_batch", "model_dtype", "heldout_tokens")
+OF_MODEL = data_settings(of="model")
+OF_TEXT = data_settings(of="text")
 HELP = {
     "target_hookpoint": "of a transcoder: the module whose output it predicts, by name",
     "heldout_tokens": "tokens of text to read (default: as many as the run held out)",
@@ -71,18 +71,8 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     """Flags for what an SAE's metadata lacks, or that shall be otherwise; and the device."""
     group = parser.add_argument_group("language model and text (default: the run's own)")
     for spec in dataclasses.fields(DataConfig):
-        if spec.name not in (*OF_MODEL, *OF_TEXT, *OF_READING):
-            continue
-        kind, _ = base_type(spec)
-        options: dict[str, Any] = {"help": HELP.get(spec.name, spec.metadata["help"])}
-        if kind is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        elif "choices" in spec.metadata:
-            options["choices"] = spec.metadata["choices"]
-        else:
-            options |= {"type": kind, "metavar": "N" if kind is int else "NAME"}
-        flag = f"--{spec.name.replace('_', '-')}"
-        group.add_argument(flag, default=argparse.SUPPRESS, **options)
+        if spec.metadata.get("of"):
+            add_flag(group, spec, help=HELP.get(spec.name), default="the run's")
     parser.add_argument(
         "--device", default="auto", metavar="NAME", help="cpu, cuda, … (auto: cuda if there is one)"
     )
@@ -90,7 +80,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 def given_data(found: argparse.Namespace) -> dict[str, Any]:
     """The flags of `add_flags` that were given."""
-    names = (*OF_MODEL, *OF_TEXT, *OF_READING)
+    names = [spec.name for spec in dataclasses.fields(DataConfig) if spec.metadata.get("of")]
     return {name: value for name, value in vars(found).items() if name in names}
 
 

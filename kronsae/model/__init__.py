@@ -1,1 +1,8 @@
-"""The autoencoder and what trains it: encoder, selection, objectives, and what each costs."""
+"""The autoencoder and what trains it: encoder, selection, objectives, and what each costs.
+
+Importing it registers the kinds of encoders, selections and objectives that come with us.
+"""
+
+from kronsae.model import encoder, gated, objectives, relu, selection
+
+__all__ = ["encoder", "gated", "objectives", "relu", "selection"]

@@ -7,16 +7,20 @@ what its tokens add to the mean over all B. The parts, and the gradients of all 
 """
 
 import math
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
-from kronsae.config import MULTI_TOPK, SAEConfig, TrainConfig
+from kronsae.config import SAEConfig, TrainConfig
+from kronsae.errors import InputError
 from kronsae.model.sae import SAE
-from kronsae.model.selection import JumpReLU
+from kronsae.model.selection import Penalty
+from kronsae.registry import OBJECTIVES, SELECTIONS
 from kronsae.system.parallel import ALONE, Group
 from kronsae_kernels import SparseCodes, nested_decode
 
+MULTI_TOPK = 4
+"""Multi-TopK adds the error with so many times k latents. [Gao et al. 2024]"""
 MULTI_TOPK_WEIGHT = 1 / 8
 """Of the error with MULTI_TOPK k latents. [Gao et al. 2024, App. A.2]"""
 
@@ -25,8 +29,8 @@ VARIANCE_FLOOR = 1e-8
 have unit variance."""
 
 
-class Objective(NamedTuple):
-    """What a forward pass of training gives."""
+class Reconstruction(NamedTuple):
+    """What an objective makes of a batch."""
 
     loss: Tensor
     """What is minimised, apart from the loss of dead latents (scalar)."""
@@ -39,8 +43,105 @@ class Objective(NamedTuple):
     decoded: SparseCodes
     """All latents that were decoded here (`SAE.own`); the gradient of their values comes from
     decoding alone."""
-    penalties: dict[str, Tensor]
-    """Losses that are part of `loss` with a coefficient, by name, without it (scalars)."""
+    penalties: dict[str, Penalty]
+    """Other losses, by name."""
+
+
+class Objective:
+    """What the reconstruction is judged by. See `kronsae.registry` for how to add another one."""
+
+    title: ClassVar[str] = ""
+    """How the name of an SAE says it."""
+    Settings: ClassVar[type | None] = None
+    """Frozen dataclass of `kronsae.config.setting`s of its own: flags, and part of SAEConfig."""
+    nested: ClassVar[bool] = False
+    """Whether prefixes of the dictionary reconstruct, too (`SAEConfig.prefixes`)."""
+    fused: ClassVar[bool] = False
+    """Whether `kronsae_kernels.step` can train it."""
+    shares_heads: ClassVar[bool] = False
+    """Whether processes can each hold a part of the dictionary."""
+    decoded_per_k: ClassVar[int] = 1
+    """So many times k latents of a token are decoded: for the memory of a plan."""
+
+    @classmethod
+    def check(cls, config: SAEConfig) -> None:
+        """Raise InputError for settings that it cannot be used with."""
+
+    @classmethod
+    def reconstruct(
+        cls, sae: SAE, x: Tensor, target: Tensor, tokens: int, config: TrainConfig, progress: float
+    ) -> Reconstruction:
+        """The error on normalised activations x [b, d] with the target [b, d_out], and penalties
+        that are not yet in `loss`.
+
+        tokens: B, of the whole batch of which x is this process's part.
+        progress: share of the training that is done, from 0 to 1.
+        """
+        raise NotImplementedError
+
+
+@OBJECTIVES.register("plain")
+class Plain(Objective):
+    """The mean squared error with all active latents."""
+
+    fused = shares_heads = True
+
+    @classmethod
+    def reconstruct(cls, sae, x, target, tokens, config, progress):
+        codes, penalties = sae.selection.codes_and_penalties(sae, x, config, progress)
+        decoded = sae.own(codes)
+        x_hat = sae.with_skip(sae.sum_of_rows(decoded), x)
+        mse = part_of_mean(x_hat - target, tokens)
+        return Reconstruction(mse, mse, x_hat, codes, decoded, penalties)
+
+
+@OBJECTIVES.register("matryoshka")
+class Matryoshka(Objective):
+    """The sum of the errors with the active latents of each prefix of the dictionary.
+
+    [Bussmann et al. 2025; KronSAE, App. A.1]
+    """
+
+    title = "Matryoshka"
+    nested = fused = True
+
+    @classmethod
+    def reconstruct(cls, sae, x, target, tokens, config, progress):
+        codes, penalties = sae.selection.codes_and_penalties(sae, x, config, progress)
+        nested = nested_decode(codes, sae.config.prefixes, sae.W_dec, sae.b_dec)
+        nested = sae.with_skip(nested, x[:, None])
+        errors = (nested - target[:, None]).square().sum((0, 2)) / (tokens * target.shape[1])
+        return Reconstruction(errors.sum(), errors[-1], nested[:, -1], codes, codes, penalties)
+
+
+@OBJECTIVES.register("multi_topk")
+class MultiTopK(Objective):
+    """The error with k latents, and an eighth of that with MULTI_TOPK k. [Gao et al. 2024]"""
+
+    title = "Multi-TopK"
+    decoded_per_k = MULTI_TOPK
+
+    @classmethod
+    def check(cls, config):
+        if not SELECTIONS[config.selection].by_k:
+            raise InputError(
+                f"objective 'multi_topk' needs a selection by k, which {config.selection!r} is not"
+            )
+        if MULTI_TOPK * config.k > config.latents_per_token:
+            raise InputError(
+                f"objective 'multi_topk' selects {MULTI_TOPK} k = {MULTI_TOPK * config.k} latents, "
+                f"more than the {config.latents_per_token} that a token has"
+            )
+
+    @classmethod
+    def reconstruct(cls, sae, x, target, tokens, config, progress):
+        wide = sae.selection(sae, x, MULTI_TOPK * sae.config.k)
+        codes = sae.selection.cut(sae, wide, sae.config.k)
+        x_hat = sae.with_skip(sae.sum_of_rows(sae.own(codes)), x)
+        mse = part_of_mean(x_hat - target, tokens)
+        error = part_of_mean(sae.decode(wide, x) - target, tokens)
+        loss = mse + MULTI_TOPK_WEIGHT * error
+        return Reconstruction(loss, mse, x_hat, codes, wide, {})
 
 
 def objective(
@@ -49,48 +150,26 @@ def objective(
     config: TrainConfig,
     target: Tensor | None = None,
     tokens: int | None = None,
-) -> Objective:
+    progress: float = 1.0,
+) -> Reconstruction:
     """The objective of `sae.config` on normalised activations x [b, d].
 
     target: what is to be reconstructed, [b, d_target]; by default x.
     tokens: B, of the whole batch of which x is this process's part; by default b.
+    progress: share of the training that is done, from 0 to 1.
     """
     target = x if target is None else target
     tokens = len(x) if tokens is None else tokens
-    penalties = {}
-    if isinstance(sae.selection, JumpReLU):
-        codes, l0 = sae.selection.codes_and_l0(sae, x)
-        penalties["l0_loss"] = sae.mesh.data.as_part((l0 / sae.config.k - 1).square())
-    elif sae.config.objective == "multi_topk":
-        wide = sae.selection(sae, x, MULTI_TOPK * sae.config.k)
-        codes = sae.selection.cut(sae, wide, sae.config.k)
-    else:
-        codes = sae.encode(x)
+    kind = OBJECTIVES[sae.config.objective]
+    found = kind.reconstruct(sae, x, target, tokens, config, progress)
+    found.penalties.update(sae.kind.penalties(sae, x, target, tokens))
     if sae.router is not None:
-        penalties["balance_loss"] = sae.router.balance_loss(x, sae.mesh.data)
-
-    if sae.config.objective == "matryoshka":
-        # From each prefix of the dictionary. [Bussmann et al. 2025; KronSAE, App. A.1]
-        nested = nested_decode(codes, sae.config.prefixes, sae.W_dec, sae.b_dec)
-        nested = sae.with_skip(nested, x[:, None])
-        errors = (nested - target[:, None]).square().sum((0, 2)) / (tokens * target.shape[1])
-        loss, mse, x_hat = errors.sum(), errors[-1], nested[:, -1]
-        decoded = codes
-    else:
-        decoded = sae.own(codes)
-        x_hat = sae.with_skip(sae.sum_of_rows(decoded), x)
-        loss = mse = _part_of_mean(x_hat - target, tokens)
-    if sae.config.objective == "multi_topk":
-        decoded = wide
-        error = _part_of_mean(sae.decode(wide, x) - target, tokens)
-        loss = loss + MULTI_TOPK_WEIGHT * error
-    coefficients = {
-        "l0_loss": config.l0_coefficient,
-        "balance_loss": config.balance_coefficient,
-    }
-    for name, penalty in penalties.items():
-        loss = loss + coefficients[name] * penalty
-    return Objective(loss, mse, x_hat, codes, decoded, penalties)
+        balance = sae.router.balance_loss(x, sae.mesh.data)
+        found.penalties["balance_loss"] = Penalty(balance, config.balance_coefficient)
+    loss = found.loss
+    for penalty in found.penalties.values():
+        loss = loss + penalty.coefficient * penalty.loss
+    return found._replace(loss=loss)
 
 
 def auxk_latents(sae: SAEConfig, config: TrainConfig) -> int:
@@ -104,7 +183,8 @@ def auxk_tokens(sae: SAEConfig, config: TrainConfig, batch: int) -> int:
     Of config.auxk_fraction of them; of fewer if that loss has more latents a token than the rest of
     the step, so that it never gathers more than that fraction of what the rest does. At least two.
     """
-    share = config.auxk_fraction * min(1.0, sae.k / auxk_latents(sae, config))
+    auxk = auxk_latents(sae, config)
+    share = config.auxk_fraction * min(1.0, (sae.k or auxk) / auxk)
     if not (share and config.auxk_coefficient and batch >= 2):
         return 0
     return max(2, math.ceil(batch * share))
@@ -135,7 +215,7 @@ def auxk_loss(
     available = min(k, int(dead.sum()) if available is None else available)
     weight, tokens = auxk_weight(target, available, k, sae.mesh.data)
     codes = sae.own(sae.encode(x, k=available, mask=dead))
-    error = _part_of_mean(sae.sum_of_rows(codes, bias=False) - target, tokens)
+    error = part_of_mean(sae.sum_of_rows(codes, bias=False) - target, tokens)
     return error * weight, codes
 
 
@@ -152,10 +232,10 @@ def auxk_weight(
     if tokens < 2:
         raise ValueError(f"x: expected at least 2 tokens, whose variance is taken, got {tokens}")
     mean = group.sum(target.sum(0)) / tokens
-    variance = group.sum(_part_of_mean(target - mean, tokens))
+    variance = group.sum(part_of_mean(target - mean, tokens))
     return (available / k) / (variance + VARIANCE_FLOOR), tokens
 
 
-def _part_of_mean(error: Tensor, tokens: int) -> Tensor:
+def part_of_mean(error: Tensor, tokens: int) -> Tensor:
     """What errors [b, d] of some of B tokens add to the mean square over all (scalar)."""
     return error.square().sum() / (tokens * error.shape[1])

@@ -7,6 +7,7 @@ import torch
 
 from kronsae.config import SAEConfig, TrainConfig
 from kronsae.errors import InputError
+from kronsae.registry import SAE_KINDS
 from kronsae.system.parallel import Group, shape
 from kronsae_kernels import SparseCodes
 from kronsae_kernels.ranks import largest_of_all
@@ -26,15 +27,16 @@ def check_heads(config: SAEConfig, ranks: int) -> None:
     """Raise InputError if the heads of an autoencoder cannot be shared out over so many ranks."""
     if ranks == 1:
         return
-    usual = {"selection": "topk", "objective": "plain", "experts": 0}
-    for name, value in usual.items():
-        if getattr(config, name) != value:
+    for part, kinds in SAE_KINDS.items():
+        name = getattr(config, part)
+        if not kinds[name].shares_heads:
+            known = [repr(other) for other in kinds if kinds[other].shares_heads]
             raise InputError(
-                f"tensor_parallel {ranks}: {name} is {getattr(config, name)!r}, it knows {value!r} "
-                "alone"
+                f"tensor_parallel {ranks}: {part} is {name!r}, it knows {' and '.join(known)} alone"
             )
-    kron = config.encoder == "kron"
-    count, what = (config.heads, "heads") if kron else (config.dict_size, "latents")
+    if config.experts:
+        raise InputError(f"tensor_parallel {ranks}: experts is {config.experts}, it knows 0 alone")
+    count, what = (config.heads, "heads") if config.heads else (config.dict_size, "latents")
     if count % ranks:
         raise InputError(
             f"tensor_parallel {ranks}: {count:,} {what} cannot be shared out evenly over {ranks} "

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from kronsae.config import SAEConfig
 from kronsae.errors import InputError
-from kronsae.model.encoder import Encoder
+from kronsae.model.encoder import Encoder, is_every
 from kronsae.model.ranks import HELD, own_part
-from kronsae.model.selection import SELECTIONS
+from kronsae.registry import SELECTIONS
 from kronsae.system.files import replace_directory, sha256, write_sealed
 from kronsae.system.parallel import ALONE, Mesh
 from kronsae_kernels import SparseCodes, sparse_decode
@@ -89,11 +89,8 @@ class SAE(Encoder):
         self.W_enc.copy_(drawn * self.config.init_scale / (2 * self.config.dict_size) ** 0.5)
         if self.config.d_target:
             rows = self._drawn(self.W_dec, generator)
-        elif self.config.encoder == "kron":
-            base, extension = self.W_enc.split([self.config.m, self.config.n], dim=1)
-            rows = (base[:, :, None] + extension[:, None, :]).reshape(self.W_dec.shape)
         else:
-            rows = self.W_enc
+            rows = self.kind.decoder_rows(self.W_enc)
         self.W_dec.copy_(rows)
         self.normalize_decoder()
         self.b_enc.zero_()
@@ -106,8 +103,12 @@ class SAE(Encoder):
     @torch.no_grad()
     def normalize_decoder(self) -> None:
         """Scale every decoder row to unit norm."""
-        norms = torch.linalg.vector_norm(self.W_dec, dim=1, keepdim=True)
+        norms = self.decoder_norms()[:, None]
         self.W_dec.div_(norms.clamp_(min=torch.finfo(norms.dtype).tiny))
+
+    def decoder_norms(self) -> Tensor:
+        """Norms [F] of the decoder's rows."""
+        return torch.linalg.vector_norm(self.W_dec, dim=1)
 
     def encode(
         self,
@@ -150,6 +151,9 @@ class SAE(Encoder):
     ) -> Tensor:
         """Sum of the decoder rows of `own` codes, of all ranks, and of b_dec: [..., d]."""
         group = self.mesh.heads
+        if is_every(own):
+            x_hat = own.values.to(self.W_dec.dtype) @ self.W_dec
+            return x_hat + self.b_dec if bias else x_hat
         inside = self.b_dec if bias and group.size == 1 else None
         x_hat = group.total(sparse_decode(own, w_dec=self.W_dec, b_dec=inside, impl=impl))
         return x_hat + self.b_dec if bias and inside is None else x_hat
@@ -187,8 +191,7 @@ class SAE(Encoder):
         """
         config = self.config
         out_mean, out_scale = (mean, scale) if target is None else target
-        of_product = config.encoder == "kron" and config.composition != "mand"
-        share = out_scale**-0.5 if of_product else 1 / out_scale
+        share = out_scale**-0.5 if self.kind.of_degree_two else 1 / out_scale
         config = dataclasses.replace(
             config,
             eps=config.eps / out_scale**2,
@@ -201,8 +204,10 @@ class SAE(Encoder):
             """What a linear map of (x - mean) * scale takes away because of the mean (float64)."""
             return (weight.double() @ mean.double()) * scale
 
+        shift_of_rows = shift(self.W_enc)
         out.W_enc.mul_(scale * share)
-        out.b_enc.copy_((self.b_enc.double() - shift(self.W_enc)) * share)
+        out.b_enc.copy_((self.b_enc.double() - shift_of_rows) * share)
+        out.kind.fold_(shift_of_rows, share)
         bias = self.b_dec.double()
         if self.W_skip is not None:
             out.W_skip.mul_(scale / out_scale)

@@ -1,4 +1,4 @@
-"""Which latents of a token are active: TopK, BatchTopK or JumpReLU.
+"""Which latents of a token are active: TopK, BatchTopK, JumpReLU, or another `Selection`.
 
 A selection is a module that turns activations into codes, with what the encoder gives: the k
 largest latents of each token (`Encoder.largest`), or those above thresholds (`Encoder.above`). It
@@ -12,34 +12,99 @@ gets no gradient, and does not count as fired (`Encoder.fired`).
 """
 
 import math
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from kronsae.config import SAEConfig
+from kronsae.config import SAEConfig, TrainConfig
+from kronsae.errors import InputError
 from kronsae.model.encoder import Encoder, widened
+from kronsae.registry import SELECTIONS
 from kronsae.system.parallel import ALONE
 from kronsae_kernels import SparseCodes
-from kronsae_kernels.step import BELOW
+from kronsae_kernels.step import BELOW, Thresholds
 
 CANDIDATES = 2
 """A token's candidates, at first: so many times k. More are looked at only where it is needed."""
+WIDEST = 8
+"""So many times k latents BatchTopK looks at on the widest token of a batch. Seen with the embedded
+default once the loss falls slowly; in the first batches it can be all latents."""
 THRESHOLD_RATE = 0.1
 """Share of the newest batch in the running mean of BatchTopK's threshold."""
 
 
-class TopK(nn.Module):
-    """The k largest latents of each token. [Gao et al. 2024]"""
+class Penalty(NamedTuple):
+    """A loss beside the reconstruction error."""
+
+    loss: Tensor
+    """Without its coefficient (scalar)."""
+    coefficient: float
+
+
+class Selection(nn.Module):
+    """A way to select latents; parameters and buffers of its own are `sae.selection.…`.
+
+    What trains, plans, exports and describes an SAE asks its selection; nothing else knows it by
+    name. See `kronsae.registry` for how to add one.
+    """
+
+    title: ClassVar[str]
+    """How the name of an SAE says it."""
+    Settings: ClassVar[type | None] = None
+    """Frozen dataclass of `kronsae.config.setting`s of its own: flags, and part of SAEConfig."""
+    aims_at_k: ClassVar[bool] = True
+    """Whether config.k is the number of active latents, exactly or on average."""
+    by_k: ClassVar[bool] = False
+    """Whether any k can be asked for, and a smaller one `cut` from its codes."""
+    exact: ClassVar[bool] = False
+    """Whether each token gets k latents, neither more nor fewer."""
+    learns_thresholds: ClassVar[bool] = False
+    """Whether latents have thresholds that the loss learns (`jumprelu_bandwidth`)."""
+    fused: ClassVar[bool] = False
+    """Whether `kronsae_kernels.step` can train it."""
+    shares_heads: ClassVar[bool] = False
+    """Whether processes can each hold a part of the dictionary."""
 
     def __init__(self, config: SAEConfig) -> None:
         super().__init__()
+        self.config = config
+
+    @classmethod
+    def check(cls, config: SAEConfig) -> None:
+        """Raise InputError for settings that it cannot be used with."""
+
+    @classmethod
+    def parameter_count(cls, config: SAEConfig) -> int:
+        """Parameters of its own."""
+        return 0
+
+    @classmethod
+    def widest(cls, config: SAEConfig) -> int:
+        """Latents of the widest token of a batch, roughly: for the memory of a plan."""
+        return config.k
+
+    @classmethod
+    def describe(cls, config: SAEConfig) -> str:
+        """How many latents are active, in words: "50 active a token"."""
+        return f"{'' if cls.exact else 'about '}{config.k} active a token"
 
     def forward(self, sae: Encoder, x: Tensor, k: int, impl: str | None = None) -> SparseCodes:
-        return sae.largest(x, k, impl=impl)
+        """Codes of x [..., d]."""
+        raise NotImplementedError
 
     def cut(self, sae: Encoder, codes: SparseCodes, k: int) -> SparseCodes:
         """What a smaller k selects, from the codes of a larger one."""
-        return SparseCodes(codes.values[..., :k], codes.indices[..., :k])
+        raise NotImplementedError
+
+    def codes_and_penalties(
+        self, sae: Encoder, x: Tensor, config: TrainConfig, progress: float
+    ) -> tuple[SparseCodes, dict[str, Penalty]]:
+        """Codes of a batch x [B, d] in training, and losses that they bring, by name.
+
+        progress: share of the training that is done, from 0 to 1.
+        """
+        return self(sae, x, self.config.k), {}
 
     def prepare(self, sae: Encoder, x: Tensor) -> None:
         """Get ready for a batch x [B, d], before each step of the warm-up."""
@@ -50,8 +115,43 @@ class TopK(nn.Module):
     def scale_(self, factor: float) -> None:
         """Take latents in other units: all values times `factor`."""
 
+    def thresholds(self, config: TrainConfig) -> Thresholds | None:
+        """What the fused step learns of it, beside the weights."""
+        return None
 
-class BatchTopK(TopK):
+    def activity_threshold(self) -> Tensor | None:
+        """[F] such that a latent is active if its value is greater; None if k decides.
+
+        For libraries whose SAEs select so. Raises InputError if there is none yet.
+        """
+        return None
+
+    def load_activity_threshold(self, threshold: Tensor) -> dict[str, Tensor]:
+        """Its part of an SAE's state_dict that gives `activity_threshold` [F] back."""
+        return {}
+
+    @classmethod
+    def can_have(cls, threshold: Tensor | None) -> bool:
+        """Whether such an SAE can have the `activity_threshold` [F], or None."""
+        return threshold is None
+
+
+@SELECTIONS.register("topk")
+class TopK(Selection):
+    """The k largest latents of each token. [Gao et al. 2024]"""
+
+    title = "TopK"
+    by_k = exact = fused = shares_heads = True
+
+    def forward(self, sae: Encoder, x: Tensor, k: int, impl: str | None = None) -> SparseCodes:
+        return sae.largest(x, k, impl=impl)
+
+    def cut(self, sae: Encoder, codes: SparseCodes, k: int) -> SparseCodes:
+        return SparseCodes(codes.values[..., :k], codes.indices[..., :k])
+
+
+@SELECTIONS.register("batchtopk")
+class BatchTopK(Selection):
     """In training the k B largest latents of a batch; later, of each token all above a threshold.
 
     Both are exact: a token's candidates are its largest latents, and where the last of them is
@@ -63,6 +163,9 @@ class BatchTopK(TopK):
     The batch is that of all processes: each gets the candidates' values of the others.
     Memory: O(B w), w the largest number of latents on one token.
     """
+
+    title = "BatchTopK"
+    by_k = fused = True
 
     def __init__(self, config: SAEConfig) -> None:
         super().__init__(config)
@@ -115,8 +218,29 @@ class BatchTopK(TopK):
     def scale_(self, factor: float) -> None:
         self.threshold.mul_(factor)
 
+    @classmethod
+    def widest(cls, config: SAEConfig) -> int:
+        return WIDEST * config.k
 
-class JumpReLU(TopK):
+    def activity_threshold(self) -> Tensor:
+        smallest = _exact(self.threshold)
+        if smallest.isnan():
+            raise InputError("BatchTopK has no threshold yet: train the SAE before it is exported")
+        # Ours is the smallest value that is active.
+        below = torch.nextafter(smallest, torch.full_like(smallest, -torch.inf))
+        return below.expand(self.config.dict_size).clone()
+
+    def load_activity_threshold(self, threshold: Tensor) -> dict[str, Tensor]:
+        smallest = torch.nextafter(threshold[0].float(), torch.tensor(torch.inf))
+        return {"selection.threshold": smallest}
+
+    @classmethod
+    def can_have(cls, threshold: Tensor | None) -> bool:
+        return threshold is not None and bool((threshold == threshold[0]).all())
+
+
+@SELECTIONS.register("jumprelu")
+class JumpReLU(Selection):
     """Of each token every latent above a threshold of its own, which is learned.
 
     log_threshold: parameter [F]. The loss learns it through the pseudo-derivatives of `jump`, and
@@ -126,6 +250,22 @@ class JumpReLU(TopK):
     `prepare` sets all thresholds just below the smallest of the k B largest values of the batch.
     Memory: O(B w) and a chunk of scores [b, F].
     """
+
+    title = "JumpReLU"
+    learns_thresholds = fused = True
+
+    @classmethod
+    def check(cls, config: SAEConfig) -> None:
+        if config.experts:
+            raise InputError(
+                "experts scale latents by the router's probability, another one for each token: "
+                "thresholds of latents cannot follow. Leave out experts, or selection "
+                f"{config.selection!r}"
+            )
+
+    @classmethod
+    def parameter_count(cls, config: SAEConfig) -> int:
+        return config.dict_size
 
     def __init__(self, config: SAEConfig) -> None:
         super().__init__(config)
@@ -156,9 +296,30 @@ class JumpReLU(TopK):
         if smallest.isfinite():
             self.log_threshold.fill_(smallest.log() - BELOW)
 
+    def codes_and_penalties(
+        self, sae: Encoder, x: Tensor, config: TrainConfig, progress: float
+    ) -> tuple[SparseCodes, dict[str, Penalty]]:
+        codes, l0 = self.codes_and_l0(sae, x)
+        loss = sae.mesh.data.as_part((l0 / self.config.k - 1).square())
+        return codes, {"l0_loss": Penalty(loss, config.l0_coefficient)}
+
     @torch.no_grad()
     def scale_(self, factor: float) -> None:
         self.log_threshold.add_(math.log(factor))
+
+    def thresholds(self, config: TrainConfig) -> Thresholds:
+        return Thresholds(self.log_threshold, self.bandwidth, config.l0_coefficient)
+
+    def activity_threshold(self) -> Tensor:
+        return _exact(self.log_threshold).exp()
+
+    def load_activity_threshold(self, threshold: Tensor) -> dict[str, Tensor]:
+        # Values are never negative, so that a threshold below 0 is one of 0.
+        return {"selection.log_threshold": threshold.float().clamp(min=0).log()}
+
+    @classmethod
+    def can_have(cls, threshold: Tensor | None) -> bool:
+        return threshold is not None
 
 
 def jump(
@@ -208,11 +369,13 @@ def _without(values: Tensor, indices: Tensor, keep: Tensor) -> SparseCodes:
     return SparseCodes(values.where(keep, 0)[:, :width], indices[:, :width])
 
 
+def _exact(x: Tensor) -> Tensor:
+    """In float32 at least."""
+    return x.detach().to(torch.promote_types(x.dtype, torch.float32))
+
+
 def _smallest(sae: Encoder, codes: SparseCodes) -> Tensor:
     """The smallest active value of the batch (infinity if none is)."""
     active = codes.values.detach().where(sae.fired(codes), torch.inf).flatten()
     smallest = active.amin() if len(active) else active.new_tensor(torch.inf)
     return sae.mesh.data.min(smallest)
-
-
-SELECTIONS = {"topk": TopK, "batchtopk": BatchTopK, "jumprelu": JumpReLU}

@@ -15,7 +15,7 @@ import torch
 
 from kronsae.cache import CacheIndex
 from kronsae.cache.reader import group_rows
-from kronsae.config import MULTI_TOPK, DataConfig, RunConfig, SAEConfig, TrainConfig, kind_of
+from kronsae.config import DataConfig, RunConfig, SAEConfig, TrainConfig, kind_of
 from kronsae.data.activations import overlaps
 from kronsae.data.language_model import LOGITS_AT_ONCE
 from kronsae.data.rows import KEPT
@@ -27,6 +27,7 @@ from kronsae.model.objectives import auxk_latents, auxk_tokens
 from kronsae.model.ranks import check_heads, ranks_of_one
 from kronsae.plan import time as calibrate
 from kronsae.plan.outline import Outline
+from kronsae.registry import OBJECTIVES, SAE_KINDS, SELECTIONS
 from kronsae.system import parallel
 from kronsae.system.devices import compute_dtype, free_bytes, resolve_device, with_index
 from kronsae.training.learner import UNCONFIRMED, check_step
@@ -42,10 +43,6 @@ TEXT_BYTES = 30 * _MIB
 RETURNED = 32 * _MIB
 """A tensor on the CPU that is smaller leaves its memory to the C library, which keeps it; a larger
 one to the system. (The most that glibc's M_MMAP_THRESHOLD grows to, on 64 bits.)"""
-
-WIDEST = 8
-"""So many times k latents BatchTopK looks at on the widest token of a batch. Seen with the embedded
-default once the loss falls slowly; in the first batches it can be all latents."""
 
 FAR = 1.5
 """A run is refused if it needs so many times the memory that is free: plans are estimates."""
@@ -164,7 +161,9 @@ def _member(
     parameters = encoder + (sae.dict_size + 1) * sae.d_out
     parameters += sae.experts * (d + 1)  # the router
     parameters += d * sae.d_out if sae.skip else 0
-    parameters += sae.dict_size if sae.selection == "jumprelu" else 0
+    kinds = [registry[getattr(sae, part)] for part, registry in SAE_KINDS.items()]
+    encoder_kind, selection, objective = kinds
+    parameters += encoder_kind.parameter_count(sae) + selection.parameter_count(sae)
     shape = {"heads": sae.heads, "m": sae.m, "n": sae.n}
     on = auxk_tokens(sae, train, train.batch_size)
     dead = min(sae.dict_size, auxk_latents(sae, train)) if on else 0
@@ -181,20 +180,19 @@ def _member(
     own, own_rows = math.ceil(parameters / sharing_heads), sae.encoder_rows // sharing_heads
     chunk = _pre_latent_bytes(own_rows, batch, dtype, device)
     # What is selected from, and decoded: more than k latents a token at some points of the grid.
-    kept = reason is None and sae.selection != "topk"  # batches, until their steps are made
-    widest = sae.k * (WIDEST if kept or sae.selection == "batchtopk" else 1)
+    kept = reason is None and not selection.exact  # batches, until their steps are made
+    widest = selection.widest(sae)
     judged = 64 * BATCH_TOKENS * min(widest, sae.latents_per_token)
-    width = widest * (MULTI_TOPK if sae.objective == "multi_topk" else 1)
-    width = min(width, sae.latents_per_token)
+    width = min(widest * objective.decoded_per_k, sae.latents_per_token)
     codes = 64 * max(batch * width, math.ceil(on / sharing_tokens) * dead)
     if sharing_heads > 1:  # candidates of all ranks: value, index, copies to sort
         codes += 32 * sharing_heads * batch * width
         if reason is None:  # what all decode, added up in float32, and its squares
             codes += 8 * batch * sae.d_out
-    if sae.selection == "jumprelu" and reason is not None:  # [b, F]: products, values, and more
+    if not selection.by_k and reason is not None:  # [b, F]: products, values, and more
         columns = max(sae.encoder_rows, sae.dict_size)
         codes += 12 * sae.dict_size * _chunk_tokens(columns, batch, dtype, device)
-    if sae.objective == "matryoshka":  # and their gradients, and the suffix sums of these
+    if objective.nested:  # and their gradients, and the suffix sums of these
         codes += 3 * 4 * batch * len(sae.prefixes) * sae.d_out
     if kept:
         codes += 4 * batch * (d + sae.d_target) * min(UNCONFIRMED, train.log_every)
@@ -418,16 +416,17 @@ def render(plan: dict[str, Any], members: Mapping[str, RunConfig], time: dict[st
     for name, member in plan["members"].items():
         sae, lr = members[name].sae, members[name].train.lr
         shape = kind_of(vars(sae))
-        if sae.encoder == "kron":
+        if sae.heads:
             shape += f", {sae.heads:,} heads x {sae.m} x {sae.n}"
         if sae.experts:
             shape += f", {sae.experts} experts"
         ratio = member["flops_per_token_dense"] / member["flops_per_token"]
         moments = members[name].train.moments
         rounded = "" if moments == "float32" else f", moments in {moments}"
+        active = SELECTIONS[sae.selection].describe(sae)
         title = "autoencoder" if len(members) == 1 else name
         lines += [
-            f"  {title:16} {shape}, F = {member['dict_size']:,}, k = {sae.k}, "
+            f"  {title:16} {shape}, F = {member['dict_size']:,}, {active}, "
             f"{member['parameters'] / 1e6:,.1f} M parameters, lr {lr:g}, "
             f"{member['compute_dtype']}{rounded}",
             f"    multiply-adds  {member['flops_per_token'] / 1e6:,.2f} M a token (eq. 7; dense "
@@ -476,8 +475,8 @@ def _in_torch(members: Iterable[RunConfig]) -> list[str]:
     """What is made of torch calls on any device."""
     saes = [config.sae for config in members]
     parts = {
-        "latents above thresholds: torch": any(s.selection == "jumprelu" for s in saes),
-        "nested reconstructions: torch": any(s.objective == "matryoshka" for s in saes),
+        "latents above thresholds: torch": any(not SELECTIONS[s.selection].by_k for s in saes),
+        "nested reconstructions: torch": any(OBJECTIVES[s.objective].nested for s in saes),
     }
     return [part for part, there in parts.items() if there]
 

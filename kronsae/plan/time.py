@@ -215,9 +215,9 @@ def _shrunk(sae: SAEConfig, part: int) -> SAEConfig:
     while part > 1:
         size = sae.dict_size // part
         enough = size >= max(64, 8 * sae.k, sae.d_model) and sae.dict_size % part == 0
-        if enough and (sae.encoder == "dense" or sae.heads % part == 0):
+        if enough and sae.heads % part == 0:
             own = {"dict_size": size, "heads": sae.heads // part}
-            if sae.objective == "matryoshka":
+            if sae.matryoshka_first:
                 own["matryoshka_first"] = 0
             try:
                 return dataclasses.replace(sae, **own)

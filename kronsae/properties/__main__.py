@@ -10,9 +10,10 @@ from kronsae.properties.run import PropertiesParser, examine, say
 def work(argv: list[str]) -> None:
     """What the command line asks for. Raises InputError if it cannot be done."""
     parser = PropertiesParser(
-        "python -m kronsae.properties",
+        "properties",
         "Measure what the latents of a run do on a text, in one pass over it, into "
         "RUN/properties/. [KronSAE, App. D]",
+        "kronsae properties runs/MY-RUN --tokens 1M",
     )
     settings, text, flags = parser.read(argv)
     stored = examine(flags["run"], settings, text, flags["device"], say)

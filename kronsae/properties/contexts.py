@@ -104,7 +104,7 @@ def top_contexts(
             for i in strongest
         )
         head = base = extension = head_densities = None
-        if sae.config.encoder == "kron":
+        if sae.config.heads:
             m, n = sae.config.m, sae.config.n
             head, base, extension = latent // (m * n), latent // n % m, latent % n
             grid = density.reshape(-1, m, n)[head].tolist()

@@ -122,7 +122,7 @@ def measure(
     Raises InputError if there is no text.
     """
     config = sae.config
-    kron = config.encoder == "kron"
+    kron = config.heads > 0
     sample = settings.sample
     pre_count = config.heads * (config.m + config.n) if kron else 0
     if not sample:
@@ -351,7 +351,7 @@ def _tokens_of(top: Examples) -> tuple[np.ndarray, np.ndarray]:
 def _correlations(sae: SAE, codes: SparseCodes) -> tuple[np.ndarray | None, np.ndarray]:
     """Mean correlations [F] with a latent's head (None for a dense encoder) and with all others."""
     config = sae.config
-    kron = config.encoder == "kron"
+    kron = config.heads > 0
     heads, size = (config.heads, config.m * config.n) if kron else (1, config.dict_size)
     found = mean_correlations(codes, heads, size)
     spread = [torch.full((config.dict_size,), torch.nan, dtype=torch.float64) for _ in range(2)]

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kronsae.commandline import Parser
-from kronsae.config import DataConfig, base_type
+from kronsae.commandline import Parser, add_flag
+from kronsae.config import DataConfig
 from kronsae.errors import InputError
 from kronsae.interop.load import load
 from kronsae.metrics.target_model import data_of
@@ -60,7 +60,7 @@ def examine(
     nearest = nearest_rows(sae.W_dec.detach(), NEAREST)
     summary = summarise(sae, found)
     config = sae.config
-    if config.encoder == "kron":
+    if config.heads:
         shape = config.heads, config.m, config.n
         summary["cosines"] = _finite(mean_cosines(sae.W_dec.detach(), *shape))
         if nearest is not None:
@@ -118,29 +118,20 @@ def _finite(values: dict[str, float]) -> dict[str, float | None]:
 class PropertiesParser(Parser):
     """Flags of both commands: the run, the settings, the text."""
 
-    def __init__(self, prog: str, description: str) -> None:
-        super().__init__(prog=prog, description=description, argument_default=argparse.SUPPRESS)
+    def __init__(self, command: str, description: str, example: str) -> None:
+        super().__init__(command, description, example, argument_default=argparse.SUPPRESS)
         self.add_argument("run", type=Path, metavar="RUN", help="run folder")
         for spec in dataclasses.fields(Settings):
-            self._add(spec, f" (default: {spec.default:,})" if spec.default else "")
+            add_flag(self, spec)
         for spec in dataclasses.fields(DataConfig):
             if spec.name in _TEXT:
-                self._add(spec, " (default: the run's)")
+                add_flag(self, spec, default="the run's")
         self.add_argument(
             "--trust-remote-code",
             action="store_true",
             help="run code that comes with the model from the hub",
         )
         self.add_argument("--device", default="cpu", metavar="NAME", help="cpu (default) or cuda")
-
-    def _add(self, spec: dataclasses.Field, default: str) -> None:
-        kind, _ = base_type(spec)
-        self.add_argument(
-            f"--{spec.name.replace('_', '-')}",
-            type=kind,
-            metavar={int: "N", str: "NAME"}[kind],
-            help=(spec.metadata["help"] + default).replace("%", "%%"),
-        )
 
     def read(self, argv: list[str]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         """Settings, text, and the other flags. Raises InputError for anything wrong."""

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from kronsae.config import DataConfig, SAEConfig, TrainConfig
+from kronsae.config import DataConfig, SAEConfig, TrainConfig, all_settings
 from kronsae.errors import InputError
 from kronsae.runs.folder import SINGLE, RunFolder, SweepFolder, open_to_resume
 from kronsae.system.parallel import Mesh
@@ -102,24 +102,13 @@ def _other_dtype(found: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]
     return {name: given["data"][name] for name in ("dtype", "weights") if name in given["data"]}
 
 
-FREE_TO_CHANGE = {
-    *(
-        f"config.train.{name}"
-        for name in (
-            *("device", "fused_step", "cuda_graph", "tensor_parallel", "share", "rank_timeout"),
-            *("log_every", "eval_every", "checkpoint_every", "keep_checkpoints"),
-            *("tensorboard", "wandb"),
-        )
-    ),
-    *(
-        f"config.data.{name}"
-        for name in (
-            "activations",  # the contents are compared, not the place
-            *("model_device", "model_dtype", "overlap", "trust_remote_code"),
-        )
-    ),
-}
-"""Settings that a run may go on with others of."""
+def _free() -> set[str]:
+    """Settings that a run may go on with others of, as `_differences` names them."""
+    return {
+        f"config.{setting.part}.{name}"
+        for name, setting in all_settings().items()
+        if setting.spec.metadata.get("free")
+    }
 
 
 def _differences(found: Any, given: Any, name: str, member: str = "") -> list[str]:
@@ -131,6 +120,6 @@ def _differences(found: Any, given: Any, name: str, member: str = "") -> list[st
             for key in keys
             for line in _differences(found.get(key), given.get(key), f"{name}.{key}", member)
         ]
-    if found == given or name in FREE_TO_CHANGE:
+    if found == given or name in _free():
         return []
     return [f"{member}{name}: was {found!r}, is {given!r}"]

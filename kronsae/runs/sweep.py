@@ -6,23 +6,19 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from kronsae.config import SAEConfig, TrainConfig
+from kronsae.config import SAEConfig, TrainConfig, all_settings
 from kronsae.errors import InputError
 from kronsae.model.flops import flops_per_token
 
-SHARED = (
-    *("tokens", "batch_size", "data_seed", "device", "tensor_parallel", "share", "rank_timeout"),
-    *("log_every", "eval_every", "checkpoint_every", "keep_checkpoints", "tensorboard", "wandb"),
-)
-"""Settings of `TrainConfig` that are the stream's and its clock's: the same for all members."""
 
-OWN = tuple(
-    field.name
-    for cls in (SAEConfig, TrainConfig)
-    for field in dataclasses.fields(cls)
-    if field.name not in (*SHARED, "d_model")
-)
-"""Settings in which members may differ: what the autoencoder is, and how it learns."""
+def own_settings() -> tuple[str, ...]:
+    """Settings in which members may differ: what the autoencoder is, and how it learns."""
+    return tuple(
+        name
+        for name, setting in all_settings().items()
+        if setting.part != "data" and not setting.spec.metadata.get("shared")
+    )
+
 
 _RESERVED = ("checkpoints", "sweep.json", "comparison.md")
 
@@ -31,10 +27,11 @@ def one_stream(configs: Sequence[TrainConfig]) -> list[TrainConfig]:
     """The members' settings, with the first one's order of the data in all of them.
 
     So each also says how to train its SAE alone, on the same batches.
-    Raises InputError if they differ in what is `SHARED`.
+    Raises InputError if they differ in what members share.
     """
     first = configs[0]
-    for name in SHARED:
+    shared = (f.name for f in dataclasses.fields(TrainConfig) if f.metadata.get("shared"))
+    for name in shared:
         for other in configs[1:]:
             pair = getattr(first, name), getattr(other, name)
             if name == "data_seed":
@@ -107,13 +104,13 @@ def comparison(members: dict[str, dict[str, Any]]) -> tuple[list[str], list[list
     rows = []
     for name, each in members.items():
         sae = SAEConfig(**each["config"]["sae"])
-        kron = sae.encoder == "kron"
+        kron = sae.heads
         rows.append(
             [
                 name,
                 f"{sae.heads}x{sae.m}x{sae.n}" if kron else sae.encoder,
                 f"{sae.dict_size:,}",
-                str(sae.k),
+                str(sae.k) if sae.k else "–",
                 f"{flops_per_token(sae) / 1e6:,.2f}",
                 f"{each['step_ms']:,.1f}" if each["step_ms"] else "–",
                 *(f"{each['metrics'][k]:.4f}" if k in each["metrics"] else "–" for k in shown),

@@ -97,8 +97,9 @@ def fit_many(
 ) -> list[FitResult]:
     """Train any number of SAEs on the same batches, each as `fit` alone would, bit for bit.
 
-    train_configs: one for all, or one each; they may differ in what `kronsae.runs.sweep.OWN` names.
-        The order of the data is the first member's, `seed` draws each member's weights.
+    train_configs: one for all, or one each; they may differ in what
+        `kronsae.runs.sweep.own_settings` names. The order of the data is the first member's, `seed`
+        draws each member's weights.
     names: of the members, and of their run folders in `out` (default: "sae-0", "sae-1", ...).
     out: sweep folder (see `kronsae.runs.folder`).  settings: for each, as in `fit`.
     on_record: called with the member's name and each logged record.

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from kronsae.config import SAEConfig, TrainConfig
 from kronsae.errors import InputError
+from kronsae.model.encoder import add_per_latent_, is_every
 from kronsae.model.objectives import (
     VARIANCE_FLOOR,
-    Objective,
+    Reconstruction,
     auxk_latents,
     auxk_loss,
     auxk_tokens,
@@ -19,7 +20,8 @@ from kronsae.model.objectives import (
 )
 from kronsae.model.ranks import HELD
 from kronsae.model.sae import SAE
-from kronsae.model.selection import CANDIDATES, JumpReLU
+from kronsae.model.selection import CANDIDATES, Selection
+from kronsae.registry import OBJECTIVES, SAE_KINDS, SELECTIONS
 from kronsae.system.devices import compute_dtype
 from kronsae.system.parallel import ALONE, Mesh
 from kronsae_kernels import SparseCodes
@@ -81,19 +83,19 @@ def why_not_fused(
         )
     if config.fused_step == "auto" and device.type == "cpu":
         return "it is made of kernels for a GPU"
-    if sae.selection == "jumprelu" and sae.eps:
-        return f"eps is {sae.eps:g}, with selection 'jumprelu' it knows 0 alone"
-    kinds = {
-        "selection": ("topk", "batchtopk", "jumprelu"),
-        "objective": ("plain", "matryoshka"),
-        "experts": (0,),
-        "skip": (False,),
+    if SELECTIONS[sae.selection].learns_thresholds and sae.eps:
+        return f"eps is {sae.eps:g}, with selection {sae.selection!r} it knows 0 alone"
+    known: dict[str, list[Any]] = {
+        part: [name for name in kinds if kinds[name].fused] for part, kinds in SAE_KINDS.items()
     }
-    for name, known in kinds.items():
-        if getattr(sae, name) not in known:
-            kinds_known = " and ".join(map(repr, known))
-            return f"{name} is {getattr(sae, name)!r}, it knows {kinds_known} alone"
-    prefixes = len(sae.prefixes) if sae.objective == "matryoshka" else 0
+    known |= {"experts": [0], "skip": [False]}
+    for name, values in known.items():
+        if getattr(sae, name) not in values:
+            return (
+                f"{name} is {getattr(sae, name)!r}, it knows {' and '.join(map(repr, values))} "
+                "alone"
+            )
+    prefixes = len(sae.prefixes) if OBJECTIVES[sae.objective].nested else 0
     if prefixes > fused.MAX_PREFIXES:
         return f"{prefixes} prefixes are too many for one program (at most {fused.MAX_PREFIXES})"
     width = max(sae.d_model, sae.d_out)
@@ -229,11 +231,10 @@ class Learner:
             self.optimizer.state[parameter] = moments[names[name]]
         self.fused: fused.TrainingStep | None = None
         if reason is None:
-            kron = sae_config.encoder == "kron"
             self.fused = fused.TrainingStep(
                 **{n: weights[name] for name, n in names.items() if n in fused.NAMES},
                 k=sae_config.k,
-                m=sae_config.m if kron else None,
+                m=sae_config.m or None,
                 composition=sae_config.composition,
                 eps=sae_config.eps,
                 dtype=self.dtype,
@@ -243,7 +244,7 @@ class Learner:
                 moments=config.moments,
                 state=moments,
                 silent=self.tokens_since_fired,
-                thresholds=self._thresholds(),
+                thresholds=self.sae.selection.thresholds(config),
                 ranks=mesh.heads,
             )
         self._graphs: dict[_Form, fused.GraphedStep] = {}
@@ -255,20 +256,11 @@ class Learner:
         # Candidates a token (None where there are always k), and the arguments of the last steps,
         # which the device may not have made.
         self._width: int | None = None
-        if self.fused is not None and sae_config.selection != "topk":
+        if self.fused is not None and not self.sae.selection.exact:
             self._width = min(CANDIDATES * sae_config.k, sae_config.dict_size)
         self._kept: list[tuple[Tensor, float, Tensor | None, _Form]] = []
         # No latent is dead before so many tokens: until then the fused step looks for none.
         self.quiet_until = config.dead_after
-
-    def _thresholds(self) -> fused.Thresholds | None:
-        """What the fused step trains beside the weights of all autoencoders."""
-        if not isinstance(self.sae.selection, JumpReLU):
-            return None
-        selection = self.sae.selection
-        return fused.Thresholds(
-            selection.log_threshold, selection.bandwidth, self.config.l0_coefficient
-        )
 
     @property
     def _warming_up(self) -> bool:
@@ -409,8 +401,12 @@ class Learner:
 
     def _count_fired(self, tokens: int, own: SparseCodes) -> None:
         """Count how long each latent has been silent, after a batch of so many tokens."""
-        fired = torch.zeros_like(self.tokens_since_fired, dtype=torch.uint8)
-        fired[own.indices[self.sae.fired(own)]] = 1
+        active = self.sae.fired(own)
+        if is_every(own):
+            fired = active.any(0).to(torch.uint8)
+        else:
+            fired = torch.zeros_like(self.tokens_since_fired, dtype=torch.uint8)
+            fired[own.indices[active]] = 1
         self.tokens_since_fired += tokens
         self.tokens_since_fired[self.mesh.data.max(fired).bool()] = 0
 
@@ -427,7 +423,8 @@ class Learner:
         for parameters in self.optimizer.param_groups:
             parameters["lr"] = lr
         with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32):
-            found = objective(sae, x, config, target, tokens)
+            progress = self.tokens / config.tokens
+            found = objective(sae, x, config, target, tokens, progress)
             decoded, aux = [found.decoded], x.new_zeros(())
             if dying.measured:
                 part = dying.part
@@ -557,7 +554,7 @@ class Learner:
         there are fewer dead ones than `auxk`, the missing ones are zeros.
         """
         sae, config = self.sae.config, self.config
-        bounds = sae.prefixes if sae.objective == "matryoshka" else None
+        bounds = sae.prefixes if OBJECTIVES[sae.objective].nested else None
         if form.prepares:
             self.fused.set_thresholds(x, width=width)
         out, aux = self.fused.accumulate(x, target=target, bounds=bounds, width=width), None
@@ -578,10 +575,12 @@ class Learner:
             )
             aux = of_dead.loss * weight / config.auxk_coefficient
         norm = self.fused.apply(lr, max_norm=config.max_grad_norm or None)
-        if sae.selection == "batchtopk":  # without a step there is nothing that it has selected
+        selection = self.sae.selection
+        if type(selection).update is not Selection.update:
+            # Without a step there is nothing that it has selected.
             values, indices = out.codes
             codes = SparseCodes(values.masked_fill(norm.isnan(), 0), indices)
-            self.sae.selection.update(self.sae, codes)
+            selection.update(self.sae, codes)
         more = {} if bounds is None else {"objective": out.loss}
         if out.l0_loss is not None:
             loss = out.loss + config.l0_coefficient * out.l0_loss
@@ -639,10 +638,11 @@ def _diverged(reason: str) -> str:
     return f"{reason}, {SKIPS} batches in a row: training has diverged, try a smaller lr"
 
 
-def _more(found: Objective) -> dict[str, Tensor]:
+def _more(found: Reconstruction) -> dict[str, Tensor]:
     """Penalties, and the loss as a whole where it is more than the error."""
-    whole = {} if found.loss is found.mse else {"objective": found.loss}
-    return {name: loss.detach() for name, loss in (found.penalties | whole).items()}
+    losses = {name: penalty.loss for name, penalty in found.penalties.items()}
+    losses |= {} if found.loss is found.mse else {"objective": found.loss}
+    return {name: loss.detach() for name, loss in losses.items()}
 
 
 @torch.no_grad()
@@ -654,8 +654,9 @@ def remove_parallel_component(w_dec: Tensor, decoded: list[SparseCodes]) -> None
     z dL/dz: no pass over [F, d] is needed to find it.
     """
     along = w_dec.new_zeros(w_dec.shape[0])
-    for values, indices in decoded:
-        along.index_add_(0, indices.flatten(), (values * values.grad).flatten().to(along.dtype))
+    for codes in decoded:
+        products = (codes.values * codes.values.grad).to(along.dtype)
+        add_per_latent_(along, codes, products)
     w_dec.grad.addcmul_(w_dec, along[:, None], value=-1)
 
 

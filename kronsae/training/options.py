@@ -14,25 +14,68 @@ from typing import Any
 
 from kronsae.cache.index import DESCRIBED, CacheIndex
 from kronsae.cache.reader import places_of
-from kronsae.commandline import Parser, add_flag
+from kronsae.commandline import Parser, add_flag, shown
 from kronsae.config import (
     EMBEDDED,
     PAPER_DICT_SIZE,
+    PARTS,
     DataConfig,
     RunConfig,
     SAEConfig,
-    TrainConfig,
+    all_settings,
+    flag,
+    flat,
     from_dict,
+    nested,
     untrusted,
 )
 from kronsae.errors import InputError
 from kronsae.model.flops import equal_budget, flops_per_token
 from kronsae.runs.folder import SINGLE, SweepFolder, open_to_resume
-from kronsae.runs.resume import FREE_TO_CHANGE
-from kronsae.runs.sweep import OWN, check_names, name_of, one_stream, product
+from kronsae.runs.sweep import check_names, name_of, one_stream, own_settings, product
 
-PARTS: dict[str, type] = {"data": DataConfig, "sae": SAEConfig, "train": TrainConfig}
-_PART_OF = {f.name: part for part, cls in PARTS.items() for f in dataclasses.fields(cls)}
+OTHER_NAMES = {
+    "--architecture": "--encoder (kron, dense, gated) and --selection (topk, batchtopk, jumprelu, "
+    "relu): 'standard' is --encoder dense --selection relu, 'gated' is --encoder gated "
+    "--selection relu, 'topk' is --encoder dense --selection topk",
+    "--activation": "--selection (topk, batchtopk, jumprelu, relu)",
+    "--expansion-factor": "--dict-size N, the number of latents: expansion factor times d_model",
+    "--expansion_factor": "--dict-size N, the number of latents: expansion factor times d_model",
+    "--d-sae": "--dict-size N",
+    "--d_sae": "--dict-size N",
+    "--num-latents": "--dict-size N",
+    "--num_latents": "--dict-size N",
+    "--d-in": "taken from the model (--d-model N checks it)",
+    "--d_in": "taken from the model (--d-model N checks it)",
+    "--hook-name": "--layer N (blocks.N.hook_resid_post is --layer N), or --hookpoint NAME, a "
+    "module of the transformers model",
+    "--hook_name": "--layer N (blocks.N.hook_resid_post is --layer N), or --hookpoint NAME, a "
+    "module of the transformers model",
+    "--hookpoints": "--layer N or --hookpoint NAME, one a run (harvest takes several)",
+    "--layers": "--layer N, one a run (harvest takes several)",
+    "--model-name": "--model NAME",
+    "--model_name": "--model NAME",
+    "--dataset-path": "--dataset NAME",
+    "--dataset_path": "--dataset NAME",
+    "--training-tokens": "--tokens N",
+    "--training_tokens": "--tokens N",
+    "--max-tokens": "--tokens N",
+    "--train-batch-size-tokens": "--batch-size N, in tokens",
+    "--train_batch_size_tokens": "--batch-size N, in tokens",
+    "--context-size": "--context-length N",
+    "--context_size": "--context-length N",
+    "--ctx-len": "--context-length N",
+    "--ctx_len": "--context-length N",
+    "--auxk-alpha": "--auxk-coefficient X",
+    "--auxk_alpha": "--auxk-coefficient X",
+    "--dead-feature-threshold": "--dead-after-tokens N",
+    "--run-name": "--out DIR",
+    "--run_name": "--out DIR",
+    "--log-to-wandb": "--wandb PROJECT",
+    "--log_to_wandb": "--wandb PROJECT",
+    "--transcode": "--target-hookpoint NAME",
+}
+"""What SAELens, sparsify and dictionary_learning call a setting, and what it is here."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,12 +145,14 @@ def _at_width(sae: SAEConfig, d_model: int, d_target: int) -> SAEConfig:
 def make_parser() -> Parser:
     """One flag a field of the configs, and those of the run itself."""
     parser = Parser(
-        prog="python -m kronsae.train",
-        description="Train a sparse autoencoder on a language model's activations. Without "
-        "arguments: a small model and text that are on this computer, in about two minutes.",
+        "train",
+        "Train a sparse autoencoder on a language model's activations. Without flags it trains on "
+        "a small model and text that are on this computer, in about two minutes.",
+        "kronsae train\n"
+        "kronsae train --model EleutherAI/pythia-160m --layer 6 --tokens 500M \\\n"
+        "    --dataset HuggingFaceFW/fineweb-edu --streaming --dict-size 32768 --k 50",
+        OTHER_NAMES,
         usage="%(prog)s [--model NAME --layer N --dataset NAME --tokens N ...]",
-        epilog="With --model embedded other defaults apply: "
-        + ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in EMBEDDED.items()),
         argument_default=argparse.SUPPRESS,
     )
     run = parser.add_argument_group("run")
@@ -121,7 +166,7 @@ def make_parser() -> Parser:
         metavar="FILE",
         help="train several autoencoders on one stream of activations: a JSON list with an object "
         'for each, of what it has of its own, as {"m": 2, "lr": 0.001, "name": "thin"}. Flags that '
-        "take several values ([N ...]) make a sweep, too: one for each combination, of each entry",
+        "take several values (N ...) make a sweep, too: one for each combination, of each entry",
     )
     run.add_argument(
         "--iso-flops-of",
@@ -134,12 +179,30 @@ def make_parser() -> Parser:
         action="store_true",
         help="start even if the plan needs far more memory than is free",
     )
-    titles = {"data": "language model and text", "sae": "autoencoder", "train": "training"}
-    for part, cls in PARTS.items():
-        group = parser.add_argument_group(titles[part])
-        for spec in dataclasses.fields(cls):
-            add_flag(group, spec, several=spec.name in OWN)
+    titles = {
+        "data": "language model and text",
+        "sae": "autoencoder",
+        "train": "training",
+    }
+    groups: dict[str, Any] = {}
+    own = own_settings()
+    for name, setting in all_settings().items():
+        title = setting.spec.metadata.get("group", titles[setting.part])
+        if title not in groups:
+            groups[title] = parser.add_argument_group(title)
+        default = _default_of(name, setting.spec)
+        add_flag(groups[title], setting.spec, several=name in own, default=default)
     return parser
+
+
+def _default_of(name: str, spec: dataclasses.Field[Any]) -> str | None:
+    """What holds without the flag, where it is not the field's own default alone."""
+    usual = {"dict_size": shown(PAPER_DICT_SIZE), "m": "4", "n": "4"}.get(name)
+    usual = usual or (shown(spec.default) if spec.default else "")
+    if name not in EMBEDDED or usual == shown(EMBEDDED[name]):
+        return usual or None
+    of_embedded = f"{shown(EMBEDDED[name])} with --model embedded"
+    return f"{usual}; {of_embedded}" if usual else of_embedded
 
 
 def parse(argv: list[str] | None = None) -> Request:
@@ -182,8 +245,7 @@ def _members(
     """The members of a sweep: each entry of its file, with each combination of the lists."""
     for name, values in lists.items():
         if len(set(values)) < len(values):
-            flag = "--" + name.replace("_", "-")
-            raise InputError(f"{flag} has the same value twice: {values}")
+            raise InputError(f"{flag(name)} has the same value twice: {values}")
     entries = [{}] if sweep is None else _read_sweep(sweep)
     configs: dict[str, RunConfig] = {}
     names = []
@@ -210,6 +272,7 @@ def _members(
 def _read_sweep(path: Path) -> list[dict[str, Any]]:
     """The entries of a sweep file. Raises InputError for what a member cannot have of its own."""
     document = _read_json(path, "--sweep")
+    own = own_settings()
     if not isinstance(document, list) or not document:
         raise InputError(
             f"--sweep {path}: expected a JSON list of objects, one for each autoencoder, "
@@ -222,12 +285,12 @@ def _read_sweep(path: Path) -> list[dict[str, Any]]:
         if not isinstance(entry.get("name", ""), str):
             raise InputError(f"{where}: name: expected a string, got {entry['name']!r}")
         for name in entry:
-            if name not in (*OWN, "name"):
+            if name not in (*own, "name"):
                 raise InputError(
                     f"{where}: {name} decides the stream of activations (or the clock) of all "
                     "members, and cannot be one's own: give it as a flag"
-                    if name in _PART_OF
-                    else f"{where}: there is no setting {name!r}; known are {', '.join(OWN)}"
+                    if name in all_settings()
+                    else f"{where}: there is no setting {name!r}; known are {', '.join(own)}"
                 )
     return document
 
@@ -256,7 +319,7 @@ def build(flags: dict[str, Any], file: dict[str, Any] | None = None) -> RunConfi
     given = dict(file or {})
     _drop_overruled(given, flags)
     given |= flags
-    defaults = {f.name: f.default for cls in PARTS.values() for f in dataclasses.fields(cls)}
+    defaults = {name: setting.spec.default for name, setting in all_settings().items()}
     explicit = {k: v for k, v in given.items() if k in flags or v != defaults[k]}
     if given.get("activations") is not None:
         given |= _of_cache(given, explicit, flags)
@@ -265,11 +328,10 @@ def build(flags: dict[str, Any], file: dict[str, Any] | None = None) -> RunConfi
     _drop_overruled(settings, given)
     settings |= given
     _check_effects({**defaults, **settings}, explicit)
-    parts = {
-        part: from_dict(cls, {k: v for k, v in settings.items() if _PART_OF[k] == part}, "settings")
-        for part, cls in PARTS.items()
-    }
-    config = RunConfig(**parts)
+    parts = nested(settings)
+    config = RunConfig(
+        **{part: from_dict(cls, parts[part], "settings") for part, cls in PARTS.items()}
+    )
     if config.data.layer is None and config.data.hookpoint is None:
         raise InputError(
             f"--model {model} needs --layer N (the residual stream after block N, from 0) "
@@ -292,7 +354,7 @@ def _of_cache(
     for name in DESCRIBED:
         if name in flags or explicit.get(name, decided[name]) != decided[name]:
             raise InputError(
-                f"--{name.replace('_', '-')} {explicit[name]} has no effect with --activations, "
+                f"{flag(name)} {explicit[name]} has no effect with --activations, "
                 f"which was harvested with {decided[name]}: leave it out"
             )
         explicit.pop(name, None)
@@ -312,20 +374,12 @@ def _drop_overruled(lower: dict[str, Any], higher: dict[str, Any]) -> None:
                 lower.pop(name, None)
     elif (higher.get("m") or higher.get("n")) and lower.get("dict_size"):
         lower.pop("heads", None)
-    if higher.get("encoder") == "dense":
-        for name in ("heads", "m", "n", "composition", "eps"):
-            if name not in higher:
-                lower.pop(name, None)
-    for name, value, dependent in (
-        ("selection", "jumprelu", ("jumprelu_bandwidth", "l0_coefficient")),
-        ("objective", "matryoshka", ("matryoshka_first",)),
-    ):
-        if higher.get(name, value) != value:
-            for setting in dependent:
-                if setting not in higher:
-                    lower.pop(setting, None)
-    if higher.get("experts") == 0 and "balance_coefficient" not in higher:
-        lower.pop("balance_coefficient", None)
+    known = all_settings()
+    together = {**{name: setting.spec.default for name, setting in known.items()}, **lower}
+    together |= higher
+    for name in list(lower):
+        if name not in higher and known[name].no_effect(together) is not None:
+            lower.pop(name)
     reads = ("model", "layer", "hookpoint", "activations")
     if any(name in higher for name in reads) and "d_model" not in higher:
         lower.pop("d_model", None)
@@ -338,65 +392,10 @@ def _drop_overruled(lower: dict[str, Any], higher: dict[str, Any]) -> None:
 
 def _check_effects(settings: dict[str, Any], given: dict[str, Any]) -> None:
     """Raise InputError for a setting in `given` that changes nothing beside the others."""
-    rules = [
-        (
-            ("heads", "m", "n", "composition", "eps"),
-            settings["encoder"] == "dense",
-            "--encoder dense",
-        ),
-        (
-            ("eps",),
-            settings["composition"] != "mand",
-            f"--composition {settings['composition']}",
-        ),
-        (
-            ("jumprelu_bandwidth", "l0_coefficient"),
-            settings["selection"] != "jumprelu",
-            f"--selection {settings['selection']}",
-        ),
-        (("balance_coefficient",), settings["experts"] == 0, "--experts 0"),
-        (
-            ("d_target", "skip"),
-            settings["target_hookpoint"] is None,
-            "an autoencoder (a transcoder has a --target-hookpoint)",
-        ),
-        (
-            ("matryoshka_first",),
-            settings["objective"] != "matryoshka",
-            f"--objective {settings['objective']}",
-        ),
-        (
-            ("auxk", "auxk_fraction"),
-            settings["auxk_coefficient"] == 0,
-            "--auxk-coefficient 0",
-        ),
-        (("auxk",), settings["auxk_fraction"] == 0, "--auxk-fraction 0"),
-        (
-            ("model_device", "overlap"),
-            settings["activations"] is not None,
-            "--activations: no language model runs beside the autoencoder",
-        ),
-        (
-            ("activations_order",),
-            settings["activations"] is None,
-            "a language model that is read live (a cache is named by --activations)",
-        ),
-        (
-            ("revision", "trust_remote_code"),
-            settings["model"] == "embedded",
-            "--model embedded",
-        ),
-        (
-            ("dataset_config", "split", "streaming", "text_column"),
-            settings["dataset"] == "stdlib",
-            "--dataset stdlib",
-        ),
-    ]
-    for names, holds, reason in rules:
-        for name in names:
-            if holds and name in given and given[name] not in (0, None):
-                flag = "--" + name.replace("_", "-")
-                raise InputError(f"{flag} has no effect with {reason}: leave it out")
+    for name, setting in all_settings().items():
+        reason = setting.no_effect(settings) if given.get(name) not in (0, None) else None
+        if reason is not None:
+            raise InputError(f"{flag(name)} has no effect with {reason}: leave it out")
 
 
 def _resumed(
@@ -407,13 +406,13 @@ def _resumed(
 ) -> Request:
     for name in ("out", "config", "sweep", "iso_flops_of"):
         if run[name] is not None:
-            flag = "--" + name.replace("_", "-")
-            raise InputError(f"--resume takes everything from the run folder: no {flag}")
+            raise InputError(f"--resume takes everything from the run folder: no {flag(name)}")
+    known = all_settings()
     for name in flags:
-        if f"config.{_PART_OF[name]}.{name}" not in FREE_TO_CHANGE or name in lists:
+        if not known[name].spec.metadata.get("free") or name in lists:
             raise InputError(
-                f"--{name.replace('_', '-')} cannot change when a run is resumed: "
-                "leave it out, or start a new run"
+                f"{flag(name)} cannot change when a run is resumed: leave it out, or start a new "
+                "run"
             )
     folder, settings = open_to_resume(run["resume"])
     members = {}
@@ -424,8 +423,8 @@ def _resumed(
                 f"{run['resume']} was trained from tensors: resume it with kronsae.train.fit"
             )
         stored["data"] = untrusted(stored["data"])
-        for flag, value in flags.items():
-            stored[_PART_OF[flag]][flag] = value
+        for setting, value in flags.items():
+            stored[known[setting].part][setting] = value
         parts = {
             part: from_dict(cls, stored[part], str(run["resume"])) for part, cls in PARTS.items()
         }
@@ -449,20 +448,16 @@ def _read_config(path: Path) -> dict[str, Any]:
             f"--config {path}: expected a JSON object with the parts {list(PARTS)}, "
             f"each an object of settings, got {str(parts)[:80]}"
         )
-    flat: dict[str, Any] = {}
+    settings: dict[str, Any] = {}
     for part, values in parts.items():
-        known = {f.name for f in dataclasses.fields(PARTS[part])}
-        for name, value in (values or {}).items():
-            if name not in known:
-                raise InputError(f"--config {path}: {part} has no setting {name!r}")
-            flat[name] = value
-    return untrusted(flat)
+        settings |= flat(part, values or {}, f"--config {path}")
+    return untrusted(settings)
 
 
 def _unknown(argument: str, parser: Parser, argv: list[str]) -> str:
     before = [flag for flag in argv[: argv.index(argument)] if flag.startswith("--")]
     name = before[-1].removeprefix("--").replace("-", "_") if before else ""
-    if not argument.startswith("-") and name in _PART_OF and name not in OWN:
+    if not argument.startswith("-") and name in all_settings() and name not in own_settings():
         return (
             f"unknown argument {argument!r}: {before[-1]} takes one value, which all members of a "
             "sweep share"

@@ -1,0 +1,88 @@
+"""ReLU: every latent above 0 is active, and an L1 penalty keeps them few."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kronsae.config import SAEConfig, TrainConfig, setting
+from kronsae.errors import InputError
+from kronsae.model.encoder import Encoder
+from kronsae.model.selection import Penalty, Selection
+from kronsae.registry import SELECTIONS
+from kronsae_kernels import SparseCodes
+
+
+@dataclass(frozen=True)
+class ReLUSettings:
+    """Settings of selection "relu"."""
+
+    l1_coefficient: float = setting(
+        3.0,
+        "relu: weight of the sum of a token's latents beside its squared error, both in units of "
+        "activations whose mean squared norm is d_model, as in SAELens",
+    )
+    l1_warmup_fraction: float = setting(
+        0.1, "relu: share of the training in which that weight grows from 0"
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.l1_coefficient < float("inf"):
+            raise InputError(f"l1_coefficient: expected >= 0, got {self.l1_coefficient}")
+        if not 0 <= self.l1_warmup_fraction <= 1:
+            raise InputError(f"l1_warmup_fraction: expected 0 to 1, got {self.l1_warmup_fraction}")
+
+
+@SELECTIONS.register("relu")
+class ReLU(Selection):
+    """Every active latent is selected; how many there are is what the L1 penalty leaves.
+
+    loss = mean over tokens of (squared error + l1_coefficient * sum of latents) / d_model; latents
+    count as much as their decoder row is long. [Bricken et al. 2023; Conerly et al. 2024]
+    Memory: in training O(B F), as most latents are active at its start.
+    """
+
+    title = "ReLU"
+    Settings = ReLUSettings
+    aims_at_k = False
+
+    @classmethod
+    def check(cls, config: SAEConfig) -> None:
+        if config.experts:
+            raise InputError(
+                "selection 'relu' takes all latents above 0, and experts give a token those of one "
+                "expert: leave out experts, or select by k"
+            )
+
+    @classmethod
+    def widest(cls, config: SAEConfig) -> int:
+        return config.dict_size // 2
+
+    @classmethod
+    def describe(cls, config: SAEConfig) -> str:
+        coefficient = config.selection_settings.l1_coefficient
+        return f"as many active a token as l1_coefficient {coefficient:g} leaves"
+
+    def forward(self, sae: Encoder, x: Tensor, k: int, impl: str | None = None) -> SparseCodes:
+        return sae.above(x, sae.b_enc.new_full((sae.dict_size,), sae.silent_value), impl=impl)
+
+    def codes_and_penalties(
+        self, sae: Encoder, x: Tensor, config: TrainConfig, progress: float
+    ) -> tuple[SparseCodes, dict[str, Penalty]]:
+        settings = self.config.selection_settings
+        values, indices = codes = sae.every(x)
+        norms = None if config.decoder_norm == "unit" else sae.decoder_norms()
+        tokens = sae.mesh.data.count(len(x), x.device)
+        loss = sae.kind.l1(sae, x, codes, norms) / (tokens * sae.d_model)
+        warm = settings.l1_warmup_fraction
+        grown = min(1.0, progress / warm) if warm else 1.0
+        # A node of their own, so that the gradient of what is decoded has nothing of the penalty.
+        codes = SparseCodes(values.view_as(values), indices)
+        return codes, {"l1_loss": Penalty(loss, grown * settings.l1_coefficient)}
+
+    def activity_threshold(self) -> Tensor:
+        return torch.zeros(self.config.dict_size)
+
+    @classmethod
+    def can_have(cls, threshold: Tensor | None) -> bool:
+        return threshold is not None and not threshold.any()

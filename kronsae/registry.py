@@ -1,0 +1,121 @@
+"""Kinds of things that a configuration names, and how anyone adds another one.
+
+    from kronsae.model.selection import Selection
+    from kronsae.registry import SELECTIONS
+
+    @SELECTIONS.register("mine")
+    class Mine(Selection): ...
+
+A kind is known once its module is imported: ours with `kronsae`; a file of your own by
+`--plugin FILE` or `load_plugin`; that of an installed package by an entry point of the group
+"kronsae.plugins", which names the module.
+"""
+
+import importlib.util
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from kronsae.errors import InputError
+
+Kind = TypeVar("Kind")
+
+
+class Registry(Mapping[str, Kind], Generic[Kind]):
+    """Kinds of one thing by name, in the order in which they were registered."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self._kinds: dict[str, Kind] = {}
+
+    def register(self, name: str) -> Callable[[Kind], Kind]:
+        """Decorator that adds a kind. Raises InputError if the name is another one's."""
+
+        def add(kind: Kind) -> Kind:
+            known = self._kinds.get(name)
+            # The same file may be run twice, as a plugin and as an imported module.
+            if known is not None and _place(known) != _place(kind):
+                raise InputError(f"{self.what} {name!r} is already registered, by {known!r}")
+            self._kinds[name] = kind
+            return kind
+
+        return add
+
+    def __getitem__(self, name: str) -> Kind:
+        """The kind of that name. Raises InputError if there is none."""
+        try:
+            return self._kinds[name]
+        except (KeyError, TypeError):
+            raise InputError(
+                f"{self.what}: one of {tuple(self._kinds)}, not {name!r} (a kind of your own, or "
+                "another package's, is registered by --plugin FILE, or by importing its module)"
+            ) from None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._kinds
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._kinds)
+
+    def __len__(self) -> int:
+        return len(self._kinds)
+
+
+def _place(kind: Any) -> tuple[str | None, str]:
+    module = sys.modules.get(kind.__module__)
+    return getattr(module, "__file__", None), kind.__qualname__
+
+
+ENCODERS: Registry[Any] = Registry("encoder")
+"""`kronsae.model.encoder.EncoderKind`s."""
+SELECTIONS: Registry[Any] = Registry("selection")
+"""`kronsae.model.selection.Selection`s."""
+OBJECTIVES: Registry[Any] = Registry("objective")
+"""`kronsae.model.objectives.Objective`s."""
+
+SAE_KINDS: dict[str, Registry[Any]] = {
+    "encoder": ENCODERS,
+    "selection": SELECTIONS,
+    "objective": OBJECTIVES,
+}
+"""By the field of `SAEConfig` that names a kind of it."""
+
+
+def load_plugin(path: str | Path) -> None:
+    """Run a Python file that registers kinds. Raises InputError if that cannot be done."""
+    path = Path(path).resolve()
+    name = f"kronsae_plugin_{path.stem}"
+    if getattr(sys.modules.get(name), "__file__", None) == str(path):
+        return
+    if not path.is_file():
+        raise InputError(f"--plugin {path}: there is no such file")
+    spec = importlib.util.spec_from_file_location(name, path)
+    if spec is None or spec.loader is None:
+        raise InputError(f"--plugin {path}: expected a Python file, whose name ends in .py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # which dataclasses look into
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        del sys.modules[name]
+        line = traceback.extract_tb(error.__traceback__)[-1].lineno
+        where = f", line {line}" if not isinstance(error, SyntaxError) else ""
+        raise InputError(f"--plugin {path}{where}: {type(error).__name__}: {error}") from error
+
+
+def load_installed_plugins() -> None:
+    """Import what installed packages name as entry points; one that fails is left out, with a
+    warning."""
+    for point in entry_points(group="kronsae.plugins"):
+        try:
+            point.load()
+        except Exception as error:
+            warnings.warn(
+                f"the plugin {point.name} ({point.value}) of an installed package is left out: "
+                f"{type(error).__name__}: {error}",
+                stacklevel=2,
+            )

@@ -1,0 +1,175 @@
+"""Kinds from outside: a file of one's own adds a selection that every command knows."""
+
+import json
+import re
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+import kronsae
+from kronsae import InputError, SAEConfig
+from kronsae.__main__ import main as command
+from kronsae.config import all_settings
+from kronsae.interop import module_of
+from kronsae.registry import OBJECTIVES, SELECTIONS, Registry, load_plugin
+from kronsae.runs.folder import RunFolder
+
+CONTRIBUTING = Path(__file__).parent.parent / "CONTRIBUTING.md"
+TRAIN = (
+    *("--tokens", "6000", "--batch-size", "500", "--dict-size", "64", "--heldout-tokens", "512"),
+    *("--context-length", "128", "--buffer-tokens", "2048", "--k", "8", "--eval-every", "0"),
+    *("--device", "cpu"),
+)
+
+
+@pytest.fixture
+def plugin(tmp_path):
+    """The example of CONTRIBUTING.md, as a file."""
+    [code] = re.findall(r"```python\n# mine.py\n(.*?)```", CONTRIBUTING.read_text(), re.DOTALL)
+    path = tmp_path / "mine.py"
+    path.write_text(code)
+    yield path
+    SELECTIONS._kinds.pop("mine", None)
+
+
+def test_a_selection_of_ones_own_from_training_to_export(plugin, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    own = ("--plugin", str(plugin), "--selection", "mine")
+    assert command(["train", *own, *TRAIN, "--plan"]) == 0
+    assert "Fading TopK" in capsys.readouterr().out
+    assert command(["train", *own, *TRAIN, "--half-life", "3", "--out", "run"]) == 0
+    _, settings = RunFolder.open("run")
+    assert settings["config"]["sae"]["selection_settings"] == {"half_life": 3.0}
+    sae = kronsae.load("run")
+    assert sae.config.selection_settings.half_life == 3.0
+    assert command(["evaluate", "run", "--out", "judged", "--heldout-tokens", "256"]) == 0
+    assert json.loads(Path("judged/evaluation.json").read_text())["judged"][0]["k"] == 8
+    dense = ("--encoder", "dense", *own, *TRAIN)
+    assert command(["train", *dense, "--half-life", "1", "2", "--out", "sweep"]) == 0
+    assert (Path("sweep") / "half_life1" / "sae").is_dir()
+    assert command(["export", "sweep/half_life1", "--to", "sae_lens", "--out", "lens"]) == 0
+
+
+def test_who_has_not_registered_it_is_told_what_to_do(plugin, tmp_path):
+    load_plugin(plugin)
+    sae = kronsae.SAE(SAEConfig(d_model=4, dict_size=16, k=2, selection="mine"))
+    sae.save(tmp_path / "sae")
+    SELECTIONS._kinds.pop("mine")
+    with pytest.raises(InputError, match="selection: one of .*, not 'mine'.*--plugin FILE"):
+        kronsae.load(tmp_path / "sae")
+
+
+@pytest.mark.parametrize(
+    "code, words",
+    [
+        ("import nothing_like_this", "line 1: ModuleNotFoundError"),
+        ("x = (", "SyntaxError"),
+        (
+            """
+            from kronsae.model.selection import TopK
+            from kronsae.registry import SELECTIONS
+            @SELECTIONS.register("topk")
+            class Other(TopK): ...
+            """,
+            "'topk' is already registered",
+        ),
+    ],
+)
+def test_a_plugin_that_cannot_be_run(code, words, tmp_path, capsys):
+    path = tmp_path / "broken.py"
+    path.write_text(textwrap.dedent(code))
+    assert command(["train", "--plugin", str(path)]) == 2
+    assert re.search(words, capsys.readouterr().err)
+
+
+def test_a_plugin_that_is_not_there(capsys):
+    assert command(["train", "--plugin", "nowhere.py"]) == 2
+    assert "there is no such file" in capsys.readouterr().err
+    assert command(["evaluate", "--plugin"]) == 2
+    assert "expected one argument" in capsys.readouterr().err
+
+
+def test_settings_of_kinds_have_names_of_their_own(plugin):
+    plugin.write_text(plugin.read_text().replace("half_life", "batch_size"))
+    load_plugin(plugin)
+    with pytest.raises(InputError, match="batch_size has the name of another one"):
+        all_settings()
+
+
+def test_settings_of_a_kind():
+    relu = SAEConfig(dict_size=32, selection="relu", selection_settings={"l1_coefficient": 3})
+    assert relu.selection_settings.l1_coefficient == 3.0 and relu.k == 0
+    same = SAEConfig(**vars(relu))
+    assert same == relu and hash(same) == hash(relu)
+    for settings, words in (
+        ({"selection": "relu", "k": 5}, "k has no effect with selection 'relu'"),
+        ({"selection": "relu", "selection_settings": {"l2": 1}}, "unknown settings"),
+        ({"selection": "relu", "selection_settings": {"l1_coefficient": -1}}, "expected >= 0"),
+        ({"k": 2, "selection_settings": {"l1_coefficient": 1}}, "no settings of its own"),
+        ({"selection": "relu", "selection_settings": 5}, "expected a ReLUSettings"),
+    ):
+        with pytest.raises(InputError, match=words):
+            SAEConfig(dict_size=32, **settings)
+
+
+def test_a_registry_is_a_mapping():
+    kinds: Registry[type] = Registry("kind")
+    assert kinds.register("a")(int) is int and kinds.register("a")(int) is int
+    assert dict(kinds) == {"a": int} and "b" not in kinds and len(kinds) == 1
+    with pytest.raises(InputError, match="already registered"):
+        kinds.register("a")(str)
+    with pytest.raises(InputError, match=r"kind: one of \('a',\), not \['x'\]"):
+        kinds[["x"]]
+    assert set(OBJECTIVES) == {"plain", "matryoshka", "multi_topk"}
+
+
+def test_gated_latents_are_those_of_the_paper():
+    """relu(exp(r) W x + b_mag) where W x + b_gate > 0; folded and exported it stays so."""
+    config = SAEConfig(d_model=8, dict_size=32, encoder="gated", selection="relu")
+    sae = kronsae.SAE(config, generator=torch.Generator().manual_seed(0)).eval()
+    with torch.no_grad():
+        for parameter in (sae.b_enc, sae.kind.b_mag, sae.kind.r_mag):
+            parameter.normal_(0, 0.3)
+        sae.W_enc.normal_()
+    x = torch.randn(64, 8)
+    pre = x @ sae.W_enc.T
+    expected = (sae.kind.r_mag.exp() * pre + sae.kind.b_mag).relu() * (pre + sae.b_enc > 0)
+    for codes in (sae.encode(x), sae.every(x), sae.encode(x, k=32)):
+        found = torch.zeros(64, 32).scatter_add(1, codes.indices, codes.values)
+        torch.testing.assert_close(found, expected)
+    few = sae.encode(x, k=3)
+    torch.testing.assert_close(few.values, expected.topk(3).values)
+
+
+@pytest.mark.parametrize("library", ["sae_lens", "dictionary_learning"])
+@pytest.mark.parametrize("encoder", ["dense", "gated"])
+def test_relu_and_gated_saes_go_out_as_the_thresholds_that_they_are(encoder, library, tmp_path):
+    sae = kronsae.SAE(SAEConfig(d_model=8, dict_size=32, encoder=encoder, selection="relu")).eval()
+    with torch.no_grad():
+        for parameter in sae.parameters():
+            parameter.add_(torch.randn(parameter.shape) * 0.3)
+    module_of(library).write(sae, tmp_path / "out")
+    back = kronsae.load(tmp_path / "out", allow_pickle=True)
+    assert back.config.encoder == "dense"
+    assert back.config.selection == ("relu" if encoder == "dense" else "jumprelu")
+    x = torch.randn(64, 8)
+    ours, theirs = (
+        torch.zeros(64, 32).scatter_add(1, codes.indices, codes.values)
+        for codes in (sae.encode(x), back.encode(x))
+    )
+    torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(back(x).x_hat, sae(x).x_hat, rtol=1e-4, atol=1e-5)
+
+
+def test_what_has_no_stock_form(tmp_path):
+    """A gate and a k together; SAELens gets our own architecture, sparsify a sentence."""
+    sae = kronsae.SAE(SAEConfig(d_model=8, dict_size=32, encoder="gated", k=4)).eval()
+    with pytest.raises(InputError, match="have to pass a gate and be among the k largest"):
+        module_of("sparsify").write(sae, tmp_path / "out")
+    module_of("sae_lens").write(sae, tmp_path / "lens")
+    assert kronsae.load(tmp_path / "lens").config == sae.config
+    relu = kronsae.SAE(SAEConfig(d_model=8, dict_size=32, encoder="dense", selection="relu"))
+    with pytest.raises(InputError, match="selection 'relu' has thresholds"):
+        module_of("sparsify").write(relu, tmp_path / "out")
