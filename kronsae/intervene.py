@@ -41,10 +41,10 @@ from kronsae.interventions.hooks import Edit, ablate, clamp, intervene, steer
 from kronsae.metrics.figures import pearson, spearman
 from kronsae.metrics.target_model import (
     HeldoutText,
-    Subject,
+    LoadedSAE,
     add_flags,
     given_data,
-    load_subjects,
+    load_saes,
     open_heldout,
 )
 from kronsae.model.sae import SAE
@@ -117,23 +117,23 @@ def work(argv: list[str]) -> None:
         RunFolder.check_free(out)
     console = Console(highlight=False, soft_wrap=True)
     device = resolve_device(found.device)
-    subjects = load_subjects([found.run], given_data(found), device)
-    if len(subjects) > 1:
+    loaded_saes = load_saes([found.run], given_data(found), device)
+    if len(loaded_saes) > 1:
         raise InputError(f"{found.run} is a sweep: name one of its members")
-    [subject] = subjects
+    [loaded] = loaded_saes
     made_with = {
         "command": shlex.join(["python", "-m", "kronsae.intervene", *argv]),
         "versions": versions(),
         "seed": found.seed,
     }
     if found.effects is not None:
-        _effects(subject, found, device, out, made_with, console)
+        _effects(loaded, found, device, out, made_with, console)
     elif found.and_test:
-        _and_tests(subject, found, device, out, made_with, console)
+        _and_tests(loaded, found, device, out, made_with, console)
     else:
         with quiet():
-            model, _ = open_model(subject.data, device)
-        _generate(model, subject.sae, found, console)
+            model, _ = open_model(loaded.data, device)
+        _generate(model, loaded.sae, found, console)
 
 
 def _check(found: argparse.Namespace) -> None:
@@ -269,7 +269,7 @@ def _next_tokens(changed: Changed, tokenizer: Any) -> Table:
 
 
 def _effects(
-    subject: Subject,
+    loaded: LoadedSAE,
     found: argparse.Namespace,
     device: torch.device,
     out: Path,
@@ -280,12 +280,12 @@ def _effects(
     of = "loss"
     with quiet():
         if found.prompt is None:
-            text = open_heldout(subject, device)
+            text = open_heldout(loaded, device)
         else:
-            text = _of_prompt(subject, found.prompt, device)
+            text = _of_prompt(loaded, found.prompt, device)
             token, of = _one_token(text.model.tokenizer, found.target)
             objective = last_logit(token)
-    model, sae = text.model, subject.sae
+    model, sae = text.model, loaded.sae
     began = time.perf_counter()
     encoded = read(sae, text)
     firings = encoded.firings(sae)
@@ -313,7 +313,7 @@ def _effects(
     document = {
         "format": "kronsae-effects",
         **made_with,
-        "subject": subject.source,
+        "subject": loaded.source,
         "text": text.facts,
         "of": of,
         "unit": "nats a token on which the latent fires" if of == "loss" else "logits",
@@ -332,8 +332,8 @@ def _effects(
     console.print(f"In {out}: effects.json{', effects.png' if drawn else ''}", markup=False)
 
 
-def _of_prompt(subject: Subject, prompt: str, device: torch.device) -> HeldoutText:
-    model, _ = open_model(subject.data, device)
+def _of_prompt(loaded: LoadedSAE, prompt: str, device: torch.device) -> HeldoutText:
+    model, _ = open_model(loaded.data, device)
     ids = torch.tensor([model.tokenizer(prompt)["input_ids"]])
     mask = token_mask(ids, model.tokenizer)
     if not mask.any():
@@ -410,7 +410,7 @@ def _draw_effects(document: dict[str, Any], path: Path) -> bool:
 
 
 def _and_tests(
-    subject: Subject,
+    loaded: LoadedSAE,
     found: argparse.Namespace,
     device: torch.device,
     out: Path,
@@ -418,14 +418,14 @@ def _and_tests(
     console: Console,
 ) -> None:
     with quiet():
-        text = open_heldout(subject, device)
-    results = [and_test(subject.sae, text, latent) for latent in found.latent]
+        text = open_heldout(loaded, device)
+    results = [and_test(loaded.sae, text, latent) for latent in found.latent]
     for result in results:
         _show_and_test(result, console)
     document = {
         "format": "kronsae-and-test",
         **made_with,
-        "subject": subject.source,
+        "subject": loaded.source,
         "text": text.facts,
         "latents": [
             result._asdict()

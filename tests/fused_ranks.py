@@ -18,7 +18,7 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from kronsae import SAEConfig, TrainConfig
-from kronsae.model.ranks import HELD
+from kronsae.model.ranks import SHARDED
 from kronsae.system import parallel
 from kronsae.system.parallel import ALONE, Group, Mesh
 from kronsae.training.learner import Learner
@@ -97,7 +97,7 @@ def learn(mesh: Mesh, point: str) -> dict[str, Any]:
     assert learner.settle() is None
 
     def whole(name: str, tensor: Tensor) -> Tensor:
-        return (mesh.heads if name in HELD else ALONE.heads).whole(tensor)
+        return (mesh.heads if name in SHARDED else ALONE.heads).whole(tensor)
 
     state = learner.state_dict()
     return {

@@ -18,7 +18,7 @@ import torch.multiprocessing as mp
 
 from kronsae import SAEConfig, TrainConfig
 from kronsae.errors import InputError
-from kronsae.model.ranks import HELD
+from kronsae.model.ranks import SHARDED
 from kronsae.model.sae import SAE
 from kronsae.system import parallel
 from kronsae.system.parallel import ALONE, Mesh
@@ -101,7 +101,7 @@ def learn(mesh: Mesh, config: SAEConfig) -> dict[str, Any]:
     finally:
         torch.set_default_dtype(torch.float32)
     whole = {
-        name: (mesh.heads if name in HELD else ALONE.heads).whole(tensor)
+        name: (mesh.heads if name in SHARDED else ALONE.heads).whole(tensor)
         for name, tensor in learner.sae.state_dict().items()
     }
     silent = mesh.heads.whole(learner.tokens_since_fired)

@@ -17,7 +17,7 @@ from kronsae.cache import CacheActivations, CacheIndex, Damaged, index, reader, 
 from kronsae.cache.index import damaged
 from kronsae.data import LanguageModel, LanguageModelActivations
 from kronsae.errors import InputError
-from kronsae.system.files import read_sealed, write_sealed
+from kronsae.system.files import read_checksummed, write_checksummed
 
 BATCH = 24
 
@@ -400,16 +400,16 @@ TAMPERED = {
 
 @pytest.mark.parametrize("tamper", TAMPERED.values(), ids=TAMPERED)
 def test_an_index_is_not_trusted(tamper, copy):
-    document = read_sealed(copy / "index.json")
+    document = read_checksummed(copy / "index.json")
     tamper(document)
-    write_sealed(copy / "index.json", document)
+    write_checksummed(copy / "index.json", document)
     with pytest.raises(InputError, match="index.json is damaged"):
         CacheIndex.open(copy)
 
 
 def test_sizes_are_checked_before_memory_is_asked_for(copy, monkeypatch):
     """An index that agrees with itself, but not with its files, asks for half a petabyte."""
-    document = read_sealed(copy / "index.json")
+    document = read_checksummed(copy / "index.json")
     rows = document["context_length"] * 2**35
     for shard in document["train"]:
         header = shard["activations"][0]["bytes"] - 4 * 256 * shard["rows"]
@@ -417,7 +417,7 @@ def test_sizes_are_checked_before_memory_is_asked_for(copy, monkeypatch):
         shard["tokens"]["bytes"] = 200 + 5 * rows
         for mark in shard["activations"]:
             mark["bytes"] = header + 4 * 256 * rows
-    write_sealed(copy / "index.json", document)
+    write_checksummed(copy / "index.json", document)
     CacheIndex.open(copy)
     monkeypatch.setattr(torch, "empty", None)
     with pytest.raises(Damaged, match="bytes, expected"):

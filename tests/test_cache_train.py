@@ -13,8 +13,8 @@ from kronsae import SAEConfig, TrainConfig
 from kronsae.cache import CacheActivations, CacheIndex
 from kronsae.data import LanguageModelActivations
 from kronsae.errors import InputError
-from kronsae.metrics.target_model import load_subjects, open_heldout
-from kronsae.system.files import read_sealed, write_sealed
+from kronsae.metrics.target_model import load_saes, open_heldout
+from kronsae.system.files import read_checksummed, write_checksummed
 from kronsae.train import main
 from kronsae.training.fit import fit
 
@@ -121,18 +121,18 @@ def test_stream_order_goes_on_bit_for_bit_and_learns_what_live_training_does(
 
 def test_later_looks_read_the_text_that_the_cache_was_made_from(whole, cache, monkeypatch):
     """A run is judged again on the same held-out tokens, without the cache."""
-    [subject] = load_subjects([str(whole)], {})
-    assert subject.data.activations is None and subject.data.dataset == "given"
+    [loaded] = load_saes([str(whole)], {})
+    assert loaded.data.activations is None and loaded.data.dataset == "given"
     monkeypatch.setattr(
         "kronsae.metrics.target_model.open_text", lambda data, seed: cached.text(data, seed)
     )
-    heldout = open_heldout(subject, "cpu")
+    heldout = open_heldout(loaded, "cpu")
     expected = CacheActivations(cache, layer=2, batch_size=1).heldout_contexts()
     assert heldout.contexts.equal(expected)
     assert heldout.facts["which"] == "the run's own held-out text"
-    more = dataclasses.replace(subject.data, heldout_tokens=2 * subject.data.heldout_tokens)
+    more = dataclasses.replace(loaded.data, heldout_tokens=2 * loaded.data.heldout_tokens)
     with pytest.raises(InputError, match="was trained on all of 'given' but the 80 tokens"):
-        open_heldout(subject._replace(data=more), "cpu")
+        open_heldout(loaded._replace(data=more), "cpu")
 
 
 def test_config_file_repeats_the_run(whole, tmp_path):
@@ -183,9 +183,9 @@ def test_a_transcoder_reads_two_hookpoints_together(cache, tmp_path):
 def test_without_the_model_all_but_its_parts_is_there(cache, tmp_path, capsys):
     """The cross-entropy and the contexts' words are missing, and the command says why."""
     lonely = shutil.copytree(cache, tmp_path / "cache")
-    document = read_sealed(lonely / "index.json")
+    document = read_checksummed(lonely / "index.json")
     document["data"]["model"] = str(tmp_path / "gone")
-    write_sealed(lonely / "index.json", document)
+    write_checksummed(lonely / "index.json", document)
     out = tmp_path / "run"
     assert main(["--activations", str(lonely), "--layer", "2", *FLAGS, "--out", str(out)]) == 0
     printed = capsys.readouterr().out
@@ -198,10 +198,10 @@ def test_without_the_model_all_but_its_parts_is_there(cache, tmp_path, capsys):
 
 def test_another_model_of_that_name_is_not_taken_for_it(cache, tmp_path):
     other = shutil.copytree(cache, tmp_path / "cache")
-    document = read_sealed(other / "index.json")
+    document = read_checksummed(other / "index.json")
     document["model"]["weights"] = "0" * 16
     document["tokenizer"] = "0" * 16
-    write_sealed(other / "index.json", document)
+    write_checksummed(other / "index.json", document)
     model = CacheActivations(other, layer=2, batch_size=8).language_model
     assert "weights of embedded are not those" in model.missing
     assert not model.has_cross_entropy and model.tokenizer is None

@@ -90,17 +90,17 @@ def test_damage_is_noticed(damage, tmp_path):
 def test_a_file_that_is_whole_but_not_the_right_one(tensors, tmp_path):
     folder = checkpoint.save_state(tmp_path / "step-00000001", STATE)
     (folder / "state.safetensors").write_bytes(tensors)
-    document = files.read_sealed(folder / "state.json")
+    document = files.read_checksummed(folder / "state.json")
     digest = files.sha256(folder / "state.safetensors")
-    files.write_sealed(folder / "state.json", document | {"sha256": digest})
+    files.write_checksummed(folder / "state.json", document | {"sha256": digest})
     with pytest.raises(InputError, match="damaged.*tensors.*remove the folder"):
         checkpoint.load_state(folder)
 
 
 def test_other_format_version(tmp_path):
     folder = checkpoint.save_state(tmp_path / "step-00000001", STATE)
-    document = files.read_sealed(folder / "state.json")
-    files.write_sealed(folder / "state.json", document | {"format_version": 4})
+    document = files.read_checksummed(folder / "state.json")
+    files.write_checksummed(folder / "state.json", document | {"format_version": 4})
     with pytest.raises(InputError, match="expected format version 2 or 3, got 4"):
         checkpoint.load_state(folder)
 
@@ -113,7 +113,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
         (path.parent / "half").write_text("half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(checkpoint, "write_sealed", full)
+    monkeypatch.setattr(checkpoint, "write_checksummed", full)
     with pytest.raises(InputError, match="No space left on device.*nothing was left"):
         checkpoint.save_state(target, {"step": 2})
     monkeypatch.undo()
@@ -226,7 +226,7 @@ def test_a_config_that_is_damaged_while_it_runs_is_copied_whole(tmp_path):
     run = RunFolder.create(tmp_path / "run", {"config": {"a": 1}, "data": {}})
     run.config.unlink()
     run.save_checkpoint(5, {"step": 5}, keep=2)
-    copy = files.read_sealed(run.checkpoints / "step-00000005" / "config.json")
+    copy = files.read_checksummed(run.checkpoints / "step-00000005" / "config.json")
     assert copy["config"] == {"a": 1}
 
 
@@ -309,8 +309,8 @@ def test_a_setting_that_changes_is_kept_by_the_member_and_the_sweep(tmp_path):
 
 def test_members_of_a_sweep_stay_in_its_folder(tmp_path):
     sweep = SweepFolder.create(tmp_path / "sweep", {"a": {"config": {}, "data": {}}})
-    document = files.read_sealed(sweep.index)
+    document = files.read_checksummed(sweep.index)
     document["members"]["../../mine"] = document["members"].pop("a")
-    files.write_sealed(sweep.index, document)
+    files.write_checksummed(sweep.index, document)
     with pytest.raises(InputError, match=r"sweep.json.*\.\./\.\./mine"):
         SweepFolder.open(sweep.path)

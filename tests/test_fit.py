@@ -15,7 +15,7 @@ from kronsae.data import SyntheticActivations, TensorActivations
 from kronsae.metrics.heldout import Heldout
 from kronsae.runs.folder import RunFolder
 from kronsae.system import checkpoint
-from kronsae.system.files import read_sealed
+from kronsae.system.files import read_checksummed
 from kronsae.train import fit
 from kronsae.training.session import Session
 
@@ -141,13 +141,13 @@ def test_runs_of_before_the_grid_resume_and_load(tmp_path):
         "train": ("l0_coefficient", "balance_coefficient"),
     }
     path = tmp_path / "run" / "config.json"
-    settings = read_sealed(path)
+    settings = read_checksummed(path)
     for part, names in new.items():
         for name in names:
             del settings["config"][part][name]
     path.write_text(json.dumps(settings))
     path = tmp_path / "run" / "sae" / "config.json"
-    settings = read_sealed(path)
+    settings = read_checksummed(path)
     for name in new["sae"]:
         del settings["sae"][name]
     path.write_text(json.dumps(settings))
@@ -369,7 +369,7 @@ def test_other_numbers_of_the_language_model_from_here_on(tmp_path):
         fit(KRON, source, TRAIN, out=tmp_path / "run", resume=True, settings=stored)
     asked = asking_for("float32")
     fit(KRON, source, TRAIN, out=tmp_path / "run", resume=True, settings=asked)
-    stored = read_sealed(tmp_path / "run" / "config.json")  # and holds from now on
+    stored = read_checksummed(tmp_path / "run" / "config.json")  # and holds from now on
     assert stored["config"]["data"]["model_dtype"] == stored["data"]["dtype"] == "float32"
     fit(KRON, source, TRAIN, out=tmp_path / "run", resume=True, settings=asked)
 

@@ -20,7 +20,7 @@ from kronsae.cache import CacheIndex, HarvestConfig
 from kronsae.cache.model import ManyHookpoints
 from kronsae.errors import InputError
 from kronsae.harvest import make_plan, parse
-from kronsae.system.files import read_sealed
+from kronsae.system.files import read_checksummed
 
 SMALL = [
     *("--layer", "1", "2", "--context-length", "32", "--contexts-per-batch", "16"),
@@ -163,7 +163,7 @@ def test_code_from_a_hub_is_not_trusted_by_a_file(tmp_path, shared):
     harvest.harvest(config, out)
     assert not parse(["--resume", out])[0].data.trust_remote_code
     assert parse(["--resume", out, "--trust-remote-code"])[0].data.trust_remote_code
-    document = read_sealed(tmp_path / "cache" / "harvest.json")
+    document = read_checksummed(tmp_path / "cache" / "harvest.json")
     document["config"]["data"]["trust_remote_code"] = True
     (tmp_path / "cache" / "harvest.json").write_text(json.dumps(document))
     with pytest.raises(InputError, match="unknown settings"):

@@ -20,7 +20,7 @@ from kronsae.interop import module_of
 from kronsae.interop.stock import dense
 from kronsae.train import fit
 
-HELD = [(library, name) for library, names in HOLDS.items() for name in sorted(names)]
+SHARDED = [(library, name) for library, names in HOLDS.items() for name in sorted(names)]
 
 
 def need(library: str) -> None:
@@ -29,7 +29,7 @@ def need(library: str) -> None:
         pytest.skip(f"{library} is not installed")
 
 
-@pytest.mark.parametrize("library, name", HELD)
+@pytest.mark.parametrize("library, name", SHARDED)
 def test_the_library_makes_the_same_of_it(library, name, trained, activations, tmp_path):  # noqa: F811
     need(library)
     sae = trained(name)

@@ -19,7 +19,7 @@ import kronsae
 from kronsae import InputError, SAEConfig, TrainConfig
 from kronsae.model.ranks import ranks_of_one
 from kronsae.system import checkpoint, parallel
-from kronsae.system.files import read_sealed
+from kronsae.system.files import read_checksummed
 from kronsae.train import fit, fit_many, main
 from kronsae.training.learner import why_not_fused
 from kronsae.training.options import parse
@@ -57,7 +57,7 @@ def records(run):
 
 def state(folder):
     """The values of a checkpoint, without what the clock says, and the bytes of its tensors."""
-    document = read_sealed(folder / "state.json")
+    document = read_checksummed(folder / "state.json")
     values = document["state"]
     values.pop("metrics_bytes", None)
     values.get("stream", {}).pop("seconds", None)
@@ -73,9 +73,9 @@ def contents(sweep, checkpoints=slice(None)):
     for name in MEMBERS:
         saved = sweep / name / "sae"
         found[f"{name} sae"] = (saved / "sae.safetensors").read_bytes()
-        found[f"{name} facts"] = read_sealed(saved / "config.json")
+        found[f"{name} facts"] = read_checksummed(saved / "config.json")
         found[f"{name} records"] = records(sweep / name)
-    members = read_sealed(sweep / "sweep.json")["members"]
+    members = read_checksummed(sweep / "sweep.json")["members"]
     found["table"] = {
         name: {key: value for key, value in each.items() if key != "step_ms"}
         for name, each in members.items()

@@ -25,7 +25,7 @@ from kronsae import InputError, SAEConfig, TrainConfig
 from kronsae.model.ranks import check_heads
 from kronsae.system import checkpoint, parallel
 from kronsae.system.devices import resolve_device
-from kronsae.system.files import read_sealed, write_sealed
+from kronsae.system.files import read_checksummed, write_checksummed
 from kronsae.system.parallel import ALONE, Group, Mesh
 from kronsae.train import fit, main
 from kronsae.training.learner import why_not_fused
@@ -188,12 +188,12 @@ def sharded(folder, count):
         checkpoint.save_state(parts, state, held=["weights.W_dec"])
     whole = folder / "rank-0"
     names = ["state.safetensors", *(f"state-{rank}.safetensors" for rank in range(1, count))]
-    document = read_sealed(whole / "state.json")
+    document = read_checksummed(whole / "state.json")
     for rank, name in enumerate(names):
         (folder / f"rank-{rank}" / "state.safetensors").rename(whole / name)
     digests = {name: checkpoint.sha256(whole / name) for name in names}
     document |= {"format_version": checkpoint.SHARDED_VERSION, "sha256": digests}
-    write_sealed(whole / "state.json", document)
+    write_checksummed(whole / "state.json", document)
     return whole
 
 
@@ -222,9 +222,9 @@ def test_damage_of_any_part_is_noticed(name, tmp_path):
 
 def test_a_checkpoint_names_no_files_but_its_own(tmp_path):
     folder = sharded(tmp_path, 2)
-    document = read_sealed(folder / "state.json")
+    document = read_checksummed(folder / "state.json")
     document["sha256"]["../state-1.safetensors"] = document["sha256"].pop("state-1.safetensors")
-    write_sealed(folder / "state.json", document)
+    write_checksummed(folder / "state.json", document)
     with pytest.raises(InputError, match="damaged.*expected the files"):
         checkpoint.load_state(folder, held=["weights.W_dec"])
 

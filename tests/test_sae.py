@@ -9,7 +9,7 @@ import kronsae
 from kronsae import SAE, InputError, SAEConfig
 from kronsae.model.flops import flops_per_token
 from kronsae.model.normalizer import Normalizer
-from kronsae.system.files import read_sealed, write_sealed
+from kronsae.system.files import read_checksummed, write_checksummed
 from kronsae_kernels import fused_encode, sparse_decode
 
 KRON = SAEConfig(d_model=12, heads=6, m=2, n=3, k=4)
@@ -210,7 +210,7 @@ def test_load_from_the_hub_says_what_was_tried():
 
 def _edit(folder, **changes):
     path = folder / "config.json"
-    write_sealed(path, {**read_sealed(path), **changes})
+    write_checksummed(path, {**read_checksummed(path), **changes})
 
 
 def _flip_digit(path):

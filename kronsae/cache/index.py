@@ -31,7 +31,7 @@ from torch import Tensor
 from kronsae.config import DTYPES, DataConfig, data_settings, from_dict
 from kronsae.data.common import digest
 from kronsae.errors import InputError
-from kronsae.system.files import read_sealed, write_file
+from kronsae.system.files import read_checksummed, write_file
 
 FORMAT = "kronsae-activations"
 FORMAT_VERSION = 1
@@ -132,7 +132,7 @@ class CacheIndex:
         folder = Path(folder)
         path = folder / INDEX_NAME
         try:
-            document = read_sealed(path)
+            document = read_checksummed(path)
         except FileNotFoundError as error:
             if (folder / HARVEST_NAME).is_file():
                 raise InputError(

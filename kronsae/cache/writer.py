@@ -40,7 +40,13 @@ from kronsae.data.activations import LanguageModelActivations, resolve_context_l
 from kronsae.data.text import check_text, open_text
 from kronsae.errors import InputError
 from kronsae.system import checkpoint
-from kronsae.system.files import LOCK_NAME, lock, read_sealed, remove_leftovers, write_sealed
+from kronsae.system.files import (
+    LOCK_NAME,
+    lock,
+    read_checksummed,
+    remove_leftovers,
+    write_checksummed,
+)
 
 FORMAT = "kronsae-harvest"
 FORMAT_VERSION = 1
@@ -160,7 +166,7 @@ def stored_config(folder: Path, **others: Any) -> HarvestConfig:
     """What a harvest into `folder` was asked for. Raises InputError if there was none."""
     path = folder / HARVEST_NAME
     try:
-        document = read_sealed(path)
+        document = read_checksummed(path)
         if (document["format"], document["format_version"]) != (FORMAT, FORMAT_VERSION):
             raise ValueError(f"expected {FORMAT} of format version {FORMAT_VERSION}")
         values = document["config"]
@@ -193,7 +199,7 @@ def _prepare(folder: Path, config: HarvestConfig) -> None:
     if any(path for path in folder.iterdir() if not path.name.startswith(begun)):
         raise InputError(f"{folder} is not empty: choose another --out")
     document = {"format": FORMAT, "format_version": FORMAT_VERSION, "config": config.to_dict()}
-    write_sealed(folder / HARVEST_NAME, document)
+    write_checksummed(folder / HARVEST_NAME, document)
 
 
 class _Harvest:
@@ -203,7 +209,7 @@ class _Harvest:
         self, folder: Path, config: HarvestConfig, on_shard: Callable[[Progress], None]
     ) -> None:
         self.folder = folder
-        self.asked = read_sealed(folder / HARVEST_NAME)
+        self.asked = read_checksummed(folder / HARVEST_NAME)
         self.config = config
         self.on_shard = on_shard
         self.progress = folder / PROGRESS
@@ -234,7 +240,7 @@ class _Harvest:
                     f"{error}\nWhat was harvested stays: {resume_command(self.folder)} goes on"
                 ) from error
             raise
-        write_sealed(self.folder / INDEX_NAME, index.json())
+        write_checksummed(self.folder / INDEX_NAME, index.json())
         return index
 
     def _open(self) -> None:

@@ -17,11 +17,11 @@ from kronsae.evaluate.show import console_table, draw, facts, markdown
 from kronsae.metrics.figures import density_histogram
 from kronsae.metrics.target_model import (
     HeldoutText,
-    Subject,
+    LoadedSAE,
     add_flags,
     by_text,
     given_data,
-    load_subjects,
+    load_saes,
     open_heldout,
 )
 from kronsae.runs.folder import RunFolder, versions
@@ -56,17 +56,17 @@ def work(argv: list[str]) -> None:
     out = found.out or Path("runs") / f"evaluation-{time.strftime('%Y%m%d-%H%M%S')}"
     RunFolder.check_free(out)
     device = resolve_device(found.device)
-    subjects = load_subjects(found.runs, given_data(found), device)
+    loaded_saes = load_saes(found.runs, given_data(found), device)
     console = Console(highlight=False, soft_wrap=True)
     entries: dict[str, dict[str, Any]] = {}
     texts = []
-    for group in by_text(subjects):
+    for group in by_text(loaded_saes):
         console.print(f"loading {group[0].data.model}", style="dim", markup=False)
         with quiet():
             text = open_heldout(group[0], device)
         texts.append(_describe(text, group))
-        for subject, judgement in zip(group, _judge(group, text, console), strict=True):
-            entries[subject.name] = _entry(subject, judgement)
+        for loaded, judgement in zip(group, _judge(group, text, console), strict=True):
+            entries[loaded.name] = _entry(loaded, judgement)
     document = {
         "format": "kronsae-evaluation",
         "format_version": 1,
@@ -74,35 +74,35 @@ def work(argv: list[str]) -> None:
         "versions": versions(),
         "device": str(device),
         "texts": texts,
-        "judged": [entries[subject.name] for subject in subjects],
+        "judged": [entries[loaded.name] for loaded in loaded_saes],
     }
     _write(document, out, console)
 
 
-def _judge(group: list[Subject], text: HeldoutText, console: Console) -> list[Judgement]:
+def _judge(group: list[LoadedSAE], text: HeldoutText, console: Console) -> list[Judgement]:
     batches = sum(1 for _ in text.batches())
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("reading", total=2 * batches)
-        saes = {subject.name: subject.sae for subject in group}
+        saes = {loaded.name: loaded.sae for loaded in group}
         found = judge(saes, text, lambda: bar.advance(task))
-    return [found[subject.name] for subject in group]
+    return [found[loaded.name] for loaded in group]
 
 
-def _describe(text: HeldoutText, group: list[Subject]) -> dict[str, Any]:
-    of = [subject.name for subject in group]
+def _describe(text: HeldoutText, group: list[LoadedSAE]) -> dict[str, Any]:
+    of = [loaded.name for loaded in group]
     return {"of": of, **text.facts, "model": text.model.describe()}
 
 
-def _entry(subject: Subject, judgement: Judgement) -> dict[str, Any]:
-    config, metadata = subject.sae.config, subject.sae.metadata
+def _entry(loaded: LoadedSAE, judgement: Judgement) -> dict[str, Any]:
+    config, metadata = loaded.sae.config, loaded.sae.metadata
     trained = (metadata.get("config") or {}).get("train") or {}
     return {
-        "name": subject.name,
-        "source": subject.source,
+        "name": loaded.name,
+        "source": loaded.source,
         "kind": kind_of(vars(config)),
         "dict_size": config.dict_size,
         "k": config.k,
-        "dtype": str(subject.sae.W_dec.dtype).removeprefix("torch."),
+        "dtype": str(loaded.sae.W_dec.dtype).removeprefix("torch."),
         "trained_tokens": metadata.get("tokens"),
         "seed": trained.get("seed"),
         "tokens": judgement.tokens,

@@ -9,7 +9,7 @@ from kronsae.data.common import reason
 from kronsae.errors import InputError
 from kronsae.interop import FORMATS
 from kronsae.model.sae import CONFIG_NAME, FORMAT_VERSION, SAE, WEIGHTS_NAME, made_of
-from kronsae.system.files import read_sealed, sha256
+from kronsae.system.files import read_checksummed, sha256
 
 
 def load(
@@ -52,7 +52,7 @@ def _load_own(folder: Path) -> SAE:
         "last checkpoint"
     )
     try:
-        settings = read_sealed(folder / CONFIG_NAME)
+        settings = read_checksummed(folder / CONFIG_NAME)
     except (OSError, ValueError) as error:
         raise InputError(f"{folder / CONFIG_NAME} is damaged: {error}; {advice}") from error
     if not isinstance(settings, dict) or not {"sae", "sha256", "metadata"} <= settings.keys():

@@ -18,7 +18,7 @@ from kronsae.errors import InputError
 from kronsae.interpret.chat import Answers, Chat, LocalChat, ServerChat
 from kronsae.interpret.examples import collect, firing_counts
 from kronsae.interpret.scoring import EXPLANATION_TOKENS, SHOWN, Interpretation, interpret
-from kronsae.metrics.target_model import add_flags, given_data, load_subjects, open_heldout
+from kronsae.metrics.target_model import add_flags, given_data, load_saes, open_heldout
 from kronsae.runs.folder import versions
 from kronsae.system.devices import resolve_device
 from kronsae.system.files import write_json
@@ -72,12 +72,12 @@ def work(argv: list[str]) -> None:
     if (found.parallel or 1) < 1:
         raise InputError(f"--parallel: expected >= 1, got {found.parallel}")
     console = Console(highlight=False, soft_wrap=True)
-    subjects = load_subjects([found.run], given_data(found), device)
-    if len(subjects) > 1:
+    loaded_saes = load_saes([found.run], given_data(found), device)
+    if len(loaded_saes) > 1:
         raise InputError(f"{found.run} is a sweep: name one of its members")
-    [subject] = subjects
-    loaded = [subject.data.model, *filter(None, [found.explainer])]
-    console.print(f"loading {' and '.join(loaded)}", style="dim", markup=False)
+    [loaded] = loaded_saes
+    models = [loaded.data.model, *filter(None, [found.explainer])]
+    console.print(f"loading {' and '.join(models)}", style="dim", markup=False)
     chat: Chat
     if found.server is not None:
         chat, parallel = ServerChat(found.server, found.server_model), found.parallel or 4
@@ -85,14 +85,14 @@ def work(argv: list[str]) -> None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         chat, parallel = LocalChat(found.explainer, dtype=dtype, device=device), 1
     with quiet():
-        text = open_heldout(subject, device)
+        text = open_heldout(loaded, device)
     facts = text.facts
     console.print(
         f"reading {facts['tokens']:,} tokens of {facts['dataset']} ({facts['which']})",
         style="dim",
         markup=False,
     )
-    sae = subject.sae
+    sae = loaded.sae
     latents = found.latent
     if latents is None:
         counts = firing_counts(sae, text).counts
@@ -138,7 +138,7 @@ def work(argv: list[str]) -> None:
         "command": shlex.join(["python", "-m", "kronsae.interpret", *argv]),
         "versions": versions(),
         "seed": found.seed,
-        "subject": subject.source,
+        "subject": loaded.source,
         "explainer": chat.name,
         "text": text.facts,
         "summary": summary(results),

@@ -52,8 +52,8 @@ class HeldoutText(NamedTuple):
             yield ids.to(device), mask.to(device)
 
 
-class Subject(NamedTuple):
-    """An SAE that is to be looked into."""
+class LoadedSAE(NamedTuple):
+    """An SAE with its name, where it was loaded from, and its language model and text."""
 
     name: str
     source: str
@@ -84,9 +84,9 @@ def given_data(found: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(found).items() if name in names}
 
 
-def load_subjects(
+def load_saes(
     sources: Sequence[str], given: dict[str, Any], device: Any = "cpu"
-) -> list[Subject]:
+) -> list[LoadedSAE]:
     """The SAEs that `sources` name: runs, `SAE.save` folders, hub ids, or all members of a sweep.
 
     given: fields of `DataConfig` that come before those in the SAE's metadata.
@@ -97,7 +97,7 @@ def load_subjects(
     found = []
     for name, place in zip(names, places, strict=True):
         sae = load(place, device=device)
-        found.append(Subject(name, place, sae, data_of(sae, given, place)))
+        found.append(LoadedSAE(name, place, sae, data_of(sae, given, place)))
     return found
 
 
@@ -142,32 +142,32 @@ def data_of(sae: SAE, given: dict[str, Any], name: str) -> DataConfig:
     return from_dict(DataConfig, known | given, f"settings of {name}").live()
 
 
-def by_text(subjects: Sequence[Subject]) -> list[list[Subject]]:
-    """Subjects that can be judged on the same pass of a language model, together."""
-    groups: dict[Any, list[Subject]] = {}
-    for subject in subjects:
-        trained_on = [subject.trained_on.get(key) for key in ("text", "heldout_contexts")]
-        groups.setdefault((subject.data, *trained_on), []).append(subject)
+def by_text(loaded_saes: Sequence[LoadedSAE]) -> list[list[LoadedSAE]]:
+    """SAEs that can be judged on the same pass of a language model, together."""
+    groups: dict[Any, list[LoadedSAE]] = {}
+    for loaded in loaded_saes:
+        trained_on = [loaded.trained_on.get(key) for key in ("text", "heldout_contexts")]
+        groups.setdefault((loaded.data, *trained_on), []).append(loaded)
     return list(groups.values())
 
 
-def open_heldout(subject: Subject, device: Any) -> HeldoutText:
-    """The language model of a subject, and text that the subject was not trained on.
+def open_heldout(loaded: LoadedSAE, device: Any) -> HeldoutText:
+    """The language model of an SAE, and text that the SAE was not trained on.
 
     Of the text of its own run that is the slice that the run held out; other text counts as unseen.
     Raises InputError if more is asked for than the run held out, or if the widths do not fit.
     """
-    model, data = open_model(subject.data, device)
-    config = subject.sae.config
+    model, data = open_model(loaded.data, device)
+    config = loaded.sae.config
     if (model.d_model, model.d_target) != (config.d_model, config.d_target):
         raise InputError(
-            f"{subject.name}: the SAE maps width {config.d_model} to {config.d_out}, but "
+            f"{loaded.name}: the SAE maps width {config.d_model} to {config.d_out}, but "
             f"{model.hookpoint} of {model.name} has width {model.d_model}"
             + (f", and {model.target_hookpoint} {model.d_target}" if model.d_target else "")
         )
     text = open_text(data, seed=0)
     contexts, documents = set_aside(text, model.tokenizer, data)
-    trained_on = subject.trained_on
+    trained_on = loaded.trained_on
     own = text.fingerprint() == trained_on.get("text")
     if own and getattr(text, "aside", None) is None:
         length = trained_on["context_length"]
@@ -175,7 +175,7 @@ def open_heldout(subject: Subject, device: Any) -> HeldoutText:
         slice_ = dataclasses.replace(data, context_length=length, heldout_tokens=tokens)
         if documents > set_aside(text, model.tokenizer, slice_)[1]:
             raise InputError(
-                f"{subject.name} was trained on all of {data.dataset!r} but the {tokens:,} tokens "
+                f"{loaded.name} was trained on all of {data.dataset!r} but the {tokens:,} tokens "
                 "that it held out: expected as many --heldout-tokens at most, or another --dataset"
             )
     mask = token_mask(contexts, model.tokenizer)

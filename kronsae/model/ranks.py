@@ -12,12 +12,12 @@ from kronsae.system.parallel import Group, shape
 from kronsae_kernels import SparseCodes
 from kronsae_kernels.ranks import largest_of_all
 
-HELD = ("W_enc", "b_enc", "W_dec")
+SHARDED = ("W_enc", "b_enc", "W_dec")
 """Parameters of whose rows each process along `Mesh.heads` holds an equal part, in their order."""
 
-HELD_STATE = (
-    *(f"weights.{name}" for name in HELD),
-    *(f"moments.{name}.{moment}" for name in HELD for moment in ("exp_avg", "exp_avg_sq")),
+SHARDED_STATE = (
+    *(f"weights.{name}" for name in SHARDED),
+    *(f"moments.{name}.{moment}" for name in SHARDED for moment in ("exp_avg", "exp_avg_sq")),
     "tokens_since_fired",
 )
 """What of `Learner.state_dict` has rows of which each process along `Mesh.heads` holds a part."""

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from kronsae.config import SAEConfig
 from kronsae.errors import InputError
 from kronsae.model.encoder import Encoder, is_every
-from kronsae.model.ranks import HELD, own_part
+from kronsae.model.ranks import SHARDED, own_part
 from kronsae.registry import SELECTIONS
-from kronsae.system.files import replace_directory, sha256, write_sealed
+from kronsae.system.files import replace_directory, sha256, write_checksummed
 from kronsae.system.parallel import ALONE, Mesh
 from kronsae_kernels import SparseCodes, sparse_decode
 
@@ -59,9 +59,9 @@ class SAE(Encoder):
     as a loaded SAE does.
 
     mesh: of processes that share it (`kronsae.system.parallel`). Along `mesh.heads` each holds an
-    equal share of the heads, in order, and of the parameters `HELD` 1/R of the rows. All of these
-    have to call a method together, with the same x; codes are those of the whole dictionary, with
-    its indices, and the same on all.
+    equal share of the heads, in order, and of the parameters `SHARDED` 1/R of the rows. All of
+    these have to call a method together, with the same x; codes are those of the whole dictionary,
+    with its indices, and the same on all.
     """
 
     def __init__(
@@ -231,7 +231,7 @@ class SAE(Encoder):
         state = self.state_dict()
         if self.mesh.data.rank == 0:
             state = {
-                name: (self.mesh.heads if name in HELD else ALONE.heads).whole(tensor)
+                name: (self.mesh.heads if name in SHARDED else ALONE.heads).whole(tensor)
                 for name, tensor in state.items()
             }
 
@@ -245,7 +245,7 @@ class SAE(Encoder):
                 "sha256": sha256(folder / WEIGHTS_NAME),
                 "metadata": self.metadata if metadata is None else metadata,
             }
-            write_sealed(folder / CONFIG_NAME, settings)
+            write_checksummed(folder / CONFIG_NAME, settings)
 
         with self.mesh.world.together():
             if self.mesh.first:

@@ -33,15 +33,15 @@ import torch
 
 import kronsae_kernels
 from kronsae.errors import InputError
-from kronsae.model.ranks import HELD_STATE
+from kronsae.model.ranks import SHARDED_STATE
 from kronsae.runs.sweep import check_names
 from kronsae.system import checkpoint
 from kronsae.system.files import (
     lock,
-    read_sealed,
+    read_checksummed,
     remove_leftovers,
     sync,
-    write_sealed,
+    write_checksummed,
     write_text,
 )
 from kronsae.system.parallel import ALONE, Mesh
@@ -110,7 +110,7 @@ class _Folder:
         self._write({**head, **settings, "versions": versions(), "command": sys.argv})
 
     def _write(self, document: dict[str, Any]) -> None:
-        write_sealed(self.index, document)
+        write_checksummed(self.index, document)
         self.document = document
 
     @staticmethod
@@ -186,7 +186,7 @@ class RunFolder(_Folder):
         state = {**state, "metrics_bytes": _size(self.metrics)}
         folder = checkpoint.step_folder(self.checkpoints, step)
         copies = {self.index.name: self.document}
-        checkpoint.save_state(folder, state, self.mesh, HELD_STATE, copies)
+        checkpoint.save_state(folder, state, self.mesh, SHARDED_STATE, copies)
 
     def _sync_metrics(self) -> None:
         """See to it that the lines that a checkpoint counts are on the disk."""
@@ -204,7 +204,7 @@ class RunFolder(_Folder):
         found = checkpoint.list_checkpoints(self.checkpoints)
         state = None
         if found:
-            state = checkpoint.load_state(found[-1], self.mesh.heads, HELD_STATE, tensors)
+            state = checkpoint.load_state(found[-1], self.mesh.heads, SHARDED_STATE, tensors)
         if self.mesh.first:
             self._cut_metrics(state["metrics_bytes"] if state else 0)
         return state
@@ -355,7 +355,7 @@ def open_to_resume(
 def _read_index(path: Path, kind: str, keys: set[str]) -> dict[str, Any]:
     """The JSON object that makes a folder a run or a sweep. Raises InputError if it is none."""
     try:
-        document = read_sealed(path)
+        document = read_checksummed(path)
     except (OSError, ValueError) as error:
         if not path.parent.is_dir():
             raise InputError(f"{path.parent} is no run folder: it does not exist") from error

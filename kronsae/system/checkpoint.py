@@ -25,11 +25,11 @@ from safetensors import SafetensorError
 
 from kronsae.errors import InputError
 from kronsae.system.files import (
-    read_sealed,
+    read_checksummed,
     remove_directory,
     replace_directory,
     sha256,
-    write_sealed,
+    write_checksummed,
 )
 from kronsae.system.parallel import ALONE, Group, Mesh
 
@@ -52,7 +52,7 @@ def save_state(
 
     held: ends of the names (keys, joined by dots) of tensors that have a part of their rows on each
         process along `mesh.heads`. All processes of the mesh call this, and see one folder.
-    copies: sealed JSON files to put beside the state, by name.
+    copies: checksummed JSON files to put beside the state, by name.
     """
     from safetensors.torch import save_file
 
@@ -86,9 +86,9 @@ def save_state(
                 "sha256": digests if others else digests[TENSORS_NAME],
                 "state": values,
             }
-            write_sealed(partial / VALUES_NAME, document)
+            write_checksummed(partial / VALUES_NAME, document)
             for name, copy in copies.items():
-                write_sealed(partial / name, copy)
+                write_checksummed(partial / name, copy)
 
         with mesh.world.together():
             if mesh.first:
@@ -135,7 +135,7 @@ def load_state(
     """
     advice = f"remove the folder {folder} to go on from the checkpoint before it"
     try:
-        document = read_sealed(folder / VALUES_NAME)
+        document = read_checksummed(folder / VALUES_NAME)
         version, digests, values = (document[k] for k in ("format_version", "sha256", "state"))
         if version == FORMAT_VERSION:
             digests = {TENSORS_NAME: digests}
@@ -262,7 +262,7 @@ def copy_of(path: Path, checkpoints: Path) -> Path | None:
     """The newest whole copy of a file that `save_state` put into a checkpoint, or None."""
     for folder in reversed(list_checkpoints(checkpoints)):
         try:
-            read_sealed(folder / path.name)
+            read_checksummed(folder / path.name)
             return folder / path.name
         except (OSError, ValueError):
             continue

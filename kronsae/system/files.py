@@ -33,12 +33,12 @@ def write_json(path: Path, value: Any) -> None:
 _CHECKSUM = "checksum"
 
 
-def write_sealed(path: Path, document: dict[str, Any]) -> None:
-    """Write a JSON object, atomically, with a checksum of its values: see `read_sealed`."""
+def write_checksummed(path: Path, document: dict[str, Any]) -> None:
+    """Write a JSON object, atomically, with a checksum of its values: see `read_checksummed`."""
     write_json(path, {**document, _CHECKSUM: _digest(document)})
 
 
-def read_sealed(path: Path) -> Any:
+def read_checksummed(path: Path) -> Any:
     """The JSON value in a file, without its checksum.
 
     An object without one is taken as it is: people write such files, too, and older versions did.

@@ -18,7 +18,7 @@ from kronsae.model.objectives import (
     auxk_tokens,
     objective,
 )
-from kronsae.model.ranks import HELD
+from kronsae.model.ranks import SHARDED
 from kronsae.model.sae import SAE
 from kronsae.model.selection import CANDIDATES, Selection
 from kronsae.registry import OBJECTIVES, SAE_KINDS, SELECTIONS
@@ -455,8 +455,8 @@ class Learner:
 
     def _gradient_norm(self) -> Tensor:
         """Norm of the gradient of the whole autoencoder (scalar)."""
-        held = [p.grad for name, p in self.sae.named_parameters() if name in HELD]
-        rest = [p.grad for name, p in self.sae.named_parameters() if name not in HELD]
+        held = [p.grad for name, p in self.sae.named_parameters() if name in SHARDED]
+        rest = [p.grad for name, p in self.sae.named_parameters() if name not in SHARDED]
         if self.mesh.heads.size == 1:
             return torch.nn.utils.get_total_norm(held + rest)
         squares = self.mesh.heads.sum(torch.nn.utils.get_total_norm(held).square())
