@@ -177,7 +177,7 @@ class Parser(argparse.ArgumentParser):
 
     def unknown(self, argument: str) -> str:
         """What to say of an argument that is none, with the flags like it."""
-        name = argument.split("=")[0]
+        name = argument.split("=")[0].replace("_", "-")
         if name in self.others:
             return f"unknown argument {argument!r}: here it is {self.others[name]}"
         flags = [option for action in self._actions for option in action.option_strings]

@@ -58,10 +58,11 @@ def setting(
 
     help: of its flag.  choices: the values that it may have.
     unless: when it has no effect; to give it then is an error.
-    metadata: `group` (of flags that belong together) and `free` (it may change when a run
-        resumes); of `TrainConfig` and `SAEConfig` also `shared` (all members of a sweep have the
-        same); of `DataConfig` also `of` ("model", "text" or "reading") and `harvested` (a cache of
-        activations has decided it).
+    metadata: `group`, the title of flags that belong together.
+        `free` (DataConfig, TrainConfig): it may change when a run resumes.
+        `shared` (TrainConfig, SAEConfig): all members of a sweep have the same.
+        `of` (DataConfig): "model", "text" or "reading".
+        `harvested` (DataConfig): a cache of activations has decided it.
     """
     metadata |= {"help": help, "unless": unless}
     if choices is not None:  # a registry fills later
@@ -345,6 +346,17 @@ class SAEConfig:
                 f"border of a group of {first}. These would fit: "
                 f"{'; '.join(dict.fromkeys(shapes))}"
             )
+
+    def with_widths(self, d_model: int, d_target: int) -> "SAEConfig":
+        """The same with the widths of the data. Raises InputError if others are configured."""
+        found = {"d_model": d_model, "d_target": d_target}
+        for name, width in found.items():
+            configured = getattr(self, name)
+            _require(
+                configured in (0, width),
+                f"{name}: {configured} is configured, the data has {width or 'none'}",
+            )
+        return replace(self, **found)
 
     @property
     def prefixes(self) -> tuple[int, ...]:

@@ -18,24 +18,46 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 from kronsae.errors import InputError
 
-Kind = TypeVar("Kind")
+Registered = TypeVar("Registered")
 
 
-class Registry(Mapping[str, Kind], Generic[Kind]):
+class Kind:
+    """What every kind of encoder, selection and objective has."""
+
+    title: ClassVar[str] = ""
+    """How the name of an SAE says it."""
+    Settings: ClassVar[type | None] = None
+    """Frozen dataclass of `kronsae.config.setting`s of its own: flags, and part of SAEConfig."""
+    fused: ClassVar[bool] = False
+    """Whether `kronsae_kernels.step` can train it."""
+    shares_heads: ClassVar[bool] = False
+    """Whether processes can each hold a part of the dictionary."""
+
+    @classmethod
+    def check(cls, config: Any) -> None:
+        """Raise InputError for an SAEConfig that it cannot be used with."""
+
+    @classmethod
+    def parameter_count(cls, config: Any) -> int:
+        """Parameters of its own, beside the encoder's and the decoder's."""
+        return 0
+
+
+class Registry(Mapping[str, Registered], Generic[Registered]):
     """Kinds of one thing by name, in the order in which they were registered."""
 
     def __init__(self, what: str) -> None:
         self.what = what
-        self._kinds: dict[str, Kind] = {}
+        self._kinds: dict[str, Registered] = {}
 
-    def register(self, name: str) -> Callable[[Kind], Kind]:
+    def register(self, name: str) -> Callable[[Registered], Registered]:
         """Decorator that adds a kind. Raises InputError if the name is another one's."""
 
-        def add(kind: Kind) -> Kind:
+        def add(kind: Registered) -> Registered:
             known = self._kinds.get(name)
             # The same file may be run twice, as a plugin and as an imported module.
             if known is not None and _place(known) != _place(kind):
@@ -45,7 +67,7 @@ class Registry(Mapping[str, Kind], Generic[Kind]):
 
         return add
 
-    def __getitem__(self, name: str) -> Kind:
+    def __getitem__(self, name: str) -> Registered:
         """The kind of that name. Raises InputError if there is none."""
         try:
             return self._kinds[name]

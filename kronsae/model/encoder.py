@@ -1,4 +1,4 @@
-"""The encoder of an SAE: its projections, and the two ways in which selections ask for latents.
+"""The encoder of an SAE: its projections, and the ways in which selections ask for latents.
 
 `Encoder` is the part of `SAE` that holds them; an `EncoderKind` says what latents they make: Kron,
 dense, or another one that is registered (`kronsae.registry.ENCODERS`).
@@ -14,7 +14,7 @@ from kronsae.config import SAEConfig
 from kronsae.errors import InputError
 from kronsae.model.ranks import check_heads, largest
 from kronsae.model.router import Router
-from kronsae.registry import ENCODERS
+from kronsae.registry import ENCODERS, Kind
 from kronsae.system.parallel import ALONE, Mesh
 from kronsae_kernels import (
     SparseCodes,
@@ -25,7 +25,7 @@ from kronsae_kernels import (
 )
 
 
-class EncoderKind(nn.Module):
+class EncoderKind(Kind, nn.Module):
     """How projections W_enc x + b_enc become latents; parameters of its own are `sae.kind.…`.
 
     Methods get weights w [.., d] and biases b [..] of all latents, or of one expert's.
@@ -35,27 +35,12 @@ class EncoderKind(nn.Module):
     """What an SAE with it is called."""
     usual_selection: ClassVar[str | None] = None
     """Title of the selection that its name need not mention."""
-    Settings: ClassVar[type | None] = None
-    """Frozen dataclass of `kronsae.config.setting`s of its own: flags, and part of SAEConfig."""
     factored: ClassVar[bool] = False
     """Whether it has heads of base and extension pre-latents."""
-    fused: ClassVar[bool] = False
-    """Whether `kronsae_kernels.step` can train it."""
-    shares_heads: ClassVar[bool] = False
-    """Whether processes can each hold a part of the dictionary."""
 
     def __init__(self, config: SAEConfig) -> None:
         super().__init__()
         self.config = config
-
-    @classmethod
-    def check(cls, config: SAEConfig) -> None:
-        """Raise InputError for settings that it cannot be used with."""
-
-    @classmethod
-    def parameter_count(cls, config: SAEConfig) -> int:
-        """Parameters beside W_enc and b_enc."""
-        return 0
 
     def encode(
         self, x: Tensor, w: Tensor, b: Tensor, *, k: int, mask: Tensor | None, impl: str | None

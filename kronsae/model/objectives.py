@@ -15,7 +15,7 @@ from kronsae.config import SAEConfig, TrainConfig
 from kronsae.errors import InputError
 from kronsae.model.sae import SAE
 from kronsae.model.selection import Penalty
-from kronsae.registry import OBJECTIVES, SELECTIONS
+from kronsae.registry import OBJECTIVES, SELECTIONS, Kind
 from kronsae.system.parallel import ALONE, Group
 from kronsae_kernels import SparseCodes, nested_decode
 
@@ -47,25 +47,13 @@ class Reconstruction(NamedTuple):
     """Other losses, by name."""
 
 
-class Objective:
+class Objective(Kind):
     """What the reconstruction is judged by. See `kronsae.registry` for how to add another one."""
 
-    title: ClassVar[str] = ""
-    """How the name of an SAE says it."""
-    Settings: ClassVar[type | None] = None
-    """Frozen dataclass of `kronsae.config.setting`s of its own: flags, and part of SAEConfig."""
     nested: ClassVar[bool] = False
     """Whether prefixes of the dictionary reconstruct, too (`SAEConfig.prefixes`)."""
-    fused: ClassVar[bool] = False
-    """Whether `kronsae_kernels.step` can train it."""
-    shares_heads: ClassVar[bool] = False
-    """Whether processes can each hold a part of the dictionary."""
     decoded_per_k: ClassVar[int] = 1
     """So many times k latents of a token are decoded: for the memory of a plan."""
-
-    @classmethod
-    def check(cls, config: SAEConfig) -> None:
-        """Raise InputError for settings that it cannot be used with."""
 
     @classmethod
     def reconstruct(

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from kronsae.config import SAEConfig, TrainConfig
 from kronsae.errors import InputError
 from kronsae.model.encoder import Encoder, widened
-from kronsae.registry import SELECTIONS
+from kronsae.registry import SELECTIONS, Kind
 from kronsae.system.parallel import ALONE
 from kronsae_kernels import SparseCodes
 from kronsae_kernels.step import BELOW, Thresholds
@@ -42,17 +42,13 @@ class Penalty(NamedTuple):
     coefficient: float
 
 
-class Selection(nn.Module):
+class Selection(Kind, nn.Module):
     """A way to select latents; parameters and buffers of its own are `sae.selection.…`.
 
     What trains, plans, exports and describes an SAE asks its selection; nothing else knows it by
     name. See `kronsae.registry` for how to add one.
     """
 
-    title: ClassVar[str]
-    """How the name of an SAE says it."""
-    Settings: ClassVar[type | None] = None
-    """Frozen dataclass of `kronsae.config.setting`s of its own: flags, and part of SAEConfig."""
     aims_at_k: ClassVar[bool] = True
     """Whether config.k is the number of active latents, exactly or on average."""
     by_k: ClassVar[bool] = False
@@ -61,23 +57,10 @@ class Selection(nn.Module):
     """Whether each token gets k latents, neither more nor fewer."""
     learns_thresholds: ClassVar[bool] = False
     """Whether latents have thresholds that the loss learns (`jumprelu_bandwidth`)."""
-    fused: ClassVar[bool] = False
-    """Whether `kronsae_kernels.step` can train it."""
-    shares_heads: ClassVar[bool] = False
-    """Whether processes can each hold a part of the dictionary."""
 
     def __init__(self, config: SAEConfig) -> None:
         super().__init__()
         self.config = config
-
-    @classmethod
-    def check(cls, config: SAEConfig) -> None:
-        """Raise InputError for settings that it cannot be used with."""
-
-    @classmethod
-    def parameter_count(cls, config: SAEConfig) -> int:
-        """Parameters of its own."""
-        return 0
 
     @classmethod
     def widest(cls, config: SAEConfig) -> int:

@@ -277,7 +277,7 @@ def _judge(sae: SAE, heldout: Heldout) -> dict[str, float]:
 
 def _complete(plan: MemberPlan, source: ActivationSource) -> MemberPlan:
     """With the width of the activations, and everything that config.json holds."""
-    sae = _with_widths(plan.sae, source)
+    sae = plan.sae.with_widths(source.d_model, getattr(source, "d_target", 0))
     config = {
         "sae": dataclasses.asdict(sae),
         "data": None,
@@ -303,12 +303,3 @@ def _as_source(activations: Activations, config: TrainConfig) -> ActivationSourc
     if hasattr(activations, "state_dict") and hasattr(activations, "d_model"):
         return activations
     return IterableActivations(activations)
-
-
-def _with_widths(config: SAEConfig, source: ActivationSource) -> SAEConfig:
-    found = {"d_model": source.d_model, "d_target": getattr(source, "d_target", 0)}
-    for name, width in found.items():
-        configured = getattr(config, name)
-        if configured not in (0, width):
-            raise InputError(f"{name}: {configured} is configured, the data has {width or 'none'}")
-    return dataclasses.replace(config, **found)

@@ -35,47 +35,31 @@ from kronsae.runs.folder import SINGLE, SweepFolder, open_to_resume
 from kronsae.runs.sweep import check_names, name_of, one_stream, own_settings, product
 
 OTHER_NAMES = {
-    "--architecture": "--encoder (kron, dense, gated) and --selection (topk, batchtopk, jumprelu, "
-    "relu): 'standard' is --encoder dense --selection relu, 'gated' is --encoder gated "
-    "--selection relu, 'topk' is --encoder dense --selection topk",
-    "--activation": "--selection (topk, batchtopk, jumprelu, relu)",
+    "--architecture": "--encoder and --selection: 'standard' is --encoder dense --selection relu, "
+    "'gated' is --encoder gated --selection relu, 'topk' is --encoder dense --selection topk",
+    "--activation": "--selection NAME",
     "--expansion-factor": "--dict-size N, the number of latents: expansion factor times d_model",
-    "--expansion_factor": "--dict-size N, the number of latents: expansion factor times d_model",
     "--d-sae": "--dict-size N",
-    "--d_sae": "--dict-size N",
     "--num-latents": "--dict-size N",
-    "--num_latents": "--dict-size N",
     "--d-in": "taken from the model (--d-model N checks it)",
-    "--d_in": "taken from the model (--d-model N checks it)",
     "--hook-name": "--layer N (blocks.N.hook_resid_post is --layer N), or --hookpoint NAME, a "
-    "module of the transformers model",
-    "--hook_name": "--layer N (blocks.N.hook_resid_post is --layer N), or --hookpoint NAME, a "
     "module of the transformers model",
     "--hookpoints": "--layer N or --hookpoint NAME, one a run (harvest takes several)",
     "--layers": "--layer N, one a run (harvest takes several)",
     "--model-name": "--model NAME",
-    "--model_name": "--model NAME",
     "--dataset-path": "--dataset NAME",
-    "--dataset_path": "--dataset NAME",
     "--training-tokens": "--tokens N",
-    "--training_tokens": "--tokens N",
     "--max-tokens": "--tokens N",
     "--train-batch-size-tokens": "--batch-size N, in tokens",
-    "--train_batch_size_tokens": "--batch-size N, in tokens",
     "--context-size": "--context-length N",
-    "--context_size": "--context-length N",
     "--ctx-len": "--context-length N",
-    "--ctx_len": "--context-length N",
     "--auxk-alpha": "--auxk-coefficient X",
-    "--auxk_alpha": "--auxk-coefficient X",
     "--dead-feature-threshold": "--dead-after-tokens N",
     "--run-name": "--out DIR",
-    "--run_name": "--out DIR",
     "--log-to-wandb": "--wandb PROJECT",
-    "--log_to_wandb": "--wandb PROJECT",
     "--transcode": "--target-hookpoint NAME",
 }
-"""What SAELens, sparsify and dictionary_learning call a setting, and what it is here."""
+"""What SAELens, sparsify and dictionary_learning call a flag (also with _), and what it is here."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,9 +94,9 @@ class Request:
         """
         members, notes = {}, {}
         for name, config in self.members.items():
-            sae, train = _at_width(config.sae, d_model, d_target), config.train
+            sae, train = config.sae.with_widths(d_model, d_target), config.train
             if self.iso_flops_of:
-                reference = _at_width(self.iso_flops_of[name], d_model, d_target)
+                reference = self.iso_flops_of[name].with_widths(d_model, d_target)
                 of, own = flops_per_token(reference), flops_per_token(sae)
                 if of == own:
                     raise InputError(
@@ -131,15 +115,6 @@ class Request:
                 + ")"
             )
         return dataclasses.replace(self, members=members, iso_flops_of=None, notes=notes)
-
-
-def _at_width(sae: SAEConfig, d_model: int, d_target: int) -> SAEConfig:
-    found = {"d_model": d_model, "d_target": d_target}
-    for name, width in found.items():
-        configured = getattr(sae, name)
-        if configured not in (0, width):
-            raise InputError(f"{name}: {configured} is configured, the data has {width or 'none'}")
-    return dataclasses.replace(sae, **found)
 
 
 def make_parser() -> Parser:
