@@ -851,6 +851,17 @@ def data_settings(**metadata: Any) -> tuple[str, ...]:
     )
 
 
+def without_nesting(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a part of a run, as a file holds them, with those of kinds among the others."""
+    plain: dict[str, Any] = {}
+    for name, value in values.items():
+        if name.removesuffix("_settings") in SAE_KINDS and name not in SAE_KINDS:
+            plain |= value if isinstance(value, Mapping) else {}
+        else:
+            plain[name] = value
+    return plain
+
+
 def nested(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     """Flat settings, by the part of `RunConfig` that they belong to."""
     known = all_settings()
@@ -864,15 +875,15 @@ def nested(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 def flat(part: str, values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The settings of a part as a file holds them, without nesting. Raises InputError."""
-    known, found = all_settings(), {}
-    for name, value in values.items():
-        if name.endswith("_settings") and name.removesuffix("_settings") in SAE_KINDS:
-            found |= flat(part, value or {}, where)
-        elif name not in known or known[name].part != part:
+    for part_of_sae in SAE_KINDS:
+        own = values.get(f"{part_of_sae}_settings")
+        if own is not None and not isinstance(own, Mapping):
+            raise InputError(f"{where}: {part_of_sae}_settings: expected an object, got {own!r}")
+    known, plain = all_settings(), without_nesting(values)
+    for name in plain:
+        if name not in known or known[name].part != part:
             raise InputError(f"{where}: {part} has no setting {name!r}")
-        else:
-            found[name] = value
-    return found
+    return plain
 
 
 def _checked(spec: dataclasses.Field, value: Any, where: str) -> Any:

@@ -6,15 +6,13 @@ sae = kronsae.load("me/my-sae", revision="main")
 """
 
 import dataclasses
-import functools
 import json
-import operator
 import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from kronsae.config import kind_of
+from kronsae.config import kind_of, without_nesting
 from kronsae.data.common import reason
 from kronsae.errors import InputError
 from kronsae.interop.load import load
@@ -88,7 +86,9 @@ def model_card(sae: SAE, repo_id: str, *, report: bool = False) -> str:
         read += f" that predicts `{origin.target_hookpoint}`"
     elif origin.layer is not None:
         read += f" (the residual stream after block {origin.layer})"
-    shown = {name: value for name, value in _plain(config).items() if value not in (0, False)}
+    shown = {
+        name: value for name, value in without_nesting(config).items() if value not in (0, False)
+    }
     parts = [
         _metadata(origin, kind),
         f"# {repo_id.partition('/')[2]}",
@@ -110,13 +110,6 @@ def model_card(sae: SAE, repo_id: str, *, report: bool = False) -> str:
     if report:
         parts.append("`report.html` shows the run: its figures, and contexts of its latents.")
     return "\n\n".join(parts) + "\n"
-
-
-def _plain(config: dict[str, Any]) -> dict[str, Any]:
-    """Settings of an SAE without nesting, and without what it has none of."""
-    nested = [value for value in config.values() if isinstance(value, dict)]
-    plain = {n: v for n, v in config.items() if v is not None and not isinstance(v, dict)}
-    return functools.reduce(operator.or_, nested, plain)
 
 
 def _metadata(origin: Origin, kind: str) -> str:

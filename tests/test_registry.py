@@ -12,6 +12,7 @@ import kronsae
 from kronsae import InputError, SAEConfig
 from kronsae.__main__ import main as command
 from kronsae.config import all_settings
+from kronsae.hub import model_card
 from kronsae.interop import module_of
 from kronsae.registry import OBJECTIVES, SELECTIONS, Registry, load_plugin
 from kronsae.runs.folder import RunFolder
@@ -173,3 +174,27 @@ def test_what_has_no_stock_form(tmp_path):
     relu = kronsae.SAE(SAEConfig(d_model=8, dict_size=32, encoder="dense", selection="relu"))
     with pytest.raises(InputError, match="selection 'relu' has thresholds"):
         module_of("sparsify").write(relu, tmp_path / "out")
+
+
+def test_pages_and_cards_of_a_kind_with_settings_of_its_own(tmp_path, monkeypatch, capsys):
+    """No "k = 0", no nested object: the report, the model card, the judgement and --config."""
+    monkeypatch.chdir(tmp_path)
+    settings = [flag for flag in TRAIN if flag not in ("--k", "8")]
+    relu = ("--selection", "relu", "--l1-coefficient", "2.5")
+    assert command(["train", *settings, *relu, "--out", "run"]) == 0
+    report = Path("run/report.html").read_text()
+    assert "<code>l1_coefficient</code></th><td>2.5</td><td>relu: weight" in report
+    assert "selection_settings" not in report
+    card = model_card(kronsae.load("run"), "me/sae")
+    assert "as many active a token as l1_coefficient 2.5 leaves" in card
+    assert "| l1_coefficient | 2.5 |" in card and "_settings" not in card
+    assert command(["evaluate", "run", "--out", "judged", "--heldout-tokens", "256"]) == 0
+    assert "k = 0" not in Path("judged/evaluation.md").read_text() + capsys.readouterr().out
+    assert (
+        command(["train", "--config", "run/config.json", "--device", "cpu", "--out", "again"]) == 0
+    )
+    assert kronsae.load("again").config == kronsae.load("run").config
+    for value, words in ((5, "expected an object, got 5"), ({"l2": 1}, "has no setting 'l2'")):
+        Path("bad.json").write_text(json.dumps({"sae": {"selection_settings": value}}))
+        assert command(["train", "--config", "bad.json"]) == 2
+        assert words in capsys.readouterr().err

@@ -206,6 +206,9 @@ def test_dense_and_custom_data(tmp_path):
     page = Page(write_report(tmp_path).read_text(encoding="utf-8"))
     assert "TopK SAE" in page.text and "KronSAE on" not in page.text
     assert "python -m kronsae.train --k 'a b'" in page.text
+    for program in ("/home/me/.venv/bin/kronsae", "/home/me/kronsae/__main__.py"):
+        write_run(tmp_path, records(5), **settings, command=[program, "train", "--k", "a b"])
+        assert "<code>kronsae train --k &#x27;a b&#x27;" in write_report(tmp_path).read_text()
 
 
 def test_ticks():

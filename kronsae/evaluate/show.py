@@ -39,7 +39,7 @@ def facts(entry: Entry) -> list[str]:
     tokens = entry.get("trained_tokens")
     return [
         entry["kind"],
-        f"F = {entry['dict_size']:,}, k = {entry['k']}",
+        f"F = {entry['dict_size']:,}" + (f", k = {entry['k']}" if entry["k"] else ""),
         f"trained on {tokens:,} tokens" if tokens else "",
     ]
 

@@ -7,7 +7,6 @@ the texts of all tokens that occur; everything else names tokens by their number
 `facts["perBlock"]` heads (or groups of latents) lie in a block each, read when they are looked at.
 """
 
-import dataclasses
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -238,7 +237,7 @@ def _facts(run: Path, sae: SAE, stored: Stored) -> dict[str, Any]:
     return {
         "run": run.resolve().name,
         "kind": kind_of(settings["sae"]),
-        "sae": dataclasses.asdict(sae.config),
+        "active": sae.selection.describe(sae.config),
         "model": data["model"],
         "hookpoint": data["hookpoint"] or f"layer {data['layer']}",
         "target": data.get("target_hookpoint"),

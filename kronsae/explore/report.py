@@ -3,7 +3,6 @@
 Everything that comes from a file or from text passes through `_escape` on its way into the page.
 """
 
-import dataclasses
 import json
 import math
 import shlex
@@ -13,7 +12,7 @@ from pathlib import Path
 from string import Template
 from typing import Any, NamedTuple
 
-from kronsae.config import DataConfig, SAEConfig, TrainConfig, kind_of
+from kronsae.config import all_settings, kind_of, without_nesting
 from kronsae.data.token_text import token_texts
 from kronsae.metrics.figures import MEANING
 from kronsae.properties.contexts import LatentContexts, Window, short, title
@@ -473,28 +472,32 @@ def _command(command: Any) -> str:
     if not isinstance(command, list) or not command:
         return command if isinstance(command, str) else ""
     program, *arguments = map(str, command)
-    is_train = Path(program).parts[-2:] == ("kronsae", "train.py")
-    program = "-m kronsae.train" if is_train else shlex.quote(Path(program).name)
-    return " ".join(("python", program, *map(shlex.quote, arguments)))
+    place = Path(program).parts[-2:]
+    if place == ("kronsae", "train.py"):
+        start = ["python", "-m", "kronsae.train"]
+    elif place == ("kronsae", "__main__.py") or place[-1:] == ("kronsae",):
+        start = ["kronsae"]
+    else:
+        start = ["python", Path(program).name]
+    return shlex.join([*start, *arguments])
 
 
 def _settings(settings: dict[str, Any]) -> str:
     config = settings["config"]
     tables = []
-    parts = {
-        "SAE": ("sae", SAEConfig),
-        "Data": ("data", DataConfig),
-        "Training": ("train", TrainConfig),
-    }
-    for label, (name, cls) in parts.items():
-        helps = {field.name: field.metadata.get("help", "") for field in dataclasses.fields(cls)}
-        rows = [(key, value, helps.get(key, "")) for key, value in config[name].items()]
+    known = all_settings()
+    for label, name in (("SAE", "sae"), ("Data", "data"), ("Training", "train")):
+        plain = without_nesting(config[name])
+        rows = [
+            (key, value, known[key].spec.metadata["help"] if key in known else "")
+            for key, value in plain.items()
+        ]
         tables.append(_table(label, rows))
     versions = settings.get("versions")
     rows = versions.items() if isinstance(versions, dict) else ()
     tables.append(_table("Versions", [(key, value, "") for key, value in rows]))
-    known = ("config", "versions", "command", "format", "format_version")
-    rest = [(key, value, "") for key, value in settings.items() if key not in known]
+    above = ("config", "versions", "command", "format", "format_version")
+    rest = [(key, value, "") for key, value in settings.items() if key not in above]
     tables.append(_table("Further", rest))
     body = "".join(tables)
     if not body:

@@ -12,7 +12,7 @@ function valuesOf(group, name, belongs) {
 }
 
 function introduction() {
-  const { sae, summary } = facts;
+  const { summary } = facts;
   const kron = grid.kron ? ` in ${grid.heads.toLocaleString('en')} heads of ${grid.m} base × `
     + `${grid.n} extension` : '';
   const of = facts.target ? `predicting ${facts.target} from ${facts.hookpoint}` : facts.hookpoint;
@@ -20,7 +20,7 @@ function introduction() {
   return make('div', { class: 'intro' },
     make('h1', null, facts.kind, make('small', null, facts.run)),
     make('p', null, make('strong', null, `${facts.latents.toLocaleString('en')} latents`), kron,
-      `, ${sae.selection === 'topk' ? '' : 'about '}${sae.k} active on a token: ${of} of `
+      `, ${facts.active}: ${of} of `
       + `${facts.model}, trained on ${facts.trained.toLocaleString('en')} tokens. Everything here `
       + `was seen on ${facts.tokens.toLocaleString('en')} tokens of ${facts.dataset}, on which `
       + `${fires.toLocaleString('en')} latents fire.`));
