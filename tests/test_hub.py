@@ -260,7 +260,7 @@ def test_model_card():
     for part in (
         "# my-sae",
         "A KronSAE of `EleutherAI/pythia-70m` at `gpt_neox.layers.3` (the residual stream after "
-        "block 3): 16 latents, 3 active a token",
+        "block 3): 16 latents, 3 active per token",
         'kronsae.load("me/my-sae")',
         "| Explained variance | 0.75 |",
         "| heads | 4 |",
@@ -274,7 +274,7 @@ def test_model_card_of_an_sae_that_says_nothing_of_its_model():
     sae.metadata = {"data": {"name": "/somewhere/on/my/disk"}}
     card = model_card(sae, "me/my-sae")
     assert "base_model" not in card and "report.html" not in card and "held-out" not in card
-    assert "A BatchTopK SAE of" in card and "about 3 active a token" in card
+    assert "A BatchTopK SAE of" in card and "about 3 active per token" in card
 
 
 def test_push_refuses_a_name_that_is_none():

@@ -186,7 +186,7 @@ def test_pages_and_cards_of_a_kind_with_settings_of_its_own(tmp_path, monkeypatc
     assert "<code>l1_coefficient</code></th><td>2.5</td><td>relu: weight" in report
     assert "selection_settings" not in report
     card = model_card(kronsae.load("run"), "me/sae")
-    assert "as many active a token as l1_coefficient 2.5 leaves" in card
+    assert "kept sparse by an L1 penalty of 2.5" in card
     assert "| l1_coefficient | 2.5 |" in card and "_settings" not in card
     assert command(["evaluate", "run", "--out", "judged", "--heldout-tokens", "256"]) == 0
     assert "k = 0" not in Path("judged/evaluation.md").read_text() + capsys.readouterr().out

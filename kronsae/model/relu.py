@@ -61,7 +61,7 @@ class ReLU(Selection):
     @classmethod
     def describe(cls, config: SAEConfig) -> str:
         coefficient = config.selection_settings.l1_coefficient
-        return f"as many active a token as l1_coefficient {coefficient:g} leaves"
+        return f"kept sparse by an L1 penalty of {coefficient:g}"
 
     def forward(self, sae: Encoder, x: Tensor, k: int, impl: str | None = None) -> SparseCodes:
         return sae.above(x, sae.b_enc.new_full((sae.dict_size,), sae.silent_value), impl=impl)

@@ -69,8 +69,8 @@ class Selection(Kind, nn.Module):
 
     @classmethod
     def describe(cls, config: SAEConfig) -> str:
-        """How many latents are active, in words: "50 active a token"."""
-        return f"{'' if cls.exact else 'about '}{config.k} active a token"
+        """How many latents are active, in words: "50 active per token"."""
+        return f"{'' if cls.exact else 'about '}{config.k} active per token"
 
     def forward(self, sae: Encoder, x: Tensor, k: int, impl: str | None = None) -> SparseCodes:
         """Codes of x [..., d]."""
