@@ -8,7 +8,6 @@ import argparse
 import dataclasses
 import shutil
 import sys
-import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -31,9 +30,10 @@ from kronsae.commandline import (
 from kronsae.config import DataConfig, flag
 from kronsae.data.text import check_text
 from kronsae.errors import InputError
-from kronsae.plan import time as calibrate
 from kronsae.plan.memory import shortage
 from kronsae.plan.outline import NoOutline, Outline, outline
+from kronsae.plan.text import wrapped
+from kronsae.plan.time import duration, model_seconds
 from kronsae.system.devices import compute_dtype, free_bytes, resolve_device
 
 __all__ = ["HarvestConfig", "harvest", "main", "make_plan"]
@@ -198,26 +198,28 @@ def disk_shortage(plan: dict[str, Any]) -> str | None:
     )
 
 
-def seconds_per_token(config: HarvestConfig) -> float:
-    """Of the text and the language model up to the last hookpoint, as measured here and now."""
-    device, model, clock = resolve_device(config.device), last(outlines(config)), time.perf_counter
-    return calibrate.text_seconds(model.context_length, clock) + calibrate.model_seconds(
-        config.data, model, device, clock
-    )
+def harvest_time(plan: dict[str, Any], config: HarvestConfig) -> str:
+    """The time of a harvest, in words: that of the language model up to the last hookpoint."""
+    if plan["tokens"] is None:
+        return "unknown, as nobody has counted the text"
+    try:
+        token = model_seconds(config.data, last(outlines(config)), resolve_device(config.device))
+    except NoOutline as error:
+        return f"not measured: {error}"
+    tokens = plan["tokens"] + config.data.heldout_tokens
+    return f"{duration(tokens * token)} (the language model alone, measured here)"
 
 
-def render(plan: dict[str, Any], config: HarvestConfig, out: Path, seconds: float) -> str:
-    """The plan as text. seconds: that a token takes."""
+def render(plan: dict[str, Any], config: HarvestConfig, out: Path) -> str:
+    """The plan as text, with the time that it would take."""
     tokens, memory, free = plan["tokens"], plan["memory_mib"], plan["free_mib"]
     beside = "" if free is None else f" ({free:,.0f} MiB are free)"
     if tokens is None:
         amount = "all of the text"
         room = plan["disk_free_mib"] * _MIB / plan["bytes_per_token"]
-        disk = f"unknown, as nobody has counted the text; there is room for {room:,.0f} tokens"
+        disk = f"unknown; there is room for {room:,.0f} tokens"
     else:
         amount = f"{tokens:,} tokens"
-        seconds *= tokens + config.data.heldout_tokens
-        amount += f", about {seconds / 60:,.1f} minutes"
         disk = f"{plan['disk_mib']:,.0f} MiB"
     widths = ", ".join(f"{name} (d = {width:,})" for name, width in plan["hookpoints"].items())
     lines = [
@@ -230,9 +232,9 @@ def render(plan: dict[str, Any], config: HarvestConfig, out: Path, seconds: floa
         f"({plan['disk_free_mib']:,.0f} MiB are free)",
         f"  memory           {sum(memory.values()):,.0f} MiB{beside}: "
         + ", ".join(f"{name} {size:,.0f}" for name, size in memory.items()),
+        f"  time             {harvest_time(plan, config)}",
     ]
-    reason = disk_shortage(plan) or shortage(plan)
-    return "\n".join(lines if reason is None else [*lines, f"It would be refused: {reason}"])
+    return wrapped(lines, disk_shortage(plan) or shortage(plan))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -252,7 +254,7 @@ def main(argv: list[str] | None = None) -> int:
                 print(f"disk and memory were not planned: {error}")
             else:
                 if plan_alone:
-                    print(render(plan, config, folder, seconds_per_token(config)))
+                    print(render(plan, config, folder))
                     return 0
                 reason = disk_shortage(plan) or shortage(plan)
                 if reason is not None:

@@ -23,8 +23,10 @@ from kronsae.interop.load import load
 from kronsae.metrics.figures import MEANING
 from kronsae.metrics.heldout import Heldout
 from kronsae.model.ranks import check_heads, ranks_of_one
-from kronsae.plan.memory import check_memory, describe_ranks, make_plan, predict_time, render
+from kronsae.plan.memory import check_memory, make_plan
 from kronsae.plan.outline import NoOutline, Outline, outline
+from kronsae.plan.text import describe_ranks, render
+from kronsae.plan.time import run_time
 from kronsae.registry import SELECTIONS
 from kronsae.runs.folder import RunFolder, SweepFolder
 from kronsae.runs.sweep import comparison
@@ -57,8 +59,7 @@ def main(argv: list[str] | None = None) -> int:
             if quiet:  # one measures
                 return 0
             plan, members, model = _plan(request)
-            times = predict_time(plan, members, model)
-            console.print(render(plan, members, times), markup=False)
+            console.print(render(plan, members, run_time(plan, members, model)), markup=False)
             return 0
         mesh = _join(request)
         if request.memory_check:

@@ -3,11 +3,13 @@
 import dataclasses
 import itertools
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from tiny_models import BLOCKS, FAMILIES, save_model
 
+from benchmarks import plan as against
 from benchmarks.memory import Live
 from kronsae import DataConfig, InputError, RunConfig, SAEConfig, TrainConfig
 from kronsae.data import LanguageModel
@@ -15,9 +17,11 @@ from kronsae.metrics.heldout import CONTEXTS_AT_ONCE
 from kronsae.model import flops
 from kronsae.model.flops import flops_per_token
 from kronsae.plan import memory as planning
-from kronsae.plan import time as calibrate
+from kronsae.plan import time as timing
 from kronsae.plan.memory import check_memory, make_plan
 from kronsae.plan.outline import outline
+from kronsae.plan.text import render
+from kronsae.plan.time import duration, model_seconds, run_time
 from kronsae.sources import open_activations
 from kronsae.system.devices import _left_in_group
 from kronsae.train import main
@@ -32,11 +36,9 @@ SAES = {
 MIB = 2**20
 
 
-@pytest.fixture(autouse=True)
-def short_runs(monkeypatch):
-    """Times are not what is tested here."""
-    monkeypatch.setattr(calibrate, "WORK", {"cpu": 1e7})
-    monkeypatch.setattr(calibrate, "SAMPLE_CHARACTERS", 2000)
+def text_of(plan, members, time="unknown"):
+    """What `--plan` prints, in one line."""
+    return " ".join(render(plan, members, time).split())
 
 
 def members(**saes):
@@ -95,15 +97,13 @@ def test_the_plan_of_members_shared_out_is_that_of_the_largest_process(monkeypat
     assert plan["passes_mib"]["a step"] == of_two["passes_mib"]["a step"]
     assert plan["disk_mib"] == alone["disk_mib"] and plan["members"] == alone["members"]
 
-    def measure(data, model, saes, *_):
-        assert all(config.batch_size == train.batch_size for _, config in saes.values())
-        seconds = {"one": 1.0, "two": 5.0, "three": 2.0}
-        return calibrate.TokenTimes(0.0, 0.0, 0.0, seconds, seconds, dict.fromkeys(saes, 0.0))
-
-    monkeypatch.setattr(calibrate, "measure", measure)
-    times = planning.predict_time(plan, three, outline(DATA))
-    assert times["us_per_token_all"] == 5e6  # of the slower of two
-    text = planning.render(plan, three, times)
+    seconds = {three["one"].sae: 1.0, three["two"].sae: 5.0}
+    monkeypatch.setattr(timing, "step_seconds", lambda config, device: seconds[config.sae])
+    monkeypatch.setattr(timing, "model_seconds", lambda *_: 2.0)
+    # The slower of two has one of 5 s a step; they share the language model's work.
+    token = 5 / train.batch_size + 2 / 2
+    assert run_time(plan, three, outline(DATA)).startswith(f"{duration(train.tokens * token)}: a ")
+    text = text_of(plan, three)
     assert "by 2 processes: each trains autoencoders of its own" in text
     assert "MiB in the largest process" in text
     with pytest.raises(InputError, match="2 processes need as many autoencoders or more, got 1"):
@@ -128,21 +128,8 @@ def test_the_plan_of_several_processes_is_that_of_each(monkeypatch):
     assert plan["disk_mib"] == pytest.approx(alone["disk_mib"])
     assert plan["members"]["kron"]["parameters"] == alone["members"]["kron"]["parameters"]
     assert "add up their gradients" in plan["members"]["kron"]["training_step_why"]
-    timed = []
-
-    def measure(data, model, saes, *_):
-        timed.append(saes["kron"])
-        each = {"kron": 4.0}
-        return calibrate.TokenTimes(1.0, 8.0, 1.0, each, each, {"kron": 0.0})
-
-    monkeypatch.setattr(calibrate, "measure", measure)
-    times = planning.predict_time(plan, own, outline(DATA))
-    assert times["us_per_token"] == pytest.approx(
-        {"text": 1e6, "language model": 2e6, "buffer": 1e6, "kron": 2e6}
-    )
-    [(sae, share)] = timed  # what one process computes
-    assert (sae.heads, sae.dict_size, share.batch_size) == (32, 256, 64)
-    text = planning.render(plan, own, times)
+    assert run_time(plan, own, outline(DATA)) == "not measured, as processes share the heads"
+    text = text_of(plan, own)
     assert "4 processes: 2 share the tokens of a batch, 2 the heads" in text
     assert "MiB in each process" in text
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
@@ -152,7 +139,7 @@ def test_the_plan_of_several_processes_is_that_of_each(monkeypatch):
 
 
 def test_the_plan_of_processes_that_share_heads_has_the_fused_step(monkeypatch):
-    """And the time is that of this step, as each of them makes it; no graph keeps its memory."""
+    """And no CUDA graph keeps its memory."""
     pytest.importorskip("triton")
     monkeypatch.setenv("WORLD_SIZE", "2")
     train = dataclasses.replace(TRAIN, tensor_parallel=2, fused_step="on", moments="bfloat16")
@@ -161,8 +148,6 @@ def test_the_plan_of_processes_that_share_heads_has_the_fused_step(monkeypatch):
     found = planning._member(SAES["kron"], train, torch.device("cuda"), (1, 2))
     assert not found["graph"] and found["training_step"] == "fused"
     assert planning._member(SAES["kron"], train, torch.device("cuda"), (1, 1))["graph"]
-    _, share = planning._share(SAES["kron"], train, (1, 2))
-    assert (share.fused_step, share.cuda_graph, share.moments) == ("on", "off", "bfloat16")
 
 
 def test_nothing_is_planned_that_training_refuses(monkeypatch):
@@ -211,25 +196,64 @@ def test_what_the_allocator_keeps(monkeypatch):
     assert large["kept by the allocator"] == pytest.approx(passes["a step"] - size / MIB)
 
 
-def test_time_without_dead_latents_and_with(monkeypatch):
-    """Until one can be dead there is none; nobody knows about the rest."""
-    found = calibrate.TokenTimes(1.0, 2.0, 3.0, {"kron": 4.0}, {"kron": 9.0}, {"kron": 0.0})
-    monkeypatch.setattr(calibrate, "measure", lambda *_: found)
-    own, model = members(kron=SAES["kron"]), outline(DATA)._replace(parameters=0)
+def test_time_is_that_of_real_steps_and_forward_passes(monkeypatch):
+    """In turns on one device; at the same time where the language model has a device of its own."""
+    own, model = members(**SAES), outline(DATA)
     plan = make_plan(own, model)
-    times = planning.predict_time(plan, own, model)
-    assert times["us_per_token_all"] == pytest.approx(10e6)
-    assert times["reviving_us_per_token_all"] == pytest.approx(15e6)
-    heldout = DATA.heldout_tokens * 3  # to be read
-    assert times["seconds"] == pytest.approx(10_000 * 10 + heldout)
-    dying = 10_000 - TRAIN.dead_after
-    assert times["reviving_seconds"] == pytest.approx(10_000 * 10 + dying * 5 + heldout)
-    text = planning.render(plan, own, times)
-    assert "10,000,000.0 to 15,000,000.0 us a token: text 1,000,000.0, language" in text
-    assert "kron 4,000,000.0 to 9,000,000.0 (the larger while latents are dead)" in text
-    monkeypatch.setattr(calibrate, "measure", lambda *_: found._replace(reviving=found.steps))
-    text = planning.render(plan, own, planning.predict_time(plan, own, model))
-    assert "; 10,000,000.0 us a token" in text and "dead" not in text
+    asked = []
+    monkeypatch.setattr(timing, "step_seconds", lambda *given: asked.append(given) or 64.0)
+    monkeypatch.setattr(timing, "model_seconds", lambda *_: 3.0)
+    text = run_time(plan, own, model)
+    # 10,000 tokens of 3 s, and of 64 s for each of two SAEs and 128 tokens.
+    assert text.startswith("about 10 hours: a token takes 3,000,000 us in the language model and")
+    assert [config.sae for config, _ in asked] == list(SAES.values())
+    monkeypatch.setattr(timing, "overlaps", lambda *_: True)
+    beside = run_time({**plan, "model_device": "cuda:1"}, own, model)
+    assert beside.startswith("about 8 hours: ")
+    full = {**plan, "free_mib": 1.0}
+    assert run_time(full, own, model) == "not measured: it does not fit into memory"
+    interpreted = {**plan, "kernels": "triton"}
+    assert run_time(interpreted, own, model).startswith("not measured: Triton's interpreter")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (0.0, "about 1 second"),
+        (0.3, "about 1 second"),
+        (44, "about 40 seconds"),
+        (59, "about 1 minute"),
+        (100, "about 2 minutes"),
+        (3 * 3600, "about 3 hours"),
+        (86_400 * 20, "about 3 weeks"),
+        (86_400 * 365.25 * 1234, "about 1,000 years"),
+    ],
+)
+def test_durations_have_one_significant_digit(seconds, words):
+    assert duration(seconds) == words
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_kind_of_model_is_timed_without_its_weights(family, tmp_path):
+    name = str(save_model(tmp_path, family))
+    for safetensors in Path(name).glob("*.safetensors"):
+        safetensors.unlink()
+    config = DataConfig(model=name, layer=1, contexts_per_batch=2)
+    assert model_seconds(config, outline(config, 16), torch.device("cpu")) > 0
+
+
+def test_steps_are_timed_as_configured(monkeypatch):
+    """On the batch and the dictionary of the run, after one that is not timed."""
+    given = []
+    step = Learner.step
+    monkeypatch.setattr(
+        timing.Learner,
+        "step",
+        lambda self, x, target: given.append((x.shape, target.shape)) or step(self, x, target),
+    )
+    sae = dataclasses.replace(SAES["kron"], d_target=32)
+    assert timing.step_seconds(RunConfig(sae, DATA, TRAIN), torch.device("cpu")) > 0
+    assert given == (timing.ROUNDS + 1) * [((128, 256), (128, 32))]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -307,10 +331,12 @@ def test_a_containers_limit_counts(tmp_path):
 
 def test_plan_of_a_sweep(capsys):
     assert main(["--plan", "--k", "16", "32", "--m", "2", "4"]) == 0
-    printed = capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80
+    printed = " ".join(out.split())
     for k, m in itertools.product((16, 32), (2, 4)):
         assert f"k{k}-m{m}" in printed
-    for words in ("held-out activations", "MiB are free", "whole training step", "minutes"):
+    for words in ("held-out activations", "MiB are free", "whole training step", "optimizer steps"):
         assert words in printed
 
 
@@ -345,14 +371,12 @@ def test_what_cuda_graphs_keep(monkeypatch):
 
 def test_bfloat16_moments_take_half_the_bytes(monkeypatch):
     pytest.importorskip("triton")
-    none = calibrate.TokenTimes(0.0, 0.0, 0.0, {"one": 1.0}, {"one": 1.0}, {"one": 0.0})
-    monkeypatch.setattr(calibrate, "measure", lambda *_: none)
 
     def state_mib(moments: str) -> float:
         train = dataclasses.replace(TRAIN, moments=moments, fused_step="on")
         own, model = {"one": RunConfig(SAES["kron"], DATA, train)}, outline(DATA)
         plan = make_plan(own, model)
-        text = planning.render(plan, own, planning.predict_time(plan, own, model))
+        text = text_of(plan, own)
         assert ("moments in bfloat16" in text) == (moments == "bfloat16")
         return plan["memory_mib"]["weights and moments"]
 
@@ -365,3 +389,11 @@ def test_bfloat16_moments_take_half_the_bytes(monkeypatch):
         InputError, match="needs the fused step, .*fused_step is off.*leave --moments out"
     ):
         make_plan({"one": RunConfig(SAES["kron"], DATA, train)}, outline(DATA))
+
+
+@pytest.mark.slow
+def test_planned_memory_is_what_training_takes():
+    """Within 20 % in all configurations."""
+    for one in against.compare(list(against.CONFIGURATIONS), "cpu"):
+        memory = one["memory"]
+        assert memory["planned"] == pytest.approx(memory["measured"], rel=0.2), one

@@ -4,18 +4,16 @@ Memory is what is there at the same time: what stays (weights, moments, buffers,
 model), and the largest of what comes and goes: a step, an evaluation, a checkpoint.
 """
 
-import dataclasses
 import math
 import os
-import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 
 from kronsae.cache import CacheIndex
 from kronsae.cache.reader import group_rows
-from kronsae.config import DataConfig, RunConfig, SAEConfig, TrainConfig, kind_of
+from kronsae.config import DataConfig, RunConfig, SAEConfig, TrainConfig
 from kronsae.data.activations import overlaps
 from kronsae.data.language_model import LOGITS_AT_ONCE
 from kronsae.data.rows import KEPT
@@ -25,7 +23,6 @@ from kronsae.model import flops
 from kronsae.model.flops import flops_per_token
 from kronsae.model.objectives import auxk_latents, auxk_tokens
 from kronsae.model.ranks import check_heads, ranks_of_one
-from kronsae.plan import time as calibrate
 from kronsae.plan.outline import Outline
 from kronsae.registry import OBJECTIVES, SAE_KINDS, SELECTIONS
 from kronsae.system import parallel
@@ -111,6 +108,7 @@ def make_plan(members: Mapping[str, RunConfig], model: Outline) -> dict[str, Any
     free = free_bytes(device)
     return {
         "device": str(device),
+        "model_device": str(model_device),
         "ranks": list(ranks),
         "kernels": backends.choose(None, device),
         "kernels_why": "; ".join([_why(device), *_in_torch(members.values())]),
@@ -289,173 +287,6 @@ def check_memory(plan: dict[str, Any]) -> None:
             f"{reason}. Train fewer or smaller autoencoders, or a smaller buffer (--plan shows "
             "what they take); --no-memory-check starts anyway"
         )
-
-
-def predict_time(
-    plan: dict[str, Any],
-    members: Mapping[str, RunConfig],
-    model: Outline,
-    clock: Callable[[], float] = time.perf_counter,
-) -> dict[str, Any]:
-    """Microseconds a token, the bottleneck, and seconds in all, from what `calibrate` measures.
-
-    Takes some seconds. Of several processes it is what each computes, without what they wait for
-    one another. A token's own time is the sum of what it passes through, or, where the language
-    model runs in a thread on a device of its own, the longer of the two. The whole run counts
-    evaluations, too. Whether latents will be dead nobody knows: `reviving...` is with as many as
-    the auxiliary loss takes, `reviving_seconds` with these from the moment on that one can be dead.
-    """
-    config = next(iter(members.values()))
-    data, train = config.data, config.train
-    device = torch.device(plan["device"])
-    model_device = _model_device(data, device)
-    processes = math.prod(plan["ranks"])
-    of_one = ranks_of_one(train)
-    saes = {name: _share(c.sae, c.train, of_one) for name, c in members.items()}
-    found = calibrate.measure(data, model, saes, device, model_device, clock)
-    # A step that revives does more than one that does not: less time is the clock's error.
-    found = found._replace(
-        reviving={name: max(time, found.steps[name]) for name, time in found.reviving.items()}
-    )
-    if processes > 1:  # text and buffer are each process's own
-        found = found._replace(
-            model=found.model / processes,
-            steps={n: seconds / of_one[0] for n, seconds in found.steps.items()},
-            reviving={n: seconds / of_one[0] for n, seconds in found.reviving.items()},
-        )
-
-    def slowest(seconds: Mapping[str, float]) -> float:
-        """Of the process whose members take longest."""
-        return max(sum(seconds[name] for name in names) for names in plan["parts"])
-
-    reading = found.text + found.model
-    together = max if overlaps(data, model_device) and model_device != device else _sum
-    learning = found.buffer + slowest(found.steps)
-    reviving = found.buffer + slowest(found.reviving)
-    alive, dying = together(reading, learning), together(reading, reviving)
-    times = 1 + (train.steps - 1) // train.eval_every if train.eval_every else 1
-    judging = data.heldout_tokens * (reading + times * slowest(found.judging))
-    # Clean, zeroed, and with each SAE: the whole model, a multiply-add for each weight.
-    passes = (2 + max(map(len, plan["parts"]))) * model.parameters / max(1.0, model.flops_per_token)
-    judging += data.heldout_tokens * passes * found.model
-    return {
-        "us_per_token": {
-            "text": 1e6 * found.text,
-            "language model": 1e6 * found.model,
-            "buffer": 1e6 * found.buffer,
-            **{name: 1e6 * seconds for name, seconds in found.steps.items()},
-        },
-        "reviving_us_per_token": {n: 1e6 * seconds for n, seconds in found.reviving.items()},
-        "us_per_token_all": 1e6 * alive,
-        "reviving_us_per_token_all": 1e6 * dying,
-        "bottleneck": "language model" if reading > learning else "autoencoder",
-        "seconds": train.tokens * alive + judging,
-        "reviving_seconds": judging
-        + train.tokens * alive
-        + max(0, train.tokens - train.dead_after) * (dying - alive),
-    }
-
-
-def describe_ranks(train: TrainConfig) -> str:
-    """How many processes train, and what they share; nothing of one alone."""
-    data, heads = parallel.shape(train.tensor_parallel)
-    if data * heads == 1:
-        return ""
-    if train.share == "members":
-        return f", by {data} processes: each trains autoencoders of its own"
-    what = [f"{data} share the tokens of a batch"] if data > 1 else []
-    what += [f"{heads} share the heads" if not what else f"{heads} the heads"] if heads > 1 else []
-    return f", by {data * heads} processes: {', '.join(what)}"
-
-
-def _share(
-    sae: SAEConfig, train: TrainConfig, ranks: tuple[int, int]
-) -> tuple[SAEConfig, TrainConfig]:
-    """What each of several processes trains: an SAE and batches of its size."""
-    tokens, heads = ranks
-    if tokens * heads == 1:
-        return sae, train
-    size = sae.dict_size // heads
-    sae = (
-        dataclasses.replace(sae, heads=sae.heads // heads, dict_size=size, k=min(sae.k, size))
-        if heads > 1
-        else sae
-    )
-    batch = math.ceil(train.batch_size / tokens)
-    train = dataclasses.replace(train, batch_size=batch, cuda_graph="off")
-    return sae, train if tokens == 1 else dataclasses.replace(train, fused_step="off")
-
-
-def _sum(a: float, b: float) -> float:
-    return a + b
-
-
-def render(plan: dict[str, Any], members: Mapping[str, RunConfig], time: dict[str, Any]) -> str:
-    """The plan as text. time: of `predict_time`."""
-    config = next(iter(members.values()))
-    data, train = config.data, config.train
-    where = data.hookpoint or f"residual stream after block {data.layer}"
-    if data.target_hookpoint:
-        where += f", to predict {data.target_hookpoint}"
-    memory, disk, free = plan["memory_mib"], plan["disk_mib"], plan["free_mib"]
-    of_each = " in each process" if math.prod(plan["ranks"]) > 1 else ""
-    of_each = " in the largest process" if len(plan["parts"]) > 1 else of_each
-    beside = "" if free is None else f" ({free:,.0f} MiB are free)"
-    cost = f"{plan['flops_per_token_model'] / 1e6:,.1f} M multiply-adds a token"
-    if data.activations:
-        cost = f"from the cache {data.activations}, so it runs to evaluate alone"
-    lines = [
-        "What would run (nothing was loaded or written):",
-        f"  language model   {data.model}, {where}, d = {plan['d_model']:,}; {cost}",
-        f"  text             {data.dataset}",
-        f"  training         {plan['tokens']:,} tokens in {plan['steps']:,} steps of "
-        f"{train.batch_size:,}, AdamW{describe_ranks(train)}",
-        f"  device           {plan['device']}",
-        f"  kernels          {plan['kernels']} ({plan['kernels_why']})",
-    ]
-    for name, member in plan["members"].items():
-        sae, lr = members[name].sae, members[name].train.lr
-        shape = kind_of(vars(sae))
-        if sae.heads:
-            shape += f", {sae.heads:,} heads x {sae.m} x {sae.n}"
-        if sae.experts:
-            shape += f", {sae.experts} experts"
-        ratio = member["flops_per_token_dense"] / member["flops_per_token"]
-        moments = members[name].train.moments
-        rounded = "" if moments == "float32" else f", moments in {moments}"
-        active = SELECTIONS[sae.selection].describe(sae)
-        title = "autoencoder" if len(members) == 1 else name
-        lines += [
-            f"  {title:16} {shape}, F = {member['dict_size']:,}, {active}, "
-            f"{member['parameters'] / 1e6:,.1f} M parameters, lr {lr:g}, "
-            f"{member['compute_dtype']}{rounded}",
-            f"    multiply-adds  {member['flops_per_token'] / 1e6:,.2f} M a token (eq. 7; dense "
-            f"TopK: x{ratio:.2f}), {member['flops_per_token_step'] / 1e6:,.2f} M with the whole "
-            "training step",
-            f"    training step  {member['training_step']} ({member['training_step_why']})",
-        ]
-    lines += [
-        f"  memory           {sum(memory.values()):,.0f} MiB{of_each}{beside}: "
-        + ", ".join(f"{name} {size:,.0f}" for name, size in memory.items()),
-        f"  disk             up to {sum(disk.values()):,.0f} MiB: "
-        + ", ".join(f"{name} {size:,.0f}" for name, size in disk.items()),
-        f"  time             about {_range(time['seconds'] / 60, time['reviving_seconds'] / 60)} "
-        "minutes; "
-        f"{_range(time['us_per_token_all'], time['reviving_us_per_token_all'])} us a token: "
-        + ", ".join(
-            f"{name} {_range(us, time['reviving_us_per_token'].get(name, us))}"
-            for name, us in time["us_per_token"].items()
-        )
-        + " (the larger while latents are dead)" * (time["reviving_seconds"] > time["seconds"]),
-        f"  bottleneck       the {time['bottleneck']} (all timed here, in short runs)",
-    ]
-    reason = shortage(plan)
-    return "\n".join(lines if reason is None else [*lines, f"It would be refused: {reason}"])
-
-
-def _range(least: float, most: float) -> str:
-    least, most = f"{least:,.1f}", f"{most:,.1f}"
-    return least if least == most else f"{least} to {most}"
 
 
 def _chunk_tokens(columns: int, batch: int, dtype: torch.dtype, device: torch.device) -> int:

@@ -1,6 +1,5 @@
 """What a language model takes and gives, from its configuration alone: no weight is loaded."""
 
-import math
 import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -121,98 +120,36 @@ def _skeleton(config: DataConfig) -> tuple[int | None, Any, nn.Module]:
     return layer, settings, model.eval()
 
 
-class Block(NamedTuple):
-    """What one block of a language model takes."""
-
-    seconds: float
-    """Of one call."""
-    contexts: int
-    """Read by it."""
-    flops_per_token: float
-    """Multiply-adds."""
-
-
-def time_block(
+def forward_pass(
     config: DataConfig,
     contexts: int,
     tokens: int,
     device: torch.device,
     dtype: torch.dtype,
-    timed: Callable[[Callable[[], Any]], float],
-    work: float = math.inf,
-) -> Block:
-    """A block (the last that the hookpoint needs), with random weights, on [contexts, tokens].
+) -> Callable[[], None]:
+    """A forward pass on [contexts, tokens] up to the hookpoint, of a model of meaningless weights.
 
-    The model gives it what it gives its blocks, but for the numbers. timed: seconds of a call.
-    work: multiply-adds that it may have, in fewer contexts if need be.
-    Raises NoOutline if the model only runs on numbers.
+    Raises NoOutline if the model only runs on numbers of its own.
     """
-    layer, settings, model = _skeleton(config)
-    hidden_size = settings.get_text_config().hidden_size
-    blocks = [blocks for _, blocks in lists_of_blocks(model)]
-    if not blocks:
-        raise NoOutline(f"model {config.model!r} has no list of blocks to time one of")
-    block = blocks[0][layer or 0]
-    given: list[tuple[Any, Any]] = []
+    layer, _, model = _skeleton(config)
+    name = config.target_hookpoint or config.hookpoint
+    if layer is None or config.target_hookpoint:
+        module = find_module(model, config.model, name)
+    else:
+        module = lists_of_blocks(model)[0][1][layer]
+    model.to(dtype).to_empty(device=device)
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.detach().fill_(0.01 if tensor.is_floating_point() else 0)
+    ids = torch.zeros(contexts, tokens, dtype=torch.int64, device=device)
 
-    def stop(_module: nn.Module, args: Any, kwargs: Any) -> None:
-        given.append((args, kwargs))
-        raise _Reached
+    def run() -> None:
+        try:
+            _width(model, module, ids)
+        except Exception as error:  # whatever a model does with weights of its own
+            what = f"model {config.model!r} only runs with its own weights"
+            raise NoOutline(f"{what} ({reason(error)})") from error
 
-    ids = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
-    handle = block.register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model.to(dtype)(input_ids=ids)
-    except _Reached:
-        pass
-    except Exception as error:  # whatever a model does that needs numbers
-        raise NoOutline(f"model {config.model!r} needs numbers to run ({reason(error)})") from error
-    finally:
-        handle.remove()
-    # Keys and values of earlier tokens, if they were kept, would make the next call's work larger.
-    args, kwargs = _without_caches(given[0][0]), _without_caches(given[0][1])
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        block(*args, **kwargs)
-    flops_per_token = counter.get_total_flops() / 2 / tokens
-    contexts = max(1, int(min(contexts, work / max(1.0, tokens * flops_per_token))))
-    args, kwargs = _real((args, kwargs), device)
-    hidden = (1, tokens, hidden_size)  # all else is the same for each context
-    args = [x.repeat(contexts, 1, 1) if _shape(x) == hidden else x for x in args]
-    kwargs = {
-        name: x.repeat(contexts, 1, 1) if _shape(x) == hidden else x for name, x in kwargs.items()
-    }
-    block.to_empty(device=device)
-    for tensor in (*block.parameters(), *block.buffers()):
-        tensor.detach().copy_(_real(tensor.detach(), device).mul(0.02))
-    with torch.no_grad():
-        seconds = timed(lambda: block(*args, **kwargs))
-    return Block(seconds, contexts, flops_per_token)
-
-
-def _without_caches(values: Any) -> Any:
-    """Arguments with None in the place of each of transformers' caches, by whatever name."""
-    if isinstance(values, dict):
-        names, given = list(values), list(values.values())
-        return dict(zip(names, _without_caches(given), strict=True))
-    return [None if type(value).__name__.endswith("Cache") else value for value in values]
-
-
-def _shape(value: Any) -> tuple[int, ...] | None:
-    return tuple(value.shape) if isinstance(value, torch.Tensor) else None
-
-
-def _real(value: Any, device: torch.device) -> Any:
-    """The same with numbers in the place of tensors without: normal ones, or ones."""
-    if isinstance(value, torch.Tensor):
-        make = torch.randn if value.is_floating_point() else torch.ones
-        return make(value.shape, device=device, dtype=value.dtype)
-    if isinstance(value, (tuple, list)):
-        return type(value)(_real(each, device) for each in value)
-    if isinstance(value, dict):
-        return {name: _real(each, device) for name, each in value.items()}
-    return value
+    return run
 
 
 class _Reached(Exception):
@@ -221,21 +158,28 @@ class _Reached(Exception):
 
 def _run(model: nn.Module, module: nn.Module, tokens: int) -> tuple[int, float]:
     """Width of the module's output, and multiply-adds a token up to it."""
+    ids = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        width = _width(model, module, ids)
+    return width, counter.get_total_flops() / 2 / tokens
+
+
+@torch.no_grad()
+def _width(model: nn.Module, module: nn.Module, ids: torch.Tensor) -> int:
+    """Width of the module's output in a forward pass that ends there."""
     widths: list[int] = []
 
     def stop(_module: nn.Module, _inputs: Any, output: Any) -> None:
         widths.append(first_tensor(output).shape[-1])
         raise _Reached
 
-    ids = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
     handle = module.register_forward_hook(stop)
-    counter = FlopCounterMode(display=False)
     try:
-        with torch.no_grad(), counter, warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model(input_ids=ids)
     except _Reached:
-        return widths[0], counter.get_total_flops() / 2 / tokens
+        return widths[0]
     finally:
         handle.remove()
     raise RuntimeError(f"{type(module).__name__} does not run in a forward pass")
