@@ -39,8 +39,8 @@ from kronsae.interventions.effects import (
 )
 from kronsae.interventions.hooks import Edit, ablate, clamp, intervene, steer
 from kronsae.metrics.figures import pearson, spearman
+from kronsae.metrics.heldout import HeldoutText
 from kronsae.metrics.target_model import (
-    HeldoutText,
     LoadedSAE,
     add_flags,
     given_data,

@@ -21,7 +21,7 @@ from kronsae.errors import InputError
 from kronsae.explore.report import write_report
 from kronsae.interop.load import load
 from kronsae.metrics.figures import MEANING
-from kronsae.metrics.heldout import Heldout
+from kronsae.metrics.heldout import Heldout, HeldoutText
 from kronsae.model.ranks import check_heads, ranks_of_one
 from kronsae.plan.memory import check_memory, make_plan
 from kronsae.plan.outline import NoOutline, Outline, outline
@@ -165,13 +165,8 @@ def _train(request: Request, console: Console, mesh: Mesh, out: Path) -> int:
     if data.activations is not None:
         source.check_budget(request.config.train.tokens)
     activations, targets = split_target(source.heldout_activations(), source.d_target)
-    heldout = Heldout(
-        activations,
-        source.heldout_contexts(),
-        source.heldout_mask(),
-        source.language_model,
-        targets,
-    )
+    read = source.language_model, source.heldout_contexts(), source.heldout_mask()
+    heldout = Heldout(activations, targets, HeldoutText(*read))
     _describe(console, request, source, heldout, out)
     names = list(request.members)
     folder = SweepFolder(out, names) if request.sweep else RunFolder(out)
@@ -317,7 +312,8 @@ def _summarise(
     from kronsae.properties.contexts import render as render_contexts
     from kronsae.properties.contexts import top_contexts
 
-    tokenizer = heldout.language_model.tokenizer
+    model = heldout.text.model
+    tokenizer = model.tokenizer
     if not all(result.sae for result in results.values()) and not mesh.first:
         return  # the first process reads what it lacks
     for name, result in results.items():
@@ -333,7 +329,7 @@ def _summarise(
     done = f"\nTrained on {tokens:,} tokens in {seconds:,.0f} s. Everything is in {folder.path}:\n"
     console.print("\n[bold]On held-out text[/bold]")
     # The model of a cache may be out of reach.
-    missing = getattr(heldout.language_model, "missing", None)
+    missing = getattr(model, "missing", None)
     if missing is not None:
         console.print(f"Without cross-entropy, as the model is not here: {missing}", markup=False)
     if tokenizer is None:

@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 
 from kronsae import SAE, InputError, SAEConfig
-from kronsae.metrics.heldout import Heldout
+from kronsae.metrics.heldout import Heldout, HeldoutText
 from kronsae.properties import contexts
 from kronsae.properties.contexts import SAME_TOKENS, render, short, title, top_contexts
 
@@ -41,7 +41,7 @@ def random_heldout(count: int = 12, length: int = 20) -> Heldout:
     # Few bits, as the weights of `exact`: projections are exact, and so equal for equal tokens.
     x = torch.randn(count, length, 6, generator=generator).mul(8).round() / 8
     ids[7], mask[7], x[7] = ids[3], mask[3], x[3]
-    return Heldout(x[mask], ids, mask)
+    return Heldout(x[mask], text=HeldoutText(None, ids, mask))
 
 
 def exact(config: SAEConfig) -> SAE:
@@ -57,14 +57,14 @@ def brute_force(sae: SAE, heldout: Heldout, latent: int, num_contexts: int) -> l
     codes = sae.encode(heldout.activations)
     dense = torch.zeros(len(heldout.activations), sae.dict_size)
     dense.scatter_(1, codes.indices, codes.values)
-    values = torch.zeros(*heldout.mask.shape)
-    values[heldout.mask] = dense[:, latent]
+    values = torch.zeros(*heldout.text.mask.shape)
+    values[heldout.text.mask] = dense[:, latent]
     peaks = sorted(
         (-row.max().item(), c, row.argmax().item()) for c, row in enumerate(values) if row.max() > 0
     )
     found, phrases = [], set()
     for negative, c, position in peaks:
-        phrase = tuple(heldout.contexts[c, : position + 1].tolist()[-SAME_TOKENS:])
+        phrase = tuple(heldout.text.contexts[c, : position + 1].tolist()[-SAME_TOKENS:])
         if phrase not in phrases:
             found.append((c, position, -negative, values[c]))
         phrases.add(phrase)
@@ -78,7 +78,9 @@ def test_by_hand():
     x[0, 1, 2], x[0, 2, 2], x[0, 3, 1] = 2.0, 3.0, 1.0
     x[1, 1, 2], x[1, 2, 0], x[1, 3, 2] = 5.0, 1.0, 5.0
     x[2, 1, 0], x[2, 2, 0], x[2, 3, 0] = 1.0, 1.0, 4.0
-    [two, one] = top_contexts(identity(3), Heldout(x[mask], ids, mask), [2, 1])
+    [two, one] = top_contexts(
+        identity(3), Heldout(x[mask], text=HeldoutText(None, ids, mask)), [2, 1]
+    )
     assert (two.latent, two.head, two.base, two.extension) == (2, None, None, None)
     assert two.head_densities is None
     assert two.density == 4 / 9
@@ -116,8 +118,10 @@ def test_equals_brute_force(config, batch_tokens, monkeypatch):
             assert window.activation == pytest.approx(activation, rel=1e-5)
             stop = window.start + len(window.tokens)
             assert window.start == max(0, position - contexts.LEFT)
-            assert stop == min(heldout.contexts.shape[1], position + contexts.RIGHT + 1)
-            assert window.tokens == tuple(heldout.contexts[context, window.start : stop].tolist())
+            assert stop == min(heldout.text.contexts.shape[1], position + contexts.RIGHT + 1)
+            assert window.tokens == tuple(
+                heldout.text.contexts[context, window.start : stop].tolist()
+            )
             near = values[window.start : stop]
             torch.testing.assert_close(torch.tensor(window.activations), near)
 
@@ -151,7 +155,9 @@ def test_chooses_consistent_latents():
         x[row, 31, 1], ids[row, 30] = 10.0, 6
         x[row, 40, 2] = 10.0
     x[0, 50, 4] = 100.0
-    heldout = Heldout(x.flatten(0, 1), ids, torch.ones(20, 60, dtype=torch.bool))
+    heldout = Heldout(
+        x.flatten(0, 1), text=HeldoutText(None, ids, torch.ones(20, 60, dtype=torch.bool))
+    )
     found = top_contexts(identity(6), heldout, num_latents=3)
     assert [latent.latent for latent in found] == [0, 1, 2]
     assert [len(latent.windows) for latent in found] == [4, 4, 4]
@@ -171,7 +177,9 @@ def test_chooses_from_different_heads_and_the_same_each_time():
 def test_different_heads(monkeypatch):
     monkeypatch.setattr(contexts, "MAX_DENSITY", 1.0)
     heldout = random_heldout(40, 50)
-    wide = Heldout(heldout.activations, heldout.contexts * 100, heldout.mask)
+    wide = Heldout(
+        heldout.activations, text=HeldoutText(None, heldout.text.contexts * 100, heldout.text.mask)
+    )
     sae = SAE(KRON, generator=torch.Generator().manual_seed(0))
     found = top_contexts(sae, wide, num_latents=4)
     assert len({latent.head for latent in found}) == 4
@@ -180,7 +188,10 @@ def test_different_heads(monkeypatch):
 def test_nothing_to_show():
     sae = SAE(KRON)
     assert top_contexts(sae, Heldout(torch.randn(5, 6))) == []
-    nothing = Heldout(torch.randn(0, 6), torch.zeros(1, 4).long(), torch.zeros(1, 4).bool())
+    nothing = Heldout(
+        torch.randn(0, 6),
+        text=HeldoutText(None, torch.zeros(1, 4).long(), torch.zeros(1, 4).bool()),
+    )
     assert top_contexts(sae, nothing) == []
     with torch.no_grad():
         sae.b_enc.fill_(-1e6)
@@ -207,7 +218,9 @@ def text_heldout() -> tuple[SAE, Heldout]:
     ids = torch.tensor([list(b"Say [bold]it\nto me. Now!"), list(b"Then go away there. Yes!")])
     x = torch.zeros(2, 24, 2)
     x[0, 18, 0], x[0, 13, 0], x[1, 18, 0] = 3.0, 1.0, 2.0
-    return identity(2), Heldout(x.flatten(0, 1), ids, torch.ones(2, 24, dtype=torch.bool))
+    return identity(2), Heldout(
+        x.flatten(0, 1), text=HeldoutText(None, ids, torch.ones(2, 24, dtype=torch.bool))
+    )
 
 
 def test_render_plain():

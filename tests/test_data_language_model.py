@@ -11,8 +11,16 @@ from torch import nn
 
 from kronsae import InputError
 from kronsae.data import LanguageModel, language_model
+from kronsae.metrics.splicing import spliced
 
 IDS = torch.randint(6, 96, (2, 12), generator=torch.Generator().manual_seed(1))
+ALL = torch.ones(IDS.shape, dtype=torch.bool)
+
+
+def losses_with(model, make, mask=ALL):
+    """Losses of IDS with make(x, y) in the place of the activations y of tokens in the mask."""
+    with spliced(model, make, mask):
+        return model.token_losses(IDS)
 
 
 @pytest.fixture(scope="module")
@@ -108,21 +116,20 @@ def test_losses_and_splicing(folders, family, monkeypatch):
 
     calls = []
 
-    def same(x):
+    def same(x, y):
         calls.append(x.shape)
-        return x.clone()
+        return y.clone()
 
-    assert torch.equal(lm.token_losses(IDS, replace=same), lm.token_losses(IDS))
-    assert calls == [(2, 12, WIDTH)]
-    zeroed = lm.token_losses(IDS, replace=torch.zeros_like)
+    assert torch.equal(losses_with(lm, same), lm.token_losses(IDS))
+    assert calls == [(24, WIDTH)]
+    zeroed = losses_with(lm, lambda x, y: torch.zeros_like(y))
     assert (zeroed - plain).abs().max() > 1e-4
 
     # Only what comes after a token depends on it.
-    def late(x):
-        return torch.cat([x[:, :6], x[:, 6:] + 1], dim=1)
-
-    spliced = lm.token_losses(IDS, replace=late)
-    torch.testing.assert_close(spliced[:, :6], plain[:, :6])
+    late = (torch.arange(12) >= 6).expand(IDS.shape)
+    later = losses_with(lm, lambda x, y: -y, late)
+    torch.testing.assert_close(later[:, :6], plain[:, :6])
+    assert not torch.allclose(later[:, 6:], plain[:, 6:])
     assert hooks(lm.model) == [] and "forward" not in lm.model.base_model.__dict__
 
 
@@ -131,8 +138,8 @@ def test_splicing_elsewhere(folders, hookpoint):
     lm = LanguageModel.load(str(folders["gpt2"]), hookpoint=hookpoint)
     elsewhere = LanguageModel.load(str(folders["gpt2"]), layer=0).token_losses(IDS)
     torch.testing.assert_close(lm.token_losses(IDS), elsewhere)
-    torch.testing.assert_close(lm.token_losses(IDS, replace=lambda x: x), elsewhere)
-    uniform = lm.token_losses(IDS, replace=torch.zeros_like)
+    torch.testing.assert_close(losses_with(lm, lambda x, y: y), elsewhere)
+    uniform = losses_with(lm, lambda x, y: torch.zeros_like(y))
     assert not torch.allclose(uniform, lm.token_losses(IDS))
     if hookpoint == "lm_head":
         torch.testing.assert_close(uniform, torch.full((2, 11), torch.tensor(100.0).log()))
@@ -142,7 +149,7 @@ def test_a_module_that_runs_twice_is_replaced_once(folders):
     lm = LanguageModel.load(str(folders["gpt2"]), layer=1)
     lm.model.transformer.h[2] = lm.model.transformer.h[1]
     calls = []
-    lm.token_losses(IDS, replace=lambda x: calls.append(1) or x)
+    losses_with(lm, lambda x, y: calls.append(1) or y)
     assert len(calls) == 1
 
 
@@ -172,18 +179,18 @@ def test_a_tuple_keeps_its_other_parts(folders):
     lm.model.transformer.h[1] = Unpack(Pair(lm.model.transformer.h[1]))
     pair = LanguageModel(lm.model, lm.tokenizer, "transformer.h.1.inner")
     assert torch.equal(pair.activations(IDS), plain)
-    assert torch.equal(pair.token_losses(IDS, replace=lambda x: x), losses)
+    assert torch.equal(losses_with(pair, lambda x, y: y), losses)
     assert set(seen) == {"kept"}
 
 
 def test_hooks_go_away_on_errors(folders):
     lm = LanguageModel.load(str(folders["llama"]), layer=1)
 
-    def fail(x):
+    def fail(x, y):
         raise RuntimeError("of the caller")
 
     with pytest.raises(RuntimeError, match="of the caller"):
-        lm.token_losses(IDS, replace=fail)
+        losses_with(lm, fail)
     with pytest.raises(IndexError):
         lm.activations(torch.full((1, 4), 5000))
     assert hooks(lm.model) == [] and "forward" not in lm.model.model.__dict__

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from kronsae.evaluate import judge
 from kronsae.evaluate.__main__ import main
 from kronsae.evaluate.show import console_table
 from kronsae.metrics.figures import MEANING, cross_entropy_recovered
-from kronsae.metrics.heldout import Heldout, evaluate
-from kronsae.metrics.target_model import HeldoutText, data_of, load_saes, open_heldout
+from kronsae.metrics.heldout import Heldout, HeldoutText, evaluate
+from kronsae.metrics.target_model import data_of, load_saes, open_heldout
 from kronsae.train import main as train
 
 SMALL = [
@@ -167,7 +168,7 @@ def test_nothing_to_judge_on(folders):
     model = LanguageModel.load(str(folders["gpt2"]), layer=1)
     text = held_out(model)
     with pytest.raises(InputError, match="no token"):
-        judge({"it": random(WIDTH)}, text._replace(mask=torch.zeros_like(text.mask)))
+        judge({"it": random(WIDTH)}, replace(text, mask=torch.zeros_like(text.mask)))
 
 
 # Command line

@@ -49,7 +49,7 @@ from kronsae.interpret.scoring import (
     score,
     split,
 )
-from kronsae.metrics.target_model import HeldoutText
+from kronsae.metrics.heldout import HeldoutText
 
 SAYS = ["EXPLANATION:", "words", "[1,0,1,0,1,0,1,0]"]
 ANSWER = " ".join(SAYS)

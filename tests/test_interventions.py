@@ -1,6 +1,7 @@
 """Latents ablated, held and steered in tiny models, against brute force."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from kronsae.interventions.effects import (
     without,
 )
 from kronsae.interventions.hooks import ablate, change, clamp, intervene, steer, values_of
-from kronsae.metrics.target_model import HeldoutText
+from kronsae.metrics.heldout import HeldoutText
 from kronsae_kernels import SparseCodes
 
 F = 40
@@ -258,7 +259,7 @@ def test_attribution_is_exact_where_the_rest_is_linear(precise):
     """On the logits of a model without layers in between; here: the head's own input."""
     name = "gpt_neox.final_layer_norm"
     model = LanguageModel(precise.model.model, precise.model.tokenizer, name)
-    text = precise._replace(model=model)
+    text = replace(precise, model=model)
     sae = make().double()
     found = read(sae, text)
     pairs = choose_pairs(found.firings(sae), 40, 4, seed=0)

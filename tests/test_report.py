@@ -9,7 +9,7 @@ import torch
 from kronsae import SAE, RunConfig, SAEConfig
 from kronsae.config import DataConfig, TrainConfig
 from kronsae.explore.report import _log_ticks, _ticks, write_report
-from kronsae.metrics.heldout import Heldout
+from kronsae.metrics.heldout import Heldout, HeldoutText
 from kronsae.properties.contexts import top_contexts
 
 EVIL = "<script>alert('&')</script>"
@@ -108,7 +108,9 @@ def some_contexts():
     ids = torch.randint(0, 50, (8, 20), generator=generator)
     x = torch.randn(160, 6, generator=generator)
     sae = SAE(SAEConfig(d_model=6, heads=5, m=2, n=3, k=4), generator=generator)
-    return top_contexts(sae, Heldout(x, ids, torch.ones(8, 20, dtype=torch.bool)))
+    return top_contexts(
+        sae, Heldout(x, text=HeldoutText(None, ids, torch.ones(8, 20, dtype=torch.bool)))
+    )
 
 
 def test_the_whole_page(tmp_path):

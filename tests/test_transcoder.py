@@ -10,7 +10,8 @@ import kronsae
 from kronsae import SAE, InputError, SAEConfig, TrainConfig
 from kronsae.data import LanguageModel, split_target
 from kronsae.metrics.figures import ReconstructionMetrics
-from kronsae.metrics.heldout import Heldout, evaluate, evaluate_cross_entropy
+from kronsae.metrics.heldout import Heldout, HeldoutText, evaluate, evaluate_cross_entropy
+from kronsae.metrics.splicing import spliced
 from kronsae.model.normalizer import Normalizer
 from kronsae.training.fit import fit
 from kronsae.training.learner import Learner
@@ -186,6 +187,12 @@ NORM, MLP = "model.layers.1.post_attention_layernorm", "model.layers.1.mlp"
 IDS = torch.randint(6, 90, (3, 11), generator=torch.Generator().manual_seed(0))
 
 
+def losses_with(model, make):
+    """Losses of IDS with make(x, y) in the place of every activation y."""
+    with spliced(model, make, torch.ones(IDS.shape, dtype=torch.bool)):
+        return model.token_losses(IDS)
+
+
 def test_both_hookpoints_are_read_in_one_pass():
     both = language_model(NORM, MLP)
     assert (both.d_model, both.d_target) == (32, 32)
@@ -208,16 +215,16 @@ def test_a_perfect_transcoder_costs_nothing():
     model = language_model(NORM, MLP)
     module = model.model.get_submodule(MLP)
     clean = model.token_losses(IDS)
-    same = model.token_losses(IDS, replace=lambda x, y: module.forward(x))
+    same = losses_with(model, lambda x, y: module.forward(x))
     torch.testing.assert_close(same, clean)
-    zeroed = model.token_losses(IDS, replace=lambda x, y: torch.zeros_like(y))
+    zeroed = losses_with(model, lambda x, y: torch.zeros_like(y))
     assert (zeroed - clean).abs().max() > 1e-4
     sae = SAE(SAEConfig(d_model=32, d_target=32, heads=4, m=2, n=2, k=2, skip=True)).eval()
     mask = torch.ones(IDS.shape, dtype=torch.bool)
     rows = model.activations(IDS)[mask]
     x, y = split_target(rows, 32)
-    metrics = evaluate_cross_entropy(sae, Heldout(x, IDS, mask, model, y))
+    metrics = evaluate_cross_entropy(sae, Heldout(x, y, HeldoutText(model, IDS, mask)))
     assert metrics["ce_clean"] == pytest.approx(clean.double().mean().item())
     assert metrics["ce_zero"] == pytest.approx(zeroed.double().mean().item())
-    spliced = model.token_losses(IDS, replace=lambda x, y: sae(x).x_hat)
+    spliced = losses_with(model, lambda x, y: sae(x).x_hat)
     assert metrics["ce_spliced"] == pytest.approx(spliced.double().mean().item())

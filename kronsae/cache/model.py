@@ -134,12 +134,11 @@ class ModelByName:
     def has_cross_entropy(self) -> bool:
         return self.missing is None and self._loaded.has_cross_entropy
 
-    @property
-    def device(self) -> torch.device:
-        return self._loaded.device
-
-    def token_losses(self, *arguments: Any, **settings: Any) -> Tensor:
-        return self._loaded.token_losses(*arguments, **settings)
+    def __getattr__(self, name: str) -> Any:
+        """All else is the loaded model's."""
+        if self.missing is not None:
+            raise AttributeError(self.missing)
+        return getattr(self._loaded, name)
 
     @cached_property
     def tokenizer(self) -> Any:

@@ -227,19 +227,23 @@ class LanguageModel:
         raise InputError(f"hookpoint {silent!r} of {self.name} does not run in a forward pass")
 
     @torch.no_grad()
-    def token_losses(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        replace: Callable[..., Tensor] | None = None,
-    ) -> Tensor:
+    def token_losses(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Cross-entropy of each next token: [b, t - 1] float32, in nats, for token ids [b, t].
 
-        replace: what to put in the place of the hookpoint's output [b, t, d]; called once, with
-            that output. A module that runs several times in a forward pass is replaced the first
-            time. With a target its output [b, t, d_target] is replaced, and `replace` gets, before
-            it, the hookpoint's.
         Memory: the model's own for [b, t] tokens, and about LOGITS_AT_ONCE logits.
+        Raises InputError if the model does not predict the next token.
+        """
+        states = self.last_states(input_ids, attention_mask)
+        targets = states.ids[:, 1:].flatten()
+        losses = torch.empty(targets.shape, device=targets.device)
+        for rows, logits in self.next_token_logits(states):
+            losses[rows] = _cross_entropy(logits, targets[rows])
+        return losses.view(states.ids.shape[0], -1)
+
+    @torch.no_grad()
+    def last_states(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> "LastStates":
+        """What the model makes of token ids [b, t] before its head; for `next_token_logits`.
+
         Raises InputError if the model does not predict the next token.
         """
         if not self.has_cross_entropy:
@@ -248,32 +252,9 @@ class LanguageModel:
                 "cross-entropy (only models for causal language modelling have one)"
             )
         ids = input_ids.to(self.device)
-        targets = ids[:, 1:].flatten()
-        losses = torch.empty(targets.shape, device=targets.device)
-        for rows, logits in self.next_token_logits(self.last_states(ids, attention_mask, replace)):
-            losses[rows] = _cross_entropy(logits, targets[rows])
-        return losses.view(ids.shape[0], -1)
-
-    @torch.no_grad()
-    def last_states(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None = None,
-        replace: Callable[..., Tensor] | None = None,
-    ) -> "LastStates":
-        """What the model makes of token ids [b, t] before its head; for `next_token_logits`.
-
-        replace, errors: as in `token_losses`.
-        """
-        if not self.has_cross_entropy:
-            raise InputError(
-                f"model {self.name!r} has no trained head for the next token, so there is no "
-                "cross-entropy (only models for causal language modelling have one)"
-            )
-        ids = input_ids.to(self.device)
         body = self.model.base_model
-        with self.lock, self._replaced(replace):
-            if body is self.model or self._spliced not in set(body.modules()):
+        with self.lock:
+            if body is self.model or (self.target or self.module) not in set(body.modules()):
                 return LastStates(ids, None, self._run(ids, attention_mask).logits)
             return LastStates(ids, self._run_to(body, ids, attention_mask), None)
 
@@ -294,12 +275,13 @@ class LanguageModel:
             rows = slice(start, min(start + size, len(hidden)))
             output = with_first(states.output, hidden[rows][None])
             with self.lock, _stand_in(self.model.base_model, output):
-                logits = self.model(input_ids=ids[rows][None]).logits[0]
+                # Not by a call: hooks of the model take this for another forward pass.
+                logits = self.model.forward(input_ids=ids[rows][None]).logits[0]
             yield rows, logits
 
-    def logits(self, input_ids: Tensor, replace: Callable[..., Tensor] | None = None) -> Tensor:
-        """All logits [b, t, V] at once, for a few short contexts; gradients reach `replace`."""
-        with self.lock, self._replaced(replace):
+    def logits(self, input_ids: Tensor) -> Tensor:
+        """All logits [b, t, V] at once, for a few short contexts, differentiably."""
+        with self.lock:
             return self._run(input_ids.to(self.device), None).logits
 
     def _run(self, input_ids: Tensor, attention_mask: Tensor | None) -> Any:
@@ -335,11 +317,6 @@ class LanguageModel:
                     stack.enter_context(_hook(block, stop))
             yield
 
-    @property
-    def _spliced(self) -> nn.Module:
-        """The module whose output an SAE stands for."""
-        return self.module if self.target is None else self.target
-
     @contextmanager
     def _reading(self) -> Iterator[list[Any]]:
         """Collect what the hookpoint gives, each time it runs."""
@@ -352,27 +329,6 @@ class LanguageModel:
 
         with _hook(self.module, keep):
             yield read
-
-    @contextmanager
-    def _replaced(self, replace: Callable[..., Tensor] | None) -> Iterator[None]:
-        runs = 0
-
-        def splice(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-            nonlocal runs
-            runs += 1
-            if runs > 1:
-                return output
-            return with_first(output, replace(*read[:1], first_tensor(output)))
-
-        read: list[Any] = []
-        if replace is None:
-            yield
-        elif self.target is None:
-            with _hook(self.module, splice):
-                yield
-        else:
-            with self._reading() as read, _hook(self.target, splice):
-                yield
 
     def _hidden(self, output: Any, input_ids: Tensor, hookpoint: str) -> Tensor:
         hidden = first_tensor(output)

@@ -15,8 +15,8 @@ from kronsae.data.loading import quiet
 from kronsae.evaluate.judge import Judgement, judge
 from kronsae.evaluate.show import console_table, draw, facts, markdown
 from kronsae.metrics.figures import density_histogram
+from kronsae.metrics.heldout import HeldoutText
 from kronsae.metrics.target_model import (
-    HeldoutText,
     LoadedSAE,
     add_flags,
     by_text,

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kronsae.data import LanguageModel
+from kronsae.data import LanguageModel, split_target
 from kronsae.data.language_model import LastStates
 from kronsae.errors import InputError
 from kronsae.metrics.figures import (
@@ -19,7 +19,8 @@ from kronsae.metrics.figures import (
     cross_entropy_recovered,
     kl_divergence,
 )
-from kronsae.metrics.target_model import HeldoutText
+from kronsae.metrics.heldout import HeldoutText
+from kronsae.metrics.splicing import Make, spliced
 from kronsae.model.sae import SAE
 
 
@@ -35,21 +36,16 @@ class Judgement(NamedTuple):
     """Tokens on which the SAE stood for the activations."""
 
 
-Splice = Callable[..., Tensor]
-"""Called with activations [b, t, d] (and, for a transcoder, then the target's): what to put in."""
-
-
 class _Candidate:
-    """An SAE and its running sums; called, it reconstructs the tokens in `mask`."""
+    """An SAE and its running sums; called, it reconstructs activations and adds them up."""
 
     def __init__(self, sae: SAE) -> None:
         self.sae = sae
         self.reconstruction = ReconstructionMetrics(sae.config.d_out)
         self.firing = FiringMetrics(sae.dict_size, sae.W_dec.device)
 
-    def __call__(self, mask: Tensor, x: Tensor, target: Tensor) -> Tensor:
-        x, y = x[mask].to(self.sae.W_dec), target[mask]
-        x_hat, codes, _ = self.sae(x)
+    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
+        x_hat, codes, _ = self.sae(x.to(self.sae.W_dec))
         self.reconstruction.update(y, x_hat)
         self.firing.update(codes.indices, self.sae.fired(codes))
         return x_hat
@@ -98,20 +94,22 @@ def judge(
     losses = {name: _Losses() for name in ("clean", "mean", "zero", *map(_of, candidates))}
     for ids, mask in text.batches():
         if not model.has_cross_entropy:
-            read = model.activations(ids).split([model.d_model, model.d_target], -1)
+            x, y = split_target(model.activations(ids)[mask], model.d_target)
             for candidate in candidates.values():
-                candidate(mask, read[0], read[-1] if model.d_target else read[0])
+                candidate(x, x if y is None else y)
             on_batch()
             continue
         clean = model.last_states(ids)
         losses["clean"].update(model, clean, clean)
-        ablations = {"mean": mean, "zero": torch.zeros_like(mean)}
-        for name, vector in ablations.items():
-            spliced = model.last_states(ids, replace=_within(mask, lambda *_, v=vector: v))
-            losses[name].update(model, clean, spliced)
-        for name, candidate in candidates.items():
-            spliced = model.last_states(ids, replace=_within(mask, candidate))
-            losses[_of(name)].update(model, clean, spliced)
+        replacements: dict[str, Make] = {
+            "mean": lambda _, y: mean.expand(y.shape),
+            "zero": lambda _, y: torch.zeros_like(y),
+            **{_of(name): candidate for name, candidate in candidates.items()},
+        }
+        for name, make in replacements.items():
+            with spliced(model, make, mask):
+                states = model.last_states(ids)
+            losses[name].update(model, clean, states)
         on_batch()
     return {
         name: Judgement(
@@ -130,17 +128,6 @@ def judge(
 def _of(name: str) -> str:
     """Key of an SAE's losses: names of SAEs are free, and may be "zero"."""
     return f"SAE {name}"
-
-
-def _within(mask: Tensor, make: Splice) -> Splice:
-    """`make(mask, x, target)` gives [n, d] (or [d]) for the tokens in the mask; others stay."""
-
-    def replace(*read: Tensor) -> Tensor:
-        out = read[-1].clone()
-        out[mask] = make(mask, read[0], read[-1]).to(out)
-        return out
-
-    return replace
 
 
 def _compared(losses: dict[str, _Losses], spliced: _Losses) -> dict[str, float]:

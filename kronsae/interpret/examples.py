@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from kronsae.metrics.figures import FiringMetrics
-from kronsae.metrics.target_model import HeldoutText
+from kronsae.metrics.heldout import HeldoutText
 from kronsae.model.sae import SAE
 
 CONTEXT = 256

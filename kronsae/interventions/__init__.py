@@ -1,5 +1,6 @@
 """Latents changed in a running language model, and what the changes do to its output."""
 
-from kronsae.interventions.hooks import Edit, ablate, change, clamp, intervene, spliced, steer
+from kronsae.interventions.hooks import Edit, ablate, change, clamp, intervene, steer
+from kronsae.metrics.splicing import spliced
 
 __all__ = ["Edit", "ablate", "change", "clamp", "intervene", "spliced", "steer"]

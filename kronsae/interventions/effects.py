@@ -18,7 +18,8 @@ from kronsae.data import LanguageModel
 from kronsae.errors import InputError
 from kronsae.interventions.hooks import values_of
 from kronsae.metrics.figures import cross_entropy, kl_divergence
-from kronsae.metrics.target_model import HeldoutText
+from kronsae.metrics.heldout import HeldoutText
+from kronsae.metrics.splicing import spliced
 from kronsae.model.sae import SAE
 from kronsae_kernels import SparseCodes
 
@@ -111,14 +112,11 @@ def exact_effects(
     effects = []
     for part in pairs.to(found.ids.device).split(batch):
         contexts, latents = part.T
-        ids = found.ids[contexts]
-        removed = torch.stack([_values(sae, found, int(c), int(f)) for c, f in part])  # [b, t]
-        rows = sae.W_dec[latents]
-
-        def without(*read: Tensor, removed: Tensor = removed, rows: Tensor = rows) -> Tensor:
-            return read[-1] - (removed[..., None] * rows[:, None]).to(read[-1])
-
-        effects.append(objective(model.logits(ids, without), ids) - clean[contexts])
+        ids, mask = found.ids[contexts], found.mask[contexts]
+        values = torch.cat([_values(sae, found, int(c), int(f)) for c, f in part])  # [n]
+        removed = values[:, None] * sae.W_dec[latents].repeat_interleave(mask.sum(1), 0)
+        with spliced(model, lambda _, y, removed=removed: y - removed.to(y), mask):
+            effects.append(objective(model.logits(ids), ids) - clean[contexts])
     return torch.cat(effects) if effects else torch.zeros(0, dtype=torch.float64)
 
 
@@ -128,12 +126,10 @@ def _at_most(batch: int, model: LanguageModel, found: Read) -> int:
 
 
 def _values(sae: SAE, found: Read, context: int, latent: int) -> Tensor:
-    """Values [t] of a latent on the tokens of a context."""
-    one = found.of(slice(context, context + 1))
-    out = one.codes.values.new_zeros(one.ids.shape[1])
-    column = torch.tensor([latent], device=out.device)
-    out[one.mask[0]] = values_of(one.codes, column, sae.dict_size)[:, 0]
-    return out
+    """Values of a latent on the tokens of a context that are in the mask."""
+    codes = found.of(slice(context, context + 1)).codes
+    column = torch.tensor([latent], device=codes.values.device)
+    return values_of(codes, column, sae.dict_size)[:, 0]
 
 
 def attributed_effects(
@@ -152,7 +148,7 @@ def attributed_effects(
     batch = _at_most(batch, model, found)
     for start in range(0, len(found.ids), batch):
         part = found.of(slice(start, start + batch))
-        gradient = _gradient(model, part.ids, objective)[part.mask]
+        gradient = _gradient(model, part.ids, part.mask, objective)
         context = part.mask.nonzero()[:, 0]
         out = torch.zeros(len(part.ids), sae.dict_size, dtype=torch.float64, device=context.device)
         size = max(1, GATHERED // max(1, part.codes.values.shape[1] * sae.config.d_out))
@@ -170,16 +166,16 @@ def attributed_effects(
     return torch.cat(parts)
 
 
-def _gradient(model: LanguageModel, ids: Tensor, objective: Objective) -> Tensor:
-    """Gradient [b, t, d_out] of the objective with respect to what the SAE stands for."""
+def _gradient(model: LanguageModel, ids: Tensor, mask: Tensor, objective: Objective) -> Tensor:
+    """Gradient [n, d_out] of the objective with respect to what the SAE stands for."""
     leaves = []
 
-    def leaf(*read: Tensor) -> Tensor:
-        leaves.append(read[-1].detach().requires_grad_())
+    def leaf(_: Tensor, y: Tensor) -> Tensor:
+        leaves.append(y.detach().requires_grad_())
         return leaves[0]
 
-    with torch.enable_grad():
-        total = objective(model.logits(ids, leaf), ids).sum()
+    with torch.enable_grad(), spliced(model, leaf, mask):
+        total = objective(model.logits(ids), ids).sum()
     return torch.autograd.grad(total, leaves[0])[0]
 
 
@@ -361,16 +357,13 @@ def _ablate(
     gained = _only_in(sae, after, before).sum()
     difference = sae.decode(codes, x) - sae.decode(part.codes, x)
 
-    def replace(*read: Tensor) -> Tensor:
-        out = read[-1].clone()
-        out[part.mask] += difference.to(out)
-        return out
-
     targets = part.ids[:, 1:].flatten()
     at = fires[:, :-1].flatten()  # a token's activations predict the next one
     growth = torch.empty(len(targets), dtype=torch.float64, device=targets.device)
     divergence = growth.new_zeros(())
-    states = model.last_states(part.ids), model.last_states(part.ids, replace=replace)
+    clean_states = model.last_states(part.ids)
+    with spliced(model, lambda _, y: y + difference.to(y), part.mask):
+        states = clean_states, model.last_states(part.ids)
     for (rows, clean), (_, changed) in zip(*map(model.next_token_logits, states), strict=True):
         target, chosen = targets[rows], at[rows]
         growth[rows] = cross_entropy(changed, target) - cross_entropy(clean, target)

@@ -9,21 +9,19 @@ target's) to y + (z' - z) W_dec[latent]: what the SAE does not explain stays as 
 keep_error=False, its reconstruction takes their place. Special tokens and the first position of a
 text are never touched, as SAEs are not trained on them.
 
-Letters: b texts, t tokens of each that a forward pass reads, n tokens, k active latents, e latents
-that are edited, d width.
+Letters: n tokens, k active latents, e latents that are edited, d width.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from kronsae.data import LanguageModel
-from kronsae.data.language_model import first_tensor, with_first
-from kronsae.data.packing import special_ids
 from kronsae.errors import InputError
+from kronsae.metrics.splicing import spliced
 from kronsae.model.sae import SAE
 from kronsae_kernels import SparseCodes
 
@@ -105,78 +103,3 @@ def intervene(
 
     with spliced(model, edited):
         yield
-
-
-Make = Callable[[Tensor, Tensor], Tensor]
-"""From the hookpoint's activations x [n, d] and those to replace, y [n, d_out]: new ones for y."""
-
-
-@contextmanager
-def spliced(model: LanguageModel, make: Make) -> Iterator[None]:
-    """While open, `make` replaces activations in every forward pass, but for untouched positions.
-
-    With a key-value cache, padding on either side, beams and samples: a token's position in its
-    text is counted from the attention mask, or else from what the cache holds. Where the module
-    runs several times in a forward pass it is replaced the first time, as in `token_losses`.
-    """
-    state = _Pass(special_ids(model.tokenizer))
-    module = model.module if model.target is None else model.target
-
-    def begin(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        state.begin(args, kwargs)
-
-    def read(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        if state.x is None:
-            state.x = first_tensor(output).clone()  # later modules may add to it in place
-
-    def replace(_module: nn.Module, _inputs: Any, output: Any) -> Any:
-        if state.replaced:
-            return output
-        state.replaced = True
-        y = first_tensor(output)
-        x = y if model.target is None else state.x
-        mask = state.mask(y)
-        out = y.clone()
-        out[mask] = make(x[mask], y[mask]).to(y)
-        return with_first(output, out)
-
-    with ExitStack() as stack:
-        hooks = [model.model.register_forward_pre_hook(begin, with_kwargs=True)]
-        if model.target is not None:
-            hooks.append(model.module.register_forward_hook(read))
-        hooks.append(module.register_forward_hook(replace))
-        for hook in hooks:
-            stack.callback(hook.remove)
-        yield
-
-
-class _Pass:
-    """What one forward pass reads, and what has happened in it."""
-
-    def __init__(self, special: Tensor) -> None:
-        self.special = special
-        self.begin((), {})
-
-    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.x: Tensor | None = None
-        self.replaced = False
-        self.ids = kwargs.get("input_ids", args[0] if args else None)
-        self.attention = kwargs.get("attention_mask")
-        # Its name is `past_key_values`, or `cache` in newer transformers.
-        caches = (value for value in kwargs.values() if hasattr(value, "get_seq_length"))
-        self.seen = max((int(cache.get_seq_length()) for cache in caches), default=0)
-
-    def mask(self, y: Tensor) -> Tensor:
-        """[b, t] bool: tokens of activations y [b, t, d] that SAEs are trained on."""
-        length = y.shape[1]
-        attention = self.attention
-        if torch.is_tensor(attention) and attention.shape == (y.shape[0], self.seen + length):
-            attended = attention.bool().to(y.device)
-            mask = attended & (attended.cumsum(1) > 1)
-            mask = mask[:, -length:]
-        else:
-            position = torch.arange(self.seen, self.seen + length, device=y.device)
-            mask = (position > 0).expand(y.shape[:2])
-        if self.ids is None:
-            return mask
-        return mask & ~torch.isin(self.ids.to(y.device), self.special.to(y.device))

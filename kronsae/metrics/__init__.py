@@ -9,12 +9,13 @@ from kronsae.metrics.figures import (
     density_histogram,
     kl_divergence,
 )
-from kronsae.metrics.heldout import Heldout, evaluate, evaluate_cross_entropy
+from kronsae.metrics.heldout import Heldout, HeldoutText, evaluate, evaluate_cross_entropy
 
 __all__ = [
     "MEANING",
     "FiringMetrics",
     "Heldout",
+    "HeldoutText",
     "ReconstructionMetrics",
     "cross_entropy",
     "cross_entropy_recovered",

@@ -1,7 +1,8 @@
-"""How good an SAE is on activations set aside, as training measures it."""
+"""Held-out text and activations, and how good an SAE is on them, as training measures it."""
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -9,9 +10,11 @@ import torch
 from torch import Tensor
 
 from kronsae.config import SAEConfig
+from kronsae.data import LanguageModel
 from kronsae.data.common import is_finite
 from kronsae.errors import InputError
 from kronsae.metrics.figures import FiringMetrics, ReconstructionMetrics, cross_entropy_recovered
+from kronsae.metrics.splicing import Make, spliced
 from kronsae.model.sae import SAE
 
 BATCH_TOKENS = 4096
@@ -20,47 +23,54 @@ CONTEXTS_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
-class Heldout:
-    """Activations set aside for evaluation, and where they came from (if a model made them)."""
+class HeldoutText:
+    """Text that an SAE was never trained on, and the language model that reads it."""
 
-    activations: Tensor
-    """[t, d] raw activations of the tokens where `mask` is True, in reading order."""
-    contexts: Tensor | None = None
+    model: LanguageModel
+    contexts: Tensor
     """[c, L] int64 token ids."""
-    mask: Tensor | None = None
-    """[c, L] bool: tokens that an SAE is trained on (no BOS, no padding, no first position)."""
-    language_model: Any | None = None
-    """The `kronsae.data.LanguageModel` that read the contexts."""
-    targets: Tensor | None = None
-    """[t, d_target] what a transcoder shall make of the activations; None for an autoencoder."""
+    mask: Tensor
+    """[c, L] bool: tokens on which an SAE stands for the activations. BOS, other special tokens
+    and the first position of each context are not among them: they pass unchanged."""
+    contexts_per_batch: int = CONTEXTS_AT_ONCE
+    facts: dict[str, Any] = field(default_factory=dict)
+    """What text it is (JSON-able)."""
+
+    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Token ids [b, L] and mask [b, L], on the model's device."""
+        device, size = self.model.device, self.contexts_per_batch
+        for ids, mask in zip(self.contexts.split(size), self.mask.split(size), strict=True):
+            yield ids.to(device), mask.to(device)
 
     @cached_property
     def unspliced(self) -> dict[str, float]:
         """ce_clean and ce_zero, which no SAE takes part in: measured once for all of them."""
         return {
             "ce_clean": self.cross_entropy(None),
-            "ce_zero": self.cross_entropy(lambda *read: torch.zeros_like(read[-1])),
+            "ce_zero": self.cross_entropy(lambda _, y: torch.zeros_like(y)),
         }
 
     @torch.no_grad()
-    def cross_entropy(self, replace: Callable[..., Tensor] | None) -> float:
-        """Mean next-token cross-entropy of the contexts, in nats.
-
-        replace: called with the activations [b, t, d] and, for a transcoder, those of the target;
-        what it gives takes the place of the last of them where the mask is True.
-        """
+    def cross_entropy(self, make: Make | None) -> float:
+        """Mean next-token cross-entropy of the contexts, in nats, with `make` spliced in."""
         total, count = 0.0, 0
-        parts = self.contexts.split(CONTEXTS_AT_ONCE), self.mask.split(CONTEXTS_AT_ONCE)
-        for ids, mask in zip(*parts, strict=True):
-            selected = mask[..., None].to(self.language_model.device)
-
-            def replaced(*read: Tensor, selected: Tensor = selected) -> Tensor:
-                return torch.where(selected, replace(*read).to(read[-1]), read[-1])
-
-            losses = self.language_model.token_losses(ids, replace=replace and replaced)
+        for ids, mask in self.batches():
+            with spliced(self.model, make, mask) if make else nullcontext():
+                losses = self.model.token_losses(ids)
             total += losses.double().sum().item()
             count += losses.numel()
         return total / count
+
+
+@dataclass(frozen=True)
+class Heldout:
+    """Activations set aside for evaluation, and the text that they are of, if there is one."""
+
+    activations: Tensor
+    """[t, d] raw activations of the tokens where the text's mask is True, in reading order."""
+    targets: Tensor | None = None
+    """[t, d_target] what a transcoder shall make of the activations; None for an autoencoder."""
+    text: HeldoutText | None = None
 
 
 @torch.no_grad()
@@ -88,18 +98,16 @@ def evaluate_cross_entropy(sae: SAE, heldout: Heldout) -> dict[str, float]:
     they are, reconstructed, and zeroed; ce_recovered = (zero - spliced) / (zero - clean). Only
     tokens in the mask are replaced. Empty if no model (or one without a language head) is there.
     """
-    model = heldout.language_model
-    if model is None or heldout.contexts is None or not model.has_cross_entropy:
+    text = heldout.text
+    if text is None or not text.model.has_cross_entropy:
         return {}
-    # x is what the SAE reads; a transcoder is spliced in for its target, which comes last.
-    limits = heldout.unspliced
-    spliced = heldout.cross_entropy(lambda x, *_: sae(x.to(sae.W_dec)).x_hat)
-    recovered = cross_entropy_recovered(limits["ce_clean"], spliced, limits["ce_zero"])
+    clean, zero = text.unspliced.values()
+    ours = text.cross_entropy(lambda x, _: sae(x.to(sae.W_dec)).x_hat)
     return {
-        "ce_clean": limits["ce_clean"],
-        "ce_spliced": spliced,
-        "ce_zero": limits["ce_zero"],
-        "ce_recovered": recovered,
+        "ce_clean": clean,
+        "ce_spliced": ours,
+        "ce_zero": zero,
+        "ce_recovered": cross_entropy_recovered(clean, ours, zero),
     }
 
 

@@ -6,19 +6,18 @@ layer and text belong to them stands in their metadata, or is said by flags.
 
 import argparse
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from torch import Tensor
-
 from kronsae.commandline import add_flag
 from kronsae.config import DataConfig, data_settings, from_dict, untrusted
-from kronsae.data import LanguageModel, open_text
+from kronsae.data import open_text
 from kronsae.data.activations import open_model, set_aside
 from kronsae.data.packing import token_mask
 from kronsae.errors import InputError
 from kronsae.interop.load import load
+from kronsae.metrics.heldout import HeldoutText
 from kronsae.model.sae import SAE
 from kronsae.runs.folder import SweepFolder
 
@@ -30,26 +29,6 @@ HELP = {
     "contexts_per_batch": "contexts a forward pass of the language model",
     "dataset": "other text than the run's own held-out slice: hub name, or files; 'stdlib'",
 }
-
-
-class HeldoutText(NamedTuple):
-    """Text that an SAE was never trained on, and the model that reads it."""
-
-    model: LanguageModel
-    contexts: Tensor
-    """[c, L] int64 token ids."""
-    mask: Tensor
-    """[c, L] bool: tokens on which an SAE stands for the activations. BOS, other special tokens
-    and the first position of each context are not among them: they pass unchanged."""
-    contexts_per_batch: int
-    facts: dict[str, Any]
-    """What text it is (JSON-able)."""
-
-    def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Token ids [b, L] and mask [b, L], on the model's device."""
-        device, size = self.model.device, self.contexts_per_batch
-        for ids, mask in zip(self.contexts.split(size), self.mask.split(size), strict=True):
-            yield ids.to(device), mask.to(device)
 
 
 class LoadedSAE(NamedTuple):

@@ -80,4 +80,5 @@ def render(plan: dict[str, Any], members: Mapping[str, RunConfig], time: str) ->
 def wrapped(lines: Iterable[str], refused: str | None) -> str:
     """The lines at 80 columns, and why the plan would be refused, if it would."""
     lines = [*lines, f"It would be refused: {refused}"] if refused else lines
-    return "\n".join(textwrap.fill(line, 80, subsequent_indent=19 * " ") for line in lines)
+    whole = {"break_long_words": False, "break_on_hyphens": False}  # paths can be copied
+    return "\n".join(textwrap.fill(line, 80, subsequent_indent=19 * " ", **whole) for line in lines)

@@ -37,7 +37,7 @@ class Window(NamedTuple):
     """The tokens around the one where a latent fires most in a context."""
 
     context: int
-    """Row of `Heldout.contexts`."""
+    """Row of `HeldoutText.contexts`."""
     position: int
     """Of the token where the latent fires most, in its context."""
     start: int
@@ -87,9 +87,10 @@ def top_contexts(
     for latent in latents or ():
         if not 0 <= latent < sae.dict_size:
             raise InputError(f"latent: expected 0 to {sae.dict_size - 1}, got {latent}")
-    if heldout.contexts is None or heldout.mask is None or not len(heldout.activations):
+    read = heldout.text
+    if read is None or not len(heldout.activations):
         return []
-    text = _Text(heldout.contexts.cpu().numpy(), *heldout.mask.cpu().numpy().nonzero())
+    text = _Text(read.contexts.cpu().numpy(), *read.mask.cpu().numpy().nonzero())
     keep = max(num_contexts, KEPT_CONTEXTS)
     counts, peaks = _scan(sae, heldout.activations, text, latents, keep)
     peaks = _without_repeats(peaks, text)
