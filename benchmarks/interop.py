@@ -22,9 +22,8 @@ from torch import Tensor
 
 from benchmarks.quality import harvest
 from kronsae import SAE, SAEConfig, TrainConfig, load
-from kronsae.export.__main__ import convert
 from kronsae.export.verify import Verification, verify
-from kronsae.interop import FORMATS
+from kronsae.registry import FORMATS
 from kronsae.runs.folder import versions
 from kronsae.train import fit
 
@@ -173,7 +172,7 @@ def outwards(x: Tensor, heldout: Tensor, batch: int, folder: Path) -> Iterator[R
         for kind, settings in kinds.items():
             if kind not in saes:
                 saes[kind] = fit(SAEConfig(**settings), x, train).sae
-            out = convert(saes[kind], library, folder / f"{library} {kind}")
+            out = FORMATS[library].write(saes[kind], folder / f"{library} {kind}")
             name = FORMATS[library].library
             yield Row(kind, f"kronsae → {name}", verify(saes[kind], out, library, heldout))
             if library == "sae_lens" and kind.startswith(("KronSAE", "Switch")):

@@ -99,6 +99,13 @@ SELECTIONS: Registry[Any] = Registry("selection")
 OBJECTIVES: Registry[Any] = Registry("objective")
 """`kronsae.model.objectives.Objective`s."""
 
+FORMATS: Registry[Any] = Registry("format")
+"""`kronsae.interop.formats.Format`s: folders that hold an SAE."""
+SOURCES: Registry[Any] = Registry("source of activations")
+"""`kronsae.sources.Source`s."""
+LOGS: Registry[Any] = Registry("log")
+"""`kronsae.runs.logs.RunLog`s."""
+
 SAE_KINDS: dict[str, Registry[Any]] = {
     "encoder": ENCODERS,
     "selection": SELECTIONS,

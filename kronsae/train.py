@@ -30,6 +30,7 @@ from kronsae.plan.time import run_time
 from kronsae.registry import SELECTIONS
 from kronsae.runs.folder import RunFolder, SweepFolder
 from kronsae.runs.sweep import comparison
+from kronsae.sources import open_activations, source_of
 from kronsae.system import parallel
 from kronsae.system.devices import resolve_device
 from kronsae.system.parallel import ALONE, Mesh, join
@@ -143,7 +144,6 @@ def _say_how_to_go_on(out: Path, words: str) -> None:
 
 def _train(request: Request, console: Console, mesh: Mesh, out: Path) -> int:
     from kronsae.data import split_target
-    from kronsae.sources import open_activations
 
     began = time.monotonic()
     data, train_config = request.config.data, request.config.train
@@ -160,13 +160,16 @@ def _train(request: Request, console: Console, mesh: Mesh, out: Path) -> int:
         seed=train_config.stream_seed,
         device=resolve_device(train_config.device),
     )
-    source.language_model.ranks = mesh.reading
-    request = request.at_width(source.d_model, source.d_target)
-    if data.activations is not None:
+    d_target = getattr(source, "d_target", 0)
+    request = request.at_width(source.d_model, d_target)
+    if hasattr(source, "check_budget"):
         source.check_budget(request.config.train.tokens)
-    activations, targets = split_target(source.heldout_activations(), source.d_target)
-    read = source.language_model, source.heldout_contexts(), source.heldout_mask()
-    heldout = Heldout(activations, targets, HeldoutText(*read))
+    text = None
+    if hasattr(source, "language_model"):
+        source.language_model.ranks = mesh.reading
+        read = source.language_model, source.heldout_contexts(), source.heldout_mask()
+        text = HeldoutText(*read)
+    heldout = Heldout(*split_target(source.heldout_activations(), d_target), text)
     _describe(console, request, source, heldout, out)
     names = list(request.members)
     folder = SweepFolder(out, names) if request.sweep else RunFolder(out)
@@ -250,20 +253,10 @@ def _new_folder(request: Request) -> Path:
 
 
 def _describe(console: Console, request: Request, source: Any, heldout: Heldout, out: Path) -> None:
-    config, model = request.config, source.language_model
+    config = request.config
     train = config.train
-    reads = model.hookpoint
-    if source.d_target:
-        reads += f" and, to predict it, {model.target_hookpoint}"
-    if config.data.activations is not None:
-        where = f"{config.data.model}, not loaded: {source.index.train_rows:,} tokens of {reads}"
-        where += f" (d = {source.d_model:,}) are in {config.data.activations}"
-    else:
-        parameters = sum(p.numel() for p in model.model.parameters())
-        where = f"{config.data.model}, {parameters / 1e6:,.1f} M parameters; reads out {reads}"
-        where += f" (d = {source.d_model:,})"
     rows = {
-        "language model": where,
+        "language model": source_of(config.data.activations).describe(source, config.data),
         "text": f"{config.data.dataset}; {heldout.activations.shape[0]:,} tokens held out",
         "training": f"{train.tokens:,} tokens, {train.steps:,} steps of {train.batch_size:,}"
         + describe_ranks(train),
@@ -312,8 +305,8 @@ def _summarise(
     from kronsae.properties.contexts import render as render_contexts
     from kronsae.properties.contexts import top_contexts
 
-    model = heldout.text.model
-    tokenizer = model.tokenizer
+    model = heldout.text.model if heldout.text else None
+    tokenizer = model.tokenizer if model else None
     if not all(result.sae for result in results.values()) and not mesh.first:
         return  # the first process reads what it lacks
     for name, result in results.items():

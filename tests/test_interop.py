@@ -16,8 +16,9 @@ from safetensors.torch import load_file
 import kronsae
 from kronsae import SAE, InputError, SAEConfig, TrainConfig
 from kronsae.export.__main__ import main as export
-from kronsae.interop import FORMATS, module_of, recognise
+from kronsae.interop.formats import recognise
 from kronsae.interop.stock import Origin, dense, encoder_proxy
+from kronsae.registry import FORMATS
 from kronsae.train import fit
 from kronsae_kernels import SparseCodes
 
@@ -115,10 +116,10 @@ def test_there_and_back(library, name, trained, activations, tmp_path):
     if name not in HOLDS[library]:
         reason = "products of two|thresholds|no router"
         with pytest.raises(InputError, match=reason):
-            module_of(library).write(sae, folder)
+            FORMATS[library].write(sae, folder)
         assert not folder.exists()
         return
-    module_of(library).write(sae, folder)
+    FORMATS[library].write(sae, folder)
     assert recognise(folder) == library
     back = kronsae.load(folder, allow_pickle=library == "dictionary_learning")
     assert back.config == sae.config
@@ -137,7 +138,7 @@ def test_transcoders_there_and_back(library, selection, skip, activations, tmp_p
     config = dataclasses.replace(DENSE, selection=selection, skip=skip)
     pairs = (activations, activations.relu())
     sae = fit(config, pairs, TrainConfig(tokens=1500, batch_size=300, lr=3e-3)).sae
-    back = kronsae.load(module_of(library).write(sae, tmp_path / "out"))
+    back = kronsae.load(FORMATS[library].write(sae, tmp_path / "out"))
     assert back.config == sae.config
     x = activations[:50]
     torch.testing.assert_close(back(x).x_hat, sae(x).x_hat, rtol=1e-4, atol=1e-4)
@@ -149,18 +150,18 @@ def test_transcoders_that_have_no_place(activations, tmp_path):
 
     dense_topk = transcoder(encoder="dense", dict_size=32)
     with pytest.raises(InputError, match="no transcoder with TopK: sparsify has"):
-        module_of("sae_lens").write(dense_topk, tmp_path / "out")
+        FORMATS["sae_lens"].write(dense_topk, tmp_path / "out")
     with pytest.raises(InputError, match="no transcoder fits"):
-        module_of("dictionary_learning").write(dense_topk, tmp_path / "out")
+        FORMATS["dictionary_learning"].write(dense_topk, tmp_path / "out")
     with pytest.raises(InputError, match="its transcoders are dense"):
-        module_of("sae_lens").write(transcoder(heads=4, m=2, n=2), tmp_path / "out")
+        FORMATS["sae_lens"].write(transcoder(heads=4, m=2, n=2), tmp_path / "out")
 
 
 def test_a_note_that_the_tensors_contradict_is_not_believed(trained, tmp_path):
     """Somebody changed the thresholds that BatchTopK had left: it is a JumpReLU SAE now."""
     from safetensors.torch import save_file
 
-    folder = module_of("sae_lens").write(trained("batchtopk"), tmp_path / "out")
+    folder = FORMATS["sae_lens"].write(trained("batchtopk"), tmp_path / "out")
     tensors = load_file(folder / "sae_weights.safetensors")
     tensors["threshold"][3] += 1
     save_file(tensors, folder / "sae_weights.safetensors")
@@ -175,7 +176,7 @@ def test_the_smallest_active_value_of_batchtopk_stays_active(trained, activation
     smallest = sae.encode(activations[:1]).values[0, 1]
     sae.selection.threshold.copy_(smallest)
     assert int(sae.fired(sae.encode(activations[:1])).sum()) == 2
-    folder = module_of("sae_lens").write(sae, tmp_path / "out")
+    folder = FORMATS["sae_lens"].write(sae, tmp_path / "out")
     threshold = load_file(folder / "sae_weights.safetensors")["threshold"]
     assert (threshold < smallest).all()
     assert torch.equal(torch.nextafter(threshold[0], smallest), smallest.detach())
@@ -185,7 +186,7 @@ def test_the_smallest_active_value_of_batchtopk_stays_active(trained, activation
 def test_untrained_batchtopk_has_no_threshold_to_export(tmp_path):
     sae = SAE(dataclasses.replace(GRID["batchtopk"], d_model=16))
     with pytest.raises(InputError, match="no threshold yet"):
-        module_of("dictionary_learning").write(sae, tmp_path / "out")
+        FORMATS["dictionary_learning"].write(sae, tmp_path / "out")
 
 
 def test_a_pickle_is_read_on_request_alone(tmp_path, capsys):

@@ -16,8 +16,8 @@ import kronsae
 from kronsae import SAE, InputError, TrainConfig
 from kronsae.export.__main__ import main as export
 from kronsae.export.verify import verify
-from kronsae.interop import module_of
 from kronsae.interop.stock import dense
+from kronsae.registry import FORMATS
 from kronsae.train import fit
 
 SHARDED = [(library, name) for library, names in HOLDS.items() for name in sorted(names)]
@@ -33,7 +33,7 @@ def need(library: str) -> None:
 def test_the_library_makes_the_same_of_it(library, name, trained, activations, tmp_path):  # noqa: F811
     need(library)
     sae = trained(name)
-    folder = module_of(library).write(sae, tmp_path / "out")
+    folder = FORMATS[library].write(sae, tmp_path / "out")
     result = verify(sae, folder, library, activations)
     assert result.agrees, result
     assert result.largest_difference < 1e-5
@@ -48,7 +48,7 @@ def test_transcoders(library, selection, skip, activations, tmp_path):  # noqa: 
     target = activations.relu()
     train = TrainConfig(tokens=1500, batch_size=300, lr=3e-3)
     sae = fit(config, (activations, target), train).sae
-    folder = module_of(library).write(sae, tmp_path / "out")
+    folder = FORMATS[library].write(sae, tmp_path / "out")
     result = verify(sae, folder, library, activations, target)
     assert result.agrees and result.largest_difference < 1e-5, result
 
@@ -74,7 +74,7 @@ def test_encode_in_saelens(name, plugin, trained, activations, tmp_path):  # noq
     import sae_lens
 
     sae = trained(name)
-    folder = module_of("sae_lens").write(sae, tmp_path / "out")
+    folder = FORMATS["sae_lens"].write(sae, tmp_path / "out")
     theirs = sae_lens.SAE.load_from_disk(folder)
     for x in (activations[:64], activations[:64].view(4, 16, 16)):
         latents = dense(sae.encode(x), sae.dict_size)
@@ -158,7 +158,7 @@ def test_saes_of_saelens_in_saelens_again(plugin, tmp_path):
     folder = FIXTURES / "sae_lens" / "topk_rescaled"
     x = torch.randn(20, 8)
     ours: SAE = kronsae.load(folder)
-    again = sae_lens.SAE.load_from_disk(module_of("sae_lens").write(ours, tmp_path / "out"))
+    again = sae_lens.SAE.load_from_disk(FORMATS["sae_lens"].write(ours, tmp_path / "out"))
     theirs = sae_lens.SAE.load_from_disk(folder)
     torch.testing.assert_close(again.encode(x), theirs.encode(x))
     torch.testing.assert_close(again(x), theirs(x))
@@ -168,7 +168,7 @@ def test_from_pretrained(trained, hub, tmp_path):  # noqa: F811
     """From a repository with a folder of ours, by SAELens' own download."""
     need("sae_lens")
     sae = trained("kron")
-    folder = module_of("sae_lens").write(sae, tmp_path / "out")
+    folder = FORMATS["sae_lens"].write(sae, tmp_path / "out")
     hub.commits["me/saes"], hub.branches["me/saes"] = {}, {}
     hub.commit("me/saes", "main", {f"kron/{p.name}": p.read_bytes() for p in folder.iterdir()})
     script = """

@@ -7,14 +7,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import kronsae
 from kronsae import InputError, SAEConfig
 from kronsae.__main__ import main as command
 from kronsae.config import all_settings
 from kronsae.hub import model_card
-from kronsae.interop import module_of
-from kronsae.registry import OBJECTIVES, SELECTIONS, Registry, load_plugin
+from kronsae.registry import (
+    FORMATS,
+    LOGS,
+    OBJECTIVES,
+    SELECTIONS,
+    SOURCES,
+    Registry,
+    load_plugin,
+)
 from kronsae.runs.folder import RunFolder
 
 CONTRIBUTING = Path(__file__).parent.parent / "CONTRIBUTING.md"
@@ -151,7 +159,7 @@ def test_relu_and_gated_saes_go_out_as_the_thresholds_that_they_are(encoder, lib
     with torch.no_grad():
         for parameter in sae.parameters():
             parameter.add_(torch.randn(parameter.shape) * 0.3)
-    module_of(library).write(sae, tmp_path / "out")
+    FORMATS[library].write(sae, tmp_path / "out")
     back = kronsae.load(tmp_path / "out", allow_pickle=True)
     assert back.config.encoder == "dense"
     assert back.config.selection == ("relu" if encoder == "dense" else "jumprelu")
@@ -168,12 +176,12 @@ def test_what_has_no_stock_form(tmp_path):
     """A gate and a k together; SAELens gets our own architecture, sparsify a sentence."""
     sae = kronsae.SAE(SAEConfig(d_model=8, dict_size=32, encoder="gated", k=4)).eval()
     with pytest.raises(InputError, match="have to pass a gate and be among the k largest"):
-        module_of("sparsify").write(sae, tmp_path / "out")
-    module_of("sae_lens").write(sae, tmp_path / "lens")
+        FORMATS["sparsify"].write(sae, tmp_path / "out")
+    FORMATS["sae_lens"].write(sae, tmp_path / "lens")
     assert kronsae.load(tmp_path / "lens").config == sae.config
     relu = kronsae.SAE(SAEConfig(d_model=8, dict_size=32, encoder="dense", selection="relu"))
     with pytest.raises(InputError, match="selection 'relu' has thresholds"):
-        module_of("sparsify").write(relu, tmp_path / "out")
+        FORMATS["sparsify"].write(relu, tmp_path / "out")
 
 
 def test_pages_and_cards_of_a_kind_with_settings_of_its_own(tmp_path, monkeypatch, capsys):
@@ -198,3 +206,88 @@ def test_pages_and_cards_of_a_kind_with_settings_of_its_own(tmp_path, monkeypatc
         Path("bad.json").write_text(json.dumps({"sae": {"selection_settings": value}}))
         assert command(["train", "--config", "bad.json"]) == 2
         assert words in capsys.readouterr().err
+
+
+PLUGIN = """
+import json
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+from kronsae.data import TensorActivations
+from kronsae.interop.formats import Format
+from kronsae.interop.stock import Stock, stock_of
+from kronsae.registry import FORMATS, LOGS, SOURCES
+from kronsae.runs.logs import RunLog
+from kronsae.sources import Source
+
+
+@SOURCES.register("rows")
+class Rows(Source):
+    @classmethod
+    def open(cls, data, *, batch_size, seed, device):
+        x = load_file(data.activations.removeprefix("rows:"))["x"]
+        source = TensorActivations(x[data.heldout_tokens :], batch_size, seed)
+        source.heldout_activations = lambda: x[: data.heldout_tokens]
+        return source
+
+
+@LOGS.register("lines")
+class Lines(RunLog):
+    def __init__(self, folder, config, settings, group):
+        self.file = (folder / "lines.txt").open("a")
+
+    def write(self, figures, step, tokens):
+        print(step, tokens, *sorted(figures), file=self.file, flush=True)
+
+
+@FORMATS.register("plain")
+class Plain(Format):
+    library = package = "plain"
+    weights, config = "plain.safetensors", "plain.json"
+    how_to_load = 'plain.load("{out}")'
+
+    @staticmethod
+    def write(sae, folder):
+        stock = stock_of(sae, "plain")
+        folder = Path(folder)
+        folder.mkdir()
+        names = ("W_enc", "b_enc", "W_dec", "b_dec")
+        save_file({n: getattr(stock, n).contiguous() for n in names}, folder / Plain.weights)
+        (folder / Plain.config).write_text(json.dumps({"k": stock.k}))
+        return folder
+
+    @staticmethod
+    def read(folder):
+        k = json.loads((folder / Plain.config).read_text())["k"]
+        return Stock(**load_file(folder / Plain.weights), k=k).to_sae()
+"""
+
+
+def test_a_source_a_log_and_a_format_of_ones_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("mine.py").write_text(PLUGIN)
+    save_file({"x": torch.randn(4000, 16)}, "x.safetensors")
+    flags = ("--encoder", "dense", "--dict-size", "64", "--k", "4", "--batch-size", "250")
+    flags += ("--tokens", "3000", "--heldout-tokens", "500", "--log-every", "4", "--device", "cpu")
+    rows = ("--plugin", "mine.py", "--activations", "rows:x.safetensors")
+    try:
+        assert command(["train", *rows, *flags, "--out", "run"]) == 0
+        printed = capsys.readouterr().out
+        assert "rows:x.safetensors (d = 16)" in printed
+        assert "nothing is known of rows:x.safetensors before it is opened" in printed
+        assert (Path("run") / "lines.txt").read_text().startswith("4 1000 train/auxk_loss ")
+        sae = kronsae.load("run")
+        assert sae.d_model == 16 and sae.metadata["data"]["source"] == "tensor"
+        assert command(["train", *rows, *flags, "--resume", "run", "--tokens", "3500"]) == 2
+        assert command(["train", *rows, "--model", "gpt2", *flags]) == 2
+        assert "--model gpt2 has no effect with --activations" in capsys.readouterr().err
+        export = ("export", "run", "--plugin", "mine.py", "--to", "plain", "--out", "plain")
+        assert command(export) == 0
+        assert 'Load it with: plain.load("plain")' in capsys.readouterr().out
+        back = kronsae.load("plain")
+        x = torch.randn(8, 16)
+        torch.testing.assert_close(back(x).x_hat, sae(x).x_hat)
+    finally:
+        for registry, name in ((SOURCES, "rows"), (LOGS, "lines"), (FORMATS, "plain")):
+            registry._kinds.pop(name, None)

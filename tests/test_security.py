@@ -29,11 +29,11 @@ from kronsae.config import DataConfig, RunConfig, TrainConfig
 from kronsae.data import LanguageModel, open_text
 from kronsae.data.loading import load_tokenizer
 from kronsae.export.verify import heldout_tokens
-from kronsae.interop import module_of
 from kronsae.interpret.chat import LocalChat
 from kronsae.metrics.target_model import load_saes, open_heldout
 from kronsae.plan.outline import outline
 from kronsae.properties.run import open_run
+from kronsae.registry import FORMATS
 from kronsae.runs.folder import RunFolder, SweepFolder, open_to_resume
 from kronsae.sources import open_activations
 from kronsae.system.files import sha256
@@ -382,7 +382,7 @@ def test_a_configuration_of_any_size_takes_no_memory(format, name, tmp_path):
     sae = SAE(SAEConfig(**OF_KRON))
     sae.config = SAEConfig(**OF_KRON | SIZES[name])
     folder = tmp_path / "sae"
-    sae.save(folder) if format == "kronsae" else module_of(format).write(sae, folder)
+    sae.save(folder) if format == "kronsae" else FORMATS[format].write(sae, folder)
     with little_memory(), pytest.raises(InputError, match="expected tensors"):
         kronsae.load(folder)
 
@@ -412,7 +412,7 @@ def test_tensors_of_any_claimed_size_take_no_memory(format, lie, tmp_path, monke
             patch.setattr(safetensors.torch, "save_file", lie)
             sae.save(tmp_path / "sae")
         else:
-            module_of(format).write(sae, tmp_path / "sae")
+            FORMATS[format].write(sae, tmp_path / "sae")
             [weights] = (tmp_path / "sae").rglob("*.safetensors")
             lie({"W_enc": None}, weights)
     with little_memory(), pytest.raises(InputError, match="cannot be read"):

@@ -14,18 +14,11 @@ from pathlib import Path
 from kronsae.commandline import Parser, exit_status
 from kronsae.config import kind_of
 from kronsae.errors import InputError
-from kronsae.interop import FORMATS, module_of
 from kronsae.interop.load import load
 from kronsae.model.sae import SAE
+from kronsae.registry import FORMATS
 
 VERIFY_TOKENS = 16_384
-
-HOW_TO_LOAD = {
-    "kronsae": 'kronsae.load("{out}")',
-    "sae_lens": 'import kronsae.interop.sae_lens; sae_lens.SAE.load_from_disk("{out}")',
-    "sparsify": 'sparsify.SparseCoder.load_from_disk("{out}")',
-    "dictionary_learning": 'dictionary_learning.utils.load_dictionary("{out}", "cpu")',
-}
 
 
 def _library(text: str) -> str:
@@ -106,10 +99,10 @@ def _export(argv: list[str]) -> None:
         url = push(source, request.repo, revision=request.branch, private=request.private)
         print(f'Pushed: {url}\nLoad it with: kronsae.load("{request.repo}")')
         return
-    convert(sae, request.to, request.out)
+    FORMATS[request.to].write(sae, request.out)
     kind = kind_of(dataclasses.asdict(sae.config))
     print(f"Wrote {request.out}: a {kind} for {FORMATS[request.to].library}")
-    print("Load it with:", HOW_TO_LOAD[request.to].format(out=request.out))
+    print("Load it with:", FORMATS[request.to].how_to_load.format(out=request.out))
     if request.verify:
         _verify(request, sae)
 
@@ -138,14 +131,6 @@ def _check(request: argparse.Namespace) -> None:
             raise InputError(f"{flag} has no effect without --verify: leave it out")
     if request.tokens is not None and request.tokens < 2:
         raise InputError(f"--tokens: expected at least 2, got {request.tokens}")
-
-
-def convert(sae: SAE, to: str, out: Path) -> Path:
-    """Write `sae` to `out` in a format of `kronsae.interop.FORMATS`.
-
-    Raises InputError, with the reason, if that format cannot hold it.
-    """
-    return sae.save(out) if to == "kronsae" else module_of(to).write(sae, out)
 
 
 def _verify(request: argparse.Namespace, sae: SAE) -> None:

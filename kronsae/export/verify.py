@@ -4,31 +4,26 @@ Letters: t tokens, d width.
 """
 
 import dataclasses
-import os
-from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from kronsae.config import DataConfig, from_dict, untrusted
 from kronsae.errors import InputError
-from kronsae.interop.load import load
 from kronsae.interop.stock import part_of
 from kronsae.metrics.figures import ReconstructionMetrics
 from kronsae.metrics.heldout import Heldout, evaluate
 from kronsae.model.sae import SAE
+from kronsae.registry import FORMATS
 
 BATCH_TOKENS = 1024
 """Other libraries make dense latents [t, F]."""
 EXPLAINED_VARIANCE_TOLERANCE = 1e-4
 L0_TOLERANCE = 1e-3
 """Relative. Another order of additions moves a latent over a threshold, now and then."""
-
-Reader = Callable[[Tensor], tuple[Tensor, Tensor]]
-"""x [t, d] -> number of active latents [t] and reconstruction [t, d_out]."""
 
 
 class Figures(NamedTuple):
@@ -61,16 +56,17 @@ class Verification(NamedTuple):
 def verify(
     sae: SAE, folder: Path, library: str, x: Tensor, target: Tensor | None = None
 ) -> Verification:
-    """Load `folder` in `library` (a name of `kronsae.interop.FORMATS`) and compare it with `sae`.
+    """Load `folder` in `library` (a name in `kronsae.registry.FORMATS`) and compare it with `sae`.
 
     x: [t, d] activations.  target: [t, d_out] of a transcoder.
     Raises InputError if the library is not installed.
     """
     metrics = evaluate(sae, Heldout(x, targets=target))
     before = Figures("kronsae", metrics["explained_variance"], metrics["l0"])
-    name, read = _READERS[library]
+    form = FORMATS[library]
+    name = form.package
     try:
-        theirs = read(folder, sae)
+        theirs = form.reader(folder, sae)
     except ImportError as error:
         raise InputError(
             f"verifying needs {name} ({error}): pip install {name}, or leave out --verify"
@@ -124,70 +120,3 @@ def random_tokens(sae: SAE, tokens: int) -> tuple[Tensor, Tensor | None, str]:
     if sae.config.d_target:
         return x, torch.randn(tokens, sae.config.d_out, generator=generator), "random vectors"
     return x + sae.b_dec.detach().cpu(), None, "random vectors"
-
-
-def _kronsae(folder: Path, sae: SAE) -> Reader:
-    loaded = load(folder)
-
-    def read(x: Tensor) -> tuple[Tensor, Tensor]:
-        x_hat, codes, _ = loaded(x)
-        return loaded.fired(codes).sum(-1), x_hat
-
-    return read
-
-
-def _sae_lens(folder: Path, sae: SAE) -> Reader:
-    import sae_lens
-
-    import kronsae.interop.sae_lens  # noqa: F401 - registers the architecture
-
-    theirs: Any = sae_lens.SAE.load_from_disk(folder)
-
-    def read(x: Tensor) -> tuple[Tensor, Tensor]:
-        latents = theirs.encode(x)
-        out = theirs.decode(latents)
-        if sae.W_skip is not None:
-            out = out + x @ theirs.W_skip.T
-        # With eps, TopK may choose latents whose product is 0: they are not active.
-        return (latents.abs() > sae.silent_value).sum(-1), out
-
-    return read
-
-
-def _sparsify(folder: Path, sae: SAE) -> Reader:
-    # Without it the library crashes where there is no GPU.
-    if not torch.cuda.is_available():
-        os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")
-    from sparsify import SparseCoder
-
-    theirs = SparseCoder.load_from_disk(folder)
-
-    def read(x: Tensor) -> tuple[Tensor, Tensor]:
-        values, indices, _ = theirs.encode(x)
-        out = theirs.decode(values, indices)
-        if theirs.W_skip is not None:
-            out = out + x @ theirs.W_skip.mT
-        return (values > 0).sum(-1), out
-
-    return read
-
-
-def _dictionary_learning(folder: Path, sae: SAE) -> Reader:
-    from dictionary_learning.utils import load_dictionary
-
-    theirs, _ = load_dictionary(str(folder), "cpu")
-
-    def read(x: Tensor) -> tuple[Tensor, Tensor]:
-        latents = theirs.encode(x)
-        return (latents != 0).sum(-1), theirs.decode(latents)
-
-    return read
-
-
-_READERS: dict[str, tuple[str, Callable[[Path, SAE], Reader]]] = {
-    "kronsae": ("kronsae", _kronsae),
-    "sae_lens": ("sae-lens", _sae_lens),
-    "sparsify": ("eai-sparsify", _sparsify),
-    "dictionary_learning": ("dictionary-learning", _dictionary_learning),
-}
-"""Name on the package index, and how it loads a folder."""

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from kronsae.errors import InputError
+from kronsae.interop.formats import Format, Reader
 from kronsae.interop.lens_format import ungated
 from kronsae.interop.stock import Origin, Stock, note_of, part_of, read_json, stock_of, take
 from kronsae.model.sae import SAE
-from kronsae.registry import OBJECTIVES
+from kronsae.registry import FORMATS, OBJECTIVES
 from kronsae.system.files import replace_directory, write_json
 
 WEIGHTS_NAME = "ae.pt"
@@ -190,3 +191,23 @@ def _facts(settings: dict[str, Any], trainer: dict[str, Any]) -> dict[str, Any]:
         "data": {name: value for name, value in data.items() if value is not None},
         "settings": settings,
     }
+
+
+def reader(folder: Path, sae: SAE) -> Reader:
+    from dictionary_learning.utils import load_dictionary
+
+    theirs, _ = load_dictionary(str(folder), "cpu")
+
+    def apply(x: Tensor) -> tuple[Tensor, Tensor]:
+        latents = theirs.encode(x)
+        return (latents != 0).sum(-1), theirs.decode(latents)
+
+    return apply
+
+
+@FORMATS.register("dictionary_learning")
+class DictionaryLearning(Format):
+    library, package = "dictionary_learning", "dictionary-learning"
+    weights, config, pickle = WEIGHTS_NAME, CONFIG_NAME, True
+    how_to_load = 'dictionary_learning.utils.load_dictionary("{out}", "cpu")'
+    read, write, reader = staticmethod(read), staticmethod(write), staticmethod(reader)

@@ -7,6 +7,7 @@ architecture "kronsae", which SAELens knows after `import kronsae.interop.sae_le
 """
 
 import dataclasses
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from kronsae.config import SAEConfig, from_dict, kind_of
 from kronsae.errors import InputError
+from kronsae.interop.formats import Format, Reader
 from kronsae.interop.stock import (
     NoStockForm,
     Origin,
@@ -27,6 +29,7 @@ from kronsae.interop.stock import (
     take,
 )
 from kronsae.model.sae import SAE, made_of
+from kronsae.registry import FORMATS
 from kronsae.system.files import read_tensors, replace_directory, write_json
 
 WEIGHTS_NAME = "sae_weights.safetensors"
@@ -230,3 +233,28 @@ def _facts(settings: dict[str, Any], metadata: dict[str, Any]) -> dict[str, Any]
         "data": {name: value for name, value in data.items() if value is not None},
         "settings": settings,
     }
+
+
+def reader(folder: Path, sae: SAE) -> Reader:
+    import sae_lens
+
+    importlib.import_module("kronsae.interop.sae_lens")  # which registers our architecture there
+    theirs: Any = sae_lens.SAE.load_from_disk(folder)
+
+    def apply(x: Tensor) -> tuple[Tensor, Tensor]:
+        latents = theirs.encode(x)
+        out = theirs.decode(latents)
+        if sae.W_skip is not None:
+            out = out + x @ theirs.W_skip.T
+        # With eps, TopK may choose latents whose product is 0: they are not active.
+        return (latents.abs() > sae.silent_value).sum(-1), out
+
+    return apply
+
+
+@FORMATS.register("sae_lens")
+class SAELens(Format):
+    library, package = "SAELens", "sae-lens"
+    weights, config = WEIGHTS_NAME, CONFIG_NAME
+    how_to_load = 'import kronsae.interop.sae_lens; sae_lens.SAE.load_from_disk("{out}")'
+    read, write, reader = staticmethod(read), staticmethod(write), staticmethod(reader)

@@ -4,12 +4,11 @@ from pathlib import Path
 
 import torch
 
-from kronsae.config import SAEConfig, from_dict
 from kronsae.data.common import reason
 from kronsae.errors import InputError
-from kronsae.interop import FORMATS
-from kronsae.model.sae import CONFIG_NAME, FORMAT_VERSION, SAE, WEIGHTS_NAME, made_of
-from kronsae.system.files import read_checksummed, sha256
+from kronsae.interop.formats import known, recognise
+from kronsae.model.sae import SAE, WEIGHTS_NAME
+from kronsae.registry import FORMATS
 
 
 def load(
@@ -31,63 +30,25 @@ def load(
     allow_pickle: also read dictionary_learning's ae.pt, a pickle, of which tensors alone are taken.
     Raises InputError if there is none there, or if it is damaged or of another format.
     """
-    from kronsae.interop import module_of, recognise
-
     folder = _find_sae(source, revision, subfolder, allow_pickle)
-    found = recognise(folder) or "kronsae"
-    if found == "dictionary_learning" and not allow_pickle:
+    form = FORMATS[recognise(folder) or "kronsae"]
+    if form.pickle and not allow_pickle:
         raise InputError(
-            f"{folder / 'ae.pt'} is a pickle, which is only read on request: allow_pickle=True "
-            "(--allow-pickle) takes tensors from it and runs nothing"
+            f"{folder / form.weights} is a pickle, which is only read on request: "
+            "allow_pickle=True (--allow-pickle) takes tensors from it and runs nothing"
         )
-    return (_load_own if found == "kronsae" else module_of(found).read)(folder).to(device)
-
-
-def _load_own(folder: Path) -> SAE:
-    """The SAE in a folder written by `SAE.save`."""
-    from kronsae.system.files import read_tensors
-
-    advice = (
-        "copy the folder anew from where it came, or, in a run, --resume writes it again from the "
-        "last checkpoint"
-    )
-    try:
-        settings = read_checksummed(folder / CONFIG_NAME)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{folder / CONFIG_NAME} is damaged: {error}; {advice}") from error
-    if not isinstance(settings, dict) or not {"sae", "sha256", "metadata"} <= settings.keys():
-        raise InputError(f"{folder / CONFIG_NAME} is not one that SAE.save wrote")
-    if settings.get("format") != "kronsae" or settings.get("format_version") != FORMAT_VERSION:
-        raise InputError(
-            f"{folder}: expected format 'kronsae', version {FORMAT_VERSION}, got "
-            f"{settings.get('format')!r}, version {settings.get('format_version')!r}"
-        )
-    weights = folder / WEIGHTS_NAME
-    if not weights.is_file():
-        raise InputError(f"{weights} is missing; {advice}")
-    if sha256(weights) != settings["sha256"]:
-        raise InputError(
-            f"{weights} is damaged: its SHA-256 is not the one in {CONFIG_NAME}; {advice}"
-        )
-    config = from_dict(SAEConfig, settings["sae"], str(folder / CONFIG_NAME))
-    sae = made_of(config, read_tensors(weights), weights)
-    sae.metadata = settings["metadata"]
-    return sae
+    return form.read(folder).to(device)
 
 
 def _find_sae(
     source: str | Path, revision: str | None, subfolder: str | None, allow_pickle: bool
 ) -> Path:
     """The folder, here or downloaded, that holds the SAE. Raises InputError if there is none."""
-    from kronsae.interop import known, recognise
-
     path = Path(source)
     local = path.exists()
     if not local:
         if isinstance(source, Path) or str(source).count("/") != 1 or str(source).startswith("."):
             raise InputError(f"{source}: no such folder")
-        from kronsae.interop.load import download
-
         path = download(str(source), revision, subfolder, allow_pickle)
     elif revision is not None:
         raise InputError(f"revision {revision!r} has no effect: {source} is a folder here")
@@ -114,8 +75,8 @@ def download(repo_id: str, revision: str | None, subfolder: str | None, allow_pi
     from huggingface_hub import snapshot_download
 
     places = [f"{subfolder.strip('/')}/"] if subfolder else ["", "sae/"]
-    names = {file for form in FORMATS.values() for file in (form.weights, form.config)}
-    names -= set() if allow_pickle else {FORMATS["dictionary_learning"].weights}
+    names = {form.config for form in FORMATS.values()}
+    names |= {form.weights for form in FORMATS.values() if allow_pickle or not form.pickle}
     files = [f"{place}{name}" for place in places for name in sorted(names)]
     try:
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=files))

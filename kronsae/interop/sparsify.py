@@ -3,12 +3,18 @@
 It holds TopK autoencoders and transcoders, with Multi-TopK and a linear skip.
 """
 
+import os
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from kronsae.errors import InputError
+from kronsae.interop.formats import Format, Reader
 from kronsae.interop.stock import Stock, layer_of, note_of, read_json, stock_of, take
 from kronsae.model.sae import SAE
+from kronsae.registry import FORMATS
 from kronsae.system.files import read_tensors, replace_directory, write_json
 
 WEIGHTS_NAME = "sae.safetensors"
@@ -101,3 +107,29 @@ def _facts(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
         "data": {name: value for name, value in data.items() if value is not None},
         "settings": settings,
     }
+
+
+def reader(folder: Path, sae: SAE) -> Reader:
+    # Without it the library crashes where there is no GPU.
+    if not torch.cuda.is_available():
+        os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")
+    from sparsify import SparseCoder
+
+    theirs = SparseCoder.load_from_disk(folder)
+
+    def apply(x: Tensor) -> tuple[Tensor, Tensor]:
+        values, indices, _ = theirs.encode(x)
+        out = theirs.decode(values, indices)
+        if theirs.W_skip is not None:
+            out = out + x @ theirs.W_skip.mT
+        return (values > 0).sum(-1), out
+
+    return apply
+
+
+@FORMATS.register("sparsify")
+class Sparsify(Format):
+    library, package = "sparsify", "eai-sparsify"
+    weights, config = WEIGHTS_NAME, CONFIG_NAME
+    how_to_load = 'sparsify.SparseCoder.load_from_disk("{out}")'
+    read, write, reader = staticmethod(read), staticmethod(write), staticmethod(reader)

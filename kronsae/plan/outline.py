@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from kronsae.cache import CacheIndex
+from kronsae.cache.reader import places_of
 from kronsae.config import DataConfig
 from kronsae.data.common import reason
 from kronsae.data.language_model import (
@@ -20,6 +22,7 @@ from kronsae.data.language_model import (
 from kronsae.data.loading import has_causal_class, load_config, quiet
 from kronsae.embedded import EMBEDDED_MODEL
 from kronsae.errors import InputError
+from kronsae.sources import Cache, source_of
 
 
 class Outline(NamedTuple):
@@ -87,9 +90,8 @@ def outline(config: DataConfig, context_length: int = 1024) -> Outline:
 
 def _of_cache(config: DataConfig) -> Outline:
     """What a cache says; no model runs while one trains from it."""
-    from kronsae.cache import CacheIndex
-    from kronsae.cache.reader import places_of
-
+    if source_of(config.activations) is not Cache:
+        raise NoOutline(f"nothing is known of {config.activations} before it is opened")
     index = CacheIndex.open(config.activations)
     places = places_of(index, config.layer, config.hookpoint, config.target_hookpoint)
     d, *of_target = (index.hookpoints[place].width for place in places)

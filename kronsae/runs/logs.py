@@ -1,21 +1,110 @@
-"""Where metrics go while a run trains: metrics.jsonl always, the terminal, TensorBoard, wandb."""
+"""Where metrics go while a run trains: metrics.jsonl always, TensorBoard, wandb, and logs of yours.
+
+A log is a class that is registered. One that a plugin registers is used by every run that loads it:
+
+    @LOGS.register("mine")
+    class Mine(RunLog):
+        def write(self, figures, step, tokens): ...
+"""
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from kronsae.config import TrainConfig
 from kronsae.errors import InputError
+from kronsae.registry import LOGS
 from kronsae.runs.folder import RunFolder
 
 _NOT_METRICS = ("kind", "step", "tokens", "seconds")
 
 
-class Log:
-    """Sends each record {"kind", "step", "tokens", ...} to every place that the run asks for.
+class RunLog:
+    """One of the places that figures go to beside metrics.jsonl.
 
-    group: the sweep that the run is a member of.
-    Raises InputError if TensorBoard or wandb is asked for and not installed.
+    folder: the run's.  settings: what its config.json holds.  group: the sweep that the run is a
+    member of.
+    """
+
+    package: ClassVar[str | None] = None
+    """What has to be installed."""
+
+    @classmethod
+    def wanted(cls, config: TrainConfig) -> bool:
+        """Whether a run with these settings writes to it."""
+        return True
+
+    def __init__(
+        self, folder: Path, config: TrainConfig, settings: dict[str, Any], group: str | None
+    ) -> None:
+        """Open it, also for a run that is resumed."""
+
+    def write(self, figures: dict[str, float], step: int, tokens: int) -> None:
+        """Figures by name, as "train/loss", after so many optimizer steps and tokens."""
+        raise NotImplementedError
+
+    def close(self) -> None:
+        """Called when the run has ended, for whatever reason."""
+
+
+@LOGS.register("tensorboard")
+class TensorBoard(RunLog):
+    package = "tensorboard"
+
+    @classmethod
+    def wanted(cls, config: TrainConfig) -> bool:
+        return config.tensorboard
+
+    def __init__(self, folder: Path, *_: Any) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.writer = SummaryWriter(str(folder / "tensorboard"))
+
+    def write(self, figures: dict[str, float], step: int, tokens: int) -> None:
+        for name, value in figures.items():
+            self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self.writer.close()
+
+
+@LOGS.register("wandb")
+class WeightsAndBiases(RunLog):
+    package = "wandb"
+
+    @classmethod
+    def wanted(cls, config: TrainConfig) -> bool:
+        return config.wandb is not None
+
+    def __init__(
+        self, folder: Path, config: TrainConfig, settings: dict[str, Any], group: str | None
+    ) -> None:
+        import wandb
+
+        name = folder.name if group is None else f"{group}-{folder.name}"
+        self.run = wandb.init(
+            project=config.wandb,
+            name=name,
+            id=name,
+            group=group,
+            dir=folder,
+            config=settings,
+            resume="allow",
+            # The members of a sweep are logged side by side, from one process.
+            **({} if group is None else {"reinit": "create_new"}),
+        )
+
+    def write(self, figures: dict[str, float], step: int, tokens: int) -> None:
+        self.run.log({**figures, "tokens": tokens}, step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+class Log:
+    """Sends each record {"kind", "step", "tokens", ...} to metrics.jsonl and all logs wanted.
+
+    Raises InputError if one of these is not installed, or there is no run folder.
     """
 
     def __init__(
@@ -26,8 +115,12 @@ class Log:
         group: str | None = None,
     ) -> None:
         self.run = run
-        self.tensorboard = _open_tensorboard(run) if config.tensorboard else None
-        self.wandb = _open_wandb(run, config.wandb, settings, group) if config.wandb else None
+        self.logs: list[RunLog] = []
+        for name, kind in LOGS.items():
+            if kind.wanted(config):
+                if run is None:
+                    raise InputError(f"{name} needs a run folder: give `out`")
+                self.logs.append(kind(run.path, config, settings, group))
 
     def __call__(self, record: dict[str, Any]) -> None:
         if self.run is not None:
@@ -37,55 +130,18 @@ class Log:
             for name, value in record.items()
             if name not in _NOT_METRICS and not isinstance(value, str)
         }
-        if self.tensorboard is not None:
-            for name, value in figures.items():
-                self.tensorboard.add_scalar(name, value, record["step"])
-        if self.wandb is not None:
-            self.wandb.log({**figures, "tokens": record["tokens"]}, step=record["step"])
+        for log in self.logs:
+            log.write(figures, record["step"], record["tokens"])
 
     def close(self) -> None:
-        if self.tensorboard is not None:
-            self.tensorboard.close()
-        if self.wandb is not None:
-            self.wandb.finish()
+        for log in self.logs:
+            log.close()
 
 
 def check_packages(config: TrainConfig) -> None:
-    """Raise InputError if a logger that `config` asks for is not installed."""
-    for wanted, package in ((config.tensorboard, "tensorboard"), (config.wandb, "wandb")):
-        if wanted and find_spec(package) is None:
+    """Raise InputError if a log that `config` asks for is not installed."""
+    for name, kind in LOGS.items():
+        if kind.wanted(config) and kind.package and find_spec(kind.package) is None:
             raise InputError(
-                f"--{package} needs the package {package}: pip install 'kronsae[{package}]'"
+                f"--{name} needs the package {kind.package}: pip install {kind.package}"
             )
-
-
-def _folder(run: RunFolder | None, flag: str) -> Path:
-    if run is None:
-        raise InputError(f"{flag} needs a run folder: give `out`")
-    return run.path
-
-
-def _open_tensorboard(run: RunFolder | None) -> Any:
-    from torch.utils.tensorboard import SummaryWriter
-
-    return SummaryWriter(str(_folder(run, "tensorboard") / "tensorboard"))
-
-
-def _open_wandb(
-    run: RunFolder | None, project: str, settings: dict[str, Any], group: str | None
-) -> Any:
-    import wandb
-
-    folder = _folder(run, "wandb")
-    name = folder.name if group is None else f"{group}-{folder.name}"
-    return wandb.init(
-        project=project,
-        name=name,
-        id=name,
-        group=group,
-        dir=folder,
-        config=settings,
-        resume="allow",
-        # The members of a sweep are logged side by side, from one process.
-        **({} if group is None else {"reinit": "create_new"}),
-    )

@@ -12,8 +12,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from kronsae.cache.index import DESCRIBED, CacheIndex
-from kronsae.cache.reader import places_of
 from kronsae.commandline import Parser, add_flag, shown
 from kronsae.config import (
     EMBEDDED,
@@ -33,6 +31,7 @@ from kronsae.errors import InputError
 from kronsae.model.flops import equal_budget, flops_per_token
 from kronsae.runs.folder import SINGLE, SweepFolder, open_to_resume
 from kronsae.runs.sweep import check_names, name_of, one_stream, own_settings, product
+from kronsae.sources import source_of
 
 OTHER_NAMES = {
     "--architecture": "--encoder and --selection: 'standard' is --encoder dense --selection relu, "
@@ -297,7 +296,7 @@ def build(flags: dict[str, Any], file: dict[str, Any] | None = None) -> RunConfi
     defaults = {name: setting.spec.default for name, setting in all_settings().items()}
     explicit = {k: v for k, v in given.items() if k in flags or v != defaults[k]}
     if given.get("activations") is not None:
-        given |= _of_cache(given, explicit, flags)
+        given |= _decided(given, explicit, flags)
     model = given.get("model", DataConfig.model)
     settings = dict(EMBEDDED) if model == "embedded" else {"dict_size": PAPER_DICT_SIZE}
     _drop_overruled(settings, given)
@@ -315,28 +314,21 @@ def build(flags: dict[str, Any], file: dict[str, Any] | None = None) -> RunConfi
     return config
 
 
-def _of_cache(
+def _decided(
     given: dict[str, Any], explicit: dict[str, Any], flags: dict[str, Any]
 ) -> dict[str, Any]:
-    """What a cache has decided: model, text and hookpoint, so that config.json records them.
+    """What --activations has decided: model, text and hookpoint, which config.json records.
 
     Raises InputError for a setting that contradicts it, or a flag that repeats it.
     """
-    index = CacheIndex.open(given["activations"])
-    names = ("layer", "hookpoint", "target_hookpoint")
-    place = places_of(index, *(given.get(name) for name in names))[0]
-    decided = {name: getattr(index.data, name) for name in DESCRIBED}
-    for name in DESCRIBED:
+    decided = source_of(given["activations"]).decided(given)
+    for name in decided.keys() - {"layer", "hookpoint"}:
         if name in flags or explicit.get(name, decided[name]) != decided[name]:
             raise InputError(
                 f"{flag(name)} {explicit[name]} has no effect with --activations, "
-                f"which was harvested with {decided[name]}: leave it out"
+                f"which was made with {decided[name]}: leave it out"
             )
         explicit.pop(name, None)
-    if given.get("hookpoint") is None:
-        decided["layer"] = index.hookpoints[place].layer
-    if given.get("hookpoint") is not None or decided["layer"] is None:
-        decided |= {"layer": None, "hookpoint": index.hookpoints[place].name}
     return decided
 
 
