@@ -75,9 +75,9 @@ COMMANDS = [
 ]
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if "kronsae.export" in c])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("kronsae export")])
 def test_export_commands_parse(command):
-    assert make_parser().parse(command.split()[3:]).source == "RUN"
+    assert make_parser().parse(command.split()[2:]).source == "RUN"
 
 
 def test_training_command_of_the_absorption_figures(tmp_path, monkeypatch):
@@ -85,7 +85,7 @@ def test_training_command_of_the_absorption_figures(tmp_path, monkeypatch):
     text = (DOCS / "interop.md").read_text(encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     Path("absorption.json").write_text(re.search(r"holding `(\[.*?\])`", text).group(1))
-    request = parse(command.split()[3:])
+    request = parse(command.split()[2:])
     assert len(request.members) == 10
     kinds = {(c.sae.encoder, c.sae.k) for c in request.members.values()}
     assert len(kinds) == 10
@@ -99,9 +99,3 @@ def test_reading_names_the_figures_of_an_evaluation():
     explained = re.findall(r"^- \*\*(.+?)\*\*", part, flags=re.MULTILINE)
     assert len(rows) > 5 and len(explained) > 7
     assert set(rows) | set(explained) <= labels
-
-
-def test_links_lead_somewhere():
-    for page in DOCS.glob("*.md"):
-        for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", page.read_text(encoding="utf-8")):
-            assert (DOCS / target).exists(), f"{page.name}: {target}"

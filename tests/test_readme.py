@@ -1,5 +1,7 @@
-"""The Python examples of README, docs/training.md and docs/looking.md run as they stand, and their
-commands are ones that exist."""
+"""The Python examples of README, docs/training.md and docs/looking.md run as they stand.
+
+The commands and links of all pages exist.
+"""
 
 import re
 import shlex
@@ -9,6 +11,7 @@ import pytest
 import torch
 
 from kronsae import SAE, SAEConfig
+from kronsae.__main__ import COMMANDS as KRONSAE
 from kronsae.evaluate.__main__ import make_parser as evaluate_parser
 from kronsae.experiments.__main__ import parse as parse_experiment
 from kronsae.harvest import parse as parse_harvest
@@ -22,6 +25,10 @@ README, *PAGES = (
     for name in ("README.md", "docs/training.md", "docs/looking.md")
 )
 TEXT = "\n".join([README, *PAGES])
+ALL_PAGES = [
+    path.relative_to(ROOT)
+    for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("kronsae_kernels/*.md"))
+]
 EXAMPLES = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
 COMMANDS = re.findall(r"```bash\n(.*?)```", TEXT, flags=re.DOTALL)
 
@@ -81,25 +88,23 @@ def test_interventions_example(tmp_path, monkeypatch, capsys):
 def test_other_commands_parse():
     """Commands other than training's, each by its own parser."""
     parsers = {
-        "kronsae.evaluate": evaluate_parser,
-        "kronsae.intervene": intervene_parser,
-        "kronsae.interpret": interpret_parser,
+        "evaluate": evaluate_parser,
+        "intervene": intervene_parser,
+        "interpret": interpret_parser,
     }
     found = set()
     for line in "\n".join(COMMANDS).replace("\\\n", " ").splitlines():
         words = shlex.split(line, comments=True)
-        if words[:2] == ["python", "-m"] and words[2] in parsers:
-            parsers[words[2]]().parse(words[3:])
-            found.add(words[2])
+        if words[:1] == ["kronsae"] and words[1] in parsers:
+            parsers[words[1]]().parse(words[2:])
+            found.add(words[1])
     assert found == parsers.keys()
 
 
-@pytest.mark.parametrize(
-    "command", [c for c in COMMANDS if c.startswith("python -m kronsae.train")]
-)
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("kronsae train")])
 def test_commands_parse(command):
     words = command.replace("\\\n", " ").split()
-    request = parse(words[3:])
+    request = parse(words[2:])
     if request.sweep:  # "trains twelve"
         assert len(request.members) == 12
         return
@@ -107,11 +112,11 @@ def test_commands_parse(command):
 
 
 def test_harvest_parses():
-    [block] = [c for c in COMMANDS if c.startswith("python -m kronsae.harvest")]
+    [block] = [c for c in COMMANDS if c.startswith("kronsae harvest")]
     harvested, trained = block.replace("\\\n", " ").strip().splitlines()
-    config, folder, _ = parse_harvest(shlex.split(harvested)[3:])
+    config, folder, _ = parse_harvest(shlex.split(harvested)[2:])
     assert config.layers == (3, 6) and config.tokens == 10_000_000
-    flags = vars(make_parser().parse_args(shlex.split(trained)[3:]))
+    flags = vars(make_parser().parse_args(shlex.split(trained)[2:]))
     assert Path(flags["activations"]) == folder and flags["layer"] in config.layers
 
 
@@ -124,9 +129,9 @@ def test_commands_of_torchrun_parse():
 
 
 def test_experiments_parse():
-    found = [c for c in COMMANDS if c.startswith("python -m kronsae.experiments")]
+    found = [c for c in COMMANDS if c.startswith("kronsae experiments")]
     for command in found:
-        name, *flags = shlex.split(command, comments=True)[3:]
+        name, *flags = shlex.split(command, comments=True)[2:]
         parse_experiment(name, flags)
     assert found
 
@@ -145,13 +150,26 @@ def test_files_named_in_the_readme_exist():
     assert not missing
 
 
-def test_links_of_the_readme_lead_somewhere():
+@pytest.mark.parametrize("page", ALL_PAGES, ids=str)
+def test_links_lead_somewhere(page):
     """Also to headings of other pages, by the names that GitHub gives them."""
-    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", README):
+    page = ROOT / page
+    for target in re.findall(r"\]\((?!https?:)([^)]+)\)", page.read_text(encoding="utf-8")):
         name, _, heading = target.partition("#")
-        page = ROOT / (name or "README.md")
-        assert page.exists(), target
+        linked = page.parent / name if name else page
+        assert linked.exists(), target
         if heading:
-            titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), flags=re.MULTILINE)
+            text = linked.read_text(encoding="utf-8")
+            titles = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
             names = [re.sub(r"[^\w -]", "", title).lower().replace(" ", "-") for title in titles]
             assert heading in names, target
+
+
+@pytest.mark.parametrize("page", ALL_PAGES, ids=str)
+def test_pages_name_commands_that_exist(page):
+    """In code: inline, or at the beginning of a line of a block."""
+    text = (ROOT / page).read_text(encoding="utf-8")
+    code = re.findall(r"```bash\n(.*?)```", text, flags=re.DOTALL)
+    code += re.findall(r"`([^`\n]+)`", text)
+    named = re.findall(r"^kronsae (\w+)", "\n".join(code), flags=re.MULTILINE)
+    assert set(named) <= {*KRONSAE, "COMMAND"}
