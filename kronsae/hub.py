@@ -100,8 +100,8 @@ def model_card(sae: SAE, repo_id: str, *, report: bool = False) -> str:
         "codes = sae.encode(x)  # values and indices of the active latents\n"
         "x_hat = sae.decode(codes"
         + (", x" if sae.config.skip else "")
-        + ")\n```\n\n`pip install kronsae`. Other libraries: `python -m kronsae.export "
-        f"{repo_id} --to sae_lens` and so on.",
+        + ")\n```\n\nTo install kronsae: `pip install git+https://github.com/kronsae/kronsae`. "
+        f"For other libraries: `kronsae export {repo_id} --to sae_lens` and so on.",
     ]
     figures = _figures(sae.metadata)
     if figures:

@@ -130,7 +130,7 @@ def _write(document: dict[str, Any], out: Path, console: Console) -> None:
     console.print(
         f"In {out}: evaluation.md (with what each figure means), "
         f"{', '.join(['evaluation.json', *pictures])}"
-        + ("" if pictures else " (pictures need matplotlib: pip install 'kronsae[report]')"),
+        + ("" if pictures else " (pictures need matplotlib: pip install matplotlib)"),
         markup=False,
     )
 

@@ -177,7 +177,7 @@ def axis(default: Any, help: str) -> Any:
 def require(package: str) -> None:
     """Raises InputError, before anything has run, if a package of an extra is missing."""
     if find_spec(package) is None:
-        raise InputError(f"{package} is missing: pip install 'kronsae[experiments]'")
+        raise InputError(f"{package} is missing: pip install {package}")
 
 
 # SAEs on a language model's activations
