@@ -458,7 +458,7 @@ class DataConfig:
     )
     activations: str | None = setting(
         None,
-        "train from this cache (a folder that python -m kronsae.harvest wrote) instead of a "
+        "train from this cache (a folder that kronsae harvest wrote) instead of a "
         "language model and text, which it knows; --layer or --hookpoint choose, if it holds "
         "several",
         free=True,
@@ -717,14 +717,14 @@ class TrainConfig:
     )
     tensorboard: bool = setting(
         False,
-        "also log to TensorBoard (needs kronsae[tensorboard])",
+        "also log to TensorBoard (pip install tensorboard)",
         shared=True,
         free=True,
         group="logs and checkpoints",
     )
     wandb: str | None = setting(
         None,
-        "also log to this Weights & Biases project (needs kronsae[wandb])",
+        "also log to this Weights & Biases project (pip install wandb)",
         shared=True,
         free=True,
         group="logs and checkpoints",

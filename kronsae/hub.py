@@ -100,7 +100,7 @@ def model_card(sae: SAE, repo_id: str, *, report: bool = False) -> str:
         "codes = sae.encode(x)  # values and indices of the active latents\n"
         "x_hat = sae.decode(codes"
         + (", x" if sae.config.skip else "")
-        + ")\n```\n\nTo install kronsae: `pip install git+https://github.com/kronsae/kronsae`. "
+        + ")\n```\n\nkronsae is not on a package index yet: install it from a clone of its repository. "
         f"For other libraries: `kronsae export {repo_id} --to sae_lens` and so on.",
     ]
     figures = _figures(sae.metadata)
