@@ -13,6 +13,8 @@ REPOSITORY = "https://github.com/kronsae/kronsae"
 VERSION = (ROOT / "kronsae_kernels" / "version.py").read_text(encoding="utf-8").split('"')[1]
 
 PACKAGE_DATA = {
+    "kronsae": ["py.typed"],
+    "kronsae_kernels": ["py.typed"],
     "kronsae.embedded": ["*/*"],
     "kronsae.explore": ["page/*"],
     "kronsae_kernels.triton_impl": ["*.json"],
@@ -28,6 +30,7 @@ EXTRAS = {
         "pytest-xdist",
         "hypothesis",
         "expecttest",
+        "mypy",
         "ruff==0.17.6",
         "tensorboard",
         "matplotlib",

@@ -100,8 +100,8 @@ def model_card(sae: SAE, repo_id: str, *, report: bool = False) -> str:
         "codes = sae.encode(x)  # values and indices of the active latents\n"
         "x_hat = sae.decode(codes"
         + (", x" if sae.config.skip else "")
-        + ")\n```\n\nkronsae is not on a package index yet: install it from a clone of its repository. "
-        f"For other libraries: `kronsae export {repo_id} --to sae_lens` and so on.",
+        + ")\n```\n\nkronsae is not on a package index yet: install it from a clone of its "
+        f"repository. For other libraries: `kronsae export {repo_id} --to sae_lens` and so on.",
     ]
     figures = _figures(sae.metadata)
     if figures:

@@ -58,10 +58,8 @@ def shown(value: Any) -> str:
 def check_tensors(**tensors: Tensor) -> None:
     """Each argument is a tensor."""
     for name, tensor in tensors.items():
-        require(
-            isinstance(tensor, Tensor),
-            lambda name=name, found=tensor: f"{name}: expected a tensor, got {shown(found)}",
-        )
+        if not isinstance(tensor, Tensor):
+            raise ValueError(f"{name}: expected a tensor, got {shown(tensor)}")
 
 
 def check_floating(**tensors: Tensor | None) -> None:
@@ -119,16 +117,13 @@ def check_number(name: str, value: float, low: float | None, below: float | None
     require(right, message)
 
 
-def cast_for_autocast(device_type: str, *tensors: Tensor | None) -> list[Tensor | None]:
-    """The tensors in autocast's dtype where autocast is on (never float64), else unchanged."""
+def cast_for_autocast(tensor: Tensor) -> Tensor:
+    """A floating tensor in autocast's dtype where autocast is on (never float64), else itself."""
+    device_type = tensor.device.type
     available = torch.amp.is_autocast_available(device_type)
-    if not available or not torch.is_autocast_enabled(device_type):
-        return list(tensors)
-    dtype = torch.get_autocast_dtype(device_type)
-    return [
-        t.to(dtype) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
-        for t in tensors
-    ]
+    if not available or not torch.is_autocast_enabled(device_type) or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device_type))
 
 
 def without_autocast(tensor: Tensor) -> AbstractContextManager:

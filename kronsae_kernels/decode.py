@@ -48,6 +48,10 @@ def sparse_decode(
         values, indices = codes_or_values
     else:
         values = codes_or_values
+    if indices is None:
+        raise ValueError("indices: expected beside values, got None")
+    if w_dec is None:
+        raise ValueError("w_dec: expected [F, d], got None")
     check_decode(values, indices, w_dec, b_dec)
     name = backends.choose(impl, w_dec.device, w_dec.dtype)
     if name == "reference":
@@ -61,8 +65,6 @@ def sparse_decode(
 
 def check_decode(values: Tensor, indices: Tensor, w_dec: Tensor, b_dec: Tensor | None) -> None:
     """Raise ValueError unless these are codes, decoder and bias that belong together."""
-    require(indices is not None, "indices: expected beside values, got None")
-    require(w_dec is not None, "w_dec: expected [F, d], got None")
     check_tensors(values=values, indices=indices, w_dec=w_dec)
     check_floating(values=values, w_dec=w_dec, b_dec=b_dec)
     require(

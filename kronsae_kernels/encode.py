@@ -140,7 +140,8 @@ def check_encoder(
     )
     check_shape("b_enc", b_enc, tuple(w_enc.shape[:-1]), layout.replace(", d", ""))
     check_same("device", x=x, w_enc=w_enc, b_enc=b_enc, mask=mask)
-    x, w_enc, b_enc = cast_for_autocast(x.device.type, x, w_enc, b_enc)
+    x, w_enc = cast_for_autocast(x), cast_for_autocast(w_enc)
+    b_enc = None if b_enc is None else cast_for_autocast(b_enc)
     check_same("dtype", x=x, w_enc=w_enc, b_enc=b_enc)
     return x, w_enc, b_enc
 

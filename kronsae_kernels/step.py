@@ -380,6 +380,7 @@ class TrainingStep:
         self._sums = sums[:2] if self._sums is None else self._sums + sums[:2]
         codes, l0_loss, d_log = SparseCodes(found.values, indices), None, None
         if jumped is not None:
+            assert self.thresholds is not None and found.d_values is not None
             excess = jumped.active.mean() / k - 1
             l0_loss = excess.square()
             d_active = excess * (weight * self.thresholds.l0_coefficient * 2 / (k * len(x)))
@@ -434,6 +435,7 @@ class TrainingStep:
         [F]; and which they are."""
         from kronsae_kernels.triton_impl import operations
 
+        assert self.thresholds is not None
         threshold, bandwidth = self.thresholds.log.detach().exp(), self.thresholds.bandwidth
         base, extension, indices, counts = operations.threshold_encode(
             x, w_enc, b_enc, threshold - bandwidth / 2, self.m, self.composition, 0.0, width
@@ -450,19 +452,20 @@ class TrainingStep:
         too small, the next call of `apply` makes no step. Where no latent is active, or a number is
         not finite, thresholds stay as they are. Raises ValueError if shapes do not fit.
         """
-        require(self.thresholds is not None, "set_thresholds: this step has no thresholds")
+        if self.thresholds is None:
+            raise ValueError("set_thresholds: this step has no thresholds")
         k = self._check_batch(x, k)
         check_count("width", width, k, self.dict_size, f"k = {k} to F = {self.dict_size}")
         with torch.no_grad():
-            self._set_thresholds(x.to(self.dtype).contiguous(), k, width)
+            log = self.thresholds.log.detach()
+            self._set_thresholds(log, x.to(self.dtype).contiguous(), k, width)
 
-    def _set_thresholds(self, x: Tensor, k: int, width: int) -> None:
+    def _set_thresholds(self, log: Tensor, x: Tensor, k: int, width: int) -> None:
         w_enc, b_enc = self._low_precision()["w_enc"], self.weights["b_enc"].to(self.dtype)
         indices, base, extension = self._largest(x, w_enc, b_enc, None, width)
         self._keep_largest(indices, base, extension, k * len(x))
         values = base if self.m is None else compose(base * extension, self.composition, 0.0)
         smallest = values.masked_fill(indices < 0, torch.inf).amin()
-        log = self.thresholds.log.detach()
         log.copy_((smallest.log() - BELOW).where(smallest.isfinite(), log))
 
     def apply(self, lr: float | Tensor, *, max_norm: float | None = None) -> Tensor:
@@ -502,9 +505,10 @@ class TrainingStep:
     def _apply(self, lr: float | Tensor, max_norm: float | None) -> Tensor:
         from kronsae_kernels.triton_impl import operations
 
-        ranks = self.ranks
+        ranks, sums = self.ranks, self._sums
+        assert sums is not None
         if ranks is not None:
-            ranks.sum(self._sums[1:])  # if one of them cannot make the step, none does
+            ranks.sum(sums[1:])  # if one of them cannot make the step, none does
         x, d_rows = self._all("x"), self._all("d_rows")
         names = ["values", "along", "d_base"]
         names += [] if self.m is None else ["d_extension"]
@@ -518,7 +522,7 @@ class TrainingStep:
         )
         of_decoder = entries if entries.rows is None else entries._replace(tokens=entries.rows)
         sorted_ = dict(zip(names, entries.coefficients, strict=True))
-        hyper = self._prepared(lr)
+        hyper = self._prepared(sums, lr)
         b_dec = self.weights["b_dec"]
         gradient = self._b_dec_gradient
         gradient = torch.zeros_like(b_dec) if gradient is None else gradient
@@ -614,7 +618,7 @@ class TrainingStep:
         most, of = ranks * self.dict_size, "" if ranks == 1 else f" of {ranks} ranks"
         check_count("k", k, 1, most, f"1 <= k <= F = {most}{of}")
 
-    def _prepared(self, lr: float | Tensor) -> Tensor:
+    def _prepared(self, sums: Tensor, lr: float | Tensor) -> Tensor:
         """[2, 10] float32: the numbers of this AdamW step, on the device; counts it."""
         from kronsae_kernels.triton_impl import operations
 
@@ -622,17 +626,21 @@ class TrainingStep:
             lr = self._lr.fill_(lr)
         size = sum(len(part.x) for part in self._parts) * self.d_target
         steps = [self.state[name]["step"] for name in self.weights]
-        operations.prepare_update(
-            self._sums, self.missed, size, lr, self._betas, self._hyper, steps
-        )
+        operations.prepare_update(sums, self.missed, size, lr, self._betas, self._hyper, steps)
         return self._hyper
 
     def _of(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
         """A weight and its moments, as kernels want them (a Kron encoder's i-major)."""
-        found = self.weights[name], self.state[name]["exp_avg"], self.state[name]["exp_avg_sq"]
+        state = self.state[name]
+        found = [
+            self.weights[name].detach(),
+            state["exp_avg"].detach(),
+            state["exp_avg_sq"].detach(),
+        ]
         if self.m is not None and name == "w_enc":
-            return tuple(tensor.detach().transpose(0, 1) for tensor in found)
-        return tuple(tensor.detach() for tensor in found)
+            found = [tensor.transpose(0, 1) for tensor in found]
+        weight, first, second = found
+        return weight, first, second
 
     def _all(self, name: str) -> Tensor:
         """A field of all parts: x or d_rows, or what belongs to codes, flat."""
@@ -837,12 +845,8 @@ def _check_state(
     require(isinstance(state, Mapping), lambda: f"state: expected a mapping, got {shown(state)}")
     for name, weight in weights.items():
         of_weight = state.get(name, {})
-        require(
-            isinstance(of_weight, Mapping),
-            lambda name=name, found=of_weight: (
-                f"state: {name}: expected a mapping, got {shown(found)}"
-            ),
-        )
+        if not isinstance(of_weight, Mapping):
+            raise ValueError(f"state: {name}: expected a mapping, got {shown(of_weight)}")
         missing = {"step", "exp_avg", "exp_avg_sq"} - of_weight.keys()
         require(not missing, f"state: {name}: expected a step and both moments, not {missing}")
         step = of_weight["step"]

@@ -14,7 +14,8 @@ these. All three are deterministic.
 Arguments are 2-D, checked by the public functions. Letters as in `common`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -30,6 +31,7 @@ MIN_CHUNK_TOKENS = 256
 """Fewer tokens make the matrix product inefficient."""
 TILE_TOKENS = 128
 """Tokens of a tile of the product on a GPU, of which chunks are multiples."""
+Tensors = TypeVar("Tensors", bound=tuple[Tensor, ...])
 
 
 # Encode
@@ -529,7 +531,7 @@ def i_major(w_enc: Tensor) -> Tensor:
     return w_enc.transpose(0, 1).reshape(-1, w_enc.shape[2])
 
 
-def projections(x: Tensor, weight: Tensor, bias: Tensor | None, scratch: int):
+def projections(x: Tensor, weight: Tensor, bias: Tensor | None, scratch: int) -> Iterator[Tensor]:
     """x weight^T + bias, a chunk of tokens at a time in one buffer; `scratch`: other columns."""
     columns = weight.shape[0]
     bytes_per_token = max(columns, scratch) * x.element_size()
@@ -566,11 +568,13 @@ def spans(
 
 
 def concatenate(
-    parts: list[tuple[Tensor, ...]], x: Tensor, k: int, dtypes: tuple[torch.dtype, ...]
-) -> tuple[Tensor, ...]:
+    parts: Sequence[Tensors], x: Tensor, k: int, dtypes: tuple[torch.dtype, ...]
+) -> Tensors:
     """The results of all chunks as one."""
     if not parts:
-        return tuple(x.new_empty(0, k, dtype=dtype) for dtype in dtypes)
-    if len(parts) == 1:
-        return tuple(part.contiguous() for part in parts[0])
-    return tuple(torch.cat(column) for column in zip(*parts, strict=True))
+        found = [x.new_empty(0, k, dtype=dtype) for dtype in dtypes]
+    elif len(parts) == 1:
+        found = [part.contiguous() for part in parts[0]]
+    else:
+        found = [torch.cat(column) for column in zip(*parts, strict=True)]
+    return cast(Tensors, tuple(found))

@@ -101,7 +101,8 @@ def encode_backward(
         entries = Entries.of(indices, heads * m * (rows - m), (d_base, d_extension))
         d_w = x.new_empty(rows, heads, d)
         d_b = x.new_empty(rows, heads)
-        head_gradients(entries, *entries.coefficients, x, m, d_w, d_b)
+        of_base, of_extension = entries.coefficients
+        head_gradients(entries, of_base, of_extension, x, m, d_w, d_b)
         d_w, d_b = d_w.transpose(0, 1), d_b.t().contiguous()
     return d_x, d_w, d_b
 
@@ -116,7 +117,7 @@ def dense_encode_backward(
     if need_w:
         entries = Entries.of(indices, w_enc.shape[0], (d_values,))
         d_w, d_b = x.new_empty(w_enc.shape), x.new_empty(w_enc.shape[0])
-        row_gradients(entries, *entries.coefficients, x, d_w, d_b)
+        row_gradients(entries, entries.coefficients[0], x, d_w, d_b)
     return d_x, d_w, d_b
 
 
@@ -138,7 +139,7 @@ def decode_backward(
     if need_w:
         entries = Entries.of(indices, w_dec.shape[0], (values,))
         d_w = w_dec.new_empty(w_dec.shape)
-        row_gradients(entries, *entries.coefficients, d_out, d_w, None)
+        row_gradients(entries, entries.coefficients[0], d_out, d_w, None)
     return d_values, d_w
 
 
@@ -201,8 +202,8 @@ def select_kron(
         found = torch_impl.select_kron(
             pre.view(-1, m + n, heads), allowed, m, n, k, composition, few=False
         )
-        return _without_masked(allowed, *found)
-    tokens, stride = pre.shape
+        indices, base, extension = _without_masked(allowed, *found)
+        return indices, base, extension
     shape = {"M": m, "N": n, "SIGNED": signed}
     kept_heads, kept_rows = selection.kept_heads, selection.kept_rows
     lists, listed, of_heads = None, kept_heads, True
@@ -228,7 +229,9 @@ def select_dense(pre: Tensor, mask: Tensor | None, k: int) -> tuple[Tensor, Tens
     kept = _places(k, groups)
     if kept * group > MAX_CANDIDATES or size >= 2**31 or not _splits_fit(groups, k, pre.device):
         allowed = None if mask is None else mask.view(torch.bool)
-        return _without_masked(allowed, *torch_impl.select_dense(pre, allowed, k, few=False))
+        found = torch_impl.select_dense(pre, allowed, k, few=False)
+        indices, values = _without_masked(allowed, *found)
+        return indices, values
     shape: dict[str, Any] = {"M": 1, "N": group, "SIGNED": False, "DENSE": True}
     list_of_groups = None
     if k < groups:
@@ -301,17 +304,27 @@ def _select_heads(
         LANES=lanes,
         **shape,
     )
-    if splits == 1:
-        return lists
-    return _merged(lists, keys, k, cap)
+    return lists if keys is None else _merged(lists, keys, k, cap)
 
 
-def _merged(
-    lists: Tensor, keys: Tensor, k: int, cap: int, ranked: Tensor | None = None
-) -> Tensor | None:
-    """The list [b, cap] of the k first ids in lists [b, c] with keys; or these in `ranked`."""
+def _merged(lists: Tensor, keys: Tensor, k: int, cap: int) -> Tensor:
+    """The list [b, cap] of the k first ids in lists [b, c] with keys."""
+    kept = lists.new_empty(lists.shape[0], cap)
+    _merge(lists, keys, k, cap, kept=kept)
+    return kept
+
+
+def _merge(
+    lists: Tensor,
+    keys: Tensor,
+    k: int,
+    cap: int,
+    *,
+    kept: Tensor | None = None,
+    ranked: Tensor | None = None,
+) -> None:
+    """Write what `_merged` gives to `kept`, or the ranks of the k first to `ranked`."""
     tokens, length = lists.shape
-    kept = lists.new_empty(tokens, cap) if ranked is None else None
     candidates, config = next_power_of_2(length), configure("merge_lists", lists.device)
     launch(
         select.merge_lists,
@@ -329,7 +342,6 @@ def _merged(
         CANDIDATES=candidates,
         PART=min(candidates, config.blocks["PART"]),
     )
-    return kept
 
 
 def _list_keys(
@@ -369,7 +381,7 @@ def _select_rows(
     heads, m, n, k, signed = selection
     kept_heads, kept_rows = selection.kept_heads, selection.kept_rows
     m_padded = next_power_of_2(m)
-    shared = {"M": m, "N": n, "SIGNED": signed, "h": heads}
+    shared: dict[str, Any] = {"M": m, "N": n, "SIGNED": signed, "h": heads}
     shared |= {"mask": mask, "HAS_MASK": mask is not None, "ALL": list_of_heads is None}
     if kept_heads * m_padded > MAX_HELD:
         found = _list_keys(
@@ -416,8 +428,13 @@ def _select_latents(
     base = pre.new_empty(tokens, k, dtype=torch.float32)
     extension = base if shape["DENSE"] else torch.empty_like(base)
     held = listed * m_padded * n_padded <= MAX_HELD or of_heads
-    shared = {"pre": pre, "h": heads, **shape}
-    masked = {"mask": mask, "HAS_MASK": mask is not None, "lists": lists, "ALL": lists is None}
+    shared: dict[str, Any] = {"pre": pre, "h": heads, **shape}
+    masked: dict[str, Any] = {
+        "mask": mask,
+        "HAS_MASK": mask is not None,
+        "lists": lists,
+        "ALL": lists is None,
+    }
     ranks = {"stride": stride, "k": k, "K_PADDED": k_padded, "indices": indices}
     ranks |= {"base": base, "extension": extension}
     rank = held and k <= MAX_SORTED
@@ -439,7 +456,7 @@ def _select_latents(
         )
     else:
         found = _list_keys(listed=listed, of_rows=False, size=size, **shared, **masked)
-        _merged(*found, k, k, ranked)
+        _merge(*found, k, k, ranked=ranked)
     if not rank:
         launch(
             select.rank_latents,
@@ -1107,9 +1124,9 @@ def _head_gradients(
     x: Tensor,
     m: int,
     mode: str,
-    weight: tuple[Tensor | None, ...],
+    weight: tuple[Tensor, Tensor | None, Tensor | None],
     *,
-    bias: tuple[Tensor | None, ...],
+    bias: tuple[Tensor, Tensor | None, Tensor | None],
     copy: Tensor | None = None,
     hyper: Tensor | None = None,
 ) -> Tensor:
@@ -1317,7 +1334,7 @@ def nested_decode_backward(
         rows = groups.of_slot.flatten()
         entries = Entries.of(indices, w_dec.shape[0], (held,), rows)
         d_w = w_dec.new_empty(w_dec.shape)
-        row_gradients(entries, *entries.coefficients, suffixes.flatten(0, 1), d_w, None)
+        row_gradients(entries, entries.coefficients[0], suffixes.flatten(0, 1), d_w, None)
     return d_values, d_w
 
 
@@ -1553,7 +1570,7 @@ def threshold_encode(
     if len(parts) == 1:
         return parts[0]
     if width is not None:
-        return tuple(map(torch.cat, zip(*parts, strict=True)))
+        return torch_impl.concatenate(parts, x, width, ())
     width = max((len(part[0][0]) for part in parts), default=1)
     base = x.new_zeros(x.shape[0], width, dtype=torch.float32)
     spread = torch.arange(base.numel(), device=x.device).remainder_(limits.size)
@@ -1563,8 +1580,8 @@ def threshold_encode(
         for into, columns in zip(whole, part, strict=True):
             into[begin : begin + len(columns), : columns.shape[1]] = columns
         begin += len(part[0])
-    counts = [of_part for *_, of_part in parts]
-    return *whole, torch.cat(counts) if counts else spread.new_empty(0)
+    of_parts = [counts for *_, counts in parts]
+    return *whole, torch.cat(of_parts) if of_parts else spread.new_empty(0)
 
 
 class Jumped(NamedTuple):
