@@ -13,7 +13,7 @@ REPOSITORY = "https://github.com/kronsae/kronsae"
 VERSION = (ROOT / "kronsae_kernels" / "version.py").read_text(encoding="utf-8").split('"')[1]
 
 PACKAGE_DATA = {
-    "kronsae": ["py.typed"],
+    "kronsae": ["py.typed", "*.j2"],
     "kronsae_kernels": ["py.typed"],
     "kronsae.embedded": ["*/*"],
     "kronsae.explore": ["page/*"],
@@ -123,6 +123,7 @@ if __name__ == "__main__":
             "datasets>=3.0",
             "huggingface_hub",
             "rich",
+            "jinja2",
         ],
         extras_require=EXTRAS,
         entry_points={"console_scripts": ["kronsae = kronsae.__main__:main"]},

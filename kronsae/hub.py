@@ -6,11 +6,9 @@ sae = kronsae.load("me/my-sae", revision="main")
 """
 
 import dataclasses
-import json
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from kronsae.config import kind_of, without_nesting
 from kronsae.data.common import reason
@@ -19,9 +17,12 @@ from kronsae.interop.load import load
 from kronsae.interop.stock import Origin, part_of
 from kronsae.metrics.figures import MEANING
 from kronsae.model.sae import SAE
+from kronsae.system.tables import markdown
+from kronsae.system.templates import render
 from kronsae_kernels import __version__
 
 CARD_NAME = "README.md"
+_CARD = Path(__file__).parent / "model_card.md.j2"
 
 
 def push(
@@ -79,59 +80,30 @@ def push(
 def model_card(sae: SAE, repo_id: str, *, report: bool = False) -> str:
     """README.md of a repository: the hub's metadata, then what the SAE is and how to load it."""
     config = dataclasses.asdict(sae.config)
-    origin, kind = Origin.of(sae.metadata), kind_of(dataclasses.asdict(sae.config))
-    read = f" of `{origin.model}`" if origin.model else ""
-    read += f" at `{origin.hookpoint}`" if origin.hookpoint else ""
-    if origin.target_hookpoint:
-        read += f" that predicts `{origin.target_hookpoint}`"
-    elif origin.layer is not None:
-        read += f" (the residual stream after block {origin.layer})"
-    shown = {
-        name: value for name, value in without_nesting(config).items() if value not in (0, False)
-    }
-    parts = [
-        _metadata(origin, kind),
-        f"# {repo_id.partition('/')[2]}",
-        f"A {kind}{read}: {sae.dict_size:,} latents, {sae.selection.describe(sae.config)}, of "
-        f"activations of width {sae.d_model:,}.",
-        "## Use",
-        "```python\nimport kronsae\n\n"
-        f'sae = kronsae.load("{repo_id}")  # takes raw activations [..., {sae.d_model}]\n'
-        "codes = sae.encode(x)  # values and indices of the active latents\n"
-        "x_hat = sae.decode(codes"
-        + (", x" if sae.config.skip else "")
-        + ")\n```\n\nkronsae is not on a package index yet: install it from a clone of its "
-        f"repository. For other libraries: `kronsae export {repo_id} --to sae_lens` and so on.",
-    ]
-    figures = _figures(sae.metadata)
-    if figures:
-        parts += ["## On held-out text", figures]
-    parts += ["## Settings", _table(("setting", "value"), shown.items())]
-    if report:
-        parts.append("`report.html` shows the run: its figures, and contexts of its latents.")
-    return "\n\n".join(parts) + "\n"
-
-
-def _metadata(origin: Origin, kind: str) -> str:
-    """YAML between two lines of dashes; every value is a JSON string, which YAML reads, too."""
-    lines = ["library_name: kronsae"]
-    if origin.model and origin.model.count("/") == 1 and not origin.model.startswith((".", "~")):
-        lines.append(f"base_model: {json.dumps(origin.model)}")
+    origin, kind = Origin.of(sae.metadata), kind_of(config)
+    model = origin.model or ""
+    on_hub = model.count("/") == 1 and not model.startswith((".", "~"))
     tags = ["sparse-autoencoder", "interpretability", "kronsae", kind.lower().replace(" ", "-")]
-    lines += ["tags:", *(f"- {json.dumps(tag)}" for tag in dict.fromkeys(tags))]
-    return "\n".join(["---", *lines, "---"])
-
-
-def _figures(metadata: dict[str, Any]) -> str:
-    metrics = part_of(metadata, "metrics")
-    rows = [
+    settings = [
+        (name, value) for name, value in without_nesting(config).items() if value not in (0, False)
+    ]
+    metrics = part_of(sae.metadata, "metrics")
+    figures = [
         (label, f"{metrics[name]:.4g}", meaning)
         for name, (label, meaning) in MEANING.items()
         if isinstance(metrics.get(name), int | float)
     ]
-    return _table(("figure", "value", "meaning"), rows) if rows else ""
-
-
-def _table(head: tuple[str, ...], rows: Any) -> str:
-    lines = [head, ("---",) * len(head), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+    return render(
+        _CARD,
+        sae=sae,
+        repo_id=repo_id,
+        name=repo_id.partition("/")[2],
+        kind=kind,
+        active=sae.selection.describe(sae.config),
+        origin=origin,
+        base_model=model if on_hub else "",
+        tags=list(dict.fromkeys(tags)),
+        figures=markdown(("figure", "value", "meaning"), figures) if figures else "",
+        settings=markdown(("setting", "value"), settings),
+        report=report,
+    )

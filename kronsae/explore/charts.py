@@ -1,0 +1,220 @@
+"""Charts of a run's records over its tokens: where their lines, axes and labels lie."""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+Record = dict[str, Any]
+"""A line of metrics.jsonl."""
+
+Points = list[tuple[float, float]]
+
+SHARES = (
+    "explained_variance",
+    "fvu",
+    "explained_variance_batch",
+    "dead_share",
+    "dense_share",
+    "ce_recovered",
+)
+"""Figures that are shown in percent."""
+
+
+class Size(NamedTuple):
+    """A chart and the edges of the plot inside it, in SVG units."""
+
+    width: int = 440
+    height: int = 220
+    left: int = 52
+    right: int = 414
+    top: int = 10
+    bottom: int = 184
+
+
+SIZE = Size()
+
+
+class Chart(NamedTuple):
+    """A figure over the tokens of a run."""
+
+    title: str
+    key: str
+    """In the records of metrics.jsonl."""
+    note: str
+    bounds: tuple[float | None, float | None] = (0.0, None)
+    """Ends of the vertical axis; None: from the values."""
+    kinds: tuple[str, ...] = ("train",)
+    logarithmic: bool = False
+
+
+CHARTS = (
+    Chart(
+        "Explained variance",
+        "explained_variance",
+        "share of the variance, of training batches and of held-out text",
+        (0.0, 1.0),
+        ("train", "heldout"),
+    ),
+    Chart(
+        "Loss",
+        "loss",
+        "mean squared error of normalised activations (logarithmic axis)",
+        (None, None),
+        logarithmic=True,
+    ),
+    Chart(
+        "Dead latents",
+        "dead_share",
+        "share of latents: silent for long in training; on no held-out token",
+        kinds=("train", "heldout"),
+    ),
+    Chart("Active latents", "l0", "latents active on a token of the training batch, on average"),
+    Chart(
+        "Balance of the experts",
+        "balance_loss",
+        "1 where each expert gets as many tokens; their number where one gets all",
+        (1.0, None),
+    ),
+    Chart("Learning rate", "lr", "of AdamW"),
+    Chart(
+        "Gradient norm",
+        "grad_norm",
+        "before clipping (logarithmic axis)",
+        (None, None),
+        logarithmic=True,
+    ),
+    Chart("Speed", "tokens_per_s", "tokens trained on, a second"),
+)
+
+
+class Line(NamedTuple):
+    """One kind of record in a chart."""
+
+    kind: str
+    """"train" or "heldout"."""
+    first: str
+    """Its value at the start, as text."""
+    last: str
+    places: Points
+    """In SVG units."""
+    labels: list[str]
+    """Tokens and value at each place."""
+
+
+class Drawing(NamedTuple):
+    """A chart, ready to be drawn."""
+
+    title: str
+    note: str
+    x_ticks: list[tuple[float, str]]
+    """Place in SVG units, and text."""
+    y_ticks: list[tuple[float, str]]
+    lines: list[Line]
+
+
+def draw(chart: Chart, records: Sequence[Record]) -> Drawing | None:
+    """A chart of the records; None if they hold no such values."""
+    curves = {kind: points(records, kind, chart.key, chart.logarithmic) for kind in chart.kinds}
+    curves = {kind: thinned(curve) for kind, curve in curves.items() if curve}
+    if not curves:
+        return None
+    values = [y for curve in curves.values() for _, y in curve]
+    last = max(r["tokens"] for r in records if is_number(r.get("tokens"))) or 1
+    bottom = min(values) if chart.bounds[0] is None else chart.bounds[0]
+    top = max(bottom, *values) if chart.bounds[1] is None else chart.bounds[1]
+    ticks = (log_ticks if chart.logarithmic else linear_ticks)(bottom, top)
+    scale = math.log10 if chart.logarithmic else float
+    low, high = scale(ticks[0]), scale(ticks[-1])
+
+    def across(x: float) -> float:
+        return SIZE.left + x / last * (SIZE.right - SIZE.left)
+
+    def up(y: float) -> float:
+        share = (scale(y) - low) / (high - low)
+        return SIZE.bottom - min(1, max(0, share)) * (SIZE.bottom - SIZE.top)
+
+    return Drawing(
+        chart.title,
+        chart.note,
+        [(across(x), tick_text("tokens", x)) for x in linear_ticks(0, last, 4) if x <= last],
+        [(up(y), tick_text(chart.key, y)) for y in ticks],
+        [
+            Line(
+                kind,
+                figure_text(chart.key, curve[0][1]),
+                figure_text(chart.key, curve[-1][1]),
+                [(across(x), up(y)) for x, y in curve],
+                [f"{x:,.0f} tokens: {figure_text(chart.key, y)}" for x, y in curve],
+            )
+            for kind, curve in curves.items()
+        ],
+    )
+
+
+def points(records: Iterable[Record], kind: str, key: str, positive: bool = False) -> Points:
+    """(tokens, value) of each record of a kind that has the value; of "heldout" the final one, too.
+
+    positive: only values above 0.
+    """
+    return [
+        (record["tokens"], record[key])
+        for record in records
+        if str(record.get("kind")).replace("final", "heldout") == kind
+        and is_number(record.get("tokens"))
+        and is_number(record.get(key))
+        and (record[key] > 0 or not positive)
+    ]
+
+
+def thinned(curve: Points, most: int = 300) -> Points:
+    """At most `most` points: means of neighbours."""
+    size = math.ceil(len(curve) / most)
+    groups = [curve[i : i + size] for i in range(0, len(curve), size)]
+    return [
+        (sum(x for x, _ in group) / len(group), sum(y for _, y in group) / len(group))
+        for group in groups
+    ]
+
+
+def linear_ticks(low: float, high: float, about: int = 5) -> list[float]:
+    """Round numbers from at most `low` to at least `high`."""
+    spread = (high - low) or abs(high) or 1.0
+    size = 10.0 ** math.floor(math.log10(spread / about))
+    step = next(size * factor for factor in (1, 2, 5, 10) if size * factor * about >= spread)
+    first = math.floor(low / step + 1e-9)
+    last = max(math.ceil(high / step - 1e-9), first + 1)
+    return [i * step for i in range(first, last + 1)]
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """1, 2, 5 and 10 times powers of ten around [low, high]; powers alone if it is wide."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    factors = (1, 2, 5) if last - first <= 2 else (1,)
+    ticks = [factor * 10.0**power for power in range(first, last + 1) for factor in factors]
+    below = max((tick for tick in ticks if tick <= low * 1.001), default=ticks[0])
+    above = min(tick for tick in ticks if tick >= high * 0.999 and tick > below)
+    return [tick for tick in ticks if below <= tick <= above]
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value of a file is a finite number."""
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def figure_text(key: str, value: Any) -> str:
+    """A value of a record for people: 96.03 % for shares, four digits for the rest."""
+    if not is_number(value):
+        return str(value)
+    if key in SHARES:
+        return f"{100 * value:.2f} %"
+    return f"{value:#.4g}" if 0 < abs(value) < 1000 else f"{value:,.0f}"
+
+
+def tick_text(key: str, value: float) -> str:
+    """A number on an axis: 25 % for shares; else 0.25, 500, 20 k, 1.5 M, 2 B."""
+    if key in SHARES:
+        return f"{100 * value:.4g} %"
+    for size, letter in ((1e9, " B"), (1e6, " M"), (1e3, " k")):
+        if abs(value) >= size:
+            return f"{value / size:.4g}{letter}"
+    return f"{value:.4g}"
