@@ -1,5 +1,8 @@
 """The one exception that the command line turns into a message instead of a traceback."""
 
+from collections.abc import Container
+from typing import Any
+
 
 class InputError(ValueError):
     """What the caller gave cannot work: the message names what was expected and what came.
@@ -7,3 +10,19 @@ class InputError(ValueError):
     Everything that a user can cause (a flag, a file, a dataset, a model name) raises this; a
     bug of ours raises something else and keeps its traceback.
     """
+
+
+def differences(was: Any, now: Any, name: str = "", ignored: Container[str] = ()) -> list[str]:
+    """Lines "name: was X, is Y" for the settings that are not the same in two nested dicts.
+
+    name: of the two as a whole; what is inside is named "NAME.KEY".  ignored: names to leave out.
+    """
+    if isinstance(was, dict) and isinstance(now, dict):
+        return [
+            line
+            for key in sorted(was.keys() | now.keys())
+            for line in differences(
+                was.get(key), now.get(key), f"{name}.{key}" if name else key, ignored
+            )
+        ]
+    return [] if was == now or name in ignored else [f"{name}: was {was!r}, is {now!r}"]

@@ -34,6 +34,7 @@ from kronsae.sources import open_activations, source_of
 from kronsae.system import parallel
 from kronsae.system.devices import resolve_device
 from kronsae.system.parallel import ALONE, Mesh, join
+from kronsae.system.tables import aligned
 from kronsae.training.fit import fit, fit_many
 from kronsae.training.learner import why_not_fused
 from kronsae.training.options import Request, parse
@@ -328,7 +329,7 @@ def _summarise(
     if tokenizer is None:
         console.print("Without the contexts of latents, as the model's tokenizer is not here")
     if isinstance(folder, SweepFolder):
-        console.print(_comparison(folder), markup=False)
+        console.print(aligned(*comparison(folder.members()), left=2), markup=False)
         for name, result in results.items():
             if result.failed:
                 console.print(f"{name} ended early: {result.failed}", style="red", markup=False)
@@ -362,19 +363,6 @@ def _summarise(
         f"Next: python -m kronsae.explore {folder.path} to look into its latents, or a --model, "
         f"--layer and --dataset of your own (python -m kronsae.train --help).",
         markup=False,
-    )
-
-
-def _comparison(folder: SweepFolder) -> str:
-    """The members of a sweep that has ended, as a table: figures to the right."""
-    head, rows = comparison(folder.members())
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    return "\n".join(
-        "  ".join(
-            cell.ljust(width) if place < 2 else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in (head, *rows)
     )
 
 

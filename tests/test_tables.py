@@ -1,9 +1,10 @@
-"""Markdown tables and templates: what is in a cell or a value cannot break the document."""
+"""Tables, templates and differences: what is in a cell or a value cannot break the document."""
 
 import jinja2
 import pytest
 
-from kronsae.system.tables import markdown
+from kronsae.errors import differences
+from kronsae.system.tables import aligned, markdown
 from kronsae.system.templates import render
 
 
@@ -30,3 +31,24 @@ def test_a_missing_value_is_an_error(tmp_path):
     (tmp_path / "page.html.j2").write_text("{{ text }}")
     with pytest.raises(jinja2.UndefinedError):
         render(tmp_path / "page.html.j2")
+
+
+def test_columns_are_aligned():
+    rows = [("a", "1.0"), ("long name", "12.50")]
+    assert aligned(("", "value"), rows).splitlines() == [
+        "           value",
+        "a            1.0",
+        "long name  12.50",
+    ]
+
+
+def test_differences():
+    was, now = {"lr": 1, "sae": {"k": 3, "m": 2}}, {"lr": 2, "sae": {"k": 4, "m": 2}, "new": 5}
+    assert differences(was, now) == [
+        "lr: was 1, is 2",
+        "new: was None, is 5",
+        "sae.k: was 3, is 4",
+    ]
+    assert differences(was, now, "config", {"config.sae.k", "config.lr"}) == [
+        "config.new: was None, is 5"
+    ]

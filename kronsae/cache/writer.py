@@ -38,7 +38,7 @@ from kronsae.cache.model import ManyHookpoints, tokenizer_digest
 from kronsae.config import DTYPES, DataConfig, from_dict, setting
 from kronsae.data.activations import LanguageModelActivations, resolve_context_length
 from kronsae.data.text import check_text, open_text
-from kronsae.errors import InputError
+from kronsae.errors import InputError, differences
 from kronsae.system import checkpoint
 from kronsae.system.files import (
     LOCK_NAME,
@@ -186,13 +186,11 @@ def stored_config(folder: Path, **others: Any) -> HarvestConfig:
 def _prepare(folder: Path, config: HarvestConfig) -> None:
     """Write what is asked for into the folder, or see that it holds the same harvest."""
     if (folder / HARVEST_NAME).exists():
-        found, asked = stored_config(folder).to_dict(), config.to_dict()
-        found, asked = found | found.pop("data"), asked | asked.pop("data")
-        lines = [f"{n}: was {found[n]!r}, is {asked[n]!r}" for n in asked if found[n] != asked[n]]
-        if lines:
+        changes = differences(stored_config(folder).to_dict(), config.to_dict())
+        if changes:
             raise InputError(
                 f"{folder} holds a harvest with other settings; choose another --out:\n  "
-                + "\n  ".join(lines)
+                + "\n  ".join(changes)
             )
         return
     begun = (LOCK_NAME, f".{HARVEST_NAME}")

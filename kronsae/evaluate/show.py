@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kronsae.metrics.figures import MEANING
+from kronsae.system import tables
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -92,16 +93,12 @@ def console_table(judged: Sequence[Entry], width: int) -> "Table":
 def markdown(document: Mapping[str, Any]) -> str:
     """The same as a page: the table, what its rows mean, and how it was made."""
     judged = document["judged"]
-    head = ["", *(_cell(entry["name"]) for entry in judged)]
-    lines = [head, ["---", *["---:"] * len(judged)]]
-    lines += [
-        ["", *map(_cell, line)] for line in zip(*map(facts, judged), strict=True) if any(line)
-    ]
+    lines = [["", *line] for line in zip(*map(facts, judged), strict=True) if any(line)]
     lines += [[label, *texts] for _, label, texts in rows(judged)]
-    table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    table = tables.markdown(["", *(entry["name"] for entry in judged)], lines, numeric=True)
     meanings = "\n".join(f"- **{label}**: {MEANING[name][1]}." for name, label, _ in rows(judged))
     texts = "\n".join(
-        f"- {', '.join(_cell(name) for name in text['of'])}: {text['tokens']:,} tokens of "
+        f"- {', '.join(text['of'])}: {text['tokens']:,} tokens of "
         f"{text['dataset']} ({text['which']}), {text['contexts']} contexts of "
         f"{text['context_length']}, read by {text['model']['name']} in {text['model']['dtype']} at "
         f"{text['model']['hookpoint']}; {text['left_out']}."
@@ -111,10 +108,6 @@ def markdown(document: Mapping[str, Any]) -> str:
         f"# Evaluation on held-out text\n\n    {document['command']}\n\n{table}\n\n{texts}\n\n"
         f"{meanings}\n"
     )
-
-
-def _cell(text: str) -> str:
-    return text.replace("|", "\\|")
 
 
 def draw(judged: Sequence[Entry], folder: Path) -> list[Path]:

@@ -1,14 +1,16 @@
 """`python -m kronsae.properties RUN`: measure what a run's latents do on a text."""
 
+import math
 import sys
 from typing import Any
 
 from kronsae.commandline import exit_status
 from kronsae.properties.run import PropertiesParser, examine, say
+from kronsae.system.tables import aligned
 
 
 def work(argv: list[str]) -> None:
-    """What the command line asks for. Raises InputError if it cannot be done."""
+    """Measure and print. Raises InputError if it cannot be done."""
     parser = PropertiesParser(
         "properties",
         "Measure what the latents of a run do on a text, in one pass over it, into "
@@ -17,8 +19,7 @@ def work(argv: list[str]) -> None:
     )
     settings, text, flags = parser.read(argv)
     stored = examine(flags["run"], settings, text, flags["device"], say)
-    for line in describe(stored.facts["summary"]):
-        print(line)
+    print(medians(stored.facts["summary"]))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -26,18 +27,24 @@ def main(argv: list[str] | None = None) -> int:
     return exit_status(work, argv)
 
 
-def describe(summary: dict[str, Any]) -> list[str]:
-    """The medians as a table."""
-    lines = [f"{'':10}{'fire':>16}{'frequency':>12}{'mean':>9}{'entropy':>9}{'multitoken':>12}"]
-    for name, group in summary["groups"].items():
-        medians = [group[key][1] if group[key] else float("nan")
-                   for key in ("frequency", "mean", "entropy", "multitoken")]  # fmt: skip
-        frequency, mean, entropy, multitoken = medians
-        lines.append(
-            f"{name:10}{group['fire']:>8,}/{group['count']:<7,}{100 * frequency:>10.3g} %"
-            f"{mean:>9.3g}{entropy:>9.3g}{multitoken:>12.3g}"
-        )
-    return lines
+def medians(summary: dict[str, Any]) -> str:
+    """The medians over latents, bases and extensions that fire, as a table."""
+    return aligned(
+        ("", "fire", "frequency", "mean", "entropy", "multitoken"),
+        [
+            (
+                name,
+                f"{group['fire']:,} of {group['count']:,}",
+                f"{100 * _median(group['frequency']):.3g} %",
+                *(f"{_median(group[key]):.3g}" for key in ("mean", "entropy", "multitoken")),
+            )
+            for name, group in summary["groups"].items()
+        ],
+    )
+
+
+def _median(quartiles: list[float]) -> float:
+    return quartiles[1] if quartiles else math.nan
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from kronsae.config import DataConfig, SAEConfig, TrainConfig, all_settings
-from kronsae.errors import InputError
+from kronsae.errors import InputError, differences
 from kronsae.runs.folder import SINGLE, RunFolder, SweepFolder, open_to_resume
 from kronsae.system.parallel import Mesh
 
@@ -69,17 +69,15 @@ def _claim(
                     continue
                 defaults = {spec.name: spec.default for spec in dataclasses.fields(cls)}
                 each["config"][part] = {**defaults, **each["config"][part]}
-        differences = [
-            line
+        changes = [
+            f"{name}: {line}" if sweep else line
             for name in found
             for part in ("config", "data")
-            for line in _differences(
-                found[name][part], settings[name][part], part, f"{name}: " if sweep else ""
-            )
+            for line in differences(found[name][part], settings[name][part], part, _free())
         ]
-        if differences:
+        if changes:
             raise InputError(
-                f"{folder.path} was made with other settings:\n  " + "\n  ".join(differences)
+                f"{folder.path} was made with other settings:\n  " + "\n  ".join(changes)
             )
         for name, data in changed.items():
             if data:
@@ -103,23 +101,9 @@ def _other_dtype(found: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]
 
 
 def _free() -> set[str]:
-    """Settings that a run may go on with others of, as `_differences` names them."""
+    """Settings that a run may go on with others of, as `differences` names them."""
     return {
         f"config.{setting.part}.{name}"
         for name, setting in all_settings().items()
         if setting.spec.metadata.get("free")
     }
-
-
-def _differences(found: Any, given: Any, name: str, member: str = "") -> list[str]:
-    """Lines "name: was X, is Y" where two nested dicts disagree in what decides the result."""
-    if isinstance(found, dict) and isinstance(given, dict):
-        keys = sorted(found.keys() | given.keys())
-        return [
-            line
-            for key in keys
-            for line in _differences(found.get(key), given.get(key), f"{name}.{key}", member)
-        ]
-    if found == given or name in _free():
-        return []
-    return [f"{member}{name}: was {found!r}, is {given!r}"]

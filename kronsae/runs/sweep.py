@@ -9,6 +9,7 @@ from typing import Any
 from kronsae.config import SAEConfig, TrainConfig, all_settings
 from kronsae.errors import InputError
 from kronsae.model.flops import flops_per_token
+from kronsae.system import tables
 
 
 def own_settings() -> tuple[str, ...]:
@@ -124,7 +125,6 @@ def comparison(members: dict[str, dict[str, Any]]) -> tuple[list[str], list[list
 def markdown(members: dict[str, dict[str, Any]]) -> str:
     """The `comparison` as a document."""
     head, rows = comparison(members)
-    lines = [head, ["---"] * len(head), *rows]
     failed = [f"- {name}: {each['failed']}" for name, each in members.items() if each["failed"]]
-    text = "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
-    return text + ("\nStopped early:\n\n" + "\n".join(failed) + "\n" if failed else "")
+    table = tables.markdown(head, rows) + "\n"
+    return table + ("\nStopped early:\n\n" + "\n".join(failed) + "\n" if failed else "")

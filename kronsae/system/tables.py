@@ -1,4 +1,4 @@
-"""Markdown tables."""
+"""Tables as text: Markdown, and columns of fixed width for a terminal."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -12,6 +12,22 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]], *, numeric: b
     """
     rules = ["---", *["---:" if numeric else "---"] * (len(header) - 1)]
     return "\n".join("| " + " | ".join(map(_cell, line)) + " |" for line in (header, rules, *rows))
+
+
+def aligned(header: Sequence[str], rows: Iterable[Sequence[str]], *, left: int = 1) -> str:
+    """A table in columns as wide as their widest cell, without a line break at its end.
+
+    left: how many columns are aligned on the left; the others, of numbers, are on the right.
+    """
+    lines = [header, *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.ljust(width) if column < left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(line, widths, strict=True))
+        )
+        for line in lines
+    )
 
 
 def _cell(value: Any) -> str:
