@@ -9,7 +9,7 @@ from kronsae.properties.run import PropertiesParser, examine, kept, open_run, sa
 
 
 def work(argv: list[str]) -> None:
-    """What the command line asks for. Raises InputError if it cannot be done."""
+    """Write the page of a run. Raises InputError if it cannot be done."""
     parser = PropertiesParser(
         "explore",
         "Write one HTML file to look into the latents of a run. Their properties are measured "

@@ -35,7 +35,7 @@ def render(content: Content) -> str:
         "img-src data:; base-uri 'none'; form-action 'none'"
     )
     return templates.render(
-        _PAGE / "explorer.html.j2", policy=policy, style=style, script=script, **content._asdict()
+        _PAGE / "explorer.html.j2", policy=policy, style=style, script=script, **vars(content)
     )
 
 

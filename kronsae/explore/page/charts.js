@@ -20,11 +20,28 @@ function fill(element, attributes, children) {
   return element;
 }
 
+function section(title, ...children) {
+  return make('section', null, make('h4', null, title), children);
+}
+
+const grouped = (count) => count.toLocaleString('en'); // 12,345
+
+const capitalised = (text) => text[0].toUpperCase() + text.slice(1);
+
+// A menu of options {key: [text, ...]}.
+function choice(label, options, chosen, onchoice) {
+  return make('label', null, label, ' ', make('select', {
+    onchange: (event) => onchoice(event.target.value),
+  }, Object.entries(options).map(([key, [text]]) => make('option', {
+    value: key, selected: key === chosen,
+  }, text))));
+}
+
 // Three digits: 0.0123, 1.20, 45.6, 789, 12,345.
 function short(value) {
   if (value === null || value === undefined || Number.isNaN(value)) return '–';
   const size = Math.abs(value);
-  if (size >= 1000) return Math.round(value).toLocaleString('en').replace('-', '−');
+  if (size >= 1000) return grouped(Math.round(value)).replace('-', '−');
   return String(Number(value.toPrecision(size < 0.001 ? 2 : 3))).replace('-', '−');
 }
 
@@ -112,7 +129,7 @@ function histogram(counts, top, label) {
     return svg('rect', {
       x: (bin * width / used + 0.5).toFixed(1), y: (base - tall).toFixed(1),
       width: (width / used - 1).toFixed(1), height: tall.toFixed(1),
-    }, svg('title', null, `${range}: ${count.toLocaleString('en')}`));
+    }, svg('title', null, `${range}: ${grouped(count)}`));
   });
   const ticks = [0, top / 2, top].map((value, place) => svg('text', {
     x: place * width / 2, y: height - 3, 'text-anchor': ['start', 'middle', 'end'][place],

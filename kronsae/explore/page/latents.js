@@ -24,57 +24,56 @@ function scaleOf(group, name) {
   return (value) => Math.min(1, Math.max(0, (map(value) - low) / (high - low || 1)));
 }
 
-function tokenBars(tokens, shares, label, style) {
-  const most = Math.max(...shares.map(Math.abs), 1e-9);
-  return make('div', { class: 'bars' },
-    make('h4', null, label),
-    make('ol', null, tokens.map((text, place) => make('li', null,
-      chip(text, text),
-      make('i', { class: style, vars: { '--w': `${100 * Math.abs(shares[place]) / most}%` } }),
-      make('b', null, style === 'share' ? percent(shares[place]) : signed(shares[place]))))));
-}
-
 const signed = (value) => (value > 0 ? '+' : '−') + short(Math.abs(value));
 
-function pairsOf(numbers, values) {
-  const kept = [...numbers].map((n, place) => [tokenText(n), values[place]])
+// A list of tokens and a bar for the value of each; null without tokens.
+function tokenBars(label, style, numbers, values) {
+  const pairs = [...numbers].map((number, at) => [tokenText(number), values[at]])
     .filter(([text]) => text !== undefined);
-  return [kept.map(([text]) => text), kept.map(([, value]) => value)];
+  const most = Math.max(...pairs.map(([, value]) => Math.abs(value)), 1e-9);
+  return pairs.length ? make('div', { class: 'bars' },
+    make('h4', null, label),
+    make('ol', null, pairs.map(([text, value]) => make('li', null,
+      chip(text, text),
+      make('i', { class: style, vars: { '--w': `${100 * Math.abs(value) / most}%` } }),
+      make('b', null, style === 'share' ? percent(value) : signed(value)))))) : null;
 }
 
-// One example: its tokens, the shade of each its activation, the middle one framed.
-function example(tokens, shades, peak, strongest) {
-  const middle = Math.floor(facts.window / 2);
+const MIDDLE = Math.floor(facts.window / 2);
+
+// Examples of a row of a block: tokens and shades of each, and the activation of the darkest.
+function examplesOf(block, group, kind, row) {
+  const [tokens, shades, peaks] = ['tokens', 'values', 'peaks'].map(
+    (name) => rowOf(block[`${group}.${kind}.${name}`], row));
+  return [...peaks].map((peak, number) => {
+    const window = [number * facts.window, (number + 1) * facts.window];
+    return { tokens: [...tokens.subarray(...window)], shades: shades.subarray(...window), peak };
+  }).filter((example) => tokenText(example.tokens[MIDDLE]) !== undefined);
+}
+
+// One example as a line: the shade of each token its activation, the middle one framed.
+function exampleLine({ tokens, shades, peak }, strongest) {
   const line = make('code', null);
-  const fires = (place) => shades[place] > 0 || place === middle;
-  textsOf(tokens, tokens.map((_, place) => fires(place))).forEach((text, place) => {
+  const fires = tokens.map((_, position) => shades[position] > 0 || position === MIDDLE);
+  textsOf(tokens, fires).forEach((text, position) => {
     if (text === undefined) return;
-    if (!fires(place)) {
+    if (!fires[position]) {
       line.append(text);
       return;
     }
-    const value = peak * shades[place] / 255;
+    const value = peak * shades[position] / 255;
     const blank = text.match(/^ *(?=[^ ])/)?.[0] ?? ''; // else a line may break in the frame
-    line.append(blank, make(place === middle ? 'mark' : 'span', {
+    line.append(blank, make(position === MIDDLE ? 'mark' : 'span', {
       title: short(value), vars: { '--a': strongest ? Math.min(1, value / strongest) : 0 },
     }, text.slice(blank.length)));
   });
-  const shown = peak * shades[middle] / 255;
-  return make('li', null, make('b', null, short(shown)), line);
+  return make('li', null, make('b', null, short(peak * shades[MIDDLE] / 255)), line);
 }
 
 function exampleList(block, group, kind, row, strongest, count = Infinity) {
-  const tokens = rowOf(block[`${group}.${kind}.tokens`], row);
-  const shades = rowOf(block[`${group}.${kind}.values`], row);
-  const peaks = rowOf(block[`${group}.${kind}.peaks`], row);
-  const items = [];
-  peaks.slice(0, count).forEach((peak, place) => {
-    const span = [place * facts.window, (place + 1) * facts.window];
-    const own = tokens.subarray(...span);
-    if (tokenText(own[Math.floor(facts.window / 2)]) === undefined) return;
-    items.push(example([...own], shades.subarray(...span), peak, strongest));
-  });
-  return items.length ? make('ol', { class: 'examples' }, items)
+  const examples = examplesOf(block, group, kind, row).slice(0, count);
+  return examples.length
+    ? make('ol', { class: 'examples' }, examples.map((each) => exampleLine(each, strongest)))
     : make('p', { class: 'faint' }, 'It never fires in this text.');
 }
 
@@ -97,15 +96,12 @@ function statsOf(unit) {
     stat('multitoken', percent(valueOf(unit, 'multitoken')),
       'share of a context on which it fires, mean over contexts where it does'),
   ];
-  const own = valueOf(unit, 'headCorrelation');
-  const others = valueOf(unit, 'otherCorrelation');
-  if (own !== undefined) {
-    rows.push(stat('with its head', thousandths(own),
-      'mean correlation with the others of its head'));
-  }
-  if (others !== undefined) {
-    rows.push(stat('with all others', thousandths(others),
-      'mean correlation with all other latents'));
+  for (const [name, label, note] of [
+    ['headCorrelation', 'with its head', 'mean correlation with the others of its head'],
+    ['otherCorrelation', 'with all others', 'mean correlation with all other latents'],
+  ]) {
+    const value = valueOf(unit, name);
+    if (value !== undefined) rows.push(stat(label, thousandths(value), note));
   }
   return make('dl', { class: 'stats' }, rows);
 }
@@ -124,8 +120,7 @@ function gateOf(unit) {
     ['extension', `extension blocks: ${percent(shares.extension)}`],
   ];
   const selected = valueOf(unit, 'selected');
-  return make('section', { class: 'gate' },
-    make('h4', null, 'Gate'),
+  return section('Gate',
     make('p', null, `The ${gate} decides more often: it alone is 0 on `,
       make('strong', null, percent(shares[gate])), ' of tokens. Both fire on ',
       make('strong', null, percent(shares.both)), ', and the latent is among the active ones on ',
@@ -155,13 +150,12 @@ function nearestOf(unit, block, row) {
       note ? make('em', null, note) : null,
       make('span', { class: 'chips' }, tokensOf(other, 3).map((text) => chip(text))));
   });
-  return make('section', null, make('h4', null, 'Nearest decoder rows (cosine)'),
-    make('ol', { class: 'near' }, items));
+  return section('Nearest decoder rows (cosine)', make('ol', { class: 'near' }, items));
 }
 
 function titleOf(unit) {
   const title = make('h3', { tabindex: -1, id: 'unit' },
-    nameOf(unit).replace(/^./, (letter) => letter.toUpperCase()));
+    capitalised(nameOf(unit)));
   const place = [];
   if (unit.kind === 'latent' && grid.kron) {
     place.push(
@@ -177,9 +171,8 @@ function titleOf(unit) {
 async function parentsOf(unit) {
   const block = await details(unit.head);
   const parents = [baseAt(unit.head, unit.i), extensionAt(unit.head, unit.j)];
-  return make('div', { class: 'parents' }, parents.map((parent) => make('section', null,
-    make('h4', null, make('a', { href: addressOf(parent), class: parent.kind },
-      nameOf(parent)), ' by itself'),
+  return make('div', { class: 'parents' }, parents.map((parent) => section(
+    [make('a', { href: addressOf(parent), class: parent.kind }, nameOf(parent)), ' by itself'],
     exampleList(block, 'pre', 'top', rowIn(parent), valueOf(parent, 'max'), 4))));
 }
 
@@ -196,17 +189,13 @@ async function unitView(unit) {
   const top = block[`${unit.group}.histogramTop`].data[row];
   const counts = rowOf(block[`${unit.group}.histogram`], row);
   const strongest = valueOf(unit, 'max');
-  const [tokens, shares] = pairsOf(
-    rowOf(block[`${unit.group}.tokens`], row), rowOf(block[`${unit.group}.shares`], row));
-  const lists = [tokens.length
-    ? tokenBars(tokens, shares, 'Fires on', 'share') : null];
+  const bars = (label, style, tokens, values) => tokenBars(
+    label, style, rowOf(block[tokens], row), rowOf(block[values], row));
+  const lists = [bars('Fires on', 'share', `${unit.group}.tokens`, `${unit.group}.shares`)];
   const post = unit.kind === 'latent';
   if (post && block.raised) {
-    lists.push(
-      tokenBars(...pairsOf(rowOf(block.raised, row), rowOf(block.raisedBy, row)),
-        'Makes likelier', 'raised'),
-      tokenBars(...pairsOf(rowOf(block.lowered, row), rowOf(block.loweredBy, row)),
-        'Makes less likely', 'lowered'));
+    lists.push(bars('Makes likelier', 'raised', 'raised', 'raisedBy'),
+      bars('Makes less likely', 'lowered', 'lowered', 'loweredBy'));
   }
   const note = post && block.raised
     ? make('p', { class: 'note' }, 'Next tokens: the direct effect of its decoder row on the '
@@ -216,10 +205,9 @@ async function unitView(unit) {
   return make('article', { class: `unit ${unit.kind}` },
     titleOf(unit),
     statsOf(unit),
-    make('section', null, make('h4', null, 'Strongest examples'),
-      exampleList(block, unit.group, 'top', row, strongest)),
+    section('Strongest examples', exampleList(block, unit.group, 'top', row, strongest)),
     make('section', { class: 'lists' }, lists), note,
-    top ? make('section', null, make('h4', null, 'Activations (heights by the root of counts)'),
+    top ? section('Activations (heights by the root of counts)',
       histogram(counts, top, `Histogram of activations from 0 to ${short(top)}`)) : null,
     post && grid.kron ? gateOf(unit) : null,
     facts.examples[1] ? make('details', null,

@@ -13,24 +13,21 @@ function valuesOf(group, name, belongs) {
 
 function introduction() {
   const { summary } = facts;
-  const kron = grid.kron ? ` in ${grid.heads.toLocaleString('en')} heads of ${grid.m} base × `
+  const kron = grid.kron ? ` in ${grouped(grid.heads)} heads of ${grid.m} base × `
     + `${grid.n} extension` : '';
   const of = facts.target ? `predicting ${facts.target} from ${facts.hookpoint}` : facts.hookpoint;
   const fires = summary.groups.latent.fire;
   return make('div', { class: 'intro' },
     make('h1', null, facts.kind, make('small', null, facts.run)),
-    make('p', null, make('strong', null, `${facts.latents.toLocaleString('en')} latents`), kron,
+    make('p', null, make('strong', null, `${grouped(facts.latents)} latents`), kron,
       `, ${facts.active}: ${of} of `
-      + `${facts.model}, trained on ${facts.trained.toLocaleString('en')} tokens. Everything here `
-      + `was seen on ${facts.tokens.toLocaleString('en')} tokens of ${facts.dataset}, on which `
-      + `${fires.toLocaleString('en')} latents fire.`));
+      + `${facts.model}, trained on ${grouped(facts.trained)} tokens. Everything here `
+      + `was seen on ${grouped(facts.tokens)} tokens of ${facts.dataset}, on which `
+      + `${grouped(fires)} latents fire.`));
 }
 
 function figures() {
-  const shares = ['explained_variance', 'fvu', 'explained_variance_batch', 'dead_share',
-    'dense_share', 'ce_recovered'];
-  return make('dl', { class: 'stats' }, facts.figures.map(([label, value, key, meaning]) => stat(
-    label, shares.includes(key) ? `${(100 * value).toFixed(2)} %` : short(value), meaning)));
+  return make('dl', { class: 'stats' }, facts.figures.map((figure) => stat(...figure)));
 }
 
 function trainingPlot() {
@@ -55,18 +52,17 @@ function distributions() {
   const of = (name) => groups.map(([style, group, belongs]) => ({
     name: `${style}s`, style, values: valuesOf(group, name, belongs),
   }));
+  const powers = (from, count, ticks) => ({
+    from, to: 0, count, ticks, text: (power) => (power ? `1e${power}` : '1'), map: Math.log10,
+  });
   return [
-    distribution('Frequency (share of tokens, logarithmic)', of('frequency'), {
-      from: -6, to: 0, count: 36, ticks: [-6, -4, -2, 0],
-      text: (power) => (power ? `1e${power}` : '1'), map: Math.log10,
-    }),
+    distribution('Frequency (share of tokens, logarithmic)', of('frequency'),
+      powers(-6, 36, [-6, -4, -2, 0])),
     distribution('Token entropy (nats)', of('entropy'), {
       from: 0, to: 8, count: 32, ticks: [0, 2, 4, 6, 8], text: String,
     }),
-    distribution('Multitoken ratio (logarithmic)', of('multitoken'), {
-      from: -4, to: 0, count: 32, ticks: [-4, -3, -2, -1, 0],
-      text: (power) => (power ? `1e${power}` : '1'), map: Math.log10,
-    }),
+    distribution('Multitoken ratio (logarithmic)', of('multitoken'),
+      powers(-4, 32, [-4, -3, -2, -1, 0])),
   ];
 }
 
@@ -83,7 +79,7 @@ function relations() {
   const out = [table('Medians over those that fire',
     ['', 'fire', 'of', 'frequency', 'mean', 'token entropy', 'multitoken'],
     Object.entries(groups).map(([name, group]) => [`${name}s`,
-      group.fire.toLocaleString('en'), group.count.toLocaleString('en'),
+      grouped(group.fire), grouped(group.count),
       middle(group, 'frequency', percent), middle(group, 'mean', short),
       middle(group, 'entropy', short), middle(group, 'multitoken', percent)]))];
   if (!grid.kron) return out;
@@ -119,20 +115,17 @@ function wall() {
     'aria-label': `All ${grid.heads} ${groupName}s. Arrow keys move, Enter opens.`,
   });
   const status = make('p', { class: 'status', 'aria-live': 'polite' });
-  const measure = choice('Colour', MEASURES, 'measure');
-  const order = choice('Order', {
+  const menu = (label, name, options) => choice(label, options, wallState[name], (key) => {
+    wallState[name] = key;
+    sort();
+    draw();
+  });
+  const measure = menu('Colour', 'measure', MEASURES);
+  const order = menu('Order', 'order', {
     number: ['by number'], use: ['by activity'], entropy: ['by token entropy'],
-  }, 'order');
+  });
   const frame = make('div', { class: 'wall' }, canvas);
   let heads = []; let columns = 1; let tile = [1, 1]; let cell = 1;
-
-  function choice(label, options, name) {
-    return make('label', null, label, ' ', make('select', {
-      onchange: (event) => { wallState[name] = event.target.value; sort(); draw(); },
-    }, Object.entries(options).map(([key, [text]]) => make('option', {
-      value: key, selected: wallState[name] === key,
-    }, text))));
-  }
 
   function sort() {
     heads = Array.from({ length: grid.heads }, (_, head) => head);
@@ -207,15 +200,14 @@ function wall() {
     if (head === undefined || head < 0) return;
     wallState.chosen = head;
     mark();
-    const name = `${groupName} ${head}`;
     const best = Array.from({ length: PER_HEAD }, (_, at) => head * PER_HEAD + at)
       .filter((number) => number < facts.latents && !Number.isNaN(index['post.max'].data[number]))
       .sort((a, b) => index['post.frequency'].data[b] - index['post.frequency'].data[a])
       .slice(0, 6);
-    status.replaceChildren(make('a', { href: `#/head/${head}` },
-      name.replace(/^./, (letter) => letter.toUpperCase())), ' ',
-    ...(best.length ? best.map((number) => chip(tokensOf(latentAt(number), 1)[0] ?? '∅'))
-      : [' never fires here']));
+    status.replaceChildren(
+      make('a', { href: `#/head/${head}` }, `${capitalised(groupName)} ${head}`), ' ',
+      ...(best.length ? best.map((number) => chip(tokensOf(latentAt(number), 1)[0] ?? '∅'))
+        : [' never fires here']));
   }
 
   function headAt(event) {
@@ -341,19 +333,18 @@ async function headView(head, chosen) {
     href, class: 'turn', 'aria-label': label, 'aria-disabled': href ? undefined : 'true',
   }, text);
   const unit = chosen ?? strongestOf(head);
-  const select = make('select', {
-    onchange: (event) => { headMeasure = event.target.value; route(); },
-  }, Object.entries(MEASURES).map(([key, [text]]) => make('option', {
-    value: key, selected: headMeasure === key,
-  }, text)));
+  const measure = choice('Colour', MEASURES, headMeasure, (key) => {
+    headMeasure = key;
+    route();
+  });
   const view = await unitView(unit);
   return [make('div', { class: 'headpage' },
     make('section', { class: 'left' },
       make('div', { class: 'tools' },
-        make('h2', null, `${groupName.replace(/^./, (l) => l.toUpperCase())} ${head}`,
-          make('small', null, ` of ${grid.heads.toLocaleString('en')}`)),
+        make('h2', null, `${capitalised(groupName)} ${head}`,
+          make('small', null, ` of ${grouped(grid.heads)}`)),
         turn(previous, '←', `previous ${groupName}`), turn(next, '→', `next ${groupName}`),
-        make('label', null, 'Colour ', select)),
+        measure),
       headGrid(head, unit)),
     view,
     grid.kron && unit.kind === 'latent' ? await parentsOf(unit) : null)];
@@ -371,6 +362,7 @@ function strongestOf(head) {
 // Search: a number, tokens, and text in the examples.
 
 const FOUND = 40;
+const UNIT_GROUPS = grid.kron ? ['post', 'pre'] : ['post'];
 
 function unitLine(unit, rest) {
   return make('li', null, make('a', { href: addressOf(unit), class: unit.kind }, unit.kind
@@ -393,7 +385,7 @@ function byToken(query) {
     else if (wanted && plain.includes(wanted)) partial.add(number);
   });
   const found = [];
-  for (const group of grid.kron ? ['post', 'pre'] : ['post']) {
+  for (const group of UNIT_GROUPS) {
     const { data, shape } = index[`${group}.tokens`];
     const shares = index[`${group}.shares`].data;
     const best = new Map();
@@ -435,7 +427,7 @@ function findView(query) {
       make('b', null, percent(share)),
       make('span', { class: 'chips' }, tokensOf(unit).map((text) => chip(text)))])));
     shown = Math.min(tokens.length, shown + FOUND);
-    more.textContent = `${(tokens.length - shown).toLocaleString('en')} more`;
+    more.textContent = `${grouped(tokens.length - shown)} more`;
     more.hidden = shown === tokens.length;
   }
   show();
@@ -445,7 +437,7 @@ function findView(query) {
   return [make('h1', null, 'Search', make('small', null, query)),
     numbers.length ? make('ul', { class: 'found' }, numbers) : null,
     make('section', null,
-      make('h2', null, `Fires on such tokens: ${tokens.length.toLocaleString('en')}`),
+      make('h2', null, `Fires on such tokens: ${grouped(tokens.length)}`),
       make('p', { class: 'faint' }, 'Latents, bases and extensions with the token among the '
         + 'four that most of their activation lies on, and its share.'), list, more),
     make('section', null, make('h2', null, 'In the strongest examples'), progress, texts)];
@@ -462,7 +454,7 @@ async function searchTexts(query, list, progress) {
   for (let head = 0; head < grid.heads && found < 100; head += facts.perBlock) {
     const block = await details(head);
     if (location.hash !== address) return;
-    for (const group of grid.kron ? ['post', 'pre'] : ['post']) {
+    for (const group of UNIT_GROUPS) {
       const width = group === 'post' ? PER_HEAD : PRE_PER_HEAD;
       const count = block[`${group}.top.peaks`].shape[0];
       for (let row = 0; row < count && found < 100; row += 1) {
@@ -482,16 +474,7 @@ async function searchTexts(query, list, progress) {
 
 // The first of its strongest examples that holds the text near its middle.
 function hitIn(block, group, row, wanted) {
-  const tokens = rowOf(block[`${group}.top.tokens`], row);
-  const peaks = rowOf(block[`${group}.top.peaks`], row);
-  for (let place = 0; place < peaks.length; place += 1) {
-    const span = [place * facts.window, (place + 1) * facts.window];
-    const own = tokens.subarray(...span);
-    const text = textsOf([...own]).join('').toLowerCase();
-    if (text.includes(wanted)) {
-      const shades = rowOf(block[`${group}.top.values`], row).subarray(...span);
-      return example([...own], shades, peaks[place], peaks[place]);
-    }
-  }
-  return null;
+  const hit = examplesOf(block, group, 'top', row).find(
+    ({ tokens }) => textsOf(tokens).join('').toLowerCase().includes(wanted));
+  return hit && exampleLine(hit, hit.peak);
 }
