@@ -1,5 +1,6 @@
 """`python -m kronsae.interpret RUN`: explanations of latents, and how well they predict."""
 
+import argparse
 import shlex
 import statistics
 import sys
@@ -10,15 +11,23 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import Progress
+from rich.table import Table
 from rich.text import Text
 
 from kronsae.commandline import Parser, exit_status
 from kronsae.data.loading import quiet
 from kronsae.errors import InputError
 from kronsae.interpret.chat import Answers, Chat, LocalChat, ServerChat
-from kronsae.interpret.examples import collect, firing_counts
+from kronsae.interpret.examples import LatentExamples, collect, firing_counts
 from kronsae.interpret.scoring import EXPLANATION_TOKENS, SHOWN, Interpretation, interpret
-from kronsae.metrics.target_model import add_flags, given_data, load_saes, open_heldout
+from kronsae.metrics.target_model import (
+    HeldoutText,
+    add_flags,
+    given_data,
+    load_saes,
+    open_heldout,
+)
+from kronsae.model.sae import SAE
 from kronsae.runs.folder import versions
 from kronsae.system.devices import resolve_device
 from kronsae.system.files import write_json
@@ -61,65 +70,97 @@ def make_parser() -> Parser:
 
 
 def work(argv: list[str]) -> None:
-    found = make_parser().parse(argv)
-    device = resolve_device(found.device)
-    if (found.explainer is None) == (found.server is None):
-        raise InputError("give --explainer MODEL, or --server URL with --server-model NAME")
-    if (found.server is None) != (found.server_model is None):
-        raise InputError("--server and --server-model go together")
-    if found.explainer is not None and found.parallel is not None:
-        raise InputError("--parallel has no effect with --explainer: leave it out")
-    if (found.parallel or 1) < 1:
-        raise InputError(f"--parallel: expected >= 1, got {found.parallel}")
+    """Explain and score latents of an SAE. Raises InputError if it cannot be done."""
+    flags = make_parser().parse(argv)
+    _check(flags)
+    device = resolve_device(flags.device)
     console = Console(highlight=False, soft_wrap=True)
-    loaded_saes = load_saes([found.run], given_data(found), device)
+    loaded_saes = load_saes([flags.run], given_data(flags), device)
     if len(loaded_saes) > 1:
-        raise InputError(f"{found.run} is a sweep: name one of its members")
+        raise InputError(f"{flags.run} is a sweep: name one of its members")
     [loaded] = loaded_saes
-    models = [loaded.data.model, *filter(None, [found.explainer])]
+    models = [loaded.data.model, *filter(None, [flags.explainer])]
     console.print(f"loading {' and '.join(models)}", style="dim", markup=False)
     chat: Chat
-    if found.server is not None:
-        chat, parallel = ServerChat(found.server, found.server_model), found.parallel or 4
+    if flags.server is not None:
+        chat, parallel = ServerChat(flags.server, flags.server_model), flags.parallel or 4
     else:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        chat, parallel = LocalChat(found.explainer, dtype=dtype, device=device), 1
+        chat, parallel = LocalChat(flags.explainer, dtype=dtype, device=device), 1
     with quiet():
         text = open_heldout(loaded, device)
-    facts = text.facts
     console.print(
-        f"reading {facts['tokens']:,} tokens of {facts['dataset']} ({facts['which']})",
+        f"reading {text.facts['tokens']:,} tokens of {text.facts['dataset']} "
+        f"({text.facts['which']})",
         style="dim",
         markup=False,
     )
-    sae = loaded.sae
-    latents = found.latent
-    if latents is None:
-        counts = firing_counts(sae, text).counts
-        often = (counts > SHOWN).nonzero()[:, 0].cpu()
-        order = torch.randperm(len(often), generator=torch.Generator().manual_seed(found.seed))
-        latents = sorted(often[order[: found.latents]].tolist())
-        if not latents:
-            raise InputError(f"no latent fires more than {SHOWN} times: more --heldout-tokens")
+    latents = flags.latent or _draw(loaded.sae, text, flags.latents, flags.seed)
     for latent in latents:
-        if not 0 <= latent < sae.dict_size:
-            raise InputError(f"--latent: expected 0 to {sae.dict_size - 1}, got {latent}")
-    found.out.mkdir(parents=True, exist_ok=True)
-    answers = Answers(chat, found.out / ANSWERS)
-    examples = collect(sae, text, latents, found.seed)
+        if not 0 <= latent < loaded.sae.dict_size:
+            raise InputError(f"--latent: expected 0 to {loaded.sae.dict_size - 1}, got {latent}")
+    flags.out.mkdir(parents=True, exist_ok=True)
+    answers = Answers(chat, flags.out / ANSWERS)
+    examples = collect(loaded.sae, text, latents, flags.seed)
     tokenizer = text.model.tokenizer
+    results = _interpret_all(examples, tokenizer, answers, flags.seed, parallel, console)
+    document = {
+        "format": "kronsae-interpretation",
+        "format_version": 1,
+        "command": shlex.join(["python", "-m", "kronsae.interpret", *argv]),
+        "versions": versions(),
+        "seed": flags.seed,
+        "subject": loaded.source,
+        "explainer": chat.name,
+        "text": text.facts,
+        "summary": summary(results),
+        "costs": answers.costs(),
+        "latents": [_plain(result) for result in results],
+    }
+    write_json(flags.out / RESULT, document)
+    _show(results, document, console)
+    console.print(f"In {flags.out}: {RESULT}, {ANSWERS}", markup=False)
+
+
+def _check(flags: argparse.Namespace) -> None:
+    if (flags.explainer is None) == (flags.server is None):
+        raise InputError("give --explainer MODEL, or --server URL with --server-model NAME")
+    if (flags.server is None) != (flags.server_model is None):
+        raise InputError("--server and --server-model go together")
+    if flags.explainer is not None and flags.parallel is not None:
+        raise InputError("--parallel has no effect with --explainer: leave it out")
+    if (flags.parallel or 1) < 1:
+        raise InputError(f"--parallel: expected >= 1, got {flags.parallel}")
+
+
+def _draw(sae: SAE, text: HeldoutText, count: int, seed: int) -> list[int]:
+    """Latents drawn from those that fire often enough to explain and to test."""
+    often = (firing_counts(sae, text).counts > SHOWN).nonzero()[:, 0].cpu()
+    order = torch.randperm(len(often), generator=torch.Generator().manual_seed(seed))
+    if not len(order[:count]):
+        raise InputError(f"no latent fires more than {SHOWN} times: more --heldout-tokens")
+    return sorted(often[order[:count]].tolist())
+
+
+def _interpret_all(
+    examples: list[LatentExamples],
+    tokenizer: Any,
+    answers: Answers,
+    seed: int,
+    parallel: int,
+    console: Console,
+) -> list[Interpretation]:
+    """Interpretations of the latents, `parallel` at a time; answers are kept if it is stopped."""
     with (
         Progress(console=console, transient=True, disable=not console.is_terminal) as bar,
         ThreadPoolExecutor(parallel) as pool,
     ):
-        task = bar.add_task("explaining", total=len(latents))
-        pending = [
-            pool.submit(interpret, each, tokenizer, answers, found.seed) for each in examples
-        ]
+        task = bar.add_task("explaining", total=len(examples))
+        pending = [pool.submit(interpret, latent, tokenizer, answers, seed) for latent in examples]
         try:
             results = []
-            for each in pending:
-                results.append(each.result())
+            for future in pending:
+                results.append(future.result())
                 bar.advance(task)
         except BaseException:
             answers.stop()
@@ -132,35 +173,20 @@ def work(argv: list[str]) -> None:
                     markup=False,
                 )
             raise
-    document = {
-        "format": "kronsae-interpretation",
-        "format_version": 1,
-        "command": shlex.join(["python", "-m", "kronsae.interpret", *argv]),
-        "versions": versions(),
-        "seed": found.seed,
-        "subject": loaded.source,
-        "explainer": chat.name,
-        "text": text.facts,
-        "summary": summary(results),
-        "costs": answers.costs(),
-        "latents": [_plain(each) for each in results],
-    }
-    write_json(found.out / RESULT, document)
-    _show(results, document, console)
-    console.print(f"In {found.out}: {RESULT}, {ANSWERS}", markup=False)
+    return results
 
 
 def summary(results: list[Interpretation]) -> dict[str, Any]:
     """Means over latents, and how many replies could not be read."""
+    explained = [result for result in results if result.explanation is not None]
+    fire = [result for result in results if result.firing]
     out: dict[str, Any] = {
         "latents": len(results),
-        "explained": sum(each.explanation is not None for each in results),
-        "explanations_discarded": sum(
-            each.explanation is None and each.firing > 0 for each in results
-        ),
+        "explained": len(explained),
+        "explanations_discarded": len(fire) - len(explained),
     }
     for task in ("detection", "fuzzing"):
-        scores = [score for each in results if (score := getattr(each, task)) is not None]
+        scores = [score for result in results if (score := getattr(result, task)) is not None]
         known = [score.score for score in scores if score.score is not None]
         out[task] = statistics.fmean(known) if known else None
         out[f"{task}_scored"] = len(known)
@@ -170,30 +196,33 @@ def summary(results: list[Interpretation]) -> dict[str, Any]:
 
 def _plain(result: Interpretation) -> dict[str, Any]:
     scores = {name: getattr(result, name) for name in ("detection", "fuzzing")}
-    return result._asdict() | {name: each and each._asdict() for name, each in scores.items()}
+    return result._asdict() | {name: score and score._asdict() for name, score in scores.items()}
 
 
 def _show(results: list[Interpretation], document: dict[str, Any], console: Console) -> None:
-    def shown(value: float | None) -> str:
-        return "   –" if value is None else f"{value:4.2f}"
+    def text_of(value: float | None) -> str:
+        return "–" if value is None else f"{value:.2f}"
 
-    console.print("latent  detection  fuzzing  explanation", style="dim")
-    for each in results:
-        scores = [score and score.score for score in (each.detection, each.fuzzing)]
-        missing = "(never fires here)" if not each.firing else "(no readable reply)"
-        explanation = each.explanation or missing
-        line = f"{each.latent:6}       {shown(scores[0])}     {shown(scores[1])}  "
-        text = Text(line) + Text(explanation, style="" if each.explanation else "dim")
-        text.truncate(max(40, console.width), overflow="ellipsis")
-        console.print(text)
-    found, costs = document["summary"], document["costs"]
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for name in ("latent", "detection", "fuzzing"):
+        table.add_column(name, justify="right")
+    table.add_column("explanation", no_wrap=True, overflow="ellipsis")
+    for result in results:
+        missing = "(never fires here)" if not result.firing else "(no readable reply)"
+        table.add_row(
+            str(result.latent),
+            *(text_of(score and score.score) for score in (result.detection, result.fuzzing)),
+            Text(result.explanation or missing, style="" if result.explanation else "dim"),
+        )
+    console.print(table)
+    means, costs = document["summary"], document["costs"]
     console.print(
-        f"\nmean: detection {shown(found['detection']).strip()} of {found['detection_scored']}, "
-        f"fuzzing {shown(found['fuzzing']).strip()} of {found['fuzzing_scored']} latents; not "
-        f"readable: {found['explanations_discarded']} explanations, "
-        f"{found['detection_discarded']} + {found['fuzzing_discarded']} judgements"
+        f"\nmean: detection {text_of(means['detection'])} of {means['detection_scored']}, "
+        f"fuzzing {text_of(means['fuzzing'])} of {means['fuzzing_scored']} latents; not "
+        f"readable: {means['explanations_discarded']} explanations, "
+        f"{means['detection_discarded']} + {means['fuzzing_discarded']} judgements"
     )
-    if found["explanations_discarded"]:
+    if means["explanations_discarded"]:
         console.print(
             f"An explanation is read from a line EXPLANATION: …, and {ANSWERS} has what the model "
             "said instead. Small models, and those that think aloud until their "

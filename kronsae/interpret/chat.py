@@ -63,7 +63,7 @@ class LocalChat:
         trust_remote_code: bool = False,
     ) -> None:
         self.name = f"{name}@{revision}" if revision else name
-        common = {"revision": revision, "trust_remote_code": trust_remote_code}
+        common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
         with quiet():
             config = load_config(name, **common)
             self.tokenizer = load_tokenizer(name, common)
@@ -72,7 +72,7 @@ class LocalChat:
             raise InputError(
                 f"model {name!r} cannot generate text: it has no trained head for that"
             )
-        self.model = model.to(device).eval()
+        self.model: Any = model.to(device).eval()
         self._one_at_a_time = threading.Lock()
 
     @torch.no_grad()
@@ -109,7 +109,7 @@ class LocalChat:
                 messages, tokenize=False, add_generation_prompt=True
             )
             return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        parts = [f"{each['role'].capitalize()}: {each['content']}" for each in messages]
+        parts = [f"{part['role'].capitalize()}: {part['content']}" for part in messages]
         return self.tokenizer("\n\n".join([*parts, "Assistant:"]))["input_ids"]
 
 
@@ -141,14 +141,14 @@ class ServerChat:
             "temperature": 0,
             "stream": False,
         }
-        found = self._post(body)
+        reply = self._post(body)
         try:
-            text = found["choices"][0]["message"]["content"]
-            usage = found.get("usage") or {}
+            text = reply["choices"][0]["message"]["content"]
+            usage = reply.get("usage") or {}
             tokens = [int(usage.get(f"{part}_tokens") or 0) for part in ("prompt", "completion")]
         except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
             raise InputError(
-                f"{self.url} did not answer as the chat-completions protocol says: {found!r:.300}"
+                f"{self.url} did not answer as the chat-completions protocol says: {reply!r:.300}"
             ) from error
         # `transformers serve` repeats the prompt, if its chat template is not the family's own.
         return Reply((text or "").rpartition(messages[-1]["content"])[2], *tokens)
@@ -184,7 +184,7 @@ class ServerChat:
         """Which models the server has, if it says so and ours is not among them."""
         try:
             with urllib.request.urlopen(self._request("models"), timeout=5) as response:
-                names = [each["id"] for each in json.loads(response.read())["data"]]
+                names = [model["id"] for model in json.loads(response.read())["data"]]
         except (OSError, ValueError, KeyError, TypeError):
             usual = self.url.endswith("/v1") or not not_there
             return "" if usual else "; do its addresses begin with …/v1?"
@@ -194,8 +194,8 @@ class ServerChat:
 
 def _seconds(text: str | None, default: float) -> float:
     try:
-        return float(text)
-    except (TypeError, ValueError):  # none, or a date
+        return default if text is None else float(text)
+    except ValueError:  # a date
         return default
 
 
@@ -266,7 +266,7 @@ class Answers:
             os.truncate(self.path, whole)
         for number, line in enumerate(content[:whole].decode().splitlines(), 1):
             try:
-                found = json.loads(line)
-                self._known[found["key"]] = Reply(*(found[name] for name in Reply._fields))
+                answer = json.loads(line)
+                self._known[answer["key"]] = Reply(*(answer[name] for name in Reply._fields))
             except (ValueError, KeyError, TypeError) as error:
                 raise InputError(f"{self.path}, line {number}: expected an answer") from error

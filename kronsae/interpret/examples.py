@@ -1,6 +1,6 @@
 """Where latents fire and where not: a bounded, fair sample of windows of text.
 
-Letters: n tokens, F latents.
+Letters: b contexts of t tokens, n of which the mask keeps, k active latents a token.
 """
 
 import random
@@ -9,10 +9,12 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from kronsae.metrics.figures import FiringMetrics
 from kronsae.metrics.heldout import HeldoutText
 from kronsae.model.sae import SAE
+from kronsae_kernels import SparseCodes
 
 CONTEXT = 256
 """Tokens of a context; longer ones are cut. [KronSAE, App. D]"""
@@ -53,8 +55,7 @@ def firing_counts(sae: SAE, text: HeldoutText) -> FiringMetrics:
     """How often each latent fires on the text."""
     counts = FiringMetrics(sae.dict_size, sae.W_dec.device)
     for ids, mask in text.batches():
-        x = text.model.activations(ids)[..., : sae.d_model][mask]
-        codes = sae.encode(x.to(sae.W_dec))
+        codes = _encode(sae, text, ids, mask)
         counts.update(codes.indices, sae.fired(codes))
     return counts
 
@@ -67,47 +68,36 @@ def collect(
 
     One example a context in which a latent fires, around the token where it does most; BUFFER of
     them by reservoir sampling. What a latent gets does not depend on which others are asked for.
-    Memory: BUFFER windows a latent, and SILENT in all.
+    Memory: BUFFER windows a latent, SILENT in all, and the latents' activations on a batch.
     """
-    buffers = {latent: _Reservoir(BUFFER, random.Random(f"{seed} {latent}")) for latent in latents}
-    drawn = random.Random(f"{seed}")
-    others = _Reservoir(SILENT, random.Random(f"{seed} silent"))
-    wanted = torch.tensor(sorted(buffers), dtype=torch.int64, device=sae.W_dec.device)
+    firing = {latent: _Reservoir(BUFFER, random.Random(f"{seed} {latent}")) for latent in latents}
+    generator = random.Random(f"{seed}")
+    anywhere = _Reservoir(SILENT, random.Random(f"{seed} silent"))
+    wanted = np.array(sorted(firing), np.int64)
     for ids, mask in text.batches():
-        x = text.model.activations(ids)[..., : sae.d_model][mask]
-        codes = sae.encode(x.to(sae.W_dec))
-        kept = sae.fired(codes) & torch.isin(codes.indices, wanted)
-        rows, slots = kept.nonzero(as_tuple=True)
-        context, position = (part[rows].cpu().numpy() for part in mask.nonzero(as_tuple=True))
-        fired = codes.indices[rows, slots].cpu().numpy()
-        values = codes.values[rows, slots].double().cpu().numpy()
+        activations = _activations(sae, text, ids, mask, torch.from_numpy(wanted))
         tokens = ids.cpu().numpy()
         for start in range(0, tokens.shape[1], CONTEXT):
-            stop = min(start + CONTEXT, tokens.shape[1])
-            inside = (position >= start) & (position < stop)
-            for row in range(len(tokens)):
-                here = inside & (context == row)
-                piece = tokens[row, start:stop]
-                firing = _by_latent(fired[here], position[here] - start, values[here])
-                for latent, (places, strengths) in firing.items():
-                    middle = int(places[strengths.argmax()])
-                    first = max(0, min(middle - WINDOW // 2, len(piece) - WINDOW))
-                    window = _window(piece, first, places, strengths)
-                    buffers[latent].offer(window)
-                first = drawn.randrange(max(1, len(piece) - WINDOW + 1))
-                window = tuple(piece[first : first + WINDOW].tolist())
-                active = {
-                    latent
-                    for latent, (places, _) in firing.items()
-                    if ((places >= first) & (places < first + WINDOW)).any()
-                }
-                others.offer((window, active))
-    windows = [(Example(tokens, (0.0,) * len(tokens)), active) for tokens, active in others.kept]
+            part = slice(start, start + CONTEXT)
+            for context, values in zip(tokens[:, part], activations[:, part], strict=True):
+                last = max(0, len(context) - WINDOW)  # where the last window starts
+                for column in values.any(0).nonzero()[0]:
+                    middle = int(values[:, column].argmax())
+                    first = max(0, min(middle - WINDOW // 2, last))
+                    firing[int(wanted[column])].offer(_window(context, values[:, column], first))
+                first = generator.randrange(last + 1)
+                window = _window(context, np.zeros(len(context)), first)
+                active = set(wanted[values[first : first + WINDOW].any(0)].tolist())
+                anywhere.offer((window, active))
+
+    def silent(latent: int) -> list[Example]:
+        return [window for window, active in anywhere.kept if latent not in active]
+
     return [
         LatentExamples(
             latent,
-            _shuffled(buffers[latent].kept, f"{seed} {latent} firing"),
-            _shuffled([w for w, active in windows if latent not in active], f"{seed} {latent}"),
+            _shuffled(firing[latent].kept, f"{seed} {latent} firing"),
+            _shuffled(silent(latent), f"{seed} {latent}"),
         )
         for latent in latents
     ]
@@ -125,28 +115,34 @@ class _Reservoir:
         self.seen += 1
         if len(self.kept) < self.size:
             self.kept.append(item)
-        elif (place := self.generator.randrange(self.seen)) < self.size:
-            self.kept[place] = item
+        elif (slot := self.generator.randrange(self.seen)) < self.size:
+            self.kept[slot] = item
 
 
-def _by_latent(
-    latents: np.ndarray, places: np.ndarray, values: np.ndarray
-) -> dict[int, tuple[np.ndarray, np.ndarray]]:
-    """Positions and values of each latent, in reading order."""
-    if not len(latents):
-        return {}
-    order = np.argsort(latents, kind="stable")
-    found, starts = np.unique(latents[order], return_index=True)
-    parts = (np.split(each[order], starts[1:]) for each in (places, values))
-    return dict(zip(found.tolist(), zip(*parts, strict=True), strict=True))
+def _encode(sae: SAE, text: HeldoutText, ids: Tensor, mask: Tensor) -> SparseCodes:
+    """Codes [n, k] of the tokens in the mask."""
+    x = text.model.activations(ids)[..., : sae.d_model][mask]
+    return sae.encode(x.to(sae.W_dec))
 
 
-def _window(piece: np.ndarray, first: int, places: np.ndarray, values: np.ndarray) -> Example:
-    tokens = piece[first : first + WINDOW]
-    activations = np.zeros(len(tokens))
-    inside = (places >= first) & (places < first + len(tokens))
-    activations[places[inside] - first] = values[inside]
-    return Example(tuple(tokens.tolist()), tuple(activations.tolist()))
+def _activations(
+    sae: SAE, text: HeldoutText, ids: Tensor, mask: Tensor, latents: Tensor
+) -> np.ndarray:
+    """Activations [b, t, c] of c latents, in ascending order; 0 where they do not fire."""
+    codes = _encode(sae, text, ids, mask)
+    latents = latents.to(codes.indices.device)
+    columns = torch.searchsorted(latents, codes.indices.long()).clamp(max=len(latents) - 1)
+    wanted = sae.fired(codes) & (latents[columns] == codes.indices)
+    of_tokens = torch.zeros(len(columns), len(latents), device=columns.device)
+    of_tokens.scatter_add_(1, columns, codes.values.float() * wanted)
+    out = of_tokens.new_zeros(*ids.shape, len(latents))
+    out[mask] = of_tokens
+    return out.cpu().numpy()
+
+
+def _window(context: np.ndarray, values: np.ndarray, first: int) -> Example:
+    part = slice(first, first + WINDOW)
+    return Example(tuple(context[part].tolist()), tuple(values[part].tolist()))
 
 
 def _shuffled(items: list, seed: str) -> list:

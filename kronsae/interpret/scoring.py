@@ -84,45 +84,42 @@ class Interpretation(NamedTuple):
 
 
 def interpret(
-    found: LatentExamples, tokenizer: Any, answers: Answers, seed: int = 0
+    examples: LatentExamples, tokenizer: Any, answers: Answers, seed: int = 0
 ) -> Interpretation:
     """Explain a latent and score the explanation. Deterministic, if the model is."""
-    shown, firing = split(found.firing)
-    if not shown:
-        return Interpretation(found.latent, None, None, None, len(found.firing))
-    reply = answers.ask(
-        explanation_prompt(shown, tokenizer),
-        EXPLANATION_TOKENS,
-        latent=found.latent,
-        task="explanation",
-    )
-    explanation = parse_explanation(reply)
+    latent, count = examples.latent, len(examples.firing)
+    shown, firing = split(examples.firing)
+    explanation = None
+    if shown:
+        prompt = explanation_prompt(shown, tokenizer)
+        reply = answers.ask(prompt, EXPLANATION_TOKENS, latent=latent, task="explanation")
+        explanation = parse_explanation(reply)
     if explanation is None:
-        return Interpretation(found.latent, None, None, None, len(found.firing))
-    silent = found.silent[:TESTED]
+        return Interpretation(latent, None, None, None, count)
     scores = {}
     for task in INSTRUCTIONS:
-        items = [(render(each, tokenizer, task == "fuzzing"), True) for each in firing]
-        generator = random.Random(f"{seed} {found.latent} {task}")
-        marks = _mean_firing(firing)
-        for each in silent:
-            if task == "fuzzing":
-                each = _marked_at_random(each, marks, generator)
-            items.append((render(each, tokenizer, task == "fuzzing"), False))
+        marked = task == "fuzzing"
+        generator = random.Random(f"{seed} {latent} {task}")
+        silent = examples.silent[:TESTED]
+        if marked:
+            marks = _mean_firing(firing)
+            silent = [_marked_at_random(example, marks, generator) for example in silent]
+        items = [(render(example, tokenizer, marked), True) for example in firing]
+        items += [(render(example, tokenizer, marked), False) for example in silent]
         generator.shuffle(items)
-        judgements: list[tuple[bool, bool]] = []  # what is true, what the model says
+        judgements: list[tuple[bool, bool]] = []
         discarded = 0
         for start in range(0, len(items), AT_ONCE):
             part = items[start : start + AT_ONCE]
             messages = judgement_prompt(task, explanation, [text for text, _ in part])
-            reply = answers.ask(messages, JUDGEMENT_TOKENS, latent=found.latent, task=task)
-            said = parse_judgements(reply, len(part))
-            if said is None:
+            reply = answers.ask(messages, JUDGEMENT_TOKENS, latent=latent, task=task)
+            verdicts = parse_judgements(reply, len(part))
+            if verdicts is None:
                 discarded += 1
-                continue
-            judgements += zip((truth for _, truth in part), said, strict=True)
+            else:
+                judgements += zip((truth for _, truth in part), verdicts, strict=True)
         scores[task] = score(judgements, discarded)
-    return Interpretation(found.latent, explanation, *scores.values(), len(found.firing))
+    return Interpretation(latent, explanation, scores["detection"], scores["fuzzing"], count)
 
 
 def split(firing: Sequence[Example]) -> tuple[list[Example], list[Example]]:
@@ -131,20 +128,23 @@ def split(firing: Sequence[Example]) -> tuple[list[Example], list[Example]]:
     middle = len(peaks) // 2
     median = (peaks[middle] + peaks[~middle]) / 2 if peaks else 0.0
     # Where all are equal none is above.
-    strong = [i for i, each in enumerate(firing) if each.peak > median] or list(range(len(firing)))
-    shown = set(strong[:SHOWN])
-    others = [each for i, each in enumerate(firing) if i not in shown]
-    return [firing[i] for i in sorted(shown)], others[:TESTED]
+    strong = [i for i, example in enumerate(firing) if example.peak > median]
+    shown = (strong or list(range(len(firing))))[:SHOWN]
+    others = [example for i, example in enumerate(firing) if i not in shown]
+    return [firing[i] for i in shown], others[:TESTED]
 
 
 def score(judgements: Sequence[tuple[bool, bool]], discarded: int) -> Score:
     """judgements: (whether the latent fires, whether the model says so)."""
-    rates = []
-    for truth in (True, False):
-        said = [answer for true, answer in judgements if true is truth]
-        rates.append(said.count(truth) / len(said) if said else None)
-    whole = None if None in rates else sum(rates) / 2
-    return Score(whole, *rates, len(judgements), discarded)
+    positive, negative = (_recall(judgements, truth) for truth in (True, False))
+    whole = None if positive is None or negative is None else (positive + negative) / 2
+    return Score(whole, positive, negative, len(judgements), discarded)
+
+
+def _recall(judgements: Sequence[tuple[bool, bool]], truth: bool) -> float | None:
+    """Share of the examples with this truth on which the model agrees; None without any."""
+    verdicts = [verdict for true, verdict in judgements if true is truth]
+    return verdicts.count(truth) / len(verdicts) if verdicts else None
 
 
 # Prompts and replies
@@ -192,22 +192,22 @@ def _messages(system: str, user: str) -> Messages:
 
 
 def parse_explanation(reply: str) -> str | None:
-    """What follows the last EXPLANATION: on its line; None if that is nothing, or the form."""
-    found = re.findall(r"explanation\**:[ \t*]*(\S.*)", reply, flags=re.IGNORECASE)
-    said = found[-1].strip().rstrip("*").strip() if found else ""
-    return None if said.rstrip(".").lower() in ("", _FORM) else said
+    """The text after the last EXPLANATION: on its line; None if that is nothing, or the form."""
+    lines = re.findall(r"explanation\**:[ \t*]*(\S.*)", reply, flags=re.IGNORECASE)
+    explanation = lines[-1].strip().rstrip("*").strip() if lines else ""
+    return None if explanation.rstrip(".").lower() in ("", _FORM) else explanation
 
 
 def parse_judgements(reply: str, count: int) -> list[bool] | None:
     """The last list in a reply if it holds `count` numbers, all of them 0 or 1; else None."""
     lists = re.findall(r"\[[^\[\]]*\]", reply)
     try:
-        found = json.loads(lists[-1])
+        verdicts = json.loads(lists[-1])
     except (IndexError, ValueError):
         return None
-    if len(found) != count or any(type(each) is not int or each not in (0, 1) for each in found):
+    if len(verdicts) != count or any(type(v) is not int or v not in (0, 1) for v in verdicts):
         return None
-    return [bool(each) for each in found]
+    return [bool(verdict) for verdict in verdicts]
 
 
 def _mean_firing(firing: Sequence[Example]) -> int:
@@ -219,4 +219,4 @@ def _mean_firing(firing: Sequence[Example]) -> int:
 def _marked_at_random(example: Example, count: int, generator: random.Random) -> Example:
     size = len(example.tokens)
     chosen = set(generator.sample(range(size), min(count, size)))
-    return example._replace(activations=tuple(float(place in chosen) for place in range(size)))
+    return example._replace(activations=tuple(float(i in chosen) for i in range(size)))
