@@ -21,7 +21,7 @@ from kronsae.system.tables import markdown
 from kronsae.system.templates import render
 from kronsae_kernels import __version__
 
-CARD_NAME = "README.md"
+CARD_NAME, REPORT_NAME = "README.md", "report.html"
 _CARD = Path(__file__).parent / "model_card.md.j2"
 
 
@@ -50,13 +50,11 @@ def push(
     if repo_id.count("/") != 1:
         raise InputError(f"repo_id: expected 'owner/name', got {repo_id!r}")
     sae = source if isinstance(source, SAE) else load(source)
-    report = None if isinstance(source, SAE) else Path(source) / "report.html"
     with tempfile.TemporaryDirectory() as temporary:
         folder = sae.save(Path(temporary) / "sae")
-        has_report = report is not None and report.is_file()
-        if has_report:
-            shutil.copy(report, folder / report.name)
-        card = model_card(sae, repo_id, report=has_report)
+        if not isinstance(source, SAE) and (report := Path(source) / REPORT_NAME).is_file():
+            shutil.copy(report, folder)
+        card = model_card(sae, repo_id, report=(folder / REPORT_NAME).is_file())
         (folder / CARD_NAME).write_text(card, encoding="utf-8")
         api = HfApi(token=token)
         try:

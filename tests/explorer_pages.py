@@ -16,9 +16,9 @@ from kronsae.explore.write import write_explorer
 from kronsae.properties import (
     Examined,
     Examples,
+    MeasureConfig,
     Nearest,
     Properties,
-    Settings,
     Stored,
     measure,
     nearest_rows,
@@ -107,7 +107,7 @@ def make_page(
     mask = torch.ones(12, LENGTH, dtype=torch.bool)
     x = torch.randn(TOKENS, 6, generator=generator)[ids][mask]
     x += 0.3 * torch.randn(x.shape, generator=generator)
-    found = measure(sae, [(ids, mask, x)], TOKENS, Settings(tokens=1000, top=8, sample=4))
+    found = measure(sae, [(ids, mask, x)], TOKENS, MeasureConfig(tokens=1000, top=8, sample=4))
     nearest = nearest_rows(sae.W_dec.detach(), 4)
     summary = summarise(sae, found)
     if config.encoder == "kron":

@@ -1,9 +1,11 @@
 """The explorer's page, read back: its data are the properties, and nothing in it can break out."""
 
 import base64
+import gzip
 import hashlib
 import json
 import re
+import struct
 from html.parser import HTMLParser
 
 import numpy as np
@@ -14,7 +16,7 @@ from jinja2.utils import htmlsafe_json_dumps
 
 from kronsae import SAEConfig, TrainConfig
 from kronsae.explore import __main__ as command
-from kronsae.explore.blocks import ALIGN, decode, decode_json, encode, rounded, smallest
+from kronsae.explore.blocks import ALIGN, encode, rounded, smallest
 from kronsae.properties import WINDOW, load_properties
 from kronsae.properties.run import open_run
 from kronsae.train import fit
@@ -50,6 +52,24 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module", params=["kron", "dense"])
 def made(request, tmp_path_factory):
     return make_page(tmp_path_factory.mktemp("pages"), request.param)
+
+
+def decode(block: str) -> dict[str, np.ndarray]:
+    """The arrays of a block."""
+    raw = gzip.decompress(base64.b64decode(block))
+    (length,) = struct.unpack_from("<I", raw)
+    start = 4 + length
+    arrays = {}
+    for name, dtype, shape, offset in json.loads(raw[4:start]):
+        count = int(np.prod(shape, dtype=np.int64))
+        kind = np.dtype(dtype).newbyteorder("<")
+        array = np.frombuffer(raw, kind, count, start + offset)
+        arrays[name] = array.reshape(shape).astype(dtype)
+    return arrays
+
+
+def decode_json(block: str) -> object:
+    return json.loads(gzip.decompress(base64.b64decode(block)))
 
 
 def read(made):

@@ -10,7 +10,7 @@ from tiny_models import CAUSAL, FAMILIES
 from kronsae import SAE, SAEConfig
 from kronsae.errors import InputError
 from kronsae.properties import (
-    Settings,
+    MeasureConfig,
     Stored,
     gates,
     load_properties,
@@ -22,7 +22,7 @@ from kronsae.properties import (
 )
 from kronsae.properties import gather as gather_module
 from kronsae.properties import token_mass as token_mass_module
-from kronsae.properties.examples import WINDOW, Examples, random_scores
+from kronsae.properties.examples import WINDOW, Examples, IndexedText, random_scores
 from kronsae.properties.gather import pre_latents
 from kronsae.properties.geometry import kinship, mean_cosines
 from kronsae.properties.histogram import BINS, Histograms
@@ -81,7 +81,7 @@ def activations_of(sae, text):
     return out
 
 
-SETTINGS = Settings(tokens=10**6, top=3, sample=5, correlation_tokens=10**6)
+SETTINGS = MeasureConfig(tokens=10**6, top=3, sample=5, correlation_tokens=10**6)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -173,7 +173,7 @@ def test_does_not_depend_on_batches(monkeypatch):
             np.testing.assert_array_equal(one_kind.places, other_kind.places)
             np.testing.assert_array_equal(one_kind.tokens, other_kind.tokens)
             np.testing.assert_allclose(one_kind.values, other_kind.values, atol=1e-5)
-    other_seed = Settings(**{**vars(SETTINGS), "seed": 1})
+    other_seed = MeasureConfig(**{**vars(SETTINGS), "seed": 1})
     third = measure(sae, batches(text, 10), TOKENS, other_seed)
     assert (third.post.sample.places != one.post.sample.places).any()
     np.testing.assert_array_equal(third.post.top.places, one.post.top.places)
@@ -181,20 +181,20 @@ def test_does_not_depend_on_batches(monkeypatch):
 
 def test_stops_after_enough_tokens():
     sae, text = an_sae(KRON), a_text()
-    few = measure(sae, batches(text, 1), TOKENS, Settings(tokens=40, sample=1))
+    few = measure(sae, batches(text, 1), TOKENS, MeasureConfig(tokens=40, sample=1))
     assert few.contexts == 3  # contexts of 1, 32 and about 32 tokens
     with pytest.raises(InputError, match="no text"):
         measure(sae, [], TOKENS, SETTINGS)
     with pytest.raises(InputError, match="tokens: expected >= 1, got 0"):
-        Settings(tokens=0)
+        MeasureConfig(tokens=0)
 
 
 def test_sample_is_as_large_as_the_papers_where_it_fits(monkeypatch):
     sae, text = an_sae(KRON), a_text(2)
-    found = measure(sae, batches(text, 2), TOKENS, Settings(tokens=100))
+    found = measure(sae, batches(text, 2), TOKENS, MeasureConfig(tokens=100))
     assert found.post.sample.scores.shape == (24, 384)
     monkeypatch.setattr(gather_module, "SAMPLE_BYTES", 100_000)
-    found = measure(sae, batches(text, 2), TOKENS, Settings(tokens=100))
+    found = measure(sae, batches(text, 2), TOKENS, MeasureConfig(tokens=100))
     assert found.post.sample.scores.shape == (24, 100_000 // ((24 + 20) * 264))
 
 
@@ -341,13 +341,16 @@ def test_sample_is_uniform():
     count, events, size = 2000, 60, 12
     examples = Examples(count, size)
 
-    def window(chosen):
-        return np.zeros((len(chosen), WINDOW), np.int32), np.zeros((len(chosen), WINDOW))
+    text = IndexedText(np.zeros((1, events), np.int32), np.ones((1, events), bool))
+
+    def activations(latents, rows):
+        return np.zeros(rows.shape)
 
     for start in range(0, events, 20):
         places = np.repeat(np.arange(start, start + 20), count)
         latents = np.tile(np.arange(count), 20)
-        examples.add(latents, random_scores(0, latents, places), places, window)
+        scores = random_scores(0, latents, places)
+        examples.add(text, latents, places, scores, activations)
     assert (examples.places >= 0).all()
     kept = np.bincount(examples.places.ravel(), minlength=events)
     expected = count * size / events
@@ -362,8 +365,8 @@ def test_sample_of_dense_activations_is_uniform():
     dense[:4, 0] = 0
     kept = np.zeros(64)
     for seed in range(400):
-        gathered = gather_module._Gathered(2, 1, 1, 12, seed)
-        gathered.add_dense(gather_module._Text(ids, mask, 0), dense)
+        gathered = gather_module._Sums(2, 1, 1, 12, seed)
+        gathered.add_dense(gather_module.IndexedText(ids, mask, 0), dense)
         kept += np.bincount(gathered.sample.places[0], minlength=64)
     assert not kept[:4].any() and kept.sum() == 400 * 12
     expected = 400 * 12 / 60

@@ -1,4 +1,4 @@
-"""What `python -m kronsae.evaluate` shows: a table of runs, for people and machines, and pictures.
+"""Output of `python -m kronsae.evaluate`: a table of runs, for people and machines, and pictures.
 
 A document is what it writes as JSON: {"judged": [{"name", "kind", "dict_size", "k", "metrics",
 "densities", …}], …}; see `kronsae.evaluate.__main__`.
@@ -6,13 +6,13 @@ A document is what it writes as JSON: {"judged": [{"name", "kind", "dict_size", 
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
 
 from kronsae.metrics.figures import MEANING
 from kronsae.system import tables
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 Entry = Mapping[str, Any]
 """One judged SAE of a document."""
@@ -36,7 +36,7 @@ def _text(name: str, value: float | None) -> str:
 
 
 def facts(entry: Entry) -> list[str]:
-    """What an SAE is, a line each."""
+    """Kind, size and training of an SAE, a line each."""
     tokens = entry.get("trained_tokens")
     return [
         entry["kind"],
@@ -61,32 +61,28 @@ _COLUMNS = {
 """Figures of a table of several SAEs on a console, and their short names."""
 
 
-def console_table(judged: Sequence[Entry], width: int) -> "Table":
+def console_table(judged: Sequence[Entry], width: int) -> Table:
     """For a terminal: all figures of one SAE, or a row with the main ones for each of several."""
-    from rich.table import Table
-    from rich.text import Text
-
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
+    shown = rows(judged)
     if len(judged) == 1:
-        [entry] = judged
         table.show_header = False
-        shown = rows(judged)
-        for side, texts in (
-            ("left", [row[1] for row in shown]),
-            ("right", [row[2][0] for row in shown]),
-        ):
-            table.add_column(no_wrap=True, justify=side, min_width=max(map(len, texts)))
+        widest = [
+            max(map(len, texts)) for texts in zip(*((f[1], f[2][0]) for f in shown), strict=True)
+        ]
+        table.add_column(no_wrap=True, min_width=widest[0])
+        table.add_column(no_wrap=True, min_width=widest[1], justify="right")
         if width >= WIDE:
             table.add_column(style="dim", no_wrap=True, overflow="ellipsis")
         for name, label, [text] in shown:
             table.add_row(label, text, *([MEANING[name][1]] if width >= WIDE else []))
         return table
+    columns = {_COLUMNS[name]: texts for name, _, texts in shown if name in _COLUMNS}
     table.add_column("", overflow="fold")
-    shown = [(name, texts) for name, _, texts in rows(judged) if name in _COLUMNS]
-    for name, _ in shown:
-        table.add_column(_COLUMNS[name], justify="right")
-    for place, entry in enumerate(judged):
-        table.add_row(Text(entry["name"]), *(texts[place] for _, texts in shown))
+    for name in columns:
+        table.add_column(name, justify="right")
+    for entry, *texts in zip(judged, *columns.values(), strict=True):
+        table.add_row(Text(entry["name"]), *texts)
     return table
 
 
@@ -120,17 +116,14 @@ def draw(judged: Sequence[Entry], folder: Path) -> list[Path]:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    made = []
     with pyplot.rc_context({"axes.spines.top": False, "axes.spines.right": False}):
-        figure = _densities(judged)
-        made.append(folder / "densities.png")
-        figure.savefig(made[-1], dpi=110)
+        figures = {"densities.png": _densities(judged)}
         if len(judged) > 1:
-            figure = _tradeoff(judged)
-            made.append(folder / "tradeoff.png")
-            figure.savefig(made[-1], dpi=110)
+            figures["tradeoff.png"] = _tradeoff(judged)
+        for name, figure in figures.items():
+            figure.savefig(folder / name, dpi=110)
         pyplot.close("all")
-    return made
+    return [folder / name for name in figures]
 
 
 def _densities(judged: Sequence[Entry]) -> Any:
@@ -143,11 +136,13 @@ def _densities(judged: Sequence[Entry]) -> Any:
     )
     first = min(entry["densities"]["log10_edges"][0] for entry in judged)
     for axes, entry in zip(panels[:, 0], judged, strict=True):
-        found = entry["densities"]
-        edges, latents = found["log10_edges"], found["latents"]
+        densities = entry["densities"]
+        edges, latents = densities["log10_edges"], densities["latents"]
         width = edges[1] - edges[0]
         axes.bar(edges[:-1], latents, width=width, align="edge", color="#4477aa")
-        axes.bar(first - 4 * width, found["dead"], width=2 * width, align="edge", color="#bbbbbb")
+        axes.bar(
+            first - 4 * width, densities["dead"], width=2 * width, align="edge", color="#bbbbbb"
+        )
         axes.axvline(-1, color="#cc6677", linewidth=1, linestyle=":")
         axes.set_title(entry["name"], fontsize=9, loc="left")
         axes.set_ylabel("latents")
@@ -175,16 +170,16 @@ def _tradeoff(judged: Sequence[Entry]) -> Any:
     figure, panels = pyplot.subplots(
         1, len(shown), figsize=(3.6 * len(shown) + 1.8, 3.4), squeeze=False, layout="constrained"
     )
-    colours = pyplot.get_cmap("tab10").colors
+    colours = pyplot.rcParams["axes.prop_cycle"].by_key()["color"]
     for axes, (name, label) in zip(panels[0], shown, strict=True):
-        for place, entry in enumerate(judged):
-            figures = entry["metrics"]
-            if name in figures:
+        for number, entry in enumerate(judged):
+            metrics = entry["metrics"]
+            if name in metrics:
                 axes.plot(
-                    figures["l0"],
-                    figures[name],
-                    "osD^v"[place // len(colours) % 5],
-                    color=colours[place % len(colours)],
+                    metrics["l0"],
+                    metrics[name],
+                    "osD^v"[number // len(colours) % 5],
+                    color=colours[number % len(colours)],
                     label=entry["name"],
                 )
         axes.set_xscale("log", base=2)

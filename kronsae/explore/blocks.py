@@ -33,28 +33,10 @@ def encode(arrays: dict[str, np.ndarray]) -> str:
     return base64.b64encode(gzip.compress(raw, 6, mtime=0)).decode("ascii")
 
 
-def decode(block: str) -> dict[str, np.ndarray]:
-    """The arrays of a block."""
-    raw = gzip.decompress(base64.b64decode(block))
-    (length,) = struct.unpack_from("<I", raw)
-    start = 4 + length
-    arrays = {}
-    for name, dtype, shape, offset in json.loads(raw[4:start]):
-        count = int(np.prod(shape, dtype=np.int64))
-        kind = np.dtype(dtype).newbyteorder("<")
-        array = np.frombuffer(raw, kind, count, start + offset)
-        arrays[name] = array.reshape(shape).astype(dtype)
-    return arrays
-
-
 def encode_json(value: object) -> str:
     """gzip and base64 of a JSON value."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
     return base64.b64encode(gzip.compress(text, 6, mtime=0)).decode("ascii")
-
-
-def decode_json(block: str) -> object:
-    return json.loads(gzip.decompress(base64.b64decode(block)))
 
 
 def smallest(indices: np.ndarray) -> np.ndarray:

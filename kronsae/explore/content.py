@@ -246,7 +246,6 @@ def _facts(run: Path, sae: SAE, stored: Stored) -> dict[str, Any]:
         "target": data.get("target_hookpoint"),
         "dataset": stored.facts["text"]["dataset"],
         "tokens": properties.tokens,
-        "contexts": properties.contexts,
         "trained": settings["train"]["tokens"],
         "figures": [
             (label, figure_text(key, evaluation[key]), meaning)
@@ -260,5 +259,4 @@ def _facts(run: Path, sae: SAE, stored: Stored) -> dict[str, Any]:
         "summary": stored.facts["summary"],
         "exactEntropy": properties.exact_entropy,
         "logits": None if stored.logits is None else {"norm": stored.logits.norm},
-        "nearest": stored.nearest is not None,
     }

@@ -14,13 +14,11 @@ from torch import Tensor
 from kronsae.metrics.figures import FiringMetrics
 from kronsae.metrics.heldout import HeldoutText
 from kronsae.model.sae import SAE
+from kronsae.properties.examples import WINDOW
 from kronsae_kernels import SparseCodes
 
 CONTEXT = 256
 """Tokens of a context; longer ones are cut. [KronSAE, App. D]"""
-
-WINDOW = 31
-"""Tokens of an example, with the strongest in its middle. [KronSAE, App. D]"""
 
 BUFFER = 384
 """Examples that are kept of a latent, drawn from all by reservoir sampling. [KronSAE, App. D]"""

@@ -1,7 +1,7 @@
-"""What the latents of a run do on a text: frequency, entropy, examples, relations, geometry."""
+"""Properties of a run's latents on a text: frequency, entropy, examples, relations, geometry."""
 
 from kronsae.properties.examples import WINDOW, Examples
-from kronsae.properties.gather import Examined, Properties, Settings, measure
+from kronsae.properties.gather import Examined, MeasureConfig, Properties, measure
 from kronsae.properties.geometry import LogitEffects, Nearest, logit_effects, nearest_rows
 from kronsae.properties.store import FOLDER, Stored, load_properties, save_properties
 from kronsae.properties.summary import gates, summarise
@@ -12,9 +12,9 @@ __all__ = [
     "Examined",
     "Examples",
     "LogitEffects",
+    "MeasureConfig",
     "Nearest",
     "Properties",
-    "Settings",
     "Stored",
     "gates",
     "load_properties",

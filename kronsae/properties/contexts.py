@@ -4,21 +4,20 @@ Letters: t tokens, c contexts, L tokens a context, k active latents a token, F l
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from rich.console import Console
+from rich.text import Text
 from torch import Tensor
 
 from kronsae.data.token_text import token_texts
 from kronsae.errors import InputError
 from kronsae.metrics.heldout import BATCH_TOKENS, Heldout
 from kronsae.model.sae import SAE
+from kronsae.properties.examples import IndexedText
 from kronsae.properties.token_mass import entropy, rank
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.text import Text
 
 LEFT, RIGHT = 12, 4
 """Tokens of a window before and after the one where the latent fires most."""
@@ -39,7 +38,7 @@ class Window(NamedTuple):
     context: int
     """Row of `HeldoutText.contexts`."""
     position: int
-    """Of the token where the latent fires most, in its context."""
+    """Place in its context of the token where the latent fires most."""
     start: int
     """Position of the window's first token in its context."""
     activation: float
@@ -90,14 +89,14 @@ def top_contexts(
     read = heldout.text
     if read is None or not len(heldout.activations):
         return []
-    text = _Text(read.contexts.cpu().numpy(), *read.mask.cpu().numpy().nonzero())
+    text = IndexedText(read.contexts.cpu().numpy(), read.mask.cpu().numpy())
     keep = max(num_contexts, KEPT_CONTEXTS)
     counts, peaks = _scan(sae, heldout.activations, text, latents, keep)
     peaks = _without_repeats(peaks, text)
-    density = counts / len(text.context)
+    density = counts / len(text.tokens)
     if latents is None:
         latents = _choose(sae, peaks, density, text, num_latents, num_contexts)
-    found = []
+    chosen = []
     for latent in latents:
         strongest = np.flatnonzero(peaks.latents == latent)[:num_contexts]
         windows = tuple(
@@ -112,21 +111,10 @@ def top_contexts(
             head_densities = tuple(tuple(row) for row in grid)
         strength = windows[0].activation if windows else 0.0
         share = float(density[latent])
-        found.append(
+        chosen.append(
             LatentContexts(latent, head, base, extension, share, strength, windows, head_densities)
         )
-    return found
-
-
-class _Text(NamedTuple):
-    """The held-out text, and where in it each row of the activations [t, d] is."""
-
-    ids: np.ndarray
-    """[c, L]"""
-    context: np.ndarray
-    """[t]"""
-    position: np.ndarray
-    """[t]"""
+    return chosen
 
 
 class _Peaks(NamedTuple):
@@ -134,12 +122,12 @@ class _Peaks(NamedTuple):
 
     latents: np.ndarray
     rows: np.ndarray
-    """Of the activations [t, d]."""
+    """In the activations [t, d]."""
     values: np.ndarray
 
 
 def _scan(
-    sae: SAE, activations: Tensor, text: _Text, latents: Sequence[int] | None, keep: int
+    sae: SAE, activations: Tensor, text: IndexedText, latents: Sequence[int] | None, keep: int
 ) -> tuple[np.ndarray, _Peaks]:
     """How many tokens each latent fires on [F], and its peaks in its `keep` strongest contexts."""
     counts = np.zeros(sae.dict_size, dtype=np.int64)
@@ -163,7 +151,7 @@ def _fired(sae: SAE, x: Tensor) -> _Peaks:
     return _Peaks(*(part.cpu().numpy() for part in parts))
 
 
-def _strongest(peaks: _Peaks, text: _Text, keep: int) -> _Peaks:
+def _strongest(peaks: _Peaks, text: IndexedText, keep: int) -> _Peaks:
     """The best of each latent and context, then the `keep` best contexts of each latent.
 
     Sorting is stable: of equal values the one that came first, of equal contexts the lower.
@@ -176,7 +164,7 @@ def _strongest(peaks: _Peaks, text: _Text, keep: int) -> _Peaks:
     return _Peaks(*(part[order] for part in peaks))
 
 
-def _without_repeats(peaks: _Peaks, text: _Text) -> _Peaks:
+def _without_repeats(peaks: _Peaks, text: IndexedText) -> _Peaks:
     """peaks without those of a latent whose last SAME_TOKENS tokens a stronger one has too."""
     context = text.context[peaks.rows, None]
     position = text.position[peaks.rows, None] - np.arange(SAME_TOKENS)
@@ -191,8 +179,8 @@ def _without_repeats(peaks: _Peaks, text: _Text) -> _Peaks:
 def phrases(tokens: np.ndarray) -> np.ndarray:
     """A hash [...] uint64 of the tokens [..., s] of each phrase."""
     out = np.zeros(tokens.shape[:-1], dtype=np.uint64)
-    for place in range(tokens.shape[-1]):
-        out = out * np.uint64(0x9E3779B97F4A7C15) + tokens[..., place].astype(np.uint64)
+    for token in np.moveaxis(tokens, -1, 0):
+        out = out * np.uint64(0x9E3779B97F4A7C15) + token.astype(np.uint64)
     return out
 
 
@@ -200,7 +188,7 @@ def _choose(
     sae: SAE,
     peaks: _Peaks,
     density: np.ndarray,
-    text: _Text,
+    text: IndexedText,
     num_latents: int,
     num_contexts: int,
 ) -> list[int]:
@@ -216,7 +204,7 @@ def _choose(
     group = np.repeat(np.arange(len(alive)), contexts)
     mass = peaks.values.clip(min=np.finfo(float).tiny)
     context, position = text.context[peaks.rows], text.position[peaks.rows]
-    itself = text.ids[context, position]
+    itself = text.tokens[peaks.rows]
     before = np.where(position > 0, text.ids[context, position - 1], -1)
     spread = np.stack([_effective_number(tokens, group, mass) for tokens in (itself, before)])
     score = np.bincount(group, mass, len(alive)) / contexts / spread.min(0)
@@ -224,7 +212,7 @@ def _choose(
     about_before = spread[1] < spread[0]
     subject = np.where(about_before, before[first], itself[first])
     head = alive // (sae.config.m * sae.config.n or 1)
-    chosen: list[int] = []  # places in `alive`
+    chosen: list[int] = []  # indices of `alive`
     for turn in range(min(num_latents, len(alive))):
         left = ~np.isin(np.arange(len(alive)), chosen)
         fresh = usual & ~np.isin(head, head[chosen]) & ~np.isin(subject, subject[chosen])
@@ -244,18 +232,17 @@ def _effective_number(tokens: np.ndarray, group: np.ndarray, mass: np.ndarray) -
 
 
 def _window(
-    sae: SAE, activations: Tensor, text: _Text, latent: int, row: int, value: float
+    sae: SAE, activations: Tensor, text: IndexedText, latent: int, row: int, value: float
 ) -> Window:
     """The window around a row of the activations, whose few tokens are encoded once more."""
     context, position = int(text.context[row]), int(text.position[row])
     start, stop = max(0, position - LEFT), min(text.ids.shape[1], position + RIGHT + 1)
-    rows = np.arange(max(0, row - LEFT), min(len(text.context), row + RIGHT + 1))
-    places = text.position[rows]
-    rows = rows[(text.context[rows] == context) & (places >= start) & (places < stop)]
-    fired = _fired(sae, activations[rows[0] : rows[-1] + 1])
+    inside = text.row[context, start:stop]
+    inside = inside[inside >= 0]
+    fired = _fired(sae, activations[inside[0] : inside[-1] + 1])
     here = fired.latents == latent
     on_tokens = np.zeros(stop - start)
-    on_tokens[text.position[rows[fired.rows[here]]] - start] = fired.values[here]
+    on_tokens[text.position[inside[fired.rows[here]]] - start] = fired.values[here]
     on_tokens[position - start] = value
     return Window(
         context=context,
@@ -272,35 +259,33 @@ def short(value: float) -> str:
     return f"{value:#.3g}".rstrip(".")
 
 
-def title(found: LatentContexts) -> str:
-    """What a latent is: `latent 9 = head 1 (base 0 × extension 1) · fires on 0.4 % of tokens`."""
-    place = ""
-    if found.head is not None:
-        place = f" = head {found.head} (base {found.base} × extension {found.extension})"
-    if not found.windows:
-        return f"latent {found.latent}{place} · never fires on the held-out tokens"
-    return f"latent {found.latent}{place} · fires on {100 * found.density:.2g} % of tokens"
+def title(latent: LatentContexts) -> str:
+    """A line as `latent 9 = head 1 (base 0 × extension 1) · fires on 0.4 % of tokens`."""
+    name = f"latent {latent.latent}"
+    if latent.head is not None:
+        name += f" = head {latent.head} (base {latent.base} × extension {latent.extension})"
+    if not latent.windows:
+        return f"{name} · never fires on the held-out tokens"
+    return f"{name} · fires on {100 * latent.density:.2g} % of tokens"
 
 
 def render(
-    found: Sequence[LatentContexts], tokenizer: Any | None, console: "Console | None" = None
-) -> list["Text"]:
+    latents: Sequence[LatentContexts], tokenizer: Any | None, console: Console | None = None
+) -> list[Text]:
     """Lines to print: a title for each latent, a line for each context, cut to the console.
 
     The strongest tokens stand below each other: highlighted on a terminal, where the other tokens
     on which the latent fires are underlined; in «marks» elsewhere.
     """
-    from rich.text import Text
-
     styled = console is not None and console.is_terminal and not console.no_color
     marks = ("", "") if styled else ("«", "»")
     width = 100 if console is None else console.width
     room = max(20, width - 12)  # without the activation and the marks
-    parts = [[_split(window, tokenizer) for window in latent.windows] for latent in found]
+    parts = [[_split(window, tokenizer) for window in latent.windows] for latent in latents]
     lefts = [left.cell_len for of_latent in parts for left, _, _ in of_latent]
     column = min(room * 6 // 10, max(lefts, default=0))
     lines = []
-    for latent, of_latent in zip(found, parts, strict=True):
+    for latent, of_latent in zip(latents, parts, strict=True):
         lines.append(Text(title(latent), style="bold"))
         for window, (left, peak, right) in zip(latent.windows, of_latent, strict=True):
             left = _cut(left, column, from_left=True)
@@ -312,10 +297,8 @@ def render(
     return lines
 
 
-def _split(window: Window, tokenizer: Any | None) -> tuple["Text", "Text", "Text"]:
-    """What is before the strongest token, that token, and what is after it."""
-    from rich.text import Text
-
+def _split(window: Window, tokenizer: Any | None) -> tuple[Text, Text, Text]:
+    """The text before the strongest token, that token, and the text after it."""
     texts = token_texts(window.tokens, tokenizer, window.activations)
     styles = ["underline" if activation else "" for activation in window.activations]
     tokens = [Text(*token) for token in zip(texts, styles, strict=True)]
@@ -327,10 +310,8 @@ def _split(window: Window, tokenizer: Any | None) -> tuple["Text", "Text", "Text
     )
 
 
-def _cut(text: "Text", cells: int, from_left: bool = False) -> "Text":
+def _cut(text: Text, cells: int, from_left: bool = False) -> Text:
     """text, or as much of it as fits into `cells` of a terminal with an ellipsis."""
-    from rich.text import Text
-
     if text.cell_len <= cells:
         return text
     while text and text.cell_len >= cells:

@@ -42,9 +42,10 @@ def joined(parts: Sequence[SparseCodes]) -> SparseCodes:
     """Codes [t, k] of batches that need not have the same k."""
     width = max(part.values.shape[1] for part in parts)
     padded = [
-        [nn.functional.pad(each, (0, width - each.shape[1])) for each in part] for part in parts
+        [nn.functional.pad(entries, (0, width - entries.shape[1])) for entries in part]
+        for part in parts
     ]
-    return SparseCodes(*(torch.cat(each) for each in zip(*padded, strict=True)))
+    return SparseCodes(*map(torch.cat, zip(*padded, strict=True)))
 
 
 def mean_correlations(codes: SparseCodes, heads: int, size: int) -> Correlations:
@@ -58,8 +59,8 @@ def mean_correlations(codes: SparseCodes, heads: int, size: int) -> Correlations
     count = heads * size
     values, latents = codes.values.double(), codes.indices.long()
     sums, squares = (
-        torch.zeros(count, dtype=torch.float64).index_add_(0, latents.flatten(), each.flatten())
-        for each in (values, values.square())
+        torch.zeros(count, dtype=torch.float64).index_add_(0, latents.flatten(), terms.flatten())
+        for terms in (values, values.square())
     )
     variance = squares - sums.square() / tokens
     fires = variance > 1e-12 * squares  # rounding leaves less than that of a constant

@@ -1,6 +1,7 @@
 """Examples of where latents fire: the strongest, or a uniform sample, a fixed number of each.
 
-Letters: N latents, s examples of each, e events (a latent on a token), w tokens of a window.
+Letters: c contexts of L tokens, t tokens with activations, N latents, s examples of each, e events
+(a latent on a token), w tokens of a window.
 """
 
 from collections.abc import Callable
@@ -14,6 +15,38 @@ WINDOW = 31
 
 NO_TOKEN = -1
 """Where a window reaches beyond its context."""
+
+PARTS = ("scores", "places", "tokens", "values")
+"""Arrays of `Examples`, as they are stored."""
+
+
+class IndexedText:
+    """Contexts of token ids [c, L], and which of their tokens the rows [t] of activations are.
+
+    mask: [c, L] tokens that have a row.  first: number of the first context in the whole stream.
+    """
+
+    def __init__(self, ids: np.ndarray, mask: np.ndarray, first: int = 0) -> None:
+        self.ids, self.first = ids, first
+        self.context, self.position = mask.nonzero()
+        """[t] each: where a row is."""
+        self.tokens = ids[mask]
+        """[t]"""
+        self.row = np.full(ids.shape, -1)
+        """[c, L]; -1: a token without a row."""
+        self.row[mask] = np.arange(len(self.tokens))
+
+    def places(self, rows: np.ndarray) -> np.ndarray:
+        """Numbers of tokens in the whole stream."""
+        return (self.first + self.context[rows]) * self.ids.shape[1] + self.position[rows]
+
+    def windows(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens [e, WINDOW] around rows [e], and the rows of each of them (-1: none)."""
+        length = self.ids.shape[1]
+        position = self.position[rows, None] + np.arange(WINDOW) - WINDOW // 2
+        inside = (position >= 0) & (position < length)
+        at = self.context[rows, None], position.clip(0, length - 1)
+        return np.where(inside, self.ids[at], NO_TOKEN), np.where(inside, self.row[at], -1)
 
 
 class Examples:
@@ -36,19 +69,18 @@ class Examples:
 
     def add(
         self,
+        text: IndexedText,
         latents: np.ndarray,
+        rows: np.ndarray,
         scores: np.ndarray,
-        places: np.ndarray,
-        window: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]],
+        activations: Callable[[np.ndarray, np.ndarray], np.ndarray],
     ) -> None:
-        """Events [e], in the order of the stream; `window` gives tokens and values [f, w] of some.
+        """Events [e] on rows of a text, in the order of the stream.
 
-        window: called with the numbers [f] of the events that are kept.
+        activations: values [f, w] of latents [f] on rows [f, w] (-1: none), for those kept.
         """
         size = self.scores.shape[1]
-        if not size:
-            return
-        good = np.flatnonzero(scores > self.floor[latents])
+        good = np.flatnonzero(scores > self.floor[latents]) if size else ()
         if not len(good):
             return
         touched, of_event = np.unique(latents[good], return_inverse=True)
@@ -61,18 +93,18 @@ class Examples:
         new, gone = order[inside & (order >= kept)], order[~inside & (order < kept)]
         slots = touched[gone // size], gone % size
         events = good[new - kept]
-        self.scores[slots], self.places[slots] = scores[events], places[events]
-        self.tokens[slots], self.values[slots] = window(events)
+        self.scores[slots], self.places[slots] = scores[events], text.places(rows[events])
+        self.tokens[slots], window = text.windows(rows[events])
+        self.values[slots] = activations(latents[events], window)
         self.floor[touched] = self.scores[touched].min(1)
 
     def sort(self) -> "Examples":
-        """Put each latent's examples in order: highest score first, then the earlier; returns
-        itself."""
+        """Order each latent's examples, highest score first, then the earlier; returns itself."""
         order = np.lexsort((self.places, -self.scores))
-        for name in ("scores", "places", "tokens", "values"):
-            every = getattr(self, name)
-            at = order if every.ndim == 2 else order[..., None]
-            setattr(self, name, np.take_along_axis(every, at, 1))
+        for name in PARTS:
+            values = getattr(self, name)
+            at = order if values.ndim == 2 else order[..., None]
+            setattr(self, name, np.take_along_axis(values, at, 1))
         return self
 
 

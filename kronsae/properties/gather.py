@@ -1,4 +1,4 @@
-"""What latents and pre-latents do on a text, in one pass over it. [KronSAE, section 5.3, App. D]
+"""Properties of latents and pre-latents, in one pass over a text. [KronSAE, sec. 5.3, App. D]
 
 Letters: F latents, P = h (m + n) pre-latents, N either of them, b contexts of L tokens, t tokens
 that the mask keeps, d width, e events: a latent on a token where it fires, V tokens known.
@@ -9,7 +9,7 @@ Memory does not depend on the length of the text.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -20,7 +20,7 @@ from kronsae.config import setting
 from kronsae.errors import InputError
 from kronsae.model.sae import SAE
 from kronsae.properties.correlation import active_codes, joined, mean_correlations
-from kronsae.properties.examples import NO_TOKEN, WINDOW, Examples, random_scores
+from kronsae.properties.examples import WINDOW, Examples, IndexedText, random_scores
 from kronsae.properties.histogram import Histograms
 from kronsae.properties.token_mass import TokenMass, largest_shares
 from kronsae_kernels import SparseCodes
@@ -39,7 +39,7 @@ TOP_TOKENS = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class MeasureConfig:
     """How much of a text to read, and how much of it to keep."""
 
     tokens: int = setting(1_000_000, "tokens of text to read (embedded model: 200,000)")
@@ -61,7 +61,8 @@ class Settings:
                 raise InputError(f"{name}: expected >= 0, got {getattr(self, name)}")
 
 
-class Examined(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Examined:
     """Properties of N latents, or of N pre-latents."""
 
     count: np.ndarray
@@ -87,15 +88,15 @@ class Examined(NamedTuple):
 
 
 class Properties(NamedTuple):
-    """What `measure` finds."""
+    """Properties of all latents of an SAE on a text."""
 
     tokens: int
     """Read, of those that the mask keeps."""
     contexts: int
     post: Examined
-    """Of the F latents."""
+    """The F latents."""
     pre: Examined | None
-    """Of the P pre-latents, head by head: its m base, then its n extension; None: dense."""
+    """The P pre-latents, head by head: its m base, then its n extension; None: dense."""
     both: np.ndarray | None
     """[h, m, n] tokens on which a latent's base and extension both fire."""
     head_correlation: np.ndarray | None
@@ -111,7 +112,7 @@ def measure(
     sae: SAE,
     batches: Iterable[tuple[Tensor, Tensor, Tensor]],
     vocabulary: int,
-    settings: Settings,
+    settings: MeasureConfig,
     progress: Callable[[int], None] = lambda tokens: None,
 ) -> Properties:
     """Properties of an SAE of raw activations, over token ids [b, L], masks [b, L], rows [t, d].
@@ -122,59 +123,47 @@ def measure(
     Raises InputError if there is no text.
     """
     config = sae.config
-    kron = config.heads > 0
-    sample = settings.sample
-    pre_count = config.heads * (config.m + config.n) if kron else 0
-    if not sample:
-        one = (config.dict_size + pre_count) * (8 * WINDOW + 16)
-        sample = max(1, min(PAPER_SAMPLE, SAMPLE_BYTES // one))
-    post = _Gathered(config.dict_size, vocabulary, settings.top, sample, settings.seed)
-    pre = both = None
-    if kron:
-        pre = _Gathered(pre_count, vocabulary, settings.top, sample, settings.seed + 1)
-        both = torch.zeros(config.heads, config.m, config.n, dtype=torch.float64)
+    pre_count = config.heads * (config.m + config.n)
+    one = (config.dict_size + pre_count) * (8 * WINDOW + 16)  # bytes of an example of each
+    sample = settings.sample or max(1, min(PAPER_SAMPLE, SAMPLE_BYTES // one))
+    post = _Sums(config.dict_size, vocabulary, settings.top, sample, settings.seed)
+    pre = _Sums(pre_count, vocabulary, settings.top, sample, settings.seed + 1)
+    both = torch.zeros(config.heads, config.m, config.n, dtype=torch.float64)
     codes: list[SparseCodes] = []
     tokens = contexts = 0
-    for ids, mask, rows in _chunks(batches, pre_count):
-        ends = mask.sum(1).cumsum(0)
-        last = min(len(ids) - 1, int((ends < settings.tokens - tokens).sum()))
-        ids, mask, rows = ids[: last + 1], mask[: last + 1], rows[: ends[last]]
+    for ids, mask, rows in _read(batches, pre_count, settings.tokens):
+        text = IndexedText(ids.cpu().numpy(), mask.cpu().numpy(), contexts)
+        contexts += len(ids)
         if not len(rows):  # special tokens alone
-            contexts += len(ids)
             continue
         x = rows[:, : config.d_model].to(sae.W_dec)
-        text = _Text(ids.cpu().numpy(), mask.cpu().numpy(), contexts)
         part = active_codes(sae, x)
         if tokens < settings.correlation_tokens:
             codes.append(SparseCodes(part.values.float(), part.indices.int()))
         row, slot = part.values.nonzero(as_tuple=True)
         latents = part.indices[row, slot].numpy()
-        values = part.values[row, slot].double().numpy()
-        post.add(text, latents, row.numpy(), values)
-        if pre is not None:
+        post.add(text, latents, row.numpy(), part.values[row, slot].double().numpy())
+        if config.heads:
             dense = pre_latents(sae, x)
             pre.add_dense(text, dense.cpu().float().numpy())
             fires = (dense > 0).float().view(-1, config.heads, config.m + config.n)
             base, extension = fires.split([config.m, config.n], 2)
             both += torch.einsum("thi,thj->hij", base, extension).cpu()
-        tokens, contexts = tokens + len(x), contexts + len(ids)
+        tokens += len(x)
         progress(tokens)
-        if tokens >= settings.tokens:
-            break
     if not tokens:
         raise InputError("there is no text to read: no context of it is full")
-    head = others = None
-    if codes:
-        head, others = _correlations(sae, joined(codes))
+    head, others = _correlations(sae, joined(codes)) if codes else (None, None)
+    groups = {"post": post, "pre": pre} if config.heads else {"post": post}
     return Properties(
         tokens,
         contexts,
         post.result(),
-        pre and pre.result(),
-        None if both is None else both.long().numpy(),
+        pre.result() if config.heads else None,
+        both.long().numpy() if config.heads else None,
         head,
         others,
-        {name: each.mass.exact for name, each in (("post", post), ("pre", pre)) if each},
+        {name: group.mass.exact for name, group in groups.items()},
     )
 
 
@@ -187,48 +176,28 @@ def pre_latents(sae: SAE, x: Tensor) -> Tensor:
     return dense
 
 
-def _chunks(
-    batches: Iterable[tuple[Tensor, Tensor, Tensor]], width: int
-) -> Iterable[tuple[Tensor, Tensor, Tensor]]:
-    """The same text in chunks of few enough contexts; each has at least one."""
+def _read(
+    batches: Iterable[tuple[Tensor, Tensor, Tensor]], width: int, tokens: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """The text in chunks of whole contexts, until there are `tokens` tokens of it.
+
+    A chunk has at least one context, and few enough for activations of `width` pre-latents.
+    """
     for ids, mask, rows in batches:
         budget = min(CHUNK_TOKENS, CHUNK_SCORES // max(1, width))
         size = max(1, budget // ids.shape[1])
         parts = rows.split([int(part.sum()) for part in mask.split(size)])
-        yield from zip(ids.split(size), mask.split(size), parts, strict=True)
+        for some_ids, kept, x in zip(ids.split(size), mask.split(size), parts, strict=True):
+            ends = kept.sum(1).cumsum(0)
+            count = min(len(ends), int((ends < tokens).sum()) + 1)
+            x = x[: ends[count - 1]]
+            yield some_ids[:count], kept[:count], x
+            tokens -= len(x)
+            if tokens <= 0:
+                return
 
 
-class _Text:
-    """The contexts of a chunk, and where in them the rows of its activations are."""
-
-    def __init__(self, ids: np.ndarray, mask: np.ndarray, first: int) -> None:
-        self.ids = ids  # [b, L]
-        self.first = first  # number of its first context
-        self.context, self.position = mask.nonzero()  # [t] each
-        self.row = np.full(ids.shape, -1)  # [b, L]
-        self.row[self.context, self.position] = np.arange(len(self.context))
-        self.lengths = mask.sum(1)
-
-    @property
-    def tokens(self) -> np.ndarray:
-        """[t]"""
-        return self.ids[self.context, self.position]
-
-    def places(self, rows: np.ndarray) -> np.ndarray:
-        """Numbers of tokens in the whole stream."""
-        length = self.ids.shape[1]
-        return (self.first + self.context[rows]) * length + self.position[rows]
-
-    def windows(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens [e, WINDOW] around rows [e], and the rows of each of them (-1: none)."""
-        length = self.ids.shape[1]
-        position = self.position[rows, None] + np.arange(WINDOW) - WINDOW // 2
-        inside = (position >= 0) & (position < length)
-        at = self.context[rows, None], position.clip(0, length - 1)
-        return np.where(inside, self.ids[at], NO_TOKEN), np.where(inside, self.row[at], -1)
-
-
-class _Gathered:
+class _Sums:
     """Running sums of N latents."""
 
     def __init__(self, count: int, vocabulary: int, top: int, sample: int, seed: int) -> None:
@@ -241,60 +210,64 @@ class _Gathered:
         self.histograms = Histograms(count)
         self.top, self.sample = Examples(count, top), Examples(count, sample)
 
-    def add(self, text: _Text, latents: np.ndarray, rows: np.ndarray, values: np.ndarray) -> None:
+    def add(
+        self, text: IndexedText, latents: np.ndarray, rows: np.ndarray, values: np.ndarray
+    ) -> None:
         """Events [e], by row: few of the latents fire on each."""
-        size, contexts = len(self.count), len(text.ids)
+        size, contexts, tokens = len(self.count), len(text.ids), len(text.tokens)
         self.mass.add(latents, text.tokens[rows], values)
         self.count += np.bincount(latents, minlength=size)
         self.sum += np.bincount(latents, values, size)
         self.histograms.add(latents, values)
         pair = latents * contexts + text.context[rows]  # of a latent and a context
         fired = np.bincount(pair, minlength=size * contexts).reshape(size, contexts)
-        self._add_contexts(fired.T, text.lengths)
-        keys = latents * len(text.context) + rows
+        self._add_contexts(fired.T, np.bincount(text.context, minlength=contexts))
+        keys = latents * tokens + rows
         order = np.argsort(keys)
         sorted_keys, sorted_values = keys[order], values[order]
 
-        def value_of(of: np.ndarray, at: np.ndarray) -> np.ndarray:
-            wanted = of[:, None] * len(text.context) + at
-            found = np.searchsorted(sorted_keys, wanted).clip(max=len(keys) - 1)
-            return np.where((sorted_keys[found] == wanted) & (at >= 0), sorted_values[found], 0)
+        def activations(latents: np.ndarray, rows: np.ndarray) -> np.ndarray:
+            wanted = latents[:, None] * tokens + rows
+            at = np.searchsorted(sorted_keys, wanted).clip(max=len(keys) - 1)
+            return np.where((sorted_keys[at] == wanted) & (rows >= 0), sorted_values[at], 0)
 
         scores = random_scores(self.seed, latents, text.places(rows))
-        _keep(self.sample, text, latents, rows, scores, value_of)
+        self.sample.add(text, latents, rows, scores, activations)
         peak = np.full(size * contexts, -np.inf)
         np.maximum.at(peak, pair, values)
         highest = np.flatnonzero(values == peak[pair])
         _, first = np.unique(pair[highest], return_index=True)  # of equal ones the earliest
         best = np.sort(highest[first])
-        _keep(self.top, text, latents[best], rows[best], values[best], value_of)
+        self.top.add(text, latents[best], rows[best], values[best], activations)
 
-    def add_dense(self, text: _Text, dense: np.ndarray) -> None:
+    def add_dense(self, text: IndexedText, dense: np.ndarray) -> None:
         """Activations [t, N]; the same, where many fire on each token."""
         self.mass.add_dense(text.tokens, dense)
         fires = dense > 0
         self.count += fires.sum(0)
         self.sum += dense.sum(0, dtype=np.float64)
         self.histograms.add_dense(dense)
-        present, starts = np.unique(text.context, return_index=True)
+        _, starts = np.unique(text.context, return_index=True)
+        ends = np.append(starts[1:], len(dense))
         fired = np.add.reduceat(fires, starts, 0, dtype=np.int64)
-        self._add_contexts(fired, text.lengths[present])
+        self._add_contexts(fired, ends - starts)
 
-        def value_of(of: np.ndarray, at: np.ndarray) -> np.ndarray:
-            return np.where(at >= 0, dense[at, of[:, None]], 0)
+        def activations(latents: np.ndarray, rows: np.ndarray) -> np.ndarray:
+            return np.where(rows >= 0, dense[rows, latents[:, None]], 0)
 
         # One number a token serves all latents: it leaves each a uniform sample, and most rows out.
-        rows = np.arange(len(dense))
-        scores = random_scores(self.seed, np.zeros(1, np.int64), text.places(rows))
+        every = np.arange(len(dense))
+        scores = random_scores(self.seed, np.zeros(1, np.int64), text.places(every))
         some = np.flatnonzero(scores > self.sample.floor.min())
         row, latents = (fires[some] & (scores[some, None] > self.sample.floor)).nonzero()
-        _keep(self.sample, text, latents, some[row], scores[some[row]], value_of)
-        spans = zip(starts, np.append(starts[1:], len(dense)), strict=True)
+        rows = some[row]
+        self.sample.add(text, latents, rows, scores[rows], activations)
+        spans = zip(starts, ends, strict=True)
         best = np.stack([first + dense[first:end].argmax(0) for first, end in spans])  # [c, N]
         peak = np.take_along_axis(dense, best, 0)
         context, latents = ((peak > 0) & (peak > self.top.floor)).nonzero()
         rows = best[context, latents]
-        _keep(self.top, text, latents, rows, dense[rows, latents], value_of)
+        self.top.add(text, latents, rows, dense[rows, latents], activations)
 
     def _add_contexts(self, fired: np.ndarray, lengths: np.ndarray) -> None:
         """fired: [c, N] tokens of contexts of `lengths` [c] tokens on which each latent fires."""
@@ -319,33 +292,13 @@ class _Gathered:
         )
 
 
-def _keep(
-    examples: Examples,
-    text: _Text,
-    latents: np.ndarray,
-    rows: np.ndarray,
-    scores: np.ndarray,
-    value_of: Callable[[np.ndarray, np.ndarray], np.ndarray],
-) -> None:
-    """Add events [e], in the order of the stream, with their windows.
-
-    value_of: activations [f, w] of latents [f] on rows [f, w] (-1: none).
-    """
-
-    def window(events: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        tokens, at = text.windows(rows[events])
-        return tokens, value_of(latents[events], at)
-
-    examples.add(latents, scores, text.places(rows), window)
-
-
 def _tokens_of(top: Examples) -> tuple[np.ndarray, np.ndarray]:
     """The tokens of the strongest examples by their activation, where sums by token are unknown."""
     latents, slots = (top.places >= 0).nonzero()
     tokens = top.tokens[latents, slots, WINDOW // 2]
     pairs, of_example = np.unique(np.stack([latents, tokens]), axis=1, return_inverse=True)
     mass = np.bincount(of_example.ravel(), top.scores[latents, slots])
-    return largest_shares(*pairs, mass, len(top.places), TOP_TOKENS)
+    return largest_shares(pairs[0], pairs[1], mass, len(top.places), TOP_TOKENS)
 
 
 def _correlations(sae: SAE, codes: SparseCodes) -> tuple[np.ndarray | None, np.ndarray]:
@@ -353,8 +306,7 @@ def _correlations(sae: SAE, codes: SparseCodes) -> tuple[np.ndarray | None, np.n
     config = sae.config
     kron = config.heads > 0
     heads, size = (config.heads, config.m * config.n) if kron else (1, config.dict_size)
-    found = mean_correlations(codes, heads, size)
-    spread = [torch.full((config.dict_size,), torch.nan, dtype=torch.float64) for _ in range(2)]
-    for out, values in zip(spread, (found.head, found.others), strict=True):
-        out[found.latents] = values
-    return spread[0].numpy() if kron else None, spread[1].numpy()
+    means = mean_correlations(codes, heads, size)
+    of_all = torch.full((2, config.dict_size), torch.nan, dtype=torch.float64)
+    of_all[:, means.latents] = torch.stack([means.head, means.others])
+    return of_all[0].numpy() if kron else None, of_all[1].numpy()

@@ -38,13 +38,13 @@ def mean_cosines(w_dec: Tensor, heads: int, m: int, n: int) -> dict[str, float]:
     head = pairs(rows.sum((1, 2))) - itself
     everything = pairs(rows.sum((0, 1, 2))) - itself
     size = heads * m * n
-    found = {
+    sums = {
         "same_base": (base, size * (n - 1)),
         "same_extension": (extension, size * (m - 1)),
         "same_head": (head - base - extension, size * (m - 1) * (n - 1)),
         "other_head": (everything - head, size * (size - m * n)),
     }
-    return {name: total / count if count else torch.nan for name, (total, count) in found.items()}
+    return {name: total / count if count else torch.nan for name, (total, count) in sums.items()}
 
 
 class Nearest(NamedTuple):
@@ -72,14 +72,14 @@ def nearest_rows(w_dec: Tensor, size: int) -> Nearest | None:
     for start in range(0, count, step):
         cosines = rows[start : start + step] @ rows.T
         cosines[torch.arange(len(cosines)), torch.arange(start, start + len(cosines))] = -torch.inf
-        found = cosines.topk(size, 1)
-        parts.append((found.indices.cpu(), found.values.cpu()))
+        largest = cosines.topk(size, 1)
+        parts.append((largest.indices.cpu(), largest.values.cpu()))
     return Nearest(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 def kinship(nearest: Nearest, m: int, n: int) -> dict[str, float]:
-    """Of the nearest row of each latent, the shares that are in its head, and share its base or
-    its extension; and `by_chance`, the share of other rows that are in its head."""
+    """Shares of the nearest row of each latent that are in its head, and share its base or its
+    extension; and `by_chance`, the share of other rows that are in its head."""
     own, other = torch.arange(len(nearest.latents)), nearest.latents[:, 0]
     head = own // (m * n) == other // (m * n)
     base, extension = own // n == other // n, head & (own % n == other % n)
@@ -128,8 +128,8 @@ def logit_effects(sae: SAE, model: Any, size: int) -> LogitEffects | None:
         effects = part @ unembed.T
         highest, lowest = effects.topk(size, 1), effects.topk(size, 1, largest=False)
         parts.append([highest.indices, highest.values, lowest.indices, lowest.values])
-    columns = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
-    return LogitEffects(*columns, name)
+    raised, raised_by, lowered, lowered_by = map(torch.cat, zip(*parts, strict=True))
+    return LogitEffects(raised.cpu(), raised_by.cpu(), lowered.cpu(), lowered_by.cpu(), name)
 
 
 def _through_norm(model: Any, rows: Tensor) -> tuple[str, Tensor]:

@@ -2,17 +2,18 @@
 
 import argparse
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from kronsae.commandline import Parser, add_flag
 from kronsae.config import DataConfig
+from kronsae.data.activations import LanguageModelActivations
 from kronsae.errors import InputError
 from kronsae.interop.load import load
 from kronsae.metrics.target_model import data_of
 from kronsae.model.sae import SAE, WEIGHTS_NAME
-from kronsae.properties.gather import Settings, measure
+from kronsae.properties.gather import MeasureConfig, measure
 from kronsae.properties.geometry import kinship, logit_effects, mean_cosines, nearest_rows
 from kronsae.properties.store import FOLDER, Stored, load_properties, save_properties
 from kronsae.properties.summary import summarise
@@ -35,7 +36,7 @@ def examine(
 ) -> Stored:
     """Measure the properties of a run's latents and keep them in RUN/properties/.
 
-    given: settings of `measure` (`Settings`), by name.  text: fields of `DataConfig` that name
+    given: settings of `measure` (`MeasureConfig`), by name.  text: fields of `DataConfig` that name
     another text than the run's, or trust its model's code.  say: told what happens, line by line.
     Raises InputError if RUN is no finished run of a language model, or its model or text is gone.
     """
@@ -45,7 +46,8 @@ def examine(
 
     say(f"{run}: reading {settings.tokens:,} tokens of {data.dataset} with {data.model}")
     source = open_activations(data, batch_size=1, seed=settings.seed, device=device)
-    model = source.language_model
+    assert isinstance(source, LanguageModelActivations)  # `data_of` names a model and a text
+    model: Any = source.language_model.model
     said = 0
 
     def progress(tokens: int) -> None:
@@ -54,15 +56,16 @@ def examine(
             said = tokens * 10 // settings.tokens
             say(f"{tokens:,} tokens")
 
-    vocabulary = max(len(model.tokenizer), model.model.config.get_text_config().vocab_size)
-    found = measure(sae, source.text_in_order(), vocabulary, settings, progress)
+    vocabulary = max(
+        len(source.language_model.tokenizer), model.config.get_text_config().vocab_size
+    )
+    properties = measure(sae, source.text_in_order(), vocabulary, settings, progress)
     say("decoder rows: nearest ones, and effects on the next token")
-    nearest = nearest_rows(sae.W_dec.detach(), NEAREST)
-    summary = summarise(sae, found)
-    config = sae.config
+    rows, config = sae.W_dec.detach(), sae.config
+    nearest = nearest_rows(rows, NEAREST)
+    summary = summarise(sae, properties)
     if config.heads:
-        shape = config.heads, config.m, config.n
-        summary["cosines"] = _finite(mean_cosines(sae.W_dec.detach(), *shape))
+        summary["cosines"] = _finite(mean_cosines(rows, config.heads, config.m, config.n))
         if nearest is not None:
             summary["nearest"] = kinship(nearest, config.m, config.n)
     facts = {
@@ -71,7 +74,7 @@ def examine(
         "settings": dataclasses.asdict(settings),
         "summary": summary,
     }
-    stored = Stored(found, nearest, logit_effects(sae, model.model, EFFECTS), facts)
+    stored = Stored(properties, nearest, logit_effects(sae, model, EFFECTS), facts)
     save_properties(stored, run / FOLDER)
     return load_properties(run / FOLDER)
 
@@ -79,13 +82,13 @@ def examine(
 _TEXT = ("dataset", "dataset_config", "split", "text_column")
 
 
-def settings_of(data: DataConfig, given: dict[str, Any]) -> Settings:
+def settings_of(data: DataConfig, given: dict[str, Any]) -> MeasureConfig:
     """The settings that apply to a run on `data`."""
-    return Settings(**((EMBEDDED if data.model == "embedded" else {}) | given))
+    return MeasureConfig(**((EMBEDDED if data.model == "embedded" else {}) | given))
 
 
 def kept(run: Path, given: dict[str, Any], text: dict[str, Any]) -> Stored | None:
-    """What RUN/properties/ holds, if it is of this SAE and of these settings and this text."""
+    """The content of RUN/properties/, if it is of this SAE, these settings and this text."""
     if not (run / FOLDER).is_dir():
         return None
     stored = load_properties(run / FOLDER)
@@ -121,7 +124,7 @@ class PropertiesParser(Parser):
     def __init__(self, command: str, description: str, example: str) -> None:
         super().__init__(command, description, example, argument_default=argparse.SUPPRESS)
         self.add_argument("run", type=Path, metavar="RUN", help="run folder")
-        for spec in dataclasses.fields(Settings):
+        for spec in dataclasses.fields(MeasureConfig):
             add_flag(self, spec)
         for spec in dataclasses.fields(DataConfig):
             if spec.name in _TEXT:
@@ -136,11 +139,14 @@ class PropertiesParser(Parser):
     def read(self, argv: list[str]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         """Settings, text, and the other flags. Raises InputError for anything wrong."""
         flags = vars(self.parse(argv))
-        names = {spec.name for spec in dataclasses.fields(Settings)}
-        settings = {name: flags.pop(name) for name in names & flags.keys()}
-        names = (*_TEXT, "trust_remote_code")
-        text = {name: flags.pop(name) for name in names if name in flags}
-        return settings, text, flags
+        settings = [spec.name for spec in dataclasses.fields(MeasureConfig)]
+        text = [*_TEXT, "trust_remote_code"]
+        return _taken(flags, settings), _taken(flags, text), flags
+
+
+def _taken(flags: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
+    """Those of the flags that have one of the names, which are taken out."""
+    return {name: flags.pop(name) for name in names if name in flags}
 
 
 def say(line: str) -> None:

@@ -4,14 +4,17 @@ properties.safetensors   every array, by name: "post.count", "pre.top.tokens", "
 properties.json          the text, the settings, a summary, and the checksum of the former
 """
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from kronsae.errors import InputError
-from kronsae.properties.examples import Examples
+from kronsae.properties.examples import PARTS, Examples
 from kronsae.properties.gather import Examined, Properties
 from kronsae.properties.geometry import LogitEffects, Nearest
 from kronsae.system.files import replace_directory, sha256, write_json
@@ -35,18 +38,11 @@ def save_properties(stored: Stored, folder: Path) -> Path:
     """Write `folder`, replacing it at once. Raises InputError if it cannot be written."""
     from safetensors.numpy import save_file
 
-    found = stored.properties
+    properties = stored.properties
     arrays: dict[str, np.ndarray] = {}
-    for name in ("post", "pre"):
-        if getattr(found, name) is not None:
-            arrays |= _flattened(name, getattr(found, name))
-    for name in ("both", "head_correlation", "other_correlation"):
-        if getattr(found, name) is not None:
-            arrays[name] = getattr(found, name)
-    for name in ("nearest", "logits"):
-        part = getattr(stored, name)
-        fields = {} if part is None else part._asdict()
-        arrays |= {f"{name}.{k}": v.numpy() for k, v in fields.items() if k != "norm"}
+    for name in ("post", "pre", "both", "head_correlation", "other_correlation"):
+        arrays |= _arrays(name, getattr(properties, name))
+    arrays |= _arrays("nearest", stored.nearest) | _arrays("logits", stored.logits)
 
     def write(beside: Path) -> None:
         save_file({k: np.ascontiguousarray(v) for k, v in arrays.items()}, beside / _ARRAYS)
@@ -54,9 +50,9 @@ def save_properties(stored: Stored, folder: Path) -> Path:
             "format": "kronsae-properties",
             "format_version": FORMAT_VERSION,
             "sha256": sha256(beside / _ARRAYS),
-            "tokens": found.tokens,
-            "contexts": found.contexts,
-            "exact_entropy": found.exact_entropy,
+            "tokens": properties.tokens,
+            "contexts": properties.contexts,
+            "exact_entropy": properties.exact_entropy,
             "logits_norm": None if stored.logits is None else stored.logits.norm,
             **stored.facts,
         }
@@ -66,7 +62,10 @@ def save_properties(stored: Stored, folder: Path) -> Path:
 
 
 def load_properties(folder: Path) -> Stored:
-    """What `save_properties` wrote. Raises InputError if it is missing, damaged or another's."""
+    """Read what `save_properties` wrote.
+
+    Raises InputError if it is missing, damaged or of another format.
+    """
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
@@ -74,11 +73,9 @@ def load_properties(folder: Path) -> Stored:
         document = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{folder / _FACTS} cannot be read: {error}") from error
-    kind = (
-        (document.get("format"), document.get("format_version"))
-        if isinstance(document, dict)
-        else None
-    )
+    kind = None
+    if isinstance(document, dict):
+        kind = document.get("format"), document.get("format_version")
     if kind != ("kronsae-properties", FORMAT_VERSION):
         raise InputError(
             f"{folder / _FACTS}: expected format 'kronsae-properties', version {FORMAT_VERSION}, "
@@ -94,52 +91,52 @@ def load_properties(folder: Path) -> Stored:
     properties = Properties(
         document["tokens"],
         document["contexts"],
-        _unflattened("post", arrays),
-        _unflattened("pre", arrays) if "pre.count" in arrays else None,
+        _examined("post", arrays),
+        _examined("pre", arrays) if "pre.count" in arrays else None,
         arrays.get("both"),
         arrays.get("head_correlation"),
         arrays.get("other_correlation"),
         document["exact_entropy"],
     )
-    nearest, logits = (
-        _tensors(name, kind, arrays)
-        for name, kind in (("nearest", Nearest), ("logits", LogitEffects))
-    )
-    if logits is not None:
-        logits = LogitEffects(*logits, document["logits_norm"])
-    return Stored(properties, nearest and Nearest(*nearest), logits, document)
+    nearest, logits = None, None
+    if "nearest.latents" in arrays:
+        nearest = Nearest(**_tensors("nearest", arrays))
+    if "logits.raised" in arrays:
+        logits = LogitEffects(**_tensors("logits", arrays), norm=document["logits_norm"])
+    return Stored(properties, nearest, logits, document)
 
 
-_EXAMPLES = ("scores", "places", "tokens", "values")
+def _arrays(name: str, value: Any) -> dict[str, np.ndarray]:
+    """The arrays inside a value, by their names joined with dots."""
+    if isinstance(value, np.ndarray | Tensor):
+        return {name: np.asarray(value)}
+    if isinstance(value, Examples):
+        return {f"{name}.{part}": getattr(value, part) for part in PARTS}
+    if isinstance(value, Nearest | LogitEffects):
+        value = value._asdict()
+    fields = vars(value) if isinstance(value, Examined) else value
+    if not isinstance(fields, dict):  # None, or the name of a norm
+        return {}
+    return {k: v for field in fields for k, v in _arrays(f"{name}.{field}", fields[field]).items()}
 
 
-def _flattened(name: str, examined: Examined) -> dict[str, np.ndarray]:
-    out = {}
-    for key, value in examined._asdict().items():
-        if isinstance(value, Examples):
-            out |= {f"{name}.{key}.{part}": getattr(value, part) for part in _EXAMPLES}
-        else:
-            out[f"{name}.{key}"] = value
-    return out
-
-
-def _unflattened(name: str, arrays: dict[str, np.ndarray]) -> Examined:
+def _examined(name: str, arrays: dict[str, np.ndarray]) -> Examined:
     fields: dict[str, Any] = {}
-    for key in Examined._fields:
-        if f"{name}.{key}" in arrays:
-            fields[key] = arrays[f"{name}.{key}"]
+    for spec in dataclasses.fields(Examined):
+        key = f"{name}.{spec.name}"
+        if key in arrays:
+            fields[spec.name] = arrays[key]
             continue
-        examples = Examples(0, 0)
-        for part in _EXAMPLES:
-            setattr(examples, part, arrays[f"{name}.{key}.{part}"])
-        fields[key] = examples
+        fields[spec.name] = examples = Examples(0, 0)
+        for part in PARTS:
+            setattr(examples, part, arrays[f"{key}.{part}"])
     return Examined(**fields)
 
 
-def _tensors(name: str, kind: Any, arrays: dict[str, np.ndarray]) -> list[Any] | None:
-    import torch
-
-    fields = [f"{name}.{key}" for key in kind._fields if key != "norm"]
-    if fields[0] not in arrays:
-        return None
-    return [torch.from_numpy(arrays[field]) for field in fields]
+def _tensors(name: str, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+    prefix = f"{name}."
+    return {
+        key.removeprefix(prefix): torch.from_numpy(array)
+        for key, array in arrays.items()
+        if key.startswith(prefix)
+    }

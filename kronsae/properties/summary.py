@@ -1,9 +1,11 @@
-"""What the properties of all latents come to: medians, relations to parents, use of heads."""
+"""Summary of the properties of all latents: medians, relations to parents, use of heads."""
 
+import math
 from typing import Any
 
 import numpy as np
 
+from kronsae.metrics.figures import spearman
 from kronsae.model.sae import SAE
 from kronsae.properties.gather import Examined, Properties
 from kronsae.properties.token_mass import entropy
@@ -23,7 +25,7 @@ def of_each(examined: Examined, tokens: int) -> dict[str, np.ndarray]:
     return {name: np.where(fires, value, np.nan) for name, value in values.items()}
 
 
-def summarise(sae: SAE, found: Properties) -> dict[str, Any]:
+def summarise(sae: SAE, properties: Properties) -> dict[str, Any]:
     """JSON-able figures of a run's properties.
 
     groups: quartiles of each property over the latents that fire, for "latent", "base" and
@@ -33,30 +35,26 @@ def summarise(sae: SAE, found: Properties) -> dict[str, Any]:
     gate: see `gates`.  use: effective numbers (exp of the entropy of the shares of all activity) of
         heads, and of bases and extensions within a head.
     """
-    groups = {"latent": of_each(found.post, found.tokens)}
-    if found.pre is not None:
-        parts = split(sae, of_each(found.pre, found.tokens))
-        groups |= {name: {k: v.ravel() for k, v in part.items()} for name, part in parts.items()}
-    out: dict[str, Any] = {
-        "groups": {name: _quartiles(group) for name, group in groups.items()},
-        "correlation": {
-            name: _mean(values)
-            for name, values in (
-                ("head", found.head_correlation),
-                ("others", found.other_correlation),
-            )
-            if values is not None
-        },
+    tokens, pre = properties.tokens, properties.pre
+    groups = {"latent": of_each(properties.post, tokens)}
+    correlations = {
+        "head": properties.head_correlation,
+        "others": properties.other_correlation,
     }
-    if found.pre is not None:
+    out: dict[str, Any] = {
+        "correlation": {k: _mean(v) for k, v in correlations.items() if v is not None}
+    }
+    if pre is not None:
+        parts = split(sae, of_each(pre, tokens))
+        groups |= {name: {k: v.ravel() for k, v in part.items()} for name, part in parts.items()}
         out["parents"] = _parents(sae, groups["latent"], parts)
-        out["gate"] = _gate(sae, found)
-        out["use"] = _use(sae, found.post.count)
-    return out
+        out["gate"] = _gate(sae, properties)
+        out["use"] = _use(sae, properties.post.count)
+    return {"groups": {name: _quartiles(group) for name, group in groups.items()}, **out}
 
 
 def split(sae: SAE, values: dict[str, np.ndarray]) -> dict[str, dict[str, np.ndarray]]:
-    """Of values of all pre-latents [P], those of the "base" [h, m] and "extension" [h, n]."""
+    """Values of all pre-latents [P] as those of the "base" [h, m] and "extension" [h, n]."""
     config = sae.config
     shaped = {k: v.reshape(config.heads, config.m + config.n) for k, v in values.items()}
     return {
@@ -65,7 +63,7 @@ def split(sae: SAE, values: dict[str, np.ndarray]) -> dict[str, dict[str, np.nda
     }
 
 
-def gates(sae: SAE, found: Properties) -> dict[str, np.ndarray]:
+def gates(sae: SAE, properties: Properties) -> dict[str, np.ndarray]:
     """How base and extension decide on each latent, [h, m, n] each, as shares of all tokens.
 
     both: both fire.  base_blocks: the extension fires and the base is 0.  extension_blocks: the
@@ -73,23 +71,26 @@ def gates(sae: SAE, found: Properties) -> dict[str, np.ndarray]:
     The gate of a latent is the factor that blocks more often.
     """
     config = sae.config
-    parts = split(sae, {"count": found.pre.count})
+    pre, both, tokens = properties.pre, properties.both, properties.tokens
+    if pre is None or both is None:
+        raise ValueError("a dense encoder has no bases and extensions")
+    parts = split(sae, {"count": pre.count})
     base, extension = parts["base"]["count"], parts["extension"]["count"]
     shape = config.heads, config.m, config.n
     return {
-        "both": found.both / found.tokens,
-        "base_blocks": (extension[:, None, :] - found.both) / found.tokens,
-        "extension_blocks": (base[:, :, None] - found.both) / found.tokens,
-        "selected": found.post.count.reshape(shape) / found.both.clip(min=1),
+        "both": both / tokens,
+        "base_blocks": (extension[:, None, :] - both) / tokens,
+        "extension_blocks": (base[:, :, None] - both) / tokens,
+        "selected": properties.post.count.reshape(shape) / both.clip(min=1),
     }
 
 
-def _gate(sae: SAE, found: Properties) -> dict[str, float]:
-    each = gates(sae, found)
-    fires = found.post.count.reshape(found.both.shape) > 0
-    gate = each["base_blocks"][fires] > each["extension_blocks"][fires]
-    medians = {name: _median(values[fires]) for name, values in each.items()}
-    return {"base_decides": _mean(gate), **medians}
+def _gate(sae: SAE, properties: Properties) -> dict[str, float | None]:
+    shares = gates(sae, properties)
+    fires = properties.post.count.reshape(shares["both"].shape) > 0
+    base_decides = shares["base_blocks"][fires] > shares["extension_blocks"][fires]
+    medians = {name: _median(values[fires]) for name, values in shares.items()}
+    return {"base_decides": _mean(base_decides), **medians}
 
 
 def _parents(
@@ -107,7 +108,7 @@ def _parents(
     return out
 
 
-def _use(sae: SAE, count: np.ndarray) -> dict[str, float]:
+def _use(sae: SAE, count: np.ndarray) -> dict[str, float | None]:
     config = sae.config
     grid = count.reshape(config.heads, config.m, config.n)
     of_head = grid.sum((1, 2))
@@ -130,15 +131,8 @@ def effective_number(counts: np.ndarray) -> np.ndarray:
 def rank_correlation(x: np.ndarray, y: np.ndarray) -> float | None:
     """Spearman's correlation over the entries where both are numbers; None if it has none."""
     good = np.isfinite(x) & np.isfinite(y)
-    x, y = _ranks(x[good]), _ranks(y[good])
-    spread = np.sqrt(x.var() * y.var()) if len(x) else 0.0
-    return float(((x - x.mean()) * (y - y.mean())).mean() / spread) if spread > 0 else None
-
-
-def _ranks(x: np.ndarray) -> np.ndarray:
-    """Places of values in their order; equal ones share the mean of theirs."""
-    _, of_entry, counts = np.unique(x, return_inverse=True, return_counts=True)
-    return (counts.cumsum() - (counts - 1) / 2)[of_entry]
+    correlation = spearman(x[good].tolist(), y[good].tolist())
+    return correlation if math.isfinite(correlation) else None
 
 
 def _quartiles(group: dict[str, np.ndarray]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ PAIRS = 2**24
 """Pairs of a latent and a token that are kept where there is no table (256 MiB)."""
 
 REGISTERS = 512
-"""Of the sketch, for each latent; its error is sqrt(3 / REGISTERS) = 0.077 nats."""
+"""Registers of the sketch of a latent; its error is sqrt(3 / REGISTERS) = 0.077 nats."""
 
 
 class TokenMass:
@@ -29,7 +29,7 @@ class TokenMass:
         table = count * vocabulary <= TABLE_ENTRIES
         self.table = np.zeros((vocabulary, count)) if table else None
         self.pairs = np.zeros(0, np.int64)  # latent * V + token, ascending
-        self.mass = np.zeros(0)
+        self.mass: np.ndarray = np.zeros(0)
         self.waiting: list[tuple[np.ndarray, np.ndarray]] = []
         self.sketch: Sketch | None = None
 
@@ -79,7 +79,7 @@ class TokenMass:
 
         nan for a latent without mass. [KronSAE, App. D]
         """
-        if not self.exact:
+        if not self.exact and self.sketch is not None:
             return self.sketch.entropy()
         latents, _, mass = self._entries()
         some = np.bincount(latents, minlength=self.count) > 0
@@ -111,13 +111,13 @@ def largest_shares(
     latents, tokens, mass: [e], each pair once. -1 and 0 where there are fewer tokens.
     """
     order = np.lexsort((-mass, latents))
-    place = rank(latents[order])
-    order, place = order[place < size], place[place < size]
+    ranks = rank(latents[order])
+    order, ranks = order[ranks < size], ranks[ranks < size]
     total = np.bincount(latents, mass, count)
-    found, shares = np.full((count, size), -1), np.zeros((count, size))
-    found[latents[order], place] = tokens[order]
-    shares[latents[order], place] = mass[order] / total[latents[order]]
-    return found, shares
+    largest, shares = np.full((count, size), -1), np.zeros((count, size))
+    largest[latents[order], ranks] = tokens[order]
+    shares[latents[order], ranks] = mass[order] / total[latents[order]]
+    return largest, shares
 
 
 def entropy(groups: np.ndarray, mass: np.ndarray, count: int) -> np.ndarray:
