@@ -3,33 +3,40 @@
 import dataclasses
 import json
 import math
-from types import SimpleNamespace
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pytest
 import torch
 
+from kronsae.config import SAEConfig, TrainConfig, setting
 from kronsae.data import TensorActivations
 from kronsae.errors import InputError
-from kronsae.experiments import NAMES, common
-from kronsae.experiments.__main__ import load, main
+from kronsae.experiments.__main__ import main
+from kronsae.experiments.activations import collect
+from kronsae.experiments.convergence import difference
+from kronsae.experiments.experiment import EXPERIMENTS, Experiment, axis
+from kronsae.experiments.grid import missing_cells, run_grid
+from kronsae.experiments.report import TUNING_SEED, grouped
+from kronsae.experiments.training import TrainingExperiment
+from kronsae.experiments.variants import sae_config, with_dense_forms
 from kronsae_kernels import SparseCodes
 
 pytest.importorskip("matplotlib")
 pytest.importorskip("scipy")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EXPERIMENTS)
 def test_smallest_form(name, tmp_path, capsys):
     """Every cell is run; the JSON says with what; a second call runs nothing again."""
     arguments = [name, "--smallest", "--out", str(tmp_path)]
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     document = json.loads((tmp_path / f"{name}.json").read_text())
-    experiment = load(name)
-    settings = experiment.Settings(**experiment.SMALLEST)
-    cells = experiment.cells(settings, document["runs"])
+    kind = EXPERIMENTS[name]
+    cells = kind(**kind.smallest).cells(document["runs"])
     assert len(document["runs"]) == len(cells) >= 2
-    assert not common.missing_cells(cells, document["runs"])
+    assert not missing_cells(cells, document["runs"])
     assert f"[{len(cells)}/{len(cells)}]" in printed
     assert {run["seed"] for run in document["runs"]} == {0, 1}
     assert all(name in run["command"] for run in document["runs"])
@@ -44,57 +51,56 @@ def test_smallest_form(name, tmp_path, capsys):
     assert json.loads((tmp_path / f"{name}.json").read_text())["runs"] == before
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", EXPERIMENTS)
 def test_paper_form_is_a_matter_of_settings(name):
-    experiment = load(name)
-    assert experiment.cells(experiment.Settings(**experiment.PAPER), [])
+    kind = EXPERIMENTS[name]
+    assert kind(**kind.paper).cells([])
 
 
 # The grid
 
 
+@dataclass(frozen=True)
+class Squares(Experiment):
+    """Squares numbers, and remembers which; it stops at the number `ill`."""
+
+    figure = "none"
+    statement = "Squares grow."
+    seen: ClassVar[list[int]]
+    ill: ClassVar[int | None]
+
+    numbers: tuple[int, ...] = axis((1, 2, 3), "to square")
+    scale: int = setting(1, "factor")
+
+    def cells(self, runs):
+        return [{"number": number} for number in self.numbers]
+
+    def run(self, shared, cell):
+        if cell["number"] == self.ill:
+            raise KeyboardInterrupt
+        self.seen.append(cell["number"])
+        return {"square": self.scale * cell["number"] ** 2}
+
+    def conclude(self, runs):
+        return "", str(sorted(run["square"] for run in runs))
+
+    def draw(self, runs, path):
+        pass
+
+
 @pytest.fixture
 def squares():
-    """An experiment that squares numbers, and remembers which; it stops at the number `ill`."""
-
-    @dataclasses.dataclass(frozen=True)
-    class Settings:
-        numbers: tuple[int, ...] = common.axis((1, 2, 3), "to square")
-        scale: int = common.setting(1, "factor")
-        device: str = common.setting("cpu", "device")
-
-    def run(settings, prepared, cell):
-        if cell["number"] == experiment.ill:
-            raise common.Stopped(2)
-        experiment.seen.append(cell["number"])
-        return {"square": settings.scale * cell["number"] ** 2}
-
-    experiment = SimpleNamespace(
-        __name__="kronsae.experiments.squares",
-        FIGURE="none",
-        STATEMENT="Squares grow.",
-        Settings=Settings,
-        seen=[],
-        ill=None,
-        cells=lambda settings, runs: [{"number": number} for number in settings.numbers],
-        prepare=lambda settings: None,
-        run=run,
-        conclude=lambda settings, runs: common.Conclusion(
-            "", str(sorted(run["square"] for run in runs))
-        ),
-        draw=lambda settings, runs, path: None,
-    )
-    return experiment
+    Squares.seen, Squares.ill = [], None
+    return Squares
 
 
 def run(experiment, folder, **settings):
-    settings = experiment.Settings(**settings)
-    return common.run_grid(experiment, settings, folder, "a command", lambda *_: None)
+    return run_grid("squares", experiment(**settings), folder, "a command", lambda *_: None)
 
 
 def test_half_done_grid_goes_on(squares, tmp_path):
     squares.ill = 3
-    with pytest.raises(common.Stopped):
+    with pytest.raises(KeyboardInterrupt):
         run(squares, tmp_path)
     assert squares.seen == [1, 2]
     squares.ill = None
@@ -124,32 +130,39 @@ def test_a_foreign_file_is_left_alone(squares, tmp_path):
     assert (tmp_path / "squares.json").read_text() == "[]"
 
 
+@dataclass(frozen=True)
+class Rows(TrainingExperiment):
+    """Trains nothing."""
+
+    variants: tuple[str, ...] = axis(("a", "b"), "SAEs")
+
+    def rows(self):
+        return [{"variant": variant} for variant in self.variants]
+
+
 def test_learning_rates_are_chosen_on_a_seed_of_their_own():
-    settings = common.TrainingSettings(learning_rates=(0.1, 0.2), seeds=2)
-    rows = [{"variant": "a"}, {"variant": "b"}]
-    trials = common.tuned_cells(rows, settings, [])
+    experiment = Rows(learning_rates=(0.1, 0.2), seeds=2)
+    trials = experiment.cells([])
     assert [(cell["variant"], cell["lr"]) for cell in trials] == [
         (variant, lr) for variant in "ab" for lr in (0.1, 0.2)
     ]
-    assert {cell["seed"] for cell in trials} == {common.TUNING_SEED}
+    assert {cell["seed"] for cell in trials} == {TUNING_SEED}
     values = {("a", 0.1): 0.5, ("a", 0.2): 0.6, ("b", 0.1): 0.9, ("b", 0.2): 0.8}
     runs = [{**cell, "explained_variance": values[cell["variant"], cell["lr"]]} for cell in trials]
-    chosen = [cell for cell in common.tuned_cells(rows, settings, runs) if cell not in trials]
+    chosen = [cell for cell in experiment.cells(runs) if cell not in trials]
     assert [(cell["variant"], cell["lr"], cell["seed"]) for cell in chosen] == [
         ("a", 0.2, 0), ("a", 0.2, 1), ("b", 0.1, 0), ("b", 0.1, 1)
     ]  # fmt: skip
-    assert common.reported(runs) == []
-    one = common.TrainingSettings(learning_rates=(0.1,), seeds=1)
-    assert common.tuned_cells(rows[:1], one, []) == [{"variant": "a", "lr": 0.1, "seed": 0}]
+    assert grouped(runs, "variant") == {}
+    one = Rows(variants=("a",), learning_rates=(0.1,), seeds=1)
+    assert one.cells([]) == [{"variant": "a", "lr": 0.1, "seed": 0}]
 
 
 def test_activations_that_do_not_fit_are_streamed():
     """The same tokens, held or streamed."""
-    settings = common.TrainingSettings(
-        buffer_tokens=1024, heldout_tokens=512, batch_size=256, memory_gib=1.0
-    )
-    held = common.Activations(settings).hold(1024)
-    streamed = common.Activations(dataclasses.replace(settings, memory_gib=0.0)).hold(1024)
+    experiment = Rows(buffer_tokens=1024, heldout_tokens=512, batch_size=256, memory_gib=1.0)
+    held = experiment.activations().hold(1024)
+    streamed = dataclasses.replace(experiment, memory_gib=0.0).activations().hold(1024)
     assert streamed.x is None
     assert torch.equal(streamed.heldout, held.heldout)
     batches = iter(streamed.training(512, seed=0))
@@ -159,7 +172,7 @@ def test_activations_that_do_not_fit_are_streamed():
 def test_too_little_text_is_an_error():
     batches = TensorActivations(torch.randn(10, 4), batch_size=4, epochs=1)
     with pytest.raises(InputError, match="10 tokens to train on, of 11"):
-        common.collect(batches, 11)
+        collect(batches, 11)
 
 
 # The command line
@@ -168,7 +181,7 @@ def test_too_little_text_is_an_error():
 @pytest.mark.parametrize(
     ("argv", "words"),
     [
-        (["toys"], "no experiment 'toys'"),
+        (["toys"], "experiment: one of ('toy', 'correlation',"),
         (["toy", "--token", "3"], "did you mean --tokens?"),
         (["toy", "--seeds", "few"], "--seeds"),
         (["heads", "--smallest", "--paper"], "not allowed with"),
@@ -183,7 +196,7 @@ def test_wrong_command(argv, words, capsys):
 def test_overview_lists_all(capsys):
     assert main(["--help"]) == 0
     printed = capsys.readouterr().out
-    assert all(f"  {name} " in printed for name in NAMES)
+    assert all(f"  {name} " in printed for name in EXPERIMENTS)
 
 
 @pytest.mark.parametrize(
@@ -198,7 +211,7 @@ def test_overview_lists_all(capsys):
     ],
 )
 def test_variants(variant, expected):
-    found = common.sae_config(variant, dict_size=64, k=4)
+    found = sae_config(variant, dict_size=64, k=4)
     assert (found.encoder, found.heads, found.m, found.n, found.composition) == expected
 
 
@@ -214,14 +227,14 @@ def test_variants(variant, expected):
 def test_families(family, expected):
     """The Kron form of a family differs from its dense form in the encoder alone."""
     for variant in (family, f"{family}-m1n4"):
-        found = common.sae_config(variant, dict_size=64, k=4)
+        found = sae_config(variant, dict_size=64, k=4)
         assert (found.selection, found.objective, found.experts) == expected
         assert (found.encoder == "dense") == (variant == family)
 
 
 def test_kron_forms_stand_behind_their_dense_forms():
     variants = ("topk", "m2n4", "switch-m2n4", "h8m2n4-mul", "switch-m4n4")
-    assert common.with_dense_forms(variants) == (
+    assert with_dense_forms(variants) == (
         "topk", "m2n4", "switch", "switch-m2n4", "h8m2n4-mul", "switch-m4n4"
     )  # fmt: skip
 
@@ -232,7 +245,7 @@ def test_kron_forms_stand_behind_their_dense_forms():
 )
 def test_wrong_variants(variant):
     with pytest.raises(InputError):
-        common.sae_config(variant, dict_size=64, k=4)
+        sae_config(variant, dict_size=64, k=4)
 
 
 # Formulas
@@ -303,7 +316,6 @@ def test_samples_have_so_many_active_features():
 
 def test_the_control_is_where_training_starts():
     """`initial` has the decoder that a training of that seed begins with."""
-    from kronsae import SAEConfig, TrainConfig
     from kronsae.experiments.toy import initial
     from kronsae.training.learner import Learner
 
@@ -314,7 +326,6 @@ def test_the_control_is_where_training_starts():
 
 def test_untied_training_starts_elsewhere():
     """Without a step the decoder is neither the tied one nor of rows alike."""
-    from kronsae import SAEConfig, TrainConfig
     from kronsae.experiments.toy import initial, train_untied
 
     config = SAEConfig(d_model=64, heads=2, m=2, n=4, k=3)
@@ -347,7 +358,7 @@ def test_mean_correlations_equal_the_whole_matrix():
 
 def test_jumprelu_is_not_chosen_for_more_latents():
     """More latents explain more: rates that meet their L0 go first, then who is nearest to it."""
-    from kronsae.experiments.jumprelu import merit
+    merit = EXPERIMENTS["jumprelu"]().merit
 
     def ranked(*runs):
         runs = [{"k": 100, "l0": l0, "explained_variance": ev} for l0, ev in runs]
@@ -390,17 +401,19 @@ def test_equal_flops():
     ],
 )
 def test_arms_are_settings_of_the_trainer(arm, words):
-    experiment = load("convergence")
+    kind = EXPERIMENTS["convergence"]
     with pytest.raises(InputError, match=words):
-        experiment.cells(experiment.Settings(**experiment.SMALLEST | {"arms": (arm,)}), [])
+        kind(**kind.smallest | {"arms": (arm,)}).cells([])
 
 
 def test_a_dense_encoder_has_no_gate_to_change():
-    experiment = load("convergence")
-    settings = experiment.Settings(**experiment.SMALLEST)
-    assert experiment.arms_of(settings, "m2n4") == ["recipe", "adam_beta2=0.95", "eps=1e-5"]
-    assert experiment.arms_of(settings, "topk") == ["recipe", "adam_beta2=0.95"]
-    assert "eps=1e-5" in experiment.arms_of(settings, "m8n16")
-    sae, recipe = experiment.configured(settings, "m2n4", "eps=1e-5")
-    assert sae.eps == 1e-5 and not recipe
-    assert experiment.configured(settings, "topk", "adam_beta2=0.95")[1] == {"adam_beta2": 0.95}
+    kind = EXPERIMENTS["convergence"]
+    experiment = kind(**kind.smallest | {"variants": ("m2n4", "topk", "m4n8")})
+    arms = {}
+    for row in experiment.rows():
+        arms.setdefault(row["variant"], []).append(row["arm"])
+    assert arms["m2n4"] == arms["m4n8"] == ["recipe", "adam_beta2=0.95", "eps=1e-5"]
+    assert arms["topk"] == ["recipe", "adam_beta2=0.95"]
+    config = experiment.sae({"variant": "m2n4", "arm": "eps=1e-5", "dict_size": 128})
+    assert config.eps == 1e-5 != SAEConfig(dict_size=128).eps
+    assert difference("adam_beta2=0.95") == {TrainConfig: {"adam_beta2": 0.95}}

@@ -2,13 +2,10 @@
 
 import argparse
 import dataclasses
-import importlib
 import shlex
 import sys
 import textwrap
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 from kronsae.commandline import (
     Parser,
@@ -20,35 +17,30 @@ from kronsae.commandline import (
     stopped,
 )
 from kronsae.errors import InputError
-from kronsae.experiments import NAMES
-from kronsae.experiments.common import Run, Stopped, require, run_grid
-
-
-def load(name: str) -> ModuleType:
-    """The module of an experiment."""
-    return importlib.import_module(f"kronsae.experiments.{name}")
+from kronsae.experiments.experiment import EXPERIMENTS, Experiment, Run, require
+from kronsae.experiments.grid import run_grid
 
 
 def overview() -> str:
     """What each experiment checks."""
     lines = [
         textwrap.fill(
-            f"[{load(name).FIGURE}] {load(name).STATEMENT}",
+            f"[{experiment.figure}] {experiment.statement}",
             width=80,
             initial_indent=f"  {name:13}",
             subsequent_indent=" " * 15,
         )
-        for name in NAMES
+        for name, experiment in EXPERIMENTS.items()
     ]
     return "experiments:\n" + "\n".join(lines)
 
 
 def make_parser(name: str) -> Parser:
-    """Flags of one experiment: one a field of its Settings, and those of all."""
-    experiment = load(name)
+    """Flags of one experiment: one a setting, and those of all."""
+    experiment = EXPERIMENTS[name]
     parser = Parser(
         f"experiments {name}",
-        f"[KronSAE, {experiment.FIGURE}] {experiment.STATEMENT}",
+        f"[KronSAE, {experiment.figure}] {experiment.statement}",
         f"kronsae experiments {name} --smallest",
         argument_default=argparse.SUPPRESS,
     )
@@ -58,25 +50,24 @@ def make_parser(name: str) -> Parser:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--smallest", action="store_true", help="a form that takes seconds")
     size.add_argument("--paper", action="store_true", help="the paper's model, layer and tokens")
-    for spec in dataclasses.fields(experiment.Settings):
+    for spec in dataclasses.fields(experiment):
         add_flag(parser, spec)
     return parser
 
 
-def parse(name: str, argv: list[str]) -> tuple[Any, Path]:
-    """Settings and folder. Raises InputError for anything wrong."""
-    experiment = load(name)
-    found = make_parser(name).parse(argv)
+def parse(name: str, argv: list[str]) -> tuple[Experiment, Path]:
+    """The experiment by its flags, and its folder. Raises InputError for anything wrong."""
+    kind = EXPERIMENTS[name]
     flags = {
-        name: tuple(value) if isinstance(value, list) else value
-        for name, value in vars(found).items()
+        flag: tuple(value) if isinstance(value, list) else value
+        for flag, value in vars(make_parser(name).parse(argv)).items()
     }
-    out = flags.pop("out", None)
-    size = "smallest" if flags.pop("smallest", False) else ""
-    size = "paper" if flags.pop("paper", False) else size
-    preset = {"": {}, "smallest": experiment.SMALLEST, "paper": experiment.PAPER}[size]
-    default = Path("runs/experiments") / (f"{name}-{size}" if size else name)
-    return experiment.Settings(**(preset | flags)), out or default
+    folder, preset = name, {}
+    for size in ("smallest", "paper"):
+        if flags.pop(size, False):
+            folder, preset = f"{name}-{size}", getattr(kind, size)
+    out = flags.pop("out", Path("runs/experiments") / folder)
+    return kind(**{**preset, **flags}), out
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -95,19 +86,14 @@ def main(argv: list[str] | None = None) -> int:
         return 0 if argv else 2
     try:
         name, *rest = load_plugins(argv)
-        if name not in NAMES:
-            raise InputError(f"no experiment {name!r}: expected one of {', '.join(NAMES)}")
-        settings, out = parse(name, rest)
+        experiment, out = parse(name, rest)
         require("matplotlib")
         command = shlex.join(["python", "-m", "kronsae.experiments", *argv])
         with stoppable():
-            run_grid(load(name), settings, out, command, show)
+            run_grid(name, experiment, out, command, show)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except Stopped as stop:
-        print(f"{stop}: the same command goes on from here", file=sys.stderr)
-        return 128 + stop.number
     except (KeyboardInterrupt, Terminated) as error:
         print(f"{stopped(error)}: the same command goes on from here", file=sys.stderr)
         return 128 + signal_of(error)

@@ -7,42 +7,81 @@ tried at every rate, over dictionary sizes and budgets. [KronSAE, App. A.1]
 
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from kronsae.config import SAEConfig, TrainConfig, base_type
 from kronsae.errors import InputError
-from kronsae.experiments.common import (
-    QWEN,
-    SMALLEST_TRAINING,
-    Activations,
-    Conclusion,
-    Run,
+from kronsae.experiments.activations import Activations
+from kronsae.experiments.experiment import EXPERIMENTS, Run, axis
+from kronsae.experiments.report import (
+    Across,
     Spread,
-    TrainingSettings,
-    axis,
-    dense_form,
+    by_column,
+    curves,
     explained,
+    grouped,
     markdown,
-    panels,
-    quality,
-    reported,
-    sae_config,
-    save,
-    train,
-    tuned_cells,
+    picture,
 )
-
-FIGURE = "App. A.1"
-STATEMENT = "Whether another recipe than the paper's explains more for the same cost."
+from kronsae.experiments.training import QWEN, SMALLEST, TrainingExperiment, product, quality
+from kronsae.experiments.variants import dense_form, sae_config
 
 RECIPE = "recipe"
 """The arm in which nothing differs."""
 
+POINT = ("dict_size", "tokens")
+"""What tells apart the points at which all rates are tried."""
 
+FIELDS = {
+    spec.name: (kind, spec)
+    for kind in (SAEConfig, TrainConfig)
+    for spec in dataclasses.fields(kind)
+    if base_type(spec)[0] is not bool
+}
+"""Settings that an arm may name, with the config that has them."""
+
+
+def difference(arm: str) -> dict[type, dict[str, Any]]:
+    """By config, the setting that an arm changes and its value.
+
+    Raises InputError for what is none.
+    """
+    if arm == RECIPE:
+        return {}
+    name, _, text = arm.partition("=")
+    if name not in FIELDS or not text:
+        raise InputError(f"arms: expected NAME=VALUE of a setting of the trainer, got {arm!r}")
+    config, spec = FIELDS[name]
+    kind, _ = base_type(spec)
+    try:
+        return {config: {name: kind(text)}}
+    except ValueError:
+        raise InputError(f"arms: {name} expects {kind.__name__}, got {text!r}") from None
+
+
+@EXPERIMENTS.register("convergence")
 @dataclasses.dataclass(frozen=True)
-class Settings(TrainingSettings):
+class Convergence(TrainingExperiment):
+    figure = "App. A.1"
+    statement = "Whether another recipe than the paper's explains more for the same cost."
+    smallest = SMALLEST | {
+        "arms": ("adam_beta2=0.95", "eps=1e-5"),
+        "tokens": 1024,
+        "dict_size": 128,
+        "rates": (8e-3, 1.6e-2),
+        "rate_dict_sizes": (128,),
+        "rate_tokens": (1024,),
+    }
+    paper = QWEN | {
+        "tokens": 125_000_000,
+        "dict_size": 32768,
+        "rates": (2e-4, 4e-4, 8e-4, 1.6e-3),
+        "rate_dict_sizes": (32768, 65536, 131072),
+        "rate_tokens": (125_000_000, 500_000_000),
+    }
+
     arms: tuple[str, ...] = axis(
         (
             *("adam_beta2=0.99", "adam_beta2=0.95", "init_scale=2", "init_scale=4", "eps=1e-5"),
@@ -64,197 +103,108 @@ class Settings(TrainingSettings):
     rate_tokens: tuple[int, ...] = axis((100_000, 400_000), "budgets for these, in tokens")
     rate_seeds: int = axis(1, "trainings at each of these rates")
 
+    def rows(self) -> list[dict[str, Any]]:
+        """Each arm on the variants that have its setting: a dense encoder has no gate, `eps`."""
+        size = {"dict_size": self.dict_size, "tokens": self.tokens}
+        return [
+            row
+            for row in product(variant=self.variants, arm=(RECIPE, *self.arms), **size)
+            if not row["arm"].startswith("eps=") or row["variant"] != dense_form(row["variant"])
+        ]
 
-SMALLEST = SMALLEST_TRAINING | {
-    "arms": ("adam_beta2=0.95", "eps=1e-5"),
-    "tokens": 1024,
-    "dict_size": 128,
-    "rates": (8e-3, 1.6e-2),
-    "rate_dict_sizes": (128,),
-    "rate_tokens": (1024,),
-}
-PAPER = QWEN | {
-    "tokens": 125_000_000,
-    "dict_size": 32768,
-    "rates": (2e-4, 4e-4, 8e-4, 1.6e-3),
-    "rate_dict_sizes": (32768, 65536, 131072),
-    "rate_tokens": (125_000_000, 500_000_000),
-}
+    def cells(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
+        for arm in self.arms:  # what is no setting is said before anything runs
+            TrainConfig(**difference(arm).get(TrainConfig, {}))
+        for row in self.rows():
+            self.sae(row)
+        return super().cells(runs) + product(
+            rates_of=self.variants[:1],
+            dict_size=self.rate_dict_sizes,
+            tokens=self.rate_tokens,
+            lr=self.rates,
+            seed=range(self.rate_seeds),
+        )
 
+    def prepare(self) -> Activations:
+        return self.activations().hold(max(self.tokens, *self.rate_tokens))
 
-def difference(arm: str) -> tuple[str, Any]:
-    """Name and value of the setting that an arm changes. Raises InputError for what is none."""
-    name, _, text = arm.partition("=")
-    fields = {spec.name: spec for kind in (SAEConfig, TrainConfig) for spec in _fields(kind)}
-    if name not in fields or not text:
-        raise InputError(f"arms: expected NAME=VALUE of a setting of the trainer, got {arm!r}")
-    kind, _ = base_type(fields[name])
-    try:
-        return name, kind(text)
-    except ValueError:
-        raise InputError(f"arms: {name} expects {kind.__name__}, got {text!r}") from None
+    def sae(self, cell: dict[str, Any]) -> SAEConfig:
+        sae = sae_config(self.variant(cell), cell["dict_size"], self.k)
+        return dataclasses.replace(sae, **difference(cell.get("arm", RECIPE)).get(SAEConfig, {}))
 
+    def variant(self, cell: dict[str, Any]) -> str:
+        return cell.get("rates_of") or cell["variant"]
 
-def _fields(kind: type) -> Iterable[dataclasses.Field]:
-    """Settings of one type that an arm may name: those that are no boolean."""
-    return (spec for spec in dataclasses.fields(kind) if base_type(spec)[0] is not bool)
+    def run(self, shared: Activations, cell: dict[str, Any]) -> dict[str, Any]:
+        recipe = difference(cell.get("arm", RECIPE)).get(TrainConfig, {})
+        return quality(self.train(self.sae(cell), shared, cell, **recipe))
 
+    def conclude(self, runs: Sequence[Run]) -> tuple[str, str]:
+        found = explained(runs, "arm", "variant")
+        dead = explained(runs, "arm", "variant", figure="dead_share")
+        lr = {key: of_row[0]["lr"] for key, of_row in grouped(runs, "arm", "variant").items()}
+        lines = []
+        for arm in (RECIPE, *self.arms):
+            line: list[Any] = [arm]
+            for key in ((arm, variant) for variant in self.variants):
+                figures = (found[key], f"{lr[key]:g}", f"{dead[key].mean:.2f}") if key in lr else ""
+                line += figures or ["", "", ""]
+            lines.append(line)
+        header = ["", *(f"{v}{part}" for v in self.variants for part in ("", ": lr", ": dead"))]
+        rate_header = ["F", "tokens", *(f"lr {rate:g}" for rate in self.rates)]
+        _, rates = by_column(explained(runs, "rates_of", *POINT, "lr"), ["F", "tokens"], "lr")
+        rates = [row for _, *row in rates]
+        table = (
+            f"{markdown(header, lines)}\n\n{self.variants[0]} by the recipe at each rate:\n\n"
+            f"{markdown(rate_header, rates)}"
+        )
+        most = [self.most(found, variant) for variant in self.variants]
+        best = [
+            f"{max(zip(evs, self.rates, strict=True))[1]:g} at F = {size:,}, {tokens:,} tokens"
+            for size, tokens, *evs in rates
+        ]
+        line = f"Most above the recipe: {'; '.join(most)}. Best rate: {'; '.join(best)}."
+        return table, line
 
-def configured(settings: Settings, variant: str, arm: str) -> tuple[SAEConfig, dict[str, Any]]:
-    """The SAE of a variant under an arm, and the settings of its training that differ."""
-    sae = sae_config(variant, settings.dict_size, settings.k)
-    if arm == RECIPE:
-        return sae, {}
-    name, value = difference(arm)
-    if name in {spec.name for spec in _fields(SAEConfig)}:
-        return dataclasses.replace(sae, **{name: value}), {}
-    return sae, {name: value}
-
-
-def has(settings: Settings, variant: str, arm: str) -> bool:
-    """Whether a variant has the setting of an arm: a dense encoder has no gate."""
-    return difference(arm)[0] != "eps" or variant != dense_form(variant)
-
-
-def arms_of(settings: Settings, variant: str) -> list[str]:
-    return [RECIPE, *(arm for arm in settings.arms if has(settings, variant, arm))]
-
-
-def cells(settings: Settings, runs: Sequence[Run]) -> list[dict[str, Any]]:
-    rows = [
-        {
-            "arm": arm,
-            "variant": variant,
-            "dict_size": settings.dict_size,
-            "tokens": settings.tokens,
-        }
-        for variant in settings.variants
-        for arm in arms_of(settings, variant)
-    ]
-    for row in rows:  # what cannot be configured is said before anything runs
-        TrainConfig(**configured(settings, row["variant"], row["arm"])[1])
-    return tuned_cells(rows, settings, runs) + [
-        {"rates_of": settings.variants[0], **point, "lr": lr, "seed": seed}
-        for point in points(settings)
-        for lr in settings.rates
-        for seed in range(settings.rate_seeds)
-    ]
-
-
-def points(settings: Settings) -> list[dict[str, int]]:
-    """Where all rates are tried."""
-    return [
-        {"dict_size": size, "tokens": tokens}
-        for size in settings.rate_dict_sizes
-        for tokens in settings.rate_tokens
-    ]
-
-
-def prepare(settings: Settings) -> Activations:
-    return Activations(settings).hold(max(settings.tokens, *settings.rate_tokens))
-
-
-def run(settings: Settings, activations: Activations, cell: dict[str, Any]) -> dict[str, Any]:
-    if "arm" in cell:
-        sae, recipe = configured(settings, cell["variant"], cell["arm"])
-    else:
-        sae, recipe = sae_config(cell["rates_of"], cell["dict_size"], settings.k), {}
-    return quality(train(sae, activations, settings, cell, **recipe))
-
-
-def conclude(settings: Settings, runs: Sequence[Run]) -> Conclusion:
-    found = gains(settings, runs)
-    lines = []
-    for arm in (RECIPE, *settings.arms):
-        cells = []
-        for variant in settings.variants:
-            if arm not in arms_of(settings, variant):
-                cells += ["", "", ""]
-                continue
-            of_arm = reported(runs, arm=arm, variant=variant)
-            dead = Spread.of(run["dead_share"] for run in of_arm)
-            cells += [explained(of_arm), f"{of_arm[0]['lr']:g}", f"{dead.mean:.2f}"]
-        lines.append([arm, *cells])
-    header = ["", *(f"{v}{part}" for v in settings.variants for part in ("", ": lr", ": dead"))]
-    arms = markdown(header, lines)
-    rates = markdown(
-        ["F", "tokens", *(f"lr {rate:g}" for rate in settings.rates)],
-        [
-            [f"{point['dict_size']:,}", f"{point['tokens']:,}"]
-            + [explained(runs, **point, **_rate(settings, rate)) for rate in settings.rates]
-            for point in points(settings)
-        ],
-    )
-    table = f"{arms}\n\n{settings.variants[0]} by the recipe at each rate:\n\n{rates}"
-    line = "Most above the recipe: " + "; ".join(
-        f"{variant} by {arm} ({gain:+.4f}; the recipe's own spread is {spread:.4f})"
-        for variant, (arm, gain, spread) in found.items()
-    )
-    best = [
-        f"{max(settings.rates, key=lambda lr: explained(runs, **at, **_rate(settings, lr)).mean):g}"
-        f" at F = {at['dict_size']:,}, {at['tokens']:,} tokens"
-        for at in points(settings)
-    ]
-    return Conclusion(table, f"{line}. Best rate: {'; '.join(best)}.")
-
-
-def _rate(settings: Settings, rate: float) -> dict[str, Any]:
-    """What cells of one rate have in common."""
-    return {"rates_of": settings.variants[0], "lr": rate}
-
-
-def gains(settings: Settings, runs: Sequence[Run]) -> dict[str, tuple[str, float, float]]:
-    """Of each variant its best arm, that arm's gain over the recipe, and the recipe's spread."""
-    found = {}
-    for variant in settings.variants:
-        recipe = explained(runs, arm=RECIPE, variant=variant)
+    def most(self, found: dict[tuple, Spread], variant: str) -> str:
+        """The arm that explains most with a variant, and what it gains over the recipe."""
+        recipe = found[RECIPE, variant]
         gain = {
-            arm: explained(runs, arm=arm, variant=variant).mean - recipe.mean
-            for arm in arms_of(settings, variant)[1:]
+            arm: ev.mean - recipe.mean
+            for (arm, of), ev in found.items()
+            if of == variant and arm != RECIPE
         }
-        best = max(gain, key=gain.get)
+        best = max(gain, key=gain.__getitem__)
         spread = 0.0 if math.isnan(recipe.deviation) else recipe.deviation
-        found[variant] = (best, gain[best], spread)
-    return found
+        return f"{variant} by {best} ({gain[best]:+.4f}; the recipe's own spread is {spread:.4f})"
 
-
-def draw(settings: Settings, runs: Sequence[Run], path: Path) -> None:
-    """Left: what each arm explains above the recipe. Right: the recipe at each rate."""
-    figure, ((left, right),) = panels(1, 2, (12.5, 4.2))
-    names = [RECIPE, *settings.arms]
-    for offset, variant in enumerate(settings.variants):
-        recipe = explained(runs, arm=RECIPE, variant=variant).mean
-        arms = arms_of(settings, variant)
-        found = [explained(runs, arm=arm, variant=variant) for arm in arms]
-        left.errorbar(
-            [each.mean - recipe for each in found],
-            [names.index(arm) + 0.2 * offset for arm in arms],
-            xerr=[each.deviation for each in found],
-            fmt="o",
-            capsize=3,
-            label=variant,
-        )
-    left.axvline(0, color="0.8", zorder=0)
-    left.set_yticks(range(len(names)), names)
-    left.invert_yaxis()
-    left.set_xlabel("explained variance above the recipe's")
-    left.set_title(f"F = {settings.dict_size:,}, {settings.tokens:,} tokens")
-    left.legend(frameon=False)
-    for point in points(settings):
-        size = settings.rate_dict_sizes.index(point["dict_size"])
-        budget = settings.rate_tokens.index(point["tokens"])
-        right.plot(
-            settings.rates,
-            [explained(runs, **point, **_rate(settings, rate)).mean for rate in settings.rates],
-            color=f"C{size}",
-            marker="os^v"[budget % 4],
-            linestyle=("--", "-", ":", "-.")[budget % 4],
-            label=f"F = {point['dict_size']:,}, {point['tokens']:,} tokens",
-        )
-    right.set_xscale("log")
-    right.set_xticks(settings.rates, [f"{rate:g}" for rate in settings.rates])
-    right.minorticks_off()
-    right.set_xlabel("learning rate")
-    right.set_title(f"{settings.variants[0]} by the recipe")
-    right.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
-    save(figure, path)
+    def draw(self, runs: Sequence[Run], path: Path) -> None:
+        """Left: what each arm explains above the recipe. Right: the recipe at each rate."""
+        arms, rate = [RECIPE, *self.arms], Across("lr", "learning rate", log=10)
+        found = explained(runs, "arm", "variant")
+        with picture(path, 2, (7, 4.2)) as (left, right):
+            for (arm, variant), ev in found.items():
+                offset = self.variants.index(variant)
+                left.errorbar(
+                    ev.mean - found[RECIPE, variant].mean,
+                    arms.index(arm) + 0.2 * offset,
+                    xerr=ev.deviation,
+                    fmt="o",
+                    capsize=3,
+                    color=f"C{offset}",
+                    label=variant if arm == RECIPE else None,
+                )
+            left.axvline(0, color="0.8", zorder=0)
+            left.set_yticks(range(len(arms)), arms)
+            left.invert_yaxis()
+            left.set_xlabel("explained variance above the recipe's")
+            left.set_title(f"F = {self.dict_size:,}, {self.tokens:,} tokens")
+            for (_, size, tokens), group in grouped(runs, "rates_of", *POINT).items():
+                budget = self.rate_tokens.index(tokens) % 4
+                style = {
+                    "color": f"C{self.rate_dict_sizes.index(size)}",
+                    "fmt": "os^v"[budget] + ("--", "-", ":", "-.")[budget],
+                    "label": f"F = {size:,}, {tokens:,} tokens",
+                }
+                curves(right, group, "tokens", rate, style=lambda _, given=style: given)
+            right.set_title(f"{self.variants[0]} by the recipe")

@@ -6,8 +6,8 @@ its head, on average, and with all others; in a trained KronSAE and in one of un
 out.
 """
 
-import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,71 +15,15 @@ import torch
 from torch import Tensor
 
 from kronsae.config import SAEConfig
-from kronsae.experiments.common import (
-    QWEN,
-    SMALLEST_TRAINING,
-    Activations,
-    Conclusion,
-    Run,
-    Spread,
-    TrainingSettings,
-    axis,
-    markdown,
-    panels,
-    quality,
-    reported,
-    sae_config,
-    save,
-    train,
-    tuned_cells,
-)
+from kronsae.experiments.activations import Activations
+from kronsae.experiments.experiment import EXPERIMENTS, Run, axis
+from kronsae.experiments.report import Spread, grouped, markdown, picture
+from kronsae.experiments.training import QWEN, SMALLEST, TrainingExperiment, product, quality
 from kronsae.model.normalizer import Normalizer
 from kronsae.model.sae import SAE
 from kronsae.properties.correlation import Correlations, correlations_of
 
-FIGURE = "section 5.2, Fig. 6"
-STATEMENT = (
-    "How latents correlate within their head and with all others, in a trained KronSAE and in a "
-    "random one."
-)
-
 BINS, LOWEST, HIGHEST = 60, -0.05, 0.25
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings(TrainingSettings):
-    tokens: int = axis(400_000, "tokens of a training")
-    dict_size: int = axis(4096, "dictionary size F")
-    shapes: tuple[str, ...] = axis(("m2n4", "m4n4", "m4n8"), "shapes of the heads")
-    learning_rates: tuple[float, ...] = axis((1.6e-2,), "rates to choose from")
-
-
-SMALLEST = SMALLEST_TRAINING | {"tokens": 2048, "dict_size": 128, "shapes": ("m2n4",)}
-PAPER = QWEN | {"tokens": 125_000_000, "dict_size": 32768}
-
-
-def cells(settings: Settings, runs: Sequence[Run]) -> list[dict[str, Any]]:
-    rows = [
-        {"dict_size": settings.dict_size, "shape": shape, "tokens": settings.tokens}
-        for shape in settings.shapes
-    ]
-    return tuned_cells(rows, settings, runs)
-
-
-def prepare(settings: Settings) -> Activations:
-    return Activations(settings).hold(settings.tokens)
-
-
-def run(settings: Settings, activations: Activations, cell: dict[str, Any]) -> dict[str, Any]:
-    config = sae_config(cell["shape"], cell["dict_size"], settings.k)
-    result = train(config, activations, settings, cell)
-    random = uniform_sae(result.sae.config, activations.heldout, cell["seed"])
-    random = random.to(result.sae.W_dec.device)
-    return {
-        **quality(result),
-        "trained": summary(correlations_of(result.sae, activations.heldout)),
-        "random": summary(correlations_of(random, activations.heldout)),
-    }
 
 
 @torch.no_grad()
@@ -104,43 +48,71 @@ def summary(found: Correlations) -> dict[str, Any]:
     }
 
 
-def figures(runs: Sequence[Run], shape: str) -> dict[tuple[str, str], Spread]:
-    """Mean correlations over the seeds, by weights and group of latents."""
-    of_shape = reported(runs, shape=shape)
-    return {
-        (weights, group): Spread.of(run[weights][group] for run in of_shape)
-        for weights in ("trained", "random")
-        for group in ("head", "others")
-    }
-
-
-def conclude(settings: Settings, runs: Sequence[Run]) -> Conclusion:
-    found = {shape: figures(runs, shape) for shape in settings.shapes}
-    header = ["shape", "trained: own head", "all others", "random: own head", "all others"]
-    lines = [[shape, *of_shape.values()] for shape, of_shape in found.items()]
-    within = sum(f["trained", "head"].mean > f["trained", "others"].mean for f in found.values())
-    learned = sum(f["trained", "head"].mean > f["random", "head"].mean for f in found.values())
-    line = (
-        f"Latents correlate more with their own head than with all others in {within} of "
-        f"{len(found)} trained shapes, and more than in a head of random weights in {learned} "
-        "(paper: a picture, Fig. 6)."
+@EXPERIMENTS.register("correlation")
+@dataclass(frozen=True)
+class Correlation(TrainingExperiment):
+    figure = "section 5.2, Fig. 6"
+    statement = (
+        "How latents correlate within their head and with all others, in a trained KronSAE and in "
+        "a random one."
     )
-    return Conclusion(markdown(header, lines), line)
+    smallest = SMALLEST | {"tokens": 2048, "dict_size": 128, "shapes": ("m2n4",)}
+    paper = QWEN | {"tokens": 125_000_000, "dict_size": 32768}
 
+    tokens: int = axis(400_000, "tokens of a training")
+    dict_size: int = axis(4096, "dictionary size F")
+    shapes: tuple[str, ...] = axis(("m2n4", "m4n4", "m4n8"), "shapes of the heads")
+    learning_rates: tuple[float, ...] = axis((1.6e-2,), "rates to choose from")
 
-def draw(settings: Settings, runs: Sequence[Run], path: Path) -> None:
-    """How correlations within a head are distributed, trained and random, a panel each shape."""
-    count = len(settings.shapes)
-    figure, (row,) = panels(1, count, (4 * count, 3.2))
-    edges = torch.linspace(LOWEST, HIGHEST, BINS + 1).tolist()
-    for axes, shape in zip(row, settings.shapes, strict=True):
-        for weights, color in (("trained", "C0"), ("random", "C7")):
-            shares = [run[weights]["head_shares"] for run in reported(runs, shape=shape)]
-            axes.stairs(torch.tensor(shares).mean(0).tolist(), edges, color=color, label=weights)
-            others = figures(runs, shape)[weights, "others"].mean
-            axes.axvline(others, color=color, linestyle=":", label=f"{weights}, all others")
-        axes.set_title(shape)
-        axes.set_xlabel("mean correlation with its head")
-        axes.set_ylabel("share of latents")
-    row[-1].legend(frameon=False, fontsize=8)
-    save(figure, path)
+    def rows(self) -> list[dict[str, Any]]:
+        return product(dict_size=self.dict_size, shape=self.shapes, tokens=self.tokens)
+
+    def variant(self, cell: dict[str, Any]) -> str:
+        return cell["shape"]
+
+    def run(self, shared: Activations, cell: dict[str, Any]) -> dict[str, Any]:
+        result = self.train(self.sae(cell), shared, cell)
+        random = uniform_sae(result.sae.config, shared.heldout, cell["seed"])
+        random = random.to(result.sae.W_dec.device)
+        return {
+            **quality(result),
+            "trained": summary(correlations_of(result.sae, shared.heldout)),
+            "random": summary(correlations_of(random, shared.heldout)),
+        }
+
+    def conclude(self, runs: Sequence[Run]) -> tuple[str, str]:
+        lines = []
+        within = learned = 0
+        for (shape,), group in grouped(runs, "shape").items():
+            head, others, random_head, random_others = (
+                Spread.of(run[weights][latents] for run in group)
+                for weights in ("trained", "random")
+                for latents in ("head", "others")
+            )
+            lines.append([shape, head, others, random_head, random_others])
+            within += head.mean > others.mean
+            learned += head.mean > random_head.mean
+        line = (
+            f"Latents correlate more with their own head than with all others in {within} of "
+            f"{len(lines)} trained shapes, and more than in a head of random weights in {learned} "
+            "(paper: a picture, Fig. 6)."
+        )
+        header = ["shape", "trained: own head", "all others", "random: own head", "all others"]
+        return markdown(header, lines), line
+
+    def draw(self, runs: Sequence[Run], path: Path) -> None:
+        """How correlations within a head are distributed, trained and random, a panel a shape."""
+        shapes = grouped(runs, "shape")
+        edges = torch.linspace(LOWEST, HIGHEST, BINS + 1).tolist()
+        with picture(path, len(shapes), (4, 3.2)) as row:
+            for axes, ((shape,), group) in zip(row, shapes.items(), strict=True):
+                for weights, color in (("trained", "C0"), ("random", "C7")):
+                    found = [run[weights] for run in group]
+                    shares = torch.tensor([each["head_shares"] for each in found]).mean(0)
+                    axes.stairs(shares.tolist(), edges, color=color, label=weights)
+                    others = Spread.of(each["others"] for each in found).mean
+                    label = f"{weights}, all others"
+                    axes.axvline(others, color=color, linestyle=":", label=label)
+                axes.set_title(shape)
+                axes.set_xlabel("mean correlation with its head")
+                axes.set_ylabel("share of latents")

@@ -18,6 +18,7 @@ of the result that is: the same figures *before* training, and after a training 
 import dataclasses
 import itertools
 import math
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,27 +28,16 @@ from torch import Tensor
 
 from kronsae.config import SAEConfig, TrainConfig, setting
 from kronsae.data import TensorActivations
-from kronsae.experiments.common import (
-    Conclusion,
-    Run,
-    Spread,
-    axis,
-    fit_whole,
-    markdown,
-    panels,
-    require,
-    sae_config,
-    save,
-)
+from kronsae.experiments.experiment import EXPERIMENTS, Experiment, Run, axis, require
+from kronsae.experiments.report import Spread, markdown, picture
+from kronsae.experiments.training import fit_whole, product
+from kronsae.experiments.variants import sae_config
 from kronsae.metrics.heldout import Heldout
 from kronsae.model.normalizer import Normalizer
 from kronsae.model.sae import SAE
 from kronsae.system.devices import resolve_device
 from kronsae.training.learner import Learner
 from kronsae.training.stream import NORMALIZER_TOKENS
-
-FIGURE = "Fig. 5, Table 7"
-STATEMENT = "Kron decoders match the correlations of a toy model's features better than TopK's."
 
 FEATURES, HIDDEN, LATENTS, K = 256, 64, 256, 8
 VARIANTS = ("topk", "h2m4n32", "h4m2n32", "h4m8n8", "h8m2n16")
@@ -79,8 +69,30 @@ SETUPS = tuple(
 )
 
 
+COLUMNS = {
+    "RV": ("rv", 2),
+    "RV, before training": ("before_training.rv", 2),
+    "RV, untied start": ("untied.rv", 2),
+    "RV matched to S": ("rv_direct", 2),
+    "so, before training": ("before_training.rv_direct", 2),
+    "so, untied start": ("untied.rv_direct", 2),
+    "effective rank": ("effective_rank", 0),
+    "mean correlation": ("mean_correlation", 3),
+    "rank difference": ("rank_difference", 0),
+    "explained variance": ("explained_variance", 3),
+}
+"""Heading: name of a figure, digits."""
+
+
+@EXPERIMENTS.register("toy")
 @dataclasses.dataclass(frozen=True)
-class Settings:
+class Toy(Experiment):
+    """The default is of the paper's size."""
+
+    figure = "Fig. 5, Table 7"
+    statement = "Kron decoders match the correlations of a toy model's features better than TopK's."
+    smallest = {"setups": 1, "seeds": 2, "autoencoder_steps": 20, "tokens": 2560}
+
     setups: int = axis(len(SETUPS), "covariance set-ups, of the 8")
     seeds: int = axis(2, "seeds of each set-up")
     active: int = setting(32, "features active in a sample")
@@ -89,63 +101,149 @@ class Settings:
     tokens: int = setting(102_400, "hidden states that an SAE is trained on")
     batch_size: int = setting(256, "hidden states an optimizer step")
     lr: float = setting(1.6e-2, "peak learning rate of the SAEs")
-    device: str = setting("auto", "cpu, cuda, cuda:1, ... (auto: cuda where there is one)")
 
+    def cells(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
+        return product(setup=range(len(SETUPS))[: self.setups], seed=range(self.seeds))
 
-SMALLEST = {"setups": 1, "seeds": 2, "autoencoder_steps": 20, "tokens": 2560}
-PAPER: dict[str, Any] = {}
-"""The default is of the paper's size."""
+    def prepare(self) -> None:
+        require("scipy")
 
-
-def cells(settings: Settings, runs: Sequence[Run]) -> list[dict[str, Any]]:
-    return [
-        {"setup": setup, "seed": seed}
-        for setup, seed in itertools.product(
-            range(len(SETUPS))[: settings.setups], range(settings.seeds)
-        )
-    ]
-
-
-def prepare(settings: Settings) -> None:
-    require("scipy")
-
-
-def run(settings: Settings, prepared: None, cell: dict[str, Any]) -> dict[str, Any]:
-    """An autoencoder, and an SAE of each variant on its hidden states; all figures of each."""
-    device = resolve_device(settings.device)
-    generator = torch.Generator().manual_seed(1_000 * cell["setup"] + cell["seed"])
-    truth = covariance(SETUPS[cell["setup"]], seed=cell["setup"])
-    root = torch.linalg.cholesky(truth).float()
-    w, fvu = train_autoencoder(root, settings, generator, device)
-    own = (w.T @ w).double()
-    hidden = samples(root, settings.tokens, settings.active, generator) @ w.T
-    heldout = samples(root, 4096, settings.active, generator) @ w.T
-    figures: dict[str, Any] = {
-        "truth": shape_figures(truth, truth),
-        "autoencoder": {"rv": rv_coefficient(truth, own), "fvu": fvu} | shape_figures(own, truth),
-    }
-    config = TrainConfig(
-        tokens=settings.tokens,
-        batch_size=settings.batch_size,
-        lr=settings.lr,
-        seed=cell["seed"],
-        device=settings.device,
-        eval_every=0,
-    )
-    for variant in VARIANTS:
-        sae = dataclasses.replace(sae_config(variant, LATENTS, K), d_model=HIDDEN)
-        result = fit_whole(sae, hidden, config, Heldout(heldout))
-        before = initial(sae, cell["seed"])
-        figures[variant] = {
-            "explained_variance": result.metrics["explained_variance"],
-            "dead_share": result.metrics["dead_share"],
-            **decoder_figures(result.sae.W_dec, own, truth),
-            "before_training": decoder_figures(before.W_dec, own, truth),
+    def run(self, shared: None, cell: dict[str, Any]) -> dict[str, Any]:
+        """An autoencoder, and an SAE of each variant on its hidden states; all figures of each."""
+        generator = torch.Generator().manual_seed(1_000 * cell["setup"] + cell["seed"])
+        truth = covariance(SETUPS[cell["setup"]], seed=cell["setup"])
+        root = torch.linalg.cholesky(truth).float()
+        w, fvu = self.train_autoencoder(root, generator, resolve_device(self.device))
+        own = (w.T @ w).double()
+        hidden = samples(root, self.tokens, self.active, generator) @ w.T
+        heldout = samples(root, 4096, self.active, generator) @ w.T
+        figures: dict[str, Any] = {
+            "truth": shape_figures(truth, truth),
+            "autoencoder": {"rv": rv_coefficient(truth, own), "fvu": fvu}
+            | shape_figures(own, truth),
         }
-        if sae.encoder == "kron":
-            untied = train_untied(sae, hidden, config)
-            figures[variant]["untied"] = decoder_figures(untied.W_dec, own, truth)
-    return figures
+        config = TrainConfig(
+            tokens=self.tokens,
+            batch_size=self.batch_size,
+            lr=self.lr,
+            seed=cell["seed"],
+            device=self.device,
+            eval_every=0,
+        )
+        for variant in VARIANTS:
+            sae = dataclasses.replace(sae_config(variant, LATENTS, K), d_model=HIDDEN)
+            result = fit_whole(sae, hidden, config, Heldout(heldout))
+            before = initial(sae, cell["seed"])
+            figures[variant] = {
+                "explained_variance": result.metrics["explained_variance"],
+                "dead_share": result.metrics["dead_share"],
+                **decoder_figures(result.sae.W_dec, own, truth),
+                "before_training": decoder_figures(before.W_dec, own, truth),
+            }
+            if sae.encoder == "kron":
+                untied = train_untied(sae, hidden, config)
+                figures[variant]["untied"] = decoder_figures(untied.W_dec, own, truth)
+        return figures
+
+    def train_autoencoder(
+        self, root: Tensor, generator: torch.Generator, device: torch.device
+    ) -> tuple[Tensor, float]:
+        """W [64, 256] of x̂ = ReLU(Wᵀ W x̄ + b), and its share of variance unexplained on new x̄."""
+        w = torch.randn(HIDDEN, FEATURES, generator=generator) / FEATURES**0.5
+        w = w.to(device).requires_grad_()
+        b = torch.zeros(FEATURES, device=device, requires_grad=True)
+        optimizer = torch.optim.Adam([w, b], lr=self.autoencoder_lr)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.autoencoder_steps)
+
+        def errors(x: Tensor) -> Tensor:
+            return ((x @ w.T @ w + b).relu() - x).square()
+
+        for _ in range(self.autoencoder_steps):
+            x = samples(root, 256, self.active, generator).to(device)
+            optimizer.zero_grad()
+            errors(x).mean().backward()
+            optimizer.step()
+            schedule.step()
+        x = samples(root, 4096, self.active, generator).to(device)
+        with torch.no_grad():
+            fvu = errors(x).sum() / (x - x.mean(0)).square().sum()
+        return w.detach().cpu(), fvu.item()
+
+    def conclude(self, runs: Sequence[Run]) -> tuple[str, str]:
+        rows = []
+        for name in ("truth", "autoencoder", *VARIANTS):
+            found = [(by_setup(runs, name, key), digits) for key, digits in COLUMNS.values()]
+            cells = [Spread.of(of.values()).to(digits) if of else "" for of, digits in found]
+            rows.append([name, PAPER_RV.get(name, ""), *cells])
+        rv = {
+            name: Spread.of(by_setup(runs, name, "rv").values())
+            for name in ("autoencoder", *VARIANTS)
+        }
+        topk, krons = rv["topk"], VARIANTS[1:]
+        on_average = [name for name in krons if rv[name].mean > topk.mean]
+        line = (
+            f"RV of the autoencoder {rv['autoencoder'].to(2)} (paper: {PAPER_RV['autoencoder']}), "
+            f"of TopK {topk.to(2)} (paper: {PAPER_RV['topk']}), of the KronSAEs "
+            f"{', '.join(rv[name].to(2) for name in krons)} (paper: "
+            f"{', '.join(PAPER_RV[name] for name in krons)}). On average above TopK: "
+            f"{', '.join(on_average) or 'none'} (paper: all four). Above it in "
+            f"{above(runs, 'rv', 'rv')} of {len({run['setup'] for run in runs})} set-ups; from an "
+            f"untied start in {above(runs, 'untied.rv', 'rv')}; before any training in "
+            f"{above(runs, 'before_training.rv', 'before_training.rv')}; with latents matched to S "
+            f"itself in {above(runs, 'rv_direct', 'rv_direct')} (the paper does not say)."
+        )
+        return markdown(["", "RV, paper", *COLUMNS], rows), line
+
+    def draw(self, runs: Sequence[Run], path: Path) -> None:
+        """RV by set-up (a dot, the mean of its seeds) and on average (a bar), with the controls."""
+        names = ["autoencoder", *VARIANTS]
+        kinds = {
+            "rv": ("trained", "C0", -0.22),
+            "untied.rv": ("trained from an untied decoder", "C1", 0.0),
+            "before_training.rv": ("before training", "C7", 0.22),
+        }
+        with picture(path, size=(9.5, 3.8)) as (axes,):
+            for key, (label, color, shift) in kinds.items():
+                for place, name in enumerate(names):
+                    if dots := by_setup(runs, name, key).values():
+                        middle, mean = place + shift, statistics.fmean(dots)
+                        axes.plot([middle] * len(dots), dots, ".", color=color, alpha=0.4)
+                        axes.plot([middle - 0.1, middle + 0.1], [mean, mean], color=color)
+                axes.plot([], [], color=color, label=label)
+            for place, name in enumerate(names):
+                mean, _, _ = PAPER_RV[name].partition(" ")
+                axes.plot(place - 0.22, float(mean), "kx", label=None if place else "paper, mean")
+            axes.set_xticks(range(len(names)), names)
+            axes.set_ylabel("RV coefficient with S")
+            axes.set_ylim(0, None)
+
+
+def by_setup(runs: Sequence[Run], name: str, key: str) -> dict[int, float]:
+    """A figure of each set-up, the mean of its seeds; empty where there is none.
+
+    key: of a figure, with a dot between the levels.
+    """
+    found: dict[int, list[float]] = {}
+    for run in runs:
+        value = run[name]
+        for part in key.split("."):
+            value = value.get(part, {})
+        if value != {}:
+            found.setdefault(run["setup"], []).append(value)
+    return {setup: statistics.fmean(values) for setup, values in found.items()}
+
+
+def above(runs: Sequence[Run], key: str, baseline: str) -> str:
+    """For each KronSAE in how many set-ups its figure is above TopK's."""
+    topk = by_setup(runs, "topk", baseline)
+    counts = [
+        sum(value > topk[setup] for setup, value in by_setup(runs, name, key).items())
+        for name in VARIANTS[1:]
+    ]
+    return ", ".join(map(str, counts))
+
+
+# Training
 
 
 def initial(config: SAEConfig, seed: int) -> SAE:
@@ -167,7 +265,7 @@ def train_untied(config: SAEConfig, x: Tensor, train_config: TrainConfig) -> SAE
     return sae
 
 
-# The data and the autoencoder
+# The data
 
 
 def covariance(setup: Setup, seed: int) -> Tensor:
@@ -198,31 +296,6 @@ def samples(root: Tensor, count: int, active: int, generator: torch.Generator) -
     x = torch.randn(count, len(root), generator=generator).relu()
     values, indices = x.topk(active)
     return torch.zeros_like(x).scatter_(1, indices, values) @ root.T
-
-
-def train_autoencoder(
-    root: Tensor, settings: Settings, generator: torch.Generator, device: torch.device
-) -> tuple[Tensor, float]:
-    """W [64, 256] of x̂ = ReLU(Wᵀ W x̄ + b), and its share of variance unexplained on new data."""
-    w = torch.randn(HIDDEN, FEATURES, generator=generator) / FEATURES**0.5
-    w = w.to(device).requires_grad_()
-    b = torch.zeros(FEATURES, device=device, requires_grad=True)
-    optimizer = torch.optim.Adam([w, b], lr=settings.autoencoder_lr)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, settings.autoencoder_steps)
-
-    def errors(x: Tensor) -> Tensor:
-        return ((x @ w.T @ w + b).relu() - x).square()
-
-    for _ in range(settings.autoencoder_steps):
-        x = samples(root, 256, settings.active, generator).to(device)
-        optimizer.zero_grad()
-        errors(x).mean().backward()
-        optimizer.step()
-        schedule.step()
-    x = samples(root, 4096, settings.active, generator).to(device)
-    with torch.no_grad():
-        fvu = errors(x).sum() / (x - x.mean(0)).square().sum()
-    return w.detach().cpu(), fvu.item()
 
 
 # Figures of correlation matrices, all [n, n] float64
@@ -287,102 +360,3 @@ def decoder_figures(w_dec: Tensor, own: Tensor, truth: Tensor) -> dict[str, floa
         "rv_direct": rv_coefficient(truth, match(truth, c)),
         **shape_figures(c, truth),
     }
-
-
-# What comes out
-
-
-COLUMNS = {
-    "RV": ("rv", 2),
-    "RV, before training": ("before_training.rv", 2),
-    "RV, untied start": ("untied.rv", 2),
-    "RV matched to S": ("rv_direct", 2),
-    "so, before training": ("before_training.rv_direct", 2),
-    "so, untied start": ("untied.rv_direct", 2),
-    "effective rank": ("effective_rank", 0),
-    "mean correlation": ("mean_correlation", 3),
-    "rank difference": ("rank_difference", 0),
-    "explained variance": ("explained_variance", 3),
-}
-"""Heading: name of a figure, digits."""
-
-
-def conclude(settings: Settings, runs: Sequence[Run]) -> Conclusion:
-    rows = []
-    for name in ("truth", "autoencoder", *VARIANTS):
-        found = [(over_setups(runs, name, key), digits) for key, digits in COLUMNS.values()]
-        cells = ["" if spread is None else spread.to(digits) for spread, digits in found]
-        rows.append([name, PAPER_RV.get(name, ""), *cells])
-    rv = {name: over_setups(runs, name, "rv") for name in ("autoencoder", *VARIANTS)}
-    topk, krons = rv["topk"], VARIANTS[1:]
-
-    setups = sorted({run["setup"] for run in runs})
-
-    def above(key: str, baseline: str) -> str:
-        """For each KronSAE in how many set-ups its figure is above TopK's."""
-        wins = [
-            sum(
-                over_setups(of_setup, name, key).mean > over_setups(of_setup, "topk", baseline).mean
-                for of_setup in ([run for run in runs if run["setup"] == s] for s in setups)
-            )
-            for name in krons
-        ]
-        return ", ".join(str(count) for count in wins)
-
-    on_average = [name for name in krons if rv[name].mean > topk.mean]
-    line = (
-        f"RV of the autoencoder {rv['autoencoder'].to(2)} (paper: {PAPER_RV['autoencoder']}), of "
-        f"TopK {topk.to(2)} (paper: {PAPER_RV['topk']}), of the KronSAEs "
-        + ", ".join(rv[name].to(2) for name in krons)
-        + f" (paper: {', '.join(PAPER_RV[name] for name in krons)}). On average above TopK: "
-        f"{', '.join(on_average) or 'none'} (paper: all four). Above it in {above('rv', 'rv')} of "
-        f"{len(setups)} set-ups; from an untied start in {above('untied.rv', 'rv')}; before any "
-        f"training in {above('before_training.rv', 'before_training.rv')}; with latents matched to "
-        f"S itself in {above('rv_direct', 'rv_direct')} (the paper does not say)."
-    )
-    return Conclusion(markdown(["", "RV, paper", *COLUMNS], rows), line)
-
-
-def over_setups(runs: Sequence[Run], name: str, key: str) -> Spread | None:
-    """Mean and deviation over set-ups, each the mean of its seeds; None where there is no figure.
-
-    key: of a figure, with a dot between the levels.
-    """
-    by_setup: dict[int, list[float]] = {}
-    for each in runs:
-        value = each[name]
-        for part in key.split("."):
-            value = value.get(part, {})
-        if value == {}:
-            return None
-        by_setup.setdefault(each["setup"], []).append(value)
-    return Spread.of(Spread.of(values).mean for values in by_setup.values())
-
-
-def draw(settings: Settings, runs: Sequence[Run], path: Path) -> None:
-    """RV by set-up (a dot, the mean of its seeds) and on average (a bar), with the controls."""
-    figure, ((axes,),) = panels(1, 1, (8, 3.8))
-    names = ["autoencoder", *VARIANTS]
-    kinds = {
-        "rv": ("trained", "C0", -0.22),
-        "untied.rv": ("trained from an untied decoder", "C1", 0.0),
-        "before_training.rv": ("before training", "C7", 0.22),
-    }
-    setups = sorted({run["setup"] for run in runs})
-    for key, (label, color, shift) in kinds.items():
-        for place, name in enumerate(names):
-            if (mean := over_setups(runs, name, key)) is None:
-                continue
-            of_setups = [[run for run in runs if run["setup"] == setup] for setup in setups]
-            dots = [over_setups(of_setup, name, key).mean for of_setup in of_setups]
-            middle = place + shift
-            axes.plot([middle] * len(dots), dots, ".", color=color, alpha=0.4)
-            axes.plot([middle - 0.1, middle + 0.1], [mean.mean] * 2, color=color, linewidth=2)
-        axes.plot([], [], color=color, label=label)
-    paper = [float(PAPER_RV[name].split(" ")[0]) for name in names]
-    axes.plot([place - 0.22 for place in range(len(names))], paper, "kx", label="paper, mean")
-    axes.set_xticks(range(len(names)), names)
-    axes.set_ylabel("RV coefficient with S")
-    axes.set_ylim(0, None)
-    axes.legend(frameon=False, fontsize=8)
-    save(figure, path)

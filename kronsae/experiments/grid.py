@@ -1,0 +1,112 @@
+"""The grid of an experiment's runs: its file, which is resumed and may grow, and its results."""
+
+import dataclasses
+import json
+import platform
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kronsae.errors import InputError
+from kronsae.experiments.experiment import Experiment, Run
+from kronsae.system.devices import compute_dtype, resolve_device
+from kronsae.system.files import write_json, write_text
+from kronsae_kernels import __version__
+
+
+def run_grid(
+    name: str,
+    experiment: Experiment,
+    folder: Path,
+    command: str,
+    on_run: Callable[[Run, int, int], None],
+) -> list[Run]:
+    """Run every cell that `folder` does not have yet; NAME.json there is whole after each.
+
+    on_run: called with each new run, the cells done and the cells known so far.
+    Returns the runs of the cells. Raises InputError if the file there was made with other settings
+    (but for axes, which may grow) or versions, and if there is nothing to run.
+    """
+    path = folder / f"{name}.json"
+    document = {
+        "experiment": name,
+        "checks": f"[KronSAE, {experiment.figure}]",
+        "statement": experiment.statement,
+        "command": command,
+        "settings": _plain(experiment),
+        "made_with": made_with(experiment.device),
+        "runs": _earlier_runs(path, experiment),
+    }
+    runs: list[Run] = document["runs"]
+    shared = None
+    while missing := missing_cells(cells := experiment.cells(runs), runs):
+        if shared is None:
+            shared = experiment.prepare()
+        cell = missing[0]
+        began = time.perf_counter()
+        figures = experiment.run(shared, cell)
+        seconds = round(time.perf_counter() - began, 1)
+        runs.append({**cell, **figures, "seconds": seconds, "command": command})
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(path, document)
+        on_run(runs[-1], len(cells) - len(missing) + 1, len(cells))
+    if not cells:
+        raise InputError(f"{name}: with these settings there is nothing to run")
+    wanted = [run for cell in cells for run in runs if matches(run, cell)]
+    table, line = experiment.conclude(wanted)
+    write_json(path, {**document, "conclusion": line})
+    head = f"[KronSAE, {experiment.figure}]: {experiment.statement}\n\n    {command}"
+    write_text(folder / f"{name}.md", f"{head}\n\n{table}\n\n{line}\n")
+    experiment.draw(wanted, folder / f"{name}.png")
+    return wanted
+
+
+def matches(run: Run, cell: dict[str, Any]) -> bool:
+    """Whether a run is that of the cell: it agrees in every key that the cell has."""
+    return all(run.get(key) == value for key, value in cell.items())
+
+
+def missing_cells(cells: Iterable[dict[str, Any]], runs: Sequence[Run]) -> list[dict[str, Any]]:
+    """The cells that no run is of."""
+    return [cell for cell in cells if not any(matches(run, cell) for run in runs)]
+
+
+def made_with(device: str) -> dict[str, str]:
+    """Versions, device and dtype of the figures."""
+    found = resolve_device(device)
+    return {
+        "kronsae": __version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "device": torch.cuda.get_device_name(found) if found.type == "cuda" else "cpu",
+        "dtype": str(compute_dtype("auto", found)).removeprefix("torch."),
+    }
+
+
+def _earlier_runs(path: Path, experiment: Experiment) -> list[Run]:
+    if not path.exists():
+        return []
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        was, runs = {**found["settings"], **found["made_with"]}, found["runs"]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{path} is not one that an experiment wrote: {error!r}") from error
+    axes = {spec.name for spec in dataclasses.fields(experiment) if spec.metadata.get("axis")}
+    given = {**_plain(experiment), **made_with(experiment.device)}
+    differences = [
+        f"\n  {name}: was {was.get(name)!r}, is {given.get(name)!r}"
+        for name in sorted(given.keys() | was.keys())
+        if name not in axes and given.get(name) != was.get(name)
+    ]
+    if differences:
+        where = f"{path} was made otherwise: choose another --out, or remove it"
+        raise InputError(where + "".join(differences))
+    return runs
+
+
+def _plain(experiment: Experiment) -> dict[str, Any]:
+    """The settings as JSON gives them back."""
+    return json.loads(json.dumps(dataclasses.asdict(experiment)))

@@ -1,0 +1,217 @@
+"""Experiments that train SAEs on a language model's activations."""
+
+import dataclasses
+import itertools
+import signal
+from abc import abstractmethod
+from collections.abc import Iterable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from kronsae.commandline import Terminated
+from kronsae.config import DataConfig, SAEConfig, TrainConfig, setting
+from kronsae.data import ActivationSource
+from kronsae.experiments.activations import Activations
+from kronsae.experiments.experiment import Experiment, Run, axis
+from kronsae.experiments.grid import matches
+from kronsae.experiments.report import (
+    TUNING_SEED,
+    Across,
+    Spread,
+    by_column,
+    curves,
+    explained,
+    grouped,
+    markdown,
+    picture,
+)
+from kronsae.experiments.variants import sae_config
+from kronsae.metrics.heldout import Heldout
+from kronsae.sources import open_activations
+from kronsae.system.devices import resolve_device
+from kronsae.training.fit import fit
+from kronsae.training.session import FitResult
+
+SMALLEST: dict[str, Any] = {
+    "buffer_tokens": 2048,
+    "heldout_tokens": 2048,
+    "batch_size": 256,
+    "k": 8,
+    "learning_rates": (1.6e-2,),
+    "seeds": 2,
+}
+"""Settings of a training of less than a second."""
+
+QWEN: dict[str, Any] = {
+    "model": "Qwen/Qwen2.5-1.5B",
+    "layer": 14,
+    "dataset": "HuggingFaceFW/fineweb-edu",
+    "dataset_config": "sample-10BT",
+    "streaming": True,
+    "buffer_tokens": 524_288,
+    "heldout_tokens": 262_144,
+    "batch_size": 8192,
+    "k": 50,
+    "learning_rates": (8e-4,),
+}
+"""The paper's recipe on its main model. [KronSAE, App. A.1]"""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingExperiment(Experiment):
+    """SAEs of several rows of settings, each trained over seeds; explained variance is compared.
+
+    A row is a dict: what a cell has but for its learning rate and seed. An experiment gives `rows`,
+    `sentence`, and how its table and picture are laid out.
+    """
+
+    headings: ClassVar[dict[str, str]] = {}
+    """Keys that name a row of the table, with their headings."""
+    column: ClassVar[str] = "variant"
+    """Key with a column each value."""
+    published: ClassVar[Sequence[Sequence[str]]] = ()
+    """The paper's rows, below ours."""
+    line: ClassVar[str] = "variant"
+    """Key with a line each value, in the picture."""
+    across: ClassVar[Across]
+    """What is across in it."""
+
+    model: str = setting("embedded", "language model: hub name or folder")
+    layer: int = setting(2, "residual stream after this block, counted from 0")
+    dataset: str = setting("stdlib", "hub name, or files; 'stdlib': Python's standard library")
+    dataset_config: str | None = setting(None, "configuration name of a hub dataset")
+    streaming: bool = setting(False, "stream the dataset")
+    buffer_tokens: int = setting(65_536, "size of the shuffle buffer, in tokens")
+    heldout_tokens: int = setting(32_768, "tokens set aside to judge on")
+    memory_gib: float = setting(8.0, "hold activations up to this; more are computed anew each run")
+    batch_size: int = setting(1024, "tokens an optimizer step")
+    k: int = setting(32, "active latents a token")
+    learning_rates: tuple[float, ...] = axis(
+        (1.6e-2, 2.4e-2), "rates to choose from, for each row on a seed of its own"
+    )
+    seeds: int = axis(3, "trainings of each row")
+
+    @abstractmethod
+    def rows(self) -> list[dict[str, Any]]:
+        """What is compared; most often `product` of some axes."""
+
+    def cells(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
+        """Each row over its seeds, at the learning rate that is best for it.
+
+        Where there are several rates, each is first tried on TUNING_SEED, and that of the greatest
+        merit wins: so call it anew when runs are done.
+        """
+        cells = []
+        for row in self.rows():
+            trials = [{**row, "lr": lr, "seed": TUNING_SEED} for lr in self.learning_rates]
+            best = trials[0]["lr"]
+            if len(trials) > 1:
+                cells += trials
+                tried = [run for run in runs if any(matches(run, trial) for trial in trials)]
+                if len(tried) < len(trials):
+                    continue
+                best = max(tried, key=self.merit)["lr"]
+            cells += [{**row, "lr": best, "seed": seed} for seed in range(self.seeds)]
+        return cells
+
+    def merit(self, run: Run) -> Any:
+        """That by which a learning rate is chosen."""
+        return run["explained_variance"]
+
+    def prepare(self) -> Any:
+        """Activations for the longest training."""
+        return self.activations().hold(max(row["tokens"] for row in self.rows()))
+
+    def activations(self, **given: Any) -> Activations:
+        """Those of the settings, with some in place of theirs."""
+        names = {spec.name for spec in dataclasses.fields(DataConfig)}
+        data = {name: value for name, value in vars(self).items() if name in names} | given
+        config, device = DataConfig(**data), resolve_device(self.device)
+        source = partial(open_activations, config, batch_size=self.batch_size, device=device)
+        return Activations(source, self.memory_gib)
+
+    def run(self, shared: Any, cell: dict[str, Any]) -> dict[str, Any]:
+        return quality(self.train(self.sae(cell), shared, cell))
+
+    def sae(self, cell: dict[str, Any]) -> SAEConfig:
+        """The SAE of a cell; size and k are the settings' unless the cell has its own."""
+        given = {**vars(self), **cell}
+        return sae_config(self.variant(cell), given["dict_size"], given["k"])
+
+    def variant(self, cell: dict[str, Any]) -> str:
+        """Name of the SAE of a cell."""
+        return cell["variant"]
+
+    def train(
+        self, config: SAEConfig, activations: Activations, cell: dict[str, Any], **recipe: Any
+    ) -> FitResult:
+        """Train on the cell's "tokens", "lr" and "seed", and judge on the held-out activations.
+
+        recipe: settings of `TrainConfig` in place of its defaults.
+        """
+        train_config = TrainConfig(
+            tokens=cell["tokens"],
+            batch_size=self.batch_size,
+            lr=cell["lr"],
+            seed=cell["seed"],
+            device=self.device,
+            eval_every=0,
+            **recipe,
+        )
+        x = activations.training(cell["tokens"], cell["seed"])
+        return fit_whole(config, x, train_config, Heldout(activations.heldout))
+
+    def conclude(self, runs: Sequence[Run]) -> tuple[str, str]:
+        """A table of explained variance, the paper's below ours."""
+        found = explained(runs, *self.headings, self.column)
+        header, rows = by_column(found, list(self.headings.values()), self.column)
+        return markdown(header, [*rows, *self.published]), self.sentence(found)
+
+    def sentence(self, found: dict[tuple, Spread]) -> str:
+        """Ours beside the paper's; found: explained variance by `headings` and `column`."""
+        raise NotImplementedError
+
+    def draw(self, runs: Sequence[Run], path: Path) -> None:
+        """Explained variance with error bars, a panel each dictionary size."""
+        points = (*self.headings, self.column)
+        sizes = grouped(runs, "dict_size")
+        with picture(path, len(sizes)) as row:
+            for axes, ((size,), of_size) in zip(row, sizes.items(), strict=True):
+                curves(axes, of_size, self.line, self.across, *points, style=self.style)
+                tokens = {run["tokens"] for run in of_size}
+                of_tokens = f", {tokens.pop():,} tokens" if len(tokens) == 1 else ""
+                axes.set_title(f"F = {size:,}{of_tokens}")
+
+    def style(self, value: Any) -> dict[str, Any]:
+        """Of the line of a value, for matplotlib's `errorbar`."""
+        return {}
+
+
+def product(**axes: int | Iterable[Any]) -> list[dict[str, Any]]:
+    """Rows of all values of each key with all of the others; the last changes fastest.
+
+    A number stands for itself alone.
+    """
+    lists = [[value] if isinstance(value, int) else value for value in axes.values()]
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*lists)]
+
+
+def fit_whole(
+    config: SAEConfig,
+    activations: Tensor | ActivationSource,
+    train_config: TrainConfig,
+    heldout: Heldout,
+) -> FitResult:
+    """`fit`, which raises Terminated or KeyboardInterrupt if a signal ended it early."""
+    result = fit(config, activations, train_config, heldout=heldout)
+    if result.stopped_by is not None:
+        raise Terminated if result.stopped_by == signal.SIGTERM else KeyboardInterrupt
+    return result
+
+
+def quality(result: FitResult) -> dict[str, float]:
+    """The figures of a training that experiments keep."""
+    return {name: result.metrics[name] for name in ("explained_variance", "dead_share", "l0")}

@@ -1,0 +1,62 @@
+"""SAEs that experiments compare, by short names: Kron forms, and the dense forms beside them."""
+
+import re
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from kronsae.config import SAEConfig
+from kronsae.errors import InputError
+from kronsae.experiments.report import Spread
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "topk": {},
+    "matryoshka": {"objective": "matryoshka"},
+    "switch": {"experts": 8},
+    "jumprelu": {"selection": "jumprelu"},
+}
+"""SAEs that the paper gives a Kron encoder, and their settings. [KronSAE, App. A.1, A.6]"""
+
+
+def sae_config(variant: str, dict_size: int, k: int) -> SAEConfig:
+    """The SAE that a variant's name means.
+
+    "topk", "matryoshka", "switch", "jumprelu": a dense encoder; "m2n4": KronSAE with m = 2, n = 4
+    (and as many heads as dict_size takes); "matryoshka-m2n4": the Kron form of another family than
+    TopK; "h8m2n4": with its heads, which must agree; "m2n4-relu_mul": another composition than
+    mAND. Raises InputError for any other name, and where dict_size does not fit the variant.
+    """
+    family = dense_form(variant)
+    given = {"dict_size": dict_size, "k": k, **FAMILIES[family]}
+    if variant == family:
+        return SAEConfig(encoder="dense", **given)
+    shape = variant.removeprefix(f"{family}-")
+    found = re.fullmatch(r"(?:h(\d+))?m(\d+)n(\d+)(?:-(\w+))?", shape)
+    if found is None:
+        raise InputError(
+            f"variant: expected {', '.join(FAMILIES)}, m2n4, h8m2n4, m2n4-relu_mul or "
+            f"matryoshka-m2n4, got {variant!r}"
+        )
+    *widths, composition = found.groups(default="")
+    heads, m, n = (int(width or 0) for width in widths)
+    return SAEConfig(heads=heads, m=m, n=n, composition=composition or "mand", **given)
+
+
+def dense_form(variant: str) -> str:
+    """The variant with a dense encoder that a Kron form is held against (of itself: itself)."""
+    family = variant.partition("-")[0]
+    return family if family in FAMILIES else "topk"
+
+
+def with_dense_forms(variants: Iterable[str]) -> tuple[str, ...]:
+    """The variants, each family's dense form before its Kron forms, none twice."""
+    return tuple(dict.fromkeys(name for kron in variants for name in (dense_form(kron), kron)))
+
+
+def wins(found: dict[tuple, Spread], better: Callable[[float, float], bool]) -> dict[str, int]:
+    """At how many points each Kron form is better than its dense form; keys end with a variant."""
+    counts: dict[str, int] = {}
+    for (*point, variant), spread in found.items():
+        if variant != (dense := dense_form(variant)):
+            won = better(spread.mean, found[(*point, dense)].mean)
+            counts[variant] = counts.get(variant, 0) + won
+    return counts
