@@ -22,7 +22,7 @@ from kronsae.experiments.grid import run_grid
 
 
 def overview() -> str:
-    """What each experiment checks."""
+    """How to call them, and what each experiment checks."""
     lines = [
         textwrap.fill(
             f"[{experiment.figure}] {experiment.statement}",
@@ -32,7 +32,13 @@ def overview() -> str:
         )
         for name, experiment in EXPERIMENTS.items()
     ]
-    return "experiments:\n" + "\n".join(lines)
+    return (
+        "Check a statement of the KronSAE paper.\n\n"
+        "Example:\n  kronsae experiments toy --smallest\n\n"
+        "usage: kronsae experiments NAME [--smallest | --paper] [flags]\n\nexperiments:\n"
+        + "\n".join(lines)
+        + "\n\nkronsae experiments NAME --help lists an experiment's flags."
+    )
 
 
 def make_parser(name: str) -> Parser:
@@ -76,17 +82,12 @@ def main(argv: list[str] | None = None) -> int:
     2: what was asked for cannot work. 128 + n: stopped by signal n; the same command goes on.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    if not argv or argv[0] in ("-h", "--help"):
-        print(
-            "Check a statement of the KronSAE paper.\n\n"
-            "Example:\n  kronsae experiments toy --smallest\n\n"
-            "usage: kronsae experiments NAME [--smallest | --paper] [flags]\n\n"
-            f"{overview()}\n\nkronsae experiments NAME --help lists an experiment's flags."
-        )
-        return 0 if argv else 2
     try:
-        name, *rest = load_plugins(argv)
-        experiment, out = parse(name, rest)
+        name, *flags = load_plugins(argv) or [""]
+        if name in ("", "-h", "--help"):
+            print(overview())
+            return 0 if name else 2
+        experiment, out = parse(name, flags)
         require("matplotlib")
         command = shlex.join(["python", "-m", "kronsae.experiments", *argv])
         with stoppable():

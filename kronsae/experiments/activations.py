@@ -1,6 +1,7 @@
 """Activations that all runs of an experiment share."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,27 +10,15 @@ from kronsae.data import ActivationSource
 from kronsae.errors import InputError
 
 
-class Activations:
-    """A language model's activations: in memory if they fit, else streamed anew for each run.
+class Activations(NamedTuple):
+    """A language model's activations: in memory, or streamed anew for each run."""
 
-    heldout: [t, d] raw activations that nothing trains on.
-    """
-
-    def __init__(self, open_source: Callable[..., ActivationSource], memory_gib: float) -> None:
-        """open_source: called with `seed`.  memory_gib: what may be held."""
-        self.open_source = open_source
-        self.memory_gib = memory_gib
-        self.x: Tensor | None = None
-        self.first = open_source(seed=0)
-        self.d_model = self.first.d_model
-        self.heldout = self.first.heldout_activations()
-
-    def hold(self, tokens: int) -> "Activations":
-        """Compute so many activations once, for all runs, if they fit in memory; returns self."""
-        if tokens * self.d_model * 4 <= self.memory_gib * 2**30:
-            self.x = collect(self.first, tokens)
-        del self.first  # and the language model with it
-        return self
+    heldout: Tensor
+    """[t, d], raw; nothing trains on them."""
+    x: Tensor | None
+    """[N, d], for the longest training, if they fit in memory."""
+    open_source: Callable[..., ActivationSource]
+    """Called with `seed`."""
 
     def training(self, tokens: int, seed: int) -> Tensor | ActivationSource:
         """What `fit` takes for so many tokens; in memory the seed is that of their order alone."""

@@ -25,7 +25,7 @@ from kronsae.experiments.report import (
     markdown,
     picture,
 )
-from kronsae.experiments.training import QWEN, SMALLEST, TrainingExperiment, product, quality
+from kronsae.experiments.training import EqualTokens, product, quality
 from kronsae.experiments.variants import dense_form, sae_config
 
 RECIPE = "recipe"
@@ -63,20 +63,17 @@ def difference(arm: str) -> dict[type, dict[str, Any]]:
 
 @EXPERIMENTS.register("convergence")
 @dataclasses.dataclass(frozen=True)
-class Convergence(TrainingExperiment):
+class Convergence(EqualTokens):
     figure = "App. A.1"
     statement = "Whether another recipe than the paper's explains more for the same cost."
-    smallest = SMALLEST | {
+    smallest = EqualTokens.smallest | {
         "arms": ("adam_beta2=0.95", "eps=1e-5"),
         "tokens": 1024,
-        "dict_size": 128,
         "rates": (8e-3, 1.6e-2),
         "rate_dict_sizes": (128,),
         "rate_tokens": (1024,),
     }
-    paper = QWEN | {
-        "tokens": 125_000_000,
-        "dict_size": 32768,
+    paper = EqualTokens.paper | {
         "rates": (2e-4, 4e-4, 8e-4, 1.6e-3),
         "rate_dict_sizes": (32768, 65536, 131072),
         "rate_tokens": (125_000_000, 500_000_000),
@@ -91,8 +88,6 @@ class Convergence(TrainingExperiment):
         "settings tried in place of the recipe's, as NAME=VALUE",
     )
     variants: tuple[str, ...] = axis(("m2n4", "topk"), "SAEs on which they are tried")
-    tokens: int = axis(200_000, "tokens of a training")
-    dict_size: int = axis(4096, "dictionary size F")
     learning_rates: tuple[float, ...] = axis(
         (8e-3, 1.6e-2), "rates to choose from, for each row on a seed of its own"
     )
@@ -103,12 +98,14 @@ class Convergence(TrainingExperiment):
     rate_tokens: tuple[int, ...] = axis((100_000, 400_000), "budgets for these, in tokens")
     rate_seeds: int = axis(1, "trainings at each of these rates")
 
+    def compared(self) -> dict[str, Any]:
+        return {"variant": self.variants, "arm": (RECIPE, *self.arms)}
+
     def rows(self) -> list[dict[str, Any]]:
         """Each arm on the variants that have its setting: a dense encoder has no gate, `eps`."""
-        size = {"dict_size": self.dict_size, "tokens": self.tokens}
         return [
             row
-            for row in product(variant=self.variants, arm=(RECIPE, *self.arms), **size)
+            for row in super().rows()
             if not row["arm"].startswith("eps=") or row["variant"] != dense_form(row["variant"])
         ]
 
@@ -125,8 +122,8 @@ class Convergence(TrainingExperiment):
             seed=range(self.rate_seeds),
         )
 
-    def prepare(self) -> Activations:
-        return self.activations().hold(max(self.tokens, *self.rate_tokens))
+    def longest(self, d_model: int) -> int:
+        return max(self.tokens, *self.rate_tokens)
 
     def sae(self, cell: dict[str, Any]) -> SAEConfig:
         sae = sae_config(self.variant(cell), cell["dict_size"], self.k)

@@ -18,7 +18,7 @@ from kronsae.config import SAEConfig
 from kronsae.experiments.activations import Activations
 from kronsae.experiments.experiment import EXPERIMENTS, Run, axis
 from kronsae.experiments.report import Spread, grouped, markdown, picture
-from kronsae.experiments.training import QWEN, SMALLEST, TrainingExperiment, product, quality
+from kronsae.experiments.training import EqualTokens, quality
 from kronsae.model.normalizer import Normalizer
 from kronsae.model.sae import SAE
 from kronsae.properties.correlation import Correlations, correlations_of
@@ -50,22 +50,20 @@ def summary(found: Correlations) -> dict[str, Any]:
 
 @EXPERIMENTS.register("correlation")
 @dataclass(frozen=True)
-class Correlation(TrainingExperiment):
+class Correlation(EqualTokens):
     figure = "section 5.2, Fig. 6"
     statement = (
         "How latents correlate within their head and with all others, in a trained KronSAE and in "
         "a random one."
     )
-    smallest = SMALLEST | {"tokens": 2048, "dict_size": 128, "shapes": ("m2n4",)}
-    paper = QWEN | {"tokens": 125_000_000, "dict_size": 32768}
+    smallest = EqualTokens.smallest | {"shapes": ("m2n4",)}
 
     tokens: int = axis(400_000, "tokens of a training")
-    dict_size: int = axis(4096, "dictionary size F")
     shapes: tuple[str, ...] = axis(("m2n4", "m4n4", "m4n8"), "shapes of the heads")
     learning_rates: tuple[float, ...] = axis((1.6e-2,), "rates to choose from")
 
-    def rows(self) -> list[dict[str, Any]]:
-        return product(dict_size=self.dict_size, shape=self.shapes, tokens=self.tokens)
+    def compared(self) -> dict[str, Any]:
+        return {"shape": self.shapes}
 
     def variant(self, cell: dict[str, Any]) -> str:
         return cell["shape"]

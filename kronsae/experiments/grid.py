@@ -36,7 +36,7 @@ def run_grid(
         "checks": f"[KronSAE, {experiment.figure}]",
         "statement": experiment.statement,
         "command": command,
-        "settings": _plain(experiment),
+        "settings": dataclasses.asdict(experiment),
         "made_with": made_with(experiment.device),
         "runs": _earlier_runs(path, experiment),
     }
@@ -95,7 +95,8 @@ def _earlier_runs(path: Path, experiment: Experiment) -> list[Run]:
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"{path} is not one that an experiment wrote: {error!r}") from error
     axes = {spec.name for spec in dataclasses.fields(experiment) if spec.metadata.get("axis")}
-    given = {**_plain(experiment), **made_with(experiment.device)}
+    given = {**dataclasses.asdict(experiment), **made_with(experiment.device)}
+    given = json.loads(json.dumps(given))  # a tuple is a list there
     differences = [
         f"\n  {name}: was {was.get(name)!r}, is {given.get(name)!r}"
         for name in sorted(given.keys() | was.keys())
@@ -105,8 +106,3 @@ def _earlier_runs(path: Path, experiment: Experiment) -> list[Run]:
         where = f"{path} was made otherwise: choose another --out, or remove it"
         raise InputError(where + "".join(differences))
     return runs
-
-
-def _plain(experiment: Experiment) -> dict[str, Any]:
-    """The settings as JSON gives them back."""
-    return json.loads(json.dumps(dataclasses.asdict(experiment)))

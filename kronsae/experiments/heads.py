@@ -8,22 +8,19 @@ from typing import Any
 
 from kronsae.experiments.experiment import EXPERIMENTS, Run, axis
 from kronsae.experiments.report import Across, Spread, curves, picture
-from kronsae.experiments.training import QWEN, SMALLEST, TrainingExperiment, product
+from kronsae.experiments.training import EqualTokens, product
 from kronsae.metrics.figures import pearson
 
 
 @EXPERIMENTS.register("heads")
 @dataclass(frozen=True)
-class Heads(TrainingExperiment):
+class Heads(EqualTokens):
     figure = "Fig. 2, App. A.8"
     statement = "At a fixed dictionary size, explained variance rises with h and falls with m."
-    smallest = SMALLEST | {"tokens": 2048, "dict_size": 128, "m": (1, 4), "n": (4, 8)}
-    paper = QWEN | {"tokens": 125_000_000, "dict_size": 32768}
+    smallest = EqualTokens.smallest | {"m": (1, 4), "n": (4, 8)}
     headings = {"m": "m"}
     column = "n"
 
-    tokens: int = axis(200_000, "tokens of a training")
-    dict_size: int = axis(4096, "dictionary size F")
     m: tuple[int, ...] = axis((1, 2, 4, 8), "base widths")
     n: tuple[int, ...] = axis((4, 8, 16), "extension widths; those below m are left out")
 

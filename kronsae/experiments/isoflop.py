@@ -57,21 +57,15 @@ class IsoFLOP(TrainingExperiment):
         variants = with_dense_forms((BASELINE, *self.variants))
         return product(dict_size=self.dict_sizes, variant=variants, budget=self.budgets)
 
-    def tokens(self, row: dict[str, Any], d_model: int) -> int:
-        """Tokens that a row's SAE sees."""
-        return equal_flops_tokens(**row, k=self.k, d_model=d_model)
-
-    def prepare(self) -> Activations:
-        """Activations for the cheapest variant at the largest budget."""
-        activations = self.activations()
-        return activations.hold(max(self.tokens(row, activations.d_model) for row in self.rows()))
+    def tokens_of(self, row: dict[str, Any], d_model: int) -> int:
+        variant, size, budget = row["variant"], row["dict_size"], row["budget"]
+        return equal_flops_tokens(variant, size, self.k, d_model, budget)
 
     def run(self, shared: Activations, cell: dict[str, Any]) -> dict[str, Any]:
-        row = {key: cell[key] for key in ("dict_size", "variant", "budget")}
-        tokens = self.tokens(row, shared.d_model)
-        result = self.train(self.sae(cell), shared, {**cell, "tokens": tokens})
-        flops = tokens * flops_per_token(result.sae.config)
-        return {"tokens": tokens, "flops": flops, **quality(result)}
+        result = self.train(self.sae(cell), shared, cell)
+        config = result.sae.config
+        tokens = self.tokens_of(cell, config.d_model)
+        return {"tokens": tokens, "flops": tokens * flops_per_token(config), **quality(result)}
 
     def sentence(self, found: dict[tuple, Spread]) -> str:
         points = len({key[:-1] for key in found})

@@ -15,7 +15,7 @@ from typing import Any
 from kronsae.config import setting
 from kronsae.experiments.experiment import EXPERIMENTS, Run, axis
 from kronsae.experiments.report import Across, explained, markdown
-from kronsae.experiments.training import QWEN, SMALLEST, TrainingExperiment, product
+from kronsae.experiments.training import EqualTokens
 
 MISS = 0.1
 """Share of its aim by which L0 may be off and still count as met."""
@@ -44,17 +44,15 @@ def on_curve(points: Sequence[tuple[float, float]], l0: float) -> float:
 
 @EXPERIMENTS.register("jumprelu")
 @dataclass(frozen=True)
-class JumpReLU(TrainingExperiment):
+class JumpReLU(EqualTokens):
     figure = "Table 6"
     statement = "With a dense encoder JumpReLU explains as much as TopK; with a Kron encoder, less."
-    smallest = SMALLEST | {"k": (4, 8), "tokens": 2048, "dict_size": 128}
-    paper = QWEN | {"k": (32, 50, 64), "tokens": 125_000_000, "dict_size": 32768}
+    smallest = EqualTokens.smallest | {"k": (4, 8)}
+    paper = EqualTokens.paper | {"k": (32, 50, 64)}
     headings = {"k": "L0 aimed at"}
     across = Across("l0", "L0, active latents a token")
 
     k: tuple[int, ...] = axis((32, 50, 64), "active latents a token (JumpReLU aims at them)")
-    tokens: int = axis(200_000, "tokens of a training")
-    dict_size: int = axis(4096, "dictionary size F")
     shape: str = setting("m2n4", "shape of the heads of the Kron forms")
 
     def names(self) -> dict[str, str]:
@@ -66,9 +64,8 @@ class JumpReLU(TrainingExperiment):
             f"jumprelu-{self.shape}": "Kron JumpReLU",
         }
 
-    def rows(self) -> list[dict[str, Any]]:
-        size = {"dict_size": self.dict_size, "tokens": self.tokens}
-        return product(k=self.k, variant=self.names(), **size)
+    def compared(self) -> dict[str, Any]:
+        return {"k": self.k, "variant": self.names()}
 
     def merit(self, run: Run) -> tuple[float, float]:
         """What it explains counts among the runs that meet their L0; else who is nearest to it."""

@@ -8,34 +8,28 @@ from typing import Any
 from kronsae.experiments.activations import Activations
 from kronsae.experiments.experiment import EXPERIMENTS, axis
 from kronsae.experiments.report import Across, Spread
-from kronsae.experiments.training import QWEN, SMALLEST, TrainingExperiment, product
+from kronsae.experiments.training import EqualTokens
 
 
 @EXPERIMENTS.register("layers")
 @dataclass(frozen=True)
-class Layers(TrainingExperiment):
+class Layers(EqualTokens):
     figure = "Fig. 12"
     statement = "How KronSAE stands beside TopK at each layer of a model."
-    smallest = SMALLEST | {
-        **{"tokens": 2048, "layer": (0, 2), "dict_size": 128},
-        "variants": ("topk", "m4n4"),
-    }
-    paper = QWEN | {"tokens": 125_000_000, "layer": tuple(range(0, 28, 4)), "dict_size": 32768}
+    smallest = EqualTokens.smallest | {"layer": (0, 2), "variants": ("topk", "m4n4")}
+    paper = EqualTokens.paper | {"layer": tuple(range(0, 28, 4))}
     headings = {"layer": "layer"}
     across = Across("layer", "layer")
 
     layer: tuple[int, ...] = axis((0, 1, 2, 3), "residual streams after these blocks, from 0")
-    tokens: int = axis(200_000, "tokens of a training")
-    dict_size: int = axis(4096, "dictionary size F")
     variants: tuple[str, ...] = axis(("topk", "m2n4", "m4n4"), "what is compared, with the first")
 
-    def rows(self) -> list[dict[str, Any]]:
-        size = {"dict_size": self.dict_size, "tokens": self.tokens}
-        return product(layer=self.layer, variant=self.variants, **size)
+    def compared(self) -> dict[str, Any]:
+        return {"layer": self.layer, "variant": self.variants}
 
     def prepare(self) -> Callable[[int], Activations]:
         """Activations of a layer, those of the last one asked for being kept."""
-        return lru_cache(maxsize=1)(lambda layer: self.activations(layer=layer).hold(self.tokens))
+        return lru_cache(maxsize=1)(lambda layer: self.activations(layer=layer))
 
     def run(self, shared: Callable[[int], Activations], cell: dict[str, Any]) -> dict[str, Any]:
         return super().run(shared(cell["layer"]), cell)

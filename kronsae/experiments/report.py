@@ -115,7 +115,7 @@ class Across(NamedTuple):
 
 def curves(
     axes: Any,
-    runs: Iterable[Run],
+    runs: Sequence[Run],
     line: str,
     across: Across,
     *points: str,
@@ -126,22 +126,21 @@ def curves(
     points: keys that tell the points of a line apart (default: what is across).
     style: of a value's line, for matplotlib's `errorbar`.
     """
-    points = points or (across.key,)
+    numbers = not isinstance(runs[0][across.key], str)
     lines: dict[Any, list[tuple]] = {}
-    for (value, *_), group in grouped(runs, line, *points).items():
-        x = group[0][across.key]
-        if not isinstance(x, str):
-            x = statistics.fmean(run[across.key] for run in group)
-        lines.setdefault(value, []).append((x, *explained(group)[()]))
-    if across.log:
-        axes.set_xscale("log", base=across.log)
-    if across.key in points and not isinstance(x, str):
-        places = sorted({x for found in lines.values() for x, *_ in found})
-        axes.set_xticks(places, [f"{place:g}" for place in places])
-        axes.minorticks_off()
+    for (value, *_), group in grouped(runs, line, *(points or [across.key])).items():
+        places = [run[across.key] for run in group]
+        place = statistics.fmean(places) if numbers else places[0]
+        lines.setdefault(value, []).append((place, *explained(group)[()]))
     for value, found in lines.items():
         label = value if isinstance(value, str) else f"{line} = {value}"
         given = {"fmt": "o-", "capsize": 3, "label": label} | style(value)
-        axes.errorbar(*zip(*(found if isinstance(x, str) else sorted(found)), strict=True), **given)
+        axes.errorbar(*zip(*(sorted(found) if numbers else found), strict=True), **given)
+    if across.log:
+        axes.set_xscale("log", base=across.log)
+    if numbers and (not points or across.key in points):
+        ticks = sorted({place for found in lines.values() for place, *_ in found})
+        axes.set_xticks(ticks, [f"{place:g}" for place in ticks])
+        axes.minorticks_off()
     axes.set_xlabel(across.label)
     axes.set_ylabel("explained variance")

@@ -6,34 +6,31 @@ from typing import Any
 
 from kronsae.experiments.experiment import EXPERIMENTS, axis
 from kronsae.experiments.report import Across, Spread
-from kronsae.experiments.training import QWEN, SMALLEST, TrainingExperiment, product
+from kronsae.experiments.training import EqualTokens
 from kronsae.experiments.variants import FAMILIES, dense_form, wins, with_dense_forms
 
 
 @EXPERIMENTS.register("sparsity")
 @dataclass(frozen=True)
-class Sparsity(TrainingExperiment):
+class Sparsity(EqualTokens):
     figure = "Figs. 3, 10"
     statement = (
         "How a Kron encoder stands beside a dense one at each sparsity, in TopK, Matryoshka and "
         "Switch SAEs."
     )
-    smallest = SMALLEST | {"k": (4, 8), "tokens": 1024, "dict_size": 128}
-    paper = QWEN | {"k": (16, 32, 64, 128), "tokens": 125_000_000, "dict_size": 32768}
+    smallest = EqualTokens.smallest | {"k": (4, 8), "tokens": 1024}
+    paper = EqualTokens.paper | {"k": (16, 32, 64, 128)}
     headings = {"k": "k"}
     across = Across("k", "k, active latents a token", log=2)
 
     k: tuple[int, ...] = axis((16, 32, 64, 128), "active latents a token")
-    tokens: int = axis(200_000, "tokens of a training")
-    dict_size: int = axis(4096, "dictionary size F")
     variants: tuple[str, ...] = axis(
         ("m2n4", "matryoshka-m2n4", "switch-m2n4"), "Kron forms, each held against its dense form"
     )
     seeds: int = axis(2, "trainings of each point")
 
-    def rows(self) -> list[dict[str, Any]]:
-        size = {"dict_size": self.dict_size, "tokens": self.tokens}
-        return product(variant=with_dense_forms(self.variants), k=self.k, **size)
+    def compared(self) -> dict[str, Any]:
+        return {"variant": with_dense_forms(self.variants), "k": self.k}
 
     def sentence(self, found: dict[tuple, Spread]) -> str:
         counts = [

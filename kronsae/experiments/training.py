@@ -14,7 +14,7 @@ from torch import Tensor
 from kronsae.commandline import Terminated
 from kronsae.config import DataConfig, SAEConfig, TrainConfig, setting
 from kronsae.data import ActivationSource
-from kronsae.experiments.activations import Activations
+from kronsae.experiments.activations import Activations, collect
 from kronsae.experiments.experiment import Experiment, Run, axis
 from kronsae.experiments.grid import matches
 from kronsae.experiments.report import (
@@ -122,8 +122,7 @@ class TrainingExperiment(Experiment):
         return run["explained_variance"]
 
     def prepare(self) -> Any:
-        """Activations for the longest training."""
-        return self.activations().hold(max(row["tokens"] for row in self.rows()))
+        return self.activations()
 
     def activations(self, **given: Any) -> Activations:
         """Those of the settings, with some in place of theirs."""
@@ -131,7 +130,18 @@ class TrainingExperiment(Experiment):
         data = {name: value for name, value in vars(self).items() if name in names} | given
         config, device = DataConfig(**data), resolve_device(self.device)
         source = partial(open_activations, config, batch_size=self.batch_size, device=device)
-        return Activations(source, self.memory_gib)
+        first = source(seed=0)
+        heldout, tokens = first.heldout_activations(), self.longest(first.d_model)
+        fit_in_memory = tokens * first.d_model * 4 <= self.memory_gib * 2**30
+        return Activations(heldout, collect(first, tokens) if fit_in_memory else None, source)
+
+    def longest(self, d_model: int) -> int:
+        """Tokens of the longest training."""
+        return max(self.tokens_of(row, d_model) for row in self.rows())
+
+    def tokens_of(self, row: dict[str, Any], d_model: int) -> int:
+        """Tokens of a row's trainings."""
+        return row["tokens"]
 
     def run(self, shared: Any, cell: dict[str, Any]) -> dict[str, Any]:
         return quality(self.train(self.sae(cell), shared, cell))
@@ -148,12 +158,13 @@ class TrainingExperiment(Experiment):
     def train(
         self, config: SAEConfig, activations: Activations, cell: dict[str, Any], **recipe: Any
     ) -> FitResult:
-        """Train on the cell's "tokens", "lr" and "seed", and judge on the held-out activations.
+        """Train at the cell's "lr" and "seed", and judge on the held-out activations.
 
         recipe: settings of `TrainConfig` in place of its defaults.
         """
+        tokens = self.tokens_of(cell, activations.heldout.shape[1])
         train_config = TrainConfig(
-            tokens=cell["tokens"],
+            tokens=tokens,
             batch_size=self.batch_size,
             lr=cell["lr"],
             seed=cell["seed"],
@@ -161,7 +172,7 @@ class TrainingExperiment(Experiment):
             eval_every=0,
             **recipe,
         )
-        x = activations.training(cell["tokens"], cell["seed"])
+        x = activations.training(tokens, cell["seed"])
         return fit_whole(config, x, train_config, Heldout(activations.heldout))
 
     def conclude(self, runs: Sequence[Run]) -> tuple[str, str]:
@@ -188,6 +199,24 @@ class TrainingExperiment(Experiment):
     def style(self, value: Any) -> dict[str, Any]:
         """Of the line of a value, for matplotlib's `errorbar`."""
         return {}
+
+
+@dataclasses.dataclass(frozen=True)
+class EqualTokens(TrainingExperiment):
+    """SAEs of one dictionary size that all see equally many tokens."""
+
+    smallest = SMALLEST | {"tokens": 2048, "dict_size": 128}
+    paper = QWEN | {"tokens": 125_000_000, "dict_size": 32768}
+
+    tokens: int = axis(200_000, "tokens of a training")
+    dict_size: int = axis(4096, "dictionary size F")
+
+    def rows(self) -> list[dict[str, Any]]:
+        return product(**self.compared(), dict_size=self.dict_size, tokens=self.tokens)
+
+    def compared(self) -> dict[str, Iterable[Any]]:
+        """Values by key; rows are all of each with all of the others."""
+        raise NotImplementedError
 
 
 def product(**axes: int | Iterable[Any]) -> list[dict[str, Any]]:
