@@ -139,25 +139,25 @@ class Convergence(EqualTokens):
     def conclude(self, runs: Sequence[Run]) -> tuple[str, str]:
         found = explained(runs, "arm", "variant")
         dead = explained(runs, "arm", "variant", figure="dead_share")
-        lr = {key: of_row[0]["lr"] for key, of_row in grouped(runs, "arm", "variant").items()}
-        lines = []
-        for arm in (RECIPE, *self.arms):
-            line: list[Any] = [arm]
-            for key in ((arm, variant) for variant in self.variants):
-                figures = (found[key], f"{lr[key]:g}", f"{dead[key].mean:.2f}") if key in lr else ""
-                line += figures or ["", "", ""]
-            lines.append(line)
+        figures = {
+            key: [found[key], f"{group[0]['lr']:g}", f"{dead[key].mean:.2f}"]
+            for key, group in grouped(runs, "arm", "variant").items()
+        }
+        lines = [
+            [arm, *(part for v in self.variants for part in figures.get((arm, v), [""] * 3))]
+            for arm in (RECIPE, *self.arms)
+        ]
         header = ["", *(f"{v}{part}" for v in self.variants for part in ("", ": lr", ": dead"))]
         rate_header = ["F", "tokens", *(f"lr {rate:g}" for rate in self.rates)]
-        _, rates = by_column(explained(runs, "rates_of", *POINT, "lr"), ["F", "tokens"], "lr")
-        rates = [row for _, *row in rates]
+        _, rates = by_column(explained(runs, *POINT, "rates_of", "lr"), [], "")
+        rates = [[size, tokens, *evs] for size, tokens, _, *evs in rates]
         table = (
             f"{markdown(header, lines)}\n\n{self.variants[0]} by the recipe at each rate:\n\n"
             f"{markdown(rate_header, rates)}"
         )
         most = [self.most(found, variant) for variant in self.variants]
         best = [
-            f"{max(zip(evs, self.rates, strict=True))[1]:g} at F = {size:,}, {tokens:,} tokens"
+            f"{self.rates[evs.index(max(evs))]:g} at F = {size:,}, {tokens:,} tokens"
             for size, tokens, *evs in rates
         ]
         line = f"Most above the recipe: {'; '.join(most)}. Best rate: {'; '.join(best)}."
