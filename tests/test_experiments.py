@@ -202,6 +202,42 @@ def test_overview_lists_all(capsys):
     assert all(f"  {name} " in printed for name in EXPERIMENTS)
 
 
+PLUGIN = """
+from dataclasses import dataclass
+from kronsae.experiments.experiment import EXPERIMENTS, Experiment, axis
+
+@EXPERIMENTS.register("cubes")
+@dataclass(frozen=True)
+class Cubes(Experiment):
+    figure = "none"
+    statement = "Cubes grow."
+    numbers: tuple[int, ...] = axis((1, 2), "to cube")
+
+    def cells(self, runs):
+        return [{"number": number} for number in self.numbers]
+
+    def run(self, shared, cell):
+        return {"cube": cell["number"] ** 3}
+
+    def conclude(self, runs):
+        return "a table", f"Cubes: {[run['cube'] for run in runs]}."
+
+    def draw(self, runs, path):
+        pass
+"""
+
+
+def test_an_experiment_of_ones_own(tmp_path, monkeypatch, capsys):
+    """One file, named by --plugin."""
+    monkeypatch.setattr(EXPERIMENTS, "_kinds", dict(EXPERIMENTS))
+    (tmp_path / "cubes.py").write_text(PLUGIN)
+    plugin = ["--plugin", str(tmp_path / "cubes.py")]
+    assert main([*plugin, "cubes", "--numbers", "3", "2", "--out", str(tmp_path)]) == 0
+    assert "Cubes: [27, 8]." in (tmp_path / "cubes.md").read_text()
+    assert main([*plugin, "--help"]) == 0
+    assert "[none] Cubes grow." in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("variant", "expected"),
     [
