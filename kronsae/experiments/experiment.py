@@ -69,4 +69,4 @@ EXPERIMENTS: Registry[type[Experiment]] = Registry("experiment")
 def require(package: str) -> None:
     """Raises InputError, before anything has run, if a package of an extra is missing."""
     if find_spec(package) is None:
-        raise InputError(f"{package} is missing: pip install 'kronsae[experiments]'")
+        raise InputError(f"{package} is missing: pip install {package}")
