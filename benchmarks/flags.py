@@ -1,4 +1,4 @@
-"""Types of command-line arguments that several benchmarks take."""
+"""Command lines of benchmarks: the flags that many have, and the file that --json writes."""
 
 import argparse
 import json
@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from benchmarks.shapes import SHAPES
 
 
 def positive(text: str) -> int:
@@ -63,3 +65,34 @@ def written_by(benchmark: str, key: str) -> Callable[[str], dict[str, Any]]:
         return found
 
     return read
+
+
+FLAGS: dict[str, dict[str, Any]] = {
+    "shape": {"nargs": "+", "choices": SHAPES, "metavar": "NAME"}
+    | {"help": f"of {', '.join(SHAPES)} (benchmarks/shapes.py)"},
+    "device": {"type": usable_device, "help": "cpu, cuda, cuda:1, ..."},
+    "rounds": {"type": positive, "help": "how often each is timed"},
+    "seconds": {"type": positive_seconds, "help": "nothing new is started after so many"},
+    "json": {"type": output_file, "metavar": "FILE", "help": "write all figures here"},
+}
+
+
+def command(name: str, about: str, **defaults: Any) -> argparse.ArgumentParser:
+    """The parser of `python -m benchmarks.NAME`, with some of FLAGS and --json.
+
+    about: its first line is printed by --help.  defaults: of the flags, by name.
+    """
+    parser = argparse.ArgumentParser(f"benchmarks.{name}", description=about.splitlines()[0])
+    for flag, default in {**defaults, "json": None}.items():
+        options = dict(FLAGS[flag])
+        if default not in (None, math.inf):
+            shown = " ".join(default) if isinstance(default, list) else default
+            options["help"] += f" (default: {shown})"
+        parser.add_argument(f"--{flag}", default=default, **options)
+    return parser
+
+
+def save(path: Path | None, figures: dict[str, Any]) -> None:
+    """Write what there is so far into the file of --json, if one was given."""
+    if path is not None:
+        path.write_text(json.dumps(figures, indent=1) + "\n")

@@ -12,7 +12,6 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.quality import harvest
 from kronsae import SAE, SAEConfig, TrainConfig, load
+from kronsae.experiments.common import Activations, TrainingSettings
 from kronsae.export.verify import Verification, verify
 from kronsae.registry import FORMATS
 from kronsae.runs.folder import versions
-from kronsae.train import fit
+from kronsae.system.files import write_json, write_text
+from kronsae.system.tables import markdown
+from kronsae.training.fit import fit
 
 SIZE, K = 1024, 16
 DENSE = {"encoder": "dense", "dict_size": SIZE, "k": K}
@@ -139,32 +140,25 @@ def dictionary_learning_trained(x: Tensor, batch: int) -> Iterator[Trained]:
         yield "dictionary_learning", kind, save
 
 
-@dataclass
-class Row:
-    """One SAE that was carried over."""
+def facts(architecture: str, direction: str, result: Verification) -> dict[str, Any]:
+    """Figures of an SAE that was carried over, its old library first.
 
-    architecture: str
-    direction: str
-    result: Verification
-
-    @property
-    def inwards(self) -> bool:
-        return self.direction.endswith("→ kronsae")
-
-    def facts(self) -> dict[str, Any]:
-        """Figures, the SAE's old library first."""
-        pair = [self.result.before, self.result.after]
-        before, after = reversed(pair) if self.inwards else pair
-        return {
-            "architecture": self.architecture,
-            "direction": self.direction,
-            "explained_variance": [before.explained_variance, after.explained_variance],
-            "l0": [before.l0, after.l0],
-            "largest_difference": self.result.largest_difference,
-        }
+    Raises SystemExit unless both libraries compute the same.
+    """
+    if not result.agrees:
+        raise SystemExit(f"{architecture}, {direction}: {result}")
+    ours, theirs = result.before, result.after
+    pair = (theirs, ours) if direction.endswith("→ kronsae") else (ours, theirs)
+    return {
+        "architecture": architecture,
+        "direction": direction,
+        "explained_variance": [one.explained_variance for one in pair],
+        "l0": [one.l0 for one in pair],
+        "largest_difference": result.largest_difference,
+    }
 
 
-def outwards(x: Tensor, heldout: Tensor, batch: int, folder: Path) -> Iterator[Row]:
+def outwards(x: Tensor, heldout: Tensor, batch: int, folder: Path) -> Iterator[dict[str, Any]]:
     """Each SAE of `OUTWARDS`; those that another library may save again also come back."""
     train = TrainConfig(tokens=len(x), batch_size=batch, lr=8e-3, eval_every=0)
     saes: dict[str, SAE] = {}
@@ -174,17 +168,17 @@ def outwards(x: Tensor, heldout: Tensor, batch: int, folder: Path) -> Iterator[R
                 saes[kind] = fit(SAEConfig(**settings), x, train).sae
             out = FORMATS[library].write(saes[kind], folder / f"{library} {kind}")
             name = FORMATS[library].library
-            yield Row(kind, f"kronsae → {name}", verify(saes[kind], out, library, heldout))
+            yield facts(kind, f"kronsae → {name}", verify(saes[kind], out, library, heldout))
             if library == "sae_lens" and kind.startswith(("KronSAE", "Switch")):
                 import sae_lens
 
                 again = folder / f"again {kind}"
                 sae_lens.SAE.load_from_disk(out).save_model(again)
                 result = verify(load(again), again, library, heldout)
-                yield Row(kind, f"{name} → kronsae", result)
+                yield facts(kind, f"{name} → kronsae", result)
 
 
-def inwards(x: Tensor, heldout: Tensor, batch: int, folder: Path) -> Iterator[Row]:
+def inwards(x: Tensor, heldout: Tensor, batch: int, folder: Path) -> Iterator[dict[str, Any]]:
     """SAEs that the other libraries trained."""
     for trained in (sae_lens_trained, sparsify_trained, dictionary_learning_trained):
         for library, kind, save in trained(x, batch):
@@ -192,23 +186,21 @@ def inwards(x: Tensor, heldout: Tensor, batch: int, folder: Path) -> Iterator[Ro
             save(place)
             ours = load(place, allow_pickle=True)
             name = FORMATS[library].library
-            yield Row(kind, f"{name} → kronsae", verify(ours, place, library, heldout))
+            yield facts(kind, f"{name} → kronsae", verify(ours, place, library, heldout))
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: a line each SAE."""
-    lines = [
-        "| from → to | architecture | explained variance before | after | L0 before | after "
-        "| largest difference |",
-        "|---|---|---:|---:|---:|---:|---:|",
-    ]
-    for row in sorted(rows, key=lambda row: (row["direction"].replace("kronsae", ""), str(row))):
-        (ev, ev_after), (l0, l0_after) = row["explained_variance"], row["l0"]
-        lines.append(
-            f"| {row['direction']} | {row['architecture']} | {ev:.6f} | {ev_after:.6f} "
-            f"| {l0:.3f} | {l0_after:.3f} | {row['largest_difference']:.0e} |"
-        )
-    return "\n".join(lines)
+    rows = sorted(rows, key=lambda row: (row["direction"].replace("kronsae", ""), str(row)))
+    header = ["from → to", "architecture", "explained variance before", "after", "L0 before"]
+    lines = (
+        (row["direction"], row["architecture"])
+        + tuple(f"{ev:.6f}" for ev in row["explained_variance"])
+        + tuple(f"{l0:.3f}" for l0 in row["l0"])
+        + (f"{row['largest_difference']:.0e}",)
+        for row in rows
+    )
+    return markdown([*header, "after", "largest difference"], lines)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -219,17 +211,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="folder for interop.json, interop.md")
     arguments = parser.parse_args(argv)
     torch.manual_seed(0)
-    x, heldout = harvest(arguments.tokens, seed=0)
+    settings = TrainingSettings(batch_size=4096, device="cpu")
+    activations = Activations(settings).hold(arguments.tokens)
+    x, heldout = activations.x, activations.heldout[: arguments.heldout]
     scale = (x.square().sum(1).mean() / x.shape[1]) ** -0.5  # as the other trainers expect
-    x, heldout = x * scale, heldout[: arguments.heldout] * scale
+    x, heldout = x * scale, heldout * scale
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
         for carry in (outwards, inwards):
             for row in carry(x, heldout, arguments.batch_size, Path(temporary)):
-                if not row.result.agrees:
-                    raise SystemExit(f"{row.architecture}, {row.direction}: {row.result}")
-                rows.append(row.facts())
-                print(json.dumps(rows[-1], ensure_ascii=False), flush=True)
+                rows.append(row)
+                print(json.dumps(row, ensure_ascii=False), flush=True)
     text = table(rows)
     print("\n" + text)
     if arguments.out:
@@ -240,10 +232,8 @@ def main(argv: list[str] | None = None) -> None:
             "versions": {**versions(), **{name: metadata.version(name) for name in names}},
             "rows": rows,
         }
-        (arguments.out / "interop.json").write_text(
-            json.dumps(document, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
-        (arguments.out / "interop.md").write_text(text + "\n", encoding="utf-8")
+        write_json(arguments.out / "interop.json", document)
+        write_text(arguments.out / "interop.md", text + "\n")
 
 
 if __name__ == "__main__":
