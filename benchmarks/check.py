@@ -6,8 +6,6 @@ in that dtype does. Selection index by index, on numbers that no order of sums r
 The fused step over some steps against autograd and torch's AdamW in float32, weight by weight.
 """
 
-import argparse
-import json
 import multiprocessing
 import sys
 from collections.abc import Callable
@@ -17,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.flags import output_file, positive, usable_device
+from benchmarks.flags import command, positive, save
 from benchmarks.measure import describe, reason
 from benchmarks.shapes import GOAL_SHAPES, SHAPES, Shape, batches
 from benchmarks.steps import LOSSES, training_step, why_not_fused
@@ -234,13 +232,11 @@ def checked(name: str, device: torch.device, smallest: bool) -> list[dict[str, A
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("benchmarks.check", description=__doc__.splitlines()[0])
-    parser.add_argument("--device", type=usable_device, default="auto")
+    parser = command("check", __doc__, device="auto")
     parser.add_argument("--smallest", action="store_true", help="two small cases")
     parser.add_argument(
         "--workers", type=positive, default=1, help="processes, a fresh one a check"
     )
-    parser.add_argument("--json", type=output_file, metavar="FILE", help="write all errors here")
     options = parser.parse_args(arguments)
     device = options.device
     where, reason_not = describe(device), why_not_fused(device)
@@ -259,9 +255,8 @@ def main(arguments: list[str] | None = None) -> None:
             wrong.extend([] if right else [one])
             print("ok   " if right else "WRONG", one, flush=True)
         checks.extend(found)
-        if options.json:
-            result = {"where": where, "checks": checks, "wrong": wrong, "fused_skipped": reason_not}
-            options.json.write_text(json.dumps(result, indent=1) + "\n")
+        result = {"where": where, "checks": checks, "wrong": wrong, "fused_skipped": reason_not}
+        save(options.json, result)
 
     if options.workers == 1:
         for name in names:

@@ -6,8 +6,7 @@ ratios, and its range their quartiles, so a load that comes and goes does not fa
 each is alone, in a process that is replaced if one breaks it. What fails costs only itself.
 """
 
-import argparse
-import json
+import math
 import time
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,20 +14,18 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks import floors
-from benchmarks.flags import output_file, positive, positive_seconds, usable_device
-from benchmarks.floors import Ceilings, assumed_ceilings, measure_ceilings
-from benchmarks.measure import (
-    Apart,
-    Comparison,
-    Timing,
-    compare_steps,
-    describe,
-    here,
-    quartiles,
-    reason,
-)
+from benchmarks.flags import command, save
+from benchmarks.floors import Ceilings
+from benchmarks.measure import Comparison, Timing, about, caller, compare_steps, quartiles, reason
+from benchmarks.report import steps_table, where
 from benchmarks.shapes import GOAL_SHAPES, SHAPES, Shape
-from benchmarks.steps import CONTENDERS, best_of_ours
+from benchmarks.steps import CONTENDERS, OURS, best_of_ours
+from kronsae.system.tables import markdown
+
+LEGEND = """\
+kron, dense: our KronSAE and TopK SAE; fused: our explicit step; graphed: that as a CUDA graph;
+listing, topk: KronSAE and TopK SAE in plain PyTorch; product: an encoder's bare matrix product.
+"""
 
 
 class Goal(NamedTuple):
@@ -54,67 +51,42 @@ GOALS = (
 )
 """Ours: the fused step, as a CUDA graph where there is one; topk: the dense
 SAE in plain PyTorch, bfloat16."""
-OURS = ("kron graphed", "kron fused", "kron")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("benchmarks.compare", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--shape", nargs="+", default=["S1", "S2"], choices=SHAPES, help="default: S1 S2"
+    parser = command(
+        "compare", __doc__, shape=["S1", "S2"], rounds=7, device="auto", seconds=math.inf
     )
-    parser.add_argument("--rounds", type=positive, default=7, help="default: 7")
-    parser.add_argument("--device", type=usable_device, default="auto", help="default: auto")
-    parser.add_argument(
-        "--seconds",
-        type=positive_seconds,
-        default=float("inf"),
-        help="nothing new is started after so many",
-    )
-    parser.add_argument("--json", type=output_file, metavar="FILE", help="write all times here")
     options = parser.parse_args(arguments)
     device = options.device
     end = time.monotonic() + options.seconds
-    where = describe(device)
-    call = Apart() if device.type == "cuda" else here
-    ceilings, assumed = call(measure_ceilings, device), assumed_ceilings(device)
-    print(", ".join(f"{key} {value}" for key, value in where.items() if value is not None))
-    print(rates("measured", ceilings))
-    if assumed:
-        print(rates("assumed", assumed))
-    result = {"where": where, "ceilings": ceilings._asdict(), "shapes": []}
-    result["assumed"] = assumed._asdict() if assumed else None
-    report = result["shapes"]
+    call = caller(device)
+    facts = about(device, call)
+    print(f"{where(facts)}\n{LEGEND}")
+    ceilings, assumed = (
+        facts[kind] and Ceilings(**facts[kind]) for kind in ("ceilings", "assumed")
+    )
+    shapes: list[dict[str, Any]] = []
+    result = {**facts, "shapes": shapes}
 
     def tell(shape: Shape, found: Comparison) -> None:
-        report[-1] = record(shape, found, ceilings, assumed, device)
-        if options.json:
-            options.json.write_text(json.dumps(result, indent=1) + "\n")
+        shapes[-1] = record(shape, found, ceilings, assumed, device)
+        save(options.json, result)
 
     for place, name in enumerate(options.shape):
         left = (end - time.monotonic()) / (len(options.shape) - place)
-        if left < 0:
-            print(f"\n{name}: no time left")
-            continue
-        shape = SHAPES[name]
-        report.append({"shape": shape._asdict(), "failed": "stopped"})
-        try:
-            settings = options.rounds, 2, left, call
-            found = compare_steps(shape, device, *settings, partial(tell, shape))
-            print(f"\n{shape}\n{table(shape, found, device)}", flush=True)
-            print("".join(f"{goal}\n" for goal in report[-1]["goals"]), end="", flush=True)
-        except Exception as broken:  # the other shapes still tell something
-            report[-1]["failed"] = reason(broken)
-            print(f"\n{shape}: {reason(broken)}", flush=True)
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def rates(kind: str, ceilings: Ceilings) -> str:
-    return (
-        f"{kind} ceilings: {ceilings.multiply_adds_per_s / 1e12:.3g} T multiply-adds/s, "
-        f"{ceilings.bytes_per_s / 1e9:.4g} GB/s copied, "
-        f"{ceilings.cached_bytes_per_s / 1e9:.4g} GB/s within the cache"
-    )
+        shape, ratios = SHAPES[name], ""
+        shapes.append({"shape": shape._asdict(), "failed": "no time left"})
+        if left > 0:
+            shapes[-1]["failed"] = "stopped"
+            try:
+                settings = options.rounds, 2, left, call
+                found = compare_steps(shape, device, *settings, partial(tell, shape))
+                ratios = ratio_table(found.timings, device)
+            except Exception as broken:  # the other shapes still tell something
+                shapes[-1]["failed"] = reason(broken)
+        print(f"{steps_table({'shapes': [shapes[-1]]})}\n\n{ratios}\n", flush=True)
+    save(options.json, result)
 
 
 def pairs_to_compare(timings: dict[str, Timing], device: torch.device) -> list[tuple[str, str]]:
@@ -134,21 +106,13 @@ def ratio(timings: dict[str, Timing], a: str, b: str) -> tuple[float, float, flo
     return ratios.median_ms, *quartiles(ratios.times_ms)
 
 
-def table(shape: Shape, found: Comparison, device: torch.device) -> str:
-    lines = [f"{'':34}{'ms':>9}{'quartiles':>20}{'tokens/s':>13}{'peak GiB':>10}"]
-    for name, timing in found.timings.items():
-        low, high = timing.quartiles_ms
-        rate = shape.tokens / timing.median_ms * 1e3
-        peak = found.peak_bytes.get(name)
-        lines.append(
-            f"{name:34}{timing.median_ms:9.2f}{f'{low:.2f} .. {high:.2f}':>20}{rate:13,.0f}"
-            + (f"{peak / 2**30:10.2f}" if peak else "")
-        )
-    lines.append(f"\n{'time / time':34}{'ratio':>9}{'quartiles':>20}")
-    for a, b in pairs_to_compare(found.timings, device):
-        middle, low, high = ratio(found.timings, a, b)
-        lines.append(f"{f'{a} / {b}':34}{middle:9.2f}{f'{low:.2f} .. {high:.2f}':>20}")
-    return "\n".join(lines + [f"{name}: {why}" for name, why in found.skipped.items()])
+def ratio_table(timings: dict[str, Timing], device: torch.device) -> str:
+    """Markdown: the rounds' ratios of two times."""
+    rows = []
+    for a, b in pairs_to_compare(timings, device):
+        middle, low, high = ratio(timings, a, b)
+        rows.append((f"{a} / {b}", f"{middle:.2f}", f"{low:.2f} … {high:.2f}"))
+    return markdown(("time / time", "ratio", "quartiles"), rows)
 
 
 def verdicts(found: Comparison, floor_ms: float) -> list[str]:
@@ -177,7 +141,7 @@ def record(
     assumed: Ceilings | None,
     device: torch.device,
 ) -> dict[str, Any]:
-    """The same as `table`, for machines; times in ms, a step's floor beside them."""
+    """All that was measured, as JSON values: times in ms, a step's floor beside them."""
     floor = {
         kind: {
             encoder: floors.step_floor_ms(shape, encoder, rates, device)

@@ -6,21 +6,18 @@ of the same F and k spends on the token budget, so it sees more tokens; what rem
 either takes for them.
 """
 
-import argparse
 import itertools
-import json
-import math
 import time
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from benchmarks.flags import output_file, positive_seconds, usable_device
-from benchmarks.floors import measure_ceilings
-from benchmarks.measure import Memory, alone, describe, reason, rotating
+from benchmarks.flags import command, positive, save
+from benchmarks.measure import Memory, about, alone, reason, rotating
+from benchmarks.report import isoflop_table
 from benchmarks.shapes import Shape, batches
-from benchmarks.steps import CONTENDERS, LABELS, best_of_ours
+from benchmarks.steps import CONTENDERS, best_of_ours
 from kronsae.model.flops import equal_budget
 
 BUDGET_TOKENS = 125_000_000
@@ -83,32 +80,23 @@ def contenders(device: torch.device, listing: bool) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("benchmarks.isoflop", description=__doc__.splitlines()[0])
+    parser = command("isoflop", __doc__, device="auto", seconds=120.0)
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--grid", choices=GRIDS, default=default)
-    parser.add_argument("--device", type=usable_device, default="auto")
-    parser.add_argument("--m", type=int, default=4)
-    parser.add_argument("--n", type=int, default=4)
+    parser.add_argument("--m", type=positive, default=4)
+    parser.add_argument("--n", type=positive, default=4)
     parser.add_argument("--listing", action="store_true", help="time the paper's listing, too")
-    parser.add_argument(
-        "--seconds", type=positive_seconds, default=120.0, help="start no cell after this"
-    )
-    parser.add_argument("--json", type=output_file, metavar="FILE", help="write all cells here")
     options = parser.parse_args(arguments)
     device, grid = options.device, GRIDS[options.grid]
     end = time.monotonic() + options.seconds
-    if grid is not GRIDS["cuda"]:
-        print(f"a reduced grid, not the paper's Fig. 8: {grid}")
     result = {
-        "where": describe(device),
-        "ceilings": measure_ceilings(device)._asdict(),
+        **about(device),
         "grid": {**grid._asdict(), "m": options.m, "n": options.n, "name": options.grid},
         "budget_tokens": BUDGET_TOKENS,
         "cells": [],
     }
-    plan = list(
-        itertools.product(grid.widths, grid.dict_sizes, contenders(device, options.listing))
-    )
+    names = contenders(device, options.listing)
+    plan = list(itertools.product(grid.widths, grid.dict_sizes, names))
     xs: list[Tensor] = []
     for place, (d, size, name) in enumerate(plan):
         heads = size // (options.m * options.n)
@@ -121,20 +109,9 @@ def main(arguments: list[str] | None = None) -> None:
         else:
             cell = {"d": d, "dict_size": size, "contender": name, "skipped": "no time left"}
         result["cells"].append(cell)
-        print(line(cell), flush=True)
-        if options.json:
-            options.json.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def line(cell: dict[str, Any]) -> str:
-    name = f"d {cell['d']:5}  F 2^{math.log2(cell['dict_size']):<3g} {LABELS[cell['contender']]:38}"
-    if "skipped" in cell:
-        return f"{name} {cell['skipped']}"
-    return (
-        f"{name} {cell['ms']:9.2f} ms {cell['tokens_per_s']:12,.0f} tokens/s"
-        f" {60 * cell['equal_flops_hours']:9.2f} min for"
-        f" {cell['equal_flops_tokens'] / 1e6:.0f} M tokens"
-    )
+        print(f"{shape}, {name}: {cell.get('skipped') or format(cell['ms'], '.2f') + ' ms'}")
+        save(options.json, result)
+    print(isoflop_table(result))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import peers
-from benchmarks.floors import compute_bytes, graphed
+from benchmarks.floors import assumed_ceilings, compute_bytes, graphed, measure_ceilings
 from benchmarks.shapes import Shape, batches
 from benchmarks.steps import CONTENDERS, LOSSES, Step, autocast, dense_parameters, encoding
 from kronsae_kernels import dense_encode, sparse_decode
@@ -241,6 +241,13 @@ def alone(
     return Timing(times)
 
 
+def spent(call: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
+    """What a call returns; its seconds on the wall, and those of all processors it used."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    found = call()
+    return found, {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+
+
 class Memory:
     """Peak of a GPU's memory above what was taken when this was made; None on a CPU."""
 
@@ -324,6 +331,21 @@ class Failed(Exception):
 def here(function: Callable[..., Any], *arguments: Any, seconds: float = 0) -> Any:
     """The call, in this process."""
     return function(*arguments)
+
+
+def caller(device: torch.device) -> Callable[..., Any]:
+    """What calls a function that measures: on a GPU in a process of its own."""
+    return Apart() if device.type == "cuda" else here
+
+
+def about(device: torch.device, call: Callable[..., Any] = here) -> dict[str, Any]:
+    """Where something is measured: versions; ceilings, measured now, and assumed of such a card."""
+    ceilings, assumed = call(measure_ceilings, device), assumed_ceilings(device)
+    return {
+        "where": describe(device),
+        "ceilings": ceilings._asdict(),
+        "assumed": assumed and assumed._asdict(),
+    }
 
 
 def _serve(pipe: multiprocessing.connection.Connection) -> None:

@@ -6,8 +6,6 @@ GPU what its allocator saw of the same step. What libraries take inside a call (
 no tensor and is not counted.
 """
 
-import argparse
-import json
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from benchmarks.flags import output_file, usable_device
+from benchmarks.flags import command, save
 from benchmarks.measure import Memory, describe, reason
 from benchmarks.shapes import SHAPES, Shape, activations
 from benchmarks.steps import CONTENDERS, LOSSES, Step
@@ -301,11 +299,8 @@ def table(found: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("benchmarks.memory", description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", nargs="+", default=["P3"], choices=SHAPES)
+    parser = command("memory", __doc__, shape=["P3"], device="auto")
     parser.add_argument("--contender", nargs="+", default=list(COUNTED[:2]), choices=COUNTED)
-    parser.add_argument("--device", type=usable_device, default="auto")
-    parser.add_argument("--json", type=output_file, metavar="FILE", help="write all counts here")
     options = parser.parse_args(arguments)
     device = options.device
     result = {"where": describe(device), "memory": []}
@@ -313,8 +308,7 @@ def main(arguments: list[str] | None = None) -> None:
         for contender in options.contender:
             result["memory"].append(record_of(SHAPES[name], contender, device))
             print(table(result["memory"][-1]) + "\n", flush=True)
-            if options.json:
-                options.json.write_text(json.dumps(result, indent=1) + "\n")
+            save(options.json, result)
 
 
 if __name__ == "__main__":

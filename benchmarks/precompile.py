@@ -5,9 +5,7 @@ several processes, none of which uses the GPU. What comes out lies in Triton's o
 under the key that a launch looks for, so every process that begins later finds it there.
 """
 
-import argparse
 import functools
-import json
 import multiprocessing
 import os
 import subprocess
@@ -20,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks import ahead, check, tune
-from benchmarks.flags import output_file, positive
+from benchmarks.flags import command, positive, save
 from benchmarks.measure import CHECKED_TOKENS, reason
 from benchmarks.memory import LiveKernels, autograd_step
 from benchmarks.shapes import GOAL_SHAPES, SHAPES, Shape
@@ -116,14 +114,12 @@ def card_here() -> str | None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("benchmarks.precompile", description=__doc__.splitlines()[0])
-    parser.add_argument("--shape", nargs="*", choices=SHAPES, default=GOAL_SHAPES)
+    parser = command("precompile", __doc__, shape=GOAL_SHAPES)
     parser.add_argument("--checks", action="store_true", help="also for benchmarks.check")
     parser.add_argument("--tuning", action="store_true", help="also for benchmarks.tune")
     parser.add_argument("--target", choices=ahead.TARGETS, help="default: the card that is here")
     parser.add_argument("--workers", type=positive, default=min(12, os.cpu_count() or 1))
     parser.add_argument("--most", type=positive, default=10_000, help="kernels at most")
-    parser.add_argument("--json", type=output_file, metavar="FILE", help="write all times here")
     options = parser.parse_args(arguments)
     target = options.target or card_here()
     if target not in ahead.TARGETS:
@@ -140,10 +136,7 @@ def main(arguments: list[str] | None = None) -> None:
             results.append({"kernel": kernel, "seconds": seconds, "error": why})
             if why:
                 print(f"{kernel}: {why}", flush=True)
-    if options.json:
-        options.json.write_text(
-            json.dumps({"target": target, "compiled": results}, indent=1) + "\n"
-        )
+    save(options.json, {"target": target, "compiled": results})
     print(f"{len(results)} compiled for {target} in {time.perf_counter() - began:.0f} s")
 
 

@@ -6,8 +6,8 @@ kernel what `python -m benchmarks.predict --json FILE` expected of it. `--once` 
 measures nothing: for profilers that watch from outside, as `benchmarks.stalls` does.
 """
 
-import argparse
 import json
+import math
 import re
 import time
 from pathlib import Path
@@ -17,25 +17,9 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.flags import output_file, positive_seconds, usable_device
-from benchmarks.floors import (
-    Ceilings,
-    Work,
-    assumed_ceilings,
-    compute_bytes,
-    measure_ceilings,
-    stages,
-)
-from benchmarks.measure import (
-    Apart,
-    Memory,
-    alone,
-    describe,
-    here,
-    reason,
-    rotating,
-    synchronize,
-)
+from benchmarks.flags import command, save
+from benchmarks.floors import Ceilings, Work, compute_bytes, stages
+from benchmarks.measure import Memory, about, alone, caller, reason, rotating, synchronize
 from benchmarks.report import profile_table
 from benchmarks.shapes import GOAL_SHAPES, SHAPES, Shape, batches
 from benchmarks.steps import CONTENDERS, best_of_ours
@@ -125,23 +109,13 @@ def beside(times: dict[str, float], predicted: dict[str, Any] | None) -> list[di
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("benchmarks.profile", description=__doc__.splitlines()[0])
-    gpu = torch.cuda.is_available()
-    default = GOAL_SHAPES if gpu else ["S1"]
-    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=default)
+    shapes = GOAL_SHAPES if torch.cuda.is_available() else ["S1"]
+    parser = command("profile", __doc__, shape=shapes, device="auto", seconds=math.inf)
     parser.add_argument(
         "--contender", nargs="+", choices=CONTENDERS, help="default: our fastest KronSAE"
     )
-    parser.add_argument("--device", type=usable_device, default="auto")
     parser.add_argument("--predicted", type=Path, metavar="FILE", help="of benchmarks.predict")
     parser.add_argument("--once", action="store_true", help="train twice, measure nothing")
-    parser.add_argument(
-        "--seconds",
-        type=positive_seconds,
-        default=float("inf"),
-        help="nothing new is started after so many",
-    )
-    parser.add_argument("--json", type=output_file, metavar="FILE", help="write all times here")
     options = parser.parse_args(arguments)
     device = options.device
     end = time.monotonic() + options.seconds
@@ -152,10 +126,10 @@ def main(arguments: list[str] | None = None) -> None:
             call = rotating(CONTENDERS[contender].make(shape, device), batches(shape, device, 2))
             print(shape, contender, float(call()), float(call()))
         return
-    call = Apart() if device.type == "cuda" else here
-    ceilings, assumed = call(measure_ceilings, device), assumed_ceilings(device)
-    result = {"where": describe(device), "ceilings": ceilings._asdict(), "profiles": []}
-    result["assumed"] = assumed._asdict() if assumed else None
+    call = caller(device)
+    facts = about(device, call)
+    ceilings = Ceilings(**(facts["assumed"] or facts["ceilings"]))
+    result: dict[str, Any] = {**facts, "profiles": []}
     predictions = {}
     if options.predicted and options.predicted.exists():
         shapes = json.loads(options.predicted.read_text())["shapes"]
@@ -169,14 +143,12 @@ def main(arguments: list[str] | None = None) -> None:
             continue
         prediction = predictions.get(shape.name) if contender == "kron fused" else None
         try:
-            settings = shape, contender, assumed or ceilings, device, prediction
-            found = call(measure, *settings)
+            found = call(measure, shape, contender, ceilings, device, prediction)
         except Exception as broken:  # the others still tell something
             found = {"shape": shape._asdict(), "contender": contender, "skipped": reason(broken)}
         result["profiles"].append(found)
         print(profile_table({"profiles": [found]}) + "\n", flush=True)
-        if options.json:
-            options.json.write_text(json.dumps(result, indent=1) + "\n")
+        save(options.json, result)
 
 
 if __name__ == "__main__":

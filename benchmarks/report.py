@@ -10,11 +10,12 @@ import json
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.measure import quartiles
 from benchmarks.shapes import Shape
 from benchmarks.steps import LABELS
+from kronsae.system.tables import markdown
 
 COLOURS = {
     "kron graphed": "#08306b",
@@ -31,6 +32,7 @@ COLOURS = {
     "dictionary-learning": "#b8a13a",
 }
 """KronSAE blue, our TopK orange, others their own."""
+ENCODERS = {"kron": "KronSAE", "dense": "TopK"}
 Json = dict[str, Any]
 
 
@@ -81,97 +83,90 @@ def where(found: Json) -> str:
     return text
 
 
-def markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    head = list(head)
-    lines = ["| " + " | ".join(head) + " |", "|---" + "|---:" * (len(head) - 1) + "|"]
-    return "\n".join(lines + ["| " + " | ".join(row) + " |" for row in rows])
-
-
 def title_of(shape: Json) -> str:
     return str(Shape(**shape))
 
 
+def bold(shape: Json) -> str:
+    return f"**{title_of(shape)}**"
+
+
+def times(ms: float, floor_ms: float) -> str:
+    return f"×{ms / floor_ms:.2f}" if floor_ms > 0 else ""
+
+
 # benchmarks.compare: {"shapes": [{"shape", "times_ms", …}]}
+
+
+def ranked(one: Json) -> list[str]:
+    """The contenders that were timed at a shape, the fastest first."""
+    medians = one["median_ms"]
+    return sorted((name for name in medians if name in LABELS), key=medians.get)
+
+
+def our_kron(medians: dict[str, float]) -> float:
+    """What others are compared to, as `steps.best_of_ours` says; nan if it was not timed."""
+    return medians.get("kron fused") or medians.get("kron") or math.nan
+
+
+def to_ours(medians: dict[str, float], name: str, digits: int) -> str:
+    ratio = medians[name] / our_kron(medians)
+    return "" if math.isnan(ratio) else f"×{ratio:.{digits}f}"
 
 
 def steps_table(found: Json) -> str:
     parts = []
     for one in found["shapes"]:
         if "failed" in one:
-            parts.append(f"**{title_of(one['shape'])}**: {one['failed']}")
+            parts.append(f"{bold(one['shape'])}: {one['failed']}")
         if "median_ms" not in one:
             continue
         tokens, medians = one["shape"]["tokens"], one["median_ms"]
-        ours = _our_kron(medians)
         rows = []
-        for name in sorted((n for n in medians if n in LABELS), key=medians.get):
+        for name in ranked(one):
             low, high = quartiles(one["times_ms"][name])
             peak = one["peak_bytes"].get(name)
-            rows.append(
-                (
-                    LABELS[name],
-                    f"{medians[name]:.2f}",
-                    f"{low:.2f} … {high:.2f}",
-                    f"{1e3 * tokens / medians[name]:,.0f}",
-                    f"×{medians[name] / ours:.2f}" if ours else "",
-                    f"{peak / 2**30:.1f}" if peak else "",
-                )
-            )
+            cells = f"{medians[name]:.2f}", f"{low:.2f} … {high:.2f}"
+            cells += f"{1e3 * tokens / medians[name]:,.0f}", to_ours(medians, name, 2)
+            rows.append((LABELS[name], *cells, f"{peak / 2**30:.1f}" if peak else ""))
         head = ("a training step", "ms", "quartiles", "tokens/s", "to our KronSAE", "peak GiB")
         if not any(row[-1] for row in rows):
             head, rows = head[:-1], [row[:-1] for row in rows]
+        kinds = {"by measured rates": "floor_ms", "by assumed ones": "assumed_floor_ms"}
         floors = ", ".join(
-            f"{model} {floor[key]:.2f} ms {rates}"
-            for rates, floor in (
-                ("by measured rates", one["floor_ms"]),
-                ("by assumed ones", one.get("assumed_floor_ms")),
-            )
-            for key, model in (("kron", "KronSAE"), ("dense", "TopK"))
-            if floor
+            f"{model} {one[key][encoder]:.2f} ms {rates}"
+            for rates, key in kinds.items()
+            if one.get(key)
+            for encoder, model in ENCODERS.items()
         )
         bare = ", ".join(
-            f"{model} {medians[f'{key} product']:.2f} ms"
-            for key, model in (("kron", "KronSAE"), ("dense", "TopK"))
-            if f"{key} product" in medians
+            f"{model} {medians[f'{encoder} product']:.2f} ms"
+            for encoder, model in ENCODERS.items()
+            if f"{encoder} product" in medians
         )
-        parts += [f"**{title_of(one['shape'])}**", markdown(head, rows)]
-        parts.append(f"Floor of a step: {floors}. The encoder's bare product: {bare}.")
-        parts.append("\n".join(f"- goal: {goal}" for goal in one.get("goals", [])))
         skipped = one["skipped"].items()
-        parts.append("\n".join(f"- {LABELS.get(name, name)}: {why}" for name, why in skipped))
-    return "\n\n".join(parts)
-
-
-def _our_kron(medians: dict[str, float]) -> float | None:
-    """What others are compared to, as `steps.best_of_ours` says."""
-    return medians.get("kron fused") or medians.get("kron")
+        parts += [
+            bold(one["shape"]),
+            markdown(head, rows),
+            f"Floor of a step: {floors}. The encoder's bare product: {bare}.",
+            "\n".join(f"- goal: {goal}" for goal in one.get("goals", [])),
+            "\n".join(f"- {LABELS.get(name, name)}: {why}" for name, why in skipped),
+        ]
+    return "\n\n".join(part for part in parts if part)
 
 
 def steps_picture(found: Json, path: Path) -> None:
-    shapes = [one for one in found["shapes"] if one.get("median_ms")]
-    if not shapes:
-        return
-    counts = [sum(name in LABELS for name in one["median_ms"]) for one in shapes]
-    height = sum(counts) * 0.34 + 1.0 * len(shapes) + 0.5
-    figure, panels = _figure(len(shapes), 1, (8.5, height), height_ratios=counts)
-    for (panel,), one in zip(panels, shapes, strict=True):
-        names = sorted((n for n in one["median_ms"] if n in LABELS), key=one["median_ms"].get)
-        ours = _our_kron(one["median_ms"])
-        for place, name in enumerate(names):
-            median = one["median_ms"][name]
-            low, high = quartiles(one["times_ms"][name])
-            panel.barh(place, median, color=COLOURS[name], height=0.74)
-            panel.plot([low, high], [place, place], color="black", linewidth=1)
-            text = f" {median:.3g} ms" + (f", ×{median / ours:.1f}" if ours else "")
-            panel.text(max(median, high), place, text, va="center", fontsize=8)
-        panel.set_yticks(range(len(names)), [LABELS[name] for name in names], fontsize=8)
-        panel.invert_yaxis()
-        panel.set_xlim(0, 1.22 * max(one["median_ms"][name] for name in names))
-        panel.set_title(title_of(one["shape"]), fontsize=9, loc="left")
-        _bare(panel)
-    label = "ms a training step (median; line: quartiles; ×: to our KronSAE)"
-    panels[-1][0].set_xlabel(label, fontsize=9)
-    _save(figure, path)
+    panels = []
+    for one in found["shapes"]:
+        if medians := one.get("median_ms"):
+            rows = []
+            for name in ranked(one):
+                ratio = to_ours(medians, name, 1)
+                text = f" {medians[name]:.3g} ms" + (f", {ratio}" if ratio else "")
+                spread = quartiles(one["times_ms"][name])
+                rows.append(Bar(LABELS[name], medians[name], text, COLOURS[name], spread=spread))
+            panels.append((title_of(one["shape"]), rows))
+    bars(panels, "ms a training step (median; line: quartiles; ×: to our KronSAE)", path)
 
 
 # benchmarks.isoflop: {"cells": […]}
@@ -180,24 +175,18 @@ def steps_picture(found: Json, path: Path) -> None:
 def isoflop_table(found: Json) -> str:
     budget, grid = found["budget_tokens"], found["grid"]
     rows = []
-    for cell in found["cells"]:
-        head = (
-            f"2^{math.log2(cell['dict_size']):g}",
-            str(cell["d"]),
-            LABELS[cell["contender"]],
-        )
-        if "skipped" in cell:
-            rows.append((*head, cell["skipped"], "", "", ""))
-            continue
-        rows.append(
-            (
-                *head,
+    for cell in sorted(found["cells"], key=lambda cell: (cell["dict_size"], cell["d"])):
+        figures = cell.get("skipped"), "", "", ""
+        if "ms" in cell:
+            minutes = 60 * cell["equal_flops_hours"]
+            figures = (
                 f"{cell['ms']:.2f}",
                 f"{cell['tokens_per_s']:,.0f}",
                 f"{cell['equal_flops_tokens'] / 1e6:,.0f} M",
-                _three_digits(60 * cell["equal_flops_hours"]),
+                f"{minutes:,.0f}" if minutes >= 100 else f"{minutes:#.3g}",
             )
-        )
+        size = f"2^{math.log2(cell['dict_size']):g}"
+        rows.append((size, cell["d"], LABELS[cell["contender"]], *figures))
     note = (
         f"m = {grid['m']}, n = {grid['n']}, k = {grid['k']}, {grid['tokens']} tokens a step. Equal "
         f"FLOPs [eq. 7]: those of a TopK SAE of the same F on {budget / 1e6:.0f} M tokens."
@@ -205,46 +194,38 @@ def isoflop_table(found: Json) -> str:
     if grid["name"] != "cuda":
         note += " A reduced grid, not the paper's Fig. 8."
     head = ("F", "d", "", "ms a step", "tokens/s", "tokens for equal FLOPs", "minutes for them")
-    return note + "\n\n" + markdown(head, sorted(rows, key=lambda row: (row[0], int(row[1]))))
+    return note + "\n\n" + markdown(head, rows)
 
 
 def isoflop_picture(found: Json, path: Path) -> None:
     cells = [cell for cell in found["cells"] if "ms" in cell]
     sizes = sorted({cell["dict_size"] for cell in cells})
+    widths = sorted({cell["d"] for cell in cells})
     if not sizes:
         return
-    from matplotlib.ticker import LogLocator
-
-    figure, panels = _figure(
-        2, len(sizes), (3.6 * len(sizes) + 0.6, 6.4), sharex=True, sharey="row"
-    )
+    size = 3.6 * len(sizes) + 0.6, 6.4
+    figure, panels = _figure(2, len(sizes), size, sharex=True, sharey="row")
     budget = f"minutes for the FLOPs of\nTopK on {found['budget_tokens'] / 1e6:.0f} M tokens"
     views = (
         ("tokens_per_s", 1, f"tokens/s of training\n({found['grid']['tokens']:,} a step)"),
         ("equal_flops_hours", 60, budget),
     )
     for row, (key, unit, label) in zip(panels, views, strict=True):
+        row[0].set_ylabel(label, fontsize=9)
         for panel, size in zip(row, sizes, strict=True):
             for name in COLOURS:
                 mine = [c for c in cells if c["dict_size"] == size and c["contender"] == name]
+                xs, ys = [c["d"] for c in mine], [unit * c[key] for c in mine]
+                style = "o--" if name in ("topk", "listing") else "o-"
                 if mine:
-                    xs, ys = [c["d"] for c in mine], [unit * c[key] for c in mine]
-                    style = "--" if name in ("topk", "listing") else "-"
-                    panel.plot(xs, ys, style, marker="o", color=COLOURS[name], label=LABELS[name])
-            widths = sorted({c["d"] for c in cells})
+                    panel.plot(xs, ys, style, color=COLOURS[name], label=LABELS[name])
             panel.set_xscale("log", base=2)
             panel.set_xticks(widths, [str(d) for d in widths])
             panel.set_yscale("log")
-            panel.minorticks_off()
-            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=20))
-            panel.yaxis.set_major_formatter(lambda value, _: _short(value))
             panel.grid(alpha=0.25)
-            _bare(panel)
-        row[0].set_ylabel(label, fontsize=9)
-    for panel, size in zip(panels[0], sizes, strict=True):
-        panel.set_title(f"F = $2^{{{math.log2(size):g}}}$", fontsize=10)
-    for panel in panels[1]:
-        panel.set_xlabel("d, width of an activation", fontsize=9)
+    for (above, below), size in zip(zip(*panels, strict=True), sizes, strict=True):
+        above.set_title(f"F = $2^{{{math.log2(size):g}}}$", fontsize=10)
+        below.set_xlabel("d, width of an activation", fontsize=9)
     handles, labels = panels[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=3, fontsize=8, frameon=False)
     _save(figure, path)
@@ -257,24 +238,21 @@ def profile_table(found: Json) -> str:
     parts = []
     for one in found["profiles"]:
         if "skipped" in one:
-            parts.append(f"**{title_of(one['shape'])}**, {one['contender']}: {one['skipped']}")
+            parts.append(f"{bold(one['shape'])}, {one['contender']}: {one['skipped']}")
             continue
-        rows = [
-            (name, f"{s['ms']:.3f}", f"{s['floor_ms']:.3f}", _times(s["ms"], s["floor_ms"]))
-            for name, s in one["stages"].items()
-        ]
-        ms, floor = (sum(s[key] for s in one["stages"].values()) for key in ("ms", "floor_ms"))
-        rows.append(("**all kernels**", f"{ms:.3f}", f"{floor:.3f}", _times(ms, floor)))
-        rows.append(("**step, by events**", f"{one['step_ms']:.3f}", f"{floor:.3f}", ""))
-        rows[-1] = (*rows[-1][:3], _times(one["step_ms"], floor))
+        stages = one["stages"].values()
+        ms, floor = (sum(stage[key] for stage in stages) for key in ("ms", "floor_ms"))
+        pairs = {name: (stage["ms"], stage["floor_ms"]) for name, stage in one["stages"].items()}
+        pairs |= {"**all kernels**": (ms, floor), "**step, by events**": (one["step_ms"], floor)}
+        rows = [(name, f"{a:.3f}", f"{b:.3f}", times(a, b)) for name, (a, b) in pairs.items()]
         parts += [
-            f"**{title_of(one['shape'])}**, {LABELS[one['contender']]}",
+            f"{bold(one['shape'])}, {LABELS[one['contender']]}",
             markdown(("stage", "ms", "floor, ms", "ratio"), rows),
         ]
         if one.get("predicted"):
             rows = [
                 (p["kernel"], *(f"{p[key]:.3f}" for key in ("ms", "expected_ms", "floor_ms")))
-                + (_times(p["ms"], p["expected_ms"]),)
+                + (times(p["ms"], p["expected_ms"]),)
                 for p in one["predicted"]
             ]
             head = ("kernel", "ms", "predicted, ms", "floor, ms", "to the prediction")
@@ -283,65 +261,39 @@ def profile_table(found: Json) -> str:
 
 
 def profile_picture(found: Json, path: Path) -> None:
-    profiles = [one for one in found["profiles"] if one.get("stages")]
-    if not profiles:
-        return
-    figure, panels = _figure(len(profiles), 1, (8.5, 2.6 * len(profiles) + 0.4))
-    for (panel,), one in zip(panels, profiles, strict=True):
-        names = list(one["stages"])
-        for place, name in enumerate(names):
-            stage = one["stages"][name]
-            panel.barh(place, stage["ms"], color="#3f8fd2", height=0.7)
-            panel.barh(place, stage["floor_ms"], color="#0b3c66", height=0.28)
-            text = f" {stage['ms']:.3f}  {_times(stage['ms'], stage['floor_ms'])}"
-            panel.text(max(stage.values()), place, text, va="center", fontsize=8)
-        panel.set_yticks(range(len(names)), names, fontsize=8)
-        panel.invert_yaxis()
-        panel.set_xlim(0, 1.2 * max(max(stage.values()) for stage in one["stages"].values()))
-        title = f"{LABELS[one['contender']]}; {title_of(one['shape'])}"
-        panel.set_title(title, fontsize=9, loc="left")
-        _bare(panel)
-    panels[-1][0].set_xlabel("ms (light: measured; dark: floor; ×: to the floor)", fontsize=9)
-    _save(figure, path)
+    panels = []
+    for one in found["profiles"]:
+        if stages := one.get("stages"):
+            rows = []
+            for name, stage in stages.items():
+                ms, floor = stage["ms"], stage["floor_ms"]
+                rows.append(Bar(name, ms, f" {ms:.3f}  {times(ms, floor)}", floor=floor))
+            panels.append((f"{LABELS[one['contender']]}; {title_of(one['shape'])}", rows))
+    bars(panels, "ms (light: measured; dark: floor; ×: to the floor)", path)
 
 
 # benchmarks.stalls: {"stalls": [{"shape", "kernels": {name: {"ms", "percent", "stalls"}}}]}
 
 
 def stalls_table(found: Json) -> str:
+    def known(number: float | None, digits: int) -> str:
+        return "" if number is None else f"{number:.{digits}f}"
+
     parts = []
     for one in found["stalls"]:
-        title = f"**{title_of(one['shape'])}**"
         if "skipped" in one:
-            parts.append(f"{title}: {one['skipped']}")
+            parts.append(f"{bold(one['shape'])}: {one['skipped']}")
             continue
         rows = [
-            (
-                name,
-                "" if kernel["ms"] is None else f"{kernel['ms']:.3f}",
-                *("" if share is None else f"{share:.0f}" for share in kernel["percent"].values()),
-                ", ".join(f"{why} {x:.1f}" for why, x in list(kernel["stalls"].items())[:4]),
-            )
+            (name, known(kernel["ms"], 3))
+            + tuple(known(share, 0) for share in kernel["percent"].values())
+            + (", ".join(f"{why} {x:.1f}" for why, x in list(kernel["stalls"].items())[:4]),)
             for name, kernel in one["kernels"].items()
         ]
         head = ("kernel", "ms", "issue, %", "memory, %", "cache, %", "warps, %")
-        parts += [title, markdown((*head, "warps that wait an instruction issued"), rows)]
+        head += ("warps that wait an instruction issued",)
+        parts += [bold(one["shape"]), markdown(head, rows)]
     return "\n\n".join(parts)
-
-
-def _three_digits(number: float) -> str:
-    return f"{number:,.0f}" if number >= 100 else f"{number:#.3g}"
-
-
-def _short(number: float) -> str:
-    """0.5, 20, 5k, 2M."""
-    if number >= 1e6:
-        return f"{number / 1e6:.3g}M"
-    return f"{number / 1e3:.3g}k" if number >= 1e3 else f"{number:.3g}"
-
-
-def _times(ms: float, floor_ms: float) -> str:
-    return f"×{ms / floor_ms:.2f}" if floor_ms > 0 else ""
 
 
 # benchmarks.memory: {"memory": [{"shape", "contender", "terms_bytes": {name: bytes}, …}]}
@@ -351,7 +303,8 @@ def memory_table(found: Json) -> str:
     rows = []
     for one in found["memory"]:
         sizes = [one[f"{name}_bytes"] for name in ("state", "formula", "counted", "measured")]
-        sizes += [one["largest"][0]["size_bytes"], _latents_bytes(one)]
+        latents = 2 * one["shape"]["tokens"] * Shape(**one["shape"]).dict_size
+        sizes += [one["largest"][0]["size_bytes"], latents]
         cells = [f"{size / 2**20:,.0f}" if size else "" for size in sizes]
         rows.append((one["shape"]["name"], LABELS[one["contender"]], *cells))
     head = ("", "MiB of a training step", "between steps", "peak by the formula", "counted")
@@ -366,97 +319,85 @@ def memory_picture(found: Json, path: Path) -> None:
     many = found["memory"]
     figure, ((panel,),) = _figure(1, 1, (8.5, 0.5 * len(many) + 1.6))
     terms = list(dict.fromkeys(name for one in many for name in one["terms_bytes"]))
+    colours = dict(zip(terms, colormaps["tab20"].colors, strict=False))
     for place, one in enumerate(many):
         left = 0.0
-        for number, term in enumerate(terms):
-            size = one["terms_bytes"].get(term, 0) / 2**30
-            panel.barh(place, size, left=left, height=0.6, color=colormaps["tab20"](number))
-            left += size
-        peak = one["measured_bytes"] or one["counted_bytes"]
+        for term, size in one["terms_bytes"].items():
+            panel.barh(place, size / 2**30, left=left, height=0.6, color=colours[term])
+            left += size / 2**30
         word = "measured" if one["measured_bytes"] else "counted"
-        panel.plot(2 * [peak / 2**30], [place - 0.4, place + 0.4], color="black", linewidth=1.5)
-        text = f" {peak / 2**30:.2f} {word}"
-        panel.text(max(left, peak / 2**30), place, text, va="center", fontsize=8)
+        peak = one[f"{word}_bytes"] / 2**30
+        panel.plot(2 * [peak], [place - 0.4, place + 0.4], color="black", linewidth=1.5)
+        panel.text(max(left, peak), place, f" {peak:.2f} {word}", va="center", fontsize=8)
     labels = [f"{one['shape']['name']}, {LABELS[one['contender']]}" for one in many]
-    panel.set_yticks(range(len(many)), labels, fontsize=8)
+    panel.set_yticks(range(len(many)), labels)
     panel.invert_yaxis()
     panel.set_xlim(0, 1.2 * max(one["formula_bytes"] for one in many) / 2**30)
     panel.set_xlabel("GiB at the peak of a step (bars: formula)", fontsize=9)
-    handles = [panel.barh(0, 0, color=colormaps["tab20"](n), label=t) for n, t in enumerate(terms)]
+    handles = [panel.barh(0, 0, color=colours[term]) for term in terms]
     figure.legend(handles, terms, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-    _bare(panel)
     _save(figure, path)
-
-
-def _latents_bytes(one: Json) -> int:
-    return 2 * one["shape"]["tokens"] * Shape(**one["shape"]).dict_size
 
 
 # pytest-benchmark: {"benchmarks": […]}
 
 
-def pytest_table(found: Json) -> str:
+def by_shape(benchmarks: Iterable[Json]) -> list[list[Json]]:
+    """Groups of one shape; in each by operation, then forward, backward, both, then time."""
+    directions = ("", "forward", "backward", "both")
+
+    def order(one: Json) -> tuple[str, int, float]:
+        operation, _, direction = operation_of(one).partition(" ")
+        return operation, directions.index(direction), one["stats"]["median"]
+
     groups: dict[str, list[Json]] = {}
-    for one in found["benchmarks"]:
+    for one in benchmarks:
         groups.setdefault(one["extra_info"]["shape"]["name"], []).append(one)
+    return [sorted(group, key=order) for group in groups.values()]
+
+
+def operation_of(one: Json) -> str:
+    return one["group"].split(",")[0]
+
+
+def implementation_of(one: Json) -> str:
+    if one["name"].startswith("test_product"):
+        return "bare product"
+    of = one["params"]
+    return LABELS.get(of["name"], of.get("impl", of["name"]))
+
+
+def pytest_table(found: Json) -> str:
     parts = []
-    for group in groups.values():
+    for group in by_shape(found["benchmarks"]):
         rows = [
             (
-                _pytest_name(one),
-                one["group"].split(",")[0],
+                implementation_of(one),
+                operation_of(one),
                 f"{1e3 * one['stats']['median']:.3f}",
                 f"{1e3 * one['stats']['q1']:.3f} … {1e3 * one['stats']['q3']:.3f}",
                 f"{one['extra_info']['floor_ms']:.3f}",
                 f"{one['extra_info']['share_of_ceiling']:.0%}",
             )
-            for one in sorted(group, key=_pytest_order)
+            for one in group
         ]
         head = ("", "of", "ms", "quartiles", "floor, ms", "share of the ceiling")
-        title = f"**{title_of(group[0]['extra_info']['shape'])}**"
-        parts += [title, markdown(head, rows)]
+        parts += [bold(group[0]["extra_info"]["shape"]), markdown(head, rows)]
     return "\n\n".join(parts)
 
 
 def pytest_picture(found: Json, path: Path) -> None:
+    panels = []
     chosen = [one for one in found["benchmarks"] if not one["name"].startswith("test_step")]
-    names = list(dict.fromkeys(one["extra_info"]["shape"]["name"] for one in chosen))
-    if not names:
-        return
-    groups = [[o for o in chosen if o["extra_info"]["shape"]["name"] == name] for name in names]
-    height = 0.27 * len(chosen) + 0.9 * len(groups) + 0.4
-    ratios = [len(group) for group in groups]
-    figure, panels = _figure(len(groups), 1, (8.5, height), height_ratios=ratios)
-    for (panel,), group in zip(panels, groups, strict=True):
-        group = sorted(group, key=_pytest_order)
-        for place, one in enumerate(group):
+    for group in by_shape(chosen):
+        rows = []
+        for one in group:
             ms, floor = 1e3 * one["stats"]["median"], one["extra_info"]["floor_ms"]
-            panel.barh(place, ms, color="#3f8fd2", height=0.7)
-            panel.barh(place, floor, color="#0b3c66", height=0.28)
+            label = f"{operation_of(one)}: {implementation_of(one)}"
             text = f" {ms:.3g} ms, {floor / ms:.0%} of the ceiling"
-            panel.text(max(ms, floor), place, text, va="center", fontsize=7.5)
-        labels = [f"{one['group'].split(',')[0]}: {_pytest_name(one)}" for one in group]
-        panel.set_yticks(range(len(group)), labels, fontsize=8)
-        panel.invert_yaxis()
-        panel.set_xlim(0, 1.35 * max(1e3 * one["stats"]["median"] for one in group))
-        panel.set_title(title_of(group[0]["extra_info"]["shape"]), fontsize=9, loc="left")
-        _bare(panel)
-    panels[-1][0].set_xlabel("ms (light: measured median; dark: floor)", fontsize=9)
-    _save(figure, path)
-
-
-def _pytest_order(one: Json) -> tuple[str, int, float]:
-    """By operation, then forward, backward, both, then time."""
-    operation, _, direction = one["group"].split(",")[0].partition(" ")
-    directions = ("", "forward", "backward", "both")
-    return operation, directions.index(direction), one["stats"]["median"]
-
-
-def _pytest_name(one: Json) -> str:
-    if one["name"].startswith("test_product"):
-        return "bare product"
-    of = one["params"]
-    return LABELS.get(of["name"], of.get("impl", of["name"]))
+            rows.append(Bar(label, ms, text, floor=floor))
+        panels.append((title_of(group[0]["extra_info"]["shape"]), rows))
+    bars(panels, "ms (light: measured median; dark: floor)", path)
 
 
 KINDS: dict[str, tuple[Callable[[Json], str], Callable[[Json, Path], None] | None]] = {
@@ -473,26 +414,58 @@ KINDS: dict[str, tuple[Callable[[Json], str], Callable[[Json, Path], None] | Non
 # Pictures
 
 
-def _figure(rows: int, columns: int, size: tuple[float, float], **options):
+class Bar(NamedTuple):
+    """A time in milliseconds, and what stands beside it."""
+
+    label: str
+    ms: float
+    text: str
+    colour: str = "#3f8fd2"
+    floor: float = 0.0
+    """A dark bar inside it."""
+    spread: tuple[float, float] | None = None
+    """Ends of a line over it."""
+
+
+def bars(panels: list[tuple[str, list[Bar]]], label: str, path: Path) -> None:
+    """A picture of panels, each with a title and bars from the top down."""
+    if not panels:
+        return
+    counts = [len(rows) for _, rows in panels]
+    size = 8.5, 0.34 * sum(counts) + len(counts) + 0.5
+    figure, axes = _figure(len(panels), 1, size, height_ratios=counts)
+    for (panel,), (title, rows) in zip(axes, panels, strict=True):
+        for place, one in enumerate(rows):
+            panel.barh(place, one.ms, color=one.colour, height=0.74)
+            panel.barh(place, one.floor, color="#0b3c66", height=0.28)
+            ends = one.spread or (0.0, 0.0)
+            panel.plot(ends, [place, place], color="black", linewidth=1)
+            end = max(one.ms, one.floor, *ends)
+            panel.text(end, place, one.text, va="center", fontsize=8)
+        panel.set_yticks(range(len(rows)), [one.label for one in rows])
+        panel.invert_yaxis()
+        panel.set_xlim(0, 1.3 * max(max(one.ms, one.floor) for one in rows))
+        panel.set_title(title, fontsize=9, loc="left")
+    axes[-1][0].set_xlabel(label, fontsize=9)
+    _save(figure, path)
+
+
+def _figure(rows: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Any, Any]:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    return pyplot.subplots(
-        rows, columns, figsize=size, squeeze=False, layout="constrained", **options
-    )
+    options |= {"squeeze": False, "layout": "constrained"}
+    return pyplot.subplots(rows, columns, figsize=size, **options)
 
 
-def _bare(panel) -> None:
-    for side in ("top", "right"):
-        panel.spines[side].set_visible(False)
-    panel.tick_params(labelsize=8)
-
-
-def _save(figure, path: Path) -> None:
+def _save(figure: Any, path: Path) -> None:
     from matplotlib import pyplot
 
+    for panel in figure.axes:
+        panel.spines[["top", "right"]].set_visible(False)
+        panel.tick_params(labelsize=8)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 

@@ -5,16 +5,14 @@ reads its table. FILE is what `benchmarks.profile --json` wrote: the kernels tha
 are watched.
 """
 
-import argparse
 import csv
-import json
 import re
 import shutil
 import subprocess
 import sys
 from typing import Any
 
-from benchmarks.flags import output_file, written_by
+from benchmarks.flags import command, save, written_by
 from benchmarks.report import stalls_table
 from benchmarks.shapes import GOAL_SHAPES, SHAPES
 
@@ -86,12 +84,10 @@ def _number(text: str | None) -> float | None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("benchmarks.stalls", description=__doc__.splitlines()[0])
+    parser = command("stalls", __doc__, shape=GOAL_SHAPES)
     parser.add_argument(
         "--profile", type=written_by("profile", "profiles"), required=True, metavar="FILE"
     )
-    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=GOAL_SHAPES)
-    parser.add_argument("--json", type=output_file, metavar="FILE", help="write all figures here")
     options = parser.parse_args(arguments)
     ncu, profile = tool("ncu"), options.profile
     result: dict[str, Any] = {"where": profile["where"], "stalls": []}
@@ -102,11 +98,11 @@ def main(arguments: list[str] | None = None) -> None:
         if shutil.which(ncu) is None or not names:
             one["skipped"] = "no kernels of ours" if shutil.which(ncu) else "ncu is not on the path"
         else:
-            command = [ncu, "--csv", "--page", "raw", "--clock-control", "none"]
-            command += [part for section in SECTIONS for part in ("--section", section)]
-            command += ["--kernel-name", f"regex:^({'|'.join(names)})$"]
-            command += [sys.executable, "-m", "benchmarks.profile", "--once", "--shape", shape]
-            done = subprocess.run(command, capture_output=True, text=True)
+            watch = [ncu, "--csv", "--page", "raw", "--clock-control", "none"]
+            watch += [part for section in SECTIONS for part in ("--section", section)]
+            watch += ["--kernel-name", f"regex:^({'|'.join(names)})$"]
+            watch += [sys.executable, "-m", "benchmarks.profile", "--once", "--shape", shape]
+            done = subprocess.run(watch, capture_output=True, text=True)
             if options.json:
                 options.json.with_name(f"stalls-{shape}.csv").write_text(done.stdout)
             try:
@@ -114,8 +110,7 @@ def main(arguments: list[str] | None = None) -> None:
             except ValueError as broken:
                 one["skipped"] = f"{broken} {done.stderr[-300:]}"
         print(stalls_table({"stalls": [one]}), flush=True)
-        if options.json:
-            options.json.write_text(json.dumps(result, indent=1) + "\n")
+        save(options.json, result)
 
 
 if __name__ == "__main__":

@@ -251,6 +251,10 @@ LABELS = {
 """Names in tables and pictures."""
 
 
+OURS = ("kron graphed", "kron fused", "kron")
+"""Our training steps of a Kron autoencoder, the fastest first."""
+
+
 def best_of_ours(encoder: str, device: torch.device) -> str:
     """What the trainer runs on a device: the fused step, or autograd where it cannot."""
     return f"{encoder} fused" if why_not_fused(device) is None else encoder

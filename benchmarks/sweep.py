@@ -5,10 +5,7 @@ alone on the batches of (1), (3) all eight in one sweep, from text to weights. T
 less than 1.5 times (1) plus the steps of (2), and to give the same bytes as (2).
 """
 
-import argparse
-import json
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.flags import output_file
-from benchmarks.measure import describe
+from benchmarks.flags import command, positive, save
+from benchmarks.measure import describe, spent
 from kronsae import DataConfig, SAEConfig, TrainConfig
 from kronsae.data import LanguageModelActivations
 from kronsae.sources import open_activations
@@ -60,38 +57,21 @@ def weights(result: FitResult, folder: Path) -> bytes:
     return (result.sae.save(folder) / "sae.safetensors").read_bytes()
 
 
-class Clock:
-    """Seconds on the wall, and of this process's processors, which others cannot lengthen."""
-
-    def __init__(self) -> None:
-        self.began = time.perf_counter(), time.process_time()
-
-    def read(self) -> dict[str, float]:
-        wall, cpu = self.began
-        return {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
-
-
 def measure(saes: dict[str, SAEConfig], config: TrainConfig) -> dict[str, Any]:
     """Seconds of the stream alone, of each SAE alone on its batches, and of the sweep.
 
     Raises AssertionError if a member of the sweep is not, byte for byte, what it is alone.
     """
-    source = open_stream(config)
-    clock = Clock()
-    batches = list(read(source, config.tokens))
-    stream = clock.read()
-    source = open_stream(config)
-    clock = Clock()
-    together = fit_many(list(saes.values()), source, config, names=list(saes))
-    sweep = clock.read()
+    batches, stream = spent(lambda: list(read(open_stream(config), config.tokens)))
+    swept, sweep = spent(
+        lambda: fit_many(list(saes.values()), open_stream(config), config, names=list(saes))
+    )
     alone = {}
     with tempfile.TemporaryDirectory() as folder:
-        for (name, sae), swept in zip(saes.items(), together, strict=True):
-            clock = Clock()
-            result = fit(sae, batches, config)
-            alone[name] = clock.read()
-            same = weights(result, Path(folder) / "alone") == weights(swept, Path(folder) / "swept")
-            assert same, f"{name}: the sweep's weights are not those of the SAE alone"
+        for (name, sae), member in zip(saes.items(), swept, strict=True):
+            result, alone[name] = spent(lambda sae=sae: fit(sae, batches, config))
+            found = weights(result, Path(folder) / "alone"), weights(member, Path(folder) / "swept")
+            assert found[0] == found[1], f"{name}: the sweep's weights are not those of it alone"
             print(f"{name:8} {alone[name]['cpu']:7.2f} s alone, the same bytes", flush=True)
     steps = {clock: sum(each[clock] for each in alone.values()) for clock in stream}
     return {
@@ -105,20 +85,18 @@ def measure(saes: dict[str, SAEConfig], config: TrainConfig) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("benchmarks.sweep", description=__doc__.splitlines()[0])
-    parser.add_argument("--tokens", type=int, default=100_000)
-    parser.add_argument("--batch-size", type=int, default=1024)
-    parser.add_argument("--dict-size", type=int, default=4096)
-    parser.add_argument("--k", type=int, default=32)
-    parser.add_argument("--json", type=output_file, metavar="FILE", help="write the figures here")
+    parser = command("sweep", __doc__)
+    parser.add_argument("--tokens", type=positive, default=100_000)
+    parser.add_argument("--batch-size", type=positive, default=1024)
+    parser.add_argument("--dict-size", type=positive, default=4096)
+    parser.add_argument("--k", type=positive, default=32)
     options = parser.parse_args(arguments)
     config = TrainConfig(tokens=options.tokens, batch_size=options.batch_size, device="cpu")
     result = measure(members(options.dict_size, options.k), config)
     result["where"] = describe(torch.device("cpu"))
     for clock in ("wall", "cpu"):
         print(line(result, clock))
-    if options.json:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    save(options.json, result)
 
 
 def line(result: dict[str, Any], clock: str) -> str:

@@ -22,14 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.flags import output_file, positive, positive_seconds, usable_device, written_by
+from benchmarks.flags import command, positive, save, written_by
 from benchmarks.floors import graphed
 from benchmarks.measure import (
-    Apart,
     Timing,
     WrongResult,
+    caller,
     describe,
-    here,
     interleaved,
     reason,
     require_close,
@@ -448,27 +447,17 @@ def write(generation: str, best: dict[str, Changes], path: Path) -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("benchmarks.tune", description=__doc__.splitlines()[0])
+    parser = command("tune", __doc__, shape=GOAL_SHAPES, device="auto", rounds=15, seconds=300.0)
     order = list(dict.fromkeys([*FIRST, *KERNELS]))
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=order)
-    parser.add_argument("--shape", nargs="+", choices=SHAPES, default=GOAL_SHAPES)
-    parser.add_argument("--device", type=usable_device, default="auto")
     parser.add_argument(
         "--most", type=positive, default=100, help="alternatives of a kernel at most"
     )
-    parser.add_argument("--rounds", type=positive, default=15)
     parser.add_argument(
         "--read", type=written_by("tune", "better"), metavar="FILE",
         help="measure nothing: take what --json wrote",
     )  # fmt: skip
     parser.add_argument("--write", action="store_true", help="put better ones into configs.json")
-    parser.add_argument("--json", type=output_file, metavar="FILE", help="write all times here")
-    parser.add_argument(
-        "--seconds",
-        type=positive_seconds,
-        default=300.0,
-        help="nothing new is started after so many",
-    )
     options = parser.parse_args(arguments)
     if options.read:
         result = options.read
@@ -494,7 +483,7 @@ def search(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     result = {
         "where": describe(device), "generation": generation, "kernels": kernels, "better": {},
     }  # fmt: skip
-    call = Apart() if device.type == "cuda" else here
+    call = caller(device)
     for kernel in options.kernels:
         for name in options.shape:
             if time.monotonic() > end:
@@ -508,8 +497,7 @@ def search(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
             kernels.append(found)
             print("\n".join(lines(found)), flush=True)
         result["better"] = chosen(kernels)
-        if options.json:
-            options.json.write_text(json.dumps(result, indent=1) + "\n")
+        save(options.json, result)
     return result
 
 
