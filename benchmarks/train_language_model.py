@@ -9,8 +9,6 @@ The corpus is the running Python's standard library with its tests, without the 
 Letters: B windows in a batch, T tokens in a window.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import math
@@ -19,6 +17,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -29,6 +28,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, proce
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 
 from kronsae.data.stdlib import stdlib_documents
+from kronsae.system.files import write_json
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -73,16 +73,16 @@ def train_tokenizer(texts: list[str], vocab_size: int, context: int) -> PreTrain
     )
 
 
-def new_model(vocab_size: int, context: int, hidden: int, layers: int, heads: int):
+def new_model(args: argparse.Namespace, vocab_size: int) -> GPTNeoXForCausalLM:
     """A GPT-NeoX with tied embeddings and freshly drawn weights."""
     return GPTNeoXForCausalLM(
         GPTNeoXConfig(
             vocab_size=vocab_size,
-            hidden_size=hidden,
-            num_hidden_layers=layers,
-            num_attention_heads=heads,
-            intermediate_size=4 * hidden,
-            max_position_embeddings=context,
+            hidden_size=args.hidden,
+            num_hidden_layers=args.layers,
+            num_attention_heads=args.heads,
+            intermediate_size=4 * args.hidden,
+            max_position_embeddings=args.context,
             tie_word_embeddings=True,
             bos_token_id=0,
             eos_token_id=0,
@@ -151,19 +151,48 @@ def heldout_loss(
     return nats / count, count
 
 
-def learning_rate(progress: float, tokens: int, peak: float, warmup_tokens: int) -> float:
-    """Linear warm-up in tokens times a cosine in the share of the run that is done (0 to 1)."""
-    cosine = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
-    return peak * min(1.0, tokens / warmup_tokens) * cosine
+def train(model: GPTNeoXForCausalLM, ids: list[np.ndarray], args: argparse.Namespace) -> dict:
+    """Train on documents for so many minutes, or tokens; what was done, and the last losses' mean.
+
+    AdamW, the rate warmed up linearly in tokens, times a cosine in the share that is done.
+    """
+    rng, parameters = np.random.default_rng(args.seed), list(model.parameters())
+    decayed = [p for p in parameters if p.ndim > 1]
+    kept = {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": args.weight_decay}, kept], betas=(0.9, 0.95)
+    )
+    windows = training_windows(ids, args.context, rng)
+    tokens, steps, mean_loss = 0, 0, 0.0
+    began = time.monotonic()
+    while True:
+        minutes = (time.monotonic() - began) / 60
+        done = tokens / args.tokens if args.tokens else minutes / args.minutes
+        if done >= 1:
+            return {"tokens_seen": tokens, "steps": steps, "train_loss_nats_per_token": mean_loss}
+        batch = torch.from_numpy(np.stack([next(windows) for _ in range(args.batch)]))  # [B, T + 1]
+        batch = batch.to(args.device)
+        tokens, steps = tokens + batch[:, 1:].numel(), steps + 1
+        for group in optimizer.param_groups:
+            cosine = 0.5 * (1 + math.cos(math.pi * done))
+            group["lr"] = args.lr * min(1.0, tokens / args.warmup_tokens) * cosine
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=not args.float32):
+            logits = model(batch[:, :-1]).logits
+        loss = F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, args.clip)
+        optimizer.step()
+        mean_loss += (loss.item() - mean_loss) * max(0.01, 1 / steps)
+        if steps % 50 == 0:
+            print(f"step {steps}, {done:.1%} done: {mean_loss:.4f} nats/token", flush=True)
 
 
 def save(
-    out: Path, model: GPTNeoXForCausalLM, tokenizer: PreTrainedTokenizerFast, record: dict
+    out: Path, model: GPTNeoXForCausalLM, tokenizer: PreTrainedTokenizerFast, record: dict[str, Any]
 ) -> None:
-    """Writes the model in float16, the tokenizer and `training.json` to `out`."""
-    half = GPTNeoXForCausalLM(model.config)
-    half.load_state_dict(model.state_dict())
-    half.half().save_pretrained(out)
+    """Write the model in float16, the tokenizer and `training.json` to `out`."""
+    model.half().save_pretrained(out)
     tokenizer.save_pretrained(out)
     # transformers 5 writes a name of its own here, which transformers 4 does not know.
     settings = json.loads((out / "tokenizer_config.json").read_text(encoding="utf-8"))
@@ -173,143 +202,73 @@ def save(
     write_json(out / "training.json", record)
 
 
-def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--minutes", type=float, default=45.0, help="wall time of the training")
     parser.add_argument(
         "--tokens", type=int, help="train on so many tokens instead; this can be repeated exactly"
     )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--vocab-size", type=int, default=3072)
-    parser.add_argument("--context", type=int, default=256, help="tokens")
-    parser.add_argument("--hidden", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--batch", type=int, default=16, help="windows in a step")
-    parser.add_argument("--lr", type=float, default=3e-3, help="peak learning rate")
-    parser.add_argument("--weight-decay", type=float, default=0.1, help="of the matrices")
-    parser.add_argument("--warmup-tokens", type=int, default=500_000)
-    parser.add_argument("--clip", type=float, default=1.0, help="largest norm of the gradient")
-    parser.add_argument("--save-minutes", type=float, default=5.0, help="time between two saves")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="of torch, on a CPU")
     parser.add_argument("--float32", action="store_true", help="no bfloat16 autocast")
+    for name, default, text in (
+        ("minutes", 45.0, "wall time of the training"),
+        ("seed", 0, "of weights and windows"),
+        ("vocab-size", 3072, "of the tokenizer"),
+        ("context", 256, "tokens"),
+        ("hidden", 256, "width of the residual stream"),
+        ("layers", 4, "blocks"),
+        ("heads", 4, "of attention"),
+        ("batch", 16, "windows in a step"),
+        ("lr", 3e-3, "peak learning rate"),
+        ("weight-decay", 0.1, "of the matrices"),
+        ("warmup-tokens", 500_000, "until the peak"),
+        ("clip", 1.0, "largest norm of the gradient"),
+    ):
+        parser.add_argument(f"--{name}", type=type(default), default=default, help=text)
     return parser.parse_args(argv)
 
 
-def main(argv: list[str] | None = None) -> dict:
-    """Trains and writes the model; returns what it wrote to `training.json`."""
+def main(argv: list[str] | None = None) -> dict[str, Any]:
+    """Train and write the model; returns what it wrote to `training.json`."""
     args = parse_arguments(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
-    rng = np.random.default_rng(args.seed)
     began = time.monotonic()
-
-    train_documents = stdlib_documents(include_tests=True, heldout=False)
-    heldout_documents = stdlib_documents(include_tests=True, heldout=True)
-    tokenizer = train_tokenizer([d["text"] for d in train_documents], args.vocab_size, args.context)
-    train_ids = encode(tokenizer, train_documents)
-    heldout_ids = encode(tokenizer, heldout_documents)
-    heldout_bytes = sum(len(d["text"].encode("utf-8")) for d in heldout_documents)
-    # Short looks during training see the first windows of every held-out file.
-    glance_ids = [ids[: 2 * args.context + 1] for ids in heldout_ids]
-
-    model = new_model(len(tokenizer), args.context, args.hidden, args.layers, args.heads)
-    model.to(args.device).train()
-    device_type = torch.device(args.device).type
-    parameters = list(model.parameters())
-    optimiser = torch.optim.AdamW(
-        [
-            {
-                "params": [p for p in parameters if p.ndim > 1],
-                "weight_decay": args.weight_decay,
-            },
-            {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-        ],
-        betas=(0.9, 0.95),
-    )
-    options = {key: value for key, value in vars(args).items() if key != "out"}
+    documents, heldout = (stdlib_documents(include_tests=True, heldout=h) for h in (False, True))
+    tokenizer = train_tokenizer([d["text"] for d in documents], args.vocab_size, args.context)
+    ids, heldout_ids = encode(tokenizer, documents), encode(tokenizer, heldout)
+    model = new_model(args, len(tokenizer)).to(args.device).train()
+    trained = train(model, ids, args)
+    # The loss of the weights as they ship: through float16 and back.
+    model.half().float()
+    loss, heldout_tokens = heldout_loss(model, heldout_ids, args.context)
+    heldout_bytes = sum(len(d["text"].encode("utf-8")) for d in heldout)
     record = {
         "corpus": "source text of the Python standard library, with tests, without held-out files",
         "corpus_python": platform.python_version(),
-        "corpus_files": len(train_documents),
-        "corpus_tokens": sum(map(len, train_ids)),
+        "corpus_files": len(documents),
+        "corpus_tokens": sum(map(len, ids)),
         "heldout_rule": "kronsae.data.stdlib.is_heldout",
-        "heldout_files": len(heldout_documents),
+        "heldout_files": len(heldout),
         "heldout_bytes": heldout_bytes,
-        "parameters": sum(p.numel() for p in parameters),
-        "options": options,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "options": {key: value for key, value in vars(args).items() if key != "out"},
         "versions": {
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "tokenizers": tokenizers.__version__,
+            library.__name__: library.__version__ for library in (torch, transformers, tokenizers)
         },
         "command": "python -m benchmarks.train_language_model "
         + " ".join(sys.argv[1:] if argv is None else argv),
+        **trained,
+        "wall_minutes": round((time.monotonic() - began) / 60, 2),
+        "heldout_loss_nats_per_token": round(loss, 4),
+        "heldout_tokens": heldout_tokens,
+        "heldout_bits_per_byte": round(loss * heldout_tokens / math.log(2) / heldout_bytes, 4),
     }
-    print(json.dumps(record, indent=2), flush=True)
-
-    def write(loss: float, loss_tokens: int, loss_on: str) -> None:
-        # The bytes of the whole held-out set belong only to a loss over all of its tokens.
-        whole = loss_on == "all"
-        record.update(
-            tokens_seen=tokens,
-            steps=steps,
-            wall_minutes=round((time.monotonic() - began) / 60, 2),
-            train_loss_nats_per_token=round(train_loss, 4),
-            heldout_loss_nats_per_token=round(loss, 4),
-            heldout_tokens=loss_tokens,
-            heldout_loss_on=loss_on,
-            heldout_bits_per_byte=round(loss * loss_tokens / math.log(2) / heldout_bytes, 4)
-            if whole
-            else None,
-        )
-        save(args.out, model, tokenizer, record)
-
-    windows = training_windows(train_ids, args.context, rng)
-    tokens, steps, train_loss = 0, 0, math.log(len(tokenizer))
-    started = saved = time.monotonic()
-    while True:
-        elapsed_minutes = (time.monotonic() - started) / 60
-        progress = tokens / args.tokens if args.tokens else elapsed_minutes / args.minutes
-        if progress >= 1:
-            break
-        ids = torch.from_numpy(np.stack([next(windows) for _ in range(args.batch)]))  # [B, T + 1]
-        ids = ids.to(args.device)
-        tokens += ids[:, 1:].numel()
-        for group in optimiser.param_groups:
-            group["lr"] = learning_rate(progress, tokens, args.lr, args.warmup_tokens)
-        with torch.autocast(device_type, torch.bfloat16, enabled=not args.float32):
-            logits = model(ids[:, :-1]).logits
-        loss = F.cross_entropy(logits.float().flatten(0, 1), ids[:, 1:].flatten())
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, args.clip)
-        optimiser.step()
-        steps += 1
-        train_loss += (loss.item() - train_loss) * max(0.01, 1 / steps)
-        if steps % 50 == 0:
-            rate = tokens / (time.monotonic() - started)
-            print(
-                f"step {steps}  tokens {tokens / 1e6:.2f}M  progress {progress:.3f}  "
-                f"train {train_loss:.4f} nats/token  {rate:.0f} tokens/s",
-                flush=True,
-            )
-        if time.monotonic() - saved > 60 * args.save_minutes:
-            glance, glance_tokens = heldout_loss(model, glance_ids, args.context)
-            write(glance, glance_tokens, "beginnings of files")
-            print(f"step {steps}  held-out (beginnings) {glance:.4f} nats/token", flush=True)
-            saved = time.monotonic()
-
-    # The loss of the weights as they ship: through float16 and back.
-    model.load_state_dict({k: v.half().float() for k, v in model.state_dict().items()})
-    write(*heldout_loss(model, heldout_ids, args.context), "all")
+    save(args.out, model, tokenizer, record)
     print(json.dumps(record, indent=2), flush=True)
     return record
 

@@ -1,7 +1,7 @@
 """`python -m benchmarks.faults --out DIR`: tries every fault on short runs, and writes a table.
 
-Runs are struck (killed, starved of disk, damaged), taken up again, and compared, bit for bit, with
-runs that nothing happened to. Exit status 1 if anything was lost.
+Runs are killed, starved of disk, damaged; taken up again; and compared, bit for bit, with runs that
+nothing happened to. Exit status 1 if anything was lost.
 """
 
 import argparse
@@ -17,84 +17,72 @@ from typing import Any
 import torch
 import transformers
 
-from benchmarks.faults.campaign import Campaign, run_all
+from benchmarks.faults.campaign import GROUPS, Campaign, run_all
 from kronsae.runs.folder import versions
-
-COUNTS = ("tried", "struck", "lost")
-
-
-def write(out: Path, document: dict[str, Any], group: str | None) -> None:
-    """Write what came of some faults, and a table of all that were tried into this folder."""
-    out.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
-    (out / f"faults-{group or 'all'}.json").write_text(text)
-    names = {path.name for path in out.glob("faults-*.json")} - {"faults-all.json"}
-    names = sorted(names) if group else ["faults-all.json"]
-    parts = [json.loads((out / name).read_text()) for name in names]
-    (out / "faults.md").write_text(markdown(parts))
+from kronsae.system.tables import markdown
 
 
-def markdown(parts: list[dict[str, Any]]) -> str:
-    tried, struck, lost = (sum(part[name] for part in parts) for name in COUNTS)
-    lines = ["# Faults, and what was lost", ""]
-    lines += [
-        f"{tried} attempts, in which faults struck {struck} times (some again when the run went "
-        f"on); what was lost: {lost or 'nothing'}. After each the run was taken up again, and "
-        "compared, bit for bit, with one that nothing happened to: weights, the tensors of the "
-        "last checkpoint, the log; of a harvest every byte."
-    ]
-    lines += ["", "Made by:", ""]
-    lines += [f"- `{part['command']}` (seed {part['seed']})" for part in parts]
-    versions = ", ".join(f"{name} {value}" for name, value in parts[0]["versions"].items())
-    lines += ["", f"Versions: {versions}.", ""]
-    lines += ["| Fault | Run | Tried | Struck | Lost | Message |", "| --- " * 6 + "|"]
-    outcomes = [outcome for part in parts for outcome in part["outcomes"]]
-    for each in outcomes:
+def page(found: dict[str, Any]) -> str:
+    """Markdown of what came of all faults."""
+    rows = []
+    for each in found["outcomes"]:
         message = textwrap.shorten((each["messages"] or ["–"])[0], 120, placeholder=" …")
-        lost = f"{len(each['lost'])} times: {each['lost'][0]}" if each["lost"] else "nothing"
-        cells = [each["fault"], each["kind"], each["tried"], each["struck"]]
-        cells += [each["note"] or lost, message]
-        row = (str(cell).replace("\n", " ").replace("|", "\\|") for cell in cells)
-        lines.append("| " + " | ".join(row) + " |")
-    lines += ["", "## All that was said", "", "Numbers are N, the run's folder is RUN.", ""]
-    for text in dict.fromkeys(text for each in outcomes for text in each["messages"]):
-        lines += ["```", *text.splitlines(), "```", ""]
-    return "\n".join(lines)
+        lost = each["note"] or "nothing"
+        if each["lost"]:
+            lost = f"{len(each['lost'])} times: {each['lost'][0]}"
+        cells = each["fault"], each["kind"], each["tried"], each["hit"]
+        rows.append((*cells, lost, message))
+    said = dict.fromkeys(text for each in found["outcomes"] for text in each["messages"])
+    facts = ", ".join(f"{name} {value}" for name, value in found["versions"].items())
+    return "\n\n".join(
+        [
+            "# Faults, and what was lost",
+            f"{found['tried']} attempts, in which faults hit {found['hit']} times (some again when "
+            f"the run went on); what was lost: {found['lost'] or 'nothing'}. After each the run "
+            "was taken up again, and compared, bit for bit, with one that nothing happened to: "
+            "weights, the tensors of the last checkpoint, the log; of a harvest every byte.",
+            f"Made by `{found['command']}` (seed {found['seed']}). Versions: {facts}.",
+            markdown(("Fault", "Run", "Tried", "Hit", "Lost", "Message"), rows),
+            "## All that was said",
+            "Numbers are N, the run's folder is RUN.",
+            *(f"```\n{text}\n```" for text in said),
+        ]
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.faults", description=__doc__)
-    parser.add_argument("--out", type=Path, help="folder for faults.md, a table, and faults-*.json")
+    parser.add_argument("--out", type=Path, help="folder for faults.md and faults.json")
     parser.add_argument("--seed", type=int, default=0, help="of every random choice")
     parser.add_argument("--scale", type=float, default=1.0, help="of how often each is tried")
-    parser.add_argument(
-        "--only",
-        choices=("kill", "signal", "disk", "rank", "damage", "source"),
-        help="try these faults alone",
-    )
+    parser.add_argument("--only", choices=GROUPS, help="try these faults alone")
     parser.add_argument("--kinds", nargs="+", help="on these runs alone")
-    found = parser.parse_args(argv)
+    options = parser.parse_args(argv)
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
     began = time.monotonic()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
-        campaign = Campaign(Path(folder), found.seed, lambda line: print(line, flush=True))
-        outcomes = run_all(campaign, found.scale, found.only, found.kinds)
-    used = os.times()
-    counts = [(each.tried, each.struck, len(each.lost)) for each in outcomes]
-    facts = {
-        "command": "python -m benchmarks.faults "
-        + " ".join(sys.argv[1:] if argv is None else argv),
-        "seed": found.seed,
+        campaign = Campaign(Path(folder), options.seed, lambda line: print(line, flush=True))
+        outcomes = run_all(campaign, options.scale, options.only, options.kinds)
+    arguments = sys.argv[1:] if argv is None else argv
+    found = {
+        "command": " ".join(["python -m benchmarks.faults", *arguments]),
+        "seed": options.seed,
         "versions": {name: version for name, version in versions().items() if name != "platform"},
-        "processor_seconds": round(sum(used[:4])),
+        "processor_seconds": round(sum(os.times()[:4])),
         "seconds": round(time.monotonic() - began),
-        **dict(zip(COUNTS, map(sum, zip(*counts, strict=True)), strict=True)),
+        "tried": sum(each.tried for each in outcomes),
+        "hit": sum(each.hit for each in outcomes),
+        "lost": sum(len(each.lost) for each in outcomes),
+        "outcomes": [vars(each) for each in outcomes],
     }
-    if found.out is not None:
-        write(found.out, {**facts, "outcomes": [vars(each) for each in outcomes]}, found.only)
-    print(f"tried {facts['tried']}, struck {facts['struck']}, lost {facts['lost']}")
-    return 1 if facts["lost"] else 0
+    if options.out is not None:
+        options.out.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
+        (options.out / "faults.json").write_text(text)
+        (options.out / "faults.md").write_text(page(found) + "\n")
+    print(f"tried {found['tried']}, hit {found['hit']}, lost {found['lost']}")
+    return 1 if found["lost"] else 0
 
 
 if __name__ == "__main__":

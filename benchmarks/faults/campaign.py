@@ -2,18 +2,21 @@
 
 import contextlib
 import dataclasses
+import functools
 import random
 import re
 import shutil
 import signal
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.faults import runs, strikes
+from benchmarks.faults import runs
+from benchmarks.faults.injections import Fault, Spots, limit_file_size, see_free
 from benchmarks.faults.runs import Ended, Kind
 
 KILLED = -signal.SIGKILL
@@ -23,6 +26,10 @@ class Failed(AssertionError):
     """A fault was not survived: what was lost, or which message was wrong."""
 
 
+class CannotTry(Exception):
+    """Why a fault cannot be tried on this machine."""
+
+
 @dataclasses.dataclass
 class Outcome:
     """A row of the table."""
@@ -30,411 +37,382 @@ class Outcome:
     fault: str
     kind: str
     tried: int = 0
-    struck: int = 0
-    """How often the fault hit before the run had ended by itself."""
+    hit: int = 0
+    """How often the fault came before the run had ended by itself."""
     lost: list[str] = dataclasses.field(default_factory=list)
     """What was not survived; empty is what we want."""
     messages: list[str] = dataclasses.field(default_factory=list)
     """Different ones, of what the user saw."""
     note: str = ""
 
-    def say(self, text: str) -> None:
-        if text and text not in self.messages:
-            self.messages.append(text)
-
 
 class Campaign:
     """Runs without a fault, which all others are compared with; and the faults."""
 
     def __init__(self, folder: Path, seed: int, show: Callable[[str], None] = print) -> None:
-        self.folder = folder
-        self.seed = seed
-        self.show = show
-        inputs = runs.make_inputs(folder)
-        self.inputs = inputs
-        self.cache = folder / "cache"
-        self.kinds = runs.kinds(inputs, self.cache)
-        self.whole: dict[str, tuple[Any, Ended]] = {}
+        self.folder, self.seed, self.show = folder, seed, show
+        self.kinds = runs.kinds(runs.make_inputs(folder), folder / "whole harvest")
         self.numbered = 0
-        self.outcomes: list[Outcome] = []
 
+    def folder_of(self, kind: Kind) -> Path:
+        """Where the run is that nothing happens to."""
+        return self.folder / f"whole {kind.name}"
+
+    @functools.cache  # noqa: B019
     def reference(self, kind: Kind) -> tuple[Any, Ended]:
         """What an uninterrupted run leaves, and how it went."""
         if kind.name == "cache":
             self.reference(self.kinds["harvest"])
-        if kind.name not in self.whole:
-            out = self.cache if kind.name == "harvest" else self.folder / f"whole {kind.name}"
-            log = self.folder / f"whole {kind.name}.log"
-            ended = runs.execute(kind, [*kind.flags, "--out", out], log, spots=strikes.Spots())
-            if ended.status != 0:
-                raise Failed(f"{kind.name}, without a fault: exit {ended.status}\n{ended.text}")
-            self.whole[kind.name] = kind.compare(out), ended
-        return self.whole[kind.name]
+        out = self.folder_of(kind)
+        log = out.with_suffix(".log")
+        ended = runs.execute(kind, [*kind.flags, "--out", out], log, Fault(spots=Spots()))
+        if ended.status != 0:
+            raise Failed(f"{kind.name}, without a fault: exit {ended.status}\n{ended.text}")
+        return kind.compare(out), ended
 
-    def run_of(self, kind: Kind) -> Path:
-        """Where the run is that nothing happens to."""
-        self.reference(kind)
-        return self.cache if kind.name == "harvest" else self.folder / f"whole {kind.name}"
+    def outcome(self, case: "Case", times: int) -> Outcome:
+        """Try a fault so many times, each in a folder of its own; what was lost is noted."""
+        kind = self.kinds[case.kind]
+        outcome = Outcome(case.fault, case.kind)
+        drawn = random.Random(f"{self.seed} {case.fault} {case.kind}")
+        for _ in range(times):
+            self.numbered += 1
+            place = self.folder / f"run-{self.numbered}"
+            place.mkdir()
+            try:
+                whole = self.reference(kind)
+                case.attempt(Attempt(self, kind, outcome, drawn, place, place / "out", *whole))
+            except CannotTry as reason:
+                outcome.note = f"skipped: {reason}"
+                break
+            except (Failed, TimeoutError) as error:
+                outcome.lost.append(str(error))
+                self.show(f"LOST {outcome.fault}, {outcome.kind}: {error}")
+            else:
+                shutil.rmtree(place)
+            outcome.tried += 1
+        return outcome
 
-    def new_folder(self) -> Path:
-        self.numbered += 1
-        place = self.folder / f"run-{self.numbered}"
-        place.mkdir()
-        return place
 
-    def try_(self, outcome: Outcome, attempt: Callable[[Path], None]) -> None:
-        """Make one attempt in a folder of its own, and note what it lost."""
-        place = self.new_folder()
-        outcome.tried += 1
-        try:
-            attempt(place)
-        except (Failed, TimeoutError) as error:
-            outcome.lost.append(str(error))
-            self.show(f"LOST {outcome.fault}, {outcome.kind}: {error}")
-        else:
-            shutil.rmtree(place)
+@dataclasses.dataclass
+class Attempt:
+    """A run in a folder of its own, to which a fault happens."""
 
-    def go_on(self, kind: Kind, place: Path, *strikes_: dict[str, Any]) -> list[Ended]:
-        """A run in place/out to its end: begun or resumed, once for each strike, then in peace.
+    campaign: Campaign
+    kind: Kind
+    outcome: Outcome
+    drawn: random.Random
+    place: Path
+    """For logs."""
+    out: Path
+    """For the run."""
+    expected: dict[str, Any]
+    """What the run left to which nothing happened."""
+    whole: Ended
+    """How that one went."""
+    logs: int = 0
+
+    def run(self, fault: Fault = Fault()) -> Ended:  # noqa: B008
+        """Begin the run, or go on with what is there."""
+        self.logs += 1
+        arguments = runs.first_or_resume(self.kind, self.out)
+        return runs.execute(self.kind, arguments, self.place / f"{self.logs}.log", fault)
+
+    def go_on(self, *faults: Fault) -> list[Ended]:
+        """The run to its end: begun or resumed, once with each fault, then in peace.
 
         Raises Failed unless what it leaves is what an uninterrupted run leaves.
         """
-        out = place / "out"
-        ended = []
-        for strike in (*strikes_, {}):
-            if ended and ended[-1].status == 0:
-                break
-            arguments = runs.first_or_resume(kind, out)
-            log = place / f"{len(ended)}.log"
-            ended.append(runs.execute(kind, arguments, log, **strike))
-            broken = runs.damaged(out)
-            if broken:
-                raise Failed(f"damaged under its final name: {broken[0]}")
-        if ended[-1].status != 0:
-            last = "\n".join(ended[-1].text.splitlines()[-12:])
-            raise Failed(f"could not go on: exit {ended[-1].status}\n{last}")
-        self.same(kind, out)
+        ended: list[Ended] = []
+        for fault in (*faults, Fault()):
+            if not ended or ended[-1].status != 0:
+                ended.append(self.run(fault))
+                self.require_whole_files()
+        self.require_success(ended[-1])
+        self.require_finished()
         return ended
 
-    def same(self, kind: Kind, out: Path) -> None:
-        """Raise Failed unless a run is, bit for bit, as one without a fault."""
-        expected, found = self.reference(kind)[0], kind.compare(out)
-        if found != expected:
-            raise Failed(f"other bits than without a fault: {_differing(expected, found)}")
-        left = runs.strays(out)
-        if left:
+    def require_finished(self) -> None:
+        """Raises Failed unless everything is, bit for bit, as without a fault."""
+        self.require_same(self.kind.compare(self.out), self.expected)
+        if left := runs.strays(self.out):
             raise Failed(f"temporary files stay: {left}")
 
-    # kill -9
+    def require_whole_files(self) -> None:
+        if broken := runs.damaged(self.out):
+            raise Failed(f"damaged under its final name: {broken[0]}")
 
-    def kills(self, kind: Kind, times: int, at: str) -> Outcome:
-        """kill -9, of all its processes; at: a random "moment", or file "operation"."""
-        outcome = Outcome(f"kill -9 at a random {at}", kind.name)
-        whole = self.reference(kind)[1]
-        drawn = random.Random(f"{self.seed} {at} {kind.name}")
+    def require_success(self, ended: Ended) -> None:
+        if ended.status != 0:
+            raise Failed(f"exit {ended.status}\n{ended.text[-1500:]}")
 
-        def strike() -> dict[str, Any]:
-            if at == "moment":
-                return {"signals": [(drawn.uniform(0, whole.seconds), signal.SIGKILL)]}
-            spot = drawn.randrange(1, whole.operations + 1)
-            return {"spots": strikes.Spots(spot, after=drawn.random() < 0.5), "seconds": 60}
+    def require_same(self, found: dict[str, Any], expected: dict[str, Any]) -> None:
+        if found != expected:
+            raise Failed(f"other bits than without a fault: {differing(expected, found)}")
 
-        def attempt(place: Path) -> None:
-            again = [strike()] if drawn.random() < 0.3 else []  # also while it goes on
-            ended = self.go_on(kind, place, strike(), *again)
-            outcome.struck += sum(KILLED in each.statuses for each in ended)
-
-        for _ in range(times):
-            self.try_(outcome, attempt)
-        return outcome
-
-    # Signals
-
-    def stops(self, kind: Kind, times: int, numbers: tuple[int, ...]) -> Outcome:
-        """Signals at a random moment; if there are two, the second comes a moment later."""
-        names = " then ".join(signal.Signals(n).name for n in numbers)
-        outcome = Outcome(f"{names} at a random moment", kind.name)
-        whole = self.reference(kind)[1]
-        drawn = random.Random(f"{self.seed} {names} {kind.name}")
-
-        def attempt(place: Path) -> None:
-            moment = drawn.uniform(0.1, 1) * whole.seconds
-            later = moment + drawn.uniform(0, 0.2)
-            signals = list(zip((moment, later), numbers))  # noqa: B905
-            first, *_ = self.go_on(kind, place, {"signals": signals})
-            if first.status == 0:
-                return
-            outcome.struck += 1
-            usual = {128 + n for n in numbers} | {-n for n in numbers}
-            if first.status not in usual:
-                raise Failed(f"exit {first.status} after {names}\n{first.text[-600:]}")
-            said = _last_lines(first.text, ("Stopped by", "--resume", "stopped"))
-            if first.status > 0 and len(numbers) == 1 and "step" in first.text and not said:
-                raise Failed(
-                    f"exit {first.statuses}, no word of how to go on:\n{first.text[-600:]}"
-                )
-            outcome.say(_plain(said or "(none)", place))
-
-        for _ in range(times):
-            self.try_(outcome, attempt)
-        return outcome
-
-    # A full disk
-
-    def full_disk(self, kind: Kind, times: int) -> Outcome:
-        """A small disk that fills up at a random place; then there is room, and it goes on."""
-        outcome = Outcome("the disk is full (tmpfs)", kind.name)
-        if not can_mount(self.folder):
-            outcome.note = "skipped: a tmpfs cannot be mounted here"
-            return outcome
-        needed = sum(p.stat().st_size for p in self.run_of(kind).rglob("*") if p.is_file())
-        drawn = random.Random(f"{self.seed} disk {kind.name}")
-
-        def attempt(place: Path) -> None:
-            size = int(drawn.uniform(0.05, 0.95) * needed)
-            with mounted(place / "disk", size) as resize:
-                out = place / "disk" / "out"
-                # Others fill it up later: what is free at the beginning is enough.
-                ended = runs.execute(
-                    kind,
-                    [*kind.flags, "--out", out],
-                    place / "0.log",
-                    prepare=lambda rank: strikes.see_free(1 << 30),
-                )
-                broken = runs.damaged(out)
-                if broken:
-                    raise Failed(f"damaged under its final name: {broken[0]}")
-                if ended.status != 0:
-                    outcome.struck += 1
-                    self.check_error(ended, ("No space left on device",))
-                    outcome.say(_plain(_error(ended.text), place))
-                resize(64 << 20)
-                (place / "out").symlink_to(out)
-                if ended.status != 0:
-                    self.go_on(kind, place)
-
-        for _ in range(times):
-            self.try_(outcome, attempt)
-        return outcome
-
-    def no_room(self, kind: Kind, times: int) -> Outcome:
-        """No file may grow beyond a random size: the form of a full disk that needs no mount."""
-        outcome = Outcome("no file may grow beyond a size (RLIMIT_FSIZE)", kind.name)
-        largest = max(p.stat().st_size for p in self.run_of(kind).rglob("*") if p.is_file())
-        drawn = random.Random(f"{self.seed} limit {kind.name}")
-
-        def attempt(place: Path) -> None:
-            size = int(largest ** drawn.uniform(0.4, 1))
-            first, *_ = self.go_on(
-                kind, place, {"prepare": lambda rank: strikes.limit_file_size(size)}
-            )
-            if first.status != 0:
-                outcome.struck += 1
-                self.check_error(first, ("File too large",))
-                outcome.say(_plain(_error(first.text), place))
-
-        for _ in range(times):
-            self.try_(outcome, attempt)
-        return outcome
-
-    def check_error(self, ended: Ended, words: tuple[str, ...]) -> None:
-        """Raise Failed unless it ended with one clear message, which has these words."""
-        message = _error(ended.text)
-        missing = [word for word in words if word not in message]
-        if ended.status != 2 or missing or "Traceback" in ended.text:
+    def require_error(self, ended: Ended, word: str) -> None:
+        """Raises Failed unless it ended with one clear message, which has this word."""
+        if ended.status != 2 or word not in error_of(ended.text) or "Traceback" in ended.text:
             raise Failed(
-                f"exit {ended.status}, expected 2 and a message with {words}:\n{ended.text[-1500:]}"
+                f"exit {ended.status}, expected 2 and a message with {word!r}:\n"
+                f"{ended.text[-1500:]}"
             )
 
-    # Damage
-
-    def damage(self, kind: Kind, pattern: str, how: str, times: int = 1) -> Outcome:
-        """A file is truncated or a bit of it flipped after a kill -9; then the run is resumed.
-
-        It goes on to the same bits; or it names the file, and goes on to the same bits when what
-        the message says was done.
-        """
-        outcome = Outcome(f"{how}: {pattern}", kind.name)
-        whole = self.reference(kind)[1]
-        drawn = random.Random(f"{self.seed} {how} {pattern} {kind.name}")
-
-        def attempt(place: Path) -> None:
-            out = place / "out"
-            if pattern in LAST:
-                runs.execute(kind, [*kind.flags, "--out", out], place / "0.log")
-            else:
-                _interrupt(kind, place, whole, drawn)
-            files = sorted(out.glob(pattern))
-            if not files:
-                return
-            outcome.struck += 1
-            path = drawn.choice(files)
-            DAMAGES[how](path, drawn)
-            ended = runs.execute(kind, runs.first_or_resume(kind, out), place / "1.log")
-            if ended.status == 0:
-                outcome.say("(none: it goes on)")
-                self.same(kind, out)
-                return
-            self.check_error(ended, (path.name if path.suffix == ".jsonl" else str(out),))
-            message = _error(ended.text)
-            outcome.say(_plain(message, place))
-            self.obey(message, out)
-            self.go_on(kind, place)
-
-        for _ in range(times):
-            self.try_(outcome, attempt)
-        return outcome
-
-    def obey(self, message: str, out: Path) -> None:
-        """Do what a message says about a damaged file. Raises Failed if it says nothing."""
-        remove = re.search(r"remove (?:the folder )?([^\s,]+)", message)
-        copy = re.search(r"^  cp (\S+) (\S+)$", message, re.MULTILINE)
-        if remove is not None and Path(remove[1]).is_relative_to(out):
-            path = Path(remove[1])
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-        elif copy is not None and all(Path(path).is_relative_to(out) for path in copy.groups()):
-            shutil.copyfile(*copy.groups())
-        else:
-            raise Failed(f"the message does not say what to do: {message}")
-
-    def log_damage(self, kind: Kind, how: str, times: int) -> Outcome:
-        """Lines of metrics.jsonl are damaged after a kill -9: nothing else depends on them."""
-        outcome = Outcome(f"{how}: metrics.jsonl", kind.name)
-        expected, whole = self.reference(kind)
-        outcome.note = "lines of the log that were damaged; weights and checkpoints are the same"
-        drawn = random.Random(f"{self.seed} {how} log {kind.name}")
-
-        def attempt(place: Path) -> None:
-            out = place / "out"
-            _interrupt(kind, place, whole, drawn)
-            outcome.struck += 1
-            DAMAGES[how](out / "metrics.jsonl", drawn)
-            ended = runs.execute(kind, ["--resume", out], place / "1.log")
-            if ended.status != 0:
-                raise Failed(f"exit {ended.status}\n{ended.text[-1500:]}")
-            outcome.say(_plain(_last_lines(ended.text, ("has lost",)), place))
-            found = runs.learned(out)
-            if found != {name: expected[name] for name in found}:
-                raise Failed(f"other bits than without a fault: {_differing(expected, found)}")
-            if not (out / "report.html").exists():
-                raise Failed("there is no report")
-
-        for _ in range(times):
-            self.try_(outcome, attempt)
-        return outcome
-
-    # A rank that is gone
-
-    def lost_rank(self, kind: Kind, times: int) -> Outcome:
-        """kill -9 of one of two ranks; the other one has to end by itself, and say so."""
-        outcome = Outcome("kill -9 of one of two ranks", kind.name)
-        whole = self.reference(kind)[1]
-        drawn = random.Random(f"{self.seed} rank {kind.name}")
-
-        def attempt(place: Path) -> None:
-            victim = drawn.randrange(2)
-            strike = {
-                "signals": [(drawn.uniform(0.5, 0.95) * whole.seconds, signal.SIGKILL)],
-                "victims": [victim],
-                "seconds": 120,
-            }
-            try:
-                first, *_ = self.go_on(kind, place, strike)
-            except TimeoutError as error:
-                raise Failed(f"the rank that was left did not end: {error}") from error
-            if KILLED not in first.statuses:
-                return
-            outcome.struck += 1
-            if first.statuses[1 - victim] != 4:
-                raise Failed(f"the rank that was left: exit {first.statuses}\n{first.text[-800:]}")
-            outcome.say(_plain(_error(first.text), place))
-
-        for _ in range(times):
-            self.try_(outcome, attempt)
-        return outcome
-
-    # Sources that fail
-
-    def failing(self, kind: Kind, fault: str, times: int) -> Outcome:
-        """The text or the language model raises an exception in the middle; later it does not."""
-        outcome = Outcome(fault, kind.name)
-        self.reference(kind)
-        drawn = random.Random(f"{self.seed} {fault} {kind.name}")
-
-        def attempt(place: Path) -> None:
-            at = drawn.randrange(5, 12)
-            first, *_ = self.go_on(kind, place, {"prepare": lambda rank: FAILURES[fault](at)})
-            if first.status == 0:
-                return
-            outcome.struck += 1
-            said = _last_lines(first.text, ("Go on", "go on", "--resume"))
-            if "--resume" not in said:
-                raise Failed(f"no word of how to go on:\n{first.text[-1500:]}")
-            outcome.say(_plain(_error(first.text) or said, place))
-
-        for _ in range(times):
-            self.try_(outcome, attempt)
-        return outcome
-
-    def outlier(self, kind: Kind, times: int) -> Outcome:
-        """A token of enormous size: its batch is skipped, and the others are learned from."""
-        outcome = Outcome("an outlier token of 1e30", kind.name)
-        expected = runs.records(self.run_of(kind))[-1]["explained_variance"]
-        drawn = random.Random(f"{self.seed} outlier {kind.name}")
-
-        def attempt(place: Path) -> None:
-            at = drawn.randrange(5, 9)
-            arguments = [*kind.flags, "--out", place / "out"]
-            prepare = {"prepare": lambda rank: _model_gives(1e30)(at)}
-            ended = runs.execute(kind, arguments, place / "0.log", **prepare)
-            if ended.status != 0:
-                raise Failed(f"exit {ended.status}\n{ended.text[-1500:]}")
-            broken = runs.damaged(place / "out")
-            if broken:
-                raise Failed(f"damaged under its final name: {broken[0]}")
-            found = runs.records(place / "out")
-            outcome.struck += any(record["kind"] == "skipped" for record in found)
-            outcome.say(_plain(_last_lines(ended.text, ("skipped",)), place))
-            if abs(found[-1]["explained_variance"] - expected) > 0.02:
-                raise Failed(f"explained variance {found[-1]}, without the token {expected}")
-
-        for _ in range(times):
-            self.try_(outcome, attempt)
-        return outcome
+    def say(self, text: str) -> None:
+        """Note a message, without what differs from try to try: places, numbers."""
+        text = text.replace(str(self.out), "RUN").replace(str(self.place), "DIR")
+        text = re.sub(r"\S+:\d+: UserWarning", "warning", text)
+        text = re.sub(r"[0-9a-f]{8}(?=\.partial)", "…", text)
+        text = re.sub(r"step-\d+", "step-N", text)
+        text = re.sub(r"\d[\d,.]*\d|\d", "N", text).strip()
+        if text and text not in self.outcome.messages:
+            self.outcome.messages.append(text)
 
 
-def _interrupt(kind: Kind, place: Path, whole: Ended, drawn: random.Random) -> None:
+def error_of(text: str) -> str:
+    """The message that a command ended with, which may have several lines."""
+    found = re.search(r"^error: .*", text, re.MULTILINE | re.DOTALL)
+    return found[0].strip() if found else ""
+
+
+def lines_with(text: str, *words: str) -> str:
+    return "\n".join(line for line in text.splitlines() if any(word in line for word in words))
+
+
+def differing(expected: Any, found: Any, name: str = "") -> str:
+    """The first place where two nested values differ."""
+    if isinstance(expected, dict) and isinstance(found, dict):
+        for key in sorted(expected.keys() | found.keys(), key=str):
+            if expected.get(key) != found.get(key):
+                return differing(expected.get(key), found.get(key), f"{name}/{key}")
+    if isinstance(expected, bytes):
+        size = None if found is None else len(found)
+        return f"{name} ({len(expected)} bytes, got {size})"
+    return f"{name}: expected {str(expected)[:300]}, got {str(found)[:300]}"
+
+
+# Kills and signals
+
+
+def kill(it: Attempt, at: str) -> None:
+    """kill -9, of all its processes; at: a random "moment", or file "operation"."""
+
+    def fault() -> Fault:
+        if at == "moment":
+            return Fault([(it.drawn.uniform(0, it.whole.seconds), signal.SIGKILL)])
+        spot = it.drawn.randrange(1, it.whole.operations + 1)
+        return Fault(spots=Spots(spot, after=it.drawn.random() < 0.5), seconds=60)
+
+    again = [fault()] if it.drawn.random() < 0.3 else []  # also while it goes on
+    it.outcome.hit += sum(KILLED in each.statuses for each in it.go_on(fault(), *again))
+
+
+def stop(it: Attempt, numbers: Sequence[signal.Signals]) -> None:
+    """Signals at a random moment; if there are two, the second comes a moment later."""
+    moment = it.drawn.uniform(0.1, 1) * it.whole.seconds
+    later = moment + it.drawn.uniform(0, 0.2)
+    first, *_ = it.go_on(Fault(list(zip((moment, later), numbers, strict=False))))
+    if first.status == 0:
+        return
+    it.outcome.hit += 1
+    if first.status not in {128 + n for n in numbers} | {-n for n in numbers}:
+        raise Failed(f"exit {first.status}\n{first.text[-600:]}")
+    said = lines_with(first.text, "Stopped by", "--resume", "stopped")
+    if first.status > 0 and len(numbers) == 1 and "step" in first.text and not said:
+        raise Failed(f"exit {first.statuses}, no word of how to go on:\n{first.text[-600:]}")
+    it.say(said or "(none)")
+
+
+def lose_rank(it: Attempt) -> None:
+    """kill -9 of one of two ranks; the other one has to end by itself, and say so."""
+    victim = it.drawn.randrange(2)
+    moment = it.drawn.uniform(0.5, 0.95) * it.whole.seconds
+    try:
+        first, *_ = it.go_on(Fault([(moment, signal.SIGKILL)], [victim], seconds=120))
+    except TimeoutError as error:
+        raise Failed(f"the rank that was left did not end: {error}") from error
+    if KILLED not in first.statuses:
+        return
+    it.outcome.hit += 1
+    if first.statuses[1 - victim] != 4:
+        raise Failed(f"the rank that was left: exit {first.statuses}\n{first.text[-800:]}")
+    it.say(error_of(first.text))
+
+
+# A full disk
+
+
+def fill_disk(it: Attempt) -> None:
+    """A small disk that fills up at a random place; then there is room, and it goes on."""
+    size = int(it.drawn.uniform(0.05, 0.95) * sum(sizes(it)))
+    disk = it.place / "disk"
+    it.out = disk / "out"
+    with mounted(disk, size) as resize:
+        # Others fill it up later: what is free at the beginning is enough.
+        ended = it.run(Fault(prepare=lambda: see_free(1 << 30)))
+        it.require_whole_files()
+        if ended.status == 0:
+            return
+        it.outcome.hit += 1
+        it.require_error(ended, "No space left on device")
+        it.say(error_of(ended.text))
+        resize(64 << 20)
+        it.go_on()
+
+
+def limit_files(it: Attempt) -> None:
+    """No file may grow beyond a random size: the form of a full disk that needs no mount."""
+    size = int(max(sizes(it)) ** it.drawn.uniform(0.4, 1))
+    first, *_ = it.go_on(Fault(prepare=lambda: limit_file_size(size)))
+    if first.status != 0:
+        it.outcome.hit += 1
+        it.require_error(first, "File too large")
+        it.say(error_of(first.text))
+
+
+def sizes(it: Attempt) -> list[int]:
+    """Bytes of all files that a run leaves."""
+    files = it.campaign.folder_of(it.kind).rglob("*")
+    return [path.stat().st_size for path in files if path.is_file()]
+
+
+@contextlib.contextmanager
+def mounted(place: Path, size: int) -> Iterator[Callable[[int], None]]:
+    """A disk of so many bytes in the folder `place`; gives a function that resizes it.
+
+    Raises CannotTry where no disk can be mounted.
+    """
+
+    def mount(*options: str) -> None:
+        subprocess.run(["mount", *options, place], check=True, capture_output=True)
+
+    place.mkdir()
+    try:
+        mount("-t", "tmpfs", "-o", f"size={size}", "tmpfs")
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise CannotTry("a tmpfs cannot be mounted here") from error
+    try:
+        yield lambda other: mount("-o", f"remount,size={other}")
+    finally:
+        subprocess.run(["umount", place], check=True)
+
+
+# Damage
+
+
+def damage(it: Attempt, pattern: str, how: str) -> None:
+    """A file is truncated or a bit of it flipped after a kill -9; then the run is resumed.
+
+    It goes on to the same bits; or it names the file, and goes on to the same bits when what the
+    message says was done.
+    """
+    if pattern in LAST:
+        it.run()
+    else:
+        interrupt(it)
+    files = sorted(it.out.glob(pattern))
+    if not files:
+        return
+    it.outcome.hit += 1
+    path = it.drawn.choice(files)
+    DAMAGES[how](path, it.drawn)
+    ended = it.run()
+    if ended.status == 0:
+        it.say("(none: it goes on)")
+        it.require_finished()
+        return
+    it.require_error(ended, path.name if path.suffix == ".jsonl" else str(it.out))
+    it.say(error_of(ended.text))
+    obey(error_of(ended.text), it.out)
+    it.go_on()
+
+
+def obey(message: str, out: Path) -> None:
+    """Do what a message says about a damaged file. Raises Failed if it says nothing."""
+    remove = re.search(r"remove (?:the folder )?([^\s,]+)", message)
+    copy = re.search(r"^  cp (\S+) (\S+)$", message, re.MULTILINE)
+    if remove is not None and Path(remove[1]).is_relative_to(out):
+        path = Path(remove[1])
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    elif copy is not None and all(Path(path).is_relative_to(out) for path in copy.groups()):
+        shutil.copyfile(*copy.groups())
+    else:
+        raise Failed(f"the message does not say what to do: {message}")
+
+
+def damage_log(it: Attempt, how: str) -> None:
+    """Lines of metrics.jsonl are damaged after a kill -9: nothing else depends on them."""
+    it.outcome.note = "lines of the log that were damaged; weights and checkpoints are the same"
+    interrupt(it)
+    it.outcome.hit += 1
+    DAMAGES[how](it.out / "metrics.jsonl", it.drawn)
+    ended = it.run()
+    it.require_success(ended)
+    it.say(lines_with(ended.text, "has lost"))
+    found = runs.learned(it.out)
+    it.require_same(found, {name: it.expected[name] for name in found})
+    if not (it.out / "report.html").exists():
+        raise Failed("there is no report")
+
+
+def interrupt(it: Attempt) -> None:
     """Begin a run that dies at a file operation when three quarters of them are done."""
-    at = round(drawn.uniform(0.7, 0.8) * whole.operations)
-    start = [*kind.flags, "--out", place / "out"]
-    runs.execute(kind, start, place / "0.log", spots=strikes.Spots(at), seconds=60)
+    at = round(it.drawn.uniform(0.7, 0.8) * it.whole.operations)
+    it.run(Fault(spots=Spots(at), seconds=60))
 
 
-def _truncate(path: Path, drawn: random.Random) -> None:
+def truncate(path: Path, drawn: random.Random) -> None:
     with open(path, "r+b") as file:
         file.truncate(drawn.randrange(path.stat().st_size))
 
 
-def _flip(path: Path, drawn: random.Random) -> None:
+def flip(path: Path, drawn: random.Random) -> None:
     content = bytearray(path.read_bytes())
     content[drawn.randrange(len(content))] ^= 1 << drawn.randrange(8)
     path.write_bytes(content)
 
 
-def _half_line(path: Path, drawn: random.Random) -> None:
+def half_line(path: Path, drawn: random.Random) -> None:
     """As a kill leaves it that hits in the middle of a write."""
     with open(path, "a") as file:
         file.write('{"kind": "train", "step": 1')
 
 
-DAMAGES = {
-    "truncated": _truncate,
-    "a bit flipped": _flip,
-    "half a line at the end": _half_line,
-}
+HALF = "half a line at the end"
+DAMAGES = {"truncated": truncate, "a bit flipped": flip, HALF: half_line}
 
 
-def _text_fails(at: int) -> None:
+# Sources that fail
+
+
+def fail(it: Attempt, install: Callable[[int], None]) -> None:
+    """The text or the language model raises an exception in the middle; later it does not."""
+    at = it.drawn.randrange(5, 12)
+    first, *_ = it.go_on(Fault(prepare=lambda: install(at)))
+    if first.status == 0:
+        return
+    it.outcome.hit += 1
+    said = lines_with(first.text, "Go on", "go on", "--resume")
+    if "--resume" not in said:
+        raise Failed(f"no word of how to go on:\n{first.text[-1500:]}")
+    it.say(error_of(first.text) or said)
+
+
+def outlier(it: Attempt) -> None:
+    """A token of enormous size: its batch is skipped, and the others are learned from."""
+    at = it.drawn.randrange(5, 9)
+    ended = it.run(Fault(prepare=lambda: model_gives(1e30, at)))
+    it.require_success(ended)
+    it.require_whole_files()
+    found, expected = (runs.records(folder) for folder in (it.out, it.campaign.folder_of(it.kind)))
+    it.outcome.hit += any(record["kind"] == "skipped" for record in found)
+    it.say(lines_with(ended.text, "skipped"))
+    name = "explained_variance"
+    if abs(found[-1][name] - expected[-1][name]) > 0.02:
+        raise Failed(f"explained variance {found[-1]}, without the token {expected[-1]}")
+
+
+def text_fails(at: int) -> None:
     """Reading document number `at` of the text for training fails, as on a lost connection."""
     from kronsae.data import packing
 
@@ -449,7 +427,7 @@ def _text_fails(at: int) -> None:
     packing.Packer.add = failing
 
 
-def _change_pass(at: int, change: Callable[[torch.Tensor], None]) -> None:
+def change_pass(at: int, change: Callable[[torch.Tensor], None]) -> None:
     """Call `change` with what forward pass number `at` of the language model reads out."""
     from kronsae.cache.model import ManyHookpoints
     from kronsae.data.language_model import LanguageModel
@@ -470,141 +448,31 @@ def _change_pass(at: int, change: Callable[[torch.Tensor], None]) -> None:
         model.activations = changed(model.activations)
 
 
-def _model_fails(at: int) -> None:
-    def fail(x: torch.Tensor) -> None:
+def model_fails(at: int) -> None:
+    def raise_(x: torch.Tensor) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    _change_pass(at, fail)
+    change_pass(at, raise_)
 
 
-def _model_gives(value: float) -> Callable[[int], None]:
-    def install(at: int) -> None:
-        def spoil(x: torch.Tensor) -> None:
-            x[0, 5] = value
-
-        _change_pass(at, spoil)
-
-    return install
+def model_gives(value: float, at: int) -> None:
+    change_pass(at, lambda x: x[0, 5].fill_(value))
 
 
-FAILURES = {
-    "the text fails in the middle": _text_fails,
-    "the language model raises an exception": _model_fails,
-    "the language model gives NaN": _model_gives(float("nan")),
-    "the language model gives infinity": _model_gives(float("inf")),
-}
+# All of them
 
 
-@contextlib.contextmanager
-def mounted(place: Path, size: int) -> Iterator[Callable[[int], None]]:
-    """A disk of so many bytes in the folder `place`; gives a function that resizes it."""
-    place.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", place], check=True)
-    try:
-        yield lambda other: subprocess.run(
-            ["mount", "-o", f"remount,size={other}", place], check=True
-        )
-    finally:
-        subprocess.run(["umount", place], check=True)
+class Case(NamedTuple):
+    """A fault, and a run that it is tried on."""
+
+    group: str
+    fault: str
+    kind: str
+    times: int
+    attempt: Callable[[Attempt], None]
 
 
-def can_mount(folder: Path) -> bool:
-    place = folder / "can-mount"
-    try:
-        with mounted(place, 1 << 20):
-            return True
-    except (OSError, subprocess.CalledProcessError):
-        return False
-    finally:
-        shutil.rmtree(place, ignore_errors=True)
-
-
-def _error(text: str) -> str:
-    """The message that a command ended with, which may have several lines."""
-    found = re.search(r"^error: .*", text, re.MULTILINE | re.DOTALL)
-    return found[0].strip() if found else ""
-
-
-def _last_lines(text: str, words: tuple[str, ...]) -> str:
-    return "\n".join(line for line in text.splitlines() if any(word in line for word in words))
-
-
-def _plain(text: str, place: Path) -> str:
-    """Without what differs from try to try: places, numbers."""
-    text = text.replace(str(place / "out"), "RUN").replace(str(place / "disk" / "out"), "RUN")
-    text = text.replace(str(place), "DIR")
-    text = re.sub(r"\S+:\d+: UserWarning", "warning", text)
-    text = re.sub(r"[0-9a-f]{8}(?=\.partial)", "…", text)
-    text = re.sub(r"step-\d+", "step-N", text)
-    return re.sub(r"\d[\d,.]*\d|\d", "N", text).strip()
-
-
-def _differing(expected: Any, found: Any, name: str = "") -> str:
-    if isinstance(expected, dict) and isinstance(found, dict):
-        for key in sorted(expected.keys() | found.keys(), key=str):
-            if expected.get(key) != found.get(key):
-                return _differing(expected.get(key), found.get(key), f"{name}/{key}")
-    if isinstance(expected, bytes):
-        size = None if found is None else len(found)
-        return f"{name} ({len(expected)} bytes, got {size})"
-    return f"{name}: expected {str(expected)[:300]}, got {str(found)[:300]}"
-
-
-def run_all(
-    campaign: Campaign, scale: float, only: str | None = None, names: list[str] | None = None
-) -> list[Outcome]:
-    """All faults; scale: of how often each is tried.
-
-    only: the group of faults to try.  names: kinds of runs to try them on.
-    """
-    kinds = campaign.kinds
-
-    def times(count: int) -> int:
-        return max(1, round(scale * count))
-
-    plan: list[Callable[[], Outcome]] = []
-
-    def add(what: Callable[..., Outcome], *arguments: Any, word: str) -> None:
-        if only in (None, word) and (names is None or arguments[0].name in names):
-            plan.append(lambda: what(*arguments))
-
-    for name, count in KILLS.items():
-        for at in ("moment", "operation"):
-            add(campaign.kills, kinds[name], times(count), at, word="kill")
-    for name in ("live", "sweep", "harvest", "cache", "2 ranks"):
-        for numbers in ((signal.SIGTERM,), (signal.SIGINT,), (signal.SIGTERM, signal.SIGTERM)):
-            add(campaign.stops, kinds[name], times(2), numbers, word="signal")
-    for name in ("live", "sweep", "harvest"):
-        add(campaign.full_disk, kinds[name], times(5), word="disk")
-        add(campaign.no_room, kinds[name], times(3), word="disk")
-    for name in ("2 ranks", "2 ranks, heads shared out"):
-        add(campaign.lost_rank, kinds[name], times(3), word="rank")
-    for name, pattern in DAMAGED:
-        for how in ("truncated", "a bit flipped"):
-            add(campaign.damage, kinds[name], pattern, how, times(2), word="damage")
-    half = "half a line at the end"
-    add(campaign.damage, kinds["live"], "metrics.jsonl", half, times(1), word="damage")
-    for how in ("truncated", "a bit flipped"):
-        add(campaign.log_damage, kinds["live"], how, times(2), word="damage")
-    for fault in FAILURES:
-        for name in ("live", "harvest"):
-            add(campaign.failing, kinds[name], fault, times(1), word="source")
-    add(
-        *(campaign.failing, kinds["streamed"], "the text fails in the middle", times(1)),
-        word="source",
-    )
-    for name in ("live", "2 ranks"):
-        add(campaign.outlier, kinds[name], times(2), word="source")
-    for what in plan:
-        outcome = what()
-        campaign.outcomes.append(outcome)
-        campaign.show(
-            f"{outcome.fault}, {outcome.kind}: tried {outcome.tried}, struck {outcome.struck}, "
-            f"{'lost nothing' if not outcome.lost else 'LOST'} {outcome.note}"
-        )
-    return campaign.outcomes
-
-
+GROUPS = ("kill", "signal", "disk", "rank", "damage", "source")
 KILLS = {
     "live": 5,
     "streamed": 3,
@@ -615,7 +483,6 @@ KILLS = {
     "2 ranks, heads shared out": 3,
 }
 """Times that each kind is killed at a random moment, and as often at a random file operation."""
-
 DAMAGED = [
     ("live", "checkpoints/step-*/state.safetensors"),
     ("live", "checkpoints/step-*/state.json"),
@@ -630,3 +497,58 @@ DAMAGED = [
 ]
 LAST = ("index.json",)
 """What is there only once all is done."""
+FAILURES = {
+    "the text fails in the middle": text_fails,
+    "the language model raises an exception": model_fails,
+    "the language model gives NaN": partial(model_gives, float("nan")),
+    "the language model gives infinity": partial(model_gives, float("inf")),
+}
+
+
+def cases() -> Iterator[Case]:
+    for kind, times in KILLS.items():
+        for at in ("moment", "operation"):
+            yield Case("kill", f"kill -9 at a random {at}", kind, times, partial(kill, at=at))
+    term, interrupted = signal.SIGTERM, signal.SIGINT
+    for kind in ("live", "sweep", "harvest", "cache", "2 ranks"):
+        for numbers in ((term,), (interrupted,), (term, term)):
+            names = " then ".join(number.name for number in numbers)
+            attempt = partial(stop, numbers=numbers)
+            yield Case("signal", f"{names} at a random moment", kind, 2, attempt)
+    for kind in ("live", "sweep", "harvest"):
+        yield Case("disk", "the disk is full (tmpfs)", kind, 5, fill_disk)
+        limit = "no file may grow beyond a size (RLIMIT_FSIZE)"
+        yield Case("disk", limit, kind, 3, limit_files)
+    for kind in ("2 ranks", "2 ranks, heads shared out"):
+        yield Case("rank", "kill -9 of one of two ranks", kind, 3, lose_rank)
+    for how in ("truncated", "a bit flipped"):
+        for kind, pattern in DAMAGED:
+            attempt = partial(damage, pattern=pattern, how=how)
+            yield Case("damage", f"{how}: {pattern}", kind, 2, attempt)
+        yield Case("damage", f"{how}: metrics.jsonl", "live", 2, partial(damage_log, how=how))
+    attempt = partial(damage, pattern="metrics.jsonl", how=HALF)
+    yield Case("damage", f"{HALF}: metrics.jsonl", "live", 1, attempt)
+    for fault, install in FAILURES.items():
+        for kind in ("live", "harvest", *(["streamed"] if install is text_fails else [])):
+            yield Case("source", fault, kind, 1, partial(fail, install=install))
+    for kind in ("live", "2 ranks"):
+        yield Case("source", "an outlier token of 1e30", kind, 2, outlier)
+
+
+def run_all(
+    campaign: Campaign, scale: float, only: str | None = None, kinds: Sequence[str] | None = None
+) -> list[Outcome]:
+    """All faults; scale: of how often each is tried (once at least).
+
+    only: the group of faults to try.  kinds: of runs to try them on.
+    """
+    outcomes = []
+    for case in cases():
+        if only in (None, case.group) and (kinds is None or case.kind in kinds):
+            outcome = campaign.outcome(case, max(1, round(scale * case.times)))
+            outcomes.append(outcome)
+            campaign.show(
+                f"{outcome.fault}, {outcome.kind}: tried {outcome.tried}, hit {outcome.hit}, "
+                f"{'lost nothing' if not outcome.lost else 'LOST'} {outcome.note}"
+            )
+    return outcomes

@@ -1,10 +1,9 @@
-"""Short runs of every kind, in forked processes that faults can strike, and what they must leave.
+"""Short runs of every kind, in forked processes of their own, and what they must leave.
 
 A process is forked from one that has imported everything, so that a run takes seconds. Everything
 is on the CPU, in one thread.
 """
 
-import dataclasses
 import json
 import os
 import random
@@ -14,7 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import datasets  # noqa: F401  (these four: once here, and not in every process anew)
 import safetensors.torch
@@ -25,7 +24,7 @@ import transformers.models.gpt_neox.modeling_gpt_neox  # noqa: F401
 
 import kronsae
 import kronsae.properties.contexts  # noqa: F401
-from benchmarks.faults import strikes
+from benchmarks.faults.injections import Fault, wait
 from kronsae import harvest, train
 from kronsae.data.loading import load_tokenizer
 from kronsae.system import checkpoint
@@ -36,38 +35,37 @@ TRAIN = (
     *("--buffer-tokens", "600", "--log-every", "1", "--eval-every", "7"),
     *("--checkpoint-every", "3", "--no-memory-check", "--device", "cpu"),
 )
-READ = ("--layer", "1", "--context-length", "32", "--contexts-per-batch", "6")
-TEXT = (
-    "--heldout-tokens",
-    "300",
+READ = (
+    *("--layer", "1", "--context-length", "32", "--contexts-per-batch", "6"),
+    *("--heldout-tokens", "300"),
 )
-CHECKPOINTS = 8
-"""How many a run of 25 steps writes, of which it keeps 2."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Kind:
-    """A command that is run, by how many processes, and how it is taken up again."""
+class Kind(NamedTuple):
+    """A command that is run, by how many processes."""
 
     name: str
     main: Callable[[list[str]], int]
     flags: tuple[str, ...]
-    ranks: int = 1
-    compare: Callable[[Path], Any] = None
+    compare: Callable[[Path], Any]
     """What is in its folder in the end that has to be equal bit for bit."""
+    ranks: int = 1
 
 
-@dataclasses.dataclass
-class Ended:
-    """How a run ended: its (first process') exit status, and everything it printed."""
+class Ended(NamedTuple):
+    """How a run ended, and everything it printed."""
 
-    status: int
+    statuses: tuple[int, ...]
+    """Of all its processes."""
     text: str
     seconds: float
     """Of processor time, of the first process' main thread."""
-    operations: int = 0
-    statuses: tuple[int, ...] = ()
-    """Of all its processes."""
+    operations: int
+
+    @property
+    def status(self) -> int:
+        """Of its first process."""
+        return self.statuses[0]
 
 
 def make_inputs(folder: Path) -> dict[str, Path]:
@@ -96,49 +94,27 @@ def make_inputs(folder: Path) -> dict[str, Path]:
 
 def kinds(inputs: dict[str, Path], cache: Path) -> dict[str, Kind]:
     """What is run, by name. cache: a folder of activations, harvested before."""
-    live = (*("--model", str(inputs["model"]), "--dataset", str(inputs["text"])), *READ, *TEXT)
-    harvested = (*live, "--tokens", "2600", "--shard-tokens", "200", "--device", "cpu")
+    text = ("--model", str(inputs["model"]), "--dataset", str(inputs["text"]), *READ)
+    harvested = (*text, "--tokens", "2600", "--shard-tokens", "200", "--device", "cpu")
+    live = (*text, *TRAIN, "--k", "4")
+    cached = ("--activations", str(cache), *TRAIN, "--k", "4")
+    shared = (*live, "--tensor-parallel", "2")
     found = [
-        Kind("live", train.main, (*live, *TRAIN, "--k", "4"), compare=run_contents),
-        Kind(
-            "streamed", train.main, (*live, *TRAIN, "--k", "4", "--streaming"), compare=run_contents
-        ),
-        Kind("sweep", train.main, (*live, *TRAIN, "--k", "4", "8"), compare=sweep_contents),
-        Kind("harvest", harvest.main, harvested, compare=cache_contents),
-        Kind(
-            "cache",
-            train.main,
-            ("--activations", str(cache), *TRAIN, "--k", "4"),
-            compare=run_contents,
-        ),
-        Kind("2 ranks", train.main, (*live, *TRAIN, "--k", "4"), ranks=2, compare=run_contents),
-        Kind(
-            "2 ranks, heads shared out",
-            train.main,
-            (*live, *TRAIN, "--k", "4", "--tensor-parallel", "2"),
-            ranks=2,
-            compare=run_contents,
-        ),
+        Kind("live", train.main, live, run_contents),
+        Kind("streamed", train.main, (*live, "--streaming"), run_contents),
+        Kind("sweep", train.main, (*live, "8"), sweep_contents),
+        Kind("harvest", harvest.main, harvested, cache_contents),
+        Kind("cache", train.main, cached, run_contents),
+        Kind("2 ranks", train.main, live, run_contents, ranks=2),
+        Kind("2 ranks, heads shared out", train.main, shared, run_contents, ranks=2),
     ]
     return {kind.name: kind for kind in found}
 
 
-def execute(
-    kind: Kind,
-    arguments: Sequence[str],
-    log: Path,
-    *,
-    signals: Sequence[tuple[float, int]] = (),
-    prepare: Callable[[int], None] = lambda rank: None,
-    spots: strikes.Spots | None = None,
-    victims: Sequence[int] | None = None,
-    seconds: float = 300,
-) -> Ended:
+def execute(kind: Kind, arguments: Sequence[str], log: Path, fault: Fault) -> Ended:
     """Run a command in processes of its own; what it prints goes to `log`, in the end.
 
-    signals, seconds: as in `strikes.wait`.  victims: ranks that get them (default: all).
-    prepare: called in each process with its rank, before the command.
-    spots: counts, or kills, in the first process.
+    Raises TimeoutError if it does not end in time.
     """
     if kind.ranks > 1:
         (log.parent / "store").unlink(missing_ok=True)
@@ -150,21 +126,18 @@ def execute(
     for rank in range(kind.ranks):
         pid = os.fork()
         if pid == 0:
-            own = spots if rank == 0 else None
-            _child(kind, arguments, writing, log.parent, rank, prepare, own, counted)
+            _child(kind, arguments, writing, log.parent, rank, fault, counted)
         pids.append(pid)
     os.close(writing)
     printed: list[bytes] = []
     reader = threading.Thread(target=_read_all, args=(reading, printed))
     reader.start()
-    struck = None if victims is None else [pids[rank] for rank in victims]
-    ended = strikes.wait(pids, signals, struck, seconds)
+    statuses = wait(pids, fault)
     reader.join()
     text = b"".join(printed).decode(errors="replace")
     log.write_text(text)
-    statuses = tuple(ended[pid] for pid in pids)
     used, operations = json.loads(counted.read_text()) if counted.exists() else (0.0, 0)
-    return Ended(statuses[0], text, used, operations, statuses)
+    return Ended(statuses, text, used, operations)
 
 
 def _read_all(pipe: int, into: list[bytes]) -> None:
@@ -178,12 +151,11 @@ def _child(
     output: int,
     meeting: Path,
     rank: int,
-    prepare: Callable[[int], None],
-    spots: strikes.Spots | None,
+    fault: Fault,
     counted: Path,
 ) -> None:
     """The process that runs the command; never returns."""
-    status = 1
+    status, spots = 1, fault.spots if rank == 0 else None
     try:
         for stream in (1, 2):
             os.dup2(output, stream)
@@ -191,7 +163,7 @@ def _child(
         sys.stderr = open(2, "w", buffering=1, closefd=False)
         if kind.ranks > 1:
             _join(rank, kind.ranks, meeting / "store")
-        prepare(rank)
+        fault.prepare()
         if spots is not None:
             spots.install()
         status = kind.main(list(map(str, arguments)))

@@ -1,4 +1,4 @@
-"""What strikes a process: signals after some processor time, and death at a file operation.
+"""What can happen to a run: signals after some processor time, and death at a file operation.
 
 Moments are given in processor time, not in seconds: what a process has done by then depends little
 on what else the machine does.
@@ -11,7 +11,7 @@ import signal
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 OPERATIONS = ("mkdir", "replace", "rename", "fsync", "truncate", "unlink", "rmdir")
 """Functions of `os` by which files change, or reach the disk: between two of them lies every state
@@ -34,34 +34,44 @@ class Spots:
         """For good: meant for a process that ends after the one thing it does."""
         import safetensors.torch
 
-        for name in OPERATIONS:
-            setattr(os, name, self._counted(getattr(os, name)))
         save_file = safetensors.torch.save_file
 
         def save_half(tensors: Any, path: Any, *args: Any) -> None:
-            self.count += 1
-            if self.count == self.last and not self.after:
-                die()
             save_file(tensors, path, *args)
             if self.count == self.last:
-                half = Path(path).stat().st_size // 2
-                with open(path, "r+b") as file:
-                    file.truncate(half)
-                die()
+                os.truncate(path, Path(path).stat().st_size // 2)
 
-        safetensors.torch.save_file = save_half
+        safetensors.torch.save_file = self._counted(save_half)
+        for name in OPERATIONS:
+            setattr(os, name, self._counted(getattr(os, name)))
 
     def _counted(self, operation: Callable[..., Any]) -> Callable[..., Any]:
         def counted(*args: Any, **kwargs: Any) -> Any:
             self.count += 1
-            if self.count == self.last and not self.after:
+            here = self.count == self.last
+            if here and not self.after:
                 die()
             result = operation(*args, **kwargs)
-            if self.count == self.last:
+            if here:
                 die()
             return result
 
         return counted
+
+
+class Fault(NamedTuple):
+    """What happens to a run: by default nothing."""
+
+    signals: Sequence[tuple[float, int]] = ()
+    """(Processor seconds of the first process, signal) to send, in turn."""
+    victims: Sequence[int] | None = None
+    """Ranks that get them; None: all."""
+    spots: Spots | None = None
+    """Counts, or kills, in the first process."""
+    prepare: Callable[[], None] = lambda: None
+    """Called in each process, before the command."""
+    seconds: float = 300
+    """The run ends within so many, or is killed, with TimeoutError."""
 
 
 def die() -> None:
@@ -93,34 +103,28 @@ def processor_seconds(pid: int) -> float:
         return 0.0
 
 
-def wait(
-    pids: Sequence[int],
-    signals: Sequence[tuple[float, int]] = (),
-    victims: Sequence[int] | None = None,
-    seconds: float = 300,
-) -> dict[int, int]:
+def wait(pids: Sequence[int], fault: Fault) -> tuple[int, ...]:
     """Exit statuses of child processes, as `os.waitstatus_to_exitcode` gives them.
 
-    signals: (processor seconds of the first process, signal) to send, in turn, to the victims
-        (default: all).
-    Raises TimeoutError, after killing them, if they have not ended in time.
+    Sends them the signals of a fault. Raises TimeoutError, after killing them, if they have not
+    ended in time.
     """
-    victims = pids if victims is None else victims
-    left, ended = list(signals), {}
-    end = time.monotonic() + seconds
-    while len(ended) < len(pids):
-        for pid in set(pids) - ended.keys():
+    victims = set(pids) if fault.victims is None else {pids[rank] for rank in fault.victims}
+    left, ended = list(fault.signals), {}
+    end = time.monotonic() + fault.seconds
+    while running := set(pids) - ended.keys():
+        for pid in running:
             found, status = os.waitpid(pid, os.WNOHANG)
             if found:
                 ended[pid] = os.waitstatus_to_exitcode(status)
         while left and pids[0] not in ended and processor_seconds(pids[0]) >= left[0][0]:
             _, number = left.pop(0)
-            for pid in set(victims) - ended.keys():
+            for pid in victims - ended.keys():
                 os.kill(pid, number)
         if time.monotonic() > end:
             for pid in set(pids) - ended.keys():
                 os.kill(pid, signal.SIGKILL)
                 os.waitpid(pid, 0)
-            raise TimeoutError(f"processes {list(pids)} did not end in {seconds:g} s")
+            raise TimeoutError(f"processes {list(pids)} did not end in {fault.seconds:g} s")
         time.sleep(0.002)
-    return ended
+    return tuple(ended[pid] for pid in pids)
