@@ -12,7 +12,6 @@ Peak memory is that of processes that read caches of several sizes once, from en
 """
 
 import argparse
-import json
 import os
 import re
 import shutil
@@ -20,19 +19,21 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
+from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.flags import output_file, positive
-from benchmarks.measure import describe
+from benchmarks.flags import command, positive, save
+from benchmarks.measure import describe, spent
 from kronsae.cache import CacheActivations, CacheIndex, Hookpoint
 from kronsae.cache.index import INDEX_NAME, Shard, file_name, write_tensors
 from kronsae.config import DataConfig
 from kronsae.system.files import write_file, write_json
+from kronsae.system.tables import markdown
 
 BLOCK = 2**20
 CONTEXT = 1024
@@ -115,9 +116,8 @@ class Rate(NamedTuple):
 
 def rate(work: Callable[[], int]) -> Rate:
     """work: gives the number of bytes that it has read or written."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    size = work()
-    return Rate(size / (time.perf_counter() - wall), size / (time.process_time() - cpu))
+    size, seconds = spent(work)
+    return Rate(size / seconds["wall"], size / seconds["cpu"])
 
 
 def read_cache(folder: Path, together: int, batch_size: int, batches: bool, verify: bool) -> int:
@@ -137,52 +137,53 @@ READERS = {
 """Whether batches are made, and checksums compared."""
 
 
-def compare(
-    folder: Path, shards: int, rows: int, width: int, dtype: str, batch_size: int, rounds: int
-) -> dict:
-    """Rates over rounds, by name, and the size of the cache."""
-    rates: dict[str, list[Rate]] = {}
+def write_both(folder: Path, how: dict[str, Any], rates: dict[str, list[Rate]]) -> CacheIndex:
+    """Write a cache and plain files of its sizes anew; the index of the cache."""
+    cache, plain = folder / "cache", folder / "plain"
+    for path in (cache, plain):
+        shutil.rmtree(path, ignore_errors=True)
+    made: list[CacheIndex] = []
+
+    def write() -> int:
+        made.append(write_cache(cache, **how))
+        return made[0].bytes
+
+    rates["write cache"].append(rate(write))
+    sizes = [mark.bytes for shard in made[0].train for mark in shard.marks]
+    rates["write plain"].append(rate(lambda: write_plain(plain, sizes)))
+    return made[0]
+
+
+def compare(folder: Path, how: dict[str, Any], batch_size: int, rounds: int) -> dict[str, Any]:
+    """Rates over rounds, by name, and the size of the cache. how: as of `write_cache`."""
+    rates: dict[str, list[Rate]] = defaultdict(list)
     cache, plain = folder / "cache", folder / "plain"
     for _ in range(rounds):
-        for path in (cache, plain):
-            shutil.rmtree(path, ignore_errors=True)
-        index: CacheIndex | None = None
-
-        def write() -> int:
-            nonlocal index
-            index = write_cache(cache, shards, rows, width, dtype)
-            return index.bytes
-
-        rates.setdefault("write cache", []).append(rate(write))
-        sizes = [mark.bytes for shard in index.train for mark in shard.marks]
-        rates.setdefault("write plain", []).append(
-            rate(lambda sizes=sizes: write_plain(plain, sizes))
-        )
+        index = write_both(folder, how, rates)
     # Token ids are not read to train.
     shutil.rmtree(plain)
     write_plain(plain, [shard.activations[0].bytes for shard in index.train])
-    together = GROUP * rows
+    readers: dict[str, tuple[Path, Callable[[], int]]] = {
+        "plain": (plain, partial(read_plain, plain))
+    }
+    for name, options in READERS.items():
+        read = partial(read_cache, cache, GROUP * how["rows"], batch_size, *options)
+        readers[name] = cache, read
     for state in ("cold", "warm"):
         for turn in range(rounds + (state == "warm")):
-            for name, how in {"plain": None, **READERS}.items():
+            for name, (files, read) in readers.items():
                 if state == "cold":
-                    drop(plain if how is None else cache)
-                if how is None:
-                    found = rate(lambda: read_plain(plain))
-                else:
-                    found = rate(lambda how=how: read_cache(cache, together, batch_size, *how))
+                    drop(files)
+                found = rate(read)
                 if state == "cold" or turn:  # the first turn warms
-                    rates.setdefault(f"{state} {name}", []).append(found)
+                    rates[f"{state} {name}"].append(found)
     return {
-        "shards": shards,
-        "rows": rows,
-        "width": width,
-        "dtype": dtype,
+        **how,
         "batch_size": batch_size,
         "shards_together": GROUP,
         "bytes": index.bytes,
         "bytes_per_token": index.bytes / index.train_rows,
-        "activation_bytes_per_token": width * getattr(torch, dtype).itemsize,
+        "activation_bytes_per_token": how["width"] * getattr(torch, how["dtype"]).itemsize,
         "rates": rates,
     }
 
@@ -215,74 +216,68 @@ def read_in_process(folder: str, together: str, epochs: str) -> None:
     print(int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024)
 
 
-def report(found: dict) -> str:
+def report(found: dict[str, Any]) -> str:
     cache, rates = found["cache"], found["cache"]["rates"]
-    lines = [
-        ", ".join(f"{key} {value}" for key, value in found["where"].items() if value is not None),
-        f"{cache['shards']} shards of {cache['rows']:,} tokens, d = {cache['width']:,}, "
-        f"{cache['dtype']}: {cache['bytes'] / 2**20:,.0f} MiB, {cache['bytes_per_token']:,.1f} "
-        f"bytes a token ({cache['activation_bytes_per_token']:,} of them activations); batches of "
-        f"{cache['batch_size']:,} in float32",
-        "",
-        "| | MB/s | to plain files | MB a CPU second | to plain files |",
-        "|---|---:|---:|---:|---:|",
-    ]
+    rows = []
     for name, values in rates.items():
         state, of = name.split(" ", 1)
-        plain = f"{state} plain"
-        cells = []
+        cells = [name]
         for kind in Rate._fields:
             cells.append(f"{statistics.median(getattr(v, kind) for v in values) / 1e6:,.0f}")
-            cells.append("" if of == "plain" else f"×{ratio(rates, name, plain, kind):.2f}")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    lines += ["", "| shards | cache MiB | peak MiB | above one that only opens it |"]
-    lines.append("|---:|---:|---:|---:|")
-    for row in found["memory"]:
-        lines.append(
-            f"| {row['shards']} | {row['cache_mib']:,.0f} | {row['peak_mib']:,.0f} | "
-            f"{row['peak_mib'] - row['opened_mib']:,.0f} |"
+            times = ratio(rates, name, f"{state} plain", kind)
+            cells.append("" if of == "plain" else f"×{times:.2f}")
+        rows.append(cells)
+    memory = [
+        (
+            row["shards"],
+            f"{row['cache_mib']:,.0f}",
+            f"{row['peak_mib']:,.0f}",
+            f"{row['peak_mib'] - row['opened_mib']:,.0f}",
         )
-    return "\n".join(lines)
+        for row in found["memory"]
+    ]
+    where = found["where"].items()
+    return "\n\n".join(
+        [
+            ", ".join(f"{key} {value}" for key, value in where if value is not None)
+            + f"\n{cache['shards']} shards of {cache['rows']:,} tokens, d = {cache['width']:,}, "
+            f"{cache['dtype']}: {cache['bytes'] / 2**20:,.0f} MiB, {cache['bytes_per_token']:,.1f} "
+            f"bytes a token ({cache['activation_bytes_per_token']:,} of them activations); "
+            f"batches of {cache['batch_size']:,} in float32",
+            markdown(("", "MB/s", "to plain files", "MB a CPU second", "to plain files"), rows),
+            markdown(("shards", "cache MiB", "peak MiB", "above one that only opens it"), memory),
+        ]
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("benchmarks.cache", description=__doc__.splitlines()[0])
-    parser.add_argument("--shards", type=int, default=96)
-    parser.add_argument("--rows", type=int, default=2048, help="tokens a shard")
-    parser.add_argument("--width", type=int, default=768)
+    parser = command("cache", __doc__, rounds=7)
+    parser.add_argument("--shards", type=positive, default=96)
+    parser.add_argument("--rows", type=positive, default=2048, help="tokens a shard")
+    parser.add_argument("--width", type=positive, default=768)
     parser.add_argument("--dtype", default="bfloat16", choices=("float32", "bfloat16", "float16"))
-    parser.add_argument("--batch-size", type=int, default=4096)
-    parser.add_argument("--rounds", type=positive, default=7)
+    parser.add_argument("--batch-size", type=positive, default=4096)
     parser.add_argument(
-        "--sizes", type=int, nargs="+", default=[32, 128, 512], help="shards, for memory"
+        "--sizes", type=positive, nargs="+", default=[32, 128, 512], help="shards, for memory"
     )
     parser.add_argument("--folder", type=Path, help="where the disk is (default: temporary files)")
-    parser.add_argument("--json", type=output_file, metavar="FILE", help="write all figures here")
     parser.add_argument("--read", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.read:
         read_in_process(*options.read)
         return
-    shape = {"rows": options.rows, "width": options.width, "dtype": options.dtype}
+    how = {name: getattr(options, name) for name in ("shards", "rows", "width", "dtype")}
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        measured = compare(
-            Path(folder),
-            options.shards,
-            batch_size=options.batch_size,
-            rounds=options.rounds,
-            **shape,
-        )
+        measured = compare(Path(folder), how, options.batch_size, options.rounds)
     memory = []
     for shards in options.sizes:
         with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-            index = write_cache(Path(folder) / "cache", shards, **shape)
+            size = write_cache(Path(folder) / "cache", **{**how, "shards": shards}).bytes / 2**20
             peak, opened = peak_mib(Path(folder) / "cache", GROUP * options.rows)
-        size = index.bytes / 2**20
         memory.append({"shards": shards, "cache_mib": size, "peak_mib": peak, "opened_mib": opened})
     found = {"where": describe(torch.device("cpu")), "cache": measured, "memory": memory}
     print(report(found))
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    save(options.json, found)
 
 
 if __name__ == "__main__":

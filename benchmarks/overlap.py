@@ -13,25 +13,25 @@ disturbs them less. `--model` also takes the name of one of MODELS: random weigh
 which take as long, and need no download.
 """
 
-import argparse
+import dataclasses
 import functools
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.flags import output_file, positive, positive_seconds, usable_device
-from benchmarks.measure import describe, synchronize
+from benchmarks.flags import command, positive, save
+from benchmarks.measure import describe, spent, synchronize
 from kronsae.config import DataConfig, SAEConfig, TrainConfig
 from kronsae.data import LanguageModel, LanguageModelActivations
 from kronsae.data.language_model import lists_of_blocks
 from kronsae.data.text import IndexedText
 from kronsae.system.devices import resolve_device
+from kronsae.system.tables import markdown
 from kronsae.training.learner import Learner
 from kronsae.training.stream import Stream
 
@@ -76,7 +76,7 @@ def text(seed: int = 0) -> IndexedText:
 def open_source(
     model: LanguageModel, data: DataConfig, batch: int, overlap: str, device: torch.device
 ) -> LanguageModelActivations:
-    data = DataConfig(**{**vars(data), "overlap": overlap})
+    data = dataclasses.replace(data, overlap=overlap)
     source = LanguageModelActivations(model, text(), data, batch, 0, device)
     # The same few texts come again and again: a fast model would wait for their tokenisation.
     source.packer._tokens = functools.lru_cache(4096)(source.packer._tokens)
@@ -107,14 +107,70 @@ def train(learner: Learner, stream: Stream) -> Iterator[int]:
 
 def measure(work: Iterator[int], tokens: int, device: torch.device) -> dict[str, float]:
     """Seconds, and CPU seconds, a token."""
-    began, cpu, done = time.perf_counter(), time.process_time(), 0
-    while done < tokens:
+
+    def call() -> int:
+        done = 0
+        while done < tokens:
+            done += next(work)
+        synchronize(device)
+        return done
+
+    done, taken = spent(call)
+    return {"seconds": taken["wall"] / done, "cpu_seconds": taken["cpu"] / done}
+
+
+def measure_both(
+    learner: Learner, stream: Stream, tokens: int, device: torch.device, threads: int
+) -> dict[str, float]:
+    """The same of training, once the thread is as far ahead as it gets; and who waited."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)  # also of threads that begin from now on
+    work, done = train(learner, stream), 0
+    while done <= tokens:
         done += next(work)
-    synchronize(device)
-    return {
-        "seconds": (time.perf_counter() - began) / done,
-        "cpu_seconds": (time.process_time() - cpu) / done,
+    stream.rates()
+    times = measure(work, tokens, device)
+    times |= {name: x for name, x in stream.rates().items() if name.endswith("wait_share")}
+    stop(stream)
+    torch.set_num_threads(before)
+    return times
+
+
+def stop(stream: Stream) -> None:
+    """Nothing runs beside the next one."""
+    stream.close()
+    stream.batches = None
+
+
+def contenders(
+    model: LanguageModel,
+    data: DataConfig,
+    sae: SAEConfig,
+    options: TrainConfig,
+    tokens: int,
+    device: torch.device,
+) -> dict[str, Callable[[], dict[str, float]]]:
+    """What is measured; the first two are the parts alone."""
+    batch, threads = options.batch_size, torch.get_num_threads()
+    opened = partial(open_source, model, data, batch, device=device)
+    learner = Learner(sae, options, device)
+    turns, beside = (Stream(opened(overlap=name), 10**15, device) for name in ("off", "on"))
+    ready = [turns.next()[0] for _ in range(4)]
+    for stream in (turns, beside):
+        stream.next()
+        while stream.pending:  # batches that the normaliser has read already
+            stream.next()
+        stop(stream)
+    both = partial(measure_both, learner, tokens=tokens, device=device, threads=threads)
+    found = {
+        "language model": lambda: measure(read(opened(overlap="off")), tokens, device),
+        "autoencoder": lambda: measure(learn(learner, ready), tokens, device),
+        "in turns": partial(both, turns),
+        "beside": partial(both, beside),
     }
+    if device.type == "cpu" and model.device.type == "cpu" and threads > 1:
+        found["beside, cores split"] = partial(both, beside, threads=threads // 2)
+    return found
 
 
 def compare(
@@ -128,50 +184,14 @@ def compare(
 ) -> dict[str, Any]:
     """Medians over rounds of each contender's times a token, and who waited for whom."""
     batch = options.batch_size
-    fill = max(2 * batch, data.buffer_tokens)
     # A cycle of the buffer: it serves half of itself, and fills up again.
-    tokens = fill // 2 // batch * batch
-    learner = Learner(sae, options, device)
-    sources = {name: open_source(model, data, batch, name, device) for name in ("on", "off")}
-    streams = {name: Stream(source, 10**15, device) for name, source in sources.items()}
-    ready = [streams["off"].next()[0] for _ in range(4)]
-    for stream in streams.values():
-        stream.next()
-        while stream.pending:  # batches that the normaliser has read already
-            stream.next()
-        stream.close()
-        stream.batches = None
-    threads = torch.get_num_threads()
-    alone: dict[str, Callable[[], Iterator[int]]] = {
-        "language model": lambda: read(open_source(model, data, batch, "off", device)),
-        "autoencoder": lambda: learn(learner, ready),
-    }
-    together = {"in turns": "off", "beside": "on"}
-    if device.type == "cpu" and model.device.type == "cpu" and threads > 1:
-        together["beside, cores split"] = "on"
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in (*alone, *together)}
+    tokens = max(2 * batch, data.buffer_tokens) // 2 // batch * batch
+    calls = contenders(model, data, sae, options, tokens, device)
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in calls}
     end = time.monotonic() + seconds
     for number in range(rounds + 1):
-        for name in found:
-            split = name.endswith("split")
-            if split:
-                torch.set_num_threads(threads // 2)  # also of threads that begin from now on
-            if name in alone:
-                work, stream = alone[name](), None
-            else:
-                stream = streams[together[name]]
-                work = train(learner, stream)
-                next(work)  # the buffer is full, the thread has begun
-            if stream is not None:
-                for _ in range(tokens // batch):  # until the thread is as far ahead as it gets
-                    next(work)
-                stream.rates()
-            times = measure(work, tokens, device)
-            if stream is not None:
-                times |= {k: v for k, v in stream.rates().items() if k.endswith("wait_share")}
-                stream.close()  # nothing runs beside the next one
-                stream.batches = None
-            torch.set_num_threads(threads)
+        for name, call in calls.items():
+            times = call()
             if number:  # the first round warms up
                 found[name].append(times)
         if time.monotonic() > end and number >= 2:
@@ -180,15 +200,16 @@ def compare(
         name: {key: statistics.median(one[key] for one in each) for key in each[0]}
         for name, each in found.items()
     }
-    a, b = (medians[name]["seconds"] for name in alone)
+    model_alone, sae_alone, *together = found
+    a, b = medians[model_alone]["seconds"], medians[sae_alone]["seconds"]
     return {
         "tokens_a_round": tokens,
         "rounds": len(found["beside"]),
         "medians": medians,
         "of_the_model_alone": {
             name: statistics.median(
-                reference["seconds"] / one["seconds"]
-                for reference, one in zip(found["language model"], found[name], strict=True)
+                alone["seconds"] / one["seconds"]
+                for alone, one in zip(found[model_alone], found[name], strict=True)
             )
             for name in together
         },
@@ -198,42 +219,40 @@ def compare(
 
 def table(found: dict[str, Any]) -> str:
     """Markdown: tokens a second, shares of the language model alone, and waits."""
-    lines = [
-        "| | tokens/s | of the language model alone | CPU µs a token | waited for activations | "
-        "model waited |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
-    for name, times in found["medians"].items():
-        share = found["of_the_model_alone"].get(name)
-        waits = [times.get(key) for key in ("wait_share", "model_wait_share")]
-        cells = [f"{x:.0%}" if x is not None else "" for x in (share, *waits)]
-        lines.append(
-            f"| {name} | {1 / times['seconds']:,.0f} | {cells[0]} | "
-            f"{1e6 * times['cpu_seconds']:.1f} | {cells[1]} | {cells[2]} |"
+
+    def percent(share: float | None) -> str:
+        return "" if share is None else f"{share:.0%}"
+
+    header = ("", "tokens/s", "of the language model alone", "CPU µs a token")
+    rows = [
+        (
+            name,
+            f"{1 / times['seconds']:,.0f}",
+            percent(found["of_the_model_alone"].get(name)),
+            f"{1e6 * times['cpu_seconds']:.1f}",
+            percent(times.get("wait_share")),
+            percent(times.get("model_wait_share")),
         )
+        for name, times in found["medians"].items()
+    ]
     bounds = ", ".join(f"{name} {share:.0%}" for name, share in found["bounds"].items())
-    return "\n".join([*lines, "", f"From the two alone: {bounds} of the language model."])
+    return (
+        markdown((*header, "waited for activations", "model waited"), rows)
+        + f"\n\nFrom the two alone: {bounds} of the language model."
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("benchmarks.overlap", description=__doc__.splitlines()[0])
-    parser.add_argument("--device", type=usable_device, default="auto")
+    parser = command("overlap", __doc__, device="auto", rounds=5, seconds=120.0)
     parser.add_argument(
         "--model", default="embedded", help="ours, or one of MODELS, or with --layer N"
     )
     parser.add_argument("--layer", type=int, default=None)
     parser.add_argument("--model-device", default=None, help="as of python -m kronsae.train")
-    parser.add_argument("--dict-size", type=int, default=4096)
-    parser.add_argument("--k", type=int, default=32)
-    parser.add_argument("--batch-size", type=int, default=1024)
-    parser.add_argument("--context-length", type=int, default=256)
-    parser.add_argument("--contexts-per-batch", type=int, default=16)
-    parser.add_argument("--buffer-tokens", type=int, default=16_384)
-    parser.add_argument("--rounds", type=positive, default=5)
-    parser.add_argument(
-        "--seconds", type=positive_seconds, default=120, help="no new round after these"
-    )
-    parser.add_argument("--json", type=output_file, metavar="FILE")
+    sizes = {"dict-size": 4096, "k": 32, "batch-size": 1024, "context-length": 256}
+    sizes |= {"contexts-per-batch": 16, "buffer-tokens": 16_384}
+    for name, size in sizes.items():
+        parser.add_argument(f"--{name}", type=positive, default=size)
     options = parser.parse_args(arguments)
     device = options.device
     model_device = resolve_device(options.model_device or str(device))
@@ -256,13 +275,9 @@ def main(arguments: list[str] | None = None) -> None:
         tokens=10**9, batch_size=options.batch_size, device=str(device), warmup_fraction=0.0
     )
     found = compare(model, data, sae, train_config, options.rounds, device, options.seconds)
-    settings = {
-        name: str(value) if isinstance(value, (Path, torch.device)) else value
-        for name, value in vars(options).items()
-    }
+    settings = {name: str(value) for name, value in vars(options).items()}
     found = {"where": describe(device), "settings": settings, **found}
-    if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n")
+    save(options.json, found)
     print(table(found))
 
 

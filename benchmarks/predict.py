@@ -26,7 +26,6 @@ import math
 import re
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from textwrap import indent
@@ -39,7 +38,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import sass
 from benchmarks.ahead import VERSION, compiled, specialise, tool
-from benchmarks.flags import output_file, positive, written_by
+from benchmarks.flags import command, positive, save, written_by
 from benchmarks.floors import (
     DENSE_GOAL,
     ENCODE_GOAL,
@@ -49,11 +48,12 @@ from benchmarks.floors import (
     Work,
     stages,
 )
-from benchmarks.sass import Code, Instruction, Latencies
+from benchmarks.sass import Instruction, Latencies
 from benchmarks.shapes import GOAL_SHAPES, SHAPES, Shape
 from benchmarks.stub import host_ms
 from kronsae.config import SAEConfig, TrainConfig
 from kronsae.model import objectives
+from kronsae.system.tables import markdown
 from kronsae_kernels.step import MOMENTS, TrainingStep
 from kronsae_kernels.triton_impl.launch import Launch, record
 
@@ -274,12 +274,6 @@ class Pass(NamedTuple):
         return Pass(self.launches + other.launches, self.operations + other.operations)
 
 
-def fused_step(shape: Shape, card: str, moments: str = "float32") -> Pass:
-    """The fused step of a Kron autoencoder at a shape, in bfloat16, once warm."""
-    first, _, update = passes(shape, card, moments, auxiliary=False)
-    return first + update
-
-
 def auxiliary_of(shape: Shape) -> Shape:
     """The pass among dead latents, as training has it by default: its k, and its tokens."""
     sae = SAEConfig(d_model=shape.d, heads=shape.heads, m=shape.m, n=shape.n, k=shape.k)
@@ -351,6 +345,8 @@ class Program(NamedTuple):
     """That one warp issues."""
     cycles: float
     """From its first to its last."""
+    barriers: int = 0
+    """That one warp passes."""
 
 
 def resident(program: Program, card: Card) -> int:
@@ -418,12 +414,11 @@ def level_of(spec: Spec) -> Callable[[Instruction], str]:
     return level
 
 
-def read(launch: Launch, card: str, shape: Shape) -> tuple[Program, Code, dict[str, int]]:
-    """A launch compiled for a card, its code, and the trips that its loops have at a shape.
+def read(launch: Launch, card: str, shape: Shape) -> Program:
+    """A launch compiled for a card, its loops running as often as at a shape.
 
     Raises KeyError for a kernel that KERNELS does not have, and sass.UnknownLoop.
     """
-    name = launch.kernel.__name__
     binary = compiled(specialise(launch, card), card)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
@@ -431,19 +426,18 @@ def read(launch: Launch, card: str, shape: Shape) -> tuple[Program, Code, dict[s
         usage = tool("cuobjdump", "--dump-resource-usage", file)
         code = sass.parse(tool("nvdisasm", "-c", "-hex", "-g", file))
     sizes = {key: int(value) for key, value in re.findall(r"\b([A-Z]+):(\d+)", usage)}
-    spec = KERNELS[name]
+    spec = KERNELS[launch.kernel.__name__]
     trips = {part: round(count) for part, count in spec.trips(launch.arguments, shape).items()}
     order = sass.path(code, trips)
-    time = sass.simulate(code, order, LATENCIES, level_of(spec))
-    program = Program(
+    return Program(
         launch.num_warps,
         sizes["REG"],
         binary.metadata.shared,
         sizes["STACK"] + sizes["LOCAL"],
         len(order),
-        time.cycles,
+        sass.simulate(code, order, LATENCIES, level_of(spec)).cycles,
+        sum(code.instructions[at].operation == "BAR" for at in order),
     )
-    return program, code, trips
 
 
 class Row(NamedTuple):
@@ -472,37 +466,33 @@ def kernel_rows(
 ) -> list[Row]:
     """A row for each kernel, all its launches together. works: of `floors.stages`."""
     machine, rows = CARDS[card], []
-    names = dict.fromkeys(launch.kernel.__name__ for launch in launches)
-    for name in names:
+    for name in dict.fromkeys(launch.kernel.__name__ for launch in launches):
         mine = [launch for launch in launches if launch.kernel.__name__ == name]
         spec, issue, latency, gathered = KERNELS[name], 0.0, 0.0, 0
         for launch in mine:
             programs = math.prod(launch.grid)
+            program = read(launch, card, shape)
             gathered += programs * spec.gathered(launch.arguments, shape) * SECTOR
-            program, code, trips = read(launch, card, shape)
             issue += issue_ms(program, programs, machine)
             latency += latency_ms(program, programs, machine)
-            barriers = sum(
-                code.instructions[at].operation == "BAR" for at in sass.path(code, trips)
-            )
         floor = machine.ceilings.floor_ms(works[spec.stage]) if spec.stage else 0.0
         moved = max(floor, machine.ceilings.floor_ms(Work(moved_bytes=gathered)))
         rows.append(
             Row(
-                name,
-                len(mine),
-                sum(math.prod(launch.grid) for launch in mine),
-                program.warps,
-                program.registers,
-                program.shared,
-                program.spills,
-                resident(program, machine),
-                barriers,
-                issue,
-                latency,
-                moved,
-                floor,
-                together(issue, latency, moved) + RAMP_MS * len(mine),
+                kernel=name,
+                launches=len(mine),
+                programs=sum(math.prod(launch.grid) for launch in mine),
+                warps=program.warps,
+                registers=program.registers,
+                shared=program.shared,
+                spills=program.spills,
+                resident=resident(program, machine),
+                barriers=program.barriers,
+                issue_ms=issue,
+                latency_ms=latency,
+                bytes_ms=moved,
+                floor_ms=floor,
+                expected_ms=together(issue, latency, moved) + RAMP_MS * len(mine),
             )
         )
     return rows
@@ -611,86 +601,79 @@ def predict(
 # Printing
 
 
-def table(found: dict[str, Any], measured: dict[str, float] | None = None) -> str:
-    """Markdown of one shape, with the goals below; and of its auxiliary pass, if there is one."""
-    shape, card = Shape(**found["shape"]), CARDS[found["card"]]
-    moments = "" if found["moments"] == "float32" else f", moments in {found['moments']}"
-    step, floor = found["step_ms"], found["floor_ms"]
-    lines = [
-        f"## {shape}, {found['card']} ({card.name}), Triton {found['triton']}{moments}",
-        "",
-        *_lines(found, measured),
-        f"| **step** | {_counts(found)} | | | | | | | | {floor:.3f} | {step:.3f} | "
-        f"{step / floor:.2f} |" + (" |" if measured else ""),
-        "",
-        *(f"- {line}" for line in verdicts(found)),
-    ]
-    if "auxiliary" in found:
-        more = found["auxiliary"]
-        dying, total = Shape(**more["shape"]), more["total_ms"]
-        lines += [
-            "",
-            f"### Auxiliary pass: {dying.k} dead latents of each of {dying.tokens} tokens",
-            "",
-            *_lines(more, None),
-            f"| longer update | | | | | | | | | | {more['update_ms']:.3f} | |",
-            f"| **auxiliary pass** | {_counts(more)} | | | | | | | | | {total:.3f} | |",
-            "",
-            f"- {total / step:.1%} of the step's time" + ", at most 15 %" * (shape.name in JUDGED),
-        ]
-    return "\n".join(lines) + "\n"
-
-
 LEGEND = """\
-programs x warps   of all launches, and of one program
-registers          of a thread
-resident           programs that a multiprocessor holds at a time
-barriers           that a warp passes
+programs           of all launches, times the warps of one
+regs               registers of a thread
+fit                programs that a multiprocessor holds at a time
+syncs              barriers that a warp passes
 spills             bytes that do not fit in the registers of a thread
 issue, latency     bounds: instructions of all warps; a program's time by the rounds of programs
 bytes              bound: the floor, or the numbers that are gathered one by one
 floor              of the stage whose work the kernel does: multiply-adds or bytes
-expected           a little above the largest bound, and the launches
-ratio              expected / floor
-measured           of the kernels of that name, where --measured gives them
+time               expected: a little above the largest bound, and the launches
+ratio              time / floor
+card               the times of the kernels of that name, where --measured gives them
 """
 """Of the tables' columns."""
+COLUMNS = ("kernel", "programs", "regs", "fit", "syncs", "spills", "issue", "latency", "bytes")
+COLUMNS += ("floor", "time", "ratio", "card")
 
 
-def _counts(found: dict[str, Any]) -> str:
-    return f"{found['launches']} launches, {_many(found['operations'], 'operation')}"
+def table(found: dict[str, Any], measured: dict[str, float] | None = None) -> str:
+    """Markdown of one shape, with the goals below; and of its auxiliary pass, if there is one."""
+    card = f"{found['card']} ({CARDS[found['card']].name}), Triton {found['triton']}"
+    if found["moments"] != "float32":
+        card += f", moments in {found['moments']}"
+    step = found["step_ms"]
+    total = "**step**", *_counts(found), found["floor_ms"], step
+    parts = [
+        f"## {Shape(**found['shape'])}, {card}",
+        _rows(found, [total], measured or {}),
+        "\n".join(f"- {line}" for line in verdicts(found)),
+    ]
+    if "auxiliary" in found:
+        more = found["auxiliary"]
+        dying = Shape(**more["shape"])
+        longer = "longer update", "", 0.0, more["update_ms"]
+        total = "**auxiliary pass**", *_counts(more), 0.0, more["total_ms"]
+        share = f"- {more['total_ms'] / step:.1%} of the step's time"
+        parts += [
+            f"### Auxiliary pass: {dying.k} dead latents of each of {dying.tokens} tokens",
+            _rows(more, [longer, total], {}),
+            share + ", at most 15 %" * (dying.name in JUDGED),
+        ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _counts(found: dict[str, Any]) -> tuple[str]:
+    return (f"{found['launches']} launches, {_many(found['operations'], 'operation')}",)
 
 
 def _many(count: int, what: str) -> str:
     return f"{count} {what}" + "s" * (count != 1)
 
 
-def _lines(found: dict[str, Any], measured: dict[str, float] | None) -> list[str]:
-    """The table's head, and a line for each kernel and for what is not one of ours."""
-    lines = [
-        "| kernel | programs x warps | registers | resident | barriers | spills, bytes | issue, ms "
-        "| latency, ms | bytes, ms | floor, ms | expected, ms | ratio |"
-        + (" measured, ms |" if measured else ""),
-        "|---|---|" + 10 * "---:|" + ("---:|" if measured else ""),
-    ]
+def _rows(
+    found: dict[str, Any], totals: list[tuple[str, str, float, float]], measured: dict[str, float]
+) -> str:
+    """A line for each kernel and for what is not one of ours; totals: name, count, floor, time."""
+
+    def ending(floor: float, time: float) -> tuple[str, str, str]:
+        return f"{floor:.3f}", f"{time:.3f}", f"{time / floor:.2f}" if floor > 0.01 else ""
+
+    rows: list[tuple[Any, ...]] = []
     for row in (Row(**one) for one in found["rows"]):
-        ratio = f"{row.expected_ms / row.floor_ms:.2f}" if row.floor_ms else ""
-        line = (
-            f"| {row.kernel} | {row.programs} x {row.warps} | {row.registers} | {row.resident} | "
-            f"{row.barriers} | {row.spills} | {row.issue_ms:.3f} | {row.latency_ms:.3f} | "
-            f"{row.bytes_ms:.3f} | {row.floor_ms:.3f} | {row.expected_ms:.3f} | {ratio} |"
-        )
-        if measured:
-            times = [ms for kernel, ms in measured.items() if row.kernel in kernel]
-            line += f" {sum(times):.3f} |" if times else " |"
-        lines.append(line)
-    for other in (Other(**one) for one in found["others"]):
-        ratio = f"{other.expected_ms / other.floor_ms:.2f}" if other.floor_ms > 0.01 else ""
-        lines.append(
-            f"| {other.name} | {_many(other.count, 'call')} | | | | | | | | {other.floor_ms:.3f} | "
-            f"{other.expected_ms:.3f} | {ratio} |" + (" |" if measured else "")
-        )
-    return lines
+        times = [ms for kernel, ms in measured.items() if row.kernel in kernel]
+        size = f"{row.programs} x {row.warps}", row.registers, row.resident, row.barriers
+        bounds = (f"{ms:.3f}" for ms in (row.issue_ms, row.latency_ms, row.bytes_ms))
+        end = *ending(row.floor_ms, row.expected_ms), f"{sum(times):.3f}" * bool(times)
+        rows.append((row.kernel, *size, row.spills, *bounds, *end))
+    others = (Other(**one) for one in found["others"])
+    lines = [(one.name, _many(one.count, "call"), one.floor_ms, one.expected_ms) for one in others]
+    for name, count, *times in lines + totals:
+        rows.append((name, count, *7 * [""], *ending(*times), ""))
+    width = len(COLUMNS) - (not measured)
+    return markdown(COLUMNS[:width], (row[:width] for row in rows))
 
 
 def verdicts(found: dict[str, Any]) -> list[str]:
@@ -708,23 +691,9 @@ def verdicts(found: dict[str, Any]) -> list[str]:
     goal = f", at most {ENCODE_GOAL}" if shape.name in JUDGED else ""
     lines.append(
         f"encode and selection: {both:.2f} ms, {both / product:.2f} of the product alone, in one "
-        f"piece ({product:.2f} ms by the formula of cuBLAS){goal}"
+        f"piece ({product:.2f} ms){goal}"
     )
     return lines
-
-
-def mix(launches: list[Launch], shape: Shape, card: str) -> str:
-    """The instructions of each kernel's loops, most frequent first."""
-    lines = []
-    for launch in {launch.kernel.__name__: launch for launch in launches}.values():
-        program, code, trips = read(launch, card, shape)
-        lines.append(f"{launch.kernel.__name__}: {program.instructions} instructions of a warp")
-        for first, last in code.loops:
-            if last > first:
-                names = Counter(one.operation for one in code.instructions[first : last + 1])
-                mixed = " ".join(f"{name} {n}" for name, n in names.most_common(10))
-                lines.append(f"  {code.instructions[last].source}  {last - first + 1}: {mixed}")
-    return "\n".join(lines)
 
 
 def read_golden() -> dict[str, dict[str, dict[str, float]]]:
@@ -745,17 +714,11 @@ def write_golden(found: list[dict[str, Any]]) -> None:
     GOLDEN.write_text(json.dumps(table, indent=1) + "\n")
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks.predict",
-        description=__doc__,
-        epilog=f"columns of the tables (times in milliseconds):\n\n{indent(LEGEND, '    ')}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument(
-        "--shape", nargs="+", choices=SHAPES, default=GOAL_SHAPES, metavar="NAME",
-        help=f"of {', '.join(SHAPES)}, as in benchmarks/shapes.py; default: G1 G2, the goals'",
-    )  # fmt: skip
+def make_parser() -> argparse.ArgumentParser:
+    parser = command("predict", __doc__, shape=GOAL_SHAPES)
+    parser.description = __doc__
+    parser.epilog = f"columns of the tables (times in milliseconds):\n\n{indent(LEGEND, '    ')}"
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     cards = ", ".join(f"{name} ({card.name})" for name, card in CARDS.items())
     parser.add_argument(
         "--card", choices=CARDS, default="sm_90", metavar="CARD",
@@ -767,19 +730,22 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--auxiliary", action="store_true", help="also what the pass that revives latents adds"
     )
-    parser.add_argument("--loops", action="store_true", help="also print each loop's instructions")
     host = parser.add_mutually_exclusive_group()
     host.add_argument(
         "--host-rounds", type=positive, default=30, metavar="N",
         help="the host's time is the median of N steps; default: 30",
     )  # fmt: skip
     host.add_argument("--no-host", action="store_true", help="do not time the host")
-    parser.add_argument("--json", type=output_file, metavar="FILE", help="write all figures here")
     parser.add_argument(
         "--measured", type=written_by("profile", "profiles"), metavar="FILE",
         help="times that benchmarks.profile --json wrote on a card, to put beside",
     )  # fmt: skip
     parser.add_argument("--update", action="store_true", help="rewrite tests/golden/predicted.json")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = make_parser()
     options = parser.parse_args(arguments)
     profiles = options.measured["profiles"] if options.measured else []
     times = {one["shape"]["name"]: one.get("kernels_ms", {}) for one in profiles}
@@ -798,17 +764,12 @@ def main(arguments: list[str] | None = None) -> None:
     for name in options.shape:
         found.append(predict(SHAPES[name], options.card, options.moments, options.auxiliary))
         print(table(found[-1], times.get(name)), flush=True)
-        if options.loops:
-            launches = fused_step(SHAPES[name], options.card, options.moments).launches
-            print(mix(launches, SHAPES[name], options.card) + "\n", flush=True)
     if not options.no_host:
         taken = host_ms(options.card, options.host_rounds)
         print(f"host: {taken:.2f} ms of this processor's time to issue a step, on a stubbed driver")
     if options.update:
         write_golden(found)
-    if options.json:
-        result = {"triton": VERSION, "shapes": found}
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+    save(options.json, {"triton": VERSION, "shapes": found})
 
 
 if __name__ == "__main__":

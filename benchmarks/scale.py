@@ -13,6 +13,7 @@ longer than its floor a step took there: that file is in the archive that `bench
 """
 
 import argparse
+import itertools
 import statistics
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,8 @@ from typing import Any, NamedTuple
 from benchmarks.flags import written_by
 from benchmarks.floors import Ceilings, stages
 from benchmarks.shapes import Shape
+from benchmarks.steps import OURS
+from kronsae.system.tables import markdown
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = ROOT / "docs" / "scale.md"
@@ -64,8 +67,6 @@ MODEL_MULTIPLY_ADDS = 16 * (2 * 4096**2 + 2 * 4096 * 1024 + 3 * 4096 * 14_336)
 values of 8 heads of 128, and the three products of the MLP. (Attention's own products, 2 percent of
 it at 1,024 tokens, left out.)"""
 
-OURS = ("kron fused", "kron graphed", "kron")
-"""Contenders of `benchmarks.compare`, of which the fastest counts."""
 BYTES = 2
 """Of a number that is multiplied or sent: bfloat16."""
 STATE = {"float32": 12 + BYTES, "bfloat16": 4 + 2 + 2 + BYTES}
@@ -181,74 +182,63 @@ def measured(document: dict[str, Any]) -> Machine:
 # Tables
 
 
+def run_table() -> str:
+    """What is trained."""
+    shape, weights = SHAPE, SHAPE.parameters("kron")
+    state = f"{12 * weights / 1e12:,.2f} TB"
+    facts = {
+        "latents F, of width d": f"{shape.dict_size:,}, {shape.d:,}",
+        "heads × m × n, k": f"{shape.heads:,} × {shape.m} × {shape.n}, {shape.k}",
+        "weights": f"{weights / 1e9:,.1f} G",
+        "weights and moments in float32": state,
+        "the same, a checkpoint": state,
+        "multiply-adds a token: language model": f"{MODEL_MULTIPLY_ADDS / 1e9:,.1f} G",
+        "encoder, KronSAE": f"{shape.d * shape.columns / 1e9:,.1f} G",
+        "encoder, dense TopK of as many latents": f"{shape.d * shape.dict_size / 1e9:,.1f} G",
+        f"activations of {TOKENS / 1e9:,.0f} G tokens, in bfloat16": (
+            f"{TOKENS * shape.d * BYTES / 1e12:,.0f} TB"
+        ),
+    }
+    return markdown(("", ""), facts.items())
+
+
 def tables(machine: Machine = H200) -> str:
     """Markdown."""
-    shape, lines = SHAPE, []
-    weights = shape.parameters("kron")
-    lines += [
-        "**The run** (estimate)",
-        "",
-        "| | |",
-        "|---|---:|",
-        f"| latents F, of width d | {shape.dict_size:,}, {shape.d:,} |",
-        f"| heads × m × n, k | {shape.heads:,} × {shape.m} × {shape.n}, {shape.k} |",
-        f"| weights | {weights / 1e9:,.1f} G |",
-        f"| weights and moments in float32 | {12 * weights / 1e12:,.2f} TB |",
-        f"| the same, a checkpoint | {12 * weights / 1e12:,.2f} TB |",
-        f"| multiply-adds a token: language model | {MODEL_MULTIPLY_ADDS / 1e9:,.1f} G |",
-        f"| encoder, KronSAE | {shape.d * shape.columns / 1e9:,.1f} G |",
-        f"| encoder, dense TopK of as many latents | {shape.d * shape.dict_size / 1e9:,.1f} G |",
-        f"| activations of {TOKENS / 1e9:,.0f} G tokens, in bfloat16 | "
-        f"{TOKENS * shape.d * BYTES / 1e12:,.0f} TB |",
-        "",
-        "**A rank's memory** (estimate)",
-        "",
-        "| GPUs | batch | GiB, moments in float32 | in bfloat16 | fits a card with moments in |",
-        "|---:|---:|---:|---:|---|",
-    ]
-    for ranks in GPUS:
-        for batch in BATCHES:
-            one = shape._replace(tokens=batch)
-            sizes = [f"{memory_bytes(one, ranks, kind) / 2**30:,.1f}" for kind in STATE]
-            fit = fits(one, ranks, machine)
-            lines.append(f"| {ranks} | {batch:,} | {' | '.join(sizes)} | {fit} |")
-    names = [name.replace("_", " ") for name in Step._fields]
-    lines += [
-        "",
-        "**A step, ms on each rank** (estimate: floors"
-        + (f" × {machine.overhead:.2f}" if machine.overhead != 1 else "")
-        + ")",
-        "",
-        f"| GPUs | batch | {' | '.join(names)} | sum | largest | days for all tokens |",
-        "|---:|---:|" + "---:|" * len(names) + "---:|---|---:|",
-    ]
-    for ranks in GPUS:
-        for batch in BATCHES:
-            one = step(shape._replace(tokens=batch), ranks, machine)
-            days = TOKENS / batch * one.total / 1e3 / 86_400
-            lines.append(
-                f"| {ranks} | {batch:,} | {' | '.join(f'{ms:,.2f}' for ms in one)} | "
-                f"{one.total:,.1f} | {one.limit.replace('_', ' ')} | {days:,.1f} |"
-            )
-    lines += [
-        "",
-        "**Agreeing on the heads, ms** (estimate)",
-        "",
-        "| GPUs | batch | each rank's k maxima gathered | counts, by bisection |",
-        "|---:|---:|---:|---:|",
-    ]
-    for ranks in GPUS:
-        for batch in BATCHES:
-            ways = maxima_seconds(shape._replace(tokens=batch), ranks, machine)
-            ms = " | ".join(f"{1e3 * ways[name]:,.2f}" for name in ("gather", "count"))
-            lines.append(f"| {ranks} | {batch:,} | {ms} |")
-    return "\n".join(lines) + "\n"
+    memory, steps, heads = [], [], []
+    for ranks, batch in itertools.product(GPUS, BATCHES):
+        shape = SHAPE._replace(tokens=batch)
+        where = ranks, f"{batch:,}"
+        sizes = (f"{memory_bytes(shape, ranks, kind) / 2**30:,.1f}" for kind in STATE)
+        memory.append((*where, *sizes, fits(shape, ranks, machine)))
+        one = step(shape, ranks, machine)
+        days = f"{TOKENS / batch * one.total / 1e3 / 86_400:,.1f}"
+        limit = one.limit.replace("_", " ")
+        steps.append((*where, *(f"{ms:,.2f}" for ms in one), f"{one.total:,.1f}", limit, days))
+        ways = maxima_seconds(shape, ranks, machine)
+        heads.append((*where, *(f"{1e3 * ways[name]:,.2f}" for name in ("gather", "count"))))
+    parts = [name.replace("_", " ") for name in Step._fields]
+    over = f" × {machine.overhead:.2f}" if machine.overhead != 1 else ""
+    where = "GPUs", "batch"
+    sizes = "GiB, moments in float32", "in bfloat16", "fits a card with moments in"
+    ways = "each rank's k maxima gathered", "counts, by bisection"
+    return "\n\n".join(
+        [
+            "**The run** (estimate)",
+            run_table(),
+            "**A rank's memory** (estimate)",
+            markdown((*where, *sizes), memory),
+            f"**A step, ms on each rank** (estimate: floors{over})",
+            markdown((*where, *parts, "sum", "largest", "days for all tokens"), steps),
+            "**Agreeing on the heads, ms** (estimate)",
+            markdown((*where, *ways), heads),
+        ]
+    )
 
 
 def put(document: str, found: str) -> str:
     """The document with these tables in the place of those that it has."""
     before, rest = document.split(BEGIN)
-    return f"{before}{BEGIN}\n\n{found}\n{END}{rest.split(END)[1]}"
+    return f"{before}{BEGIN}\n\n{found}\n\n{END}{rest.split(END)[1]}"
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -259,10 +249,7 @@ def main(arguments: list[str] | None = None) -> None:
     )  # fmt: skip
     parser.add_argument("--write", type=Path, metavar="FILE", help="put the tables into this file")
     options = parser.parse_args(arguments)
-    machine = H200
-    if options.measured:
-        machine = measured(options.measured)
-    found = tables(machine)
+    found = tables(measured(options.measured) if options.measured else H200)
     if options.write:
         options.write.write_text(put(options.write.read_text(encoding="utf-8"), found))
     print(found)

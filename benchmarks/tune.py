@@ -160,113 +160,73 @@ def update_bias(data: Data) -> Results:
     return (data.decoder_bias[1],)
 
 
+def changes(text: str) -> list[Changes]:
+    """Alternatives, as "WIDTH=256, num_warps=2 WIDTH=64"."""
+    pairs = ([pair.split("=") for pair in one.split()] for one in text.split(","))
+    return [{name: int(number) for name, number in one} for one in pairs]
+
+
 KERNELS: dict[str, tuple[Callable[[Data], Results], list[Changes]]] = {
-    "encode": (encode, [{"ONE_PASS": 1}, {"ONE_PASS": 0}]),
+    "encode": (encode, changes("ONE_PASS=1, ONE_PASS=0")),
     "encode_heads": (
         encode_in_one_pass,
-        [
-            {"num_stages": 3},
-            {"FLATTEN": 1, "num_stages": 3},
-            {"TMA": 0},
-            {"COLUMNS": 128},
-            {"COLUMNS": 128, "num_warps": 4},
-            {"WIDTH": 32, "num_stages": 5},
-            {"WIDTH": 128, "num_stages": 2},
-            {"SPLITS": 2},
-            {"SPLITS": 8},
-            {"ROOM": 2},
-            {"ROOM": 8},
-        ],
+        changes(
+            "num_stages=3, FLATTEN=1 num_stages=3, TMA=0, COLUMNS=128, COLUMNS=128 num_warps=4, "
+            "WIDTH=32 num_stages=5, WIDTH=128 num_stages=2, SPLITS=2, SPLITS=8, ROOM=2, ROOM=8"
+        ),
     ),
-    "gather_heads": (encode_in_one_pass, [{"num_warps": 2}, {"num_warps": 8}]),
-    "name_latents": (encode_in_one_pass, [{"WIDTH": 512}, {"num_warps": 8}]),
+    "gather_heads": (encode_in_one_pass, changes("num_warps=2, num_warps=8")),
+    "name_latents": (encode_in_one_pass, changes("WIDTH=512, num_warps=8")),
     "select_heads": (
         select,
-        [
-            {"MAX_REGISTERS": 0},
-            {"num_warps": 16, "LANES": 4096},
-            {"num_warps": 4, "LANES": 1024, "MAX_REGISTERS": 255},
-            {"PER_PROGRAM": 4096},
-        ],
+        changes(
+            "MAX_REGISTERS=0, num_warps=16 LANES=4096, "
+            "num_warps=4 LANES=1024 MAX_REGISTERS=255, PER_PROGRAM=4096"
+        ),
     ),
-    "merge_lists": (select, [{"num_warps": 4}, {"num_warps": 8}]),
-    "list_keys": (select, [{"TILE": 512}, {"TILE": 2048}]),
-    "select_rows": (select, [{"num_warps": 4}, {"num_warps": 2}, {"num_warps": 1}]),
-    "select_latents": (select, [{"ONE_WARP": 512}, {"ONE_WARP": 2048}, {"DIRECT": 256}]),
-    "rank_latents": (select, [{"num_warps": 2}, {"num_warps": 1}]),
+    "merge_lists": (select, changes("num_warps=4, num_warps=8")),
+    "list_keys": (select, changes("TILE=512, TILE=2048")),
+    "select_rows": (select, changes("num_warps=4, num_warps=2, num_warps=1")),
+    "select_latents": (select, changes("ONE_WARP=512, ONE_WARP=2048, DIRECT=256")),
+    "rank_latents": (select, changes("num_warps=2, num_warps=1")),
     "combine": (
         combine,
-        [
-            {"ROWS": 16},
-            {"ROWS": 4, "WIDTH": 128},
-            {"ROWS": 32, "num_warps": 4},
-            {"STAGES": 2},
-            {"STAGES": 4},
-        ],
+        changes("ROWS=16, ROWS=4 WIDTH=128, ROWS=32 num_warps=4, STAGES=2, STAGES=4"),
     ),
-    "pair_dots": (
-        pair_dots,
-        [{"ROWS": 16}, {"ROWS": 4, "WIDTH": 128}, {"STAGES": 2}, {"STAGES": 4}],
-    ),
+    "pair_dots": (pair_dots, changes("ROWS=16, ROWS=4 WIDTH=128, STAGES=2, STAGES=4")),
     "decode_and_loss": (
         decode_and_loss,
-        [
-            {"BLOCKS": 16},
-            {"BLOCKS": 16, "TILE": 128},
-            {"STAGES": 1},
-            {"STAGES": 3},
-        ],
+        changes("BLOCKS=16, BLOCKS=16 TILE=128, STAGES=1, STAGES=3"),
     ),
     "code_gradients": (
         functools.partial(decode_and_loss, one_gather=False),
-        [{"WIDTH": 256}, {"WIDTH": 1024}],
+        changes("WIDTH=256, WIDTH=1024"),
     ),
-    "group_entries": (grouped, [{"WIDTH": 256}, {"WIDTH": 1024}]),
+    "group_entries": (grouped, changes("WIDTH=256, WIDTH=1024")),
     "row_gradients": (
         row_gradients,
-        [{"ENTRIES": 4}, {"ENTRIES": 16}, {"WIDTH": 1024}, {"WIDTH": 256}, {"num_warps": 2}],
+        changes("ENTRIES=4, ENTRIES=16, WIDTH=1024, WIDTH=256, num_warps=2"),
     ),
-    "sum_row_segments": (update_decoder, [{"ENTRIES": 16}, {"WIDTH": 1024}, {"WIDTH": 256}]),
-    "update_rows": (
-        update_decoder,
-        [{"ENTRIES": 1}, {"ENTRIES": 4}, {"PER_WARP": 320}, {"PER_WARP": 1280}],
-    ),
+    "sum_row_segments": (update_decoder, changes("ENTRIES=16, WIDTH=1024, WIDTH=256")),
+    "update_rows": (update_decoder, changes("ENTRIES=1, ENTRIES=4, PER_WARP=320, PER_WARP=1280")),
     "head_gradients": (
         update_encoder,
-        [
-            {"ENTRIES": 2},
-            {"ENTRIES": 4},
-            {"PIECES": 1},
-            {"PIECES": 1, "ENTRIES": 4},
-            {"PIECES": 1, "WIDTH": 256, "num_warps": 2},
-        ],
+        changes(
+            "ENTRIES=2, ENTRIES=4, PIECES=1, PIECES=1 ENTRIES=4, PIECES=1 WIDTH=256 num_warps=2"
+        ),
     ),
-    "sum_head_segments": (update_encoder, [{"PIECES": 1}, {"ENTRIES": 8}, {"ENTRIES": 2}]),
-    "update_vector": (update_bias, [{"WIDTH": 256}, {"WIDTH": 1024}]),
+    "sum_head_segments": (update_encoder, changes("PIECES=1, ENTRIES=8, ENTRIES=2")),
+    "update_vector": (update_bias, changes("WIDTH=256, WIDTH=1024")),
     "segments": (
         update_both,
-        [{"ROW_LENGTH": 64}, {"ROW_LENGTH": 256}, {"HEAD_LENGTH": 256}, {"HEAD_LENGTH": 1024}],
+        changes("ROW_LENGTH=64, ROW_LENGTH=256, HEAD_LENGTH=256, HEAD_LENGTH=1024"),
     ),
 }
 """A call that launches the kernel, and the alternatives; what the table has already is left out."""
 NOT_TUNED = (
-    "group_codes",
-    "nested_sums",
-    "nested_errors",
-    "suffix_sums",
-    "nested_dots",
-    "code_values",
-    "keep_first",
-    "prepare_update",
-    "note_active",
-    "finish_update",
-    "product_limits",
-    "count_above",
-    "write_above",
-    "rank_above",
-    "jump",
-    "jump_gradients",
-    "sum_entries",
+    *("group_codes", "nested_sums", "nested_errors", "suffix_sums", "nested_dots", "code_values"),
+    *("keep_first", "prepare_update", "note_active", "finish_update", "product_limits"),
+    *("count_above", "write_above", "rank_above", "jump", "jump_gradients", "sum_entries"),
 )
 """Kernels that the measured calls do not launch, or whose time is that of a launch."""
 CHOICES = ("encode", "segments")
