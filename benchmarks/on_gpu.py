@@ -39,12 +39,13 @@ import tarfile
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.flags import positive_seconds
 from benchmarks.shapes import GOAL_SHAPES
-from benchmarks.stalls import tool
+from kronsae.system.tables import markdown
 
 ROOT = Path(__file__).parents[1]
 RESERVE = 20.0
@@ -53,6 +54,10 @@ COMMANDS = ("check", "profile", "compare", "tune", "end-to-end")
 SECONDS = "{seconds}"
 """In a part's command: after so many seconds it begins nothing new."""
 ALONE, TOGETHER = True, False
+LARGEST = "select_heads|decode_and_loss|update_rows|head_gradients"
+"""The kernels that take most of a step."""
+BULKY = ("times_ms", "kernels_ms", "largest", "terms_bytes", "compiled", "changes", "kernels")
+"""What of the raw figures the summary does without."""
 
 
 class Part(NamedTuple):
@@ -80,9 +85,15 @@ class Done(NamedTuple):
     """The last lines it printed."""
 
 
+def tool(name: str) -> str:
+    """An NVIDIA tool where a CUDA toolkit puts it, unless it is on the path."""
+    there = f"/usr/local/cuda/bin/{name}"
+    return there if shutil.which(name) is None and shutil.which(there) else name
+
+
 def parts(raw: Path, commands: list[str], smallest: bool) -> list[Part]:
     """The parts of some commands, in order; those that are not alone begin together."""
-    logs, workers = raw / "logs", min(12, os.cpu_count() or 1)
+    workers = min(12, os.cpu_count() or 1)
     device = ["--device", "cpu" if smallest else "cuda"]
 
     def of(larger: str, smaller: str) -> list[str]:
@@ -119,45 +130,34 @@ def parts(raw: Path, commands: list[str], smallest: bool) -> list[Part]:
     tests = sorted(str(path) for path in (ROOT / "tests").glob("test_triton*.py"))
     step = ["--contender", *of("kron_fused kron_fused_+_aux", "kron")]
     step = [name.replace("_", " ") for name in step]
-    predicted = str(logs / "predicted.json")
+    goals = ["--shape", *of("G1 G2", "toy")]
+    predicted = ["--predicted", str(raw / "logs" / "predicted.json")]
+    sections = "--section WarpStateStats --section SpeedOfLight --section Occupancy"
+    stalls = [tool("ncu"), "--clock-control", "none", *sections.split()]
+    stalls += ["--kernel-name", f"regex:^({LARGEST})$", sys.executable, "-m", "benchmarks.profile"]
     training = "--dict-size 65536 --k 50 --batch-size 8192 --contexts-per-batch 128"
     training += " --buffer-tokens 131072"
     small = "--rounds 1 --dict-size 256 --k 4 --batch-size 128 --context-length 32 --layer 0"
     training = of(training, f"{small} --buffer-tokens 512")
     tune = of("", "--shape toy --kernels update_vector --rounds 1 --most 1")
     interpreter = {"TRITON_INTERPRET": "1"} if smallest else {}
+    check = module("check", *device, *of(f"--workers {max(1, workers // 3)}", "--smallest"))
     every = [
         Part("compile", "", module("precompile", *compiled), 100),
-        Part(
-            "check", "check",
-            module("check", *device, *of(f"--workers {max(1, workers // 3)}", "--smallest")),
-            120, TOGETHER,
-        ),
+        Part("check", "check", check, 120, TOGETHER),
         Part("tests", "check", [*pytest, *tests, *of("--maxfail=20", "--co")], 120, TOGETHER),
         watched("memcheck"),
         watched("racecheck"),
+        Part("memory", "check", module("memory", *device, *goals[:2]), 60, TOGETHER),
         Part(
-            "memory", "check", module("memory", *device, "--shape", *of("G1", "toy")), 60, TOGETHER
+            *("predict", "profile"),
+            module("predict", *goals, "--no-host", file="logs/predicted"), 60, TOGETHER,
         ),
+        Part("profile", "profile", timed("profile", *goals, *step, *predicted), 60),
+        Part("stalls", "profile", [*stalls, "--once", *goals], 60),
+        Part("compare", "compare", timed("compare", *goals), 150),
         Part(
-            "predict", "profile",
-            module(
-                "predict", "--shape", *of("G1 G2", "toy"), "--no-host",
-                file="logs/predicted",
-            ), 60, TOGETHER,
-        ),
-        Part(
-            "profile", "profile",
-            timed("profile", "--shape", *of("G1 G2", "toy"), *step, "--predicted", predicted), 60,
-        ),
-        Part(
-            "stalls", "profile",
-            module("stalls", "--profile", str(raw / "profile.json"), "--shape")
-            + of("G1 G2", "toy"), 60,
-        ),
-        Part("compare", "compare", timed("compare", "--shape", *of("G1 G2", "toy")), 150),
-        Part(
-            "small", "compare",
+            *("small", "compare"),
             timed("compare", "--shape", *of("S1 S2", "toy"), file="small"), 40,
         ),
         Part("tune", "tune", timed("tune", *tune), 400, ALONE, interpreter),
@@ -202,88 +202,46 @@ def run(part: Part, limit: float, logs: Path) -> Done:
     return Done(part.name, status, time.monotonic() - began, tail)
 
 
+def slim(value: Any) -> Any:
+    """JSON values without what is BULKY, numbers with four digits."""
+    if isinstance(value, dict):
+        return {key: slim(one) for key, one in value.items() if key not in BULKY}
+    if isinstance(value, list):
+        return [slim(one) for one in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
 def brief(raw: Path, done: list[Done]) -> dict[str, Any]:
-    """The figures that matter, in a few kilobytes."""
-    found: dict[str, Any] = {}
-    for path in raw.glob("*.json"):
+    """The figures that matter: how parts ended ("runs"), and by the name of its file each one's."""
+    figures: dict[str, Any] = {"runs": [one._asdict() for one in done]}
+    for path in sorted(raw.glob("*.json")):
         try:
-            found[path.stem] = json.loads(path.read_text())
+            figures[path.stem] = slim(json.loads(path.read_text()))
         except ValueError:  # stopped while it wrote
             continue
-    names = [name for name in ("compare", "profile", "check") if name in found]
-    any_result = found[names[0]] if names else {}
-    checks, compiled = found.get("check", {}), found.get("precompile", {}).get("compiled", [])
-    return {
-        "where": any_result.get("where"),
-        "ceilings": any_result.get("ceilings"),
-        "assumed": any_result.get("assumed"),
-        "runs": [one._asdict() for one in done],
-        "not_compiled": [one for one in compiled if one["error"]],
-        "checked": len(checks.get("checks", [])),
-        "wrong": checks.get("wrong", [])[:20],
-        "steps": [
-            {"shape": one["shape"]["name"], "failed": one.get("failed")}
-            | {name: _rounded(one[name]) for name in ("median_ms", "ratios") if name in one}
-            | {name: one[name] for name in ("goals", "skipped") if name in one}
-            for name in ("compare", "small")
-            for one in found.get(name, {}).get("shapes", [])
-        ],
-        "stages": [
-            {"shape": one["shape"]["name"], "contender": one["contender"]}
-            | {name: one.get(name) for name in ("skipped", "step_ms", "losses", "predicted")}
-            | {
-                "ms_and_floor": {
-                    stage: [round(times["ms"], 4), round(times["floor_ms"], 4)]
-                    for stage, times in one.get("stages", {}).items()
-                }
-            }
-            for one in found.get("profile", {}).get("profiles", [])
-        ],
-        "stalls": found.get("stalls", {}).get("stalls", []),
-        "memory": [
-            {"shape": one["shape"]["name"], "contender": one["contender"]}
-            | {name: one[f"{name}_bytes"] for name in ("formula", "counted", "measured")}
-            for one in found.get("memory", {}).get("memory", [])
-        ],
-        "end_to_end": {
-            name: {
-                what: round(1 / times["seconds"]) for what, times in one.get("medians", {}).items()
-            }
-            for name, one in found.items()
-            if "medians" in one
-        },
-        "better": found.get("tune", {}).get("better"),
-    }
-
-
-def _rounded(figures: dict[str, float]) -> dict[str, float]:
-    return {name: float(f"{figure:.4g}") for name, figure in figures.items()}
+    return figures
 
 
 def summary(figures: dict[str, Any], tables: str) -> str:
     """Markdown: the goals, what was wrong, how the parts ended, then the tables."""
     lines = ["# Summary", ""]
-    for one in figures["steps"]:
-        lines += [f"- {one['shape']}: {goal}" for goal in one.get("goals", [])]
-        if one["failed"]:
-            lines.append(f"- {one['shape']}: {one['failed']}")
-    right = figures["checked"] - len(figures["wrong"])
-    lines.append(f"- {right} of {figures['checked']} checks of values and gradients are right")
-    lines += [f"- wrong: {one}" for one in figures["wrong"]]
-    lines += [f"- not compiled: {one['kernel']}: {one['error']}" for one in figures["not_compiled"]]
-    for one in figures["memory"]:
-        sizes = (f"{size / 2**30:.2f} {name}" for name, size in list(one.items())[2:] if size)
-        lines.append(f"- GiB in a step, {one['shape']}, {one['contender']}: {', '.join(sizes)}")
-    for model, rates in figures["end_to_end"].items():
-        text = ", ".join(f"{what} {rate:,}" for what, rate in rates.items())
-        lines.append(f"- tokens/s with {model}: {text}")
-    if figures["better"]:
-        lines.append(f"- better configurations: {figures['better']}")
-    lines += ["", "| part | | seconds |", "|---|---|---:|"]
-    lines += [f"| {r['name']} | {r['status']} | {r['seconds']:.0f} |" for r in figures["runs"]]
-    for r in figures["runs"]:
-        if r["status"] != "ok" and r["tail"]:
-            lines += ["", f"{r['name']}, {r['status']}:", "```", r["tail"], "```"]
+    for name in ("compare", "small"):
+        for one in figures.get(name, {}).get("shapes", []):
+            found = [*one.get("goals", []), *([one["failed"]] if "failed" in one else [])]
+            lines += [f"- {one['shape']['name']}: {goal}" for goal in found]
+    check = figures.get("check", {"checks": [], "wrong": []})
+    count, wrong = len(check["checks"]), check["wrong"]
+    lines.append(f"- {count - len(wrong)} of {count} checks of values and gradients are right")
+    lines += [f"- wrong: {one}" for one in wrong[:20]]
+    errors = figures.get("precompile", {}).get("errors", {})
+    lines += [f"- not compiled: {kernel}: {why}" for kernel, why in errors.items()]
+    if better := figures.get("tune", {}).get("better"):
+        lines.append(f"- better configurations: {better}")
+    rows = [(one["name"], one["status"], f"{one['seconds']:.0f}") for one in figures["runs"]]
+    lines += ["", markdown(("part", "", "seconds"), rows)]
+    for one in figures["runs"]:
+        if one["status"] != "ok" and one["tail"]:
+            lines += ["", f"{one['name']}, {one['status']}:", "```", one["tail"], "```"]
     return "\n".join(lines) + "\n\n" + tables.replace("# Benchmarks", "", 1).strip() + "\n"
 
 
@@ -309,17 +267,15 @@ def report(raw: Path) -> str:
         return f"No tables: {reason(broken)}"
 
 
-def main(arguments: list[str] | None = None) -> None:
+def read_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    """The command line; "all" is all commands, and `only` the parts that are to run."""
     every = parts(Path(), list(COMMANDS), smallest=False)
-    named = {
-        command: " ".join(part.name for part in every if part.of == command)
-        for command in ("", *COMMANDS)
-    }
+    names = {of: [part.name for part in every if part.of == of] for of in ("", *COMMANDS)}
     parser = argparse.ArgumentParser(
         "python -m benchmarks.on_gpu",
         description=__doc__,
         epilog="parts, by command:\n\n"
-        + "\n".join(f"    {command or 'any':12} {names}" for command, names in named.items()),
+        + "\n".join(f"    {of or 'any':12} {' '.join(found)}" for of, found in names.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
@@ -339,10 +295,16 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if (options.out / "results.tar.gz").exists():
         parser.error(f"--out: {options.out} has results, which would be lost: give another folder")
-    commands = list(COMMANDS) if "all" in options.commands else options.commands
-    known = [part.name for part in every if part.of in ("", *commands)]
+    if "all" in options.commands:
+        options.commands = list(COMMANDS)
+    known = [name for of in ("", *options.commands) for name in names[of]]
     if unknown := [name for name in options.only or [] if name not in known]:
         parser.error(f"--only: no part {', '.join(unknown)}; there are {', '.join(known)}")
+    return options
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = read_arguments(arguments)
     end = time.monotonic() + options.seconds - min(RESERVE, 0.2 * options.seconds)
     out = options.out.absolute()
     out.mkdir(parents=True, exist_ok=True)
@@ -350,7 +312,7 @@ def main(arguments: list[str] | None = None) -> None:
     with tempfile.TemporaryDirectory() as folder:
         raw, logs = Path(folder), Path(folder) / "logs"
         logs.mkdir()
-        waiting = parts(raw, commands, options.smallest)
+        waiting = parts(raw, options.commands, options.smallest)
         waiting = [part for part in waiting if not options.only or part.name in options.only]
         while waiting:
             count = 1
@@ -359,11 +321,11 @@ def main(arguments: list[str] | None = None) -> None:
             now, waiting = waiting[:count], waiting[count:]
             share, left = max(part.share for part in now), end - time.monotonic()
             limit = left * share / (share + _shares(waiting))
-            with ThreadPoolExecutor(count) as pool:
-                if limit < 5:
-                    finished = [Done(part.name, "no time left", 0.0, "") for part in now]
-                else:
-                    finished = list(pool.map(lambda part: run(part, limit, logs), now))  # noqa: B023
+            if limit < 5:
+                finished = [Done(part.name, "no time left", 0.0, "") for part in now]
+            else:
+                with ThreadPoolExecutor(count) as pool:
+                    finished = list(pool.map(partial(run, limit=limit, logs=logs), now))
             for one in finished:
                 print(f"{one.name}: {one.status}, {one.seconds:.0f} s\n{one.tail}\n", flush=True)
             done += finished

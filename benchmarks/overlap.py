@@ -26,12 +26,12 @@ from torch import Tensor
 
 from benchmarks.flags import command, positive, save
 from benchmarks.measure import describe, spent, synchronize
+from benchmarks.report import overlap_table
 from kronsae.config import DataConfig, SAEConfig, TrainConfig
 from kronsae.data import LanguageModel, LanguageModelActivations
 from kronsae.data.language_model import lists_of_blocks
 from kronsae.data.text import IndexedText
 from kronsae.system.devices import resolve_device
-from kronsae.system.tables import markdown
 from kronsae.training.learner import Learner
 from kronsae.training.stream import Stream
 
@@ -217,31 +217,6 @@ def compare(
     }
 
 
-def table(found: dict[str, Any]) -> str:
-    """Markdown: tokens a second, shares of the language model alone, and waits."""
-
-    def percent(share: float | None) -> str:
-        return "" if share is None else f"{share:.0%}"
-
-    header = ("", "tokens/s", "of the language model alone", "CPU µs a token")
-    rows = [
-        (
-            name,
-            f"{1 / times['seconds']:,.0f}",
-            percent(found["of_the_model_alone"].get(name)),
-            f"{1e6 * times['cpu_seconds']:.1f}",
-            percent(times.get("wait_share")),
-            percent(times.get("model_wait_share")),
-        )
-        for name, times in found["medians"].items()
-    ]
-    bounds = ", ".join(f"{name} {share:.0%}" for name, share in found["bounds"].items())
-    return (
-        markdown((*header, "waited for activations", "model waited"), rows)
-        + f"\n\nFrom the two alone: {bounds} of the language model."
-    )
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = command("overlap", __doc__, device="auto", rounds=5, seconds=120.0)
     parser.add_argument(
@@ -278,7 +253,7 @@ def main(arguments: list[str] | None = None) -> None:
     settings = {name: str(value) for name, value in vars(options).items()}
     found = {"where": describe(device), "settings": settings, **found}
     save(options.json, found)
-    print(table(found))
+    print(overlap_table(found))
 
 
 if __name__ == "__main__":

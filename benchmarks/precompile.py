@@ -136,7 +136,8 @@ def main(arguments: list[str] | None = None) -> None:
             results.append({"kernel": kernel, "seconds": seconds, "error": why})
             if why:
                 print(f"{kernel}: {why}", flush=True)
-    save(options.json, {"target": target, "compiled": results})
+    errors = {one["kernel"]: one["error"] for one in results if one["error"]}
+    save(options.json, {"target": target, "compiled": results, "errors": errors})
     print(f"{len(results)} compiled for {target} in {time.perf_counter() - began:.0f} s")
 
 

@@ -3,7 +3,7 @@
 Kernel times of torch.profiler, summed by stage; the step as a whole by events. What the kernels'
 sum lacks of it is time in which the GPU waits for launches. `--predicted FILE` puts beside each
 kernel what `python -m benchmarks.predict --json FILE` expected of it. `--once` trains twice and
-measures nothing: for profilers that watch from outside, as `benchmarks.stalls` does.
+measures nothing: for profilers that watch from outside, as ncu.
 """
 
 import json

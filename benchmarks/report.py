@@ -1,6 +1,6 @@
 """Tables and pictures from measurements: `python -m benchmarks.report RESULTS_DIR`.
 
-Reads every JSON file of the folder that benchmarks.compare, isoflop, profile, stalls, memory or
+Reads every JSON file of the folder that benchmarks.compare, isoflop, profile, memory, overlap or
 pytest-benchmark wrote, and writes report.md and a PNG for each into the folder.
 Pictures need matplotlib: pip install 'kronsae[report]'.
 """
@@ -198,37 +198,16 @@ def isoflop_table(found: Json) -> str:
 
 
 def isoflop_picture(found: Json, path: Path) -> None:
-    cells = [cell for cell in found["cells"] if "ms" in cell]
-    sizes = sorted({cell["dict_size"] for cell in cells})
-    widths = sorted({cell["d"] for cell in cells})
-    if not sizes:
-        return
-    size = 3.6 * len(sizes) + 0.6, 6.4
-    figure, panels = _figure(2, len(sizes), size, sharex=True, sharey="row")
-    budget = f"minutes for the FLOPs of\nTopK on {found['budget_tokens'] / 1e6:.0f} M tokens"
-    views = (
-        ("tokens_per_s", 1, f"tokens/s of training\n({found['grid']['tokens']:,} a step)"),
-        ("equal_flops_hours", 60, budget),
-    )
-    for row, (key, unit, label) in zip(panels, views, strict=True):
-        row[0].set_ylabel(label, fontsize=9)
-        for panel, size in zip(row, sizes, strict=True):
-            for name in COLOURS:
-                mine = [c for c in cells if c["dict_size"] == size and c["contender"] == name]
-                xs, ys = [c["d"] for c in mine], [unit * c[key] for c in mine]
-                style = "o--" if name in ("topk", "listing") else "o-"
-                if mine:
-                    panel.plot(xs, ys, style, color=COLOURS[name], label=LABELS[name])
-            panel.set_xscale("log", base=2)
-            panel.set_xticks(widths, [str(d) for d in widths])
-            panel.set_yscale("log")
-            panel.grid(alpha=0.25)
-    for (above, below), size in zip(zip(*panels, strict=True), sizes, strict=True):
-        above.set_title(f"F = $2^{{{math.log2(size):g}}}$", fontsize=10)
-        below.set_xlabel("d, width of an activation", fontsize=9)
-    handles, labels = panels[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=3, fontsize=8, frameon=False)
-    _save(figure, path)
+    panels: dict[str, list[Bar]] = {}
+    for cell in sorted(found["cells"], key=lambda cell: (cell["dict_size"], cell["d"])):
+        if "ms" in cell:
+            name, rate = cell["contender"], cell["tokens_per_s"]
+            minutes = 60 * cell["equal_flops_hours"]
+            text = f" {minutes:,.3g} minutes, {rate:,.0f} tokens/s"
+            bar = Bar(f"d {cell['d']}, {LABELS[name]}", minutes, text, COLOURS[name])
+            panels.setdefault(f"F = 2^{math.log2(cell['dict_size']):g}", []).append(bar)
+    budget = f"minutes for the FLOPs of TopK on {found['budget_tokens'] / 1e6:.0f} M tokens"
+    bars(list(panels.items()), budget, path)
 
 
 # benchmarks.profile: {"profiles": [{"shape", "contender", "stages": {name: {"ms", "floor_ms"}}}]}
@@ -272,28 +251,32 @@ def profile_picture(found: Json, path: Path) -> None:
     bars(panels, "ms (light: measured; dark: floor; ×: to the floor)", path)
 
 
-# benchmarks.stalls: {"stalls": [{"shape", "kernels": {name: {"ms", "percent", "stalls"}}}]}
+# benchmarks.overlap: {"medians": {name: {"seconds", …}}, "of_the_model_alone", "bounds"}
 
 
-def stalls_table(found: Json) -> str:
-    def known(number: float | None, digits: int) -> str:
-        return "" if number is None else f"{number:.{digits}f}"
+def overlap_table(found: Json) -> str:
+    """Tokens a second, shares of the language model alone, and waits."""
 
-    parts = []
-    for one in found["stalls"]:
-        if "skipped" in one:
-            parts.append(f"{bold(one['shape'])}: {one['skipped']}")
-            continue
-        rows = [
-            (name, known(kernel["ms"], 3))
-            + tuple(known(share, 0) for share in kernel["percent"].values())
-            + (", ".join(f"{why} {x:.1f}" for why, x in list(kernel["stalls"].items())[:4]),)
-            for name, kernel in one["kernels"].items()
-        ]
-        head = ("kernel", "ms", "issue, %", "memory, %", "cache, %", "warps, %")
-        head += ("warps that wait an instruction issued",)
-        parts += [bold(one["shape"]), markdown(head, rows)]
-    return "\n\n".join(parts)
+    def percent(share: float | None) -> str:
+        return "" if share is None else f"{share:.0%}"
+
+    header = ("", "tokens/s", "of the language model alone", "CPU µs a token")
+    rows = [
+        (
+            name,
+            f"{1 / times['seconds']:,.0f}",
+            percent(found["of_the_model_alone"].get(name)),
+            f"{1e6 * times['cpu_seconds']:.1f}",
+            percent(times.get("wait_share")),
+            percent(times.get("model_wait_share")),
+        )
+        for name, times in found["medians"].items()
+    ]
+    bounds = ", ".join(f"{name} {share:.0%}" for name, share in found["bounds"].items())
+    return (
+        markdown((*header, "waited for activations", "model waited"), rows)
+        + f"\n\nFrom the two alone: {bounds} of the language model."
+    )
 
 
 # benchmarks.memory: {"memory": [{"shape", "contender", "terms_bytes": {name: bytes}, …}]}
@@ -344,7 +327,7 @@ def memory_picture(found: Json, path: Path) -> None:
 
 def by_shape(benchmarks: Iterable[Json]) -> list[list[Json]]:
     """Groups of one shape; in each by operation, then forward, backward, both, then time."""
-    directions = ("", "forward", "backward", "both")
+    directions = ("forward", "backward", "both")
 
     def order(one: Json) -> tuple[str, int, float]:
         operation, _, direction = operation_of(one).partition(" ")
@@ -361,10 +344,7 @@ def operation_of(one: Json) -> str:
 
 
 def implementation_of(one: Json) -> str:
-    if one["name"].startswith("test_product"):
-        return "bare product"
-    of = one["params"]
-    return LABELS.get(of["name"], of.get("impl", of["name"]))
+    return one["params"].get("impl", "bare product")
 
 
 def pytest_table(found: Json) -> str:
@@ -388,8 +368,7 @@ def pytest_table(found: Json) -> str:
 
 def pytest_picture(found: Json, path: Path) -> None:
     panels = []
-    chosen = [one for one in found["benchmarks"] if not one["name"].startswith("test_step")]
-    for group in by_shape(chosen):
+    for group in by_shape(found["benchmarks"]):
         rows = []
         for one in group:
             ms, floor = 1e3 * one["stats"]["median"], one["extra_info"]["floor_ms"]
@@ -404,7 +383,7 @@ KINDS: dict[str, tuple[Callable[[Json], str], Callable[[Json, Path], None] | Non
     "shapes": (steps_table, steps_picture),
     "cells": (isoflop_table, isoflop_picture),
     "profiles": (profile_table, profile_picture),
-    "stalls": (stalls_table, None),
+    "medians": (overlap_table, None),
     "memory": (memory_table, memory_picture),
     "benchmarks": (pytest_table, pytest_picture),
 }
@@ -415,10 +394,10 @@ KINDS: dict[str, tuple[Callable[[Json], str], Callable[[Json, Path], None] | Non
 
 
 class Bar(NamedTuple):
-    """A time in milliseconds, and what stands beside it."""
+    """A time, and what stands beside it."""
 
     label: str
-    ms: float
+    time: float
     text: str
     colour: str = "#3f8fd2"
     floor: float = 0.0
@@ -436,15 +415,15 @@ def bars(panels: list[tuple[str, list[Bar]]], label: str, path: Path) -> None:
     figure, axes = _figure(len(panels), 1, size, height_ratios=counts)
     for (panel,), (title, rows) in zip(axes, panels, strict=True):
         for place, one in enumerate(rows):
-            panel.barh(place, one.ms, color=one.colour, height=0.74)
+            panel.barh(place, one.time, color=one.colour, height=0.74)
             panel.barh(place, one.floor, color="#0b3c66", height=0.28)
             ends = one.spread or (0.0, 0.0)
             panel.plot(ends, [place, place], color="black", linewidth=1)
-            end = max(one.ms, one.floor, *ends)
+            end = max(one.time, one.floor, *ends)
             panel.text(end, place, one.text, va="center", fontsize=8)
         panel.set_yticks(range(len(rows)), [one.label for one in rows])
         panel.invert_yaxis()
-        panel.set_xlim(0, 1.3 * max(max(one.ms, one.floor) for one in rows))
+        panel.set_xlim(0, 1.3 * max(max(one.time, one.floor) for one in rows))
         panel.set_title(title, fontsize=9, loc="left")
     axes[-1][0].set_xlabel(label, fontsize=9)
     _save(figure, path)
