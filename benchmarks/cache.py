@@ -11,13 +11,10 @@ files that were read just before. Every write ends in fsync.
 Peak memory is that of processes that read caches of several sizes once, from end to end.
 """
 
-import argparse
 import os
 import re
 import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -28,7 +25,7 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.flags import command, positive, save
-from benchmarks.measure import describe, spent
+from benchmarks.measure import Apart, describe, spent
 from kronsae.cache import CacheActivations, CacheIndex, Hookpoint
 from kronsae.cache.index import INDEX_NAME, Shard, file_name, write_tensors
 from kronsae.config import DataConfig
@@ -198,22 +195,18 @@ def peak_mib(folder: Path, together: int) -> tuple[float, float]:
     """Peak memory of a process that reads a cache once, and of one that only opens it."""
     found = []
     for epochs in (1, 0):
-        command = [sys.executable, "-m", "benchmarks.cache", "--read"]
-        command += [str(folder), str(together), str(epochs)]
-        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        found.append(float(output.split()[-1]))
+        call = Apart()
+        found.append(call(peak_of_reading, folder, together, epochs, seconds=600))
+        call.close()
     return found[0], found[1]
 
 
-def read_in_process(folder: str, together: str, epochs: str) -> None:
-    """For `peak_mib`: prints this process's peak memory, in MiB."""
-    source = CacheActivations(
-        folder, batch_size=4096, buffer_tokens=int(together), epochs=int(epochs)
-    )
-    for _ in source:
+def peak_of_reading(folder: Path, together: int, epochs: int) -> float:
+    """This process's peak memory, in MiB, once it has read a cache so many times."""
+    for _ in CacheActivations(folder, batch_size=4096, buffer_tokens=together, epochs=epochs):
         pass
     status = Path("/proc/self/status").read_text()
-    print(int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024)
+    return int(re.search(r"VmHWM:\s+(\d+) kB", status)[1]) / 1024
 
 
 def report(found: dict[str, Any]) -> str:
@@ -261,11 +254,7 @@ def main(arguments: list[str] | None = None) -> None:
         "--sizes", type=positive, nargs="+", default=[32, 128, 512], help="shards, for memory"
     )
     parser.add_argument("--folder", type=Path, help="where the disk is (default: temporary files)")
-    parser.add_argument("--read", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if options.read:
-        read_in_process(*options.read)
-        return
     how = {name: getattr(options, name) for name in ("shards", "rows", "width", "dtype")}
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         measured = compare(Path(folder), how, options.batch_size, options.rounds)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.floors import measure_ceilings
-from benchmarks.measure import Flush, Memory, describe
+from benchmarks.measure import Flush, Memory, describe, synchronize
 from benchmarks.shapes import SHAPES, batches
 
 
@@ -45,34 +45,42 @@ def xs(shape, device):
     return batches(shape, device)
 
 
-@pytest.fixture(scope="module")
-def x(xs):
-    return xs[0]
-
-
 @pytest.fixture
-def report(benchmark, shape, device, ceilings):
-    """report(group, flops, moved_bytes, floor_ms), before the run: what the time is of.
+def timed(benchmark, shape, device, ceilings, flush):
+    """timed(group, flops, work, run, prepare): times run(*prepare()), the cache flushed before.
 
-    Rates, the floor's share and peak memory (on a GPU, above the batches) follow when it is over.
+    What it is of stands beside it: rates, the floor's share, peak memory (on a GPU).
     """
-    work = {}
-    memory = Memory(device)
 
-    def fill(group: str, flops: int, moved_bytes: int, floor_ms: float, **more: str) -> None:
-        work.update(flops=flops, moved_bytes=moved_bytes, floor_ms=floor_ms)
+    def time(group, flops, work, run, prepare=tuple):
+        memory, floor_ms = Memory(device), ceilings.floor_ms(work)
         benchmark.group = f"{group}, {shape}"
-        benchmark.extra_info.update(
-            describe(device), shape=shape._asdict(), ceilings=ceilings._asdict(), **work, **more
-        )
 
-    yield fill
-    if benchmark.stats is not None and work:  # None under --benchmark-disable, or after a red check
-        seconds = benchmark.stats.stats.median
-        benchmark.extra_info.update(
-            tokens_per_s=shape.tokens / seconds,
-            gflop_per_s=work["flops"] / seconds / 1e9,
-            gb_per_s=work["moved_bytes"] / seconds / 1e9,
-            share_of_ceiling=work["floor_ms"] / seconds / 1e3,
-            peak_bytes=memory.peak_bytes,
-        )
+        def setup():
+            arguments = prepare()
+            flush()
+            synchronize(device)
+            return arguments, {}
+
+        def call(*arguments):
+            run(*arguments)
+            synchronize(device)
+
+        benchmark.pedantic(call, setup=setup, rounds=7, warmup_rounds=2)
+        if benchmark.stats is not None:  # None under --benchmark-disable
+            seconds = benchmark.stats.stats.median
+            benchmark.extra_info.update(
+                describe(device),
+                shape=shape._asdict(),
+                ceilings=ceilings._asdict(),
+                flops=flops,
+                moved_bytes=work.moved_bytes,
+                floor_ms=floor_ms,
+                tokens_per_s=shape.tokens / seconds,
+                gflop_per_s=flops / seconds / 1e9,
+                gb_per_s=work.moved_bytes / seconds / 1e9,
+                share_of_ceiling=floor_ms / seconds / 1e3,
+                peak_bytes=memory.peak_bytes,
+            )
+
+    return time

@@ -95,11 +95,6 @@ def stages(shape: Shape, encoder: str, width: int, moment: int = 4) -> dict[str,
     }
 
 
-def total(works: dict[str, Work]) -> Work:
-    """All the work of some stages."""
-    return Work(*(sum(numbers) for numbers in zip(*works.values(), strict=True)))
-
-
 def step_floor_ms(shape: Shape, encoder: str, ceilings: Ceilings, device: torch.device) -> float:
     works = stages(shape, encoder, compute_bytes(device)).values()
     return sum(ceilings.floor_ms(work) for work in works)

@@ -2,7 +2,6 @@
 
 import functools
 import gc
-import importlib.metadata
 import multiprocessing.connection
 import platform
 import re
@@ -55,15 +54,8 @@ def describe(device: torch.device) -> dict[str, str | int | None]:
         "compute": "bfloat16" if cuda else "float32",
         "python": platform.python_version(),
         "torch": torch.__version__,
-        **{name: _version(name) for name in ("triton", "kronsae", *peers.PEERS)},
+        **{name: peers.version(name) for name in ("triton", "kronsae", *peers.PEERS)},
     }
-
-
-def _version(distribution: str) -> str | None:
-    try:
-        return importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _processor() -> str:
@@ -405,8 +397,9 @@ def prepare(
     if name in peers.PEERS:
         check_peer(name, shape, xs[0])
     call = rotating(CONTENDERS[name].make(shape, device), xs)
-    losses[name] = [float(call()) for _ in range(2)]
-    check_losses(shape, name, losses, expected, device)
+    first = [float(call()) for _ in range(2)]
+    check_losses(shape, name, {**losses, name: first}, expected, device)
+    losses[name] = first
     return call
 
 
@@ -455,57 +448,55 @@ def compare_steps(
     """
     end = time.monotonic() + seconds
     found = Comparison({}, {}, {})
-    skipped = found.skipped
-    skipped |= {name: why for name, it in CONTENDERS.items() if (why := it.why_not(device))}
-    losses: dict[str, list[float]] = {}
-    expected: dict[str, float] = {}
     wrong: dict[str, str] = {}
-    for encoder in LOSSES:
+
+    def attempt(reasons: dict[str, str], name: str, function: Callable, *arguments: Any) -> Any:
+        """The call's result; None where it fails, and `reasons` says why."""
         try:
-            expected[encoder] = call(reference_loss_of, shape, encoder, device)
-            call(check_gradients_of, shape, encoder, device)
+            return call(function, *arguments)
         except Exception as broken:
-            wrong[encoder] = reason(broken)
+            reasons[name] = reason(broken)
 
-    def allowed(name: str) -> bool:
-        """Whether nothing speaks against it so far: a red check of our operations does."""
+    def why_not(name: str) -> str | None:
+        """What speaks against a contender so far: a red check does against our operations."""
         encoder = CONTENDERS[name].encoder
-        if name in skipped:
-            return False
-        if encoder not in expected or (encoder in wrong and name not in PLAIN):
-            skipped[name] = f"{encoder}: {wrong[encoder]}"
-        elif end < time.monotonic():
-            skipped[name] = "no time left"
-        return name not in skipped
+        if why := CONTENDERS[name].why_not(device):
+            return why
+        if encoder in wrong and (expected[encoder] is None or name not in PLAIN):
+            return f"{encoder}: {wrong[encoder]}"
+        return "no time left" if end < time.monotonic() else None
 
-    if device.type == "cpu" and call is here:
-        calls = {}
-        for name in filter(allowed, CONTENDERS):
-            try:
-                first = expected[CONTENDERS[name].encoder]
-                calls[name] = prepare(shape, name, losses, first, device)
-            except Exception as broken:
-                losses.pop(name, None)
-                skipped[name] = reason(broken)
-        calls |= encoders(shape, _batches(shape, device)[0])
-        found.timings.update(interleaved(calls, rounds, warmup, device))
-        tell(found)
-        return found
-
-    try:
-        found.timings.update(call(measure_encoders, shape, device, rounds, warmup))
-    except Exception as broken:
-        skipped["kron encode"] = reason(broken)
-    for name in filter(allowed, CONTENDERS):
-        settings = shape, name, losses, expected[CONTENDERS[name].encoder], device
-        left = max(0.0, end - time.monotonic())
-        try:
-            timing, peak, losses[name] = call(measure_contender, *settings, rounds, warmup, left)
-            found.timings[name] = timing
+    expected = {
+        encoder: attempt(wrong, encoder, reference_loss_of, shape, encoder, device)
+        for encoder in LOSSES
+    }
+    for encoder in [name for name in LOSSES if name not in wrong]:
+        attempt(wrong, encoder, check_gradients_of, shape, encoder, device)
+    in_turns = device.type == "cpu" and call is here
+    if not in_turns:
+        encode = attempt(
+            found.skipped, "kron encode", measure_encoders, shape, device, rounds, warmup
+        )
+        found.timings.update(encode or {})
+    losses: dict[str, list[float]] = {}
+    calls: dict[str, Callable[[], object]] = {}
+    for name, contender in CONTENDERS.items():
+        if why := why_not(name):
+            found.skipped[name] = why
+            continue
+        settings = shape, name, losses, expected[contender.encoder], device
+        if in_turns:
+            if ready := attempt(found.skipped, name, prepare, *settings):
+                calls[name] = ready
+            continue
+        limits = rounds, warmup, max(0.0, end - time.monotonic())
+        if done := attempt(found.skipped, name, measure_contender, *settings, *limits):
+            found.timings[name], peak, losses[name] = done
             if peak is not None:
                 found.peak_bytes[name] = peak
-        except Exception as broken:
-            losses.pop(name, None)
-            skipped[name] = reason(broken)
+        tell(found)
+    if in_turns:
+        calls |= encoders(shape, _batches(shape, device)[0])
+        found.timings.update(interleaved(calls, rounds, warmup, device))
         tell(found)
     return found

@@ -20,6 +20,7 @@ from benchmarks.flags import command, save
 from benchmarks.measure import Memory, describe, reason
 from benchmarks.shapes import SHAPES, Shape, activations
 from benchmarks.steps import CONTENDERS, LOSSES, Step
+from kronsae.system.tables import markdown
 from kronsae_kernels import torch_impl
 
 DTYPE = torch.bfloat16
@@ -280,22 +281,23 @@ def record_of(shape: Shape, contender: str, device: torch.device) -> dict[str, A
 
 def table(found: dict[str, Any]) -> str:
     """The terms of the formula, the counted peak, and the largest allocations, in MiB."""
-    shape = Shape(**found["shape"])
-    sums = {"formula": found["formula_bytes"], "counted": found["counted_bytes"]}
-    if found["measured_bytes"]:
-        sums["measured"] = found["measured_bytes"]
-    lines = [f"{shape}, {found['contender']}"]
-    lines += [
-        f"  {name:36}{size / 2**20:10,.1f} MiB" for name, size in found["terms_bytes"].items()
-    ]
-    lines += [f"{name:38}{size / 2**20:10,.1f} MiB" for name, size in sums.items()]
-    lines.append("largest allocations in the step (one [B, F] of a byte an element: ")
-    lines[-1] += f"{shape.tokens * shape.dict_size / 2**20:,.0f} MiB):"
-    lines += [
-        f"  {str(list(one['shape'])):36}{one['size_bytes'] / 2**20:10,.1f} MiB"
-        for one in found["largest"]
-    ]
-    return "\n".join(lines + ([found["skipped"]] if "skipped" in found else []))
+    shape, measured = Shape(**found["shape"]), found["measured_bytes"]
+    sizes = found["terms_bytes"] | {"**formula**": found["formula_bytes"]}
+    sizes |= {"**counted**": found["counted_bytes"]} | (
+        {"**measured**": measured} if measured else {}
+    )
+    largest = [(one["shape"], f"{one['size_bytes'] / 2**20:,.1f}") for one in found["largest"]]
+    rows = [(name, f"{size / 2**20:,.1f}") for name, size in sizes.items()]
+    latents = f"{shape.tokens * shape.dict_size / 2**20:,.0f} MiB"
+    return "\n\n".join(
+        [
+            f"**{shape}**, {found['contender']}",
+            markdown(("bytes of a step", "MiB"), rows),
+            f"largest allocations in the step (one [B, F] of a byte an element: {latents})",
+            markdown(("shape", "MiB"), largest),
+            found.get("skipped", ""),
+        ]
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -307,7 +309,7 @@ def main(arguments: list[str] | None = None) -> None:
     for name in options.shape:
         for contender in options.contender:
             result["memory"].append(record_of(SHAPES[name], contender, device))
-            print(table(result["memory"][-1]) + "\n", flush=True)
+            print(table(result["memory"][-1]), flush=True)
             save(options.json, result)
 
 

@@ -40,6 +40,7 @@ from benchmarks import sass
 from benchmarks.ahead import VERSION, compiled, specialise, tool
 from benchmarks.flags import command, positive, save, written_by
 from benchmarks.floors import (
+    ASSUMED,
     DENSE_GOAL,
     ENCODE_GOAL,
     SPARSIFY_GOAL,
@@ -72,9 +73,9 @@ class Card(NamedTuple):
 
 
 CARDS = {
-    "sm_80": Card("A100", 108, 1.41e9, 164 * 1024, Ceilings(125e12, 1.75e12, 3.5e12)),
-    "sm_90": Card("H200", 132, 1.755e9, 228 * 1024, Ceilings(395e12, 4.3e12, 5.5e12)),
-    "sm_100": Card("B200", 148, 1.85e9, 228 * 1024, Ceilings(900e12, 7.0e12, 9.0e12)),
+    "sm_80": Card("A100", 108, 1.41e9, 164 * 1024, ASSUMED["A100"]),
+    "sm_90": Card("H200", 132, 1.755e9, 228 * 1024, ASSUMED["H200"]),
+    "sm_100": Card("B200", 148, 1.85e9, 228 * 1024, ASSUMED["B200"]),
 }
 LATENCIES = Latencies(
     first_level=40, cached=500, memory=800, shared=33, barrier=10, other=25, read=20
@@ -528,35 +529,17 @@ def other_rows(
     return [one for one in found if one.count]
 
 
-class Estimate(NamedTuple):
-    """A part of a step."""
-
-    rows: list[Row]
-    others: list[Other]
-    launches: int
-    operations: int
-
-    @classmethod
-    def of(cls, part: Pass, shape: Shape, card: str, works: dict[str, Work]) -> "Estimate":
-        return cls(
-            kernel_rows(part.launches, shape, card, works),
-            other_rows(part.operations, shape, card, works),
-            len(part.launches),
-            len(part.operations),
-        )
-
-    @property
-    def expected_ms(self) -> float:
-        return sum(one.expected_ms for one in (*self.rows, *self.others))
-
-    def json(self) -> dict[str, Any]:
-        return {
-            "rows": [row._asdict() for row in self.rows],
-            "others": [other._asdict() for other in self.others],
-            "launches": self.launches,
-            "operations": self.operations,
-            "step_ms": self.expected_ms,
-        }
+def estimate(part: Pass, shape: Shape, card: str, works: dict[str, Work]) -> dict[str, Any]:
+    """A part of a step, as JSON values; "step_ms": expected of all its rows."""
+    rows = kernel_rows(part.launches, shape, card, works)
+    others = other_rows(part.operations, shape, card, works)
+    return {
+        "rows": [row._asdict() for row in rows],
+        "others": [other._asdict() for other in others],
+        "launches": len(part.launches),
+        "operations": len(part.operations),
+        "step_ms": sum(one.expected_ms for one in (*rows, *others)),
+    }
 
 
 def predict(
@@ -569,31 +552,31 @@ def predict(
     machine = CARDS[card]
     first, _, update = passes(shape, card, moments, auxiliary=False)
     works = stages(shape, "kron", 2, getattr(torch, moments).itemsize)
-    step = Estimate.of(first + update, shape, card, works)
+    step = estimate(first + update, shape, card, works)
     product = product_ms(shape.tokens, shape.columns, shape.d, machine)
     names = ("select", "merge", "rank", "encode", "finish")
-    selection = sum(row.expected_ms for row in step.rows if row.kernel.startswith(names))
-    selection += sum(one.expected_ms for one in step.others if one.name.startswith("product"))
+    selection = [row for row in step["rows"] if row["kernel"].startswith(names)]
+    selection += [one for one in step["others"] if one["name"].startswith("product")]
     found = {
         "shape": shape._asdict(),
         "card": card,
         "triton": triton.__version__,
         "moments": moments,
-        **step.json(),
+        **step,
         "floor_ms": sum(machine.ceilings.floor_ms(work) for work in works.values()),
         "product_ms": product,
-        "encode_and_select_ms": selection,
+        "encode_and_select_ms": sum(one["expected_ms"] for one in selection),
     }
     if auxiliary:
         dying = auxiliary_of(shape)
         _, second, longer = passes(shape, card, moments, auxiliary=True)
-        revived = Estimate.of(second, dying, card, stages(dying, "kron", 2))
-        alone, both = (Estimate.of(one, shape, card, works) for one in (update, longer))
+        revived = estimate(second, dying, card, stages(dying, "kron", 2))
+        alone, both = (estimate(one, shape, card, works)["step_ms"] for one in (update, longer))
         found["auxiliary"] = {
             "shape": dying._asdict(),
-            **revived.json(),
-            "update_ms": both.expected_ms - alone.expected_ms,
-            "total_ms": revived.expected_ms + both.expected_ms - alone.expected_ms,
+            **revived,
+            "update_ms": both - alone,
+            "total_ms": revived["step_ms"] + both - alone,
         }
     return found
 

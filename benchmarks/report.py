@@ -297,29 +297,13 @@ def memory_table(found: Json) -> str:
 
 
 def memory_picture(found: Json, path: Path) -> None:
-    from matplotlib import colormaps
-
-    many = found["memory"]
-    figure, ((panel,),) = _figure(1, 1, (8.5, 0.5 * len(many) + 1.6))
-    terms = list(dict.fromkeys(name for one in many for name in one["terms_bytes"]))
-    colours = dict(zip(terms, colormaps["tab20"].colors, strict=False))
-    for place, one in enumerate(many):
-        left = 0.0
-        for term, size in one["terms_bytes"].items():
-            panel.barh(place, size / 2**30, left=left, height=0.6, color=colours[term])
-            left += size / 2**30
+    rows = []
+    for one in found["memory"]:
         word = "measured" if one["measured_bytes"] else "counted"
-        peak = one[f"{word}_bytes"] / 2**30
-        panel.plot(2 * [peak], [place - 0.4, place + 0.4], color="black", linewidth=1.5)
-        panel.text(max(left, peak), place, f" {peak:.2f} {word}", va="center", fontsize=8)
-    labels = [f"{one['shape']['name']}, {LABELS[one['contender']]}" for one in many]
-    panel.set_yticks(range(len(many)), labels)
-    panel.invert_yaxis()
-    panel.set_xlim(0, 1.2 * max(one["formula_bytes"] for one in many) / 2**30)
-    panel.set_xlabel("GiB at the peak of a step (bars: formula)", fontsize=9)
-    handles = [panel.barh(0, 0, color=colours[term]) for term in terms]
-    figure.legend(handles, terms, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-    _save(figure, path)
+        peak, state = one[f"{word}_bytes"] / 2**30, one["state_bytes"] / 2**30
+        label = f"{one['shape']['name']}, {LABELS[one['contender']]}"
+        rows.append(Bar(label, peak, f" {peak:.2f} {word}", floor=state))
+    bars([("", rows)], "GiB at the peak of a step (dark: between steps)", path)
 
 
 # pytest-benchmark: {"benchmarks": […]}
@@ -344,7 +328,7 @@ def operation_of(one: Json) -> str:
 
 
 def implementation_of(one: Json) -> str:
-    return one["params"].get("impl", "bare product")
+    return (one["params"] or {}).get("impl", "bare product")
 
 
 def pytest_table(found: Json) -> str:
@@ -394,10 +378,10 @@ KINDS: dict[str, tuple[Callable[[Json], str], Callable[[Json, Path], None] | Non
 
 
 class Bar(NamedTuple):
-    """A time, and what stands beside it."""
+    """A quantity, and what stands beside it."""
 
     label: str
-    time: float
+    size: float
     text: str
     colour: str = "#3f8fd2"
     floor: float = 0.0
@@ -415,15 +399,15 @@ def bars(panels: list[tuple[str, list[Bar]]], label: str, path: Path) -> None:
     figure, axes = _figure(len(panels), 1, size, height_ratios=counts)
     for (panel,), (title, rows) in zip(axes, panels, strict=True):
         for place, one in enumerate(rows):
-            panel.barh(place, one.time, color=one.colour, height=0.74)
+            panel.barh(place, one.size, color=one.colour, height=0.74)
             panel.barh(place, one.floor, color="#0b3c66", height=0.28)
             ends = one.spread or (0.0, 0.0)
             panel.plot(ends, [place, place], color="black", linewidth=1)
-            end = max(one.time, one.floor, *ends)
+            end = max(one.size, one.floor, *ends)
             panel.text(end, place, one.text, va="center", fontsize=8)
         panel.set_yticks(range(len(rows)), [one.label for one in rows])
         panel.invert_yaxis()
-        panel.set_xlim(0, 1.3 * max(max(one.time, one.floor) for one in rows))
+        panel.set_xlim(0, 1.3 * max(max(one.size, one.floor) for one in rows))
         panel.set_title(title, fontsize=9, loc="left")
     axes[-1][0].set_xlabel(label, fontsize=9)
     _save(figure, path)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from benchmarks.flags import written_by
-from benchmarks.floors import Ceilings, stages
+from benchmarks.floors import ASSUMED, Ceilings, stages
 from benchmarks.shapes import Shape
 from benchmarks.steps import OURS
 from kronsae.system.tables import markdown
@@ -51,7 +51,7 @@ class Machine(NamedTuple):
 
 
 H200 = Machine(
-    Ceilings(multiply_adds_per_s=395e12, bytes_per_s=4.3e12, cached_bytes_per_s=5.5e12),
+    ASSUMED["H200"],
     memory_bytes=141e9,
     link_bytes_per_s=450e9,
     network_bytes_per_s=8 * 50e9,

@@ -43,10 +43,6 @@ class Shape(NamedTuple):
         """Weights and biases of encoder and decoder."""
         return self.rows(encoder) * (self.d + 1) + self.dict_size * self.d + self.d
 
-    def step_flops(self, encoder: str) -> int:
-        """Multiply-adds of a training step; what it cannot do without is less, see `floors`."""
-        return self.tokens * flops.counted_step(self.flops_per_token(encoder))
-
     def __str__(self) -> str:
         return (
             f"{self.name}: d {self.d}, F {self.dict_size} = {self.heads} * {self.m} * {self.n}, "

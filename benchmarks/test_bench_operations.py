@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.floors import Work, compute_bytes, stages
-from benchmarks.measure import CHECKED_TOKENS, products, require_close, synchronize
+from benchmarks.measure import CHECKED_TOKENS, products, require_close
 from benchmarks.steps import EPS, autocast, dense_parameters, kron_parameters
 from kronsae_kernels import backends, dense_encode, fused_encode, sparse_decode
 
@@ -68,10 +68,7 @@ def decode(shape, xs):
     return call, codes
 
 
-def first_tokens(batch):
-    if isinstance(batch, Tensor):
-        return batch[:CHECKED_TOKENS]
-    return tuple(part[:CHECKED_TOKENS] for part in batch)
+OPERATIONS = {"encode_kron": encode_kron, "encode_dense": encode_dense, "decode": decode}
 
 
 def work_of(shape, name, direction, width):
@@ -92,9 +89,8 @@ def work_of(shape, name, direction, width):
         rows, products_back = shape.rows(encoder), of["encoder update"].multiply_adds
     batch = width * shape.tokens * shape.d
     backward = Work(products_back, 4 * rows * shape.d + batch + values_in_and_out, gathered)
-    if direction == "both":
-        return Work(*map(sum, zip(forward, backward, strict=True)))
-    return forward if direction == "forward" else backward
+    both = Work(*map(sum, zip(forward, backward, strict=True)))
+    return {"forward": forward, "backward": backward, "both": both}[direction]
 
 
 def flops(shape, name, direction):
@@ -105,12 +101,9 @@ def flops(shape, name, direction):
     return {"forward": 1, "backward": 2, "both": 3}[direction] * shape.tokens * once
 
 
-OPERATIONS = {"encode_kron": encode_kron, "encode_dense": encode_dense, "decode": decode}
-
-
 @pytest.mark.parametrize("direction", ["forward", "backward", "both"])
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_operation(benchmark, report, flush, ceilings, device, shape, xs, impl, name, direction):
+def test_operation(timed, device, shape, xs, impl, name, direction):
     call, batches = OPERATIONS[name](shape, xs)
     order = cycle(batches)
 
@@ -126,51 +119,28 @@ def test_operation(benchmark, report, flush, ceilings, device, shape, xs, impl, 
         return [done.out] + ([] if direction == "forward" else [*backward(done)])
 
     # In float32, so that the bound of `check_gradients` holds, whose sums are the same.
-    few = first_tokens(batches[0])
+    first = batches[0]
+    few = slice(CHECKED_TOKENS)
+    few = first[few] if isinstance(first, Tensor) else tuple(part[few] for part in first)
     for place, (got, expected) in enumerate(zip(both(few), both(few, "reference"), strict=True)):
         require_close(f"{name} output or gradient {place}", got, expected, 1e-4)
 
-    def setup():
-        batch = next(order)
+    def prepare():
         with autocast(device):
-            argument = forward(batch) if direction == "backward" else batch
-        flush()
-        synchronize(device)
-        return (argument,), {}
+            return (forward(next(order)) if direction == "backward" else next(order),)
 
     def run(argument):
         with autocast(device):
             (backward if direction == "backward" else both)(argument)
-        synchronize(device)
 
     work = work_of(shape, name, direction, compute_bytes(device))
-    report(
-        f"{name} {direction}",
-        flops(shape, name, direction),
-        work.moved_bytes,
-        ceilings.floor_ms(work),
-    )
-    benchmark.pedantic(run, setup=setup, rounds=7, warmup_rounds=2)
+    timed(f"{name} {direction}", flops(shape, name, direction), work, run, prepare)
 
 
 @pytest.mark.parametrize("encoder", ["kron", "dense"])
-def test_product(benchmark, report, flush, ceilings, device, shape, x, encoder):
+def test_product(timed, device, shape, xs, encoder):
     """x w^T, which no encoder can do without: the floor of `encode` forward."""
-    product = products(shape, x)[f"{encoder} product"]
-
-    def setup():
-        flush()
-        synchronize(device)
-
-    def run():
-        product()
-        synchronize(device)
-
+    product = products(shape, xs[0])[f"{encoder} product"]
     work = stages(shape, encoder, compute_bytes(device))["encode"]
-    report(
-        f"encode_{encoder} forward",
-        flops(shape, f"encode_{encoder}", "forward"),
-        work.moved_bytes,
-        ceilings.floor_ms(work),
-    )
-    benchmark.pedantic(run, setup=setup, rounds=7, warmup_rounds=2)
+    name = f"encode_{encoder}"
+    timed(f"{name} forward", flops(shape, name, "forward"), work, product)
