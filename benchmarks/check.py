@@ -3,7 +3,7 @@
 Needs no test runner. Odd shapes in each dtype, and the goals' shapes on a few tokens: against the
 reference in float64, an operation and the fused step may err at most twice as much as the reference
 in that dtype does. Selection index by index, on numbers that no order of sums rounds, full of ties.
-The fused step over some steps against autograd and torch's AdamW in float32, weight by weight.
+(That steps follow torch's AdamW is shown by tests/test_triton_step.py, also on a GPU.)
 """
 
 import multiprocessing
@@ -17,13 +17,11 @@ from torch import Tensor
 
 from benchmarks.flags import command, positive, save
 from benchmarks.measure import describe, reason
-from benchmarks.shapes import GOAL_SHAPES, SHAPES, Shape, batches
-from benchmarks.steps import LOSSES, training_step, why_not_fused
+from benchmarks.shapes import GOAL_SHAPES, SHAPES
+from benchmarks.steps import why_not_fused
 from kronsae_kernels import dense_encode, fused_encode, sparse_decode
 from kronsae_kernels.step import TrainingStep
 
-STEPS = 50
-RATE = 1e-3
 EPS = 1e-5
 
 
@@ -58,8 +56,6 @@ GOALS = tuple(
     for shape in (SHAPES[name] for name in GOAL_SHAPES)
     for dtype in (torch.bfloat16, torch.float32)
 )
-ODD = Shape("odd", d=104, heads=37, m=3, n=5, k=12, tokens=150)
-"""For the fused step."""
 
 
 def inputs(case: Case, kron: bool, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
@@ -165,60 +161,12 @@ def check_selection(case: Case, device: torch.device) -> list[dict[str, Any]]:
     return [{"what": f"indices of {tokens} tokens, {case}", "error": wrong, "allowed": 0}]
 
 
-def check_step(encoder: str, unit_norm: bool, device: torch.device) -> list[dict[str, Any]]:
-    """Losses and weights of the fused step after STEPS steps, in float32.
-
-    A matrix may differ by 1e-5 of its norm; a bias, which is 0 at first, by 1e-4 of what it moved.
-    """
-    loss_of, parameters_of = LOSSES[encoder]
-    fused = training_step(encoder, ODD, device, torch.float32, unit_norm)
-    parameters = parameters_of(ODD, device)
-    optimizer = torch.optim.AdamW(parameters, lr=RATE, weight_decay=0.0)
-    losses: dict[str, list[Tensor]] = {"fused": [], "autograd": []}
-    for x in batches(ODD, device, count=STEPS):
-        losses["fused"].append(fused.accumulate(x).loss.detach().clone())
-        fused.apply(lr=RATE)
-        loss = loss_of(ODD, x, *parameters)
-        losses["autograd"].append(loss.detach())
-        loss.backward()
-        w_dec = parameters[2]
-        with torch.no_grad():
-            if unit_norm:
-                along = (w_dec.grad * w_dec).sum(1, keepdim=True)
-                w_dec.grad.addcmul_(along, w_dec, value=-1)
-            optimizer.step()
-            if unit_norm:
-                w_dec.div_(w_dec.norm(dim=1, keepdim=True))
-        optimizer.zero_grad()
-    what = f"fused step {encoder}, {'unit norm' if unit_norm else 'free norm'}: "
-    pairs = {"loss": tuple(torch.stack(list(found)) for found in losses.values())}
-    expected = dict(zip(("w_enc", "b_enc", "w_dec", "b_dec"), parameters, strict=True))
-    if encoder == "kron":  # stored [m + n, h, d]
-        expected["w_enc"] = expected["w_enc"].transpose(0, 1)
-    for name, tensor in expected.items():
-        pairs[name] = fused.weights[name].detach(), tensor.detach()
-    return [
-        {
-            "what": what + name,
-            "error": error(got, wanted),
-            "allowed": 1e-4 if name in ("b_enc", "b_dec") else 1e-5,
-        }
-        for name, (got, wanted) in pairs.items()
-    ]
-
-
 def plan(smallest: bool) -> dict[str, Callable[[torch.device], list[dict[str, Any]]]]:
     """All checks by name, those that take longest first."""
     goals, cases = ((), CASES[:2]) if smallest else (GOALS, CASES)
     return {
         **{f"goal {case}": partial(check_operations, case, encoders=("kron",)) for case in goals},
         **{f"indices {case}": partial(check_selection, case) for case in (*goals, *cases)},
-        **{
-            f"fused step {encoder}, unit norm {unit_norm}": partial(check_step, encoder, unit_norm)
-            for encoder in LOSSES
-            for unit_norm in (False, True)
-            if not smallest
-        },
         **{str(case): partial(check_operations, case) for case in cases},
     }
 
@@ -240,11 +188,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     device = options.device
     where, reason_not = describe(device), why_not_fused(device)
-    names = [
-        name
-        for name in plan(options.smallest)
-        if reason_not is None or not name.startswith("fused step")
-    ]
+    names = list(plan(options.smallest))
     check = partial(checked, device=device, smallest=options.smallest)
     checks: list[dict[str, Any]] = []
     wrong: list[dict[str, Any]] = []

@@ -13,13 +13,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmarks.flags import command, positive, save
+from benchmarks.flags import command, save
 from benchmarks.measure import Memory, about, alone, reason, rotating
 from benchmarks.report import isoflop_table
 from benchmarks.shapes import Shape, batches
 from benchmarks.steps import CONTENDERS, best_of_ours
 from kronsae.model.flops import equal_budget
 
+M = N = 4
 BUDGET_TOKENS = 125_000_000
 """The tokens that the TopK SAE sees: the paper's smallest budget. [KronSAE, App. A.1]"""
 
@@ -73,34 +74,26 @@ def measure(shape: Shape, name: str, xs: list[Tensor], seconds: float) -> dict[s
     }
 
 
-def contenders(device: torch.device, listing: bool) -> list[str]:
-    """Ours of both models, plain PyTorch's TopK and, if asked for, the paper's listing."""
-    ours = [best_of_ours(encoder, device) for encoder in ("kron", "dense")]
-    return [*ours, "topk", *(["listing"] if listing else [])]
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = command("isoflop", __doc__, device="auto", seconds=120.0)
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--grid", choices=GRIDS, default=default)
-    parser.add_argument("--m", type=positive, default=4)
-    parser.add_argument("--n", type=positive, default=4)
     parser.add_argument("--listing", action="store_true", help="time the paper's listing, too")
     options = parser.parse_args(arguments)
     device, grid = options.device, GRIDS[options.grid]
     end = time.monotonic() + options.seconds
     result = {
         **about(device),
-        "grid": {**grid._asdict(), "m": options.m, "n": options.n, "name": options.grid},
+        "grid": {**grid._asdict(), "m": M, "n": N, "name": options.grid},
         "budget_tokens": BUDGET_TOKENS,
         "cells": [],
     }
-    names = contenders(device, options.listing)
+    names = [best_of_ours(encoder, device) for encoder in ("kron", "dense")]
+    names += ["topk", *(["listing"] if options.listing else [])]
     plan = list(itertools.product(grid.widths, grid.dict_sizes, names))
     xs: list[Tensor] = []
     for place, (d, size, name) in enumerate(plan):
-        heads = size // (options.m * options.n)
-        shape = Shape(f"F{size}-d{d}", d, heads, options.m, options.n, grid.k, grid.tokens)
+        shape = Shape(f"F{size}-d{d}", d, size // (M * N), M, N, grid.k, grid.tokens)
         left = end - time.monotonic()
         if left > 0:
             if not xs or xs[0].shape[1] != d:

@@ -151,7 +151,7 @@ def parts(raw: Path, commands: list[str], smallest: bool) -> list[Part]:
         Part("memory", "check", module("memory", *device, *goals[:2]), 60, TOGETHER),
         Part(
             *("predict", "profile"),
-            module("predict", *goals, "--no-host", file="logs/predicted"), 60, TOGETHER,
+            module("predict", *goals, file="logs/predicted"), 60, TOGETHER,
         ),
         Part("profile", "profile", timed("profile", *goals, *step, *predicted), 60),
         Part("stalls", "profile", [*stalls, "--once", *goals], 60),

@@ -15,8 +15,7 @@ The rates and latencies were chosen before the kernels were tuned, and only a me
 may change them: kernels move, not their judge. A matrix product by cuBLAS, a sort and the small
 operations have formulas of their own (`product_ms`, `sort_ms`, `small_ms`). The auxiliary pass is
 counted with what it adds to the update. `--measured` puts the times of
-`python -m benchmarks.profile --json FILE` beside the expected ones. The host's part of a step is
-timed with a driver that launches nothing (`benchmarks.stub`).
+`python -m benchmarks.profile --json FILE` beside the expected ones.
 """
 
 import argparse
@@ -38,7 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import sass
 from benchmarks.ahead import VERSION, compiled, specialise, tool
-from benchmarks.flags import command, positive, save, written_by
+from benchmarks.flags import command, save, written_by
 from benchmarks.floors import (
     ASSUMED,
     DENSE_GOAL,
@@ -51,7 +50,6 @@ from benchmarks.floors import (
 )
 from benchmarks.sass import Instruction, Latencies
 from benchmarks.shapes import GOAL_SHAPES, SHAPES, Shape
-from benchmarks.stub import host_ms
 from kronsae.config import SAEConfig, TrainConfig
 from kronsae.model import objectives
 from kronsae.system.tables import markdown
@@ -713,12 +711,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--auxiliary", action="store_true", help="also what the pass that revives latents adds"
     )
-    host = parser.add_mutually_exclusive_group()
-    host.add_argument(
-        "--host-rounds", type=positive, default=30, metavar="N",
-        help="the host's time is the median of N steps; default: 30",
-    )  # fmt: skip
-    host.add_argument("--no-host", action="store_true", help="do not time the host")
     parser.add_argument(
         "--measured", type=written_by("profile", "profiles"), metavar="FILE",
         help="times that benchmarks.profile --json wrote on a card, to put beside",
@@ -747,9 +739,6 @@ def main(arguments: list[str] | None = None) -> None:
     for name in options.shape:
         found.append(predict(SHAPES[name], options.card, options.moments, options.auxiliary))
         print(table(found[-1], times.get(name)), flush=True)
-    if not options.no_host:
-        taken = host_ms(options.card, options.host_rounds)
-        print(f"host: {taken:.2f} ms of this processor's time to issue a step, on a stubbed driver")
     if options.update:
         write_golden(found)
     save(options.json, {"triton": VERSION, "shapes": found})

@@ -7,7 +7,7 @@ On a GPU all compute in bfloat16 (autocast) with float32 weights and moments, on
 
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -41,29 +41,15 @@ def autocast(device: torch.device) -> torch.autocast:
     return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
 
-def kron_loss(
-    shape: Shape,
-    x: Tensor,
-    w_enc: Tensor,
-    b_enc: Tensor,
-    w_dec: Tensor,
-    b_dec: Tensor,
-    impl: str | None = None,
-) -> Tensor:
+def kron_loss(shape: Shape, x: Tensor, *weights: Tensor, impl: str | None = None) -> Tensor:
+    w_enc, b_enc, w_dec, b_dec = weights
     w_enc = w_enc.transpose(0, 1)
     codes = fused_encode(x, w_enc, b_enc, m=shape.m, k=shape.k, eps=EPS, impl=impl)
     return mse_loss(sparse_decode(codes, w_dec=w_dec, b_dec=b_dec, impl=impl), x)
 
 
-def dense_loss(
-    shape: Shape,
-    x: Tensor,
-    w_enc: Tensor,
-    b_enc: Tensor,
-    w_dec: Tensor,
-    b_dec: Tensor,
-    impl: str | None = None,
-) -> Tensor:
+def dense_loss(shape: Shape, x: Tensor, *weights: Tensor, impl: str | None = None) -> Tensor:
+    w_enc, b_enc, w_dec, b_dec = weights
     codes = dense_encode(x, w_enc, b_enc, k=shape.k, impl=impl)
     return mse_loss(sparse_decode(codes, w_dec=w_dec, b_dec=b_dec, impl=impl), x)
 
@@ -101,7 +87,7 @@ def unfused(encoder: str, shape: Shape, device: torch.device) -> Step:
 
 def fused(encoder: str, shape: Shape, device: torch.device) -> Step:
     """Our explicit step: AdamW inside the kernels, decoder rows of unit norm."""
-    training = training_step(encoder, shape, device, dtype=torch.bfloat16)
+    training = training_step(encoder, shape, device)
 
     def step(x: Tensor) -> Tensor:
         loss = training.accumulate(x).loss
@@ -116,7 +102,7 @@ def with_auxiliary(shape: Shape, device: torch.device) -> Step:
 
     d / 2 of them a token, on so many tokens that it selects a quarter of what the batch does.
     """
-    training = training_step("kron", shape, device, dtype=torch.bfloat16)
+    training = training_step("kron", shape, device)
     dead = torch.arange(shape.dict_size, device=device) % 2 == 0
     k = max(1, min(shape.d, shape.dict_size) // 2)
     part = slice(max(2, shape.tokens * shape.k // (4 * k)))
@@ -141,13 +127,7 @@ def encoding(shape: Shape, x: Tensor) -> Callable[[], object]:
     return lambda: fused_encode(x, w_enc, b_enc, m=shape.m, k=shape.k, eps=EPS)
 
 
-def training_step(
-    encoder: str,
-    shape: Shape,
-    device: torch.device,
-    dtype: torch.dtype,
-    unit_norm: bool = True,
-):
+def training_step(encoder: str, shape: Shape, device: torch.device) -> Any:
     """`kronsae_kernels.step.TrainingStep` of a model, with the weights all contenders start at."""
     from kronsae_kernels.step import TrainingStep
 
@@ -161,10 +141,8 @@ def training_step(
         b_dec,
         m=shape.m if kron else None,
         k=shape.k,
-        composition="mand",
         eps=EPS,
-        dtype=dtype,
-        unit_norm=unit_norm,
+        dtype=torch.bfloat16,
     )
 
 
@@ -172,7 +150,7 @@ def graphed(encoder: str, shape: Shape, device: torch.device) -> Step:
     """The same as a CUDA graph: kernels follow one another without the launching process."""
     from kronsae_kernels.step import GraphedStep
 
-    replay = GraphedStep(training_step(encoder, shape, device, dtype=torch.bfloat16))
+    replay = GraphedStep(training_step(encoder, shape, device))
     return lambda x: replay(x, LEARNING_RATE)[0].loss
 
 
