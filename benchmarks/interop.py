@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kronsae import SAE, SAEConfig, TrainConfig, load
-from kronsae.experiments.common import Activations, TrainingSettings
+from kronsae import SAE, DataConfig, SAEConfig, TrainConfig, load
+from kronsae.experiments.activations import collect
 from kronsae.export.verify import Verification, verify
 from kronsae.registry import FORMATS
 from kronsae.runs.folder import versions
+from kronsae.sources import open_activations
 from kronsae.system.files import write_json, write_text
 from kronsae.system.tables import markdown
 from kronsae.training.fit import fit
@@ -211,9 +212,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, help="folder for interop.json, interop.md")
     arguments = parser.parse_args(argv)
     torch.manual_seed(0)
-    settings = TrainingSettings(batch_size=4096, device="cpu")
-    activations = Activations(settings).hold(arguments.tokens)
-    x, heldout = activations.x, activations.heldout[: arguments.heldout]
+    data = DataConfig(layer=2, buffer_tokens=65_536, heldout_tokens=32_768)
+    source = open_activations(data, batch_size=4096, seed=0, device="cpu")
+    heldout = source.heldout_activations()[: arguments.heldout]
+    x = collect(source, arguments.tokens)
     scale = (x.square().sum(1).mean() / x.shape[1]) ** -0.5  # as the other trainers expect
     x, heldout = x * scale, heldout * scale
     rows = []
