@@ -123,6 +123,7 @@ if __name__ == "__main__":
             "datasets>=3.0",
             "huggingface_hub",
             "rich",
+            "filelock",
             "jinja2",
         ],
         extras_require=EXTRAS,

@@ -7,7 +7,8 @@ import torch
 from safetensors.torch import save
 
 from kronsae import InputError
-from kronsae.runs.folder import RunFolder, SweepFolder, open_to_resume
+from kronsae.runs.folder import RunFolder, SweepFolder
+from kronsae.runs.resume import open_to_resume
 from kronsae.system import checkpoint, files
 
 STATE = {
@@ -219,7 +220,7 @@ def test_a_damaged_config_has_copies(tmp_path):
     with pytest.raises(InputError, match="is damaged.*\n  cp .*step-00000005/config.json .*/run/"):
         RunFolder.open(run.path)
     (run.path / "kept").rename(run.config)
-    assert RunFolder.open(run.path)[1]["config"] == {"a": 1} and run.config.read_bytes() == whole
+    assert RunFolder.open(run.path)[1]["config"] == {"a": 1}
 
 
 def test_a_config_that_is_damaged_while_it_runs_is_copied_whole(tmp_path):

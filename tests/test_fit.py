@@ -14,6 +14,7 @@ from kronsae.config import DataConfig, RunConfig
 from kronsae.data import SyntheticActivations, TensorActivations
 from kronsae.metrics.heldout import Heldout
 from kronsae.runs.folder import RunFolder
+from kronsae.runs.resume import open_to_resume
 from kronsae.system import checkpoint
 from kronsae.system.files import read_checksummed
 from kronsae.train import fit
@@ -379,3 +380,21 @@ def test_tensors_do_not_go_on_with_a_run_on_text(tmp_path):
     fit(KRON, X, TRAIN, out=tmp_path / "run", settings={"config": config.to_dict()})
     with pytest.raises(InputError, match="made with other settings:\n.*config.data"):
         fit(KRON, X, TRAIN, out=tmp_path / "run", resume=True)
+
+
+def test_config_json_may_be_edited_where_a_run_may_change(tmp_path):
+    """How often it logs, say; what decides the weights is what the checkpoint was trained with."""
+    whole = fit(KRON, X, TRAIN, out=tmp_path / "run")
+    path = tmp_path / "run" / "config.json"
+    text = path.read_text()
+    settings = json.loads(text)
+    settings["config"]["train"] |= {"log_every": 5}
+    path.write_text(json.dumps(settings))
+    other = dataclasses.replace(TRAIN, log_every=5)
+    again = fit(KRON, X, other, out=tmp_path / "run", resume=True)
+    assert weights_equal(whole.sae, again.sae)
+    settings["config"]["train"] |= {"lr": 0.5}
+    path.write_text(json.dumps(settings))
+    changed = "config.train.lr: was 0.003, is 0.5\nA checkpoint has a copy:\n  cp .*/config.json .*"
+    with pytest.raises(InputError, match=changed):
+        open_to_resume(tmp_path / "run")

@@ -34,7 +34,8 @@ from kronsae.metrics.target_model import load_saes, open_heldout
 from kronsae.plan.outline import outline
 from kronsae.properties.run import open_run
 from kronsae.registry import FORMATS
-from kronsae.runs.folder import RunFolder, SweepFolder, open_to_resume
+from kronsae.runs.folder import RunFolder, SweepFolder
+from kronsae.runs.resume import open_to_resume
 from kronsae.sources import open_activations
 from kronsae.system.files import sha256
 from kronsae.training import options as cli

@@ -158,8 +158,7 @@ def harvest(
             remove_leftovers(place)
         return _Harvest(folder, config, on_shard or (lambda _: None)).run()
     finally:
-        if held is not None:
-            held.close()
+        held.release()
 
 
 def stored_config(folder: Path, **others: Any) -> HarvestConfig:

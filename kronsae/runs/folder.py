@@ -27,9 +27,10 @@ from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from types import MappingProxyType
-from typing import IO, Any
+from typing import Any
 
 import torch
+from filelock import FileLock
 
 import kronsae_kernels
 from kronsae.errors import InputError
@@ -38,10 +39,9 @@ from kronsae.runs.sweep import check_names
 from kronsae.system import checkpoint
 from kronsae.system.files import (
     lock,
-    read_checksummed,
     remove_leftovers,
     sync,
-    write_checksummed,
+    write_json,
     write_text,
 )
 from kronsae.system.parallel import ALONE, Mesh
@@ -69,7 +69,7 @@ class _Folder:
         self.checkpoints = path / "checkpoints"
         self.document: dict[str, Any] = {}
         """What the index holds, if it was made or read here."""
-        self._locked: IO[str] | None = None
+        self._locked: FileLock | None = None
 
     def lock(self) -> None:
         """Keep other processes from training here, and clear away what a dead one left.
@@ -87,7 +87,7 @@ class _Folder:
     def release(self) -> None:
         """Let others train here again."""
         if self._locked is not None:
-            self._locked.close()
+            self._locked.release()
             self._locked = None
 
     @contextmanager
@@ -110,7 +110,7 @@ class _Folder:
         self._write({**head, **settings, "versions": versions(), "command": sys.argv})
 
     def _write(self, document: dict[str, Any]) -> None:
-        write_checksummed(self.index, document)
+        write_json(self.index, document)
         self.document = document
 
     @staticmethod
@@ -336,29 +336,21 @@ class SweepFolder(_Folder):
         return None if state is None else {**state, "members": members}
 
 
-def open_to_resume(
-    path: str | Path,
-) -> tuple[RunFolder | SweepFolder, dict[str, dict[str, Any]]]:
-    """The run or sweep in `path`, and the config.json of each member. Raises InputError."""
-    path = Path(path)
-    index = path / "sweep.json"
-    if index.exists() or checkpoint.copy_of(index, path / "checkpoints"):
-        return SweepFolder.open(path)
-    run, settings = RunFolder.open(path)
-    if "sweep" in settings:
-        raise InputError(
-            f"{path} is a member of a sweep and goes on with all of it: resume {path.parent}"
-        )
-    return run, {SINGLE: settings}
-
-
 def _read_index(path: Path, kind: str, keys: set[str]) -> dict[str, Any]:
-    """The JSON object that makes a folder a run or a sweep. Raises InputError if it is none."""
+    """The JSON object that makes a folder a run or a sweep. Raises InputError if it is none.
+
+    People may edit it: `kronsae.runs.resume` says what a run can go on with.
+    """
+    if not path.parent.is_dir():
+        raise InputError(f"{path.parent} is no run folder: it does not exist")
     try:
-        document = read_checksummed(path)
+        document = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(document, dict) or not keys <= document.keys():
+            raise ValueError("it is not one that a run wrote")
+        written = document.get("format"), document.get("format_version")
+        if written != (kind, FORMAT_VERSION):
+            raise ValueError(f"expected {kind!r} of format version {FORMAT_VERSION}, got {written}")
     except (OSError, ValueError) as error:
-        if not path.parent.is_dir():
-            raise InputError(f"{path.parent} is no run folder: it does not exist") from error
         whole = checkpoint.copy_of(path, path.parent / "checkpoints")
         if whole is not None:
             raise InputError(
@@ -368,13 +360,7 @@ def _read_index(path: Path, kind: str, keys: set[str]) -> dict[str, Any]:
             f"{path.parent} is no run folder: {path} cannot be read ({error}); begin again, with "
             "another --out or without the folder"
         ) from error
-    if not isinstance(document, dict) or not keys <= document.keys():
-        raise InputError(f"{path} is not one that a run wrote")
-    if document.get("format") != kind or document.get("format_version") != FORMAT_VERSION:
-        raise InputError(
-            f"{path}: expected {kind!r} of format version {FORMAT_VERSION}, got "
-            f"{document.get('format')!r}, version {document.get('format_version')!r}"
-        )
+    document.pop("checksum", None)  # which older versions wrote
     return document
 
 

@@ -6,7 +6,9 @@ from typing import Any
 
 from kronsae.config import DataConfig, SAEConfig, TrainConfig, all_settings
 from kronsae.errors import InputError, differences
-from kronsae.runs.folder import SINGLE, RunFolder, SweepFolder, open_to_resume
+from kronsae.runs.folder import SINGLE, RunFolder, SweepFolder
+from kronsae.system import checkpoint
+from kronsae.system.files import read_checksummed
 from kronsae.system.parallel import Mesh
 
 
@@ -43,6 +45,64 @@ def open_folder(
     return folder, state
 
 
+def open_to_resume(
+    path: str | Path,
+) -> tuple[RunFolder | SweepFolder, dict[str, dict[str, Any]]]:
+    """The run or sweep in `path`, and the config.json of each member. Raises InputError."""
+    path = Path(path)
+    index = path / "sweep.json"
+    if index.exists() or checkpoint.copy_of(index, path / "checkpoints"):
+        sweep, members = SweepFolder.open(path)
+        for run in sweep.runs.values():
+            _check_unchanged(run)
+        return sweep, members
+    run, settings = RunFolder.open(path)
+    if "sweep" in settings:
+        raise InputError(
+            f"{path} is a member of a sweep and goes on with all of it: resume {path.parent}"
+        )
+    _check_unchanged(run)
+    return run, {SINGLE: settings}
+
+
+def _check_unchanged(run: RunFolder) -> None:
+    """Raise InputError if config.json has other settings than the copy in a checkpoint.
+
+    Those that a run may change when it goes on may be edited there.
+    """
+    copy = checkpoint.copy_of(run.index, run.checkpoints)
+    if copy is None:
+        return
+    saved, written = read_checksummed(copy), run.document
+    free = _free() | {"data.dtype", "data.weights"}  # which follow model_dtype
+    changes = [
+        *differences(
+            _with_defaults(saved["config"]), _with_defaults(written["config"]), "config", free
+        ),
+        *differences(saved["data"], written["data"], "data", free),
+    ]
+    if changes:
+        raise InputError(
+            f"{run.index} has other settings than the run was trained with:\n  "
+            + "\n  ".join(changes)
+            + f"\nA checkpoint has a copy:\n  cp {copy} {run.index}"
+        )
+
+
+def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
+    """A run's config with the settings that it lacks.
+
+    A run of an older version lacks those that came later: it had their defaults.
+    """
+    parts = {"sae": SAEConfig, "data": DataConfig, "train": TrainConfig}
+    return {
+        name: values
+        if name not in parts or values is None  # no language model
+        else {**{spec.name: spec.default for spec in dataclasses.fields(parts[name])}, **values}
+        for name, values in config.items()
+    }
+
+
 def _claim(
     out: str | Path, resume: bool, settings: dict[str, dict[str, Any]], sweep: bool
 ) -> RunFolder | SweepFolder:
@@ -63,12 +123,7 @@ def _claim(
         changed = {name: _other_dtype(each, settings[name]) for name, each in found.items()}
         for name, each in found.items():
             each["data"] = each["data"] | changed[name]
-            # A run of an older version lacks the settings that came later: it had their defaults.
-            for part, cls in (("sae", SAEConfig), ("data", DataConfig), ("train", TrainConfig)):
-                if each["config"][part] is None:  # no language model
-                    continue
-                defaults = {spec.name: spec.default for spec in dataclasses.fields(cls)}
-                each["config"][part] = {**defaults, **each["config"][part]}
+            each["config"] = _with_defaults(each["config"])
         changes = [
             f"{name}: {line}" if sweep else line
             for name in found

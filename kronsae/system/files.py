@@ -1,6 +1,5 @@
 """Files that are never seen half-written: written beside their place, synced, then renamed."""
 
-import errno
 import hashlib
 import json
 import os
@@ -8,8 +7,9 @@ import shutil
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
+from filelock import FileLock, Timeout
 from torch import Tensor
 
 from kronsae.errors import InputError
@@ -156,28 +156,19 @@ LOCK_NAME = ".lock"
 """Of an empty file that stays in a locked folder. (A lock on a file that is replaced is lost.)"""
 
 
-def lock(folder: Path, problem: str) -> IO[str] | None:
-    """Keep other processes that lock this folder out, until what is given is closed.
+def lock(folder: Path, problem: str) -> FileLock:
+    """Keep other processes that lock this folder out, until `release` of what is given.
 
-    Raises InputError, with `problem`, if one of them holds it, or if it cannot be written to.
-    Where there are no locks (Windows, some network file systems) it gives None.
+    Raises InputError, with `problem`, if one of them has it, or if it cannot be written to.
     """
+    file_lock = FileLock(folder / LOCK_NAME, blocking=False, thread_local=False)
     try:
-        import fcntl
-    except ImportError:
-        return None
-    try:
-        file = open(folder / LOCK_NAME, "a", encoding="utf-8")
+        file_lock.acquire()
+    except Timeout as error:
+        raise InputError(problem) from error
     except OSError as error:
         raise InputError(f"{folder} cannot be written to: {error}") from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        file.close()
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            raise InputError(problem) from error
-        return None
-    return file
+    return file_lock
 
 
 def _beside(path: Path) -> Path:

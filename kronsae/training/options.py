@@ -29,7 +29,8 @@ from kronsae.config import (
 )
 from kronsae.errors import InputError
 from kronsae.model.flops import equal_budget, flops_per_token
-from kronsae.runs.folder import SINGLE, SweepFolder, open_to_resume
+from kronsae.runs.folder import SINGLE, SweepFolder
+from kronsae.runs.resume import open_to_resume
 from kronsae.runs.sweep import check_names, name_of, one_stream, own_settings, product
 from kronsae.sources import source_of
 
