@@ -439,31 +439,14 @@ def read(launch: Launch, card: str, shape: Shape) -> Program:
     )
 
 
-class Row(NamedTuple):
-    """A line of the table; times in milliseconds."""
-
-    kernel: str
-    launches: int
-    programs: int
-    warps: int
-    registers: int
-    shared: int
-    spills: int
-    resident: int
-    barriers: int
-    """That one warp passes."""
-    issue_ms: float
-    latency_ms: float
-    bytes_ms: float
-    floor_ms: float
-    """Of the stage whose work it does; 0 where that is another kernel's."""
-    expected_ms: float
-
-
 def kernel_rows(
     launches: list[Launch], shape: Shape, card: str, works: dict[str, Work]
-) -> list[Row]:
-    """A row for each kernel, all its launches together. works: of `floors.stages`."""
+) -> list[dict[str, Any]]:
+    """For each kernel its `Program` (of its last launch), and of all its launches the times.
+
+    works: of `floors.stages`.  floor_ms: of the stage whose work it does; 0 where that is another
+    kernel's.
+    """
     machine, rows = CARDS[card], []
     for name in dict.fromkeys(launch.kernel.__name__ for launch in launches):
         mine = [launch for launch in launches if launch.kernel.__name__ == name]
@@ -477,54 +460,48 @@ def kernel_rows(
         floor = machine.ceilings.floor_ms(works[spec.stage]) if spec.stage else 0.0
         moved = max(floor, machine.ceilings.floor_ms(Work(moved_bytes=gathered)))
         rows.append(
-            Row(
-                kernel=name,
-                launches=len(mine),
-                programs=sum(math.prod(launch.grid) for launch in mine),
-                warps=program.warps,
-                registers=program.registers,
-                shared=program.shared,
-                spills=program.spills,
-                resident=resident(program, machine),
-                barriers=program.barriers,
-                issue_ms=issue,
-                latency_ms=latency,
-                bytes_ms=moved,
-                floor_ms=floor,
-                expected_ms=together(issue, latency, moved) + RAMP_MS * len(mine),
-            )
+            {
+                "kernel": name,
+                "launches": len(mine),
+                "programs": sum(math.prod(launch.grid) for launch in mine),
+                **program._asdict(),
+                "resident": resident(program, machine),
+                "issue_ms": issue,
+                "latency_ms": latency,
+                "bytes_ms": moved,
+                "floor_ms": floor,
+                "expected_ms": together(issue, latency, moved) + RAMP_MS * len(mine),
+            }
         )
     return rows
 
 
-class Other(NamedTuple):
-    """A line of the table that is no kernel of ours."""
-
-    name: str
-    count: int
-    floor_ms: float
-    expected_ms: float
-
-
 def other_rows(
     operations: list[Operation], shape: Shape, card: str, works: dict[str, Work]
-) -> list[Other]:
+) -> list[dict[str, Any]]:
     """What is not a kernel of ours: products by cuBLAS, sorts and small operations."""
-    machine, names = CARDS[card], (*PRODUCTS, "sort")
-    products = [o for o in operations if o.name in PRODUCTS]
-    sorts = [o for o in operations if o.name == "sort"]
-    small = [o for o in operations if o.name not in names]
-    floor = machine.ceilings.floor_ms
-    made = sum(
-        max(product_ms(*one.size, shape.d, machine), small_ms(one, machine)) for one in products
-    )
-    sorted_, rest = sum(map(sort_ms, sorts)), sum(small_ms(one, machine) for one in small)
-    found = [
-        Other("product (cuBLAS)", len(products), floor(works["encode"]), made),
-        Other("sort", len(sorts), floor(works["group"]), sorted_),
-        Other("operations of torch", len(small), 0.0, rest),
+    machine = CARDS[card]
+    times: dict[str, list[float]] = {"product (cuBLAS)": [], "sort": [], "operations of torch": []}
+    for one in operations:
+        small = small_ms(one, machine)
+        if one.name in PRODUCTS:
+            product = product_ms(*one.size, shape.d, machine)
+            times["product (cuBLAS)"].append(max(product, small))
+        elif one.name == "sort":
+            times["sort"].append(sort_ms(one))
+        else:
+            times["operations of torch"].append(small)
+    stage = {"product (cuBLAS)": "encode", "sort": "group"}
+    return [
+        {
+            "name": name,
+            "count": len(found),
+            "floor_ms": machine.ceilings.floor_ms(works[stage[name]]) if name in stage else 0.0,
+            "expected_ms": sum(found),
+        }
+        for name, found in times.items()
+        if found
     ]
-    return [one for one in found if one.count]
 
 
 def estimate(part: Pass, shape: Shape, card: str, works: dict[str, Work]) -> dict[str, Any]:
@@ -532,11 +509,11 @@ def estimate(part: Pass, shape: Shape, card: str, works: dict[str, Work]) -> dic
     rows = kernel_rows(part.launches, shape, card, works)
     others = other_rows(part.operations, shape, card, works)
     return {
-        "rows": [row._asdict() for row in rows],
-        "others": [other._asdict() for other in others],
+        "rows": rows,
+        "others": others,
         "launches": len(part.launches),
         "operations": len(part.operations),
-        "step_ms": sum(one.expected_ms for one in (*rows, *others)),
+        "step_ms": sum(one["expected_ms"] for one in (*rows, *others)),
     }
 
 
@@ -643,14 +620,17 @@ def _rows(
         return f"{floor:.3f}", f"{time:.3f}", f"{time / floor:.2f}" if floor > 0.01 else ""
 
     rows: list[tuple[Any, ...]] = []
-    for row in (Row(**one) for one in found["rows"]):
-        times = [ms for kernel, ms in measured.items() if row.kernel in kernel]
-        size = f"{row.programs} x {row.warps}", row.registers, row.resident, row.barriers
-        bounds = (f"{ms:.3f}" for ms in (row.issue_ms, row.latency_ms, row.bytes_ms))
-        end = *ending(row.floor_ms, row.expected_ms), f"{sum(times):.3f}" * bool(times)
-        rows.append((row.kernel, *size, row.spills, *bounds, *end))
-    others = (Other(**one) for one in found["others"])
-    lines = [(one.name, _many(one.count, "call"), one.floor_ms, one.expected_ms) for one in others]
+    for row in found["rows"]:
+        times = [ms for kernel, ms in measured.items() if row["kernel"] in kernel]
+        size = f"{row['programs']} x {row['warps']}"
+        counts = (row[name] for name in ("registers", "resident", "barriers", "spills"))
+        bounds = (f"{row[f'{kind}_ms']:.3f}" for kind in ("issue", "latency", "bytes"))
+        end = *ending(row["floor_ms"], row["expected_ms"]), f"{sum(times):.3f}" * bool(times)
+        rows.append((row["kernel"], size, *counts, *bounds, *end))
+    lines = [
+        (one["name"], _many(one["count"], "call"), one["floor_ms"], one["expected_ms"])
+        for one in found["others"]
+    ]
     for name, count, *times in lines + totals:
         rows.append((name, count, *7 * [""], *ending(*times), ""))
     width = len(COLUMNS) - (not measured)

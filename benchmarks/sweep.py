@@ -6,12 +6,12 @@ less than 1.5 times (1) plus the steps of (2), and to give the same bytes as (2)
 """
 
 import tempfile
-from collections.abc import Iterator
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks.flags import command, positive, save
 from benchmarks.measure import describe, spent
@@ -27,29 +27,20 @@ ALLOWED = 1.5
 
 def members(dict_size: int, k: int) -> dict[str, SAEConfig]:
     """Eight SAEs of one dictionary size: both encoders, four splits of the heads, three k."""
+    kron = partial(SAEConfig, dict_size=dict_size, k=k)
     splits = [(1, 4), (2, 4), (4, 4), (4, 8)]
-    found = {f"m{m}-n{n}": SAEConfig(m=m, n=n, dict_size=dict_size, k=k) for m, n in splits}
-    found |= {
-        f"k{other}": SAEConfig(m=4, n=4, dict_size=dict_size, k=other) for other in (k // 2, 2 * k)
+    return {
+        **{f"m{m}-n{n}": kron(m=m, n=n) for m, n in splits},
+        **{f"k{other}": kron(m=4, n=4, k=other) for other in (k // 2, 2 * k)},
+        "mul": kron(m=4, n=4, composition="mul"),
+        "dense": kron(encoder="dense"),
     }
-    found["mul"] = SAEConfig(m=4, n=4, dict_size=dict_size, k=k, composition="mul")
-    found["dense"] = SAEConfig(encoder="dense", dict_size=dict_size, k=k)
-    return found
 
 
 def open_stream(config: TrainConfig) -> LanguageModelActivations:
     buffer = min(65_536, config.tokens)  # it is filled before the first batch
     data = DataConfig(layer=2, buffer_tokens=buffer, heldout_tokens=4096)
     return open_activations(data, batch_size=config.batch_size, seed=0, device="cpu")
-
-
-def read(source: LanguageModelActivations, tokens: int) -> Iterator[Tensor]:
-    """Batches until there are `tokens`."""
-    for x in source:
-        yield x
-        tokens -= len(x)
-        if tokens <= 0:
-            return
 
 
 def weights(result: FitResult, folder: Path) -> bytes:
@@ -62,7 +53,8 @@ def measure(saes: dict[str, SAEConfig], config: TrainConfig) -> dict[str, Any]:
 
     Raises AssertionError if a member of the sweep is not, byte for byte, what it is alone.
     """
-    batches, stream = spent(lambda: list(read(open_stream(config), config.tokens)))
+    steps = -(-config.tokens // config.batch_size)
+    batches, stream = spent(lambda: list(islice(open_stream(config), steps)))
     swept, sweep = spent(
         lambda: fit_many(list(saes.values()), open_stream(config), config, names=list(saes))
     )
@@ -73,23 +65,25 @@ def measure(saes: dict[str, SAEConfig], config: TrainConfig) -> dict[str, Any]:
             found = weights(result, Path(folder) / "alone"), weights(member, Path(folder) / "swept")
             assert found[0] == found[1], f"{name}: the sweep's weights are not those of it alone"
             print(f"{name:8} {alone[name]['cpu']:7.2f} s alone, the same bytes", flush=True)
-    steps = {clock: sum(each[clock] for each in alone.values()) for clock in stream}
+    allowed = {
+        clock: ALLOWED * stream[clock] + sum(each[clock] for each in alone.values())
+        for clock in stream
+    }
     return {
         "tokens": config.tokens,
         "batch_size": config.batch_size,
         "language_model_seconds": stream,
         "alone_seconds": alone,
         "sweep_seconds": sweep,
-        "allowed_seconds": {clock: ALLOWED * stream[clock] + steps[clock] for clock in stream},
+        "allowed_seconds": allowed,
     }
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = command("sweep", __doc__)
-    parser.add_argument("--tokens", type=positive, default=100_000)
-    parser.add_argument("--batch-size", type=positive, default=1024)
-    parser.add_argument("--dict-size", type=positive, default=4096)
-    parser.add_argument("--k", type=positive, default=32)
+    sizes = {"tokens": 100_000, "batch-size": 1024, "dict-size": 4096, "k": 32}
+    for name, size in sizes.items():
+        parser.add_argument(f"--{name}", type=positive, default=size)
     options = parser.parse_args(arguments)
     config = TrainConfig(tokens=options.tokens, batch_size=options.batch_size, device="cpu")
     result = measure(members(options.dict_size, options.k), config)

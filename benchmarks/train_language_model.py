@@ -118,7 +118,7 @@ def training_windows(
 
 @torch.no_grad()
 def heldout_loss(
-    model: GPTNeoXForCausalLM, documents: list[np.ndarray], context: int, batch: int = 32
+    model: GPTNeoXForCausalLM, documents: list[np.ndarray], context: int
 ) -> tuple[float, int]:
     """Mean loss in nats/token and the number of tokens it is over.
 
@@ -128,26 +128,17 @@ def heldout_loss(
     documents: token ids [length], end-of-text first.
     Raises ValueError if no document has a token to predict.
     """
-    windows = [
-        torch.from_numpy(ids[start : start + context + 1])
-        for ids in documents
-        for start in range(0, len(ids) - 1, context)
-    ]
-    if not windows:
-        raise ValueError("no tokens to predict: every document is empty")
-    windows.sort(key=len)
-    training, device = model.training, model.device
+    training, nats, count = model.training, 0.0, 0
     model.eval()
-    nats, count = 0.0, 0
-    for i in range(0, len(windows), batch):
-        chunk = windows[i : i + batch]
-        ids = torch.nn.utils.rnn.pad_sequence(chunk, batch_first=True, padding_value=-100)
-        ids = ids.to(device)
-        logits = model(ids[:, :-1].clamp(min=0)).logits.float()
-        targets = ids[:, 1:].flatten()
-        nats += F.cross_entropy(logits.flatten(0, 1), targets, reduction="sum").item()
-        count += int((targets >= 0).sum())
+    for ids in documents:
+        for start in range(0, len(ids) - 1, context):
+            window = torch.from_numpy(ids[start : start + context + 1]).to(model.device)
+            logits = model(window[None, :-1]).logits[0].float()
+            nats += F.cross_entropy(logits, window[1:], reduction="sum").item()
+            count += len(window) - 1
     model.train(training)
+    if not count:
+        raise ValueError("no tokens to predict: every document is empty")
     return nats / count, count
 
 

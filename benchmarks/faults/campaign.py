@@ -132,6 +132,12 @@ class Attempt:
         self.require_finished()
         return ended
 
+    def hit_by(self, fault: Fault) -> Ended | None:
+        """`go_on` with a fault; how the run ended that it hit, or None if it came too late."""
+        first, *_ = self.go_on(fault)
+        self.outcome.hit += first.status != 0
+        return first if first.status != 0 else None
+
     def require_finished(self) -> None:
         """Raises Failed unless everything is, bit for bit, as without a fault."""
         self.require_same(self.kind.compare(self.out), self.expected)
@@ -211,10 +217,9 @@ def stop(it: Attempt, numbers: Sequence[signal.Signals]) -> None:
     """Signals at a random moment; if there are two, the second comes a moment later."""
     moment = it.drawn.uniform(0.1, 1) * it.whole.seconds
     later = moment + it.drawn.uniform(0, 0.2)
-    first, *_ = it.go_on(Fault(list(zip((moment, later), numbers, strict=False))))
-    if first.status == 0:
+    first = it.hit_by(Fault(list(zip((moment, later), numbers, strict=False))))
+    if first is None:
         return
-    it.outcome.hit += 1
     if first.status not in {128 + n for n in numbers} | {-n for n in numbers}:
         raise Failed(f"exit {first.status}\n{first.text[-600:]}")
     said = lines_with(first.text, "Stopped by", "--resume", "stopped")
@@ -263,9 +268,7 @@ def fill_disk(it: Attempt) -> None:
 def limit_files(it: Attempt) -> None:
     """No file may grow beyond a random size: the form of a full disk that needs no mount."""
     size = int(max(sizes(it)) ** it.drawn.uniform(0.4, 1))
-    first, *_ = it.go_on(Fault(prepare=lambda: limit_file_size(size)))
-    if first.status != 0:
-        it.outcome.hit += 1
+    if first := it.hit_by(Fault(prepare=lambda: limit_file_size(size))):
         it.require_error(first, "File too large")
         it.say(error_of(first.text))
 
@@ -388,14 +391,11 @@ DAMAGES = {"truncated": truncate, "a bit flipped": flip, HALF: half_line}
 def fail(it: Attempt, install: Callable[[int], None]) -> None:
     """The text or the language model raises an exception in the middle; later it does not."""
     at = it.drawn.randrange(5, 12)
-    first, *_ = it.go_on(Fault(prepare=lambda: install(at)))
-    if first.status == 0:
-        return
-    it.outcome.hit += 1
-    said = lines_with(first.text, "Go on", "go on", "--resume")
-    if "--resume" not in said:
-        raise Failed(f"no word of how to go on:\n{first.text[-1500:]}")
-    it.say(error_of(first.text) or said)
+    if first := it.hit_by(Fault(prepare=lambda: install(at))):
+        said = lines_with(first.text, "Go on", "go on", "--resume")
+        if "--resume" not in said:
+            raise Failed(f"no word of how to go on:\n{first.text[-1500:]}")
+        it.say(error_of(first.text) or said)
 
 
 def outlier(it: Attempt) -> None:
