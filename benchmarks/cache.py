@@ -111,9 +111,8 @@ class Rate(NamedTuple):
     cpu: float
 
 
-def rate(work: Callable[[], int]) -> Rate:
-    """work: gives the number of bytes that it has read or written."""
-    size, seconds = spent(work)
+def rate(size: int, seconds: dict[str, float]) -> Rate:
+    """Of so many bytes in the seconds that `measure.spent` gives."""
     return Rate(size / seconds["wall"], size / seconds["cpu"])
 
 
@@ -134,29 +133,17 @@ READERS = {
 """Whether batches are made, and checksums compared."""
 
 
-def write_both(folder: Path, how: dict[str, Any], rates: dict[str, list[Rate]]) -> CacheIndex:
-    """Write a cache and plain files of its sizes anew; the index of the cache."""
-    cache, plain = folder / "cache", folder / "plain"
-    for path in (cache, plain):
-        shutil.rmtree(path, ignore_errors=True)
-    made: list[CacheIndex] = []
-
-    def write() -> int:
-        made.append(write_cache(cache, **how))
-        return made[0].bytes
-
-    rates["write cache"].append(rate(write))
-    sizes = [mark.bytes for shard in made[0].train for mark in shard.marks]
-    rates["write plain"].append(rate(lambda: write_plain(plain, sizes)))
-    return made[0]
-
-
 def compare(folder: Path, how: dict[str, Any], batch_size: int, rounds: int) -> dict[str, Any]:
     """Rates over rounds, by name, and the size of the cache. how: as of `write_cache`."""
     rates: dict[str, list[Rate]] = defaultdict(list)
     cache, plain = folder / "cache", folder / "plain"
     for _ in range(rounds):
-        index = write_both(folder, how, rates)
+        for path in (cache, plain):
+            shutil.rmtree(path, ignore_errors=True)
+        index, seconds = spent(lambda: write_cache(cache, **how))
+        rates["write cache"].append(rate(index.bytes, seconds))
+        sizes = [mark.bytes for shard in index.train for mark in shard.marks]
+        rates["write plain"].append(rate(*spent(partial(write_plain, plain, sizes))))
     # Token ids are not read to train.
     shutil.rmtree(plain)
     write_plain(plain, [shard.activations[0].bytes for shard in index.train])
@@ -171,7 +158,7 @@ def compare(folder: Path, how: dict[str, Any], batch_size: int, rounds: int) -> 
             for name, (files, read) in readers.items():
                 if state == "cold":
                     drop(files)
-                found = rate(read)
+                found = rate(*spent(read))
                 if state == "cold" or turn:  # the first turn warms
                     rates[f"{state} {name}"].append(found)
     return {

@@ -112,7 +112,7 @@ def ratio_table(timings: dict[str, Timing], device: torch.device) -> str:
     for a, b in pairs_to_compare(timings, device):
         middle, low, high = ratio(timings, a, b)
         rows.append((f"{a} / {b}", f"{middle:.2f}", f"{low:.2f} … {high:.2f}"))
-    return markdown(("time / time", "ratio", "quartiles"), rows)
+    return markdown(("time / time", "ratio", "quartiles"), rows, numeric=True)
 
 
 def verdicts(found: Comparison, floor_ms: float) -> list[str]:

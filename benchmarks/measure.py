@@ -69,6 +69,11 @@ def _processor() -> str:
 # Checks
 
 
+@functools.lru_cache(maxsize=1)
+def _batches(shape: Shape, device: torch.device) -> list[Tensor]:
+    return batches(shape, device)
+
+
 def require_close(name: str, got: Tensor, expected: Tensor, tolerance: float) -> None:
     """Norm of the difference over norm of the expected, at most `tolerance`; else WrongResult."""
     error = float((got - expected).detach().norm() / expected.detach().norm())
@@ -76,7 +81,7 @@ def require_close(name: str, got: Tensor, expected: Tensor, tolerance: float) ->
         raise WrongResult(f"{name}: relative error {error:.1e}, allowed {tolerance:.1e}")
 
 
-def check_gradients(shape: Shape, x: Tensor, encoder: str) -> None:
+def check_gradients(shape: Shape, encoder: str, device: torch.device) -> None:
     """Loss and gradients of our operations equal the reference's, on a few tokens.
 
     Both compute in float32, in another order. A gradient is a sum of at most B k = 64 * 50 terms
@@ -84,7 +89,7 @@ def check_gradients(shape: Shape, x: Tensor, encoder: str) -> None:
     if terms are of one size; 1e-4 leaves room for cancellation, and none for a wrong latent.
     """
     loss_of, parameters_of = LOSSES[encoder]
-    parameters = parameters_of(shape, x.device)
+    x, parameters = _batches(shape, device)[0], parameters_of(shape, device)
     found = []
     for impl in (None, "reference"):
         loss = loss_of(shape, x[:CHECKED_TOKENS], *parameters, impl=impl)
@@ -95,10 +100,10 @@ def check_gradients(shape: Shape, x: Tensor, encoder: str) -> None:
 
 
 @torch.no_grad()
-def reference_loss(shape: Shape, x: Tensor, encoder: str) -> float:
+def reference_loss(shape: Shape, encoder: str, device: torch.device) -> float:
     """The loss of a model before its first step by the reference, a few tokens at a time."""
     loss_of, parameters_of = LOSSES[encoder]
-    parameters = parameters_of(shape, x.device)
+    x, parameters = _batches(shape, device)[0], parameters_of(shape, device)
     parts = x.split(4 * CHECKED_TOKENS)
     losses = [loss_of(shape, part, *parameters, impl="reference") * len(part) for part in parts]
     return float(sum(losses) / len(x))
@@ -360,19 +365,6 @@ def _device_works() -> bool:
         return False
 
 
-@functools.lru_cache(maxsize=1)
-def _batches(shape: Shape, device: torch.device) -> list[Tensor]:
-    return batches(shape, device)
-
-
-def check_gradients_of(shape: Shape, encoder: str, device: torch.device) -> None:
-    check_gradients(shape, _batches(shape, device)[0], encoder)
-
-
-def reference_loss_of(shape: Shape, encoder: str, device: torch.device) -> float:
-    return reference_loss(shape, _batches(shape, device)[0], encoder)
-
-
 def encoders(shape: Shape, x: Tensor) -> dict[str, Callable[[], object]]:
     """The bare products, and what a Kron encoder makes of one: encode and selection."""
     return {"kron encode": encoding(shape, x), **products(shape, x)}
@@ -467,11 +459,11 @@ def compare_steps(
         return "no time left" if end < time.monotonic() else None
 
     expected = {
-        encoder: attempt(wrong, encoder, reference_loss_of, shape, encoder, device)
+        encoder: attempt(wrong, encoder, reference_loss, shape, encoder, device)
         for encoder in LOSSES
     }
     for encoder in [name for name in LOSSES if name not in wrong]:
-        attempt(wrong, encoder, check_gradients_of, shape, encoder, device)
+        attempt(wrong, encoder, check_gradients, shape, encoder, device)
     in_turns = device.type == "cpu" and call is here
     if not in_turns:
         encode = attempt(

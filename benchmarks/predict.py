@@ -583,7 +583,7 @@ def table(found: dict[str, Any], measured: dict[str, float] | None = None) -> st
     if found["moments"] != "float32":
         card += f", moments in {found['moments']}"
     step = found["step_ms"]
-    total = "**step**", *_counts(found), found["floor_ms"], step
+    total = "**step**", _counts(found), found["floor_ms"], step
     parts = [
         f"## {Shape(**found['shape'])}, {card}",
         _rows(found, [total], measured or {}),
@@ -593,7 +593,7 @@ def table(found: dict[str, Any], measured: dict[str, float] | None = None) -> st
         more = found["auxiliary"]
         dying = Shape(**more["shape"])
         longer = "longer update", "", 0.0, more["update_ms"]
-        total = "**auxiliary pass**", *_counts(more), 0.0, more["total_ms"]
+        total = "**auxiliary pass**", _counts(more), 0.0, more["total_ms"]
         share = f"- {more['total_ms'] / step:.1%} of the step's time"
         parts += [
             f"### Auxiliary pass: {dying.k} dead latents of each of {dying.tokens} tokens",
@@ -603,8 +603,8 @@ def table(found: dict[str, Any], measured: dict[str, float] | None = None) -> st
     return "\n\n".join(parts) + "\n"
 
 
-def _counts(found: dict[str, Any]) -> tuple[str]:
-    return (f"{found['launches']} launches, {_many(found['operations'], 'operation')}",)
+def _counts(found: dict[str, Any]) -> str:
+    return f"{found['launches']} launches, {_many(found['operations'], 'operation')}"
 
 
 def _many(count: int, what: str) -> str:

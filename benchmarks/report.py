@@ -147,7 +147,7 @@ def steps_table(found: Json) -> str:
         skipped = one["skipped"].items()
         parts += [
             bold(one["shape"]),
-            markdown(head, rows),
+            markdown(head, rows, numeric=True),
             f"Floor of a step: {floors}. The encoder's bare product: {bare}.",
             "\n".join(f"- goal: {goal}" for goal in one.get("goals", [])),
             "\n".join(f"- {LABELS.get(name, name)}: {why}" for name, why in skipped),
@@ -226,7 +226,7 @@ def profile_table(found: Json) -> str:
         rows = [(name, f"{a:.3f}", f"{b:.3f}", times(a, b)) for name, (a, b) in pairs.items()]
         parts += [
             f"{bold(one['shape'])}, {LABELS[one['contender']]}",
-            markdown(("stage", "ms", "floor, ms", "ratio"), rows),
+            markdown(("stage", "ms", "floor, ms", "ratio"), rows, numeric=True),
         ]
         if one.get("predicted"):
             rows = [
@@ -235,7 +235,7 @@ def profile_table(found: Json) -> str:
                 for p in one["predicted"]
             ]
             head = ("kernel", "ms", "predicted, ms", "floor, ms", "to the prediction")
-            parts.append(markdown(head, rows))
+            parts.append(markdown(head, rows, numeric=True))
     return "\n\n".join(parts)
 
 

@@ -103,9 +103,8 @@ def test_wrong_arguments_are_said_before_anything_is_timed(
 def test_wrong_step_reports_no_time(monkeypatch):
     """A step with another loss, and an operation with another result, are found out."""
     from benchmarks import measure, steps
-    from benchmarks.shapes import SHAPES, batches
+    from benchmarks.shapes import SHAPES
 
-    shape = SHAPES["toy"]
     kron = steps.CONTENDERS["kron"]
     with monkeypatch.context() as patch:
         other = kron._replace(make=lambda shape, device: kron.make(shape._replace(k=3), device))
@@ -120,7 +119,7 @@ def test_wrong_step_reports_no_time(monkeypatch):
 
     monkeypatch.setitem(steps.LOSSES, "kron", (wrong, steps.kron_parameters))
     with pytest.raises(measure.WrongResult, match="toy loss"):
-        measure.check_gradients(shape, batches(shape)[0], "kron")
+        measure.check_gradients(SHAPES["toy"], "kron", CPU)
     found = compared()
     assert "toy loss" in found.skipped["kron"]
     assert {"dense", "listing", "topk"} <= found.timings.keys()
