@@ -186,55 +186,46 @@ def moments_of_step(shape: Shape, contender: str) -> dict[str, dict[str, int]]:
 
     encoder, *fused = contender.split()
     kron, d, rows, size = encoder == "kron", shape.d, shape.rows(encoder), shape.dict_size
-    codes = shape.tokens * shape.k
+    codes, of_batch = shape.tokens * shape.k, shape.tokens * d
     factors = 2 if kron else 1  # base and extension, or the value
     chunk = min(torch_impl.chunk_tokens(WIDTH * rows, torch.device("cuda")), shape.tokens)
     lengths = config_of("segments", GENERATION).blocks
-    of_decoder = codes // lengths["ROW_LENGTH"] * 4 * d
-    of_encoder = of_decoder
+    of_decoder = of_encoder = codes // lengths["ROW_LENGTH"] * 4 * d
     if kron:
         of_encoder = codes // lengths["HEAD_LENGTH"] * (1 + shape.n) * 4 * d
-    low_batch = {"batch in low precision": WIDTH * shape.tokens * d}
+    # Sorted by latent: int32 token and latent; where each latent's begin.
+    entries = 8 * codes + 4 * size
+    batch = {"batch in low precision": WIDTH * of_batch}
     encode = {
-        **low_batch,
+        **batch,
         "pre-latents of a chunk": WIDTH * rows * chunk,
         # int64 index and float32 factors; of a chunk, its unsorted ranks, too.
         "codes": (8 + 4 * factors) * codes + 8 * shape.k * chunk,
     }
-    # Sorted by latent: int32 token and latent; where each latent's begin.
-    entries = 8 * codes + 4 * size
     if fused:
         update = {
-            **low_batch,
-            "residual": WIDTH * shape.tokens * d,
+            **batch,
+            "residual": WIDTH * of_batch,
             # int64 index; value and three derivatives, and all of these sorted.
             "codes": (8 + 16 + 16) * codes + entries,
             "partial sums": max(of_decoder, of_encoder),
         }
         return {"encode": encode, "update": update}
     low = {"encoder in low precision": WIDTH * rows * (d + 1)}
-    decoder = {"gradient of the decoder": 4 * size * d}
     low_gradient = {"encoder's gradient in low precision": WIDTH * rows * (d + 1)}
+    decoder = {"gradient of the decoder": 4 * size * d}
+    of_decoding = {
+        "derivative by the reconstruction": 4 * of_batch,
+        # int64 index; factors, product, value, its derivative, and that sorted.
+        "codes": (8 + 4 * factors + 4 * (factors - 1) + 12) * codes + entries,
+        "partial sums": of_decoder,
+    }
+    # int64 index; factors, their derivatives, and these sorted.
+    of_encoding = {"codes": (8 + 12 * factors) * codes + entries, "partial sums": of_encoder}
     return {
         "encode": {**encode, **low},
-        "decoder's gradient": {
-            **decoder,
-            **low_batch,
-            **low,
-            "derivative by the reconstruction": 4 * shape.tokens * d,
-            # int64 index; factors, product, value, its derivative, and that sorted.
-            "codes": (8 + 4 * factors + 4 * (factors - 1) + 12) * codes + entries,
-            "partial sums": of_decoder,
-        },
-        "encoder's gradient": {
-            **decoder,
-            **low_batch,
-            **low,
-            **low_gradient,
-            # int64 index; factors, their derivatives, and these sorted.
-            "codes": (8 + 12 * factors) * codes + entries,
-            "partial sums": of_encoder,
-        },
+        "decoder's gradient": {**decoder, **batch, **low, **of_decoding},
+        "encoder's gradient": {**decoder, **batch, **low, **low_gradient, **of_encoding},
         "last": {**decoder, **low_gradient, "gradient of the encoder": 4 * rows * (d + 1)},
     }
 
