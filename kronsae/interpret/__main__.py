@@ -5,6 +5,7 @@ import shlex
 import statistics
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +81,8 @@ def work(argv: list[str]) -> None:
         raise InputError(f"{flags.run} is a sweep: name one of its members")
     [loaded] = loaded_saes
     models = [loaded.data.model, *filter(None, [flags.explainer])]
-    console.print(f"loading {' and '.join(models)}", style="dim", markup=False)
+    say = partial(console.print, style="dim", markup=False)
+    say(f"loading {' and '.join(models)}")
     chat: Chat
     if flags.server is not None:
         chat, parallel = ServerChat(flags.server, flags.server_model), flags.parallel or 4
@@ -89,12 +91,8 @@ def work(argv: list[str]) -> None:
         chat, parallel = LocalChat(flags.explainer, dtype=dtype, device=device), 1
     with quiet():
         text = open_heldout(loaded, device)
-    console.print(
-        f"reading {text.facts['tokens']:,} tokens of {text.facts['dataset']} "
-        f"({text.facts['which']})",
-        style="dim",
-        markup=False,
-    )
+    facts = text.facts
+    say(f"reading {facts['tokens']:,} tokens of {facts['dataset']} ({facts['which']})")
     latents = flags.latent or _draw(loaded.sae, text, flags.latents, flags.seed)
     for latent in latents:
         if not 0 <= latent < loaded.sae.dict_size:
@@ -112,7 +110,7 @@ def work(argv: list[str]) -> None:
         "seed": flags.seed,
         "subject": loaded.source,
         "explainer": chat.name,
-        "text": text.facts,
+        "text": facts,
         "summary": summary(results),
         "costs": answers.costs(),
         "latents": [_plain(result) for result in results],

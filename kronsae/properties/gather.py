@@ -124,8 +124,7 @@ def measure(
     """
     config = sae.config
     pre_count = config.heads * (config.m + config.n)
-    one = (config.dict_size + pre_count) * (8 * WINDOW + 16)  # bytes of an example of each
-    sample = settings.sample or max(1, min(PAPER_SAMPLE, SAMPLE_BYTES // one))
+    sample = settings.sample or _sample_size(config.dict_size + pre_count)
     post = _Sums(config.dict_size, vocabulary, settings.top, sample, settings.seed)
     pre = _Sums(pre_count, vocabulary, settings.top, sample, settings.seed + 1)
     both = torch.zeros(config.heads, config.m, config.n, dtype=torch.float64)
@@ -147,8 +146,7 @@ def measure(
             dense = pre_latents(sae, x)
             pre.add_dense(text, dense.cpu().float().numpy())
             fires = (dense > 0).float().view(-1, config.heads, config.m + config.n)
-            base, extension = fires.split([config.m, config.n], 2)
-            both += torch.einsum("thi,thj->hij", base, extension).cpu()
+            both += torch.einsum("thi,thj->hij", fires.split([config.m, config.n], 2)).cpu()
         tokens += len(x)
         progress(tokens)
     if not tokens:
@@ -165,6 +163,11 @@ def measure(
         others,
         {name: group.mass.exact for name, group in groups.items()},
     )
+
+
+def _sample_size(count: int) -> int:
+    """Examples to sample of each of `count` latents and pre-latents: as many as fit."""
+    return max(1, min(PAPER_SAMPLE, SAMPLE_BYTES // (count * (8 * WINDOW + 16))))
 
 
 def pre_latents(sae: SAE, x: Tensor) -> Tensor:

@@ -75,9 +75,9 @@ function plot({ label, series, x, y, steps = false }) {
   }, x.text(tick))));
   for (const { points, style } of series) {
     if (!points.length) continue;
-    const path = points.map(([a, b], place) => {
+    const path = points.map(([a, b], number) => {
       const here = `${at(across(a))} ${at(up(Math.min(y.to, Math.max(y.from, b))))}`;
-      if (!place) return `M${here}`;
+      if (!number) return `M${here}`;
       return steps ? `V${here.split(' ')[1]}H${here.split(' ')[0]}` : `L${here}`;
     }).join('');
     parts.push(svg('path', { class: `line ${style}`, d: path }));
@@ -98,15 +98,15 @@ function distribution(label, groups, { from, to, count, ticks, text, map = (v) =
     const bins = new Array(count).fill(0);
     let total = 0;
     for (const value of values) {
-      const place = Math.floor(count * (map(value) - from) / (to - from));
-      if (Number.isNaN(place)) continue;
-      bins[Math.min(count - 1, Math.max(0, place))] += 1;
+      const bin = Math.floor(count * (map(value) - from) / (to - from));
+      if (Number.isNaN(bin)) continue;
+      bins[Math.min(count - 1, Math.max(0, bin))] += 1;
       total += 1;
     }
     const edge = (bin) => from + (to - from) * bin / count;
     const points = [[from, 0]];
-    bins.forEach((bin, place) => points.push([edge(place), bin / (total || 1)],
-      [edge(place + 1), bin / (total || 1)]));
+    bins.forEach((size, bin) => points.push([edge(bin), size / (total || 1)],
+      [edge(bin + 1), size / (total || 1)]));
     points.push([to, 0]);
     return { name, style, points };
   });
@@ -131,8 +131,8 @@ function histogram(counts, top, label) {
       width: (width / used - 1).toFixed(1), height: tall.toFixed(1),
     }, svg('title', null, `${range}: ${grouped(count)}`));
   });
-  const ticks = [0, top / 2, top].map((value, place) => svg('text', {
-    x: place * width / 2, y: height - 3, 'text-anchor': ['start', 'middle', 'end'][place],
+  const ticks = [0, top / 2, top].map((value, i) => svg('text', {
+    x: i * width / 2, y: height - 3, 'text-anchor': ['start', 'middle', 'end'][i],
   }, short(value)));
   return svg('svg', {
     class: 'histogram', viewBox: `0 0 ${width} ${height}`, role: 'img', 'aria-label': label,

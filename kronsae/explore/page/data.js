@@ -95,18 +95,18 @@ function textsOf(numbers, fires = []) {
     out.splice(start, whole.length, ...whole);
     given.splice(start, rests.length, ...rests);
   }
-  return out.map((text, place) => (fires[place] ? text + given[place] : text));
+  return out.map((text, i) => (fires[i] ? text + given[i] : text));
 }
 
 function spelled(texts) {
   const bytes = [];
   const owners = [];
-  texts.forEach((text, place) => {
+  texts.forEach((text, owner) => {
     text.split(PART).forEach((piece, i) => { // every second one is what stands between ⟨ and ⟩
       const own = i % 2 ? piece.split(' ').map((hex) => parseInt(hex, 16))
         : new TextEncoder().encode(piece);
       bytes.push(...own);
-      owners.push(...Array(own.length).fill(place));
+      owners.push(...Array(own.length).fill(owner));
     });
   });
   const out = texts.map(() => '');
@@ -143,7 +143,7 @@ function character(bytes) {
   }
 }
 
-// A latent, base or extension: {kind, number, head, i, j, row}; row is its place in the index.
+// A latent, base or extension: {kind, number, head, i, j, row}; row is that in the index.
 function latentAt(number) {
   const head = Math.floor(number / PER_HEAD);
   const inHead = number - head * PER_HEAD;
@@ -154,9 +154,9 @@ function latentAt(number) {
 }
 
 const baseAt = (head, i) => (
-  { kind: 'base', group: 'pre', head, i, row: head * PRE_PER_HEAD + i });
+  { kind: 'base', group: 'pre', number: i, head, i, row: head * PRE_PER_HEAD + i });
 const extensionAt = (head, j) => (
-  { kind: 'extension', group: 'pre', head, j, row: head * PRE_PER_HEAD + grid.m + j });
+  { kind: 'extension', group: 'pre', number: j, head, j, row: head * PRE_PER_HEAD + grid.m + j });
 
 const valueOf = (unit, name) => {
   const array = index[`${unit.group}.${name}`];
@@ -169,15 +169,9 @@ function tokensOf(unit, count = 4) {
     .slice(0, count).map(tokenText).filter((text) => text !== undefined);
 }
 
-function addressOf(unit) {
-  if (unit.kind === 'latent') return `#/latent/${unit.number}`;
-  const place = unit.kind === 'base' ? unit.i : unit.j;
-  return `#/head/${unit.head}/${unit.kind}/${place}`;
-}
+const addressOf = (unit) => (unit.kind === 'latent' ? `#/latent/${unit.number}`
+  : `#/head/${unit.head}/${unit.kind}/${unit.number}`);
 
-function nameOf(unit) {
-  if (unit.kind === 'latent') return `latent ${unit.number}`;
-  return `${unit.kind} ${unit.kind === 'base' ? unit.i : unit.j}`;
-}
+const nameOf = (unit) => `${unit.kind} ${unit.number}`;
 
 const groupName = grid.kron ? 'head' : 'group';

@@ -15,8 +15,8 @@ function scaleOf(group, name) {
   const map = (value) => (logarithmic ? Math.log(Math.max(value, 1e-12)) : value);
   const step = Math.max(1, Math.floor(data.length / 20000));
   const sample = [];
-  for (let place = 0; place < data.length; place += step) {
-    if (!Number.isNaN(data[place])) sample.push(map(data[place]));
+  for (let row = 0; row < data.length; row += step) {
+    if (!Number.isNaN(data[row])) sample.push(map(data[row]));
   }
   sample.sort((a, b) => a - b);
   const low = sample[Math.floor(0.02 * sample.length)] ?? 0;
@@ -114,11 +114,8 @@ function gateOf(unit) {
     extension: valueOf(unit, 'extension_blocks'),
   };
   const gate = shares.base > shares.extension ? 'base' : 'extension';
-  const parts = [
-    ['both', `both fire: ${percent(shares.both)}`],
-    ['base', `base blocks: ${percent(shares.base)}`],
-    ['extension', `extension blocks: ${percent(shares.extension)}`],
-  ];
+  const parts = [['both', 'both fire'], ['base', 'base blocks'], ['extension', 'extension blocks']]
+    .map(([style, label]) => [style, `${label}: ${percent(shares[style])}`]);
   const selected = valueOf(unit, 'selected');
   return section('Gate',
     make('p', null, `The ${gate} decides more often: it alone is 0 on `,
@@ -141,11 +138,11 @@ function relation(one, other) {
 
 function nearestOf(unit, block, row) {
   const cosines = rowOf(block.cosines, row);
-  const items = [...rowOf(block.nearest, row)].map((number, place) => {
+  const items = [...rowOf(block.nearest, row)].map((number, rank) => {
     const other = latentAt(number);
     const note = relation(unit, other);
     return make('li', null,
-      make('b', null, cosines[place].toFixed(2)),
+      make('b', null, cosines[rank].toFixed(2)),
       make('a', { href: addressOf(other) }, nameOf(other)),
       note ? make('em', null, note) : null,
       make('span', { class: 'chips' }, tokensOf(other, 3).map((text) => chip(text))));
@@ -156,15 +153,15 @@ function nearestOf(unit, block, row) {
 function titleOf(unit) {
   const title = make('h3', { tabindex: -1, id: 'unit' },
     capitalised(nameOf(unit)));
-  const place = [];
+  const parents = [];
   if (unit.kind === 'latent' && grid.kron) {
-    place.push(
+    parents.push(
       make('a', { href: addressOf(baseAt(unit.head, unit.i)), class: 'base' }, `base ${unit.i}`),
       ' × ',
       make('a', { href: addressOf(extensionAt(unit.head, unit.j)), class: 'extension' },
         `extension ${unit.j}`));
-  } else if (grid.kron) place.push(`pre-latent of head ${unit.head}`);
-  return make('div', { class: 'title' }, title, make('p', null, place));
+  } else if (grid.kron) parents.push(`pre-latent of head ${unit.head}`);
+  return make('div', { class: 'title' }, title, make('p', null, parents));
 }
 
 // What the base and the extension of a latent fire on by themselves.

@@ -8,27 +8,37 @@ function wrong(text) {
     make('a', { href: '#/' }, 'All heads'))];
 }
 
-async function viewOf(address) {
-  const [kind, first, second, third] = address.replace(/^#?\/?|\/$/g, '').split('/');
+// The parts of an address; null if it is not readable.
+function partsOf(address) {
+  try {
+    return address.replace(/^#?\/?/, '').split('/').map((part) => decodeURIComponent(part));
+  } catch {
+    return null;
+  }
+}
+
+async function viewOf(parts) {
+  if (parts === null) return wrong('The address is not readable.');
+  const [kind, first, second, third] = parts;
   const number = Number(first);
-  const whole = (value, end) => Number.isInteger(value) && value >= 0 && value < end;
+  const whole = (text, end) => Boolean(text) && Number.isInteger(Number(text))
+    && Number(text) >= 0 && Number(text) < end;
   if (!kind) return overview();
-  if (kind === 'find') return findView(decodeURIComponent(first || ''));
+  if (kind === 'find') return findView(first || '');
   if (kind === 'latent') {
-    if (!first || !whole(number, facts.latents)) {
+    if (!whole(first, facts.latents)) {
       return wrong(`There are latents 0 to ${facts.latents - 1}.`);
     }
     const unit = latentAt(number);
     return headView(unit.head, unit);
   }
-  if (kind === 'head' && first && whole(number, grid.heads)) {
-    const place = Number(third);
-    if (second === undefined) return headView(number);
-    if (grid.kron && third && second === 'base' && whole(place, grid.m)) {
-      return headView(number, baseAt(number, place));
+  if (kind === 'head' && whole(first, grid.heads)) {
+    if (!second) return headView(number);
+    if (grid.kron && second === 'base' && whole(third, grid.m)) {
+      return headView(number, baseAt(number, Number(third)));
     }
-    if (grid.kron && third && second === 'extension' && whole(place, grid.n)) {
-      return headView(number, extensionAt(number, place));
+    if (grid.kron && second === 'extension' && whole(third, grid.n)) {
+      return headView(number, extensionAt(number, Number(third)));
     }
   }
   return wrong(`No such page; there are ${groupName}s 0 to ${grid.heads - 1}.`);
@@ -39,21 +49,16 @@ let shownHead = null;
 
 async function route() {
   const address = location.hash;
+  const parts = partsOf(address);
   turn += 1;
   const own = turn;
-  let view;
   watched = null;
-  try {
-    view = await viewOf(address);
-  } catch (error) {
-    if (!(error instanceof URIError)) throw error;
-    view = wrong('The address is not readable.');
-  }
+  const view = await viewOf(parts);
   if (own !== turn) return; // another address was asked for meanwhile
   const held = document.activeElement?.closest?.('.grid') && shownHead !== null;
   const scroll = window.scrollY;
   main.replaceChildren(...view.filter(Boolean));
-  const head = main.querySelector('.grid') ? headOf(address) : null;
+  const head = main.querySelector('.grid') ? headOf(parts) : null;
   if (head !== null && head === shownHead) {
     window.scrollTo(0, scroll); // another cell of the same grid
     if (held) main.querySelector('.grid [aria-current]')?.focus({ preventScroll: true });
@@ -61,26 +66,13 @@ async function route() {
   // The link that was followed is gone: reading goes on at the top of what it led to.
   if (turn > 1 && document.activeElement === document.body) main.focus({ preventScroll: true });
   shownHead = head;
-  document.title = titleText(address);
+  const title = (parts ?? []).filter(Boolean).join(' ');
+  document.title = title ? `${title} · ${facts.run}` : `${facts.run}: explorer`;
   main.dataset.address = address;
 }
 
-function headOf(address) {
-  const [, kind, first] = address.split('/');
+function headOf([kind, first]) {
   return kind === 'latent' ? latentAt(Number(first)).head : Number(first);
-}
-
-function titleText(address) {
-  const words = decodeURIComponentSafely(address).replace(/^#?\/?/, '').split('/').join(' ');
-  return words ? `${words} · ${facts.run}` : `${facts.run}: explorer`;
-}
-
-function decodeURIComponentSafely(text) {
-  try {
-    return decodeURIComponent(text);
-  } catch {
-    return text;
-  }
 }
 
 document.getElementById('search').addEventListener('submit', (event) => {

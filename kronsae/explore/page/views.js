@@ -144,6 +144,9 @@ function wall() {
     heads.sort((a, b) => sign * (score[a] - score[b]) || a - b);
   }
 
+  const cornerOf = (order) => [
+    (order % columns) * tile[0], Math.floor(order / columns) * tile[1]];
+
   function draw() {
     const width = frame.clientWidth;
     if (!width) return;
@@ -168,9 +171,8 @@ function wall() {
     const pen = canvas.getContext('2d');
     pen.scale(ratio, ratio);
     const inset = cell >= 5 ? 1 : 0.5;
-    heads.forEach((head, place) => {
-      const left = (place % columns) * tile[0];
-      const top = Math.floor(place / columns) * tile[1];
+    heads.forEach((head, order) => {
+      const [left, top] = cornerOf(order);
       for (let at = 0; at < PER_HEAD; at += 1) {
         const value = data[head * PER_HEAD + at];
         if (value === undefined) break;
@@ -187,9 +189,9 @@ function wall() {
   frame.append(cursor);
 
   function mark() {
-    const place = heads.indexOf(wallState.chosen);
-    if (place < 0) return;
-    const [left, top] = [(place % columns) * tile[0], Math.floor(place / columns) * tile[1]];
+    const order = heads.indexOf(wallState.chosen);
+    if (order < 0) return;
+    const [left, top] = cornerOf(order);
     Object.assign(cursor.style, {
       left: `${left - 2}px`, top: `${top - 2}px`,
       width: `${grid.n * cell + 3}px`, height: `${grid.m * cell + 3}px`,
@@ -319,11 +321,11 @@ function moveInGrid(event) {
   const step = {
     ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0],
   }[event.key];
-  const place = event.target.closest('td, th');
-  if (!step || !place) return;
+  const cell = event.target.closest('td, th');
+  if (!step || !cell) return;
   event.preventDefault();
-  const row = [...event.currentTarget.rows][place.parentElement.rowIndex + step[0]];
-  row?.cells[place.cellIndex + step[1]]?.querySelector('a')?.focus();
+  const row = [...event.currentTarget.rows][cell.parentElement.rowIndex + step[0]];
+  row?.cells[cell.cellIndex + step[1]]?.querySelector('a')?.focus();
 }
 
 async function headView(head, chosen) {
@@ -372,8 +374,8 @@ function unitLine(unit, rest) {
 function unitAtRow(group, row) {
   if (group === 'post') return latentAt(row);
   const head = Math.floor(row / PRE_PER_HEAD);
-  const place = row - head * PRE_PER_HEAD;
-  return place < grid.m ? baseAt(head, place) : extensionAt(head, place - grid.m);
+  const inHead = row - head * PRE_PER_HEAD;
+  return inHead < grid.m ? baseAt(head, inHead) : extensionAt(head, inHead - grid.m);
 }
 
 function byToken(query) {
