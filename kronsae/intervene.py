@@ -52,6 +52,7 @@ from kronsae.properties.contexts import short
 from kronsae.runs.folder import RunFolder, versions
 from kronsae.system.devices import resolve_device
 from kronsae.system.files import write_json
+from kronsae.system.tables import console_table
 
 TOP = 8
 """Next tokens in a table."""
@@ -248,10 +249,8 @@ def _generate(model: LanguageModel, sae: SAE, found: argparse.Namespace, console
 def _next_tokens(changed: Changed, tokenizer: Any) -> Table:
     """The next tokens whose probability changes most, and what that is in logits."""
     p, q = (logits.softmax(-1) for logits in (changed.logits, changed.edited))
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    table.add_column("next token")
-    for name in ("logit before", "after", "change", "probability before", "after"):
-        table.add_column(name, justify="right")
+    header = ("next token", "logit before", "after", "change", "probability before", "after")
+    table = console_table(header)
     for token in (q - p).abs().topk(min(TOP, len(p))).indices.tolist():
         before, after = changed.logits[token].item(), changed.edited[token].item()
         table.add_row(
@@ -351,9 +350,7 @@ def _one_token(tokenizer: Any, text: str) -> tuple[int, str]:
 
 def _show_effects(document: dict[str, Any], console: Console) -> None:
     found = sorted(document["latents"], key=lambda each: -abs(each["exact"]))
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for name in ("latent", "fires on (tokens)", "ablated", "attributed"):
-        table.add_column(name, justify="right")
+    table = console_table(("latent", "fires on (tokens)", "ablated", "attributed"), left=0)
     for each in found[:TOP]:
         figures = (f"{each[name]:+.4f}" for name in ("exact", "attributed"))
         table.add_row(str(each["latent"]), str(each["tokens"]), *figures)
@@ -450,9 +447,8 @@ def _show_and_test(result: AndTest, console: Console) -> None:
         f"{100 * gate.extension:.2f} %, both on {100 * gate.both:.2f} %; the latent is among the "
         f"active on {100 * gate.fires:.2f} % ({result.tokens:,} tokens). On these, if ablated:"
     )
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for name in ("", "off", "head's others", "lost", "gained", "loss", "KL", "elsewhere"):
-        table.add_column(name, justify="right" if name else "left", no_wrap=True)
+    header = ("", "off", "head's others", "lost", "gained", "loss", "KL", "elsewhere")
+    table = console_table(header)
     for each in result.ablated:
         table.add_row(
             each.what,

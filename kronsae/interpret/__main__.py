@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 from rich.text import Text
 
 from kronsae.commandline import Parser, exit_status
@@ -32,6 +31,7 @@ from kronsae.model.sae import SAE
 from kronsae.runs.folder import versions
 from kronsae.system.devices import resolve_device
 from kronsae.system.files import write_json
+from kronsae.system.tables import console_table
 
 ANSWERS, RESULT = "answers.jsonl", "interpretation.json"
 
@@ -80,6 +80,9 @@ def work(argv: list[str]) -> None:
     if len(loaded_saes) > 1:
         raise InputError(f"{flags.run} is a sweep: name one of its members")
     [loaded] = loaded_saes
+    for latent in flags.latent or ():
+        if not 0 <= latent < loaded.sae.dict_size:
+            raise InputError(f"--latent: expected 0 to {loaded.sae.dict_size - 1}, got {latent}")
     models = [loaded.data.model, *filter(None, [flags.explainer])]
     say = partial(console.print, style="dim", markup=False)
     say(f"loading {' and '.join(models)}")
@@ -94,9 +97,6 @@ def work(argv: list[str]) -> None:
     facts = text.facts
     say(f"reading {facts['tokens']:,} tokens of {facts['dataset']} ({facts['which']})")
     latents = flags.latent or _draw(loaded.sae, text, flags.latents, flags.seed)
-    for latent in latents:
-        if not 0 <= latent < loaded.sae.dict_size:
-            raise InputError(f"--latent: expected 0 to {loaded.sae.dict_size - 1}, got {latent}")
     flags.out.mkdir(parents=True, exist_ok=True)
     answers = Answers(chat, flags.out / ANSWERS)
     examples = collect(loaded.sae, text, latents, flags.seed)
@@ -201,9 +201,7 @@ def _show(results: list[Interpretation], document: dict[str, Any], console: Cons
     def text_of(value: float | None) -> str:
         return "–" if value is None else f"{value:.2f}"
 
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
-    for name in ("latent", "detection", "fuzzing"):
-        table.add_column(name, justify="right")
+    table = console_table(("latent", "detection", "fuzzing"), left=0)
     table.add_column("explanation", no_wrap=True, overflow="ellipsis")
     for result in results:
         missing = "(never fires here)" if not result.firing else "(no readable reply)"

@@ -3,6 +3,8 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from rich.table import Table
+
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]], *, numeric: bool = False) -> str:
     """A Markdown table of rows as long as the header, without a line break at its end.
@@ -28,6 +30,14 @@ def aligned(header: Sequence[str], rows: Iterable[Sequence[str]], *, left: int =
         )
         for line in lines
     )
+
+
+def console_table(header: Sequence[str], *, left: int = 1) -> Table:
+    """A table without lines for a terminal, to add rows to; `left` as in `aligned`."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim")
+    for column, name in enumerate(header):
+        table.add_column(name, justify="left" if column < left else "right", no_wrap=True)
+    return table
 
 
 def _cell(value: Any) -> str:
