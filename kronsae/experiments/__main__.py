@@ -6,6 +6,7 @@ import shlex
 import sys
 import textwrap
 from pathlib import Path
+from typing import Any
 
 from kronsae.commandline import (
     Parser,
@@ -64,7 +65,7 @@ def make_parser(name: str) -> Parser:
 def parse(name: str, argv: list[str]) -> tuple[Experiment, Path]:
     """The experiment by its flags, and its folder. Raises InputError for anything wrong."""
     kind = EXPERIMENTS[name]
-    flags = {
+    flags: dict[str, Any] = {
         flag: tuple(value) if isinstance(value, list) else value
         for flag, value in vars(make_parser(name).parse(argv)).items()
     }

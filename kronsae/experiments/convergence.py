@@ -203,5 +203,5 @@ class Convergence(EqualTokens):
                     "fmt": "os^v"[budget] + ("--", "-", ":", "-.")[budget],
                     "label": f"F = {size:,}, {tokens:,} tokens",
                 }
-                curves(right, group, "tokens", rate, style=lambda _, given=style: given)
+                curves(right, group, "tokens", rate, style={tokens: style}.__getitem__)
             right.set_title(f"{self.variants[0]} by the recipe")

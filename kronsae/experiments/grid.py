@@ -31,7 +31,7 @@ def run_grid(
     (but for axes, which may grow) or versions, and if there is nothing to run.
     """
     path = folder / f"{name}.json"
-    document = {
+    document: dict[str, Any] = {
         "experiment": name,
         "checks": f"[KronSAE, {experiment.figure}]",
         "statement": experiment.statement,

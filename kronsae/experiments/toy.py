@@ -211,8 +211,8 @@ class Toy(Experiment):
                         axes.plot([middle - 0.1, middle + 0.1], [mean, mean], color=color)
                 axes.plot([], [], color=color, label=label)
             for place, name in enumerate(names):
-                mean, _, _ = PAPER_RV[name].partition(" ")
-                axes.plot(place - 0.22, float(mean), "kx", label=None if place else "paper, mean")
+                paper, _, _ = PAPER_RV[name].partition(" ")
+                axes.plot(place - 0.22, float(paper), "kx", label=None if place else "paper, mean")
             axes.set_xticks(range(len(names)), names)
             axes.set_ylabel("RV coefficient with S")
             axes.set_ylim(0, None)
