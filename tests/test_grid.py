@@ -35,7 +35,7 @@ ILLEGAL = {
     ("jumprelu", "multi_topk"): "needs a selection by k",
     ("matryoshka", "switch"): "experts cannot be nested",
     ("relu", "multi_topk"): "needs a selection by k",
-    ("jumprelu", "switch"): "thresholds of latents cannot follow",
+    ("jumprelu", "switch"): "no threshold holds for all tokens",
     ("relu", "switch"): "takes all latents above 0",
     ("gated", "switch"): "has no experts",
 }

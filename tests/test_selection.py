@@ -86,7 +86,7 @@ def test_batchtopk_is_the_top_of_the_batch(point, spread):
     torch.testing.assert_close(written_out(codes), expected, rtol=1e-5, atol=1e-5)
     assert_well_formed(sae, codes)
     if spread > 1:
-        assert codes.values.shape[1] > selection.CANDIDATES * K  # it looked again
+        assert codes.values.shape[1] > selection.CANDIDATES_PER_K * K  # it looked again
 
 
 def test_batchtopk_gradients_are_those_of_brute_force(point):

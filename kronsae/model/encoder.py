@@ -1,10 +1,11 @@
 """The encoder of an SAE: its projections, and the ways in which selections ask for latents.
 
-`Encoder` is the part of `SAE` that holds them; an `EncoderKind` says what latents they make: Kron,
-dense, or another one that is registered (`kronsae.registry.ENCODERS`).
+`Encoder`, the base class of `SAE`, holds the projections. An `EncoderKind` computes latents from
+them: Kron, dense, or another one that is registered (`kronsae.registry.ENCODERS`).
 Letters: d width, F latents, h heads of m base and n extension pre-latents, w width of the codes.
 """
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -26,17 +27,17 @@ from kronsae_kernels import (
 
 
 class EncoderKind(Kind, nn.Module):
-    """How projections W_enc x + b_enc become latents; parameters of its own are `sae.kind.…`.
+    """The map from projections W_enc x + b_enc to latents; its parameters are `sae.kind.…`.
 
     Methods get weights w [.., d] and biases b [..] of all latents, or of one expert's.
     """
 
     title: ClassVar[str] = "SAE"
-    """What an SAE with it is called."""
+    """Name of an SAE with this encoder."""
     usual_selection: ClassVar[str | None] = None
-    """Title of the selection that its name need not mention."""
+    """Title of the selection that this name leaves out."""
     factored: ClassVar[bool] = False
-    """Whether it has heads of base and extension pre-latents."""
+    """True if it has heads of base and extension pre-latents."""
 
     def __init__(self, config: SAEConfig) -> None:
         super().__init__()
@@ -61,21 +62,25 @@ class EncoderKind(Kind, nn.Module):
     def products(
         self, x: Tensor, w: Tensor, b: Tensor, *, k: int, mask: Tensor | None, impl: str | None
     ) -> SparseCodes:
-        """`encode`, with values by which latents of several processes compete; see `of_product`."""
+        """`encode`, but with values in which latents of several processes are compared exactly.
+
+        `of_product` turns them into values of latents.
+        """
         return self.encode(x, w, b, k=k, mask=mask, impl=impl)
 
     def of_product(self, values: Tensor) -> Tensor:
-        """The values of latents, from those that `products` gives."""
+        """Values of latents from the values that `products` gives."""
         return values
 
     def decoder_rows(self, w: Tensor) -> Tensor:
-        """A direction [F, d] for each latent, for its decoder row to start at."""
+        """Directions [F, d] at which the decoder's rows start."""
         return w
 
     def fold_(self, shift: Tensor, share: float) -> None:
-        """Follow `SAE.folded`, which makes (W_enc x + b_enc - shift) * share of W_enc x + b_enc.
+        """Adapt own parameters when `SAE.folded` replaces W_enc x + b_enc by
+        (W_enc x + b_enc - shift) * share.
 
-        shift: float64, one a row of W_enc.
+        shift: float64, one value for each row of W_enc.
         """
 
     @property
@@ -85,19 +90,19 @@ class EncoderKind(Kind, nn.Module):
 
     @property
     def of_degree_two(self) -> bool:
-        """Whether latents grow like the product of two projections, and not like one."""
+        """True if latents grow like the product of two projections, not like one."""
         return False
 
     def l1(self, sae: "Encoder", x: Tensor, codes: SparseCodes, weights: Tensor | None) -> Tensor:
-        """What an L1 penalty sums over tokens and latents (scalar).
+        """L1 norm of the latents of x [B, d], summed over tokens (scalar).
 
-        codes: of x [B, d].  weights: [F], what each latent counts (None: 1).
+        codes: those of x.  weights: [F], by which latents are multiplied (None: 1).
         """
         values, indices = codes
         return values.abs().sum() if weights is None else (values.abs() * weights[indices]).sum()
 
     def penalties(self, sae: Any, x: Tensor, target: Tensor, tokens: int) -> dict[str, Any]:
-        """Losses of its own on x [b, d], part of a batch of so many tokens, by name (`Penalty`)."""
+        """The encoder's own losses by name (`Penalty`), on x [b, d] of a batch of `tokens`."""
         return {}
 
     def dense_form(self, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
@@ -108,7 +113,10 @@ class EncoderKind(Kind, nn.Module):
 
 @ENCODERS.register("kron")
 class Kron(EncoderKind):
-    """Heads whose base and extension pre-latents meet in a gate. [KronSAE, eq. 2-4]"""
+    """Heads in which each pair of a base and an extension pre-latent makes a latent.
+
+    [KronSAE, eq. 2-4]
+    """
 
     title = "KronSAE"
     usual_selection = "TopK"
@@ -132,8 +140,9 @@ class Kron(EncoderKind):
 
     def products(self, x, w, b, *, k, mask, impl):
         product = "mul" if self.config.composition == "mul" else "relu_mul"
-        gate = {"m": self.config.m, "composition": product}
-        return fused_encode(x, w, b, k=k, mask=mask, impl=impl, **gate)
+        return fused_encode(
+            x, w, b, m=self.config.m, k=k, composition=product, mask=mask, impl=impl
+        )
 
     def of_product(self, values):
         return reference.compose(values, self.config.composition, self.config.eps)
@@ -153,7 +162,7 @@ class Kron(EncoderKind):
 
 @ENCODERS.register("dense")
 class Dense(EncoderKind):
-    """A projection for each latent: relu(W_enc x + b_enc)."""
+    """One projection for each latent: relu(W_enc x + b_enc)."""
 
     fused = shares_heads = True
 
@@ -171,13 +180,12 @@ class Dense(EncoderKind):
 
 
 class Encoder(nn.Module):
-    """What turns activations into latents, without a selection; `SAE` adds that, and the decoder.
+    """Projections of activations, and the latents that they make; `SAE` adds selection and decoder.
 
     W_enc: [h, m + n, d] (with heads) or [F, d]        b_enc: [h, m + n] or [F]
-    kind: what latents they make (`EncoderKind`)
-    router: of experts (`kronsae.model.router`), or None
-
-    mesh: of the processes that share it: see `SAE`.
+    kind: the `EncoderKind` that computes latents from them
+    router: chooses experts (`kronsae.model.router`), or None
+    mesh: the processes that share it, see `SAE`
     """
 
     def __init__(
@@ -215,11 +223,11 @@ class Encoder(nn.Module):
 
     @property
     def own_latents(self) -> int:
-        """Latents that this process holds: all of them, or an equal share."""
+        """Number of latents that this process holds: all of them, or an equal share."""
         return self.config.dict_size // self.mesh.heads.size
 
     def _drawn(self, weight: Tensor, generator: torch.Generator | None) -> Tensor:
-        """N(0, 1) for a weight: its rows of what is drawn for the whole dictionary."""
+        """N(0, 1) in the shape of a weight: this process's rows of a draw for all processes."""
         group, (rows, *columns) = self.mesh.heads, weight.shape
         device = None if generator is None else generator.device
         whole = torch.randn(rows * group.size, *columns, generator=generator, device=device)
@@ -231,49 +239,44 @@ class Encoder(nn.Module):
         """The k largest latents of x [..., d], among `mask` [F] (bool) if given.
 
         With experts: of the token's expert, times the router's probability; fewer (unused slots)
-        where the mask leaves an expert fewer.
+        where the mask leaves an expert fewer. With a mesh, mask is that of the own latents.
         """
-        encode = self.kind.encode
         x = self._as_weights(x)
-        if self.mesh.heads.size > 1:
-            return self._largest_of_ranks(x, k, mask, impl)
+        if self.mesh.heads.size == 1 and self.router is None:
+            return self.kind.encode(x, self.W_enc, self.b_enc, k=k, mask=mask, impl=impl)
+        flat = x.reshape(-1, x.shape[-1])
         if self.router is None:
-            return encode(x, self.W_enc, self.b_enc, k=k, mask=mask, impl=impl)
+            values, indices = self._largest_of_ranks(flat, k, mask, impl)
+        else:
+            values, indices = self._largest_of_experts(self.router, flat, k, mask, impl)
+        shape = (*x.shape[:-1], values.shape[1])
+        return SparseCodes(values.view(shape), indices.view(shape))
+
+    def _largest_of_experts(
+        self, router: Router, x: Tensor, k: int, mask: Tensor | None, impl: str | None
+    ) -> SparseCodes:
         weights, biases = (p.split(len(p) // self.config.experts) for p in (self.W_enc, self.b_enc))
         masks = mask.split(self.latents_per_token) if mask is not None else None
 
-        def of_expert(expert: int, rows: Tensor) -> SparseCodes:
-            allowed = masks[expert] if masks else None
-            count = k if allowed is None else min(k, int(allowed.sum()))
-            if count:
-                values, indices = encode(
-                    rows, weights[expert], biases[expert], k=count, mask=allowed, impl=impl
-                )
-            else:
-                values = self.W_enc.new_zeros(len(rows), 0)
-                indices = values.long()
+        def encode_expert(expert: int, rows: Tensor) -> SparseCodes:
+            values, indices = _largest_allowed(
+                self.kind.encode,
+                *(rows, weights[expert], biases[expert]),
+                *(k, masks[expert] if masks else None, impl),
+            )
             return widened(values, indices + expert * self.latents_per_token, k, self.dict_size)
 
-        codes = self.router.dispatch(x.reshape(-1, x.shape[-1]), of_expert)
-        shape = (*x.shape[:-1], codes.values.shape[1])
-        return SparseCodes(codes.values.view(shape), codes.indices.view(shape))
+        return router.dispatch(x, encode_expert)
 
     def _largest_of_ranks(
         self, x: Tensor, k: int, mask: Tensor | None, impl: str | None
     ) -> SparseCodes:
-        """`largest` of a dictionary whose heads are shared out; mask is that of the own latents."""
         size = self.own_latents
-        flat = x.reshape(-1, x.shape[-1])
-        count = min(k, size if mask is None else int(mask.sum()))
-        if count:
-            found = self.kind.products(flat, self.W_enc, self.b_enc, k=count, mask=mask, impl=impl)
-        else:
-            found = SparseCodes(
-                self.W_enc.new_zeros(len(flat), 0), x.new_zeros(len(flat), 0).long()
-            )
-        values, indices = largest(found, k, self.mesh.heads, size)
-        values = self.kind.of_product(values)
-        return SparseCodes(values.view(*x.shape[:-1], k), indices.view(*x.shape[:-1], k))
+        codes = _largest_allowed(
+            self.kind.products, x, self.W_enc, self.b_enc, min(k, size), mask, impl
+        )
+        values, indices = largest(codes, k, self.mesh.heads, size)
+        return SparseCodes(self.kind.of_product(values), indices)
 
     def above(self, x: Tensor, threshold: Tensor, *, impl: str | None = None) -> SparseCodes:
         """Every latent of x [..., d] above its threshold [F], padded (`threshold_encode`)."""
@@ -281,9 +284,9 @@ class Encoder(nn.Module):
         return self.kind.above(self._as_weights(x), self.W_enc, self.b_enc, threshold, impl)
 
     def every(self, x: Tensor) -> SparseCodes:
-        """All latents of x [B, d] as codes [B, F], each at its place, 0 where it is not active.
+        """All latents of x [B, d] as codes [B, F], in their order, 0 where they are not active.
 
-        Memory: O(B F). For training that no selection makes sparse: see `is_every`.
+        Memory: O(B F). For training without a sparse selection (see `is_every`).
         """
         values = self.kind.every(self._as_weights(x), self.W_enc, self.b_enc)
         indices = torch.arange(values.shape[-1], device=values.device)
@@ -299,28 +302,45 @@ class Encoder(nn.Module):
         return self.kind.silent_value
 
     def fired(self, codes: SparseCodes) -> Tensor:
-        """Which of the codes are active latents (bool [..., k]): their product is not 0."""
+        """Mask (bool [..., k]) of the codes that are active latents: their product is not 0."""
         return codes.values.abs() > self.silent_value
 
 
+def _largest_allowed(
+    encode: Callable[..., SparseCodes],
+    x: Tensor,
+    w: Tensor,
+    b: Tensor,
+    k: int,
+    mask: Tensor | None,
+    impl: str | None,
+) -> SparseCodes:
+    """Codes of x [B, d] by `encode`: the k largest, or as many as the mask allows, even none."""
+    count = k if mask is None else min(k, int(mask.sum()))
+    if count:
+        return encode(x, w, b, k=count, mask=mask, impl=impl)
+    values = w.new_zeros(len(x), 0)
+    return SparseCodes(values, values.long())
+
+
 def is_every(codes: SparseCodes) -> bool:
-    """Whether codes are what `Encoder.every` gives: a matrix, that is, and best taken for one."""
+    """True for the codes that `Encoder.every` gives, whose values are a matrix [B, F]."""
     return codes.indices.ndim == 2 and codes.indices.stride(0) == 0
 
 
-def add_per_latent_(out: Tensor, codes: SparseCodes, of_codes: Tensor) -> None:
-    """Add to out [F], for each latent, what its entries in codes [B, w] have in of_codes [B, w]."""
+def add_per_latent_(out: Tensor, codes: SparseCodes, values: Tensor) -> None:
+    """Add to out [F], for each latent, the values [B, w] at its entries in codes [B, w]."""
     if is_every(codes):
-        out.add_(of_codes.sum(0))
+        out.add_(values.sum(0))
     else:
-        out.index_add_(0, codes.indices.flatten(), of_codes.flatten())
+        out.index_add_(0, codes.indices.flatten(), values.flatten())
 
 
 def widened(values: Tensor, indices: Tensor, width: int, size: int) -> SparseCodes:
-    """Codes [B, w] of `size` latents with unused slots up to `width`.
+    """Codes [B, w] of `size` latents, filled up with unused slots to `width`.
 
-    Their indices are spread over all latents: one latent in all of them would have a long list of
-    entries that mean nothing, which slows its decoder row's gradient down.
+    Indices of unused slots are spread over all latents: a single latent with all of them would have
+    a long list of entries, which slows down the gradient of its decoder row.
     """
     shape = len(values), width - values.shape[1]
     spread = torch.arange(shape[0] * shape[1], device=indices.device) % size

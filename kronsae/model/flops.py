@@ -1,6 +1,4 @@
-"""What an SAE costs, in multiply-adds a token: the paper's count, and a training step of ours.
-
-Plain numbers in and out, so that everything that counts (configs, plans, benchmarks) counts alike.
+"""Multiply-adds that an SAE costs for a token: the paper's count, and that of our training step.
 
 d width of the activations      F = h m n latents, k of them active      rows of the encoder: F, or
 h heads of m base and n extension pre-latents (0 for a dense encoder)       h (m + n)
@@ -30,7 +28,7 @@ def forward(
     """Multiply-adds of one token's forward pass. [KronSAE, eq. 7]
 
     dF + kd for a dense encoder (heads = 0), dh(m + n) + mnh + kd for a Kron encoder. With experts:
-    the router's, and one expert's share of the encoder. d_out: width of a transcoder's target.
+    those of the router and of one expert. d_out: width of a transcoder's target.
     """
     d_out = d if d_out is None else d_out
     encode = d * heads * (m + n) + m * n * heads if heads else d * dict_size
@@ -38,10 +36,7 @@ def forward(
 
 
 def flops_per_token(sae: SAEConfig) -> int:
-    """Multiply-adds of one token's forward pass. [KronSAE, eq. 7]
-
-    Of the whole dictionary, or the router and one expert; and of a linear skip.
-    """
+    """`forward` of a configuration."""
     return forward(
         sae.d_model,
         sae.dict_size,
@@ -56,20 +51,20 @@ def flops_per_token(sae: SAEConfig) -> int:
 
 
 def counted_step(forward_flops: int) -> int:
-    """A training step's, had the backward pass two products for each of the forward's.
+    """Multiply-adds of a training step if the backward pass takes two for each of the forward's.
 
-    So steps are counted where FLOPs are compared; what ours really does is `training_step`.
+    FLOPs are usually compared by this count; `training_step` counts what ours really does.
     """
     return 3 * forward_flops
 
 
 class Step(NamedTuple):
-    """Multiply-adds of a training step for each token of the batch, by what they are for."""
+    """Multiply-adds of a training step for each token of the batch, by purpose."""
 
     encode: float
     """The encoder's matrix product: all rows."""
     select: float
-    """Products of pre-latents: a maximum a head, and all of the k heads that are kept."""
+    """Products of pre-latents: one for each head's maximum, and all in the k heads kept."""
     decode: float
     """The sum of k decoder rows."""
     decoder_backward: float
@@ -98,10 +93,10 @@ def training_step(
     auxk: int = 0,
     auxk_fraction: float = 0.0,
 ) -> Step:
-    """What a step on `batch` tokens really does, for each of them.
+    """Multiply-adds that our step on `batch` tokens takes for each of them.
 
-    auxk: dead latents in the auxiliary loss (those that there are, if fewer), on `auxk_fraction`
-    of the batch: it encodes once more, forming all F products of a Kron encoder.
+    auxk: dead latents in the auxiliary loss, which is measured on `auxk_fraction` of the batch.
+    It encodes once more, and forms all F products of a Kron encoder.
     """
     kron = heads > 0
     rows = heads * (m + n) if kron else dict_size
@@ -124,9 +119,9 @@ def training_step(
 
 
 def equal_budget(tokens: int, reference: int, own: int) -> int:
-    """Tokens for which `own` FLOPs a token cost what `tokens` do at `reference` FLOPs a token.
+    """Number of tokens that cost as much at `own` FLOPs each as `tokens` at `reference` each.
 
-    The iso-FLOP rule: a cheaper encoder sees more tokens. [KronSAE, eq. 7]
+    This is the iso-FLOP rule: a cheaper encoder sees more tokens. [KronSAE, eq. 7]
     Raises InputError unless all are at least 1.
     """
     for name, value in (("tokens", tokens), ("reference", reference), ("own", own)):

@@ -1,4 +1,4 @@
-"""The gated encoder: one affine map says which latents are active, another one their values."""
+"""The gated encoder: one affine map decides which latents are active, another gives values."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +20,7 @@ class GatedSettings:
     """Settings of encoder "gated"."""
 
     gate_coefficient: float = setting(
-        1.0, "gated: weight of the error of what the gate's own values reconstruct"
+        1.0, "gated: weight of the reconstruction error of the gate's own values"
     )
 
     def __post_init__(self) -> None:
@@ -32,9 +32,9 @@ class GatedSettings:
 class Gated(EncoderKind):
     """relu(exp(r_mag) W_enc x + b_mag) where the gate W_enc x + b_enc is open (> 0), else 0.
 
-    r_mag, b_mag: parameters [F]. The gate learns from an error of its own: that of relu(gate)
-    through the decoder, which does not learn from it; and an L1 penalty is on relu(gate), so that
-    values do not shrink. [Rajamanoharan et al. 2024: Gated SAEs]
+    r_mag, b_mag: parameters [F]. The gate learns from an auxiliary loss, the error of decoding
+    relu(gate), from which the decoder does not learn. The L1 penalty is that of relu(gate), so that
+    it does not shrink values. [Rajamanoharan et al. 2024: Gated SAEs]
     Memory in training: O(B F).
     """
 

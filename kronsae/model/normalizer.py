@@ -1,4 +1,4 @@
-"""Activations in units that do not depend on the language model."""
+"""Normalisation of activations to units that do not depend on the language model."""
 
 import math
 from typing import Any
@@ -8,8 +8,8 @@ from torch import Tensor
 
 from kronsae.errors import InputError
 
-FAR = 100
-"""Times the usual distance at which an activation is no measure of the others."""
+OUTLIER_FACTOR = 100
+"""Activations at more than so many times the usual distance from the median are left out."""
 
 
 class Normalizer:
@@ -24,16 +24,16 @@ class Normalizer:
 
     @classmethod
     def of(cls, x: Tensor) -> "Normalizer":
-        """From sample activations [N, d]. Raises InputError if they are all the same.
+        """The normalizer of sample activations [N, d]. Raises InputError if they are all the same.
 
-        Without those that are FAR times as far from the middle as nine tenths are: a single token
-        of enormous size would else leave all others at almost nothing.
+        Outliers are left out: activations OUTLIER_FACTOR times as far from the median as nine
+        tenths are. A single enormous one would otherwise scale all others to almost nothing.
         """
         x = x.double()
         distances = (x - x[:1024].median(0).values).square().mean(1)
         usual = distances.sort().values[len(x) * 9 // 10]
         if usual > 0:
-            x = x[distances <= FAR**2 * usual]
+            x = x[distances <= OUTLIER_FACTOR**2 * usual]
         mean = x.mean(0)
         variance = (x - mean).square().mean().item()
         if not math.isfinite(variance) or variance <= 0:

@@ -1,9 +1,9 @@
-"""What training minimises: the reconstruction error, of one or several reconstructions, and more.
+"""The losses that training minimises: reconstruction errors, penalties, and that of dead latents.
 
 Letters: B tokens, d width of the target, k active latents.
 
-Of a batch that processes share (`kronsae.system.parallel`), each computes its part of every loss:
-what its tokens add to the mean over all B. The parts, and the gradients of all of them, add up.
+Processes that share a batch (`kronsae.system.parallel`) each compute their part of every loss: the
+sum over their own tokens, divided by all B. The parts add up to the loss, and so do gradients.
 """
 
 import math
@@ -20,20 +20,20 @@ from kronsae.system.parallel import ALONE, Group
 from kronsae_kernels import SparseCodes, nested_decode
 
 MULTI_TOPK = 4
-"""Multi-TopK adds the error with so many times k latents. [Gao et al. 2024]"""
+"""Multi-TopK also reconstructs with so many times k latents. [Gao et al. 2024]"""
 MULTI_TOPK_WEIGHT = 1 / 8
-"""Of the error with MULTI_TOPK k latents. [Gao et al. 2024, App. A.2]"""
+"""Weight of the error with MULTI_TOPK k latents. [Gao et al. 2024, App. A.2]"""
 
 VARIANCE_FLOOR = 1e-8
-"""Added to the variance of what is left over: it only matters where nothing is, as activations
-have unit variance."""
+"""Added to the variance of the residual x - x_hat, by which the loss of dead latents is divided:
+activations have unit variance, so that it only matters for a perfect reconstruction."""
 
 
 class Reconstruction(NamedTuple):
-    """What an objective makes of a batch."""
+    """Losses and codes that an objective computes for a batch."""
 
     loss: Tensor
-    """What is minimised, apart from the loss of dead latents (scalar)."""
+    """The loss to minimise, without that of dead latents (scalar)."""
     mse: Tensor
     """Mean squared error of x_hat over tokens and dimensions (scalar)."""
     x_hat: Tensor
@@ -41,28 +41,28 @@ class Reconstruction(NamedTuple):
     codes: SparseCodes
     """The active latents of each token."""
     decoded: SparseCodes
-    """All latents that were decoded here (`SAE.own`); the gradient of their values comes from
-    decoding alone."""
+    """All latents that were decoded here (`SAE.own`); their values have gradients from decoding
+    alone."""
     penalties: dict[str, Penalty]
     """Other losses, by name."""
 
 
 class Objective(Kind):
-    """What the reconstruction is judged by. See `kronsae.registry` for how to add another one."""
+    """A loss of reconstructions. See `kronsae.registry` for how to add another one."""
 
     nested: ClassVar[bool] = False
-    """Whether prefixes of the dictionary reconstruct, too (`SAEConfig.prefixes`)."""
+    """True if prefixes of the dictionary reconstruct, too (`SAEConfig.prefixes`)."""
     decoded_per_k: ClassVar[int] = 1
-    """So many times k latents of a token are decoded: for the memory of a plan."""
+    """Decoded latents of a token in multiples of k, for the memory of a plan."""
 
     @classmethod
     def reconstruct(
         cls, sae: SAE, x: Tensor, target: Tensor, tokens: int, config: TrainConfig, progress: float
     ) -> Reconstruction:
-        """The error on normalised activations x [b, d] with the target [b, d_out], and penalties
-        that are not yet in `loss`.
+        """The error on normalised activations x [b, d] with target [b, d_out]; `loss` is without
+        the penalties.
 
-        tokens: B, of the whole batch of which x is this process's part.
+        tokens: B of the whole batch, of which x is this process's part.
         progress: share of the training that is done, from 0 to 1.
         """
         raise NotImplementedError
@@ -85,7 +85,7 @@ class Plain(Objective):
 
 @OBJECTIVES.register("matryoshka")
 class Matryoshka(Objective):
-    """The sum of the errors with the active latents of each prefix of the dictionary.
+    """The sum over prefixes of the dictionary of the error with their active latents.
 
     [Bussmann et al. 2025; KronSAE, App. A.1]
     """
@@ -104,7 +104,7 @@ class Matryoshka(Objective):
 
 @OBJECTIVES.register("multi_topk")
 class MultiTopK(Objective):
-    """The error with k latents, and an eighth of that with MULTI_TOPK k. [Gao et al. 2024]"""
+    """The error with k latents, plus an eighth of that with MULTI_TOPK k. [Gao et al. 2024]"""
 
     title = "Multi-TopK"
     decoded_per_k = MULTI_TOPK
@@ -113,12 +113,13 @@ class MultiTopK(Objective):
     def check(cls, config):
         if not SELECTIONS[config.selection].by_k:
             raise InputError(
-                f"objective 'multi_topk' needs a selection by k, which {config.selection!r} is not"
+                f"objective 'multi_topk' needs a selection by k, and {config.selection!r} is none: "
+                "take --selection topk or batchtopk"
             )
         if MULTI_TOPK * config.k > config.latents_per_token:
             raise InputError(
                 f"objective 'multi_topk' selects {MULTI_TOPK} k = {MULTI_TOPK * config.k} latents, "
-                f"more than the {config.latents_per_token} that a token has"
+                f"more than the {config.latents_per_token} of a token"
             )
 
     @classmethod
@@ -142,34 +143,34 @@ def objective(
 ) -> Reconstruction:
     """The objective of `sae.config` on normalised activations x [b, d].
 
-    target: what is to be reconstructed, [b, d_target]; by default x.
-    tokens: B, of the whole batch of which x is this process's part; by default b.
+    target: [b, d_target], to be reconstructed; by default x.
+    tokens: B of the whole batch, of which x is this process's part; by default b.
     progress: share of the training that is done, from 0 to 1.
     """
     target = x if target is None else target
     tokens = len(x) if tokens is None else tokens
     kind = OBJECTIVES[sae.config.objective]
-    found = kind.reconstruct(sae, x, target, tokens, config, progress)
-    found.penalties.update(sae.kind.penalties(sae, x, target, tokens))
+    result = kind.reconstruct(sae, x, target, tokens, config, progress)
+    result.penalties.update(sae.kind.penalties(sae, x, target, tokens))
     if sae.router is not None:
         balance = sae.router.balance_loss(x, sae.mesh.data)
-        found.penalties["balance_loss"] = Penalty(balance, config.balance_coefficient)
-    loss = found.loss
-    for penalty in found.penalties.values():
+        result.penalties["balance_loss"] = Penalty(balance, config.balance_coefficient)
+    loss = result.loss
+    for penalty in result.penalties.values():
         loss = loss + penalty.coefficient * penalty.loss
-    return found._replace(loss=loss)
+    return result._replace(loss=loss)
 
 
 def auxk_latents(sae: SAEConfig, config: TrainConfig) -> int:
-    """Dead latents a token in their loss, if so many are dead."""
+    """Number of dead latents per token in their loss, if so many are dead."""
     return config.auxk or max(1, sae.d_model // 2)
 
 
 def auxk_tokens(sae: SAEConfig, config: TrainConfig, batch: int) -> int:
-    """Of how many tokens of a batch, the first, the loss of dead latents is taken; 0: of none.
+    """Number of tokens on which the loss of dead latents is measured, the first of a batch, or 0.
 
-    Of config.auxk_fraction of them; of fewer if that loss has more latents a token than the rest of
-    the step, so that it never gathers more than that fraction of what the rest does. At least two.
+    A share auxk_fraction of them. Fewer, if that loss has more latents per token than the rest of
+    the step: it never gathers more than that fraction of the rows that the rest does. At least 2.
     """
     auxk = auxk_latents(sae, config)
     share = config.auxk_fraction * min(1.0, (sae.k or auxk) / auxk)
@@ -187,43 +188,44 @@ def auxk_loss(
     target: Tensor | None = None,
     available: int | None = None,
 ) -> tuple[Tensor, SparseCodes]:
-    """Error of the k strongest dead latents as a model of what the live ones leave over.
+    """Error with which the k strongest dead latents reconstruct the residual x - x_hat.
 
-    What they model, x - x_hat, is detached, b_dec takes no part, and the error is divided by the
-    variance of x - x_hat. [Gao et al. 2024, App. A.2; KronSAE, App. A.1] The gradient reaches the
-    base and extension rows behind each dead latent, and its decoder row. Only dead latents are
-    scored (with experts: those of the token's expert).
+    The residual is detached, b_dec takes no part, and the error is divided by the residual's
+    variance. [Gao et al. 2024, App. A.2; KronSAE, App. A.1] The gradient reaches the base and
+    extension rows behind each dead latent, and its decoder row. Only dead latents are scored (with
+    experts: those of the token's expert).
 
-    x, x_hat: [b, d], of B >= 2 in all.  dead: bool [F], of the latents that this process holds.
-    available: how many are dead in all, at least one; by default those in `dead`. k is cut to it,
-    and the loss scaled down in proportion.  target: what a transcoder shall predict, [b, d_target],
-    in place of x. Returns the loss (scalar) and the dead latents' codes, as they were decoded.
+    x, x_hat: [b, d] of B >= 2 tokens.  dead: bool [F], of the latents that this process holds.
+    available: number of dead latents on all processes, at least 1; by default those in `dead`. If
+    it is below k, k is cut to it and the loss scaled down in proportion.
+    target: [b, d_target], that of a transcoder, in place of x.
+    Returns the loss (scalar) and the codes of the dead latents, as they were decoded.
     """
-    target = ((x if target is None else target) - x_hat).detach()
+    residual = ((x if target is None else target) - x_hat).detach()
     available = min(k, int(dead.sum()) if available is None else available)
-    weight, tokens = auxk_weight(target, available, k, sae.mesh.data)
+    weight, tokens = auxk_weight(residual, available, k, sae.mesh.data)
     codes = sae.own(sae.encode(x, k=available, mask=dead))
-    error = part_of_mean(sae.sum_of_rows(codes, bias=False) - target, tokens)
+    error = part_of_mean(sae.sum_of_rows(codes, bias=False) - residual, tokens)
     return error * weight, codes
 
 
 def auxk_weight(
-    target: Tensor, available: int, k: int, group: Group = ALONE.data
+    residual: Tensor, available: int, k: int, group: Group = ALONE.data
 ) -> tuple[Tensor, int]:
-    """What `auxk_loss` multiplies its mean squared error with: 1 / variance, and available / k.
+    """Weight of the mean squared error in `auxk_loss`: (available / k) / variance of the residual.
 
-    target: [b, d], what is left over.  available, k: dead latents a token taken, and asked for.
-    group: of ranks that have other tokens. Also returns B, how many tokens all of them have.
+    residual: [b, d].  available, k: dead latents per token that there are, and that were asked for.
+    group: ranks with the other tokens of the batch. Also returns B, the tokens of all of them.
     Raises ValueError for fewer than 2.
     """
-    tokens = group.count(len(target), target.device)
+    tokens = group.count(len(residual), residual.device)
     if tokens < 2:
         raise ValueError(f"x: expected at least 2 tokens, whose variance is taken, got {tokens}")
-    mean = group.sum(target.sum(0)) / tokens
-    variance = group.sum(part_of_mean(target - mean, tokens))
+    mean = group.sum(residual.sum(0)) / tokens
+    variance = group.sum(part_of_mean(residual - mean, tokens))
     return (available / k) / (variance + VARIANCE_FLOOR), tokens
 
 
 def part_of_mean(error: Tensor, tokens: int) -> Tensor:
-    """What errors [b, d] of some of B tokens add to the mean square over all (scalar)."""
+    """Sum of squared errors [b, d], divided by the number of errors of all `tokens` (scalar)."""
     return error.square().sum() / (tokens * error.shape[1])

@@ -1,6 +1,7 @@
-"""ReLU: every latent above 0 is active, and an L1 penalty keeps them few."""
+"""The ReLU selection: every latent above 0 is active, and an L1 penalty keeps them few."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,11 +36,11 @@ class ReLUSettings:
 
 @SELECTIONS.register("relu")
 class ReLU(Selection):
-    """Every active latent is selected; how many there are is what the L1 penalty leaves.
+    """Every latent above 0 of each token; the L1 penalty decides how many there are.
 
-    loss = mean over tokens of (squared error + l1_coefficient * sum of latents) / d_model; latents
-    count as much as their decoder row is long. [Bricken et al. 2023; Conerly et al. 2024]
-    Memory: in training O(B F), as most latents are active at its start.
+    loss = mean over tokens of (squared error + l1_coefficient * sum of latents) / d_model, where
+    each latent is multiplied by the norm of its decoder row. [Bricken et al. 2023; Conerly et al.
+    2024] Memory: in training O(B F), as most latents are active at its start.
     """
 
     title = "ReLU"
@@ -50,8 +51,8 @@ class ReLU(Selection):
     def check(cls, config: SAEConfig) -> None:
         if config.experts:
             raise InputError(
-                "selection 'relu' takes all latents above 0, and experts give a token those of one "
-                "expert: leave out experts, or select by k"
+                "selection 'relu' takes all latents above 0, but a token has those of one expert "
+                "alone: leave out experts, or take --selection topk"
             )
 
     @classmethod
@@ -67,7 +68,7 @@ class ReLU(Selection):
         return sae.above(x, sae.b_enc.new_full((sae.dict_size,), sae.silent_value), impl=impl)
 
     def codes_and_penalties(
-        self, sae: Encoder, x: Tensor, config: TrainConfig, progress: float
+        self, sae: Any, x: Tensor, config: TrainConfig, progress: float
     ) -> tuple[SparseCodes, dict[str, Penalty]]:
         settings = self.config.selection_settings
         values, indices = codes = sae.every(x)
@@ -76,7 +77,7 @@ class ReLU(Selection):
         loss = sae.kind.l1(sae, x, codes, norms) / (tokens * sae.d_model)
         warm = settings.l1_warmup_fraction
         grown = min(1.0, progress / warm) if warm else 1.0
-        # A node of their own, so that the gradient of what is decoded has nothing of the penalty.
+        # A separate node: the retained gradient of decoded values has no part of the penalty's.
         codes = SparseCodes(values.view_as(values), indices)
         return codes, {"l1_loss": Penalty(loss, grown * settings.l1_coefficient)}
 

@@ -1,4 +1,4 @@
-"""Switch: a router sends each token to one of E experts, equal parts of the dictionary.
+"""Switch SAEs: a router sends each token to one of E experts, equal parts of the dictionary.
 
 Letters: B tokens, d width, E experts, w width of the codes. Latent indices stay those of the whole
 dictionary: expert e owns [e F / E, (e + 1) F / E).
@@ -14,9 +14,9 @@ from kronsae_kernels import SparseCodes
 
 
 class Router(nn.Module):
-    """p = softmax(weight x + bias) over experts, of which a token gets the first alone.
+    """Probabilities p = softmax(weight x + bias) of experts; a token gets the most probable one.
 
-    Its latents are multiplied by that p, so that the router learns from the reconstruction.
+    Its latents are multiplied by its p, so that the router learns from the reconstruction.
     weight [E, d] ~ N(0, 1) / sqrt(d), bias [E] 0. [Mudide et al. 2025]
     """
 
@@ -48,9 +48,9 @@ class Router(nn.Module):
         return SparseCodes(values[back] * probability[:, None], indices[back])
 
     def balance_loss(self, x: Tensor, group: Group = ALONE.data) -> Tensor:
-        """E sum_e (share of x's tokens that e gets) (mean p_e): 1 if even, E if one gets all.
+        """E sum_e (share of tokens that e gets) (mean p_e): 1 if even, E if one expert gets all.
 
-        group: of ranks that have other tokens of the batch; this is x's part of the batch's loss.
+        group: ranks with the other tokens of the batch; the result is x's part of their loss.
         """
         p = self(x)
         counts = group.sum(p.argmax(-1).bincount(minlength=p.shape[1]))

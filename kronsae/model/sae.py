@@ -1,9 +1,9 @@
 """The sparse autoencoder: an encoder (Kron or dense), a selection, and a sparse decoder.
 
-With TopK it is, on raw activations, two calls of `kronsae_kernels` and nothing else:
+With TopK it is two calls of `kronsae_kernels` on raw activations:
     codes = fused_encode(x, W_enc, b_enc, m=m, k=k)
     x_hat = sparse_decode(codes, w_dec=W_dec, b_dec=b_dec)
-Training happens on centred and scaled activations; `SAE.folded` takes that out again.
+Training happens on centred and scaled activations; `SAE.folded` gives the SAE of raw ones.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ CONFIG_NAME = "config.json"
 
 
 class SAEOutput(NamedTuple):
-    """What a forward pass gives."""
+    """Result of a forward pass."""
 
     x_hat: Tensor
     """[..., d] reconstruction."""
@@ -58,10 +58,9 @@ class SAE(Encoder):
     BatchTopK selects over the batch while `sae.training`, and by its threshold after `sae.eval()`,
     as a loaded SAE does.
 
-    mesh: of processes that share it (`kronsae.system.parallel`). Along `mesh.heads` each holds an
-    equal share of the heads, in order, and of the parameters `SHARDED` 1/R of the rows. All of
-    these have to call a method together, with the same x; codes are those of the whole dictionary,
-    with its indices, and the same on all.
+    mesh: processes that share it (`kronsae.system.parallel`). Along `mesh.heads` each holds an
+    equal share of the heads, in order: 1/R of the rows of the parameters `SHARDED`. They call each
+    method together, with the same x, and all get the codes of the whole dictionary.
     """
 
     def __init__(
@@ -118,7 +117,7 @@ class SAE(Encoder):
         mask: Tensor | None = None,
         impl: str | None = None,
     ) -> SparseCodes:
-        """The active latents of x [..., d]; or, with `k` or `mask`, the k largest (see `largest`).
+        """The active latents of x [..., d]; with `k` or `mask`, the k largest (see `largest`).
 
         Unused slots have value 0 (see `kronsae.model.selection`); TopK has none.
         """
@@ -134,16 +133,13 @@ class SAE(Encoder):
         return self.with_skip(self.sum_of_rows(self.own(codes), impl=impl), x)
 
     def own(self, codes: SparseCodes) -> SparseCodes:
-        """What this process decodes of codes [..., k]: all, or only the latents that it holds.
-
-        Of these the indices are rows of its own W_dec.
-        """
+        """The codes, of [..., k], of the latents that this process holds: rows of its own W_dec."""
         if self.mesh.heads.size == 1:
             return codes
-        shape = codes.values.shape[:-1]
-        flat = SparseCodes(*(part.flatten(0, -2) if shape else part[None] for part in codes))
+        tokens = codes.values.shape[:-1]
+        flat = SparseCodes(*(part.flatten(0, -2) if tokens else part[None] for part in codes))
         values, indices = own_part(flat, self.mesh.heads, len(self.W_dec))
-        shape = *shape, values.shape[1]
+        shape = (*tokens, values.shape[1])
         return SparseCodes(values.view(shape), indices.view(shape))
 
     def sum_of_rows(
@@ -159,7 +155,7 @@ class SAE(Encoder):
         return x_hat + self.b_dec if bias and inside is None else x_hat
 
     def with_skip(self, x_hat: Tensor, x: Tensor | None) -> Tensor:
-        """x_hat [..., d_out] plus what the linear skip makes of x [..., d], where there is one."""
+        """x_hat [..., d_out] plus the linear skip of x [..., d], if there is one."""
         if self.W_skip is None:
             return x_hat
         if x is None:
@@ -169,7 +165,7 @@ class SAE(Encoder):
     def forward(self, x: Tensor, target: Tensor | None = None) -> SAEOutput:
         """Reconstruct x [..., d], of any floating dtype (raw activations for a loaded SAE).
 
-        target: [..., d_target], what a transcoder shall predict.
+        target: [..., d_target], that of a transcoder.
         """
         codes = self.encode(x)
         x_hat = self.decode(codes, x)
@@ -184,8 +180,8 @@ class SAE(Encoder):
     ) -> "SAE":
         """This SAE of (x - mean) * scale as an SAE of x: same latents, reconstruction of x itself.
 
-        Latents are divided by `scale`, so decoder rows keep unit norm: with a root the projections
-        take 1 / scale, with a product of two 1 / sqrt(scale) each. mean: [d].
+        Latents are divided by `scale`, so that decoder rows keep unit norm: projections are divided
+        by scale, or, if a latent is a product of two, by sqrt(scale). mean: [d].
         target: mean [d_target] and scale of a transcoder's target (None: those of x), by whose
         scale the latents are then divided.
         """
@@ -201,7 +197,7 @@ class SAE(Encoder):
         out.load_state_dict(self.state_dict())
 
         def shift(weight: Tensor) -> Tensor:
-            """What a linear map of (x - mean) * scale takes away because of the mean (float64)."""
+            """weight @ mean * scale (float64), by which the mean shifts weight @ (x * scale)."""
             return (weight.double() @ mean.double()) * scale
 
         shift_of_rows = shift(self.W_enc)
@@ -209,21 +205,21 @@ class SAE(Encoder):
         out.b_enc.copy_((self.b_enc.double() - shift_of_rows) * share)
         out.kind.fold_(shift_of_rows, share)
         bias = self.b_dec.double()
-        if self.W_skip is not None:
+        if self.W_skip is not None and out.W_skip is not None:
             out.W_skip.mul_(scale / out_scale)
             bias = bias - shift(self.W_skip)
         out.b_dec.copy_(bias / out_scale + out_mean.double())
-        if self.router is not None:
+        if self.router is not None and out.router is not None:
             out.router.weight.mul_(scale)
             out.router.bias.copy_(self.router.bias.double() - shift(self.router.weight))
         out.selection.scale_(1 / out_scale)
         return out.eval()
 
     def save(self, directory: str | Path, metadata: dict[str, Any] | None = None) -> Path:
-        """Write sae.safetensors and config.json to `directory`, replacing it at once.
+        """Write sae.safetensors and config.json to `directory`, which is replaced atomically.
 
-        `metadata`: JSON-able facts (model, hookpoint, metrics) that `load` gives back as
-        `sae.metadata`; by default those it has. Of a mesh the first rank writes the whole SAE.
+        metadata: JSON-able facts (model, hookpoint, metrics) that `load` gives back as
+            `sae.metadata`; by default this SAE's. With a mesh the first rank writes the whole SAE.
         Raises InputError if the disk is full, or if the folder holds other files.
         """
         from safetensors.torch import save_file
@@ -254,22 +250,22 @@ class SAE(Encoder):
 
 
 def made_of(config: SAEConfig, tensors: dict[str, Tensor], path: Path) -> SAE:
-    """The SAE of these tensors, which were read from `path`.
+    """The SAE with these tensors, which were read from `path`.
 
-    Raises InputError if they are not those of such an SAE; before it takes memory, whatever sizes
-    the configuration names.
+    Raises InputError if their names or shapes are not those of such an SAE, before any memory is
+    allocated.
     """
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     rows = config.dict_size, config.d_out
-    if found.get("W_dec") != rows or found.get("W_enc", ())[-1:] != (config.d_model,):
+    if shapes.get("W_dec") != rows or shapes.get("W_enc", ())[-1:] != (config.d_model,):
         raise InputError(
             f"{path}: expected tensors W_enc [..., {config.d_model}] and W_dec {list(rows)}, "
-            f"got {found}"
+            f"got {shapes}"
         )
     sae = SAE(config, device="meta")
     expected = {name: tuple(tensor.shape) for name, tensor in sae.state_dict().items()}
-    if expected != found:
-        raise InputError(f"{path}: expected tensors {expected}, got {found}")
+    if expected != shapes:
+        raise InputError(f"{path}: expected tensors {expected}, got {shapes}")
     sae = sae.to_empty(device="cpu")
     sae.load_state_dict(tensors)
     return sae.eval()

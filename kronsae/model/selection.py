@@ -1,8 +1,8 @@
-"""Which latents of a token are active: TopK, BatchTopK, JumpReLU, or another `Selection`.
+"""Selections choose the active latents of a token: TopK, BatchTopK, JumpReLU, or another one.
 
-A selection is a module that turns activations into codes, with what the encoder gives: the k
-largest latents of each token (`Encoder.largest`), or those above thresholds (`Encoder.above`). It
-selects as in training while `training`, and as in use after `eval()`.
+A selection is a module that turns activations into codes. It asks the encoder for the k largest
+latents of each token (`Encoder.largest`), or for those above thresholds (`Encoder.above`). Some
+select differently in training (while `training`) and in use (after `eval()`).
 Letters: B tokens, F latents, w the width of the codes.
 
 Codes are [B, w], and tokens with fewer than w active latents fill up with unused slots, at the end:
@@ -25,11 +25,11 @@ from kronsae.system.parallel import ALONE
 from kronsae_kernels import SparseCodes
 from kronsae_kernels.step import BELOW, Thresholds
 
-CANDIDATES = 2
-"""A token's candidates, at first: so many times k. More are looked at only where it is needed."""
-WIDEST = 8
-"""So many times k latents BatchTopK looks at on the widest token of a batch. Seen with the embedded
-default once the loss falls slowly; in the first batches it can be all latents."""
+CANDIDATES_PER_K = 2
+"""Candidates of a token at first, in multiples of k. Tokens that need more are encoded again."""
+WIDEST_PER_K = 8
+"""Candidates of the token of a batch that has most with BatchTopK, in multiples of k. Measured with
+the embedded default once the loss falls slowly; in the first batches it can be all latents."""
 THRESHOLD_RATE = 0.1
 """Share of the newest batch in the running mean of BatchTopK's threshold."""
 
@@ -43,20 +43,19 @@ class Penalty(NamedTuple):
 
 
 class Selection(Kind, nn.Module):
-    """A way to select latents; parameters and buffers of its own are `sae.selection.…`.
+    """A way to select latents; its parameters and buffers are `sae.selection.…`.
 
-    What trains, plans, exports and describes an SAE asks its selection; nothing else knows it by
-    name. See `kronsae.registry` for how to add one.
+    See `kronsae.registry` for how to add one.
     """
 
     aims_at_k: ClassVar[bool] = True
-    """Whether config.k is the number of active latents, exactly or on average."""
+    """True if config.k is the number of active latents, exactly or on average."""
     by_k: ClassVar[bool] = False
-    """Whether any k can be asked for, and a smaller one `cut` from its codes."""
+    """True if it selects for any k, and can `cut` its codes to a smaller one."""
     exact: ClassVar[bool] = False
-    """Whether each token gets k latents, neither more nor fewer."""
+    """True if each token gets k latents, neither more nor fewer."""
     learns_thresholds: ClassVar[bool] = False
-    """Whether latents have thresholds that the loss learns (`jumprelu_bandwidth`)."""
+    """True if latents have thresholds that the loss learns (`jumprelu_bandwidth`)."""
 
     def __init__(self, config: SAEConfig) -> None:
         super().__init__()
@@ -64,12 +63,12 @@ class Selection(Kind, nn.Module):
 
     @classmethod
     def widest(cls, config: SAEConfig) -> int:
-        """Latents of the widest token of a batch, roughly: for the memory of a plan."""
+        """Estimated number of latents of the widest token of a batch, for the memory of a plan."""
         return config.k
 
     @classmethod
     def describe(cls, config: SAEConfig) -> str:
-        """How many latents are active, in words: "50 active per token"."""
+        """Number of active latents in words: "50 active per token"."""
         return f"{'' if cls.exact else 'about '}{config.k} active per token"
 
     def forward(self, sae: Encoder, x: Tensor, k: int, impl: str | None = None) -> SparseCodes:
@@ -77,45 +76,45 @@ class Selection(Kind, nn.Module):
         raise NotImplementedError
 
     def cut(self, sae: Encoder, codes: SparseCodes, k: int) -> SparseCodes:
-        """What a smaller k selects, from the codes of a larger one."""
+        """Codes of a smaller k, from those of a larger one."""
         raise NotImplementedError
 
     def codes_and_penalties(
         self, sae: Encoder, x: Tensor, config: TrainConfig, progress: float
     ) -> tuple[SparseCodes, dict[str, Penalty]]:
-        """Codes of a batch x [B, d] in training, and losses that they bring, by name.
+        """Codes of a batch x [B, d] in training, and the selection's own losses by name.
 
         progress: share of the training that is done, from 0 to 1.
         """
         return self(sae, x, self.config.k), {}
 
     def prepare(self, sae: Encoder, x: Tensor) -> None:
-        """Get ready for a batch x [B, d], before each step of the warm-up."""
+        """Adapt to a batch x [B, d], before each step of the warm-up."""
 
     def update(self, sae: Encoder, codes: SparseCodes) -> None:
         """Learn from a batch's codes, after its optimizer step."""
 
     def scale_(self, factor: float) -> None:
-        """Take latents in other units: all values times `factor`."""
+        """Adapt to latents in other units: all values are multiplied by `factor`."""
 
     def thresholds(self, config: TrainConfig) -> Thresholds | None:
-        """What the fused step learns of it, beside the weights."""
+        """Thresholds that the fused step learns, beside the weights."""
         return None
 
     def activity_threshold(self) -> Tensor | None:
-        """[F] such that a latent is active if its value is greater; None if k decides.
+        """Thresholds [F] that a latent's value exceeds if it is active; None if k decides.
 
-        For libraries whose SAEs select so. Raises InputError if there is none yet.
+        Other libraries' SAEs select by them. Raises InputError if there are none yet.
         """
         return None
 
     def load_activity_threshold(self, threshold: Tensor) -> dict[str, Tensor]:
-        """Its part of an SAE's state_dict that gives `activity_threshold` [F] back."""
+        """Its part of an SAE's state_dict that makes `activity_threshold` this one [F]."""
         return {}
 
     @classmethod
     def can_have(cls, threshold: Tensor | None) -> bool:
-        """Whether such an SAE can have the `activity_threshold` [F], or None."""
+        """True if this `activity_threshold` [F] (or None) can be that of such a selection."""
         return threshold is None
 
 
@@ -135,12 +134,12 @@ class TopK(Selection):
 
 @SELECTIONS.register("batchtopk")
 class BatchTopK(Selection):
-    """In training the k B largest latents of a batch; later, of each token all above a threshold.
+    """In training the k B largest latents of a batch; in use all latents above a threshold.
 
-    Both are exact: a token's candidates are its largest latents, and where the last of them is
-    still selected, the token is looked at again with twice as many. Of equal values the earlier
-    token's come first, within a token as in `Encoder.largest`. Latents that are not active (0) are
-    never selected. [Bussmann et al. 2024: BatchTopK]
+    Both are exact: the candidates of a token are its largest latents, and if the last candidate is
+    selected, the token is encoded again with twice as many. Of equal values those of earlier tokens
+    come first, within a token as in `Encoder.largest`. Latents that are not active (0) are never
+    selected. [Bussmann et al. 2024: BatchTopK]
 
     threshold: buffer, running mean of the smallest value selected from a batch; NaN before any.
     The batch is that of all processes: each gets the candidates' values of the others.
@@ -149,6 +148,7 @@ class BatchTopK(Selection):
 
     title = "BatchTopK"
     by_k = fused = True
+    threshold: Tensor
 
     def __init__(self, config: SAEConfig) -> None:
         super().__init__(config)
@@ -161,34 +161,34 @@ class BatchTopK(Selection):
                 "BatchTopK has no threshold yet: train it, or call train() to select over the batch"
             )
         flat = x.reshape(-1, x.shape[-1])
-        width = min(CANDIDATES * k, sae.latents_per_token)
+        width = min(CANDIDATES_PER_K * k, sae.latents_per_token)
         values, indices = sae.largest(flat, width, impl=impl)
         while True:
-            seen = values.detach()
+            detached = values.detach()
             if self.training:
-                keep = _largest_of_all(sae, seen, k)
+                keep = _largest_of_batch(sae, detached, k)
             else:
-                keep = seen >= self.threshold
-            keep &= seen > sae.silent_value
+                keep = detached >= self.threshold
+            keep &= detached > sae.silent_value
             rows = keep[:, -1].nonzero().squeeze(1)
-            again = len(rows)
-            if self.training:  # if one rank looks again, all do
-                again = sae.mesh.data.count(again, x.device)
-            if not again or width == sae.latents_per_token:
+            unfinished = len(rows)
+            if self.training:  # if one rank encodes again, all do
+                unfinished = sae.mesh.data.count(unfinished, x.device)
+            if not unfinished or width == sae.latents_per_token:
                 break
             width = min(2 * width, sae.latents_per_token)
-            more = sae.largest(flat[rows], width, impl=impl)
+            wider = sae.largest(flat[rows], width, impl=impl)
             values, indices = widened(values, indices, width, sae.dict_size)  # new tensors
-            values.index_copy_(0, rows, more.values)
-            indices.index_copy_(0, rows, more.indices)
-        values, indices = _without(values, indices, keep)
+            values.index_copy_(0, rows, wider.values)
+            indices.index_copy_(0, rows, wider.indices)
+        values, indices = _only(values, indices, keep)
         shape = (*x.shape[:-1], values.shape[1])
         return SparseCodes(values.reshape(shape), indices.reshape(shape))
 
     def cut(self, sae: Encoder, codes: SparseCodes, k: int) -> SparseCodes:
-        seen = codes.values.detach()
-        keep = _largest_of_all(sae, seen, k) & (seen > sae.silent_value)
-        return _without(*codes, keep)
+        values = codes.values.detach()
+        keep = _largest_of_batch(sae, values, k) & (values > sae.silent_value)
+        return _only(*codes, keep)
 
     @torch.no_grad()
     def update(self, sae: Encoder, codes: SparseCodes) -> None:
@@ -203,13 +203,13 @@ class BatchTopK(Selection):
 
     @classmethod
     def widest(cls, config: SAEConfig) -> int:
-        return WIDEST * config.k
+        return WIDEST_PER_K * config.k
 
     def activity_threshold(self) -> Tensor:
-        smallest = _exact(self.threshold)
+        smallest = _in_float32(self.threshold)
         if smallest.isnan():
             raise InputError("BatchTopK has no threshold yet: train the SAE before it is exported")
-        # Ours is the smallest value that is active.
+        # A latent whose value equals our threshold is active.
         below = torch.nextafter(smallest, torch.full_like(smallest, -torch.inf))
         return below.expand(self.config.dict_size).clone()
 
@@ -224,13 +224,13 @@ class BatchTopK(Selection):
 
 @SELECTIONS.register("jumprelu")
 class JumpReLU(Selection):
-    """Of each token every latent above a threshold of its own, which is learned.
+    """Every latent above its own, learned threshold.
 
-    log_threshold: parameter [F]. The loss learns it through the pseudo-derivatives of `jump`, and
-    through a loss (L0 / k - 1)^2 that holds the mean number of active latents L0 at k.
+    log_threshold: parameter [F]. It learns through the pseudo-derivatives of `jump`, also from a
+    loss (L0 / k - 1)^2 that holds the mean number of active latents L0 at k.
     [Rajamanoharan et al. 2024: JumpReLU SAEs]
-    In the warm-up latents grow faster than thresholds are learned, and L0 with them: until its end
-    `prepare` sets all thresholds just below the smallest of the k B largest values of the batch.
+    In the warm-up latents grow faster than thresholds learn, and L0 would grow with them: until its
+    end `prepare` sets all thresholds just below the smallest of the batch's k B largest values.
     Memory: O(B w) and a chunk of scores [b, F].
     """
 
@@ -241,9 +241,9 @@ class JumpReLU(Selection):
     def check(cls, config: SAEConfig) -> None:
         if config.experts:
             raise InputError(
-                "experts scale latents by the router's probability, another one for each token: "
-                "thresholds of latents cannot follow. Leave out experts, or selection "
-                f"{config.selection!r}"
+                f"selection {config.selection!r} does not work with experts: they multiply latents "
+                "by the router's probability, which differs for each token, so that no threshold "
+                "holds for all tokens. Leave out experts, or take another selection"
             )
 
     @classmethod
@@ -263,11 +263,11 @@ class JumpReLU(Selection):
     ) -> tuple[SparseCodes, Tensor]:
         """Codes of x [..., d], and the mean number of active latents (scalar, differentiable)."""
         threshold = self.log_threshold.exp()
-        # In training, also those below their threshold whose distance from it has a derivative.
+        # Training needs the latents just below their threshold, which have a derivative, too.
         reach = self.bandwidth / 2 if self.training else 0.0
         values, indices = sae.above(x, (threshold - reach).detach(), impl=impl)
-        found = values > sae.silent_value
-        values, active = jump(values, threshold[indices], found, self.bandwidth)
+        used = values > sae.silent_value
+        values, active = jump(values, threshold[indices], used, self.bandwidth)
         group = sae.mesh.data if self.training else ALONE.data
         tokens = group.count(active[..., 0].numel(), x.device)
         return SparseCodes(values, indices), group.total(active.sum() / max(1, tokens))
@@ -294,10 +294,10 @@ class JumpReLU(Selection):
         return Thresholds(self.log_threshold, self.bandwidth, config.l0_coefficient)
 
     def activity_threshold(self) -> Tensor:
-        return _exact(self.log_threshold).exp()
+        return _in_float32(self.log_threshold).exp()
 
     def load_activity_threshold(self, threshold: Tensor) -> dict[str, Tensor]:
-        # Values are never negative, so that a threshold below 0 is one of 0.
+        # Values are never negative: thresholds below 0 select as 0 does.
         return {"selection.log_threshold": threshold.float().clamp(min=0).log()}
 
     @classmethod
@@ -306,22 +306,22 @@ class JumpReLU(Selection):
 
 
 def jump(
-    values: Tensor, threshold: Tensor, found: Tensor, bandwidth: float
+    values: Tensor, threshold: Tensor, used: Tensor, bandwidth: float
 ) -> tuple[Tensor, Tensor]:
     """JumpReLU z = v H(v - t) and activity H(v - t) of values v with thresholds t, elementwise.
 
     Derivatives by t: dz/dt = -(t / w) K((v - t) / w) and dH/dt = -(1 / w) K((v - t) / w), with the
     rectangle K(u) = 1 for |u| < 1/2 and w the bandwidth. By v: dz/dv = H(v - t) and dH/dv = 0.
-    found: False where there is no latent (all 0). [Rajamanoharan et al. 2024]
+    used: False in unused slots, where all of these are 0. [Rajamanoharan et al. 2024]
     """
-    return _Jump.apply(values, threshold, found, bandwidth)
+    return _Jump.apply(values, threshold, used, bandwidth)
 
 
 class _Jump(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, values, threshold, found, bandwidth):
-        active = (values > threshold) & found
-        near = ((values - threshold).abs() < bandwidth / 2) & found
+    def forward(ctx, values, threshold, used, bandwidth):
+        active = (values > threshold) & used
+        near = ((values - threshold).abs() < bandwidth / 2) & used
         ctx.save_for_backward(active, near, threshold)
         ctx.bandwidth = bandwidth
         return values.where(active, 0), active.to(values.dtype)
@@ -333,8 +333,8 @@ class _Jump(torch.autograd.Function):
         return d_z * active, d_threshold * near, None, None
 
 
-def _largest_of_all(sae: Encoder, values: Tensor, k: int) -> Tensor:
-    """Which of values [b, w] are among the k B largest of the batch (bool); ties: the earlier."""
+def _largest_of_batch(sae: Encoder, values: Tensor, k: int) -> Tensor:
+    """Mask of the values [b, w] among the k B largest of the batch; of equal ones, the earlier."""
     batch = sae.mesh.batch(values)
     flat, count = batch.flatten(), k * len(batch)
     if count == 0:
@@ -345,20 +345,20 @@ def _largest_of_all(sae: Encoder, values: Tensor, k: int) -> Tensor:
     return sae.mesh.part((above | ties).view_as(batch))[:, : values.shape[1]]
 
 
-def _without(values: Tensor, indices: Tensor, keep: Tensor) -> SparseCodes:
-    """Codes [B, w] as unused slots where not `keep`, cut to the widest token's."""
-    keep = keep | values.isnan()  # which comes from x, and goes on to the reconstruction
+def _only(values: Tensor, indices: Tensor, keep: Tensor) -> SparseCodes:
+    """Codes [B, w] of the entries to `keep`, as wide as the widest token's; others are unused."""
+    keep = keep | values.isnan()  # NaN in x goes on to the reconstruction
     width = max(1, int(keep.sum(1).max()) if len(keep) else 0)
     return SparseCodes(values.where(keep, 0)[:, :width], indices[:, :width])
 
 
-def _exact(x: Tensor) -> Tensor:
-    """In float32 at least."""
+def _in_float32(x: Tensor) -> Tensor:
+    """x in float32, or in its own dtype if that is wider."""
     return x.detach().to(torch.promote_types(x.dtype, torch.float32))
 
 
 def _smallest(sae: Encoder, codes: SparseCodes) -> Tensor:
-    """The smallest active value of the batch (infinity if none is)."""
+    """Smallest active value of the batch of all ranks; infinity if no latent is active."""
     active = codes.values.detach().where(sae.fired(codes), torch.inf).flatten()
     smallest = active.amin() if len(active) else active.new_tensor(torch.inf)
     return sae.mesh.data.min(smallest)
