@@ -235,12 +235,12 @@ KRON = {"d_model": 8, "heads": 8, "m": 2, "n": 2, "k": 4}
 @pytest.mark.parametrize(
     "settings, reason",
     [
-        ({"selection": "batchtopk"}, "selection is 'batchtopk', it knows 'topk' alone"),
-        ({"selection": "jumprelu"}, "selection is 'jumprelu'"),
-        ({"objective": "matryoshka", "matryoshka_first": 16}, "objective is 'matryoshka'"),
-        ({"objective": "multi_topk"}, "objective is 'multi_topk'"),
-        ({"experts": 2}, "experts is 2, it knows 0 alone"),
-        ({"heads": 6}, "6 heads cannot be shared out evenly over 4 ranks"),
+        ({"selection": "batchtopk"}, "selection 'batchtopk' does not work .* .only 'topk'."),
+        ({"selection": "jumprelu"}, "selection 'jumprelu'"),
+        ({"objective": "matryoshka", "matryoshka_first": 16}, "objective 'matryoshka'"),
+        ({"objective": "multi_topk"}, "objective 'multi_topk'"),
+        ({"experts": 2}, "experts do not work"),
+        ({"heads": 6}, "6 heads cannot be divided evenly among 4 processes"),
         ({"encoder": "dense", "dict_size": 30, "heads": 0, "m": 0, "n": 0}, "30 latents cannot"),
     ],
 )
@@ -249,9 +249,7 @@ def test_what_cannot_be_shared_out_is_refused(settings, reason):
     mesh = Mesh(heads=Holder(1, 4))
     with pytest.raises(InputError, match=f"tensor_parallel 4: {reason}"):
         fit(config, torch.randn(10, 8), mesh=mesh)
-    check_heads(
-        config, Mesh(data=Holder(1, 4)).heads.size
-    )  # which share tokens, and the whole of it
+    check_heads(config, Mesh(data=Holder(1, 4)).heads.size)  # ranks that share tokens alone
 
 
 def test_why_the_fused_step_is_off():

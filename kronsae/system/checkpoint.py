@@ -4,12 +4,11 @@ A state is a nested dict of tensors and JSON values. On disk it is a folder with
 state.safetensors and the rest in state.json, which also holds the SHA-256 of the tensors' file, and
 a checksum of its own. A run's checkpoints also have a copy of its config.json.
 
-Of several processes that hold an autoencoder's heads together (`kronsae.system.parallel`) each
-writes its own rows: rank 0 to state.safetensors, beside all that is the same on all ranks, the next
-ones to state-1.safetensors, ... File i of n has the i-th of n equal parts of the rows, so that any
-other number of processes finds its own. torch.distributed.checkpoint would shard as well, but its
-index is a pickle, and its safetensors form is one file for each of a model's tensors, with no room
-for the JSON values and checksums that make a checkpoint whole.
+Processes that divide an autoencoder's heads (`kronsae.system.parallel`) each write their own rows:
+rank 0 to state.safetensors, beside all that is the same on all ranks, the next ones to
+state-1.safetensors, ... File i of n has the i-th of n equal parts of the rows, so that any other
+number of processes can read its own. (torch.distributed.checkpoint has a pickle for its index, or
+one safetensors file for each tensor and no place for JSON values and checksums.)
 """
 
 import os
@@ -22,6 +21,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 
 from kronsae.errors import InputError
 from kronsae.system.files import (
@@ -35,7 +35,7 @@ from kronsae.system.parallel import ALONE, Group, Mesh
 
 FORMAT_VERSION = 2
 SHARDED_VERSION = 3
-"""Of a checkpoint with several files of tensors; else it is as in FORMAT_VERSION."""
+"""The version of a checkpoint with several files of tensors."""
 TENSORS_NAME = "state.safetensors"
 VALUES_NAME = "state.json"
 _TENSOR_KEY = "__tensor__"
@@ -50,75 +50,87 @@ def save_state(
 ) -> Path:
     """Write `state` to `folder`, atomically. Raises InputError if the disk is full.
 
-    held: ends of the names (keys, joined by dots) of tensors that have a part of their rows on each
-        process along `mesh.heads`. All processes of the mesh call this, and see one folder.
+    held: ends of the names (keys, joined by dots) of tensors whose rows are divided among the
+        processes along `mesh.heads`. All processes of the mesh call this, and see one folder.
     copies: checksummed JSON files to put beside the state, by name.
     """
     from safetensors.torch import save_file
 
-    tensors: dict[str, torch.Tensor] = {}
-    rank, file = mesh.heads.rank, _file(mesh.heads.rank)
-
-    def is_mine(name: str) -> bool:
-        return mesh.data.rank == 0 and (rank == 0 or _is_held(name, held))
-
-    values = _split(state, "", tensors, is_mine)
-    own, digest = _beside(folder, rank), None
+    rank = mesh.heads.rank
+    writes = mesh.data.rank == 0
+    tensors: dict[str, Tensor] = {}
+    values = _split(state, "", tensors, lambda name: writes and (rank == 0 or _is_held(name, held)))
+    shard, digest = _shard_folder(folder, rank), None
     try:
         with mesh.world.together():
-            if mesh.data.rank == 0 and rank:
-                replace_directory(own, lambda partial: save_file(tensors, partial / file))
-                digest = sha256(own / file)
+            if writes and rank:
+                replace_directory(shard, lambda part: save_file(tensors, part / _file(rank)))
+                digest = sha256(shard / _file(rank))
         # Ranks along `heads` are neighbours: those of the first group are the first of all.
-        others = mesh.world.exchange(digest)[1 : mesh.heads.size]
-
-        def write(partial: Path) -> None:
-            save_file(tensors, partial / TENSORS_NAME)
-            digests = {TENSORS_NAME: sha256(partial / TENSORS_NAME)}
-            for number, other in enumerate(others, 1):
-                name = _file(number)
-                os.rename(
-                    own.parent / f".{folder.name}.rank-{number}.partial" / name, partial / name
-                )
-                digests[name] = other
-            document = {
-                "format_version": SHARDED_VERSION if others else FORMAT_VERSION,
-                "sha256": digests if others else digests[TENSORS_NAME],
-                "state": values,
-            }
-            write_checksummed(partial / VALUES_NAME, document)
-            for name, copy in copies.items():
-                write_checksummed(partial / name, copy)
-
+        digests = mesh.world.exchange(digest)[1 : mesh.heads.size]
         with mesh.world.together():
             if mesh.first:
-                replace_directory(folder, write)
+                replace_directory(
+                    folder,
+                    lambda part: _write_files(part, folder, values, tensors, digests, copies),
+                )
     finally:
-        shutil.rmtree(own, ignore_errors=True)
+        shutil.rmtree(shard, ignore_errors=True)
     return folder
 
 
-def state_of(owner: int, state: dict[str, Any] | None, group: Group) -> dict[str, Any]:
-    """The state that rank `owner` of the group (tensors on the CPU) gives, on all of its ranks.
+def _write_files(
+    part: Path,
+    folder: Path,
+    values: Any,
+    tensors: dict[str, Tensor],
+    digests: list[str],
+    copies: Mapping[str, dict[str, Any]],
+) -> None:
+    """Write the files of `folder` to `part`, and move those of other ranks there.
 
-    Rank 0 gets the tensors, too, on the CPU; other ranks get None in their place. All of them have
-    to call this; what others than the owner give does not count.
+    digests: SHA-256 of the tensors' files of ranks 1, 2, ...
     """
-    tensors: dict[str, torch.Tensor] = {}
-    told = None
+    from safetensors.torch import save_file
+
+    save_file(tensors, part / TENSORS_NAME)
+    sums = {TENSORS_NAME: sha256(part / TENSORS_NAME)}
+    for rank, digest in enumerate(digests, 1):
+        name = _file(rank)
+        os.rename(_shard_folder(folder, rank) / name, part / name)
+        sums[name] = digest
+    document = {
+        "format_version": SHARDED_VERSION if digests else FORMAT_VERSION,
+        "sha256": sums if digests else sums[TENSORS_NAME],
+        "state": values,
+    }
+    write_checksummed(part / VALUES_NAME, document)
+    for name, copy in copies.items():
+        write_checksummed(part / name, copy)
+
+
+def state_of(owner: int, state: dict[str, Any] | None, group: Group) -> dict[str, Any]:
+    """The state of rank `owner` of the group (tensors on the CPU), sent to all of its ranks.
+
+    Rank 0 gets the tensors, too, on the CPU; other ranks get None in their place. All of them call
+    this; `state` counts on the owner only.
+    """
+    tensors: dict[str, Tensor] = {}
+    message = None
     if group.rank == owner:
         values = _split(state, "", tensors, lambda _: owner > 0)
-        kinds = {name: [str(x.dtype), *x.shape] for name, x in tensors.items()}
-        told = values, kinds
-    values, kinds = group.exchange(told)[owner]
+        message = values, {name: [str(x.dtype), *x.shape] for name, x in tensors.items()}
+    values, shapes = group.exchange(message)[owner]
     if group.rank == 0:
         tensors = {
             name: torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")))
-            for name, (dtype, *shape) in kinds.items()
+            for name, (dtype, *shape) in shapes.items()
         }
     for x in tensors.values():
         group.to_first(x, owner)
-    return state if group.rank == owner else _join(values, tensors.get)
+    if group.rank == owner and state is not None:
+        return state
+    return _join(values, lambda name: tensors.get(name))
 
 
 def load_state(
@@ -133,69 +145,89 @@ def load_state(
         A rank of the group gets its own rows, and reads only files that have some of them.
     tensors: False leaves None in their place, and their files unread.
     """
-    advice = f"remove the folder {folder} to go on from the checkpoint before it"
+    digests, values = _read_values(folder)
+    shards = _Shards(folder, digests)
+
+    def tensor(name: str) -> Tensor | None:
+        if not tensors:
+            return None
+        return shards.rows(name, group) if _is_held(name, held) else shards[0][name]
+
+    try:
+        return _join(values, tensor)
+    except (KeyError, SafetensorError) as error:  # whole, but not what `save_state` wrote
+        raise _damaged(folder, f"tensors: {error}") from error
+
+
+def _read_values(folder: Path) -> tuple[dict[str, str], Any]:
+    """The tensors' files with their SHA-256, and the values, from state.json."""
     try:
         document = read_checksummed(folder / VALUES_NAME)
         version, digests, values = (document[k] for k in ("format_version", "sha256", "state"))
         if version == FORMAT_VERSION:
             digests = {TENSORS_NAME: digests}
-        files = [_file(number) for number in range(len(digests))]
+        files = [_file(rank) for rank in range(len(digests))]
         if version in (FORMAT_VERSION, SHARDED_VERSION) and list(digests) != files:
             raise ValueError(f"expected the files {files}, got {list(digests)}")
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(
-            f"checkpoint {folder} is damaged ({VALUES_NAME}: {error}); {advice}"
-        ) from error
+        raise _damaged(folder, f"{VALUES_NAME}: {error}") from error
     if version not in (FORMAT_VERSION, SHARDED_VERSION):
         raise InputError(
             f"checkpoint {folder}: expected format version {FORMAT_VERSION} or {SHARDED_VERSION}, "
             f"got {version}"
         )
-    parts: dict[int, dict[str, torch.Tensor]] = {}
+    return digests, values
 
-    def part(number: int) -> dict[str, torch.Tensor]:
-        """The tensors of a file, which are read from the disk when they are looked at."""
+
+class _Shards:
+    """The tensors' files of a checkpoint, each checked and read when it is first needed."""
+
+    def __init__(self, folder: Path, digests: dict[str, str]) -> None:
+        self.folder = folder
+        self.digests = digests
+        self._read: dict[int, dict[str, Tensor]] = {}
+
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        """The tensors of file `number`. Raises InputError if it is damaged."""
         from safetensors.torch import load_file
 
-        if number not in parts:
-            path = folder / files[number]
+        if number not in self._read:
+            path = self.folder / _file(number)
             if not path.is_file():
-                raise InputError(
-                    f"checkpoint {folder} is damaged ({path.name} is missing); {advice}"
+                raise _damaged(self.folder, f"{path.name} is missing")
+            if sha256(path) != self.digests[path.name]:
+                raise _damaged(
+                    self.folder, f"{path.name} does not have the SHA-256 that {VALUES_NAME} names"
                 )
-            if sha256(path) != digests[path.name]:
-                raise InputError(
-                    f"checkpoint {folder} is damaged ({path.name} does not have the SHA-256 "
-                    f"that {VALUES_NAME} names); {advice}"
-                )
-            parts[number] = load_file(path)
-        return parts[number]
+            self._read[number] = load_file(path)
+        return self._read[number]
 
-    def tensor(name: str) -> torch.Tensor:
-        if not _is_held(name, held):
-            return part(0)[name]
-        # In units of 1 / (files x ranks) of the rows a file has `ranks`, and a rank `files`.
-        ranks, rank, count = group.size, group.rank, len(files)
-        found = []
-        for number in range(rank * count // ranks, -(-(rank + 1) * count // ranks)):
-            rows = part(number)[name]
-            first = max(0, rank * count - number * ranks) * len(rows) // ranks
-            last = min(ranks, (rank + 1) * count - number * ranks) * len(rows) // ranks
-            found.append(rows[first:last])
-        return found[0] if len(found) == 1 else torch.cat(found)
+    def rows(self, name: str, group: Group) -> Tensor:
+        """This rank's rows of a tensor whose rows are divided among all files."""
+        # In units of 1 / (files x ranks) of the rows, a file has `ranks` and a rank has `files`.
+        ranks, rank, files = group.size, group.rank, len(self.digests)
+        parts = []
+        for number in range(rank * files // ranks, -(-(rank + 1) * files // ranks)):
+            rows = self[number][name]
+            first = max(0, rank * files - number * ranks) * len(rows) // ranks
+            last = min(ranks, (rank + 1) * files - number * ranks) * len(rows) // ranks
+            parts.append(rows[first:last])
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
-    try:
-        return _join(values, tensor if tensors else lambda _: None)
-    except (KeyError, SafetensorError) as error:  # whole, but not what `save_state` wrote
-        raise InputError(f"checkpoint {folder} is damaged (tensors: {error}); {advice}") from error
+
+def _damaged(folder: Path, reason: str) -> InputError:
+    return InputError(
+        f"checkpoint {folder} is damaged ({reason}); remove the folder to go on from the "
+        "checkpoint before it"
+    )
 
 
 def _file(rank: int) -> str:
-    """Where a rank's tensors are."""
+    """Name of the file with a rank's tensors."""
     return f"state-{rank}.safetensors" if rank else TENSORS_NAME
 
 
-def _beside(folder: Path, rank: int) -> Path:
+def _shard_folder(folder: Path, rank: int) -> Path:
     """Where a rank's file waits until all are there (`files.remove_leftovers` knows the name)."""
     return folder.parent / f".{folder.name}.rank-{rank}.partial"
 
@@ -205,12 +237,12 @@ def _is_held(name: str, held: Collection[str]) -> bool:
 
 
 def _split(
-    value: Any, name: str, tensors: dict[str, torch.Tensor], is_wanted: Callable[[str], bool]
+    value: Any, name: str, tensors: dict[str, Tensor], is_wanted: Callable[[str], bool]
 ) -> Any:
-    """`value` with each wanted tensor moved to `tensors`, and the names of all in their place."""
-    if isinstance(value, torch.Tensor):
+    """`value` with names in the place of tensors; the wanted ones are copied to `tensors`."""
+    if isinstance(value, Tensor):
         if is_wanted(name):
-            # A copy: tensors that share memory (views, expanded ones) are saved each for itself.
+            # Tensors that share memory (views, expanded ones) are saved each for itself.
             tensors[name] = value.detach().to("cpu", copy=True).contiguous()
         return {_TENSOR_KEY: name}
     if isinstance(value, dict):
@@ -227,7 +259,8 @@ def _split(
     raise TypeError(f"a state holds tensors and JSON values, got {type(value)} at {name}")
 
 
-def _join(value: Any, tensor: Callable[[str], torch.Tensor]) -> Any:
+def _join(value: Any, tensor: Callable[[str], Tensor | None]) -> Any:
+    """The inverse of `_split`: `value` with tensors in the place of their names."""
     if isinstance(value, dict):
         if set(value) == {_TENSOR_KEY}:
             return tensor(value[_TENSOR_KEY])
@@ -249,8 +282,8 @@ def list_checkpoints(checkpoints: Path) -> list[Path]:
     pattern = re.compile(r"step-\d{8,}")
     if not checkpoints.is_dir():
         return []
-    found = [path for path in checkpoints.iterdir() if pattern.fullmatch(path.name)]
-    return sorted(found, key=step_of)
+    folders = [path for path in checkpoints.iterdir() if pattern.fullmatch(path.name)]
+    return sorted(folders, key=step_of)
 
 
 def step_of(folder: Path) -> int:
@@ -259,7 +292,7 @@ def step_of(folder: Path) -> int:
 
 
 def copy_of(path: Path, checkpoints: Path) -> Path | None:
-    """The newest whole copy of a file that `save_state` put into a checkpoint, or None."""
+    """The newest undamaged copy of a file that `save_state` put into a checkpoint, or None."""
     for folder in reversed(list_checkpoints(checkpoints)):
         try:
             read_checksummed(folder / path.name)

@@ -1,4 +1,4 @@
-"""Names of devices and dtypes as torch has them, and the memory that is free."""
+"""Devices and dtypes by name, free memory, and a clock for devices that run behind the host."""
 
 import os
 import time
@@ -11,7 +11,7 @@ from kronsae.errors import InputError
 
 
 def resolve_device(name: str) -> torch.device:
-    """The device of a name; "auto" is cuda where there is one. Raises InputError if it is not."""
+    """The device of that name; "auto" is cuda if there is one. Raises InputError without it."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -19,7 +19,7 @@ def resolve_device(name: str) -> torch.device:
         if device.type not in ("cpu", "cuda"):
             raise RuntimeError("expected cpu or cuda")
         if device == torch.device("cuda") and "LOCAL_RANK" in os.environ:
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))  # torchrun's: one each
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))  # under torchrun
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
@@ -27,25 +27,25 @@ def resolve_device(name: str) -> torch.device:
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype that "auto" stands for on a device, or the one named."""
+    """The dtype of that name; "auto" is bfloat16 on a GPU, else float32."""
     if name == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
     return getattr(torch, name)
 
 
 def with_index(device: torch.device) -> torch.device:
-    """The device as tensors name theirs: "cuda" alone is the current card."""
+    """The device with its index, as tensors have it: "cuda" alone is the current card."""
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
     return device
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """Memory of the device that is free, or None if the system does not say."""
+    """Free memory of the device, or None if the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    found = [size for size in (_available(), _left_in_group()) if size is not None]
-    return min(found, default=None)
+    sizes = [size for size in (_available(), _left_in_group()) if size is not None]
+    return min(sizes, default=None)
 
 
 def _available() -> int | None:
@@ -56,14 +56,14 @@ def _available() -> int | None:
         return int(kilobytes.split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         pass
-    try:  # not Linux: all that it has
+    try:  # not Linux: all memory
         return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):
         return None
 
 
 def _left_in_group(root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """Memory that a container's limit leaves; its file cache counts as free."""
+    """Memory below a container's limit that is free; its file cache counts as free."""
     try:
         limit = int((root / "memory.max").read_text())  # "max" where there is none
         used = int((root / "memory.current").read_text())
@@ -74,9 +74,9 @@ def _left_in_group(root: Path = Path("/sys/fs/cgroup")) -> int | None:
 
 
 class Clock:
-    """Mean time of what runs inside, on a device that may be behind the host.
+    """Mean time of the blocks that run in it (`with clock:`), on a CPU or a GPU.
 
-    On a card the time between two events of its own: nobody waits for it before somebody asks.
+    On a GPU it is the time between two CUDA events; only `mean_ms` waits for them.
     """
 
     def __init__(self, device: torch.device) -> None:

@@ -1,17 +1,17 @@
-"""Several processes that train together, started by torchrun: `Mesh`, and what ranks tell another.
+"""Several processes that train together, started by torchrun: their `Mesh`, and its operations.
 
 A mesh has two dimensions (torch.distributed's DeviceMesh). Along `data` ranks hold the same heads
 and take different tokens of each batch; along `heads` they see the same tokens and each holds an
 equal share of the heads (of a dense encoder: of the latents), with their decoder rows and moments.
 
-All ranks read the same stream: the order of the data, and with it each batch of the whole mesh, is
-that of a single process, whatever the number of ranks. The language model, which costs most, is
-shared out: each rank runs it on its part of the contexts, and gets the other parts from the others.
+All ranks read the same stream: batches, and their order, are those of a single process, whatever
+the number of ranks. The work of the language model, which costs most, is divided: each rank runs it
+on its part of the contexts, and receives the other parts from the others.
 
-With `share` "members" a rank trains whole members of a sweep, by itself (`owners`): ranks then
-share the language model's work, and the first one writes what all of them have learned.
+With `share` "members" a rank trains whole members of a sweep by itself (`owners`): ranks then
+divide only the language model's work, and the first one writes the results of all.
 
-A single process has the mesh `ALONE`, of which every operation leaves things as they are.
+A single process has the mesh `ALONE`, whose operations change nothing.
 Letters: B tokens, d width, F latents, k selected latents a token, R ranks of a group.
 """
 
@@ -36,23 +36,23 @@ class RankLost(RuntimeError):
 
 
 @contextmanager
-def _answers() -> Iterator[None]:
-    """What torch raises when another rank is gone, as `RankLost`."""
+def _noticing_loss() -> Iterator[None]:
+    """Raise RankLost for the error that torch raises when another rank is gone."""
     try:
         yield
     except RuntimeError as error:
-        first = str(error).split(". ")[0].strip()  # then advice about other programs
-        first = re.sub(r"^\[\S+:\d+\] ", "", first)  # a line of torch's own code
+        reason = str(error).split(". ")[0].strip()  # without advice about other programs
+        reason = re.sub(r"^\[\S+:\d+\] ", "", reason)  # without a line of torch's own code
         raise RankLost(
-            f"another process of this training ended or did not answer ({first}): torchrun says "
+            f"another process of this training ended or did not answer ({reason}): torchrun says "
             "which. --resume goes on from the last checkpoint"
         ) from error
 
 
 class Group:
-    """Ranks that work together; of one alone every operation gives back what it was given.
+    """Ranks that work together. In a group of one, operations return their argument.
 
-    Every rank of the group has to call an operation, in the same order as the others.
+    Every rank of the group calls each operation, in the same order as the others.
     Raises RankLost if one does not.
     """
 
@@ -80,9 +80,10 @@ class Group:
     def _reduce(self, x: Tensor, op: Any) -> Tensor:
         if self.size > 1:
             # nccl wants contiguous tensors: an encoder's gradient is one behind a transposition.
-            stored = x.permute(sorted(range(x.ndim), key=lambda dim: -x.stride(dim)))
+            strides = x.stride()
+            stored = x.permute(sorted(range(x.ndim), key=lambda dim: -strides[dim]))
             dense = stored.contiguous()
-            with _answers():
+            with _noticing_loss():
                 dist.all_reduce(dense, op, group=self.group)
             if dense is not stored:
                 stored.copy_(dense)
@@ -94,66 +95,69 @@ class Group:
             return x[None]
         parts = list(x.new_empty(self.size, *x.shape))
         if x.numel():
-            with _answers():
+            with _noticing_loss():
                 dist.all_gather(parts, x.contiguous(), group=self.group)
         return torch.stack(parts)
 
     def whole(self, x: Tensor) -> Tensor:
-        """The tensor x [n, ...] of which each rank holds equally many rows, on the CPU of rank 0.
+        """All rows of a tensor whose rows are divided equally, on the CPU of rank 0.
 
-        Elsewhere it is the rank's own rows.
+        Other ranks get their own rows x.
         """
         if self.size == 1:
             return x.detach().to("cpu")
         x = x.detach().contiguous()
         if self.rank:
-            with _answers():
+            with _noticing_loss():
                 dist.send(x, group=self.group, group_dst=0)
             return x.to("cpu")
         whole = torch.empty(self.size * len(x), *x.shape[1:], dtype=x.dtype)
         for rank, rows in enumerate(whole.split(len(x))):
             if rank:  # one at a time: there may be no room for more
-                with _answers():
+                with _noticing_loss():
                     dist.recv(x := torch.empty_like(x), group=self.group, group_src=rank)
             rows.copy_(x)
         return whole
 
     def to_first(self, x: Tensor, source: int) -> None:
-        """Copy x of rank `source` into rank 0's x, of its shape and dtype; these two call it.
+        """Copy x of rank `source` into rank 0's x, of the same shape and dtype; these two call it.
 
         Both are contiguous, and on the group's device.
         """
-        content = x.flatten().view(torch.uint8)  # the backend need not know the dtype
+        content = x.flatten().view(torch.uint8)  # the backend may not know the dtype
         if len(content):
-            with _answers():
+            with _noticing_loss():
                 if self.rank:
                     dist.send(content, group=self.group, group_dst=0)
                 else:
                     dist.recv(content, group=self.group, group_src=source)
 
     def total(self, x: Tensor) -> Tensor:
-        """Sum of all ranks' x, of which the derivative by this rank's x is 1.
+        """Sum of all ranks' x; its derivative by this rank's x is 1.
 
-        For a loss that every rank of the group computes alike from the sum.
+        For a loss that every rank of the group computes from the same sum.
         """
         return x if self.size == 1 else _Total.apply(x, self)
 
     def as_part(self, x: Tensor) -> Tensor:
-        """x, which every rank has whole, as a part of the sum of all; with x's derivative."""
+        """x / R with the derivative of x, for an x that is the same on all ranks: they add up to x.
+
+        The ranks' gradients add up, too.
+        """
         return x if self.size == 1 else x - x.detach() * (1 - 1 / self.size)
 
     def share(self, count: int) -> slice:
-        """This rank's equal part of `count` things in a row (the last ranks may have fewer)."""
-        each = -(-count // self.size)
-        return slice(min(count, self.rank * each), min(count, (self.rank + 1) * each))
+        """This rank's part of `count` items in a row, divided equally (the last may have fewer)."""
+        size = -(-count // self.size)
+        return slice(min(count, self.rank * size), min(count, (self.rank + 1) * size))
 
     def map(self, compute: Callable[..., Tensor], *rows: Tensor | None) -> Tensor:
-        """compute(*rows) [n, ...] of tensors [n, ...], of which each rank computes its share."""
+        """compute(*rows) [n, ...] of tensors [n, ...]; each rank computes its share of the rows."""
         if self.size == 1:
             return compute(*rows)
         count = next(len(part) for part in rows if part is not None)
         share = self.share(count)
-        # A rank without a share computes the first row, to know what a row of the others is like.
+        # A rank without a share computes the first row, to know the shape of a row.
         span = share if share.stop > share.start else slice(1)
         x = compute(*(None if part is None else part[span] for part in rows))
         padded = x.new_zeros(-(-count // self.size), *x.shape[1:])
@@ -161,7 +165,7 @@ class Group:
         return self.gather(padded).flatten(0, 1)[:count]
 
     def exchange(self, value: Any) -> list[Any]:
-        """What each rank gave (JSON values), in their order."""
+        """The values (JSON) of all ranks, in their order."""
         if self.size == 1:
             return [value]
         own = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8)
@@ -172,7 +176,7 @@ class Group:
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Work that each rank does for itself: an InputError of one becomes that of all.
+        """Context for work that each rank does by itself: an InputError of one is raised on all.
 
         Nothing inside may wait for other ranks.
         """
@@ -200,7 +204,7 @@ class _Total(torch.autograd.Function):
 
 
 class Mesh(NamedTuple):
-    """This process's place among all, and the groups that it is in."""
+    """The groups of ranks that this process is in."""
 
     data: Group = Group()
     """Ranks with the same heads: each takes every R-th token of a batch."""
@@ -213,7 +217,7 @@ class Mesh(NamedTuple):
 
     @property
     def first(self) -> bool:
-        """Whether this is the rank that writes and speaks for all."""
+        """True on the rank that writes files and prints for all."""
         return self.world.rank == 0
 
     def part(self, x: Tensor) -> Tensor:
@@ -221,7 +225,7 @@ class Mesh(NamedTuple):
         return x[self.data.rank :: self.data.size]
 
     def batch(self, x: Tensor) -> Tensor:
-        """The batch [B, w] of which each rank has its `part` x, in order; 0 where x is narrower."""
+        """The batch [B, w], in order, of whose `part` each rank has x; narrower ones are padded."""
         if self.data.size == 1:
             return x
         sizes = self.data.gather(torch.tensor(x.shape, device=x.device))
@@ -241,7 +245,7 @@ def ranks() -> int:
 
 
 def is_first() -> bool:
-    """Whether this process is the one that speaks for all."""
+    """True in the process that prints for all."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
@@ -261,35 +265,34 @@ def shape(tensor_parallel: int) -> tuple[int, int]:
 
 
 def owners(members: Iterable[str], share: str, layout: tuple[int, int]) -> dict[str, int]:
-    """Which rank trains each member of a sweep alone; empty where all ranks train all of them.
+    """The rank that trains each member of a sweep alone; empty if all ranks train all of them.
 
     layout: (R along data, R along heads) of all ranks.
     Raises InputError if share is "members" and a rank would have none, or only some heads of one.
     """
-    members, (data, heads) = list(members), layout
+    names, (data, heads) = list(members), layout
     if share == "tokens" or data * heads == 1:
         return {}
     if heads > 1:
         raise InputError(
-            f"share 'members': one process trains an autoencoder, but tensor_parallel is {heads}: "
-            "give --tensor-parallel 1, or --share tokens"
+            "share 'members': each autoencoder is trained by one process, but tensor_parallel is "
+            f"{heads}: give --tensor-parallel 1, or --share tokens"
         )
-    if len(members) < data:
+    if len(names) < data:
         raise InputError(
-            f"share 'members': {data} processes need as many autoencoders or more, got "
-            f"{len(members)}: start fewer processes, train more autoencoders, or give --share "
-            "tokens"
+            f"share 'members': {data} processes need at least {data} autoencoders, got "
+            f"{len(names)}: start fewer processes, train more autoencoders, or give --share tokens"
         )
-    return {name: number % data for number, name in enumerate(members)}
+    return {name: number % data for number, name in enumerate(names)}
 
 
 def join(tensor_parallel: int, device: torch.device, seconds: float) -> Mesh:
     """The mesh of all processes that torchrun started; `ALONE` without it.
 
     Ranks that hold one autoencoder's heads together are neighbours: on one machine, if they fit.
-    seconds: how long a rank waits for another one before it gives up.
-    Uses nccl for tensors on a GPU, gloo for all others. Raises InputError if the ranks cannot be
-    arranged so.
+    seconds: a rank gives up when another one has not answered for so long.
+    Uses nccl for tensors on a GPU, gloo for all others. Raises InputError if tensor_parallel does
+    not divide the number of ranks.
     """
     data, heads = shape(tensor_parallel)
     if data * heads == 1:
@@ -299,21 +302,23 @@ def join(tensor_parallel: int, device: torch.device, seconds: float) -> Mesh:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        with _answers():
+        with _noticing_loss():
             dist.init_process_group(backend, timeout=timeout)
-    return arrange(torch.arange(data * heads).view(data, heads), device, timeout)
+    mesh = arrange(torch.arange(data * heads).view(data, heads), device, timeout)
+    assert mesh is not None  # the layout has all ranks
+    return mesh
 
 
 def leave() -> None:
-    """Part from the other processes, when all of them are done."""
+    """Leave the other processes, when all of them are done."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
 
 
 def arrange(layout: Tensor, device: torch.device, timeout: timedelta) -> Mesh | None:
-    """The mesh of the ranks in layout [R along data, R along heads]; None if this is not in it.
+    """The mesh of the ranks in layout [R along data, R along heads]; None outside of it.
 
-    All processes have to call it, those outside too.
+    All processes call it, those outside too.
     """
     inside, data, heads = dist.get_rank() in layout, layout.t().tolist(), layout.tolist()
     everyone = layout.flatten().tolist()
