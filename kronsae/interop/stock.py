@@ -118,12 +118,13 @@ def stock_of(sae: SAE, library: str) -> Stock:
     with torch.no_grad():
         form = sae.kind.dense_form(_exact(sae.W_enc), _exact(sae.b_enc))
     if form is None:
+        why = f"no dense encoder of {config.dict_size:,} rows gives the same latents"
+        if sae.kind.factored:
+            why = "its latents are products of two projections"
         raise NoStockForm(
-            f"{library}'s stock formats cannot hold a {kind_of(dataclasses.asdict(config))}: no "
-            f"dense encoder of {config.dict_size:,} rows gives the same latents (those of a Kron "
-            "encoder are products of two projections). What can: --to sae_lens (an architecture "
-            "of its own there, after `import kronsae.interop.sae_lens`), --to hub, or, to call "
-            "it, kronsae.load(...).encode"
+            f"{library}'s stock formats cannot hold a {kind_of(dataclasses.asdict(config))}: "
+            f"{why}. What can: --to sae_lens (an architecture of its own there, after `import "
+            "kronsae.interop.sae_lens`), --to hub, or, to call it, kronsae.load(...).encode"
         )
     if config.experts:
         raise NoStockForm(

@@ -29,7 +29,9 @@ from kronsae_kernels import (
 class EncoderKind(Kind, nn.Module):
     """The map from projections W_enc x + b_enc to latents; its parameters are `sae.kind.…`.
 
-    Methods get weights w [.., d] and biases b [..] of all latents, or of one expert's.
+    A kind of your own has to define `every`; `encode` and `above` follow from it, and may be
+    defined to save memory. They get weights w [.., d] and biases b [..] of all latents, or of one
+    expert's: a kind with parameters for each latent refuses experts in `check`.
     """
 
     title: ClassVar[str] = "SAE"
@@ -46,18 +48,33 @@ class EncoderKind(Kind, nn.Module):
     def encode(
         self, x: Tensor, w: Tensor, b: Tensor, *, k: int, mask: Tensor | None, impl: str | None
     ) -> SparseCodes:
-        """The k largest latents of x [..., d], among `mask` (bool, one a latent) if given."""
-        raise NotImplementedError
+        """The k largest latents of x [..., d], among `mask` (bool, one a latent) if given.
+
+        By default from `every`, in O(B F) memory.
+        """
+        values = self.every(x, w, b)
+        if mask is not None:
+            values = values.where(mask, 0)
+        order = reference.largest(values.detach(), k)
+        return SparseCodes(values.gather(-1, order), order)
 
     def above(
         self, x: Tensor, w: Tensor, b: Tensor, threshold: Tensor, impl: str | None
     ) -> SparseCodes:
-        """Every latent of x [..., d] above its threshold, padded (`threshold_encode`)."""
-        raise NotImplementedError
+        """Every latent of x [..., d] above its threshold [F], padded (`threshold_encode`).
+
+        By default from `every`, in O(B F) memory.
+        """
+        values = self.every(x, w, b)
+        values = values.where((values > threshold) & (values > self.silent_value), 0)
+        active = (values.detach() > 0).sum(-1)
+        width = max(1, int(active.max()) if active.numel() else 0)
+        order = reference.largest(values.detach(), width)
+        return SparseCodes(values.gather(-1, order), order)
 
     def every(self, x: Tensor, w: Tensor, b: Tensor) -> Tensor:
-        """All latents of x [..., d], [..., F]: 0 where they are not active."""
-        raise NotImplementedError
+        """All latents of x [..., d] as a matrix [..., F], 0 where they are not active."""
+        raise NotImplementedError(f"{type(self).__name__} defines no `every`")
 
     def products(
         self, x: Tensor, w: Tensor, b: Tensor, *, k: int, mask: Tensor | None, impl: str | None
@@ -77,9 +94,11 @@ class EncoderKind(Kind, nn.Module):
         return w
 
     def fold_(self, shift: Tensor, share: float) -> None:
-        """Adapt own parameters when `SAE.folded` replaces W_enc x + b_enc by
-        (W_enc x + b_enc - shift) * share.
+        """Adapt own parameters when the SAE shall take raw activations in place of normalised ones.
 
+        `SAE.folded` calls it. W_enc stays, b_enc becomes (b_enc - shift) * share; with W_enc
+        multiplied by `share`, too, all latents come out multiplied by `share`. A second bias b
+        with weights r W_enc would become (b - r * shift) * share.
         shift: float64, one value for each row of W_enc.
         """
 
@@ -94,20 +113,30 @@ class EncoderKind(Kind, nn.Module):
         return False
 
     def l1(self, sae: "Encoder", x: Tensor, codes: SparseCodes, weights: Tensor | None) -> Tensor:
-        """L1 norm of the latents of x [B, d], summed over tokens (scalar).
+        """L1 norm of the latents of x [b, d], summed over tokens (scalar).
 
+        A selection with an L1 penalty takes this, so that an encoder can say what is penalised (a
+        gated one: the gate).
         codes: those of x.  weights: [F], by which latents are multiplied (None: 1).
         """
         values, indices = codes
         return values.abs().sum() if weights is None else (values.abs() * weights[indices]).sum()
 
     def penalties(self, sae: Any, x: Tensor, target: Tensor, tokens: int) -> dict[str, Any]:
-        """The encoder's own losses by name (`Penalty`), on x [b, d] of a batch of `tokens`."""
+        """The encoder's own losses by name (`Penalty`), called once a step.
+
+        sae: the `SAE`.  x: [b, d], this process's part of a batch of `tokens` tokens, by which a
+        mean divides.  target: [b, d_out], what the reconstruction is held against (x itself,
+        but for a transcoder).
+        """
         return {}
 
     def dense_form(self, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor | None] | None:
-        """W [F, d], b [F] and, unless it is 0, a threshold [F] of relu(W x + b) that give the same
-        latents; None if there are none."""
+        """W [F, d], b [F] and a threshold [F] (None: 0) such that relu(W x + b) above the threshold
+        are the same latents.
+
+        None if there are no such: formats of other libraries then cannot hold it.
+        """
         return None
 
 
@@ -279,14 +308,18 @@ class Encoder(nn.Module):
         return SparseCodes(self.kind.of_product(values), indices)
 
     def above(self, x: Tensor, threshold: Tensor, *, impl: str | None = None) -> SparseCodes:
-        """Every latent of x [..., d] above its threshold [F], padded (`threshold_encode`)."""
+        """Every latent of x [..., d] above its threshold [F], padded (`threshold_encode`).
+
+        Without experts: a selection that calls this, or `every`, refuses them in `check`.
+        """
         impl = impl if impl == "reference" else None
         return self.kind.above(self._as_weights(x), self.W_enc, self.b_enc, threshold, impl)
 
     def every(self, x: Tensor) -> SparseCodes:
         """All latents of x [B, d] as codes [B, F], in their order, 0 where they are not active.
 
-        Memory: O(B F). For training without a sparse selection (see `is_every`).
+        Memory: O(B F). For the training of a selection without k, where so many latents are active
+        that a matrix is faster (see `is_every`).
         """
         values = self.kind.every(self._as_weights(x), self.W_enc, self.b_enc)
         indices = torch.arange(values.shape[-1], device=values.device)

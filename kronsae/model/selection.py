@@ -35,21 +35,30 @@ THRESHOLD_RATE = 0.1
 
 
 class Penalty(NamedTuple):
-    """A loss beside the reconstruction error."""
+    """A loss beside the reconstruction error.
+
+    That error is a mean over the tokens of the batch and the dimensions of the target, of
+    activations with mean squared norm d. A penalty that a paper adds to a sum over dimensions is
+    therefore divided by d here.
+    """
 
     loss: Tensor
-    """Without its coefficient (scalar)."""
+    """Without its coefficient (scalar): what this process's tokens add to the whole."""
     coefficient: float
 
 
 class Selection(Kind, nn.Module):
     """A way to select latents; its parameters and buffers are `sae.selection.…`.
 
-    See `kronsae.registry` for how to add one.
+    A kind of your own has to define `forward`; see `kronsae.registry` for how to register it.
     """
 
     aims_at_k: ClassVar[bool] = True
-    """True if config.k is the number of active latents, exactly or on average."""
+    """True if config.k is the number of active latents, exactly or on average.
+
+    If False, --k is refused, config.k is 0, `forward` gets k = 0, and the kind says in `widest` and
+    `describe` what is active.
+    """
     by_k: ClassVar[bool] = False
     """True if it selects for any k, and can `cut` its codes to a smaller one."""
     exact: ClassVar[bool] = False
@@ -82,8 +91,9 @@ class Selection(Kind, nn.Module):
     def codes_and_penalties(
         self, sae: Encoder, x: Tensor, config: TrainConfig, progress: float
     ) -> tuple[SparseCodes, dict[str, Penalty]]:
-        """Codes of a batch x [B, d] in training, and the selection's own losses by name.
+        """Codes of x [b, d] in training, and the selection's own losses by name.
 
+        x is this process's part of a batch of `sae.mesh.data.count(b, x.device)` tokens.
         progress: share of the training that is done, from 0 to 1.
         """
         return self(sae, x, self.config.k), {}
@@ -104,7 +114,8 @@ class Selection(Kind, nn.Module):
     def activity_threshold(self) -> Tensor | None:
         """Thresholds [F] that a latent's value exceeds if it is active; None if k decides.
 
-        Other libraries' SAEs select by them. Raises InputError if there are none yet.
+        For exports, of an SAE that takes raw activations (0 where any positive value counts).
+        Raises InputError if there are none yet.
         """
         return None
 
@@ -114,7 +125,10 @@ class Selection(Kind, nn.Module):
 
     @classmethod
     def can_have(cls, threshold: Tensor | None) -> bool:
-        """True if this `activity_threshold` [F] (or None) can be that of such a selection."""
+        """True if this `activity_threshold` [F] (or None) can be that of such a selection.
+
+        Asked when another library's file says that it was exported from an SAE of this kind.
+        """
         return threshold is None
 
 

@@ -65,10 +65,11 @@ def check_names(names: Sequence[str]) -> None:
 
 def name_of(overrides: dict[str, Any]) -> str:
     """A member's name, from the settings that it has of its own: "k16-m2", "dense-lr0.001", ""."""
-    parts = [
-        str(value) if isinstance(value, str) else f"{name}{value:g}".replace("+", "")
-        for name, value in overrides.items()
-    ]
+    parts = []
+    for name, value in overrides.items():
+        sign = "=" if name[-1].isdigit() else ""
+        text = value if isinstance(value, str) else f"{name}{sign}{value:g}".replace("+", "")
+        parts.append(text)
     return "-".join(parts)
 
 
