@@ -1,7 +1,8 @@
 """Which implementation runs an operation: by the tensors' device, or exactly the one asked for.
 
-A backend is a module with the functions of `torch_impl` (same names, same arguments). Kernels for
-another device plug in here: one line in `_BACKENDS`, nothing else in the package changes.
+A backend is a module with these functions of `torch_impl` (same names, same arguments): `encode`,
+`threshold_encode`, `encode_backward`, `decode` and `decode_backward`. Kernels for another device
+plug in here: one line in `_BACKENDS`, nothing else in the package changes.
 """
 
 import importlib

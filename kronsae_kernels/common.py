@@ -92,6 +92,31 @@ def check_shape(name: str, tensor: Tensor | None, expected: tuple[int, ...], mea
         )
 
 
+def check_matrix(name: str, tensor: Tensor, rank: int, layout: str) -> None:
+    """A tensor of this rank, none of whose dimensions is 0."""
+    require(
+        tensor.ndim == rank and tensor.numel() > 0,
+        lambda: f"{name}: expected {layout} with no empty dimension, got {shape_of(tensor)}",
+    )
+
+
+def check_mask(mask: Tensor | None, size: int) -> None:
+    """Which of F = size latents may be selected; or None."""
+    if mask is not None:
+        check_tensors(mask=mask)
+        check_shape("mask", mask, (size,), "[F]")
+        require(mask.dtype == torch.bool, f"mask: expected torch.bool, got {mask.dtype}")
+
+
+def dict_size(w_enc: Tensor, m: int | None) -> int:
+    """F of an encoder [h, m + n, d], of which m is checked, or (m None) of a dense one [F, d]."""
+    if m is None:
+        return w_enc.shape[0]
+    heads, rows, _ = w_enc.shape
+    check_count("m", m, 1, rows - 1, f"w_enc has m + n = {rows} rows a head")
+    return heads * m * (rows - m)
+
+
 def is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -101,6 +126,10 @@ def check_count(name: str, value: int, low: int, high: int, meaning: str) -> Non
         is_integer(value) and low <= value <= high,
         lambda: f"{name}: expected an integer in [{low}, {high}] ({meaning}), got {shown(value)}",
     )
+
+
+def check_choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    require(value in allowed, f"{name}: expected one of {allowed}, got {value!r}")
 
 
 def check_number(name: str, value: float, low: float | None, below: float | None = None) -> None:

@@ -1,6 +1,7 @@
 """`sparse_decode`: checks, choice of the implementation, and the operator with its rules."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -9,6 +10,7 @@ from kronsae_kernels import backends, reference
 from kronsae_kernels.common import (
     SparseCodes,
     check_floating,
+    check_matrix,
     check_same,
     check_shape,
     check_tensors,
@@ -58,7 +60,7 @@ def sparse_decode(
         return reference.sparse_decode(values, indices, w_dec=w_dec, b_dec=b_dec)
     shape = math.prod(values.shape[:-1]), values.shape[-1]  # not -1: k may be 0
     out = torch.ops.kronsae.decode(
-        values.reshape(shape), indices.reshape(shape), w_dec, b_dec, name
+        values.reshape(shape), indices.reshape(shape), w_dec, b_dec, None, name
     )
     return out.view(*values.shape[:-1], w_dec.shape[1])
 
@@ -67,10 +69,7 @@ def check_decode(values: Tensor, indices: Tensor, w_dec: Tensor, b_dec: Tensor |
     """Raise ValueError unless these are codes, decoder and bias that belong together."""
     check_tensors(values=values, indices=indices, w_dec=w_dec)
     check_floating(values=values, w_dec=w_dec, b_dec=b_dec)
-    require(
-        w_dec.ndim == 2 and w_dec.numel() > 0,
-        lambda: f"w_dec: expected [F, d] with no empty dimension, got {shape_of(w_dec)}",
-    )
+    check_matrix("w_dec", w_dec, 2, "[F, d]")
     require(values.ndim >= 1, lambda: f"values: expected [..., k], got {shape_of(values)}")
     require(indices.dtype == torch.int64, f"indices: expected int64, got {indices.dtype}")
     check_shape("indices", indices, tuple(values.shape), "the shape of values")
@@ -87,15 +86,21 @@ def check_decode(values: Tensor, indices: Tensor, w_dec: Tensor, b_dec: Tensor |
 
 @torch.library.custom_op("kronsae::decode", mutates_args=())
 def _decode(
-    values: Tensor, indices: Tensor, w_dec: Tensor, b_dec: Tensor | None, impl: str
+    values: Tensor,
+    indices: Tensor,
+    w_dec: Tensor,
+    b_dec: Tensor | None,
+    bounds: Sequence[int] | None,
+    impl: str,
 ) -> Tensor:
     with without_autocast(w_dec):
-        return backends.module(impl).decode(values, indices, w_dec, b_dec)
+        return backends.module(impl).decode(values, indices, w_dec, b_dec, bounds)
 
 
 @_decode.register_fake
-def _(values, indices, w_dec, b_dec, impl):
-    return w_dec.new_empty(values.shape[0], w_dec.shape[1])
+def _(values, indices, w_dec, b_dec, bounds, impl):
+    prefixes = () if bounds is None else (len(bounds),)
+    return w_dec.new_empty(values.shape[0], *prefixes, w_dec.shape[1])
 
 
 @torch.library.custom_op("kronsae::decode_backward", mutates_args=())
@@ -104,18 +109,19 @@ def _decode_backward(
     values: Tensor,
     indices: Tensor,
     w_dec: Tensor,
+    bounds: Sequence[int] | None,
     need_values: bool,
     need_w: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
     with without_autocast(w_dec):
         return backends.module(impl).decode_backward(
-            d_out, values, indices, w_dec, need_values, need_w
+            d_out, values, indices, w_dec, bounds, need_values, need_w
         )
 
 
 @_decode_backward.register_fake
-def _(d_out, values, indices, w_dec, need_values, need_w, impl):
+def _(d_out, values, indices, w_dec, bounds, need_values, need_w, impl):
     return (
         values.new_empty(values.shape) if need_values else values.new_empty(0),
         w_dec.new_empty(w_dec.shape) if need_w else w_dec.new_empty(0),
@@ -123,7 +129,7 @@ def _(d_out, values, indices, w_dec, need_values, need_w, impl):
 
 
 def _setup(ctx, inputs, output):
-    values, indices, w_dec, _, ctx.impl = inputs
+    values, indices, w_dec, _, ctx.bounds, ctx.impl = inputs
     ctx.save_for_backward(values, indices, w_dec)
 
 
@@ -131,13 +137,14 @@ def _autograd(ctx, d_out):
     values, indices, w_dec = ctx.saved_tensors
     need_values, _, need_w, need_b = ctx.needs_input_grad[:4]
     d_values, d_w = torch.ops.kronsae.decode_backward(
-        d_out, values, indices, w_dec, need_values, need_w, ctx.impl
+        d_out, values, indices, w_dec, ctx.bounds, need_values, need_w, ctx.impl
     )
     return (
         d_values if need_values else None,
         None,
         d_w if need_w else None,
-        d_out.sum(0) if need_b else None,
+        d_out.flatten(0, -2).sum(0) if need_b else None,
+        None,
         None,
     )
 

@@ -14,12 +14,16 @@ from kronsae_kernels.common import (
     SparseCodes,
     accumulate_dtype,
     cast_for_autocast,
+    check_choice,
     check_count,
     check_floating,
+    check_mask,
+    check_matrix,
     check_number,
     check_same,
     check_shape,
     check_tensors,
+    dict_size,
     require,
     shape_of,
     without_autocast,
@@ -63,27 +67,19 @@ def fused_encode(
     """
     x, w_enc, b_enc = check_encoder(x, w_enc, b_enc, mask, rank=3)
     heads, rows, _ = w_enc.shape
-    check_count("m", m, 1, rows - 1, f"w_enc has m + n = {rows} rows a head")
-    size = heads * m * (rows - m)
-    check_count("k", k, 1, size, f"1 <= k <= F = {heads} * {m} * {rows - m} = {size}")
-    _check_mask(mask, size, k)
-    require(
-        composition in COMPOSITIONS,
-        f"composition: expected one of {COMPOSITIONS}, got {composition!r}",
-    )
+    size = dict_size(w_enc, m)
+    _check_k(k, size, f"{heads} * {m} * {rows - m} = {size}", mask)
+    check_choice("composition", composition, COMPOSITIONS)
     check_number("eps", eps, 0)
     name = backends.choose(impl, x.device, x.dtype)
     if name == "reference":
         return reference.fused_encode(
             x, w_enc, b_enc, m=m, k=k, composition=composition, eps=eps, mask=mask
         )
-    flat = x.reshape(-1, x.shape[-1])
     base, extension, indices = torch.ops.kronsae.encode(
-        flat, w_enc, b_enc, mask, m, k, composition, name
+        x.reshape(-1, x.shape[-1]), w_enc, b_enc, mask, m, k, composition, name
     )
-    values = reference.compose(base * extension, composition, eps)
-    shape = (*x.shape[:-1], k)
-    return SparseCodes(values.view(shape), indices.view(shape))
+    return _codes(x, reference.compose(base * extension, composition, eps), indices)
 
 
 def dense_encode(
@@ -103,14 +99,18 @@ def dense_encode(
     """
     x, w_enc, b_enc = check_encoder(x, w_enc, b_enc, mask, rank=2)
     size = w_enc.shape[0]
-    check_count("k", k, 1, size, f"1 <= k <= F = {size}")
-    _check_mask(mask, size, k)
+    _check_k(k, size, str(size), mask)
     name = backends.choose(impl, x.device, x.dtype)
     if name == "reference":
         return reference.dense_encode(x, w_enc, b_enc, k=k, mask=mask)
     flat = x.reshape(-1, x.shape[-1])
-    values, indices = torch.ops.kronsae.dense_encode(flat, w_enc, b_enc, mask, k, name)
-    shape = (*x.shape[:-1], k)
+    values, _, indices = torch.ops.kronsae.encode(flat, w_enc, b_enc, mask, None, k, "", name)
+    return _codes(x, values, indices)
+
+
+def _codes(x: Tensor, values: Tensor, indices: Tensor) -> SparseCodes:
+    """Values and indices [B, k] in the shape of x."""
+    shape = (*x.shape[:-1], values.shape[1])
     return SparseCodes(values.view(shape), indices.view(shape))
 
 
@@ -127,10 +127,7 @@ def check_encoder(
         check_tensors(mask=mask)
     layout = {3: "[h, m + n, d]", 2: "[F, d]"}[rank]
     require(x.ndim >= 1, lambda: f"x: expected [..., d], got {shape_of(x)}")
-    require(
-        w_enc.ndim == rank and w_enc.numel() > 0,
-        lambda: f"w_enc: expected {layout} with no empty dimension, got {shape_of(w_enc)}",
-    )
+    check_matrix("w_enc", w_enc, rank, layout)
     require(
         x.shape[-1] == w_enc.shape[-1],
         lambda: (
@@ -146,17 +143,16 @@ def check_encoder(
     return x, w_enc, b_enc
 
 
-def _check_mask(mask: Tensor | None, size: int, k: int) -> None:
-    if mask is None:
-        return
-    check_shape("mask", mask, (size,), "[F]")
-    require(mask.dtype == torch.bool, f"mask: expected bool, got {mask.dtype}")
-    if not torch.compiler.is_compiling() and not mask.is_meta:
+def _check_k(k: int, size: int, shown_size: str, mask: Tensor | None) -> None:
+    """Check that k of F = size latents, and of those in the mask, can be selected."""
+    check_count("k", k, 1, size, f"1 <= k <= F = {shown_size}")
+    check_mask(mask, size)
+    if mask is not None and not torch.compiler.is_compiling() and not mask.is_meta:
         allowed = int(mask.sum())
         require(k <= allowed, f"k: expected at most the {allowed} latents in mask, got {k}")
 
 
-# Operators. The outputs of one call share no memory with its inputs.
+# Operators. The outputs of one call share no memory with each other, nor with its inputs.
 
 
 @torch.library.custom_op("kronsae::encode", mutates_args=())
@@ -165,7 +161,7 @@ def _encode(
     w_enc: Tensor,
     b_enc: Tensor | None,
     mask: Tensor | None,
-    m: int,
+    m: int | None,
     k: int,
     composition: str,
     impl: str,
@@ -179,8 +175,9 @@ def _encode(
 
 @_encode.register_fake
 def _(x, w_enc, b_enc, mask, m, k, composition, impl):
-    factor = x.new_empty(x.shape[0], k, dtype=accumulate_dtype(x.dtype))
-    return factor, torch.empty_like(factor), torch.empty_like(factor, dtype=torch.int64)
+    base = x.new_empty(x.shape[0], k, dtype=accumulate_dtype(x.dtype))
+    extension = base.new_empty(0) if m is None else torch.empty_like(base)
+    return base, extension, torch.empty_like(base, dtype=torch.int64)
 
 
 @torch.library.custom_op("kronsae::encode_backward", mutates_args=())
@@ -190,7 +187,7 @@ def _encode_backward(
     indices: Tensor,
     x: Tensor,
     w_enc: Tensor,
-    m: int,
+    m: int | None,
     need_x: bool,
     need_w: bool,
     impl: str,
@@ -203,99 +200,33 @@ def _encode_backward(
 
 @_encode_backward.register_fake
 def _(d_base, d_extension, indices, x, w_enc, m, need_x, need_w, impl):
-    heads, rows, d = w_enc.shape
+    i_major = x.new_empty(w_enc.transpose(0, -2).shape).transpose(0, -2)
     return (
         torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else x.new_empty(0),
-        x.new_empty(rows, heads, d).transpose(0, 1) if need_w else x.new_empty(0),
-        x.new_empty(heads, rows) if need_w else x.new_empty(0),
+        i_major if need_w else x.new_empty(0),
+        x.new_empty(w_enc.shape[:-1]) if need_w else x.new_empty(0),
     )
 
 
-def _encode_setup(ctx, inputs, output):
-    x, w_enc, b_enc, _, ctx.m, _, ctx.composition, ctx.impl = inputs
-    base, extension, indices = output
-    ctx.mark_non_differentiable(indices)
+def encode_setup(ctx, inputs, output):
+    """For `encode_autograd`; also of `threshold_encode`, whose arguments have the same places."""
+    x, w_enc, _, _, ctx.m, _, ctx.composition, ctx.impl = inputs
+    base, extension, indices, *counts = output
+    ctx.mark_non_differentiable(indices, *counts)
     ctx.save_for_backward(x, w_enc, indices, base, extension)
 
 
-def _encode_autograd(ctx, d_base, d_extension, _):
+def encode_autograd(ctx, d_base, d_extension, *_):
+    """Gradients of x, w_enc and b_enc from those of the two factors."""
     x, w_enc, indices, base, extension = ctx.saved_tensors
     if ctx.composition != "mul":
         d_base, d_extension = d_base * (base > 0), d_extension * (extension > 0)
     need_x, need_w, need_b = ctx.needs_input_grad[:3]
-    d_x, d_w, d_b = torch.ops.kronsae.encode_backward(
+    gradients = torch.ops.kronsae.encode_backward(
         d_base, d_extension, indices, x, w_enc, ctx.m, need_x, need_w or need_b, ctx.impl
     )
-    return (
-        d_x if need_x else None,
-        d_w if need_w else None,
-        d_b if need_b else None,
-        *5 * [None],
-    )
+    needed = zip((need_x, need_w, need_b), gradients, strict=True)
+    return (*(gradient if need else None for need, gradient in needed), *5 * [None])
 
 
-_encode.register_autograd(_encode_autograd, setup_context=_encode_setup)
-
-
-@torch.library.custom_op("kronsae::dense_encode", mutates_args=())
-def _dense_encode(
-    x: Tensor, w_enc: Tensor, b_enc: Tensor | None, mask: Tensor | None, k: int, impl: str
-) -> tuple[Tensor, Tensor]:
-    with without_autocast(x):
-        indices, values = backends.module(impl).dense_encode(x, w_enc, b_enc, mask, k)
-    return values, indices
-
-
-@_dense_encode.register_fake
-def _(x, w_enc, b_enc, mask, k, impl):
-    values = x.new_empty(x.shape[0], k, dtype=accumulate_dtype(x.dtype))
-    return values, torch.empty_like(values, dtype=torch.int64)
-
-
-@torch.library.custom_op("kronsae::dense_encode_backward", mutates_args=())
-def _dense_encode_backward(
-    d_values: Tensor,
-    indices: Tensor,
-    x: Tensor,
-    w_enc: Tensor,
-    need_x: bool,
-    need_w: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    with without_autocast(x):
-        return backends.module(impl).dense_encode_backward(
-            d_values, indices, x, w_enc, need_x, need_w
-        )
-
-
-@_dense_encode_backward.register_fake
-def _(d_values, indices, x, w_enc, need_x, need_w, impl):
-    return (
-        torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else x.new_empty(0),
-        x.new_empty(w_enc.shape) if need_w else x.new_empty(0),
-        x.new_empty(w_enc.shape[0]) if need_w else x.new_empty(0),
-    )
-
-
-def _dense_setup(ctx, inputs, output):
-    x, w_enc, _, _, _, ctx.impl = inputs
-    values, indices = output
-    ctx.mark_non_differentiable(indices)
-    ctx.save_for_backward(x, w_enc, indices, values)
-
-
-def _dense_autograd(ctx, d_values, _):
-    x, w_enc, indices, values = ctx.saved_tensors
-    need_x, need_w, need_b = ctx.needs_input_grad[:3]
-    d_x, d_w, d_b = torch.ops.kronsae.dense_encode_backward(
-        d_values * (values > 0), indices, x, w_enc, need_x, need_w or need_b, ctx.impl
-    )
-    return (
-        d_x if need_x else None,
-        d_w if need_w else None,
-        d_b if need_b else None,
-        *3 * [None],
-    )
-
-
-_dense_encode.register_autograd(_dense_autograd, setup_context=_dense_setup)
+_encode.register_autograd(encode_autograd, setup_context=encode_setup)

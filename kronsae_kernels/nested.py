@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kronsae_kernels import backends, reference
-from kronsae_kernels.common import SparseCodes, is_integer, require, shown, without_autocast
+from kronsae_kernels.common import SparseCodes, is_integer, require, shown
 from kronsae_kernels.decode import check_decode
 
 
@@ -36,7 +36,7 @@ def nested_decode(
     if name == "reference":
         return reference.nested_decode(values, indices, bounds, w_dec=w_dec, b_dec=b_dec)
     shape = math.prod(values.shape[:-1]), values.shape[-1]
-    out = torch.ops.kronsae.nested_decode(
+    out = torch.ops.kronsae.decode(
         values.reshape(shape), indices.reshape(shape), w_dec, b_dec, bounds, name
     )
     return out.view(*values.shape[:-1], *out.shape[1:])
@@ -55,70 +55,3 @@ def check_bounds(bounds: Sequence[int], size: int) -> list[int]:
         ),
     )
     return list(bounds)
-
-
-@torch.library.custom_op("kronsae::nested_decode", mutates_args=())
-def _nested_decode(
-    values: Tensor,
-    indices: Tensor,
-    w_dec: Tensor,
-    b_dec: Tensor | None,
-    bounds: Sequence[int],
-    impl: str,
-) -> Tensor:
-    with without_autocast(w_dec):
-        return backends.module(impl).nested_decode(values, indices, w_dec, b_dec, bounds)
-
-
-@_nested_decode.register_fake
-def _(values, indices, w_dec, b_dec, bounds, impl):
-    return w_dec.new_empty(values.shape[0], len(bounds), w_dec.shape[1])
-
-
-@torch.library.custom_op("kronsae::nested_decode_backward", mutates_args=())
-def _nested_decode_backward(
-    d_out: Tensor,
-    values: Tensor,
-    indices: Tensor,
-    w_dec: Tensor,
-    bounds: Sequence[int],
-    need_values: bool,
-    need_w: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor]:
-    with without_autocast(w_dec):
-        return backends.module(impl).nested_decode_backward(
-            d_out, values, indices, w_dec, bounds, need_values, need_w
-        )
-
-
-@_nested_decode_backward.register_fake
-def _(d_out, values, indices, w_dec, bounds, need_values, need_w, impl):
-    return (
-        values.new_empty(values.shape) if need_values else values.new_empty(0),
-        w_dec.new_empty(w_dec.shape) if need_w else w_dec.new_empty(0),
-    )
-
-
-def _setup(ctx, inputs, output):
-    values, indices, w_dec, _, ctx.bounds, ctx.impl = inputs
-    ctx.save_for_backward(values, indices, w_dec)
-
-
-def _autograd(ctx, d_out):
-    values, indices, w_dec = ctx.saved_tensors
-    need_values, _, need_w, need_b = ctx.needs_input_grad[:4]
-    d_values, d_w = torch.ops.kronsae.nested_decode_backward(
-        d_out, values, indices, w_dec, ctx.bounds, need_values, need_w, ctx.impl
-    )
-    return (
-        d_values if need_values else None,
-        None,
-        d_w if need_w else None,
-        d_out.sum((0, 1)) if need_b else None,
-        None,
-        None,
-    )
-
-
-_nested_decode.register_autograd(_autograd, setup_context=_setup)

@@ -12,29 +12,45 @@ a run can go from one to the other at any step. Needs Triton kernels: `why_not` 
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from kronsae_kernels import backends
 from kronsae_kernels.common import (
-    COMPOSITIONS,
-    DTYPES,
     SparseCodes,
+    check_choice,
     check_count,
     check_floating,
+    check_mask,
     check_number,
     check_same,
-    check_shape,
     check_tensors,
     require,
     shape_of,
-    shown,
 )
-from kronsae_kernels.nested import check_bounds
 from kronsae_kernels.ranks import Ranks, keep_largest_of_all
 from kronsae_kernels.reference import compose
+from kronsae_kernels.step_arguments import (
+    MOMENTS,
+    NAMES,
+    Thresholds,
+    check_bool,
+    check_of_latents,
+    check_prefixes,
+    check_ranks,
+    check_scalar,
+    check_settings,
+    check_state,
+    check_target,
+    check_thresholds,
+    check_weights,
+    new_state,
+)
+
+if TYPE_CHECKING:
+    from kronsae_kernels.triton_impl.operations import DecodeAndLoss, Entries, Jumped
 
 MAX_WIDTH = 8192
 """d at most, of x and of the target: a program holds a row and both its moments in registers."""
@@ -42,15 +58,11 @@ MAX_FUSED_CODES = 128
 """k at most for one gather in decoder and backward; above, rows are gathered twice."""
 MAX_PREFIXES = 32
 """Nested prefixes at most: a program holds the errors of all of them in registers."""
-NAMES = ("w_enc", "b_enc", "w_dec", "b_dec")
 THRESHOLDS = "log_threshold"
 """The name of a JumpReLU's thresholds, where they are trained too."""
 BELOW = 1e-6
 """What the logarithm of a threshold is less than that of a value, so that no rounding makes the
 threshold larger."""
-MOMENTS = ("float32", "bfloat16")
-ROUNDED = ("w_enc", "w_dec")
-"""Weights whose moments may be in bfloat16."""
 
 
 def why_not(device: torch.device, d: int = 1, dtype: torch.dtype = torch.float32) -> str | None:
@@ -86,21 +98,6 @@ class StepOutput(NamedTuple):
     """With `Thresholds`: (L0 / k - 1)^2 (float32 scalar), not weighted, no part of `loss`."""
 
 
-class Thresholds(NamedTuple):
-    """Of a JumpReLU, which selects every latent above a threshold of its own, and learns it.
-
-    [Rajamanoharan et al. 2024: JumpReLU SAEs]
-    """
-
-    log: Tensor
-    """float32 [F], contiguous: logarithms of the thresholds, which are trained in place."""
-    bandwidth: float
-    """Of the pseudo-derivatives by a threshold t, of a value v: with |v - t| < bandwidth / 2 that
-    of the JumpReLU is -t / bandwidth, that of the number of active latents -1 / bandwidth."""
-    l0_coefficient: float
-    """Weight of (L0 / k - 1)^2, L0 the mean number of active latents of the tokens of a pass."""
-
-
 class _Part(NamedTuple):
     """What a pass leaves for `apply`: its codes, with gradients of weight * loss."""
 
@@ -114,10 +111,7 @@ class _Part(NamedTuple):
     row: Tensor | None
     """[B, k] int32: which one, for each code; None: that of the code's token (R = B)."""
     indices: Tensor
-    values: Tensor  # times the loss's scale, as all that follow
-    along: Tensor
-    d_base: Tensor
-    d_extension: Tensor
+    found: "DecodeAndLoss"
     d_log: Tensor | None
     """By the logarithms of thresholds: 0 of a pass that a mask selects; None: there are none."""
 
@@ -190,48 +184,41 @@ class TrainingStep:
         thresholds: Thresholds | None = None,
         ranks: Ranks | None = None,
     ) -> None:
-        self.weights = {"w_enc": w_enc, "b_enc": b_enc, "w_dec": w_dec, "b_dec": b_dec}
-        _check_weights(self.weights, m)
-        _check_settings(dtype, eps, betas, adam_eps, weight_decay)
-        _check_bool("unit_norm", unit_norm)
-        require(
-            ranks is None or all(hasattr(ranks, n) for n in ("rank", "size", "sum", "gather")),
-            lambda: f"ranks: expected rank, size, sum and gather (`Ranks`), got {shown(ranks)}",
-        )
-        self.thresholds = thresholds
+        self.weights = dict(zip(NAMES, (w_enc, b_enc, w_dec, b_dec), strict=True))
+        check_weights(self.weights, m)
+        check_settings(composition, eps, dtype, betas, adam_eps, weight_decay, unit_norm)
+        check_ranks(ranks, thresholds)
         if thresholds is not None:
-            _check_thresholds(thresholds, w_dec, eps)
+            check_thresholds(thresholds, w_dec, eps)
             self.weights[THRESHOLDS] = thresholds.log
         self.m, self.k, self.composition, self.eps = m, k, composition, float(eps)
         self.d, (self.dict_size, self.d_target) = w_enc.shape[-1], w_dec.shape
-        self.device, self.dtype = w_dec.device, dtype
+        self.device, self.dtype, self.thresholds = w_dec.device, dtype, thresholds
         self.ranks = None if ranks is None or ranks.size == 1 else ranks
         self._check_k(k)
-        require(
-            self.ranks is None or thresholds is None,
-            "thresholds: ranks select the k latents of each token; expected None",
-        )
-        require(
-            composition in COMPOSITIONS,
-            f"composition: expected one of {COMPOSITIONS}, got {composition!r}",
-        )
-        require(
-            moments in MOMENTS,
-            f"moments: expected one of {MOMENTS}, got {moments!r}",
-        )
+        check_choice("moments", moments, MOMENTS)
         reason = why_not(self.device, max(self.d, self.d_target), dtype)
         if reason is not None:
             raise RuntimeError(f"the fused step cannot run on {self.device}: {reason}")
-        self.unit_norm, self.weight_decay = unit_norm, float(weight_decay)
-        self.moments = moments
+        self.unit_norm, self.weight_decay, self.moments = unit_norm, float(weight_decay), moments
         self.state = new_state(self.weights, moments) if state is None else state
-        _check_state(self.state, self.weights, moments)
-        _check_silent(silent, w_dec)
+        check_state(self.state, self.weights, moments)
+        if silent is not None:
+            check_of_latents("silent", silent, torch.int64, w_dec)
         self.silent, self.skips = silent, torch.zeros(4, device=self.device)
         self.missed = torch.zeros(2, device=self.device)
         self._how = "dense" if m is None else composition  # as operations name it
         # Values above it in magnitude are those of active latents.
         self._threshold = eps**0.5 if m is not None and composition == "mand" else 0.0
+        self._set_numbers(betas, adam_eps)
+        self._parts: list[_Part] = []
+        self._b_dec_gradient: Tensor | None = None
+        self._sums: Tensor | None = None  # of all parts, as `counters.prepare_update` wants them
+        self._copies: dict[str, Tensor] = {}
+        self._versions: tuple[int, ...] = ()
+
+    def _set_numbers(self, betas: tuple[float, float], adam_eps: float) -> None:
+        """AdamW's, on the device."""
         # Rows: with weight decay, and without; columns as in `triton_impl.device`. The zeros are
         # filled in for each step.
         fields = [0.0, 1 - betas[0], betas[1], 1 - betas[1], 0.0, 0.0, adam_eps, 0.0, 0.0, 0.0]
@@ -240,11 +227,6 @@ class TrainingStep:
             [*betas, self.weight_decay], dtype=torch.float64, device=self.device
         )
         self._lr = torch.zeros((), dtype=torch.float64, device=self.device)
-        self._parts: list[_Part] = []
-        self._b_dec_gradient: Tensor | None = None
-        self._sums: Tensor | None = None  # of all parts, as `counters.prepare_update` wants them
-        self._copies: dict[str, Tensor] = {}
-        self._versions: tuple[int, ...] = ()
 
     def accumulate(
         self,
@@ -276,42 +258,22 @@ class TrainingStep:
         Raises ValueError if shapes, dtypes, devices or numbers do not fit.
         """
         k = self._check_batch(x, k)
-        check_floating(target=target)
-        require(
-            target is not None or self.d_target == self.d,
-            f"target: expected [B, {self.d_target}], as w_dec's rows are no x [B, {self.d}]",
-        )
-        check_shape("target", target, (x.shape[0], self.d_target), "[B, d_target]")
-        if mask is not None:
-            check_tensors(mask=mask)
-            check_shape("mask", mask, (self.dict_size,), "[F]")
-            require(
-                mask.dtype == torch.bool, lambda: f"mask: expected torch.bool, got {mask.dtype}"
-            )
-        _check_bool("bias", bias)
-        _check_scalar("weight", weight, self.device, low=None)
+        check_target(target, x, self.d_target)
+        check_mask(mask, self.dict_size)
+        check_bool("bias", bias)
+        check_scalar("weight", weight, self.device, low=None)
         check_same("device", x=x, target=target, mask=mask, w_dec=self.weights["w_dec"])
         require(
             self.ranks is None or (bounds is None and width is None),
             "bounds, width: ranks select the k latents of each token, for one reconstruction; "
             f"expected None for both, got {bounds} and {width}",
         )
-        if width is not None:
-            check_count("width", width, k, self.dict_size, f"k = {k} to F = {self.dict_size}")
-            require(mask is None, "mask: a selection with a width has none")
-        require(
-            width is not None or mask is not None or self.thresholds is None,
-            "width: expected places a token for the latents above their thresholds, got None",
-        )
+        self._check_width(width, k, mask)
+        prefixes = None
         if bounds is not None:
-            bounds = check_bounds(bounds, self.dict_size)
-            require(
-                bounds[-1] == self.dict_size and len(bounds) <= MAX_PREFIXES,
-                f"bounds: expected at most {MAX_PREFIXES} prefixes, of which the last ends at "
-                f"F = {self.dict_size}, got {bounds}",
-            )
+            prefixes = check_prefixes(bounds, self.dict_size, MAX_PREFIXES)
         with torch.no_grad():
-            return self._accumulate(x, target, k, mask, bias, weight, bounds, width)
+            return self._accumulate(x, target, k, mask, bias, weight, prefixes, width)
 
     def _check_batch(self, x: Tensor, k: int | None) -> int:
         """k, by default that of the step."""
@@ -327,6 +289,15 @@ class TrainingStep:
         self._check_k(k)
         return k
 
+    def _check_width(self, width: int | None, k: int, mask: Tensor | None) -> None:
+        if width is not None:
+            check_count("width", width, k, self.dict_size, f"k = {k} to F = {self.dict_size}")
+            require(mask is None, "mask: a selection with a width has none")
+        require(
+            width is not None or mask is not None or self.thresholds is None,
+            "width: expected places a token for the latents above their thresholds, got None",
+        )
+
     def _accumulate(
         self,
         x: Tensor,
@@ -341,34 +312,22 @@ class TrainingStep:
         from kronsae_kernels.triton_impl import operations
 
         given, target = x, (x if target is None else target).contiguous()
-        x = x.to(self.dtype).contiguous()
-        low = self._low_precision()
-        w_enc, b_enc = low["w_enc"], self.weights["b_enc"].to(self.dtype)
-        ranks, candidates = self.ranks, min(k, self.dict_size) if width is None else width
-        jumped = None
-        if self.thresholds is not None and mask is None:
-            indices, base, extension, threshold, jumped = self._above(x, w_enc, b_enc, candidates)
-        else:
-            indices, base, extension = self._largest(x, w_enc, b_enc, mask, candidates)
-            if width is not None:
-                self._keep_largest(indices, base, extension, k * len(x))
-        if ranks is not None:
-            factor = None if self.m is None else extension
-            indices = keep_largest_of_all(indices, base, factor, k, ranks)
-        table, b_dec = low["w_dec"], self.weights["b_dec"] if bias and self._first else None
+        x, low = x.to(self.dtype).contiguous(), self._low_precision()
+        indices, base, extension, jumped = self._select(x, low["w_enc"], mask, k, width)
+        b_dec = self.weights["b_dec"] if bias and self._first else None
         scale = weight * (2 / target.numel())
         how = self._how, self.eps, scale
-        given_codes = target, indices, base, extension, table, b_dec, *how
+        codes = target, indices, base, extension, low["w_dec"], b_dec, *how
+        row = None
         if bounds is None:
             found = operations.decode_and_loss(
-                *given_codes,
-                one_gather=candidates <= MAX_FUSED_CODES and jumped is None,
-                total=None if ranks is None else ranks.sum,
+                *codes,
+                one_gather=indices.shape[1] <= MAX_FUSED_CODES and jumped is None,
+                total=None if self.ranks is None else self.ranks.sum,
             )
-            row, d_rows = None, found.residual
-            d_x_hat = residual = found.residual
+            d_x_hat = residual = d_rows = found.residual
         else:
-            found, row = operations.nested_decode_and_loss(*given_codes, bounds)
+            found, row = operations.nested_decode_and_loss(*codes, bounds)
             # Of each prefix, all that follow are part: the first has what all of them get.
             d_x_hat, residual = found.residual[:, 0], found.residual[:, -1]
             d_rows = found.residual.flatten(0, 1)
@@ -378,46 +337,41 @@ class TrainingStep:
             self._b_dec_gradient = of_bias if earlier is None else earlier + of_bias
         sums = found.sums.sum(1)
         self._sums = sums[:2] if self._sums is None else self._sums + sums[:2]
-        codes, l0_loss, d_log = SparseCodes(found.values, indices), None, None
-        if jumped is not None:
-            assert self.thresholds is not None and found.d_values is not None
-            excess = jumped.active.mean() / k - 1
-            l0_loss = excess.square()
-            d_active = excess * (weight * self.thresholds.l0_coefficient * 2 / (k * len(x)))
-            d_log = operations.jump_gradients(
-                found.d_values, indices, jumped.slopes, threshold, scale, d_active
-            )
-        elif self.thresholds is not None:
-            d_log = torch.zeros_like(found.values)
-        self._parts.append(
-            _Part(
-                given,
-                codes if mask is None else None,
-                x,
-                d_rows,
-                row,
-                indices,
-                found.scaled,
-                found.along,
-                found.d_base,
-                found.d_extension,
-                d_log,
-            )
-        )
+        d_log, l0_loss = self._threshold_gradients(jumped, found, indices, weight, scale, k)
+        selected = SparseCodes(found.values, indices)
+        noted = selected if mask is None else None
+        found = found._replace(d_values=None)  # it is not needed any more
+        self._parts.append(_Part(given, noted, x, d_rows, row, indices, found, d_log))
         loss = sums[0] / target.numel()
         mse = loss if bounds is None else sums[2] / target.numel()
-        return StepOutput(loss, codes, residual, mse, l0_loss)
+        return StepOutput(loss, selected, residual, mse, l0_loss)
+
+    def _select(
+        self, x: Tensor, w_enc: Tensor, mask: Tensor | None, k: int, width: int | None
+    ) -> tuple[Tensor, Tensor, Tensor, "Jumped | None"]:
+        """indices, base, extension [B, `width` or k] of a pass; and which are above thresholds."""
+        if self.thresholds is not None and width is not None:
+            return self._above(self.thresholds, x, w_enc, width)
+        candidates = min(k, self.dict_size) if width is None else width
+        indices, base, extension = self._largest(x, w_enc, mask, candidates)
+        if width is not None:
+            self._keep_largest(indices, base, extension, k * len(x))
+        if self.ranks is not None:
+            factor = None if self.m is None else extension
+            indices = keep_largest_of_all(indices, base, factor, k, self.ranks)
+        return indices, base, extension, None
 
     def _largest(
-        self, x: Tensor, w_enc: Tensor, b_enc: Tensor, mask: Tensor | None, k: int
+        self, x: Tensor, w_enc: Tensor, mask: Tensor | None, k: int
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The k largest latents of each token: indices, base, extension [B, k]."""
         from kronsae_kernels.triton_impl import operations
 
-        if self.m is None:
-            indices, base = operations.dense_encode(x, w_enc, b_enc, mask, k)
-            return indices, base, base
-        return operations.encode(x, w_enc, b_enc, mask, self.m, k, self.composition)
+        b_enc = self.weights["b_enc"].to(self.dtype)
+        indices, base, extension = operations.encode(
+            x, w_enc, b_enc, mask, self.m, k, self.composition
+        )
+        return indices, base, base if self.m is None else extension
 
     def _keep_largest(self, indices: Tensor, base: Tensor, extension: Tensor, count: int) -> None:
         """Of all candidates the `count` largest alone: the others get index -1."""
@@ -429,21 +383,44 @@ class TrainingStep:
         )  # fmt: skip
 
     def _above(
-        self, x: Tensor, w_enc: Tensor, b_enc: Tensor, width: int
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Any]:
-        """Latents above or near their thresholds: indices, base, extension [B, width]; thresholds
-        [F]; and which they are."""
+        self, thresholds: Thresholds, x: Tensor, w_enc: Tensor, width: int
+    ) -> tuple[Tensor, Tensor, Tensor, "Jumped"]:
+        """Latents above or near their thresholds: indices, base, extension [B, width]; and which
+        they are."""
         from kronsae_kernels.triton_impl import operations
 
-        assert self.thresholds is not None
-        threshold, bandwidth = self.thresholds.log.detach().exp(), self.thresholds.bandwidth
+        threshold, bandwidth = thresholds.log.detach().exp(), thresholds.bandwidth
+        b_enc = self.weights["b_enc"].to(self.dtype)
         base, extension, indices, counts = operations.threshold_encode(
-            x, w_enc, b_enc, threshold - bandwidth / 2, self.m, self.composition, 0.0, width
+            x, w_enc, b_enc, threshold - bandwidth / 2, self.m, 0.0, self.composition, width
         )
         jumped = operations.jump(
             base, extension, indices, counts, threshold, bandwidth, self._how, self.missed[0]
         )
-        return indices, base, extension, threshold, jumped
+        return indices, base, extension, jumped
+
+    def _threshold_gradients(
+        self,
+        jumped: "Jumped | None",
+        found: "DecodeAndLoss",
+        indices: Tensor,
+        weight: float | Tensor,
+        scale: float | Tensor,
+        k: int,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients by the logarithms of thresholds, of each code, and the loss of the L0."""
+        if self.thresholds is None:
+            return None, None
+        if jumped is None or found.d_values is None:
+            return torch.zeros_like(found.values), None
+        from kronsae_kernels.triton_impl import operations
+
+        excess = jumped.active.mean() / k - 1
+        of_active = weight * self.thresholds.l0_coefficient * 2 / (k * len(indices))
+        d_log = operations.jump_gradients(
+            found.d_values, indices, jumped, scale, excess * of_active
+        )
+        return d_log, excess.square()
 
     def set_thresholds(self, x: Tensor, *, k: int | None = None, width: int) -> None:
         """Set all thresholds just below the smallest of the k B largest active values of x [B, d].
@@ -455,14 +432,13 @@ class TrainingStep:
         if self.thresholds is None:
             raise ValueError("set_thresholds: this step has no thresholds")
         k = self._check_batch(x, k)
-        check_count("width", width, k, self.dict_size, f"k = {k} to F = {self.dict_size}")
+        self._check_width(width, k, None)
         with torch.no_grad():
             log = self.thresholds.log.detach()
             self._set_thresholds(log, x.to(self.dtype).contiguous(), k, width)
 
     def _set_thresholds(self, log: Tensor, x: Tensor, k: int, width: int) -> None:
-        w_enc, b_enc = self._low_precision()["w_enc"], self.weights["b_enc"].to(self.dtype)
-        indices, base, extension = self._largest(x, w_enc, b_enc, None, width)
+        indices, base, extension = self._largest(x, self._low_precision()["w_enc"], None, width)
         self._keep_largest(indices, base, extension, k * len(x))
         values = base if self.m is None else compose(base * extension, self.composition, 0.0)
         smallest = values.masked_fill(indices < 0, torch.inf).amin()
@@ -481,7 +457,7 @@ class TrainingStep:
         """
         if not self._parts:
             raise RuntimeError("apply: nothing was accumulated since the last step")
-        _check_scalar("lr", lr, self.device, low=0)
+        check_scalar("lr", lr, self.device, low=0)
         if max_norm is not None:
             check_number("max_norm", max_norm, None)
             require(
@@ -510,7 +486,43 @@ class TrainingStep:
         if ranks is not None:
             ranks.sum(sums[1:])  # if one of them cannot make the step, none does
         x, d_rows = self._all("x"), self._all("d_rows")
-        names = ["values", "along", "d_base"]
+        entries, of_decoder, of = self._entries()
+        hyper = self._prepared(sums, lr)
+        of_bias = self._b_dec_gradient
+        vectors = {"b_dec": torch.zeros_like(self.weights["b_dec"]) if of_bias is None else of_bias}
+        if self.thresholds is not None:
+            vectors[THRESHOLDS] = operations.sum_entries(entries, of["d_log"])
+        counted = [name for name in vectors if self._first or name != "b_dec"]
+        decoder = self._of("w_dec"), self._copies.get("w_dec")
+        encoder = self._of("w_enc"), self._copies.get("w_enc"), self._of("b_enc")
+
+        def run(mode: str) -> Tensor:
+            squares = [vectors[name].square() for name in counted]
+            rows = of_decoder, of["scaled"], of["along"], d_rows, hyper, mode
+            squares.append(operations.update_rows(*rows, self.unit_norm, *decoder))
+            if self.m is None:
+                rows = entries, of["d_base"], of["along"], x, hyper, mode
+                squares.append(operations.update_rows(*rows, False, *encoder))
+            else:
+                heads = entries, of["d_base"], of["d_extension"], x, self.m, hyper, mode
+                squares.append(operations.update_heads(*heads, *encoder))
+            return torch.cat(squares).sum()
+
+        square = run("update" if max_norm is None else "measure")
+        square = square if ranks is None else ranks.sum(square)
+        if max_norm is not None:
+            hyper[:, 7] = (max_norm / (square.sqrt() + 1e-6)).clamp(max=1.0)
+            run("update")
+        for name, gradient in vectors.items():
+            operations.update_vector(gradient, self._of(name), hyper[1])
+        return self._finish(square, hyper)
+
+    def _entries(self) -> tuple["Entries", "Entries", dict[str, Tensor]]:
+        """Of all parts, sorted: entries of the encoder, and of the decoder; coefficients of both,
+        by the name of the field."""
+        from kronsae_kernels.triton_impl import operations
+
+        names = ["scaled", "along", "d_base"]
         names += [] if self.m is None else ["d_extension"]
         names += [] if self.thresholds is None else ["d_log"]
         entries = operations.Entries.of(
@@ -521,85 +533,21 @@ class TrainingStep:
             None if all(part.row is None for part in self._parts) else self._row_of_codes("d_rows"),
         )
         of_decoder = entries if entries.rows is None else entries._replace(tokens=entries.rows)
-        sorted_ = dict(zip(names, entries.coefficients, strict=True))
-        hyper = self._prepared(sums, lr)
-        b_dec = self.weights["b_dec"]
-        gradient = self._b_dec_gradient
-        gradient = torch.zeros_like(b_dec) if gradient is None else gradient
-        low, of_log = self._copies, None
-        if self.thresholds is not None:
-            of_log = operations.sum_entries(entries, sorted_["d_log"])
+        return entries, of_decoder, dict(zip(names, entries.coefficients, strict=True))
 
-        def run(mode: str) -> Tensor:
-            squares = [gradient.square()] if self._first else []
-            squares += [] if of_log is None else [of_log.square()]
-            squares.append(
-                operations.update_rows(
-                    of_decoder,
-                    sorted_["values"],
-                    sorted_["along"],
-                    d_rows,
-                    hyper,
-                    mode,
-                    self.unit_norm,
-                    self._of("w_dec"),
-                    low.get("w_dec"),
-                )  # fmt: skip
-            )
-            if self.m is None:
-                squares.append(
-                    operations.update_rows(
-                        entries,
-                        sorted_["d_base"],
-                        sorted_["along"],
-                        x,
-                        hyper,
-                        mode,
-                        False,
-                        self._of("w_enc"),
-                        low.get("w_enc"),
-                        self._of("b_enc"),
-                    )  # fmt: skip
-                )
-            else:
-                squares.append(
-                    operations.update_heads(
-                        entries,
-                        sorted_["d_base"],
-                        sorted_["d_extension"],
-                        x,
-                        self.m,
-                        hyper,
-                        mode,
-                        self._of("w_enc"),
-                        low.get("w_enc"),
-                        self._of("b_enc"),
-                    )  # fmt: skip
-                )
-            return torch.cat(squares).sum()
+    def _finish(self, square: Tensor, hyper: Tensor) -> Tensor:
+        """The gradient's norm, from its square; counts the step, and what was active in it."""
+        from kronsae_kernels.triton_impl import operations
 
-        def total(square: Tensor) -> Tensor:
-            return square if ranks is None else ranks.sum(square)
-
-        if max_norm is not None:
-            square = total(run("measure"))
-            hyper[:, 7] = (max_norm / (square.sqrt() + 1e-6)).clamp(max=1.0)
-            run("update")
-        else:
-            square = total(run("update"))
-        operations.update_vector(gradient, self._of("b_dec"), hyper[1])
-        if of_log is not None:
-            operations.update_vector(of_log, self._of(THRESHOLDS), hyper[1])
-        tokens = 0
-        for part in self._parts:
-            if self.silent is not None and part.codes is not None:
-                tokens += len(part.indices)
-        for part in self._parts:
-            if self.silent is not None and part.codes is not None:
-                operations.note_active(part.codes, self.silent, hyper, tokens, self._threshold)
+        tokens, silent = 0, self.silent
+        if silent is not None:
+            noted = [part.codes for part in self._parts if part.codes is not None]
+            tokens = sum(len(codes.indices) for codes in noted)
+            for codes in noted:
+                operations.note_active(codes, silent, hyper, tokens, self._threshold)
         given = self._parts[0].given
         return operations.finish_update(
-            square, self.skips, self.missed, given, hyper, self.silent, tokens
+            square, self.skips, self.missed, given, hyper, silent, tokens
         )
 
     def refresh(self) -> None:
@@ -644,7 +592,9 @@ class TrainingStep:
 
     def _all(self, name: str) -> Tensor:
         """A field of all parts: x or d_rows, or what belongs to codes, flat."""
-        found = [getattr(part, name) for part in self._parts]
+        found = [
+            getattr(part if name in _Part._fields else part.found, name) for part in self._parts
+        ]
         if len(found) == 1:
             return found[0]
         return torch.cat(found if name in ("x", "d_rows") else [f.flatten() for f in found])
@@ -810,173 +760,3 @@ def _kinds(tensors: tuple[Tensor, ...]) -> list[str]:
 def _device_of(device: torch.device) -> AbstractContextManager[Any]:
     """Inside, a CUDA device is the current one."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def new_state(
-    weights: Mapping[str, Tensor], moments: str = "float32"
-) -> dict[str, dict[str, Tensor]]:
-    """AdamW's state before its first step, for each weight, as torch.optim.AdamW makes it.
-
-    moments: as in `TrainingStep`.
-    """
-    return {
-        name: {
-            "step": torch.zeros((), device=weight.device),
-            **{
-                moment: torch.zeros_like(
-                    weight.detach(),
-                    dtype=_dtype_of_moments(name, weight.dtype, moments),
-                    memory_format=torch.preserve_format,
-                )
-                for moment in ("exp_avg", "exp_avg_sq")
-            },
-        }
-        for name, weight in weights.items()
-    }
-
-
-def _dtype_of_moments(name: str, weight: torch.dtype, moments: str) -> torch.dtype:
-    return torch.bfloat16 if moments == "bfloat16" and name in ROUNDED else weight
-
-
-def _check_state(
-    state: Mapping[str, Mapping[str, Tensor]], weights: Mapping[str, Tensor], moments: str
-) -> None:
-    require(isinstance(state, Mapping), lambda: f"state: expected a mapping, got {shown(state)}")
-    for name, weight in weights.items():
-        of_weight = state.get(name, {})
-        if not isinstance(of_weight, Mapping):
-            raise ValueError(f"state: {name}: expected a mapping, got {shown(of_weight)}")
-        missing = {"step", "exp_avg", "exp_avg_sq"} - of_weight.keys()
-        require(not missing, f"state: {name}: expected a step and both moments, not {missing}")
-        step = of_weight["step"]
-        require(
-            isinstance(step, Tensor)
-            and step.dtype == torch.float32
-            and step.numel() == 1
-            and step.device == weight.device,
-            f"state: {name}: step: expected a float32 scalar tensor on {weight.device}, "
-            f"got {step!r}",
-        )
-        expected = _dtype_of_moments(name, torch.float32, moments)
-        for moment in ("exp_avg", "exp_avg_sq"):
-            found, what = of_weight[moment], f"state: {name}: {moment}"
-            check_tensors(**{what: found})
-            require(
-                found.dtype == expected,
-                f"{what}: expected {expected} (moments={moments!r}), got {found.dtype}",
-            )
-            require(
-                _layout(found) == _layout(weight) and found.device == weight.device,
-                f"{what}: expected the shape, strides and device of the weight, {_layout(weight)} "
-                f"on {weight.device}, got {_layout(found)} on {found.device}",
-            )
-
-
-def _layout(x: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Shape, and strides where they matter."""
-    return tuple(x.shape), tuple(x.stride(dim) for dim in range(x.ndim) if x.shape[dim] > 1)
-
-
-def _check_thresholds(thresholds: Thresholds, w_dec: Tensor, eps: float) -> None:
-    require(
-        isinstance(thresholds, Thresholds),
-        lambda: f"thresholds: expected `Thresholds`, got {shown(thresholds)}",
-    )
-    log, bandwidth, coefficient = thresholds
-    check_tensors(**{"thresholds.log": log})
-    check_shape("thresholds.log", log, (len(w_dec),), "[F]")
-    check_same("device", **{"thresholds.log": log, "w_dec": w_dec})
-    require(
-        log.dtype == torch.float32 and log.is_contiguous(),
-        lambda: f"thresholds.log: expected contiguous float32, got {log.dtype}, {log.stride()}",
-    )
-    check_number("thresholds.bandwidth", bandwidth, 0)
-    require(bandwidth > 0, "thresholds.bandwidth: expected a number > 0, got 0")
-    check_number("thresholds.l0_coefficient", coefficient, 0)
-    require(eps == 0, f"eps: expected 0 with thresholds, got {eps!r}")
-
-
-def _check_settings(
-    dtype: torch.dtype,
-    eps: float,
-    betas: tuple[float, float],
-    adam_eps: float,
-    weight_decay: float,
-) -> None:
-    allowed = tuple(each for each in DTYPES if each != torch.float64)
-    require(dtype in allowed, lambda: f"dtype: expected one of {allowed}, got {shown(dtype)}")
-    check_number("eps", eps, 0)
-    require(
-        isinstance(betas, tuple | list) and len(betas) == 2,
-        lambda: f"betas: expected two numbers, got {shown(betas)}",
-    )
-    for place, beta in enumerate(betas):
-        check_number(f"betas[{place}]", beta, 0, 1)
-    check_number("adam_eps", adam_eps, 0)
-    check_number("weight_decay", weight_decay, 0)
-
-
-def _check_bool(name: str, value: bool) -> None:
-    require(isinstance(value, bool), lambda: f"{name}: expected True or False, got {shown(value)}")
-
-
-def _check_scalar(
-    name: str, value: float | Tensor, device: torch.device, low: float | None
-) -> None:
-    """A number, or a scalar on the device, of which the value is not known here."""
-    if not isinstance(value, Tensor):
-        check_number(name, value, low)
-        return
-    require(
-        value.numel() == 1 and value.is_floating_point() and value.device == device,
-        lambda: (
-            f"{name}: expected a number or a floating scalar on {device}, got {shape_of(value)} "
-            f"{value.dtype} on {value.device}"
-        ),
-    )
-
-
-def _check_silent(silent: Tensor | None, w_dec: Tensor) -> None:
-    if silent is None:
-        return
-    check_tensors(silent=silent)
-    check_shape("silent", silent, (len(w_dec),), "[F]")
-    check_same("device", silent=silent, w_dec=w_dec)
-    require(
-        silent.dtype == torch.int64 and silent.is_contiguous(),
-        lambda: (
-            f"silent: expected contiguous int64, got {silent.dtype} with stride {silent.stride(0)}"
-        ),
-    )
-
-
-def _check_weights(weights: dict[str, Tensor], m: int | None) -> None:
-    check_tensors(**weights)
-    check_same("device", **weights)
-    for name, weight in weights.items():
-        require(weight.dtype == torch.float32, f"{name}: expected float32, got {weight.dtype}")
-    w_enc, w_dec = weights["w_enc"], weights["w_dec"]
-    require(
-        w_dec.ndim == 2 and w_dec.numel() > 0,
-        lambda: f"w_dec: expected [F, d_target] with no empty dimension, got {shape_of(w_dec)}",
-    )
-    size, d_target = w_dec.shape
-    rank, layout = (2, "[F, d]") if m is None else (3, "[h, m + n, d]")
-    require(
-        w_enc.ndim == rank and w_enc.numel() > 0,
-        lambda: f"w_enc: expected {layout} with no empty dimension, got {shape_of(w_enc)}",
-    )
-    found, stored = w_enc.shape[0], w_enc
-    if m is not None:
-        rows = w_enc.shape[1]
-        check_count("m", m, 1, rows - 1, f"w_enc has m + n = {rows} rows a head")
-        found, stored = w_enc.shape[0] * m * (rows - m), w_enc.transpose(0, 1)
-    require(found == size, f"w_dec: expected F = {found} rows as of w_enc, got {size}")
-    check_shape("b_enc", weights["b_enc"], tuple(w_enc.shape[:-1]), layout.replace(", d", ""))
-    check_shape("b_dec", weights["b_dec"], (d_target,), "[d_target]")
-    require(
-        stored.is_contiguous() and all(weights[n].is_contiguous() for n in NAMES[1:]),
-        "weights: expected contiguous tensors, and w_enc [h, m + n, d] stored row-major over "
-        "heads: torch.empty(m + n, h, d).transpose(0, 1)",
-    )

@@ -8,15 +8,15 @@ from kronsae_kernels.common import (
     COMPOSITIONS,
     SparseCodes,
     accumulate_dtype,
-    check_count,
+    check_choice,
     check_number,
     check_same,
     check_shape,
     check_tensors,
-    require,
+    dict_size,
     without_autocast,
 )
-from kronsae_kernels.encode import check_encoder
+from kronsae_kernels.encode import check_encoder, encode_autograd, encode_setup
 
 
 def threshold_encode(
@@ -43,18 +43,10 @@ def threshold_encode(
     Memory: O(B w) and one chunk of tokens' scores [b, F], forward alone.
     """
     x, w_enc, b_enc = check_encoder(x, w_enc, b_enc, None, rank=2 if m is None else 3)
-    size = w_enc.shape[0]
-    if m is not None:
-        heads, rows, _ = w_enc.shape
-        check_count("m", m, 1, rows - 1, f"w_enc has m + n = {rows} rows a head")
-        size = heads * m * (rows - m)
     check_tensors(threshold=threshold)
-    check_shape("threshold", threshold, (size,), "[F]")
+    check_shape("threshold", threshold, (dict_size(w_enc, m),), "[F]")
     check_same("device", x=x, threshold=threshold)
-    require(
-        composition in COMPOSITIONS,
-        f"composition: expected one of {COMPOSITIONS}, got {composition!r}",
-    )
+    check_choice("composition", composition, COMPOSITIONS)
     check_number("eps", eps, 0)
     name = backends.choose(impl, x.device, x.dtype)
     if name == "reference":
@@ -63,7 +55,7 @@ def threshold_encode(
         )
     flat = x.reshape(-1, x.shape[-1])
     base, extension, indices, counts = torch.ops.kronsae.threshold_encode(
-        flat, w_enc, b_enc, threshold.detach(), m, composition, eps, name
+        flat, w_enc, b_enc, threshold.detach(), m, eps, composition, name
     )
     values = base if m is None else reference.compose(base * extension, composition, eps)
     values = values.where(torch.arange(values.shape[1], device=x.device) < counts[:, None], 0)
@@ -78,45 +70,22 @@ def _threshold_encode(
     b_enc: Tensor | None,
     threshold: Tensor,
     m: int | None,
-    composition: str,
     eps: float,
+    composition: str,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     with without_autocast(x):
         return backends.module(impl).threshold_encode(
-            x, w_enc, b_enc, threshold, m, composition, eps
+            x, w_enc, b_enc, threshold, m, eps, composition
         )
 
 
 @_threshold_encode.register_fake
-def _(x, w_enc, b_enc, threshold, m, composition, eps, impl):
+def _(x, w_enc, b_enc, threshold, m, eps, composition, impl):
     width = torch.library.get_ctx().new_dynamic_size()
     factor = x.new_empty(x.shape[0], width, dtype=accumulate_dtype(x.dtype))
     indices = torch.empty_like(factor, dtype=torch.int64)
     return factor, torch.empty_like(factor), indices, indices.new_empty(x.shape[0])
 
 
-def _setup(ctx, inputs, output):
-    x, w_enc, _, _, ctx.m, ctx.composition, _, ctx.impl = inputs
-    base, extension, indices, counts = output
-    ctx.mark_non_differentiable(indices, counts)
-    ctx.save_for_backward(x, w_enc, indices, base, extension)
-
-
-def _autograd(ctx, d_base, d_extension, *_):
-    x, w_enc, indices, base, extension = ctx.saved_tensors
-    need_x, need_w, need_b = ctx.needs_input_grad[:3]
-    if ctx.composition != "mul":
-        d_base, d_extension = d_base * (base > 0), d_extension * (extension > 0)
-    options = need_x, need_w or need_b, ctx.impl
-    if ctx.m is None:
-        gradients = torch.ops.kronsae.dense_encode_backward(d_base, indices, x, w_enc, *options)
-    else:
-        gradients = torch.ops.kronsae.encode_backward(
-            d_base, d_extension, indices, x, w_enc, ctx.m, *options
-        )
-    needed = zip((need_x, need_w, need_b), gradients, strict=True)
-    return (*(gradient if need else None for need, gradient in needed), *5 * [None])
-
-
-_threshold_encode.register_autograd(_autograd, setup_context=_setup)
+_threshold_encode.register_autograd(encode_autograd, setup_context=encode_setup)

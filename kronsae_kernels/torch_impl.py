@@ -42,7 +42,7 @@ def encode(
     w_enc: Tensor,
     b_enc: Tensor | None,
     mask: Tensor | None,
-    m: int,
+    m: int | None,
     k: int,
     composition: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -50,16 +50,20 @@ def encode(
 
     Returns indices [B, k] int64, base [B, k] and extension [B, k] (ReLU applied, except for
     composition "mul"), float32 (float64 for float64), by product descending, index ascending.
+    m None: of a dense encoder, whose values are the base; the extension is an empty tensor.
     """
+    dtype = accumulate_dtype(x.dtype)
+    if m is None:
+        dense = [select_dense(pre, mask, k) for pre in projections(x, w_enc, b_enc, scratch=0)]
+        indices, values = concatenate(dense, x, k, (torch.int64, dtype))
+        return indices, values, values.new_empty(0)
     heads, rows, _ = w_enc.shape
     n = rows - m
-    weight, bias = i_major(w_enc), None if b_enc is None else b_enc.t().reshape(-1)
-    kept = min(k, heads)
     parts = [
         select_kron(pre.view(-1, rows, heads), mask, m, n, k, composition)
-        for pre in projections(x, weight, bias, scratch=kept * m * n)
+        for pre in projections(x, w_enc, b_enc, scratch=min(k, heads) * m * n)
     ]
-    return concatenate(parts, x, k, (torch.int64, *2 * [accumulate_dtype(x.dtype)]))
+    return concatenate(parts, x, k, (torch.int64, dtype, dtype))
 
 
 def encode_backward(
@@ -68,55 +72,39 @@ def encode_backward(
     indices: Tensor,
     x: Tensor,
     w_enc: Tensor,
-    m: int,
+    m: int | None,
     need_x: bool,
     need_w: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, w_enc, b_enc from those of the selected pre-latents [B, k].
 
-    Only the <= 2k live pre-latents of a token take part. What is not needed is an empty tensor.
+    Only the <= 2k live pre-latents of a token take part. m None: of a dense encoder, by the values
+    (0 where the ReLU was 0); d_extension is not used. What is not needed is an empty tensor.
     """
-    heads, rows, d = w_enc.shape
-    n = rows - m
-    coefficients, columns = live_pre_latents(d_base, d_extension, indices, heads, m, n)
+    coefficients, columns = live_pre_latents(d_base, d_extension, indices, w_enc, m)
     d_x, d_w, d_b = x.new_empty(0), x.new_empty(0), x.new_empty(0)
     if need_x:
         d_x = combine(coefficients, columns, i_major(w_enc)).to(x.dtype)
     if need_w:
-        d_w, d_b = _scatter_linear(coefficients, columns, x, rows * heads)
-        d_w = d_w.view(rows, heads, d).transpose(0, 1)
-        d_b = d_b.view(rows, heads).t().contiguous()
+        d_w, d_b = _scatter_linear(coefficients, columns, x, w_enc.shape[:-1].numel())
+        if m is not None:
+            heads, rows, d = w_enc.shape
+            d_w = d_w.view(rows, heads, d).transpose(0, 1)
+            d_b = d_b.view(rows, heads).t().contiguous()
     return d_x, d_w, d_b
 
 
 def live_pre_latents(
-    d_base: Tensor, d_extension: Tensor, indices: Tensor, heads: int, m: int, n: int
+    d_base: Tensor, d_extension: Tensor, indices: Tensor, w_enc: Tensor, m: int | None
 ) -> tuple[Tensor, Tensor]:
     """The pre-latents behind latents [B, k]: gradients [B, 2k], and i-major rows [B, 2k]."""
-    head, latent = divide(indices, m * n)
-    base_row, extension_row = divide(latent, n)
+    if m is None:
+        return d_base, indices
+    heads, rows, _ = w_enc.shape
+    head, latent = divide(indices, m * (rows - m))
+    base_row, extension_row = divide(latent, rows - m)
     columns = torch.cat([base_row * heads + head, (m + extension_row) * heads + head], 1)
     return torch.cat([d_base, d_extension], 1), columns
-
-
-def dense_encode(
-    x: Tensor, w_enc: Tensor, b_enc: Tensor | None, mask: Tensor | None, k: int
-) -> tuple[Tensor, Tensor]:
-    """The k largest of ReLU(w_enc x + b_enc): indices [B, k] int64, values [B, k]."""
-    parts = [select_dense(pre, mask, k) for pre in projections(x, w_enc, b_enc, scratch=0)]
-    return concatenate(parts, x, k, (torch.int64, accumulate_dtype(x.dtype)))
-
-
-def dense_encode_backward(
-    d_values: Tensor, indices: Tensor, x: Tensor, w_enc: Tensor, need_x: bool, need_w: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x, w_enc, b_enc from those of the selected values (0 where ReLU was 0)."""
-    d_x, d_w, d_b = x.new_empty(0), x.new_empty(0), x.new_empty(0)
-    if need_x:
-        d_x = combine(d_values, indices, w_enc).to(x.dtype)
-    if need_w:
-        d_w, d_b = _scatter_linear(d_values, indices, x, w_enc.shape[0])
-    return d_x, d_w, d_b
 
 
 def threshold_encode(
@@ -125,8 +113,8 @@ def threshold_encode(
     b_enc: Tensor | None,
     threshold: Tensor,
     m: int | None,
-    composition: str,
     eps: float,
+    composition: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """All latents above their threshold: base, extension, indices [B, w], and counts [B].
 
@@ -134,77 +122,74 @@ def threshold_encode(
     unused; their indices are spread over the dictionary, as no latent should have a long list of
     entries that mean nothing.
     """
-    size, dtype, parts = threshold.shape[0], accumulate_dtype(x.dtype), []
-    if m is None:
-        weight, bias = w_enc, b_enc
-    else:
-        weight, bias = i_major(w_enc), None if b_enc is None else b_enc.t().reshape(-1)
-    for pre in projections(x, weight, bias, scratch=size):
-        if m is None:
-            values = product = pre.to(dtype).relu()
-        else:
-            factors = pre.view(-1, w_enc.shape[1], w_enc.shape[0]).transpose(1, 2).to(dtype)
-            if composition != "mul":
-                factors = factors.relu()
-            base, extension = factors[..., :m], factors[..., m:]
-            product = (base[..., :, None] * extension[..., None, :]).flatten(1)
-            values = reference.compose(product, composition, eps)
-        token, latent = ((values > threshold) & (product > 0)).nonzero(as_tuple=True)
-        # Largest first. `nonzero` gives latents in order, and both sorts are stable.
-        order = product[token, latent].argsort(descending=True, stable=True)
-        order = order[token[order].argsort(stable=True)]
-        token, latent = token[order], latent[order]
-        if m is None:
-            of_base = of_extension = product[token, latent]
-        else:
-            n = extension.shape[2]
-            head, of_head = divide(latent, m * n)
-            row, column = divide(of_head, n)
-            of_base, of_extension = base[token, head, row], extension[token, head, column]
-        parts.append((token.bincount(minlength=pre.shape[0]), latent, of_base, of_extension))
-    counts, *flat = concatenate(parts, x, 0, (torch.int64, torch.int64, dtype, dtype))
+    size, dtype = threshold.shape[0], accumulate_dtype(x.dtype)
+    parts = [
+        _above(pre.to(dtype), w_enc.shape, threshold, m, eps, composition)
+        for pre in projections(x, w_enc, b_enc, scratch=size)
+    ]
+    counts, latents, *factors = concatenate(parts, x, 0, (torch.int64, torch.int64, dtype, dtype))
     counts = counts.view(-1)
     width = max(1, int(counts.max()) if counts.numel() else 0)
     used = torch.arange(width, device=x.device) < counts[:, None]
     indices = torch.arange(used.numel(), device=x.device).remainder_(size).view(used.shape)
     base = torch.zeros(used.shape, dtype=dtype, device=x.device)
-    out = indices, base, torch.zeros_like(base)
-    for slots, entries in zip(out, flat, strict=True):
+    extension = torch.zeros_like(base)
+    for slots, entries in zip((indices, base, extension), (latents, *factors), strict=True):
         slots[used] = entries.view(-1)
-    indices, base, extension = out
     return base, extension, indices, counts
+
+
+def _above(
+    pre: Tensor, shape: torch.Size, threshold: Tensor, m: int | None, eps: float, composition: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of a chunk of b tokens: active latents of each [b]; and of all, token by token, the latent
+    and its two factors. shape: that of w_enc."""
+    if m is None:
+        product = values = pre.relu()
+    else:
+        factors = pre.view(-1, shape[1], shape[0]).transpose(1, 2)
+        if composition != "mul":
+            factors = factors.relu()
+        base, extension = factors[..., :m], factors[..., m:]
+        product = (base[..., :, None] * extension[..., None, :]).flatten(1)
+        values = reference.compose(product, composition, eps)
+    token, latent = ((values > threshold) & (product > 0)).nonzero(as_tuple=True)
+    # Largest first. `nonzero` gives latents in order, and both sorts are stable.
+    order = product[token, latent].argsort(descending=True, stable=True)
+    order = order[token[order].argsort(stable=True)]
+    token, latent = token[order], latent[order]
+    counts = token.bincount(minlength=len(pre))
+    if m is None:
+        return counts, latent, product[token, latent], product[token, latent]
+    n = shape[1] - m
+    head, of_head = divide(latent, m * n)
+    row, column = divide(of_head, n)
+    return counts, latent, base[token, head, row], extension[token, head, column]
 
 
 # Decode
 
 
-def decode(values: Tensor, indices: Tensor, w_dec: Tensor, b_dec: Tensor | None) -> Tensor:
-    """Sum of the selected rows of w_dec times their values, plus b_dec: [B, d] in w_dec's dtype."""
-    out = combine(values, indices, w_dec)
-    return (out if b_dec is None else out.add_(b_dec)).to(w_dec.dtype)
-
-
-def decode_backward(
-    d_out: Tensor, values: Tensor, indices: Tensor, w_dec: Tensor, need_values: bool, need_w: bool
-) -> tuple[Tensor, Tensor]:
-    """Gradients of values [B, k] and w_dec [F, d]. What is not needed is an empty tensor."""
-    d_values, d_w = values.new_empty(0), w_dec.new_empty(0)
-    if need_values:
-        d_values = pair_dots(d_out, indices, w_dec).to(values.dtype)
-    if need_w:
-        y = d_out.to(accumulate_dtype(w_dec.dtype))
-        d_w = scatter(values, *group(indices, w_dec.shape[0]), y).to(w_dec.dtype)
-    return d_values, d_w
-
-
-def nested_decode(
+def decode(
     values: Tensor,
     indices: Tensor,
     w_dec: Tensor,
     b_dec: Tensor | None,
-    bounds: Sequence[int],
+    bounds: Sequence[int] | None = None,
 ) -> Tensor:
-    """`decode` of the latents below each bound: [B, G, d].
+    """Sum of the selected rows of w_dec times their values, plus b_dec: [B, d] in w_dec's dtype.
+
+    bounds: these sums of the latents below each of G bounds: [B, G, d].
+    """
+    if bounds is None:
+        out = combine(values, indices, w_dec)
+    else:
+        out = _nested_sums(values, indices, w_dec, bounds)
+    return (out if b_dec is None else out.add_(b_dec)).to(w_dec.dtype)
+
+
+def _nested_sums(values: Tensor, indices: Tensor, w_dec: Tensor, bounds: Sequence[int]) -> Tensor:
+    """`combine` of the latents below each bound: [B, G, d] at least float32.
 
     Each group of latents between two bounds is summed, then prefixes of groups: a row is read once.
     """
@@ -221,30 +206,36 @@ def nested_decode(
         mode="sum",
         per_sample_weights=values.view(-1)[used].to(dtype),
     )
-    out = out.view(tokens, len(bounds), w_dec.shape[1]).cumsum(1)
-    return (out if b_dec is None else out.add_(b_dec)).to(w_dec.dtype)
+    return out.view(tokens, len(bounds), w_dec.shape[1]).cumsum(1)
 
 
-def nested_decode_backward(
+def decode_backward(
     d_out: Tensor,
     values: Tensor,
     indices: Tensor,
     w_dec: Tensor,
-    bounds: Sequence[int],
+    bounds: Sequence[int] | None,
     need_values: bool,
     need_w: bool,
 ) -> tuple[Tensor, Tensor]:
-    """`decode_backward` for d_out [B, G, d]: a latent of group g is in the prefixes from g on."""
-    dtype, outside = accumulate_dtype(w_dec.dtype), indices >= bounds[-1]
-    d_values, d_w = values.new_empty(0), w_dec.new_empty(0)
-    bags, values = _bags(indices, values, bounds)
-    suffixes = d_out.to(dtype).flip(1).cumsum(1).flip(1).flatten(0, 1)
+    """Gradients of values [B, k] and w_dec [F, d]. What is not needed is an empty tensor.
+
+    bounds: d_out is [B, G, d], and a latent of group g is in the prefixes from g on.
+    """
+    d_values, d_w, rows = values.new_empty(0), w_dec.new_empty(0), None
+    y = d_out.to(accumulate_dtype(w_dec.dtype))
+    if bounds is not None:
+        rows, values = _bags(indices, values, bounds)
+        y = y.flip(1).cumsum(1).flip(1).flatten(0, 1)
     if need_values:
-        d_values = _row_dots(suffixes, indices, w_dec.to(dtype), bags).to(values.dtype)
-        d_values = d_values.masked_fill(outside, 0)
+        if bounds is None or rows is None:
+            d_values = pair_dots(y, indices, w_dec)
+        else:
+            d_values = _row_dots(y, indices, w_dec.to(y.dtype), rows)
+            d_values = d_values.masked_fill(indices >= bounds[-1], 0)
+        d_values = d_values.to(values.dtype)
     if need_w:
-        grouped = group(indices, w_dec.shape[0])
-        d_w = scatter(values, *grouped, suffixes, bags).to(w_dec.dtype)
+        d_w = scatter(values, *group(indices, w_dec.shape[0]), y, rows).to(w_dec.dtype)
     return d_values, d_w
 
 
@@ -252,15 +243,10 @@ def _bags(indices: Tensor, values: Tensor, bounds: Sequence[int]) -> tuple[Tenso
     """Row [B, k] of each latent among B G sums, a token's G groups together; and its value there:
     0 from the last bound on."""
     count = len(bounds)
-    groups = _groups(indices, bounds)
+    edges = torch.tensor(bounds, dtype=indices.dtype, device=indices.device)
+    groups = torch.searchsorted(edges, indices.contiguous(), right=True)  # the first that holds it
     token = torch.arange(len(indices), device=indices.device)[:, None]
     return token * count + groups.clamp(max=count - 1), values.masked_fill(groups == count, 0)
-
-
-def _groups(indices: Tensor, bounds: Sequence[int]) -> Tensor:
-    """The first prefix that holds each latent: [B, k] in [0, G], G where none does."""
-    edges = torch.tensor(bounds, dtype=indices.dtype, device=indices.device)
-    return torch.searchsorted(edges, indices.contiguous(), right=True)
 
 
 def _row_spans(indices: Tensor, table: Tensor) -> list[slice]:
@@ -526,13 +512,23 @@ def select_dense(
 def i_major(w_enc: Tensor) -> Tensor:
     """[h, m + n, d] as [(m + n) h, d], row i of all heads together: a view if stored so.
 
-    Then the pre-latents of row i are one contiguous slab, and maxima over rows are cheap.
+    Then the pre-latents of row i are one contiguous slab, and maxima over rows are cheap. A dense
+    encoder's [F, d] is left as it is.
     """
-    return w_enc.transpose(0, 1).reshape(-1, w_enc.shape[2])
+    return w_enc if w_enc.ndim == 2 else w_enc.transpose(0, 1).reshape(-1, w_enc.shape[2])
 
 
-def projections(x: Tensor, weight: Tensor, bias: Tensor | None, scratch: int) -> Iterator[Tensor]:
-    """x weight^T + bias, a chunk of tokens at a time in one buffer; `scratch`: other columns."""
+def i_major_bias(b_enc: Tensor | None) -> Tensor | None:
+    """[h, m + n] as [(m + n) h], or [F] as it is."""
+    return None if b_enc is None else b_enc.t().reshape(-1)
+
+
+def projections(x: Tensor, w_enc: Tensor, b_enc: Tensor | None, scratch: int) -> Iterator[Tensor]:
+    """x w_enc^T + b_enc (i-major), a chunk of tokens at a time in one buffer.
+
+    scratch: other columns that a chunk needs.
+    """
+    weight, bias = i_major(w_enc), i_major_bias(b_enc)
     columns = weight.shape[0]
     bytes_per_token = max(columns, scratch) * x.element_size()
     chunks = spans(x.shape[0], bytes_per_token, x.device)

@@ -35,6 +35,7 @@ from benchmarks.ahead import VERSION, compiled, specialise, tool
 from kronsae_kernels.step import Thresholds, TrainingStep
 from kronsae_kernels.triton_impl import configs, operations
 from kronsae_kernels.triton_impl.launch import Launch, record
+from kronsae_kernels.triton_impl.operations import threshold as above
 
 # Cases
 
@@ -89,15 +90,15 @@ def one_pass(heads: int, m: int, n: int, d: int, k: int, composition: str = "man
 def dense(dtype: torch.dtype, size: int, d: int, k: int, tokens: int = 8192) -> None:
     """A TopK autoencoder's operations, forward and backward."""
     x, w_enc, b_enc = _meta(dtype, tokens, d), _meta(dtype, size, d), _meta(dtype, size)
-    indices, values = operations.dense_encode(x, w_enc, b_enc, None, k)
-    operations.dense_encode_backward(values, indices, x, w_enc, True, True)
+    indices, values, none = operations.encode(x, w_enc, b_enc, None, None, k, "")
+    operations.encode_backward(values, none, indices, x, w_enc, None, True, True)
     _decoder(dtype, size, d, values, indices)
 
 
 def _decoder(dtype: torch.dtype, size: int, d: int, values: Tensor, indices: Tensor) -> None:
     w_dec, b_dec = _meta(dtype, size, d), _meta(dtype, d)
     out = operations.decode(values, indices, w_dec, b_dec)
-    operations.decode_backward(out, values, indices, w_dec, True, True)
+    operations.decode_backward(out, values, indices, w_dec, None, True, True)
 
 
 def step(
@@ -141,8 +142,8 @@ def nested(
     """A Matryoshka decoder's operations, forward and backward."""
     values, indices = _meta(F32, tokens, k), _meta(torch.int64, tokens, k)
     w_dec, b_dec = _meta(dtype, size, d), _meta(dtype, d)
-    out = operations.nested_decode(values, indices, w_dec, b_dec, bounds)
-    operations.nested_decode_backward(out, values, indices, w_dec, bounds, True, True)
+    out = operations.decode(values, indices, w_dec, b_dec, bounds)
+    operations.decode_backward(out, values, indices, w_dec, bounds, True, True)
 
 
 def auxiliary(heads: int, m: int, n: int, d: int, k: int, tokens: int = 96) -> None:
@@ -167,11 +168,11 @@ def threshold(
     """
     size, tokens = heads * (m or 1) * n, 4096
     shape = torch.Size((heads, (m or 0) + n, 8))
-    limits = operations.Limits.of(_meta(F32, size), m, shape, composition, 1e-5)
+    limits = above.Limits.of(_meta(F32, size), m, shape, composition, 1e-5)
     pre = _meta(dtype, tokens, size if m is None else heads * (m + n))
-    counts = operations.count_above(pre, limits)
+    counts = above.count_above(pre, limits)
     for width in (64, 256, 1000):
-        operations.select_above(pre, limits, counts, width, begin=4096)
+        above.select_above(pre, limits, counts, width, begin=4096)
 
 
 def _meta(dtype: torch.dtype, *shape: int) -> Tensor:

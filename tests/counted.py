@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
-from kronsae_kernels.triton_impl import operations
+from kronsae_kernels.triton_impl import launch
 
 FREE = {
     *("alias", "as_strided", "detach", "expand", "lift_fresh", "permute", "reshape", "select"),
@@ -50,13 +50,12 @@ class _Mode(TorchDispatchMode):
 @contextmanager
 def counted() -> Iterator[Counts]:
     """Count what happens inside. What Triton's interpreter does for a kernel is not counted."""
-    counts, launch = Counts(), operations.launch
+    counts, start = Counts(), launch.start
 
-    def noted(kernel: Any, grid: tuple[int, ...], *args: Any, **arguments: Any) -> None:
-        if 0 not in grid:
-            counts.kernels.append(kernel.fn.__name__)
+    def noted(one: launch.Launch) -> None:
+        counts.kernels.append(one.kernel.fn.__name__)
         with _disable_current_modes():
-            launch(kernel, grid, *args, **arguments)
+            start(one)
 
     tolist = Tensor.tolist
 
@@ -64,9 +63,9 @@ def counted() -> Iterator[Counts]:
         counts.waits.append("tolist")
         return tolist(tensor)
 
-    operations.launch, Tensor.tolist = noted, read
+    launch.start, Tensor.tolist = noted, read
     try:
         with _Mode(counts):
             yield counts
     finally:
-        operations.launch, Tensor.tolist = launch, tolist
+        launch.start, Tensor.tolist = start, tolist

@@ -222,14 +222,7 @@ def test_triton_elsewhere_absent_or_old(monkeypatch):
     assert backends.choose(None, cuda) == "torch"
 
 
-FUNCTIONS = (
-    "encode",
-    "encode_backward",
-    "dense_encode",
-    "dense_encode_backward",
-    "decode",
-    "decode_backward",
-)
+FUNCTIONS = ("encode", "encode_backward", "decode", "decode_backward")
 
 
 @pytest.fixture

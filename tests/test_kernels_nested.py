@@ -90,8 +90,8 @@ def test_wide_codes_gather_no_rows():
     values, indices = torch.randn(300, 64), torch.randint(0, size, (300, 64))
     w_dec, d_out = torch.randn(size, 16), torch.randn(300, 2, 16)
     with Largest() as found:
-        torch_impl.nested_decode(values, indices, w_dec, None, bounds)
-        torch_impl.nested_decode_backward(d_out, values, indices, w_dec, bounds, True, False)
+        torch_impl.decode(values, indices, w_dec, None, bounds)
+        torch_impl.decode_backward(d_out, values, indices, w_dec, bounds, True, False)
     assert found.bytes <= values.numel() * 4
 
 

@@ -41,28 +41,30 @@ def encode_backward_inputs():
 
 def dense_inputs():
     x, w, b = randn(5, D, grad=True), randn(F, D, grad=True), randn(F, grad=True)
-    yield x, w, b, None, 3, "torch"
-    yield x, w, None, torch.arange(F) % 2 == 0, 8, "torch"
-    yield randn(0, D), w.detach(), b.detach(), None, F, "torch"
-    yield *(t.detach().half() for t in (x, w, b)), None, 3, "torch"
-    yield randn(D, 5).t(), randn(D, F).t(), None, None, 1, "torch"
+    yield x, w, b, None, None, 3, "", "torch"
+    yield x, w, None, torch.arange(F) % 2 == 0, None, 8, "", "torch"
+    yield randn(0, D), w.detach(), b.detach(), None, None, F, "", "torch"
+    yield *(t.detach().half() for t in (x, w, b)), None, None, 3, "", "torch"
+    yield randn(D, 5).t(), randn(D, F).t(), None, None, None, 1, "", "torch"
 
 
 def dense_backward_inputs():
     for dtype in (torch.float32, torch.float16):
         x, w = randn(5, D, dtype=dtype), randn(F, D, dtype=dtype)
         for need_x, need_w in ((True, True), (True, False), (False, True)):
-            yield randn(5, 3), torch.randint(F, (5, 3)), x, w, need_x, need_w, "torch"
+            gradients = randn(5, 3), randn(0)
+            yield *gradients, torch.randint(F, (5, 3)), x, w, None, need_x, need_w, "torch"
 
 
 def decode_inputs():
     indices = torch.randint(F, (5, 3))
     values, w, b = randn(5, 3, grad=True), randn(F, D, grad=True), randn(D, grad=True)
-    yield values, indices, w, b, "torch"
-    yield values, indices, w, None, "torch"
-    yield randn(5, 3), indices, randn(F, D, dtype=torch.bfloat16), None, "torch"
-    yield randn(0, 3, grad=True), indices[:0], w, b, "torch"
-    yield randn(3, 5).t(), indices, randn(D, F).t(), b.detach(), "torch"
+    for bounds in (None, [1, 12, F]):
+        yield values, indices, w, b, bounds, "torch"
+        yield values, indices, w, None, bounds, "torch"
+        yield randn(5, 3), indices, randn(F, D, dtype=torch.bfloat16), None, bounds, "torch"
+        yield randn(0, 3, grad=True), indices[:0], w, b, bounds, "torch"
+        yield randn(3, 5).t(), indices, randn(D, F).t(), b.detach(), bounds, "torch"
 
 
 def decode_backward_inputs():
@@ -70,36 +72,24 @@ def decode_backward_inputs():
     for dtype in (torch.float32, torch.bfloat16):
         g, w = randn(5, D, dtype=dtype), randn(F, D, dtype=dtype)
         for need_values, need_w in ((True, True), (True, False), (False, True)):
-            yield g, randn(5, 3), indices, w, need_values, need_w, "torch"
-
-
-def nested_decode_inputs():
-    for values, indices, w, b, impl in decode_inputs():
-        yield values, indices, w, b, [1, 12, F], impl
-
-
-def nested_decode_backward_inputs():
-    for g, *rest, need_values, need_w, impl in decode_backward_inputs():
-        yield g[:, None].repeat(1, 2, 1), *rest, [12, F - 1], need_values, need_w, impl
+            needs = need_values, need_w, "torch"
+            yield g, randn(5, 3), indices, w, None, *needs
+            yield g[:, None].repeat(1, 2, 1), randn(5, 3), indices, w, [12, F - 1], *needs
 
 
 def threshold_encode_inputs():
     for x, w, b, _, m, _, composition, impl in encode_inputs():
-        yield x, w, b, torch.rand(F), m, composition, 1e-3 if composition == "mand" else 0.0, impl
+        yield x, w, b, torch.rand(F), m, 1e-3 if composition == "mand" else 0.0, composition, impl
     for x, w, b, *_, impl in dense_inputs():
-        yield x, w, b, torch.rand(F), None, "mand", 0.0, impl
+        yield x, w, b, torch.rand(F), None, 0.0, "mand", impl
 
 
 INPUTS = {
-    "encode": encode_inputs,
-    "encode_backward": encode_backward_inputs,
-    "dense_encode": dense_inputs,
-    "dense_encode_backward": dense_backward_inputs,
+    "encode": lambda: (*encode_inputs(), *dense_inputs()),
+    "encode_backward": lambda: (*encode_backward_inputs(), *dense_backward_inputs()),
     "decode": decode_inputs,
     "decode_backward": decode_backward_inputs,
     "threshold_encode": threshold_encode_inputs,
-    "nested_decode": nested_decode_inputs,
-    "nested_decode_backward": nested_decode_backward_inputs,
 }
 
 

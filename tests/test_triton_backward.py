@@ -219,7 +219,7 @@ def test_heads(part, device, monkeypatch):
     """Extension rows of one program and of several, segments, empty runs, each mode and dtype."""
     for case in range(part, CASES, 8):
         drawn = Drawn(case, device)
-        monkeypatch.setattr(operations, "MAX_EXTENSIONS", drawn.one_of((1, 2, 3, 16)))
+        monkeypatch.setattr(operations.gradients, "MAX_EXTENSIONS", drawn.one_of((1, 2, 3, 16)))
         pieces = {"PIECES": drawn.one_of((1, 2)), "WIDTH": 8}
         with (
             configs.override("segments", HEAD_LENGTH=drawn.one_of((2, 3, 100))),
@@ -241,7 +241,7 @@ def test_a_head_of_thousands_of_entries(device):
 
 
 def test_a_head_with_more_extension_rows_than_a_program_sums(device):
-    assert operations.MAX_EXTENSIONS < 37
+    assert operations.gradients.MAX_EXTENSIONS < 37
     check_heads(Drawn(0, device), "37 extension rows", 1, 1, 37, 3, 5, 5)
 
 
@@ -348,7 +348,7 @@ def test_bfloat16_moments_are_those_of_float32_rounded_by_chance(kron, device):
                         entries, *entries.coefficients, y, hyper, "update", True, weight, None
                     )
         torch.testing.assert_close(found[0], exact[0], rtol=1e-6, atol=1e-7)
-        seed = operations.SEEDS["w_enc" if kron else "w_dec"]
+        seed = operations.gradients.SEEDS["w_enc" if kron else "w_dec"]
         expected = rounded_moments(*(e.cpu().flatten(0, -2) for e in exact[1:]), seed, step)
         for got, other, before in zip(found[1:], expected, moments, strict=True):
             assert got.dtype == torch.bfloat16

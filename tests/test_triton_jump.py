@@ -94,7 +94,7 @@ def test_drawn_codes(part):
         assert torch.equal(found.active.cpu(), active.sum(1)), where
         assert float(narrow) == float((counts > width).any()), where
         d_log = operations.jump_gradients(
-            *(of_device[0], on[2], found.slopes, on[4]),
+            *(of_device[0], on[2], found),
             scale.to(DEVICE) if isinstance(scale, Tensor) else scale,
             d_active.to(DEVICE),
         )
@@ -141,7 +141,7 @@ def test_drawn_widths(part, monkeypatch):
         )
         chunk = draw.choice([1, 2, 100])
         monkeypatch.setattr(torch_impl, "chunk_tokens", lambda *_, size=chunk: size)
-        given = x, w_enc, None, threshold, None if dense else m, "relu_mul", 0.0
+        given = x, w_enc, None, threshold, None if dense else m, 0.0, "relu_mul"
         *expected, counts = operations.threshold_encode(*given)
         width = draw.choice([1, 3, max(1, int(counts.max())), heads * m * n])
         with counted() as asked:

@@ -209,9 +209,9 @@ def test_production_shapes_are_recorded_without_memory():
         indices, base, extension = operations.encode(x, w_enc, b_enc, None, m, k, "mand")
         operations.encode_backward(base, extension, indices, x, w_enc, m, True, True)
         out = operations.decode(base, indices, w_dec, None)
-        operations.decode_backward(out, base, indices, w_dec, True, True)
-        operations.dense_encode(x, w_dec, None, None, k)
-        operations.dense_encode_backward(base, indices, x, w_dec, True, True)
+        operations.decode_backward(out, base, indices, w_dec, None, True, True)
+        operations.encode(x, w_dec, None, None, None, k, "")
+        operations.encode_backward(base, extension, indices, x, w_dec, None, True, True)
     assert (indices.shape, out.shape, n) == ((8192, k), (8192, d), 8)
     names = [one.kernel.fn.__name__ for one in launches]
     assert set(names) == {
@@ -238,19 +238,7 @@ def test_operations_of_float64_are_not_launched(device):
     assert launches == []
 
 
-# Precision of products
-
-
-def test_precision_of_products_follows_torch(device, monkeypatch):
-    cpu, found = torch.device("cpu"), operations.matmul_precision
-    for setting, expected in (("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")):
-        monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda s=setting: s)
-        assert found(torch.float32, cpu) == expected
-        assert found(torch.bfloat16, cpu) == "ieee"
-    with launch.record("sm_90"):
-        assert found(torch.float16, device) == "tf32x3"
-    with launch.record("gfx942"):
-        assert found(torch.float16, device) == "ieee"
+# Rounding
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, in the interpreter

@@ -20,7 +20,7 @@ from kronsae.training.stream import Stream
 pytest.importorskip("triton")
 
 from kronsae_kernels import step as fused
-from kronsae_kernels.triton_impl import launch, operations
+from kronsae_kernels.triton_impl import launch
 from tests.counted import FREE, counted
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -379,7 +379,7 @@ def recording(tape: Tape, **options: Any):
     """Stands for `torch.cuda.graph`."""
     assert options["capture_error_mode"] == "thread_local"
     before = [tensor.detach().clone() for tensor in Tape.held]
-    started = operations.launch
+    started = launch.start
 
     class Mode(TorchDispatchMode):
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
@@ -399,17 +399,17 @@ def recording(tape: Tape, **options: Any):
                 tape.calls.append(again)
             return found
 
-    def noted(*args: Any, **arguments: Any) -> None:
-        tape.calls.append(lambda: started(*args, **arguments))
+    def noted(one: launch.Launch) -> None:
+        tape.calls.append(lambda: started(one))
         with _disable_current_modes():
-            started(*args, **arguments)
+            started(one)
 
-    operations.launch = noted
+    launch.start = noted
     try:
         with Mode():
             yield
     finally:
-        operations.launch = started
+        launch.start = started
         for tensor, value in zip(Tape.held, before, strict=True):
             tensor.copy_(value)
 
@@ -494,7 +494,7 @@ def test_a_capture_that_fails_leaves_steps_as_they_are(taped, monkeypatch):
         raise RuntimeError("operation not permitted when stream is capturing\nmore")
 
     monkeypatch.setattr(torch.cuda, "graph", fails)
-    monkeypatch.setattr(operations, "launch", lambda *_, **__: None)
+    monkeypatch.setattr(launch, "start", lambda one: None)
     subject = learner(KRON, "on", dead_after_tokens=10**9)
     for x in batches(5):
         subject.step(x, log=False)

@@ -178,7 +178,7 @@ def test_groups_are_stable(device):
     values = torch.arange(7.0, device=device)[None]
     codes = operations.Grouped.of(indices, (2, 5), values)
     assert codes.starts.tolist() == [[0, 2, 4]]
-    assert codes.columns.tolist() == [[0, 1, 4, 3, 9, 9, 5]]
+    assert codes.by_group.tolist() == [[0, 1, 4, 3, 9, 9, 5]]
     assert codes.slots.tolist() == [[1, 3, 2, 5, 0, 4, 6]]
     assert codes.weights.tolist() == [[1, 3, 2, 5, 0, 4, 6]]
     rows = operations.Grouped.of(indices.repeat(2, 1), (2, 5), rows=True).of_slot

@@ -40,13 +40,13 @@ def one_pass():
 @pytest.fixture
 def kernels(monkeypatch) -> list[str]:
     """Names of the kernels that were launched."""
-    names, original = [], launch.launch
+    names, original = [], launch.start
 
-    def noting(kernel, grid, config, **arguments):
-        names.append(kernel.fn.__name__)
-        original(kernel, grid, config, **arguments)
+    def noting(one):
+        names.append(one.kernel.fn.__name__)
+        original(one)
 
-    monkeypatch.setattr(operations, "launch", noting)
+    monkeypatch.setattr(launch, "start", noting)
     return names
 
 
@@ -54,10 +54,10 @@ def gathered(x: Tensor, w_enc: Tensor, b_enc: Tensor | None, m: int, k: int, com
     """The k first heads of each token [B, k] by the kernels, and their pre-latents."""
     heads, rows, _ = w_enc.shape
     selection = operations.Selection(heads, m, rows - m, k, composition == "mul")
-    lists = operations._lists_of(x, selection)
+    lists = operations.one_pass.lists_of(x, selection)
     assert lists is not None
     bias = None if b_enc is None else b_enc.t().reshape(-1)
-    found, pre = operations._select_in_one_pass(
+    found, pre = operations.one_pass._select_in_one_pass(
         x, torch_impl.i_major(w_enc), bias, selection, lists
     )
     return found, pre.view(len(x), rows, k)
@@ -175,7 +175,7 @@ def test_order_of_heads(order, device):
     pre = value[None, :, None].expand(2, heads, 3).to(device, torch.bfloat16)
     x, w_enc = of_tokens(pre)
     selection = operations.Selection(heads, 1, 2, k, False)
-    lists = operations._lists_of(x, selection)
+    lists = operations.one_pass.lists_of(x, selection)
     assert lists.capacity < heads // lists.splits  # not all have room
     check_heads(x, w_enc, None, 1, k, "mand", pre)
 

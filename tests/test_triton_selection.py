@@ -16,7 +16,8 @@ pytest.importorskip("triton")
 
 from kronsae_kernels import dense_encode, fused_encode, reference, sparse_decode, torch_impl
 from kronsae_kernels.common import COMPOSITIONS
-from kronsae_kernels.triton_impl import configs, launch, operations
+from kronsae_kernels.triton_impl import configs, launch
+from kronsae_kernels.triton_impl.operations import select as selection
 
 pytestmark = [
     pytest.mark.usefixtures("poisoned_memory"),
@@ -38,13 +39,13 @@ def small_programs():
 @pytest.fixture
 def kernels(monkeypatch) -> list[str]:
     """Names of the kernels that were launched; of `select_latents`, whether it sorts."""
-    names, original = [], launch.launch
+    names, original = [], launch.start
 
-    def noting(kernel, grid, config, **arguments):
-        names.append(kernel.fn.__name__ + (" and sort" if arguments.get("RANK") else ""))
-        original(kernel, grid, config, **arguments)
+    def noting(one):
+        names.append(one.kernel.fn.__name__ + (" and sort" if one.arguments.get("RANK") else ""))
+        original(one)
 
-    monkeypatch.setattr(operations, "launch", noting)
+    monkeypatch.setattr(launch, "start", noting)
     return names
 
 
@@ -70,9 +71,9 @@ def expected_of(pre: Tensor, m: int, k: int, composition: str, mask: Tensor | No
 def select(pre: Tensor, m: int, k: int, composition: str, mask: Tensor | None = None):
     """indices, base, extension [B, k] by the kernels."""
     _, rows, heads = pre.shape
-    selection = operations.Selection(heads, m, rows - m, k, composition == "mul")
+    sizes = selection.Selection(heads, m, rows - m, k, composition == "mul")
     mask = None if mask is None else mask.view(torch.uint8)
-    return operations.select_kron(pre.flatten(1), mask, selection)
+    return selection.select_kron(pre.flatten(1), mask, sizes)
 
 
 def without_masked(found, mask: Tensor | None):
@@ -164,7 +165,7 @@ def test_special_numbers_of_a_dense_encoder(name, device):
             scores = scores.masked_fill(~of_mask, -torch.inf)
         indices = reference.largest(scores, k)
         as_bytes = None if of_mask is None else of_mask.view(torch.uint8)
-        got = operations.select_dense(pre.clone(), as_bytes, k)
+        got = selection.select_dense(pre.clone(), as_bytes, k)
         assert_same(got, (indices, pre.relu().gather(1, indices)))
 
 
@@ -239,7 +240,7 @@ def test_splits_of_groups_and_masks(name, device, kernels):
     pre = special(name, 1, 805).to(device)
     mask = (torch.arange(805) % 3 > 0).to(device)
     indices = reference.largest(pre.relu().masked_fill(~mask, -torch.inf), 3)
-    got = operations.select_dense(pre, mask.view(torch.uint8), 3)
+    got = selection.select_dense(pre, mask.view(torch.uint8), 3)
     assert_same(got, (indices, pre.relu().gather(1, indices)))
     pre = special(name, 1, 3, 267).to(device)
     mask = (torch.arange(534) % 3 > 0).to(device)
@@ -251,7 +252,7 @@ def test_splits_of_groups_and_masks(name, device, kernels):
 @pytest.mark.parametrize("most", [16, 64])
 def test_what_does_not_fit_is_selected_by_torch(most, device, kernels, monkeypatch):
     """Lists of k = 5 heads or rows need 8 m or 8 n places, 7 splits 56."""
-    monkeypatch.setattr(operations, "MAX_CANDIDATES", most)
+    monkeypatch.setattr(selection, "MAX_CANDIDATES", most)
     pre = special("ties", 1, 5, 401).to(device)
     mask = (torch.arange(2406) % 3 > 0).to(device)
     for of_mask in (None, mask):
@@ -261,14 +262,14 @@ def test_what_does_not_fit_is_selected_by_torch(most, device, kernels, monkeypat
     kernels.clear()
     pre = special("ties", 1, 1201).to(device)
     indices = reference.largest(pre.relu(), 5)
-    got = operations.select_dense(pre.clone(), None, 5)
+    got = selection.select_dense(pre.clone(), None, 5)
     assert_same(got, (indices, pre.relu().gather(1, indices)))
     assert bool(kernels) == (most >= 64)
 
 
 @pytest.mark.parametrize("name", ["ties", "normal"])
 def test_long_lists_are_sorted_by_torch(name, device, kernels, monkeypatch):
-    monkeypatch.setattr(operations, "MAX_SORTED", 8)
+    monkeypatch.setattr(selection, "MAX_SORTED", 8)
     pre = special(name, 1, 4, 11).to(device)
     for k in (8, 9, 44):
         kernels.clear()
@@ -277,7 +278,7 @@ def test_long_lists_are_sorted_by_torch(name, device, kernels, monkeypatch):
 
 
 def test_lists_as_long_as_a_program_sorts(device):
-    k = operations.MAX_SORTED
+    k = selection.MAX_SORTED
     for more in (0, 1):
         pre = special("ties", 1, 4, 131).to(device)
         assert_same(select(pre, 2, k + more, "mand"), expected_of(pre, 2, k + more, "mand"))
@@ -305,7 +306,7 @@ def test_chunks_of_tokens_change_nothing(device, monkeypatch):
 def test_masks_of_fewer_than_k(fits, composition, allowed, device, monkeypatch):
     """The places left over are marked, and no count is made on the host."""
     if not fits:
-        monkeypatch.setattr(operations, "MAX_CANDIDATES", 1)
+        monkeypatch.setattr(selection, "MAX_CANDIDATES", 1)
     monkeypatch.setattr(torch_impl, "_few", None)
     pre = special("ties", 2, 5, 23).to(device)
     mask = torch.zeros(138, dtype=torch.bool)
@@ -318,7 +319,7 @@ def test_masks_of_fewer_than_k(fits, composition, allowed, device, monkeypatch):
         of_dense, of_mask = pre.flatten(1)[:, :83].contiguous(), mask[:83]
         indices = reference.largest(of_dense.relu().masked_fill(~of_mask, -torch.inf), k)
         expected = without_masked((indices, of_dense.relu().gather(1, indices)), of_mask)
-        assert_same(operations.select_dense(of_dense, of_mask.view(torch.uint8), k), expected)
+        assert_same(selection.select_dense(of_dense, of_mask.view(torch.uint8), k), expected)
 
 
 # Drawn cases
@@ -371,7 +372,7 @@ def test_drawn_cases(block, device, monkeypatch):
         torch.manual_seed(number)
         size = case.m * case.n * case.heads
         mask = None if case.share is None else (torch.rand(size) < case.share).to(device)
-        monkeypatch.setattr(operations, "MAX_HELD", case.held)
+        monkeypatch.setattr(selection, "MAX_HELD", case.held)
         with (
             configs.override("select_heads", PER_PROGRAM=case.per_program, GROUP=case.group),
             configs.override("select_latents", DIRECT=case.direct),
@@ -384,7 +385,7 @@ def test_drawn_cases(block, device, monkeypatch):
                 indices = reference.largest(scores, case.k)
                 expected = indices, pre.relu().gather(1, indices)
                 of_mask = None if mask is None else mask.view(torch.uint8)
-                got = operations.select_dense(pre.clone(), of_mask, case.k)
+                got = selection.select_dense(pre.clone(), of_mask, case.k)
             else:
                 pre = special(case.name, case.tokens, case.m + case.n, case.heads).to(device)
                 expected = expected_of(pre, case.m, case.k, case.composition, mask)

@@ -176,12 +176,12 @@ def test_steps_equal_autograd_and_adamw(dense, unit_norm, count):
 
 def test_rows_of_the_frequent_latents_are_cut_into_segments():
     """What the test above relies on."""
-    from kronsae_kernels.triton_impl import operations
+    from kronsae_kernels.triton_impl import launch
 
     out = make(new_weights(False, frequent=True)).accumulate(batches(1)[0])
     counts = out.codes.indices.flatten().bincount(minlength=HEADS * M * N)
     assert int((counts == 0).sum()) > 0  # and rows with no entry are there too
-    lengths = operations.configure("segments", torch.device("cpu")).blocks
+    lengths = launch.configure("segments", torch.device("cpu")).blocks
     of_heads = counts.view(HEADS, M * N).sum(1)
     assert int(of_heads.max()) > lengths["HEAD_LENGTH"]
 

@@ -167,7 +167,7 @@ def test_nan_is_of_its_token_alone(device):
 @pytest.mark.parametrize("most", [8, 256])
 def test_more_latents_than_a_program_sorts(most, device, monkeypatch):
     """All 300 of a token, with ties, sorted by torch and ranked in several blocks; and few."""
-    monkeypatch.setattr(operations, "MAX_SORTED", most)
+    monkeypatch.setattr(operations.threshold, "MAX_SORTED", most)
     x = torch.tensor([[1.0], [0.0], [2.0]], device=device)
     w_enc = torch.randint(1, 4, (25, 7, 1), device=device).float()
     for low in (0.0, 5.0, 8.5):
@@ -184,7 +184,9 @@ def test_limits_of_products(root, eps, device):
     special = [0.0, -0.0, -1.0, 1e-45, 3e38, torch.inf, -torch.inf, eps**0.5, 2.0]
     threshold = torch.cat([normal, normal.float().double(), torch.tensor(special).double()])
     how = ("mand" if root else "relu_mul"), eps
-    limits = operations.Limits.of(threshold.to(device), 1, torch.Size((len(threshold), 2, 1)), *how)
+    limits = operations.threshold.Limits.of(
+        threshold.to(device), 1, torch.Size((len(threshold), 2, 1)), *how
+    )
     limit = limits.of_latent.flatten().cpu()
     assert (limit >= 0).all()
     following = torch.nextafter(limit, torch.tensor(torch.inf))
@@ -197,7 +199,7 @@ def test_limits_of_products(root, eps, device):
 
 def test_threshold_that_is_no_number(device):
     nan = torch.full((6,), torch.nan, device=device)
-    limits = operations.Limits.of(nan, None, torch.Size((6, 1)), "mand", 0.0)
+    limits = operations.threshold.Limits.of(nan, None, torch.Size((6, 1)), "mand", 0.0)
     assert limits.of_latent.isposinf().all()
 
 

@@ -44,11 +44,11 @@ def _sorted(coefficient, code, real, to):
 @triton.jit
 def group_entries(order, latents, of_code, one, two, three, four, five, tokens, coefficients,
                   offsets, k, size, rows,
-                  HAS_TOKENS: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+                  COUNT: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
     """tokens [E] and coefficients [COUNT, E] in the order of the entries, and offsets [rows + 1].
 
-    order, latents [E]: of the stable sort of the codes.  of_code [E]: token of each code (where not
-    HAS_TOKENS, there are k codes a token).  one to five [E]: COUNT coefficients, by code.
+    order, latents [E]: of the stable sort of the codes.  of_code [E]: token of each code (None:
+    there are k codes a token).  one to five [E]: COUNT coefficients, by code.
     Grid (E / WIDTH + (rows + 1) / WIDTH,): the first programs move entries, the others search.
     """
     block, lanes = tl.program_id(0), tl.arange(0, WIDTH)
@@ -57,7 +57,7 @@ def group_entries(order, latents, of_code, one, two, three, four, five, tokens, 
         entry = block * WIDTH + lanes
         real = entry < size
         code = tl.load(order + entry, mask=real, other=0)
-        if HAS_TOKENS:
+        if of_code is not None:
             token = tl.load(of_code + code, mask=real, other=0)
         else:
             token = code.to(tl.int32) // k
@@ -271,8 +271,7 @@ def _whole_row_sum(coefficients, along, tokens, y, partial, start, end, columns,
 
 @triton.jit
 def row_gradients(coefficients, tokens, y, offsets, partial, out, out_bias, d,
-                  HAS_BIAS: tl.constexpr, LENGTH: tl.constexpr, ENTRIES: tl.constexpr,
-                  WIDTH: tl.constexpr):  # fmt: skip
+                  LENGTH: tl.constexpr, ENTRIES: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
     """out[f] = sum of coefficient * y[token], out_bias[f] = sum of coefficients, over f's entries.
 
     Grid (rows, d / WIDTH).
@@ -281,10 +280,10 @@ def row_gradients(coefficients, tokens, y, offsets, partial, out, out_bias, d,
     start, end = tl.load(offsets + row), tl.load(offsets + row + 1)
     total, of_bias, _ = _whole_row_sum(
         coefficients, None, tokens, y + at, partial + at, start, end, d - at, d,
-        HAS_BIAS, False, LENGTH, ENTRIES, 1, WIDTH,
+        out_bias is not None, False, LENGTH, ENTRIES, 1, WIDTH,
     )  # fmt: skip
     _store(out + row * d + at, total, d - at, 1, WIDTH)
-    if HAS_BIAS:
+    if out_bias is not None:
         if at == 0:
             tl.store(out_bias + row, rounded(of_bias, out_bias.dtype.element_ty))
 
@@ -293,9 +292,9 @@ def row_gradients(coefficients, tokens, y, offsets, partial, out, out_bias, d,
 def update_rows(coefficients, along, tokens, y, offsets, partial,
                 weight, shadow, first, second, bias, bias_first, bias_second, squares,
                 hyper, bias_hyper, d,
-                MODE: tl.constexpr, UNIT_NORM: tl.constexpr, HAS_SHADOW: tl.constexpr,
-                HAS_BIAS: tl.constexpr, SEED: tl.constexpr, LENGTH: tl.constexpr,
-                ENTRIES: tl.constexpr, PIECES: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+                MODE: tl.constexpr, UNIT_NORM: tl.constexpr, SEED: tl.constexpr,
+                LENGTH: tl.constexpr, ENTRIES: tl.constexpr, PIECES: tl.constexpr,
+                WIDTH: tl.constexpr):  # fmt: skip
     """AdamW step of weight [rows, d] (and bias [rows]), each row's gradient in registers.
 
     UNIT_NORM: what would only change the row's norm is taken out of its gradient (its product with
@@ -316,7 +315,7 @@ def update_rows(coefficients, along, tokens, y, offsets, partial,
     scale, proceed = tl.load(hyper + GRADIENT_SCALE), tl.load(hyper + PROCEED) != 0.0
     gradient, of_bias, parallel = _whole_row_sum(
         coefficients, along, tokens, y, partial, start, end, d, d,
-        HAS_BIAS, UNIT_NORM, LENGTH, ENTRIES, PIECES, WIDTH,
+        bias is not None, UNIT_NORM, LENGTH, ENTRIES, PIECES, WIDTH,
     )  # fmt: skip
     of_bias *= scale
     parallel *= scale
@@ -338,7 +337,7 @@ def update_rows(coefficients, along, tokens, y, offsets, partial,
         inverse = 1.0 / tl.maximum(tl.sqrt_rn(norm), 1.1754943508222875e-38)
     else:
         square = tl.sum(square)
-    tl.store(squares + row, square + (of_bias * of_bias if HAS_BIAS else 0.0))
+    tl.store(squares + row, square + (of_bias * of_bias if bias is not None else 0.0))
     if MODE == UPDATE:
         if proceed:
             if UNIT_NORM:
@@ -346,9 +345,9 @@ def update_rows(coefficients, along, tokens, y, offsets, partial,
             _store(weight, of_w, d, PIECES, WIDTH)
             key = key_of_row(SEED, hyper, row)
             _store_moments(first, second, of_one, of_two, key, 0, d, PIECES, WIDTH)
-            if HAS_SHADOW:
+            if shadow is not None:
                 _store(shadow + row * d, of_w, d, PIECES, WIDTH)
-            if HAS_BIAS:
+            if bias is not None:
                 b, b_one, b_two = adamw(
                     tl.load(bias + row), of_bias, tl.load(bias_first + row),
                     tl.load(bias_second + row), adamw_numbers(bias_hyper),
@@ -494,7 +493,7 @@ def _add_segment(rows, partial, group, columns, d,
 @triton.jit
 def _update(index, start, d, gradient, w, one, two, weight, shadow, first, second, columns,
             numbers, hyper,
-            MODE: tl.constexpr, HAS_SHADOW: tl.constexpr, SEED: tl.constexpr, PIECES: tl.constexpr,
+            MODE: tl.constexpr, SEED: tl.constexpr, PIECES: tl.constexpr,
             WIDTH: tl.constexpr):  # fmt: skip
     """Write a gradient, or make its AdamW step, in row `index` from column `start` on.
 
@@ -516,7 +515,7 @@ def _update(index, start, d, gradient, w, one, two, weight, shadow, first, secon
             first + row, second + row, of_one, of_two, key_of_row(SEED, hyper, index), start,
             columns, PIECES, WIDTH,
         )  # fmt: skip
-        if HAS_SHADOW:
+        if shadow is not None:
             _store(shadow + row, of_w, columns, PIECES, WIDTH)
     return square
 
@@ -551,8 +550,8 @@ def head_gradients(d_base, d_extension, latents, tokens, x, offsets, partial,
                    weight, shadow, first, second, bias, bias_first, bias_second,
                    squares, hyper, bias_hyper, bias_of_row, bias_of_head, d, h,
                    M: tl.constexpr, N: tl.constexpr, EXTENSIONS: tl.constexpr, MODE: tl.constexpr,
-                   HAS_SHADOW: tl.constexpr, SEED: tl.constexpr, LENGTH: tl.constexpr,
-                   ENTRIES: tl.constexpr, PIECES: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+                   SEED: tl.constexpr, LENGTH: tl.constexpr, ENTRIES: tl.constexpr,
+                   PIECES: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
     """Gradient, or AdamW step, of a Kron encoder's weight [m + n, h, d] and its bias.
 
     bias_of_row, bias_of_head: strides of the bias, [m + n, h] or [h, m + n].
@@ -603,7 +602,7 @@ def head_gradients(d_base, d_extension, latents, tokens, x, offsets, partial,
         if group == 0:
             square += _update(
                 index, at, d, _scaled(rows[0], scale, PIECES), w, one, two, weight, shadow, first,
-                second, stored, numbers, hyper, MODE, HAS_SHADOW, SEED, PIECES, WIDTH,
+                second, stored, numbers, hyper, MODE, SEED, PIECES, WIDTH,
             )  # fmt: skip
             if chunk == 0:
                 of_bias = sums[0] * scale
@@ -627,7 +626,7 @@ def head_gradients(d_base, d_extension, latents, tokens, x, offsets, partial,
         if i + r < M + N:
             square += _update(
                 index, at, d, _scaled(rows[r + 1], scale, PIECES), w, one, two, weight, shadow,
-                first, second, stored, numbers, hyper, MODE, HAS_SHADOW, SEED, PIECES, WIDTH,
+                first, second, stored, numbers, hyper, MODE, SEED, PIECES, WIDTH,
             )  # fmt: skip
             if chunk == 0:
                 of_bias = sums[r + 1] * scale

@@ -25,6 +25,11 @@ class Config(NamedTuple):
     blocks: dict[str, int]
     """Block sizes, by the kernel's constexpr parameter."""
 
+    def capped(self, **most: int) -> "Config":
+        """With block sizes of these at most, which a small problem needs no more than."""
+        capped = {name: min(self.blocks[name], size) for name, size in most.items()}
+        return self._replace(blocks={**self.blocks, **capped})
+
 
 def generation_of(device: torch.device) -> str:
     """Name of the card generation of a device: "sm_90", "gfx942"; "interpreter" for a CPU."""

@@ -49,7 +49,7 @@ def _corrected(hyper, steps, lr, betas):
 
 @triton.jit
 def prepare_update(sums, missed, size, lr, betas, hyper, steps_w_enc, steps_b_enc, steps_w_dec,
-                   steps_b_dec, steps_more, MORE: tl.constexpr):  # fmt: skip
+                   steps_b_dec, steps_more):  # fmt: skip
     """The numbers of an AdamW step, and its place in the count of steps. Grid (1,).
 
     sums [2] float32: the sum of `size` squared errors, and a number that is finite if all is that
@@ -77,7 +77,7 @@ def prepare_update(sums, missed, size, lr, betas, hyper, steps_w_enc, steps_b_en
     tl.store(steps_b_enc, tl.load(steps_b_enc) + proceed)
     tl.store(steps_w_dec, of_w_dec + proceed)
     tl.store(steps_b_dec, tl.load(steps_b_dec) + proceed)
-    if MORE:
+    if steps_more is not None:
         tl.store(steps_more, tl.load(steps_more) + proceed)
 
 
@@ -100,7 +100,7 @@ def note_active(values, indices, silent, hyper, tokens, size, threshold,
 
 @triton.jit
 def finish_update(square, norm, skips, missed, x, silent, hyper, size, latents, tokens,
-                  HAS_SILENT: tl.constexpr, MANY: tl.constexpr):  # fmt: skip
+                  MANY: tl.constexpr):  # fmt: skip
     """How a step went: the gradient's norm, and counters of steps that were not made.
 
     square: scalar, the gradient's squared norm.  norm: scalar, NaN where no step was made.
@@ -135,7 +135,7 @@ def finish_update(square, norm, skips, missed, x, silent, hyper, size, latents, 
         tl.store(skips + IN_A_ROW, in_a_row)
         tl.store(skips + LONGEST, tl.maximum(tl.load(skips + LONGEST), in_a_row))
         tl.store(skips + COUNT, count + spoiled)
-    if HAS_SILENT:
+    if silent is not None:
         at = program * MANY + e
         real = at < latents
         since = tl.load(silent + at, mask=real, other=0)

@@ -12,8 +12,7 @@ from kronsae_kernels.triton_impl.device import compose, number, rounded, slope
 
 @triton.jit
 def combine(coefficients, columns, table, bias, out, r, d,
-            HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr,
-            STAGES: tl.constexpr):  # fmt: skip
+            ROWS: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """out[b] = sum_s coefficients[b, s] table[columns[b, s]] + bias. Grid (tokens, d / WIDTH).
 
     Columns of -1 take no part. Sums over rows are elementwise until the end.
@@ -30,7 +29,7 @@ def combine(coefficients, columns, table, bias, out, r, d,
         part = tl.load(table + row * d + c[None, :], mask=(row >= 0) & real[None, :], other=0.0)
         total += part.to(tl.float32) * weight[:, None]
     result = tl.sum(total, 0)
-    if HAS_BIAS:
+    if bias is not None:
         result += tl.load(bias + c, mask=real, other=0.0).to(tl.float32)
     tl.store(out + token * d + c, rounded(result, out.dtype.element_ty), mask=real)
 
@@ -105,8 +104,8 @@ def _store_codes(columns, base, extension, values, scaled, along, d_base, d_exte
 def decode_and_loss(x, columns, base, extension, table, bias, scale, residual, sums, values, scaled,
                     along, d_base, d_extension, tokens, d, k, eps,
                     ROOT: tl.constexpr, SIGNED: tl.constexpr, DENSE: tl.constexpr,
-                    ON_DEVICE: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCKS: tl.constexpr,
-                    ROWS: tl.constexpr, WIDTH: tl.constexpr, TOGETHER: tl.constexpr,
+                    ON_DEVICE: tl.constexpr, BLOCKS: tl.constexpr, ROWS: tl.constexpr,
+                    WIDTH: tl.constexpr, TOGETHER: tl.constexpr,
                     STAGES: tl.constexpr):  # fmt: skip
     """Decoder, residual, squared error and gradients of the codes, with one gather of the rows.
 
@@ -145,7 +144,7 @@ def decode_and_loss(x, columns, base, extension, table, bias, scale, residual, s
             parts = parts + (part,)
         at = token * d + start + c
         wanted = tl.load(x + at, mask=real, other=0.0).to(tl.float32)
-        if HAS_BIAS:
+        if bias is not None:
             wanted -= tl.load(bias + start + c, mask=real, other=0.0).to(tl.float32)
         found = tl.zeros([ROWS, WIDTH], tl.float32)
         for block in tl.static_range(BLOCKS):

@@ -128,12 +128,12 @@ def rounded_by_chance(value, noise):
 
 
 @triton.jit
-def dot(a, b, accumulator, PRECISION: tl.constexpr):
+def dot(a, b, accumulator):
     """accumulator + a b on the matrix units (in float32 under the interpreter)."""
     if INTERPRETED:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
-    return tl.dot(a, b, accumulator, input_precision=PRECISION)
+    return tl.dot(a, b, accumulator, input_precision="ieee")
 
 
 @triton.jit

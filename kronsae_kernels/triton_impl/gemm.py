@@ -76,10 +76,10 @@ def _tile_of_weight(weight, first, rows, head, c, h, d, PADDED: tl.constexpr,
 
 
 @triton.jit
-def _pre_latents(product, bias, HAS_BIAS: tl.constexpr, PADDED: tl.constexpr,
-                 ROWS: tl.constexpr, HEADS: tl.constexpr, dtype: tl.constexpr):  # fmt: skip
+def _pre_latents(product, bias, PADDED: tl.constexpr, ROWS: tl.constexpr, HEADS: tl.constexpr,
+                 dtype: tl.constexpr):  # fmt: skip
     """product [T, PADDED * HEADS] + bias [ROWS * HEADS], rounded, as [T, PADDED, HEADS]."""
-    if HAS_BIAS:
+    if bias is not None:
         line = tl.arange(0, PADDED * HEADS)
         of_line = tl.load(bias + line, mask=line < ROWS * HEADS, other=0.0)
         product += of_line.to(tl.float32)[None, :]
@@ -168,10 +168,10 @@ def _cut_lists(lists, counts, k, cap, PLANES: tl.constexpr, TOKENS: tl.constexpr
 @triton.jit
 def encode_heads(x, p_weight, q_weight, bias, lists, counts, tokens, d, h, splits, tiles, k,
                  cap, M: tl.constexpr, N: tl.constexpr, M_PADDED: tl.constexpr,
-                 N_PADDED: tl.constexpr, SIGNED: tl.constexpr, HAS_BIAS: tl.constexpr,
-                 PRECISION: tl.constexpr, DTYPE: tl.constexpr, TOKENS: tl.constexpr,
-                 HEADS: tl.constexpr, WIDTH: tl.constexpr, CAPACITY: tl.constexpr,
-                 CUT: tl.constexpr, TMA: tl.constexpr, FLATTEN: tl.constexpr):  # fmt: skip
+                 N_PADDED: tl.constexpr, SIGNED: tl.constexpr, DTYPE: tl.constexpr,
+                 TOKENS: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr,
+                 CAPACITY: tl.constexpr, CUT: tl.constexpr, TMA: tl.constexpr,
+                 FLATTEN: tl.constexpr):  # fmt: skip
     """Lists of heads, among which are the k first, of x [tokens, d] weight^T + bias.
 
     weight [m + n, h, d], bias [tiles in all, m + n, HEADS]. With TMA, x, p_weight and q_weight are
@@ -218,15 +218,15 @@ def encode_heads(x, p_weight, q_weight, bias, lists, counts, tokens, d, h, split
                 of_extension = _tile_of_weight(
                     q_weight, M, N, start, c, h, d, N_PADDED, HEADS, WIDTH, TMA
                 )
-                of_p = dot(part, of_base.T, of_p, PRECISION)
-                of_q = dot(part, of_extension.T, of_q, PRECISION)
+                of_p = dot(part, of_base.T, of_p)
+                of_q = dot(part, of_extension.T, of_q)
             of_tile = bias
-            if HAS_BIAS:
+            if bias is not None:
                 of_tile += at * ((M + N) * HEADS)
-            p = _pre_latents(of_p, of_tile, HAS_BIAS, M_PADDED, M, HEADS, DTYPE)
-            if HAS_BIAS:
+            p = _pre_latents(of_p, of_tile, M_PADDED, M, HEADS, DTYPE)
+            if bias is not None:
                 of_tile += M * HEADS
-            q = _pre_latents(of_q, of_tile, HAS_BIAS, N_PADDED, N, HEADS, DTYPE)
+            q = _pre_latents(of_q, of_tile, N_PADDED, N, HEADS, DTYPE)
             u, v = _extreme(p, M, SIGNED, False), _extreme(q, N, SIGNED, False)
             score = u * v
             if SIGNED:

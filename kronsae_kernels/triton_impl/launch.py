@@ -4,7 +4,7 @@ Inside `record`, nothing runs: each launch is noted with its arguments, which ma
 The tests compile what production shapes would launch, for cards that are not there.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from kronsae_kernels.triton_impl.configs import Config, generation_of
+from kronsae_kernels.triton_impl.configs import Config, config_of, generation_of
 from kronsae_kernels.triton_impl.device import INTERPRETED
 
 FP_FUSION = True
@@ -62,30 +62,62 @@ def generation(device: torch.device) -> str:
     return _recorded_generation or generation_of(device)
 
 
-def launch(kernel: Any, grid: tuple[int, ...], config: Config, **arguments: Any) -> None:
+def configure(kernel: str, device: torch.device, **blocks: int) -> Config:
+    """A kernel's configuration for a device; `blocks` override its block sizes."""
+    return config_of(kernel, generation(device), **blocks)
+
+
+Grid = tuple[int, ...] | Callable[[dict[str, int]], tuple[int, ...]]
+
+
+def launch(kernel: Any, grid: Grid, config: Config | None = None, **arguments: Any) -> None:
     """Run a kernel over a grid with the warps, stages and block sizes of its configuration.
 
+    grid: programs in each dimension, or these as a function of the block sizes. An empty one
+        launches nothing.
+    config: by default the kernel's own for the device that the arguments are on.
     arguments: the kernel's, by name; those that `config` names are taken from there, and so is
-    "MAX_REGISTERS" of a thread (0: as the compiler wants). An empty grid launches nothing.
+        "MAX_REGISTERS" of a thread (0: as the compiler wants).
     """
-    if 0 in grid:
+    if config is None:
+        config = configure(kernel.fn.__name__, _device_of(arguments))
+    found = grid if isinstance(grid, tuple) else grid(config.blocks)
+    if 0 in found:
         return
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
     arguments = {**config.blocks, **arguments}
-    registers = arguments.pop("MAX_REGISTERS", 0)
-    if registers:
-        options["maxnreg"] = registers
-    if _recorded is not None:
-        _recorded.append(Launch(kernel, grid, arguments, **options))
-        return
-    tensor = next(a for a in arguments.values() if isinstance(a, Tensor))
-    with torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext():
-        kernel[grid](**arguments, **options, enable_fp_fusion=FP_FUSION)
+    registers = arguments.pop("MAX_REGISTERS", 0) or None
+    one = Launch(kernel, found, arguments, config.num_warps, config.num_stages, registers)
+    if _recorded is None:
+        start(one)
+    else:
+        _recorded.append(one)
+
+
+def start(one: Launch) -> None:
+    """Make a launch on the device that its arguments are on."""
+    options = {"num_warps": one.num_warps, "num_stages": one.num_stages}
+    if one.maxnreg is not None:
+        options["maxnreg"] = one.maxnreg
+    device = _device_of(one.arguments)
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        one.kernel[one.grid](**one.arguments, **options, enable_fp_fusion=FP_FUSION)
+
+
+def _device_of(arguments: dict[str, Any]) -> torch.device:
+    for value in arguments.values():
+        if isinstance(value, Tensor):
+            return value.device
+    raise ValueError("arguments: expected a tensor among them")
 
 
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter (TRITON_INTERPRET=1 when they were imported)."""
     return bool(INTERPRETED.value)
+
+
+def cdiv(number: int, size: int) -> int:
+    """Blocks of a size that hold a number of things."""
+    return -(-number // size)
 
 
 def next_power_of_2(number: int) -> int:

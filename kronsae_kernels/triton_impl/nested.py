@@ -19,13 +19,13 @@ BEYOND = tl.constexpr(2**31 - 1)  # no latent has this index
 
 @triton.jit
 def group_codes(values, extension, columns, bounds, starts, slots, of_slot, by_group, weights, k,
-                prefixes, eps, VALUES: tl.constexpr, PAIRS: tl.constexpr, ROOT: tl.constexpr,
-                ROWS: tl.constexpr, PLACES: tl.constexpr):  # fmt: skip
+                prefixes, eps, ROOT: tl.constexpr, ROWS: tl.constexpr,
+                PLACES: tl.constexpr):  # fmt: skip
     """Codes in the order of their groups, stably: group g has places starts[g] to starts[g + 1].
 
     starts [tokens, G + 1]; by_group [tokens, k] the columns, slots [tokens, k] where they come
-    from, all int32. VALUES: weights [tokens, k] float32, the values (PAIRS: composed of two
-    factors, `values` and `extension`). ROWS: of_slot [tokens, k], for each code as it was given,
+    from, all int32. weights [tokens, k] float32: the values, if there are any (composed of two
+    factors, if there is an extension). ROWS: of_slot [tokens, k], for each code as it was given,
     token G + its group (G - 1 for those of no prefix). A column of -1 is in no prefix.
     Grid (tokens,).
     """
@@ -47,9 +47,9 @@ def group_codes(values, extension, columns, bounds, starts, slots, of_slot, by_g
             place = at + first + tl.cumsum(chosen, 0) - chosen
             tl.store(by_group + place, column, mask=here)
             tl.store(slots + place, slot, mask=here)
-            if VALUES:
+            if values is not None:
                 value = tl.load(values + at + slot, mask=here, other=0.0)
-                if PAIRS:
+                if extension is not None:
                     other = tl.load(extension + at + slot, mask=here, other=0.0)
                     value = compose(value * other, eps, ROOT)
                 tl.store(weights + place, value.to(tl.float32), mask=here)
@@ -75,7 +75,7 @@ def _add_rows(total, weights, by_group, start, end, table, c, columns, d, ROWS: 
 
 @triton.jit
 def nested_sums(weights, by_group, starts, table, bias, out, k, d, prefixes,
-                HAS_BIAS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+                ROWS: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
     """out[b, g] = sum of weight * table[column] over the codes of groups up to g, + bias.
 
     out [tokens, G, d]; codes as `group_codes` leaves them. ROWS rows are on their way at once.
@@ -84,7 +84,7 @@ def nested_sums(weights, by_group, starts, table, bias, out, k, d, prefixes,
     token = tl.program_id(0).to(tl.int64)
     c = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     total = tl.zeros([WIDTH], tl.float32)
-    if HAS_BIAS:
+    if bias is not None:
         total = tl.load(bias + c, mask=c < d, other=0.0).to(tl.float32)
     weights += token * k
     by_group += token * k
@@ -101,8 +101,7 @@ def nested_sums(weights, by_group, starts, table, bias, out, k, d, prefixes,
 
 @triton.jit
 def nested_errors(weights, by_group, starts, table, bias, x, suffixes, sums, tokens, k, d,
-                  HAS_BIAS: tl.constexpr, PREFIXES: tl.constexpr, ROWS: tl.constexpr,
-                  WIDTH: tl.constexpr):  # fmt: skip
+                  PREFIXES: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
     """`nested_sums` minus x, and `suffix_sums` of that: of the errors only their sums are written.
 
     suffixes [tokens, PREFIXES, d].  sums [3, tokens]: squared norm of all errors of a token, and
@@ -120,7 +119,7 @@ def nested_errors(weights, by_group, starts, table, bias, x, suffixes, sums, tok
     for begin in range(0, d, WIDTH):
         columns = d - begin
         total = -tl.load(x + begin + c, mask=c < columns, other=0.0).to(tl.float32)
-        if HAS_BIAS:
+        if bias is not None:
             total += tl.load(bias + begin + c, mask=c < columns, other=0.0).to(tl.float32)
         errors = ()
         start = tl.load(starts)

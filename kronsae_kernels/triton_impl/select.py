@@ -120,7 +120,7 @@ def _store_list(out, ids, take, left, CAP: tl.constexpr):
 
 @triton.jit
 def _head_keys(pre, mask, h, head, M: tl.constexpr, N: tl.constexpr, SIGNED: tl.constexpr,
-               HAS_MASK: tl.constexpr, WHOLE: tl.constexpr):  # fmt: skip
+               WHOLE: tl.constexpr):  # fmt: skip
     """Key of the largest product of each head (any shape), from i-major pre-latents of a token.
 
     Rounding is monotone, so the product of the maxima is the maximum of the rounded products; of a
@@ -128,7 +128,7 @@ def _head_keys(pre, mask, h, head, M: tl.constexpr, N: tl.constexpr, SIGNED: tl.
     formed. WHOLE: every head is below h.
     """
     inside = tl.full(head.shape, True, tl.int1) if WHOLE else head < h
-    if HAS_MASK:
+    if mask is not None:
         key = tl.full(head.shape, MASKED, tl.int32)
         for i in tl.range(0, M):
             u = factor(tl.load(pre + i * h + head, mask=inside, other=0.0), SIGNED)
@@ -158,12 +158,12 @@ def _head_keys(pre, mask, h, head, M: tl.constexpr, N: tl.constexpr, SIGNED: tl.
 
 
 @triton.jit
-def _group_keys(pre, mask, size, head, GROUP: tl.constexpr, HAS_MASK: tl.constexpr):
+def _group_keys(pre, mask, size, head, GROUP: tl.constexpr):
     """Key of the largest of GROUP consecutive columns, for each group in `head` [A, B]."""
     column = head[:, :, None] * GROUP + tl.arange(0, GROUP)[None, None, :]
     inside = column < size
     key = key_of(factor(tl.load(pre + column, mask=inside, other=0.0), False), False)
-    if HAS_MASK:
+    if mask is not None:
         allowed = tl.load(mask + column, mask=inside, other=0) != 0
         key = tl.where(allowed, key, MASKED)
     return tl.max(tl.where(inside, key, PADDING), 2)
@@ -172,24 +172,23 @@ def _group_keys(pre, mask, size, head, GROUP: tl.constexpr, HAS_MASK: tl.constex
 @triton.jit
 def select_heads(pre, mask, heads, keys, stride, size, h, k, cap,
                  M: tl.constexpr, N: tl.constexpr, SIGNED: tl.constexpr, DENSE: tl.constexpr,
-                 HAS_MASK: tl.constexpr, STORE_KEYS: tl.constexpr, CAP: tl.constexpr,
-                 WHOLE: tl.constexpr, CHUNKS: tl.constexpr, LANES: tl.constexpr,
-                 GROUP: tl.constexpr):  # fmt: skip
+                 CAP: tl.constexpr, WHOLE: tl.constexpr, CHUNKS: tl.constexpr,
+                 LANES: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
     """The k to cap first heads among CHUNKS * LANES of them: heads [tokens, splits, CAP].
 
     pre [tokens, stride]. DENSE: h groups of M columns, of `size` columns. keys: as heads, if
-    STORE_KEYS: if there are several splits. WHOLE: they are h heads together, none beyond. A lower
+    there are several splits, else None. WHOLE: they are h heads together, none beyond. A lower
     bound is found among the maxima of GROUP * CHUNKS heads, those of a thread.
     Grid (tokens, splits).
     """
     token = tl.program_id(0).to(tl.int64)
-    split = tl.program_id(1) if STORE_KEYS else 0
+    split = tl.program_id(1) if keys is not None else 0
     chunk, lane = tl.arange(0, CHUNKS), tl.arange(0, LANES)
     ids = (split * CHUNKS + chunk[:, None]) * LANES + lane[None, :]
     if DENSE:
-        key = _group_keys(pre + token * stride, mask, size, ids, M, HAS_MASK)
+        key = _group_keys(pre + token * stride, mask, size, ids, M)
     else:
-        key = _head_keys(pre + token * stride, mask, h, ids, M, N, SIGNED, HAS_MASK, WHOLE)
+        key = _head_keys(pre + token * stride, mask, h, ids, M, N, SIGNED, WHOLE)
     # Of this split's heads, all may be wanted.
     here = tl.minimum(k, h - split * (CHUNKS * LANES))
     of_group = tl.max(tl.reshape(tl.max(key, 0), [LANES // GROUP, GROUP]), 1)
@@ -204,7 +203,7 @@ def select_heads(pre, mask, heads, keys, stride, size, h, k, cap,
     tl.store(heads + out + place, ids, mask=take)
     slot = tl.arange(0, CAP)
     tl.store(heads + out + slot, tl.full([CAP], -1, tl.int32), mask=slot >= left)
-    if STORE_KEYS:
+    if keys is not None:
         tl.store(keys + out + place, key, mask=take)
         tl.store(keys + out + slot, tl.full([CAP], PADDING, tl.int32), mask=slot >= left)
 
@@ -218,12 +217,13 @@ def _load_list(lists, keys, start, length, SIZE: tl.constexpr):
 
 
 @triton.jit
-def merge_lists(lists, keys, kept, ranked, length, k, cap, RANKED: tl.constexpr,
-                CAP: tl.constexpr, CANDIDATES: tl.constexpr, PART: tl.constexpr):  # fmt: skip
+def merge_lists(lists, keys, kept, ranked, length, k, cap, CAP: tl.constexpr,
+                CANDIDATES: tl.constexpr, PART: tl.constexpr):  # fmt: skip
     """The k to cap first of ids in lists [tokens, length] with keys: kept [tokens, CAP].
 
-    RANKED: the k first, as ranked [tokens, k] of `select_latents`. They are read twice, PART at a
-    time when they are written: keys, ids, places and addresses of all do not fit into registers.
+    Or, if that is None, the k first, as ranked [tokens, k] of `select_latents`. They are read
+    twice, PART at a time when they are written: keys, ids, places and addresses of all do not fit
+    into registers.
     """
     token = tl.program_id(0).to(tl.int64)
     lists += token * length
@@ -236,13 +236,13 @@ def merge_lists(lists, keys, kept, ranked, length, k, cap, RANKED: tl.constexpr,
         key, ids = _load_list(lists, keys, start, length, PART)
         take = (key > low) | ((key == low) & (ids < bound))
         chosen = take.to(tl.int32)
-        if RANKED:
+        if ranked is not None:
             _store_ranks(ranked + token * k + written, key, ids, take)
         else:
             place = written + tl.cumsum(chosen, 0) - chosen
             tl.store(kept + token * CAP + place, ids, mask=take)
         written += tl.sum(chosen)
-    if not RANKED:
+    if ranked is None:
         slot = tl.arange(0, CAP)
         rest = tl.full([CAP], -1, tl.int32)
         tl.store(kept + token * CAP + slot, rest, mask=slot >= left)
@@ -257,9 +257,9 @@ def _store_ranks(ranked, key, ids, take):
 
 
 @triton.jit
-def _listed(lists, start, slot, size, ALL: tl.constexpr):
-    """Entries of the list at `start`: (them or 0, whether they are there). ALL: 0 to size."""
-    if ALL:
+def _listed(lists, start, slot, size):
+    """Entries of the list at `start` (None: 0 to size): (them or 0, whether they are there)."""
+    if lists is None:
         listed = tl.where(slot < size, slot, -1)
     else:
         listed = tl.load(lists + start + slot)
@@ -269,13 +269,13 @@ def _listed(lists, start, slot, size, ALL: tl.constexpr):
 @triton.jit
 def _row_keys(pre, mask, head, there, h,
               M: tl.constexpr, N: tl.constexpr, M_PADDED: tl.constexpr, N_PADDED: tl.constexpr,
-              SIGNED: tl.constexpr, HAS_MASK: tl.constexpr):  # fmt: skip
+              SIGNED: tl.constexpr):  # fmt: skip
     """(key, id) of the rows of heads [H], flattened; id = head * m + base."""
     i, j = tl.arange(0, M_PADDED), tl.arange(0, N_PADDED)
     of_base = there[:, None] & (i < M)[None, :]
     u = factor(tl.load(pre + i[None, :] * h + head[:, None], mask=of_base, other=0.0), SIGNED)
     ids = head[:, None] * M + i[None, :]
-    if HAS_MASK:
+    if mask is not None:
         key = tl.full(ids.shape, MASKED, tl.int32)
         for extension in range(0, N):
             v = factor(tl.load(pre + (M + extension) * h + head, mask=there, other=0.0), SIGNED)
@@ -298,8 +298,7 @@ def _row_keys(pre, mask, head, there, h,
 @triton.jit
 def _latent_keys(pre, mask, listed, there, size, h,
                  M: tl.constexpr, N: tl.constexpr, M_PADDED: tl.constexpr, N_PADDED: tl.constexpr,
-                 SIGNED: tl.constexpr, DENSE: tl.constexpr, HAS_MASK: tl.constexpr,
-                 OF_HEADS: tl.constexpr):  # fmt: skip
+                 SIGNED: tl.constexpr, DENSE: tl.constexpr, OF_HEADS: tl.constexpr):  # fmt: skip
     """(key, latent) of the latents of heads (OF_HEADS) or rows [L], flattened."""
     i, j = tl.arange(0, M_PADDED), tl.arange(0, N_PADDED)
     of_base = there[:, None]
@@ -321,7 +320,7 @@ def _latent_keys(pre, mask, listed, there, size, h,
         v = tl.load(pre + at, mask=there[:, None] & (j < N)[None, :], other=0.0)
         score = u[:, :, None] * factor(v, SIGNED)[:, None, :]
     key = key_of(score, SIGNED)
-    if HAS_MASK:
+    if mask is not None:
         allowed = tl.load(mask + ids, mask=inside, other=0) != 0
         key = tl.where(allowed, key, MASKED)
     key = tl.where(inside, key, PADDING)
@@ -331,9 +330,8 @@ def _latent_keys(pre, mask, listed, there, size, h,
 @triton.jit
 def list_keys(pre, mask, lists, ids, keys, stride, size, h,
               M: tl.constexpr, N: tl.constexpr, M_PADDED: tl.constexpr, N_PADDED: tl.constexpr,
-              SIGNED: tl.constexpr, DENSE: tl.constexpr, HAS_MASK: tl.constexpr,
-              ALL: tl.constexpr, OF_ROWS: tl.constexpr, LISTED: tl.constexpr, PER: tl.constexpr,
-              ENTRIES: tl.constexpr):  # fmt: skip
+              SIGNED: tl.constexpr, DENSE: tl.constexpr, OF_ROWS: tl.constexpr,
+              LISTED: tl.constexpr, PER: tl.constexpr, ENTRIES: tl.constexpr):  # fmt: skip
     """Keys and ids [tokens, LISTED * PER] of the rows of heads (OF_ROWS) or latents of rows listed.
 
     Where they are too many for the program that selects. Grid (tokens, LISTED / ENTRIES).
@@ -342,13 +340,12 @@ def list_keys(pre, mask, lists, ids, keys, stride, size, h,
     pre += token * stride
     slot = part * ENTRIES + tl.arange(0, ENTRIES)
     if OF_ROWS:
-        listed, there = _listed(lists, token * LISTED, slot, h, ALL)
-        key, id = _row_keys(pre, mask, listed, there, h, M, N, M_PADDED, N_PADDED, SIGNED,
-                            HAS_MASK)  # fmt: skip
+        listed, there = _listed(lists, token * LISTED, slot, h)
+        key, id = _row_keys(pre, mask, listed, there, h, M, N, M_PADDED, N_PADDED, SIGNED)
     else:
-        listed, there = _listed(lists, token * LISTED, slot, tl.cdiv(size, N), ALL)
+        listed, there = _listed(lists, token * LISTED, slot, tl.cdiv(size, N))
         key, id = _latent_keys(pre, mask, listed, there, size, h, M, N, 1, N_PADDED, SIGNED, DENSE,
-                               HAS_MASK, False)  # fmt: skip
+                               False)  # fmt: skip
     at = (token * LISTED + part * ENTRIES) * PER + tl.arange(0, ENTRIES * PER)
     tl.store(keys + at, key)
     tl.store(ids + at, id)
@@ -357,16 +354,15 @@ def list_keys(pre, mask, lists, ids, keys, stride, size, h,
 @triton.jit
 def select_rows(pre, mask, heads, rows, stride, h, k, cap,
                 M: tl.constexpr, N: tl.constexpr, M_PADDED: tl.constexpr, N_PADDED: tl.constexpr,
-                SIGNED: tl.constexpr, HAS_MASK: tl.constexpr, ALL: tl.constexpr,
-                HEADS: tl.constexpr, CAP: tl.constexpr):  # fmt: skip
+                SIGNED: tl.constexpr, HEADS: tl.constexpr, CAP: tl.constexpr):  # fmt: skip
     """The k to cap first (head, base) rows, head * m + base, of heads [tokens, HEADS].
 
-    ALL: of all h heads, `heads` is not read. Result rows [tokens, CAP].
+    heads None: of all h. Result rows [tokens, CAP].
     """
     token = tl.program_id(0).to(tl.int64)
-    head, there = _listed(heads, token * HEADS, tl.arange(0, HEADS), h, ALL)
+    head, there = _listed(heads, token * HEADS, tl.arange(0, HEADS), h)
     key, ids = _row_keys(pre + token * stride, mask, head, there, h, M, N, M_PADDED, N_PADDED,
-                         SIGNED, HAS_MASK)  # fmt: skip
+                         SIGNED)  # fmt: skip
     key, low, _, left = _cut(key, ids, tl.full((), MASKED, tl.int32), tl.max(key), k, cap)
     take = key >= low
     _store_list(rows + token * CAP, ids, take, left, CAP)
@@ -376,20 +372,20 @@ def select_rows(pre, mask, heads, rows, stride, h, k, cap,
 def select_latents(pre, mask, lists, ranked, indices, base, extension, stride, size, h, k,
                    M: tl.constexpr, N: tl.constexpr, M_PADDED: tl.constexpr,
                    N_PADDED: tl.constexpr, SIGNED: tl.constexpr, DENSE: tl.constexpr,
-                   HAS_MASK: tl.constexpr, ALL: tl.constexpr, OF_HEADS: tl.constexpr,
-                   LISTED: tl.constexpr, RANK: tl.constexpr, K_PADDED: tl.constexpr):  # fmt: skip
+                   OF_HEADS: tl.constexpr, LISTED: tl.constexpr, RANK: tl.constexpr,
+                   K_PADDED: tl.constexpr):  # fmt: skip
     """The k first latents in lists [tokens, LISTED] of heads (OF_HEADS) or of rows.
 
     ranked [tokens, k] int64, in no order: what comes first is larger. RANK: they are sorted at once
     (see `rank_latents`).
-    DENSE: rows are groups of N columns, of `size`. ALL: all there are; `lists` is not read.
+    DENSE: rows are groups of N columns, of `size`. lists None: all there are.
     """
     token = tl.program_id(0).to(tl.int64)
     pre += token * stride
     entries = h if OF_HEADS else tl.cdiv(size, N)
-    listed, there = _listed(lists, token * LISTED, tl.arange(0, LISTED), entries, ALL)
+    listed, there = _listed(lists, token * LISTED, tl.arange(0, LISTED), entries)
     key, ids = _latent_keys(pre, mask, listed, there, size, h, M, N, M_PADDED, N_PADDED, SIGNED,
-                            DENSE, HAS_MASK, OF_HEADS)  # fmt: skip
+                            DENSE, OF_HEADS)  # fmt: skip
     key, low, _, _ = _cut(key, ids, tl.full((), MASKED, tl.int32), tl.max(key), k, k)
     ranked += token * k
     _store_ranks(ranked, key, ids, key >= low)
