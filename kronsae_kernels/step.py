@@ -205,20 +205,21 @@ class TrainingStep:
         check_state(self.state, self.weights, moments)
         if silent is not None:
             check_of_latents("silent", silent, torch.int64, w_dec)
-        self.silent, self.skips = silent, torch.zeros(4, device=self.device)
-        self.missed = torch.zeros(2, device=self.device)
+        self.silent = silent
         self._how = "dense" if m is None else composition  # as operations name it
         # Values above it in magnitude are those of active latents.
         self._threshold = eps**0.5 if m is not None and composition == "mand" else 0.0
-        self._set_numbers(betas, adam_eps)
         self._parts: list[_Part] = []
+        self._allocate(betas, adam_eps)
+
+    def _allocate(self, betas: tuple[float, float], adam_eps: float) -> None:
+        """Counters and AdamW's numbers on the device; and what there is later."""
         self._b_dec_gradient: Tensor | None = None
         self._sums: Tensor | None = None  # of all parts, as `counters.prepare_update` wants them
         self._copies: dict[str, Tensor] = {}
         self._versions: tuple[int, ...] = ()
-
-    def _set_numbers(self, betas: tuple[float, float], adam_eps: float) -> None:
-        """AdamW's, on the device."""
+        self.missed = torch.zeros(2, device=self.device)
+        self.skips = torch.zeros(4, device=self.device)
         # Rows: with weight decay, and without; columns as in `triton_impl.device`. The zeros are
         # filled in for each step.
         fields = [0.0, 1 - betas[0], betas[1], 1 - betas[1], 0.0, 0.0, adam_eps, 0.0, 0.0, 0.0]
