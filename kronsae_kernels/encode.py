@@ -68,7 +68,7 @@ def fused_encode(
     x, w_enc, b_enc = check_encoder(x, w_enc, b_enc, mask, rank=3)
     heads, rows, _ = w_enc.shape
     size = dict_size(w_enc, m)
-    _check_k(k, size, f"{heads} * {m} * {rows - m} = {size}", mask)
+    _check_k(k, size, f"F = {heads} * {m} * {rows - m} = {size}", mask)
     check_choice("composition", composition, COMPOSITIONS)
     check_number("eps", eps, 0)
     name = backends.choose(impl, x.device, x.dtype)
@@ -99,7 +99,7 @@ def dense_encode(
     """
     x, w_enc, b_enc = check_encoder(x, w_enc, b_enc, mask, rank=2)
     size = w_enc.shape[0]
-    _check_k(k, size, str(size), mask)
+    _check_k(k, size, f"F = {size}", mask)
     name = backends.choose(impl, x.device, x.dtype)
     if name == "reference":
         return reference.dense_encode(x, w_enc, b_enc, k=k, mask=mask)
@@ -143,9 +143,9 @@ def check_encoder(
     return x, w_enc, b_enc
 
 
-def _check_k(k: int, size: int, shown_size: str, mask: Tensor | None) -> None:
+def _check_k(k: int, size: int, of_size: str, mask: Tensor | None) -> None:
     """Check that k of F = size latents, and of those in the mask, can be selected."""
-    check_count("k", k, 1, size, f"1 <= k <= F = {shown_size}")
+    check_count("k", k, 1, size, f"1 <= k <= {of_size}")
     check_mask(mask, size)
     if mask is not None and not torch.compiler.is_compiling() and not mask.is_meta:
         allowed = int(mask.sum())
