@@ -142,7 +142,7 @@ def compare(folder: Path, how: dict[str, Any], batch_size: int, rounds: int) -> 
             shutil.rmtree(path, ignore_errors=True)
         index, seconds = spent(lambda: write_cache(cache, **how))
         rates["write cache"].append(rate(index.bytes, seconds))
-        sizes = [mark.bytes for shard in index.train for mark in shard.marks]
+        sizes = [file.bytes for shard in index.train for file in shard.files]
         rates["write plain"].append(rate(*spent(partial(write_plain, plain, sizes))))
     # Token ids are not read to train.
     shutil.rmtree(plain)

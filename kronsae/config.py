@@ -1,14 +1,15 @@
-"""Every setting of a run, in three frozen dataclasses; the command line is made from them.
+"""Every setting of a run, in three frozen dataclasses; flags of the command line are their fields.
 
-`SAEConfig` says what the autoencoder is, `DataConfig` where activations come from, `TrainConfig`
-how it learns; `RunConfig` holds the three and is what a run folder's config.json stores.
-What anyone needs to know of a field stands at the field: see `setting`.
+`SAEConfig` configures the autoencoder, `DataConfig` its activations, `TrainConfig` the training;
+`RunConfig` holds the three and is stored in a run folder's config.json. A field carries its help,
+choices and conditions: see `setting`.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from types import UnionType
 from typing import Any, NamedTuple
 
@@ -24,7 +25,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT_BANDWIDTH = 0.1
 
 PAPER_DICT_SIZE = 2**15
-"""Dictionary size where none is given. [KronSAE, App. A.1]"""
+"""Default dictionary size. [KronSAE, App. A.1]"""
 
 EMBEDDED: dict[str, Any] = {
     "layer": 2,
@@ -39,11 +40,10 @@ EMBEDDED: dict[str, Any] = {
     "lr": 1.6e-2,
     "eval_every": 200,
 }
-"""Settings that apply with model 'embedded', below a config file and flags."""
-
+"""Defaults with model 'embedded'; a config file and flags override them."""
 
 Unless = Callable[[Mapping[str, Any]], str | None]
-"""Of flat settings (of all configs, by field): with what a setting has no effect, or None."""
+"""From flat settings (of all configs, by field) to the reason why one has no effect, or None."""
 
 
 def setting(
@@ -54,24 +54,24 @@ def setting(
     unless: Unless | None = None,
     **metadata: Any,
 ) -> Any:
-    """A dataclass field, and what is known of it.
+    """A dataclass field that is a setting, with its metadata.
 
-    help: of its flag.  choices: the values that it may have.
-    unless: when it has no effect; to give it then is an error.
-    metadata: `group`, the title of flags that belong together.
+    help: of its flag.  choices: the allowed values.
+    unless: when it has no effect; giving it then is an error.
+    metadata: `group`, the title of a group of flags.
         `free` (DataConfig, TrainConfig): it may change when a run resumes.
-        `shared` (TrainConfig, SAEConfig): all members of a sweep have the same.
+        `shared` (TrainConfig, SAEConfig): it is the same for all members of a sweep.
         `of` (DataConfig): "model", "text" or "reading".
-        `harvested` (DataConfig): a cache of activations has decided it.
+        `harvested` (DataConfig): a cache of activations fixes it.
     """
     metadata |= {"help": help, "unless": unless}
-    if choices is not None:  # a registry fills later
+    if choices is not None:  # a registry, which is filled later, may be empty
         metadata["choices"] = choices
     return field(default=default, metadata=metadata)
 
 
 def no_effect(spec: dataclasses.Field[Any], settings: Mapping[str, Any]) -> str | None:
-    """With what among flat settings that of `spec` has no effect; None if it has one."""
+    """Why the setting `spec` has no effect among these flat settings; None if it has."""
     unless = spec.metadata.get("unless")
     return unless and unless(settings)
 
@@ -86,6 +86,13 @@ def _require(condition: bool, message: str) -> None:
         raise InputError(message)
 
 
+def _check_at_least(config: Any, least: float, *names: str) -> None:
+    """Raise InputError unless the settings `names` are finite and at least `least`."""
+    for name in names:
+        value = getattr(config, name)
+        _require(least <= value < math.inf, f"{name}: expected >= {least}, got {value}")
+
+
 def _check_choices(config: Any) -> None:
     for spec in fields(config):
         choices, value = spec.metadata.get("choices"), getattr(config, spec.name)
@@ -94,7 +101,7 @@ def _check_choices(config: Any) -> None:
 
 
 def _check_effects(config: Any, *names: str) -> None:
-    """Raise InputError for a setting that has no effect. names: to look at; by default all."""
+    """Raise InputError for a setting that has no effect. names: the settings to check (all)."""
     for spec in fields(config):
         reason, value = no_effect(spec, vars(config)), getattr(config, spec.name)
         if names and spec.name not in names:
@@ -103,9 +110,27 @@ def _check_effects(config: Any, *names: str) -> None:
             raise InputError(f"{spec.name} has no effect with {reason}: leave it out")
 
 
-def _unless_factored(settings: Mapping[str, Any]) -> str | None:
-    name = settings["encoder"]
-    return None if ENCODERS[name].factored else f"encoder {name!r}"
+def _unless_kind(part: str, attribute: str) -> Unless:
+    """No effect with a kind of `part` (encoder, selection, objective) without this attribute."""
+
+    def unless(settings: Mapping[str, Any]) -> str | None:
+        name = settings[part]
+        return None if getattr(SAE_KINDS[part][name], attribute) else f"{part} {name!r}"
+
+    return unless
+
+
+def _unless_nonzero(*names: str) -> Unless:
+    """No effect if one of the settings `names` is 0."""
+
+    def unless(settings: Mapping[str, Any]) -> str | None:
+        return next((f"{name} 0" for name in names if not settings[name]), None)
+
+    return unless
+
+
+_unless_factored = _unless_kind("encoder", "factored")
+_unless_thresholds = _unless_kind("selection", "learns_thresholds")
 
 
 def _unless_mand(settings: Mapping[str, Any]) -> str | None:
@@ -114,32 +139,10 @@ def _unless_mand(settings: Mapping[str, Any]) -> str | None:
     return _unless_factored(settings)
 
 
-def _unless_thresholds(settings: Mapping[str, Any]) -> str | None:
-    name = settings["selection"]
-    return None if SELECTIONS[name].learns_thresholds else f"selection {name!r}"
-
-
-def _unless_by_k(settings: Mapping[str, Any]) -> str | None:
-    name = settings["selection"]
-    return None if SELECTIONS[name].aims_at_k else f"selection {name!r}"
-
-
-def _unless_experts(settings: Mapping[str, Any]) -> str | None:
-    return None if settings["experts"] else "experts 0"
-
-
 def _unless_transcoder(settings: Mapping[str, Any]) -> str | None:
-    if settings.get("target_hookpoint", "") is not None:  # known of a run alone
+    if settings.get("target_hookpoint", "") is not None:  # an SAEConfig alone does not have it
         return None
     return "an autoencoder (a transcoder has a --target-hookpoint)"
-
-
-def _unless_auxk_loss(settings: Mapping[str, Any]) -> str | None:
-    return None if settings["auxk_coefficient"] else "auxk_coefficient 0"
-
-
-def _unless_auxk(settings: Mapping[str, Any]) -> str | None:
-    return _unless_auxk_loss(settings) or (None if settings["auxk_fraction"] else "auxk_fraction 0")
 
 
 def _unless_cached(settings: Mapping[str, Any]) -> str | None:
@@ -162,75 +165,70 @@ def _unless_a_dataset(settings: Mapping[str, Any]) -> str | None:
     return "dataset 'stdlib'" if settings["dataset"] == "stdlib" else None
 
 
-def _unless_nested(settings: Mapping[str, Any]) -> str | None:
-    name = settings["objective"]
-    return None if OBJECTIVES[name].nested else f"objective {name!r}"
-
-
 @dataclass(frozen=True)
 class SAEConfig:
-    """What the autoencoder is: encoder x selection x objective, and whether it has experts.
+    """The autoencoder: its encoder, selection, objective and experts.
 
-    With d_target it is a transcoder: it predicts another stream of activations than it reads.
+    With d_target it is a transcoder, which predicts other activations than it reads.
 
-    A Kron encoder has `heads` heads of `m` base and `n` extension pre-latents, so that
+    A Kron encoder has `heads` heads of `m` base and `n` extension pre-latents, and
     dict_size = heads * m * n. [KronSAE, eq. 2-4] Give `heads`, or `dict_size`, or both if they
-    agree. Other encoders have `dict_size` latents of their own.
-    Encoder, selection and objective are registered kinds (`kronsae.registry`). One that has
-    settings of its own gets them in `…_settings`: an instance of its dataclass, or a mapping.
+    agree. Other encoders have `dict_size` rows.
+    Encoder, selection and objective are registered kinds (`kronsae.registry`). A kind's own
+    settings are in `…_settings`: an instance of its dataclass, or a mapping.
     Raises InputError for settings that contradict each other.
     """
 
     d_model: int = setting(0, "width of the activations (0: taken from the data)", shared=True)
     d_target: int = setting(
         0,
-        "width of what a transcoder predicts from them (0: an autoencoder, or taken from the data)",
+        "width of a transcoder's target (0: an autoencoder, or taken from the data)",
         unless=_unless_transcoder,
     )
     encoder: str = setting("kron", "kind of encoder", choices=ENCODERS)
     heads: int = setting(
         0, "heads of a Kron encoder (0: dict_size / (m n))", unless=_unless_factored
     )
-    m: int = setting(0, "base pre-latents a head (Kron)", unless=_unless_factored)
-    n: int = setting(0, "extension pre-latents a head (Kron)", unless=_unless_factored)
+    m: int = setting(0, "base pre-latents per head (Kron)", unless=_unless_factored)
+    n: int = setting(0, "extension pre-latents per head (Kron)", unless=_unless_factored)
     dict_size: int = setting(0, "number of latents F = heads * m * n")
     k: int = setting(
         50,
-        "active latents a token (batchtopk: on average; jumprelu: that training aims at)",
-        unless=_unless_by_k,
+        "active latents per token (batchtopk: on average; jumprelu: target of training)",
+        unless=_unless_kind("selection", "aims_at_k"),
     )
     composition: str = setting(
         "mand",
-        "how base and extension compose",
+        "how base and extension pre-latents are combined",
         choices=COMPOSITIONS,
         unless=_unless_factored,
     )
     eps: float = setting(
         0.0, "added under the root of mAND ([KronSAE, App. H] has 1e-5)", unless=_unless_mand
     )
-    selection: str = setting("topk", "which latents are active", choices=SELECTIONS)
-    objective: str = setting("plain", "what the reconstruction is judged by", choices=OBJECTIVES)
+    selection: str = setting("topk", "how active latents are chosen", choices=SELECTIONS)
+    objective: str = setting("plain", "loss of the reconstruction", choices=OBJECTIVES)
     matryoshka_first: int = setting(
         0,
-        "latents of the first Matryoshka group, and of the second; each later one has twice as "
-        "many (0: 2048, or dict_size / 16 if less)",
-        unless=_unless_nested,
+        "latents of the first and of the second Matryoshka group; each later group has twice as "
+        "many as the one before (0: 2048, or dict_size / 16 if less)",
+        unless=_unless_kind("objective", "nested"),
     )
     jumprelu_bandwidth: float = setting(
         0.0,
-        "width of the window around a threshold in which latents teach it, in units of activations "
-        f"of variance 1 (0: {DEFAULT_BANDWIDTH})",
+        "width of the window around a threshold in which latents contribute to its gradient, for "
+        f"activations of variance 1 (0: {DEFAULT_BANDWIDTH})",
         unless=_unless_thresholds,
     )
     experts: int = setting(
         0,
-        "a router sends each token to one of so many equal parts of the dictionary (0: no Switch)",
+        "split the dictionary into so many experts; a router gives each token one (0: no Switch)",
     )
     skip: bool = setting(
-        False, "a transcoder also predicts linearly from its input", unless=_unless_transcoder
+        False, "add a linear prediction from the input to a transcoder", unless=_unless_transcoder
     )
     init_scale: float = setting(
-        1.0, "encoder weights start at so many times N(0, 1) / sqrt(2 dict_size)"
+        1.0, "scale of the encoder's initial weights, times N(0, 1) / sqrt(2 dict_size)"
     )
     encoder_settings: Any = None
     selection_settings: Any = None
@@ -239,14 +237,15 @@ class SAEConfig:
     def __post_init__(self) -> None:
         for part, kinds in SAE_KINDS.items():
             kind, name = kinds[getattr(self, part)], f"{part}_settings"
-            given = getattr(self, name)
-            object.__setattr__(self, name, _settings_of(kind, given, f"{part} {name!r}"))
+            settings = _settings_of(kind, getattr(self, name), f"{part} {name!r}")
+            object.__setattr__(self, name, settings)
         _check_choices(self)
-        for name in (
+        _check_at_least(
+            self,
+            0,
             *("d_model", "d_target", "heads", "m", "n", "dict_size"),
-            *("matryoshka_first", "jumprelu_bandwidth", "experts"),
-        ):
-            _require(getattr(self, name) >= 0, f"{name}: expected >= 0, got {getattr(self, name)}")
+            *("matryoshka_first", "jumprelu_bandwidth", "experts", "eps"),
+        )
         _check_effects(self)
         if ENCODERS[self.encoder].factored:
             self._resolve_heads()
@@ -258,7 +257,6 @@ class SAEConfig:
             )
         else:
             object.__setattr__(self, "k", 0)
-        _require(math.isfinite(self.eps) and self.eps >= 0, f"eps: expected >= 0, got {self.eps}")
         _require(
             math.isfinite(self.init_scale) and self.init_scale > 0,
             f"init_scale: expected > 0, got {self.init_scale}",
@@ -266,8 +264,8 @@ class SAEConfig:
         self._check_experts()
         _require(
             not (self.skip and self.d_model > 0 and not self.d_target),
-            "skip needs a target beside the input (--target-hookpoint, or pairs of inputs and "
-            "targets): an autoencoder with a linear skip would copy its input",
+            "skip needs a target (--target-hookpoint, or pairs of inputs and targets): an "
+            "autoencoder with a linear skip would copy its input",
         )
         if OBJECTIVES[self.objective].nested:
             self._resolve_prefixes()
@@ -296,14 +294,13 @@ class SAEConfig:
         )
         _require(
             not OBJECTIVES[self.objective].nested,
-            "experts cannot be nested: a prefix of the dictionary would hold the first experts "
-            f"whole and the last ones not at all. Leave out experts, or objective "
-            f"{self.objective!r}",
+            "experts cannot be nested: a prefix of the dictionary would hold all of the first "
+            f"experts and nothing of the last. Leave out experts, or objective {self.objective!r}",
         )
         _require(
             self.eps == 0,
-            "experts scale latents by the router's probability, so that eps would no longer "
-            "tell a silent latent from an active one: leave one of them out",
+            "experts scale latents by the router's probability, so that eps could not tell silent "
+            "from active latents: leave one of them out",
         )
 
     def _resolve_heads(self) -> None:
@@ -348,22 +345,20 @@ class SAEConfig:
             )
 
     def with_widths(self, d_model: int, d_target: int) -> "SAEConfig":
-        """The same with the widths of the data. Raises InputError if others are configured."""
-        found = {"d_model": d_model, "d_target": d_target}
-        for name, width in found.items():
+        """A copy with the widths of the data. Raises InputError if others are configured."""
+        for name, width in (("d_model", d_model), ("d_target", d_target)):
             configured = getattr(self, name)
             _require(
                 configured in (0, width),
                 f"{name}: {configured} is configured, the data has {width or 'none'}",
             )
-        return replace(self, **found)
+        return replace(self, d_model=d_model, d_target=d_target)
 
     @property
     def prefixes(self) -> tuple[int, ...]:
-        """Ends of the nested parts of the dictionary that Matryoshka reconstructs from.
+        """Ends of the nested prefixes of the dictionary in a Matryoshka SAE. [KronSAE, App. A.1]
 
-        Groups of first, first, 2 first, 4 first, ... latents, so each end is twice the one before.
-        [KronSAE, App. A.1]
+        Groups have first, first, 2 first, 4 first, ... latents, so each end is twice the last.
         """
         ends = [self.matryoshka_first]
         while ends[-1] < self.dict_size:
@@ -372,22 +367,22 @@ class SAEConfig:
 
     @property
     def latents_per_token(self) -> int:
-        """From how many latents those of a token are selected: the dictionary, or an expert's."""
+        """Latents that a token's are selected from: the dictionary's, or one expert's."""
         return self.dict_size // max(1, self.experts)
 
     @property
     def d_out(self) -> int:
-        """Width of the reconstruction: d_target of a transcoder, else d_model."""
+        """Width of the output: d_target of a transcoder, otherwise d_model."""
         return self.d_target or self.d_model
 
     @property
     def encoder_rows(self) -> int:
-        """Rows of the encoder matrix: h (m + n), or F without heads."""
+        """Rows of the encoder matrix: heads (m + n), or dict_size without heads."""
         return self.heads * (self.m + self.n) or self.dict_size
 
 
 def _settings_of(kind: Any, given: Any, where: str) -> Any:
-    """The settings of its own that a kind has, from an instance, a mapping, or nothing."""
+    """A kind's own settings, from an instance, a mapping, or None (its defaults)."""
     if kind.Settings is None:
         _require(given is None, f"{where}: it has no settings of its own, got {given!r}")
         return None
@@ -403,14 +398,14 @@ def _settings_of(kind: Any, given: Any, where: str) -> Any:
 
 
 def kind_of(settings: Mapping[str, Any]) -> str:
-    """What an SAE with these settings of `SAEConfig` is called: "KronSAE", "Switch TopK SAE", …"""
+    """Name of an SAE with these settings of `SAEConfig`: "KronSAE", "Switch TopK SAE", …"""
     kinds = {}
     for part, registry in SAE_KINDS.items():
         name = settings.get(part) or getattr(SAEConfig, part)
         kinds[part] = registry[name] if name in registry else None
     encoder, selection, objective = kinds.values()
     name = encoder.title if encoder else f"{settings['encoder']} SAE"
-    # The usual selection of an encoder need not be said, nor what the objective says.
+    # The encoder's usual selection is left out, and one that the objective's title names.
     silent = selection and (
         encoder
         and encoder.usual_selection == selection.title
@@ -427,40 +422,37 @@ def kind_of(settings: Mapping[str, Any]) -> str:
     return " ".join(filter(None, map(str.strip, words)))
 
 
+_of_model = partial(setting, of="model")
+_of_text = partial(setting, of="text", harvested=True)
+_of_reading = partial(setting, of="reading", harvested=True)
+
+
 @dataclass(frozen=True)
 class DataConfig:
-    """Where activations come from: a language model that reads text, or a cache of what it gave."""
+    """Source of activations: a language model that reads text, or a cache of its activations."""
 
-    model: str = setting(
-        "embedded",
-        "language model: hub name or folder; 'embedded' ships with us",
-        of="model",
-        harvested=True,
+    model: str = _of_model(
+        "embedded", "language model: hub name, folder, or 'embedded' (a small one)", harvested=True
     )
-    revision: str | None = setting(
+    revision: str | None = _of_model(
         None,
         "revision (branch, tag, commit) of the model on the hub",
-        of="model",
         harvested=True,
         unless=_unless_downloaded,
     )
-    layer: int | None = setting(
-        None, "residual stream after this block, counted from 0", of="model"
+    layer: int | None = _of_model(None, "read the residual stream after this block, counted from 0")
+    hookpoint: str | None = _of_model(
+        None, "read the output of the module of this name instead of a layer"
     )
-    hookpoint: str | None = setting(
-        None, "name of any module instead of a layer: its output", of="model"
-    )
-    target_hookpoint: str | None = setting(
+    target_hookpoint: str | None = _of_model(
         None,
         "train a transcoder: predict the output of this module, which runs later, from that of "
         "layer or hookpoint",
-        of="model",
     )
     activations: str | None = setting(
         None,
-        "train from this cache (a folder that kronsae harvest wrote) instead of a "
-        "language model and text, which it knows; --layer or --hookpoint choose, if it holds "
-        "several",
+        "train from this cache (a folder that kronsae harvest wrote) instead of a language model "
+        "and text; if it has several hookpoints, choose one by --layer or --hookpoint",
         free=True,
     )
     activations_order: str = setting(
@@ -469,51 +461,30 @@ class DataConfig:
         choices=ACTIVATIONS_ORDERS,
         unless=_unless_cached,
     )
-    dataset: str = setting(
+    dataset: str = _of_text(
         "stdlib",
         "hub name, or text, JSONL, CSV, Parquet or Arrow files, folders and globs, separated by "
-        "commas; 'stdlib' is the source text of Python's standard library",
-        of="text",
-        harvested=True,
+        "commas; 'stdlib' is the source of Python's standard library",
     )
-    dataset_config: str | None = setting(
-        None,
-        "configuration name of a hub dataset",
-        of="text",
-        harvested=True,
-        unless=_unless_a_dataset,
+    dataset_config: str | None = _of_text(
+        None, "configuration name of a hub dataset", unless=_unless_a_dataset
     )
-    split: str = setting(
-        "train", "split of a hub dataset", of="text", harvested=True, unless=_unless_a_dataset
-    )
-    text_column: str = setting(
-        "text", "column that holds the text", of="text", harvested=True, unless=_unless_a_dataset
-    )
-    streaming: bool = setting(
+    split: str = _of_text("train", "split of a hub dataset", unless=_unless_a_dataset)
+    text_column: str = _of_text("text", "column that holds the text", unless=_unless_a_dataset)
+    streaming: bool = _of_text(
         False,
         "stream the dataset instead of downloading or indexing it first",
-        of="text",
-        harvested=True,
         unless=_unless_a_dataset,
     )
-    epochs: int = setting(
-        1, "how often the text (or cache) may be read before the data counts as ended"
+    epochs: int = setting(1, "how often the text (or cache) may be read")
+    context_length: int = _of_reading(
+        0, "tokens per packed context (0: 1024, or as many as the model reads if less)"
     )
-    context_length: int = setting(
-        0,
-        "tokens a packed context (0: 1024, or as many as the model reads if less)",
-        of="reading",
-        harvested=True,
-    )
-    contexts_per_batch: int = setting(
-        32, "contexts a forward pass of the language model", of="reading", harvested=True
-    )
-    model_dtype: str = setting(
+    contexts_per_batch: int = _of_reading(32, "contexts per forward pass of the language model")
+    model_dtype: str = _of_reading(
         "auto",
         "dtype of the language model (auto: bfloat16 on a GPU, float32 on a CPU)",
         choices=("auto", *DTYPES),
-        of="reading",
-        harvested=True,
         free=True,
     )
     model_device: str | None = setting(
@@ -524,25 +495,21 @@ class DataConfig:
     )
     overlap: str = setting(
         "auto",
-        "run the language model in a thread, beside the autoencoder (auto: where it runs on a GPU; "
-        "the batches are the same)",
+        "run the language model in a thread while the autoencoder trains (auto: if it runs on a "
+        "GPU; the batches are the same)",
         choices=("auto", "on", "off"),
         free=True,
         unless=_unless_live,
     )
     buffer_tokens: int = setting(
-        131_072, "size of the shuffle buffer, in tokens (of a cache: what is shuffled together)"
+        131_072, "tokens in the shuffle buffer (of a cache: tokens that are shuffled together)"
     )
-    heldout_tokens: int = setting(
-        65_536,
-        "tokens of text set aside before shuffling and never trained on",
-        of="reading",
-        harvested=True,
+    heldout_tokens: int = _of_reading(
+        65_536, "tokens of text held out before shuffling, for evaluation"
     )
-    trust_remote_code: bool = setting(
+    trust_remote_code: bool = _of_model(
         False,
         "run code that comes with the model from the hub",
-        of="model",
         free=True,
         unless=_unless_downloaded,
     )
@@ -556,8 +523,7 @@ class DataConfig:
             self.context_length == 0 or self.context_length >= 2,
             f"context_length: expected 0 or >= 2, got {self.context_length}",
         )
-        for name in ("epochs", "contexts_per_batch", "buffer_tokens", "heldout_tokens"):
-            _require(getattr(self, name) >= 1, f"{name}: expected >= 1, got {getattr(self, name)}")
+        _check_at_least(self, 1, "epochs", "contexts_per_batch", "buffer_tokens", "heldout_tokens")
         _require(
             self.target_hookpoint is None or self.target_hookpoint != self.hookpoint,
             "target_hookpoint is the hookpoint: an autoencoder predicts its input, leave it out",
@@ -566,184 +532,132 @@ class DataConfig:
         _check_effects(self, "activations_order", "dataset_config", "streaming")
 
     def live(self) -> "DataConfig":
-        """The model and text that a cache was harvested from, in its place: to look at more."""
+        """A copy that reads the language model and text of a cache instead of the cache."""
         return replace(self, activations=None, activations_order="global")
+
+
+_of_losses = partial(setting, group="dead latents, and losses beside the error")
+_of_device = partial(setting, group="device and kernels")
+_of_processes = partial(setting, shared=True, free=True, group="several processes (torchrun)")
+_of_logs = partial(setting, shared=True, free=True, group="logs and checkpoints")
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How the autoencoder learns. Budgets count tokens, schedules count optimizer steps."""
+    """Training of the autoencoder. Budgets count tokens, schedules count optimizer steps."""
 
     tokens: int = setting(125_000_000, "training budget, in tokens", shared=True)
-    batch_size: int = setting(8192, "tokens an optimizer step", shared=True)
+    batch_size: int = setting(8192, "tokens per optimizer step", shared=True)
     lr: float = setting(8e-4, "peak learning rate of AdamW")
     lr_final: float = setting(1e-6, "learning rate at the end of the cosine")
     lr_scale_by_dict_size: bool = setting(False, "multiply lr by 1 / sqrt(dict_size / 2**15)")
     warmup_fraction: float = setting(0.1, "share of the steps with linear warm-up")
-    adam_beta2: float = setting(
-        0.999, "how much of AdamW's second moment stays from a step to the next"
-    )
+    adam_beta2: float = setting(0.999, "AdamW's beta2, the decay of its second moment")
     weight_decay: float = setting(0.0, "weight decay of AdamW (on the encoder's weights)")
     decoder_norm: str = setting(
-        "unit", "decoder rows are kept at unit norm, or free", choices=DECODER_NORMS
+        "unit", "keep decoder rows at unit norm, or leave them free", choices=DECODER_NORMS
     )
     max_grad_norm: float = setting(
         0.0,
-        "clip the gradient's norm to this (0: no clipping); not finite, its batch is skipped",
+        "clip the gradient's norm to this (0: no clipping), and skip a batch if it is not finite",
     )
-    auxk_coefficient: float = setting(
-        1 / 32,
-        "weight of the loss that revives dead latents",
-        group="dead latents, and losses beside the error",
-    )
-    auxk: int = setting(
+    auxk_coefficient: float = _of_losses(1 / 32, "weight of the loss that revives dead latents")
+    auxk: int = _of_losses(
         0,
-        "dead latents a token in that loss (0: d_model / 2)",
-        unless=_unless_auxk,
-        group="dead latents, and losses beside the error",
+        "dead latents per token in that loss (0: d_model / 2)",
+        unless=_unless_nonzero("auxk_coefficient", "auxk_fraction"),
     )
-    auxk_fraction: float = setting(
+    auxk_fraction: float = _of_losses(
         0.25,
-        "share of each batch on which that loss is measured (k / auxk times that, where it has "
-        "more latents a token than the rest of the step)",
-        unless=_unless_auxk_loss,
-        group="dead latents, and losses beside the error",
+        "share of each batch on which that loss is computed (at most k / auxk times that, if it "
+        "has more latents per token than the rest of the step)",
+        unless=_unless_nonzero("auxk_coefficient"),
     )
-    l0_coefficient: float = setting(
+    l0_coefficient: float = _of_losses(
         1.0,
-        "jumprelu: weight of the loss (L0 / k - 1)^2 that keeps k latents a token active",
+        "jumprelu: weight of the loss (L0 / k - 1)^2 that keeps k latents per token active",
         unless=_unless_thresholds,
-        group="dead latents, and losses beside the error",
     )
-    balance_coefficient: float = setting(
+    balance_coefficient: float = _of_losses(
         0.1,
         "experts: weight of the loss that spreads tokens evenly over them",
-        unless=_unless_experts,
-        group="dead latents, and losses beside the error",
+        unless=_unless_nonzero("experts"),
     )
-    dead_after_tokens: int = setting(
+    dead_after_tokens: int = _of_losses(
         0,
-        "a latent is dead after so many tokens without firing (0: 10 M, or tokens / 10 if less, "
-        "but at least 10 batches)",
-        group="dead latents, and losses beside the error",
+        "tokens without firing after which a latent is dead (0: 10 M, or tokens / 10 if less, but "
+        "at least 10 batches)",
     )
     seed: int = setting(0, "seed of everything random")
     data_seed: int | None = setting(
-        None, "seed of the order of the data (default: the same as --seed)", shared=True
+        None, "seed of the order of the data (default: --seed)", shared=True
     )
-    device: str = setting(
-        "auto",
-        "cpu, cuda, cuda:1, ... (auto: cuda where there is one)",
-        shared=True,
-        free=True,
-        group="device and kernels",
+    device: str = _of_device(
+        "auto", "cpu, cuda, cuda:1, ... (auto: cuda if there is one)", shared=True, free=True
     )
-    dtype: str = setting(
+    dtype: str = _of_device(
         "auto",
         "compute dtype of the SAE; weights stay float32 (auto: bfloat16 on a GPU)",
         choices=("auto", *DTYPES),
-        group="device and kernels",
     )
-    fused_step: str = setting(
+    fused_step: str = _of_device(
         "auto",
-        "whether gradients and AdamW are fused into kernels that write no gradient (auto: on a "
-        "GPU, where they can run; on: an error where they cannot)",
+        "fuse gradients and AdamW into kernels that write no gradient (auto: on a GPU, if they can "
+        "run; on: an error if they cannot)",
         choices=("auto", "on", "off"),
         free=True,
-        group="device and kernels",
     )
-    cuda_graph: str = setting(
+    cuda_graph: str = _of_device(
         "auto",
-        "whether the fused step is one launch of a CUDA graph (auto: where that works), or of "
-        "each of its kernels",
+        "launch the fused step as one CUDA graph (auto: if possible) instead of kernel by kernel",
         choices=("auto", "off"),
         free=True,
-        group="device and kernels",
     )
-    moments: str = setting(
+    moments: str = _of_device(
         "float32",
-        "dtype of AdamW's moments of the two matrices; bfloat16 (fused step alone) halves their "
+        "dtype of AdamW's moments of the two matrices; bfloat16 (fused step only) halves their "
         "memory, by stochastic rounding",
         choices=MOMENTS,
-        group="device and kernels",
     )
-    tensor_parallel: int = setting(
+    tensor_parallel: int = _of_processes(
         1,
-        "processes of torchrun that hold the heads of one autoencoder together; the others share "
-        "the tokens of each batch",
-        shared=True,
-        free=True,
-        group="several processes (torchrun)",
+        "number of torchrun processes that share the heads of one autoencoder; groups of these "
+        "share the tokens of each batch",
     )
-    share: str = setting(
+    share: str = _of_processes(
         "tokens",
-        "what processes of torchrun share out: the tokens of each batch, or the members of a "
-        "sweep, each of which one process trains alone",
+        "whether torchrun processes share the tokens of each batch, or each trains some members of "
+        "a sweep alone",
         choices=SHARES,
-        shared=True,
-        free=True,
-        group="several processes (torchrun)",
     )
-    rank_timeout: int = setting(
-        600,
-        "seconds that a process of torchrun waits for another one before it gives up",
-        shared=True,
-        free=True,
-        group="several processes (torchrun)",
+    rank_timeout: int = _of_processes(
+        600, "seconds that a torchrun process waits for another one before it gives up"
     )
-    log_every: int = setting(
-        10,
-        "steps between two lines of metrics",
-        shared=True,
-        free=True,
-        group="logs and checkpoints",
+    log_every: int = _of_logs(10, "steps between two lines of metrics")
+    eval_every: int = _of_logs(
+        200, "steps between two evaluations on held-out tokens (0: only at the end)"
     )
-    eval_every: int = setting(
-        200,
-        "steps between two evaluations on held-out tokens (0: at the end)",
-        shared=True,
-        free=True,
-        group="logs and checkpoints",
-    )
-    checkpoint_every: int = setting(
-        500,
-        "steps between two checkpoints (0: none but the last)",
-        shared=True,
-        free=True,
-        group="logs and checkpoints",
-    )
-    keep_checkpoints: int = setting(
-        2, "how many checkpoints to keep", shared=True, free=True, group="logs and checkpoints"
-    )
-    tensorboard: bool = setting(
-        False,
-        "also log to TensorBoard (pip install tensorboard)",
-        shared=True,
-        free=True,
-        group="logs and checkpoints",
-    )
-    wandb: str | None = setting(
-        None,
-        "also log to this Weights & Biases project (pip install wandb)",
-        shared=True,
-        free=True,
-        group="logs and checkpoints",
+    checkpoint_every: int = _of_logs(500, "steps between two checkpoints (0: only the last)")
+    keep_checkpoints: int = _of_logs(2, "number of checkpoints to keep")
+    tensorboard: bool = _of_logs(False, "also log to TensorBoard (pip install tensorboard)")
+    wandb: str | None = _of_logs(
+        None, "also log to this Weights & Biases project (pip install wandb)"
     )
 
     def __post_init__(self) -> None:
-        for name in (
+        _check_at_least(
+            self,
+            1,
             *("tokens", "batch_size", "log_every", "keep_checkpoints"),
             *("tensor_parallel", "rank_timeout"),
-        ):
-            _require(getattr(self, name) >= 1, f"{name}: expected >= 1, got {getattr(self, name)}")
-        for name in ("eval_every", "checkpoint_every", "auxk", "dead_after_tokens"):
-            _require(getattr(self, name) >= 0, f"{name}: expected >= 0, got {getattr(self, name)}")
-        for name in (
+        )
+        _check_at_least(
+            self,
+            0,
+            *("eval_every", "checkpoint_every", "auxk", "dead_after_tokens"),
             *("lr", "lr_final", "weight_decay", "max_grad_norm"),
             *("auxk_coefficient", "l0_coefficient", "balance_coefficient"),
-        ):
-            value = getattr(self, name)
-            _require(math.isfinite(value) and value >= 0, f"{name}: expected >= 0, got {value}")
+        )
         _require(
             0 <= self.adam_beta2 < 1, f"adam_beta2: expected 0 <= beta < 1, got {self.adam_beta2}"
         )
@@ -762,19 +676,19 @@ class TrainConfig:
 
     @property
     def stream_seed(self) -> int:
-        """What the order of the data is drawn from; `seed` draws the weights."""
+        """Seed of the order of the data; `seed` is that of the weights."""
         return self.seed if self.data_seed is None else self.data_seed
 
     @property
     def dead_after(self) -> int:
-        """Tokens without firing after which a latent counts as dead; by default >= 10 batches."""
+        """Tokens without firing after which a latent counts as dead."""
         default = max(min(10_000_000, self.tokens // 10), 10 * self.batch_size)
         return self.dead_after_tokens or default
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Everything that a run is made from."""
+    """All settings of a run."""
 
     sae: SAEConfig
     data: DataConfig
@@ -793,9 +707,9 @@ def from_dict(cls: type, values: dict[str, Any], where: str) -> Any:
 
 
 def untrusted(data: dict[str, Any]) -> dict[str, Any]:
-    """Settings of `DataConfig` that a file holds, without leave to run code from a hub.
+    """Settings of `DataConfig` from a file, without `trust_remote_code`.
 
-    Only who gives the command can give that: a run or an SAE may have been made by anyone.
+    Only the user may allow code from the hub: anyone may have made the file.
     """
     return {name: value for name, value in data.items() if name != "trust_remote_code"}
 
@@ -805,14 +719,14 @@ class Setting(NamedTuple):
 
     spec: dataclasses.Field[Any]
     part: str
-    """Of `RunConfig`: "sae", "data" or "train"."""
+    """Part of `RunConfig`: "sae", "data" or "train"."""
     inside: str | None = None
-    """Field of SAEConfig that holds it, of a kind's own settings."""
+    """For a kind's own setting, the field of SAEConfig that holds it."""
     kind: str | None = None
     """Name of that kind."""
 
     def no_effect(self, settings: Mapping[str, Any]) -> str | None:
-        """With what among flat settings it has no effect; None if it has one."""
+        """Why it has no effect among these flat settings; None if it has."""
         if self.inside is not None:
             which = self.inside.removesuffix("_settings")
             if settings[which] != self.kind:
@@ -824,8 +738,8 @@ PARTS: dict[str, type] = {"data": DataConfig, "sae": SAEConfig, "train": TrainCo
 
 
 def all_settings() -> dict[str, Setting]:
-    """Every setting that a run can have, by name; those of registered kinds among them."""
-    found = {
+    """Every setting of a run by name, with those of registered kinds."""
+    known = {
         spec.name: Setting(spec, part)
         for part, cls in PARTS.items()
         for spec in fields(cls)
@@ -834,12 +748,12 @@ def all_settings() -> dict[str, Setting]:
     for part, kinds in SAE_KINDS.items():
         for kind in kinds:
             for spec in fields(kinds[kind].Settings) if kinds[kind].Settings else ():
-                if spec.name in found:
+                if spec.name in known:
                     raise InputError(
                         f"{part} {kind!r}: its setting {spec.name} has the name of another one"
                     )
-                found[spec.name] = Setting(spec, "sae", f"{part}_settings", kind)
-    return found
+                known[spec.name] = Setting(spec, "sae", f"{part}_settings", kind)
+    return known
 
 
 def data_settings(**metadata: Any) -> tuple[str, ...]:
@@ -852,7 +766,7 @@ def data_settings(**metadata: Any) -> tuple[str, ...]:
 
 
 def without_nesting(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of a part of a run, as a file holds them, with those of kinds among the others."""
+    """Settings of a part of a run as in a file, with those of kinds on the same level."""
     plain: dict[str, Any] = {}
     for name, value in values.items():
         if name.removesuffix("_settings") in SAE_KINDS and name not in SAE_KINDS:
@@ -863,7 +777,7 @@ def without_nesting(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def nested(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Flat settings, by the part of `RunConfig` that they belong to."""
+    """Flat settings by part of `RunConfig`, nested as in a file."""
     known = all_settings()
     parts: dict[str, dict[str, Any]] = {part: {} for part in PARTS}
     for name, value in settings.items():
@@ -874,7 +788,7 @@ def nested(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 def flat(part: str, values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """The settings of a part as a file holds them, without nesting. Raises InputError."""
+    """Settings of a part as in a file, without nesting. Raises InputError for unknown ones."""
     for part_of_sae in SAE_KINDS:
         own = values.get(f"{part_of_sae}_settings")
         if own is not None and not isinstance(own, Mapping):
@@ -900,7 +814,7 @@ def _checked(spec: dataclasses.Field, value: Any, where: str) -> Any:
 
 
 def base_type(spec: dataclasses.Field[Any]) -> tuple[Any, bool]:
-    """Type of a config field, of one value or a tuple, and whether it may be None."""
+    """Type of a config field, and whether it may be None."""
     if isinstance(spec.type, UnionType):
         return next(kind for kind in spec.type.__args__ if kind is not type(None)), True
     return spec.type, False

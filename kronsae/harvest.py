@@ -1,22 +1,16 @@
-"""`python -m kronsae.harvest`: write a language model's activations to a cache, once.
+"""`kronsae harvest`: write a language model's activations to a cache.
 
-`python -m kronsae.train --activations DIR` trains from it, as often as wanted. The cache itself,
-for Python, is `kronsae.cache`.
+`kronsae train --activations DIR` trains from it. `kronsae.cache` is the cache's Python interface.
 """
 
 import argparse
 import dataclasses
-import shutil
 import sys
 import traceback
 from pathlib import Path
-from typing import Any
-
-import torch
 
 from kronsae.cache import CacheIndex, HarvestConfig, harvest
 from kronsae.cache.index import DESCRIBED, HARVEST_NAME, INDEX_NAME, damaged, resume_command
-from kronsae.cache.model import default_layers
 from kronsae.cache.writer import Progress, stored_config
 from kronsae.commandline import (
     Parser,
@@ -28,28 +22,18 @@ from kronsae.commandline import (
     stopped,
 )
 from kronsae.config import DataConfig, flag
-from kronsae.data.text import check_text
 from kronsae.errors import InputError
-from kronsae.plan.memory import shortage
-from kronsae.plan.outline import NoOutline, Outline, outline
-from kronsae.plan.text import wrapped
-from kronsae.plan.time import duration, model_seconds
-from kronsae.system.devices import compute_dtype, free_bytes, resolve_device
+from kronsae.plan.harvest import make_plan, render, why_refused
+from kronsae.plan.outline import NoOutline
 
 __all__ = ["HarvestConfig", "harvest", "main", "make_plan"]
-
-_MIB = 2**20
-
-DISK_MARGIN = 1.05
-"""A harvest is refused unless so many times the disk that it needs is free."""
 
 
 def make_parser() -> Parser:
     parser = Parser(
         "harvest",
         "Write activations of a language model to a folder, to train on many times. The same "
-        "command goes on with a harvest that was interrupted, and makes damaged shards of one that "
-        "is complete anew.",
+        "command resumes an interrupted harvest, and repairs damaged shards of a complete one.",
         "kronsae harvest --model EleutherAI/pythia-160m --layer 6 --tokens 50M \\\n"
         "    --dataset text.jsonl --out pythia-layer6\n"
         "kronsae train --activations pythia-layer6",
@@ -58,9 +42,11 @@ def make_parser() -> Parser:
     )
     run = parser.add_argument_group("folder")
     run.add_argument("--out", type=Path, metavar="DIR", help="the cache to write")
-    run.add_argument("--resume", type=Path, metavar="DIR", help="go on with the harvest in DIR")
-    run.add_argument("--verify", type=Path, metavar="DIR", help="read and check all of a cache")
-    run.add_argument("--plan", action="store_true", help="say what would run, and stop")
+    run.add_argument("--resume", type=Path, metavar="DIR", help="resume the harvest in DIR")
+    run.add_argument(
+        "--verify", type=Path, metavar="DIR", help="read a cache and check all of its files"
+    )
+    run.add_argument("--plan", action="store_true", help="show what would run, and stop")
     group = parser.add_argument_group("what to harvest")
     for spec in dataclasses.fields(HarvestConfig):
         if spec.name in _LISTS:
@@ -77,11 +63,11 @@ def make_parser() -> Parser:
 _LISTS = {"layers": "layer", "hookpoints": "hookpoint"}
 
 _WITH_RESUME = ("device", "trust_remote_code")
-"""What the folder does not know."""
+"""Settings that the folder does not store."""
 
 
 def parse(argv: list[str]) -> tuple[HarvestConfig | None, Path, bool]:
-    """What to harvest (None: to verify), where, and whether to plan alone. Raises InputError."""
+    """Settings (None: to verify), folder, and whether only to plan. Raises InputError."""
     given = vars(make_parser().parse(argv))
     folders = {name: given.pop(name) for name in ("out", "resume", "verify") if name in given}
     if len(folders) != 1:
@@ -103,10 +89,9 @@ def parse(argv: list[str]) -> tuple[HarvestConfig | None, Path, bool]:
     if action == "resume":
         device = {"device": given["device"]} if "device" in given else {}
         config = stored_config(folder, **device)
-        trusted = {"trust_remote_code": given.get("trust_remote_code", False)}
-        return dataclasses.replace(
-            config, data=dataclasses.replace(config.data, **trusted)
-        ), folder, plan  # fmt: skip
+        trusted = given.get("trust_remote_code", False)
+        data = dataclasses.replace(config.data, trust_remote_code=trusted)
+        return dataclasses.replace(config, data=data), folder, plan
     own = {name: given.pop(name) for name in list(given) if name in _OWN}
     own |= {name: tuple(own[name]) for name in _LISTS if name in own}
     data = DataConfig(**given)
@@ -120,127 +105,10 @@ def parse(argv: list[str]) -> tuple[HarvestConfig | None, Path, bool]:
 _OWN = {spec.name for spec in dataclasses.fields(HarvestConfig)} - {"data"}
 
 
-def outlines(config: HarvestConfig) -> dict[str, Outline]:
-    """The language model up to each hookpoint, by the name or layer that was asked for."""
-    data = config.data
-    layers = default_layers(data, config.layers, config.hookpoints)
-    reads: list[dict[str, Any]] = [{"layer": layer} for layer in layers]
-    reads += [{"hookpoint": name} for name in config.hookpoints]
-    if not reads:
-        raise InputError(
-            f"--model {data.model} needs --layer N ... (residual streams after blocks, from 0) "
-            "or --hookpoint MODULE_NAME ..."
-        )
-    return {
-        " ".join(map(str, *read.items())): outline(dataclasses.replace(data, **read))
-        for read in reads
-    }
-
-
-def last(models: dict[str, Outline]) -> Outline:
-    """Up to where a forward pass goes."""
-    return max(models.values(), key=lambda model: model.flops_per_token)
-
-
-def make_plan(config: HarvestConfig, out: Path) -> dict[str, Any]:
-    """Figures of a harvest, before a language model is loaded (JSON-able).
-
-    Raises InputError for what the model's configuration rules out, NoOutline if it cannot tell.
-    """
-    data, device = config.data, resolve_device(config.device)
-    check_text(data)
-    models = outlines(config)
-    model = last(models)
-    size = compute_dtype(data.model_dtype, device).itemsize
-    stored = size if config.dtype == "auto" else getattr(torch, config.dtype).itemsize
-    width, length = sum(each.d_model for each in models.values()), model.context_length
-    # Beside the activations a token id and the mask of each place in a context, but for the first.
-    row = stored * width + 5 * length / (length - 1)
-    contexts = -(-data.heldout_tokens // length)
-    passes = data.contexts_per_batch * length
-    shard = max(config.shard_tokens, passes)
-    rows = config.tokens and config.tokens + contexts * (length - 1)
-    there = sum(path.stat().st_size for path in out.glob("*.safetensors")) if out.exists() else 0
-    existing = next(path for path in (out.resolve(), *out.resolve().parents) if path.exists())
-    free = free_bytes(device)
-    memory = {
-        "language model": model.parameters * size,
-        # The hookpoints' outputs, copied and joined, as float32, and what a block takes.
-        "a forward pass": passes * (12 * model.hidden_size * size + (4 + 2 * size) * width),
-        "a shard, and a copy to write": 2 * shard * width * stored,
-    }
-    return {
-        "device": str(device),
-        "hookpoints": {name: each.d_model for name, each in models.items()},
-        "bytes_per_token": row,
-        "tokens": config.tokens or None,
-        "flops_per_token_model": model.flops_per_token,
-        "memory_mib": {name: part / _MIB for name, part in memory.items()},
-        "free_mib": None if free is None else free / _MIB,
-        "disk_mib": rows * row / _MIB if rows else None,
-        "disk_there_mib": there / _MIB,
-        "disk_free_mib": shutil.disk_usage(existing).free / _MIB,
-    }
-
-
-def disk_shortage(plan: dict[str, Any]) -> str | None:
-    """What to say if the disk is too small; None if it is not, or nobody knows."""
-    if plan["disk_mib"] is None:
-        return None
-    needed, free = plan["disk_mib"] - plan["disk_there_mib"], plan["disk_free_mib"]
-    if needed <= 0 or DISK_MARGIN * needed <= free:
-        return None
-    room = free * _MIB / plan["bytes_per_token"] / DISK_MARGIN
-    return (
-        f"{needed:,.0f} MiB of disk are needed ({plan['bytes_per_token']:,.0f} bytes a token), and "
-        f"{free:,.0f} MiB are free, room for {room:,.0f} tokens: choose fewer --tokens, fewer "
-        "hookpoints, --dtype bfloat16, or another disk"
-    )
-
-
-def harvest_time(plan: dict[str, Any], config: HarvestConfig) -> str:
-    """The time of a harvest, in words: that of the language model up to the last hookpoint."""
-    if plan["tokens"] is None:
-        return "unknown, as nobody has counted the text"
-    try:
-        token = model_seconds(config.data, last(outlines(config)), resolve_device(config.device))
-    except NoOutline as error:
-        return f"not measured: {error}"
-    tokens = plan["tokens"] + config.data.heldout_tokens
-    return f"{duration(tokens * token)} (the language model alone, measured here)"
-
-
-def render(plan: dict[str, Any], config: HarvestConfig, out: Path) -> str:
-    """The plan as text, with the time that it would take."""
-    tokens, memory, free = plan["tokens"], plan["memory_mib"], plan["free_mib"]
-    beside = "" if free is None else f" ({free:,.0f} MiB are free)"
-    if tokens is None:
-        amount = "all of the text"
-        room = plan["disk_free_mib"] * _MIB / plan["bytes_per_token"]
-        disk = f"unknown; there is room for {room:,.0f} tokens"
-    else:
-        amount = f"{tokens:,} tokens"
-        disk = f"{plan['disk_mib']:,.0f} MiB"
-    widths = ", ".join(f"{name} (d = {width:,})" for name, width in plan["hookpoints"].items())
-    lines = [
-        "What would be harvested (nothing was loaded or written):",
-        f"  language model   {config.data.model}; {plan['flops_per_token_model'] / 1e6:,.1f} M "
-        f"multiply-adds a token, on {plan['device']}",
-        f"  hookpoints       {widths}",
-        f"  text             {config.data.dataset}: {amount}",
-        f"  disk             {disk}, {plan['bytes_per_token']:,.0f} bytes a token, in {out} "
-        f"({plan['disk_free_mib']:,.0f} MiB are free)",
-        f"  memory           {sum(memory.values()):,.0f} MiB{beside}: "
-        + ", ".join(f"{name} {size:,.0f}" for name, size in memory.items()),
-        f"  time             {harvest_time(plan, config)}",
-    ]
-    return wrapped(lines, disk_shortage(plan) or shortage(plan))
-
-
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0 only when the cache is complete and sound.
+    """Run the command line; returns the exit status: 0 only if the cache is complete and valid.
 
-    2: what was asked for cannot work, or a cache is damaged. 128 + n: stopped by signal n.
+    2: the request cannot work, or a cache is damaged. 128 + n: stopped by signal n.
     """
     folder: Path | None = None
     try:
@@ -250,14 +118,13 @@ def main(argv: list[str] | None = None) -> int:
         if not (folder / INDEX_NAME).exists() or plan_alone:
             try:
                 plan = make_plan(config, folder)
-            except NoOutline as error:  # which is no reason not to try
+            except NoOutline as error:  # the harvest may still work
                 print(f"disk and memory were not planned: {error}")
             else:
                 if plan_alone:
                     print(render(plan, config, folder))
                     return 0
-                reason = disk_shortage(plan) or shortage(plan)
-                if reason is not None:
+                if (reason := why_refused(plan)) is not None:
                     raise InputError(reason)
         with stoppable():
             index = harvest(config, folder, _show)
@@ -266,43 +133,45 @@ def main(argv: list[str] | None = None) -> int:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except Exception:  # in the model's code, the data's or ours: the traceback helps
+    except Exception:  # a bug in the model, the data or kronsae: the traceback helps
         traceback.print_exc()
         if folder is not None and (folder / HARVEST_NAME).exists():
-            print(f"\nWhat was harvested stays: {resume_command(folder)} goes on", file=sys.stderr)
+            print(
+                f"\nFinished shards are kept: resume by {resume_command(folder)}", file=sys.stderr
+            )
         return 1
     except (KeyboardInterrupt, Terminated) as error:
-        again = f"; {resume_command(folder)} goes on" if folder else ""
-        print(f"{stopped(error)}{again}", file=sys.stderr)
+        hint = f"; resume by {resume_command(folder)}" if folder else ""
+        print(f"{stopped(error)}{hint}", file=sys.stderr)
         return 128 + signal_of(error)
 
 
 def _show(progress: Progress) -> None:
-    what = "was damaged, and is made anew" if progress.damaged else f"{progress.rows:,} tokens"
-    print(f"{progress.section} shard {progress.number:,}: {what}", flush=True)
+    status = "was damaged, is repaired" if progress.repaired else f"{progress.rows:,} tokens"
+    print(f"{progress.section} shard {progress.number:,}: {status}", flush=True)
 
 
 def describe(folder: Path, index: CacheIndex) -> str:
-    """What a cache holds, as text."""
-    names = ", ".join(f"{each.name} (d = {each.width:,})" for each in index.hookpoints)
+    """The contents of a cache as text."""
+    names = ", ".join(f"{point.name} (d = {point.width:,})" for point in index.hookpoints)
     rows = index.train_rows + index.heldout_rows
     return (
         f"{folder}: {index.train_rows:,} tokens to train on, {index.heldout_rows:,} held out, in "
         f"{len(index.train) + len(index.heldout):,} shards of {index.dtype}, "
-        f"{index.bytes / _MIB:,.0f} MiB ({index.bytes / rows:,.0f} bytes a token)\n"
+        f"{index.bytes / 2**20:,.0f} MiB ({index.bytes / rows:,.0f} bytes a token)\n"
         f"  {index.data.model}: {names}\n"
-        f"Next: python -m kronsae.train --activations {folder}"
+        f"Next: kronsae train --activations {folder}"
     )
 
 
 def _verify(folder: Path) -> int:
     index = CacheIndex.open(folder)
-    found = damaged(folder, index)
-    for _, _, why in found:
-        print(f"error: {why}", file=sys.stderr)
-    if not found:
+    problems = damaged(folder, index)
+    for _, _, reason in problems:
+        print(f"error: {reason}", file=sys.stderr)
+    if not problems:
         print(f"{describe(folder, index)}\nAll files have the SHA-256 of the index.")
-    return 2 if found else 0
+    return 2 if problems else 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Kinds of things that a configuration names, and how anyone adds another one.
+"""Registries of the kinds that a configuration names, to which plugins add.
 
     from kronsae.model.selection import Selection
     from kronsae.registry import SELECTIONS
@@ -6,9 +6,8 @@
     @SELECTIONS.register("mine")
     class Mine(Selection): ...
 
-A kind is known once its module is imported: ours with `kronsae`; a file of your own by
-`--plugin FILE` or `load_plugin`; that of an installed package by an entry point of the group
-"kronsae.plugins", which names the module.
+A kind is registered when its module is imported: a file of your own by `--plugin FILE` or
+`load_plugin`, a module of an installed package by an entry point of the group "kronsae.plugins".
 """
 
 import importlib.util
@@ -26,41 +25,41 @@ Registered = TypeVar("Registered")
 
 
 class Kind:
-    """What every kind of encoder, selection and objective has."""
+    """Base class of kinds of encoders, selections and objectives."""
 
     title: ClassVar[str] = ""
-    """How the name of an SAE says it."""
+    """Its part of an SAE's name."""
     Settings: ClassVar[type | None] = None
-    """Frozen dataclass of `kronsae.config.setting`s of its own: flags, and part of SAEConfig."""
+    """Frozen dataclass of its own `kronsae.config.setting`s, which become flags."""
     fused: ClassVar[bool] = False
     """Whether `kronsae_kernels.step` can train it."""
     shares_heads: ClassVar[bool] = False
-    """Whether processes can each hold a part of the dictionary."""
+    """Whether several processes can share the dictionary."""
 
     @classmethod
     def check(cls, config: Any) -> None:
-        """Raise InputError for an SAEConfig that it cannot be used with."""
+        """Raise InputError for an SAEConfig that does not fit it."""
 
     @classmethod
     def parameter_count(cls, config: Any) -> int:
-        """Parameters of its own, beside the encoder's and the decoder's."""
+        """Number of its parameters, besides the encoder's and the decoder's."""
         return 0
 
 
 class Registry(Mapping[str, Registered], Generic[Registered]):
-    """Kinds of one thing by name, in the order in which they were registered."""
+    """Registered kinds by name, in the order of registration."""
 
     def __init__(self, what: str) -> None:
         self.what = what
         self._kinds: dict[str, Registered] = {}
 
     def register(self, name: str) -> Callable[[Registered], Registered]:
-        """Decorator that adds a kind. Raises InputError if the name is another one's."""
+        """Decorator that adds a kind. Raises InputError if the name is taken."""
 
         def add(kind: Registered) -> Registered:
             known = self._kinds.get(name)
-            # The same file may be run twice, as a plugin and as an imported module.
-            if known is not None and _place(known) != _place(kind):
+            # The same file may run twice, as a plugin and as an imported module.
+            if known is not None and _origin(known) != _origin(kind):
                 raise InputError(f"{self.what} {name!r} is already registered, by {known!r}")
             self._kinds[name] = kind
             return kind
@@ -73,8 +72,8 @@ class Registry(Mapping[str, Registered], Generic[Registered]):
             return self._kinds[name]
         except (KeyError, TypeError):
             raise InputError(
-                f"{self.what}: one of {tuple(self._kinds)}, not {name!r} (a kind of your own, or "
-                "another package's, is registered by --plugin FILE, or by importing its module)"
+                f"{self.what}: one of {tuple(self._kinds)}, not {name!r} (register another kind by "
+                "--plugin FILE, or by importing its module)"
             ) from None
 
     def __contains__(self, name: object) -> bool:
@@ -87,7 +86,7 @@ class Registry(Mapping[str, Registered], Generic[Registered]):
         return len(self._kinds)
 
 
-def _place(kind: Any) -> tuple[str | None, str]:
+def _origin(kind: Any) -> tuple[str | None, str]:
     module = sys.modules.get(kind.__module__)
     return getattr(module, "__file__", None), kind.__qualname__
 
@@ -111,7 +110,7 @@ SAE_KINDS: dict[str, Registry[Any]] = {
     "selection": SELECTIONS,
     "objective": OBJECTIVES,
 }
-"""By the field of `SAEConfig` that names a kind of it."""
+"""Registries by the field of `SAEConfig` that names the kind."""
 
 
 def load_plugin(path: str | Path) -> None:
@@ -126,7 +125,7 @@ def load_plugin(path: str | Path) -> None:
     if spec is None or spec.loader is None:
         raise InputError(f"--plugin {path}: expected a Python file, whose name ends in .py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # which dataclasses look into
+    sys.modules[name] = module  # dataclasses look it up
     try:
         spec.loader.exec_module(module)
     except Exception as error:
@@ -137,8 +136,7 @@ def load_plugin(path: str | Path) -> None:
 
 
 def load_installed_plugins() -> None:
-    """Import what installed packages name as entry points; one that fails is left out, with a
-    warning."""
+    """Import plugins of installed packages; one that fails is left out with a warning."""
     for point in entry_points(group="kronsae.plugins"):
         try:
             point.load()

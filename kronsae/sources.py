@@ -1,6 +1,6 @@
-"""Which activations a configuration means: a language model read live, a cache, or one of yours.
+"""Sources of activations: a language model read live, a cache, or a registered class.
 
-A source is a class that is registered; `--activations NAME:REST` then means yours:
+`--activations NAME:REST` chooses a class that is registered as NAME:
 
     @SOURCES.register("mine")
     class Mine(Source):
@@ -14,7 +14,7 @@ import torch
 
 from kronsae.cache import CacheActivations, CacheIndex
 from kronsae.cache.index import DESCRIBED
-from kronsae.cache.reader import places_of
+from kronsae.cache.reader import hookpoint_numbers
 from kronsae.config import DataConfig
 from kronsae.data.activations import LanguageModelActivations, check_batch_size, open_model
 from kronsae.data.text import check_text, open_text
@@ -23,13 +23,13 @@ from kronsae.registry import SOURCES
 
 
 class Source:
-    """A kind of place that activations come from, which `DataConfig.activations` names."""
+    """A source of activations, which `DataConfig.activations` names."""
 
     @classmethod
     def decided(cls, given: dict[str, Any]) -> dict[str, Any]:
-        """Settings of `DataConfig` that it has decided, so that config.json records them.
+        """Settings of `DataConfig` that the source fixes; config.json records them.
 
-        given: settings as the user gave them, `activations` among them.
+        given: the user's settings, with `activations`.
         """
         where = given["activations"]
         return {"model": where, "dataset": where, "layer": None, "hookpoint": "activations"}
@@ -38,19 +38,19 @@ class Source:
     def open(cls, data: DataConfig, *, batch_size: int, seed: int, device: Any) -> Any:
         """An `ActivationSource` whose `heldout_activations()` [t, d] are never among its batches.
 
-        `language_model`, `heldout_contexts()` and `heldout_mask()`, if it has them, are those that
-        `kronsae.metrics.HeldoutText` takes. Raises InputError if it cannot be had.
+        If it also has `language_model`, `heldout_contexts()` and `heldout_mask()`, they are passed
+        to `kronsae.metrics.HeldoutText`. Raises InputError if it cannot be opened.
         """
         raise NotImplementedError
 
     @classmethod
     def describe(cls, source: Any, data: DataConfig) -> str:
-        """A line about what `open` gave."""
+        """One line about a source that `open` returned."""
         return f"{data.activations} (d = {source.d_model:,})"
 
 
 def source_of(activations: str | None) -> type[Source]:
-    """The kind of source that `DataConfig.activations` names: NAME:REST, else a cache's folder."""
+    """The class that `DataConfig.activations` names: by NAME:REST, otherwise a cache's folder."""
     if activations is None:
         return Live
     name, colon, _ = activations.partition(":")
@@ -60,7 +60,7 @@ def source_of(activations: str | None) -> type[Source]:
 def open_activations(
     config: DataConfig, *, batch_size: int, seed: int, device: torch.device | str
 ) -> Any:
-    """The activations that `config` names, given on `device`; see `DataConfig.model_device`.
+    """The source that `config` names, with batches on `device`; see `DataConfig.model_device`.
 
     Raises InputError if they cannot be used.
     """
@@ -75,10 +75,10 @@ class Live(Source):
     def open(
         cls, data: DataConfig, *, batch_size: int, seed: int, device: torch.device
     ) -> LanguageModelActivations:
-        # What is cheap to check comes first; the model checks its names before it reads weights.
+        # Cheap checks come first; the model checks its names before it reads weights.
         check_batch_size(batch_size)
         check_text(data)
-        model, data = open_model(data, torch.device(data.model_device or device))
+        model, data = open_model(data, data.model_device or device)
         return LanguageModelActivations(
             model, open_text(data, seed), data, batch_size, seed, device
         )
@@ -101,12 +101,12 @@ class Cache(Source):
     def decided(cls, given: dict[str, Any]) -> dict[str, Any]:
         """Model, text and hookpoint. Raises InputError if the hookpoint was not harvested."""
         index = CacheIndex.open(given["activations"])
-        names = ("layer", "hookpoint", "target_hookpoint")
-        read = index.hookpoints[places_of(index, *(given.get(name) for name in names))[0]]
+        layer, name, target = map(given.get, ("layer", "hookpoint", "target_hookpoint"))
+        hookpoint = index.hookpoints[hookpoint_numbers(index, layer, name, target)[0]]
         decided = {name: getattr(index.data, name) for name in DESCRIBED}
-        if given.get("hookpoint") is None and read.layer is not None:
-            return decided | {"layer": read.layer}
-        return decided | {"layer": None, "hookpoint": read.name}
+        if name is None and hookpoint.layer is not None:
+            return decided | {"layer": hookpoint.layer}
+        return decided | {"layer": None, "hookpoint": hookpoint.name}
 
     @classmethod
     def open(

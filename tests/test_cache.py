@@ -130,7 +130,7 @@ def test_index_says_what_is_there(cache, model):
         ".lock",
         "progress",
     }
-    marks = [m for s in (*held.heldout, *held.train) for m in s.marks]
+    marks = held.all_files()
     assert {mark.file for mark in marks} == files
     for mark in marks:
         data = (cache / mark.file).read_bytes()
@@ -346,7 +346,7 @@ DAMAGES = [flip, truncate, retype, os.remove]
 def test_damage_is_named_and_made_good(damage, cache, copy, harvester):
     name = "train-00003.1.safetensors"
     damage(copy / name)
-    with pytest.raises(Damaged, match=f"{name}.*kronsae.harvest --resume") as error:
+    with pytest.raises(Damaged, match=f"{name}.*kronsae harvest --resume") as error:
         list(opened(copy))
     assert str(copy) in str(error.value)
     [(section, number, _)] = damaged(copy, CacheIndex.open(copy))
@@ -425,7 +425,7 @@ def test_sizes_are_checked_before_memory_is_asked_for(copy, monkeypatch):
 
 
 def test_other_folders_are_refused(tmp_path, copy):
-    with pytest.raises(InputError, match="is no cache of activations"):
+    with pytest.raises(InputError, match="is not a cache of activations"):
         CacheIndex.open(tmp_path)
     (copy / "index.json").write_text('{"format": "kronsae-activations", "format_version": 9}')
     with pytest.raises(InputError, match="expected format version 1, got 9"):
@@ -434,14 +434,14 @@ def test_other_folders_are_refused(tmp_path, copy):
     with pytest.raises(InputError, match="cannot be read"):
         CacheIndex.open(copy)
     (copy / "index.json").unlink()
-    with pytest.raises(InputError, match=r"the harvest has not ended.*--resume"):
+    with pytest.raises(InputError, match=r"the harvest is incomplete.*--resume"):
         CacheIndex.open(copy)
 
 
 def test_choices_that_the_cache_does_not_hold_are_refused(cache):
     with pytest.raises(InputError, match="which one.*gpt_neox.layers.1 .layer 1."):
         opened(cache, layer=None)
-    with pytest.raises(InputError, match="layer 0: the cache holds"):
+    with pytest.raises(InputError, match="layer 0: the cache has"):
         opened(cache, layer=0)
     with pytest.raises(InputError, match="is the hookpoint"):
         opened(cache, target_hookpoint="gpt_neox.layers.2")

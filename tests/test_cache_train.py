@@ -149,7 +149,7 @@ def test_a_run_goes_on_from_a_cache_that_was_moved(whole, cache, monkeypatch, tm
     monkeypatch.undo()
     shutil.rmtree(moved)
     assert main(["--resume", str(run)]) == 2
-    assert "is no cache of activations" in capsys.readouterr().err
+    assert "is not a cache of activations" in capsys.readouterr().err
     assert main(["--resume", str(run), "--activations", str(cache)]) == 0
     assert (run / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
     with pytest.MonkeyPatch.context() as patch:
@@ -216,10 +216,10 @@ def test_another_model_of_that_name_is_not_taken_for_it(cache, tmp_path):
         (["--layer", "2", "--heldout-tokens", "64"], "--heldout-tokens 64 has no effect with"),
         (["--layer", "2", "--overlap", "on"], "--overlap has no effect with --activations"),
         (["--layer", "2", "--streaming"], "--streaming True has no effect with --activations"),
-        ([], "which one?: the cache holds gpt_neox.layers.1 (layer 1), gpt_neox.layers.2"),
-        (["--layer", "0"], "layer 0: the cache holds"),
-        (["--hookpoint", "gpt_neox"], "hookpoint 'gpt_neox': the cache holds"),
-        (["--layer", "2", "--epochs", "1"], "which end before --tokens 3,000"),
+        ([], "which one?: the cache has gpt_neox.layers.1 (layer 1), gpt_neox.layers.2"),
+        (["--layer", "0"], "layer 0: the cache has"),
+        (["--hookpoint", "gpt_neox"], "hookpoint 'gpt_neox': the cache has"),
+        (["--layer", "2", "--epochs", "1"], "fewer than --tokens 3,000"),
     ],
 )  # fmt: skip
 def test_flags_that_a_cache_rules_out(flags, words, cache, capsys, tmp_path):

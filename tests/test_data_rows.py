@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kronsae.data import rows
-from kronsae.data.rows import KEPT, BatchMemory, gather
+from kronsae.data.rows import BATCHES_IN_MEMORY, BatchMemory, gather
 
 
 @pytest.mark.parametrize("out", [torch.float32, torch.bfloat16], ids=str)
@@ -15,7 +15,7 @@ from kronsae.data.rows import KEPT, BatchMemory, gather
 @pytest.mark.parametrize("count", [0, 1, 100])
 def test_gathered_is_indexed_joined_and_converted(widths, count, stored, out, monkeypatch):
     """Bit for bit, also where it comes in blocks, the last of which is smaller."""
-    monkeypatch.setattr(rows, "AT_ONCE", 64)
+    monkeypatch.setattr(rows, "GATHER_BYTES", 64)
     generator = torch.Generator().manual_seed(0)
     parts = [torch.randn(30, width, generator=generator).to(stored) for width in widths]
     numbers = torch.randint(30, (count,), generator=generator)
@@ -61,9 +61,9 @@ def test_memory_that_anything_still_sees_is_not(hold):
 def test_any_number_of_batches_can_be_held():
     """Those beyond what is kept are like any other tensor."""
     memory = BatchMemory(4, 2, torch.float32)
-    batches = [memory.take(4).fill_(number) for number in range(KEPT + 4)]
+    batches = [memory.take(4).fill_(number) for number in range(BATCHES_IN_MEMORY + 4)]
     assert all((batch == number).all() for number, batch in enumerate(batches))
-    assert len({batch.data_ptr() for batch in batches}) == KEPT + 4
+    assert len({batch.data_ptr() for batch in batches}) == BATCHES_IN_MEMORY + 4
     batches.clear()
     places = {memory.take(4).data_ptr() for _ in range(9)}
     assert len(places) == 1

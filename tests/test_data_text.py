@@ -264,7 +264,7 @@ def test_fingerprint_of_a_large_file_has_its_size_and_both_ends(tmp_path, monkey
 
     def mark(content):
         (tmp_path / "a.txt").write_text(content)
-        return text_module._contents(tmp_path / "a.txt")
+        return text_module._content_hash(tmp_path / "a.txt")
 
     base = "a" * 1000
     others = ["b" + base[1:], base[:-1] + "b", base + "a"]
@@ -311,7 +311,7 @@ def test_nothing_to_train_on(tmp_path):
         text.hold_out(1)
         assert list(text) == ["two"]
         text = opened(tmp_path / "a.jsonl", streaming=streaming)
-        with pytest.raises(InputError, match="nothing to train on.*fewer --heldout-tokens"):
+        with pytest.raises(InputError, match="nothing left to train on.*fewer --heldout-tokens"):
             text.hold_out(3)
 
 

@@ -1,4 +1,4 @@
-"""`python -m kronsae.harvest`: the command line, its plan, and kills at random moments."""
+"""`kronsae harvest`: the command line, its plan, and kills at random moments."""
 
 import json
 import os
@@ -70,7 +70,7 @@ def test_signals_and_kills_leave_the_same_bytes(whole, tmp_path):
     """SIGTERM says how to go on, kill -9 nothing; in the end nobody can tell."""
     folder = tmp_path / "cache"
     err, status = interrupt(folder, 2, signal.SIGTERM, 0.01)
-    assert status == 128 + signal.SIGTERM and f"--resume {folder} goes on" in err
+    assert status == 128 + signal.SIGTERM and f"resume by kronsae harvest --resume {folder}" in err
     _, status = interrupt(folder, 9, signal.SIGKILL, 0.02)
     assert status == -signal.SIGKILL
     assert harvest.main(["--resume", str(folder)]) == 0
@@ -93,7 +93,7 @@ def test_verify_says_what_is_damaged_and_the_same_command_repairs(shared, tmp_pa
     arguments = ["--out", str(out), "--layer", "2", "--tokens", "300", "--dataset", "given"]
     arguments += ["--context-length", "16", "--contexts-per-batch", "4", "--heldout-tokens", "64"]
     assert harvest.main(arguments) == 0
-    assert f"python -m kronsae.train --activations {out}" in capsys.readouterr().out
+    assert f"kronsae train --activations {out}" in capsys.readouterr().out
     before = cached.contents(out)
     assert harvest.main(["--verify", str(out)]) == 0
     assert "All files have the SHA-256 of the index" in capsys.readouterr().out
@@ -122,8 +122,8 @@ def test_verify_says_what_is_damaged_and_the_same_command_repairs(shared, tmp_pa
         (["--resume", "x", "--layer", "1"], "takes everything from the folder: no --layer"),
         (["--resume", "x"], "holds no harvest"),
         (["--verify", "x", "--device", "cpu"], "--verify takes everything from the folder"),
-        (["--verify", "x"], "is no cache of activations"),
-        (["--out", "x", "--layer", "1", "1"], "'gpt_neox.layers.1' is asked for twice"),
+        (["--verify", "x"], "is not a cache of activations"),
+        (["--out", "x", "--layer", "1", "1"], "'gpt_neox.layers.1' is named twice"),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_said(arguments, words, monkeypatch, capsys, tmp_path):

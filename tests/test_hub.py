@@ -225,7 +225,7 @@ for source, settings in (("me/other", {}), ("me/sae", {"revision": "no"}),
     assert (k, model) == ("3", "EleutherAI/pythia-70m")
     assert float(total) == pytest.approx(sae.W_dec.sum().item(), abs=1e-6)
     assert lines[3:5] == ["4 3", "4"]
-    assert "me/other: neither a folder here nor a repository" in lines[5]
+    assert "me/other: neither a local folder nor a repository" in lines[5]
     assert "me/sae, revision 'no', neither" in lines[6].replace(":", "")
     assert "me/sae, layers.3 holds no SAE" in lines[7]
     assert hub.private == {"me/sae": True} and not hub.unknown

@@ -149,9 +149,9 @@ def test_transcoders_that_have_no_place(activations, tmp_path):
         return SAE(SAEConfig(d_model=16, d_target=16, k=4, **settings)).eval()
 
     dense_topk = transcoder(encoder="dense", dict_size=32)
-    with pytest.raises(InputError, match="no transcoder with TopK: sparsify has"):
+    with pytest.raises(InputError, match="no transcoder with TopK: use --to sparsify"):
         FORMATS["sae_lens"].write(dense_topk, tmp_path / "out")
-    with pytest.raises(InputError, match="no transcoder fits"):
+    with pytest.raises(InputError, match="has no transcoders"):
         FORMATS["dictionary_learning"].write(dense_topk, tmp_path / "out")
     with pytest.raises(InputError, match="its transcoders are dense"):
         FORMATS["sae_lens"].write(transcoder(heads=4, m=2, n=2), tmp_path / "out")
@@ -211,7 +211,7 @@ def test_a_pickle_that_would_run_code_does_not(tmp_path):
 
     for content in (pickle.dumps({"k": Evil()}, protocol=2), b"not a pickle"):
         (folder / "ae.pt").write_bytes(content)
-        with pytest.raises(InputError, match="cannot be read as tensors alone"):
+        with pytest.raises(InputError, match="does not hold tensors alone"):
             kronsae.load(folder, allow_pickle=True)
     assert not mark.exists()
 

@@ -13,8 +13,8 @@ import torch
 from kronsae import InputError, SAEConfig, TrainConfig
 from kronsae.config import DataConfig
 from kronsae.data import LanguageModel, LanguageModelActivations
-from kronsae.data.ahead import Ahead, Pass
 from kronsae.data.common import Interrupted
+from kronsae.data.prefetch import ForwardPass, Prefetcher
 from kronsae.data.text import IndexedText
 from kronsae.metrics.splicing import spliced
 from kronsae.train import fit
@@ -41,7 +41,7 @@ def model():
 @pytest.fixture(autouse=True)
 def no_thread_is_left():
     yield
-    assert not [t for t in threading.enumerate() if t.name == "kronsae-ahead"]
+    assert not [t for t in threading.enumerate() if t.name == "kronsae-prefetch"]
 
 
 def make(model, overlap, texts=TEXTS, **settings):
@@ -72,7 +72,9 @@ def test_batches_and_states_are_the_same(model):
     count = 0
     for a, b in zip(alone, ahead, strict=True):
         if count in (2, 9):  # the thread has made what it may
-            _until(lambda: ahead.ahead.ended or ahead.ahead.rows >= ahead.ahead.limit)
+            _until(
+                lambda: ahead.prefetcher.ended or ahead.prefetcher.rows >= ahead.prefetcher.limit
+            )
         assert a.equal(b)
         assert equal(flat(alone.state_dict()), flat(ahead.state_dict()))
         count += 1
@@ -99,31 +101,32 @@ def test_batches_are_the_same_on_a_gpu(rows):
 
 def test_a_thread_that_is_stuck_is_left_behind(monkeypatch):
     """In a read that does not return: closing waits once, and not for ever."""
-    monkeypatch.setattr("kronsae.data.ahead.PATIENCE", 0.2)
+    monkeypatch.setattr("kronsae.data.prefetch.CLOSE_TIMEOUT", 0.2)
     stuck = threading.Event()
 
     def passes():
-        yield Pass(torch.zeros(1, 1), {})
+        yield ForwardPass(torch.zeros(1, 1), {})
         stuck.wait(60)
 
-    ahead = Ahead(passes(), limit=9, devices=(torch.device("cpu"),))
-    next(ahead)
+    prefetcher = Prefetcher(passes(), limit=9, devices=(torch.device("cpu"),))
+    next(prefetcher)
     began = time.monotonic()
-    assert not ahead.close() and not ahead.close()
+    assert not prefetcher.close() and not prefetcher.close()
     assert time.monotonic() - began < 10
     stuck.set()
-    ahead.thread.join()
-    assert ahead.close()
+    prefetcher.thread.join()
+    assert prefetcher.close()
 
 
 def test_it_is_ahead_and_no_further_than_a_fill(model):
     source = make(model, "on")
     next(iter(source))
-    ahead = source.ahead
-    _until(lambda: ahead.rows >= ahead.limit)
+    prefetcher = source.prefetcher
+    _until(lambda: prefetcher.rows >= prefetcher.limit)
     time.sleep(0.05)
     largest = SETTINGS.contexts_per_batch * LENGTH
-    assert source.buffer.served_at_once <= ahead.rows < source.buffer.served_at_once + largest
+    ahead = prefetcher.rows - source.buffer.rows_per_refill
+    assert 0 <= ahead < largest
     source.close()
 
 
@@ -279,24 +282,25 @@ def test_evaluation_and_forward_passes_take_turns(model):
 
 def test_waiting_times_are_counted():
     """A consumer that takes its time: the thread waits for it, and it never waits."""
-    passes = (Pass(torch.zeros(4, 2), {"n": n}) for n in range(6))
-    ahead = Ahead(passes, limit=8, devices=(torch.device("cpu"),))
+    passes = (ForwardPass(torch.zeros(4, 2), {"n": n}) for n in range(6))
+    prefetcher = Prefetcher(passes, limit=8, devices=(torch.device("cpu"),))
     began, taken = time.monotonic(), []
-    for done in ahead:
-        taken.append(done.position["n"])
+    for forward_pass in prefetcher:
+        taken.append(forward_pass.position["n"])
         time.sleep(0.05)
     assert taken == list(range(6))
-    assert 0.1 < ahead.waited < time.monotonic() - began
-    assert ahead.close()
+    assert 0.1 < prefetcher.waited < time.monotonic() - began
+    assert prefetcher.close()
 
 
 def test_interrupted_it_raises_although_there_is_more():
-    ahead = Ahead(iter([Pass(torch.zeros(1, 1), {})] * 3), limit=9, devices=(torch.device("cpu"),))
-    next(ahead)
-    ahead.interrupt()
+    passes = iter([ForwardPass(torch.zeros(1, 1), {})] * 3)
+    prefetcher = Prefetcher(passes, limit=9, devices=(torch.device("cpu"),))
+    next(prefetcher)
+    prefetcher.interrupt()
     with pytest.raises(Interrupted):
-        next(ahead)
-    assert ahead.close()
+        next(prefetcher)
+    assert prefetcher.close()
 
 
 def _until(condition, seconds=30):

@@ -128,7 +128,7 @@ def test_the_plan_of_several_processes_is_that_of_each(monkeypatch):
     assert plan["disk_mib"] == pytest.approx(alone["disk_mib"])
     assert plan["members"]["kron"]["parameters"] == alone["members"]["kron"]["parameters"]
     assert "add up their gradients" in plan["members"]["kron"]["training_step_why"]
-    assert run_time(plan, own, outline(DATA)) == "not measured, as processes share the heads"
+    assert run_time(plan, own, outline(DATA)) == "not measured: several processes share the heads"
     text = text_of(plan, own)
     assert "4 processes: 2 share the tokens of a batch, 2 the heads" in text
     assert "MiB in each process" in text
@@ -146,8 +146,8 @@ def test_the_plan_of_processes_that_share_heads_has_the_fused_step(monkeypatch):
     plan = make_plan({"kron": RunConfig(SAES["kron"], DATA, train)}, outline(DATA))
     assert plan["members"]["kron"]["training_step"] == "fused"
     found = planning._member(SAES["kron"], train, torch.device("cuda"), (1, 2))
-    assert not found["graph"] and found["training_step"] == "fused"
-    assert planning._member(SAES["kron"], train, torch.device("cuda"), (1, 1))["graph"]
+    assert not found.graph and found.figures["training_step"] == "fused"
+    assert planning._member(SAES["kron"], train, torch.device("cuda"), (1, 1)).graph
 
 
 def test_nothing_is_planned_that_training_refuses(monkeypatch):
@@ -191,7 +191,7 @@ def test_what_the_allocator_keeps(monkeypatch):
     assert wide["kept by the allocator"] == passes["a step"]
     assert wide["at most beside it (a forward pass of the language model)"] == reading
     size = 4 * 512 * 256  # of the decoder, the largest of the gradients
-    monkeypatch.setattr(planning, "RETURNED", size)
+    monkeypatch.setattr(planning, "MMAP_BYTES", size)
     large, passes = plan(hidden_size=2**13)
     assert large["kept by the allocator"] == pytest.approx(passes["a step"] - size / MIB)
 

@@ -275,7 +275,7 @@ def test_a_source_a_log_and_a_format_of_ones_own(tmp_path, monkeypatch, capsys):
         assert command(["train", *rows, *flags, "--out", "run"]) == 0
         printed = capsys.readouterr().out
         assert "rows:x.safetensors (d = 16)" in printed
-        assert "nothing is known of rows:x.safetensors before it is opened" in printed
+        assert "the sizes of rows:x.safetensors are unknown before it is opened" in printed
         assert (Path("run") / "lines.txt").read_text().startswith("4 1000 train/auxk_loss ")
         sae = kronsae.load("run")
         assert sae.d_model == 16 and sae.metadata["data"]["source"] == "tensor"

@@ -24,7 +24,7 @@ import kronsae
 import kronsae_kernels
 from kronsae import SAE, InputError, SAEConfig
 from kronsae.cache import CacheActivations, CacheIndex, Damaged, HarvestConfig, harvest
-from kronsae.cache.index import Mark, damaged, read_tensors
+from kronsae.cache.index import ShardFile, damaged, read_tensors
 from kronsae.config import DataConfig, RunConfig, TrainConfig
 from kronsae.data import LanguageModel, open_text
 from kronsae.data.loading import load_tokenizer
@@ -425,7 +425,7 @@ def test_a_shard_of_any_claimed_size_takes_no_memory(lie, tmp_path):
     """Also where the index claims the same."""
     path = tmp_path / "train-00000.0.safetensors"
     lie({"activations": None}, path)
-    mark = Mark(path.name, path.stat().st_size, sha256(path))
+    mark = ShardFile(path.name, path.stat().st_size, sha256(path))
     for rows in (2, HUGE):
         layout = {"activations": ("float32", (rows, 1))}
         with little_memory(), pytest.raises(Damaged, match="header"):

@@ -1,4 +1,4 @@
-"""Activations harvested once, to train on many times: the format, the writer, the reader."""
+"""Caches of activations on the disk: format, writer and reader."""
 
 from kronsae.cache.index import CacheIndex, Damaged, Hookpoint
 from kronsae.cache.reader import CacheActivations

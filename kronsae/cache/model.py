@@ -1,8 +1,8 @@
-"""The language model of a cache: read at several hookpoints, or only if it is needed."""
+"""Language models for caches: read at several hookpoints, or loaded only when needed."""
 
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -16,11 +16,14 @@ from kronsae.embedded import EMBEDDED_MODEL
 from kronsae.errors import InputError
 from kronsae.system.devices import compute_dtype
 
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
 
 class ManyHookpoints(LanguageModel):
     """A language model whose `activations` are those of several hookpoints, side by side.
 
-    hookpoints: with their widths, in that order; see `load_at`.
+    Create it by `load_at`.
     """
 
     hookpoints: tuple[Hookpoint, ...] = ()
@@ -32,17 +35,17 @@ class ManyHookpoints(LanguageModel):
         layers: Sequence[int],
         hookpoints: Sequence[str],
         device: torch.device | str = "cpu",
-    ) -> "ManyHookpoints":
-        """The model of `data`, read after the blocks `layers`, then at the modules `hookpoints`.
+    ) -> "Self":
+        """The model of `data`, read after the blocks `layers` and at the modules `hookpoints`.
 
-        Raises InputError as `LanguageModel.load` does, or if two of them are one.
+        Raises InputError as `LanguageModel.load` does, or for a hookpoint that is named twice.
         """
         device = torch.device(device)
         layers = default_layers(data, layers, hookpoints)
-        first = {"layer": layers[0]} if layers else {"hookpoint": next(iter(hookpoints), None)}
         model = cls.load(
             data.model,
-            **first,
+            layer=next(iter(layers), None),
+            hookpoint=None if layers else next(iter(hookpoints), None),
             revision=data.revision,
             dtype=compute_dtype(data.model_dtype, device),
             device=device,
@@ -51,62 +54,61 @@ class ManyHookpoints(LanguageModel):
         for layer in layers:
             check_layer(data.model, model.model.config, layer)
         blocks = model.hookpoint.rpartition(".")[0]
-        places = [(f"{blocks}.{layer}", layer) for layer in layers]
-        places += [(name, None) for name in hookpoints]
-        names = [name for name, _ in places]
+        names = [*(f"{blocks}.{layer}" for layer in layers), *hookpoints]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
-            raise InputError(f"hookpoint {twice!r} is asked for twice: leave it out once")
-        parts = model.activations_at(names, torch.arange(1, 7).view(2, 3))
+            raise InputError(f"hookpoint {twice!r} is named twice: leave it out once")
+        outputs = model.activations_at(names, torch.arange(1, 7).view(2, 3))
+        layer_of: dict[str, int] = dict(zip(names, layers, strict=False))
         model.hookpoints = tuple(
-            Hookpoint(name, part.shape[-1], layer)
-            for (name, layer), part in zip(places, parts, strict=True)
+            Hookpoint(name, output.shape[-1], layer_of.get(name))
+            for name, output in zip(names, outputs, strict=True)
         )
         model.hookpoint = ", ".join(names)
-        model.d_model, _ = model._probe()  # now all of them run
+        model.d_model, _ = model._probe()  # of all hookpoints
         return model
 
     def activations(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """[b, t, sum of widths] for token ids [b, t]; the forward pass ends after the last one."""
-        if not self.hookpoints:  # not yet looked at
+        if not self.hookpoints:  # while `load` probes the first one
             return super().activations(input_ids, attention_mask)
-        names = [each.name for each in self.hookpoints]
+        names = [hookpoint.name for hookpoint in self.hookpoints]
         return torch.cat(self.activations_at(names, input_ids), -1)
 
 
 def default_layers(
     data: DataConfig, layers: Sequence[int], hookpoints: Sequence[str]
 ) -> tuple[int, ...]:
-    """layers, or the embedded model's own where nothing is named."""
+    """`layers`, or the embedded model's default if nothing is named."""
     alone = not layers and not hookpoints and data.model == EMBEDDED_MODEL
     return (EMBEDDED_LAYER,) if alone else tuple(layers)
 
 
 class ModelByName:
-    """The language model that a cache was harvested from: loaded by its name when it is needed.
+    """The language model of a cache, loaded by its name when an evaluation first needs it.
 
-    It has what an evaluation asks of a `LanguageModel`. `missing` says why it cannot be had: no
-    network, say, or other weights than those that made the cache.
+    Other attributes are those of the `LanguageModel`. `missing` says why it cannot be loaded: no
+    network, for example, or weights that differ from those of the harvest.
 
-    read: the hookpoint and, for a transcoder, the target; their places in the cache.
+    numbers: of the hookpoint and, for a transcoder, the target, among the cache's hookpoints.
     """
 
     def __init__(
         self,
         index: CacheIndex,
-        read: Sequence[int],
+        numbers: Sequence[int],
         device: torch.device | str,
         trust_remote_code: bool,
     ) -> None:
-        names = [index.hookpoints[place].name for place in read]
+        names = [index.hookpoints[number].name for number in numbers]
         self.index = index
         self.hookpoint, self.target_hookpoint = names[0], names[1] if len(names) == 2 else None
-        self.on = torch.device(device)
+        self.device_to_use = torch.device(device)
         self.trust_remote_code = trust_remote_code
 
     @cached_property
     def _loaded(self) -> LanguageModel | str:
-        """The model, or why there is none."""
+        """The model, or why it cannot be loaded."""
         data = self.index.data
         try:
             model = LanguageModel.load(
@@ -114,35 +116,34 @@ class ModelByName:
                 hookpoint=self.hookpoint,
                 target_hookpoint=self.target_hookpoint,
                 revision=data.revision,
-                dtype=compute_dtype(data.model_dtype, self.on),
-                device=self.on,
+                dtype=compute_dtype(data.model_dtype, self.device_to_use),
+                device=self.device_to_use,
                 trust_remote_code=self.trust_remote_code,
             )
         except InputError as error:
             return str(error)
-        found, expected = model.weights, self.index.model["weights"]
-        if found != expected:
-            return f"the weights of {data.model} are not those that the cache was made with"
+        if model.weights != self.index.model["weights"]:
+            return f"the weights of {data.model} are not those that the cache was harvested with"
         return model
 
     @property
     def missing(self) -> str | None:
-        """Why the model cannot be had, or None."""
+        """Why the model cannot be loaded, or None."""
         return self._loaded if isinstance(self._loaded, str) else None
 
     @property
     def has_cross_entropy(self) -> bool:
-        return self.missing is None and self._loaded.has_cross_entropy
+        return not isinstance(self._loaded, str) and self._loaded.has_cross_entropy
 
     def __getattr__(self, name: str) -> Any:
-        """All else is the loaded model's."""
+        """Attributes of the loaded model."""
         if self.missing is not None:
             raise AttributeError(self.missing)
         return getattr(self._loaded, name)
 
     @cached_property
     def tokenizer(self) -> Any:
-        """The model's, or None if it cannot be had or is another than the cache was made with."""
+        """The model's tokenizer; None if it cannot be loaded or is not that of the harvest."""
         data = self.index.data
         common = {"revision": data.revision, "trust_remote_code": self.trust_remote_code}
         try:
@@ -154,5 +155,5 @@ class ModelByName:
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """Identifies a tokenizer by its tokens."""
+    """Hash of a tokenizer's vocabulary."""
     return digest(*sorted(tokenizer.get_vocab().items()))

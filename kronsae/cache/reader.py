@@ -1,9 +1,9 @@
-"""Activations from a cache: a stream to train from, and its held-out part.
+"""Training batches and held-out activations from a cache.
 
-Letters: B tokens a batch, r rows of a shard or a group of them, d width of all that is read.
+Letters: B tokens per batch, r rows of a shard or a group of shards, d width of all hookpoints read.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import closing
 from itertools import count
@@ -22,34 +22,33 @@ from kronsae.data.rows import BatchMemory, gather
 from kronsae.errors import InputError
 
 READERS = 4
-"""Files that are read at a time: where one waits for the disk, another one's checksum is made."""
+"""Files read in parallel: while one waits for the disk, another one's checksum is computed."""
 
 
 class CacheActivations:
-    """Batches [B, d_model (+ d_target)] float32 of a cache's tokens, none of them held out.
+    """Batches [B, d_model (+ d_target)] float32 of the tokens of a cache that are not held out.
 
     order "global": each epoch permutes the shards, takes as many at a time as `buffer_tokens` hold
-        (a group, at least one), and permutes the rows of the group. So every epoch reads each shard
-        once, as a whole; a row can come anywhere in an epoch, but those of a shard stay within a
-        group's length of each other. It is no uniform permutation of all rows: what a batch lacks
-        in mixture is made up for by the harvest, which read the documents in a random order.
-        A batch goes on into the next group and epoch; only the last one can be smaller. Any
-        position is found without reading what lies before it.
-    order "stream": shard by shard through the shuffle buffer of live training. The batches are, bit
-        for bit, those that the language model would give live with this batch size, seed and
-        buffer, if the cache is float32, was harvested with the same seed, and holds all the text
-        (or all that the buffer gets to see). Later epochs repeat the order of the shards.
+        (a group of at least one), and permutes the group's rows. Each epoch reads each shard once.
+        This is not a uniform permutation: rows of a shard stay within a group's length of each
+        other; but the harvest has read the documents in random order.
+        Batches cross into the next group and epoch; only the last one can be smaller. Resuming
+        does not read what lies before the position.
+    order "stream": shard by shard through the shuffle buffer of live training. The batches equal
+        those of live training with the same batch size, seed and buffer bit for bit, if the cache
+        is float32, was harvested with the same seed, and holds all the text (or all that the buffer
+        takes). Later epochs repeat the order of the shards.
 
-    layer or hookpoint, and target_hookpoint for a transcoder: which of those harvested to read;
-    nothing for the only one.  epochs: None repeats for ever.
-    verify: hold each file to its SHA-256 when it is first read.
-    device: where batches are given, and the language model goes if an evaluation asks for it.
+    layer or hookpoint, and target_hookpoint for a transcoder: the harvested hookpoint to read;
+    none of them if there is only one.  epochs: None repeats for ever.
+    verify: check each file's SHA-256 when it is first read.
+    device: of the batches, and of the language model if an evaluation needs it.
 
-    Threads read ahead: one group waits while another is given out, and a batch while another is
-    trained on. So memory is two groups and three batches, whatever the size of the cache (in
-    "stream" order two shards and the buffer). Iterate anew after `load_state_dict`.
-    Raises InputError if the cache or the choice is unsound; a damaged shard is named when it is
-    read.
+    Threads read the next group while one is served, and gather the next batch while one is trained
+    on. Memory is two groups and three batches for a cache of any size (in "stream" order two shards
+    and the buffer). After `load_state_dict`, make a new iterator.
+    Raises InputError if the cache is invalid or has no such hookpoint, and `Damaged` when a damaged
+    shard is read.
     """
 
     def __init__(
@@ -75,18 +74,18 @@ class CacheActivations:
         self.folder = Path(folder)
         self.index = CacheIndex.open(folder)
         check_sizes(self.folder, self.index)
-        self.places = places_of(self.index, layer, hookpoint, target_hookpoint)
-        widths = [self.index.hookpoints[place].width for place in self.places]
-        self.d_model, self.d_target = widths[0], sum(widths[1:])
+        self.numbers = hookpoint_numbers(self.index, layer, hookpoint, target_hookpoint)
+        self.widths = [self.index.hookpoints[number].width for number in self.numbers]
+        self.d_model, self.d_target = self.widths[0], sum(self.widths[1:])
         self.batch_size, self.seed, self.epochs = batch_size, seed, epochs
         self.buffer_tokens, self.order = buffer_tokens, order
         self.verify = verify
         self.verified: set[str] = set()
         self.device = torch.device(device)
-        self.language_model = ModelByName(self.index, self.places, self.device, trust_remote_code)
-        self.together = buffer_tokens if order == "global" else 0
-        self.given = 0
-        """Rows given out, over all epochs; in stream order, shards that went to the buffer."""
+        self.language_model = ModelByName(self.index, self.numbers, self.device, trust_remote_code)
+        self.group_tokens = buffer_tokens if order == "global" else 0
+        self.position = 0
+        """Rows served, over all epochs; in stream order, shards read into the buffer."""
         self.buffer: ShuffleBuffer | None = None
         if order == "stream":
             rows = self._stream()
@@ -96,27 +95,27 @@ class CacheActivations:
         return iter(self.buffer) if self.buffer is not None else self._global()
 
     def check_budget(self, tokens: int) -> None:
-        """Raise InputError if the cache ends before so many tokens were given."""
-        held = self.index.train_rows
-        if self.epochs is not None and self.epochs * held < tokens:
+        """Raise InputError if the cache has fewer tokens, over all epochs."""
+        rows = self.index.train_rows
+        if self.epochs is not None and self.epochs * rows < tokens:
             raise InputError(
-                f"{self.folder} holds {held:,} tokens to train on, which end before --tokens "
-                f"{tokens:,}: give fewer of them, or --epochs {-(-tokens // held)}"
+                f"{self.folder} has {rows:,} tokens to train on, fewer than --tokens {tokens:,}: "
+                f"give fewer --tokens, or --epochs {-(-tokens // rows)}"
             )
 
     # In global order
 
     def _global(self) -> Iterator[Tensor]:
         with closing(self._batches()) as batches, _one_thread("kronsae-batch") as pool:
-            ahead = pool.submit(next, batches, None)
-            while (batch := ahead.result()) is not None:
-                ahead = pool.submit(next, batches, None)
-                self.given += len(batch)
+            following = pool.submit(next, batches, None)
+            while (batch := following.result()) is not None:
+                following = pool.submit(next, batches, None)
+                self.position += len(batch)
                 yield batch.to(self.device).float()
 
-    def _batches(self) -> Iterator[Tensor]:
-        """Batches [B, d] from the position on, on the CPU, as they go to the device."""
-        # What goes to another device goes as it is stored, and is converted there.
+    def _batches(self) -> Generator[Tensor, None, None]:
+        """Batches [B, d] from the position on, on the CPU."""
+        # Batches for another device are copied in the stored dtype and converted there.
         dtype = torch.float32 if self.device.type == "cpu" else getattr(torch, self.index.dtype)
         memory = BatchMemory(self.batch_size, self.d_model + self.d_target, dtype)
         batch, filled = memory.take(self.batch_size), 0
@@ -133,33 +132,33 @@ class CacheActivations:
             yield batch[:filled]
 
     def _groups(self) -> Iterator[tuple[Tensor, list[Tensor]]]:
-        """For each group from the position on: rows left to give, in order, and the group."""
-        epoch, skipped = divmod(self.given, self.index.train_rows)
-        groups: list[tuple[int, int, int]] = []  # asked for, not yet given, and rows to leave out
+        """Each group from the position on: the shuffled rows still to serve, and the tensors."""
+        epoch, skipped = divmod(self.position, self.index.train_rows)
+        requested: list[tuple[int, int, int]] = []  # epoch, group, rows of it to skip
 
-        def ask() -> Iterator[list[int]]:
+        def groups() -> Iterator[list[int]]:
             left = skipped
             for number in count(epoch) if self.epochs is None else range(epoch, self.epochs):
-                for place, shards in enumerate(self._grouped(number)):
+                for group, shards in enumerate(self._grouped(number)):
                     rows = sum(self.index.train[shard].rows for shard in shards)
                     if left >= rows:
                         left -= rows
                         continue
-                    groups.append((number, place, left))
+                    requested.append((number, group, left))
                     left = 0
                     yield shards
 
-        for rows in self._read(ask()):
-            number, place, before = groups.pop(0)
-            drawn = np.random.default_rng([self.seed, number, place])
-            order = torch.from_numpy(drawn.permutation(len(rows[0])))
-            yield order[before:], rows
+        for tensors in self._read(groups()):
+            number, group, served = requested.pop(0)
+            generator = np.random.default_rng([self.seed, number, group])
+            order = torch.from_numpy(generator.permutation(len(tensors[0])))
+            yield order[served:], tensors
 
     def _grouped(self, epoch: int) -> list[list[int]]:
-        """Numbers of the shards of each group of an epoch, in order."""
-        drawn = np.random.default_rng([self.seed, epoch])
-        shards = drawn.permutation(len(self.index.train)).tolist()
-        size = _shards_per_group(self.index, self.together)
+        """The shards of each group of an epoch, in order."""
+        generator = np.random.default_rng([self.seed, epoch])
+        shards = generator.permutation(len(self.index.train)).tolist()
+        size = _shards_per_group(self.index, self.group_tokens)
         return [shards[i : i + size] for i in range(0, len(shards), size)]
 
     # In stream order
@@ -168,17 +167,17 @@ class CacheActivations:
         """Rows [r, d] of each shard from the position on."""
         shards = len(self.index.train)
         end = None if self.epochs is None else self.epochs * shards
-        asked = count(self.given) if end is None else range(self.given, end)
-        for rows in self._read([number % shards] for number in asked):
-            self.given += 1
-            yield _joined([part.float() for part in rows])
+        numbers = count(self.position) if end is None else range(self.position, end)
+        for tensors in self._read([number % shards] for number in numbers):
+            self.position += 1
+            yield _join(tensors)
 
     # Reading
 
     def _read(self, groups: Iterable[Sequence[int]]) -> Iterator[list[Tensor]]:
-        """[r, width] of each hookpoint, for each group; the next one is read meanwhile.
+        """Tensors [r, width] of each hookpoint, for each group, while the next group is read.
 
-        What was given is valid until the next one is asked for.
+        They are valid until the next group is taken.
         """
         groups = iter(groups)
         slots = [self._new_slot(), self._new_slot()]
@@ -194,42 +193,40 @@ class CacheActivations:
                 slots.reverse()
                 return pool.submit(self._load, group, slots[0], readers)
 
-            ahead = start()
-            while ahead is not None:
-                rows = ahead.result()
-                ahead = start()
-                yield rows
+            following = start()
+            while following is not None:
+                tensors = following.result()
+                following = start()
+                yield tensors
 
     def _new_slot(self) -> list[Tensor]:
-        """Memory for the largest group, which is used again and again: new pages cost time."""
-        rows = group_rows(self.index, self.together)
+        """Memory for the largest group, reused because new pages cost time."""
+        rows = group_rows(self.index, self.group_tokens)
         dtype = getattr(torch, self.index.dtype)
-        widths = (self.index.hookpoints[place].width for place in self.places)
-        return [torch.empty(rows, width, dtype=dtype) for width in widths]
+        return [torch.empty(rows, width, dtype=dtype) for width in self.widths]
 
     def _load(self, group: Sequence[int], slot: list[Tensor], readers: Executor) -> list[Tensor]:
         start, files = 0, []
-        for number in group:
-            shard = self.index.train[number]
-            for place, part in zip(self.places, slot, strict=True):
-                files.append((shard, place, part[start : start + shard.rows]))
+        for shard in (self.index.train[number] for number in group):
+            for number, tensor in zip(self.numbers, slot, strict=True):
+                files.append((shard, number, tensor[start : start + shard.rows]))
             start += shard.rows
         for _ in readers.map(self._load_file, *zip(*files, strict=True)):
             pass
-        return [part[:start] for part in slot]
+        return [tensor[:start] for tensor in slot]
 
-    def _load_file(self, shard: Shard, place: int, into: Tensor) -> Tensor:
-        """Read a shard's activations [r, width] of the hookpoint `place`."""
-        mark = shard.activations[place]
-        read_tensors(
+    def _load_file(self, shard: Shard, number: int, into: Tensor | None = None) -> Tensor:
+        """Read a shard's activations [r, width] of a hookpoint, to `into` if it is given."""
+        file = shard.activations[number]
+        tensors = read_tensors(
             self.folder,
-            mark,
-            self.index.activations_layout(shard, place),
-            into={"activations": into},
-            verify=self.verify and mark.file not in self.verified,
+            file,
+            self.index.activations_layout(shard, number),
+            into=None if into is None else {"activations": into},
+            verify=self.verify and file.file not in self.verified,
         )
-        self.verified.add(mark.file)
-        return into
+        self.verified.add(file.file)
+        return tensors["activations"]
 
     # Held-out text
 
@@ -241,34 +238,31 @@ class CacheActivations:
         return torch.cat(parts)
 
     def heldout_contexts(self) -> Tensor:
-        """Token ids [c, context_length] that were set aside before the harvest."""
+        """Token ids [c, context_length] of the held-out text."""
         return self._tokens("contexts").long()
 
     def heldout_mask(self) -> Tensor:
-        """Which of them [c, context_length] have activations."""
+        """Mask [c, context_length] of the held-out tokens that have activations."""
         return self._tokens("mask")
 
     def heldout_activations(self) -> Tensor:
-        """Rows [t, d_model + d_target] float32 of these, in reading order."""
-        parts = []
-        for shard in self.index.heldout:
-            rows = []
-            for place in self.places:
-                [(dtype, shape)] = self.index.activations_layout(shard, place).values()
-                into = torch.empty(shape, dtype=getattr(torch, dtype))
-                rows.append(self._load_file(shard, place, into))
-            parts.append(_joined([part.float() for part in rows]))
-        return torch.cat(parts)
+        """Rows [t, d_model + d_target] float32 of these tokens, in reading order."""
+        return torch.cat(
+            [
+                _join([self._load_file(shard, number) for number in self.numbers])
+                for shard in self.index.heldout
+            ]
+        )
 
     # Position
 
     def state_dict(self) -> dict[str, Any]:
         buffer = {} if self.buffer is None else {"buffer": self.buffer.state_dict()}
-        return {"given": self.given, **buffer}
+        return {"given": self.position, **buffer}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on behind the last batch that was given; in global order nothing is read for it."""
-        self.given = state["given"]
+        """Go on after the last batch of a state."""
+        self.position = state["given"]
         if self.buffer is not None:
             self.buffer.source = self._stream()
             self.buffer.load_state_dict(state["buffer"])
@@ -277,7 +271,7 @@ class CacheActivations:
         return {
             "source": "cache",
             "cache": self.index.fingerprint,
-            "hookpoints": [self.index.hookpoints[place].name for place in self.places],
+            "hookpoints": [self.index.hookpoints[number].name for number in self.numbers],
             "text": self.index.text,
             "heldout_contexts": sum(shard.contexts for shard in self.index.heldout),
             "context_length": self.index.context_length,
@@ -289,32 +283,32 @@ class CacheActivations:
         }
 
 
-def places_of(
+def hookpoint_numbers(
     index: CacheIndex, layer: int | None, hookpoint: str | None, target_hookpoint: str | None
 ) -> list[int]:
-    """Places in the cache of the hookpoint and, if one is named, the target.
+    """Numbers of the hookpoint and, if one is named, the target among the cache's hookpoints.
 
     Raises InputError if they were not harvested, or are the same.
     """
-    places = [index.place_of(layer, hookpoint)]
+    numbers = [index.number_of(layer, hookpoint)]
     if target_hookpoint is not None:
-        places.append(index.place_of(None, target_hookpoint))
-        if places[0] == places[1]:
+        numbers.append(index.number_of(None, target_hookpoint))
+        if numbers[0] == numbers[1]:
             raise InputError(
                 f"target_hookpoint {target_hookpoint!r} is the hookpoint: an autoencoder predicts "
                 "its input, leave it out"
             )
-    return places
+    return numbers
 
 
 def group_rows(index: CacheIndex, buffer_tokens: int) -> int:
-    """Rows of the largest group that can come together."""
+    """Rows of the largest group of shards that can occur."""
     sizes = sorted((shard.rows for shard in index.train), reverse=True)
     return sum(sizes[: _shards_per_group(index, buffer_tokens)])
 
 
 def _shards_per_group(index: CacheIndex, buffer_tokens: int) -> int:
-    """How many shards are shuffled together: at least one, as many as fit, whichever they are."""
+    """Shards shuffled together: at least one, otherwise as many as always fit."""
     return max(1, buffer_tokens // max(shard.rows for shard in index.train))
 
 
@@ -322,5 +316,7 @@ def _one_thread(name: str) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, thread_name_prefix=name)
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
+def _join(tensors: list[Tensor]) -> Tensor:
+    """Tensors [r, width] side by side, as float32."""
+    parts = [tensor.float() for tensor in tensors]
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)

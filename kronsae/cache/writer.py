@@ -2,12 +2,12 @@
 
 The folder holds, beside finished shards (see `kronsae.cache.index`):
 
-harvest.json    what was asked for
-progress/       of the last two shards: which there are, and where the text stood then
+harvest.json    the settings
+progress/       the list of shards and the position in the text, after each of the last two shards
 
-Both stay, so that damaged shards, and an index, can be made anew.
+Both stay, so that damaged shards and a lost index can be written again.
 
-The index comes last. Whatever interrupts a harvest costs the shard that it was at.
+The index is written last. An interruption costs the shard that is being made.
 """
 
 import dataclasses
@@ -51,30 +51,30 @@ from kronsae.system.files import (
 FORMAT = "kronsae-harvest"
 FORMAT_VERSION = 1
 
-KEPT = 2
-"""Shards of which the progress is kept: if the last one's is damaged, one shard is made again."""
+KEPT_STATES = 2
+"""States kept in `progress/`: if the last one is damaged, one shard is made again."""
 
 
 @dataclasses.dataclass(frozen=True)
 class HarvestConfig:
-    """What to harvest. Raises InputError for settings that contradict each other."""
+    """Settings of a harvest. Raises InputError if they contradict each other."""
 
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
-    """Model and text; what does not concern them has to be left at its default."""
+    """Settings of model and text; all others have to keep their defaults."""
     layers: tuple[int, ...] = setting(
-        (), "residual streams after these blocks, counted from 0 (embedded: 2)"
+        (), "read the residual streams after these blocks, counted from 0 (embedded: 2)"
     )
-    hookpoints: tuple[str, ...] = setting((), "names of modules: their outputs")
+    hookpoints: tuple[str, ...] = setting((), "read the outputs of the modules of these names")
     tokens: int = setting(
-        0, "harvest at least so many tokens to train on, in whole forward passes (0: all the text)"
+        0, "tokens to harvest for training, rounded up to whole forward passes (0: all the text)"
     )
     dtype: str = setting(
         "auto",
-        "dtype of the activations on the disk (auto: the language model's)",
+        "dtype of the stored activations (auto: the language model's)",
         choices=("auto", *DTYPES),
     )
-    shard_tokens: int = setting(32_768, "tokens a shard, or a forward pass if that has more")
-    seed: int = setting(0, "seed of the order of the documents")
+    shard_tokens: int = setting(32_768, "tokens per shard (at least one forward pass)")
+    seed: int = setting(0, "seed of the order of documents")
     device: str = setting("auto", "cpu, cuda, cuda:1, ... (auto: cuda where there is one)")
 
     def __post_init__(self) -> None:
@@ -89,7 +89,7 @@ class HarvestConfig:
             raise InputError(f"dtype: one of {('auto', *DTYPES)}, not {self.dtype!r}")
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON values of all that decides the bytes of a cache; code from a hub is not trusted."""
+        """Settings that determine the bytes of a cache, as JSON values."""
         values = dataclasses.asdict(self)
         data = {name: values["data"][name] for name in DESCRIBED}
         del values["device"]
@@ -97,7 +97,7 @@ class HarvestConfig:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str, **others: Any) -> "HarvestConfig":
-        """What `to_dict` gave; others: `device`. Raises InputError for anything else."""
+        """The inverse of `to_dict`; others: `device`. Raises InputError for invalid values."""
         try:
             values = dict(values)
             data = values.pop("data")
@@ -105,26 +105,25 @@ class HarvestConfig:
             if unknown:
                 raise InputError(f"{where}: unknown settings {unknown}")
             data = from_dict(DataConfig, data, where)
-            places = {name: tuple(values.pop(name)) for name in ("layers", "hookpoints")}
-            if not all(type(i) is int for i in places["layers"]):
-                raise TypeError(f"layers {places['layers']}")
-            if not all(type(name) is str for name in places["hookpoints"]):
-                raise TypeError(f"hookpoints {places['hookpoints']}")
-            return cls(data=data, **places, **values, **others)
+            for name, kind in (("layers", int), ("hookpoints", str)):
+                values[name] = tuple(values[name])
+                if not all(type(value) is kind for value in values[name]):
+                    raise TypeError(f"{name} {values[name]}")
+            return cls(data=data, **values, **others)
         except (KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{where} is not one that a harvest wrote ({error})") from error
+            raise InputError(f"{where} was not written by a harvest ({error})") from error
 
 
 class Progress(NamedTuple):
-    """Where a harvest stands, after a shard."""
+    """The shard that a harvest has just written."""
 
     section: str
     number: int
-    """Of the shard, in its section."""
+    """Number of the shard in its section."""
     rows: int
-    """Of the section, so far; of a shard that took the place of a damaged one, in all."""
-    damaged: bool = False
-    """Whether it took the place of a damaged one."""
+    """Rows of the section so far, or of the whole section if the shard was repaired."""
+    repaired: bool = False
+    """Whether it replaces a damaged shard."""
 
 
 def harvest(
@@ -134,13 +133,12 @@ def harvest(
 ) -> CacheIndex:
     """Write the activations that `config` names to a cache in the folder `out`; returns its index.
 
-    One forward pass reads all hookpoints and ends after the last. Tokens are those that live
-    training takes: no special token, and none at the first position of a context; the held-out
-    text is the same, and lies apart.
+    Each forward pass reads all hookpoints. Tokens are those of live training: no special token, and
+    none at the first position of a context. The held-out text is the same too.
 
-    Called again, it goes on behind the last shard that was finished, and in the end the folder
-    holds, byte for byte, what an uninterrupted harvest would have written (on the same hardware and
-    versions). A cache that is complete is verified, and damaged shards are made anew.
+    Called again, it resumes after the last finished shard; the complete cache has the same bytes as
+    one of an uninterrupted harvest (on the same hardware and versions). If the cache is complete,
+    it is verified and damaged shards are written again.
 
     on_shard: called after each shard.
     Raises InputError if model or text cannot be used, `out` holds anything else, activations are
@@ -151,18 +149,18 @@ def harvest(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{folder} cannot be created: {error}") from error
-    held = lock(folder, f"{folder} is being harvested by another process")
+    lock_file = lock(folder, f"{folder} is being harvested by another process")
     try:
         _prepare(folder, config)
-        for place in (folder, folder / PROGRESS):
-            remove_leftovers(place)
+        remove_leftovers(folder)
+        remove_leftovers(folder / PROGRESS)
         return _Harvest(folder, config, on_shard or (lambda _: None)).run()
     finally:
-        held.release()
+        lock_file.release()
 
 
 def stored_config(folder: Path, **others: Any) -> HarvestConfig:
-    """What a harvest into `folder` was asked for. Raises InputError if there was none."""
+    """The settings of the harvest in `folder`. Raises InputError if there is none."""
     path = folder / HARVEST_NAME
     try:
         document = read_checksummed(path)
@@ -175,7 +173,7 @@ def stored_config(folder: Path, **others: Any) -> HarvestConfig:
         )
         copy = checkpoint.copy_of(path, folder / PROGRESS)
         if copy is not None:
-            problem = f"{path} is damaged ({error}); there is a copy:\n  cp {copy} {path}"
+            problem = f"{path} is damaged ({error}); restore it from a copy:\n  cp {copy} {path}"
         if not folder.is_dir():
             problem = f"{folder} holds no harvest: it does not exist"
         raise InputError(problem) from error
@@ -183,7 +181,7 @@ def stored_config(folder: Path, **others: Any) -> HarvestConfig:
 
 
 def _prepare(folder: Path, config: HarvestConfig) -> None:
-    """Write what is asked for into the folder, or see that it holds the same harvest."""
+    """Write the settings to the folder. Raises InputError if it holds anything else."""
     if (folder / HARVEST_NAME).exists():
         changes = differences(stored_config(folder).to_dict(), config.to_dict())
         if changes:
@@ -192,27 +190,27 @@ def _prepare(folder: Path, config: HarvestConfig) -> None:
                 + "\n  ".join(changes)
             )
         return
-    begun = (LOCK_NAME, f".{HARVEST_NAME}")
-    if any(path for path in folder.iterdir() if not path.name.startswith(begun)):
+    own_files = (LOCK_NAME, f".{HARVEST_NAME}")
+    if any(not path.name.startswith(own_files) for path in folder.iterdir()):
         raise InputError(f"{folder} is not empty: choose another --out")
     document = {"format": FORMAT, "format_version": FORMAT_VERSION, "config": config.to_dict()}
     write_checksummed(folder / HARVEST_NAME, document)
 
 
 class _Harvest:
-    """The language model, the text, and the shards so far."""
+    """A harvest in progress: the language model, the text, and the shards so far."""
 
     def __init__(
         self, folder: Path, config: HarvestConfig, on_shard: Callable[[Progress], None]
     ) -> None:
         self.folder = folder
-        self.asked = read_checksummed(folder / HARVEST_NAME)
+        self.settings = read_checksummed(folder / HARVEST_NAME)
         self.config = config
         self.on_shard = on_shard
         self.progress = folder / PROGRESS
         self.shards: dict[str, list[Shard]] = {section: [] for section in SECTIONS}
         self.earlier = dict.fromkeys(SECTIONS, 0)
-        """How many of them were there when this harvest went on with another."""
+        """Shards of each section that were there when this harvest resumed."""
 
     def run(self) -> CacheIndex:
         if (self.folder / INDEX_NAME).exists():
@@ -229,12 +227,12 @@ class _Harvest:
             for section, passes in (("heldout", self._heldout()), ("train", self._train())):
                 self._write_section(section, passes)
             index = self._index()
-            # What was interrupted may have been struck by more.
+            # Whatever interrupted the harvest may have damaged earlier shards.
             self._repair(index, damaged(self.folder, index, self.earlier))
         except InputError as error:
             if any(self.shards.values()):
                 raise InputError(
-                    f"{error}\nWhat was harvested stays: {resume_command(self.folder)} goes on"
+                    f"{error}\nFinished shards are kept: resume by {resume_command(self.folder)}"
                 ) from error
             raise
         write_checksummed(self.folder / INDEX_NAME, index.json())
@@ -246,7 +244,7 @@ class _Harvest:
         config, device = self.config, resolve_device(self.config.device)
         check_text(config.data)
         self.model = ManyHookpoints.load_at(config.data, config.layers, config.hookpoints, device)
-        self.widths = [each.width for each in self.model.hookpoints]
+        self.widths = [hookpoint.width for hookpoint in self.model.hookpoints]
         self.dtype = str(self.model.dtype).removeprefix("torch.")
         self.data = dataclasses.replace(
             config.data,
@@ -260,7 +258,7 @@ class _Harvest:
         self.start = self.source.position_dict()
 
     def _facts(self) -> dict[str, Any]:
-        """What the bytes depend on beside the settings."""
+        """Everything that the bytes depend on, besides the settings."""
         return {
             "model": self.model.describe(),
             "tokenizer": tokenizer_digest(self.model.tokenizer),
@@ -269,11 +267,11 @@ class _Harvest:
         }
 
     def _go_on(self) -> None:
-        """Take over what an earlier harvest has finished."""
-        found = checkpoint.list_checkpoints(self.progress)
-        if not found:
+        """Resume from the state after the last finished shard, if there is one."""
+        states = checkpoint.list_checkpoints(self.progress)
+        if not states:
             return
-        state = checkpoint.load_state(found[-1])
+        state = checkpoint.load_state(states[-1])
         facts = self._facts()
         changed = [name for name in facts if facts[name] != state["facts"][name]]
         if changed:
@@ -282,7 +280,7 @@ class _Harvest:
                 f"{[state['facts'][n] for n in changed]}, got {[facts[n] for n in changed]}"
             )
         for section in SECTIONS:
-            self.shards[section] = [Shard.from_json(each) for each in state["shards"][section]]
+            self.shards[section] = [*map(Shard.from_json, state["shards"][section])]
             self.earlier[section] = len(self.shards[section])
         self.source.go_to(state["position"])
 
@@ -293,7 +291,7 @@ class _Harvest:
             yield from left.split(self.data.contexts_per_batch)
 
     def _train(self) -> Iterator[Tensor]:
-        """Token ids [b, L] a pass, until there are as many tokens as asked for."""
+        """Token ids [b, L] per forward pass, until there are as many tokens as configured."""
         rows = sum(shard.rows for shard in self.shards["train"])
         while not self.config.tokens or rows < self.config.tokens:
             ids = self.source.next_contexts()
@@ -315,15 +313,15 @@ class _Harvest:
             checkpoint.save_state(
                 checkpoint.step_folder(self.progress, written),
                 state,
-                copies={HARVEST_NAME: self.asked},
+                copies={HARVEST_NAME: self.settings},
             )
-            checkpoint.prune(self.progress, KEPT)
+            checkpoint.prune(self.progress, KEPT_STATES)
             rows = sum(shard.rows for shard in shards)
             self.on_shard(Progress(section, len(shards) - 1, rows))
 
-    def _shards_of(self, passes: Iterator[Tensor]) -> Iterator[list["_Pass"]]:
-        """Forward passes, as many as a shard takes."""
-        parts: list[_Pass] = []
+    def _shards_of(self, passes: Iterator[Tensor]) -> Iterator[list["_StoredPass"]]:
+        """The forward passes of each shard."""
+        parts: list[_StoredPass] = []
         for ids in passes:
             parts.append(self._forward(ids))
             if sum(part.rows for part in parts) >= self.config.shard_tokens:
@@ -332,7 +330,7 @@ class _Harvest:
         if sum(part.rows for part in parts):
             yield parts
 
-    def _forward(self, ids: Tensor) -> "_Pass":
+    def _forward(self, ids: Tensor) -> "_StoredPass":
         x = self.source.read(ids, "the text")
         dtype = getattr(torch, self.dtype)
         activations = []
@@ -344,20 +342,20 @@ class _Harvest:
                     "cannot hold: choose --dtype bfloat16 or float32, in another --out"
                 )
             activations.append(stored)
-        return _Pass(ids, self.source.token_mask(ids), activations)
+        return _StoredPass(ids, self.source.token_mask(ids), activations)
 
-    def _write(self, section: str, number: int, parts: list["_Pass"]) -> Shard:
+    def _write(self, section: str, number: int, parts: list["_StoredPass"]) -> Shard:
         ids = torch.cat([part.ids for part in parts])
         tokens = {"contexts": ids.int(), "mask": torch.cat([part.mask for part in parts])}
-        marks = [
+        activations = tuple(
             write_tensors(
-                self.folder / file_name(section, number, place),
-                {"activations": torch.cat([part.activations[place] for part in parts])},
+                self.folder / file_name(section, number, hookpoint),
+                {"activations": torch.cat([part.activations[hookpoint] for part in parts])},
             )
-            for place in range(len(self.widths))
-        ]
-        mark = write_tensors(self.folder / file_name(section, number, "tokens"), tokens)
-        return Shard(len(ids), sum(part.rows for part in parts), mark, tuple(marks))
+            for hookpoint in range(len(self.widths))
+        )
+        token_file = write_tensors(self.folder / file_name(section, number, "tokens"), tokens)
+        return Shard(len(ids), sum(part.rows for part in parts), token_file, activations)
 
     def _index(self) -> CacheIndex:
         facts = self._facts()
@@ -379,37 +377,34 @@ class _Harvest:
     # Damaged shards
 
     def _check_source(self, index: CacheIndex) -> None:
-        now = self._index()
+        """Raise InputError if the model or the text is not that of the index."""
+        current = self._index()
         for name in ("model", "hookpoints", "tokenizer", "text", "dtype", "context_length"):
-            found, expected = getattr(now, name), getattr(index, name)
-            if found != expected:
+            got, expected = getattr(current, name), getattr(index, name)
+            if got != expected:
                 raise InputError(
-                    f"{self.folder}: damaged shards cannot be made anew, as {name} has changed: "
-                    f"expected {expected!r}, got {found!r}. Harvest into another folder"
+                    f"{self.folder}: damaged shards cannot be repaired because {name} has changed: "
+                    f"expected {expected!r}, got {got!r}. Harvest into another folder"
                 )
 
     def _repair(self, index: CacheIndex, broken: list[tuple[str, int, str]]) -> None:
-        """Make shards anew that `damaged` has found."""
+        """Write the shards again that `damaged` has listed."""
         for section, number, _ in broken:
-            self._make_anew(index, section, number)
-
-    def _make_anew(self, index: CacheIndex, section: str, number: int) -> None:
-        expected = getattr(index, section)[number]
-        ids = self._contexts_of(index, section, number)
-        parts = [self._forward(part) for part in ids.split(self.data.contexts_per_batch)]
-        if self._write(section, number, parts) != expected:
-            raise InputError(
-                f"{self.folder}: shard {section} {number} was made anew, but not with the same "
-                "bytes: on this hardware, or with these versions, the language model computes "
-                "other ones. Harvest into another folder"
-            )
-        rows = sum(shard.rows for shard in getattr(index, section))
-        self.on_shard(Progress(section, number, rows, damaged=True))
+            ids = self._contexts_of(index, section, number)
+            parts = [self._forward(part) for part in ids.split(self.data.contexts_per_batch)]
+            if self._write(section, number, parts) != index.shards(section)[number]:
+                raise InputError(
+                    f"{self.folder}: shard {section} {number} was written again, but with other "
+                    "bytes: on this hardware, or with these versions, the language model computes "
+                    "other activations. Harvest into another folder"
+                )
+            rows = sum(shard.rows for shard in index.shards(section))
+            self.on_shard(Progress(section, number, rows, repaired=True))
 
     def _contexts_of(self, index: CacheIndex, section: str, number: int) -> Tensor:
-        """Token ids [c, L] of a shard: from its file if that is whole, else from the text."""
-        shards = getattr(index, section)
-        shard, start = shards[number], sum(each.contexts for each in shards[:number])
+        """Token ids [c, L] of a shard, from its file, or from the text if that is damaged."""
+        shards = index.shards(section)
+        shard, start = shards[number], sum(earlier.contexts for earlier in shards[:number])
         try:
             layout = index.tokens_layout(shard)
             return read_tensors(self.folder, shard.tokens, layout)["contexts"].long()
@@ -418,22 +413,21 @@ class _Harvest:
                 return self.source.heldout_contexts()[start : start + shard.contexts]
         self.source.go_to(self.start)
         seen, parts = 0, []
-        while seen < start + shard.contexts:
-            ids = self.source.next_contexts()
+        while seen < start + shard.contexts and (ids := self.source.next_contexts()) is not None:
             parts += [ids] if seen >= start else []
             seen += len(ids)
         return torch.cat(parts)
 
 
-class _Pass(NamedTuple):
-    """What one forward pass gave."""
+class _StoredPass(NamedTuple):
+    """Tokens and activations of one forward pass, as they are stored."""
 
     ids: Tensor
     """[b, L]"""
     mask: Tensor
     """[b, L]"""
     activations: list[Tensor]
-    """[r, width] for each hookpoint, as they are stored."""
+    """[r, width] for each hookpoint."""
 
     @property
     def rows(self) -> int:

@@ -1,43 +1,40 @@
-"""Streams of activations with an exact position: what a trainer eats."""
+"""Sources of training batches: each can save its position and go on from it exactly."""
 
 import dataclasses
 import warnings
 from collections.abc import Iterable, Iterator
-from itertools import islice
-from typing import TYPE_CHECKING, Any, Protocol
+from itertools import chain, islice
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from kronsae.config import DataConfig
-from kronsae.data.ahead import Ahead, Pass
 from kronsae.data.buffer import ShuffleBuffer
 from kronsae.data.common import digest
 from kronsae.data.language_model import LanguageModel
 from kronsae.data.packing import Packer, special_ids, token_mask
+from kronsae.data.prefetch import ForwardPass, Prefetcher
 from kronsae.data.rows import BatchMemory, gather
 from kronsae.data.text import TextSource
 from kronsae.errors import InputError
 from kronsae.system import parallel
 
-if TYPE_CHECKING:
-    pass
-
 HASHED_ROWS = 256
-"""Rows of a tensor, evenly spaced, by which `describe` tells it from others."""
+"""Number of evenly spaced rows of a tensor whose hash `describe` gives."""
 
 DEFAULT_CONTEXT = 1024
-"""Tokens a context where the configuration leaves it open, if the model reads so many."""
+"""Tokens per context if the configuration gives none (fewer if the model reads fewer)."""
 
-DECISIVE = ("context_length", "contexts_per_batch", "buffer_tokens", "epochs")
-"""Settings of `DataConfig` that decide the batches, beside model and text."""
+BATCH_SETTINGS = ("context_length", "contexts_per_batch", "buffer_tokens", "epochs")
+"""Settings of `DataConfig` that change the batches, apart from the model and the text."""
 
 
 class ActivationSource(Protocol):
-    """Batches of activations; after `load_state_dict` it goes on where the state was taken.
+    """Batches of activations; after `load_state_dict` they go on where the state was taken.
 
-    For a transcoder a row is an input and, behind it, its target: [B, d_model + d_target], so that
-    the two are shuffled, kept and checked as one. An autoencoder's source has d_target 0, or none.
+    For a transcoder each row is an input followed by its target, [B, d_model + d_target], so that
+    both are shuffled together. An autoencoder's source has d_target 0, or no such attribute.
     """
 
     d_model: int
@@ -46,12 +43,12 @@ class ActivationSource(Protocol):
         """Batches [B, d_model (+ d_target)]; the last one may be smaller."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Position after the last batch given out: tensors and JSON values."""
+        """The position after the last batch: tensors and JSON values."""
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
     def describe(self) -> dict[str, Any]:
-        """What the batches depend on (JSON-able); compared when a run is resumed."""
+        """Everything that the batches depend on (JSON-able); compared when a run resumes."""
 
 
 Pair = tuple[Tensor, Tensor]
@@ -59,17 +56,18 @@ Pair = tuple[Tensor, Tensor]
 
 
 def split_target(rows: Tensor, d_target: int) -> tuple[Tensor, Tensor | None]:
-    """Rows [B, d_model + d_target] as inputs [B, d_model] and targets (None if there are none)."""
+    """Split rows [B, d_model + d_target] into inputs [B, d_model] and targets (None without)."""
     if not d_target:
         return rows, None
-    return tuple(rows.split([rows.shape[1] - d_target, d_target], 1))
+    inputs, targets = rows.split([rows.shape[1] - d_target, d_target], 1)
+    return inputs, targets
 
 
 class TensorActivations:
-    """Rows of a tensor [..., d], in another seeded order each epoch.
+    """Rows of a tensor [..., d], shuffled anew (by seed) in each epoch.
 
-    A batch goes on into the next epoch, so that only the very last one can be smaller: schedules
-    count on full ones.
+    A batch may cross into the next epoch, so that only the very last batch can be smaller:
+    learning-rate schedules count on full batches.
     x: a tensor, or a pair of them (which is copied into one).  epochs: None repeats for ever.
     Raises InputError unless x is floating, non-empty and at least two-dimensional, and
     batch_size >= 1.
@@ -82,25 +80,24 @@ class TensorActivations:
         self.x, self.d_target = _rows(x, "activations")
         self.batch_size, self.seed, self.epochs = batch_size, seed, epochs
         self.d_model = self.x.shape[1] - self.d_target
-        self.given = 0
-        """Rows given out, over all epochs."""
+        self.rows_served = 0  # over all epochs
         self.memory = BatchMemory(batch_size, self.x.shape[1], torch.float32)
         self._shuffled: tuple[int, Tensor] | None = None  # epoch, and its order
 
     def __iter__(self) -> Iterator[Tensor]:
         while len(rows := self._next_rows()):
-            self.given += len(rows)
+            self.rows_served += len(rows)
             yield self._batch(rows)
 
     def _batch(self, rows: Tensor) -> Tensor:
-        """The rows [B, d] float32 with these numbers [B]."""
+        """The rows [B, d] float32 at indices [B]."""
         if self.x.device.type != "cpu":
             return self.x.index_select(0, rows).float()
         return gather([self.x], rows, self.memory.take(len(rows)))
 
     def _next_rows(self) -> Tensor:
-        """Numbers [B] of the rows that follow, on into the next epoch; none at the end."""
-        start, count = self.given, self.x.shape[0]
+        """Indices [B] of the next rows, also across an epoch's end; none after the last epoch."""
+        start, count = self.rows_served, self.x.shape[0]
         stop = start + self.batch_size
         if self.epochs is not None:
             stop = min(stop, self.epochs * count)
@@ -119,10 +116,10 @@ class TensorActivations:
         return self._shuffled[1]
 
     def state_dict(self) -> dict[str, Any]:
-        return {"given": self.given}
+        return {"given": self.rows_served}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.given = state["given"]
+        self.rows_served = state["given"]
 
     def describe(self) -> dict[str, Any]:
         count = self.x.shape[0]
@@ -140,46 +137,45 @@ class TensorActivations:
 
 
 class IterableActivations:
-    """Batches [..., d], or pairs of them, of any iterable, as they come, flattened to [B, d].
+    """Batches of any iterable in its own order: tensors [..., d] or pairs, flattened to [B, d].
 
-    It resumes by skipping as many batches, so the iterable must give the same ones again.
-    Raises InputError for a batch that is no floating [..., d], or of another width than the first.
+    It resumes by skipping batches, so the iterable must give the same ones again.
+    Raises InputError for a batch that is not a floating-point [..., d], or whose width differs from
+    the first batch's.
     """
 
     def __init__(self, batches: Iterable[Tensor | Pair]) -> None:
-        self.batches = iter(batches)
-        self.given = 0
-        self.first = next(self.batches, None)
-        if self.first is None:
+        iterator = iter(batches)
+        first = next(iterator, None)
+        if first is None:
             raise InputError("activations: expected batches [B, d], got an empty iterable")
-        self.first, self.d_target = _rows(self.first, "batch 0")
-        self.d_model = self.first.shape[1] - self.d_target
+        rows, self.d_target = _rows(first, "batch 0")
+        self.d_model = rows.shape[1] - self.d_target
+        self.batches = chain([first], iterator)
+        self.batches_served = 0
 
     def __iter__(self) -> Iterator[Tensor]:
-        if self.first is not None:
-            x, self.first = self.first, None
-            self.given += 1
-            yield x.float()
-        for x in self.batches:
-            x, _ = _rows(x, f"batch {self.given}", (self.d_model, self.d_target))
-            self.given += 1
-            yield x.float()
+        for batch in self.batches:
+            rows, _ = _rows(batch, f"batch {self.batches_served}", (self.d_model, self.d_target))
+            self.batches_served += 1
+            yield rows.float()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"given": self.given}
+        return {"given": self.batches_served}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        if self.given > state["given"]:
+        expected = state["given"]
+        if self.batches_served > expected:
             raise InputError(
-                f"the iterable has given {self.given} batches, more than the {state['given']} of "
-                "the checkpoint, and cannot go back: make it anew"
+                f"the iterable has given {self.batches_served} batches, more than the {expected} "
+                "of the checkpoint, and cannot go back: create it anew"
             )
-        skipped = iter(self)
-        while self.given < state["given"]:
-            if next(skipped, None) is None:
+        batches = iter(self)
+        while self.batches_served < expected:
+            if next(batches, None) is None:
                 raise InputError(
-                    f"the iterable ended after {self.given} batches, before the "
-                    f"{state['given']} that the checkpoint has seen"
+                    f"the iterable ended after {self.batches_served} batches, before the "
+                    f"{expected} that the checkpoint has seen"
                 )
 
     def describe(self) -> dict[str, Any]:
@@ -191,17 +187,17 @@ class IterableActivations:
 
 
 class LanguageModelActivations:
-    """Activations of a language model that reads text: packed, masked, shuffled, in batches.
+    """Shuffled batches of the activations of a language model that reads packed text.
 
-    With `config.overlap` a thread runs the language model ahead of who takes batches, by as many
-    tokens as the shuffle buffer serves between two fills, so that neither waits for the other while
-    both have work; batches and states are the same. `close` ends the thread.
+    If `overlaps(config, ...)`, a thread runs the language model ahead of the consumer, by as many
+    tokens as the shuffle buffer serves between two refills. Batches and states are the same as
+    without it. `close` ends the thread.
 
-    device: where rows wait and batches are given (None: where the language model is).
-    The first documents are set aside to evaluate on; a warning tells if they are fewer tokens than
-    `config.heldout_tokens`. What does not fill a context at the end of the data is left out.
-    Raises InputError if there is not a context of text for each purpose, or if activations are not
-    finite.
+    device: where rows are buffered and batches are given (None: the language model's device).
+    The first documents are held out for evaluation; a warning says if they have fewer tokens than
+    `config.heldout_tokens`. Tokens at the end of the data that do not fill a context are left out.
+    Raises InputError if there is not one context of text for training and one for evaluation, or
+    if activations are not finite.
     """
 
     def __init__(
@@ -222,20 +218,20 @@ class LanguageModelActivations:
         self.d_model, self.d_target = language_model.d_model, language_model.d_target
         self.packer = Packer(language_model.tokenizer, config.context_length)
         self.special = special_ids(language_model.tokenizer)
-        self.contexts: list[Tensor] = []  # packed, not yet read by the model
+        self.contexts: list[Tensor] = []  # packed, not yet run through the model
         self.forwards = 0
         self._heldout = self._set_aside()
         self.documents = iter(text)
         self._pack(1)
         if not self.contexts:
             raise InputError(
-                f"dataset {config.dataset!r}: what is left to train on, after "
-                f"{self._heldout.numel():,} held-out tokens, has only {len(self.packer.waiting)} "
-                f"tokens, less than one context of {config.context_length}: give more text, fewer "
-                "--heldout-tokens or a smaller --context-length"
+                f"dataset {config.dataset!r}: only {len(self.packer.waiting)} tokens are left to "
+                f"train on after {self._heldout.numel():,} held-out tokens, less than one context "
+                f"of {config.context_length}: give more text, fewer --heldout-tokens or a smaller "
+                "--context-length"
             )
         self.overlap = overlaps(config, language_model.device)
-        self.ahead: Ahead | None = None
+        self.prefetcher: Prefetcher | None = None
         self.position = self.position_dict()
         self.buffer = ShuffleBuffer(
             self._rows(), config.buffer_tokens, batch_size, seed, self.device
@@ -245,21 +241,21 @@ class LanguageModelActivations:
         return iter(self.buffer)
 
     def _rows(self) -> Iterator[Tensor]:
-        """Rows [r, d_model + d_target] float32 of the masked tokens, a forward pass at a time."""
+        """Rows [r, d_model + d_target] float32 of the masked tokens, one forward pass at a time."""
         passes = self._passes()
         if self.overlap:
             devices = (self.device, self.language_model.device)
-            passes = self.ahead = Ahead(passes, self.buffer.served_at_once, devices)
-        for done in passes:
-            self.position = done.position
-            yield done.rows
+            passes = self.prefetcher = Prefetcher(passes, self.buffer.rows_per_refill, devices)
+        for forward_pass in passes:
+            self.position = forward_pass.position
+            yield forward_pass.rows
 
-    def _passes(self) -> Iterator[Pass]:
+    def _passes(self) -> Iterator[ForwardPass]:
         while (ids := self.next_contexts()) is not None:
             x = self.read(ids, f"forward pass {self.forwards - 1}")
-            # A copy to the host must have arrived; one between cards is in order with its streams.
+            # A copy to the host must be complete; one between GPUs is ordered by their streams.
             x = x.to(self.device, non_blocking=self.device.type == "cuda")
-            yield Pass(x, self.position_dict())
+            yield ForwardPass(x, self.position_dict())
 
     def next_contexts(self) -> Tensor | None:
         """Token ids [b, context_length] of the next forward pass; None at the end of the text."""
@@ -273,7 +269,7 @@ class LanguageModelActivations:
         return ids
 
     def _pack(self, count: int) -> None:
-        """Have `count` contexts waiting, or all that are left."""
+        """Fill `contexts` up to `count`, or to the end of the text."""
         while len(self.contexts) < count:
             document = next(self.documents, None)
             if document is None:
@@ -291,17 +287,17 @@ class LanguageModelActivations:
             bad = (~torch.isfinite(x)).any(1).double().mean().item()
             raise InputError(
                 f"{self.language_model.hookpoint} gave NaN or infinity for {bad:.1%} of the tokens "
-                f"of {where}: try --model-dtype float32 or bfloat16 (training can go on with it, "
-                "a harvest begins anew)"
+                f"of {where}: try --model-dtype float32 or bfloat16 (a training run can resume "
+                "with it; a harvest has to start again)"
             )
         return x
 
     def token_mask(self, ids: Tensor) -> Tensor:
-        """Which tokens [b, t] are trained and evaluated on; see `packing.token_mask`."""
+        """Mask [b, t] of the tokens to train and evaluate on; see `packing.token_mask`."""
         return token_mask(ids, self.language_model.tokenizer, self.special)
 
     def _set_aside(self) -> Tensor:
-        """Held-out contexts [c, L]: the first that reach config.heldout_tokens."""
+        """Held-out contexts [c, L], whose documents are taken out of the training text."""
         contexts, documents = set_aside(self.text, self.language_model.tokenizer, self.config)
         self.text.hold_out(documents)
         return contexts
@@ -311,19 +307,19 @@ class LanguageModelActivations:
         return self._heldout
 
     def heldout_mask(self) -> Tensor:
-        """Which of them [c, context_length] are evaluated on."""
+        """Mask [c, context_length] of the held-out tokens to evaluate on."""
         return self.token_mask(self._heldout)
 
     def heldout_activations(self) -> Tensor:
-        """Rows [t, d_model + d_target] float32 of their masked tokens, in reading order."""
+        """Rows [t, d_model + d_target] float32 of the held-out tokens, in reading order."""
         parts = self._heldout.split(self.config.contexts_per_batch)
         return torch.cat([self.read(ids, "held-out text") for ids in parts])
 
     def text_in_order(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Held-out text and then the rest, as it is read: what to look at, not to train on.
+        """The held-out text and then the rest, unshuffled, for analysis.
 
-        Token ids [b, L], their mask [b, L], and rows [t, d_model + d_target] float32 of the masked
-        tokens, a forward pass at a time. It takes from the text that training would take.
+        Gives per forward pass the token ids [b, L], their mask [b, L], and rows
+        [t, d_model + d_target] float32 of the masked tokens. It moves the position in the text.
         """
         size = self.config.contexts_per_batch
         for ids in self._heldout.split(size):
@@ -332,32 +328,32 @@ class LanguageModelActivations:
             yield ids, self.token_mask(ids), self.read(ids, "the text")
 
     def interrupt(self) -> None:
-        """Let whoever waits for a batch, or is in a forward pass, have `Interrupted` raised.
+        """Raise `Interrupted` where a batch is waited for or a forward pass runs.
 
-        May be called from a signal's handler. States stay whole; `close` ends the interruption.
+        May be called from a signal handler. States stay valid; `close` ends the interruption.
         """
         self.language_model.interrupt()
-        if self.ahead is not None:
-            self.ahead.interrupt()
+        if self.prefetcher is not None:
+            self.prefetcher.interrupt()
 
     def close(self) -> None:
-        """End the thread; whoever iterates anew goes on behind the last batch given."""
+        """End the thread; a new iterator goes on after the last batch given."""
         self.language_model.interrupt()
-        if self.ahead is None or self.ahead.close():
-            self.ahead = None
+        if self.prefetcher is None or self.prefetcher.close():
+            self.prefetcher = None
             self.language_model.interrupted.clear()
             self.go_to(self.position)
 
     @property
     def model_waited(self) -> float | None:
-        """Seconds that the language model waited for room, since it began; None if in turns."""
-        return None if self.ahead is None else self.ahead.waited
+        """Seconds that the language model's thread has waited for room; None without a thread."""
+        return None if self.prefetcher is None else self.prefetcher.waited
 
     def state_dict(self) -> dict[str, Any]:
         return {**self.position, "buffer": self.buffer.state_dict()}
 
     def position_dict(self) -> dict[str, Any]:
-        """Where text and packer stand: what decides the contexts that come next."""
+        """The position in the text, and the tokens and contexts that wait."""
         length = self.config.context_length
         empty = torch.empty(0, length, dtype=torch.int64)
         return {
@@ -368,7 +364,7 @@ class LanguageModelActivations:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state, also if batches were given already."""
+        """Go on from a state, even after batches were given."""
         self.close()
         self.go_to({name: state[name] for name in self.position})
         self.buffer.load_state_dict(state["buffer"])
@@ -391,15 +387,15 @@ class LanguageModelActivations:
             "heldout_contexts": self._heldout.shape[0],
             "batch_size": self.batch_size,
             "seed": self.seed,
-            **{name: getattr(self.config, name) for name in DECISIVE},
+            **{name: getattr(self.config, name) for name in BATCH_SETTINGS},
         }
 
 
 def set_aside(text: TextSource, tokenizer: Any, config: DataConfig) -> tuple[Tensor, int]:
-    """Contexts [c, context_length] that reach config.heldout_tokens, and of how many documents.
+    """Held-out contexts [c, context_length], and the number of documents that they come from.
 
-    They are the text's first documents to evaluate on; a warning tells if they are too few.
-    Raises InputError if they do not fill one context.
+    They are the first that reach config.heldout_tokens; a warning says if the text has fewer.
+    Raises InputError if the text does not fill one context.
     """
     packer = Packer(tokenizer, config.context_length)
     contexts: list[Tensor] = []
@@ -412,9 +408,8 @@ def set_aside(text: TextSource, tokenizer: Any, config: DataConfig) -> tuple[Ten
             break
     if not contexts:
         raise InputError(
-            f"dataset {config.dataset!r} has less text than one context of "
-            f"{config.context_length} tokens to hold out: give more text, or a smaller "
-            "--context-length"
+            f"dataset {config.dataset!r} has less held-out text than one context of "
+            f"{config.context_length} tokens: give more text, or a smaller --context-length"
         )
     if len(contexts) < wanted:
         warnings.warn(
@@ -426,13 +421,14 @@ def set_aside(text: TextSource, tokenizer: Any, config: DataConfig) -> tuple[Ten
 
 
 NO_OVERLAP = "several processes exchange activations and gradients in turns, not in two threads"
+"""Why `overlaps` is False among several processes."""
 
 
 def overlaps(config: DataConfig, model_device: torch.device) -> bool:
-    """Whether the language model runs in a thread, beside the autoencoder.
+    """Whether the language model runs in a thread of its own while the autoencoder trains.
 
-    By itself where it runs on a GPU. On a CPU both want the same cores (see benchmarks.overlap).
-    Never among several processes (NO_OVERLAP).
+    "auto" means yes on a GPU; on a CPU both would compete for the same cores (see
+    benchmarks.overlap). Never among several processes (NO_OVERLAP).
     """
     if parallel.ranks() > 1:
         return False
@@ -440,7 +436,7 @@ def overlaps(config: DataConfig, model_device: torch.device) -> bool:
 
 
 def open_model(config: DataConfig, device: torch.device | str) -> tuple[LanguageModel, DataConfig]:
-    """The language model that `config` names, and `config` with the context length it gives."""
+    """The language model that `config` names, and `config` with the context length resolved."""
     device = torch.device(device)
     default = torch.bfloat16 if device.type == "cuda" else torch.float32
     dtype = default if config.model_dtype == "auto" else getattr(torch, config.model_dtype)
@@ -458,7 +454,10 @@ def open_model(config: DataConfig, device: torch.device | str) -> tuple[Language
 
 
 def resolve_context_length(model: LanguageModel, config: DataConfig) -> int:
-    """Tokens a context: as configured, or (0) DEFAULT_CONTEXT, or all that the model reads."""
+    """Tokens per context: as configured, or (0) DEFAULT_CONTEXT, at most what the model reads.
+
+    Raises InputError if more is configured than the model reads.
+    """
     longest = model.max_context
     if longest and config.context_length > longest:
         raise InputError(
@@ -469,31 +468,33 @@ def resolve_context_length(model: LanguageModel, config: DataConfig) -> int:
 
 
 def _rows(x: Any, name: str, widths: tuple[int, int] | None = None) -> tuple[Tensor, int]:
-    """[..., d] as [B, d], or a pair as [B, d_model + d_target]; and d_target (0 for a tensor)."""
+    """Rows [B, d] of a tensor, or [B, d_model + d_target] of a pair; and d_target (0 if none).
+
+    widths: the (d_model, d_target) expected. Raises InputError, which names `name`.
+    """
     parts = list(x) if isinstance(x, (tuple, list)) and len(x) == 2 else [x]
     for part in parts:
         floating = isinstance(part, Tensor) and part.ndim >= 2 and part.is_floating_point()
         if not floating or not part.numel():
-            what = f"{list(part.shape)} {part.dtype}" if isinstance(part, Tensor) else type(part)
-            raise InputError(f"{name}: expected a floating tensor [..., B, d], got {what}")
+            got = f"{list(part.shape)} {part.dtype}" if isinstance(part, Tensor) else type(part)
+            raise InputError(f"{name}: expected a floating tensor [..., B, d], got {got}")
     if parts[0].shape[:-1] != parts[-1].shape[:-1]:
         raise InputError(
             f"{name}: expected a target for each input, got {list(parts[0].shape)} and "
             f"{list(parts[1].shape)}"
         )
-    found = parts[0].shape[-1], parts[1].shape[-1] if len(parts) == 2 else 0
-    if widths not in (None, found):
-        if widths[1] or found[1]:
-            raise InputError(
-                f"{name}: expected inputs and targets of widths {widths} as before, got {found}"
-            )
-        raise InputError(f"{name}: expected width d = {widths[0]} as before, got {found[0]}")
+    d_model, d_target = parts[0].shape[-1], parts[1].shape[-1] if len(parts) == 2 else 0
+    if widths is not None and widths != (d_model, d_target):
+        raise InputError(
+            f"{name}: expected widths (d_model, d_target) = {widths} as before, "
+            f"got {(d_model, d_target)}"
+        )
     rows = [part.detach().flatten(0, -2) for part in parts]
-    return (rows[0] if len(rows) == 1 else torch.cat(rows, 1)), found[1]
+    return (rows[0] if len(rows) == 1 else torch.cat(rows, 1)), d_target
 
 
 def _describe_target(d_target: int) -> dict[str, int]:
-    """For `describe`: nothing for an autoencoder, whose runs may be older than transcoders."""
+    """The entry for `describe`; none for an autoencoder: old runs were described without it."""
     return {"d_target": d_target} if d_target else {}
 
 

@@ -1,4 +1,4 @@
-"""A seeded shuffle buffer of activations, sized in tokens."""
+"""A seeded shuffle buffer of activations."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,19 +10,19 @@ from kronsae.data.rows import BatchMemory, gather
 from kronsae.errors import InputError
 
 MOVED_ROWS = 4096
-"""Rows that are moved in one go: a small copy reuses memory, a large one is given new pages."""
+"""Rows moved per copy: a small copy reuses memory, a large one gets new pages each time."""
 
 
 class ShuffleBuffer:
-    """Mixes a stream of activations [r, d]: every batch is drawn from `capacity` waiting rows.
+    """Shuffles a stream of activations [r, d] through a buffer of `capacity` rows (tokens).
 
     It fills up, serves half of its rows in random order without replacement, fills up again, and
-    serves everything when the stream ends; only the very last batch can be smaller. Capacity is
-    raised to twice the batch size if it is less. Rows live in one tensor that is made once.
+    serves everything when the stream ends; only the very last batch can be smaller. The capacity
+    is at least twice the batch size.
 
     source: its tensors are not written to, and must not change until the next one is asked for
-        (what does not fit is kept without a copy).
-    device: where rows wait and batches are given; None takes that of the source's tensors.
+        (rows that do not fit are kept without a copy).
+    device: of the buffer and the batches; None takes that of the source's tensors.
     """
 
     def __init__(
@@ -40,12 +40,12 @@ class ShuffleBuffer:
         self.batch_size = batch_size
         self.device = device
         self.generator = torch.Generator().manual_seed(seed)
-        self.rows: Tensor | None = None
+        self.rows = torch.empty(0, 0)  # [capacity, d] from the first refill on
         self.memory: BatchMemory | None = None  # of the batches, on a CPU
-        self.filled = 0  # rows [0, filled) wait
-        self.served = torch.empty(0, dtype=torch.int64)  # rows chosen at the last refill
-        self.order = self.served  # those of them still to serve
-        self.overflow: Tensor | None = None  # what the last forward pass gave beyond capacity
+        self.filled = 0  # rows [0, filled) hold activations
+        self.served = torch.empty(0, dtype=torch.int64)  # rows drawn at the last refill
+        self.order = self.served  # the drawn rows that are still to serve
+        self.overflow: Tensor | None = None  # rows of the source that did not fit
         self.ended = False
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -61,14 +61,14 @@ class ShuffleBuffer:
             yield batch
 
     def _batch(self, chosen: Tensor) -> Tensor:
-        """The rows [B, d] with these numbers [B]."""
+        """The rows [B, d] at indices [B]."""
         if self.memory is None:
             return self.rows.index_select(0, chosen.to(self.rows.device))
         return gather([self.rows], chosen, self.memory.take(len(chosen)))
 
     @property
-    def served_at_once(self) -> int:
-        """Rows between two times that it fills up: half of it, in whole batches."""
+    def rows_per_refill(self) -> int:
+        """Rows served between two refills: half of the capacity, in whole batches."""
         half = max(self.batch_size, self.capacity // 2)
         return half - half % self.batch_size
 
@@ -79,7 +79,7 @@ class ShuffleBuffer:
             if x is None:
                 self.ended = True
                 break
-            if self.rows is None:
+            if not self.rows.numel():
                 self._allocate(x)
             taken = min(x.shape[0], self.capacity - self.filled)
             self.rows[self.filled : self.filled + taken] = x[:taken]
@@ -88,7 +88,7 @@ class ShuffleBuffer:
                 self.overflow = x[taken:]
         self.served = torch.randperm(self.filled, generator=self.generator)
         if not self.ended:
-            self.served = self.served[: self.served_at_once]
+            self.served = self.served[: self.rows_per_refill]
         self.order = self.served
 
     def _allocate(self, like: Tensor) -> None:
@@ -98,32 +98,31 @@ class ShuffleBuffer:
             self.memory = BatchMemory(self.batch_size, like.shape[1], like.dtype)
 
     def _close_gaps(self) -> None:
-        """Move waiting rows from the end into the places of those served."""
+        """Move rows from the end into the gaps that served rows left."""
         left = self.filled - self.served.numel()
         used = torch.zeros(self.filled, dtype=torch.bool)
         used[self.served] = True
-        holes, movable = used[:left].nonzero().squeeze(1), (~used[left:]).nonzero().squeeze(1)
-        for to, since in zip(holes.split(MOVED_ROWS), movable.split(MOVED_ROWS), strict=True):
-            self.rows[to] = self.rows[since + left]
+        gaps, movable = used[:left].nonzero().squeeze(1), (~used[left:]).nonzero().squeeze(1)
+        for to, start in zip(gaps.split(MOVED_ROWS), movable.split(MOVED_ROWS), strict=True):
+            self.rows[to] = self.rows[start + left]
         self.filled = left
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that decides the batches to come, but for the source's own position.
+        """Everything that determines the next batches, except the source's position.
 
-        Views, valid until the next batch: save or copy them before.
+        The tensors are views, valid until the next batch: save or copy them before.
         """
-        none = torch.empty(0, 0)
         return {
-            "rows": none if self.rows is None else self.rows[: self.filled],
+            "rows": self.rows[: self.filled],
             "order": self.order,
             "served": self.served if self.order.numel() else self.order,
-            "overflow": none if self.overflow is None else self.overflow,
+            "overflow": torch.empty(0, 0) if self.overflow is None else self.overflow,
             "generator": self.generator.get_state(),
             "ended": self.ended,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a state (which is copied), with the source where it was then."""
+        """Go on from a state, which is copied; the source has to stand where it stood then."""
         rows, overflow = state["rows"], state["overflow"]
         self.filled = rows.shape[0]
         if self.filled:

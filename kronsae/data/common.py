@@ -1,4 +1,4 @@
-"""Small things that the sources of data share: fingerprints, and reasons of errors."""
+"""Helpers of the data sources: fingerprints, and short messages of errors."""
 
 import hashlib
 from typing import Any
@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 
 REASON_CHARACTERS = 240
-"""Longest reason quoted from another library's error."""
+"""Longest message quoted from another library's error."""
 
 
 class Interrupted(Exception):
-    """Whoever waits for activations was asked to stop: they may come or not, but not now."""
+    """Raised where activations are waited for, when the run is asked to stop."""
 
 
 def digest(*parts: Any) -> str:
-    """16 hexadecimal digits that identify some JSON values, strings and bytes, in their order."""
+    """Hash of JSON values, strings and bytes in their order: 16 hexadecimal digits."""
     hashed = hashlib.sha256()
     for part in parts:
         data = part if isinstance(part, bytes) else repr(part).encode("utf-8", "surrogatepass")
@@ -24,7 +24,7 @@ def digest(*parts: Any) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """An error's type and the first line of its message, cut to a readable length."""
+    """Type and first line of an error, cut to a readable length."""
     lines = (line.strip() for line in str(error).splitlines())
     first = next((line for line in lines if line), "no message")
     return f"{type(error).__name__}: {first}"[:REASON_CHARACTERS]

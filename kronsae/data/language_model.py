@@ -1,6 +1,6 @@
-"""A transformers language model that is read at one hookpoint, and stops there.
+"""A transformers language model whose activations are read at a hookpoint.
 
-Letters: b contexts, t tokens a context, d width of the hookpoint's output, V tokens known.
+Letters: b contexts, t tokens per context, d width of the hookpoint's output, V vocabulary size.
 """
 
 import dataclasses
@@ -8,7 +8,8 @@ import difflib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,34 +20,38 @@ from kronsae.embedded import EMBEDDED_MODEL
 from kronsae.errors import InputError
 from kronsae.system.parallel import ALONE
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+    from typing_extensions import Self
+
 EMBEDDED_LAYER = 2
-"""Layer of the embedded model where none is given."""
+"""The embedded model's layer if none is given."""
 
 LOGITS_AT_ONCE = 2**25
-"""Logits that exist at the same time while losses are taken (128 MiB in float32)."""
+"""Logits held in memory while losses are computed (128 MiB in float32)."""
 
 
 class LanguageModel:
     """A frozen language model, its tokenizer, and the module whose output is read.
 
-    model: the transformers model, in evaluation mode.  tokenizer: its tokenizer.
-    hookpoint: name of the module in `model.named_modules()`; it must give a tensor [b, t, d], or a
-        tuple or ModelOutput that begins with one.
-    target_hookpoint: for a transcoder, another one, which runs after the first.
-    name, revision: where the model came from, for `describe`.
-    absent: names of weights that no checkpoint filled, and that are random.
+    model: a transformers model; put into evaluation mode.
+    hookpoint: name of the module in `model.named_modules()`, whose output is a tensor [b, t, d], or
+        a tuple or ModelOutput that begins with one.
+    target_hookpoint: the module whose output a transcoder predicts; it runs after the first.
+    name, revision: the model's origin, for `describe`.
+    absent: names of weights that the checkpoint lacks, and that are therefore random.
 
-    Also attributes: d_model and d_target, the widths of the hookpoint's and the target's outputs,
-    seen in a tiny forward pass (d_target 0 without a target).
-    has_cross_entropy: whether `token_losses` works. It does not for models made to fill in masked
-    tokens (BERT), nor where the head that predicts the next token was not in the checkpoint.
-    Raises InputError if the hookpoint does not exist, does not run, gives no [b, t, d], or if a
-    weight that it depends on is absent.
+    d_model, d_target: widths of the two outputs, from a tiny forward pass (d_target 0 without a
+        target).
+    has_cross_entropy: whether `token_losses` works. It does not for masked language models (BERT),
+        or if the checkpoint lacks the head that predicts the next token.
+    Raises InputError if the hookpoint does not exist, does not run, has no output [b, t, d], or
+    depends on an absent weight.
     """
 
     def __init__(
         self,
-        model: nn.Module,
+        model: "PreTrainedModel",
         tokenizer: Any,
         hookpoint: str,
         *,
@@ -56,7 +61,7 @@ class LanguageModel:
         absent: tuple[str, ...] = (),
     ) -> None:
         self.model = model.eval().requires_grad_(False)
-        # Hooks belong to the model, not to the thread that set them: one forward pass at a time.
+        # Hooks belong to the model, not to a thread: one forward pass at a time.
         self.lock = threading.RLock()
         self.interrupted = threading.Event()
         self.ranks = ALONE.reading
@@ -86,46 +91,40 @@ class LanguageModel:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
         trust_remote_code: bool = False,
-    ) -> "LanguageModel":
-        """A model from a folder, from the Hugging Face hub, or "embedded", which ships with us.
+    ) -> "Self":
+        """Load a model from a folder or the Hugging Face hub, or "embedded", which kronsae ships.
 
-        layer: reads the residual stream after block `layer`, counted from 0, which is the block's
-            output: hidden_states[layer + 1] of transformers, except that many models normalise
-            the last of those.  hookpoint: reads the output of any module instead.
-            Give one of them; "embedded" has a default layer.
-        target_hookpoint: also reads the output of this module, as what a transcoder predicts.
+        layer: the residual stream after this block (from 0), which is the block's output, or
+            hidden_states[layer + 1] of transformers (whose last one is normalised in many models).
+        hookpoint: the output of any module instead. Give one of the two; "embedded" has a default
+            layer.
+        target_hookpoint: the module whose output a transcoder predicts.
         revision: branch, tag or commit on the hub.
 
-        Only safetensors files are read, so that no code runs that came with the weights.
-        Raises InputError if the model cannot be had (no such name, no network, no safetensors, no
-        tokenizer, a part of the weights missing), or has no such layer or module.
+        Only safetensors files are read, because unpickling can run code.
+        Raises InputError if the model cannot be loaded (no such name, no network, no safetensors,
+        no tokenizer, missing weights), or has no such layer or module.
         """
-        if layer is None and hookpoint is None:
-            if name_or_path != EMBEDDED_MODEL:
-                raise InputError(
-                    f"model {name_or_path!r}: which activations? Give --layer N (the residual "
-                    "stream after block N, from 0) or --hookpoint MODULE_NAME"
-                )
-            layer = EMBEDDED_LAYER
-        if layer is not None and hookpoint is not None:
-            raise InputError(f"layer {layer} and hookpoint {hookpoint!r}: expected one of them")
+        block_or_name = layer_or_hookpoint(name_or_path, layer, hookpoint)
         with quiet():
             config = load_config(name_or_path, revision, trust_remote_code)
-            if layer is not None:
-                check_layer(name_or_path, config, layer)
+            if isinstance(block_or_name, int):
+                check_layer(name_or_path, config, block_or_name)
             common = {"revision": revision, "trust_remote_code": trust_remote_code}
             tokenizer = load_tokenizer(name_or_path, common)
             model, absent = load_model(name_or_path, config, dtype, common)
-        model = model.to(device)
-        facts = {
-            "name": name_or_path,
-            "revision": revision,
-            "absent": absent,
-            "target_hookpoint": target_hookpoint,
-        }
-        if hookpoint is not None:
-            return cls(model, tokenizer, hookpoint, **facts)
-        return _at_block(cls, model, tokenizer, layer, facts)
+        at = partial(
+            cls,
+            model.to(device),  # type: ignore[arg-type]  # its wrapper is typed as a function
+            tokenizer,
+            name=name_or_path,
+            revision=revision,
+            absent=absent,
+            target_hookpoint=target_hookpoint,
+        )
+        if isinstance(block_or_name, str):
+            return at(block_or_name)
+        return _at_block(at, model, name_or_path, block_or_name)
 
     @property
     def num_layers(self) -> int:
@@ -142,16 +141,16 @@ class LanguageModel:
 
     @property
     def max_context(self) -> int | None:
-        """Longest context that the model was made for, in tokens; None if its config has none."""
+        """Longest context that the model reads, in tokens; None if its config does not say."""
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if not isinstance(positions, int) or positions <= 0:
             return None
-        # RoBERTa counts positions from padding_idx + 1: two fewer than it has embeddings for.
+        # RoBERTa counts positions from padding_idx + 1, so it reads two fewer than it has.
         usable = getattr(self.tokenizer, "model_max_length", positions)
         return usable if positions - usable in (1, 2) else positions
 
     def describe(self) -> dict[str, Any]:
-        """What identifies the activations, JSON-able; the same on every device."""
+        """Everything that identifies the activations (JSON-able), the same on every device."""
         return {
             "name": self.name,
             "revision": self.revision,
@@ -167,63 +166,62 @@ class LanguageModel:
     def activations(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """The hookpoint's output [b, t, d], in the model's dtype, for token ids [b, t].
 
-        With a target its output follows behind: [b, t, d_model + d_target].
-        The forward pass ends there: later blocks and the head never run.
-        Where `ranks` share the work, all of them call this with the same contexts: each reads its
-        part of them, and gets what the others read.
-        Raises InputError if an output is no [b, t, d], or if the target runs before the input;
+        With a target, its output is appended: [b, t, d_model + d_target].
+        The forward pass ends there: later blocks and the head do not run.
+        If several `ranks` share the work, all call this with the same contexts; each runs a part of
+        them and receives the rest from the others.
+        Raises InputError if an output is not [b, t, d], or if the target runs before the input;
         Interrupted after `interrupt`.
         """
         with self.lock, self._interruptible():
             return self.ranks.map(self._activations, input_ids, attention_mask)
 
     def interrupt(self) -> None:
-        """Let `activations` raise Interrupted, at the next block, until `interrupted` is cleared.
+        """Make `activations` raise Interrupted at the next block, until `interrupted` is cleared.
 
-        May be called from a signal's handler, and while another thread is in a forward pass.
+        May be called from a signal handler, also while another thread runs a forward pass.
         """
         self.interrupted.set()
 
     def _activations(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        if self.target is None:
+        if self.target is None or self.target_hookpoint is None:
             output = self._run_to(self.module, input_ids, attention_mask)
             return self._hidden(output, input_ids, self.hookpoint)
-        with self._reading() as read:
+        with self._collecting() as outputs:
             output = self._run_to(self.target, input_ids, attention_mask)
-        if not read:
+        if not outputs:
             raise InputError(
                 f"target_hookpoint {self.target_hookpoint!r} of {self.name} runs before "
                 f"{self.hookpoint!r}: a transcoder predicts what comes later"
             )
-        hidden = self._hidden(read[0], input_ids, self.hookpoint)
+        hidden = self._hidden(outputs[0], input_ids, self.hookpoint)
         return torch.cat([hidden, self._hidden(output, input_ids, self.target_hookpoint)], -1)
 
     @torch.no_grad()
     def activations_at(self, hookpoints: Sequence[str], input_ids: Tensor) -> list[Tensor]:
         """The outputs [b, t, d] of several modules, in one forward pass, for token ids [b, t].
 
-        The forward pass ends once all of them have run. A module's first run counts.
-        Raises InputError if there is no such module, one does not run, or gives no [b, t, d].
+        The forward pass ends once all of them have run; a module's first run counts.
+        Raises InputError if a module does not exist, does not run, or has no output [b, t, d].
         """
-        read: dict[str, Tensor] = {}
+        outputs: dict[str, Tensor] = {}
 
-        def keep(name: str, output: Any) -> None:
-            if name not in read:
+        def keep(name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
+            if name not in outputs:
                 # A copy: later modules may add to it in place.
-                read[name] = self._hidden(output, input_ids, name).clone()
-            if len(read) == len(set(hookpoints)):
+                outputs[name] = self._hidden(output, input_ids, name).clone()
+            if len(outputs) == len(set(hookpoints)):
                 raise _Stop(output)
 
         with ExitStack() as stack:
             for name in dict.fromkeys(hookpoints):
                 module = find_module(self.model, self.name, name)
-                hook = lambda _module, _inputs, output, name=name: keep(name, output)  # noqa: E731
-                stack.enter_context(_hook(module, hook))
+                stack.enter_context(_hook(module, partial(keep, name)))
             try:
                 self._run(input_ids, None)
             except _Stop:
-                return [read[name] for name in hookpoints]
-        silent = next(name for name in hookpoints if name not in read)
+                return [outputs[name] for name in hookpoints]
+        silent = next(name for name in hookpoints if name not in outputs)
         raise InputError(f"hookpoint {silent!r} of {self.name} does not run in a forward pass")
 
     @torch.no_grad()
@@ -242,7 +240,7 @@ class LanguageModel:
 
     @torch.no_grad()
     def last_states(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> "LastStates":
-        """What the model makes of token ids [b, t] before its head; for `next_token_logits`.
+        """Hidden states before the head, for token ids [b, t]; pass them to `next_token_logits`.
 
         Raises InputError if the model does not predict the next token.
         """
@@ -252,7 +250,7 @@ class LanguageModel:
                 "cross-entropy (only models for causal language modelling have one)"
             )
         ids = input_ids.to(self.device)
-        body = self.model.base_model
+        body: nn.Module = self.model.base_model
         with self.lock:
             if body is self.model or (self.target or self.module) not in set(body.modules()):
                 return LastStates(ids, None, self._run(ids, attention_mask).logits)
@@ -260,9 +258,9 @@ class LanguageModel:
 
     @torch.no_grad()
     def next_token_logits(self, states: "LastStates") -> Iterator[tuple[slice, Tensor]]:
-        """Logits [n, V] of each next token, and which of the flattened [b (t - 1)] tokens they are.
+        """Logits [n, V] of each next token, with their slice of the flattened [b (t - 1)] tokens.
 
-        The head, and what the model does to its logits, runs on about LOGITS_AT_ONCE at a time.
+        The head (and scaling of its logits) runs on about LOGITS_AT_ONCE logits at a time.
         """
         if states.logits is not None:
             logits = states.logits[:, :-1].flatten(0, 1)
@@ -274,23 +272,23 @@ class LanguageModel:
         for start in range(0, len(hidden), size):
             rows = slice(start, min(start + size, len(hidden)))
             output = with_first(states.output, hidden[rows][None])
-            with self.lock, _stand_in(self.model.base_model, output):
-                # Not by a call: hooks of the model take this for another forward pass.
+            with self.lock, _replaced_output(self.model.base_model, output):
+                # Not `self.model(...)`: its hooks would count another forward pass.
                 logits = self.model.forward(input_ids=ids[rows][None]).logits[0]
             yield rows, logits
 
     def logits(self, input_ids: Tensor) -> Tensor:
-        """All logits [b, t, V] at once, for a few short contexts, differentiably."""
+        """All logits [b, t, V], differentiable; for a few short contexts."""
         with self.lock:
             return self._run(input_ids.to(self.device), None).logits
 
     def _run(self, input_ids: Tensor, attention_mask: Tensor | None) -> Any:
-        # Without a mask some models guess one from the padding token, which may end texts as well.
+        # Without a mask some models derive one from the padding token, which may also end texts.
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         return self.model(input_ids=input_ids.to(self.device), attention_mask=mask.to(self.device))
 
     def _run_to(self, module: nn.Module, input_ids: Tensor, attention_mask: Tensor | None) -> Any:
-        """The output of `module` when it first runs; nothing runs after it."""
+        """The output of `module` when it first runs; the forward pass ends there."""
 
         def stop(_module: nn.Module, _inputs: Any, output: Any) -> None:
             raise _Stop(output)
@@ -302,7 +300,7 @@ class LanguageModel:
                 return stopped.output
         raise InputError(
             f"hookpoint {self.hookpoint!r} of {self.name} does not run in a forward pass: it is "
-            f"a {type(module).__name__}; name one of the modules in it, or another"
+            f"a {type(module).__name__}; name a module inside it, or another one"
         )
 
     @contextmanager
@@ -318,17 +316,17 @@ class LanguageModel:
             yield
 
     @contextmanager
-    def _reading(self) -> Iterator[list[Any]]:
-        """Collect what the hookpoint gives, each time it runs."""
-        read: list[Any] = []
+    def _collecting(self) -> Iterator[list[Any]]:
+        """Collect the hookpoint's output each time it runs."""
+        outputs: list[Any] = []
 
         def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
             hidden = first_tensor(output)
             # A copy: later modules may add to it in place.
-            read.append(hidden.clone() if isinstance(hidden, Tensor) else hidden)
+            outputs.append(hidden.clone() if isinstance(hidden, Tensor) else hidden)
 
         with _hook(self.module, keep):
-            yield read
+            yield outputs
 
     def _hidden(self, output: Any, input_ids: Tensor, hookpoint: str) -> Tensor:
         hidden = first_tensor(output)
@@ -341,15 +339,17 @@ class LanguageModel:
         )
 
     def _probe(self) -> tuple[int, int]:
-        """d_model and d_target, from a tiny forward pass; fails if it uses an absent weight."""
+        """d_model and d_target, from a tiny forward pass.
+
+        Raises InputError if it uses an absent weight.
+        """
         used: set[nn.Module] = set()
         hooks = [
             m.register_forward_pre_hook(lambda m, _: used.add(m)) for m in self.model.modules()
         ]
         try:
             ids = torch.arange(1, 7).view(2, 3)
-            both = self.activations(ids).shape[2]
-            d_model = both
+            width = d_model = self.activations(ids).shape[2]
             if self.target is not None:
                 output = self._run_to(self.module, ids, None)
                 d_model = self._hidden(output, ids, self.hookpoint).shape[2]
@@ -362,25 +362,25 @@ class LanguageModel:
         if random:
             raise InputError(
                 f"model {self.name!r}: its files lack {len(random)} weights that "
-                f"{self.hookpoint!r} depends on, {random[0]!r} for one: they would be random. "
+                f"{self.hookpoint!r} depends on, such as {random[0]!r}: they would be random. "
                 f"Is this a checkpoint of {type(self.model).__name__}?"
             )
-        return d_model, both - d_model
+        return d_model, width - d_model
 
 
 class LastStates(NamedTuple):
-    """What a forward pass came to before its head."""
+    """Hidden states of a forward pass before the head."""
 
     ids: Tensor
-    """[b, t] token ids that it read."""
+    """[b, t] token ids."""
     output: Any
-    """Of the model's body; None where the head cannot be run alone."""
+    """Output of the model without its head; None if the head cannot run separately."""
     logits: Tensor | None
-    """[b, t, V] in its place."""
+    """[b, t, V], only if `output` is None."""
 
 
 class _Stop(Exception):
-    """Ends a forward pass, with the output of the module that it got to."""
+    """Ends a forward pass; holds the output of the last module that ran."""
 
     def __init__(self, output: Any) -> None:
         self.output = output
@@ -396,20 +396,20 @@ def _hook(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
 
 
 @contextmanager
-def _stand_in(module: nn.Module, output: Any) -> Iterator[None]:
-    """Let `module` give `output` without running."""
+def _replaced_output(module: nn.Module, output: Any) -> Iterator[None]:
+    """Make `module` return `output` without running."""
     before = module.__dict__.get("forward")
-    module.forward = lambda *_args, **_kwargs: output
+    module.__dict__["forward"] = lambda *_args, **_kwargs: output
     try:
         yield
     finally:
-        del module.forward
+        del module.__dict__["forward"]
         if before is not None:
-            module.forward = before
+            module.__dict__["forward"] = before
 
 
 def first_tensor(output: Any) -> Any:
-    """Hidden states in a module's output: itself, or the first part of a tuple or ModelOutput."""
+    """Hidden states of a module's output: itself, or the first part of a tuple or ModelOutput."""
     if isinstance(output, Tensor):
         return output
     if isinstance(output, dict):  # a ModelOutput
@@ -421,8 +421,8 @@ def with_first(output: Any, hidden: Tensor) -> Any:
     """`output` with `hidden` in the place of `first_tensor(output)`."""
     if isinstance(output, Tensor):
         return hidden
-    if isinstance(output, dict):
-        return dataclasses.replace(output, **{next(iter(output)): hidden})
+    if isinstance(output, dict):  # a ModelOutput
+        return dataclasses.replace(cast(Any, output), **{next(iter(output)): hidden})
     return type(output)((hidden, *output[1:]))
 
 
@@ -431,7 +431,21 @@ def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits.float(), targets, reduction="none")
 
 
-# Looking into a model
+# A model's structure
+
+
+def layer_or_hookpoint(name: str, layer: int | None, hookpoint: str | None) -> int | str:
+    """The one that is given, or the embedded model's layer. Raises InputError otherwise."""
+    if layer is not None and hookpoint is not None:
+        raise InputError(f"layer {layer} and hookpoint {hookpoint!r}: expected one of them")
+    if hookpoint is not None:
+        return hookpoint
+    if layer is None and name != EMBEDDED_MODEL:
+        raise InputError(
+            f"model {name!r}: which activations? Give --layer N (the residual stream after block "
+            "N, from 0) or --hookpoint MODULE_NAME"
+        )
+    return EMBEDDED_LAYER if layer is None else layer
 
 
 def _num_layers(config: Any) -> int:
@@ -439,6 +453,7 @@ def _num_layers(config: Any) -> int:
 
 
 def check_layer(name: str, config: Any, layer: int) -> None:
+    """Raise InputError unless the model `name` with this transformers config has the layer."""
     layers = _num_layers(config)
     if not 0 <= layer < layers:
         raise InputError(
@@ -447,26 +462,29 @@ def check_layer(name: str, config: Any, layer: int) -> None:
         )
 
 
+Loaded = TypeVar("Loaded", bound=LanguageModel)
+
+
 def _at_block(
-    cls: type[LanguageModel], model: nn.Module, tokenizer: Any, layer: int, facts: dict[str, Any]
-) -> LanguageModel:
-    """Reads out block `layer` of the first list of blocks that gives hidden states."""
+    at: Callable[[str], Loaded], model: "PreTrainedModel", name: str, layer: int
+) -> Loaded:
+    """The model read at block `layer` of the first list of blocks that gives hidden states."""
     problem: InputError | None = None
-    for name, _ in lists_of_blocks(model):
+    for blocks, _ in lists_of_blocks(model):
         try:
-            return cls(model, tokenizer, f"{name}.{layer}", **facts)
-        except InputError as error:  # the blocks of an image encoder, say, do not run
+            return at(f"{blocks}.{layer}")
+        except InputError as error:  # the blocks of an image encoder, for example, do not run
             problem = problem or error
     if problem is not None:
         raise problem
     raise InputError(
-        f"model {facts['name']!r}: no list of {_num_layers(model.config)} blocks found in "
+        f"model {name!r}: no list of {_num_layers(model.config)} blocks found in "
         f"{type(model).__name__}, so --layer has no meaning: name a module with --hookpoint"
     )
 
 
 def lists_of_blocks(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
-    """The lists of as many modules as the model has blocks, with their names."""
+    """Every ModuleList with as many modules as the model has blocks, and its name."""
     layers = _num_layers(model.config)
     return [
         (name, module)
@@ -476,6 +494,7 @@ def lists_of_blocks(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
 
 
 def find_module(model: nn.Module, name: str, hookpoint: str) -> nn.Module:
+    """The module `hookpoint` of the model `name`. Raises InputError if there is none."""
     modules = dict(model.named_modules())
     if hookpoint in modules:
         return modules[hookpoint]
@@ -487,14 +506,14 @@ def find_module(model: nn.Module, name: str, hookpoint: str) -> nn.Module:
     )
 
 
-def _is_causal(model: nn.Module) -> bool:
-    """Whether the model predicts the next token (it was loaded as such, and it is no encoder)."""
+def _is_causal(model: "PreTrainedModel") -> bool:
+    """Whether the model has a head that predicts the next token."""
     name = type(model).__name__
     return model.get_output_embeddings() is not None and not name.endswith("ForMaskedLM")
 
 
 def _weights_digest(model: nn.Module) -> str:
-    """Identifies the weights by the first few elements of each."""
+    """Hash of the first few elements of each weight."""
     return digest(
         *(
             (name, *p.shape, *p.detach().reshape(-1)[:4].float().tolist())

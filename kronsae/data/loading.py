@@ -1,22 +1,24 @@
-"""From a name to a transformers model: its configuration, tokenizer and weights, or why not."""
+"""Configuration, tokenizer and weights of a transformers model by its name."""
 
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from kronsae.data.common import reason
 from kronsae.embedded import EMBEDDED_MODEL, embedded_model_path
 from kronsae.errors import InputError
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No bars and no warnings of transformers; those of a download from the hub stay."""
+    """Hide progress bars and warnings of transformers, except progress of downloads."""
     from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
     from transformers.utils import logging
 
@@ -36,8 +38,8 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _place(name: str) -> str:
-    """What from_pretrained takes for a name."""
+def _name_or_path(name: str) -> str:
+    """The argument of from_pretrained for a model's name."""
     if name == EMBEDDED_MODEL:
         try:
             return str(embedded_model_path())
@@ -52,7 +54,7 @@ def load_config(name: str, revision: str | None, trust_remote_code: bool) -> Any
 
     try:
         return AutoConfig.from_pretrained(
-            _place(name), revision=revision, trust_remote_code=trust_remote_code
+            _name_or_path(name), revision=revision, trust_remote_code=trust_remote_code
         )
     except Exception as error:  # transformers and the hub raise dozens of kinds
         raise InputError(_not_found(name, revision, error)) from error
@@ -63,8 +65,8 @@ def _not_found(name: str, revision: str | None, error: Exception) -> str:
     why = reason(error)
     if "trust_remote_code" in text:
         return (
-            f"model {name!r} needs code that comes with it from the hub. Read that code; "
-            "to run it, add --trust-remote-code"
+            f"model {name!r} needs code from its hub repository. Read that code, then "
+            "allow it with --trust-remote-code"
         )
     if Path(name).expanduser().is_dir():
         return f"model {name!r}: the folder holds no transformers model ({why})"
@@ -83,7 +85,7 @@ def load_tokenizer(name: str, common: dict[str, Any]) -> Any:
 
     advice = "text cannot be read without one. Save it beside the model, or name another model"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(_place(name), **common)
+        tokenizer = AutoTokenizer.from_pretrained(_name_or_path(name), **common)
     except Exception as error:  # of dozens of kinds
         raise InputError(f"model {name!r} has no tokenizer: {advice} ({reason(error)})") from error
     # Without files, transformers 5 makes a tokenizer that knows its special tokens alone.
@@ -94,16 +96,16 @@ def load_tokenizer(name: str, common: dict[str, Any]) -> Any:
 
 def load_model(
     name: str, config: Any, dtype: torch.dtype, common: dict[str, Any]
-) -> tuple[nn.Module, tuple[str, ...]]:
-    """The model, and the names of the weights that its files lack."""
+) -> tuple["PreTrainedModel", tuple[str, ...]]:
+    """The model, and the names of weights that its files lack."""
     import transformers
     from transformers import AutoModel, AutoModelForCausalLM
 
     recent = tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= (4, 56)
-    loader = AutoModelForCausalLM if has_causal_class(config) else AutoModel
+    loader: Any = AutoModelForCausalLM if has_causal_class(config) else AutoModel
     try:
         model, info = loader.from_pretrained(
-            _place(name),
+            _name_or_path(name),
             config=config,
             use_safetensors=True,
             output_loading_info=True,
@@ -113,9 +115,9 @@ def load_model(
     except Exception as error:  # of dozens of kinds
         if "safetensors" in str(error):
             raise InputError(
-                f"model {name!r} has no weights in safetensors format, and no other format is "
-                "read, as unpickling can run code: convert it (save_pretrained does), or give a "
-                f"--revision that has them ({reason(error)})"
+                f"model {name!r} has no weights in safetensors format, the only one that is read "
+                "(unpickling can run code): convert it with save_pretrained, or give a --revision "
+                f"that has them ({reason(error)})"
             ) from error
         raise InputError(
             f"model {name!r}: its weights cannot be loaded ({reason(error)})"
@@ -124,9 +126,9 @@ def load_model(
 
 
 def has_causal_class(config: Any) -> bool:
-    """Whether to load the model with a head for the next token.
+    """Whether the model has a head that predicts the next token.
 
-    BERT and its kind have a class for it, which is only right if the config says `is_decoder`.
+    Masked language models (BERT) have a causal class too; it applies only if `is_decoder` is set.
     """
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,

@@ -1,4 +1,4 @@
-"""Documents -> packed contexts of token ids, without padding."""
+"""Packing of documents into contexts of token ids without padding."""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 PIECE_CHARACTERS = 100_000
-"""Longer documents are tokenised in pieces, so that memory stays bounded."""
+"""Longer documents are tokenised in pieces, which bounds memory."""
 
 
 class Packer:
@@ -15,8 +15,8 @@ class Packer:
 
     Each document is followed by the end-of-text token; each context begins with the
     beginning-of-text token if the tokenizer puts one before a text (Llama, Gemma; not GPT-2,
-    Pythia, Qwen). No token is dropped or padded: what does not fill a context waits for the next
-    document, and at the end of the data there is less than one context of it.
+    Pythia, Qwen). Tokens that do not fill a context wait for the next document, so that nothing is
+    padded, and less than one context is lost at the end of the data.
     """
 
     def __init__(self, tokenizer: Any, context_length: int) -> None:
@@ -28,10 +28,9 @@ class Packer:
         self.waiting: list[int] = []
 
     def add(self, text: str) -> Iterator[Tensor]:
-        """Contexts [context_length] int64 that this document completes; an empty one adds nothing.
+        """Contexts [context_length] int64 that this document completes.
 
-        The document counts as added once the iterator has ended; a long one is tokenised as far as
-        the iterator gets.
+        The document is added piece by piece as the iterator advances: iterate to the end.
         """
         if not text:
             return
@@ -41,7 +40,7 @@ class Packer:
             yield from self._cut([self.separator])
 
     def _cut(self, tokens: list[int]) -> Iterator[Tensor]:
-        """The full contexts that waiting + tokens make; the rest waits."""
+        """The full contexts of waiting + tokens; the rest waits."""
         begin = [] if self.bos is None else [self.bos]
         room = self.context_length - len(begin)
         self.waiting += tokens
@@ -61,19 +60,19 @@ class Packer:
 
 
 def pack(documents: Iterable[str], tokenizer: Any, context_length: int) -> Iterator[Tensor]:
-    """All full contexts of some documents."""
+    """All full contexts of the documents."""
     packer = Packer(tokenizer, context_length)
     for text in documents:
         yield from packer.add(text)
 
 
 def token_mask(input_ids: Tensor, tokenizer: Any, special: Tensor | None = None) -> Tensor:
-    """Which tokens of [b, t] an SAE is trained on (bool, on the CPU): none special, none first.
+    """Mask [b, t] (bool, CPU) of tokens to train on: not special, and not first in a context.
 
-    The first position is left out with or without a BOS: models use it as an attention sink, with
-    activations orders of magnitude larger than the rest.
+    Models use the first position as an attention sink, with or without a BOS token: its
+    activations are orders of magnitude larger than the rest.
 
-    special: `special_ids(tokenizer)`, if it is at hand: listing thousands takes milliseconds.
+    special: `special_ids(tokenizer)` if already known; listing thousands takes milliseconds.
     """
     special = special_ids(tokenizer) if special is None else special
     mask = ~torch.isin(input_ids.cpu(), special)
@@ -99,16 +98,16 @@ def beginning_token(tokenizer: Any) -> int | None:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """text in order, cut where white space begins: most tokenizers begin a token there anyway.
+    """Pieces of text, cut where white space begins: most tokenizers begin a token there anyway.
 
-    Without white space in its second half, a piece ends anywhere.
+    A piece without white space in its second half is cut at PIECE_CHARACTERS.
     """
     start = 0
     while start < len(text):
         limit = stop = start + PIECE_CHARACTERS
         if limit < len(text):
-            places = range(limit, limit - PIECE_CHARACTERS // 2, -1)
-            begins = (i for i in places if text[i].isspace() and not text[i - 1].isspace())
-            stop = next(begins, limit)
+            candidates = range(limit, limit - PIECE_CHARACTERS // 2, -1)
+            cuts = (i for i in candidates if text[i].isspace() and not text[i - 1].isspace())
+            stop = next(cuts, limit)
         yield text[start:stop]
         start = stop

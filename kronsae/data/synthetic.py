@@ -1,4 +1,4 @@
-"""Sparse ground-truth features with correlations, for tests and studies without a model."""
+"""Synthetic activations from sparse, correlated ground-truth features."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,15 +10,14 @@ from kronsae.errors import InputError
 
 
 class SyntheticActivations:
-    """x = sum of a few features, which come in correlated groups.
+    """Endless batches of sums of a few ground-truth features, for tests without a model.
 
-    `num_groups` groups of `group_size` features; a group is on for a token with probability
-    `group_density`, and then each of its features with probability `within`: features of a group
-    fire together. Amplitudes are uniform in (0.5, 1.5), directions random unit vectors.
+    There are `num_groups` groups of `group_size` features. A group is on for a token with
+    probability `group_density`, and then each of its features with probability `within`, so that
+    features of a group fire together. Amplitudes are uniform in (0.5, 1.5), directions (features:
+    [num_groups * group_size, d]) are random unit vectors.
 
-    features: [num_groups * group_size, d] the directions.
-    Endless, deterministic in `seed`, resumable. Raises InputError for a size below 1, or for
-    probabilities outside [0, 1].
+    Raises InputError for a size below 1, or for probabilities outside [0, 1].
     """
 
     def __init__(

@@ -1,16 +1,16 @@
-"""Text documents with an exact position: the standard library, local files, the hub.
+"""Text documents from Python's standard library, local files or the Hugging Face hub.
 
-What `--dataset` can name, and what is one document of it:
+`--dataset` names one of:
 
-- `stdlib`: the source text of Python's standard library; a file is a document.
-- Local files, folders and globs, separated by commas. Of JSONL, JSON, Parquet, Arrow, CSV and TSV
-  files a row is a document. Of a .txt file, and of a text file that is alone, a paragraph is one
-  (a line, if nothing in it is set off by blank lines); each other text file is one as a whole.
-  Compressed files are read as what is in them. A folder means the files in it, and below, that
-  end in a suffix known here, hidden ones left out.
-- Anything else: a dataset of the Hugging Face hub; a row is a document.
+- `stdlib`: the source of Python's standard library. Each file is a document.
+- Local files, folders and globs, separated by commas. In JSONL, JSON, Parquet, Arrow, CSV and TSV
+  files each row is a document. In a .txt file, or a single text file, each paragraph is one (each
+  line, if there are no blank lines). Of several other text files each is one document.
+  Compressed files are decompressed. A folder stands for all files in and below it with a suffix
+  known here, except hidden ones.
+- Anything else: a dataset of the Hugging Face hub. Each row is a document.
 
-Rows without text (null, empty, white space) are passed over.
+Rows without text (null, empty, white space) are skipped.
 """
 
 import glob
@@ -39,10 +39,10 @@ BUILDERS = {
     ".csv": "csv",
     ".tsv": "csv",
 }
-"""`datasets` builder by a file's suffix (before .gz and the like); anything else is text."""
+"""`datasets` builder by file suffix (before .gz etc.); all other files are text."""
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".tex", ".py")
-"""Text files that a folder is searched for; others can be named or matched by a glob."""
+"""Suffixes of the text files of a folder; others have to be named or matched by a glob."""
 
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 
@@ -50,12 +50,12 @@ METADATA = frozenset({"dataset_info.json", "state.json"})
 """Files of `Dataset.save_to_disk` that hold no documents."""
 
 HASHED_WHOLE_BYTES = 2**26
-"""Of larger files the fingerprint has the size and both ends: reading all takes minutes a TB."""
+"""The fingerprint of a larger file hashes its size and both ends, to save reading all of it."""
 
 HASHED_END_BYTES = 2**20
 
 STREAMED_ROWS = 16
-"""First rows by which the fingerprint tells a stream from the hub from what it was before."""
+"""The fingerprint of a streamed dataset hashes its first 16 rows."""
 
 PEEK_CHARACTERS = 2**20
 """How much of a text file is searched for blank lines."""
@@ -65,13 +65,13 @@ REASON_CHARACTERS = 1000
 
 
 class TextSource(Protocol):
-    """Documents to train on, in a seeded order, and those set aside."""
+    """Documents to train on, in a seeded order, and held-out documents."""
 
     def heldout(self) -> Iterator[str]:
-        """Documents to evaluate on, in a fixed order ("" where a row holds no text)."""
+        """Documents to evaluate on, in a fixed order ("" for a row without text)."""
 
     def hold_out(self, count: int) -> None:
-        """Keep the first `count` documents that `heldout` gave out of training.
+        """Exclude the first `count` documents of `heldout` from training.
 
         Raises InputError if that leaves nothing to train on.
         """
@@ -85,19 +85,19 @@ class TextSource(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
     def fingerprint(self) -> str:
-        """Identifies the text: not its order, and not where it lies."""
+        """Hash of the text, whatever its order and location."""
 
 
 class IndexedText:
-    """Documents that can be looked up by number: shuffled anew each epoch, position in O(1).
+    """Documents of a sequence, shuffled anew in each epoch; it goes to any position in O(1).
 
     documents: texts to train on.  aside: texts to evaluate on; None takes them from the beginning
-    of `documents`.  name: what errors call the text.
+    of `documents`.  name: of the text in error messages.
     """
 
     def __init__(
         self,
-        documents: Sequence[str | None],
+        documents: "Sequence[str | None] | Column",
         aside: Sequence[str | None] | None,
         *,
         seed: int,
@@ -149,7 +149,7 @@ class IndexedText:
 class StreamedText:
     """Documents of a `datasets.IterableDataset`, in its own order; the first ones are held out.
 
-    It goes to a position as well as the dataset can: to the right file at once, then row by row.
+    It resumes as fast as the dataset can: at the right file, then row by row.
     """
 
     def __init__(
@@ -158,6 +158,7 @@ class StreamedText:
         self.dataset, self.column, self.epochs, self.name = dataset, column, epochs, name
         self._fingerprint = fingerprint
         self.epoch = 0
+        self.resumed_at: dict[str, Any] | None = None
         self.hold_out(0, check=False)
 
     def heldout(self) -> Iterator[str]:
@@ -173,7 +174,7 @@ class StreamedText:
     def __iter__(self) -> Iterator[str]:
         while self.epoch < self.epochs:
             for text in self._texts(self.train):
-                self.waiting = None
+                self.resumed_at = None
                 if text:
                     yield text
             self.epoch += 1
@@ -181,8 +182,8 @@ class StreamedText:
 
     def _go_to(self, position: dict[str, Any]) -> None:
         self.train.load_state_dict(position)
-        # The dataset itself reports it only from the next row on.
-        self.waiting: dict[str, Any] | None = position
+        # The dataset itself reports a loaded position only after its next row.
+        self.resumed_at = position
 
     def _texts(self, dataset: Any) -> Iterator[str]:
         with _reading(f"dataset {self.name!r}: reading on failed"):
@@ -190,7 +191,7 @@ class StreamedText:
                 yield _clean(row[self.column], self.name)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self.epoch, "stream": self.waiting or self.train.state_dict()}
+        return {"epoch": self.epoch, "stream": self.resumed_at or self.train.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.epoch = state["epoch"]
@@ -214,38 +215,43 @@ class Column:
 
 
 def open_text(config: DataConfig, seed: int) -> TextSource:
-    """The text that `config.dataset` names (see above), in the order of `seed`.
+    """The text that `config.dataset` names (see the module), in the order that `seed` draws.
 
-    Raises InputError if there is none, it is empty, it has no such column of text, or a setting
-    has no effect on it.
+    Raises InputError if it cannot be read, is empty, lacks the column, or if a setting has no
+    effect on it.
     """
     files = check_text(config)
     if config.dataset == STDLIB:
         return _open_stdlib(config, seed)
     dataset = _open_files(files, config) if files else _open_hub(config)
     _check_column(dataset, config)
-    source = {"epochs": config.epochs, "name": config.dataset}
-    if files:
-        mark = digest(config.text_column, *map(_kind_name, files), *map(_contents, files))
-    elif config.streaming:
-        name = [config.dataset, config.dataset_config, config.split, config.text_column]
-        with _reading(f"dataset {config.dataset!r} could not be read"):
-            first = [row[config.text_column] for row in islice(dataset, STREAMED_ROWS)]
-        mark = digest(*name, *first)
-    else:
-        mark = dataset._fingerprint
+    fingerprint = _fingerprint(dataset, files, config)
+    name, epochs = config.dataset, config.epochs
     if config.streaming:
-        return StreamedText(dataset, config.text_column, fingerprint=mark, **source)
+        return StreamedText(
+            dataset, config.text_column, epochs=epochs, fingerprint=fingerprint, name=name
+        )
     if len(dataset) == 0:
-        raise InputError(f"dataset {config.dataset!r} is empty")
+        raise InputError(f"dataset {name!r} is empty")
     column = Column(dataset, config.text_column)
-    return IndexedText(column, None, seed=seed, fingerprint=mark, **source)
+    return IndexedText(column, None, seed=seed, epochs=epochs, fingerprint=fingerprint, name=name)
+
+
+def _fingerprint(dataset: Any, files: list[Path], config: DataConfig) -> str:
+    """Hash of a text from files or the hub, whatever its order."""
+    if files:
+        return digest(config.text_column, *map(_kind_name, files), *map(_content_hash, files))
+    if not config.streaming:
+        return dataset._fingerprint
+    with _reading(f"dataset {config.dataset!r} could not be read"):
+        first = [row[config.text_column] for row in islice(dataset, STREAMED_ROWS)]
+    return digest(config.dataset, config.dataset_config, config.split, config.text_column, *first)
 
 
 def check_text(config: DataConfig) -> list[Path]:
-    """The files that `config.dataset` names ([] for stdlib and the hub), after all cheap checks.
+    """Check `config` without reading the text; the files that it names ([] for stdlib, the hub).
 
-    Raises InputError as `open_text` does, for what can be seen without reading the text.
+    Raises InputError as `open_text` does.
     """
     if config.dataset == STDLIB:
         _refuse(config, "the standard library", "split", "text_column")
@@ -278,14 +284,14 @@ def _refuse(config: DataConfig, what: str, *names: str) -> None:
 
 
 def local_files(dataset: str) -> list[Path]:
-    """Files that a --dataset value names, each once, or [] if it is the name of a hub dataset.
+    """The files that a --dataset value names, each once, or [] if it names a hub dataset.
 
-    Raises InputError if it can only be meant as files and there are none.
+    Raises InputError if it can only mean files and there are none.
     """
-    whole = Path(dataset).expanduser().exists()  # also with a comma in its name
-    parts = [dataset] if whole else [part.strip() for part in dataset.split(",")]
-    found = [path for part in parts for path in _files_of(part, alone=len(parts) == 1)]
-    return list({path.resolve(): path for path in found}.values())
+    is_path = Path(dataset).expanduser().exists()  # even with a comma in its name
+    parts = [dataset] if is_path else [part.strip() for part in dataset.split(",")]
+    files = [path for part in parts for path in _files_of(part, alone=len(parts) == 1)]
+    return list({path.resolve(): path for path in files}.values())
 
 
 def _files_of(part: str, alone: bool) -> list[Path]:
@@ -329,7 +335,7 @@ def _files_in(folder: Path) -> list[Path]:
 
 
 def _suffix(path: Path) -> str:
-    """The suffix in lower case; of a compressed file, the one before."""
+    """The suffix in lower case, before that of a compression."""
     compressed = path.suffix.lower() in COMPRESSIONS
     return (path.with_suffix("") if compressed else path).suffix.lower()
 
@@ -343,21 +349,23 @@ def _open_stdlib(config: DataConfig, seed: int) -> IndexedText:
         train, aside = (stdlib_documents(heldout=side) for side in (False, True))
     except FileNotFoundError as error:
         raise InputError(str(error)) from error
-    # By a hash, so that the beginning of what is set aside is not one package alone.
+    # By a hash, so that the first held-out documents are not all of one package.
     aside.sort(key=lambda document: zlib.crc32(document["path"].encode()))
-    mark = digest(*(document["text"] for document in train + aside))
+    fingerprint = digest(*(document["text"] for document in train + aside))
     texts = [[document["text"] for document in side] for side in (train, aside)]
-    return IndexedText(*texts, seed=seed, epochs=config.epochs, fingerprint=mark, name=STDLIB)
+    return IndexedText(
+        *texts, seed=seed, epochs=config.epochs, fingerprint=fingerprint, name=STDLIB
+    )
 
 
 def _open_files(files: list[Path], config: DataConfig) -> Any:
-    """All rows of the files, in their order of reading: a Dataset, or an IterableDataset."""
+    """All rows of the files, as a Dataset or an IterableDataset."""
     datasets = _datasets()
     groups: dict[tuple[tuple[str, str], ...], list[str]] = {}
     parts = []
     builder = _kind_name(files[0])
-    what = f"dataset {config.dataset!r}: its {builder} files could not be read"
-    with _reading(what), _no_bars():
+    problem = f"dataset {config.dataset!r}: its {builder} files could not be read"
+    with _reading(problem), _no_bars():
         for path in files:
             groups.setdefault(_options(path, alone=len(files) == 1), []).append(str(path))
         for options, names in groups.items():
@@ -374,7 +382,7 @@ def _open_files(files: list[Path], config: DataConfig) -> Any:
 
 
 def _options(path: Path, alone: bool) -> tuple[tuple[str, str], ...]:
-    """What the file's builder has to be told."""
+    """Options of the `datasets` builder for this file."""
     suffix = _suffix(path)
     if suffix == ".tsv":
         return (("sep", "\t"),)
@@ -402,7 +410,7 @@ def _open_hub(config: DataConfig) -> Any:
 def _check_column(dataset: Any, config: DataConfig) -> None:
     name, columns, features = config.text_column, dataset.column_names, dataset.features or {}
     first: dict[str, Any] = {}
-    if columns is None:  # a stream that does not know them: look at its first row
+    if columns is None:  # not every stream knows them: look at the first row
         with _reading(f"dataset {config.dataset!r} could not be read"):
             first = next(iter(dataset), {})
         columns = list(first)
@@ -414,7 +422,7 @@ def _check_column(dataset: Any, config: DataConfig) -> None:
             "name one with --text-column"
         )
     if name in features:
-        # Structs and lists are not of one dtype.
+        # Structs and lists have no dtype.
         kind = getattr(features[name], "dtype", None) or "nested values"
     else:
         kind = "string" if isinstance(first[name], str | None) else type(first[name]).__name__
@@ -426,7 +434,7 @@ def _check_column(dataset: Any, config: DataConfig) -> None:
 
 
 def _clean(text: Any, name: str) -> str:
-    """The document, or "" if there is nothing in it."""
+    """The document, or "" if it is null or white space."""
     if text is None:
         return ""
     if not isinstance(text, str):
@@ -436,14 +444,14 @@ def _clean(text: Any, name: str) -> str:
 
 def _nothing_left(name: str, count: int) -> InputError:
     return InputError(
-        f"dataset {name!r}: the first {count} documents are held out, and after them there is "
-        "nothing to train on: give more text (or more documents), or fewer --heldout-tokens"
+        f"dataset {name!r}: its first {count} documents are held out, and there is nothing left to "
+        "train on: give more text (or more documents), or fewer --heldout-tokens"
     )
 
 
 @contextmanager
 def _no_bars() -> Iterator[None]:
-    """No progress bars of `datasets` for the while (local files take moments)."""
+    """Hide progress bars of `datasets`."""
     datasets = _datasets()
     before = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
@@ -456,7 +464,7 @@ def _no_bars() -> Iterator[None]:
 
 @contextmanager
 def _reading(problem: str) -> Iterator[None]:
-    """Makes an InputError of whatever `datasets` raises, which is of dozens of kinds."""
+    """Turn any error of `datasets` (there are dozens of types) into an InputError."""
     try:
         yield
     except (InputError, GeneratorExit):
@@ -466,7 +474,7 @@ def _reading(problem: str) -> Iterator[None]:
 
 
 def _reason(error: BaseException) -> str:
-    """Kind and message of the error that began it all, in one line of a readable length."""
+    """Type and message of the first error of a chain, in one line of a readable length."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
@@ -484,8 +492,8 @@ def _datasets() -> Any:
     return datasets
 
 
-def _contents(path: Path) -> str:
-    """Identifies what is in a file, wherever it lies."""
+def _content_hash(path: Path) -> str:
+    """Hash of a file's content."""
     size = path.stat().st_size
     with path.open("rb") as file:
         if size <= HASHED_WHOLE_BYTES:

@@ -1,4 +1,4 @@
-"""Tokens as text to read: on one line, and whole characters where several tokens spell one."""
+"""Readable text of single tokens, also where several tokens encode one character."""
 
 import re
 from bisect import bisect_right
@@ -10,11 +10,11 @@ from typing import Any
 def token_texts(
     tokens: Sequence[int], tokenizer: Any | None, fires: Sequence[float] | None = None
 ) -> list[str]:
-    """The text of each token, on one line: ↵ for a newline, ⇥ for a tab or four spaces.
+    """The text of each token on one line: ↵ for a newline, ⇥ for a tab or four spaces.
 
-    A character that several tokens spell belongs to the last of them. What the others give to it is
-    not shown, or, where a latent is positive on them (fires: [t]), as bytes: ⟨E4 BD⟩. So are bytes
-    that end without a character. Without a tokenizer: ids.
+    A character that several tokens encode is shown at the last of them. The other tokens' bytes are
+    hidden, or, where a latent fires on them (fires: [t], > 0), shown in hexadecimal: ⟨E4 BD⟩. Bytes
+    that form no character are shown so, too. Without a tokenizer the texts are ids.
     """
     if tokenizer is None:
         return [f"[{token}]" for token in tokens]
@@ -25,46 +25,52 @@ def token_texts(
         if text.endswith(_NO_CHARACTER) and stop < len(tokens):
             continue  # perhaps the next tokens complete a character
         start = len(texts)
-        spelled, given = _spelled(tokens[start:stop], text[len(before) :], tokenizer)
-        texts += spelled
-        for place, rest in enumerate(given, start):
-            if fires is not None and fires[place] > 0:
-                texts[place] += rest
+        pieces, bytes_of_later = _split_text(tokens[start:stop], text[len(before) :], tokenizer)
+        texts += pieces
+        for position, hexadecimal in enumerate(bytes_of_later, start):
+            if fires is not None and fires[position] > 0:
+                texts[position] += hexadecimal
         before = text
     return [_on_one_line(text) for text in texts]
 
 
 _NO_CHARACTER = "\ufffd"
-"""What decoders write for bytes that spell no character."""
+"""The replacement character, which decoders give for bytes that are no character."""
 
 
-def _spelled(tokens: Sequence[int], text: str, tokenizer: Any) -> tuple[list[str], list[str]]:
-    """`text` by the tokens that spell it together, their bytes in place of \ufffd if known; and
-    what each of them gives to a character of a later one."""
+def _split_text(tokens: Sequence[int], text: str, tokenizer: Any) -> tuple[list[str], list[str]]:
+    """Split `text` among the tokens that encode it.
+
+    Gives each token's text, with bytes that are no character in hexadecimal, and each token's bytes
+    of a character that a later token completes.
+    """
     if len(tokens) == 1 and _NO_CHARACTER not in text:
         return [text], [""]
-    pieces = [_bytes(name) for name in tokenizer.convert_ids_to_tokens([int(t) for t in tokens])]
-    if pieces[-1] is None:  # no byte token: what follows the bytes that spelled nothing
-        pieces[-1] = text.rpartition(_NO_CHARACTER)[2].encode()
-    if None in pieces or b"".join(pieces).decode(errors="replace") != text:
+    names = tokenizer.convert_ids_to_tokens([int(token) for token in tokens])
+    known = [_bytes(name) for name in names]
+    if known[-1] is None:  # no byte token: the text after the bytes that are no character
+        known[-1] = text.rpartition(_NO_CHARACTER)[2].encode()
+    pieces = [piece for piece in known if piece is not None]
+    data = b"".join(pieces)
+    if len(pieces) < len(tokens) or data.decode(errors="replace") != text:
         others = len(tokens) - 1
         return [""] * others + [text], [_NO_CHARACTER] * others + [""]
-    ends = list(accumulate(map(len, pieces)))
-    texts, given, place = [""] * len(tokens), [b""] * len(tokens), 0
-    for char in b"".join(pieces).decode(errors="surrogateescape"):
-        spelling = char.encode(errors="surrogateescape")
-        owners = [bisect_right(ends, place + i) for i in range(len(spelling))]
-        place += len(spelling)
+    ends = list(accumulate(len(piece) for piece in pieces))
+    texts, of_later, start = [""] * len(tokens), [b""] * len(tokens), 0
+    for char in data.decode(errors="surrogateescape"):
+        encoded = char.encode(errors="surrogateescape")
+        owners = [bisect_right(ends, start + i) for i in range(len(encoded))]
+        start += len(encoded)
         texts[owners[-1]] += char
-        for owner, byte in zip(owners, spelling, strict=True):
+        for owner, byte in zip(owners, encoded, strict=True):
             if owner != owners[-1]:
-                given[owner] += bytes([byte])
-    seen = re.compile("[\udc80-\udcff]+")
+                of_later[owner] += bytes([byte])
+    no_character = re.compile("[\udc80-\udcff]+")
     texts = [
-        seen.sub(lambda found: _hexadecimal(found[0].encode(errors="surrogateescape")), text)
+        no_character.sub(lambda run: _hexadecimal(run[0].encode(errors="surrogateescape")), text)
         for text in texts
     ]
-    return texts, [_hexadecimal(rest) if rest else "" for rest in given]
+    return texts, [_hexadecimal(piece) if piece else "" for piece in of_later]
 
 
 def _hexadecimal(data: bytes) -> str:
@@ -72,16 +78,16 @@ def _hexadecimal(data: bytes) -> str:
 
 
 def _bytes(name: str | bytes | None) -> bytes | None:
-    """The bytes of a token, if its name tells them: in byte-level BPE, or as <0xE4>."""
-    if not isinstance(name, str):  # tiktoken's are bytes; ids beyond the vocabulary have none
+    """The bytes of a token, if its name is of byte-level BPE, or like <0xE4>."""
+    if not isinstance(name, str):  # tiktoken's names are bytes; unknown ids have none
         return name
     if re.fullmatch("<0x[0-9A-F]{2}>", name):
         return bytes.fromhex(name[3:5])
-    return bytes(map(_BYTES.get, name)) if _BYTES.keys() >= set(name) else None
+    return bytes(_BYTES[char] for char in name) if _BYTES.keys() >= set(name) else None
 
 
 def _byte_of_letter() -> dict[str, int]:
-    """Byte-level BPE's names of bytes: visible Latin-1 letters, and from U+0100 on the rest."""
+    """Byte-level BPE's letter for each byte: visible Latin-1 stays, the rest is from U+0100 on."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     rest = sorted(set(range(256)) - set(visible))
     return {chr(byte): byte for byte in visible} | {chr(256 + i): b for i, b in enumerate(rest)}

@@ -1,13 +1,13 @@
 """SAEs in the formats and classes of other libraries.
 
-formats.py              what a format is          own.py, load.py         ours; `kronsae.load`
-stock.py                what stock formats can hold, and how an SAE fits in
-lens_format.py          SAELens' folders          sparsify.py, dictionary_learning.py    theirs
+formats.py, load.py     base class of formats; `kronsae.load`
+own.py, lens_format.py, sparsify.py, dictionary_learning.py
+                        formats of kronsae, SAELens, sparsify and dictionary_learning
+stock.py                the common form of other libraries' SAEs
 sae_lens.py             KronSAE as an architecture of SAELens (imports sae_lens)
-sae_bench.py            the adaptor for SAEBench (imports sae_bench)
+sae_bench.py            adaptor for SAEBench (imports sae_bench)
 
-Folders are read and written here without the libraries; `kronsae.load` and
-`python -m kronsae.export` are the ways in.
+`kronsae.load` and `kronsae export` read and write these formats without the libraries.
 """
 
 from kronsae.interop import dictionary_learning, lens_format, own, sparsify

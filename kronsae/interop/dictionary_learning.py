@@ -1,8 +1,7 @@
-"""dictionary_learning's folders: ae.pt and config.json, as its trainer_0/ holds them.
+"""Format of dictionary_learning: ae.pt and config.json, as in its trainer_0/.
 
-ae.pt is a pickle. `kronsae.load` reads one only when asked to (allow_pickle=True), and then with
-`torch.load(weights_only=True)`, whose unpickler makes tensors and plain containers and runs nothing
-else; safetensors, which the library does not read, would need no such care.
+ae.pt is a pickle. `kronsae.load` reads it only with allow_pickle=True, and by
+`torch.load(weights_only=True)`, which makes tensors and plain containers and runs no other code.
 """
 
 from pathlib import Path
@@ -14,7 +13,16 @@ from torch import Tensor
 from kronsae.errors import InputError
 from kronsae.interop.formats import Format, Reader
 from kronsae.interop.lens_format import ungated
-from kronsae.interop.stock import Origin, Stock, note_of, part_of, read_json, stock_of, take
+from kronsae.interop.stock import (
+    Origin,
+    Stock,
+    note_of,
+    part_of,
+    read_json,
+    source_metadata,
+    stock_of,
+    take,
+)
 from kronsae.model.sae import SAE
 from kronsae.registry import FORMATS, OBJECTIVES
 from kronsae.system.files import replace_directory, write_json
@@ -35,7 +43,7 @@ _TRAINERS = {
     "MatryoshkaBatchTopKSAE": "MatryoshkaBatchTopKTrainer",
     "JumpReluAutoEncoder": "JumpReluTrainer",
 }
-"""Classes that `write` writes, and what SAEBench expects as their trainers."""
+"""Classes that `write` writes, and the names of trainers that SAEBench expects for them."""
 CLASSES = (*_TRAINERS, "AutoEncoder", "AutoEncoderNew", "GatedAutoEncoder")
 """Classes that `read` reads."""
 
@@ -48,8 +56,8 @@ def write(sae: SAE, folder: str | Path) -> Path:
     stock = stock_of(sae, "dictionary_learning")
     if stock.transcoder:
         raise InputError(
-            "dictionary_learning's dictionaries reconstruct what they read: no transcoder fits. "
-            "What can hold one: --to sparsify (TopK) or sae_lens (with thresholds)"
+            "dictionary_learning has no transcoders: use --to sparsify (TopK) or sae_lens (with "
+            "thresholds)"
         )
     kind = _class_of(sae, stock)
     if kind == "JumpReluAutoEncoder":
@@ -58,14 +66,13 @@ def write(sae: SAE, folder: str | Path) -> Path:
     else:
         stock = stock.with_decoder_bias_first(1)
         matryoshka = kind == "MatryoshkaBatchTopKSAE"
-        names, turned = (_PARAMETERS, "W_enc") if matryoshka else (_LINEAR, "decoder.weight")
-        tensors = _transposed({names[ours]: getattr(stock, ours) for ours in names}, turned)
-        # -1 is theirs for a threshold that was never learned: TopK needs none.
+        names, transposed = (_PARAMETERS, "W_enc") if matryoshka else (_LINEAR, "decoder.weight")
+        tensors = _transposed({names[ours]: getattr(stock, ours) for ours in names}, transposed)
+        # -1 means a threshold that was never learned: TopK needs none.
         first = torch.tensor(-1.0) if stock.threshold is None else stock.threshold[0]
         tensors |= {"k": torch.tensor(stock.k, dtype=torch.int32), "threshold": first.clone()}
         if matryoshka:
-            ends = torch.tensor([0, *sae.config.prefixes])
-            tensors["group_sizes"] = ends.diff()
+            tensors["group_sizes"] = torch.tensor([0, *sae.config.prefixes]).diff()
     config = {"trainer": _trainer(sae, kind), "kronsae": note_of(sae)}
 
     def save(new: Path) -> None:
@@ -109,15 +116,15 @@ def _steps(train: dict[str, Any]) -> int | None:
     return -(-tokens // batch) if tokens and batch else None
 
 
-def _transposed(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+def _transposed(tensors: dict[str, Any], name: str) -> dict[str, Any]:
     return tensors | {name: tensors[name].T}
 
 
 def read(folder: Path) -> SAE:
-    """The SAE in a folder of dictionary_learning: unpickles ae.pt, tensors alone.
+    """Read an SAE of dictionary_learning: unpickles tensors of ae.pt.
 
-    Raises InputError if ae.pt holds anything else, is damaged, or of a class we have no counterpart
-    of. ReLU and gated autoencoders are read as what they are, thresholds.
+    Raises InputError if ae.pt holds anything else, is damaged, or of an unknown class. ReLU and
+    gated autoencoders become thresholds.
     """
     settings = read_json(folder / CONFIG_NAME)
     trainer = part_of(settings, "trainer")
@@ -129,32 +136,36 @@ def read(folder: Path) -> SAE:
         )
     path = folder / WEIGHTS_NAME
     tensors = _unpickled(path)
-    bias_first, nested = True, kind == "MatryoshkaBatchTopKSAE"
-    if nested or kind == "JumpReluAutoEncoder":
-        found = take(tensors, _PARAMETERS | {"threshold": "threshold"}, path)
-        found = _transposed(found, "W_enc")
-        bias_first = nested
+    if kind in ("MatryoshkaBatchTopKSAE", "JumpReluAutoEncoder"):
+        fields = _transposed(take(tensors, _PARAMETERS | {"threshold": "threshold"}, path), "W_enc")
     elif kind == "GatedAutoEncoder":
         names = {"W_enc": "encoder.weight", "W_dec": "decoder.weight", "b_dec": "decoder_bias"}
         names |= {name: name for name in ("r_mag", "mag_bias", "gate_bias")}
-        found = _transposed(take(tensors, names, path), "W_dec")
-        found["W_enc"], found["b_enc"], found["threshold"] = ungated(
-            found["W_enc"], found.pop("r_mag"), found.pop("mag_bias"), found.pop("gate_bias")
+        fields = _transposed(take(tensors, names, path), "W_dec")
+        fields["W_enc"], fields["b_enc"], fields["threshold"] = ungated(
+            fields["W_enc"], fields.pop("r_mag"), fields.pop("mag_bias"), fields.pop("gate_bias")
         )
     else:
         bias = {"AutoEncoder": "bias", "AutoEncoderNew": "decoder.bias"}.get(kind, "b_dec")
         names = _LINEAR | {"b_dec": bias}
         names |= {"threshold": "threshold"} if kind == "BatchTopKSAE" else {}
-        found = _transposed(take(tensors, names, path), "W_dec")
-        bias_first = kind != "AutoEncoderNew"
-        if kind.startswith("AutoEncoder") and kind != "AutoEncoderTopK":
-            found["threshold"] = torch.zeros_like(found["b_enc"])
+        fields = _transposed(take(tensors, names, path), "W_dec")
+        if kind in ("AutoEncoder", "AutoEncoderNew"):
+            fields["threshold"] = torch.zeros_like(fields["b_enc"])
     if kind in ("BatchTopKSAE", "MatryoshkaBatchTopKSAE"):
-        found["threshold"] = found["threshold"].clamp(min=0).expand(len(found["b_enc"])).clone()
-    stock = Stock(**found, k=_k_of(kind, trainer, tensors, path))
-    if bias_first:
+        fields["threshold"] = fields["threshold"].clamp(min=0).expand(len(fields["b_enc"])).clone()
+    stock = Stock(**fields, k=_k_of(kind, trainer, tensors, path))
+    if kind not in ("JumpReluAutoEncoder", "AutoEncoderNew"):
         stock = stock.with_decoder_bias_first(-1)
-    return stock.to_sae(settings.get("kronsae"), _facts(settings, trainer))
+    metadata = source_metadata(
+        "dictionary_learning",
+        settings,
+        name=trainer.get("lm_name"),
+        hookpoint=trainer.get("submodule_name"),
+        layer=trainer.get("layer"),
+        context_length=part_of(settings, "buffer").get("ctx_len"),
+    )
+    return stock.to_sae(settings.get("kronsae"), metadata)
 
 
 def _k_of(kind: str, trainer: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> int | None:
@@ -162,35 +173,21 @@ def _k_of(kind: str, trainer: dict[str, Any], tensors: dict[str, Tensor], path: 
         return None
     k = int(tensors["k"]) if "k" in tensors else trainer.get("k")
     if k is None:
-        raise InputError(f"{path} has no k, nor has {CONFIG_NAME}")
+        raise InputError(f"neither {path} nor {CONFIG_NAME} has k")
     return k
 
 
 def _unpickled(path: Path) -> dict[str, Tensor]:
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle, zip and torch raise their own kinds
+    except Exception as error:  # pickle, zip and torch raise errors of their own types
         raise InputError(
-            f"{path} cannot be read as tensors alone, and nothing else is unpickled "
+            f"{path} does not hold tensors alone, and nothing else is unpickled "
             f"({type(error).__name__}: {str(error).splitlines()[0]})"
         ) from error
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise InputError(f"{path}: expected a dictionary of tensors")
     return tensors
-
-
-def _facts(settings: dict[str, Any], trainer: dict[str, Any]) -> dict[str, Any]:
-    data = {
-        "name": trainer.get("lm_name"),
-        "hookpoint": trainer.get("submodule_name"),
-        "layer": trainer.get("layer"),
-        "context_length": part_of(settings, "buffer").get("ctx_len"),
-    }
-    return {
-        "format": "dictionary_learning",
-        "data": {name: value for name, value in data.items() if value is not None},
-        "settings": settings,
-    }
 
 
 def reader(folder: Path, sae: SAE) -> Reader:

@@ -1,4 +1,4 @@
-"""What a format of SAE folders is: a class that is registered in `kronsae.registry.FORMATS`."""
+"""`Format`, the base class of folder formats, which `kronsae.registry.FORMATS` registers."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -14,22 +14,22 @@ Reader = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 class Format:
-    """A kind of folder that holds an SAE, recognised by the names of its two files."""
+    """A format of folders that hold an SAE, recognised by the names of their two files."""
 
     library: ClassVar[str]
-    """What its users call it."""
+    """The library's name."""
     package: ClassVar[str]
-    """Name on the package index of what loads it."""
+    """Name of the library's package on the index."""
     weights: ClassVar[str]
     config: ClassVar[str]
     pickle: ClassVar[bool] = False
-    """Whether the weights are a pickle, which is read on request alone."""
+    """Whether the weights are a pickle, which is only read on request."""
     how_to_load: ClassVar[str]
-    """Python that loads the folder {out} in the library."""
+    """Python code that loads the folder {out} in the library."""
 
     @staticmethod
     def read(folder: Path) -> SAE:
-        """The SAE in a folder. Raises InputError if it is damaged, or of a kind that is unknown."""
+        """Read the SAE in a folder. Raises InputError if it is damaged or of an unknown kind."""
         raise NotImplementedError
 
     @staticmethod
@@ -39,12 +39,12 @@ class Format:
 
     @staticmethod
     def reader(folder: Path, sae: SAE) -> Reader:
-        """The SAE as the library itself loads it, for --verify. Raises ImportError without it."""
+        """The SAE as the library itself runs it, for --verify. Raises ImportError without it."""
         raise NotImplementedError
 
 
 def recognise(folder: Path) -> str | None:
-    """Name of the format that a folder's files are of, or None."""
+    """Name of a folder's format, or None."""
     for name, form in FORMATS.items():
         if all((folder / file).is_file() for file in (form.weights, form.config)):
             return name
@@ -52,5 +52,5 @@ def recognise(folder: Path) -> str | None:
 
 
 def known() -> str:
-    """The formats and their files, for messages."""
+    """The known formats and their files, for messages."""
     return "; ".join(f"{f.library} ({f.weights}, {f.config})" for f in FORMATS.values())

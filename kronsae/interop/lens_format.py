@@ -1,9 +1,9 @@
-"""SAELens' folders: sae_weights.safetensors and cfg.json, of version 6.
+"""Format of SAELens version 6: sae_weights.safetensors and cfg.json.
 
-Dense SAEs go into its stock architectures: TopK into "topk"; BatchTopK (with its threshold for
-use), JumpReLU, ReLU and gated SAEs into "jumprelu", which is how SAELens saves a BatchTopK SAE
-itself; transcoders with thresholds into "jumprelu_transcoder". Everything else is written as
-architecture "kronsae", which SAELens knows after `import kronsae.interop.sae_lens`.
+Dense SAEs become stock architectures: TopK "topk"; BatchTopK (with its threshold, as SAELens saves
+its own), JumpReLU, ReLU and gated SAEs "jumprelu"; transcoders with thresholds
+"jumprelu_transcoder". Everything else has architecture "kronsae", which SAELens knows after
+`import kronsae.interop.sae_lens`.
 """
 
 import dataclasses
@@ -25,29 +25,30 @@ from kronsae.interop.stock import (
     note_of,
     part_of,
     read_json,
+    source_metadata,
     stock_of,
     take,
+    write_folder,
 )
 from kronsae.model.sae import SAE, made_of
 from kronsae.registry import FORMATS
-from kronsae.system.files import read_tensors, replace_directory, write_json
+from kronsae.system.files import read_tensors
 
 WEIGHTS_NAME = "sae_weights.safetensors"
 CONFIG_NAME = "cfg.json"
 ARCHITECTURE = "kronsae"
 VERSION = "6.54.12"
-"""Of the SAELens that reads these files in our tests; below 6.0.0 it would rewrite cfg.json."""
+"""SAELens' version in our tests; it would rewrite a cfg.json of a version below 6.0.0."""
 
-_NAMES = {"W_enc": "W_enc", "b_enc": "b_enc", "W_dec": "W_dec", "b_dec": "b_dec"}
+_NAMES: tuple[str, ...] = ("W_enc", "b_enc", "W_dec", "b_dec")
 _WITH_THRESHOLD = ("jumprelu", "jumprelu_transcoder", "jumprelu_skip_transcoder")
 _OF_RELU = ("standard", "transcoder", "skip_transcoder")
-_GATED = ("gated",)
-STOCK = ("topk", *_WITH_THRESHOLD, *_OF_RELU, *_GATED)
+STOCK = ("topk", *_WITH_THRESHOLD, *_OF_RELU, "gated")
 """SAELens' own architectures that `read` knows."""
 
 
 def write(sae: SAE, folder: str | Path) -> Path:
-    """Write `sae` for `sae_lens.SAE.load_from_disk(folder)`. Raises InputError if it cannot be."""
+    """Write `sae` for `sae_lens.SAE.load_from_disk`. Raises InputError if it does not fit."""
     try:
         tensors, settings = _stock(sae)
     except NoStockForm:
@@ -63,22 +64,15 @@ def write(sae: SAE, folder: str | Path) -> Path:
         **settings,
         "metadata": metadata_of(sae),
     }
-    return replace_directory(Path(folder), lambda new: _save(new, tensors, config))
-
-
-def _save(folder: Path, tensors: dict[str, Tensor], config: dict[str, Any]) -> None:
-    from safetensors.torch import save_file
-
-    save_file({name: t.contiguous() for name, t in tensors.items()}, folder / WEIGHTS_NAME)
-    write_json(folder / CONFIG_NAME, config)
+    return write_folder(folder, (WEIGHTS_NAME, tensors), (CONFIG_NAME, config))
 
 
 def _stock(sae: SAE) -> tuple[dict[str, Tensor], dict[str, Any]]:
     stock = stock_of(sae, "SAELens")
     if stock.transcoder and stock.threshold is None:
         raise InputError(
-            "SAELens has no transcoder with TopK: sparsify has (--to sparsify), or train one with "
-            "--selection batchtopk or jumprelu"
+            "SAELens has no transcoder with TopK: use --to sparsify, or train one with --selection "
+            "batchtopk or jumprelu"
         )
     tensors = {name: getattr(stock, name) for name in _NAMES}
     tensors["W_enc"] = stock.W_enc.T
@@ -111,11 +105,12 @@ def check_own(config: SAEConfig) -> None:
     if config.d_target:
         raise InputError(
             f"a {kind_of(dataclasses.asdict(config))} cannot go to SAELens: its transcoders are "
-            "dense. What can: --to hub, or, to call it, kronsae.load(...)"
+            "dense. Use --to hub, or kronsae.load(...)"
         )
 
 
 def metadata_of(sae: SAE) -> dict[str, Any]:
+    """SAELens' metadata of an SAE."""
     origin = Origin.of(sae.metadata)
     facts = {
         "sae_lens_version": VERSION,
@@ -133,14 +128,14 @@ def metadata_of(sae: SAE) -> dict[str, Any]:
 
 
 def lens_hook(layer: int | None, hookpoint: str | None) -> str | None:
-    """TransformerLens' name of the residual stream after a block, or else the module's own."""
+    """TransformerLens' name of the residual stream after a block; without a layer, `hookpoint`."""
     return hookpoint if layer is None else f"blocks.{layer}.hook_resid_post"
 
 
 def read(folder: Path) -> SAE:
-    """The SAE in a folder of SAELens. Raises InputError if it is damaged, or of a kind we lack.
+    """Read an SAE of SAELens. Raises InputError if it is damaged or of an unknown kind.
 
-    "gated" and "standard" are read as what they are, thresholds: a gated latent is active above
+    "gated" and "standard" become thresholds: a gated latent is active above
     b_mag - exp(r_mag) b_gate, a ReLU above 0.
     """
     settings = read_json(folder / CONFIG_NAME)
@@ -149,11 +144,24 @@ def read(folder: Path) -> SAE:
     metadata = part_of(settings, "metadata")
     architecture = settings.get("architecture", "standard")
     activation = settings.get("activation_fn", settings.get("activation_fn_str"))
-    if architecture == "standard" and activation == "topk":  # how versions before 6 say it
+    if architecture == "standard" and activation == "topk":  # in versions before 6
         architecture = "topk"
         settings = {**settings, "k": part_of(settings, "activation_fn_kwargs").get("k")}
     if architecture == ARCHITECTURE:
         return _read_own(settings, tensors, path)
+    _check_stock(folder, architecture, settings)
+    stock = Stock(
+        **_fields_of(architecture, settings, tensors, path),
+        k=settings.get("k") if architecture == "topk" else None,
+        transcoder="transcoder" in architecture,
+    )
+    if settings.get("apply_b_dec_to_input", True) and not stock.transcoder:
+        stock = stock.with_decoder_bias_first(-1)
+    return stock.to_sae(metadata.get("kronsae"), _metadata(settings, metadata))
+
+
+def _check_stock(folder: Path, architecture: str, settings: dict[str, Any]) -> None:
+    """Raise InputError for an architecture or a setting that has no counterpart here."""
     if architecture not in STOCK:
         raise InputError(
             f"{folder}: SAELens' architecture {architecture!r} has no counterpart here; "
@@ -163,37 +171,36 @@ def read(folder: Path) -> SAE:
         raise InputError(
             f"{folder}: the SAE takes activations normalised by "
             f"{settings['normalize_activations']!r}; fold that into its weights in SAELens first, "
-            "where it can be"
+            "if possible"
         )
     if settings.get("finetuning_scaling_factor"):
         raise InputError(f"{folder}: SAEs with a finetuning scaling factor are not read")
-    if architecture in _GATED:
-        names = {k: v for k, v in _NAMES.items() if k != "b_enc"}
-        names |= {"r_mag": "r_mag", "b_mag": "b_mag", "b_gate": "b_gate"}
-        found = take(tensors, names, path)
-        found["W_enc"], found["b_enc"], found["threshold"] = ungated(
-            found["W_enc"].T, found.pop("r_mag"), found.pop("b_mag"), found.pop("b_gate")
+
+
+def _fields_of(
+    architecture: str, settings: dict[str, Any], tensors: dict[str, Tensor], path: Path
+) -> dict[str, Any]:
+    """Tensors of a stock architecture, as fields of `Stock`."""
+    if architecture == "gated":
+        gated = ("W_enc", "W_dec", "b_dec", "r_mag", "b_mag", "b_gate")
+        fields = take(tensors, {name: name for name in gated}, path)
+        fields["W_enc"], fields["b_enc"], fields["threshold"] = ungated(
+            fields["W_enc"].T, fields.pop("r_mag"), fields.pop("b_mag"), fields.pop("b_gate")
         )
-    else:
-        names = _NAMES | ({"threshold": "threshold"} if architecture in _WITH_THRESHOLD else {})
-        names |= {"W_skip": "W_skip"} if "skip" in architecture else {}
-        found = take(tensors, names, path)
-        found["W_enc"] = found["W_enc"].T
-        if architecture in _OF_RELU:
-            found["threshold"] = torch.zeros_like(found["b_enc"])
+        return fields
+    names = _NAMES
+    names += ("threshold",) if architecture in _WITH_THRESHOLD else ()
+    names += ("W_skip",) if "skip" in architecture else ()
+    fields = take(tensors, {name: name for name in names}, path)
+    fields["W_enc"] = fields["W_enc"].T
+    if architecture in _OF_RELU:
+        fields["threshold"] = torch.zeros_like(fields["b_enc"])
     if architecture == "topk" and settings.get("rescale_acts_by_decoder_norm"):
-        norms = found["W_dec"].norm(dim=1)
-        found["W_enc"] = found["W_enc"] * norms[:, None]
-        found["b_enc"] = found["b_enc"] * norms
-        found["W_dec"] = found["W_dec"] / norms[:, None]
-    stock = Stock(
-        **found,
-        k=settings.get("k") if architecture == "topk" else None,
-        transcoder="transcoder" in architecture,
-    )
-    if settings.get("apply_b_dec_to_input", True) and not stock.transcoder:
-        stock = stock.with_decoder_bias_first(-1)
-    return stock.to_sae(metadata.get("kronsae"), _facts(settings, metadata))
+        norms = fields["W_dec"].norm(dim=1)
+        fields["W_enc"] = fields["W_enc"] * norms[:, None]
+        fields["b_enc"] = fields["b_enc"] * norms
+        fields["W_dec"] = fields["W_dec"] / norms[:, None]
+    return fields
 
 
 def ungated(
@@ -201,8 +208,8 @@ def ungated(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """W_enc [F, d], b_enc [F] and threshold [F] of a gated SAE, whose gate shares its directions.
 
-    Active where w x + b_gate > 0, with value relu(e^r w x + b_mag): so where that value's argument
-    is greater than b_mag - e^r b_gate. [Rajamanoharan et al. 2024, Gated SAEs, App. on JumpReLU]
+    A latent is active if w x + b_gate > 0, with value relu(e^r w x + b_mag); so the argument of the
+    relu is then above b_mag - e^r b_gate. [Rajamanoharan et al. 2024, Gated SAEs, App. on JumpReLU]
     """
     scale = r_mag.exp()
     return w_enc * scale[:, None], b_mag, b_mag - scale * b_gate
@@ -215,30 +222,26 @@ def _read_own(settings: dict[str, Any], tensors: dict[str, Tensor], path: Path) 
     return sae
 
 
-def _facts(settings: dict[str, Any], metadata: dict[str, Any]) -> dict[str, Any]:
-    """What SAELens says of the model, in the places where a run of ours says it."""
-    found = {**settings, **metadata}
-    hook, module = (str(found.get(name) or "") for name in ("hook_name", "hf_hook_name"))
+def _metadata(settings: dict[str, Any], metadata: dict[str, Any]) -> dict[str, Any]:
+    facts = {**settings, **metadata}
+    hook, module = (str(facts.get(name) or "") for name in ("hook_name", "hf_hook_name"))
     parts = hook.split(".")
     block = parts[1] if len(parts) == 3 and parts[2] == "hook_resid_post" else ""
-    data = {
-        "name": found.get("model_name"),
-        "hookpoint": module or hook or None,
-        "target_hookpoint": found.get("hf_hook_name_out"),
-        "layer": int(block) if block.isdigit() else layer_of(module),
-        "context_length": found.get("context_size"),
-    }
-    return {
-        "format": "sae_lens",
-        "data": {name: value for name, value in data.items() if value is not None},
-        "settings": settings,
-    }
+    return source_metadata(
+        "sae_lens",
+        settings,
+        name=facts.get("model_name"),
+        hookpoint=module or hook or None,
+        target_hookpoint=facts.get("hf_hook_name_out"),
+        layer=int(block) if block.isdigit() else layer_of(module),
+        context_length=facts.get("context_size"),
+    )
 
 
 def reader(folder: Path, sae: SAE) -> Reader:
     import sae_lens
 
-    importlib.import_module("kronsae.interop.sae_lens")  # which registers our architecture there
+    importlib.import_module("kronsae.interop.sae_lens")  # registers our architecture
     theirs: Any = sae_lens.SAE.load_from_disk(folder)
 
     def apply(x: Tensor) -> tuple[Tensor, Tensor]:

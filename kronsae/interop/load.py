@@ -1,4 +1,4 @@
-"""`load`: an SAE from a folder of any known format, or from the Hugging Face hub."""
+"""`load`: load an SAE from a folder of any known format, or from the Hugging Face hub."""
 
 from pathlib import Path
 
@@ -19,23 +19,23 @@ def load(
     subfolder: str | None = None,
     allow_pickle: bool = False,
 ) -> SAE:
-    """An SAE from a run folder, a folder written by `SAE.save`, or a Hugging Face hub id.
+    """Load an SAE from a run folder, a folder written by `SAE.save`, or a Hugging Face hub id.
 
-    Also from a folder or repository of SAELens, sparsify or dictionary_learning, whose format is
-    recognised by its files (`kronsae.interop`).
+    Folders and repositories of SAELens, sparsify and dictionary_learning are recognised by their
+    files (`kronsae.interop`).
 
-    It takes raw activations; `sae.metadata` holds what was saved beside it.
-    revision: branch, tag or commit on the hub.  subfolder: where in the folder or repository the
-        SAE is, as "layers.6".
-    allow_pickle: also read dictionary_learning's ae.pt, a pickle, of which tensors alone are taken.
-    Raises InputError if there is none there, or if it is damaged or of another format.
+    The SAE takes raw activations; `sae.metadata` holds the metadata saved with it.
+    revision: branch, tag or commit on the hub.  subfolder: of the SAE in the folder or repository,
+        such as "layers.6".
+    allow_pickle: also read dictionary_learning's ae.pt, a pickle, of which only tensors are loaded.
+    Raises InputError if there is no SAE, or if it is damaged or of another format.
     """
     folder = _find_sae(source, revision, subfolder, allow_pickle)
     form = FORMATS[recognise(folder) or "kronsae"]
     if form.pickle and not allow_pickle:
         raise InputError(
-            f"{folder / form.weights} is a pickle, which is only read on request: "
-            "allow_pickle=True (--allow-pickle) takes tensors from it and runs nothing"
+            f"{folder / form.weights} is a pickle, which is only read on request: with "
+            "allow_pickle=True (--allow-pickle), which loads tensors and runs no code"
         )
     return form.read(folder).to(device)
 
@@ -43,7 +43,7 @@ def load(
 def _find_sae(
     source: str | Path, revision: str | None, subfolder: str | None, allow_pickle: bool
 ) -> Path:
-    """The folder, here or downloaded, that holds the SAE. Raises InputError if there is none."""
+    """The local or downloaded folder of the SAE. Raises InputError if there is none."""
     path = Path(source)
     local = path.exists()
     if not local:
@@ -51,7 +51,7 @@ def _find_sae(
             raise InputError(f"{source}: no such folder")
         path = download(str(source), revision, subfolder, allow_pickle)
     elif revision is not None:
-        raise InputError(f"revision {revision!r} has no effect: {source} is a folder here")
+        raise InputError(f"revision {revision!r} has no effect: {source} is a local folder")
     for folder in (path / subfolder,) if subfolder else (path, path / "sae"):
         if recognise(folder) or (folder / WEIGHTS_NAME).exists():
             return folder
@@ -59,7 +59,7 @@ def _find_sae(
     hint = (
         "(a run writes it when it ends, or stops on a signal)"
         if local
-        else "(if it is in a folder there, name it with subfolder)"
+        else "(if it is in another folder there, name that with subfolder)"
     )
     raise InputError(
         f"{where} holds no SAE: expected {WEIGHTS_NAME} there or in its folder sae/ {hint}. "
@@ -68,21 +68,21 @@ def _find_sae(
 
 
 def download(repo_id: str, revision: str | None, subfolder: str | None, allow_pickle: bool) -> Path:
-    """Folder with what an SAE in a repository consists of. Raises InputError if there is none.
+    """Download the files of an SAE in a repository; the folder. Raises InputError if that fails.
 
-    Weights that are a pickle are left where they are unless `allow_pickle`.
+    Weights that are a pickle are only downloaded with `allow_pickle`.
     """
     from huggingface_hub import snapshot_download
 
-    places = [f"{subfolder.strip('/')}/"] if subfolder else ["", "sae/"]
+    folders = [f"{subfolder.strip('/')}/"] if subfolder else ["", "sae/"]
     names = {form.config for form in FORMATS.values()}
     names |= {form.weights for form in FORMATS.values() if allow_pickle or not form.pickle}
-    files = [f"{place}{name}" for place in places for name in sorted(names)]
+    files = [f"{folder}{name}" for folder in folders for name in sorted(names)]
     try:
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=files))
-    except Exception as error:  # the hub client raises dozens of kinds
+    except Exception as error:  # the hub client raises dozens of types
         at = f", revision {revision!r}," if revision else ""
         raise InputError(
-            f"{repo_id}{at}: neither a folder here nor a repository that could be fetched from the "
-            f"Hugging Face hub ({reason(error)})"
+            f"{repo_id}{at}: neither a local folder nor a repository that could be downloaded from "
+            f"the Hugging Face hub ({reason(error)})"
         ) from error

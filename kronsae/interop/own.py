@@ -1,4 +1,4 @@
-"""Our own folders, which `SAE.save` writes: sae.safetensors and config.json."""
+"""kronsae's own format, written by `SAE.save`: sae.safetensors and config.json."""
 
 from pathlib import Path
 
@@ -13,17 +13,17 @@ from kronsae.system.files import read_checksummed, read_tensors, sha256
 
 
 def read(folder: Path) -> SAE:
-    """The SAE in a folder written by `SAE.save`."""
+    """Read the SAE in a folder of `SAE.save`. Raises InputError if it is damaged."""
     advice = (
-        "copy the folder anew from where it came, or, in a run, --resume writes it again from the "
-        "last checkpoint"
+        "copy the folder again from its source; in a run, --resume writes it from the last "
+        "checkpoint"
     )
     try:
         settings = read_checksummed(folder / CONFIG_NAME)
     except (OSError, ValueError) as error:
         raise InputError(f"{folder / CONFIG_NAME} is damaged: {error}; {advice}") from error
     if not isinstance(settings, dict) or not {"sae", "sha256", "metadata"} <= settings.keys():
-        raise InputError(f"{folder / CONFIG_NAME} is not one that SAE.save wrote")
+        raise InputError(f"{folder / CONFIG_NAME} was not written by SAE.save")
     if settings.get("format") != "kronsae" or settings.get("format_version") != FORMAT_VERSION:
         raise InputError(
             f"{folder}: expected format 'kronsae', version {FORMAT_VERSION}, got "
@@ -42,6 +42,10 @@ def read(folder: Path) -> SAE:
     return sae
 
 
+def write(sae: SAE, folder: str | Path) -> Path:
+    return sae.save(folder)
+
+
 def reader(folder: Path, sae: SAE) -> Reader:
     loaded = read(folder).to(sae.W_dec.device)
 
@@ -57,4 +61,4 @@ class Own(Format):
     library = package = "kronsae"
     weights, config = WEIGHTS_NAME, CONFIG_NAME
     how_to_load = 'kronsae.load("{out}")'
-    read, write, reader = staticmethod(read), staticmethod(SAE.save), staticmethod(reader)
+    read, write, reader = staticmethod(read), staticmethod(write), staticmethod(reader)

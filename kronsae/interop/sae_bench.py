@@ -1,17 +1,18 @@
-"""SAEs of ours in SAEBench: an adaptor, and its evaluations from the command line.
+"""Adaptor for SAEBench, and its evaluations from the command line.
 
-    python -m kronsae.interop.sae_bench RUN --evals core absorption sparse_probing --model-name NAME
+    kronsae interop.sae_bench RUN --evals core absorption sparse_probing --model-name NAME
 
-SAEBench takes SAEs of SAELens, so the adaptor is `kronsae.interop.sae_lens.KronSAE` with what the
-evaluations ask of `cfg`. Its `encode` gives dense latents [..., F], as they all need.
+SAEBench takes SAEs of SAELens, so the adaptor is `kronsae.interop.sae_lens.KronSAE` with the fields
+of `cfg` that the evaluations need. Its `encode` gives dense latents [..., F].
 
-Needs `pip install 'kronsae[sae_bench]'`, in an environment of its own: sae-bench 0.6.0 wants
-numpy < 2 and datasets < 4.
+From a checkout: `pip install -e '.[sae_bench]'`, in an environment of its own, because sae-bench
+0.6.0 needs numpy < 2 and datasets < 4.
 """
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ from kronsae.interop.load import load
 from kronsae.interop.sae_lens import KronSAE
 from kronsae.interop.stock import Origin
 from kronsae.model.sae import SAE
+
+NamedSAEs = list[tuple[str, Any]]
 
 PROXY = (
     "W_enc and b_enc are a proxy: the mean of a latent's base and extension row, which encode does "
@@ -39,11 +42,11 @@ def adapt(
     device: str = "cpu",
     dtype: str = "float32",
 ) -> KronSAE:
-    """An SAE that SAEBench evaluates: `run_eval(config, [("name", adapt(sae))], …)`.
+    """The SAE as SAEBench takes it: `run_eval(config, [("name", adapt(sae))], …)`.
 
-    model_name: as TransformerLens calls it; default: the name of the model that it was trained on.
-    layer: it reads the residual stream after this block; default: that of its hookpoint.
-    Where `W_enc` is a proxy, `cfg.metadata`, which SAEBench writes into its results, says so.
+    model_name: TransformerLens' name (default: of the model that the SAE was trained on).
+    layer: the residual stream after this block (default: of the SAE's hookpoint).
+    If `W_enc` is a proxy, `cfg.metadata` says so, which SAEBench writes to its results.
     Raises InputError for a transcoder, or if model or layer is not known.
     """
     origin = Origin.of(sae.metadata)
@@ -66,10 +69,10 @@ def adapt(
 
 @contextmanager
 def without_shape_checks() -> Iterator[None]:
-    """Let sae-bench 0.6.0 train its probes, whose annotated sizes contradict each other.
+    """Switch off jaxtyping's shape checks, which sae-bench 0.6.0 fails when it trains probes.
 
-    `train_probe_on_activations` binds the number of examples a class, and calls with twice as many;
-    today's jaxtyping and beartype notice.
+    `train_probe_on_activations` binds the number of examples per class and calls with twice as
+    many.
     """
     import jaxtyping
 
@@ -82,62 +85,62 @@ def without_shape_checks() -> Iterator[None]:
 
 
 def evaluations(model_name: str, dtype: str, batch_size: int, out: Path) -> dict[str, Callable]:
-    """What SAEBench can run here, by name: functions of a list of (name, SAE), and a device.
+    """SAEBench's evaluations by name: functions of a list of (name, SAE), and a device.
 
-    Settings are SAEBench's own, seed 42; those of core are its script's for custom SAEs.
+    Settings are SAEBench's defaults with seed 42; for core, those of its script for custom SAEs.
     """
     from sae_bench.evals.absorption import main as absorption
     from sae_bench.evals.core import main as core
     from sae_bench.evals.scr_and_tpp import main as scr_and_tpp
     from sae_bench.evals.sparse_probing import main as sparse_probing
 
-    model = {
+    settings = {
         "model_name": model_name,
         "random_seed": 42,
         "llm_dtype": dtype,
         "llm_batch_size": batch_size,
     }
-
-    def run(module: Any, config: Any, folder: Path, **flags: Any) -> Callable:
-        def evaluate(saes: list[tuple[str, Any]], device: str) -> Any:
-            folder.mkdir(parents=True, exist_ok=True)
-            with without_shape_checks():
-                return module.run_eval(config, saes, device, str(folder), **flags)
-
-        return evaluate
-
-    def run_core(saes: list[tuple[str, Any]], device: str) -> Any:
-        return core.multiple_evals(
-            selected_saes=saes,
-            n_eval_reconstruction_batches=200,
-            n_eval_sparsity_variance_batches=2000,
-            eval_batch_size_prompts=16,
-            compute_featurewise_density_statistics=True,
-            compute_featurewise_weight_based_metrics=True,
-            exclude_special_tokens_from_reconstruction=True,
-            dataset="Skylion007/openwebtext",
-            context_size=128,
-            output_folder=str(out / "core"),
-            dtype=dtype,
-            device=device,
-        )
-
-    def scr_or_tpp(scr: bool) -> Callable:
-        config = scr_and_tpp.ScrAndTppEvalConfig(**model, perform_scr=scr)
-        return run(scr_and_tpp, config, out, clean_up_activations=True, save_activations=False)
-
+    absorption_config = absorption.AbsorptionEvalConfig(**settings)
+    probing_config = sparse_probing.SparseProbingEvalConfig(**settings)
+    scr, tpp = (
+        scr_and_tpp.ScrAndTppEvalConfig(**settings, perform_scr=scr) for scr in (True, False)
+    )
+    flags = {"save_activations": False}
+    both = {**flags, "clean_up_activations": True}
     return {
-        "core": run_core,
-        "absorption": run(absorption, absorption.AbsorptionEvalConfig(**model), out / "absorption"),
-        "sparse_probing": run(
-            sparse_probing,
-            sparse_probing.SparseProbingEvalConfig(**model),
-            out / "sparse_probing",
-            save_activations=False,
+        "core": partial(_run_core, core, dtype, out / "core"),
+        "absorption": partial(_run_eval, absorption, absorption_config, out / "absorption", {}),
+        "sparse_probing": partial(
+            _run_eval, sparse_probing, probing_config, out / "sparse_probing", flags
         ),
-        "scr": scr_or_tpp(True),
-        "tpp": scr_or_tpp(False),
+        "scr": partial(_run_eval, scr_and_tpp, scr, out, both),
+        "tpp": partial(_run_eval, scr_and_tpp, tpp, out, both),
     }
+
+
+def _run_eval(
+    module: Any, config: Any, folder: Path, flags: dict[str, bool], saes: NamedSAEs, device: str
+) -> Any:
+    folder.mkdir(parents=True, exist_ok=True)
+    with without_shape_checks():
+        return module.run_eval(config, saes, device, str(folder), **flags)
+
+
+def _run_core(core: Any, dtype: str, folder: Path, saes: NamedSAEs, device: str) -> Any:
+    return core.multiple_evals(
+        selected_saes=saes,
+        n_eval_reconstruction_batches=200,
+        n_eval_sparsity_variance_batches=2000,
+        eval_batch_size_prompts=16,
+        compute_featurewise_density_statistics=True,
+        compute_featurewise_weight_based_metrics=True,
+        exclude_special_tokens_from_reconstruction=True,
+        dataset="Skylion007/openwebtext",
+        context_size=128,
+        output_folder=str(folder),
+        dtype=dtype,
+        device=device,
+    )
 
 
 NAMES = ("core", "absorption", "sparse_probing", "scr", "tpp")
@@ -146,12 +149,13 @@ NAMES = ("core", "absorption", "sparse_probing", "scr", "tpp")
 def make_parser() -> Parser:
     parser = Parser(
         "interop.sae_bench",
-        "Run evaluations of SAEBench on SAEs that kronsae.load can load. Models and data sets come "
-        "from the Hugging Face hub.",
+        "Run evaluations of SAEBench on SAEs. Models and data sets come from the Hugging Face hub.",
         "kronsae interop.sae_bench runs/MY-RUN --evals core",
     )
     parser.add_argument("sources", nargs="+", metavar="SAE", help="run folders, or hub ids")
-    parser.add_argument("--evals", nargs="+", required=True, choices=NAMES, help="what to run")
+    parser.add_argument(
+        "--evals", nargs="+", required=True, choices=NAMES, help="evaluations to run"
+    )
     parser.add_argument(
         "--model-name", metavar="NAME", help="TransformerLens' name (default: the run's model)"
     )
@@ -161,9 +165,15 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--out", type=Path, default=Path("eval_results"), metavar="DIR", help="folder of results"
     )
-    parser.add_argument("--llm-batch-size", type=int, default=32, metavar="N", help="contexts")
     parser.add_argument(
-        "--dtype", default="float32", choices=("float32", "bfloat16"), help="of model and SAE"
+        "--llm-batch-size",
+        type=int,
+        default=32,
+        metavar="N",
+        help="contexts per forward pass of the model",
+    )
+    parser.add_argument(
+        "--dtype", default="float32", choices=("float32", "bfloat16"), help="dtype of model and SAE"
     )
     parser.add_argument("--device", default=None, metavar="NAME", help="cpu or cuda")
     return parser
@@ -186,16 +196,15 @@ def _run(argv: list[str]) -> None:
             device=device,
             dtype=request.dtype,
         )
-        place = Path(source).resolve()
-        # A run's folder sae/ is called after the run.
-        saes.append((place.parent.name if place.name == "sae" else place.name, sae))
+        path = Path(source).resolve()
+        # A run's folder sae/ is named after the run.
+        saes.append((path.parent.name if path.name == "sae" else path.name, sae))
         models.add(sae.cfg.metadata.model_name)
     if len(models) > 1:
         raise InputError(f"expected SAEs of one model, got {', '.join(sorted(models))}")
     if len({name for name, _ in saes}) < len(saes):
-        raise InputError("two SAEs have the same name, and would have the same file of results")
-    batch = request.llm_batch_size
-    known = evaluations(models.pop(), request.dtype, batch, request.out)
+        raise InputError("two SAEs have the same name, so their results would have the same file")
+    known = evaluations(models.pop(), request.dtype, request.llm_batch_size, request.out)
     for name in request.evals:
         known[name](saes, device)
     print(f"In {request.out}: {', '.join(request.evals)}")

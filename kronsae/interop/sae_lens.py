@@ -1,13 +1,13 @@
 """KronSAE as an architecture of SAELens, for inference.
 
-    import kronsae.interop.sae_lens                     # registers "kronsae"; twice is harmless
+    import kronsae.interop.sae_lens                     # registers "kronsae"
     sae = sae_lens.SAE.load_from_disk("exported")       # or SAE.from_pretrained("owner/name", id)
 
-or, without a folder between, `KronSAE.wrap(kronsae.load("run"))`. SAELens trains by dense
-pre-activations [B, F], which KronSAE exists to avoid, so there is no training class: train with
-`python -m kronsae.train`, export with `python -m kronsae.export RUN --to sae_lens`.
+or, without a folder, `KronSAE.wrap(kronsae.load("run"))`. There is no training class, because
+SAELens trains by dense pre-activations [B, F], which KronSAE avoids: train with `kronsae train`,
+export with `kronsae export RUN --to sae_lens`.
 
-Needs `pip install 'kronsae[sae_lens]'`. Letters: B tokens, d width, F latents.
+From a checkout: `pip install -e '.[sae_lens]'`. Letters: B tokens, d width, F latents.
 """
 
 import dataclasses
@@ -31,7 +31,7 @@ _PREFIX = "sae."
 
 @dataclass
 class KronSAEConfig(SAEConfig):
-    """SAELens' settings, and in `kronsae` all of `kronsae.SAEConfig`."""
+    """SAELens' settings, and those of `kronsae.SAEConfig` in `kronsae`."""
 
     apply_b_dec_to_input: bool = False
     kronsae: dict[str, Any] = field(default_factory=dict)
@@ -59,9 +59,9 @@ class KronSAEConfig(SAEConfig):
 class KronSAE(SAE[KronSAEConfig]):
     """`kronsae.SAE`, in `self.sae`, behind SAELens' interface: dense latents [..., F].
 
-    encode runs kronsae's kernels and then writes their codes into a dense tensor. There are no
-    pre-activations of F latents, so `hook_sae_acts_pre` is never called; all other hooks are.
-    `W_enc` is a proxy (`kronsae.interop.stock.encoder_proxy`), made when it is read.
+    encode runs kronsae's kernels and writes their codes into a dense tensor. As there are no
+    pre-activations of F latents, `hook_sae_acts_pre` is never called; all other hooks are.
+    `W_enc` is a proxy (`kronsae.interop.stock.encoder_proxy`), computed when it is read.
     """
 
     sae: OwnSAE
@@ -71,7 +71,7 @@ class KronSAE(SAE[KronSAEConfig]):
 
     @classmethod
     def wrap(cls, sae: OwnSAE) -> "KronSAE":
-        """An SAE of ours as one of SAELens. Raises InputError for a transcoder."""
+        """Convert an SAE. Raises InputError for a transcoder."""
         check_own(sae.config)
         settings = {
             "architecture": ARCHITECTURE,
@@ -109,13 +109,13 @@ class KronSAE(SAE[KronSAEConfig]):
         return encoder_proxy(self.sae)[1]
 
     def train(self, mode: bool = True) -> "KronSAE":
-        """For its hooks' sake alone: the SAE inside stays one in use."""
+        """Set the mode of the hooks; the SAE inside stays in evaluation mode."""
         super().train(mode)
         self.sae.eval()
         return self
 
     def encode_sparse(self, x: Tensor) -> SparseCodes:
-        """Codes of x [..., d], without a tensor of F."""
+        """Codes of x [..., d], without a dense tensor."""
         return self.sae.encode(self.process_sae_in(x))
 
     def encode(self, x: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ class KronSAE(SAE[KronSAEConfig]):
     def fold_W_dec_norm(self) -> None:
         raise NotImplementedError(
             "decoder rows of a KronSAE have unit norm already, and a latent of two projections has "
-            "no encoder row to fold a norm into"
+            "no encoder row for the norm"
         )
 
     def fold_activation_norm_scaling_factor(self, scaling_factor: float) -> None:
@@ -150,7 +150,7 @@ class KronSAE(SAE[KronSAEConfig]):
 
 
 def register() -> None:
-    """Make the architecture known to SAELens, in place of what this module registered before."""
+    """Register the architecture with SAELens, also if this module is imported again."""
     known = SAE_CLASS_REGISTRY.get(ARCHITECTURE)
     if known is not None and known[0].__module__ == __name__:
         del SAE_CLASS_REGISTRY[ARCHITECTURE]

@@ -1,4 +1,4 @@
-"""sparsify's folders (eai-sparsify): sae.safetensors and cfg.json, one for each hookpoint.
+"""Format of sparsify (eai-sparsify): sae.safetensors and cfg.json, a folder per hookpoint.
 
 It holds TopK autoencoders and transcoders, with Multi-TopK and a linear skip.
 """
@@ -12,10 +12,19 @@ from torch import Tensor
 
 from kronsae.errors import InputError
 from kronsae.interop.formats import Format, Reader
-from kronsae.interop.stock import Stock, layer_of, note_of, read_json, stock_of, take
+from kronsae.interop.stock import (
+    Stock,
+    layer_of,
+    note_of,
+    read_json,
+    source_metadata,
+    stock_of,
+    take,
+    write_folder,
+)
 from kronsae.model.sae import SAE
 from kronsae.registry import FORMATS
-from kronsae.system.files import read_tensors, replace_directory, write_json
+from kronsae.system.files import read_tensors
 
 WEIGHTS_NAME = "sae.safetensors"
 CONFIG_NAME = "cfg.json"
@@ -36,12 +45,12 @@ def write(sae: SAE, folder: str | Path) -> Path:
     stock = stock_of(sae, "sparsify")
     if stock.threshold is not None:
         raise InputError(
-            f"sparsify selects the k largest latents, and selection {sae.config.selection!r} has "
-            "thresholds: --to sae_lens or dictionary_learning has a place for them"
+            f"sparsify selects the k largest latents, but selection {sae.config.selection!r} has "
+            "thresholds: use --to sae_lens or dictionary_learning"
         )
     if stock.transcoder and sae.config.d_out != sae.config.d_model:
         raise InputError(
-            f"sparsify's transcoders have one width, this one reads {sae.config.d_model} and "
+            f"sparsify's transcoders have one width, but this one reads {sae.config.d_model} and "
             f"predicts {sae.config.d_out}"
         )
     if not stock.transcoder:
@@ -62,18 +71,11 @@ def write(sae: SAE, folder: str | Path) -> Path:
         "d_in": d,
         "kronsae": note_of(sae),
     }
-
-    def save(new: Path) -> None:
-        from safetensors.torch import save_file
-
-        save_file({name: t.contiguous() for name, t in tensors.items()}, new / WEIGHTS_NAME)
-        write_json(new / CONFIG_NAME, config)
-
-    return replace_directory(Path(folder), save)
+    return write_folder(folder, (WEIGHTS_NAME, tensors), (CONFIG_NAME, config))
 
 
 def read(folder: Path) -> SAE:
-    """The SAE in a folder of sparsify. Raises InputError if it is damaged, or of a kind we lack."""
+    """Read an SAE of sparsify. Raises InputError if it is damaged or of an unknown kind."""
     settings = read_json(folder / CONFIG_NAME)
     path = folder / WEIGHTS_NAME
     if settings.get("activation", "topk") != "topk" or settings.get("signed"):
@@ -91,26 +93,23 @@ def read(folder: Path) -> SAE:
         raise InputError(f"{folder / CONFIG_NAME} has no k")
     if not stock.transcoder:
         stock = stock.with_decoder_bias_first(-1)
-    return stock.to_sae(settings.get("kronsae"), _facts(folder, settings))
+    return stock.to_sae(settings.get("kronsae"), _metadata(folder, settings))
 
 
-def _facts(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    # A folder is named after its hookpoint, as `layers.10`; the run above it names the model.
+def _metadata(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    # The folder is named after its hookpoint (`layers.10`); the run's folder above names the model.
     try:
         run = read_json(folder.resolve().parent / "config.json")
     except InputError:
         run = {}
     layer = layer_of(folder.name) if folder.name.startswith("layers.") else None
-    data = {"name": run.get("model"), "hookpoint": folder.name, "layer": layer}
-    return {
-        "format": "sparsify",
-        "data": {name: value for name, value in data.items() if value is not None},
-        "settings": settings,
-    }
+    return source_metadata(
+        "sparsify", settings, name=run.get("model"), hookpoint=folder.name, layer=layer
+    )
 
 
 def reader(folder: Path, sae: SAE) -> Reader:
-    # Without it the library crashes where there is no GPU.
+    # Otherwise the library crashes without a GPU.
     if not torch.cuda.is_available():
         os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")
     from sparsify import SparseCoder

@@ -1,10 +1,9 @@
-"""What the stock formats of other libraries hold, and how an SAE of ours goes in and out.
+"""The common form of other libraries' stock SAEs, and conversion to and from ours.
 
-All of them are, up to their own way to write it,
+All of them compute
     z = select(relu(W_enc x + b_enc))        x_hat = W_dec^T z + b_dec (+ W_skip x)
-with a selection of the k largest, or of those above thresholds. A dense SAE is that; a KronSAE is
-not, since a latent of it is the root of a product of two projections, and no stock class can hold
-it.
+where `select` keeps the k largest latents, or those above thresholds. A dense SAE has this form. A
+KronSAE has not: its latent is the root of a product of two projections.
 """
 
 import dataclasses
@@ -20,18 +19,19 @@ from kronsae.config import SAEConfig, from_dict, kind_of
 from kronsae.errors import InputError
 from kronsae.model.sae import SAE
 from kronsae.registry import SELECTIONS
+from kronsae.system.files import replace_directory, write_json
 from kronsae_kernels import SparseCodes, __version__
 
 DEFAULT_K = 50
-"""k of an SAE with thresholds whose file does not say how many latents it was trained to."""
+"""k of an SAE with thresholds, if its file does not give one."""
 
 
 @dataclass
 class Stock:
-    """A dense SAE, transcoder or JumpReLU SAE of any library, in the form at the module's top.
+    """A dense SAE, transcoder or JumpReLU SAE of any library, in the module's common form.
 
-    Tensors are float32 (float64 where they came so); rows of W_dec have whatever norm they came
-    with: to rescale them would change which latents TopK selects.
+    Tensors are float32, or float64 if they were. Rows of W_dec keep their norm, because rescaling
+    them would change which latents TopK selects.
     """
 
     W_enc: Tensor
@@ -43,15 +43,15 @@ class Stock:
     b_dec: Tensor
     """[d_out]"""
     k: int | None = None
-    """Latents a token; None where thresholds alone are known."""
+    """Latents per token; None if only thresholds are known."""
     threshold: Tensor | None = None
-    """[F]: a latent is active if its value is greater. None: the k largest are."""
+    """[F]: latents with greater values are active. None: the k largest are."""
     W_skip: Tensor | None = None
     """[d_out, d]"""
     transcoder: bool = False
     multi_topk: bool = False
     gated: bool = False
-    """Whether a gate decides, beside the selection, which latents are active."""
+    """Whether a gate also decides which latents are active."""
 
     def __post_init__(self) -> None:
         for name in ("W_enc", "W_dec"):
@@ -65,9 +65,9 @@ class Stock:
         expected |= {"threshold": (size,)} if self.threshold is not None else {}
         expected |= {"W_skip": (d_out, d)} if self.W_skip is not None else {}
         for name, shape in expected.items():
-            found = tuple(getattr(self, name).shape)
-            if found != shape:
-                raise InputError(f"{name}: expected {list(shape)}, got {list(found)}")
+            got = tuple(getattr(self, name).shape)
+            if got != shape:
+                raise InputError(f"{name}: expected {list(shape)}, got {list(got)}")
         if self.k is not None and not (type(self.k) is int and 1 <= self.k <= size):
             raise InputError(f"k: expected 1 to {size}, the number of latents, got {self.k!r}")
 
@@ -78,10 +78,10 @@ class Stock:
         return dataclasses.replace(self, b_enc=moved)
 
     def to_sae(self, note: Any = None, metadata: dict[str, Any] | None = None) -> SAE:
-        """The SAE, of TopK or JumpReLU; or what `note` says it was before it went out.
+        """The SAE as a TopK or JumpReLU SAE, or as the `note` describes it.
 
-        note: what `note_of` left in the file; believed as far as the tensors agree with it.
-        metadata: `sae.metadata`, where there is no note.
+        note: that of `note_of` in the file, if the tensors agree with it.
+        metadata: `sae.metadata` if there is no such note.
         """
         size, d = self.W_enc.shape
         d_out = self.W_dec.shape[1]
@@ -95,7 +95,7 @@ class Stock:
             objective="multi_topk" if self.multi_topk else "plain",
             skip=self.W_skip is not None,
         )
-        noted = _believed(note, config, self.threshold)
+        noted = _checked_note(note, config, self.threshold)
         sae = SAE(noted or config, device="meta").to_empty(device=self.W_enc.device)
         tensors = {name: getattr(self, name).float() for name in ("W_enc", "b_enc", "W_dec")}
         tensors["b_dec"] = self.b_dec.float()
@@ -109,7 +109,7 @@ class Stock:
 
 
 class NoStockForm(InputError):
-    """No stock class of any library gives the latents of such an SAE."""
+    """Raised for an SAE that no stock class of another library can hold."""
 
 
 def stock_of(sae: SAE, library: str) -> Stock:
@@ -123,13 +123,13 @@ def stock_of(sae: SAE, library: str) -> Stock:
             why = "its latents are products of two projections"
         raise NoStockForm(
             f"{library}'s stock formats cannot hold a {kind_of(dataclasses.asdict(config))}: "
-            f"{why}. What can: --to sae_lens (an architecture of its own there, after `import "
-            "kronsae.interop.sae_lens`), --to hub, or, to call it, kronsae.load(...).encode"
+            f"{why}. Use --to sae_lens (an architecture of its own there, after `import "
+            "kronsae.interop.sae_lens`), --to hub, or kronsae.load(...).encode"
         )
     if config.experts:
         raise NoStockForm(
-            f"{library}'s stock formats have no router: an SAE with experts stays with --to "
-            "kronsae, sae_lens or hub"
+            f"{library}'s stock formats have no router: export an SAE with experts --to kronsae, "
+            "sae_lens or hub"
         )
     w_enc, b_enc, gate = form
     return Stock(
@@ -147,24 +147,24 @@ def stock_of(sae: SAE, library: str) -> Stock:
 
 
 def _threshold(sae: SAE, gate: Tensor | None, library: str) -> Tensor | None:
-    """[F] such that a latent is active if its value is greater; None with TopK.
+    """Thresholds [F] above which latents are active; None with TopK.
 
-    gate: that of the encoder, if it has one.
+    gate: the encoder's own thresholds, if it has some.
     """
     own = sae.selection.activity_threshold()
     if gate is None or own is None:
         if gate is not None:
             raise NoStockForm(
                 f"{library}'s stock formats cannot hold a {kind_of(dataclasses.asdict(sae.config))}"
-                ": its latents have to pass a gate and be among the k largest. What can: --to "
-                "kronsae or hub"
+                ": its latents have to pass a gate and be among the k largest. Use --to kronsae or "
+                "hub"
             )
         return None if own is None else _exact(own)
     return torch.maximum(gate, _exact(own))
 
 
 def note_of(sae: SAE) -> dict[str, Any]:
-    """What a file of another library says beside its own settings, for when it comes back."""
+    """Our configuration and metadata, for a file of another library; read back by `to_sae`."""
     return {
         "version": __version__,
         "sae": dataclasses.asdict(sae.config),
@@ -172,8 +172,8 @@ def note_of(sae: SAE) -> dict[str, Any]:
     }
 
 
-def _believed(note: Any, found: SAEConfig, threshold: Tensor | None) -> SAEConfig | None:
-    """The config in a note, if the tensors can be those of such an SAE."""
+def _checked_note(note: Any, config: SAEConfig, threshold: Tensor | None) -> SAEConfig | None:
+    """The configuration in a note, if `config` and threshold of the tensors agree with it."""
     if not isinstance(note, dict) or not isinstance(note.get("metadata"), dict):
         return None
     try:
@@ -181,15 +181,35 @@ def _believed(note: Any, found: SAEConfig, threshold: Tensor | None) -> SAEConfi
     except (InputError, KeyError, TypeError):
         return None
     same = ("d_model", "d_target", "encoder", "dict_size", "skip")
-    kept = all(getattr(noted, name) == getattr(found, name) for name in same)
-    kept &= SELECTIONS[noted.selection].can_have(threshold) and not noted.experts
+    agrees = all(getattr(noted, name) == getattr(config, name) for name in same)
+    agrees &= SELECTIONS[noted.selection].can_have(threshold) and not noted.experts
     if SELECTIONS[noted.selection].exact:
-        kept &= noted.k == found.k
-    return noted if kept else None
+        agrees &= noted.k == config.k
+    return noted if agrees else None
+
+
+def source_metadata(format: str, settings: dict[str, Any], **data: Any) -> dict[str, Any]:
+    """`sae.metadata` of an SAE of another library. data: what its file says of the activations."""
+    known = {name: value for name, value in data.items() if value is not None}
+    return {"format": format, "data": known, "settings": settings}
+
+
+def write_folder(
+    folder: str | Path, tensors: tuple[str, dict[str, Tensor]], config: tuple[str, dict[str, Any]]
+) -> Path:
+    """Write tensors (safetensors) and settings (JSON) to a new folder. Each: file name, content."""
+    from safetensors.torch import save_file
+
+    def save(new: Path) -> None:
+        contiguous = {name: tensor.contiguous() for name, tensor in tensors[1].items()}
+        save_file(contiguous, new / tensors[0])
+        write_json(new / config[0], config[1])
+
+    return replace_directory(Path(folder), save)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises InputError if it is none, or cannot be read."""
+    """Read a JSON object. Raises InputError if the file holds none, or cannot be read."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -199,39 +219,38 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def take(tensors: dict[str, Tensor], names: dict[str, str], path: Path) -> dict[str, Tensor]:
-    """Tensors by our names for them, in float32 at least. names: ours -> the file's.
+def take(tensors: dict[str, Tensor], names: dict[str, str], path: Path) -> dict[str, Any]:
+    """Tensors by our names, in float32 at least, for `Stock`. names: ours -> the file's.
 
     Raises InputError if one is missing.
     """
     missing = sorted(set(names.values()) - set(tensors))
     if missing:
         raise InputError(f"{path}: expected tensors {missing}, got {sorted(tensors)}")
-    found = {ours: tensors[theirs] for ours, theirs in names.items()}
-    return {name: _exact(tensor) for name, tensor in found.items()}
+    return {ours: _exact(tensors[theirs]) for ours, theirs in names.items()}
 
 
 def _exact(tensor: Tensor) -> Tensor:
-    """On the CPU, in float32 at least."""
+    """The tensor on the CPU, in float32 at least."""
     return tensor.detach().to("cpu", torch.promote_types(tensor.dtype, torch.float32))
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where an SAE's activations come from, as far as its metadata say."""
+    """Origin of an SAE's activations, as far as its metadata say."""
 
     model: str | None = None
     hookpoint: str | None = None
     """Name of the module in `transformers`."""
     target_hookpoint: str | None = None
     layer: int | None = None
-    """Of the residual stream after a block; None for another hookpoint."""
+    """The block, if the hookpoint is the residual stream after one."""
     context_length: int | None = None
     dataset: str | None = None
 
     @classmethod
     def of(cls, metadata: dict[str, Any]) -> "Origin":
-        """From what a run writes beside its SAE, or what was read from another library's file."""
+        """The origin in the metadata of a run, or of another library's file."""
         data = part_of(metadata, "data")
         hookpoint = _of(str, data.get("hookpoint"))
         layer = _of(int, data.get("layer"))
@@ -246,10 +265,10 @@ class Origin:
 
 
 def part_of(document: dict[str, Any], *names: str) -> dict[str, Any]:
-    """An object inside a JSON object, {} where there is none: files may come from anybody."""
+    """A nested JSON object, {} if there is none (files are not trusted)."""
     for name in names:
-        found = document.get(name)
-        document = found if isinstance(found, dict) else {}
+        value = document.get(name)
+        document = value if isinstance(value, dict) else {}
     return document
 
 
@@ -258,7 +277,7 @@ def _of(kind: type, value: Any) -> Any:
 
 
 def layer_of(hookpoint: str | None) -> int | None:
-    """N of a hookpoint `….N`, the output of a block: the residual stream after it. Else None."""
+    """N of a hookpoint `….N`, the output of a block; None for other hookpoints."""
     before, _, last = (hookpoint or "").rpartition(".")
     return int(last) if before and last.isdigit() else None
 
@@ -266,18 +285,18 @@ def layer_of(hookpoint: str | None) -> int | None:
 def dense(codes: SparseCodes, size: int) -> Tensor:
     """Codes [..., k] as a tensor [..., size] of their dtype, zero elsewhere."""
     values, indices = codes
-    # Added, not written: an unused slot may name a latent that another slot has (its value is 0).
+    # Added, not written: an unused slot (value 0) may name a latent of another slot.
     out = values.new_zeros(*values.shape[:-1], size)
     return out.scatter_add_(-1, indices, values)
 
 
 @torch.no_grad()
 def encoder_proxy(sae: SAE) -> tuple[Tensor, Tensor]:
-    """W_enc [F, d] and b_enc [F] for tools that want an encoder row a latent.
+    """W_enc [F, d] and b_enc [F] for tools that need one encoder row per latent.
 
-    A latent of a KronSAE has two: (head, i, j) gets the mean of base row i and extension row j, the
-    direction in which both grow. Good for cosines and for ordering; encoding with it gives other
-    latents. A dense SAE's own rows are no proxy.
+    For a KronSAE, latent (head, i, j) gets the mean of base row i and extension row j, the
+    direction in which both grow. It is good for cosines and ordering; encoding with it gives other
+    latents. A dense SAE has its own rows.
     """
     form = sae.kind.dense_form(sae.W_enc, sae.b_enc)
     if form is not None:

@@ -1,1 +1,1 @@
-"""What a run would take, before a language model is loaded: memory, disk, multiply-adds, time."""
+"""Plans of runs and harvests: memory, disk, multiply-adds and time, before a model is loaded."""

@@ -1,13 +1,13 @@
-"""`--plan`: what a run or a sweep would take, before a language model is loaded.
+"""Memory, disk and multiply-adds of a run or a sweep, before a language model is loaded.
 
-Memory is what is there at the same time: what stays (weights, moments, buffers, the language
-model), and the largest of what comes and goes: a step, an evaluation, a checkpoint.
+Memory is what exists at the same time: what stays (weights, moments, buffers, the language model),
+and the largest of what comes and goes: a step, an evaluation, a checkpoint.
 """
 
 import math
 import os
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,11 +16,10 @@ from kronsae.cache.reader import group_rows
 from kronsae.config import DataConfig, RunConfig, SAEConfig, TrainConfig
 from kronsae.data.activations import overlaps
 from kronsae.data.language_model import LOGITS_AT_ONCE
-from kronsae.data.rows import KEPT
+from kronsae.data.rows import BATCHES_IN_MEMORY
 from kronsae.errors import InputError
 from kronsae.metrics.heldout import BATCH_TOKENS, CONTEXTS_AT_ONCE
 from kronsae.model import flops
-from kronsae.model.flops import flops_per_token
 from kronsae.model.objectives import auxk_latents, auxk_tokens
 from kronsae.model.ranks import check_heads, ranks_of_one
 from kronsae.plan.outline import Outline
@@ -31,109 +30,162 @@ from kronsae.training.learner import UNCONFIRMED, check_step
 from kronsae.training.stream import NORMALIZER_TOKENS
 from kronsae_kernels import backends
 from kronsae_kernels.step import why_not_graphed
+from kronsae_kernels.torch_impl import chunk_tokens
 
-_MIB = 2**20
+MIB = 2**20
 
-TEXT_BYTES = 30 * _MIB
-"""Of a tokenizer, and of the text that is held at once: seen with the embedded default."""
+TEXT_BYTES = 30 * MIB
+"""Memory of a tokenizer and of the text held at once, measured with the embedded default."""
 
-RETURNED = 32 * _MIB
-"""A tensor on the CPU that is smaller leaves its memory to the C library, which keeps it; a larger
-one to the system. (The most that glibc's M_MMAP_THRESHOLD grows to, on 64 bits.)"""
+MMAP_BYTES = 32 * MIB
+"""Smaller freed tensors on the CPU stay with the C library; larger ones go back to the system.
+(The largest value that glibc's M_MMAP_THRESHOLD grows to on 64 bits.)"""
 
-FAR = 1.5
-"""A run is refused if it needs so many times the memory that is free: plans are estimates."""
+MEMORY_MARGIN = 1.5
+"""A run is refused if it needs 1.5 times the free memory or more: plans are estimates."""
 
 
 def make_plan(members: Mapping[str, RunConfig], model: Outline) -> dict[str, Any]:
-    """Figures of a run, or of a sweep of several: counts, bytes, multiply-adds (JSON-able).
+    """Counts, bytes and multiply-adds of a run, or of a sweep of several members (JSON-able).
 
     members: by name, with the width of their activations; they share data and stream.
     """
     config = next(iter(members.values()))
-    data, train, d = config.data, config.train, model.d_model
+    train = config.train
     device = resolve_device(train.device)
+    model_device = _model_device(config.data, device)
     ranks = parallel.shape(train.tensor_parallel)
     of_one = ranks_of_one(train)
-    every = {name: _member(c.sae, c.train, device, of_one) for name, c in members.items()}
+    plans = {name: _member(c.sae, c.train, device, of_one) for name, c in members.items()}
     parts = _parts(members, ranks)
-    largest_part = max(parts, key=lambda names: sum(every[n]["state"] for n in names))
-    each = {name: every[name] for name in largest_part}  # what one process has
-    rows = 4 * (d + model.d_target)  # bytes of an activation, and of its target
-    buffer, kept_buffer = _buffer_bytes(config, rows)
-    states = [member["state"] for member in each.values()]
-    model_device = _model_device(data, device)
-    of_model = model.parameters * compute_dtype(data.model_dtype, model_device).itemsize
-    ahead = overlaps(data, model_device)
-    reading, widest, losses = _forward_bytes(config, model, model_device, ranks)
+    by_process = [[plans[name] for name in names] for names in parts]
+    process = max(by_process, key=lambda process: sum(member.state for member in process))
+    row = 4 * (model.d_model + model.d_target)  # bytes of an activation and its target
+    buffer, saved_buffer = _buffer_bytes(config, row)
+    reader = _reader(config, model, model_device, ranks)
+    beside = reader if model_device == device else None
+    # The first process copies, one at a time, the states that it gets from the others.
+    received = 2 * max(member.state for member in plans.values()) if len(parts) > 1 else 0
     stays = {
-        "language model": of_model if model_device == device else 0,
+        "language model": beside.weights if beside else 0,
         "text": TEXT_BYTES if device.type == "cpu" else 0,
-        "weights and moments": sum(states),
-        "copies in the compute dtype": sum(member["copies"] for member in each.values()),
+        "weights and moments": sum(member.state for member in process),
+        "copies in the compute dtype": sum(member.copies for member in process),
         "shuffle buffer": buffer,
-        "activations made ahead": buffer // 2 if ahead else 0,
+        "activations made ahead": buffer // 2 if overlaps(config.data, model_device) else 0,
         # The first batches wait for the mean; of one, raw, normalised, and a few in the step.
-        "batches": rows * (max(NORMALIZER_TOKENS, train.batch_size) + 6 * train.batch_size),
-        "held-out activations": rows * data.heldout_tokens,
+        "batches": row * (max(NORMALIZER_TOKENS, train.batch_size) + 6 * train.batch_size),
+        "held-out activations": row * config.data.heldout_tokens,
     }
-    passes = {
-        "a step": max(member["step"] for member in each.values()),
-        "an evaluation": max(member["evaluation"] for member in each.values()),
-    }
-    if model_device == device:
-        passes |= {"a forward pass of the language model": reading, "its losses": losses}
-    if device.type == "cpu":
-        # The first process copies, one at a time, what it got from another one.
-        received = 2 * max(m["state"] for m in every.values()) if len(parts) > 1 else 0
-        passes["the copy for a checkpoint"] = max(sum(states), received) + kept_buffer
-        if train.tensor_parallel > 1:  # rank 0 writes the whole
-            whole = max(member["parameters"] for member in each.values())
-            passes["the whole autoencoder, to save it"] = 4 * whole
-    kept = dict.fromkeys(passes, 0)
-    if device.type == "cpu":
-        # A step and a forward pass have tensors of other sizes, so neither finds room for all of
-        # its own in what the other has left.
-        kept["a step"] = max(member["kept"] for member in each.values())
-        if model_device == device and widest < RETURNED:
-            kept["a forward pass of the language model"] = reading
-        stays["kept by the allocator"] = sum(kept.values())
-    graphs = [member["step"] for member in each.values() if member["graph"]]
-    if graphs:  # what a graph's kernels write is written to the same place in every replay
-        kept["a step"] = max(graphs)
-        stays["kept by CUDA graphs"] = sum(graphs)
-    beside = {name: size - kept[name] for name, size in passes.items()}
-    largest = max(beside, key=beside.get)
-    memory = {**stays, f"at most beside it ({largest})": beside[largest]}
+    copied = max(stays["weights and moments"], received) + saved_buffer
+    passes = _passes(train, process, beside, copied, device)
     free = free_bytes(device)
+    state = train.tensor_parallel * sum(member.state for member in plans.values())
     return {
         "device": str(device),
         "model_device": str(model_device),
         "ranks": list(ranks),
         "kernels": backends.choose(None, device),
-        "kernels_why": "; ".join([_why(device), *_in_torch(members.values())]),
-        "d_model": d,
+        "kernels_why": "; ".join([_kernels_reason(device), *_in_torch(members.values())]),
+        "d_model": model.d_model,
         "steps": train.steps,
         "tokens": train.tokens,
         "flops_per_token_model": model.flops_per_token,
         "parts": parts,
-        "members": {name: {key: member[key] for key in _SHOWN} for name, member in every.items()},
-        "memory_mib": {name: size / _MIB for name, size in memory.items()},
-        "passes_mib": {name: size / _MIB for name, size in passes.items()},
-        "free_mib": None if free is None else free / _MIB,
-        "disk_mib": {
-            "checkpoints": (train.keep_checkpoints + 1)
-            * (train.tensor_parallel * sum(m["state"] for m in every.values()) + kept_buffer)
-            / _MIB,
-            "autoencoders": sum(4 * member["parameters"] for member in every.values()) / _MIB,
-        },
+        "members": {name: member.figures for name, member in plans.items()},
+        "memory_mib": in_mib(_peak(stays, passes, process, beside, device)),
+        "passes_mib": in_mib(passes),
+        "free_mib": None if free is None else free / MIB,
+        "disk_mib": in_mib(
+            {
+                "checkpoints": (train.keep_checkpoints + 1) * (state + saved_buffer),
+                "autoencoders": sum(4 * member.parameters for member in plans.values()),
+            }
+        ),
     }
 
 
-_SHOWN = (
-    *("compute_dtype", "training_step", "training_step_why", "dict_size"),
-    *("parameters", "flops_per_token", "flops_per_token_dense", "flops_per_token_step"),
-)
+class _Member(NamedTuple):
+    """An SAE: the figures that a plan shows, and bytes on each rank."""
+
+    figures: dict[str, Any]
+    parameters: int
+    state: int
+    """Weights, moments, and tokens since each latent fired."""
+    copies: int
+    """Weights in the compute dtype."""
+    step: int
+    """Memory of a training step beside these."""
+    kept: int
+    """The part of `step` that the C library keeps on a CPU."""
+    evaluation: int
+    graph: bool
+    """Whether the step is a CUDA graph."""
+
+
+class _Reader(NamedTuple):
+    """Bytes of a language model that reads text."""
+
+    weights: int
+    forward: int
+    """Activations of a forward pass up to the hookpoint."""
+    widest: int
+    """The largest of these."""
+    losses: int
+    """Logits for the losses of held-out text."""
+
+
+_READING = "a forward pass of the language model"
+
+
+def _passes(
+    train: TrainConfig,
+    process: list[_Member],
+    reader: _Reader | None,
+    copied: int,
+    device: torch.device,
+) -> dict[str, int]:
+    """Bytes that come and go, by what takes them.
+
+    reader: the language model, if it is on the device.  copied: bytes that a checkpoint copies.
+    """
+    passes = {
+        "a step": max(member.step for member in process),
+        "an evaluation": max(member.evaluation for member in process),
+    }
+    if reader is not None:
+        passes |= {_READING: reader.forward, "its losses": reader.losses}
+    if device.type == "cpu":
+        passes["the copy for a checkpoint"] = copied
+        if train.tensor_parallel > 1:  # rank 0 saves the whole autoencoder
+            whole = max(member.parameters for member in process)
+            passes["the whole autoencoder, to save it"] = 4 * whole
+    return passes
+
+
+def _peak(
+    stays: dict[str, int],
+    passes: dict[str, int],
+    process: list[_Member],
+    reader: _Reader | None,
+    device: torch.device,
+) -> dict[str, int]:
+    """`stays`, the memory that earlier passes keep, and the largest pass beside both."""
+    stays, kept = dict(stays), dict.fromkeys(passes, 0)
+    if device.type == "cpu":
+        # A step and a forward pass have tensors of other sizes, so that neither can reuse all of
+        # the memory of the other.
+        kept["a step"] = max(member.kept for member in process)
+        if reader is not None and reader.widest < MMAP_BYTES:
+            kept[_READING] = reader.forward
+        stays["kept by the allocator"] = sum(kept.values())
+    graphs = [member.step for member in process if member.graph]
+    if graphs:  # a graph's kernels write to the same addresses in every replay
+        kept["a step"] = max(graphs)
+        stays["kept by CUDA graphs"] = sum(graphs)
+    beside = {name: size - kept[name] for name, size in passes.items()}
+    largest = max(beside, key=lambda name: beside[name])
+    return {**stays, f"at most beside it ({largest})": beside[largest]}
 
 
 def _parts(members: Mapping[str, RunConfig], ranks: tuple[int, int]) -> list[list[str]]:
@@ -148,83 +200,115 @@ def _parts(members: Mapping[str, RunConfig], ranks: tuple[int, int]) -> list[lis
 
 def _member(
     sae: SAEConfig, train: TrainConfig, device: torch.device, ranks: tuple[int, int]
-) -> dict[str, Any]:
-    """Counts of one SAE, and bytes on each of the ranks (along data, along heads)."""
-    d, (sharing_tokens, sharing_heads) = sae.d_model, ranks
-    check_heads(sae, sharing_heads)
-    batch = math.ceil(train.batch_size / sharing_tokens)
-    dtype = compute_dtype(train.dtype, device)
+) -> _Member:
+    """Figures of one SAE, and bytes on each of the ranks (along data, along heads)."""
+    check_heads(sae, ranks[1])
     reason = check_step(sae, train, device, ranks)
-    encoder = sae.encoder_rows * (d + 1)
-    parameters = encoder + (sae.dict_size + 1) * sae.d_out
-    parameters += sae.experts * (d + 1)  # the router
-    parameters += d * sae.d_out if sae.skip else 0
-    kinds = [registry[getattr(sae, part)] for part, registry in SAE_KINDS.items()]
-    encoder_kind, selection, objective = kinds
-    parameters += encoder_kind.parameter_count(sae) + selection.parameter_count(sae)
-    shape = {"heads": sae.heads, "m": sae.m, "n": sae.n}
-    on = auxk_tokens(sae, train, train.batch_size)
-    dead = min(sae.dict_size, auxk_latents(sae, train)) if on else 0
-    step = flops.training_step(
-        d,
+    fused = reason is None
+    dtype = compute_dtype(train.dtype, device)
+    parameters = _parameters(sae)
+    # Bytes on a rank; all parameters but the matrices and biases of latents are few.
+    own, rows = math.ceil(parameters / ranks[1]), sae.encoder_rows // ranks[1]
+    # The fused step writes no gradients, but keeps the matrices in the compute dtype.
+    gradients = 0 if fused else 4 * own
+    matrices = rows * sae.d_model, sae.dict_size // ranks[1] * sae.d_out
+    moments = 8 * own - (4 * sum(matrices) if train.moments == "bfloat16" else 0)
+    batch = math.ceil(train.batch_size / ranks[0])
+    step = gradients + _pre_latent_bytes(rows, batch, dtype, device)
+    step += _code_bytes(sae, train, device, ranks, fused)
+    returned = 0 if fused else sum(4 * size for size in matrices if 4 * size >= MMAP_BYTES)
+    # Evaluation goes in smaller batches. Folding the normalizer takes a new SAE, and the encoder in
+    # float64.
+    widest = SELECTIONS[sae.selection].widest(sae)
+    judged = _pre_latent_bytes(rows, BATCH_TOKENS, torch.float32, device)
+    judged += 64 * BATCH_TOKENS * min(widest, sae.latents_per_token)
+    folded = 8 * sae.encoder_rows * (sae.d_model + 1) // ranks[1]
+    graphed = train.cuda_graph != "off" and why_not_graphed(device, ranks[1]) is None
+    return _Member(
+        figures={
+            "compute_dtype": str(dtype).removeprefix("torch."),
+            "training_step": "fused" if fused else "autograd and AdamW",
+            "training_step_why": reason or "gradients are never written",
+            "dict_size": sae.dict_size,
+            "parameters": parameters,
+            "flops_per_token": flops.flops_per_token(sae),
+            "flops_per_token_dense": flops.forward(
+                sae.d_model, sae.dict_size, sae.k, d_out=sae.d_out
+            ),
+            "flops_per_token_step": _step_flops(sae, train),
+        },
+        parameters=parameters,
+        state=4 * own + moments + 8 * sae.dict_size // ranks[1],
+        copies=dtype.itemsize * own if fused and dtype != torch.float32 else 0,
+        step=step,
+        kept=step - returned,
+        evaluation=4 * own + max(folded, judged),
+        graph=fused and graphed,
+    )
+
+
+def _parameters(sae: SAEConfig) -> int:
+    """Number of parameters of the whole autoencoder."""
+    encoder, selection, _ = (kinds[getattr(sae, part)] for part, kinds in SAE_KINDS.items())
+    return (
+        sae.encoder_rows * (sae.d_model + 1)
+        + (sae.dict_size + 1) * sae.d_out
+        + sae.experts * (sae.d_model + 1)  # the router
+        + (sae.d_model * sae.d_out if sae.skip else 0)
+        + encoder.parameter_count(sae)
+        + selection.parameter_count(sae)
+    )
+
+
+def _auxiliary(sae: SAEConfig, train: TrainConfig) -> tuple[int, int]:
+    """Tokens of a batch with the auxiliary loss, and the dead latents that it selects for each."""
+    tokens = auxk_tokens(sae, train, train.batch_size)
+    return tokens, min(sae.dict_size, auxk_latents(sae, train)) if tokens else 0
+
+
+def _step_flops(sae: SAEConfig, train: TrainConfig) -> float:
+    """Multiply-adds of a training step, per token."""
+    tokens, dead = _auxiliary(sae, train)
+    return flops.training_step(
+        sae.d_model,
         sae.dict_size,
         sae.k,
         train.batch_size,
         auxk=dead,
-        auxk_fraction=on / train.batch_size,
-        **shape,
-    )
-    # What a rank holds; all but matrices and biases of latents is small.
-    own, own_rows = math.ceil(parameters / sharing_heads), sae.encoder_rows // sharing_heads
-    chunk = _pre_latent_bytes(own_rows, batch, dtype, device)
-    # What is selected from, and decoded: more than k latents a token at some points of the grid.
-    kept = reason is None and not selection.exact  # batches, until their steps are made
-    widest = selection.widest(sae)
-    judged = 64 * BATCH_TOKENS * min(widest, sae.latents_per_token)
-    width = min(widest * objective.decoded_per_k, sae.latents_per_token)
-    codes = 64 * max(batch * width, math.ceil(on / sharing_tokens) * dead)
-    if sharing_heads > 1:  # candidates of all ranks: value, index, copies to sort
-        codes += 32 * sharing_heads * batch * width
-        if reason is None:  # what all decode, added up in float32, and its squares
-            codes += 8 * batch * sae.d_out
-    if not selection.by_k and reason is not None:  # [b, F]: products, values, and more
+        auxk_fraction=tokens / train.batch_size,
+        heads=sae.heads,
+        m=sae.m,
+        n=sae.n,
+    ).total
+
+
+def _code_bytes(
+    sae: SAEConfig, train: TrainConfig, device: torch.device, ranks: tuple[int, int], fused: bool
+) -> int:
+    """Bytes of a step's latents, reconstructions and their gradients on a rank."""
+    selection, objective = SELECTIONS[sae.selection], OBJECTIVES[sae.objective]
+    dtype = compute_dtype(train.dtype, device)
+    batch = math.ceil(train.batch_size / ranks[0])
+    tokens, dead = _auxiliary(sae, train)
+    # Selected and decoded: more than k latents a token with some selections and objectives.
+    width = min(selection.widest(sae) * objective.decoded_per_k, sae.latents_per_token)
+    total = 64 * max(batch * width, math.ceil(tokens / ranks[0]) * dead)
+    if ranks[1] > 1:  # candidates of all ranks: value, index, copies to sort
+        total += 32 * ranks[1] * batch * width
+        if fused:  # the decoded parts of all ranks, summed in float32, and their squares
+            total += 8 * batch * sae.d_out
+    if not selection.by_k and not fused:  # [b, F]: products, values, and more
         columns = max(sae.encoder_rows, sae.dict_size)
-        codes += 12 * sae.dict_size * _chunk_tokens(columns, batch, dtype, device)
-    if objective.nested:  # and their gradients, and the suffix sums of these
-        codes += 3 * 4 * batch * len(sae.prefixes) * sae.d_out
-    if kept:
-        codes += 4 * batch * (d + sae.d_target) * min(UNCONFIRMED, train.log_every)
-    # The fused step writes no gradients, but keeps the matrices in the compute dtype.
-    copies = dtype.itemsize * own if reason is None and dtype != torch.float32 else 0
-    gradients = 4 * own if reason is not None else 0
-    matrices = own_rows * d, sae.dict_size // sharing_heads * sae.d_out
-    moments = 8 * own - (4 * sum(matrices) if train.moments == "bfloat16" else 0)
-    returned = sum(4 * size for size in matrices if 4 * size >= RETURNED) if gradients else 0
-    # Folding takes a new SAE, and the encoder in float64. What is judged goes in smaller batches.
-    seen = _pre_latent_bytes(own_rows, BATCH_TOKENS, torch.float32, device)
-    return {
-        "compute_dtype": str(dtype).removeprefix("torch."),
-        "graph": reason is None
-        and train.cuda_graph != "off"
-        and why_not_graphed(device, sharing_heads) is None,
-        "training_step": "fused" if reason is None else "autograd and AdamW",
-        "training_step_why": "gradients are never written" if reason is None else reason,
-        "dict_size": sae.dict_size,
-        "parameters": parameters,
-        "flops_per_token": flops_per_token(sae),
-        "flops_per_token_dense": flops.forward(d, sae.dict_size, sae.k, d_out=sae.d_out),
-        "flops_per_token_step": step.total,
-        # Weights and two moments; tokens since each latent fired.
-        "state": 4 * own + moments + 8 * sae.dict_size // sharing_heads,
-        "copies": copies,
-        "step": gradients + chunk + codes,
-        "kept": gradients + chunk + codes - returned,
-        "evaluation": 4 * own + max(8 * encoder // sharing_heads, seen + judged),
-    }
+        total += 12 * sae.dict_size * _chunk_tokens(columns, batch, dtype, device)
+    if objective.nested:  # nested reconstructions, their gradients, and suffix sums of these
+        total += 3 * 4 * batch * len(sae.prefixes) * sae.d_out
+    if fused and not selection.exact:  # batches are kept until their steps are confirmed
+        total += 4 * batch * (sae.d_model + sae.d_target) * min(UNCONFIRMED, train.log_every)
+    return total
 
 
 def _buffer_bytes(config: RunConfig, row: int) -> tuple[int, int]:
-    """What the shuffle buffer takes, for rows of so many bytes; and in a checkpoint."""
+    """Bytes of the shuffle buffer in memory, for rows of so many bytes, and in a checkpoint."""
     data = config.data
     live = row * max(data.buffer_tokens, 2 * config.train.batch_size)
     if data.activations is None:
@@ -233,49 +317,63 @@ def _buffer_bytes(config: RunConfig, row: int) -> tuple[int, int]:
     permuted = data.activations_order == "global"
     rows = group_rows(index, data.buffer_tokens if permuted else 0)
     read_ahead = 2 * rows * row // 4 * getattr(torch, index.dtype).itemsize
-    read_ahead += KEPT * config.train.batch_size * row if permuted else 0
-    return (read_ahead, 0) if permuted else (live + read_ahead, live)
+    if permuted:
+        return read_ahead + BATCHES_IN_MEMORY * config.train.batch_size * row, 0
+    return live + read_ahead, live
 
 
-def _forward_bytes(
+def _reader(
     config: RunConfig, model: Outline, device: torch.device, ranks: tuple[int, int]
-) -> tuple[int, int, int]:
-    """Roughly, of the language model's own activations: to read out, the largest of these, and for
-    its losses."""
+) -> _Reader:
+    """Rough sizes of the language model and its activations on a rank."""
     size = compute_dtype(config.data.model_dtype, device).itemsize
     tokens = config.data.contexts_per_batch * model.context_length
-    # The widest place of a block has four widths, twice, and about six lie beside it: the residual
-    # stream, what was normalised of it, attention. Ranks share the contexts out, and each gets what
-    # all have read.
+    # A block's widest activation has four times the model's width, and exists twice. About six more
+    # of that width exist beside it: the residual stream, its norm, attention. Ranks share the
+    # contexts out, and each gets the activations of all.
     own = math.ceil(config.data.contexts_per_batch / math.prod(ranks)) * model.context_length
     width = own * model.hidden_size * size
-    reading = 14 * width + 4 * (tokens - own) * model.d_model
     # Logits, the same in float32, and logarithms of probabilities.
-    of_logit = size + 4 + (4 if size < 4 else 0)
+    logit = size + 4 + (4 if size < 4 else 0)
     judged = CONTEXTS_AT_ONCE * model.context_length
-    return reading, 4 * width, of_logit * min(LOGITS_AT_ONCE, judged * model.vocabulary)
+    return _Reader(
+        weights=model.parameters * size,
+        forward=14 * width + 4 * (tokens - own) * model.d_model,
+        widest=4 * width,
+        losses=logit * min(LOGITS_AT_ONCE, judged * model.vocabulary),
+    )
 
 
 def _model_device(data: DataConfig, device: torch.device) -> torch.device:
-    """Where the language model runs: the very device of the autoencoder, or another."""
+    """The language model's device; `device` itself if it is the autoencoder's."""
     if data.model_device is None:
         return device
-    found = resolve_device(data.model_device)
-    return device if with_index(found) == with_index(device) else found
+    own = resolve_device(data.model_device)
+    return device if with_index(own) == with_index(device) else own
+
+
+def in_mib(sizes: Mapping[str, float]) -> dict[str, float]:
+    """Bytes in MiB."""
+    return {name: size / MIB for name, size in sizes.items()}
+
+
+def listed(sizes: Iterable[tuple[str, float]]) -> str:
+    """Sizes in words: "weights 1,024, text 30"."""
+    return ", ".join(f"{name} {size:,.0f}" for name, size in sizes)
 
 
 def shortage(plan: dict[str, Any]) -> str | None:
-    """What to say if a plan needs far more memory than is free; None if it does not."""
+    """The message for a plan that needs far more memory than is free; None otherwise."""
     needed, free = sum(plan["memory_mib"].values()), plan["free_mib"]
-    # Processes on one machine share its memory; a GPU is one process's own.
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if plan["device"] == "cpu" else 1
-    if free is None or here * needed <= FAR * free:
+    # Processes on one machine share its memory; a GPU belongs to one process.
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if plan["device"] == "cpu" else 1
+    if free is None or processes * needed <= MEMORY_MARGIN * free:
         return None
-    parts = sorted(plan["memory_mib"].items(), key=lambda part: -part[1])
-    each = f" for each of {here} processes" if here > 1 else ""
+    per_process = f" for each of {processes} processes" if processes > 1 else ""
     return (
-        f"{needed:,.0f} MiB of memory are needed{each} on {plan['device']}, where {free:,.0f} MiB "
-        "are free: " + ", ".join(f"{name} {size:,.0f}" for name, size in parts)
+        f"{needed:,.0f} MiB of memory are needed{per_process} on {plan['device']}, where "
+        f"{free:,.0f} MiB are free: "
+        + listed(sorted(plan["memory_mib"].items(), key=lambda part: -part[1]))
     )
 
 
@@ -284,32 +382,29 @@ def check_memory(plan: dict[str, Any]) -> None:
     reason = shortage(plan)
     if reason is not None:
         raise InputError(
-            f"{reason}. Train fewer or smaller autoencoders, or a smaller buffer (--plan shows "
+            f"{reason}. Train fewer or smaller autoencoders, or use a smaller buffer (--plan shows "
             "what they take); --no-memory-check starts anyway"
         )
 
 
-def _chunk_tokens(columns: int, batch: int, dtype: torch.dtype, device: torch.device) -> int:
-    from kronsae_kernels.torch_impl import chunk_tokens
-
-    return min(batch, chunk_tokens(columns * dtype.itemsize, device))
-
-
-def _why(device: torch.device) -> str:
-    reason = backends.why_not("triton", device)
+def _kernels_reason(device: torch.device) -> str:
     if device.type == "cpu":
-        reason = "the device is a CPU"
-    return reason or "the device is a GPU"
+        return "the device is a CPU"
+    return backends.why_not("triton", device) or "the device is a GPU"
 
 
 def _in_torch(members: Iterable[RunConfig]) -> list[str]:
-    """What is made of torch calls on any device."""
+    """Parts of a step that run in torch on any device."""
     saes = [config.sae for config in members]
     parts = {
         "latents above thresholds: torch": any(not SELECTIONS[s.selection].by_k for s in saes),
         "nested reconstructions: torch": any(OBJECTIVES[s.objective].nested for s in saes),
     }
-    return [part for part, there in parts.items() if there]
+    return [part for part, used in parts.items() if used]
+
+
+def _chunk_tokens(columns: int, batch: int, dtype: torch.dtype, device: torch.device) -> int:
+    return min(batch, chunk_tokens(columns * dtype.itemsize, device))
 
 
 def _pre_latent_bytes(rows: int, batch: int, dtype: torch.dtype, device: torch.device) -> int:

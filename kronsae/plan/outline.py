@@ -1,4 +1,4 @@
-"""What a language model takes and gives, from its configuration alone: no weight is loaded."""
+"""Sizes and costs of a language model from its configuration alone, without its weights."""
 
 import warnings
 from collections.abc import Callable
@@ -9,60 +9,59 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from kronsae.cache import CacheIndex
-from kronsae.cache.reader import places_of
+from kronsae.cache.reader import hookpoint_numbers
 from kronsae.config import DataConfig
 from kronsae.data.common import reason
 from kronsae.data.language_model import (
-    EMBEDDED_LAYER,
     check_layer,
     find_module,
     first_tensor,
+    layer_or_hookpoint,
     lists_of_blocks,
 )
 from kronsae.data.loading import has_causal_class, load_config, quiet
-from kronsae.embedded import EMBEDDED_MODEL
 from kronsae.errors import InputError
 from kronsae.sources import Cache, source_of
 
 
 class Outline(NamedTuple):
-    """A language model up to its hookpoint."""
+    """Sizes of a language model, and the cost of a forward pass up to its hookpoint."""
 
     d_model: int
     """Width of the hookpoint's output."""
     parameters: int
-    """Of the whole model."""
+    """Number of parameters of the whole model."""
     flops_per_token: float
-    """Multiply-adds of a forward pass that ends at the hookpoint."""
+    """Multiply-adds per token of a forward pass that ends at the hookpoint."""
     context_length: int
-    """Tokens a context that the multiply-adds are of."""
+    """Tokens per context of that forward pass."""
     hidden_size: int
     """Width of the residual stream."""
     vocabulary: int
-    """Tokens that it tells apart."""
+    """Number of tokens known."""
     d_target: int = 0
     """Width of the target hookpoint's output; 0 without one."""
 
 
 class NoOutline(InputError):
-    """The model cannot be outlined; it may still load and run."""
+    """Raised if a model's sizes cannot be known before it is loaded; it may still load and run."""
 
 
 def outline(config: DataConfig, context_length: int = 1024) -> Outline:
-    """The outline of the model that `config` names, run without numbers (on the meta device).
+    """The outline of the model that `config` names, from a run on the meta device.
 
-    A model that only runs on numbers is outlined by its parts: the width of the module, or of the
+    A model that does not run there is estimated by its parts: the width of the module, or of the
     model, and a multiply-add for each weight of the blocks up to the hookpoint.
-    Raises InputError if its config.json cannot be had, or it has no such layer or module;
-    NoOutline if it is a model that cannot be made without its weights.
+    Raises InputError if its config.json cannot be loaded, or has no such layer or module;
+    NoOutline if the model cannot be created without weights.
     """
     if config.activations is not None:
-        return _of_cache(config)
-    layer, settings, model = _skeleton(config)
-    if layer is None:
-        modules = [find_module(model, config.model, config.hookpoint)]
+        return _of_cache(config, config.activations)
+    read, settings, model = _skeleton(config)
+    if isinstance(read, str):
+        modules = [find_module(model, config.model, read)]
     else:
-        modules = [blocks[layer] for _, blocks in lists_of_blocks(model)]
+        modules = [blocks[read] for _, blocks in lists_of_blocks(model)]
     text = settings.get_text_config()
     longest = getattr(text, "max_position_embeddings", None) or context_length
     tokens = min(config.context_length or context_length, longest)
@@ -75,12 +74,12 @@ def outline(config: DataConfig, context_length: int = 1024) -> Outline:
             if config.target_hookpoint:  # the forward pass ends there
                 target = find_module(model, config.model, config.target_hookpoint)
                 d_target, flops = _run(model, target, tokens)
-        except Exception as error:  # whatever a model does that needs numbers
-            warnings.warn(f"{config.model} is outlined by its parts: {error}", stacklevel=2)
+        except Exception as error:  # of any type: the model needs numbers
+            warnings.warn(f"{config.model} is estimated by its parts: {error}", stacklevel=2)
             continue
         return Outline(d, parameters, flops, tokens, text.hidden_size, vocabulary, d_target)
-    blocks = [module for _, found in lists_of_blocks(model) for module in found]
-    used = blocks if layer is None else blocks[: layer + 1]
+    blocks = [block for _, blocks in lists_of_blocks(model) for block in blocks]
+    used = blocks if isinstance(read, str) else blocks[: read + 1]
     weights = sum(p.numel() for block in used for p in block.parameters())
     width = modules and getattr(modules[0], "out_features", None)
     hidden = text.hidden_size
@@ -88,38 +87,36 @@ def outline(config: DataConfig, context_length: int = 1024) -> Outline:
     return Outline(width or hidden, parameters, weights, tokens, hidden, vocabulary, d_target)
 
 
-def _of_cache(config: DataConfig) -> Outline:
-    """What a cache says; no model runs while one trains from it."""
-    if source_of(config.activations) is not Cache:
-        raise NoOutline(f"nothing is known of {config.activations} before it is opened")
-    index = CacheIndex.open(config.activations)
-    places = places_of(index, config.layer, config.hookpoint, config.target_hookpoint)
-    d, *of_target = (index.hookpoints[place].width for place in places)
+def _of_cache(config: DataConfig, activations: str) -> Outline:
+    """The outline from a cache's index; no language model runs during training from a cache."""
+    if source_of(activations) is not Cache:
+        raise NoOutline(f"the sizes of {activations} are unknown before it is opened")
+    index = CacheIndex.open(activations)
+    numbers = hookpoint_numbers(index, config.layer, config.hookpoint, config.target_hookpoint)
+    d, *d_target = (index.hookpoints[number].width for number in numbers)
     parameters, tokens = index.model["parameters"], index.context_length
-    return Outline(d, parameters, 0.0, tokens, d, 0, sum(of_target))
+    return Outline(d, parameters, 0.0, tokens, d, 0, sum(d_target))
 
 
-def _skeleton(config: DataConfig) -> tuple[int | None, Any, nn.Module]:
-    """The layer that is read, the model's configuration, and the model on the meta device."""
+def _skeleton(config: DataConfig) -> tuple[int | str, Any, nn.Module]:
+    """The layer or hookpoint to read, the model's configuration, the model on the meta device."""
     from transformers import AutoModel, AutoModelForCausalLM
 
-    layer = config.layer
-    if layer is None and config.hookpoint is None and config.model == EMBEDDED_MODEL:
-        layer = EMBEDDED_LAYER
+    read = layer_or_hookpoint(config.model, config.layer, config.hookpoint)
     with quiet():
         settings = load_config(config.model, config.revision, config.trust_remote_code)
-        if layer is not None:
-            check_layer(config.model, settings, layer)
+        if isinstance(read, int):
+            check_layer(config.model, settings, read)
         loader = AutoModelForCausalLM if has_causal_class(settings) else AutoModel
         try:
             with torch.device("meta"):
                 model = loader.from_config(settings, trust_remote_code=config.trust_remote_code)
-        except Exception as error:  # of dozens of kinds
+        except Exception as error:  # there are dozens of types
             raise NoOutline(
-                f"model {config.model!r} cannot be made without weights ({reason(error)})"
+                f"model {config.model!r} cannot be created without weights ({reason(error)})"
             ) from error
-    model.config.pad_token_id = None  # some models look for it among the tokens, to warn
-    return layer, settings, model.eval()
+    model.config.pad_token_id = None  # some models warn if they find it among the tokens
+    return read, settings, model.eval()
 
 
 def forward_pass(
@@ -129,16 +126,16 @@ def forward_pass(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Callable[[], None]:
-    """A forward pass on [contexts, tokens] up to the hookpoint, of a model of meaningless weights.
+    """A function that runs the model, with meaningless weights, up to the (target) hookpoint.
 
-    Raises NoOutline if the model only runs on numbers of its own.
+    contexts, tokens: of its input. It raises NoOutline if the model does not run with such weights.
     """
-    layer, _, model = _skeleton(config)
-    name = config.target_hookpoint or config.hookpoint
-    if layer is None or config.target_hookpoint:
-        module = find_module(model, config.model, name)
+    read, _, model = _skeleton(config)
+    read = config.target_hookpoint or read
+    if isinstance(read, str):
+        module = find_module(model, config.model, read)
     else:
-        module = lists_of_blocks(model)[0][1][layer]
+        module = lists_of_blocks(model)[0][1][read]
     model.to(dtype).to_empty(device=device)
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.detach().fill_(0.01 if tensor.is_floating_point() else 0)
@@ -147,9 +144,9 @@ def forward_pass(
     def run() -> None:
         try:
             _width(model, module, ids)
-        except Exception as error:  # whatever a model does with weights of its own
-            what = f"model {config.model!r} only runs with its own weights"
-            raise NoOutline(f"{what} ({reason(error)})") from error
+        except Exception as error:  # of any type
+            problem = f"model {config.model!r} only runs with its own weights"
+            raise NoOutline(f"{problem} ({reason(error)})") from error
 
     return run
 
@@ -159,7 +156,7 @@ class _Reached(Exception):
 
 
 def _run(model: nn.Module, module: nn.Module, tokens: int) -> tuple[int, float]:
-    """Width of the module's output, and multiply-adds a token up to it."""
+    """Width of the module's output, and multiply-adds per token up to it."""
     ids = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
     with FlopCounterMode(display=False) as counter:
         width = _width(model, module, ids)

@@ -1,8 +1,8 @@
-"""How long a run would take: a few real steps, and forward passes of the language model.
+"""Time of a run, measured by a few training steps and forward passes of the language model.
 
-The steps are those of training, on random activations of the batch and dictionary as configured;
-the language model has its own shape and meaningless weights, so nothing is downloaded. What a token
-costs beside these two (tokenising, shuffling, evaluations, checkpoints) is not counted.
+Steps run on random activations, with batch and dictionary as configured. The language model has
+meaningless weights, so that nothing is downloaded. Tokenising, shuffling, evaluations and
+checkpoints are not counted.
 """
 
 import math
@@ -25,7 +25,7 @@ UNITS = {"years": 31_557_600, "weeks": 604_800, "days": 86_400, "hours": 3600, "
 
 
 def duration(seconds: float) -> str:
-    """ "about 3 weeks": one significant digit in the largest unit that fits."""
+    """Seconds in words, such as "about 3 weeks": one significant digit in the largest unit."""
     for unit, size in (*UNITS.items(), ("seconds", 1)):
         count = seconds / size
         if count >= 0.95 or unit == "seconds":
@@ -36,7 +36,7 @@ def duration(seconds: float) -> str:
 
 
 def step_seconds(config: RunConfig, device: torch.device) -> float:
-    """Of an optimizer step of one SAE, while no latent is dead."""
+    """Seconds of a training step of one SAE while no latent is dead."""
     sae, train = config.sae, config.train
     x = torch.randn(train.batch_size, sae.d_model, device=device)
     target = torch.randn(train.batch_size, sae.d_target, device=device) if sae.d_target else None
@@ -45,8 +45,8 @@ def step_seconds(config: RunConfig, device: torch.device) -> float:
 
 
 def model_seconds(data: DataConfig, model: Outline, device: torch.device) -> float:
-    """Of a token in the language model, up to the hookpoint. Raises NoOutline."""
-    if data.activations is not None:  # a cache is read beside the steps
+    """Seconds per token of the language model up to the hookpoint. Raises NoOutline."""
+    if data.activations is not None:  # a cache is read while steps run
         return 0.0
     contexts = data.contexts_per_batch
     run = forward_pass(
@@ -62,7 +62,7 @@ def run_time(
 ) -> str:
     """The time of a run or a sweep, in words. plan: of `make_plan`.
 
-    Of several processes it is what each computes, had they nothing to wait for.
+    For several processes it counts computation alone, not their waiting for each other.
     """
     if shortage(plan) is not None:
         return "not measured: it does not fit into memory"
@@ -70,25 +70,25 @@ def run_time(
     if plan["device"] == "cpu" and kernels & {"triton", "fused"}:
         return "not measured: Triton's interpreter is for tests, not for runs"
     if plan["ranks"][1] > 1:
-        return "not measured, as processes share the heads"
+        return "not measured: several processes share the heads"
     config = next(iter(members.values()))
     data, train = config.data, config.train
     device, model_device = torch.device(plan["device"]), torch.device(plan["model_device"])
     processes = math.prod(plan["ranks"])
     steps = {name: step_seconds(member, device) for name, member in members.items()}
-    of_one = 1 if train.share == "members" else processes
+    share = 1 if train.share == "members" else processes
     learning = max(sum(steps[name] for name in names) for names in plan["parts"])
-    learning /= train.batch_size * of_one
+    learning /= train.batch_size * share
     try:
         reading = model_seconds(data, model, model_device) / processes
     except NoOutline as error:
         return f"not measured: {error}"
-    beside = overlaps(data, model_device) and model_device != device
-    token = max(reading, learning) if beside else reading + learning
+    parallel = overlaps(data, model_device) and model_device != device
+    token = max(reading, learning) if parallel else reading + learning
     return (
         f"{duration(train.tokens * token)}: a token takes {_microseconds(reading)} in the language "
-        f"model and {_microseconds(learning)} in optimizer steps (measured here; evaluations, "
-        "checkpoints and the auxiliary loss of dead latents come on top)"
+        f"model and {_microseconds(learning)} in optimizer steps (measured here, without "
+        "evaluations, checkpoints and the auxiliary loss of dead latents)"
     )
 
 
@@ -98,7 +98,7 @@ def _microseconds(seconds: float) -> str:
 
 
 def _timed(call: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of a call, the median of ROUNDS, once it has run."""
+    """Median seconds of ROUNDS calls after a first one."""
     seconds = []
     for _ in range(ROUNDS + 1):
         began = time.perf_counter()
