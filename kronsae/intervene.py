@@ -1,8 +1,8 @@
-"""`python -m kronsae.intervene RUN`: what changing latents does to a language model.
+"""`kronsae intervene RUN`: effects of changed latents on a language model.
 
-With --latent and --prompt: its text and next token before and after. With --effects: what each
-latent's ablation does to the loss, exactly and estimated. With --and-test: a latent of a Kron head
-against its base and its extension.
+--latent and --prompt: its text and next token before and after. --effects: the effect of each
+latent's ablation on the loss, exact and estimated. --and-test: a latent of a Kron head compared
+with its base and its extension.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from rich.console import Console
@@ -32,9 +32,9 @@ from kronsae.interventions.effects import (
     and_test,
     attributed_effects,
     choose_pairs,
+    encode_text,
     exact_effects,
     last_logit,
-    read,
     summed_loss,
 )
 from kronsae.interventions.hooks import Edit, ablate, clamp, intervene, steer
@@ -54,14 +54,13 @@ from kronsae.system.devices import resolve_device
 from kronsae.system.files import write_json
 from kronsae.system.tables import console_table
 
-TOP = 8
-"""Next tokens in a table."""
+TABLE_ROWS = 8
 
 
 def make_parser() -> Parser:
     parser = Parser(
         "intervene",
-        "Change latents in a language model while it runs, and see what that does.",
+        "Change latents in a language model while it runs, and measure the effects.",
         'kronsae intervene RUN --latent 107 --prompt "import os" --add 5\n'
         "kronsae intervene RUN --effects 20\n"
         "kronsae intervene RUN --latent 107 --and-test",
@@ -69,32 +68,44 @@ def make_parser() -> Parser:
     )
     parser.add_argument("run", metavar="RUN", help="run folder, folder of a saved SAE, or hub id")
     parser.add_argument("--latent", type=int, nargs="+", metavar="N", help="latents to change")
-    parser.add_argument("--prompt", metavar="TEXT", help="what the model reads")
-    edits = parser.add_argument_group("what to do to --latent (default: --ablate)")
-    edits = edits.add_mutually_exclusive_group()
-    edits.add_argument("--ablate", action="store_true", help="its value becomes 0")
-    edits.add_argument("--set", type=float, metavar="X", help="its value becomes X, everywhere")
-    edits.add_argument("--add", type=float, metavar="X", help="steer: X times its decoder row")
+    parser.add_argument("--prompt", metavar="TEXT", help="text that the model reads")
+    edits = parser.add_argument_group(
+        "change of --latent (default: --ablate)"
+    ).add_mutually_exclusive_group()
+    edits.add_argument("--ablate", action="store_true", help="set its value to 0")
+    edits.add_argument("--set", type=float, metavar="X", help="set its value to X on every token")
+    edits.add_argument("--add", type=float, metavar="X", help="steer: add X times its decoder row")
     parser.add_argument(
         "--reconstruct",
         action="store_true",
-        help="put the reconstruction in the activations' place (default: keep the SAE's error)",
+        help="replace the activations by the reconstruction (default: keep the SAE's error)",
     )
     text = parser.add_argument_group("text to generate")
     text.add_argument("--new-tokens", type=int, default=40, metavar="N", help="(default: 40)")
     text.add_argument(
-        "--temperature", type=float, default=0.0, metavar="X", help="0 (default): the likeliest"
+        "--temperature",
+        type=float,
+        default=0.0,
+        metavar="X",
+        help="of sampling (default: 0, the likeliest token)",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of whatever is drawn")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of everything random"
+    )
     effects = parser.add_argument_group("effects of latents, by ablation and by attribution")
     effects.add_argument(
-        "--effects", type=int, metavar="N", help="of N latents that fire (or of --latent)"
+        "--effects",
+        type=int,
+        metavar="N",
+        help="measure N random latents that fire (or those of --latent)",
     )
     effects.add_argument(
-        "--target", metavar="TOKEN", help="on this token's logit after --prompt, not on the loss"
+        "--target",
+        metavar="TOKEN",
+        help="measure this token's logit after --prompt instead of the loss",
     )
     effects.add_argument(
-        "--contexts-each", type=int, default=4, metavar="N", help="contexts a latent (default: 4)"
+        "--contexts-each", type=int, default=4, metavar="N", help="contexts per latent (default: 4)"
     )
     parser.add_argument(
         "--and-test",
@@ -102,62 +113,67 @@ def make_parser() -> Parser:
         help="ablate the base, the extension and the composition of each --latent",
     )
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="where to write --effects and --and-test"
+        "--out", type=Path, metavar="DIR", help="folder of the results of --effects and --and-test"
     )
     add_flags(parser)
     return parser
 
 
 def work(argv: list[str]) -> None:
-    found = make_parser().parse(argv)
-    _check(found)
-    out = found.out
-    if out is None and (found.effects is not None or found.and_test):
-        out = Path("runs") / f"intervention-{time.strftime('%Y%m%d-%H%M%S')}"
-    if out is not None:
+    request = make_parser().parse(argv)
+    _check(request)
+    out = request.out or Path("runs") / f"intervention-{time.strftime('%Y%m%d-%H%M%S')}"
+    measures = request.effects is not None or request.and_test
+    if measures:
         RunFolder.check_free(out)
     console = Console(highlight=False, soft_wrap=True)
-    device = resolve_device(found.device)
-    loaded_saes = load_saes([found.run], given_data(found), device)
+    device = resolve_device(request.device)
+    loaded_saes = load_saes([request.run], given_data(request), device)
     if len(loaded_saes) > 1:
-        raise InputError(f"{found.run} is a sweep: name one of its members")
+        raise InputError(f"{request.run} is a sweep: name one of its members")
     [loaded] = loaded_saes
-    made_with = {
-        "command": shlex.join(["python", "-m", "kronsae.intervene", *argv]),
-        "versions": versions(),
-        "seed": found.seed,
-    }
-    if found.effects is not None:
-        _effects(loaded, found, device, out, made_with, console)
-    elif found.and_test:
-        _and_tests(loaded, found, device, out, made_with, console)
-    else:
+    if not measures:
         with quiet():
             model, _ = open_model(loaded.data, device)
-        _generate(model, loaded.sae, found, console)
+        _generate(model, loaded.sae, request, console)
+        return
+    measure = _and_tests if request.effects is None else _effects
+    measure(
+        loaded,
+        request,
+        device,
+        out,
+        {
+            "command": shlex.join(["kronsae", "intervene", *argv]),
+            "versions": versions(),
+            "seed": request.seed,
+            "subject": loaded.source,
+        },
+        console,
+    )
 
 
-def _check(found: argparse.Namespace) -> None:
-    """Raises InputError for flags that do not go together."""
-    changes = found.ablate or found.set is not None or found.add is not None
-    if found.effects is not None:
-        wrong = {"--and-test": found.and_test, "--ablate, --set and --add": changes}
-        wrong["--reconstruct"] = found.reconstruct
-        if found.effects < 2:
-            raise InputError(f"--effects: expected >= 2 latents to compare, got {found.effects}")
-        if (found.target is None) != (found.prompt is None):
+def _check(request: argparse.Namespace) -> None:
+    """Raise InputError for flags that do not go together."""
+    changes = request.ablate or request.set is not None or request.add is not None
+    if request.effects is not None:
+        wrong = {"--and-test": request.and_test, "--ablate, --set and --add": changes}
+        wrong["--reconstruct"] = request.reconstruct
+        if request.effects < 2:
+            raise InputError(f"--effects: expected >= 2 latents to compare, got {request.effects}")
+        if (request.target is None) != (request.prompt is None):
             raise InputError("--effects: --prompt and --target go together")
-    elif found.and_test:
-        wrong = {"--ablate, --set and --add": changes, "--reconstruct": found.reconstruct}
-        wrong |= {"--prompt": found.prompt is not None, "--target": found.target is not None}
-        if not found.latent:
+    elif request.and_test:
+        wrong = {"--ablate, --set and --add": changes, "--reconstruct": request.reconstruct}
+        wrong |= {"--prompt": request.prompt is not None, "--target": request.target is not None}
+        if not request.latent:
             raise InputError("--and-test needs --latent")
     else:
-        if found.prompt is None or not found.latent:
+        if request.prompt is None or not request.latent:
             raise InputError(
                 "nothing to do: give --latent and --prompt, or --effects, or --and-test"
             )
-        wrong = {"--target": found.target is not None, "--out": found.out is not None}
+        wrong = {"--target": request.target is not None, "--out": request.out is not None}
     for flag, given in wrong.items():
         if given:
             raise InputError(f"{flag} has no effect here: leave it out")
@@ -167,15 +183,15 @@ def _check(found: argparse.Namespace) -> None:
 
 
 class Changed(NamedTuple):
-    """What edits do to what a model says after a prompt."""
+    """A model's continuation of a prompt without and with edits."""
 
     before: str
-    """The text that it generates."""
+    """The text that it generates without the edits."""
     after: str
     logits: Tensor
-    """[V] float64: of the next token, without the edits."""
+    """[V] float64: logits of the next token without the edits."""
     edited: Tensor
-    """The same with them."""
+    """The same with the edits."""
 
 
 @torch.no_grad()
@@ -190,25 +206,30 @@ def before_and_after(
     temperature: float = 0.0,
     seed: int = 0,
 ) -> Changed:
-    """Generate from a prompt with and without the edits (see `intervene`), from one seed.
+    """Generate from a prompt with and without the edits (see `intervene`), with the same seed.
 
-    Raises InputError if the prompt holds fewer than two tokens (the first is never changed).
+    Raises InputError if the prompt has fewer than two tokens (the first is never changed).
     """
     ids = torch.tensor([model.tokenizer(prompt)["input_ids"]], device=model.device)
     if ids.shape[1] < 2:
         raise InputError(f"--prompt: expected two tokens at least, got {ids.shape[1]}")
-    options: dict[str, Any] = {"max_new_tokens": new_tokens, "use_cache": True}
-    options |= {"do_sample": True, "temperature": temperature} if temperature else {}
+    options: dict[str, Any] = {"do_sample": True, "temperature": temperature}
     if not temperature:
-        options |= {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    tokenizer = model.tokenizer
+        options = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    tokenizer, generate = model.tokenizer, cast(Any, model.model).generate
     pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), None)
 
     def run() -> tuple[str, Tensor]:
         logits = model.logits(ids)[0, -1].double().cpu()
         torch.manual_seed(seed)
-        attention = torch.ones_like(ids)
-        whole = model.model.generate(ids, attention_mask=attention, pad_token_id=pad, **options)
+        whole = generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            pad_token_id=pad,
+            max_new_tokens=new_tokens,
+            use_cache=True,
+            **options,
+        )
         return tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=True), logits
 
     with quiet():
@@ -218,40 +239,42 @@ def before_and_after(
     return Changed(before, after, logits, edited)
 
 
-def _generate(model: LanguageModel, sae: SAE, found: argparse.Namespace, console: Console) -> None:
-    if found.set is not None:
-        edits = [clamp(latent, found.set) for latent in found.latent]
-        done = f"set to {found.set:g}"
-    elif found.add is not None:
-        edits = [steer(latent, found.add) for latent in found.latent]
-        done = f"steered by {found.add:g}"
+def _generate(
+    model: LanguageModel, sae: SAE, request: argparse.Namespace, console: Console
+) -> None:
+    if request.set is not None:
+        edits = [clamp(latent, request.set) for latent in request.latent]
+        done = f"set to {request.set:g}"
+    elif request.add is not None:
+        edits = [steer(latent, request.add) for latent in request.latent]
+        done = f"steered by {request.add:g}"
     else:
-        edits, done = [ablate(latent) for latent in found.latent], "ablated"
+        edits, done = [ablate(latent) for latent in request.latent], "ablated"
     changed = before_and_after(
         model,
         sae,
         edits,
-        found.prompt,
-        keep_error=not found.reconstruct,
-        new_tokens=found.new_tokens,
-        temperature=found.temperature,
-        seed=found.seed,
+        request.prompt,
+        keep_error=not request.reconstruct,
+        new_tokens=request.new_tokens,
+        temperature=request.temperature,
+        seed=request.seed,
     )
-    latents = ", ".join(map(str, found.latent))
-    kept = "its reconstruction in the activations' place" if found.reconstruct else "error kept"
-    console.print(f"latent {latents} {done} ({kept}), but for the first token\n", style="bold")
+    latents = ", ".join(map(str, request.latent))
+    error = "activations replaced by the reconstruction" if request.reconstruct else "error kept"
+    console.print(f"latent {latents} {done} ({error}), except on the first token\n", style="bold")
     for name, text in (("before", changed.before), ("after", changed.after)):
         console.print(name, style="dim")
-        console.print(Text(found.prompt, style="dim") + Text(text), end="\n\n")
+        console.print(Text(request.prompt, style="dim") + Text(text), end="\n\n")
     console.print(_next_tokens(changed, model.tokenizer))
 
 
 def _next_tokens(changed: Changed, tokenizer: Any) -> Table:
-    """The next tokens whose probability changes most, and what that is in logits."""
+    """Table of the next tokens whose probability changes most."""
     p, q = (logits.softmax(-1) for logits in (changed.logits, changed.edited))
     header = ("next token", "logit before", "after", "change", "probability before", "after")
     table = console_table(header)
-    for token in (q - p).abs().topk(min(TOP, len(p))).indices.tolist():
+    for token in (q - p).abs().topk(min(TABLE_ROWS, len(p))).indices.tolist():
         before, after = changed.logits[token].item(), changed.edited[token].item()
         table.add_row(
             Text(repr(token_texts([token], tokenizer)[0])),
@@ -269,60 +292,28 @@ def _next_tokens(changed: Changed, tokenizer: Any) -> Table:
 
 def _effects(
     loaded: LoadedSAE,
-    found: argparse.Namespace,
+    request: argparse.Namespace,
     device: torch.device,
     out: Path,
-    made_with: dict[str, Any],
+    origin: dict[str, Any],
     console: Console,
 ) -> None:
     objective: Objective = summed_loss
     of = "loss"
     with quiet():
-        if found.prompt is None:
+        if request.prompt is None:
             text = open_heldout(loaded, device)
         else:
-            text = _of_prompt(loaded, found.prompt, device)
-            token, of = _one_token(text.model.tokenizer, found.target)
+            text = _of_prompt(loaded, request.prompt, device)
+            token, of = _one_token(text.model.tokenizer, request.target)
             objective = last_logit(token)
-    model, sae = text.model, loaded.sae
-    began = time.perf_counter()
-    encoded = read(sae, text)
-    firings = encoded.firings(sae)
-    pairs = choose_pairs(
-        firings, found.effects, found.contexts_each, found.seed, found.latent or ()
-    )
-    if len(pairs[:, 1].unique()) < 2:
-        raise InputError("fewer than two of these latents fire on this text")
-    batch = min(16, text.contexts_per_batch)
-    estimate = attributed_effects(model, sae, encoded, objective, batch)
-    between = time.perf_counter()
-    exact = exact_effects(model, sae, encoded, pairs, objective, batch)
-    seconds = {"attribution": between - began, "ablation": time.perf_counter() - between}
-    estimate, fired = (each[pairs[:, 0], pairs[:, 1]] for each in (estimate, firings))
-    latents, place = pairs[:, 1].unique(return_inverse=True)
-    tokens = torch.zeros(len(latents), dtype=torch.float64).index_add_(
-        0, place, fired.cpu().double()
-    )
-    # Of one prompt the effect as a whole; of text, a token on which the latent fires.
-    share = tokens if found.prompt is None else torch.ones_like(tokens)
-    exact, estimate = (
-        torch.zeros_like(tokens).index_add_(0, place, each.cpu().double()) / share
-        for each in (exact, estimate)
-    )
     document = {
         "format": "kronsae-effects",
-        **made_with,
-        "subject": loaded.source,
+        **origin,
         "text": text.facts,
         "of": of,
         "unit": "nats a token on which the latent fires" if of == "loss" else "logits",
-        "pearson": pearson(exact, estimate),
-        "spearman": spearman(exact, estimate),
-        "seconds": {name: round(value, 2) for name, value in seconds.items()},
-        "latents": [
-            {"latent": int(f), "tokens": int(t), "exact": e.item(), "attributed": a.item()}
-            for f, t, e, a in zip(latents, tokens, exact, estimate, strict=True)
-        ],
+        **_measure_effects(loaded.sae, text, objective, request),
     }
     out.mkdir(parents=True, exist_ok=True)
     write_json(out / "effects.json", document)
@@ -331,12 +322,51 @@ def _effects(
     console.print(f"In {out}: effects.json{', effects.png' if drawn else ''}", markup=False)
 
 
+def _measure_effects(
+    sae: SAE, text: HeldoutText, objective: Objective, request: argparse.Namespace
+) -> dict[str, Any]:
+    """Exact and attributed effects of latents, their correlations, and the time that they took."""
+    began = time.perf_counter()
+    encoded = encode_text(sae, text)
+    firings = encoded.firings(sae)
+    pairs = choose_pairs(
+        firings, request.effects, request.contexts_each, request.seed, request.latent or ()
+    )
+    latents, group = pairs[:, 1].unique(return_inverse=True)
+    if len(latents) < 2:
+        raise InputError("fewer than two of these latents fire on this text")
+    batch = min(16, text.contexts_per_batch)
+    attributed = attributed_effects(text.model, sae, encoded, objective, batch)
+    between = time.perf_counter()
+    exact = exact_effects(text.model, sae, encoded, pairs, objective, batch)
+    seconds = {"attribution": between - began, "ablation": time.perf_counter() - between}
+
+    def by_latent(values: Tensor) -> Tensor:
+        """Sums of values [p] of pairs over each latent's contexts."""
+        return torch.zeros(len(latents)).double().index_add_(0, group, values.cpu().double())
+
+    context, latent = pairs.T
+    tokens = by_latent(firings[context, latent])
+    # On one prompt the whole effect; on other text the mean over tokens on which the latent fires.
+    share = tokens if request.prompt is None else torch.ones_like(tokens)
+    exact, attributed = by_latent(exact) / share, by_latent(attributed[context, latent]) / share
+    return {
+        "pearson": pearson(exact, attributed),
+        "spearman": spearman(exact, attributed),
+        "seconds": {name: round(value, 2) for name, value in seconds.items()},
+        "latents": [
+            {"latent": int(f), "tokens": int(t), "exact": e.item(), "attributed": a.item()}
+            for f, t, e, a in zip(latents, tokens, exact, attributed, strict=True)
+        ],
+    }
+
+
 def _of_prompt(loaded: LoadedSAE, prompt: str, device: torch.device) -> HeldoutText:
     model, _ = open_model(loaded.data, device)
     ids = torch.tensor([model.tokenizer(prompt)["input_ids"]])
     mask = token_mask(ids, model.tokenizer)
     if not mask.any():
-        raise InputError("--prompt: no token of it is one that SAEs are trained on")
+        raise InputError("--prompt: SAEs are trained on none of its tokens")
     return HeldoutText(model, ids, mask, 1, {"prompt": prompt, "tokens": int(mask.sum())})
 
 
@@ -349,14 +379,14 @@ def _one_token(tokenizer: Any, text: str) -> tuple[int, str]:
 
 
 def _show_effects(document: dict[str, Any], console: Console) -> None:
-    found = sorted(document["latents"], key=lambda each: -abs(each["exact"]))
+    effects = sorted(document["latents"], key=lambda effect: -abs(effect["exact"]))
     table = console_table(("latent", "fires on (tokens)", "ablated", "attributed"), left=0)
-    for each in found[:TOP]:
-        figures = (f"{each[name]:+.4f}" for name in ("exact", "attributed"))
-        table.add_row(str(each["latent"]), str(each["tokens"]), *figures)
+    for effect in effects[:TABLE_ROWS]:
+        figures = (f"{effect[name]:+.4f}" for name in ("exact", "attributed"))
+        table.add_row(str(effect["latent"]), str(effect["tokens"]), *figures)
     console.print(
-        f"What ablating a latent does to the {document['of']} ({document['unit']}); the "
-        f"{min(TOP, len(found))} strongest of {len(found)}",
+        f"Effect of ablating a latent on the {document['of']} ({document['unit']}); the "
+        f"{min(TABLE_ROWS, len(effects))} strongest of {len(effects)}",
         style="bold",
         markup=False,
     )
@@ -364,13 +394,13 @@ def _show_effects(document: dict[str, Any], console: Console) -> None:
     seconds = document["seconds"]
     console.print(
         f"Attribution (gradient × activation) against ablation: Pearson {document['pearson']:.3f}, "
-        f"Spearman {document['spearman']:.3f} over {len(found)} latents; "
+        f"Spearman {document['spearman']:.3f} over {len(effects)} latents; "
         f"attribution took {seconds['attribution']:.1f} s, ablation {seconds['ablation']:.1f} s"
     )
 
 
 def _draw_effects(document: dict[str, Any], path: Path) -> bool:
-    """A point for each latent, on axes that show small and large effects; False: no matplotlib."""
+    """Draw attributed against exact effects on symlog axes. False without matplotlib."""
     try:
         import matplotlib
     except ImportError:
@@ -378,10 +408,10 @@ def _draw_effects(document: dict[str, Any], path: Path) -> bool:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    found = document["latents"]
-    exact, attributed = ([each[name] for each in found] for name in ("exact", "attributed"))
+    effects = document["latents"]
+    exact, attributed = ([effect[name] for effect in effects] for name in ("exact", "attributed"))
     sizes = sorted(abs(value) for value in exact + attributed)
-    linear = max(sizes[len(sizes) // 4], 1e-12)  # a quarter of the values is on the linear part
+    linear = max(sizes[len(sizes) // 4], 1e-12)  # a quarter of the values is in the linear part
     limit = 1.5 * sizes[-1]
     figure, axes = pyplot.subplots(figsize=(5.4, 5), layout="constrained")
     axes.plot([-limit, limit], [-limit, limit], color="#bbbbbb", linewidth=1)
@@ -393,7 +423,7 @@ def _draw_effects(document: dict[str, Any], path: Path) -> bool:
     axes.set_xlabel(f"ablation: change of the {document['of']}\n({document['unit']})")
     axes.set_ylabel("attribution: gradient × activation")
     axes.set_title(
-        f"{len(found)} latents, Pearson {document['pearson']:.3f}, "
+        f"{len(effects)} latents, Pearson {document['pearson']:.3f}, "
         f"Spearman {document['spearman']:.3f}",
         fontsize=10,
     )
@@ -408,21 +438,20 @@ def _draw_effects(document: dict[str, Any], path: Path) -> bool:
 
 def _and_tests(
     loaded: LoadedSAE,
-    found: argparse.Namespace,
+    request: argparse.Namespace,
     device: torch.device,
     out: Path,
-    made_with: dict[str, Any],
+    origin: dict[str, Any],
     console: Console,
 ) -> None:
     with quiet():
         text = open_heldout(loaded, device)
-    results = [and_test(loaded.sae, text, latent) for latent in found.latent]
+    results = [and_test(loaded.sae, text, latent) for latent in request.latent]
     for result in results:
         _show_and_test(result, console)
     document = {
         "format": "kronsae-and-test",
-        **made_with,
-        "subject": loaded.source,
+        **origin,
         "text": text.facts,
         "latents": [
             result._asdict()
@@ -444,27 +473,27 @@ def _show_and_test(result: AndTest, console: Console) -> None:
     )
     console.print(
         f"base positive on {100 * gate.base:.2f} % of tokens, extension on "
-        f"{100 * gate.extension:.2f} %, both on {100 * gate.both:.2f} %; the latent is among the "
-        f"active on {100 * gate.fires:.2f} % ({result.tokens:,} tokens). On these, if ablated:"
+        f"{100 * gate.extension:.2f} %, both on {100 * gate.both:.2f} %; the latent is active "
+        f"on {100 * gate.fires:.2f} % ({result.tokens:,} tokens). Effects of ablations on these:"
     )
     header = ("", "off", "head's others", "lost", "gained", "loss", "KL", "elsewhere")
     table = console_table(header)
-    for each in result.ablated:
+    for ablated in result.ablated:
         table.add_row(
-            each.what,
-            str(each.latents),
-            f"{short(each.head_before)} → {short(each.head_after)}",
-            f"{each.lost:.2f}",
-            f"{each.gained:.2f}",
-            f"{each.loss:+.4f}",
-            f"{each.divergence:.4f}",
-            f"{each.loss_elsewhere:+.5f}",
+            ablated.what,
+            str(ablated.latents),
+            f"{short(ablated.head_before)} → {short(ablated.head_after)}",
+            f"{ablated.lost:.2f}",
+            f"{ablated.gained:.2f}",
+            f"{ablated.loss:+.4f}",
+            f"{ablated.divergence:.4f}",
+            f"{ablated.loss_elsewhere:+.5f}",
         )
     console.print(table)
     console.print(
-        "off: latents silenced; head's others: summed activation of its other latents; lost: those "
-        "that no longer fire; gained: latents, anywhere, that fire instead; loss and KL divergence "
-        "in nats a token, elsewhere: the loss on the other tokens of these contexts\n",
+        "off: silenced latents; head's others: summed activation of the head's other latents; "
+        "lost: those that no longer fire; gained: latents of any head that fire instead; loss and "
+        "KL divergence in nats per token; elsewhere: loss on the other tokens of these contexts\n",
         style="dim",
     )
 

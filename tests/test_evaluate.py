@@ -1,4 +1,4 @@
-"""`python -m kronsae.evaluate`: each figure against brute force, and its files."""
+"""`kronsae evaluate`: each figure against brute force, and its files."""
 
 import json
 import re
@@ -185,7 +185,7 @@ def test_a_sweep_from_the_command_line(sweep, tmp_path, capsys):
     [text] = document["texts"]
     names = [path.name for path in sorted(sweep.iterdir()) if (path / "sae").is_dir()]
     assert sorted(text["of"]) == names and 900 < text["tokens"] <= 16 * 63
-    assert document["command"].startswith("python -m kronsae.evaluate ")
+    assert document["command"].startswith("kronsae evaluate ")
     assert document["versions"]["torch"] == torch.__version__
     for entry in document["judged"]:
         log = (sweep / entry["name"] / "metrics.jsonl").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""`python -m kronsae.intervene` on the embedded model, with an SAE that nobody trained."""
+"""`kronsae intervene` on the embedded model, with an SAE that nobody trained."""
 
 import json
 

@@ -11,13 +11,13 @@ from kronsae import SAE, InputError, SAEConfig
 from kronsae.data import LanguageModel
 from kronsae.data.packing import token_mask
 from kronsae.interventions.effects import (
-    Read,
+    EncodedText,
     and_test,
     attributed_effects,
     choose_pairs,
+    encode_text,
     exact_effects,
     last_logit,
-    read,
     summed_loss,
     without,
 )
@@ -238,7 +238,7 @@ OBJECTIVES = {"loss": summed_loss, "logit": last_logit(17)}
 @pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
 def test_effects_against_brute_force(precise, objective):
     model, sae = precise.model, make().double()
-    found = read(sae, precise)
+    found = encode_text(sae, precise)
     pairs = choose_pairs(found.firings(sae), 12, 3, seed=0)
     assert len(pairs) > 12
     exact = exact_effects(model, sae, found, pairs, objective, batch=5)
@@ -261,7 +261,7 @@ def test_attribution_is_exact_where_the_rest_is_linear(precise):
     model = LanguageModel(precise.model.model, precise.model.tokenizer, name)
     text = replace(precise, model=model)
     sae = make().double()
-    found = read(sae, text)
+    found = encode_text(sae, text)
     pairs = choose_pairs(found.firings(sae), 40, 4, seed=0)
     exact = exact_effects(model, sae, found, pairs, last_logit(7))
     attributed = attributed_effects(model, sae, found, last_logit(7))
@@ -271,10 +271,10 @@ def test_attribution_is_exact_where_the_rest_is_linear(precise):
 
 def test_parts_of_a_reading(precise):
     sae = make().double()
-    found = read(sae, precise)
+    found = encode_text(sae, precise)
     counts = torch.zeros(4, sae.dict_size, dtype=torch.int64)
     for context in range(4):
-        part: Read = found.of(slice(context, context + 1))
+        part: EncodedText = found.part(slice(context, context + 1))
         z = dense(sae, SparseCodes(part.codes.values.float(), part.codes.indices))
         assert len(z) == part.mask.sum()
         counts[context] = (z > 0).sum(0)

@@ -1,4 +1,4 @@
-"""SAEs judged on text that they were never trained on: `python -m kronsae.evaluate RUN…`."""
+"""`kronsae evaluate RUN…`: evaluation of SAEs on text that they were not trained on."""
 
 from kronsae.evaluate.judge import Judgement, judge
 

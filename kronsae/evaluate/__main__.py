@@ -1,4 +1,4 @@
-"""`python -m kronsae.evaluate RUN…`: figures of merit on text that was never trained on."""
+"""`kronsae evaluate RUN…`: metrics of SAEs on held-out text."""
 
 import shlex
 import sys
@@ -32,8 +32,8 @@ from kronsae.system.files import write_json, write_text
 def make_parser() -> Parser:
     parser = Parser(
         "evaluate",
-        "Judge SAEs on text that they were never trained on: how much they explain, which latents "
-        "live, and what the language model loses when they stand for its activations. Writes "
+        "Evaluate SAEs on text that they were not trained on: explained variance, firing rates of "
+        "latents, and the language model's loss with reconstructed activations. Writes "
         "evaluation.json, evaluation.md and pictures.",
         "kronsae evaluate runs/MY-RUN runs/ANOTHER",
         usage="%(prog)s RUN [RUN ...] [--out DIR] [flags]",
@@ -52,11 +52,11 @@ def make_parser() -> Parser:
 
 
 def work(argv: list[str]) -> None:
-    found = make_parser().parse(argv)
-    out = found.out or Path("runs") / f"evaluation-{time.strftime('%Y%m%d-%H%M%S')}"
+    request = make_parser().parse(argv)
+    out = request.out or Path("runs") / f"evaluation-{time.strftime('%Y%m%d-%H%M%S')}"
     RunFolder.check_free(out)
-    device = resolve_device(found.device)
-    loaded_saes = load_saes(found.runs, given_data(found), device)
+    device = resolve_device(request.device)
+    loaded_saes = load_saes(request.runs, given_data(request), device)
     console = Console(highlight=False, soft_wrap=True)
     entries: dict[str, dict[str, Any]] = {}
     texts = []
@@ -70,7 +70,7 @@ def work(argv: list[str]) -> None:
     document = {
         "format": "kronsae-evaluation",
         "format_version": 1,
-        "command": shlex.join(["python", "-m", "kronsae.evaluate", *argv]),
+        "command": shlex.join(["kronsae", "evaluate", *argv]),
         "versions": versions(),
         "device": str(device),
         "texts": texts,
@@ -84,13 +84,13 @@ def _judge(group: list[LoadedSAE], text: HeldoutText, console: Console) -> list[
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("reading", total=2 * batches)
         saes = {loaded.name: loaded.sae for loaded in group}
-        found = judge(saes, text, lambda: bar.advance(task))
-    return [found[loaded.name] for loaded in group]
+        judgements = judge(saes, text, lambda: bar.advance(task))
+    return [judgements[loaded.name] for loaded in group]
 
 
 def _describe(text: HeldoutText, group: list[LoadedSAE]) -> dict[str, Any]:
-    of = [loaded.name for loaded in group]
-    return {"of": of, **text.facts, "model": text.model.describe()}
+    names = [loaded.name for loaded in group]
+    return {"of": names, **text.facts, "model": text.model.describe()}
 
 
 def _entry(loaded: LoadedSAE, judgement: Judgement) -> dict[str, Any]:
@@ -120,15 +120,15 @@ def _write(document: dict[str, Any], out: Path, console: Console) -> None:
     except ImportError:
         pictures = []
     for text in document["texts"]:
-        about = f"{text['tokens']:,} tokens of {text['dataset']} ({text['which']})"
-        of = f"{', '.join(text['of'])}: " if len(document["texts"]) > 1 else ""
-        console.print(f"{of}{about}; {text['left_out']}", style="dim", markup=False)
+        names = f"{', '.join(text['of'])}: " if len(document["texts"]) > 1 else ""
+        amount = f"{text['tokens']:,} tokens of {text['dataset']} ({text['which']})"
+        console.print(f"{names}{amount}; {text['left_out']}", style="dim", markup=False)
     if len(document["judged"]) == 1:
         [entry] = document["judged"]
         console.print(" · ".join([entry["name"], *filter(None, facts(entry))]), style="bold")
     console.print(console_table(document["judged"], console.width))
     console.print(
-        f"In {out}: evaluation.md (with what each figure means), "
+        f"In {out}: evaluation.md (explains each figure), "
         f"{', '.join(['evaluation.json', *pictures])}"
         + ("" if pictures else " (pictures need matplotlib: pip install matplotlib)"),
         markup=False,
@@ -136,7 +136,7 @@ def _write(document: dict[str, Any], out: Path, console: Console) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0 only when the work was done."""
+    """Run the command line; returns the exit status: 0 only if it succeeded."""
     return exit_status(work, argv)
 
 

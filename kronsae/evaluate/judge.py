@@ -1,6 +1,6 @@
-"""Any number of SAEs judged while their language model reads text, in bounded memory.
+"""Evaluation of several SAEs in one pass of their language model over a text.
 
-Letters: b contexts, t tokens of each, n next tokens, d width, V tokens known.
+Letters: b contexts, t tokens of each, n next tokens, d width, V vocabulary size.
 """
 
 from collections.abc import Callable, Mapping
@@ -25,19 +25,19 @@ from kronsae.model.sae import SAE
 
 
 class Judgement(NamedTuple):
-    """What an SAE is worth on some text."""
+    """Metrics of an SAE on a text."""
 
     metrics: dict[str, float]
-    """Figures named as in `kronsae.metrics.MEANING`; those of cross-entropy and KL divergence only
-    if the model predicts next tokens."""
+    """Metrics by their names in `kronsae.metrics.MEANING`; those of cross-entropy and KL divergence
+    only if the model predicts next tokens."""
     counts: Tensor
     """[F] int64: tokens on which each latent fires."""
     tokens: int
-    """Tokens on which the SAE stood for the activations."""
+    """Number of tokens whose activations the SAE reconstructed."""
 
 
 class _Candidate:
-    """An SAE and its running sums; called, it reconstructs activations and adds them up."""
+    """An SAE that counts its metrics whenever it is called to reconstruct activations."""
 
     def __init__(self, sae: SAE) -> None:
         self.sae = sae
@@ -69,7 +69,7 @@ class _Losses:
 
     @property
     def means(self) -> tuple[float, float]:
-        """Cross-entropy and KL divergence, in nats a token."""
+        """Cross-entropy and KL divergence, in nats per token."""
         return self.cross_entropy / self.tokens, self.divergence / self.tokens
 
 
@@ -79,14 +79,14 @@ def judge(
     text: HeldoutText,
     on_batch: Callable[[], None] = lambda: None,
 ) -> dict[str, Judgement]:
-    """Every figure of `kronsae.metrics.MEANING` for each SAE of raw activations, by name.
+    """Compute every metric of `kronsae.metrics.MEANING` for SAEs of raw activations.
 
-    The text is read twice: up to the hookpoint, for the mean that mean ablation puts in, and then
-    in full, once as it is, and once for each ablation and SAE with that in the place of the
-    activations (a transcoder: of its target). Tokens outside `text.mask` keep their activations.
-    Memory: that of the model for a batch of contexts, and F counts an SAE; no activation is kept.
-    on_batch: called after each batch of contexts, of both readings.
-    Raises InputError if activations are not finite, or if nothing is in the mask.
+    The text is read twice: up to the hookpoint, for the mean of the activations; then in full, once
+    unchanged, and once for each ablation and SAE, which replaces the activations (a transcoder: its
+    target). Tokens outside `text.mask` keep their activations.
+    Memory: the model's for a batch of contexts, and F counts per SAE.
+    on_batch: called after each batch of contexts, in both readings.
+    Raises InputError if activations are not finite, or if the mask is empty.
     """
     model = text.model
     candidates = {name: _Candidate(sae) for name, sae in saes.items()}
@@ -126,7 +126,7 @@ def judge(
 
 
 def _of(name: str) -> str:
-    """Key of an SAE's losses: names of SAEs are free, and may be "zero"."""
+    """Key of an SAE's losses; the prefix keeps an SAE called "zero" apart."""
     return f"SAE {name}"
 
 
@@ -134,14 +134,14 @@ def _compared(losses: dict[str, _Losses], spliced: _Losses) -> dict[str, float]:
     clean, _ = losses["clean"].means
     mean, kl_mean = losses["mean"].means
     zero, kl_zero = losses["zero"].means
-    ours, kl = spliced.means
+    reconstructed, kl = spliced.means
     return {
         "ce_clean": clean,
-        "ce_spliced": ours,
+        "ce_spliced": reconstructed,
         "ce_mean": mean,
         "ce_zero": zero,
-        "ce_recovered": cross_entropy_recovered(clean, ours, zero),
-        "ce_recovered_mean": cross_entropy_recovered(clean, ours, mean),
+        "ce_recovered": cross_entropy_recovered(clean, reconstructed, zero),
+        "ce_recovered_mean": cross_entropy_recovered(clean, reconstructed, mean),
         "kl_spliced": kl,
         "kl_mean": kl_mean,
         "kl_zero": kl_zero,
@@ -149,7 +149,7 @@ def _compared(losses: dict[str, _Losses], spliced: _Losses) -> dict[str, float]:
 
 
 def _mean(text: HeldoutText, on_batch: Callable[[], None]) -> Tensor:
-    """Mean [d] float64 of what SAEs stand for, over the tokens in the mask."""
+    """Mean [d] float64 of the activations that SAEs reconstruct, over the tokens in the mask."""
     model, count = text.model, 0
     total = torch.zeros(model.d_target or model.d_model, dtype=torch.float64, device=model.device)
     for ids, mask in text.batches():
@@ -163,5 +163,5 @@ def _mean(text: HeldoutText, on_batch: Callable[[], None]) -> Tensor:
         count += len(x)
         on_batch()
     if not count:
-        raise InputError("no token of the text is one that SAEs are trained on")
+        raise InputError("SAEs are trained on no token of this text")
     return total / count

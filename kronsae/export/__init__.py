@@ -1,1 +1,1 @@
-"""SAEs for other libraries and the Hugging Face hub: `python -m kronsae.export`."""
+"""`kronsae export`: SAEs for other libraries and the Hugging Face hub."""

@@ -1,7 +1,7 @@
-"""`python -m kronsae.export SAE --to FORMAT`: an SAE for another library, or for the hub.
+"""`kronsae export SAE --to FORMAT`: write an SAE for another library, or push it to the hub.
 
-SAE is whatever `kronsae.load` takes: a run folder, a folder of ours or of another library, a hub
-id; so this also brings SAEs of other libraries here (--to kronsae).
+SAE is anything that `kronsae.load` takes: a run folder, a folder of kronsae or of another library,
+a hub id. So this also imports SAEs of other libraries (--to kronsae).
 """
 
 import argparse
@@ -22,7 +22,7 @@ VERIFY_TOKENS = 16_384
 
 
 def _library(text: str) -> str:
-    """A format's name, also as people write it: saelens, SAE-Lens, dictionary-learning."""
+    """A format's name from other spellings: saelens, SAE-Lens, dictionary-learning."""
     names = {name.replace("_", ""): name for name in FORMATS}
     return names.get(re.sub("[_ -]", "", text.lower()), text)
 
@@ -42,24 +42,28 @@ def make_parser() -> Parser:
         required=True,
         type=_library,
         choices=(*FORMATS, "hub"),
-        help="the library that shall load it",
+        help="the library that will load it",
     )
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder to write (not: hub)")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder to write (not with --to hub)"
+    )
     parser.add_argument(
         "--verify",
         action="store_true",
         help="load it in that library, and compare explained variance and L0 on the run's held-out "
-        "tokens (of an SAE without a run: on random vectors)",
+        "tokens (without a run: on random vectors)",
     )
     parser.add_argument(
         "--tokens", type=int, metavar="N", help=f"tokens to verify on (default: {VERIFY_TOKENS})"
     )
-    parser.add_argument("--subfolder", metavar="NAME", help="where in SAE it is, as layers.6")
+    parser.add_argument(
+        "--subfolder", metavar="NAME", help="folder in SAE that holds it, such as layers.6"
+    )
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a hub id")
     parser.add_argument(
         "--allow-pickle",
         action="store_true",
-        help="read dictionary_learning's ae.pt, a pickle, of which tensors alone are taken",
+        help="read dictionary_learning's ae.pt, a pickle, from which only tensors are loaded",
     )
     parser.add_argument(
         "--trust-remote-code",
@@ -67,16 +71,18 @@ def make_parser() -> Parser:
         help="with --verify: run code that comes with the model from the hub",
     )
     hub = parser.add_argument_group("with --to hub")
-    hub.add_argument("--repo", metavar="OWNER/NAME", help="repository; made if it is not there")
+    hub.add_argument(
+        "--repo", metavar="OWNER/NAME", help="repository; created if it does not exist"
+    )
     hub.add_argument("--branch", metavar="NAME", help="branch to push to (default: main)")
     hub.add_argument("--private", action="store_true", help="make the repository private")
     return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status: 0 only when the work was done.
+    """Run the command line; returns the exit status: 0 only if it succeeded.
 
-    2: what was asked for cannot work, or the verification did not agree.
+    2: the request cannot work, or the verification failed.
     """
     return exit_status(_export, argv)
 
@@ -145,11 +151,13 @@ def _verify(request: argparse.Namespace, sae: SAE) -> None:
     for figures in (result.before, result.after):
         print(f"{figures.library:28}{figures.explained_variance:20.6f}{figures.l0:12.4f}")
     print(
-        f"largest difference of a reconstruction's coordinate: {result.largest_difference:.1e} "
-        "standard deviations"
+        "largest difference between coordinates of the reconstructions: "
+        f"{result.largest_difference:.1e} standard deviations"
     )
     if not result.agrees:
-        raise InputError(f"{result.after.library} does not make of {request.out} what kronsae does")
+        raise InputError(
+            f"{result.after.library} gives other figures for {request.out} than kronsae"
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The same tokens through an SAE of ours and through what another library makes of its export.
+"""Comparison of an SAE with its export, as loaded by another library, on the same tokens.
 
 Letters: t tokens, d width.
 """
@@ -20,14 +20,14 @@ from kronsae.model.sae import SAE
 from kronsae.registry import FORMATS
 
 BATCH_TOKENS = 1024
-"""Other libraries make dense latents [t, F]."""
+"""Tokens at a time; other libraries make dense latents [t, F]."""
 EXPLAINED_VARIANCE_TOLERANCE = 1e-4
 L0_TOLERANCE = 1e-3
-"""Relative. Another order of additions moves a latent over a threshold, now and then."""
+"""Relative tolerance: rounding can move a latent over a threshold."""
 
 
 class Figures(NamedTuple):
-    """How good an SAE is, as one library computes it."""
+    """Metrics of an SAE as one library computes it."""
 
     library: str
     explained_variance: float
@@ -35,13 +35,13 @@ class Figures(NamedTuple):
 
 
 class Verification(NamedTuple):
-    """An SAE before and after it went to another library."""
+    """Metrics of an SAE before and after its export to another library."""
 
     before: Figures
     after: Figures
     tokens: int
     largest_difference: float
-    """Of a coordinate of the reconstruction, in standard deviations of the target."""
+    """Largest difference of a reconstruction's coordinate, in standard deviations of the target."""
 
     @property
     def agrees(self) -> bool:
@@ -56,7 +56,7 @@ class Verification(NamedTuple):
 def verify(
     sae: SAE, folder: Path, library: str, x: Tensor, target: Tensor | None = None
 ) -> Verification:
-    """Load `folder` in `library` (a name in `kronsae.registry.FORMATS`) and compare it with `sae`.
+    """Load `folder` in `library` (a name in `kronsae.registry.FORMATS`) and compare with `sae`.
 
     x: [t, d] activations.  target: [t, d_out] of a transcoder.
     Raises InputError if the library is not installed.
@@ -69,7 +69,7 @@ def verify(
         theirs = form.reader(folder, sae)
     except ImportError as error:
         raise InputError(
-            f"verifying needs {name} ({error}): pip install {name}, or leave out --verify"
+            f"--verify needs {name} ({error}): pip install {name}, or leave out --verify"
         ) from error
     judged = ReconstructionMetrics(sae.config.d_out)
     target = x if target is None else target
@@ -91,10 +91,10 @@ def verify(
 def heldout_tokens(
     sae: SAE, tokens: int, device: str = "cpu", trust_remote_code: bool = False
 ) -> tuple[Tensor, Tensor | None, str] | None:
-    """Held-out activations of the run that the SAE is of, targets, and what they are.
+    """Held-out activations of the SAE's run, targets, and a description.
 
-    At most about `tokens` of them, from the first held-out contexts. None if it is of no run with a
-    language model. Raises InputError if model or text cannot be had.
+    About `tokens` at most, from the first held-out contexts. None if the SAE is not of a run with a
+    language model. Raises InputError if model or text cannot be loaded.
     """
     from kronsae.data import split_target
     from kronsae.sources import open_activations
@@ -114,7 +114,7 @@ def heldout_tokens(
 
 
 def random_tokens(sae: SAE, tokens: int) -> tuple[Tensor, Tensor | None, str]:
-    """Normal vectors around the decoder's bias: they show whether two libraries agree, no more."""
+    """Random normal vectors around the decoder's bias, to compare two libraries."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(tokens, sae.d_model, generator=generator)
     if sae.config.d_target:

@@ -1,4 +1,4 @@
-"""Latents changed in a running language model, and what the changes do to its output."""
+"""Changes of latents in a running language model, and their effects on its output."""
 
 from kronsae.interventions.hooks import Edit, ablate, change, clamp, intervene, steer
 from kronsae.metrics.splicing import spliced

@@ -1,13 +1,13 @@
-"""Latents switched off, held or pushed inside a language model while it runs, or generates.
+"""Ablation, clamping and steering of latents in a language model while it runs or generates.
 
     model = LanguageModel.load("EleutherAI/pythia-160m", layer=6)
     with intervene(model, sae, [clamp(17, 5.0), ablate(3)]):
         model.model.generate(...)
 
-An edit changes a latent from z to z' on a token, and the activations y there (of a transcoder: its
-target's) to y + (z' - z) W_dec[latent]: what the SAE does not explain stays as it is. Or, with
-keep_error=False, its reconstruction takes their place. Special tokens and the first position of a
-text are never touched, as SAEs are not trained on them.
+An edit changes a latent from z to z', and the activations y (a transcoder's: of its target) to
+y + (z' - z) W_dec[latent], which keeps the SAE's error; with keep_error=False the edited
+reconstruction replaces y. Special tokens and the first position of a text are not changed, as SAEs
+are not trained on them.
 
 Letters: n tokens, k active latents, e latents that are edited, d width.
 """
@@ -27,7 +27,7 @@ from kronsae_kernels import SparseCodes
 
 
 class Edit(NamedTuple):
-    """What becomes of a latent's value z on every token: z' = keep * z + add."""
+    """Change of a latent's value z on every token: z' = keep * z + add."""
 
     latent: int
     keep: float
@@ -35,36 +35,36 @@ class Edit(NamedTuple):
 
 
 def ablate(latent: int) -> Edit:
-    """z' = 0."""
+    """Set the latent to z' = 0."""
     return Edit(latent, 0.0, 0.0)
 
 
 def clamp(latent: int, value: float) -> Edit:
-    """z' = value, also where the latent did not fire."""
+    """Set the latent to z' = value, also where it does not fire."""
     return Edit(latent, 0.0, value)
 
 
 def steer(latent: int, amount: float) -> Edit:
-    """z' = z + amount: adds `amount` times the latent's decoder row."""
+    """Set the latent to z' = z + amount, which adds `amount` times its decoder row."""
     return Edit(latent, 1.0, amount)
 
 
 def values_of(codes: SparseCodes, latents: Tensor, dict_size: int) -> Tensor:
-    """Values [n, e] of some latents [e] on the tokens of codes [n, k]; 0 where one is not active.
+    """Values [n, e] of some latents [e] in codes [n, k], 0 if they are not active.
 
     Equal latents have equal columns.
     """
-    distinct, place = latents.unique(return_inverse=True)
+    distinct, inverse = latents.unique(return_inverse=True)
     column = torch.full((dict_size,), len(distinct), device=codes.indices.device)
     column[distinct] = torch.arange(len(distinct), device=column.device)
     out = codes.values.new_zeros(len(codes.values), len(distinct) + 1)
-    return out.scatter_add_(1, column[codes.indices], codes.values)[:, place]
+    return out.scatter_add_(1, column[codes.indices], codes.values)[:, inverse]
 
 
 def change(sae: SAE, codes: SparseCodes, edits: Sequence[Edit]) -> Tensor:
-    """What the edits add to the reconstruction of codes [n, k]: [n, d_out].
+    """Change [n, d_out] of the reconstruction of codes [n, k] by the edits.
 
-    Several edits of one latent act one after the other.
+    Several edits of one latent apply one after the other.
     """
     latents = torch.tensor([edit.latent for edit in edits], device=codes.indices.device)
     before = values_of(codes, latents, sae.dict_size)
@@ -81,10 +81,9 @@ def change(sae: SAE, codes: SparseCodes, edits: Sequence[Edit]) -> Tensor:
 def intervene(
     model: LanguageModel, sae: SAE, edits: Sequence[Edit], *, keep_error: bool = True
 ) -> Iterator[None]:
-    """While open, the edits act in every forward pass of `model.model`, generation included.
+    """While open, the edits apply in every forward pass of `model.model`, also in generation.
 
-    sae: of raw activations at the model's hookpoint.  Without edits and with keep_error=False the
-    reconstruction is spliced in as it is.
+    sae: of raw activations at the model's hookpoint.
     Raises InputError for a latent outside [0, F), or widths that do not fit.
     """
     for edit in edits:

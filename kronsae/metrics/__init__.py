@@ -1,4 +1,4 @@
-"""Figures of merit of SAEs, and the held-out text and activations that they are measured on."""
+"""Metrics of SAEs, and the held-out text and activations on which they are measured."""
 
 from kronsae.metrics.figures import (
     MEANING,

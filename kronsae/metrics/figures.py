@@ -1,6 +1,6 @@
-"""Each figure of merit, once. Sums run in float64 and stream over batches.
+"""Definitions of all metrics of SAEs. Sums run in float64 and stream over batches.
 
-Letters: B tokens, d width, F latents, V tokens known to a language model.
+Letters: B tokens, d width, F latents, V vocabulary size.
 """
 
 import math
@@ -62,18 +62,18 @@ MEANING = {
     "kl_mean": ("KL divergence, mean", "the same with the mean of the activations"),
     "kl_zero": ("KL divergence, zeroed", "the same with zeros"),
 }
-"""Label and meaning of each figure of an evaluation, in the order to show them."""
+"""Label and meaning of each metric of an evaluation, in the order of tables."""
 
 
 DENSE = 0.1
-"""A latent that fires on a larger share of tokens counts as dense."""
+"""Share of tokens above which a latent counts as dense."""
 
 
 class ReconstructionMetrics:
     """Streaming comparison of x [B, d] with x_hat [B, d] over an evaluation set.
 
-    explained_variance = 1 - sum |x - x_hat|^2 / sum |x - mean(x)|^2, the mean being that of the
-    whole set; fvu = 1 - explained_variance.
+    explained_variance = 1 - sum |x - x_hat|^2 / sum |x - mean(x)|^2 with the mean of the whole set;
+    fvu = 1 - explained_variance.
     explained_variance_batch = mean over tokens of 1 - |x - x_hat|^2 / |x - mean(x)|^2, with the
     mean of the token's batch: the form of [KronSAE, App. H].
     cosine = mean over tokens of x . x_hat / (|x| |x_hat|), 0 where one of them is 0;
@@ -111,7 +111,7 @@ class ReconstructionMetrics:
         self.nonzero += int(nonzero.sum())
 
     def compute(self) -> dict[str, float]:
-        """Raises ValueError if nothing was seen, or all of it was the same vector."""
+        """The metrics. Raises ValueError without tokens, or if all were the same vector."""
         if not self.tokens:
             raise ValueError("no tokens to evaluate on")
         variance = self.squared_norm - self.sum.square().sum().item() / self.tokens
@@ -131,8 +131,8 @@ class ReconstructionMetrics:
 class FiringMetrics:
     """Streaming counts of how often each latent fires.
 
-    l0 = latents that fire, a token; dead_share, dense_share = shares of latents that fire on no
-    token, and on more than a share DENSE of them.
+    l0 = latents that fire per token; dead_share, dense_share = shares of latents that fire on no
+    token, and on more than a share DENSE of all tokens.
     """
 
     def __init__(self, dict_size: int, device: torch.device | str = "cpu") -> None:
@@ -141,7 +141,7 @@ class FiringMetrics:
         """[F] tokens on which each latent fired."""
 
     def update(self, indices: Tensor, fired: Tensor) -> None:
-        """indices: [B, k] of latents, none twice in a row.  fired: bool [B, k]."""
+        """Count a batch. indices: [B, k] of latents, distinct in a row.  fired: bool [B, k]."""
         self.tokens += indices.shape[0]
         self.counts += torch.bincount(indices[fired], minlength=len(self.counts))
 
@@ -151,7 +151,7 @@ class FiringMetrics:
         return self.counts.double() / self.tokens
 
     def compute(self) -> dict[str, float]:
-        """Raises ValueError if nothing was seen."""
+        """The metrics. Raises ValueError without tokens."""
         if not self.tokens:
             raise ValueError("no tokens to evaluate on")
         return {
@@ -162,32 +162,32 @@ class FiringMetrics:
 
 
 def density_histogram(counts: Tensor, tokens: int, bins_a_decade: int = 4) -> dict[str, object]:
-    """How many latents have which density, in bins of equal width in log10.
+    """Histogram of the latents' densities, in bins of equal width in log10.
 
     counts: [F] tokens on which each latent fired, of `tokens`.
     Returns log10_edges [b + 1], from the decade of one token to 0 (all tokens); latents [b]; and
-    dead: the latents that never fire. A bin holds its lower edge; the last one also its upper.
+    dead: the number that never fire. A bin includes its lower edge; the last one also its upper.
     """
     decades = max(1, math.ceil(math.log10(tokens)))
     edges = [-decades + i / bins_a_decade for i in range(decades * bins_a_decade + 1)]
     alive = counts[counts > 0].double() / tokens
-    # Where a density lies on an edge, rounding must not decide: compare densities, not logarithms.
+    # Compare densities, not logarithms, so that rounding does not decide at an edge.
     bounds = torch.tensor([10.0**edge for edge in edges], dtype=torch.float64)
-    places = torch.bucketize(alive.cpu(), bounds, right=True) - 1
-    latents = torch.bincount(places.clamp_(0, len(edges) - 2), minlength=len(edges) - 1)
+    bins = torch.bucketize(alive.cpu(), bounds, right=True) - 1
+    latents = torch.bincount(bins.clamp_(0, len(edges) - 2), minlength=len(edges) - 1)
     dead = int((counts == 0).sum())
     return {"log10_edges": edges, "latents": latents.tolist(), "dead": dead}
 
 
 def l0(fired: Tensor) -> float:
-    """Mean number of active latents a token, from `fired` bool [B, k]."""
+    """Mean number of active latents per token, from `fired` bool [B, k]."""
     return fired.sum(-1).double().mean().item()
 
 
 def cross_entropy_recovered(clean: float, spliced: float, ablated: float) -> float:
-    """Share of the damage of ablating the hookpoint that splicing in x_hat avoids.
+    """Share of the loss increase by ablation that the reconstruction avoids.
 
-    1 for a perfect reconstruction, 0 for one as bad as zeros. All three in nats a token.
+    1 for a perfect reconstruction, 0 for one as bad as ablation. Arguments in nats per token.
     """
     damage = ablated - clean
     return (ablated - spliced) / damage if damage else float(spliced == clean)
@@ -199,26 +199,29 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def kl_divergence(logits: Tensor, other: Tensor) -> Tensor:
-    """KL(softmax(logits) || softmax(other)) in nats: [n] float64 for two [n, V]."""
+    """KL(softmax(logits) || softmax(other)) in nats: [n] float64 for [n, V] each."""
     logp, logq = logits.double().log_softmax(-1), other.double().log_softmax(-1)
     return (logp.exp() * (logp - logq)).nansum(-1)  # 0 log 0 = 0: logits may be -inf
 
 
-def pearson(x: Sequence[float], y: Sequence[float]) -> float:
-    """Correlation of two lists of numbers; nan where one of them does not vary."""
+Numbers = Sequence[float] | Tensor
+
+
+def pearson(x: Numbers, y: Numbers) -> float:
+    """Pearson correlation of two lists of numbers; nan if one of them is constant."""
     a, b = (torch.as_tensor(values, dtype=torch.float64) for values in (x, y))
     a, b = a - a.mean(), b - b.mean()
     norms = (a.norm() * b.norm()).item()
     return (a @ b).item() / norms if norms else math.nan
 
 
-def spearman(x: Sequence[float], y: Sequence[float]) -> float:
-    """Correlation of the ranks; equal values share the mean of theirs."""
-    return pearson(*(_ranks(values) for values in (x, y)))
+def spearman(x: Numbers, y: Numbers) -> float:
+    """Correlation of ranks; equal values share their mean rank."""
+    return pearson(_ranks(x), _ranks(y))
 
 
-def _ranks(values: Sequence[float]) -> Tensor:
-    each = torch.as_tensor(values, dtype=torch.float64)
-    _, group, counts = torch.unique(each, return_inverse=True, return_counts=True)
+def _ranks(values: Numbers) -> Tensor:
+    numbers = torch.as_tensor(values, dtype=torch.float64)
+    _, group, counts = torch.unique(numbers, return_inverse=True, return_counts=True)
     last = counts.cumsum(0).double()
     return (last - (counts - 1) / 2)[group]

@@ -1,4 +1,4 @@
-"""Held-out text and activations, and how good an SAE is on them, as training measures it."""
+"""Held-out text and activations, and the evaluation of an SAE on them during training."""
 
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -18,23 +18,24 @@ from kronsae.metrics.splicing import Make, spliced
 from kronsae.model.sae import SAE
 
 BATCH_TOKENS = 4096
+"""Tokens per batch of an evaluation."""
 CONTEXTS_AT_ONCE = 16
-"""That the language model reads for its losses."""
+"""Contexts per forward pass of the language model for its losses."""
 
 
 @dataclass(frozen=True)
 class HeldoutText:
-    """Text that an SAE was never trained on, and the language model that reads it."""
+    """Text that an SAE was not trained on, and the language model that reads it."""
 
     model: LanguageModel
     contexts: Tensor
     """[c, L] int64 token ids."""
     mask: Tensor
-    """[c, L] bool: tokens on which an SAE stands for the activations. BOS, other special tokens
-    and the first position of each context are not among them: they pass unchanged."""
+    """[c, L] bool: tokens whose activations are replaced. BOS, other special tokens and the first
+    position of each context keep their activations."""
     contexts_per_batch: int = CONTEXTS_AT_ONCE
     facts: dict[str, Any] = field(default_factory=dict)
-    """What text it is (JSON-able)."""
+    """Description of the text (JSON-able)."""
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Token ids [b, L] and mask [b, L], on the model's device."""
@@ -44,7 +45,7 @@ class HeldoutText:
 
     @cached_property
     def unspliced(self) -> dict[str, float]:
-        """ce_clean and ce_zero, which no SAE takes part in: measured once for all of them."""
+        """ce_clean and ce_zero, which do not depend on an SAE."""
         return {
             "ce_clean": self.cross_entropy(None),
             "ce_zero": self.cross_entropy(lambda _, y: torch.zeros_like(y)),
@@ -52,7 +53,7 @@ class HeldoutText:
 
     @torch.no_grad()
     def cross_entropy(self, make: Make | None) -> float:
-        """Mean next-token cross-entropy of the contexts, in nats, with `make` spliced in."""
+        """Mean next-token cross-entropy of the contexts in nats, with replacements by `make`."""
         total, count = 0.0, 0
         for ids, mask in self.batches():
             with spliced(self.model, make, mask) if make else nullcontext():
@@ -64,21 +65,21 @@ class HeldoutText:
 
 @dataclass(frozen=True)
 class Heldout:
-    """Activations set aside for evaluation, and the text that they are of, if there is one."""
+    """Held-out activations, and their text if there is one."""
 
     activations: Tensor
-    """[t, d] raw activations of the tokens where the text's mask is True, in reading order."""
+    """[t, d] raw activations of the tokens in the text's mask, in reading order."""
     targets: Tensor | None = None
-    """[t, d_target] what a transcoder shall make of the activations; None for an autoencoder."""
+    """[t, d_target] targets of a transcoder; None for an autoencoder."""
     text: HeldoutText | None = None
 
 
 @torch.no_grad()
 def evaluate(sae: SAE, heldout: Heldout) -> dict[str, float]:
-    """Figures of merit of an SAE of raw activations; definitions in `kronsae.metrics`.
+    """`ReconstructionMetrics` and `FiringMetrics` of an SAE of raw activations.
 
-    A transcoder is judged by how well it predicts `heldout.targets`.
-    Those of `ReconstructionMetrics` and `FiringMetrics`. Raises ValueError if there are no tokens.
+    A transcoder is evaluated on its prediction of `heldout.targets`.
+    Raises ValueError if there are no tokens.
     """
     metrics = ReconstructionMetrics(sae.config.d_out)
     firing = FiringMetrics(sae.dict_size, sae.W_dec.device)
@@ -91,28 +92,28 @@ def evaluate(sae: SAE, heldout: Heldout) -> dict[str, float]:
 
 @torch.no_grad()
 def evaluate_cross_entropy(sae: SAE, heldout: Heldout) -> dict[str, float]:
-    """What the language model loses when the SAE's reconstruction takes the activations' place.
+    """Cross-entropy of the language model when the reconstruction replaces the activations.
 
-    (A transcoder's takes the place of its target.)
-    ce_clean, ce_spliced, ce_zero: mean next-token cross-entropy in nats with the activations as
-    they are, reconstructed, and zeroed; ce_recovered = (zero - spliced) / (zero - clean). Only
-    tokens in the mask are replaced. Empty if no model (or one without a language head) is there.
+    (A transcoder's prediction replaces its target.)
+    ce_clean, ce_spliced, ce_zero: mean next-token cross-entropy in nats with unchanged,
+    reconstructed and zeroed activations; ce_recovered = (zero - spliced) / (zero - clean). Only
+    tokens in the mask are replaced. Empty without a language model that predicts next tokens.
     """
     text = heldout.text
     if text is None or not text.model.has_cross_entropy:
         return {}
     clean, zero = text.unspliced.values()
-    ours = text.cross_entropy(lambda x, _: sae(x.to(sae.W_dec)).x_hat)
+    reconstructed = text.cross_entropy(lambda x, _: sae(x.to(sae.W_dec)).x_hat)
     return {
         "ce_clean": clean,
-        "ce_spliced": ours,
+        "ce_spliced": reconstructed,
         "ce_zero": zero,
-        "ce_recovered": cross_entropy_recovered(clean, ours, zero),
+        "ce_recovered": cross_entropy_recovered(clean, reconstructed, zero),
     }
 
 
 def _batches(heldout: Heldout, sae: SAE) -> Iterator[tuple[Tensor, Tensor]]:
-    """Inputs and targets, which for an autoencoder are the same."""
+    """Batches of inputs and targets, which are the same for an autoencoder."""
     targets = heldout.activations if heldout.targets is None else heldout.targets
     for start in range(0, len(targets), BATCH_TOKENS):
         span = slice(start, start + BATCH_TOKENS)
@@ -120,6 +121,7 @@ def _batches(heldout: Heldout, sae: SAE) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def check_heldout(heldout: Heldout, config: SAEConfig) -> None:
+    """Raise InputError if an SAE of this config cannot be evaluated on the activations."""
     if (heldout.targets is None) != (config.d_target == 0):
         raise InputError(
             "heldout: expected inputs with their targets, as in training"

@@ -1,4 +1,4 @@
-"""A language model in whose forward passes something stands for the activations of a hookpoint."""
+"""Replacement of the activations of a hookpoint in a language model's forward passes."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,9 +11,9 @@ from kronsae.data.language_model import LanguageModel, first_tensor, with_first
 from kronsae.data.packing import special_ids
 
 Make = Callable[[Tensor, Tensor], Tensor]
-"""From the hookpoint's activations x [n, d] and those to replace, y [n, d_out]: new ones for y.
+"""Function of the hookpoint's activations x [n, d] and those to replace, y [n, d_out], to new y.
 
-y is x, unless the model has a target hookpoint, whose output a transcoder stands for.
+y is x, unless the model has a target hookpoint, whose output is replaced then.
 """
 
 
@@ -21,13 +21,13 @@ y is x, unless the model has a target hookpoint, whose output a transcoder stand
 def spliced(model: LanguageModel, make: Make, mask: Tensor | None = None) -> Iterator[None]:
     """While open, `make` replaces activations in every forward pass of `model.model`.
 
-    mask: [b, t] bool, the n tokens to replace in a forward pass on [b, t].  Without one they are
-    all but special tokens and the first position of each text, on which SAEs are not trained: also
-    with a key-value cache, padding on either side, beams and samples, as a token's position in its
-    text is counted from the attention mask, or else from what the cache holds.
+    mask: [b, t] bool, the n tokens to replace in a forward pass on [b, t]. By default all but
+        special tokens and the first position of each text, on which SAEs are not trained. This
+        works with a key-value cache, padding on either side, beams and samples: a token's position
+        comes from the attention mask, or else from the length of the cache.
 
-    A module that runs several times in a forward pass is replaced the first time. No other thread
-    runs the model meanwhile (it has a lock). Gradients reach what `make` gives.
+    If a module runs several times in a forward pass, its first output is replaced. The model's lock
+    keeps other threads from running it. Gradients flow to the result of `make`.
     """
     forward = _Forward(mask, special_ids(model.tokenizer) if mask is None else None)
     replaced = model.module if model.target is None else model.target
@@ -44,7 +44,7 @@ def spliced(model: LanguageModel, make: Make, mask: Tensor | None = None) -> Ite
             return output
         forward.replaced = True
         y = first_tensor(output)
-        x = y if model.target is None else forward.x
+        x = y if forward.x is None else forward.x
         tokens = forward.tokens(y)
         out = y.clone()
         out[tokens] = make(x[tokens], y[tokens]).to(y)
@@ -61,7 +61,10 @@ def spliced(model: LanguageModel, make: Make, mask: Tensor | None = None) -> Ite
 
 
 class _Forward:
-    """What one forward pass reads, and what has happened in it."""
+    """State of a forward pass: its inputs, and whether activations were replaced.
+
+    mask: the tokens to replace, or None: all but the special ones.
+    """
 
     def __init__(self, mask: Tensor | None, special: Tensor | None) -> None:
         self.mask, self.special = mask, special
@@ -72,12 +75,12 @@ class _Forward:
         self.replaced = False
         self.ids = kwargs.get("input_ids", args[0] if args else None)
         self.attention = kwargs.get("attention_mask")
-        # Its name is `past_key_values`, or `cache` in newer transformers.
+        # The argument is `past_key_values`, or `cache` in newer transformers.
         caches = (value for value in kwargs.values() if hasattr(value, "get_seq_length"))
         self.seen = max((int(cache.get_seq_length()) for cache in caches), default=0)
 
     def tokens(self, y: Tensor) -> Tensor:
-        """[b, t] bool: which of the activations y [b, t, d] to replace."""
+        """Mask [b, t] of the activations y [b, t, d] to replace."""
         if self.mask is not None:
             return self.mask.to(y.device)
         length = y.shape[1]
@@ -89,6 +92,6 @@ class _Forward:
         else:
             position = torch.arange(self.seen, self.seen + length, device=y.device)
             tokens = (position > 0).expand(y.shape[:2])
-        if self.ids is None:
+        if self.ids is None or self.special is None:
             return tokens
         return tokens & ~torch.isin(self.ids.to(y.device), self.special.to(y.device))

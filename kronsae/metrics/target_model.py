@@ -1,7 +1,7 @@
-"""Trained SAEs with their language model and text that they never saw: what is judged and probed.
+"""Trained SAEs of a command line, with their language model and held-out text.
 
-A command line names SAEs (a run, a sweep, a folder that `SAE.save` wrote, a hub id); which model,
-layer and text belong to them stands in their metadata, or is said by flags.
+A command line names SAEs (a run, a sweep, a folder of `SAE.save`, a hub id). Their model, layer and
+text are in their metadata, or given by flags.
 """
 
 import argparse
@@ -24,30 +24,28 @@ from kronsae.runs.folder import SweepFolder
 OF_MODEL = data_settings(of="model")
 OF_TEXT = data_settings(of="text")
 HELP = {
-    "target_hookpoint": "of a transcoder: the module whose output it predicts, by name",
+    "target_hookpoint": "name of the module whose output a transcoder predicts",
     "heldout_tokens": "tokens of text to read (default: as many as the run held out)",
-    "contexts_per_batch": "contexts a forward pass of the language model",
     "dataset": "other text than the run's own held-out slice: hub name, or files; 'stdlib'",
 }
 
 
 class LoadedSAE(NamedTuple):
-    """An SAE with its name, where it was loaded from, and its language model and text."""
+    """An SAE with its name, its source, and its language model and text."""
 
     name: str
     source: str
     sae: SAE
     data: DataConfig
-    """Its language model and text."""
 
     @property
     def trained_on(self) -> dict[str, Any]:
-        """Description of the stream that it was trained on, as its run wrote it; else empty."""
+        """Description of the training data by the SAE's run; {} if there is none."""
         return self.sae.metadata.get("data") or {}
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags for what an SAE's metadata lacks, or that shall be otherwise; and the device."""
+    """Add flags that override an SAE's metadata, and the device."""
     group = parser.add_argument_group("language model and text (default: the run's own)")
     for spec in dataclasses.fields(DataConfig):
         if spec.metadata.get("of"):
@@ -57,27 +55,26 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def given_data(found: argparse.Namespace) -> dict[str, Any]:
-    """The flags of `add_flags` that were given."""
+def given_data(request: argparse.Namespace) -> dict[str, Any]:
+    """The flags of `add_flags` that the user gave."""
     names = [spec.name for spec in dataclasses.fields(DataConfig) if spec.metadata.get("of")]
-    return {name: value for name, value in vars(found).items() if name in names}
+    return {name: value for name, value in vars(request).items() if name in names}
 
 
 def load_saes(
     sources: Sequence[str], given: dict[str, Any], device: Any = "cpu"
 ) -> list[LoadedSAE]:
-    """The SAEs that `sources` name: runs, `SAE.save` folders, hub ids, or all members of a sweep.
+    """Load SAEs: of runs, `SAE.save` folders, hub ids, or all members of a sweep.
 
-    given: fields of `DataConfig` that come before those in the SAE's metadata.
-    Raises InputError if there is no SAE, or if nothing says which language model it is of.
+    given: fields of `DataConfig` that override the SAE's metadata.
+    Raises InputError if there is no SAE, or if its language model is not known.
     """
-    places = [place for source in sources for place in _members(source)]
-    names = _names(places)
-    found = []
-    for name, place in zip(names, places, strict=True):
-        sae = load(place, device=device)
-        found.append(LoadedSAE(name, place, sae, data_of(sae, given, place)))
-    return found
+    paths = [path for source in sources for path in _members(source)]
+    loaded_saes = []
+    for name, path in zip(_names(paths), paths, strict=True):
+        sae = load(path, device=device)
+        loaded_saes.append(LoadedSAE(name, path, sae, data_of(sae, given, path)))
+    return loaded_saes
 
 
 def _members(source: str) -> list[str]:
@@ -87,11 +84,11 @@ def _members(source: str) -> list[str]:
     return [str(run.path) for run in sweep.runs.values()]
 
 
-def _names(places: Sequence[str]) -> list[str]:
-    """The last part of each path that tells them apart (a folder sae/ goes by its parent)."""
-    parts = [[part for part in Path(place).parts if part != "sae"] or [place] for place in places]
+def _names(paths: Sequence[str]) -> list[str]:
+    """The shortest ends of the paths that are distinct (a folder sae/ is left out)."""
+    parts = [[part for part in Path(path).parts if part != "sae"] or [path] for path in paths]
     if len({tuple(part) for part in parts}) < len(parts):
-        raise InputError(f"the same SAE is named twice: {', '.join(places)}")
+        raise InputError(f"the same SAE is named twice: {', '.join(paths)}")
     for length in range(1, max(map(len, parts)) + 1):
         names = ["/".join(part[-length:]) for part in parts]
         if len(set(names)) == len(names):
@@ -100,7 +97,7 @@ def _names(places: Sequence[str]) -> list[str]:
 
 
 def data_of(sae: SAE, given: dict[str, Any], name: str) -> DataConfig:
-    """Language model and text of an SAE: as given, else as its metadata says."""
+    """Language model and text of an SAE: as given, otherwise from its metadata."""
     known = untrusted((sae.metadata.get("config") or {}).get("data") or {})
     described = sae.metadata.get("data") or {}
     if not known and described.get("name", "given") != "given":
@@ -108,8 +105,8 @@ def data_of(sae: SAE, given: dict[str, Any], name: str) -> DataConfig:
         known |= {k: described[k] for k in ("revision", "target_hookpoint") if k in described}
     if not known and "model" not in given:
         raise InputError(
-            f"{name}: nothing in its metadata says which language model it is of: give --model, "
-            "and --layer or --hookpoint"
+            f"{name}: its metadata does not name a language model: give --model, and --layer or "
+            "--hookpoint"
         )
     if given.get("model", known.get("model")) != known.get("model"):
         known = {key: value for key, value in known.items() if key not in OF_MODEL}
@@ -122,7 +119,7 @@ def data_of(sae: SAE, given: dict[str, Any], name: str) -> DataConfig:
 
 
 def by_text(loaded_saes: Sequence[LoadedSAE]) -> list[list[LoadedSAE]]:
-    """SAEs that can be judged on the same pass of a language model, together."""
+    """Groups of SAEs with the same language model and text, for one pass over it."""
     groups: dict[Any, list[LoadedSAE]] = {}
     for loaded in loaded_saes:
         trained_on = [loaded.trained_on.get(key) for key in ("text", "heldout_contexts")]
@@ -133,8 +130,8 @@ def by_text(loaded_saes: Sequence[LoadedSAE]) -> list[list[LoadedSAE]]:
 def open_heldout(loaded: LoadedSAE, device: Any) -> HeldoutText:
     """The language model of an SAE, and text that the SAE was not trained on.
 
-    Of the text of its own run that is the slice that the run held out; other text counts as unseen.
-    Raises InputError if more is asked for than the run held out, or if the widths do not fit.
+    From the text of its own run that is the slice that the run held out; other text is all unseen.
+    Raises InputError if more text is needed than the run held out, or if the widths do not fit.
     """
     model, data = open_model(loaded.data, device)
     config = loaded.sae.config
@@ -151,11 +148,11 @@ def open_heldout(loaded: LoadedSAE, device: Any) -> HeldoutText:
     if own and getattr(text, "aside", None) is None:
         length = trained_on["context_length"]
         tokens = length * trained_on["heldout_contexts"]
-        slice_ = dataclasses.replace(data, context_length=length, heldout_tokens=tokens)
-        if documents > set_aside(text, model.tokenizer, slice_)[1]:
+        held_out = dataclasses.replace(data, context_length=length, heldout_tokens=tokens)
+        if documents > set_aside(text, model.tokenizer, held_out)[1]:
             raise InputError(
-                f"{loaded.name} was trained on all of {data.dataset!r} but the {tokens:,} tokens "
-                "that it held out: expected as many --heldout-tokens at most, or another --dataset"
+                f"{loaded.name} was trained on all of {data.dataset!r} except {tokens:,} held-out "
+                "tokens: give at most as many --heldout-tokens, or another --dataset"
             )
     mask = token_mask(contexts, model.tokenizer)
     facts = {
