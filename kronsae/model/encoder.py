@@ -274,10 +274,15 @@ class Encoder(nn.Module):
         if self.mesh.heads.size == 1 and self.router is None:
             return self.kind.encode(x, self.W_enc, self.b_enc, k=k, mask=mask, impl=impl)
         flat = x.reshape(-1, x.shape[-1])
-        if self.router is None:
-            values, indices = self._largest_of_ranks(flat, k, mask, impl)
-        else:
+        if self.router is not None:
             values, indices = self._largest_of_experts(self.router, flat, k, mask, impl)
+        else:
+            size = self.own_latents
+            own = _largest_allowed(
+                self.kind.products, flat, self.W_enc, self.b_enc, min(k, size), mask, impl
+            )
+            products, indices = largest(own, k, self.mesh.heads, size)
+            values = self.kind.of_product(products)
         shape = (*x.shape[:-1], values.shape[1])
         return SparseCodes(values.view(shape), indices.view(shape))
 
@@ -296,16 +301,6 @@ class Encoder(nn.Module):
             return widened(values, indices + expert * self.latents_per_token, k, self.dict_size)
 
         return router.dispatch(x, encode_expert)
-
-    def _largest_of_ranks(
-        self, x: Tensor, k: int, mask: Tensor | None, impl: str | None
-    ) -> SparseCodes:
-        size = self.own_latents
-        codes = _largest_allowed(
-            self.kind.products, x, self.W_enc, self.b_enc, min(k, size), mask, impl
-        )
-        values, indices = largest(codes, k, self.mesh.heads, size)
-        return SparseCodes(self.kind.of_product(values), indices)
 
     def above(self, x: Tensor, threshold: Tensor, *, impl: str | None = None) -> SparseCodes:
         """Every latent of x [..., d] above its threshold [F], padded (`threshold_encode`).

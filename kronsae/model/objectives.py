@@ -16,7 +16,6 @@ from kronsae.errors import InputError
 from kronsae.model.sae import SAE
 from kronsae.model.selection import Penalty
 from kronsae.registry import OBJECTIVES, SELECTIONS, Kind
-from kronsae.system.parallel import ALONE, Group
 from kronsae_kernels import SparseCodes, nested_decode
 
 MULTI_TOPK = 4
@@ -199,31 +198,20 @@ def auxk_loss(
     available: number of dead latents on all processes, at least 1; by default those in `dead`. If
     it is below k, k is cut to it and the loss scaled down in proportion.
     target: [b, d_target], that of a transcoder, in place of x.
-    Returns the loss (scalar) and the codes of the dead latents, as they were decoded.
+    Returns the loss (scalar) and the codes of the dead latents, as they were decoded. Raises
+    ValueError for fewer than 2 tokens.
     """
+    group = sae.mesh.data
     residual = ((x if target is None else target) - x_hat).detach()
     available = min(k, int(dead.sum()) if available is None else available)
-    weight, tokens = auxk_weight(residual, available, k, sae.mesh.data)
-    codes = sae.own(sae.encode(x, k=available, mask=dead))
-    error = part_of_mean(sae.sum_of_rows(codes, bias=False) - residual, tokens)
-    return error * weight, codes
-
-
-def auxk_weight(
-    residual: Tensor, available: int, k: int, group: Group = ALONE.data
-) -> tuple[Tensor, int]:
-    """Weight of the mean squared error in `auxk_loss`: (available / k) / variance of the residual.
-
-    residual: [b, d].  available, k: dead latents per token that there are, and that were asked for.
-    group: ranks with the other tokens of the batch. Also returns B, the tokens of all of them.
-    Raises ValueError for fewer than 2.
-    """
     tokens = group.count(len(residual), residual.device)
     if tokens < 2:
         raise ValueError(f"x: expected at least 2 tokens, whose variance is taken, got {tokens}")
     mean = group.sum(residual.sum(0)) / tokens
     variance = group.sum(part_of_mean(residual - mean, tokens))
-    return (available / k) / (variance + VARIANCE_FLOOR), tokens
+    codes = sae.own(sae.encode(x, k=available, mask=dead))
+    error = part_of_mean(sae.sum_of_rows(codes, bias=False) - residual, tokens)
+    return error * ((available / k) / (variance + VARIANCE_FLOOR)), codes
 
 
 def part_of_mean(error: Tensor, tokens: int) -> Tensor:

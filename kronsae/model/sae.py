@@ -10,6 +10,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import safetensors.torch as st
 import torch
 from torch import Tensor, nn
 
@@ -222,8 +223,6 @@ class SAE(Encoder):
             `sae.metadata`; by default this SAE's. With a mesh the first rank writes the whole SAE.
         Raises InputError if the disk is full, or if the folder holds other files.
         """
-        from safetensors.torch import save_file
-
         state = self.state_dict()
         if self.mesh.data.rank == 0:
             state = {
@@ -233,7 +232,7 @@ class SAE(Encoder):
 
         def write(folder: Path) -> None:
             tensors = {name: tensor.contiguous() for name, tensor in state.items()}
-            save_file(tensors, folder / WEIGHTS_NAME)
+            st.save_file(tensors, folder / WEIGHTS_NAME)
             settings = {
                 "format": "kronsae",
                 "format_version": FORMAT_VERSION,

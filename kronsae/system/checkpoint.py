@@ -19,6 +19,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import safetensors.torch as st
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
@@ -54,8 +55,6 @@ def save_state(
         processes along `mesh.heads`. All processes of the mesh call this, and see one folder.
     copies: checksummed JSON files to put beside the state, by name.
     """
-    from safetensors.torch import save_file
-
     rank = mesh.heads.rank
     writes = mesh.data.rank == 0
     tensors: dict[str, Tensor] = {}
@@ -64,7 +63,7 @@ def save_state(
     try:
         with mesh.world.together():
             if writes and rank:
-                replace_directory(shard, lambda part: save_file(tensors, part / _file(rank)))
+                replace_directory(shard, lambda part: st.save_file(tensors, part / _file(rank)))
                 digest = sha256(shard / _file(rank))
         # Ranks along `heads` are neighbours: those of the first group are the first of all.
         digests = mesh.world.exchange(digest)[1 : mesh.heads.size]
@@ -91,9 +90,7 @@ def _write_files(
 
     digests: SHA-256 of the tensors' files of ranks 1, 2, ...
     """
-    from safetensors.torch import save_file
-
-    save_file(tensors, part / TENSORS_NAME)
+    st.save_file(tensors, part / TENSORS_NAME)
     sums = {TENSORS_NAME: sha256(part / TENSORS_NAME)}
     for rank, digest in enumerate(digests, 1):
         name = _file(rank)
@@ -155,7 +152,7 @@ def load_state(
 
     try:
         return _join(values, tensor)
-    except (KeyError, SafetensorError) as error:  # whole, but not what `save_state` wrote
+    except (KeyError, SafetensorError) as error:  # undamaged, but not what `save_state` wrote
         raise _damaged(folder, f"tensors: {error}") from error
 
 
@@ -189,8 +186,6 @@ class _Shards:
 
     def __getitem__(self, number: int) -> dict[str, Tensor]:
         """The tensors of file `number`. Raises InputError if it is damaged."""
-        from safetensors.torch import load_file
-
         if number not in self._read:
             path = self.folder / _file(number)
             if not path.is_file():
@@ -199,7 +194,7 @@ class _Shards:
                 raise _damaged(
                     self.folder, f"{path.name} does not have the SHA-256 that {VALUES_NAME} names"
                 )
-            self._read[number] = load_file(path)
+            self._read[number] = st.load_file(path)
         return self._read[number]
 
     def rows(self, name: str, group: Group) -> Tensor:
