@@ -251,7 +251,7 @@ def test_what_decides_the_stream_cannot_differ(change, words):
 def test_bad_sweeps(tmp_path):
     with pytest.raises(InputError, match="expected one SAE or more"):
         fit_many([], X)
-    with pytest.raises(InputError, match="as many of everything"):
+    with pytest.raises(InputError, match="as many train_configs, names and settings"):
         fit_many(list(SAES.values()), X, [TRAIN])
     for names, words in (
         (["a", "b", "a"], "two members of the sweep have the name 'a'"),

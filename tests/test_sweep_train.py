@@ -1,4 +1,4 @@
-"""`python -m kronsae.train` with several autoencoders: flags, files, folders, kill and resume."""
+"""`kronsae train` with several autoencoders: flags, files, folders, kill and resume."""
 
 import json
 import random
@@ -69,8 +69,8 @@ def test_resume_takes_no_other_settings(whole, capsys):
     for arguments, words in (
         (["--lr", "1"], "--lr cannot change when a run is resumed"),
         (["--k", "4", "8"], "--k cannot change when a run is resumed"),
-        (["--sweep", "x.json"], "no --sweep"),
-        (["--iso-flops-of", "topk"], "no --iso-flops-of"),
+        (["--sweep", "x.json"], "leave out --sweep"),
+        (["--iso-flops-of", "topk"], "leave out --iso-flops-of"),
     ):
         assert main(["--resume", out, *arguments]) == 2
         assert words in capsys.readouterr().err
@@ -125,11 +125,11 @@ def test_seeds_draw_weights_and_the_stream_stays():
 @pytest.mark.parametrize(
     ("entries", "arguments", "words"),
     [
-        ([{"batch_size": 64}], [], "batch_size decides the stream of activations"),
-        ([{"tokens": 64}], [], "tokens decides the stream"),
-        ([{"data_seed": 1}], [], "data_seed decides the stream"),
-        ([{"layer": 1}], [], "layer decides the stream"),
-        ([{"model": "gpt2"}], [], "model decides the stream"),
+        ([{"batch_size": 64}], [], "batch_size must be the same for all members"),
+        ([{"tokens": 64}], [], "tokens must be the same"),
+        ([{"data_seed": 1}], [], "data_seed must be the same"),
+        ([{"layer": 1}], [], "layer must be the same"),
+        ([{"model": "gpt2"}], [], "model must be the same"),
         ([{"wings": 1}], [], "entry 0: there is no setting 'wings'"),
         ([{}, {"m": "two"}], [], "member {'m': 'two'} of the sweep: settings: m expects int"),
         ([{"k": 5000}], [], "k: expected 1 <= k <= dict_size"),
@@ -192,7 +192,10 @@ def test_iso_flops_of_a_run_is_what_the_run_records(whole, tmp_path):
     [
         (["--iso-flops-of", "topk"], "--iso-flops-of needs --tokens"),
         (["--tokens", "99", "--encoder", "dense", "--iso-flops-of", "topk"], "has no effect"),
-        (["--tokens", "99", "--iso-flops-of", "topk", "--m", "2", "4"], "different budgets"),
+        (
+            ["--tokens", "99", "--iso-flops-of", "topk", "--m", "2", "4"],
+            "different numbers of tokens",
+        ),
         (["--tokens", "99", "--iso-flops-of", "no.json"], "--iso-flops-of no.json cannot be read"),
         (["--tokens", "99", "--iso-flops-of", "list.json"], "expected the config.json of a run"),
     ],

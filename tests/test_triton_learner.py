@@ -107,7 +107,7 @@ def same_with_few_and_many(
     theirs = learner(config, "off", **settings)
     runs = []
     for candidates in (1, 8):
-        monkeypatch.setattr(learners, "CANDIDATES", candidates)
+        monkeypatch.setattr(learners, "CANDIDATES_PER_K", candidates)
         runs.append(learner(config, "on", **settings))
     for number, x in enumerate(batches(3)):
         expected = theirs.step(x)
@@ -148,7 +148,7 @@ def test_jumprelu_gives_the_same_run(name, monkeypatch):
 
 def test_batches_with_too_few_candidates_are_made_again_wherever_somebody_looks(monkeypatch):
     """Before a checkpoint, and one by one: the same bits. A spoiled batch is left out as ever."""
-    monkeypatch.setattr(learners, "CANDIDATES", 1)
+    monkeypatch.setattr(learners, "CANDIDATES_PER_K", 1)
     often, seldom = learner(BATCH, "on"), learner(BATCH, "on")
     for run in (often, seldom):
         run.sae.b_enc.data += 2.0  # nearly all latents are active: some tokens have many of them
@@ -265,7 +265,7 @@ def test_a_step_is_few_operations_and_waits_for_nothing(
     config, operations_of, kernels_of, monkeypatch
 ):
     """Off log steps; where it logs, it waits once. Prefixes take four kernels for one."""
-    monkeypatch.setattr(learners, "CANDIDATES", 8)
+    monkeypatch.setattr(learners, "CANDIDATES_PER_K", 8)
     subject = learner(config, "on", dtype="bfloat16", dead_after_tokens=10**9)
     for log in (False, False, True):  # the first one makes copies of the weights
         (x,) = batches(1)
@@ -446,7 +446,7 @@ def tensors_of(subject: Learner) -> list[torch.Tensor]:
 )
 def test_a_step_is_captured_and_replayed(config, taped, monkeypatch):
     """Replays change the same tensors to the same bits; batches of another size are left out."""
-    monkeypatch.setattr(learners, "CANDIDATES", 8)  # of batchtopk: no step is made again
+    monkeypatch.setattr(learners, "CANDIDATES_PER_K", 8)  # of batchtopk: no step is made again
     monkeypatch.setattr(fused.GraphedStep, "WARMUP", 1)
     settings = {"dtype": "bfloat16", "dead_after_tokens": 15, "auxk": 4, "tokens": 1000}
     runs = [learner(config, "on", **settings, cuda_graph=how) for how in ("auto", "off")]

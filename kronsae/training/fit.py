@@ -3,21 +3,17 @@
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
 from kronsae.config import SAEConfig, TrainConfig
-from kronsae.data import (
-    ActivationSource,
-    IterableActivations,
-    TensorActivations,
-)
+from kronsae.data import ActivationSource, IterableActivations, TensorActivations
+from kronsae.data.activations import Pair
 from kronsae.data.common import Interrupted, digest
 from kronsae.errors import InputError
 from kronsae.metrics.heldout import Heldout, check_heldout, evaluate, evaluate_cross_entropy
 from kronsae.model.ranks import check_heads
-from kronsae.model.sae import SAE
 from kronsae.runs.folder import SINGLE, SweepFolder
 from kronsae.runs.logs import check_packages
 from kronsae.runs.resume import open_folder
@@ -30,9 +26,8 @@ from kronsae.training.session import Diverged, FitResult, Member, MemberPlan, Se
 from kronsae.training.signals import Stop, note_signals
 from kronsae.training.stream import DataEnded, Stream
 
-Activations = (
-    Tensor | tuple[Tensor, Tensor] | ActivationSource | Iterable[Tensor | tuple[Tensor, Tensor]]
-)
+Activations = Tensor | Pair | ActivationSource | Iterable[Tensor | Pair]
+HeldoutActivations = Heldout | Tensor | Pair
 
 
 def fit(
@@ -40,7 +35,7 @@ def fit(
     activations: Activations,
     train_config: TrainConfig | None = None,
     *,
-    heldout: Heldout | Tensor | tuple[Tensor, Tensor] | None = None,
+    heldout: HeldoutActivations | None = None,
     out: str | Path | None = None,
     resume: bool = False,
     settings: dict[str, Any] | None = None,
@@ -56,12 +51,11 @@ def fit(
     out: run folder (see `kronsae.runs.folder`); None keeps everything in memory.
     resume: go on from the newest checkpoint in `out`; batches and weights are, bit for bit, those
         of an uninterrupted run (on a CPU; an iterable must give the same batches again).
-    settings: what else config.json shall hold.  on_record: called with each logged record.
-    mesh: of the processes that train together; by default that of torchrun
-        (`kronsae.system.parallel`).
-        Each of them calls this with the same arguments, and takes its own part of the batches, or,
-        with `share` "members", of the SAEs of `fit_many`. The first one alone writes, and calls
-        `on_record`.
+    settings: more entries of config.json.  on_record: called with each logged record.
+    mesh: the processes that train together; by default those of torchrun
+        (`kronsae.system.parallel`). All of them call this with the same arguments. Each takes its
+        part of the batches, or, with `share` "members", of the SAEs of `fit_many`. Only the first
+        one writes files and calls `on_record`.
 
     On SIGTERM or SIGINT the step in progress is finished, a checkpoint saved, and the result
     returned with `stopped_by`. A batch whose gradient is not finite is skipped, and logged as such.
@@ -84,11 +78,11 @@ def fit(
 
 def fit_many(
     sae_configs: Sequence[SAEConfig],
-    activations: Tensor | ActivationSource | Iterable[Tensor],
+    activations: Activations,
     train_configs: TrainConfig | Sequence[TrainConfig] | None = None,
     *,
     names: Sequence[str] | None = None,
-    heldout: Heldout | Tensor | None = None,
+    heldout: HeldoutActivations | None = None,
     out: str | Path | None = None,
     resume: bool = False,
     settings: Sequence[dict[str, Any]] | None = None,
@@ -97,21 +91,21 @@ def fit_many(
 ) -> list[FitResult]:
     """Train any number of SAEs on the same batches, each as `fit` alone would, bit for bit.
 
-    train_configs: one for all, or one each; they may differ in what
-        `kronsae.runs.sweep.own_settings` names. The order of the data is the first member's, `seed`
+    train_configs: one for all, or one each; they may differ in the settings that
+        `kronsae.runs.sweep.own_settings` lists. The order of the data is the first member's; `seed`
         draws each member's weights.
     names: of the members, and of their run folders in `out` (default: "sae-0", "sae-1", ...).
     out: sweep folder (see `kronsae.runs.folder`).  settings: for each, as in `fit`.
     on_record: called with the member's name and each logged record.
-    Of several processes each trains all SAEs on its part of the tokens or heads, or, with `share`
+    With several processes each trains all SAEs on its part of the tokens or heads, or, with `share`
     "members", every R-th SAE on all tokens.
-    The rest is as in `fit`. Every step, each SAE in turn learns from the batch; the mean and scale
-    of the activations, and what does not depend on an SAE in the evaluation, is computed once.
+    The rest is as in `fit`. In every step each SAE in turn learns from the batch. The mean and
+    scale of activations, and figures that depend on no SAE, are computed once.
 
     A member with `learner.SKIPS` gradients in a row that are not finite ends there, with the
-    weights of the last step (its result has `failed`), and the others go on. Returns the results in
-    order. Raises InputError as `fit` does, if the members cannot share a stream, or if all of them
-    failed.
+    weights of the last good step (its result has `failed`), and the others go on. Returns the
+    results in order. Raises InputError as `fit` does, if the members cannot share a stream, or if
+    all of them failed.
     """
     count = len(sae_configs)
     if train_configs is None or isinstance(train_configs, TrainConfig):
@@ -121,8 +115,9 @@ def fit_many(
     lengths = {len(train_configs), len(names), len(settings)}
     if not count or lengths != {count}:
         raise InputError(
-            f"fit_many: expected one SAE or more, and as many of everything, got {count} SAEs, "
-            f"{len(train_configs)} train_configs, {len(names)} names, {len(settings)} settings"
+            "fit_many: expected one SAE or more, and as many train_configs, names and settings, "
+            f"got {count} SAEs, {len(train_configs)} train_configs, {len(names)} names, "
+            f"{len(settings)} settings"
         )
     check_names(names)
     members = zip(names, sae_configs, one_stream(train_configs), settings, strict=True)
@@ -132,16 +127,16 @@ def fit_many(
 
 def _fit(
     plans: list[MemberPlan],
-    activations: Tensor | ActivationSource | Iterable[Tensor],
-    heldout: Heldout | Tensor | None,
+    activations: Activations,
+    heldout: HeldoutActivations | None,
     out: str | Path | None,
     resume: bool,
     on_record: Callable[[str, dict[str, Any]], None] | None,
     mesh: Mesh | None,
     sweep: bool,
 ) -> list[FitResult]:
-    """`fit` and `fit_many`: they differ in the folders that they write, and in nothing else."""
-    config = plans[0].train  # what all share
+    """`fit` and `fit_many`, which differ only in the folders that they write."""
+    config = plans[0].train
     device = resolve_device(config.device)
     mesh = mesh or join(config.tensor_parallel, device, config.rank_timeout)
     layout = mesh.data.size, mesh.heads.size
@@ -149,16 +144,12 @@ def _fit(
     for plan in plans:
         check_heads(plan.sae, mesh.heads.size)
     source = _as_source(activations, config)
-    if isinstance(heldout, Tensor):
-        heldout = (heldout,)
-    if isinstance(heldout, tuple):
-        flat = [part.detach().reshape(-1, part.shape[-1]) for part in heldout]
-        heldout = Heldout(flat[0], targets=flat[1] if len(flat) == 2 else None)
     plans = [_complete(plan, source) for plan in plans]
-    of_one = (1, 1) if owned else layout
-    not_fused = [check_step(plan.sae, plan.train, device, of_one) for plan in plans]
-    if heldout is not None:
-        check_heldout(heldout, plans[0].sae)
+    ranks = (1, 1) if owned else layout
+    not_fused = [check_step(plan.sae, plan.train, device, ranks) for plan in plans]
+    judged_on = _as_heldout(heldout)
+    if judged_on is not None:
+        check_heldout(judged_on, plans[0].sae)
     check_packages(config)
     _check_same([plan.settings for plan in plans], mesh)
     folder, state = open_folder(
@@ -172,14 +163,14 @@ def _fit(
             session.members[plan.name] = Member(plan, device, folder, on_record, mesh, owner)
         if state is not None:
             session.load_state_dict(state)
-        _train_and_judge(session, heldout)
+        _train_and_judge(session, judged_on)
     finally:
         session.close()
-    return [member.result for member in session.members.values()]
+    return list(session.results.values())
 
 
 def _train_and_judge(session: Session, heldout: Heldout | None) -> None:
-    """Train all members, evaluate them, and save what they have learned, whatever happens."""
+    """Train all members, evaluate them, and save them, even after an error."""
     stream = session.stream
     try:
         with note_signals(session.interrupt) as stop:
@@ -188,7 +179,8 @@ def _train_and_judge(session: Session, heldout: Heldout | None) -> None:
         stream.close()
         if stopped_by is None and heldout is not None:
             for member in session.own:
-                member.metrics = _judge(member.sae(stream), heldout)
+                sae = member.sae(stream)
+                member.metrics = evaluate(sae, heldout) | evaluate_cross_entropy(sae, heldout)
                 member.record("final", member.metrics, stream)
         session.sync()
         for member in session.live:
@@ -199,36 +191,36 @@ def _train_and_judge(session: Session, heldout: Heldout | None) -> None:
 
 
 def _rescue(session: Session, error: InputError) -> list[str]:
-    """Save what was learned before an error, if that works; says where it is, and how to go on."""
+    """Save what was learned before an error, if possible; returns lines that say how to go on."""
     stream, folder = session.stream, session.folder
-    problem = None
+    saved, learned = True, 0
     try:
         if stream.steps:
             session.sync()
             for member in session.live:
                 member.finish(stream)
-        learned = max((m.result.tokens for m in session.members.values() if m.result), default=0)
+        learned = max((result.tokens for result in session.results.values()), default=0)
         if learned:
             session.note()
-    except InputError as other:  # the disk is full, say, and that was the first error, too
-        problem = other
+    except InputError:  # the disk is full, say, and that was the first error, too
+        saved = False
     if folder is None:
         return []
-    where = folder.path if isinstance(folder, SweepFolder) else folder.sae
-    saved = problem is None and learned
-    lines = [f"What was learned in {learned:,} tokens is in {where}"] if saved else []
-    if not isinstance(error, DataEnded | Diverged):  # to go on would end alike
-        alone = next(iter(session.members.values())).settings["config"]["data"] is None
-        command = f"python -m kronsae.train --resume {folder.path}"
-        if alone:
+    lines = []
+    if saved and learned:
+        where = folder.path if isinstance(folder, SweepFolder) else folder.sae
+        lines.append(f"What was learned in {learned:,} tokens is in {where}")
+    if not isinstance(error, DataEnded | Diverged):  # a resumed run would end alike
+        command = f"kronsae train --resume {folder.path}"
+        if next(iter(session.members.values())).settings["config"]["data"] is None:
             command = f"fit(..., out={str(folder.path)!r}, resume=True)"
-        found = checkpoint.list_checkpoints(folder.checkpoints)
-        place = (
-            f"the checkpoint of step {checkpoint.step_of(found[-1]):,}" if found else "the start"
-        )
-        if problem is not None:
-            lines.append(f"What was learned since {place} could not be saved")
-        lines.append(f"When that is solved, go on from {place}:\n  {command}")
+        checkpoints = checkpoint.list_checkpoints(folder.checkpoints)
+        start = "the start"
+        if checkpoints:
+            start = f"the checkpoint of step {checkpoint.step_of(checkpoints[-1]):,}"
+        if not saved:
+            lines.append(f"What was learned since {start} could not be saved")
+        lines.append(f"When that is solved, go on from {start}:\n  {command}")
     return lines
 
 
@@ -236,7 +228,7 @@ def _train(session: Session, heldout: Heldout | None, stop: Stop) -> None:
     """The loop: batch, steps, log, evaluate, checkpoint, until the budget is used or a signal."""
     stream, config = session.stream, session.config
     saved_at = stream.steps
-    # A signal before the first step waits for it: there would be nothing to save.
+    # After a signal at least one step is made, so that there is something to save.
     while not stream.done and (not stream.steps or session.signal(stop) is None):
         try:
             batch = stream.next()
@@ -246,8 +238,7 @@ def _train(session: Session, heldout: Heldout | None, stop: Stop) -> None:
             if stream.steps > saved_at:
                 session.save()
             raise
-        step = stream.steps
-        log = step % config.log_every == 0 or stream.done
+        log = stream.due(config.log_every) or stream.done
         if log or session.waits:
             stream.check()
         for member in session.own:
@@ -257,26 +248,21 @@ def _train(session: Session, heldout: Heldout | None, stop: Stop) -> None:
             for member in session.own:
                 if member.figures:  # the batch was not skipped
                     member.record("train", member.figures | rates, stream)
-        evaluated = heldout is not None and config.eval_every and step % config.eval_every == 0
-        if evaluated and not stream.done:
+        if heldout is not None and stream.due(config.eval_every) and not stream.done:
             for member in session.own:
                 member.record("heldout", evaluate(member.sae(stream), heldout), stream)
         if session.is_sync_step:
             session.sync()
             session.check_live()
-        if config.checkpoint_every and step % config.checkpoint_every == 0 and not stream.done:
+        if stream.due(config.checkpoint_every) and not stream.done:
             session.save()
-            saved_at = step
+            saved_at = stream.steps
     if stream.steps > saved_at:
         session.save()
 
 
-def _judge(sae: SAE, heldout: Heldout) -> dict[str, float]:
-    return evaluate(sae, heldout) | evaluate_cross_entropy(sae, heldout)
-
-
 def _complete(plan: MemberPlan, source: ActivationSource) -> MemberPlan:
-    """With the width of the activations, and everything that config.json holds."""
+    """The plan with the width of the activations, and all entries of config.json."""
     sae = plan.sae.with_widths(source.d_model, getattr(source, "d_target", 0))
     config = {
         "sae": dataclasses.asdict(sae),
@@ -291,15 +277,27 @@ def _check_same(settings: list[dict[str, Any]], mesh: Mesh) -> None:
     """Raise InputError unless all processes were given the same activations and settings."""
     if len(set(mesh.world.exchange(digest(settings)))) > 1:
         raise InputError(
-            "the processes of this training were given different activations or settings: each "
-            "has to get the same, and takes its own part of the batches"
+            "the processes of this training were given different activations or settings: give "
+            "all of them the same, each takes its own part of the batches"
         )
 
 
 def _as_source(activations: Activations, config: TrainConfig) -> ActivationSource:
-    pair = isinstance(activations, tuple) and len(activations) == 2
-    if isinstance(activations, Tensor) or pair and isinstance(activations[0], Tensor):
-        return TensorActivations(activations, config.batch_size, config.stream_seed)
+    is_pair = isinstance(activations, tuple) and len(activations) == 2
+    first: Any = cast(Pair, activations)[0] if is_pair else activations
+    if isinstance(first, Tensor):
+        rows = cast(Tensor | Pair, activations)
+        return TensorActivations(rows, config.batch_size, config.stream_seed)
     if hasattr(activations, "state_dict") and hasattr(activations, "d_model"):
-        return activations
-    return IterableActivations(activations)
+        return cast(ActivationSource, activations)
+    return IterableActivations(cast(Iterable[Tensor | Pair], activations))
+
+
+def _as_heldout(heldout: HeldoutActivations | None) -> Heldout | None:
+    if heldout is None or isinstance(heldout, Heldout):
+        return heldout
+    x, target = (heldout, None) if isinstance(heldout, Tensor) else heldout
+    rows = x.detach().reshape(-1, x.shape[-1])
+    return Heldout(
+        rows, targets=None if target is None else target.detach().reshape(-1, target.shape[-1])
+    )

@@ -1,8 +1,8 @@
-"""The command line of `python -m kronsae.train`, made from the config dataclasses.
+"""The command line of `kronsae train`, made from the config dataclasses.
 
 Precedence: defaults < the embedded preset (with model 'embedded') < --config file < flags < entry
-of the --sweep file. A sweep has a member for each entry of the file, with each combination of the
-values of flags that were given several.
+of the --sweep file. A sweep has a member for each entry of the file, combined with each combination
+of values of flags that have several.
 """
 
 import argparse
@@ -59,36 +59,36 @@ OTHER_NAMES = {
     "--log-to-wandb": "--wandb PROJECT",
     "--transcode": "--target-hookpoint NAME",
 }
-"""What SAELens, sparsify and dictionary_learning call a flag (also with _), and what it is here."""
+"""Flags of SAELens, sparsify and dictionary_learning (also written with _), and ours for each."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What the user asks for."""
+    """A parsed command line."""
 
     members: dict[str, RunConfig]
-    """What to train, by name: several in a sweep, which share all that decides their stream."""
+    """Configurations to train, by name: several in a sweep, which share one stream."""
     sweep: bool
     out: Path | None
     """Run folder to make; None: a new one under runs/."""
     resume: Path | None
     """Run folder to go on with."""
     plan: bool
-    """Only say what would run."""
+    """Only print the plan."""
     memory_check: bool = True
-    """Refuse what needs far more memory than there is."""
+    """Refuse a run that needs far more memory than is free."""
     iso_flops_of: dict[str, SAEConfig] | None = None
     """For each member the autoencoder whose FLOPs on config.train.tokens are its budget."""
     notes: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
-    """For each member what its config.json holds beside its settings."""
+    """For each member the entries of its config.json beside its settings."""
 
     @property
     def config(self) -> RunConfig:
-        """Of the first member; what members share is the same in all."""
+        """Configuration of the first member; what members share is the same in all."""
         return next(iter(self.members.values()))
 
     def at_width(self, d_model: int, d_target: int = 0) -> "Request":
-        """With the widths of the activations filled in, and token budgets of equal FLOPs found.
+        """The request with widths of the activations, and token budgets for --iso-flops-of.
 
         Raises InputError if another width is configured, or if the budgets of members differ.
         """
@@ -97,28 +97,31 @@ class Request:
             sae, train = config.sae.with_widths(d_model, d_target), config.train
             if self.iso_flops_of:
                 reference = self.iso_flops_of[name].with_widths(d_model, d_target)
-                of, own = flops_per_token(reference), flops_per_token(sae)
-                if of == own:
-                    raise InputError(
-                        f"--iso-flops-of has no effect: both spend {own:,} multiply-adds a token"
-                    )
+                tokens = _equal_flops(train.tokens, reference, sae)
                 budget = {"sae": dataclasses.asdict(reference), "tokens": train.tokens}
                 notes[name] = {"iso_flops_of": budget}
-                train = dataclasses.replace(train, tokens=equal_budget(train.tokens, of, own))
+                train = dataclasses.replace(train, tokens=tokens)
             members[name] = dataclasses.replace(config, sae=sae, train=train)
         budgets = {name: config.train.tokens for name, config in members.items()}
         if len(set(budgets.values())) > 1:
+            listed = ", ".join(f"{name} {tokens:,}" for name, tokens in budgets.items())
             raise InputError(
-                "--iso-flops-of gives the members of the sweep different budgets, but they learn "
-                "from one stream of as many tokens: train them one by one ("
-                + ", ".join(f"{name} {tokens:,}" for name, tokens in budgets.items())
-                + ")"
+                "--iso-flops-of gives the members of the sweep different numbers of tokens "
+                f"({listed}), but they learn from one stream: train them one by one"
             )
         return dataclasses.replace(self, members=members, iso_flops_of=None, notes=notes)
 
 
+def _equal_flops(tokens: int, reference: SAEConfig, sae: SAEConfig) -> int:
+    """Number of tokens on which `sae` spends as many FLOPs as `reference` on `tokens`."""
+    of_reference, own = flops_per_token(reference), flops_per_token(sae)
+    if of_reference == own:
+        raise InputError(f"--iso-flops-of has no effect: both spend {own:,} multiply-adds a token")
+    return equal_budget(tokens, of_reference, own)
+
+
 def make_parser() -> Parser:
-    """One flag a field of the configs, and those of the run itself."""
+    """A parser with a flag for each field of the configs, and those of the run itself."""
     parser = Parser(
         "train",
         "Train a sparse autoencoder on a language model's activations. Without flags it trains on "
@@ -130,30 +133,7 @@ def make_parser() -> Parser:
         usage="%(prog)s [--model NAME --layer N --dataset NAME --tokens N ...]",
         argument_default=argparse.SUPPRESS,
     )
-    run = parser.add_argument_group("run")
-    run.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: under runs/)")
-    run.add_argument("--resume", type=Path, metavar="DIR", help="go on with the run in DIR")
-    run.add_argument("--config", type=Path, metavar="FILE", help="settings, as in a config.json")
-    run.add_argument("--plan", action="store_true", help="say what would run, and stop")
-    run.add_argument(
-        "--sweep",
-        type=Path,
-        metavar="FILE",
-        help="train several autoencoders on one stream of activations: a JSON list with an object "
-        'for each, of what it has of its own, as {"m": 2, "lr": 0.001, "name": "thin"}. Flags that '
-        "take several values (N ...) make a sweep, too: one for each combination, of each entry",
-    )
-    run.add_argument(
-        "--iso-flops-of",
-        metavar="CONFIG",
-        help="raise (or lower) --tokens until they cost as many FLOPs as another autoencoder's: a "
-        "config.json of a run or an SAE, or 'topk' for a dense one of the same dict_size and k",
-    )
-    run.add_argument(
-        "--no-memory-check",
-        action="store_true",
-        help="start even if the plan needs far more memory than is free",
-    )
+    _add_run_flags(parser.add_argument_group("run"))
     titles = {
         "data": "language model and text",
         "sae": "autoencoder",
@@ -170,8 +150,35 @@ def make_parser() -> Parser:
     return parser
 
 
+def _add_run_flags(run: Any) -> None:
+    """Add the flags that are no settings."""
+    run.add_argument("--out", type=Path, metavar="DIR", help="run folder (default: under runs/)")
+    run.add_argument("--resume", type=Path, metavar="DIR", help="go on with the run in DIR")
+    run.add_argument("--config", type=Path, metavar="FILE", help="settings, as in a config.json")
+    run.add_argument("--plan", action="store_true", help="say what would run, and stop")
+    run.add_argument(
+        "--sweep",
+        type=Path,
+        metavar="FILE",
+        help="train several autoencoders on one stream of activations: a JSON list with an object "
+        'of settings for each, such as {"m": 2, "lr": 0.001, "name": "thin"}. Flags that take '
+        "several values (N ...) make a sweep, too: one autoencoder for each combination, and entry",
+    )
+    run.add_argument(
+        "--iso-flops-of",
+        metavar="CONFIG",
+        help="train on as many tokens as cost the FLOPs of another autoencoder on --tokens: the "
+        "config.json of a run or an SAE, or 'topk' for a dense one of the same dict_size and k",
+    )
+    run.add_argument(
+        "--no-memory-check",
+        action="store_true",
+        help="start even if the plan needs far more memory than is free",
+    )
+
+
 def _default_of(name: str, spec: dataclasses.Field[Any]) -> str | None:
-    """What holds without the flag, where it is not the field's own default alone."""
+    """The default that a help text shows, if it is not the field's own alone."""
     usual = {"dict_size": shown(PAPER_DICT_SIZE), "m": "4", "n": "4"}.get(name)
     usual = usual or (shown(spec.default) if spec.default else "")
     if name not in EMBEDDED or usual == shown(EMBEDDED[name]):
@@ -183,10 +190,10 @@ def _default_of(name: str, spec: dataclasses.Field[Any]) -> str | None:
 def parse(argv: list[str] | None = None) -> Request:
     """The request in `argv`. Raises InputError for anything wrong or without effect."""
     parser = make_parser()
-    found, unknown = parser.parse_known_args(argv)
+    options, unknown = parser.parse_known_args(argv)
     if unknown:
         raise InputError(_unknown(unknown[0], parser, sys.argv[1:] if argv is None else argv))
-    flags = vars(found)
+    flags = vars(options)
     names = ("out", "resume", "config", "plan", "sweep", "iso_flops_of", "no_memory_check")
     run = {name: flags.pop(name, None) for name in names}
     lists = {name: value for name, value in flags.items() if isinstance(value, list)}
@@ -208,7 +215,7 @@ def parse(argv: list[str] | None = None) -> Request:
     if run["iso_flops_of"] is not None:
         if "tokens" not in flags:
             raise InputError(
-                "--iso-flops-of needs --tokens, the budget of the autoencoder that it names"
+                "--iso-flops-of needs --tokens, the budget of the autoencoder it compares with"
             )
         references = {n: _reference(run["iso_flops_of"], c.sae) for n, c in members.items()}
     return Request(members, sweep, run["out"], None, *common, references)
@@ -225,16 +232,16 @@ def _members(
     configs: dict[str, RunConfig] = {}
     names = []
     for own in product(entries, lists):
-        given = own.pop("name", None)
+        entry_name = own.pop("name", None)
         layered = dict(flags)
         _drop_overruled(layered, own)
         try:
             config = build(layered | own, file)
         except InputError as error:
-            raise InputError(f"member {given or own} of the sweep: {error}") from error
-        if given is not None:  # the lists' values tell the members of an entry apart
+            raise InputError(f"member {entry_name or own} of the sweep: {error}") from error
+        if entry_name is not None:  # the members of an entry differ by the lists' values
             own = {name: value for name, value in own.items() if name in lists}
-        names.append("-".join(filter(None, (given, name_of(own)))) or "base")
+        names.append("-".join(filter(None, (entry_name, name_of(own)))) or "base")
         check_names(names)
         configs[names[-1]] = config
     trains = one_stream([config.train for config in configs.values()])
@@ -245,7 +252,7 @@ def _members(
 
 
 def _read_sweep(path: Path) -> list[dict[str, Any]]:
-    """The entries of a sweep file. Raises InputError for what a member cannot have of its own."""
+    """The entries of a sweep file. Raises InputError for settings that members must share."""
     document = _read_json(path, "--sweep")
     own = own_settings()
     if not isinstance(document, list) or not document:
@@ -253,8 +260,8 @@ def _read_sweep(path: Path) -> list[dict[str, Any]]:
             f"--sweep {path}: expected a JSON list of objects, one for each autoencoder, "
             f"got {str(document)[:80]}"
         )
-    for place, entry in enumerate(document):
-        where = f"--sweep {path}, entry {place}"
+    for number, entry in enumerate(document):
+        where = f"--sweep {path}, entry {number}"
         if not isinstance(entry, dict):
             raise InputError(f"{where}: expected an object of settings, got {str(entry)[:80]}")
         if not isinstance(entry.get("name", ""), str):
@@ -262,8 +269,7 @@ def _read_sweep(path: Path) -> list[dict[str, Any]]:
         for name in entry:
             if name not in (*own, "name"):
                 raise InputError(
-                    f"{where}: {name} decides the stream of activations (or the clock) of all "
-                    "members, and cannot be one's own: give it as a flag"
+                    f"{where}: {name} must be the same for all members: give it as a flag"
                     if name in all_settings()
                     else f"{where}: there is no setting {name!r}; known are {', '.join(own)}"
                 )
@@ -278,7 +284,7 @@ def _reference(of: str, own: SAEConfig) -> SAEConfig:
     path = path / "config.json" if path.is_dir() else path
     document = _read_json(path, "--iso-flops-of")
     if isinstance(document, dict):
-        document = document.get("config", document)  # a run's, or else an SAE's
+        document = document.get("config", document)  # a run has it, an SAE does not
     if not isinstance(document, dict) or not isinstance(document.get("sae"), dict):
         raise InputError(
             f"--iso-flops-of {path}: expected the config.json of a run or an SAE, or 'topk'"
@@ -287,21 +293,21 @@ def _reference(of: str, own: SAEConfig) -> SAEConfig:
 
 
 def build(flags: dict[str, Any], file: dict[str, Any] | None = None) -> RunConfig:
-    """The run that these settings make (flat, by field name): flags win over the file's.
+    """The configuration with these settings (flat, by field name): flags win over the file's.
 
     Raises InputError for settings that contradict each other, or have no effect.
     """
-    given = dict(file or {})
-    _drop_overruled(given, flags)
-    given |= flags
+    chosen = dict(file or {})
+    _drop_overruled(chosen, flags)
+    chosen |= flags
     defaults = {name: setting.spec.default for name, setting in all_settings().items()}
-    explicit = {k: v for k, v in given.items() if k in flags or v != defaults[k]}
-    if given.get("activations") is not None:
-        given |= _decided(given, explicit, flags)
-    model = given.get("model", DataConfig.model)
+    explicit = {k: v for k, v in chosen.items() if k in flags or v != defaults[k]}
+    if chosen.get("activations") is not None:
+        chosen |= _decided(chosen, explicit, flags)
+    model = chosen.get("model", DataConfig.model)
     settings = dict(EMBEDDED) if model == "embedded" else {"dict_size": PAPER_DICT_SIZE}
-    _drop_overruled(settings, given)
-    settings |= given
+    _drop_overruled(settings, chosen)
+    settings |= chosen
     _check_effects({**defaults, **settings}, explicit)
     parts = nested(settings)
     config = RunConfig(
@@ -316,13 +322,13 @@ def build(flags: dict[str, Any], file: dict[str, Any] | None = None) -> RunConfi
 
 
 def _decided(
-    given: dict[str, Any], explicit: dict[str, Any], flags: dict[str, Any]
+    chosen: dict[str, Any], explicit: dict[str, Any], flags: dict[str, Any]
 ) -> dict[str, Any]:
-    """What --activations has decided: model, text and hookpoint, which config.json records.
+    """Settings that follow from --activations: model, text and hookpoint, for config.json.
 
-    Raises InputError for a setting that contradicts it, or a flag that repeats it.
+    Raises InputError for a setting that contradicts them, or a flag that repeats one.
     """
-    decided = source_of(given["activations"]).decided(given)
+    decided = source_of(chosen["activations"]).decided(chosen)
     for name in decided.keys() - {"layer", "hookpoint"}:
         if name in flags or explicit.get(name, decided[name]) != decided[name]:
             raise InputError(
@@ -334,34 +340,35 @@ def _decided(
 
 
 def _drop_overruled(lower: dict[str, Any], higher: dict[str, Any]) -> None:
-    """Remove from `lower` what a setting in `higher` replaces under another name."""
-    size = ("heads", "dict_size")
-    if any(higher.get(name) for name in size):
-        for name in size:
+    """Remove settings from `lower` that those in `higher` replace or leave without effect."""
+
+    def drop(*names: str) -> None:
+        for name in names:
             if name not in higher:
                 lower.pop(name, None)
+
+    if higher.get("heads") or higher.get("dict_size"):
+        drop("heads", "dict_size")
     elif (higher.get("m") or higher.get("n")) and lower.get("dict_size"):
         lower.pop("heads", None)
     known = all_settings()
-    together = {**{name: setting.spec.default for name, setting in known.items()}, **lower}
-    together |= higher
-    for name in list(lower):
-        if name not in higher and known[name].no_effect(together) is not None:
-            lower.pop(name)
-    reads = ("model", "layer", "hookpoint", "activations")
-    if any(name in higher for name in reads) and "d_model" not in higher:
-        lower.pop("d_model", None)
-    if any(name in higher for name in ("model", "target_hookpoint")) and "d_target" not in higher:
-        lower.pop("d_target", None)
-    for name, other in (("layer", "hookpoint"), ("hookpoint", "layer")):
-        if higher.get(name) is not None and other not in higher:
-            lower.pop(other, None)
+    defaults = {name: setting.spec.default for name, setting in known.items()}
+    together = {**defaults, **lower, **higher}
+    drop(*(name for name in lower if known[name].no_effect(together) is not None))
+    if higher.keys() & {"model", "layer", "hookpoint", "activations"}:
+        drop("d_model")
+    if higher.keys() & {"model", "target_hookpoint"}:
+        drop("d_target")
+    if higher.get("layer") is not None:
+        drop("hookpoint")
+    if higher.get("hookpoint") is not None:
+        drop("layer")
 
 
-def _check_effects(settings: dict[str, Any], given: dict[str, Any]) -> None:
-    """Raise InputError for a setting in `given` that changes nothing beside the others."""
+def _check_effects(settings: dict[str, Any], explicit: dict[str, Any]) -> None:
+    """Raise InputError for an explicit setting that has no effect beside the others."""
     for name, setting in all_settings().items():
-        reason = setting.no_effect(settings) if given.get(name) not in (0, None) else None
+        reason = setting.no_effect(settings) if explicit.get(name) not in (0, None) else None
         if reason is not None:
             raise InputError(f"{flag(name)} has no effect with {reason}: leave it out")
 
@@ -372,9 +379,12 @@ def _resumed(
     lists: dict[str, list[Any]],
     common: tuple[bool, bool],
 ) -> Request:
+    """The request to go on with a run or sweep; `flags` may change settings that are free."""
     for name in ("out", "config", "sweep", "iso_flops_of"):
         if run[name] is not None:
-            raise InputError(f"--resume takes everything from the run folder: no {flag(name)}")
+            raise InputError(
+                f"--resume takes all settings from the run folder: leave out {flag(name)}"
+            )
     known = all_settings()
     for name in flags:
         if not known[name].spec.metadata.get("free") or name in lists:
@@ -382,10 +392,10 @@ def _resumed(
                 f"{flag(name)} cannot change when a run is resumed: leave it out, or start a new "
                 "run"
             )
-    folder, settings = open_to_resume(run["resume"])
+    folder, documents = open_to_resume(run["resume"])
     members = {}
-    for name, each in settings.items():
-        stored = each["config"]
+    for name, document in documents.items():
+        stored = document["config"]
         if stored["data"] is None:
             raise InputError(
                 f"{run['resume']} was trained from tensors: resume it with kronsae.train.fit"
@@ -423,6 +433,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _unknown(argument: str, parser: Parser, argv: list[str]) -> str:
+    """The error for an argument that the parser does not know."""
     before = [flag for flag in argv[: argv.index(argument)] if flag.startswith("--")]
     name = before[-1].removeprefix("--").replace("-", "_") if before else ""
     if not argument.startswith("-") and name in all_settings() and name not in own_settings():

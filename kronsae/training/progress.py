@@ -9,7 +9,7 @@ from kronsae.training.options import Request
 
 
 class ProgressBar:
-    """Shows the records of `fit`: a bar on a terminal, a line now and then elsewhere."""
+    """Progress of `fit`: a bar on a terminal, elsewhere ten lines."""
 
     def __init__(self, console: Console, request: Request) -> None:
         self.console = console
@@ -35,7 +35,7 @@ class ProgressBar:
         self.bar.stop()
 
     def __call__(self, name: str, record: dict[str, Any]) -> None:
-        """name: of the member of a sweep; empty without one."""
+        """Show a record of a member. name: empty if the run is no sweep."""
         step, name = record["step"], f"{name}: " if name else ""
         if record["kind"] == "train":
             figures = (
@@ -52,21 +52,18 @@ class ProgressBar:
                 f"{record['explained_variance']:.4f}, L0 {record['l0']:.1f}"
             )
         elif record["kind"] == "skipped":
+            count = record["batches"]
+            batches = f"{count} batches up to here " if count > 1 else ""
             self.console.print(
-                f"step {step:,}: {name}{batches(record)}skipped, as its {record['reason']}; the "
-                f"largest activation of the batch is {record['largest']:.3g} times the usual size",
+                f"step {step:,}: {name}{batches}skipped, as its {record['reason']} (the "
+                f"largest activation of the batch is {record['largest']:.3g} times the usual size)",
                 style="yellow",
             )
 
 
 def _waits(record: dict[str, Any]) -> str:
-    """Who waited for whom, as a share of the time."""
+    """Shares of the time in which training and the language model waited for each other."""
     waits = f"waited {record['wait_share']:.0%} for activations"
     if "model_wait_share" in record:
         waits += f", the language model {record['model_wait_share']:.0%} for room"
     return waits
-
-
-def batches(record: dict[str, Any]) -> str:
-    """How many batches before a step were skipped, if it is not the step's own alone."""
-    return f"{record['batches']} batches up to here " if record["batches"] > 1 else ""

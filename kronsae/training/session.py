@@ -1,7 +1,7 @@
-"""Autoencoders that learn together from one stream: what each has, and what they share."""
+"""A training session: a stream, and the members (SAEs) that learn from it together."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -17,9 +17,12 @@ from kronsae.runs.sweep import markdown
 from kronsae.system import checkpoint
 from kronsae.system.devices import Clock
 from kronsae.system.parallel import ALONE, Mesh
-from kronsae.training.learner import Learner, Skipped
+from kronsae.training.learner import Learner, Metrics, Skipped
 from kronsae.training.signals import Stop
 from kronsae.training.stream import Stream
+
+ENDING = ("tokens", "metrics", "step_ms", "stopped_by", "failed")
+"""Fields of a member's result that sweep.json has."""
 
 
 class Diverged(InputError):
@@ -28,11 +31,11 @@ class Diverged(InputError):
 
 @dataclasses.dataclass(frozen=True)
 class FitResult:
-    """What a training run gives."""
+    """Result of a training run."""
 
     sae: SAE | None
-    """The trained SAE, of raw activations. None where another process has trained it alone (`share`
-    "members"): it is in the run folder."""
+    """The trained SAE, of raw activations. None if another process trained it alone (`share`
+    "members"): then it is in the run folder."""
     tokens: int
     """Tokens trained on."""
     metrics: dict[str, float]
@@ -42,26 +45,27 @@ class FitResult:
     stopped_by: int | None
     """Number of the signal that ended the run early, or None."""
     failed: str | None = None
-    """Why this member of a sweep ended before the others, or None."""
+    """Reason why this member of a sweep ended before the others, or None."""
     step_ms: float = 0.0
     """Mean time of an optimizer step of this SAE alone, in this call."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MemberPlan:
-    """What is to be made: one member."""
+    """Name and settings of a member."""
 
     name: str
     sae: SAEConfig
     train: TrainConfig
     settings: dict[str, Any]
+    """Content of its config.json."""
 
 
 class Member:
-    """One SAE that learns: its learner, its run folder, its log, and in the end its result.
+    """One SAE in training: its learner, its run folder, its log, and in the end its result.
 
-    owner: the rank that trains it alone, of which the others hear in `Session.sync`; None if all
-        ranks of the mesh train it together.
+    owner: the rank that trains it alone, whose records the others get in `Session.sync`; None if
+        all ranks of the mesh train it together.
     """
 
     def __init__(
@@ -82,10 +86,10 @@ class Member:
         group = folder.path.name if isinstance(folder, SweepFolder) else None
         self.log = Log(self.run, plan.train, plan.settings, group) if mesh.first else None
         self.mine = owner in (None, mesh.world.rank)
-        self.learner: Learner | None = None
+        self._learner: Learner | None = None
         if self.mine:
-            self.learner = Learner(plan.sae, plan.train, device, mesh if owner is None else ALONE)
-        self.figures: dict[str, float] = {}  # of the last step
+            self._learner = Learner(plan.sae, plan.train, device, mesh if owner is None else ALONE)
+        self.figures: Metrics = {}  # of the last step
         self.metrics: dict[str, float] = {}  # final ones
         self.history: list[dict[str, Any]] = []
         self.unsent: list[dict[str, Any]] = []  # records that other ranks lack
@@ -93,10 +97,16 @@ class Member:
         self.failed: str | None = None
         self.result: FitResult | None = None
 
-    def step(self, x: Tensor, target: Tensor | None, stream: Stream, log: bool) -> None:
-        """One optimizer step on a normalised batch; it has `failed` if it diverges.
+    @property
+    def learner(self) -> Learner:
+        """The learner, on the ranks whose member it is, until there is a result."""
+        assert self._learner is not None
+        return self._learner
 
-        log: whether its figures are to be logged.
+    def step(self, x: Tensor, target: Tensor | None, stream: Stream, log: bool) -> None:
+        """One optimizer step on a normalised batch; sets `failed` if it diverges.
+
+        log: True if its figures are to be logged.
         """
         if log:
             self.settle(stream)
@@ -117,7 +127,7 @@ class Member:
         self.learner.optimizer.zero_grad(set_to_none=True)
 
     def settle(self, stream: Stream) -> None:
-        """Record batches that were skipped without a word; it has `failed` if it diverged."""
+        """Record batches skipped in steps that did not log; sets `failed` if it diverged."""
         try:
             skipped = self.learner.settle()
         except FloatingPointError as error:
@@ -126,7 +136,8 @@ class Member:
         if skipped is not None:
             self.record("skipped", skipped._asdict(), stream)
 
-    def record(self, kind: str, values: dict[str, float], stream: Stream) -> None:
+    def record(self, kind: str, values: Mapping[str, Any], stream: Stream) -> None:
+        """Log a record of this step, now or in the next `Session.sync`."""
         entry = {"kind": kind, **stream.position(), **values}
         if self.owner is None:
             with self.mesh.world.together():
@@ -135,94 +146,98 @@ class Member:
             self.unsent.append(entry)
 
     def write(self, entries: list[dict[str, Any]]) -> None:
-        """Take records into the history; the first rank also logs them."""
+        """Add records to the history; the first rank also logs them."""
         self.history += entries
-        for entry in entries if self.mesh.first else ():
+        if self.log is None:
+            return
+        for entry in entries:
             self.log(entry)
             if self.on_record:
                 self.on_record(self.name, entry)
 
     def sae(self, stream: Stream) -> SAE:
-        """The SAE as it stands, of raw activations."""
-        of_target = stream.target_normalizer
+        """The SAE at this point of the training, of raw activations."""
+        normalizer, of_target = stream.normalizer, stream.target_normalizer
+        assert normalizer is not None  # once a step was made
         self.learner.confirm()
-        return self.learner.sae.folded(
-            stream.normalizer.mean,
-            stream.normalizer.scale,
-            None if of_target is None else (of_target.mean, of_target.scale),
-        )
+        target = None if of_target is None else (of_target.mean, of_target.scale)
+        return self.learner.sae.folded(normalizer.mean, normalizer.scale, target)
 
     def finish(self, stream: Stream, stopped_by: int | None = None) -> None:
-        """Save the SAE, make the result, and let go of the learner; all ranks do so together."""
+        """Save the SAE, make the result, and drop the learner; all ranks call this together."""
         if stream.normalizer is None:
             raise InputError("no step was made: there is no SAE to save")
-        sae, ending = None, None
-        if self.mine:
-            sae = self.sae(stream)
-            ending = {
-                "tokens": self.learner.tokens,
-                "metrics": self.metrics,
-                "step_ms": self.clock.mean_ms,
-            }
-        ending = self._save(sae, ending)
+        if self.owner is None:
+            sae, ending = self._save(stream)
+        else:
+            sae, ending = self._save_owned(self.owner, stream)
         self.result = FitResult(
             sae, history=self.history, stopped_by=stopped_by, failed=self.failed, **ending
         )
-        self.learner = None
+        self._learner = None
 
-    def _save(self, sae: SAE | None, ending: dict[str, Any] | None) -> dict[str, Any]:
-        """Write the SAE that its owner has to the run folder, if there is one; gives `ending`."""
-        if self.owner is not None:
-            if sae is not None:
-                parts = {"config": dataclasses.asdict(sae.config), "weights": sae.state_dict()}
-                ending |= parts if self.run is not None else {}
-            ending = checkpoint.state_of(self.owner, ending, self.mesh.world)
-            config, weights = ending.pop("config", None), ending.pop("weights", None)
-        if self.run is None:
-            return ending
+    def _save(self, stream: Stream) -> tuple[SAE | None, dict[str, Any]]:
+        """The SAE and its `_ending`; saves it in the run folder, if there is one."""
+        sae, ending = self.sae(stream), self._ending()
+        if self.run is not None:
+            sae.save(self.run.sae, self._facts(ending))
+        return sae, ending
+
+    def _save_owned(self, owner: int, stream: Stream) -> tuple[SAE | None, dict[str, Any]]:
+        """`_save` of a member with an owner, which keeps the SAE; the first rank saves it."""
+        sae: SAE | None = None
+        state: dict[str, Any] = {}
+        if self.mine:
+            sae = self.sae(stream)
+            state = {"ending": self._ending()}
+            if self.run is not None:
+                state |= {"config": dataclasses.asdict(sae.config), "weights": sae.state_dict()}
+        state = checkpoint.state_of(owner, state, self.mesh.world)
+        ending = state["ending"]
+        if self.run is not None:
+            with self.mesh.world.together():
+                if self.mesh.first:
+                    config = SAEConfig(**state["config"])
+                    whole = sae or made_of(config, state["weights"], self.run.sae)
+                    whole.save(self.run.sae, self._facts(ending))
+        return sae, ending
+
+    def _ending(self) -> dict[str, Any]:
+        """Fields of the result that its owner knows."""
+        return {
+            "tokens": self.learner.tokens,
+            "metrics": self.metrics,
+            "step_ms": self.clock.mean_ms,
+        }
+
+    def _facts(self, ending: dict[str, Any]) -> dict[str, Any]:
+        """Metadata of the saved SAE."""
         facts = {**self.settings, "tokens": ending["tokens"], "metrics": ending["metrics"]}
-        facts |= {"failed": self.failed} if self.failed else {}
-        if self.owner is None:
-            sae.save(self.run.sae, facts)
-            return ending
-        with self.mesh.world.together():
-            if self.mesh.first:
-                sae = sae or made_of(SAEConfig(**config), weights, self.run.sae)
-                sae.save(self.run.sae, facts)
-        return ending
+        return facts | ({"failed": self.failed} if self.failed else {})
 
     def restore_failed(self, message: str) -> None:
         """Take over the result of an earlier session, in which this member failed."""
+        assert self.run is not None  # it was resumed
         with self.mesh.world.together():
             sae = load(self.run.sae)
-        sae, tokens = sae if self.mine else None, sae.metadata["tokens"]
-        self.result = FitResult(sae, tokens, {}, [], None, message)
-        self.learner = None
+        tokens = sae.metadata["tokens"]
+        self.result = FitResult(sae if self.mine else None, tokens, {}, [], None, message)
+        self._learner = None
 
 
+@dataclasses.dataclass
 class Session:
-    """The stream and all members, and how they are saved together.
+    """The stream and all members, and how they are saved together."""
 
-    owned: whether each member has one rank that trains it alone. Such ranks `sync` in some steps.
-    waits: whether the steps of any member wait for the device.
-    """
-
-    def __init__(
-        self,
-        stream: Stream,
-        config: TrainConfig,
-        folder: RunFolder | SweepFolder | None,
-        mesh: Mesh,
-        owned: bool,
-        waits: bool,
-    ) -> None:
-        self.mesh = mesh
-        self.owned = owned
-        self.waits = waits
-        self.stream = stream
-        self.config = config
-        self.folder = folder
-        self.members: dict[str, Member] = {}
+    stream: Stream
+    config: TrainConfig
+    folder: RunFolder | SweepFolder | None
+    mesh: Mesh
+    owned: bool
+    """True if each member has one rank that trains it alone. Ranks then `sync` in some steps."""
+    waits: bool
+    """True if the steps of any member wait for the device."""
+    members: dict[str, Member] = dataclasses.field(default_factory=dict)
 
     @property
     def live(self) -> list[Member]:
@@ -231,20 +246,24 @@ class Session:
 
     @property
     def own(self) -> list[Member]:
-        """Those of them that this rank trains, alone or with others."""
+        """The live members that this rank trains, alone or with others."""
         return [member for member in self.live if member.mine]
 
     @property
+    def results(self) -> dict[str, FitResult]:
+        """The results of the members that have ended."""
+        return {name: m.result for name, m in self.members.items() if m.result is not None}
+
+    @property
     def is_sync_step(self) -> bool:
-        """Whether all ranks exchange something after this step."""
-        config = self.config
+        """True if all ranks exchange something after this step."""
+        stream, config = self.stream, self.config
         every = config.log_every, config.eval_every, config.checkpoint_every
-        due = any(self.stream.steps % steps == 0 for steps in every if steps)
-        return due or self.stream.done or not self.owned
+        return any(map(stream.due, every)) or stream.done or not self.owned
 
     def sync(self) -> None:
-        """Finish the members that have failed. Ranks with members of their own first exchange what
-        happened: records, which the first one writes, and failures."""
+        """Finish the members that have failed. Ranks with members of their own first exchange
+        records, which the first one writes, and failures."""
         if self.owned:
             sent = {m.name: [m.unsent, m.failed] for m in self.members.values() if m.mine}
             received: dict[str, Any] = {}
@@ -266,17 +285,17 @@ class Session:
         return int(self.mesh.world.max(torch.tensor(stop.received or 0))) or None
 
     def interrupt(self) -> None:
-        """Let the stream wait no longer; among processes each would be left at another place."""
+        """Interrupt the stream. Not with several processes, which would stop at different steps."""
         if self.mesh.world.size == 1:
             self.stream.interrupt()
 
     def check_live(self) -> None:
         """Raise Diverged if no member learns any more."""
         if not self.live:
-            raise Diverged("\n".join(m.result.failed for m in self.members.values()))
+            raise Diverged("\n".join(str(result.failed) for result in self.results.values()))
 
     def save(self) -> None:
-        """Write a checkpoint, of steps that are known to be good."""
+        """Write a checkpoint, once all steps are known to be good."""
         self.stream.check()
         for member in self.own:
             member.settle(self.stream)
@@ -289,19 +308,15 @@ class Session:
                     member.name: member.learner.state_dict() if member.mine else None
                     for member in self.live
                 },
-                "failed": {
-                    name: member.result.failed
-                    for name, member in self.members.items()
-                    if member.result is not None
-                },
+                "failed": {name: result.failed for name, result in self.results.items()},
             }
             self.folder.save_checkpoint(self.stream.steps, state, self.config.keep_checkpoints)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.stream.load_state_dict(state["stream"])
-        for name, own in state["members"].items():
+        for name, learner in state["members"].items():
             if self.members[name].mine:
-                self.members[name].learner.load_state_dict(own)
+                self.members[name].learner.load_state_dict(learner)
         for name, message in state["failed"].items():
             self.members[name].restore_failed(message)
 
@@ -310,14 +325,10 @@ class Session:
         if isinstance(self.folder, SweepFolder) and self.mesh.first:
             endings = {
                 name: {
-                    "config": member.settings["config"],
-                    "tokens": member.result.tokens,
-                    "metrics": member.result.metrics,
-                    "step_ms": member.result.step_ms,
-                    "stopped_by": member.result.stopped_by,
-                    "failed": member.result.failed,
+                    "config": self.members[name].settings["config"],
+                    **{field: getattr(result, field) for field in ENDING},
                 }
-                for name, member in self.members.items()
+                for name, result in self.results.items()
             }
             self.folder.note(endings, markdown(endings))
 

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGINT while a run trains: the step in progress is finished, and everything saved."""
+"""Handling of SIGTERM and SIGINT in training: the step is finished, and everything saved."""
 
 import dataclasses
 import signal
@@ -13,39 +13,41 @@ from kronsae.system.parallel import RankLost
 
 @dataclasses.dataclass
 class Stop:
+    """The signal that asks a run to stop, once it has come."""
+
     received: int | None = None
 
 
 @contextmanager
 def note_signals(interrupt: Callable[[], None]) -> Iterator[Stop]:
-    """Note the first SIGTERM or SIGINT, and interrupt, instead of dying; a second acts as usual."""
+    """Note the first SIGTERM or SIGINT and call `interrupt`; a second one acts as usual."""
     stop = Stop()
     earlier: dict[int, Any] = {}
 
     def handle(number: int, frame: FrameType | None) -> None:
         stop.received = number
         interrupt()
-        for each, handler in earlier.items():
-            signal.signal(each, handler)
+        restore()
         name = signal.Signals(number).name
-        words = f"\n{name}: finishing this step and saving (again to stop at once)"
-        with suppress(RuntimeError):  # it came in the middle of another print
-            print(words, file=sys.stderr)
+        message = f"\n{name}: finishing this step and saving (again to stop at once)"
+        with suppress(RuntimeError):  # the signal came in the middle of another print
+            print(message, file=sys.stderr)
 
-    try:
+    def restore() -> None:
+        for number, handler in earlier.items():
+            signal.signal(number, handler)
+
+    with suppress(ValueError):  # only the main thread handles signals
         for number in (signal.SIGTERM, signal.SIGINT):
             earlier[number] = signal.signal(number, handle)
-    except ValueError:  # not in the main thread: signals are somebody else's business
-        pass
     try:
         yield stop
     except RankLost:
-        usual = earlier.get(stop.received)
+        usual = None if stop.received is None else earlier.get(stop.received)
         if signal.SIGTERM in earlier:  # torchrun now ends the others: let them say why first
             earlier[signal.SIGTERM] = signal.SIG_IGN
         if callable(usual):  # the others were stopped at once, and so is this one
             usual(stop.received, None)
         raise
     finally:
-        for number, handler in earlier.items():
-            signal.signal(number, handler)
+        restore()

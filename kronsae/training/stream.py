@@ -1,4 +1,4 @@
-"""The stream that all SAEs of a run learn from: normalised batches of activations, and a clock."""
+"""The stream that all SAEs of a run learn from: normalised batches of activations, and rates."""
 
 import time
 from collections.abc import Iterator
@@ -13,7 +13,7 @@ from kronsae.errors import InputError
 from kronsae.model.normalizer import Normalizer
 
 NORMALIZER_TOKENS = 8192
-"""How many of the first activations give the mean and the scale of all."""
+"""Number of activations, the first ones, that determine the mean and the scale."""
 
 
 class DataEnded(InputError):
@@ -21,10 +21,10 @@ class DataEnded(InputError):
 
 
 class Stream:
-    """Batches of a source up to a budget of tokens, normalised by what the first ones measure.
+    """Batches of a source up to a budget of tokens, normalised with statistics of the first ones.
 
-    steps, tokens: how many batches and tokens were given.  normalizer: None before the first.
-    target_normalizer: of a transcoder's targets; None where there are none.
+    steps, tokens: numbers of batches and tokens given so far.  normalizer: None before the first.
+    target_normalizer: that of a transcoder's targets; None for an autoencoder.
     """
 
     def __init__(self, source: ActivationSource, budget: int, device: torch.device) -> None:
@@ -36,33 +36,36 @@ class Stream:
         self.d_target = getattr(source, "d_target", 0)
         self.normalizer: Normalizer | None = None
         self.target_normalizer: Normalizer | None = None
-        self.pending: list[Tensor] = []  # batches that the normalizer saw, not yet given
+        self.pending: list[Tensor] = []  # batches that were measured, but not yet given
         self.batches: Iterator[Tensor] | None = None
-        self.largest: Tensor | None = None  # magnitude in batches on a card, not yet looked at
+        self.largest: Tensor | None = None  # magnitude in the batches on a GPU not yet checked
         self.checked = 0  # batches
         self.seconds = 0.0  # of earlier sessions
         self.started = time.monotonic()
-        # Since the rates were last asked for: seconds waited for data, and the time, tokens, and
-        # seconds that the language model had waited for room then.
-        self.waited = 0.0
+        self.waited = 0.0  # seconds waited for data since the last call of `rates`
+        # At that call: time, tokens, and seconds that the language model had waited for room.
         self.rated = (self.started, 0, 0.0)
 
     @property
     def done(self) -> bool:
-        """Whether the budget is used."""
+        """True when the budget is used."""
         return self.tokens >= self.budget
+
+    def due(self, every: int) -> bool:
+        """True after each `every`-th step; never for 0."""
+        return every > 0 and self.steps % every == 0
 
     def next(self) -> tuple[Tensor, Tensor | None]:
         """The next batch [B, d] and its targets, normalised, on the device, cut to the budget.
 
-        Raises DataEnded if there is none, InputError if it is not finite: of a batch that comes
-        from a card, `check` does so, as only that waits for the card.
+        Raises DataEnded if there is none, InputError if it is not finite. `check` raises that for
+        batches that come from a GPU, as it has to wait for the GPU.
         """
         began = time.monotonic()
         if self.batches is None:
             self.batches = iter(self.source)
         if self.normalizer is None:
-            self._measure_normalizer()
+            self._measure_normalizer(self.batches)
         x = self.pending.pop(0) if self.pending else next(self.batches, None)
         self.waited += time.monotonic() - began
         if x is None:
@@ -70,7 +73,7 @@ class Stream:
                 f"the data ended after {self.tokens:,} of {self.budget:,} tokens: "
                 "give more text, more --epochs, or fewer --tokens"
             )
-        if x.device.type != "cpu":
+        if x.device.type != "cpu" and self.normalizer is not None:
             largest = torch.linalg.vector_norm(x, torch.inf)
             self.largest = largest if self.largest is None else self.largest.maximum(largest)
         elif not is_finite(x):
@@ -82,10 +85,13 @@ class Stream:
         self.steps += 1
         self.tokens += x.shape[0]
         x, target = split_target(x.to(self.device, torch.float32), self.d_target)
-        return self.normalizer(x), None if target is None else self.target_normalizer(target)
+        assert self.normalizer is not None  # else the first batch was not finite
+        if target is not None and self.target_normalizer is not None:
+            target = self.target_normalizer(target)
+        return self.normalizer(x), target
 
     def check(self) -> None:
-        """Raise InputError if a batch that came from a card since the last call is not finite."""
+        """Raise InputError if a batch that came from a GPU since the last call is not finite."""
         largest, self.largest = self.largest, None
         if largest is not None and not is_finite(largest):
             raise InputError(
@@ -93,29 +99,31 @@ class Stream:
             )
         self.checked = self.steps
 
-    def _measure_normalizer(self) -> None:
-        """From the first batches, which are kept to be trained on (and to be judged) in turn."""
-        tokens = 0
-        while tokens < min(NORMALIZER_TOKENS, self.budget):
-            x = next(self.batches, None)
+    def _measure_normalizer(self, batches: Iterator[Tensor]) -> None:
+        """Set the normalizers from the first batches, which then wait to be given.
+
+        They stay None if the first batch is not finite, or if there is none.
+        """
+        finite: list[Tensor] = []
+        while sum(map(len, finite)) < min(NORMALIZER_TOKENS, self.budget):
+            x = next(batches, None)
             if x is None:
                 break
             self.pending.append(x)
             if not is_finite(x):
                 break
-            tokens += x.shape[0]
-        good = [x for x in self.pending if is_finite(x)]
-        if good:
-            x, target = split_target(torch.cat(good), self.d_target)
+            finite.append(x)
+        if finite:
+            x, target = split_target(torch.cat(finite), self.d_target)
             self.normalizer = Normalizer.of(x).to(self.device)
             if target is not None:
                 self.target_normalizer = Normalizer.of(target).to(self.device)
 
     def rates(self) -> dict[str, float]:
-        """How the time since last asked was spent.
+        """Rates since the last call.
 
-        tokens_per_s; wait_share: the share spent waiting for activations; model_wait_share: that in
-        which a language model beside it waited for room (only if there is one in a thread).
+        tokens_per_s; wait_share: share of the time spent waiting for activations; model_wait_share:
+        share of the time in which the language model, if it runs in a thread, waited for room.
         """
         now, (before, tokens, model_waited) = time.monotonic(), self.rated
         elapsed = max(1e-9, now - before)
@@ -130,19 +138,20 @@ class Stream:
         return rates
 
     def interrupt(self) -> None:
-        """Wait no longer for a batch, if the source can be interrupted: `Interrupted` is raised.
+        """Make a waiting `next` raise `Interrupted`, if the source can be interrupted.
 
-        Not before the first step, as there would be nothing to save.
+        Without effect before the first step, when there is nothing to save.
         """
         if self.steps and hasattr(self.source, "interrupt"):
             self.source.interrupt()
 
     def close(self) -> None:
-        """Let the source make nothing more ahead."""
+        """Let the source produce no more batches ahead."""
         if hasattr(self.source, "close"):
             self.source.close()
 
     def position(self) -> dict[str, Any]:
+        """Step, tokens and seconds, as they are logged with every record."""
         return {
             "step": self.steps,
             "tokens": self.tokens,
@@ -150,10 +159,10 @@ class Stream:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that decides the batches to come; views, valid until the next one."""
+        """All that determines the batches to come; tensors are views, valid until the next one."""
         return {
             **self.position(),
-            "normalizer": self.normalizer.state_dict(),
+            "normalizer": self.normalizer and self.normalizer.state_dict(),
             "target_normalizer": self.target_normalizer and self.target_normalizer.state_dict(),
             "source": self.source.state_dict(),
             "pending": self.pending,
