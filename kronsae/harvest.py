@@ -68,36 +68,35 @@ _WITH_RESUME = ("device", "trust_remote_code")
 
 def parse(argv: list[str]) -> tuple[HarvestConfig | None, Path, bool]:
     """Settings (None: to verify), folder, and whether only to plan. Raises InputError."""
-    given = vars(make_parser().parse(argv))
-    folders = {name: given.pop(name) for name in ("out", "resume", "verify") if name in given}
+    flags = vars(make_parser().parse(argv))
+    folders = {name: flags.pop(name) for name in ("out", "resume", "verify") if name in flags}
     if len(folders) != 1:
         raise InputError(
             f"expected one of --out DIR, --resume DIR, --verify DIR, got {list(folders) or 'none'}"
         )
     [(action, folder)] = folders.items()
-    plan = given.pop("plan", False)
+    plan = flags.pop("plan", False)
     if action != "out":
         allowed = _WITH_RESUME if action == "resume" else ()
-        for name in given:
+        for name in flags:
             if name not in allowed:
-                given_flag = flag(_LISTS.get(name, name))
-                raise InputError(f"--{action} takes everything from the folder: no {given_flag}")
+                refused = flag(_LISTS.get(name, name))
+                raise InputError(f"--{action} takes everything from the folder: no {refused}")
     if action == "verify":
         if plan:
             raise InputError("--plan has no effect with --verify: leave it out")
         return None, folder, False
     if action == "resume":
-        device = {"device": given["device"]} if "device" in given else {}
-        config = stored_config(folder, **device)
-        trusted = given.get("trust_remote_code", False)
+        trusted = flags.pop("trust_remote_code", False)
+        config = stored_config(folder, **flags)
         data = dataclasses.replace(config.data, trust_remote_code=trusted)
         return dataclasses.replace(config, data=data), folder, plan
-    own = {name: given.pop(name) for name in list(given) if name in _OWN}
+    own = {name: flags.pop(name) for name in list(flags) if name in _OWN}
     own |= {name: tuple(own[name]) for name in _LISTS if name in own}
-    data = DataConfig(**given)
+    data = DataConfig(**flags)
     if data.model == "embedded":
         for name in ("revision", "trust_remote_code"):
-            if given.get(name):
+            if flags.get(name):
                 raise InputError(f"{flag(name)} has no effect with model 'embedded': leave it out")
     return HarvestConfig(data=data, **own), folder, plan
 

@@ -8,7 +8,7 @@ import torch
 from transformers import AutoTokenizer
 
 from kronsae.data import packing
-from kronsae.data.packing import Packer, beginning_token, pack, token_mask
+from kronsae.data.packing import Packer, beginning_token, token_mask
 from kronsae.embedded import embedded_model_path
 
 
@@ -59,7 +59,7 @@ def test_an_empty_document_adds_no_separator():
 
 
 def test_the_last_separator_completes_a_context():
-    assert ids(pack(["abc"], Characters(eos=0), 4)) == [*ids_of("abc"), 0]
+    assert ids(Packer(Characters(eos=0), 4).add("abc")) == [*ids_of("abc"), 0]
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_separator_is_what_the_tokenizer_has(special, separator):
 
 
 def test_contexts_begin_with_bos_if_the_tokenizer_adds_one():
-    contexts = list(pack(["abcdef"], Characters(bos=7, eos=0, adds_bos=True), 3))
+    contexts = list(Packer(Characters(bos=7, eos=0, adds_bos=True), 3).add("abcdef"))
     assert [c.tolist() for c in contexts] == [
         [7, *ids_of("ab")],
         [7, *ids_of("cd")],
@@ -91,7 +91,7 @@ def test_contexts_begin_with_bos_if_the_tokenizer_adds_one():
 def test_contexts_do_not_begin_with_a_bos_that_the_tokenizer_does_not_add():
     tokenizer = Characters(bos=7, eos=0, adds_bos=False)
     assert beginning_token(tokenizer) is None
-    assert next(pack(["abcdef"], tokenizer, 3)).tolist() == ids_of("abc")
+    assert next(Packer(tokenizer, 3).add("abcdef")).tolist() == ids_of("abc")
 
 
 def test_embedded_tokenizer_adds_no_bos(tokenizer):
@@ -100,7 +100,8 @@ def test_embedded_tokenizer_adds_no_bos(tokenizer):
 
 def test_packed_text_is_the_text(tokenizer):
     texts = ["def f(x):\n    return x\n", "import os\n" * 40]
-    found = ids(pack(texts, tokenizer, 8))
+    packer = Packer(tokenizer, 8)
+    found = ids([context for text in texts for context in packer.add(text)])
     whole = "".join(text + tokenizer.eos_token for text in texts)
     assert len(found) % 8 == 0 and len(found) > 40
     assert whole.startswith(tokenizer.decode(found))
@@ -151,7 +152,7 @@ def test_no_warning_about_long_texts(tokenizer, caplog, capsys):
     assert tokenizer.model_max_length < 100_000, "the embedded tokenizer has no limit to exceed"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        list(pack(["word " * 3000], tokenizer, 64))
+        list(Packer(tokenizer, 64).add("word " * 3000))
     assert not caplog.records and not capsys.readouterr().err
 
 

@@ -22,6 +22,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -359,33 +360,37 @@ def read_tensors(
     verify: also check the file's SHA-256.
     Raises Damaged; for sizes or types other than the layout's before memory is allocated.
     """
-    path = folder / file.file
     hashed = hashlib.sha256() if verify else None
-    try:
-        _check_inside(path)
-        with open(path, "rb", buffering=0) as stream:
-            _read_header(stream, file, layout, hashed)
-            tensors = into or {
-                name: torch.empty(shape, dtype=getattr(torch, dtype))
-                for name, (dtype, shape) in layout.items()
-            }
-            for tensor in tensors.values():
-                _fill(stream, tensor, hashed)
+    with _file_of(folder, file) as path, open(path, "rb", buffering=0) as stream:
+        _read_header(stream, file, layout, hashed)
+        tensors = into or {
+            name: torch.empty(shape, dtype=getattr(torch, dtype))
+            for name, (dtype, shape) in layout.items()
+        }
+        for tensor in tensors.values():
+            _fill(stream, tensor, hashed)
         if hashed is not None and hashed.hexdigest() != file.sha256:
             raise ValueError("its SHA-256 is not that of the index")
-    except (OSError, ValueError) as error:
-        raise Damaged(f"{path} is damaged ({error}); {_repair(folder)}") from error
     return tensors
 
 
-def _repair(folder: Path) -> str:
-    return f"{resume_command(folder)} writes damaged shards again"
+@contextmanager
+def _file_of(folder: Path, file: ShardFile) -> Iterator[Path]:
+    """The path of a file, which must not be a link out of its folder.
 
-
-def _check_inside(path: Path) -> None:
-    """Raise ValueError if a file is a link out of its folder."""
-    if path.resolve().parent != path.parent.resolve():
-        raise ValueError("it is a link out of the cache's folder")
+    Turns OSError and ValueError inside into Damaged.
+    """
+    path = folder / file.file
+    try:
+        if path.resolve().parent != path.parent.resolve():
+            raise ValueError("it is a link out of the cache's folder")
+        yield path
+    except (OSError, ValueError) as error:
+        state = "missing" if isinstance(error, FileNotFoundError) else "damaged"
+        command = resume_command(folder)
+        raise Damaged(
+            f"{path} is {state} ({error}); {command} writes damaged shards again"
+        ) from error
 
 
 def _read_header(stream: Any, file: ShardFile, layout: Layout, hashed: Any) -> None:
@@ -393,9 +398,7 @@ def _read_header(stream: Any, file: ShardFile, layout: Layout, hashed: Any) -> N
 
     hashed: a hash to update with the bytes read, or None.
     """
-    size = stream.seek(0, 2)
-    if size != file.bytes:
-        raise ValueError(f"it has {size:,} bytes, expected {file.bytes:,}")
+    _check_size(stream.seek(0, 2), file)
     stream.seek(0)
     length_bytes = stream.read(8)
     length = int.from_bytes(length_bytes, "little")
@@ -424,16 +427,13 @@ def _fill(stream: Any, tensor: Tensor, hashed: Any) -> None:
 def check_sizes(folder: Path, index: CacheIndex) -> None:
     """Raise Damaged unless all files exist in the sizes of the index; nothing is read."""
     for file in index.all_files():
-        path = folder / file.file
-        try:
-            _check_inside(path)
-            size = path.stat().st_size
-            if size != file.bytes:
-                raise ValueError(f"it has {size:,} bytes, expected {file.bytes:,}")
-        except OSError as error:
-            raise Damaged(f"{path} is missing ({error}); {_repair(folder)}") from error
-        except ValueError as error:
-            raise Damaged(f"{path} is damaged ({error}); {_repair(folder)}") from error
+        with _file_of(folder, file) as path:
+            _check_size(path.stat().st_size, file)
+
+
+def _check_size(size: int, file: ShardFile) -> None:
+    if size != file.bytes:
+        raise ValueError(f"it has {size:,} bytes, expected {file.bytes:,}")
 
 
 def damaged(

@@ -127,11 +127,6 @@ class LanguageModel:
         return _at_block(at, model, name_or_path, block_or_name)
 
     @property
-    def num_layers(self) -> int:
-        """Number of blocks."""
-        return _num_layers(self.model.config)
-
-    @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
@@ -184,18 +179,16 @@ class LanguageModel:
         self.interrupted.set()
 
     def _activations(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        if self.target is None or self.target_hookpoint is None:
-            output = self._run_to(self.module, input_ids, attention_mask)
-            return self._hidden(output, input_ids, self.hookpoint)
-        with self._collecting() as outputs:
-            output = self._run_to(self.target, input_ids, attention_mask)
-        if not outputs:
+        if self.target_hookpoint is None:
+            return self._read([self.hookpoint], input_ids, attention_mask)[self.hookpoint]
+        hookpoints = self.hookpoint, self.target_hookpoint
+        outputs = self._read(hookpoints, input_ids, attention_mask)
+        if next(iter(outputs)) == self.target_hookpoint:
             raise InputError(
                 f"target_hookpoint {self.target_hookpoint!r} of {self.name} runs before "
                 f"{self.hookpoint!r}: a transcoder predicts what comes later"
             )
-        hidden = self._hidden(outputs[0], input_ids, self.hookpoint)
-        return torch.cat([hidden, self._hidden(output, input_ids, self.target_hookpoint)], -1)
+        return torch.cat([outputs[name] for name in hookpoints], -1)
 
     @torch.no_grad()
     def activations_at(self, hookpoints: Sequence[str], input_ids: Tensor) -> list[Tensor]:
@@ -204,25 +197,36 @@ class LanguageModel:
         The forward pass ends once all of them have run; a module's first run counts.
         Raises InputError if a module does not exist, does not run, or has no output [b, t, d].
         """
+        outputs = self._read(hookpoints, input_ids, None)
+        return [outputs[name] for name in hookpoints]
+
+    def _read(
+        self, hookpoints: Sequence[str], input_ids: Tensor, attention_mask: Tensor | None
+    ) -> dict[str, Tensor]:
+        """`activations_at` by name, in the order in which the modules run."""
+        modules = {name: find_module(self.model, self.name, name) for name in hookpoints}
         outputs: dict[str, Tensor] = {}
 
         def keep(name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
-            if name not in outputs:
-                # A copy: later modules may add to it in place.
-                outputs[name] = self._hidden(output, input_ids, name).clone()
-            if len(outputs) == len(set(hookpoints)):
+            if name in outputs:
+                return
+            outputs[name] = self._hidden(output, input_ids, name)
+            if len(outputs) == len(modules):
                 raise _Stop(output)
+            outputs[name] = outputs[name].clone()  # later modules may add to it in place
 
         with ExitStack() as stack:
-            for name in dict.fromkeys(hookpoints):
-                module = find_module(self.model, self.name, name)
+            for name, module in modules.items():
                 stack.enter_context(_hook(module, partial(keep, name)))
             try:
-                self._run(input_ids, None)
+                self._run(input_ids, attention_mask)
             except _Stop:
-                return [outputs[name] for name in hookpoints]
+                return outputs
         silent = next(name for name in hookpoints if name not in outputs)
-        raise InputError(f"hookpoint {silent!r} of {self.name} does not run in a forward pass")
+        raise InputError(
+            f"hookpoint {silent!r} of {self.name} does not run in a forward pass: it is a "
+            f"{type(modules[silent]).__name__}; name a module inside it, or another one"
+        )
 
     @torch.no_grad()
     def token_losses(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
@@ -254,7 +258,7 @@ class LanguageModel:
         with self.lock:
             if body is self.model or (self.target or self.module) not in set(body.modules()):
                 return LastStates(ids, None, self._run(ids, attention_mask).logits)
-            return LastStates(ids, self._run_to(body, ids, attention_mask), None)
+            return LastStates(ids, self._body_output(body, ids, attention_mask), None)
 
     @torch.no_grad()
     def next_token_logits(self, states: "LastStates") -> Iterator[tuple[slice, Tensor]]:
@@ -287,21 +291,18 @@ class LanguageModel:
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         return self.model(input_ids=input_ids.to(self.device), attention_mask=mask.to(self.device))
 
-    def _run_to(self, module: nn.Module, input_ids: Tensor, attention_mask: Tensor | None) -> Any:
-        """The output of `module` when it first runs; the forward pass ends there."""
+    def _body_output(self, body: nn.Module, input_ids: Tensor, mask: Tensor | None) -> Any:
+        """The output of the model without its head; the forward pass ends there."""
 
         def stop(_module: nn.Module, _inputs: Any, output: Any) -> None:
             raise _Stop(output)
 
-        with _hook(module, stop):
+        with _hook(body, stop):
             try:
-                self._run(input_ids, attention_mask)
+                self._run(input_ids, mask)
             except _Stop as stopped:
                 return stopped.output
-        raise InputError(
-            f"hookpoint {self.hookpoint!r} of {self.name} does not run in a forward pass: it is "
-            f"a {type(module).__name__}; name a module inside it, or another one"
-        )
+        raise InputError(f"the body of {self.name} does not run in a forward pass")
 
     @contextmanager
     def _interruptible(self) -> Iterator[None]:
@@ -314,19 +315,6 @@ class LanguageModel:
                 for block in blocks:
                     stack.enter_context(_hook(block, stop))
             yield
-
-    @contextmanager
-    def _collecting(self) -> Iterator[list[Any]]:
-        """Collect the hookpoint's output each time it runs."""
-        outputs: list[Any] = []
-
-        def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            hidden = first_tensor(output)
-            # A copy: later modules may add to it in place.
-            outputs.append(hidden.clone() if isinstance(hidden, Tensor) else hidden)
-
-        with _hook(self.module, keep):
-            yield outputs
 
     def _hidden(self, output: Any, input_ids: Tensor, hookpoint: str) -> Tensor:
         hidden = first_tensor(output)
@@ -351,8 +339,8 @@ class LanguageModel:
             ids = torch.arange(1, 7).view(2, 3)
             width = d_model = self.activations(ids).shape[2]
             if self.target is not None:
-                output = self._run_to(self.module, ids, None)
-                d_model = self._hidden(output, ids, self.hookpoint).shape[2]
+                [hidden] = self.activations_at([self.hookpoint], ids)
+                d_model = hidden.shape[2]
         finally:
             for handle in hooks:
                 handle.remove()

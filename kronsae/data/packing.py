@@ -1,6 +1,6 @@
 """Packing of documents into contexts of token ids without padding."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -57,13 +57,6 @@ class Packer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.waiting = state["waiting"].tolist()
-
-
-def pack(documents: Iterable[str], tokenizer: Any, context_length: int) -> Iterator[Tensor]:
-    """All full contexts of the documents."""
-    packer = Packer(tokenizer, context_length)
-    for text in documents:
-        yield from packer.add(text)
 
 
 def token_mask(input_ids: Tensor, tokenizer: Any, special: Tensor | None = None) -> Tensor:

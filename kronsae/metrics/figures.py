@@ -179,11 +179,6 @@ def density_histogram(counts: Tensor, tokens: int, bins_a_decade: int = 4) -> di
     return {"log10_edges": edges, "latents": latents.tolist(), "dead": dead}
 
 
-def l0(fired: Tensor) -> float:
-    """Mean number of active latents per token, from `fired` bool [B, k]."""
-    return fired.sum(-1).double().mean().item()
-
-
 def cross_entropy_recovered(clean: float, spliced: float, ablated: float) -> float:
     """Share of the loss increase by ablation that the reconstruction avoids.
 

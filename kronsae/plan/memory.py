@@ -78,7 +78,7 @@ def make_plan(members: Mapping[str, RunConfig], model: Outline) -> dict[str, Any
         "held-out activations": row * config.data.heldout_tokens,
     }
     copied = max(stays["weights and moments"], received) + saved_buffer
-    passes = _passes(train, process, beside, copied, device)
+    memory, passes = _peak(train, process, beside, stays, copied, device)
     free = free_bytes(device)
     state = train.tensor_parallel * sum(member.state for member in plans.values())
     return {
@@ -93,7 +93,7 @@ def make_plan(members: Mapping[str, RunConfig], model: Outline) -> dict[str, Any
         "flops_per_token_model": model.flops_per_token,
         "parts": parts,
         "members": {name: member.figures for name, member in plans.items()},
-        "memory_mib": in_mib(_peak(stays, passes, process, beside, device)),
+        "memory_mib": in_mib(memory),
         "passes_mib": in_mib(passes),
         "free_mib": None if free is None else free / MIB,
         "disk_mib": in_mib(
@@ -135,17 +135,15 @@ class _Reader(NamedTuple):
     """Logits for the losses of held-out text."""
 
 
-_READING = "a forward pass of the language model"
-
-
-def _passes(
+def _peak(
     train: TrainConfig,
     process: list[_Member],
     reader: _Reader | None,
+    stays: dict[str, int],
     copied: int,
     device: torch.device,
-) -> dict[str, int]:
-    """Bytes that come and go, by what takes them.
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes of all that exists at the same time, and of each pass, only one of which does.
 
     reader: the language model, if it is on the device.  copied: bytes that a checkpoint copies.
     """
@@ -153,39 +151,29 @@ def _passes(
         "a step": max(member.step for member in process),
         "an evaluation": max(member.evaluation for member in process),
     }
+    reading = "a forward pass of the language model"
     if reader is not None:
-        passes |= {_READING: reader.forward, "its losses": reader.losses}
+        passes |= {reading: reader.forward, "its losses": reader.losses}
     if device.type == "cpu":
         passes["the copy for a checkpoint"] = copied
         if train.tensor_parallel > 1:  # rank 0 saves the whole autoencoder
             whole = max(member.parameters for member in process)
             passes["the whole autoencoder, to save it"] = 4 * whole
-    return passes
-
-
-def _peak(
-    stays: dict[str, int],
-    passes: dict[str, int],
-    process: list[_Member],
-    reader: _Reader | None,
-    device: torch.device,
-) -> dict[str, int]:
-    """`stays`, the memory that earlier passes keep, and the largest pass beside both."""
-    stays, kept = dict(stays), dict.fromkeys(passes, 0)
+    kept, allocator = dict.fromkeys(passes, 0), {}
     if device.type == "cpu":
         # A step and a forward pass have tensors of other sizes, so that neither can reuse all of
         # the memory of the other.
         kept["a step"] = max(member.kept for member in process)
         if reader is not None and reader.widest < MMAP_BYTES:
-            kept[_READING] = reader.forward
-        stays["kept by the allocator"] = sum(kept.values())
+            kept[reading] = reader.forward
+        allocator = {"kept by the allocator": sum(kept.values())}
     graphs = [member.step for member in process if member.graph]
     if graphs:  # a graph's kernels write to the same addresses in every replay
         kept["a step"] = max(graphs)
-        stays["kept by CUDA graphs"] = sum(graphs)
+        allocator = {"kept by CUDA graphs": sum(graphs)}
     beside = {name: size - kept[name] for name, size in passes.items()}
     largest = max(beside, key=lambda name: beside[name])
-    return {**stays, f"at most beside it ({largest})": beside[largest]}
+    return {**stays, **allocator, f"at most beside it ({largest})": beside[largest]}, passes
 
 
 def _parts(members: Mapping[str, RunConfig], ranks: tuple[int, int]) -> list[list[str]]:
