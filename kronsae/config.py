@@ -86,14 +86,15 @@ def _require(condition: bool, message: str) -> None:
         raise InputError(message)
 
 
-def _check_at_least(config: Any, least: float, *names: str) -> None:
+def check_at_least(config: Any, least: float, *names: str) -> None:
     """Raise InputError unless the settings `names` are finite and at least `least`."""
     for name in names:
         value = getattr(config, name)
         _require(least <= value < math.inf, f"{name}: expected >= {least}, got {value}")
 
 
-def _check_choices(config: Any) -> None:
+def check_choices(config: Any) -> None:
+    """Raise InputError for a setting that is not one of its choices."""
     for spec in fields(config):
         choices, value = spec.metadata.get("choices"), getattr(config, spec.name)
         if choices is not None and value not in choices:
@@ -239,8 +240,8 @@ class SAEConfig:
             kind, name = kinds[getattr(self, part)], f"{part}_settings"
             settings = _settings_of(kind, getattr(self, name), f"{part} {name!r}")
             object.__setattr__(self, name, settings)
-        _check_choices(self)
-        _check_at_least(
+        check_choices(self)
+        check_at_least(
             self,
             0,
             *("d_model", "d_target", "heads", "m", "n", "dict_size"),
@@ -381,20 +382,18 @@ class SAEConfig:
         return self.heads * (self.m + self.n) or self.dict_size
 
 
-def _settings_of(kind: Any, given: Any, where: str) -> Any:
+def _settings_of(kind: Any, values: Any, where: str) -> Any:
     """A kind's own settings, from an instance, a mapping, or None (its defaults)."""
     if kind.Settings is None:
-        _require(given is None, f"{where}: it has no settings of its own, got {given!r}")
+        _require(values is None, f"{where}: it has no settings of its own, got {values!r}")
         return None
-    if given is None:
-        return kind.Settings()
-    if isinstance(given, Mapping):
-        return from_dict(kind.Settings, dict(given), where)
+    if values is None or isinstance(values, Mapping):
+        return from_dict(kind.Settings, dict(values or {}), where)
     _require(
-        isinstance(given, kind.Settings),
-        f"{where}: expected a {kind.Settings.__name__}, got {given!r}",
+        isinstance(values, kind.Settings),
+        f"{where}: expected a {kind.Settings.__name__}, got {values!r}",
     )
-    return given
+    return values
 
 
 def kind_of(settings: Mapping[str, Any]) -> str:
@@ -523,12 +522,12 @@ class DataConfig:
             self.context_length == 0 or self.context_length >= 2,
             f"context_length: expected 0 or >= 2, got {self.context_length}",
         )
-        _check_at_least(self, 1, "epochs", "contexts_per_batch", "buffer_tokens", "heldout_tokens")
+        check_at_least(self, 1, "epochs", "contexts_per_batch", "buffer_tokens", "heldout_tokens")
         _require(
             self.target_hookpoint is None or self.target_hookpoint != self.hookpoint,
             "target_hookpoint is the hookpoint: an autoencoder predicts its input, leave it out",
         )
-        _check_choices(self)
+        check_choices(self)
         _check_effects(self, "activations_order", "dataset_config", "streaming")
 
     def live(self) -> "DataConfig":
@@ -645,13 +644,13 @@ class TrainConfig:
     )
 
     def __post_init__(self) -> None:
-        _check_at_least(
+        check_at_least(
             self,
             1,
             *("tokens", "batch_size", "log_every", "keep_checkpoints"),
             *("tensor_parallel", "rank_timeout"),
         )
-        _check_at_least(
+        check_at_least(
             self,
             0,
             *("eval_every", "checkpoint_every", "auxk", "dead_after_tokens"),
@@ -661,7 +660,7 @@ class TrainConfig:
         _require(
             0 <= self.adam_beta2 < 1, f"adam_beta2: expected 0 <= beta < 1, got {self.adam_beta2}"
         )
-        _check_choices(self)
+        check_choices(self)
         for name in ("warmup_fraction", "auxk_fraction"):
             value = getattr(self, name)
             _require(0 <= value <= 1, f"{name}: expected 0 to 1, got {value}")

@@ -174,8 +174,8 @@ def _check(request: argparse.Namespace) -> None:
                 "nothing to do: give --latent and --prompt, or --effects, or --and-test"
             )
         wrong = {"--target": request.target is not None, "--out": request.out is not None}
-    for flag, given in wrong.items():
-        if given:
+    for flag, is_given in wrong.items():
+        if is_given:
             raise InputError(f"{flag} has no effect here: leave it out")
 
 

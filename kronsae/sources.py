@@ -16,7 +16,8 @@ from kronsae.cache import CacheActivations, CacheIndex
 from kronsae.cache.index import DESCRIBED
 from kronsae.cache.reader import hookpoint_numbers
 from kronsae.config import DataConfig
-from kronsae.data.activations import LanguageModelActivations, check_batch_size, open_model
+from kronsae.data.activations import LanguageModelActivations, open_model
+from kronsae.data.common import check_batch_size
 from kronsae.data.text import check_text, open_text
 from kronsae.errors import InputError
 from kronsae.registry import SOURCES
@@ -31,8 +32,8 @@ class Source:
 
         given: the user's settings, with `activations`.
         """
-        where = given["activations"]
-        return {"model": where, "dataset": where, "layer": None, "hookpoint": "activations"}
+        name = given["activations"]
+        return {"model": name, "dataset": name, "layer": None, "hookpoint": "activations"}
 
     @classmethod
     def open(cls, data: DataConfig, *, batch_size: int, seed: int, device: Any) -> Any:

@@ -1,5 +1,6 @@
 """Language models for caches: read at several hookpoints, or loaded only when needed."""
 
+import dataclasses
 from collections.abc import Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,6 @@ from kronsae.data.language_model import EMBEDDED_LAYER, LanguageModel, check_lay
 from kronsae.data.loading import load_tokenizer, quiet
 from kronsae.embedded import EMBEDDED_MODEL
 from kronsae.errors import InputError
-from kronsae.system.devices import compute_dtype
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -40,17 +40,10 @@ class ManyHookpoints(LanguageModel):
 
         Raises InputError as `LanguageModel.load` does, or for a hookpoint that is named twice.
         """
-        device = torch.device(device)
         layers = default_layers(data, layers, hookpoints)
-        model = cls.load(
-            data.model,
-            layer=next(iter(layers), None),
-            hookpoint=None if layers else next(iter(hookpoints), None),
-            revision=data.revision,
-            dtype=compute_dtype(data.model_dtype, device),
-            device=device,
-            trust_remote_code=data.trust_remote_code,
-        )
+        layer = next(iter(layers), None)
+        hookpoint = next(iter(hookpoints), None) if layer is None else None
+        model = cls.of(dataclasses.replace(data, layer=layer, hookpoint=hookpoint), device)
         for layer in layers:
             check_layer(data.model, model.model.config, layer)
         blocks = model.hookpoint.rpartition(".")[0]
@@ -109,17 +102,15 @@ class ModelByName:
     @cached_property
     def _loaded(self) -> LanguageModel | str:
         """The model, or why it cannot be loaded."""
-        data = self.index.data
+        data = dataclasses.replace(
+            self.index.data,
+            layer=None,
+            hookpoint=self.hookpoint,
+            target_hookpoint=self.target_hookpoint,
+            trust_remote_code=self.trust_remote_code,
+        )
         try:
-            model = LanguageModel.load(
-                data.model,
-                hookpoint=self.hookpoint,
-                target_hookpoint=self.target_hookpoint,
-                revision=data.revision,
-                dtype=compute_dtype(data.model_dtype, self.device_to_use),
-                device=self.device_to_use,
-                trust_remote_code=self.trust_remote_code,
-            )
+            model = LanguageModel.of(data, self.device_to_use)
         except InputError as error:
             return str(error)
         if model.weights != self.index.model["weights"]:

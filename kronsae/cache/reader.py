@@ -18,6 +18,7 @@ from kronsae.cache.index import CacheIndex, Shard, check_sizes, read_tensors
 from kronsae.cache.model import ModelByName
 from kronsae.config import ACTIVATIONS_ORDERS
 from kronsae.data.buffer import ShuffleBuffer
+from kronsae.data.common import check_batch_size
 from kronsae.data.rows import BatchMemory, gather
 from kronsae.errors import InputError
 
@@ -67,8 +68,7 @@ class CacheActivations:
         device: torch.device | str = "cpu",
         trust_remote_code: bool = False,
     ) -> None:
-        if batch_size < 1:
-            raise InputError(f"batch_size: expected >= 1, got {batch_size}")
+        check_batch_size(batch_size)
         if order not in ACTIVATIONS_ORDERS:
             raise InputError(f"order: one of {ACTIVATIONS_ORDERS}, not {order!r}")
         self.folder = Path(folder)

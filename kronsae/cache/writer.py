@@ -35,7 +35,14 @@ from kronsae.cache.index import (
     write_tensors,
 )
 from kronsae.cache.model import ManyHookpoints, tokenizer_digest
-from kronsae.config import DTYPES, DataConfig, from_dict, setting
+from kronsae.config import (
+    DTYPES,
+    DataConfig,
+    check_at_least,
+    check_choices,
+    from_dict,
+    setting,
+)
 from kronsae.data.activations import LanguageModelActivations, resolve_context_length
 from kronsae.data.text import check_text, open_text
 from kronsae.errors import InputError, differences
@@ -75,18 +82,16 @@ class HarvestConfig:
     )
     shard_tokens: int = setting(32_768, "tokens per shard (at least one forward pass)")
     seed: int = setting(0, "seed of the order of documents")
-    device: str = setting("auto", "cpu, cuda, cuda:1, ... (auto: cuda where there is one)")
+    device: str = setting("auto", "cpu, cuda, cuda:1, ... (auto: cuda if there is one)")
 
     def __post_init__(self) -> None:
         for name, default in dataclasses.asdict(DataConfig()).items():
             value = getattr(self.data, name)
             if name not in (*DESCRIBED, "trust_remote_code") and value != default:
                 raise InputError(f"{name} {value!r} has no effect on a harvest: leave it out")
-        for name, least in (("tokens", 0), ("shard_tokens", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name}: expected >= {least}, got {getattr(self, name)}")
-        if self.dtype not in ("auto", *DTYPES):
-            raise InputError(f"dtype: one of {('auto', *DTYPES)}, not {self.dtype!r}")
+        check_at_least(self, 0, "tokens", "seed")
+        check_at_least(self, 1, "shard_tokens")
+        check_choices(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Settings that determine the bytes of a cache, as JSON values."""

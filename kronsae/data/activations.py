@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kronsae.config import DataConfig
 from kronsae.data.buffer import ShuffleBuffer
-from kronsae.data.common import digest
+from kronsae.data.common import check_batch_size, digest, is_finite
 from kronsae.data.language_model import LanguageModel
 from kronsae.data.packing import Packer, special_ids, token_mask
 from kronsae.data.prefetch import ForwardPass, Prefetcher
@@ -168,7 +168,7 @@ class IterableActivations:
         if self.batches_served > expected:
             raise InputError(
                 f"the iterable has given {self.batches_served} batches, more than the {expected} "
-                "of the checkpoint, and cannot go back: create it anew"
+                "of the checkpoint, and cannot go back: create a new one"
             )
         batches = iter(self)
         while self.batches_served < expected:
@@ -283,7 +283,7 @@ class LanguageModelActivations:
         """
         activations = self.language_model.activations(ids)
         x = activations[self.token_mask(ids).to(activations.device)].float()
-        if not torch.isfinite(x).all():
+        if not is_finite(x):
             bad = (~torch.isfinite(x)).any(1).double().mean().item()
             raise InputError(
                 f"{self.language_model.hookpoint} gave NaN or infinity for {bad:.1%} of the tokens "
@@ -437,19 +437,7 @@ def overlaps(config: DataConfig, model_device: torch.device) -> bool:
 
 def open_model(config: DataConfig, device: torch.device | str) -> tuple[LanguageModel, DataConfig]:
     """The language model that `config` names, and `config` with the context length resolved."""
-    device = torch.device(device)
-    default = torch.bfloat16 if device.type == "cuda" else torch.float32
-    dtype = default if config.model_dtype == "auto" else getattr(torch, config.model_dtype)
-    model = LanguageModel.load(
-        config.model,
-        layer=config.layer,
-        hookpoint=config.hookpoint,
-        target_hookpoint=config.target_hookpoint,
-        revision=config.revision,
-        dtype=dtype,
-        device=device,
-        trust_remote_code=config.trust_remote_code,
-    )
+    model = LanguageModel.of(config, device)
     return model, dataclasses.replace(config, context_length=resolve_context_length(model, config))
 
 
@@ -496,8 +484,3 @@ def _rows(x: Any, name: str, widths: tuple[int, int] | None = None) -> tuple[Ten
 def _describe_target(d_target: int) -> dict[str, int]:
     """The entry for `describe`; none for an autoencoder: old runs were described without it."""
     return {"d_target": d_target} if d_target else {}
-
-
-def check_batch_size(batch_size: int) -> None:
-    if batch_size < 1:
-        raise InputError(f"batch_size: expected >= 1, got {batch_size}")

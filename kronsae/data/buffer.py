@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kronsae.data.common import check_batch_size
 from kronsae.data.rows import BatchMemory, gather
-from kronsae.errors import InputError
 
 MOVED_ROWS = 4096
 """Rows moved per copy: a small copy reuses memory, a large one gets new pages each time."""
@@ -33,8 +33,7 @@ class ShuffleBuffer:
         seed: int,
         device: torch.device | None = None,
     ) -> None:
-        if batch_size < 1:
-            raise InputError(f"batch_size: expected >= 1, got {batch_size}")
+        check_batch_size(batch_size)
         self.source = source
         self.capacity = max(capacity, 2 * batch_size)
         self.batch_size = batch_size

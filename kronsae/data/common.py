@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kronsae.errors import InputError
+
 REASON_CHARACTERS = 240
 """Longest message quoted from another library's error."""
 
@@ -28,6 +30,11 @@ def reason(error: BaseException) -> str:
     lines = (line.strip() for line in str(error).splitlines())
     first = next((line for line in lines if line), "no message")
     return f"{type(error).__name__}: {first}"[:REASON_CHARACTERS]
+
+
+def check_batch_size(batch_size: int) -> None:
+    if batch_size < 1:
+        raise InputError(f"batch_size: expected >= 1, got {batch_size}")
 
 
 def is_finite(x: Tensor) -> bool:

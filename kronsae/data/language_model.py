@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 import torch
 from torch import Tensor, nn
 
+from kronsae.config import DataConfig
 from kronsae.data.common import Interrupted, digest
 from kronsae.data.loading import load_config, load_model, load_tokenizer, quiet
 from kronsae.embedded import EMBEDDED_MODEL
 from kronsae.errors import InputError
+from kronsae.system.devices import compute_dtype
 from kronsae.system.parallel import ALONE
 
 if TYPE_CHECKING:
@@ -125,6 +127,21 @@ class LanguageModel:
         if isinstance(block_or_name, str):
             return at(block_or_name)
         return _at_block(at, model, name_or_path, block_or_name)
+
+    @classmethod
+    def of(cls, data: DataConfig, device: torch.device | str) -> "Self":
+        """Load the model that `data` names, read at its layer or hookpoint; see `load`."""
+        device = torch.device(device)
+        return cls.load(
+            data.model,
+            layer=data.layer,
+            hookpoint=data.hookpoint,
+            target_hookpoint=data.target_hookpoint,
+            revision=data.revision,
+            dtype=compute_dtype(data.model_dtype, device),
+            device=device,
+            trust_remote_code=data.trust_remote_code,
+        )
 
     @property
     def device(self) -> torch.device:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kronsae.data import LanguageModel, split_target
+from kronsae.data.common import is_finite
 from kronsae.data.language_model import LastStates
 from kronsae.errors import InputError
 from kronsae.metrics.figures import (
@@ -154,7 +155,7 @@ def _mean(text: HeldoutText, on_batch: Callable[[], None]) -> Tensor:
     total = torch.zeros(model.d_target or model.d_model, dtype=torch.float64, device=model.device)
     for ids, mask in text.batches():
         x = model.activations(ids)[mask]
-        if not torch.isfinite(x).all():
+        if not is_finite(x):
             raise InputError(
                 f"{model.hookpoint} gave NaN or infinity on this text: try --model-dtype float32 "
                 "or bfloat16"

@@ -126,14 +126,14 @@ def _check(request: argparse.Namespace) -> None:
         "--branch": not hub and request.branch is not None,
         "--private": not hub and request.private,
     }
-    for flag, holds in without_effect.items():
-        if holds:
+    for flag, is_given in without_effect.items():
+        if is_given:
             raise InputError(f"{flag} has no effect with --to {request.to}: leave it out")
-    for flag, given in (
+    for flag, is_given in (
         ("--tokens", request.tokens is not None),
         ("--trust-remote-code", request.trust_remote_code),
     ):
-        if given and not request.verify:
+        if is_given and not request.verify:
             raise InputError(f"{flag} has no effect without --verify: leave it out")
     if request.tokens is not None and request.tokens < 2:
         raise InputError(f"--tokens: expected at least 2, got {request.tokens}")

@@ -298,7 +298,7 @@ def and_test(sae: SAE, text: HeldoutText, latent: int) -> AndTest:
         fires[mask] = here
         kept = fires.any(1)
         rows, fires = kept.repeat_interleave(mask.sum(1)), fires[kept]
-        part = EncodedText(ids[kept], mask[kept], SparseCodes(*(each[rows] for each in codes)))
+        part = EncodedText(ids[kept], mask[kept], SparseCodes(*(t[rows] for t in codes)))
         elsewhere += int((~fires[:, :-1]).sum())
         for name in off:
             sums[name] += _ablate(sae, text.model, part, x[rows], fires, off[name], others).cpu()
@@ -356,7 +356,7 @@ def _ablate(
     before, after = (
         SparseCodes(*(tensor[here] for tensor in both)) for both in (part.codes, codes)
     )
-    sums = [(each.values * others[each.indices]).sum() for each in (before, after)]
+    sums = [(values * others[indices]).sum() for values, indices in (before, after)]
     lost = (_only_in(sae, before, after) & others[before.indices]).sum()
     gained = _only_in(sae, after, before).sum()
     difference = sae.decode(codes, x) - sae.decode(part.codes, x)

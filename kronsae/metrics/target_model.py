@@ -112,9 +112,9 @@ def data_of(sae: SAE, given: dict[str, Any], name: str) -> DataConfig:
         known = {key: value for key, value in known.items() if key not in OF_MODEL}
     if "dataset" in given:
         known = {key: value for key, value in known.items() if key not in OF_TEXT}
-    for one, other in (("layer", "hookpoint"), ("hookpoint", "layer")):
-        if one in given and other not in given:
-            known.pop(other, None)
+    for name, excluded in (("layer", "hookpoint"), ("hookpoint", "layer")):
+        if name in given and excluded not in given:
+            known.pop(excluded, None)
     return from_dict(DataConfig, known | given, f"settings of {name}").live()
 
 

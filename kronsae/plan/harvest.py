@@ -57,7 +57,8 @@ def make_plan(config: HarvestConfig, out: Path) -> dict[str, Any]:
     model = _last(models)
     size = compute_dtype(data.model_dtype, device).itemsize
     stored = size if config.dtype == "auto" else getattr(torch, config.dtype).itemsize
-    width, length = sum(each.d_model for each in models.values()), model.context_length
+    widths = {name: outlined.d_model for name, outlined in models.items()}
+    width, length = sum(widths.values()), model.context_length
     # Each token of a context has an id and a mask, but the first one has no activations.
     row = stored * width + 5 * length / (length - 1)
     contexts = -(-data.heldout_tokens // length)
@@ -74,7 +75,7 @@ def make_plan(config: HarvestConfig, out: Path) -> dict[str, Any]:
     free = free_bytes(device)
     return {
         "device": str(device),
-        "hookpoints": {name: each.d_model for name, each in models.items()},
+        "hookpoints": widths,
         "bytes_per_token": row,
         "tokens": config.tokens or None,
         "flops_per_token_model": model.flops_per_token,

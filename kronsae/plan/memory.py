@@ -62,12 +62,9 @@ def make_plan(members: Mapping[str, RunConfig], model: Outline) -> dict[str, Any
     process = max(by_process, key=lambda process: sum(member.state for member in process))
     row = 4 * (model.d_model + model.d_target)  # bytes of an activation and its target
     buffer, saved_buffer = _buffer_bytes(config, row)
-    reader = _reader(config, model, model_device, ranks)
-    beside = reader if model_device == device else None
-    # The first process copies, one at a time, the states that it gets from the others.
-    received = 2 * max(member.state for member in plans.values()) if len(parts) > 1 else 0
+    reader = _reader(config, model, model_device, ranks) if model_device == device else None
     stays = {
-        "language model": beside.weights if beside else 0,
+        "language model": reader.weights if reader else 0,
         "text": TEXT_BYTES if device.type == "cpu" else 0,
         "weights and moments": sum(member.state for member in process),
         "copies in the compute dtype": sum(member.copies for member in process),
@@ -77,10 +74,16 @@ def make_plan(members: Mapping[str, RunConfig], model: Outline) -> dict[str, Any
         "batches": row * (max(NORMALIZER_TOKENS, train.batch_size) + 6 * train.batch_size),
         "held-out activations": row * config.data.heldout_tokens,
     }
+    # The first process copies, one at a time, the states that it gets from the others.
+    received = 2 * max(member.state for member in plans.values()) if len(parts) > 1 else 0
     copied = max(stays["weights and moments"], received) + saved_buffer
-    memory, passes = _peak(train, process, beside, stays, copied, device)
+    memory, passes = _peak(train, process, reader, stays, copied, device)
     free = free_bytes(device)
     state = train.tensor_parallel * sum(member.state for member in plans.values())
+    disk = {
+        "checkpoints": (train.keep_checkpoints + 1) * (state + saved_buffer),
+        "autoencoders": sum(4 * member.parameters for member in plans.values()),
+    }
     return {
         "device": str(device),
         "model_device": str(model_device),
@@ -96,12 +99,7 @@ def make_plan(members: Mapping[str, RunConfig], model: Outline) -> dict[str, Any
         "memory_mib": in_mib(memory),
         "passes_mib": in_mib(passes),
         "free_mib": None if free is None else free / MIB,
-        "disk_mib": in_mib(
-            {
-                "checkpoints": (train.keep_checkpoints + 1) * (state + saved_buffer),
-                "autoencoders": sum(4 * member.parameters for member in plans.values()),
-            }
-        ),
+        "disk_mib": in_mib(disk),
     }
 
 
