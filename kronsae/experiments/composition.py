@@ -46,7 +46,7 @@ class Composition(TrainingExperiment):
 
     def sentence(self, found: dict[tuple, Spread]) -> str:
         points = dict.fromkeys(key[:-1] for key in found)
-        ev = [[found[(*point, name)].mean for name in COMPOSITIONS] for point in points]
+        ev = [[found[point + (name,)].mean for name in COMPOSITIONS] for point in points]
         first = sum(mand > max(others) for mand, *others in ev)
         ordered = sum(mand > relu_mul > mul for mand, relu_mul, mul in ev)
         return (

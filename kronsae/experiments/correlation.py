@@ -70,11 +70,12 @@ class Correlation(EqualTokens):
 
     def run(self, shared: Activations, cell: dict[str, Any]) -> dict[str, Any]:
         result = self.train(self.sae(cell), shared, cell)
-        random = uniform_sae(result.sae.config, shared.heldout, cell["seed"])
-        random = random.to(result.sae.W_dec.device)
+        sae = result.sae
+        assert sae is not None
+        random = uniform_sae(sae.config, shared.heldout, cell["seed"]).to(sae.W_dec.device)
         return {
             **quality(result),
-            "trained": summary(correlations_of(result.sae, shared.heldout)),
+            "trained": summary(correlations_of(sae, shared.heldout)),
             "random": summary(correlations_of(random, shared.heldout)),
         }
 

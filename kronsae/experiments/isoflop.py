@@ -63,6 +63,7 @@ class IsoFLOP(TrainingExperiment):
 
     def run(self, shared: Activations, cell: dict[str, Any]) -> dict[str, Any]:
         result = self.train(self.sae(cell), shared, cell)
+        assert result.sae is not None
         config = result.sae.config
         tokens = self.tokens_of(cell, config.d_model)
         return {"tokens": tokens, "flops": tokens * flops_per_token(config), **quality(result)}

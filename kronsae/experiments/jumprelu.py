@@ -52,7 +52,7 @@ class JumpReLU(EqualTokens):
     headings = {"k": "L0 aimed at"}
     across = Across("l0", "L0, active latents a token")
 
-    k: tuple[int, ...] = axis((32, 50, 64), "active latents a token (JumpReLU aims at them)")
+    k: tuple[int, ...] = axis((32, 50, 64), "active latents a token (JumpReLU aims at them)")  # type: ignore[assignment]
     shape: str = setting("m2n4", "shape of the heads of the Kron forms")
 
     def names(self) -> dict[str, str]:

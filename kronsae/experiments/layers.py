@@ -21,7 +21,7 @@ class Layers(EqualTokens):
     headings = {"layer": "layer"}
     across = Across("layer", "layer")
 
-    layer: tuple[int, ...] = axis((0, 1, 2, 3), "residual streams after these blocks, from 0")
+    layer: tuple[int, ...] = axis((0, 1, 2, 3), "residual streams after these blocks, from 0")  # type: ignore[assignment]
     variants: tuple[str, ...] = axis(("topk", "m2n4", "m4n4"), "what is compared, with the first")
 
     def compared(self) -> dict[str, Any]:

@@ -23,7 +23,7 @@ class Sparsity(EqualTokens):
     headings = {"k": "k"}
     across = Across("k", "k, active latents a token", log=2)
 
-    k: tuple[int, ...] = axis((16, 32, 64, 128), "active latents a token")
+    k: tuple[int, ...] = axis((16, 32, 64, 128), "active latents a token")  # type: ignore[assignment]
     variants: tuple[str, ...] = axis(
         ("m2n4", "matryoshka-m2n4", "switch-m2n4"), "Kron forms, each held against its dense form"
     )

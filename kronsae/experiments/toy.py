@@ -133,6 +133,7 @@ class Toy(Experiment):
         for variant in VARIANTS:
             sae = dataclasses.replace(sae_config(variant, LATENTS, K), d_model=HIDDEN)
             result = fit_whole(sae, hidden, config, Heldout(heldout))
+            assert result.sae is not None
             before = initial(sae, cell["seed"])
             figures[variant] = {
                 "explained_variance": result.metrics["explained_variance"],

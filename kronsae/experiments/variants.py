@@ -57,6 +57,7 @@ def wins(found: dict[tuple, Spread], better: Callable[[float, float], bool]) -> 
     counts: dict[str, int] = {}
     for (*point, variant), spread in found.items():
         if variant != (dense := dense_form(variant)):
-            won = better(spread.mean, found[(*point, dense)].mean)
+            baseline = (*point, dense)
+            won = better(spread.mean, found[baseline].mean)
             counts[variant] = counts.get(variant, 0) + won
     return counts

@@ -8,7 +8,7 @@ import urllib.error
 import urllib.request
 from concurrent.futures import CancelledError
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, cast, NamedTuple, Protocol
 
 import torch
 
@@ -72,7 +72,7 @@ class LocalChat:
             raise InputError(
                 f"model {name!r} cannot generate text: it has no trained head for that"
             )
-        self.model: Any = model.to(device).eval()
+        self.model: Any = cast(Any, model).to(device).eval()
         self._one_at_a_time = threading.Lock()
 
     @torch.no_grad()

@@ -186,7 +186,7 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def _cannot_write(path: Path, error: Exception) -> InputError:
+def _cannot_write(path: Path, error: BaseException) -> InputError:
     return InputError(f"{path} could not be written ({error}); nothing was left in its place")
 
 
