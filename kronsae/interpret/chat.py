@@ -8,7 +8,7 @@ import urllib.error
 import urllib.request
 from concurrent.futures import CancelledError
 from pathlib import Path
-from typing import Any, cast, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 
