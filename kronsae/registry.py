@@ -11,6 +11,7 @@ A kind is registered when its module is imported: a file of your own by `--plugi
 """
 
 import importlib.util
+import shlex
 import sys
 import traceback
 import warnings
@@ -113,6 +114,16 @@ SAE_KINDS: dict[str, Registry[Any]] = {
 """Registries by the field of `SAEConfig` that names the kind."""
 
 
+_loaded_files: list[Path] = []
+"""Files that `load_plugin` has run."""
+
+
+def command_line(*words: str) -> str:
+    """A command to type, with the plugins that are loaded: "kronsae explore RUN --plugin FILE"."""
+    plugins = [word for path in _loaded_files for word in ("--plugin", str(path))]
+    return shlex.join(["kronsae", *words, *plugins])
+
+
 def load_plugin(path: str | Path) -> None:
     """Run a Python file that registers kinds. Raises InputError if that cannot be done."""
     path = Path(path).resolve()
@@ -133,6 +144,7 @@ def load_plugin(path: str | Path) -> None:
         line = traceback.extract_tb(error.__traceback__)[-1].lineno
         where = f", line {line}" if not isinstance(error, SyntaxError) else ""
         raise InputError(f"--plugin {path}{where}: {type(error).__name__}: {error}") from error
+    _loaded_files.append(path)
 
 
 def load_installed_plugins() -> None:

@@ -32,6 +32,7 @@ from torch import Tensor
 from kronsae.config import DTYPES, DataConfig, data_settings, from_dict
 from kronsae.data.common import digest
 from kronsae.errors import InputError
+from kronsae.registry import command_line
 from kronsae.system.files import read_checksummed, write_file
 
 FORMAT = "kronsae-activations"
@@ -276,7 +277,7 @@ def _count(value: Any) -> bool:
 
 
 def resume_command(folder: Path) -> str:
-    return f"kronsae harvest --resume {folder}"
+    return command_line("harvest", "--resume", str(folder))
 
 
 def _rewrite(folder: Path) -> str:

@@ -14,6 +14,7 @@ from kronsae.data.common import Interrupted, digest
 from kronsae.errors import InputError
 from kronsae.metrics.heldout import Heldout, check_heldout, evaluate, evaluate_cross_entropy
 from kronsae.model.ranks import check_heads
+from kronsae.registry import command_line
 from kronsae.runs.folder import SINGLE, SweepFolder
 from kronsae.runs.logs import check_packages
 from kronsae.runs.resume import open_folder
@@ -211,7 +212,7 @@ def _rescue(session: Session, error: InputError) -> list[str]:
         where = folder.path if isinstance(folder, SweepFolder) else folder.sae
         lines.append(f"What was learned in {learned:,} tokens is in {where}")
     if not isinstance(error, DataEnded | Diverged):  # a resumed run would end alike
-        command = f"kronsae train --resume {folder.path}"
+        command = command_line("train", "--resume", str(folder.path))
         if next(iter(session.members.values())).settings["config"]["data"] is None:
             command = f"fit(..., out={str(folder.path)!r}, resume=True)"
         checkpoints = checkpoint.list_checkpoints(folder.checkpoints)
