@@ -1,4 +1,4 @@
-"""What the command lines of the package share: strict flags, and errors in one line."""
+"""Parts that all command lines share: strict flags, plugins, stops, and errors in one line."""
 
 import argparse
 import dataclasses
@@ -19,73 +19,84 @@ from kronsae.registry import load_plugin
 
 
 class Terminated(BaseException):
-    """SIGTERM came. No handler of mere errors may take it for one."""
+    """Raised on SIGTERM. A BaseException, so that no handler of errors catches it."""
 
 
-AGAIN = 0.05
-"""Seconds until a stop that Python dropped is raised again."""
+REPEAT_SECONDS = 0.05
+"""Time after which a stop that Python dropped is raised again."""
 
 
 @contextmanager
 def stoppable() -> Iterator[None]:
     """Raise Terminated on SIGTERM and KeyboardInterrupt on SIGINT, so that neither is ever lost.
 
-    So what is half-written is cleared away, and the user told how to go on. Python prints and drops
-    what is raised inside a destructor or the callback of a weak reference: it is raised again a
-    moment later, or at the end. An error that the work raises after the signal (other processes
-    were stopped too, or a library was interrupted half-way) is raised as that stop, `from` the
-    error. (Code that catches BaseException and goes on does lose it.)
+    Then half-written files are removed, and the user is told how to go on. Python prints and drops
+    exceptions that are raised in a destructor or in the callback of a weak reference: a dropped
+    stop is raised again a moment later, or at the end. If the work raises an error after the signal
+    (other processes were stopped too, or a library was interrupted half-way), the stop is raised
+    instead, `from` the error. (Code that catches BaseException and goes on does lose it.)
 
     Outside of the main thread, where no signal arrives, nothing changes. An ignored signal stays
-    so.
+    ignored.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    came: list[int] = []
-    lost = False
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal lost
-        lost = False
-        if number != signal.SIGALRM:  # the alarm repeats the signal that came
-            came.append(number)
-        raise _exception_of(came[-1])
-
-    def see_dropped(dropped: Any) -> None:
-        nonlocal lost
-        if came and isinstance(dropped.exc_value, KeyboardInterrupt | Terminated):
-            lost = True
-            before.setdefault(signal.SIGALRM, signal.signal(signal.SIGALRM, stop))
-            signal.setitimer(signal.ITIMER_REAL, AGAIN)
-        else:
-            hook(dropped)
-
-    before = {
-        number: signal.signal(number, stop)
-        for number in (signal.SIGTERM, signal.SIGINT)
-        if signal.getsignal(number) is not signal.SIG_IGN
-    }
-    hook, sys.unraisablehook = sys.unraisablehook, see_dropped
+    stops = _Stops()
     try:
         yield
-        if lost:
-            raise _exception_of(came[-1])
+        if stops.dropped:
+            raise stops.exception()
     except Exception as error:
-        if came:
-            raise _exception_of(came[-1]) from error
+        if stops.received:
+            raise stops.exception() from error
         raise
     finally:
-        sys.unraisablehook = hook
-        if signal.SIGALRM in before:
+        stops.restore()
+
+
+class _Stops:
+    """Signal handlers of `stoppable`, and what has arrived.
+
+    received: the signals that came.  dropped: True if Python dropped the last stop.
+    """
+
+    def __init__(self) -> None:
+        self.received: list[int] = []
+        self.dropped = False
+        self.handlers = {
+            number: signal.signal(number, self.stop)
+            for number in (signal.SIGTERM, signal.SIGINT)
+            if signal.getsignal(number) is not signal.SIG_IGN
+        }
+        self.hook, sys.unraisablehook = sys.unraisablehook, self.see_dropped
+
+    def exception(self) -> KeyboardInterrupt | Terminated:
+        return Terminated() if self.received[-1] == signal.SIGTERM else KeyboardInterrupt()
+
+    def stop(self, number: int, frame: FrameType | None) -> None:
+        self.dropped = False
+        if number != signal.SIGALRM:  # the alarm repeats the signal that came
+            self.received.append(number)
+        raise self.exception()
+
+    def see_dropped(self, unraisable: Any) -> None:
+        if not self.received or not isinstance(
+            unraisable.exc_value, KeyboardInterrupt | Terminated
+        ):
+            self.hook(unraisable)
+            return
+        self.dropped = True
+        self.handlers.setdefault(signal.SIGALRM, signal.signal(signal.SIGALRM, self.stop))
+        signal.setitimer(signal.ITIMER_REAL, REPEAT_SECONDS)
+
+    def restore(self) -> None:
+        sys.unraisablehook = self.hook
+        if signal.SIGALRM in self.handlers:
             signal.setitimer(signal.ITIMER_REAL, 0)
-        for number, handler in before.items():
-            if signal.getsignal(number) is stop:  # and not one that came later, to stay
+        for number, handler in self.handlers.items():
+            if signal.getsignal(number) == self.stop:  # and not one that was set later, to stay
                 signal.signal(number, handler)
-
-
-def _exception_of(number: int) -> KeyboardInterrupt | Terminated:
-    return Terminated() if number == signal.SIGTERM else KeyboardInterrupt()
 
 
 def signal_of(error: KeyboardInterrupt | Terminated) -> signal.Signals:
@@ -94,7 +105,7 @@ def signal_of(error: KeyboardInterrupt | Terminated) -> signal.Signals:
 
 
 def stopped(error: KeyboardInterrupt | Terminated) -> str:
-    """What to say of a stop, with the error that it was raised from, if there is one."""
+    """A sentence about a stop, with the error that it was raised from, if there is one."""
     cause = error.__cause__
     after = "" if cause is None else f" (after it came {type(cause).__name__}: {cause})"
     return f"Stopped by {signal_of(error).name}{after}"
@@ -116,11 +127,11 @@ class _Formatter(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """An argparse parser that takes whole flags alone, and raises InputError for anything wrong.
+    """An argparse parser that does not abbreviate flags, and raises InputError for wrong ones.
 
-    command: of `kronsae COMMAND`.  description: what it does, in a sentence or two.
-    example: a command line or several, which its help shows beneath.
-    others: what other libraries call a flag, and what to say of it here.
+    command: of `kronsae COMMAND`.  description: a sentence or two about it.
+    example: one or more command lines, which its help shows.
+    others: other libraries' flags, and our words for them.
     """
 
     def __init__(
@@ -150,7 +161,7 @@ class Parser(argparse.ArgumentParser):
         )
 
     def format_help(self) -> str:
-        """What it does, an example, and then every flag."""
+        """The description, the example, and then every flag."""
         formatter = self._get_formatter()
         formatter.add_text(self.description)
         lines = "".join(f"\n  {line}" for line in self.example.splitlines())
@@ -170,13 +181,13 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
         """The flags in `argv`; an unknown one is an error that names those like it."""
-        found, unknown = self.parse_known_args(argv)
+        options, unknown = self.parse_known_args(argv)
         if unknown:
             raise InputError(self.unknown(unknown[0]))
-        return found
+        return options
 
     def unknown(self, argument: str) -> str:
-        """What to say of an argument that is none, with the flags like it."""
+        """The error for an unknown argument, with the flags like it."""
         name = argument.split("=")[0].replace("_", "-")
         if name in self.others:
             return f"unknown argument {argument!r}: here it is {self.others[name]}"
@@ -191,13 +202,13 @@ def load_plugins(argv: Sequence[str] | None) -> list[str]:
 
     Returns the other arguments (by default those of the process).
     """
-    rest, argv = [], iter(sys.argv[1:] if argv is None else argv)
-    for argument in argv:
-        name, given, path = argument.partition("=")
+    rest, arguments = [], iter(sys.argv[1:] if argv is None else argv)
+    for argument in arguments:
+        name, equals, path = argument.partition("=")
         if name != "--plugin":
             rest.append(argument)
             continue
-        path = path if given else next(argv, "")
+        path = path if equals else next(arguments, "")
         if not path:
             raise InputError("--plugin: expected one argument, a Python file")
         load_plugin(path)
@@ -205,9 +216,9 @@ def load_plugins(argv: Sequence[str] | None) -> list[str]:
 
 
 def exit_status(work: Callable[[list[str]], None], argv: Sequence[str] | None) -> int:
-    """Do the work of a command line: 0 when it was done, 2 if what was asked for cannot work.
+    """Run `work` with the arguments of a command line; returns the exit status.
 
-    128 + n: stopped by signal n.
+    0: done. 2: the arguments or the data cannot be used. 128 + n: stopped by signal n.
     """
     try:
         with stoppable():
@@ -233,11 +244,11 @@ def integer(text: str) -> int:
     raise ValueError(text)
 
 
-integer.__name__ = "int"  # which argparse says in its messages
+integer.__name__ = "int"  # for argparse's messages
 
 
 def shown(value: Any) -> str:
-    """A default in a help text: 131_072, float32, on."""
+    """A default as help texts show it: 131_072, float32, on."""
     if isinstance(value, tuple):
         return " ".join(map(shown, value))
     if isinstance(value, bool):
@@ -254,18 +265,19 @@ def add_flag(
     help: str | None = None,
     default: str | None = None,
 ) -> None:
-    """The flag of a config field, which a parser leaves out of what it found if it is not given.
+    """Add the flag of a config field to a group; the parser omits flags that are not given.
 
     name, help: in place of the field's.  default: to be shown in place of the field's.
-    several: it takes one value or more, and gives a list, as for a field that is a tuple.
+    several: True for a flag of one value or more, which gives a list; also if the field is a tuple.
     """
+    usual: Any = spec.default
     if default is None:
-        default = "" if spec.default in (None, 0, False, "", ()) else shown(spec.default)
+        default = "" if usual in (None, 0, False, "", ()) else shown(usual)
     text = (help or spec.metadata["help"]) + (f" (default: {default})" if default else "")
     options: dict[str, Any] = {"help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
     kind, is_tuple = base_type(spec)[0], False
-    if get_origin(kind) is tuple or isinstance(spec.default, tuple):
-        kind, is_tuple = (get_args(kind) or (type(spec.default[0]),))[0], True
+    if get_origin(kind) is tuple or isinstance(usual, tuple):
+        kind, is_tuple = (get_args(kind) or (type(usual[0]),))[0], True
     if kind is bool:
         options["action"] = argparse.BooleanOptionalAction
     else:

@@ -1,7 +1,7 @@
-"""`python -m kronsae.doctor`: what this machine can do for a run, and what is amiss.
+"""`kronsae doctor`: a report on this machine, and the problems that a run would have on it.
 
-Versions, devices and their rates (measured in seconds), which kernels run and why others do not,
-whether they compute what the reference does, and what is installed. No network is touched.
+It lists versions, devices with their measured rates, the kernels that run and why others do not,
+checks kernels against the reference, and looks for optional packages. It uses no network.
 """
 
 import importlib.metadata
@@ -15,6 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -40,54 +41,56 @@ EXTRAS = {
     "wandb": "--wandb",
     "flash_attn": "another attention for language models; torch has one of its own",
 }
-SECONDS = 0.25
-"""That a rate is measured for, at least."""
+RATE_SECONDS = 0.25
+"""Shortest time in which a rate is measured."""
 SCRATCH_BYTES = 2**26
-"""Written to measure the disk."""
+"""Size of the file that measures the disk."""
 LITTLE_DISK = 2 * GIB
+"""Free space below which the disk counts as a problem."""
 
 
 def examine(folder: Path, rates: bool = True) -> dict[str, Any]:
     """All findings (JSON-able); "problems" is empty if all is well.
 
-    folder: where runs would be written.  rates: measure them, too.
+    folder: parent folder of runs.  rates: True to measure them, too.
     """
     devices = [torch.device("cpu")]
     devices += [torch.device("cuda", i) for i in range(torch.cuda.device_count())]
-    found: dict[str, Any] = {
+    findings: dict[str, Any] = {
         "versions": versions(),
         "devices": {str(device): describe(device) for device in devices},
         "kernels": {str(device): kernels(device) for device in devices},
-        "checks": [one for device in devices for one in checks(device)],
+        "checks": [check for device in devices for check in checks(device)],
         "disk": disk(folder),
         "hub": hub(),
         "extras": {name: version(name) for name in EXTRAS},
     }
     if rates:
         for device in devices:
-            found["devices"][str(device)]["rates"] = device_rates(device)
-        found["disk"]["written_gb_per_s"] = written_rate(folder) if found["disk"]["writable"] else 0
-    found["problems"] = problems(found)
-    return found
+            findings["devices"][str(device)]["rates"] = device_rates(device)
+        writable = findings["disk"]["writable"]
+        findings["disk"]["written_gb_per_s"] = written_rate(folder) if writable else 0
+    findings["problems"] = problems(findings)
+    return findings
 
 
-# What is there
+# Versions, devices, disk
 
 
 def versions() -> dict[str, str | None]:
-    """Of Python and packages (None: not installed), and of what drives a GPU."""
-    found: dict[str, str | None] = {"python": platform.python_version()}
-    found |= {name: version(name) for name in ("kronsae", *NEEDED, *OTHERS)}
-    if torch.version.cuda:
-        found["cuda of torch"] = torch.version.cuda
-    if torch.version.hip:
-        found["rocm of torch"] = torch.version.hip
-    if driver := _driver():
-        found["driver"] = driver
-    return found
+    """Versions of Python and packages (None: not installed), of CUDA or ROCm, and the driver."""
+    numbers: dict[str, str | None] = {"python": platform.python_version()}
+    numbers |= {name: version(name) for name in ("kronsae", *NEEDED, *OTHERS)}
+    optional = {
+        "cuda of torch": torch.version.cuda,
+        "rocm of torch": torch.version.hip,
+        "driver": _driver(),
+    }
+    return numbers | {name: number for name, number in optional.items() if number}
 
 
 def version(name: str) -> str | None:
+    """Version of a package; "there" if it has none, None if it is not installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -104,7 +107,7 @@ def _driver() -> str | None:
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """Name, memory, and what counts beside them."""
+    """Name, memory, cores and capabilities of a device."""
     if device.type == "cpu":
         return {
             "name": _processor(),
@@ -127,14 +130,14 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 def _processor() -> str:
     try:
-        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        name = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     except OSError:
-        found = None
-    return found.group(1) if found else platform.processor() or platform.machine()
+        name = None
+    return name.group(1) if name else platform.processor() or platform.machine()
 
 
 def kernels(device: torch.device) -> dict[str, Any]:
-    """Which implementation is the default here, why others cannot run, and the fused step."""
+    """The default implementation on a device, and why others and the fused step cannot run."""
     return {
         "default": backends.choose(None, device),
         "why_not": {name: backends.why_not(name, device) for name in backends.NAMES},
@@ -147,62 +150,67 @@ def _step_dtype(device: torch.device) -> torch.dtype:
 
 
 def disk(folder: Path) -> dict[str, Any]:
-    """Where runs go: room, and whether one may write there."""
-    there = folder.absolute()
-    while not there.exists():
-        there = there.parent
-    usage = shutil.disk_usage(there)
+    """Space in a folder, and whether it is writable."""
+    existing = _existing(folder)
+    usage = shutil.disk_usage(existing)
     return {
         "folder": str(folder.absolute()),
         "free_bytes": usage.free,
         "bytes": usage.total,
-        "writable": os.access(there, os.W_OK),
+        "writable": os.access(existing, os.W_OK),
     }
 
 
+def _existing(folder: Path) -> Path:
+    """The folder, or its nearest parent that exists."""
+    folder = folder.absolute()
+    return next(path for path in (folder, *folder.parents) if path.exists())
+
+
 def hub() -> dict[str, Any]:
-    """What the Hugging Face libraries would do, from settings and files alone."""
+    """Settings of the Hugging Face hub, and the size of its cache."""
     from huggingface_hub import constants, get_token
 
     cache = Path(constants.HF_HUB_CACHE)
-    kept = [path.name for path in cache.iterdir()] if cache.is_dir() else []
+    names = [path.name for path in cache.iterdir()] if cache.is_dir() else []
     return {
         "offline": bool(constants.HF_HUB_OFFLINE),
         "endpoint": constants.ENDPOINT,
         "logged_in": get_token() is not None,
         "proxy": any(os.environ.get(name) for name in ("https_proxy", "HTTPS_PROXY")),
         "cache": str(cache),
-        "cached_models": sum(name.startswith("models--") for name in kept),
-        "cached_datasets": sum(name.startswith("datasets--") for name in kept),
+        "cached_models": sum(name.startswith("models--") for name in names),
+        "cached_datasets": sum(name.startswith("datasets--") for name in names),
     }
 
 
-# What it can do
+# Rates
 
 
 def device_rates(device: torch.device) -> dict[str, float]:
-    """Multiply-adds a second of square products, and bytes a second of a copy (read and written).
+    """Multiply-adds per second of square products, bytes per second of a copy (read and written).
 
-    Each the best of the calls that SECONDS hold, three at least.
+    Each is the best of the calls in RATE_SECONDS, of three at least.
     """
     gpu = device.type == "cuda"
-    found: dict[str, float] = {}
+    rates: dict[str, float] = {}
     for dtype in (torch.float32, torch.bfloat16, *([torch.float16] if gpu else [])):
         size = 8192 if gpu else 512  # some processors have no instructions for bfloat16
         a = torch.randn(size, size, device=device).to(dtype)
         out = torch.empty_like(a)
-        seconds = _best(lambda a=a, out=out: torch.mm(a, a, out=out), device)
-        found[f"{str(dtype).removeprefix('torch.')}_multiply_adds_per_s"] = size**3 / seconds
+        seconds = _best(partial(torch.mm, a, a, out=out), device)
+        rates[f"{str(dtype).removeprefix('torch.')}_multiply_adds_per_s"] = size**3 / seconds
     source = torch.zeros(2**30 if gpu else 2**26, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
-    found["bytes_per_s"] = 2 * len(source) / _best(lambda: target.copy_(source), device)
-    return found
+    rates["bytes_per_s"] = 2 * len(source) / _best(lambda: target.copy_(source), device)
+    return rates
 
 
 def _best(call: Callable[[], object], device: torch.device) -> float:
+    """Shortest time of a call in seconds."""
     call()
     times: list[float] = []
-    end = time.perf_counter() + SECONDS
+    end = time.perf_counter() + RATE_SECONDS
     while len(times) < 3 or time.perf_counter() < end:
         began = time.perf_counter()
         call()
@@ -213,12 +221,9 @@ def _best(call: Callable[[], object], device: torch.device) -> float:
 
 
 def written_rate(folder: Path) -> float:
-    """GB a second of a file that is written where runs go, and is on the disk at the end."""
-    there = folder.absolute()
-    while not there.exists():
-        there = there.parent
+    """GB per second at which a file is written to a folder and synced to the disk."""
     block = os.urandom(SCRATCH_BYTES)
-    with tempfile.NamedTemporaryFile(dir=there) as file:
+    with tempfile.NamedTemporaryFile(dir=_existing(folder)) as file:
         began = time.perf_counter()
         file.write(block)
         file.flush()
@@ -226,22 +231,22 @@ def written_rate(folder: Path) -> float:
         return SCRATCH_BYTES / (time.perf_counter() - began) / 1e9
 
 
-# Whether it is right
+# Checks of the kernels
 
 IMPLS = ("triton", "torch")
 SHAPE = {"tokens": 8, "d": 20, "heads": 9, "m": 2, "n": 3, "k": 5}
-"""Odd on purpose, and small: kernels in an interpreter take their time."""
+"""No powers of two, on purpose, and small: kernels are slow in an interpreter."""
 
 
 def checks(device: torch.device) -> list[dict[str, Any]]:
-    """Values and gradients of each implementation that runs here, against the reference.
+    """Comparison of each implementation that runs here with the reference: values and gradients.
 
-    The reference computes in float64 from the same (rounded) numbers. An implementation may err by
-    twice what the reference does in its dtype, relative to the largest: it adds in another order,
-    with as many roundings.
+    The reference computes in float64 from the same (rounded) numbers. An implementation may have
+    twice the error of the reference in its dtype, relative to the largest value: it adds in another
+    order, with as many roundings.
     """
     gpu = device.type == "cuda"
-    found = []
+    results: list[dict[str, Any]] = []
     for dtype in (torch.float32, *([torch.bfloat16] if gpu else [])):
         for encoder in ("kron", "dense"):
             truth = _results(encoder, device, dtype, torch.float64, "reference")
@@ -249,20 +254,20 @@ def checks(device: torch.device) -> list[dict[str, Any]]:
             for impl in IMPLS:
                 if backends.why_not(impl, device, dtype) is not None:
                     continue
-                one = {
+                check: dict[str, Any] = {
                     "device": str(device),
                     "impl": impl,
                     "encoder": encoder,
                     "dtype": str(dtype).removeprefix("torch."),
                 }
                 try:
-                    got = _results(encoder, device, dtype, dtype, impl)
-                    one |= _judged(got, plain, truth)
-                except Exception as error:  # a compiler's, a driver's: whatever it is, say it
+                    outputs = _results(encoder, device, dtype, dtype, impl)
+                    check |= _compare(outputs, plain, truth)
+                except Exception as error:  # of a compiler or a driver, say
                     reason = f"{type(error).__name__}: {error}".splitlines()[0]
-                    one |= {"right": False, "wrong": [], "error": reason[:300]}
-                found.append(one)
-    return found
+                    check |= {"right": False, "wrong": [], "error": reason[:300]}
+                results.append(check)
+    return results
 
 
 def _results(
@@ -294,107 +299,86 @@ def _results(
     out = sparse_decode(codes, w_dec=w_dec, b_dec=b_dec, impl=impl)
     loss = (out.double() - x.detach().double()).square().sum()
     gradients = torch.autograd.grad(loss, list(inputs.values()))
-    found = {"values": codes.values, "decoded": out}
-    found |= {f"d {name}": g for name, g in zip(inputs, gradients, strict=True)}
-    return {name: tensor.detach().double().cpu() for name, tensor in found.items()}
+    results = {"values": codes.values, "decoded": out}
+    results |= {f"d {name}": g for name, g in zip(inputs, gradients, strict=True)}
+    return {name: tensor.detach().double().cpu() for name, tensor in results.items()}
 
 
-def _judged(
-    got: dict[str, Tensor], plain: dict[str, Tensor], truth: dict[str, Tensor]
+def _compare(
+    outputs: dict[str, Tensor], plain: dict[str, Tensor], truth: dict[str, Tensor]
 ) -> dict[str, Any]:
+    """Errors of outputs against the truth; plain: the reference's outputs in the same dtype."""
     errors, wrong = {}, []
-    for name, right in truth.items():
-        scale = float(right.abs().max())
-        error, allowed = (float((x[name] - right).abs().max()) / scale for x in (got, plain))
+    for name, exact in truth.items():
+        scale = float(exact.abs().max())
+        error, allowed = (float((x[name] - exact).abs().max()) / scale for x in (outputs, plain))
         errors[name] = error
-        # Rounding to nothing in the reference's favour is no fault of the other's.
+        # The reference may happen to be exact: a rounding error is allowed in any case.
         if not error <= 2 * allowed + 2**-22:
             wrong.append(f"{name} off by {error:.1e}, allowed {2 * allowed:.1e}")
     return {"right": not wrong, "wrong": wrong, "largest_error": max(errors.values())}
 
 
-# What is amiss
+# Problems
 
 
-def problems(found: dict[str, Any]) -> list[str]:
-    """What to mend, in words; empty if all is well."""
+def problems(findings: dict[str, Any]) -> list[str]:
+    """The problems in the findings, each in a sentence."""
     from torch.torch_version import TorchVersion
 
     lines = []
     for name, oldest in NEEDED.items():
-        there = found["versions"][name]
-        if there is None or TorchVersion(there) < oldest:
+        installed = findings["versions"][name]
+        if installed is None or TorchVersion(installed) < oldest:
             lines.append(
-                f"{name} {oldest} or newer is needed, {there or 'none'} is there: "
+                f"{name} {oldest} or newer is needed, {installed or 'none'} is installed: "
                 f"pip install -U '{name}>={oldest}'"
             )
-    for device, kernel in found["kernels"].items():
+    for device, kernel in findings["kernels"].items():
         reason = kernel["why_not"]["triton"]
         if device != "cpu" and reason is not None:
             lines.append(f"{device}: the GPU's kernels cannot run, torch's will: {reason}")
-    for one in found["checks"]:
-        if not one["right"]:
-            what = one.get("error") or "; ".join(one["wrong"])
+    for check in findings["checks"]:
+        if not check["right"]:
+            error = check.get("error") or "; ".join(check["wrong"])
             lines.append(
-                f"{one['impl']} on {one['device']} ({one['encoder']}, {one['dtype']}) computes "
-                f"something else than the reference: {what}"
+                f"{check['impl']} on {check['device']} ({check['encoder']}, {check['dtype']}) "
+                f"does not compute what the reference does: {error}"
             )
-    room = found["disk"]
-    if not room["writable"]:
-        lines.append(f"{room['folder']} cannot be written to: choose another with --out")
-    elif room["free_bytes"] < LITTLE_DISK:
+    space = findings["disk"]
+    if not space["writable"]:
+        lines.append(f"{space['folder']} cannot be written to: choose another with --out")
+    elif space["free_bytes"] < LITTLE_DISK:
         lines.append(
-            f"{room['free_bytes'] / GIB:.1f} GiB are free at {room['folder']}: checkpoints of a "
+            f"{space['free_bytes'] / GIB:.1f} GiB are free at {space['folder']}: checkpoints of a "
             "large dictionary need more"
         )
     return lines
 
 
-# How it looks
+# The screen
 
 
-def render(found: dict[str, Any]) -> Group:
+def render(findings: dict[str, Any]) -> Group:
     """The findings as a screen."""
-    parts = [
-        _section("Versions", [(name, value or "not installed") for name, value in _versions(found)])
-    ]
-    for device, facts in found["devices"].items():
-        parts.append(_section(device, _device_rows(facts, found["kernels"][device])))
-    parts.append(_section("Kernels against the reference", map(_check_row, found["checks"])))
-    room = found["disk"]
-    written = room.get("written_gb_per_s")
-    place = f"{room['free_bytes'] / GIB:,.1f} of {room['bytes'] / GIB:,.1f} GiB free"
-    place += f", writes {written:.2f} GB/s" if written else ""
-    state = found["hub"]
-    login = "a token is there" if state["logged_in"] else "no token (gated models need one)"
-    network = "offline: only what is cached can be named" if state["offline"] else "may be asked"
-    parts.append(
-        _section(
-            "Disk and hub",
-            [
-                ("runs", f"{place}, in {room['folder']}"),
-                ("Hugging Face hub", f"{network} (not tried); {login}"),
-                (
-                    "cached",
-                    f"{state['cached_models']} models, {state['cached_datasets']} datasets, in "
-                    f"{state['cache']}",
-                ),
-            ],
-        )
-    )
+    parts = [_section("Versions", _version_rows(findings["versions"]))]
+    for device, facts in findings["devices"].items():
+        parts.append(_section(device, _device_rows(facts, findings["kernels"][device])))
+    parts.append(_section("Kernels against the reference", map(_check_row, findings["checks"])))
+    parts.append(_section("Disk and hub", _disk_rows(findings["disk"], findings["hub"])))
     extras = [
-        (name, _yes(f"{there}  {EXTRAS[name]}") if there else _absent(EXTRAS[name]))
-        for name, there in found["extras"].items()
+        (name, _yes(f"{number}  {EXTRAS[name]}") if number else _absent(EXTRAS[name]))
+        for name, number in findings["extras"].items()
     ]
     parts.append(_section("Optional", extras))
     verdict = Text("\n")
-    if found["problems"]:
-        verdict.append("Not all is well:\n", style="bold red")
-        for line in found["problems"]:
+    if findings["problems"]:
+        verdict.append("There are problems:\n", style="bold red")
+        for line in findings["problems"]:
             verdict.append(f"  ✗ {line}\n", style="red")
     else:
         verdict.append("All is well.", style="bold green")
-        verdict.append(" Next: python -m kronsae.train --plan")
+        verdict.append(" Next: kronsae train --plan")
     return Group(*parts, verdict)
 
 
@@ -407,11 +391,25 @@ def _section(title: str, rows: Any) -> Group:
     return Group(Text(f"\n{title}", style="bold"), table)
 
 
-def _versions(found: dict[str, Any]) -> list[tuple[str, str | None]]:
-    """Several a line, so that they fit a screen."""
-    items = [f"{name} {number or '(none)'}" for name, number in found["versions"].items()]
+def _version_rows(versions: dict[str, str | None]) -> list[tuple[str, str]]:
+    """Rows of five packages each."""
+    items = [f"{name} {number or '(none)'}" for name, number in versions.items()]
     return [
         ("packages" if i == 0 else "", ", ".join(items[i : i + 5])) for i in range(0, len(items), 5)
+    ]
+
+
+def _disk_rows(space: dict[str, Any], state: dict[str, Any]) -> list[tuple[str, str]]:
+    written = space.get("written_gb_per_s")
+    free = f"{space['free_bytes'] / GIB:,.1f} of {space['bytes'] / GIB:,.1f} GiB free"
+    free += f", writes {written:.2f} GB/s" if written else ""
+    login = "a token is set" if state["logged_in"] else "no token (gated models need one)"
+    network = "offline: only cached files can be used" if state["offline"] else "online"
+    cached = f"{state['cached_models']} models, {state['cached_datasets']} datasets"
+    return [
+        ("runs", f"{free}, in {space['folder']}"),
+        ("Hugging Face hub", f"{network} (not tried); {login}"),
+        ("cached", f"{cached}, in {state['cache']}"),
     ]
 
 
@@ -447,13 +445,13 @@ def _rate(flops: float) -> str:
     return f"{flops / 1e12:,.0f} TFLOP/s" if flops >= 1e13 else f"{flops / 1e9:,.0f} GFLOP/s"
 
 
-def _check_row(one: dict[str, Any]) -> tuple[str, Text]:
-    name = f"{one['impl']}, {one['encoder']}"
-    where = f"{one['dtype']} on {one['device']}"
-    if one["right"]:
-        error = one["largest_error"]
+def _check_row(check: dict[str, Any]) -> tuple[str, Text]:
+    name = f"{check['impl']}, {check['encoder']}"
+    where = f"{check['dtype']} on {check['device']}"
+    if check["right"]:
+        error = check["largest_error"]
         return name, _yes(f"{where}: values and gradients right (to {error:.0e})")
-    return name, _no(f"{where}: {one.get('error') or '; '.join(one['wrong'])}")
+    return name, _no(f"{where}: {check.get('error') or '; '.join(check['wrong'])}")
 
 
 def _yes(text: str) -> Text:
@@ -461,12 +459,12 @@ def _yes(text: str) -> Text:
 
 
 def _no(text: str) -> Text:
-    """Something is amiss."""
+    """A line about a problem."""
     return Text.assemble(("✗ ", "red"), text)
 
 
 def _absent(text: str) -> Text:
-    """Something is not there, and need not be."""
+    """A line about something optional that is not there."""
     return Text.assemble(("– ", "dim"), (text, "dim"))
 
 
@@ -474,24 +472,23 @@ def main(argv: list[str] | None = None) -> int:
     """Print the findings; returns 0 if all is well, 1 if not, 2 for wrong flags."""
     parser = Parser(
         "doctor",
-        "Say what this machine can do, which kernels run, and whether they compute the right "
-        "thing.",
+        "Say what this machine can do, which kernels run, and whether their results are right.",
         "kronsae doctor",
     )
     parser.add_argument("--json", action="store_true", help="print the findings as JSON")
-    parser.add_argument("--out", type=Path, default=Path("runs"), help="where runs would go")
+    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of runs")
     parser.add_argument("--no-rates", action="store_true", help="measure no rates")
     well = True
 
     def work(arguments: list[str]) -> None:
         nonlocal well
         options = parser.parse(arguments)
-        found = examine(options.out, rates=not options.no_rates)
-        well = not found["problems"]
+        findings = examine(options.out, rates=not options.no_rates)
+        well = not findings["problems"]
         if options.json:
-            print(json.dumps(found, indent=1))
+            print(json.dumps(findings, indent=1))
         else:
-            Console(highlight=False).print(render(found))
+            Console(highlight=False).print(render(findings))
 
     return exit_status(work, argv) or int(not well)
 

@@ -1,4 +1,4 @@
-"""`python -m kronsae.train`: train a sparse autoencoder on a language model's activations."""
+"""`kronsae train`: train a sparse autoencoder on a language model's activations."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ from rich.table import Table
 
 from kronsae.commandline import Terminated, load_plugins, signal_of, stoppable, stopped
 from kronsae.config import RunConfig, SAEConfig, kind_of
-from kronsae.data.activations import NO_OVERLAP
+from kronsae.data.activations import NO_OVERLAP, split_target
 from kronsae.errors import InputError
 from kronsae.explore.report import write_report
 from kronsae.interop.load import load
@@ -27,6 +27,8 @@ from kronsae.plan.memory import check_memory, make_plan
 from kronsae.plan.outline import NoOutline, Outline, outline
 from kronsae.plan.text import describe_ranks, render
 from kronsae.plan.time import run_time
+from kronsae.properties.contexts import LatentContexts, top_contexts
+from kronsae.properties.contexts import render as render_contexts
 from kronsae.registry import SELECTIONS
 from kronsae.runs.folder import RunFolder, SweepFolder
 from kronsae.runs.sweep import comparison
@@ -47,10 +49,10 @@ __all__ = ["fit", "fit_many", "main"]
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 only when the work was done.
 
-    2: what was asked for cannot work. 3: a member of a sweep ended early, the others did not.
-    4: another process of torchrun was lost. 128 + n: stopped by signal n, and saved.
+    2: the command or its data cannot be used. 3: a member of a sweep ended early, the others did
+    not. 4: another process of torchrun was lost. 128 + n: stopped by signal n, and saved.
 
-    Under torchrun every process runs this, and the first one speaks for all.
+    Under torchrun every process runs this, and the first one prints for all.
     """
     quiet = not parallel.is_first()
     console = Console(stderr=False, highlight=False, soft_wrap=True, quiet=quiet)
@@ -58,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         request = parse(load_plugins(argv))
         if request.plan:
-            if quiet:  # one measures
+            if quiet:  # the first process measures
                 return 0
             plan, members, model = _plan(request)
             console.print(render(plan, members, run_time(plan, members, model)), markup=False)
@@ -70,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
                     _check_memory(request, console)
         return train(request, console, mesh)
     except InputError as error:
-        if not quiet:  # all have the same
+        if not quiet:  # all processes have the same error
             errors.print(f"error: {error}", style="red", markup=False)
         return 2
     except parallel.RankLost as error:
@@ -96,63 +98,97 @@ def _join(request: Request) -> Mesh:
 def _check_memory(request: Request, console: Console) -> None:
     try:
         plan, _, _ = _plan(request)
-    except NoOutline as error:  # which is no reason not to try
+    except NoOutline as error:  # the run may fit all the same
         console.print(f"memory was not planned: {error}", markup=False)
     else:
         check_memory(plan)
 
 
 def _plan(request: Request) -> tuple[dict[str, Any], dict[str, RunConfig], Outline]:
-    """The plan, and the members and the language model that it is of."""
+    """The plan, the members, and the language model's outline."""
     model = outline(request.config.data)
     members = request.at_width(model.d_model, model.d_target).members
     return make_plan(members, model), members, model
 
 
 def train(request: Request, console: Console, mesh: Mesh = ALONE) -> int:
-    """Model and text -> activations -> fit -> evaluation and report; returns the exit status."""
+    """Train, evaluate and report; returns the exit status."""
     out = request.resume or request.out or _new_folder(request)
     out = Path(mesh.world.exchange(str(out))[0])
     try:
         with stoppable():
             status = _train(request, console, mesh, out)
-            if status != 0:  # torchrun ends all others where one has failed: the first may write
+            if status != 0:  # torchrun ends all processes when one fails: the first may still write
                 mesh.world.exchange(None)
         parallel.leave()
         return status
     except (InputError, parallel.RankLost):
         raise
-    except (KeyboardInterrupt, Terminated) as error:  # where `fit` does not wait for it
+    except (KeyboardInterrupt, Terminated) as error:  # outside of the training loop
         if mesh.first:
             _say_how_to_go_on(out, f"{stopped(error)}.")
         return 128 + signal_of(error)
-    except Exception:  # in the model's code, the data's or ours, for all of which it helps
+    except Exception:  # in the model's code, the data's or ours
         traceback.print_exc()
         _say_how_to_go_on(out, "When that is solved:")
         return 1
 
 
-def _say_how_to_go_on(out: Path, words: str) -> None:
+def _say_how_to_go_on(out: Path, cause: str) -> None:
     if any((out / name).exists() for name in ("config.json", "sweep.json")):
         print(
-            f"\n{words} Go on from the last checkpoint with:\n"
-            f"  python -m kronsae.train --resume {out}",
+            f"\n{cause} Go on from the last checkpoint with:\n  kronsae train --resume {out}",
             file=sys.stderr,
         )
     else:
-        print(f"\n{words} Nothing was written yet; start again.", file=sys.stderr)
+        print(f"\n{cause} Nothing was written yet: start again.", file=sys.stderr)
 
 
 def _train(request: Request, console: Console, mesh: Mesh, out: Path) -> int:
-    from kronsae.data import split_target
-
     began = time.monotonic()
-    data, train_config = request.config.data, request.config.train
     with mesh.world.together():
         if request.resume is None and mesh.first:
             RunFolder.check_free(out)  # before the model is loaded; fit checks again
-    what = escape(data.activations or f"{data.model} and {data.dataset}")
-    console.print(f"[bold]kronsae[/bold]: loading {what}")
+    request, source, heldout = _open(request, console, mesh)
+    _describe(console, request, source, heldout, out)
+    folder = SweepFolder(out, request.members) if request.sweep else RunFolder(out)
+    with ProgressBar(console, request) as progress:
+        try:
+            fitted = _fit(request, source, heldout, out, progress, mesh)
+        except InputError:
+            for run in folder.runs.values():
+                if mesh.first and run.metrics.exists():
+                    with suppress(InputError):  # the disk may be full: the first error counts
+                        write_report(run.path)
+            raise
+    results = dict(zip(request.members, fitted, strict=True))
+    tokens = max(result.tokens for result in fitted)
+    stopped_by = next((result.stopped_by for result in fitted if result.stopped_by), None)
+    if stopped_by is not None:
+        for run in folder.runs.values():
+            if mesh.first:
+                write_report(run.path)
+        console.print(
+            f"Stopped by {signal.Signals(stopped_by).name} after {tokens:,} of "
+            f"{request.config.train.tokens:,} tokens; everything is saved. Go on with:\n"
+            f"  kronsae train --resume {out}",
+            markup=False,
+        )
+        return 128 + stopped_by
+    device = resolve_device(request.config.train.device)
+    latents = _report(results, heldout, folder, mesh, device)
+    seconds = time.monotonic() - began
+    done = f"\nTrained on {tokens:,} tokens in {seconds:,.0f} s. Everything is in {folder.path}:\n"
+    if mesh.first:
+        _summarise(console, results, heldout, folder, latents, done)
+    return 3 if any(result.failed for result in fitted) else 0
+
+
+def _open(request: Request, console: Console, mesh: Mesh) -> tuple[Request, Any, Heldout]:
+    """The request with the widths of the activations, their source, and held-out ones."""
+    data, train_config = request.config.data, request.config.train
+    names = escape(data.activations or f"{data.model} and {data.dataset}")
+    console.print(f"[bold]kronsae[/bold]: loading {names}")
     if data.model_device is not None:
         resolve_device(data.model_device)
     source = open_activations(
@@ -168,38 +204,8 @@ def _train(request: Request, console: Console, mesh: Mesh, out: Path) -> int:
     text = None
     if hasattr(source, "language_model"):
         source.language_model.ranks = mesh.reading
-        read = source.language_model, source.heldout_contexts(), source.heldout_mask()
-        text = HeldoutText(*read)
-    heldout = Heldout(*split_target(source.heldout_activations(), d_target), text)
-    _describe(console, request, source, heldout, out)
-    names = list(request.members)
-    folder = SweepFolder(out, names) if request.sweep else RunFolder(out)
-    with ProgressBar(console, request) as progress:
-        try:
-            results = _fit(request, source, heldout, out, progress, mesh)
-        except InputError:
-            for run in folder.runs.values():
-                if mesh.first and run.metrics.exists():
-                    with suppress(InputError):  # the disk may be full: the first error counts
-                        write_report(run.path)
-            raise
-    results = dict(zip(names, results, strict=True))
-    stopped_by = next((r.stopped_by for r in results.values() if r.stopped_by), None)
-    if stopped_by is not None:
-        for run in folder.runs.values():
-            if mesh.first:
-                write_report(run.path)
-        tokens = max(result.tokens for result in results.values())
-        console.print(
-            f"Stopped by {signal.Signals(stopped_by).name} after {tokens:,} of "
-            f"{request.config.train.tokens:,} tokens; everything is saved. Go on with:\n"
-            f"  python -m kronsae.train --resume {out}",
-            markup=False,
-        )
-        return 128 + stopped_by
-    device = resolve_device(train_config.device)
-    _summarise(console, results, heldout, folder, time.monotonic() - began, mesh, device)
-    return 3 if any(result.failed for result in results.values()) else 0
+        text = HeldoutText(source.language_model, source.heldout_contexts(), source.heldout_mask())
+    return request, source, Heldout(*split_target(source.heldout_activations(), d_target), text)
 
 
 def _fit(
@@ -217,7 +223,7 @@ def _fit(
         for name, config in request.members.items()
     ]
     resume = request.resume is not None
-    common = {"heldout": heldout, "out": out, "resume": resume, "mesh": mesh}
+    common: dict[str, Any] = {"heldout": heldout, "out": out, "resume": resume, "mesh": mesh}
     if request.sweep:
         return fit_many(
             [config.sae for config in configs],
@@ -245,12 +251,12 @@ def _new_folder(request: Request) -> Path:
     data, sae = request.config.data, request.config.sae
     hook = data.hookpoint or f"layer{data.layer}"
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    usual = (SAEConfig.selection, SAEConfig.objective)  # which a name need not say
-    point = [sae.encoder, *(word for word in (sae.selection, sae.objective) if word not in usual)]
-    point += [f"experts{sae.experts}"] if sae.experts else []
-    point += [f"F{sae.dict_size}", *([f"k{sae.k}"] if sae.k else [])]
-    what = "sweep" if request.sweep else "-".join(point)
-    return Path("runs") / f"{Path(data.model).name}-{hook}-{what}-{stamp}"
+    usual = (SAEConfig.selection, SAEConfig.objective)
+    words = [sae.encoder, *(name for name in (sae.selection, sae.objective) if name not in usual)]
+    words += [f"experts{sae.experts}"] if sae.experts else []
+    words += [f"F{sae.dict_size}", *([f"k{sae.k}"] if sae.k else [])]
+    kind = "sweep" if request.sweep else "-".join(words)
+    return Path("runs") / f"{Path(data.model).name}-{hook}-{kind}-{stamp}"
 
 
 def _describe(console: Console, request: Request, source: Any, heldout: Heldout, out: Path) -> None:
@@ -293,55 +299,45 @@ def _describe_member(config: RunConfig) -> str:
 _SHOWN = ("explained_variance", "l0", "dead_share", "ce_clean", "ce_spliced", "ce_recovered")
 
 
+def _report(
+    results: dict[str, FitResult],
+    heldout: Heldout,
+    folder: RunFolder | SweepFolder,
+    mesh: Mesh,
+    device: torch.device,
+) -> list[LatentContexts]:
+    """Write the reports; returns some latents of the last SAE with the contexts they fire in."""
+    tokenizer = heldout.text.model.tokenizer if heldout.text else None
+    latents: list[LatentContexts] = []
+    if not all(result.sae for result in results.values()) and not mesh.first:
+        return latents  # the first process loads the SAEs of the others
+    for name, result in results.items():
+        sae = result.sae or load(folder.runs[name].sae, device=device)
+        # Each process has a part of the heads, so that all take part.
+        latents = [] if tokenizer is None else top_contexts(sae, heldout)
+        if mesh.first:
+            write_report(folder.runs[name].path, contexts=latents, tokenizer=tokenizer)
+    return latents
+
+
 def _summarise(
     console: Console,
     results: dict[str, FitResult],
     heldout: Heldout,
     folder: RunFolder | SweepFolder,
-    seconds: float,
-    mesh: Mesh,
-    device: torch.device,
+    latents: list[LatentContexts],
+    done: str,
 ) -> None:
-    """Write the reports; print the evaluation, some latents, and where everything is."""
-    from kronsae.properties.contexts import render as render_contexts
-    from kronsae.properties.contexts import top_contexts
-
+    """Print the evaluation, some latents, and where everything is."""
     model = heldout.text.model if heldout.text else None
-    tokenizer = model.tokenizer if model else None
-    if not all(result.sae for result in results.values()) and not mesh.first:
-        return  # the first process reads what it lacks
-    for name, result in results.items():
-        sae = result.sae or load(folder.runs[name].sae, device=device)
-        # Of a part of the heads on each process, which all take part.
-        latents = [] if tokenizer is None else top_contexts(sae, heldout)
-        if not mesh.first:
-            continue
-        write_report(folder.runs[name].path, contexts=latents, tokenizer=tokenizer)
-    if not mesh.first:
-        return
-    tokens = max(result.tokens for result in results.values())
-    done = f"\nTrained on {tokens:,} tokens in {seconds:,.0f} s. Everything is in {folder.path}:\n"
     console.print("\n[bold]On held-out text[/bold]")
-    # The model of a cache may be out of reach.
-    missing = getattr(model, "missing", None)
+    missing = getattr(model, "missing", None)  # the model of a cache may be out of reach
     if missing is not None:
         console.print(f"Without cross-entropy, as the model is not here: {missing}", markup=False)
-    if tokenizer is None:
+    if model is None or model.tokenizer is None:
         console.print("Without the contexts of latents, as the model's tokenizer is not here")
     if isinstance(folder, SweepFolder):
-        console.print(aligned(*comparison(folder.members()), left=2), markup=False)
-        for name, result in results.items():
-            if result.failed:
-                console.print(f"{name} ended early: {result.failed}", style="red", markup=False)
-        console.print(
-            f"{done}"
-            f"  NAME/          the run of each: config.json, metrics.jsonl, report.html, sae/\n"
-            f"  comparison.md  this table\n"
-            f"  sweep.json     every setting and figure\n"
-            f"Next: kronsae.load({str(folder.path / next(iter(results)))!r}), or --config "
-            f"{folder.path}/NAME/config.json to train one of them alone.",
-            markup=False,
-        )
+        _summarise_sweep(console, results, folder, done)
         return
     [result] = results.values()
     table = Table.grid(padding=(0, 2))
@@ -350,18 +346,36 @@ def _summarise(
             label, meaning = MEANING[name]
             table.add_row(label, f"{result.metrics[name]:.4f}", f"[dim]{meaning}[/dim]")
     console.print(table)
-    if latents:
+    if latents and model is not None:
         console.print("\n[bold]What some latents have learned[/bold] (where they fire most)")
-    for block in render_contexts(latents, tokenizer, console):
-        console.print(block)
+        for block in render_contexts(latents, model.tokenizer, console):
+            console.print(block)
     console.print(
         f"{done}"
         f"  report.html    this run to look at\n"
         f"  sae/           the autoencoder:  kronsae.load({str(folder.path)!r})\n"
         f"  metrics.jsonl  every logged step\n"
         f"  config.json    every setting; --config {folder.config} repeats the run\n"
-        f"Next: python -m kronsae.explore {folder.path} to look into its latents, or a --model, "
-        f"--layer and --dataset of your own (python -m kronsae.train --help).",
+        f"Next: kronsae explore {folder.path} to look into its latents, or a --model, --layer and "
+        f"--dataset of your own (kronsae train --help).",
+        markup=False,
+    )
+
+
+def _summarise_sweep(
+    console: Console, results: dict[str, FitResult], folder: SweepFolder, done: str
+) -> None:
+    console.print(aligned(*comparison(folder.members()), left=2), markup=False)
+    for name, result in results.items():
+        if result.failed:
+            console.print(f"{name} ended early: {result.failed}", style="red", markup=False)
+    console.print(
+        f"{done}"
+        f"  NAME/          the run of each: config.json, metrics.jsonl, report.html, sae/\n"
+        f"  comparison.md  this table\n"
+        f"  sweep.json     every setting and figure\n"
+        f"Next: kronsae.load({str(folder.path / next(iter(results)))!r}), or --config "
+        f"{folder.path}/NAME/config.json to train one of them alone.",
         markup=False,
     )
 

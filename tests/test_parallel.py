@@ -185,7 +185,7 @@ def sharded(folder, count):
     for rank in reversed(range(count)):
         state = {**STATE, "weights": {**STATE["weights"], "W_dec": rows[rank]}}
         parts = folder / f"rank-{rank}"
-        checkpoint.save_state(parts, state, held=["weights.W_dec"])
+        checkpoint.save_state(parts, state, sharded=["weights.W_dec"])
     whole = folder / "rank-0"
     names = ["state.safetensors", *(f"state-{rank}.safetensors" for rank in range(1, count))]
     document = read_checksummed(whole / "state.json")
@@ -217,7 +217,7 @@ def test_damage_of_any_part_is_noticed(name, tmp_path):
     content[-1] ^= 1
     (folder / name).write_bytes(content)
     with pytest.raises(InputError, match=f"damaged.*{name}.*remove the folder"):
-        checkpoint.load_state(folder, held=["weights.W_dec"])
+        checkpoint.load_state(folder, sharded=["weights.W_dec"])
 
 
 def test_a_checkpoint_names_no_files_but_its_own(tmp_path):
@@ -226,7 +226,7 @@ def test_a_checkpoint_names_no_files_but_its_own(tmp_path):
     document["sha256"]["../state-1.safetensors"] = document["sha256"].pop("state-1.safetensors")
     write_checksummed(folder / "state.json", document)
     with pytest.raises(InputError, match="damaged.*expected the files"):
-        checkpoint.load_state(folder, held=["weights.W_dec"])
+        checkpoint.load_state(folder, sharded=["weights.W_dec"])
 
 
 KRON = {"d_model": 8, "heads": 8, "m": 2, "n": 2, "k": 4}

@@ -46,19 +46,21 @@ def save_state(
     folder: Path,
     state: dict[str, Any],
     mesh: Mesh = ALONE,
-    held: Collection[str] = (),
+    sharded: Collection[str] = (),
     copies: Mapping[str, dict[str, Any]] = MappingProxyType({}),
 ) -> Path:
     """Write `state` to `folder`, atomically. Raises InputError if the disk is full.
 
-    held: ends of the names (keys, joined by dots) of tensors whose rows are divided among the
+    sharded: ends of the names (keys, joined by dots) of tensors whose rows are divided among the
         processes along `mesh.heads`. All processes of the mesh call this, and see one folder.
     copies: checksummed JSON files to put beside the state, by name.
     """
     rank = mesh.heads.rank
     writes = mesh.data.rank == 0
     tensors: dict[str, Tensor] = {}
-    values = _split(state, "", tensors, lambda name: writes and (rank == 0 or _is_held(name, held)))
+    values = _split(
+        state, "", tensors, lambda name: writes and (rank == 0 or _is_sharded(name, sharded))
+    )
     shard, digest = _shard_folder(folder, rank), None
     try:
         with mesh.world.together():
@@ -133,13 +135,13 @@ def state_of(owner: int, state: dict[str, Any] | None, group: Group) -> dict[str
 def load_state(
     folder: Path,
     group: Group = ALONE.heads,
-    held: Collection[str] = (),
+    sharded: Collection[str] = (),
     tensors: bool = True,
 ) -> dict[str, Any]:
     """The state in `folder`. Raises InputError if it is damaged or of another format version.
 
-    group, held: as `mesh.heads` and `held` of `save_state`, whatever they were when it was saved.
-        A rank of the group gets its own rows, and reads only files that have some of them.
+    group, sharded: as `mesh.heads` and `sharded` of `save_state`; the group may have another size.
+        Each rank gets its own rows, and reads only files that have some of them.
     tensors: False leaves None in their place, and their files unread.
     """
     digests, values = _read_values(folder)
@@ -148,7 +150,7 @@ def load_state(
     def tensor(name: str) -> Tensor | None:
         if not tensors:
             return None
-        return shards.rows(name, group) if _is_held(name, held) else shards[0][name]
+        return shards.rows(name, group) if _is_sharded(name, sharded) else shards[0][name]
 
     try:
         return _join(values, tensor)
@@ -227,8 +229,8 @@ def _shard_folder(folder: Path, rank: int) -> Path:
     return folder.parent / f".{folder.name}.rank-{rank}.partial"
 
 
-def _is_held(name: str, held: Collection[str]) -> bool:
-    return any(name.endswith(f".{end}") for end in held)
+def _is_sharded(name: str, sharded: Collection[str]) -> bool:
+    return any(name.endswith(f".{end}") for end in sharded)
 
 
 def _split(

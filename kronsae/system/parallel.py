@@ -238,7 +238,7 @@ ALONE = Mesh()
 
 
 def ranks() -> int:
-    """How many processes torchrun started (1 without it)."""
+    """Number of processes that torchrun started; 1 without it."""
     if dist.is_available() and dist.is_initialized():
         return dist.get_world_size()
     return int(os.environ.get("WORLD_SIZE", "1"))
