@@ -15,7 +15,7 @@ from typing import Any, NoReturn, get_args, get_origin
 
 from kronsae.config import base_type
 from kronsae.errors import InputError
-from kronsae.registry import load_plugin
+from kronsae.registry import SAE_KINDS, load_plugin
 
 
 class Terminated(BaseException):
@@ -177,6 +177,8 @@ class Parser(argparse.ArgumentParser):
         return opening + formatter.format_help()
 
     def error(self, message: str) -> NoReturn:
+        if message.startswith(tuple(f"argument --{kind}: invalid choice" for kind in SAE_KINDS)):
+            message += "; a kind of your own is registered by --plugin FILE"
         raise InputError(message)
 
     def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:

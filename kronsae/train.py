@@ -29,7 +29,7 @@ from kronsae.plan.text import describe_ranks, render
 from kronsae.plan.time import run_time
 from kronsae.properties.contexts import LatentContexts, top_contexts
 from kronsae.properties.contexts import render as render_contexts
-from kronsae.registry import SELECTIONS
+from kronsae.registry import SELECTIONS, command_line
 from kronsae.runs.folder import RunFolder, SweepFolder
 from kronsae.runs.sweep import comparison
 from kronsae.sources import open_activations, source_of
@@ -134,10 +134,14 @@ def train(request: Request, console: Console, mesh: Mesh = ALONE) -> int:
         return 1
 
 
+def _resume_command(out: Path) -> str:
+    return command_line("train", "--resume", str(out))
+
+
 def _say_how_to_go_on(out: Path, cause: str) -> None:
     if any((out / name).exists() for name in ("config.json", "sweep.json")):
         print(
-            f"\n{cause} Go on from the last checkpoint with:\n  kronsae train --resume {out}",
+            f"\n{cause} Go on from the last checkpoint with:\n  {_resume_command(out)}",
             file=sys.stderr,
         )
     else:
@@ -171,7 +175,7 @@ def _train(request: Request, console: Console, mesh: Mesh, out: Path) -> int:
         console.print(
             f"Stopped by {signal.Signals(stopped_by).name} after {tokens:,} of "
             f"{request.config.train.tokens:,} tokens; everything is saved. Go on with:\n"
-            f"  kronsae train --resume {out}",
+            f"  {_resume_command(out)}",
             markup=False,
         )
         return 128 + stopped_by
@@ -356,8 +360,8 @@ def _summarise(
         f"  sae/           the autoencoder:  kronsae.load({str(folder.path)!r})\n"
         f"  metrics.jsonl  every logged step\n"
         f"  config.json    every setting; --config {folder.config} repeats the run\n"
-        f"Next: kronsae explore {folder.path} to look into its latents, or a --model, --layer and "
-        f"--dataset of your own (kronsae train --help).",
+        f"Next: {command_line('explore', str(folder.path))} to look into its latents, or a "
+        "--model, --layer and --dataset of your own (kronsae train --help).",
         markup=False,
     )
 

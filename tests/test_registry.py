@@ -53,6 +53,7 @@ def test_a_selection_of_ones_own_from_training_to_export(plugin, tmp_path, monke
     assert settings["config"]["sae"]["selection_settings"] == {"half_life": 3.0}
     sae = kronsae.load("run")
     assert sae.config.selection_settings.half_life == 3.0
+    assert f"Next: kronsae explore run --plugin {plugin} to look" in capsys.readouterr().out
     assert command(["evaluate", "run", "--out", "judged", "--heldout-tokens", "256"]) == 0
     assert json.loads(Path("judged/evaluation.json").read_text())["judged"][0]["k"] == 8
     dense = ("--encoder", "dense", *own, *TRAIN)

@@ -145,7 +145,7 @@ def _same_result(out, expected):
         (["--heds", "4"], "unknown argument '--heds': did you mean --heads"),
         (["extra"], "unknown argument 'extra'"),
         (["--k", "many"], "argument --k: invalid int value: 'many'"),
-        (["--encoder", "round"], "--encoder: invalid choice: 'round'"),
+        (["--encoder", "round"], "registered by --plugin FILE"),
         (["--k", "5000"], "k: expected 1 <= k <= dict_size = 4096, got 5000"),
         (["--heads", "3", "--m", "2", "--n", "2", "--dict-size", "99"], "3 * 2 * 2 = 12"),
         (["--dict-size", "1000", "--m", "3", "--n", "7"], "no multiple of m * n = 3 * 7"),
