@@ -1,32 +1,24 @@
 """What 16 M latents and 100 B tokens would cost on many GPUs: `python -m benchmarks.scale`.
 
 A model on paper, all of it an estimate. The stages of a step and what they move are those of
-`floors`, on the part of the dictionary that a rank owns; their rates are a card's ceilings. Heads
-are split over all ranks (tensor parallel, as in `kronsae`'s), so that every rank sees every token
-of a batch and no gradient is ever sent. Its language model reads its share of the tokens.
+`floors`, on the part of the dictionary that a rank owns, at the rates of H200. Heads are split over
+all ranks (tensor parallel, as in `kronsae`'s), so that every rank sees every token of a batch and
+no gradient is ever sent. Its language model reads its share of the tokens.
 
-    python -m benchmarks.scale --measured results/compare.json
-
-replaces the assumed ceilings by those that a card has shown, and multiplies each stage by how much
-longer than its floor a step took there: that file is in the archive that `benchmarks.on_gpu` makes.
-`--write docs/scale.md` puts the tables into the document.
+--write puts the tables into docs/scale.md.
 """
 
 import argparse
 import itertools
-import statistics
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from benchmarks.flags import written_by
 from benchmarks.floors import ASSUMED, Ceilings, stages
 from benchmarks.shapes import Shape
-from benchmarks.steps import OURS
 from kronsae.system.tables import markdown
 
-ROOT = Path(__file__).parents[1]
-DOCUMENT = ROOT / "docs" / "scale.md"
-BEGIN, END = "<!-- tables: python -m benchmarks.scale --write docs/scale.md -->", "<!-- end -->"
+DOCUMENT = Path(__file__).parents[1] / "docs" / "scale.md"
+BEGIN, END = "<!-- tables: python -m benchmarks.scale --write -->", "<!-- end -->"
 
 SHAPE = Shape("16M", d=4096, heads=2**18, m=8, n=8, k=64, tokens=8192)
 TOKENS = 100_000_000_000
@@ -46,8 +38,6 @@ class Machine(NamedTuple):
     """Of a node, each way: that of all its adapters."""
     cards: int
     """A node."""
-    overhead: float
-    """How much longer than its floor a stage takes."""
 
 
 H200 = Machine(
@@ -56,7 +46,6 @@ H200 = Machine(
     link_bytes_per_s=450e9,
     network_bytes_per_s=8 * 50e9,
     cards=8,
-    overhead=1.0,
 )
 """Ceilings: assumed, 790 TFLOP/s in bfloat16 and 4.3 TB/s of memory seen on such a card, 5.5 TB/s
 from its cache. Memory and NVLink (900 GB/s, both ways together): NVIDIA's data sheet of the H200.
@@ -71,50 +60,34 @@ BYTES = 2
 """Of a number that is multiplied or sent: bfloat16."""
 STATE = {"float32": 12 + BYTES, "bfloat16": 4 + 2 + 2 + BYTES}
 """Bytes a weight by the moments' dtype: the weight, two moments, a copy for products."""
+BISECTIONS = 31
+"""Of the bits of a positive float32."""
+LATENCY = 20e-6
+"""Seconds of a small all-reduce: assumed."""
 
 
-class Step(NamedTuple):
-    """A step's milliseconds on each rank, by what limits them."""
+def step(shape: Shape, ranks: int, machine: Machine) -> dict[str, float]:
+    """A step's milliseconds on each rank, by what limits them. Nothing overlaps: floors add up.
 
-    language_model: float
-    encode: float
-    select: float
-    decode: float
-    optimizer: float
-    """The backward pass, fused with AdamW over the rank's weights."""
-    exchange: float
-    """x, reconstructions and residuals, through the slower of link and network."""
-    maxima: float
-    """What makes the selection exact across ranks, by the cheaper of two ways."""
-
-    @property
-    def total(self) -> float:
-        return sum(self)
-
-    @property
-    def limit(self) -> str:
-        return max(self._fields, key=lambda name: getattr(self, name))
-
-
-def step(shape: Shape, ranks: int, machine: Machine) -> Step:
-    """Of one batch. Nothing overlaps: a sum of floors, times the overhead."""
+    "optimizer": the backward pass, fused with AdamW over the rank's weights. "exchange": x,
+    reconstructions and residuals. "maxima": what makes the selection exact across ranks.
+    """
     part = shape._replace(heads=shape.heads / ranks, k=shape.k / ranks)
     ms = {
-        name: machine.ceilings.floor_ms(work) * machine.overhead
-        for name, work in stages(part, "kron", BYTES).items()
+        name: machine.ceilings.floor_ms(work) for name, work in stages(part, "kron", BYTES).items()
     }
     model = shape.tokens * MODEL_MULTIPLY_ADDS / ranks / machine.ceilings.multiply_adds_per_s
     # All-gather of x, reduce-scatter of float32 sums, all-gather of residuals.
     exchanged = shape.tokens * shape.d * (BYTES + 4 + BYTES)
-    return Step(
-        language_model=1e3 * model * machine.overhead,
-        encode=ms["encode"],
-        select=ms["select"] + ms["group"],
-        decode=ms["decode"],
-        optimizer=ms["decoder update"] + ms["encoder update"],
-        exchange=1e3 * gather_seconds(exchanged, ranks, machine),
-        maxima=1e3 * min(maxima_seconds(shape, ranks, machine).values()),
-    )
+    return {
+        "language model": 1e3 * model,
+        "encode": ms["encode"],
+        "select": ms["select"] + ms["group"],
+        "decode": ms["decode"],
+        "optimizer": ms["decoder update"] + ms["encoder update"],
+        "exchange": 1e3 * gather_seconds(exchanged, ranks, machine),
+        "maxima": 1e3 * min(maxima_seconds(shape, ranks, machine)),
+    }
 
 
 def gather_seconds(size: float, ranks: int, machine: Machine) -> float:
@@ -128,27 +101,18 @@ def gather_seconds(size: float, ranks: int, machine: Machine) -> float:
     return max(inside, between)
 
 
-BISECTIONS = 31
-"""Of the bits of a positive float32."""
-LATENCY = 20e-6
-"""Seconds of a small all-reduce: assumed."""
-
-
-def maxima_seconds(shape: Shape, ranks: int, machine: Machine) -> dict[str, float]:
+def maxima_seconds(shape: Shape, ranks: int, machine: Machine) -> tuple[float, float]:
     """Two exact ways to agree on the k heads with the largest maxima over all ranks.
 
-    "gather": each rank's own k, as float32 and int32. "count": a bisection on the bits of the
-    threshold, in which ranks add up how many of their maxima lie above: a count a token each time.
+    Each rank's own k are gathered, as float32 and int32. Or ranks add up how many of their maxima
+    lie above a threshold, a count a token, once for each step of a bisection on its bits.
     """
     if ranks == 1:
-        return {"gather": 0.0, "count": 0.0}
-    own = 8 * shape.tokens * shape.k
-    counts = 4 * shape.tokens
-    return {
-        "gather": gather_seconds(own * ranks, ranks, machine),
-        # An all-reduce moves what a reduce-scatter and an all-gather do.
-        "count": BISECTIONS * (LATENCY + 2 * gather_seconds(counts, ranks, machine)),
-    }
+        return 0.0, 0.0
+    gathered = gather_seconds(8 * shape.tokens * shape.k * ranks, ranks, machine)
+    # An all-reduce moves what a reduce-scatter and an all-gather do.
+    count = LATENCY + 2 * gather_seconds(4 * shape.tokens, ranks, machine)
+    return gathered, BISECTIONS * count
 
 
 def memory_bytes(shape: Shape, ranks: int, moments: str) -> float:
@@ -161,31 +125,15 @@ def memory_bytes(shape: Shape, ranks: int, moments: str) -> float:
 
 def fits(shape: Shape, ranks: int, machine: Machine) -> str:
     """The moments' dtype with which a rank's part fits into nine tenths of its card, or "no"."""
-    for moments in STATE:
-        if memory_bytes(shape, ranks, moments) <= 0.9 * machine.memory_bytes:
-            return moments
-    return "no"
-
-
-def measured(document: dict[str, Any]) -> Machine:
-    """The machine with the ceilings and the overhead of `python -m benchmarks.compare --json`."""
-    ceilings = Ceilings(**document["ceilings"])
-    over = [
-        min(one["median_ms"][name] for name in OURS if name in one["median_ms"])
-        / one["floor_ms"]["kron"]
-        for one in document["shapes"]
-        if not one.get("median_ms", {}).keys().isdisjoint(OURS)
-    ]
-    return H200._replace(ceilings=ceilings, overhead=statistics.median(over))
-
-
-# Tables
+    limit = 0.9 * machine.memory_bytes
+    return next((name for name in STATE if memory_bytes(shape, ranks, name) <= limit), "no")
 
 
 def run_table() -> str:
     """What is trained."""
     shape, weights = SHAPE, SHAPE.parameters("kron")
     state = f"{12 * weights / 1e12:,.2f} TB"
+    activations = f"activations of {TOKENS / 1e9:,.0f} G tokens, in bfloat16"
     facts = {
         "latents F, of width d": f"{shape.dict_size:,}, {shape.d:,}",
         "heads × m × n, k": f"{shape.heads:,} × {shape.m} × {shape.n}, {shape.k}",
@@ -195,29 +143,26 @@ def run_table() -> str:
         "multiply-adds a token: language model": f"{MODEL_MULTIPLY_ADDS / 1e9:,.1f} G",
         "encoder, KronSAE": f"{shape.d * shape.columns / 1e9:,.1f} G",
         "encoder, dense TopK of as many latents": f"{shape.d * shape.dict_size / 1e9:,.1f} G",
-        f"activations of {TOKENS / 1e9:,.0f} G tokens, in bfloat16": (
-            f"{TOKENS * shape.d * BYTES / 1e12:,.0f} TB"
-        ),
+        activations: f"{TOKENS * shape.d * BYTES / 1e12:,.0f} TB",
     }
     return markdown(("", ""), facts.items())
 
 
-def tables(machine: Machine = H200) -> str:
+def tables() -> str:
     """Markdown."""
     memory, steps, heads = [], [], []
     for ranks, batch in itertools.product(GPUS, BATCHES):
         shape = SHAPE._replace(tokens=batch)
         where = ranks, f"{batch:,}"
         sizes = (f"{memory_bytes(shape, ranks, kind) / 2**30:,.1f}" for kind in STATE)
-        memory.append((*where, *sizes, fits(shape, ranks, machine)))
-        one = step(shape, ranks, machine)
-        days = f"{TOKENS / batch * one.total / 1e3 / 86_400:,.1f}"
-        limit = one.limit.replace("_", " ")
-        steps.append((*where, *(f"{ms:,.2f}" for ms in one), f"{one.total:,.1f}", limit, days))
-        ways = maxima_seconds(shape, ranks, machine)
-        heads.append((*where, *(f"{1e3 * ways[name]:,.2f}" for name in ("gather", "count"))))
-    parts = [name.replace("_", " ") for name in Step._fields]
-    over = f" × {machine.overhead:.2f}" if machine.overhead != 1 else ""
+        memory.append((*where, *sizes, fits(shape, ranks, H200)))
+        parts = step(shape, ranks, H200)
+        total, largest = sum(parts.values()), max(parts, key=parts.get)
+        days = f"{TOKENS / batch * total / 1e3 / 86_400:,.1f}"
+        cells = (f"{ms:,.2f}" for ms in parts.values())
+        steps.append((*where, *cells, f"{total:,.1f}", largest, days))
+        ways = maxima_seconds(shape, ranks, H200)
+        heads.append((*where, *(f"{1e3 * seconds:,.2f}" for seconds in ways)))
     where = "GPUs", "batch"
     sizes = "GiB, moments in float32", "in bfloat16", "fits a card with moments in"
     ways = "each rank's k maxima gathered", "counts, by bisection"
@@ -227,7 +172,7 @@ def tables(machine: Machine = H200) -> str:
             run_table(),
             "**A rank's memory** (estimate)",
             markdown((*where, *sizes), memory),
-            f"**A step, ms on each rank** (estimate: floors{over})",
+            "**A step, ms on each rank** (estimate: floors)",
             markdown((*where, *parts, "sum", "largest", "days for all tokens"), steps),
             "**Agreeing on the heads, ms** (estimate)",
             markdown((*where, *ways), heads),
@@ -241,17 +186,12 @@ def put(document: str, found: str) -> str:
     return f"{before}{BEGIN}\n\n{found}\n\n{END}{rest.split(END)[1]}"
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main() -> None:
     parser = argparse.ArgumentParser("benchmarks.scale", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--measured", type=written_by("compare", "shapes"), metavar="FILE",
-        help="compare's --json on a card",
-    )  # fmt: skip
-    parser.add_argument("--write", type=Path, metavar="FILE", help="put the tables into this file")
-    options = parser.parse_args(arguments)
-    found = tables(measured(options.measured) if options.measured else H200)
-    if options.write:
-        options.write.write_text(put(options.write.read_text(encoding="utf-8"), found))
+    parser.add_argument("--write", action="store_true", help="put the tables into docs/scale.md")
+    found = tables()
+    if parser.parse_args().write:
+        DOCUMENT.write_text(put(DOCUMENT.read_text(encoding="utf-8"), found), encoding="utf-8")
     print(found)
 
 
