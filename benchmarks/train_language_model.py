@@ -1,6 +1,6 @@
 """Trains the embedded language model: tokenizer first, then a small GPT-NeoX.
 
-    python -m benchmarks.train_language_model --out DIR --minutes 45 --seed 0
+    OMP_NUM_THREADS=1 python -m benchmarks.train_language_model --out DIR
 
 The corpus is the running Python's standard library with its tests, without the files that
 `kronsae.data.stdlib.is_heldout` names. DIR gets all that `from_pretrained` needs, and
@@ -13,9 +13,8 @@ import argparse
 import json
 import math
 import platform
-import sys
-import time
 from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,29 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerF
 
 from kronsae.data.stdlib import stdlib_documents
 from kronsae.system.files import write_json
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Sizes and rates: those of the embedded model."""
+
+    tokens: int = 12_087_296
+    """To train on."""
+    seed: int = 0
+    """Of weights and windows."""
+    vocab_size: int = 3072
+    context: int = 256
+    """T."""
+    hidden: int = 256
+    """Width of the residual stream."""
+    layers: int = 4
+    heads: int = 4
+    batch: int = 8
+    """B."""
+    lr: float = 2e-3
+    """The highest; it rises linearly over `warmup_tokens`, and falls as a cosine."""
+    warmup_tokens: int = 300_000
+
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -73,22 +95,21 @@ def train_tokenizer(texts: list[str], vocab_size: int, context: int) -> PreTrain
     )
 
 
-def new_model(args: argparse.Namespace, vocab_size: int) -> GPTNeoXForCausalLM:
+def new_model(recipe: Recipe, vocab_size: int) -> GPTNeoXForCausalLM:
     """A GPT-NeoX with tied embeddings and freshly drawn weights."""
-    return GPTNeoXForCausalLM(
-        GPTNeoXConfig(
-            vocab_size=vocab_size,
-            hidden_size=args.hidden,
-            num_hidden_layers=args.layers,
-            num_attention_heads=args.heads,
-            intermediate_size=4 * args.hidden,
-            max_position_embeddings=args.context,
-            tie_word_embeddings=True,
-            bos_token_id=0,
-            eos_token_id=0,
-            pad_token_id=0,
-        )
+    config = GPTNeoXConfig(
+        vocab_size=vocab_size,
+        hidden_size=recipe.hidden,
+        num_hidden_layers=recipe.layers,
+        num_attention_heads=recipe.heads,
+        intermediate_size=4 * recipe.hidden,
+        max_position_embeddings=recipe.context,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
     )
+    return GPTNeoXForCausalLM(config)
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, documents: list[dict[str, str]]) -> list[np.ndarray]:
@@ -142,41 +163,29 @@ def heldout_loss(
     return nats / count, count
 
 
-def train(model: GPTNeoXForCausalLM, ids: list[np.ndarray], args: argparse.Namespace) -> dict:
-    """Train on documents for so many minutes, or tokens; what was done, and the last losses' mean.
-
-    AdamW, the rate warmed up linearly in tokens, times a cosine in the share that is done.
-    """
-    rng, parameters = np.random.default_rng(args.seed), list(model.parameters())
-    decayed = [p for p in parameters if p.ndim > 1]
-    kept = {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0}
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": args.weight_decay}, kept], betas=(0.9, 0.95)
-    )
-    windows = training_windows(ids, args.context, rng)
-    tokens, steps, mean_loss = 0, 0, 0.0
-    began = time.monotonic()
-    while True:
-        minutes = (time.monotonic() - began) / 60
-        done = tokens / args.tokens if args.tokens else minutes / args.minutes
-        if done >= 1:
-            return {"tokens_seen": tokens, "steps": steps, "train_loss_nats_per_token": mean_loss}
-        batch = torch.from_numpy(np.stack([next(windows) for _ in range(args.batch)]))  # [B, T + 1]
-        batch = batch.to(args.device)
-        tokens, steps = tokens + batch[:, 1:].numel(), steps + 1
+def train(model: GPTNeoXForCausalLM, documents: list[np.ndarray], recipe: Recipe) -> None:
+    """Train on `recipe.tokens` of the documents: AdamW, products in bfloat16."""
+    parameters = list(model.parameters())
+    decayed, kept = ([p for p in parameters if (p.ndim > 1) is matrix] for matrix in (True, False))
+    groups = [{"params": decayed}, {"params": kept, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=recipe.lr, betas=(0.9, 0.95), weight_decay=0.1)
+    windows = training_windows(documents, recipe.context, np.random.default_rng(recipe.seed))
+    model.train()
+    for tokens in range(0, recipe.tokens, recipe.batch * recipe.context):
+        # [B, T + 1]
+        batch = torch.from_numpy(np.stack([next(windows) for _ in range(recipe.batch)]))
+        warmup = min(1.0, (tokens + batch[:, 1:].numel()) / recipe.warmup_tokens)
+        cosine = 0.5 * (1 + math.cos(math.pi * tokens / recipe.tokens))
         for group in optimizer.param_groups:
-            cosine = 0.5 * (1 + math.cos(math.pi * done))
-            group["lr"] = args.lr * min(1.0, tokens / args.warmup_tokens) * cosine
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=not args.float32):
+            group["lr"] = recipe.lr * warmup * cosine
+        with torch.autocast("cpu", torch.bfloat16):
             logits = model(batch[:, :-1]).logits
         loss = F.cross_entropy(logits.float().flatten(0, 1), batch[:, 1:].flatten())
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, args.clip)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        mean_loss += (loss.item() - mean_loss) * max(0.01, 1 / steps)
-        if steps % 50 == 0:
-            print(f"step {steps}, {done:.1%} done: {mean_loss:.4f} nats/token", flush=True)
+        print(f"{tokens:,} tokens: {loss.item():.4f} nats/token", flush=True)
 
 
 def save(
@@ -193,75 +202,41 @@ def save(
     write_json(out / "training.json", record)
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument(
-        "--tokens", type=int, help="train on so many tokens instead; this can be repeated exactly"
-    )
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--threads", type=int, help="of torch, on a CPU")
-    parser.add_argument("--float32", action="store_true", help="no bfloat16 autocast")
-    for name, default, text in (
-        ("minutes", 45.0, "wall time of the training"),
-        ("seed", 0, "of weights and windows"),
-        ("vocab-size", 3072, "of the tokenizer"),
-        ("context", 256, "tokens"),
-        ("hidden", 256, "width of the residual stream"),
-        ("layers", 4, "blocks"),
-        ("heads", 4, "of attention"),
-        ("batch", 16, "windows in a step"),
-        ("lr", 3e-3, "peak learning rate"),
-        ("weight-decay", 0.1, "of the matrices"),
-        ("warmup-tokens", 500_000, "until the peak"),
-        ("clip", 1.0, "largest norm of the gradient"),
-    ):
-        parser.add_argument(f"--{name}", type=type(default), default=default, help=text)
-    return parser.parse_args(argv)
-
-
-def main(argv: list[str] | None = None) -> dict[str, Any]:
+def run(recipe: Recipe, out: Path) -> dict[str, Any]:
     """Train and write the model; returns what it wrote to `training.json`."""
-    args = parse_arguments(argv)
-    if args.threads:
-        torch.set_num_threads(args.threads)
-    torch.manual_seed(args.seed)
-    began = time.monotonic()
+    torch.manual_seed(recipe.seed)
     documents, heldout = (stdlib_documents(include_tests=True, heldout=h) for h in (False, True))
-    tokenizer = train_tokenizer([d["text"] for d in documents], args.vocab_size, args.context)
+    tokenizer = train_tokenizer([d["text"] for d in documents], recipe.vocab_size, recipe.context)
     ids, heldout_ids = encode(tokenizer, documents), encode(tokenizer, heldout)
-    model = new_model(args, len(tokenizer)).to(args.device).train()
-    trained = train(model, ids, args)
+    model = new_model(recipe, len(tokenizer))
+    train(model, ids, recipe)
     # The loss of the weights as they ship: through float16 and back.
     model.half().float()
-    loss, heldout_tokens = heldout_loss(model, heldout_ids, args.context)
+    loss, heldout_tokens = heldout_loss(model, heldout_ids, recipe.context)
     heldout_bytes = sum(len(d["text"].encode("utf-8")) for d in heldout)
     record = {
         "corpus": "source text of the Python standard library, with tests, without held-out files",
         "corpus_python": platform.python_version(),
         "corpus_files": len(documents),
         "corpus_tokens": sum(map(len, ids)),
-        "heldout_rule": "kronsae.data.stdlib.is_heldout",
         "heldout_files": len(heldout),
-        "heldout_bytes": heldout_bytes,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "options": {key: value for key, value in vars(args).items() if key != "out"},
+        "options": asdict(recipe),
         "versions": {
             library.__name__: library.__version__ for library in (torch, transformers, tokenizers)
         },
-        "command": "python -m benchmarks.train_language_model "
-        + " ".join(sys.argv[1:] if argv is None else argv),
-        **trained,
-        "wall_minutes": round((time.monotonic() - began) / 60, 2),
         "heldout_loss_nats_per_token": round(loss, 4),
         "heldout_tokens": heldout_tokens,
         "heldout_bits_per_byte": round(loss * heldout_tokens / math.log(2) / heldout_bytes, 4),
     }
-    save(args.out, model, tokenizer, record)
-    print(json.dumps(record, indent=2), flush=True)
+    save(out, model, tokenizer, record)
     return record
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder to write")
+    print(json.dumps(run(Recipe(), parser.parse_args().out), indent=2))
 
 
 if __name__ == "__main__":

@@ -119,11 +119,11 @@ def test_training_script_learns_and_repeats(tmp_path, monkeypatch):
     for path, text in sources.items():
         write(tmp_path / "lib", path, text)
     monkeypatch.setattr(stdlib, "stdlib_root", lambda: tmp_path / "lib")
-    options = "--tokens 6000 --vocab-size 300 --context 16 --hidden 32 --layers 1 --heads 2"
-    options += " --warmup-tokens 500 --device cpu --float32 --lr 0.01"
-    records = [
-        training.main([*options.split(), "--out", str(tmp_path / str(run))]) for run in range(2)
-    ]
+    recipe = training.Recipe(
+        tokens=6000, vocab_size=300, context=16, hidden=32, layers=1, heads=2, batch=16,
+        lr=0.01, warmup_tokens=500,
+    )  # fmt: skip
+    records = [training.run(recipe, tmp_path / str(run)) for run in range(2)]
     assert records[0]["heldout_loss_nats_per_token"] < 0.5 * math.log(300)
     losses = [r["heldout_loss_nats_per_token"] for r in records]
     assert losses[0] == losses[1]
