@@ -54,7 +54,7 @@ def timed(benchmark, shape, device, ceilings, flush):
 
     def time(group, flops, work, run, prepare=tuple):
         memory, floor_ms = Memory(device), ceilings.floor_ms(work)
-        benchmark.group = f"{group}, {shape}"
+        benchmark.group = f"{group}, {shape}; floor {floor_ms:.3f} ms"
 
         def setup():
             arguments = prepare()

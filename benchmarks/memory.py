@@ -1,9 +1,8 @@
 """Bytes that live during a training step, without a GPU: `python -m benchmarks.memory --shape P3`.
 
 The step runs on meta tensors, and its kernels' launches are noted, not made; each storage counts
-from its allocation until nothing holds it. Beside the peak stands a formula, term by term, and on a
-GPU what its allocator saw of the same step. What libraries take inside a call (cuBLAS, a sort) has
-no tensor and is not counted.
+from its allocation until nothing holds it. On a GPU, what its allocator saw of the same step stands
+beside that. What libraries take inside a call (cuBLAS, a sort) has no tensor and is not counted.
 """
 
 import weakref
@@ -18,14 +17,12 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.flags import command, save
 from benchmarks.measure import Memory, describe, reason
+from benchmarks.report import memory_table
 from benchmarks.shapes import SHAPES, Shape, activations
 from benchmarks.steps import CONTENDERS, LOSSES, Step
-from kronsae.system.tables import markdown
-from kronsae_kernels import torch_impl
 
 DTYPE = torch.bfloat16
-WIDTH = DTYPE.itemsize
-"""Bytes of a number in matrix products, as on a GPU."""
+"""Of matrix products, as on a GPU."""
 GENERATION = "sm_90"
 """Card generation whose kernels' configurations are taken (they decide how segments are cut)."""
 COUNTED = ("kron fused", "dense fused", "kron", "dense")
@@ -160,85 +157,6 @@ def count(shape: Shape, contender: str) -> Count:
         return Count(before, live.peak_bytes, largest)
 
 
-# The formula
-
-
-def state_terms(shape: Shape, contender: str) -> dict[str, int]:
-    """Bytes between steps."""
-    encoder, *fused = contender.split()
-    rows, size, d = shape.rows(encoder), shape.dict_size, shape.d
-    terms = {
-        "weights": 4 * shape.parameters(encoder),
-        "moments": 8 * shape.parameters(encoder),
-        "batch": 4 * shape.tokens * d,
-    }
-    if fused:
-        terms["copies of weights"] = WIDTH * (rows + size) * d
-    return terms
-
-
-def moments_of_step(shape: Shape, contender: str) -> dict[str, dict[str, int]]:
-    """Bytes beside the state, at the moments of a step in which it may hold most.
-
-    A partial sum for each segment of so many codes as the kernels' configurations say.
-    """
-    from kronsae_kernels.triton_impl.configs import config_of
-
-    encoder, *fused = contender.split()
-    kron, d, rows, size = encoder == "kron", shape.d, shape.rows(encoder), shape.dict_size
-    codes, of_batch = shape.tokens * shape.k, shape.tokens * d
-    factors = 2 if kron else 1  # base and extension, or the value
-    chunk = min(torch_impl.chunk_tokens(WIDTH * rows, torch.device("cuda")), shape.tokens)
-    lengths = config_of("segments", GENERATION).blocks
-    of_decoder = of_encoder = codes // lengths["ROW_LENGTH"] * 4 * d
-    if kron:
-        of_encoder = codes // lengths["HEAD_LENGTH"] * (1 + shape.n) * 4 * d
-    # Sorted by latent: int32 token and latent; where each latent's begin.
-    entries = 8 * codes + 4 * size
-    batch = {"batch in low precision": WIDTH * of_batch}
-    encode = {
-        **batch,
-        "pre-latents of a chunk": WIDTH * rows * chunk,
-        # int64 index and float32 factors; of a chunk, its unsorted ranks, too.
-        "codes": (8 + 4 * factors) * codes + 8 * shape.k * chunk,
-    }
-    if fused:
-        update = {
-            **batch,
-            "residual": WIDTH * of_batch,
-            # int64 index; value and three derivatives, and all of these sorted.
-            "codes": (8 + 16 + 16) * codes + entries,
-            "partial sums": max(of_decoder, of_encoder),
-        }
-        return {"encode": encode, "update": update}
-    low = {"encoder in low precision": WIDTH * rows * (d + 1)}
-    low_gradient = {"encoder's gradient in low precision": WIDTH * rows * (d + 1)}
-    decoder = {"gradient of the decoder": 4 * size * d}
-    of_decoding = {
-        "derivative by the reconstruction": 4 * of_batch,
-        # int64 index; factors, product, value, its derivative, and that sorted.
-        "codes": (8 + 4 * factors + 4 * (factors - 1) + 12) * codes + entries,
-        "partial sums": of_decoder,
-    }
-    # int64 index; factors, their derivatives, and these sorted.
-    of_encoding = {"codes": (8 + 12 * factors) * codes + entries, "partial sums": of_encoder}
-    return {
-        "encode": {**encode, **low},
-        "decoder's gradient": {**decoder, **batch, **low, **of_decoding},
-        "encoder's gradient": {**decoder, **batch, **low, **low_gradient, **of_encoding},
-        "last": {**decoder, **low_gradient, "gradient of the encoder": 4 * rows * (d + 1)},
-    }
-
-
-def formula(shape: Shape, contender: str) -> dict[str, int]:
-    """Terms whose sum is the peak of a step."""
-    moments = moments_of_step(shape, contender).values()
-    return state_terms(shape, contender) | max(moments, key=lambda terms: sum(terms.values()))
-
-
-# On a GPU, and the command
-
-
 def measured_bytes(shape: Shape, contender: str, device: torch.device) -> int:
     """Peak of a GPU's allocator in the second step, with all that the step needs."""
     memory = Memory(device)
@@ -250,13 +168,11 @@ def measured_bytes(shape: Shape, contender: str, device: torch.device) -> int:
 
 
 def record_of(shape: Shape, contender: str, device: torch.device) -> dict[str, Any]:
-    """Counted, computed and (on a GPU) measured bytes of a step."""
-    counted, terms = count(shape, contender), formula(shape, contender)
+    """Counted and (on a GPU) measured bytes of a step."""
+    counted = count(shape, contender)
     found = {
         "shape": shape._asdict(),
         "contender": contender,
-        "terms_bytes": terms,
-        "formula_bytes": sum(terms.values()),
         "state_bytes": counted.state_bytes,
         "counted_bytes": counted.peak_bytes,
         "largest": [one._asdict() for one in counted.largest[:5]],
@@ -270,38 +186,16 @@ def record_of(shape: Shape, contender: str, device: torch.device) -> dict[str, A
     return found
 
 
-def table(found: dict[str, Any]) -> str:
-    """The terms of the formula, the counted peak, and the largest allocations, in MiB."""
-    shape, measured = Shape(**found["shape"]), found["measured_bytes"]
-    sizes = found["terms_bytes"] | {"**formula**": found["formula_bytes"]}
-    sizes |= {"**counted**": found["counted_bytes"]} | (
-        {"**measured**": measured} if measured else {}
-    )
-    largest = [(one["shape"], f"{one['size_bytes'] / 2**20:,.1f}") for one in found["largest"]]
-    rows = [(name, f"{size / 2**20:,.1f}") for name, size in sizes.items()]
-    latents = f"{shape.tokens * shape.dict_size / 2**20:,.0f} MiB"
-    return "\n\n".join(
-        [
-            f"**{shape}**, {found['contender']}",
-            markdown(("bytes of a step", "MiB"), rows),
-            f"largest allocations in the step (one [B, F] of a byte an element: {latents})",
-            markdown(("shape", "MiB"), largest),
-            found.get("skipped", ""),
-        ]
-    )
-
-
 def main(arguments: list[str] | None = None) -> None:
     parser = command("memory", __doc__, shape=["P3"], device="auto")
     parser.add_argument("--contender", nargs="+", default=list(COUNTED[:2]), choices=COUNTED)
     options = parser.parse_args(arguments)
-    device = options.device
-    result = {"where": describe(device), "memory": []}
+    result = {"where": describe(options.device), "memory": []}
     for name in options.shape:
         for contender in options.contender:
-            result["memory"].append(record_of(SHAPES[name], contender, device))
-            print(table(result["memory"][-1]), flush=True)
+            result["memory"].append(record_of(SHAPES[name], contender, options.device))
             save(options.json, result)
+    print(memory_table(result))
 
 
 if __name__ == "__main__":

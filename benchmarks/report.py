@@ -1,14 +1,14 @@
 """Tables and pictures from measurements: `python -m benchmarks.report RESULTS_DIR`.
 
-Reads every JSON file of the folder that benchmarks.compare, isoflop, profile, memory, overlap or
-pytest-benchmark wrote, and writes report.md and a PNG for each into the folder.
-Pictures need matplotlib: pip install 'kronsae[report]'.
+Reads every JSON file of the folder that benchmarks.compare, isoflop, profile, memory or overlap
+wrote, and writes report.md into the folder, and pictures of steps and of their memory, which need
+matplotlib: pip install 'kronsae[report]'.
 """
 
 import argparse
 import json
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,21 +17,6 @@ from benchmarks.shapes import Shape
 from benchmarks.steps import LABELS
 from kronsae.system.tables import markdown
 
-COLOURS = {
-    "kron graphed": "#08306b",
-    "dense graphed": "#7f3b08",
-    "kron fused": "#0b4f8a",
-    "kron": "#3f8fd2",
-    "kron fused + aux": "#5b84b1",
-    "dense fused": "#c2570c",
-    "dense": "#f0913e",
-    "listing": "#8fbce6",
-    "topk": "#8c8c8c",
-    "eai-sparsify": "#5f9e6e",
-    "sae-lens": "#9a6fb0",
-    "dictionary-learning": "#b8a13a",
-}
-"""KronSAE blue, our TopK orange, others their own."""
 ENCODERS = {"kron": "KronSAE", "dense": "TopK"}
 Json = dict[str, Any]
 
@@ -66,14 +51,12 @@ def write(folder: Path, pictures: bool = True) -> str:
 
 def where(found: Json) -> str:
     """Machine, versions and measured ceilings of a result."""
-    info = found.get("where") or next(
-        (one["extra_info"] for one in found.get("benchmarks", []) if one["extra_info"]), {}
-    )
+    info = found.get("where", {})
     names = ("device", "processor", "threads", "compute", "python", "torch", "triton")
     libraries = ("kronsae", "eai-sparsify", "sae-lens", "dictionary-learning")
     text = ", ".join(f"{n} {info[n]}" for n in (*names, *libraries) if info.get(n) is not None)
     for kind in ("ceilings", "assumed"):
-        if rates := found.get(kind) or info.get(kind):
+        if rates := found.get(kind):
             text += (
                 f"; {'measured' if kind == 'ceilings' else kind}: "
                 f"{rates['multiply_adds_per_s'] / 1e12:.3g} T multiply-adds/s, "
@@ -155,6 +138,12 @@ def steps_table(found: Json) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
+def colour_of(name: str) -> str:
+    """Ours blue (KronSAE) and orange (TopK), others grey."""
+    encoder, *_ = name.split()
+    return {"kron": "#3f8fd2", "dense": "#f0913e"}.get(encoder, "#8c8c8c")
+
+
 def steps_picture(found: Json, path: Path) -> None:
     panels = []
     for one in found["shapes"]:
@@ -164,7 +153,7 @@ def steps_picture(found: Json, path: Path) -> None:
                 ratio = to_ours(medians, name, 1)
                 text = f" {medians[name]:.3g} ms" + (f", {ratio}" if ratio else "")
                 spread = quartiles(one["times_ms"][name])
-                rows.append(Bar(LABELS[name], medians[name], text, COLOURS[name], spread=spread))
+                rows.append(Bar(LABELS[name], medians[name], text, colour_of(name), spread=spread))
             panels.append((title_of(one["shape"]), rows))
     bars(panels, "ms a training step (median; line: quartiles; ×: to our KronSAE)", path)
 
@@ -197,19 +186,6 @@ def isoflop_table(found: Json) -> str:
     return note + "\n\n" + markdown(head, rows)
 
 
-def isoflop_picture(found: Json, path: Path) -> None:
-    panels: dict[str, list[Bar]] = {}
-    for cell in sorted(found["cells"], key=lambda cell: (cell["dict_size"], cell["d"])):
-        if "ms" in cell:
-            name, rate = cell["contender"], cell["tokens_per_s"]
-            minutes = 60 * cell["equal_flops_hours"]
-            text = f" {minutes:,.3g} minutes, {rate:,.0f} tokens/s"
-            bar = Bar(f"d {cell['d']}, {LABELS[name]}", minutes, text, COLOURS[name])
-            panels.setdefault(f"F = 2^{math.log2(cell['dict_size']):g}", []).append(bar)
-    budget = f"minutes for the FLOPs of TopK on {found['budget_tokens'] / 1e6:.0f} M tokens"
-    bars(list(panels.items()), budget, path)
-
-
 # benchmarks.profile: {"profiles": [{"shape", "contender", "stages": {name: {"ms", "floor_ms"}}}]}
 
 
@@ -237,18 +213,6 @@ def profile_table(found: Json) -> str:
             head = ("kernel", "ms", "predicted, ms", "floor, ms", "to the prediction")
             parts.append(markdown(head, rows, numeric=True))
     return "\n\n".join(parts)
-
-
-def profile_picture(found: Json, path: Path) -> None:
-    panels = []
-    for one in found["profiles"]:
-        if stages := one.get("stages"):
-            rows = []
-            for name, stage in stages.items():
-                ms, floor = stage["ms"], stage["floor_ms"]
-                rows.append(Bar(name, ms, f" {ms:.3f}  {times(ms, floor)}", floor=floor))
-            panels.append((f"{LABELS[one['contender']]}; {title_of(one['shape'])}", rows))
-    bars(panels, "ms (light: measured; dark: floor; ×: to the floor)", path)
 
 
 # benchmarks.overlap: {"medians": {name: {"seconds", …}}, "of_the_model_alone", "bounds"}
@@ -279,19 +243,19 @@ def overlap_table(found: Json) -> str:
     )
 
 
-# benchmarks.memory: {"memory": [{"shape", "contender", "terms_bytes": {name: bytes}, …}]}
+# benchmarks.memory: {"memory": [{"shape", "contender", "counted_bytes", …}]}
 
 
 def memory_table(found: Json) -> str:
     rows = []
     for one in found["memory"]:
-        sizes = [one[f"{name}_bytes"] for name in ("state", "formula", "counted", "measured")]
+        sizes = [one[f"{name}_bytes"] for name in ("state", "counted", "measured")]
         latents = 2 * one["shape"]["tokens"] * Shape(**one["shape"]).dict_size
         sizes += [one["largest"][0]["size_bytes"], latents]
-        cells = [f"{size / 2**20:,.0f}" if size else "" for size in sizes]
+        cells = [f"{size / 2**20:,.0f}" if size else one.get("skipped", "") for size in sizes]
         rows.append((one["shape"]["name"], LABELS[one["contender"]], *cells))
-    head = ("", "MiB of a training step", "between steps", "peak by the formula", "counted")
-    head += ("measured", "largest allocation", "one [B, F] in bfloat16 would be")
+    head = ("", "MiB of a training step", "between steps", "peak, counted", "measured")
+    head += ("largest allocation", "one [B, F] in bfloat16 would be")
     note = "Counted: on meta tensors, products in bfloat16. Measured: by the allocator of a GPU."
     return note + "\n\n" + markdown(head, rows)
 
@@ -306,70 +270,12 @@ def memory_picture(found: Json, path: Path) -> None:
     bars([("", rows)], "GiB at the peak of a step (dark: between steps)", path)
 
 
-# pytest-benchmark: {"benchmarks": […]}
-
-
-def by_shape(benchmarks: Iterable[Json]) -> list[list[Json]]:
-    """Groups of one shape; in each by operation, then forward, backward, both, then time."""
-    directions = ("forward", "backward", "both")
-
-    def order(one: Json) -> tuple[str, int, float]:
-        operation, _, direction = operation_of(one).partition(" ")
-        return operation, directions.index(direction), one["stats"]["median"]
-
-    groups: dict[str, list[Json]] = {}
-    for one in benchmarks:
-        groups.setdefault(one["extra_info"]["shape"]["name"], []).append(one)
-    return [sorted(group, key=order) for group in groups.values()]
-
-
-def operation_of(one: Json) -> str:
-    return one["group"].split(",")[0]
-
-
-def implementation_of(one: Json) -> str:
-    return (one["params"] or {}).get("impl", "bare product")
-
-
-def pytest_table(found: Json) -> str:
-    parts = []
-    for group in by_shape(found["benchmarks"]):
-        rows = [
-            (
-                implementation_of(one),
-                operation_of(one),
-                f"{1e3 * one['stats']['median']:.3f}",
-                f"{1e3 * one['stats']['q1']:.3f} … {1e3 * one['stats']['q3']:.3f}",
-                f"{one['extra_info']['floor_ms']:.3f}",
-                f"{one['extra_info']['share_of_ceiling']:.0%}",
-            )
-            for one in group
-        ]
-        head = ("", "of", "ms", "quartiles", "floor, ms", "share of the ceiling")
-        parts += [bold(group[0]["extra_info"]["shape"]), markdown(head, rows)]
-    return "\n\n".join(parts)
-
-
-def pytest_picture(found: Json, path: Path) -> None:
-    panels = []
-    for group in by_shape(found["benchmarks"]):
-        rows = []
-        for one in group:
-            ms, floor = 1e3 * one["stats"]["median"], one["extra_info"]["floor_ms"]
-            label = f"{operation_of(one)}: {implementation_of(one)}"
-            text = f" {ms:.3g} ms, {floor / ms:.0%} of the ceiling"
-            rows.append(Bar(label, ms, text, floor=floor))
-        panels.append((title_of(group[0]["extra_info"]["shape"]), rows))
-    bars(panels, "ms (light: measured median; dark: floor)", path)
-
-
 KINDS: dict[str, tuple[Callable[[Json], str], Callable[[Json, Path], None] | None]] = {
     "shapes": (steps_table, steps_picture),
-    "cells": (isoflop_table, isoflop_picture),
-    "profiles": (profile_table, profile_picture),
+    "cells": (isoflop_table, None),
+    "profiles": (profile_table, None),
     "medians": (overlap_table, None),
     "memory": (memory_table, memory_picture),
-    "benchmarks": (pytest_table, pytest_picture),
 }
 """By the key that only such a file has: table, and picture if there is one."""
 
@@ -386,49 +292,37 @@ class Bar(NamedTuple):
     colour: str = "#3f8fd2"
     floor: float = 0.0
     """A dark bar inside it."""
-    spread: tuple[float, float] | None = None
+    spread: tuple[float, float] = (0.0, 0.0)
     """Ends of a line over it."""
 
 
 def bars(panels: list[tuple[str, list[Bar]]], label: str, path: Path) -> None:
     """A picture of panels, each with a title and bars from the top down."""
-    if not panels:
-        return
-    counts = [len(rows) for _, rows in panels]
-    size = 8.5, 0.34 * sum(counts) + len(counts) + 0.5
-    figure, axes = _figure(len(panels), 1, size, height_ratios=counts)
-    for (panel,), (title, rows) in zip(axes, panels, strict=True):
-        for place, one in enumerate(rows):
-            panel.barh(place, one.size, color=one.colour, height=0.74)
-            panel.barh(place, one.floor, color="#0b3c66", height=0.28)
-            ends = one.spread or (0.0, 0.0)
-            panel.plot(ends, [place, place], color="black", linewidth=1)
-            end = max(one.size, one.floor, *ends)
-            panel.text(end, place, one.text, va="center", fontsize=8)
-        panel.set_yticks(range(len(rows)), [one.label for one in rows])
-        panel.invert_yaxis()
-        panel.set_xlim(0, 1.3 * max(max(one.size, one.floor) for one in rows))
-        panel.set_title(title, fontsize=9, loc="left")
-    axes[-1][0].set_xlabel(label, fontsize=9)
-    _save(figure, path)
-
-
-def _figure(rows: int, columns: int, size: tuple[float, float], **options: Any) -> tuple[Any, Any]:
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    options |= {"squeeze": False, "layout": "constrained"}
-    return pyplot.subplots(rows, columns, figsize=size, **options)
-
-
-def _save(figure: Any, path: Path) -> None:
-    from matplotlib import pyplot
-
-    for panel in figure.axes:
+    if not panels:
+        return
+    counts = [len(rows) for _, rows in panels]
+    figure, axes = pyplot.subplots(
+        len(panels), squeeze=False, layout="constrained", height_ratios=counts,
+        figsize=(8.5, 0.34 * sum(counts) + len(counts) + 0.5),
+    )  # fmt: skip
+    for (panel,), (title, rows) in zip(axes, panels, strict=True):
+        for place, one in enumerate(rows):
+            panel.barh(place, one.size, color=one.colour, height=0.74)
+            panel.barh(place, one.floor, color="#0b3c66", height=0.28)
+            panel.plot(one.spread, [place, place], color="black", linewidth=1)
+            panel.text(max(one.size, *one.spread), place, one.text, va="center", fontsize=8)
+        panel.set_yticks(range(len(rows)), [one.label for one in rows])
+        panel.invert_yaxis()
+        panel.set_xlim(0, 1.3 * max(one.size for one in rows))
+        panel.set_title(title, fontsize=9, loc="left")
         panel.spines[["top", "right"]].set_visible(False)
         panel.tick_params(labelsize=8)
+    axes[-1][0].set_xlabel(label, fontsize=9)
     figure.savefig(path, dpi=130)
     pyplot.close(figure)
 

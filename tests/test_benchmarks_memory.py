@@ -25,17 +25,29 @@ def p3():
     return SHAPES["P3"]
 
 
+STEPS = {
+    "kron fused": {1: 1071.6, 4: 1198.4, 8: 1367.4},
+    "dense fused": {1: 1067.6, 4: 1189.7, 8: 1352.4},
+    "kron": {1: 2016.3, 4: 2101.0, 8: 2657.6},
+    "dense": {1: 2880.5, 4: 2880.5, 8: 2942.8},
+}
+"""MiB that a step adds to its state, at so many times the tokens of P3. A change is to be meant."""
+
+
 @pytest.mark.parametrize("factor", [1, 4, 8])
 @pytest.mark.parametrize("contender", FUSED + AUTOGRAD)
-def test_a_step_holds_what_the_formula_says(p3, contender, factor):
-    """Between steps exactly that; what comes on top of it in a step, within 2 %."""
-    from benchmarks.memory import count, formula, state_terms
+def test_a_step_holds_no_more_than_it_did(p3, contender, factor):
+    """Between steps weights, moments, batch, copies of weights; in a step within 2 % of `STEPS`."""
+    from benchmarks.memory import count
 
-    shape = p3._replace(tokens=factor * p3.tokens)
-    found, state = count(shape, contender), sum(state_terms(shape, contender).values())
+    shape, (encoder, *fused) = p3._replace(tokens=factor * p3.tokens), contender.split()
+    found = count(shape, contender)
+    state = 12 * shape.parameters(encoder) + 4 * shape.tokens * shape.d
+    if fused:
+        state += 2 * (shape.rows(encoder) + shape.dict_size) * shape.d
     assert found.state_bytes == pytest.approx(state, abs=1024)
-    on_top = sum(formula(shape, contender).values()) - state
-    assert found.peak_bytes - found.state_bytes == pytest.approx(on_top, rel=0.02)
+    on_top = (found.peak_bytes - found.state_bytes) / 2**20
+    assert on_top == pytest.approx(STEPS[contender][factor], rel=0.02)
 
 
 @pytest.mark.parametrize("contender", FUSED)
@@ -89,13 +101,11 @@ def test_command(capsys, tmp_path):
     memory.main(["--shape", "toy", "--contender", "kron fused", "--device", "cpu"]
                 + ["--json", str(file)])  # fmt: skip
     printed = capsys.readouterr().out
-    for words in ("toy: d 16, F 64", "moments", "counted", "largest allocations"):
-        assert words in printed
+    row = "| toy | KronSAE, kronsae_kernels, fused step | 0 | 0 |  | 0 | 0 |"
+    assert row in printed
     (found,) = json.loads(file.read_text())["memory"]
     assert found["counted_bytes"] > found["state_bytes"] > 0
-    assert sum(found["terms_bytes"].values()) == found["formula_bytes"]
-
     text = report.write(tmp_path, pictures=find_spec("matplotlib") is not None)
-    assert "| toy | KronSAE, kronsae_kernels, fused step | 0 | 0 | 0 |  | 0 | 0 |" in text
+    assert row in text
     if find_spec("matplotlib"):
         assert (tmp_path / "memory.png").read_bytes().startswith(b"\x89PNG")
