@@ -135,10 +135,7 @@ def parts(raw: Path, commands: list[str], smallest: bool) -> list[Part]:
     sections = "--section WarpStateStats --section SpeedOfLight --section Occupancy"
     stalls = [tool("ncu"), "--clock-control", "none", *sections.split()]
     stalls += ["--kernel-name", f"regex:^({LARGEST})$", sys.executable, "-m", "benchmarks.profile"]
-    training = "--dict-size 65536 --k 50 --batch-size 8192 --contexts-per-batch 128"
-    training += " --buffer-tokens 131072"
-    small = "--rounds 1 --dict-size 256 --k 4 --batch-size 128 --context-length 32 --layer 0"
-    training = of(training, f"{small} --buffer-tokens 512")
+    training = of("", "--smallest --rounds 1")
     tune = of("", "--shape toy --kernels update_vector --rounds 1 --most 1")
     interpreter = {"TRITON_INTERPRET": "1"} if smallest else {}
     check = module("check", *device, *of(f"--workers {max(1, workers // 3)}", "--smallest"))

@@ -9,9 +9,7 @@ from benchmarks import overlap
 
 def test_it_runs(tmp_path, capsys):
     file = tmp_path / "overlap.json"
-    small = ["--device", "cpu", "--dict-size", "256", "--k", "4", "--batch-size", "128"]
-    small += ["--context-length", "32", "--contexts-per-batch", "4", "--buffer-tokens", "512"]
-    overlap.main([*small, "--rounds", "1", "--json", str(file)])
+    overlap.main(["--device", "cpu", "--smallest", "--rounds", "1", "--json", str(file)])
     found = json.loads(file.read_text())
     medians = found["medians"]
     assert {"language model", "autoencoder", "in turns", "beside"} <= medians.keys()
@@ -32,7 +30,7 @@ def test_random_weights_in_a_known_shape(monkeypatch):
         smaller = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2}
         smaller |= {"intermediate_size": 16, "vocab_size": 9000}
         monkeypatch.setitem(overlap.MODELS, name, shape | smaller)
-        model = overlap.random_model(name, None, torch.float32, torch.device("cpu"))
+        model = overlap.open_model(name, None, torch.device("cpu"))
         assert model.hookpoint.endswith(".1")
         assert model.d_model == 32
         assert len(model.tokenizer) <= 9000
