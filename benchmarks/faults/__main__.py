@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import transformers
 
-from benchmarks.faults.campaign import GROUPS, Campaign, run_all
+from benchmarks.faults.campaign import Campaign, run_all
 from kronsae.runs.folder import versions
 from kronsae.system.tables import markdown
 
@@ -32,7 +32,6 @@ def page(found: dict[str, Any]) -> str:
             lost = f"{len(each['lost'])} times: {each['lost'][0]}"
         cells = each["fault"], each["kind"], each["tried"], each["hit"]
         rows.append((*cells, lost, message))
-    said = dict.fromkeys(text for each in found["outcomes"] for text in each["messages"])
     facts = ", ".join(f"{name} {value}" for name, value in found["versions"].items())
     return "\n\n".join(
         [
@@ -43,9 +42,6 @@ def page(found: dict[str, Any]) -> str:
             "weights, the tensors of the last checkpoint, the log; of a harvest every byte.",
             f"Made by `{found['command']}` (seed {found['seed']}). Versions: {facts}.",
             markdown(("Fault", "Run", "Tried", "Hit", "Lost", "Message"), rows),
-            "## All that was said",
-            "Numbers are N, the run's folder is RUN.",
-            *(f"```\n{text}\n```" for text in said),
         ]
     )
 
@@ -55,15 +51,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder for faults.md and faults.json")
     parser.add_argument("--seed", type=int, default=0, help="of every random choice")
     parser.add_argument("--scale", type=float, default=1.0, help="of how often each is tried")
-    parser.add_argument("--only", choices=GROUPS, help="try these faults alone")
-    parser.add_argument("--kinds", nargs="+", help="on these runs alone")
+    parser.add_argument("--kinds", nargs="+", help="of runs: on these alone")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
     began = time.monotonic()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         campaign = Campaign(Path(folder), options.seed, lambda line: print(line, flush=True))
-        outcomes = run_all(campaign, options.scale, options.only, options.kinds)
+        outcomes = run_all(campaign, options.scale, options.kinds)
     arguments = sys.argv[1:] if argv is None else argv
     found = {
         "command": " ".join(["python -m benchmarks.faults", *arguments]),

@@ -6,7 +6,6 @@ on what else the machine does.
 
 import os
 import resource
-import shutil
 import signal
 import time
 from collections.abc import Callable, Sequence
@@ -81,18 +80,9 @@ def die() -> None:
 
 
 def limit_file_size(size: int) -> None:
-    """Let no file of this process grow beyond so many bytes: write then fails, as on a full disk.
-
-    For where no small disk can be mounted.
-    """
+    """Let no file of this process grow beyond so many bytes: writes fail, as on a full disk."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
-
-
-def see_free(size: int) -> None:
-    """Let this process find so many bytes free on any disk, which others may soon take."""
-    usage = shutil.disk_usage
-    shutil.disk_usage = lambda path: usage(path)._replace(free=size)
 
 
 def processor_seconds(pid: int) -> float:
