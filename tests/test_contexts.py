@@ -82,7 +82,6 @@ def test_by_hand():
         identity(3), Heldout(x[mask], text=HeldoutText(None, ids, mask)), [2, 1]
     )
     assert (two.latent, two.head, two.base, two.extension) == (2, None, None, None)
-    assert two.head_densities is None
     assert two.density == 4 / 9
     assert two.max_activation == 5
     first, second = two.windows
@@ -130,9 +129,6 @@ def test_place_in_the_head():
     sae = SAE(KRON, generator=torch.Generator().manual_seed(0))
     found = top_contexts(sae, random_heldout(), [17])[0]  # 17 = (2 * 2 + 1) * 3 + 2
     assert (found.head, found.base, found.extension) == (2, 1, 2)
-    assert found.head_densities[1][2] == found.density
-    row = top_contexts(sae, random_heldout(), [13])[0]  # head 2, base 0, extension 1
-    assert found.head_densities[0][1] == row.density
 
 
 def test_no_context_twice():

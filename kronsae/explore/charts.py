@@ -19,19 +19,8 @@ SHARES = (
 )
 """Figures that are shown in percent."""
 
-
-class Size(NamedTuple):
-    """A chart and the edges of the plot inside it, in SVG units."""
-
-    width: int = 440
-    height: int = 220
-    left: int = 52
-    right: int = 414
-    top: int = 10
-    bottom: int = 184
-
-
-SIZE = Size()
+LEFT, RIGHT, TOP, BOTTOM = 52, 414, 10, 184
+"""Edges of the plot in its SVG, of 440 by 220 units."""
 
 
 class Chart(NamedTuple):
@@ -41,10 +30,8 @@ class Chart(NamedTuple):
     key: str
     """In the records of metrics.jsonl."""
     note: str
-    bounds: tuple[float | None, float | None] = (0.0, None)
-    """Ends of the vertical axis; None: from the values."""
-    kinds: tuple[str, ...] = ("train",)
-    logarithmic: bool = False
+    bounds: tuple[float, float | None] | None = (0.0, None)
+    """Ends of the vertical axis; None: from the values. Without any, the axis is logarithmic."""
 
 
 CHARTS = (
@@ -53,22 +40,14 @@ CHARTS = (
         "explained_variance",
         "share of the variance, of training batches and of held-out text",
         (0.0, 1.0),
-        ("train", "heldout"),
     ),
-    Chart(
-        "Loss",
-        "loss",
-        "mean squared error of normalised activations (logarithmic axis)",
-        (None, None),
-        logarithmic=True,
-    ),
+    Chart("Loss", "loss", "mean squared error of normalised activations (logarithmic axis)", None),
     Chart(
         "Dead latents",
         "dead_share",
         "share of latents: silent for long in training; on no held-out token",
-        kinds=("train", "heldout"),
     ),
-    Chart("Active latents", "l0", "latents active on a token of the training batch, on average"),
+    Chart("Active latents", "l0", "latents active on a token, on average"),
     Chart(
         "Balance of the experts",
         "balance_loss",
@@ -76,82 +55,61 @@ CHARTS = (
         (1.0, None),
     ),
     Chart("Learning rate", "lr", "of AdamW"),
-    Chart(
-        "Gradient norm",
-        "grad_norm",
-        "before clipping (logarithmic axis)",
-        (None, None),
-        logarithmic=True,
-    ),
+    Chart("Gradient norm", "grad_norm", "before clipping (logarithmic axis)", None),
     Chart("Speed", "tokens_per_s", "tokens trained on, a second"),
 )
 
 
-class Line(NamedTuple):
-    """One kind of record in a chart."""
-
-    kind: str
-    """"train" or "heldout"."""
-    first: str
-    """Its value at the start, as text."""
-    last: str
-    places: Points
-    """In SVG units."""
-    labels: list[str]
-    """Tokens and value at each place."""
-
-
 class Drawing(NamedTuple):
-    """A chart, ready to be drawn."""
+    """A chart, ready to be drawn; places are in SVG units."""
 
     title: str
     note: str
     x_ticks: list[tuple[float, str]]
-    """Place in SVG units, and text."""
     y_ticks: list[tuple[float, str]]
-    lines: list[Line]
+    lines: list[tuple[str, str, str]]
+    """Kind of record ("train" or "heldout"), the last value as text, and the line as SVG's path."""
 
 
 def draw(chart: Chart, records: Sequence[Record]) -> Drawing | None:
     """A chart of the records; None if they hold no such values."""
-    curves = {kind: points(records, kind, chart.key, chart.logarithmic) for kind in chart.kinds}
-    curves = {kind: thinned(curve) for kind, curve in curves.items() if curve}
+    logarithmic = chart.bounds is None
+    curves = {
+        kind: thinned(curve)
+        for kind in ("train", "heldout")
+        if (curve := points(records, kind, chart.key, logarithmic))
+    }
     if not curves:
         return None
     values = [y for curve in curves.values() for _, y in curve]
-    last = max(r["tokens"] for r in records if is_number(r.get("tokens"))) or 1
-    bottom = min(values) if chart.bounds[0] is None else chart.bounds[0]
-    top = max(bottom, *values) if chart.bounds[1] is None else chart.bounds[1]
-    ticks = (log_ticks if chart.logarithmic else linear_ticks)(bottom, top)
-    scale = math.log10 if chart.logarithmic else float
+    last = max(x for curve in curves.values() for x, _ in curve) or 1
+    bottom, top = chart.bounds or (min(values), None)
+    top = max(bottom, *values) if top is None else top
+    ticks = (log_ticks if logarithmic else linear_ticks)(bottom, top)
+    scale = math.log10 if logarithmic else float
     low, high = scale(ticks[0]), scale(ticks[-1])
 
     def across(x: float) -> float:
-        return SIZE.left + x / last * (SIZE.right - SIZE.left)
+        return LEFT + x / last * (RIGHT - LEFT)
 
     def up(y: float) -> float:
         share = (scale(y) - low) / (high - low)
-        return SIZE.bottom - min(1, max(0, share)) * (SIZE.bottom - SIZE.top)
+        return BOTTOM - min(1, max(0, share)) * (BOTTOM - TOP)
+
+    def path(curve: Points) -> str:
+        places = [f"{across(x):.1f} {up(y):.1f}" for x, y in curve]
+        return f"M{places[0]}L{'L'.join(places)}"  # a line of one point is a dot
 
     return Drawing(
         chart.title,
         chart.note,
         [(across(x), tick_text("tokens", x)) for x in linear_ticks(0, last, 4) if x <= last],
         [(up(y), tick_text(chart.key, y)) for y in ticks],
-        [
-            Line(
-                kind,
-                figure_text(chart.key, curve[0][1]),
-                figure_text(chart.key, curve[-1][1]),
-                [(across(x), up(y)) for x, y in curve],
-                [f"{x:,.0f} tokens: {figure_text(chart.key, y)}" for x, y in curve],
-            )
-            for kind, curve in curves.items()
-        ],
+        [(kind, figure_text(chart.key, c[-1][1]), path(c)) for kind, c in curves.items()],
     )
 
 
-def points(records: Iterable[Record], kind: str, key: str, positive: bool = False) -> Points:
+def points(records: Iterable[Record], kind: str, key: str, positive: bool) -> Points:
     """(tokens, value) of each record of a kind that has the value; of "heldout" the final one, too.
 
     positive: only values above 0.

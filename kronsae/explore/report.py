@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from kronsae.config import all_settings, kind_of, without_nesting
+from kronsae.config import kind_of
 from kronsae.data.token_text import token_texts
 from kronsae.explore import charts
 from kronsae.explore.charts import Record, is_number
@@ -21,25 +21,22 @@ from kronsae.system.templates import render
 
 _TEMPLATE = Path(__file__).parent / "page" / "report.html.j2"
 
-MOST_SQUARES = 256
-"""Latents of a head that are drawn as squares."""
-
 
 def write_report(
-    run_folder: Path, *, contexts: Sequence[LatentContexts] | None = None, tokenizer: Any = None
+    run_folder: Path, *, contexts: Sequence[LatentContexts] = (), tokenizer: Any = None
 ) -> Path:
     """Write report.html of a run from its config.json and metrics.jsonl; returns its path.
 
-    contexts: latents to show (`kronsae.properties.contexts.top_contexts`). What is missing, in the
-    files or here, is left out of the page. Raises InputError if the page cannot be written.
+    contexts: latents to show (`kronsae.properties.contexts.top_contexts`). What is missing, in
+    metrics.jsonl or here, is left out of the page. Raises InputError if it cannot be written.
     """
-    settings = _read_settings(run_folder / "config.json")
+    settings = json.loads((run_folder / "config.json").read_text(encoding="utf-8"))
     records = read_metrics(run_folder / "metrics.jsonl")
-    sae, data = settings["config"]["sae"], settings["config"]["data"]
+    sae, data = settings["config"]["sae"], settings["config"]["data"] or {}
     hook = data.get("hookpoint") or f"layer {data.get('layer')}"
-    selection = sae.get("selection")
-    evaluations = [record for record in records if record.get("kind") in ("heldout", "final")]
+    selection = sae["selection"]
     timed = [r for r in records if is_number(r.get("tokens")) and is_number(r.get("seconds"))]
+    command = settings["command"]
     page = render(
         _TEMPLATE,
         name=run_folder.resolve().name,
@@ -47,19 +44,16 @@ def write_report(
         source=f"{hook} of {data['model']}" if data.get("model") else "",
         sae=sae,
         data=data,
-        heads=sae.get("encoder", "kron") == "kron"
-        and all(is_number(sae.get(key)) for key in ("heads", "m", "n")),
         exact=SELECTIONS[selection].exact if selection in SELECTIONS else True,
         trained=timed[-1] if timed else None,
-        evaluation=_last_evaluation(evaluations),
-        evaluations=evaluations,
+        evaluation=last_evaluation(records),
         figures=MEANING,
-        latents=[_latent(latent, tokenizer) for latent in contexts or ()],
+        latents=[_latent(latent, tokenizer) for latent in contexts],
         charts=[drawing for chart in charts.CHARTS if (drawing := charts.draw(chart, records))],
-        chart_size=charts.SIZE,
+        edges=charts,
         folder=str(run_folder),
-        command=_command(settings.get("command")),
-        settings=_settings_tables(settings),
+        command=command if isinstance(command, str) else _command(command),
+        settings=json.dumps(settings, indent=2, ensure_ascii=False),
         grouped="{:,}".format,
         quoted=shlex.quote,
         repr=repr,
@@ -70,19 +64,6 @@ def write_report(
     )
     write_text(run_folder / "report.html", page)
     return run_folder / "report.html"
-
-
-def _read_settings(path: Path) -> dict[str, Any]:
-    """config.json as {"config": {"sae": {}, "data": {}, "train": {}}, ...}, {} where missing."""
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        settings = {}
-    settings = settings if isinstance(settings, dict) else {}
-    config = settings.get("config")
-    config = config if isinstance(config, dict) else {}
-    parts = {part: config.get(part) or {} for part in ("sae", "data", "train")}
-    return {**settings, "config": parts}
 
 
 def read_metrics(path: Path) -> list[Record]:
@@ -103,10 +84,10 @@ def read_metrics(path: Path) -> list[Record]:
     return sorted(records, key=lambda record: record["step"])
 
 
-def _last_evaluation(evaluations: Sequence[Record]) -> Record:
+def last_evaluation(records: Sequence[Record]) -> Record:
     """The final one, or the last held-out one of a run that has not ended; empty without any."""
-    final = [record for record in evaluations if record["kind"] == "final"]
-    return (final or evaluations or [{}])[-1]
+    by_kind = {record.get("kind"): record for record in records}
+    return by_kind.get("final") or by_kind.get("heldout") or {}
 
 
 def _duration(seconds: float) -> str:
@@ -127,35 +108,10 @@ class Token(NamedTuple):
     """From 0 to 1: its share of the latent's largest activation."""
 
 
-class Square(NamedTuple):
-    """A latent of the grid of a head."""
-
-    base: int
-    extension: int
-    label: str
-    shade: float
-    """From 0 to 1: the root of its share of the highest density."""
-    shown: bool
-    """Whether it is the latent whose head this is."""
-
-
-class Latent(NamedTuple):
-    """A latent as the page shows it."""
-
-    contexts: LatentContexts
-    title: str
-    squares: list[Square]
-    """The latents of its head; none for a dense encoder, or if there are too many to draw."""
-    windows: list[tuple[float, list[Token]]]
-    """The activation at the peak of each, and its tokens."""
-
-
-def _latent(latent: LatentContexts, tokenizer: Any) -> Latent:
-    windows = [
-        (window.activation, _tokens(window, latent.max_activation, tokenizer))
-        for window in latent.windows
-    ]
-    return Latent(latent, title(latent), _squares(latent), windows)
+def _latent(latent: LatentContexts, tokenizer: Any) -> tuple[str, list[tuple[float, list[Token]]]]:
+    """A latent's title, and the activation at the peak of each window with its tokens."""
+    strongest = latent.max_activation
+    return title(latent), [(w.activation, _tokens(w, strongest, tokenizer)) for w in latent.windows]
 
 
 def _tokens(window: Window, strongest: float, tokenizer: Any) -> list[Token]:
@@ -168,65 +124,8 @@ def _tokens(window: Window, strongest: float, tokenizer: Any) -> list[Token]:
     return tokens
 
 
-def _squares(latent: LatentContexts) -> list[Square]:
-    grid = latent.head_densities
-    if latent.head is None or not grid or len(grid) * len(grid[0]) > MOST_SQUARES:
-        return []
-    highest = max(map(max, grid)) or 1.0
-    first = latent.head * len(grid) * len(grid[0])
-    return [
-        Square(
-            i,
-            j,
-            f"latent {first + i * len(row) + j} (base {i} × extension {j}): {100 * density:.2g} %",
-            (density / highest) ** 0.5,
-            (i, j) == (latent.base, latent.extension),
-        )
-        for i, row in enumerate(grid)
-        for j, density in enumerate(row)
-    ]
-
-
-def _command(command: Any) -> str:
-    """The command line, from a string or from sys.argv."""
-    if not isinstance(command, list) or not command:
-        return command if isinstance(command, str) else ""
-    program, *arguments = map(str, command)
-    parts = Path(program).parts[-2:]
-    if parts == ("kronsae", "train.py"):
-        start = ["python", "-m", "kronsae.train"]
-    elif parts == ("kronsae", "__main__.py") or parts[-1:] == ("kronsae",):
-        start = ["kronsae"]
-    else:
-        start = ["python", Path(program).name]
-    return shlex.join([*start, *arguments])
-
-
-def _settings_tables(settings: dict[str, Any]) -> list[tuple[str, list[tuple[str, str, str]]]]:
-    """Label of each table that has rows, and the name, value and meaning of each setting in it."""
-    known = all_settings()
-    versions = settings.get("versions")
-    shown = ("config", "versions", "command", "format", "format_version")
-    tables = {
-        "SAE": without_nesting(settings["config"]["sae"]),
-        "Data": without_nesting(settings["config"]["data"]),
-        "Training": without_nesting(settings["config"]["train"]),
-        "Versions": versions if isinstance(versions, dict) else {},
-        "Further": {key: value for key, value in settings.items() if key not in shown},
-    }
-    return [
-        (
-            label,
-            [
-                (key, _plain(value), known[key].spec.metadata["help"] if key in known else "")
-                for key, value in values.items()
-            ],
-        )
-        for label, values in tables.items()
-        if values
-    ]
-
-
-def _plain(value: Any) -> str:
-    """A setting as in JSON, but strings without quotes and – for none."""
-    return "–" if value is None else value if isinstance(value, str) else json.dumps(value)
+def _command(argv: Sequence[str]) -> str:
+    """The command line of sys.argv, as one would type it."""
+    program, *arguments = argv
+    train = ["python", "-m", "kronsae.train"]
+    return shlex.join([*(train if Path(program).name == "train.py" else ["kronsae"]), *arguments])

@@ -63,8 +63,6 @@ class LatentContexts(NamedTuple):
     """Over the held-out tokens; 0 if it never fires."""
     windows: tuple[Window, ...]
     """Strongest first; one a context, and none that repeats another's text."""
-    head_densities: tuple[tuple[float, ...], ...] | None
-    """[m][n] density of every latent of its head; None for a dense encoder."""
 
 
 @torch.no_grad()
@@ -103,17 +101,13 @@ def top_contexts(
             _window(sae, heldout.activations, text, latent, int(peaks.rows[i]), peaks.values[i])
             for i in strongest
         )
-        head = base = extension = head_densities = None
+        head = base = extension = None
         if sae.config.heads:
             m, n = sae.config.m, sae.config.n
             head, base, extension = latent // (m * n), latent // n % m, latent % n
-            grid = density.reshape(-1, m, n)[head].tolist()
-            head_densities = tuple(tuple(row) for row in grid)
         strength = windows[0].activation if windows else 0.0
         share = float(density[latent])
-        chosen.append(
-            LatentContexts(latent, head, base, extension, share, strength, windows, head_densities)
-        )
+        chosen.append(LatentContexts(latent, head, base, extension, share, strength, windows))
     return chosen
 
 
