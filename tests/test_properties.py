@@ -26,7 +26,6 @@ from kronsae.properties.examples import WINDOW, Examples, IndexedText, random_sc
 from kronsae.properties.gather import pre_latents
 from kronsae.properties.geometry import kinship, mean_cosines
 from kronsae.properties.histogram import BINS, Histograms
-from kronsae.properties.summary import effective_number, rank_correlation
 from kronsae.properties.token_mass import REGISTERS, TokenMass
 
 KRON = SAEConfig(d_model=6, heads=4, m=2, n=3, k=4)
@@ -237,23 +236,6 @@ def test_relations_equal_loops():
         if same.sum() > 1:
             mean = (matrix[place, same].sum() - 1) / (same.sum() - 1)
             assert found.head_correlation[latent] == pytest.approx(mean, abs=1e-5)
-
-
-def test_rank_correlation_equals_scipys():
-    stats = pytest.importorskip("scipy.stats")
-    rng = np.random.default_rng(0)
-    x = rng.integers(0, 6, 50).astype(float)
-    y = x + rng.normal(size=50)
-    y[3] = x[7] = np.nan
-    both = np.isfinite(x) & np.isfinite(y)
-    expected = stats.spearmanr(x[both], y[both]).statistic
-    assert rank_correlation(x, y) == pytest.approx(expected)
-    assert rank_correlation(x, np.ones(50)) is None
-
-
-def test_effective_number():
-    counts = np.array([[5, 5, 5, 5], [7, 0, 0, 0], [1, 1, 0, 0]])
-    np.testing.assert_allclose(effective_number(counts), [4, 1, 2])
 
 
 def test_histograms_of_a_stream_equal_those_of_its_end():

@@ -8,6 +8,8 @@ the texts of all tokens that occur; everything else names tokens by their number
 """
 
 import json
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,8 +19,8 @@ import numpy as np
 from kronsae.config import kind_of
 from kronsae.data.token_text import token_texts
 from kronsae.explore.blocks import encode, encode_json, rounded, smallest
-from kronsae.explore.charts import figure_text, points, thinned
-from kronsae.explore.report import read_metrics
+from kronsae.explore.charts import figure_text
+from kronsae.explore.report import last_evaluation, read_metrics
 from kronsae.metrics.figures import MEANING
 from kronsae.model.sae import SAE
 from kronsae.properties import WINDOW, Examined, Examples, Properties, Stored, gates
@@ -39,6 +41,12 @@ GROUP = 8
 
 INDEX_TOKENS = 4
 """Tokens of each latent in the index: those that most of its activation lies on."""
+
+PART = re.compile("⟨[0-9A-F]{2}(?: [0-9A-F]{2})*⟩")
+"""Bytes in a token's text that are no character of their own."""
+
+Shown = tuple[np.ndarray, np.ndarray]
+"""Examples of N latents: their tokens [N, s, w], or these by number, and activations [N, s, w]."""
 
 
 @dataclass(frozen=True)
@@ -75,16 +83,22 @@ def make_content(run: Path, sae: SAE, stored: Stored, tokenizer: Any | None) -> 
     groups = {"post": properties.post} | ({"pre": properties.pre} if properties.pre else {})
     latents = sum(len(examined.count) for examined in groups.values())
     tops, samples = _examples_shown(latents, properties.post)
-    shown = {
-        name: {"top": _distinct(examined.top, tops), "sample": _cut(examined.sample, samples)}
-        for name, examined in groups.items()
-    }
-    tokens = [examined.top_tokens for examined in groups.values()]
-    tokens += [examples.tokens for kinds in shown.values() for examples in kinds.values()]
+    lists = [examined.top_tokens for examined in groups.values()]
     if stored.logits is not None:
-        tokens += [stored.logits.raised.numpy(), stored.logits.lowered.numpy()]
-    used = np.unique(np.concatenate([np.unique(some) for some in tokens]))
-    vocabulary = Vocabulary(used[used >= 0])
+        lists += [stored.logits.raised.numpy(), stored.logits.lowered.numpy()]
+    chosen = {
+        f"{name}.{kind}": examples
+        for name, examined in groups.items()
+        for kind, examples in (
+            ("top", _distinct(examined.top, tops)),
+            ("sample", (examined.sample.tokens[:, :samples], examined.sample.values[:, :samples])),
+        )
+    }
+    vocabulary = Vocabulary([*lists, *(tokens for tokens, _ in chosen.values())], tokenizer)
+    shown = {
+        name: (vocabulary.in_context(tokens, values), values)
+        for name, (tokens, values) in chosen.items()
+    }
     per_block = max(1, BLOCK_LATENTS // (grid.m * grid.n))
     facts = {
         **_facts(run, sae, stored),
@@ -97,7 +111,7 @@ def make_content(run: Path, sae: SAE, stored: Stored, tokenizer: Any | None) -> 
     return Content(
         facts,
         encode(_index(sae, properties, groups, vocabulary)),
-        encode_json(vocabulary.texts(tokenizer)),
+        encode_json(vocabulary.texts),
         [
             encode(_details(stored, grid, first, per_block, groups, shown, vocabulary))
             for first in range(0, grid.heads, per_block)
@@ -106,27 +120,52 @@ def make_content(run: Path, sae: SAE, stored: Stored, tokenizer: Any | None) -> 
 
 
 class Vocabulary:
-    """The tokens [u] that occur, numbered from 0."""
+    """The texts that occur, numbered from 0: first those of tokens by themselves."""
 
-    def __init__(self, used: np.ndarray) -> None:
-        self.used = used
+    def __init__(self, tokens: Iterable[np.ndarray], tokenizer: Any | None) -> None:
+        used = np.unique(np.concatenate([np.unique(some) for some in tokens]))
+        self.used, self.tokenizer = used[used >= 0], tokenizer
+        self.texts = [self._texts([int(token)])[0] for token in self.used]
+        """The text that each token adds to one that has begun, on one line; later, others, too."""
+        self.known = {text: number for number, text in enumerate(self.texts)}
+        self.partial = np.array([bool(PART.search(text)) for text in self.texts])
+
+    def _texts(self, tokens: list[int], fires: Sequence[float] | None = None) -> list[str]:
+        if self.tokenizer is None:
+            return token_texts(tokens, None)
+        before = self.tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
+        fires = None if fires is None else [0.0] * len(before) + [*fires]
+        return token_texts([*before, *tokens], self.tokenizer, fires)[len(before) :]
 
     def numbers(self, tokens: np.ndarray) -> np.ndarray:
-        """Numbers of tokens, as unsigned integers; the largest stands for no token."""
-        numbers = np.where(tokens < 0, -1, np.searchsorted(self.used, tokens))
-        # One type for all arrays of a page: by the size of the vocabulary.
-        numbers = smallest(np.append(numbers, len(self.used)))
-        return numbers[:-1].reshape(tokens.shape)
+        """Numbers of tokens by themselves, packed."""
+        return self.packed(self._numbers(tokens))
 
-    def texts(self, tokenizer: Any | None) -> list[str]:
-        """Text that each token adds to one that has begun, on one line."""
-        if tokenizer is None:
-            return [f"[{token}]" for token in self.used]
-        anchor = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
-        return [
-            "".join(token_texts([*anchor, int(token)], tokenizer)[len(anchor) :])
-            for token in self.used
-        ]
+    def _numbers(self, tokens: np.ndarray) -> np.ndarray:
+        return np.where(tokens < 0, -1, np.searchsorted(self.used, tokens))
+
+    def in_context(self, tokens: np.ndarray, values: np.ndarray) -> np.ndarray:
+        """Numbers of the tokens of windows [N, s, w], of which several may spell one character.
+
+        -1: no token.  values: activations, by which a part of a character is shown as bytes.
+        """
+        numbers = self._numbers(tokens)
+        windows = ((numbers >= 0) & self.partial[numbers]).any(-1)
+        for window in zip(*windows.nonzero(), strict=True):
+            there = numbers[window] >= 0
+            texts = self._texts(tokens[window][there].tolist(), values[window][there].tolist())
+            numbers[window][there] = [self._number(text) for text in texts]
+        return numbers
+
+    def _number(self, text: str) -> int:
+        if text not in self.known:
+            self.known[text] = len(self.texts)
+            self.texts.append(text)
+        return self.known[text]
+
+    def packed(self, numbers: np.ndarray) -> np.ndarray:
+        """Numbers as unsigned integers of one type, whose largest stands for no token."""
+        return smallest(np.append(numbers, len(self.texts)))[:-1].reshape(numbers.shape)
 
 
 def _examples_shown(count: int, post: Examined) -> tuple[int, int]:
@@ -136,17 +175,11 @@ def _examples_shown(count: int, post: Examined) -> tuple[int, int]:
     return min(tops, post.top.scores.shape[1]), min(samples, post.sample.scores.shape[1])
 
 
-class Shown(NamedTuple):
-    """Examples of N latents on the page."""
-
-    tokens: np.ndarray
-    """[N, s, w]; -1: none."""
-    values: np.ndarray
-    """[N, s, w] activations."""
-
-
 def _distinct(examples: Examples, size: int) -> Shown:
-    """The strongest that do not repeat the text of a stronger one, up to their middle."""
+    """The strongest that do not repeat the text of a stronger one, up to their middle.
+
+    Their tokens; -1: none.
+    """
     middle = WINDOW // 2
     phrase = phrases(examples.tokens[:, :, middle - SAME_TOKENS + 1 : middle + 1])  # [N, s]
     present = examples.places >= 0
@@ -154,14 +187,10 @@ def _distinct(examples: Examples, size: int) -> Shown:
     repeats = ((phrase[:, :, None] == phrase[:, None, :]) & later).any(2)
     order = np.argsort(repeats | ~present, 1, kind="stable")[:, :size]
     keep = np.take_along_axis(present & ~repeats, order, 1)[..., None]
-    return Shown(
+    return (
         np.where(keep, np.take_along_axis(examples.tokens, order[..., None], 1), -1),
         np.where(keep, np.take_along_axis(examples.values, order[..., None], 1), 0),
     )
-
-
-def _cut(examples: Examples, size: int) -> Shown:
-    return Shown(examples.tokens[:, :size], examples.values[:, :size])
 
 
 def _index(
@@ -194,7 +223,7 @@ def _details(
     first: int,
     count: int,
     groups: dict[str, Examined],
-    shown: dict[str, dict[str, Shown]],
+    shown: dict[str, Shown],
     vocabulary: Vocabulary,
 ) -> dict[str, np.ndarray]:
     """Arrays of the latents of `count` heads from `first` on, and of their pre-latents."""
@@ -211,11 +240,11 @@ def _details(
             f"{name}.tokens": vocabulary.numbers(examined.top_tokens[part]),
             f"{name}.shares": rounded(examined.top_shares[part]),
         }
-        for kind, examples in shown[name].items():
-            values = examples.values[part]
+        for kind in ("top", "sample"):
+            numbers, values = (array[part] for array in shown[f"{name}.{kind}"])
             peak = np.maximum(values.max(2, initial=0), np.finfo(np.float32).tiny)
             shade = np.ceil(255 * (values / peak[..., None]).clip(0, 1))
-            arrays[f"{name}.{kind}.tokens"] = vocabulary.numbers(examples.tokens[part])
+            arrays[f"{name}.{kind}.tokens"] = vocabulary.packed(numbers)
             arrays[f"{name}.{kind}.values"] = shade.astype(np.uint8)
             arrays[f"{name}.{kind}.peaks"] = rounded(peak)
     part = rows["post"]
@@ -234,8 +263,7 @@ def _facts(run: Path, sae: SAE, stored: Stored) -> dict[str, Any]:
     """The run as a whole: where it comes from, its figures, its curves."""
     settings = json.loads((run / "config.json").read_text(encoding="utf-8"))["config"]
     data = settings["data"]
-    records = read_metrics(run / "metrics.jsonl")
-    evaluation = ([r for r in records if r["kind"] in ("heldout", "final")] or [{}])[-1]
+    evaluation = last_evaluation(read_metrics(run / "metrics.jsonl"))
     properties = stored.properties
     return {
         "run": run.resolve().name,
@@ -252,10 +280,6 @@ def _facts(run: Path, sae: SAE, stored: Stored) -> dict[str, Any]:
             for key, (label, meaning) in MEANING.items()
             if key in evaluation
         ],
-        "curves": {
-            kind: thinned(points(records, kind, "explained_variance"))
-            for kind in ("train", "heldout")
-        },
         "summary": stored.facts["summary"],
         "exactEntropy": properties.exact_entropy,
         "logits": None if stored.logits is None else {"norm": stored.logits.norm},

@@ -1,16 +1,11 @@
-"""Summary of the properties of all latents: medians, relations to parents, use of heads."""
+"""Summary of the properties of all latents: medians, correlations, gates."""
 
-import math
 from typing import Any
 
 import numpy as np
 
-from kronsae.metrics.figures import spearman
 from kronsae.model.sae import SAE
 from kronsae.properties.gather import Examined, Properties
-from kronsae.properties.token_mass import entropy
-
-PROPERTIES = ("frequency", "mean", "entropy", "multitoken")
 
 
 def of_each(examined: Examined, tokens: int) -> dict[str, np.ndarray]:
@@ -31,9 +26,7 @@ def summarise(sae: SAE, properties: Properties) -> dict[str, Any]:
     groups: quartiles of each property over the latents that fire, for "latent", "base" and
         "extension"; and how many of them fire.
     correlation: mean over latents of their mean correlation with their head and with all others.
-    parents: rank correlations over latents of each property with that of its base and extension.
-    gate: see `gates`.  use: effective numbers (exp of the entropy of the shares of all activity) of
-        heads, and of bases and extensions within a head.
+    gate: see `gates`.
     """
     tokens, pre = properties.tokens, properties.pre
     groups = {"latent": of_each(properties.post, tokens)}
@@ -47,9 +40,7 @@ def summarise(sae: SAE, properties: Properties) -> dict[str, Any]:
     if pre is not None:
         parts = split(sae, of_each(pre, tokens))
         groups |= {name: {k: v.ravel() for k, v in part.items()} for name, part in parts.items()}
-        out["parents"] = _parents(sae, groups["latent"], parts)
         out["gate"] = _gate(sae, properties)
-        out["use"] = _use(sae, properties.post.count)
     return {"groups": {name: _quartiles(group) for name, group in groups.items()}, **out}
 
 
@@ -91,48 +82,6 @@ def _gate(sae: SAE, properties: Properties) -> dict[str, float | None]:
     base_decides = shares["base_blocks"][fires] > shares["extension_blocks"][fires]
     medians = {name: _median(values[fires]) for name, values in shares.items()}
     return {"base_decides": _mean(base_decides), **medians}
-
-
-def _parents(
-    sae: SAE, latent: dict[str, np.ndarray], parts: dict[str, dict[str, np.ndarray]]
-) -> dict[str, dict[str, float | None]]:
-    shape = sae.config.heads, sae.config.m, sae.config.n
-    out: dict[str, dict[str, float | None]] = {}
-    for name in PROPERTIES:
-        base = np.broadcast_to(parts["base"][name][:, :, None], shape).ravel()
-        extension = np.broadcast_to(parts["extension"][name][:, None, :], shape).ravel()
-        out[name] = {
-            "base": rank_correlation(latent[name], base),
-            "extension": rank_correlation(latent[name], extension),
-        }
-    return out
-
-
-def _use(sae: SAE, count: np.ndarray) -> dict[str, float | None]:
-    config = sae.config
-    grid = count.reshape(config.heads, config.m, config.n)
-    of_head = grid.sum((1, 2))
-    some = of_head > 0
-    return {
-        "heads": effective_number(of_head[None])[0],
-        "heads_unused": int((~some).sum()),
-        "bases": _mean(effective_number(grid.sum(2)[some])),
-        "extensions": _mean(effective_number(grid.sum(1)[some])),
-        "latents": _mean(effective_number(grid.reshape(config.heads, -1)[some])),
-    }
-
-
-def effective_number(counts: np.ndarray) -> np.ndarray:
-    """exp of the entropy of each row's shares: how many of [r, c] are used, in effect; [r]."""
-    row, column = counts.nonzero()
-    return np.exp(entropy(row, counts[row, column].astype(float), len(counts)))
-
-
-def rank_correlation(x: np.ndarray, y: np.ndarray) -> float | None:
-    """Spearman's correlation over the entries where both are numbers; None if it has none."""
-    good = np.isfinite(x) & np.isfinite(y)
-    correlation = spearman(x[good].tolist(), y[good].tolist())
-    return correlation if math.isfinite(correlation) else None
 
 
 def _quartiles(group: dict[str, np.ndarray]) -> dict[str, Any]:

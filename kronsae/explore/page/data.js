@@ -77,71 +77,7 @@ function rowOf({ data, shape }, row) {
   return data.subarray(row * width, (row + 1) * width);
 }
 
-const tokenText = (number) => vocabulary[number]; // undefined: no token is there
-
-// Bytes in a token's text that are no character of their own.
-const PART = /⟨([0-9A-F]{2}(?: [0-9A-F]{2})*)⟩/;
-
-// Texts of tokens that follow each other. A character that several of them spell belongs to the
-// last; what the others give to it is not shown, or as bytes where `fires` is true.
-function textsOf(numbers, fires = []) {
-  const texts = numbers.map(tokenText);
-  const out = [...texts];
-  const given = texts.map(() => '');
-  for (let start = 0, stop; start < texts.length; start = stop + 1) {
-    for (stop = start; PART.test(texts[stop] ?? '');) stop += 1;
-    if (stop === start) continue;
-    const [whole, rests] = spelled(texts.slice(start, stop));
-    out.splice(start, whole.length, ...whole);
-    given.splice(start, rests.length, ...rests);
-  }
-  return out.map((text, i) => (fires[i] ? text + given[i] : text));
-}
-
-function spelled(texts) {
-  const bytes = [];
-  const owners = [];
-  texts.forEach((text, owner) => {
-    text.split(PART).forEach((piece, i) => { // every second one is what stands between ⟨ and ⟩
-      const own = i % 2 ? piece.split(' ').map((hex) => parseInt(hex, 16))
-        : new TextEncoder().encode(piece);
-      bytes.push(...own);
-      owners.push(...Array(own.length).fill(owner));
-    });
-  });
-  const out = texts.map(() => '');
-  const given = texts.map(() => '');
-  for (let at = 0; at < bytes.length;) {
-    const length = bytes[at] < 0x80 ? 1 : bytes[at] < 0xe0 ? 2 : bytes[at] < 0xf0 ? 3 : 4;
-    const char = character(bytes.slice(at, at + length));
-    if (char === null) {
-      out[owners[at]] += hexadecimal(bytes[at]);
-      at += 1;
-    } else {
-      const owner = owners[at + length - 1];
-      out[owner] += char;
-      for (let end = at + length; at < end; at += 1) {
-        if (owners[at] !== owner) given[owners[at]] += hexadecimal(bytes[at]);
-      }
-    }
-  }
-  return [out, given].map((parts) => parts.map((text) => text.replaceAll('⟩⟨', ' ')));
-}
-
-function hexadecimal(byte) {
-  return `⟨${byte.toString(16).toUpperCase().padStart(2, '0')}⟩`;
-}
-
-// The character of some bytes as UTF-8, or null. One that is not to be seen is replaced.
-function character(bytes) {
-  try {
-    const text = new TextDecoder('utf-8', { fatal: true, ignoreBOM: true })
-      .decode(new Uint8Array(bytes));
-    return /[\p{C}\p{Z}]/u.test(text) && text !== ' ' ? '\ufffd' : text;
-  } catch {
-    return null;
-  }
-}
+const textOfToken = (number) => vocabulary[number]; // undefined: no token is there
 
 // A latent, base or extension: {kind, number, head, i, j, row}; row is that in the index.
 function latentAt(number) {
@@ -166,7 +102,7 @@ const valueOf = (unit, name) => {
 // Texts of the tokens that most of its activation lies on.
 function tokensOf(unit, count = 4) {
   return [...rowOf(index[`${unit.group}.tokens`], unit.row)]
-    .slice(0, count).map(tokenText).filter((text) => text !== undefined);
+    .slice(0, count).map(textOfToken).filter((text) => text !== undefined);
 }
 
 const addressOf = (unit) => (unit.kind === 'latent' ? `#/latent/${unit.number}`

@@ -28,7 +28,7 @@ const signed = (value) => (value > 0 ? '+' : '−') + short(Math.abs(value));
 
 // A list of tokens and a bar for the value of each; null without tokens.
 function tokenBars(label, style, numbers, values) {
-  const pairs = [...numbers].map((number, at) => [tokenText(number), values[at]])
+  const pairs = [...numbers].map((number, at) => [textOfToken(number), values[at]])
     .filter(([text]) => text !== undefined);
   const most = Math.max(...pairs.map(([, value]) => Math.abs(value)), 1e-9);
   return pairs.length ? make('div', { class: 'bars' },
@@ -48,14 +48,14 @@ function examplesOf(block, group, kind, row) {
   return [...peaks].map((peak, number) => {
     const window = [number * facts.window, (number + 1) * facts.window];
     return { tokens: [...tokens.subarray(...window)], shades: shades.subarray(...window), peak };
-  }).filter((example) => tokenText(example.tokens[MIDDLE]) !== undefined);
+  }).filter((example) => textOfToken(example.tokens[MIDDLE]) !== undefined);
 }
 
 // One example as a line: the shade of each token its activation, the middle one framed.
 function exampleLine({ tokens, shades, peak }, strongest) {
   const line = make('code', null);
   const fires = tokens.map((_, position) => shades[position] > 0 || position === MIDDLE);
-  textsOf(tokens, fires).forEach((text, position) => {
+  tokens.map(textOfToken).forEach((text, position) => {
     if (text === undefined) return;
     if (!fires[position]) {
       line.append(text);
@@ -205,7 +205,7 @@ async function unitView(unit) {
     section('Strongest examples', exampleList(block, unit.group, 'top', row, strongest)),
     make('section', { class: 'lists' }, lists), note,
     top ? section('Activations (heights by the root of counts)',
-      histogram(counts, top, `Histogram of activations from 0 to ${short(top)}`)) : null,
+      histogram(counts, 'Histogram of activations', (share) => short(top * share))) : null,
     post && grid.kron ? gateOf(unit) : null,
     facts.examples[1] ? make('details', null,
       make('summary', null, 'A random sample of where it fires'),

@@ -3,76 +3,60 @@
 const main = document.getElementById('main');
 const query = document.getElementById('query');
 
-function wrong(text) {
-  return [make('h1', null, 'Nothing there'), make('p', null, text, ' ',
-    make('a', { href: '#/' }, 'All heads'))];
+// What an address names: {unit}, {query}, or {} for all heads; null if there is no such thing.
+function placeOf(address) {
+  const found = address.match(
+    /^(?:#\/?)?(?:latent\/(\d+)|head\/(\d+)(?:\/(base|extension)\/(\d+))?|find\/(.+))?\/?$/);
+  if (!found) return null;
+  const [, latent, head, kind, number, text] = found;
+  if (text) {
+    try {
+      return { query: decodeURIComponent(text) };
+    } catch {
+      return null;
+    }
+  }
+  if (latent) return latent < facts.latents ? { unit: latentAt(Number(latent)) } : null;
+  if (!head) return {};
+  if (head >= grid.heads) return null;
+  if (!kind) return { unit: strongestOf(Number(head)) };
+  if (!grid.kron || number >= (kind === 'base' ? grid.m : grid.n)) return null;
+  return { unit: (kind === 'base' ? baseAt : extensionAt)(Number(head), Number(number)) };
 }
 
-// The parts of an address; null if it is not readable.
-function partsOf(address) {
-  try {
-    return address.replace(/^#?\/?/, '').split('/').map((part) => decodeURIComponent(part));
-  } catch {
-    return null;
-  }
-}
-
-async function viewOf(parts) {
-  if (parts === null) return wrong('The address is not readable.');
-  const [kind, first, second, third] = parts;
-  const number = Number(first);
-  const whole = (text, end) => Boolean(text) && Number.isInteger(Number(text))
-    && Number(text) >= 0 && Number(text) < end;
-  if (!kind) return overview();
-  if (kind === 'find') return findView(first || '');
-  if (kind === 'latent') {
-    if (!whole(first, facts.latents)) {
-      return wrong(`There are latents 0 to ${facts.latents - 1}.`);
-    }
-    const unit = latentAt(number);
-    return headView(unit.head, unit);
-  }
-  if (kind === 'head' && whole(first, grid.heads)) {
-    if (!second) return headView(number);
-    if (grid.kron && second === 'base' && whole(third, grid.m)) {
-      return headView(number, baseAt(number, Number(third)));
-    }
-    if (grid.kron && second === 'extension' && whole(third, grid.n)) {
-      return headView(number, extensionAt(number, Number(third)));
-    }
-  }
-  return wrong(`No such page; there are ${groupName}s 0 to ${grid.heads - 1}.`);
+function viewOf(place) {
+  if (place?.unit) return headView(place.unit);
+  if (place?.query) return findView(place.query);
+  if (place) return overview();
+  return [make('h1', null, 'Nothing there'), make('p', null,
+    `There are latents 0 to ${facts.latents - 1} in ${groupName}s 0 to ${grid.heads - 1}. `,
+    make('a', { href: '#/' }, `All ${groupName}s`))];
 }
 
 let turn = 0;
-let shownHead = null;
+let shownHead;
 
 async function route() {
   const address = location.hash;
-  const parts = partsOf(address);
+  const place = placeOf(address);
   turn += 1;
   const own = turn;
-  watched = null;
-  const view = await viewOf(parts);
+  const view = await viewOf(place);
   if (own !== turn) return; // another address was asked for meanwhile
-  const held = document.activeElement?.closest?.('.grid') && shownHead !== null;
+  const held = document.activeElement?.closest?.('.grid');
   const scroll = window.scrollY;
   main.replaceChildren(...view.filter(Boolean));
-  const head = main.querySelector('.grid') ? headOf(parts) : null;
-  if (head !== null && head === shownHead) {
+  const head = place?.unit?.head;
+  if (head !== undefined && head === shownHead) {
     window.scrollTo(0, scroll); // another cell of the same grid
     if (held) main.querySelector('.grid [aria-current]')?.focus({ preventScroll: true });
   } else window.scrollTo(0, 0);
   // The link that was followed is gone: reading goes on at the top of what it led to.
   if (turn > 1 && document.activeElement === document.body) main.focus({ preventScroll: true });
   shownHead = head;
-  const title = (parts ?? []).filter(Boolean).join(' ');
+  const title = place?.query ?? address.replace(/^#?\/?/, '').replaceAll('/', ' ');
   document.title = title ? `${title} · ${facts.run}` : `${facts.run}: explorer`;
   main.dataset.address = address;
-}
-
-function headOf([kind, first]) {
-  return kind === 'latent' ? latentAt(Number(first)).head : Number(first);
 }
 
 document.getElementById('search').addEventListener('submit', (event) => {
@@ -99,7 +83,7 @@ document.addEventListener('keydown', (event) => {
   } else if (event.key === 'h') location.hash = '#/';
 });
 
-matchMedia('(prefers-color-scheme: dark)').addEventListener('change', () => watched?.());
+matchMedia('(prefers-color-scheme: dark)').addEventListener('change', route);
 window.addEventListener('hashchange', route);
 document.getElementById('home').textContent = facts.run;
 readIndex().then(route).then(() => {
