@@ -234,7 +234,7 @@ def test_no_more_than_was_held_out(sweep, folders, tmp_path):
     [less] = load_saes([str(run)], {"heldout_tokens": 100, "context_length": POSITIONS})
     assert open_heldout(less, "cpu").contexts.shape == (1, POSITIONS)
     [more] = load_saes([str(run)], {"heldout_tokens": 640})
-    with pytest.raises(InputError, match="320 tokens that it held out"):
+    with pytest.raises(InputError, match="320 held-out tokens"):
         open_heldout(more, "cpu")
 
 
