@@ -9,9 +9,8 @@ import argparse
 import shlex
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from rich.console import Console
@@ -27,7 +26,6 @@ from kronsae.data.packing import token_mask
 from kronsae.data.token_text import token_texts
 from kronsae.errors import InputError
 from kronsae.interventions.effects import (
-    AndTest,
     Objective,
     and_test,
     attributed_effects,
@@ -37,7 +35,7 @@ from kronsae.interventions.effects import (
     last_logit,
     summed_loss,
 )
-from kronsae.interventions.hooks import Edit, ablate, clamp, intervene, steer
+from kronsae.interventions.hooks import ablate, clamp, intervene, steer
 from kronsae.metrics.figures import pearson, spearman
 from kronsae.metrics.heldout import HeldoutText
 from kronsae.metrics.target_model import (
@@ -80,17 +78,8 @@ def make_parser() -> Parser:
         action="store_true",
         help="replace the activations by the reconstruction (default: keep the SAE's error)",
     )
-    text = parser.add_argument_group("text to generate")
-    text.add_argument("--new-tokens", type=int, default=40, metavar="N", help="(default: 40)")
-    text.add_argument(
-        "--temperature",
-        type=float,
-        default=0.0,
-        metavar="X",
-        help="of sampling (default: 0, the likeliest token)",
-    )
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="seed of everything random"
+        "--new-tokens", type=int, default=40, metavar="N", help="tokens to generate (default: 40)"
     )
     effects = parser.add_argument_group("effects of latents, by ablation and by attribution")
     effects.add_argument(
@@ -100,10 +89,9 @@ def make_parser() -> Parser:
         help="measure N random latents that fire (or those of --latent)",
     )
     effects.add_argument(
-        "--target",
-        metavar="TOKEN",
-        help="measure this token's logit after --prompt instead of the loss",
+        "--seed", type=int, default=0, metavar="N", help="seed of the random latents (default: 0)"
     )
+    effects.add_argument("--target", metavar="TOKEN", help="its logit after --prompt, not the loss")
     effects.add_argument(
         "--contexts-each", type=int, default=4, metavar="N", help="contexts per latent (default: 4)"
     )
@@ -137,20 +125,22 @@ def work(argv: list[str]) -> None:
             model, _ = open_model(loaded.data, device)
         _generate(model, loaded.sae, request, console)
         return
-    measure = _and_tests if request.effects is None else _effects
-    measure(
-        loaded,
-        request,
-        device,
-        out,
-        {
-            "command": shlex.join(["kronsae", "intervene", *argv]),
-            "versions": versions(),
-            "seed": request.seed,
-            "subject": loaded.source,
-        },
-        console,
-    )
+    if request.effects is not None:
+        kind, measure, show = "effects", _effects, _show_effects
+    else:
+        kind, measure, show = "and-test", _and_tests, _show_and_tests
+    document = {
+        "format": f"kronsae-{kind}",
+        "command": shlex.join(["kronsae", "intervene", *argv]),
+        "versions": versions(),
+        "seed": request.seed,
+        "subject": loaded.source,
+        **measure(loaded, request, device),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / f"{kind}.json", document)
+    show(document, console)
+    console.print(f"In {out}: {kind}.json", markup=False)
 
 
 def _check(request: argparse.Namespace) -> None:
@@ -182,66 +172,36 @@ def _check(request: argparse.Namespace) -> None:
 # Text
 
 
-class Changed(NamedTuple):
-    """A model's continuation of a prompt without and with edits."""
-
-    before: str
-    """The text that it generates without the edits."""
-    after: str
-    logits: Tensor
-    """[V] float64: logits of the next token without the edits."""
-    edited: Tensor
-    """The same with the edits."""
-
-
 @torch.no_grad()
-def before_and_after(
-    model: LanguageModel,
-    sae: SAE,
-    edits: Sequence[Edit],
-    prompt: str,
-    *,
-    keep_error: bool = True,
-    new_tokens: int = 40,
-    temperature: float = 0.0,
-    seed: int = 0,
-) -> Changed:
-    """Generate from a prompt with and without the edits (see `intervene`), with the same seed.
+def continuation(model: LanguageModel, prompt: str, new_tokens: int) -> tuple[str, Tensor]:
+    """The likeliest text after a prompt, and the logits of its first token ([V] float64).
 
     Raises InputError if the prompt has fewer than two tokens (the first is never changed).
     """
-    ids = torch.tensor([model.tokenizer(prompt)["input_ids"]], device=model.device)
+    tokenizer, generate = model.tokenizer, cast(Any, model.model).generate
+    ids = torch.tensor([tokenizer(prompt)["input_ids"]], device=model.device)
     if ids.shape[1] < 2:
         raise InputError(f"--prompt: expected two tokens at least, got {ids.shape[1]}")
-    options: dict[str, Any] = {"do_sample": True, "temperature": temperature}
-    if not temperature:
-        options = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
-    tokenizer, generate = model.tokenizer, cast(Any, model.model).generate
-    pad = next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id) if i is not None), None)
-
-    def run() -> tuple[str, Tensor]:
-        logits = model.logits(ids)[0, -1].double().cpu()
-        torch.manual_seed(seed)
-        whole = generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            pad_token_id=pad,
-            max_new_tokens=new_tokens,
-            use_cache=True,
-            **options,
-        )
-        return tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=True), logits
-
-    with quiet():
-        before, logits = run()
-        with intervene(model, sae, edits, keep_error=keep_error):
-            after, edited = run()
-    return Changed(before, after, logits, edited)
+    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+    whole = generate(
+        ids,
+        attention_mask=torch.ones_like(ids),
+        pad_token_id=pad,
+        max_new_tokens=new_tokens,
+        use_cache=True,
+        do_sample=False,
+        temperature=None,
+        top_p=None,
+        top_k=None,
+    )
+    text = tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=True)
+    return text, model.logits(ids)[0, -1].double().cpu()
 
 
 def _generate(
     model: LanguageModel, sae: SAE, request: argparse.Namespace, console: Console
 ) -> None:
+    """Print the continuations of the prompt and the next tokens, without and with the edits."""
     if request.set is not None:
         edits = [clamp(latent, request.set) for latent in request.latent]
         done = f"set to {request.set:g}"
@@ -250,37 +210,28 @@ def _generate(
         done = f"steered by {request.add:g}"
     else:
         edits, done = [ablate(latent) for latent in request.latent], "ablated"
-    changed = before_and_after(
-        model,
-        sae,
-        edits,
-        request.prompt,
-        keep_error=not request.reconstruct,
-        new_tokens=request.new_tokens,
-        temperature=request.temperature,
-        seed=request.seed,
-    )
+    with quiet():
+        before, clean = continuation(model, request.prompt, request.new_tokens)
+        with intervene(model, sae, edits, keep_error=not request.reconstruct):
+            after, edited = continuation(model, request.prompt, request.new_tokens)
     latents = ", ".join(map(str, request.latent))
     error = "activations replaced by the reconstruction" if request.reconstruct else "error kept"
     console.print(f"latent {latents} {done} ({error}), except on the first token\n", style="bold")
-    for name, text in (("before", changed.before), ("after", changed.after)):
+    for name, text in (("before", before), ("after", after)):
         console.print(name, style="dim")
         console.print(Text(request.prompt, style="dim") + Text(text), end="\n\n")
-    console.print(_next_tokens(changed, model.tokenizer))
+    console.print(_next_tokens(clean, edited, model.tokenizer))
 
 
-def _next_tokens(changed: Changed, tokenizer: Any) -> Table:
-    """Table of the next tokens whose probability changes most."""
-    p, q = (logits.softmax(-1) for logits in (changed.logits, changed.edited))
-    header = ("next token", "logit before", "after", "change", "probability before", "after")
-    table = console_table(header)
+def _next_tokens(clean: Tensor, edited: Tensor, tokenizer: Any) -> Table:
+    """Table of the next tokens whose probability changes most, from logits [V]."""
+    p, q = clean.softmax(-1), edited.softmax(-1)
+    table = console_table(("next token", "logit before", "after", "probability before", "after"))
     for token in (q - p).abs().topk(min(TABLE_ROWS, len(p))).indices.tolist():
-        before, after = changed.logits[token].item(), changed.edited[token].item()
         table.add_row(
             Text(repr(token_texts([token], tokenizer)[0])),
-            f"{before:.2f}",
-            f"{after:.2f}",
-            f"{after - before:+.2f}",
+            f"{clean[token]:.2f}",
+            f"{edited[token]:.2f}",
             f"{100 * p[token]:.2f} %",
             f"{100 * q[token]:.2f} %",
         )
@@ -291,41 +242,19 @@ def _next_tokens(changed: Changed, tokenizer: Any) -> Table:
 
 
 def _effects(
-    loaded: LoadedSAE,
-    request: argparse.Namespace,
-    device: torch.device,
-    out: Path,
-    origin: dict[str, Any],
-    console: Console,
-) -> None:
+    loaded: LoadedSAE, request: argparse.Namespace, device: torch.device
+) -> dict[str, Any]:
+    """Exact and attributed effects of latents, their correlations, and the time that they took."""
     objective: Objective = summed_loss
-    of = "loss"
+    of, unit = "loss", "nats a token on which the latent fires"
     with quiet():
         if request.prompt is None:
             text = open_heldout(loaded, device)
         else:
             text = _of_prompt(loaded, request.prompt, device)
-            token, of = _one_token(text.model.tokenizer, request.target)
-            objective = last_logit(token)
-    document = {
-        "format": "kronsae-effects",
-        **origin,
-        "text": text.facts,
-        "of": of,
-        "unit": "nats a token on which the latent fires" if of == "loss" else "logits",
-        **_measure_effects(loaded.sae, text, objective, request),
-    }
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "effects.json", document)
-    drawn = _draw_effects(document, out / "effects.png")
-    _show_effects(document, console)
-    console.print(f"In {out}: effects.json{', effects.png' if drawn else ''}", markup=False)
-
-
-def _measure_effects(
-    sae: SAE, text: HeldoutText, objective: Objective, request: argparse.Namespace
-) -> dict[str, Any]:
-    """Exact and attributed effects of latents, their correlations, and the time that they took."""
+            objective = last_logit(_one_token(text.model.tokenizer, request.target))
+            of, unit = f"logit of {request.target!r}", "logits"
+    sae, batch = loaded.sae, min(16, text.contexts_per_batch)
     began = time.perf_counter()
     encoded = encode_text(sae, text)
     firings = encoded.firings(sae)
@@ -335,7 +264,6 @@ def _measure_effects(
     latents, group = pairs[:, 1].unique(return_inverse=True)
     if len(latents) < 2:
         raise InputError("fewer than two of these latents fire on this text")
-    batch = min(16, text.contexts_per_batch)
     attributed = attributed_effects(text.model, sae, encoded, objective, batch)
     between = time.perf_counter()
     exact = exact_effects(text.model, sae, encoded, pairs, objective, batch)
@@ -351,6 +279,9 @@ def _measure_effects(
     share = tokens if request.prompt is None else torch.ones_like(tokens)
     exact, attributed = by_latent(exact) / share, by_latent(attributed[context, latent]) / share
     return {
+        "text": text.facts,
+        "of": of,
+        "unit": unit,
         "pearson": pearson(exact, attributed),
         "spearman": spearman(exact, attributed),
         "seconds": {name: round(value, 2) for name, value in seconds.items()},
@@ -370,12 +301,12 @@ def _of_prompt(loaded: LoadedSAE, prompt: str, device: torch.device) -> HeldoutT
     return HeldoutText(model, ids, mask, 1, {"prompt": prompt, "tokens": int(mask.sum())})
 
 
-def _one_token(tokenizer: Any, text: str) -> tuple[int, str]:
+def _one_token(tokenizer: Any, text: str) -> int:
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     if len(ids) != 1:
         pieces = ", ".join(map(repr, token_texts(ids, tokenizer)))
         raise InputError(f"--target {text!r}: expected one token, got {len(ids)} ({pieces})")
-    return ids[0], f"logit of {text!r}"
+    return ids[0]
 
 
 def _show_effects(document: dict[str, Any], console: Console) -> None:
@@ -391,109 +322,57 @@ def _show_effects(document: dict[str, Any], console: Console) -> None:
         markup=False,
     )
     console.print(table)
-    seconds = document["seconds"]
     console.print(
         f"Attribution (gradient × activation) against ablation: Pearson {document['pearson']:.3f}, "
-        f"Spearman {document['spearman']:.3f} over {len(effects)} latents; "
-        f"attribution took {seconds['attribution']:.1f} s, ablation {seconds['ablation']:.1f} s"
+        f"Spearman {document['spearman']:.3f} over {len(effects)} latents"
     )
-
-
-def _draw_effects(document: dict[str, Any], path: Path) -> bool:
-    """Draw attributed against exact effects on symlog axes. False without matplotlib."""
-    try:
-        import matplotlib
-    except ImportError:
-        return False
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    effects = document["latents"]
-    exact, attributed = ([effect[name] for effect in effects] for name in ("exact", "attributed"))
-    sizes = sorted(abs(value) for value in exact + attributed)
-    linear = max(sizes[len(sizes) // 4], 1e-12)  # a quarter of the values is in the linear part
-    limit = 1.5 * sizes[-1]
-    figure, axes = pyplot.subplots(figsize=(5.4, 5), layout="constrained")
-    axes.plot([-limit, limit], [-limit, limit], color="#bbbbbb", linewidth=1)
-    axes.scatter(exact, attributed, s=14, alpha=0.6, color="#4477aa", linewidths=0)
-    for axis, scale in ((axes.xaxis, axes.set_xscale), (axes.yaxis, axes.set_yscale)):
-        scale("symlog", linthresh=linear)
-        axis.set_major_locator(matplotlib.ticker.SymmetricalLogLocator(base=10, linthresh=linear))
-    axes.set(xlim=(-limit, limit), ylim=(-limit, limit), aspect="equal")
-    axes.set_xlabel(f"ablation: change of the {document['of']}\n({document['unit']})")
-    axes.set_ylabel("attribution: gradient × activation")
-    axes.set_title(
-        f"{len(effects)} latents, Pearson {document['pearson']:.3f}, "
-        f"Spearman {document['spearman']:.3f}",
-        fontsize=10,
-    )
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-    return True
 
 
 # AND
 
 
 def _and_tests(
-    loaded: LoadedSAE,
-    request: argparse.Namespace,
-    device: torch.device,
-    out: Path,
-    origin: dict[str, Any],
-    console: Console,
-) -> None:
+    loaded: LoadedSAE, request: argparse.Namespace, device: torch.device
+) -> dict[str, Any]:
     with quiet():
         text = open_heldout(loaded, device)
-    results = [and_test(loaded.sae, text, latent) for latent in request.latent]
-    for result in results:
-        _show_and_test(result, console)
-    document = {
-        "format": "kronsae-and-test",
-        **origin,
+    return {
         "text": text.facts,
-        "latents": [
-            result._asdict()
-            | {"gate": result.gate._asdict(), "ablated": [x._asdict() for x in result.ablated]}
-            for result in results
-        ],
+        "latents": [and_test(loaded.sae, text, latent) for latent in request.latent],
     }
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "and-test.json", document)
-    console.print(f"In {out}: and-test.json", markup=False)
 
 
-def _show_and_test(result: AndTest, console: Console) -> None:
-    gate = result.gate
-    console.print(
-        f"latent {result.latent} = head {result.head} (base {result.base} × extension "
-        f"{result.extension})",
-        style="bold",
-    )
-    console.print(
-        f"base positive on {100 * gate.base:.2f} % of tokens, extension on "
-        f"{100 * gate.extension:.2f} %, both on {100 * gate.both:.2f} %; the latent is active "
-        f"on {100 * gate.fires:.2f} % ({result.tokens:,} tokens). Effects of ablations on these:"
-    )
-    header = ("", "off", "head's others", "lost", "gained", "loss", "KL", "elsewhere")
-    table = console_table(header)
-    for ablated in result.ablated:
-        table.add_row(
-            ablated.what,
-            str(ablated.latents),
-            f"{short(ablated.head_before)} → {short(ablated.head_after)}",
-            f"{ablated.lost:.2f}",
-            f"{ablated.gained:.2f}",
-            f"{ablated.loss:+.4f}",
-            f"{ablated.divergence:.4f}",
-            f"{ablated.loss_elsewhere:+.5f}",
+def _show_and_tests(document: dict[str, Any], console: Console) -> None:
+    for result in document["latents"]:
+        gate = {name: f"{100 * share:.2f} %" for name, share in result["gate"].items()}
+        console.print(
+            f"latent {result['latent']} = head {result['head']} (base {result['base']} × extension "
+            f"{result['extension']})",
+            style="bold",
         )
-    console.print(table)
+        console.print(
+            f"base positive on {gate['base']} of tokens, extension on {gate['extension']}, both on "
+            f"{gate['both']}; the latent is active on {gate['fires']} ({result['tokens']:,} "
+            "tokens). Effects of ablations on these:"
+        )
+        header = ("", "off", "head's others", "lost", "gained", "loss", "KL", "elsewhere")
+        table = console_table(header)
+        for ablated in result["ablated"]:
+            table.add_row(
+                ablated["what"],
+                str(ablated["latents"]),
+                f"{short(ablated['head_before'])} → {short(ablated['head_after'])}",
+                f"{ablated['lost']:.2f}",
+                f"{ablated['gained']:.2f}",
+                f"{ablated['loss']:+.4f}",
+                f"{ablated['divergence']:.4f}",
+                f"{ablated['loss_elsewhere']:+.5f}",
+            )
+        console.print(table, end="\n\n")
     console.print(
         "off: silenced latents; head's others: summed activation of the head's other latents; "
         "lost: those that no longer fire; gained: latents of any head that fire instead; loss and "
-        "KL divergence in nats per token; elsewhere: loss on the other tokens of these contexts\n",
+        "KL divergence in nats per token; elsewhere: loss on the other tokens of these contexts",
         style="dim",
     )
 

@@ -8,9 +8,9 @@ Letters: c contexts, t tokens of each, n tokens in the mask, k active latents, F
 vocabulary size, p pairs of a context and a latent.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -134,8 +134,7 @@ def _limited(batch: int, model: LanguageModel, encoded: EncodedText) -> int:
 def _values(sae: SAE, encoded: EncodedText, context: int, latent: int) -> Tensor:
     """Values of a latent on the masked tokens of a context."""
     codes = encoded.part(slice(context, context + 1)).codes
-    column = torch.tensor([latent], device=codes.values.device)
-    return values_of(codes, column, sae.dict_size)[:, 0]
+    return values_of(codes, [latent], sae.dict_size)[:, 0]
 
 
 def attributed_effects(
@@ -210,50 +209,6 @@ def choose_pairs(
 # AND
 
 
-class Gate(NamedTuple):
-    """Shares of tokens on which a latent's pre-latents are positive, and on which it is active."""
-
-    base: float
-    extension: float
-    both: float
-    fires: float
-
-
-class Ablated(NamedTuple):
-    """Effects of an ablation, averaged over the tokens on which the latent fires."""
-
-    what: str
-    """What is ablated: "base", "extension" or "composition"."""
-    latents: int
-    """Number of latents that this silences."""
-    head_before: float
-    """Summed activation of the head's other latents."""
-    head_after: float
-    lost: float
-    """Other latents of the head that no longer fire, per token."""
-    gained: float
-    """Latents of any head that fire in their place, per token."""
-    loss: float
-    """Increase of the next token's cross-entropy, in nats."""
-    divergence: float
-    """KL divergence of the next token's distribution from the clean one, in nats."""
-    loss_elsewhere: float
-    """Increase of the cross-entropy on all other tokens of these contexts, in nats per token."""
-
-
-class AndTest(NamedTuple):
-    """A latent of a Kron head compared with its base and its extension."""
-
-    latent: int
-    head: int
-    base: int
-    extension: int
-    tokens: int
-    """Number of tokens on which it fires."""
-    gate: Gate
-    ablated: tuple[Ablated, ...]
-
-
 def without(sae: SAE, x: Tensor, off: Tensor) -> SparseCodes:
     """Codes of x [n, d] with the latents `off` ([F] bool) silenced.
 
@@ -267,19 +222,19 @@ def without(sae: SAE, x: Tensor, off: Tensor) -> SparseCodes:
 
 
 @torch.no_grad()
-def and_test(sae: SAE, text: HeldoutText, latent: int) -> AndTest:
-    """Ablate a latent's base pre-latent, its extension, and the latent alone; see `Ablated`.
+def and_test(sae: SAE, text: HeldoutText, latent: int) -> dict[str, Any]:
+    """Ablate a latent's base pre-latent, its extension, and the latent alone ("composition").
+
+    Returns the latent, its "head", "base" and "extension", the number of "tokens" on which it
+    fires, the figures of each ablation ("ablated", see `_figures`), and the "gate": the shares of
+    all tokens on which the base, the extension and both are positive, and on which it fires.
 
     Ablating a pre-latent silences all latents that it composes. The SAE's error is kept:
     activations change by the difference of the two reconstructions. One pass over the text.
     Raises InputError for a dense SAE, a latent outside [0, F), or one that never fires there.
     """
-    config = sae.config
-    if not config.heads:
-        raise InputError("an AND-test needs latents composed of base and extension (encoder kron)")
-    if not 0 <= latent < sae.dict_size:
-        raise InputError(f"latent: expected 0 to {sae.dict_size - 1}, got {latent}")
-    head, base, extension, off, others = _silenced(sae, latent)
+    head, base, extension = _place(sae, latent)
+    off, others = _silenced(sae, head, base, extension)
     sums = {name: torch.zeros(8, dtype=torch.float64) for name in off}
     gate, firing, tokens, elsewhere = torch.zeros(3, dtype=torch.float64), 0, 0, 0
     for ids, mask in text.batches():
@@ -287,7 +242,7 @@ def and_test(sae: SAE, text: HeldoutText, latent: int) -> AndTest:
         codes = sae.encode(x)
         here = ((codes.indices == latent) & sae.fired(codes)).any(-1)  # [n]
         positive = x @ sae.W_enc[head].T + sae.b_enc[head] > 0
-        p, q = positive[:, base], positive[:, config.m + extension]
+        p, q = positive[:, base], positive[:, sae.config.m + extension]
         gate += torch.stack([p.sum(), q.sum(), (p & q).sum()]).cpu()
         tokens += len(x)
         firing += int(here.sum())
@@ -304,37 +259,63 @@ def and_test(sae: SAE, text: HeldoutText, latent: int) -> AndTest:
             sums[name] += _ablate(sae, text.model, part, x[rows], fires, off[name], others).cpu()
     if not firing:
         raise InputError(f"latent {latent} never fires on this text: give more --heldout-tokens")
-    ablated = tuple(
-        Ablated(name, int(latents.sum()), *_means(sums[name], firing, elsewhere))
-        for name, latents in off.items()
-    )
-    shares = Gate(*(value / tokens for value in (*gate.tolist(), firing)))
-    return AndTest(latent, head, base, extension, firing, shares, ablated)
+    names = ("base", "extension", "both", "fires")
+    return {
+        "latent": latent,
+        "head": head,
+        "base": base,
+        "extension": extension,
+        "tokens": firing,
+        "gate": {n: x / tokens for n, x in zip(names, (*gate.tolist(), firing), strict=True)},
+        "ablated": [
+            {"what": name, "latents": int(off[name].sum())}
+            | _figures(sums[name], firing, elsewhere)
+            for name in off
+        ],
+    }
 
 
-def _silenced(sae: SAE, latent: int) -> tuple[int, int, int, dict[str, Tensor], Tensor]:
-    """Head, base and extension of a latent, the latents that each ablation silences ([F] bool), and
-    the other latents of its head ([F] bool)."""
-    m, n = sae.config.m, sae.config.n
-    head, within = divmod(latent, m * n)
-    base, extension = divmod(within, n)
-    nothing = torch.zeros(sae.config.heads, m, n, dtype=torch.bool, device=sae.W_dec.device)
-    off = {name: nothing.clone() for name in ("base", "extension", "composition")}
-    off["base"][head, base] = True
-    off["extension"][head, :, extension] = True
-    off["composition"][head, base, extension] = True
-    others = nothing.clone()
-    others[head] = True
-    others[head, base, extension] = False
-    return head, base, extension, {k: v.flatten() for k, v in off.items()}, others.flatten()
+def _place(sae: SAE, latent: int) -> tuple[int, int, int]:
+    """Head, base and extension of a latent. Raises InputError if it has none."""
+    config = sae.config
+    if not config.heads:
+        raise InputError("an AND-test needs latents composed of base and extension (encoder kron)")
+    if not 0 <= latent < sae.dict_size:
+        raise InputError(f"latent: expected 0 to {sae.dict_size - 1}, got {latent}")
+    head, within = divmod(latent, config.m * config.n)
+    return head, *divmod(within, config.n)
 
 
-def _means(sums: Tensor, firing: int, elsewhere: int) -> Iterator[float]:
-    """Figures of `Ablated` from the sums of `_ablate`."""
+def _silenced(sae: SAE, head: int, base: int, extension: int) -> tuple[dict[str, Tensor], Tensor]:
+    """Latents that each ablation silences, and the other latents of the head ([F] bool each)."""
+    shape = (sae.config.heads, sae.config.m, sae.config.n)
+    whole = torch.zeros(4, *shape, dtype=torch.bool, device=sae.W_dec.device)
+    whole[0, head, base] = True
+    whole[1, head, :, extension] = True
+    whole[2, head, base, extension] = True
+    whole[3, head] = True
+    *off, of_head = whole.flatten(1)
+    return dict(zip(("base", "extension", "composition"), off, strict=True)), of_head & ~off[2]
+
+
+def _figures(sums: Tensor, firing: int, elsewhere: int) -> dict[str, float]:
+    """Means of the sums of `_ablate` over the tokens on which the latent fires.
+
+    Summed activation of the head's other latents before and after; those that no longer fire, and
+    latents of any head that fire in their place; increase of the next token's cross-entropy, and KL
+    divergence from the clean model, in nats; the increase on all other tokens of these contexts.
+    """
     before, after, lost, gained, loss, divergence, loss_elsewhere, predicted = sums.tolist()
-    yield from (value / firing for value in (before, after, lost, gained))
-    yield from (value / max(1.0, predicted) for value in (loss, divergence))
-    yield loss_elsewhere / max(1, elsewhere)
+    predicted = max(1.0, predicted)
+    return {
+        "head_before": before / firing,
+        "head_after": after / firing,
+        "lost": lost / firing,
+        "gained": gained / firing,
+        "loss": loss / predicted,
+        "divergence": divergence / predicted,
+        "loss_elsewhere": loss_elsewhere / max(1, elsewhere),
+    }
 
 
 def _ablate(
@@ -346,7 +327,7 @@ def _ablate(
     off: Tensor,
     others: Tensor,
 ) -> Tensor:
-    """Sums [8] over the tokens where the latent fires, of the figures of `Ablated`.
+    """Sums [8] over the tokens where the latent fires, of the figures of `_figures`.
 
     fires: [b, t].  off: [F] latents to silence.  others: [F] other latents of the head.
     The last but one is the sum over all other tokens, the last the number of predicted tokens.

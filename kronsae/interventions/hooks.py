@@ -49,16 +49,12 @@ def steer(latent: int, amount: float) -> Edit:
     return Edit(latent, 1.0, amount)
 
 
-def values_of(codes: SparseCodes, latents: Tensor, dict_size: int) -> Tensor:
-    """Values [n, e] of some latents [e] in codes [n, k], 0 if they are not active.
-
-    Equal latents have equal columns.
-    """
-    distinct, inverse = latents.unique(return_inverse=True)
-    column = torch.full((dict_size,), len(distinct), device=codes.indices.device)
-    column[distinct] = torch.arange(len(distinct), device=column.device)
-    out = codes.values.new_zeros(len(codes.values), len(distinct) + 1)
-    return out.scatter_add_(1, column[codes.indices], codes.values)[:, inverse]
+def values_of(codes: SparseCodes, latents: Sequence[int], dict_size: int) -> Tensor:
+    """Values [n, e] of some distinct latents in codes [n, k], 0 if they are not active."""
+    column = torch.full((dict_size,), len(latents), device=codes.indices.device)
+    column[list(latents)] = torch.arange(len(latents), device=column.device)
+    out = codes.values.new_zeros(len(codes.values), len(latents) + 1)
+    return out.scatter_add_(1, column[codes.indices], codes.values)[:, :-1]
 
 
 def change(sae: SAE, codes: SparseCodes, edits: Sequence[Edit]) -> Tensor:
@@ -66,15 +62,13 @@ def change(sae: SAE, codes: SparseCodes, edits: Sequence[Edit]) -> Tensor:
 
     Several edits of one latent apply one after the other.
     """
-    latents = torch.tensor([edit.latent for edit in edits], device=codes.indices.device)
+    latents = list(dict.fromkeys(edit.latent for edit in edits))
     before = values_of(codes, latents, sae.dict_size)
-    now: dict[int, Tensor] = {}
-    first: dict[int, Tensor] = {}
-    for column, edit in enumerate(edits):
-        first.setdefault(edit.latent, before[:, column])
-        now[edit.latent] = now.get(edit.latent, before[:, column]) * edit.keep + edit.add
-    difference = torch.stack([now[latent] - first[latent] for latent in now], 1)
-    return difference.to(sae.W_dec) @ sae.W_dec[list(now)]
+    after = before.clone()
+    for edit in edits:
+        column = latents.index(edit.latent)
+        after[:, column] = after[:, column] * edit.keep + edit.add
+    return (after - before).to(sae.W_dec) @ sae.W_dec[latents]
 
 
 @contextmanager
