@@ -287,7 +287,7 @@ def test_names_are_folded_not_cut(sweep):
     metrics = dict.fromkeys(MEANING, 0.5)
     judged = [{"name": f"a-very-long-name-of-run-{i}", "metrics": metrics} for i in range(2)]
     console = Console(width=80, record=True)
-    console.print(console_table(judged, 80))
+    console.print(console_table(judged))
     text = console.export_text()
     assert max(map(len, text.splitlines())) <= 80
     assert "…" not in text and text.count("0.5000") == 10

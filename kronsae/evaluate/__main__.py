@@ -64,7 +64,8 @@ def work(argv: list[str]) -> None:
         console.print(f"loading {group[0].data.model}", style="dim", markup=False)
         with quiet():
             text = open_heldout(group[0], device)
-        texts.append(_describe(text, group))
+        names = [loaded.name for loaded in group]
+        texts.append({"of": names, **text.facts, "model": text.model.describe()})
         for loaded, judgement in zip(group, _judge(group, text, console), strict=True):
             entries[loaded.name] = _entry(loaded, judgement)
     document = {
@@ -86,11 +87,6 @@ def _judge(group: list[LoadedSAE], text: HeldoutText, console: Console) -> list[
         saes = {loaded.name: loaded.sae for loaded in group}
         judgements = judge(saes, text, lambda: bar.advance(task))
     return [judgements[loaded.name] for loaded in group]
-
-
-def _describe(text: HeldoutText, group: list[LoadedSAE]) -> dict[str, Any]:
-    names = [loaded.name for loaded in group]
-    return {"of": names, **text.facts, "model": text.model.describe()}
 
 
 def _entry(loaded: LoadedSAE, judgement: Judgement) -> dict[str, Any]:
@@ -126,7 +122,7 @@ def _write(document: dict[str, Any], out: Path, console: Console) -> None:
     if len(document["judged"]) == 1:
         [entry] = document["judged"]
         console.print(" · ".join([entry["name"], *filter(None, facts(entry))]), style="bold")
-    console.print(console_table(document["judged"], console.width))
+    console.print(console_table(document["judged"]))
     console.print(
         f"In {out}: evaluation.md (explains each figure), "
         f"{', '.join(['evaluation.json', *pictures])}"

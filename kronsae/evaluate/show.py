@@ -45,9 +45,6 @@ def facts(entry: Entry) -> list[str]:
     ]
 
 
-WIDE = 110
-"""Cells of a console that has room for what the figures mean."""
-
 _COLUMNS = {
     "explained_variance": "EV",
     "cosine": "cosine",
@@ -61,26 +58,17 @@ _COLUMNS = {
 """Figures of a table of several SAEs on a console, and their short names."""
 
 
-def console_table(judged: Sequence[Entry], width: int) -> Table:
+def console_table(judged: Sequence[Entry]) -> Table:
     """For a terminal: all figures of one SAE, or a row with the main ones for each of several."""
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="bold")
     shown = rows(judged)
     if len(judged) == 1:
-        table.show_header = False
-        widest = [
-            max(map(len, texts)) for texts in zip(*((f[1], f[2][0]) for f in shown), strict=True)
-        ]
-        table.add_column(no_wrap=True, min_width=widest[0])
-        table.add_column(no_wrap=True, min_width=widest[1], justify="right")
-        if width >= WIDE:
-            table.add_column(style="dim", no_wrap=True, overflow="ellipsis")
-        for name, label, [text] in shown:
-            table.add_row(label, text, *([MEANING[name][1]] if width >= WIDE else []))
+        table = tables.console_table(("figure", "value"))
+        for _, label, [text] in shown:
+            table.add_row(label, text)
         return table
     columns = {_COLUMNS[name]: texts for name, _, texts in shown if name in _COLUMNS}
-    table.add_column("", overflow="fold")
-    for name in columns:
-        table.add_column(name, justify="right")
+    table = tables.console_table(("SAE", *columns))
+    table.columns[0].no_wrap, table.columns[0].overflow = False, "fold"
     for entry, *texts in zip(judged, *columns.values(), strict=True):
         table.add_row(Text(entry["name"]), *texts)
     return table
