@@ -141,7 +141,7 @@ def test_seeds_draw_weights_and_the_stream_stays():
         ([], [], "expected a JSON list of objects"),
         ({"m": 2}, [], "expected a JSON list of objects"),
         ([3], [], "entry 0: expected an object"),
-        (None, ["--k", "8", "8"], "--k has the same value twice"),
+        (None, ["--k", "8", "8"], "two members of the sweep have the name 'k8'"),
         (None, ["--batch-size", "64", "128"], "--batch-size takes one value, which all members"),
         (None, ["--sweep", "none.json"], "--sweep none.json cannot be read"),
         (None, ["--plan", "--no-memory-check"], "--no-memory-check has no effect with --plan"),

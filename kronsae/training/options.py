@@ -225,9 +225,6 @@ def _members(
     flags: dict[str, Any], file: dict[str, Any], sweep: Path | None, lists: dict[str, list[Any]]
 ) -> dict[str, RunConfig]:
     """The members of a sweep: each entry of its file, with each combination of the lists."""
-    for name, values in lists.items():
-        if len(set(values)) < len(values):
-            raise InputError(f"{flag(name)} has the same value twice: {values}")
     entries = [{}] if sweep is None else _read_sweep(sweep)
     configs: dict[str, RunConfig] = {}
     names = []
