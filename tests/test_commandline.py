@@ -80,7 +80,7 @@ COMMANDS = {
     "train": (train, "_train", train.main, ["--no-memory-check"], "start again"),
     "harvest": (
         *(harvest, "harvest", harvest.main),
-        *(["--layer", "1", "--tokens", "300"], "goes on"),
+        *(["--layer", "1", "--tokens", "300"], "resume by"),
     ),
     "experiments": (
         *(sys.modules[experiments.__module__], "run_grid", experiments),
