@@ -114,8 +114,8 @@ def make_page(
         shape = config.heads, config.m, config.n
         summary |= {"cosines": mean_cosines(sae.W_dec.detach(), *shape)}
         summary |= {"nearest": kinship(nearest, config.m, config.n)}
-    by = torch.rand(config.dict_size, 5, generator=generator).sort(1, descending=True).values
-    words = torch.randint(TOKENS, (2, config.dict_size, 5), generator=generator)
+    by = -np.sort(-torch.rand(config.dict_size, 5, generator=generator).numpy())
+    words = torch.randint(TOKENS, (2, config.dict_size, 5), generator=generator).numpy()
     logits = LogitEffects(words[0], by, words[1], -by, "final_norm")
     facts = {"summary": summary, "text": {"dataset": EVIL[0]}}
     stored = Stored(found, nearest, logits, facts)
@@ -164,8 +164,8 @@ def make_large_page(folder: Path) -> Path:
     post, pre = examined(size), examined(8192 * 8)
     both = rng.integers(1000, 2000, (8192, 4, 4))
     found = Properties(10**6, 4000, post, pre, both, None, None, {"post": False, "pre": False})
-    nearest = Nearest(torch.randint(size, (size, 8)), torch.rand(size, 8))
-    tokens, by = torch.randint(words, (2, size, 10)), torch.rand(size, 10)
+    nearest = Nearest(rng.integers(0, size, (size, 8)), rng.random((size, 8)))
+    tokens, by = rng.integers(0, words, (2, size, 10)), rng.random((size, 10))
     logits = LogitEffects(tokens[0], by, tokens[1], -by, "norm")
     summary = summarise(sae, found)
     summary |= {"cosines": mean_cosines(sae.W_dec.detach(), 8192, 4, 4)}

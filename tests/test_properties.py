@@ -384,11 +384,12 @@ def test_nearest_rows(monkeypatch):
     found = nearest_rows(rows, 4)
     cosines = torch.nn.functional.cosine_similarity(rows[:, None], rows[None], dim=-1)
     cosines.fill_diagonal_(-2)
-    torch.testing.assert_close(found.cosines, cosines.topk(4).values)
-    torch.testing.assert_close(cosines.gather(1, found.latents), found.cosines)
+    np.testing.assert_allclose(found.cosines, cosines.topk(4).values, atol=1e-6)
+    near = cosines.gather(1, torch.from_numpy(found.latents))
+    np.testing.assert_allclose(near, found.cosines, atol=1e-6)
     kin = kinship(found, 2, 4)
-    own, other = torch.arange(24), found.latents[:, 0]
-    assert kin["same_head"] == pytest.approx((own // 8 == other // 8).double().mean().item())
+    own, other = np.arange(24), found.latents[:, 0]
+    assert kin["same_head"] == pytest.approx((own // 8 == other // 8).mean())
     assert kin["same_base"] + kin["same_extension"] <= kin["same_head"]
     assert kin["by_chance"] == 7 / 23
     monkeypatch.setattr("kronsae.properties.geometry.NEIGHBOURS_ON_CPU", 24 * 24 * 5 - 1)
@@ -410,9 +411,9 @@ def test_logit_effects_are_those_of_the_models_own_head(family):
         zero = model.get_output_embeddings()(norm(torch.zeros_like(sae.W_dec)))
     effects = logits - zero  # a norm's bias adds the same to all
     effects = effects - effects.mean(1, keepdim=True)
-    torch.testing.assert_close(found.raised, effects.topk(3).indices)
-    torch.testing.assert_close(found.lowered, effects.topk(3, largest=False).indices)
-    ratio = found.raised_by / effects.topk(3).values
+    np.testing.assert_array_equal(found.raised, effects.topk(3).indices)
+    np.testing.assert_array_equal(found.lowered, effects.topk(3, largest=False).indices)
+    ratio = torch.from_numpy(found.raised_by) / effects.topk(3).values
     torch.testing.assert_close(ratio, ratio[:, :1].expand(-1, 3), rtol=1e-3, atol=1e-4)
 
 
@@ -433,7 +434,7 @@ def test_kept_as_files(name, tmp_path):
     save_properties(stored, tmp_path / "properties")
     again = load_properties(tmp_path / "properties")
     assert again.properties.tokens == found.tokens and again.logits is None
-    torch.testing.assert_close(again.nearest.cosines, nearest.cosines)
+    np.testing.assert_array_equal(again.nearest.cosines, nearest.cosines)
     np.testing.assert_array_equal(again.properties.post.entropy, found.post.entropy)
     np.testing.assert_array_equal(again.properties.post.top.tokens, found.post.top.tokens)
     assert (again.properties.pre is None) == (name == "dense")

@@ -85,7 +85,7 @@ def make_content(run: Path, sae: SAE, stored: Stored, tokenizer: Any | None) -> 
     tops, samples = _examples_shown(latents, properties.post)
     lists = [examined.top_tokens for examined in groups.values()]
     if stored.logits is not None:
-        lists += [stored.logits.raised.numpy(), stored.logits.lowered.numpy()]
+        lists += [stored.logits.raised, stored.logits.lowered]
     chosen = {
         f"{name}.{kind}": examples
         for name, examined in groups.items()
@@ -249,13 +249,12 @@ def _details(
             arrays[f"{name}.{kind}.peaks"] = rounded(peak)
     part = rows["post"]
     if stored.nearest is not None:
-        arrays["nearest"] = stored.nearest.latents[part].numpy().astype(np.uint32)
-        arrays["cosines"] = rounded(stored.nearest.cosines[part].numpy())
+        arrays["nearest"] = stored.nearest.latents[part].astype(np.uint32)
+        arrays["cosines"] = rounded(stored.nearest.cosines[part])
     if stored.logits is not None:
         for name in ("raised", "lowered"):
-            tokens = getattr(stored.logits, name)[part].numpy()
-            arrays[name] = vocabulary.numbers(tokens)
-            arrays[f"{name}By"] = rounded(getattr(stored.logits, f"{name}_by")[part].numpy())
+            arrays[name] = vocabulary.numbers(getattr(stored.logits, name)[part])
+            arrays[f"{name}By"] = rounded(getattr(stored.logits, f"{name}_by")[part])
     return arrays
 
 

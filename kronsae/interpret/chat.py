@@ -21,8 +21,8 @@ Messages = list[dict[str, str]]
 ATTEMPTS = 5
 """How often a request is made before a failing server is given up."""
 
-WAIT_S = 1.0
-"""Before the second attempt; doubled before each later one, unless the server says how long."""
+WAIT_S = 2.0
+"""Before the second attempt; doubled before each later one."""
 
 TIMEOUT_S = 300.0
 
@@ -59,11 +59,9 @@ class LocalChat:
         *,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
-        revision: str | None = None,
-        trust_remote_code: bool = False,
     ) -> None:
-        self.name = f"{name}@{revision}" if revision else name
-        common: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+        self.name = name
+        common: dict[str, Any] = {"revision": None, "trust_remote_code": False}
         with quiet():
             config = load_config(name, **common)
             self.tokenizer = load_tokenizer(name, common)
@@ -116,13 +114,13 @@ class LocalChat:
 class ServerChat:
     """A server that speaks OpenAI's chat-completions protocol, greedy.
 
-    url: its base, as http://localhost:8000/v1.  key: what it wants to know callers by; by default
-    the environment variable OPENAI_API_KEY, if there is one. It is sent, and never written down.
+    url: its base, as http://localhost:8000/v1. The environment variable OPENAI_API_KEY, if there is
+    one, is sent as the caller's key, and never written down.
     Requests that fail for a passing reason are made ATTEMPTS times, until `stopped` is set.
     Raises InputError if the server refuses, cannot be reached, or answers something else.
     """
 
-    def __init__(self, url: str, model: str, *, key: str | None = None) -> None:
+    def __init__(self, url: str, model: str) -> None:
         if not url.startswith(("http://", "https://")):
             raise InputError(
                 f"server: expected a URL such as http://localhost:8000/v1, got {url!r}"
@@ -130,7 +128,7 @@ class ServerChat:
         self.url = url.rstrip("/")
         self.model = model
         self.name = model  # a server may come back at another port
-        self.key = os.environ.get("OPENAI_API_KEY") if key is None else key
+        self.key = os.environ.get("OPENAI_API_KEY")
         self.stopped = threading.Event()
 
     def answer(self, messages: Messages, max_tokens: int) -> Reply:
@@ -163,7 +161,6 @@ class ServerChat:
     def _post(self, body: dict[str, Any]) -> Any:
         request = self._request("chat/completions", body)
         for attempt in range(ATTEMPTS):
-            wait = WAIT_S * 2**attempt
             try:
                 with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
                     return json.loads(response.read())
@@ -172,10 +169,9 @@ class ServerChat:
                 if error.code not in PASSING:
                     hint = self._hint(error.code in (404, 405))
                     raise InputError(f"{self.url} refused: {why}{hint}") from error
-                wait = _seconds(error.headers.get("Retry-After"), wait)
             except (OSError, ValueError) as error:  # no connection, a timeout, no JSON
                 why = f"{type(error).__name__}: {error}"
-            if attempt < ATTEMPTS - 1 and self.stopped.wait(wait):
+            if attempt < ATTEMPTS - 1 and self.stopped.wait(WAIT_S * 2**attempt):
                 raise CancelledError
         hint = self._hint(not_there=True)
         raise InputError(f"{self.url} did not answer in {ATTEMPTS} attempts ({why}){hint}")
@@ -190,13 +186,6 @@ class ServerChat:
             return "" if usual else "; do its addresses begin with …/v1?"
         unknown = names and self.model not in names
         return f"; its models: {', '.join(names[:10])}" if unknown else ""
-
-
-def _seconds(text: str | None, default: float) -> float:
-    try:
-        return default if text is None else float(text)
-    except ValueError:  # a date
-        return default
 
 
 class Answers:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kronsae.config import setting
+from kronsae.config import SAEConfig, setting
 from kronsae.errors import InputError
 from kronsae.model.sae import SAE
 from kronsae.properties.correlation import active_codes, joined, mean_correlations
@@ -145,24 +145,24 @@ def measure(
         if config.heads:
             dense = pre_latents(sae, x)
             pre.add_dense(text, dense.cpu().float().numpy())
-            fires = (dense > 0).float().view(-1, config.heads, config.m + config.n)
-            both += torch.einsum("thi,thj->hij", fires.split([config.m, config.n], 2)).cpu()
+            both += _both(config, dense > 0)
         tokens += len(x)
         progress(tokens)
     if not tokens:
         raise InputError("there is no text to read: no context of it is full")
     head, others = _correlations(sae, joined(codes)) if codes else (None, None)
-    groups = {"post": post, "pre": pre} if config.heads else {"post": post}
-    return Properties(
-        tokens,
-        contexts,
-        post.result(),
-        pre.result() if config.heads else None,
-        both.long().numpy() if config.heads else None,
-        head,
-        others,
-        {name: group.mass.exact for name, group in groups.items()},
-    )
+    exact = {"post": post.mass.exact}
+    if not config.heads:
+        return Properties(tokens, contexts, post.result(), None, None, head, others, exact)
+    exact["pre"] = pre.mass.exact
+    counts = both.long().numpy()
+    return Properties(tokens, contexts, post.result(), pre.result(), counts, head, others, exact)
+
+
+def _both(config: SAEConfig, fires: Tensor) -> Tensor:
+    """[h, m, n] on how many tokens base and extension of a latent fire; fires: [t, P]."""
+    of_heads = fires.float().view(-1, config.heads, config.m + config.n)
+    return torch.einsum("thi,thj->hij", of_heads.split([config.m, config.n], 2)).cpu()
 
 
 def _sample_size(count: int) -> int:

@@ -5,6 +5,7 @@ Letters: F latents, d width, h heads of m base and n extension, V tokens.
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -50,9 +51,9 @@ def mean_cosines(w_dec: Tensor, heads: int, m: int, n: int) -> dict[str, float]:
 class Nearest(NamedTuple):
     """The rows with the largest cosine to each row, itself left out."""
 
-    latents: Tensor
+    latents: np.ndarray
     """[F, s] int64"""
-    cosines: Tensor
+    cosines: np.ndarray
     """[F, s] largest first."""
 
 
@@ -73,19 +74,19 @@ def nearest_rows(w_dec: Tensor, size: int) -> Nearest | None:
         cosines = rows[start : start + step] @ rows.T
         cosines[torch.arange(len(cosines)), torch.arange(start, start + len(cosines))] = -torch.inf
         largest = cosines.topk(size, 1)
-        parts.append((largest.indices.cpu(), largest.values.cpu()))
-    return Nearest(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        parts.append((largest.indices.cpu().numpy(), largest.values.cpu().numpy()))
+    return Nearest(*map(np.concatenate, zip(*parts, strict=True)))
 
 
 def kinship(nearest: Nearest, m: int, n: int) -> dict[str, float]:
     """Shares of the nearest row of each latent that are in its head, and share its base or its
     extension; and `by_chance`, the share of other rows that are in its head."""
-    own, other = torch.arange(len(nearest.latents)), nearest.latents[:, 0]
+    own, other = np.arange(len(nearest.latents)), nearest.latents[:, 0]
     head = own // (m * n) == other // (m * n)
     base, extension = own // n == other // n, head & (own % n == other % n)
     shares = {"same_head": head, "same_base": base, "same_extension": extension}
     by_chance = (m * n - 1) / max(1, len(own) - 1)
-    return {**{k: v.double().mean().item() for k, v in shares.items()}, "by_chance": by_chance}
+    return {**{k: float(v.mean()) for k, v in shares.items()}, "by_chance": by_chance}
 
 
 class LogitEffects(NamedTuple):
@@ -97,12 +98,12 @@ class LogitEffects(NamedTuple):
     other and their unit is open. The mean over tokens is taken away, which changes no probability.
     """
 
-    raised: Tensor
+    raised: np.ndarray
     """[F, s] tokens, largest effect first."""
-    raised_by: Tensor
-    lowered: Tensor
+    raised_by: np.ndarray
+    lowered: np.ndarray
     """[F, s] tokens, lowest effect first."""
-    lowered_by: Tensor
+    lowered_by: np.ndarray
     norm: str
     """The norm that was taken into account; "" if none was found."""
 
@@ -127,9 +128,9 @@ def logit_effects(sae: SAE, model: Any, size: int) -> LogitEffects | None:
     for part in direction.split(step):
         effects = part @ unembed.T
         highest, lowest = effects.topk(size, 1), effects.topk(size, 1, largest=False)
-        parts.append([highest.indices, highest.values, lowest.indices, lowest.values])
-    raised, raised_by, lowered, lowered_by = map(torch.cat, zip(*parts, strict=True))
-    return LogitEffects(raised.cpu(), raised_by.cpu(), lowered.cpu(), lowered_by.cpu(), name)
+        found = highest.indices, highest.values, lowest.indices, lowest.values
+        parts.append([part.cpu().numpy() for part in found])
+    return LogitEffects(*map(np.concatenate, zip(*parts, strict=True)), name)
 
 
 def _through_norm(model: Any, rows: Tensor) -> tuple[str, Tensor]:

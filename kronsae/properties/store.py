@@ -4,14 +4,11 @@ properties.safetensors   every array, by name: "post.count", "pre.top.tokens", "
 properties.json          the text, the settings, a summary, and the checksum of the former
 """
 
-import dataclasses
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from kronsae.errors import InputError
 from kronsae.properties.examples import PARTS, Examples
@@ -98,18 +95,19 @@ def load_properties(folder: Path) -> Stored:
         arrays.get("other_correlation"),
         document["exact_entropy"],
     )
-    nearest, logits = None, None
-    if "nearest.latents" in arrays:
-        nearest = Nearest(**_tensors("nearest", arrays))
-    if "logits.raised" in arrays:
-        logits = LogitEffects(**_tensors("logits", arrays), norm=document["logits_norm"])
-    return Stored(properties, nearest, logits, document)
+    nearest, logits = _fields("nearest", arrays), _fields("logits", arrays)
+    return Stored(
+        properties,
+        Nearest(**nearest) if nearest else None,
+        LogitEffects(**logits, norm=document["logits_norm"]) if logits else None,
+        document,
+    )
 
 
 def _arrays(name: str, value: Any) -> dict[str, np.ndarray]:
     """The arrays inside a value, by their names joined with dots."""
-    if isinstance(value, np.ndarray | Tensor):
-        return {name: np.asarray(value)}
+    if isinstance(value, np.ndarray):
+        return {name: value}
     if isinstance(value, Examples):
         return {f"{name}.{part}": getattr(value, part) for part in PARTS}
     if isinstance(value, Nearest | LogitEffects):
@@ -121,22 +119,15 @@ def _arrays(name: str, value: Any) -> dict[str, np.ndarray]:
 
 
 def _examined(name: str, arrays: dict[str, np.ndarray]) -> Examined:
-    fields: dict[str, Any] = {}
-    for spec in dataclasses.fields(Examined):
-        key = f"{name}.{spec.name}"
-        if key in arrays:
-            fields[spec.name] = arrays[key]
-            continue
-        fields[spec.name] = examples = Examples(0, 0)
+    fields: dict[str, Any] = _fields(name, arrays)
+    for kind in ("top", "sample"):
+        fields[kind] = examples = Examples(0, 0)
         for part in PARTS:
-            setattr(examples, part, arrays[f"{key}.{part}"])
+            setattr(examples, part, fields.pop(f"{kind}.{part}"))
     return Examined(**fields)
 
 
-def _tensors(name: str, arrays: dict[str, np.ndarray]) -> dict[str, Any]:
+def _fields(name: str, arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The arrays whose names begin with `name`, by the rest of theirs."""
     prefix = f"{name}."
-    return {
-        key.removeprefix(prefix): torch.from_numpy(array)
-        for key, array in arrays.items()
-        if key.startswith(prefix)
-    }
+    return {k.removeprefix(prefix): v for k, v in arrays.items() if k.startswith(prefix)}

@@ -150,14 +150,9 @@ class Sketch:
             part = slice(start, start + 2**15)
             seen, of_event = np.unique(tokens[part], return_inverse=True)
             drawn = _skewed_stable(seen)[of_event] * mass[part, None]
-            touched, first = np.unique(latents[part], return_index=True)
-            if len(touched) == len(drawn):
-                sums = drawn[first]
-            else:
-                order = np.argsort(latents[part], kind="stable")
-                starts = np.searchsorted(latents[part][order], touched)
-                sums = np.add.reduceat(drawn[order], starts)
-            self.registers[touched] += sums
+            order = np.argsort(latents[part], kind="stable")
+            touched, starts = np.unique(latents[part][order], return_index=True)
+            self.registers[touched] += np.add.reduceat(drawn[order], starts)
 
     def add_dense(self, tokens: np.ndarray, values: np.ndarray) -> None:
         """values [t, N] of all latents on tokens [t]."""

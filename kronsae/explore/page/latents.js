@@ -10,17 +10,9 @@ const MEASURES = {
 
 // Where values lie between pale and strong, from 0 to 1; between the 2nd and 98th percentile.
 function scaleOf(group, name) {
-  const { data } = index[`${group}.${name}`];
-  const logarithmic = name !== 'entropy';
-  const map = (value) => (logarithmic ? Math.log(Math.max(value, 1e-12)) : value);
-  const step = Math.max(1, Math.floor(data.length / 20000));
-  const sample = [];
-  for (let row = 0; row < data.length; row += step) {
-    if (!Number.isNaN(data[row])) sample.push(map(data[row]));
-  }
-  sample.sort((a, b) => a - b);
-  const low = sample[Math.floor(0.02 * sample.length)] ?? 0;
-  const high = sample[Math.floor(0.98 * sample.length)] ?? 1;
+  const map = name === 'entropy' ? (value) => value : (value) => Math.log(Math.max(value, 1e-12));
+  const known = index[`${group}.${name}`].data.filter((value) => !Number.isNaN(value)).sort();
+  const [low, high] = [0.02, 0.98].map((share) => map(known[Math.floor(share * known.length)] ?? 1));
   return (value) => Math.min(1, Math.max(0, (map(value) - low) / (high - low || 1)));
 }
 
@@ -151,8 +143,7 @@ function nearestOf(unit, block, row) {
 }
 
 function titleOf(unit) {
-  const title = make('h3', { tabindex: -1, id: 'unit' },
-    capitalised(nameOf(unit)));
+  const title = make('h3', null, capitalised(nameOf(unit)));
   const parents = [];
   if (unit.kind === 'latent' && grid.kron) {
     parents.push(

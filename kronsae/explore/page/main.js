@@ -43,13 +43,12 @@ async function route() {
   const own = turn;
   const view = await viewOf(place);
   if (own !== turn) return; // another address was asked for meanwhile
-  const held = document.activeElement?.closest?.('.grid');
   const scroll = window.scrollY;
   main.replaceChildren(...view.filter(Boolean));
   const head = place?.unit?.head;
   if (head !== undefined && head === shownHead) {
     window.scrollTo(0, scroll); // another cell of the same grid
-    if (held) main.querySelector('.grid [aria-current]')?.focus({ preventScroll: true });
+    main.querySelector('.grid [aria-current]').focus({ preventScroll: true });
   } else window.scrollTo(0, 0);
   // The link that was followed is gone: reading goes on at the top of what it led to.
   if (turn > 1 && document.activeElement === document.body) main.focus({ preventScroll: true });
@@ -70,17 +69,10 @@ document.getElementById('skip').addEventListener('click', (event) => {
 });
 
 document.addEventListener('keydown', (event) => {
-  if (event.ctrlKey || event.metaKey || event.altKey) return;
-  if (event.key === 'Escape' && document.activeElement === query) query.blur();
-  if (/^(input|select|textarea)$/i.test(event.target.tagName ?? '')) return;
-  if (event.key === '/') {
-    event.preventDefault();
-    query.focus();
-    query.select();
-  } else if (event.key === 'n' || event.key === 'p') {
-    const label = event.key === 'n' ? `next ${groupName}` : `previous ${groupName}`;
-    main.querySelector(`.turn[aria-label="${label}"][href]`)?.click();
-  } else if (event.key === 'h') location.hash = '#/';
+  if (event.key !== '/' || document.activeElement === query) return;
+  event.preventDefault();
+  query.focus();
+  query.select();
 });
 
 matchMedia('(prefers-color-scheme: dark)').addEventListener('change', route);

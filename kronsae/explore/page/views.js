@@ -1,18 +1,15 @@
 // What is shown for each address.
 
 function introduction() {
-  const { summary } = facts;
   const kron = grid.kron ? ` in ${grouped(grid.heads)} heads of ${grid.m} base × `
     + `${grid.n} extension` : '';
   const of = facts.target ? `predicting ${facts.target} from ${facts.hookpoint}` : facts.hookpoint;
-  const fires = summary.groups.latent.fire;
-  return make('div', { class: 'intro' },
+  return make('div', null,
     make('h1', null, facts.kind, make('small', null, facts.run)),
     make('p', null, make('strong', null, `${grouped(facts.latents)} latents`), kron,
-      `, ${facts.active}: ${of} of `
-      + `${facts.model}, trained on ${grouped(facts.trained)} tokens. Everything here `
-      + `was seen on ${grouped(facts.tokens)} tokens of ${facts.dataset}, on which `
-      + `${grouped(fires)} latents fire.`));
+      `, ${facts.active}: ${of} of ${facts.model}, trained on ${grouped(facts.trained)} tokens. `
+      + `Everything here was seen on ${grouped(facts.tokens)} tokens of ${facts.dataset}, on which `
+      + `${grouped(facts.summary.groups.latent.fire)} latents fire.`));
 }
 
 // How the values of a property are distributed, a histogram for latents, bases and extensions.
@@ -226,19 +223,8 @@ function headGrid(head, chosen) {
   const caption = make('caption', { class: 'hidden' }, grid.kron
     ? `Head ${head}: a row for each base, a column for each extension`
     : `Latents ${first} to ${first + PER_HEAD - 1}`);
-  return make('div', { class: 'scroll' }, make('table', { class: 'grid', onkeydown: moveInGrid },
-    caption, columns || null, make('tbody', null, rows)));
-}
-
-function moveInGrid(event) {
-  const step = {
-    ArrowLeft: [0, -1], ArrowRight: [0, 1], ArrowUp: [-1, 0], ArrowDown: [1, 0],
-  }[event.key];
-  const cell = event.target.closest('td, th');
-  if (!step || !cell) return;
-  event.preventDefault();
-  const row = [...event.currentTarget.rows][cell.parentElement.rowIndex + step[0]];
-  row?.cells[cell.cellIndex + step[1]]?.querySelector('a')?.focus();
+  return make('div', { class: 'scroll' }, make('table', { class: 'grid' }, caption,
+    columns || null, make('tbody', null, rows)));
 }
 
 async function headView(unit) {
@@ -288,42 +274,32 @@ function unitAtRow(group, row) {
 
 function byToken(query) {
   const wanted = query.trim().toLowerCase();
-  const exact = new Set(); const partial = new Set();
-  vocabulary.forEach((text, number) => {
+  const ranks = vocabulary.map((text) => { // 2: the same, 1: a part of it
     const plain = text.trim().toLowerCase();
-    if (plain === wanted || text === query) exact.add(number);
-    else if (wanted && plain.includes(wanted)) partial.add(number);
+    return plain === wanted || text === query ? 2 : Number(wanted !== '' && plain.includes(wanted));
   });
-  const found = [];
+  const best = new Map();
   for (const group of UNIT_GROUPS) {
     const { data, shape } = index[`${group}.tokens`];
-    const shares = index[`${group}.shares`].data;
-    const best = new Map();
-    for (let at = 0; at < data.length; at += 1) {
-      const hit = exact.has(data[at]) ? 2 : partial.has(data[at]) ? 1 : 0;
-      if (!hit || !shares[at]) continue;
+    index[`${group}.shares`].data.forEach((byte, at) => {
+      if (!byte || !ranks[data[at]]) return;
+      const share = byte / 255;
+      const score = share + ranks[data[at]];
       const row = Math.floor(at / shape[1]);
-      const score = shares[at] / 255 + (hit - 1);
-      if (score > (best.get(row)?.score ?? 0)) best.set(row, { score, share: shares[at] / 255 });
-    }
-    for (const [row, each] of best) found.push({ ...each, unit: unitAtRow(group, row) });
+      const key = `${group} ${row}`;
+      if (score > (best.get(key)?.score ?? 0)) {
+        best.set(key, { score, share, unit: unitAtRow(group, row) });
+      }
+    });
   }
-  return found.sort((a, b) => b.score - a.score);
+  return [...best.values()].sort((a, b) => b.score - a.score);
 }
 
 function numbersIn(query) {
-  const match = query.trim().match(/^(latent|head|group)?\s*(\d+)$/i);
-  if (!match) return [];
-  const [kind, number] = [match[1]?.toLowerCase(), Number(match[2])];
-  const out = [];
-  if ((!kind || kind === 'latent') && number < facts.latents) {
-    out.push(make('li', null, make('a', { href: `#/latent/${number}` }, `latent ${number}`)));
-  }
-  if ((!kind || kind !== 'latent') && number < grid.heads) {
-    out.push(make('li', null,
-      make('a', { href: `#/head/${number}` }, `${groupName} ${number}`)));
-  }
-  return out;
+  const [, kind, number] = query.trim().match(/^(latent|head|group)?\s*(\d+)$/i) ?? [];
+  return ['latent', 'head'].filter((each) => !kind || /latent/i.test(kind) === (each === 'latent'))
+    .map((each) => `#/${each}/${number}`).filter((href) => placeOf(href))
+    .map((href) => make('li', null, make('a', { href }, href.slice(2).replace('/', ' '))));
 }
 
 function findView(query) {
