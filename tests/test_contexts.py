@@ -83,7 +83,6 @@ def test_by_hand():
     )
     assert (two.latent, two.head, two.base, two.extension) == (2, None, None, None)
     assert two.density == 4 / 9
-    assert two.max_activation == 5
     first, second = two.windows
     assert (first.context, first.position, first.start) == (1, 1, 0)
     assert first.tokens == (9, 20, 21, 22)
@@ -193,7 +192,7 @@ def test_nothing_to_show():
         sae.b_enc.fill_(-1e6)
     assert top_contexts(sae, random_heldout()) == []
     [silent] = top_contexts(sae, random_heldout(), [4])
-    assert (silent.density, silent.max_activation, silent.windows) == (0, 0, ())
+    assert (silent.density, silent.windows) == (0, ())
     assert [line.plain for line in render([silent], None)] == [title(silent)]
     assert "never fires" in title(silent)
     with pytest.raises(InputError, match="0 to 29, got 30"):
@@ -242,13 +241,3 @@ def test_render_fits_the_console(width):
     marked = [line for line in lines if "«.»" in line]
     assert len(marked) == 2
     assert len({line.index("«") for line in marked}) == 1
-
-
-def test_render_on_a_terminal():
-    sae, heldout = text_heldout()
-    file = io.StringIO()
-    console = Console(file=file, width=80, force_terminal=True, color_system="standard")
-    for line in render(top_contexts(sae, heldout, [0]), ByteTokenizer(), console):
-        console.print(line)
-    assert "\x1b[7m.\x1b[0m" in file.getvalue()
-    assert "«" not in file.getvalue()

@@ -158,18 +158,12 @@ def _tradeoff(judged: Sequence[Entry]) -> Any:
     figure, panels = pyplot.subplots(
         1, len(shown), figsize=(3.6 * len(shown) + 1.8, 3.4), squeeze=False, layout="constrained"
     )
-    colours = pyplot.rcParams["axes.prop_cycle"].by_key()["color"]
     for axes, (name, label) in zip(panels[0], shown, strict=True):
         for number, entry in enumerate(judged):
-            metrics = entry["metrics"]
-            if name in metrics:
-                axes.plot(
-                    metrics["l0"],
-                    metrics[name],
-                    "osD^v"[number // len(colours) % 5],
-                    color=colours[number % len(colours)],
-                    label=entry["name"],
-                )
+            if name in entry["metrics"]:
+                place = entry["metrics"]["l0"], entry["metrics"][name]
+                marker = "osD^v"[number // 10 % 5]  # there are ten colours
+                axes.plot(*place, marker, color=f"C{number}", label=entry["name"])
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
         axes.margins(0.2)

@@ -53,6 +53,3 @@ class Composition(TrainingExperiment):
             f"mand explains most in {first} of {len(ev)} rows (paper: {len(PAPER_EV)} of "
             f"{len(PAPER_EV)}); mand > relu_mul > mul in {ordered} (paper: {len(PAPER_EV)})."
         )
-
-    def style(self, value: str) -> dict[str, Any]:
-        return {"fmt": "o"}

@@ -31,9 +31,6 @@ from kronsae.experiments.variants import dense_form, sae_config
 RECIPE = "recipe"
 """The arm in which nothing differs."""
 
-POINT = ("dict_size", "tokens")
-"""What tells apart the points at which all rates are tried."""
-
 FIELDS = {
     spec.name: (kind, spec)
     for kind in (SAEConfig, TrainConfig)
@@ -149,7 +146,7 @@ class Convergence(EqualTokens):
         ]
         header = ["", *(f"{v}{part}" for v in self.variants for part in ("", ": lr", ": dead"))]
         rate_header = ["F", "tokens", *(f"lr {rate:g}" for rate in self.rates)]
-        _, rates = by_column(explained(runs, *POINT, "rates_of", "lr"), [], "")
+        _, rates = by_column(explained(runs, "dict_size", "tokens", "rates_of", "lr"), [], "")
         rates = [[size, tokens, *evs] for size, tokens, _, *evs in rates]
         table = (
             f"{markdown(header, lines)}\n\n{self.variants[0]} by the recipe at each rate:\n\n"
@@ -177,7 +174,7 @@ class Convergence(EqualTokens):
 
     def draw(self, runs: Sequence[Run], path: Path) -> None:
         """Left: what each arm explains above the recipe. Right: the recipe at each rate."""
-        arms, rate = [RECIPE, *self.arms], Across("lr", "learning rate", log=10)
+        arms = [RECIPE, *self.arms]
         found = explained(runs, "arm", "variant")
         with picture(path, 2, (7, 4.2)) as (left, right):
             for (arm, variant), ev in found.items():
@@ -196,12 +193,10 @@ class Convergence(EqualTokens):
             left.invert_yaxis()
             left.set_xlabel("explained variance above the recipe's")
             left.set_title(f"F = {self.dict_size:,}, {self.tokens:,} tokens")
-            for (_, size, tokens), group in grouped(runs, "rates_of", *POINT).items():
-                budget = self.rate_tokens.index(tokens) % 4
-                style = {
-                    "color": f"C{self.rate_dict_sizes.index(size)}",
-                    "fmt": "os^v"[budget] + ("--", "-", ":", "-.")[budget],
-                    "label": f"F = {size:,}, {tokens:,} tokens",
-                }
-                curves(right, group, "tokens", rate, style={tokens: style}.__getitem__)
+            tried = [
+                run | {"point": f"F = {run['dict_size']:,}, {run['tokens']:,} tokens"}
+                for run in runs
+                if "rates_of" in run
+            ]
+            curves(right, tried, "point", Across("lr", "learning rate", log=10))
             right.set_title(f"{self.variants[0]} by the recipe")

@@ -100,6 +100,3 @@ class JumpReLU(EqualTokens):
         )
         header = ["L0 aimed at", "SAE", "L0", "explained variance", "paper"]
         return markdown(header, lines), line
-
-    def style(self, value: str) -> dict[str, Any]:
-        return {"label": self.names()[value]}

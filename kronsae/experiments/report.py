@@ -2,12 +2,13 @@
 
 import math
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from kronsae.experiments.experiment import Run
+from kronsae.system import tables
 
 TUNING_SEED = 1000
 """Seed of the runs that choose a learning rate; their figures are not reported."""
@@ -58,11 +59,8 @@ def explained(
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     """A Markdown table; thousands of whole numbers are set apart."""
-    lines = [header, ["---"] * len(header), *rows]
-    texts = [
-        [f"{cell:,}" if isinstance(cell, int) else str(cell) for cell in line] for line in lines
-    ]
-    return "\n".join(f"| {' | '.join(line)} |" for line in texts)
+    texts = [[f"{cell:,}" if isinstance(cell, int) else cell for cell in row] for row in rows]
+    return tables.markdown(header, texts)
 
 
 def by_column(found: dict[tuple, Spread], headings: Sequence[str], name: str) -> tuple[list, list]:
@@ -113,18 +111,10 @@ class Across(NamedTuple):
     """Base of a logarithmic scale; 0: linear."""
 
 
-def curves(
-    axes: Any,
-    runs: Sequence[Run],
-    line: str,
-    across: Across,
-    *points: str,
-    style: Callable[[Any], dict[str, Any]] = lambda value: {},
-) -> None:
+def curves(axes: Any, runs: Sequence[Run], line: str, across: Across, *points: str) -> None:
     """Explained variance with error bars, a line each value of the key `line`.
 
     points: keys that tell the points of a line apart (default: what is across).
-    style: of a value's line, for matplotlib's `errorbar`.
     """
     numbers = not isinstance(runs[0][across.key], str)
     lines: dict[Any, list[tuple]] = {}
@@ -134,8 +124,8 @@ def curves(
         lines.setdefault(value, []).append((place, *explained(group)[()]))
     for value, found in lines.items():
         label = value if isinstance(value, str) else f"{line} = {value}"
-        given = {"fmt": "o-", "capsize": 3, "label": label} | style(value)
-        axes.errorbar(*zip(*(sorted(found) if numbers else found), strict=True), **given)
+        parts = zip(*(sorted(found) if numbers else found), strict=True)
+        axes.errorbar(*parts, fmt="o-", capsize=3, label=label)
     if across.log:
         axes.set_xscale("log", base=across.log)
     if numbers and (not points or across.key in points):

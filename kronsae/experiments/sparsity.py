@@ -7,7 +7,7 @@ from typing import Any
 from kronsae.experiments.experiment import EXPERIMENTS, axis
 from kronsae.experiments.report import Across, Spread
 from kronsae.experiments.training import EqualTokens
-from kronsae.experiments.variants import FAMILIES, dense_form, wins, with_dense_forms
+from kronsae.experiments.variants import dense_form, wins, with_dense_forms
 
 
 @EXPERIMENTS.register("sparsity")
@@ -41,9 +41,3 @@ class Sparsity(EqualTokens):
             f"At equal tokens (not equal FLOPs) {', '.join(counts)} (paper: pictures, Figs. 3 and "
             "10)."
         )
-
-    def style(self, value: str) -> dict[str, Any]:
-        """A colour each dense form, broken lines with a Kron encoder."""
-        family = dense_form(value)
-        color = f"C{list(FAMILIES).index(family)}"
-        return {"fmt": "o-" if value == family else "s--", "color": color}

@@ -196,24 +196,24 @@ class Toy(Experiment):
         return markdown(["", "RV, paper", *COLUMNS], rows), line
 
     def draw(self, runs: Sequence[Run], path: Path) -> None:
-        """RV by set-up (a dot, the mean of its seeds) and on average (a bar), with the controls."""
+        """RV over the set-ups, with the controls, beside the paper's."""
         names = ["autoencoder", *VARIANTS]
-        kinds = {
-            "rv": ("trained", "C0", -0.22),
-            "untied.rv": ("trained from an untied decoder", "C1", 0.0),
-            "before_training.rv": ("before training", "C7", 0.22),
+        found = {
+            label: {n: Spread.of(of.values()) for n in names if (of := by_setup(runs, n, key))}
+            for label, key in (
+                ("trained", "rv"),
+                ("trained from an untied decoder", "untied.rv"),
+                ("before training", "before_training.rv"),
+            )
+        }
+        found["paper"] = {
+            name: Spread(*map(float, text.split(" ± "))) for name, text in PAPER_RV.items()
         }
         with picture(path, size=(9.5, 3.8)) as (axes,):
-            for key, (label, color, shift) in kinds.items():
-                for place, name in enumerate(names):
-                    if dots := by_setup(runs, name, key).values():
-                        middle, mean = place + shift, statistics.fmean(dots)
-                        axes.plot([middle] * len(dots), dots, ".", color=color, alpha=0.4)
-                        axes.plot([middle - 0.1, middle + 0.1], [mean, mean], color=color)
-                axes.plot([], [], color=color, label=label)
-            for place, name in enumerate(names):
-                paper, _, _ = PAPER_RV[name].partition(" ")
-                axes.plot(place - 0.22, float(paper), "kx", label=None if place else "paper, mean")
+            for shift, (label, spreads) in enumerate(found.items()):
+                places = [names.index(name) + 0.2 * shift - 0.3 for name in spreads]
+                means, deviations = zip(*spreads.values(), strict=True)
+                axes.errorbar(places, means, deviations, fmt="o", capsize=3, label=label)
             axes.set_xticks(range(len(names)), names)
             axes.set_ylabel("RV coefficient with S")
             axes.set_ylim(0, None)

@@ -191,14 +191,10 @@ class TrainingExperiment(Experiment):
         sizes = grouped(runs, "dict_size")
         with picture(path, len(sizes)) as row:
             for axes, ((size,), of_size) in zip(row, sizes.items(), strict=True):
-                curves(axes, of_size, self.line, self.across, *points, style=self.style)
+                curves(axes, of_size, self.line, self.across, *points)
                 tokens = {run["tokens"] for run in of_size}
                 of_tokens = f", {tokens.pop():,} tokens" if len(tokens) == 1 else ""
                 axes.set_title(f"F = {size:,}{of_tokens}")
-
-    def style(self, value: Any) -> dict[str, Any]:
-        """Of the line of a value, for matplotlib's `errorbar`."""
-        return {}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -145,13 +145,10 @@ def linear_ticks(low: float, high: float, about: int = 5) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """1, 2, 5 and 10 times powers of ten around [low, high]; powers alone if it is wide."""
-    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    factors = (1, 2, 5) if last - first <= 2 else (1,)
-    ticks = [factor * 10.0**power for power in range(first, last + 1) for factor in factors]
-    below = max((tick for tick in ticks if tick <= low * 1.001), default=ticks[0])
-    above = min(tick for tick in ticks if tick >= high * 0.999 and tick > below)
-    return [tick for tick in ticks if below <= tick <= above]
+    """Powers of ten from at most `low` to at least `high`."""
+    first = math.floor(math.log10(low))
+    last = max(math.ceil(math.log10(high)), first + 1)
+    return [10.0**power for power in range(first, last + 1)]
 
 
 def is_number(value: Any) -> bool:

@@ -10,7 +10,6 @@ the texts of all tokens that occur; everything else names tokens by their number
 import json
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -49,16 +48,6 @@ Shown = tuple[np.ndarray, np.ndarray]
 """Examples of N latents: their tokens [N, s, w], or these by number, and activations [N, s, w]."""
 
 
-@dataclass(frozen=True)
-class Content:
-    """The page's data: the facts, and blocks of arrays as text."""
-
-    facts: dict[str, Any]
-    index: str
-    vocabulary: str
-    details: list[str]
-
-
 class Grid(NamedTuple):
     """How latents are laid out: `heads` grids of m x n, the last of which may not be full."""
 
@@ -76,8 +65,11 @@ def grid_of(sae: SAE) -> Grid:
     return Grid(-(-config.dict_size // GROUP**2), GROUP, GROUP, False)
 
 
-def make_content(run: Path, sae: SAE, stored: Stored, tokenizer: Any | None) -> Content:
-    """The data of the page of a run. tokenizer: of its language model; None shows numbers."""
+def make_content(run: Path, sae: SAE, stored: Stored, tokenizer: Any | None) -> dict[str, Any]:
+    """The data of the page of a run, by the names that its template has for them.
+
+    tokenizer: of its language model; None shows numbers.
+    """
     properties = stored.properties
     grid = grid_of(sae)
     groups = {"post": properties.post} | ({"pre": properties.pre} if properties.pre else {})
@@ -108,15 +100,15 @@ def make_content(run: Path, sae: SAE, stored: Stored, tokenizer: Any | None) -> 
         "window": WINDOW,
         "examples": [tops, samples],
     }
-    return Content(
-        facts,
-        encode(_index(sae, properties, groups, vocabulary)),
-        encode_json(vocabulary.texts),
-        [
+    return {
+        "facts": facts,
+        "index": encode(_index(sae, properties, groups, vocabulary)),
+        "vocabulary": encode_json(vocabulary.texts),
+        "details": [
             encode(_details(stored, grid, first, per_block, groups, shown, vocabulary))
             for first in range(0, grid.heads, per_block)
         ],
-    )
+    }
 
 
 class Vocabulary:

@@ -7,7 +7,7 @@ import json
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from kronsae.config import kind_of
 from kronsae.data.token_text import token_texts
@@ -97,31 +97,10 @@ def _duration(seconds: float) -> str:
     return f"{minutes} min {seconds % 60:.0f} s" if minutes else f"{seconds:.1f} s"
 
 
-class Token(NamedTuple):
-    """A token of a window, and how it is marked."""
-
-    text: str
-    tag: str
-    """"mark" for the token where the latent fires most, "span" for others where it fires."""
-    activation: float
-    shade: float
-    """From 0 to 1: its share of the latent's largest activation."""
-
-
-def _latent(latent: LatentContexts, tokenizer: Any) -> tuple[str, list[tuple[float, list[Token]]]]:
-    """A latent's title, and the activation at the peak of each window with its tokens."""
-    strongest = latent.max_activation
-    return title(latent), [(w.activation, _tokens(w, strongest, tokenizer)) for w in latent.windows]
-
-
-def _tokens(window: Window, strongest: float, tokenizer: Any) -> list[Token]:
-    tokens = []
-    texts = token_texts(window.tokens, tokenizer, window.activations)
-    for position, (text, value) in enumerate(zip(texts, window.activations, strict=True)):
-        peak = position == window.position - window.start
-        shade = max(0.0, value) / (max(strongest, value) or 1.0)
-        tokens.append(Token(text, "mark" if peak else "span" if value > 0 else "", value, shade))
-    return tokens
+def _latent(latent: LatentContexts, tokenizer: Any) -> tuple[str, list[tuple[Window, list[str]]]]:
+    """A latent's title, and its windows with the text of each of their tokens."""
+    windows = [(w, token_texts(w.tokens, tokenizer, w.activations)) for w in latent.windows]
+    return title(latent), windows
 
 
 def _command(argv: Sequence[str]) -> str:

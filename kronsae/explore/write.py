@@ -10,7 +10,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from kronsae.explore.content import Content, make_content
+from kronsae.explore.content import make_content
 from kronsae.model.sae import SAE
 from kronsae.properties import Stored
 from kronsae.system import templates
@@ -26,7 +26,7 @@ def write_explorer(run: Path, sae: SAE, stored: Stored, tokenizer: Any | None, o
     return out
 
 
-def render(content: Content) -> str:
+def render(content: dict[str, Any]) -> str:
     """The page as HTML."""
     style = _read("style.css")
     script = "(() => {\n'use strict';\n" + "\n".join(map(_read, SCRIPTS)) + "\n})();\n"
@@ -35,7 +35,7 @@ def render(content: Content) -> str:
         "img-src data:; base-uri 'none'; form-action 'none'"
     )
     return templates.render(
-        _PAGE / "explorer.html.j2", policy=policy, style=style, script=script, **vars(content)
+        _PAGE / "explorer.html.j2", policy=policy, style=style, script=script, **content
     )
 
 

@@ -71,7 +71,6 @@ class LocalChat:
                 f"model {name!r} cannot generate text: it has no trained head for that"
             )
         self.model: Any = cast(Any, model).to(device).eval()
-        self._one_at_a_time = threading.Lock()
 
     @torch.no_grad()
     def answer(self, messages: Messages, max_tokens: int) -> Reply:
@@ -86,7 +85,7 @@ class LocalChat:
             )
         tokenizer = self.tokenizer
         pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-        with self._one_at_a_time, quiet():
+        with quiet():
             out = self.model.generate(
                 ids,
                 attention_mask=torch.ones_like(ids),

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.text import Text
 from torch import Tensor
@@ -59,8 +60,6 @@ class LatentContexts(NamedTuple):
     extension: int | None
     density: float
     """Share of held-out tokens on which it fires."""
-    max_activation: float
-    """Over the held-out tokens; 0 if it never fires."""
     windows: tuple[Window, ...]
     """Strongest first; one a context, and none that repeats another's text."""
 
@@ -105,9 +104,8 @@ def top_contexts(
         if sae.config.heads:
             m, n = sae.config.m, sae.config.n
             head, base, extension = latent // (m * n), latent // n % m, latent % n
-        strength = windows[0].activation if windows else 0.0
         share = float(density[latent])
-        chosen.append(LatentContexts(latent, head, base, extension, share, strength, windows))
+        chosen.append(LatentContexts(latent, head, base, extension, share, windows))
     return chosen
 
 
@@ -268,46 +266,24 @@ def render(
 ) -> list[Text]:
     """Lines to print: a title for each latent, a line for each context, cut to the console.
 
-    The strongest tokens stand below each other: highlighted on a terminal, where the other tokens
-    on which the latent fires are underlined; in «marks» elsewhere.
+    The strongest tokens stand below each other, in «marks».
     """
-    styled = console is not None and console.is_terminal and not console.no_color
-    marks = ("", "") if styled else ("«", "»")
     width = 100 if console is None else console.width
     room = max(20, width - 12)  # without the activation and the marks
-    parts = [[_split(window, tokenizer) for window in latent.windows] for latent in latents]
-    lefts = [left.cell_len for of_latent in parts for left, _, _ in of_latent]
-    column = min(room * 6 // 10, max(lefts, default=0))
+    texts = {
+        w: token_texts(w.tokens, tokenizer, w.activations)
+        for latent in latents
+        for w in latent.windows
+    }
+    lefts = {w: "".join(texts[w][: w.position - w.start]) for w in texts}
+    column = min(room * 6 // 10, max(map(cell_len, lefts.values()), default=0))
     lines = []
-    for latent, of_latent in zip(latents, parts, strict=True):
+    for latent in latents:
         lines.append(Text(title(latent), style="bold"))
-        for window, (left, peak, right) in zip(latent.windows, of_latent, strict=True):
-            left = _cut(left, column, from_left=True)
-            peak = _cut(peak, room * 3 // 10)
-            right = _cut(right, room - column - peak.cell_len)
-            figure = f"{short(window.activation):>7}  " + " " * (column - left.cell_len)
-            line = figure, left, marks[0], peak, marks[1], right
-            lines.append(Text.assemble(*line, no_wrap=True, overflow="ellipsis"))
+        for window in latent.windows:
+            left = set_cell_size(lefts[window][::-1], column)[::-1]
+            peak, *right = texts[window][window.position - window.start :]
+            peak = set_cell_size(peak, min(cell_len(peak), room * 3 // 10))
+            line = f"{short(window.activation):>7}  {left}«{peak}»{''.join(right)}"
+            lines.append(Text(line, no_wrap=True, overflow="ellipsis"))
     return lines
-
-
-def _split(window: Window, tokenizer: Any | None) -> tuple[Text, Text, Text]:
-    """The text before the strongest token, that token, and the text after it."""
-    texts = token_texts(window.tokens, tokenizer, window.activations)
-    styles = ["underline" if activation else "" for activation in window.activations]
-    tokens = [Text(*token) for token in zip(texts, styles, strict=True)]
-    peak = window.position - window.start
-    return (
-        Text().join(tokens[:peak]),
-        Text(texts[peak], style="reverse"),
-        Text().join(tokens[peak + 1 :]),
-    )
-
-
-def _cut(text: Text, cells: int, from_left: bool = False) -> Text:
-    """text, or as much of it as fits into `cells` of a terminal with an ellipsis."""
-    if text.cell_len <= cells:
-        return text
-    while text and text.cell_len >= cells:
-        text = text[1:] if from_left else text[:-1]
-    return Text("…") + text if from_left else text + Text("…")

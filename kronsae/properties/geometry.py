@@ -80,13 +80,12 @@ def nearest_rows(w_dec: Tensor, size: int) -> Nearest | None:
 
 def kinship(nearest: Nearest, m: int, n: int) -> dict[str, float]:
     """Shares of the nearest row of each latent that are in its head, and share its base or its
-    extension; and `by_chance`, the share of other rows that are in its head."""
+    extension."""
     own, other = np.arange(len(nearest.latents)), nearest.latents[:, 0]
     head = own // (m * n) == other // (m * n)
     base, extension = own // n == other // n, head & (own % n == other % n)
     shares = {"same_head": head, "same_base": base, "same_extension": extension}
-    by_chance = (m * n - 1) / max(1, len(own) - 1)
-    return {**{k: float(v.mean()) for k, v in shares.items()}, "by_chance": by_chance}
+    return {name: float(values.mean()) for name, values in shares.items()}
 
 
 class LogitEffects(NamedTuple):

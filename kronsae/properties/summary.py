@@ -26,7 +26,7 @@ def summarise(sae: SAE, properties: Properties) -> dict[str, Any]:
     groups: quartiles of each property over the latents that fire, for "latent", "base" and
         "extension"; and how many of them fire.
     correlation: mean over latents of their mean correlation with their head and with all others.
-    gate: see `gates`.
+    gate: share of latents whose base blocks more often, and the median of `selected` (see `gates`).
     """
     tokens, pre = properties.tokens, properties.pre
     groups = {"latent": of_each(properties.post, tokens)}
@@ -80,8 +80,11 @@ def _gate(sae: SAE, properties: Properties) -> dict[str, float | None]:
     shares = gates(sae, properties)
     fires = properties.post.count.reshape(shares["both"].shape) > 0
     base_decides = shares["base_blocks"][fires] > shares["extension_blocks"][fires]
-    medians = {name: _median(values[fires]) for name, values in shares.items()}
-    return {"base_decides": _mean(base_decides), **medians}
+    selected = shares["selected"][fires]
+    return {
+        "base_decides": _mean(base_decides),
+        "selected": float(np.median(selected)) if len(selected) else None,
+    }
 
 
 def _quartiles(group: dict[str, np.ndarray]) -> dict[str, Any]:
@@ -98,7 +101,3 @@ def _mean(values: np.ndarray) -> float | None:
     values = np.asarray(values, dtype=float)
     values = values[np.isfinite(values)]
     return float(values.mean()) if len(values) else None
-
-
-def _median(values: np.ndarray) -> float | None:
-    return float(np.median(values)) if len(values) else None

@@ -11,11 +11,8 @@ const ARRAYS = {
 };
 
 function bytesOf(text) {
-  if (Uint8Array.fromBase64) return Uint8Array.fromBase64(text); // ten times as fast
-  const letters = atob(text);
-  const bytes = new Uint8Array(letters.length);
-  for (let at = 0; at < bytes.length; at += 1) bytes[at] = letters.charCodeAt(at);
-  return bytes;
+  return Uint8Array.fromBase64?.(text) // ten times as fast
+    ?? Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
 }
 
 async function unzip(text) {

@@ -73,9 +73,6 @@ function stat(label, value, note) {
   return make('div', { title: note }, make('dt', null, label), make('dd', null, value));
 }
 
-const thousandths = (value) => (
-  Number.isNaN(value) ? '–' : value.toFixed(3).replace('-', '−'));
-
 function statsOf(unit) {
   const entropy = valueOf(unit, 'entropy');
   const exact = facts.exactEntropy[unit.group];
@@ -93,7 +90,7 @@ function statsOf(unit) {
     ['otherCorrelation', 'with all others', 'mean correlation with all other latents'],
   ]) {
     const value = valueOf(unit, name);
-    if (value !== undefined) rows.push(stat(label, thousandths(value), note));
+    if (value !== undefined) rows.push(stat(label, short(value), note));
   }
   return make('dl', { class: 'stats' }, rows);
 }

@@ -63,11 +63,6 @@ document.getElementById('search').addEventListener('submit', (event) => {
   if (query.value) location.hash = `#/find/${encodeURIComponent(query.value)}`;
 });
 
-document.getElementById('skip').addEventListener('click', (event) => {
-  event.preventDefault();
-  main.focus();
-});
-
 document.addEventListener('keydown', (event) => {
   if (event.key !== '/' || document.activeElement === query) return;
   event.preventDefault();
