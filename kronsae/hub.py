@@ -32,13 +32,12 @@ def push(
     revision: str | None = None,
     private: bool = False,
     message: str | None = None,
-    token: str | None = None,
 ) -> str:
     """Upload an SAE to the hub in one commit; returns its URL.
 
     source: an SAE, or what `kronsae.load` takes; of a run folder report.html goes along.
     repo_id: "owner/name"; made if it does not exist.  revision: a branch, made if need be.
-    token: of the hub; default: that of `hf auth login`, or HF_TOKEN.
+    The hub's token is that of `hf auth login`, or HF_TOKEN.
 
     The repository gets sae.safetensors and config.json, from which `kronsae.load(repo_id)` makes
     the SAE again, and README.md, its model card. config.json names model, data and settings as the
@@ -56,7 +55,7 @@ def push(
             shutil.copy(report, folder)
         card = model_card(sae, repo_id, report=(folder / REPORT_NAME).is_file())
         (folder / CARD_NAME).write_text(card, encoding="utf-8")
-        api = HfApi(token=token)
+        api = HfApi()
         try:
             api.create_repo(repo_id, private=private, exist_ok=True)
             if revision is not None:

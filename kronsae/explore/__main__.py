@@ -24,7 +24,7 @@ def work(argv: list[str]) -> None:
     sae, data, _ = open_run(run, text, flags["device"])
     stored = kept(run, settings, text)
     if stored is None:
-        stored = examine(run, settings, text, flags["device"], say)
+        stored = examine(run, settings, text, flags["device"])
     from kronsae.data.loading import load_tokenizer
 
     common = {"revision": data.revision, "trust_remote_code": data.trust_remote_code}

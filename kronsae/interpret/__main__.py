@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import Progress
+from rich.progress import track
 from rich.text import Text
 
 from kronsae.commandline import Parser, exit_status
@@ -149,17 +149,12 @@ def _interpret_all(
     console: Console,
 ) -> list[Interpretation]:
     """Interpretations of the latents, `parallel` at a time; answers are kept if it is stopped."""
-    with (
-        Progress(console=console, transient=True, disable=not console.is_terminal) as bar,
-        ThreadPoolExecutor(parallel) as pool,
-    ):
-        task = bar.add_task("explaining", total=len(examples))
+    with ThreadPoolExecutor(parallel) as pool:
         pending = [pool.submit(interpret, latent, tokenizer, answers, seed) for latent in examples]
         try:
-            results = []
-            for future in pending:
-                results.append(future.result())
-                bar.advance(task)
+            quietly = not console.is_terminal
+            done = track(pending, "explaining", console=console, transient=True, disable=quietly)
+            return [future.result() for future in done]
         except BaseException:
             answers.stop()
             console.print("Stopping, once what was asked is answered", markup=False)
@@ -171,7 +166,6 @@ def _interpret_all(
                     markup=False,
                 )
             raise
-    return results
 
 
 def summary(results: list[Interpretation]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ import sys
 from typing import Any
 
 from kronsae.commandline import exit_status
-from kronsae.properties.run import PropertiesParser, examine, say
+from kronsae.properties.run import PropertiesParser, examine
 from kronsae.system.tables import aligned
 
 
@@ -18,7 +18,7 @@ def work(argv: list[str]) -> None:
         "kronsae properties runs/MY-RUN --tokens 1M",
     )
     settings, text, flags = parser.read(argv)
-    stored = examine(flags["run"], settings, text, flags["device"], say)
+    stored = examine(flags["run"], settings, text, flags["device"])
     print(medians(stored.facts["summary"]))
 
 

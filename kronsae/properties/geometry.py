@@ -129,7 +129,8 @@ def logit_effects(sae: SAE, model: Any, size: int) -> LogitEffects | None:
         highest, lowest = effects.topk(size, 1), effects.topk(size, 1, largest=False)
         found = highest.indices, highest.values, lowest.indices, lowest.values
         parts.append([part.cpu().numpy() for part in found])
-    return LogitEffects(*map(np.concatenate, zip(*parts, strict=True)), name)
+    raised, raised_by, lowered, lowered_by = map(np.concatenate, zip(*parts, strict=True))
+    return LogitEffects(raised, raised_by, lowered, lowered_by, name)
 
 
 def _through_norm(model: Any, rows: Tensor) -> tuple[str, Tensor]:

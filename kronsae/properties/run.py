@@ -2,7 +2,7 @@
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,21 +27,15 @@ NEAREST, EFFECTS = 8, 10
 """How many nearest rows, and raised and lowered tokens, are kept of each latent."""
 
 
-def examine(
-    run: Path,
-    given: dict[str, Any],
-    text: dict[str, Any] | None = None,
-    device: str = "cpu",
-    say: Callable[[str], None] = lambda line: None,
-) -> Stored:
+def examine(run: Path, given: dict[str, Any], text: dict[str, Any], device: str) -> Stored:
     """Measure the properties of a run's latents and keep them in RUN/properties/.
 
     given: settings of `measure` (`MeasureConfig`), by name.  text: fields of `DataConfig` that name
-    another text than the run's, or trust its model's code.  say: told what happens, line by line.
+    another text than the run's, or trust its model's code.
     Raises InputError if RUN is no finished run of a language model, or its model or text is gone.
     """
-    sae, data, digest = open_run(run, text or {}, device)
-    settings = settings_of(data, given)
+    sae, data, digest = open_run(run, text, device)
+    settings = MeasureConfig(**((EMBEDDED if data.model == "embedded" else {}) | given))
     from kronsae.sources import open_activations
 
     say(f"{run}: reading {settings.tokens:,} tokens of {data.dataset} with {data.model}")
@@ -80,11 +74,6 @@ def examine(
 
 
 _TEXT = ("dataset", "dataset_config", "split", "text_column")
-
-
-def settings_of(data: DataConfig, given: dict[str, Any]) -> MeasureConfig:
-    """The settings that apply to a run on `data`."""
-    return MeasureConfig(**((EMBEDDED if data.model == "embedded" else {}) | given))
 
 
 def kept(run: Path, given: dict[str, Any], text: dict[str, Any]) -> Stored | None:
