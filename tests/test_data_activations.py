@@ -7,13 +7,13 @@ import warnings
 
 import pytest
 import torch
+from synthetic import SyntheticActivations
 
 from kronsae.config import DataConfig
 from kronsae.data import (
     IterableActivations,
     LanguageModel,
     LanguageModelActivations,
-    SyntheticActivations,
     TensorActivations,
     packing,
 )

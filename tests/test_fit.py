@@ -7,11 +7,12 @@ import threading
 
 import pytest
 import torch
+from synthetic import SyntheticActivations
 
 import kronsae
 from kronsae import InputError, SAEConfig, TrainConfig
 from kronsae.config import DataConfig, RunConfig
-from kronsae.data import SyntheticActivations, TensorActivations
+from kronsae.data import TensorActivations
 from kronsae.metrics.heldout import Heldout
 from kronsae.runs.folder import RunFolder
 from kronsae.runs.resume import open_to_resume

@@ -6,10 +6,10 @@ import signal
 
 import pytest
 import torch
+from synthetic import SyntheticActivations
 
 import kronsae
 from kronsae import SAE, InputError, SAEConfig, TrainConfig
-from kronsae.data import SyntheticActivations
 from kronsae.metrics import Heldout, evaluate
 from kronsae.model.normalizer import Normalizer
 from kronsae.model.objectives import auxk_loss, objective

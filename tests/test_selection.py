@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from synthetic import SyntheticActivations
 from torch import Tensor
 
 import kronsae
 from kronsae import SAE, InputError, SAEConfig, SparseCodes, TrainConfig
-from kronsae.data import SyntheticActivations
 from kronsae.model import selection
 from kronsae.model.normalizer import Normalizer
 from kronsae.training.learner import Learner

@@ -8,10 +8,10 @@ import types
 
 import pytest
 import torch
+from synthetic import SyntheticActivations
 
 import kronsae
 from kronsae import InputError, SAEConfig, TrainConfig
-from kronsae.data import SyntheticActivations
 from kronsae.runs.sweep import check_names, name_of
 from kronsae.system import checkpoint
 from kronsae.train import fit, fit_many

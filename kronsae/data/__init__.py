@@ -1,4 +1,4 @@
-"""Streams of activations: a language model that reads text, a tensor, an iterable, synthetic."""
+"""Streams of activations: a language model that reads text, a tensor, an iterable."""
 
 from kronsae.data.activations import (
     ActivationSource,
@@ -8,7 +8,6 @@ from kronsae.data.activations import (
     split_target,
 )
 from kronsae.data.language_model import LanguageModel
-from kronsae.data.synthetic import SyntheticActivations
 from kronsae.data.text import TextSource, open_text
 
 __all__ = [
@@ -16,7 +15,6 @@ __all__ = [
     "IterableActivations",
     "LanguageModel",
     "LanguageModelActivations",
-    "SyntheticActivations",
     "TensorActivations",
     "TextSource",
     "open_text",
