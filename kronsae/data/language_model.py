@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from kronsae.config import DataConfig
 from kronsae.data.common import Interrupted, digest
@@ -75,7 +76,9 @@ class LanguageModel:
         for config in (model.config, model.config.get_text_config()):
             config.use_cache = False
         self.absent = absent
-        self.has_cross_entropy = _is_causal(model) and not absent
+        masked = type(model).__name__.endswith("ForMaskedLM")
+        causal = model.get_output_embeddings() is not None and not masked
+        self.has_cross_entropy = causal and not absent
         self.module = find_module(model, name, hookpoint)
         self.target_hookpoint = target_hookpoint
         self.target = find_module(model, name, target_hookpoint) if target_hookpoint else None
@@ -234,7 +237,7 @@ class LanguageModel:
 
         with ExitStack() as stack:
             for name, module in modules.items():
-                stack.enter_context(_hook(module, partial(keep, name)))
+                stack.enter_context(module.register_forward_hook(partial(keep, name)))
             try:
                 self._run(input_ids, attention_mask)
             except _Stop:
@@ -246,17 +249,17 @@ class LanguageModel:
         )
 
     @torch.no_grad()
-    def token_losses(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    def token_losses(self, input_ids: Tensor) -> Tensor:
         """Cross-entropy of each next token: [b, t - 1] float32, in nats, for token ids [b, t].
 
         Memory: the model's own for [b, t] tokens, and about LOGITS_AT_ONCE logits.
         Raises InputError if the model does not predict the next token.
         """
-        states = self.last_states(input_ids, attention_mask)
+        states = self.last_states(input_ids)
         targets = states.ids[:, 1:].flatten()
         losses = torch.empty(targets.shape, device=targets.device)
         for rows, logits in self.next_token_logits(states):
-            losses[rows] = _cross_entropy(logits, targets[rows])
+            losses[rows] = cross_entropy(logits.float(), targets[rows], reduction="none")
         return losses.view(states.ids.shape[0], -1)
 
     @torch.no_grad()
@@ -314,7 +317,7 @@ class LanguageModel:
         def stop(_module: nn.Module, _inputs: Any, output: Any) -> None:
             raise _Stop(output)
 
-        with _hook(body, stop):
+        with body.register_forward_hook(stop):
             try:
                 self._run(input_ids, mask)
             except _Stop as stopped:
@@ -330,7 +333,7 @@ class LanguageModel:
         with ExitStack() as stack:
             for _, blocks in lists_of_blocks(self.model):
                 for block in blocks:
-                    stack.enter_context(_hook(block, stop))
+                    stack.enter_context(block.register_forward_hook(stop))
             yield
 
     def _hidden(self, output: Any, input_ids: Tensor, hookpoint: str) -> Tensor:
@@ -349,18 +352,14 @@ class LanguageModel:
         Raises InputError if it uses an absent weight.
         """
         used: set[nn.Module] = set()
-        hooks = [
-            m.register_forward_pre_hook(lambda m, _: used.add(m)) for m in self.model.modules()
-        ]
-        try:
-            ids = torch.arange(1, 7).view(2, 3)
+        ids = torch.arange(1, 7).view(2, 3)
+        with ExitStack() as stack:
+            for m in self.model.modules():
+                stack.enter_context(m.register_forward_pre_hook(lambda m, _: used.add(m)))
             width = d_model = self.activations(ids).shape[2]
             if self.target is not None:
                 [hidden] = self.activations_at([self.hookpoint], ids)
                 d_model = hidden.shape[2]
-        finally:
-            for handle in hooks:
-                handle.remove()
         names = {id(m): name for name, m in self.model.named_modules()}
         owners = {names[id(m)] for m in used}
         random = [weight for weight in self.absent if weight.rpartition(".")[0] in owners]
@@ -392,15 +391,6 @@ class _Stop(Exception):
 
 
 @contextmanager
-def _hook(module: nn.Module, function: Callable[..., Any]) -> Iterator[None]:
-    handle = module.register_forward_hook(function)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
 def _replaced_output(module: nn.Module, output: Any) -> Iterator[None]:
     """Make `module` return `output` without running."""
     before = module.__dict__.get("forward")
@@ -429,11 +419,6 @@ def with_first(output: Any, hidden: Tensor) -> Any:
     if isinstance(output, dict):  # a ModelOutput
         return dataclasses.replace(cast(Any, output), **{next(iter(output)): hidden})
     return type(output)((hidden, *output[1:]))
-
-
-def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """[n] float32 for logits [n, V] and targets [n]."""
-    return nn.functional.cross_entropy(logits.float(), targets, reduction="none")
 
 
 # A model's structure
@@ -509,12 +494,6 @@ def find_module(model: nn.Module, name: str, hookpoint: str) -> nn.Module:
         f"hookpoint {hookpoint!r}: {name} has no such module; {hint}to list all: "
         f"print(*dict(LanguageModel.load({name!r}, layer=0).model.named_modules()), sep='\\n')"
     )
-
-
-def _is_causal(model: "PreTrainedModel") -> bool:
-    """Whether the model has a head that predicts the next token."""
-    name = type(model).__name__
-    return model.get_output_embeddings() is not None and not name.endswith("ForMaskedLM")
 
 
 def _weights_digest(model: nn.Module) -> str:

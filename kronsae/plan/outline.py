@@ -172,13 +172,10 @@ def _width(model: nn.Module, module: nn.Module, ids: torch.Tensor) -> int:
         widths.append(first_tensor(output).shape[-1])
         raise _Reached
 
-    handle = module.register_forward_hook(stop)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), module.register_forward_hook(stop):
             warnings.simplefilter("ignore")
             model(input_ids=ids)
     except _Reached:
         return widths[0]
-    finally:
-        handle.remove()
     raise RuntimeError(f"{type(module).__name__} does not run in a forward pass")
