@@ -275,6 +275,7 @@ def test_what_others_made_is_left_alone(name, tmp_path):
 def test_a_run_killed_while_it_was_made_can_be_made_again(tmp_path):
     begun = tmp_path / "run"
     (begun / "checkpoints").mkdir(parents=True)
+    (begun / ".begun").touch()
     (begun / ".config.json.0a1b2c3d.partial").write_text("{")
     RunFolder.check_free(begun)
     RunFolder.create(begun, {"config": {}, "data": {}})

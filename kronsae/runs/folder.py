@@ -18,7 +18,6 @@ import copy
 import json
 import os
 import platform
-import re
 import shutil
 import sys
 import warnings
@@ -38,6 +37,7 @@ from kronsae.model.ranks import SHARDED_STATE
 from kronsae.runs.sweep import check_names
 from kronsae.system import checkpoint
 from kronsae.system.files import (
+    LOCK_NAME,
     lock,
     remove_leftovers,
     sync,
@@ -50,6 +50,10 @@ FORMAT_VERSION = 1
 
 SINGLE = "sae"
 """Name of the one member of a run that is no sweep."""
+
+_BEGUN = ".begun"
+"""Of an empty file that is in a folder while it is made: if that is interrupted, the same command
+makes it again."""
 
 
 class _Folder:
@@ -98,7 +102,10 @@ class _Folder:
             self.path.mkdir(parents=True, exist_ok=True)
             self.lock()
             self.check_free(self.path)  # another one may have been faster
+            begun = self.path / _BEGUN
+            begun.touch()
             yield
+            begun.unlink()
         except OSError as error:
             raise InputError(f"{self.path} cannot be created: {error}") from error
         finally:
@@ -117,12 +124,10 @@ class _Folder:
     def check_free(path: str | Path) -> None:
         """Raise InputError if `path` exists, is not empty, and not what `create` began."""
         path = Path(path)
-        try:
-            free = not path.exists() or path.is_dir() and _is_begun(path)
-        except InputError:  # some other config.json
-            free = False
-        if not free:
-            known = any((path / name).exists() for name in ("config.json", "sweep.json"))
+        names = {each.name for each in path.iterdir()} if path.is_dir() else set()
+        known = not names.isdisjoint({"config.json", "sweep.json"})
+        free = _BEGUN in names or names <= {LOCK_NAME} and (path.is_dir() or not path.exists())
+        if known or not free:
             hint = f"--resume {path} goes on with it, or " if known else ""
             raise InputError(f"{path} exists already: {hint}choose another --out")
 
@@ -362,33 +367,6 @@ def _read_index(path: Path, kind: str, keys: set[str]) -> dict[str, Any]:
         ) from error
     document.pop("checksum", None)  # which older versions wrote
     return document
-
-
-def _is_begun(path: Path, member: bool = False) -> bool:
-    """Whether a folder is empty, or holds nothing but what `create` makes before the index.
-
-    So that a run killed in that moment can be started again by the same command.
-    member: the folder may be the run of a sweep's member, in which nothing has happened yet.
-    """
-    for each in path.iterdir():
-        if each.is_symlink():
-            return False
-        if each.is_dir():
-            if each.name == "checkpoints":
-                begun = not any(each.iterdir())
-            else:
-                begun = not member and _is_begun(each, member=True)
-        elif member and each.name == "config.json":
-            begun = "sweep" in _read_index(each, "kronsae-run", {"config", "data"})
-        else:
-            begun = re.fullmatch(_BEGUN, each.name) is not None
-        if not begun:
-            return False
-    return True
-
-
-_BEGUN = r"\.lock|\.(config|sweep)\.json\.[0-9a-f]{8}\.partial"
-"""Names of files that are there before the index."""
 
 
 def versions() -> dict[str, str]:
