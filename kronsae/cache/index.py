@@ -152,11 +152,9 @@ class CacheIndex:
         if version != FORMAT_VERSION:
             raise InputError(f"{path}: expected format version {FORMAT_VERSION}, got {version!r}")
         try:
-            unknown = document["data"].keys() - set(DESCRIBED)
-            _expect(not unknown, f"settings {sorted(unknown)}")
             index = cls(
                 hookpoints=tuple(Hookpoint(**values) for values in document["hookpoints"]),
-                data=from_dict(DataConfig, document["data"], str(path)),
+                data=source_of_file(document["data"], str(path)),
                 heldout=tuple(map(Shard.from_json, document["heldout"])),
                 train=tuple(map(Shard.from_json, document["train"])),
                 **{name: document[name] for name in _PLAIN},
@@ -168,9 +166,8 @@ class CacheIndex:
         return index
 
     def json(self) -> dict[str, Any]:
-        values = dataclasses.asdict(self)
-        values["data"] = {name: values["data"][name] for name in DESCRIBED}
-        return {"format": FORMAT, "format_version": FORMAT_VERSION, **values}
+        head = {"format": FORMAT, "format_version": FORMAT_VERSION}
+        return {**head, **dataclasses.asdict(self), "data": described(self.data)}
 
     def _check(self) -> None:
         """Raise ValueError for anything that a harvest would not write."""
@@ -265,6 +262,19 @@ class CacheIndex:
 
 
 _PLAIN = ("dtype", "context_length", "model", "tokenizer", "text", "seed")
+
+
+def described(data: DataConfig) -> dict[str, Any]:
+    """The settings of model and text that a cache fixes, for its files."""
+    return {name: getattr(data, name) for name in DESCRIBED}
+
+
+def source_of_file(values: dict[str, Any], where: str) -> DataConfig:
+    """The inverse of `described`. Raises InputError for other settings, or invalid ones."""
+    unknown = sorted(values.keys() - set(DESCRIBED))
+    if unknown:
+        raise InputError(f"{where}: unknown settings {unknown}")
+    return from_dict(DataConfig, values, where)
 
 
 def _expect(condition: bool, what: str) -> None:

@@ -28,10 +28,13 @@ from kronsae.cache.index import (
     CacheIndex,
     Damaged,
     Shard,
+    ShardFile,
     damaged,
+    described,
     file_name,
     read_tensors,
     resume_command,
+    source_of_file,
     write_tensors,
 )
 from kronsae.cache.model import ManyHookpoints, tokenizer_digest
@@ -40,7 +43,6 @@ from kronsae.config import (
     DataConfig,
     check_at_least,
     check_choices,
-    from_dict,
     setting,
 )
 from kronsae.data.activations import LanguageModelActivations, resolve_context_length
@@ -95,21 +97,16 @@ class HarvestConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Settings that determine the bytes of a cache, as JSON values."""
-        values = dataclasses.asdict(self)
-        data = {name: values["data"][name] for name in DESCRIBED}
+        values = dataclasses.asdict(self) | {"data": described(self.data)}
         del values["device"]
-        return json.loads(json.dumps({**values, "data": data}))
+        return json.loads(json.dumps(values))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str, **others: Any) -> "HarvestConfig":
         """The inverse of `to_dict`; others: `device`. Raises InputError for invalid values."""
         try:
             values = dict(values)
-            data = values.pop("data")
-            unknown = sorted(data.keys() - set(DESCRIBED))
-            if unknown:
-                raise InputError(f"{where}: unknown settings {unknown}")
-            data = from_dict(DataConfig, data, where)
+            data = source_of_file(values.pop("data"), where)
             for name, kind in (("layers", int), ("hookpoints", str)):
                 values[name] = tuple(values[name])
                 if not all(type(value) is kind for value in values[name]):
@@ -179,8 +176,6 @@ def stored_config(folder: Path, **others: Any) -> HarvestConfig:
         copy = checkpoint.copy_of(path, folder / PROGRESS)
         if copy is not None:
             problem = f"{path} is damaged ({error}); restore it from a copy:\n  cp {copy} {path}"
-        if not folder.is_dir():
-            problem = f"{folder} holds no harvest: it does not exist"
         raise InputError(problem) from error
     return HarvestConfig.from_dict(values, str(path), **others)
 
@@ -324,18 +319,20 @@ class _Harvest:
             rows = sum(shard.rows for shard in shards)
             self.on_shard(Progress(section, len(shards) - 1, rows))
 
-    def _shards_of(self, passes: Iterator[Tensor]) -> Iterator[list["_StoredPass"]]:
+    def _shards_of(self, passes: Iterator[Tensor]) -> Iterator[list[list[Tensor]]]:
         """The forward passes of each shard."""
-        parts: list[_StoredPass] = []
+        parts, rows = [], 0
         for ids in passes:
             parts.append(self._forward(ids))
-            if sum(part.rows for part in parts) >= self.config.shard_tokens:
+            rows += len(parts[-1][-1])
+            if rows >= self.config.shard_tokens:
                 yield parts
-                parts = []
-        if sum(part.rows for part in parts):
+                parts, rows = [], 0
+        if rows:
             yield parts
 
-    def _forward(self, ids: Tensor) -> "_StoredPass":
+    def _forward(self, ids: Tensor) -> list[Tensor]:
+        """A pass as it is stored: ids [b, L], mask [b, L], [r, width] of each hookpoint."""
         x = self.source.read(ids, "the text")
         dtype = getattr(torch, self.dtype)
         activations = []
@@ -347,20 +344,19 @@ class _Harvest:
                     "cannot hold: choose --dtype bfloat16 or float32, in another --out"
                 )
             activations.append(stored)
-        return _StoredPass(ids, self.source.token_mask(ids), activations)
+        return [ids, self.source.token_mask(ids), *activations]
 
-    def _write(self, section: str, number: int, parts: list["_StoredPass"]) -> Shard:
-        ids = torch.cat([part.ids for part in parts])
-        tokens = {"contexts": ids.int(), "mask": torch.cat([part.mask for part in parts])}
-        activations = tuple(
-            write_tensors(
-                self.folder / file_name(section, number, hookpoint),
-                {"activations": torch.cat([part.activations[hookpoint] for part in parts])},
-            )
-            for hookpoint in range(len(self.widths))
-        )
-        token_file = write_tensors(self.folder / file_name(section, number, "tokens"), tokens)
-        return Shard(len(ids), sum(part.rows for part in parts), token_file, activations)
+    def _write(self, section: str, number: int, parts: list[list[Tensor]]) -> Shard:
+        """Write the shard of these forward passes."""
+
+        def write(name: str | int, tensors: dict[str, Tensor]) -> ShardFile:
+            return write_tensors(self.folder / file_name(section, number, name), tensors)
+
+        ids, mask, *activations = zip(*parts, strict=True)
+        files = [write(i, {"activations": torch.cat(x)}) for i, x in enumerate(activations)]
+        tokens = write("tokens", {"contexts": torch.cat(ids).int(), "mask": torch.cat(mask)})
+        contexts, rows = sum(map(len, ids)), sum(map(len, activations[0]))
+        return Shard(contexts, rows, tokens, tuple(files))
 
     def _index(self) -> CacheIndex:
         facts = self._facts()
@@ -422,18 +418,3 @@ class _Harvest:
             parts += [ids] if seen >= start else []
             seen += len(ids)
         return torch.cat(parts)
-
-
-class _StoredPass(NamedTuple):
-    """Tokens and activations of one forward pass, as they are stored."""
-
-    ids: Tensor
-    """[b, L]"""
-    mask: Tensor
-    """[b, L]"""
-    activations: list[Tensor]
-    """[r, width] for each hookpoint."""
-
-    @property
-    def rows(self) -> int:
-        return self.activations[0].shape[0]
