@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
+from numbers import Real
 from types import UnionType
 from typing import Any, NamedTuple
 
@@ -51,12 +52,14 @@ def setting(
     help: str,
     *,
     choices: tuple[str, ...] | Registry[Any] | None = None,
+    least: float = 0,
+    most: float = math.inf,
     unless: Unless | None = None,
     **metadata: Any,
 ) -> Any:
     """A dataclass field that is a setting, with its metadata.
 
-    help: of its flag.  choices: the allowed values.
+    help: of its flag.  choices: the allowed values.  least, most: bounds of a number.
     unless: when it has no effect; giving it then is an error.
     metadata: `group`, the title of a group of flags.
         `free` (DataConfig, TrainConfig): it may change when a run resumes.
@@ -64,7 +67,7 @@ def setting(
         `of` (DataConfig): "model", "text" or "reading".
         `harvested` (DataConfig): a cache of activations fixes it.
     """
-    metadata |= {"help": help, "unless": unless}
+    metadata |= {"help": help, "least": least, "most": most, "unless": unless}
     if choices is not None:  # a registry, which is filled later, may be empty
         metadata["choices"] = choices
     return field(default=default, metadata=metadata)
@@ -86,19 +89,19 @@ def _require(condition: bool, message: str) -> None:
         raise InputError(message)
 
 
-def check_at_least(config: Any, least: float, *names: str) -> None:
-    """Raise InputError unless the settings `names` are finite and at least `least`."""
-    for name in names:
-        value = getattr(config, name)
-        _require(least <= value < math.inf, f"{name}: expected >= {least}, got {value}")
-
-
-def check_choices(config: Any) -> None:
-    """Raise InputError for a setting that is not one of its choices."""
+def check_values(config: Any) -> None:
+    """Raise InputError for a setting that is not one of its choices, or out of its bounds."""
     for spec in fields(config):
         choices, value = spec.metadata.get("choices"), getattr(config, spec.name)
         if choices is not None and value not in choices:
             raise InputError(f"{spec.name}: one of {tuple(choices)}, not {value!r}")
+        if isinstance(value, Real) and "least" in spec.metadata:
+            least, most = spec.metadata["least"], spec.metadata["most"]
+            expected = f">= {least}" if most == math.inf else f"{least} to {most}"
+            _require(
+                least <= value <= most and value < math.inf,
+                f"{spec.name}: expected {expected}, got {value}",
+            )
 
 
 def _check_effects(config: Any, *names: str) -> None:
@@ -140,30 +143,25 @@ def _unless_mand(settings: Mapping[str, Any]) -> str | None:
     return _unless_factored(settings)
 
 
-def _unless_transcoder(settings: Mapping[str, Any]) -> str | None:
-    if settings.get("target_hookpoint", "") is not None:  # an SAEConfig alone does not have it
-        return None
-    return "an autoencoder (a transcoder has a --target-hookpoint)"
+def _with(reason: str, is_so: Callable[[Mapping[str, Any]], bool]) -> Unless:
+    """No effect, for this reason, with settings of which it `is_so`."""
+    return lambda settings: reason if is_so(settings) else None
 
 
-def _unless_cached(settings: Mapping[str, Any]) -> str | None:
-    if settings["activations"] is not None:
-        return None
-    return "a language model that is read live (a cache is named by --activations)"
-
-
-def _unless_live(settings: Mapping[str, Any]) -> str | None:
-    if settings["activations"] is None:
-        return None
-    return "--activations: no language model runs beside the autoencoder"
-
-
-def _unless_downloaded(settings: Mapping[str, Any]) -> str | None:
-    return "model 'embedded'" if settings["model"] == "embedded" else None
-
-
-def _unless_a_dataset(settings: Mapping[str, Any]) -> str | None:
-    return "dataset 'stdlib'" if settings["dataset"] == "stdlib" else None
+_unless_transcoder = _with(
+    "an autoencoder (a transcoder has a --target-hookpoint)",
+    lambda settings: settings.get("target_hookpoint", "") is None,  # an SAEConfig has none
+)
+_unless_cached = _with(
+    "a language model that is read live (a cache is named by --activations)",
+    lambda settings: settings["activations"] is None,
+)
+_unless_live = _with(
+    "--activations: no language model runs beside the autoencoder",
+    lambda settings: settings["activations"] is not None,
+)
+_unless_downloaded = _with("model 'embedded'", lambda settings: settings["model"] == "embedded")
+_unless_a_dataset = _with("dataset 'stdlib'", lambda settings: settings["dataset"] == "stdlib")
 
 
 @dataclass(frozen=True)
@@ -240,13 +238,7 @@ class SAEConfig:
             kind, name = kinds[getattr(self, part)], f"{part}_settings"
             settings = _settings_of(kind, getattr(self, name), f"{part} {name!r}")
             object.__setattr__(self, name, settings)
-        check_choices(self)
-        check_at_least(
-            self,
-            0,
-            *("d_model", "d_target", "heads", "m", "n", "dict_size"),
-            *("matryoshka_first", "jumprelu_bandwidth", "experts", "eps"),
-        )
+        check_values(self)
         _check_effects(self)
         if ENCODERS[self.encoder].factored:
             self._resolve_heads()
@@ -258,10 +250,7 @@ class SAEConfig:
             )
         else:
             object.__setattr__(self, "k", 0)
-        _require(
-            math.isfinite(self.init_scale) and self.init_scale > 0,
-            f"init_scale: expected > 0, got {self.init_scale}",
-        )
+        _require(self.init_scale > 0, f"init_scale: expected > 0, got {self.init_scale}")
         self._check_experts()
         _require(
             not (self.skip and self.d_model > 0 and not self.d_target),
@@ -475,11 +464,13 @@ class DataConfig:
         "stream the dataset instead of downloading or indexing it first",
         unless=_unless_a_dataset,
     )
-    epochs: int = setting(1, "how often the text (or cache) may be read")
+    epochs: int = setting(1, "how often the text (or cache) may be read", least=1)
     context_length: int = _of_reading(
         0, "tokens per packed context (0: 1024, or as many as the model reads if less)"
     )
-    contexts_per_batch: int = _of_reading(32, "contexts per forward pass of the language model")
+    contexts_per_batch: int = _of_reading(
+        32, "contexts per forward pass of the language model", least=1
+    )
     model_dtype: str = _of_reading(
         "auto",
         "dtype of the language model (auto: bfloat16 on a GPU, float32 on a CPU)",
@@ -501,10 +492,12 @@ class DataConfig:
         unless=_unless_live,
     )
     buffer_tokens: int = setting(
-        131_072, "tokens in the shuffle buffer (of a cache: tokens that are shuffled together)"
+        131_072,
+        "tokens in the shuffle buffer (of a cache: tokens that are shuffled together)",
+        least=1,
     )
     heldout_tokens: int = _of_reading(
-        65_536, "tokens of text held out before shuffling, for evaluation"
+        65_536, "tokens of text held out before shuffling, for evaluation", least=1
     )
     trust_remote_code: bool = _of_model(
         False,
@@ -522,13 +515,14 @@ class DataConfig:
             self.context_length == 0 or self.context_length >= 2,
             f"context_length: expected 0 or >= 2, got {self.context_length}",
         )
-        check_at_least(self, 1, "epochs", "contexts_per_batch", "buffer_tokens", "heldout_tokens")
         _require(
             self.target_hookpoint is None or self.target_hookpoint != self.hookpoint,
             "target_hookpoint is the hookpoint: an autoencoder predicts its input, leave it out",
         )
-        check_choices(self)
-        _check_effects(self, "activations_order", "dataset_config", "streaming")
+        check_values(self)
+        _check_effects(
+            self, "activations_order", "dataset_config", "split", "streaming", "text_column"
+        )
 
     def live(self) -> "DataConfig":
         """A copy that reads the language model and text of a cache instead of the cache."""
@@ -545,12 +539,12 @@ _of_logs = partial(setting, shared=True, free=True, group="logs and checkpoints"
 class TrainConfig:
     """Training of the autoencoder. Budgets count tokens, schedules count optimizer steps."""
 
-    tokens: int = setting(125_000_000, "training budget, in tokens", shared=True)
-    batch_size: int = setting(8192, "tokens per optimizer step", shared=True)
+    tokens: int = setting(125_000_000, "training budget, in tokens", shared=True, least=1)
+    batch_size: int = setting(8192, "tokens per optimizer step", shared=True, least=1)
     lr: float = setting(8e-4, "peak learning rate of AdamW")
     lr_final: float = setting(1e-6, "learning rate at the end of the cosine")
     lr_scale_by_dict_size: bool = setting(False, "multiply lr by 1 / sqrt(dict_size / 2**15)")
-    warmup_fraction: float = setting(0.1, "share of the steps with linear warm-up")
+    warmup_fraction: float = setting(0.1, "share of the steps with linear warm-up", most=1)
     adam_beta2: float = setting(0.999, "AdamW's beta2, the decay of its second moment")
     weight_decay: float = setting(0.0, "weight decay of AdamW (on the encoder's weights)")
     decoder_norm: str = setting(
@@ -570,6 +564,7 @@ class TrainConfig:
         0.25,
         "share of each batch on which that loss is computed (at most k / auxk times that, if it "
         "has more latents per token than the rest of the step)",
+        most=1,
         unless=_unless_nonzero("auxk_coefficient"),
     )
     l0_coefficient: float = _of_losses(
@@ -587,9 +582,9 @@ class TrainConfig:
         "tokens without firing after which a latent is dead (0: 10 M, or tokens / 10 if less, but "
         "at least 10 batches)",
     )
-    seed: int = setting(0, "seed of everything random")
+    seed: int = setting(0, "seed of everything random", most=2**40 - 1)
     data_seed: int | None = setting(
-        None, "seed of the order of the data (default: --seed)", shared=True
+        None, "seed of the order of the data (default: --seed)", shared=True, most=2**40 - 1
     )
     device: str = _of_device(
         "auto", "cpu, cuda, cuda:1, ... (auto: cuda if there is one)", shared=True, free=True
@@ -622,6 +617,7 @@ class TrainConfig:
         1,
         "number of torchrun processes that share the heads of one autoencoder; groups of these "
         "share the tokens of each batch",
+        least=1,
     )
     share: str = _of_processes(
         "tokens",
@@ -630,43 +626,22 @@ class TrainConfig:
         choices=SHARES,
     )
     rank_timeout: int = _of_processes(
-        600, "seconds that a torchrun process waits for another one before it gives up"
+        600, "seconds that a torchrun process waits for another one before it gives up", least=1
     )
-    log_every: int = _of_logs(10, "steps between two lines of metrics")
+    log_every: int = _of_logs(10, "steps between two lines of metrics", least=1)
     eval_every: int = _of_logs(
         200, "steps between two evaluations on held-out tokens (0: only at the end)"
     )
     checkpoint_every: int = _of_logs(500, "steps between two checkpoints (0: only the last)")
-    keep_checkpoints: int = _of_logs(2, "number of checkpoints to keep")
+    keep_checkpoints: int = _of_logs(2, "number of checkpoints to keep", least=1)
     tensorboard: bool = _of_logs(False, "also log to TensorBoard (pip install tensorboard)")
     wandb: str | None = _of_logs(
         None, "also log to this Weights & Biases project (pip install wandb)"
     )
 
     def __post_init__(self) -> None:
-        check_at_least(
-            self,
-            1,
-            *("tokens", "batch_size", "log_every", "keep_checkpoints"),
-            *("tensor_parallel", "rank_timeout"),
-        )
-        check_at_least(
-            self,
-            0,
-            *("eval_every", "checkpoint_every", "auxk", "dead_after_tokens"),
-            *("lr", "lr_final", "weight_decay", "max_grad_norm"),
-            *("auxk_coefficient", "l0_coefficient", "balance_coefficient"),
-        )
-        _require(
-            0 <= self.adam_beta2 < 1, f"adam_beta2: expected 0 <= beta < 1, got {self.adam_beta2}"
-        )
-        check_choices(self)
-        for name in ("warmup_fraction", "auxk_fraction"):
-            value = getattr(self, name)
-            _require(0 <= value <= 1, f"{name}: expected 0 to 1, got {value}")
-        for name in ("seed", "data_seed"):
-            value = getattr(self, name) or 0
-            _require(0 <= value < 2**40, f"{name}: expected 0 to 2**40 - 1, got {value}")
+        check_values(self)
+        _require(self.adam_beta2 < 1, f"adam_beta2: expected 0 <= beta < 1, got {self.adam_beta2}")
 
     @property
     def steps(self) -> int:

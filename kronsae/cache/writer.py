@@ -41,8 +41,7 @@ from kronsae.cache.model import ManyHookpoints, tokenizer_digest
 from kronsae.config import (
     DTYPES,
     DataConfig,
-    check_at_least,
-    check_choices,
+    check_values,
     setting,
 )
 from kronsae.data.activations import LanguageModelActivations, resolve_context_length
@@ -82,7 +81,7 @@ class HarvestConfig:
         "dtype of the stored activations (auto: the language model's)",
         choices=("auto", *DTYPES),
     )
-    shard_tokens: int = setting(32_768, "tokens per shard (at least one forward pass)")
+    shard_tokens: int = setting(32_768, "tokens per shard (at least one forward pass)", least=1)
     seed: int = setting(0, "seed of the order of documents")
     device: str = setting("auto", "cpu, cuda, cuda:1, ... (auto: cuda if there is one)")
 
@@ -91,9 +90,7 @@ class HarvestConfig:
             value = getattr(self.data, name)
             if name not in (*DESCRIBED, "trust_remote_code") and value != default:
                 raise InputError(f"{name} {value!r} has no effect on a harvest: leave it out")
-        check_at_least(self, 0, "tokens", "seed")
-        check_at_least(self, 1, "shard_tokens")
-        check_choices(self)
+        check_values(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Settings that determine the bytes of a cache, as JSON values."""
