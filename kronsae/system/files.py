@@ -5,11 +5,14 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from kronsae.errors import InputError
@@ -70,17 +73,10 @@ def write_file(path: Path, write: Callable[[Path], Any]) -> None:
 
     Raises InputError if the disk is full, or `path` cannot be written; it is then as it was.
     """
-    beside = _beside(path)
-    try:
+    with _replacing(path) as beside:
         write(beside)
         sync(beside)
         os.replace(beside, path)
-        sync(path.parent)
-    except BaseException as error:
-        beside.unlink(missing_ok=True)
-        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
-            raise _cannot_write(path, error) from error
-        raise
 
 
 def replace_directory(path: Path, write: Callable[[Path], None]) -> Path:
@@ -92,8 +88,7 @@ def replace_directory(path: Path, write: Callable[[Path], None]) -> Path:
     Raises InputError if the disk is full, `path` cannot be written, or holds files that `write`
     does not: somebody else's work is never removed.
     """
-    beside = _beside(path)
-    try:
+    with _replacing(path) as beside:
         path.parent.mkdir(parents=True, exist_ok=True)
         beside.mkdir()
         write(beside)
@@ -112,24 +107,37 @@ def replace_directory(path: Path, write: Callable[[Path], None]) -> Path:
             shutil.rmtree(old)
         else:
             os.rename(beside, path)
-        sync(path.parent)
-    except BaseException as error:
-        shutil.rmtree(beside, ignore_errors=True)
-        if isinstance(error, OSError) or type(error).__name__ == "SafetensorError":
-            raise _cannot_write(path, error) from error
-        raise
     return path
 
 
 _OLD = ".replaced"
 
 
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Gives where to write what takes the place of `path`; removed again if that fails.
+
+    Raises InputError for an error of the disk.
+    """
+    beside = _beside(path)
+    try:
+        yield beside
+        sync(path.parent)
+    except BaseException as error:
+        if beside.is_dir():
+            shutil.rmtree(beside, ignore_errors=True)
+        else:
+            beside.unlink(missing_ok=True)
+        if isinstance(error, (OSError, SafetensorError)):
+            problem = f"{path} could not be written ({error}); nothing was left in its place"
+            raise InputError(problem) from error
+        raise
+
+
 def _check_replaceable(path: Path, new: Path) -> None:
-    others = (
-        {p.name for p in path.iterdir()} - {p.name for p in new.iterdir()}
-        if (path.is_dir())
-        else {path.name}
-    )
+    others = {path.name}
+    if path.is_dir():
+        others = {p.name for p in path.iterdir()} - {p.name for p in new.iterdir()}
     if others:
         raise InputError(
             f"{path} holds {sorted(others)[:5]}, which would be lost: choose another folder"
@@ -186,15 +194,8 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def _cannot_write(path: Path, error: BaseException) -> InputError:
-    return InputError(f"{path} could not be written ({error}); nothing was left in its place")
-
-
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Tensors of a safetensors file. Raises InputError if it is damaged."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
