@@ -94,6 +94,7 @@ def _class_of(sae: SAE, stock: Stock) -> str:
 def _trainer(sae: SAE, kind: str) -> dict[str, Any]:
     origin = Origin.of(sae.metadata)
     train = part_of(sae.metadata, "config", "train")
+    tokens, batch = train.get("tokens"), train.get("batch_size")
     return {
         "trainer_class": _TRAINERS[kind],
         "dict_class": kind,
@@ -102,18 +103,13 @@ def _trainer(sae: SAE, kind: str) -> dict[str, Any]:
         "k": sae.config.k or None,
         "lr": train.get("lr"),
         "seed": train.get("seed"),
-        "steps": _steps(train),
+        "steps": -(-tokens // batch) if tokens and batch else None,
         "layer": origin.layer,
         "lm_name": origin.model,
         "submodule_name": origin.hookpoint,
         "device": "cpu",
         "wandb_name": f"kronsae-{kind}",
     }
-
-
-def _steps(train: dict[str, Any]) -> int | None:
-    tokens, batch = train.get("tokens"), train.get("batch_size")
-    return -(-tokens // batch) if tokens and batch else None
 
 
 def _transposed(tensors: dict[str, Any], name: str) -> dict[str, Any]:

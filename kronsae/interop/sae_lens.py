@@ -66,9 +66,6 @@ class KronSAE(SAE[KronSAEConfig]):
 
     sae: OwnSAE
 
-    def __init__(self, cfg: KronSAEConfig, use_error_term: bool = False) -> None:
-        super().__init__(cfg, use_error_term)
-
     @classmethod
     def wrap(cls, sae: OwnSAE) -> "KronSAE":
         """Convert an SAE. Raises InputError for a transcoder."""

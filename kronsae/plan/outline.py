@@ -120,11 +120,7 @@ def _skeleton(config: DataConfig) -> tuple[int | str, Any, nn.Module]:
 
 
 def forward_pass(
-    config: DataConfig,
-    contexts: int,
-    tokens: int,
-    device: torch.device,
-    dtype: torch.dtype,
+    config: DataConfig, contexts: int, tokens: int, device: torch.device, dtype: torch.dtype
 ) -> Callable[[], None]:
     """A function that runs the model, with meaningless weights, up to the (target) hookpoint.
 

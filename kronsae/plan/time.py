@@ -55,11 +55,7 @@ def model_seconds(data: DataConfig, model: Outline, device: torch.device) -> flo
     return _timed(run, device) / (contexts * model.context_length)
 
 
-def run_time(
-    plan: dict[str, Any],
-    members: Mapping[str, RunConfig],
-    model: Outline,
-) -> str:
+def run_time(plan: dict[str, Any], members: Mapping[str, RunConfig], model: Outline) -> str:
     """The time of a run or a sweep, in words. plan: of `make_plan`.
 
     For several processes it counts computation alone, not their waiting for each other.

@@ -36,14 +36,7 @@ from kronsae.errors import InputError
 from kronsae.model.ranks import SHARDED_STATE
 from kronsae.runs.sweep import check_names
 from kronsae.system import checkpoint
-from kronsae.system.files import (
-    LOCK_NAME,
-    lock,
-    remove_leftovers,
-    sync,
-    write_json,
-    write_text,
-)
+from kronsae.system.files import LOCK_NAME, lock, remove_leftovers, sync, write_json, write_text
 from kronsae.system.parallel import ALONE, Mesh
 
 FORMAT_VERSION = 1

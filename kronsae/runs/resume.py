@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from kronsae.config import DataConfig, SAEConfig, TrainConfig, all_settings
+from kronsae.config import PARTS, all_settings
 from kronsae.errors import InputError, differences
 from kronsae.runs.folder import SINGLE, RunFolder, SweepFolder
 from kronsae.system import checkpoint
@@ -94,11 +94,10 @@ def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
 
     A run of an older version lacks those that came later: it had their defaults.
     """
-    parts = {"sae": SAEConfig, "data": DataConfig, "train": TrainConfig}
     return {
         name: values
-        if name not in parts or values is None  # no language model
-        else {**{spec.name: spec.default for spec in dataclasses.fields(parts[name])}, **values}
+        if name not in PARTS or values is None  # no language model
+        else {**{spec.name: spec.default for spec in dataclasses.fields(PARTS[name])}, **values}
         for name, values in config.items()
     }
 
