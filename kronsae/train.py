@@ -37,11 +37,11 @@ from kronsae.system import parallel
 from kronsae.system.devices import resolve_device
 from kronsae.system.parallel import ALONE, Mesh, join
 from kronsae.system.tables import aligned
-from kronsae.training.fit import fit, fit_many
+from kronsae.training.fit import fit, fit_many, fit_members
 from kronsae.training.learner import why_not_fused
 from kronsae.training.options import Request, parse
 from kronsae.training.progress import ProgressBar
-from kronsae.training.session import FitResult
+from kronsae.training.session import FitResult, MemberPlan
 
 __all__ = ["fit", "fit_many", "main"]
 
@@ -156,9 +156,17 @@ def _train(request: Request, console: Console, mesh: Mesh, out: Path) -> int:
     request, source, heldout = _open(request, console, mesh)
     _describe(console, request, source, heldout, out)
     folder = SweepFolder(out, request.members) if request.sweep else RunFolder(out)
+    plans = [
+        MemberPlan(
+            *(name, config.sae, config.train),
+            {"config": config.to_dict(), **request.notes.get(name, {})},
+        )
+        for name, config in request.members.items()
+    ]
+    resume = request.resume is not None
     with ProgressBar(console, request) as progress:
         try:
-            fitted = _fit(request, source, heldout, out, progress, mesh)
+            fitted = fit_members(plans, source, heldout, out, resume, progress, mesh, request.sweep)
         except InputError:
             for run in folder.runs.values():
                 if mesh.first and run.metrics.exists():
@@ -210,44 +218,6 @@ def _open(request: Request, console: Console, mesh: Mesh) -> tuple[Request, Any,
         source.language_model.ranks = mesh.reading
         text = HeldoutText(source.language_model, source.heldout_contexts(), source.heldout_mask())
     return request, source, Heldout(*split_target(source.heldout_activations(), d_target), text)
-
-
-def _fit(
-    request: Request,
-    source: Any,
-    heldout: Heldout,
-    out: Path,
-    progress: ProgressBar,
-    mesh: Mesh,
-) -> list[FitResult]:
-    """The results of all members, in order."""
-    configs = list(request.members.values())
-    settings = [
-        {"config": config.to_dict(), **request.notes.get(name, {})}
-        for name, config in request.members.items()
-    ]
-    resume = request.resume is not None
-    common: dict[str, Any] = {"heldout": heldout, "out": out, "resume": resume, "mesh": mesh}
-    if request.sweep:
-        return fit_many(
-            [config.sae for config in configs],
-            source,
-            [config.train for config in configs],
-            names=list(request.members),
-            settings=settings,
-            on_record=progress,
-            **common,
-        )
-    [config] = configs
-    alone = fit(
-        config.sae,
-        source,
-        config.train,
-        settings=settings[0],
-        on_record=lambda record: progress("", record),
-        **common,
-    )
-    return [alone]
 
 
 def _new_folder(request: Request) -> Path:

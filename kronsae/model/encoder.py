@@ -79,10 +79,7 @@ class EncoderKind(Kind, nn.Module):
     def products(
         self, x: Tensor, w: Tensor, b: Tensor, *, k: int, mask: Tensor | None, impl: str | None
     ) -> SparseCodes:
-        """`encode`, but with values in which latents of several processes are compared exactly.
-
-        `of_product` turns them into values of latents.
-        """
+        """`encode`, but with values by which processes compare their latents; see `of_product`."""
         return self.encode(x, w, b, k=k, mask=mask, impl=impl)
 
     def of_product(self, values: Tensor) -> Tensor:
@@ -142,10 +139,7 @@ class EncoderKind(Kind, nn.Module):
 
 @ENCODERS.register("kron")
 class Kron(EncoderKind):
-    """Heads in which each pair of a base and an extension pre-latent makes a latent.
-
-    [KronSAE, eq. 2-4]
-    """
+    """Latents from each pair of base and extension pre-latents of a head. [KronSAE, eq. 2-4]"""
 
     title = "KronSAE"
     usual_selection = "TopK"

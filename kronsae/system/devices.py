@@ -83,7 +83,7 @@ class Clock:
         self.device = device
         self.seconds, self.count = 0.0, 0
         self.began: Any = None
-        self.pending: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self.pending: list[tuple[Any, Any]] = []  # CUDA events
 
     def _now(self) -> Any:
         if self.device.type != "cuda":
@@ -108,12 +108,11 @@ class Clock:
 
     def _take(self) -> None:
         began, ended = self.pending.pop(0)
+        ended.synchronize()
         self.seconds += began.elapsed_time(ended) / 1e3
 
     @property
     def mean_ms(self) -> float:
-        if self.pending:
-            self.pending[-1][1].synchronize()
         while self.pending:
             self._take()
         return 1e3 * self.seconds / max(1, self.count)

@@ -140,10 +140,7 @@ class Group:
         return x if self.size == 1 else _Total.apply(x, self)
 
     def as_part(self, x: Tensor) -> Tensor:
-        """x / R with the derivative of x, for an x that is the same on all ranks: they add up to x.
-
-        The ranks' gradients add up, too.
-        """
+        """x / R with the derivative of x, for an x that is the same on all ranks."""
         return x if self.size == 1 else x - x.detach() * (1 - 1 / self.size)
 
     def share(self, count: int) -> slice:

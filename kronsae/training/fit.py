@@ -64,7 +64,7 @@ def fit(
     the budget, is not finite, or does not fit the configuration; with `out`, the last good
     checkpoint is kept.
     """
-    [result] = _fit(
+    [result] = fit_members(
         [MemberPlan(SINGLE, sae_config, train_config or TrainConfig(), settings or {})],
         activations,
         heldout,
@@ -120,13 +120,11 @@ def fit_many(
             f"got {count} SAEs, {len(train_configs)} train_configs, {len(names)} names, "
             f"{len(settings)} settings"
         )
-    check_names(names)
-    members = zip(names, sae_configs, one_stream(train_configs), settings, strict=True)
-    plans = [MemberPlan(*member) for member in members]
-    return _fit(plans, activations, heldout, out, resume, on_record, mesh, sweep=True)
+    plans = list(map(MemberPlan, names, sae_configs, train_configs, settings))
+    return fit_members(plans, activations, heldout, out, resume, on_record, mesh, sweep=True)
 
 
-def _fit(
+def fit_members(
     plans: list[MemberPlan],
     activations: Activations,
     heldout: HeldoutActivations | None,
@@ -136,7 +134,14 @@ def _fit(
     mesh: Mesh | None,
     sweep: bool,
 ) -> list[FitResult]:
-    """`fit` and `fit_many`, which differ only in the folders that they write."""
+    """`fit` or `fit_many`, which differ only in the folders that they write.
+
+    on_record: called with the member's name and each logged record.
+    """
+    if sweep:
+        check_names([plan.name for plan in plans])
+    trains = one_stream([plan.train for plan in plans])
+    plans = [dataclasses.replace(p, train=train) for p, train in zip(plans, trains, strict=True)]
     config = plans[0].train
     device = resolve_device(config.device)
     mesh = mesh or join(config.tensor_parallel, device, config.rank_timeout)

@@ -13,6 +13,7 @@ class ProgressBar:
 
     def __init__(self, console: Console, request: Request) -> None:
         self.console = console
+        self.sweep = request.sweep
         self.total = request.config.train.steps
         self.every = max(1, self.total // 10)
         self.printed: dict[str, int] = {}
@@ -35,13 +36,16 @@ class ProgressBar:
         self.bar.stop()
 
     def __call__(self, name: str, record: dict[str, Any]) -> None:
-        """Show a record of a member. name: empty if the run is no sweep."""
-        step, name = record["step"], f"{name}: " if name else ""
+        """Show a record of a member."""
+        step, name = record["step"], f"{name}: " if self.sweep else ""
         if record["kind"] == "train":
             figures = (
                 f"{name}EV {record['explained_variance']:.3f}  dead {record['dead_share']:.1%}  "
-                f"{record['tokens_per_s']:,.0f} tokens/s, {_waits(record)}"
+                f"{record['tokens_per_s']:,.0f} tokens/s, "
+                f"waited {record['wait_share']:.0%} for activations"
             )
+            if "model_wait_share" in record:
+                figures += f", the language model {record['model_wait_share']:.0%} for room"
             self.bar.update(self.task, completed=step, figures=figures)
             if not self.console.is_terminal and step // self.every != self.printed.get(name):
                 self.printed[name] = step // self.every
@@ -59,11 +63,3 @@ class ProgressBar:
                 f"largest activation of the batch is {record['largest']:.3g} times the usual size)",
                 style="yellow",
             )
-
-
-def _waits(record: dict[str, Any]) -> str:
-    """Shares of the time in which training and the language model waited for each other."""
-    waits = f"waited {record['wait_share']:.0%} for activations"
-    if "model_wait_share" in record:
-        waits += f", the language model {record['model_wait_share']:.0%} for room"
-    return waits
