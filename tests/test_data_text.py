@@ -387,7 +387,7 @@ def test_settings_without_effect_on_files(tmp_path, settings, flag):
 
 @pytest.mark.parametrize("settings", [{"split": "test"}, {"text_column": "code"}])
 def test_settings_without_effect_on_the_standard_library(settings):
-    assert "no effect on the standard library" in error("stdlib", **settings)
+    assert "no effect with dataset 'stdlib'" in error("stdlib", **settings)
 
 
 # The hub

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks import train_language_model as training
 from kronsae.data import stdlib
-from kronsae.data.stdlib import is_heldout, stdlib_documents, stdlib_files
+from kronsae.data.stdlib import is_heldout, stdlib_documents
 from kronsae.embedded import EMBEDDED_MODEL, embedded_model_path
 
 AWKWARD = {
@@ -137,15 +137,13 @@ def test_training_script_learns_and_repeats(tmp_path, monkeypatch):
 
 
 def test_files_are_sorted_and_repeatable():
-    files = stdlib_files()
-    assert files == stdlib_files()
-    paths = [f.relative_to(stdlib.stdlib_root()).as_posix() for f in files]
+    documents = stdlib_documents()
+    assert documents == stdlib_documents()
+    paths = [d["path"] for d in documents]
     assert paths == sorted(set(paths))
     assert "json/decoder.py" in paths
     assert not any("site-packages" in p or "__pycache__" in p for p in paths)
     assert not any(p.startswith("test/") or "/tests/" in p for p in paths)
-    documents = stdlib_documents()
-    assert [d["path"] for d in documents] == paths
     assert all(d["text"].strip() for d in documents)
 
 
@@ -186,12 +184,12 @@ def test_only_readable_source_is_kept(tmp_path):
     assert [d["text"] for d in documents] == ["x = 'ü'\n", "x = 1\ny = 2\n", "x = 3\n"] + [
         "# -*- coding: latin-1 -*-\nx = 'ü'\n"
     ]
-    files = stdlib_files(tmp_path, include_tests=True)
-    assert files == [tmp_path / p for p in [*kept, "test/test_b.py"]]
+    documents = stdlib_documents(tmp_path, include_tests=True)
+    assert [d["path"] for d in documents] == [*kept, "test/test_b.py"]
 
 
 def test_no_source_is_a_clear_error(tmp_path):
     for root in (tmp_path, tmp_path / "python311.zip"):
         with pytest.raises(FileNotFoundError, match="--dataset") as error:
-            stdlib_files(root)
+            stdlib_documents(root)
         assert root.name in str(error.value)

@@ -220,7 +220,8 @@ class LanguageModelActivations:
         self.special = special_ids(language_model.tokenizer)
         self.contexts: list[Tensor] = []  # packed, not yet run through the model
         self.forwards = 0
-        self._heldout = self._set_aside()
+        self._heldout, documents = set_aside(text, language_model.tokenizer, config)
+        text.hold_out(documents)
         self.documents = iter(text)
         self._pack(1)
         if not self.contexts:
@@ -295,12 +296,6 @@ class LanguageModelActivations:
     def token_mask(self, ids: Tensor) -> Tensor:
         """Mask [b, t] of the tokens to train and evaluate on; see `packing.token_mask`."""
         return token_mask(ids, self.language_model.tokenizer, self.special)
-
-    def _set_aside(self) -> Tensor:
-        """Held-out contexts [c, L], whose documents are taken out of the training text."""
-        contexts, documents = set_aside(self.text, self.language_model.tokenizer, self.config)
-        self.text.hold_out(documents)
-        return contexts
 
     def heldout_contexts(self) -> Tensor:
         """Token ids [c, context_length] that are never trained on; the same for every seed."""
@@ -415,7 +410,7 @@ def set_aside(text: TextSource, tokenizer: Any, config: DataConfig) -> tuple[Ten
         warnings.warn(
             f"dataset {config.dataset!r}: only {len(contexts) * config.context_length:,} of "
             f"{config.heldout_tokens:,} tokens could be held out",
-            stacklevel=4,
+            stacklevel=3,
         )
     return torch.stack(contexts), documents
 

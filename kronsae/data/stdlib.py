@@ -44,39 +44,21 @@ def stdlib_root() -> Path:
     return Path(sysconfig.get_paths()["stdlib"])
 
 
-def stdlib_files(root: Path | None = None, include_tests: bool = False) -> list[Path]:
-    """The library's source files, sorted by their posix path below `root`.
+def stdlib_documents(
+    root: Path | None = None, include_tests: bool = False, heldout: bool | None = None
+) -> list[dict[str, str]]:
+    """The library's source files as records with "text" and "path", sorted by path.
 
     Skipped: installed packages, caches, generated tables, files that are empty or cannot be decoded
     (by their coding cookie, UTF-8 by default, as `tokenize.open` reads them), and the folders of
     tests unless `include_tests`.
 
-    root: `stdlib_root()` by default.
+    root: `stdlib_root()` by default. Paths are relative to it, with forward slashes; newlines are
+        "\\n" on every platform.
+    heldout: True or False for the files on that side of `is_heldout`, None for all of them.
     Raises FileNotFoundError, which names the folder, if it holds no such file.
     """
     root = stdlib_root() if root is None else Path(root)
-    return [root / path for path, _ in _sources(root, include_tests)]
-
-
-def stdlib_documents(
-    root: Path | None = None, include_tests: bool = False, heldout: bool | None = None
-) -> list[dict[str, str]]:
-    """The files of `stdlib_files` as records with "text" and "path" (relative, forward slashes).
-
-    heldout: True or False for the files on that side of `is_heldout`, None for all of them.
-    Newlines are "\\n" on every platform.
-    Raises FileNotFoundError as `stdlib_files` does.
-    """
-    root = stdlib_root() if root is None else Path(root)
-    return [
-        {"text": text, "path": path}
-        for path, text in _sources(root, include_tests)
-        if heldout is None or is_heldout(path) == heldout
-    ]
-
-
-def _sources(root: Path, include_tests: bool) -> list[tuple[str, str]]:
-    """(relative posix path, text) of every source file kept, sorted by path."""
     sources = sorted(_walk(root, "", include_tests))
     if not sources:
         raise FileNotFoundError(
@@ -84,7 +66,11 @@ def _sources(root: Path, include_tests: bool) -> list[tuple[str, str]]:
             f"{sys.executable or 'this Python'} should be (an embedded Python keeps it in a zip "
             "archive or only compiled). Give your own text with --dataset."
         )
-    return sources
+    return [
+        {"text": text, "path": path}
+        for path, text in sources
+        if heldout is None or is_heldout(path) == heldout
+    ]
 
 
 def _walk(folder: Path, prefix: str, include_tests: bool) -> Iterator[tuple[str, str]]:
@@ -95,9 +81,11 @@ def _walk(folder: Path, prefix: str, include_tests: bool) -> Iterator[tuple[str,
         if entry.is_dir():
             if _wanted_folder(entry.name, include_tests) and not entry.is_symlink():
                 yield from _walk(entry, path + "/", include_tests)
-        elif entry.suffix == ".py" and _wanted_file(path):
+        # _sysconfigdata_* holds the settings and folders of the machine that built this Python.
+        elif entry.suffix == ".py" and not path.startswith(("_sysconfigdata", *GENERATED_FILES)):
             text = _read(entry)
-            if text.strip() and not _is_charmap(path, text):
+            charmap = path.startswith("encodings/") and any(mark in text for mark in _CHARMAP_MARKS)
+            if text.strip() and not charmap:
                 yield path, text
 
 
@@ -105,15 +93,6 @@ def _wanted_folder(name: str, include_tests: bool) -> bool:
     if name in SKIPPED_FOLDERS or name.startswith(("config-", ".")):
         return False
     return include_tests or name not in TEST_FOLDERS
-
-
-def _wanted_file(path: str) -> bool:
-    # _sysconfigdata_* holds the settings and folders of the machine that built this Python.
-    return path not in GENERATED_FILES and not path.startswith("_sysconfigdata")
-
-
-def _is_charmap(path: str, text: str) -> bool:
-    return path.startswith("encodings/") and any(mark in text for mark in _CHARMAP_MARKS)
 
 
 def _read(path: Path) -> str:

@@ -20,11 +20,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Protocol
 
 import torch
 
-from kronsae.config import DataConfig
+from kronsae.config import DataConfig, flag
 from kronsae.data.common import digest
 from kronsae.data.stdlib import stdlib_documents
 from kronsae.errors import InputError
@@ -254,12 +255,14 @@ def check_text(config: DataConfig) -> list[Path]:
     Raises InputError as `open_text` does.
     """
     if config.dataset == STDLIB:
-        _refuse(config, "the standard library", "split", "text_column")
         return []
     files = local_files(config.dataset)
     if not files:
         return []
-    _refuse(config, "local files", "split", "dataset_config")
+    for name in ("split", "dataset_config"):
+        value = getattr(config, name)
+        if value != getattr(DataConfig(), name):
+            raise InputError(f"{flag(name)} {value} has no effect on local files: leave it out")
     kinds: dict[str, list[Path]] = {}
     for path in files:
         kinds.setdefault(_kind_name(path), []).append(path)
@@ -272,15 +275,6 @@ def check_text(config: DataConfig) -> list[Path]:
     if not any(path.stat().st_size for path in files):
         raise InputError(f"dataset {config.dataset!r} is empty: there is nothing in its files")
     return files
-
-
-def _refuse(config: DataConfig, what: str, *names: str) -> None:
-    for name in names:
-        value = getattr(config, name)
-        if value != getattr(DataConfig(), name):
-            raise InputError(
-                f"--{name.replace('_', '-')} {value} has no effect on {what}: leave it out"
-            )
 
 
 def local_files(dataset: str) -> list[Path]:
@@ -360,7 +354,8 @@ def _open_stdlib(config: DataConfig, seed: int) -> IndexedText:
 
 def _open_files(files: list[Path], config: DataConfig) -> Any:
     """All rows of the files, as a Dataset or an IterableDataset."""
-    datasets = _datasets()
+    import datasets
+
     groups: dict[tuple[tuple[str, str], ...], list[str]] = {}
     parts = []
     builder = _kind_name(files[0])
@@ -398,11 +393,13 @@ def _options(path: Path, alone: bool) -> tuple[tuple[str, str], ...]:
 
 
 def _open_hub(config: DataConfig) -> Any:
+    import datasets
+
     with _reading(
         f"dataset {config.dataset!r} is no local file or folder, and could not be opened from "
         "the Hugging Face hub"
     ):
-        return _datasets().load_dataset(
+        return datasets.load_dataset(
             config.dataset, config.dataset_config, split=config.split, streaming=config.streaming
         )
 
@@ -452,7 +449,8 @@ def _nothing_left(name: str, count: int) -> InputError:
 @contextmanager
 def _no_bars() -> Iterator[None]:
     """Hide progress bars of `datasets`."""
-    datasets = _datasets()
+    import datasets
+
     before = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
@@ -477,19 +475,9 @@ def _reason(error: BaseException) -> str:
     """Type and message of the first error of a chain, in one line of a readable length."""
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = " ".join(line.strip() for line in str(error).splitlines() if line.strip())
-    advice = "; choose one with --dataset-config" if "onfig name is missing" in lines else ""
-    if len(lines) > REASON_CHARACTERS:
-        lines = lines[:REASON_CHARACTERS] + " ..."
-    return f"{type(error).__name__}: {lines}{advice}"
-
-
-def _datasets() -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise InputError("--dataset needs the package datasets: pip install datasets") from error
-    return datasets
+    advice = "; choose one with --dataset-config" if "onfig name is missing" in str(error) else ""
+    message = shorten(str(error), REASON_CHARACTERS, placeholder=" ...")
+    return f"{type(error).__name__}: {message}{advice}"
 
 
 def _content_hash(path: Path) -> str:
