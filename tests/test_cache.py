@@ -532,5 +532,5 @@ def test_a_changed_text_is_seen_when_a_harvest_goes_on(harvester, monkeypatch, t
         with pytest.raises(PowerCut):
             harvester(tmp_path / "cache")
     cached.give_text(monkeypatch, cached.TEXTS[1:])
-    with pytest.raises(InputError, match="text changed since the harvest began"):
+    with pytest.raises(InputError, match="text has changed since the harvest began"):
         harvester(tmp_path / "cache")

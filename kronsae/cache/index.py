@@ -93,9 +93,11 @@ class Shard:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> "Shard":
-        activations = tuple(ShardFile(**file) for file in values["activations"])
-        tokens = ShardFile(**values["tokens"])
-        return cls(**{**values, "tokens": tokens, "activations": activations})
+        tokens, *files = (
+            from_dict(ShardFile, file, "a shard")
+            for file in (values["tokens"], *values["activations"])
+        )
+        return cls(**{**values, "tokens": tokens, "activations": tuple(files)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +155,9 @@ class CacheIndex:
             raise InputError(f"{path}: expected format version {FORMAT_VERSION}, got {version!r}")
         try:
             index = cls(
-                hookpoints=tuple(Hookpoint(**values) for values in document["hookpoints"]),
+                hookpoints=tuple(
+                    from_dict(Hookpoint, h, "hookpoints") for h in document["hookpoints"]
+                ),
                 data=source_of_file(document["data"], str(path)),
                 heldout=tuple(map(Shard.from_json, document["heldout"])),
                 train=tuple(map(Shard.from_json, document["train"])),
@@ -177,9 +181,8 @@ class CacheIndex:
         _expect(_count(self.model.get("parameters")) and "weights" in self.model, "model")
         _expect(bool(self.hookpoints) and bool(self.train), "no hookpoint, or no shard")
         for hookpoint in self.hookpoints:
-            _expect(isinstance(hookpoint.name, str), f"hookpoint {hookpoint.name!r}")
-            _expect(_count(hookpoint.width) and 1 <= hookpoint.width <= MAX_WIDTH, "width")
-            _expect(hookpoint.layer is None or _count(hookpoint.layer), "layer")
+            _expect(1 <= hookpoint.width <= MAX_WIDTH, "width")
+            _expect(0 <= (hookpoint.layer or 0) < 2**53, "layer")
         for section in SECTIONS:
             for shard in self.shards(section):
                 self._check_shard(section, shard)
@@ -191,13 +194,11 @@ class CacheIndex:
         _expect(0 < shard.rows <= shard.contexts * self.context_length, "rows of a shard")
         _expect(len(shard.activations) == len(self.hookpoints), "files of a shard")
         for file, layout in self.layouts(shard):
-            name = _FILE_NAME.fullmatch(file.file) if isinstance(file.file, str) else None
+            name = _FILE_NAME.fullmatch(file.file)
             _expect(name is not None and name[1] == section, f"file name {file.file!r}")
-            _expect(
-                isinstance(file.sha256, str) and bool(re.fullmatch("[0-9a-f]{64}", file.sha256)),
-                f"sha256 of {file.file}",
-            )
-            header = file.bytes - payload(layout) if _count(file.bytes) else 0
+            hexadecimal = re.fullmatch("[0-9a-f]{64}", file.sha256)
+            _expect(hexadecimal is not None, f"sha256 of {file.file}")
+            header = file.bytes - payload(layout)
             _expect(8 < header <= 8 + MAX_HEADER_BYTES, f"bytes of {file.file}")
 
     def shards(self, section: str) -> tuple[Shard, ...]:

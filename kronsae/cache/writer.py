@@ -38,12 +38,7 @@ from kronsae.cache.index import (
     write_tensors,
 )
 from kronsae.cache.model import ManyHookpoints, tokenizer_digest
-from kronsae.config import (
-    DTYPES,
-    DataConfig,
-    check_values,
-    setting,
-)
+from kronsae.config import DTYPES, DataConfig, check_values, setting
 from kronsae.data.activations import LanguageModelActivations, resolve_context_length
 from kronsae.data.text import check_text, open_text
 from kronsae.errors import InputError, differences
@@ -215,7 +210,9 @@ class _Harvest:
             broken = damaged(self.folder, index)
             if broken:
                 self._open()
-                self._check_source(index)
+                names = ("model", "hookpoints", "tokenizer", "text", "dtype", "context_length")
+                was, now = ({n: getattr(i, n) for n in names} for i in (index, self._index()))
+                self._check_unchanged(was, now)
                 self._repair(index, broken)
             return index
         self._open()
@@ -263,19 +260,22 @@ class _Harvest:
             "dtype": self.dtype,
         }
 
+    def _check_unchanged(self, was: dict[str, Any], now: dict[str, Any]) -> None:
+        """Raise InputError if something that the bytes depend on is not what it was."""
+        for name, expected in was.items():
+            if now[name] != expected:
+                raise InputError(
+                    f"{self.folder}: {name} has changed since the harvest began: expected "
+                    f"{expected!r}, got {now[name]!r}. Harvest into another folder"
+                )
+
     def _go_on(self) -> None:
         """Resume from the state after the last finished shard, if there is one."""
         states = checkpoint.list_checkpoints(self.progress)
         if not states:
             return
         state = checkpoint.load_state(states[-1])
-        facts = self._facts()
-        changed = [name for name in facts if facts[name] != state["facts"][name]]
-        if changed:
-            raise InputError(
-                f"{self.folder}: {' and '.join(changed)} changed since the harvest began: expected "
-                f"{[state['facts'][n] for n in changed]}, got {[facts[n] for n in changed]}"
-            )
+        self._check_unchanged(state["facts"], self._facts())
         for section in SECTIONS:
             self.shards[section] = [*map(Shard.from_json, state["shards"][section])]
             self.earlier[section] = len(self.shards[section])
@@ -373,17 +373,6 @@ class _Harvest:
         )
 
     # Damaged shards
-
-    def _check_source(self, index: CacheIndex) -> None:
-        """Raise InputError if the model or the text is not that of the index."""
-        current = self._index()
-        for name in ("model", "hookpoints", "tokenizer", "text", "dtype", "context_length"):
-            got, expected = getattr(current, name), getattr(index, name)
-            if got != expected:
-                raise InputError(
-                    f"{self.folder}: damaged shards cannot be repaired because {name} has changed: "
-                    f"expected {expected!r}, got {got!r}. Harvest into another folder"
-                )
 
     def _repair(self, index: CacheIndex, broken: list[tuple[str, int, str]]) -> None:
         """Write the shards again that `damaged` has listed."""
