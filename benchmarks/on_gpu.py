@@ -136,7 +136,7 @@ def parts(raw: Path, commands: list[str], smallest: bool) -> list[Part]:
     stalls = [tool("ncu"), "--clock-control", "none", *sections.split()]
     stalls += ["--kernel-name", f"regex:^({LARGEST})$", sys.executable, "-m", "benchmarks.profile"]
     training = of("", "--smallest --rounds 1")
-    tune = of("", "--shape toy --kernels update_vector --rounds 1 --most 1")
+    tune = of("", "--shape toy --kernels update_vector --rounds 1")
     interpreter = {"TRITON_INTERPRET": "1"} if smallest else {}
     check = module("check", *device, *of(f"--workers {max(1, workers // 3)}", "--smallest"))
     every = [

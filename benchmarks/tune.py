@@ -15,14 +15,14 @@ import functools
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.flags import command, positive, save, written_by
+from benchmarks.flags import command, save, written_by
 from benchmarks.floors import graphed
 from benchmarks.measure import (
     Timing,
@@ -35,6 +35,7 @@ from benchmarks.measure import (
 )
 from benchmarks.shapes import GOAL_SHAPES, SHAPES, Shape, activations
 from benchmarks.steps import EPS, kron_parameters
+from kronsae.system.tables import markdown
 from kronsae_kernels import backends, torch_impl
 from kronsae_kernels.triton_impl import configs, operations
 from kronsae_kernels.triton_impl.launch import record
@@ -167,6 +168,24 @@ def changes(text: str) -> list[Changes]:
 
 
 KERNELS: dict[str, tuple[Callable[[Data], Results], list[Changes]]] = {
+    "update_rows": (update_decoder, changes("ENTRIES=1, ENTRIES=4, PER_WARP=320, PER_WARP=1280")),
+    "head_gradients": (
+        update_encoder,
+        changes(
+            "ENTRIES=2, ENTRIES=4, PIECES=1, PIECES=1 ENTRIES=4, PIECES=1 WIDTH=256 num_warps=2"
+        ),
+    ),
+    "decode_and_loss": (
+        decode_and_loss,
+        changes("BLOCKS=16, BLOCKS=16 TILE=128, STAGES=1, STAGES=3"),
+    ),
+    "select_heads": (
+        select,
+        changes(
+            "MAX_REGISTERS=0, num_warps=16 LANES=4096, "
+            "num_warps=4 LANES=1024 MAX_REGISTERS=255, PER_PROGRAM=4096"
+        ),
+    ),
     "encode": (encode, changes("ONE_PASS=1, ONE_PASS=0")),
     "encode_heads": (
         encode_in_one_pass,
@@ -177,13 +196,6 @@ KERNELS: dict[str, tuple[Callable[[Data], Results], list[Changes]]] = {
     ),
     "gather_heads": (encode_in_one_pass, changes("num_warps=2, num_warps=8")),
     "name_latents": (encode_in_one_pass, changes("WIDTH=512, num_warps=8")),
-    "select_heads": (
-        select,
-        changes(
-            "MAX_REGISTERS=0, num_warps=16 LANES=4096, "
-            "num_warps=4 LANES=1024 MAX_REGISTERS=255, PER_PROGRAM=4096"
-        ),
-    ),
     "merge_lists": (select, changes("num_warps=4, num_warps=8")),
     "list_keys": (select, changes("TILE=512, TILE=2048")),
     "select_rows": (select, changes("num_warps=4, num_warps=2, num_warps=1")),
@@ -194,10 +206,6 @@ KERNELS: dict[str, tuple[Callable[[Data], Results], list[Changes]]] = {
         changes("ROWS=16, ROWS=4 WIDTH=128, ROWS=32 num_warps=4, STAGES=2, STAGES=4"),
     ),
     "pair_dots": (pair_dots, changes("ROWS=16, ROWS=4 WIDTH=128, STAGES=2, STAGES=4")),
-    "decode_and_loss": (
-        decode_and_loss,
-        changes("BLOCKS=16, BLOCKS=16 TILE=128, STAGES=1, STAGES=3"),
-    ),
     "code_gradients": (
         functools.partial(decode_and_loss, one_gather=False),
         changes("WIDTH=256, WIDTH=1024"),
@@ -208,13 +216,6 @@ KERNELS: dict[str, tuple[Callable[[Data], Results], list[Changes]]] = {
         changes("ENTRIES=4, ENTRIES=16, WIDTH=1024, WIDTH=256, num_warps=2"),
     ),
     "sum_row_segments": (update_decoder, changes("ENTRIES=16, WIDTH=1024, WIDTH=256")),
-    "update_rows": (update_decoder, changes("ENTRIES=1, ENTRIES=4, PER_WARP=320, PER_WARP=1280")),
-    "head_gradients": (
-        update_encoder,
-        changes(
-            "ENTRIES=2, ENTRIES=4, PIECES=1, PIECES=1 ENTRIES=4, PIECES=1 WIDTH=256 num_warps=2"
-        ),
-    ),
     "sum_head_segments": (update_encoder, changes("PIECES=1, ENTRIES=8, ENTRIES=2")),
     "update_vector": (update_bias, changes("WIDTH=256, WIDTH=1024")),
     "segments": (
@@ -222,7 +223,10 @@ KERNELS: dict[str, tuple[Callable[[Data], Results], list[Changes]]] = {
         changes("ROW_LENGTH=64, ROW_LENGTH=256, HEAD_LENGTH=256, HEAD_LENGTH=1024"),
     ),
 }
-"""A call that launches the kernel, and the alternatives; what the table has already is left out."""
+"""A call that launches the kernel, and the alternatives; what the table has already is left out.
+
+Where most can be won comes first, should time run out.
+"""
 NOT_TUNED = (
     *("group_codes", "nested_sums", "nested_errors", "suffix_sums", "nested_dots", "code_values"),
     *("keep_first", "prepare_update", "note_active", "finish_update", "product_limits"),
@@ -231,8 +235,6 @@ NOT_TUNED = (
 """Kernels that the measured calls do not launch, or whose time is that of a launch."""
 CHOICES = ("encode", "segments")
 """Entries of the table that are no kernels."""
-FIRST = ("update_rows", "head_gradients", "decode_and_loss", "select_heads", "encode")
-"""Where most can be won comes first, should time run out."""
 PRESENT = "as it is"
 
 
@@ -275,44 +277,43 @@ def require_same(results: Results, expected: Results) -> None:
             raise WrongResult(f"result {place}: {different} of {got.numel()} differ")
 
 
+def configured(kernel: str, changes: Changes, data: Data) -> Callable[[], Results]:
+    """The kernel's call, with some numbers of its configuration changed."""
+
+    def run() -> Results:
+        with configs.override(kernel, **changes):
+            return KERNELS[kernel][0](data)
+
+    return run
+
+
 def measure(
-    kernel: str, data: Data, device: torch.device, rounds: int, most: int, end: float
+    kernel: str, data: Data, device: torch.device, rounds: int, end: float
 ) -> dict[str, Any]:
     """Times of a kernel's call, as it is and with each alternative, or why there is none."""
-    call, alternatives = KERNELS[kernel]
     present = numbers(kernel, device)
-    others = [c for c in alternatives if any(present[name] != c[name] for name in c)][:most]
+    others = [c for c in KERNELS[kernel][1] if any(present[name] != c[name] for name in c)]
     result = {"kernel": kernel, "shape": data.shape.name, "present": present, "times_ms": {}}
-
-    def configured(changes: Changes) -> Callable[[], Results]:
-        def run() -> Results:
-            with configs.override(kernel, **changes):
-                return call(data)
-
-        return run
-
-    def checked(changes: Changes) -> Results:
-        data.reset()
-        return tuple(tensor.clone() for tensor in configured(changes)())
-
-    usual = launches_of(configured({}), device)
+    usual = launches_of(configured(kernel, {}, data), device)
     if kernel not in CHOICES and kernel not in {name for name, *_ in usual}:
         return {**result, "skipped": {PRESENT: "not launched at this shape"}}
     calls: dict[str, Callable[[], Any]] = {}
     skipped: dict[str, str] = {}
-    expected = checked({})
+    expected: Results | None = None
     for changes in ({}, *others):
-        label = label_of(changes)
+        label, call = label_of(changes), configured(kernel, changes, data)
         if changes and time.monotonic() > end:
             skipped[label] = "no time left"
             continue
-        if changes and launches_of(configured(changes), device) == usual:
+        if changes and launches_of(call, device) == usual:
             skipped[label] = "launches the same"
             continue
+        data.reset()
         try:
-            require_same(checked(changes), expected)
-            run = configured(changes)
-            calls[label] = graphed(run) if device.type == "cuda" else run
+            found = tuple(tensor.clone() for tensor in call())
+            expected = expected or found
+            require_same(found, expected)
+            calls[label] = graphed(call) if device.type == "cuda" else call
         except WrongResult as wrong:
             skipped[label] = str(wrong)
         except Exception as broken:  # too many registers, too much shared memory
@@ -366,19 +367,17 @@ def chosen(results: list[dict[str, Any]]) -> dict[str, Changes]:
     return best
 
 
-def lines(one: dict[str, Any]) -> Iterator[str]:
-    """A table of one kernel at one shape."""
-    yield f"{one['kernel']}, {one['shape']}: {label_of(one['present'])}"
+def table(one: dict[str, Any]) -> str:
+    """Markdown of one kernel at one shape."""
+    rows = [(label, "", why, "", "") for label, why in one["skipped"].items()]
     for label, times in one["times_ms"].items():
         timing = Timing(times)
         low, high = timing.quartiles_ms
-        text = f"  {label:34}{timing.median_ms:10.4f} ms  {low:.4f} .. {high:.4f}"
-        if label != PRESENT:
-            ratio, verdict = gain(one, label)
-            text += f"  {ratio:.3f} {('worse', '', 'better')[verdict + 1]}"
-        yield text.rstrip()
-    for label, why in one["skipped"].items():
-        yield f"  {label:34}{why}"
+        ratio, verdict = gain(one, label)
+        cells = f"{timing.median_ms:.4f}", f"{low:.4f} … {high:.4f}", f"{ratio:.3f}"
+        rows.append((label, *cells, ("worse", "", "better")[verdict + 1]))
+    title = f"{one['kernel']}, {one['shape']}: {label_of(one['present'])}"
+    return title + "\n\n" + markdown(("", "ms", "quartiles", "ratio", ""), rows) + "\n"
 
 
 # configs.json
@@ -408,11 +407,7 @@ def write(generation: str, best: dict[str, Changes], path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = command("tune", __doc__, shape=GOAL_SHAPES, device="auto", rounds=15, seconds=300.0)
-    order = list(dict.fromkeys([*FIRST, *KERNELS]))
-    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=order)
-    parser.add_argument(
-        "--most", type=positive, default=100, help="alternatives of a kernel at most"
-    )
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS))
     parser.add_argument(
         "--read", type=written_by("tune", "better"), metavar="FILE",
         help="measure nothing: take what --json wrote",
@@ -448,14 +443,14 @@ def search(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
         for name in options.shape:
             if time.monotonic() > end:
                 break
-            settings = SHAPES[name], kernel, device, options.rounds, options.most, end
+            settings = SHAPES[name], kernel, device, options.rounds, end
             try:
                 found = call(measure_at, *settings)
             except Exception as broken:  # the others still tell something
                 found = {"kernel": kernel, "shape": name, "times_ms": {}}
                 found |= {"present": numbers(kernel, device), "skipped": {PRESENT: reason(broken)}}
             kernels.append(found)
-            print("\n".join(lines(found)), flush=True)
+            print(table(found), flush=True)
         result["better"] = chosen(kernels)
         save(options.json, result)
     return result
