@@ -30,6 +30,8 @@ from kronsae.system.tables import markdown
 from kronsae.training.fit import fit
 
 SIZE, K = 1024, 16
+TOKENS, HELDOUT, BATCH = 60_000, 8192, 512
+"""To train each SAE on, in steps of BATCH; to judge on."""
 DENSE = {"encoder": "dense", "dict_size": SIZE, "k": K}
 KRON = {"dict_size": SIZE, "m": 4, "n": 4, "k": K}
 STOCK = {
@@ -55,7 +57,7 @@ Trained = tuple[str, str, Callable[[Path], None]]
 """Library, architecture, and what saves it as that library does."""
 
 
-def sae_lens_trained(x: Tensor, batch: int) -> Iterator[Trained]:
+def sae_lens_trained(x: Tensor) -> Iterator[Trained]:
     """By SAELens' own trainer step."""
     from sae_lens import SAETrainer, TrainingSAE
     from sae_lens.config import SAETrainerConfig
@@ -75,25 +77,25 @@ def sae_lens_trained(x: Tensor, batch: int) -> Iterator[Trained]:
     for kind, settings in kinds.items():
         sae = TrainingSAE.from_dict({"d_in": x.shape[1], "d_sae": SIZE, **settings})
         config = SAETrainerConfig(
-            total_training_samples=len(x), train_batch_size_samples=batch, lr=3e-3, lr_end=3e-3
+            total_training_samples=len(x), train_batch_size_samples=BATCH, lr=3e-3, lr_end=3e-3
         )
         trainer = SAETrainer(config, sae, data_provider=iter(()))
-        for rows in x.split(batch):
+        for rows in x.split(BATCH):
             trainer.step(rows)
             trainer.n_training_steps += 1
         yield "sae_lens", kind, sae.save_inference_model
 
 
-def sparsify_trained(x: Tensor, batch: int) -> Iterator[Trained]:
+def sparsify_trained(x: Tensor) -> Iterator[Trained]:
     """By the loss of sparsify's coder, and Adam."""
     if not torch.cuda.is_available():
         os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")
     from sparsify import SparseCoder, SparseCoderConfig
 
     coder = SparseCoder(x.shape[1], SparseCoderConfig(num_latents=SIZE, k=K))
-    coder.b_dec.data = x[:batch].mean(0)
+    coder.b_dec.data = x[:BATCH].mean(0)
     optimizer = torch.optim.Adam(coder.parameters(), lr=3e-3)
-    for rows in x.split(batch):
+    for rows in x.split(BATCH):
         coder.set_decoder_norm_to_unit_norm()
         coder(rows).fvu.backward()
         coder.remove_gradient_parallel_to_decoder_directions()
@@ -102,26 +104,16 @@ def sparsify_trained(x: Tensor, batch: int) -> Iterator[Trained]:
     yield "sparsify", "TopK", coder.save_to_disk
 
 
-def dictionary_learning_trained(x: Tensor, batch: int) -> Iterator[Trained]:
+def dictionary_learning_trained(x: Tensor) -> Iterator[Trained]:
     """By dictionary_learning's trainers."""
     from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
     from dictionary_learning.trainers.jumprelu import JumpReluTrainer
     from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKTrainer
     from dictionary_learning.trainers.top_k import TopKTrainer
 
-    steps = -(-len(x) // batch)
-    common = {
-        "steps": steps,
-        "activation_dim": x.shape[1],
-        "dict_size": SIZE,
-        "layer": 2,
-        "lm_name": "embedded",
-        "lr": 3e-3,
-        "warmup_steps": 10,
-        "device": "cpu",
-    }
-    limited = {**common, "k": K}
-    kept = {**limited, "threshold_start_step": 10, "threshold_beta": 0.9}
+    common = {"steps": -(-len(x) // BATCH), "activation_dim": x.shape[1], "dict_size": SIZE}
+    common |= {"layer": 2, "lm_name": "embedded", "lr": 3e-3, "warmup_steps": 10, "device": "cpu"}
+    kept = {**common, "k": K, "threshold_start_step": 10, "threshold_beta": 0.9}
     trainers = {
         "TopK": TopKTrainer(**kept),
         "BatchTopK": BatchTopKTrainer(**kept),
@@ -129,7 +121,7 @@ def dictionary_learning_trained(x: Tensor, batch: int) -> Iterator[Trained]:
         "JumpReLU": JumpReluTrainer(**common, target_l0=K, sparsity_warmup_steps=20),
     }
     for kind, trainer in trainers.items():
-        for step, rows in enumerate(x.split(batch)):
+        for step, rows in enumerate(x.split(BATCH)):
             trainer.update(step, rows)
 
         def save(folder: Path, trainer: Any = trainer) -> None:
@@ -159,9 +151,9 @@ def facts(architecture: str, direction: str, result: Verification) -> dict[str, 
     }
 
 
-def outwards(x: Tensor, heldout: Tensor, batch: int, folder: Path) -> Iterator[dict[str, Any]]:
+def outwards(x: Tensor, heldout: Tensor, folder: Path) -> Iterator[dict[str, Any]]:
     """Each SAE of `OUTWARDS`; those that another library may save again also come back."""
-    train = TrainConfig(tokens=len(x), batch_size=batch, lr=8e-3, eval_every=0)
+    train = TrainConfig(tokens=len(x), batch_size=BATCH, lr=8e-3, eval_every=0)
     saes: dict[str, SAE] = {}
     for library, kinds in OUTWARDS.items():
         for kind, settings in kinds.items():
@@ -179,10 +171,10 @@ def outwards(x: Tensor, heldout: Tensor, batch: int, folder: Path) -> Iterator[d
                 yield facts(kind, f"{name} → kronsae", result)
 
 
-def inwards(x: Tensor, heldout: Tensor, batch: int, folder: Path) -> Iterator[dict[str, Any]]:
+def inwards(x: Tensor, heldout: Tensor, folder: Path) -> Iterator[dict[str, Any]]:
     """SAEs that the other libraries trained."""
     for trained in (sae_lens_trained, sparsify_trained, dictionary_learning_trained):
-        for library, kind, save in trained(x, batch):
+        for library, kind, save in trained(x):
             place = folder / f"{library} {kind} trained there"
             save(place)
             ours = load(place, allow_pickle=True)
@@ -204,38 +196,27 @@ def table(rows: list[dict[str, Any]]) -> str:
     return markdown([*header, "after", "largest difference"], lines)
 
 
-def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--tokens", type=int, default=60_000, help="to train each SAE on")
-    parser.add_argument("--heldout", type=int, default=8192, help="tokens to judge on")
-    parser.add_argument("--batch-size", type=int, default=512)
-    parser.add_argument("--out", type=Path, help="folder for interop.json, interop.md")
-    arguments = parser.parse_args(argv)
+def main() -> None:
+    parser = argparse.ArgumentParser("benchmarks.interop", description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True, help="folder of interop.json, .md")
+    out = parser.parse_args().out
     torch.manual_seed(0)
     data = DataConfig(layer=2, buffer_tokens=65_536, heldout_tokens=32_768)
     source = open_activations(data, batch_size=4096, seed=0, device="cpu")
-    heldout = source.heldout_activations()[: arguments.heldout]
-    x = collect(source, arguments.tokens)
+    heldout, x = source.heldout_activations()[:HELDOUT], collect(source, TOKENS)
     scale = (x.square().sum(1).mean() / x.shape[1]) ** -0.5  # as the other trainers expect
-    x, heldout = x * scale, heldout * scale
-    rows = []
-    with tempfile.TemporaryDirectory() as temporary:
-        for carry in (outwards, inwards):
-            for row in carry(x, heldout, arguments.batch_size, Path(temporary)):
-                rows.append(row)
-                print(json.dumps(row, ensure_ascii=False), flush=True)
-    text = table(rows)
-    print("\n" + text)
-    if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
-        names = ("sae-lens", "eai-sparsify", "dictionary-learning")
-        document = {
-            "settings": {name: value for name, value in vars(arguments).items() if name != "out"},
-            "versions": {**versions(), **{name: metadata.version(name) for name in names}},
-            "rows": rows,
-        }
-        write_json(arguments.out / "interop.json", document)
-        write_text(arguments.out / "interop.md", text + "\n")
+    with tempfile.TemporaryDirectory() as folder:
+        rows = [
+            row
+            for carry in (outwards, inwards)
+            for row in carry(x * scale, heldout * scale, Path(folder))
+        ]
+    print(table(rows))
+    libraries = ("sae-lens", "eai-sparsify", "dictionary-learning")
+    found = {**versions(), **{name: metadata.version(name) for name in libraries}}
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / "interop.json", {"versions": found, "rows": rows})
+    write_text(out / "interop.md", table(rows) + "\n")
 
 
 if __name__ == "__main__":
