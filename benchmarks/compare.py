@@ -150,7 +150,7 @@ def record(
         for kind, rates in (("measured", ceilings), ("assumed", assumed))
         if rates
     }
-    timings, encoders = found.timings, ("kron", "dense")
+    timings = found.timings
     return {
         "shape": shape._asdict(),
         "times_ms": {name: timing.times_ms for name, timing in timings.items()},
@@ -160,14 +160,11 @@ def record(
         },
         "peak_bytes": found.peak_bytes,
         "skipped": found.skipped,
-        "flops_per_token": {encoder: shape.flops_per_token(encoder) for encoder in encoders},
         "floor_ms": floor["measured"],
         "assumed_floor_ms": floor.get("assumed"),
         "goals": verdicts(found, floor.get("assumed", floor["measured"])["kron"])
         if device.type == "cuda" and shape.name in GOAL_SHAPES
         else [],
-        # Float32 weights and two moments: what no such step can do without.
-        "state_bytes": {encoder: 12 * shape.parameters(encoder) for encoder in encoders},
     }
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.flags import command, save
-from benchmarks.measure import Memory, about, alone, reason, rotating
+from benchmarks.measure import about, alone, reason, release, rotating
 from benchmarks.report import isoflop_table
 from benchmarks.shapes import Shape, batches
 from benchmarks.steps import CONTENDERS, best_of_ours
@@ -47,14 +47,9 @@ def measure(shape: Shape, name: str, xs: list[Tensor], seconds: float) -> dict[s
     xs: batches to rotate.  seconds: what a cell may take, once it is built and has run twice.
     """
     device = xs[0].device
-    cell = {
-        "d": shape.d,
-        "dict_size": shape.dict_size,
-        "contender": name,
-        "encoder": CONTENDERS[name].encoder,
-        "flops_per_token": shape.flops_per_token(CONTENDERS[name].encoder),
-    }
-    memory = Memory(device)
+    flops = shape.flops_per_token(CONTENDERS[name].encoder)
+    cell = {"d": shape.d, "dict_size": shape.dict_size, "contender": name}
+    release(device)
     try:
         call = rotating(CONTENDERS[name].make(shape, device), xs)
         call()
@@ -62,15 +57,13 @@ def measure(shape: Shape, name: str, xs: list[Tensor], seconds: float) -> dict[s
     except Exception as broken:  # the others still tell something
         return {**cell, "skipped": reason(broken)}
     rate = 1e3 * shape.tokens / timing.median_ms
-    tokens = equal_budget(BUDGET_TOKENS, shape.flops_per_token("dense"), cell["flops_per_token"])
+    tokens = equal_budget(BUDGET_TOKENS, shape.flops_per_token("dense"), flops)
     return {
         **cell,
         "ms": timing.median_ms,
-        "quartiles_ms": timing.quartiles_ms,
         "tokens_per_s": rate,
         "equal_flops_tokens": tokens,
         "equal_flops_hours": tokens / rate / 3600,
-        "peak_bytes": memory.peak_bytes,
     }
 
 
@@ -78,7 +71,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser = command("isoflop", __doc__, device="auto", seconds=120.0)
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--grid", choices=GRIDS, default=default)
-    parser.add_argument("--listing", action="store_true", help="time the paper's listing, too")
     options = parser.parse_args(arguments)
     device, grid = options.device, GRIDS[options.grid]
     end = time.monotonic() + options.seconds
@@ -88,8 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
         "budget_tokens": BUDGET_TOKENS,
         "cells": [],
     }
-    names = [best_of_ours(encoder, device) for encoder in ("kron", "dense")]
-    names += ["topk", *(["listing"] if options.listing else [])]
+    names = [*(best_of_ours(encoder, device) for encoder in ("kron", "dense")), "topk"]
     plan = list(itertools.product(grid.widths, grid.dict_sizes, names))
     xs: list[Tensor] = []
     for place, (d, size, name) in enumerate(plan):

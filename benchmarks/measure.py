@@ -245,14 +245,20 @@ def spent(call: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
     return found, {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
 
 
+def release(device: torch.device) -> None:
+    """Give back memory that nothing needs any more, so that what comes next finds it."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
 class Memory:
     """Peak of a GPU's memory above what was taken when this was made; None on a CPU."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        gc.collect()
+        release(device)
         if device.type == "cuda":
-            torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
             self.before = torch.cuda.memory_allocated(device)
 

@@ -5,25 +5,19 @@ checkpoint) and notes by how much its resident memory rose above what it was wit
 imported; on a GPU, what torch took of its memory.
 """
 
-import argparse
 import contextlib
 import io
-import json
 import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.flags import output_file, usable_device
-from benchmarks.measure import describe
-from kronsae.config import RunConfig
+from benchmarks.flags import command, save
+from benchmarks.measure import Apart, describe
 from kronsae.plan.memory import make_plan
 from kronsae.plan.outline import outline
-from kronsae.system.devices import resolve_device
 from kronsae.training.options import build
 
 COMMON = {
@@ -48,10 +42,6 @@ CONFIGURATIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def run_config(name: str, device: str) -> RunConfig:
-    return build({**COMMON, **CONFIGURATIONS[name], "device": device})
-
-
 def resident(name: str) -> int:
     """Bytes of this process's memory: "VmRSS" now, "VmHWM" at most."""
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -62,23 +52,21 @@ def flags(settings: dict[str, Any]) -> list[str]:
     return [part for k, v in settings.items() for part in ("--" + k.replace("_", "-"), str(v))]
 
 
-def measure_memory(name: str, device: str) -> dict[str, float]:
+def measure_memory(name: str, device: torch.device) -> dict[str, float]:
     """MiB planned, and by how much memory rose: the process's, or what torch took of a GPU's."""
     import datasets  # noqa: F401  (all that a run imports belongs to the baseline)
     import transformers  # noqa: F401
 
     from kronsae.train import main as train
 
-    config = run_config(name, device)
-    model = outline(config.data)
-    config = build({**COMMON, **CONFIGURATIONS[name], "device": device, "d_model": model.d_model})
+    settings = COMMON | CONFIGURATIONS[name] | {"device": str(device)}
+    model = outline(build(settings).data)
+    config = build({**settings, "d_model": model.d_model})
     plan = make_plan({name: config}, model)
-    where = resolve_device(device)
     tokens = COMMON["buffer_tokens"] + 4 * config.train.batch_size
-    settings = COMMON | CONFIGURATIONS[name] | {"tokens": tokens, "device": device}
     # Halfway, as BatchTopK's threshold follows the batches slowly, and until then much is active.
     half = max(1, tokens // config.train.batch_size // 2)
-    settings |= {"eval_every": half, "checkpoint_every": half}
+    settings |= {"tokens": tokens, "eval_every": half, "checkpoint_every": half}
     torch.randn(512, 512) @ torch.randn(512, 512)  # threads and their buffers
     before = resident("VmRSS")
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
@@ -86,23 +74,19 @@ def measure_memory(name: str, device: str) -> dict[str, float]:
     if status:
         raise RuntimeError(f"training ended with status {status}")
     rose = resident("VmHWM") - before
-    if where.type == "cuda":
-        rose = torch.cuda.max_memory_allocated(where)
+    if device.type == "cuda":
+        rose = torch.cuda.max_memory_allocated(device)
     return {"planned": sum(plan["memory_mib"].values()), "measured": rose / 2**20}
 
 
-def compare(names: list[str], device: str) -> list[dict[str, Any]]:
+def compare(names: list[str], device: torch.device) -> list[dict[str, Any]]:
     """Plan and measurement of each configuration, each in a process of its own."""
+    os.environ["HF_HUB_OFFLINE"] = "1"
     results = []
     for name in names:
-        command = [sys.executable, "-m", "benchmarks.plan", "--child", "--only", name]
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-        done = subprocess.run(
-            [*command, "--device", device], capture_output=True, text=True, env=environment
-        )
-        if done.returncode:
-            raise RuntimeError(f"{name}: {done.stderr.strip()[-2000:]}")
-        memory = json.loads(done.stdout.splitlines()[-1])
+        call = Apart()
+        memory = call(measure_memory, name, device, seconds=3600)
+        call.close()
         results.append({"name": name, "settings": CONFIGURATIONS[name], "memory": memory})
         print(row(results[-1]), flush=True)
     return results
@@ -120,21 +104,12 @@ def row(one: dict[str, Any]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("benchmarks.plan", description=__doc__.splitlines()[0])
-    parser.add_argument("--device", type=usable_device, default="auto")
-    parser.add_argument("--only", nargs="+", default=list(CONFIGURATIONS), metavar="NAME")
-    parser.add_argument("--json", type=output_file, metavar="FILE")
-    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
+    parser = command("plan", __doc__, device="auto")
+    parser.add_argument("--only", nargs="+", default=list(CONFIGURATIONS), choices=CONFIGURATIONS)
     options = parser.parse_args(arguments)
-    device = str(options.device)
-    if options.child:
-        print(json.dumps(measure_memory(*options.only, device)))
-        return
     print(HEAD, flush=True)
-    plans = compare(options.only, device)
-    if options.json:
-        document = {"where": describe(torch.device(device)), "plans": plans}
-        options.json.write_text(json.dumps(document, indent=1) + "\n")
+    plans = compare(options.only, options.device)
+    save(options.json, {"where": describe(options.device), "plans": plans})
 
 
 if __name__ == "__main__":

@@ -14,8 +14,8 @@ machine code follow three bounds, and from these a time:
 The rates and latencies were chosen before the kernels were tuned, and only a measurement on a card
 may change them: kernels move, not their judge. A matrix product by cuBLAS, a sort and the small
 operations have formulas of their own (`product_ms`, `sort_ms`, `small_ms`). The auxiliary pass is
-counted with what it adds to the update. `--measured` puts the times of
-`python -m benchmarks.profile --json FILE` beside the expected ones.
+counted with what it adds to the update. `python -m benchmarks.profile --predicted FILE` puts what
+--json wrote beside the times of a card.
 """
 
 import argparse
@@ -37,7 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import sass
 from benchmarks.ahead import VERSION, compiled, specialise, tool
-from benchmarks.flags import command, save, written_by
+from benchmarks.flags import command, save
 from benchmarks.floors import (
     ASSUMED,
     DENSE_GOAL,
@@ -209,7 +209,6 @@ KERNELS: dict[str, Spec] = {
     ),
     "update_vector": Spec(None),
     "prepare_update": Spec(None, lambda a, s: {"for _ in range(24)": 24}),
-    "note_active": Spec(None),
     "finish_update": Spec(None, lambda a, s: {"for start in range(0, first, MANY)": 0}),
 }
 
@@ -570,14 +569,13 @@ bytes              bound: the floor, or the numbers that are gathered one by one
 floor              of the stage whose work the kernel does: multiply-adds or bytes
 time               expected: a little above the largest bound, and the launches
 ratio              time / floor
-card               the times of the kernels of that name, where --measured gives them
 """
 """Of the tables' columns."""
 COLUMNS = ("kernel", "programs", "regs", "fit", "syncs", "spills", "issue", "latency", "bytes")
-COLUMNS += ("floor", "time", "ratio", "card")
+COLUMNS += ("floor", "time", "ratio")
 
 
-def table(found: dict[str, Any], measured: dict[str, float] | None = None) -> str:
+def table(found: dict[str, Any]) -> str:
     """Markdown of one shape, with the goals below; and of its auxiliary pass, if there is one."""
     card = f"{found['card']} ({CARDS[found['card']].name}), Triton {found['triton']}"
     if found["moments"] != "float32":
@@ -586,7 +584,7 @@ def table(found: dict[str, Any], measured: dict[str, float] | None = None) -> st
     total = "**step**", _counts(found), found["floor_ms"], step
     parts = [
         f"## {Shape(**found['shape'])}, {card}",
-        _rows(found, [total], measured or {}),
+        _rows(found, [total]),
         "\n".join(f"- {line}" for line in verdicts(found)),
     ]
     if "auxiliary" in found:
@@ -597,7 +595,7 @@ def table(found: dict[str, Any], measured: dict[str, float] | None = None) -> st
         share = f"- {more['total_ms'] / step:.1%} of the step's time"
         parts += [
             f"### Auxiliary pass: {dying.k} dead latents of each of {dying.tokens} tokens",
-            _rows(more, [longer, total], {}),
+            _rows(more, [longer, total]),
             share + ", at most 15 %" * (dying.name in JUDGED),
         ]
     return "\n\n".join(parts) + "\n"
@@ -611,9 +609,7 @@ def _many(count: int, what: str) -> str:
     return f"{count} {what}" + "s" * (count != 1)
 
 
-def _rows(
-    found: dict[str, Any], totals: list[tuple[str, str, float, float]], measured: dict[str, float]
-) -> str:
+def _rows(found: dict[str, Any], totals: list[tuple[str, str, float, float]]) -> str:
     """A line for each kernel and for what is not one of ours; totals: name, count, floor, time."""
 
     def ending(floor: float, time: float) -> tuple[str, str, str]:
@@ -621,20 +617,18 @@ def _rows(
 
     rows: list[tuple[Any, ...]] = []
     for row in found["rows"]:
-        times = [ms for kernel, ms in measured.items() if row["kernel"] in kernel]
         size = f"{row['programs']} x {row['warps']}"
         counts = (row[name] for name in ("registers", "resident", "barriers", "spills"))
         bounds = (f"{row[f'{kind}_ms']:.3f}" for kind in ("issue", "latency", "bytes"))
-        end = *ending(row["floor_ms"], row["expected_ms"]), f"{sum(times):.3f}" * bool(times)
+        end = ending(row["floor_ms"], row["expected_ms"])
         rows.append((row["kernel"], size, *counts, *bounds, *end))
     lines = [
         (one["name"], _many(one["count"], "call"), one["floor_ms"], one["expected_ms"])
         for one in found["others"]
     ]
     for name, count, *times in lines + totals:
-        rows.append((name, count, *7 * [""], *ending(*times), ""))
-    width = len(COLUMNS) - (not measured)
-    return markdown(COLUMNS[:width], (row[:width] for row in rows))
+        rows.append((name, count, *7 * [""], *ending(*times)))
+    return markdown(COLUMNS, rows)
 
 
 def verdicts(found: dict[str, Any]) -> list[str]:
@@ -691,10 +685,6 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--auxiliary", action="store_true", help="also what the pass that revives latents adds"
     )
-    parser.add_argument(
-        "--measured", type=written_by("profile", "profiles"), metavar="FILE",
-        help="times that benchmarks.profile --json wrote on a card, to put beside",
-    )  # fmt: skip
     parser.add_argument("--update", action="store_true", help="rewrite tests/golden/predicted.json")
     return parser
 
@@ -702,10 +692,6 @@ def make_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> None:
     parser = make_parser()
     options = parser.parse_args(arguments)
-    profiles = options.measured["profiles"] if options.measured else []
-    times = {one["shape"]["name"]: one.get("kernels_ms", {}) for one in profiles}
-    if options.measured and (missing := [name for name in options.shape if name not in times]):
-        parser.error(f"--measured has no times of {', '.join(missing)}, but of {', '.join(times)}")
     held = GOAL_SHAPES, "sm_90", "float32"
     if options.update and (options.shape, options.card, options.moments) != held:
         parser.error(
@@ -718,7 +704,7 @@ def main(arguments: list[str] | None = None) -> None:
     found = []
     for name in options.shape:
         found.append(predict(SHAPES[name], options.card, options.moments, options.auxiliary))
-        print(table(found[-1], times.get(name)), flush=True)
+        print(table(found[-1]), flush=True)
     if options.update:
         write_golden(found)
     save(options.json, {"triton": VERSION, "shapes": found})

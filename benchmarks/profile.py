@@ -19,7 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.flags import command, save
 from benchmarks.floors import Ceilings, Work, compute_bytes, stages
-from benchmarks.measure import Memory, about, alone, caller, reason, rotating, synchronize
+from benchmarks.measure import about, alone, caller, reason, release, rotating, synchronize
 from benchmarks.report import profile_table
 from benchmarks.shapes import GOAL_SHAPES, SHAPES, Shape, batches
 from benchmarks.steps import CONTENDERS, best_of_ours
@@ -64,13 +64,11 @@ def measure(
     ceilings: Ceilings,
     device: torch.device,
     predicted: dict[str, Any] | None = None,
-    rounds: int = 20,
 ) -> dict[str, Any]:
-    """Times of a contender's stages and kernels in ms, peak memory, and its losses as it trains."""
-    memory = Memory(device)
+    """Times of a contender's stages and kernels in ms."""
+    release(device)
     call = rotating(CONTENDERS[name].make(shape, device), batches(shape, device, count=2))
-    losses = [float(call()) for _ in range(10)]
-    timing = alone(call, rounds, warmup=1, device=device)
+    timing = alone(call, rounds=20, warmup=10, device=device)
     times = kernel_times(call, device)
     works = stages(shape, CONTENDERS[name].encoder, compute_bytes(device))
     summed = dict.fromkeys(works, 0.0)
@@ -83,12 +81,6 @@ def measure(
         "contender": name,
         "step_ms": timing.median_ms,
         "quartiles_ms": timing.quartiles_ms,
-        "tokens_per_s": 1e3 * shape.tokens / timing.median_ms,
-        "losses": losses,
-        "peak_bytes": memory.peak_bytes,
-        # Float32 weights and two moments, and the largest thing that must not be there.
-        "state_bytes": 12 * shape.parameters(CONTENDERS[name].encoder),
-        "latents_bytes": compute_bytes(device) * shape.tokens * shape.dict_size,
         "stages": {
             stage: {"ms": taken, "floor_ms": ceilings.floor_ms(works.get(stage, Work()))}
             for stage, taken in summed.items()

@@ -394,6 +394,6 @@ def test_bfloat16_moments_take_half_the_bytes(monkeypatch):
 @pytest.mark.slow
 def test_planned_memory_is_what_training_takes():
     """Within 20 % in all configurations."""
-    for one in against.compare(list(against.CONFIGURATIONS), "cpu"):
+    for one in against.compare(list(against.CONFIGURATIONS), torch.device("cpu")):
         memory = one["memory"]
         assert memory["planned"] == pytest.approx(memory["measured"], rel=0.2), one
