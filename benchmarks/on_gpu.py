@@ -9,7 +9,7 @@ A command, or several, of:
     compare      steps side by side, the goals, other libraries if they are installed; small F
     tune         better configurations of the kernels
     end-to-end   with language models in the shapes of two known ones: alone, the autoencoder alone,
-                 both; then Kron and TopK at equal FLOPs
+                 both
 
 Kernels are compiled first, in many processes. Each part is a process of its own with its own limit,
 and writes as it goes, so that what fails or runs long costs only itself. DIR then holds summary.md,
@@ -54,10 +54,16 @@ COMMANDS = ("check", "profile", "compare", "tune", "end-to-end")
 SECONDS = "{seconds}"
 """In a part's command: after so many seconds it begins nothing new."""
 ALONE, TOGETHER = True, False
+COMPILED = {
+    "check": "G1 G2 --checks",
+    "profile": "G1 G2",
+    "compare": "G1 G2 S1 S2",
+    "tune": "G1 G2 --tuning",
+    "end-to-end": "L1 L2",
+}
+"""Options of benchmarks.precompile for what each command launches."""
 LARGEST = "select_heads|decode_and_loss|update_rows|head_gradients"
 """The kernels that take most of a step."""
-BULKY = ("times_ms", "kernels_ms", "largest", "terms_bytes", "compiled", "changes", "kernels")
-"""What of the raw figures the summary does without."""
 
 
 class Part(NamedTuple):
@@ -91,83 +97,105 @@ def tool(name: str) -> str:
     return there if shutil.which(name) is None and shutil.which(there) else name
 
 
-def parts(raw: Path, commands: list[str], smallest: bool) -> list[Part]:
-    """The parts of some commands, in order; those that are not alone begin together."""
-    workers = min(12, os.cpu_count() or 1)
-    device = ["--device", "cpu" if smallest else "cuda"]
+class Maker(NamedTuple):
+    """Makes parts, on a GPU or in a rehearsal; raw: the folder that they write into."""
 
-    def of(larger: str, smaller: str) -> list[str]:
-        return (smaller if smallest else larger).split()
+    raw: Path
+    smallest: bool
 
-    def module(name: str, *options: str, file: str = "") -> list[str]:
-        file = str(raw / f"{file or name}.json")
+    def of(self, larger: str, smaller: str) -> list[str]:
+        return (smaller if self.smallest else larger).split()
+
+    @property
+    def device(self) -> list[str]:
+        return ["--device", *self.of("cuda", "cpu")]
+
+    @property
+    def goals(self) -> list[str]:
+        return ["--shape", *self.of(" ".join(GOAL_SHAPES), "toy")]
+
+    def module(self, name: str, *options: str, file: str = "") -> list[str]:
+        file = str(self.raw / f"{file or name}.json")
         return [sys.executable, "-m", f"benchmarks.{name}", "--json", file, *options]
 
-    def timed(name: str, *options: str, file: str = "") -> list[str]:
-        return module(name, *device, "--seconds", SECONDS, *options, file=file)
+    def timed(self, name: str, *options: str, file: str = "") -> list[str]:
+        return self.module(name, *self.device, "--seconds", SECONDS, *options, file=file)
 
-    def watched(name: str) -> Part:
-        check = module("check", *device, "--smallest", file=name)
+    def watched(self, name: str) -> Part:
+        check = self.module("check", *self.device, "--smallest", file=name)
         command = [tool("compute-sanitizer"), "--tool", name, "--error-exitcode", "9", *check]
         every_tensor = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # is an allocation of its own
         return Part(name, "check", command, 90, TOGETHER, every_tensor)
 
-    needed = {
-        "check": "--checks",
-        "profile": "",
-        "compare": "--shape G1 G2 S1 S2",
-        "tune": "--tuning",
-        "end-to-end": "--shape L1 L2",
-    }
-    shapes = set(GOAL_SHAPES) if set(commands) != {"end-to-end"} else set()
-    options = " ".join(needed[command] for command in commands).split()
-    shapes |= {word for word in options if not word.startswith("--")}
-    compiled = ["--shape", *sorted(shapes), *(w for w in options if w in ("--checks", "--tuning"))]
-    compiled = of(" ".join(compiled), "--shape toy --target sm_90 --most 2 --workers 2")
-    pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow"]
-    if importlib.util.find_spec("xdist"):
-        pytest += ["-n", "0" if smallest else str(workers)]
-    tests = sorted(str(path) for path in (ROOT / "tests").glob("test_triton*.py"))
-    step = ["--contender", *of("kron_fused kron_fused_+_aux", "kron")]
-    step = [name.replace("_", " ") for name in step]
-    goals = ["--shape", *of("G1 G2", "toy")]
-    predicted = ["--predicted", str(raw / "logs" / "predicted.json")]
-    sections = "--section WarpStateStats --section SpeedOfLight --section Occupancy"
-    stalls = [tool("ncu"), "--clock-control", "none", *sections.split()]
-    stalls += ["--kernel-name", f"regex:^({LARGEST})$", sys.executable, "-m", "benchmarks.profile"]
-    training = of("", "--smallest --rounds 1")
-    tune = of("", "--shape toy --kernels update_vector --rounds 1")
-    interpreter = {"TRITON_INTERPRET": "1"} if smallest else {}
-    check = module("check", *device, *of(f"--workers {max(1, workers // 3)}", "--smallest"))
-    every = [
-        Part("compile", "", module("precompile", *compiled), 100),
-        Part("check", "check", check, 120, TOGETHER),
-        Part("tests", "check", [*pytest, *tests, *of("--maxfail=20", "--co")], 120, TOGETHER),
-        watched("memcheck"),
-        watched("racecheck"),
-        Part("memory", "check", module("memory", *device, *goals[:2]), 60, TOGETHER),
-        Part(
-            *("predict", "profile"),
-            module("predict", *goals, file="logs/predicted"), 60, TOGETHER,
-        ),
-        Part("profile", "profile", timed("profile", *goals, *step, *predicted), 60),
-        Part("stalls", "profile", [*stalls, "--once", *goals], 60),
-        Part("compare", "compare", timed("compare", *goals), 150),
-        Part(
-            *("small", "compare"),
-            timed("compare", "--shape", *of("S1 S2", "toy"), file="small"), 40,
-        ),
-        Part("tune", "tune", timed("tune", *tune), 400, ALONE, interpreter),
-        *(
-            Part(name, "end-to-end", timed("overlap", "--model", model, *training, file=name), 70)
-            for name, model in (
-                ("pythia-160m", "pythia-160m"),
-                ("qwen2.5-1.5b", *of("qwen2.5-1.5b", "embedded")),
-            )
-        ),
-        Part("isoflop", "end-to-end", timed("isoflop", "--grid", *of("cuda", "smallest")), 80),
-    ]  # fmt: skip
-    return [part for part in every if part.of in ("", *commands)]
+    def compile(self, commands: list[str]) -> Part:
+        words = sorted({word for name in commands for word in COMPILED[name].split()})
+        flags = [word for word in words if word.startswith("--")]
+        larger = [*flags, "--shape", *(word for word in words if word not in flags)]
+        smaller = "--shape toy --target sm_90 --most 2 --workers 2"
+        options = self.of(" ".join(larger), smaller)
+        return Part("compile", "", self.module("precompile", *options), 100)
+
+    def check(self) -> list[Part]:
+        workers = min(12, os.cpu_count() or 1)
+        check = self.of(f"--workers {max(1, workers // 3)}", "--smallest")
+        pytest = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow"]
+        if importlib.util.find_spec("xdist"):
+            pytest += ["-n", *self.of(str(workers), "0")]
+        pytest += sorted(str(path) for path in (ROOT / "tests").glob("test_triton*.py"))
+        pytest += self.of("--maxfail=20", "--co")
+        memory = self.module("memory", *self.device, *self.goals[:2])
+        return [
+            Part("check", "check", self.module("check", *self.device, *check), 120, TOGETHER),
+            Part("tests", "check", pytest, 120, TOGETHER),
+            self.watched("memcheck"),
+            self.watched("racecheck"),
+            Part("memory", "check", memory, 60, TOGETHER),
+        ]
+
+    def profile(self) -> list[Part]:
+        contenders = ["kron"] if self.smallest else ["kron fused", "kron fused + aux"]
+        predict = self.module("predict", *self.goals, file="logs/predicted")
+        predicted = ["--predicted", str(self.raw / "logs" / "predicted.json")]
+        profile = self.timed("profile", *self.goals, "--contender", *contenders, *predicted)
+        sections = "--section WarpStateStats --section SpeedOfLight --section Occupancy"
+        stalls = [tool("ncu"), "--clock-control", "none", *sections.split()]
+        stalls += ["--kernel-name", f"regex:^({LARGEST})$", sys.executable]
+        stalls += ["-m", "benchmarks.profile", "--once", *self.goals]
+        return [
+            Part("predict", "profile", predict, 60, TOGETHER),
+            Part("profile", "profile", profile, 60),
+            Part("stalls", "profile", stalls, 60),
+        ]
+
+    def compare(self) -> list[Part]:
+        small = self.timed("compare", "--shape", *self.of("S1 S2", "toy"), file="small")
+        return [
+            Part("compare", "compare", self.timed("compare", *self.goals), 150),
+            Part("small", "compare", small, 40),
+        ]
+
+    def tune(self) -> list[Part]:
+        options = self.of("", "--shape toy --kernels update_vector --rounds 1")
+        interpreter = {"TRITON_INTERPRET": "1"} if self.smallest else {}
+        return [Part("tune", "tune", self.timed("tune", *options), 400, ALONE, interpreter)]
+
+    def end_to_end(self) -> list[Part]:
+        options = self.of("", "--smallest --rounds 1")
+        models = {"pythia-160m": "pythia-160m"}
+        models |= {"qwen2.5-1.5b": "embedded" if self.smallest else "qwen2.5-1.5b"}
+        commands = {
+            name: self.timed("overlap", "--model", model, *options, file=name)
+            for name, model in models.items()
+        }
+        return [Part(name, "end-to-end", command, 70) for name, command in commands.items()]
+
+
+def parts(raw: Path, commands: list[str], smallest: bool) -> list[Part]:
+    """The parts of some commands, in order; those that are not alone begin together."""
+    make = Maker(raw, smallest)
+    of = {name: getattr(make, name.replace("-", "_")) for name in COMMANDS}
+    found = [part for name in COMMANDS if name in commands for part in of[name]()]
+    return [make.compile(commands), *found]
 
 
 def run(part: Part, limit: float, logs: Path) -> Done:
@@ -199,21 +227,12 @@ def run(part: Part, limit: float, logs: Path) -> Done:
     return Done(part.name, status, time.monotonic() - began, tail)
 
 
-def slim(value: Any) -> Any:
-    """JSON values without what is BULKY, numbers with four digits."""
-    if isinstance(value, dict):
-        return {key: slim(one) for key, one in value.items() if key not in BULKY}
-    if isinstance(value, list):
-        return [slim(one) for one in value]
-    return float(f"{value:.4g}") if isinstance(value, float) else value
-
-
 def brief(raw: Path, done: list[Done]) -> dict[str, Any]:
     """The figures that matter: how parts ended ("runs"), and by the name of its file each one's."""
     figures: dict[str, Any] = {"runs": [one._asdict() for one in done]}
     for path in sorted(raw.glob("*.json")):
         try:
-            figures[path.stem] = slim(json.loads(path.read_text()))
+            figures[path.stem] = json.loads(path.read_text())
         except ValueError:  # stopped while it wrote
             continue
     return figures

@@ -1,6 +1,6 @@
 """Tables and pictures from measurements: `python -m benchmarks.report RESULTS_DIR`.
 
-Reads every JSON file of the folder that benchmarks.compare, isoflop, profile, memory or overlap
+Reads every JSON file of the folder that benchmarks.compare, profile, memory or overlap
 wrote, and writes report.md into the folder, and pictures of steps and of their memory, which need
 matplotlib: pip install 'kronsae[report]'.
 """
@@ -128,10 +128,12 @@ def steps_table(found: Json) -> str:
             if f"{encoder} product" in medians
         )
         skipped = one["skipped"].items()
+        dense, kron = (Shape(**one["shape"]).flops_per_token(name) for name in ("dense", "kron"))
         parts += [
             bold(one["shape"]),
             markdown(head, rows, numeric=True),
             f"Floor of a step: {floors}. The encoder's bare product: {bare}.",
+            f"With a TopK SAE's FLOPs [eq. 7] on one token, KronSAE sees {dense / kron:.2f}.",
             "\n".join(f"- goal: {goal}" for goal in one.get("goals", [])),
             "\n".join(f"- {LABELS.get(name, name)}: {why}" for name, why in skipped),
         ]
@@ -156,34 +158,6 @@ def steps_picture(found: Json, path: Path) -> None:
                 rows.append(Bar(LABELS[name], medians[name], text, colour_of(name), spread=spread))
             panels.append((title_of(one["shape"]), rows))
     bars(panels, "ms a training step (median; line: quartiles; ×: to our KronSAE)", path)
-
-
-# benchmarks.isoflop: {"cells": […]}
-
-
-def isoflop_table(found: Json) -> str:
-    budget, grid = found["budget_tokens"], found["grid"]
-    rows = []
-    for cell in sorted(found["cells"], key=lambda cell: (cell["dict_size"], cell["d"])):
-        figures = cell.get("skipped"), "", "", ""
-        if "ms" in cell:
-            minutes = 60 * cell["equal_flops_hours"]
-            figures = (
-                f"{cell['ms']:.2f}",
-                f"{cell['tokens_per_s']:,.0f}",
-                f"{cell['equal_flops_tokens'] / 1e6:,.0f} M",
-                f"{minutes:,.0f}" if minutes >= 100 else f"{minutes:#.3g}",
-            )
-        size = f"2^{math.log2(cell['dict_size']):g}"
-        rows.append((size, cell["d"], LABELS[cell["contender"]], *figures))
-    note = (
-        f"m = {grid['m']}, n = {grid['n']}, k = {grid['k']}, {grid['tokens']} tokens a step. Equal "
-        f"FLOPs [eq. 7]: those of a TopK SAE of the same F on {budget / 1e6:.0f} M tokens."
-    )
-    if grid["name"] != "cuda":
-        note += " A reduced grid, not the paper's Fig. 8."
-    head = ("F", "d", "", "ms a step", "tokens/s", "tokens for equal FLOPs", "minutes for them")
-    return note + "\n\n" + markdown(head, rows)
 
 
 # benchmarks.profile: {"profiles": [{"shape", "contender", "stages": {name: {"ms", "floor_ms"}}}]}
@@ -272,7 +246,6 @@ def memory_picture(found: Json, path: Path) -> None:
 
 KINDS: dict[str, tuple[Callable[[Json], str], Callable[[Json, Path], None] | None]] = {
     "shapes": (steps_table, steps_picture),
-    "cells": (isoflop_table, None),
     "profiles": (profile_table, None),
     "medians": (overlap_table, None),
     "memory": (memory_table, memory_picture),
