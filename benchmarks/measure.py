@@ -428,6 +428,16 @@ class Comparison(NamedTuple):
     """Contender: why it was not timed."""
 
 
+def attempt(
+    call: Callable[..., Any], reasons: dict[str, str], name: str, function: Callable, *settings: Any
+) -> Any:
+    """The call's result; None where it fails, and `reasons` says why."""
+    try:
+        return call(function, *settings)
+    except Exception as broken:
+        reasons[name] = reason(broken)
+
+
 def compare_steps(
     shape: Shape,
     device: torch.device,
@@ -447,54 +457,72 @@ def compare_steps(
     end = time.monotonic() + seconds
     found = Comparison({}, {}, {})
     wrong: dict[str, str] = {}
-
-    def attempt(reasons: dict[str, str], name: str, function: Callable, *arguments: Any) -> Any:
-        """The call's result; None where it fails, and `reasons` says why."""
-        try:
-            return call(function, *arguments)
-        except Exception as broken:
-            reasons[name] = reason(broken)
-
-    def why_not(name: str) -> str | None:
-        """What speaks against a contender so far: a red check does against our operations."""
-        encoder = CONTENDERS[name].encoder
-        if why := CONTENDERS[name].why_not(device):
-            return why
-        if encoder in wrong and (expected[encoder] is None or name not in PLAIN):
-            return f"{encoder}: {wrong[encoder]}"
-        return "no time left" if end < time.monotonic() else None
-
-    expected = {
-        encoder: attempt(wrong, encoder, reference_loss, shape, encoder, device)
+    references = {
+        encoder: attempt(call, wrong, encoder, reference_loss, shape, encoder, device)
         for encoder in LOSSES
     }
     for encoder in [name for name in LOSSES if name not in wrong]:
-        attempt(wrong, encoder, check_gradients, shape, encoder, device)
-    in_turns = device.type == "cpu" and call is here
-    if not in_turns:
-        encode = attempt(
-            found.skipped, "kron encode", measure_encoders, shape, device, rounds, warmup
-        )
-        found.timings.update(encode or {})
-    losses: dict[str, list[float]] = {}
-    calls: dict[str, Callable[[], object]] = {}
+        attempt(call, wrong, encoder, check_gradients, shape, encoder, device)
+    ready: dict[str, float] = {}
     for name, contender in CONTENDERS.items():
-        if why := why_not(name):
+        encoder = contender.encoder
+        if why := contender.why_not(device):
             found.skipped[name] = why
+        # A red check speaks against our operations, a reference that fails against all.
+        elif encoder in wrong and (references[encoder] is None or name not in PLAIN):
+            found.skipped[name] = f"{encoder}: {wrong[encoder]}"
+        else:
+            ready[name] = references[encoder]
+    if device.type == "cpu" and call is here:
+        _in_turns(found, shape, ready, device, rounds, warmup)
+        tell(found)
+    else:
+        _one_by_one(found, shape, ready, device, rounds, warmup, end, call, tell)
+    return found
+
+
+def _in_turns(
+    found: Comparison,
+    shape: Shape,
+    ready: dict[str, float],
+    device: torch.device,
+    rounds: int,
+    warmup: int,
+) -> None:
+    """Put times into `found`.  ready: by contender, the reference's first loss."""
+    losses: dict[str, list[float]] = {}
+    calls = encoders(shape, _batches(shape, device)[0])
+    for name, expected in ready.items():
+        settings = shape, name, losses, expected, device
+        if step := attempt(here, found.skipped, name, prepare, *settings):
+            calls[name] = step
+    found.timings.update(interleaved(calls, rounds, warmup, device))
+
+
+def _one_by_one(
+    found: Comparison,
+    shape: Shape,
+    ready: dict[str, float],
+    device: torch.device,
+    rounds: int,
+    warmup: int,
+    end: float,
+    call: Callable[..., Any],
+    tell: Callable[[Comparison], None],
+) -> None:
+    """The same, each alone, and peaks of memory; nothing begins after `end`."""
+    losses: dict[str, list[float]] = {}
+    settings = shape, device, rounds, warmup
+    encode = attempt(call, found.skipped, "kron encode", measure_encoders, *settings)
+    found.timings.update(encode or {})
+    for name, expected in ready.items():
+        left = end - time.monotonic()
+        if left < 0:
+            found.skipped[name] = "no time left"
             continue
-        settings = shape, name, losses, expected[contender.encoder], device
-        if in_turns:
-            if ready := attempt(found.skipped, name, prepare, *settings):
-                calls[name] = ready
-            continue
-        limits = rounds, warmup, max(0.0, end - time.monotonic())
-        if done := attempt(found.skipped, name, measure_contender, *settings, *limits):
+        settings = shape, name, losses, expected, device, rounds, warmup, left
+        if done := attempt(call, found.skipped, name, measure_contender, *settings):
             found.timings[name], peak, losses[name] = done
             if peak is not None:
                 found.peak_bytes[name] = peak
         tell(found)
-    if in_turns:
-        calls |= encoders(shape, _batches(shape, device)[0])
-        found.timings.update(interleaved(calls, rounds, warmup, device))
-        tell(found)
-    return found
