@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.floors import measure_ceilings
-from benchmarks.measure import Flush, Memory, describe, synchronize
+from benchmarks.measure import Flush, describe, synchronize
 from benchmarks.shapes import SHAPES, batches
 
 
@@ -49,11 +49,11 @@ def xs(shape, device):
 def timed(benchmark, shape, device, ceilings, flush):
     """timed(group, flops, work, run, prepare): times run(*prepare()), the cache flushed before.
 
-    What it is of stands beside it: rates, the floor's share, peak memory (on a GPU).
+    What it is of stands beside it: what it has to do, and the floor's share.
     """
 
     def time(group, flops, work, run, prepare=tuple):
-        memory, floor_ms = Memory(device), ceilings.floor_ms(work)
+        floor_ms = ceilings.floor_ms(work)
         benchmark.group = f"{group}, {shape}; floor {floor_ms:.3f} ms"
 
         def setup():
@@ -77,10 +77,7 @@ def timed(benchmark, shape, device, ceilings, flush):
                 moved_bytes=work.moved_bytes,
                 floor_ms=floor_ms,
                 tokens_per_s=shape.tokens / seconds,
-                gflop_per_s=flops / seconds / 1e9,
-                gb_per_s=work.moved_bytes / seconds / 1e9,
                 share_of_ceiling=floor_ms / seconds / 1e3,
-                peak_bytes=memory.peak_bytes,
             )
 
     return time

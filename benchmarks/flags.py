@@ -3,7 +3,6 @@
 import argparse
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -46,25 +45,6 @@ def output_file(text: str) -> Path:
     if Path(text).is_dir() or not Path(text).parent.is_dir():
         raise argparse.ArgumentTypeError(f"expected a file in a folder that exists, got {text!r}")
     return Path(text)
-
-
-def written_by(benchmark: str, key: str) -> Callable[[str], dict[str, Any]]:
-    """The type of a FILE argument: what `python -m benchmarks.BENCHMARK --json FILE` wrote.
-
-    key: that such a file has.
-    """
-
-    def read(text: str) -> dict[str, Any]:
-        expected = f"expected a file that python -m benchmarks.{benchmark} --json wrote"
-        try:
-            found = json.loads(Path(text).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise argparse.ArgumentTypeError(f"{expected}, got {text}: {error}") from error
-        if not isinstance(found, dict) or key not in found:
-            raise argparse.ArgumentTypeError(f"{expected}, but {text} has no {key!r}")
-        return found
-
-    return read
 
 
 FLAGS: dict[str, dict[str, Any]] = {

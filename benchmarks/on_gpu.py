@@ -13,8 +13,7 @@ A command, or several, of:
 
 Kernels are compiled first, in many processes. Each part is a process of its own with its own limit,
 and writes as it goes, so that what fails or runs long costs only itself. DIR then holds summary.md,
-summary.json and results.tar.gz: raw figures, logs, and pictures where matplotlib is installed
-(`python -m benchmarks.report` makes them later, elsewhere).
+summary.json and results.tar.gz: raw figures and logs.
 
 Thirty minutes of a card. What `tune` finds better is put into configs.json for what follows:
 
@@ -49,7 +48,7 @@ from kronsae.system.tables import markdown
 
 ROOT = Path(__file__).parents[1]
 RESERVE = 20.0
-"""Seconds kept for the summary and the pictures."""
+"""Seconds kept for the summary."""
 COMMANDS = ("check", "profile", "compare", "tune", "end-to-end")
 SECONDS = "{seconds}"
 """In a part's command: after so many seconds it begins nothing new."""
@@ -277,8 +276,7 @@ def report(raw: Path) -> str:
     from benchmarks.measure import reason
 
     try:
-        text = tables.write(raw, pictures=importlib.util.find_spec("matplotlib") is not None)
-        return "\n".join(line for line in text.splitlines() if not line.startswith("!["))
+        return tables.write(raw)
     except Exception as broken:  # the figures are there without tables
         return f"No tables: {reason(broken)}"
 

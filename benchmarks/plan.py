@@ -18,6 +18,7 @@ from benchmarks.flags import command, save
 from benchmarks.measure import Apart, describe
 from kronsae.plan.memory import make_plan
 from kronsae.plan.outline import outline
+from kronsae.system.tables import markdown
 from kronsae.training.options import build
 
 COMMON = {
@@ -88,27 +89,25 @@ def compare(names: list[str], device: torch.device) -> list[dict[str, Any]]:
         memory = call(measure_memory, name, device, seconds=3600)
         call.close()
         results.append({"name": name, "settings": CONFIGURATIONS[name], "memory": memory})
-        print(row(results[-1]), flush=True)
     return results
 
 
-HEAD = "| | F, k, batch | memory, MiB: plan | measured | |\n|---|---|---:|---:|---:|"
-
-
-def row(one: dict[str, Any]) -> str:
-    """A line of the table, in Markdown."""
-    settings, planned, measured = one["settings"], *one["memory"].values()
-    sizes = ", ".join(f"{settings[key]:,}" for key in ("dict_size", "k", "batch_size"))
-    error = f"{planned / measured - 1:+.0%}"
-    return f"| {one['name']} | {sizes} | {planned:,.0f} | {measured:,.0f} | {error} |"
+def table(results: list[dict[str, Any]]) -> str:
+    rows = []
+    for one in results:
+        settings, planned, measured = one["settings"], *one["memory"].values()
+        sizes = ", ".join(f"{settings[key]:,}" for key in ("dict_size", "k", "batch_size"))
+        error = f"{planned / measured - 1:+.0%}"
+        rows.append((one["name"], sizes, f"{planned:,.0f}", f"{measured:,.0f}", error))
+    return markdown(("", "F, k, batch", "memory, MiB: plan", "measured", ""), rows)
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = command("plan", __doc__, device="auto")
     parser.add_argument("--only", nargs="+", default=list(CONFIGURATIONS), choices=CONFIGURATIONS)
     options = parser.parse_args(arguments)
-    print(HEAD, flush=True)
     plans = compare(options.only, options.device)
+    print(table(plans))
     save(options.json, {"where": describe(options.device), "plans": plans})
 
 

@@ -25,7 +25,7 @@ import math
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from textwrap import indent
 from typing import Any, NamedTuple
@@ -34,6 +34,7 @@ import torch
 import triton
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from benchmarks import sass
 from benchmarks.ahead import VERSION, compiled, specialise, tool
@@ -247,19 +248,11 @@ class Operations(TorchDispatchMode):
         result = function(*arguments, **(keywords or {}))
         name = function.overloadpacket.__name__
         if name not in VIEWS:
-            tensors = [t for t in _flat((arguments, result)) if isinstance(t, Tensor)]
+            tensors = [t for t in tree_leaves((arguments, result)) if isinstance(t, Tensor)]
             moved = sum(t.numel() * t.element_size() for t in tensors)
-            first = next(t for t in _flat([result]) if isinstance(t, Tensor))
+            first = next(t for t in tree_leaves(result) if isinstance(t, Tensor))
             self.noted.append(Operation(name, moved, tuple(first.shape), first.element_size()))
         return result
-
-
-def _flat(values: Any) -> Iterable[Any]:
-    if isinstance(values, (tuple, list)):
-        for value in values:
-            yield from _flat(value)
-    else:
-        yield values
 
 
 class Pass(NamedTuple):

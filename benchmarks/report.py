@@ -1,16 +1,14 @@
-"""Tables and pictures from measurements: `python -m benchmarks.report RESULTS_DIR`.
+"""Tables from measurements: `python -m benchmarks.report RESULTS_DIR`.
 
-Reads every JSON file of the folder that benchmarks.compare, profile, memory or overlap
-wrote, and writes report.md into the folder, and pictures of steps and of their memory, which need
-matplotlib: pip install 'kronsae[report]'.
+Reads every JSON file of the folder that benchmarks.compare, profile, memory or overlap wrote, and
+writes report.md into it.
 """
 
 import argparse
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from benchmarks.measure import quartiles
 from benchmarks.shapes import Shape
@@ -24,26 +22,20 @@ Json = dict[str, Any]
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser("benchmarks.report", description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path, help="folder of JSON files")
-    parser.add_argument("--no-pictures", action="store_true", help="tables alone")
-    options = parser.parse_args(arguments)
-    print(write(options.results, pictures=not options.no_pictures))
+    print(write(parser.parse_args(arguments).results))
 
 
-def write(folder: Path, pictures: bool = True) -> str:
-    """Write report.md and pictures for all results in the folder; returns the Markdown."""
+def write(folder: Path) -> str:
+    """Write report.md for all results in the folder; returns the Markdown."""
     parts = ["# Benchmarks"]
     for path in sorted(folder.glob("*.json")):
         try:
             found = json.loads(path.read_text())
         except ValueError:  # stopped while it wrote
             continue
-        for key, (table, picture) in KINDS.items():
+        for key, table in TABLES.items():
             if isinstance(found, dict) and key in found:
                 parts += [f"## {path.stem}", where(found), table(found)]
-                if pictures and picture:
-                    image = path.with_suffix(".png")
-                    picture(found, image)
-                    parts.append(f"![{path.stem}]({image.name})")
     text = "\n\n".join(part for part in parts if part) + "\n"
     (folder / "report.md").write_text(text)
     return text
@@ -66,12 +58,8 @@ def where(found: Json) -> str:
     return text
 
 
-def title_of(shape: Json) -> str:
-    return str(Shape(**shape))
-
-
 def bold(shape: Json) -> str:
-    return f"**{title_of(shape)}**"
+    return f"**{Shape(**shape)}**"
 
 
 def times(ms: float, floor_ms: float) -> str:
@@ -87,14 +75,10 @@ def ranked(one: Json) -> list[str]:
     return sorted((name for name in medians if name in LABELS), key=medians.get)
 
 
-def our_kron(medians: dict[str, float]) -> float:
-    """What others are compared to, as `steps.best_of_ours` says; nan if it was not timed."""
-    return medians.get("kron fused") or medians.get("kron") or math.nan
-
-
-def to_ours(medians: dict[str, float], name: str, digits: int) -> str:
-    ratio = medians[name] / our_kron(medians)
-    return "" if math.isnan(ratio) else f"×{ratio:.{digits}f}"
+def to_ours(medians: dict[str, float], name: str) -> str:
+    """Times the step that the trainer takes (`steps.best_of_ours`); empty if it was not timed."""
+    ours = medians.get("kron fused") or medians.get("kron")
+    return f"×{medians[name] / ours:.2f}" if ours else ""
 
 
 def steps_table(found: Json) -> str:
@@ -110,7 +94,7 @@ def steps_table(found: Json) -> str:
             low, high = quartiles(one["times_ms"][name])
             peak = one["peak_bytes"].get(name)
             cells = f"{medians[name]:.2f}", f"{low:.2f} … {high:.2f}"
-            cells += f"{1e3 * tokens / medians[name]:,.0f}", to_ours(medians, name, 2)
+            cells += f"{1e3 * tokens / medians[name]:,.0f}", to_ours(medians, name)
             rows.append((LABELS[name], *cells, f"{peak / 2**30:.1f}" if peak else ""))
         head = ("a training step", "ms", "quartiles", "tokens/s", "to our KronSAE", "peak GiB")
         if not any(row[-1] for row in rows):
@@ -138,26 +122,6 @@ def steps_table(found: Json) -> str:
             "\n".join(f"- {LABELS.get(name, name)}: {why}" for name, why in skipped),
         ]
     return "\n\n".join(part for part in parts if part)
-
-
-def colour_of(name: str) -> str:
-    """Ours blue (KronSAE) and orange (TopK), others grey."""
-    encoder, *_ = name.split()
-    return {"kron": "#3f8fd2", "dense": "#f0913e"}.get(encoder, "#8c8c8c")
-
-
-def steps_picture(found: Json, path: Path) -> None:
-    panels = []
-    for one in found["shapes"]:
-        if medians := one.get("median_ms"):
-            rows = []
-            for name in ranked(one):
-                ratio = to_ours(medians, name, 1)
-                text = f" {medians[name]:.3g} ms" + (f", {ratio}" if ratio else "")
-                spread = quartiles(one["times_ms"][name])
-                rows.append(Bar(LABELS[name], medians[name], text, colour_of(name), spread=spread))
-            panels.append((title_of(one["shape"]), rows))
-    bars(panels, "ms a training step (median; line: quartiles; ×: to our KronSAE)", path)
 
 
 # benchmarks.profile: {"profiles": [{"shape", "contender", "stages": {name: {"ms", "floor_ms"}}}]}
@@ -234,70 +198,13 @@ def memory_table(found: Json) -> str:
     return note + "\n\n" + markdown(head, rows)
 
 
-def memory_picture(found: Json, path: Path) -> None:
-    rows = []
-    for one in found["memory"]:
-        word = "measured" if one["measured_bytes"] else "counted"
-        peak, state = one[f"{word}_bytes"] / 2**30, one["state_bytes"] / 2**30
-        label = f"{one['shape']['name']}, {LABELS[one['contender']]}"
-        rows.append(Bar(label, peak, f" {peak:.2f} {word}", floor=state))
-    bars([("", rows)], "GiB at the peak of a step (dark: between steps)", path)
-
-
-KINDS: dict[str, tuple[Callable[[Json], str], Callable[[Json, Path], None] | None]] = {
-    "shapes": (steps_table, steps_picture),
-    "profiles": (profile_table, None),
-    "medians": (overlap_table, None),
-    "memory": (memory_table, memory_picture),
+TABLES: dict[str, Callable[[Json], str]] = {
+    "shapes": steps_table,
+    "profiles": profile_table,
+    "medians": overlap_table,
+    "memory": memory_table,
 }
-"""By the key that only such a file has: table, and picture if there is one."""
-
-
-# Pictures
-
-
-class Bar(NamedTuple):
-    """A quantity, and what stands beside it."""
-
-    label: str
-    size: float
-    text: str
-    colour: str = "#3f8fd2"
-    floor: float = 0.0
-    """A dark bar inside it."""
-    spread: tuple[float, float] = (0.0, 0.0)
-    """Ends of a line over it."""
-
-
-def bars(panels: list[tuple[str, list[Bar]]], label: str, path: Path) -> None:
-    """A picture of panels, each with a title and bars from the top down."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    if not panels:
-        return
-    counts = [len(rows) for _, rows in panels]
-    figure, axes = pyplot.subplots(
-        len(panels), squeeze=False, layout="constrained", height_ratios=counts,
-        figsize=(8.5, 0.34 * sum(counts) + len(counts) + 0.5),
-    )  # fmt: skip
-    for (panel,), (title, rows) in zip(axes, panels, strict=True):
-        for place, one in enumerate(rows):
-            panel.barh(place, one.size, color=one.colour, height=0.74)
-            panel.barh(place, one.floor, color="#0b3c66", height=0.28)
-            panel.plot(one.spread, [place, place], color="black", linewidth=1)
-            panel.text(max(one.size, *one.spread), place, one.text, va="center", fontsize=8)
-        panel.set_yticks(range(len(rows)), [one.label for one in rows])
-        panel.invert_yaxis()
-        panel.set_xlim(0, 1.3 * max(one.size for one in rows))
-        panel.set_title(title, fontsize=9, loc="left")
-        panel.spines[["top", "right"]].set_visible(False)
-        panel.tick_params(labelsize=8)
-    axes[-1][0].set_xlabel(label, fontsize=9)
-    figure.savefig(path, dpi=130)
-    pyplot.close(figure)
+"""By the key that only such a file has."""
 
 
 if __name__ == "__main__":

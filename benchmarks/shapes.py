@@ -56,7 +56,6 @@ SHAPES = {
         Shape("toy", d=16, heads=8, m=2, n=4, k=4, tokens=64),
         Shape("S1", d=256, heads=512, m=4, n=4, k=32, tokens=1024),
         Shape("S2", d=512, heads=2048, m=4, n=4, k=32, tokens=2048),
-        Shape("S3", d=768, heads=4096, m=4, n=4, k=50, tokens=1024),
         # The paper's: Qwen-2.5-1.5B and Gemma-2-2B, for a GPU. [KronSAE, App. A.1]
         Shape("P1", d=1536, heads=2048, m=4, n=4, k=50, tokens=8192),
         Shape("P2", d=1536, heads=8192, m=2, n=4, k=50, tokens=8192),

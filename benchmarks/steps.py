@@ -226,7 +226,7 @@ LABELS = {
     "dense graphed": "TopK SAE, kronsae_kernels, fused step, CUDA graph",
     **{name: f"TopK SAE, {name}" for name in peers.PEERS},
 }
-"""Names in tables and pictures."""
+"""Names in tables."""
 
 
 OURS = ("kron graphed", "kron fused", "kron")

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.flags import command, save, written_by
+from benchmarks.flags import command, save
 from benchmarks.floors import graphed
 from benchmarks.measure import (
     Timing,
@@ -100,19 +100,10 @@ def select(data: Data) -> Results:
     return operations.select_kron(data.pre, None, data.selection)
 
 
-def combine(data: Data) -> Results:
-    values, indices = data.found.values, data.indices
-    return (operations.combine(values, indices, data.table, data.b_dec, DTYPE),)
-
-
-def pair_dots(data: Data) -> Results:
-    return (operations.pair_dots(data.found.residual, data.indices, data.table, torch.float32),)
-
-
-def decode_and_loss(data: Data, one_gather: bool = True) -> operations.DecodeAndLoss:
+def decode_and_loss(data: Data) -> operations.DecodeAndLoss:
     return operations.decode_and_loss(
         data.x, data.indices, data.base, data.extension, data.table, data.b_dec, "mand", EPS,
-        1.0, one_gather,
+        1.0, one_gather=True,
     )  # fmt: skip
 
 
@@ -125,12 +116,6 @@ def group(data: Data) -> operations.Entries:
 def grouped(data: Data) -> Results:
     entries = group(data)
     return entries.tokens, entries.offsets, *entries.coefficients
-
-
-def row_gradients(data: Data) -> Results:
-    out, entries = torch.empty_like(data.table), data.entries
-    operations.row_gradients(entries, entries.coefficients[0], data.found.residual, out, None)
-    return (out,)
 
 
 def update_decoder(data: Data) -> Results:
@@ -201,20 +186,7 @@ KERNELS: dict[str, tuple[Callable[[Data], Results], list[Changes]]] = {
     "select_rows": (select, changes("num_warps=4, num_warps=2, num_warps=1")),
     "select_latents": (select, changes("ONE_WARP=512, ONE_WARP=2048, DIRECT=256")),
     "rank_latents": (select, changes("num_warps=2, num_warps=1")),
-    "combine": (
-        combine,
-        changes("ROWS=16, ROWS=4 WIDTH=128, ROWS=32 num_warps=4, STAGES=2, STAGES=4"),
-    ),
-    "pair_dots": (pair_dots, changes("ROWS=16, ROWS=4 WIDTH=128, STAGES=2, STAGES=4")),
-    "code_gradients": (
-        functools.partial(decode_and_loss, one_gather=False),
-        changes("WIDTH=256, WIDTH=1024"),
-    ),
     "group_entries": (grouped, changes("WIDTH=256, WIDTH=1024")),
-    "row_gradients": (
-        row_gradients,
-        changes("ENTRIES=4, ENTRIES=16, WIDTH=1024, WIDTH=256, num_warps=2"),
-    ),
     "sum_row_segments": (update_decoder, changes("ENTRIES=16, WIDTH=1024, WIDTH=256")),
     "sum_head_segments": (update_encoder, changes("PIECES=1, ENTRIES=8, ENTRIES=2")),
     "update_vector": (update_bias, changes("WIDTH=256, WIDTH=1024")),
@@ -228,11 +200,12 @@ KERNELS: dict[str, tuple[Callable[[Data], Results], list[Changes]]] = {
 Where most can be won comes first, should time run out.
 """
 NOT_TUNED = (
-    *("group_codes", "nested_sums", "nested_errors", "suffix_sums", "nested_dots", "code_values"),
+    *("combine", "pair_dots", "code_gradients", "row_gradients", "sum_entries", "code_values"),
+    *("group_codes", "nested_sums", "nested_errors", "suffix_sums", "nested_dots"),
     *("keep_first", "prepare_update", "note_active", "finish_update", "product_limits"),
-    *("count_above", "write_above", "rank_above", "jump", "jump_gradients", "sum_entries"),
+    *("count_above", "write_above", "rank_above", "jump", "jump_gradients"),
 )
-"""Kernels that the measured calls do not launch, or whose time is that of a launch."""
+"""Kernels that a fused step does not launch, or whose time is that of a launch."""
 CHOICES = ("encode", "segments")
 """Entries of the table that are no kernels."""
 PRESENT = "as it is"
@@ -405,13 +378,21 @@ def write(generation: str, best: dict[str, Changes], path: Path) -> None:
     path.write_text(dumps({name: rows for name, rows in table.items() if rows}), encoding="utf-8")
 
 
+def written(text: str) -> dict[str, Any]:
+    """What --json wrote into a file."""
+    try:
+        found = json.loads(Path(text).read_text(encoding="utf-8"))
+        return {name: found[name] for name in ("generation", "better")}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise argparse.ArgumentTypeError(f"{text} is not what --json wrote: {error}") from error
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = command("tune", __doc__, shape=GOAL_SHAPES, device="auto", rounds=15, seconds=300.0)
     parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=list(KERNELS))
     parser.add_argument(
-        "--read", type=written_by("tune", "better"), metavar="FILE",
-        help="measure nothing: take what --json wrote",
-    )  # fmt: skip
+        "--read", type=written, metavar="FILE", help="measure nothing: take what --json wrote"
+    )
     parser.add_argument("--write", action="store_true", help="put better ones into configs.json")
     options = parser.parse_args(arguments)
     if options.read:

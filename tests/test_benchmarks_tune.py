@@ -16,8 +16,8 @@ import sys
 from benchmarks import shapes, tune
 
 shapes.SHAPES["tiny"] = shapes.Shape("tiny", d=40, heads=4, m=1, n=2, k=2, tokens=3)
-tune.KERNELS["pair_dots"] = tune.combine, [{"ROWS": 1}]  # combine does not launch it
-tune.KERNELS["combine"][1][:] = [{"ROWS": 2}, {"WIDTH": 20}]
+tune.KERNELS["group_entries"] = tune.update_bias, [{"WIDTH": 1}]  # that does not launch it
+tune.KERNELS["update_vector"][1][:] = [{"WIDTH": 32}, {"WIDTH": 20}]
 tune.KERNELS["select_latents"][1][:] = [{"num_warps": 2}]  # it has too little work for two
 tune.main(sys.argv[1:])
 """
@@ -31,7 +31,7 @@ def root_on_path(monkeypatch):
 def test_search_in_the_interpreter(tmp_path):
     """An alternative is measured; one that no kernel can have is passed over, with the reason."""
     file = tmp_path / "tune.json"
-    command = ["--shape", "tiny", "--kernels", "combine", "pair_dots"]
+    command = ["--shape", "tiny", "--kernels", "update_vector", "group_entries"]
     command += ["select_latents"]
     done = subprocess.run(
         [sys.executable, "-c", SEARCH, *command, "--rounds", "2", "--device", "cpu"]
@@ -43,16 +43,16 @@ def test_search_in_the_interpreter(tmp_path):
         timeout=300,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    combine, pair_dots, select_latents = json.loads(file.read_text())["kernels"]
-    assert {name: len(times) for name, times in combine["times_ms"].items()} == {
+    vector, group, select_latents = json.loads(file.read_text())["kernels"]
+    assert {name: len(times) for name, times in vector["times_ms"].items()} == {
         "as it is": 2,
-        "ROWS 2": 2,
+        "WIDTH 32": 2,
     }
-    assert combine["present"]["WIDTH"] == 32
-    assert combine["skipped"].keys() == {"WIDTH 20"}  # a block is a power of two
-    assert pair_dots["skipped"] == {"as it is": "not launched at this shape"}
+    assert vector["present"]["WIDTH"] == 16
+    assert vector["skipped"].keys() == {"WIDTH 20"}  # a block is a power of two
+    assert group["skipped"] == {"as it is": "not launched at this shape"}
     assert select_latents["skipped"] == {"num_warps 2": "launches the same"}
-    assert "combine, tiny: num_warps 1" in done.stdout
+    assert "update_vector, tiny: num_warps 4" in done.stdout
 
 
 def test_without_a_gpu_or_the_interpreter_it_says_why(capsys, monkeypatch):
@@ -176,3 +176,19 @@ def test_what_is_written(tmp_path, monkeypatch, capsys):
     assert json.loads(path.read_text())["sm_77"] == {"combine": {"ROWS": 2}}
     tune.write("sm_77", {"combine": {"ROWS": json.loads(text)["default"]["combine"]["ROWS"]}}, path)
     assert path.read_text() == text
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [(None, "No such file"), ("x", "Expecting value"), ("{}", "'generation'"), ("[]", "list")],
+)
+def test_what_was_not_written_is_not_read(content, words, tmp_path, capsys):
+    from benchmarks import tune
+
+    file = tmp_path / "other.json"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(SystemExit):
+        tune.main(["--read", str(file), "--write"])
+    said = capsys.readouterr().err
+    assert f"--read: {file} is not what --json wrote" in said and words in said

@@ -6,11 +6,9 @@ nothing happened to. Exit status 1 if anything was lost.
 
 import argparse
 import json
-import os
 import sys
 import tempfile
 import textwrap
-import time
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +53,6 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
-    began = time.monotonic()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         campaign = Campaign(Path(folder), options.seed, lambda line: print(line, flush=True))
         outcomes = run_all(campaign, options.scale, options.kinds)
@@ -64,8 +61,6 @@ def main(argv: list[str] | None = None) -> int:
         "command": " ".join(["python -m benchmarks.faults", *arguments]),
         "seed": options.seed,
         "versions": {name: version for name, version in versions().items() if name != "platform"},
-        "processor_seconds": round(sum(os.times()[:4])),
-        "seconds": round(time.monotonic() - began),
         "tried": sum(each.tried for each in outcomes),
         "hit": sum(each.hit for each in outcomes),
         "lost": sum(len(each.lost) for each in outcomes),
