@@ -170,7 +170,7 @@ def test_what_stops_one_rank_stops_all(of_ranks):
     for done in of_ranks:
         diverged, few, heads = done["refusals"]
         assert diverged.count("training has diverged") == 3
-        assert "2 processes need as many autoencoders or more, got 1" in few
+        assert "2 processes need at least 2 autoencoders, got 1" in few
         assert "--share tokens" in few and "start fewer processes" in few
         assert "give --tensor-parallel 1, or --share tokens" in heads
 
@@ -201,7 +201,7 @@ def test_the_command_line(monkeypatch, capsys):
     flags = ["--share", "members", "--k", "2", "4"]
     assert {m.train.share for m in parse(flags).members.values()} == {"members"}
     for world, more, problem in (
-        ("3", [], "3 processes need as many autoencoders or more, got 2"),
+        ("3", [], "3 processes need at least 3 autoencoders, got 2"),
         ("2", ["--tensor-parallel", "2"], "give --tensor-parallel 1"),
     ):
         monkeypatch.setenv("WORLD_SIZE", world)

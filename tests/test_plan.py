@@ -106,7 +106,7 @@ def test_the_plan_of_members_shared_out_is_that_of_the_largest_process(monkeypat
     text = text_of(plan, three)
     assert "by 2 processes: each trains autoencoders of its own" in text
     assert "MiB in the largest process" in text
-    with pytest.raises(InputError, match="2 processes need as many autoencoders or more, got 1"):
+    with pytest.raises(InputError, match="2 processes need at least 2 autoencoders, got 1"):
         make_plan({"one": three["one"]}, outline(DATA))
 
 
@@ -154,7 +154,7 @@ def test_nothing_is_planned_that_training_refuses(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     train = dataclasses.replace(TRAIN, tensor_parallel=2)
     sae = dataclasses.replace(SAES["kron"], selection="batchtopk")
-    with pytest.raises(InputError, match="tensor_parallel 2: selection is 'batchtopk'"):
+    with pytest.raises(InputError, match="tensor_parallel 2: selection 'batchtopk'"):
         make_plan({"kron": RunConfig(sae, DATA, train)}, outline(DATA))
 
 
