@@ -214,7 +214,7 @@ class _Shards:
 
 def _damaged(folder: Path, reason: str) -> InputError:
     return InputError(
-        f"checkpoint {folder} is damaged ({reason}); remove the folder to go on from the "
+        f"checkpoint {folder} is damaged ({reason}); remove the folder {folder} to go on from the "
         "checkpoint before it"
     )
 
