@@ -39,7 +39,7 @@ EXTRAS = {
         "build",
         "twine",
     ],
-    # Pictures of `kronsae evaluate` and of the benchmarks.
+    # Pictures of `kronsae evaluate`.
     "report": ["matplotlib"],
     # `kronsae experiments`.
     "experiments": ["matplotlib", "scipy"],
