@@ -5,7 +5,7 @@ from typing import Any
 
 
 class InputError(ValueError):
-    """What the caller gave cannot work: the message names what was expected and what came.
+    """Input that cannot work: the message names what was expected, what came and what to do.
 
     Everything that a user can cause (a flag, a file, a dataset, a model name) raises this; a
     bug of ours raises something else and keeps its traceback.

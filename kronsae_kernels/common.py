@@ -1,4 +1,4 @@
-"""What all operations share: the sparse codes, checks of arguments, and small conversions.
+"""Sparse codes, checks of arguments, and small conversions that all operations share.
 
 Letters, everywhere in this package:
   B tokens        d width of an activation       F dictionary size (F = h m n for a Kron encoder)
@@ -101,7 +101,7 @@ def check_matrix(name: str, tensor: Tensor, rank: int, layout: str) -> None:
 
 
 def check_mask(mask: Tensor | None, size: int) -> None:
-    """Which of F = size latents may be selected; or None."""
+    """Mask [F] of the latents that may be selected, or None; F = size."""
     if mask is not None:
         check_tensors(mask=mask)
         check_shape("mask", mask, (size,), "[F]")

@@ -59,7 +59,7 @@ def latents(
     m: int | None,
     composition: str,
 ) -> Tensor:
-    """What latents compete by, [..., F]: products of a Kron encoder, or (m None) the ReLU."""
+    """Scores [..., F] by which latents are selected: a Kron encoder's products, or the ReLU."""
     bias = None if b_enc is None else b_enc.flatten()
     pre_latents = torch.nn.functional.linear(x, w_enc.flatten(0, -2), bias)
     if m is None:

@@ -81,7 +81,7 @@ def why_not_graphed(device: torch.device, ranks: int = 1) -> str | None:
 
 
 class StepOutput(NamedTuple):
-    """What one forward and backward pass gives."""
+    """Losses and codes of one forward and backward pass."""
 
     loss: Tensor
     """Mean squared error over tokens and dimensions, not weighted (float32 scalar); with nested
@@ -99,7 +99,7 @@ class StepOutput(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """What a pass leaves for `apply`: its codes, with gradients of weight * loss."""
+    """Codes of a pass, with gradients of weight * loss, for `apply`."""
 
     given: Tensor
     """x in the dtype that it came in."""
@@ -375,7 +375,7 @@ class TrainingStep:
         return indices, base, base if self.m is None else extension
 
     def _keep_largest(self, indices: Tensor, base: Tensor, extension: Tensor, count: int) -> None:
-        """Of all candidates the `count` largest alone: the others get index -1."""
+        """Keep the `count` largest of all candidates: the others get index -1."""
         from kronsae_kernels.triton_impl import operations
 
         operations.keep_largest(

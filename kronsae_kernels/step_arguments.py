@@ -1,4 +1,4 @@
-"""What a training step is given: weights, AdamW's state, thresholds, settings; and its checks.
+"""Arguments of a training step (weights, AdamW's state, thresholds, settings) and their checks.
 
 Checks raise ValueError, which names what is wrong.
 """

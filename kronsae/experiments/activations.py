@@ -21,7 +21,7 @@ class Activations(NamedTuple):
     """Called with `seed`."""
 
     def training(self, tokens: int, seed: int) -> Tensor | ActivationSource:
-        """What `fit` takes for so many tokens; in memory the seed is that of their order alone."""
+        """Activations of so many tokens, for `fit`; in memory the seed only decides their order."""
         return self.open_source(seed=seed) if self.x is None else self.x[:tokens]
 
 

@@ -1,4 +1,4 @@
-"""What an experiment is: the base class, and the experiments there are."""
+"""The base class of experiments, and their registry."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -29,9 +29,9 @@ class Experiment(ABC):
     """
 
     figure: ClassVar[str]
-    """What of the paper it checks: a figure, table or section."""
+    """Figure, table or section of the paper that it checks."""
     statement: ClassVar[str]
-    """What the paper says there, or what it asks where the paper's answer is a picture alone."""
+    """Statement of the paper, or the question where the paper's answer is a picture alone."""
     smallest: ClassVar[dict[str, Any]] = {}
     """Settings of a form that takes seconds."""
     paper: ClassVar[dict[str, Any]] = {}
@@ -44,7 +44,7 @@ class Experiment(ABC):
         """The runs it wants, each a dict of JSON values, as far as `runs` let it know them."""
 
     def prepare(self) -> Any:
-        """What its runs share, made once, if there is anything left to run."""
+        """Objects that all runs share, made once, if there is anything left to run."""
         return None
 
     @abstractmethod

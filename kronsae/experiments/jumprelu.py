@@ -56,7 +56,7 @@ class JumpReLU(EqualTokens):
     shape: str = setting("m2n4", "shape of the heads of the Kron forms")
 
     def names(self) -> dict[str, str]:
-        """What the paper calls each variant."""
+        """The paper's name of each variant."""
         return {
             "topk": "TopK",
             "jumprelu": "JumpReLU",

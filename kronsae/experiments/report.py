@@ -30,7 +30,7 @@ class Spread(NamedTuple):
         return self.to(4)
 
     def to(self, digits: int) -> str:
-        """As text, with so many digits."""
+        """Text with so many digits."""
         mean = f"{self.mean:.{digits}f}"
         return mean if math.isnan(self.deviation) else f"{mean} ± {self.deviation:.{digits}f}"
 
@@ -105,7 +105,7 @@ class Across(NamedTuple):
     """The horizontal axis of a picture."""
 
     key: str
-    """Of a run; its values are averaged over the seeds."""
+    """Figure of a run; its values are averaged over the seeds."""
     label: str
     log: int = 0
     """Base of a logarithmic scale; 0: linear."""

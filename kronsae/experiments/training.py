@@ -77,7 +77,7 @@ class TrainingExperiment(Experiment):
     line: ClassVar[str] = "variant"
     """Key with a line each value, in the picture."""
     across: ClassVar[Across]
-    """What is across in it."""
+    """The horizontal axis of the picture."""
 
     model: str = setting("embedded", "language model: hub name or folder")
     layer: int = setting(2, "residual stream after this block, counted from 0")
@@ -96,7 +96,7 @@ class TrainingExperiment(Experiment):
 
     @abstractmethod
     def rows(self) -> list[dict[str, Any]]:
-        """What is compared; most often `product` of some axes."""
+        """Rows to compare; most often the `product` of some axes."""
 
     def cells(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
         """Each row over its seeds, at the learning rate that is best for it.
@@ -118,7 +118,7 @@ class TrainingExperiment(Experiment):
         return cells
 
     def merit(self, run: Run) -> Any:
-        """That by which a learning rate is chosen."""
+        """Figure of a run by which its learning rate is chosen: the largest wins."""
         return run["explained_variance"]
 
     def prepare(self) -> Any:

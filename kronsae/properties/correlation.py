@@ -22,7 +22,7 @@ class Correlations(NamedTuple):
     others: Tensor
     """With all other latents that fire, of every head."""
     latents: Tensor
-    """Which they are [a] int64."""
+    """Numbers of the latents [a], int64."""
 
 
 @torch.no_grad()

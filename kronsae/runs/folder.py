@@ -45,7 +45,7 @@ SINGLE = "sae"
 """Name of the one member of a run that is no sweep."""
 
 _BEGUN = ".begun"
-"""Of an empty file that is in a folder while it is made: if that is interrupted, the same command
+"""Name of an empty file in a folder that is being made: if that is interrupted, the same command
 makes it again."""
 
 
@@ -58,14 +58,14 @@ class _Folder:
 
     mesh: Mesh = ALONE
     owners: Mapping[str, int] = MappingProxyType({})
-    """Of members that one rank of the mesh trains alone: which (`parallel.owners`)."""
+    """Rank that trains a member alone, by the member's name (`parallel.owners`)."""
 
     def __init__(self, path: Path, index: str) -> None:
         self.path = path
         self.index = path / index
         self.checkpoints = path / "checkpoints"
         self.document: dict[str, Any] = {}
-        """What the index holds, if it was made or read here."""
+        """Contents of the index, once it was made or read here."""
         self._locked: FileLock | None = None
 
     def lock(self) -> None:
@@ -271,11 +271,11 @@ class SweepFolder(_Folder):
                 remove_leftovers(folder)
 
     def members(self) -> dict[str, dict[str, Any]]:
-        """What sweep.json holds of each member."""
+        """Entries of sweep.json, by the member's name."""
         return _read_index(self.index, "kronsae-sweep", {"members"})["members"]
 
     def change(self, name: str, config: dict[str, Any], data: dict[str, Any]) -> None:
-        """As of a run, in the member's and here."""
+        """Change a member's settings, in its run and in sweep.json."""
         self.runs[name].change(name, config, data)
         self.document["members"][name]["config"] = config
         self._write(self.document)

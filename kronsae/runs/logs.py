@@ -27,7 +27,7 @@ class RunLog:
     """
 
     package: ClassVar[str | None] = None
-    """What has to be installed."""
+    """Package that has to be installed."""
 
     @classmethod
     def wanted(cls, config: TrainConfig) -> bool:

@@ -143,7 +143,7 @@ def _claim(
 
 
 def _other_dtype(found: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
-    """What describes a run's data from now on, if it is resumed with another --model-dtype.
+    """Changes to the description of a run's data if it is resumed with another --model-dtype.
 
     After NaN in float16, say. Empty if it is not.
     """

@@ -161,7 +161,7 @@ def remove_leftovers(folder: Path) -> None:
 
 
 LOCK_NAME = ".lock"
-"""Of an empty file that stays in a locked folder. (A lock on a file that is replaced is lost.)"""
+"""Name of the empty file in a folder that is locked."""
 
 
 def lock(folder: Path, problem: str) -> FileLock:

@@ -61,7 +61,7 @@ def encode(
     k: int,
     composition: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `torch_impl.encode`."""
+    """Same as `torch_impl.encode`."""
     of_mask = None if mask is None else mask.contiguous().view(torch.uint8)
     if m is None:
         dense = [
@@ -92,7 +92,7 @@ def encode_backward(
     need_x: bool,
     need_w: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """As `torch_impl.encode_backward`."""
+    """Same as `torch_impl.encode_backward`."""
     d_x, d_w, d_b = x.new_empty(0), x.new_empty(0), x.new_empty(0)
     if need_x:
         live = torch_impl.live_pre_latents(d_base, d_extension, indices, w_enc, m)
@@ -120,7 +120,7 @@ def decode(
     b_dec: Tensor | None,
     bounds: Sequence[int] | None = None,
 ) -> Tensor:
-    """As `torch_impl.decode`."""
+    """Same as `torch_impl.decode`."""
     if bounds is None:
         return combine(values, indices, w_dec, b_dec, w_dec.dtype)
     return nested_sums(Grouped.of(indices, bounds, values), w_dec, b_dec, w_dec.dtype)
@@ -135,7 +135,7 @@ def decode_backward(
     need_values: bool,
     need_w: bool,
 ) -> tuple[Tensor, Tensor]:
-    """As `torch_impl.decode_backward`."""
+    """Same as `torch_impl.decode_backward`."""
     d_values, d_w, rows = values.new_empty(0), w_dec.new_empty(0), None
     if bounds is not None:
         groups = Grouped.of(indices, bounds, rows=True)

@@ -14,7 +14,7 @@ MAX_EXTENSIONS = 16
 Updated = tuple[Tensor, Tensor, Tensor]
 """A float32 weight and AdamW's two moments of it (of matrices also bfloat16), changed in place."""
 SEEDS = {"w_enc": 1, "w_dec": 2}
-"""Of the noise that rounds bfloat16 moments."""
+"""Seeds of the noise that rounds bfloat16 moments."""
 MODES = {"gradient": 0, "measure": 1, "update": 2}
 
 
@@ -174,7 +174,7 @@ def update_rows(
 
 
 Gradient = tuple[Tensor | None, Tensor | None, Tensor | None]
-"""As `Updated`; or memory for a gradient, which has no moments; or nothing."""
+"""`Updated`, or memory for a gradient, which has no moments, or nothing."""
 
 
 def _updated(weight: Gradient, copy: Tensor | None, bias: Gradient, mode: str) -> dict[str, Any]:

@@ -22,7 +22,7 @@ def threshold_encode(
     composition: str,
     width: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """As `torch_impl.threshold_encode`. The width of each chunk of tokens is read by the host.
+    """Same as `torch_impl.threshold_encode`. The host reads the width of each chunk of tokens.
 
     width: unless it is given. Of a token with more latents, which its count shows, some are then
     left out; and the host reads nothing.
@@ -55,7 +55,7 @@ def threshold_encode(
 
 
 class Jumped(NamedTuple):
-    """What `jump` gives."""
+    """Results of `jump`."""
 
     active: Tensor
     """[B] float32: latents of each token above their threshold."""
@@ -126,7 +126,7 @@ def jump_gradients(
 
 
 class Limits(NamedTuple):
-    """What products of latents must exceed for the latents to be active."""
+    """Limits that products of latents exceed if the latents are active."""
 
     of_latent: Tensor
     """[m n, h] float32; of a dense encoder [F]."""

@@ -1,4 +1,4 @@
-"""What a training step alone asks for: a selection over its batch, its numbers and its counters."""
+"""Kernels of a training step alone: selection over its batch, its numbers and counters."""
 
 from collections.abc import Sequence
 
