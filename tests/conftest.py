@@ -93,25 +93,27 @@ hypothesis.settings.load_profile("kronsae")
 
 
 LONGEST = (
-    *("test_triton_learner", "test_triton_step", "test_aot", "test_predict", "test_train"),
-    *("test_parallel", "test_members", "test_benchmarks", "test_triton_backward"),
+    *("test_triton_learner", "test_triton_step", "test_grid", "test_triton_selection"),
+    *("test_transcoder", "test_kernels_values", "test_triton_backward", "test_train"),
+    *("test_faults", "test_predict", "test_aot", "test_members", "test_parallel"),
 )
 """Files that take longest: they come first, so that no process has one left when all others end."""
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leave out `slow` tests unless -m names them; skip `gpu` tests without a GPU."""
+    """Leave out `slow` and `long` tests unless -m names them; skip `gpu` tests without a GPU."""
     items.sort(key=lambda item: item.path.stem not in LONGEST)  # stable
     if not torch.cuda.is_available():
         reason = pytest.mark.skip(reason="needs a CUDA device")
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(reason)
-    if "slow" not in (config.option.markexpr or ""):
-        slow = [item for item in items if item.get_closest_marker("slow")]
-        if slow:
-            config.hook.pytest_deselected(items=slow)
-            items[:] = [item for item in items if not item.get_closest_marker("slow")]
+    asked = config.option.markexpr or ""
+    left_out = () if "slow" in asked else ("slow",) if "long" in asked else ("slow", "long")
+    out = [item for item in items if any(map(item.get_closest_marker, left_out))]
+    if out:
+        config.hook.pytest_deselected(items=out)
+        items[:] = [item for item in items if not any(map(item.get_closest_marker, left_out))]
 
 
 @pytest.fixture(autouse=True)

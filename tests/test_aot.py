@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 
 from aot import TARGETS, VERSION, Compiled, case_of, differences, problems, read_golden
 
-pytestmark = pytest.mark.timeout(3700)
+pytestmark = [pytest.mark.long, pytest.mark.timeout(3700)]
 
 ROOT = Path(__file__).parents[1]
 SLOW = ("sm_80", "sm_100", "gfx942")

@@ -131,7 +131,7 @@ def test_later_looks_read_the_text_that_the_cache_was_made_from(whole, cache, mo
     assert heldout.contexts.equal(expected)
     assert heldout.facts["which"] == "the run's own held-out text"
     more = dataclasses.replace(loaded.data, heldout_tokens=2 * loaded.data.heldout_tokens)
-    with pytest.raises(InputError, match="was trained on all of 'given' but the 80 tokens"):
+    with pytest.raises(InputError, match="was trained on all of 'given' except 80 held-out tokens"):
         open_heldout(loaded._replace(data=more), "cpu")
 
 

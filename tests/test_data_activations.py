@@ -296,7 +296,7 @@ def test_open_activations_with_the_standard_library():
     "settings, batch_size, words",
     [
         ({"dataset": "./no-such-folder"}, BATCH, "no file or folder './no-such-folder'"),
-        ({"split": "test"}, BATCH, "--split test has no effect"),
+        ({"split": "test"}, BATCH, "split has no effect with dataset 'stdlib'"),
         ({}, 0, "batch_size: expected >= 1, got 0"),
     ],
     ids=["files", "settings", "batch size"],

@@ -66,6 +66,7 @@ def whole(tmp_path_factory):
     return folder
 
 
+@pytest.mark.long
 def test_signals_and_kills_leave_the_same_bytes(whole, tmp_path):
     """SIGTERM says how to go on, kill -9 nothing; in the end nobody can tell."""
     folder = tmp_path / "cache"

@@ -24,6 +24,8 @@ from kronsae.train import fit, fit_many, main
 from kronsae.training.learner import why_not_fused
 from kronsae.training.options import parse
 
+pytestmark = pytest.mark.long
+
 pytest.importorskip("triton")
 
 MEMBERS = list(ranks.SWEEP)

@@ -30,6 +30,8 @@ from kronsae.system.parallel import ALONE, Group, Mesh
 from kronsae.train import fit, main
 from kronsae.training.learner import why_not_fused
 
+pytestmark = pytest.mark.long
+
 LAYOUTS = list(ranks.LAYOUTS)
 
 

@@ -19,6 +19,8 @@ from benchmarks.floors import Work, stages
 from benchmarks.predict import CARDS, Program
 from benchmarks.shapes import SHAPES
 
+pytestmark = pytest.mark.long
+
 ROOT = Path(__file__).parents[1]
 H200 = CARDS["sm_90"]
 

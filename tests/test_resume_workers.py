@@ -25,6 +25,8 @@ from kronsae.system.parallel import ALONE
 from kronsae.training import stream
 from kronsae.training.stream import Stream
 
+pytestmark = pytest.mark.long
+
 CPU = torch.device("cpu")
 BATCH, BATCHES, STOPS = 48, 52, (7, 20)
 """The text is read twice: a bit more than 31 batches each time."""

@@ -77,6 +77,7 @@ def test_config_file_repeats_the_run(whole, tmp_path):
     assert (tmp_path / "run" / weights).read_bytes() == (out / weights).read_bytes()
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "moment", [*(pytest.param(m, marks=pytest.mark.slow) for m in ("loading", "first")), "second"]
 )
@@ -99,6 +100,7 @@ def test_kill_9_and_resume(moment, whole, tmp_path):
     _same_result(out, whole[0])
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
 )

@@ -21,6 +21,8 @@ from test_kernels_operators import (
 
 from kronsae_kernels import backends, dense_encode, fused_encode, sparse_decode
 
+pytestmark = pytest.mark.long
+
 
 def on(device):
     """To a device, as a leaf with or without a gradient as before."""

@@ -20,6 +20,8 @@ from kronsae_kernels import (
 )
 from kronsae_kernels.triton_impl import configs, operations
 
+pytestmark = pytest.mark.long
+
 B, D, H, M, N, K = 7, 37, 3, 2, 3, 7
 F = H * M * N
 

@@ -21,6 +21,8 @@ from kronsae_kernels import step as fused
 from kronsae_kernels.ranks import keep_largest_of_all
 from kronsae_kernels.step import GraphedStep, TrainingStep
 
+pytestmark = pytest.mark.long
+
 LAYOUTS = list(fused_ranks.LAYOUTS)
 CASES = fused_ranks.CASES
 
