@@ -329,7 +329,7 @@ def test_plan(arguments, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["--plan", *arguments]) == 0
     printed = capsys.readouterr().out
-    for words in ("F = 4,096", "MiB", "multiply-adds", "kernels", "minutes", "d = 256"):
+    for words in ("F = 4,096", "MiB", "multiply-adds", "kernels", "a token takes", "d = 256"):
         assert words in printed
     assert list(tmp_path.iterdir()) == []
 
