@@ -61,6 +61,11 @@ def test_a_selection_of_ones_own_from_training_to_export(plugin, tmp_path, monke
     assert command(["train", *dense, "--half-life", "1", "2", "--out", "sweep"]) == 0
     assert (Path("sweep") / "half_life1" / "sae").is_dir()
     assert command(["export", "sweep/half_life1", "--to", "sae_lens", "--out", "lens"]) == 0
+    assert json.loads(Path("lens/cfg.json").read_text())["architecture"] == "kronsae"
+    capsys.readouterr()
+    for library in ("sparsify", "dictionary_learning"):  # where it would be a plain TopK
+        assert command(["export", "sweep/half_life1", "--to", library, "--out", library]) == 2
+        assert "selection 'mine' does neither" in capsys.readouterr().err
 
 
 def test_who_has_not_registered_it_is_told_what_to_do(plugin, tmp_path):

@@ -18,6 +18,7 @@ from torch import Tensor
 from kronsae.config import SAEConfig, from_dict, kind_of
 from kronsae.errors import InputError
 from kronsae.model.sae import SAE
+from kronsae.model.selection import TopK
 from kronsae.registry import SELECTIONS
 from kronsae.system.files import replace_directory, write_json
 from kronsae_kernels import SparseCodes, __version__
@@ -152,6 +153,12 @@ def _threshold(sae: SAE, gate: Tensor | None, library: str) -> Tensor | None:
     gate: the encoder's own thresholds, if it has some.
     """
     own = sae.selection.activity_threshold()
+    if own is None and not isinstance(sae.selection, TopK):
+        raise NoStockForm(
+            f"{library}'s stock formats select the k largest latents, or those above thresholds: "
+            f"selection {sae.config.selection!r} does neither. Use --to sae_lens (an architecture "
+            "of its own there), kronsae or hub"
+        )
     if gate is None or own is None:
         if gate is not None:
             raise NoStockForm(
