@@ -763,7 +763,9 @@ def nested(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 def flat(part: str, values: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Settings of a part as in a file, without nesting. Raises InputError for unknown ones."""
-    for part_of_sae in SAE_KINDS:
+    for part_of_sae, registry in SAE_KINDS.items():
+        if part_of_sae in values:
+            registry[values[part_of_sae]]  # says how to register one that is not known
         own = values.get(f"{part_of_sae}_settings")
         if own is not None and not isinstance(own, Mapping):
             raise InputError(f"{where}: {part_of_sae}_settings: expected an object, got {own!r}")

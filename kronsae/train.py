@@ -324,14 +324,16 @@ def _summarise(
         console.print("\n[bold]What some latents have learned[/bold] (where they fire most)")
         for block in render_contexts(latents, model.tokenizer, console):
             console.print(block)
+    following = "Next: "
+    if model is not None:
+        following += f"{command_line('explore', str(folder.path))} to look into its latents, or "
     console.print(
         f"{done}"
         f"  report.html    this run to look at\n"
         f"  sae/           the autoencoder:  kronsae.load({str(folder.path)!r})\n"
         f"  metrics.jsonl  every logged step\n"
         f"  config.json    every setting; --config {folder.config} repeats the run\n"
-        f"Next: {command_line('explore', str(folder.path))} to look into its latents, or a "
-        "--model, --layer and --dataset of your own (kronsae train --help).",
+        f"{following}a --model, --layer and --dataset of your own (kronsae train --help).",
         markup=False,
     )
 

@@ -14,7 +14,6 @@ def test_forward_is_eq_7_by_hand():
     """[KronSAE, eq. 7]: d F + k d and d h (m + n) + m n h + k d."""
     assert flops.forward(10, 24, 5) == 10 * 24 + 5 * 10
     assert flops.forward(10, 24, 5, heads=3, m=2, n=4) == 10 * 3 * 6 + 24 + 5 * 10
-    assert flops.counted_step(7) == 21
 
 
 @pytest.mark.parametrize("encoder", ["kron", "dense"])

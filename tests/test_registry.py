@@ -24,6 +24,7 @@ from kronsae.registry import (
     load_plugin,
 )
 from kronsae.runs.folder import RunFolder
+from kronsae.training.options import parse
 
 CONTRIBUTING = Path(__file__).parent.parent / "CONTRIBUTING.md"
 TRAIN = (
@@ -75,6 +76,10 @@ def test_who_has_not_registered_it_is_told_what_to_do(plugin, tmp_path):
     SELECTIONS._kinds.pop("mine")
     with pytest.raises(InputError, match="selection: one of .*, not 'mine'.*--plugin FILE"):
         kronsae.load(tmp_path / "sae")
+    settings = {"sae": {"selection": "mine", "selection_settings": {"half_life": 3.0}}}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(InputError, match="selection: one of .*, not 'mine'.*--plugin FILE"):
+        parse(["--config", str(tmp_path / "config.json")])
 
 
 @pytest.mark.parametrize(
@@ -281,6 +286,7 @@ def test_a_source_a_log_and_a_format_of_ones_own(tmp_path, monkeypatch, capsys):
         assert command(["train", *rows, *flags, "--out", "run"]) == 0
         printed = capsys.readouterr().out
         assert "rows:x.safetensors (d = 16)" in printed
+        assert "Next: a --model" in printed and "explore" not in printed  # there is no model
         assert "the sizes of rows:x.safetensors are unknown before it is opened" in printed
         assert (Path("run") / "lines.txt").read_text().startswith("4 1000 train/auxk_loss ")
         sae = kronsae.load("run")

@@ -50,14 +50,6 @@ def flops_per_token(sae: SAEConfig) -> int:
     )
 
 
-def counted_step(forward_flops: int) -> int:
-    """Multiply-adds of a training step if the backward pass takes two for each of the forward's.
-
-    FLOPs are usually compared by this count; `training_step` counts what ours really does.
-    """
-    return 3 * forward_flops
-
-
 class Step(NamedTuple):
     """Multiply-adds of a training step for each token of the batch, by purpose."""
 
