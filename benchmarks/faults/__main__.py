@@ -20,25 +20,25 @@ from kronsae.runs.folder import versions
 from kronsae.system.tables import markdown
 
 
-def page(found: dict[str, Any]) -> str:
+def page(results: dict[str, Any]) -> str:
     """Markdown of what came of all faults."""
     rows = []
-    for each in found["outcomes"]:
-        message = textwrap.shorten((each["messages"] or ["–"])[0], 120, placeholder=" …")
-        lost = each["note"] or "nothing"
-        if each["lost"]:
-            lost = f"{len(each['lost'])} times: {each['lost'][0]}"
-        cells = each["fault"], each["kind"], each["tried"], each["hit"]
+    for outcome in results["outcomes"]:
+        message = textwrap.shorten((outcome["messages"] or ["–"])[0], 120, placeholder=" …")
+        lost = outcome["note"] or "nothing"
+        if outcome["lost"]:
+            lost = f"{len(outcome['lost'])} times: {outcome['lost'][0]}"
+        cells = outcome["fault"], outcome["kind"], outcome["tried"], outcome["hit"]
         rows.append((*cells, lost, message))
-    facts = ", ".join(f"{name} {value}" for name, value in found["versions"].items())
+    facts = ", ".join(f"{name} {value}" for name, value in results["versions"].items())
     return "\n\n".join(
         [
             "# Faults, and what was lost",
-            f"{found['tried']} attempts, in which faults hit {found['hit']} times (some again when "
-            f"the run went on); what was lost: {found['lost'] or 'nothing'}. After each the run "
-            "was taken up again, and compared, bit for bit, with one that nothing happened to: "
+            f"{results['tried']} attempts, in which faults hit {results['hit']} times (some again "
+            f"when the run went on); what was lost: {results['lost'] or 'nothing'}. After each the "
+            "run was taken up again, and compared, bit for bit, with one that nothing happened to: "
             "weights, the tensors of the last checkpoint, the log; of a harvest every byte.",
-            f"Made by `{found['command']}` (seed {found['seed']}). Versions: {facts}.",
+            f"Made by `{results['command']}` (seed {results['seed']}). Versions: {facts}.",
             markdown(("Fault", "Run", "Tried", "Hit", "Lost", "Message"), rows),
         ]
     )
@@ -57,22 +57,22 @@ def main(argv: list[str] | None = None) -> int:
         campaign = Campaign(Path(folder), options.seed, lambda line: print(line, flush=True))
         outcomes = run_all(campaign, options.scale, options.kinds)
     arguments = sys.argv[1:] if argv is None else argv
-    found = {
+    results = {
         "command": " ".join(["python -m benchmarks.faults", *arguments]),
         "seed": options.seed,
         "versions": {name: version for name, version in versions().items() if name != "platform"},
-        "tried": sum(each.tried for each in outcomes),
-        "hit": sum(each.hit for each in outcomes),
-        "lost": sum(len(each.lost) for each in outcomes),
-        "outcomes": [vars(each) for each in outcomes],
+        "tried": sum(outcome.tried for outcome in outcomes),
+        "hit": sum(outcome.hit for outcome in outcomes),
+        "lost": sum(len(outcome.lost) for outcome in outcomes),
+        "outcomes": [vars(outcome) for outcome in outcomes],
     }
     if options.out is not None:
         options.out.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(found, indent=1, ensure_ascii=False) + "\n"
+        text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
         (options.out / "faults.json").write_text(text)
-        (options.out / "faults.md").write_text(page(found) + "\n")
-    print(f"tried {found['tried']}, hit {found['hit']}, lost {found['lost']}")
-    return 1 if found["lost"] else 0
+        (options.out / "faults.md").write_text(page(results) + "\n")
+    print(f"tried {results['tried']}, hit {results['hit']}, lost {results['lost']}")
+    return 1 if results["lost"] else 0
 
 
 if __name__ == "__main__":

@@ -34,9 +34,9 @@ class Outcome:
     hit: int = 0
     """How often the fault came before the run had ended by itself."""
     lost: list[str] = dataclasses.field(default_factory=list)
-    """What was not survived; empty is what we want."""
+    """Errors of the attempts that were not survived; empty is what we want."""
     messages: list[str] = dataclasses.field(default_factory=list)
-    """Different ones, of what the user saw."""
+    """Messages that the user saw, without repetitions."""
     note: str = ""
 
 
@@ -49,12 +49,12 @@ class Campaign:
         self.numbered = 0
 
     def folder_of(self, kind: Kind) -> Path:
-        """Where the run is that nothing happens to."""
+        """Folder of the run that nothing happens to."""
         return self.folder / f"whole {kind.name}"
 
     @functools.cache  # noqa: B019
     def reference(self, kind: Kind) -> tuple[Any, Ended]:
-        """What an uninterrupted run leaves, and how it went."""
+        """Contents that an uninterrupted run leaves, and how it ended."""
         if kind.name == "cache":
             self.reference(self.kinds["harvest"])
         out = self.folder_of(kind)
@@ -71,16 +71,16 @@ class Campaign:
         drawn = random.Random(f"{self.seed} {case.fault} {case.kind}")
         for _ in range(times):
             self.numbered += 1
-            place = self.folder / f"run-{self.numbered}"
-            place.mkdir()
+            folder = self.folder / f"run-{self.numbered}"
+            folder.mkdir()
             try:
                 whole = self.reference(kind)
-                case.attempt(Attempt(self, kind, outcome, drawn, place, place / "out", *whole))
+                case.attempt(Attempt(self, kind, outcome, drawn, folder, folder / "out", *whole))
             except (Failed, TimeoutError) as error:
                 outcome.lost.append(str(error))
                 self.show(f"LOST {outcome.fault}, {outcome.kind}: {error}")
             else:
-                shutil.rmtree(place)
+                shutil.rmtree(folder)
             outcome.tried += 1
         return outcome
 
@@ -93,21 +93,21 @@ class Attempt:
     kind: Kind
     outcome: Outcome
     drawn: random.Random
-    place: Path
-    """For logs."""
+    folder: Path
+    """For logs; `out` lies in it."""
     out: Path
-    """For the run."""
+    """Folder of the run."""
     expected: dict[str, Any]
-    """What the run left to which nothing happened."""
+    """Contents that the uninterrupted run left."""
     whole: Ended
-    """How that one went."""
+    """How the uninterrupted run ended."""
     logs: int = 0
 
     def run(self, fault: Fault = Fault()) -> Ended:  # noqa: B008
         """Begin the run, or go on with what is there."""
         self.logs += 1
         arguments = runs.first_or_resume(self.kind, self.out)
-        return runs.execute(self.kind, arguments, self.place / f"{self.logs}.log", fault)
+        return runs.execute(self.kind, arguments, self.folder / f"{self.logs}.log", fault)
 
     def go_on(self, *faults: Fault) -> list[Ended]:
         """The run to its end: begun or resumed, once with each fault, then in peace.
@@ -124,7 +124,7 @@ class Attempt:
         return ended
 
     def hit_by(self, fault: Fault) -> Ended | None:
-        """`go_on` with a fault; how the run ended that it hit, or None if it came too late."""
+        """`go_on` with a fault; returns how the run ended, or None if the fault came too late."""
         first, *_ = self.go_on(fault)
         self.outcome.hit += first.status != 0
         return first if first.status != 0 else None
@@ -143,9 +143,9 @@ class Attempt:
         if ended.status != 0:
             raise Failed(f"exit {ended.status}\n{ended.text[-1500:]}")
 
-    def require_same(self, found: dict[str, Any], expected: dict[str, Any]) -> None:
-        if found != expected:
-            raise Failed(f"other bits than without a fault: {differing(expected, found)}")
+    def require_same(self, contents: dict[str, Any], expected: dict[str, Any]) -> None:
+        if contents != expected:
+            raise Failed(f"other bits than without a fault: {differing(expected, contents)}")
 
     def require_error(self, ended: Ended, word: str) -> None:
         """Raises Failed unless it ended with one clear message, which has this word."""
@@ -157,7 +157,7 @@ class Attempt:
 
     def say(self, text: str) -> None:
         """Note a message, without what differs from try to try: places, numbers."""
-        text = text.replace(str(self.out), "RUN").replace(str(self.place), "DIR")
+        text = text.replace(str(self.out), "RUN").replace(str(self.folder), "DIR")
         text = re.sub(r"\S+:\d+: UserWarning", "warning", text)
         text = re.sub(r"[0-9a-f]{8}(?=\.partial)", "…", text)
         text = re.sub(r"step-\d+", "step-N", text)
@@ -168,24 +168,24 @@ class Attempt:
 
 def error_of(text: str) -> str:
     """The message that a command ended with, which may have several lines."""
-    found = re.search(r"^error: .*", text, re.MULTILINE | re.DOTALL)
-    return found[0].strip() if found else ""
+    match = re.search(r"^error: .*", text, re.MULTILINE | re.DOTALL)
+    return match[0].strip() if match else ""
 
 
 def lines_with(text: str, *words: str) -> str:
     return "\n".join(line for line in text.splitlines() if any(word in line for word in words))
 
 
-def differing(expected: Any, found: Any, name: str = "") -> str:
+def differing(expected: Any, got: Any, name: str = "") -> str:
     """The first place where two nested values differ."""
-    if isinstance(expected, dict) and isinstance(found, dict):
-        for key in sorted(expected.keys() | found.keys(), key=str):
-            if expected.get(key) != found.get(key):
-                return differing(expected.get(key), found.get(key), f"{name}/{key}")
+    if isinstance(expected, dict) and isinstance(got, dict):
+        for key in sorted(expected.keys() | got.keys(), key=str):
+            if expected.get(key) != got.get(key):
+                return differing(expected.get(key), got.get(key), f"{name}/{key}")
     if isinstance(expected, bytes):
-        size = None if found is None else len(found)
+        size = None if got is None else len(got)
         return f"{name} ({len(expected)} bytes, got {size})"
-    return f"{name}: expected {str(expected)[:300]}, got {str(found)[:300]}"
+    return f"{name}: expected {str(expected)[:300]}, got {str(got)[:300]}"
 
 
 # Kills and signals
@@ -201,7 +201,7 @@ def kill(it: Attempt, at: str) -> None:
         return Fault(spots=Spots(spot, after=it.drawn.random() < 0.5), seconds=60)
 
     again = [fault()] if it.drawn.random() < 0.3 else []  # also while it goes on
-    it.outcome.hit += sum(KILLED in each.statuses for each in it.go_on(fault(), *again))
+    it.outcome.hit += sum(KILLED in ended.statuses for ended in it.go_on(fault(), *again))
 
 
 def stop(it: Attempt, numbers: Sequence[signal.Signals]) -> None:
@@ -254,8 +254,8 @@ def limit_files(it: Attempt) -> None:
 def damage(it: Attempt, pattern: str, how: str) -> None:
     """A file is truncated or a bit of it flipped after a kill -9; then the run is resumed.
 
-    It goes on to the same bits; or it names the file, and goes on to the same bits when what the
-    message says was done.
+    Either it goes on to the same bits; or it names the file, and goes on to the same bits once the
+    user has done what the message says.
     """
     if pattern in LAST:
         it.run()
@@ -300,8 +300,8 @@ def damage_log(it: Attempt, how: str) -> None:
     ended = it.run()
     it.require_success(ended)
     it.say(lines_with(ended.text, "has lost"))
-    found = runs.learned(it.out)
-    it.require_same(found, {name: it.expected[name] for name in found})
+    learned = runs.learned(it.out)
+    it.require_same(learned, {name: it.expected[name] for name in learned})
     if not (it.out / "report.html").exists():
         raise Failed("there is no report")
 
@@ -324,7 +324,7 @@ def flip(path: Path, drawn: random.Random) -> None:
 
 
 def half_line(path: Path, drawn: random.Random) -> None:
-    """As a kill leaves it that hits in the middle of a write."""
+    """Append half a line, as a kill in the middle of a write leaves it."""
     with open(path, "a") as file:
         file.write('{"kind": "train", "step": 1')
 
@@ -352,12 +352,12 @@ def outlier(it: Attempt) -> None:
     ended = it.run(Fault(prepare=lambda: model_gives(1e30, at)))
     it.require_success(ended)
     it.require_whole_files()
-    found, expected = (runs.records(folder) for folder in (it.out, it.campaign.folder_of(it.kind)))
-    it.outcome.hit += any(record["kind"] == "skipped" for record in found)
+    records, expected = map(runs.records, (it.out, it.campaign.folder_of(it.kind)))
+    it.outcome.hit += any(record["kind"] == "skipped" for record in records)
     it.say(lines_with(ended.text, "skipped"))
     name = "explained_variance"
-    if abs(found[-1][name] - expected[-1][name]) > 0.02:
-        raise Failed(f"explained variance {found[-1]}, without the token {expected[-1]}")
+    if abs(records[-1][name] - expected[-1][name]) > 0.02:
+        raise Failed(f"explained variance {records[-1]}, without the token {expected[-1]}")
 
 
 def text_fails(at: int) -> None:
@@ -442,7 +442,7 @@ DAMAGED = [
     ("harvest", "index.json"),
 ]
 LAST = ("index.json",)
-"""What is there only once all is done."""
+"""Files that are there only once all is done."""
 FAILURES = {
     "the text fails in the middle": text_fails,
     "the language model raises an exception": model_fails,
@@ -480,7 +480,7 @@ def cases() -> Iterator[Case]:
 
 
 def run_all(campaign: Campaign, scale: float, kinds: Sequence[str] | None = None) -> list[Outcome]:
-    """All faults; scale: of how often each is tried (once at least).  kinds: of runs, all."""
+    """Try all faults, each `scale` times its `times` (at least once). kinds: of runs; None: all."""
     outcomes = []
     for case in cases():
         if kinds is None or case.kind in kinds:

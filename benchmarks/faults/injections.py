@@ -1,4 +1,4 @@
-"""What can happen to a run: signals after some processor time, and death at a file operation.
+"""Faults of a run: signals after some processor time, and death at a file operation.
 
 Moments are given in processor time, not in seconds: what a process has done by then depends little
 on what else the machine does.
@@ -30,7 +30,7 @@ class Spots:
         self.count = 0
 
     def install(self) -> None:
-        """For good: meant for a process that ends after the one thing it does."""
+        """Count for good: meant for a process that ends after the one thing it does."""
         import safetensors.torch
 
         save_file = safetensors.torch.save_file
@@ -59,7 +59,7 @@ class Spots:
 
 
 class Fault(NamedTuple):
-    """What happens to a run: by default nothing."""
+    """A fault that happens to a run; by default, nothing happens."""
 
     signals: Sequence[tuple[float, int]] = ()
     """(Processor seconds of the first process, signal) to send, in turn."""
@@ -86,7 +86,7 @@ def limit_file_size(size: int) -> None:
 
 
 def processor_seconds(pid: int) -> float:
-    """Used so far by the main thread of a process; 0 if it is gone."""
+    """Processor time that the main thread of a process has used; 0 if the process is gone."""
     try:
         return int(Path(f"/proc/{pid}/schedstat").read_text().split()[0]) / 1e9
     except (OSError, IndexError, ValueError):
@@ -104,8 +104,8 @@ def wait(pids: Sequence[int], fault: Fault) -> tuple[int, ...]:
     end = time.monotonic() + fault.seconds
     while running := set(pids) - ended.keys():
         for pid in running:
-            found, status = os.waitpid(pid, os.WNOHANG)
-            if found:
+            child, status = os.waitpid(pid, os.WNOHANG)
+            if child:
                 ended[pid] = os.waitstatus_to_exitcode(status)
         while left and pids[0] not in ended and processor_seconds(pids[0]) >= left[0][0]:
             _, number = left.pop(0)

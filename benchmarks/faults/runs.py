@@ -48,7 +48,7 @@ class Kind(NamedTuple):
     main: Callable[[list[str]], int]
     flags: tuple[str, ...]
     compare: Callable[[Path], Any]
-    """What is in its folder in the end that has to be equal bit for bit."""
+    """From its folder in the end, the contents that have to be equal bit for bit."""
     ranks: int = 1
 
 
@@ -56,15 +56,15 @@ class Ended(NamedTuple):
     """How a run ended, and everything it printed."""
 
     statuses: tuple[int, ...]
-    """Of all its processes."""
+    """Exit statuses of all its processes."""
     text: str
     seconds: float
-    """Of processor time, of the first process' main thread."""
+    """Processor time of the first process' main thread."""
     operations: int
 
     @property
     def status(self) -> int:
-        """Of its first process."""
+        """Exit status of its first process."""
         return self.statuses[0]
 
 
@@ -93,13 +93,13 @@ def make_inputs(folder: Path) -> dict[str, Path]:
 
 
 def kinds(inputs: dict[str, Path], cache: Path) -> dict[str, Kind]:
-    """What is run, by name. cache: a folder of activations, harvested before."""
+    """All kinds of runs, by name. cache: a folder of activations, harvested before."""
     text = ("--model", str(inputs["model"]), "--dataset", str(inputs["text"]), *READ)
     harvested = (*text, "--tokens", "2600", "--shard-tokens", "200", "--device", "cpu")
     live = (*text, *TRAIN, "--k", "4")
     cached = ("--activations", str(cache), *TRAIN, "--k", "4")
     shared = (*live, "--tensor-parallel", "2")
-    found = [
+    all_kinds = [
         Kind("live", train.main, live, run_contents),
         Kind("streamed", train.main, (*live, "--streaming"), run_contents),
         Kind("sweep", train.main, (*live, "8"), sweep_contents),
@@ -108,7 +108,7 @@ def kinds(inputs: dict[str, Path], cache: Path) -> dict[str, Kind]:
         Kind("2 ranks", train.main, live, run_contents, ranks=2),
         Kind("2 ranks, heads shared out", train.main, shared, run_contents, ranks=2),
     ]
-    return {kind.name: kind for kind in found}
+    return {kind.name: kind for kind in all_kinds}
 
 
 def execute(kind: Kind, arguments: Sequence[str], log: Path, fault: Fault) -> Ended:
@@ -178,7 +178,7 @@ def _child(
 
 
 def _join(rank: int, ranks: int, store: Path) -> None:
-    """As torchrun does, but with a file for a meeting place, and no port."""
+    """Join the process group as under torchrun, but to meet at a file instead of a port."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks
@@ -205,7 +205,7 @@ def records(run: Path) -> list[dict[str, Any]]:
 
 
 def run_contents(run: Path) -> dict[str, Any]:
-    """What was learned, and the log of it."""
+    """Contents of a run: all that it `learned`, and its log."""
     return {**learned(run), "metrics": records(run)}
 
 
@@ -235,7 +235,7 @@ def strays(folder: Path) -> list[str]:
 
 
 def damaged(folder: Path) -> list[str]:
-    """What under its final name is not whole. Temporary files, which begin with a dot, may be."""
+    """Files that have their final name and are not whole. (Temporary names begin with a dot.)"""
     problems = []
     for path in folder.rglob("*"):
         if any(part.startswith(".") for part in path.relative_to(folder).parts):
