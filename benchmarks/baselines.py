@@ -1,4 +1,4 @@
-"""What a user writes in plain PyTorch: KronSAE as in the paper's listing, and a TopK SAE.
+"""Plain PyTorch, as a user writes it: KronSAE as in the paper's listing, and a TopK SAE.
 
 Both write the [B, F] latents, and autograd differentiates them.
 """

@@ -38,7 +38,7 @@ take is touched once, which costs more than to read into it again."""
 
 
 class Size(NamedTuple):
-    """Of a cache of random numbers."""
+    """Size of a cache of random numbers."""
 
     shards: int = 96
     rows: int = 2048
@@ -127,7 +127,7 @@ class Rate(NamedTuple):
 
 
 def rate(size: int, seconds: dict[str, float]) -> Rate:
-    """Of so many bytes in the seconds that `measure.spent` gives."""
+    """Rate of `size` bytes in the seconds that `measure.spent` gives."""
     return Rate(size / seconds["wall"], size / seconds["cpu"])
 
 
@@ -157,9 +157,9 @@ def compare(folder: Path, size: Size, rounds: int) -> dict[str, Any]:
             for name, read in readers.items():
                 if state == "cold":
                     drop(plain if name == "plain" else cache)
-                found = rate(*spent(read))
+                measured = rate(*spent(read))
                 if state == "cold" or turn:  # the first turn warms
-                    rates[f"{state} {name}"].append(found)
+                    rates[f"{state} {name}"].append(measured)
     return {
         **size._asdict(),
         "batch_size": BATCH,
@@ -171,13 +171,13 @@ def compare(folder: Path, size: Size, rounds: int) -> dict[str, Any]:
 
 
 def ratio(rates: dict[str, list[Rate]], name: str, plain: str, of: str) -> float:
-    """Median over rounds. of: "wall" or "cpu"."""
+    """Median over rounds of the ratio of two rates. of: "wall" or "cpu"."""
     pairs = zip(rates[name], rates[plain], strict=True)
     return statistics.median(getattr(a, of) / getattr(b, of) for a, b in pairs)
 
 
-def report(found: dict[str, Any]) -> str:
-    rates, rows = found["rates"], []
+def report(figures: dict[str, Any]) -> str:
+    rates, rows = figures["rates"], []
     for name, values in rates.items():
         state, of = name.split(" ", 1)
         cells = [name]
@@ -187,9 +187,10 @@ def report(found: dict[str, Any]) -> str:
             cells.append("" if of == "plain" else f"×{times:.2f}")
         rows.append(cells)
     return (
-        f"{found['shards']} shards of {found['rows']:,} tokens, d = {found['width']:,}, "
-        f"{found['dtype']}: {found['bytes'] / 2**20:,.0f} MiB, {found['bytes_per_token']:,.1f} "
-        f"bytes a token; batches of {found['batch_size']:,} in float32\n\n"
+        f"{figures['shards']} shards of {figures['rows']:,} tokens, d = {figures['width']:,}, "
+        f"{figures['dtype']}: {figures['bytes'] / 2**20:,.0f} MiB, "
+        f"{figures['bytes_per_token']:,.1f} bytes a token; "
+        f"batches of {figures['batch_size']:,} in float32\n\n"
     ) + markdown(("", "MB/s", "to plain files", "MB a CPU second", "to plain files"), rows)
 
 
@@ -198,9 +199,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--folder", type=Path, help="where the disk is (default: temporary files)")
     options = parser.parse_args(arguments)
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        found = compare(Path(folder), Size(), options.rounds)
-    print(report(found))
-    save(options.json, {"where": describe(torch.device("cpu")), "cache": found})
+        figures = compare(Path(folder), Size(), options.rounds)
+    print(report(figures))
+    save(options.json, {"where": describe(torch.device("cpu")), "cache": figures})
 
 
 if __name__ == "__main__":

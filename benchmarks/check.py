@@ -66,14 +66,14 @@ def inputs(case: Case, kron: bool, device: torch.device, dtype: torch.dtype) -> 
     torch.manual_seed(0)
     size = case.heads * case.m * case.n
 
-    def made(*shape: int, scale: float | None = None) -> Tensor:
+    def draw(*shape: int, scale: float | None = None) -> Tensor:
         numbers = torch.randn(*shape, device=device) * (scale or shape[-1] ** -0.5)
         return numbers.to(case.dtype).to(dtype)
 
-    x = made(case.tokens, case.d, scale=1.0)  # pre-latents are of the size of 1, too
-    w_enc = made(case.m + case.n, case.heads, case.d) if kron else made(size, case.d)
+    x = draw(case.tokens, case.d, scale=1.0)  # pre-latents are of the size of 1, too
+    w_enc = draw(case.m + case.n, case.heads, case.d) if kron else draw(size, case.d)
     w_enc = w_enc.transpose(0, 1) if kron else w_enc
-    b_enc, w_dec, b_dec = made(*w_enc.shape[:-1]), made(size, case.d), made(case.d)
+    b_enc, w_dec, b_dec = draw(*w_enc.shape[:-1]), draw(size, case.d), draw(case.d)
     return {"x": x, "w_enc": w_enc, "b_enc": b_enc, "w_dec": w_dec, "b_dec": b_dec}
 
 
@@ -96,7 +96,7 @@ def results(
 
 
 def results_of_step(case: Case, kron: bool, device: torch.device) -> dict[str, Tensor]:
-    """The same of the fused step, whose first moments are 0.1 of the gradients."""
+    """`results` of the fused step, whose first moments are 0.1 of the gradients."""
     x, *weights = inputs(case, kron, device, torch.float32).values()
     step = TrainingStep(
         *weights, m=case.m if kron else None, k=case.k, composition=case.composition, eps=EPS,
@@ -118,7 +118,7 @@ def check_operations(
     case: Case, device: torch.device, encoders: tuple[str, ...] = ("kron", "dense")
 ) -> list[dict[str, Any]]:
     """Each output and gradient, of operations and fused step: {"what", "error", "allowed"}."""
-    found = []
+    rows = []
     for encoder in encoders:
         kron = encoder == "kron"
         truth = results(case, kron, device, "reference", torch.float64)
@@ -126,7 +126,7 @@ def check_operations(
         ours = {"": results(case, kron, device, None, case.dtype)}
         if why_not_fused(device) is None:
             ours["fused step "] = results_of_step(case, kron, device)
-        found += [
+        rows += [
             {
                 "what": f"{which}{encoder} {name}, {case}",
                 "error": error(got[name], truth[name]),
@@ -135,7 +135,7 @@ def check_operations(
             for which, got in ours.items()
             for name in got
         ]
-    return found
+    return rows
 
 
 def check_selection(case: Case, device: torch.device) -> list[dict[str, Any]]:
@@ -172,7 +172,7 @@ def plan(smallest: bool) -> dict[str, Callable[[torch.device], list[dict[str, An
 
 
 def checked(name: str, device: torch.device, smallest: bool) -> list[dict[str, Any]]:
-    """What a check found; an exception is a finding as well."""
+    """Rows of a check; an exception gives a row as well."""
     try:
         return plan(smallest)[name](device=device)
     except Exception as broken:  # the others still tell something
@@ -193,12 +193,12 @@ def main(arguments: list[str] | None = None) -> None:
     checks: list[dict[str, Any]] = []
     wrong: list[dict[str, Any]] = []
 
-    def tell(found: list[dict[str, Any]]) -> None:
-        for one in found:
+    def tell(rows: list[dict[str, Any]]) -> None:
+        for one in rows:
             right = "allowed" in one and one["error"] <= one["allowed"]
             wrong.extend([] if right else [one])
             print("ok   " if right else "WRONG", one, flush=True)
-        checks.extend(found)
+        checks.extend(rows)
         result = {"where": where, "checks": checks, "wrong": wrong, "fused_skipped": reason_not}
         save(options.json, result)
 
@@ -207,8 +207,8 @@ def main(arguments: list[str] | None = None) -> None:
             tell(check(name))
     else:  # a process that lost its device loses one check
         with multiprocessing.get_context("spawn").Pool(options.workers, maxtasksperchild=1) as pool:
-            for found in pool.imap_unordered(check, names):
-                tell(found)
+            for rows in pool.imap_unordered(check, names):
+                tell(rows)
     print(f"{len(checks) - len(wrong)} of {len(checks)} right", reason_not or "", flush=True)
     sys.exit(bool(wrong))
 

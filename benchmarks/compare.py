@@ -32,9 +32,9 @@ class Goal(NamedTuple):
     """A ratio of times that is to be reached."""
 
     over: str
-    """What is divided: a contender, or "ours"."""
+    """Dividend: a contender, or "ours"."""
     under: str
-    """By what: a contender, "ours", or "floor"."""
+    """Divisor: a contender, "ours", or "floor"."""
     most: float | None
     least: float | None = None
 
@@ -69,20 +69,20 @@ def main(arguments: list[str] | None = None) -> None:
     shapes: list[dict[str, Any]] = []
     result = {**facts, "shapes": shapes}
 
-    def tell(shape: Shape, found: Comparison) -> None:
-        shapes[-1] = record(shape, found, ceilings, assumed, device)
+    def tell(shape: Shape, comparison: Comparison) -> None:
+        shapes[-1] = record(shape, comparison, ceilings, assumed, device)
         save(options.json, result)
 
-    for place, name in enumerate(options.shape):
-        left = (end - time.monotonic()) / (len(options.shape) - place)
+    for index, name in enumerate(options.shape):
+        left = (end - time.monotonic()) / (len(options.shape) - index)
         shape, ratios = SHAPES[name], ""
         shapes.append({"shape": shape._asdict(), "failed": "no time left"})
         if left > 0:
             shapes[-1]["failed"] = "stopped"
             try:
                 settings = options.rounds, 2, left, call
-                found = compare_steps(shape, device, *settings, partial(tell, shape))
-                ratios = ratio_table(found.timings, device)
+                comparison = compare_steps(shape, device, *settings, partial(tell, shape))
+                ratios = ratio_table(comparison.timings, device)
             except Exception as broken:  # the other shapes still tell something
                 shapes[-1]["failed"] = reason(broken)
         print(f"{steps_table({'shapes': [shapes[-1]]})}\n\n{ratios}\n", flush=True)
@@ -115,10 +115,10 @@ def ratio_table(timings: dict[str, Timing], device: torch.device) -> str:
     return markdown(("time / time", "ratio", "quartiles"), rows, numeric=True)
 
 
-def verdicts(found: Comparison, floor_ms: float) -> list[str]:
+def verdicts(comparison: Comparison, floor_ms: float) -> list[str]:
     """Each goal: what was reached, and whether that is enough."""
-    ours = next((name for name in OURS if name in found.timings), "")
-    medians = {name: timing.median_ms for name, timing in found.timings.items()}
+    ours = next((name for name in OURS if name in comparison.timings), "")
+    medians = {name: timing.median_ms for name, timing in comparison.timings.items()}
     lines = []
     for goal in GOALS:
         over, under = (ours if name == "ours" else name for name in (goal.over, goal.under))
@@ -128,7 +128,7 @@ def verdicts(found: Comparison, floor_ms: float) -> list[str]:
         if under == "floor":
             reached = medians[over] / floor_ms
         else:
-            reached = ratio(found.timings, over, under)[0]
+            reached = ratio(comparison.timings, over, under)[0]
         met = reached <= goal.most if goal.most else reached >= goal.least
         lines.append(f"{goal}: {reached:.2f} ({over}), {'reached' if met else 'MISSED'}")
     return lines
@@ -136,7 +136,7 @@ def verdicts(found: Comparison, floor_ms: float) -> list[str]:
 
 def record(
     shape: Shape,
-    found: Comparison,
+    comparison: Comparison,
     ceilings: Ceilings,
     assumed: Ceilings | None,
     device: torch.device,
@@ -150,7 +150,7 @@ def record(
         for kind, rates in (("measured", ceilings), ("assumed", assumed))
         if rates
     }
-    timings = found.timings
+    timings = comparison.timings
     return {
         "shape": shape._asdict(),
         "times_ms": {name: timing.times_ms for name, timing in timings.items()},
@@ -158,11 +158,11 @@ def record(
         "ratios": {
             f"{a} / {b}": ratio(timings, a, b)[0] for a, b in pairs_to_compare(timings, device)
         },
-        "peak_bytes": found.peak_bytes,
-        "skipped": found.skipped,
+        "peak_bytes": comparison.peak_bytes,
+        "skipped": comparison.skipped,
         "floor_ms": floor["measured"],
         "assumed_floor_ms": floor.get("assumed"),
-        "goals": verdicts(found, floor.get("assumed", floor["measured"])["kron"])
+        "goals": verdicts(comparison, floor.get("assumed", floor["measured"])["kron"])
         if device.type == "cuda" and shape.name in GOAL_SHAPES
         else [],
     }

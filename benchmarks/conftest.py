@@ -49,7 +49,7 @@ def xs(shape, device):
 def timed(benchmark, shape, device, ceilings, flush):
     """timed(group, flops, work, run, prepare): times run(*prepare()), the cache flushed before.
 
-    What it is of stands beside it: what it has to do, and the floor's share.
+    Beside the time stand the shape, the work (FLOPs and bytes), and the floor's share.
     """
 
     def time(group, flops, work, run, prepare=tuple):

@@ -21,12 +21,12 @@ def positive(text: str) -> int:
 def positive_seconds(text: str) -> float:
     """A number above 0."""
     try:
-        found = float(text)
+        seconds = float(text)
     except ValueError:
-        found = math.nan
-    if not found > 0:
+        seconds = math.nan
+    if not seconds > 0:
         raise argparse.ArgumentTypeError(f"expected a number of seconds above 0, got {text!r}")
-    return found
+    return seconds
 
 
 def usable_device(text: str) -> torch.device:

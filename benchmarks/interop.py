@@ -31,7 +31,7 @@ from kronsae.training.fit import fit
 
 SIZE, K = 1024, 16
 TOKENS, HELDOUT, BATCH = 60_000, 8192, 512
-"""To train each SAE on, in steps of BATCH; to judge on."""
+"""Tokens that each SAE is trained on and judged on, and those of a training step."""
 DENSE = {"encoder": "dense", "dict_size": SIZE, "k": K}
 KRON = {"dict_size": SIZE, "m": 4, "n": 4, "k": K}
 STOCK = {
@@ -51,14 +51,14 @@ OUTWARDS: dict[str, dict[str, dict[str, Any]]] = {
     "sparsify": {"TopK": DENSE},
     "dictionary_learning": STOCK,
 }
-"""What is trained here, by the library that it goes to."""
+"""Configurations of the SAEs that are trained here, by the library that they go to."""
 
 Trained = tuple[str, str, Callable[[Path], None]]
-"""Library, architecture, and what saves it as that library does."""
+"""Library, architecture, and a function that saves the SAE as that library does."""
 
 
 def sae_lens_trained(x: Tensor) -> Iterator[Trained]:
-    """By SAELens' own trainer step."""
+    """SAEs trained by SAELens' own trainer step."""
     from sae_lens import SAETrainer, TrainingSAE
     from sae_lens.config import SAETrainerConfig
 
@@ -87,7 +87,7 @@ def sae_lens_trained(x: Tensor) -> Iterator[Trained]:
 
 
 def sparsify_trained(x: Tensor) -> Iterator[Trained]:
-    """By the loss of sparsify's coder, and Adam."""
+    """An SAE trained by the loss of sparsify's coder, and Adam."""
     if not torch.cuda.is_available():
         os.environ.setdefault("SPARSIFY_DISABLE_TRITON", "1")
     from sparsify import SparseCoder, SparseCoderConfig
@@ -105,7 +105,7 @@ def sparsify_trained(x: Tensor) -> Iterator[Trained]:
 
 
 def dictionary_learning_trained(x: Tensor) -> Iterator[Trained]:
-    """By dictionary_learning's trainers."""
+    """SAEs trained by dictionary_learning's trainers."""
     from dictionary_learning.trainers.batch_top_k import BatchTopKTrainer
     from dictionary_learning.trainers.jumprelu import JumpReluTrainer
     from dictionary_learning.trainers.matryoshka_batch_top_k import MatryoshkaBatchTopKTrainer
@@ -175,11 +175,11 @@ def inwards(x: Tensor, heldout: Tensor, folder: Path) -> Iterator[dict[str, Any]
     """SAEs that the other libraries trained."""
     for trained in (sae_lens_trained, sparsify_trained, dictionary_learning_trained):
         for library, kind, save in trained(x):
-            place = folder / f"{library} {kind} trained there"
-            save(place)
-            ours = load(place, allow_pickle=True)
+            path = folder / f"{library} {kind} trained there"
+            save(path)
+            ours = load(path, allow_pickle=True)
             name = FORMATS[library].library
-            yield facts(kind, f"{name} → kronsae", verify(ours, place, library, heldout))
+            yield facts(kind, f"{name} → kronsae", verify(ours, path, library, heldout))
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -213,9 +213,9 @@ def main() -> None:
         ]
     print(table(rows))
     libraries = ("sae-lens", "eai-sparsify", "dictionary-learning")
-    found = {**versions(), **{name: metadata.version(name) for name in libraries}}
+    all_versions = {**versions(), **{name: metadata.version(name) for name in libraries}}
     out.mkdir(parents=True, exist_ok=True)
-    write_json(out / "interop.json", {"versions": found, "rows": rows})
+    write_json(out / "interop.json", {"versions": all_versions, "rows": rows})
     write_text(out / "interop.md", table(rows) + "\n")
 
 

@@ -27,7 +27,7 @@ PLAIN = ("topk", "listing", *peers.PEERS)
 
 
 class WrongResult(AssertionError):
-    """What was to be timed does not compute the right thing."""
+    """A call that was to be timed computes the wrong thing."""
 
 
 def synchronize(device: torch.device) -> None:
@@ -60,10 +60,10 @@ def describe(device: torch.device) -> dict[str, str | int | None]:
 
 def _processor() -> str:
     try:
-        found = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+        match = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
     except OSError:
-        found = None
-    return found.group(1) if found else platform.processor()
+        match = None
+    return match.group(1) if match else platform.processor()
 
 
 # Checks
@@ -90,12 +90,12 @@ def check_gradients(shape: Shape, encoder: str, device: torch.device) -> None:
     """
     loss_of, parameters_of = LOSSES[encoder]
     x, parameters = _batches(shape, device)[0], parameters_of(shape, device)
-    found = []
+    results = []
     for impl in (None, "reference"):
         loss = loss_of(shape, x[:CHECKED_TOKENS], *parameters, impl=impl)
-        found.append([loss, *torch.autograd.grad(loss, parameters)])
+        results.append([loss, *torch.autograd.grad(loss, parameters)])
     names = ("loss", "w_enc", "b_enc", "w_dec", "b_dec")
-    for name, got, expected in zip(names, *found, strict=True):
+    for name, got, expected in zip(names, *results, strict=True):
         require_close(f"{encoder} {shape.name} {name}", got, expected, 1e-4)
 
 
@@ -218,7 +218,7 @@ def interleaved(
             taken = timed_ms(call, device, flush)
             if round_ >= warmup:
                 times[name].append(taken)
-    return {name: Timing(found) for name, found in times.items()}
+    return {name: Timing(ms) for name, ms in times.items()}
 
 
 def alone(
@@ -239,10 +239,10 @@ def alone(
 
 
 def spent(call: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
-    """What a call returns; its seconds on the wall, and those of all processors it used."""
+    """A call's result; its seconds on the wall, and those of all processors it used."""
     wall, cpu = time.perf_counter(), time.process_time()
-    found = call()
-    return found, {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
+    result = call()
+    return result, {"wall": time.perf_counter() - wall, "cpu": time.process_time() - cpu}
 
 
 def release(device: torch.device) -> None:
@@ -311,14 +311,14 @@ class Apart:
             self.pipe.send((function, arguments))
             why: str | None = f"not done after {seconds:.0f} s"
             if self.pipe.poll(seconds):
-                found, why, lost = self.pipe.recv()
+                result, why, lost = self.pipe.recv()
         except (EOFError, OSError):
             why = "its process died"
         if lost:
             self.close()
         if why is not None:
             raise Failed(why)
-        return found
+        return result
 
     def close(self) -> None:
         if self.process is not None:
@@ -328,7 +328,7 @@ class Apart:
 
 
 class Failed(Exception):
-    """What a call in another process came to."""
+    """A call in another process failed, or did not end in time."""
 
 
 def here(function: Callable[..., Any], *arguments: Any, seconds: float = 0) -> Any:
@@ -337,7 +337,7 @@ def here(function: Callable[..., Any], *arguments: Any, seconds: float = 0) -> A
 
 
 def caller(device: torch.device) -> Callable[..., Any]:
-    """What calls a function that measures: on a GPU in a process of its own."""
+    """Caller of functions that measure: on a GPU, in a process of its own."""
     return Apart() if device.type == "cuda" else here
 
 
@@ -419,13 +419,13 @@ def measure_contender(
 
 
 class Comparison(NamedTuple):
-    """What came of timing several contenders at a shape."""
+    """Results of timing several contenders at a shape."""
 
     timings: dict[str, Timing]
     peak_bytes: dict[str, int]
-    """Of those measured on a GPU."""
+    """Peaks of memory of those measured on a GPU."""
     skipped: dict[str, str]
-    """Contender: why it was not timed."""
+    """Why a contender was not timed, by its name."""
 
 
 def attempt(
@@ -445,7 +445,7 @@ def compare_steps(
     warmup: int = 2,
     seconds: float = float("inf"),
     call: Callable[..., Any] = here,
-    tell: Callable[[Comparison], None] = lambda found: None,
+    tell: Callable[[Comparison], None] = lambda comparison: None,
 ) -> Comparison:
     """Times of all contenders' steps and of the encoders' bare matrix products, checked.
 
@@ -455,7 +455,7 @@ def compare_steps(
     call: where to measure, `here` or an `Apart`.  tell: called with what there is, after each.
     """
     end = time.monotonic() + seconds
-    found = Comparison({}, {}, {})
+    comparison = Comparison({}, {}, {})
     wrong: dict[str, str] = {}
     references = {
         encoder: attempt(call, wrong, encoder, reference_loss, shape, encoder, device)
@@ -467,40 +467,40 @@ def compare_steps(
     for name, contender in CONTENDERS.items():
         encoder = contender.encoder
         if why := contender.why_not(device):
-            found.skipped[name] = why
+            comparison.skipped[name] = why
         # A red check speaks against our operations, a reference that fails against all.
         elif encoder in wrong and (references[encoder] is None or name not in PLAIN):
-            found.skipped[name] = f"{encoder}: {wrong[encoder]}"
+            comparison.skipped[name] = f"{encoder}: {wrong[encoder]}"
         else:
             ready[name] = references[encoder]
     if device.type == "cpu" and call is here:
-        _in_turns(found, shape, ready, device, rounds, warmup)
-        tell(found)
+        _in_turns(comparison, shape, ready, device, rounds, warmup)
+        tell(comparison)
     else:
-        _one_by_one(found, shape, ready, device, rounds, warmup, end, call, tell)
-    return found
+        _one_by_one(comparison, shape, ready, device, rounds, warmup, end, call, tell)
+    return comparison
 
 
 def _in_turns(
-    found: Comparison,
+    comparison: Comparison,
     shape: Shape,
     ready: dict[str, float],
     device: torch.device,
     rounds: int,
     warmup: int,
 ) -> None:
-    """Put times into `found`.  ready: by contender, the reference's first loss."""
+    """Put times into `comparison`.  ready: by contender, the reference's first loss."""
     losses: dict[str, list[float]] = {}
     calls = encoders(shape, _batches(shape, device)[0])
     for name, expected in ready.items():
         settings = shape, name, losses, expected, device
-        if step := attempt(here, found.skipped, name, prepare, *settings):
+        if step := attempt(here, comparison.skipped, name, prepare, *settings):
             calls[name] = step
-    found.timings.update(interleaved(calls, rounds, warmup, device))
+    comparison.timings.update(interleaved(calls, rounds, warmup, device))
 
 
 def _one_by_one(
-    found: Comparison,
+    comparison: Comparison,
     shape: Shape,
     ready: dict[str, float],
     device: torch.device,
@@ -510,19 +510,19 @@ def _one_by_one(
     call: Callable[..., Any],
     tell: Callable[[Comparison], None],
 ) -> None:
-    """The same, each alone, and peaks of memory; nothing begins after `end`."""
+    """Put times of each call alone, and peaks, into `comparison`; nothing begins after `end`."""
     losses: dict[str, list[float]] = {}
     settings = shape, device, rounds, warmup
-    encode = attempt(call, found.skipped, "kron encode", measure_encoders, *settings)
-    found.timings.update(encode or {})
+    encode = attempt(call, comparison.skipped, "kron encode", measure_encoders, *settings)
+    comparison.timings.update(encode or {})
     for name, expected in ready.items():
         left = end - time.monotonic()
         if left < 0:
-            found.skipped[name] = "no time left"
+            comparison.skipped[name] = "no time left"
             continue
         settings = shape, name, losses, expected, device, rounds, warmup, left
-        if done := attempt(call, found.skipped, name, measure_contender, *settings):
-            found.timings[name], peak, losses[name] = done
+        if done := attempt(call, comparison.skipped, name, measure_contender, *settings):
+            comparison.timings[name], peak, losses[name] = done
             if peak is not None:
-                found.peak_bytes[name] = peak
-        tell(found)
+                comparison.peak_bytes[name] = peak
+        tell(comparison)

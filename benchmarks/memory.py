@@ -22,7 +22,7 @@ from benchmarks.shapes import SHAPES, Shape, activations
 from benchmarks.steps import CONTENDERS, LOSSES, Step
 
 DTYPE = torch.bfloat16
-"""Of matrix products, as on a GPU."""
+"""Dtype of matrix products, as on a GPU."""
 GENERATION = "sm_90"
 """Card generation whose kernels' configurations are taken (they decide how segments are cut)."""
 COUNTED = ("kron fused", "dense fused", "kron", "dense")
@@ -47,7 +47,7 @@ class Live(TorchDispatchMode):
         self._known: set[int] = set()
 
     def begin(self) -> None:
-        """From here on: peak and allocations."""
+        """Count peak and allocations from here on."""
         self.peak_bytes, self.allocations = self.live_bytes, []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -89,7 +89,7 @@ class LiveKernels(Live):
         self.launches.clear()  # they hold their arguments
         if func.namespace != "kronsae":
             return super().call(func, args, kwargs)
-        # What such an operator does, where on meta tensors it only shapes its results.
+        # Do its work here: on meta tensors the operator itself only shapes its results.
         name = func._schema.name.split("::")[1]
         with self:
             results = getattr(operations, name)(*args[:-1])
@@ -130,14 +130,14 @@ def autograd_step(encoder: str, shape: Shape) -> Step:
 
 
 class Count(NamedTuple):
-    """What one step holds."""
+    """Memory of one step."""
 
     state_bytes: int
-    """Before it: weights, moments, copies of weights, the batch."""
+    """Held before it: weights, moments, copies of weights, the batch."""
     peak_bytes: int
-    """In it, with all that."""
+    """Held in it at most, with all that."""
     largest: list[Allocation]
-    """What it allocates, largest first."""
+    """Its allocations, largest first."""
 
 
 def count(shape: Shape, contender: str) -> Count:
@@ -170,7 +170,7 @@ def measured_bytes(shape: Shape, contender: str, device: torch.device) -> int:
 def record_of(shape: Shape, contender: str, device: torch.device) -> dict[str, Any]:
     """Counted and (on a GPU) measured bytes of a step."""
     counted = count(shape, contender)
-    found = {
+    figures = {
         "shape": shape._asdict(),
         "contender": contender,
         "state_bytes": counted.state_bytes,
@@ -180,10 +180,10 @@ def record_of(shape: Shape, contender: str, device: torch.device) -> dict[str, A
     }
     if device.type == "cuda":
         try:
-            found["measured_bytes"] = measured_bytes(shape, contender, device)
+            figures["measured_bytes"] = measured_bytes(shape, contender, device)
         except Exception as broken:  # the others still tell something
-            found["skipped"] = reason(broken)
-    return found
+            figures["skipped"] = reason(broken)
+    return figures
 
 
 def main(arguments: list[str] | None = None) -> None:

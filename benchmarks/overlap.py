@@ -49,7 +49,7 @@ MODELS: dict[str, dict[str, Any]] = {
 
 
 class Sizes(NamedTuple):
-    """Of the autoencoder, and of what it reads."""
+    """Sizes of the autoencoder, and of what it reads."""
 
     dict_size: int
     k: int
@@ -61,7 +61,7 @@ class Sizes(NamedTuple):
 
 EMBEDDED = Sizes(4096, 32, 1024, 256, 16, 8192)
 LARGE = Sizes(65_536, 50, 8192, 256, 128, 131_072)
-"""For MODELS."""
+"""Sizes for MODELS."""
 SMALLEST = Sizes(256, 4, 128, 32, 4, 512)
 
 
@@ -145,7 +145,7 @@ def measure(work: Iterator[int], tokens: int, device: torch.device) -> dict[str,
 def measure_both(
     learner: Learner, stream: Stream, tokens: int, device: torch.device
 ) -> dict[str, float]:
-    """The same of training, once the thread is as far ahead as it gets; and who waited."""
+    """`measure` of training, once the thread is as far ahead as it gets; and who waited."""
     work, done = train(learner, stream), 0
     while done <= tokens:
         done += next(work)
@@ -157,7 +157,7 @@ def measure_both(
 
 
 def stop(stream: Stream) -> None:
-    """Nothing runs beside the next one."""
+    """Close a stream, so that nothing runs beside the next one."""
     stream.close()
     stream.batches = None
 
@@ -165,7 +165,7 @@ def stop(stream: Stream) -> None:
 def contenders(
     model: LanguageModel, sizes: Sizes, tokens: int, device: torch.device
 ) -> dict[str, Callable[[], dict[str, float]]]:
-    """What is measured; the first two are the parts alone."""
+    """Calls that measure, by name; the first two are the parts alone."""
     opened = partial(open_source, model, sizes, device)
     sae = SAEConfig(d_model=model.d_model, dict_size=sizes.dict_size, m=4, n=4, k=sizes.k)
     config = TrainConfig(
@@ -196,23 +196,23 @@ def compare(
     batch = sizes.batch_size
     tokens = max(2 * batch, sizes.buffer_tokens) // 2 // batch * batch
     calls = contenders(model, sizes, tokens, device)
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in calls}
+    timings: dict[str, list[dict[str, float]]] = {name: [] for name in calls}
     end = time.monotonic() + seconds
     for number in range(rounds + 1):
         for name, call in calls.items():
             times = call()
             if number:  # the first round warms up
-                found[name].append(times)
+                timings[name].append(times)
         if time.monotonic() > end and number >= 2:
             break
     medians = {
-        name: {key: statistics.median(one[key] for one in each) for key in each[0]}
-        for name, each in found.items()
+        name: {key: statistics.median(one[key] for one in times) for key in times[0]}
+        for name, times in timings.items()
     }
     a, b, *_ = (times["seconds"] for times in medians.values())
     return {
         "tokens_a_round": tokens,
-        "rounds": len(found["beside"]),
+        "rounds": len(timings["beside"]),
         "medians": medians,
         "of_the_model_alone": {
             name: a / medians[name]["seconds"] for name in ("in turns", "beside")
@@ -231,10 +231,10 @@ def main(arguments: list[str] | None = None) -> None:
     if options.smallest:
         sizes = SMALLEST
     model = open_model(options.model, 0 if options.smallest else None, device)
-    found = compare(model, sizes, options.rounds, device, options.seconds)
-    found = {"where": describe(device), "model": options.model, **sizes._asdict(), **found}
-    save(options.json, found)
-    print(overlap_table(found))
+    result = compare(model, sizes, options.rounds, device, options.seconds)
+    result = {"where": describe(device), "model": options.model, **sizes._asdict(), **result}
+    save(options.json, result)
+    print(overlap_table(result))
 
 
 if __name__ == "__main__":

@@ -150,7 +150,7 @@ PEERS = {
     "sae-lens": Library("sae_lens", sae_lens),
     "dictionary-learning": Library("dictionary_learning", dictionary_learning),
 }
-"""By the name of the distribution."""
+"""Peers by the name of their distribution."""
 
 
 def why_not(name: str) -> str | None:

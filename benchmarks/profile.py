@@ -135,11 +135,11 @@ def main(arguments: list[str] | None = None) -> None:
             continue
         prediction = predictions.get(shape.name) if contender == "kron fused" else None
         try:
-            found = call(measure, shape, contender, ceilings, device, prediction)
+            row = call(measure, shape, contender, ceilings, device, prediction)
         except Exception as broken:  # the others still tell something
-            found = {"shape": shape._asdict(), "contender": contender, "skipped": reason(broken)}
-        result["profiles"].append(found)
-        print(profile_table({"profiles": [found]}) + "\n", flush=True)
+            row = {"shape": shape._asdict(), "contender": contender, "skipped": reason(broken)}
+        result["profiles"].append(row)
+        print(profile_table({"profiles": [row]}) + "\n", flush=True)
         save(options.json, result)
 
 

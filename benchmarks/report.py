@@ -30,25 +30,25 @@ def write(folder: Path) -> str:
     parts = ["# Benchmarks"]
     for path in sorted(folder.glob("*.json")):
         try:
-            found = json.loads(path.read_text())
+            result = json.loads(path.read_text())
         except ValueError:  # stopped while it wrote
             continue
         for key, table in TABLES.items():
-            if isinstance(found, dict) and key in found:
-                parts += [f"## {path.stem}", where(found), table(found)]
+            if isinstance(result, dict) and key in result:
+                parts += [f"## {path.stem}", where(result), table(result)]
     text = "\n\n".join(part for part in parts if part) + "\n"
     (folder / "report.md").write_text(text)
     return text
 
 
-def where(found: Json) -> str:
+def where(result: Json) -> str:
     """Machine, versions and measured ceilings of a result."""
-    info = found.get("where", {})
+    info = result.get("where", {})
     names = ("device", "processor", "threads", "compute", "python", "torch", "triton")
     libraries = ("kronsae", "eai-sparsify", "sae-lens", "dictionary-learning")
     text = ", ".join(f"{n} {info[n]}" for n in (*names, *libraries) if info.get(n) is not None)
     for kind in ("ceilings", "assumed"):
-        if rates := found.get(kind):
+        if rates := result.get(kind):
             text += (
                 f"; {'measured' if kind == 'ceilings' else kind}: "
                 f"{rates['multiply_adds_per_s'] / 1e12:.3g} T multiply-adds/s, "
@@ -76,14 +76,14 @@ def ranked(one: Json) -> list[str]:
 
 
 def to_ours(medians: dict[str, float], name: str) -> str:
-    """Times the step that the trainer takes (`steps.best_of_ours`); empty if it was not timed."""
+    """Ratio to the step that the trainer takes (`steps.best_of_ours`); "" if it was not timed."""
     ours = medians.get("kron fused") or medians.get("kron")
     return f"×{medians[name] / ours:.2f}" if ours else ""
 
 
-def steps_table(found: Json) -> str:
+def steps_table(result: Json) -> str:
     parts = []
-    for one in found["shapes"]:
+    for one in result["shapes"]:
         if "failed" in one:
             parts.append(f"{bold(one['shape'])}: {one['failed']}")
         if "median_ms" not in one:
@@ -127,9 +127,9 @@ def steps_table(found: Json) -> str:
 # benchmarks.profile: {"profiles": [{"shape", "contender", "stages": {name: {"ms", "floor_ms"}}}]}
 
 
-def profile_table(found: Json) -> str:
+def profile_table(result: Json) -> str:
     parts = []
-    for one in found["profiles"]:
+    for one in result["profiles"]:
         if "skipped" in one:
             parts.append(f"{bold(one['shape'])}, {one['contender']}: {one['skipped']}")
             continue
@@ -156,7 +156,7 @@ def profile_table(found: Json) -> str:
 # benchmarks.overlap: {"medians": {name: {"seconds", …}}, "of_the_model_alone", "bounds"}
 
 
-def overlap_table(found: Json) -> str:
+def overlap_table(result: Json) -> str:
     """Tokens a second, shares of the language model alone, and waits."""
 
     def percent(share: float | None) -> str:
@@ -167,14 +167,14 @@ def overlap_table(found: Json) -> str:
         (
             name,
             f"{1 / times['seconds']:,.0f}",
-            percent(found["of_the_model_alone"].get(name)),
+            percent(result["of_the_model_alone"].get(name)),
             f"{1e6 * times['cpu_seconds']:.1f}",
             percent(times.get("wait_share")),
             percent(times.get("model_wait_share")),
         )
-        for name, times in found["medians"].items()
+        for name, times in result["medians"].items()
     ]
-    bounds = ", ".join(f"{name} {share:.0%}" for name, share in found["bounds"].items())
+    bounds = ", ".join(f"{name} {share:.0%}" for name, share in result["bounds"].items())
     return (
         markdown((*header, "waited for activations", "model waited"), rows)
         + f"\n\nFrom the two alone: {bounds} of the language model."
@@ -184,9 +184,9 @@ def overlap_table(found: Json) -> str:
 # benchmarks.memory: {"memory": [{"shape", "contender", "counted_bytes", …}]}
 
 
-def memory_table(found: Json) -> str:
+def memory_table(result: Json) -> str:
     rows = []
-    for one in found["memory"]:
+    for one in result["memory"]:
         sizes = [one[f"{name}_bytes"] for name in ("state", "counted", "measured")]
         latents = 2 * one["shape"]["tokens"] * Shape(**one["shape"]).dict_size
         sizes += [one["largest"][0]["size_bytes"], latents]
@@ -204,7 +204,7 @@ TABLES: dict[str, Callable[[Json], str]] = {
     "medians": overlap_table,
     "memory": memory_table,
 }
-"""By the key that only such a file has."""
+"""Functions that make tables, each by the key that only its files have."""
 
 
 if __name__ == "__main__":

@@ -63,7 +63,7 @@ SHAPES = {
         # GOAL_SHAPES, on Gemma-2-2B: the same dictionary, in heads of two forms.
         Shape("G1", d=2304, heads=8192, m=2, n=4, k=50, tokens=8192),
         Shape("G2", d=2304, heads=4096, m=4, n=4, k=50, tokens=8192),
-        # That many latents for Pythia-160M and Qwen2.5-1.5B.
+        # As many latents (65,536) for Pythia-160M and Qwen2.5-1.5B.
         Shape("L1", d=768, heads=4096, m=4, n=4, k=50, tokens=8192),
         Shape("L2", d=1536, heads=4096, m=4, n=4, k=50, tokens=8192),
         # A million latents, for one large GPU.

@@ -20,7 +20,7 @@ from kronsae_kernels import dense_encode, fused_encode, sparse_decode
 
 LEARNING_RATE = 8e-4
 EPS = 1e-5
-"""Under the root, as in the listing. [KronSAE, App. H]"""
+"""Added under the root, as in the listing. [KronSAE, App. H]"""
 Step = Callable[[Tensor], Tensor]
 
 
@@ -147,7 +147,7 @@ def training_step(encoder: str, shape: Shape, device: torch.device) -> Any:
 
 
 def graphed(encoder: str, shape: Shape, device: torch.device) -> Step:
-    """The same as a CUDA graph: kernels follow one another without the launching process."""
+    """`fused` as a CUDA graph: kernels follow one another without the launching process."""
     from kronsae_kernels.step import GraphedStep
 
     replay = GraphedStep(training_step(encoder, shape, device))
@@ -213,7 +213,7 @@ CONTENDERS = {
     "listing": Contender("kron", partial(plain, KronListing)),
     **{name: _peer(name) for name in peers.PEERS if name != "eai-sparsify"},
 }
-"""What matters most comes first: it is measured first."""
+"""By name; those that matter most come first, and are measured first."""
 LABELS = {
     "listing": "KronSAE, the paper's listing",
     "topk": "TopK SAE, plain PyTorch",
@@ -234,5 +234,5 @@ OURS = ("kron graphed", "kron fused", "kron")
 
 
 def best_of_ours(encoder: str, device: torch.device) -> str:
-    """What the trainer runs on a device: the fused step, or autograd where it cannot."""
+    """Contender that the trainer runs on a device: the fused step, or autograd where it cannot."""
     return f"{encoder} fused" if why_not_fused(device) is None else encoder

@@ -72,7 +72,7 @@ OPERATIONS = {"encode_kron": encode_kron, "encode_dense": encode_dense, "decode"
 
 
 def work_of(shape, name, direction, width):
-    """What an operation alone cannot do without; `width`: bytes of a number in its products.
+    """Least work of an operation alone; `width`: bytes of a number in its products.
 
     Forward: as in `floors.stages` (an encoder is encode + select, and reads its float32 weights).
     Backward: the products of the update stages, and each gradient written in float32 (4 bytes).
@@ -122,8 +122,8 @@ def test_operation(timed, device, shape, xs, impl, name, direction):
     first = batches[0]
     few = slice(CHECKED_TOKENS)
     few = first[few] if isinstance(first, Tensor) else tuple(part[few] for part in first)
-    for place, (got, expected) in enumerate(zip(both(few), both(few, "reference"), strict=True)):
-        require_close(f"{name} output or gradient {place}", got, expected, 1e-4)
+    for number, (got, expected) in enumerate(zip(both(few), both(few, "reference"), strict=True)):
+        require_close(f"{name} output or gradient {number}", got, expected, 1e-4)
 
     def prepare():
         with autocast(device):

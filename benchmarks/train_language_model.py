@@ -35,9 +35,9 @@ class Recipe:
     """Sizes and rates: those of the embedded model."""
 
     tokens: int = 12_087_296
-    """To train on."""
+    """Tokens to train on."""
     seed: int = 0
-    """Of weights and windows."""
+    """Seed of weights and windows."""
     vocab_size: int = 3072
     context: int = 256
     """T."""
