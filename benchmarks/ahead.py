@@ -72,8 +72,8 @@ def tool(name: str, *arguments: Any) -> str:
     Raises FileNotFoundError if there is neither.
     """
     own = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    found = str(own) if own.exists() else shutil.which(name)
-    if found is None:
+    path = str(own) if own.exists() else shutil.which(name)
+    if path is None:
         raise FileNotFoundError(f"{name}: neither in {own.parent} nor on the path")
-    command = [found, *map(str, arguments)]
+    command = [path, *map(str, arguments)]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout

@@ -1,4 +1,4 @@
-"""What a training step cannot do without, stage by stage, and what the machine can do.
+"""The least work of a training step, stage by stage, and the rates of the machine.
 
 A floor is the time of the scarcest resource at its measured rate: multiply-adds, bytes of memory,
 bytes gathered through the cache. Stages follow one another, so a step's floor is their sum.
@@ -22,7 +22,7 @@ in plain PyTorch."""
 
 
 class Work(NamedTuple):
-    """What a stage has to do."""
+    """The work that a stage cannot do without."""
 
     multiply_adds: int = 0
     moved_bytes: int = 0
@@ -53,7 +53,7 @@ ASSUMED = {
     "A100": Ceilings(125e12, 1.75e12, 3.5e12),
     "B200": Ceilings(900e12, 7.0e12, 9.0e12),
 }
-"""By a word of the card's name: what `benchmarks.predict` assumes (an H100: less memory rate)."""
+"""Rates by a word of the card's name, as `benchmarks.predict` assumes (H100: less memory rate)."""
 
 
 def assumed_ceilings(device: torch.device) -> Ceilings | None:

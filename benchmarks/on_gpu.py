@@ -51,7 +51,7 @@ RESERVE = 20.0
 """Seconds kept for the summary."""
 COMMANDS = ("check", "profile", "compare", "tune", "end-to-end")
 SECONDS = "{seconds}"
-"""In a part's command: after so many seconds it begins nothing new."""
+"""Stands in a part's command for the seconds after which it begins nothing new."""
 ALONE, TOGETHER = True, False
 COMPILED = {
     "check": "G1 G2 --checks",
@@ -73,7 +73,7 @@ class Part(NamedTuple):
     """The command that it belongs to."""
     command: list[str]
     share: float
-    """Of the time that is left, beside the shares of those that follow."""
+    """Share of the time that is left, relative to the shares of the parts that follow."""
     alone: bool = ALONE
     """Whether nothing may run beside it: it measures time, or takes all processors."""
     environment: dict[str, str] = {}
@@ -193,8 +193,8 @@ def parts(raw: Path, commands: list[str], smallest: bool) -> list[Part]:
     """The parts of some commands, in order; those that are not alone begin together."""
     make = Maker(raw, smallest)
     of = {name: getattr(make, name.replace("-", "_")) for name in COMMANDS}
-    found = [part for name in COMMANDS if name in commands for part in of[name]()]
-    return [make.compile(commands), *found]
+    chosen = [part for name in COMMANDS if name in commands for part in of[name]()]
+    return [make.compile(commands), *chosen]
 
 
 def run(part: Part, limit: float, logs: Path) -> Done:
@@ -227,7 +227,7 @@ def run(part: Part, limit: float, logs: Path) -> Done:
 
 
 def brief(raw: Path, done: list[Done]) -> dict[str, Any]:
-    """The figures that matter: how parts ended ("runs"), and by the name of its file each one's."""
+    """The figures that matter: how parts ended ("runs"), and each JSON file by its name."""
     figures: dict[str, Any] = {"runs": [one._asdict() for one in done]}
     for path in sorted(raw.glob("*.json")):
         try:
@@ -242,8 +242,8 @@ def summary(figures: dict[str, Any], tables: str) -> str:
     lines = ["# Summary", ""]
     for name in ("compare", "small"):
         for one in figures.get(name, {}).get("shapes", []):
-            found = [*one.get("goals", []), *([one["failed"]] if "failed" in one else [])]
-            lines += [f"- {one['shape']['name']}: {goal}" for goal in found]
+            goals = [*one.get("goals", []), *([one["failed"]] if "failed" in one else [])]
+            lines += [f"- {one['shape']['name']}: {goal}" for goal in goals]
     check = figures.get("check", {"checks": [], "wrong": []})
     count, wrong = len(check["checks"]), check["wrong"]
     lines.append(f"- {count - len(wrong)} of {count} checks of values and gradients are right")
@@ -289,7 +289,7 @@ def read_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "python -m benchmarks.on_gpu",
         description=__doc__,
         epilog="parts, by command:\n\n"
-        + "\n".join(f"    {of or 'any':12} {' '.join(found)}" for of, found in names.items()),
+        + "\n".join(f"    {of or 'any':12} {' '.join(listed)}" for of, listed in names.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
@@ -349,7 +349,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _shares(waiting: list[Part]) -> float:
-    """Of all parts; those that begin together count once."""
+    """Sum of the parts' shares; those that begin together count once."""
     together = [part.share for part in waiting if not part.alone]
     return sum(part.share for part in waiting if part.alone) + max(together, default=0.0)
 

@@ -42,14 +42,14 @@ def step(shape: Shape, contender: str) -> None:
 
 
 def gradients(shape: Shape, encoder: str) -> None:
-    """What `measure.check_gradients` launches."""
+    """Launch what `measure.check_gradients` launches."""
     loss_of, parameters_of = LOSSES[encoder]
     x = torch.empty(CHECKED_TOKENS, shape.d, device=META)
     loss_of(shape, x, *parameters_of(shape, META), impl="triton").backward()
 
 
 def alternatives(shape: Shape) -> None:
-    """What `benchmarks.tune` tries."""
+    """Launch the alternatives that `benchmarks.tune` tries."""
     data = tune.Data(shape, META)
     for kernel, (call, changes) in tune.KERNELS.items():
         for one in changes:
@@ -82,7 +82,7 @@ def cases(shapes: list[Shape], checks: bool, tuning: bool) -> Iterator[aot.Case]
 
 
 def compile_launch(launch: Launch, target: str) -> None:
-    """Into Triton's cache: the kernel, and what some versions compile to start it."""
+    """Compile into Triton's cache: the kernel, and what some versions need to start it."""
     binary = ahead.compiled(ahead.specialise(launch, target), target)
     if torch.version.cuda:
         from triton.backends.nvidia.driver import CudaLauncher
@@ -91,11 +91,11 @@ def compile_launch(launch: Launch, target: str) -> None:
 
 
 WORKS: list[Any] = []
-"""What processes that are forked find."""
+"""Kernels to compile; set before the fork, so that forked processes have them."""
 
 
-def _compile(place: int, target: str) -> tuple[str, float, str | None]:
-    work, began = WORKS[place], time.perf_counter()
+def _compile(index: int, target: str) -> tuple[str, float, str | None]:
+    work, began = WORKS[index], time.perf_counter()
     why = work.error
     try:
         if why is None:
@@ -125,13 +125,13 @@ def main(arguments: list[str] | None = None) -> None:
     if target not in ahead.TARGETS:
         parser.error(f"no target for this machine's card ({target}): give one")
     began = time.perf_counter()
-    found = cases([SHAPES[name] for name in options.shape], options.checks, options.tuning)
-    WORKS[:] = aot.collect(list(found), target)[: options.most]
+    calls = cases([SHAPES[name] for name in options.shape], options.checks, options.tuning)
+    WORKS[:] = aot.collect(list(calls), target)[: options.most]
     print(f"{len(WORKS)} kernels found in {time.perf_counter() - began:.0f} s", flush=True)
     results: list[dict[str, Any]] = []
     build = functools.partial(_compile, target=target)
     with ProcessPoolExecutor(options.workers, multiprocessing.get_context("fork")) as pool:
-        for done in as_completed([pool.submit(build, place) for place in range(len(WORKS))]):
+        for done in as_completed([pool.submit(build, index) for index in range(len(WORKS))]):
             kernel, seconds, why = done.result()
             results.append({"kernel": kernel, "seconds": seconds, "error": why})
             if why:

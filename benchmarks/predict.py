@@ -1,4 +1,4 @@
-"""What a training step costs on a card, from its compiled kernels: `python -m benchmarks.predict`.
+"""The cost of a training step on a card, from its compiled kernels: `python -m benchmarks.predict`.
 
 Needs no GPU. Every kernel that a fused step launches at a shape is compiled for the card; from its
 machine code follow three bounds, and from these a time:
@@ -59,8 +59,8 @@ from kronsae_kernels.triton_impl.launch import Launch, record
 
 
 class Card(NamedTuple):
-    """What a card can do. Rates of an H200 as measured on one; the others' from data sheets, at
-    the same share of the peak."""
+    """Sizes and rates of a card. An H200's rates were measured on one; the others' are from data
+    sheets, at the same share of the peak."""
 
     name: str
     processors: int
@@ -82,15 +82,15 @@ LATENCIES = Latencies(
 ISSUED = 4
 """Warp instructions a cycle and multiprocessor."""
 REGISTERS, WARPS, BLOCKS = 65536, 64, 32
-"""Of a multiprocessor."""
+"""Registers, warps and programs that a multiprocessor holds at most."""
 RAMP_MS = 0.0035
-"""Of a launch: until its programs run everywhere, and until the last has ended."""
+"""Overhead of a launch: until its programs run everywhere, and until the last has ended."""
 SECTOR = 64
 """Bytes that memory delivers at least for a number that is gathered by itself."""
 SMALL_MS = 0.0024
-"""Of a small operation of torch: its launch is most of it."""
+"""Time of a small operation of torch: its launch is most of it."""
 SORT_MS_A_MILLION = 0.25
-"""Of a stable sort of int32 keys with their positions."""
+"""Time of a stable sort of a million int32 keys with their positions."""
 PRODUCT_EFFICIENCY = 0.92
 """Share of the product's rate that cuBLAS reaches on full rounds of 128 x 256 tiles."""
 PRODUCT_TILE = 128, 256
@@ -222,9 +222,9 @@ class Operation(NamedTuple):
 
     name: str
     bytes: int
-    """Of its tensors."""
+    """Bytes of its tensors."""
     size: tuple[int, ...]
-    """Of its (first) result."""
+    """Shape of its (first) result."""
     item: int
     """Bytes of one number of it."""
 
@@ -256,7 +256,7 @@ class Operations(TorchDispatchMode):
 
 
 class Pass(NamedTuple):
-    """What a part of a step does."""
+    """A part of a step: its launches and operations."""
 
     launches: list[Launch]
     operations: list[Operation]
@@ -289,9 +289,9 @@ def passes(shape: Shape, card: str, moments: str, auxiliary: bool) -> tuple[Pass
 
     def note(call: Callable[[], Any]) -> Any:
         with record(card) as launches, Operations() as operations:
-            found = call()
+            result = call()
         parts.append(Pass(list(launches), operations.noted))
-        return found
+        return result
 
     def revive() -> None:
         dead, target = silent >= 1, -residual[: dying.tokens].float()
@@ -329,15 +329,15 @@ class Program(NamedTuple):
     warps: int
     registers: int
     shared: int
-    """Bytes."""
+    """Bytes of shared memory."""
     spills: int
     """Bytes of stack and local memory."""
     instructions: int
-    """That one warp issues."""
+    """Instructions that one warp issues."""
     cycles: float
-    """From its first to its last."""
+    """Cycles from its first instruction to its last."""
     barriers: int = 0
-    """That one warp passes."""
+    """Barriers that one warp passes."""
 
 
 def resident(program: Program, card: Card) -> int:
@@ -378,7 +378,7 @@ def product_ms(rows: int, columns: int, d: int, card: Card) -> float:
 
 
 def sort_ms(operation: Operation) -> float:
-    """In proportion to the bytes of a key."""
+    """Time of a sort, in proportion to the bytes of a key."""
     return math.prod(operation.size) / 1e6 * SORT_MS_A_MILLION * operation.item / 4
 
 
@@ -390,7 +390,7 @@ def small_ms(operation: Operation, card: Card) -> float:
 
 
 def level_of(spec: Spec) -> Callable[[Instruction], str]:
-    """From an instruction that loads: which latency it has, by the array that its line names."""
+    """A function that names the latency of a loading instruction, by the array in its line."""
 
     def level(one: Instruction) -> str:
         lines = [linecache.getline(one.file, one.line + offset) for offset in range(-2, 3)]
@@ -434,7 +434,7 @@ def read(launch: Launch, card: str, shape: Shape) -> Program:
 def kernel_rows(
     launches: list[Launch], shape: Shape, card: str, works: dict[str, Work]
 ) -> list[dict[str, Any]]:
-    """For each kernel its `Program` (of its last launch), and of all its launches the times.
+    """A row for each kernel: the `Program` of its last launch, and the times of all its launches.
 
     works: of `floors.stages`.  floor_ms: of the stage whose work it does; 0 where that is another
     kernel's.
@@ -471,7 +471,7 @@ def kernel_rows(
 def other_rows(
     operations: list[Operation], shape: Shape, card: str, works: dict[str, Work]
 ) -> list[dict[str, Any]]:
-    """What is not a kernel of ours: products by cuBLAS, sorts and small operations."""
+    """Rows of what is not a kernel of ours: products by cuBLAS, sorts and small operations."""
     machine = CARDS[card]
     times: dict[str, list[float]] = {"product (cuBLAS)": [], "sort": [], "operations of torch": []}
     for one in operations:
@@ -487,12 +487,12 @@ def other_rows(
     return [
         {
             "name": name,
-            "count": len(found),
+            "count": len(ms),
             "floor_ms": machine.ceilings.floor_ms(works[stage[name]]) if name in stage else 0.0,
-            "expected_ms": sum(found),
+            "expected_ms": sum(ms),
         }
-        for name, found in times.items()
-        if found
+        for name, ms in times.items()
+        if ms
     ]
 
 
@@ -524,7 +524,7 @@ def predict(
     names = ("select", "merge", "rank", "encode", "finish")
     selection = [row for row in step["rows"] if row["kernel"].startswith(names)]
     selection += [one for one in step["others"] if one["name"].startswith("product")]
-    found = {
+    figures = {
         "shape": shape._asdict(),
         "card": card,
         "triton": triton.__version__,
@@ -539,13 +539,13 @@ def predict(
         _, second, longer = passes(shape, card, moments, auxiliary=True)
         revived = estimate(second, dying, card, stages(dying, "kron", 2))
         alone, both = (estimate(one, shape, card, works)["step_ms"] for one in (update, longer))
-        found["auxiliary"] = {
+        figures["auxiliary"] = {
             "shape": dying._asdict(),
             **revived,
             "update_ms": both - alone,
             "total_ms": revived["step_ms"] + both - alone,
         }
-    return found
+    return figures
 
 
 # Printing
@@ -563,25 +563,25 @@ floor              of the stage whose work the kernel does: multiply-adds or byt
 time               expected: a little above the largest bound, and the launches
 ratio              time / floor
 """
-"""Of the tables' columns."""
+"""Legend of the tables' columns."""
 COLUMNS = ("kernel", "programs", "regs", "fit", "syncs", "spills", "issue", "latency", "bytes")
 COLUMNS += ("floor", "time", "ratio")
 
 
-def table(found: dict[str, Any]) -> str:
+def table(figures: dict[str, Any]) -> str:
     """Markdown of one shape, with the goals below; and of its auxiliary pass, if there is one."""
-    card = f"{found['card']} ({CARDS[found['card']].name}), Triton {found['triton']}"
-    if found["moments"] != "float32":
-        card += f", moments in {found['moments']}"
-    step = found["step_ms"]
-    total = "**step**", _counts(found), found["floor_ms"], step
+    card = f"{figures['card']} ({CARDS[figures['card']].name}), Triton {figures['triton']}"
+    if figures["moments"] != "float32":
+        card += f", moments in {figures['moments']}"
+    step = figures["step_ms"]
+    total = "**step**", _counts(figures), figures["floor_ms"], step
     parts = [
-        f"## {Shape(**found['shape'])}, {card}",
-        _rows(found, [total]),
-        "\n".join(f"- {line}" for line in verdicts(found)),
+        f"## {Shape(**figures['shape'])}, {card}",
+        _rows(figures, [total]),
+        "\n".join(f"- {line}" for line in verdicts(figures)),
     ]
-    if "auxiliary" in found:
-        more = found["auxiliary"]
+    if "auxiliary" in figures:
+        more = figures["auxiliary"]
         dying = Shape(**more["shape"])
         longer = "longer update", "", 0.0, more["update_ms"]
         total = "**auxiliary pass**", _counts(more), 0.0, more["total_ms"]
@@ -594,22 +594,22 @@ def table(found: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _counts(found: dict[str, Any]) -> str:
-    return f"{found['launches']} launches, {_many(found['operations'], 'operation')}"
+def _counts(figures: dict[str, Any]) -> str:
+    return f"{figures['launches']} launches, {_many(figures['operations'], 'operation')}"
 
 
 def _many(count: int, what: str) -> str:
     return f"{count} {what}" + "s" * (count != 1)
 
 
-def _rows(found: dict[str, Any], totals: list[tuple[str, str, float, float]]) -> str:
+def _rows(figures: dict[str, Any], totals: list[tuple[str, str, float, float]]) -> str:
     """A line for each kernel and for what is not one of ours; totals: name, count, floor, time."""
 
     def ending(floor: float, time: float) -> tuple[str, str, str]:
         return f"{floor:.3f}", f"{time:.3f}", f"{time / floor:.2f}" if floor > 0.01 else ""
 
     rows: list[tuple[Any, ...]] = []
-    for row in found["rows"]:
+    for row in figures["rows"]:
         size = f"{row['programs']} x {row['warps']}"
         counts = (row[name] for name in ("registers", "resident", "barriers", "spills"))
         bounds = (f"{row[f'{kind}_ms']:.3f}" for kind in ("issue", "latency", "bytes"))
@@ -617,25 +617,25 @@ def _rows(found: dict[str, Any], totals: list[tuple[str, str, float, float]]) ->
         rows.append((row["kernel"], size, *counts, *bounds, *end))
     lines = [
         (one["name"], _many(one["count"], "call"), one["floor_ms"], one["expected_ms"])
-        for one in found["others"]
+        for one in figures["others"]
     ]
     for name, count, *times in lines + totals:
         rows.append((name, count, *7 * [""], *ending(*times)))
     return markdown(COLUMNS, rows)
 
 
-def verdicts(found: dict[str, Any]) -> list[str]:
+def verdicts(figures: dict[str, Any]) -> list[str]:
     """The step beside its goals, where it has some, a sentence each."""
-    shape, step = Shape(**found["shape"]), found["step_ms"]
+    shape, step = Shape(**figures["shape"]), figures["step_ms"]
     goal = f", at most {STEP_GOAL}" if shape.name in JUDGED else ""
-    lines = [f"step: {step / found['floor_ms']:.2f} of the floor{goal}"]
-    there = shape.dict_size, shape.d, shape.k, shape.tokens, found["card"]
+    lines = [f"step: {step / figures['floor_ms']:.2f} of the floor{goal}"]
+    there = shape.dict_size, shape.d, shape.k, shape.tokens, figures["card"]
     if there == (65536, 2304, 50, 8192, "sm_90"):
         lines += [
             f"step: {SPARSIFY_MS / step:.2f} times as fast as sparsify, at least {SPARSIFY_GOAL}",
             f"step: {DENSE_MS / step:.2f} times as fast as dense, at least {DENSE_GOAL}",
         ]
-    both, product = found["encode_and_select_ms"], found["product_ms"]
+    both, product = figures["encode_and_select_ms"], figures["product_ms"]
     goal = f", at most {ENCODE_GOAL}" if shape.name in JUDGED else ""
     lines.append(
         f"encode and selection: {both:.2f} ms, {both / product:.2f} of the product alone, in one "
@@ -649,14 +649,14 @@ def read_golden() -> dict[str, dict[str, dict[str, float]]]:
     return json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
 
 
-def write_golden(found: list[dict[str, Any]]) -> None:
+def write_golden(results: list[dict[str, Any]]) -> None:
     """Replace this Triton's part."""
     part = {
         one["shape"]["name"]: {
             **{row["kernel"]: round(row["expected_ms"], 4) for row in one["rows"]},
             "step": round(one["step_ms"], 4),
         }
-        for one in found
+        for one in results
     }
     table = dict(sorted({**read_golden(), VERSION: part}.items()))
     GOLDEN.write_text(json.dumps(table, indent=1) + "\n")
@@ -694,13 +694,13 @@ def main(arguments: list[str] | None = None) -> None:
     if triton.knobs.runtime.interpret:
         parser.error("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
     print(f"Estimates; times in milliseconds.\n\n{indent(LEGEND, '    ')}")
-    found = []
+    results = []
     for name in options.shape:
-        found.append(predict(SHAPES[name], options.card, options.moments, options.auxiliary))
-        print(table(found[-1]), flush=True)
+        results.append(predict(SHAPES[name], options.card, options.moments, options.auxiliary))
+        print(table(results[-1]), flush=True)
     if options.update:
-        write_golden(found)
-    save(options.json, {"triton": VERSION, "shapes": found})
+        write_golden(results)
+    save(options.json, {"triton": VERSION, "shapes": results})
 
 
 if __name__ == "__main__":

@@ -90,17 +90,17 @@ def parse(listing: str) -> Code:
     branches: dict[int, str] = {}
     file, line, text = "", 0, ""
     for row in listing.splitlines():
-        if found := re.match(r'\s*//## File "(.*?)", line (\d+)', row):
-            file, line = _here(found[1]), int(found[2])
-        elif found := re.match(r"\s*(\.L\w+):", row):
-            labels[found[1]] = len(instructions)
-        elif found := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?)\s*/\* 0x[0-9a-f]{16} \*/", row):
-            text = found[1].strip("{}; ")
-        elif (found := re.match(r"\s*/\* 0x([0-9a-f]{16}) \*/", row)) and text:
+        if match := re.match(r'\s*//## File "(.*?)", line (\d+)', row):
+            file, line = _here(match[1]), int(match[2])
+        elif match := re.match(r"\s*(\.L\w+):", row):
+            labels[match[1]] = len(instructions)
+        elif match := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?)\s*/\* 0x[0-9a-f]{16} \*/", row):
+            text = match[1].strip("{}; ")
+        elif (match := re.match(r"\s*/\* 0x([0-9a-f]{16}) \*/", row)) and text:
             if target := re.search(r"\bBRA\b.*?(\.L\w+)", text):
                 branches[len(instructions)] = target[1]
             # The upper half of an instruction ends with its control codes, 21 bits.
-            control = int(found[1], 16) >> 41
+            control = int(match[1], 16) >> 41
             waits = tuple(i for i in range(SCOREBOARDS) if control >> (11 + i) & 1)
             fields = control & 15, control >> 5 & 7, control >> 8 & 7
             instructions.append(Instruction(text, file, line, *fields, waits))
@@ -223,9 +223,9 @@ class Latencies(NamedTuple):
     """Cycles until a result is there, on a card under load."""
 
     first_level: int
-    """Of a load that all programs make from the same address."""
+    """A load that all programs make from the same address."""
     cached: int
-    """Of a load from the L2 cache."""
+    """A load from the L2 cache."""
     memory: int
     shared: int
     barrier: int
@@ -268,8 +268,8 @@ def simulate(
         for board in one.waits:
             now = max([now, *pending[board]])
             pending[board] = []
-        if operation == "DEPBAR" and (found := re.search(r"SB(\d), 0x(\w+)", one.text)):
-            board, allowed = int(found[1]), int(found[2], 16)
+        if operation == "DEPBAR" and (match := re.search(r"SB(\d), 0x(\w+)", one.text)):
+            board, allowed = int(match[1]), int(match[2], 16)
             ends = sorted(pending[board])
             if len(ends) > allowed:
                 now = max(now, ends[len(ends) - allowed - 1])

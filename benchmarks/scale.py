@@ -1,4 +1,4 @@
-"""What 16 M latents and 100 B tokens would cost on many GPUs: `python -m benchmarks.scale`.
+"""The cost of 16 M latents and 100 B tokens on many GPUs: `python -m benchmarks.scale`.
 
 A model on paper, all of it an estimate. The stages of a step and what they move are those of
 `floors`, on the part of the dictionary that a rank owns, at the rates of H200. Heads are split over
@@ -31,13 +31,13 @@ class Machine(NamedTuple):
 
     ceilings: Ceilings
     memory_bytes: float
-    """Of a card."""
+    """Memory of a card."""
     link_bytes_per_s: float
     """Between the cards of a node, each way."""
     network_bytes_per_s: float
-    """Of a node, each way: that of all its adapters."""
+    """Between nodes, each way: all adapters of a node together."""
     cards: int
-    """A node."""
+    """Cards of a node."""
 
 
 H200 = Machine(
@@ -57,11 +57,11 @@ values of 8 heads of 128, and the three products of the MLP. (Attention's own pr
 it at 1,024 tokens, left out.)"""
 
 BYTES = 2
-"""Of a number that is multiplied or sent: bfloat16."""
+"""Bytes of a number that is multiplied or sent: bfloat16."""
 STATE = {"float32": 12 + BYTES, "bfloat16": 4 + 2 + 2 + BYTES}
 """Bytes a weight by the moments' dtype: the weight, two moments, a copy for products."""
 BISECTIONS = 31
-"""Of the bits of a positive float32."""
+"""Steps of a bisection: the bits of a positive float32."""
 LATENCY = 20e-6
 """Seconds of a small all-reduce: assumed."""
 
@@ -91,7 +91,7 @@ def step(shape: Shape, ranks: int, machine: Machine) -> dict[str, float]:
 
 
 def gather_seconds(size: float, ranks: int, machine: Machine) -> float:
-    """Until each rank has (or has given) all `size` bytes, of which each holds an equal part.
+    """Seconds until each rank has (or has given) all `size` bytes; each holds an equal part.
 
     Rings through the nodes: a node's adapters work side by side, its cards pass on what came.
     """
@@ -116,7 +116,7 @@ def maxima_seconds(shape: Shape, ranks: int, machine: Machine) -> tuple[float, f
 
 
 def memory_bytes(shape: Shape, ranks: int, moments: str) -> float:
-    """Of a rank: weights and moments, when latents fired, and what a step makes of all tokens."""
+    """A rank's bytes: weights, moments, when latents fired, and what a step makes of all tokens."""
     weights = shape.parameters("kron") / ranks * STATE[moments] + 8 * shape.dict_size / ranks
     pre_latents = BYTES * shape.tokens * shape.columns / ranks
     rows = shape.tokens * shape.d * (BYTES + 4 + BYTES)
@@ -130,7 +130,7 @@ def fits(shape: Shape, ranks: int, machine: Machine) -> str:
 
 
 def run_table() -> str:
-    """What is trained."""
+    """Markdown of the run: sizes of its autoencoder, language model and activations."""
     shape, weights = SHAPE, SHAPE.parameters("kron")
     state = f"{12 * weights / 1e12:,.2f} TB"
     activations = f"activations of {TOKENS / 1e9:,.0f} G tokens, in bfloat16"
@@ -149,7 +149,7 @@ def run_table() -> str:
 
 
 def tables() -> str:
-    """Markdown."""
+    """All tables, as Markdown."""
     memory, steps, heads = [], [], []
     for ranks, batch in itertools.product(GPUS, BATCHES):
         shape = SHAPE._replace(tokens=batch)
@@ -180,19 +180,19 @@ def tables() -> str:
     )
 
 
-def put(document: str, found: str) -> str:
+def put(document: str, text: str) -> str:
     """The document with these tables in the place of those that it has."""
     before, rest = document.split(BEGIN)
-    return f"{before}{BEGIN}\n\n{found}\n\n{END}{rest.split(END)[1]}"
+    return f"{before}{BEGIN}\n\n{text}\n\n{END}{rest.split(END)[1]}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser("benchmarks.scale", description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help="put the tables into docs/scale.md")
-    found = tables()
+    text = tables()
     if parser.parse_args().write:
-        DOCUMENT.write_text(put(DOCUMENT.read_text(encoding="utf-8"), found), encoding="utf-8")
-    print(found)
+        DOCUMENT.write_text(put(DOCUMENT.read_text(encoding="utf-8"), text), encoding="utf-8")
+    print(text)
 
 
 if __name__ == "__main__":

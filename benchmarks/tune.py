@@ -48,7 +48,7 @@ Results = tuple[Tensor, ...]
 
 
 class Data:
-    """What a training step of a shape has at hand, in bfloat16."""
+    """Inputs of the kernels in a training step of a shape, in bfloat16."""
 
     def __init__(self, shape: Shape, device: torch.device) -> None:
         w_enc, b_enc, w_dec, b_dec = (p.detach() for p in kron_parameters(shape, device))
@@ -63,7 +63,7 @@ class Data:
         self.indices, self.base, self.extension = operations.encode(
             self.x, self.w_enc, self.b_enc, None, shape.m, shape.k, "mand"
         )
-        self.found = decode_and_loss(self)
+        self.decoded = decode_and_loss(self)
         self.entries = group(self)
         self.encoder, self.encoder_bias, self.decoder, self.decoder_bias = (
             (w, torch.zeros_like(w), torch.zeros_like(w)) for w in (w_enc, b_enc, w_dec, b_dec)
@@ -108,8 +108,8 @@ def decode_and_loss(data: Data) -> operations.DecodeAndLoss:
 
 
 def group(data: Data) -> operations.Entries:
-    found = data.found
-    coefficients = (found.values, found.along, found.d_base, found.d_extension)
+    decoded = data.decoded
+    coefficients = (decoded.values, decoded.along, decoded.d_base, decoded.d_extension)
     return operations.Entries.of(data.indices, data.shape.dict_size, coefficients)
 
 
@@ -119,9 +119,9 @@ def grouped(data: Data) -> Results:
 
 
 def update_decoder(data: Data) -> Results:
-    found, entries = data.found, data.entries
+    decoded, entries = data.decoded, data.entries
     squares = operations.update_rows(
-        entries, *entries.coefficients[:2], found.residual, data.hyper, "update", True,
+        entries, *entries.coefficients[:2], decoded.residual, data.hyper, "update", True,
         data.decoder, data.table,
     )  # fmt: skip
     return squares, data.decoder[1]
@@ -141,7 +141,7 @@ def update_both(data: Data) -> Results:
 
 
 def update_bias(data: Data) -> Results:
-    gradient = data.found.residual.sum(0, dtype=torch.float32)
+    gradient = data.decoded.residual.sum(0, dtype=torch.float32)
     operations.update_vector(gradient, data.decoder_bias, data.hyper[1])
     return (data.decoder_bias[1],)
 
@@ -216,8 +216,8 @@ PRESENT = "as it is"
 
 def numbers(kernel: str, device: torch.device) -> Changes:
     """A kernel's warps, stages and block sizes as they are."""
-    found = configs.config_of(kernel, configs.generation_of(device))
-    return {"num_warps": found.num_warps, "num_stages": found.num_stages, **found.blocks}
+    config = configs.config_of(kernel, configs.generation_of(device))
+    return {"num_warps": config.num_warps, "num_stages": config.num_stages, **config.blocks}
 
 
 def label_of(changes: Changes) -> str:
@@ -225,7 +225,7 @@ def label_of(changes: Changes) -> str:
 
 
 def launches_of(call: Callable[[], Results], device: torch.device) -> list[tuple[Any, ...]]:
-    """What a call launches: name, grid, warps, stages and all arguments that are no tensors."""
+    """A call's launches: name, grid, warps, stages and all arguments that are no tensors."""
     with record(configs.generation_of(device)) as launches:
         call()
     return [
@@ -242,12 +242,12 @@ def launches_of(call: Callable[[], Results], device: torch.device) -> list[tuple
 
 def require_same(results: Results, expected: Results) -> None:
     """Integers are equal, numbers close; else WrongResult."""
-    for place, (got, wanted) in enumerate(zip(results, expected, strict=True)):
+    for number, (got, wanted) in enumerate(zip(results, expected, strict=True)):
         if got.is_floating_point():
-            require_close(f"result {place}", got.float(), wanted.float(), TOLERANCE)
+            require_close(f"result {number}", got.float(), wanted.float(), TOLERANCE)
         elif not torch.equal(got, wanted):
             different = int((got != wanted).sum())
-            raise WrongResult(f"result {place}: {different} of {got.numel()} differ")
+            raise WrongResult(f"result {number}: {different} of {got.numel()} differ")
 
 
 def configured(kernel: str, changes: Changes, data: Data) -> Callable[[], Results]:
@@ -283,9 +283,9 @@ def measure(
             continue
         data.reset()
         try:
-            found = tuple(tensor.clone() for tensor in call())
-            expected = expected or found
-            require_same(found, expected)
+            results = tuple(tensor.clone() for tensor in call())
+            expected = expected or results
+            require_same(results, expected)
             calls[label] = graphed(call) if device.type == "cuda" else call
         except WrongResult as wrong:
             skipped[label] = str(wrong)
@@ -308,7 +308,7 @@ def data_of(shape: Shape, device: torch.device) -> Data:
 
 
 def measure_at(shape: Shape, kernel: str, device: torch.device, *limits: Any) -> dict[str, Any]:
-    """`measure` at a shape; what it has at hand is kept for the next kernel."""
+    """`measure` at a shape, whose `Data` are kept for the next kernel."""
     return measure(kernel, data_of(shape, device), device, *limits)
 
 
@@ -379,10 +379,10 @@ def write(generation: str, best: dict[str, Changes], path: Path) -> None:
 
 
 def written(text: str) -> dict[str, Any]:
-    """What --json wrote into a file."""
+    """Card generation and better configurations, from a file that --json wrote."""
     try:
-        found = json.loads(Path(text).read_text(encoding="utf-8"))
-        return {name: found[name] for name in ("generation", "better")}
+        figures = json.loads(Path(text).read_text(encoding="utf-8"))
+        return {name: figures[name] for name in ("generation", "better")}
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise argparse.ArgumentTypeError(f"{text} is not what --json wrote: {error}") from error
 
@@ -426,12 +426,12 @@ def search(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
                 break
             settings = SHAPES[name], kernel, device, options.rounds, end
             try:
-                found = call(measure_at, *settings)
+                row = call(measure_at, *settings)
             except Exception as broken:  # the others still tell something
-                found = {"kernel": kernel, "shape": name, "times_ms": {}}
-                found |= {"present": numbers(kernel, device), "skipped": {PRESENT: reason(broken)}}
-            kernels.append(found)
-            print(table(found), flush=True)
+                row = {"kernel": kernel, "shape": name, "times_ms": {}}
+                row |= {"present": numbers(kernel, device), "skipped": {PRESENT: reason(broken)}}
+            kernels.append(row)
+            print(table(row), flush=True)
         result["better"] = chosen(kernels)
         save(options.json, result)
     return result
