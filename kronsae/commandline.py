@@ -193,8 +193,8 @@ class Parser(argparse.ArgumentParser):
         name = argument.split("=")[0].replace("_", "-")
         if name in self.others:
             return f"unknown argument {argument!r}: here it is {self.others[name]}"
-        flags = [option for action in self._actions for option in action.option_strings]
-        close = difflib.get_close_matches(name, flags, n=3)
+        flags = [option[2:] for option in self._option_string_actions if option.startswith("--")]
+        close = [f"--{flag}" for flag in difflib.get_close_matches(name.lstrip("-"), flags, n=3)]
         hint = f"did you mean {' or '.join(close)}?" if close else "--help lists all flags"
         return f"unknown argument {argument!r}: {hint}"
 

@@ -15,6 +15,7 @@ import shlex
 import sys
 import traceback
 import warnings
+from abc import ABC
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -25,7 +26,7 @@ from kronsae.errors import InputError
 Registered = TypeVar("Registered")
 
 
-class Kind:
+class Kind(ABC):
     """Base class of kinds of encoders, selections and objectives."""
 
     title: ClassVar[str] = ""
@@ -41,11 +42,6 @@ class Kind:
     def check(cls, config: Any) -> None:
         """Raise InputError for an SAEConfig that does not fit it."""
 
-    @classmethod
-    def parameter_count(cls, config: Any) -> int:
-        """Number of its parameters, besides the encoder's and the decoder's."""
-        return 0
-
 
 class Registry(Mapping[str, Registered], Generic[Registered]):
     """Registered kinds by name, in the order of registration."""
@@ -55,9 +51,14 @@ class Registry(Mapping[str, Registered], Generic[Registered]):
         self._kinds: dict[str, Registered] = {}
 
     def register(self, name: str) -> Callable[[Registered], Registered]:
-        """Decorator that adds a kind. Raises InputError if the name is taken."""
+        """Decorator that adds a kind. Raises InputError if it lacks a method that it has to define,
+        or if the name is taken.
+        """
 
         def add(kind: Registered) -> Registered:
+            if missing := getattr(kind, "__abstractmethods__", ()):
+                methods = ", ".join(f"`{method}`" for method in sorted(missing))
+                raise InputError(f"{self.what} {name!r} has to define {methods}")
             known = self._kinds.get(name)
             # The same file may run twice, as a plugin and as an imported module.
             if known is not None and _origin(known) != _origin(kind):

@@ -8,6 +8,8 @@
         def open(cls, data, *, batch_size, seed, device): ...
 """
 
+from abc import ABC, abstractmethod
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,7 +25,7 @@ from kronsae.errors import InputError
 from kronsae.registry import SOURCES
 
 
-class Source:
+class Source(ABC):
     """A source of activations, which `DataConfig.activations` names."""
 
     @classmethod
@@ -36,13 +38,13 @@ class Source:
         return {"model": name, "dataset": name, "layer": None, "hookpoint": "activations"}
 
     @classmethod
+    @abstractmethod
     def open(cls, data: DataConfig, *, batch_size: int, seed: int, device: Any) -> Any:
         """An `ActivationSource` whose `heldout_activations()` [t, d] are never among its batches.
 
         If it also has `language_model`, `heldout_contexts()` and `heldout_mask()`, they are passed
         to `kronsae.metrics.HeldoutText`. Raises InputError if it cannot be opened.
         """
-        raise NotImplementedError
 
     @classmethod
     def describe(cls, source: Any, data: DataConfig) -> str:
@@ -51,11 +53,21 @@ class Source:
 
 
 def source_of(activations: str | None) -> type[Source]:
-    """The class that `DataConfig.activations` names: by NAME:REST, otherwise a cache's folder."""
+    """The class that `DataConfig.activations` names: by NAME:REST, otherwise a cache's folder.
+
+    Raises InputError for an unknown NAME.
+    """
     if activations is None:
         return Live
     name, colon, _ = activations.partition(":")
-    return SOURCES[name] if colon and name in SOURCES else Cache
+    if colon and name in SOURCES:
+        return SOURCES[name]
+    if colon and not Path(activations).exists():
+        raise InputError(
+            f"activations {activations!r}: there is no such folder, and no source {name!r} is "
+            "registered (a source of your own is registered by --plugin FILE)"
+        )
+    return Cache
 
 
 def open_activations(

@@ -34,6 +34,7 @@ from kronsae.runs.folder import RunFolder, SweepFolder
 from kronsae.runs.sweep import comparison
 from kronsae.sources import open_activations, source_of
 from kronsae.system import parallel
+from kronsae.system.checkpoint import list_checkpoints, step_of
 from kronsae.system.devices import resolve_device
 from kronsae.system.parallel import ALONE, Mesh, join
 from kronsae.system.tables import aligned
@@ -62,7 +63,10 @@ def main(argv: list[str] | None = None) -> int:
         if request.plan:
             if quiet:  # the first process measures
                 return 0
-            plan, members, model = _plan(request)
+            try:
+                plan, members, model = _plan(request)
+            except NoOutline as error:
+                raise InputError(f"there is no plan, but it may run: {error}") from error
             console.print(render(plan, members, run_time(plan, members, model)), markup=False)
             return 0
         mesh = _join(request)
@@ -245,12 +249,18 @@ def _describe(console: Console, request: Request, source: Any, heldout: Heldout,
             name if request.sweep else "autoencoder": _describe_member(member)
             for name, member in request.members.items()
         },
-        "run folder": str(out),
+        "run folder": str(out) + _done_before(out),
     }
     table = Table.grid(padding=(0, 2))
     for name, value in rows.items():
         table.add_row(f"[dim]{name}[/dim]", escape(value))
     console.print(table)
+
+
+def _done_before(out: Path) -> str:
+    """How far a run that is resumed came before, in words; "" for a new one."""
+    checkpoints = list_checkpoints(out / "checkpoints")
+    return f", goes on after step {step_of(checkpoints[-1]):,}" if checkpoints else ""
 
 
 def _describe_member(config: RunConfig) -> str:

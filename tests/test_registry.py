@@ -14,6 +14,8 @@ from kronsae import InputError, SAEConfig, registry
 from kronsae.__main__ import main as command
 from kronsae.config import all_settings
 from kronsae.hub import model_card
+from kronsae.interop.formats import Format
+from kronsae.model.selection import Selection
 from kronsae.registry import (
     FORMATS,
     LOGS,
@@ -144,6 +146,17 @@ def test_a_registry_is_a_mapping():
     with pytest.raises(InputError, match=r"kind: one of \('a',\), not \['x'\]"):
         kinds[["x"]]
     assert set(OBJECTIVES) == {"plain", "matryoshka", "multi_topk"}
+
+
+def test_a_kind_without_a_method_that_it_has_to_define():
+    with pytest.raises(InputError, match="selection 'mine' has to define `forward`"):
+
+        @SELECTIONS.register("mine")
+        class Mine(Selection): ...
+
+    assert "mine" not in SELECTIONS
+    with pytest.raises(InputError, match="format 'theirs' has to define `read`, `write`"):
+        FORMATS.register("theirs")(Format)
 
 
 def test_gated_latents_are_those_of_the_paper():
@@ -292,6 +305,10 @@ def test_a_source_a_log_and_a_format_of_ones_own(tmp_path, monkeypatch, capsys):
         sae = kronsae.load("run")
         assert sae.d_model == 16 and sae.metadata["data"]["source"] == "tensor"
         assert command(["train", *rows, *flags, "--resume", "run", "--tokens", "3500"]) == 2
+        assert command(["train", *rows, *flags, "--plan"]) == 2
+        assert "there is no plan, but it may run: the sizes of rows" in capsys.readouterr().err
+        assert command(["train", "--activations", "columns:x", *flags]) == 2
+        assert "no source 'columns' is registered" in capsys.readouterr().err
         assert command(["train", *rows, "--model", "gpt2", *flags]) == 2
         assert "--model gpt2 has no effect with --activations" in capsys.readouterr().err
         export = ("export", "run", "--plugin", "mine.py", "--to", "plain", "--out", "plain")

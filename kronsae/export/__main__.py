@@ -9,6 +9,7 @@ import dataclasses
 import re
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 from pathlib import Path
 
 from kronsae.commandline import Parser, exit_status
@@ -33,6 +34,7 @@ def make_parser() -> Parser:
         "Write an SAE in the format of another library, or push it to the Hugging Face hub.",
         "kronsae export RUN --to sae_lens --out exported --verify\n"
         "kronsae export RUN --to hub --repo me/my-sae",
+        usage="%(prog)s SAE --to FORMAT (--out DIR | --repo OWNER/NAME) [flags]",
     )
     parser.add_argument(
         "source", metavar="SAE", help="run folder, folder of an SAE of any known format, or hub id"
@@ -115,10 +117,6 @@ def _export(argv: list[str]) -> None:
 
 def _check(request: argparse.Namespace) -> None:
     hub = request.to == "hub"
-    if hub and not request.repo:
-        raise InputError("--to hub needs --repo OWNER/NAME")
-    if not hub and request.out is None:
-        raise InputError(f"--to {request.to} needs --out DIR, the folder to write")
     without_effect = {
         "--out": hub and request.out is not None,
         "--verify": hub and request.verify,
@@ -129,6 +127,12 @@ def _check(request: argparse.Namespace) -> None:
     for flag, is_given in without_effect.items():
         if is_given:
             raise InputError(f"{flag} has no effect with --to {request.to}: leave it out")
+    if hub and not request.repo:
+        raise InputError("--to hub needs --repo OWNER/NAME")
+    if not hub and request.out is None:
+        raise InputError(f"--to {request.to} needs --out DIR, the folder to write")
+    if request.verify:
+        _check_installed(FORMATS[request.to].package)
     for flag, is_given in (
         ("--tokens", request.tokens is not None),
         ("--trust-remote-code", request.trust_remote_code),
@@ -137,6 +141,15 @@ def _check(request: argparse.Namespace) -> None:
             raise InputError(f"{flag} has no effect without --verify: leave it out")
     if request.tokens is not None and request.tokens < 2:
         raise InputError(f"--tokens: expected at least 2, got {request.tokens}")
+
+
+def _check_installed(package: str) -> None:
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        raise InputError(
+            f"--verify needs {package}: pip install {package}, or leave out --verify"
+        ) from None
 
 
 def _verify(request: argparse.Namespace, sae: SAE) -> None:

@@ -1,11 +1,13 @@
 """`Format`, the base class of folder formats, which `kronsae.registry.FORMATS` registers."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
 from torch import Tensor
 
+from kronsae.errors import InputError
 from kronsae.model.sae import SAE
 from kronsae.registry import FORMATS
 
@@ -13,7 +15,7 @@ Reader = Callable[[Tensor], tuple[Tensor, Tensor]]
 """x [t, d] -> number of active latents [t] and reconstruction [t, d_out]."""
 
 
-class Format:
+class Format(ABC):
     """A format of folders that hold an SAE, recognised by the names of their two files."""
 
     library: ClassVar[str]
@@ -28,19 +30,19 @@ class Format:
     """Python code that loads the folder {out} in the library."""
 
     @staticmethod
+    @abstractmethod
     def read(folder: Path) -> SAE:
         """Read the SAE in a folder. Raises InputError if it is damaged or of an unknown kind."""
-        raise NotImplementedError
 
     @staticmethod
+    @abstractmethod
     def write(sae: SAE, folder: str | Path) -> Path:
         """Write the folder. Raises InputError, with the reason, if the format cannot hold it."""
-        raise NotImplementedError
 
     @staticmethod
     def reader(folder: Path, sae: SAE) -> Reader:
         """The SAE as the library itself runs it, for --verify. Raises ImportError without it."""
-        raise NotImplementedError
+        raise InputError("this format does not say how its library runs an SAE: leave out --verify")
 
 
 def recognise(folder: Path) -> str | None:

@@ -5,6 +5,7 @@ them: Kron, dense, or another one that is registered (`kronsae.registry.ENCODERS
 Letters: d width, F latents, h heads of m base and n extension pre-latents, w width of the codes.
 """
 
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -72,9 +73,9 @@ class EncoderKind(Kind, nn.Module):
         order = reference.largest(values.detach(), width)
         return SparseCodes(values.gather(-1, order), order)
 
+    @abstractmethod
     def every(self, x: Tensor, w: Tensor, b: Tensor) -> Tensor:
         """All latents of x [..., d] as a matrix [..., F], 0 where they are not active."""
-        raise NotImplementedError(f"{type(self).__name__} defines no `every`")
 
     def products(
         self, x: Tensor, w: Tensor, b: Tensor, *, k: int, mask: Tensor | None, impl: str | None

@@ -52,10 +52,6 @@ class Gated(EncoderKind):
         if config.experts:
             raise InputError("encoder 'gated' has no experts: leave them out, or take 'dense'")
 
-    @classmethod
-    def parameter_count(cls, config: SAEConfig) -> int:
-        return 2 * config.dict_size
-
     def dense_form(self, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         scale, b_mag = self.r_mag.to(w).exp(), self.b_mag.to(b)
         # Open where the value's argument is greater than b_mag - exp(r_mag) b_enc.

@@ -7,6 +7,7 @@ sum over their own tokens, divided by all B. The parts add up to the loss, and s
 """
 
 import math
+from abc import abstractmethod
 from typing import ClassVar, NamedTuple
 
 from torch import Tensor
@@ -55,6 +56,7 @@ class Objective(Kind):
     """Decoded latents of a token in multiples of k, for the memory of a plan."""
 
     @classmethod
+    @abstractmethod
     def reconstruct(
         cls, sae: SAE, x: Tensor, target: Tensor, tokens: int, config: TrainConfig, progress: float
     ) -> Reconstruction:
@@ -64,7 +66,6 @@ class Objective(Kind):
         tokens: B of the whole batch, of which x is this process's part.
         progress: share of the training that is done, from 0 to 1.
         """
-        raise NotImplementedError
 
 
 @OBJECTIVES.register("plain")

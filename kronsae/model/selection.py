@@ -12,6 +12,7 @@ gets no gradient, and does not count as fired (`Encoder.fired`).
 """
 
 import math
+from abc import abstractmethod
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -80,9 +81,9 @@ class Selection(Kind, nn.Module):
         """Number of active latents in words: "50 active per token"."""
         return f"{'' if cls.exact else 'about '}{config.k} active per token"
 
+    @abstractmethod
     def forward(self, sae: Encoder, x: Tensor, k: int, impl: str | None = None) -> SparseCodes:
         """Codes of x [..., d]."""
-        raise NotImplementedError
 
     def cut(self, sae: Encoder, codes: SparseCodes, k: int) -> SparseCodes:
         """Codes of a smaller k, from those of a larger one."""
@@ -259,10 +260,6 @@ class JumpReLU(Selection):
                 "by the router's probability, which differs for each token, so that no threshold "
                 "holds for all tokens. Leave out experts, or take another selection"
             )
-
-    @classmethod
-    def parameter_count(cls, config: SAEConfig) -> int:
-        return config.dict_size
 
     def __init__(self, config: SAEConfig) -> None:
         super().__init__(config)

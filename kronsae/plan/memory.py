@@ -22,8 +22,9 @@ from kronsae.metrics.heldout import BATCH_TOKENS, CONTEXTS_AT_ONCE
 from kronsae.model import flops
 from kronsae.model.objectives import auxk_latents, auxk_tokens
 from kronsae.model.ranks import check_heads, ranks_of_one
+from kronsae.model.sae import SAE
 from kronsae.plan.outline import Outline
-from kronsae.registry import OBJECTIVES, SAE_KINDS, SELECTIONS
+from kronsae.registry import OBJECTIVES, SELECTIONS
 from kronsae.system import parallel
 from kronsae.system.devices import compute_dtype, free_bytes, resolve_device, with_index
 from kronsae.training.learner import UNCONFIRMED, check_step
@@ -235,15 +236,7 @@ def _member(
 
 def _parameters(sae: SAEConfig) -> int:
     """Number of parameters of the whole autoencoder."""
-    encoder, selection, _ = (kinds[getattr(sae, part)] for part, kinds in SAE_KINDS.items())
-    return (
-        sae.encoder_rows * (sae.d_model + 1)
-        + (sae.dict_size + 1) * sae.d_out
-        + sae.experts * (sae.d_model + 1)  # the router
-        + (sae.d_model * sae.d_out if sae.skip else 0)
-        + encoder.parameter_count(sae)
-        + selection.parameter_count(sae)
-    )
+    return sum(parameter.numel() for parameter in SAE(sae, device="meta").parameters())
 
 
 def _auxiliary(sae: SAEConfig, train: TrainConfig) -> tuple[int, int]:

@@ -7,6 +7,7 @@ A log is a class that is registered. One that a plugin registers is used by ever
         def write(self, figures, step, tokens): ...
 """
 
+from abc import ABC, abstractmethod
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,7 +20,7 @@ from kronsae.runs.folder import RunFolder
 _NOT_METRICS = ("kind", "step", "tokens", "seconds")
 
 
-class RunLog:
+class RunLog(ABC):
     """One of the places that figures go to beside metrics.jsonl.
 
     folder: the run's.  settings: what its config.json holds.  group: the sweep that the run is a
@@ -39,9 +40,9 @@ class RunLog:
     ) -> None:
         """Open it, also for a run that is resumed."""
 
+    @abstractmethod
     def write(self, figures: dict[str, float], step: int, tokens: int) -> None:
         """Figures by name, as "train/loss", after so many optimizer steps and tokens."""
-        raise NotImplementedError
 
     def close(self) -> None:
         """Called when the run has ended, for whatever reason."""
