@@ -76,11 +76,11 @@ def check_floating(**tensors: Tensor | None) -> None:
 
 def check_same(attribute: str, **tensors: Tensor | None) -> None:
     """All given tensors have the same `device` or `dtype`."""
-    found = {name: getattr(t, attribute) for name, t in tensors.items() if t is not None}
+    values = {name: getattr(t, attribute) for name, t in tensors.items() if t is not None}
     require(
-        len(set(found.values())) <= 1,
+        len(set(values.values())) <= 1,
         f"all tensors must have the same {attribute}, got "
-        + ", ".join(f"{name} {value}" for name, value in found.items()),
+        + ", ".join(f"{name} {value}" for name, value in values.items()),
     )
 
 

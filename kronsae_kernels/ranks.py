@@ -32,8 +32,8 @@ def largest_of_all(scores: Tensor, k: int, ranks: Ranks) -> tuple[Tensor, Tensor
     scores: [B, w] of this rank's candidates; place r w + s is candidate s of rank r. Of equal ones
         the lowest place comes first; NaN is larger than any number.
     """
-    found = ranks.gather(scores).transpose(0, 1).flatten(1)
-    return found, found.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    gathered = ranks.gather(scores).transpose(0, 1).flatten(1)
+    return gathered, gathered.sort(dim=1, descending=True, stable=True).indices[:, :k]
 
 
 def keep_largest_of_all(

@@ -111,7 +111,7 @@ class _Part(NamedTuple):
     row: Tensor | None
     """[B, k] int32: which one, for each code; None: that of the code's token (R = B)."""
     indices: Tensor
-    found: "DecodeAndLoss"
+    decoded: "DecodeAndLoss"
     d_log: Tensor | None
     """By the logarithms of thresholds: 0 of a pass that a mask selects; None: there are none."""
 
@@ -321,28 +321,28 @@ class TrainingStep:
         codes = target, indices, base, extension, low["w_dec"], b_dec, *how
         row = None
         if bounds is None:
-            found = operations.decode_and_loss(
+            decoded = operations.decode_and_loss(
                 *codes,
                 one_gather=indices.shape[1] <= MAX_FUSED_CODES and jumped is None,
                 total=None if self.ranks is None else self.ranks.sum,
             )
-            d_x_hat = residual = d_rows = found.residual
+            d_x_hat = residual = d_rows = decoded.residual
         else:
-            found, row = operations.nested_decode_and_loss(*codes, bounds)
+            decoded, row = operations.nested_decode_and_loss(*codes, bounds)
             # Of each prefix, all that follow are part: the first has what all of them get.
-            d_x_hat, residual = found.residual[:, 0], found.residual[:, -1]
-            d_rows = found.residual.flatten(0, 1)
+            d_x_hat, residual = decoded.residual[:, 0], decoded.residual[:, -1]
+            d_rows = decoded.residual.flatten(0, 1)
         if bias:
             of_bias = d_x_hat.sum(0, dtype=torch.float32) * scale
             earlier = self._b_dec_gradient
             self._b_dec_gradient = of_bias if earlier is None else earlier + of_bias
-        sums = found.sums.sum(1)
+        sums = decoded.sums.sum(1)
         self._sums = sums[:2] if self._sums is None else self._sums + sums[:2]
-        d_log, l0_loss = self._threshold_gradients(jumped, found, indices, weight, scale, k)
-        selected = SparseCodes(found.values, indices)
+        d_log, l0_loss = self._threshold_gradients(jumped, decoded, indices, weight, scale, k)
+        selected = SparseCodes(decoded.values, indices)
         noted = selected if mask is None else None
-        found = found._replace(d_values=None)  # it is not needed any more
-        self._parts.append(_Part(given, noted, x, d_rows, row, indices, found, d_log))
+        decoded = decoded._replace(d_values=None)  # it is not needed any more
+        self._parts.append(_Part(given, noted, x, d_rows, row, indices, decoded, d_log))
         loss = sums[0] / target.numel()
         mse = loss if bounds is None else sums[2] / target.numel()
         return StepOutput(loss, selected, residual, mse, l0_loss)
@@ -403,7 +403,7 @@ class TrainingStep:
     def _threshold_gradients(
         self,
         jumped: "Jumped | None",
-        found: "DecodeAndLoss",
+        decoded: "DecodeAndLoss",
         indices: Tensor,
         weight: float | Tensor,
         scale: float | Tensor,
@@ -412,14 +412,14 @@ class TrainingStep:
         """Gradients by the logarithms of thresholds, of each code, and the loss of the L0."""
         if self.thresholds is None:
             return None, None
-        if jumped is None or found.d_values is None:
-            return torch.zeros_like(found.values), None
+        if jumped is None or decoded.d_values is None:
+            return torch.zeros_like(decoded.values), None
         from kronsae_kernels.triton_impl import operations
 
         excess = jumped.active.mean() / k - 1
         of_active = weight * self.thresholds.l0_coefficient * 2 / (k * len(indices))
         d_log = operations.jump_gradients(
-            found.d_values, indices, jumped, scale, excess * of_active
+            decoded.d_values, indices, jumped, scale, excess * of_active
         )
         return d_log, excess.square()
 
@@ -581,24 +581,24 @@ class TrainingStep:
     def _of(self, name: str) -> tuple[Tensor, Tensor, Tensor]:
         """A weight and its moments, as kernels want them (a Kron encoder's i-major)."""
         state = self.state[name]
-        found = [
+        tensors = [
             self.weights[name].detach(),
             state["exp_avg"].detach(),
             state["exp_avg_sq"].detach(),
         ]
         if self.m is not None and name == "w_enc":
-            found = [tensor.transpose(0, 1) for tensor in found]
-        weight, first, second = found
+            tensors = [tensor.transpose(0, 1) for tensor in tensors]
+        weight, first, second = tensors
         return weight, first, second
 
     def _all(self, name: str) -> Tensor:
         """A field of all parts: x or d_rows, or what belongs to codes, flat."""
-        found = [
-            getattr(part if name in _Part._fields else part.found, name) for part in self._parts
+        fields = [
+            getattr(part if name in _Part._fields else part.decoded, name) for part in self._parts
         ]
-        if len(found) == 1:
-            return found[0]
-        return torch.cat(found if name in ("x", "d_rows") else [f.flatten() for f in found])
+        if len(fields) == 1:
+            return fields[0]
+        return torch.cat(fields if name in ("x", "d_rows") else [f.flatten() for f in fields])
 
     def _row_of_codes(self, name: str) -> Tensor | None:
         """Row of `_all(name)` (x or d_rows) that each code belongs to, flat int32.

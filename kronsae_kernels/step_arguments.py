@@ -96,14 +96,14 @@ def check_state(
         )
         expected = _dtype_of_moments(name, torch.float32, moments)
         for moment in ("exp_avg", "exp_avg_sq"):
-            found, what = of_weight[moment], f"state: {name}: {moment}"
-            check_tensors(**{what: found})
-            right = found.dtype == expected and found.device == weight.device
+            tensor, what = of_weight[moment], f"state: {name}: {moment}"
+            check_tensors(**{what: tensor})
+            right = tensor.dtype == expected and tensor.device == weight.device
             require(
-                right and _layout(found) == _layout(weight),
+                right and _layout(tensor) == _layout(weight),
                 f"{what}: expected {expected} (moments={moments!r}), in the shape, strides and "
-                f"device of the weight, {_layout(weight)} on {weight.device}, got {found.dtype}, "
-                f"{_layout(found)} on {found.device}",
+                f"device of the weight, {_layout(weight)} on {weight.device}, got {tensor.dtype}, "
+                f"{_layout(tensor)} on {tensor.device}",
             )
 
 
@@ -124,15 +124,16 @@ def check_thresholds(thresholds: Thresholds, w_dec: Tensor, eps: float) -> None:
     require(eps == 0, f"eps: expected 0 with thresholds, got {eps!r}")
 
 
-def check_of_latents(name: str, found: Tensor, dtype: torch.dtype, w_dec: Tensor) -> None:
+def check_of_latents(name: str, numbers: Tensor, dtype: torch.dtype, w_dec: Tensor) -> None:
     """A number for each latent: contiguous [F], beside the weights."""
-    check_tensors(**{name: found})
-    check_shape(name, found, (len(w_dec),), "[F]")
-    check_same("device", **{name: found, "w_dec": w_dec})
+    check_tensors(**{name: numbers})
+    check_shape(name, numbers, (len(w_dec),), "[F]")
+    check_same("device", **{name: numbers, "w_dec": w_dec})
     require(
-        found.dtype == dtype and found.is_contiguous(),
+        numbers.dtype == dtype and numbers.is_contiguous(),
         lambda: (
-            f"{name}: expected contiguous {dtype}, got {found.dtype} with stride {found.stride(0)}"
+            f"{name}: expected contiguous {dtype}, "
+            f"got {numbers.dtype} with stride {numbers.stride(0)}"
         ),
     )
 
@@ -148,15 +149,15 @@ def check_settings(
 ) -> None:
     check_choice("composition", composition, COMPOSITIONS)
     check_bool("unit_norm", unit_norm)
-    allowed = tuple(each for each in DTYPES if each != torch.float64)
+    allowed = tuple(kind for kind in DTYPES if kind != torch.float64)
     require(dtype in allowed, lambda: f"dtype: expected one of {allowed}, got {shown(dtype)}")
     check_number("eps", eps, 0)
     require(
         isinstance(betas, tuple | list) and len(betas) == 2,
         lambda: f"betas: expected two numbers, got {shown(betas)}",
     )
-    for place, beta in enumerate(betas):
-        check_number(f"betas[{place}]", beta, 0, 1)
+    for index, beta in enumerate(betas):
+        check_number(f"betas[{index}]", beta, 0, 1)
     check_number("adam_eps", adam_eps, 0)
     check_number("weight_decay", weight_decay, 0)
 
@@ -189,8 +190,8 @@ def check_weights(weights: dict[str, Tensor], m: int | None) -> None:
     size, d_target = w_dec.shape
     rank, layout = (2, "[F, d]") if m is None else (3, "[h, m + n, d]")
     check_matrix("w_enc", w_enc, rank, layout)
-    found, stored = dict_size(w_enc, m), w_enc.transpose(0, rank - 2)
-    require(found == size, f"w_dec: expected F = {found} rows as of w_enc, got {size}")
+    latents, stored = dict_size(w_enc, m), w_enc.transpose(0, rank - 2)
+    require(latents == size, f"w_dec: expected F = {latents} rows as of w_enc, got {size}")
     check_shape("b_enc", weights["b_enc"], tuple(w_enc.shape[:-1]), layout.replace(", d", ""))
     check_shape("b_dec", weights["b_dec"], (d_target,), "[d_target]")
     require(
@@ -222,10 +223,10 @@ def check_target(target: Tensor | None, x: Tensor, d_target: int) -> None:
 
 def check_prefixes(bounds: Sequence[int], size: int, most: int) -> list[int]:
     """The bounds of up to `most` nested prefixes, the last of which holds all F = size latents."""
-    found = check_bounds(bounds, size)
+    checked = check_bounds(bounds, size)
     require(
-        found[-1] == size and len(found) <= most,
+        checked[-1] == size and len(checked) <= most,
         f"bounds: expected at most {most} prefixes, of which the last ends at "
-        f"F = {size}, got {found}",
+        f"F = {size}, got {checked}",
     )
-    return found
+    return checked

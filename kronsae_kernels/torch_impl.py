@@ -568,9 +568,9 @@ def concatenate(
 ) -> Tensors:
     """The results of all chunks as one."""
     if not parts:
-        found = [x.new_empty(0, k, dtype=dtype) for dtype in dtypes]
+        joined = [x.new_empty(0, k, dtype=dtype) for dtype in dtypes]
     elif len(parts) == 1:
-        found = [part.contiguous() for part in parts[0]]
+        joined = [part.contiguous() for part in parts[0]]
     else:
-        found = [torch.cat(column) for column in zip(*parts, strict=True)]
-    return cast(Tensors, tuple(found))
+        joined = [torch.cat(column) for column in zip(*parts, strict=True)]
+    return cast(Tensors, tuple(joined))

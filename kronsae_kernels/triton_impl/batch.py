@@ -35,10 +35,10 @@ def keep_first(ranked, order, indices, narrow, count, size, width, silent,
     rank = tl.program_id(0).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)
     real = rank < size
     value = tl.load(ranked + rank, mask=real, other=0.0)
-    place = tl.load(order + rank, mask=real, other=0)
+    code = tl.load(order + rank, mask=real, other=0)
     active = value > silent
     kept = (rank < count) & (active | (value != value))
-    tl.store(indices + place, tl.zeros([ENTRIES], tl.int64) - 1, mask=real & (kept == 0))
+    tl.store(indices + code, tl.zeros([ENTRIES], tl.int64) - 1, mask=real & (kept == 0))
     if not WHOLE:
-        more = real & kept & active & (value < INFINITY) & (place.to(tl.int32) % width == width - 1)
-        tl.store(narrow + place * 0, tl.zeros([ENTRIES], tl.float32) + 1.0, mask=more)
+        more = real & kept & active & (value < INFINITY) & (code.to(tl.int32) % width == width - 1)
+        tl.store(narrow + code * 0, tl.zeros([ENTRIES], tl.float32) + 1.0, mask=more)

@@ -49,10 +49,10 @@ def config_of(kernel: str, generation: str, **blocks: int) -> Config:
     table = _table()
     if kernel not in table["default"]:
         raise ValueError(f"{kernel}: expected one of {sorted(table['default'])}")
-    found = {**table["default"][kernel], **table.get(generation, {}).get(kernel, {})}
-    found |= _overrides.get(kernel, {})
-    warps, stages = found.pop("num_warps"), found.pop("num_stages")
-    return Config(warps, stages, {**found, **blocks})
+    numbers = {**table["default"][kernel], **table.get(generation, {}).get(kernel, {})}
+    numbers |= _overrides.get(kernel, {})
+    warps, stages = numbers.pop("num_warps"), numbers.pop("num_stages")
+    return Config(warps, stages, {**numbers, **blocks})
 
 
 _overrides: dict[str, dict[str, int]] = {}

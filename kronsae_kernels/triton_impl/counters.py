@@ -93,8 +93,8 @@ def note_active(values, indices, silent, hyper, tokens, size, threshold,
     real = at < size
     value = tl.load(values + at, mask=real, other=0.0)
     latent = tl.load(indices + at, mask=real, other=0)
-    made = tl.load(hyper + PROCEED)
-    active = (tl.abs(value) * made > threshold) & real
+    proceed = tl.load(hyper + PROCEED)
+    active = (tl.abs(value) * proceed > threshold) & real
     tl.store(silent + latent, tl.zeros([ENTRIES], tl.int64) - tokens, mask=active)
 
 
@@ -113,24 +113,24 @@ def finish_update(square, norm, skips, missed, x, silent, hyper, size, latents, 
     Grid (latents / MANY,), at least one.
     """
     program, e = tl.program_id(0), tl.arange(0, MANY)
-    made = tl.load(hyper + PROCEED)
+    proceed = tl.load(hyper + PROCEED)
     if program == 0:
         root = tl.sqrt_rn(tl.load(square))
-        tl.store(norm, tl.where(made != 0.0, root, float("nan")))
+        tl.store(norm, tl.where(proceed != 0.0, root, float("nan")))
         earlier = tl.load(missed + 1)
         narrow = tl.load(missed) + earlier != 0.0
         tl.store(missed, 0.0)
         tl.store(missed + 1, tl.where(narrow, earlier + 1.0, 0.0))
         in_a_row, count = tl.load(skips + IN_A_ROW), tl.load(skips + COUNT)
-        spoiled = tl.where(narrow, 0.0, 1.0 - made)
+        spoiled = tl.where(narrow, 0.0, 1.0 - proceed)
         first = tl.where((spoiled != 0.0) & (count == 0.0), size, 0)
         largest = tl.zeros([MANY], tl.float32)
         for start in range(0, first, MANY):
             at = start + e
             part = tl.abs(tl.load(x + at, mask=at < size, other=0.0).to(tl.float32))
             largest = tl.maximum(largest, tl.where(part == part, part, INFINITY))
-        found = tl.minimum(tl.max(largest, 0), MOST)
-        tl.store(skips + LARGEST, tl.where(first > 0, found, tl.load(skips + LARGEST)))
+        magnitude = tl.minimum(tl.max(largest, 0), MOST)
+        tl.store(skips + LARGEST, tl.where(first > 0, magnitude, tl.load(skips + LARGEST)))
         in_a_row = tl.where(spoiled != 0.0, in_a_row + 1.0, tl.where(narrow, in_a_row, 0.0))
         tl.store(skips + IN_A_ROW, in_a_row)
         tl.store(skips + LONGEST, tl.maximum(tl.load(skips + LONGEST), in_a_row))
@@ -139,4 +139,4 @@ def finish_update(square, norm, skips, missed, x, silent, hyper, size, latents, 
         at = program * MANY + e
         real = at < latents
         since = tl.load(silent + at, mask=real, other=0)
-        tl.store(silent + at, since + tl.where(made != 0.0, tokens, 0), mask=real)
+        tl.store(silent + at, since + tl.where(proceed != 0.0, tokens, 0), mask=real)

@@ -146,10 +146,10 @@ def decode_and_loss(x, columns, base, extension, table, bias, scale, residual, s
         wanted = tl.load(x + at, mask=real, other=0.0).to(tl.float32)
         if bias is not None:
             wanted -= tl.load(bias + start + c, mask=real, other=0.0).to(tl.float32)
-        found = tl.zeros([ROWS, WIDTH], tl.float32)
+        decoded = tl.zeros([ROWS, WIDTH], tl.float32)
         for block in tl.static_range(BLOCKS):
-            found += parts[block].to(tl.float32) * weights[block][:, None]
-        error = tl.sum(found, 0) - wanted
+            decoded += parts[block].to(tl.float32) * weights[block][:, None]
+        error = tl.sum(decoded, 0) - wanted
         tl.store(residual + at, rounded(error, residual.dtype.element_ty), mask=real)
         total += error * error
         more = ()

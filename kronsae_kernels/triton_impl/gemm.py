@@ -154,13 +154,13 @@ def _cut_lists(lists, counts, k, cap, PLANES: tl.constexpr, TOKENS: tl.constexpr
         key = tl.load(lists + at, mask=inside, other=PADDING)
         low, take = _first(key, tl.load(counts + TOKENS + row), k, cap)
         chosen = take.to(tl.int32)
-        place = row[:, None] * CAPACITY + tl.cumsum(chosen, 1) - 1
-        place = tl.where(take & (place < at), place, -1)
+        to = row[:, None] * CAPACITY + tl.cumsum(chosen, 1) - 1
+        to = tl.where(take & (to < at), to, -1)
         for plane in tl.range(PLANES):
             of_plane = lists + plane * (TOKENS * CAPACITY)
-            value = tl.load(of_plane + at, mask=place >= 0, other=0)
+            value = tl.load(of_plane + at, mask=to >= 0, other=0)
             tl.debug_barrier()  # what is overwritten was read
-            tl.store(of_plane + place, value, mask=place >= 0)
+            tl.store(of_plane + to, value, mask=to >= 0)
         tl.store(counts + row, tl.sum(chosen, 1))
         tl.store(counts + TOKENS + row, low)
 
@@ -236,12 +236,12 @@ def encode_heads(x, p_weight, q_weight, bias, lists, counts, tokens, d, h, split
             key = tl.where((head < h)[None, :], key_of(score, SIGNED), PADDING)
             keep = key > bound[:, None]
             so_far = tl.cumsum(keep.to(tl.int32), 1)
-            place = (row * CAPACITY + count)[:, None] + so_far - 1
-            tl.store(lists + KEYS * PLANE + place, key, mask=keep)
+            entry = (row * CAPACITY + count)[:, None] + so_far - 1
+            tl.store(lists + KEYS * PLANE + entry, key, mask=keep)
             heads = tl.broadcast_to(head[None, :], key.shape)
-            tl.store(lists + IDS * PLANE + place, heads, mask=keep)
-            _store_pre_latents(lists + PRE * PLANE, place, p, keep, M, PLANE)
-            _store_pre_latents(lists + OF_Q * PLANE, place, q, keep, N, PLANE)
+            tl.store(lists + IDS * PLANE + entry, heads, mask=keep)
+            _store_pre_latents(lists + PRE * PLANE, entry, p, keep, M, PLANE)
+            _store_pre_latents(lists + OF_Q * PLANE, entry, q, keep, N, PLANE)
             count += tl.max(so_far, 1)
         tile = next_tile
     tl.store(counts + row, count)
@@ -275,9 +275,9 @@ def gather_heads(lists, counts, heads, pre, splits, k, M: tl.constexpr, N: tl.co
     # Ranges of heads follow each other, and a list ascends: so do all candidates.
     _, take = _first(key[None, :], tl.max(bound[None, :], 1), k, k)
     take = tl.reshape(take, [CANDIDATES])
-    place = tl.cumsum(take.to(tl.int32), 0) - 1
-    tl.store(heads + token.to(tl.int64) * k + place, head, mask=take)
-    out = pre + token.to(tl.int64) * ((M + N) * k) + place
+    column = tl.cumsum(take.to(tl.int32), 0) - 1
+    tl.store(heads + token.to(tl.int64) * k + column, head, mask=take)
+    out = pre + token.to(tl.int64) * ((M + N) * k) + column
     for i in tl.static_range(M + N):
         if i < M:
             plane, high = PRE + i // 2, i % 2

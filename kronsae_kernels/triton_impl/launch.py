@@ -81,12 +81,12 @@ def launch(kernel: Any, grid: Grid, config: Config | None = None, **arguments: A
     """
     if config is None:
         config = configure(kernel.fn.__name__, _device_of(arguments))
-    found = grid if isinstance(grid, tuple) else grid(config.blocks)
-    if 0 in found:
+    programs = grid if isinstance(grid, tuple) else grid(config.blocks)
+    if 0 in programs:
         return
     arguments = {**config.blocks, **arguments}
     registers = arguments.pop("MAX_REGISTERS", 0) or None
-    one = Launch(kernel, found, arguments, config.num_warps, config.num_stages, registers)
+    one = Launch(kernel, programs, arguments, config.num_warps, config.num_stages, registers)
     if _recorded is None:
         start(one)
     else:

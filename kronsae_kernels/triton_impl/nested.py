@@ -44,15 +44,15 @@ def group_codes(values, extension, columns, bounds, starts, slots, of_slot, by_g
             column = tl.where(column < 0, BEYOND - 1, column)
             here = (column >= low) & (column < high)
             chosen = here.to(tl.int32)
-            place = at + first + tl.cumsum(chosen, 0) - chosen
-            tl.store(by_group + place, column, mask=here)
-            tl.store(slots + place, slot, mask=here)
+            to = at + first + tl.cumsum(chosen, 0) - chosen
+            tl.store(by_group + to, column, mask=here)
+            tl.store(slots + to, slot, mask=here)
             if values is not None:
                 value = tl.load(values + at + slot, mask=here, other=0.0)
                 if extension is not None:
                     other = tl.load(extension + at + slot, mask=here, other=0.0)
                     value = compose(value * other, eps, ROOT)
-                tl.store(weights + place, value.to(tl.float32), mask=here)
+                tl.store(weights + to, value.to(tl.float32), mask=here)
             if ROWS:
                 row = tl.zeros([PLACES], tl.int32) + (token * prefixes + last).to(tl.int32)
                 tl.store(of_slot + at + slot, row, mask=here)
@@ -65,11 +65,11 @@ def _add_rows(total, weights, by_group, start, end, table, c, columns, d, ROWS: 
     """total + sum of weight * table[column] over places start to end; c < columns are real."""
     for at in range(start, end, ROWS):
         for s in tl.static_range(ROWS):
-            place = tl.minimum(at + s, end - 1)
+            entry = tl.minimum(at + s, end - 1)
             columns_of_row = tl.where(at + s < end, columns, 0)
-            column = tl.load(by_group + place).to(tl.int64)
+            column = tl.load(by_group + entry).to(tl.int64)
             row = tl.load(table + column * d + c, mask=c < columns_of_row, other=0.0)
-            total += row.to(tl.float32) * tl.load(weights + place)
+            total += row.to(tl.float32) * tl.load(weights + entry)
     return total
 
 
@@ -168,11 +168,11 @@ def nested_dots(suffixes, by_group, slots, of_slot, starts, table, d_values, k, 
     Grid (tokens, k / ROWS).
     """
     token = tl.program_id(0).to(tl.int64)
-    place, c = tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
-    inside = place < k
-    held = place < tl.load(starts + token * (prefixes + 1) + prefixes)
-    slot = tl.load(slots + token * k + place, mask=inside, other=0)
-    row = tl.load(by_group + token * k + place, mask=held, other=0).to(tl.int64)
+    entry, c = tl.program_id(1) * ROWS + tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    inside = entry < k
+    held = entry < tl.load(starts + token * (prefixes + 1) + prefixes)
+    slot = tl.load(slots + token * k + entry, mask=inside, other=0)
+    row = tl.load(by_group + token * k + entry, mask=held, other=0).to(tl.int64)
     of_code = tl.load(of_slot + token * k + slot, mask=held, other=0).to(tl.int64)
     total = tl.zeros([ROWS, WIDTH], tl.float32)
     for start in range(0, d, WIDTH):
@@ -181,5 +181,5 @@ def nested_dots(suffixes, by_group, slots, of_slot, starts, table, d_values, k, 
         part = tl.load(table + row[:, None] * d + at, mask=mask, other=0.0)
         suffix = tl.load(suffixes + of_code[:, None] * d + at, mask=mask, other=0.0)
         total += part.to(tl.float32) * suffix.to(tl.float32)
-    found = rounded(tl.sum(total, 1), d_values.dtype.element_ty)
-    tl.store(d_values + token * k + slot, found, mask=inside)
+    dots = rounded(tl.sum(total, 1), d_values.dtype.element_ty)
+    tl.store(d_values + token * k + slot, dots, mask=inside)

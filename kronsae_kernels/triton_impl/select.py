@@ -198,22 +198,22 @@ def select_heads(pre, mask, heads, keys, stride, size, h, k, cap,
     # Places: lane after lane, and within a lane chunk after chunk.
     chosen = take.to(tl.int32)
     in_lane = tl.sum(chosen, 0)
-    place = (tl.cumsum(in_lane, 0) - in_lane)[None, :] + tl.cumsum(chosen, 0) - chosen
+    to = (tl.cumsum(in_lane, 0) - in_lane)[None, :] + tl.cumsum(chosen, 0) - chosen
     out = (token * tl.num_programs(1) + split) * CAP
-    tl.store(heads + out + place, ids, mask=take)
+    tl.store(heads + out + to, ids, mask=take)
     slot = tl.arange(0, CAP)
     tl.store(heads + out + slot, tl.full([CAP], -1, tl.int32), mask=slot >= left)
     if keys is not None:
-        tl.store(keys + out + place, key, mask=take)
+        tl.store(keys + out + to, key, mask=take)
         tl.store(keys + out + slot, tl.full([CAP], PADDING, tl.int32), mask=slot >= left)
 
 
 @triton.jit
 def _load_list(lists, keys, start, length, SIZE: tl.constexpr):
     """(key, id) of SIZE places of a list from `start` on."""
-    place = start + tl.arange(0, SIZE)
-    key = tl.load(keys + place, mask=place < length, other=PADDING)
-    return key, tl.load(lists + place, mask=place < length, other=-1)
+    entry = start + tl.arange(0, SIZE)
+    key = tl.load(keys + entry, mask=entry < length, other=PADDING)
+    return key, tl.load(lists + entry, mask=entry < length, other=-1)
 
 
 @triton.jit
@@ -239,8 +239,8 @@ def merge_lists(lists, keys, kept, ranked, length, k, cap, CAP: tl.constexpr,
         if ranked is not None:
             _store_ranks(ranked + token * k + written, key, ids, take)
         else:
-            place = written + tl.cumsum(chosen, 0) - chosen
-            tl.store(kept + token * CAP + place, ids, mask=take)
+            to = written + tl.cumsum(chosen, 0) - chosen
+            tl.store(kept + token * CAP + to, ids, mask=take)
         written += tl.sum(chosen)
     if ranked is None:
         slot = tl.arange(0, CAP)

@@ -58,10 +58,10 @@ def _candidates(pre, lowest, h, head, M: tl.constexpr, N: tl.constexpr, SIGNED: 
     for j in tl.static_range(N):
         more = factor(tl.load(pre + (M + j) * h + head, mask=inside, other=0.0), SIGNED)
         v, v_low = tl.where(more > v, more, v), tl.where(more < v_low, more, v_low)
-    found = u * v > limit
+    candidate = u * v > limit
     if SIGNED:
-        found = found | (u_low * v_low > limit)
-    return found
+        candidate = candidate | (u_low * v_low > limit)
+    return candidate
 
 
 @triton.jit
@@ -97,15 +97,15 @@ def count_above(pre, limits, lowest, counts, stride, h, splits,
 
 @triton.jit
 def _append(ranked, first, width, product, active, latent):
-    """Write the ranks of the active latents from place `first` on; returns the next free place.
+    """Write the ranks of the active latents from slot `first` on; returns the next free slot.
 
     What would lie beyond `width` is left out.
     """
     chosen = active.to(tl.int32)
-    place = first + tl.cumsum(chosen, 0) - chosen
+    slot = first + tl.cumsum(chosen, 0) - chosen
     # The key, then 2^31 - 1 - index, 32 bits each: what comes first is larger.
     rank = (key_of(product).to(tl.int64) << 32) | (latent ^ LAST).to(tl.int64)
-    tl.store(ranked + place, rank, mask=active & (place < width))
+    tl.store(ranked + slot, rank, mask=active & (slot < width))
     return first + tl.sum(chosen)
 
 

@@ -48,7 +48,7 @@ class Grouped(NamedTuple):
         if tokens * prefixes >= 2**31:
             raise RuntimeError(f"expected fewer than 2^31 sums, got {tokens} * {prefixes}")
         columns, shape = torch.empty_like(indices, dtype=torch.int32), indices.shape
-        found = cls(
+        grouped = cls(
             columns.new_empty(tokens, prefixes + 1),
             columns.new_empty(shape),
             columns.new_empty(shape if values is not None else 0, dtype=torch.float32),
@@ -68,9 +68,9 @@ class Grouped(NamedTuple):
             eps=eps,
             ROOT=root,
             ROWS=rows,
-            **found._asdict(),
+            **grouped._asdict(),
         )
-        return found
+        return grouped
 
 
 @functools.lru_cache(maxsize=64)

@@ -87,9 +87,9 @@ def _select_in_one_pass(
     """The k first heads of each token [b, k] int32, ascending, and their pre-latents."""
     heads, m, n, k, _ = selection
     tokens, programs = len(x), _blocks_of(x) * lists.splits
-    found = x.new_empty(programs, lists.planes, lists.tokens, lists.capacity, dtype=torch.int32)
+    storage = x.new_empty(programs, lists.planes, lists.tokens, lists.capacity, dtype=torch.int32)
     shared = {
-        "lists": found,
+        "lists": storage,
         "counts": x.new_empty(programs, 2, lists.tokens, dtype=torch.int32),
         "splits": lists.splits,
         "k": k,

@@ -75,10 +75,10 @@ def select_kron(
     if not (selection.fits and _splits_fit(heads, k, pre.device)):
         composition = "mul" if signed else "mand"
         allowed = None if mask is None else mask.view(torch.bool)
-        found = torch_impl.select_kron(
+        selected = torch_impl.select_kron(
             pre.view(-1, m + n, heads), allowed, m, n, k, composition, few=False
         )
-        indices, base, extension = _without_masked(allowed, *found)
+        indices, base, extension = _without_masked(allowed, *selected)
         return indices, base, extension
     shape = {"M": m, "N": n, "SIGNED": signed}
     kept_heads, kept_rows = selection.kept_heads, selection.kept_rows
@@ -105,8 +105,8 @@ def select_dense(pre: Tensor, mask: Tensor | None, k: int) -> tuple[Tensor, Tens
     kept = _places(k, groups)
     if kept * group > MAX_CANDIDATES or size >= 2**31 or not _splits_fit(groups, k, pre.device):
         allowed = None if mask is None else mask.view(torch.bool)
-        found = torch_impl.select_dense(pre, allowed, k, few=False)
-        indices, values = _without_masked(allowed, *found)
+        selected = torch_impl.select_dense(pre, allowed, k, few=False)
+        indices, values = _without_masked(allowed, *selected)
         return indices, values
     shape: dict[str, Any] = {"M": 1, "N": group, "SIGNED": False, "DENSE": True}
     list_of_groups = None
@@ -256,10 +256,10 @@ def _select_rows(
     m_padded = next_power_of_2(m)
     shared: dict[str, Any] = {"mask": mask, "M": m, "N": n, "SIGNED": signed, "h": heads}
     if kept_heads * m_padded > MAX_HELD:
-        found = _list_keys(
+        ids, keys = _list_keys(
             pre, kept_heads, True, selection.size, lists=list_of_heads, DENSE=False, **shared
         )
-        return _merged(*found, k, kept_rows)
+        return _merged(ids, keys, k, kept_rows)
     rows = pre.new_empty(pre.shape[0], kept_rows, dtype=torch.int32)
     launch(
         kernels.select_rows,
@@ -321,10 +321,10 @@ def _select_latents(
             **ranks,
         )
     else:
-        found = _list_keys(
+        ids, keys = _list_keys(
             listed=listed, of_rows=False, size=size, mask=mask, lists=lists, **shared
         )
-        _merge(*found, k, k, ranked=ranked)
+        _merge(ids, keys, k, k, ranked=ranked)
     if not rank:
         config = per_element("rank_latents", k_padded, pre.device)
         ranked = ranked.sort(dim=1, descending=True).values

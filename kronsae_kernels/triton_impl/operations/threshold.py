@@ -81,7 +81,7 @@ def jump(
     narrow: float32 scalar, set to 1 where a token has more than w.
     """
     tokens, width = indices.shape
-    found = Jumped(base.new_empty(tokens), torch.empty_like(base), threshold)
+    jumped = Jumped(base.new_empty(tokens), torch.empty_like(base), threshold)
     launch(
         kernels.jump,
         (tokens,),
@@ -95,9 +95,9 @@ def jump(
         bandwidth=bandwidth,
         ROOT=composition == "mand",
         DENSE=composition == "dense",
-        **found._asdict(),
+        **jumped._asdict(),
     )
-    return found
+    return jumped
 
 
 def jump_gradients(
