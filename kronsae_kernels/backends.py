@@ -1,4 +1,4 @@
-"""Which implementation runs an operation: by the tensors' device, or exactly the one asked for.
+"""Choice of the implementation of an operation: by the tensors' device, or the one asked for.
 
 A backend is a module with these functions of `torch_impl` (same names, same arguments): `encode`,
 `threshold_encode`, `encode_backward`, `decode` and `decode_backward`. Kernels for another device

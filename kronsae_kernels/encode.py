@@ -209,7 +209,7 @@ def _(d_base, d_extension, indices, x, w_enc, m, need_x, need_w, impl):
 
 
 def encode_setup(ctx, inputs, output):
-    """For `encode_autograd`; also of `threshold_encode`, whose arguments have the same places."""
+    """Save what `encode_autograd` needs. `threshold_encode` has its arguments in the same order."""
     x, w_enc, _, _, ctx.m, _, ctx.composition, ctx.impl = inputs
     base, extension, indices, *counts = output
     ctx.mark_non_differentiable(indices, *counts)

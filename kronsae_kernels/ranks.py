@@ -13,7 +13,7 @@ class Ranks(Protocol):
     """R processes. All of them call a method together, with tensors of the same shape and dtype."""
 
     rank: int
-    """This one's place, in [0, R)."""
+    """This one's number, in [0, R)."""
     size: int
     """R."""
 

@@ -61,8 +61,8 @@ MAX_PREFIXES = 32
 THRESHOLDS = "log_threshold"
 """The name of a JumpReLU's thresholds, where they are trained too."""
 BELOW = 1e-6
-"""What the logarithm of a threshold is less than that of a value, so that no rounding makes the
-threshold larger."""
+"""How far below the logarithm of the smallest active value that of a set threshold lies, so that
+no rounding makes the threshold larger than the value."""
 
 
 def why_not(device: torch.device, d: int = 1, dtype: torch.dtype = torch.float32) -> str | None:
@@ -104,16 +104,16 @@ class _Part(NamedTuple):
     given: Tensor
     """x in the dtype that it came in."""
     codes: SparseCodes | None
-    """None if they are among a mask."""
+    """None if a mask selected them."""
     x: Tensor
     d_rows: Tensor
     """[R, d_target]: the gradient of a decoder row is a sum of these, times values of codes."""
     row: Tensor | None
-    """[B, k] int32: which one, for each code; None: that of the code's token (R = B)."""
+    """[B, k] int32: row of `d_rows` for each code; None: that of the code's token (R = B)."""
     indices: Tensor
     decoded: "DecodeAndLoss"
     d_log: Tensor | None
-    """By the logarithms of thresholds: 0 of a pass that a mask selects; None: there are none."""
+    """Gradients by log thresholds, 0 if a mask selected the codes; None without thresholds."""
 
 
 class TrainingStep:
@@ -138,8 +138,8 @@ class TrainingStep:
         "exp_avg_sq" (shaped and stored as the weight). Used, and changed, in place; None: new.
     thresholds: of a JumpReLU, which then selects where no mask does; eps must be 0. `state` has
         those of "log_threshold", too.
-    silent: int64 [F], tokens since each latent was active: `apply` keeps count, of what passes
-        without a mask select. None: nobody counts.
+    silent: int64 [F], tokens since each latent was active: `apply` keeps count, of passes
+        without a mask. None: nobody counts.
     ranks: processes that hold R F latents together, each F of them with their rows of w_enc, b_enc
         and w_dec: rank r those from r F on (of a Kron encoder: whole heads). b_dec is the same on
         all, and stays so to the bit. All ranks call `accumulate` and `apply` together, with the
@@ -329,7 +329,7 @@ class TrainingStep:
             d_x_hat = residual = d_rows = decoded.residual
         else:
             decoded, row = operations.nested_decode_and_loss(*codes, bounds)
-            # Of each prefix, all that follow are part: the first has what all of them get.
+            # [:, g] sums the errors of prefixes g to G - 1: all at 0, the whole's alone at -1.
             d_x_hat, residual = decoded.residual[:, 0], decoded.residual[:, -1]
             d_rows = decoded.residual.flatten(0, 1)
         if bias:
@@ -519,8 +519,8 @@ class TrainingStep:
         return self._finish(square, hyper)
 
     def _entries(self) -> tuple["Entries", "Entries", dict[str, Tensor]]:
-        """Of all parts, sorted: entries of the encoder, and of the decoder; coefficients of both,
-        by the name of the field."""
+        """Entries of the encoder and of the decoder, from all parts, sorted; and coefficients of
+        both, by the name of the field."""
         from kronsae_kernels.triton_impl import operations
 
         names = ["scaled", "along", "d_base"]
@@ -648,10 +648,10 @@ class GraphedStep:
         replay = GraphedStep(step)
         out, grad_norm = replay(x, lr)
 
-    once: what a step is, instead, as a function of x, lr and (if calls have one) target on the
-        device; it calls `accumulate` as often as it likes, and `apply`, and asks nothing of the
-        device.
-    pool: of another graph's memory (`GraphedStep.pool`), if the two never run at the same time.
+    once: a function of x, lr and (if calls have one) target on the device that makes the whole
+        step instead; it calls `accumulate` as often as it likes, and `apply`, and asks nothing of
+        the device.
+    pool: the memory of another graph (`GraphedStep.pool`), if the two never run at the same time.
 
     The first WARMUP calls run as they are; then a step is captured, and replayed from then on.
     x and target must have the same shape and dtype in every call. What is returned is overwritten

@@ -34,7 +34,7 @@ ROUNDED = ("w_enc", "w_dec")
 
 
 class Thresholds(NamedTuple):
-    """Of a JumpReLU, which selects every latent above a threshold of its own, and learns it.
+    """Thresholds of a JumpReLU, which selects every latent above its own, and how they are trained.
 
     [Rajamanoharan et al. 2024: JumpReLU SAEs]
     """
@@ -42,8 +42,8 @@ class Thresholds(NamedTuple):
     log: Tensor
     """float32 [F], contiguous: logarithms of the thresholds, which are trained in place."""
     bandwidth: float
-    """Of the pseudo-derivatives by a threshold t, of a value v: with |v - t| < bandwidth / 2 that
-    of the JumpReLU is -t / bandwidth, that of the number of active latents -1 / bandwidth."""
+    """Width of the pseudo-derivatives by a threshold t: for a value v with |v - t| < bandwidth / 2,
+    that of the JumpReLU is -t / bandwidth, that of the number of active latents -1 / bandwidth."""
     l0_coefficient: float
     """Weight of (L0 / k - 1)^2, L0 the mean number of active latents of the tokens of a pass."""
 

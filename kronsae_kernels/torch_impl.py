@@ -50,7 +50,7 @@ def encode(
 
     Returns indices [B, k] int64, base [B, k] and extension [B, k] (ReLU applied, except for
     composition "mul"), float32 (float64 for float64), by product descending, index ascending.
-    m None: of a dense encoder, whose values are the base; the extension is an empty tensor.
+    m None: a dense encoder; its values are the base, the extension is an empty tensor.
     """
     dtype = accumulate_dtype(x.dtype)
     if m is None:
@@ -78,8 +78,8 @@ def encode_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, w_enc, b_enc from those of the selected pre-latents [B, k].
 
-    Only the <= 2k live pre-latents of a token take part. m None: of a dense encoder, by the values
-    (0 where the ReLU was 0); d_extension is not used. What is not needed is an empty tensor.
+    Only the <= 2k live pre-latents of a token take part. m None: a dense encoder; d_base is by its
+    values (0 where the ReLU was 0), d_extension is not used. What is not needed is an empty tensor.
     """
     coefficients, columns = live_pre_latents(d_base, d_extension, indices, w_enc, m)
     d_x, d_w, d_b = x.new_empty(0), x.new_empty(0), x.new_empty(0)
@@ -142,8 +142,8 @@ def threshold_encode(
 def _above(
     pre: Tensor, shape: torch.Size, threshold: Tensor, m: int | None, eps: float, composition: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of a chunk of b tokens: active latents of each [b]; and of all, token by token, the latent
-    and its two factors. shape: that of w_enc."""
+    """Active latents of a chunk of b tokens: how many each token has [b]; then, token by token,
+    the latents and their two factors. shape: that of w_enc."""
     if m is None:
         product = values = pre.relu()
     else:
@@ -252,8 +252,8 @@ def _bags(indices: Tensor, values: Tensor, bounds: Sequence[int]) -> tuple[Tenso
 def _row_spans(indices: Tensor, table: Tensor) -> list[slice]:
     """Chunks of tokens [B, r] whose rows of the table are held at once.
 
-    Of any number of tokens, as each is a product of its own: r has no bound where a selection is
-    over the batch.
+    A chunk may be of a single token, as each is a product of its own: r has no bound where a
+    selection is over the batch.
     """
     row_bytes = indices.shape[1] * table.shape[1] * 4
     return spans(indices.shape[0], row_bytes, table.device, 1)

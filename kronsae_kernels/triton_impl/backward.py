@@ -107,7 +107,7 @@ def _cut(start, end, LENGTH: tl.constexpr):
 def _row_of_segment(latents, segment, LENGTH: tl.constexpr, LATENTS: tl.constexpr):
     """(row, whether the segment lies wholly in it), for rows of LATENTS latents.
 
-    Of entries without a latent (-1) nothing does: their sums are not wanted.
+    Segments of entries without a latent (-1) never do: their sums are not wanted.
     """
     first = tl.load(latents + segment * LENGTH)
     row = first // LATENTS
@@ -166,7 +166,7 @@ def _store(row, pieces, columns, PIECES: tl.constexpr, WIDTH: tl.constexpr):
 @triton.jit
 def _store_moments(first, second, one, two, key, start, columns, PIECES: tl.constexpr,
                    WIDTH: tl.constexpr):  # fmt: skip
-    """Of a row's columns from `start` on; bfloat16 ones are rounded by chance.
+    """Store the moments of a row's columns from `start` on, bfloat16 ones rounded by chance.
 
     key: `key_of_row`; each column has 32 bits of noise, of which each moment takes half.
     """
@@ -379,7 +379,7 @@ def _zero_sums(SUMS: tl.constexpr):
 
 @triton.jit
 def _entries(d_base, d_extension, latents, tokens, at, end, ENTRIES: tl.constexpr):
-    """Of entries at, at + 1, ...: token, latent, d_base and d_extension; 0 from `end` on."""
+    """Token, latent, d_base and d_extension of entries at, at + 1, ...; 0 from `end` on."""
     token, latent, of_base, of_extension = (), (), (), ()
     for j in tl.static_range(ENTRIES):
         real = at + j < end
@@ -454,7 +454,7 @@ def sum_head_segments(d_base, d_extension, latents, tokens, x, partial, d,
                       N: tl.constexpr, EXTENSIONS: tl.constexpr, LENGTH: tl.constexpr,
                       ENTRIES: tl.constexpr, PIECES: tl.constexpr,
                       WIDTH: tl.constexpr):  # fmt: skip
-    """partial [E / LENGTH, 1 + n, d]: of segments that lie in one run.
+    """partial [E / LENGTH, 1 + n, d]: `_run_sum` of each segment that lies in one run.
 
     Grid (E / LENGTH * n / EXTENSIONS * d / (PIECES * WIDTH),).
     """
@@ -480,7 +480,7 @@ def sum_head_segments(d_base, d_extension, latents, tokens, x, partial, d,
 def _add_segment(rows, partial, group, columns, d,
                  N: tl.constexpr, EXTENSIONS: tl.constexpr, PIECES: tl.constexpr,
                  WIDTH: tl.constexpr):  # fmt: skip
-    """Add to rows what `sum_head_segments` found of a segment."""
+    """Add a segment's sums, from `sum_head_segments`, to rows."""
     new = (_add(rows[0], _load(partial, columns, PIECES, WIDTH), 1.0, PIECES),)
     for r in tl.static_range(1, EXTENSIONS + 1):
         row = group * EXTENSIONS + r
@@ -613,7 +613,7 @@ def head_gradients(d_base, d_extension, latents, tokens, x, offsets, partial,
                 )  # fmt: skip
         rows = _zero_rows(1, PIECES, WIDTH) + rows[1:]
         sums = _zero_sums(1) + sums[1:]
-    # Of each extension row, the numbers are on their way while the one before is updated.
+    # The numbers of an extension row are on their way while the row before is updated.
     i = M + group * EXTENSIONS
     index = (i * h + head).to(tl.int64)
     row = index * d + at

@@ -14,7 +14,7 @@ INFINITY = tl.constexpr(float("inf"))
 @triton.jit
 def code_values(base, extension, values, size, eps, ROOT: tl.constexpr,
                 ENTRIES: tl.constexpr):  # fmt: skip
-    """values [size]: of codes with these factors. Grid (size / ENTRIES,)."""
+    """values [size] of codes with these factors. Grid (size / ENTRIES,)."""
     at = tl.program_id(0).to(tl.int64) * ENTRIES + tl.arange(0, ENTRIES)
     real = at < size
     p = tl.load(base + at, mask=real, other=0.0)

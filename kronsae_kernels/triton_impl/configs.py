@@ -26,7 +26,7 @@ class Config(NamedTuple):
     """Block sizes, by the kernel's constexpr parameter."""
 
     def capped(self, **most: int) -> "Config":
-        """With block sizes of these at most, which a small problem needs no more than."""
+        """The same with block sizes of `most` at most: a small problem needs no larger ones."""
         capped = {name: min(self.blocks[name], size) for name, size in most.items()}
         return self._replace(blocks={**self.blocks, **capped})
 

@@ -87,7 +87,7 @@ def _codes(columns, base, extension, at, real, eps, ROOT: tl.constexpr, DENSE: t
 def _store_codes(columns, base, extension, values, scaled, along, d_base, d_extension, at, real,
                  d_value, scale, eps,
                  ROOT: tl.constexpr, SIGNED: tl.constexpr, DENSE: tl.constexpr):  # fmt: skip
-    """Write codes and gradients from d_value, not yet scaled; what is 0 if those are finite."""
+    """Write codes and gradients from d_value, not yet scaled; returns 0 if those are finite."""
     _, value, p, q = _codes(columns, base, extension, at, real, eps, ROOT, DENSE)
     d_value *= scale
     d_p, d_q = _slopes(d_value, p, q, eps, ROOT, SIGNED, DENSE)
@@ -116,8 +116,8 @@ def decode_and_loss(x, columns, base, extension, table, bias, scale, residual, s
     barrier. Of a dot product, TOGETHER columns are summed at once (those of a thread), the rest at
     the end.
 
-    residual [tokens, d] = x_hat - x; sums [2, tokens]: its squared norm, and what is 0 if that
-    times scale, d_base and d_extension are finite, else NaN. values [tokens, k], scaled = values *
+    residual [tokens, d] = x_hat - x; sums [2, tokens]: its squared norm, and 0 if that times
+    scale, d_base and d_extension are finite, else NaN. values [tokens, k], scaled = values *
     scale; with L = scale * squared norm / 2: along = values dL/dvalues, d_base, d_extension by the
     pre-latents. scale: as in `number`. k <= BLOCKS * ROWS. Grid (tokens,).
     """

@@ -147,7 +147,7 @@ def if_proceeds(size, hyper):
 
 @triton.jit
 def adamw_numbers(hyper):
-    """What `adamw` takes of a row of `hyper`, loaded once for many calls."""
+    """Numbers that `adamw` takes from a row of `hyper`, loaded once for many calls."""
     return (
         tl.load(hyper + DECAY),
         tl.load(hyper + BETA1_REST),

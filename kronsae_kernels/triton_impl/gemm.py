@@ -62,7 +62,7 @@ def _tile_of_weight(weight, first, rows, head, c, h, d, PADDED: tl.constexpr,
                     HEADS: tl.constexpr, WIDTH: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
     """Rows `first` to `first` + PADDED of the heads from `head`: [PADDED * HEADS, WIDTH].
 
-    Of these, `rows` are meant; what the others hold is not said. 0 outside of the weight.
+    The first `rows` are meant; the others hold anything. 0 outside of the weight.
     """
     if TMA:
         part = tl.reshape(weight.load([first, head, c]), [PADDED * HEADS, WIDTH])
@@ -100,7 +100,7 @@ def _extreme(pre, ROWS: tl.constexpr, SIGNED: tl.constexpr, LOWEST: tl.constexpr
 
 @triton.jit
 def _store_pre_latents(planes, place, pre, keep, ROWS: tl.constexpr, PLANE: tl.constexpr):
-    """Of the heads in `keep` [T, HEADS]: two rows of pre [T, PADDED, HEADS] in each plane."""
+    """Store pre [T, PADDED, HEADS] of the heads in `keep` [T, HEADS], two rows in each plane."""
     bits = pre.to(tl.uint16, bitcast=True).to(tl.int32)
     row = tl.arange(0, pre.shape[1])[None, :, None]
     for pair in tl.static_range((ROWS + 1) // 2):
@@ -112,7 +112,7 @@ def _store_pre_latents(planes, place, pre, keep, ROWS: tl.constexpr, PLANE: tl.c
 
 @triton.jit
 def _count(flags):
-    """Along the last axis: in float32, since LLVM packs the flags of an integer sum into bits."""
+    """Flags set along the last axis: a sum of float32, as LLVM packs integer flags into bits."""
     return tl.sum(tl.where(flags, 1.0, 0.0), 1).to(tl.int32)
 
 
@@ -270,7 +270,7 @@ def gather_heads(lists, counts, heads, pre, splits, k, M: tl.constexpr, N: tl.co
     at = lists + program.to(tl.int64) * (PLANES * PLANE) + (row * CAPACITY + slot)
     key = tl.load(at + KEYS * PLANE, mask=inside, other=PADDING)
     head = tl.load(at + IDS * PLANE, mask=inside, other=0)
-    # What k of a range have, k of all have.
+    # A key that k of one range have or exceed, k of all have or exceed.
     bound = tl.load(of_list + TOKENS, mask=split < splits, other=MASKED)
     # Ranges of heads follow each other, and a list ascends: so do all candidates.
     _, take = _first(key[None, :], tl.max(bound[None, :], 1), k, k)
@@ -290,9 +290,9 @@ def gather_heads(lists, counts, heads, pre, splits, k, M: tl.constexpr, N: tl.co
 
 @triton.jit
 def name_latents(indices, heads, size, k, LATENTS: tl.constexpr, WIDTH: tl.constexpr):
-    """Latents of the heads [tokens, k] that were gathered, LATENTS each: of all heads, in place.
+    """Rename latents of the gathered heads [tokens, k], LATENTS each, as those of all heads.
 
-    indices int64, `size` = tokens * k of them.
+    indices int64, `size` = tokens * k of them, changed in place.
     """
     at = tl.program_id(0).to(tl.int64) * WIDTH + tl.arange(0, WIDTH)
     inside = at < size

@@ -36,7 +36,7 @@ def _count(flags):
 
 @triton.jit
 def _middle(low, high):
-    """Of two int32, without overflow."""
+    """Mean of two int32, rounded down, without overflow."""
     return (low & high) + ((low ^ high) >> 1)
 
 
@@ -425,7 +425,7 @@ def _rank(pre, ranked, indices, base, extension, h, k,
 def rank_latents(pre, ranked, indices, base, extension, stride, h, k,
                  M: tl.constexpr, N: tl.constexpr, SIGNED: tl.constexpr, DENSE: tl.constexpr,
                  K_PADDED: tl.constexpr):  # fmt: skip
-    """From sorted ranked [tokens, k]: indices int64 and the two factors, first latent first.
+    """indices int64 and the two factors from sorted ranked [tokens, k], first latent first.
 
     A masked latent, which only comes where fewer than k are allowed, has index -1 and factors 0.
     DENSE: base is the value, extension is not written.

@@ -145,7 +145,7 @@ def write_above(pre, limits, starts, ranked, stride, h, splits, width,
 def rank_above(pre, ranked, counts, indices, base, extension, stride, h, width, size, begin,
                M: tl.constexpr, N: tl.constexpr, SIGNED: tl.constexpr, DENSE: tl.constexpr,
                SORT: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
-    """From ranked [tokens, width]: indices int64 and the two factors, first latent first.
+    """indices int64 and the two factors from ranked [tokens, width], first latent first.
 
     counts [tokens]: places from there on are unused: factors 0, indices spread over all `size`
     latents, as those of token `begin` on. SORT: ranked is in no order, and width <= WIDTH. DENSE:
@@ -178,7 +178,7 @@ def rank_above(pre, ranked, counts, indices, base, extension, stride, h, width, 
 @triton.jit
 def jump(base, extension, indices, counts, threshold, slopes, active, narrow, width, bandwidth,
          ROOT: tl.constexpr, DENSE: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
-    """Of latents above their threshold less half the bandwidth: those above it, and those near it.
+    """JumpReLU of latents above (threshold - bandwidth / 2): which are active, and which near it.
 
     base, extension, indices [tokens, width] are changed: factors are 0 where a value is not above
     its threshold, and the index is -1 where it is not near it either, or there is no latent.
@@ -216,7 +216,7 @@ def jump(base, extension, indices, counts, threshold, slopes, active, narrow, wi
 @triton.jit
 def jump_gradients(d_values, indices, slopes, threshold, scale, d_active, out, size,
                    ON_DEVICE: tl.constexpr, ENTRIES: tl.constexpr):  # fmt: skip
-    """out [size]: of each code of `jump`, dL by the logarithm of its threshold.
+    """out [size] = dL by the logarithm of its threshold, for each code of `jump`.
 
     d_values: dL/dvalues / scale.  d_active: scalar, dL by the number of active latents. With t the
     threshold and w the bandwidth: dL/dt = -(t dL/dvalue + d_active) / w near it, and times t.

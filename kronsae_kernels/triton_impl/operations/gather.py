@@ -49,13 +49,13 @@ def pair_dots(y: Tensor, columns: Tensor, table: Tensor, dtype: torch.dtype) -> 
 
 
 class DecodeAndLoss(NamedTuple):
-    """What `decode_and_loss` gives: of L = scale * (squared norm of the residual) / 2."""
+    """Results of `decode_and_loss`, whose L = scale * (squared norm of the residual) / 2."""
 
     residual: Tensor
     """[B, d] reconstruction minus x, in the table's dtype."""
     sums: Tensor
-    """[2, B] float32: its squared norm; and what is 0 if that times scale, and the last two, are
-    finite, else NaN."""
+    """[2, B] float32: the residual's squared norm; and 0 if that times scale, d_base and
+    d_extension are finite, else NaN."""
     values: Tensor
     """[B, k] float32, as all that follow."""
     scaled: Tensor

@@ -41,7 +41,7 @@ class Entries(NamedTuple):
         tokens: Tensor | None = None,
         rows: Tensor | None = None,
     ) -> "Entries":
-        """From latent indices [B, k] in [0, size) (or [E], with the token of each, int32).
+        """Entries from latent indices [B, k] in [0, size), or [E] with the token of each, int32.
 
         coefficients: up to 5 numbers of each code, shaped as indices.
         rows: another number of each code, [E] int32.
@@ -95,7 +95,7 @@ def sum_entries(entries: Entries, coefficients: Tensor) -> Tensor:
 def row_gradients(
     entries: Entries, coefficients: Tensor, y: Tensor, out: Tensor, out_bias: Tensor | None
 ) -> None:
-    """out[f] [rows, d] = sum of coefficient * y[token] over f's entries; out_bias [rows]: of 1."""
+    """out[f] [rows, d] = sum of coefficient * y[token] over f's entries; out_bias: with y = 1."""
     rows, d = out.shape
     launch(
         backward.row_gradients,
@@ -178,7 +178,7 @@ Gradient = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def _updated(weight: Gradient, copy: Tensor | None, bias: Gradient, mode: str) -> dict[str, Any]:
-    """What a kernel changes, and how."""
+    """Arguments of a kernel for the tensors that it changes, and its MODE."""
     return {
         **dict(zip(("weight", "first", "second"), weight, strict=True)),
         **dict(zip(("bias", "bias_first", "bias_second"), bias, strict=True)),
@@ -249,7 +249,7 @@ def _head_sums(
     }
 
     def configured(kernel: str) -> tuple[Config, int]:
-        """Its configuration, and how many programs share a head, or a segment."""
+        """A kernel's configuration, and how many programs share a head, or a segment."""
         config = configure(kernel, x.device)
         if extensions > 8:
             config = config._replace(blocks={**config.blocks, "PIECES": 1})

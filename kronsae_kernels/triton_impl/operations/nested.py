@@ -38,7 +38,7 @@ class Grouped(NamedTuple):
         eps: float = 0.0,
         rows: bool = False,
     ) -> "Grouped":
-        """indices: -1 for a place without a latent, which no prefix holds.
+        """Codes by group, from indices: -1 for a place without a latent, which no prefix holds.
 
         values: of a Kron encoder either these, or the base, with the extension: they are composed
         (root: to the square root of the product + eps). None: for a backward pass.
@@ -114,7 +114,7 @@ def nested_decode_and_loss(
     """`decode_and_loss` of L = scale * (sum of the squared norms of all prefixes' residuals) / 2.
 
     bounds: of G prefixes (at most `step.MAX_PREFIXES`), the last that of all latents.
-    Its residual is [B, G, d]: what decoder rows of each group get, the sum of the residuals of all
+    `residual` is [B, G, d]: what decoder rows of each group get, the sum of the residuals of all
     prefixes that hold the group. The last is that of the whole reconstruction. Also returns [B, k]
     int32, the row of each code among these [B G, d]. sums is [3, B]: also the squared norm of the
     whole reconstruction's residual.

@@ -28,7 +28,7 @@ class Lists(NamedTuple):
     capacity: int
     """Heads that a list has room for."""
     planes: int
-    """int32 numbers for each of these."""
+    """int32 numbers for each head of a list."""
     splits: int
     """Ranges that the heads are cut into."""
     tiles: int
@@ -40,7 +40,7 @@ class Lists(NamedTuple):
 
 
 def lists_of(x: Tensor, selection: Selection) -> Lists | None:
-    """For the encoder in one pass; None where the configuration, or the shape, is for two."""
+    """Lists for the encoder in one pass; None if the configuration, or the shape, wants two."""
     heads, m, n, k, _ = selection
     wanted = configure("encode", x.device).blocks["ONE_PASS"] and x.element_size() == 2
     if not (wanted and selection.fits and k < heads):

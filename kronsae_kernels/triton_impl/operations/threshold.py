@@ -22,10 +22,10 @@ def threshold_encode(
     composition: str,
     width: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Same as `torch_impl.threshold_encode`. The host reads the width of each chunk of tokens.
+    """Same as `torch_impl.threshold_encode`, in `width` places a token if that is given.
 
-    width: unless it is given. Of a token with more latents, which its count shows, some are then
-    left out; and the host reads nothing.
+    width None: the host reads the width of each chunk of tokens. Given, the host reads nothing, and
+    a token with more latents, as its count shows, has some of them left out.
     """
     if threshold.shape[0] >= 2**31 and width is None:
         return torch_impl.threshold_encode(x, w_enc, b_enc, threshold, m, eps, composition)
@@ -133,7 +133,7 @@ class Limits(NamedTuple):
     of_head: Tensor
     """[h] float32: the lowest of each head; of a dense encoder as `of_latent`."""
     shape: dict[str, Any]
-    """How latents are made, for the kernels."""
+    """M, N, SIGNED and DENSE of the kernels."""
 
     @property
     def size(self) -> int:
@@ -147,7 +147,7 @@ class Limits(NamedTuple):
     def of(
         cls, threshold: Tensor, m: int | None, shape: torch.Size, composition: str, eps: float
     ) -> "Limits":
-        """From thresholds [F] of the latents' values; shape: that of w_enc."""
+        """Limits from thresholds [F] of the latents' values; shape: that of w_enc."""
         limits = torch.empty_like(threshold, dtype=torch.float32)
         launch(
             kernels.product_limits,
