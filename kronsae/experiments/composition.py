@@ -44,9 +44,9 @@ class Composition(TrainingExperiment):
     def variant(self, cell: dict[str, Any]) -> str:
         return f"{cell['shape']}-{cell['composition']}"
 
-    def sentence(self, found: dict[tuple, Spread]) -> str:
-        points = dict.fromkeys(key[:-1] for key in found)
-        ev = [[found[point + (name,)].mean for name in COMPOSITIONS] for point in points]
+    def sentence(self, spreads: dict[tuple, Spread]) -> str:
+        points = dict.fromkeys(key[:-1] for key in spreads)
+        ev = [[spreads[point + (name,)].mean for name in COMPOSITIONS] for point in points]
         first = sum(mand > max(others) for mand, *others in ev)
         ordered = sum(mand > relu_mul > mul for mand, relu_mul, mul in ev)
         return (

@@ -41,9 +41,9 @@ FIELDS = {
 
 
 def difference(arm: str) -> dict[type, dict[str, Any]]:
-    """By config, the setting that an arm changes and its value.
+    """The setting that an arm changes and its value, under the config that has it.
 
-    Raises InputError for what is none.
+    Raises InputError if `arm` names no setting, or no value that it can have.
     """
     if arm == RECIPE:
         return {}
@@ -107,7 +107,7 @@ class Convergence(EqualTokens):
         ]
 
     def cells(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
-        for arm in self.arms:  # what is no setting is said before anything runs
+        for arm in self.arms:  # a wrong arm raises before anything runs
             TrainConfig(**difference(arm).get(TrainConfig, {}))
         for row in self.rows():
             self.sae(row)
@@ -134,10 +134,10 @@ class Convergence(EqualTokens):
         return quality(self.train(self.sae(cell), shared, cell, **recipe))
 
     def conclude(self, runs: Sequence[Run]) -> tuple[str, str]:
-        found = explained(runs, "arm", "variant")
+        arm_evs = explained(runs, "arm", "variant")
         dead = explained(runs, "arm", "variant", figure="dead_share")
         figures = {
-            key: [found[key], f"{group[0]['lr']:g}", f"{dead[key].mean:.2f}"]
+            key: [arm_evs[key], f"{group[0]['lr']:g}", f"{dead[key].mean:.2f}"]
             for key, group in grouped(runs, "arm", "variant").items()
         }
         lines = [
@@ -152,7 +152,7 @@ class Convergence(EqualTokens):
             f"{markdown(header, lines)}\n\n{self.variants[0]} by the recipe at each rate:\n\n"
             f"{markdown(rate_header, rates)}"
         )
-        most = [self.most(found, variant) for variant in self.variants]
+        most = [self.most(arm_evs, variant) for variant in self.variants]
         best = [
             f"{self.rates[evs.index(max(evs))]:g} at F = {size:,}, {tokens:,} tokens"
             for size, tokens, *evs in rates
@@ -160,12 +160,12 @@ class Convergence(EqualTokens):
         line = f"Most above the recipe: {'; '.join(most)}. Best rate: {'; '.join(best)}."
         return table, line
 
-    def most(self, found: dict[tuple, Spread], variant: str) -> str:
+    def most(self, evs: dict[tuple, Spread], variant: str) -> str:
         """The arm that explains most with a variant, and what it gains over the recipe."""
-        recipe = found[RECIPE, variant]
+        recipe = evs[RECIPE, variant]
         gain = {
             arm: ev.mean - recipe.mean
-            for (arm, of), ev in found.items()
+            for (arm, of), ev in evs.items()
             if of == variant and arm != RECIPE
         }
         best = max(gain, key=gain.__getitem__)
@@ -175,12 +175,12 @@ class Convergence(EqualTokens):
     def draw(self, runs: Sequence[Run], path: Path) -> None:
         """Left: what each arm explains above the recipe. Right: the recipe at each rate."""
         arms = [RECIPE, *self.arms]
-        found = explained(runs, "arm", "variant")
+        evs = explained(runs, "arm", "variant")
         with picture(path, 2, (7, 4.2)) as (left, right):
-            for (arm, variant), ev in found.items():
+            for (arm, variant), ev in evs.items():
                 offset = self.variants.index(variant)
                 left.errorbar(
-                    ev.mean - found[RECIPE, variant].mean,
+                    ev.mean - evs[RECIPE, variant].mean,
                     arms.index(arm) + 0.2 * offset,
                     xerr=ev.deviation,
                     fmt="o",

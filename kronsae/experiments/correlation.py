@@ -36,15 +36,15 @@ def uniform_sae(config: SAEConfig, x: Tensor, seed: int) -> SAE:
     return sae.folded(normalizer.mean, normalizer.scale)
 
 
-def summary(found: Correlations) -> dict[str, Any]:
-    """Means, and the histogram of the first, as shares of bins (what is outside: the outermost)."""
-    head = found.head[found.head.isfinite()]
+def summary(correlations: Correlations) -> dict[str, Any]:
+    """Mean correlations, and a histogram of those within heads (its end bins count all beyond)."""
+    head = correlations.head[correlations.head.isfinite()]
     counts = torch.histc(head.clamp(LOWEST, HIGHEST), BINS, LOWEST, HIGHEST)
     return {
         "head": head.mean().item(),
-        "others": found.others.mean().item(),
+        "others": correlations.others.mean().item(),
         "head_shares": (counts / counts.sum()).tolist(),
-        "latents": len(found.others),
+        "latents": len(correlations.others),
     }
 
 
@@ -106,10 +106,9 @@ class Correlation(EqualTokens):
         with picture(path, len(shapes), (4, 3.2)) as row:
             for axes, ((shape,), group) in zip(row, shapes.items(), strict=True):
                 for weights, color in (("trained", "C0"), ("random", "C7")):
-                    found = [run[weights] for run in group]
-                    shares = torch.tensor([each["head_shares"] for each in found]).mean(0)
+                    shares = torch.tensor([run[weights]["head_shares"] for run in group]).mean(0)
                     axes.stairs(shares.tolist(), edges, color=color, label=weights)
-                    others = Spread.of(each["others"] for each in found).mean
+                    others = Spread.of(run[weights]["others"] for run in group).mean
                     label = f"{weights}, all others"
                     axes.axvline(others, color=color, linestyle=":", label=label)
                 axes.set_title(shape)

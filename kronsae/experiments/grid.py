@@ -70,19 +70,19 @@ def matches(run: Run, cell: dict[str, Any]) -> bool:
 
 
 def missing_cells(cells: Iterable[dict[str, Any]], runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """The cells that no run is of."""
+    """Cells without a run."""
     return [cell for cell in cells if not any(matches(run, cell) for run in runs)]
 
 
 def made_with(device: str) -> dict[str, str]:
     """Versions, device and dtype of the figures."""
-    found = resolve_device(device)
+    resolved = resolve_device(device)
     return {
         "kronsae": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "device": torch.cuda.get_device_name(found) if found.type == "cuda" else "cpu",
-        "dtype": str(compute_dtype("auto", found)).removeprefix("torch."),
+        "device": torch.cuda.get_device_name(resolved) if resolved.type == "cuda" else "cpu",
+        "dtype": str(compute_dtype("auto", resolved)).removeprefix("torch."),
     }
 
 
@@ -90,8 +90,8 @@ def _earlier_runs(path: Path, experiment: Experiment) -> list[Run]:
     if not path.exists():
         return []
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        was, runs = {**found["settings"], **found["made_with"]}, found["runs"]
+        document = json.loads(path.read_text(encoding="utf-8"))
+        was, runs = {**document["settings"], **document["made_with"]}, document["runs"]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"{path} is not one that an experiment wrote: {error!r}") from error
     axes = {spec.name for spec in dataclasses.fields(experiment) if spec.metadata.get("axis")}

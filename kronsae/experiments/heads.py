@@ -34,13 +34,13 @@ class Heads(EqualTokens):
     def variant(self, cell: dict[str, Any]) -> str:
         return f"h{cell['h']}m{cell['m']}n{cell['n']}"
 
-    def sentence(self, found: dict[tuple, Spread]) -> str:
-        ev = [spread.mean for spread in found.values()]
-        with_h = pearson([math.log2(self.dict_size / (m * n)) for m, n in found], ev)
-        with_m = pearson([math.log2(m) for m, _ in found], ev)
-        with_n = pearson([math.log2(n) for _, n in found], ev)
+    def sentence(self, spreads: dict[tuple, Spread]) -> str:
+        ev = [spread.mean for spread in spreads.values()]
+        with_h = pearson([math.log2(self.dict_size / (m * n)) for m, n in spreads], ev)
+        with_m = pearson([math.log2(m) for m, _ in spreads], ev)
+        with_n = pearson([math.log2(n) for _, n in spreads], ev)
         return (
-            f"Over the {len(found)} shapes explained variance correlates with log h by "
+            f"Over the {len(spreads)} shapes explained variance correlates with log h by "
             f"{with_h:+.2f}, with log m by {with_m:+.2f}, with log n by {with_n:+.2f} (paper: it "
             "rises with h and falls with m)."
         )

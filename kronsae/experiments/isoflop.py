@@ -68,11 +68,11 @@ class IsoFLOP(TrainingExperiment):
         tokens = self.tokens_of(cell, config.d_model)
         return {"tokens": tokens, "flops": tokens * flops_per_token(config), **quality(result)}
 
-    def sentence(self, found: dict[tuple, Spread]) -> str:
-        points = len({key[:-1] for key in found})
+    def sentence(self, spreads: dict[tuple, Spread]) -> str:
+        points = len({key[:-1] for key in spreads})
         counts = [
             f"{variant} at {count} of {points} points"
-            for variant, count in wins(found, operator.ge).items()
+            for variant, count in wins(spreads, operator.ge).items()
         ]
         return (
             f"At equal FLOPs, at least as much as its dense form explains: {', '.join(counts)} "

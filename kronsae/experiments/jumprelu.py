@@ -1,9 +1,9 @@
 """JumpReLU in place of TopK, with a dense and a Kron encoder. [KronSAE, App. A.6, Table 6]
 
 Training only aims a JumpReLU SAE at k active latents a token, and more of them explain more. So
-what is active on held-out tokens stands beside the aim, and JumpReLU is judged at the L0 that it
+the table has the L0 on held-out tokens beside the aim, and JumpReLU is judged at the L0 that it
 has, against the curve of TopK, unless it misses its aim by more than MISS. A learning rate at which
-it does is chosen only where all do.
+it misses is chosen only if it misses at all rates.
 """
 
 import math
@@ -68,24 +68,24 @@ class JumpReLU(EqualTokens):
         return {"k": self.k, "variant": self.names()}
 
     def merit(self, run: Run) -> tuple[float, float]:
-        """What it explains counts among the runs that meet their L0; else who is nearest to it."""
+        """Runs that meet their L0 rank by explained variance, above the rest, nearest first."""
         return -max(MISS, abs(run["l0"] / run["k"] - 1)), run["explained_variance"]
 
     def conclude(self, runs: Sequence[Run]) -> tuple[str, str]:
         evs = explained(runs, "variant", "k")
         l0s = explained(runs, "variant", "k", figure="l0")
         names = self.names()
-        found = {(names[variant], k): (l0s[variant, k], evs[variant, k]) for variant, k in evs}
+        figures = {(names[variant], k): (l0s[variant, k], evs[variant, k]) for variant, k in evs}
         lines = [
             [k, name, l0.to(1), ev, f"{PAPER_EV[name][k]:.3f}" if k in PAPER_EV[name] else "-"]
-            for (name, k), (l0, ev) in found.items()
+            for (name, k), (l0, ev) in figures.items()
         ]
         verdicts = []
         for name, rival in (("JumpReLU", "TopK"), ("Kron JumpReLU", "Kron TopK")):
-            curve = [(l0.mean, ev.mean) for l0, ev in (found[rival, k] for k in self.k)]
-            met = [k for k in self.k if abs(found[name, k][0].mean / k - 1) <= MISS]
+            curve = [(l0.mean, ev.mean) for l0, ev in (figures[rival, k] for k in self.k)]
+            met = [k for k in self.k if abs(figures[name, k][0].mean / k - 1) <= MISS]
             ours = sum(
-                ev.mean > on_curve(curve, l0.mean) for l0, ev in (found[name, k] for k in met)
+                ev.mean > on_curve(curve, l0.mean) for l0, ev in (figures[name, k] for k in met)
             )
             theirs = sum(ev > PAPER_EV[rival][k] for k, ev in PAPER_EV[name].items())
             verdicts.append(
@@ -93,7 +93,7 @@ class JumpReLU(EqualTokens):
                 f"more than {rival} would at its L0 in {ours} of them "
                 f"(paper: {theirs} of {len(PAPER_EV[name])})"
             )
-        shares = [l0.mean / k for (name, k), (l0, _) in found.items() if "JumpReLU" in name]
+        shares = [l0.mean / k for (name, k), (l0, _) in figures.items() if "JumpReLU" in name]
         line = (
             f"At equal tokens {'; '.join(verdicts)}. L0 with JumpReLU is {min(shares):.2f} to "
             f"{max(shares):.2f} times what it aimed at."

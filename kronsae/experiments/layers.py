@@ -34,10 +34,10 @@ class Layers(EqualTokens):
     def run(self, shared: Callable[[int], Activations], cell: dict[str, Any]) -> dict[str, Any]:
         return super().run(shared(cell["layer"]), cell)
 
-    def sentence(self, found: dict[tuple, Spread]) -> str:
+    def sentence(self, spreads: dict[tuple, Spread]) -> str:
         baseline, *others = self.variants
         gaps = {
-            name: [found[at, name].mean - found[at, baseline].mean for at in self.layer]
+            name: [spreads[at, name].mean - spreads[at, baseline].mean for at in self.layer]
             for name in others
         }
         return (

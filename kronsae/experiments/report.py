@@ -63,15 +63,17 @@ def markdown(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     return tables.markdown(header, texts)
 
 
-def by_column(found: dict[tuple, Spread], headings: Sequence[str], name: str) -> tuple[list, list]:
+def by_column(
+    spreads: dict[tuple, Spread], headings: Sequence[str], name: str
+) -> tuple[list, list]:
     """Header and rows of a table: the last part of each key is a column, the others name a row.
 
-    name: of the columns, for those that are numbers.
+    name: what the numbers among the columns are, for their headings ("k = 32").
     """
-    columns = list(dict.fromkeys(key[-1] for key in found))
+    columns = list(dict.fromkeys(key[-1] for key in spreads))
     rows = [
-        [*row, *(found.get((*row, column), "") for column in columns)]
-        for row in dict.fromkeys(key[:-1] for key in found)
+        [*row, *(spreads.get((*row, column), "") for column in columns)]
+        for row in dict.fromkeys(key[:-1] for key in spreads)
     ]
     return [*headings, *(c if isinstance(c, str) else f"{name} = {c}" for c in columns)], rows
 
@@ -112,25 +114,25 @@ class Across(NamedTuple):
 
 
 def curves(axes: Any, runs: Sequence[Run], line: str, across: Across, *points: str) -> None:
-    """Explained variance with error bars, a line each value of the key `line`.
+    """Explained variance with error bars, a line for each value of the key `line`.
 
-    points: keys that tell the points of a line apart (default: what is across).
+    points: keys that tell the points of a line apart (default: `across.key`).
     """
     numbers = not isinstance(runs[0][across.key], str)
     lines: dict[Any, list[tuple]] = {}
     for (value, *_), group in grouped(runs, line, *(points or [across.key])).items():
-        places = [run[across.key] for run in group]
-        place = statistics.fmean(places) if numbers else places[0]
-        lines.setdefault(value, []).append((place, *explained(group)[()]))
-    for value, found in lines.items():
+        xs = [run[across.key] for run in group]
+        x = statistics.fmean(xs) if numbers else xs[0]
+        lines.setdefault(value, []).append((x, *explained(group)[()]))
+    for value, rows in lines.items():
         label = value if isinstance(value, str) else f"{line} = {value}"
-        parts = zip(*(sorted(found) if numbers else found), strict=True)
+        parts = zip(*(sorted(rows) if numbers else rows), strict=True)
         axes.errorbar(*parts, fmt="o-", capsize=3, label=label)
     if across.log:
         axes.set_xscale("log", base=across.log)
     if numbers and (not points or across.key in points):
-        ticks = sorted({place for found in lines.values() for place, *_ in found})
-        axes.set_xticks(ticks, [f"{place:g}" for place in ticks])
+        ticks = sorted({x for rows in lines.values() for x, *_ in rows})
+        axes.set_xticks(ticks, [f"{x:g}" for x in ticks])
         axes.minorticks_off()
     axes.set_xlabel(across.label)
     axes.set_ylabel("explained variance")

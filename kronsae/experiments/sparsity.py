@@ -32,10 +32,10 @@ class Sparsity(EqualTokens):
     def compared(self) -> dict[str, Any]:
         return {"variant": with_dense_forms(self.variants), "k": self.k}
 
-    def sentence(self, found: dict[tuple, Spread]) -> str:
+    def sentence(self, spreads: dict[tuple, Spread]) -> str:
         counts = [
             f"{kron} explains more than {dense_form(kron)} at {count} of {len(self.k)} k"
-            for kron, count in wins(found, operator.gt).items()
+            for kron, count in wins(spreads, operator.gt).items()
         ]
         return (
             f"At equal tokens (not equal FLOPs) {', '.join(counts)} (paper: pictures, Figs. 3 and "

@@ -173,8 +173,8 @@ class Toy(Experiment):
     def conclude(self, runs: Sequence[Run]) -> tuple[str, str]:
         rows = []
         for name in ("truth", "autoencoder", *VARIANTS):
-            found = [(by_setup(runs, name, key), digits) for key, digits in COLUMNS.values()]
-            cells = [Spread.of(of.values()).to(digits) if of else "" for of, digits in found]
+            figures = [(by_setup(runs, name, key), digits) for key, digits in COLUMNS.values()]
+            cells = [Spread.of(of.values()).to(digits) if of else "" for of, digits in figures]
             rows.append([name, PAPER_RV.get(name, ""), *cells])
         rv = {
             name: Spread.of(by_setup(runs, name, "rv").values())
@@ -198,7 +198,7 @@ class Toy(Experiment):
     def draw(self, runs: Sequence[Run], path: Path) -> None:
         """RV over the set-ups, with the controls, beside the paper's."""
         names = ["autoencoder", *VARIANTS]
-        found = {
+        series = {
             label: {n: Spread.of(of.values()) for n in names if (of := by_setup(runs, n, key))}
             for label, key in (
                 ("trained", "rv"),
@@ -206,11 +206,11 @@ class Toy(Experiment):
                 ("before training", "before_training.rv"),
             )
         }
-        found["paper"] = {
+        series["paper"] = {
             name: Spread(*map(float, text.split(" ± "))) for name, text in PAPER_RV.items()
         }
         with picture(path, size=(9.5, 3.8)) as (axes,):
-            for shift, (label, spreads) in enumerate(found.items()):
+            for shift, (label, spreads) in enumerate(series.items()):
                 places = [names.index(name) + 0.2 * shift - 0.3 for name in spreads]
                 means, deviations = zip(*spreads.values(), strict=True)
                 axes.errorbar(places, means, deviations, fmt="o", capsize=3, label=label)
@@ -222,20 +222,20 @@ class Toy(Experiment):
 def by_setup(runs: Sequence[Run], name: str, key: str) -> dict[int, float]:
     """A figure of each set-up, the mean of its seeds; empty where there is none.
 
-    key: of a figure, with a dot between the levels.
+    key: of the figure in a run, with a dot between levels ("untied.rv").
     """
-    found: dict[int, list[float]] = {}
+    figures: dict[int, list[float]] = {}
     for run in runs:
         value = run[name]
         for part in key.split("."):
             value = value.get(part, {})
         if value != {}:
-            found.setdefault(run["setup"], []).append(value)
-    return {setup: statistics.fmean(values) for setup, values in found.items()}
+            figures.setdefault(run["setup"], []).append(value)
+    return {setup: statistics.fmean(values) for setup, values in figures.items()}
 
 
 def above(runs: Sequence[Run], key: str, baseline: str) -> str:
-    """For each KronSAE in how many set-ups its figure is above TopK's."""
+    """Number of set-ups in which the figure of each KronSAE is above TopK's."""
     topk = by_setup(runs, "topk", baseline)
     counts = [
         sum(value > topk[setup] for setup, value in by_setup(runs, name, key).items())
@@ -316,8 +316,8 @@ def match(target: Tensor, c: Tensor) -> Tensor:
     from scipy.optimize import quadratic_assignment
 
     options = {"maximize": True}
-    found = quadratic_assignment(target.numpy(), c.numpy(), method="faq", options=options)
-    order = torch.from_numpy(found.col_ind)
+    result = quadratic_assignment(target.numpy(), c.numpy(), method="faq", options=options)
+    order = torch.from_numpy(result.col_ind)
     return c[order][:, order]
 
 

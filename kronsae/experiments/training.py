@@ -125,7 +125,7 @@ class TrainingExperiment(Experiment):
         return self.activations()
 
     def activations(self, **given: Any) -> Activations:
-        """Those of the settings, with some in place of theirs."""
+        """Activations by the settings, some of which `given` replaces."""
         names = {spec.name for spec in dataclasses.fields(DataConfig)}
         data = {name: value for name, value in vars(self).items() if name in names} | given
         config, device = DataConfig(**data), resolve_device(self.device)
@@ -177,12 +177,12 @@ class TrainingExperiment(Experiment):
 
     def conclude(self, runs: Sequence[Run]) -> tuple[str, str]:
         """A table of explained variance, the paper's below ours."""
-        found = explained(runs, *self.headings, self.column)
-        header, rows = by_column(found, list(self.headings.values()), self.column)
-        return markdown(header, [*rows, *self.published]), self.sentence(found)
+        spreads = explained(runs, *self.headings, self.column)
+        header, rows = by_column(spreads, list(self.headings.values()), self.column)
+        return markdown(header, [*rows, *self.published]), self.sentence(spreads)
 
-    def sentence(self, found: dict[tuple, Spread]) -> str:
-        """Ours beside the paper's; found: explained variance by `headings` and `column`."""
+    def sentence(self, spreads: dict[tuple, Spread]) -> str:
+        """Our result beside the paper's; spreads: explained variance by `headings` and `column`."""
         raise NotImplementedError
 
     def draw(self, runs: Sequence[Run], path: Path) -> None:

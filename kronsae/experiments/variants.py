@@ -30,13 +30,13 @@ def sae_config(variant: str, dict_size: int, k: int) -> SAEConfig:
     if variant == family:
         return SAEConfig(encoder="dense", **given)
     shape = variant.removeprefix(f"{family}-")
-    found = re.fullmatch(r"(?:h(\d+))?m(\d+)n(\d+)(?:-(\w+))?", shape)
-    if found is None:
+    match = re.fullmatch(r"(?:h(\d+))?m(\d+)n(\d+)(?:-(\w+))?", shape)
+    if match is None:
         raise InputError(
             f"variant: expected {', '.join(FAMILIES)}, m2n4, h8m2n4, m2n4-relu_mul or "
             f"matryoshka-m2n4, got {variant!r}"
         )
-    *widths, composition = found.groups(default="")
+    *widths, composition = match.groups(default="")
     heads, m, n = (int(width or 0) for width in widths)
     return SAEConfig(heads=heads, m=m, n=n, composition=composition or "mand", **given)
 
@@ -52,12 +52,12 @@ def with_dense_forms(variants: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for kron in variants for name in (dense_form(kron), kron)))
 
 
-def wins(found: dict[tuple, Spread], better: Callable[[float, float], bool]) -> dict[str, int]:
-    """At how many points each Kron form is better than its dense form; keys end with a variant."""
+def wins(spreads: dict[tuple, Spread], better: Callable[[float, float], bool]) -> dict[str, int]:
+    """Number of points at which each Kron form beats its dense form; keys end with a variant."""
     counts: dict[str, int] = {}
-    for (*point, variant), spread in found.items():
+    for (*point, variant), spread in spreads.items():
         if variant != (dense := dense_form(variant)):
             baseline = (*point, dense)
-            won = better(spread.mean, found[baseline].mean)
+            won = better(spread.mean, spreads[baseline].mean)
             counts[variant] = counts.get(variant, 0) + won
     return counts
