@@ -115,9 +115,9 @@ class _Folder:
 
     @staticmethod
     def check_free(path: str | Path) -> None:
-        """Raise InputError if `path` exists, is not empty, and not what `create` began."""
+        """Raise InputError unless `path` is new, empty, or left by an interrupted `create`."""
         path = Path(path)
-        names = {each.name for each in path.iterdir()} if path.is_dir() else set()
+        names = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
         known = not names.isdisjoint({"config.json", "sweep.json"})
         free = _BEGUN in names or names <= {LOCK_NAME} and (path.is_dir() or not path.exists())
         if known or not free:
@@ -199,10 +199,10 @@ class RunFolder(_Folder):
 
         tensors: False leaves None in their place.
         """
-        found = checkpoint.list_checkpoints(self.checkpoints)
+        folders = checkpoint.list_checkpoints(self.checkpoints)
         state = None
-        if found:
-            state = checkpoint.load_state(found[-1], self.mesh.heads, SHARDED_STATE, tensors)
+        if folders:
+            state = checkpoint.load_state(folders[-1], self.mesh.heads, SHARDED_STATE, tensors)
         if self.mesh.first:
             self._cut_metrics(state["metrics_bytes"] if state else 0)
         return state
@@ -311,16 +311,16 @@ class SweepFolder(_Folder):
     def load_checkpoint(self) -> dict[str, Any] | None:
         """The state of the newest step that is complete, or None; what came later is removed.
 
-        Members that state["members"] leaves out had ended by then: theirs stays as it is. Those of
-        other ranks come without tensors.
+        Members that state["members"] leaves out had ended by then: their folders stay as they are.
+        The states of members that other ranks train come without tensors.
         """
         state, step = None, -1
         for folder in reversed(checkpoint.list_checkpoints(self.checkpoints)):
-            found = checkpoint.load_state(folder)
+            loaded = checkpoint.load_state(folder)
             if all(
-                (self.runs[name].checkpoints / folder.name).is_dir() for name in found["members"]
+                (self.runs[name].checkpoints / folder.name).is_dir() for name in loaded["members"]
             ):
-                state, step = found, checkpoint.step_of(folder)
+                state, step = loaded, checkpoint.step_of(folder)
                 break
         checkpoint.drop_after(self.checkpoints, step)
         names = self.runs if state is None else state["members"]

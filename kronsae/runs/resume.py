@@ -105,29 +105,29 @@ def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
 def _claim(
     out: str | Path, resume: bool, settings: dict[str, dict[str, Any]], sweep: bool
 ) -> RunFolder | SweepFolder:
-    """The folder, made or found, and locked. Raises InputError if it was made otherwise."""
+    """The new or resumed folder, locked. Raises InputError if it was made with other settings."""
     if not resume:
-        made = SweepFolder.create(out, settings) if sweep else None
-        folder = made or RunFolder.create(out, settings[SINGLE])
+        new_sweep = SweepFolder.create(out, settings) if sweep else None
+        folder = new_sweep or RunFolder.create(out, settings[SINGLE])
         folder.lock()
         return folder
-    folder, found = open_to_resume(out)
+    folder, saved = open_to_resume(out)
     folder.lock()
     try:
-        if found.keys() != settings.keys():
+        if saved.keys() != settings.keys():
             raise InputError(
-                f"{folder.path} has the members {list(found)}, and cannot go on with "
+                f"{folder.path} has the members {list(saved)}, and cannot go on with "
                 f"{list(settings)}"
             )
-        changed = {name: _other_dtype(each, settings[name]) for name, each in found.items()}
-        for name, each in found.items():
-            each["data"] = each["data"] | changed[name]
-            each["config"] = _with_defaults(each["config"])
+        changed = {name: _other_dtype(document, settings[name]) for name, document in saved.items()}
+        for name, document in saved.items():
+            document["data"] = document["data"] | changed[name]
+            document["config"] = _with_defaults(document["config"])
         changes = [
             f"{name}: {line}" if sweep else line
-            for name in found
+            for name in saved
             for part in ("config", "data")
-            for line in differences(found[name][part], settings[name][part], part, _free())
+            for line in differences(saved[name][part], settings[name][part], part, _free())
         ]
         if changes:
             raise InputError(
@@ -142,12 +142,12 @@ def _claim(
         raise
 
 
-def _other_dtype(found: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+def _other_dtype(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
     """Changes to the description of a run's data if it is resumed with another --model-dtype.
 
-    After NaN in float16, say. Empty if it is not.
+    A user changes it after NaN in float16, say. Empty if it is the same.
     """
-    was, now = (each["config"].get("data") for each in (found, given))
+    was, now = (document["config"].get("data") for document in (saved, given))
     if not was or not now or was.get("model_dtype") == now["model_dtype"]:
         return {}
     # "weights" is a digest of them in the model's dtype.
@@ -155,7 +155,7 @@ def _other_dtype(found: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]
 
 
 def _free() -> set[str]:
-    """Settings that a run may go on with others of, as `differences` names them."""
+    """Settings that may change when a run goes on, as `differences` names them."""
     return {
         f"config.{setting.part}.{name}"
         for name, setting in all_settings().items()

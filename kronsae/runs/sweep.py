@@ -101,11 +101,11 @@ _SHOWN = {
 
 def comparison(members: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Head and rows of a table of {name: {"config", "tokens", "metrics", "step_ms", "failed"}}."""
-    shown = [key for key in _SHOWN if any(key in each["metrics"] for each in members.values())]
+    shown = [key for key in _SHOWN if any(key in entry["metrics"] for entry in members.values())]
     head = ["member", "encoder", "F", "k", "M mult-adds", "ms a step"]
     rows = []
-    for name, each in members.items():
-        sae = SAEConfig(**each["config"]["sae"])
+    for name, entry in members.items():
+        sae = SAEConfig(**entry["config"]["sae"])
         kron = sae.heads
         rows.append(
             [
@@ -114,18 +114,18 @@ def comparison(members: dict[str, dict[str, Any]]) -> tuple[list[str], list[list
                 f"{sae.dict_size:,}",
                 str(sae.k) if sae.k else "–",
                 f"{flops_per_token(sae) / 1e6:,.2f}",
-                f"{each['step_ms']:,.1f}" if each["step_ms"] else "–",
-                *(f"{each['metrics'][k]:.4f}" if k in each["metrics"] else "–" for k in shown),
+                f"{entry['step_ms']:,.1f}" if entry["step_ms"] else "–",
+                *(f"{entry['metrics'][k]:.4f}" if k in entry["metrics"] else "–" for k in shown),
             ]
         )
-        if each["failed"]:
-            rows[-1][0] += f" (stopped after {each['tokens']:,} tokens)"
+        if entry["failed"]:
+            rows[-1][0] += f" (stopped after {entry['tokens']:,} tokens)"
     return [*head, *(_SHOWN[key] for key in shown)], rows
 
 
 def markdown(members: dict[str, dict[str, Any]]) -> str:
     """The `comparison` as a document."""
     head, rows = comparison(members)
-    failed = [f"- {name}: {each['failed']}" for name, each in members.items() if each["failed"]]
+    failed = [f"- {name}: {entry['failed']}" for name, entry in members.items() if entry["failed"]]
     table = tables.markdown(head, rows) + "\n"
     return table + ("\nStopped early:\n\n" + "\n".join(failed) + "\n" if failed else "")
