@@ -161,9 +161,9 @@ def _tradeoff(judged: Sequence[Entry]) -> Any:
     for axes, (name, label) in zip(panels[0], shown, strict=True):
         for number, entry in enumerate(judged):
             if name in entry["metrics"]:
-                place = entry["metrics"]["l0"], entry["metrics"][name]
+                point = entry["metrics"]["l0"], entry["metrics"][name]
                 marker = "osD^v"[number // 10 % 5]  # there are ten colours
-                axes.plot(*place, marker, color=f"C{number}", label=entry["name"])
+                axes.plot(*point, marker, color=f"C{number}", label=entry["name"])
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
         axes.margins(0.2)

@@ -176,7 +176,7 @@ class ServerChat:
         raise InputError(f"{self.url} did not answer in {ATTEMPTS} attempts ({why}){hint}")
 
     def _hint(self, not_there: bool) -> str:
-        """Which models the server has, if it says so and ours is not among them."""
+        """End of an error message: the server's models if ours is not one, or a hint at its URL."""
         try:
             with urllib.request.urlopen(self._request("models"), timeout=5) as response:
                 names = [model["id"] for model in json.loads(response.read())["data"]]

@@ -127,8 +127,8 @@ def logit_effects(sae: SAE, model: Any, size: int) -> LogitEffects | None:
     for part in direction.split(step):
         effects = part @ unembed.T
         highest, lowest = effects.topk(size, 1), effects.topk(size, 1, largest=False)
-        found = highest.indices, highest.values, lowest.indices, lowest.values
-        parts.append([part.cpu().numpy() for part in found])
+        extremes = highest.indices, highest.values, lowest.indices, lowest.values
+        parts.append([tensor.cpu().numpy() for tensor in extremes])
     raised, raised_by, lowered, lowered_by = map(np.concatenate, zip(*parts, strict=True))
     return LogitEffects(raised, raised_by, lowered, lowered_by, name)
 

@@ -156,8 +156,8 @@ def remove_leftovers(folder: Path) -> None:
     for path in folder.glob(".*.partial"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     for old in folder.glob(f".*{_OLD}"):
-        place = folder / old.name[1:].removesuffix(_OLD).rpartition(".")[0]
-        shutil.rmtree(old) if place.exists() else os.rename(old, place)
+        target = folder / old.name[1:].removesuffix(_OLD).rpartition(".")[0]
+        shutil.rmtree(old) if target.exists() else os.rename(old, target)
 
 
 LOCK_NAME = ".lock"
