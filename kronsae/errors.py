@@ -1,6 +1,7 @@
 """The one exception that the command line turns into a message instead of a traceback."""
 
 from collections.abc import Container
+from importlib import metadata
 from typing import Any
 
 
@@ -10,6 +11,15 @@ class InputError(ValueError):
     Everything that a user can cause (a flag, a file, a dataset, a model name) raises this; a
     bug of ours raises something else and keeps its traceback.
     """
+
+
+def require(package: str, whose: str) -> None:
+    """Raise InputError if a package that `whose` needs is not installed. package: on the index."""
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError:
+        message = f"{whose} needs the package {package}: pip install {package}"
+        raise InputError(message) from None
 
 
 def differences(was: Any, now: Any, name: str = "", ignored: Container[str] = ()) -> list[str]:

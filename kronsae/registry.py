@@ -30,7 +30,7 @@ class Kind(ABC):
     """Base class of kinds of encoders, selections and objectives."""
 
     title: ClassVar[str] = ""
-    """Its part of an SAE's name."""
+    """The part of an SAE's name that says its kind: "KronSAE", "BatchTopK"."""
     Settings: ClassVar[type | None] = None
     """Frozen dataclass of its own `kronsae.config.setting`s, which become flags."""
     fused: ClassVar[bool] = False

@@ -551,10 +551,6 @@ class TrainingStep:
             square, self.skips, self.missed, given, hyper, silent, tokens
         )
 
-    def refresh(self) -> None:
-        """Make the low-precision copies of the weights anew, after others changed the weights."""
-        self._versions = ()
-
     # Parts of a step
 
     @property

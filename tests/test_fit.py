@@ -14,6 +14,7 @@ from kronsae import InputError, SAEConfig, TrainConfig
 from kronsae.config import DataConfig, RunConfig
 from kronsae.data import TensorActivations
 from kronsae.metrics.heldout import Heldout
+from kronsae.registry import LOGS
 from kronsae.runs.folder import RunFolder
 from kronsae.runs.resume import open_to_resume
 from kronsae.system import checkpoint
@@ -232,10 +233,8 @@ def test_heldout_may_have_leading_dimensions():
 
 
 def test_a_logger_that_is_missing_leaves_no_folder(tmp_path, monkeypatch):
-    import kronsae.runs.logs
-
-    monkeypatch.setattr(kronsae.runs.logs, "find_spec", lambda name: None)
-    with pytest.raises(InputError, match="needs the package wandb: pip install"):
+    monkeypatch.setattr(LOGS["wandb"], "package", "not-there")
+    with pytest.raises(InputError, match="--wandb needs the package not-there: pip install"):
         fit(KRON, X, TrainConfig(wandb="project"), out=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

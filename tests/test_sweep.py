@@ -12,6 +12,7 @@ from synthetic import SyntheticActivations
 
 import kronsae
 from kronsae import InputError, SAEConfig, TrainConfig
+from kronsae.registry import LOGS
 from kronsae.runs.sweep import check_names, name_of
 from kronsae.system import checkpoint
 from kronsae.train import fit, fit_many
@@ -280,7 +281,6 @@ def test_what_is_resumed_must_be_what_was_made(whole):
 
 def test_members_are_logged_side_by_side(tmp_path, monkeypatch):
     """wandb gets a run for each, whose name and id no other sweep's member has."""
-    import kronsae.runs.logs
 
     class Run:
         def __init__(self, **options):
@@ -295,7 +295,7 @@ def test_members_are_logged_side_by_side(tmp_path, monkeypatch):
 
     runs = []
     monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=Run))
-    monkeypatch.setattr(kronsae.runs.logs, "find_spec", lambda name: object())
+    monkeypatch.setattr(LOGS["wandb"], "package", None)
     trains = {n: dataclasses.replace(t, wandb="project") for n, t in TRAINS.items()}
     results = sweep(trains=trains, out=tmp_path / "night")
     assert [run.options["id"] for run in runs] == [f"night-{name}" for name in SAES]

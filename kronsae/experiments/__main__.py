@@ -17,8 +17,8 @@ from kronsae.commandline import (
     stoppable,
     stopped,
 )
-from kronsae.errors import InputError
-from kronsae.experiments.experiment import EXPERIMENTS, Experiment, Run, require
+from kronsae.errors import InputError, require
+from kronsae.experiments.experiment import EXPERIMENTS, Experiment, Run
 from kronsae.experiments.grid import run_grid
 
 
@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
             print(overview())
             return 0 if name else 2
         experiment, out = parse(name, flags)
-        require("matplotlib")
+        require("matplotlib", "a picture")
         command = shlex.join(["python", "-m", "kronsae.experiments", *argv])
         with stoppable():
             run_grid(name, experiment, out, command, show)

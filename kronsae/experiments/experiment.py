@@ -3,12 +3,10 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
 from kronsae.config import setting
-from kronsae.errors import InputError
 from kronsae.registry import Registry
 
 Run = dict[str, Any]
@@ -64,9 +62,3 @@ class Experiment(ABC):
 
 
 EXPERIMENTS: Registry[type[Experiment]] = Registry("experiment")
-
-
-def require(package: str) -> None:
-    """Raises InputError, before anything has run, if a package of an extra is missing."""
-    if find_spec(package) is None:
-        raise InputError(f"{package} is missing: pip install {package}")

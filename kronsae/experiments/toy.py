@@ -28,7 +28,8 @@ from torch import Tensor
 
 from kronsae.config import SAEConfig, TrainConfig, setting
 from kronsae.data import TensorActivations
-from kronsae.experiments.experiment import EXPERIMENTS, Experiment, Run, axis, require
+from kronsae.errors import require
+from kronsae.experiments.experiment import EXPERIMENTS, Experiment, Run, axis
 from kronsae.experiments.report import Spread, markdown, picture
 from kronsae.experiments.training import fit_whole, product
 from kronsae.experiments.variants import sae_config
@@ -106,7 +107,7 @@ class Toy(Experiment):
         return product(setup=range(len(SETUPS))[: self.setups], seed=range(self.seeds))
 
     def prepare(self) -> None:
-        require("scipy")
+        require("scipy", "this experiment")
 
     def run(self, shared: None, cell: dict[str, Any]) -> dict[str, Any]:
         """An autoencoder, and an SAE of each variant on its hidden states; all figures of each."""

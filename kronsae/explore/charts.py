@@ -28,7 +28,7 @@ class Chart(NamedTuple):
 
     title: str
     key: str
-    """In the records of metrics.jsonl."""
+    """Name of the figure in the records of metrics.jsonl."""
     note: str
     bounds: tuple[float, float | None] | None = (0.0, None)
     """Ends of the vertical axis; None: from the values. Without any, the axis is logarithmic."""

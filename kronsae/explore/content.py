@@ -58,7 +58,7 @@ class Grid(NamedTuple):
 
 
 def grid_of(sae: SAE) -> Grid:
-    """Its heads, or for a dense encoder squares of neighbours by number."""
+    """The heads of the SAE; of a dense encoder squares of latents with neighbouring numbers."""
     config = sae.config
     if config.heads:
         return Grid(config.heads, config.m, config.n, True)

@@ -9,12 +9,11 @@ import dataclasses
 import re
 import sys
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 
 from kronsae.commandline import Parser, exit_status
 from kronsae.config import kind_of
-from kronsae.errors import InputError
+from kronsae.errors import InputError, require
 from kronsae.interop.load import load
 from kronsae.model.sae import SAE
 from kronsae.registry import FORMATS
@@ -132,7 +131,7 @@ def _check(request: argparse.Namespace) -> None:
     if not hub and request.out is None:
         raise InputError(f"--to {request.to} needs --out DIR, the folder to write")
     if request.verify:
-        _check_installed(FORMATS[request.to].package)
+        require(FORMATS[request.to].package, "--verify")
     for flag, is_given in (
         ("--tokens", request.tokens is not None),
         ("--trust-remote-code", request.trust_remote_code),
@@ -141,15 +140,6 @@ def _check(request: argparse.Namespace) -> None:
             raise InputError(f"{flag} has no effect without --verify: leave it out")
     if request.tokens is not None and request.tokens < 2:
         raise InputError(f"--tokens: expected at least 2, got {request.tokens}")
-
-
-def _check_installed(package: str) -> None:
-    try:
-        metadata.version(package)
-    except metadata.PackageNotFoundError:
-        raise InputError(
-            f"--verify needs {package}: pip install {package}, or leave out --verify"
-        ) from None
 
 
 def _verify(request: argparse.Namespace, sae: SAE) -> None:

@@ -22,7 +22,7 @@ ATTEMPTS = 5
 """How often a request is made before a failing server is given up."""
 
 WAIT_S = 2.0
-"""Before the second attempt; doubled before each later one."""
+"""Seconds before the second attempt; doubled before each later one."""
 
 TIMEOUT_S = 300.0
 

@@ -44,7 +44,7 @@ class LatentExamples(NamedTuple):
 
     latent: int
     firing: list[Example]
-    """In the order in which they were drawn: any part is a fair sample."""
+    """Examples in the order in which they were drawn, so that any part is a fair sample."""
     silent: list[Example]
 
 

@@ -121,7 +121,7 @@ class Selection(Kind, nn.Module):
         return None
 
     def load_activity_threshold(self, threshold: Tensor) -> dict[str, Tensor]:
-        """Its part of an SAE's state_dict that makes `activity_threshold` this one [F]."""
+        """Tensors of the selection's state_dict that make `activity_threshold` this one [F]."""
         return {}
 
     @classmethod

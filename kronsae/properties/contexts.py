@@ -55,7 +55,7 @@ class LatentContexts(NamedTuple):
 
     latent: int
     head: int | None
-    """Its head, base and extension; None for a dense encoder."""
+    """Head, base and extension of the latent; None for a dense encoder."""
     base: int | None
     extension: int | None
     density: float
@@ -114,7 +114,7 @@ class _Peaks(NamedTuple):
 
     latents: np.ndarray
     rows: np.ndarray
-    """In the activations [t, d]."""
+    """Tokens, as rows of the activations [t, d]."""
     values: np.ndarray
 
 

@@ -18,9 +18,9 @@ class Correlations(NamedTuple):
     """Mean correlations of each latent that fires [a], a <= F."""
 
     head: Tensor
-    """With the others of its head that fire; nan where there is none."""
+    """Mean correlation with the other latents of the head that fire; nan if there are none."""
     others: Tensor
-    """With all other latents that fire, of every head."""
+    """Mean correlation with all other latents that fire."""
     latents: Tensor
     """Numbers of the latents [a], int64."""
 

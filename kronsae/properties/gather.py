@@ -82,7 +82,7 @@ class Examined:
     top_shares: np.ndarray
     """[N, TOP_TOKENS] how much of it."""
     top: Examples
-    """Its strongest examples, one a context."""
+    """The strongest examples, one a context."""
     sample: Examples
     """A uniform sample of the tokens where it fires."""
 

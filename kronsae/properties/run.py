@@ -134,7 +134,7 @@ class PropertiesParser(Parser):
 
 
 def _taken(flags: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
-    """Those of the flags that have one of the names, which are taken out."""
+    """Take the flags with one of the names out of `flags`."""
     return {name: flags.pop(name) for name in names if name in flags}
 
 

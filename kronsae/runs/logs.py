@@ -8,12 +8,11 @@ A log is a class that is registered. One that a plugin registers is used by ever
 """
 
 from abc import ABC, abstractmethod
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar
 
 from kronsae.config import TrainConfig
-from kronsae.errors import InputError
+from kronsae.errors import InputError, require
 from kronsae.registry import LOGS
 from kronsae.runs.folder import RunFolder
 
@@ -142,7 +141,5 @@ class Log:
 def check_packages(config: TrainConfig) -> None:
     """Raise InputError if a log that `config` asks for is not installed."""
     for name, kind in LOGS.items():
-        if kind.wanted(config) and kind.package and find_spec(kind.package) is None:
-            raise InputError(
-                f"--{name} needs the package {kind.package}: pip install {kind.package}"
-            )
+        if kind.wanted(config) and kind.package:
+            require(kind.package, f"--{name}")
