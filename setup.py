@@ -47,9 +47,9 @@ EXTRAS = {
     "tensorboard": ["tensorboard"],
     "wandb": ["wandb"],
     # Our SAEs in SAELens.
-    "sae_lens": ["sae-lens>=6.54,<7"],
+    "sae-lens": ["sae-lens>=6.54,<7"],
     # Our SAEs in SAEBench, which wants numpy < 2 and datasets < 4: an environment of its own.
-    "sae_bench": ["sae-bench==0.6.0", "sae-lens>=6.54,<7"],
+    "sae-bench": ["sae-bench==0.6.0", "sae-lens>=6.54,<7"],
     # Other libraries that the benchmarks time; they live in one environment. dictionary-learning
     # brings torchvision, whose build must fit torch's: for a CPU build of torch, install both from
     # its index first.

@@ -1,6 +1,6 @@
 """SAEBench's own evaluations run on the adaptor, on a tiny language model made here.
 
-Needs sae-bench 0.6.0, in an environment of its own (pip install 'kronsae[sae_bench]'). Nothing is
+Needs sae-bench 0.6.0, in an environment of its own (pip install -e '.[sae-bench]'). Nothing is
 fetched: its loaders of models and data sets give what is made below.
 """
 

@@ -39,8 +39,10 @@ def test_links_of_the_long_description_are_absolute():
 
 def test_every_extra_is_explained_in_the_readme():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    explained = re.findall(r"^\| `(\w+)`", readme.partition("| extra |")[2], flags=re.MULTILINE)
+    explained = re.findall(r"^\| `([\w-]+)`", readme.partition("| extra |")[2], flags=re.MULTILINE)
     assert explained[: len(SETUP["EXTRAS"])] == list(SETUP["EXTRAS"])
+    # The pip of Python 3.10 and 3.11 does not find an extra with an underscore.
+    assert all(re.fullmatch("[a-z-]+", extra) for extra in SETUP["EXTRAS"])
 
 
 def test_pages_install_what_can_be_installed():
@@ -49,6 +51,8 @@ def test_pages_install_what_can_be_installed():
     for page in [*pages, ROOT / "kronsae_kernels" / "README.md"]:
         text = page.read_text(encoding="utf-8")
         assert not re.findall(r"pip install '?kronsae(?!.* @ git\+)[^`\n]*", text), page.name
+        for extra in re.findall(r"pip install [^`\n]*\[([\w-]+)\]", text):
+            assert extra in SETUP["EXTRAS"], page.name
 
 
 def data_files(package: str) -> set[Path]:

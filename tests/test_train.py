@@ -329,7 +329,7 @@ GRID = [
 def test_plan(arguments, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert main(["--plan", *arguments]) == 0
-    printed = capsys.readouterr().out
+    printed = " ".join(capsys.readouterr().out.split())  # wherever lines break
     for words in ("F = 4,096", "MiB", "multiply-adds", "kernels", "a token takes", "d = 256"):
         assert words in printed
     assert list(tmp_path.iterdir()) == []

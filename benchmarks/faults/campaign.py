@@ -227,7 +227,7 @@ def lose_rank(it: Attempt) -> None:
         first, *_ = it.go_on(Fault([(moment, signal.SIGKILL)], [victim], seconds=120))
     except TimeoutError as error:
         raise Failed(f"the rank that was left did not end: {error}") from error
-    if KILLED not in first.statuses:
+    if KILLED not in first.statuses or first.statuses[1 - victim] == 0:  # it had done its part
         return
     it.outcome.hit += 1
     if first.statuses[1 - victim] != 4:

@@ -5,7 +5,7 @@
 SAEBench takes SAEs of SAELens, so the adaptor is `kronsae.interop.sae_lens.KronSAE` with the fields
 of `cfg` that the evaluations need. Its `encode` gives dense latents [..., F].
 
-From a checkout: `pip install -e '.[sae_bench]'`, in an environment of its own, because sae-bench
+From a checkout: `pip install -e '.[sae-bench]'`, in an environment of its own, because sae-bench
 0.6.0 needs numpy < 2 and datasets < 4.
 """
 

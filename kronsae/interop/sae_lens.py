@@ -7,7 +7,7 @@ or, without a folder, `KronSAE.wrap(kronsae.load("run"))`. There is no training 
 SAELens trains by dense pre-activations [B, F], which KronSAE avoids: train with `kronsae train`,
 export with `kronsae export RUN --to sae_lens`.
 
-From a checkout: `pip install -e '.[sae_lens]'`. Letters: B tokens, d width, F latents.
+From a checkout: `pip install -e '.[sae-lens]'`. Letters: B tokens, d width, F latents.
 """
 
 import dataclasses
