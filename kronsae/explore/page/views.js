@@ -60,7 +60,7 @@ function relations() {
       middle(group, 'entropy', short), middle(group, 'multitoken', percent)]))];
   if (!grid.kron) return out;
   const kin = nearest || {};
-  out.push(table('What two latents share', ['', 'mean cosine', 'nearest row is such'], [
+  out.push(table('What two latents share', ['', 'mean cosine', 'nearest row shares it'], [
     ['base', short(cosines.same_base), percent(kin.same_base)],
     ['extension', short(cosines.same_extension), percent(kin.same_extension)],
     ['head alone', short(cosines.same_head),
