@@ -526,7 +526,12 @@ class DataConfig:
         )
 
     def live(self) -> "DataConfig":
-        """A copy that reads the language model and text of a cache instead of the cache."""
+        """A copy that reads the language model and text of a cache instead of the cache.
+
+        Activations of a plugin's source have none: then it is the same.
+        """
+        if self.activations == self.model:
+            return self
         return replace(self, activations=None, activations_order="global")
 
 
@@ -563,8 +568,7 @@ class TrainConfig:
     )
     auxk_fraction: float = _of_losses(
         0.25,
-        "share of each batch on which that loss is computed (at most k / auxk times that, if it "
-        "has more latents per token than the rest of the step)",
+        "share of each batch on which that loss is computed (times k / auxk where auxk is larger)",
         most=1,
         unless=_unless_nonzero("auxk_coefficient"),
     )

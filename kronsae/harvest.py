@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
                 plan = make_plan(config, folder)
             except NoOutline as error:  # the harvest may still work
                 if plan_alone:
-                    raise InputError(f"there is no plan, but it may run: {error}") from error
+                    raise
                 print(f"disk and memory were not planned: {error}")
             else:
                 if plan_alone:

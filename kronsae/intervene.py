@@ -42,7 +42,7 @@ from kronsae.metrics.target_model import (
     LoadedSAE,
     add_flags,
     given_data,
-    load_saes,
+    load_sae,
     open_heldout,
 )
 from kronsae.model.sae import SAE
@@ -116,10 +116,7 @@ def work(argv: list[str]) -> None:
         RunFolder.check_free(out)
     console = Console(highlight=False, soft_wrap=True)
     device = resolve_device(request.device)
-    loaded_saes = load_saes([request.run], given_data(request), device)
-    if len(loaded_saes) > 1:
-        raise InputError(f"{request.run} is a sweep: name one of its members")
-    [loaded] = loaded_saes
+    loaded = load_sae(request.run, given_data(request), device)
     if not measures:
         with quiet():
             model, _ = open_model(loaded.data, device)

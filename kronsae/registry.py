@@ -142,8 +142,9 @@ def load_plugin(path: str | Path) -> None:
         spec.loader.exec_module(module)
     except Exception as error:
         del sys.modules[name]
-        line = traceback.extract_tb(error.__traceback__)[-1].lineno
-        where = f", line {line}" if not isinstance(error, SyntaxError) else ""
+        calls = traceback.extract_tb(error.__traceback__)
+        lines = [call.lineno for call in calls if call.filename == str(path)]
+        where = f", line {lines[-1]}" if lines else ""
         raise InputError(f"--plugin {path}{where}: {type(error).__name__}: {error}") from error
     _loaded_files.append(path)
 

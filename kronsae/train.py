@@ -63,10 +63,7 @@ def main(argv: list[str] | None = None) -> int:
         if request.plan:
             if quiet:  # the first process measures
                 return 0
-            try:
-                plan, members, model = _plan(request)
-            except NoOutline as error:
-                raise InputError(f"there is no plan, but it may run: {error}") from error
+            plan, members, model = _plan(request)
             console.print(render(plan, members, run_time(plan, members, model)), markup=False)
             return 0
         mesh = _join(request)
@@ -154,6 +151,7 @@ def _say_how_to_go_on(out: Path, cause: str) -> None:
 
 def _train(request: Request, console: Console, mesh: Mesh, out: Path) -> int:
     began = time.monotonic()
+    torch.manual_seed(request.config.train.stream_seed)  # plugins draw from torch's generator
     with mesh.world.together():
         if request.resume is None and mesh.first:
             RunFolder.check_free(out)  # before the model is loaded; fit checks again

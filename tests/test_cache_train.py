@@ -13,7 +13,7 @@ from kronsae import SAEConfig, TrainConfig
 from kronsae.cache import CacheActivations, CacheIndex
 from kronsae.data import LanguageModelActivations
 from kronsae.errors import InputError
-from kronsae.metrics.target_model import load_saes, open_heldout
+from kronsae.metrics.target_model import load_sae, open_heldout
 from kronsae.system.files import read_checksummed, write_checksummed
 from kronsae.train import main
 from kronsae.training.fit import fit
@@ -121,7 +121,7 @@ def test_stream_order_goes_on_bit_for_bit_and_learns_what_live_training_does(
 
 def test_later_looks_read_the_text_that_the_cache_was_made_from(whole, cache, monkeypatch):
     """A run is judged again on the same held-out tokens, without the cache."""
-    [loaded] = load_saes([str(whole)], {})
+    loaded = load_sae(str(whole), {})
     assert loaded.data.activations is None and loaded.data.dataset == "given"
     monkeypatch.setattr(
         "kronsae.metrics.target_model.open_text", lambda data, seed: cached.text(data, seed)

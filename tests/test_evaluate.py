@@ -15,7 +15,7 @@ from kronsae.evaluate.__main__ import main
 from kronsae.evaluate.show import console_table
 from kronsae.metrics.figures import MEANING, cross_entropy_recovered
 from kronsae.metrics.heldout import Heldout, HeldoutText, evaluate
-from kronsae.metrics.target_model import data_of, load_saes, open_heldout
+from kronsae.metrics.target_model import data_of, load_sae, open_heldout
 from kronsae.train import main as train
 
 SMALL = [
@@ -228,12 +228,12 @@ def test_no_more_than_was_held_out(sweep, folders, tmp_path):
     flags += ["--tokens", "1000", "--batch-size", "100", "--dict-size", "64", "--k", "4"]
     flags += ["--context-length", "32", "--buffer-tokens", "500", "--heldout-tokens", "320"]
     assert train([*flags, "--out", str(run)]) == 0
-    [loaded] = load_saes([str(run)], {})
+    loaded = load_sae(str(run), {})
     found = open_heldout(loaded, "cpu")
     assert found.contexts.shape == (10, 32) and "own" in found.facts["which"]
-    [less] = load_saes([str(run)], {"heldout_tokens": 100, "context_length": POSITIONS})
+    less = load_sae(str(run), {"heldout_tokens": 100, "context_length": POSITIONS})
     assert open_heldout(less, "cpu").contexts.shape == (1, POSITIONS)
-    [more] = load_saes([str(run)], {"heldout_tokens": 640})
+    more = load_sae(str(run), {"heldout_tokens": 640})
     with pytest.raises(InputError, match="320 held-out tokens"):
         open_heldout(more, "cpu")
 

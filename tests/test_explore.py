@@ -264,7 +264,7 @@ def test_command_says_what_is_wrong(run, tmp_path, capsys):
         assert command.main([str(argument) for argument in arguments]) == 2
         return capsys.readouterr().err
 
-    assert "no run folder" in error(tmp_path)
+    assert "holds no SAE" in error(tmp_path)
     assert "did you mean --tokens" in error(run, "--tokns", "3")
     assert "tokens: expected >= 1, got 0" in error(run, "--tokens", 0)
     (tmp_path / "sweep").mkdir()

@@ -89,6 +89,7 @@ def test_who_has_not_registered_it_is_told_what_to_do(plugin, tmp_path):
     [
         ("import nothing_like_this", "line 1: ModuleNotFoundError"),
         ("x = (", "SyntaxError"),
+        ("import json\njson.loads('x')", "line 2: JSONDecodeError"),
         (
             """
             from kronsae.model.selection import TopK
@@ -295,18 +296,20 @@ def test_a_source_a_log_and_a_format_of_ones_own(tmp_path, monkeypatch, capsys):
     flags = ("--encoder", "dense", "--dict-size", "64", "--k", "4", "--batch-size", "250")
     flags += ("--tokens", "3000", "--heldout-tokens", "500", "--log-every", "4", "--device", "cpu")
     rows = ("--plugin", "mine.py", "--activations", "rows:x.safetensors")
+    torch.manual_seed(1)
     try:
         assert command(["train", *rows, *flags, "--out", "run"]) == 0
+        assert torch.initial_seed() == 0  # --seed's default: what a plugin draws is repeated
         printed = capsys.readouterr().out
         assert "rows:x.safetensors (d = 16)" in printed
         assert "Next: a --model" in printed and "explore" not in printed  # there is no model
-        assert "the sizes of rows:x.safetensors are unknown before it is opened" in printed
+        assert "the sizes of rows:x.safetensors are unknown until it is run" in printed
         assert (Path("run") / "lines.txt").read_text().startswith("4 1000 train/auxk_loss ")
         sae = kronsae.load("run")
         assert sae.d_model == 16 and sae.metadata["data"]["source"] == "tensor"
         assert command(["train", *rows, *flags, "--resume", "run", "--tokens", "3500"]) == 2
         assert command(["train", *rows, *flags, "--plan"]) == 2
-        assert "there is no plan, but it may run: the sizes of rows" in capsys.readouterr().err
+        assert "the sizes of rows" in capsys.readouterr().err
         assert command(["train", "--activations", "columns:x", *flags]) == 2
         assert "no source 'columns' is registered" in capsys.readouterr().err
         assert command(["train", *rows, "--model", "gpt2", *flags]) == 2
@@ -314,6 +317,12 @@ def test_a_source_a_log_and_a_format_of_ones_own(tmp_path, monkeypatch, capsys):
         export = ("export", "run", "--plugin", "mine.py", "--to", "plain", "--out", "plain")
         assert command(export) == 0
         assert 'Load it with: plain.load("plain")' in capsys.readouterr().out
+        export = ("export", "run", "--plugin", "mine.py", "--to", "kronsae", "--out", "own")
+        assert command([*export, "--verify", "--tokens", "100"]) == 0
+        assert "On 100 held-out tokens of rows:x.safetensors" in capsys.readouterr().out
+        assert command(["evaluate", "run", "--plugin", "mine.py"]) == 2
+        printed = capsys.readouterr().err
+        assert "was trained on rows:x.safetensors, without a language model: give" in printed
         back = kronsae.load("plain")
         x = torch.randn(8, 16)
         torch.testing.assert_close(back(x).x_hat, sae(x).x_hat)

@@ -30,7 +30,7 @@ from kronsae.data import LanguageModel, open_text
 from kronsae.data.loading import load_tokenizer
 from kronsae.export.verify import heldout_tokens
 from kronsae.interpret.chat import LocalChat
-from kronsae.metrics.target_model import load_saes, open_heldout
+from kronsae.metrics.target_model import load_sae, load_saes, open_heldout
 from kronsae.plan.outline import outline
 from kronsae.properties.run import open_run
 from kronsae.registry import FORMATS
@@ -219,7 +219,7 @@ def harvested(folder, tmp_path):
 
 
 def of_subject(folder, tmp_path):
-    [loaded] = load_saes([str(run_of(folder, tmp_path))], {})
+    loaded = load_sae(str(run_of(folder, tmp_path)), {})
     open_heldout(loaded, "cpu")
 
 
@@ -282,7 +282,7 @@ def test_who_gives_the_command_can_trust_the_code_of_a_run(plain_model, tmp_path
     assert not cli.parse(["--resume", str(run)]).config.data.trust_remote_code
     for flags in (["--resume", str(run)], ["--config", str(run / "config.json")]):
         assert cli.parse([*flags, "--trust-remote-code"]).config.data.trust_remote_code
-    [loaded] = load_saes([str(run)], {"trust_remote_code": True})
+    loaded = load_sae(str(run), {"trust_remote_code": True})
     assert loaded.data.trust_remote_code
     assert open_run(run, {"trust_remote_code": True}, "cpu")[1].trust_remote_code
 
@@ -334,7 +334,7 @@ def test_members_of_a_sweep_stay_in_its_folder(name, tmp_path):
     (tmp_path / "sweep").mkdir()
     SweepFolder.create(tmp_path / "sweep", {name: {"config": {}, "data": {}}})
     assert (tmp_path / "run" / "config.json").exists()
-    for opened in (open_to_resume, lambda path: load_saes([str(path)], {})):
+    for opened in (open_to_resume, lambda path: load_saes([str(path)], {}, "cpu")):
         with pytest.raises(InputError, match="cannot be the name of a member of a sweep"):
             opened(tmp_path / "sweep")
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import signal
 import sys
 import types
@@ -121,6 +122,18 @@ def test_sweep_folder(whole):
         assert steps == ["step-00000024", "step-00000030"]
     shared = checkpoint.list_checkpoints(whole / "checkpoints")
     assert [p.name for p in shared] == steps
+
+
+def test_a_finished_sweep_that_is_resumed_stays_as_it_is(whole, tmp_path):
+    out = tmp_path / "sweep"
+    shutil.copytree(whole, out)
+    members = json.loads((whole / "sweep.json").read_text())["members"]
+    assert all(member["step_ms"] > 0 for member in members.values())
+    sweep(heldout=HELDOUT, out=out, resume=True)
+    assert json.loads((out / "sweep.json").read_text())["members"] == members
+    assert (out / "comparison.md").read_text() == (whole / "comparison.md").read_text()
+    with pytest.raises(InputError, match="is a sweep: name one of its runs"):
+        kronsae.load(out)
 
 
 @pytest.mark.parametrize("stop_after", [1, 9, 29])

@@ -143,9 +143,8 @@ class CacheIndex:
                 raise InputError(
                     f"{folder}: the harvest is incomplete. Resume it: {resume_command(folder)}"
                 ) from error
-            raise InputError(
-                f"{folder} is not a cache of activations: it has no {path.name}"
-            ) from error
+            problem = f"it has no {path.name}" if folder.is_dir() else "there is no such folder"
+            raise InputError(f"{folder} is not a cache of activations: {problem}") from error
         except (OSError, ValueError) as error:
             raise InputError(f"{path} cannot be read ({error}); {_rewrite(folder)}") from error
         version = document.get("format_version") if isinstance(document, dict) else None

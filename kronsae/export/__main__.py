@@ -13,7 +13,7 @@ from pathlib import Path
 
 from kronsae.commandline import Parser, exit_status
 from kronsae.config import kind_of
-from kronsae.errors import InputError, require
+from kronsae.errors import InputError
 from kronsae.interop.load import load
 from kronsae.model.sae import SAE
 from kronsae.registry import FORMATS
@@ -130,8 +130,6 @@ def _check(request: argparse.Namespace) -> None:
         raise InputError("--to hub needs --repo OWNER/NAME")
     if not hub and request.out is None:
         raise InputError(f"--to {request.to} needs --out DIR, the folder to write")
-    if request.verify:
-        require(FORMATS[request.to].package, "--verify")
     for flag, is_given in (
         ("--tokens", request.tokens is not None),
         ("--trust-remote-code", request.trust_remote_code),

@@ -109,7 +109,8 @@ def heldout_tokens(
         trust_remote_code=trust_remote_code,
     )
     source = open_activations(config, batch_size=1024, seed=0, device=device)
-    x, target = split_target(source.heldout_activations().cpu(), source.d_target)
+    d_target = getattr(source, "d_target", 0)
+    x, target = split_target(source.heldout_activations()[:tokens].cpu(), d_target)
     return x, target, f"held-out tokens of {config.dataset} in {config.model}"
 
 

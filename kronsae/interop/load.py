@@ -52,6 +52,8 @@ def _find_sae(
         path = download(str(source), revision, subfolder, allow_pickle)
     elif revision is not None:
         raise InputError(f"revision {revision!r} has no effect: {source} is a local folder")
+    if (path / "sweep.json").is_file() and not subfolder:
+        raise InputError(f"{source} is a sweep: name one of its runs, {source}/NAME")
     for folder in (path / subfolder,) if subfolder else (path, path / "sae"):
         if recognise(folder) or (folder / WEIGHTS_NAME).exists():
             return folder

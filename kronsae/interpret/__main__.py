@@ -24,7 +24,7 @@ from kronsae.metrics.target_model import (
     HeldoutText,
     add_flags,
     given_data,
-    load_saes,
+    load_sae,
     open_heldout,
 )
 from kronsae.model.sae import SAE
@@ -76,10 +76,7 @@ def work(argv: list[str]) -> None:
     _check(flags)
     device = resolve_device(flags.device)
     console = Console(highlight=False, soft_wrap=True)
-    loaded_saes = load_saes([flags.run], given_data(flags), device)
-    if len(loaded_saes) > 1:
-        raise InputError(f"{flags.run} is a sweep: name one of its members")
-    [loaded] = loaded_saes
+    loaded = load_sae(flags.run, given_data(flags), device)
     for latent in flags.latent or ():
         if not 0 <= latent < loaded.sae.dict_size:
             raise InputError(f"--latent: expected 0 to {loaded.sae.dict_size - 1}, got {latent}")

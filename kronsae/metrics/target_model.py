@@ -61,20 +61,21 @@ def given_data(request: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(request).items() if name in names}
 
 
-def load_saes(
-    sources: Sequence[str], given: dict[str, Any], device: Any = "cpu"
-) -> list[LoadedSAE]:
-    """Load SAEs: of runs, `SAE.save` folders, hub ids, or all members of a sweep.
+def load_sae(source: str, given: dict[str, Any], device: Any = "cpu") -> LoadedSAE:
+    """Load an SAE: of a run, an `SAE.save` folder, or a hub id.
 
     given: fields of `DataConfig` that override the SAE's metadata.
     Raises InputError if there is no SAE, or if its language model is not known.
     """
+    sae = load(source, device=device)
+    return LoadedSAE(_names([source])[0], source, sae, data_of(sae, given, source))
+
+
+def load_saes(sources: Sequence[str], given: dict[str, Any], device: Any) -> list[LoadedSAE]:
+    """`load_sae` of several, or of all members of a sweep, with names that are distinct."""
     paths = [path for source in sources for path in _members(source)]
-    loaded_saes = []
-    for name, path in zip(_names(paths), paths, strict=True):
-        sae = load(path, device=device)
-        loaded_saes.append(LoadedSAE(name, path, sae, data_of(sae, given, path)))
-    return loaded_saes
+    names = _names(paths)
+    return [load_sae(p, given, device)._replace(name=n) for n, p in zip(names, paths, strict=True)]
 
 
 def _members(source: str) -> list[str]:
@@ -112,10 +113,16 @@ def data_of(sae: SAE, given: dict[str, Any], name: str) -> DataConfig:
         known = {key: value for key, value in known.items() if key not in OF_MODEL}
     if "dataset" in given:
         known = {key: value for key, value in known.items() if key not in OF_TEXT}
-    for name, excluded in (("layer", "hookpoint"), ("hookpoint", "layer")):
-        if name in given and excluded not in given:
+    for one, excluded in (("layer", "hookpoint"), ("hookpoint", "layer")):
+        if one in given and excluded not in given:
             known.pop(excluded, None)
-    return from_dict(DataConfig, known | given, f"settings of {name}").live()
+    data = from_dict(DataConfig, known | given, f"settings of {name}").live()
+    if data.activations is not None:
+        raise InputError(
+            f"{name} was trained on {data.activations}, without a language model: give --model, "
+            "and --layer or --hookpoint"
+        )
+    return data
 
 
 def by_text(loaded_saes: Sequence[LoadedSAE]) -> list[list[LoadedSAE]]:

@@ -90,7 +90,7 @@ def outline(config: DataConfig, context_length: int = 1024) -> Outline:
 def _of_cache(config: DataConfig, activations: str) -> Outline:
     """The outline from a cache's index; no language model runs during training from a cache."""
     if source_of(activations) is not Cache:
-        raise NoOutline(f"the sizes of {activations} are unknown before it is opened")
+        raise NoOutline(f"the sizes of {activations} are unknown until it is run")
     index = CacheIndex.open(activations)
     numbers = hookpoint_numbers(index, config.layer, config.hookpoint, config.target_hookpoint)
     d, *d_target = (index.hookpoints[number].width for number in numbers)

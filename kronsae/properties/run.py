@@ -91,12 +91,10 @@ def kept(run: Path, given: dict[str, Any], text: dict[str, Any]) -> Stored | Non
 
 def open_run(run: Path, text: dict[str, Any], device: str) -> tuple[SAE, DataConfig, str]:
     """A run's SAE, where its activations come from, and the checksum of its weights."""
-    if (run / "sweep.json").is_file():
-        raise InputError(f"{run} is a sweep: name one of its runs, {run}/NAME")
+    sae = load(run, device=device)
     _, settings = RunFolder.open(run)
     if settings["config"]["data"] is None:
         raise InputError(f"{run} was trained from tensors: there is no text to look at")
-    sae = load(run, device=device)
     return sae, data_of(sae, text, str(run)), sha256(run / "sae" / WEIGHTS_NAME)
 
 

@@ -84,7 +84,7 @@ def why_not_fused(
             "each rank trains members of a sweep alone"
         )
     if config.fused_step == "auto" and device.type == "cpu":
-        return "it is made of kernels for a GPU"
+        return "the kernels of the fused step are for a GPU"
     if SELECTIONS[sae.selection].learns_thresholds and sae.eps:
         return f"with selection {sae.selection!r} it needs eps 0, and eps is {sae.eps:g}"
     known: dict[str, list[Any]] = {

@@ -162,7 +162,7 @@ def _add_run_flags(run: Any) -> None:
         metavar="FILE",
         help="train several autoencoders on one stream of activations: a JSON list with an object "
         'of settings for each, such as {"m": 2, "lr": 0.001, "name": "thin"}. Flags that take '
-        "several values (N ...) make a sweep, too: one autoencoder for each combination, and entry",
+        "several values (N ...) make a sweep, too: one autoencoder for each combination",
     )
     run.add_argument(
         "--iso-flops-of",

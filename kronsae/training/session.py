@@ -323,13 +323,12 @@ class Session:
     def note(self) -> None:
         """Write a sweep's table, once all members have ended."""
         if isinstance(self.folder, SweepFolder) and self.mesh.first:
-            endings = {
-                name: {
-                    "config": self.members[name].settings["config"],
-                    **{field: getattr(result, field) for field in ENDING},
-                }
-                for name, result in self.results.items()
-            }
+            endings = {}
+            for name, result in self.results.items():
+                ending = {field: getattr(result, field) for field in ENDING}
+                before = self.folder.document["members"][name].get("step_ms", 0.0)
+                ending["step_ms"] = result.step_ms or before  # resumed, and no step was left
+                endings[name] = {"config": self.members[name].settings["config"], **ending}
             self.folder.note(endings, markdown(endings))
 
     def close(self) -> None:
