@@ -13,7 +13,7 @@ COMMANDS = {
     "explore": "look at all that a run learned, in one HTML file",
     "properties": "measure what its latents do on a text (explore does so, too)",
     "intervene": "ablate, set and steer latents in the running language model",
-    "interpret": "let a language model explain latents, and score it",
+    "interpret": "let a language model explain latents, and score the explanations",
     "export": "to SAELens, sparsify, dictionary_learning or the Hugging Face hub",
     "experiments": "check the statements of the KronSAE paper",
     "doctor": "what this machine can do, and whether the kernels are right",

@@ -13,12 +13,12 @@ class InputError(ValueError):
     """
 
 
-def require(package: str, whose: str) -> None:
-    """Raise InputError if a package that `whose` needs is not installed. package: on the index."""
+def require(package: str, needed_by: str) -> None:
+    """Raise InputError if `package` (a name on the index), which `needed_by` needs, is missing."""
     try:
         metadata.version(package)
     except metadata.PackageNotFoundError:
-        message = f"{whose} needs the package {package}: pip install {package}"
+        message = f"{needed_by} needs the package {package}: pip install {package}"
         raise InputError(message) from None
 
 

@@ -38,13 +38,7 @@ from kronsae.interventions.effects import (
 from kronsae.interventions.hooks import ablate, clamp, intervene, steer
 from kronsae.metrics.figures import pearson, spearman
 from kronsae.metrics.heldout import HeldoutText
-from kronsae.metrics.target_model import (
-    LoadedSAE,
-    add_flags,
-    given_data,
-    load_sae,
-    open_heldout,
-)
+from kronsae.metrics.target_model import LoadedSAE, add_flags, given_data, load_sae, open_heldout
 from kronsae.model.sae import SAE
 from kronsae.properties.contexts import short
 from kronsae.runs.folder import RunFolder, versions

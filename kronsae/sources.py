@@ -78,7 +78,10 @@ def open_activations(
     Raises InputError if they cannot be used.
     """
     kind = source_of(config.activations)
-    return kind.open(config, batch_size=batch_size, seed=seed, device=torch.device(device))
+    source = kind.open(config, batch_size=batch_size, seed=seed, device=torch.device(device))
+    if not hasattr(source, "heldout_activations"):
+        raise InputError(f"{kind.__name__}.open: expected `heldout_activations`, got {source!r}")
+    return source
 
 
 class Live(Source):

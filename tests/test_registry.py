@@ -310,6 +310,11 @@ def test_a_source_a_log_and_a_format_of_ones_own(tmp_path, monkeypatch, capsys):
         assert command(["train", *rows, *flags, "--resume", "run", "--tokens", "3500"]) == 2
         assert command(["train", *rows, *flags, "--plan"]) == 2
         assert "the sizes of rows" in capsys.readouterr().err
+        monkeypatch.setattr(SOURCES["rows"], "open", lambda data, **_: torch.ones(9, 16))
+        assert command(["train", *rows, *flags, "--out", "other"]) == 2
+        assert "Rows.open: expected `heldout_activations`, got tensor" in capsys.readouterr().err
+        monkeypatch.undo()
+        monkeypatch.chdir(tmp_path)
         assert command(["train", "--activations", "columns:x", *flags]) == 2
         assert "no source 'columns' is registered" in capsys.readouterr().err
         assert command(["train", *rows, "--model", "gpt2", *flags]) == 2

@@ -20,13 +20,7 @@ from kronsae.errors import InputError
 from kronsae.interpret.chat import Answers, Chat, LocalChat, ServerChat
 from kronsae.interpret.examples import LatentExamples, collect, firing_counts
 from kronsae.interpret.scoring import EXPLANATION_TOKENS, SHOWN, Interpretation, interpret
-from kronsae.metrics.target_model import (
-    HeldoutText,
-    add_flags,
-    given_data,
-    load_sae,
-    open_heldout,
-)
+from kronsae.metrics.target_model import HeldoutText, add_flags, given_data, load_sae, open_heldout
 from kronsae.model.sae import SAE
 from kronsae.runs.folder import versions
 from kronsae.system.devices import resolve_device

@@ -120,7 +120,7 @@ def data_of(sae: SAE, given: dict[str, Any], name: str) -> DataConfig:
     if data.activations is not None:
         raise InputError(
             f"{name} was trained on {data.activations}, without a language model: give --model, "
-            "and --layer or --hookpoint"
+            "--layer or --hookpoint, and --dataset"
         )
     return data
 
