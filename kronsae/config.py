@@ -65,6 +65,8 @@ def setting(
         `free` (DataConfig, TrainConfig): it may change when a run resumes.
         `shared` (TrainConfig, SAEConfig): it is the same for all members of a sweep.
         `of` (DataConfig): "model", "text" or "reading".
+        `before`: its value in files of runs, SAEs and caches that were written before there was
+        this setting (`stored`).
         `harvested` (DataConfig): a cache of activations fixes it.
     """
     metadata |= {"help": help, "least": least, "most": most, "unless": unless}
@@ -683,6 +685,15 @@ def from_dict(cls: type, values: dict[str, Any], where: str) -> Any:
     unknown = sorted(set(values) - set(known))
     _require(not unknown, f"{where}: unknown settings {unknown}; known are {sorted(known)}")
     return cls(**{name: _checked(known[name], value, where) for name, value in values.items()})
+
+
+def stored(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of a config dataclass from a file of a run, an SAE or a cache.
+
+    Files of earlier versions lack some. These get the values that the versions went by.
+    """
+    known = {s.name: s.metadata["before"] for s in fields(cls) if "before" in s.metadata}
+    return {**known, **values}
 
 
 def untrusted(data: dict[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kronsae.config import DTYPES, DataConfig, data_settings, from_dict
+from kronsae.config import DTYPES, DataConfig, data_settings, from_dict, stored
 from kronsae.data.common import digest
 from kronsae.errors import InputError
 from kronsae.registry import command_line
@@ -274,7 +274,7 @@ def source_of_file(values: dict[str, Any], where: str) -> DataConfig:
     unknown = sorted(values.keys() - set(DESCRIBED))
     if unknown:
         raise InputError(f"{where}: unknown settings {unknown}")
-    return from_dict(DataConfig, values, where)
+    return from_dict(DataConfig, stored(DataConfig, values), where)
 
 
 def _expect(condition: bool, what: str) -> None:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kronsae.config import DataConfig, from_dict, untrusted
+from kronsae.config import DataConfig, from_dict, stored, untrusted
 from kronsae.errors import InputError
 from kronsae.interop.stock import part_of
 from kronsae.metrics.figures import ReconstructionMetrics
@@ -99,10 +99,11 @@ def heldout_tokens(
     from kronsae.data import split_target
     from kronsae.sources import open_activations
 
-    stored = part_of(sae.metadata, "config", "data")
-    if not stored:
+    saved = part_of(sae.metadata, "config", "data")
+    if not saved:
         return None
-    config = from_dict(DataConfig, untrusted(stored), "the SAE's metadata").live()
+    saved = untrusted(stored(DataConfig, saved))
+    config = from_dict(DataConfig, saved, "the SAE's metadata").live()
     config = dataclasses.replace(
         config,
         heldout_tokens=min(tokens, config.heldout_tokens),

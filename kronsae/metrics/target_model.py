@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kronsae.commandline import add_flag
-from kronsae.config import DataConfig, data_settings, from_dict, untrusted
+from kronsae.config import DataConfig, data_settings, from_dict, stored, untrusted
 from kronsae.data import open_text
 from kronsae.data.activations import open_model, set_aside
 from kronsae.data.packing import token_mask
@@ -100,6 +100,7 @@ def _names(paths: Sequence[str]) -> list[str]:
 def data_of(sae: SAE, given: dict[str, Any], name: str) -> DataConfig:
     """Language model and text of an SAE: as given, otherwise from its metadata."""
     known = untrusted((sae.metadata.get("config") or {}).get("data") or {})
+    known = stored(DataConfig, known) if known else known
     described = sae.metadata.get("data") or {}
     if not known and described.get("name", "given") != "given":
         known = {"model": described["name"], "hookpoint": described["hookpoint"]}

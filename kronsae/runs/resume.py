@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from kronsae.config import PARTS, all_settings
+from kronsae.config import PARTS, all_settings, stored
 from kronsae.errors import InputError, differences
 from kronsae.runs.folder import SINGLE, RunFolder, SweepFolder
 from kronsae.system import checkpoint
@@ -90,14 +90,14 @@ def _check_unchanged(run: RunFolder) -> None:
 
 
 def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
-    """A run's config with the settings that it lacks.
-
-    A run of an older version lacks those that came later: it had their defaults.
-    """
+    """A run's config with the settings that it lacks, as it is of an earlier version."""
     return {
         name: values
         if name not in PARTS or values is None  # no language model
-        else {**{spec.name: spec.default for spec in dataclasses.fields(PARTS[name])}, **values}
+        else {
+            **{spec.name: spec.default for spec in dataclasses.fields(PARTS[name])},
+            **stored(PARTS[name], values),
+        }
         for name, values in config.items()
     }
 

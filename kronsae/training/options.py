@@ -25,6 +25,7 @@ from kronsae.config import (
     flat,
     from_dict,
     nested,
+    stored,
     untrusted,
 )
 from kronsae.errors import InputError
@@ -392,16 +393,17 @@ def _resumed(
     folder, documents = open_to_resume(run["resume"])
     members = {}
     for name, document in documents.items():
-        stored = document["config"]
-        if stored["data"] is None:
+        saved = document["config"]
+        if saved["data"] is None:
             raise InputError(
                 f"{run['resume']} was trained from tensors: resume it with kronsae.train.fit"
             )
-        stored["data"] = untrusted(stored["data"])
+        saved["data"] = untrusted(saved["data"])
         for setting, value in flags.items():
-            stored[known[setting].part][setting] = value
+            saved[known[setting].part][setting] = value
         parts = {
-            part: from_dict(cls, stored[part], str(run["resume"])) for part, cls in PARTS.items()
+            part: from_dict(cls, stored(cls, saved[part]), str(run["resume"]))
+            for part, cls in PARTS.items()
         }
         members[name] = RunConfig(**parts)
     return Request(members, isinstance(folder, SweepFolder), None, run["resume"], *common)
@@ -417,7 +419,8 @@ def _read_json(path: Path, flag: str) -> Any:
 def _read_config(path: Path) -> dict[str, Any]:
     """Flat settings from a JSON file: a run's config.json, or {"sae": …, "data": …, "train": …}."""
     document = _read_json(path, "--config")
-    parts = document.get("config", document) if isinstance(document, dict) else document
+    of_run = isinstance(document, dict) and "config" in document
+    parts = document["config"] if of_run else document
     if not isinstance(parts, dict) or not set(parts) <= set(PARTS):
         raise InputError(
             f"--config {path}: expected a JSON object with the parts {list(PARTS)}, "
@@ -425,7 +428,8 @@ def _read_config(path: Path) -> dict[str, Any]:
         )
     settings: dict[str, Any] = {}
     for part, values in parts.items():
-        settings |= flat(part, values or {}, f"--config {path}")
+        values = flat(part, values or {}, f"--config {path}")
+        settings |= stored(PARTS[part], values) if of_run else values
     return untrusted(settings)
 
 
