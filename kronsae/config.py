@@ -562,6 +562,13 @@ class TrainConfig:
         0.0,
         "clip the gradient's norm to this (0: no clipping), and skip a batch if it is not finite",
     )
+    massive_multiple: float = setting(
+        10.0,
+        "leave tokens out whose activation is farther from the mean than so many times the median "
+        "distance, such as attention sinks (0: none)",
+        shared=True,
+        before=0.0,
+    )
     auxk_coefficient: float = _of_losses(1 / 32, "weight of the loss that revives dead latents")
     auxk: int = _of_losses(
         0,
@@ -648,6 +655,10 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_values(self)
+        _require(
+            self.massive_multiple == 0 or self.massive_multiple >= 2,
+            f"massive_multiple: expected 0 (none) or >= 2, got {self.massive_multiple}",
+        )
         _require(self.adam_beta2 < 1, f"adam_beta2: expected 0 <= beta < 1, got {self.adam_beta2}")
 
     @property

@@ -240,7 +240,7 @@ def _effects(
     of, unit = "loss", "nats a token on which the latent fires"
     with quiet():
         if request.prompt is None:
-            text = open_heldout(loaded, device)
+            text = open_heldout(loaded, device, request.massive_multiple)
         else:
             text = _of_prompt(loaded, request.prompt, device)
             objective = last_logit(_one_token(text.model.tokenizer, request.target))
@@ -326,7 +326,7 @@ def _and_tests(
     loaded: LoadedSAE, request: argparse.Namespace, device: torch.device
 ) -> dict[str, Any]:
     with quiet():
-        text = open_heldout(loaded, device)
+        text = open_heldout(loaded, device, request.massive_multiple)
     return {
         "text": text.facts,
         "latents": [and_test(loaded.sae, text, latent) for latent in request.latent],

@@ -21,7 +21,8 @@ from kronsae.errors import InputError
 from kronsae.explore.report import write_report
 from kronsae.interop.load import load
 from kronsae.metrics.figures import MEANING
-from kronsae.metrics.heldout import Heldout, HeldoutText
+from kronsae.metrics.heldout import Heldout, HeldoutText, massive_warning
+from kronsae.model.massive import rule_of
 from kronsae.model.ranks import check_heads, ranks_of_one
 from kronsae.plan.memory import check_memory, make_plan
 from kronsae.plan.outline import NoOutline, Outline, outline
@@ -278,7 +279,15 @@ def _describe_member(config: RunConfig) -> str:
     )
 
 
-_SHOWN = ("explained_variance", "l0", "dead_share", "ce_clean", "ce_spliced", "ce_recovered")
+_SHOWN = (
+    "explained_variance",
+    "explained_variance_all",
+    "l0",
+    "dead_share",
+    "ce_clean",
+    "ce_spliced",
+    "ce_recovered",
+)
 
 
 def _report(
@@ -295,6 +304,7 @@ def _report(
         return latents  # the first process loads the SAEs of the others
     for name, result in results.items():
         sae = result.sae or load(folder.runs[name].sae, device=device)
+        heldout = heldout.leaving_out(rule_of(sae.metadata))
         # Each process has a part of the heads, so that all take part.
         latents = [] if tokenizer is None else top_contexts(sae, heldout)
         if mesh.first:
@@ -318,6 +328,12 @@ def _summarise(
         console.print(f"Without cross-entropy, as the model is not here: {missing}", markup=False)
     if model is None or model.tokenizer is None:
         console.print("Without the contexts of latents, as the model's tokenizer is not here")
+    judged = next((result for result in results.values() if result.sae and result.metrics), None)
+    if judged is not None and judged.sae is not None:
+        heldout = heldout.leaving_out(rule_of(judged.sae.metadata))
+        warning = massive_warning(judged.metrics, heldout)
+        if warning is not None:
+            console.print(f"warning: {warning}", style="yellow", markup=False)
     if isinstance(folder, SweepFolder):
         _summarise_sweep(console, results, folder, done)
         return

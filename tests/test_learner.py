@@ -172,8 +172,10 @@ def test_one_enormous_token_does_not_set_the_scale():
     assert torch.equal(seen.mean, usual.mean) and seen.scale == usual.scale
     two = Normalizer.of(torch.cat([x, torch.full((1, 16), 1e30), torch.full((1, 16), -1e10)]))
     assert torch.equal(two.mean, usual.mean) and two.scale == usual.scale
-    ordinary = torch.cat([x, torch.full((1, 16), 50.0)])  # as real models have
-    assert Normalizer.of(ordinary).scale < 0.9 * usual.scale
+    near = torch.cat([x, torch.full((1, 16), 12.0)])  # 9 times as far as half of the others
+    assert Normalizer.of(near).scale < usual.scale
+    assert Normalizer.of(near, 5.0).scale == usual.scale
+    assert Normalizer.of(near, 0.0).radius is None
 
 
 def test_clipping_bounds_the_norm():

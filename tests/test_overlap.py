@@ -214,7 +214,7 @@ def test_not_finite_is_said_as_ever(model, monkeypatch):
 @pytest.mark.parametrize("overlap", ["on", "off"])
 def test_a_signal_does_not_wait_for_the_next_batch(overlap, model, monkeypatch, tmp_path):
     """It arrives while a batch is being waited for, in a forward pass that takes for ever."""
-    monkeypatch.setattr(stream, "NORMALIZER_TOKENS", BATCH)
+    monkeypatch.setattr(stream, "SAMPLE_TOKENS", BATCH)
     train = dataclasses.replace(TRAIN, tokens=20 * BATCH)
     whole = fit(KRON, make(model, "off"), train)
     source = make(model, overlap)

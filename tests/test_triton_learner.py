@@ -310,7 +310,8 @@ def test_a_step_of_the_trainer_is_few_operations():
             with counted() as counts:
                 subject.step(*stream.next(), log=False)
     assert not counts.waits
-    assert sum(counts.operations.values()) <= 25, counts.operations
+    # Nine of them put other tokens in the place of massive ones.
+    assert sum(counts.operations.values()) <= 34, counts.operations
 
 
 def test_skipped_batches_are_heard_of_where_somebody_asks():
@@ -532,7 +533,7 @@ RUN = TrainConfig(
 def test_a_run_records_what_was_skipped_between_its_lines():
     x, records = X.clone(), []
     x[37] = 1e30
-    result = fit(KRON, x, RUN, on_record=records.append)
+    result = fit(KRON, x, replace(RUN, massive_multiple=0.0), on_record=records.append)
     (skipped,) = [record for record in records if record["kind"] == "skipped"]
     assert skipped["batches"] == 1 and skipped["largest"] > 1e28
     assert skipped["step"] % RUN.log_every == 0 and "nan" in skipped["reason"]
@@ -545,7 +546,7 @@ def test_a_run_that_diverges_ends_where_it_is_noticed(tmp_path):
         while True:  # fewer than a tenth of all, so that they do not set the scale
             yield spoiled(X[:10])
 
-    config = replace(RUN, tokens=110, log_every=SKIPS + 2, batch_size=10)
+    config = replace(RUN, tokens=110, log_every=SKIPS + 2, batch_size=10, massive_multiple=0.0)
     with pytest.raises(InputError, match=f"{SKIPS} batches in a row"):
         fit(KRON, batches(), config, out=tmp_path / "run")
     sae = load(tmp_path / "run" / "sae")

@@ -15,7 +15,7 @@ from kronsae.data.loading import quiet
 from kronsae.evaluate.judge import Judgement, judge
 from kronsae.evaluate.show import console_table, draw, facts, markdown
 from kronsae.metrics.figures import density_histogram
-from kronsae.metrics.heldout import HeldoutText
+from kronsae.metrics.heldout import HeldoutText, massive_warning
 from kronsae.metrics.target_model import (
     LoadedSAE,
     add_flags,
@@ -24,6 +24,7 @@ from kronsae.metrics.target_model import (
     load_saes,
     open_heldout,
 )
+from kronsae.model.massive import METADATA
 from kronsae.runs.folder import RunFolder, versions
 from kronsae.system.devices import resolve_device
 from kronsae.system.files import write_json, write_text
@@ -63,11 +64,16 @@ def work(argv: list[str]) -> None:
     for group in by_text(loaded_saes):
         console.print(f"loading {group[0].data.model}", style="dim", markup=False)
         with quiet():
-            text = open_heldout(group[0], device)
+            # One rule for massive tokens, so that all are compared on the same tokens.
+            known = (loaded for loaded in group if METADATA in loaded.sae.metadata)
+            text = open_heldout(next(known, group[0]), device, request.massive_multiple)
         names = [loaded.name for loaded in group]
         texts.append({"of": names, **text.facts, "model": text.model.describe()})
         for loaded, judgement in zip(group, _judge(group, text, console), strict=True):
             entries[loaded.name] = _entry(loaded, judgement)
+        warning = massive_warning(entries[group[0].name]["metrics"], text)
+        if warning is not None:
+            texts[-1]["warning"] = warning
     document = {
         "format": "kronsae-evaluation",
         "format_version": 1,
@@ -119,6 +125,8 @@ def _write(document: dict[str, Any], out: Path, console: Console) -> None:
         names = f"{', '.join(text['of'])}: " if len(document["texts"]) > 1 else ""
         amount = f"{text['tokens']:,} tokens of {text['dataset']} ({text['which']})"
         console.print(f"{names}{amount}; {text['left_out']}", style="dim", markup=False)
+        if "warning" in text:
+            console.print(f"warning: {text['warning']}", style="yellow", markup=False)
     if len(document["judged"]) == 1:
         [entry] = document["judged"]
         console.print(" · ".join([entry["name"], *filter(None, facts(entry))]), style="bold")

@@ -14,13 +14,11 @@ from kronsae.data.common import is_finite
 from kronsae.data.language_model import LastStates
 from kronsae.errors import InputError
 from kronsae.metrics.figures import (
-    FiringMetrics,
-    ReconstructionMetrics,
     cross_entropy,
     cross_entropy_recovered,
     kl_divergence,
 )
-from kronsae.metrics.heldout import HeldoutText
+from kronsae.metrics.heldout import HeldoutText, SAEMetrics
 from kronsae.metrics.splicing import Make, spliced
 from kronsae.model.sae import SAE
 
@@ -35,21 +33,6 @@ class Judgement(NamedTuple):
     """[F] int64: tokens on which each latent fires."""
     tokens: int
     """Number of tokens whose activations the SAE reconstructed."""
-
-
-class _Candidate:
-    """An SAE that counts its metrics whenever it is called to reconstruct activations."""
-
-    def __init__(self, sae: SAE) -> None:
-        self.sae = sae
-        self.reconstruction = ReconstructionMetrics(sae.config.d_out)
-        self.firing = FiringMetrics(sae.dict_size, sae.W_dec.device)
-
-    def __call__(self, x: Tensor, y: Tensor) -> Tensor:
-        x_hat, codes, _ = self.sae(x.to(self.sae.W_dec))
-        self.reconstruction.update(y, x_hat)
-        self.firing.update(codes.indices, self.sae.fired(codes))
-        return x_hat
 
 
 class _Losses:
@@ -84,20 +67,20 @@ def judge(
 
     The text is read twice: up to the hookpoint, for the mean of the activations; then in full, once
     unchanged, and once for each ablation and SAE, which replaces the activations (a transcoder: its
-    target). Tokens outside `text.mask` keep their activations.
+    target). Tokens outside `text.mask`, and massive ones, keep their activations.
     Memory: the model's for a batch of contexts, and F counts per SAE.
     on_batch: called after each batch of contexts, in both readings.
     Raises InputError if activations are not finite, or if the mask is empty.
     """
     model = text.model
-    candidates = {name: _Candidate(sae) for name, sae in saes.items()}
+    candidates = {name: SAEMetrics(sae, text.massive) for name, sae in saes.items()}
     mean = _mean(text, on_batch)
     losses = {name: _Losses() for name in ("clean", "mean", "zero", *map(_of, candidates))}
     for ids, mask in text.batches():
         if not model.has_cross_entropy:
             x, y = split_target(model.activations(ids)[mask], model.d_target)
             for candidate in candidates.values():
-                candidate(x, x if y is None else y)
+                candidate.update(x, x if y is None else y)
             on_batch()
             continue
         clean = model.last_states(ids)
@@ -105,18 +88,17 @@ def judge(
         replacements: dict[str, Make] = {
             "mean": lambda _, y: mean.expand(y.shape),
             "zero": lambda _, y: torch.zeros_like(y),
-            **{_of(name): candidate for name, candidate in candidates.items()},
+            **{_of(name): candidate.update for name, candidate in candidates.items()},
         }
         for name, make in replacements.items():
-            with spliced(model, make, mask):
+            with spliced(model, make, mask, text.massive):
                 states = model.last_states(ids)
             losses[name].update(model, clean, states)
         on_batch()
     return {
         name: Judgement(
             {
-                **candidate.reconstruction.compute(),
-                **candidate.firing.compute(),
+                **candidate.compute(),
                 **(_compared(losses, losses[_of(name)]) if model.has_cross_entropy else {}),
             },
             candidate.firing.counts.cpu(),
@@ -150,7 +132,7 @@ def _compared(losses: dict[str, _Losses], spliced: _Losses) -> dict[str, float]:
 
 
 def _mean(text: HeldoutText, on_batch: Callable[[], None]) -> Tensor:
-    """Mean [d] float64 of the activations that SAEs reconstruct, over the tokens in the mask."""
+    """Mean [d] float64 of the activations that SAEs reconstruct, over tokens that are replaced."""
     model, count = text.model, 0
     total = torch.zeros(model.d_target or model.d_model, dtype=torch.float64, device=model.device)
     for ids, mask in text.batches():
@@ -160,6 +142,8 @@ def _mean(text: HeldoutText, on_batch: Callable[[], None]) -> Tensor:
                 f"{model.hookpoint} gave NaN or infinity on this text: try --model-dtype float32 "
                 "or bfloat16"
             )
+        if text.massive is not None:
+            x = x[~text.massive(*split_target(x, model.d_target))]
         total += x[:, -len(total) :].double().sum(0)
         count += len(x)
         on_batch()

@@ -47,7 +47,7 @@ def facts(entry: Entry) -> list[str]:
 
 _COLUMNS = {
     "explained_variance": "EV",
-    "cosine": "cosine",
+    "explained_variance_all": "EV, all",
     "l0": "L0",
     "dead_share": "dead",
     "dense_share": "dense",
@@ -86,6 +86,7 @@ def markdown(document: Mapping[str, Any]) -> str:
         f"{text['dataset']} ({text['which']}), {text['contexts']} contexts of "
         f"{text['context_length']}, read by {text['model']['name']} in {text['model']['dtype']} at "
         f"{text['model']['hookpoint']}; {text['left_out']}."
+        + (f" **Warning**: {text['warning']}." if "warning" in text else "")
         for text in document["texts"]
     )
     return (

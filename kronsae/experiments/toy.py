@@ -38,7 +38,7 @@ from kronsae.model.normalizer import Normalizer
 from kronsae.model.sae import SAE
 from kronsae.system.devices import resolve_device
 from kronsae.training.learner import Learner
-from kronsae.training.stream import NORMALIZER_TOKENS
+from kronsae.training.stream import SAMPLE_TOKENS
 
 FEATURES, HIDDEN, LATENTS, K = 256, 64, 256, 8
 VARIANTS = ("topk", "h2m4n32", "h4m2n32", "h4m8n8", "h8m2n16")
@@ -261,7 +261,7 @@ def train_untied(config: SAEConfig, x: Tensor, train_config: TrainConfig) -> SAE
     with torch.no_grad():
         sae.W_dec.copy_(torch.randn(sae.W_dec.shape, generator=generator))
     sae.normalize_decoder()
-    normalizer = Normalizer.of(x[:NORMALIZER_TOKENS])
+    normalizer = Normalizer.of(x[:SAMPLE_TOKENS])
     for batch in TensorActivations(x, train_config.batch_size, train_config.seed, epochs=1):
         learner.step(normalizer(batch).to(learner.device))
     return sae

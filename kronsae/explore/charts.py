@@ -11,6 +11,9 @@ Points = list[tuple[float, float]]
 
 SHARES = (
     "explained_variance",
+    "explained_variance_all",
+    "massive_share",
+    "massive_variance_share",
     "fvu",
     "explained_variance_batch",
     "dead_share",

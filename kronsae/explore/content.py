@@ -20,7 +20,7 @@ from kronsae.data.token_text import token_texts
 from kronsae.explore.blocks import encode, encode_json, rounded, smallest
 from kronsae.explore.charts import figure_text
 from kronsae.explore.report import last_evaluation, read_metrics
-from kronsae.metrics.figures import MEANING
+from kronsae.metrics.figures import MEANING, massive_warning
 from kronsae.model.sae import SAE
 from kronsae.properties import WINDOW, Examined, Examples, Properties, Stored, gates
 from kronsae.properties.contexts import SAME_TOKENS, phrases
@@ -271,6 +271,7 @@ def _facts(run: Path, sae: SAE, stored: Stored) -> dict[str, Any]:
             for key, (label, meaning) in MEANING.items()
             if key in evaluation
         ],
+        "warning": massive_warning(evaluation),
         "summary": stored.facts["summary"],
         "exactEntropy": properties.exact_entropy,
         "logits": None if stored.logits is None else {"norm": stored.logits.norm},

@@ -13,7 +13,7 @@ from kronsae.config import kind_of
 from kronsae.data.token_text import token_texts
 from kronsae.explore import charts
 from kronsae.explore.charts import Record, is_number
-from kronsae.metrics.figures import MEANING
+from kronsae.metrics.figures import MEANING, massive_warning
 from kronsae.properties.contexts import LatentContexts, Window, short, title
 from kronsae.registry import SELECTIONS
 from kronsae.system.files import write_text
@@ -36,6 +36,7 @@ def write_report(
     hook = data.get("hookpoint") or f"layer {data.get('layer')}"
     selection = sae["selection"]
     timed = [r for r in records if is_number(r.get("tokens")) and is_number(r.get("seconds"))]
+    evaluation = last_evaluation(records)
     command = settings["command"]
     page = render(
         _TEMPLATE,
@@ -46,8 +47,9 @@ def write_report(
         data=data,
         exact=SELECTIONS[selection].exact if selection in SELECTIONS else True,
         trained=timed[-1] if timed else None,
-        evaluation=last_evaluation(records),
+        evaluation=evaluation,
         figures=MEANING,
+        warning=massive_warning(evaluation),
         latents=[_latent(latent, tokenizer) for latent in contexts],
         charts=[drawing for chart in charts.CHARTS if (drawing := charts.draw(chart, records))],
         edges=charts,

@@ -84,7 +84,7 @@ def work(argv: list[str]) -> None:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         chat, parallel = LocalChat(flags.explainer, dtype=dtype, device=device), 1
     with quiet():
-        text = open_heldout(loaded, device)
+        text = open_heldout(loaded, device, flags.massive_multiple)
     facts = text.facts
     say(f"reading {facts['tokens']:,} tokens of {facts['dataset']} ({facts['which']})")
     latents = flags.latent or _draw(loaded.sae, text, flags.latents, flags.seed)

@@ -15,7 +15,6 @@ from kronsae.metrics.figures import FiringMetrics
 from kronsae.metrics.heldout import HeldoutText
 from kronsae.model.sae import SAE
 from kronsae.properties.examples import WINDOW
-from kronsae_kernels import SparseCodes
 
 CONTEXT = 256
 """Tokens of a context; longer ones are cut. [KronSAE, App. D]"""
@@ -52,8 +51,8 @@ class LatentExamples(NamedTuple):
 def firing_counts(sae: SAE, text: HeldoutText) -> FiringMetrics:
     """How often each latent fires on the text."""
     counts = FiringMetrics(sae.dict_size, sae.W_dec.device)
-    for ids, mask in text.batches():
-        codes = _encode(sae, text, ids, mask)
+    for _, _, x in text.read():
+        codes = sae.encode(x.to(sae.W_dec))
         counts.update(codes.indices, sae.fired(codes))
     return counts
 
@@ -72,8 +71,8 @@ def collect(
     generator = random.Random(f"{seed}")
     anywhere = _Reservoir(SILENT, random.Random(f"{seed} silent"))
     wanted = np.array(sorted(firing), np.int64)
-    for ids, mask in text.batches():
-        activations = _activations(sae, text, ids, mask, torch.from_numpy(wanted))
+    for ids, mask, x in text.read():
+        activations = _activations(sae, mask, x, torch.from_numpy(wanted))
         tokens = ids.cpu().numpy()
         for start in range(0, tokens.shape[1], CONTEXT):
             part = slice(start, start + CONTEXT)
@@ -117,23 +116,18 @@ class _Reservoir:
             self.kept[slot] = item
 
 
-def _encode(sae: SAE, text: HeldoutText, ids: Tensor, mask: Tensor) -> SparseCodes:
-    """Codes [n, k] of the tokens in the mask."""
-    x = text.model.activations(ids)[..., : sae.d_model][mask]
-    return sae.encode(x.to(sae.W_dec))
+def _activations(sae: SAE, mask: Tensor, x: Tensor, latents: Tensor) -> np.ndarray:
+    """Activations [b, t, c] of c latents, in ascending order; 0 where they do not fire.
 
-
-def _activations(
-    sae: SAE, text: HeldoutText, ids: Tensor, mask: Tensor, latents: Tensor
-) -> np.ndarray:
-    """Activations [b, t, c] of c latents, in ascending order; 0 where they do not fire."""
-    codes = _encode(sae, text, ids, mask)
+    x: [n, d], of the tokens in the mask [b, t].
+    """
+    codes = sae.encode(x.to(sae.W_dec))
     latents = latents.to(codes.indices.device)
     columns = torch.searchsorted(latents, codes.indices.long()).clamp(max=len(latents) - 1)
     wanted = sae.fired(codes) & (latents[columns] == codes.indices)
     of_tokens = torch.zeros(len(columns), len(latents), device=columns.device)
     of_tokens.scatter_add_(1, columns, codes.values.float() * wanted)
-    out = of_tokens.new_zeros(*ids.shape, len(latents))
+    out = of_tokens.new_zeros(*mask.shape, len(latents))
     out[mask] = of_tokens
     return out.cpu().numpy()
 

@@ -80,9 +80,9 @@ def encode_text(sae: SAE, text: HeldoutText) -> EncodedText:
     """
     if not text.model.has_cross_entropy:
         raise InputError(f"model {text.model.name!r} has no trained head for the next token")
-    parts = []
-    for ids, mask in text.batches():
-        x = text.model.activations(ids)[..., : sae.d_model][mask]
+    parts, masks = [], []
+    for _, mask, x in text.read():
+        masks.append(mask)
         parts.append(sae.encode(x.to(sae.W_dec)))
     width = max(codes.values.shape[1] for codes in parts)
     padded = (
@@ -90,7 +90,7 @@ def encode_text(sae: SAE, text: HeldoutText) -> EncodedText:
         for tensors in zip(*parts, strict=True)
     )
     device = text.model.device
-    return EncodedText(text.contexts.to(device), text.mask.to(device), SparseCodes(*padded))
+    return EncodedText(text.contexts.to(device), torch.cat(masks), SparseCodes(*padded))
 
 
 @torch.no_grad()
@@ -237,8 +237,8 @@ def and_test(sae: SAE, text: HeldoutText, latent: int) -> dict[str, Any]:
     off, others = _silenced(sae, head, base, extension)
     sums = {name: torch.zeros(8, dtype=torch.float64) for name in off}
     gate, firing, tokens, elsewhere = torch.zeros(3, dtype=torch.float64), 0, 0, 0
-    for ids, mask in text.batches():
-        x = text.model.activations(ids)[..., : sae.d_model][mask].to(sae.W_dec)
+    for ids, mask, x in text.read():
+        x = x.to(sae.W_dec)
         codes = sae.encode(x)
         here = ((codes.indices == latent) & sae.fired(codes)).any(-1)  # [n]
         positive = x @ sae.W_enc[head].T + sae.b_enc[head] > 0

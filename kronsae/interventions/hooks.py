@@ -6,8 +6,8 @@
 
 An edit changes a latent from z to z', and the activations y (a transcoder's: of its target) to
 y + (z' - z) W_dec[latent], which keeps the SAE's error; with keep_error=False the edited
-reconstruction replaces y. Special tokens and the first position of a text are not changed, as SAEs
-are not trained on them.
+reconstruction replaces y. Special tokens, the first position of a text and massive tokens (if the
+SAE's metadata has the rule for them) are not changed, as SAEs are not trained on them.
 
 Letters: n tokens, k active latents, e latents that are edited, d width.
 """
@@ -22,6 +22,7 @@ from torch import Tensor
 from kronsae.data import LanguageModel
 from kronsae.errors import InputError
 from kronsae.metrics.splicing import spliced
+from kronsae.model.massive import rule_of
 from kronsae.model.sae import SAE
 from kronsae_kernels import SparseCodes
 
@@ -94,5 +95,5 @@ def intervene(
         base = y if keep_error else sae.decode(codes, x)
         return base + change(sae, codes, edits).to(base) if edits else base
 
-    with spliced(model, edited):
+    with spliced(model, edited, massive=rule_of(sae.metadata)):
         yield

@@ -4,7 +4,7 @@ Letters: B tokens, d width, F latents, V vocabulary size.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,6 +14,15 @@ MEANING = {
         "Explained variance",
         "share of the activations' variance that the reconstruction explains: 1 is perfect, 0 no "
         "better than their mean",
+    ),
+    "explained_variance_all": (
+        "Explained variance, all tokens",
+        "the same with massive tokens, such as attention sinks, which all other figures leave out",
+    ),
+    "massive_share": ("Massive tokens", "share of the held-out tokens that are massive"),
+    "massive_variance_share": (
+        "Variance of massive tokens",
+        "share of the variance of all held-out tokens that the massive ones hold",
     ),
     "fvu": ("FVU", "fraction of variance unexplained: 1 - explained variance"),
     "explained_variance_batch": (
@@ -64,6 +73,25 @@ MEANING = {
 }
 """Label and meaning of each metric of an evaluation, in the order of tables."""
 
+MASSIVE_VARIANCE = 0.05
+"""Share of the variance above which a warning tells of massive tokens."""
+
+
+def massive_warning(metrics: Mapping[str, float], tokens: Sequence[str] = ()) -> str | None:
+    """A warning about an evaluation whose variance massive tokens dominate; None without need.
+
+    tokens: texts of the massive tokens, each of them once.
+    """
+    variance = metrics.get("massive_variance_share", 0.0)
+    if variance <= MASSIVE_VARIANCE:
+        return None
+    named = f" ({', '.join(map(repr, tokens))})" if tokens else ""
+    return (
+        f"Massive tokens{named} are {metrics['massive_share']:.2%} of the held-out tokens and hold "
+        f"{variance:.0%} of the variance. Training and figures leave them out; with them explained "
+        f"variance is {metrics['explained_variance_all']:.4f}, which says little about other tokens"
+    )
+
 
 DENSE = 0.1
 """Share of tokens above which a latent counts as dense."""
@@ -110,14 +138,25 @@ class ReconstructionMetrics:
         self.norm_ratios += (norms_hat[nonzero] / norms[nonzero]).sum().item()
         self.nonzero += int(nonzero.sum())
 
+    def with_tokens_of(self, other: "ReconstructionMetrics") -> "ReconstructionMetrics":
+        """The comparison over the tokens of both."""
+        both = ReconstructionMetrics(self.sum.numel())
+        for name in vars(both):
+            setattr(both, name, getattr(self, name) + getattr(other, name))
+        return both
+
+    @property
+    def variance(self) -> float:
+        """Sum of squared distances of x from its mean."""
+        return self.squared_norm - self.sum.square().sum().item() / max(1, self.tokens)
+
     def compute(self) -> dict[str, float]:
         """The metrics. Raises ValueError without tokens, or if all were the same vector."""
         if not self.tokens:
             raise ValueError("no tokens to evaluate on")
-        variance = self.squared_norm - self.sum.square().sum().item() / self.tokens
-        if variance <= 0:
+        if self.variance <= 0:
             raise ValueError("all activations are equal: explained variance is undefined")
-        fvu = self.squared_error / variance
+        fvu = self.squared_error / self.variance
         return {
             "explained_variance": 1 - fvu,
             "fvu": fvu,

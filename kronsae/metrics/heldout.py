@@ -1,8 +1,9 @@
 """Held-out text and activations, and the evaluation of an SAE on them during training."""
 
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -10,11 +11,14 @@ import torch
 from torch import Tensor
 
 from kronsae.config import SAEConfig
-from kronsae.data import LanguageModel
+from kronsae.data import LanguageModel, split_target
 from kronsae.data.common import is_finite
+from kronsae.data.token_text import token_texts
 from kronsae.errors import InputError
 from kronsae.metrics.figures import FiringMetrics, ReconstructionMetrics, cross_entropy_recovered
+from kronsae.metrics.figures import massive_warning as massive_in_figures
 from kronsae.metrics.splicing import Make, spliced
+from kronsae.model.massive import MassiveTokens, without
 from kronsae.model.sae import SAE
 
 BATCH_TOKENS = 4096
@@ -36,12 +40,31 @@ class HeldoutText:
     contexts_per_batch: int = CONTEXTS_AT_ONCE
     facts: dict[str, Any] = field(default_factory=dict)
     """Description of the text (JSON-able)."""
+    massive: MassiveTokens | None = None
+    """The rule for tokens in the mask that keep their activations nevertheless."""
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Token ids [b, L] and mask [b, L], on the model's device."""
         device, size = self.model.device, self.contexts_per_batch
         for ids, mask in zip(self.contexts.split(size), self.mask.split(size), strict=True):
             yield ids.to(device), mask.to(device)
+
+    @torch.no_grad()
+    def read(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Token ids [b, L], mask [b, L] without massive tokens, and their activations [n, d]."""
+        for ids, mask in self.batches():
+            x, target = split_target(self.model.activations(ids)[mask], self.model.d_target)
+            if self.massive is not None:
+                massive = self.massive(x, target)
+                x, mask = x[~massive], without(mask, massive)
+            yield ids, mask, x
+
+    def massive_ids(self) -> Tensor:
+        """Token ids [n] of the massive tokens."""
+        found = [torch.empty(0, dtype=torch.int64)]
+        for (ids, mask), (_, ordinary, _) in zip(self.batches(), self.read(), strict=True):
+            found.append(ids[mask & ~ordinary].cpu())
+        return torch.cat(found)
 
     @cached_property
     def unspliced(self) -> dict[str, float]:
@@ -56,7 +79,7 @@ class HeldoutText:
         """Mean next-token cross-entropy of the contexts in nats, with replacements by `make`."""
         total, count = 0.0, 0
         for ids, mask in self.batches():
-            with spliced(self.model, make, mask) if make else nullcontext():
+            with spliced(self.model, make, mask, self.massive) if make else nullcontext():
                 losses = self.model.token_losses(ids)
             total += losses.double().sum().item()
             count += losses.numel()
@@ -72,22 +95,106 @@ class Heldout:
     targets: Tensor | None = None
     """[t, d_target] targets of a transcoder; None for an autoencoder."""
     text: HeldoutText | None = None
+    massive: MassiveTokens | None = None
+    """The rule for tokens that figures leave out; None: no token is."""
+
+    def leaving_out(self, massive: MassiveTokens | None) -> "Heldout":
+        """The same with this rule for massive tokens."""
+        text = self.text and replace(self.text, massive=massive)
+        return replace(self, text=text, massive=massive)
+
+    def massive_rows(self) -> Tensor:
+        """Mask [t] of massive tokens."""
+        if self.massive is None:
+            return torch.zeros(len(self.activations), dtype=torch.bool)
+        return self.massive(self.activations, self.targets)
+
+    def massive_ids(self) -> Tensor:
+        """Token ids [n] of the massive tokens; none without text."""
+        if self.text is None:
+            return torch.empty(0, dtype=torch.int64)
+        return self.text.contexts[self.text.mask][self.massive_rows().cpu()]
+
+    def ordinary(self) -> "Heldout":
+        """The same without massive tokens, in the activations and in the text's mask."""
+        massive = self.massive_rows()
+        if not massive.any():
+            return self
+        targets = None if self.targets is None else self.targets[~massive]
+        text = self.text and replace(self.text, mask=without(self.text.mask, massive))
+        return Heldout(self.activations[~massive], targets, text, self.massive)
+
+
+class SAEMetrics:
+    """Streaming figures of an SAE of raw activations: `MEANING` without cross-entropy.
+
+    massive: the rule for tokens that all but `explained_variance_all` leave out.
+    """
+
+    def __init__(self, sae: SAE, massive: MassiveTokens | None = None) -> None:
+        self.sae, self.massive = sae, massive
+        self.ordinary, self.of_massive = (ReconstructionMetrics(sae.config.d_out) for _ in "12")
+        self.firing = FiringMetrics(sae.dict_size, sae.W_dec.device)
+
+    def update(self, x: Tensor, y: Tensor) -> Tensor:
+        """Count activations x [n, d] and those to predict, y [n, d_out]; their reconstruction."""
+        x_hat, codes, _ = self.sae(x.to(self.sae.W_dec))
+        fired = self.sae.fired(codes)
+        if self.massive is None:
+            keep: Any = slice(None)
+        else:
+            massive = self.massive(x, y if self.sae.config.d_target else None)
+            self.of_massive.update(y[massive], x_hat[massive])
+            keep = ~massive
+        self.ordinary.update(y[keep], x_hat[keep])
+        self.firing.update(codes.indices[keep], fired[keep])
+        return x_hat
+
+    def compute(self) -> dict[str, float]:
+        """The figures by name. Raises InputError if there is no token that is not massive."""
+        every = self.ordinary.with_tokens_of(self.of_massive)
+        if self.massive is not None and every.tokens and self.ordinary.tokens < 2:
+            raise InputError(
+                f"held-out text: {self.of_massive.tokens:,} of {every.tokens:,} tokens are farther "
+                f"from the mean than {self.massive.multiple:g} times the median distance in the "
+                "first tokens of training. Is this text of another kind? With "
+                "--massive-multiple 0 no token is left out"
+            )
+        return {
+            **self.ordinary.compute(),
+            "explained_variance_all": every.compute()["explained_variance"],
+            "massive_share": self.of_massive.tokens / every.tokens,
+            "massive_variance_share": 1 - self.ordinary.variance / every.variance,
+            **self.firing.compute(),
+        }
+
+
+NAMED_TOKENS = 4
+"""Kinds of massive tokens that a warning names."""
+
+
+def massive_warning(metrics: Mapping[str, float], heldout: Heldout | HeldoutText) -> str | None:
+    """`figures.massive_warning` with the commonest of the massive tokens."""
+    if massive_in_figures(metrics) is None:
+        return None
+    text = heldout if isinstance(heldout, HeldoutText) else heldout.text
+    tokenizer = None if text is None else text.model.tokenizer
+    ids = [] if tokenizer is None else heldout.massive_ids().tolist()
+    common = [token for token, _ in Counter(ids).most_common(NAMED_TOKENS)]
+    return massive_in_figures(metrics, [token_texts([token], tokenizer)[0] for token in common])
 
 
 @torch.no_grad()
 def evaluate(sae: SAE, heldout: Heldout) -> dict[str, float]:
-    """`ReconstructionMetrics` and `FiringMetrics` of an SAE of raw activations.
+    """`SAEMetrics` of an SAE of raw activations.
 
     A transcoder is evaluated on its prediction of `heldout.targets`.
     Raises ValueError if there are no tokens.
     """
-    metrics = ReconstructionMetrics(sae.config.d_out)
-    firing = FiringMetrics(sae.dict_size, sae.W_dec.device)
+    metrics = SAEMetrics(sae, heldout.massive)
     for x, target in _batches(heldout, sae):
-        x_hat, codes, _ = sae(x)
-        metrics.update(target, x_hat)
-        firing.update(codes.indices, sae.fired(codes))
-    return metrics.compute() | firing.compute()
+        metrics.update(x, target)
+    return metrics.compute()
 
 
 @torch.no_grad()
@@ -97,7 +204,8 @@ def evaluate_cross_entropy(sae: SAE, heldout: Heldout) -> dict[str, float]:
     (A transcoder's prediction replaces its target.)
     ce_clean, ce_spliced, ce_zero: mean next-token cross-entropy in nats with unchanged,
     reconstructed and zeroed activations; ce_recovered = (zero - spliced) / (zero - clean). Only
-    tokens in the mask are replaced. Empty without a language model that predicts next tokens.
+    tokens in the mask that are not massive are replaced. Empty without a language model that
+    predicts next tokens.
     """
     text = heldout.text
     if text is None or not text.model.has_cross_entropy:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from kronsae.data.language_model import LanguageModel, first_tensor, with_first
 from kronsae.data.packing import special_ids
+from kronsae.model.massive import MassiveTokens
 
 Make = Callable[[Tensor, Tensor], Tensor]
 """Function of the hookpoint's activations x [n, d] and those to replace, y [n, d_out], to new y.
@@ -18,13 +19,19 @@ y is x, unless the model has a target hookpoint, whose output is replaced then.
 
 
 @contextmanager
-def spliced(model: LanguageModel, make: Make, mask: Tensor | None = None) -> Iterator[None]:
+def spliced(
+    model: LanguageModel,
+    make: Make,
+    mask: Tensor | None = None,
+    massive: MassiveTokens | None = None,
+) -> Iterator[None]:
     """While open, `make` replaces activations in every forward pass of `model.model`.
 
     mask: [b, t] bool, the n tokens to replace in a forward pass on [b, t]. By default all but
         special tokens and the first position of each text, on which SAEs are not trained. This
         works with a key-value cache, padding on either side, beams and samples: a token's position
         comes from the attention mask, or else from the length of the cache.
+    massive: the rule for tokens in the mask that keep their activations, whatever `make` gives.
 
     If a module runs several times in a forward pass, its first output is replaced. The model's lock
     keeps other threads from running it. Gradients flow to the result of `make`.
@@ -46,8 +53,13 @@ def spliced(model: LanguageModel, make: Make, mask: Tensor | None = None) -> Ite
         y = first_tensor(output)
         x = y if forward.x is None else forward.x
         tokens = forward.tokens(y)
+        of_x, of_y = x[tokens], y[tokens]
+        made = make(of_x, of_y).to(y)
+        if massive is not None:
+            kept = massive(of_x, None if model.target is None else of_y)
+            made = torch.where(kept[:, None], of_y, made)
         out = y.clone()
-        out[tokens] = make(x[tokens], y[tokens]).to(y)
+        out[tokens] = made
         return with_first(output, out)
 
     with model.lock, ExitStack() as stack:

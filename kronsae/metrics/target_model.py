@@ -10,14 +10,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
+
 from kronsae.commandline import add_flag
 from kronsae.config import DataConfig, data_settings, from_dict, stored, untrusted
-from kronsae.data import open_text
+from kronsae.data import open_text, split_target
 from kronsae.data.activations import open_model, set_aside
 from kronsae.data.packing import token_mask
 from kronsae.errors import InputError
 from kronsae.interop.load import load
 from kronsae.metrics.heldout import HeldoutText
+from kronsae.model.massive import DEFAULT_MULTIPLE, METADATA, MassiveTokens, rule_of
+from kronsae.model.normalizer import SAMPLE_TOKENS
 from kronsae.model.sae import SAE
 from kronsae.runs.folder import SweepFolder
 
@@ -50,6 +55,14 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     for spec in dataclasses.fields(DataConfig):
         if spec.metadata.get("of"):
             add_flag(group, spec, help=HELP.get(spec.name), default="the run's")
+    parser.add_argument(
+        "--massive-multiple",
+        type=float,
+        metavar="N",
+        help="tokens farther from the mean than N times the median distance are massive: figures "
+        "leave them out, and they pass unchanged (0: no token; default: the rule that the SAE was "
+        f"trained with, if there is none {DEFAULT_MULTIPLE:g})",
+    )
     parser.add_argument(
         "--device", default="auto", metavar="NAME", help="cpu, cuda, … (auto: cuda if there is one)"
     )
@@ -135,10 +148,13 @@ def by_text(loaded_saes: Sequence[LoadedSAE]) -> list[list[LoadedSAE]]:
     return list(groups.values())
 
 
-def open_heldout(loaded: LoadedSAE, device: Any) -> HeldoutText:
+def open_heldout(
+    loaded: LoadedSAE, device: Any, massive_multiple: float | None = None
+) -> HeldoutText:
     """The language model of an SAE, and text that the SAE was not trained on.
 
     From the text of its own run that is the slice that the run held out; other text is all unseen.
+    massive_multiple: see `massive_rule`.
     Raises InputError if more text is needed than the run held out, or if the widths do not fit.
     """
     model, data = open_model(loaded.data, device)
@@ -163,7 +179,7 @@ def open_heldout(loaded: LoadedSAE, device: Any) -> HeldoutText:
                 "tokens: give at most as many --heldout-tokens, or another --dataset"
             )
     mask = token_mask(contexts, model.tokenizer)
-    facts = {
+    facts: dict[str, Any] = {
         "dataset": data.dataset,
         "which": "the run's own held-out text" if own else "other text than the run's",
         "fingerprint": text.fingerprint(),
@@ -172,4 +188,36 @@ def open_heldout(loaded: LoadedSAE, device: Any) -> HeldoutText:
         "tokens": int(mask.sum()),
         "left_out": "special tokens and the first position of each context pass unchanged",
     }
-    return HeldoutText(model, contexts, mask, data.contexts_per_batch, facts)
+    read = HeldoutText(model, contexts, mask, data.contexts_per_batch, facts)
+    rule = massive_rule(loaded, read, massive_multiple)
+    if rule is not None:
+        facts["left_out"] += (
+            f", as do massive tokens: those more than {rule.multiple:g} times as far from the mean "
+            "as half of all tokens"
+        )
+    return dataclasses.replace(read, massive=rule)
+
+
+def massive_rule(
+    loaded: LoadedSAE, text: HeldoutText, multiple: float | None = None
+) -> MassiveTokens | None:
+    """The rule for massive tokens that an SAE was trained with; None if no token is massive.
+
+    multiple: for another rule, whose mean and median come from the first tokens of the text. So do
+    those of the default rule, for an SAE whose metadata has none or is of other activations.
+    """
+    metadata = loaded.sae.metadata
+    known = (metadata.get("config") or {}).get("data") or {}
+    of_these = ("model", "revision", "layer", "hookpoint", "target_hookpoint")
+    same = all(getattr(loaded.data, name) == known.get(name) for name in of_these)
+    if multiple is None and METADATA in metadata and same:
+        return rule_of(metadata)
+    if multiple == 0:
+        return None
+    rows: list[Tensor] = []
+    for ids, mask in text.batches():
+        rows.append(text.model.activations(ids)[mask].float())
+        if sum(map(len, rows)) >= SAMPLE_TOKENS:
+            break
+    x, target = split_target(torch.cat(rows), text.model.d_target)
+    return MassiveTokens.of(x, target, DEFAULT_MULTIPLE if multiple is None else multiple)

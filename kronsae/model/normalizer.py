@@ -7,47 +7,54 @@ import torch
 from torch import Tensor
 
 from kronsae.errors import InputError
+from kronsae.model.massive import DEFAULT_MULTIPLE, Sphere
 
-OUTLIER_FACTOR = 100
-"""Activations at more than so many times the usual distance from the median are left out."""
+SAMPLE_TOKENS = 8192
+"""Number of activations, the first ones, that determine mean, scale and radius."""
 
 
 class Normalizer:
     """Centres activations and scales them so that their mean squared norm is d.
 
     The SAE then learns in units that do not depend on the model; `SAE.folded` undoes it.
+    radius: activations farther from the mean are massive (`kronsae.model.massive`); None if none
+        are.
     """
 
-    def __init__(self, mean: Tensor, scale: float) -> None:
+    def __init__(self, mean: Tensor, scale: float, radius: float | None = None) -> None:
         self.mean = mean
         self.scale = scale
+        self.radius = radius
 
     @classmethod
-    def of(cls, x: Tensor) -> "Normalizer":
+    def of(cls, x: Tensor, multiple: float = DEFAULT_MULTIPLE) -> "Normalizer":
         """The normalizer of sample activations [N, d]. Raises InputError if they are all the same.
 
-        Outliers are left out: activations OUTLIER_FACTOR times as far from the median as nine
-        tenths are. A single enormous one would otherwise scale all others to almost nothing.
+        Massive ones are left out: a single one would scale all others to almost nothing.
+        multiple: of the median distance from the mean beyond which they are massive. With 0 none
+            is, and those beyond the default multiple do not count here.
         """
-        x = x.double()
-        distances = (x - x[:1024].median(0).values).square().mean(1)
-        usual = distances.sort().values[len(x) * 9 // 10]
-        if usual > 0:
-            x = x[distances <= OUTLIER_FACTOR**2 * usual]
-        mean = x.mean(0)
-        variance = (x - mean).square().mean().item()
+        sphere, near = Sphere.of(x.double(), multiple or DEFAULT_MULTIPLE)
+        variance = (near - sphere.mean).square().mean().item()
         if not math.isfinite(variance) or variance <= 0:
             raise InputError(
                 f"the first {x.shape[0]} activations have variance {variance}: "
                 "expected vectors that are finite and not all equal"
             )
-        return cls(mean.float(), variance**-0.5)
+        scale = variance**-0.5
+        bounded = multiple and math.isfinite(sphere.radius)
+        return cls(sphere.mean.float(), scale, sphere.radius if bounded else None)
 
     def __call__(self, x: Tensor) -> Tensor:
         return (x - self.mean).mul_(self.scale)
 
+    @property
+    def sphere(self) -> Sphere:
+        """Mean and radius."""
+        return Sphere(self.mean, math.inf if self.radius is None else self.radius)
+
     def to(self, device: torch.device) -> "Normalizer":
-        return Normalizer(self.mean.to(device), self.scale)
+        return Normalizer(self.mean.to(device), self.scale, self.radius)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"mean": self.mean, "scale": self.scale}
+        return {"mean": self.mean, "scale": self.scale, "radius": self.radius}

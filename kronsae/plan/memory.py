@@ -20,6 +20,7 @@ from kronsae.data.rows import BATCHES_IN_MEMORY
 from kronsae.errors import InputError
 from kronsae.metrics.heldout import BATCH_TOKENS, CONTEXTS_AT_ONCE
 from kronsae.model import flops
+from kronsae.model.normalizer import SAMPLE_TOKENS
 from kronsae.model.objectives import auxk_latents, auxk_tokens
 from kronsae.model.ranks import check_heads, ranks_of_one
 from kronsae.model.sae import SAE
@@ -28,7 +29,6 @@ from kronsae.registry import OBJECTIVES, SELECTIONS
 from kronsae.system import parallel
 from kronsae.system.devices import compute_dtype, free_bytes, resolve_device, with_index
 from kronsae.training.learner import UNCONFIRMED, check_step
-from kronsae.training.stream import NORMALIZER_TOKENS
 from kronsae_kernels import backends
 from kronsae_kernels.step import why_not_graphed
 from kronsae_kernels.torch_impl import chunk_tokens
@@ -72,7 +72,7 @@ def make_plan(members: Mapping[str, RunConfig], model: Outline) -> dict[str, Any
         "shuffle buffer": buffer,
         "activations made ahead": buffer // 2 if overlaps(config.data, model_device) else 0,
         # The first batches wait for the mean; of one, raw, normalised, and a few in the step.
-        "batches": row * (max(NORMALIZER_TOKENS, train.batch_size) + 6 * train.batch_size),
+        "batches": row * (max(SAMPLE_TOKENS, train.batch_size) + 6 * train.batch_size),
         "held-out activations": row * config.data.heldout_tokens,
     }
     # The first process copies, one at a time, the states that it gets from the others.

@@ -75,6 +75,7 @@ def top_contexts(
 ) -> list[LatentContexts]:
     """The `num_contexts` contexts in which each latent fires most, in one pass over the text.
 
+    Massive tokens, which `heldout` has the rule for, are left out.
     latents: which ones; by default `num_latents` that are easy to understand (see `_choose`).
     sae: of raw activations. Ties go to the earlier context, then to the earlier position.
     Memory: O(BATCH_TOKENS k + F KEPT_CONTEXTS), never [t, F]. Deterministic.
@@ -83,6 +84,7 @@ def top_contexts(
     for latent in latents or ():
         if not 0 <= latent < sae.dict_size:
             raise InputError(f"latent: expected 0 to {sae.dict_size - 1}, got {latent}")
+    heldout = heldout.ordinary()
     read = heldout.text
     if read is None or not len(heldout.activations):
         return []

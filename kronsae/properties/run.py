@@ -2,16 +2,22 @@
 
 import argparse
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from kronsae.commandline import Parser, add_flag
 from kronsae.config import DataConfig
-from kronsae.data.activations import LanguageModelActivations
+from kronsae.data.activations import LanguageModelActivations, split_target
 from kronsae.errors import InputError
 from kronsae.interop.load import load
 from kronsae.metrics.target_model import data_of
+from kronsae.model.massive import METADATA, MassiveTokens, rule_of, without
+from kronsae.model.normalizer import SAMPLE_TOKENS
 from kronsae.model.sae import SAE, WEIGHTS_NAME
 from kronsae.properties.gather import MeasureConfig, measure
 from kronsae.properties.geometry import kinship, logit_effects, mean_cosines, nearest_rows
@@ -53,7 +59,8 @@ def examine(run: Path, given: dict[str, Any], text: dict[str, Any], device: str)
     vocabulary = max(
         len(source.language_model.tokenizer), model.config.get_text_config().vocab_size
     )
-    properties = measure(sae, source.text_in_order(), vocabulary, settings, progress)
+    batches = without_massive(source.text_in_order(), sae)
+    properties = measure(sae, batches, vocabulary, settings, progress)
     say("decoder rows: nearest ones, and effects on the next token")
     rows, config = sae.W_dec.detach(), sae.config
     nearest = nearest_rows(rows, NEAREST)
@@ -71,6 +78,32 @@ def examine(run: Path, given: dict[str, Any], text: dict[str, Any], device: str)
     stored = Stored(properties, nearest, logit_effects(sae, model, EFFECTS), facts)
     save_properties(stored, run / FOLDER)
     return load_properties(run / FOLDER)
+
+
+def without_massive(
+    batches: Iterable[tuple[Tensor, Tensor, Tensor]], sae: SAE
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Token ids [b, L], masks [b, L] and rows [t, d] of a text, without massive tokens.
+
+    They are those that the SAE's training left out. For an SAE that does not say which, mean and
+    median come from the text's first tokens.
+    """
+    batches = iter(batches)
+    first: list[tuple[Tensor, Tensor, Tensor]] = []
+    rule = rule_of(sae.metadata)
+    if METADATA not in sae.metadata:
+        while sum(len(rows) for *_, rows in first) < SAMPLE_TOKENS:
+            batch = next(batches, None)
+            if batch is None:
+                break
+            first.append(batch)
+        sample = torch.cat([rows for *_, rows in first])
+        rule = MassiveTokens.of(*split_target(sample, sae.config.d_target))
+    for ids, mask, rows in chain(first, batches):
+        if rule is not None:
+            massive = rule(*split_target(rows, sae.config.d_target))
+            mask, rows = without(mask, massive), rows[~massive]
+        yield ids, mask, rows
 
 
 _TEXT = ("dataset", "dataset_config", "split", "text_column")

@@ -92,6 +92,7 @@ def product(entries: Iterable[dict[str, Any]], lists: dict[str, list[Any]]) -> l
 
 _SHOWN = {
     "explained_variance": "explained variance",
+    "explained_variance_all": "of all tokens",
     "l0": "L0",
     "dead_share": "dead",
     "ce_recovered": "CE recovered",

@@ -161,31 +161,31 @@ def fit_members(
     folder, state = open_folder(
         out, resume, {p.name: p.settings for p in plans}, sweep, mesh, owned
     )
-    stream = Stream(source, config.tokens, device)
-    session = Session(stream, config, folder, mesh, bool(owned), any(not_fused))
+    stream = Stream(source, config.tokens, device, config.massive_multiple)
+    session = Session(stream, config, folder, mesh, bool(owned), any(not_fused), judged_on)
     try:
         for plan in plans:
             owner = owned.get(plan.name)
             session.members[plan.name] = Member(plan, device, folder, on_record, mesh, owner)
         if state is not None:
             session.load_state_dict(state)
-        _train_and_judge(session, judged_on)
+        _train_and_judge(session)
     finally:
         session.close()
     return list(session.results.values())
 
 
-def _train_and_judge(session: Session, heldout: Heldout | None) -> None:
+def _train_and_judge(session: Session) -> None:
     """Train all members, evaluate them, and save them, even after an error."""
     stream = session.stream
     try:
         with note_signals(session.interrupt) as stop:
-            _train(session, heldout, stop)
+            _train(session, stop)
         stopped_by = session.signal(stop)
         stream.close()
-        if stopped_by is None and heldout is not None:
+        if stopped_by is None and session.heldout is not None:
             for member in session.own:
-                sae = member.sae(stream)
+                sae, heldout = member.sae(stream), session.judged_on
                 member.metrics = evaluate(sae, heldout) | evaluate_cross_entropy(sae, heldout)
                 member.record("final", member.metrics, stream)
         session.sync()
@@ -230,7 +230,7 @@ def _rescue(session: Session, error: InputError) -> list[str]:
     return lines
 
 
-def _train(session: Session, heldout: Heldout | None, stop: Stop) -> None:
+def _train(session: Session, stop: Stop) -> None:
     """The loop: batch, steps, log, evaluate, checkpoint, until the budget is used or a signal."""
     stream, config = session.stream, session.config
     saved_at = stream.steps
@@ -254,9 +254,10 @@ def _train(session: Session, heldout: Heldout | None, stop: Stop) -> None:
             for member in session.own:
                 if member.figures:  # the batch was not skipped
                     member.record("train", member.figures | rates, stream)
-        if heldout is not None and stream.due(config.eval_every) and not stream.done:
+        if session.heldout is not None and stream.due(config.eval_every) and not stream.done:
             for member in session.own:
-                member.record("heldout", evaluate(member.sae(stream), heldout), stream)
+                figures = evaluate(member.sae(stream), session.judged_on)
+                member.record("heldout", figures, stream)
         if session.is_sync_step:
             session.sync()
             session.check_live()

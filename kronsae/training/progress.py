@@ -39,8 +39,10 @@ class ProgressBar:
         """Show a record of a member."""
         step, name = record["step"], f"{name}: " if self.sweep else ""
         if record["kind"] == "train":
+            explained = record["explained_variance"]  # None if all activations are equal
+            ev = "–" if explained is None else f"{explained:.3f}"
             figures = (
-                f"{name}EV {record['explained_variance']:.3f}  dead {record['dead_share']:.1%}  "
+                f"{name}EV {ev}  dead {record['dead_share']:.1%}  "
                 f"{record['tokens_per_s']:,.0f} tokens/s, "
                 f"waited {record['wait_share']:.0%} for activations"
             )

@@ -10,6 +10,8 @@ from torch import Tensor
 from kronsae.config import SAEConfig, TrainConfig
 from kronsae.errors import InputError
 from kronsae.interop.load import load
+from kronsae.metrics.heldout import Heldout
+from kronsae.model.massive import METADATA
 from kronsae.model.sae import SAE, made_of
 from kronsae.runs.folder import RunFolder, SweepFolder
 from kronsae.runs.logs import Log
@@ -179,8 +181,9 @@ class Member:
     def _save(self, stream: Stream) -> tuple[SAE | None, dict[str, Any]]:
         """The SAE and its `_ending`; saves it in the run folder, if there is one."""
         sae, ending = self.sae(stream), self._ending()
+        sae.metadata = self._facts(ending, stream)
         if self.run is not None:
-            sae.save(self.run.sae, self._facts(ending))
+            sae.save(self.run.sae)
         return sae, ending
 
     def _save_owned(self, owner: int, stream: Stream) -> tuple[SAE | None, dict[str, Any]]:
@@ -190,6 +193,7 @@ class Member:
         if self.mine:
             sae = self.sae(stream)
             state = {"ending": self._ending()}
+            sae.metadata = self._facts(state["ending"], stream)
             if self.run is not None:
                 state |= {"config": dataclasses.asdict(sae.config), "weights": sae.state_dict()}
         state = checkpoint.state_of(owner, state, self.mesh.world)
@@ -199,7 +203,7 @@ class Member:
                 if self.mesh.first:
                     config = SAEConfig(**state["config"])
                     whole = sae or made_of(config, state["weights"], self.run.sae)
-                    whole.save(self.run.sae, self._facts(ending))
+                    whole.save(self.run.sae, self._facts(ending, stream))
         return sae, ending
 
     def _ending(self) -> dict[str, Any]:
@@ -210,9 +214,14 @@ class Member:
             "step_ms": self.clock.mean_ms,
         }
 
-    def _facts(self, ending: dict[str, Any]) -> dict[str, Any]:
+    def _facts(self, ending: dict[str, Any], stream: Stream) -> dict[str, Any]:
         """Metadata of the saved SAE."""
-        facts = {**self.settings, "tokens": ending["tokens"], "metrics": ending["metrics"]}
+        facts = {
+            **self.settings,
+            "tokens": ending["tokens"],
+            "metrics": ending["metrics"],
+            METADATA: None if stream.massive is None else stream.massive.facts(),
+        }
         return facts | ({"failed": self.failed} if self.failed else {})
 
     def restore_failed(self, message: str) -> None:
@@ -237,7 +246,16 @@ class Session:
     """True if each member has one rank that trains it alone. Ranks then `sync` in some steps."""
     waits: bool
     """True if the steps of any member wait for the device."""
+    heldout: Heldout | None = None
     members: dict[str, Member] = dataclasses.field(default_factory=dict)
+
+    @property
+    def judged_on(self) -> Heldout:
+        """The held-out activations, of which figures leave out massive ones, as training does."""
+        assert self.heldout is not None
+        if self.heldout.massive is None and self.stream.massive is not None:
+            self.heldout = self.heldout.leaving_out(self.stream.massive)
+        return self.heldout
 
     @property
     def live(self) -> list[Member]:

@@ -1,5 +1,7 @@
 """The stream that all SAEs of a run learn from: normalised batches of activations, and rates."""
 
+import functools
+import math
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -10,33 +12,91 @@ from torch import Tensor
 from kronsae.data import ActivationSource, split_target
 from kronsae.data.common import is_finite
 from kronsae.errors import InputError
-from kronsae.model.normalizer import Normalizer
-
-NORMALIZER_TOKENS = 8192
-"""Number of activations, the first ones, that determine the mean and the scale."""
+from kronsae.model.massive import DEFAULT_MULTIPLE, MassiveTokens
+from kronsae.model.normalizer import SAMPLE_TOKENS, Normalizer
 
 
 class DataEnded(InputError):
     """The activations ended before the budget was used."""
 
 
+UNSUMMED = 64
+"""Batches whose distances are kept until they are summed, which takes several operations."""
+
+
+class Seen:
+    """Tokens, massive ones, and their parts of the variance; nothing here waits for the device."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._sums = torch.zeros(4, dtype=torch.float64, device=device)
+        self._unsummed: list[tuple[Tensor, list[Tensor], list[float]]] = []
+
+    def add(self, centred: list[Tensor], normalizers: list[Normalizer]) -> Tensor:
+        """Mask [B] of the massive tokens of a batch. centred: [B, d] each, minus their mean."""
+        distances = [torch.linalg.vector_norm(part, dim=1) for part in centred]
+        radii = [math.inf if n.radius is None else n.radius for n in normalizers]
+        pairs = zip(distances, radii, strict=True)
+        massive = functools.reduce(torch.logical_or, [far > radius for far, radius in pairs])
+        self._unsummed.append((massive, distances, [n.scale for n in normalizers]))
+        if len(self._unsummed) == UNSUMMED:
+            self.sums()
+        return massive
+
+    def sums(self) -> Tensor:
+        """[4] float64: tokens, massive ones, and the sum of squared normalised distances of both.
+
+        To write to it sets them.
+        """
+        for massive, distances, scales in self._unsummed:
+            squares = torch.zeros_like(massive, dtype=torch.float64)
+            for part, scale in zip(distances, scales, strict=True):
+                squares += (part.double() * scale).square()
+            ones = torch.ones_like(squares)
+            rows = torch.stack([ones, massive * ones, squares, torch.where(massive, squares, 0)])
+            self._sums += rows.sum(1)
+        self._unsummed.clear()
+        return self._sums
+
+    def shares(self) -> dict[str, float]:
+        """Shares of massive tokens in number and in variance, since the last call."""
+        seen, massive, spread, of_massive = self.sums().tolist()
+        self._sums.zero_()
+        if not math.isfinite(spread):  # squares of enormous activations
+            of_massive = spread = 1.0
+        return {
+            "massive_share": massive / max(1, seen),
+            "massive_variance_share": of_massive / spread if spread else 0.0,
+        }
+
+
 class Stream:
     """Batches of a source up to a budget of tokens, normalised with statistics of the first ones.
 
+    A massive token's place is taken by another token of its batch, so that batches keep their size
+    and nothing waits for the device. multiple: see `kronsae.model.massive`.
     steps, tokens: numbers of batches and tokens given so far.  normalizer: None before the first.
     target_normalizer: that of a transcoder's targets; None for an autoencoder.
     """
 
-    def __init__(self, source: ActivationSource, budget: int, device: torch.device) -> None:
+    def __init__(
+        self,
+        source: ActivationSource,
+        budget: int,
+        device: torch.device,
+        multiple: float = DEFAULT_MULTIPLE,
+    ) -> None:
         self.source = source
         self.budget = budget
         self.device = device
+        self.multiple = multiple
         self.steps = 0
         self.tokens = 0
         self.d_target = getattr(source, "d_target", 0)
         self.normalizer: Normalizer | None = None
         self.target_normalizer: Normalizer | None = None
         self.pending: list[Tensor] = []  # batches that were measured, but not yet given
+        self.seen = Seen(device)  # since the last call of `rates`
+        self.rows = torch.empty(0, dtype=torch.int64, device=device)
         self.batches: Iterator[Tensor] | None = None
         self.largest: Tensor | None = None  # magnitude in the batches on a GPU not yet checked
         self.checked = 0  # batches
@@ -86,9 +146,42 @@ class Stream:
         self.tokens += x.shape[0]
         x, target = split_target(x.to(self.device, torch.float32), self.d_target)
         assert self.normalizer is not None  # else the first batch was not finite
-        if target is not None and self.target_normalizer is not None:
-            target = self.target_normalizer(target)
-        return self.normalizer(x), target
+        return self._normalised(x, target)
+
+    @property
+    def massive(self) -> MassiveTokens | None:
+        """The rule that tells massive tokens; None before the first batch, or if there is none."""
+        if self.normalizer is None or not self.multiple:
+            return None
+        of_target = self.target_normalizer
+        return MassiveTokens(
+            self.multiple, self.normalizer.sphere, None if of_target is None else of_target.sphere
+        )
+
+    def _normalised(self, x: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """A batch, normalised, in which the token before takes the place of a massive one.
+
+        For the first ones that is the last that is not massive. If all are, they become the mean.
+        """
+        parts = [(self.normalizer, x), (self.target_normalizer, target)]
+        normalizers, centred = [], []
+        scales: list[Any] = []
+        for normalizer, part in parts:
+            if normalizer is not None and part is not None:
+                normalizers.append(normalizer)
+                centred.append(part - normalizer.mean)
+                scales.append(normalizer.scale)
+        if self.multiple:
+            massive = self.seen.add(centred, normalizers)
+            if x.device.type != "cpu" or massive.any():
+                if len(self.rows) != len(x):
+                    self.rows = torch.arange(len(x), device=x.device)
+                before = torch.where(massive, -1, self.rows).cummax(0).values
+                taken = torch.where(before < 0, before[-1], before)
+                centred = [part[taken] for part in centred]
+                scales = [(before[-1] >= 0) * scale for scale in scales]
+        out = [part.mul_(scale) for part, scale in zip(centred, scales, strict=True)]
+        return out[0], out[1] if len(out) > 1 else None
 
     def check(self) -> None:
         """Raise InputError if a batch that came from a GPU since the last call is not finite."""
@@ -105,7 +198,7 @@ class Stream:
         They stay None if the first batch is not finite, or if there is none.
         """
         finite: list[Tensor] = []
-        while sum(map(len, finite)) < min(NORMALIZER_TOKENS, self.budget):
+        while sum(map(len, finite)) < min(SAMPLE_TOKENS, self.budget):
             x = next(batches, None)
             if x is None:
                 break
@@ -115,15 +208,17 @@ class Stream:
             finite.append(x)
         if finite:
             x, target = split_target(torch.cat(finite), self.d_target)
-            self.normalizer = Normalizer.of(x).to(self.device)
+            self.normalizer = Normalizer.of(x, self.multiple).to(self.device)
             if target is not None:
-                self.target_normalizer = Normalizer.of(target).to(self.device)
+                self.target_normalizer = Normalizer.of(target, self.multiple).to(self.device)
 
     def rates(self) -> dict[str, float]:
         """Rates since the last call.
 
         tokens_per_s; wait_share: share of the time spent waiting for activations; model_wait_share:
         share of the time in which the language model, if it runs in a thread, waited for room.
+        massive_share, massive_variance_share: massive tokens among those seen, and in their
+        variance; absent if all tokens are trained on.
         """
         now, (before, tokens, model_waited) = time.monotonic(), self.rated
         elapsed = max(1e-9, now - before)
@@ -135,6 +230,8 @@ class Stream:
         if total is not None:
             rates["model_wait_share"] = min(1.0, max(0.0, total - model_waited) / elapsed)
         self.rated, self.waited = (now, self.tokens, total or 0.0), 0.0
+        if self.multiple:
+            rates |= self.seen.shares()
         return rates
 
     def interrupt(self) -> None:
@@ -166,6 +263,7 @@ class Stream:
             "target_normalizer": self.target_normalizer and self.target_normalizer.state_dict(),
             "source": self.source.state_dict(),
             "pending": self.pending,
+            "seen": self.seen.sums(),
             "torch_random_state": torch.get_rng_state(),
         }
 
@@ -176,5 +274,7 @@ class Stream:
             self.target_normalizer = Normalizer(**state["target_normalizer"]).to(self.device)
         self.source.load_state_dict(state["source"])
         self.pending = state["pending"]
+        if "seen" in state:  # which older checkpoints lack
+            self.seen.sums().copy_(state["seen"])
         torch.set_rng_state(state["torch_random_state"])
         self.rated = (self.started, self.tokens, 0.0)

@@ -178,6 +178,7 @@ function wall() {
 function overview() {
   return [introduction(), wall(),
     make('section', null, make('h2', null, 'On held-out text'),
+      facts.warning && make('p', null, make('strong', null, 'Warning: '), `${facts.warning}.`),
       make('dl', { class: 'stats' }, facts.figures.map((figure) => stat(...figure)))),
     make('section', null, make('h2', null, 'Properties'),
       make('div', { class: 'plots' }, distributions()),
