@@ -471,6 +471,12 @@ class DataConfig:
     context_length: int = _of_reading(
         0, "tokens per packed context (0: 1024, or as many as the model reads if less)"
     )
+    bos: str = _of_reading(
+        "auto",
+        "how each context begins: as the tokenizer begins a text (auto), with its text (none), or "
+        "with the tokens of TEXT, such as '<|im_start|>' or '[gMASK]<sop>'",
+        before="auto",
+    )
     contexts_per_batch: int = _of_reading(
         32, "contexts per forward pass of the language model", least=1
     )
@@ -518,6 +524,7 @@ class DataConfig:
             self.context_length == 0 or self.context_length >= 2,
             f"context_length: expected 0 or >= 2, got {self.context_length}",
         )
+        _require(bool(self.bos), "bos: expected auto, none or the text of tokens, got ''")
         _require(
             self.target_hookpoint is None or self.target_hookpoint != self.hookpoint,
             "target_hookpoint is the hookpoint: an autoencoder predicts its input, leave it out",

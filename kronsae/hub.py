@@ -16,6 +16,7 @@ from kronsae.errors import InputError
 from kronsae.interop.load import load
 from kronsae.interop.stock import Origin, part_of
 from kronsae.metrics.figures import MEANING
+from kronsae.model.massive import rule_of
 from kronsae.model.sae import SAE
 from kronsae.system.tables import markdown
 from kronsae.system.templates import render
@@ -96,6 +97,7 @@ def model_card(sae: SAE, repo_id: str, *, report: bool = False) -> str:
         repo_id=repo_id,
         name=repo_id.partition("/")[2],
         kind=kind,
+        massive=rule_of(sae.metadata),
         active=sae.selection.describe(sae.config),
         origin=origin,
         base_model=model if on_hub else "",

@@ -22,7 +22,7 @@ from kronsae.commandline import Parser, exit_status
 from kronsae.data import LanguageModel
 from kronsae.data.activations import open_model
 from kronsae.data.loading import quiet
-from kronsae.data.packing import token_mask
+from kronsae.data.packing import context_begin, prompt_ids, token_mask
 from kronsae.data.token_text import token_texts
 from kronsae.errors import InputError
 from kronsae.interventions.effects import (
@@ -39,7 +39,6 @@ from kronsae.interventions.hooks import ablate, clamp, intervene, steer
 from kronsae.metrics.figures import pearson, spearman
 from kronsae.metrics.heldout import HeldoutText
 from kronsae.metrics.target_model import LoadedSAE, add_flags, given_data, load_sae, open_heldout
-from kronsae.model.sae import SAE
 from kronsae.properties.contexts import short
 from kronsae.runs.folder import RunFolder, versions
 from kronsae.system.devices import resolve_device
@@ -114,7 +113,7 @@ def work(argv: list[str]) -> None:
     if not measures:
         with quiet():
             model, _ = open_model(loaded.data, device)
-        _generate(model, loaded.sae, request, console)
+        _generate(model, loaded, request, console)
         return
     if request.effects is not None:
         kind, measure, show = "effects", _effects, _show_effects
@@ -164,13 +163,16 @@ def _check(request: argparse.Namespace) -> None:
 
 
 @torch.no_grad()
-def continuation(model: LanguageModel, prompt: str, new_tokens: int) -> tuple[str, Tensor]:
+def continuation(
+    model: LanguageModel, prompt: str, new_tokens: int, bos: str = "auto"
+) -> tuple[str, Tensor]:
     """The likeliest text after a prompt, and the logits of its first token ([V] float64).
 
+    bos: how the prompt begins, see `kronsae.data.packing.context_begin`.
     Raises InputError if the prompt has fewer than two tokens (the first is never changed).
     """
     tokenizer, generate = model.tokenizer, cast(Any, model.model).generate
-    ids = torch.tensor([tokenizer(prompt)["input_ids"]], device=model.device)
+    ids = torch.tensor([prompt_ids(tokenizer, prompt, bos)], device=model.device)
     if ids.shape[1] < 2:
         raise InputError(f"--prompt: expected two tokens at least, got {ids.shape[1]}")
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
@@ -190,7 +192,7 @@ def continuation(model: LanguageModel, prompt: str, new_tokens: int) -> tuple[st
 
 
 def _generate(
-    model: LanguageModel, sae: SAE, request: argparse.Namespace, console: Console
+    model: LanguageModel, loaded: LoadedSAE, request: argparse.Namespace, console: Console
 ) -> None:
     """Print the continuations of the prompt and the next tokens, without and with the edits."""
     if request.set is not None:
@@ -201,10 +203,11 @@ def _generate(
         done = f"steered by {request.add:g}"
     else:
         edits, done = [ablate(latent) for latent in request.latent], "ablated"
+    prompt = request.prompt, request.new_tokens, loaded.data.bos
     with quiet():
-        before, clean = continuation(model, request.prompt, request.new_tokens)
-        with intervene(model, sae, edits, keep_error=not request.reconstruct):
-            after, edited = continuation(model, request.prompt, request.new_tokens)
+        before, clean = continuation(model, *prompt)
+        with intervene(model, loaded.sae, edits, keep_error=not request.reconstruct):
+            after, edited = continuation(model, *prompt)
     latents = ", ".join(map(str, request.latent))
     error = "activations replaced by the reconstruction" if request.reconstruct else "error kept"
     console.print(f"latent {latents} {done} ({error}), except on the first token\n", style="bold")
@@ -285,8 +288,9 @@ def _effects(
 
 def _of_prompt(loaded: LoadedSAE, prompt: str, device: torch.device) -> HeldoutText:
     model, _ = open_model(loaded.data, device)
-    ids = torch.tensor([model.tokenizer(prompt)["input_ids"]])
-    mask = token_mask(ids, model.tokenizer)
+    bos = loaded.data.bos
+    ids = torch.tensor([prompt_ids(model.tokenizer, prompt, bos)])
+    mask = token_mask(ids, model.tokenizer, begin=len(context_begin(model.tokenizer, bos)))
     if not mask.any():
         raise InputError("--prompt: SAEs are trained on none of its tokens")
     return HeldoutText(model, ids, mask, 1, {"prompt": prompt, "tokens": int(mask.sum())})

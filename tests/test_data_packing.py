@@ -5,11 +5,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tiny_models import make_tokenizer
 from transformers import AutoTokenizer
 
 from kronsae.data import packing
-from kronsae.data.packing import Packer, beginning_token, token_mask
+from kronsae.data.packing import Packer, beginning_token, context_begin, prompt_ids, token_mask
 from kronsae.embedded import embedded_model_path
+from kronsae.errors import InputError
 
 
 class Characters:
@@ -92,6 +94,47 @@ def test_contexts_do_not_begin_with_a_bos_that_the_tokenizer_does_not_add():
     tokenizer = Characters(bos=7, eos=0, adds_bos=False)
     assert beginning_token(tokenizer) is None
     assert next(Packer(tokenizer, 3).add("abcdef")).tolist() == ids_of("abc")
+
+
+@pytest.mark.parametrize(
+    ("bos", "adds_bos", "expected"),
+    [
+        ("auto", True, [7]),
+        ("auto", False, []),
+        ("none", True, []),
+        ("x", False, ids_of("x")),
+        ("xy", True, ids_of("xy")),
+    ],
+)
+def test_contexts_begin_as_asked(bos, adds_bos, expected):
+    tokenizer = Characters(bos=7, eos=0, adds_bos=adds_bos)
+    assert context_begin(tokenizer, bos) == expected
+    contexts = list(Packer(tokenizer, 5, bos).add("abcdefghij"))
+    assert [c[: len(expected)].tolist() for c in contexts] == [expected] * len(contexts)
+    room = 5 - len(expected)
+    assert ids(c[len(expected) :] for c in contexts[:2]) == ids_of("abcdefghij"[: 2 * room])
+
+
+def test_a_beginning_without_room_for_text_is_an_input_error():
+    with pytest.raises(InputError, match="bos 'abc': its 3 tokens leave no room in contexts of 3"):
+        Packer(Characters(eos=0), 3, "abc")
+
+
+def test_named_tokens_begin_a_context_and_unknown_names_are_refused():
+    tokenizer = make_tokenizer("llama")
+    assert context_begin(tokenizer, "<s>") == context_begin(tokenizer, "auto") == [1]
+    assert context_begin(tokenizer, "<s></s>") == [1, 2]
+    assert context_begin(tokenizer, "w3 w4") == [9, 10]
+    for unknown in ("<|im_start|>", "[gMASK]<sop>"):
+        with pytest.raises(InputError, match="no token of this name; its special tokens are <pad>"):
+            context_begin(tokenizer, unknown)
+    assert prompt_ids(tokenizer, "w0", "auto") == prompt_ids(tokenizer, "w0", "<s>") == [1, 6]
+    assert prompt_ids(tokenizer, "w0", "none") == [6]
+
+
+def test_a_beginning_is_not_trained_on():
+    mask = token_mask(torch.arange(5, 9)[None], SimpleNamespace(all_special_ids=[7]), begin=2)
+    assert mask.tolist() == [[False, False, False, True]]
 
 
 def test_embedded_tokenizer_adds_no_bos(tokenizer):

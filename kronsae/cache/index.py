@@ -130,6 +130,8 @@ class CacheIndex:
     """Seed of the order of the documents."""
     heldout: tuple[Shard, ...]
     train: tuple[Shard, ...]
+    begin: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """`kronsae.data.activations.describe_begin`; empty in caches of earlier versions."""
 
     @classmethod
     def open(cls, folder: str | Path) -> "CacheIndex":
@@ -160,6 +162,7 @@ class CacheIndex:
                 data=source_of_file(document["data"], str(path)),
                 heldout=tuple(map(Shard.from_json, document["heldout"])),
                 train=tuple(map(Shard.from_json, document["train"])),
+                begin=document.get("begin", {}),
                 **{name: document[name] for name in _PLAIN},
             )
             index._check()
@@ -178,6 +181,7 @@ class CacheIndex:
         _expect(_count(self.context_length) and self.context_length > 1, "context_length")
         _expect(_count(self.seed) and isinstance(self.text, str), "seed or text")
         _expect(_count(self.model.get("parameters")) and "weights" in self.model, "model")
+        _expect(isinstance(self.begin, dict) and self.begin.keys() <= _BEGIN, "begin")
         _expect(bool(self.hookpoints) and bool(self.train), "no hookpoint, or no shard")
         for hookpoint in self.hookpoints:
             _expect(1 <= hookpoint.width <= MAX_WIDTH, "width")
@@ -261,6 +265,7 @@ class CacheIndex:
         raise InputError(f"{wanted}: the cache has {names}; choose by --layer or --hookpoint")
 
 
+_BEGIN = {"context_begin", "prepend_bos"}
 _PLAIN = ("dtype", "context_length", "model", "tokenizer", "text", "seed")
 
 

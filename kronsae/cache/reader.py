@@ -280,6 +280,7 @@ class CacheActivations:
             "epochs": self.epochs,
             "order": self.order,
             "buffer_tokens": self.buffer_tokens,
+            **self.index.begin,
         }
 
 

@@ -39,7 +39,11 @@ from kronsae.cache.index import (
 )
 from kronsae.cache.model import ManyHookpoints, tokenizer_digest
 from kronsae.config import DTYPES, DataConfig, check_values, setting
-from kronsae.data.activations import LanguageModelActivations, resolve_context_length
+from kronsae.data.activations import (
+    LanguageModelActivations,
+    describe_begin,
+    resolve_context_length,
+)
 from kronsae.data.text import check_text, open_text
 from kronsae.errors import InputError, differences
 from kronsae.system import checkpoint
@@ -370,6 +374,7 @@ class _Harvest:
             seed=self.config.seed,
             heldout=tuple(self.shards["heldout"]),
             train=tuple(self.shards["train"]),
+            begin=describe_begin(self.model.tokenizer, self.source.packer.begin),
         )
 
     # Damaged shards

@@ -216,7 +216,7 @@ class LanguageModelActivations:
         self.config = config
         self.batch_size, self.seed = batch_size, seed
         self.d_model, self.d_target = language_model.d_model, language_model.d_target
-        self.packer = Packer(language_model.tokenizer, config.context_length)
+        self.packer = Packer(language_model.tokenizer, config.context_length, config.bos)
         self.special = special_ids(language_model.tokenizer)
         self.contexts: list[Tensor] = []  # packed, not yet run through the model
         self.forwards = 0
@@ -295,7 +295,8 @@ class LanguageModelActivations:
 
     def token_mask(self, ids: Tensor) -> Tensor:
         """Mask [b, t] of the tokens to train and evaluate on; see `packing.token_mask`."""
-        return token_mask(ids, self.language_model.tokenizer, self.special)
+        tokenizer, begin = self.language_model.tokenizer, len(self.packer.begin)
+        return token_mask(ids, tokenizer, self.special, begin)
 
     def heldout_contexts(self) -> Tensor:
         """Token ids [c, context_length] that are never trained on; the same for every seed."""
@@ -383,7 +384,18 @@ class LanguageModelActivations:
             "batch_size": self.batch_size,
             "seed": self.seed,
             **{name: getattr(self.config, name) for name in BATCH_SETTINGS},
+            **describe_begin(self.language_model.tokenizer, self.packer.begin),
         }
+
+
+def describe_begin(tokenizer: Any, begin: list[int]) -> dict[str, Any]:
+    """How contexts begin, for `describe`, exports and other libraries.
+
+    prepend_bos: whether that is the tokenizer's BOS token; None if contexts begin otherwise.
+    """
+    names = tokenizer.convert_ids_to_tokens(begin)
+    prepend_bos = True if begin == [tokenizer.bos_token_id] else None if begin else False
+    return {"context_begin": names, "prepend_bos": prepend_bos}
 
 
 def set_aside(text: TextSource, tokenizer: Any, config: DataConfig) -> tuple[Tensor, int]:
@@ -392,7 +404,7 @@ def set_aside(text: TextSource, tokenizer: Any, config: DataConfig) -> tuple[Ten
     They are the first that reach config.heldout_tokens; a warning says if the text has fewer.
     Raises InputError if the text does not fill one context.
     """
-    packer = Packer(tokenizer, config.context_length)
+    packer = Packer(tokenizer, config.context_length, config.bos)
     contexts: list[Tensor] = []
     wanted = -(-config.heldout_tokens // config.context_length)
     documents = 0

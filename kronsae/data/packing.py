@@ -1,10 +1,13 @@
 """Packing of documents into contexts of token ids without padding."""
 
+import re
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from kronsae.errors import InputError
 
 PIECE_CHARACTERS = 100_000
 """Longer documents are tokenised in pieces, which bounds memory."""
@@ -13,16 +16,21 @@ PIECE_CHARACTERS = 100_000
 class Packer:
     """Joins tokenised documents and cuts them into contexts of `context_length` tokens.
 
-    Each document is followed by the end-of-text token; each context begins with the
-    beginning-of-text token if the tokenizer puts one before a text (Llama, Gemma; not GPT-2,
-    Pythia, Qwen). Tokens that do not fill a context wait for the next document, so that nothing is
-    padded, and less than one context is lost at the end of the data.
+    Each document is followed by the end-of-text token; each context begins as `bos` says (see
+    `context_begin`). Tokens that do not fill a context wait for the next document, so that nothing
+    is padded, and less than one context is lost at the end of the data.
+    Raises InputError if `bos` leaves no room in a context.
     """
 
-    def __init__(self, tokenizer: Any, context_length: int) -> None:
+    def __init__(self, tokenizer: Any, context_length: int, bos: str = "auto") -> None:
         self.tokenizer = tokenizer
         self.context_length = context_length
-        self.bos = beginning_token(tokenizer)
+        self.begin = context_begin(tokenizer, bos)
+        if len(self.begin) >= context_length:
+            raise InputError(
+                f"bos {bos!r}: its {len(self.begin)} tokens leave no room in contexts of "
+                f"{context_length}"
+            )
         ends = (tokenizer.eos_token_id, tokenizer.sep_token_id, tokenizer.bos_token_id)
         self.separator = next((token for token in ends if token is not None), None)
         self.waiting: list[int] = []
@@ -41,12 +49,11 @@ class Packer:
 
     def _cut(self, tokens: list[int]) -> Iterator[Tensor]:
         """The full contexts of waiting + tokens; the rest waits."""
-        begin = [] if self.bos is None else [self.bos]
-        room = self.context_length - len(begin)
+        room = self.context_length - len(self.begin)
         self.waiting += tokens
         while len(self.waiting) >= room:
             ids, self.waiting = self.waiting[:room], self.waiting[room:]
-            yield torch.tensor(begin + ids)
+            yield torch.tensor(self.begin + ids)
 
     def _tokens(self, text: str) -> list[int]:
         # verbose=False: no warning about texts longer than the model's context.
@@ -59,17 +66,20 @@ class Packer:
         self.waiting = state["waiting"].tolist()
 
 
-def token_mask(input_ids: Tensor, tokenizer: Any, special: Tensor | None = None) -> Tensor:
+def token_mask(
+    input_ids: Tensor, tokenizer: Any, special: Tensor | None = None, begin: int = 1
+) -> Tensor:
     """Mask [b, t] (bool, CPU) of tokens to train on: not special, and not first in a context.
 
     Models use the first position as an attention sink, with or without a BOS token: its
     activations are orders of magnitude larger than the rest.
 
     special: `special_ids(tokenizer)` if already known; listing thousands takes milliseconds.
+    begin: number of tokens that begin a context without being its text (`context_begin`).
     """
     special = special_ids(tokenizer) if special is None else special
     mask = ~torch.isin(input_ids.cpu(), special)
-    mask[:, 0] = False
+    mask[:, : max(1, begin)] = False
     return mask
 
 
@@ -78,6 +88,44 @@ def special_ids(tokenizer: Any) -> Tensor:
     added = getattr(tokenizer, "added_tokens_decoder", {})
     ids = {*tokenizer.all_special_ids, *(i for i, token in added.items() if token.special)}
     return torch.tensor(sorted(ids), dtype=torch.int64)
+
+
+def context_begin(tokenizer: Any, bos: str = "auto") -> list[int]:
+    """The tokens that each context begins with.
+
+    bos: "auto" for the token that the tokenizer itself puts before a text (Llama, Gemma; not GPT-2,
+        Pythia, Qwen); "none"; or the text of one token or several, such as "[gMASK]<sop>".
+    Raises InputError if such a text names special tokens that the tokenizer does not have.
+    """
+    if bos == "none":
+        return []
+    if bos == "auto":
+        token = beginning_token(tokenizer)
+        return [] if token is None else [token]
+    tokens = list(tokenizer(bos, add_special_tokens=False)["input_ids"])
+    special = special_ids(tokenizer).tolist()
+    unknown = getattr(tokenizer, "unk_token_id", None) in tokens
+    if not tokens or unknown or _NAMES.fullmatch(bos) and not set(tokens) <= set(special):
+        known = ", ".join(tokenizer.convert_ids_to_tokens(special[:SHOWN_TOKENS]))
+        raise InputError(
+            f"bos {bos!r}: expected auto, none or the text of tokens, but the tokenizer has no "
+            f"token of this name; its special tokens are {known}"
+        )
+    return tokens
+
+
+_NAMES = re.compile(r"(<[^<>\s]+>|\[[^\[\]\s]+\])+")
+"""Names of special tokens, one after another."""
+
+SHOWN_TOKENS = 20
+"""Special tokens that an error lists."""
+
+
+def prompt_ids(tokenizer: Any, prompt: str, bos: str = "auto") -> list[int]:
+    """Token ids of a prompt, which begins as contexts do."""
+    if bos == "auto":
+        return tokenizer(prompt)["input_ids"]
+    return context_begin(tokenizer, bos) + tokenizer(prompt, add_special_tokens=False)["input_ids"]
 
 
 def beginning_token(tokenizer: Any) -> int | None:

@@ -120,7 +120,9 @@ def metadata_of(sae: SAE) -> dict[str, Any]:
         "hf_hook_name": origin.hookpoint,
         "hf_hook_name_out": origin.target_hookpoint,
         "context_size": origin.context_length,
-        "prepend_bos": True,
+        "prepend_bos": origin.prepend_bos,
+        "seqpos_slice": None if origin.skipped is None else [origin.skipped, None],
+        "exclude_special_tokens": None if origin.skipped is None else True,
         "dataset_path": origin.dataset,
         "kronsae": note_of(sae),
     }
@@ -235,6 +237,7 @@ def _metadata(settings: dict[str, Any], metadata: dict[str, Any]) -> dict[str, A
         target_hookpoint=facts.get("hf_hook_name_out"),
         layer=int(block) if block.isdigit() else layer_of(module),
         context_length=facts.get("context_size"),
+        prepend_bos=facts.get("prepend_bos"),
     )
 
 

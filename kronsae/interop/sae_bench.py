@@ -46,6 +46,7 @@ def adapt(
 
     model_name: TransformerLens' name (default: of the model that the SAE was trained on).
     layer: the residual stream after this block (default: of the SAE's hookpoint).
+    Texts begin with BOS if the SAE's contexts did, or if its metadata does not say.
     If `W_enc` is a proxy, `cfg.metadata` says so, which SAEBench writes to its results.
     Raises InputError for a transcoder, or if model or layer is not known.
     """
@@ -60,7 +61,9 @@ def adapt(
     wrapped = KronSAE.wrap(sae).requires_grad_(False)
     facts = wrapped.cfg.metadata
     facts.model_name, facts.hook_layer = model_name, layer
-    facts.hook_name, facts.prepend_bos = lens_hook(layer, None), True
+    facts.hook_name = lens_hook(layer, None)
+    if facts.prepend_bos is None:  # SAEBench needs to know, and assumes it of most SAEs
+        facts.prepend_bos = True
     facts.context_size = facts.context_size or 128
     if sae.config.encoder == "kron":
         facts.w_enc = PROXY

@@ -62,7 +62,7 @@ def write(sae: SAE, folder: str | Path) -> Path:
     config = {
         "activation": "topk",
         "expansion_factor": max(1, size // d),
-        "normalize_decoder": True,
+        "normalize_decoder": bool((stock.W_dec.norm(dim=1) - 1).abs().max() < 1e-3),
         "num_latents": size,
         "k": stock.k,
         "multi_topk": stock.multi_topk,

@@ -254,6 +254,13 @@ class Origin:
     """The block, if the hookpoint is the residual stream after one."""
     context_length: int | None = None
     dataset: str | None = None
+    prepend_bos: bool | None = None
+    """Whether contexts begin with the tokenizer's BOS token; None: not known, or otherwise."""
+    begin: tuple[str, ...] = ()
+    """The tokens with which contexts begin."""
+    skipped: int | None = None
+    """Positions at the start of each context that the SAE was not trained on, as it was not on
+    special tokens. None: not known."""
 
     @classmethod
     def of(cls, metadata: dict[str, Any]) -> "Origin":
@@ -261,6 +268,7 @@ class Origin:
         data = part_of(metadata, "data")
         hookpoint = _of(str, data.get("hookpoint"))
         layer = _of(int, data.get("layer"))
+        begin = _of(list, data.get("context_begin"))
         return cls(
             model=_of(str, data.get("name")),
             hookpoint=hookpoint,
@@ -268,6 +276,9 @@ class Origin:
             layer=layer_of(hookpoint) if layer is None else layer,
             context_length=_of(int, data.get("context_length")),
             dataset=_of(str, part_of(metadata, "config", "data").get("dataset")),
+            prepend_bos=_of(bool, data.get("prepend_bos")),
+            begin=tuple(map(str, begin or ())),
+            skipped=None if begin is None else max(1, len(begin)),
         )
 
 

@@ -95,5 +95,7 @@ def intervene(
         base = y if keep_error else sae.decode(codes, x)
         return base + change(sae, codes, edits).to(base) if edits else base
 
-    with spliced(model, edited, massive=rule_of(sae.metadata)):
+    begin = (sae.metadata.get("data") or {}).get("context_begin") or ()
+    massive, first = rule_of(sae.metadata), max(1, len(begin))
+    with spliced(model, edited, massive=massive, first=first):
         yield

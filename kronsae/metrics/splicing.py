@@ -24,11 +24,12 @@ def spliced(
     make: Make,
     mask: Tensor | None = None,
     massive: MassiveTokens | None = None,
+    first: int = 1,
 ) -> Iterator[None]:
     """While open, `make` replaces activations in every forward pass of `model.model`.
 
     mask: [b, t] bool, the n tokens to replace in a forward pass on [b, t]. By default all but
-        special tokens and the first position of each text, on which SAEs are not trained. This
+        special tokens and the `first` positions of each text, on which SAEs are not trained. This
         works with a key-value cache, padding on either side, beams and samples: a token's position
         comes from the attention mask, or else from the length of the cache.
     massive: the rule for tokens in the mask that keep their activations, whatever `make` gives.
@@ -36,7 +37,7 @@ def spliced(
     If a module runs several times in a forward pass, its first output is replaced. The model's lock
     keeps other threads from running it. Gradients flow to the result of `make`.
     """
-    forward = _Forward(mask, special_ids(model.tokenizer) if mask is None else None)
+    forward = _Forward(mask, special_ids(model.tokenizer) if mask is None else None, first)
     replaced = model.module if model.target is None else model.target
 
     def begin(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -75,11 +76,11 @@ def spliced(
 class _Forward:
     """State of a forward pass: its inputs, and whether activations were replaced.
 
-    mask: the tokens to replace, or None: all but the special ones.
+    mask: the tokens to replace, or None: all but the special and the first ones.
     """
 
-    def __init__(self, mask: Tensor | None, special: Tensor | None) -> None:
-        self.mask, self.special = mask, special
+    def __init__(self, mask: Tensor | None, special: Tensor | None, first: int) -> None:
+        self.mask, self.special, self.first = mask, special, first
         self.begin((), {})
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -99,11 +100,11 @@ class _Forward:
         attention = self.attention
         if torch.is_tensor(attention) and attention.shape == (y.shape[0], self.seen + length):
             attended = attention.bool().to(y.device)
-            tokens = attended & (attended.cumsum(1) > 1)
+            tokens = attended & (attended.cumsum(1) > self.first)
             tokens = tokens[:, -length:]
         else:
             position = torch.arange(self.seen, self.seen + length, device=y.device)
-            tokens = (position > 0).expand(y.shape[:2])
+            tokens = (position >= self.first).expand(y.shape[:2])
         if self.ids is None or self.special is None:
             return tokens
         return tokens & ~torch.isin(self.ids.to(y.device), self.special.to(y.device))

@@ -17,7 +17,7 @@ from kronsae.commandline import add_flag
 from kronsae.config import DataConfig, data_settings, from_dict, stored, untrusted
 from kronsae.data import open_text, split_target
 from kronsae.data.activations import open_model, set_aside
-from kronsae.data.packing import token_mask
+from kronsae.data.packing import context_begin, token_mask
 from kronsae.errors import InputError
 from kronsae.interop.load import load
 from kronsae.metrics.heldout import HeldoutText
@@ -172,19 +172,24 @@ def open_heldout(
     if own and getattr(text, "aside", None) is None:
         length = trained_on["context_length"]
         tokens = length * trained_on["heldout_contexts"]
-        held_out = dataclasses.replace(data, context_length=length, heldout_tokens=tokens)
+        of_run = stored(DataConfig, (loaded.sae.metadata.get("config") or {}).get("data") or {})
+        held_out = dataclasses.replace(
+            data, context_length=length, heldout_tokens=tokens, bos=of_run["bos"]
+        )
         if documents > set_aside(text, model.tokenizer, held_out)[1]:
             raise InputError(
                 f"{loaded.name} was trained on all of {data.dataset!r} except {tokens:,} held-out "
                 "tokens: give at most as many --heldout-tokens, or another --dataset"
             )
-    mask = token_mask(contexts, model.tokenizer)
+    begin = context_begin(model.tokenizer, data.bos)
+    mask = token_mask(contexts, model.tokenizer, begin=len(begin))
     facts: dict[str, Any] = {
         "dataset": data.dataset,
         "which": "the run's own held-out text" if own else "other text than the run's",
         "fingerprint": text.fingerprint(),
         "contexts": len(contexts),
         "context_length": data.context_length,
+        "context_begin": model.tokenizer.convert_ids_to_tokens(begin),
         "tokens": int(mask.sum()),
         "left_out": "special tokens and the first position of each context pass unchanged",
     }

@@ -121,7 +121,8 @@ def _claim(
             )
         changed = {name: _other_dtype(document, settings[name]) for name, document in saved.items()}
         for name, document in saved.items():
-            document["data"] = document["data"] | changed[name]
+            known = {key: settings[name]["data"].get(key) for key in _LATER}
+            document["data"] = known | document["data"] | changed[name]
             document["config"] = _with_defaults(document["config"])
         changes = [
             f"{name}: {line}" if sweep else line
@@ -140,6 +141,10 @@ def _claim(
     except InputError:
         folder.release()
         raise
+
+
+_LATER = ("context_begin", "prepend_bos")
+"""Facts about a run's data that earlier versions did not write down."""
 
 
 def _other_dtype(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
