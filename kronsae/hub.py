@@ -87,7 +87,7 @@ def model_card(sae: SAE, repo_id: str, *, report: bool = False) -> str:
     ]
     metrics = part_of(sae.metadata, "metrics")
     figures = [
-        (label, f"{metrics[name]:.4g}", meaning)
+        (label, f"{metrics[name]:{',' if name == 'heldout_tokens' else '.4g'}}", meaning)
         for name, (label, meaning) in MEANING.items()
         if isinstance(metrics.get(name), int | float)
     ]

@@ -284,6 +284,7 @@ _SHOWN = (
     "explained_variance_all",
     "l0",
     "dead_share",
+    "dead_share_10k",
     "ce_clean",
     "ce_spliced",
     "ce_recovered",

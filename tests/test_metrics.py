@@ -13,6 +13,7 @@ from kronsae.metrics.figures import (
     density_histogram,
     kl_divergence,
     pearson,
+    probability_of_silence,
     spearman,
 )
 
@@ -72,7 +73,12 @@ def test_firing_by_hand():
     assert metrics.counts.tolist() == [2, 5, 1, 1] + [0] * 16
     assert metrics.densities[:3].tolist() == [0.4, 1.0, 0.2]
     # Latent 2 and 3 fire on 20 % of tokens: four latents are above a tenth.
-    assert metrics.compute() == {"l0": 9 / 5, "dead_share": 16 / 20, "dense_share": 4 / 20}
+    assert metrics.compute() == {
+        "l0": 9 / 5,
+        "dead_share": 16 / 20,
+        "dense_share": 4 / 20,
+        "heldout_tokens": 5,
+    }
 
 
 def test_density_histogram_by_hand():
@@ -118,3 +124,26 @@ def test_correlations():
     x, y = torch.randn(2, 50).mul(3).round()
     assert pearson(x, y) == pytest.approx(stats.pearsonr(x, y)[0])
     assert spearman(x, y) == pytest.approx(stats.spearmanr(x, y)[0])
+
+
+def test_dead_latents_are_compared_at_equal_numbers_of_tokens():
+    """The share on 10,000 of many tokens is that of texts of 10,000, on average."""
+    density = torch.logspace(-6, -2, 400, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(0)
+    fires = torch.rand(40_000, 400, generator=generator, dtype=torch.float64) < density
+    whole = FiringMetrics(400)
+    of_parts = []
+    for part in fires.split(10_000):
+        indices = torch.arange(400).expand(len(part), -1)
+        whole.update(indices, part)
+        metrics = FiringMetrics(400)
+        metrics.update(indices, part)
+        of_parts.append(metrics.compute())
+        assert of_parts[-1]["dead_share"] == pytest.approx(of_parts[-1]["dead_share_10k"])
+    found = whole.compute()
+    assert found["heldout_tokens"] == 40_000 and found["dead_share"] < found["dead_share_10k"] - 0.1
+    mean = sum(part["dead_share"] for part in of_parts) / 4
+    assert found["dead_share_10k"] == pytest.approx(mean, abs=0.01)
+    exact = [math.comb(12 - count, 5) / math.comb(12, 5) for count in range(13)]
+    silent = probability_of_silence(torch.arange(13), 12, 5)
+    torch.testing.assert_close(silent, torch.tensor(exact, dtype=torch.float64))

@@ -30,9 +30,11 @@ def rows(judged: Sequence[Entry]) -> list[tuple[str, str, list[str]]]:
 def _text(name: str, value: float | None) -> str:
     if value is None:
         return "–"
+    if name == "heldout_tokens":
+        return f"{value:,}"
     if name == "l0":
         return f"{value:.1f}"
-    return f"{100 * value:.2f} %" if name.endswith("_share") else f"{value:.4f}"
+    return f"{100 * value:.2f} %" if "_share" in name else f"{value:.4f}"
 
 
 def facts(entry: Entry) -> list[str]:
@@ -50,6 +52,7 @@ _COLUMNS = {
     "explained_variance_all": "EV, all",
     "l0": "L0",
     "dead_share": "dead",
+    "dead_share_10k": "of 10k",
     "dense_share": "dense",
     "ce_recovered": "CE rec.",
     "ce_recovered_mean": "of mean's",

@@ -17,6 +17,7 @@ SHARES = (
     "fvu",
     "explained_variance_batch",
     "dead_share",
+    "dead_share_10k",
     "dense_share",
     "ce_recovered",
 )
@@ -71,14 +72,15 @@ class Drawing(NamedTuple):
     x_ticks: list[tuple[float, str]]
     y_ticks: list[tuple[float, str]]
     lines: list[tuple[str, str, str]]
-    """Kind of record ("train" or "heldout"), the last value as text, and the line as SVG's path."""
+    """Kind of record ("train" or "heldout"), the last value as text, and an SVG path: a line
+    through the training batches, and a dot for each evaluation on held-out text."""
 
 
 def draw(chart: Chart, records: Sequence[Record]) -> Drawing | None:
     """A chart of the records; None if they hold no such values."""
     logarithmic = chart.bounds is None
     curves = {
-        kind: thinned(curve)
+        kind: thinned(curve) if kind == "train" else curve
         for kind in ("train", "heldout")
         if (curve := points(records, kind, chart.key, logarithmic))
     }
@@ -99,8 +101,10 @@ def draw(chart: Chart, records: Sequence[Record]) -> Drawing | None:
         share = (scale(y) - low) / (high - low)
         return BOTTOM - min(1, max(0, share)) * (BOTTOM - TOP)
 
-    def path(curve: Points) -> str:
+    def path(kind: str, curve: Points) -> str:
         places = [f"{across(x):.1f} {up(y):.1f}" for x, y in curve]
+        if kind == "heldout":  # nothing was measured between two evaluations
+            return "".join(f"M{place}L{place}" for place in places)
         return f"M{places[0]}L{'L'.join(places)}"  # a line of one point is a dot
 
     return Drawing(
@@ -108,7 +112,7 @@ def draw(chart: Chart, records: Sequence[Record]) -> Drawing | None:
         chart.note,
         [(across(x), tick_text("tokens", x)) for x in linear_ticks(0, last, 4) if x <= last],
         [(up(y), tick_text(chart.key, y)) for y in ticks],
-        [(kind, figure_text(chart.key, c[-1][1]), path(c)) for kind, c in curves.items()],
+        [(kind, figure_text(chart.key, c[-1][1]), path(kind, c)) for kind, c in curves.items()],
     )
 
 

@@ -36,10 +36,22 @@ MEANING = {
         "mean length of the reconstruction over that of the activations: below 1 it shrinks",
     ),
     "l0": ("L0", "latents active on a token, on average; with TopK at most k"),
-    "dead_share": ("Dead latents", "share of latents that no held-out token activates"),
+    "dead_share": (
+        "Dead latents",
+        "share of latents that no held-out token activates; the more tokens, the fewer",
+    ),
+    "dead_share_10k": (
+        "Dead latents, of 10,000 tokens",
+        "the share expected on 10,000 of these tokens: compare this one between texts of several "
+        "lengths",
+    ),
     "dense_share": (
         "Dense latents",
         "share of latents that more than a tenth of the held-out tokens activates",
+    ),
+    "heldout_tokens": (
+        "Held-out tokens",
+        "tokens that figures are measured on, without massive ones",
     ),
     "ce_clean": (
         "Cross-entropy, clean",
@@ -87,14 +99,17 @@ def massive_warning(metrics: Mapping[str, float], tokens: Sequence[str] = ()) ->
         return None
     named = f" ({', '.join(map(repr, tokens))})" if tokens else ""
     return (
-        f"Massive tokens{named} are {metrics['massive_share']:.2%} of the held-out tokens and hold "
-        f"{variance:.0%} of the variance. Training and figures leave them out; with them explained "
+        f"Massive tokens{named} are {100 * metrics['massive_share']:.2f} % of the held-out tokens and "
+        f"hold {100 * variance:.0f} % of the variance. Training and figures leave them out; with them explained "
         f"variance is {metrics['explained_variance_all']:.4f}, which says little about other tokens"
     )
 
 
 DENSE = 0.1
 """Share of tokens above which a latent counts as dense."""
+
+EQUAL_TOKENS = 10_000
+"""Tokens for which dead latents are compared between texts of several lengths."""
 
 
 class ReconstructionMetrics:
@@ -171,7 +186,8 @@ class FiringMetrics:
     """Streaming counts of how often each latent fires.
 
     l0 = latents that fire per token; dead_share, dense_share = shares of latents that fire on no
-    token, and on more than a share DENSE of all tokens.
+    token, and on more than a share DENSE of all tokens; dead_share_10k = the share expected to fire
+    on none of EQUAL_TOKENS of these tokens, drawn without replacement (absent if there are fewer).
     """
 
     def __init__(self, dict_size: int, device: torch.device | str = "cpu") -> None:
@@ -193,11 +209,33 @@ class FiringMetrics:
         """The metrics. Raises ValueError without tokens."""
         if not self.tokens:
             raise ValueError("no tokens to evaluate on")
+        equal = {}
+        if self.tokens >= EQUAL_TOKENS:
+            silent = probability_of_silence(self.counts, self.tokens, EQUAL_TOKENS)
+            equal = {"dead_share_10k": silent.mean().item()}
         return {
             "l0": int(self.counts.sum()) / self.tokens,
             "dead_share": (self.counts == 0).double().mean().item(),
+            **equal,
             "dense_share": (self.densities > DENSE).double().mean().item(),
+            "heldout_tokens": self.tokens,
         }
+
+
+def probability_of_silence(counts: Tensor, tokens: int, drawn: int) -> Tensor:
+    """Probability [F] float64 that a latent fires on none of `drawn` tokens of `tokens`.
+
+    counts: [F] tokens on which each latent fires. C(tokens - count, drawn) / C(tokens, drawn), as
+    tokens are drawn without replacement.
+    """
+    left = tokens - counts.double()
+
+    def log_choices(n: Tensor) -> Tensor:
+        """log n! - log (n - drawn)!"""
+        return (n + 1).lgamma() - (n - drawn + 1).clamp(min=1).lgamma()
+
+    log_share = log_choices(left) - log_choices(torch.full_like(left, tokens))
+    return torch.where(left < drawn, 0.0, log_share.exp())
 
 
 def density_histogram(counts: Tensor, tokens: int, bins_a_decade: int = 4) -> dict[str, object]:

@@ -95,6 +95,7 @@ _SHOWN = {
     "explained_variance_all": "of all tokens",
     "l0": "L0",
     "dead_share": "dead",
+    "dead_share_10k": "dead of 10k",
     "ce_recovered": "CE recovered",
 }
 """Figures of `kronsae.metrics` in the table, and the head of their column."""
