@@ -653,6 +653,14 @@ class TrainConfig:
     eval_every: int = _of_logs(
         200, "steps between two evaluations on held-out tokens (0: only at the end)"
     )
+    final_tokens: int = _of_logs(
+        0,
+        "held-out tokens of the final evaluation (0: all of them)",
+        unless=_with(
+            "--no-final-evaluation", lambda settings: not settings.get("final_evaluation", True)
+        ),
+    )
+    final_evaluation: bool = _of_logs(True, "evaluate on held-out text at the end")
     checkpoint_every: int = _of_logs(500, "steps between two checkpoints (0: only the last)")
     keep_checkpoints: int = _of_logs(2, "number of checkpoints to keep", least=1)
     tensorboard: bool = _of_logs(False, "also log to TensorBoard (pip install tensorboard)")

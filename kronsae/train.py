@@ -169,7 +169,10 @@ def _train(request: Request, console: Console, mesh: Mesh, out: Path) -> int:
     resume = request.resume is not None
     with ProgressBar(console, request) as progress:
         try:
-            fitted = fit_members(plans, source, heldout, out, resume, progress, mesh, request.sweep)
+            fitted = fit_members(
+                *(plans, source, heldout, out, resume, progress, mesh, request.sweep),
+                on_judged=progress.judged,
+            )
         except InputError:
             for run in folder.runs.values():
                 if mesh.first and run.metrics.exists():

@@ -223,7 +223,8 @@ def test_a_perfect_transcoder_costs_nothing():
     mask = torch.ones(IDS.shape, dtype=torch.bool)
     rows = model.activations(IDS)[mask]
     x, y = split_target(rows, 32)
-    metrics = evaluate_cross_entropy(sae, Heldout(x, y, HeldoutText(model, IDS, mask)))
+    heldout = Heldout(x, y, HeldoutText(model, IDS, mask))
+    metrics = evaluate_cross_entropy({"it": lambda: sae}, heldout)["it"]
     assert metrics["ce_clean"] == pytest.approx(clean.double().mean().item())
     assert metrics["ce_zero"] == pytest.approx(zeroed.double().mean().item())
     spliced = losses_with(model, lambda x, y: sae(x).x_hat)

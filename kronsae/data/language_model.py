@@ -68,6 +68,7 @@ class LanguageModel:
         self.lock = threading.RLock()
         self.interrupted = threading.Event()
         self.ranks = ALONE.reading
+        self.resumes: bool | None = None  # see `kronsae.metrics.splicing.ForwardPasses`
         self.tokenizer = tokenizer
         self.hookpoint = hookpoint
         self.name, self.revision = name, revision
@@ -296,7 +297,7 @@ class LanguageModel:
         for start in range(0, len(hidden), size):
             rows = slice(start, min(start + size, len(hidden)))
             output = with_first(states.output, hidden[rows][None])
-            with self.lock, _replaced_output(self.model.base_model, output):
+            with self.lock, replaced_output(self.model.base_model, output):
                 # Not `self.model(...)`: its hooks would count another forward pass.
                 logits = self.model.forward(input_ids=ids[rows][None]).logits[0]
             yield rows, logits
@@ -391,7 +392,7 @@ class _Stop(Exception):
 
 
 @contextmanager
-def _replaced_output(module: nn.Module, output: Any) -> Iterator[None]:
+def replaced_output(module: nn.Module, output: Any) -> Iterator[None]:
     """Make `module` return `output` without running."""
     before = module.__dict__.get("forward")
     module.__dict__["forward"] = lambda *_args, **_kwargs: output

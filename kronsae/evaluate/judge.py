@@ -19,7 +19,7 @@ from kronsae.metrics.figures import (
     kl_divergence,
 )
 from kronsae.metrics.heldout import HeldoutText, SAEMetrics
-from kronsae.metrics.splicing import Make, spliced
+from kronsae.metrics.splicing import ForwardPasses, Make
 from kronsae.model.sae import SAE
 
 
@@ -66,8 +66,9 @@ def judge(
     """Compute every metric of `kronsae.metrics.MEANING` for SAEs of raw activations.
 
     The text is read twice: up to the hookpoint, for the mean of the activations; then in full, once
-    unchanged, and once for each ablation and SAE, which replaces the activations (a transcoder: its
-    target). Tokens outside `text.mask`, and massive ones, keep their activations.
+    unchanged, and from the hookpoint's block on for each ablation and SAE, which replaces the
+    activations (a transcoder: its target). Tokens outside `text.mask`, and massive ones, keep their
+    activations.
     Memory: the model's for a batch of contexts, and F counts per SAE.
     on_batch: called after each batch of contexts, in both readings.
     Raises InputError if activations are not finite, or if the mask is empty.
@@ -83,17 +84,16 @@ def judge(
                 candidate.update(x, x if y is None else y)
             on_batch()
             continue
-        clean = model.last_states(ids)
-        losses["clean"].update(model, clean, clean)
+        passes = ForwardPasses(model, ids)
+        losses["clean"].update(model, passes.clean, passes.clean)
         replacements: dict[str, Make] = {
             "mean": lambda _, y: mean.expand(y.shape),
             "zero": lambda _, y: torch.zeros_like(y),
             **{_of(name): candidate.update for name, candidate in candidates.items()},
         }
         for name, make in replacements.items():
-            with spliced(model, make, mask, text.massive):
-                states = model.last_states(ids)
-            losses[name].update(model, clean, states)
+            states = passes.spliced(make, mask, text.massive)
+            losses[name].update(model, passes.clean, states)
         on_batch()
     return {
         name: Judgement(

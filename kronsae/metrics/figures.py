@@ -99,9 +99,10 @@ def massive_warning(metrics: Mapping[str, float], tokens: Sequence[str] = ()) ->
         return None
     named = f" ({', '.join(map(repr, tokens))})" if tokens else ""
     return (
-        f"Massive tokens{named} are {100 * metrics['massive_share']:.2f} % of the held-out tokens and "
-        f"hold {100 * variance:.0f} % of the variance. Training and figures leave them out; with them explained "
-        f"variance is {metrics['explained_variance_all']:.4f}, which says little about other tokens"
+        f"Massive tokens{named} are {100 * metrics['massive_share']:.2f} % of the held-out tokens "
+        f"and hold {100 * variance:.0f} % of the variance. Training and figures leave them out. "
+        f"With them explained variance is {metrics['explained_variance_all']:.4f}, which says "
+        "little about other tokens"
     )
 
 

@@ -1,23 +1,28 @@
 """Held-out text and activations, and the evaluation of an SAE on them during training."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
 from kronsae.config import SAEConfig
 from kronsae.data import LanguageModel, split_target
 from kronsae.data.common import is_finite
+from kronsae.data.language_model import LastStates
 from kronsae.data.token_text import token_texts
 from kronsae.errors import InputError
-from kronsae.metrics.figures import FiringMetrics, ReconstructionMetrics, cross_entropy_recovered
+from kronsae.metrics.figures import (
+    FiringMetrics,
+    ReconstructionMetrics,
+    cross_entropy_recovered,
+)
 from kronsae.metrics.figures import massive_warning as massive_in_figures
-from kronsae.metrics.splicing import Make, spliced
+from kronsae.metrics.splicing import ForwardPasses, Make
 from kronsae.model.massive import MassiveTokens, without
 from kronsae.model.sae import SAE
 
@@ -66,24 +71,36 @@ class HeldoutText:
             found.append(ids[mask & ~ordinary].cpu())
         return torch.cat(found)
 
-    @cached_property
-    def unspliced(self) -> dict[str, float]:
-        """ce_clean and ce_zero, which do not depend on an SAE."""
-        return {
-            "ce_clean": self.cross_entropy(None),
-            "ce_zero": self.cross_entropy(lambda _, y: torch.zeros_like(y)),
-        }
-
     @torch.no_grad()
-    def cross_entropy(self, make: Make | None) -> float:
-        """Mean next-token cross-entropy of the contexts in nats, with replacements by `make`."""
-        total, count = 0.0, 0
-        for ids, mask in self.batches():
-            with spliced(self.model, make, mask, self.massive) if make else nullcontext():
-                losses = self.model.token_losses(ids)
+    def cross_entropies(
+        self,
+        makes: Mapping[str, Callable[[], Make]],
+        on_batch: Callable[[int, int], None] = lambda done, total: None,
+    ) -> dict[str, float]:
+        """Mean next-token cross-entropy in nats with replacements: of each of `makes`, and "clean".
+
+        A replacement is made anew for each batch, so that one of them is in memory at a time.
+        on_batch: called after each batch of contexts with how many are done, and their total.
+        """
+        totals = dict.fromkeys(("clean", *makes), 0.0)
+        count = 0
+        batches = -(-len(self.contexts) // self.contexts_per_batch)
+        for done, (ids, mask) in enumerate(self.batches(), 1):
+            passes = ForwardPasses(self.model, ids)
+            totals["clean"] += self._sum_of_losses(passes.clean)
+            for name, make in makes.items():
+                totals[name] += self._sum_of_losses(passes.spliced(make(), mask, self.massive))
+            count += ids[:, 1:].numel()
+            on_batch(done, batches)
+        return {name: total / count for name, total in totals.items()}
+
+    def _sum_of_losses(self, states: LastStates) -> float:
+        targets = states.ids[:, 1:].flatten()
+        total = 0.0
+        for rows, logits in self.model.next_token_logits(states):
+            losses = cross_entropy(logits.float(), targets[rows], reduction="none")
             total += losses.double().sum().item()
-            count += losses.numel()
-        return total / count
+        return total
 
 
 @dataclass(frozen=True)
@@ -102,6 +119,19 @@ class Heldout:
         """The same with this rule for massive tokens."""
         text = self.text and replace(self.text, massive=massive)
         return replace(self, text=text, massive=massive)
+
+    def first(self, tokens: int) -> "Heldout":
+        """The first contexts, as many as hold `tokens` tokens; without text, the first tokens."""
+        if len(self.activations) <= tokens:
+            return self
+        text = self.text
+        if text is not None:
+            ends = text.mask.sum(1).cumsum(0)
+            count = max(1, int((ends <= tokens).sum()))
+            tokens = int(ends[count - 1])
+            text = replace(text, contexts=text.contexts[:count], mask=text.mask[:count])
+        targets = None if self.targets is None else self.targets[:tokens]
+        return Heldout(self.activations[:tokens], targets, text, self.massive)
 
     def massive_rows(self) -> Tensor:
         """Mask [t] of massive tokens."""
@@ -197,27 +227,45 @@ def evaluate(sae: SAE, heldout: Heldout) -> dict[str, float]:
     return metrics.compute()
 
 
-@torch.no_grad()
-def evaluate_cross_entropy(sae: SAE, heldout: Heldout) -> dict[str, float]:
+def evaluate_cross_entropy(
+    saes: Mapping[str, Callable[[], SAE]],
+    heldout: Heldout,
+    on_batch: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, dict[str, float]]:
     """Cross-entropy of the language model when the reconstruction replaces the activations.
 
-    (A transcoder's prediction replaces its target.)
+    (A transcoder's prediction replaces its target.) saes: by name, each made when it is needed.
     ce_clean, ce_spliced, ce_zero: mean next-token cross-entropy in nats with unchanged,
     reconstructed and zeroed activations; ce_recovered = (zero - spliced) / (zero - clean). Only
     tokens in the mask that are not massive are replaced. Empty without a language model that
     predicts next tokens.
+    on_batch: see `HeldoutText.cross_entropies`.
     """
     text = heldout.text
     if text is None or not text.model.has_cross_entropy:
-        return {}
-    clean, zero = text.unspliced.values()
-    reconstructed = text.cross_entropy(lambda x, _: sae(x.to(sae.W_dec)).x_hat)
+        return {name: {} for name in saes}
+
+    def reconstructing(made: Callable[[], SAE]) -> Make:
+        sae = made()
+        return lambda x, _: sae(x.to(sae.W_dec)).x_hat
+
+    # A prefix keeps an SAE called "zero" apart.
+    makes = {f"SAE {name}": partial(reconstructing, made) for name, made in saes.items()}
+    losses = text.cross_entropies({"zero": lambda: _zeros, **makes}, on_batch)
+    clean, zero = losses["clean"], losses["zero"]
     return {
-        "ce_clean": clean,
-        "ce_spliced": reconstructed,
-        "ce_zero": zero,
-        "ce_recovered": cross_entropy_recovered(clean, reconstructed, zero),
+        name: {
+            "ce_clean": clean,
+            "ce_spliced": losses[f"SAE {name}"],
+            "ce_zero": zero,
+            "ce_recovered": cross_entropy_recovered(clean, losses[f"SAE {name}"], zero),
+        }
+        for name in saes
     }
+
+
+def _zeros(_: Tensor, y: Tensor) -> Tensor:
+    return torch.zeros_like(y)
 
 
 def _batches(heldout: Heldout, sae: SAE) -> Iterator[tuple[Tensor, Tensor]]:

@@ -1,13 +1,20 @@
 """Replacement of the activations of a hookpoint in a language model's forward passes."""
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kronsae.data.language_model import LanguageModel, first_tensor, with_first
+from kronsae.data.language_model import (
+    LanguageModel,
+    LastStates,
+    first_tensor,
+    lists_of_blocks,
+    replaced_output,
+    with_first,
+)
 from kronsae.data.packing import special_ids
 from kronsae.model.massive import MassiveTokens
 
@@ -71,6 +78,77 @@ def spliced(
         for hook in hooks:
             stack.callback(hook.remove)
         yield
+
+
+class ForwardPasses:
+    """Forward passes of a language model over the same contexts: unchanged, then spliced.
+
+    The blocks before that of the hookpoint run once, in the first pass; the others begin after
+    them, if that changes no bit (`resumes`).
+    clean: hidden states of the unchanged pass.
+    """
+
+    def __init__(self, model: LanguageModel, ids: Tensor) -> None:
+        self.model, self.ids = model, ids
+        self.skipped = _blocks_before(model)
+        self.output: Any = None  # of the last of these blocks
+
+        def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            if self.output is None:
+                self.output = with_first(output, first_tensor(output).clone())
+
+        with model.lock, ExitStack() as stack:
+            if self.skipped:
+                hook = self.skipped[-1].register_forward_hook(keep)
+                stack.callback(hook.remove)
+            self.clean = model.last_states(ids)
+
+    def spliced(self, make: Make, mask: Tensor, massive: MassiveTokens | None = None) -> LastStates:
+        """Hidden states of a pass in which `make` replaces activations; see `spliced`."""
+        # Tried before anything is replaced.
+        resumed = self._resumed() if self.output is not None and self.resumes else nullcontext()
+        with spliced(self.model, make, mask, massive), resumed:
+            return self.model.last_states(self.ids)
+
+    @contextmanager
+    def _resumed(self) -> Iterator[None]:
+        """While open, the blocks before the hookpoint's do not run."""
+        output = with_first(self.output, first_tensor(self.output).clone())
+        with ExitStack() as stack:
+            for block in self.skipped:
+                stack.enter_context(replaced_output(block, output))
+            yield
+
+    @property
+    def resumes(self) -> bool:
+        """Whether a pass that skips the first blocks gives the bits of a whole one.
+
+        It does not where later blocks also read something else of them. Tried once a model, on a
+        few tokens.
+        """
+        model = self.model
+        if model.resumes is None:
+            few = ForwardPasses(model, self.ids[:1, :PROBE_TOKENS])
+            try:
+                with few._resumed():
+                    again = model.last_states(few.ids)
+                parts = [s.logits if s.output is None else s.output for s in (few.clean, again)]
+                model.resumes = torch.equal(*map(first_tensor, parts))
+            except Exception:  # of the model's code, which expects what it did not get
+                model.resumes = False
+        return model.resumes
+
+
+PROBE_TOKENS = 32
+
+
+def _blocks_before(model: LanguageModel) -> list[nn.Module]:
+    """The blocks before the one in which the hookpoint lies; [] if it is not in a block."""
+    for name, blocks in lists_of_blocks(model.model):
+        inside = model.hookpoint.removeprefix(f"{name}.")
+        if inside != model.hookpoint:
+            return list(blocks)[: int(inside.partition(".")[0])]
+    return []
 
 
 class _Forward:

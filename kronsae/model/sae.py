@@ -19,7 +19,7 @@ from kronsae.errors import InputError
 from kronsae.model.encoder import Encoder, is_every
 from kronsae.model.ranks import SHARDED, own_part
 from kronsae.registry import SELECTIONS
-from kronsae.system.files import replace_directory, sha256, write_checksummed
+from kronsae.system.files import read_checksummed, replace_directory, sha256, write_checksummed
 from kronsae.system.parallel import ALONE, Mesh
 from kronsae_kernels import SparseCodes, sparse_decode
 
@@ -246,6 +246,15 @@ class SAE(Encoder):
             if self.mesh.first:
                 replace_directory(Path(directory), write)
         return Path(directory)
+
+
+def save_metadata(directory: Path, metadata: dict[str, Any]) -> None:
+    """Replace the metadata of an SAE that `SAE.save` wrote.
+
+    Raises InputError if the disk is full.
+    """
+    settings = read_checksummed(directory / CONFIG_NAME)
+    write_checksummed(directory / CONFIG_NAME, settings | {"metadata": metadata})
 
 
 def made_of(config: SAEConfig, tensors: dict[str, Tensor], path: Path) -> SAE:

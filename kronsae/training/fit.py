@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -133,10 +134,12 @@ def fit_members(
     on_record: Callable[[str, dict[str, Any]], None] | None,
     mesh: Mesh | None,
     sweep: bool,
+    on_judged: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[FitResult]:
     """`fit` or `fit_many`, which differ only in the folders that they write.
 
-    on_record: called with the member's name and each logged record.
+    on_record: called with the member's name and each logged record.  on_judged: called in the
+    final evaluation with how many batches of contexts are done, and their total.
     """
     if sweep:
         check_names([plan.name for plan in plans])
@@ -162,7 +165,9 @@ def fit_members(
         out, resume, {p.name: p.settings for p in plans}, sweep, mesh, owned
     )
     stream = Stream(source, config.tokens, device, config.massive_multiple)
-    session = Session(stream, config, folder, mesh, bool(owned), any(not_fused), judged_on)
+    session = Session(
+        stream, config, folder, mesh, bool(owned), any(not_fused), judged_on, on_judged
+    )
     try:
         for plan in plans:
             owner = owned.get(plan.name)
@@ -184,16 +189,31 @@ def _train_and_judge(session: Session) -> None:
         stopped_by = session.signal(stop)
         stream.close()
         if stopped_by is None and session.heldout is not None:
-            for member in session.own:
-                sae, heldout = member.sae(stream), session.judged_on
-                member.metrics = evaluate(sae, heldout) | evaluate_cross_entropy(sae, heldout)
-                member.record("final", member.metrics, stream)
+            session.sync()
+            for member in session.live:
+                member.save(stream)
+            if session.config.final_evaluation:
+                _judge(session)
         session.sync()
         for member in session.live:
             member.finish(stream, stopped_by)
         session.note()
     except InputError as error:
         raise InputError("\n".join([str(error), *_rescue(session, error)])) from error
+
+
+def _judge(session: Session) -> None:
+    """The final evaluation of all members."""
+    stream, heldout = session.stream, session.judged_on
+    if session.config.final_tokens:
+        heldout = heldout.first(session.config.final_tokens)
+    for member in session.own:
+        member.metrics = evaluate(member.sae(stream), heldout)
+    saes = {member.name: partial(member.sae, stream) for member in session.own}
+    losses = evaluate_cross_entropy(saes, heldout, session.on_judged)
+    for member in session.own:
+        member.metrics |= losses[member.name]
+        member.record("final", member.metrics, stream)
 
 
 def _rescue(session: Session, error: InputError) -> list[str]:

@@ -35,6 +35,17 @@ class ProgressBar:
     def __exit__(self, *_: object) -> None:
         self.bar.stop()
 
+    def judged(self, done: int, total: int) -> None:
+        """Show how much of the held-out text the final evaluation has read."""
+        figures = f"final evaluation: {done:,} of {total:,} batches of held-out text"
+        self.bar.update(self.task, completed=done, total=total, figures=figures)
+        if (
+            not self.console.is_terminal
+            and total > 1
+            and done * 4 // total > (done - 1) * 4 // total
+        ):
+            self.console.print(figures)
+
     def __call__(self, name: str, record: dict[str, Any]) -> None:
         """Show a record of a member."""
         step, name = record["step"], f"{name}: " if self.sweep else ""

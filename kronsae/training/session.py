@@ -12,7 +12,7 @@ from kronsae.errors import InputError
 from kronsae.interop.load import load
 from kronsae.metrics.heldout import Heldout
 from kronsae.model.massive import METADATA
-from kronsae.model.sae import SAE, made_of
+from kronsae.model.sae import SAE, made_of, save_metadata
 from kronsae.runs.folder import RunFolder, SweepFolder
 from kronsae.runs.logs import Log
 from kronsae.runs.sweep import markdown
@@ -96,6 +96,8 @@ class Member:
         self.history: list[dict[str, Any]] = []
         self.unsent: list[dict[str, Any]] = []  # records that other ranks lack
         self.clock = Clock(device)
+        self.saved = False
+        """Whether the run folder has the SAE's weights of now."""
         self.failed: str | None = None
         self.result: FitResult | None = None
 
@@ -169,42 +171,53 @@ class Member:
         """Save the SAE, make the result, and drop the learner; all ranks call this together."""
         if stream.normalizer is None:
             raise InputError("no step was made: there is no SAE to save")
-        if self.owner is None:
-            sae, ending = self._save(stream)
-        else:
-            sae, ending = self._save_owned(self.owner, stream)
+        sae, ending = self.save(stream)
         self.result = FitResult(
             sae, history=self.history, stopped_by=stopped_by, failed=self.failed, **ending
         )
         self._learner = None
 
-    def _save(self, stream: Stream) -> tuple[SAE | None, dict[str, Any]]:
-        """The SAE and its `_ending`; saves it in the run folder, if there is one."""
-        sae, ending = self.sae(stream), self._ending()
-        sae.metadata = self._facts(ending, stream)
-        if self.run is not None:
-            sae.save(self.run.sae)
+    def save(self, stream: Stream) -> tuple[SAE | None, dict[str, Any]]:
+        """Save the SAE in the run folder, if there is one; all ranks call this together.
+
+        Gives the SAE, where this rank trains it, and the `_ending`. After the first call it writes
+        the metadata alone.
+        """
+        sae, ending = None, {}
+        if self.mine:
+            sae, ending = self.sae(stream), self._ending()
+            sae.metadata = self._facts(ending, stream)
+        if self.owner is not None:
+            return sae, self._save_owned(self.owner, sae, ending, stream)
+        if self.run is not None and sae is not None:
+            if self.saved:
+                with self.mesh.world.together():
+                    if self.mesh.first:
+                        save_metadata(self.run.sae, sae.metadata)
+            else:
+                sae.save(self.run.sae)
+            self.saved = True
         return sae, ending
 
-    def _save_owned(self, owner: int, stream: Stream) -> tuple[SAE | None, dict[str, Any]]:
-        """`_save` of a member with an owner, which keeps the SAE; the first rank saves it."""
-        sae: SAE | None = None
-        state: dict[str, Any] = {}
-        if self.mine:
-            sae = self.sae(stream)
-            state = {"ending": self._ending()}
-            sae.metadata = self._facts(state["ending"], stream)
-            if self.run is not None:
-                state |= {"config": dataclasses.asdict(sae.config), "weights": sae.state_dict()}
+    def _save_owned(
+        self, owner: int, sae: SAE | None, ending: dict[str, Any], stream: Stream
+    ) -> dict[str, Any]:
+        """The ending of a member with an owner, whose SAE the first rank saves."""
+        state: dict[str, Any] = {"ending": ending}
+        if sae is not None and self.run is not None and not self.saved:
+            state |= {"config": dataclasses.asdict(sae.config), "weights": sae.state_dict()}
         state = checkpoint.state_of(owner, state, self.mesh.world)
         ending = state["ending"]
         if self.run is not None:
             with self.mesh.world.together():
-                if self.mesh.first:
+                if self.mesh.first and self.saved:
+                    save_metadata(self.run.sae, self._facts(ending, stream))
+                elif self.mesh.first:
                     config = SAEConfig(**state["config"])
                     whole = sae or made_of(config, state["weights"], self.run.sae)
                     whole.save(self.run.sae, self._facts(ending, stream))
-        return sae, ending
+            self.saved = True
+        return ending
 
     def _ending(self) -> dict[str, Any]:
         """Fields of the result that its owner knows."""
@@ -247,6 +260,7 @@ class Session:
     waits: bool
     """True if the steps of any member wait for the device."""
     heldout: Heldout | None = None
+    on_judged: Callable[[int, int], None] = lambda done, total: None
     members: dict[str, Member] = dataclasses.field(default_factory=dict)
 
     @property
