@@ -7,6 +7,7 @@ import signal
 
 import cached
 import pytest
+import torch
 
 import kronsae.train
 from kronsae import SAEConfig, TrainConfig
@@ -126,13 +127,37 @@ def test_later_looks_read_the_text_that_the_cache_was_made_from(whole, cache, mo
     monkeypatch.setattr(
         "kronsae.metrics.target_model.open_text", lambda data, seed: cached.text(data, seed)
     )
-    heldout = open_heldout(loaded, "cpu")
+    heldout = open_heldout(loaded._replace(cache=None), "cpu")
     expected = CacheActivations(cache, layer=2, batch_size=1).heldout_contexts()
     assert heldout.contexts.equal(expected)
     assert heldout.facts["which"] == "the run's own held-out text"
     more = dataclasses.replace(loaded.data, heldout_tokens=2 * loaded.data.heldout_tokens)
     with pytest.raises(InputError, match="was trained on all of 'given' except 80 held-out tokens"):
-        open_heldout(loaded._replace(data=more), "cpu")
+        open_heldout(loaded._replace(data=more, cache=None), "cpu")
+
+
+def test_later_looks_take_activations_from_the_cache(whole, cache, monkeypatch, tmp_path):
+    """Held-out ones, and for properties all; with other text, a model reads it."""
+    loaded = load_sae(str(whole), {})
+    heldout = open_heldout(loaded, "cpu")
+    source = CacheActivations(cache, layer=2, batch_size=1)
+    assert heldout.contexts.equal(source.heldout_contexts())
+    assert heldout.facts["which"] == "the run's own held-out text, from its cache"
+    rows = source.heldout_activations()
+    every = dataclasses.replace(heldout, massive=None)
+    assert torch.cat([x for _, _, x in every.read()]).equal(rows)
+    contexts, ends = len(heldout.contexts), heldout.mask.sum(1).cumsum(0).tolist()
+    for first, last in ((0, contexts), (1, 2), (1, contexts), (0, 1), (contexts - 1, contexts)):
+        part = rows[ends[first - 1] if first else 0 : ends[last - 1]]
+        assert source.heldout_rows(first, last).equal(part)
+    texts = list(source.text_in_order())
+    assert sum(len(ids) for ids, *_ in texts) == sum(
+        shard.contexts for shard in (*source.index.heldout, *source.index.train)
+    )
+    assert all(int(mask.sum()) == len(rows) for _, mask, rows in texts)
+    other = {"dataset": "stdlib", "model": "embedded", "layer": 2}
+    for given in (other, {"heldout_tokens": 10**6}):
+        assert load_sae(str(whole), given).cache is None
 
 
 def test_config_file_repeats_the_run(whole, tmp_path):

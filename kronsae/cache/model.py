@@ -96,7 +96,10 @@ class ModelByName:
         names = [index.hookpoints[number].name for number in numbers]
         self.index = index
         self.hookpoint, self.target_hookpoint = names[0], names[1] if len(names) == 2 else None
-        self.device_to_use = torch.device(device)
+        self.name = index.data.model
+        widths = [index.hookpoints[number].width for number in numbers]
+        self.d_model, self.d_target = widths[0], sum(widths[1:])
+        self.device = torch.device(device)
         self.trust_remote_code = trust_remote_code
 
     @cached_property
@@ -110,12 +113,18 @@ class ModelByName:
             trust_remote_code=self.trust_remote_code,
         )
         try:
-            model = LanguageModel.of(data, self.device_to_use)
+            model = LanguageModel.of(data, self.device)
         except InputError as error:
             return str(error)
         if model.weights != self.index.model["weights"]:
             return f"the weights of {data.model} are not those that the cache was harvested with"
         return model
+
+    def describe(self) -> dict[str, Any]:
+        """`LanguageModel.describe`, from the cache."""
+        known = {key: value for key, value in self.index.model.items() if key != "parameters"}
+        target = {"target_hookpoint": self.target_hookpoint} if self.target_hookpoint else {}
+        return {**known, "hookpoint": self.hookpoint, "d_model": self.d_model, **target}
 
     @property
     def missing(self) -> str | None:

@@ -83,6 +83,7 @@ class CacheActivations:
         self.verified: set[str] = set()
         self.device = torch.device(device)
         self.language_model = ModelByName(self.index, self.numbers, self.device, trust_remote_code)
+        self._last_heldout: tuple[int, Tensor, Tensor] | None = None
         self.group_tokens = buffer_tokens if order == "global" else 0
         self.position = 0
         """Rows served, over all epochs; in stream order, shards read into the buffer."""
@@ -253,6 +254,49 @@ class CacheActivations:
                 for shard in self.index.heldout
             ]
         )
+
+    @property
+    def heldout_tokens(self) -> int:
+        """Tokens of the held-out contexts."""
+        contexts = sum(shard.contexts for shard in self.index.heldout)
+        return contexts * self.index.context_length
+
+    def heldout_rows(self, first: int, last: int) -> Tensor:
+        """Rows [t, d_model + d_target] float32 of the held-out contexts [first, last).
+
+        Reads the shards that hold them; the last one stays in memory for the next call.
+        """
+        parts, start = [torch.empty(0, self.d_model + self.d_target)], 0
+        for number, shard in enumerate(self.index.heldout):
+            stop = start + shard.contexts
+            if start < last and stop > first:
+                mask, rows = self._heldout_shard(number)
+                ends = torch.cat([torch.zeros(1, dtype=torch.int64), mask.sum(1).cumsum(0)])
+                inside = [int(ends[min(max(at - start, 0), len(mask))]) for at in (first, last)]
+                parts.append(rows[inside[0] : inside[1]])
+            start = stop
+        return torch.cat(parts)
+
+    def _heldout_shard(self, number: int) -> tuple[Tensor, Tensor]:
+        """Mask [c, L] and rows [r, d_model + d_target] float32 of a held-out shard."""
+        if self._last_heldout is None or self._last_heldout[0] != number:
+            self._last_heldout = number, *self._read_whole(self.index.heldout[number])[1:]
+        return self._last_heldout[1:]
+
+    def _read_whole(self, shard: Shard) -> tuple[Tensor, Tensor, Tensor]:
+        """Token ids [c, L], mask [c, L] and rows [r, d_model + d_target] float32 of a shard."""
+        tokens = read_tensors(self.folder, shard.tokens, self.index.tokens_layout(shard))
+        rows = _join([self._load_file(shard, number) for number in self.numbers])
+        return tokens["contexts"].long(), tokens["mask"], rows
+
+    def text_in_order(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The held-out text and then the rest, unshuffled, for analysis, a shard at a time.
+
+        Gives token ids [c, L], their mask [c, L], and rows [r, d_model + d_target] float32 of the
+        masked tokens.
+        """
+        for shard in (*self.index.heldout, *self.index.train):
+            yield self._read_whole(shard)
 
     # Position
 

@@ -77,13 +77,13 @@ def judge(
     candidates = {name: SAEMetrics(sae, text.massive) for name, sae in saes.items()}
     mean = _mean(text, on_batch)
     losses = {name: _Losses() for name in ("clean", "mean", "zero", *map(_of, candidates))}
-    for ids, mask in text.batches():
-        if not model.has_cross_entropy:
-            x, y = split_target(model.activations(ids)[mask], model.d_target)
+    if not model.has_cross_entropy:
+        for _, _, rows in text.rows():
+            x, y = split_target(rows, model.d_target)
             for candidate in candidates.values():
                 candidate.update(x, x if y is None else y)
             on_batch()
-            continue
+    for ids, mask in text.batches() if model.has_cross_entropy else ():
         passes = ForwardPasses(model, ids)
         losses["clean"].update(model, passes.clean, passes.clean)
         replacements: dict[str, Make] = {
@@ -135,8 +135,7 @@ def _mean(text: HeldoutText, on_batch: Callable[[], None]) -> Tensor:
     """Mean [d] float64 of the activations that SAEs reconstruct, over tokens that are replaced."""
     model, count = text.model, 0
     total = torch.zeros(model.d_target or model.d_model, dtype=torch.float64, device=model.device)
-    for ids, mask in text.batches():
-        x = model.activations(ids)[mask]
+    for _, _, x in text.rows():
         if not is_finite(x):
             raise InputError(
                 f"{model.hookpoint} gave NaN or infinity on this text: try --model-dtype float32 "

@@ -52,8 +52,7 @@ _COLUMNS = {
     "explained_variance_all": "EV, all",
     "l0": "L0",
     "dead_share": "dead",
-    "dead_share_10k": "of 10k",
-    "dense_share": "dense",
+    "dead_share_10k": "dead/10k",
     "ce_recovered": "CE rec.",
     "ce_recovered_mean": "of mean's",
     "kl_spliced": "KL",
@@ -69,7 +68,11 @@ def console_table(judged: Sequence[Entry]) -> Table:
         for _, label, [text] in shown:
             table.add_row(label, text)
         return table
-    columns = {_COLUMNS[name]: texts for name, _, texts in shown if name in _COLUMNS}
+    equal = all("dead_share_10k" in entry["metrics"] for entry in judged)
+    left_out = "dead_share" if equal else "dead_share_10k"
+    columns = {
+        _COLUMNS[name]: texts for name, _, texts in shown if name in _COLUMNS and name != left_out
+    }
     table = tables.console_table(("SAE", *columns))
     table.columns[0].no_wrap, table.columns[0].overflow = False, "fold"
     for entry, *texts in zip(judged, *columns.values(), strict=True):

@@ -47,6 +47,9 @@ class HeldoutText:
     """Description of the text (JSON-able)."""
     massive: MassiveTokens | None = None
     """The rule for tokens in the mask that keep their activations nevertheless."""
+    stored: Callable[[int, int], Tensor] | None = None
+    """Activations [n, d_model + d_target] of the masked tokens of contexts [first, last), from a
+    cache; None reads them with the model."""
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Token ids [b, L] and mask [b, L], on the model's device."""
@@ -55,10 +58,21 @@ class HeldoutText:
             yield ids.to(device), mask.to(device)
 
     @torch.no_grad()
+    def rows(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Token ids [b, L], mask [b, L], and activations [n, d_model + d_target] of its tokens."""
+        first = 0
+        for ids, mask in self.batches():
+            if self.stored is None:
+                yield ids, mask, self.model.activations(ids)[mask]
+            else:
+                yield ids, mask, self.stored(first, first + len(ids)).to(self.model.device)
+            first += len(ids)
+
+    @torch.no_grad()
     def read(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Token ids [b, L], mask [b, L] without massive tokens, and their activations [n, d]."""
-        for ids, mask in self.batches():
-            x, target = split_target(self.model.activations(ids)[mask], self.model.d_target)
+        for ids, mask, rows in self.rows():
+            x, target = split_target(rows, self.model.d_target)
             if self.massive is not None:
                 massive = self.massive(x, target)
                 x, mask = x[~massive], without(mask, massive)
@@ -88,6 +102,7 @@ class HeldoutText:
         for done, (ids, mask) in enumerate(self.batches(), 1):
             passes = ForwardPasses(self.model, ids)
             totals["clean"] += self._sum_of_losses(passes.clean)
+            passes.forget()
             for name, make in makes.items():
                 totals[name] += self._sum_of_losses(passes.spliced(make(), mask, self.massive))
             count += ids[:, 1:].numel()

@@ -85,7 +85,7 @@ class ForwardPasses:
 
     The blocks before that of the hookpoint run once, in the first pass; the others begin after
     them, if that changes no bit (`resumes`).
-    clean: hidden states of the unchanged pass.
+    clean: hidden states of the unchanged pass; `forget` them to free their memory.
     """
 
     def __init__(self, model: LanguageModel, ids: Tensor) -> None:
@@ -95,13 +95,16 @@ class ForwardPasses:
 
         def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
             if self.output is None:
-                self.output = with_first(output, first_tensor(output).clone())
+                self.output = output
 
         with model.lock, ExitStack() as stack:
             if self.skipped:
                 hook = self.skipped[-1].register_forward_hook(keep)
                 stack.callback(hook.remove)
-            self.clean = model.last_states(ids)
+            self.clean: LastStates = model.last_states(ids)
+
+    def forget(self) -> None:
+        del self.clean
 
     def spliced(self, make: Make, mask: Tensor, massive: MassiveTokens | None = None) -> LastStates:
         """Hidden states of a pass in which `make` replaces activations; see `spliced`."""
@@ -113,30 +116,29 @@ class ForwardPasses:
     @contextmanager
     def _resumed(self) -> Iterator[None]:
         """While open, the blocks before the hookpoint's do not run."""
-        output = with_first(self.output, first_tensor(self.output).clone())
         with ExitStack() as stack:
             for block in self.skipped:
-                stack.enter_context(replaced_output(block, output))
+                stack.enter_context(replaced_output(block, self.output))
             yield
 
     @property
     def resumes(self) -> bool:
         """Whether a pass that skips the first blocks gives the bits of a whole one.
 
-        It does not where later blocks also read something else of them. Tried once a model, on a
-        few tokens.
+        It does not where later blocks read something else of them, or add to their output in
+        place. Tried once a model, on a few tokens.
         """
-        model = self.model
-        if model.resumes is None:
-            few = ForwardPasses(model, self.ids[:1, :PROBE_TOKENS])
+        if self.model.resumes is None:
+            few = ForwardPasses(self.model, self.ids[:1, :PROBE_TOKENS])
             try:
                 with few._resumed():
-                    again = model.last_states(few.ids)
-                parts = [s.logits if s.output is None else s.output for s in (few.clean, again)]
-                model.resumes = torch.equal(*map(first_tensor, parts))
+                    again = [self.model.last_states(few.ids) for _ in range(2)]
+                states = [s.logits if s.output is None else s.output for s in (few.clean, *again)]
+                clean, *others = map(first_tensor, states)
+                self.model.resumes = all(torch.equal(clean, other) for other in others)
             except Exception:  # of the model's code, which expects what it did not get
-                model.resumes = False
-        return model.resumes
+                self.model.resumes = False
+        return self.model.resumes
 
 
 PROBE_TOKENS = 32

@@ -13,10 +13,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kronsae.cache import CacheActivations
 from kronsae.commandline import add_flag
 from kronsae.config import DataConfig, data_settings, from_dict, stored, untrusted
 from kronsae.data import open_text, split_target
 from kronsae.data.activations import open_model, set_aside
+from kronsae.data.language_model import LanguageModel
 from kronsae.data.packing import context_begin, token_mask
 from kronsae.errors import InputError
 from kronsae.interop.load import load
@@ -42,6 +44,8 @@ class LoadedSAE(NamedTuple):
     source: str
     sae: SAE
     data: DataConfig
+    cache: CacheActivations | None = None
+    """The cache that its run was trained from, if its held-out text is the one to read."""
 
     @property
     def trained_on(self) -> dict[str, Any]:
@@ -81,7 +85,38 @@ def load_sae(source: str, given: dict[str, Any], device: Any = "cpu") -> LoadedS
     Raises InputError if there is no SAE, or if its language model is not known.
     """
     sae = load(source, device=device)
-    return LoadedSAE(_names([source])[0], source, sae, data_of(sae, given, source))
+    data, cache = data_of(sae, given, source), cache_of(sae, given, device)
+    return LoadedSAE(_names([source])[0], source, sae, data, cache)
+
+
+OF_CACHE = ("heldout_tokens", "contexts_per_batch", "trust_remote_code")
+"""Settings that may be given with the held-out text of a cache."""
+
+
+def cache_of(sae: SAE, given: dict[str, Any], device: Any) -> CacheActivations | None:
+    """The cache that an SAE was trained from; None without one, or if other text or model is given.
+
+    given: fields of `DataConfig` that override the SAE's metadata.
+    """
+    known: dict[str, Any] = (sae.metadata.get("config") or {}).get("data") or {}
+    folder, described = known.get("activations"), sae.metadata.get("data") or {}
+    if not isinstance(folder, str) or given.keys() - set(OF_CACHE):
+        return None
+    try:
+        cache = CacheActivations(
+            folder,
+            layer=known.get("layer"),
+            hookpoint=known.get("hookpoint"),
+            target_hookpoint=known.get("target_hookpoint"),
+            batch_size=1,
+            device=device,
+            trust_remote_code=bool(given.get("trust_remote_code")),
+        )
+    except InputError:  # it is not there any more
+        return None
+    same = cache.index.text == described.get("text")
+    tokens = cache.heldout_tokens >= given.get("heldout_tokens", 0)
+    return cache if same and tokens else None
 
 
 def load_saes(sources: Sequence[str], given: dict[str, Any], device: Any) -> list[LoadedSAE]:
@@ -144,7 +179,8 @@ def by_text(loaded_saes: Sequence[LoadedSAE]) -> list[list[LoadedSAE]]:
     groups: dict[Any, list[LoadedSAE]] = {}
     for loaded in loaded_saes:
         trained_on = [loaded.trained_on.get(key) for key in ("text", "heldout_contexts")]
-        groups.setdefault((loaded.data, *trained_on), []).append(loaded)
+        cache = loaded.cache and loaded.cache.index.fingerprint
+        groups.setdefault((loaded.data, *trained_on, cache), []).append(loaded)
     return list(groups.values())
 
 
@@ -157,7 +193,7 @@ def open_heldout(
     massive_multiple: see `massive_rule`.
     Raises InputError if more text is needed than the run held out, or if the widths do not fit.
     """
-    model, data = open_model(loaded.data, device)
+    model, text = _of_cache(loaded) if loaded.cache else _of_text(loaded, device)
     config = loaded.sae.config
     if (model.d_model, model.d_target) != (config.d_model, config.d_target):
         raise InputError(
@@ -165,6 +201,46 @@ def open_heldout(
             f"{model.hookpoint} of {model.name} has width {model.d_model}"
             + (f", and {model.target_hookpoint} {model.d_target}" if model.d_target else "")
         )
+    left_out = "special tokens and the first position of each context pass unchanged"
+    rule = massive_rule(loaded, text, massive_multiple)
+    if rule is not None:
+        left_out += (
+            f", as do massive tokens: those more than {rule.multiple:g} times as far from the mean "
+            "as half of all tokens"
+        )
+    facts = {
+        "dataset": loaded.data.dataset,
+        "contexts": len(text.contexts),
+        "context_length": text.contexts.shape[1],
+        "tokens": int(text.mask.sum()),
+        "left_out": left_out,
+        **text.facts,
+    }
+    return dataclasses.replace(text, massive=rule, facts=facts)
+
+
+def _of_cache(loaded: LoadedSAE) -> tuple[Any, HeldoutText]:
+    """The held-out text of the cache, whose activations nothing has to compute again."""
+    cache = loaded.cache
+    assert cache is not None
+    contexts, mask = cache.heldout_contexts(), cache.heldout_mask()
+    count = -(-loaded.data.heldout_tokens // cache.index.context_length)
+    facts = {
+        "which": "the run's own held-out text, from its cache",
+        "fingerprint": cache.index.text,
+        "context_begin": cache.index.begin.get("context_begin"),
+    }
+    model: Any = cache.language_model
+    size = loaded.data.contexts_per_batch
+    text = HeldoutText(
+        model, contexts[:count], mask[:count], size, facts, stored=cache.heldout_rows
+    )
+    return model, text
+
+
+def _of_text(loaded: LoadedSAE, device: Any) -> tuple[LanguageModel, HeldoutText]:
+    """Text that the SAE was not trained on, and the model that reads it. Raises InputError."""
+    model, data = open_model(loaded.data, device)
     text = open_text(data, seed=0)
     contexts, documents = set_aside(text, model.tokenizer, data)
     trained_on = loaded.trained_on
@@ -183,24 +259,12 @@ def open_heldout(
             )
     begin = context_begin(model.tokenizer, data.bos)
     mask = token_mask(contexts, model.tokenizer, begin=len(begin))
-    facts: dict[str, Any] = {
-        "dataset": data.dataset,
+    facts = {
         "which": "the run's own held-out text" if own else "other text than the run's",
         "fingerprint": text.fingerprint(),
-        "contexts": len(contexts),
-        "context_length": data.context_length,
         "context_begin": model.tokenizer.convert_ids_to_tokens(begin),
-        "tokens": int(mask.sum()),
-        "left_out": "special tokens and the first position of each context pass unchanged",
     }
-    read = HeldoutText(model, contexts, mask, data.contexts_per_batch, facts)
-    rule = massive_rule(loaded, read, massive_multiple)
-    if rule is not None:
-        facts["left_out"] += (
-            f", as do massive tokens: those more than {rule.multiple:g} times as far from the mean "
-            "as half of all tokens"
-        )
-    return dataclasses.replace(read, massive=rule)
+    return model, HeldoutText(model, contexts, mask, data.contexts_per_batch, facts)
 
 
 def massive_rule(
@@ -220,8 +284,8 @@ def massive_rule(
     if multiple == 0:
         return None
     rows: list[Tensor] = []
-    for ids, mask in text.batches():
-        rows.append(text.model.activations(ids)[mask].float())
+    for _, _, of_batch in text.rows():
+        rows.append(of_batch.float())
         if sum(map(len, rows)) >= SAMPLE_TOKENS:
             break
     x, target = split_target(torch.cat(rows), text.model.d_target)

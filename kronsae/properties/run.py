@@ -12,10 +12,11 @@ from torch import Tensor
 
 from kronsae.commandline import Parser, add_flag
 from kronsae.config import DataConfig
-from kronsae.data.activations import LanguageModelActivations, split_target
+from kronsae.data.activations import split_target
+from kronsae.data.loading import load_config, load_tokenizer, quiet
 from kronsae.errors import InputError
 from kronsae.interop.load import load
-from kronsae.metrics.target_model import data_of
+from kronsae.metrics.target_model import cache_of, data_of
 from kronsae.model.massive import METADATA, MassiveTokens, rule_of, without
 from kronsae.model.normalizer import SAMPLE_TOKENS
 from kronsae.model.sae import SAE, WEIGHTS_NAME
@@ -42,12 +43,9 @@ def examine(run: Path, given: dict[str, Any], text: dict[str, Any], device: str)
     """
     sae, data, digest = open_run(run, text, device)
     settings = MeasureConfig(**((EMBEDDED if data.model == "embedded" else {}) | given))
-    from kronsae.sources import open_activations
-
-    say(f"{run}: reading {settings.tokens:,} tokens of {data.dataset} with {data.model}")
-    source = open_activations(data, batch_size=1, seed=settings.seed, device=device)
-    assert isinstance(source, LanguageModelActivations)  # `data_of` names a model and a text
-    model: Any = source.language_model.model
+    source = _open_text(sae, data, text, settings, device)
+    reader = f"the cache {source.folder}" if hasattr(source, "folder") else data.model
+    say(f"{run}: reading {settings.tokens:,} tokens of {data.dataset} with {reader}")
     said = 0
 
     def progress(tokens: int) -> None:
@@ -56,11 +54,8 @@ def examine(run: Path, given: dict[str, Any], text: dict[str, Any], device: str)
             said = tokens * 10 // settings.tokens
             say(f"{tokens:,} tokens")
 
-    vocabulary = max(
-        len(source.language_model.tokenizer), model.config.get_text_config().vocab_size
-    )
     batches = without_massive(source.text_in_order(), sae)
-    properties = measure(sae, batches, vocabulary, settings, progress)
+    properties = measure(sae, batches, _vocabulary(data), settings, progress)
     say("decoder rows: nearest ones, and effects on the next token")
     rows, config = sae.W_dec.detach(), sae.config
     nearest = nearest_rows(rows, NEAREST)
@@ -75,9 +70,34 @@ def examine(run: Path, given: dict[str, Any], text: dict[str, Any], device: str)
         "settings": dataclasses.asdict(settings),
         "summary": summary,
     }
-    stored = Stored(properties, nearest, logit_effects(sae, model, EFFECTS), facts)
+    effects = None
+    if getattr(source.language_model, "missing", None) is None:
+        effects = logit_effects(sae, source.language_model.model, EFFECTS)
+    stored = Stored(properties, nearest, effects, facts)
     save_properties(stored, run / FOLDER)
     return load_properties(run / FOLDER)
+
+
+def _open_text(
+    sae: SAE, data: DataConfig, text: dict[str, Any], settings: MeasureConfig, device: str
+) -> Any:
+    """The text with its activations: of the run's cache if it has one, else of the model."""
+    from kronsae.sources import open_activations
+
+    cache = cache_of(sae, text, device)
+    if cache is not None:
+        return cache
+    return open_activations(data, batch_size=1, seed=settings.seed, device=device)
+
+
+def _vocabulary(data: DataConfig) -> int:
+    """Tokens that there are."""
+    trusted = data.trust_remote_code
+    with quiet():
+        config = load_config(data.model, data.revision, trusted)
+        common = {"revision": data.revision, "trust_remote_code": trusted}
+        tokenizer = load_tokenizer(data.model, common)
+    return max(len(tokenizer), config.get_text_config().vocab_size)
 
 
 def without_massive(

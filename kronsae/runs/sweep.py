@@ -95,7 +95,7 @@ _SHOWN = {
     "explained_variance_all": "of all tokens",
     "l0": "L0",
     "dead_share": "dead",
-    "dead_share_10k": "dead of 10k",
+    "dead_share_10k": "dead/10k",
     "ce_recovered": "CE recovered",
 }
 """Figures of `kronsae.metrics` in the table, and the head of their column."""
@@ -104,6 +104,8 @@ _SHOWN = {
 def comparison(members: dict[str, dict[str, Any]]) -> tuple[list[str], list[list[str]]]:
     """Head and rows of a table of {name: {"config", "tokens", "metrics", "step_ms", "failed"}}."""
     shown = [key for key in _SHOWN if any(key in entry["metrics"] for entry in members.values())]
+    if "dead_share_10k" in shown:
+        shown.remove("dead_share")
     head = ["member", "encoder", "F", "k", "M mult-adds", "ms a step"]
     rows = []
     for name, entry in members.items():
