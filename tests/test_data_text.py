@@ -5,14 +5,18 @@ import gzip
 import json
 import os
 import shutil
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import datasets
+import pandas
+import pyarrow.parquet
 import pytest
 
 from kronsae.config import DataConfig
+from kronsae.data import columns
 from kronsae.data import text as text_module
-from kronsae.data.text import IndexedText, local_files, open_text
+from kronsae.data.text import IndexedText, StreamedText, local_files, open_text
 from kronsae.errors import InputError
 
 TEXTS = [f"Document number {i}, with é and ∑." for i in range(7)]
@@ -173,6 +177,190 @@ def test_a_saved_dataset_of_several_splits(tmp_path):
     assert sorted(opened(tmp_path / "saved" / "train")) == TEXTS
 
 
+# Columns beside the text
+
+
+BESIDE = {
+    "a new column": [{"id": 1}, {"id": 2, "url": "x"}],
+    "null, then text": [{"note": None}, {"note": "x"}],
+    "number, then text": [{"id": 1}, {"id": "x7"}],
+    "other keys": [{"meta": {"a": 1}}, {"meta": {"b": ["c"]}}],
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["indexed", "streamed"])
+@pytest.mark.parametrize("beside", BESIDE.values(), ids=BESIDE)
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "arrow"])
+def test_other_columns_may_be_anything(tmp_path, monkeypatch, kind, beside, streaming):
+    """They change within a file, in another part of it than the first, and from file to file."""
+    monkeypatch.setattr(columns, "JSON_BYTES", 100)
+    monkeypatch.setattr(columns, "CSV_ROWS", 2)
+    for number, texts in enumerate((TEXTS[:4], TEXTS[4:])):
+        changes = number == 0 and kind in ("jsonl", "json", "csv")
+        table = [{"text": t, **beside[i > 1 if changes else number]} for i, t in enumerate(texts)]
+        path = tmp_path / f"{number}.{kind}"
+        if kind == "jsonl":
+            path.write_text("".join(json.dumps(row) + "\n" for row in table))
+        elif kind == "json":
+            path.write_text(json.dumps(table))
+        elif kind == "csv":
+            pandas.DataFrame(table).to_csv(path, index=False)
+        elif kind == "parquet":
+            datasets.Dataset.from_list(table).to_parquet(path)
+        else:
+            write_arrow(path, pyarrow.Table.from_pylist(table))
+    text = opened(tmp_path / f"*.{kind}", streaming=streaming)
+    assert list(text.heldout()) == TEXTS
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["indexed", "streamed"])
+@pytest.mark.parametrize("beside", BESIDE.values(), ids=BESIDE)
+def test_other_columns_may_change_late_in_a_file(tmp_path, beside, streaming):
+    """After the part that `datasets` takes their types from: 10 MiB of JSON, 10,000 rows of CSV."""
+    texts = [f"{i} {'z' * 1_200_000}" for i in range(10)]
+    table = [{"text": text, **beside[i > 8]} for i, text in enumerate(texts)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in table))
+    assert list(opened(tmp_path / "a.jsonl", streaming=streaming).heldout()) == texts
+    texts = [f"text {i}" for i in range(10_001)]
+    table = [{"text": text, **beside[i > 9_999]} for i, text in enumerate(texts)]
+    pandas.DataFrame(table).to_csv(tmp_path / "a.csv", index=False)
+    assert list(opened(tmp_path / "a.csv", streaming=streaming).heldout()) == texts
+
+
+def write_arrow(path, table):
+    with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as out:
+        out.write_table(table)
+    return path
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["indexed", "streamed"])
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+@pytest.mark.parametrize("dtype", ["string", "large_string", "string_view", "dictionary"])
+def test_every_arrow_type_of_text(tmp_path, kind, dtype, streaming):
+    texts = pyarrow.array([*TEXTS, None])
+    texts = texts.dictionary_encode() if dtype == "dictionary" else texts.cast(dtype)
+    path, table = tmp_path / f"a.{kind}", pyarrow.table({"id": range(8), "text": texts})
+    if kind == "arrow":
+        write_arrow(path, table)
+    else:
+        pyarrow.parquet.write_table(table, path)
+    assert list(opened(path, streaming=streaming).heldout()) == [*TEXTS, ""]
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["indexed", "streamed"])
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet", "arrow"])
+def test_text_that_begins_with_nulls(tmp_path, monkeypatch, kind, streaming):
+    monkeypatch.setattr(columns, "JSON_BYTES", 20)
+    monkeypatch.setattr(columns, "CSV_ROWS", 2)
+    nulls = [None] * 4
+    for number, texts in enumerate((nulls, TEXTS)):
+        path = tmp_path / f"{number}.{kind}"
+        if kind == "arrow":
+            write_arrow(
+                path, pyarrow.table({"id": range(len(texts)), "text": pyarrow.array(texts)})
+            )
+        else:
+            write(path, texts)
+    if kind in ("jsonl", "csv"):  # in one file, too
+        write(tmp_path / f"1.{kind}", [*nulls, *TEXTS])
+        nulls *= 2
+    text = opened(tmp_path / f"*.{kind}", streaming=streaming)
+    assert list(text.heldout()) == [*("" for _ in nulls), *TEXTS]
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["indexed", "streamed"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        "\ufeff" + jsonl(TEXTS),
+        "\n" + jsonl(TEXTS).replace("\n", "\r\n\r\n"),
+        json.dumps(TEXTS),
+        " \n" + json.dumps(rows(TEXTS), indent=2),
+        "\n".join(json.dumps(row, indent=2) for row in rows(TEXTS)),
+        "".join(json.dumps(row) for row in rows(TEXTS)),
+        jsonl(TEXTS).replace('"id": 3', '"id": NaN'),
+    ],
+    ids=["mark", "blank lines", "strings", "indented list", "indented", "one line", "NaN"],
+)
+def test_every_form_of_json(tmp_path, content, streaming):
+    (tmp_path / "a.json").write_text(content, encoding="utf-8")
+    assert list(opened(tmp_path / "a.json", streaming=streaming).heldout()) == TEXTS
+
+
+BAD_ROWS = {
+    "number": ('{"text": 7}', "line 5, column 'text': expected text, got int 7"),
+    "list": ('{"text": ["a"]}', "line 5, column 'text': expected text, got list"),
+    "no object": ("7", "line 5: expected a JSON object, got int 7"),
+    "cut off": ('{"text": "a', "line 5: it is not JSON"),
+    "no UTF-8": (b'{"text": "caf\xe9"}', "line 5: it is not JSON .UnicodeDecodeError"),
+    "surrogate": ('{"text": "\\ud800"}', "line 5: UnicodeEncodeError"),
+}
+
+
+@pytest.mark.parametrize("streaming", [False, True], ids=["indexed", "streamed"])
+@pytest.mark.parametrize("row, message", BAD_ROWS.values(), ids=BAD_ROWS)
+def test_a_bad_row_is_named(tmp_path, monkeypatch, row, message, streaming):
+    monkeypatch.setattr(columns, "JSON_BYTES", 100)
+    path = tmp_path / "a.jsonl"
+    row = row if isinstance(row, bytes) else row.encode()
+    path.write_bytes(jsonl(TEXTS[:4]).encode() + row + b"\n" + jsonl(TEXTS[4:]).encode())
+    with pytest.raises(InputError, match=f"a.jsonl, {message}") as caught:
+        list(opened(path, streaming=streaming))
+    advice = "--text-column" if "column" in message else "without --streaming, all rows are checked"
+    assert advice in str(caught.value)
+
+
+def test_a_bad_row_of_other_files_is_named(tmp_path):
+    table = pyarrow.table({"text": pyarrow.array([b"a", b"b", b"\xe9"]).cast("string", safe=False)})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+    write_arrow(tmp_path / "a.arrow", pyarrow.table({"text": pyarrow.array(["a", "b"])}))
+    (tmp_path / "a.csv").write_text("id,text\n1,a\n2,b,c,d\n")
+    assert "a.parquet, row 3: UnicodeDecodeError" in error(tmp_path / "a.parquet")
+    csv = error(tmp_path / "a.csv")
+    assert "a.csv could not be read as csv" in csv and "line 3" in csv
+
+
+def test_a_later_file_without_the_column(tmp_path):
+    write(tmp_path / "a.jsonl", TEXTS)
+    write(tmp_path / "b.jsonl", TEXTS, column="content")
+    message = error(tmp_path / "*.jsonl")
+    assert "b.jsonl has no column 'text': it has ['id', 'content']" in message
+
+
+def test_numbers_are_no_text_in_csv_either(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("id,text\n1,a\n2,3\n")
+    assert sorted(opened(path)) == ["3", "a"]
+    assert "column 'id': expected text, got numbers" in error(path, text_column="id")
+
+
+def test_a_name_with_signs_of_a_glob(tmp_path):
+    assert sorted(opened(write(tmp_path / "a[1].jsonl", TEXTS))) == TEXTS
+
+
+def test_a_changed_file_is_read_again(tmp_path):
+    path = write(tmp_path / "a.jsonl", TEXTS)
+    assert len(list(opened(path))) == 7
+    write(path, TEXTS[:3])
+    assert sorted(opened(path)) == TEXTS[:3]
+
+
+def test_zstandard(tmp_path, monkeypatch):
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(b"something")
+
+    def missing(package):
+        raise PackageNotFoundError(package)
+
+    monkeypatch.setattr("kronsae.errors.metadata.version", missing)
+    assert error(path).endswith("a.jsonl.zst' needs the package zstandard: pip install zstandard")
+    monkeypatch.undo()
+    zstandard = pytest.importorskip("zstandard")
+    path.write_bytes(zstandard.compress(jsonl(TEXTS).encode()))
+    for streaming in (False, True):
+        assert list(opened(path, streaming=streaming).heldout()) == TEXTS
+
+
 # Held-out documents, order, position
 
 
@@ -229,6 +417,32 @@ def test_resume_at_every_document(tmp_path, name, streaming):
         assert list(resumed) == whole[after:], after
         text.load_state_dict(fresh().state_dict())  # one in use goes back to the beginning
         assert list(text) == whole, after
+
+
+@pytest.mark.parametrize("indexed", [False, True], ids=["alone", "with an index"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv", "a.parquet", "a.txt"])
+def test_a_stream_goes_on_from_a_position_of_datasets_own_readers(
+    tmp_path, monkeypatch, name, indexed
+):
+    """Earlier versions saved those. They do not depend on whether the files are indexed as well."""
+    monkeypatch.setattr(columns, "JSON_BYTES", 100)
+    paths = [write(tmp_path / str(i) / name, [f"{i} {j}" for j in range(9)]) for i in range(2)]
+    kind, options = text_module._kind_name(paths[0]), {"data_files": list(map(str, paths))}
+    options |= {"chunksize": 100} if kind == "json" else {}
+    options |= {"sample_by": "paragraph"} if kind == "text" else {}
+    stream = datasets.load_dataset(kind, split="train", streaming=True, **options)
+    if indexed:
+        opened(tmp_path / "*" / name)
+    expected = [f"{i} {j}" for i in range(2) for j in range(9)][2:]
+    for after in range(len(expected)):
+        before = StreamedText(stream, "text", epochs=1, fingerprint="")
+        before.hold_out(2)
+        documents = iter(before)
+        read = [next(documents) for _ in range(after)]
+        text = opened(tmp_path / "*" / name, streaming=True)
+        text.hold_out(2)
+        text.load_state_dict(before.state_dict())
+        assert stripped([*read, *text]) == expected, after
 
 
 def test_a_position_is_gone_to_without_reading_what_comes_before():
@@ -354,7 +568,7 @@ def test_empty_files(tmp_path, name):
 def test_files_that_are_broken(tmp_path):
     (tmp_path / "a.parquet").write_bytes(b"no parquet")
     message = error(tmp_path / "a.parquet")
-    assert "parquet files could not be read" in message and "Parquet magic bytes" in message
+    assert "a.parquet could not be read as parquet" in message and "magic bytes" in message
 
 
 def test_text_that_is_no_utf_8(tmp_path):
@@ -365,7 +579,7 @@ def test_text_that_is_no_utf_8(tmp_path):
 @pytest.mark.parametrize("streaming", [False, True], ids=["indexed", "streamed"])
 @pytest.mark.parametrize(
     "value, kind",
-    [({"a": "b"}, "nested values|dict"), (["a", "b"], "nested values|list"), (3, "int")],
+    [({"a": "b"}, "struct|dict"), (["a", "b"], "list"), (3, "int")],
     ids=["struct", "list", "number"],
 )
 def test_columns_that_are_no_text(tmp_path, value, kind, streaming):

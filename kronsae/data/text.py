@@ -4,8 +4,9 @@
 
 - `stdlib`: the source of Python's standard library. Each file is a document.
 - Local files, folders and globs, separated by commas. In JSONL, JSON, Parquet, Arrow, CSV and TSV
-  files each row is a document. In a .txt file, or a single text file, each paragraph is one (each
-  line, if there are no blank lines). Of several other text files each is one document.
+  files each row is a document, whatever the other columns are. In a .txt file, or a single text
+  file, each paragraph is one (each line, if there are no blank lines). Of several other text files
+  each is one document.
   Compressed files are decompressed. A folder stands for all files in and below it with a suffix
   known here, except hidden ones.
 - Anything else: a dataset of the Hugging Face hub. Each row is a document.
@@ -18,6 +19,7 @@ import hashlib
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from io import TextIOWrapper
 from itertools import islice
 from pathlib import Path
 from textwrap import shorten
@@ -28,11 +30,11 @@ import torch
 from kronsae.config import DataConfig, flag
 from kronsae.data.common import digest
 from kronsae.data.stdlib import stdlib_documents
-from kronsae.errors import InputError
+from kronsae.errors import InputError, require
 
 STDLIB = "stdlib"
 
-BUILDERS = {
+KINDS = {
     ".jsonl": "json",
     ".json": "json",
     ".parquet": "parquet",
@@ -40,7 +42,7 @@ BUILDERS = {
     ".csv": "csv",
     ".tsv": "csv",
 }
-"""`datasets` builder by file suffix (before .gz etc.); all other files are text."""
+"""Kind of file by suffix (before .gz etc.); all other files are text."""
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".tex", ".py")
 """Suffixes of the text files of a folder; others have to be named or matched by a glob."""
@@ -225,15 +227,13 @@ def open_text(config: DataConfig, seed: int) -> TextSource:
     if config.dataset == STDLIB:
         return _open_stdlib(config, seed)
     dataset = _open_files(files, config) if files else _open_hub(config)
-    _check_column(dataset, config)
+    _check_rows(dataset, config)
     fingerprint = _fingerprint(dataset, files, config)
     name, epochs = config.dataset, config.epochs
     if config.streaming:
         return StreamedText(
             dataset, config.text_column, epochs=epochs, fingerprint=fingerprint, name=name
         )
-    if len(dataset) == 0:
-        raise InputError(f"dataset {name!r} is empty")
     column = Column(dataset, config.text_column)
     return IndexedText(column, None, seed=seed, epochs=epochs, fingerprint=fingerprint, name=name)
 
@@ -274,6 +274,8 @@ def check_text(config: DataConfig) -> list[Path]:
         )
     if not any(path.stat().st_size for path in files):
         raise InputError(f"dataset {config.dataset!r} is empty: there is nothing in its files")
+    if any(path.suffix.lower() == ".zst" for path in files):
+        require("zstandard", f"dataset {config.dataset!r}")
     return files
 
 
@@ -300,7 +302,7 @@ def _files_of(part: str, alone: bool) -> list[Path]:
             raise InputError(f"dataset: no file matches {part!r}")
         return files
     looks_local = part.startswith((".", "/", "~")) or part.count("/") > 1
-    if not alone or looks_local or path.suffix in (*BUILDERS, *COMPRESSIONS, *TEXT_SUFFIXES):
+    if not alone or looks_local or path.suffix in (*KINDS, *COMPRESSIONS, *TEXT_SUFFIXES):
         raise InputError(f"dataset: there is no file or folder {part!r}")
     return []
 
@@ -311,7 +313,7 @@ def _files_in(folder: Path) -> list[Path]:
         raise InputError(
             f"dataset: {folder} holds several splits, {splits}: name the folder of one"
         )
-    known = (*BUILDERS, *TEXT_SUFFIXES)
+    known = (*KINDS, *TEXT_SUFFIXES)
     files = [
         path
         for path in sorted(folder.rglob("*"))
@@ -335,7 +337,7 @@ def _suffix(path: Path) -> str:
 
 
 def _kind_name(path: Path) -> str:
-    return BUILDERS.get(_suffix(path), "text")
+    return KINDS.get(_suffix(path), "text")
 
 
 def _open_stdlib(config: DataConfig, seed: int) -> IndexedText:
@@ -357,38 +359,45 @@ def _open_files(files: list[Path], config: DataConfig) -> Any:
     import datasets
 
     groups: dict[tuple[tuple[str, str], ...], list[str]] = {}
-    parts = []
-    builder = _kind_name(files[0])
-    problem = f"dataset {config.dataset!r}: its {builder} files could not be read"
-    with _reading(problem), _no_bars():
+    kind = _kind_name(files[0])
+    with _reading(f"dataset {config.dataset!r}: its {kind} files could not be read"), _no_bars():
         for path in files:
             groups.setdefault(_options(path, alone=len(files) == 1), []).append(str(path))
-        for options, names in groups.items():
-            parts.append(
-                datasets.load_dataset(
-                    builder,
-                    data_files=names,
-                    split="train",
-                    streaming=config.streaming,
-                    **dict(options),
-                )
-            )
+        parts = [_open_group(names, kind, dict(o), config) for o, names in groups.items()]
         return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
 
 
+def _open_group(names: list[str], kind: str, options: dict[str, str], config: DataConfig) -> Any:
+    """All rows of files that are read with the same options."""
+    import datasets
+
+    from kronsae.data.columns import TextColumn
+
+    if kind == "text":
+        builder = datasets.load_dataset_builder(kind, data_files=names, **options)
+    else:
+        builder = TextColumn.of(names, column=config.text_column, kind=kind, **options)
+    if config.streaming:
+        # Not those of an index, where there is one: positions of the stream would differ.
+        builder.info.features = builder._info().features
+        return builder.as_streaming_dataset("train")
+    builder.download_and_prepare()
+    return builder.as_dataset("train")
+
+
 def _options(path: Path, alone: bool) -> tuple[tuple[str, str], ...]:
-    """Options of the `datasets` builder for this file."""
+    """Options to read this file with."""
     suffix = _suffix(path)
     if suffix == ".tsv":
-        return (("sep", "\t"),)
-    if suffix in BUILDERS:
+        return (("separator", "\t"),)
+    if suffix in KINDS:
         return ()
     if suffix != ".txt" and not alone:
         return (("sample_by", "document"),)
-    import fsspec  # `datasets` needs it too
+    from kronsae.data.columns import open_file
 
-    with fsspec.open(str(path), "rt", compression="infer", encoding="utf-8") as file:
-        beginning = file.read(PEEK_CHARACTERS).strip()
+    with open_file(path) as file:
+        beginning = TextIOWrapper(file, "utf-8").read(PEEK_CHARACTERS).strip()
     return (("sample_by", "paragraph" if "\n\n" in beginning else "line"),)
 
 
@@ -404,29 +413,33 @@ def _open_hub(config: DataConfig) -> Any:
         )
 
 
-def _check_column(dataset: Any, config: DataConfig) -> None:
-    name, columns, features = config.text_column, dataset.column_names, dataset.features or {}
-    first: dict[str, Any] = {}
-    if columns is None:  # not every stream knows them: look at the first row
+def _check_rows(dataset: Any, config: DataConfig) -> None:
+    """Raise InputError if there are no rows, or if the column is missing or holds no text."""
+    from kronsae.data.columns import TEXT_TYPES
+
+    first: dict[str, Any]
+    name, features = config.text_column, dataset.features or {}
+    if config.streaming:
         with _reading(f"dataset {config.dataset!r} could not be read"):
             first = next(iter(dataset), {})
-        columns = list(first)
-    if not columns:
+    else:
+        first = dict.fromkeys(dataset.column_names) if len(dataset) else {}
+    if not first:
         raise InputError(f"dataset {config.dataset!r} is empty")
-    if name not in columns:
+    if name not in first:
         raise InputError(
-            f"dataset {config.dataset!r} has no column {name!r}: it has {columns}; "
+            f"dataset {config.dataset!r} has no column {name!r}: it has {list(first)}; "
             "name one with --text-column"
         )
     if name in features:
         # Structs and lists have no dtype.
         kind = getattr(features[name], "dtype", None) or "nested values"
-    else:
+    else:  # not every stream knows its types
         kind = "string" if isinstance(first[name], str | None) else type(first[name]).__name__
-    if kind not in ("string", "large_string", "null"):
+    if kind not in TEXT_TYPES:
         raise InputError(
             f"dataset {config.dataset!r}, column {name!r}: expected text, got {kind}; the columns "
-            f"are {columns}: name another with --text-column"
+            f"are {list(first)}: name another with --text-column"
         )
 
 
@@ -462,19 +475,30 @@ def _no_bars() -> Iterator[None]:
 
 @contextmanager
 def _reading(problem: str) -> Iterator[None]:
-    """Turn any error of `datasets` (there are dozens of types) into an InputError."""
+    """Turn any error of `datasets` (there are dozens of types) into an InputError.
+
+    One of ours that `datasets` has wrapped is raised again.
+    """
     try:
         yield
     except (InputError, GeneratorExit):
         raise
     except Exception as error:
-        raise InputError(f"{problem} ({_reason(error)})") from error
+        first = _first(error)
+        if isinstance(first, InputError):
+            raise first from error
+        raise InputError(f"{problem} ({_reason(first)})") from error
+
+
+def _first(error: BaseException) -> BaseException:
+    """The first error of a chain, or our own."""
+    while error.__cause__ is not None and not isinstance(error, InputError):
+        error = error.__cause__
+    return error
 
 
 def _reason(error: BaseException) -> str:
-    """Type and message of the first error of a chain, in one line of a readable length."""
-    while error.__cause__ is not None:
-        error = error.__cause__
+    """Type and message of an error, in one line of a readable length."""
     advice = "; choose one with --dataset-config" if "onfig name is missing" in str(error) else ""
     message = shorten(str(error), REASON_CHARACTERS, placeholder=" ...")
     return f"{type(error).__name__}: {message}{advice}"
