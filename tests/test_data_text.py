@@ -631,6 +631,14 @@ def test_the_list_of_configurations_is_shown(monkeypatch):
     assert "\n" not in message and len(message) < 1300
 
 
+def test_a_hub_dataset_whose_other_columns_change_can_be_read_from_its_files(monkeypatch):
+    def load_dataset(*_args, **_settings):
+        raise ValueError("Couldn't cast\nid: string\nto\n{'id': Value('int64')}")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert "hf download --repo-type dataset NAME" in error("someone/wiki")
+
+
 def test_a_hub_dataset_takes_its_settings(monkeypatch):
     asked = []
 

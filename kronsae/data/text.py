@@ -67,6 +67,14 @@ REASON_CHARACTERS = 1000
 """Longest message quoted from another library's error."""
 
 
+HUB_ADVICE = {
+    "onfig name is missing": "; choose one with --dataset-config",
+    "Couldn't cast": "; of local files the text column alone is read: download them (hf download "
+    "--repo-type dataset NAME) and name them by a glob",
+}
+"""What to do about an error of `datasets`, by a part of its message."""
+
+
 class TextSource(Protocol):
     """Documents to train on, in a seeded order, and held-out documents."""
 
@@ -498,9 +506,9 @@ def _first(error: BaseException) -> BaseException:
 
 
 def _reason(error: BaseException) -> str:
-    """Type and message of an error, in one line of a readable length."""
-    advice = "; choose one with --dataset-config" if "onfig name is missing" in str(error) else ""
+    """Type and message of an error, in one line of a readable length, and what to do."""
     message = shorten(str(error), REASON_CHARACTERS, placeholder=" ...")
+    advice = next((advice for part, advice in HUB_ADVICE.items() if part in str(error)), "")
     return f"{type(error).__name__}: {message}{advice}"
 
 
