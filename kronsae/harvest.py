@@ -23,7 +23,7 @@ from kronsae.commandline import (
 )
 from kronsae.config import DataConfig, flag
 from kronsae.errors import InputError
-from kronsae.plan.harvest import make_plan, render, why_refused
+from kronsae.plan.harvest import make_plan, render, why_early, why_refused
 from kronsae.plan.outline import NoOutline
 
 __all__ = ["HarvestConfig", "harvest", "main", "make_plan"]
@@ -127,6 +127,8 @@ def main(argv: list[str] | None = None) -> int:
                     return 0
                 if (reason := why_refused(plan)) is not None:
                     raise InputError(reason)
+                if (early := why_early(plan, config)) is not None:
+                    print(f"It will end early: {early}", flush=True)
         with stoppable():
             index = harvest(config, folder, _show)
         print(describe(folder, index))

@@ -16,14 +16,16 @@ from rich.table import Table
 
 from kronsae.commandline import Terminated, load_plugins, signal_of, stoppable, stopped
 from kronsae.config import RunConfig, SAEConfig, kind_of
-from kronsae.data.activations import NO_OVERLAP, split_target
+from kronsae.data.activations import NO_OVERLAP, LanguageModelActivations, split_target
+from kronsae.data.amount import count_tokens, in_words, too_few
 from kronsae.errors import InputError
-from kronsae.explore.report import write_report
+from kronsae.explore.report import elapsed, write_report
 from kronsae.interop.load import load
 from kronsae.metrics.figures import MEANING
 from kronsae.metrics.heldout import Heldout, HeldoutText, massive_warning
 from kronsae.model.massive import rule_of
 from kronsae.model.ranks import check_heads, ranks_of_one
+from kronsae.plan.amount import available_tokens
 from kronsae.plan.memory import check_memory, make_plan
 from kronsae.plan.outline import NoOutline, Outline, outline
 from kronsae.plan.text import describe_ranks, render
@@ -65,7 +67,9 @@ def main(argv: list[str] | None = None) -> int:
             if quiet:  # the first process measures
                 return 0
             plan, members, model = _plan(request)
-            console.print(render(plan, members, run_time(plan, members, model)), markup=False)
+            available = available_tokens(request.config.data, model.context_length)
+            takes = run_time(plan, members, model, available)
+            console.print(render(plan, members, takes, available), markup=False)
             return 0
         mesh = _join(request)
         if request.memory_check:
@@ -195,8 +199,8 @@ def _train(request: Request, console: Console, mesh: Mesh, out: Path) -> int:
         return 128 + stopped_by
     device = resolve_device(request.config.train.device)
     latents = _report(results, heldout, folder, mesh, device)
-    seconds = time.monotonic() - began
-    done = f"\nTrained on {tokens:,} tokens in {seconds:,.0f} s. Everything is in {folder.path}:\n"
+    took = elapsed(time.monotonic() - began)
+    done = f"\nTrained on {tokens:,} tokens in {took}. Everything is in {folder.path}:\n"
     if mesh.first:
         _summarise(console, results, heldout, folder, latents, done)
     return 3 if any(result.failed for result in fitted) else 0
@@ -242,9 +246,11 @@ def _new_folder(request: Request) -> Path:
 def _describe(console: Console, request: Request, source: Any, heldout: Heldout, out: Path) -> None:
     config = request.config
     train = config.train
+    available = _available(source)
     rows = {
         "language model": source_of(config.data.activations).describe(source, config.data),
-        "text": f"{config.data.dataset}; {heldout.activations.shape[0]:,} tokens held out",
+        "text": f"{config.data.dataset}; {heldout.activations.shape[0]:,} tokens held out"
+        + in_words(available, config.data.epochs),
         "training": f"{train.tokens:,} tokens, {train.steps:,} steps of {train.batch_size:,}"
         + describe_ranks(train),
         **{
@@ -257,6 +263,16 @@ def _describe(console: Console, request: Request, source: Any, heldout: Heldout,
     for name, value in rows.items():
         table.add_row(f"[dim]{name}[/dim]", escape(value))
     console.print(table)
+    if (early := too_few(train.tokens, available, config.data.epochs)) is not None:
+        console.print(f"It will end early: {early}", style="yellow", markup=False)
+
+
+def _available(source: Any) -> int | None:
+    """About how many tokens of text there are to train on; None if it is not known."""
+    if not isinstance(source, LanguageModelActivations):
+        return None
+    tokenizer, length = source.language_model.tokenizer, source.config.context_length
+    return count_tokens(source.config, tokenizer, length, source.text)
 
 
 def _done_before(out: Path) -> str:

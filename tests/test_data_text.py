@@ -427,7 +427,7 @@ def test_a_stream_goes_on_from_a_position_of_datasets_own_readers(
     """Earlier versions saved those. They do not depend on whether the files are indexed as well."""
     monkeypatch.setattr(columns, "JSON_BYTES", 100)
     paths = [write(tmp_path / str(i) / name, [f"{i} {j}" for j in range(9)]) for i in range(2)]
-    kind, options = text_module._kind_name(paths[0]), {"data_files": list(map(str, paths))}
+    kind, options = text_module.kind_of_file(paths[0]), {"data_files": list(map(str, paths))}
     options |= {"chunksize": 100} if kind == "json" else {}
     options |= {"sample_by": "paragraph"} if kind == "text" else {}
     stream = datasets.load_dataset(kind, split="train", streaming=True, **options)

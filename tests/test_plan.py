@@ -21,7 +21,7 @@ from kronsae.plan import time as timing
 from kronsae.plan.memory import check_memory, make_plan
 from kronsae.plan.outline import outline
 from kronsae.plan.text import render
-from kronsae.plan.time import duration, model_seconds, run_time
+from kronsae.plan.time import duration, model_seconds, run_time, short_duration
 from kronsae.sources import open_activations
 from kronsae.system.devices import _left_in_group
 from kronsae.train import main
@@ -205,11 +205,14 @@ def test_time_is_that_of_real_steps_and_forward_passes(monkeypatch):
     monkeypatch.setattr(timing, "model_seconds", lambda *_: 3.0)
     text = run_time(plan, own, model)
     # 10,000 tokens of 3 s, and of 64 s for each of two SAEs and 128 tokens.
-    assert text.startswith("about 10 hours: a token takes 3,000,000 us in the language model and")
+    assert text.startswith("about 10 hours: a token takes 3 s in the language model and")
     assert [config.sae for config, _ in asked] == list(SAES.values())
     monkeypatch.setattr(timing, "overlaps", lambda *_: True)
     beside = run_time({**plan, "model_device": "cuda:1"}, own, model)
     assert beside.startswith("about 8 hours: ")
+    # A text that ends before, and one that does not.
+    assert run_time(plan, own, model, 1000).startswith("about 1 hour: ")
+    assert run_time(plan, own, model, 10**9) == text
     full = {**plan, "free_mib": 1.0}
     assert run_time(full, own, model) == "not measured: it does not fit into memory"
     interpreted = {**plan, "kernels": "triton"}
@@ -231,6 +234,14 @@ def test_time_is_that_of_real_steps_and_forward_passes(monkeypatch):
 )
 def test_durations_have_one_significant_digit(seconds, words):
     assert duration(seconds) == words
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(3.0, "3 s"), (1234.5, "1,234 s"), (0.0123, "12 ms"), (8.7e-5, "87 us"), (8.5e-7, "0.85 us")],
+)
+def test_short_durations_have_a_fitting_unit(seconds, words):
+    assert short_duration(seconds) == words
 
 
 @pytest.mark.parametrize("family", FAMILIES)

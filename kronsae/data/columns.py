@@ -11,6 +11,7 @@ import json
 import lzma
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -38,6 +39,12 @@ TEXT = pyarrow.large_string()
 
 TEXT_TYPES = ("string", "large_string", "string_view", "null")
 """Names of the types of `datasets` and Arrow that are text, or missing text."""
+
+DECOMPRESSION: dict[str, Callable[..., Any]] = {
+    ".gz": gzip.open,
+    ".bz2": bz2.open,
+    ".xz": lzma.open,
+}
 
 ADVICE = "correct or remove it (without --streaming, all rows are checked before training)"
 
@@ -84,21 +91,21 @@ class TextColumn(datasets.ArrowBasedBuilder):
 
     def _generate_tables(self, files: list[str]) -> Iterator[tuple[Any, pyarrow.Table]]:
         for number, path in enumerate(files):
-            for batch, column in enumerate(read_column(path, self.config)):
+            for batch, (column, _) in enumerate(read_column(Path(path), self.config)):
                 yield (number, batch), pyarrow.table({self.config.column: column})
 
 
-def read_column(path: str, settings: Settings) -> Iterator[pyarrow.Array]:
-    """The column of a file, in parts of type TEXT.
+def read_column(path: Path, settings: Settings) -> Iterator[tuple[pyarrow.Array, int]]:
+    """The column of a file in parts of type TEXT, and the bytes of the file that were read so far.
 
     Raises InputError, which names the file, and the row if one is at fault.
     """
     rows = 0
     try:
-        with open_file(Path(path)) as file:
+        with open_file(path) as (file, stored):
             for column in READERS[settings.kind](file, path, settings):
                 _check_encoding(column, path, rows)
-                yield column.cast(TEXT)
+                yield column.cast(TEXT), stored.tell()
                 rows += len(column)
     except InputError:
         raise
@@ -108,7 +115,16 @@ def read_column(path: str, settings: Settings) -> Iterator[pyarrow.Array]:
         ) from error
 
 
-def _check_encoding(column: pyarrow.Array, path: str, rows: int) -> None:
+def read_beginning(path: Path, settings: Settings) -> tuple[list[str], float]:
+    """Texts at the beginning of a file, and the share of the file that they are, about."""
+    column, read = next(read_column(path, settings), (pyarrow.array([], TEXT), 0))
+    share = read / path.stat().st_size
+    if settings.kind == "parquet":  # its columns lie one after the other
+        share = len(column) / max(1, pyarrow.parquet.read_metadata(path).num_rows)
+    return [text for text in column.to_pylist() if text], share
+
+
+def _check_encoding(column: pyarrow.Array, path: Path, rows: int) -> None:
     """Raise an error for text that is not UTF-8.  rows: of the file that came before."""
     try:
         column.validate(full=True)
@@ -121,18 +137,27 @@ def _check_encoding(column: pyarrow.Array, path: str, rows: int) -> None:
         raise
 
 
-def open_file(path: Path) -> BinaryIO:
-    """The file, decompressed if its last suffix says so (.zst: by the package zstandard)."""
-    suffix = path.suffix.lower()
-    if suffix == ".zst":
-        import zstandard
+@contextmanager
+def open_file(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    """A file, decompressed if its last suffix says so, and as it is stored.
 
-        return io.BufferedReader(zstandard.open(path, "rb"))
-    openers: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
-    return openers.get(suffix, open)(path, "rb")
+    .zst needs the package zstandard.
+    """
+    with open(path, "rb") as stored:
+        suffix = path.suffix.lower()
+        if suffix == ".zst":
+            import zstandard
+
+            file = io.BufferedReader(zstandard.open(stored, "rb"))
+        elif suffix in DECOMPRESSION:
+            file = DECOMPRESSION[suffix](stored, "rb")
+        else:
+            file = stored
+        with file:
+            yield file, stored
 
 
-def _no_column(path: str, name: str, columns: Iterable[str]) -> InputError:
+def _no_column(path: Path, name: str, columns: Iterable[str]) -> InputError:
     return InputError(
         f"{path} has no column {name!r}: it has {list(columns)}; name one with --text-column"
     )
@@ -148,7 +173,7 @@ def _no_text(place: str, name: str, got: str, columns: Iterable[str]) -> InputEr
 # JSON
 
 
-def _read_json(file: BinaryIO, path: str, settings: Settings) -> Iterator[pyarrow.Array]:
+def _read_json(file: BinaryIO, path: Path, settings: Settings) -> Iterator[pyarrow.Array]:
     name = settings.column
     for batch, rows in enumerate(_json_rows(file, path)):
         texts = [_json_text(row, name, path, place) for place, row in rows]
@@ -157,7 +182,7 @@ def _read_json(file: BinaryIO, path: str, settings: Settings) -> Iterator[pyarro
         yield pyarrow.array(texts, pyarrow.large_binary()).cast(TEXT)
 
 
-def _json_rows(file: BinaryIO, path: str) -> Iterator[list[tuple[str, Any]]]:
+def _json_rows(file: BinaryIO, path: Path) -> Iterator[list[tuple[str, Any]]]:
     """Rows with their places ("line 3"), so many at once.
 
     A row is a line; an item, if the file begins with a list; an object, if the first one has
@@ -185,7 +210,7 @@ def _json_rows(file: BinaryIO, path: str) -> Iterator[list[tuple[str, Any]]]:
 
 def _is_list(path: Path) -> bool:
     """Whether a file of JSON is a list."""
-    with open_file(path) as file:
+    with open_file(path) as (file, _):
         return _whole_lines(file).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"[")
 
 
@@ -202,7 +227,7 @@ def _json_values(text: str) -> Iterator[Any]:
             yield {"text": item} if isinstance(item, str) else item
 
 
-def _json_text(row: Any, name: str, path: str, place: str) -> bytes | None:
+def _json_text(row: Any, name: str, path: Path, place: str) -> bytes | None:
     """The text of a row, in UTF-8.  place: of the row, for messages."""
     if not isinstance(row, dict):
         got = f"{type(row).__name__} {row!r:.40}"
@@ -221,7 +246,7 @@ def _json_text(row: Any, name: str, path: str, place: str) -> bytes | None:
 # Other kinds of files
 
 
-def _read_csv(file: BinaryIO, path: str, settings: Settings) -> Iterator[pyarrow.Array]:
+def _read_csv(file: BinaryIO, path: Path, settings: Settings) -> Iterator[pyarrow.Array]:
     name = settings.column
     # All columns as text: their types would be guessed anew for each part of the file.
     tables = pandas.read_csv(file, sep=settings.separator, dtype=str, chunksize=CSV_ROWS)
@@ -231,11 +256,11 @@ def _read_csv(file: BinaryIO, path: str, settings: Settings) -> Iterator[pyarrow
         column = table[name]
         known = column.dropna()
         if batch == 0 and len(known) and pandas.to_numeric(known, errors="coerce").notna().all():
-            raise _no_text(path, name, "numbers", table.columns)
+            raise _no_text(str(path), name, "numbers", table.columns)
         yield pyarrow.array(column, TEXT, from_pandas=True)
 
 
-def _read_parquet(file: BinaryIO, path: str, settings: Settings) -> Iterator[pyarrow.Array]:
+def _read_parquet(file: BinaryIO, path: Path, settings: Settings) -> Iterator[pyarrow.Array]:
     parquet = pyarrow.parquet.ParquetFile(file)
     _check_type(parquet.schema_arrow, path, settings.column)
     for group in range(parquet.num_row_groups):
@@ -245,7 +270,7 @@ def _read_parquet(file: BinaryIO, path: str, settings: Settings) -> Iterator[pya
         yield from (batch.column(0) for batch in batches)
 
 
-def _read_arrow(file: BinaryIO, path: str, settings: Settings) -> Iterator[pyarrow.Array]:
+def _read_arrow(file: BinaryIO, path: Path, settings: Settings) -> Iterator[pyarrow.Array]:
     schema, _ = _arrow_batches(file)
     column = _check_type(schema, path, settings.column)
     file.seek(0)
@@ -269,7 +294,7 @@ def _arrow_batches(
     return stream.schema, iter(stream)
 
 
-def _check_type(schema: pyarrow.Schema, path: str, name: str) -> int:
+def _check_type(schema: pyarrow.Schema, path: Path, name: str) -> int:
     """The number of the column. Raises InputError if there is none, or if it is no text."""
     if name not in schema.names:
         raise _no_column(path, name, schema.names)
@@ -277,11 +302,11 @@ def _check_type(schema: pyarrow.Schema, path: str, name: str) -> int:
     kind = schema.types[number]
     value = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
     if str(value) not in TEXT_TYPES:
-        raise _no_text(path, name, f"{kind}"[:80], schema.names)
+        raise _no_text(str(path), name, f"{kind}"[:80], schema.names)
     return number
 
 
-READERS: dict[str, Callable[[BinaryIO, str, Settings], Iterator[pyarrow.Array]]] = {
+READERS: dict[str, Callable[[BinaryIO, Path, Settings], Iterator[pyarrow.Array]]] = {
     "json": _read_json,
     "csv": _read_csv,
     "parquet": _read_parquet,

@@ -132,6 +132,15 @@ class IndexedText:
         if self.first >= len(self.documents):
             raise _nothing_left(self.name, count)
 
+    def size(self) -> int:
+        """Bytes of the documents to train on, about."""
+        documents = self.documents
+        if isinstance(documents, Column):
+            size = documents.size()
+        else:
+            size = sum(len((document or "").encode()) for document in documents)
+        return size * (len(documents) - self.first) // max(1, len(documents))
+
     def __iter__(self) -> Iterator[str]:
         shuffled, order = None, torch.empty(0)
         size = len(self.documents) - self.first
@@ -224,6 +233,14 @@ class Column:
     def __getitem__(self, index: int) -> str | None:
         return self.dataset[index][self.name]
 
+    def size(self) -> int:
+        """Bytes of all values, about; it does not read them."""
+        column = self.dataset.data.column(self.name)
+        offset = {"string": 4, "large_string": 8, "string_view": 16}.get(str(column.type), 0)
+        size = max(0, column.nbytes - offset * len(column))
+        # `dataset` may be a selection of these rows.
+        return size * len(self) // max(1, len(column))
+
 
 def open_text(config: DataConfig, seed: int) -> TextSource:
     """The text that `config.dataset` names (see the module), in the order that `seed` draws.
@@ -249,7 +266,7 @@ def open_text(config: DataConfig, seed: int) -> TextSource:
 def _fingerprint(dataset: Any, files: list[Path], config: DataConfig) -> str:
     """Hash of a text from files or the hub, whatever its order."""
     if files:
-        return digest(config.text_column, *map(_kind_name, files), *map(_content_hash, files))
+        return digest(config.text_column, *map(kind_of_file, files), *map(_content_hash, files))
     if not config.streaming:
         return dataset._fingerprint
     with _reading(f"dataset {config.dataset!r} could not be read"):
@@ -273,7 +290,7 @@ def check_text(config: DataConfig) -> list[Path]:
             raise InputError(f"{flag(name)} {value} has no effect on local files: leave it out")
     kinds: dict[str, list[Path]] = {}
     for path in files:
-        kinds.setdefault(_kind_name(path), []).append(path)
+        kinds.setdefault(kind_of_file(path), []).append(path)
     if len(kinds) > 1:
         counts = ", ".join(f"{len(x)} {kind} ({x[0].name}, ...)" for kind, x in kinds.items())
         raise InputError(
@@ -344,7 +361,7 @@ def _suffix(path: Path) -> str:
     return (path.with_suffix("") if compressed else path).suffix.lower()
 
 
-def _kind_name(path: Path) -> str:
+def kind_of_file(path: Path) -> str:
     return KINDS.get(_suffix(path), "text")
 
 
@@ -367,10 +384,10 @@ def _open_files(files: list[Path], config: DataConfig) -> Any:
     import datasets
 
     groups: dict[tuple[tuple[str, str], ...], list[str]] = {}
-    kind = _kind_name(files[0])
+    kind = kind_of_file(files[0])
     with _reading(f"dataset {config.dataset!r}: its {kind} files could not be read"), _no_bars():
         for path in files:
-            groups.setdefault(_options(path, alone=len(files) == 1), []).append(str(path))
+            groups.setdefault(options_of_file(path, alone=len(files) == 1), []).append(str(path))
         parts = [_open_group(names, kind, dict(o), config) for o, names in groups.items()]
         return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
 
@@ -393,7 +410,7 @@ def _open_group(names: list[str], kind: str, options: dict[str, str], config: Da
     return builder.as_dataset("train")
 
 
-def _options(path: Path, alone: bool) -> tuple[tuple[str, str], ...]:
+def options_of_file(path: Path, alone: bool) -> tuple[tuple[str, str], ...]:
     """Options to read this file with."""
     suffix = _suffix(path)
     if suffix == ".tsv":
@@ -404,7 +421,7 @@ def _options(path: Path, alone: bool) -> tuple[tuple[str, str], ...]:
         return (("sample_by", "document"),)
     from kronsae.data.columns import open_file
 
-    with open_file(path) as file:
+    with open_file(path) as (file, _):
         beginning = TextIOWrapper(file, "utf-8").read(PEEK_CHARACTERS).strip()
     return (("sample_by", "paragraph" if "\n\n" in beginning else "line"),)
 

@@ -60,7 +60,7 @@ def write_report(
         quoted=shlex.quote,
         repr=repr,
         short=short,
-        duration=_duration,
+        duration=elapsed,
         is_number=is_number,
         figure_text=charts.figure_text,
     )
@@ -92,7 +92,8 @@ def last_evaluation(records: Sequence[Record]) -> Record:
     return by_kind.get("final") or by_kind.get("heldout") or {}
 
 
-def _duration(seconds: float) -> str:
+def elapsed(seconds: float) -> str:
+    """Seconds in words: "2 h 5 min", "3 min 20 s", "4.1 s"."""
     hours, minutes = int(seconds // 3600), int(seconds % 3600 // 60)
     if hours:
         return f"{hours} h {minutes} min"

@@ -9,8 +9,10 @@ import torch
 
 from kronsae.cache import HarvestConfig
 from kronsae.cache.model import default_layers
+from kronsae.data.amount import about, too_few
 from kronsae.data.text import check_text
 from kronsae.errors import InputError
+from kronsae.plan.amount import available_tokens
 from kronsae.plan.memory import MIB, in_mib, shortage
 from kronsae.plan.outline import NoOutline, Outline, outline
 from kronsae.plan.text import memory_line, wrapped
@@ -62,7 +64,9 @@ def make_plan(config: HarvestConfig, out: Path) -> dict[str, Any]:
     # Each token of a context has an id and a mask, but the first one has no activations.
     row = stored * width + 5 * length / (length - 1)
     contexts = -(-data.heldout_tokens // length)
-    rows = config.tokens and config.tokens + contexts * (length - 1)
+    available = available_tokens(data, length)
+    harvested = min(filter(None, (config.tokens, available)), default=0)
+    rows = harvested and harvested + contexts * (length - 1)
     tokens = data.contexts_per_batch * length
     memory = {
         "language model": model.parameters * size,
@@ -77,7 +81,8 @@ def make_plan(config: HarvestConfig, out: Path) -> dict[str, Any]:
         "device": str(device),
         "hookpoints": widths,
         "bytes_per_token": row,
-        "tokens": config.tokens or None,
+        "tokens": harvested or None,
+        "available_tokens": available,
         "flops_per_token_model": model.flops_per_token,
         "memory_mib": in_mib(memory),
         "free_mib": None if free is None else free / MIB,
@@ -92,8 +97,13 @@ def why_refused(plan: dict[str, Any]) -> str | None:
     return _disk_shortage(plan) or shortage(plan)
 
 
+def why_early(plan: dict[str, Any], config: HarvestConfig) -> str | None:
+    """The message for a text that gives fewer tokens than configured; None otherwise."""
+    return too_few(config.tokens, plan["available_tokens"])
+
+
 def _disk_shortage(plan: dict[str, Any]) -> str | None:
-    if plan["disk_mib"] is None:
+    if plan["disk_mib"] is None or plan["tokens"] == plan["available_tokens"]:  # an estimate
         return None
     needed, free = plan["disk_mib"] - plan["disk_there_mib"], plan["disk_free_mib"]
     if needed <= 0 or DISK_MARGIN * needed <= free:
@@ -108,12 +118,13 @@ def _disk_shortage(plan: dict[str, Any]) -> str | None:
 
 def render(plan: dict[str, Any], config: HarvestConfig, out: Path) -> str:
     """The plan as text, with the time of the harvest, which is measured."""
+    amount = f"{config.tokens:,} tokens" if config.tokens else "all of the text"
+    if plan["available_tokens"] is not None:
+        amount += f" (it has {about(plan['available_tokens'])})"
     if plan["tokens"] is None:
-        amount = "all of the text"
         room = plan["disk_free_mib"] * MIB / plan["bytes_per_token"]
         disk = f"unknown; there is room for {room:,.0f} tokens"
     else:
-        amount = f"{plan['tokens']:,} tokens"
         disk = f"{plan['disk_mib']:,.0f} MiB"
     widths = ", ".join(f"{name} (d = {width:,})" for name, width in plan["hookpoints"].items())
     lines = [
@@ -127,6 +138,8 @@ def render(plan: dict[str, Any], config: HarvestConfig, out: Path) -> str:
         memory_line(plan),
         f"  time             {_time(plan, config)}",
     ]
+    if (early := why_early(plan, config)) is not None:
+        lines.append(f"It would end early: {early}")
     return wrapped(lines, why_refused(plan))
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from kronsae.config import RunConfig, TrainConfig, kind_of
+from kronsae.data.amount import in_words, too_few
 from kronsae.plan.memory import listed, shortage
 from kronsae.registry import SELECTIONS
 from kronsae.system import parallel
@@ -24,8 +25,16 @@ def describe_ranks(train: TrainConfig) -> str:
     return f", by {data * heads} processes: {', '.join(shares)}"
 
 
-def render(plan: dict[str, Any], members: Mapping[str, RunConfig], time: str) -> str:
-    """The plan as text. time: of the run, in words."""
+def render(
+    plan: dict[str, Any],
+    members: Mapping[str, RunConfig],
+    time: str,
+    available: int | None = None,
+) -> str:
+    """The plan as text.
+
+    time: of the run, in words.  available: tokens to train on, about; None if it is not known.
+    """
     config = next(iter(members.values()))
     data, train = config.data, config.train
     hookpoint = data.hookpoint or f"residual stream after block {data.layer}"
@@ -40,7 +49,7 @@ def render(plan: dict[str, Any], members: Mapping[str, RunConfig], time: str) ->
     lines = [
         "What would run (nothing was loaded or written):",
         f"  language model   {data.model}, {hookpoint}, d = {plan['d_model']:,}; {cost}",
-        f"  text             {data.dataset}",
+        f"  text             {data.dataset}{in_words(available, data.epochs)}",
         f"  training         {plan['tokens']:,} tokens in {plan['steps']:,} steps of "
         f"{train.batch_size:,}, AdamW{describe_ranks(train)}",
         f"  device           {plan['device']}",
@@ -53,6 +62,8 @@ def render(plan: dict[str, Any], members: Mapping[str, RunConfig], time: str) ->
         f"  disk             up to {sum(disk.values()):,.0f} MiB: {listed(disk.items())}",
         f"  time             {time}",
     ]
+    if (too_short := too_few(train.tokens, available, data.epochs)) is not None:
+        lines.append(f"It would end early: {too_short}")
     return wrapped(lines, shortage(plan))
 
 

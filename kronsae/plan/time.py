@@ -55,9 +55,16 @@ def model_seconds(data: DataConfig, model: Outline, device: torch.device) -> flo
     return _timed(run, device) / (contexts * model.context_length)
 
 
-def run_time(plan: dict[str, Any], members: Mapping[str, RunConfig], model: Outline) -> str:
+def run_time(
+    plan: dict[str, Any],
+    members: Mapping[str, RunConfig],
+    model: Outline,
+    available: int | None = None,
+) -> str:
     """The time of a run or a sweep, in words. plan: of `make_plan`.
 
+    available: tokens to train on, where a run ends even if more are configured; None if it is not
+        known.
     For several processes it counts computation alone, not their waiting for each other.
     """
     if shortage(plan) is not None:
@@ -81,16 +88,20 @@ def run_time(plan: dict[str, Any], members: Mapping[str, RunConfig], model: Outl
         return f"not measured: {error}"
     parallel = overlaps(data, model_device) and model_device != device
     token = max(reading, learning) if parallel else reading + learning
+    tokens = train.tokens if available is None else min(train.tokens, available)
     return (
-        f"{duration(train.tokens * token)}: a token takes {_microseconds(reading)} in the language "
-        f"model and {_microseconds(learning)} in optimizer steps (measured here, without "
+        f"{duration(tokens * token)}: a token takes {short_duration(reading)} in the language "
+        f"model and {short_duration(learning)} in optimizer steps (measured here, without "
         "evaluations, checkpoints and the auxiliary loss of dead latents)"
     )
 
 
-def _microseconds(seconds: float) -> str:
-    us = 1e6 * seconds
-    return f"{us:,.0f} us" if us >= 10 else f"{us:.2g} us"
+def short_duration(seconds: float) -> str:
+    """Seconds with two significant digits, in a fitting unit: "1.5 s", "12 ms", "0.85 us"."""
+    units = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
+    unit = next((unit for unit, size in units.items() if seconds >= 0.995 * size), "us")
+    count = seconds / units[unit]
+    return f"{count:,.0f} {unit}" if count >= 9.95 else f"{count:.2g} {unit}"
 
 
 def _timed(call: Callable[[], Any], device: torch.device) -> float:

@@ -1,0 +1,134 @@
+"""About how many tokens a text gives to train on, from its bytes and a sample of its documents."""
+
+import math
+from collections.abc import Sequence
+from io import TextIOWrapper
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from kronsae.config import DataConfig
+from kronsae.data.packing import context_begin
+from kronsae.data.text import (
+    STDLIB,
+    IndexedText,
+    TextSource,
+    check_text,
+    kind_of_file,
+    open_text,
+    options_of_file,
+)
+
+SAMPLE_DOCUMENTS = 256
+
+SAMPLE_CHARACTERS = 20_000
+"""Characters of a sampled document that are tokenised."""
+
+SAMPLE_FILES = 8
+
+BEGINNING_CHARACTERS = 2**20
+"""Characters that are read of a sampled text file."""
+
+MARGIN = 1.03
+"""Epochs are advised for 1.03 times the tokens, as an estimate may be too high."""
+
+
+class Sample(NamedTuple):
+    """Some documents of a text."""
+
+    size: float
+    """Bytes of the whole text, about."""
+    texts: list[str]
+
+
+def count_tokens(
+    config: DataConfig, tokenizer: Any, context_length: int, text: TextSource | None = None
+) -> int | None:
+    """About how many tokens there are to train on, over all epochs; None if it is not known.
+
+    It is known of the standard library, of files, and of a hub dataset that is on the disk.
+
+    text: of `config`, once it is open and documents are held out.
+    Raises InputError if files cannot be read.
+    """
+    if config.dataset == STDLIB and text is None:
+        text = open_text(config, 0)
+    if isinstance(text, IndexedText):
+        sample, heldout = _of_indexed(text), 0
+    elif files := check_text(config):
+        sample, heldout = _of_files(files, config), config.heldout_tokens
+    else:
+        return None
+    texts = [text[:SAMPLE_CHARACTERS] for text in sample.texts]
+    # verbose=False: no warning about texts longer than the model's context.
+    ids = [tokenizer(t, add_special_tokens=False, verbose=False)["input_ids"] for t in texts]
+    tokens_per_byte = sum(map(len, ids)) / max(1, _bytes(texts))
+    tokens = max(0.0, sample.size * tokens_per_byte - heldout)
+    if not context_begin(tokenizer, config.bos):  # the first token of each context is left out
+        tokens *= 1 - 1 / context_length
+    return config.epochs * int(tokens)
+
+
+def _of_indexed(text: IndexedText) -> Sample:
+    rows = _spread(range(len(text.documents)), SAMPLE_DOCUMENTS)
+    return Sample(text.size(), [text.documents[row] or "" for row in rows])
+
+
+def _of_files(files: list[Path], config: DataConfig) -> Sample:
+    """A sample from the beginnings of some of the files."""
+    sampled = _spread(files, SAMPLE_FILES)
+    texts: list[str] = []
+    read = size = 0.0
+    for path in sampled:
+        beginning, share = _beginning(path, config)
+        read += share * path.stat().st_size
+        size += _bytes(beginning)
+        texts += _spread(beginning, SAMPLE_DOCUMENTS // len(sampled))
+    return Sample(size / max(1, read) * sum(path.stat().st_size for path in files), texts)
+
+
+def _beginning(path: Path, config: DataConfig) -> tuple[list[str], float]:
+    """Documents at the beginning of a file, and the share of the file that they are, about."""
+    from kronsae.data.columns import Settings, open_file, read_beginning
+
+    kind = kind_of_file(path)
+    if kind != "text":
+        options = dict(options_of_file(path, alone=True))
+        return read_beginning(path, Settings(column=config.text_column, kind=kind, **options))
+    with open_file(path) as (file, stored):
+        reader = TextIOWrapper(file, "utf-8")
+        return [reader.read(BEGINNING_CHARACTERS)], stored.tell() / path.stat().st_size
+
+
+def _bytes(texts: Sequence[str]) -> int:
+    return sum(len(text.encode()) for text in texts)
+
+
+def _spread(items: Sequence[Any], count: int) -> list[Any]:
+    """At most `count` of the items, evenly spaced."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+def about(count: int) -> str:
+    """A number with two significant digits: "about 4,600,000"."""
+    return f"about {round(count, 2 - len(str(count))):,}"
+
+
+def in_words(available: int | None, epochs: int) -> str:
+    """What follows the name of a text that gives so many tokens; "" if that is not known."""
+    if available is None:
+        return ""
+    return f"; {about(available)} tokens to train on" + (f" in {epochs} epochs" * (epochs > 1))
+
+
+def too_few(wanted: int, available: int | None, epochs: int = 0) -> str | None:
+    """The message for a text that gives fewer tokens than wanted; None if it gives enough.
+
+    epochs: in which it gives them, to advise more; 0 if it can be read only once.
+    """
+    if available is None or wanted <= available:
+        return None
+    enough = math.ceil(MARGIN * wanted * epochs / available) if available else 0
+    return f"--tokens is {wanted:,}, and the text gives {about(available)}" + (
+        f": --epochs {enough} would be enough" if enough else ""
+    )

@@ -1,0 +1,27 @@
+"""How many tokens there are to train on, before a language model is loaded."""
+
+from kronsae.cache import CacheIndex
+from kronsae.config import DataConfig
+from kronsae.data.amount import count_tokens
+from kronsae.data.loading import load_tokenizer, quiet
+from kronsae.errors import InputError
+from kronsae.sources import Cache, source_of
+
+
+def available_tokens(data: DataConfig, context_length: int) -> int | None:
+    """About how many tokens a text gives to train on, or how many a cache has, over all epochs.
+
+    None if that is not known: of a hub dataset, of a plugin's source, without a tokenizer.
+    Raises InputError if files cannot be read.
+    """
+    if data.activations is not None:
+        if source_of(data.activations) is not Cache:
+            return None
+        return data.epochs * CacheIndex.open(data.activations).train_rows
+    common = {"revision": data.revision, "trust_remote_code": data.trust_remote_code}
+    try:
+        with quiet():
+            tokenizer = load_tokenizer(data.model, common)
+    except InputError:
+        return None
+    return count_tokens(data, tokenizer, context_length)
