@@ -452,6 +452,13 @@ class DataConfig:
         choices=ACTIVATIONS_ORDERS,
         unless=_unless_cached,
     )
+    activations_tokens: int = setting(
+        0,
+        "train on the first so many tokens of a cache (0: on all that it has now, which a run "
+        "keeps to when the harvest goes on)",
+        before=0,
+        unless=_unless_cached,
+    )
     dataset: str = _of_text(
         "stdlib",
         "hub name, or text, JSONL, CSV, Parquet or Arrow files, folders and globs, separated by "
@@ -531,7 +538,9 @@ class DataConfig:
         )
         check_values(self)
         _check_effects(
-            self, "activations_order", "dataset_config", "split", "streaming", "text_column"
+            self,
+            *("activations_order", "activations_tokens"),
+            *("dataset_config", "split", "streaming", "text_column"),
         )
 
     def live(self) -> "DataConfig":
@@ -541,7 +550,7 @@ class DataConfig:
         """
         if self.activations == self.model:
             return self
-        return replace(self, activations=None, activations_order="global")
+        return replace(self, activations=None, activations_order="global", activations_tokens=0)
 
 
 _of_losses = partial(setting, group="dead latents, and losses beside the error")

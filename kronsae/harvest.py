@@ -5,13 +5,29 @@
 
 import argparse
 import dataclasses
+import os
 import sys
+import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO, Any, cast
+
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as Bar
 
 from kronsae.cache import CacheIndex, HarvestConfig, harvest
-from kronsae.cache.index import DESCRIBED, HARVEST_NAME, INDEX_NAME, damaged, resume_command
-from kronsae.cache.writer import Progress, stored_config
+from kronsae.cache.index import (
+    DESCRIBED,
+    HARVEST_NAME,
+    INDEX_NAME,
+    damaged,
+    resume_command,
+    so_far,
+)
+from kronsae.cache.writer import Progress, goes_on, stored_config
 from kronsae.commandline import (
     Parser,
     Terminated,
@@ -25,6 +41,7 @@ from kronsae.config import DataConfig, flag
 from kronsae.errors import InputError
 from kronsae.plan.harvest import make_plan, render, why_early, why_refused
 from kronsae.plan.outline import NoOutline
+from kronsae.plan.time import duration
 
 __all__ = ["HarvestConfig", "harvest", "main", "make_plan"]
 
@@ -33,7 +50,8 @@ def make_parser() -> Parser:
     parser = Parser(
         "harvest",
         "Write activations of a language model to a folder, to train on many times. The same "
-        "command resumes an interrupted harvest, and repairs damaged shards of a complete one.",
+        "command resumes an interrupted harvest, repairs damaged shards of a complete one, and, "
+        "with more --tokens, makes it longer.",
         "kronsae harvest --model EleutherAI/pythia-160m --layer 6 --tokens 50M \\\n"
         "    --dataset text.jsonl --out pythia-layer6\n"
         "kronsae train --activations pythia-layer6",
@@ -62,8 +80,8 @@ def make_parser() -> Parser:
 
 _LISTS = {"layers": "layer", "hookpoints": "hookpoint"}
 
-_WITH_RESUME = ("device", "trust_remote_code")
-"""Settings that the folder does not store."""
+_WITH_RESUME = ("device", "tokens", "trust_remote_code")
+"""Settings that the folder does not store, or that may grow."""
 
 
 def parse(argv: list[str]) -> tuple[HarvestConfig | None, Path, bool]:
@@ -88,9 +106,9 @@ def parse(argv: list[str]) -> tuple[HarvestConfig | None, Path, bool]:
         return None, folder, False
     if action == "resume":
         trusted = flags.pop("trust_remote_code", False)
-        config = stored_config(folder, **flags)
+        config = stored_config(folder)
         data = dataclasses.replace(config.data, trust_remote_code=trusted)
-        return dataclasses.replace(config, data=data), folder, plan
+        return dataclasses.replace(config, data=data, **flags), folder, plan
     own = {name: flags.pop(name) for name in list(flags) if name in _OWN}
     own |= {name: tuple(own[name]) for name in _LISTS if name in own}
     data = DataConfig(**flags)
@@ -114,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
         config, folder, plan_alone = parse(load_plugins(argv))
         if config is None:
             return _verify(folder)
-        if not (folder / INDEX_NAME).exists() or plan_alone:
+        if plan_alone or not _is_complete(folder, config):
             try:
                 plan = make_plan(config, folder)
             except NoOutline as error:  # the harvest may still work
@@ -129,9 +147,10 @@ def main(argv: list[str] | None = None) -> int:
                     raise InputError(reason)
                 if (early := why_early(plan, config)) is not None:
                     print(f"It will end early: {early}", flush=True)
-        with stoppable():
-            index = harvest(config, folder, _show)
-        print(describe(folder, index))
+        console = Console(file=cast(IO[str], Enduring(sys.stdout)), highlight=False, soft_wrap=True)
+        with stoppable(), Shown(console) as shown:
+            index = harvest(config, folder, shown)
+        console.print(describe(folder, index), markup=False)
         return 0
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -149,9 +168,94 @@ def main(argv: list[str] | None = None) -> int:
         return 128 + signal_of(error)
 
 
-def _show(progress: Progress) -> None:
-    status = "was damaged, is repaired" if progress.repaired else f"{progress.rows:,} tokens"
-    print(f"{progress.section} shard {progress.number:,}: {status}", flush=True)
+def _is_complete(folder: Path, config: HarvestConfig) -> bool:
+    """Whether the folder has all shards that are configured."""
+    if not (folder / INDEX_NAME).exists():
+        return False
+    return not (folder / HARVEST_NAME).exists() or not goes_on(stored_config(folder), config)
+
+
+class Enduring:
+    """A text stream that drops what is written once nobody reads it: a harvest goes on."""
+
+    def __init__(self, stream: Any) -> None:
+        self.stream = open(os.devnull, "w") if stream is None else stream
+
+    def write(self, text: str) -> int:
+        with self._enduring():
+            self.stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with self._enduring():
+            self.stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    @contextmanager
+    def _enduring(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError:
+            with open(os.devnull, "w") as nowhere:  # also for what the stream holds back
+                os.dup2(nowhere.fileno(), self.stream.fileno())
+
+
+SECONDS_BETWEEN_LINES = 600
+"""Longest time without a line, where there is no terminal."""
+
+
+class Shown:
+    """Progress of a harvest: a bar on a terminal, elsewhere a line at each tenth."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.began: tuple[float, int] | None = None
+        """Time and tokens when this process had made its first forward pass."""
+        self.printed = (-1, 0.0)
+        """Tenths of the harvest, and the time, of the last line."""
+        self.bar = Bar(
+            TextColumn("harvest"),
+            BarColumn(),
+            TextColumn("{task.fields[figures]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.task = self.bar.add_task("harvest", total=None, figures="")
+
+    def __enter__(self) -> "Shown":
+        self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.stop()
+
+    def __call__(self, progress: Progress) -> None:
+        if progress.repaired is not None:
+            self.console.print(f"{progress.repaired} was damaged, is repaired")
+            return
+        now, rows, planned = time.monotonic(), progress.rows, progress.planned
+        figures = self._figures(now, rows, planned)
+        self.bar.update(self.task, completed=rows, total=planned, figures=figures)
+        tenth, (printed, at) = 10 * rows // planned if planned else 0, self.printed
+        late = now - at >= SECONDS_BETWEEN_LINES
+        if not self.console.is_terminal and (tenth != printed or late):
+            self.printed = tenth, now
+            self.console.print(figures)
+
+    def _figures(self, now: float, rows: int, planned: int | None) -> str:
+        """Tokens of how many, their rate and the time left."""
+        figures = f"{min(rows, planned):,} of {planned:,} tokens" if planned else f"{rows:,} tokens"
+        if self.began is None:
+            self.began = now, rows
+        began, first = self.began
+        if rows > first and now > began:
+            rate = (rows - first) / (now - began)
+            figures += f", {rate:,.0f} tokens/s"
+            if planned and planned > rows:
+                figures += f", {duration((planned - rows) / rate)} left"
+        return figures
 
 
 def describe(folder: Path, index: CacheIndex) -> str:
@@ -159,7 +263,8 @@ def describe(folder: Path, index: CacheIndex) -> str:
     names = ", ".join(f"{point.name} (d = {point.width:,})" for point in index.hookpoints)
     rows = index.train_rows + index.heldout_rows
     return (
-        f"{folder}: {index.train_rows:,} tokens to train on, {index.heldout_rows:,} held out, in "
+        f"{folder}: {index.train_rows:,} tokens to train on{so_far(index)}, "
+        f"{index.heldout_rows:,} held out, in "
         f"{len(index.train) + len(index.heldout):,} shards of {index.dtype}, "
         f"{index.bytes / 2**20:,.0f} MiB ({index.bytes / rows:,.0f} bytes a token)\n"
         f"  {index.data.model}: {names}\n"
@@ -169,11 +274,13 @@ def describe(folder: Path, index: CacheIndex) -> str:
 
 def _verify(folder: Path) -> int:
     index = CacheIndex.open(folder)
-    problems = damaged(folder, index)
-    for _, _, reason in problems:
-        print(f"error: {reason}", file=sys.stderr)
+    problems = [reason for _, _, reason in damaged(folder, index)]
     if not problems:
         print(f"{describe(folder, index)}\nAll files have the SHA-256 of the index.")
+    if index.planned is not None:
+        problems.append(f"the harvest is incomplete; resume it: {resume_command(folder)}")
+    for reason in problems:
+        print(f"error: {reason}", file=sys.stderr)
     return 2 if problems else 0
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from kronsae.cache import CacheActivations, CacheIndex
-from kronsae.cache.index import DESCRIBED
+from kronsae.cache.index import DESCRIBED, so_far
 from kronsae.cache.reader import hookpoint_numbers
 from kronsae.config import DataConfig
 from kronsae.data.activations import LanguageModelActivations, open_model
@@ -115,11 +115,16 @@ class Cache(Source):
 
     @classmethod
     def decided(cls, given: dict[str, Any]) -> dict[str, Any]:
-        """Model, text and hookpoint. Raises InputError if the hookpoint was not harvested."""
+        """Model, text, hookpoint and, unless it is given, the number of tokens.
+
+        Raises InputError if the hookpoint or so many tokens were not harvested.
+        """
         index = CacheIndex.open(given["activations"])
         layer, name, target = map(given.get, ("layer", "hookpoint", "target_hookpoint"))
         hookpoint = index.hookpoints[hookpoint_numbers(index, layer, name, target)[0]]
         decided = {name: getattr(index.data, name) for name in DESCRIBED}
+        if not given.get("activations_tokens"):
+            decided["activations_tokens"] = index.train_rows
         if name is None and hookpoint.layer is not None:
             return decided | {"layer": hookpoint.layer}
         return decided | {"layer": None, "hookpoint": hookpoint.name}
@@ -138,6 +143,7 @@ class Cache(Source):
             batch_size=batch_size,
             seed=seed,
             epochs=data.epochs,
+            tokens=data.activations_tokens,
             buffer_tokens=data.buffer_tokens,
             order=data.activations_order,
             device=device,
@@ -150,7 +156,7 @@ class Cache(Source):
         reads = _reads(model.hookpoint, model.target_hookpoint)
         return (
             f"{data.model}, not loaded: {source.index.train_rows:,} tokens of {reads} "
-            f"(d = {source.d_model:,}) are in {data.activations}"
+            f"(d = {source.d_model:,}) are in {data.activations}{so_far(source.index)}"
         )
 
 

@@ -17,6 +17,7 @@ from kronsae.cache import CacheActivations, CacheIndex, Damaged, index, reader, 
 from kronsae.cache.index import damaged
 from kronsae.data import LanguageModel, LanguageModelActivations
 from kronsae.errors import InputError
+from kronsae.system import checkpoint
 from kronsae.system.files import read_checksummed, write_checksummed
 
 BATCH = 24
@@ -434,7 +435,8 @@ def test_other_folders_are_refused(tmp_path, copy):
     with pytest.raises(InputError, match="cannot be read"):
         CacheIndex.open(copy)
     (copy / "index.json").unlink()
-    with pytest.raises(InputError, match=r"the harvest is incomplete.*--resume"):
+    shutil.rmtree(copy / "progress")
+    with pytest.raises(InputError, match=r"the harvest is incomplete, without a shard.*--resume"):
         CacheIndex.open(copy)
 
 
@@ -489,6 +491,16 @@ class Disk:
         return changed
 
 
+def check_what_is_there(folder):
+    """All shards of an index that can be opened are whole; returns their number."""
+    try:
+        held = CacheIndex.open(folder)
+    except InputError:
+        return 0
+    assert damaged(folder, held) == []
+    return len(held.train)
+
+
 @pytest.mark.parametrize(
     "error", [PowerCut(), OSError(errno.ENOSPC, "no space")], ids=["kill", "full"]
 )
@@ -507,6 +519,7 @@ def test_interrupted_anywhere_it_ends_in_the_same_bytes(error, harvester, tmp_pa
                 assert isinstance(caught, PowerCut) or "no space" in str(caught)
         for path in folder.glob("*.safetensors"):  # nothing half-written under its final name
             assert path.read_bytes() == whole[path.name]
+        check_what_is_there(folder)
         harvester(folder, config)
         assert cached.contents(folder) == whole
         shutil.rmtree(folder)
@@ -534,3 +547,160 @@ def test_a_changed_text_is_seen_when_a_harvest_goes_on(harvester, monkeypatch, t
     cached.give_text(monkeypatch, cached.TEXTS[1:])
     with pytest.raises(InputError, match="text has changed since the harvest began"):
         harvester(tmp_path / "cache")
+
+
+# Part of a harvest, and more of it
+
+
+def with_tokens(tokens, **settings):
+    return cached.dataclasses.replace(cached.CONFIG, tokens=tokens, **settings)
+
+
+def test_a_killed_harvest_is_read_as_far_as_it_got(cache, harvester, tmp_path):
+    folder, whole = tmp_path / "cache", CacheIndex.open(cache)
+    with pytest.MonkeyPatch.context() as patch:
+        Disk(patch, 100, PowerCut())
+        with pytest.raises(PowerCut):
+            harvester(folder)
+    assert not (folder / "index.json").exists()
+    held = CacheIndex.open(folder)
+    assert held.planned == 0 and 1 <= len(held.train) < len(whole.train)
+    assert held.heldout == whole.heldout and held.train == whole.train[: len(held.train)]
+    rows = torch.cat(list(opened(folder, order="stream", buffer_tokens=1)))
+    assert same_rows(rows, torch.cat(train_rows(cache)[: len(held.train)]))
+    with pytest.raises(InputError, match=r"so far \(of all of the text: the harvest is incomplete"):
+        opened(folder).check_budget(10**6)
+    harvester(folder)
+    assert cached.contents(folder) == cached.contents(cache)
+    assert CacheIndex.open(folder).planned is None
+
+
+def test_a_newest_state_that_is_damaged_is_passed_over(copy):
+    (copy / "index.json").unlink()
+    newest = max((copy / "progress").iterdir())
+    (newest / "state.json").write_text("{")
+    shards = CacheIndex.open(copy).train
+    shutil.rmtree(newest)
+    assert CacheIndex.open(copy).train == shards and len(shards) > 4
+
+
+def test_a_longer_harvest_ends_in_the_same_bytes(cache, harvester, tmp_path, monkeypatch):
+    """In steps: into the last shard, over its end, with nothing to do, and to the text's end."""
+    folder, written = tmp_path / "cache", []
+    write = writer.write_tensors
+    monkeypatch.setattr(writer, "write_tensors", lambda p, t: written.append(p.name) or write(p, t))
+    for tokens in (230, 251, 252, 470, 10**6, 0):
+        harvester(tmp_path / str(tokens), with_tokens(tokens))
+        full = {
+            file.file
+            for shard in (CacheIndex.open(folder).train if folder.exists() else ())
+            for file in shard.files
+            if shard.rows >= cached.CONFIG.shard_tokens
+        }
+        written.clear()
+        harvester(folder, with_tokens(tokens))
+        assert not full & set(written)
+        assert cached.contents(folder) == cached.contents(tmp_path / str(tokens))
+    assert written == []  # all of the text was there
+    assert cached.contents(folder) == cached.contents(cache)
+    with pytest.raises(InputError, match="only --tokens may change, to more.*\n.*tokens: was 0"):
+        harvester(folder, with_tokens(10**6))
+
+
+@pytest.mark.parametrize("tokens", [230, 251])
+def test_made_longer_and_interrupted_anywhere_it_ends_in_the_same_bytes(
+    tokens, harvester, tmp_path
+):
+    """A kill costs the shard that is being made, and leaves an index of what is there."""
+    longer = with_tokens(430, layers=(2,))
+    harvester(tmp_path / "whole", longer)
+    whole = cached.contents(tmp_path / "whole")
+    harvester(tmp_path / "begun", with_tokens(tokens, layers=(2,)))
+    shards = [s for s in CacheIndex.open(tmp_path / "begun").train if s.rows >= 100]
+    folder, at = tmp_path / "cache", 0
+    while True:
+        shutil.copytree(tmp_path / "begun", folder)
+        with pytest.MonkeyPatch.context() as patch:
+            disk = Disk(patch, at, PowerCut())
+            try:
+                harvester(folder, longer)
+            except PowerCut:
+                pass
+        assert check_what_is_there(folder) >= len(shards)
+        harvester(folder, longer)
+        assert cached.contents(folder) == whole
+        shutil.rmtree(folder)
+        if disk.changes <= at:
+            break
+        at += 1 if at < 30 else 5
+    assert at > 40
+
+
+def test_without_its_states_a_cache_is_made_longer_from_the_text(cache, harvester, tmp_path):
+    folder = tmp_path / "cache"
+    harvester(folder, with_tokens(251))
+    shutil.rmtree(folder / "progress")
+    harvester(folder, with_tokens(0))
+    assert cached.contents(folder) == cached.contents(cache)
+
+
+def test_states_of_an_earlier_version_are_gone_on_with(cache, harvester, tmp_path):
+    folder = tmp_path / "cache"
+    harvester(folder, with_tokens(251))
+    for place in (folder / "progress").iterdir():
+        state = checkpoint.load_state(place)
+        document = state.pop("index")
+        model = document["model"] | {"hookpoint": "x", "d_model": 512}
+        names = ("tokenizer", "text", "dtype")
+        state["facts"] = {"model": model, **{name: document[name] for name in names}}
+        state["shards"] = {section: document[section] for section in ("heldout", "train")}
+        copies = {"harvest.json": read_checksummed(place / "harvest.json")}
+        checkpoint.save_state(place, state, copies=copies)
+    harvester(folder, with_tokens(0))
+    assert cached.contents(folder) == cached.contents(cache)
+
+
+@pytest.mark.parametrize("order", ["global", "stream"])
+def test_the_first_tokens_of_a_cache_are_those_of_a_smaller_one(order, cache, harvester, tmp_path):
+    """Their fingerprint, batches and resumed batches, though the cache has grown."""
+    small, grown = tmp_path / "small", tmp_path / "grown"
+    tokens = harvester(small, with_tokens(251)).train_rows
+    shutil.copytree(small, grown)
+    settings = {"epochs": 3, "buffer_tokens": 250, "order": order}
+    expected = list(opened(small, **settings))
+    running = opened(grown, **settings)
+    batches = iter(running)
+    begun = [next(batches).clone() for _ in range(2)]
+    harvester(grown, with_tokens(0))
+    last, same_one = CacheIndex.open(small).train[-1], CacheIndex.open(grown).train[2]
+    assert last.tokens.file == same_one.tokens.file and last.rows < same_one.rows
+    assert same(begun + list(batches), expected)
+    source = opened(grown, **settings, tokens=tokens)
+    assert source.describe() == opened(small, **settings).describe()
+    assert same(list(source), expected)
+    whole = opened(grown, **settings, tokens=CacheIndex.open(grown).train_rows)
+    assert whole.index == CacheIndex.open(cache)
+    with pytest.raises(InputError, match="tokens to train on, not 1,000,000"):
+        opened(grown, tokens=10**6)
+
+
+def test_any_number_of_tokens_can_be_read(cache):
+    everything = torch.cat(train_rows(cache))
+    for tokens in (1, 57, 201):
+        rows = torch.cat(list(opened(cache, tokens=tokens)))
+        assert same_rows(rows, everything[:tokens])
+
+
+def test_damage_is_found_in_a_shard_that_has_grown(cache, harvester, tmp_path):
+    folder = tmp_path / "cache"
+    tokens = harvester(folder, with_tokens(251)).train_rows
+    source = opened(folder)
+    harvester(folder, with_tokens(0))
+    name = source.index.train[-1].activations[1].file
+    content = bytearray((folder / name).read_bytes())
+    content[400] ^= 1  # among the old rows
+    (folder / name).write_bytes(content)
+    with pytest.raises(Damaged, match=f"{name}.*SHA-256"):
+        list(source)
+    with pytest.raises(Damaged, match=name):
+        opened(folder, tokens=tokens)

@@ -253,6 +253,42 @@ def test_flags_that_a_cache_rules_out(flags, words, cache, capsys, tmp_path):
     assert words in capsys.readouterr().err and not out.exists()
 
 
+@pytest.mark.parametrize("order", ["global", "stream"])
+def test_a_run_keeps_to_the_tokens_that_it_began_with(order, monkeypatch, tmp_path):
+    """Bit for bit, when the harvest has gone on since."""
+    folder, whole, out = tmp_path / "cache", tmp_path / "whole", tmp_path / "run"
+    cached.make(monkeypatch, folder, tokens=251)
+    flags = ["--layer", "2", *FLAGS, "--activations-order", order, "--tokens", "500"]
+    flags += ["--checkpoint-every", "3", "--activations", str(folder)]
+    assert main([*flags, "--out", str(whole)]) == 0
+    data = json.loads((whole / "config.json").read_text())["config"]["data"]
+    assert data["activations_tokens"] == CacheIndex.open(folder).train_rows
+    with monkeypatch.context() as patch:
+        stop_at(patch, 5)
+        assert main([*flags, "--out", str(out)]) == 128 + signal.SIGTERM
+    cached.make(monkeypatch, folder)
+    assert CacheIndex.open(folder).train_rows > 700
+    assert main(["--resume", str(out)]) == 0
+    assert (out / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
+    assert records(out) == records(whole)
+    again = tmp_path / "again"
+    assert main(["--config", str(whole / "config.json"), "--out", str(again)]) == 0
+    assert (again / WEIGHTS).read_bytes() == (whole / WEIGHTS).read_bytes()
+
+
+def test_an_incomplete_harvest_is_trained_from(monkeypatch, tmp_path, capsys):
+    folder, out = tmp_path / "cache", tmp_path / "run"
+    held = cached.make(monkeypatch, folder, tokens=400)
+    (folder / "index.json").unlink()  # as if it had been killed
+    arguments = ["--activations", str(folder), "--layer", "2", *FLAGS, "--tokens", "500"]
+    assert main([*arguments, "--out", str(out)]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert f"{held.train_rows:,} tokens of gpt_neox.layers.2" in printed
+    assert "so far (of 400: the harvest is incomplete)" in printed
+    assert main([*arguments, "--activations-tokens", "9999", "--out", str(tmp_path / "x")]) == 2
+    assert "not 9,999. Resume it: kronsae harvest --resume" in capsys.readouterr().err
+
+
 def test_order_has_no_effect_without_a_cache(capsys):
     assert main(["--activations-order", "stream", "--plan"]) == 2
     assert "--activations-order has no effect with a language model" in capsys.readouterr().err

@@ -1,8 +1,11 @@
 """`kronsae harvest`: the command line, its plan, and kills at random moments."""
 
+import contextlib
+import io
 import json
 import os
 import random
+import re
 import shlex
 import shutil
 import signal
@@ -17,9 +20,12 @@ import torch
 
 from kronsae import harvest
 from kronsae.cache import CacheIndex, HarvestConfig
+from kronsae.cache.index import damaged
 from kronsae.cache.model import ManyHookpoints
+from kronsae.cache.writer import Progress
 from kronsae.errors import InputError
 from kronsae.harvest import make_plan, parse
+from kronsae.plan.time import duration
 from kronsae.system.files import read_checksummed
 
 SMALL = [
@@ -74,6 +80,8 @@ def test_signals_and_kills_leave_the_same_bytes(whole, tmp_path):
     assert status == 128 + signal.SIGTERM and f"resume by kronsae harvest --resume {folder}" in err
     _, status = interrupt(folder, 9, signal.SIGKILL, 0.02)
     assert status == -signal.SIGKILL
+    held = CacheIndex.open(folder)
+    assert len(held.train) >= 9 and held.planned == 20_000 and damaged(folder, held) == []
     assert harvest.main(["--resume", str(folder)]) == 0
     assert cached.contents(folder) == cached.contents(whole)
 
@@ -85,8 +93,60 @@ def test_ten_kills_leave_the_same_bytes(whole, tmp_path):
     for kill in range(10):
         interrupt(folder, kill * shards // 11, signal.SIGKILL, 0.1 * drawn.random())
         assert not (folder / "index.json").exists()
+        with contextlib.suppress(InputError):  # there may be no shard yet
+            assert damaged(folder, CacheIndex.open(folder)) == []
     assert harvest.main([*SMALL, "--out", str(folder)]) == 0
     assert cached.contents(folder) == cached.contents(whole)
+
+
+def test_progress_is_a_line_at_each_tenth(shared, tmp_path, capsys, monkeypatch):
+    clock = iter(range(10**6))
+    monkeypatch.setattr(harvest.time, "monotonic", lambda: float(next(clock)))
+    config = ["--layer", "2", "--dataset", "given", "--context-length", "16"]
+    config += ["--contexts-per-batch", "4", "--heldout-tokens", "64", "--tokens", "1100"]
+    assert harvest.main([*config, "--out", str(tmp_path / "cache")]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "of 1,1" in line]
+    held = CacheIndex.open(tmp_path / "cache")
+    planned = held.heldout_rows + 1100
+    assert 10 <= len(lines) <= 11 and lines[0].endswith(f" of {planned:,} tokens")
+    passes = [[int(word.replace(",", "")) for word in re.findall(r"[\d,]*\d", x)] for x in lines]
+    rows, total, rate = passes[4][:3]
+    assert total == planned and 0.4 * planned <= rows < 0.5 * planned + 60
+    assert 50 <= rate <= 60  # a forward pass of 59 tokens a second, by this clock
+    assert lines[4].endswith(f"tokens/s, {duration((planned - rows) / rate)} left")
+    assert lines[-1].startswith(f"{planned:,} of") and lines[-1].endswith("tokens/s")
+
+
+def test_progress_without_a_total_is_a_line_every_ten_minutes(shared, tmp_path, capsys):
+    shown = harvest.Shown(harvest.Console(highlight=False, soft_wrap=True))
+    with pytest.MonkeyPatch.context() as patch:
+        for now in range(1000, 3000, 100):
+            patch.setattr(harvest.time, "monotonic", lambda now=now: float(now))
+            shown(Progress(50 * now, None))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["50,000 tokens", "80,000 tokens, 50 tokens/s"] and len(lines) == 4
+
+
+def test_a_bar_on_a_terminal(shared):
+    out = io.StringIO()
+    shown = harvest.Shown(harvest.Console(file=out, force_terminal=True, width=120))
+    with shown:
+        shown(Progress(500, 1000))
+        shown(Progress(900, 1000))
+        shown.bar.refresh()
+    assert "900 of 1,000 tokens" in out.getvalue() and "\x1b[" in out.getvalue()
+
+
+def test_a_harvest_goes_on_when_nobody_reads_what_it_prints(shared, tmp_path, monkeypatch):
+    read, write = os.pipe()
+    os.close(read)
+    arguments = ["--layer", "2", "--dataset", "given", "--context-length", "16", "--tokens", "300"]
+    arguments += ["--contexts-per-batch", "4", "--heldout-tokens", "64"]
+    with os.fdopen(write, "w") as unread:
+        monkeypatch.setattr(sys, "stdout", unread)
+        assert harvest.main([*arguments, "--out", str(tmp_path / "cache")]) == 0
+        unread.flush()  # as Python does at its end
+    assert CacheIndex.open(tmp_path / "cache").planned is None
 
 
 def test_verify_says_what_is_damaged_and_the_same_command_repairs(shared, tmp_path, capsys):
@@ -154,6 +214,34 @@ def test_the_plan_is_what_then_lies_on_the_disk(monkeypatch, tmp_path):
     assert plan["disk_mib"] * 2**20 == pytest.approx(held.bytes, rel=0.05)
     assert plan["disk_there_mib"] * 2**20 == held.bytes
     assert list(plan["hookpoints"].values()) == [256, 256]
+
+
+def test_the_plan_of_a_longer_harvest_counts_what_is_there(shared, monkeypatch, capsys, tmp_path):
+    out = tmp_path / "cache"
+    held = cached.make(monkeypatch, out, tokens=251)
+    arguments = ["--resume", str(out), "--tokens", "1_000_000_000"]
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(2**40, 0, 2**30))
+    assert harvest.main(arguments) == 2
+    assert "MiB of disk are needed" in capsys.readouterr().err
+    assert harvest.main([*arguments[:3], "400"]) == 0
+    assert f"to train on, {held.heldout_rows:,} held out" in capsys.readouterr().out
+    assert CacheIndex.open(out).train_rows >= 400
+    assert harvest.main([*arguments[:3], "300"]) == 2
+    assert "only --tokens may change, to more" in capsys.readouterr().err
+
+
+def test_verify_says_that_a_harvest_is_incomplete(monkeypatch, capsys, tmp_path):
+    out = tmp_path / "cache"
+    held = cached.make(monkeypatch, out, tokens=400)
+    (out / "index.json").unlink()
+    assert harvest.main(["--verify", str(out)]) == 2
+    printed, err = capsys.readouterr()
+    assert f"{held.train_rows:,} tokens to train on so far (of 400: the harvest is" in printed
+    assert err == f"error: the harvest is incomplete; resume it: kronsae harvest --resume {out}\n"
+    (out / "train-00000.0.safetensors").unlink()
+    assert harvest.main(["--verify", str(out)]) == 2
+    assert "train-00000.0.safetensors is missing" in capsys.readouterr().err
 
 
 def test_code_from_a_hub_is_not_trusted_by_a_file(tmp_path, shared):

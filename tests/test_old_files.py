@@ -18,6 +18,8 @@ import pytest
 import torch
 
 import kronsae
+from kronsae import harvest
+from kronsae.cache import CacheActivations
 from kronsae.train import main
 
 OLD = Path(__file__).parent / "fixtures" / "before_rooms"
@@ -60,6 +62,17 @@ def test_an_old_cache_is_trained_from(here):
     sizes = ("--dict-size", "32", "--k", "4", "--tokens", "256", "--batch-size", "64")
     assert main(["--activations", "cache", "--out", "new", "--device", "cpu", *sizes]) == 0
     assert kronsae.load("new").d_model == 256
+
+
+def test_an_old_cache_is_made_longer(here):
+    """By the same command with more tokens; the shard that had room for them is made again."""
+    before = CacheActivations("cache", batch_size=64)
+    rows = torch.cat(list(before))
+    assert harvest.main(["--resume", "cache", "--tokens", "400", "--device", "cpu"]) == 0
+    after = CacheActivations("cache", batch_size=64, order="stream", buffer_tokens=1)
+    assert after.index.train_rows >= 400 > before.index.train_rows
+    first = torch.cat(list(CacheActivations("cache", batch_size=64, tokens=len(rows))))
+    torch.testing.assert_close(first, rows, rtol=1e-2, atol=1e-1)
 
 
 def test_an_old_config_is_repeated(here):

@@ -2,7 +2,8 @@
 
 A cache is a folder:
 
-index.json                            the `CacheIndex`: contents and origin
+index.json                            the `CacheIndex`: contents and origin (while a harvest is
+                                      incomplete, it is in the newest state in progress/)
 train-00000.tokens.safetensors        contexts [c, L] int32 token ids, mask [c, L] bool
 train-00000.0.safetensors             activations [r, width] of the first hookpoint
 train-00000.1.safetensors             ... of the second; and so on
@@ -33,6 +34,7 @@ from kronsae.config import DTYPES, DataConfig, data_settings, from_dict, stored
 from kronsae.data.common import digest
 from kronsae.errors import InputError
 from kronsae.registry import command_line
+from kronsae.system import checkpoint
 from kronsae.system.files import read_checksummed, write_file
 
 FORMAT = "kronsae-activations"
@@ -132,23 +134,54 @@ class CacheIndex:
     train: tuple[Shard, ...]
     begin: dict[str, Any] = dataclasses.field(default_factory=dict)
     """`kronsae.data.activations.describe_begin`; empty in caches of earlier versions."""
+    planned: int | None = None
+    """Training tokens that a harvest will have that is incomplete (0: all of the text). No file
+    has it."""
 
     @classmethod
     def open(cls, folder: str | Path) -> "CacheIndex":
-        """The index of the cache in `folder`. Raises InputError if there is no valid one."""
+        """The index of the cache in `folder`; of an incomplete harvest, of its shards so far.
+
+        Raises InputError if there is no valid one.
+        """
         folder = Path(folder)
         path = folder / INDEX_NAME
         try:
             document = read_checksummed(path)
         except FileNotFoundError as error:
             if (folder / HARVEST_NAME).is_file():
-                raise InputError(
-                    f"{folder}: the harvest is incomplete. Resume it: {resume_command(folder)}"
-                ) from error
+                return cls._so_far(folder)
             problem = f"it has no {path.name}" if folder.is_dir() else "there is no such folder"
             raise InputError(f"{folder} is not a cache of activations: {problem}") from error
         except (OSError, ValueError) as error:
             raise InputError(f"{path} cannot be read ({error}); {_rewrite(folder)}") from error
+        return cls.from_json(document, path, _rewrite(folder))
+
+    @classmethod
+    def _so_far(cls, folder: Path) -> "CacheIndex":
+        """The index of an incomplete harvest, from the newest state that can be read.
+
+        Raises InputError if no shard to train on is complete.
+        """
+        hint = f"resume it: {resume_command(folder)}"
+        for place in reversed(checkpoint.list_checkpoints(folder / PROGRESS)):
+            try:
+                state = checkpoint.load_state(place, tensors=False)
+                tokens = read_checksummed(folder / HARVEST_NAME)["config"]["tokens"]
+            except (OSError, ValueError, KeyError, TypeError):
+                continue  # damaged, or gone since it was listed: the harvest may be running
+            if state.get("index", {}).get("train"):
+                index = cls.from_json(state["index"], place, hint)
+                return dataclasses.replace(index, planned=tokens)
+        raise InputError(f"{folder}: the harvest is incomplete, without a shard so far; {hint}")
+
+    @classmethod
+    def from_json(cls, document: Any, path: Path, hint: str, check: bool = True) -> "CacheIndex":
+        """The inverse of `json`.
+
+        path: of the document, for messages.  hint: what to do if it is damaged.
+        check: False accepts an index without shards.  Raises InputError if it is invalid.
+        """
         version = document.get("format_version") if isinstance(document, dict) else None
         if version is None or document.get("format") != FORMAT:
             raise InputError(f"{path} was not written by a harvest")
@@ -165,15 +198,53 @@ class CacheIndex:
                 begin=document.get("begin", {}),
                 **{name: document[name] for name in _PLAIN},
             )
-            index._check()
+            if check:
+                index._check()
         except (KeyError, TypeError, AttributeError, ValueError) as error:
             reason = f"{type(error).__name__}: {error}"
-            raise InputError(f"{path} is damaged ({reason}); {_rewrite(folder)}") from error
+            raise InputError(f"{path} is damaged ({reason}); {hint}") from error
         return index
 
     def json(self) -> dict[str, Any]:
         head = {"format": FORMAT, "format_version": FORMAT_VERSION}
-        return {**head, **dataclasses.asdict(self), "data": described(self.data)}
+        values = {**head, **dataclasses.asdict(self), "data": described(self.data)}
+        del values["planned"]
+        return values
+
+    def first(self, rows: int, folder: Path) -> "CacheIndex":
+        """The index of the first `rows` rows to train on, as it was when there were no more.
+
+        It has the fingerprint of that time, if they end with a forward pass of the language model.
+        Where they end within a shard, that shard is read.
+        folder: of the cache.  Raises InputError if there are fewer, Damaged if the shard is.
+        """
+        if rows > self.train_rows:
+            hint = "" if self.planned is None else f". Resume it: {resume_command(folder)}"
+            raise InputError(
+                f"activations_tokens: {folder} has {self.train_rows:,} tokens to train on"
+                f"{so_far(self)}, not {rows:,}{hint}"
+            )
+        shards: list[Shard] = []
+        for shard in self.train:
+            if rows > 0:
+                whole = shard.rows <= rows
+                shards.append(shard if whole else self._cut(shard, rows, folder))
+                rows -= shard.rows
+        return dataclasses.replace(self, train=tuple(shards))
+
+    def _cut(self, shard: Shard, rows: int, folder: Path) -> Shard:
+        """The shard as it was written when it had no more than the passes of its first rows."""
+        tokens = read_tensors(folder, shard.tokens, self.tokens_layout(shard))
+        seen = tokens["mask"].sum(1).cumsum(0)
+        size = self.data.contexts_per_batch
+        needed = int((seen < rows).sum()) + 1
+        contexts = min(-(-needed // size) * size, shard.contexts)
+        files = []
+        for number, file in enumerate(shard.activations):
+            tensors = read_tensors(folder, file, self.activations_layout(shard, number))
+            files.append(_mark(file.file, {name: x[:rows] for name, x in tensors.items()}))
+        cut = _mark(shard.tokens.file, {name: x[:contexts] for name, x in tokens.items()})
+        return Shard(contexts, rows, cut, tuple(files))
 
     def _check(self) -> None:
         """Raise ValueError for anything that a harvest would not write."""
@@ -291,6 +362,14 @@ def _count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**53
 
 
+def so_far(index: CacheIndex) -> str:
+    """That a harvest is incomplete, in words to follow its number of tokens; "" if it is not."""
+    if index.planned is None:
+        return ""
+    planned = f"{index.planned:,}" if index.planned else "all of the text"
+    return f" so far (of {planned}: the harvest is incomplete)"
+
+
 def resume_command(folder: Path) -> str:
     return command_line("harvest", "--resume", str(folder))
 
@@ -320,15 +399,8 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> ShardFile:
     The bytes do not depend on the version of the safetensors library.
     tensors: contiguous, on the CPU. Raises InputError if the disk is full.
     """
-    layout = {
-        name: (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
-        for name, tensor in tensors.items()
-    }
-    text = json.dumps(_header(layout), separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    header = memoryview(len(text).to_bytes(8, "little") + text)
-    parts = [header, *map(_bytes, tensors.values())]
     hashed = hashlib.sha256()
+    parts = _parts(tensors)
 
     def write(beside: Path) -> None:
         with open(beside, "wb", buffering=0) as file:
@@ -341,6 +413,31 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> ShardFile:
 
     write_file(path, write)
     return ShardFile(path.name, sum(map(len, parts)), hashed.hexdigest())
+
+
+def _mark(name: str, tensors: dict[str, Tensor]) -> ShardFile:
+    """What `write_tensors` gives, without writing."""
+    parts = _parts(tensors)
+    hashed = hashlib.sha256()
+    for part in parts:
+        hashed.update(part)
+    return ShardFile(name, sum(map(len, parts)), hashed.hexdigest())
+
+
+def _parts(tensors: dict[str, Tensor]) -> list[memoryview]:
+    """The bytes of a file of these tensors: the header, and the memory of each tensor."""
+    layout = {
+        name: (str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+        for name, tensor in tensors.items()
+    }
+    return [memoryview(_header_bytes(layout)), *map(_bytes, tensors.values())]
+
+
+def _header_bytes(layout: Layout) -> bytes:
+    """The header of a file, with its length before it."""
+    text = json.dumps(_header(layout), separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def _header(layout: Layout) -> dict[str, Any]:
@@ -369,21 +466,24 @@ def read_tensors(
     *,
     into: dict[str, Tensor] | None = None,
     verify: bool = True,
+    grown: bool = False,
 ) -> dict[str, Tensor]:
     """Read the tensors of a file.
 
     into: contiguous tensors of this layout, in its order, to read into (default: new ones).
     verify: also check the file's SHA-256.
+    grown: the harvest may have written the file again, with more rows after these.
     Raises Damaged; for sizes or types other than the layout's before memory is allocated.
     """
     hashed = hashlib.sha256() if verify else None
     with _file_of(folder, file) as path, open(path, "rb", buffering=0) as stream:
-        _read_header(stream, file, layout, hashed)
+        starts = _read_header(stream, file, layout, hashed, grown)
         tensors = into or {
             name: torch.empty(shape, dtype=getattr(torch, dtype))
             for name, (dtype, shape) in layout.items()
         }
-        for tensor in tensors.values():
+        for start, tensor in zip(starts, tensors.values(), strict=True):
+            stream.seek(start)
             _fill(stream, tensor, hashed)
         if hashed is not None and hashed.hexdigest() != file.sha256:
             raise ValueError("its SHA-256 is not that of the index")
@@ -409,23 +509,44 @@ def _file_of(folder: Path, file: ShardFile) -> Iterator[Path]:
         ) from error
 
 
-def _read_header(stream: Any, file: ShardFile, layout: Layout, hashed: Any) -> None:
-    """Raise ValueError unless the file holds these tensors, in this order and size.
+def _read_header(
+    stream: Any, file: ShardFile, layout: Layout, hashed: Any, grown: bool
+) -> list[int]:
+    """Where each tensor begins. Raises ValueError unless the file holds these, in this order.
 
-    hashed: a hash to update with the bytes read, or None.
+    hashed: a hash to update with the header of this layout, or None.
+    grown: tensors may have more rows.
     """
-    _check_size(stream.seek(0, 2), file)
+    size = stream.seek(0, 2)
+    _check_size(size, file, grown)
     stream.seek(0)
-    length_bytes = stream.read(8)
-    length = int.from_bytes(length_bytes, "little")
-    if length != file.bytes - payload(layout) - 8:
+    length = int.from_bytes(stream.read(8), "little")
+    if size == file.bytes and length != size - payload(layout) - 8 or length > MAX_HEADER_BYTES:
         raise ValueError("its header does not have the length expected")
     text = stream.read(length)
+    header, expected = json.loads(text), _header(layout)
+    if size > file.bytes:
+        expected = _header(_with_rows_of(header, layout))
+    if header != expected:
+        raise ValueError(f"expected tensors {expected}, got {str(header)[:400]}")
     if hashed is not None:
-        hashed.update(length_bytes + text)
-    header = json.loads(text)
-    if header != _header(layout):
-        raise ValueError(f"expected tensors {_header(layout)}, got {str(header)[:400]}")
+        as_written = length.to_bytes(8, "little") + text
+        hashed.update(as_written if size == file.bytes else _header_bytes(layout))
+    return [8 + length + entry["data_offsets"][0] for entry in header.values()]
+
+
+def _with_rows_of(header: Any, layout: Layout) -> Layout:
+    """The layout with as many rows as a header has. Raises ValueError if these are fewer."""
+    grown = {}
+    for name, (dtype, shape) in layout.items():
+        try:
+            rows = header[name]["shape"][0]
+        except (TypeError, KeyError, IndexError) as error:
+            raise ValueError(f"it has no tensor {name!r}") from error
+        if not _count(rows) or rows < shape[0]:
+            raise ValueError(f"{name} has {rows} rows, expected {shape[0]} or more")
+        grown[name] = (dtype, (rows, *shape[1:]))
+    return grown
 
 
 def _fill(stream: Any, tensor: Tensor, hashed: Any) -> None:
@@ -447,8 +568,8 @@ def check_sizes(folder: Path, index: CacheIndex) -> None:
             _check_size(path.stat().st_size, file)
 
 
-def _check_size(size: int, file: ShardFile) -> None:
-    if size != file.bytes:
+def _check_size(size: int, file: ShardFile, grown: bool = False) -> None:
+    if size != file.bytes and not (grown and size > file.bytes):
         raise ValueError(f"it has {size:,} bytes, expected {file.bytes:,}")
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kronsae.cache.index import CacheIndex, Shard, check_sizes, read_tensors
+from kronsae.cache.index import CacheIndex, Shard, check_sizes, read_tensors, so_far
 from kronsae.cache.model import ModelByName
 from kronsae.config import ACTIVATIONS_ORDERS
 from kronsae.data.buffer import ShuffleBuffer
@@ -42,6 +42,8 @@ class CacheActivations:
 
     layer or hookpoint, and target_hookpoint for a transcoder: the harvested hookpoint to read;
     none of them if there is only one.  epochs: None repeats for ever.
+    tokens: read the first so many tokens of `train` alone (0: all there are). With the tokens that
+        a harvest had at some time, batches are those of that time, also when it has grown since.
     verify: check each file's SHA-256 when it is first read.
     device: of the batches, and of the language model if an evaluation needs it.
 
@@ -62,6 +64,7 @@ class CacheActivations:
         batch_size: int,
         seed: int = 0,
         epochs: int | None = 1,
+        tokens: int = 0,
         buffer_tokens: int = 131_072,
         order: str = "global",
         verify: bool = True,
@@ -74,6 +77,8 @@ class CacheActivations:
         self.folder = Path(folder)
         self.index = CacheIndex.open(folder)
         check_sizes(self.folder, self.index)
+        if tokens:
+            self.index = self.index.first(tokens, self.folder)
         self.numbers = hookpoint_numbers(self.index, layer, hookpoint, target_hookpoint)
         self.widths = [self.index.hookpoints[number].width for number in self.numbers]
         self.d_model, self.d_target = self.widths[0], sum(self.widths[1:])
@@ -100,8 +105,8 @@ class CacheActivations:
         rows = self.index.train_rows
         if self.epochs is not None and self.epochs * rows < tokens:
             raise InputError(
-                f"{self.folder} has {rows:,} tokens to train on, fewer than --tokens {tokens:,}: "
-                f"give fewer --tokens, or --epochs {-(-tokens // rows)}"
+                f"{self.folder} has {rows:,} tokens to train on{so_far(self.index)}, fewer than "
+                f"--tokens {tokens:,}: give fewer --tokens, or --epochs {-(-tokens // rows)}"
             )
 
     # In global order
@@ -225,6 +230,7 @@ class CacheActivations:
             self.index.activations_layout(shard, number),
             into=None if into is None else {"activations": into},
             verify=self.verify and file.file not in self.verified,
+            grown=shard is self.index.train[-1],
         )
         self.verified.add(file.file)
         return tensors["activations"]

@@ -3,11 +3,14 @@
 The folder holds, beside finished shards (see `kronsae.cache.index`):
 
 harvest.json    the settings
-progress/       the list of shards and the position in the text, after each of the last two shards
+progress/       the index and the position in the text, after each of the last two shards
 
-Both stay, so that damaged shards and a lost index can be written again.
+Both stay, so that damaged shards and a lost index can be written again, and so that the harvest can
+go on with more tokens.
 
-The index is written last. An interruption costs the shard that is being made.
+index.json is written last; until then, the index in progress/ is that of the shards so far. An
+interruption costs the shard that is being made. If the last shard of a complete cache had room for
+more tokens, a harvest that goes on makes it again: its old rows are then the first of the new ones.
 """
 
 import dataclasses
@@ -27,6 +30,7 @@ from kronsae.cache.index import (
     SECTIONS,
     CacheIndex,
     Damaged,
+    Hookpoint,
     Shard,
     ShardFile,
     damaged,
@@ -52,6 +56,7 @@ from kronsae.system.files import (
     lock,
     read_checksummed,
     remove_leftovers,
+    sync,
     write_checksummed,
 )
 
@@ -98,8 +103,8 @@ class HarvestConfig:
         return json.loads(json.dumps(values))
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any], where: str, **others: Any) -> "HarvestConfig":
-        """The inverse of `to_dict`; others: `device`. Raises InputError for invalid values."""
+    def from_dict(cls, values: dict[str, Any], where: str) -> "HarvestConfig":
+        """The inverse of `to_dict`. Raises InputError for invalid values."""
         try:
             values = dict(values)
             data = source_of_file(values.pop("data"), where)
@@ -107,38 +112,38 @@ class HarvestConfig:
                 values[name] = tuple(values[name])
                 if not all(type(value) is kind for value in values[name]):
                     raise TypeError(f"{name} {values[name]}")
-            return cls(data=data, **values, **others)
+            return cls(data=data, **values)
         except (KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{where} was not written by a harvest ({error})") from error
 
 
 class Progress(NamedTuple):
-    """The shard that a harvest has just written."""
+    """How far a harvest is."""
 
-    section: str
-    number: int
-    """Number of the shard in its section."""
     rows: int
-    """Rows of the section so far, or of the whole section if the shard was repaired."""
-    repaired: bool = False
-    """Whether it replaces a damaged shard."""
+    """Tokens with activations so far, held-out ones included."""
+    planned: int | None
+    """How many there will be, up to whole forward passes; None (all of the text): unknown."""
+    repaired: str | None = None
+    """The damaged shard that was just written again, such as "train shard 3"."""
 
 
 def harvest(
     config: HarvestConfig,
     out: str | Path,
-    on_shard: Callable[[Progress], None] | None = None,
+    on_progress: Callable[[Progress], None] | None = None,
 ) -> CacheIndex:
     """Write the activations that `config` names to a cache in the folder `out`; returns its index.
 
     Each forward pass reads all hookpoints. Tokens are those of live training: no special token, and
     none at the first position of a context. The held-out text is the same too.
 
-    Called again, it resumes after the last finished shard; the complete cache has the same bytes as
-    one of an uninterrupted harvest (on the same hardware and versions). If the cache is complete,
-    it is verified and damaged shards are written again.
+    Called again, it resumes after the last finished shard, also with more `config.tokens` than
+    before; the complete cache has the same bytes as one of an uninterrupted harvest (on the same
+    hardware and versions). If the cache is complete, it is verified and damaged shards are written
+    again.
 
-    on_shard: called after each shard.
+    on_progress: called after each forward pass and each repaired shard.
     Raises InputError if model or text cannot be used, `out` holds anything else, activations are
     not finite or do not fit the dtype, or the disk is full.
     """
@@ -152,12 +157,12 @@ def harvest(
         _prepare(folder, config)
         remove_leftovers(folder)
         remove_leftovers(folder / PROGRESS)
-        return _Harvest(folder, config, on_shard or (lambda _: None)).run()
+        return _Harvest(folder, config, on_progress or (lambda _: None)).run()
     finally:
         lock_file.release()
 
 
-def stored_config(folder: Path, **others: Any) -> HarvestConfig:
+def stored_config(folder: Path) -> HarvestConfig:
     """The settings of the harvest in `folder`. Raises InputError if there is none."""
     path = folder / HARVEST_NAME
     try:
@@ -173,50 +178,73 @@ def stored_config(folder: Path, **others: Any) -> HarvestConfig:
         if copy is not None:
             problem = f"{path} is damaged ({error}); restore it from a copy:\n  cp {copy} {path}"
         raise InputError(problem) from error
-    return HarvestConfig.from_dict(values, str(path), **others)
+    return HarvestConfig.from_dict(values, str(path))
+
+
+def goes_on(was: HarvestConfig, now: HarvestConfig) -> bool:
+    """Whether `now` asks for more tokens than `was` (0: all of the text)."""
+    return was.tokens > 0 and (now.tokens == 0 or now.tokens > was.tokens)
 
 
 def _prepare(folder: Path, config: HarvestConfig) -> None:
-    """Write the settings to the folder. Raises InputError if it holds anything else."""
+    """Write the settings to an empty folder. Raises InputError if it holds anything else.
+
+    A harvest may be there, with these settings or fewer tokens.
+    """
     if (folder / HARVEST_NAME).exists():
-        changes = differences(stored_config(folder).to_dict(), config.to_dict())
+        was = stored_config(folder)
+        compared = {**was.to_dict(), "tokens": config.tokens} if goes_on(was, config) else None
+        changes = differences(compared or was.to_dict(), config.to_dict())
         if changes:
             raise InputError(
-                f"{folder} holds a harvest with other settings; choose another --out:\n  "
-                + "\n  ".join(changes)
+                f"{folder} holds a harvest with other settings (only --tokens may change, to "
+                "more); choose another --out:\n  " + "\n  ".join(changes)
             )
         return
     own_files = (LOCK_NAME, f".{HARVEST_NAME}")
     if any(not path.name.startswith(own_files) for path in folder.iterdir()):
         raise InputError(f"{folder} is not empty: choose another --out")
-    document = {"format": FORMAT, "format_version": FORMAT_VERSION, "config": config.to_dict()}
-    write_checksummed(folder / HARVEST_NAME, document)
+    write_checksummed(folder / HARVEST_NAME, _document(config))
+
+
+def _document(config: HarvestConfig) -> dict[str, Any]:
+    """The contents of harvest.json."""
+    return {"format": FORMAT, "format_version": FORMAT_VERSION, "config": config.to_dict()}
+
+
+class _Passes(NamedTuple):
+    """The forward passes of a shard that is to be made."""
+
+    ids: list[Tensor]
+    """Token ids [b, L] of each."""
+    masks: list[Tensor]
+    """Their tokens to store, [b, L]."""
+    position: dict[str, Any]
+    """The position in the text after them."""
 
 
 class _Harvest:
     """A harvest in progress: the language model, the text, and the shards so far."""
 
     def __init__(
-        self, folder: Path, config: HarvestConfig, on_shard: Callable[[Progress], None]
+        self, folder: Path, config: HarvestConfig, on_progress: Callable[[Progress], None]
     ) -> None:
         self.folder = folder
-        self.settings = read_checksummed(folder / HARVEST_NAME)
         self.config = config
-        self.on_shard = on_shard
+        self.on_progress = on_progress
         self.progress = folder / PROGRESS
         self.shards: dict[str, list[Shard]] = {section: [] for section in SECTIONS}
         self.earlier = dict.fromkeys(SECTIONS, 0)
         """Shards of each section that were there when this harvest resumed."""
 
     def run(self) -> CacheIndex:
-        if (self.folder / INDEX_NAME).exists():
+        path = self.folder / INDEX_NAME
+        if path.exists() and not goes_on(stored_config(self.folder), self.config):
             index = CacheIndex.open(self.folder)
             broken = damaged(self.folder, index)
             if broken:
                 self._open()
-                names = ("model", "hookpoints", "tokenizer", "text", "dtype", "context_length")
-                was, now = ({n: getattr(i, n) for n in names} for i in (index, self._index()))
-                self._check_unchanged(was, now)
+                self._check_unchanged(index)
                 self._repair(index, broken)
             return index
         self._open()
@@ -233,7 +261,7 @@ class _Harvest:
                     f"{error}\nFinished shards are kept: resume by {resume_command(self.folder)}"
                 ) from error
             raise
-        write_checksummed(self.folder / INDEX_NAME, index.json())
+        write_checksummed(path, index.json())
         return index
 
     def _open(self) -> None:
@@ -254,36 +282,140 @@ class _Harvest:
         text = open_text(self.data, config.seed)
         self.source = LanguageModelActivations(self.model, text, self.data, 1, config.seed)
         self.start = self.source.position_dict()
+        self.head = self._without_shards()
+        planned = config.tokens and config.tokens + int(self.source.heldout_mask().sum())
+        self.planned = planned or None
 
-    def _facts(self) -> dict[str, Any]:
-        """Everything that the bytes depend on, besides the settings."""
-        return {
-            "model": self.model.describe(),
-            "tokenizer": tokenizer_digest(self.model.tokenizer),
-            "text": self.source.text.fingerprint(),
-            "dtype": self.dtype,
-        }
+    def _without_shards(self) -> CacheIndex:
+        """The index before there are shards: what bytes depend on, besides the settings."""
+        model = self.model.describe()
+        names = ("name", "revision", "commit", "weights", "dtype")
+        parameters = sum(p.numel() for p in self.model.model.parameters())
+        return CacheIndex(
+            hookpoints=self.model.hookpoints,
+            dtype=self.dtype,
+            context_length=self.data.context_length,
+            data=self.data,
+            model={**{name: model[name] for name in names}, "parameters": parameters},
+            tokenizer=tokenizer_digest(self.model.tokenizer),
+            text=self.source.text.fingerprint(),
+            seed=self.config.seed,
+            heldout=(),
+            train=(),
+            begin=describe_begin(self.model.tokenizer, self.source.packer.begin),
+        )
 
-    def _check_unchanged(self, was: dict[str, Any], now: dict[str, Any]) -> None:
+    def _index(self) -> CacheIndex:
+        """The index of the shards so far."""
+        heldout, train = (tuple(self.shards[section]) for section in SECTIONS)
+        return dataclasses.replace(self.head, heldout=heldout, train=train)
+
+    def _check_unchanged(self, was: CacheIndex) -> None:
         """Raise InputError if something that the bytes depend on is not what it was."""
-        for name, expected in was.items():
-            if now[name] != expected:
+        for name in ("model", "hookpoints", "tokenizer", "text", "dtype", "context_length"):
+            expected, got = getattr(was, name), getattr(self.head, name)
+            if got != expected:
                 raise InputError(
                     f"{self.folder}: {name} has changed since the harvest began: expected "
-                    f"{expected!r}, got {now[name]!r}. Harvest into another folder"
+                    f"{expected!r}, got {got!r}. Harvest into another folder"
                 )
 
+    # Going on
+
     def _go_on(self) -> None:
-        """Resume from the state after the last finished shard, if there is one."""
-        states = checkpoint.list_checkpoints(self.progress)
-        if not states:
-            return
-        state = checkpoint.load_state(states[-1])
-        self._check_unchanged(state["facts"], self._facts())
+        """Resume after the last shard that stays as it is, if there is one."""
+        known: CacheIndex | None = None
+        for place in reversed(checkpoint.list_checkpoints(self.progress)):
+            state = checkpoint.load_state(place)
+            index = self._index_of(state, place)
+            self._check_unchanged(index)
+            known = known or index
+            self.source.go_to(state["position"])
+            if self._is_final(index):
+                break
+        else:  # there is no such state
+            if known is None and (self.folder / INDEX_NAME).exists():
+                known = CacheIndex.open(self.folder)
+                self._check_unchanged(known)
+            index = self._go_to_the_end_of(known) if known else self.head
         for section in SECTIONS:
-            self.shards[section] = [*map(Shard.from_json, state["shards"][section])]
+            self.shards[section] = list(index.shards(section))
             self.earlier[section] = len(self.shards[section])
-        self.source.go_to(state["position"])
+        self._settle()
+
+    def _index_of(self, state: dict[str, Any], place: Path) -> CacheIndex:
+        """The index in a state of `progress/`."""
+        if "index" in state:
+            hint = f"remove the folder {place}, and {resume_command(self.folder)}"
+            return CacheIndex.from_json(state["index"], place, hint, check=False)
+        facts = state["facts"]  # of an earlier version
+        heldout, train = (tuple(map(Shard.from_json, state["shards"][s])) for s in SECTIONS)
+        return dataclasses.replace(
+            self.head,
+            model={name: facts["model"].get(name, x) for name, x in self.head.model.items()},
+            tokenizer=facts["tokenizer"],
+            text=facts["text"],
+            dtype=facts["dtype"],
+            heldout=heldout,
+            train=train,
+        )
+
+    def _is_final(self, index: CacheIndex) -> bool:
+        """Whether an index, after whose shards the source is, has no shard with room for more."""
+        if not index.train or index.train[-1].rows >= self.config.shard_tokens:
+            return True
+        if 0 < self.config.tokens <= index.train_rows:
+            return True
+        position = self.source.position_dict()
+        ended = self.source.next_contexts() is None
+        self.source.go_to(position)
+        return ended
+
+    def _go_to_the_end_of(self, index: CacheIndex) -> CacheIndex:
+        """The index without a last shard that has room for more; the source goes to its end."""
+        self._pass_over(sum(shard.contexts for shard in index.train))
+        if self._is_final(index):
+            return index
+        index = dataclasses.replace(index, train=index.train[:-1])
+        self._pass_over(sum(shard.contexts for shard in index.train))
+        return index
+
+    def _pass_over(self, contexts: int) -> None:
+        """Go to the place in the text after so many contexts to train on."""
+        self.source.go_to(self.start)
+        while contexts > 0 and (ids := self.source.next_contexts()) is not None:
+            contexts -= len(ids)
+
+    def _settle(self) -> None:
+        """Let the settings hold, and the shards so far be all that there is.
+
+        Until harvest.json has the settings, the shards are there without index.json, too.
+        """
+        document, written = _document(self.config), sum(map(len, self.shards.values()))
+        states = checkpoint.list_checkpoints(self.progress)
+        if written and checkpoint.step_folder(self.progress, written) not in states:
+            self._save(self._index(), self.source.position_dict())
+        for place in states:
+            if _differs(place / HARVEST_NAME, document):
+                state = checkpoint.load_state(place)
+                checkpoint.save_state(place, state, copies={HARVEST_NAME: document})
+        (self.folder / INDEX_NAME).unlink(missing_ok=True)
+        sync(self.folder)
+        if _differs(self.folder / HARVEST_NAME, document):
+            write_checksummed(self.folder / HARVEST_NAME, document)
+        checkpoint.drop_after(self.progress, written)
+        checkpoint.prune(self.progress, KEPT_STATES)
+
+    def _save(self, index: CacheIndex, position: dict[str, Any]) -> None:
+        """Write the state after the shards of an index."""
+        checkpoint.save_state(
+            checkpoint.step_folder(self.progress, len(index.heldout) + len(index.train)),
+            {"index": index.json(), "position": position},
+            copies={HARVEST_NAME: _document(self.config)},
+        )
+        checkpoint.prune(self.progress, KEPT_STATES)
+
+    # Shards
 
     def _heldout(self) -> Iterator[Tensor]:
         done = sum(shard.contexts for shard in self.shards["heldout"])
@@ -302,96 +434,65 @@ class _Harvest:
             yield ids
 
     def _write_section(self, section: str, passes: Iterator[Tensor]) -> None:
-        for parts in self._shards_of(passes):
+        for made in self._shards_of(passes):
             shards = self.shards[section]
-            shards.append(self._write(section, len(shards), parts))
-            state = {
-                "facts": self._facts(),
-                "shards": {s: [dataclasses.asdict(x) for x in self.shards[s]] for s in SECTIONS},
-                "position": self.source.position_dict(),
-            }
-            written = sum(map(len, self.shards.values()))
-            checkpoint.save_state(
-                checkpoint.step_folder(self.progress, written),
-                state,
-                copies={HARVEST_NAME: self.settings},
-            )
-            checkpoint.prune(self.progress, KEPT_STATES)
-            rows = sum(shard.rows for shard in shards)
-            self.on_shard(Progress(section, len(shards) - 1, rows))
+            shards.append(self._write(section, len(shards), made))
+            self._save(self._index(), made.position)
 
-    def _shards_of(self, passes: Iterator[Tensor]) -> Iterator[list[list[Tensor]]]:
+    def _shards_of(self, passes: Iterator[Tensor]) -> Iterator[_Passes]:
         """The forward passes of each shard."""
-        parts, rows = [], 0
-        for ids in passes:
-            parts.append(self._forward(ids))
-            rows += len(parts[-1][-1])
+        ids, masks, rows = [], [], 0
+        for contexts in passes:
+            ids.append(contexts)
+            masks.append(self.source.token_mask(contexts))
+            rows += int(masks[-1].sum())
             if rows >= self.config.shard_tokens:
-                yield parts
-                parts, rows = [], 0
+                yield _Passes(ids, masks, self.source.position_dict())
+                ids, masks, rows = [], [], 0
         if rows:
-            yield parts
+            yield _Passes(ids, masks, self.source.position_dict())
 
-    def _forward(self, ids: Tensor) -> list[Tensor]:
-        """A pass as it is stored: ids [b, L], mask [b, L], [r, width] of each hookpoint."""
-        x = self.source.read(ids, "the text")
+    def _write(self, section: str, number: int, made: _Passes, show: bool = True) -> Shard:
+        """Run the language model on the contexts of a shard, and write its files."""
+        rows = int(sum(mask.sum() for mask in made.masks))
         dtype = getattr(torch, self.dtype)
-        activations = []
-        for hookpoint, part in zip(self.model.hookpoints, x.split(self.widths, 1), strict=True):
-            stored = part.to("cpu", dtype, copy=True)
-            if not torch.isfinite(stored).all():
-                raise InputError(
-                    f"{hookpoint.name} has activations up to {part.abs().max():.4g}, which {dtype} "
-                    "cannot hold: choose --dtype bfloat16 or float32, in another --out"
-                )
-            activations.append(stored)
-        return [ids, self.source.token_mask(ids), *activations]
-
-    def _write(self, section: str, number: int, parts: list[list[Tensor]]) -> Shard:
-        """Write the shard of these forward passes."""
+        stored = [torch.empty(rows, width, dtype=dtype) for width in self.widths]
+        done = sum(shard.rows for section in SECTIONS for shard in self.shards[section])
+        start = 0
+        for ids in made.ids:
+            x = self.source.read(ids, "the text")
+            stop = start + len(x)
+            for hookpoint, part, all_rows in zip(
+                self.model.hookpoints, x.split(self.widths, 1), stored, strict=True
+            ):
+                _store(part, all_rows[start:stop], hookpoint)
+            start = stop
+            if show:
+                self.on_progress(Progress(done + stop, self.planned))
 
         def write(name: str | int, tensors: dict[str, Tensor]) -> ShardFile:
             return write_tensors(self.folder / file_name(section, number, name), tensors)
 
-        ids, mask, *activations = zip(*parts, strict=True)
-        files = [write(i, {"activations": torch.cat(x)}) for i, x in enumerate(activations)]
-        tokens = write("tokens", {"contexts": torch.cat(ids).int(), "mask": torch.cat(mask)})
-        contexts, rows = sum(map(len, ids)), sum(map(len, activations[0]))
-        return Shard(contexts, rows, tokens, tuple(files))
-
-    def _index(self) -> CacheIndex:
-        facts = self._facts()
-        model = {n: facts["model"][n] for n in ("name", "revision", "commit", "weights", "dtype")}
-        parameters = sum(p.numel() for p in self.model.model.parameters())
-        return CacheIndex(
-            hookpoints=self.model.hookpoints,
-            dtype=self.dtype,
-            context_length=self.data.context_length,
-            data=self.data,
-            model={**model, "parameters": parameters},
-            tokenizer=facts["tokenizer"],
-            text=facts["text"],
-            seed=self.config.seed,
-            heldout=tuple(self.shards["heldout"]),
-            train=tuple(self.shards["train"]),
-            begin=describe_begin(self.model.tokenizer, self.source.packer.begin),
-        )
+        files = [write(i, {"activations": x}) for i, x in enumerate(stored)]
+        ids, mask = torch.cat(made.ids), torch.cat(made.masks)
+        tokens = write("tokens", {"contexts": ids.int(), "mask": mask})
+        return Shard(len(ids), rows, tokens, tuple(files))
 
     # Damaged shards
 
     def _repair(self, index: CacheIndex, broken: list[tuple[str, int, str]]) -> None:
         """Write the shards again that `damaged` has listed."""
         for section, number, _ in broken:
-            ids = self._contexts_of(index, section, number)
-            parts = [self._forward(part) for part in ids.split(self.data.contexts_per_batch)]
-            if self._write(section, number, parts) != index.shards(section)[number]:
+            ids = self._contexts_of(index, section, number).split(self.data.contexts_per_batch)
+            passes = _Passes(list(ids), [*map(self.source.token_mask, ids)], {})
+            if self._write(section, number, passes, show=False) != index.shards(section)[number]:
                 raise InputError(
                     f"{self.folder}: shard {section} {number} was written again, but with other "
                     "bytes: on this hardware, or with these versions, the language model computes "
                     "other activations. Harvest into another folder"
                 )
-            rows = sum(shard.rows for shard in index.shards(section))
-            self.on_shard(Progress(section, number, rows, repaired=True))
+            rows = index.heldout_rows + index.train_rows
+            self.on_progress(Progress(rows, rows, f"{section} shard {number:,}"))
 
     def _contexts_of(self, index: CacheIndex, section: str, number: int) -> Tensor:
         """Token ids [c, L] of a shard, from its file, or from the text if that is damaged."""
@@ -403,9 +504,27 @@ class _Harvest:
         except Damaged:
             if section == "heldout":
                 return self.source.heldout_contexts()[start : start + shard.contexts]
-        self.source.go_to(self.start)
-        seen, parts = 0, []
-        while seen < start + shard.contexts and (ids := self.source.next_contexts()) is not None:
-            parts += [ids] if seen >= start else []
-            seen += len(ids)
+        self._pass_over(start)
+        parts, missing = [], shard.contexts
+        while missing > 0 and (ids := self.source.next_contexts()) is not None:
+            parts.append(ids)
+            missing -= len(ids)
         return torch.cat(parts)
+
+
+def _store(x: Tensor, into: Tensor, hookpoint: Hookpoint) -> None:
+    """Copy rows [r, width] to where they are stored. Raises InputError if the dtype cannot."""
+    into.copy_(x)
+    if not torch.isfinite(into).all():
+        raise InputError(
+            f"{hookpoint.name} has activations up to {x.abs().max():.4g}, which {into.dtype} "
+            "cannot hold: choose --dtype bfloat16 or float32, in another --out"
+        )
+
+
+def _differs(path: Path, document: dict[str, Any]) -> bool:
+    """Whether a checksummed file holds something else, or cannot be read."""
+    try:
+        return read_checksummed(path) != document
+    except (OSError, ValueError):
+        return True

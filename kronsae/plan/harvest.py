@@ -72,7 +72,7 @@ def make_plan(config: HarvestConfig, out: Path) -> dict[str, Any]:
         "language model": model.parameters * size,
         # The hookpoints' outputs, copied and joined, as float32, and a block's activations.
         "a forward pass": tokens * (12 * model.hidden_size * size + (4 + 2 * size) * width),
-        "a shard, and a copy to write": 2 * max(config.shard_tokens, tokens) * width * stored,
+        "a shard": (config.shard_tokens + tokens) * width * stored,
     }
     there = sum(path.stat().st_size for path in out.glob("*.safetensors")) if out.exists() else 0
     existing = next(path for path in (out.resolve(), *out.resolve().parents) if path.exists())
