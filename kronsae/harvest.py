@@ -42,6 +42,9 @@ from kronsae.errors import InputError
 from kronsae.plan.harvest import make_plan, render, why_early, why_refused
 from kronsae.plan.outline import NoOutline
 from kronsae.plan.time import duration
+from kronsae.system import parallel
+from kronsae.system.devices import resolve_device
+from kronsae.system.parallel import Mesh
 
 __all__ = ["HarvestConfig", "harvest", "main", "make_plan"]
 
@@ -51,10 +54,11 @@ def make_parser() -> Parser:
         "harvest",
         "Write activations of a language model to a folder, to train on many times. The same "
         "command resumes an interrupted harvest, repairs damaged shards of a complete one, and, "
-        "with more --tokens, makes it longer.",
+        "with more --tokens, makes it longer. Processes that torchrun starts share the work.",
         "kronsae harvest --model EleutherAI/pythia-160m --layer 6 --tokens 50M \\\n"
         "    --dataset text.jsonl --out pythia-layer6\n"
-        "kronsae train --activations pythia-layer6",
+        "kronsae train --activations pythia-layer6\n"
+        "torchrun --nproc-per-node 8 -m kronsae.harvest --resume pythia-layer6 --tokens 1B",
         usage="%(prog)s --out DIR [--model NAME --layer N ... --dataset NAME ...]",
         argument_default=argparse.SUPPRESS,
     )
@@ -122,39 +126,41 @@ def parse(argv: list[str]) -> tuple[HarvestConfig | None, Path, bool]:
 _OWN = {spec.name for spec in dataclasses.fields(HarvestConfig)} - {"data"}
 
 
+RANK_SECONDS = 3600
+"""Time that a process waits for another one: for its language model to load, or for a shard."""
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 only if the cache is complete and valid.
 
-    2: the request cannot work, or a cache is damaged. 128 + n: stopped by signal n.
+    2: the request cannot work, or a cache is damaged. 4: another process of torchrun was lost.
+    128 + n: stopped by signal n.
+
+    Under torchrun every process runs this, and the first one prints for all.
     """
     folder: Path | None = None
+    first = parallel.is_first()
     try:
         config, folder, plan_alone = parse(load_plugins(argv))
-        if config is None:
-            return _verify(folder)
-        if plan_alone or not _is_complete(folder, config):
-            try:
-                plan = make_plan(config, folder)
-            except NoOutline as error:  # the harvest may still work
-                if plan_alone:
-                    raise
-                print(f"disk and memory were not planned: {error}")
-            else:
-                if plan_alone:
-                    print(render(plan, config, folder))
-                    return 0
-                if (reason := why_refused(plan)) is not None:
-                    raise InputError(reason)
-                if (early := why_early(plan, config)) is not None:
-                    print(f"It will end early: {early}", flush=True)
-        console = Console(file=cast(IO[str], Enduring(sys.stdout)), highlight=False, soft_wrap=True)
-        with stoppable(), Shown(console) as shown:
-            index = harvest(config, folder, shown)
-        console.print(describe(folder, index), markup=False)
+        if config is None or plan_alone:
+            return _look(config, folder) if first else 0
+        mesh = _join(config)
+        with mesh.world.together():
+            if first and not _is_complete(folder, config):
+                _check_plan(config, folder)
+        with stoppable():
+            _harvest(config, folder, mesh)
+        parallel.leave()
         return 0
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        if first:  # all processes have the same error
+            print(f"error: {error}", file=sys.stderr)
         return 2
+    except parallel.RankLost as error:
+        hint = f"resume by {resume_command(folder)}" if folder else ""
+        rank, cause = os.environ.get("RANK", "0"), error.__cause__
+        print(f"error: rank {rank}: another process was lost ({cause}); {hint}", file=sys.stderr)
+        return 4
     except Exception:  # a bug in the model, the data or kronsae: the traceback helps
         traceback.print_exc()
         if folder is not None and (folder / HARVEST_NAME).exists():
@@ -164,8 +170,54 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except (KeyboardInterrupt, Terminated) as error:
         hint = f"; resume by {resume_command(folder)}" if folder else ""
-        print(f"{stopped(error)}{hint}", file=sys.stderr)
+        if first:
+            print(f"{stopped(error)}{hint}", file=sys.stderr)
         return 128 + signal_of(error)
+
+
+def _join(config: HarvestConfig) -> Mesh:
+    """The processes that harvest together."""
+    try:
+        device = resolve_device(config.device)
+    except InputError as error:
+        if not parallel.is_first():  # this process alone may lack it
+            print(f"error: rank {os.environ['RANK']}: {error}", file=sys.stderr)
+        raise
+    return parallel.join(1, device, RANK_SECONDS)
+
+
+def _look(config: HarvestConfig | None, folder: Path) -> int:
+    """Show the plan of a harvest, or (without settings) verify a cache; the exit status."""
+    if config is None:
+        return _verify(folder)
+    print(render(make_plan(config, folder), config, folder))
+    return 0
+
+
+def _check_plan(config: HarvestConfig, folder: Path) -> None:
+    """Raise InputError if there is not enough memory or disk space; say if the text is short."""
+    try:
+        plan = make_plan(config, folder)
+    except NoOutline as error:  # the harvest may still work
+        print(f"disk and memory were not planned: {error}")
+        return
+    if (reason := why_refused(plan)) is not None:
+        raise InputError(reason)
+    if (early := why_early(plan, config)) is not None:
+        print(f"It will end early: {early}", flush=True)
+
+
+def _harvest(config: HarvestConfig, folder: Path, mesh: Mesh) -> None:
+    """Harvest, and show its progress and what came of it."""
+    console = Console(
+        file=cast(IO[str], Enduring(sys.stdout)),
+        highlight=False,
+        soft_wrap=True,
+        quiet=not mesh.first,
+    )
+    with Shown(console) as shown:
+        index = harvest(config, folder, shown, mesh)
+    console.print(describe(folder, index), markup=False)
 
 
 def _is_complete(folder: Path, config: HarvestConfig) -> bool:
@@ -220,7 +272,7 @@ class Shown:
             BarColumn(),
             TextColumn("{task.fields[figures]}"),
             console=console,
-            disable=not console.is_terminal,
+            disable=console.quiet or not console.is_terminal,
         )
         self.task = self.bar.add_task("harvest", total=None, figures="")
 

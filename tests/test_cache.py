@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 
 from kronsae.cache import CacheActivations, CacheIndex, Damaged, index, reader, writer
 from kronsae.cache.index import damaged
+from kronsae.cache.model import ManyHookpoints
 from kronsae.data import LanguageModel, LanguageModelActivations
 from kronsae.errors import InputError
-from kronsae.system import checkpoint
+from kronsae.system import checkpoint, parallel
 from kronsae.system.files import read_checksummed, write_checksummed
 
 BATCH = 24
@@ -704,3 +705,138 @@ def test_damage_is_found_in_a_shard_that_has_grown(cache, harvester, tmp_path):
         list(source)
     with pytest.raises(Damaged, match=name):
         opened(folder, tokens=tokens)
+
+
+# Several processes
+
+
+class Process(parallel.Group):
+    """One of several ranks, which are threads here."""
+
+    def __init__(self, rank, values, barrier):
+        super().__init__()
+        self.rank, self.size = rank, len(values)
+        self.values, self.barrier = values, barrier
+
+    def exchange(self, value):
+        self.values[self.rank] = json.dumps(value)
+        self.barrier.wait(60)
+        values = [json.loads(each) for each in self.values]
+        self.barrier.wait(60)
+        return values
+
+
+def share(count, work):
+    """work(mesh) on each of so many ranks; returns what each gave or raised."""
+    values, barrier, results = [None] * count, threading.Barrier(count), [None] * count
+    activations, one_at_a_time = ManyHookpoints.activations, threading.Lock()
+
+    def locked(*arguments):  # they share a model, and its hooks
+        with one_at_a_time:
+            return activations(*arguments)
+
+    def run(rank):
+        try:
+            results[rank] = work(parallel.Mesh(world=Process(rank, values, barrier)))
+        except BaseException as error:
+            results[rank] = error
+            if not isinstance(error, InputError):
+                barrier.abort()  # the others notice that it is gone
+
+    ranks = [threading.Thread(target=run, args=(rank,)) for rank in range(count)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ManyHookpoints, "activations", locked)
+        for rank in ranks:
+            rank.start()
+        for rank in ranks:
+            rank.join()
+    return results
+
+
+@pytest.fixture
+def shared_by(harvester):
+    """Harvests into a folder, shared by so many ranks."""
+    return lambda count, folder, config=cached.CONFIG: share(
+        count, lambda mesh: writer.harvest(config, folder, mesh=mesh)
+    )
+
+
+@pytest.mark.parametrize("count", [2, 3, 20])
+def test_ranks_write_the_bytes_of_one_process(count, cache, shared_by, tmp_path):
+    results = shared_by(count, tmp_path / "cache")
+    assert results == [CacheIndex.open(cache)] * count
+    assert cached.contents(tmp_path / "cache") == cached.contents(cache)
+
+
+def test_each_rank_runs_its_own_passes(harvester, shared_by, tmp_path, monkeypatch):
+    passes, read = {}, LanguageModelActivations.read
+
+    def counted(source, ids, where):
+        passes.setdefault(id(source), []).append(ids)
+        return read(source, ids, where)
+
+    monkeypatch.setattr(LanguageModelActivations, "read", counted)
+    shared_by(2, tmp_path / "cache", with_tokens(470))  # 4 shards of 2 passes, and 2 held out
+    assert sorted(map(len, passes.values())) == [4, 6]
+
+
+def test_ranks_go_on_after_any_of_them_is_killed(cache, harvester, shared_by, tmp_path):
+    """With other numbers of ranks, too; at most a shard of each rank is made again."""
+    before = 0
+    for number, (count, killed) in enumerate([(2, 1), (3, 0), (2, 0)]):
+        with pytest.MonkeyPatch.context() as patch:
+            write, calls = writer.write_tensors, []
+
+            def dying(path, tensors, write=write, calls=calls, killed=killed, at=8 + number):
+                calls.append(path)
+                if len(calls) == at:
+                    raise PowerCut
+                return write(path, tensors)
+
+            patch.setattr(writer, "write_tensors", dying)
+            results = shared_by(count, tmp_path / "cache")
+        assert any(isinstance(each, PowerCut) for each in results)
+        shards = check_what_is_there(tmp_path / "cache")
+        assert shards >= before
+        before = shards
+    assert before >= 2
+    shared_by(4, tmp_path / "cache")
+    assert cached.contents(tmp_path / "cache") == cached.contents(cache)
+
+
+def test_ranks_make_damage_good_and_a_harvest_longer(cache, shared_by, tmp_path):
+    folder = tmp_path / "cache"
+    shared_by(2, folder, with_tokens(251))
+    for name in ("train-00000.1.safetensors", "train-00001.tokens.safetensors"):
+        flip(folder / name)
+    shared_by(3, folder, with_tokens(251))
+    assert damaged(folder, CacheIndex.open(folder)) == []
+    shared_by(3, folder)
+    assert cached.contents(folder) == cached.contents(cache)
+
+
+def test_an_error_of_one_rank_is_that_of_all(shared_by, tmp_path, monkeypatch):
+    write = writer.write_tensors
+
+    def full(path, tensors):
+        if path.name.startswith("train-00003"):
+            raise InputError("no space")
+        return write(path, tensors)
+
+    monkeypatch.setattr(writer, "write_tensors", full)
+    results = shared_by(2, tmp_path / "cache")
+    assert len({str(each) for each in results}) == 1 and "rank 1: no space" in str(results[0])
+    assert "resume by kronsae harvest --resume" in str(results[0])
+    assert check_what_is_there(tmp_path / "cache") == 2
+
+
+def test_ranks_need_one_folder(harvester, tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "SECONDS_TO_APPEAR", 0.0)
+    results = share(
+        2,
+        lambda mesh: writer.harvest(
+            cached.CONFIG, tmp_path / f"of-machine-{mesh.world.rank}", mesh=mesh
+        ),
+    )
+    for error in results:
+        assert "several processes need a folder that all of them see" in str(error)

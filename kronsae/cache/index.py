@@ -574,19 +574,27 @@ def _check_size(size: int, file: ShardFile, grown: bool = False) -> None:
 
 
 def damaged(
-    folder: Path, index: CacheIndex, first: Mapping[str, int] | None = None
+    folder: Path,
+    index: CacheIndex,
+    first: Mapping[str, int] | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> list[tuple[str, int, str]]:
     """Section and number of each damaged shard, and the reason. Reads all files.
 
     first: how many shards of each section to check, from its start (default: all).
+    share: (i, n) to check the i-th shard of every n.
     """
+    all_shards = [
+        (section, number, shard)
+        for section in SECTIONS
+        for number, shard in enumerate(index.shards(section))
+        if first is None or number < first[section]
+    ]
     problems = []
-    for section in SECTIONS:
-        shards = index.shards(section)
-        for number, shard in enumerate(shards if first is None else shards[: first[section]]):
-            try:
-                for file, layout in index.layouts(shard):
-                    read_tensors(folder, file, layout)
-            except Damaged as error:
-                problems.append((section, number, str(error)))
+    for section, number, shard in all_shards[share[0] :: share[1]]:
+        try:
+            for file, layout in index.layouts(shard):
+                read_tensors(folder, file, layout)
+        except Damaged as error:
+            problems.append((section, number, str(error)))
     return problems

@@ -11,15 +11,21 @@ go on with more tokens.
 index.json is written last; until then, the index in progress/ is that of the shards so far. An
 interruption costs the shard that is being made. If the last shard of a complete cache had room for
 more tokens, a harvest that goes on makes it again: its old rows are then the first of the new ones.
+
+Several processes share a harvest in rounds: each packs all of the text, which is cheap, and makes
+one of the next shards. The first writes the states and the index.
 """
 
 import dataclasses
 import json
+import time
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from kronsae.cache.index import (
@@ -59,9 +65,13 @@ from kronsae.system.files import (
     sync,
     write_checksummed,
 )
+from kronsae.system.parallel import ALONE, Mesh
 
 FORMAT = "kronsae-harvest"
 FORMAT_VERSION = 1
+
+SECONDS_TO_APPEAR = 30.0
+"""Time in which a file that one machine wrote is seen by the others."""
 
 KEPT_STATES = 2
 """States kept in `progress/`: if the last one is damaged, one shard is made again."""
@@ -132,6 +142,7 @@ def harvest(
     config: HarvestConfig,
     out: str | Path,
     on_progress: Callable[[Progress], None] | None = None,
+    mesh: Mesh = ALONE,
 ) -> CacheIndex:
     """Write the activations that `config` names to a cache in the folder `out`; returns its index.
 
@@ -143,11 +154,26 @@ def harvest(
     hardware and versions). If the cache is complete, it is verified and damaged shards are written
     again.
 
-    on_progress: called after each forward pass and each repaired shard.
+    on_progress: called after each forward pass and each repaired shard (by the first process).
+    mesh: the processes that share the harvest. They all call this, and see one folder.
     Raises InputError if model or text cannot be used, `out` holds anything else, activations are
     not finite or do not fit the dtype, or the disk is full.
     """
-    folder = Path(out)
+    folder, lock_file = Path(out), None
+    try:
+        with mesh.world.together():
+            if mesh.first:
+                lock_file = _claim(folder, config)
+        with mesh.world.together():
+            _check_shared(folder)
+        return _Harvest(folder, config, on_progress or (lambda _: None), mesh).run()
+    finally:
+        if lock_file is not None:
+            lock_file.release()
+
+
+def _claim(folder: Path, config: HarvestConfig) -> FileLock:
+    """Make the folder ready for a harvest with these settings, and keep other harvests out."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -157,9 +183,22 @@ def harvest(
         _prepare(folder, config)
         remove_leftovers(folder)
         remove_leftovers(folder / PROGRESS)
-        return _Harvest(folder, config, on_progress or (lambda _: None)).run()
-    finally:
+    except BaseException:
         lock_file.release()
+        raise
+    return lock_file
+
+
+def _check_shared(folder: Path) -> None:
+    """Raise InputError if this process does not see the folder of the first one."""
+    end = time.monotonic() + SECONDS_TO_APPEAR
+    while not (folder / HARVEST_NAME).exists():
+        if time.monotonic() > end:
+            raise InputError(
+                f"{folder} has no {HARVEST_NAME} here, which another process has written: several "
+                "processes need a folder that all of them see"
+            )
+        time.sleep(0.1)
 
 
 def stored_config(folder: Path) -> HarvestConfig:
@@ -227,11 +266,16 @@ class _Harvest:
     """A harvest in progress: the language model, the text, and the shards so far."""
 
     def __init__(
-        self, folder: Path, config: HarvestConfig, on_progress: Callable[[Progress], None]
+        self,
+        folder: Path,
+        config: HarvestConfig,
+        on_progress: Callable[[Progress], None],
+        mesh: Mesh,
     ) -> None:
         self.folder = folder
         self.config = config
-        self.on_progress = on_progress
+        self.mesh, self.world = mesh, mesh.world
+        self.on_progress = on_progress if mesh.first else lambda _: None
         self.progress = folder / PROGRESS
         self.shards: dict[str, list[Shard]] = {section: [] for section in SECTIONS}
         self.earlier = dict.fromkeys(SECTIONS, 0)
@@ -239,30 +283,50 @@ class _Harvest:
 
     def run(self) -> CacheIndex:
         path = self.folder / INDEX_NAME
-        if path.exists() and not goes_on(stored_config(self.folder), self.config):
-            index = CacheIndex.open(self.folder)
-            broken = damaged(self.folder, index)
-            if broken:
-                self._open()
-                self._check_unchanged(index)
-                self._repair(index, broken)
-            return index
-        self._open()
+        complete = path.exists() and not goes_on(stored_config(self.folder), self.config)
+        if self.world.exchange(complete)[0]:
+            return self._made_good()
+        with self.world.together():
+            self._open()
         try:
-            self._go_on()
-            for section, passes in (("heldout", self._heldout()), ("train", self._train())):
-                self._write_section(section, passes)
+            with self.world.together():
+                self._go_on()
+            with self.world.together():
+                if self.mesh.first:
+                    self._settle()
+            self._write_section("heldout", self._heldout())
+            self._write_section("train", self._train())
             index = self._index()
-            # Whatever interrupted the harvest may have damaged earlier shards.
-            self._repair(index, damaged(self.folder, index, self.earlier))
+            with self.world.together():
+                # Whatever interrupted the harvest may have damaged earlier shards.
+                self._repair(index, self._damaged(index, self.earlier))
         except InputError as error:
             if any(self.shards.values()):
                 raise InputError(
                     f"{error}\nFinished shards are kept: resume by {resume_command(self.folder)}"
                 ) from error
             raise
-        write_checksummed(path, index.json())
+        with self.world.together():
+            if self.mesh.first:
+                write_checksummed(path, index.json())
         return index
+
+    def _made_good(self) -> CacheIndex:
+        """The index of a complete cache, whose damaged shards are written again."""
+        with self.world.together():
+            index = CacheIndex.open(self.folder)
+            broken = self._damaged(index)
+            if broken:
+                self._open()
+                self._check_unchanged(index)
+                self._repair(index, broken)
+        return index
+
+    def _damaged(
+        self, index: CacheIndex, first: dict[str, int] | None = None
+    ) -> list[tuple[str, int, str]]:
+        """`damaged`, of this process's share of the shards."""
+        return damaged(self.folder, index, first, (self.world.rank, self.world.size))
 
     def _open(self) -> None:
         from kronsae.system.devices import resolve_device
@@ -341,7 +405,6 @@ class _Harvest:
         for section in SECTIONS:
             self.shards[section] = list(index.shards(section))
             self.earlier[section] = len(self.shards[section])
-        self._settle()
 
     def _index_of(self, state: dict[str, Any], place: Path) -> CacheIndex:
         """The index in a state of `progress/`."""
@@ -434,10 +497,23 @@ class _Harvest:
             yield ids
 
     def _write_section(self, section: str, passes: Iterator[Tensor]) -> None:
-        for made in self._shards_of(passes):
-            shards = self.shards[section]
-            shards.append(self._write(section, len(shards), made))
-            self._save(self._index(), made.position)
+        shards, following = self.shards[section], self._shards_of(passes)
+        rank = self.world.rank
+        while True:
+            own = None
+            with self.world.together():
+                round_ = list(islice(following, self.world.size))
+                if rank < len(round_):
+                    number = len(shards) + rank
+                    own = self._write(section, number, round_[rank], at_once=len(round_))
+            if not round_:
+                return
+            made = self.world.exchange(own and dataclasses.asdict(own))
+            with self.world.together():
+                for place, values in enumerate(made[: len(round_)]):
+                    shards.append(Shard.from_json(values))
+                    if self.mesh.first and place >= len(round_) - KEPT_STATES:
+                        self._save(self._index(), round_[place].position)
 
     def _shards_of(self, passes: Iterator[Tensor]) -> Iterator[_Passes]:
         """The forward passes of each shard."""
@@ -452,8 +528,11 @@ class _Harvest:
         if rows:
             yield _Passes(ids, masks, self.source.position_dict())
 
-    def _write(self, section: str, number: int, made: _Passes, show: bool = True) -> Shard:
-        """Run the language model on the contexts of a shard, and write its files."""
+    def _write(self, section: str, number: int, made: _Passes, at_once: int) -> Shard:
+        """Run the language model on the contexts of a shard, and write its files.
+
+        at_once: number of shards that are made at the same time (0: to repair).
+        """
         rows = int(sum(mask.sum() for mask in made.masks))
         dtype = getattr(torch, self.dtype)
         stored = [torch.empty(rows, width, dtype=dtype) for width in self.widths]
@@ -467,8 +546,8 @@ class _Harvest:
             ):
                 _store(part, all_rows[start:stop], hookpoint)
             start = stop
-            if show:
-                self.on_progress(Progress(done + stop, self.planned))
+            if at_once:
+                self.on_progress(Progress(done + at_once * stop, self.planned))
 
         def write(name: str | int, tensors: dict[str, Tensor]) -> ShardFile:
             return write_tensors(self.folder / file_name(section, number, name), tensors)
@@ -485,7 +564,7 @@ class _Harvest:
         for section, number, _ in broken:
             ids = self._contexts_of(index, section, number).split(self.data.contexts_per_batch)
             passes = _Passes(list(ids), [*map(self.source.token_mask, ids)], {})
-            if self._write(section, number, passes, show=False) != index.shards(section)[number]:
+            if self._write(section, number, passes, at_once=0) != index.shards(section)[number]:
                 raise InputError(
                     f"{self.folder}: shard {section} {number} was written again, but with other "
                     "bytes: on this hardware, or with these versions, the language model computes "

@@ -18,6 +18,7 @@ from kronsae.plan.outline import NoOutline, Outline, outline
 from kronsae.plan.text import memory_line, wrapped
 from kronsae.plan.time import duration, model_seconds
 from kronsae.system.devices import compute_dtype, free_bytes, resolve_device
+from kronsae.system.parallel import ranks
 
 DISK_MARGIN = 1.05
 """A harvest is refused unless 1.05 times the disk space that it needs is free."""
@@ -152,4 +153,4 @@ def _time(plan: dict[str, Any], config: HarvestConfig) -> str:
     except NoOutline as error:
         return f"not measured: {error}"
     tokens = plan["tokens"] + config.data.heldout_tokens
-    return f"{duration(tokens * token)} (the language model alone, measured here)"
+    return f"{duration(tokens * token / ranks())} (the language model alone, measured here)"
