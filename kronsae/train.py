@@ -343,9 +343,10 @@ def _summarise(
     """Print the evaluation, some latents, and where everything is."""
     model = heldout.text.model if heldout.text else None
     console.print("\n[bold]On held-out text[/bold]")
-    missing = getattr(model, "missing", None)  # the model of a cache may be out of reach
-    if missing is not None:
-        console.print(f"Without cross-entropy, as the model is not here: {missing}", markup=False)
+    evaluations = [result.metrics for result in results.values() if result.metrics]
+    if model is not None and evaluations and not any("ce_clean" in e for e in evaluations):
+        # The model of a cache may be out of reach, too.
+        console.print(f"Without cross-entropy: {model.no_cross_entropy}", markup=False)
     if model is None or model.tokenizer is None:
         console.print("Without the contexts of latents, as the model's tokenizer is not here")
     judged = next((result for result in results.values() if result.sae and result.metrics), None)

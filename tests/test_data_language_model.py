@@ -200,7 +200,7 @@ def test_hooks_go_away_on_errors(folders):
 def test_bert_has_no_cross_entropy(folders):
     lm = LanguageModel.load(str(folders["bert"]), layer=1)
     assert not lm.has_cross_entropy
-    with pytest.raises(InputError, match="no trained head for the next token"):
+    with pytest.raises(InputError, match=r"no cross-entropy: .* \(BertModel\) has no head"):
         lm.token_losses(IDS)
 
 
@@ -263,7 +263,7 @@ def test_which_activations():
         refused(f"layer {layer}", "4 blocks", "0 to 3", layer=layer)
     refused("gpt_neox.layer.2", "gpt_neox.layers.2", "named_modules", hookpoint="gpt_neox.layer.2")
     refused("does not run", "ModuleList", hookpoint="gpt_neox.layers")
-    refused("[b, t, d]", "[2, 3, 'd']", hookpoint="gpt_neox.rotary_emb")
+    refused("[b, t, d]", "[2, 5, 'd']", hookpoint="gpt_neox.rotary_emb")
 
 
 def test_no_tokenizer(folders, tmp_path):
@@ -313,3 +313,38 @@ def test_without_a_head_there_is_no_cross_entropy(folders, tmp_path):
     folder = without(folders["llama"], tmp_path / "m", "lm_head.weight")
     assert not LanguageModel.load(folder, layer=1).has_cross_entropy
     assert LanguageModel.load(str(folders["llama"]), layer=1).has_cross_entropy
+
+
+def test_files_that_need_a_package_say_which(tmp_path, monkeypatch):
+    from importlib import metadata
+
+    def missing(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "version", missing)
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
+    with pytest.raises(InputError, match=r"a GGUF file, needs the package gguf: pip install gguf"):
+        LanguageModel.load(str(tmp_path / "model.gguf"), layer=0)
+    adapter = tmp_path / "adapter_config.json"
+    adapter.write_text('{"base_model_name_or_path": "some/base"}')
+    message = r"an adapter of some/base, needs the package peft: pip install peft"
+    with pytest.raises(InputError, match=message):
+        LanguageModel.load(str(tmp_path), layer=0)
+    adapter.write_text("{}")
+    with pytest.raises(InputError, match=r"its adapter_config.json names no base model"):
+        LanguageModel.load(str(tmp_path), layer=0)
+
+
+def test_an_adapter_is_merged_into_its_base(folders, tmp_path):
+    peft = pytest.importorskip("peft")
+    base = LanguageModel.load(str(folders["llama"]), layer=1)
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False)
+    from transformers import AutoModelForCausalLM
+
+    adapted = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(folders["llama"]), config)
+    adapted.save_pretrained(tmp_path / "adapter")
+    read = LanguageModel.load(str(tmp_path / "adapter"), layer=1)
+    with torch.no_grad():
+        expected = adapted.eval()(input_ids=IDS, output_hidden_states=True).hidden_states[2]
+    torch.testing.assert_close(read.activations(IDS), expected, rtol=1e-4, atol=1e-5)
+    assert not read.activations(IDS).allclose(base.activations(IDS)) and read.has_cross_entropy

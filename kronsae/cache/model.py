@@ -11,7 +11,7 @@ from torch import Tensor
 from kronsae.cache.index import CacheIndex, Hookpoint
 from kronsae.config import DataConfig
 from kronsae.data.common import digest
-from kronsae.data.language_model import EMBEDDED_LAYER, LanguageModel, check_layer
+from kronsae.data.language_model import EMBEDDED_LAYER, PROBE, LanguageModel, check_layer
 from kronsae.data.loading import load_tokenizer, quiet
 from kronsae.embedded import EMBEDDED_MODEL
 from kronsae.errors import InputError
@@ -51,7 +51,7 @@ class ManyHookpoints(LanguageModel):
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
             raise InputError(f"hookpoint {twice!r} is named twice: leave it out once")
-        outputs = model.activations_at(names, torch.arange(1, 7).view(2, 3))
+        outputs = model.activations_at(names, PROBE)
         layer_of: dict[str, int] = dict(zip(names, layers, strict=False))
         model.hookpoints = tuple(
             Hookpoint(name, output.shape[-1], layer_of.get(name))
@@ -132,8 +132,14 @@ class ModelByName:
         return self._loaded if isinstance(self._loaded, str) else None
 
     @property
+    def no_cross_entropy(self) -> str | None:
+        """Why there is no cross-entropy: that of the model, or why it cannot be loaded."""
+        loaded = self._loaded
+        return loaded if isinstance(loaded, str) else loaded.no_cross_entropy
+
+    @property
     def has_cross_entropy(self) -> bool:
-        return not isinstance(self._loaded, str) and self._loaded.has_cross_entropy
+        return self.no_cross_entropy is None
 
     def __getattr__(self, name: str) -> Any:
         """Attributes of the loaded model."""

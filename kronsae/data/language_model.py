@@ -17,6 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from kronsae.config import DataConfig
 from kronsae.data.common import Interrupted, digest
+from kronsae.data.common import reason as error_reason
 from kronsae.data.loading import load_config, load_model, load_tokenizer, quiet
 from kronsae.embedded import EMBEDDED_MODEL
 from kronsae.errors import InputError
@@ -29,6 +30,13 @@ if TYPE_CHECKING:
 
 EMBEDDED_LAYER = 2
 """The embedded model's layer if none is given."""
+
+PROBE = torch.tensor([[1, 2, 3, 4, 5], [1, 2, 6, 4, 5]])
+"""Token ids on which a model is tried: two texts that differ in one token."""
+
+HEAD_TOLERANCE = 1e-2
+"""Largest difference of logits by the head alone from those of the whole model, over the largest.
+Rounding in bfloat16 is less, another input of the head more."""
 
 LOGITS_AT_ONCE = 2**25
 """Logits held in memory while losses are computed (128 MiB in float32)."""
@@ -46,10 +54,12 @@ class LanguageModel:
 
     d_model, d_target: widths of the two outputs, from a tiny forward pass (d_target 0 without a
         target).
-    has_cross_entropy: whether `token_losses` works. It does not for masked language models (BERT),
-        or if the checkpoint lacks the head that predicts the next token.
-    Raises InputError if the hookpoint does not exist, does not run, has no output [b, t, d], or
-    depends on an absent weight.
+    no_cross_entropy: why `token_losses` does not work, in a sentence; None if it does. It does not
+        for masked language models (BERT), encoder-decoder models, or if the checkpoint lacks the
+        head that predicts the next token.
+    An encoder-decoder model reads the same text in both halves.
+    Raises InputError if the hookpoint does not exist, does not run on text, has no output
+    [b, t, d], gives it for other positions than those of the text, or depends on an absent weight.
     """
 
     def __init__(
@@ -77,13 +87,14 @@ class LanguageModel:
         for config in (model.config, model.config.get_text_config()):
             config.use_cache = False
         self.absent = absent
-        masked = type(model).__name__.endswith("ForMaskedLM")
-        causal = model.get_output_embeddings() is not None and not masked
-        self.has_cross_entropy = causal and not absent
+        self.is_encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
         self.module = find_module(model, name, hookpoint)
         self.target_hookpoint = target_hookpoint
         self.target = find_module(model, name, target_hookpoint) if target_hookpoint else None
         self.d_model, self.d_target = self._probe()
+        with torch.no_grad():
+            self.no_cross_entropy = self._why_no_cross_entropy()
+            self._body = None if self.no_cross_entropy else self._find_body()
 
     @classmethod
     def load(
@@ -148,6 +159,51 @@ class LanguageModel:
         )
 
     @property
+    def has_cross_entropy(self) -> bool:
+        """Whether `token_losses` works."""
+        return self.no_cross_entropy is None
+
+    def _why_no_cross_entropy(self) -> str | None:
+        kind = type(self.model).__name__
+        reason = None
+        if kind.endswith("ForMaskedLM"):
+            reason = "predicts masked tokens, not the next one"
+        elif self.is_encoder_decoder:
+            reason = "is an encoder-decoder model, whose decoder could copy from its encoder"
+        elif self.model.get_output_embeddings() is None:
+            reason = "has no head that predicts the next token"
+        elif self.absent:
+            reason = f"has no trained head for the next token (its files lack {self.absent[0]!r})"
+        else:
+            try:
+                logits = self._run(PROBE, None).logits
+                if logits.shape[:2] != PROBE.shape:
+                    reason = f"gives logits {list(logits.shape)} for tokens {list(PROBE.shape)}"
+            except Exception as error:  # of the model's code
+                reason = f"does not run to its end on text alone ({error_reason(error)})"
+        return reason and f"{self.name} ({kind}) {reason}"
+
+    def _find_body(self) -> nn.Module | None:
+        """The part of the model that gives the hidden states for its head.
+
+        None if the head cannot run apart from it: that is tried on a few tokens.
+        """
+        whole = self._run(PROBE, None).logits[:, :-1].flatten(0, 1)
+        for body in (self.model.base_model, self.model.get_decoder()):
+            inside = body is not None and (self.target or self.module) in set(body.modules())
+            if body is None or body is self.model or not inside:
+                continue
+            try:
+                states = LastStates(PROBE.to(self.device), self._body_output(body, PROBE), None)
+                apart = torch.cat([x for _, x in self._logits_of(body, states)])
+            except Exception:  # noqa: S112  # of the model's code, which expects more
+                continue
+            scale = whole.abs().max().clamp(min=1e-6)
+            if (apart - whole).abs().max() <= HEAD_TOLERANCE * scale:
+                return body
+        return None
+
+    @property
     def device(self) -> torch.device:
         return next(self.model.parameters()).device
 
@@ -161,9 +217,12 @@ class LanguageModel:
         positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if not isinstance(positions, int) or positions <= 0:
             return None
-        # RoBERTa counts positions from padding_idx + 1, so it reads two fewer than it has.
-        usable = getattr(self.tokenizer, "model_max_length", positions)
-        return usable if positions - usable in (1, 2) else positions
+        # RoBERTa counts positions from padding_idx + 1, so it reads fewer than it has.
+        for name, module in self.model.named_modules():
+            padding = getattr(module, "padding_idx", None)
+            if name.endswith("position_embeddings") and padding is not None:
+                return min(positions, module.num_embeddings) - padding - 1
+        return positions
 
     def describe(self) -> dict[str, Any]:
         """Everything that identifies the activations (JSON-able), the same on every device."""
@@ -269,15 +328,12 @@ class LanguageModel:
 
         Raises InputError if the model does not predict the next token.
         """
-        if not self.has_cross_entropy:
-            raise InputError(
-                f"model {self.name!r} has no trained head for the next token, so there is no "
-                "cross-entropy (only models for causal language modelling have one)"
-            )
+        if self.no_cross_entropy is not None:
+            raise InputError(f"there is no cross-entropy: {self.no_cross_entropy}")
         ids = input_ids.to(self.device)
-        body: nn.Module = self.model.base_model
+        body = self._body
         with self.lock:
-            if body is self.model or (self.target or self.module) not in set(body.modules()):
+            if body is None:
                 return LastStates(ids, None, self._run(ids, attention_mask).logits)
             return LastStates(ids, self._body_output(body, ids, attention_mask), None)
 
@@ -291,13 +347,19 @@ class LanguageModel:
             logits = states.logits[:, :-1].flatten(0, 1)
             yield slice(0, len(logits)), logits
             return
+        assert self._body is not None
+        yield from self._logits_of(self._body, states)
+
+    @torch.no_grad()
+    def _logits_of(self, body: nn.Module, states: "LastStates") -> Iterator[tuple[slice, Tensor]]:
+        """`next_token_logits` of the hidden states that `body` gives."""
         hidden = first_tensor(states.output)[:, :-1].flatten(0, 1)
         ids = states.ids[:, 1:].flatten()
         size = max(1, LOGITS_AT_ONCE // self.model.config.get_text_config().vocab_size)
         for start in range(0, len(hidden), size):
             rows = slice(start, min(start + size, len(hidden)))
             output = with_first(states.output, hidden[rows][None])
-            with self.lock, replaced_output(self.model.base_model, output):
+            with self.lock, replaced_output(body, output):
                 # Not `self.model(...)`: its hooks would count another forward pass.
                 logits = self.model.forward(input_ids=ids[rows][None]).logits[0]
             yield rows, logits
@@ -310,9 +372,14 @@ class LanguageModel:
     def _run(self, input_ids: Tensor, attention_mask: Tensor | None) -> Any:
         # Without a mask some models derive one from the padding token, which may also end texts.
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        return self.model(input_ids=input_ids.to(self.device), attention_mask=mask.to(self.device))
+        ids, mask = input_ids.to(self.device), mask.to(self.device)
+        if not self.is_encoder_decoder:
+            return self.model(input_ids=ids, attention_mask=mask)
+        # Without these the decoder reads the text from one position further left, or nothing.
+        halves = {"decoder_input_ids": ids, "decoder_attention_mask": mask}
+        return self.model(input_ids=ids, attention_mask=mask, **halves)
 
-    def _body_output(self, body: nn.Module, input_ids: Tensor, mask: Tensor | None) -> Any:
+    def _body_output(self, body: nn.Module, input_ids: Tensor, mask: Tensor | None = None) -> Any:
         """The output of the model without its head; the forward pass ends there."""
 
         def stop(_module: nn.Module, _inputs: Any, output: Any) -> None:
@@ -350,17 +417,27 @@ class LanguageModel:
     def _probe(self) -> tuple[int, int]:
         """d_model and d_target, from a tiny forward pass.
 
-        Raises InputError if it uses an absent weight.
+        Raises InputError if the model does not run on text, uses an absent weight, or gives the
+        activations of other positions: a token that changes must change them at its own position,
+        and, unless it changes all of them, at none before.
         """
         used: set[nn.Module] = set()
-        ids = torch.arange(1, 7).view(2, 3)
         with ExitStack() as stack:
             for m in self.model.modules():
                 stack.enter_context(m.register_forward_pre_hook(lambda m, _: used.add(m)))
-            width = d_model = self.activations(ids).shape[2]
-            if self.target is not None:
-                [hidden] = self.activations_at([self.hookpoint], ids)
-                d_model = hidden.shape[2]
+            try:
+                outputs = self.activations(PROBE)
+                d_model = width = outputs.shape[2]
+                if self.target is not None:
+                    [hidden] = self.activations_at([self.hookpoint], PROBE)
+                    d_model = hidden.shape[2]
+            except (InputError, Interrupted):
+                raise
+            except Exception as error:  # of the model's code
+                raise InputError(
+                    f"model {self.name!r} ({type(self.model).__name__}) does not run on text alone "
+                    f"({error_reason(error)}): activations are read as a model reads text"
+                ) from error
         names = {id(m): name for name, m in self.model.named_modules()}
         owners = {names[id(m)] for m in used}
         random = [weight for weight in self.absent if weight.rpartition(".")[0] in owners]
@@ -370,7 +447,20 @@ class LanguageModel:
                 f"{self.hookpoint!r} depends on, such as {random[0]!r}: they would be random. "
                 f"Is this a checkpoint of {type(self.model).__name__}?"
             )
+        self._check_positions(outputs)
         return d_model, width - d_model
+
+    def _check_positions(self, outputs: Tensor) -> None:
+        """Raise InputError unless outputs [2, t, d] for PROBE are those of its positions."""
+        first, other = outputs.float()
+        changed = (first - other).abs().amax(1) > 1e-6 * outputs.abs().max()
+        at = int((PROBE[0] != PROBE[1]).nonzero()[0])
+        if not changed[at] or changed[:at].any() and not changed[:at].all():
+            raise InputError(
+                f"hookpoint {self.hookpoint!r} of {self.name}: another token at position {at} "
+                f"changes its output at positions {changed.nonzero()[:, 0].tolist()}, so it is not "
+                "that of the text, position by position. Choose another module"
+            )
 
 
 class LastStates(NamedTuple):

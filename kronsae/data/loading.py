@@ -1,16 +1,17 @@
 """Configuration, tokenizer and weights of a transformers model by its name."""
 
+import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from kronsae.data.common import reason
 from kronsae.embedded import EMBEDDED_MODEL, embedded_model_path
-from kronsae.errors import InputError
+from kronsae.errors import InputError, require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -38,23 +39,51 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _name_or_path(name: str) -> str:
-    """The argument of from_pretrained for a model's name."""
+class Source(NamedTuple):
+    """Where the files of a model are: its name on the hub, or folder."""
+
+    name: str
+    gguf_file: str | None = None
+    """A file in the folder, which transformers turns into a model."""
+    adapter: str | None = None
+    """Folder of a LoRA adapter, whose base model `name` is."""
+
+    @property
+    def gguf(self) -> dict[str, str]:
+        """The argument of from_pretrained that names the file."""
+        return {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
+
+
+def _source(name: str) -> Source:
+    """The source of the model of that name. Raises InputError for what is no model."""
     if name == EMBEDDED_MODEL:
         try:
-            return str(embedded_model_path())
+            return Source(str(embedded_model_path()))
         except FileNotFoundError as error:
             raise InputError(str(error)) from error
-    folder = Path(name).expanduser()
-    return str(folder) if folder.is_dir() else name
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf" and path.is_file():
+        require("gguf", f"model {name!r}, a GGUF file,")
+        return Source(str(path.parent), path.name)
+    if not path.is_dir():
+        return Source(name)
+    adapter = path / "adapter_config.json"
+    if adapter.is_file() and not (path / "config.json").is_file():
+        base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        if not isinstance(base, str):
+            raise InputError(f"model {name!r}: its adapter_config.json names no base model")
+        require("peft", f"model {name!r}, an adapter of {base},")
+        return Source(base, adapter=str(path))
+    return Source(str(path))
 
 
 def load_config(name: str, revision: str | None, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig
 
+    source = _source(name)
     try:
         return AutoConfig.from_pretrained(
-            _name_or_path(name), revision=revision, trust_remote_code=trust_remote_code
+            source.name, revision=revision, trust_remote_code=trust_remote_code, **source.gguf
         )
     except Exception as error:  # transformers and the hub raise dozens of kinds
         raise InputError(_not_found(name, revision, error)) from error
@@ -84,8 +113,9 @@ def load_tokenizer(name: str, common: dict[str, Any]) -> Any:
     from transformers import AutoTokenizer
 
     advice = "text cannot be read without one. Save it beside the model, or name another model"
+    source = _source(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(_name_or_path(name), **common)
+        tokenizer = AutoTokenizer.from_pretrained(source.name, **common, **source.gguf)
     except Exception as error:  # of dozens of kinds
         raise InputError(f"model {name!r} has no tokenizer: {advice} ({reason(error)})") from error
     # Without files, transformers 5 makes a tokenizer that knows its special tokens alone.
@@ -99,19 +129,24 @@ def load_model(
 ) -> tuple["PreTrainedModel", tuple[str, ...]]:
     """The model, and the names of weights that its files lack."""
     import transformers
-    from transformers import AutoModel, AutoModelForCausalLM
 
     recent = tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= (4, 56)
-    loader: Any = AutoModelForCausalLM if has_causal_class(config) else AutoModel
+    source, loader = _source(name), loader_of(config)
+    own: dict[str, Any] = dict(source.gguf) or {"use_safetensors": True}
     try:
         model, info = loader.from_pretrained(
-            _name_or_path(name),
+            source.name,
             config=config,
-            use_safetensors=True,
             output_loading_info=True,
             **{"dtype" if recent else "torch_dtype": dtype},
+            **own,
             **common,
         )
+        if source.adapter is not None:
+            from peft import PeftModel
+
+            adapted: Any = PeftModel.from_pretrained(model, source.adapter)
+            model = adapted.merge_and_unload()
     except Exception as error:  # of dozens of kinds
         if "safetensors" in str(error):
             raise InputError(
@@ -123,6 +158,23 @@ def load_model(
             f"model {name!r}: its weights cannot be loaded ({reason(error)})"
         ) from error
     return model, tuple(sorted(info["missing_keys"]))
+
+
+def loader_of(config: Any) -> Any:
+    """The class of transformers that loads a model of this config, with its head if it has one.
+
+    Models that read images too (LLaVA, Qwen2-VL) are loaded with the head of their text half.
+    """
+    from transformers import AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
+
+    if has_causal_class(config):
+        return AutoModelForCausalLM
+    if config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        return AutoModelForImageTextToText
+    return AutoModel
 
 
 def has_causal_class(config: Any) -> bool:

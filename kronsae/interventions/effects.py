@@ -79,7 +79,7 @@ def encode_text(sae: SAE, text: HeldoutText) -> EncodedText:
     Raises InputError if the model does not predict next tokens.
     """
     if not text.model.has_cross_entropy:
-        raise InputError(f"model {text.model.name!r} has no trained head for the next token")
+        raise InputError(f"there is no cross-entropy: {text.model.no_cross_entropy}")
     parts, masks = [], []
     for _, mask, x in text.read():
         masks.append(mask)

@@ -19,7 +19,7 @@ from kronsae.data.language_model import (
     layer_or_hookpoint,
     lists_of_blocks,
 )
-from kronsae.data.loading import has_causal_class, load_config, quiet
+from kronsae.data.loading import load_config, loader_of, quiet
 from kronsae.errors import InputError
 from kronsae.sources import Cache, source_of
 
@@ -100,14 +100,12 @@ def _of_cache(config: DataConfig, activations: str) -> Outline:
 
 def _skeleton(config: DataConfig) -> tuple[int | str, Any, nn.Module]:
     """The layer or hookpoint to read, the model's configuration, the model on the meta device."""
-    from transformers import AutoModel, AutoModelForCausalLM
-
     read = layer_or_hookpoint(config.model, config.layer, config.hookpoint)
     with quiet():
         settings = load_config(config.model, config.revision, config.trust_remote_code)
         if isinstance(read, int):
             check_layer(config.model, settings, read)
-        loader = AutoModelForCausalLM if has_causal_class(settings) else AutoModel
+        loader = loader_of(settings)
         try:
             with torch.device("meta"):
                 model = loader.from_config(settings, trust_remote_code=config.trust_remote_code)
