@@ -149,6 +149,57 @@ def test_stored_dtype_rounds_and_nothing_else(dtype, cache, monkeypatch, tmp_pat
     assert batch.dtype == torch.float32
 
 
+def test_int8_is_each_row_times_its_scale(cache, monkeypatch, tmp_path):
+    """Off by half a scale at most; the rest is the rounding of bfloat16 when it is read."""
+    held = cached.make(monkeypatch, tmp_path / "cache", dtype="int8")
+    assert held.dtype == "int8" and held.bytes < 0.28 * CacheIndex.open(cache).bytes
+    exact = torch.cat(train_rows(cache))
+    files = [load_file(tmp_path / "cache" / s.activations[1].file) for s in held.train]
+    scales, rows = (torch.cat([file[name] for file in files]) for name in ("scales", "activations"))
+    assert scales.equal(exact.abs().amax(1) / 127) and rows.abs().amax(1).eq(127).all()
+    expected = rows * scales[:, None]
+    assert ((expected - exact).abs() <= 0.501 * scales[:, None]).all()
+    common = {"order": "stream", "buffer_tokens": 128}
+    batches, truth = (list(opened(f, **common)) for f in (tmp_path / "cache", cache))
+    for batch, exact in zip(batches, truth, strict=True):
+        scale = exact.abs().amax(1, keepdim=True) / 127
+        off = (batch - exact).abs()
+        assert batch.dtype == torch.float32 and (off <= 0.51 * scale + 2**-8 * exact.abs()).all()
+    permuted = torch.cat(list(opened(tmp_path / "cache", buffer_tokens=400)))
+    assert same_rows(permuted, torch.cat(batches))
+    source = opened(tmp_path / "cache")
+    variance = exact_heldout(cache).var(0).sum()
+    error = (source.heldout_activations() - exact_heldout(cache)).square().sum(1).mean()
+    assert error < 5e-4 * variance
+
+
+def exact_heldout(folder):
+    return opened(folder).heldout_activations()
+
+
+def test_int8_of_rows_that_are_zero_or_tiny():
+    x = torch.tensor([[0.0, 0.0], [1e-43, -1e-43], [3e38, -1e-10], [2.0, -4.0]])
+    into = {"scales": torch.empty(4), "activations": torch.empty(4, 2, dtype=torch.int8)}
+    writer._store(x, into, None)
+    read = reader._scaled(**into, into=None).float()
+    assert read[0].tolist() == [0, 0]
+    assert read[3].tolist() == [2.015625, -4.0]  # 64 / 127 of 4, in bfloat16
+    assert read.isfinite().all() and (read[1].abs() < 1e-42).all()
+    assert read[2, 0] == pytest.approx(3e38, rel=2**-8) and read[2, 1] == 0
+
+
+def test_an_int8_cache_is_made_good_and_longer(monkeypatch, tmp_path):
+    folder, whole = tmp_path / "cache", tmp_path / "whole"
+    cached.make(monkeypatch, whole, dtype="int8")
+    tokens = cached.make(monkeypatch, folder, dtype="int8", tokens=251).train_rows
+    flip(folder / "train-00001.0.safetensors")
+    expected = list(opened(whole, tokens=tokens))
+    running = opened(folder, buffer_tokens=131_072)
+    cached.make(monkeypatch, folder, dtype="int8")
+    assert cached.contents(folder) == cached.contents(whole)
+    assert same(list(running), expected)
+
+
 def test_what_float16_cannot_hold_is_refused(harvester, monkeypatch, tmp_path):
     read = LanguageModelActivations.read
     monkeypatch.setattr(LanguageModelActivations, "read", lambda *a: 1e6 * read(*a))

@@ -215,7 +215,7 @@ def test_verify_says_what_is_damaged_and_the_same_command_repairs(shared, tmp_pa
         (["--out", "x", "--hookpoint", "gpt_neox.layer.1"], "gpt_neox.layers.1"),
         (["--out", "x", "--model", "/nowhere/at/all", "--layer", "1"], "no such folder"),
         (["--out", "x", "--tokens", "-1"], "tokens: expected >= 0, got -1"),
-        (["--out", "x", "--dtype", "int8"], "invalid choice: 'int8'"),
+        (["--out", "x", "--dtype", "int4"], "invalid choice: 'int4'"),
         (["--out", "x", "--revision", "main"], "--revision has no effect with model 'embedded'"),
         (["--resume", "x", "--layer", "1"], "takes everything from the folder: no --layer"),
         (["--resume", "x"], "holds no harvest"),
@@ -244,9 +244,10 @@ def test_the_disk_is_checked_before_the_model_is_loaded(monkeypatch, capsys, tmp
     assert "It would be refused" in capsys.readouterr().out and not out.exists()
 
 
-def test_the_plan_is_what_then_lies_on_the_disk(monkeypatch, tmp_path):
-    held = cached.make(monkeypatch, tmp_path / "cache", tokens=1000)
-    config = cached.dataclasses.replace(cached.CONFIG, tokens=held.train_rows)
+@pytest.mark.parametrize("dtype", ["auto", "int8"])
+def test_the_plan_is_what_then_lies_on_the_disk(dtype, monkeypatch, tmp_path):
+    held = cached.make(monkeypatch, tmp_path / "cache", tokens=1000, dtype=dtype)
+    config = cached.dataclasses.replace(cached.CONFIG, tokens=held.train_rows, dtype=dtype)
     plan = make_plan(config, tmp_path / "cache")
     assert plan["disk_mib"] * 2**20 == pytest.approx(held.bytes, rel=0.05)
     assert plan["disk_there_mib"] * 2**20 == held.bytes

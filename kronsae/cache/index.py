@@ -5,7 +5,8 @@ A cache is a folder:
 index.json                            the `CacheIndex`: contents and origin (while a harvest is
                                       incomplete, it is in the newest state in progress/)
 train-00000.tokens.safetensors        contexts [c, L] int32 token ids, mask [c, L] bool
-train-00000.0.safetensors             activations [r, width] of the first hookpoint
+train-00000.0.safetensors             activations [r, width] of the first hookpoint; if they are
+                                      int8, also scales [r] float32 to multiply them by
 train-00000.1.safetensors             ... of the second; and so on
 heldout-00000.tokens.safetensors      text that is never trained on, in the same form
 
@@ -50,10 +51,14 @@ CODES = {
     "float32": "F32",
     "bfloat16": "BF16",
     "float16": "F16",
+    "int8": "I8",
     "int32": "I32",
     "bool": "BOOL",
 }
 """Names of dtypes in safetensors."""
+
+STORED = (*DTYPES, "int8")
+"""Dtypes that activations are stored in."""
 
 MAX_HEADER_BYTES = 2**16
 MAX_WIDTH = 2**24
@@ -248,7 +253,7 @@ class CacheIndex:
 
     def _check(self) -> None:
         """Raise ValueError for anything that a harvest would not write."""
-        _expect(self.dtype in DTYPES, f"dtype {self.dtype!r}")
+        _expect(self.dtype in STORED, f"dtype {self.dtype!r}")
         _expect(_count(self.context_length) and self.context_length > 1, "context_length")
         _expect(_count(self.seed) and isinstance(self.text, str), "seed or text")
         _expect(_count(self.model.get("parameters")) and "weights" in self.model, "model")
@@ -294,7 +299,14 @@ class CacheIndex:
 
     def activations_layout(self, shard: Shard, number: int) -> Layout:
         """number: of the hookpoint."""
-        return {"activations": (self.dtype, (shard.rows, self.hookpoints[number].width))}
+        shape = (shard.rows, self.hookpoints[number].width)
+        rows: Layout = {"activations": (self.dtype, shape)}
+        return rows if self.dtype != "int8" else {"scales": ("float32", (shard.rows,)), **rows}
+
+    @property
+    def dtype_in_memory(self) -> torch.dtype:
+        """int8 becomes bfloat16, whose rounding is small beside that of int8."""
+        return torch.bfloat16 if self.dtype == "int8" else getattr(torch, self.dtype)
 
     @property
     def train_rows(self) -> int:

@@ -25,6 +25,9 @@ from kronsae.errors import InputError
 READERS = 4
 """Files read in parallel: while one waits for the disk, another one's checksum is computed."""
 
+ROWS_AT_ONCE = 1024
+"""Rows of int8 that are converted at a time, through float32."""
+
 
 class CacheActivations:
     """Batches [B, d_model (+ d_target)] float32 of the tokens of a cache that are not held out.
@@ -121,8 +124,8 @@ class CacheActivations:
 
     def _batches(self) -> Generator[Tensor, None, None]:
         """Batches [B, d] from the position on, on the CPU."""
-        # Batches for another device are copied in the stored dtype and converted there.
-        dtype = torch.float32 if self.device.type == "cpu" else getattr(torch, self.index.dtype)
+        # Batches for another device are copied in a short dtype and converted there.
+        dtype = torch.float32 if self.device.type == "cpu" else self.index.dtype_in_memory
         memory = BatchMemory(self.batch_size, self.d_model + self.d_target, dtype)
         batch, filled = memory.take(self.batch_size), 0
         for order, rows in self._groups():
@@ -208,7 +211,7 @@ class CacheActivations:
     def _new_slot(self) -> list[Tensor]:
         """Memory for the largest group, reused because new pages cost time."""
         rows = group_rows(self.index, self.group_tokens)
-        dtype = getattr(torch, self.index.dtype)
+        dtype = self.index.dtype_in_memory
         return [torch.empty(rows, width, dtype=dtype) for width in self.widths]
 
     def _load(self, group: Sequence[int], slot: list[Tensor], readers: Executor) -> list[Tensor]:
@@ -224,16 +227,17 @@ class CacheActivations:
     def _load_file(self, shard: Shard, number: int, into: Tensor | None = None) -> Tensor:
         """Read a shard's activations [r, width] of a hookpoint, to `into` if it is given."""
         file = shard.activations[number]
+        as_stored = self.index.dtype != "int8"
         tensors = read_tensors(
             self.folder,
             file,
             self.index.activations_layout(shard, number),
-            into=None if into is None else {"activations": into},
+            into={"activations": into} if as_stored and into is not None else None,
             verify=self.verify and file.file not in self.verified,
             grown=shard is self.index.train[-1],
         )
         self.verified.add(file.file)
-        return tensors["activations"]
+        return tensors["activations"] if as_stored else _scaled(into=into, **tensors)
 
     # Held-out text
 
@@ -365,6 +369,18 @@ def _shards_per_group(index: CacheIndex, buffer_tokens: int) -> int:
 
 def _one_thread(name: str) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(1, thread_name_prefix=name)
+
+
+def _scaled(scales: Tensor, activations: Tensor, into: Tensor | None) -> Tensor:
+    """Rows [r, width] of int8 times their scales [r], as bfloat16."""
+    if into is None:
+        into = torch.empty(activations.shape, dtype=torch.bfloat16)
+    memory = torch.empty(ROWS_AT_ONCE, activations.shape[1])
+    blocks = (x.split(ROWS_AT_ONCE) for x in (activations, scales[:, None], into))
+    for rows, factors, block in zip(*blocks, strict=True):
+        exact = memory[: len(rows)].copy_(rows).mul_(factors)
+        block.copy_(exact)
+    return into
 
 
 def _join(tensors: list[Tensor]) -> Tensor:

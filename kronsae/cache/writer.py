@@ -34,6 +34,7 @@ from kronsae.cache.index import (
     INDEX_NAME,
     PROGRESS,
     SECTIONS,
+    STORED,
     CacheIndex,
     Damaged,
     Hookpoint,
@@ -48,7 +49,7 @@ from kronsae.cache.index import (
     write_tensors,
 )
 from kronsae.cache.model import ManyHookpoints, tokenizer_digest
-from kronsae.config import DTYPES, DataConfig, check_values, setting
+from kronsae.config import DataConfig, check_values, setting
 from kronsae.data.activations import (
     LanguageModelActivations,
     describe_begin,
@@ -92,8 +93,9 @@ class HarvestConfig:
     )
     dtype: str = setting(
         "auto",
-        "dtype of the stored activations (auto: the language model's)",
-        choices=("auto", *DTYPES),
+        "dtype of the stored activations (auto: the language model's; int8: with a scale for each "
+        "token, half the size of bfloat16)",
+        choices=("auto", *STORED),
     )
     shard_tokens: int = setting(32_768, "tokens per shard (at least one forward pass)", least=1)
     seed: int = setting(0, "seed of the order of documents")
@@ -534,8 +536,7 @@ class _Harvest:
         at_once: number of shards that are made at the same time (0: to repair).
         """
         rows = int(sum(mask.sum() for mask in made.masks))
-        dtype = getattr(torch, self.dtype)
-        stored = [torch.empty(rows, width, dtype=dtype) for width in self.widths]
+        stored = [self._new(rows, width) for width in self.widths]
         done = sum(shard.rows for section in SECTIONS for shard in self.shards[section])
         start = 0
         for ids in made.ids:
@@ -544,7 +545,7 @@ class _Harvest:
             for hookpoint, part, all_rows in zip(
                 self.model.hookpoints, x.split(self.widths, 1), stored, strict=True
             ):
-                _store(part, all_rows[start:stop], hookpoint)
+                _store(part, {name: y[start:stop] for name, y in all_rows.items()}, hookpoint)
             start = stop
             if at_once:
                 self.on_progress(Progress(done + at_once * stop, self.planned))
@@ -552,10 +553,16 @@ class _Harvest:
         def write(name: str | int, tensors: dict[str, Tensor]) -> ShardFile:
             return write_tensors(self.folder / file_name(section, number, name), tensors)
 
-        files = [write(i, {"activations": x}) for i, x in enumerate(stored)]
+        files = [write(number, tensors) for number, tensors in enumerate(stored)]
         ids, mask = torch.cat(made.ids), torch.cat(made.masks)
         tokens = write("tokens", {"contexts": ids.int(), "mask": mask})
         return Shard(len(ids), rows, tokens, tuple(files))
+
+    def _new(self, rows: int, width: int) -> dict[str, Tensor]:
+        """Memory for the rows of a shard, as they are stored (`CacheIndex.activations_layout`)."""
+        activations = torch.empty(rows, width, dtype=getattr(torch, self.dtype))
+        scales = {"scales": torch.empty(rows)} if self.dtype == "int8" else {}
+        return {**scales, "activations": activations}
 
     # Damaged shards
 
@@ -591,12 +598,20 @@ class _Harvest:
         return torch.cat(parts)
 
 
-def _store(x: Tensor, into: Tensor, hookpoint: Hookpoint) -> None:
-    """Copy rows [r, width] to where they are stored. Raises InputError if the dtype cannot."""
-    into.copy_(x)
-    if not torch.isfinite(into).all():
+def _store(x: Tensor, into: dict[str, Tensor], hookpoint: Hookpoint) -> None:
+    """Copy finite rows [r, width] float32 to where they are stored.
+
+    Raises InputError if the dtype cannot hold them.
+    """
+    rows = into["activations"]
+    if rows.dtype == torch.int8:  # the largest of each row becomes 127 or -127
+        scales = x.abs().amax(1) / 127
+        into["scales"].copy_(scales)
+        x = (x / scales.where(scales > 0, 1)[:, None]).round_().clamp_(-127, 127)
+    rows.copy_(x)
+    if not torch.isfinite(rows).all():
         raise InputError(
-            f"{hookpoint.name} has activations up to {x.abs().max():.4g}, which {into.dtype} "
+            f"{hookpoint.name} has activations up to {x.abs().max():.4g}, which {rows.dtype} "
             "cannot hold: choose --dtype bfloat16 or float32, in another --out"
         )
 

@@ -63,7 +63,8 @@ def make_plan(config: HarvestConfig, out: Path) -> dict[str, Any]:
     widths = {name: outlined.d_model for name, outlined in models.items()}
     width, length = sum(widths.values()), model.context_length
     # Each token of a context has an id and a mask, but the first one has no activations.
-    row = stored * width + 5 * length / (length - 1)
+    scales = 4 * len(widths) if config.dtype == "int8" else 0
+    row = stored * width + scales + 5 * length / (length - 1)
     contexts = -(-data.heldout_tokens // length)
     available = available_tokens(data, length)
     harvested = min(filter(None, (config.tokens, available)), default=0)
@@ -73,7 +74,7 @@ def make_plan(config: HarvestConfig, out: Path) -> dict[str, Any]:
         "language model": model.parameters * size,
         # The hookpoints' outputs, copied and joined, as float32, and a block's activations.
         "a forward pass": tokens * (12 * model.hidden_size * size + (4 + 2 * size) * width),
-        "a shard": (config.shard_tokens + tokens) * width * stored,
+        "a shard": (config.shard_tokens + tokens) * (width * stored + scales),
     }
     there = sum(path.stat().st_size for path in out.glob("*.safetensors")) if out.exists() else 0
     existing = next(path for path in (out.resolve(), *out.resolve().parents) if path.exists())
@@ -113,7 +114,7 @@ def _disk_shortage(plan: dict[str, Any]) -> str | None:
     return (
         f"{needed:,.0f} MiB of disk are needed ({plan['bytes_per_token']:,.0f} bytes a token), and "
         f"{free:,.0f} MiB are free, room for {room:,.0f} tokens: choose fewer --tokens, fewer "
-        "hookpoints, --dtype bfloat16, or another disk"
+        "hookpoints, --dtype bfloat16 or int8, or another disk"
     )
 
 
