@@ -441,9 +441,9 @@ class DataConfig:
     )
     activations: str | None = setting(
         None,
-        "train from this cache (a folder that kronsae harvest wrote) instead of a language model "
-        "and text; if it has several hookpoints, choose one by --layer or --hookpoint; NAME:REST "
-        "is a source that a plugin registers",
+        "train from this cache (a folder that kronsae harvest wrote, or its URL) instead of a "
+        "language model and text; if it has several hookpoints, choose one by --layer or "
+        "--hookpoint; NAME:REST is a source that a plugin registers",
         free=True,
     )
     activations_order: str = setting(

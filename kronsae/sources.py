@@ -17,6 +17,7 @@ import torch
 from kronsae.cache import CacheActivations, CacheIndex
 from kronsae.cache.index import DESCRIBED, so_far
 from kronsae.cache.reader import hookpoint_numbers
+from kronsae.cache.remote import is_url
 from kronsae.config import DataConfig
 from kronsae.data.activations import LanguageModelActivations, open_model
 from kronsae.data.common import check_batch_size
@@ -53,7 +54,7 @@ class Source(ABC):
 
 
 def source_of(activations: str | None) -> type[Source]:
-    """The class that `DataConfig.activations` names: by NAME:REST, otherwise a cache's folder.
+    """The class that `DataConfig.activations` names by NAME:REST; `Cache` for a folder or a URL.
 
     Raises InputError for an unknown NAME.
     """
@@ -62,7 +63,7 @@ def source_of(activations: str | None) -> type[Source]:
     name, colon, _ = activations.partition(":")
     if colon and name in SOURCES:
         return SOURCES[name]
-    if colon and not Path(activations).exists():
+    if colon and not is_url(activations) and not Path(activations).exists():
         raise InputError(
             f"activations {activations!r}: there is no such folder, and no source {name!r} is "
             "registered (a source of your own is registered by --plugin FILE)"

@@ -31,12 +31,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kronsae.cache.remote import Remote, is_url
 from kronsae.config import DTYPES, DataConfig, data_settings, from_dict, stored
 from kronsae.data.common import digest
 from kronsae.errors import InputError
 from kronsae.registry import command_line
 from kronsae.system import checkpoint
-from kronsae.system.files import read_checksummed, write_file
+from kronsae.system.files import checked, read_checksummed, write_file
 
 FORMAT = "kronsae-activations"
 FORMAT_VERSION = 1
@@ -60,6 +61,7 @@ CODES = {
 STORED = (*DTYPES, "int8")
 """Dtypes that activations are stored in."""
 
+MAX_INDEX_BYTES = 2**30
 MAX_HEADER_BYTES = 2**16
 MAX_WIDTH = 2**24
 BLOCK_BYTES = 2**20
@@ -70,6 +72,9 @@ DESCRIBED = data_settings(harvested=True)
 """Settings of `DataConfig` that a cache fixes."""
 
 _FILE_NAME = re.compile(r"(heldout|train)-[0-9]{5,12}\.(tokens|[0-9]{1,4})\.safetensors")
+
+Folder = Path | Remote
+"""Where the files of a cache are."""
 
 Layout = dict[str, tuple[str, tuple[int, ...]]]
 """dtype and shape of each tensor of a file."""
@@ -147,8 +152,11 @@ class CacheIndex:
     def open(cls, folder: str | Path) -> "CacheIndex":
         """The index of the cache in `folder`; of an incomplete harvest, of its shards so far.
 
+        folder: or a URL (`kronsae.cache.remote`), with a complete cache.
         Raises InputError if there is no valid one.
         """
+        if is_url(folder):
+            return cls._at(Remote(str(folder)))
         folder = Path(folder)
         path = folder / INDEX_NAME
         try:
@@ -161,6 +169,23 @@ class CacheIndex:
         except (OSError, ValueError) as error:
             raise InputError(f"{path} cannot be read ({error}); {_rewrite(folder)}") from error
         return cls.from_json(document, path, _rewrite(folder))
+
+    @classmethod
+    def _at(cls, remote: Remote) -> "CacheIndex":
+        """The index of a cache at a URL."""
+        path = f"{remote}/{INDEX_NAME}"
+        try:
+            document = checked(json.loads(remote.read_bytes(INDEX_NAME, MAX_INDEX_BYTES)))
+        except FileNotFoundError as error:
+            problem = f"there is no {path}"
+            raise InputError(
+                f"{remote} is not a complete cache of activations: {problem}"
+            ) from error
+        except InputError:
+            raise
+        except ValueError as error:
+            raise InputError(f"{path} cannot be read ({error}): upload it again") from error
+        return cls.from_json(document, path, "upload it again")
 
     @classmethod
     def _so_far(cls, folder: Path) -> "CacheIndex":
@@ -181,7 +206,9 @@ class CacheIndex:
         raise InputError(f"{folder}: the harvest is incomplete, without a shard so far; {hint}")
 
     @classmethod
-    def from_json(cls, document: Any, path: Path, hint: str, check: bool = True) -> "CacheIndex":
+    def from_json(
+        cls, document: Any, path: Path | str, hint: str, check: bool = True
+    ) -> "CacheIndex":
         """The inverse of `json`.
 
         path: of the document, for messages.  hint: what to do if it is damaged.
@@ -216,7 +243,7 @@ class CacheIndex:
         del values["planned"]
         return values
 
-    def first(self, rows: int, folder: Path) -> "CacheIndex":
+    def first(self, rows: int, folder: Folder) -> "CacheIndex":
         """The index of the first `rows` rows to train on, as it was when there were no more.
 
         It has the fingerprint of that time, if they end with a forward pass of the language model.
@@ -237,7 +264,7 @@ class CacheIndex:
                 rows -= shard.rows
         return dataclasses.replace(self, train=tuple(shards))
 
-    def _cut(self, shard: Shard, rows: int, folder: Path) -> Shard:
+    def _cut(self, shard: Shard, rows: int, folder: Folder) -> Shard:
         """The shard as it was written when it had no more than the passes of its first rows."""
         tokens = read_tensors(folder, shard.tokens, self.tokens_layout(shard))
         seen = tokens["mask"].sum(1).cumsum(0)
@@ -382,7 +409,7 @@ def so_far(index: CacheIndex) -> str:
     return f" so far (of {planned}: the harvest is incomplete)"
 
 
-def resume_command(folder: Path) -> str:
+def resume_command(folder: Folder) -> str:
     return command_line("harvest", "--resume", str(folder))
 
 
@@ -472,7 +499,7 @@ class Damaged(InputError):
 
 
 def read_tensors(
-    folder: Path,
+    folder: Folder,
     file: ShardFile,
     layout: Layout,
     *,
@@ -503,11 +530,20 @@ def read_tensors(
 
 
 @contextmanager
-def _file_of(folder: Path, file: ShardFile) -> Iterator[Path]:
+def _file_of(folder: Folder, file: ShardFile) -> Iterator[Path]:
     """The path of a file, which must not be a link out of its folder.
 
     Turns OSError and ValueError inside into Damaged.
     """
+    if isinstance(folder, Remote):
+        try:
+            with folder.fetched(file.file) as path:
+                yield path
+        except InputError:
+            raise
+        except (OSError, ValueError) as error:
+            raise Damaged(f"{folder}/{file.file} cannot be used ({error})") from error
+        return
     path = folder / file.file
     try:
         if path.resolve().parent != path.parent.resolve():

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kronsae.cache.index import CacheIndex, Shard, check_sizes, read_tensors, so_far
 from kronsae.cache.model import ModelByName
+from kronsae.cache.remote import Remote, is_url
 from kronsae.config import ACTIVATIONS_ORDERS
 from kronsae.data.buffer import ShuffleBuffer
 from kronsae.data.common import check_batch_size
@@ -43,6 +44,7 @@ class CacheActivations:
         is float32, was harvested with the same seed, and holds all the text (or all that the buffer
         takes). Later epochs repeat the order of the shards.
 
+    folder: or a URL, whose files are fetched as they are needed (`kronsae.cache.remote`).
     layer or hookpoint, and target_hookpoint for a transcoder: the harvested hookpoint to read;
     none of them if there is only one.  epochs: None repeats for ever.
     tokens: read the first so many tokens of `train` alone (0: all there are). With the tokens that
@@ -77,9 +79,13 @@ class CacheActivations:
         check_batch_size(batch_size)
         if order not in ACTIVATIONS_ORDERS:
             raise InputError(f"order: one of {ACTIVATIONS_ORDERS}, not {order!r}")
-        self.folder = Path(folder)
+        self.folder = Remote(str(folder)) if is_url(folder) else Path(folder)
         self.index = CacheIndex.open(folder)
-        check_sizes(self.folder, self.index)
+        if isinstance(self.folder, Remote):
+            files = self.index.all_files()
+            self.folder.files = {file.file: (file.bytes, file.sha256) for file in files}
+        else:
+            check_sizes(self.folder, self.index)
         if tokens:
             self.index = self.index.first(tokens, self.folder)
         self.numbers = hookpoint_numbers(self.index, layer, hookpoint, target_hookpoint)

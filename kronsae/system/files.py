@@ -47,7 +47,11 @@ def read_checksummed(path: Path) -> Any:
     An object without one is taken as it is: people write such files, too, and older versions did.
     Raises OSError or ValueError if it cannot be read, or if the checksum is of other values.
     """
-    document = json.loads(path.read_text(encoding="utf-8"))
+    return checked(json.loads(path.read_text(encoding="utf-8")))
+
+
+def checked(document: Any) -> Any:
+    """A JSON value without its checksum. Raises ValueError if that is of other values."""
     if isinstance(document, dict) and _CHECKSUM in document:
         if document.pop(_CHECKSUM) != _digest(document):
             raise ValueError(
