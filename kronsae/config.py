@@ -489,7 +489,8 @@ class DataConfig:
     )
     model_dtype: str = _of_reading(
         "auto",
-        "dtype of the language model (auto: bfloat16 on a GPU, float32 on a CPU)",
+        "dtype of the language model (auto: bfloat16 on a GPU, and on a CPU with instructions for "
+        "it if the model's weights are bfloat16; else float32)",
         choices=("auto", *DTYPES),
         free=True,
     )

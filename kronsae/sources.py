@@ -106,9 +106,19 @@ class Live(Source):
         parameters = sum(p.numel() for p in model.model.parameters())
         reads = _reads(model.hookpoint, model.target_hookpoint)
         return (
-            f"{data.model}, {parameters / 1e6:,.1f} M parameters; reads out {reads} "
+            f"{data.model}, {parameters / 1e6:,.1f} M parameters in {_dtype(model, data)}; reads "
+            f"out {reads} "
             f"(d = {source.d_model:,})"
         )
+
+
+def _dtype(model: Any, data: DataConfig) -> str:
+    """The dtype in which the language model runs, and why if the user did not choose it."""
+    name = str(model.dtype).removeprefix("torch.")
+    if data.model_dtype != "auto" or model.dtype == torch.float32:
+        return name
+    on = "a GPU" if model.device.type != "cpu" else "a processor with instructions for it"
+    return f"{name} (auto: on {on})"
 
 
 class Cache(Source):

@@ -18,10 +18,16 @@ from torch.nn.functional import cross_entropy
 from kronsae.config import DataConfig
 from kronsae.data.common import Interrupted, digest
 from kronsae.data.common import reason as error_reason
-from kronsae.data.loading import load_config, load_model, load_tokenizer, quiet
+from kronsae.data.loading import (
+    checkpoint_dtype,
+    load_config,
+    load_model,
+    load_tokenizer,
+    quiet,
+)
 from kronsae.embedded import EMBEDDED_MODEL
 from kronsae.errors import InputError
-from kronsae.system.devices import compute_dtype
+from kronsae.system.devices import model_dtype
 from kronsae.system.parallel import ALONE
 
 if TYPE_CHECKING:
@@ -105,7 +111,7 @@ class LanguageModel:
         hookpoint: str | None = None,
         target_hookpoint: str | None = None,
         revision: str | None = None,
-        dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype | str = torch.float32,
         device: torch.device | str = "cpu",
         trust_remote_code: bool = False,
     ) -> "Self":
@@ -117,6 +123,7 @@ class LanguageModel:
             layer.
         target_hookpoint: the module whose output a transcoder predicts.
         revision: branch, tag or commit on the hub.
+        dtype: also by name; "auto" as `kronsae.system.devices.model_dtype` says.
 
         Only safetensors files are read, because unpickling can run code.
         Raises InputError if the model cannot be loaded (no such name, no network, no safetensors,
@@ -127,6 +134,8 @@ class LanguageModel:
             config = load_config(name_or_path, revision, trust_remote_code)
             if isinstance(block_or_name, int):
                 check_layer(name_or_path, config, block_or_name)
+            if isinstance(dtype, str):
+                dtype = model_dtype(dtype, torch.device(device), checkpoint_dtype(config))
             common = {"revision": revision, "trust_remote_code": trust_remote_code}
             tokenizer = load_tokenizer(name_or_path, common)
             model, absent = load_model(name_or_path, config, dtype, common)
@@ -153,7 +162,7 @@ class LanguageModel:
             hookpoint=data.hookpoint,
             target_hookpoint=data.target_hookpoint,
             revision=data.revision,
-            dtype=compute_dtype(data.model_dtype, device),
+            dtype=data.model_dtype,
             device=device,
             trust_remote_code=data.trust_remote_code,
         )

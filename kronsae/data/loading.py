@@ -160,6 +160,15 @@ def load_model(
     return model, tuple(sorted(info["missing_keys"]))
 
 
+def checkpoint_dtype(config: Any) -> torch.dtype | None:
+    """The dtype of a model's weights by its config; None if that does not say."""
+    for part in (config, config.get_text_config()):
+        dtype = getattr(part, "dtype", None) or getattr(part, "torch_dtype", None)
+        if dtype is not None:
+            return getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    return None
+
+
 def loader_of(config: Any) -> Any:
     """The class of transformers that loads a model of this config, with its head if it has one.
 

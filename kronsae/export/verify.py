@@ -16,6 +16,7 @@ from kronsae.errors import InputError
 from kronsae.interop.stock import part_of
 from kronsae.metrics.figures import ReconstructionMetrics
 from kronsae.metrics.heldout import Heldout, evaluate
+from kronsae.metrics.target_model import as_evaluated
 from kronsae.model.sae import SAE
 from kronsae.registry import FORMATS
 
@@ -102,7 +103,7 @@ def heldout_tokens(
     saved = part_of(sae.metadata, "config", "data")
     if not saved:
         return None
-    saved = untrusted(stored(DataConfig, saved))
+    saved = as_evaluated(stored(DataConfig, untrusted(saved)), part_of(sae.metadata, "data"))
     config = from_dict(DataConfig, saved, "the SAE's metadata").live()
     config = dataclasses.replace(
         config,

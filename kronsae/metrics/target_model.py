@@ -148,8 +148,8 @@ def _names(paths: Sequence[str]) -> list[str]:
 def data_of(sae: SAE, given: dict[str, Any], name: str) -> DataConfig:
     """Language model and text of an SAE: as given, otherwise from its metadata."""
     known = untrusted((sae.metadata.get("config") or {}).get("data") or {})
-    known = stored(DataConfig, known) if known else known
     described = sae.metadata.get("data") or {}
+    known = as_evaluated(stored(DataConfig, known), described) if known else known
     if not known and described.get("name", "given") != "given":
         known = {"model": described["name"], "hookpoint": described["hookpoint"]}
         known |= {k: described[k] for k in ("revision", "target_hookpoint") if k in described}
@@ -171,6 +171,16 @@ def data_of(sae: SAE, given: dict[str, Any], name: str) -> DataConfig:
             f"{name} was trained on {data.activations}, without a language model: give --model, "
             "--layer or --hookpoint, and --dataset"
         )
+    return data
+
+
+def as_evaluated(data: dict[str, Any], described: dict[str, Any]) -> dict[str, Any]:
+    """Settings of a run, with the dtype in which its language model ran if that was float32.
+
+    "auto" may mean bfloat16 on this machine, which would give other figures.
+    """
+    if data.get("model_dtype", "auto") == "auto" and described.get("dtype") == "float32":
+        return data | {"model_dtype": "float32"}
     return data
 
 

@@ -17,7 +17,7 @@ from kronsae.plan.memory import MIB, in_mib, shortage
 from kronsae.plan.outline import NoOutline, Outline, outline
 from kronsae.plan.text import memory_line, wrapped
 from kronsae.plan.time import duration, model_seconds
-from kronsae.system.devices import compute_dtype, free_bytes, resolve_device
+from kronsae.system.devices import free_bytes, model_dtype, resolve_device
 from kronsae.system.parallel import ranks
 
 DISK_MARGIN = 1.05
@@ -58,7 +58,7 @@ def make_plan(config: HarvestConfig, out: Path) -> dict[str, Any]:
     check_text(data)
     models = outlines(config)
     model = _last(models)
-    size = compute_dtype(data.model_dtype, device).itemsize
+    size = model_dtype(data.model_dtype, device, model.checkpoint).itemsize
     stored = size if config.dtype == "auto" else getattr(torch, config.dtype).itemsize
     widths = {name: outlined.d_model for name, outlined in models.items()}
     width, length = sum(widths.values()), model.context_length

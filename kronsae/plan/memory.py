@@ -27,7 +27,13 @@ from kronsae.model.sae import SAE
 from kronsae.plan.outline import Outline
 from kronsae.registry import OBJECTIVES, SELECTIONS
 from kronsae.system import parallel
-from kronsae.system.devices import compute_dtype, free_bytes, resolve_device, with_index
+from kronsae.system.devices import (
+    compute_dtype,
+    free_bytes,
+    model_dtype,
+    resolve_device,
+    with_index,
+)
 from kronsae.training.learner import UNCONFIRMED, check_step
 from kronsae_kernels import backends
 from kronsae_kernels.step import why_not_graphed
@@ -305,7 +311,7 @@ def _reader(
     config: RunConfig, model: Outline, device: torch.device, ranks: tuple[int, int]
 ) -> _Reader:
     """Rough sizes of the language model and its activations on a rank."""
-    size = compute_dtype(config.data.model_dtype, device).itemsize
+    size = model_dtype(config.data.model_dtype, device, model.checkpoint).itemsize
     tokens = config.data.contexts_per_batch * model.context_length
     # A block's widest activation has four times the model's width, and exists twice. About six more
     # of that width exist beside it: the residual stream, its norm, attention. Ranks share the

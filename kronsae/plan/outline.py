@@ -19,7 +19,7 @@ from kronsae.data.language_model import (
     layer_or_hookpoint,
     lists_of_blocks,
 )
-from kronsae.data.loading import load_config, loader_of, quiet
+from kronsae.data.loading import checkpoint_dtype, load_config, loader_of, quiet
 from kronsae.errors import InputError
 from kronsae.sources import Cache, source_of
 
@@ -39,6 +39,8 @@ class Outline(NamedTuple):
     """Width of the residual stream."""
     vocabulary: int
     """Number of tokens known."""
+    checkpoint: torch.dtype | None = None
+    """dtype of the weights in the model's files, if its configuration says."""
     d_target: int = 0
     """Width of the target hookpoint's output; 0 without one."""
 
@@ -66,6 +68,7 @@ def outline(config: DataConfig, context_length: int = 1024) -> Outline:
     longest = getattr(text, "max_position_embeddings", None) or context_length
     tokens = min(config.context_length or context_length, longest)
     vocabulary = getattr(text, "vocab_size", 0)
+    checkpoint = checkpoint_dtype(settings)
     parameters = sum(p.numel() for p in model.parameters())
     for module in modules:
         try:
@@ -77,14 +80,18 @@ def outline(config: DataConfig, context_length: int = 1024) -> Outline:
         except Exception as error:  # of any type: the model needs numbers
             warnings.warn(f"{config.model} is estimated by its parts: {error}", stacklevel=2)
             continue
-        return Outline(d, parameters, flops, tokens, text.hidden_size, vocabulary, d_target)
+        return Outline(
+            *(d, parameters, flops, tokens, text.hidden_size, vocabulary, checkpoint, d_target)
+        )
     blocks = [block for _, blocks in lists_of_blocks(model) for block in blocks]
     used = blocks if isinstance(read, str) else blocks[: read + 1]
     weights = sum(p.numel() for block in used for p in block.parameters())
     width = modules and getattr(modules[0], "out_features", None)
     hidden = text.hidden_size
     d_target = hidden if config.target_hookpoint else 0
-    return Outline(width or hidden, parameters, weights, tokens, hidden, vocabulary, d_target)
+    return Outline(
+        *(width or hidden, parameters, weights, tokens, hidden, vocabulary, checkpoint, d_target)
+    )
 
 
 def _of_cache(config: DataConfig, activations: str) -> Outline:
@@ -95,7 +102,7 @@ def _of_cache(config: DataConfig, activations: str) -> Outline:
     numbers = hookpoint_numbers(index, config.layer, config.hookpoint, config.target_hookpoint)
     d, *d_target = (index.hookpoints[number].width for number in numbers)
     parameters, tokens = index.model["parameters"], index.context_length
-    return Outline(d, parameters, 0.0, tokens, d, 0, sum(d_target))
+    return Outline(d, parameters, 0.0, tokens, d, 0, d_target=sum(d_target))
 
 
 def _skeleton(config: DataConfig) -> tuple[int | str, Any, nn.Module]:

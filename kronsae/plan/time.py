@@ -17,7 +17,7 @@ from kronsae.config import DataConfig, RunConfig
 from kronsae.data.activations import overlaps
 from kronsae.plan.memory import shortage
 from kronsae.plan.outline import NoOutline, Outline, forward_pass
-from kronsae.system.devices import compute_dtype
+from kronsae.system.devices import model_dtype
 from kronsae.training.learner import Learner
 
 ROUNDS = 3
@@ -49,9 +49,8 @@ def model_seconds(data: DataConfig, model: Outline, device: torch.device) -> flo
     if data.activations is not None:  # a cache is read while steps run
         return 0.0
     contexts = data.contexts_per_batch
-    run = forward_pass(
-        data, contexts, model.context_length, device, compute_dtype(data.model_dtype, device)
-    )
+    dtype = model_dtype(data.model_dtype, device, model.checkpoint)
+    run = forward_pass(data, contexts, model.context_length, device, dtype)
     return _timed(run, device) / (contexts * model.context_length)
 
 

@@ -33,6 +33,26 @@ def compute_dtype(name: str, device: torch.device) -> torch.dtype:
     return getattr(torch, name)
 
 
+def model_dtype(name: str, device: torch.device, checkpoint: torch.dtype | None) -> torch.dtype:
+    """The dtype of that name for a language model whose weights have the dtype `checkpoint`.
+
+    "auto" is bfloat16 on a GPU. On a CPU it is bfloat16 if the weights are and the processor has
+    instructions for it, which is about three times as fast as float32; else float32.
+    """
+    if name == "auto" and device.type == "cpu" and checkpoint == torch.bfloat16 and has_bfloat16():
+        return torch.bfloat16
+    return compute_dtype(name, device)
+
+
+def has_bfloat16() -> bool:
+    """Whether the processor has instructions for bfloat16, as far as the system says."""
+    try:
+        words = Path("/proc/cpuinfo").read_text().split()
+    except OSError:
+        return False
+    return not {"avx512_bf16", "amx_bf16", "bf16"}.isdisjoint(words)
+
+
 def with_index(device: torch.device) -> torch.device:
     """The device with its index, as tensors have it: "cuda" alone is the current card."""
     if device.type == "cuda" and device.index is None:

@@ -399,6 +399,8 @@ def _resumed(
                 f"{run['resume']} was trained from tensors: resume it with kronsae.train.fit"
             )
         saved["data"] = untrusted(saved["data"])
+        if saved["data"].get("model_dtype") == "auto":  # which depends on the machine
+            saved["data"]["model_dtype"] = document["data"].get("dtype", "auto")
         for setting, value in flags.items():
             saved[known[setting].part][setting] = value
         parts = {
