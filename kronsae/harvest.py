@@ -58,7 +58,8 @@ def make_parser() -> Parser:
         "kronsae harvest --model EleutherAI/pythia-160m --layer 6 --tokens 50M \\\n"
         "    --dataset text.jsonl --out pythia-layer6\n"
         "kronsae train --activations pythia-layer6\n"
-        "torchrun --nproc-per-node 8 -m kronsae.harvest --resume pythia-layer6 --tokens 1B",
+        "torchrun --nproc-per-node 8 -m kronsae.harvest --resume pythia-layer6 \\\n"
+        "    --tokens 1B",
         usage="%(prog)s --out DIR [--model NAME --layer N ... --dataset NAME ...]",
         argument_default=argparse.SUPPRESS,
     )
