@@ -301,7 +301,7 @@ def _buffer_bytes(config: RunConfig, row: int) -> tuple[int, int]:
     index = CacheIndex.open(data.activations)
     permuted = data.activations_order == "global"
     rows = group_rows(index, data.buffer_tokens if permuted else 0)
-    read_ahead = 2 * rows * row // 4 * getattr(torch, index.dtype).itemsize
+    read_ahead = 2 * rows * row // 4 * index.dtype_in_memory.itemsize
     if permuted:
         return read_ahead + BATCHES_IN_MEMORY * config.train.batch_size * row, 0
     return live + read_ahead, live
