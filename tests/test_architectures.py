@@ -321,3 +321,11 @@ def test_the_page_has_this_table():
     page = (Path(__file__).parent.parent / "docs" / "models.md").read_text()
     rows = "\n".join(f"| `{name}` | {what} |" for name, what in EXPECTED.items())
     assert rows in page
+
+
+def test_a_model_that_sees_what_it_predicts_has_no_cross_entropy(tmp_path):
+    folder, _ = made("llama", tmp_path / "model")
+    model = LanguageModel.load(str(folder), layer=LAYER).model
+    model.lm_head.register_forward_hook(lambda _m, _i, out: out + out.mean(1, keepdim=True))
+    read = LanguageModel(model, make_tokenizer("gpt2"), "model.layers.1")
+    assert "sees the tokens that it predicts" in read.no_cross_entropy

@@ -39,6 +39,8 @@ EMBEDDED_LAYER = 2
 
 PROBE = torch.tensor([[1, 2, 3, 4, 5], [1, 2, 6, 4, 5]])
 """Token ids on which a model is tried: two texts that differ in one token."""
+CHANGED = 2
+"""The position of that token."""
 
 HEAD_TOLERANCE = 1e-2
 """Largest difference of logits by the head alone from those of the whole model, over the largest.
@@ -186,8 +188,11 @@ class LanguageModel:
         else:
             try:
                 logits = self._run(PROBE, None).logits
+                first, other = logits[:, :CHANGED].float()
                 if logits.shape[:2] != PROBE.shape:
                     reason = f"gives logits {list(logits.shape)} for tokens {list(PROBE.shape)}"
+                elif not torch.allclose(first, other, rtol=HEAD_TOLERANCE, atol=HEAD_TOLERANCE):
+                    reason = "sees the tokens that it predicts"
             except Exception as error:  # of the model's code
                 reason = f"does not run to its end on text alone ({error_reason(error)})"
         return reason and f"{self.name} ({kind}) {reason}"
@@ -463,10 +468,10 @@ class LanguageModel:
         """Raise InputError unless outputs [2, t, d] for PROBE are those of its positions."""
         first, other = outputs.float()
         changed = (first - other).abs().amax(1) > 1e-6 * outputs.abs().max()
-        at = int((PROBE[0] != PROBE[1]).nonzero()[0])
-        if not changed[at] or changed[:at].any() and not changed[:at].all():
+        before = changed[:CHANGED]
+        if not changed[CHANGED] or before.any() and not before.all():
             raise InputError(
-                f"hookpoint {self.hookpoint!r} of {self.name}: another token at position {at} "
+                f"hookpoint {self.hookpoint!r} of {self.name}: another token at position {CHANGED} "
                 f"changes its output at positions {changed.nonzero()[:, 0].tolist()}, so it is not "
                 "that of the text, position by position. Choose another module"
             )

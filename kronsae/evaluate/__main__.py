@@ -69,6 +69,7 @@ def work(argv: list[str]) -> None:
             text = open_heldout(next(known, group[0]), device, request.massive_multiple)
         names = [loaded.name for loaded in group]
         texts.append({"of": names, **text.facts, "model": text.model.describe()})
+        texts[-1]["no_cross_entropy"] = text.model.no_cross_entropy
         for loaded, judgement in zip(group, _judge(group, text, console), strict=True):
             entries[loaded.name] = _entry(loaded, judgement)
         warning = massive_warning(entries[group[0].name]["metrics"], text)
@@ -125,6 +126,8 @@ def _write(document: dict[str, Any], out: Path, console: Console) -> None:
         names = f"{', '.join(text['of'])}: " if len(document["texts"]) > 1 else ""
         amount = f"{text['tokens']:,} tokens of {text['dataset']} ({text['which']})"
         console.print(f"{names}{amount}; {text['left_out']}", style="dim", markup=False)
+        if text["no_cross_entropy"]:
+            console.print(f"without cross-entropy: {text['no_cross_entropy']}", markup=False)
         if "warning" in text:
             console.print(f"warning: {text['warning']}", style="yellow", markup=False)
     if len(document["judged"]) == 1:
