@@ -329,3 +329,31 @@ def test_a_model_that_sees_what_it_predicts_has_no_cross_entropy(tmp_path):
     model.lm_head.register_forward_hook(lambda _m, _i, out: out + out.mean(1, keepdim=True))
     read = LanguageModel(model, make_tokenizer("gpt2"), "model.layers.1")
     assert "sees the tokens that it predicts" in read.no_cross_entropy
+
+
+@pytest.mark.parametrize("by", [1, -1])
+def test_a_bidirectional_model_one_position_off_is_refused(by, tmp_path):
+    folder, _ = made("bert", tmp_path / "model")
+    model = LanguageModel.load(str(folder), layer=LAYER).model
+
+    def shift(_module, _inputs, out):
+        out = out.roll(by, 1)
+        out[:, 0 if by > 0 else -1] = 0
+        return out
+
+    model.embeddings.word_embeddings.register_forward_hook(shift)
+    with pytest.raises(InputError, match="another token at position 2 changes its output"):
+        LanguageModel(model, make_tokenizer("gpt2"), "encoder.layer.1")
+
+
+@pytest.mark.parametrize("name", ["opt", "llama4_text", "whisper"])
+def test_the_head_runs_apart_from_the_part_before_it(name, tmp_path):
+    """So that not all logits exist at once."""
+    folder, _ = made(name, tmp_path / "model")
+    assert LanguageModel.load(str(folder), layer=LAYER)._body is not None
+
+
+@pytest.mark.parametrize(("name", "longest"), [("whisper", 128), ("mpt", 128), ("gpt2", 128)])
+def test_the_longest_context(name, longest, tmp_path):
+    folder, _ = made(name, tmp_path / "model")
+    assert LanguageModel.load(str(folder), layer=LAYER).max_context == longest

@@ -203,7 +203,10 @@ class LanguageModel:
         None if the head cannot run apart from it: that is tried on a few tokens.
         """
         whole = self._run(PROBE, None).logits[:, :-1].flatten(0, 1)
-        for body in (self.model.base_model, self.model.get_decoder()):
+        parts = self.hookpoint.split(".")
+        around = [".".join(parts[:count]) for count in range(1, len(parts))]
+        modules = [self.model.get_submodule(name) for name in around]
+        for body in (self.model.base_model, self.model.get_decoder(), *modules):
             inside = body is not None and (self.target or self.module) in set(body.modules())
             if body is None or body is self.model or not inside:
                 continue
@@ -228,7 +231,9 @@ class LanguageModel:
     @property
     def max_context(self) -> int | None:
         """Longest context that the model reads, in tokens; None if its config does not say."""
-        positions = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        config = self.model.config.get_text_config()
+        names = ("max_position_embeddings", "max_target_positions", "max_seq_len")
+        positions = next(filter(None, (getattr(config, name, None) for name in names)), None)
         if not isinstance(positions, int) or positions <= 0:
             return None
         # RoBERTa counts positions from padding_idx + 1, so it reads fewer than it has.
@@ -469,7 +474,11 @@ class LanguageModel:
         first, other = outputs.float()
         changed = (first - other).abs().amax(1) > 1e-6 * outputs.abs().max()
         before = changed[:CHANGED]
-        if not changed[CHANGED] or before.any() and not before.all():
+        moved = not changed[CHANGED] or before.any() and not before.all()
+        if before.all():  # it reads both ways: what a text of one token changes is at its position
+            first, other = self.activations(PROBE[:, CHANGED, None]).float()
+            moved = torch.equal(first, other)
+        if moved:
             raise InputError(
                 f"hookpoint {self.hookpoint!r} of {self.name}: another token at position {CHANGED} "
                 f"changes its output at positions {changed.nonzero()[:, 0].tolist()}, so it is not "
