@@ -357,3 +357,11 @@ def test_the_head_runs_apart_from_the_part_before_it(name, tmp_path):
 def test_the_longest_context(name, longest, tmp_path):
     folder, _ = made(name, tmp_path / "model")
     assert LanguageModel.load(str(folder), layer=LAYER).max_context == longest
+
+
+def test_a_model_without_a_number_of_blocks_is_refused(tmp_path):
+    config = transformers.ResNetConfig(hidden_sizes=[8], depths=[1])
+    transformers.ResNetModel(config).save_pretrained(tmp_path)
+    make_tokenizer("gpt2").save_pretrained(tmp_path)
+    with pytest.raises(InputError, match="type 'resnet' has no list of blocks"):
+        LanguageModel.load(str(tmp_path), layer=0)

@@ -327,12 +327,16 @@ def test_files_that_need_a_package_say_which(tmp_path, monkeypatch):
         LanguageModel.load(str(tmp_path / "model.gguf"), layer=0)
     adapter = tmp_path / "adapter_config.json"
     adapter.write_text('{"base_model_name_or_path": "some/base"}')
+    with pytest.raises(InputError, match=r"has no adapter_model.safetensors, .*unpickling"):
+        LanguageModel.load(str(tmp_path), layer=0)
+    (tmp_path / "adapter_model.safetensors").touch()
     message = r"an adapter of some/base, needs the package peft: pip install peft"
     with pytest.raises(InputError, match=message):
         LanguageModel.load(str(tmp_path), layer=0)
-    adapter.write_text("{}")
-    with pytest.raises(InputError, match=r"its adapter_config.json names no base model"):
-        LanguageModel.load(str(tmp_path), layer=0)
+    for broken in ("{}", "[]", "{"):
+        adapter.write_text(broken)
+        with pytest.raises(InputError, match=r"its adapter_config.json names no base model"):
+            LanguageModel.load(str(tmp_path), layer=0)
 
 
 def test_an_adapter_is_merged_into_its_base(folders, tmp_path):

@@ -9,6 +9,7 @@ from tiny_models import FAMILIES, WORDS, make_tokenizer
 import kronsae
 from kronsae.config import DataConfig
 from kronsae.data import LanguageModel
+from kronsae.harvest import main as harvest
 from kronsae.metrics.target_model import load_sae, open_heldout
 from kronsae.plan.outline import outline
 from kronsae.system import devices
@@ -79,3 +80,18 @@ def test_a_run_goes_on_and_is_judged_in_the_dtype_that_it_began_with(
     printed = " ".join(capsys.readouterr().out.split())
     assert "in bfloat16 (auto: on a processor with instructions for it)" in printed
     assert kronsae.load(tmp_path / "now").metadata["data"]["dtype"] == "bfloat16"
+
+
+def test_a_harvest_goes_on_in_the_dtype_that_it_began_with(folders, monkeypatch, tmp_path):
+    flags = [
+        *("--model", str(folders / "bfloat16"), "--layer", "1", "--context-length", "16"),
+        *("--dataset", str(folders / "text.jsonl"), "--heldout-tokens", "256", "--device", "cpu"),
+        *("--shard-tokens", "256", "--contexts-per-batch", "4"),
+    ]
+    monkeypatch.setattr(devices, "has_bfloat16", lambda: False)
+    assert harvest([*flags, "--tokens", "1500", "--out", str(tmp_path / "whole")]) == 0
+    assert harvest([*flags, "--tokens", "512", "--out", str(tmp_path / "part")]) == 0
+    monkeypatch.setattr(devices, "has_bfloat16", lambda: True)
+    assert harvest([*flags, "--tokens", "1500", "--out", str(tmp_path / "part")]) == 0
+    for file in (tmp_path / "whole").glob("*.safetensors"):
+        assert (tmp_path / "part" / file.name).read_bytes() == file.read_bytes(), file.name

@@ -335,7 +335,8 @@ class _Harvest:
 
         config, device = self.config, resolve_device(self.config.device)
         check_text(config.data)
-        self.model = ManyHookpoints.load_at(config.data, config.layers, config.hookpoints, device)
+        data = dataclasses.replace(config.data, model_dtype=self._model_dtype())
+        self.model = ManyHookpoints.load_at(data, config.layers, config.hookpoints, device)
         self.widths = [hookpoint.width for hookpoint in self.model.hookpoints]
         self.dtype = str(self.model.dtype).removeprefix("torch.")
         self.data = dataclasses.replace(
@@ -351,6 +352,15 @@ class _Harvest:
         self.head = self._without_shards()
         planned = config.tokens and config.tokens + int(self.source.heldout_mask().sum())
         self.planned = planned or None
+
+    def _model_dtype(self) -> str:
+        """The language model's dtype: as configured, or the one that "auto" meant so far."""
+        if self.config.data.model_dtype == "auto":
+            try:
+                return CacheIndex.open(self.folder).data.model_dtype
+            except InputError:  # there is no shard yet
+                pass
+        return self.config.data.model_dtype
 
     def _without_shards(self) -> CacheIndex:
         """The index before there are shards: what bytes depend on, besides the settings."""

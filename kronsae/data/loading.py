@@ -69,9 +69,17 @@ def _source(name: str) -> Source:
         return Source(name)
     adapter = path / "adapter_config.json"
     if adapter.is_file() and not (path / "config.json").is_file():
-        base = json.loads(adapter.read_text(encoding="utf-8")).get("base_model_name_or_path")
+        try:
+            base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+        except (OSError, ValueError, KeyError, TypeError):
+            base = None
         if not isinstance(base, str):
             raise InputError(f"model {name!r}: its adapter_config.json names no base model")
+        if not (path / "adapter_model.safetensors").is_file():
+            raise InputError(
+                f"model {name!r}, an adapter of {base}, has no adapter_model.safetensors, the only "
+                "format that is read (unpickling can run code)"
+            )
         require("peft", f"model {name!r}, an adapter of {base},")
         return Source(base, adapter=str(path))
     return Source(str(path))

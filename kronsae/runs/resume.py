@@ -155,6 +155,8 @@ def _other_dtype(saved: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]
     was, now = (document["config"].get("data") for document in (saved, given))
     if not was or not now or was.get("model_dtype") == now["model_dtype"]:
         return {}
+    if was.get("model_dtype") == "auto" and now["model_dtype"] == saved["data"].get("dtype"):
+        return {}  # it goes on with the dtype that it had
     # "weights" is a digest of them in the model's dtype.
     return {name: given["data"][name] for name in ("dtype", "weights") if name in given["data"]}
 
