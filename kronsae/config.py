@@ -22,6 +22,7 @@ DECODER_NORMS = ("unit", "free")
 MOMENTS = ("float32", "bfloat16")
 SHARES = ("tokens", "members")
 ACTIVATIONS_ORDERS = ("global", "stream")
+HELDOUT_ORDERS = ("sample", "first")
 DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT_BANDWIDTH = 0.1
 
@@ -163,6 +164,9 @@ _unless_live = _with(
     lambda settings: settings["activations"] is not None,
 )
 _unless_downloaded = _with("model 'embedded'", lambda settings: settings["model"] == "embedded")
+_unless_streamed = _with(
+    "a dataset that is indexed (--streaming streams it)", lambda settings: not settings["streaming"]
+)
 _unless_a_dataset = _with("dataset 'stdlib'", lambda settings: settings["dataset"] == "stdlib")
 
 
@@ -474,6 +478,21 @@ class DataConfig:
         "stream the dataset instead of downloading or indexing it first",
         unless=_unless_a_dataset,
     )
+    shuffle_documents: int = _of_text(
+        10_000,
+        "documents of a stream that are shuffled together (0: none are), of which the first ones "
+        "give the held-out text",
+        unless=_unless_streamed,
+        before=0,
+    )
+    heldout_order: str = _of_text(
+        "sample",
+        "which documents are held out: drawn from all of them by a fixed seed (sample), or the "
+        "first ones",
+        choices=HELDOUT_ORDERS,
+        unless=_unless_a_dataset,
+        before="first",
+    )
     epochs: int = setting(1, "how often the text (or cache) may be read", least=1)
     context_length: int = _of_reading(
         0, "tokens per packed context (0: 1024, or as many as the model reads if less)"
@@ -541,7 +560,12 @@ class DataConfig:
         _check_effects(
             self,
             *("activations_order", "activations_tokens"),
-            *("dataset_config", "split", "streaming", "text_column"),
+            *("dataset_config", "split", "streaming", "text_column", "shuffle_documents"),
+        )
+        _require(
+            not self.streaming or self.shuffle_documents > 0 or self.heldout_order == "first",
+            "shuffle_documents 0: the held-out documents of a stream that is not shuffled are its "
+            "first ones, so give heldout_order first as well",
         )
 
     def live(self) -> "DataConfig":

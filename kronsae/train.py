@@ -17,7 +17,7 @@ from rich.table import Table
 from kronsae.commandline import Terminated, load_plugins, signal_of, stoppable, stopped
 from kronsae.config import RunConfig, SAEConfig, kind_of
 from kronsae.data.activations import NO_OVERLAP, LanguageModelActivations, split_target
-from kronsae.data.amount import count_tokens, in_words, too_few
+from kronsae.data.amount import count_tokens, in_words, name_of_text, too_few
 from kronsae.errors import InputError
 from kronsae.explore.report import elapsed, write_report
 from kronsae.interop.load import load
@@ -249,7 +249,7 @@ def _describe(console: Console, request: Request, source: Any, heldout: Heldout,
     available = _available(source)
     rows = {
         "language model": source_of(config.data.activations).describe(source, config.data),
-        "text": f"{config.data.dataset}; {heldout.activations.shape[0]:,} tokens held out"
+        "text": f"{name_of_text(config.data)}; {heldout.activations.shape[0]:,} tokens held out"
         + in_words(available, config.data.epochs),
         "training": f"{train.tokens:,} tokens, {train.steps:,} steps of {train.batch_size:,}"
         + describe_ranks(train),

@@ -193,13 +193,13 @@ def test_less_held_out_text_than_asked_for_is_told(model):
 )
 def test_too_little_text(texts, words, streaming, tmp_path, monkeypatch):
     path = jsonl(tmp_path, monkeypatch, texts)
-    config = dataclasses.replace(SETTINGS, dataset=path, streaming=streaming)
+    config = dataclasses.replace(SETTINGS, dataset=path, streaming=streaming, heldout_order="first")
     with pytest.raises(InputError, match=words):
         open_activations(config, batch_size=BATCH, seed=0, device="cpu")
 
 
 @pytest.mark.parametrize("epochs", [1, 2])
-@pytest.mark.parametrize("kind", ["given", "indexed", "streamed"])
+@pytest.mark.parametrize("kind", ["given", "indexed", "streamed", "streamed in its own order"])
 def test_resume(model, kind, epochs, tmp_path, monkeypatch):
     """Fresh objects, and states that went through a checkpoint, give the same batches."""
     monkeypatch.setattr(LanguageModel, "load", lambda *_args, **_settings: model)
@@ -208,6 +208,11 @@ def test_resume(model, kind, epochs, tmp_path, monkeypatch):
         config = dataclasses.replace(
             SETTINGS, dataset=path, streaming=kind == "streamed", epochs=epochs
         )
+        if kind == "streamed":  # through several buffers
+            config = dataclasses.replace(config, shuffle_documents=9)
+        if kind == "streamed in its own order":
+            own = {"streaming": True, "shuffle_documents": 0, "heldout_order": "first"}
+            config = dataclasses.replace(config, **own)
 
     def fresh():
         if kind == "given":

@@ -67,8 +67,12 @@ def write(path, texts, column="text"):
     return path
 
 
+IN_ORDER = {"heldout_order": "first", "shuffle_documents": 0}
+"""Settings with which streams and held-out text have the order of the rows."""
+
+
 def config(dataset, **settings):
-    return DataConfig(dataset=str(dataset), **settings)
+    return DataConfig(dataset=str(dataset), **{**IN_ORDER, **settings})
 
 
 def opened(dataset, seed=0, **settings):

@@ -18,6 +18,7 @@ from kronsae.cache.index import CacheIndex, Shard, check_sizes, read_tensors, so
 from kronsae.cache.model import ModelByName
 from kronsae.cache.remote import Remote, is_url
 from kronsae.config import ACTIVATIONS_ORDERS
+from kronsae.data.activations import HELDOUT_SETTINGS
 from kronsae.data.buffer import ShuffleBuffer
 from kronsae.data.common import check_batch_size
 from kronsae.data.rows import BatchMemory, gather
@@ -340,6 +341,7 @@ class CacheActivations:
             "epochs": self.epochs,
             "order": self.order,
             "buffer_tokens": self.buffer_tokens,
+            **{name: getattr(self.index.data, name) for name in HELDOUT_SETTINGS},
             **self.index.begin,
         }
 

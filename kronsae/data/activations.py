@@ -30,6 +30,10 @@ BATCH_SETTINGS = ("context_length", "contexts_per_batch", "buffer_tokens", "epoc
 """Settings of `DataConfig` that change the batches, apart from the model and the text."""
 
 
+HELDOUT_SETTINGS = ("streaming", "shuffle_documents", "heldout_order")
+"""Settings of `DataConfig` that say which documents of a text are held out."""
+
+
 class ActivationSource(Protocol):
     """Batches of activations; after `load_state_dict` they go on where the state was taken.
 
@@ -194,7 +198,7 @@ class LanguageModelActivations:
     without it. `close` ends the thread.
 
     device: where rows are buffered and batches are given (None: the language model's device).
-    The first documents are held out for evaluation; a warning says if they have fewer tokens than
+    Some documents are held out for evaluation; a warning says if they have fewer tokens than
     `config.heldout_tokens`. Tokens at the end of the data that do not fill a context are left out.
     Raises InputError if there is not one context of text for training and one for evaluation, or
     if activations are not finite.
@@ -383,7 +387,7 @@ class LanguageModelActivations:
             "heldout_contexts": self._heldout.shape[0],
             "batch_size": self.batch_size,
             "seed": self.seed,
-            **{name: getattr(self.config, name) for name in BATCH_SETTINGS},
+            **{name: getattr(self.config, name) for name in BATCH_SETTINGS + HELDOUT_SETTINGS},
             **describe_begin(self.language_model.tokenizer, self.packer.begin),
         }
 
@@ -401,7 +405,8 @@ def describe_begin(tokenizer: Any, begin: list[int]) -> dict[str, Any]:
 def set_aside(text: TextSource, tokenizer: Any, config: DataConfig) -> tuple[Tensor, int]:
     """Held-out contexts [c, context_length], and the number of documents that they come from.
 
-    They are the first that reach config.heldout_tokens; a warning says if the text has fewer.
+    They are the first of `text.heldout()` that reach config.heldout_tokens; a warning says if the
+    text has fewer.
     Raises InputError if the text does not fill one context.
     """
     packer = Packer(tokenizer, config.context_length, config.bos)

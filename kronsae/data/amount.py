@@ -109,6 +109,15 @@ def _spread(items: Sequence[Any], count: int) -> list[Any]:
     return [items[i * len(items) // count] for i in range(count)]
 
 
+def name_of_text(config: DataConfig) -> str:
+    """The name of a text, and how a stream of it is shuffled."""
+    if not config.streaming:
+        return config.dataset
+    if not config.shuffle_documents:
+        return f"{config.dataset}, streamed in its own order"
+    return f"{config.dataset}, streamed, {config.shuffle_documents:,} documents shuffled at a time"
+
+
 def about(count: int) -> str:
     """A number with two significant digits: "about 4,600,000"."""
     return f"about {round(count, 2 - len(str(count))):,}"

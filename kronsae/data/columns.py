@@ -107,9 +107,9 @@ def read_column(path: Path, settings: Settings) -> Iterator[tuple[pyarrow.Array,
                 _check_encoding(column, path, rows)
                 yield column.cast(TEXT), stored.tell()
                 rows += len(column)
-    except InputError:
-        raise
     except Exception as error:  # of Arrow, pandas, and what decompresses
+        if isinstance(error, InputError):
+            raise
         raise InputError(
             f"{path} could not be read as {settings.kind} after {rows:,} rows ({reason(error)})"
         ) from error

@@ -16,6 +16,7 @@ Rows without text (null, empty, white space) are skipped.
 
 import glob
 import hashlib
+import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -25,10 +26,11 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any, Protocol
 
-import torch
+from torch import Tensor
 
 from kronsae.config import DataConfig, flag
 from kronsae.data.common import digest
+from kronsae.data.sampling import Beginning, drawn_rows, shuffled
 from kronsae.data.stdlib import stdlib_documents
 from kronsae.errors import InputError, require
 
@@ -63,6 +65,15 @@ STREAMED_ROWS = 16
 PEEK_CHARACTERS = 2**20
 """How much of a text file is searched for blank lines."""
 
+BUFFER_CHARACTERS = 2**28
+"""A buffer of documents with more characters than this holds no others."""
+
+LOOKED_AT = 10_000
+"""So many documents of a stream are looked at before training, to see whether it is sorted."""
+
+ROWS_AT_ONCE = 1000
+"""Rows that are read at once where all are read."""
+
 REASON_CHARACTERS = 1000
 """Longest message quoted from another library's error."""
 
@@ -79,7 +90,10 @@ class TextSource(Protocol):
     """Documents to train on, in a seeded order, and held-out documents."""
 
     def heldout(self) -> Iterator[str]:
-        """Documents to evaluate on, in a fixed order ("" for a row without text)."""
+        """Documents to evaluate on, in an order that is the same for every seed.
+
+        "" stands for a row without text.
+        """
 
     def hold_out(self, count: int) -> None:
         """Exclude the first `count` documents of `heldout` from training.
@@ -102,8 +116,8 @@ class TextSource(Protocol):
 class IndexedText:
     """Documents of a sequence, shuffled anew in each epoch; it goes to any position in O(1).
 
-    documents: texts to train on.  aside: texts to evaluate on; None takes them from the beginning
-    of `documents`.  name: of the text in error messages.
+    documents: texts to train on.  aside: texts to evaluate on; None takes them from `documents`, in
+    `heldout_order` (see `drawn_rows`).  name: of the text in error messages.
     """
 
     def __init__(
@@ -115,21 +129,32 @@ class IndexedText:
         epochs: int,
         fingerprint: str,
         name: str = "given",
+        heldout_order: str = "first",
     ) -> None:
         self.documents, self.aside, self.name = documents, aside, name
         self.seed, self.epochs = seed, epochs
         self._fingerprint = fingerprint
-        self.first = 0  # documents before it are held out
+        self.heldout_order = heldout_order
+        self.held_out = 0  # documents
+        self.drawn: Tensor | None = None  # `rows`, once it was asked for
         self.epoch = self.position = 0
 
     def heldout(self) -> Iterator[str]:
-        documents = self.documents if self.aside is None else self.aside
-        return (_clean(documents[row], self.name) for row in range(len(documents)))
+        if self.aside is not None:
+            return (_clean(text, self.name) for text in self.aside)
+        return (_clean(self.documents[int(row)], self.name) for row in self.rows)
+
+    @property
+    def rows(self) -> Tensor:
+        """Rows [n] of the documents, of which the first `held_out` are held out."""
+        if self.drawn is None:
+            self.drawn = drawn_rows(self.documents, self.heldout_order)
+        return self.drawn
 
     def hold_out(self, count: int) -> None:
         if self.aside is None:
-            self.first = count
-        if self.first >= len(self.documents):
+            self.held_out = count
+        if self.held_out >= len(self.documents):
             raise _nothing_left(self.name, count)
 
     def size(self) -> int:
@@ -139,19 +164,18 @@ class IndexedText:
             size = documents.size()
         else:
             size = sum(len((document or "").encode()) for document in documents)
-        return size * (len(documents) - self.first) // max(1, len(documents))
+        return size * (len(documents) - self.held_out) // max(1, len(documents))
 
     def __iter__(self) -> Iterator[str]:
-        shuffled, order = None, torch.empty(0)
-        size = len(self.documents) - self.first
+        rows = self.rows[self.held_out :]
+        drawn, order = None, rows
         while self.epoch < self.epochs:
-            if self.position >= size:
+            if self.position >= len(rows):
                 self.epoch, self.position = self.epoch + 1, 0
                 continue
-            if shuffled != self.epoch:
-                generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
-                shuffled, order = self.epoch, torch.randperm(size, generator=generator)
-            text = self.documents[self.first + int(order[self.position])]
+            if drawn != self.epoch:
+                drawn, order = self.epoch, shuffled(rows, self.seed, self.epoch)
+            text = self.documents[int(order[self.position])]
             self.position += 1
             if text := _clean(text, self.name):
                 yield text
@@ -221,6 +245,142 @@ class StreamedText:
         return self._fingerprint
 
 
+class BufferedText:
+    """Documents of a `datasets.IterableDataset`, shuffled among so many at a time.
+
+    A buffer is filled with the next documents, and gives them in an order that the seed draws
+    before it is filled again. Hence a position is the place in the dataset where the buffer was
+    filled, and a number in it. Held-out documents are drawn from the first buffer, and from those
+    that follow if it has too few tokens. A warning says if later documents are of other kinds.
+
+    size: documents in the buffer, or fewer, if they reach BUFFER_CHARACTERS.
+    """
+
+    def __init__(
+        self,
+        dataset: Any,
+        column: str,
+        *,
+        size: int,
+        heldout_order: str,
+        seed: int,
+        epochs: int,
+        fingerprint: str,
+        name: str = "given",
+    ) -> None:
+        self.dataset = dataset.skip(0)  # another one, which stands at its beginning
+        self.column, self.name = column, name
+        self.size, self.heldout_order = size, heldout_order
+        self.seed, self.epochs = seed, epochs
+        self._fingerprint = fingerprint
+        self.held_out = 0  # documents
+        self.beginning: dict[str, Any] = self.dataset.state_dict()
+        self.rows, self.read_to = iter(self.dataset), self.beginning
+        self.buffer: list[str] = []
+        self.filled_at: dict[str, Any] | None = None
+        self.profile: Beginning | None = None
+        self.warned = False
+        self._go_to_epoch(0)
+
+    def _go_to_epoch(self, epoch: int) -> None:
+        self.epoch, self.start = epoch, self.beginning
+        self.before = 0  # documents of the dataset before the buffer
+        self.position = 0  # documents given out of the buffer
+
+    def heldout(self) -> Iterator[str]:
+        texts, end = self._fill(self.beginning)
+        while texts:
+            yield from (texts[row] for row in drawn_rows(texts, self.heldout_order))
+            texts, end = self._fill(end)
+
+    def hold_out(self, count: int) -> None:
+        self.held_out = count
+        self._go_to_epoch(0)
+        if next(iter(self), None) is None:
+            raise _nothing_left(self.name, count)
+        self._go_to_epoch(0)
+        self._look_ahead()
+
+    def _look_ahead(self) -> None:
+        """Compare the first documents with those that follow, LOOKED_AT of them in all."""
+        texts, end = self._fill(self.beginning)
+        before = len(texts)
+        while texts and before < LOOKED_AT:
+            texts, end = self._fill(end)
+            self._compare(texts, before)
+            before += len(texts)
+
+    def __iter__(self) -> Iterator[str]:
+        while self.epoch < self.epochs:
+            texts, end = self._fill(self.start)
+            if not texts:
+                self._go_to_epoch(self.epoch + 1)
+                continue
+            self._compare(texts, self.before)
+            order = self._order(texts)
+            while self.position < len(order):
+                text = texts[order[self.position]]
+                self.position += 1
+                if text:
+                    yield text
+            self.start, self.before, self.position = end, self.before + len(texts), 0
+
+    def _fill(self, start: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
+        """The documents from a place in the dataset on that fill the buffer, and where they end."""
+        if start == self.filled_at:
+            return self.buffer, self.read_to
+        with _reading(f"dataset {self.name!r}: reading on failed"):
+            if start != self.read_to:
+                self.dataset.load_state_dict(start)
+                self.rows = iter(self.dataset)
+            self.buffer, characters = [], 0
+            for row in islice(self.rows, self.size):
+                self.buffer.append(_clean(row[self.column], self.name))
+                characters += len(self.buffer[-1])
+                if characters >= BUFFER_CHARACTERS:
+                    break
+            # The dataset reports a loaded position only after its next row.
+            self.read_to = self.dataset.state_dict() if self.buffer else start
+        self.filled_at = start
+        return self.buffer, self.read_to
+
+    def _order(self, texts: list[str]) -> list[int]:
+        """Rows of the buffer that are trained on, in their order."""
+        rows = drawn_rows(texts, self.heldout_order)[max(0, self.held_out - self.before) :]
+        return shuffled(rows, self.seed, self.epoch, self.before).tolist()
+
+    def _compare(self, texts: list[str], before: int) -> None:
+        """Warn, once, if documents are of other kinds than those in the first buffer.
+
+        before: documents of the dataset before them.
+        """
+        if self.profile is None:  # they are the first ones
+            self.profile = Beginning(texts)
+        difference = None if self.warned else self.profile.difference(texts)
+        if difference is None:
+            return
+        self.warned = True
+        warnings.warn(
+            f"dataset {self.name!r} seems to be sorted: its documents {before + 1:,} to "
+            f"{before + len(texts):,} differ from the first {self.profile.documents:,} "
+            f"({difference}). Held-out text and the scale of activations come from the first ones, "
+            "which are no sample of it: shuffle the text, leave --streaming out, or raise "
+            f"--shuffle-documents (now {self.size:,})",
+            stacklevel=2,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        names = ("epoch", "start", "before", "position")
+        return {name: getattr(self, name) for name in names}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name in ("epoch", "start", "before", "position"):
+            setattr(self, name, state[name])
+
+    def fingerprint(self) -> str:
+        return self._fingerprint
+
+
 class Column:
     """One column of a `datasets.Dataset` as a sequence of its values (memory-mapped)."""
 
@@ -232,6 +392,10 @@ class Column:
 
     def __getitem__(self, index: int) -> str | None:
         return self.dataset[index][self.name]
+
+    def __iter__(self) -> Iterator[str | None]:
+        for rows in self.dataset.iter(ROWS_AT_ONCE):
+            yield from rows[self.name]
 
     def size(self) -> int:
         """Bytes of all values, about; it does not read them."""
@@ -255,12 +419,13 @@ def open_text(config: DataConfig, seed: int) -> TextSource:
     _check_rows(dataset, config)
     fingerprint = _fingerprint(dataset, files, config)
     name, epochs = config.dataset, config.epochs
+    common: dict[str, Any] = {"epochs": epochs, "fingerprint": fingerprint, "name": name}
+    if config.streaming and not config.shuffle_documents:
+        return StreamedText(dataset, config.text_column, **common)
+    common |= {"seed": seed, "heldout_order": config.heldout_order}
     if config.streaming:
-        return StreamedText(
-            dataset, config.text_column, epochs=epochs, fingerprint=fingerprint, name=name
-        )
-    column = Column(dataset, config.text_column)
-    return IndexedText(column, None, seed=seed, epochs=epochs, fingerprint=fingerprint, name=name)
+        return BufferedText(dataset, config.text_column, size=config.shuffle_documents, **common)
+    return IndexedText(Column(dataset, config.text_column), None, **common)
 
 
 def _fingerprint(dataset: Any, files: list[Path], config: DataConfig) -> str:
@@ -479,8 +644,8 @@ def _clean(text: Any, name: str) -> str:
 
 def _nothing_left(name: str, count: int) -> InputError:
     return InputError(
-        f"dataset {name!r}: its first {count} documents are held out, and there is nothing left to "
-        "train on: give more text (or more documents), or fewer --heldout-tokens"
+        f"dataset {name!r}: {count} documents are held out, and there is nothing left to train on: "
+        "give more text (or more documents), or fewer --heldout-tokens"
     )
 
 

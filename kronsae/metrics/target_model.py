@@ -17,7 +17,7 @@ from kronsae.cache import CacheActivations
 from kronsae.commandline import add_flag
 from kronsae.config import DataConfig, data_settings, from_dict, stored, untrusted
 from kronsae.data import open_text, split_target
-from kronsae.data.activations import open_model, set_aside
+from kronsae.data.activations import HELDOUT_SETTINGS, open_model, set_aside
 from kronsae.data.language_model import LanguageModel
 from kronsae.data.packing import context_begin, token_mask
 from kronsae.errors import InputError
@@ -147,7 +147,7 @@ def _names(paths: Sequence[str]) -> list[str]:
 
 def data_of(sae: SAE, given: dict[str, Any], name: str) -> DataConfig:
     """Language model and text of an SAE: as given, otherwise from its metadata."""
-    known = untrusted((sae.metadata.get("config") or {}).get("data") or {})
+    known = untrusted(_data_of_run(sae))
     described = sae.metadata.get("data") or {}
     known = as_evaluated(stored(DataConfig, known), described) if known else known
     if not known and described.get("name", "given") != "given":
@@ -182,6 +182,11 @@ def as_evaluated(data: dict[str, Any], described: dict[str, Any]) -> dict[str, A
     if data.get("model_dtype", "auto") == "auto" and described.get("dtype") == "float32":
         return data | {"model_dtype": "float32"}
     return data
+
+
+def _data_of_run(sae: SAE) -> dict[str, Any]:
+    """Settings of `DataConfig` of the run that trained an SAE; {} if its metadata has none."""
+    return (sae.metadata.get("config") or {}).get("data") or {}
 
 
 def by_text(loaded_saes: Sequence[LoadedSAE]) -> list[list[LoadedSAE]]:
@@ -252,13 +257,19 @@ def _of_text(loaded: LoadedSAE, device: Any) -> tuple[LanguageModel, HeldoutText
     """Text that the SAE was not trained on, and the model that reads it. Raises InputError."""
     model, data = open_model(loaded.data, device)
     text = open_text(data, seed=0)
-    contexts, documents = set_aside(text, model.tokenizer, data)
     trained_on = loaded.trained_on
     own = text.fingerprint() == trained_on.get("text")
+    of_run = stored(DataConfig, {**trained_on, **_data_of_run(loaded.sae)})
+    if own:  # the run's documents are held out as the run did
+        read_by_run = dataclasses.replace(
+            data, **{name: of_run[name] for name in HELDOUT_SETTINGS if name in of_run}
+        )
+        if read_by_run != data:
+            data, text = read_by_run, open_text(read_by_run, seed=0)
+    contexts, documents = set_aside(text, model.tokenizer, data)
     if own and getattr(text, "aside", None) is None:
         length = trained_on["context_length"]
         tokens = length * trained_on["heldout_contexts"]
-        of_run = stored(DataConfig, (loaded.sae.metadata.get("config") or {}).get("data") or {})
         held_out = dataclasses.replace(
             data, context_length=length, heldout_tokens=tokens, bos=of_run["bos"]
         )
@@ -286,7 +297,7 @@ def massive_rule(
     those of the default rule, for an SAE whose metadata has none or is of other activations.
     """
     metadata = loaded.sae.metadata
-    known = (metadata.get("config") or {}).get("data") or {}
+    known = _data_of_run(loaded.sae)
     of_these = ("model", "revision", "layer", "hookpoint", "target_hookpoint")
     same = all(getattr(loaded.data, name) == known.get(name) for name in of_these)
     if multiple is None and METADATA in metadata and same:

@@ -9,7 +9,7 @@ import torch
 
 from kronsae.cache import HarvestConfig
 from kronsae.cache.model import default_layers
-from kronsae.data.amount import about, too_few
+from kronsae.data.amount import about, name_of_text, too_few
 from kronsae.data.text import check_text
 from kronsae.errors import InputError
 from kronsae.plan.amount import available_tokens
@@ -134,7 +134,7 @@ def render(plan: dict[str, Any], config: HarvestConfig, out: Path) -> str:
         f"  language model   {config.data.model}; {plan['flops_per_token_model'] / 1e6:,.1f} M "
         f"multiply-adds a token, on {plan['device']}",
         f"  hookpoints       {widths}",
-        f"  text             {config.data.dataset}: {amount}",
+        f"  text             {name_of_text(config.data)}: {amount}",
         f"  disk             {disk}, {plan['bytes_per_token']:,.0f} bytes a token, in {out} "
         f"({plan['disk_free_mib']:,.0f} MiB are free)",
         memory_line(plan),

@@ -44,6 +44,9 @@ MIB = 2**20
 TEXT_BYTES = 30 * MIB
 """Memory of a tokenizer and of the text held at once, measured with the embedded default."""
 
+DOCUMENT_BYTES = 4096
+"""A usual size of documents, for the buffer of a stream."""
+
 MMAP_BYTES = 32 * MIB
 """Smaller freed tensors on the CPU stay with the C library; larger ones go back to the system.
 (The largest value that glibc's M_MMAP_THRESHOLD grows to on 64 bits.)"""
@@ -72,7 +75,7 @@ def make_plan(members: Mapping[str, RunConfig], model: Outline) -> dict[str, Any
     reader = _reader(config, model, model_device, ranks) if model_device == device else None
     stays = {
         "language model": reader.weights if reader else 0,
-        "text": TEXT_BYTES if device.type == "cpu" else 0,
+        "text": _text_bytes(config.data) if device.type == "cpu" else 0,
         "weights and moments": sum(member.state for member in process),
         "copies in the compute dtype": sum(member.copies for member in process),
         "shuffle buffer": buffer,
@@ -290,6 +293,11 @@ def _code_bytes(
     if fused and not selection.exact:  # batches are kept until their steps are confirmed
         total += 4 * batch * (sae.d_model + sae.d_target) * min(UNCONFIRMED, train.log_every)
     return total
+
+
+def _text_bytes(data: DataConfig) -> int:
+    """Bytes of a tokenizer, and of documents that are held at once."""
+    return TEXT_BYTES + (DOCUMENT_BYTES * data.shuffle_documents if data.streaming else 0)
 
 
 def _buffer_bytes(config: RunConfig, row: int) -> tuple[int, int]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from kronsae.config import RunConfig, TrainConfig, kind_of
-from kronsae.data.amount import in_words, too_few
+from kronsae.data.amount import in_words, name_of_text, too_few
 from kronsae.plan.memory import listed, shortage
 from kronsae.registry import SELECTIONS
 from kronsae.system import parallel
@@ -49,7 +49,7 @@ def render(
     lines = [
         "What would run (nothing was loaded or written):",
         f"  language model   {data.model}, {hookpoint}, d = {plan['d_model']:,}; {cost}",
-        f"  text             {data.dataset}{in_words(available, data.epochs)}",
+        f"  text             {name_of_text(data)}{in_words(available, data.epochs)}",
         f"  training         {plan['tokens']:,} tokens in {plan['steps']:,} steps of "
         f"{train.batch_size:,}, AdamW{describe_ranks(train)}",
         f"  device           {plan['device']}",

@@ -4,7 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from kronsae.config import PARTS, all_settings, stored
+from kronsae.config import PARTS, DataConfig, all_settings, stored
 from kronsae.errors import InputError, differences
 from kronsae.runs.folder import SINGLE, RunFolder, SweepFolder
 from kronsae.system import checkpoint
@@ -121,7 +121,9 @@ def _claim(
             )
         changed = {name: _other_dtype(document, settings[name]) for name, document in saved.items()}
         for name, document in saved.items():
-            known = {key: settings[name]["data"].get(key) for key in _LATER}
+            given = settings[name]["data"]
+            before = {key: value for key, value in stored(DataConfig, {}).items() if key in given}
+            known = {key: given.get(key) for key in _LATER} | before
             document["data"] = known | document["data"] | changed[name]
             document["config"] = _with_defaults(document["config"])
         changes = [
@@ -143,7 +145,7 @@ def _claim(
         raise
 
 
-_LATER = ("context_begin", "prepend_bos")
+_LATER = ("context_begin", "prepend_bos", "streaming")
 """Facts about a run's data that earlier versions did not write down."""
 
 
