@@ -37,13 +37,14 @@ from kronsae.commandline import (
     stoppable,
     stopped,
 )
-from kronsae.config import DataConfig, flag
+from kronsae.config import DataConfig, flag, stored
 from kronsae.errors import InputError
 from kronsae.plan.harvest import make_plan, render, why_early, why_refused
 from kronsae.plan.outline import NoOutline
 from kronsae.plan.time import duration
 from kronsae.system import parallel
 from kronsae.system.devices import resolve_device
+from kronsae.system.files import read_checksummed
 from kronsae.system.parallel import Mesh
 
 __all__ = ["HarvestConfig", "harvest", "main", "make_plan"]
@@ -116,12 +117,21 @@ def parse(argv: list[str]) -> tuple[HarvestConfig | None, Path, bool]:
         return dataclasses.replace(config, data=data, **flags), folder, plan
     own = {name: flags.pop(name) for name in list(flags) if name in _OWN}
     own |= {name: tuple(own[name]) for name in _LISTS if name in own}
-    data = DataConfig(**flags)
+    data = DataConfig(**{**_of_earlier_version(folder), **flags})
     if data.model == "embedded":
         for name in ("revision", "trust_remote_code"):
             if flags.get(name):
                 raise InputError(f"{flag(name)} has no effect with model 'embedded': leave it out")
     return HarvestConfig(data=data, **own), folder, plan
+
+
+def _of_earlier_version(folder: Path) -> dict[str, Any]:
+    """What a harvest that an earlier version began goes by, for settings that came later."""
+    try:
+        known = read_checksummed(folder / HARVEST_NAME)["config"]["data"]
+    except (OSError, ValueError, KeyError, TypeError):  # there is none, or `harvest` says why
+        return {}
+    return {name: value for name, value in stored(DataConfig, {}).items() if name not in known}
 
 
 _OWN = {spec.name for spec in dataclasses.fields(HarvestConfig)} - {"data"}

@@ -75,6 +75,16 @@ def test_an_old_cache_is_made_longer(here):
     torch.testing.assert_close(first, rows, rtol=1e-2, atol=1e-1)
 
 
+def test_the_command_of_an_old_harvest_verifies_and_repairs_it(here, capsys):
+    command = (
+        "--out cache --dataset text.txt --tokens 256 --layer 2 --dtype bfloat16 --device cpu "
+        "--shard-tokens 256 --context-length 32 --contexts-per-batch 4 --heldout-tokens 64"
+    )
+    assert harvest.main(command.split()) == 0, capsys.readouterr().err
+    assert harvest.main([*command.split(), "--heldout-order", "sample"]) == 2
+    assert "heldout_order: was 'first', is 'sample'" in capsys.readouterr().err
+
+
 def test_an_old_config_is_repeated(here):
     assert main(["--config", "run/config.json", "--out", "again", "--device", "cpu"]) == 0
     torch.testing.assert_close(

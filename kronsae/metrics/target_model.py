@@ -98,7 +98,7 @@ def cache_of(sae: SAE, given: dict[str, Any], device: Any) -> CacheActivations |
 
     given: fields of `DataConfig` that override the SAE's metadata.
     """
-    known: dict[str, Any] = (sae.metadata.get("config") or {}).get("data") or {}
+    known = _data_of_run(sae)
     folder, described = known.get("activations"), sae.metadata.get("data") or {}
     if not isinstance(folder, str) or given.keys() - set(OF_CACHE):
         return None
