@@ -221,6 +221,27 @@ def test_a_position_in_a_stream_is_gone_to_without_reading_what_comes_before(tmp
     assert {shard for shard, _ in read} <= {1, 2}
 
 
+def test_a_stream_that_broke_off_can_be_read_again():
+    broken = [True]
+
+    def generate():
+        for i in range(20):
+            if broken[0] and i == 15:
+                raise ConnectionError("the network is gone")
+            yield {"text": f"{i:02}"}
+
+    stream = datasets.IterableDataset.from_generator(generate)
+    text = text_module.BufferedText(
+        stream, "text", size=10, heldout_order="sample", seed=0, epochs=1, fingerprint=""
+    )
+    read = list(islice(text, 10))
+    for _ in range(2):
+        with pytest.raises(InputError, match="reading on failed.*the network is gone"):
+            list(text)
+    broken[0] = False
+    assert sorted(read + list(text)) == [f"{i:02}" for i in range(20)]
+
+
 def test_settings_of_the_buffer():
     with pytest.raises(InputError, match="shuffle_documents has no effect with a dataset that is"):
         DataConfig(dataset="a.jsonl", shuffle_documents=5)

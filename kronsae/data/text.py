@@ -333,6 +333,7 @@ class BufferedText:
             if start != self.read_to:
                 self.dataset.load_state_dict(start)
                 self.rows = iter(self.dataset)
+            self.filled_at, self.read_to = None, {}  # until it is filled
             self.buffer, characters = [], 0
             for row in islice(self.rows, self.size):
                 self.buffer.append(_clean(row[self.column], self.name))
