@@ -20,7 +20,7 @@ import torch
 
 from kronsae import harvest
 from kronsae.cache import CacheIndex, HarvestConfig
-from kronsae.cache.index import damaged
+from kronsae.cache.index import damaged, resume_command
 from kronsae.cache.model import ManyHookpoints
 from kronsae.cache.writer import Progress
 from kronsae.errors import InputError
@@ -276,7 +276,7 @@ def test_verify_says_that_a_harvest_is_incomplete(monkeypatch, capsys, tmp_path)
     assert harvest.main(["--verify", str(out)]) == 2
     printed, err = capsys.readouterr()
     assert f"{held.train_rows:,} tokens to train on so far (of 400: the harvest is" in printed
-    assert err == f"error: the harvest is incomplete; resume it: kronsae harvest --resume {out}\n"
+    assert err == f"error: the harvest is incomplete; resume it: {resume_command(out)}\n"
     (out / "train-00000.0.safetensors").unlink()
     assert harvest.main(["--verify", str(out)]) == 2
     assert "train-00000.0.safetensors is missing" in capsys.readouterr().err

@@ -74,7 +74,7 @@ def batches(name, folder, since=None, until=None, count=BATCHES, overlap="off", 
 
 def few_rows_for_the_scale(patch):
     """So that the checkpoints are of what comes after that, too."""
-    patch.setattr(stream, "NORMALIZER_TOKENS", 2 * BATCH)
+    patch.setattr(stream, "SAMPLE_TOKENS", 2 * BATCH)
 
 
 def of_rank(rank, folder):
