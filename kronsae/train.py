@@ -342,8 +342,9 @@ def _summarise(
 ) -> None:
     """Print the evaluation, some latents, and where everything is."""
     model = heldout.text.model if heldout.text else None
-    if any(result.metrics for result in results.values()):
-        console.print("\n[bold]On held-out text[/bold]")
+    tokens = next((r.metrics["heldout_tokens"] for r in results.values() if r.metrics), None)
+    if tokens is not None:
+        console.print(f"\n[bold]On held-out text[/bold] ({tokens:,} tokens)")
     evaluations = [result.metrics for result in results.values() if result.metrics]
     if model is not None and evaluations and not any("ce_clean" in e for e in evaluations):
         # The model of a cache may be out of reach, too.

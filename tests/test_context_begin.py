@@ -81,6 +81,9 @@ def test_a_cache_and_what_is_trained_from_it_record_it_too(flags, tmp_path):
     settings = json.loads((run / "config.json").read_text())
     assert settings["config"]["data"]["bos"] == "<s></s>"
     assert settings["data"]["context_begin"] == ["<s>", "</s>"]
+    lens = metadata_of(kronsae.load(run))
+    assert lens["model_name"] == flags[1] and lens["hf_hook_name"] == "model.layers.1"
+    assert lens["hook_name"] == "blocks.1.hook_resid_post" and lens["seqpos_slice"] == [2, None]
 
 
 def test_a_run_of_before_resumes_without_it(flags, tmp_path):

@@ -266,6 +266,11 @@ class Origin:
     def of(cls, metadata: dict[str, Any]) -> "Origin":
         """The origin in the metadata of a run, or of another library's file."""
         data = part_of(metadata, "data")
+        settings = part_of(metadata, "config", "data")
+        if data.get("source") == "cache":  # its description names the hookpoints alone
+            names = _of(list, data.get("hookpoints")) or []
+            known = dict(zip(("hookpoint", "target_hookpoint"), names, strict=False))
+            data = {"name": settings.get("model"), "layer": settings.get("layer"), **known, **data}
         hookpoint = _of(str, data.get("hookpoint"))
         layer = _of(int, data.get("layer"))
         begin = _of(list, data.get("context_begin"))

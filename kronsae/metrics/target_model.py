@@ -220,8 +220,8 @@ def open_heldout(
     rule = massive_rule(loaded, text, massive_multiple)
     if rule is not None:
         left_out += (
-            f", as do massive tokens: those more than {rule.multiple:g} times as far from the mean "
-            "as half of all tokens"
+            f", as do massive tokens: those farther from the mean than {rule.multiple:g} times the "
+            "median distance"
         )
     facts = {
         "dataset": loaded.data.dataset,
