@@ -14,7 +14,7 @@ from kronsae import SAEConfig, TrainConfig
 from kronsae.cache import CacheActivations, CacheIndex
 from kronsae.data import LanguageModelActivations
 from kronsae.errors import InputError
-from kronsae.metrics.target_model import load_sae, open_heldout
+from kronsae.metrics.target_model import cache_of, load_sae, open_heldout
 from kronsae.system.files import read_checksummed, write_checksummed
 from kronsae.train import main
 from kronsae.training.fit import fit
@@ -158,6 +158,13 @@ def test_later_looks_take_activations_from_the_cache(whole, cache, monkeypatch, 
     other = {"dataset": "stdlib", "model": "embedded", "layer": 2}
     for given in (other, {"heldout_tokens": 10**6}):
         assert load_sae(str(whole), given).cache is None
+
+
+def test_nothing_is_fetched_from_where_an_sae_says(whole, monkeypatch):
+    sae = kronsae.load(whole)
+    sae.metadata["config"]["data"]["activations"] = "memory://elsewhere/cache"
+    monkeypatch.setattr("kronsae.metrics.target_model.CacheActivations", None)
+    assert cache_of(sae, {}, "cpu") is None
 
 
 def test_config_file_repeats_the_run(whole, tmp_path):

@@ -340,3 +340,10 @@ def test_examples_and_properties_leave_them_out(run):
     masks = torch.cat([mask for _, mask, _ in text.read()])
     assert torch.equal(masks, text.mask & (text.contexts != 6 + SINK))
     assert evaluate(sae, heldout)["massive_share"] == massive.double().mean()
+
+
+@pytest.mark.parametrize("multiple", ["1", "-3", "nan", "inf"])
+def test_evaluate_refuses_other_multiples(run, multiple, tmp_path, capsys):
+    flags = ["--massive-multiple", multiple, "--out", str(tmp_path / "evaluation")]
+    assert evaluate_command([str(run), *flags]) == 2
+    assert "expected 0 (none) or >= 2" in " ".join(capsys.readouterr().err.split())

@@ -102,6 +102,8 @@ def cache_of(sae: SAE, given: dict[str, Any], device: Any) -> CacheActivations |
     folder, described = known.get("activations"), sae.metadata.get("data") or {}
     if not isinstance(folder, str) or given.keys() - set(OF_CACHE):
         return None
+    if not Path(folder).is_dir():  # nothing is fetched from where an SAE's file says
+        return None
     try:
         cache = CacheActivations(
             folder,
@@ -302,7 +304,9 @@ def massive_rule(
     same = all(getattr(loaded.data, name) == known.get(name) for name in of_these)
     if multiple is None and METADATA in metadata and same:
         return rule_of(metadata)
-    if multiple == 0:
+    if multiple is not None and multiple != 0 and not 2 <= multiple < float("inf"):
+        raise InputError(f"--massive-multiple: expected 0 (none) or >= 2, got {multiple:g}")
+    if multiple == 0 or not text.mask.any():
         return None
     rows: list[Tensor] = []
     for _, _, of_batch in text.rows():
