@@ -499,8 +499,8 @@ class DataConfig:
     )
     bos: str = _of_reading(
         "auto",
-        "how each context begins: as the tokenizer begins a text (auto), with its text (none), or "
-        "with the tokens of TEXT, such as '<|im_start|>' or '[gMASK]<sop>'",
+        "how each context begins: as the tokenizer begins a text (auto), without a special token "
+        "(none), or with the tokens of a text, such as '<|im_start|>' or '[gMASK]<sop>'",
         before="auto",
     )
     contexts_per_batch: int = _of_reading(
@@ -606,7 +606,7 @@ class TrainConfig:
     massive_multiple: float = setting(
         10.0,
         "leave tokens out whose activation is farther from the mean than so many times the median "
-        "distance, such as attention sinks (0: none)",
+        "distance, such as attention sinks (2 or more; 0 leaves none out)",
         shared=True,
         before=0.0,
     )
@@ -689,7 +689,7 @@ class TrainConfig:
     )
     final_tokens: int = _of_logs(
         0,
-        "held-out tokens of the final evaluation (0: all of them)",
+        "held-out tokens of the final evaluation, at least one context (0: all of them)",
         unless=_with(
             "--no-final-evaluation", lambda settings: not settings.get("final_evaluation", True)
         ),

@@ -41,7 +41,7 @@ MEANING = {
         "share of latents that no held-out token activates; the more tokens, the fewer",
     ),
     "dead_share_10k": (
-        "Dead latents, of 10,000 tokens",
+        "Dead latents, on 10,000 tokens",
         "the share expected on 10,000 of these tokens: compare this one between texts of several "
         "lengths",
     ),
