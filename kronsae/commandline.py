@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from decimal import Decimal
@@ -14,7 +15,7 @@ from types import FrameType, MappingProxyType
 from typing import Any, NoReturn, get_args, get_origin
 
 from kronsae.config import base_type
-from kronsae.errors import InputError
+from kronsae.errors import InputError, Notice
 from kronsae.registry import SAE_KINDS, load_plugin
 
 
@@ -199,11 +200,22 @@ class Parser(argparse.ArgumentParser):
         return f"unknown argument {argument!r}: {hint}"
 
 
+_format_any_warning = warnings.formatwarning
+
+
+def _format_warning(message: Any, category: type[Warning], *where: Any, **line: Any) -> str:
+    if issubclass(category, Notice):
+        return f"warning: {message}\n"
+    return _format_any_warning(message, category, *where, **line)
+
+
 def load_plugins(argv: Sequence[str] | None) -> list[str]:
     """Run the files that --plugin names, before a parser is made: they may add flags to it.
 
+    From now on a `Notice` is shown as one sentence, without the line of code that gave it.
     Returns the other arguments (by default those of the process).
     """
+    warnings.formatwarning = _format_warning
     rest, arguments = [], iter(sys.argv[1:] if argv is None else argv)
     for argument in arguments:
         name, equals, path = argument.partition("=")

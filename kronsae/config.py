@@ -22,6 +22,7 @@ DECODER_NORMS = ("unit", "free")
 MOMENTS = ("float32", "bfloat16")
 SHARES = ("tokens", "members")
 ACTIVATIONS_ORDERS = ("global", "stream")
+BEGINNINGS = ("auto", "bos", "none")
 HELDOUT_ORDERS = ("sample", "first")
 DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT_BANDWIDTH = 0.1
@@ -499,8 +500,9 @@ class DataConfig:
     )
     bos: str = _of_reading(
         "auto",
-        "how each context begins: as the tokenizer begins a text (auto), without a special token "
-        "(none), or with the tokens of a text, such as '<|im_start|>' or '[gMASK]<sop>'",
+        "how each context begins: as the tokenizer begins a text (auto), with its BOS token (bos), "
+        "without a special token (none), or with the tokens of a text, such as '<|im_start|>' or "
+        "'[gMASK]<sop>'",
         before="auto",
     )
     contexts_per_batch: int = _of_reading(
@@ -551,7 +553,10 @@ class DataConfig:
             self.context_length == 0 or self.context_length >= 2,
             f"context_length: expected 0 or >= 2, got {self.context_length}",
         )
-        _require(bool(self.bos), "bos: expected auto, none or the text of tokens, got ''")
+        _require(
+            bool(self.bos) and (self.bos in BEGINNINGS or self.bos.lower() not in BEGINNINGS),
+            f"bos: expected {', '.join(BEGINNINGS)} or the text of tokens, got {self.bos!r}",
+        )
         _require(
             self.target_hookpoint is None or self.target_hookpoint != self.hookpoint,
             "target_hookpoint is the hookpoint: an autoencoder predicts its input, leave it out",

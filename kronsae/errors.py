@@ -1,5 +1,6 @@
-"""The one exception that the command line turns into a message instead of a traceback."""
+"""What the command line turns into a message: one exception, and one kind of warning."""
 
+import warnings
 from collections.abc import Container
 from importlib import metadata
 from typing import Any
@@ -11,6 +12,15 @@ class InputError(ValueError):
     Everything that a user can cause (a flag, a file, a dataset, a model name) raises this; a
     bug of ours raises something else and keeps its traceback.
     """
+
+
+class Notice(UserWarning):
+    """What a user should know while the work goes on."""
+
+
+def warn(message: str) -> None:
+    """Give a `Notice`, which a command line shows as one sentence."""
+    warnings.warn(message, Notice, stacklevel=3)
 
 
 def require(package: str, needed_by: str) -> None:
@@ -35,4 +45,8 @@ def differences(was: Any, now: Any, name: str = "", ignored: Container[str] = ()
                 was.get(key), now.get(key), f"{name}.{key}" if name else key, ignored
             )
         ]
-    return [] if was == now or name in ignored else [f"{name}: was {was!r}, is {now!r}"]
+    return [] if was == now or name in ignored else [f"{name}: was {_shown(was)}, is {_shown(now)}"]
+
+
+def _shown(value: Any) -> str:
+    return f"{value:,}" if type(value) is int else repr(value)

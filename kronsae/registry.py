@@ -14,14 +14,13 @@ import importlib.util
 import shlex
 import sys
 import traceback
-import warnings
 from abc import ABC
 from collections.abc import Callable, Iterator, Mapping
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, ClassVar, Generic, TypeVar
 
-from kronsae.errors import InputError
+from kronsae.errors import InputError, warn
 
 Registered = TypeVar("Registered")
 
@@ -155,8 +154,7 @@ def load_installed_plugins() -> None:
         try:
             point.load()
         except Exception as error:
-            warnings.warn(
+            warn(
                 f"the plugin {point.name} ({point.value}) of an installed package is left out: "
-                f"{type(error).__name__}: {error}",
-                stacklevel=2,
+                f"{type(error).__name__}: {error}"
             )

@@ -18,6 +18,7 @@ from kronsae.commandline import Terminated, load_plugins, signal_of, stoppable, 
 from kronsae.config import RunConfig, SAEConfig, kind_of
 from kronsae.data.activations import NO_OVERLAP, LanguageModelActivations, split_target
 from kronsae.data.amount import count_tokens, in_words, name_of_text, too_few
+from kronsae.data.packing import contexts_in_words
 from kronsae.errors import InputError
 from kronsae.explore.report import elapsed, write_report
 from kronsae.interop.load import load
@@ -200,7 +201,8 @@ def _train(request: Request, console: Console, mesh: Mesh, out: Path) -> int:
     device = resolve_device(request.config.train.device)
     latents = _report(results, heldout, folder, mesh, device)
     took = elapsed(time.monotonic() - began)
-    done = f"\nTrained on {tokens:,} tokens in {took}. Everything is in {folder.path}:\n"
+    took = f" in {took}" if not resume else f"; this part of it took {took}"
+    done = f"\nTrained on {tokens:,} tokens{took}. Everything is in {folder.path}:\n"
     if mesh.first:
         _summarise(console, results, heldout, folder, latents, done)
     return 3 if any(result.failed for result in fitted) else 0
@@ -246,11 +248,16 @@ def _new_folder(request: Request) -> Path:
 def _describe(console: Console, request: Request, source: Any, heldout: Heldout, out: Path) -> None:
     config = request.config
     train = config.train
-    available = _available(source)
+    available, described = _available(source), source.describe()
     rows = {
         "language model": source_of(config.data.activations).describe(source, config.data),
         "text": f"{name_of_text(config.data)}; {heldout.activations.shape[0]:,} tokens held out"
         + in_words(available, config.data.epochs),
+        **(
+            {"read in": contexts_in_words(length, described.get("context_begin"))}
+            if (length := described.get("context_length"))
+            else {}
+        ),
         "training": f"{train.tokens:,} tokens, {train.steps:,} steps of {train.batch_size:,}"
         + describe_ranks(train),
         **{
@@ -371,16 +378,17 @@ def _summarise(
         console.print("\n[bold]What some latents have learned[/bold] (where they fire most)")
         for block in render_contexts(latents, model.tokenizer, console):
             console.print(block)
-    following = "Next: "
+    following = ""
     if model is not None:
-        following += f"{command_line('explore', str(folder.path))} to look into its latents, or "
+        following = f"  {command_line('explore', str(folder.path))}  to look into its latents\n"
     console.print(
         f"{done}"
         f"  report.html    this run to look at\n"
         f"  sae/           the autoencoder:  kronsae.load({str(folder.path)!r})\n"
         f"  metrics.jsonl  every logged step\n"
-        f"  config.json    every setting; --config {folder.config} repeats the run\n"
-        f"{following}a --model, --layer and --dataset of your own (kronsae train --help).",
+        f"  config.json    every setting, to repeat the run by --config\n"
+        f"Next:\n{following}"
+        f"  kronsae train --help  for a --model, --layer and --dataset of your own",
         markup=False,
     )
 

@@ -13,7 +13,7 @@ import kronsae.train
 from kronsae import SAEConfig, TrainConfig
 from kronsae.cache import CacheActivations, CacheIndex
 from kronsae.data import LanguageModelActivations
-from kronsae.errors import InputError
+from kronsae.errors import InputError, Notice
 from kronsae.metrics.target_model import cache_of, load_sae, open_heldout
 from kronsae.system.files import read_checksummed, write_checksummed
 from kronsae.train import main
@@ -156,15 +156,25 @@ def test_later_looks_take_activations_from_the_cache(whole, cache, monkeypatch, 
     )
     assert all(int(mask.sum()) == len(rows) for _, mask, rows in texts)
     other = {"dataset": "stdlib", "model": "embedded", "layer": 2}
-    for given in (other, {"heldout_tokens": 10**6}):
-        assert load_sae(str(whole), given).cache is None
+    assert load_sae(str(whole), other).cache is None
+    with pytest.warns(Notice, match="the language model will .* holds out only 80 tokens"):
+        assert load_sae(str(whole), {"heldout_tokens": 10**6}).cache is None
+    sae = kronsae.load(whole)
+    sae.metadata["config"]["data"]["activations"] = str(tmp_path)
+    with pytest.warns(Notice, match=f"not the run's cache {tmp_path}: .* is not a cache"):
+        assert cache_of(sae, {}, "cpu") is None
+    sae.metadata["config"]["data"]["activations"] = str(cache)
+    sae.metadata["data"]["text"] = "another"
+    with pytest.warns(Notice, match="it has another text by now"):
+        assert cache_of(sae, {}, "cpu") is None
 
 
 def test_nothing_is_fetched_from_where_an_sae_says(whole, monkeypatch):
     sae = kronsae.load(whole)
     sae.metadata["config"]["data"]["activations"] = "memory://elsewhere/cache"
     monkeypatch.setattr("kronsae.metrics.target_model.CacheActivations", None)
-    assert cache_of(sae, {}, "cpu") is None
+    with pytest.warns(Notice, match="elsewhere/cache: there is no such folder here"):
+        assert cache_of(sae, {}, "cpu") is None
 
 
 def test_config_file_repeats_the_run(whole, tmp_path):

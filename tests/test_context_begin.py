@@ -1,21 +1,28 @@
 """How contexts begin, from the command line to the run, the SAE, its cache and its exports."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 from tiny_models import WORDS, save_model
 
 import kronsae
 from kronsae.cache.index import CacheIndex
+from kronsae.data.packing import context_begin
+from kronsae.evaluate.__main__ import main as evaluate
+from kronsae.evaluate.__main__ import make_parser
 from kronsae.export.__main__ import main as export
 from kronsae.harvest import main as harvest
 from kronsae.hub import model_card
 from kronsae.interop.lens_format import metadata_of
-from kronsae.metrics.target_model import load_sae, open_heldout
+from kronsae.metrics.target_model import given_data, load_sae, open_heldout
 from kronsae.train import main as train
 
-BEGINS = {"auto": ["<s>"], "none": [], "<s>": ["<s>"], "<s></s>": ["<s>", "</s>"]}
-PREPENDS = {"auto": True, "none": False, "<s>": True, "<s></s>": None}
+BEGINS = {
+    **{"auto": ["<s>"], "bos": ["<s>"], "none": []},
+    **{"<s>": ["<s>"], "<s></s>": ["<s>", "</s>"]},
+}
+PREPENDS = {"auto": True, "bos": True, "none": False, "<s>": True, "<s></s>": None}
 """What SAELens calls prepend_bos; it has no word for other beginnings."""
 
 
@@ -39,9 +46,12 @@ SMALL = [
 
 
 @pytest.mark.parametrize("bos", BEGINS)
-def test_it_is_recorded_in_the_run_the_sae_and_every_export(flags, bos, tmp_path):
+def test_it_is_recorded_in_the_run_the_sae_and_every_export(flags, bos, tmp_path, capsys):
     run = tmp_path / "run"
     assert train([*flags, *SMALL, "--bos", bos, "--out", str(run)]) == 0
+    words = f"contexts of 16 tokens that begin with {' '.join(map(repr, BEGINS[bos]))}\n"
+    words = words if BEGINS[bos] else "contexts of 16 tokens\n"
+    assert words in "".join(line.rstrip() + "\n" for line in capsys.readouterr().out.splitlines())
     settings = json.loads((run / "config.json").read_text())
     assert settings["config"]["data"]["bos"] == bos
     assert settings["data"]["context_begin"] == BEGINS[bos]
@@ -103,6 +113,44 @@ def test_a_run_of_before_resumes_without_it(flags, tmp_path):
     assert all(
         tensor.equal(expected[key]) for key, tensor in kronsae.load(run).state_dict().items()
     )
+
+
+def test_evaluate_begins_contexts_as_the_file_of_another_library_says(flags, tmp_path, capsys):
+    run = tmp_path / "run"
+    dense = ["--encoder", "dense", "--bos", "none"]
+    assert train([*flags, *SMALL, *dense, "--out", str(run)]) == 0
+    own = [*("--hookpoint", "model.layers.1"), *flags[:2], *flags[4:]]
+    for prepend in (True, False):
+        sae = kronsae.load(run)
+        sae.metadata["data"] |= {"prepend_bos": prepend, "context_begin": []}
+        del sae.metadata["config"]
+        sae.save(tmp_path / "sae")
+        lens = tmp_path / f"lens-{prepend}"
+        assert export([str(tmp_path / "sae"), "--to", "sae_lens", "--out", str(lens)]) == 0
+        settings = json.loads((lens / "cfg.json").read_text())
+        settings["metadata"].pop("kronsae", None)
+        (lens / "cfg.json").write_text(json.dumps(settings))
+        given = given_data(make_parser().parse(["lens", *own]))
+        text = open_heldout(load_sae(str(lens), given), "cpu")
+        assert text.facts["context_begin"] == (["<s>"] if prepend else [])
+    out = tmp_path / "evaluation"
+    assert evaluate([str(lens), *own, "--bos", "</s>", "--out", str(out)]) == 0
+    assert "in contexts of 16 tokens that begin with '</s>';" in capsys.readouterr().out
+    assert (
+        "in contexts of 16 tokens that begin with '</s>', read by"
+        in (out / "evaluation.md").read_text()
+    )
+
+
+@pytest.mark.parametrize("bos", ["NONE", "Auto", "BOS", ""])
+def test_a_setting_in_capitals_is_no_text(bos):
+    with pytest.raises(kronsae.InputError, match="bos: expected auto, bos, none or the text"):
+        kronsae.DataConfig(bos=bos)
+
+
+def test_a_tokenizer_without_bos():
+    with pytest.raises(kronsae.InputError, match="the tokenizer has no BOS token"):
+        context_begin(SimpleNamespace(bos_token_id=None), "bos")
 
 
 def test_a_name_that_the_tokenizer_does_not_know_is_an_error(flags, tmp_path, capsys):

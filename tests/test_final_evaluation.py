@@ -146,6 +146,34 @@ def test_its_size_is_a_setting_and_it_can_be_left_out(tmp_path):
     assert train([*SMALL, *runs["part"], *runs["none"], "--out", str(tmp_path / "both")]) == 2
 
 
+def test_a_finished_run_keeps_its_figures_and_can_get_them_later(tmp_path, capsys):
+    run = tmp_path / "run"
+    assert train([*SMALL, "--no-final-evaluation", "--out", str(run)]) == 0
+    assert train(["--resume", str(run), "--final-tokens", "300"]) == 2
+    assert "--final-tokens has no effect with --no-final-eval" in capsys.readouterr().err
+    assert train(["--resume", str(run), "--final-evaluation", "--final-tokens", "300"]) == 0
+    figures = kronsae.load(run).metadata["metrics"]
+    assert 200 < figures["heldout_tokens"] <= 300
+    assert final_of(run).items() >= figures.items()
+    assert train(["--resume", str(run), "--no-final-evaluation"]) == 0
+    assert kronsae.load(run).metadata["metrics"] == figures
+    assert final_of(run).items() >= figures.items()
+
+
+def test_settings_that_a_resume_changes_are_saved(tmp_path):
+    run = tmp_path / "run"
+    assert train([*SMALL, "--out", str(run)]) == 0
+    before = json.loads((run / "config.json").read_text())
+    flags = ["--log-every", "3", "--final-tokens", "300"]
+    assert train(["--resume", str(run), *flags]) == 0
+    after = json.loads((run / "config.json").read_text())
+    changed = {"log_every": 3, "final_tokens": 300}
+    assert after["config"]["train"] == before["config"]["train"] | changed
+    assert train(["--resume", str(run)]) == 0
+    assert final_of(run)["heldout_tokens"] <= 300
+    assert kronsae.load(run).metadata["config"]["train"] == after["config"]["train"]
+
+
 def test_the_saes_are_saved_before_it(tmp_path, monkeypatch):
     x = torch.randn(2000, 16, generator=torch.Generator().manual_seed(0))
     config = TrainConfig(tokens=1000, batch_size=100, device="cpu")

@@ -57,7 +57,7 @@ def test_a_selection_of_ones_own_from_training_to_export(plugin, tmp_path, monke
     assert settings["config"]["sae"]["selection_settings"] == {"half_life": 3.0}
     sae = kronsae.load("run")
     assert sae.config.selection_settings.half_life == 3.0
-    assert f"Next: kronsae explore run --plugin {plugin} to look" in capsys.readouterr().out
+    assert f"Next:\n  kronsae explore run --plugin {plugin}  to look" in capsys.readouterr().out
     assert command(["evaluate", "run", "--out", "judged", "--heldout-tokens", "256"]) == 0
     assert json.loads(Path("judged/evaluation.json").read_text())["judged"][0]["k"] == 8
     dense = ("--encoder", "dense", *own, *TRAIN)
@@ -302,7 +302,9 @@ def test_a_source_a_log_and_a_format_of_ones_own(tmp_path, monkeypatch, capsys):
         assert torch.initial_seed() == 0  # --seed's default: what a plugin draws is repeated
         printed = capsys.readouterr().out
         assert "rows:x.safetensors (d = 16)" in printed
-        assert "Next: a --model" in printed and "explore" not in printed  # there is no model
+        assert (
+            "--model, --layer and --dataset of your own" in printed and "explore" not in printed
+        )  # there is no model
         assert "the sizes of rows:x.safetensors are unknown until it is run" in printed
         assert (Path("run") / "lines.txt").read_text().startswith("4 1000 train/auxk_loss ")
         sae = kronsae.load("run")

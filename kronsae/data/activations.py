@@ -1,7 +1,6 @@
 """Sources of training batches: each can save its position and go on from it exactly."""
 
 import dataclasses
-import warnings
 from collections.abc import Iterable, Iterator
 from itertools import chain, islice
 from typing import Any, Protocol
@@ -17,7 +16,7 @@ from kronsae.data.packing import Packer, special_ids, token_mask
 from kronsae.data.prefetch import ForwardPass, Prefetcher
 from kronsae.data.rows import BatchMemory, gather
 from kronsae.data.text import TextSource
-from kronsae.errors import InputError
+from kronsae.errors import InputError, warn
 from kronsae.system import parallel
 
 HASHED_ROWS = 256
@@ -424,10 +423,9 @@ def set_aside(text: TextSource, tokenizer: Any, config: DataConfig) -> tuple[Ten
             f"{config.context_length} tokens: give more text, or a smaller --context-length"
         )
     if len(contexts) < wanted:
-        warnings.warn(
+        warn(
             f"dataset {config.dataset!r}: only {len(contexts) * config.context_length:,} of "
-            f"{config.heldout_tokens:,} tokens could be held out",
-            stacklevel=3,
+            f"{config.heldout_tokens:,} tokens could be held out"
         )
     return torch.stack(contexts), documents
 

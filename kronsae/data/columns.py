@@ -24,7 +24,7 @@ import pyarrow.parquet
 from datasets.data_files import DataFilesDict, DataFilesList
 
 from kronsae.data.common import reason
-from kronsae.errors import InputError
+from kronsae.errors import InputError, warn
 
 JSON_BYTES = 10 << 20
 """Bytes of JSON lines that are parsed at once; the last line is read to its end."""
@@ -90,9 +90,13 @@ class TextColumn(datasets.ArrowBasedBuilder):
         return [datasets.SplitGenerator(datasets.Split.TRAIN, {"files": files})]
 
     def _generate_tables(self, files: list[str]) -> Iterator[tuple[Any, pyarrow.Table]]:
+        rows = 0
         for number, path in enumerate(files):
             for batch, (column, _) in enumerate(read_column(Path(path), self.config)):
+                rows += len(column)
                 yield (number, batch), pyarrow.table({self.config.column: column})
+        if not rows:
+            raise InputError(f"{', '.join(files)}: there are no rows")
 
 
 def read_column(path: Path, settings: Settings) -> Iterator[tuple[pyarrow.Array, int]]:
@@ -164,22 +168,25 @@ def _no_column(path: Path, name: str, columns: Iterable[str]) -> InputError:
 
 
 def _no_text(place: str, name: str, got: str, columns: Iterable[str]) -> InputError:
-    return InputError(
-        f"{place}, column {name!r}: expected text, got {got}; the columns are {list(columns)}: "
-        "name another with --text-column"
-    )
+    others = [column for column in columns if column != name]
+    advice = f"the other columns are {others}: name one with --text-column" if others else ADVICE
+    return InputError(f"{place}, column {name!r}: expected text, got {got}; {advice}")
 
 
 # JSON
 
 
 def _read_json(file: BinaryIO, path: Path, settings: Settings) -> Iterator[pyarrow.Array]:
-    name = settings.column
+    name, missing, first = settings.column, 0, ""
     for batch, rows in enumerate(_json_rows(file, path)):
         texts = [_json_text(row, name, path, place) for place, row in rows]
+        without = [place for place, row in rows if name not in row]
+        missing, first = missing + len(without), first or next(iter(without), "")
         if batch == 0 and rows and not any(name in row for _, row in rows):
             raise _no_column(path, name, dict.fromkeys(key for _, row in rows for key in row))
         yield pyarrow.array(texts, pyarrow.large_binary()).cast(TEXT)
+    if missing:
+        warn(f"{path}: {missing:,} rows have no {name!r} and are left out ({first} is the first)")
 
 
 def _json_rows(file: BinaryIO, path: Path) -> Iterator[list[tuple[str, Any]]]:

@@ -11,7 +11,7 @@ import torch
 
 from kronsae.data.common import reason
 from kronsae.embedded import EMBEDDED_MODEL, embedded_model_path
-from kronsae.errors import InputError, require
+from kronsae.errors import InputError, Notice, require
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -30,6 +30,7 @@ def quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            warnings.simplefilter("default", Notice)
             if downloads:
                 enable_progress_bars()
             yield

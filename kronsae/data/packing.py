@@ -1,7 +1,7 @@
 """Packing of documents into contexts of token ids without padding."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -94,24 +94,38 @@ def context_begin(tokenizer: Any, bos: str = "auto") -> list[int]:
     """The tokens that each context begins with.
 
     bos: "auto" for the token that the tokenizer itself puts before a text (Llama, Gemma; not GPT-2,
-        Pythia, Qwen); "none"; or the text of one token or several, such as "[gMASK]<sop>".
-    Raises InputError if such a text names special tokens that the tokenizer does not have.
+        Pythia, Qwen); "bos" for its BOS token in any case; "none"; or the text of one token or
+        several, such as "[gMASK]<sop>".
+    Raises InputError if the tokenizer has no such token.
     """
     if bos == "none":
         return []
     if bos == "auto":
         token = beginning_token(tokenizer)
         return [] if token is None else [token]
+    if bos == "bos":
+        if tokenizer.bos_token_id is None:
+            raise InputError("bos 'bos': the tokenizer has no BOS token")
+        return [tokenizer.bos_token_id]
     tokens = list(tokenizer(bos, add_special_tokens=False)["input_ids"])
     special = special_ids(tokenizer).tolist()
     unknown = getattr(tokenizer, "unk_token_id", None) in tokens
     if not tokens or unknown or _NAMES.fullmatch(bos) and not set(tokens) <= set(special):
         known = ", ".join(tokenizer.convert_ids_to_tokens(special[:SHOWN_TOKENS]))
         raise InputError(
-            f"bos {bos!r}: expected auto, none or the text of tokens, but the tokenizer has no "
-            f"token of this name; its special tokens are {known}"
+            f"bos {bos!r}: expected auto, bos, none or the text of tokens, but the tokenizer has "
+            f"no token of this name; its special tokens are {known}"
         )
     return tokens
+
+
+def contexts_in_words(length: int, begin: Sequence[str] | None) -> str:
+    """Length and beginning of contexts: "contexts of 128 tokens that begin with '<s>'".
+
+    begin: the tokens, if they are known.
+    """
+    words = f"contexts of {length:,} tokens"
+    return f"{words} that begin with {' '.join(map(repr, begin))}" if begin else words
 
 
 _NAMES = re.compile(r"(<[^<>\s]+>|\[[^\[\]\s]+\])+")

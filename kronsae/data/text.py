@@ -16,7 +16,6 @@ Rows without text (null, empty, white space) are skipped.
 
 import glob
 import hashlib
-import warnings
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -32,7 +31,7 @@ from kronsae.config import DataConfig, flag
 from kronsae.data.common import digest
 from kronsae.data.sampling import Beginning, drawn_rows, shuffled
 from kronsae.data.stdlib import stdlib_documents
-from kronsae.errors import InputError, require
+from kronsae.errors import InputError, require, warn
 
 STDLIB = "stdlib"
 
@@ -361,13 +360,12 @@ class BufferedText:
         if difference is None:
             return
         self.warned = True
-        warnings.warn(
+        warn(
             f"dataset {self.name!r} seems to be sorted: its documents {before + 1:,} to "
             f"{before + len(texts):,} differ from the first {self.profile.documents:,} "
             f"({difference}). Held-out text and the scale of activations come from the first ones, "
             "which are no sample of it: shuffle the text, leave --streaming out, or raise "
-            f"--shuffle-documents (now {self.size:,})",
-            stacklevel=2,
+            f"--shuffle-documents (now {self.size:,})"
         )
 
     def state_dict(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import shlex
 import sys
 import time
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from kronsae.commandline import Parser, exit_status
 from kronsae.config import kind_of
 from kronsae.data.loading import quiet
 from kronsae.evaluate.judge import Judgement, judge
-from kronsae.evaluate.show import console_table, draw, facts, markdown
+from kronsae.evaluate.show import console_table, draw, facts, markdown, text_in_words
 from kronsae.metrics.figures import density_histogram
 from kronsae.metrics.heldout import HeldoutText, massive_warning
 from kronsae.metrics.target_model import (
@@ -88,11 +89,17 @@ def work(argv: list[str]) -> None:
 
 
 def _judge(group: list[LoadedSAE], text: HeldoutText, console: Console) -> list[Judgement]:
-    batches = sum(1 for _ in text.batches())
+    total, done = 2 * sum(1 for _ in text.batches()), count(1)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("reading", total=2 * batches)
-        saes = {loaded.name: loaded.sae for loaded in group}
-        judgements = judge(saes, text, lambda: bar.advance(task))
+        task = bar.add_task("reading", total=total)
+
+        def show() -> None:
+            bar.advance(task)
+            batch = next(done)
+            if not console.is_terminal and batch % -(-total // 4) == 0:
+                console.print(f"read {batch:,} of {total:,} batches of contexts", style="dim")
+
+        judgements = judge({loaded.name: loaded.sae for loaded in group}, text, show)
     return [judgements[loaded.name] for loaded in group]
 
 
@@ -125,7 +132,11 @@ def _write(document: dict[str, Any], out: Path, console: Console) -> None:
     for text in document["texts"]:
         names = f"{', '.join(text['of'])}: " if len(document["texts"]) > 1 else ""
         amount = f"{text['tokens']:,} tokens of {text['dataset']} ({text['which']})"
-        console.print(f"{names}{amount}; {text['left_out']}", style="dim", markup=False)
+        console.print(
+            f"{names}{amount}, in {text_in_words(text)}; {text['left_out']}",
+            style="dim",
+            markup=False,
+        )
         if text["no_cross_entropy"]:
             console.print(f"without cross-entropy: {text['no_cross_entropy']}", markup=False)
         if "warning" in text:

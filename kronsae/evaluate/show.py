@@ -11,6 +11,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from kronsae.data.packing import contexts_in_words
 from kronsae.metrics.figures import MEANING
 from kronsae.system import tables
 
@@ -89,16 +90,20 @@ def markdown(document: Mapping[str, Any]) -> str:
     meanings = "\n".join(f"- **{label}**: {MEANING[name][1]}." for name, label, _ in rows(judged))
     texts = "\n".join(
         f"- {', '.join(text['of'])}: {text['tokens']:,} tokens of "
-        f"{text['dataset']} ({text['which']}), {text['contexts']} contexts of "
-        f"{text['context_length']}, read by {text['model']['name']} in {text['model']['dtype']} at "
-        f"{text['model']['hookpoint']}; {text['left_out']}."
-        + (f" **Warning**: {text['warning']}." if "warning" in text else "")
+        f"{text['dataset']} ({text['which']}), in {text_in_words(text)}, read by "
+        f"{text['model']['name']} in {text['model']['dtype']} at {text['model']['hookpoint']}; "
+        f"{text['left_out']}." + (f" **Warning**: {text['warning']}." if "warning" in text else "")
         for text in document["texts"]
     )
     return (
         f"# Evaluation on held-out text\n\n    {document['command']}\n\n{table}\n\n{texts}\n\n"
         f"{meanings}\n"
     )
+
+
+def text_in_words(text: Mapping[str, Any]) -> str:
+    """The contexts that a text was read in."""
+    return contexts_in_words(text["context_length"], text.get("context_begin"))
 
 
 def draw(judged: Sequence[Entry], folder: Path) -> list[Path]:

@@ -197,8 +197,10 @@ class SAEMetrics:
 
     def compute(self) -> dict[str, float]:
         """The figures by name. Raises InputError if there is no token that is not massive."""
+        if self.massive is None:
+            return {**self.ordinary.compute(), **self.firing.compute()}
         every = self.ordinary.with_tokens_of(self.of_massive)
-        if self.massive is not None and every.tokens and self.ordinary.tokens < 2:
+        if every.tokens and self.ordinary.tokens < 2:
             raise InputError(
                 f"held-out text: {self.of_massive.tokens:,} of {every.tokens:,} tokens are farther "
                 f"from the mean than {self.massive.multiple:g} times the median distance in the "

@@ -20,7 +20,7 @@ from kronsae.data import open_text, split_target
 from kronsae.data.activations import HELDOUT_SETTINGS, open_model, set_aside
 from kronsae.data.language_model import LanguageModel
 from kronsae.data.packing import context_begin, token_mask
-from kronsae.errors import InputError
+from kronsae.errors import InputError, warn
 from kronsae.interop.load import load
 from kronsae.metrics.heldout import HeldoutText
 from kronsae.model.massive import DEFAULT_MULTIPLE, METADATA, MassiveTokens, rule_of
@@ -96,29 +96,38 @@ OF_CACHE = ("heldout_tokens", "contexts_per_batch", "trust_remote_code")
 def cache_of(sae: SAE, given: dict[str, Any], device: Any) -> CacheActivations | None:
     """The cache that an SAE was trained from; None without one, or if other text or model is given.
 
+    A notice says why the cache cannot be used.
     given: fields of `DataConfig` that override the SAE's metadata.
     """
-    known = _data_of_run(sae)
-    folder, described = known.get("activations"), sae.metadata.get("data") or {}
+    folder = _data_of_run(sae).get("activations")
     if not isinstance(folder, str) or given.keys() - set(OF_CACHE):
         return None
-    if not Path(folder).is_dir():  # nothing is fetched from where an SAE's file says
-        return None
     try:
-        cache = CacheActivations(
-            folder,
-            layer=known.get("layer"),
-            hookpoint=known.get("hookpoint"),
-            target_hookpoint=known.get("target_hookpoint"),
-            batch_size=1,
-            device=device,
-            trust_remote_code=bool(given.get("trust_remote_code")),
-        )
-    except InputError:  # it is not there any more
+        return _open_cache(sae, folder, given, device)
+    except InputError as error:
+        warn(f"the language model will read the text, not the run's cache {folder}: {error}")
         return None
-    same = cache.index.text == described.get("text")
-    tokens = cache.heldout_tokens >= given.get("heldout_tokens", 0)
-    return cache if same and tokens else None
+
+
+def _open_cache(sae: SAE, folder: str, given: dict[str, Any], device: Any) -> CacheActivations:
+    """The cache in the folder. Raises InputError if it does not hold the text that is needed."""
+    if not Path(folder).is_dir():  # nothing is fetched from where an SAE's file says
+        raise InputError("there is no such folder here")
+    known = _data_of_run(sae)
+    cache = CacheActivations(
+        folder,
+        layer=known.get("layer"),
+        hookpoint=known.get("hookpoint"),
+        target_hookpoint=known.get("target_hookpoint"),
+        batch_size=1,
+        device=device,
+        trust_remote_code=bool(given.get("trust_remote_code")),
+    )
+    if cache.index.text != (sae.metadata.get("data") or {}).get("text"):
+        raise InputError("it has another text by now")
+    if cache.heldout_tokens < given.get("heldout_tokens", 0):
+        raise InputError(f"it holds out only {cache.heldout_tokens:,} tokens")
+    return cache
 
 
 def load_saes(sources: Sequence[str], given: dict[str, Any], device: Any) -> list[LoadedSAE]:
@@ -155,6 +164,8 @@ def data_of(sae: SAE, given: dict[str, Any], name: str) -> DataConfig:
     if not known and described.get("name", "given") != "given":
         known = {"model": described["name"], "hookpoint": described["hookpoint"]}
         known |= {k: described[k] for k in ("revision", "target_hookpoint") if k in described}
+        if isinstance(prepend := described.get("prepend_bos"), bool):
+            known["bos"] = "bos" if prepend else "none"
     if not known and "model" not in given:
         raise InputError(
             f"{name}: its metadata does not name a language model: give --model, and --layer or "

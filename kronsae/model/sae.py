@@ -248,6 +248,11 @@ class SAE(Encoder):
         return Path(directory)
 
 
+def load_metadata(directory: Path) -> dict[str, Any]:
+    """The metadata of an SAE that `SAE.save` wrote. Raises InputError if it is damaged."""
+    return read_checksummed(directory / CONFIG_NAME)["metadata"]
+
+
 def save_metadata(directory: Path, metadata: dict[str, Any]) -> None:
     """Replace the metadata of an SAE that `SAE.save` wrote.
 

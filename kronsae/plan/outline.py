@@ -20,7 +20,7 @@ from kronsae.data.language_model import (
     lists_of_blocks,
 )
 from kronsae.data.loading import checkpoint_dtype, load_config, loader_of, quiet
-from kronsae.errors import InputError
+from kronsae.errors import InputError, warn
 from kronsae.sources import Cache, source_of
 
 
@@ -78,7 +78,7 @@ def outline(config: DataConfig, context_length: int = 1024) -> Outline:
                 target = find_module(model, config.model, config.target_hookpoint)
                 d_target, flops = _run(model, target, tokens)
         except Exception as error:  # of any type: the model needs numbers
-            warnings.warn(f"{config.model} is estimated by its parts: {error}", stacklevel=2)
+            warn(f"{config.model} is estimated by its parts: {error}")
             continue
         return Outline(
             *(d, parameters, flops, tokens, text.hidden_size, vocabulary, checkpoint, d_target)

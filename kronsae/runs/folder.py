@@ -20,7 +20,6 @@ import os
 import platform
 import shutil
 import sys
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
@@ -32,7 +31,7 @@ import torch
 from filelock import FileLock
 
 import kronsae_kernels
-from kronsae.errors import InputError
+from kronsae.errors import InputError, warn
 from kronsae.model.ranks import SHARDED_STATE
 from kronsae.runs.sweep import check_names
 from kronsae.system import checkpoint
@@ -160,7 +159,7 @@ class RunFolder(_Folder):
         return run, copy.deepcopy(run.document)
 
     def change(self, name: str, config: dict[str, Any], data: dict[str, Any]) -> None:
-        """Let other settings of a member, and what describes its data, hold from now on."""
+        """Save a member's settings, and what describes its data, as they are from now on."""
         self._write(self.document | {"config": config, "data": self.document["data"] | data})
 
     def log(self, record: dict[str, Any]) -> None:
@@ -211,10 +210,9 @@ class RunFolder(_Folder):
         """Leave the first `length` bytes; of a file that lost some of them, the whole lines."""
         if _size(self.metrics) < length:
             content = self.metrics.read_bytes() if self.metrics.exists() else b""
-            warnings.warn(
+            warn(
                 f"{self.metrics} has lost {length - len(content):,} bytes: some of what was logged "
-                "before the checkpoint is missing from it, and from the report; training is not",
-                stacklevel=2,
+                "before the checkpoint is missing from it, and from the report; training is not"
             )
             length = content.rfind(b"\n") + 1
         if _size(self.metrics) > length:

@@ -137,7 +137,7 @@ def _claim(
                 f"{folder.path} was made with other settings:\n  " + "\n  ".join(changes)
             )
         for name, data in changed.items():
-            if data:
+            if saved[name]["config"] != settings[name]["config"]:
                 folder.change(name, settings[name]["config"], data)
         return folder
     except InputError:

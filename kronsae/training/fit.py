@@ -194,6 +194,9 @@ def _train_and_judge(session: Session) -> None:
                 member.save(stream)
             if session.config.final_evaluation:
                 _judge(session)
+            for member in session.own:
+                if member.metrics:
+                    member.record("final", member.metrics, stream)
         session.sync()
         for member in session.live:
             member.finish(stream, stopped_by)
@@ -213,7 +216,6 @@ def _judge(session: Session) -> None:
     losses = evaluate_cross_entropy(saes, heldout, session.on_judged)
     for member in session.own:
         member.metrics |= losses[member.name]
-        member.record("final", member.metrics, stream)
 
 
 def _rescue(session: Session, error: InputError) -> list[str]:

@@ -403,6 +403,8 @@ def _resumed(
             saved["data"]["model_dtype"] = document["data"].get("dtype", "auto")
         for setting, value in flags.items():
             saved[known[setting].part][setting] = value
+        defaults = {name: setting.spec.default for name, setting in known.items()}
+        _check_effects(defaults | saved["sae"] | saved["data"] | saved["train"], flags)
         parts = {
             part: from_dict(cls, stored(cls, saved[part]), str(run["resume"]))
             for part, cls in PARTS.items()

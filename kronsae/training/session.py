@@ -12,7 +12,7 @@ from kronsae.errors import InputError
 from kronsae.interop.load import load
 from kronsae.metrics.heldout import Heldout
 from kronsae.model.massive import METADATA
-from kronsae.model.sae import SAE, made_of, save_metadata
+from kronsae.model.sae import SAE, load_metadata, made_of, save_metadata
 from kronsae.runs.folder import RunFolder, SweepFolder
 from kronsae.runs.logs import Log
 from kronsae.runs.sweep import markdown
@@ -237,6 +237,12 @@ class Member:
         }
         return facts | ({"failed": self.failed} if self.failed else {})
 
+    def restore_metrics(self) -> None:
+        """Take over the final figures of an earlier session, after which nothing was trained."""
+        assert self.run is not None  # it was resumed
+        if self.run.sae.exists():
+            self.metrics = load_metadata(self.run.sae).get("metrics", {})
+
     def restore_failed(self, message: str) -> None:
         """Take over the result of an earlier session, in which this member failed."""
         assert self.run is not None  # it was resumed
@@ -349,6 +355,8 @@ class Session:
         for name, learner in state["members"].items():
             if self.members[name].mine:
                 self.members[name].learner.load_state_dict(learner)
+                if self.stream.done and not self.config.final_evaluation:
+                    self.members[name].restore_metrics()
         for name, message in state["failed"].items():
             self.members[name].restore_failed(message)
 
