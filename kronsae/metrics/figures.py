@@ -100,8 +100,8 @@ def massive_warning(metrics: Mapping[str, float], tokens: Sequence[str] = ()) ->
     named = f" ({', '.join(map(repr, tokens))})" if tokens else ""
     return (
         f"Massive tokens{named} are {100 * metrics['massive_share']:.2f} % of the held-out tokens "
-        f"and hold {100 * variance:.0f} % of the variance. The figures leave them out, except for "
-        "the explained variance of all tokens, which says little about other tokens"
+        f"and hold {100 * variance:.0f} % of the variance. The figures leave them out. Only the "
+        "explained variance of all tokens has them, which says little about the ordinary ones"
     )
 
 

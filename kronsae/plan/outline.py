@@ -70,6 +70,7 @@ def outline(config: DataConfig, context_length: int = 1024) -> Outline:
     vocabulary = getattr(text, "vocab_size", 0)
     checkpoint = checkpoint_dtype(settings)
     parameters = sum(p.numel() for p in model.parameters())
+    failed = None
     for module in modules:
         try:
             d, flops = _run(model, module, tokens)
@@ -78,11 +79,13 @@ def outline(config: DataConfig, context_length: int = 1024) -> Outline:
                 target = find_module(model, config.model, config.target_hookpoint)
                 d_target, flops = _run(model, target, tokens)
         except Exception as error:  # of any type: the model needs numbers
-            warn(f"{config.model} is estimated by its parts: {error}")
+            failed = reason(error)
             continue
         return Outline(
             *(d, parameters, flops, tokens, text.hidden_size, vocabulary, checkpoint, d_target)
         )
+    if failed is not None:
+        warn(f"the plan counts {config.model} by its parts, as it did not run on text ({failed})")
     blocks = [block for _, blocks in lists_of_blocks(model) for block in blocks]
     used = blocks if isinstance(read, str) else blocks[: read + 1]
     weights = sum(p.numel() for block in used for p in block.parameters())
