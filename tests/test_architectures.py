@@ -176,6 +176,17 @@ MODELS = {
             "decoder_start_token_id": 0,
         },
     ),
+    "marian": ("MarianMTModel", HALVES | {"decoder_vocab_size": V}),
+    "mbart": ("MBartForConditionalGeneration", HALVES),
+    "pegasus": ("PegasusForConditionalGeneration", HALVES),
+    "prophetnet": (
+        "ProphetNetForConditionalGeneration",
+        {
+            **{"hidden_size": D, "num_encoder_layers": L, "num_decoder_layers": L},
+            **{"num_encoder_attention_heads": 2, "num_decoder_attention_heads": 2},
+            **{"encoder_ffn_dim": 64, "decoder_ffn_dim": 64},
+        },
+    ),
     "vit": ("ViTModel", {**IMAGE, "num_hidden_layers": L}),
     "clip": (
         "CLIPModel",
@@ -203,7 +214,7 @@ ENCODER = f"{NO_LOSS} (the encoder; the decoder by --hookpoint)"
 NO_TEXT = "refused: it does not run on text alone"
 SPECIAL: dict[str, str] = {
     **dict.fromkeys(["bert", "esm", "modernbert", "roberta"], MASKED),
-    **dict.fromkeys(["bart", "t5"], ENCODER),
+    **dict.fromkeys(["bart", "marian", "mbart", "pegasus", "prophetnet", "t5"], ENCODER),
     "albert": "refused: one block runs for all layers, so there is no list of blocks",
     "clip": NO_TEXT,
     "gemma3n_text": "refused: a block gives several streams, not an output [b, t, d]",
@@ -236,9 +247,10 @@ def made(name: str, folder: Path) -> tuple[Path, torch.nn.Module]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = cls(cls.config_class(**{**common, **settings})).eval()
+    unsaved = cls._keys_to_ignore_on_save or ()  # they are computed
     with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1 and parameter.is_floating_point():
+        for parameter_name, parameter in model.named_parameters():
+            if parameter.ndim > 1 and parameter_name not in unsaved:
                 parameter.normal_(0, 0.2)
     model.save_pretrained(folder)
     make_tokenizer("gpt2").save_pretrained(folder)

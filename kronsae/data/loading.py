@@ -166,7 +166,16 @@ def load_model(
         raise InputError(
             f"model {name!r}: its weights cannot be loaded ({reason(error)})"
         ) from error
-    return model, tuple(sorted(info["missing_keys"]))
+    return model, tuple(sorted(info["missing_keys"] - _computed(model)))
+
+
+def _computed(model: "PreTrainedModel") -> set[str]:
+    """Weights that no file needs to have, such as sinusoidal positions: their class saves none."""
+    import transformers
+
+    classes = (getattr(transformers, name, None) for name in model.config.architectures or ())
+    names = {name for c in classes for name in getattr(c, "_keys_to_ignore_on_save", None) or ()}
+    return names | {name.removeprefix(f"{model.base_model_prefix}.") for name in names}
 
 
 def checkpoint_dtype(config: Any) -> torch.dtype | None:
@@ -199,14 +208,17 @@ def has_causal_class(config: Any) -> bool:
     """Whether the model has a head that predicts the next token.
 
     Masked language models (BERT) have a causal class too; it applies only if `is_decoder` is set.
+    That of models from text to text (Marian, Pegasus) is their decoder alone.
     """
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
     )
 
     if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
         return True
     kind = config.model_type
-    encoder = kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not getattr(config, "is_decoder", False)
+    other = {*MODEL_FOR_MASKED_LM_MAPPING_NAMES, *MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES}
+    encoder = kind in other and not getattr(config, "is_decoder", False)
     return kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not encoder
