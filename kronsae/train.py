@@ -201,7 +201,7 @@ def _train(request: Request, console: Console, mesh: Mesh, out: Path) -> int:
     device = resolve_device(request.config.train.device)
     latents = _report(results, heldout, folder, mesh, device)
     took = elapsed(time.monotonic() - began)
-    took = f" in {took}" if not resume else f"; this part of it took {took}"
+    took = f" in {took}" if not resume else f" ({took} since it was resumed)"
     done = f"\nTrained on {tokens:,} tokens{took}. Everything is in {folder.path}:\n"
     if mesh.first:
         _summarise(console, results, heldout, folder, latents, done)
