@@ -3,6 +3,7 @@
 `EXPECTED` is also the table of docs/models.md.
 """
 
+import json
 import warnings
 from pathlib import Path
 
@@ -11,8 +12,10 @@ import torch
 import transformers
 from tiny_models import make_tokenizer
 
+from kronsae.config import DataConfig
 from kronsae.data import LanguageModel
-from kronsae.errors import InputError
+from kronsae.errors import InputError, Notice
+from kronsae.plan.outline import outline
 
 V, D, L, LAYER = 100, 32, 3, 1
 SIZES = {
@@ -327,6 +330,21 @@ def test_roberta_reads_as_many_positions_as_it_has(tmp_path):
     assert model.max_context == 129  # padding_idx 0
     longest = torch.full((1, model.max_context), 7)
     assert model.activations(longest).shape == (1, 129, D)
+
+
+RUNS = [name for name, what in EXPECTED.items() if what.startswith("exact") and name != "mpt"]
+
+
+@pytest.mark.parametrize("name", every(RUNS))
+def test_a_plan_counts_the_operations_of_a_run_without_weights(name, tmp_path):
+    """Not of all experts, nor of what a warning would say was counted by its parts."""
+    folder, _ = made(name, tmp_path / "model")
+    settings = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(settings | {"use_cache": False}))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", Notice)
+        counted = outline(DataConfig(model=str(folder), layer=LAYER))
+    assert counted.d_model == D and counted.flops_per_token > 0
 
 
 def test_the_page_has_this_table():

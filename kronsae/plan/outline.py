@@ -123,8 +123,11 @@ def _skeleton(config: DataConfig) -> tuple[int | str, Any, nn.Module]:
             raise NoOutline(
                 f"model {config.model!r} cannot be created without weights ({reason(error)})"
             ) from error
-    model.config.pad_token_id = None  # some models warn if they find it among the tokens
-    return read, settings, model.eval()
+    if not model.config.is_encoder_decoder:
+        model.config.pad_token_id = None  # some models warn if they find it among the tokens
+    model.config.use_cache = True  # else masks look for several texts, which needs values
+    # Experts' products need this dtype where there are no values.
+    return read, settings, model.bfloat16().eval()
 
 
 def forward_pass(
