@@ -659,6 +659,23 @@ def test_a_longer_harvest_ends_in_the_same_bytes(cache, harvester, tmp_path, mon
         harvester(folder, with_tokens(10**6))
 
 
+@pytest.mark.parametrize("planned", [0, 10**6])
+@pytest.mark.parametrize("further", [0, 1, 60])
+def test_an_incomplete_harvest_may_end_with_fewer_tokens(planned, further, harvester, tmp_path):
+    folder = tmp_path / "cache"
+    with pytest.MonkeyPatch.context() as patch:
+        Disk(patch, 100, PowerCut())
+        with pytest.raises(PowerCut):
+            harvester(folder, with_tokens(planned))
+    so_far = CacheIndex.open(folder).train_rows
+    with pytest.raises(InputError, match=f"may change, to {so_far} or more, as there are so many"):
+        harvester(folder, with_tokens(so_far - 1))
+    for path in (folder, tmp_path / "whole"):
+        harvester(path, with_tokens(so_far + further))
+    assert cached.contents(folder) == cached.contents(tmp_path / "whole")
+    assert CacheIndex.open(folder).planned is None
+
+
 @pytest.mark.parametrize("tokens", [230, 251])
 def test_made_longer_and_interrupted_anywhere_it_ends_in_the_same_bytes(
     tokens, harvester, tmp_path

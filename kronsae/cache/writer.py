@@ -230,22 +230,36 @@ def goes_on(was: HarvestConfig, now: HarvestConfig) -> bool:
 def _prepare(folder: Path, config: HarvestConfig) -> None:
     """Write the settings to an empty folder. Raises InputError if it holds anything else.
 
-    A harvest may be there, with these settings or fewer tokens.
+    A harvest may be there, with these settings or fewer tokens; an incomplete one also with more
+    tokens than it is to have now, if it has not as many yet.
     """
     if (folder / HARVEST_NAME).exists():
-        was = stored_config(folder)
-        compared = {**was.to_dict(), "tokens": config.tokens} if goes_on(was, config) else None
-        changes = differences(compared or was.to_dict(), config.to_dict())
+        was, so_far = stored_config(folder), _tokens_so_far(folder)
+        shorter = so_far is not None and config.tokens >= max(1, so_far)
+        may_change = shorter or goes_on(was, config)
+        compared = {**was.to_dict(), "tokens": config.tokens} if may_change else was.to_dict()
+        changes = differences(compared, config.to_dict())
         if changes:
+            least = "more" if so_far is None else f"{so_far:,} or more, as there are so many"
             raise InputError(
                 f"{folder} holds a harvest with other settings (only --tokens may change, to "
-                "more); choose another --out:\n  " + "\n  ".join(changes)
+                f"{least}); choose another --out:\n  " + "\n  ".join(changes)
             )
         return
     own_files = (LOCK_NAME, f".{HARVEST_NAME}")
     if any(not path.name.startswith(own_files) for path in folder.iterdir()):
         raise InputError(f"{folder} is not empty: choose another --out")
     write_checksummed(folder / HARVEST_NAME, _document(config))
+
+
+def _tokens_so_far(folder: Path) -> int | None:
+    """Tokens to train on that an incomplete harvest has; None for a complete one."""
+    if (folder / INDEX_NAME).exists():
+        return None
+    try:
+        return CacheIndex.open(folder).train_rows
+    except InputError:  # there is no shard yet, or what is there is damaged
+        return 0
 
 
 def _document(config: HarvestConfig) -> dict[str, Any]:
@@ -311,7 +325,15 @@ class _Harvest:
         with self.world.together():
             if self.mesh.first:
                 write_checksummed(path, index.json())
+                self._remove_begun(index)
         return index
+
+    def _remove_begun(self, index: CacheIndex) -> None:
+        """Remove files of a shard that an interrupted harvest with more tokens had begun."""
+        files = {file.file for s in SECTIONS for shard in index.shards(s) for file in shard.files}
+        for path in self.folder.glob("*.safetensors"):
+            if path.name not in files:
+                path.unlink()
 
     def _made_good(self) -> CacheIndex:
         """The index of a complete cache, whose damaged shards are written again."""
