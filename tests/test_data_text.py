@@ -16,6 +16,8 @@ import pytest
 from kronsae.config import DataConfig
 from kronsae.data import columns
 from kronsae.data import text as text_module
+from kronsae.data.activations import set_aside
+from kronsae.data.loading import load_tokenizer
 from kronsae.data.text import IndexedText, StreamedText, local_files, open_text
 from kronsae.errors import InputError, Notice
 
@@ -310,7 +312,7 @@ def test_a_bad_row_is_named(tmp_path, monkeypatch, row, message, streaming):
     path.write_bytes(jsonl(TEXTS[:4]).encode() + row + b"\n" + jsonl(TEXTS[4:]).encode())
     with pytest.raises(InputError, match=f"a.jsonl, {message}") as caught:
         list(opened(path, streaming=streaming))
-    assert "without --streaming, all rows are checked" in str(caught.value)
+    assert "correct or remove it" in str(caught.value)
 
 
 def test_a_bad_row_of_other_files_is_named(tmp_path):
@@ -336,15 +338,22 @@ def test_rows_without_the_column_are_told_of(tmp_path, monkeypatch, streaming):
     path = tmp_path / "a.jsonl"
     others = '{"text": null}\n{"body": "a"}\n'
     path.write_text(jsonl(TEXTS[:4]) + others + jsonl(TEXTS[4:]) + others)
-    with pytest.warns(Notice, match=r"a.jsonl: 2 rows have no 'text' and are left out \(line 6 "):
+    with pytest.warns(
+        Notice, match=r"a.jsonl: 4 of \d+ rows have no text in the column 'text', and"
+    ):
         assert [text for text in opened(path, streaming=streaming).heldout() if text] == TEXTS
 
 
 @pytest.mark.parametrize("streaming", [False, True], ids=["indexed", "streamed"])
-def test_a_file_without_rows(tmp_path, streaming):
-    (tmp_path / "a.jsonl").write_text("\n \n")
-    with pytest.raises(InputError, match=r"a\.jsonl: there are no rows"):
-        list(opened(tmp_path / "a.jsonl", streaming=streaming))
+def test_a_file_without_text(tmp_path, streaming):
+    for name, rows in {"blank": "\n \n", "empty": '{"text": ""}\n{"text": null}'}.items():
+        (tmp_path / f"{name}.jsonl").write_text(rows)
+    with pytest.raises(InputError, match=r"blank\.jsonl' is empty"):
+        opened(tmp_path / "blank.jsonl", streaming=streaming)
+    text = opened(tmp_path / "empty.jsonl", streaming=streaming)
+    config = DataConfig(dataset="mine", context_length=8)
+    with pytest.raises(InputError, match="dataset 'mine': there is no text in its 2 rows"):
+        set_aside(text, load_tokenizer("embedded", {}), config)
 
 
 def test_a_later_file_without_the_column(tmp_path):

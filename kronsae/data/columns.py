@@ -19,6 +19,7 @@ from typing import Any, BinaryIO
 import datasets
 import pandas
 import pyarrow
+import pyarrow.compute
 import pyarrow.ipc
 import pyarrow.parquet
 from datasets.data_files import DataFilesDict, DataFilesList
@@ -46,7 +47,7 @@ DECOMPRESSION: dict[str, Callable[..., Any]] = {
     ".xz": lzma.open,
 }
 
-ADVICE = "correct or remove it (without --streaming, all rows are checked before training)"
+ADVICE = "correct or remove it (--streaming finds such rows late, otherwise they are found first)"
 
 
 @dataclass
@@ -90,13 +91,21 @@ class TextColumn(datasets.ArrowBasedBuilder):
         return [datasets.SplitGenerator(datasets.Split.TRAIN, {"files": files})]
 
     def _generate_tables(self, files: list[str]) -> Iterator[tuple[Any, pyarrow.Table]]:
-        rows = 0
+        rows = empty = 0
         for number, path in enumerate(files):
             for batch, (column, _) in enumerate(read_column(Path(path), self.config)):
+                lengths = pyarrow.compute.binary_length(column)
                 rows += len(column)
+                empty += len(column) - len(column.filter(pyarrow.compute.greater(lengths, 0)))
                 yield (number, batch), pyarrow.table({self.config.column: column})
         if not rows:
-            raise InputError(f"{', '.join(files)}: there are no rows")
+            yield (0, 0), pyarrow.table({self.config.column: pyarrow.array([], TEXT)})
+        if empty:
+            name = f"{files[0]} and {len(files) - 1:,} more" if len(files) > 1 else files[0]
+            warn(
+                f"{name}: {empty:,} of {rows:,} rows have no text in the column "
+                f"{self.config.column!r}, and are left out"
+            )
 
 
 def read_column(path: Path, settings: Settings) -> Iterator[tuple[pyarrow.Array, int]]:
@@ -177,16 +186,12 @@ def _no_text(place: str, name: str, got: str, columns: Iterable[str]) -> InputEr
 
 
 def _read_json(file: BinaryIO, path: Path, settings: Settings) -> Iterator[pyarrow.Array]:
-    name, missing, first = settings.column, 0, ""
+    name = settings.column
     for batch, rows in enumerate(_json_rows(file, path)):
         texts = [_json_text(row, name, path, place) for place, row in rows]
-        without = [place for place, row in rows if name not in row]
-        missing, first = missing + len(without), first or next(iter(without), "")
         if batch == 0 and rows and not any(name in row for _, row in rows):
             raise _no_column(path, name, dict.fromkeys(key for _, row in rows for key in row))
         yield pyarrow.array(texts, pyarrow.large_binary()).cast(TEXT)
-    if missing:
-        warn(f"{path}: {missing:,} rows have no {name!r} and are left out ({first} is the first)")
 
 
 def _json_rows(file: BinaryIO, path: Path) -> Iterator[list[tuple[str, Any]]]:

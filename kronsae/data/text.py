@@ -571,6 +571,8 @@ def _open_group(names: list[str], kind: str, options: dict[str, str], config: Da
         builder.info.features = builder._info().features
         return builder.as_streaming_dataset("train")
     builder.download_and_prepare()
+    if not builder.info.splits["train"].num_examples:
+        raise InputError(f"dataset {config.dataset!r} is empty: there are no rows in its files")
     return builder.as_dataset("train")
 
 
