@@ -24,7 +24,8 @@ from kronsae.explore.report import elapsed, write_report
 from kronsae.interop.load import load
 from kronsae.metrics.figures import MEANING
 from kronsae.metrics.heldout import Heldout, HeldoutText, massive_warning
-from kronsae.model.massive import rule_of
+from kronsae.model.massive import MassiveTokens, rule_of
+from kronsae.model.normalizer import SAMPLE_TOKENS
 from kronsae.model.ranks import check_heads, ranks_of_one
 from kronsae.plan.amount import available_tokens
 from kronsae.plan.memory import check_memory, make_plan
@@ -249,10 +250,12 @@ def _describe(console: Console, request: Request, source: Any, heldout: Heldout,
     config = request.config
     train = config.train
     available, described = _available(source), source.describe()
+    documents = getattr(source, "heldout_documents", None)
     rows = {
         "language model": source_of(config.data.activations).describe(source, config.data),
-        "text": f"{name_of_text(config.data)}; {heldout.activations.shape[0]:,} tokens held out"
-        + in_words(available, config.data.epochs),
+        "text": f"{name_of_text(config.data)}; {heldout.activations.shape[0]:,} tokens "
+        + (f"of {documents:,} documents " if documents else "")
+        + f"held out{in_words(available, config.data.epochs)}",
         **(
             {"read in": contexts_in_words(length, described.get("context_begin"))}
             if (length := described.get("context_length"))
@@ -349,6 +352,7 @@ def _summarise(
 ) -> None:
     """Print the evaluation, some latents, and where everything is."""
     model = heldout.text.model if heldout.text else None
+    _warn_of_massive_tokens(console, results, heldout)
     tokens = next((r.metrics["heldout_tokens"] for r in results.values() if r.metrics), None)
     if tokens is not None:
         console.print(f"\n[bold]On held-out text[/bold] ({tokens:,} tokens)")
@@ -358,12 +362,6 @@ def _summarise(
         console.print(f"Without cross-entropy: {model.no_cross_entropy}", markup=False)
     if model is None or model.tokenizer is None:
         console.print("Without the contexts of latents, as the model's tokenizer is not here")
-    judged = next((result for result in results.values() if result.sae and result.metrics), None)
-    if judged is not None and judged.sae is not None:
-        heldout = heldout.leaving_out(rule_of(judged.sae.metadata))
-        warning = massive_warning(judged.metrics, heldout)
-        if warning is not None:
-            console.print(f"warning: {warning}", style="yellow", markup=False)
     if isinstance(folder, SweepFolder):
         _summarise_sweep(console, results, folder, done)
         return
@@ -391,6 +389,21 @@ def _summarise(
         f"  kronsae train --help  for a --model, --layer and --dataset of your own",
         markup=False,
     )
+
+
+def _warn_of_massive_tokens(
+    console: Console, results: dict[str, FitResult], heldout: Heldout
+) -> None:
+    judged = next((result for result in results.values() if result.sae and result.metrics), None)
+    if judged is None or judged.sae is None:
+        return
+    rule, counted = rule_of(judged.sae.metadata), None
+    if rule is None:
+        first = heldout.first(SAMPLE_TOKENS)
+        counted = MassiveTokens.of(first.activations, first.targets)
+    warning = massive_warning(judged.metrics, heldout.leaving_out(rule, counted))
+    if warning is not None:
+        console.print(f"\nwarning: {warning}", style="yellow", markup=False)
 
 
 def _summarise_sweep(

@@ -1,6 +1,7 @@
 """How contexts begin, from the command line to the run, the SAE, its cache and its exports."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -51,7 +52,9 @@ def test_it_is_recorded_in_the_run_the_sae_and_every_export(flags, bos, tmp_path
     assert train([*flags, *SMALL, "--bos", bos, "--out", str(run)]) == 0
     words = f"contexts of 16 tokens that begin with {' '.join(map(repr, BEGINS[bos]))}\n"
     words = words if BEGINS[bos] else "contexts of 16 tokens\n"
-    assert words in "".join(line.rstrip() + "\n" for line in capsys.readouterr().out.splitlines())
+    printed = "".join(line.rstrip() + "\n" for line in capsys.readouterr().out.splitlines())
+    assert words in printed
+    assert re.search(r"tokens\s+of \d+ documents held\s+out;", printed)  # broken over two lines
     settings = json.loads((run / "config.json").read_text())
     assert settings["config"]["data"]["bos"] == bos
     assert settings["data"]["context_begin"] == BEGINS[bos]

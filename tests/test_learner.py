@@ -175,7 +175,11 @@ def test_one_enormous_token_does_not_set_the_scale():
     near = torch.cat([x, torch.full((1, 16), 12.0)])  # 9 times as far as half of the others
     assert Normalizer.of(near).scale < usual.scale
     assert Normalizer.of(near, 5.0).scale == usual.scale
-    assert Normalizer.of(near, 0.0).radius is None
+    for multiple in (0.0, 1e9, 1e30):  # the scale is never that of massive activations
+        far = torch.cat([x, torch.full((1, 16), 1e3)])
+        assert Normalizer.of(far, multiple).scale == usual.scale
+        radius = usual.radius * (multiple or 10) / 10
+        assert Normalizer.of(far, multiple).radius == pytest.approx(radius)
 
 
 def test_clipping_bounds_the_norm():

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import signal
 
 import pytest
@@ -12,6 +13,7 @@ from transformers import GPT2LMHeadModel
 import kronsae
 from kronsae import InputError, SAEConfig, TrainConfig
 from kronsae.data import IterableActivations, TensorActivations
+from kronsae.errors import Notice
 from kronsae.evaluate.__main__ import main as evaluate_command
 from kronsae.explore.report import write_report
 from kronsae.export.__main__ import main as export
@@ -21,6 +23,7 @@ from kronsae.metrics.heldout import Heldout, HeldoutText, evaluate
 from kronsae.metrics.splicing import spliced
 from kronsae.metrics.target_model import load_sae, open_heldout
 from kronsae.model.massive import METADATA, MassiveTokens, rule_of, without
+from kronsae.properties.__main__ import main as properties
 from kronsae.properties.contexts import top_contexts
 from kronsae.properties.run import without_massive
 from kronsae.train import fit
@@ -163,7 +166,10 @@ def test_off_trains_on_all_tokens_and_says_so_in_the_metadata(tmp_path):
     x, _ = with_sinks(X, 0.0005, 100, 3)
     config = TrainConfig(**{**vars(TRAIN), "tokens": 10_000, "massive_multiple": 0.0})
     result = fit(KRON, x, config, heldout=x[:2000], out=tmp_path / "run")
-    assert not result.metrics.keys() & {"massive_share", "explained_variance_all"}
+    assert "explained_variance_all" not in result.metrics
+    far = MassiveTokens.of(x[: TRAIN.batch_size * 41])(x[:2000])
+    assert result.metrics["massive_share"] == far.double().mean().item() > 0
+    assert "--massive-multiple 0 leaves them in" in massive_warning(result.metrics)
     assert not any(
         "massive_share" in record for record in result.history if record["kind"] == "train"
     )
@@ -289,8 +295,47 @@ def test_evaluate_measures_the_rule_of_an_sae_that_has_none(run, tmp_path, capsy
     final = json.loads(open(run / "metrics.jsonl").readlines()[-1])
     for name in ("explained_variance", "explained_variance_all", "massive_share", "ce_spliced"):
         assert known[name] == pytest.approx(final[name], abs=1e-5), name
-    assert "massive_share" not in off
+    assert off["massive_share"] == known["massive_share"] and "explained_variance_all" not in off
+    assert "--massive-multiple 0 leaves them in: the figures say" in " ".join(
+        capsys.readouterr().out.split()
+    )
     assert off["explained_variance"] == pytest.approx(known["explained_variance_all"], abs=1e-6)
+
+
+def test_saes_with_several_rules_are_compared_on_the_same_tokens(run, tmp_path, capsys):
+    """On those that the strictest rule leaves, in whatever order they are named."""
+    saes = {}
+    for name, multiple in {"strict": 4, "usual": 10, "none": 0}.items():
+        sae = kronsae.load(run)
+        rule = rule_of(sae.metadata)
+        radius = rule.of_input.radius * multiple / rule.multiple
+        facts = rule._replace(multiple=multiple, of_input=rule.of_input._replace(radius=radius))
+        sae.metadata[METADATA] = facts.facts() if multiple else None
+        sae.save(tmp_path / name)
+        saes[name] = str(tmp_path / name)
+    tables = []
+    for order in (["strict", "usual", "none"], ["none", "usual", "strict"]):
+        out = tmp_path / "-".join(order)
+        with pytest.warns(Notice, match=f"{order[0]} .*, {order[1]} .*without the tokens that 4 "):
+            assert evaluate_command([*(saes[name] for name in order), "--out", str(out)]) == 0
+        judged = json.loads((out / "evaluation.json").read_text())["judged"]
+        tables.append({entry["name"]: entry["metrics"] for entry in judged})
+    assert tables[0] == tables[1]
+    shares = {figures["massive_share"] for figures in tables[0].values()}
+    assert len(shares) == 1 and shares.pop() > 0
+
+
+def test_verify_and_properties_leave_them_out(run, tmp_path, capsys):
+    out = tmp_path / "exported"
+    assert export([str(run), "--to", "kronsae", "--out", str(out), "--verify"]) == 0
+    printed = capsys.readouterr().out
+    final = json.loads(open(run / "metrics.jsonl").readlines()[-1])
+    assert f" {final['explained_variance']:.4f}" in printed
+    assert "without massive ones:" in printed
+    assert properties([str(run), "--tokens", "3000", "--device", "cpu"]) == 0
+    left_out = re.search(r"([\d,]+) massive tokens? .* left out", capsys.readouterr().out)
+    stored = json.loads((run / "properties" / "properties.json").read_text())
+    assert stored["massive_tokens"] == int(left_out[1].replace(",", "")) > 0
 
 
 def test_exports_carry_the_rule(run, tmp_path):

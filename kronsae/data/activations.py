@@ -223,8 +223,8 @@ class LanguageModelActivations:
         self.special = special_ids(language_model.tokenizer)
         self.contexts: list[Tensor] = []  # packed, not yet run through the model
         self.forwards = 0
-        self._heldout, documents = set_aside(text, language_model.tokenizer, config)
-        text.hold_out(documents)
+        self._heldout, self.heldout_documents = set_aside(text, language_model.tokenizer, config)
+        text.hold_out(self.heldout_documents)
         self.documents = iter(text)
         self._pack(1)
         if not self.contexts:
@@ -411,12 +411,15 @@ def set_aside(text: TextSource, tokenizer: Any, config: DataConfig) -> tuple[Ten
     packer = Packer(tokenizer, config.context_length, config.bos)
     contexts: list[Tensor] = []
     wanted = -(-config.heldout_tokens // config.context_length)
-    documents = 0
+    documents, empty = 0, 0
     for document in text.heldout():
         documents += 1
+        empty += not document
         contexts += islice(packer.add(document), wanted - len(contexts))
         if len(contexts) == wanted:
             break
+    if documents == empty:
+        raise InputError(f"dataset {config.dataset!r}: there is no text in its {documents:,} rows")
     if not contexts:
         raise InputError(
             f"dataset {config.dataset!r} has less held-out text than one context of "

@@ -25,7 +25,6 @@ from kronsae.metrics.target_model import (
     load_saes,
     open_heldout,
 )
-from kronsae.model.massive import METADATA
 from kronsae.runs.folder import RunFolder, versions
 from kronsae.system.devices import resolve_device
 from kronsae.system.files import write_json, write_text
@@ -65,9 +64,7 @@ def work(argv: list[str]) -> None:
     for group in by_text(loaded_saes):
         console.print(f"loading {group[0].data.model}", style="dim", markup=False)
         with quiet():
-            # One rule for massive tokens, so that all are compared on the same tokens.
-            known = (loaded for loaded in group if METADATA in loaded.sae.metadata)
-            text = open_heldout(next(known, group[0]), device, request.massive_multiple)
+            text = open_heldout(group[0], device, request.massive_multiple, group[1:])
         names = [loaded.name for loaded in group]
         texts.append({"of": names, **text.facts, "model": text.model.describe()})
         texts[-1]["no_cross_entropy"] = text.model.no_cross_entropy

@@ -74,7 +74,7 @@ def judge(
     Raises InputError if activations are not finite, or if the mask is empty.
     """
     model = text.model
-    candidates = {name: SAEMetrics(sae, text.massive) for name, sae in saes.items()}
+    candidates = {name: SAEMetrics(sae, text.massive, text.counted) for name, sae in saes.items()}
     mean = _mean(text, on_batch)
     losses = {name: _Losses() for name in ("clean", "mean", "zero", *map(_of, candidates))}
     if not model.has_cross_entropy:

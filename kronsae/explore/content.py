@@ -265,6 +265,7 @@ def _facts(run: Path, sae: SAE, stored: Stored) -> dict[str, Any]:
         "target": data.get("target_hookpoint"),
         "dataset": stored.facts["text"]["dataset"],
         "tokens": properties.tokens,
+        "massive": stored.facts.get("massive_tokens", 0),
         "trained": settings["train"]["tokens"],
         "figures": [
             (label, figure_text(key, evaluation[key]), meaning)

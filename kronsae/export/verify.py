@@ -17,6 +17,7 @@ from kronsae.interop.stock import part_of
 from kronsae.metrics.figures import ReconstructionMetrics
 from kronsae.metrics.heldout import Heldout, evaluate
 from kronsae.metrics.target_model import as_evaluated
+from kronsae.model.massive import rule_of
 from kronsae.model.sae import SAE
 from kronsae.registry import FORMATS
 
@@ -113,7 +114,12 @@ def heldout_tokens(
     source = open_activations(config, batch_size=1024, seed=0, device=device)
     d_target = getattr(source, "d_target", 0)
     x, target = split_target(source.heldout_activations()[:tokens].cpu(), d_target)
-    return x, target, f"held-out tokens of {config.dataset} in {config.model}"
+    of = f"held-out tokens of {config.dataset} in {config.model}"
+    rule = rule_of(sae.metadata)
+    if rule is not None and (massive := rule(x, target)).any():
+        x, target = x[~massive], None if target is None else target[~massive]
+        of += ", without massive ones"
+    return x, target, of
 
 
 def random_tokens(sae: SAE, tokens: int) -> tuple[Tensor, Tensor | None, str]:

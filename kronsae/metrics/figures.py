@@ -98,10 +98,15 @@ def massive_warning(metrics: Mapping[str, float], tokens: Sequence[str] = ()) ->
     if variance <= MASSIVE_VARIANCE:
         return None
     named = f" ({', '.join(map(repr, tokens))})" if tokens else ""
+    left_out = (
+        "The figures leave them out. Only the explained variance of all tokens has them, which "
+        "says little about the ordinary ones"
+    )
+    left_in = "--massive-multiple 0 leaves them in: the figures say little about the ordinary ones"
     return (
         f"Massive tokens{named} are {100 * metrics['massive_share']:.2f} % of the held-out tokens "
-        f"and hold {100 * variance:.0f} % of the variance. The figures leave them out. Only the "
-        "explained variance of all tokens has them, which says little about the ordinary ones"
+        f"and hold {100 * variance:.0f} % of the variance. "
+        + (left_out if "explained_variance_all" in metrics else left_in)
     )
 
 

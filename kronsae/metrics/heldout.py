@@ -47,6 +47,8 @@ class HeldoutText:
     """Description of the text (JSON-able)."""
     massive: MassiveTokens | None = None
     """The rule for tokens in the mask that keep their activations nevertheless."""
+    counted: MassiveTokens | None = None
+    """The rule by which massive tokens are counted, if they are not left out."""
     stored: Callable[[int, int], Tensor] | None = None
     """Activations [n, d_model + d_target] of the masked tokens of contexts [first, last), from a
     cache; None reads them with the model."""
@@ -79,11 +81,15 @@ class HeldoutText:
             yield ids, mask, x
 
     def massive_ids(self) -> Tensor:
-        """Token ids [n] of the massive tokens."""
-        found = [torch.empty(0, dtype=torch.int64)]
-        for (ids, mask), (_, ordinary, _) in zip(self.batches(), self.read(), strict=True):
-            found.append(ids[mask & ~ordinary].cpu())
-        return torch.cat(found)
+        """Token ids [n] of the massive tokens, left out or counted."""
+        rule, none = self.massive or self.counted, torch.empty(0, dtype=torch.int64)
+        if rule is None:
+            return none
+        found = [
+            ids[mask][rule(*split_target(rows, self.model.d_target))].cpu()
+            for ids, mask, rows in self.rows()
+        ]
+        return torch.cat([none, *found])
 
     @torch.no_grad()
     def cross_entropies(
@@ -129,11 +135,15 @@ class Heldout:
     text: HeldoutText | None = None
     massive: MassiveTokens | None = None
     """The rule for tokens that figures leave out; None: no token is."""
+    counted: MassiveTokens | None = None
+    """The rule by which massive tokens are counted, if they are not left out."""
 
-    def leaving_out(self, massive: MassiveTokens | None) -> "Heldout":
-        """The same with this rule for massive tokens."""
-        text = self.text and replace(self.text, massive=massive)
-        return replace(self, text=text, massive=massive)
+    def leaving_out(
+        self, massive: MassiveTokens | None, counted: MassiveTokens | None = None
+    ) -> "Heldout":
+        """The same with these rules for massive tokens."""
+        text = self.text and replace(self.text, massive=massive, counted=counted)
+        return replace(self, text=text, massive=massive, counted=counted)
 
     def first(self, tokens: int) -> "Heldout":
         """The first contexts, as many as hold `tokens` tokens; without text, the first tokens."""
@@ -146,13 +156,14 @@ class Heldout:
             tokens = int(ends[count - 1])
             text = replace(text, contexts=text.contexts[:count], mask=text.mask[:count])
         targets = None if self.targets is None else self.targets[:tokens]
-        return Heldout(self.activations[:tokens], targets, text, self.massive)
+        return replace(self, activations=self.activations[:tokens], targets=targets, text=text)
 
     def massive_rows(self) -> Tensor:
-        """Mask [t] of massive tokens."""
-        if self.massive is None:
+        """Mask [t] of massive tokens, left out or counted."""
+        rule = self.massive or self.counted
+        if rule is None:
             return torch.zeros(len(self.activations), dtype=torch.bool)
-        return self.massive(self.activations, self.targets)
+        return rule(self.activations, self.targets)
 
     def massive_ids(self) -> Tensor:
         """Token ids [n] of the massive tokens; none without text."""
@@ -161,23 +172,29 @@ class Heldout:
         return self.text.contexts[self.text.mask][self.massive_rows().cpu()]
 
     def ordinary(self) -> "Heldout":
-        """The same without massive tokens, in the activations and in the text's mask."""
+        """The same without tokens that are left out, in the activations and in the text's mask."""
         massive = self.massive_rows()
-        if not massive.any():
+        if self.massive is None or not massive.any():
             return self
         targets = None if self.targets is None else self.targets[~massive]
         text = self.text and replace(self.text, mask=without(self.text.mask, massive))
-        return Heldout(self.activations[~massive], targets, text, self.massive)
+        return replace(self, activations=self.activations[~massive], targets=targets, text=text)
 
 
 class SAEMetrics:
     """Streaming figures of an SAE of raw activations: `MEANING` without cross-entropy.
 
     massive: the rule for tokens that all but `explained_variance_all` leave out.
+    counted: the rule by which massive tokens are counted, if none is left out.
     """
 
-    def __init__(self, sae: SAE, massive: MassiveTokens | None = None) -> None:
-        self.sae, self.massive = sae, massive
+    def __init__(
+        self,
+        sae: SAE,
+        massive: MassiveTokens | None = None,
+        counted: MassiveTokens | None = None,
+    ) -> None:
+        self.sae, self.massive, self.rule = sae, massive, massive or counted
         self.ordinary, self.of_massive = (ReconstructionMetrics(sae.config.d_out) for _ in "12")
         self.firing = FiringMetrics(sae.dict_size, sae.W_dec.device)
 
@@ -185,31 +202,35 @@ class SAEMetrics:
         """Count activations x [n, d] and those to predict, y [n, d_out]; their reconstruction."""
         x_hat, codes, _ = self.sae(x.to(self.sae.W_dec))
         fired = self.sae.fired(codes)
-        if self.massive is None:
-            keep: Any = slice(None)
-        else:
-            massive = self.massive(x, y if self.sae.config.d_target else None)
+        keep: Any = slice(None)
+        if self.rule is not None:
+            massive = self.rule(x, y if self.sae.config.d_target else None)
             self.of_massive.update(y[massive], x_hat[massive])
             keep = ~massive
         self.ordinary.update(y[keep], x_hat[keep])
+        keep = slice(None) if self.massive is None else keep
         self.firing.update(codes.indices[keep], fired[keep])
         return x_hat
 
     def compute(self) -> dict[str, float]:
         """The figures by name. Raises InputError if there is no token that is not massive."""
-        if self.massive is None:
+        if self.rule is None:
             return {**self.ordinary.compute(), **self.firing.compute()}
         every = self.ordinary.with_tokens_of(self.of_massive)
-        if every.tokens and self.ordinary.tokens < 2:
+        if self.massive is not None and every.tokens and self.ordinary.tokens < 2:
             raise InputError(
                 f"held-out text: {self.of_massive.tokens:,} of {every.tokens:,} tokens are farther "
                 f"from the mean than {self.massive.multiple:g} times the median distance in the "
                 "first tokens of training. Is this text of another kind? With "
                 "--massive-multiple 0 no token is left out"
             )
+        of_all = every.compute()
+        figures = of_all
+        if self.massive is not None:
+            both = {"explained_variance_all": of_all["explained_variance"]}
+            figures = self.ordinary.compute() | both
         return {
-            **self.ordinary.compute(),
-            "explained_variance_all": every.compute()["explained_variance"],
+            **figures,
             "massive_share": self.of_massive.tokens / every.tokens,
             "massive_variance_share": 1 - self.ordinary.variance / every.variance,
             **self.firing.compute(),
@@ -238,7 +259,7 @@ def evaluate(sae: SAE, heldout: Heldout) -> dict[str, float]:
     A transcoder is evaluated on its prediction of `heldout.targets`.
     Raises ValueError if there are no tokens.
     """
-    metrics = SAEMetrics(sae, heldout.massive)
+    metrics = SAEMetrics(sae, heldout.massive, heldout.counted)
     for x, target in _batches(heldout, sae):
         metrics.update(x, target)
     return metrics.compute()

@@ -6,12 +6,12 @@ text are in their metadata, or given by flags.
 
 import argparse
 import dataclasses
+import functools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 
 from kronsae.cache import CacheActivations
 from kronsae.commandline import add_flag
@@ -213,12 +213,19 @@ def by_text(loaded_saes: Sequence[LoadedSAE]) -> list[list[LoadedSAE]]:
 
 
 def open_heldout(
-    loaded: LoadedSAE, device: Any, massive_multiple: float | None = None
+    loaded: LoadedSAE,
+    device: Any,
+    massive_multiple: float | None = None,
+    beside: Sequence[LoadedSAE] = (),
 ) -> HeldoutText:
     """The language model of an SAE, and text that the SAE was not trained on.
 
     From the text of its own run that is the slice that the run held out; other text is all unseen.
-    massive_multiple: see `massive_rule`.
+    massive_multiple: for another rule than the SAE was trained with (0: no token is massive), whose
+        mean and median come from the first tokens of the text. So do those of the default rule, for
+        an SAE whose metadata has none or is of other activations.
+    beside: other SAEs of this text. The strictest of their rules holds for all, so that they are
+        compared on the same tokens; a notice says if the rules differ.
     Raises InputError if more text is needed than the run held out, or if the widths do not fit.
     """
     model, text = _of_cache(loaded) if loaded.cache else _of_text(loaded, device)
@@ -230,7 +237,7 @@ def open_heldout(
             + (f", and {model.target_hookpoint} {model.d_target}" if model.d_target else "")
         )
     left_out = "special tokens and the first position of each context pass unchanged"
-    rule = massive_rule(loaded, text, massive_multiple)
+    rule, counted = _massive_rules([loaded, *beside], text, massive_multiple)
     if rule is not None:
         left_out += (
             f", as do massive tokens: those farther from the mean than {rule.multiple:g} times the "
@@ -244,7 +251,7 @@ def open_heldout(
         "left_out": left_out,
         **text.facts,
     }
-    return dataclasses.replace(text, massive=rule, facts=facts)
+    return dataclasses.replace(text, massive=rule, counted=counted, facts=facts)
 
 
 def _of_cache(loaded: LoadedSAE) -> tuple[Any, HeldoutText]:
@@ -301,28 +308,53 @@ def _of_text(loaded: LoadedSAE, device: Any) -> tuple[LanguageModel, HeldoutText
     return model, HeldoutText(model, contexts, mask, data.contexts_per_batch, facts)
 
 
-def massive_rule(
-    loaded: LoadedSAE, text: HeldoutText, multiple: float | None = None
-) -> MassiveTokens | None:
-    """The rule for massive tokens that an SAE was trained with; None if no token is massive.
+def _massive_rules(
+    saes: Sequence[LoadedSAE], text: HeldoutText, multiple: float | None
+) -> tuple[MassiveTokens | None, MassiveTokens | None]:
+    """The rule for tokens that figures leave out, or else the rule that counts massive tokens.
 
-    multiple: for another rule, whose mean and median come from the first tokens of the text. So do
-    those of the default rule, for an SAE whose metadata has none or is of other activations.
+    multiple, and which of several rules it is: see `open_heldout`.
     """
-    metadata = loaded.sae.metadata
-    known = _data_of_run(loaded.sae)
-    of_these = ("model", "revision", "layer", "hookpoint", "target_hookpoint")
-    same = all(getattr(loaded.data, name) == known.get(name) for name in of_these)
-    if multiple is None and METADATA in metadata and same:
-        return rule_of(metadata)
     if multiple is not None and multiple != 0 and not 2 <= multiple < float("inf"):
         raise InputError(f"--massive-multiple: expected 0 (none) or >= 2, got {multiple:g}")
-    if multiple == 0 or not text.mask.any():
-        return None
-    rows: list[Tensor] = []
-    for _, _, of_batch in text.rows():
-        rows.append(of_batch.float())
-        if sum(map(len, rows)) >= SAMPLE_TOKENS:
-            break
-    x, target = split_target(torch.cat(rows), text.model.d_target)
-    return MassiveTokens.of(x, target, DEFAULT_MULTIPLE if multiple is None else multiple)
+
+    @functools.cache
+    def of_text(multiple: float) -> MassiveTokens | None:
+        rows, tokens = [], 0
+        for _, _, of_batch in text.rows():
+            rows.append(of_batch.float())
+            tokens += len(of_batch)
+            if tokens >= SAMPLE_TOKENS:
+                break
+        if not tokens:
+            return None
+        x, target = split_target(torch.cat(rows), text.model.d_target)
+        return MassiveTokens.of(x, target, multiple)
+
+    def of(loaded: LoadedSAE) -> MassiveTokens | None:
+        if multiple is not None:
+            return of_text(multiple) if multiple else None
+        known = METADATA in loaded.sae.metadata and _is_read_where_it_was_trained(loaded)
+        return rule_of(loaded.sae.metadata) if known else of_text(DEFAULT_MULTIPLE)
+
+    rules = {loaded.name: of(loaded) for loaded in saes}
+    multiples = {name: 0 if rule is None else rule.multiple for name, rule in rules.items()}
+    strictest = min(filter(None, rules.values()), key=_strictness, default=None)
+    if strictest is not None and len(set(multiples.values())) > 1:
+        each = ", ".join(f"{name} {multiple:g}" for name, multiple in multiples.items())
+        warn(
+            f"the SAEs were trained with several --massive-multiple ({each}): all are evaluated "
+            f"without the tokens that {strictest.multiple:g} leaves out"
+        )
+    return strictest, of_text(DEFAULT_MULTIPLE) if strictest is None else None
+
+
+def _strictness(rule: MassiveTokens) -> tuple[float, float]:
+    return rule.multiple, rule.of_input.radius
+
+
+def _is_read_where_it_was_trained(loaded: LoadedSAE) -> bool:
+    """Whether the activations to evaluate on are those of the SAE's run."""
+    known = _data_of_run(loaded.sae)
+    of_these = ("model", "revision", "layer", "hookpoint", "target_hookpoint")
+    return all(getattr(loaded.data, name) == known.get(name) for name in of_these)

@@ -38,17 +38,18 @@ class Sphere(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor, multiple: float) -> tuple["Sphere", Tensor]:
-        """The sphere of sample activations x [N, d], and those of them that are not massive.
+        """The sphere of sample activations x [N, d], and those of them that its mean is of.
 
-        The mean is that of activations within `multiple` times the median distance from the
-        sample's median, which no outlier moves; the radius is `multiple` times their median
-        distance from the mean (but see MOST).
+        These are within `multiple`, at most 10, times the median distance from the sample's median,
+        which no outlier moves; the radius is `multiple` times their median distance from the mean
+        (but see MOST).
         """
-        distances, radius = _within(x, x[:CENTRE_ROWS].median(0).values, multiple)
+        usual = min(multiple, DEFAULT_MULTIPLE)
+        distances, radius = _within(x, x[:CENTRE_ROWS].median(0).values, usual)
         near = x[distances <= radius]
         mean = near.mean(0)
-        _, radius = _within(near, mean, multiple)
-        return cls(mean, radius or math.inf), near
+        _, radius = _within(near, mean, usual)
+        return cls(mean, radius * (multiple / usual) or math.inf), near
 
     def excludes(self, x: Tensor) -> Tensor:
         """Mask [n] of the activations x [n, d] that are massive."""

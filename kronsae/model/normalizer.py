@@ -17,8 +17,8 @@ class Normalizer:
     """Centres activations and scales them so that their mean squared norm is d.
 
     The SAE then learns in units that do not depend on the model; `SAE.folded` undoes it.
-    radius: activations farther from the mean are massive (`kronsae.model.massive`); None if none
-        are.
+    radius: activations farther from the mean are massive (`kronsae.model.massive`); None if it is
+        not known, or none are.
     """
 
     def __init__(self, mean: Tensor, scale: float, radius: float | None = None) -> None:
@@ -30,9 +30,10 @@ class Normalizer:
     def of(cls, x: Tensor, multiple: float = DEFAULT_MULTIPLE) -> "Normalizer":
         """The normalizer of sample activations [N, d]. Raises InputError if they are all the same.
 
-        Massive ones are left out: a single one would scale all others to almost nothing.
-        multiple: of the median distance from the mean beyond which they are massive. With 0 none
-            is, and those beyond the default multiple do not count here.
+        Those farther from the mean than 10 times the median distance are left out: a single one may
+        scale all others to almost nothing.
+        multiple: of the median distance, beyond which activations are massive (0: 10, to count
+            them).
         """
         sphere, near = Sphere.of(x.double(), multiple or DEFAULT_MULTIPLE)
         variance = (near - sphere.mean).square().mean().item()
@@ -42,8 +43,8 @@ class Normalizer:
                 "expected vectors that are finite and not all equal"
             )
         scale = variance**-0.5
-        bounded = multiple and math.isfinite(sphere.radius)
-        return cls(sphere.mean.float(), scale, sphere.radius if bounded else None)
+        radius = sphere.radius if math.isfinite(sphere.radius) else None
+        return cls(sphere.mean.float(), scale, radius)
 
     def __call__(self, x: Tensor) -> Tensor:
         return (x - self.mean).mul_(self.scale)

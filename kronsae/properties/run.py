@@ -2,7 +2,7 @@
 
 import argparse
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -54,8 +54,11 @@ def examine(run: Path, given: dict[str, Any], text: dict[str, Any], device: str)
             said = tokens * 10 // settings.tokens
             say(f"{tokens:,} tokens")
 
-    batches = without_massive(source.text_in_order(), sae)
+    left_out: list[int] = []
+    batches = without_massive(source.text_in_order(), sae, left_out.append)
     properties = measure(sae, batches, _vocabulary(data), settings, progress)
+    if massive := sum(left_out):
+        say(f"{massive:,} massive tokens are left out, which the SAE was not trained on")
     say("decoder rows: nearest ones, and effects on the next token")
     rows, config = sae.W_dec.detach(), sae.config
     nearest = nearest_rows(rows, NEAREST)
@@ -68,6 +71,7 @@ def examine(run: Path, given: dict[str, Any], text: dict[str, Any], device: str)
         "sae_sha256": digest,
         "text": {name: getattr(data, name) for name in _TEXT},
         "settings": dataclasses.asdict(settings),
+        "massive_tokens": massive,
         "summary": summary,
     }
     effects = None
@@ -101,12 +105,15 @@ def _vocabulary(data: DataConfig) -> int:
 
 
 def without_massive(
-    batches: Iterable[tuple[Tensor, Tensor, Tensor]], sae: SAE
+    batches: Iterable[tuple[Tensor, Tensor, Tensor]],
+    sae: SAE,
+    on_massive: Callable[[int], None] = lambda count: None,
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """Token ids [b, L], masks [b, L] and rows [t, d] of a text, without massive tokens.
 
     They are those that the SAE's training left out. For an SAE that does not say which, mean and
     median come from the text's first tokens.
+    on_massive: called with how many there are in each batch.
     """
     batches = iter(batches)
     first: list[tuple[Tensor, Tensor, Tensor]] = []
@@ -122,6 +129,7 @@ def without_massive(
     for ids, mask, rows in chain(first, batches):
         if rule is not None:
             massive = rule(*split_target(rows, sae.config.d_target))
+            on_massive(int(massive.sum()))
             mask, rows = without(mask, massive), rows[~massive]
         yield ids, mask, rows
 

@@ -127,9 +127,15 @@ def comparison(members: dict[str, dict[str, Any]]) -> tuple[list[str], list[list
     return [*head, *(_SHOWN[key] for key in shown)], rows
 
 
-def markdown(members: dict[str, dict[str, Any]]) -> str:
-    """The `comparison` as a document."""
-    head, rows = comparison(members)
+def markdown(members: dict[str, dict[str, Any]], warning: str | None = None) -> str:
+    """The `comparison` as a document, with what its figures are measured on, and a warning."""
+    text = tables.markdown(*comparison(members)) + "\n"
+    figures: dict[str, float] = next(
+        (entry["metrics"] for entry in members.values() if entry["metrics"]), {}
+    )
+    if "heldout_tokens" in figures:
+        text += f"\nMeasured on {figures['heldout_tokens']:,} held-out tokens.\n"
+    if warning is not None:
+        text += f"\n**Warning**: {warning}.\n"
     failed = [f"- {name}: {entry['failed']}" for name, entry in members.items() if entry["failed"]]
-    table = tables.markdown(head, rows) + "\n"
-    return table + ("\nStopped early:\n\n" + "\n".join(failed) + "\n" if failed else "")
+    return text + ("\nStopped early:\n\n" + "\n".join(failed) + "\n" if failed else "")

@@ -10,6 +10,7 @@ from torch import Tensor
 from kronsae.config import SAEConfig, TrainConfig
 from kronsae.errors import InputError
 from kronsae.interop.load import load
+from kronsae.metrics.figures import massive_warning
 from kronsae.metrics.heldout import Heldout
 from kronsae.model.massive import METADATA
 from kronsae.model.sae import SAE, load_metadata, made_of, save_metadata
@@ -273,8 +274,9 @@ class Session:
     def judged_on(self) -> Heldout:
         """The held-out activations, of which figures leave out massive ones, as training does."""
         assert self.heldout is not None
-        if self.heldout.massive is None and self.stream.massive is not None:
-            self.heldout = self.heldout.leaving_out(self.stream.massive)
+        if self.heldout.counted is None and self.heldout.massive is None:
+            stream = self.stream
+            self.heldout = self.heldout.leaving_out(stream.massive, stream.counted)
         return self.heldout
 
     @property
@@ -369,7 +371,8 @@ class Session:
                 before = self.folder.document["members"][name].get("step_ms", 0.0)
                 ending["step_ms"] = result.step_ms or before  # resumed, and no step was left
                 endings[name] = {"config": self.members[name].settings["config"], **ending}
-            self.folder.note(endings, markdown(endings))
+            judged = next((r.metrics for r in self.results.values() if r.metrics), {})
+            self.folder.note(endings, markdown(endings, massive_warning(judged)))
 
     def close(self) -> None:
         self.stream.close()

@@ -151,11 +151,18 @@ class Stream:
     @property
     def massive(self) -> MassiveTokens | None:
         """The rule that tells massive tokens; None before the first batch, or if there is none."""
-        if self.normalizer is None or not self.multiple:
+        return self.counted if self.multiple else None
+
+    @property
+    def counted(self) -> MassiveTokens | None:
+        """The rule by which massive tokens are counted, also where none is left out."""
+        if self.normalizer is None:
             return None
         of_target = self.target_normalizer
         return MassiveTokens(
-            self.multiple, self.normalizer.sphere, None if of_target is None else of_target.sphere
+            self.multiple or DEFAULT_MULTIPLE,
+            self.normalizer.sphere,
+            None if of_target is None else of_target.sphere,
         )
 
     def _normalised(self, x: Tensor, target: Tensor | None) -> tuple[Tensor, Tensor | None]:
