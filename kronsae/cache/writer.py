@@ -331,9 +331,10 @@ class _Harvest:
     def _remove_begun(self, index: CacheIndex) -> None:
         """Remove files of a shard that an interrupted harvest with more tokens had begun."""
         files = {file.file for s in SECTIONS for shard in index.shards(s) for file in shard.files}
-        for path in self.folder.glob("*.safetensors"):
-            if path.name not in files:
-                path.unlink()
+        for section in SECTIONS:
+            for path in self.folder.glob(f"{section}-*.safetensors"):
+                if path.name not in files:
+                    path.unlink()
 
     def _made_good(self) -> CacheIndex:
         """The index of a complete cache, whose damaged shards are written again."""
