@@ -160,6 +160,19 @@ def test_a_finished_run_keeps_its_figures_and_can_get_them_later(tmp_path, capsy
     assert final_of(run).items() >= figures.items()
 
 
+def test_a_kill_while_figures_are_added_to_an_sae(tmp_path):
+    """It leaves a file that is half written beside the SAE: of a run, and of a sweep's member."""
+    sweep = ["--lr", "0.001", "0.002"]
+    for name, flags in {"run": [], "sweep": sweep}.items():
+        out = tmp_path / name
+        assert train([*SMALL, *flags, "--out", str(out)]) == 0
+        for sae in out.rglob("sae"):
+            (sae / ".config.json.29e4865d.partial").write_text("{")
+        assert train(["--resume", str(out)]) == 0
+        for sae in out.rglob("sae"):
+            assert {path.name for path in sae.iterdir()} == {"config.json", "sae.safetensors"}
+
+
 def test_settings_that_a_resume_changes_are_saved(tmp_path):
     run = tmp_path / "run"
     assert train([*SMALL, "--out", str(run)]) == 0

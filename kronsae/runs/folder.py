@@ -73,6 +73,10 @@ class _Folder:
         Raises InputError if another process holds it.
         """
         self._locked = lock(self.path, f"{self.path} is being trained by another process")
+        self._clear()
+
+    def _clear(self) -> None:
+        """Clear away what interrupted writes left."""
         for folder in (self.path, self.checkpoints):
             remove_leftovers(folder)
 
@@ -138,6 +142,10 @@ class RunFolder(_Folder):
     def runs(self) -> dict[str, "RunFolder"]:
         """The runs that are trained together here: this one, as in a `SweepFolder` all members."""
         return {SINGLE: self}
+
+    def _clear(self) -> None:
+        super()._clear()
+        remove_leftovers(self.sae)  # where the metadata is written again
 
     @classmethod
     def create(cls, path: str | Path, settings: dict[str, Any]) -> "RunFolder":
@@ -262,11 +270,10 @@ class SweepFolder(_Folder):
         for run in self.runs.values():
             run.share(mesh, owners)
 
-    def lock(self) -> None:
-        super().lock()
+    def _clear(self) -> None:
+        super()._clear()
         for run in self.runs.values():
-            for folder in (run.path, run.checkpoints):
-                remove_leftovers(folder)
+            run._clear()
 
     def members(self) -> dict[str, dict[str, Any]]:
         """Entries of sweep.json, by the member's name."""
