@@ -250,17 +250,13 @@ def _describe(console: Console, request: Request, source: Any, heldout: Heldout,
     config = request.config
     train = config.train
     available, described = _available(source), source.describe()
-    documents = getattr(source, "heldout_documents", None)
+    length, documents = described.get("context_length"), getattr(source, "heldout_documents", None)
     rows = {
         "language model": source_of(config.data.activations).describe(source, config.data),
         "text": f"{name_of_text(config.data)}; {heldout.activations.shape[0]:,} tokens "
         + (f"of {documents:,} documents " if documents else "")
         + f"held out{in_words(available, config.data.epochs)}",
-        **(
-            {"read in": contexts_in_words(length, described.get("context_begin"))}
-            if (length := described.get("context_length"))
-            else {}
-        ),
+        "read in": contexts_in_words(length, described.get("context_begin")) if length else "",
         "training": f"{train.tokens:,} tokens, {train.steps:,} steps of {train.batch_size:,}"
         + describe_ranks(train),
         **{
@@ -271,7 +267,8 @@ def _describe(console: Console, request: Request, source: Any, heldout: Heldout,
     }
     table = Table.grid(padding=(0, 2))
     for name, value in rows.items():
-        table.add_row(f"[dim]{name}[/dim]", escape(value))
+        if value:
+            table.add_row(f"[dim]{name}[/dim]", escape(value))
     console.print(table)
     if (early := too_few(train.tokens, available, config.data.epochs)) is not None:
         console.print(f"It will end early: {early}", style="yellow", markup=False)

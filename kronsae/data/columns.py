@@ -94,9 +94,9 @@ class TextColumn(datasets.ArrowBasedBuilder):
         rows = empty = 0
         for number, path in enumerate(files):
             for batch, (column, _) in enumerate(read_column(Path(path), self.config)):
-                lengths = pyarrow.compute.binary_length(column)
+                has_text = pyarrow.compute.greater(pyarrow.compute.binary_length(column), 0)
                 rows += len(column)
-                empty += len(column) - len(column.filter(pyarrow.compute.greater(lengths, 0)))
+                empty += len(column) - (pyarrow.compute.sum(has_text).as_py() or 0)
                 yield (number, batch), pyarrow.table({self.config.column: column})
         if not rows:
             yield (0, 0), pyarrow.table({self.config.column: pyarrow.array([], TEXT)})

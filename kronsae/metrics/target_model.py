@@ -318,35 +318,38 @@ def _massive_rules(
     if multiple is not None and multiple != 0 and not 2 <= multiple < float("inf"):
         raise InputError(f"--massive-multiple: expected 0 (none) or >= 2, got {multiple:g}")
 
-    @functools.cache
-    def of_text(multiple: float) -> MassiveTokens | None:
-        rows, tokens = [], 0
-        for _, _, of_batch in text.rows():
-            rows.append(of_batch.float())
-            tokens += len(of_batch)
-            if tokens >= SAMPLE_TOKENS:
-                break
-        if not tokens:
-            return None
-        x, target = split_target(torch.cat(rows), text.model.d_target)
-        return MassiveTokens.of(x, target, multiple)
+    of_text = functools.cache(functools.partial(_rule_of_text, text))  # the model may have to read
 
-    def of(loaded: LoadedSAE) -> MassiveTokens | None:
+    def rule_for(loaded: LoadedSAE) -> MassiveTokens | None:
         if multiple is not None:
             return of_text(multiple) if multiple else None
         known = METADATA in loaded.sae.metadata and _is_read_where_it_was_trained(loaded)
         return rule_of(loaded.sae.metadata) if known else of_text(DEFAULT_MULTIPLE)
 
-    rules = {loaded.name: of(loaded) for loaded in saes}
+    rules = {loaded.name: rule_for(loaded) for loaded in saes}
     multiples = {name: 0 if rule is None else rule.multiple for name, rule in rules.items()}
     strictest = min(filter(None, rules.values()), key=_strictness, default=None)
     if strictest is not None and len(set(multiples.values())) > 1:
-        each = ", ".join(f"{name} {multiple:g}" for name, multiple in multiples.items())
+        each = ", ".join(f"{name} {of_one:g}" for name, of_one in multiples.items())
         warn(
             f"the SAEs were trained with several --massive-multiple ({each}): all are evaluated "
             f"without the tokens that {strictest.multiple:g} leaves out"
         )
     return strictest, of_text(DEFAULT_MULTIPLE) if strictest is None else None
+
+
+def _rule_of_text(text: HeldoutText, multiple: float) -> MassiveTokens | None:
+    """The rule for the first tokens of a text; None if it has none."""
+    rows, tokens = [], 0
+    for _, _, of_batch in text.rows():
+        rows.append(of_batch.float())
+        tokens += len(of_batch)
+        if tokens >= SAMPLE_TOKENS:
+            break
+    if not tokens:
+        return None
+    x, target = split_target(torch.cat(rows), text.model.d_target)
+    return MassiveTokens.of(x, target, multiple)
 
 
 def _strictness(rule: MassiveTokens) -> tuple[float, float]:
