@@ -122,6 +122,7 @@ if __name__ == "__main__":
             "transformers>=4.48",
             "datasets>=3.0",
             "huggingface_hub",
+            "httpx2>=2,<3",
             "rich",
             "filelock",
             "jinja2",

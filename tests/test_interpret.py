@@ -37,6 +37,7 @@ from kronsae.interpret import (
     encoders,
     examples,
     interpret,
+    local,
 )
 from kronsae.interpret.__main__ import main
 from kronsae.interpret.examples import firing_counts
@@ -278,6 +279,7 @@ def test_split():
         ("EXPLANATION:\nnext line", None),
         ("EXPLANATION: a\nEXPLANATION: What makes the unit active.", None),
         ("nothing", None),
+        ("EXPLANATION: a\x1b[31mb\x9bc\u2028d\u202ee ", "a [31mb c d e"),
         ("", None),
     ],
 )
@@ -428,7 +430,7 @@ def test_after_stop_no_request_is_repeated(monkeypatch, tmp_path):
         answers.stop()
         raise OSError("connection refused")
 
-    monkeypatch.setattr(chat.urllib.request, "urlopen", refuses)
+    monkeypatch.setattr(found, "_exchange", refuses)
     with pytest.raises(CancelledError):
         answers.ask([{"role": "user", "content": "x"}], 3)
 
@@ -445,6 +447,32 @@ def test_a_local_model_answers(talker):
     assert found.answer(messages, 1).text == "EXPLANATION:"
     with pytest.raises(InputError, match="at most 4096"):
         found.answer([{"role": "user", "content": "w " * 4095}], 10)
+
+
+def test_a_local_model_that_repeats_itself_is_stopped(talker):
+    """It says two words in turn, and would go on until it may not."""
+    found = LocalChat(talker)
+    with torch.no_grad():
+        first, second = found.tokenizer.convert_tokens_to_ids(SAYS[:2])
+        found.model.lm_head.weight[:, second] = 0
+        found.model.lm_head.weight[first, second] = 1
+    reply = found.answer([{"role": "user", "content": "what is it"}], 1000)
+    assert reply.completion_tokens == local.REPEATED
+    assert reply.text.split() == SAYS[:2] * (local.REPEATED // 2)
+
+
+def test_what_repeats_itself():
+    """A piece of any length up to 64 tokens, three times and 32 tokens at least."""
+    assert not local.repeats([]) and not local.repeats([1] * 31) and local.repeats([1] * 32)
+    for size in (2, 3, 7, 16, 40, 64):
+        piece = list(range(size))
+        enough = max(32, 3 * size)
+        looped = [*range(100, 120), *piece * (32 + 3)][: 20 + enough]
+        assert local.repeats(looped) and not local.repeats(looped[:-1]), size
+        assert not local.repeats([*looped, -1])
+    assert not local.repeats(list(range(65)) * 10)
+    judgements = [9, *[1, 5] * 8, 8]  # [1, 1, 1, 1, 1, 1, 1, 1]
+    assert not any(local.repeats(judgements[:stop]) for stop in range(len(judgements)))
 
 
 def test_a_server_answers(server, monkeypatch):
@@ -491,7 +519,9 @@ def test_no_server(monkeypatch):
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{unused.getsockname()[1]}/v1"
-        with pytest.raises(InputError, match="did not answer in 5 attempts .*refused>\\)$"):
+        with pytest.raises(
+            InputError, match="did not answer in 5 attempts .ConnectError: [^()]*.$"
+        ):
             ServerChat(url, "m").answer([], 1)
         with pytest.raises(InputError, match="did not answer .*begin with …/v1"):
             ServerChat(url[:-3], "m").answer([], 1)

@@ -6,9 +6,10 @@ then asks it which texts the description fits: whole texts (detection), or marke
 et al. 2024] Command line: `python -m kronsae.interpret RUN`.
 """
 
-from kronsae.interpret.chat import Answers, Chat, LocalChat, Reply, ServerChat
+from kronsae.interpret.chat import Answers, Chat, Reply, ServerChat
 from kronsae.interpret.delphi import encoders
 from kronsae.interpret.examples import Example, LatentExamples, collect
+from kronsae.interpret.local import LocalChat
 from kronsae.interpret.scoring import Interpretation, Score, interpret
 
 __all__ = [

@@ -17,8 +17,9 @@ from rich.text import Text
 from kronsae.commandline import Parser, exit_status
 from kronsae.data.loading import quiet
 from kronsae.errors import InputError
-from kronsae.interpret.chat import Answers, Chat, LocalChat, ServerChat
+from kronsae.interpret.chat import Answers, Chat, ServerChat
 from kronsae.interpret.examples import LatentExamples, collect, firing_counts
+from kronsae.interpret.local import LocalChat
 from kronsae.interpret.scoring import EXPLANATION_TOKENS, SHOWN, Interpretation, interpret
 from kronsae.metrics.target_model import HeldoutText, add_flags, given_data, load_sae, open_heldout
 from kronsae.model.sae import SAE

@@ -1,18 +1,22 @@
-"""Language models that answer: one loaded here, or a server's; and a file of their answers."""
+"""Language models that answer: a server's; and the file that keeps what any of them said."""
 
+import asyncio
+import contextlib
 import hashlib
 import json
 import os
+import re
 import threading
-import urllib.error
-import urllib.request
+import time
+from collections import defaultdict
 from concurrent.futures import CancelledError
+from email.utils import parsedate_to_datetime
+from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol, cast
+from typing import Any, NamedTuple, Protocol
 
-import torch
+import httpx2
 
-from kronsae.data.loading import load_config, load_model, load_tokenizer, quiet
 from kronsae.errors import InputError
 
 Messages = list[dict[str, str]]
@@ -24,10 +28,38 @@ ATTEMPTS = 5
 WAIT_S = 2.0
 """Seconds before the second attempt; doubled before each later one."""
 
+LONGEST_WAIT_S = 60.0
+"""A server's Retry-After counts up to here: after a longer one WAIT_S does."""
+
 TIMEOUT_S = 300.0
+"""Seconds from the start of a request to the last byte of its reply."""
+
+CONNECT_S = 10.0
+"""Seconds of these until there is a connection."""
+
+SLOW_ATTEMPTS = 2
+"""How often a request is made that takes longer than TIMEOUT_S."""
+
+REPLY_BYTES = 4 * 2**20
+"""Longest reply that is read."""
+
+TOKEN_CHARACTERS = 16
+"""An answer is cut after so many characters for each token that it may have."""
+
+SECRET_CHARACTERS = 8
+"""A shorter key (EMPTY, x) is no secret, and may be a word of an answer."""
+
+QUOTED_CHARACTERS = 300
+"""Longest part of a reply that an error message quotes."""
 
 PASSING = (408, 409, 425, 429, 500, 502, 503, 504)
 """Statuses after which another attempt may work."""
+
+_FAILURES = (httpx2.HTTPError, httpx2.InvalidURL, OSError, ValueError, ImportError, RecursionError)
+"""No connection, no HTTP, no JSON, or one deeper than Python goes; a proxy of a wrong kind."""
+
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]+")
+"""What can move a terminal's cursor, break or turn a line, or is half a character."""
 
 
 class Reply(NamedTuple):
@@ -47,87 +79,29 @@ class Chat(Protocol):
     def answer(self, messages: Messages, max_tokens: int) -> Reply: ...
 
 
-class LocalChat:
-    """A `transformers` generation model, greedy. Without a chat template it reads plain text.
-
-    Raises InputError as `LanguageModel.load` does, and for prompts longer than the model reads.
-    """
-
-    def __init__(
-        self,
-        name: str,
-        *,
-        dtype: torch.dtype = torch.float32,
-        device: torch.device | str = "cpu",
-    ) -> None:
-        self.name = name
-        common: dict[str, Any] = {"revision": None, "trust_remote_code": False}
-        with quiet():
-            config = load_config(name, **common)
-            self.tokenizer = load_tokenizer(name, common)
-            model, absent = load_model(name, config, dtype, common)
-        if absent or not hasattr(model, "generate"):
-            raise InputError(
-                f"model {name!r} cannot generate text: it has no trained head for that"
-            )
-        self.model: Any = cast(Any, model).to(device).eval()
-
-    @torch.no_grad()
-    def answer(self, messages: Messages, max_tokens: int) -> Reply:
-        with quiet():  # transformers goes by the tokenizer's limit, the check below by the model's
-            ids = torch.tensor([self._tokens(messages)], device=self.model.device)
-        longest = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
-        if longest and ids.shape[1] + max_tokens > longest:
-            raise InputError(
-                f"model {self.name!r} reads at most {longest} tokens; this prompt and its answer "
-                f"need {ids.shape[1] + max_tokens}: take a model with longer contexts, or fewer "
-                "examples"
-            )
-        tokenizer = self.tokenizer
-        pads = (tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-        with quiet():
-            out = self.model.generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=max_tokens,
-                do_sample=False,
-                temperature=None,
-                top_p=None,
-                top_k=None,
-                pad_token_id=next(pad for pad in pads if pad is not None),
-                use_cache=True,
-            )[0, ids.shape[1] :]
-        text = tokenizer.decode(out, skip_special_tokens=True)
-        return Reply(text, ids.shape[1], len(out))
-
-    def _tokens(self, messages: Messages) -> list[int]:
-        if getattr(self.tokenizer, "chat_template", None):
-            text = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=True
-            )
-            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        parts = [f"{part['role'].capitalize()}: {part['content']}" for part in messages]
-        return self.tokenizer("\n\n".join([*parts, "Assistant:"]))["input_ids"]
+def one_line(text: str) -> str:
+    """A text of a model or a server as it can be printed: control characters become spaces."""
+    return _CONTROL.sub(" ", text).strip()
 
 
 class ServerChat:
     """A server that speaks OpenAI's chat-completions protocol, greedy.
 
     url: its base, as http://localhost:8000/v1. The environment variable OPENAI_API_KEY, if there is
-    one, is sent as the caller's key, and never written down.
+    one, is sent to it as the caller's key. The key goes nowhere else: redirects are not followed,
+    and where the server repeats it, it is taken out.
     Requests that fail for a passing reason are made ATTEMPTS times, until `stopped` is set.
     Raises InputError if the server refuses, cannot be reached, or answers something else.
     """
 
     def __init__(self, url: str, model: str) -> None:
-        if not url.startswith(("http://", "https://")):
-            raise InputError(
-                f"server: expected a URL such as http://localhost:8000/v1, got {url!r}"
-            )
+        _check_url(url)
         self.url = url.rstrip("/")
         self.model = model
         self.name = model  # a server may come back at another port
-        self.key = os.environ.get("OPENAI_API_KEY")
+        self._key = os.environ.get("OPENAI_API_KEY", "").strip()
+        if not (self._key.isascii() and self._key.isprintable()):
+            raise InputError("OPENAI_API_KEY: expected letters, digits and signs of ASCII alone")
         self.stopped = threading.Event()
 
     def answer(self, messages: Messages, max_tokens: int) -> Reply:
@@ -140,51 +114,160 @@ class ServerChat:
         }
         reply = self._post(body)
         try:
-            text = reply["choices"][0]["message"]["content"]
-            usage = reply.get("usage") or {}
-            tokens = [int(usage.get(f"{part}_tokens") or 0) for part in ("prompt", "completion")]
-        except (KeyError, IndexError, TypeError, AttributeError, ValueError) as error:
+            text = _text_of(reply["choices"][0]["message"]["content"])
+            usage = reply.get("usage")
+        except (KeyError, IndexError, TypeError, AttributeError):
             raise InputError(
-                f"{self.url} did not answer as the chat-completions protocol says: {reply!r:.300}"
-            ) from error
+                f"{self.url} did not answer as the chat-completions protocol says: "
+                f"{self._shown(json.dumps(reply, ensure_ascii=False))}"
+            ) from None
         # `transformers serve` repeats the prompt, if its chat template is not the family's own.
-        return Reply((text or "").rpartition(messages[-1]["content"])[2], *tokens)
-
-    def _request(self, path: str, body: Any = None) -> urllib.request.Request:
-        headers = {"Content-Type": "application/json"}
-        if self.key:
-            headers["Authorization"] = f"Bearer {self.key}"
-        data = None if body is None else json.dumps(body).encode()
-        return urllib.request.Request(f"{self.url}/{path}", data, headers)
+        if prompt := messages[-1]["content"]:
+            text = text.rpartition(prompt)[2]
+        text = self._without_key(text)[: max_tokens * TOKEN_CHARACTERS]
+        return Reply(text, _count(usage, "prompt_tokens"), _count(usage, "completion_tokens"))
 
     def _post(self, body: dict[str, Any]) -> Any:
-        request = self._request("chat/completions", body)
+        """The JSON value that answers `body`, after as many attempts as that takes."""
+        slow = 0
         for attempt in range(ATTEMPTS):
             try:
-                with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
-                    return json.loads(response.read())
-            except urllib.error.HTTPError as error:
-                why = f"{error.code} {error.reason}: {error.read()[:300].decode(errors='replace')}"
-                if error.code not in PASSING:
-                    hint = self._hint(error.code in (404, 405))
-                    raise InputError(f"{self.url} refused: {why}{hint}") from error
-            except (OSError, ValueError) as error:  # no connection, a timeout, no JSON
-                why = f"{type(error).__name__}: {error}"
-            if attempt < ATTEMPTS - 1 and self.stopped.wait(WAIT_S * 2**attempt):
+                return self._attempt(body)
+            except _Passing as failure:
+                slow += failure.slow
+                if attempt == ATTEMPTS - 1 or slow == SLOW_ATTEMPTS:
+                    hint = self._hint(not_there=True)
+                    raise InputError(
+                        f"{self.url} did not answer in {attempt + 1} attempts ({failure}){hint}"
+                    ) from None
+                wait = WAIT_S * 2**attempt if failure.wait is None else failure.wait
+            if self.stopped.wait(wait):
                 raise CancelledError
-        hint = self._hint(not_there=True)
-        raise InputError(f"{self.url} did not answer in {ATTEMPTS} attempts ({why}){hint}")
+
+    def _attempt(self, body: dict[str, Any]) -> Any:
+        """The JSON value that answers `body`. Raises _Passing where it may come another time."""
+        try:
+            status, headers, content = self._exchange("chat/completions", TIMEOUT_S, body)
+            answered = 200 <= status < 300
+            if answered and len(content) <= REPLY_BYTES:
+                return json.loads(content)
+        except asyncio.TimeoutError:  # before Python 3.11 a class of its own
+            raise _Passing(f"no whole reply in {TIMEOUT_S:g} s", slow=True) from None
+        except _FAILURES as error:
+            raise _Passing(self._shown(f"{type(error).__name__}: {error}")) from None
+        if answered:
+            raise InputError(f"{self.url} sent a reply of more than {REPLY_BYTES:,} bytes")
+        why = self._shown(f"{status} {content.decode(errors='replace')}")
+        if status in PASSING:
+            raise _Passing(why, _seconds(headers.get("Retry-After")))
+        if target := headers.get("Location"):
+            why += f" (it points to {self._shown(target)}: is that the server's address?)"
+        raise InputError(f"{self.url} refused: {why}{self._hint(status in (404, 405))}")
+
+    def _exchange(self, path: str, seconds: float, body: Any = None) -> tuple[int, Any, bytes]:
+        """Status, headers and body of the answer to a GET, or to a POST of a JSON value.
+
+        Of a body longer than REPLY_BYTES only little more is read.
+        Raises asyncio.TimeoutError or one of _FAILURES.
+        """
+        whole = asyncio.wait_for(self._transfer(path, body), seconds)
+        return asyncio.run_coroutine_threadsafe(whole, _loop()).result()
+
+    async def _transfer(self, path: str, body: Any) -> tuple[int, Any, bytes]:
+        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
+        method, sent = ("GET", None) if body is None else ("POST", json.dumps(body).encode())
+        content = bytearray()
+        timeout = httpx2.Timeout(None, connect=CONNECT_S)
+        async with (
+            httpx2.AsyncClient(timeout=timeout, follow_redirects=False) as client,
+            client.stream(method, f"{self.url}/{path}", content=sent, headers=headers) as response,
+        ):
+            async for part in response.aiter_raw():  # what is compressed has no bounds
+                content += part
+                if len(content) > REPLY_BYTES:
+                    break
+        return response.status_code, response.headers, bytes(content)
 
     def _hint(self, not_there: bool) -> str:
         """End of an error message: the server's models if ours is not one, or a hint at its URL."""
         try:
-            with urllib.request.urlopen(self._request("models"), timeout=5) as response:
-                names = [model["id"] for model in json.loads(response.read())["data"]]
-        except (OSError, ValueError, KeyError, TypeError):
+            _, _, content = self._exchange("models", 5)
+            names = [str(model["id"]) for model in json.loads(content)["data"]]
+        except (asyncio.TimeoutError, *_FAILURES, KeyError, TypeError):
             usual = self.url.endswith("/v1") or not not_there
             return "" if usual else "; do its addresses begin with …/v1?"
         unknown = names and self.model not in names
-        return f"; its models: {', '.join(names[:10])}" if unknown else ""
+        return f"; its models: {self._shown(', '.join(names[:10]))}" if unknown else ""
+
+    def _shown(self, text: str) -> str:
+        """What the server said, as a message can quote it."""
+        return one_line(self._without_key(text))[:QUOTED_CHARACTERS]
+
+    def _without_key(self, text: str) -> str:
+        secret = len(self._key) >= SECRET_CHARACTERS
+        return text.replace(self._key, "(the key)") if secret else text
+
+
+class _Passing(Exception):
+    """An attempt failed, and another one may not.  wait: seconds that the server asked for."""
+
+    def __init__(self, why: str, wait: float | None = None, *, slow: bool = False) -> None:
+        super().__init__(why)
+        self.wait, self.slow = wait, slow
+
+
+@cache
+def _loop() -> asyncio.AbstractEventLoop:
+    """An event loop in a thread: only a coroutine can be ended whatever it is waiting for."""
+    loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, name="requests", daemon=True).start()
+    return loop
+
+
+def _check_url(url: str) -> None:
+    """Raise InputError if this is no server's base URL, without the password that it may hold."""
+    example = "server: expected a URL such as http://localhost:8000/v1"
+    if set("@?#") & set(url):
+        raise InputError(
+            f"{example}, without user, password and query; a key goes into OPENAI_API_KEY"
+        )
+    try:
+        parsed = httpx2.URL(url)
+    except httpx2.InvalidURL as error:
+        raise InputError(f"{example}, got {url!r:.200} ({error})") from None
+    if parsed.scheme not in ("http", "https") or not parsed.host:
+        raise InputError(f"{example}, got {url!r}")
+
+
+def _seconds(retry_after: str | None) -> float | None:
+    """Seconds of a Retry-After header, a number or a date; None if it is none or too long."""
+    if retry_after is None:
+        return None
+    try:
+        seconds = float(retry_after)
+    except ValueError:
+        try:
+            seconds = parsedate_to_datetime(retry_after).timestamp() - time.time()
+        except (ValueError, TypeError, IndexError, OverflowError, OSError):
+            return None
+    return seconds if 0 <= seconds <= LONGEST_WAIT_S else None
+
+
+def _text_of(content: Any) -> str:
+    """The text of a message, which may be none or in parts. Raises TypeError for anything else."""
+    if isinstance(content, list):
+        return "".join(part["text"] for part in content if part["type"] == "text")
+    if not isinstance(content, str | None):
+        raise TypeError
+    return content or ""
+
+
+def _count(usage: Any, name: str) -> int:
+    """A number of tokens, 0 if the server gives none that is one."""
+    value = usage.get(name) if isinstance(usage, dict) else None
+    return value if type(value) is int and 0 <= value < 2**53 else 0
 
 
 class Answers:
@@ -203,6 +286,7 @@ class Answers:
         """Answers that were needed, by digest: their tokens are the whole cost."""
         self._known: dict[str, Reply] = {}
         self._lock = threading.Lock()
+        self._asking: defaultdict[str, threading.Lock] = defaultdict(threading.Lock)
         self._stopped = threading.Event()
         self._read()
 
@@ -214,21 +298,42 @@ class Answers:
         question = json.dumps([self.chat.name, messages, max_tokens])
         key = hashlib.sha256(question.encode()).hexdigest()
         with self._lock:
+            own = self._asking[key]
+        with own:  # who asks the same gets the same answer
             reply = self._known.get(key)
-            if reply is not None:
-                self.reused += key not in self.used
-                self.used[key] = reply
-                return reply.text
+            if reply is None:
+                reply = self._ask(key, messages, max_tokens, about)
+            else:
+                with self._lock:
+                    self.reused += key not in self.used
+            self.used[key] = reply
+        return reply.text
+
+    def _ask(self, key: str, messages: Messages, max_tokens: int, about: dict[str, Any]) -> Reply:
         if self._stopped.is_set():
             raise CancelledError
         reply = self.chat.answer(messages, max_tokens)
+        # Half a surrogate pair cannot be written.
+        reply = reply._replace(text=reply.text.encode(errors="replace").decode())
         line = json.dumps({"key": key, **about, **reply._asdict()}, ensure_ascii=False) + "\n"
         with self._lock:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(line)
+            self._append(line.encode())
             self.asked += 1
-            self._known[key] = self.used[key] = reply
-        return reply.text
+            self._known[key] = reply
+        return reply
+
+    def _append(self, line: bytes) -> None:
+        """Write a line, or nothing of it. Raises InputError for an error of the disk."""
+        try:
+            with open(self.path, "ab") as file:
+                file.write(line)
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                os.truncate(self.path, self._size)
+            raise InputError(
+                f"{self.path} could not be written ({error}); it keeps the answers before"
+            ) from error
+        self._size += len(line)
 
     def stop(self) -> None:
         """Ask no more; answers that are under way are still kept."""
@@ -246,15 +351,23 @@ class Answers:
         }
 
     def _read(self) -> None:
-        if not self.path.exists():
-            return
-        content = self.path.read_bytes()
-        whole = content.rfind(b"\n") + 1
-        if whole < len(content):  # a line that was being written when everything stopped
-            os.truncate(self.path, whole)
-        for number, line in enumerate(content[:whole].decode().splitlines(), 1):
+        try:
+            content = self.path.read_bytes() if self.path.exists() else b""
+        except OSError as error:
+            raise InputError(f"{self.path} cannot be read: {error}") from error
+        *lines, unfinished = content.split(b"\n")  # an answer may hold other ends of lines
+        for number, line in enumerate(lines, 1):
             try:
-                answer = json.loads(line)
-                self._known[answer["key"]] = Reply(*(answer[name] for name in Reply._fields))
-            except (ValueError, KeyError, TypeError) as error:
-                raise InputError(f"{self.path}, line {number}: expected an answer") from error
+                answer = json.loads(line.decode())
+                reply = Reply(*(answer[name] for name in Reply._fields))
+                if [type(value) for value in (answer["key"], *reply)] != [str, str, int, int]:
+                    raise TypeError
+            except (ValueError, KeyError, TypeError, RecursionError):
+                raise InputError(
+                    f"{self.path}, line {number}: expected an answer; without that line the others "
+                    "can be read"
+                ) from None
+            self._known[answer["key"]] = reply
+        self._size = len(content) - len(unfinished)
+        if unfinished:  # a line that was being written when everything stopped
+            os.truncate(self.path, self._size)

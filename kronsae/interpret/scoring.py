@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from kronsae.data.token_text import token_texts
-from kronsae.interpret.chat import Answers, Messages
+from kronsae.interpret.chat import Answers, Messages, one_line
 from kronsae.interpret.examples import Example, LatentExamples
 
 SHOWN = 16
@@ -194,7 +194,7 @@ def _messages(system: str, user: str) -> Messages:
 def parse_explanation(reply: str) -> str | None:
     """The text after the last EXPLANATION: on its line; None if that is nothing, or the form."""
     lines = re.findall(r"explanation\**:[ \t*]*(\S.*)", reply, flags=re.IGNORECASE)
-    explanation = lines[-1].strip().rstrip("*").strip() if lines else ""
+    explanation = one_line(lines[-1]).rstrip("*").strip() if lines else ""
     return None if explanation.rstrip(".").lower() in ("", _FORM) else explanation
 
 
