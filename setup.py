@@ -51,8 +51,7 @@ EXTRAS = {
     # Our SAEs in SAEBench, which wants numpy < 2 and datasets < 4: an environment of its own.
     "sae-bench": ["sae-bench==0.6.0", "sae-lens>=6.54,<7"],
     # Other libraries that the benchmarks time; they live in one environment. dictionary-learning
-    # brings torchvision, whose build must fit torch's: for a CPU build of torch, install both from
-    # its index first.
+    # brings torchvision, which must fit torch and its build: benchmarks/README.md.
     "peers": ["sae-lens==6.54.*", "eai-sparsify==1.3.*", "dictionary-learning==0.1.0"],
 }
 

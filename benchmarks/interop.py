@@ -1,6 +1,6 @@
 """SAEs carried to other libraries and back: explained variance and L0 before and after.
 
-    python -m benchmarks.interop --out DIR     # needs pip install -e '.[peers]'
+    python -m benchmarks.interop --out DIR     # needs the other libraries
 
 On the embedded language model's activations. Outwards: trained here, written here, loaded and
 judged by the other library. Inwards: trained and saved by the other library, loaded and judged

@@ -1,4 +1,4 @@
-"""Other libraries' TopK training steps, as their trainers run them: `pip install -e '.[peers]'`.
+"""Other libraries' TopK training steps, as their trainers run them (to install: README.md).
 
 Each starts from the weights it is given and keeps its own optimizer, schedule, clipping, decoder
 norm and bookkeeping of dead latents (no latent is dead yet, so no auxiliary loss is computed).
@@ -6,8 +6,8 @@ First steps, in which some initialise a bias from data, are left out. Paths and 
 the versions that the extra pins.
 """
 
+import importlib
 import importlib.metadata
-import importlib.util
 import os
 from collections.abc import Callable
 from typing import NamedTuple
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.shapes import Shape
+from kronsae.data.common import reason
 
 STEPS = 100_000
 """Length of the training that their schedules are made for."""
@@ -153,10 +154,18 @@ PEERS = {
 """Peers by the name of their distribution."""
 
 
+INSTALL = f"pip install torch=={torch.__version__} -e '.[peers]' && pip uninstall -y torchvision"
+"""Keeps this torch, and removes a torchvision that is built for another and that no peer needs."""
+
+
 def why_not(name: str) -> str | None:
-    """Why a peer cannot run: not installed. (Another package is called sparsify, too.)"""
-    if importlib.util.find_spec(PEERS[name].package) is None or version(name) is None:
-        return f"{name} is not installed: pip install -e '.[peers]'"
+    """Why a peer cannot run, and what to do. (Another package is called sparsify, too.)"""
+    if version(name) is None:
+        return f"{name} is not installed: {INSTALL}"
+    try:
+        importlib.import_module(PEERS[name].package)
+    except Exception as error:  # a torchvision that does not fit raises several kinds
+        return f"{name} cannot be imported ({reason(error)}): {INSTALL}"
     return None
 
 

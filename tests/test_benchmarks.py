@@ -318,7 +318,20 @@ def test_absent_peers_say_how_to_install_them(monkeypatch):
     monkeypatch.setattr(peers, "version", lambda name: None)
     found = compared()
     for name in peers.PEERS:
-        assert ".[peers]" in found.skipped[name]
+        assert ".[peers]' && pip uninstall -y torchvision" in found.skipped[name]
+
+
+def test_a_torchvision_of_another_build_is_said(monkeypatch):
+    """`import sparsify` fails then, in transformers, with words that do not help."""
+    from benchmarks import peers
+
+    def broken(package):
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr(peers, "version", lambda name: "1.3")
+    monkeypatch.setattr(peers.importlib, "import_module", broken)
+    why = peers.why_not("eai-sparsify")
+    assert "nms does not exist" in why and "-y torchvision" in why
 
 
 def test_peer_that_cannot_be_imported_costs_only_itself(monkeypatch):

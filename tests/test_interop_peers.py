@@ -1,11 +1,11 @@
 """Exports loaded by the libraries they are for, and what these make of them.
 
-Needs sae-lens, eai-sparsify or dictionary-learning (pip install -e '.[peers]'): each test is
-skipped where its library is missing.
+Needs sae-lens, eai-sparsify or dictionary-learning (benchmarks/README.md says how to install
+them): each test is skipped where its library is missing.
 """
 
 import dataclasses
-import importlib.util
+import importlib
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from test_hub import hub, run  # noqa: F401 - a fixture
 from test_interop import DENSE, FIXTURES, GRID, HOLDS, activations, trained  # noqa: F401
 
 import kronsae
+from benchmarks import peers
 from kronsae import SAE, InputError, TrainConfig
 from kronsae.export.__main__ import main as export
 from kronsae.export.verify import verify
@@ -25,8 +26,9 @@ SHARDED = [(library, name) for library, names in HOLDS.items() for name in sorte
 
 def need(library: str) -> None:
     """Skip the test if the library, which has the name of its format, is not there."""
-    if importlib.util.find_spec(library) is None:
-        pytest.skip(f"{library} is not installed")
+    [name] = [name for name, peer in peers.PEERS.items() if peer.package == library]
+    if why := peers.why_not(name):
+        pytest.skip(why)
 
 
 @pytest.mark.parametrize("library, name", SHARDED)
