@@ -6,12 +6,14 @@ sae = kronsae.load("me/my-sae", revision="main")
 """
 
 import dataclasses
+import re
 import shutil
 import tempfile
 from pathlib import Path
 
 from kronsae.config import kind_of, without_nesting
 from kronsae.data.common import reason
+from kronsae.data.text import COMPRESSIONS, KINDS, TEXT_SUFFIXES
 from kronsae.errors import InputError
 from kronsae.interop.load import load
 from kronsae.interop.stock import Origin, part_of
@@ -79,17 +81,15 @@ def model_card(sae: SAE, repo_id: str, *, report: bool = False) -> str:
     """README.md of a repository: the hub's metadata, then what the SAE is and how to load it."""
     config = dataclasses.asdict(sae.config)
     origin, kind = Origin.of(sae.metadata), kind_of(config)
-    model = origin.model or ""
-    on_hub = model.count("/") == 1 and not model.startswith((".", "~"))
     tags = ["sparse-autoencoder", "interpretability", "kronsae", kind.lower().replace(" ", "-")]
     settings = [
         (name, value) for name, value in without_nesting(config).items() if value not in (0, False)
     ]
     metrics = part_of(sae.metadata, "metrics")
     figures = [
-        (label, f"{metrics[name]:{',' if name == 'heldout_tokens' else '.4g'}}", meaning)
+        (label, _figure(metrics[name], "," if name == "heldout_tokens" else ".4g"), meaning)
         for name, (label, meaning) in MEANING.items()
-        if isinstance(metrics.get(name), int | float)
+        if type(metrics.get(name)) in (int, float)
     ]
     return render(
         _CARD,
@@ -100,9 +100,23 @@ def model_card(sae: SAE, repo_id: str, *, report: bool = False) -> str:
         massive=rule_of(sae.metadata),
         active=sae.selection.describe(sae.config),
         origin=origin,
-        base_model=model if on_hub else "",
+        base_model=_on_hub(origin.model),
+        dataset=_on_hub(origin.dataset),
         tags=list(dict.fromkeys(tags)),
         figures=markdown(("figure", "value", "meaning"), figures) if figures else "",
         settings=markdown(("setting", "value"), settings),
         report=report,
     )
+
+
+def _on_hub(name: str | None) -> str | None:
+    """The name of a model or dataset, if it can be one of the hub ("owner/name") and is no path."""
+    if name is None or not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name, flags=re.ASCII):
+        return None
+    path = Path(name)
+    of_file = path.suffix.lower() in (*KINDS, *COMPRESSIONS, *TEXT_SUFFIXES)
+    return None if of_file or path.exists() else name
+
+
+def _figure(value: float, form: str) -> str:
+    return f"{value:{form}}" if abs(value) < 1e300 else "not finite"

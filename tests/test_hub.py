@@ -15,6 +15,7 @@ from urllib.parse import unquote
 
 import pytest
 import yaml
+from markdown_it import MarkdownIt
 
 from kronsae import SAE, InputError, SAEConfig
 from kronsae.hub import model_card, push
@@ -275,6 +276,53 @@ def test_model_card_of_an_sae_that_says_nothing_of_its_model():
     card = model_card(sae, "me/my-sae")
     assert "base_model" not in card and "report.html" not in card and "held-out" not in card
     assert "A BatchTopK SAE of" in card and "about 3 active per token" in card
+
+
+def test_names_stay_names():
+    """Whatever metadata hold, they are text of the card, and neither Markdown nor YAML."""
+    evil = "a`b``c` [click](http://x) <script>\n---\nbase_model: them/theirs"
+    sae = SAE(SAEConfig(d_model=8, heads=4, m=2, n=2, k=3))
+    data = {"name": evil, "hookpoint": f"`{evil}", "target_hookpoint": evil, "layer": None}
+    data |= {"context_begin": [evil, "`"], "context_length": 8}
+    sae.metadata = {"data": data, "config": {"data": {"dataset": evil}}}
+    card = model_card(sae, "me/my-sae")
+    _, head, text = card.split("---\n", 2)
+    assert set(yaml.safe_load(head)) == {"library_name", "tags"}
+    shown = MarkdownIt().parse(text)
+    inline = [token for block in shown for token in block.children or ()]
+    assert not {"link_open", "html_inline", "em_open"} & {token.type for token in inline}
+    names = [token.content for token in inline if token.type == "code_inline"]
+    on_a_line = " ".join(evil.split())
+    assert names.count(on_a_line) == 4 and names.count("`") == 1
+    assert f"`{on_a_line}" in names
+
+
+@pytest.mark.parametrize(
+    ("dataset", "on_hub"),
+    [
+        ("HuggingFaceFW/fineweb-edu", True),
+        *((name, False) for name in ("stdlib", "texts/mine.jsonl", "./mine/text", "a/*.txt")),
+        *((name, False) for name in ("tests/fixtures", "a/b,c/d", "/data/private", "mine:rest/x")),
+    ],
+)
+def test_dataset_of_the_card(dataset, on_hub):
+    """Text names it as the run did; the hub links to one of its own."""
+    sae = SAE(SAEConfig(d_model=8, heads=4, m=2, n=2, k=3))
+    sae.metadata = METADATA | {"config": {"data": {"dataset": dataset}}}
+    card = model_card(sae, "me/my-sae")
+    facts = yaml.safe_load(card.split("---\n")[1])
+    assert facts.get("datasets") == ([dataset] if on_hub else None)
+    assert f"of activations of width 8, trained on text of `{dataset}`.\n" in card
+    assert "text of" not in model_card(SAE(sae.config), "me/my-sae")
+
+
+def test_figures_that_are_no_numbers():
+    sae = SAE(SAEConfig(d_model=8, heads=4, m=2, n=2, k=3))
+    values = {"explained_variance": float("nan"), "mse": float("inf"), "l0": 10**400}
+    sae.metadata = {"metrics": values | {"ce_recovered": None, "fvu": "0.5", "cosine": 0.5}}
+    card = model_card(sae, "me/my-sae")
+    assert "nan" not in card and card.count("| not finite |") == 3
+    assert "| Cosine | 0.5 |" in card and "FVU" not in card
 
 
 def test_push_refuses_a_name_that_is_none():
