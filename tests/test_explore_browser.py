@@ -10,7 +10,9 @@ import time
 import numpy as np
 import pytest
 from explorer_pages import EVIL, ByteTokenizer, byte_ids, make_large_page, make_page
+from test_report import records, some_contexts, write_run
 
+from kronsae.explore.report import write_report
 from kronsae.properties import WINDOW
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -246,6 +248,26 @@ def test_tokens_stay_text(at_home, made):
                 "document.body.append(s)")  # fmt: skip
     assert at_home.run("return window.pwned") is None
     assert "Content Security Policy" in at_home.complaints()[0]
+
+
+def test_a_report_runs_and_loads_nothing(browser, tmp_path):
+    """Not even what got through the escaping; its own styles hold."""
+    write_run(tmp_path, records(20))
+    page = write_report(tmp_path, contexts=some_contexts())
+    evil = (
+        f"<script>window.pwned = 1</script><img src='{page.parent.as_uri()}/x.png' onerror='pwn'>"
+    )
+    html = page.read_text(encoding="utf-8")
+    page.write_text(html.replace("</body>", f"{evil}</body>"), encoding="utf-8")
+    browser.complaints()
+    browser.driver.get(page.as_uri())
+    browser.until("document.images.length === 1")
+    assert browser.run("return window.pwned") is None
+    complaints = browser.complaints()
+    assert len(complaints) >= 2 and all("Content Security Policy" in each for each in complaints)
+    shade = "return getComputedStyle(document.querySelector('mark')).backgroundColor"
+    assert browser.run(shade).startswith("rgb")
+    assert browser.run("return getComputedStyle(document.querySelector('main')).maxWidth") != "none"
 
 
 @pytest.mark.parametrize("width", [390, 820, 1400])

@@ -140,7 +140,13 @@ def test_the_whole_page(tmp_path):
     assert "script" not in page.tags
     for name, value in page.attributes:
         assert name not in ("src", "href") and not name.startswith("on"), (name, value)
-    assert "http" not in html and "@import" not in html and "url(" not in html
+    policy = [value for name, value in page.attributes if name == "content"][0]
+    assert policy.startswith("default-src 'none'; style-src") and "script" not in policy
+    assert (
+        html.count("http") == html.count("http-equiv=") == 1
+        and "@import" not in html
+        and "url(" not in html
+    )
     assert len(html) < 200_000  # long curves are thinned
     write_report(tmp_path, contexts=some_contexts())
     assert path.read_text(encoding="utf-8") == html
