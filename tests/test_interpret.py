@@ -19,6 +19,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 import torch
+from rich.console import Console
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -39,7 +40,7 @@ from kronsae.interpret import (
     interpret,
     local,
 )
-from kronsae.interpret.__main__ import main
+from kronsae.interpret.__main__ import _interpret_all, main
 from kronsae.interpret.examples import firing_counts
 from kronsae.interpret.scoring import (
     AT_ONCE,
@@ -408,6 +409,29 @@ def test_answers_are_kept(tmp_path):
     path.write_text('{"key": 1}\n')
     with pytest.raises(InputError, match="line 1"):
         Answers(other, path)
+
+
+def test_results_do_not_depend_on_the_order_of_answers(tmp_path):
+    """Eight questions at a time, answered in any order, and a file in any order."""
+    latents = [latent_examples(firing=20 + i)._replace(latent=i) for i in range(9)]
+    late = random.Random(0)
+
+    def slowly(messages):
+        time.sleep(late.random() / 200)
+        return oracle(messages)
+
+    def results(name, parallel, function=slowly):
+        answers = Answers(Fake(function), tmp_path / name)
+        console = Console(quiet=True)
+        found = _interpret_all(latents, Letters(), answers, 0, parallel, console)
+        return found, sorted((tmp_path / name).read_bytes().split(b"\n"))
+
+    alone = results("alone.jsonl", 1)
+    assert results("together.jsonl", 8) == alone
+    *lines, _ = (tmp_path / "together.jsonl").read_bytes().split(b"\n")
+    late.shuffle(lines)
+    (tmp_path / "shuffled.jsonl").write_bytes(b"\n".join([*lines, b""]))
+    assert results("shuffled.jsonl", 8, function=None) == alone  # nothing is asked
 
 
 def test_after_stop_nothing_is_asked(tmp_path):

@@ -9,7 +9,7 @@ import torch
 from kronsae import SAE, RunConfig, SAEConfig
 from kronsae.config import DataConfig, TrainConfig
 from kronsae.explore.charts import linear_ticks, log_ticks
-from kronsae.explore.report import write_report
+from kronsae.explore.report import read_metrics, write_report
 from kronsae.metrics.heldout import Heldout, HeldoutText
 from kronsae.properties.contexts import top_contexts
 
@@ -185,6 +185,14 @@ def test_no_metrics(tmp_path):
         page = Page(write_report(tmp_path).read_text(encoding="utf-8"))
         assert "figure" not in page.tags
         (tmp_path / "metrics.jsonl").unlink(missing_ok=True)
+
+
+def test_lines_end_at_line_feeds_alone(tmp_path):
+    """A text of a record may hold other ends of lines."""
+    record = {"kind": "final", "step": 1, "note": "a\u2028b\x85c"}
+    write_run(tmp_path, [])
+    (tmp_path / "metrics.jsonl").write_text(json.dumps(record, ensure_ascii=False) + "\r\n\n")
+    assert read_metrics(tmp_path / "metrics.jsonl") == [record]
 
 
 def test_a_run_that_was_killed(tmp_path):

@@ -73,7 +73,7 @@ def read_metrics(path: Path) -> list[Record]:
     killed, or a damaged one) is skipped."""
     records = []
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     except OSError:
         return []
     for line in lines:
