@@ -114,7 +114,7 @@ if __name__ == "__main__":
         include_package_data=False,
         package_data=PACKAGE_DATA,
         install_requires=[
-            "torch>=2.6",
+            "torch>=2.7",
             "triton>=3.2; platform_system == 'Linux' and platform_machine == 'x86_64'",
             "numpy",
             "safetensors>=0.4.5",

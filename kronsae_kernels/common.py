@@ -140,8 +140,8 @@ def check_number(name: str, value: float, low: float | None, below: float | None
         less = "" if below is None else f" and < {below:g}"
         return f"{name}: expected a finite number{least}{less}, got {shown(value)}"
 
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    right = number and math.isfinite(value)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    right = number and -math.inf < value < math.inf  # (isfinite takes no symbolic number)
     right = right and (low is None or value >= low) and (below is None or value < below)
     require(right, message)
 
@@ -149,7 +149,8 @@ def check_number(name: str, value: float, low: float | None, below: float | None
 def cast_for_autocast(tensor: Tensor) -> Tensor:
     """A floating tensor in autocast's dtype where autocast is on (never float64), else itself."""
     device_type = tensor.device.type
-    available = torch.amp.is_autocast_available(device_type)
+    # torch.compile of older torch cannot trace the question, and traces no other devices.
+    available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type)
     if not available or not torch.is_autocast_enabled(device_type) or tensor.dtype == torch.float64:
         return tensor
     return tensor.to(torch.get_autocast_dtype(device_type))

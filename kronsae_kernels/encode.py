@@ -1,8 +1,11 @@
 """Encoders that return only the k active latents: `fused_encode` (Kron) and `dense_encode` (TopK).
 
-Each is: checks, choice of the implementation, and an operator of `torch.library` with fake and
-autograd rules, opaque to torch.compile. The operator selects; what a selected latent is worth, and
-the derivative of that, are differentiable torch operations on [B, k] here (`reference.compose`).
+Each is: checks, choice of the implementation, and an operator that selects and gives the factors
+of what it selected. What a latent is worth, and the derivative of that, are differentiable torch
+operations on [B, k] here (`reference.compose`).
+
+For fixed indices a factor is relu(x . w_enc[row] + b_enc[row]), the row a known one, so that the
+derivatives of all encoders, of any order, are those of `decode` with w_enc as the table.
 """
 
 import torch
@@ -28,6 +31,8 @@ from kronsae_kernels.common import (
     shape_of,
     without_autocast,
 )
+from kronsae_kernels.operator import Rules, forward_rule, has_values, operator, total
+from kronsae_kernels.torch_impl import i_major, i_major_bias, live_pre_latents, rows_of
 
 
 def fused_encode(
@@ -147,41 +152,56 @@ def _check_k(k: int, size: int, of_size: str, mask: Tensor | None) -> None:
     """Check that k of F = size latents, and of those in the mask, can be selected."""
     check_count("k", k, 1, size, f"1 <= k <= {of_size}")
     check_mask(mask, size)
-    if mask is not None and not torch.compiler.is_compiling() and not mask.is_meta:
+    if mask is not None and has_values(mask):
         allowed = int(mask.sum())
         require(k <= allowed, f"k: expected at most the {allowed} latents in mask, got {k}")
 
 
-# Operators. The outputs of one call share no memory with each other, nor with its inputs.
+# Operators
 
 
-@torch.library.custom_op("kronsae::encode", mutates_args=())
-def _encode(
-    x: Tensor,
-    w_enc: Tensor,
-    b_enc: Tensor | None,
-    mask: Tensor | None,
-    m: int | None,
-    k: int,
-    composition: str,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    with without_autocast(x):
-        indices, base, extension = backends.module(impl).encode(
-            x, w_enc, b_enc, mask, m, k, composition
+@operator("encode_backward")
+class EncodeBackward(Rules):
+    """Gradients of x, w_enc and b_enc from those of the factors; has no derivatives itself."""
+
+    @staticmethod
+    def compute(
+        d_base: Tensor,
+        d_extension: Tensor,
+        indices: Tensor,
+        x: Tensor,
+        w_enc: Tensor,
+        m: int | None,
+        need_x: bool,
+        need_w: bool,
+        impl: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with without_autocast(x):
+            return backends.module(impl).encode_backward(
+                d_base, d_extension, indices, x, w_enc, m, need_x, need_w
+            )
+
+    @staticmethod
+    def fake(d_base, d_extension, indices, x, w_enc, m, need_x, need_w, impl):
+        contiguous = torch.contiguous_format
+        i_major = x.new_empty(w_enc.transpose(0, -2).shape).transpose(0, -2)
+        return (
+            torch.empty_like(x, memory_format=contiguous) if need_x else x.new_empty(0),
+            i_major if need_w else x.new_empty(0),
+            x.new_empty(w_enc.shape[:-1]) if need_w else x.new_empty(0),
         )
-    return base, extension, indices
+
+    @staticmethod
+    def rows(*args):
+        need_w = args[7]  # a sum over rows
+        return () if need_w else (0, 1, 2, 3)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.mark_non_differentiable(*output)
 
 
-@_encode.register_fake
-def _(x, w_enc, b_enc, mask, m, k, composition, impl):
-    base = x.new_empty(x.shape[0], k, dtype=accumulate_dtype(x.dtype))
-    extension = base.new_empty(0) if m is None else torch.empty_like(base)
-    return base, extension, torch.empty_like(base, dtype=torch.int64)
-
-
-@torch.library.custom_op("kronsae::encode_backward", mutates_args=())
-def _encode_backward(
+def encode_backward(
     d_base: Tensor,
     d_extension: Tensor,
     indices: Tensor,
@@ -191,42 +211,101 @@ def _encode_backward(
     need_x: bool,
     need_w: bool,
     impl: str,
-) -> tuple[Tensor, Tensor, Tensor]:
-    with without_autocast(x):
-        return backends.module(impl).encode_backward(
-            d_base, d_extension, indices, x, w_enc, m, need_x, need_w
-        )
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """`EncodeBackward`, made of operators that have derivatives."""
+    coefficients, columns = live_pre_latents(d_base, d_extension, indices, w_enc, m)
+    table, d_x, d_w, d_b = i_major(w_enc), None, None, None
+    if need_x:
+        d_x = torch.ops.kronsae.decode(coefficients, columns, table, None, None, impl)
+    if need_w:
+        ones, column = x.new_ones(len(x), 1), x.new_empty(len(table), 1)
+        rest = None, False, True, impl
+        _, d_w = torch.ops.kronsae.decode_backward(x, coefficients, columns, table, *rest)
+        _, d_b = torch.ops.kronsae.decode_backward(ones, coefficients, columns, column, *rest)
+        d_b = d_b.squeeze(1)
+        if m is not None:
+            heads, rows, d = w_enc.shape
+            d_w, d_b = d_w.view(rows, heads, d).transpose(0, 1), d_b.view(rows, heads).t()
+    return d_x, d_w, d_b
 
 
-@_encode_backward.register_fake
-def _(d_base, d_extension, indices, x, w_enc, m, need_x, need_w, impl):
-    i_major = x.new_empty(w_enc.transpose(0, -2).shape).transpose(0, -2)
-    return (
-        torch.empty_like(x, memory_format=torch.contiguous_format) if need_x else x.new_empty(0),
-        i_major if need_w else x.new_empty(0),
-        x.new_empty(w_enc.shape[:-1]) if need_w else x.new_empty(0),
-    )
+class Selected(Rules):
+    """Derivatives of the factors of selected latents, by x, w_enc and b_enc.
+
+    The operator's arguments are x, w_enc, b_enc, one of its own, m, one of its own, composition and
+    impl; its results begin with base, extension and indices.
+    """
+
+    @staticmethod
+    def rows(*args):
+        return (0,)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, w_enc, _, _, ctx.m, _, ctx.composition, ctx.impl = inputs
+        base, extension, *others = output
+        indices, ctx.others = others[0], len(others)
+        ctx.mark_non_differentiable(*others)
+        ctx.save_for_backward(x, w_enc, indices, base, extension)
+        ctx.save_for_forward(x, w_enc, indices, base, extension)
+
+    @staticmethod
+    def backward(ctx, d_base, d_extension, *_):
+        x, w_enc, indices, base, extension = ctx.saved_tensors
+        if ctx.composition != "mul":
+            d_base, d_extension = d_base * (base > 0), d_extension * (extension > 0)
+        need_x, need_w, need_b = ctx.needs_input_grad[:3]
+        arguments = d_base, d_extension, indices, x, w_enc, ctx.m, need_x, need_w or need_b
+        if torch.is_grad_enabled():  # these derivatives are differentiated, too
+            gradients = encode_backward(*arguments, ctx.impl)
+        else:
+            gradients = torch.ops.kronsae.encode_backward(*arguments, ctx.impl)
+        needed = zip((need_x, need_w, need_b), gradients, strict=True)
+        return (*(gradient if need else None for need, gradient in needed), *5 * [None])
+
+    @forward_rule
+    def jvp(ctx, saved, t_x, t_w, t_b, *_):
+        x, w_enc, indices, *factors = saved
+        table, tangents = i_major(w_enc), []
+        for factor, rows in zip(factors, rows_of(indices, w_enc, ctx.m), strict=False):
+
+            def dots(x: Tensor, table: Tensor, factor=factor, rows=rows) -> Tensor:
+                return torch.ops.kronsae.decode_backward(
+                    x, factor, rows, table, None, True, False, ctx.impl
+                )[0]
+
+            tangent = total(
+                None if t_x is None else dots(t_x, table),
+                None if t_w is None else dots(x, i_major(t_w)),
+                None if t_b is None else i_major_bias(t_b)[rows].to(factor.dtype),
+            )
+            tangents.append(tangent if ctx.composition == "mul" else tangent * (factor > 0))
+        if ctx.m is None:
+            tangents.append(torch.zeros_like(factors[1]))
+        return *tangents, *ctx.others * [None]
 
 
-def encode_setup(ctx, inputs, output):
-    """Save what `encode_autograd` needs. `threshold_encode` has its arguments in the same order."""
-    x, w_enc, _, _, ctx.m, _, ctx.composition, ctx.impl = inputs
-    base, extension, indices, *counts = output
-    ctx.mark_non_differentiable(indices, *counts)
-    ctx.save_for_backward(x, w_enc, indices, base, extension)
+@operator("encode")
+class Encode(Selected):
+    @staticmethod
+    def compute(
+        x: Tensor,
+        w_enc: Tensor,
+        b_enc: Tensor | None,
+        mask: Tensor | None,
+        m: int | None,
+        k: int,
+        composition: str,
+        impl: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with without_autocast(x):
+            indices, base, extension = backends.module(impl).encode(
+                x, w_enc, b_enc, mask, m, k, composition
+            )
+        return base, extension, indices
 
-
-def encode_autograd(ctx, d_base, d_extension, *_):
-    """Gradients of x, w_enc and b_enc from those of the two factors."""
-    x, w_enc, indices, base, extension = ctx.saved_tensors
-    if ctx.composition != "mul":
-        d_base, d_extension = d_base * (base > 0), d_extension * (extension > 0)
-    need_x, need_w, need_b = ctx.needs_input_grad[:3]
-    gradients = torch.ops.kronsae.encode_backward(
-        d_base, d_extension, indices, x, w_enc, ctx.m, need_x, need_w or need_b, ctx.impl
-    )
-    needed = zip((need_x, need_w, need_b), gradients, strict=True)
-    return (*(gradient if need else None for need, gradient in needed), *5 * [None])
-
-
-_encode.register_autograd(encode_autograd, setup_context=encode_setup)
+    @staticmethod
+    def fake(x, w_enc, b_enc, mask, m, k, composition, impl):
+        base = x.new_empty(x.shape[0], k, dtype=accumulate_dtype(x.dtype))
+        extension = base.new_empty(0) if m is None else torch.empty_like(base)
+        return base, extension, torch.empty_like(base, dtype=torch.int64)

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from kronsae_kernels import backends, reference
 from kronsae_kernels.common import SparseCodes, is_integer, require, shown
-from kronsae_kernels.decode import check_decode
+from kronsae_kernels.decode import check_decode, check_range
+from kronsae_kernels.operator import has_values
 
 
 def nested_decode(
@@ -34,6 +35,8 @@ def nested_decode(
     bounds = check_bounds(bounds, w_dec.shape[0])
     name = backends.choose(impl, w_dec.device, w_dec.dtype)
     if name == "reference":
+        if has_values(indices):
+            check_range(indices, w_dec.shape[0])
         return reference.nested_decode(values, indices, bounds, w_dec=w_dec, b_dec=b_dec)
     shape = math.prod(values.shape[:-1]), values.shape[-1]
     out = torch.ops.kronsae.decode(

@@ -16,7 +16,8 @@ from kronsae_kernels.common import (
     dict_size,
     without_autocast,
 )
-from kronsae_kernels.encode import check_encoder, encode_autograd, encode_setup
+from kronsae_kernels.encode import Selected, check_encoder
+from kronsae_kernels.operator import operator
 
 
 def threshold_encode(
@@ -63,29 +64,27 @@ def threshold_encode(
     return SparseCodes(values.view(shape), indices.view(shape))
 
 
-@torch.library.custom_op("kronsae::threshold_encode", mutates_args=())
-def _threshold_encode(
-    x: Tensor,
-    w_enc: Tensor,
-    b_enc: Tensor | None,
-    threshold: Tensor,
-    m: int | None,
-    eps: float,
-    composition: str,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    with without_autocast(x):
-        return backends.module(impl).threshold_encode(
-            x, w_enc, b_enc, threshold, m, eps, composition
-        )
+@operator("threshold_encode")
+class ThresholdEncode(Selected):
+    @staticmethod
+    def compute(
+        x: Tensor,
+        w_enc: Tensor,
+        b_enc: Tensor | None,
+        threshold: Tensor,
+        m: int | None,
+        eps: float,
+        composition: str,
+        impl: str,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        with without_autocast(x):
+            return backends.module(impl).threshold_encode(
+                x, w_enc, b_enc, threshold, m, eps, composition
+            )
 
-
-@_threshold_encode.register_fake
-def _(x, w_enc, b_enc, threshold, m, eps, composition, impl):
-    width = torch.library.get_ctx().new_dynamic_size()
-    factor = x.new_empty(x.shape[0], width, dtype=accumulate_dtype(x.dtype))
-    indices = torch.empty_like(factor, dtype=torch.int64)
-    return factor, torch.empty_like(factor), indices, indices.new_empty(x.shape[0])
-
-
-_threshold_encode.register_autograd(encode_autograd, setup_context=encode_setup)
+    @staticmethod
+    def fake(x, w_enc, b_enc, threshold, m, eps, composition, impl):
+        width = torch.library.get_ctx().new_dynamic_size()
+        factor = x.new_empty(x.shape[0], width, dtype=accumulate_dtype(x.dtype))
+        indices = torch.empty_like(factor, dtype=torch.int64)
+        return factor, torch.empty_like(factor), indices, indices.new_empty(x.shape[0])

@@ -100,11 +100,17 @@ def live_pre_latents(
     """The pre-latents behind latents [B, k]: gradients [B, 2k], and i-major rows [B, 2k]."""
     if m is None:
         return d_base, indices
+    return torch.cat([d_base, d_extension], 1), torch.cat(rows_of(indices, w_enc, m), 1)
+
+
+def rows_of(indices: Tensor, w_enc: Tensor, m: int | None) -> tuple[Tensor, ...]:
+    """Rows of `i_major(w_enc)` behind latents: a base and an extension row, or (m None) one."""
+    if m is None:
+        return (indices,)
     heads, rows, _ = w_enc.shape
     head, latent = divide(indices, m * (rows - m))
     base_row, extension_row = divide(latent, rows - m)
-    columns = torch.cat([base_row * heads + head, (m + extension_row) * heads + head], 1)
-    return torch.cat([d_base, d_extension], 1), columns
+    return base_row * heads + head, (m + extension_row) * heads + head
 
 
 def threshold_encode(
@@ -269,6 +275,7 @@ def combine(coefficients: Tensor, columns: Tensor, table: Tensor) -> Tensor:
     if columns.numel() == 0:
         return table.new_zeros(columns.shape[0], table.shape[1], dtype=dtype)
     if table.dtype == dtype:
+        columns, coefficients = columns.contiguous(), coefficients.contiguous()
         return embedding_bag(columns, table, mode="sum", per_sample_weights=coefficients)
     # embedding_bag wants the coefficients in the table's dtype, which would round them.
     out = [
@@ -296,7 +303,7 @@ def _row_dots(y: Tensor, columns: Tensor, table: Tensor, rows: Tensor) -> Tensor
     """out[b, s] = y[rows[b, s]] . table[columns[b, s]], [B, r], all in one dtype."""
     starts = torch.arange(len(columns), device=y.device) * columns.shape[1]
     return torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        y, table, columns.reshape(-1), starts, rows.reshape(-1).contiguous(), 0
+        y, table, columns.contiguous().view(-1), starts, rows.contiguous().view(-1), 0
     ).view(columns.shape)
 
 

@@ -1,0 +1,145 @@
+"""`operator`: an opaque operator of torch with all of its rules.
+
+It is one of `torch.library`, differentiated and mapped over by the rules of an autograd function:
+reverse and forward mode of any order, vmap, in eager mode and under torch.compile.
+"""
+
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+LIBRARY = torch.library.Library("kronsae", "FRAGMENT")
+
+
+class Rules(torch.autograd.Function):
+    """What `operator` makes an operator of.
+
+    compute: its results, of annotated arguments without defaults; they share no memory.
+    fake: the same without numbers.
+    setup_context, backward, jvp: those of an autograd function, where jvp is a `forward_rule`. They
+        call operators, which are differentiated in turn.
+    """
+
+    @staticmethod
+    def rows(*args: Any) -> tuple[int, ...]:
+        """Places of arguments [B, ...] whose rows are independent of each other, for `batch`."""
+        return ()
+
+
+def operator(name: str) -> Callable[[type[Rules]], type[Rules]]:
+    """Class decorator: make rules the operator torch.ops.kronsae.name."""
+
+    def define(rules: type[Rules]) -> type[Rules]:
+        qualified = f"kronsae::{name}"
+        schema = torch.library.infer_schema(rules.compute, mutates_args=())
+        LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+        function = getattr(torch.ops.kronsae, name).default
+
+        def forward(*args: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                return function(*args)
+
+        def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> Any:
+            return batch(function, info.batch_size, in_dims, args, rules.rows(*args))
+
+        rules.forward, rules.vmap = staticmethod(forward), staticmethod(vmap)
+        LIBRARY.impl(name, torch._disable_dynamo(rules.compute), "CompositeExplicitAutograd")
+        for key in ("Autograd", "FuncTorchDynamicLayerFrontMode"):
+            LIBRARY.impl(name, lambda *args: rules.apply(*args), key)
+        torch.library.register_fake(qualified, rules.fake, lib=LIBRARY)
+        torch.library.register_vmap(qualified, vmap, lib=LIBRARY)
+        return rules
+
+    return define
+
+
+def forward_rule(rule: Callable) -> staticmethod:
+    """`jvp` of an autograd function from rule(ctx, saved tensors, *tangents), inside a jvp, too.
+
+    torch switches forward mode off around `jvp`, for outer levels as well, which then would get a
+    wrong second derivative. So it is on here, with the tangents of this level's tensors left out.
+    """
+
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
+        _check_sizes(ctx.saved_tensors)
+        saved = [forward_ad.unpack_dual(tensor, level=0).primal for tensor in ctx.saved_tensors]
+        with forward_ad._set_fwd_grad_enabled(True):
+            return rule(ctx, saved, *tangents)
+
+    return staticmethod(jvp)
+
+
+def total(*terms: Tensor | None) -> Tensor | None:
+    """Sum of the terms that are there."""
+    given = [term for term in terms if term is not None]
+    return sum(given[1:], given[0]) if given else None
+
+
+def has_values(tensor: Tensor) -> bool:
+    """False where numbers cannot be looked at: compiled, traced, fake or meta tensors, vmap."""
+    if torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor):
+        return False
+    traced = torch._C._len_torch_dispatch_stack()
+    return not (traced or torch._C._are_functorch_transforms_active())
+
+
+def batch(
+    function: Callable,
+    size: int,
+    in_dims: Sequence[int | None],
+    args: Sequence[Any],
+    rows: Sequence[int],
+) -> tuple[Any, Any]:
+    """Results of a function of 2-D tensors for a batch of `size` of them, and where that is: 0.
+
+    in_dims: the dimension of the batch in each argument, or None.
+    rows: places of arguments [B, ...] whose rows are independent, as are those of results then: if
+        nothing else differs in the batch, it is [size B, ...] in one call; else a call for each.
+    """
+    dims = [d if isinstance(arg, Tensor) else None for d, arg in zip(in_dims, args, strict=True)]
+    if all(dim is None or place in rows for place, dim in enumerate(dims)):
+        flat = list(args)
+        for place in rows:
+            arg, dim = args[place], dims[place]
+            arg = arg.expand(size, *arg.shape) if dim is None else arg.movedim(dim, 0)
+            flat[place] = arg.flatten(0, 1)
+        results, single = _as_tuple(function(*flat))
+        _check_sizes(results)
+        split = [out.view(size, out.shape[0] // size, *out.shape[1:]) for out in results]
+    else:
+        each = []
+        for place in range(size):
+            one = [a if d is None else a.select(d, place) for a, d in zip(args, dims, strict=True)]
+            results, single = _as_tuple(function(*one))
+            _check_sizes(results)
+            each.append(results)
+        split = [torch.stack(_same_width(column)) for column in zip(*each, strict=True)]
+    return (split[0], 0) if single else (tuple(split), (0,) * len(split))
+
+
+def _check_sizes(tensors: Sequence[Tensor]) -> None:
+    """Raise RuntimeError for a size that only a computation tells, while torch.compile traces."""
+    for size in itertools.chain(*(tensor.shape for tensor in tensors)):
+        if isinstance(size, torch.SymInt) and free_unbacked_symbols(size):
+            raise RuntimeError(
+                "torch.compile takes neither forward-mode derivatives nor vmap of codes whose "
+                "width depends on the data (threshold_encode): call jvp or vmap outside "
+                "torch.compile, of functions that are not compiled"
+            )
+
+
+def _as_tuple(results: Any) -> tuple[tuple[Tensor, ...], bool]:
+    single = isinstance(results, Tensor)
+    return ((results,) if single else tuple(results)), single
+
+
+def _same_width(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors [..., w] of different widths, padded with 0 to the largest."""
+    widest = max(tensor.shape[-1] for tensor in tensors)
+    return [torch.nn.functional.pad(t, (0, widest - t.shape[-1])) for t in tensors]
