@@ -8,7 +8,7 @@ from kronsae_kernels.common import SparseCodes
 from kronsae_kernels.decode import sparse_decode
 from kronsae_kernels.encode import dense_encode, fused_encode
 from kronsae_kernels.nested import nested_decode
-from kronsae_kernels.threshold import threshold_encode
+from kronsae_kernels.threshold import jump, threshold_encode
 from kronsae_kernels.version import __version__
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "__version__",
     "dense_encode",
     "fused_encode",
+    "jump",
     "nested_decode",
     "sparse_decode",
     "threshold_encode",

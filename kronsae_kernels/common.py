@@ -7,6 +7,7 @@ Letters, everywhere in this package:
 """
 
 import math
+import operator
 import reprlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -16,6 +17,8 @@ import torch
 from torch import Tensor
 
 COMPOSITIONS = ("mand", "relu_mul", "mul")
+LAYOUTS = ("head-major", "row-major")
+INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -56,10 +59,18 @@ def shown(value: Any) -> str:
 
 
 def check_tensors(**tensors: Tensor) -> None:
-    """Each argument is a tensor."""
+    """Each argument is a dense tensor of one process."""
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{name}: expected a tensor, got {shown(tensor)}")
+        if tensor.layout != torch.strided:
+            raise ValueError(f"{name}: expected a dense tensor, got layout {tensor.layout}")
+        if type(tensor).__name__ == "DTensor":
+            raise ValueError(
+                f"{name}: expected a tensor of this process, got a DTensor. Give `.to_local()` of "
+                "tokens that are sharded over processes, and `.full_tensor()` of sharded weights "
+                "(`fully_shard` of the module does that around its forward)"
+            )
 
 
 def check_floating(**tensors: Tensor | None) -> None:
@@ -100,11 +111,14 @@ def check_matrix(name: str, tensor: Tensor, rank: int, layout: str) -> None:
     )
 
 
-def check_mask(mask: Tensor | None, size: int) -> None:
-    """Mask [F] of the latents that may be selected, or None; F = size."""
+def check_mask(mask: Tensor | None, size: int, tokens: tuple[int, ...] | None = None) -> None:
+    """Mask [F] of latents that may be selected, F = size, or (tokens given) [*tokens, F]."""
     if mask is not None:
         check_tensors(mask=mask)
-        check_shape("mask", mask, (size,), "[F]")
+        if mask.ndim == 1 or tokens is None:
+            check_shape("mask", mask, (size,), "[F]")
+        else:
+            check_shape("mask", mask, (*tokens, size), "[F], or one mask a token, [..., F]")
         require(mask.dtype == torch.bool, f"mask: expected torch.bool, got {mask.dtype}")
 
 
@@ -115,6 +129,16 @@ def dict_size(w_enc: Tensor, m: int | None) -> int:
     heads, rows, _ = w_enc.shape
     check_count("m", m, 1, rows - 1, f"w_enc has m + n = {rows} rows a head")
     return heads * m * (rows - m)
+
+
+def as_integer(value: Any) -> Any:
+    """An integer of numpy, or a tensor that is a single one, as an int; anything else as it is."""
+    if isinstance(value, int):
+        return value
+    if isinstance(value, Tensor):
+        single = value.ndim == 0 and value.dtype in INTEGERS and not value.is_meta
+        return int(value) if single else value
+    return operator.index(value) if hasattr(value, "__index__") else value
 
 
 def is_integer(value: Any) -> bool:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kronsae_kernels import backends, reference
 from kronsae_kernels.common import (
+    INTEGERS,
     SparseCodes,
     check_floating,
     check_matrix,
@@ -23,7 +24,7 @@ from kronsae_kernels.common import (
     shape_of,
     without_autocast,
 )
-from kronsae_kernels.operator import Rules, forward_rule, has_values, operator, total
+from kronsae_kernels.rules import Rules, forward_rule, has_values, operator, total
 
 
 def sparse_decode(
@@ -38,7 +39,7 @@ def sparse_decode(
 
     Equals `reference.sparse_decode`. Call it as sparse_decode(codes, w_dec=W) or as
     sparse_decode(values, indices, w_dec=W).
-    values: [..., k] floating.  indices: [..., k] int64 in [0, F).  w_dec: [F, d].  b_dec: [d].
+    values: [..., k] floating.  indices: [..., k] integers in [0, F).  w_dec: [F, d].  b_dec: [d].
 
     Returns [..., d] in w_dec's dtype, accumulated in float32 (float64 for float64). Gradients of
     values, w_dec and b_dec; no [B, F] tensor either way. Under autocast w_dec keeps its dtype: this
@@ -47,7 +48,7 @@ def sparse_decode(
     Raises ValueError for wrong shapes, dtypes or devices, and (where tensors are on a CPU) for
     indices out of range; RuntimeError if `impl` cannot run here.
     """
-    if isinstance(codes_or_values, tuple):
+    if isinstance(codes_or_values, (tuple, list)):
         require(indices is None, "indices: give SparseCodes alone, or values and indices")
         require(
             len(codes_or_values) == 2,
@@ -60,7 +61,7 @@ def sparse_decode(
         raise ValueError("indices: expected beside values, got None")
     if w_dec is None:
         raise ValueError("w_dec: expected [F, d], got None")
-    check_decode(values, indices, w_dec, b_dec)
+    indices = check_decode(values, indices, w_dec, b_dec)
     name = backends.choose(impl, w_dec.device, w_dec.dtype)
     if name == "reference":
         if has_values(indices):
@@ -73,17 +74,18 @@ def sparse_decode(
     return out.view(*values.shape[:-1], w_dec.shape[1])
 
 
-def check_decode(values: Tensor, indices: Tensor, w_dec: Tensor, b_dec: Tensor | None) -> None:
-    """Raise ValueError unless these are codes, decoder and bias that belong together."""
+def check_decode(values: Tensor, indices: Tensor, w_dec: Tensor, b_dec: Tensor | None) -> Tensor:
+    """The indices as int64. Raises ValueError unless codes, decoder and bias belong together."""
     check_tensors(values=values, indices=indices, w_dec=w_dec)
     check_floating(values=values, w_dec=w_dec, b_dec=b_dec)
     check_matrix("w_dec", w_dec, 2, "[F, d]")
     require(values.ndim >= 1, lambda: f"values: expected [..., k], got {shape_of(values)}")
-    require(indices.dtype == torch.int64, f"indices: expected int64, got {indices.dtype}")
+    require(indices.dtype in INTEGERS, f"indices: expected integers, got {indices.dtype}")
     check_shape("indices", indices, tuple(values.shape), "the shape of values")
     check_shape("b_dec", b_dec, (w_dec.shape[1],), "[d]")
     check_same("device", values=values, indices=indices, w_dec=w_dec, b_dec=b_dec)
     check_same("dtype", w_dec=w_dec, b_dec=b_dec)
+    return indices.long()
 
 
 def check_range(indices: Tensor, size: int) -> None:

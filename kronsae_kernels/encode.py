@@ -14,8 +14,11 @@ from torch import Tensor
 from kronsae_kernels import backends, reference
 from kronsae_kernels.common import (
     COMPOSITIONS,
+    INTEGERS,
+    LAYOUTS,
     SparseCodes,
     accumulate_dtype,
+    as_integer,
     cast_for_autocast,
     check_choice,
     check_count,
@@ -31,7 +34,7 @@ from kronsae_kernels.common import (
     shape_of,
     without_autocast,
 )
-from kronsae_kernels.operator import Rules, forward_rule, has_values, operator, total
+from kronsae_kernels.rules import Rules, forward_rule, has_values, operator, total
 from kronsae_kernels.torch_impl import i_major, i_major_bias, live_pre_latents, rows_of
 
 
@@ -41,24 +44,32 @@ def fused_encode(
     b_enc: Tensor | None = None,
     *,
     m: int,
-    k: int,
+    k: int | Tensor,
     composition: str = "mand",
     eps: float = 0.0,
     impl: str | None = None,
     mask: Tensor | None = None,
+    scale: Tensor | None = None,
+    layout: str = "head-major",
 ) -> SparseCodes:
     """The k largest post-latents of a Kron encoder, without writing the [B, F] scores.
 
     Equals `reference.fused_encode`: topk(mAND(ReLU(base), ReLU(extension)), k) of each token, with
     base, extension the m + n projections of each head. [KronSAE, arXiv:2505.22255v3, eq. 2-4]
 
-    x: [..., d] float64, float32, bfloat16 or float16.   b_enc: [h, m + n] or None.
-    w_enc: [h, m + n, d], for each head m base rows, then n extension rows. Fastest when stored
-        row-major over heads: `torch.empty(m + n, h, d).transpose(0, 1)`.
+    x: [..., d] float64, float32, bfloat16 or float16.
+    layout: that of w_enc and b_enc. "head-major": [h, m + n, d] and [h, m + n], for each head m
+        base rows, then n extension rows. "row-major": [m + n, h, d] and [m + n, h], the first base
+        row of all heads, then the second one: this is fastest.
     composition: "mand" sqrt(p q + eps) for p q > 0, else sqrt(eps); "relu_mul" p q; "mul" u v
         (u, v the projections, p, q their ReLU).
     impl: None (by the device), "triton", "torch" or "reference".
-    mask: [F] bool or None; only latents where it is True are selected. At least k must be.
+    k: the same for all tokens, or int64 [...] >= 0, one a token. Then codes are as wide as the
+        largest, and a token's other slots have value 0.
+    mask: [F] bool, of which at least k are True, or [..., F], one a token. Only latents where it is
+        True are selected. A token that has fewer fills up with value 0.
+    scale: [F] >= 0. Latents compete by scale times value ("mand": its square times the product,
+        for eps = 0 the same); values are not scaled. It gets no gradient.
 
     Returns values [..., k], largest first (ties: lowest index), float32 (float64 for float64), and
     indices int64; latent (head, i, j) has index head m n + i n + j. Latents compete by the product
@@ -70,21 +81,27 @@ def fused_encode(
     Raises ValueError for wrong shapes, dtypes, devices, m, k, composition or eps; RuntimeError if
     `impl` cannot run here.
     """
-    x, w_enc, b_enc = check_encoder(x, w_enc, b_enc, mask, rank=3)
+    x, w_enc, b_enc = check_encoder(x, w_enc, b_enc, mask, rank=3, layout=layout)
+    m = as_integer(m)
     heads, rows, _ = w_enc.shape
     size = dict_size(w_enc, m)
-    _check_k(k, size, f"F = {heads} * {m} * {rows - m} = {size}", mask)
+    k, counts = _check_k(k, x, size, f"F = {heads} * {m} * {rows - m} = {size}", mask)
     check_choice("composition", composition, COMPOSITIONS)
     check_number("eps", eps, 0)
+    scale = _check_scale(scale, x, size)
+    if scale is not None and composition == "mand":
+        scale = scale.square()  # of the product under the root
     name = backends.choose(impl, x.device, x.dtype)
     if name == "reference":
-        return reference.fused_encode(
-            x, w_enc, b_enc, m=m, k=k, composition=composition, eps=eps, mask=mask
-        )
+        gate = {"m": m, "composition": composition, "eps": eps}
+        codes = reference.fused_encode(x, w_enc, b_enc, k=k, mask=mask, scale=scale, **gate)
+        return _allowed(codes, mask, counts)
+    flat, of_tokens = x.reshape(-1, x.shape[-1]), _flat_mask(mask, size)
     base, extension, indices = torch.ops.kronsae.encode(
-        x.reshape(-1, x.shape[-1]), w_enc, b_enc, mask, m, k, composition, name
+        flat, w_enc, b_enc, m, composition, name, k, of_tokens, scale
     )
-    return _codes(x, reference.compose(base * extension, composition, eps), indices)
+    values = reference.compose(base * extension, composition, eps)
+    return _allowed(_codes(x, values, indices), mask, counts)
 
 
 def dense_encode(
@@ -92,25 +109,33 @@ def dense_encode(
     w_enc: Tensor,
     b_enc: Tensor | None = None,
     *,
-    k: int,
+    k: int | Tensor,
     impl: str | None = None,
     mask: Tensor | None = None,
+    scale: Tensor | None = None,
+    relu: bool = True,
 ) -> SparseCodes:
     """The k largest of ReLU(w_enc x + b_enc), a TopK SAE's encoder, without keeping [B, F].
 
     Equals `reference.dense_encode`. [Gao et al. 2024]
-    x: [..., d].  w_enc: [F, d].  b_enc: [F] or None.  impl, mask, results, ties, errors: as in
-    `fused_encode`.
+    x: [..., d].  w_enc: [F, d].  b_enc: [F] or None.
+    relu: False leaves the ReLU out: the k largest pre-activations, which may be negative.
+    k, mask, scale, impl, results, ties, errors: as in `fused_encode`.
     """
     x, w_enc, b_enc = check_encoder(x, w_enc, b_enc, mask, rank=2)
     size = w_enc.shape[0]
-    _check_k(k, size, f"F = {size}", mask)
+    k, counts = _check_k(k, x, size, f"F = {size}", mask)
+    scale = _check_scale(scale, x, size)
+    check_choice("relu", relu, (True, False))
     name = backends.choose(impl, x.device, x.dtype)
     if name == "reference":
-        return reference.dense_encode(x, w_enc, b_enc, k=k, mask=mask)
-    flat = x.reshape(-1, x.shape[-1])
-    values, _, indices = torch.ops.kronsae.encode(flat, w_enc, b_enc, mask, None, k, "", name)
-    return _codes(x, values, indices)
+        options = {"mask": mask, "scale": scale, "relu": relu}
+        return _allowed(reference.dense_encode(x, w_enc, b_enc, k=k, **options), mask, counts)
+    flat, of_tokens = x.reshape(-1, x.shape[-1]), _flat_mask(mask, size)
+    values, _, indices = torch.ops.kronsae.encode(
+        flat, w_enc, b_enc, None, "" if relu else "mul", name, k, of_tokens, scale
+    )
+    return _allowed(_codes(x, values, indices), mask, counts)
 
 
 def _codes(x: Tensor, values: Tensor, indices: Tensor) -> SparseCodes:
@@ -119,42 +144,96 @@ def _codes(x: Tensor, values: Tensor, indices: Tensor) -> SparseCodes:
     return SparseCodes(values.view(shape), indices.view(shape))
 
 
+def _flat_mask(mask: Tensor | None, size: int) -> Tensor | None:
+    """[F] as it is, [..., F] as [B, F]."""
+    return mask if mask is None or mask.ndim == 1 else mask.reshape(-1, size)
+
+
+def _allowed(codes: SparseCodes, mask: Tensor | None, counts: Tensor | None) -> SparseCodes:
+    """Codes with value 0 from a token's count [...] on, and where its mask [..., F] is False."""
+    values, indices = codes
+    if mask is not None and mask.ndim > 1:
+        values = values.where(mask.gather(-1, indices), 0)
+    if counts is not None:
+        places = torch.arange(values.shape[-1], device=values.device)
+        values = values.where(places < counts[..., None], 0)
+    return SparseCodes(values, indices)
+
+
 # Checks
 
 
 def check_encoder(
-    x: Tensor, w_enc: Tensor, b_enc: Tensor | None, mask: Tensor | None, rank: int
+    x: Tensor,
+    w_enc: Tensor,
+    b_enc: Tensor | None,
+    mask: Tensor | None,
+    rank: int,
+    layout: str = LAYOUTS[0],
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Check all but m, k and the options; return the tensors as autocast wants them."""
+    """Check all but m, k and the options; return the tensors as autocast wants them, head-major."""
     check_tensors(x=x, w_enc=w_enc)
     check_floating(x=x, w_enc=w_enc, b_enc=b_enc)
     if mask is not None:
         check_tensors(mask=mask)
-    layout = {3: "[h, m + n, d]", 2: "[F, d]"}[rank]
+    check_choice("layout", layout, LAYOUTS)
+    shape = {2: "[F, d]", 3: "[h, m + n, d]"}[rank] if layout == LAYOUTS[0] else "[m + n, h, d]"
     require(x.ndim >= 1, lambda: f"x: expected [..., d], got {shape_of(x)}")
-    check_matrix("w_enc", w_enc, rank, layout)
+    check_matrix("w_enc", w_enc, rank, shape)
     require(
         x.shape[-1] == w_enc.shape[-1],
         lambda: (
-            f"x: expected [..., d] with d = {w_enc.shape[-1]} as in w_enc {layout}, "
+            f"x: expected [..., d] with d = {w_enc.shape[-1]} as in w_enc {shape}, "
             f"got {shape_of(x)}"
         ),
     )
-    check_shape("b_enc", b_enc, tuple(w_enc.shape[:-1]), layout.replace(", d", ""))
+    check_shape("b_enc", b_enc, tuple(w_enc.shape[:-1]), shape.replace(", d", ""))
     check_same("device", x=x, w_enc=w_enc, b_enc=b_enc, mask=mask)
     x, w_enc = cast_for_autocast(x), cast_for_autocast(w_enc)
     b_enc = None if b_enc is None else cast_for_autocast(b_enc)
     check_same("dtype", x=x, w_enc=w_enc, b_enc=b_enc)
+    if layout != LAYOUTS[0]:
+        w_enc, b_enc = w_enc.transpose(0, 1), None if b_enc is None else b_enc.t()
     return x, w_enc, b_enc
 
 
-def _check_k(k: int, size: int, of_size: str, mask: Tensor | None) -> None:
-    """Check that k of F = size latents, and of those in the mask, can be selected."""
+def _check_k(
+    k: int | Tensor, x: Tensor, size: int, of_size: str, mask: Tensor | None
+) -> tuple[int, Tensor | None]:
+    """The largest k, and those of tokens (None: of all the same), if so many can be selected."""
+    counts = None
+    if isinstance(k, Tensor) and k.ndim > 0:
+        counts, shape = k, tuple(x.shape[:-1])
+        check_shape("k", counts, shape, "one for each token, [...]")
+        require(counts.dtype in INTEGERS, f"k: expected integers, got {counts.dtype}")
+        check_same("device", x=x, k=counts)
+        require(
+            has_values(counts),
+            "k: one a token decides how wide the codes are, which torch.compile, vmap and fake "
+            "tensors cannot know. Give the largest one as an integer, and set values to 0 after",
+        )
+        low, k = (int(bound) for bound in torch.aminmax(counts)) if counts.numel() else (0, 1)
+        require(low >= 0, f"k: expected integers >= 0, got {low}")
+        k = max(1, k)
+    k = as_integer(k)
     check_count("k", k, 1, size, f"1 <= k <= {of_size}")
-    check_mask(mask, size)
-    if mask is not None and has_values(mask):
+    check_mask(mask, size, tuple(x.shape[:-1]))
+    if mask is not None and mask.ndim == 1 and has_values(mask):
         allowed = int(mask.sum())
         require(k <= allowed, f"k: expected at most the {allowed} latents in mask, got {k}")
+    return k, counts
+
+
+def _check_scale(scale: Tensor | None, x: Tensor, size: int) -> Tensor | None:
+    """A scale [F] in the dtype of values, without its history."""
+    if scale is None:
+        return None
+    check_floating(scale=scale)
+    check_shape("scale", scale, (size,), "[F]")
+    check_same("device", x=x, scale=scale)
+    if has_values(scale):
+        require(not bool((scale < 0).any()), "scale: expected numbers >= 0, got negative ones")
+    return scale.detach().to(accumulate_dtype(x.dtype))
 
 
 # Operators
@@ -232,8 +311,8 @@ def encode_backward(
 class Selected(Rules):
     """Derivatives of the factors of selected latents, by x, w_enc and b_enc.
 
-    The operator's arguments are x, w_enc, b_enc, one of its own, m, one of its own, composition and
-    impl; its results begin with base, extension and indices.
+    The operator's arguments begin with x, w_enc, b_enc, m, composition and impl, its results with
+    base, extension and indices.
     """
 
     @staticmethod
@@ -242,7 +321,8 @@ class Selected(Rules):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, w_enc, _, _, ctx.m, _, ctx.composition, ctx.impl = inputs
+        x, w_enc, _, ctx.m, ctx.composition, ctx.impl, *own = inputs
+        ctx.not_derived = 3 + len(own)
         base, extension, *others = output
         indices, ctx.others = others[0], len(others)
         ctx.mark_non_differentiable(*others)
@@ -261,7 +341,10 @@ class Selected(Rules):
         else:
             gradients = torch.ops.kronsae.encode_backward(*arguments, ctx.impl)
         needed = zip((need_x, need_w, need_b), gradients, strict=True)
-        return (*(gradient if need else None for need, gradient in needed), *5 * [None])
+        return (
+            *(gradient if need else None for need, gradient in needed),
+            *ctx.not_derived * [None],
+        )
 
     @forward_rule
     def jvp(ctx, saved, t_x, t_w, t_b, *_):
@@ -292,20 +375,26 @@ class Encode(Selected):
         x: Tensor,
         w_enc: Tensor,
         b_enc: Tensor | None,
-        mask: Tensor | None,
         m: int | None,
-        k: int,
         composition: str,
         impl: str,
+        k: int,
+        mask: Tensor | None,
+        scale: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         with without_autocast(x):
             indices, base, extension = backends.module(impl).encode(
-                x, w_enc, b_enc, mask, m, k, composition
+                x, w_enc, b_enc, mask, m, k, composition, scale
             )
         return base, extension, indices
 
     @staticmethod
-    def fake(x, w_enc, b_enc, mask, m, k, composition, impl):
+    def rows(*args):
+        mask = args[7]
+        return (0,) if mask is None or mask.ndim == 1 else (0, 7)
+
+    @staticmethod
+    def fake(x, w_enc, b_enc, m, composition, impl, k, mask, scale):
         base = x.new_empty(x.shape[0], k, dtype=accumulate_dtype(x.dtype))
         extension = base.new_empty(0) if m is None else torch.empty_like(base)
         return base, extension, torch.empty_like(base, dtype=torch.int64)

@@ -1,20 +1,20 @@
 """`nested_decode`: the reconstructions from nested prefixes of the dictionary, in one pass."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from kronsae_kernels import backends, reference
-from kronsae_kernels.common import SparseCodes, is_integer, require, shown
+from kronsae_kernels.common import SparseCodes, as_integer, is_integer, require, shown
 from kronsae_kernels.decode import check_decode, check_range
-from kronsae_kernels.operator import has_values
+from kronsae_kernels.rules import has_values
 
 
 def nested_decode(
     codes: SparseCodes,
-    bounds: Sequence[int],
+    bounds: Iterable[int],
     w_dec: Tensor,
     b_dec: Tensor | None = None,
     *,
@@ -31,7 +31,7 @@ def nested_decode(
     impl, results, gradients and errors: as of `sparse_decode`.
     """
     values, indices = codes
-    check_decode(values, indices, w_dec, b_dec)
+    indices = check_decode(values, indices, w_dec, b_dec)
     bounds = check_bounds(bounds, w_dec.shape[0])
     name = backends.choose(impl, w_dec.device, w_dec.dtype)
     if name == "reference":
@@ -45,8 +45,12 @@ def nested_decode(
     return out.view(*values.shape[:-1], *out.shape[1:])
 
 
-def check_bounds(bounds: Sequence[int], size: int) -> list[int]:
+def check_bounds(bounds: Iterable[int], size: int) -> list[int]:
     """The bounds of nested prefixes of F = size latents. Raises ValueError if they are none."""
+    if isinstance(bounds, Tensor) and not bounds.is_meta:
+        bounds = bounds.tolist()
+    if isinstance(bounds, Iterable):
+        bounds = [as_integer(bound) for bound in bounds]
     require(
         isinstance(bounds, Sequence)
         and len(bounds) > 0
@@ -57,4 +61,4 @@ def check_bounds(bounds: Sequence[int], size: int) -> list[int]:
             f"got {shown(bounds)}"
         ),
     )
-    return list(bounds)
+    return bounds

@@ -59,11 +59,13 @@ def latents(
     m: int | None,
     composition: str,
 ) -> Tensor:
-    """Scores [..., F] by which latents are selected: a Kron encoder's products, or the ReLU."""
+    """Scores [..., F] by which latents are selected: a Kron encoder's products, or the ReLU (for
+    composition "mul": what it is taken of)."""
     bias = None if b_enc is None else b_enc.flatten()
     pre_latents = torch.nn.functional.linear(x, w_enc.flatten(0, -2), bias)
     if m is None:
-        return pre_latents.relu().to(accumulate_dtype(x.dtype))
+        pre_latents = pre_latents if composition == "mul" else pre_latents.relu()
+        return pre_latents.to(accumulate_dtype(x.dtype))
     pre_latents = pre_latents.unflatten(-1, w_enc.shape[:2])
     return products(pre_latents[..., :m], pre_latents[..., m:], composition).flatten(-3)
 
@@ -78,10 +80,11 @@ def fused_encode(
     composition: str = "mand",
     eps: float = 0.0,
     mask: Tensor | None = None,
+    scale: Tensor | None = None,
 ) -> SparseCodes:
     """The k largest post-latents of a Kron encoder. [KronSAE, eq. 2-4]"""
     product = latents(x, w_enc, b_enc, m, composition)
-    indices = largest(_masked(product.detach(), mask), k)
+    indices = largest(_competing(product, mask, scale), k)
     return SparseCodes(compose(product.gather(-1, indices), composition, eps), indices)
 
 
@@ -92,10 +95,12 @@ def dense_encode(
     *,
     k: int,
     mask: Tensor | None = None,
+    scale: Tensor | None = None,
+    relu: bool = True,
 ) -> SparseCodes:
     """The k largest of ReLU(w_enc x + b_enc): a TopK SAE's encoder. [Gao et al. 2024]"""
-    values = latents(x, w_enc, b_enc, None, "")
-    indices = largest(_masked(values.detach(), mask), k)
+    values = latents(x, w_enc, b_enc, None, "" if relu else "mul")
+    indices = largest(_competing(values, mask, scale), k)
     return SparseCodes(values.gather(-1, indices), indices)
 
 
@@ -147,5 +152,7 @@ def nested_decode(
     return torch.stack(parts, -2)
 
 
-def _masked(scores: Tensor, mask: Tensor | None) -> Tensor:
+def _competing(scores: Tensor, mask: Tensor | None, scale: Tensor | None) -> Tensor:
+    """What latents [..., F] are selected by."""
+    scores = scores.detach() if scale is None else scores.detach() * scale
     return scores if mask is None else scores.masked_fill(~mask, -torch.inf)

@@ -8,16 +8,18 @@ from kronsae_kernels.common import (
     COMPOSITIONS,
     SparseCodes,
     accumulate_dtype,
+    as_integer,
     check_choice,
+    check_floating,
     check_number,
     check_same,
     check_shape,
-    check_tensors,
     dict_size,
+    require,
     without_autocast,
 )
 from kronsae_kernels.encode import Selected, check_encoder
-from kronsae_kernels.operator import operator
+from kronsae_kernels.rules import operator
 
 
 def threshold_encode(
@@ -25,11 +27,13 @@ def threshold_encode(
     w_enc: Tensor,
     b_enc: Tensor | None = None,
     *,
-    threshold: Tensor,
+    threshold: Tensor | float,
     m: int | None = None,
     composition: str = "mand",
     eps: float = 0.0,
     impl: str | None = None,
+    layout: str = "head-major",
+    bandwidth: float | None = None,
 ) -> SparseCodes:
     """Every latent whose value exceeds its threshold, and is not silent; padded to [..., w].
 
@@ -39,29 +43,72 @@ def threshold_encode(
     the end: value 0, at the index of some latent, without gradient. So does a row with NaN.
 
     x: [..., d].  w_enc: [h, m + n, d] with m given (Kron), or [F, d] without (dense).
-    b_enc: [h, m + n] or [F], or None.  threshold: [F], of the latents' values; no gradient.
-    composition, eps, impl, order of the latents, gradients and errors: as in `fused_encode`.
+    b_enc: [h, m + n] or [F], or None.  threshold: [F], or a number for all latents.
+    bandwidth: None, or that of the pseudo-derivatives (`jump`) by which a threshold learns. Codes
+        then contain the latents less than half of it below their threshold, too, with value 0: for
+        the gradient. Without it thresholds get none.
+    composition, eps, impl, layout, order of the latents, gradients and errors: as in
+    `fused_encode`.
     Memory: O(B w) and one chunk of tokens' scores [b, F], forward alone.
     """
-    x, w_enc, b_enc = check_encoder(x, w_enc, b_enc, None, rank=2 if m is None else 3)
-    check_tensors(threshold=threshold)
-    check_shape("threshold", threshold, (dict_size(w_enc, m),), "[F]")
-    check_same("device", x=x, threshold=threshold)
+    rank = 2 if m is None else 3
+    x, w_enc, b_enc = check_encoder(x, w_enc, b_enc, None, rank=rank, layout=layout)
+    m = as_integer(m)
+    threshold = _check_threshold(threshold, x, dict_size(w_enc, m))
     check_choice("composition", composition, COMPOSITIONS)
     check_number("eps", eps, 0)
+    if bandwidth is not None:
+        check_number("bandwidth", bandwidth, 0)
+        require(bandwidth > 0, f"bandwidth: expected > 0, got {bandwidth}")
+    lowest = threshold.detach() - (0.0 if bandwidth is None else bandwidth / 2)
     name = backends.choose(impl, x.device, x.dtype)
     if name == "reference":
-        return reference.threshold_encode(
-            x, w_enc, b_enc, threshold=threshold, m=m, composition=composition, eps=eps
+        gate = {"m": m, "composition": composition, "eps": eps}
+        values, indices = reference.threshold_encode(x, w_enc, b_enc, threshold=lowest, **gate)
+        used = values != 0
+    else:
+        base, extension, indices, counts = torch.ops.kronsae.threshold_encode(
+            x.reshape(-1, x.shape[-1]), w_enc, b_enc, m, composition, name, lowest, eps
         )
-    flat = x.reshape(-1, x.shape[-1])
-    base, extension, indices, counts = torch.ops.kronsae.threshold_encode(
-        flat, w_enc, b_enc, threshold.detach(), m, eps, composition, name
-    )
-    values = base if m is None else reference.compose(base * extension, composition, eps)
-    values = values.where(torch.arange(values.shape[1], device=x.device) < counts[:, None], 0)
-    shape = (*x.shape[:-1], values.shape[1])
-    return SparseCodes(values.view(shape), indices.view(shape))
+        values = base if m is None else reference.compose(base * extension, composition, eps)
+        used = torch.arange(values.shape[1], device=x.device) < counts[:, None]
+        values = values.where(used, 0)
+        shape = (*x.shape[:-1], values.shape[1])
+        values, indices, used = values.view(shape), indices.view(shape), used.view(shape)
+    if bandwidth is not None:
+        values, _ = jump(values, threshold[indices], bandwidth, used)
+    return SparseCodes(values, indices)
+
+
+def jump(
+    values: Tensor, threshold: Tensor, bandwidth: float, used: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """JumpReLU z = v H(v - t) and activity H(v - t) of values v with thresholds t, elementwise.
+
+    Derivatives by t: dz/dt = -(t / w) K((v - t) / w) and dH/dt = -(1 / w) K((v - t) / w), with the
+    rectangle K(u) = 1 for |u| < 1/2 and w the bandwidth. By v: dz/dv = H(v - t) and dH/dv = 0.
+    used: False in unused slots, where all of these are 0. [Rajamanoharan et al. 2024]
+    """
+    active, near = values > threshold, (values - threshold).abs() < bandwidth / 2
+    if used is not None:
+        active, near = active & used, near & used
+    fixed = threshold.detach()
+    step = torch.where(near, threshold - fixed, 0) / -bandwidth  # 0, with the derivative of H
+    z = values.where(active, 0) + torch.where(near, fixed, 0) * step
+    return z, active.to(values.dtype) + step
+
+
+def _check_threshold(threshold: Tensor | float, x: Tensor, size: int) -> Tensor:
+    """A threshold for each of F = size latents."""
+    if not isinstance(threshold, Tensor):
+        check_number("threshold", threshold, None)
+        threshold = x.new_tensor(threshold, dtype=accumulate_dtype(x.dtype))
+    check_floating(threshold=threshold)
+    if threshold.ndim == 0:
+        threshold = threshold.expand(size)
+    check_shape("threshold", threshold, (size,), "[F], or a single number")
+    check_same("device", x=x, threshold=threshold)
+    return threshold
 
 
 @operator("threshold_encode")
@@ -71,11 +118,11 @@ class ThresholdEncode(Selected):
         x: Tensor,
         w_enc: Tensor,
         b_enc: Tensor | None,
-        threshold: Tensor,
         m: int | None,
-        eps: float,
         composition: str,
         impl: str,
+        threshold: Tensor,
+        eps: float,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         with without_autocast(x):
             return backends.module(impl).threshold_encode(
@@ -83,7 +130,7 @@ class ThresholdEncode(Selected):
             )
 
     @staticmethod
-    def fake(x, w_enc, b_enc, threshold, m, eps, composition, impl):
+    def fake(x, w_enc, b_enc, m, composition, impl, threshold, eps):
         width = torch.library.get_ctx().new_dynamic_size()
         factor = x.new_empty(x.shape[0], width, dtype=accumulate_dtype(x.dtype))
         indices = torch.empty_like(factor, dtype=torch.int64)

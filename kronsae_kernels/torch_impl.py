@@ -45,25 +45,44 @@ def encode(
     m: int | None,
     k: int,
     composition: str,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The k latents with the largest products: indices, and their two factors.
 
     Returns indices [B, k] int64, base [B, k] and extension [B, k] (ReLU applied, except for
     composition "mul"), float32 (float64 for float64), by product descending, index ascending.
     m None: a dense encoder; its values are the base, the extension is an empty tensor.
+    mask [F] or [B, F]: the latents that compete; where a token's are fewer than k, others follow.
+    scale [F]: they compete by their product times it.
     """
     dtype = accumulate_dtype(x.dtype)
     if m is None:
-        dense = [select_dense(pre, mask, k) for pre in projections(x, w_enc, b_enc, scratch=0)]
+        signed = composition == "mul"
+        dense = [
+            select_dense(pre, allowed, k, scale=scale, signed=signed)
+            for pre, allowed in _with_masks(projections(x, w_enc, b_enc, scratch=0), mask)
+        ]
         indices, values = concatenate(dense, x, k, (torch.int64, dtype))
         return indices, values, values.new_empty(0)
     heads, rows, _ = w_enc.shape
     n = rows - m
+    pres = projections(x, w_enc, b_enc, scratch=min(k, heads) * m * n)
     parts = [
-        select_kron(pre.view(-1, rows, heads), mask, m, n, k, composition)
-        for pre in projections(x, w_enc, b_enc, scratch=min(k, heads) * m * n)
+        select_kron(pre.view(-1, rows, heads), allowed, m, n, k, composition, scale=scale)
+        for pre, allowed in _with_masks(pres, mask)
     ]
     return concatenate(parts, x, k, (torch.int64, dtype, dtype))
+
+
+def _with_masks(
+    chunks: Iterator[Tensor], mask: Tensor | None
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Chunks of tokens, and the part of a mask [B, F] that is theirs (or the whole mask [F])."""
+    start = 0
+    for chunk in chunks:
+        own = mask is None or mask.ndim == 1
+        yield chunk, mask if own else mask[start : start + len(chunk)]
+        start += len(chunk)
 
 
 def encode_backward(
@@ -418,18 +437,20 @@ def select_kron(
     k: int,
     composition: str,
     few: bool = True,
+    scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`encode` of one chunk from its pre-latents [b, m + n, h] (before the ReLU).
 
-    few: whether latents of a mask are counted (on the host), and scored alone if they are few.
+    mask: [F] or [b, F].  few: whether latents of a mask [F] are counted (on the host), and scored
+    alone if they are few.
     """
     tokens, rows, heads = pre.shape
     dtype = accumulate_dtype(pre.dtype)
-    places = _few(mask, k * m * n) if few and mask is not None else None
+    places = _few(mask, k * m * n) if few else None
     if places is not None:
-        return _select_among(pre, places, m, n, k, composition)
+        return _select_among(pre, places, m, n, k, composition, scale)
     if k < heads:
-        kept = top(_head_scores(pre, mask, m, composition), k).sort(dim=1).values
+        kept = top(_head_scores(pre, mask, m, composition, scale), k).sort(dim=1).values
         pre = pre.gather(2, kept[:, None, :].expand(-1, rows, -1))
     else:
         kept = torch.arange(heads, device=pre.device).expand(tokens, heads)
@@ -437,8 +458,13 @@ def select_kron(
     if composition != "mul":
         factors = factors.clamp(min=0)
     scores = factors[:, :, :m, None] * factors[:, :, None, m:]
-    if mask is not None:
+    if scale is not None:
+        scores = scores * scale.view(heads, m, n)[kept]
+    if mask is not None and mask.ndim == 1:
         scores = scores.masked_fill(~mask.view(heads, m, n)[kept], -torch.inf)
+    elif mask is not None:
+        of_token = torch.arange(tokens, device=pre.device)[:, None]
+        scores = scores.masked_fill(~mask.view(tokens, heads, m, n)[of_token, kept], -torch.inf)
     # Heads ascend, so a lower position is a lower latent index.
     position = top(scores.reshape(tokens, -1), k)
     slot, latent = divide(position, m * n)
@@ -449,14 +475,22 @@ def select_kron(
     return kept.gather(1, slot) * (m * n) + latent, base, extension
 
 
-def _few(mask: Tensor, most: int) -> Tensor | None:
+def _few(mask: Tensor | None, most: int) -> Tensor | None:
     """The latents of a mask [F] (ascending), if they are no more than `most`."""
+    if mask is None or mask.ndim > 1:
+        return None
     places = mask.nonzero().squeeze(1)
     return places if len(places) <= most else None
 
 
 def _select_among(
-    pre: Tensor, latents: Tensor, m: int, n: int, k: int, composition: str
+    pre: Tensor,
+    latents: Tensor,
+    m: int,
+    n: int,
+    k: int,
+    composition: str,
+    scale: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`select_kron` among some latents [c], all of which are scored: as dead ones often are few."""
     heads, dtype = pre.shape[2], accumulate_dtype(pre.dtype)
@@ -466,24 +500,35 @@ def _select_among(
     base, extension = (pre.flatten(1).index_select(1, row).to(dtype) for row in rows)
     if composition != "mul":
         base, extension = base.relu_(), extension.relu_()
-    position = top(base * extension, k)
+    product = base * extension
+    position = top(product if scale is None else product * scale[latents], k)
     return latents[position], base.gather(1, position), extension.gather(1, position)
 
 
-def _head_scores(pre: Tensor, mask: Tensor | None, m: int, composition: str) -> Tensor:
+def _head_scores(
+    pre: Tensor, mask: Tensor | None, m: int, composition: str, scale: Tensor | None
+) -> Tensor:
     """Largest product of each head, [b, h]: bit for bit that of its largest latent.
 
     Rounding is monotone, so the product of the maxima is the maximum of the rounded products.
-    With a mask (latents outside it count -inf) all products are formed, head by head.
+    With a mask (latents outside it count -inf) or a scale all products are formed, pair by pair.
     """
     dtype = accumulate_dtype(pre.dtype)
-    if mask is not None:
+    if mask is not None or scale is not None:
         pre = pre.to(dtype) if composition == "mul" else pre.to(dtype).clamp(min=0)
-        allowed = mask.view(pre.shape[2], m, -1).permute(1, 2, 0)
-        score = pre.new_full((pre.shape[0], pre.shape[2]), -torch.inf)
-        for u, of_base in zip(pre[:, :m].unbind(1), allowed, strict=True):
-            for v, of_pair in zip(pre[:, m:].unbind(1), of_base, strict=True):
-                score = torch.maximum(score, torch.where(of_pair, u * v, -torch.inf))
+        tokens, _, heads = pre.shape
+        score = pre.new_full((tokens, heads), -torch.inf)
+        by_pair = [
+            None if of_latents is None else of_latents.unflatten(-1, (heads, m, -1)).movedim(-3, -1)
+            for of_latents in (mask, scale)
+        ]
+        allowed, weights = by_pair
+        for i, u in enumerate(pre[:, :m].unbind(1)):
+            for j, v in enumerate(pre[:, m:].unbind(1)):
+                product = u * v if weights is None else u * v * weights[i, j]
+                if allowed is not None:
+                    product = product.where(allowed[..., i, j, :], -torch.inf)
+                score = torch.maximum(score, product)
         return score
     base, extension = pre[:, :m], pre[:, m:]
     highest = base.amax(1).to(dtype), extension.amax(1).to(dtype)
@@ -498,18 +543,27 @@ def _head_scores(pre: Tensor, mask: Tensor | None, m: int, composition: str) -> 
 
 
 def select_dense(
-    pre: Tensor, mask: Tensor | None, k: int, few: bool = True
+    pre: Tensor,
+    mask: Tensor | None,
+    k: int,
+    few: bool = True,
+    scale: Tensor | None = None,
+    signed: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """`dense_encode` of one chunk from its pre-activations [b, F] (before the ReLU).
 
-    few: as in `select_kron`.
+    mask, few: as in `select_kron`.  signed: without the ReLU.
     """
-    places = _few(mask, len(mask) // 2) if few and mask is not None else None
-    scores = (pre if places is None else pre.index_select(1, places)).relu_()
-    if mask is not None and places is None:
+    places = None if mask is None or not few else _few(mask, mask.shape[-1] // 2)
+    if places is not None:
+        pre = pre.index_select(1, places)
+        mask, scale = None, None if scale is None else scale[places]
+    values = pre if signed else pre.relu_()
+    scores = values if scale is None else values.to(scale.dtype) * scale
+    if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
     indices = top(scores, k)
-    values = scores.gather(1, indices).to(accumulate_dtype(pre.dtype))
+    values = values.gather(1, indices).to(accumulate_dtype(pre.dtype))
     return indices if places is None else places[indices], values
 
 

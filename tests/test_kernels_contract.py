@@ -73,8 +73,10 @@ ERRORS = [
     (lambda: dense(x=X.long()), ["x:", "float32", "torch.int64"]),
     (lambda: dense(w_enc=W_DENSE.bfloat16()), ["same dtype", "w_enc torch.bfloat16"]),
     (lambda: decode(values=INDICES), ["values:", "float32", "torch.int64"]),
-    (lambda: decode(indices=INDICES.int()), ["indices:", "int64", "torch.int32"]),
-    (lambda: decode(indices=VALUES), ["indices:", "int64", "torch.float32"]),
+    (lambda: decode(indices=INDICES.bool()), ["indices:", "integers", "torch.bool"]),
+    (lambda: decode(indices=VALUES), ["indices:", "integers", "torch.float32"]),
+    (lambda: encode(x=X.to_sparse()), ["x:", "dense tensor", "torch.sparse_coo"]),
+    (lambda: decode(w_dec=W_DEC.to_sparse_csr()), ["w_dec:", "dense tensor", "torch.sparse_csr"]),
     (lambda: decode(w_dec=W_DEC.long()), ["w_dec:", "float32", "torch.int64"]),
     (lambda: decode(b_dec=B_DEC.double()), ["same dtype", "b_dec torch.float64"]),
     # Ranks and widths
@@ -89,7 +91,7 @@ ERRORS = [
     (lambda: dense(x=X[:, :2]), ["x:", "d = 4", "[3, 2]"]),
     (lambda: dense(w_enc=W_ENC), ["w_enc:", "[F, d]", "[5, 6, 4]"]),
     (lambda: dense(b_enc=B_DENSE[:-1]), ["b_enc:", "[F] = [40]", "[39]"]),
-    (lambda: dense(mask=MASK[None]), ["mask:", "[F] = [40]", "[1, 40]"]),
+    (lambda: dense(mask=MASK[None]), ["mask:", "[F], or", "[..., F] = [3, 40]", "[1, 40]"]),
     (lambda: decode(values=torch.tensor(1.0)), ["values:", "[..., k]", "[]"]),
     (lambda: decode(values=VALUES[:1]), ["indices:", "shape of values = [1, 2]", "[3, 2]"]),
     (lambda: decode(w_dec=W_DEC[0]), ["w_dec:", "[F, d]", "[4]"]),
@@ -129,6 +131,20 @@ ERRORS = [
         lambda: sparse_decode((VALUES, INDICES, B_DEC), w_dec=W_DEC),
         ["codes_or_values:", "(values, indices)", "3 items"],
     ),
+    # One a token, a latent
+    (lambda: encode(k=torch.tensor([1, 2])), ["k:", "[...] = [3]", "[2]"]),
+    (lambda: encode(k=torch.tensor([1.0, 2.0, 3.0])), ["k:", "integers", "torch.float32"]),
+    (lambda: encode(k=torch.tensor([1, -2, 3])), ["k:", ">= 0", "got -2"]),
+    (lambda: encode(k=torch.tensor([1, 2, 41])), ["k:", "[1, 40]", "got 41"]),
+    (lambda: encode(k=torch.tensor(2.0)), ["k:", "integer", "got tensor(2.)"]),
+    (lambda: encode(mask=MASK.expand(2, -1)), ["mask:", "[..., F] = [3, 40]", "[2, 40]"]),
+    (lambda: encode(scale=torch.ones(39)), ["scale:", "[F] = [40]", "[39]"]),
+    (lambda: encode(scale=torch.ones(40).long()), ["scale:", "float32", "torch.int64"]),
+    (lambda: encode(scale=-torch.ones(40)), ["scale:", ">= 0", "negative"]),
+    (lambda: encode(scale=2.0), ["scale:", "tensor", "got 2.0"]),
+    (lambda: dense(relu=None), ["relu:", "True", "None"]),
+    (lambda: encode(layout="rows"), ["layout:", "head-major", "row-major", "'rows'"]),
+    (lambda: encode(w_enc=W_ENC[0], layout="row-major"), ["w_enc:", "[m + n, h, d]", "[6, 4]"]),
     # Implementations
     (lambda: encode(impl="cuda"), ["impl:", "triton", "torch", "reference", "'cuda'"]),
     (lambda: dense(impl=""), ["impl:", "reference", "''"]),
@@ -303,10 +319,10 @@ def test_default_on_a_cpu_is_torch():
 
 def test_reference_is_the_reference(monkeypatch):
     for name in ("fused_encode", "dense_encode", "sparse_decode"):
-        monkeypatch.setattr(reference, name, lambda *a, name=name, **o: name)
-    assert encode(impl="reference") == "fused_encode"
-    assert dense(impl="reference") == "dense_encode"
-    assert decode(impl="reference") == "sparse_decode"
+        monkeypatch.setattr(reference, name, lambda *a, name=name, **o: SparseCodes(name, name))
+    assert encode(impl="reference").values == "fused_encode"
+    assert dense(impl="reference").values == "dense_encode"
+    assert decode(impl="reference").values == "sparse_decode"
 
 
 # The package
@@ -338,6 +354,7 @@ def test_public_names():
         "__version__",
         "dense_encode",
         "fused_encode",
+        "jump",
         "nested_decode",
         "sparse_decode",
         "threshold_encode",

@@ -22,12 +22,14 @@ def encode_inputs():
     x, w, b = randn(5, D, grad=True), randn(H, M + N, D, grad=True), randn(H, M + N, grad=True)
     i_major = randn(M + N, H, D).transpose(0, 1).requires_grad_()
     mask = torch.arange(F) % 2 == 0
-    yield x, w, b, None, M, 3, "mand", "torch"
-    yield x, i_major, None, mask, M, 8, "mul", "torch"
-    yield randn(0, D, grad=True), w, b, None, M, F, "relu_mul", "torch"
+    yield x, w, b, M, "mand", "torch", 3, None, None
+    yield x, i_major, None, M, "mul", "torch", 8, mask, None
+    yield x, w, b, M, "mand", "torch", 3, torch.rand(5, F) > 0.5, torch.rand(F)
+    yield randn(0, D, grad=True), w, b, M, "relu_mul", "torch", F, None, None
     halves = (t.detach().bfloat16() for t in (x, w, b))
-    yield *halves, None, M, 3, "mand", "torch"
-    yield randn(D, 5).t().double(), w.detach().double(), None, None, M, 3, "mand", "torch"
+    yield *halves, M, "mand", "torch", 3, None, None
+    x, w = randn(D, 5).t().double(), w.detach().double()
+    yield x, w, None, M, "mand", "torch", 3, None, None
 
 
 def encode_backward_inputs():
@@ -41,11 +43,12 @@ def encode_backward_inputs():
 
 def dense_inputs():
     x, w, b = randn(5, D, grad=True), randn(F, D, grad=True), randn(F, grad=True)
-    yield x, w, b, None, None, 3, "", "torch"
-    yield x, w, None, torch.arange(F) % 2 == 0, None, 8, "", "torch"
-    yield randn(0, D), w.detach(), b.detach(), None, None, F, "", "torch"
-    yield *(t.detach().half() for t in (x, w, b)), None, None, 3, "", "torch"
-    yield randn(D, 5).t(), randn(D, F).t(), None, None, None, 1, "", "torch"
+    yield x, w, b, None, "", "torch", 3, None, None
+    yield x, w, None, None, "", "torch", 8, torch.arange(F) % 2 == 0, None
+    yield x, w, b, None, "mul", "torch", 8, None, torch.rand(F)
+    yield randn(0, D), w.detach(), b.detach(), None, "", "torch", F, None, None
+    yield *(t.detach().half() for t in (x, w, b)), None, "", "torch", 3, None, None
+    yield randn(D, 5).t(), randn(D, F).t(), None, None, "", "torch", 1, None, None
 
 
 def dense_backward_inputs():
@@ -78,10 +81,10 @@ def decode_backward_inputs():
 
 
 def threshold_encode_inputs():
-    for x, w, b, _, m, _, composition, impl in encode_inputs():
-        yield x, w, b, torch.rand(F), m, 1e-3 if composition == "mand" else 0.0, composition, impl
-    for x, w, b, *_, impl in dense_inputs():
-        yield x, w, b, torch.rand(F), None, 0.0, "mand", impl
+    for *first, _, _, _ in encode_inputs():
+        yield *first, torch.rand(F), 1e-3 if first[4] == "mand" else 0.0
+    for *first, _, _, _ in dense_inputs():
+        yield *first, torch.rand(F), 0.0
 
 
 INPUTS = {

@@ -10,7 +10,7 @@ from kronsae import SAE, InputError, SAEConfig, SparseCodes, TrainConfig
 from kronsae.model import selection
 from kronsae.model.normalizer import Normalizer
 from kronsae.training.learner import Learner
-from kronsae_kernels import reference
+from kronsae_kernels import jump, reference
 
 D, F, K = 6, 24, 3
 POINTS = {
@@ -212,7 +212,7 @@ def test_jump_and_its_derivatives_are_the_formulas():
     values = torch.tensor([0.1, 0.9, 1.1, 1.24, 1.26, 3.0, 0.0, 0.1])
     thresholds = torch.tensor([1.0] * 6 + [0.2, 0.2]).requires_grad_()
     values.requires_grad_()
-    z, active = selection.jump(values, thresholds, values.detach() > 0, width)
+    z, active = jump(values, thresholds, width, values.detach() > 0)
     assert z.tolist() == pytest.approx([0, 0, 1.1, 1.24, 1.26, 3.0, 0, 0])
     assert active.tolist() == [0, 0, 1, 1, 1, 1, 0, 0]
     d_z, d_active = torch.randn(8), torch.randn(8)
@@ -234,7 +234,7 @@ def test_jumprelu_is_its_formula_over_all_latents(point):
         sae.selection.log_threshold.normal_()
     codes, l0 = sae.selection.codes_and_l0(sae, x)
     scores, thresholds = all_latents(sae, x), sae.selection.log_threshold.exp().expand(16, F)
-    z, active = selection.jump(scores, thresholds, scores > sae.silent_value, 0.8)
+    z, active = jump(scores, thresholds, 0.8, scores > sae.silent_value)
     torch.testing.assert_close(written_out(codes), z)
     torch.testing.assert_close(l0, active.sum(1).mean())
     weight, parameters = torch.randn(16, F), (sae.W_enc, sae.b_enc, sae.selection.log_threshold)

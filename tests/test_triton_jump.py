@@ -22,7 +22,7 @@ from test_triton_step import (
 )
 from test_triton_step import make as make_step
 
-from kronsae.model.selection import jump as reference_jump
+from kronsae_kernels import jump as reference_jump
 from kronsae_kernels import reference, torch_impl
 from kronsae_kernels.step import THRESHOLDS, Thresholds, TrainingStep
 from kronsae_kernels.triton_impl import operations
@@ -77,7 +77,7 @@ def test_drawn_codes(part):
             values = reference.compose(base * extension, composition, 0.0)
         used = torch.arange(width) < counts[:, None]
         of_code = threshold[indices].requires_grad_()
-        z, active = reference_jump(values, of_code, used, bandwidth)
+        z, active = reference_jump(values, of_code, bandwidth, used)
         near = (values - of_code).abs() < bandwidth / 2
         loss = (z.nan_to_num() * d_values * scale).sum() + d_active * active.sum()
         (expected,) = torch.autograd.grad(loss, of_code)
@@ -171,7 +171,7 @@ class Jumping(Autograd):
         else:
             product = reference.latents(x, w_enc, b_enc, M, composition)
             values = reference.compose(product, composition, 0.0)
-        z, active = reference_jump(values, log.exp(), values > 0, BANDWIDTH)
+        z, active = reference_jump(values, log.exp(), BANDWIDTH, values > 0)
         mse = (z @ w_dec + b_dec - x).square().mean()
         l0_loss = (active.sum() / len(x) / K - 1).square()
         (weight * (mse + COEFFICIENT * l0_loss)).backward()

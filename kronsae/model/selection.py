@@ -23,7 +23,7 @@ from kronsae.errors import InputError
 from kronsae.model.encoder import Encoder, widened
 from kronsae.registry import SELECTIONS, Kind
 from kronsae.system.parallel import ALONE
-from kronsae_kernels import SparseCodes
+from kronsae_kernels import SparseCodes, jump
 from kronsae_kernels.step import BELOW, Thresholds
 
 CANDIDATES_PER_K = 2
@@ -278,7 +278,7 @@ class JumpReLU(Selection):
         reach = self.bandwidth / 2 if self.training else 0.0
         values, indices = sae.above(x, (threshold - reach).detach(), impl=impl)
         used = values > sae.silent_value
-        values, active = jump(values, threshold[indices], used, self.bandwidth)
+        values, active = jump(values, threshold[indices], self.bandwidth, used)
         group = sae.mesh.data if self.training else ALONE.data
         tokens = group.count(active[..., 0].numel(), x.device)
         return SparseCodes(values, indices), group.total(active.sum() / max(1, tokens))
@@ -314,34 +314,6 @@ class JumpReLU(Selection):
     @classmethod
     def can_have(cls, threshold: Tensor | None) -> bool:
         return threshold is not None
-
-
-def jump(
-    values: Tensor, threshold: Tensor, used: Tensor, bandwidth: float
-) -> tuple[Tensor, Tensor]:
-    """JumpReLU z = v H(v - t) and activity H(v - t) of values v with thresholds t, elementwise.
-
-    Derivatives by t: dz/dt = -(t / w) K((v - t) / w) and dH/dt = -(1 / w) K((v - t) / w), with the
-    rectangle K(u) = 1 for |u| < 1/2 and w the bandwidth. By v: dz/dv = H(v - t) and dH/dv = 0.
-    used: False in unused slots, where all of these are 0. [Rajamanoharan et al. 2024]
-    """
-    return _Jump.apply(values, threshold, used, bandwidth)
-
-
-class _Jump(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, values, threshold, used, bandwidth):
-        active = (values > threshold) & used
-        near = ((values - threshold).abs() < bandwidth / 2) & used
-        ctx.save_for_backward(active, near, threshold)
-        ctx.bandwidth = bandwidth
-        return values.where(active, 0), active.to(values.dtype)
-
-    @staticmethod
-    def backward(ctx, d_z, d_active):
-        active, near, threshold = ctx.saved_tensors
-        d_threshold = -(threshold * d_z + d_active) / ctx.bandwidth
-        return d_z * active, d_threshold * near, None, None
 
 
 def _largest_of_batch(sae: Encoder, values: Tensor, k: int) -> Tensor:

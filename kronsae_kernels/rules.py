@@ -46,7 +46,9 @@ def operator(name: str) -> Callable[[type[Rules]], type[Rules]]:
                 return function(*args)
 
         def vmap(info: Any, in_dims: Sequence[int | None], *args: Any) -> Any:
-            return batch(function, info.batch_size, in_dims, args, rules.rows(*args))
+            pairs = zip(args, in_dims, strict=True)
+            one = [arg.select(d, 0) if isinstance(d, int) else arg for arg, d in pairs]
+            return batch(function, info.batch_size, in_dims, args, rules.rows(*one))
 
         rules.forward, rules.vmap = staticmethod(forward), staticmethod(vmap)
         LIBRARY.impl(name, torch._disable_dynamo(rules.compute), "CompositeExplicitAutograd")
