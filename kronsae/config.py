@@ -8,14 +8,14 @@ choices and conditions: see `setting`.
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import partial
-from numbers import Real
 from types import UnionType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_type_hints
 
 from kronsae.errors import InputError
 from kronsae.registry import ENCODERS, OBJECTIVES, SAE_KINDS, SELECTIONS, Registry
+from kronsae.system.documents import typed
 
 COMPOSITIONS = ("mand", "relu_mul", "mul")
 DECODER_NORMS = ("unit", "free")
@@ -26,6 +26,11 @@ BEGINNINGS = ("auto", "bos", "none")
 HELDOUT_ORDERS = ("sample", "first")
 DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT_BANDWIDTH = 0.1
+
+LARGEST = 2**53
+"""Largest whole number of a setting: every reader of JSON knows it exactly."""
+MOST_LATENTS, MOST_WIDTH = 2**35, 2**24
+"""Sizes beyond which torch cannot count the bytes of a matrix."""
 
 PAPER_DICT_SIZE = 2**15
 """Default dictionary size. [KronSAE, App. A.1]"""
@@ -94,18 +99,41 @@ def _require(condition: bool, message: str) -> None:
 
 
 def check_values(config: Any) -> None:
-    """Raise InputError for a setting that is not one of its choices, or out of its bounds."""
+    """Hold the settings of a config dataclass to their types, choices and bounds.
+
+    Values of like types become the type of the field: numpy's numbers, 1e6 for a whole number.
+    Raises InputError for others.
+    """
+    hints = get_type_hints(type(config))
     for spec in fields(config):
-        choices, value = spec.metadata.get("choices"), getattr(config, spec.name)
+        value = _typed(getattr(config, spec.name), spec, hints)
+        object.__setattr__(config, spec.name, value)
+        choices = spec.metadata.get("choices")
         if choices is not None and value not in choices:
+            if isinstance(choices, Registry):
+                choices[value]  # says how to register one
             raise InputError(f"{spec.name}: one of {tuple(choices)}, not {value!r}")
-        if isinstance(value, Real) and "least" in spec.metadata:
+        if type(value) in (int, float) and "least" in spec.metadata:
             least, most = spec.metadata["least"], spec.metadata["most"]
             expected = f">= {least}" if most == math.inf else f"{least} to {most}"
             _require(
                 least <= value <= most and value < math.inf,
                 f"{spec.name}: expected {expected}, got {value}",
             )
+            _require(
+                type(value) is float or value <= LARGEST,
+                f"{spec.name}: expected at most 2**53, got {value}",
+            )
+
+
+def _typed(value: Any, spec: dataclasses.Field[Any], hints: Mapping[str, Any]) -> Any:
+    """The value of a field as its type says. Raises InputError otherwise."""
+    try:
+        return typed(value, hints[spec.name], spec.name)
+    except InputError as error:
+        if value is None and spec.default is not MISSING:
+            raise InputError(f"{error}: leave it out for its default, {spec.default!r}") from None
+        raise
 
 
 def _check_effects(config: Any, *names: str) -> None:
@@ -185,10 +213,13 @@ class SAEConfig:
     Raises InputError for settings that contradict each other.
     """
 
-    d_model: int = setting(0, "width of the activations (0: taken from the data)", shared=True)
+    d_model: int = setting(
+        0, "width of the activations (0: taken from the data)", most=MOST_WIDTH, shared=True
+    )
     d_target: int = setting(
         0,
         "width of a transcoder's target (0: an autoencoder, or taken from the data)",
+        most=MOST_WIDTH,
         unless=_unless_transcoder,
     )
     encoder: str = setting("kron", "kind of encoder", choices=ENCODERS)
@@ -197,7 +228,7 @@ class SAEConfig:
     )
     m: int = setting(0, "base pre-latents per head (Kron)", unless=_unless_factored)
     n: int = setting(0, "extension pre-latents per head (Kron)", unless=_unless_factored)
-    dict_size: int = setting(0, "number of latents F = heads * m * n")
+    dict_size: int = setting(0, "number of latents F = heads * m * n", most=MOST_LATENTS)
     k: int = setting(
         50,
         "active latents per token (batchtopk: on average; jumprelu: target of training)",
@@ -241,14 +272,15 @@ class SAEConfig:
     objective_settings: Any = None
 
     def __post_init__(self) -> None:
-        for part, kinds in SAE_KINDS.items():
-            kind, name = kinds[getattr(self, part)], f"{part}_settings"
-            settings = _settings_of(kind, getattr(self, name), f"{part} {name!r}")
-            object.__setattr__(self, name, settings)
         check_values(self)
+        for part, kinds in SAE_KINDS.items():
+            kind, name = getattr(self, part), f"{part}_settings"
+            settings = _settings_of(kinds[kind], getattr(self, name), f"{part} {kind!r}")
+            object.__setattr__(self, name, settings)
         _check_effects(self)
         if ENCODERS[self.encoder].factored:
             self._resolve_heads()
+            check_values(self)
         _require(self.dict_size > 0, f"encoder {self.encoder!r} needs dict_size")
         if SELECTIONS[self.selection].aims_at_k:
             _require(
@@ -377,18 +409,20 @@ class SAEConfig:
         """Rows of the encoder matrix: heads (m + n), or dict_size without heads."""
         return self.heads * (self.m + self.n) or self.dict_size
 
+    @property
+    def matrix_entries(self) -> int:
+        """Numbers in the encoder's and the decoder's matrix, which nearly all parameters are."""
+        return self.encoder_rows * self.d_model + self.dict_size * self.d_out
+
 
 def _settings_of(kind: Any, values: Any, where: str) -> Any:
     """A kind's own settings, from an instance, a mapping, or None (its defaults)."""
     if kind.Settings is None:
         _require(values is None, f"{where}: it has no settings of its own, got {values!r}")
         return None
-    if values is None or isinstance(values, Mapping):
-        return from_dict(kind.Settings, dict(values or {}), where)
-    _require(
-        isinstance(values, kind.Settings),
-        f"{where}: expected a {kind.Settings.__name__}, got {values!r}",
-    )
+    if not isinstance(values, kind.Settings):
+        return from_dict(kind.Settings, {} if values is None else values, where)
+    check_values(values)
     return values
 
 
@@ -545,6 +579,7 @@ class DataConfig:
     )
 
     def __post_init__(self) -> None:
+        check_values(self)
         _require(
             self.layer is None or self.hookpoint is None,
             "layer and hookpoint exclude each other: give one",
@@ -561,7 +596,6 @@ class DataConfig:
             self.target_hookpoint is None or self.target_hookpoint != self.hookpoint,
             "target_hookpoint is the hookpoint: an autoencoder predicts its input, leave it out",
         )
-        check_values(self)
         _check_effects(
             self,
             *("activations_order", "activations_tokens"),
@@ -686,7 +720,10 @@ class TrainConfig:
         choices=SHARES,
     )
     rank_timeout: int = _of_processes(
-        600, "seconds that a torchrun process waits for another one before it gives up", least=1
+        600,
+        "seconds that a torchrun process waits for another one before it gives up",
+        least=1,
+        most=10**9,
     )
     log_every: int = _of_logs(10, "steps between two lines of metrics", least=1)
     eval_every: int = _of_logs(
@@ -744,12 +781,24 @@ class RunConfig:
         return {part.name: dataclasses.asdict(getattr(self, part.name)) for part in fields(self)}
 
 
-def from_dict(cls: type, values: dict[str, Any], where: str) -> Any:
-    """`cls(**values)` for a config dataclass; an unknown key or a wrong type is an InputError."""
-    known = {f.name: f for f in fields(cls)}
-    unknown = sorted(set(values) - set(known))
-    _require(not unknown, f"{where}: unknown settings {unknown}; known are {sorted(known)}")
-    return cls(**{name: _checked(known[name], value, where) for name, value in values.items()})
+def from_dict(cls: type, values: Any, where: str) -> Any:
+    """`cls(**values)` for a config dataclass. Raises InputError, which begins with `where`.
+
+    That is so for values that are no mapping, for unknown and missing keys, and for wrong types.
+    """
+    try:
+        values = typed(values, dict, "settings")
+        known, hints = {spec.name: spec for spec in fields(cls)}, get_type_hints(cls)
+        unknown = sorted(values.keys() - known.keys())
+        _require(not unknown, f"unknown settings {unknown}; known are {sorted(known)}")
+        for spec in known.values():
+            required = spec.default is MISSING and spec.default_factory is MISSING
+            _require(not required or spec.name in values, f"{spec.name} is missing")
+        config = cls(**{name: _typed(value, known[name], hints) for name, value in values.items()})
+        check_values(config)
+    except InputError as error:
+        raise InputError(f"{where}: {error}" if where else str(error)) from error
+    return config
 
 
 def stored(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -855,19 +904,6 @@ def flat(part: str, values: Mapping[str, Any], where: str) -> dict[str, Any]:
         if name not in known or known[name].part != part:
             raise InputError(f"{where}: {part} has no setting {name!r}")
     return plain
-
-
-def _checked(spec: dataclasses.Field, value: Any, where: str) -> Any:
-    kind, optional = base_type(spec)
-    if kind is Any or value is None and optional:
-        return value
-    if kind is float and type(value) is int:
-        value = float(value)
-    _require(
-        type(value) is kind,
-        f"{where}: {spec.name} expects {kind.__name__}, got {value!r}",
-    )
-    return value
 
 
 def base_type(spec: dataclasses.Field[Any]) -> tuple[Any, bool]:

@@ -18,6 +18,8 @@ from kronsae.data.rows import BatchMemory, gather
 from kronsae.data.text import TextSource
 from kronsae.errors import InputError, warn
 from kronsae.system import parallel
+from kronsae.system.documents import shown
+from kronsae.system.tensors import as_values
 
 HASHED_ROWS = 256
 """Number of evenly spaced rows of a tensor whose hash `describe` gives."""
@@ -148,7 +150,13 @@ class IterableActivations:
     """
 
     def __init__(self, batches: Iterable[Tensor | Pair]) -> None:
-        iterator = iter(batches)
+        try:
+            iterator = iter(batches)
+        except TypeError:
+            raise InputError(
+                "activations: expected a tensor [N, d], an array of numpy, a pair of these, or an "
+                f"iterable of batches, got {shown(batches)}"
+            ) from None
         first = next(iterator, None)
         if first is None:
             raise InputError("activations: expected batches [B, d], got an empty iterable")
@@ -474,10 +482,10 @@ def _rows(x: Any, name: str, widths: tuple[int, int] | None = None) -> tuple[Ten
     widths: the (d_model, d_target) expected. Raises InputError, which names `name`.
     """
     parts = list(x) if isinstance(x, (tuple, list)) and len(x) == 2 else [x]
+    parts = [as_values(part, name, "[..., B, d]") for part in parts]
     for part in parts:
-        floating = isinstance(part, Tensor) and part.ndim >= 2 and part.is_floating_point()
-        if not floating or not part.numel():
-            got = f"{list(part.shape)} {part.dtype}" if isinstance(part, Tensor) else type(part)
+        if part.ndim < 2 or not part.numel():
+            got = f"{list(part.shape)} {part.dtype}"
             raise InputError(f"{name}: expected a floating tensor [..., B, d], got {got}")
     if parts[0].shape[:-1] != parts[-1].shape[:-1]:
         raise InputError(

@@ -25,6 +25,7 @@ from kronsae.metrics.figures import massive_warning as massive_in_figures
 from kronsae.metrics.splicing import ForwardPasses, Make
 from kronsae.model.massive import MassiveTokens, without
 from kronsae.model.sae import SAE
+from kronsae.system.tensors import as_values
 
 BATCH_TOKENS = 4096
 """Tokens per batch of an evaluation."""
@@ -252,13 +253,29 @@ def massive_warning(metrics: Mapping[str, float], heldout: Heldout | HeldoutText
     return massive_in_figures(metrics, [token_texts([token], tokenizer)[0] for token in common])
 
 
+def as_heldout(heldout: Any) -> Heldout:
+    """Held-out activations from a tensor [t, d] or an array of numpy, or from a pair of these.
+
+    A pair is for a transcoder. Raises InputError for anything else.
+    """
+    if isinstance(heldout, Heldout):
+        return heldout
+    pair = isinstance(heldout, tuple) and len(heldout) == 2
+    parts = [as_values(x, "heldout", "[t, d]") for x in (heldout if pair else [heldout])]
+    x, *target = (x.detach().reshape(-1, *x.shape[-1:]) for x in parts)
+    return Heldout(x, targets=target[0] if target else None)
+
+
 @torch.no_grad()
-def evaluate(sae: SAE, heldout: Heldout) -> dict[str, float]:
+def evaluate(sae: SAE, heldout: Heldout | Tensor | tuple[Tensor, Tensor]) -> dict[str, float]:
     """`SAEMetrics` of an SAE of raw activations.
 
     A transcoder is evaluated on its prediction of `heldout.targets`.
-    Raises ValueError if there are no tokens.
+    heldout: also what `as_heldout` takes. Raises ValueError if there are no tokens.
     """
+    if not isinstance(heldout, Heldout):
+        heldout = as_heldout(heldout)
+        check_heldout(heldout, sae.config)
     metrics = SAEMetrics(sae, heldout.massive, heldout.counted)
     for x, target in _batches(heldout, sae):
         metrics.update(x, target)

@@ -18,6 +18,7 @@ from kronsae.model.ranks import check_heads, largest
 from kronsae.model.router import Router
 from kronsae.registry import ENCODERS, Kind
 from kronsae.system.parallel import ALONE, Mesh
+from kronsae.system.tensors import as_floating, check_room
 from kronsae_kernels import (
     SparseCodes,
     dense_encode,
@@ -219,6 +220,8 @@ class Encoder(nn.Module):
         if config.d_model < 1:
             raise InputError(f"d_model: expected >= 1, got {config.d_model}")
         check_heads(config, mesh.heads.size)
+        needed = config.matrix_entries // mesh.heads.size
+        check_room(needed, device, "the SAE's weights", "take a smaller dict_size (or heads)")
         self.config = config
         self.mesh = mesh
         d = config.d_model
@@ -316,6 +319,7 @@ class Encoder(nn.Module):
         return SparseCodes(values, indices.expand_as(values))
 
     def _as_weights(self, x: Tensor) -> Tensor:
+        x = as_floating(x, "x")
         autocast = torch.is_autocast_enabled(x.device.type)
         return x if autocast else x.to(self.W_enc.dtype)
 

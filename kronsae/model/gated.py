@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kronsae.config import SAEConfig, setting
+from kronsae.config import SAEConfig, check_values, setting
 from kronsae.errors import InputError
 from kronsae.model.encoder import Encoder, EncoderKind, widened
 from kronsae.model.objectives import part_of_mean
@@ -24,8 +24,7 @@ class GatedSettings:
     )
 
     def __post_init__(self) -> None:
-        if not 0 <= self.gate_coefficient < float("inf"):
-            raise InputError(f"gate_coefficient: expected >= 0, got {self.gate_coefficient}")
+        check_values(self)
 
 
 @ENCODERS.register("gated")

@@ -9,6 +9,9 @@ from torch import Tensor
 from kronsae.errors import InputError
 from kronsae.model.massive import DEFAULT_MULTIPLE, Sphere
 
+SMALLEST = 1e-30
+"""Smallest variance of activations, and 1 over the largest: latents are products of two."""
+
 SAMPLE_TOKENS = 8192
 """Number of activations, the first ones, that determine mean, scale and radius."""
 
@@ -41,6 +44,12 @@ class Normalizer:
             raise InputError(
                 f"the first {x.shape[0]} activations have variance {variance}: "
                 "expected vectors that are finite and not all equal"
+            )
+        if not SMALLEST <= variance <= 1 / SMALLEST:
+            raise InputError(
+                f"the first {x.shape[0]} activations have variance {variance:.3g}: expected one "
+                f"from {SMALLEST:g} to {1 / SMALLEST:g}, for float32 to hold products of them: "
+                "multiply all activations by a constant first"
             )
         scale = variance**-0.5
         radius = sphere.radius if math.isfinite(sphere.radius) else None

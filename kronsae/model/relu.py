@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kronsae.config import SAEConfig, TrainConfig, setting
+from kronsae.config import SAEConfig, TrainConfig, check_values, setting
 from kronsae.errors import InputError
 from kronsae.model.encoder import Encoder
 from kronsae.model.selection import Penalty, Selection
@@ -24,14 +24,11 @@ class ReLUSettings:
         "activations whose mean squared norm is d_model, as in SAELens",
     )
     l1_warmup_fraction: float = setting(
-        0.1, "relu: share of the training in which that weight grows from 0"
+        0.1, "relu: share of the training in which that weight grows from 0", most=1
     )
 
     def __post_init__(self) -> None:
-        if not 0 <= self.l1_coefficient < float("inf"):
-            raise InputError(f"l1_coefficient: expected >= 0, got {self.l1_coefficient}")
-        if not 0 <= self.l1_warmup_fraction <= 1:
-            raise InputError(f"l1_warmup_fraction: expected 0 to 1, got {self.l1_warmup_fraction}")
+        check_values(self)
 
 
 @SELECTIONS.register("relu")

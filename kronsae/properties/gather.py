@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kronsae.config import SAEConfig, setting
+from kronsae.config import SAEConfig, check_values, setting
 from kronsae.errors import InputError
 from kronsae.model.sae import SAE
 from kronsae.properties.correlation import active_codes, joined, mean_correlations
@@ -42,8 +42,8 @@ TOP_TOKENS = 8
 class MeasureConfig:
     """How much of a text to read, and how much of it to keep."""
 
-    tokens: int = setting(1_000_000, "tokens of text to read (embedded model: 200,000)")
-    top: int = setting(16, "strongest examples of each latent to keep")
+    tokens: int = setting(1_000_000, "tokens of text to read (embedded model: 200,000)", least=1)
+    top: int = setting(16, "strongest examples of each latent to keep", least=1)
     sample: int = setting(
         0,
         "examples of each latent to sample (0: 384 as in the paper, or as many as fit in 2 GiB;"
@@ -53,12 +53,7 @@ class MeasureConfig:
     seed: int = setting(0, "of the sample")
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "top"):
-            if getattr(self, name) < 1:
-                raise InputError(f"{name}: expected >= 1, got {getattr(self, name)}")
-        for name in ("sample", "correlation_tokens"):
-            if getattr(self, name) < 0:
-                raise InputError(f"{name}: expected >= 0, got {getattr(self, name)}")
+        check_values(self)
 
 
 @dataclasses.dataclass(frozen=True)

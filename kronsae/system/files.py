@@ -16,6 +16,18 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from kronsae.errors import InputError
+from kronsae.system.documents import read_json, shown, to_json, typed
+
+
+def usable_path(path: Any, name: str) -> Path:
+    """The path that `name` gives. Raises InputError if there can be none: NUL, or too long."""
+    path = Path(typed(path, str, name))
+    try:
+        path.exists()
+    except OSError as error:
+        problem = f"{shown(str(path))} cannot be looked up: {error.strerror}"
+        raise InputError(f"{name}: {problem}") from error
+    return path
 
 
 def sha256(path: Path) -> str:
@@ -28,9 +40,8 @@ def sha256(path: Path) -> str:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write `value` as JSON, atomically. NaN and infinity are refused."""
-    text = json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
-    write_text(path, text)
+    """Write `value` as JSON, atomically. Raises InputError for NaN, infinity and other values."""
+    write_text(path, to_json(value, str(path)) + "\n")
 
 
 _CHECKSUM = "checksum"
@@ -47,7 +58,7 @@ def read_checksummed(path: Path) -> Any:
     An object without one is taken as it is: people write such files, too, and older versions did.
     Raises OSError or ValueError if it cannot be read, or if the checksum is of other values.
     """
-    return checked(json.loads(path.read_text(encoding="utf-8")))
+    return checked(read_json(path))
 
 
 def checked(document: Any) -> Any:

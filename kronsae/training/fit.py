@@ -6,6 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
+import torch
 from torch import Tensor
 
 from kronsae.config import SAEConfig, TrainConfig
@@ -13,7 +15,13 @@ from kronsae.data import ActivationSource, IterableActivations, TensorActivation
 from kronsae.data.activations import Pair
 from kronsae.data.common import Interrupted, digest
 from kronsae.errors import InputError
-from kronsae.metrics.heldout import Heldout, check_heldout, evaluate, evaluate_cross_entropy
+from kronsae.metrics.heldout import (
+    Heldout,
+    as_heldout,
+    check_heldout,
+    evaluate,
+    evaluate_cross_entropy,
+)
 from kronsae.model.ranks import check_heads
 from kronsae.registry import command_line
 from kronsae.runs.folder import SINGLE, SweepFolder
@@ -22,7 +30,10 @@ from kronsae.runs.resume import open_folder
 from kronsae.runs.sweep import check_names, one_stream
 from kronsae.system import checkpoint
 from kronsae.system.devices import resolve_device
+from kronsae.system.documents import to_json, typed
+from kronsae.system.files import usable_path
 from kronsae.system.parallel import Mesh, join, owners
+from kronsae.system.tensors import check_room
 from kronsae.training.learner import check_step
 from kronsae.training.session import Diverged, FitResult, Member, MemberPlan, Session
 from kronsae.training.signals import Stop, note_signals
@@ -47,7 +58,7 @@ def fit(
     """Train an SAE on activations; see the fields of `SAEConfig` and `TrainConfig`.
 
     activations: [N, d] (shuffled each epoch), or an iterable of [B, d] tensors taken as they come,
-        or any `kronsae.data.ActivationSource`.
+        or any `kronsae.data.ActivationSource`. Arrays of numpy will do for tensors.
         For a transcoder: a pair (inputs [N, d], targets [N, d_target]), or an iterable of pairs.
     heldout: activations to evaluate on, never trained on: [t, d], or a pair, or a `Heldout`.
     out: run folder (see `kronsae.runs.folder`); None keeps everything in memory.
@@ -63,7 +74,8 @@ def fit(
     returned with `stopped_by`. A batch whose gradient is not finite is skipped, and logged as such.
     Raises InputError if that happens `learner.SKIPS` times in a row, and if the data ends before
     the budget, is not finite, or does not fit the configuration; with `out`, the last good
-    checkpoint is kept.
+    checkpoint is kept. Arguments that cannot work, and an SAE that does not fit the free memory,
+    raise it before anything is allocated or written.
     """
     [result] = fit_members(
         [MemberPlan(SINGLE, sae_config, train_config or TrainConfig(), settings or {})],
@@ -109,11 +121,13 @@ def fit_many(
     results in order. Raises InputError as `fit` does, if the members cannot share a stream, or if
     all of them failed.
     """
-    count = len(sae_configs)
+    count = len(typed(sae_configs, list, "sae_configs"))
     if train_configs is None or isinstance(train_configs, TrainConfig):
         train_configs = [train_configs or TrainConfig()] * count
-    names = [f"sae-{i}" for i in range(count)] if names is None else list(names)
-    settings = [{}] * count if settings is None else settings
+    train_configs = typed(train_configs, list, "train_configs")
+    default = [f"sae-{i}" for i in range(count)]
+    names = default if names is None else typed(names, list[str], "names")
+    settings = [{}] * count if settings is None else typed(settings, list, "settings")
     lengths = {len(train_configs), len(names), len(settings)}
     if not count or lengths != {count}:
         raise InputError(
@@ -141,6 +155,12 @@ def fit_members(
     on_record: called with the member's name and each logged record.  on_judged: called in the
     final evaluation with how many batches of contexts are done, and their total.
     """
+    if out is not None:
+        out = usable_path(out, "out")
+    for plan in plans:
+        for name, given, kind in (("sae", plan.sae, SAEConfig), ("train", plan.train, TrainConfig)):
+            typed(given, kind, f"{name}_config")
+        typed(plan.settings, dict, "settings")
     if sweep:
         check_names([plan.name for plan in plans])
     trains = one_stream([plan.train for plan in plans])
@@ -154,9 +174,11 @@ def fit_members(
         check_heads(plan.sae, mesh.heads.size)
     source = _as_source(activations, config)
     plans = [_complete(plan, source) for plan in plans]
+    own = [p for p in plans if owned.get(p.name, mesh.world.rank) == mesh.world.rank]
+    _check_room(own, source, device, mesh)
     ranks = (1, 1) if owned else layout
     not_fused = [check_step(plan.sae, plan.train, device, ranks) for plan in plans]
-    judged_on = _as_heldout(heldout)
+    judged_on = None if heldout is None else as_heldout(heldout)
     if judged_on is not None:
         check_heldout(judged_on, plans[0].sae)
     check_packages(config)
@@ -299,6 +321,7 @@ def _complete(plan: MemberPlan, source: ActivationSource) -> MemberPlan:
         "train": dataclasses.asdict(plan.train),
     }
     settings = {"config": config, "data": source.describe(), **plan.settings}
+    to_json(settings, "settings")
     return dataclasses.replace(plan, sae=sae, settings=settings)
 
 
@@ -314,7 +337,7 @@ def _check_same(settings: list[dict[str, Any]], mesh: Mesh) -> None:
 def _as_source(activations: Activations, config: TrainConfig) -> ActivationSource:
     is_pair = isinstance(activations, tuple) and len(activations) == 2
     first: Any = cast(Pair, activations)[0] if is_pair else activations
-    if isinstance(first, Tensor):
+    if isinstance(first, (Tensor, np.ndarray)):
         rows = cast(Tensor | Pair, activations)
         return TensorActivations(rows, config.batch_size, config.stream_seed)
     if hasattr(activations, "state_dict") and hasattr(activations, "d_model"):
@@ -322,11 +345,20 @@ def _as_source(activations: Activations, config: TrainConfig) -> ActivationSourc
     return IterableActivations(cast(Iterable[Tensor | Pair], activations))
 
 
-def _as_heldout(heldout: HeldoutActivations | None) -> Heldout | None:
-    if heldout is None or isinstance(heldout, Heldout):
-        return heldout
-    x, target = (heldout, None) if isinstance(heldout, Tensor) else heldout
-    rows = x.detach().reshape(-1, x.shape[-1])
-    return Heldout(
-        rows, targets=None if target is None else target.detach().reshape(-1, target.shape[-1])
-    )
+def _check_room(
+    plans: list[MemberPlan], source: ActivationSource, device: torch.device, mesh: Mesh
+) -> None:
+    """Raise InputError if weights, moments and a batch alone are more than the free memory.
+
+    plans: those that this process trains. `kronsae.plan.memory` plans all that a run takes.
+    """
+    of_batch = plans[0].train.batch_size * (source.d_model + getattr(source, "d_target", 0))
+    copies = 2 if plans[0].train.moments == "bfloat16" else 3  # a weight, and its moments
+    numbers = sum(plan.sae.matrix_entries for plan in plans) // mesh.heads.size
+    with mesh.world.together():
+        check_room(
+            copies * numbers + of_batch,
+            device,
+            "weights, AdamW's moments and a batch",
+            "take a smaller dict_size (or heads), a smaller batch_size, or fewer SAEs",
+        )

@@ -308,9 +308,7 @@ def build(flags: dict[str, Any], file: dict[str, Any] | None = None) -> RunConfi
     settings |= chosen
     _check_effects({**defaults, **settings}, explicit)
     parts = nested(settings)
-    config = RunConfig(
-        **{part: from_dict(cls, parts[part], "settings") for part, cls in PARTS.items()}
-    )
+    config = RunConfig(**{part: from_dict(cls, parts[part], "") for part, cls in PARTS.items()})
     if config.data.layer is None and config.data.hookpoint is None:
         raise InputError(
             f"--model {model} needs --layer N (the residual stream after block N, from 0) "

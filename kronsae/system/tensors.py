@@ -1,0 +1,81 @@
+"""Tensors that come from a caller or a file, checked before anything is computed with them."""
+
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from kronsae.errors import InputError
+from kronsae.system.devices import free_bytes
+from kronsae.system.documents import shown
+
+
+def as_floating(x: Any, name: str, expected: str = "[..., d]") -> Tensor:
+    """The floating-point tensor that a caller gave, as a tensor or as an array of numpy.
+
+    An array keeps its memory. Eight-bit floats, with which torch does not compute, become float32.
+    Raises InputError, which names `name`, for anything else, and for a sparse or nested tensor.
+    """
+    if isinstance(x, np.ndarray) and x.dtype.kind == "f":
+        x = _of_numpy(x)
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        got = f"{list(x.shape)} {x.dtype}" if hasattr(x, "dtype") else shown(x)
+        raise InputError(
+            f"{name}: expected a floating tensor {expected}, or an array of numpy, got {got}"
+        )
+    if x.layout != torch.strided or x.is_nested:
+        raise InputError(f"{name}: expected a dense tensor, got {x.layout}: give {name}.to_dense()")
+    return x.float() if x.itemsize == 1 else x
+
+
+def _of_numpy(x: np.ndarray) -> Any:
+    """The tensor on an array's memory; of a copy if torch cannot have that."""
+    if not x.dtype.isnative or any(stride < 0 for stride in x.strides):
+        x = x.astype(x.dtype.newbyteorder("="), order="C")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the array may be read-only: nothing is written to it
+        try:
+            return torch.from_numpy(x)
+        except TypeError:  # numpy's longdouble, and dtypes of other packages
+            return x
+
+
+def as_values(x: Any, name: str, expected: str = "[..., d]") -> Tensor:
+    """`as_floating`, of a tensor that has values: on the device "meta" it has none."""
+    x = as_floating(x, name, expected)
+    if x.device.type == "meta":
+        raise InputError(f"{name}: expected a tensor with values, got one on the device 'meta'")
+    return x
+
+
+def check_weights(tensors: dict[str, Tensor], path: Any) -> None:
+    """Raise InputError unless all of these tensors, read from `path`, are finite floats."""
+    for name, x in tensors.items():
+        problem = None
+        if not x.is_floating_point():
+            problem = f"expected floating-point numbers, got {x.dtype}"
+        elif not torch.isfinite(x.float() if x.itemsize == 1 else x).all():
+            problem = "it holds NaN or infinity"
+        if problem:
+            raise InputError(
+                f"{path}: {name}: {problem}. No SAE can be made of it: take the file again from "
+                "its source, or train (or convert) the SAE again"
+            )
+
+
+def check_room(count: int, device: torch.device | str | None, what: str, advice: str) -> None:
+    """Raise InputError if `count` numbers of float32 do not fit the free memory of a device.
+
+    device: None is torch's default.  what, advice: for the message.
+    """
+    place = torch.get_default_device() if device is None else torch.device(device)
+    free = free_bytes(place) if place.type in ("cpu", "cuda") else None
+    if free is not None and place.type == "cuda":  # torch has some of it, unused
+        free += torch.cuda.memory_reserved(place) - torch.cuda.memory_allocated(place)
+    if free is not None and 4 * count > free:
+        raise InputError(
+            f"{what} would take {4 * count / 2**20:,.0f} MiB of memory or more on {place}, where "
+            f"{free / 2**20:,.0f} MiB are free: {advice}"
+        )
