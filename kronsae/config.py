@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, get_type_hints
 
 from kronsae.errors import InputError
 from kronsae.registry import ENCODERS, OBJECTIVES, SAE_KINDS, SELECTIONS, Registry
-from kronsae.system.documents import typed
+from kronsae.system.documents import Keys, typed
 
 COMPOSITIONS = ("mand", "relu_mul", "mul")
 DECODER_NORMS = ("unit", "free")
@@ -420,8 +420,9 @@ def _settings_of(kind: Any, values: Any, where: str) -> Any:
     if kind.Settings is None:
         _require(values is None, f"{where}: it has no settings of its own, got {values!r}")
         return None
-    if not isinstance(values, kind.Settings):
+    if values is None or isinstance(values, Mapping):
         return from_dict(kind.Settings, {} if values is None else values, where)
+    typed(values, kind.Settings, where)
     check_values(values)
     return values
 
@@ -799,6 +800,29 @@ def from_dict(cls: type, values: Any, where: str) -> Any:
     except InputError as error:
         raise InputError(f"{where}: {error}" if where else str(error)) from error
     return config
+
+
+def values_of(cls: type, *required: str, null: bool = False) -> Keys:
+    """Type hints of the settings of a config dataclass, as they are in files.
+
+    required: those that no file lacks.  null: whether null may be in their place.
+    A kind's own settings are an object.
+    """
+    hints = get_type_hints(cls) | {f"{part}_settings": dict[str, Any] | None for part in SAE_KINDS}
+    return Keys({name: hints[name] for name in required}, hints, null)
+
+
+def run_settings(partial: bool = False) -> Keys:
+    """Type hints of the settings of a run, as they are in its files.
+
+    partial: any of them, and of their parts, may be missing.
+    """
+    parts = {
+        "sae": values_of(SAEConfig, *(() if partial else ("d_model", "dict_size"))),
+        "data": values_of(DataConfig, null=True),  # of one that was trained from tensors
+        "train": values_of(TrainConfig),
+    }
+    return Keys({}, parts) if partial else Keys(parts)
 
 
 def stored(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:

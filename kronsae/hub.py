@@ -16,10 +16,11 @@ from kronsae.data.common import reason
 from kronsae.data.text import COMPRESSIONS, KINDS, TEXT_SUFFIXES
 from kronsae.errors import InputError
 from kronsae.interop.load import load
-from kronsae.interop.stock import Origin, part_of
+from kronsae.interop.stock import Origin
 from kronsae.metrics.figures import MEANING
 from kronsae.model.massive import rule_of
 from kronsae.model.sae import SAE
+from kronsae.system.documents import part_of
 from kronsae.system.tables import markdown
 from kronsae.system.templates import render
 from kronsae_kernels import __version__

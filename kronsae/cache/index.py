@@ -37,6 +37,7 @@ from kronsae.data.common import digest
 from kronsae.errors import InputError
 from kronsae.registry import command_line
 from kronsae.system import checkpoint
+from kronsae.system.documents import parse_json
 from kronsae.system.files import checked, read_checksummed, write_file
 
 FORMAT = "kronsae-activations"
@@ -175,7 +176,7 @@ class CacheIndex:
         """The index of a cache at a URL."""
         path = f"{remote}/{INDEX_NAME}"
         try:
-            document = checked(json.loads(remote.read_bytes(INDEX_NAME, MAX_INDEX_BYTES)))
+            document = checked(parse_json(remote.read_bytes(INDEX_NAME, MAX_INDEX_BYTES)))
         except FileNotFoundError as error:
             problem = f"there is no {path}"
             raise InputError(
@@ -572,7 +573,7 @@ def _read_header(
     if size == file.bytes and length != size - payload(layout) - 8 or length > MAX_HEADER_BYTES:
         raise ValueError("its header does not have the length expected")
     text = stream.read(length)
-    header, expected = json.loads(text), _header(layout)
+    header, expected = parse_json(text), _header(layout)
     if size > file.bytes:
         expected = _header(_with_rows_of(header, layout))
     if header != expected:

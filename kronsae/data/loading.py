@@ -1,6 +1,5 @@
 """Configuration, tokenizer and weights of a transformers model by its name."""
 
-import json
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ import torch
 from kronsae.data.common import reason
 from kronsae.embedded import EMBEDDED_MODEL, embedded_model_path
 from kronsae.errors import InputError, Notice, require
+from kronsae.system.documents import read_json
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -71,7 +71,7 @@ def _source(name: str) -> Source:
     adapter = path / "adapter_config.json"
     if adapter.is_file() and not (path / "config.json").is_file():
         try:
-            base = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"]
+            base = read_json(adapter)["base_model_name_or_path"]
         except (OSError, ValueError, KeyError, TypeError):
             base = None
         if not isinstance(base, str):

@@ -13,6 +13,7 @@ import torch
 from kronsae.errors import InputError
 from kronsae.experiments.experiment import Experiment, Run
 from kronsae.system.devices import compute_dtype, resolve_device
+from kronsae.system.documents import read_json
 from kronsae.system.files import write_json, write_text
 from kronsae_kernels import __version__
 
@@ -90,7 +91,7 @@ def _earlier_runs(path: Path, experiment: Experiment) -> list[Run]:
     if not path.exists():
         return []
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = read_json(path)
         was, runs = {**document["settings"], **document["made_with"]}, document["runs"]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise InputError(f"{path} is not one that an experiment wrote: {error!r}") from error

@@ -7,7 +7,6 @@ the texts of all tokens that occur; everything else names tokens by their number
 `facts["perBlock"]` heads (or groups of latents) lie in a block each, read when they are looked at.
 """
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -25,6 +24,7 @@ from kronsae.model.sae import SAE
 from kronsae.properties import WINDOW, Examined, Examples, Properties, Stored, gates
 from kronsae.properties.contexts import SAME_TOKENS, phrases
 from kronsae.properties.summary import of_each
+from kronsae.runs.folder import read_run
 
 EXAMPLES = ((8, 8), (6, 4), (4, 2), (3, 1))
 """Strongest and sampled examples of each latent: the first that fits in EXAMPLE_BYTES."""
@@ -252,7 +252,7 @@ def _details(
 
 def _facts(run: Path, sae: SAE, stored: Stored) -> dict[str, Any]:
     """The run as a whole: where it comes from, its figures, its curves."""
-    settings = json.loads((run / "config.json").read_text(encoding="utf-8"))["config"]
+    settings = read_run(run)["config"]
     data = settings["data"]
     evaluation = last_evaluation(read_metrics(run / "metrics.jsonl"))
     properties = stored.properties

@@ -9,13 +9,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kronsae.config import kind_of
+from kronsae.config import SAEConfig, kind_of
 from kronsae.data.token_text import token_texts
 from kronsae.explore import charts
 from kronsae.explore.charts import Record, is_number
 from kronsae.metrics.figures import MEANING, massive_warning
 from kronsae.properties.contexts import LatentContexts, Window, short, title
 from kronsae.registry import SELECTIONS
+from kronsae.runs.folder import read_run
 from kronsae.system.files import write_text
 from kronsae.system.templates import render
 
@@ -30,14 +31,14 @@ def write_report(
     contexts: latents to show (`kronsae.properties.contexts.top_contexts`). What is missing, in
     metrics.jsonl or here, is left out of the page. Raises InputError if it cannot be written.
     """
-    settings = json.loads((run_folder / "config.json").read_text(encoding="utf-8"))
+    settings = read_run(run_folder)
     records = read_metrics(run_folder / "metrics.jsonl")
     sae, data = settings["config"]["sae"], settings["config"]["data"] or {}
     hook = data.get("hookpoint") or f"layer {data.get('layer')}"
-    selection = sae["selection"]
+    selection = sae.get("selection", SAEConfig.selection)
     timed = [r for r in records if is_number(r.get("tokens")) and is_number(r.get("seconds"))]
     evaluation = last_evaluation(records)
-    command = settings["command"]
+    command = settings.get("command", [])
     page = render(
         _TEMPLATE,
         name=run_folder.resolve().name,
@@ -108,6 +109,6 @@ def _latent(latent: LatentContexts, tokenizer: Any) -> tuple[str, list[tuple[Win
 
 def _command(argv: Sequence[str]) -> str:
     """The command line of sys.argv, as one would type it."""
-    program, *arguments = argv
+    program, *arguments = argv or ["kronsae"]
     train = ["python", "-m", "kronsae.train"]
     return shlex.join([*(train if Path(program).name == "train.py" else ["kronsae"]), *arguments])

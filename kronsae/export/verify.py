@@ -13,13 +13,13 @@ from torch import Tensor
 
 from kronsae.config import DataConfig, from_dict, stored, untrusted
 from kronsae.errors import InputError
-from kronsae.interop.stock import part_of
 from kronsae.metrics.figures import ReconstructionMetrics
 from kronsae.metrics.heldout import Heldout, evaluate
 from kronsae.metrics.target_model import as_evaluated
 from kronsae.model.massive import rule_of
 from kronsae.model.sae import SAE
 from kronsae.registry import FORMATS
+from kronsae.system.documents import part_of
 
 BATCH_TOKENS = 1024
 """Tokens at a time; other libraries make dense latents [t, F]."""

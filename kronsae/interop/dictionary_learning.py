@@ -17,14 +17,14 @@ from kronsae.interop.stock import (
     Origin,
     Stock,
     note_of,
-    part_of,
-    read_json,
+    read_object,
     source_metadata,
     stock_of,
     take,
 )
 from kronsae.model.sae import SAE
 from kronsae.registry import FORMATS, OBJECTIVES
+from kronsae.system.documents import part_of
 from kronsae.system.files import replace_directory, write_json
 
 WEIGHTS_NAME = "ae.pt"
@@ -122,7 +122,7 @@ def read(folder: Path) -> SAE:
     Raises InputError if ae.pt holds anything else, is damaged, or of an unknown class. ReLU and
     gated autoencoders become thresholds.
     """
-    settings = read_json(folder / CONFIG_NAME)
+    settings = read_object(folder / CONFIG_NAME)
     trainer = part_of(settings, "trainer")
     kind = trainer.get("dict_class")
     if kind not in CLASSES:

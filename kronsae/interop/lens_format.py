@@ -23,8 +23,7 @@ from kronsae.interop.stock import (
     Stock,
     layer_of,
     note_of,
-    part_of,
-    read_json,
+    read_object,
     source_metadata,
     stock_of,
     take,
@@ -32,6 +31,7 @@ from kronsae.interop.stock import (
 )
 from kronsae.model.sae import SAE, made_of
 from kronsae.registry import FORMATS
+from kronsae.system.documents import part_of
 from kronsae.system.files import read_tensors
 
 WEIGHTS_NAME = "sae_weights.safetensors"
@@ -140,7 +140,7 @@ def read(folder: Path) -> SAE:
     "gated" and "standard" become thresholds: a gated latent is active above
     b_mag - exp(r_mag) b_gate, a ReLU above 0.
     """
-    settings = read_json(folder / CONFIG_NAME)
+    settings = read_object(folder / CONFIG_NAME)
     path = folder / WEIGHTS_NAME
     tensors = read_tensors(path)
     metadata = part_of(settings, "metadata")

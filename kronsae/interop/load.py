@@ -9,6 +9,8 @@ from kronsae.errors import InputError
 from kronsae.interop.formats import known, recognise
 from kronsae.model.sae import SAE, WEIGHTS_NAME
 from kronsae.registry import FORMATS
+from kronsae.system.documents import typed
+from kronsae.system.files import usable_path
 
 
 def load(
@@ -30,6 +32,8 @@ def load(
     allow_pickle: also read dictionary_learning's ae.pt, a pickle, of which only tensors are loaded.
     Raises InputError if there is no SAE, or if it is damaged or of another format.
     """
+    for name, value in (("revision", revision), ("subfolder", subfolder)):
+        typed(value, str | None, name)
     folder = _find_sae(source, revision, subfolder, allow_pickle)
     form = FORMATS[recognise(folder) or "kronsae"]
     if form.pickle and not allow_pickle:
@@ -44,7 +48,7 @@ def _find_sae(
     source: str | Path, revision: str | None, subfolder: str | None, allow_pickle: bool
 ) -> Path:
     """The local or downloaded folder of the SAE. Raises InputError if there is none."""
-    path = Path(source)
+    path = usable_path(source, "source")
     local = path.exists()
     if not local:
         if isinstance(source, Path) or str(source).count("/") != 1 or str(source).startswith("."):
@@ -54,7 +58,8 @@ def _find_sae(
         raise InputError(f"revision {revision!r} has no effect: {source} is a local folder")
     if (path / "sweep.json").is_file() and not subfolder:
         raise InputError(f"{source} is a sweep: name one of its runs, {source}/NAME")
-    for folder in (path / subfolder,) if subfolder else (path, path / "sae"):
+    inside = usable_path(path / (subfolder or "sae"), "subfolder")
+    for folder in (inside,) if subfolder else (path, inside):
         if recognise(folder) or (folder / WEIGHTS_NAME).exists():
             return folder
     where = f"{source}{f', {subfolder}' if subfolder else ''}"

@@ -7,8 +7,9 @@ from torch import Tensor
 from kronsae.config import SAEConfig, from_dict
 from kronsae.errors import InputError
 from kronsae.interop.formats import Format, Reader
-from kronsae.model.sae import CONFIG_NAME, FORMAT_VERSION, SAE, WEIGHTS_NAME, made_of
+from kronsae.model.sae import CONFIG_NAME, FORMAT_VERSION, SAE, SAE_FILE, WEIGHTS_NAME, made_of
 from kronsae.registry import FORMATS
+from kronsae.system.documents import shown, typed
 from kronsae.system.files import read_checksummed, read_tensors, sha256
 
 
@@ -27,7 +28,12 @@ def read(folder: Path) -> SAE:
     if settings.get("format") != "kronsae" or settings.get("format_version") != FORMAT_VERSION:
         raise InputError(
             f"{folder}: expected format 'kronsae', version {FORMAT_VERSION}, got "
-            f"{settings.get('format')!r}, version {settings.get('format_version')!r}"
+            f"{shown(settings.get('format'))}, version {shown(settings.get('format_version'))}"
+        )
+    settings = typed(settings, SAE_FILE, str(folder / CONFIG_NAME))
+    if unknown := sorted(settings.keys() - SAE_FILE.required.keys()):
+        raise InputError(
+            f"{folder / CONFIG_NAME}: unknown keys {unknown}: take them out (metadata has a place for more)"
         )
     weights = folder / WEIGHTS_NAME
     if not weights.is_file():

@@ -16,7 +16,7 @@ from kronsae.interop.stock import (
     Stock,
     layer_of,
     note_of,
-    read_json,
+    read_object,
     source_metadata,
     stock_of,
     take,
@@ -76,7 +76,7 @@ def write(sae: SAE, folder: str | Path) -> Path:
 
 def read(folder: Path) -> SAE:
     """Read an SAE of sparsify. Raises InputError if it is damaged or of an unknown kind."""
-    settings = read_json(folder / CONFIG_NAME)
+    settings = read_object(folder / CONFIG_NAME)
     path = folder / WEIGHTS_NAME
     if settings.get("activation", "topk") != "topk" or settings.get("signed"):
         kind = "signed" if settings.get("signed") else settings["activation"]
@@ -99,7 +99,7 @@ def read(folder: Path) -> SAE:
 def _metadata(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
     # The folder is named after its hookpoint (`layers.10`); the run's folder above names the model.
     try:
-        run = read_json(folder.resolve().parent / "config.json")
+        run = read_object(folder.resolve().parent / "config.json")
     except InputError:
         run = {}
     layer = layer_of(folder.name) if folder.name.startswith("layers.") else None

@@ -7,7 +7,6 @@ KronSAE has not: its latent is the root of a product of two projections.
 """
 
 import dataclasses
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,12 @@ from torch import Tensor
 
 from kronsae.config import SAEConfig, from_dict, kind_of
 from kronsae.errors import InputError
-from kronsae.model.sae import SAE
+from kronsae.model.sae import METADATA, SAE
 from kronsae.model.selection import TopK
 from kronsae.registry import SELECTIONS
+from kronsae.system.documents import part_of, read_json, typed
 from kronsae.system.files import replace_directory, write_json
+from kronsae.system.tensors import check_weights
 from kronsae_kernels import SparseCodes, __version__
 
 DEFAULT_K = 50
@@ -196,9 +197,12 @@ def _checked_note(note: Any, config: SAEConfig, threshold: Tensor | None) -> SAE
 
 
 def source_metadata(format: str, settings: dict[str, Any], **data: Any) -> dict[str, Any]:
-    """`sae.metadata` of an SAE of another library. data: what its file says of the activations."""
+    """`sae.metadata` of an SAE of another library. data: what its file says of the activations.
+
+    Raises InputError if that is of wrong types.
+    """
     known = {name: value for name, value in data.items() if value is not None}
-    return {"format": format, "data": known, "settings": settings}
+    return typed({"format": format, "data": known, "settings": settings}, METADATA, "its settings")
 
 
 def write_folder(
@@ -215,25 +219,23 @@ def write_folder(
     return replace_directory(Path(folder), save)
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     """Read a JSON object. Raises InputError if the file holds none, or cannot be read."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        return typed(read_json(path), dict, "")
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: expected a JSON object, got {type(value).__name__}")
-    return value
 
 
 def take(tensors: dict[str, Tensor], names: dict[str, str], path: Path) -> dict[str, Any]:
     """Tensors by our names, in float32 at least, for `Stock`. names: ours -> the file's.
 
-    Raises InputError if one is missing.
+    Raises InputError if one is missing, or not of finite floats.
     """
     missing = sorted(set(names.values()) - set(tensors))
     if missing:
         raise InputError(f"{path}: expected tensors {missing}, got {sorted(tensors)}")
+    check_weights({theirs: tensors[theirs] for theirs in names.values()}, path)
     return {ours: _exact(tensors[theirs]) for ours, theirs in names.items()}
 
 
@@ -285,14 +287,6 @@ class Origin:
             begin=tuple(map(str, begin or ())),
             skipped=None if begin is None else max(1, len(begin)),
         )
-
-
-def part_of(document: dict[str, Any], *names: str) -> dict[str, Any]:
-    """A nested JSON object, {} if there is none (files are not trusted)."""
-    for name in names:
-        value = document.get(name)
-        document = value if isinstance(value, dict) else {}
-    return document
 
 
 def _of(kind: type, value: Any) -> Any:

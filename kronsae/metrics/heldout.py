@@ -25,6 +25,7 @@ from kronsae.metrics.figures import massive_warning as massive_in_figures
 from kronsae.metrics.splicing import ForwardPasses, Make
 from kronsae.model.massive import MassiveTokens, without
 from kronsae.model.sae import SAE
+from kronsae.system.documents import typed
 from kronsae.system.tensors import as_values
 
 BATCH_TOKENS = 4096
@@ -273,6 +274,7 @@ def evaluate(sae: SAE, heldout: Heldout | Tensor | tuple[Tensor, Tensor]) -> dic
     A transcoder is evaluated on its prediction of `heldout.targets`.
     heldout: also what `as_heldout` takes. Raises ValueError if there are no tokens.
     """
+    typed(sae, SAE, "sae")
     if not isinstance(heldout, Heldout):
         heldout = as_heldout(heldout)
         check_heldout(heldout, sae.config)

@@ -17,8 +17,9 @@ from kronsae.errors import InputError
 from kronsae.model.ranks import check_heads, largest
 from kronsae.model.router import Router
 from kronsae.registry import ENCODERS, Kind
+from kronsae.system.documents import typed
 from kronsae.system.parallel import ALONE, Mesh
-from kronsae.system.tensors import as_floating, check_room
+from kronsae.system.tensors import as_values, check_room
 from kronsae_kernels import (
     SparseCodes,
     dense_encode,
@@ -217,6 +218,7 @@ class Encoder(nn.Module):
         self, config: SAEConfig, device: torch.device | str | None = None, mesh: Mesh = ALONE
     ) -> None:
         super().__init__()
+        typed(config, SAEConfig, "config")
         if config.d_model < 1:
             raise InputError(f"d_model: expected >= 1, got {config.d_model}")
         check_heads(config, mesh.heads.size)
@@ -319,7 +321,7 @@ class Encoder(nn.Module):
         return SparseCodes(values, indices.expand_as(values))
 
     def _as_weights(self, x: Tensor) -> Tensor:
-        x = as_floating(x, "x")
+        x = as_values(x, "x")
         autocast = torch.is_autocast_enabled(x.device.type)
         return x if autocast else x.to(self.W_enc.dtype)
 

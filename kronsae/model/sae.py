@@ -14,18 +14,63 @@ import safetensors.torch as st
 import torch
 from torch import Tensor, nn
 
-from kronsae.config import SAEConfig
+from kronsae.config import SAEConfig, run_settings
 from kronsae.errors import InputError
 from kronsae.model.encoder import Encoder, is_every
 from kronsae.model.ranks import SHARDED, own_part
 from kronsae.registry import SELECTIONS
-from kronsae.system.files import read_checksummed, replace_directory, sha256, write_checksummed
+from kronsae.system.documents import Keys, shown, to_json, typed
+from kronsae.system.files import (
+    read_checksummed,
+    replace_directory,
+    sha256,
+    usable_path,
+    write_checksummed,
+)
 from kronsae.system.parallel import ALONE, Mesh
+from kronsae.system.tensors import as_values, check_weights
 from kronsae_kernels import SparseCodes, sparse_decode
+from kronsae_kernels.common import check_tensors
 
 FORMAT_VERSION = 1
 WEIGHTS_NAME = "sae.safetensors"
 CONFIG_NAME = "config.json"
+
+
+_TEXT, _NUMBER, _TEXTS = str | None, int | None, list[str] | None
+_DESCRIBED = Keys(
+    {},
+    {
+        **{"name": _TEXT, "hookpoint": _TEXT, "target_hookpoint": _TEXT, "revision": _TEXT},
+        **{"source": _TEXT, "dtype": _TEXT, "text": _TEXT},
+        **{"layer": _NUMBER, "context_length": _NUMBER, "prepend_bos": bool | None},
+        **{"hookpoints": _TEXTS, "context_begin": _TEXTS},
+    },
+)
+METADATA = Keys(
+    {},
+    {
+        "config": run_settings(partial=True),
+        "data": _DESCRIBED,
+        "tokens": _NUMBER,
+        "metrics": dict[str, float | str | None],
+        "massive_tokens": dict[str, Any] | None,
+    },
+)
+"""Keys of an SAE's metadata that have a meaning; all others are the user's.
+
+config: settings of its run.  data: what describes the activations.  tokens: it was trained on.
+"""
+SAE_FILE = Keys(
+    {
+        "format": str,
+        "format_version": int,
+        "sae": dict[str, Any],
+        "sha256": str,
+        "metadata": METADATA,
+    }
+)
+"""config.json of a folder of `SAE.save`."""
 
 
 class SAEOutput(NamedTuple):
@@ -131,6 +176,10 @@ class SAE(Encoder):
         self, codes: SparseCodes, x: Tensor | None = None, *, impl: str | None = None
     ) -> Tensor:
         """Reconstruction [..., d] of codes [..., k]; a transcoder with skip needs its input x."""
+        if not (isinstance(codes, tuple) and len(codes) == 2):
+            raise InputError(f"codes: expected SparseCodes(values, indices), got {shown(codes)}")
+        codes = SparseCodes(*codes)
+        check_tensors(**codes._asdict())
         return self.with_skip(self.sum_of_rows(self.own(codes), impl=impl), x)
 
     def own(self, codes: SparseCodes) -> SparseCodes:
@@ -168,10 +217,16 @@ class SAE(Encoder):
 
         target: [..., d_target], that of a transcoder.
         """
+        x = as_values(x, "x")
         codes = self.encode(x)
         x_hat = self.decode(codes, x)
         if target is None and not self.config.d_target:
             target = x
+        if target is not None:
+            target = as_values(target, "target")
+            if target.shape != x_hat.shape:
+                shapes = list(x_hat.shape), list(target.shape)
+                raise InputError("target: expected {}, got {}".format(*shapes))
         loss = None if target is None else (x_hat - target).square().mean()
         return SAEOutput(x_hat, codes, loss)
 
@@ -221,8 +276,12 @@ class SAE(Encoder):
 
         metadata: JSON-able facts (model, hookpoint, metrics) that `load` gives back as
             `sae.metadata`; by default this SAE's. With a mesh the first rank writes the whole SAE.
-        Raises InputError if the disk is full, or if the folder holds other files.
+        Raises InputError if the disk is full, or if the folder holds other files, and for metadata
+        that is no JSON, or that gives another meaning to a key of `METADATA`.
         """
+        directory = usable_path(directory, "directory")
+        metadata = self.metadata if metadata is None else metadata
+        to_json(typed(metadata, METADATA, "metadata"), "metadata")
         state = self.state_dict()
         if self.mesh.data.rank == 0:
             state = {
@@ -238,19 +297,19 @@ class SAE(Encoder):
                 "format_version": FORMAT_VERSION,
                 "sae": dataclasses.asdict(self.config),
                 "sha256": sha256(folder / WEIGHTS_NAME),
-                "metadata": self.metadata if metadata is None else metadata,
+                "metadata": metadata,
             }
             write_checksummed(folder / CONFIG_NAME, settings)
 
         with self.mesh.world.together():
             if self.mesh.first:
-                replace_directory(Path(directory), write)
-        return Path(directory)
+                replace_directory(directory, write)
+        return directory
 
 
 def load_metadata(directory: Path) -> dict[str, Any]:
     """The metadata of an SAE that `SAE.save` wrote. Raises InputError if it is damaged."""
-    return read_checksummed(directory / CONFIG_NAME)["metadata"]
+    return _read_file(directory)["metadata"]
 
 
 def save_metadata(directory: Path, metadata: dict[str, Any]) -> None:
@@ -258,16 +317,26 @@ def save_metadata(directory: Path, metadata: dict[str, Any]) -> None:
 
     Raises InputError if the disk is full.
     """
-    settings = read_checksummed(directory / CONFIG_NAME)
+    settings = _read_file(directory)
     write_checksummed(directory / CONFIG_NAME, settings | {"metadata": metadata})
+
+
+def _read_file(directory: Path) -> dict[str, Any]:
+    """config.json of a folder of `SAE.save`."""
+    path = directory / CONFIG_NAME
+    try:
+        return typed(read_checksummed(path), SAE_FILE, "")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is damaged: {error}") from error
 
 
 def made_of(config: SAEConfig, tensors: dict[str, Tensor], path: Path) -> SAE:
     """The SAE with these tensors, which were read from `path`.
 
     Raises InputError if their names or shapes are not those of such an SAE, before any memory is
-    allocated.
+    allocated, and if some are not finite floats.
     """
+    check_weights(tensors, path)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     rows = config.dict_size, config.d_out
     if shapes.get("W_dec") != rows or shapes.get("W_enc", ())[-1:] != (config.d_model,):

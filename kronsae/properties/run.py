@@ -24,7 +24,7 @@ from kronsae.properties.gather import MeasureConfig, measure
 from kronsae.properties.geometry import kinship, logit_effects, mean_cosines, nearest_rows
 from kronsae.properties.store import FOLDER, Stored, load_properties, save_properties
 from kronsae.properties.summary import summarise
-from kronsae.runs.folder import RunFolder
+from kronsae.runs.folder import RunFolder, whole
 from kronsae.system.files import sha256
 
 EMBEDDED: dict[str, Any] = {"tokens": 200_000, "sample": 32}
@@ -153,8 +153,8 @@ def kept(run: Path, given: dict[str, Any], text: dict[str, Any]) -> Stored | Non
 def open_run(run: Path, text: dict[str, Any], device: str) -> tuple[SAE, DataConfig, str]:
     """A run's SAE, where its activations come from, and the checksum of its weights."""
     sae = load(run, device=device)
-    _, settings = RunFolder.open(run)
-    if settings["config"]["data"] is None:
+    folder, settings = RunFolder.open(run)
+    if whole(settings["config"], folder.index)["data"] is None:
         raise InputError(f"{run} was trained from tensors: there is no text to look at")
     return sae, data_of(sae, text, str(run)), sha256(run / "sae" / WEIGHTS_NAME)
 

@@ -4,7 +4,6 @@ properties.safetensors   every array, by name: "post.count", "pre.top.tokens", "
 properties.json          the text, the settings, a summary, and the checksum of the former
 """
 
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ from kronsae.errors import InputError
 from kronsae.properties.examples import PARTS, Examples
 from kronsae.properties.gather import Examined, Properties
 from kronsae.properties.geometry import LogitEffects, Nearest
+from kronsae.system.documents import read_json
 from kronsae.system.files import replace_directory, sha256, write_json
 
 FOLDER = "properties"
@@ -67,7 +67,7 @@ def load_properties(folder: Path) -> Stored:
     from safetensors.numpy import load_file
 
     try:
-        document = json.loads((folder / _FACTS).read_text(encoding="utf-8"))
+        document = read_json(folder / _FACTS)
     except (OSError, ValueError) as error:
         raise InputError(f"{folder / _FACTS} cannot be read: {error}") from error
     kind = None

@@ -24,18 +24,28 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
-from types import MappingProxyType
+from types import GenericAlias, MappingProxyType
 from typing import Any
 
 import torch
 from filelock import FileLock
 
 import kronsae_kernels
+from kronsae.config import run_settings
 from kronsae.errors import InputError, warn
 from kronsae.model.ranks import SHARDED_STATE
 from kronsae.runs.sweep import check_names
 from kronsae.system import checkpoint
-from kronsae.system.files import LOCK_NAME, lock, remove_leftovers, sync, write_json, write_text
+from kronsae.system.documents import Keys, read_json, typed
+from kronsae.system.files import (
+    LOCK_NAME,
+    lock,
+    remove_leftovers,
+    sync,
+    usable_path,
+    write_json,
+    write_text,
+)
 from kronsae.system.parallel import ALONE, Mesh
 
 FORMAT_VERSION = 1
@@ -46,6 +56,25 @@ SINGLE = "sae"
 _BEGUN = ".begun"
 """Name of an empty file in a folder that is being made: if that is interrupted, the same command
 makes it again."""
+
+
+RUN = Keys(
+    {"config": run_settings(partial=True), "data": dict[str, Any]},
+    {"versions": dict[str, Any], "command": str | list[str], "sweep": str},
+)
+"""config.json of a run. data: what describes the activations.  sweep: its name in one."""
+
+_MEMBER = Keys(
+    {"config": run_settings(partial=True)},
+    {
+        "tokens": int,
+        "metrics": dict[str, float | str | None],
+        "step_ms": float | None,
+        "failed": str | None,
+    },
+)
+SWEEP = Keys({"members": GenericAlias(dict, (str, _MEMBER))})
+"""sweep.json."""
 
 
 class _Folder:
@@ -119,7 +148,7 @@ class _Folder:
     @staticmethod
     def check_free(path: str | Path) -> None:
         """Raise InputError unless `path` is new, empty, or left by an interrupted `create`."""
-        path = Path(path)
+        path = usable_path(path, "--out")
         names = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
         known = not names.isdisjoint({"config.json", "sweep.json"})
         free = _BEGUN in names or names <= {LOCK_NAME} and (path.is_dir() or not path.exists())
@@ -163,7 +192,7 @@ class RunFolder(_Folder):
     def open(cls, path: str | Path) -> tuple["RunFolder", dict[str, Any]]:
         """A run that exists, and its config.json. Raises InputError if it is none."""
         run = cls(Path(path))
-        run.document = _read_index(run.index, "kronsae-run", {"config", "data"})
+        run.document = _read_index(run.index, "kronsae-run", RUN)
         return run, copy.deepcopy(run.document)
 
     def change(self, name: str, config: dict[str, Any], data: dict[str, Any]) -> None:
@@ -254,10 +283,10 @@ class SweepFolder(_Folder):
     @classmethod
     def open(cls, path: str | Path) -> tuple["SweepFolder", dict[str, dict[str, Any]]]:
         """A sweep that exists, and the config.json of each member. Raises InputError."""
-        index = _read_index(Path(path) / "sweep.json", "kronsae-sweep", {"members"})
+        index = _read_index(Path(path) / "sweep.json", "kronsae-sweep", SWEEP)
         try:
             check_names(list(index["members"]))  # they are folders, in which files are removed
-        except (InputError, TypeError) as error:
+        except InputError as error:
             raise InputError(f"{Path(path) / 'sweep.json'}: {error}") from error
         sweep = cls(Path(path), index["members"])
         sweep.document, settings = index, {}
@@ -277,7 +306,7 @@ class SweepFolder(_Folder):
 
     def members(self) -> dict[str, dict[str, Any]]:
         """Entries of sweep.json, by the member's name."""
-        return _read_index(self.index, "kronsae-sweep", {"members"})["members"]
+        return _read_index(self.index, "kronsae-sweep", SWEEP)["members"]
 
     def change(self, name: str, config: dict[str, Any], data: dict[str, Any]) -> None:
         """Change a member's settings, in its run and in sweep.json."""
@@ -339,17 +368,31 @@ class SweepFolder(_Folder):
         return None if state is None else {**state, "members": members}
 
 
-def _read_index(path: Path, kind: str, keys: set[str]) -> dict[str, Any]:
+def read_run(path: Path) -> dict[str, Any]:
+    """config.json of a run, also of one that another program wrote. Raises InputError."""
+    index = path / "config.json"
+    try:
+        return typed(read_json(index), Keys({"config": run_settings()}, RUN.others), "")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{index} cannot be read: {error}") from error
+
+
+def whole(config: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The settings of a run, read from `path`. Raises InputError if a part is missing."""
+    return typed(config, run_settings(), f"{path}: config")
+
+
+def _read_index(path: Path, kind: str, hint: Any) -> dict[str, Any]:
     """The JSON object that makes a folder a run or a sweep. Raises InputError if it is none.
 
-    People may edit it: `kronsae.runs.resume` says what a run can go on with.
+    hint: `RUN` or `SWEEP`. People may edit it: `kronsae.runs.resume` says what a run can go on
+    with.
     """
+    path = usable_path(path, "run folder")
     if not path.parent.is_dir():
         raise InputError(f"{path.parent} is no run folder: it does not exist")
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(document, dict) or not keys <= document.keys():
-            raise ValueError("it is not one that a run wrote")
+        document = typed(read_json(path), hint, "")
         written = document.get("format"), document.get("format_version")
         if written != (kind, FORMAT_VERSION):
             raise ValueError(f"expected {kind!r} of format version {FORMAT_VERSION}, got {written}")

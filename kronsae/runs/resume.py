@@ -6,8 +6,9 @@ from typing import Any
 
 from kronsae.config import PARTS, DataConfig, all_settings, stored
 from kronsae.errors import InputError, differences
-from kronsae.runs.folder import SINGLE, RunFolder, SweepFolder
+from kronsae.runs.folder import RUN, SINGLE, RunFolder, SweepFolder
 from kronsae.system import checkpoint
+from kronsae.system.documents import typed
 from kronsae.system.files import read_checksummed
 from kronsae.system.parallel import Mesh
 
@@ -73,7 +74,7 @@ def _check_unchanged(run: RunFolder) -> None:
     copy = checkpoint.copy_of(run.index, run.checkpoints)
     if copy is None:
         return
-    saved, written = read_checksummed(copy), run.document
+    saved, written = typed(read_checksummed(copy), RUN, str(copy)), run.document
     free = _free() | {"data.dtype", "data.weights"}  # which follow model_dtype
     changes = [
         *differences(

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from kronsae.config import SAEConfig, TrainConfig, all_settings
+from kronsae.config import SAEConfig, TrainConfig, all_settings, from_dict
 from kronsae.errors import InputError
 from kronsae.model.flops import flops_per_token
 from kronsae.system import tables
@@ -109,7 +109,7 @@ def comparison(members: dict[str, dict[str, Any]]) -> tuple[list[str], list[list
     head = ["member", "encoder", "F", "k", "M mult-adds", "ms a step"]
     rows = []
     for name, entry in members.items():
-        sae = SAEConfig(**entry["config"]["sae"])
+        sae = from_dict(SAEConfig, entry["config"]["sae"], f"member {name}")
         kron = sae.heads
         rows.append(
             [

@@ -9,10 +9,11 @@ import math
 import os
 import reprlib
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
 from types import NoneType, UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints, is_typeddict
+from typing import Any, Union, get_args, get_origin
 
 from kronsae.errors import InputError
 
@@ -79,10 +80,10 @@ def _check_depth(value: Any, levels: int) -> None:
             _check_depth(item, levels - 1)
 
 
-def to_json(value: Any, what: str) -> str:
+def to_json(value: Any, what: str, indent: int | None = 2) -> str:
     """`value` as JSON. Raises InputError, which names `what`, if it is no JSON value."""
     try:
-        text = json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False)
+        text = json.dumps(value, indent=indent, allow_nan=False, ensure_ascii=False)
         text.encode()
     except (TypeError, ValueError, RecursionError) as error:
         raise InputError(
@@ -100,6 +101,16 @@ def part_of(document: Mapping[str, Any], *names: str) -> dict[str, Any]:
     return part if isinstance(part, dict) else {}
 
 
+@dataclass(frozen=True)
+class Keys:
+    """A type hint for an object: hints of the values at its keys. Keys beside these are let be."""
+
+    required: Mapping[str, Any]
+    others: Mapping[str, Any] = field(default_factory=dict)
+    null: bool = False
+    """Whether null may be in its place."""
+
+
 _WORDS: dict[Any, str] = {
     int: "a whole number",
     float: "a number",
@@ -114,22 +125,28 @@ _WORDS: dict[Any, str] = {
 def typed(value: Any, hint: Any, name: str) -> Any:
     """`value` as the type hint says. Raises InputError, which begins with `name`, if it is not.
 
+    name: of the value ("": a whole document).
+
     An integer may be given as a float without a fraction, a number as one of numpy or as a tensor
-    [], text as a path. Objects may be dict[str, …] or a TypedDict, whose other keys are let be.
+    [], text as a path.
     """
     origin, args = get_origin(hint), get_args(hint)
     if hint is Any:
         return value
     if origin in (Union, UnionType):
         return _one_of(value, args, name)
-    if is_typeddict(hint):
-        values, hints = typed(value, dict, name), get_type_hints(hint)
-        for key in sorted(hint.__required_keys__ - values.keys()):
-            raise InputError(f"{name}: {key!r} is missing")
-        return {k: typed(v, hints.get(k, Any), f"{name}.{k}") for k, v in values.items()}
+    if isinstance(hint, Keys):
+        if value is None and hint.null:
+            return None
+        values = typed(value, dict, name)
+        for key in hint.required:
+            if key not in values:
+                raise _wrong(name, f"{key!r} is missing")
+        hints = {**hint.required, **hint.others}
+        return {k: typed(v, hints.get(k, Any), _inside(name, k)) for k, v in values.items()}
     if origin is dict:
         values = typed(value, dict, name)
-        return {k: typed(v, args[1], f"{name}.{k}") for k, v in values.items()}
+        return {k: typed(v, args[1], _inside(name, k)) for k, v in values.items()}
     if origin in (list, tuple):
         items = typed(value, list, name)
         return origin(typed(item, args[0], f"{name}[{i}]") for i, item in enumerate(items))
@@ -160,7 +177,7 @@ def _plain(value: Any, kind: Any, name: str) -> Any:
     expected, hint = _WORDS.get(kind) or kind.__name__, ""
     if isinstance(value, str):
         hint = " in UTF-8, without NUL" if kind is str else ", without quotes"
-    raise InputError(f"{name}: expected {expected}{hint}, got {shown(value)}")
+    raise _wrong(name, f"expected {expected}{hint}, got {shown(value)}")
 
 
 def _converted(value: Any, kind: Any) -> Any:
@@ -179,6 +196,14 @@ def _converted(value: Any, kind: Any) -> Any:
         texts = isinstance(value, Mapping) and all(isinstance(key, str) for key in value)
         return dict(value) if texts else None
     return value if isinstance(value, kind) else None
+
+
+def _inside(name: str, key: str) -> str:
+    return f"{name}.{key}" if name else key
+
+
+def _wrong(name: str, problem: str) -> InputError:
+    return InputError(f"{name}: {problem}" if name else problem)
 
 
 _short = reprlib.Repr()

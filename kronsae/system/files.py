@@ -74,7 +74,7 @@ def checked(document: Any) -> Any:
 
 def _digest(document: dict[str, Any]) -> str:
     """SHA-256 of the values, in whichever order and form they are written."""
-    text = json.dumps(json.loads(json.dumps(document)), sort_keys=True)
+    text = json.dumps(json.loads(to_json(document, "the document", None)), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -134,7 +134,7 @@ def _replacing(path: Path) -> Iterator[Path]:
 
     Raises InputError for an error of the disk.
     """
-    beside = _beside(path)
+    beside = usable_path(_beside(path), str(path))
     try:
         yield beside
         sync(path.parent)

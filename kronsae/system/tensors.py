@@ -26,7 +26,8 @@ def as_floating(x: Any, name: str, expected: str = "[..., d]") -> Tensor:
             f"{name}: expected a floating tensor {expected}, or an array of numpy, got {got}"
         )
     if x.layout != torch.strided or x.is_nested:
-        raise InputError(f"{name}: expected a dense tensor, got {x.layout}: give {name}.to_dense()")
+        kind = "a nested one" if x.is_nested else f"{x.layout}: give {name}.to_dense()"
+        raise InputError(f"{name}: expected a dense tensor, got {kind}")
     return x.float() if x.itemsize == 1 else x
 
 
@@ -70,7 +71,11 @@ def check_room(count: int, device: torch.device | str | None, what: str, advice:
 
     device: None is torch's default.  what, advice: for the message.
     """
-    place = torch.get_default_device() if device is None else torch.device(device)
+    try:
+        place = torch.get_default_device() if device is None else torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        problem = str(error).splitlines()[0]
+        raise InputError(f"device {device!r} cannot be used: {problem}") from error
     free = free_bytes(place) if place.type in ("cpu", "cuda") else None
     if free is not None and place.type == "cuda":  # torch has some of it, unused
         free += torch.cuda.memory_reserved(place) - torch.cuda.memory_allocated(place)

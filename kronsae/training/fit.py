@@ -24,7 +24,7 @@ from kronsae.metrics.heldout import (
 )
 from kronsae.model.ranks import check_heads
 from kronsae.registry import command_line
-from kronsae.runs.folder import SINGLE, SweepFolder
+from kronsae.runs.folder import RUN, SINGLE, SweepFolder
 from kronsae.runs.logs import check_packages
 from kronsae.runs.resume import open_folder
 from kronsae.runs.sweep import check_names, one_stream
@@ -124,7 +124,7 @@ def fit_many(
     count = len(typed(sae_configs, list, "sae_configs"))
     if train_configs is None or isinstance(train_configs, TrainConfig):
         train_configs = [train_configs or TrainConfig()] * count
-    train_configs = typed(train_configs, list, "train_configs")
+    train_configs = list(typed(train_configs, list, "train_configs"))
     default = [f"sae-{i}" for i in range(count)]
     names = default if names is None else typed(names, list[str], "names")
     settings = [{}] * count if settings is None else typed(settings, list, "settings")
@@ -161,6 +161,8 @@ def fit_members(
         for name, given, kind in (("sae", plan.sae, SAEConfig), ("train", plan.train, TrainConfig)):
             typed(given, kind, f"{name}_config")
         typed(plan.settings, dict, "settings")
+    typed(mesh, Mesh | None, "mesh")
+    typed(on_record, Callable | None, "on_record")
     if sweep:
         check_names([plan.name for plan in plans])
     trains = one_stream([plan.train for plan in plans])
@@ -321,7 +323,7 @@ def _complete(plan: MemberPlan, source: ActivationSource) -> MemberPlan:
         "train": dataclasses.asdict(plan.train),
     }
     settings = {"config": config, "data": source.describe(), **plan.settings}
-    to_json(settings, "settings")
+    to_json(typed(settings, RUN, "settings"), "settings")
     return dataclasses.replace(plan, sae=sae, settings=settings)
 
 

@@ -7,7 +7,6 @@ of values of flags that have several.
 
 import argparse
 import dataclasses
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,10 +29,12 @@ from kronsae.config import (
 )
 from kronsae.errors import InputError
 from kronsae.model.flops import equal_budget, flops_per_token
-from kronsae.runs.folder import SINGLE, SweepFolder
+from kronsae.runs.folder import SINGLE, SweepFolder, whole
 from kronsae.runs.resume import open_to_resume
 from kronsae.runs.sweep import check_names, name_of, one_stream, own_settings, product
 from kronsae.sources import source_of
+from kronsae.system.documents import read_json
+from kronsae.system.files import usable_path
 
 OTHER_NAMES = {
     "--architecture": "--encoder and --selection: 'standard' is --encoder dense --selection relu, "
@@ -391,7 +392,7 @@ def _resumed(
     folder, documents = open_to_resume(run["resume"])
     members = {}
     for name, document in documents.items():
-        saved = document["config"]
+        saved = whole(document["config"], folder.index)
         if saved["data"] is None:
             raise InputError(
                 f"{run['resume']} was trained from tensors: resume it with kronsae.train.fit"
@@ -413,7 +414,7 @@ def _resumed(
 
 def _read_json(path: Path, flag: str) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(usable_path(path, flag))
     except (OSError, ValueError) as error:
         raise InputError(f"{flag} {path} cannot be read: {error}") from error
 
