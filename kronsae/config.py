@@ -834,6 +834,11 @@ def stored(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
     return {**known, **values}
 
 
+def with_defaults(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """`stored`, and the defaults of all other settings that the file lacks."""
+    return {**{spec.name: spec.default for spec in fields(cls)}, **stored(cls, values)}
+
+
 def untrusted(data: dict[str, Any]) -> dict[str, Any]:
     """Settings of `DataConfig` from a file, without `trust_remote_code`.
 
@@ -852,6 +857,8 @@ class Setting(NamedTuple):
     """For a kind's own setting, the field of SAEConfig that holds it."""
     kind: str | None = None
     """Name of that kind."""
+    hint: Any = Any
+    """Its type."""
 
     def no_effect(self, settings: Mapping[str, Any]) -> str | None:
         """Why it has no effect among these flat settings; None if it has."""
@@ -868,19 +875,22 @@ PARTS: dict[str, type] = {"data": DataConfig, "sae": SAEConfig, "train": TrainCo
 def all_settings() -> dict[str, Setting]:
     """Every setting of a run by name, with those of registered kinds."""
     known = {
-        spec.name: Setting(spec, part)
+        spec.name: Setting(spec, part, hint=hint)
         for part, cls in PARTS.items()
-        for spec in fields(cls)
+        for spec, hint in zip(fields(cls), get_type_hints(cls).values(), strict=True)
         if "help" in spec.metadata
     }
     for part, kinds in SAE_KINDS.items():
         for kind in kinds:
-            for spec in fields(kinds[kind].Settings) if kinds[kind].Settings else ():
+            own = kinds[kind].Settings
+            hints = get_type_hints(own) if own else {}
+            for spec in fields(own) if own else ():
                 if spec.name in known:
                     raise InputError(
                         f"{part} {kind!r}: its setting {spec.name} has the name of another one"
                     )
-                known[spec.name] = Setting(spec, "sae", f"{part}_settings", kind)
+                hint = hints[spec.name]
+                known[spec.name] = Setting(spec, "sae", f"{part}_settings", kind, hint)
     return known
 
 
@@ -915,19 +925,22 @@ def nested(settings: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     return parts
 
 
-def flat(part: str, values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Settings of a part as in a file, without nesting. Raises InputError for unknown ones."""
+def flat(part: str, values: Any, where: str) -> dict[str, Any]:
+    """Settings of a part as in a file, without nesting.
+
+    Raises InputError for unknown ones, and for wrong types.
+    """
+    values = typed(values, dict, f"{where}: {part}")
     for part_of_sae, registry in SAE_KINDS.items():
         if part_of_sae in values:
             registry[values[part_of_sae]]  # says how to register one that is not known
-        own = values.get(f"{part_of_sae}_settings")
-        if own is not None and not isinstance(own, Mapping):
-            raise InputError(f"{where}: {part_of_sae}_settings: expected an object, got {own!r}")
+        own = f"{part_of_sae}_settings"
+        typed(values.get(own), dict | None, f"{where}: {own}")
     known, plain = all_settings(), without_nesting(values)
     for name in plain:
         if name not in known or known[name].part != part:
             raise InputError(f"{where}: {part} has no setting {name!r}")
-    return plain
+    return {name: typed(v, known[name].hint, f"{where}: {name}") for name, v in plain.items()}
 
 
 def base_type(spec: dataclasses.Field[Any]) -> tuple[Any, bool]:

@@ -8,8 +8,8 @@
         def open(cls, data, *, batch_size, seed, device): ...
 """
 
+import os
 from abc import ABC, abstractmethod
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,7 +63,7 @@ def source_of(activations: str | None) -> type[Source]:
     name, colon, _ = activations.partition(":")
     if colon and name in SOURCES:
         return SOURCES[name]
-    if colon and not is_url(activations) and not Path(activations).exists():
+    if colon and not is_url(activations) and not os.path.exists(activations):
         raise InputError(
             f"activations {activations!r}: there is no such folder, and no source {name!r} is "
             "registered (a source of your own is registered by --plugin FILE)"

@@ -132,7 +132,7 @@ def test_settings_of_a_kind():
         ({"selection": "relu", "selection_settings": {"l2": 1}}, "unknown settings"),
         ({"selection": "relu", "selection_settings": {"l1_coefficient": -1}}, "expected >= 0"),
         ({"k": 2, "selection_settings": {"l1_coefficient": 1}}, "no settings of its own"),
-        ({"selection": "relu", "selection_settings": 5}, "expected a ReLUSettings"),
+        ({"selection": "relu", "selection_settings": 5}, "expected ReLUSettings, got 5"),
     ):
         with pytest.raises(InputError, match=words):
             SAEConfig(dict_size=32, **settings)

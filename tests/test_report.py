@@ -158,7 +158,7 @@ def test_everything_is_escaped(tmp_path):
     write_run(folder, records(20), command=EVIL, versions={EVIL: EVIL})
     document = json.loads((folder / "config.json").read_text())
     for part in document["config"].values():
-        part.update({key: EVIL for key in part if not isinstance(part[key], int)})
+        part.update({key: EVIL for key in part if isinstance(part[key], str)})
         part[EVIL] = EVIL
     document[EVIL] = {EVIL: EVIL}
     (folder / "config.json").write_text(json.dumps(document))

@@ -131,7 +131,7 @@ def test_seeds_draw_weights_and_the_stream_stays():
         ([{"layer": 1}], [], "layer must be the same"),
         ([{"model": "gpt2"}], [], "model must be the same"),
         ([{"wings": 1}], [], "entry 0: there is no setting 'wings'"),
-        ([{}, {"m": "two"}], [], "member {'m': 'two'} of the sweep: settings: m expects int"),
+        ([{}, {"m": "two"}], [], "member {'m': 'two'} of the sweep: m: expected a whole number"),
         ([{"k": 5000}], [], "k: expected 1 <= k <= dict_size"),
         ([{"encoder": "dense", "m": 2}], [], "--m has no effect with encoder 'dense'"),
         ([{"m": 2}, {"m": 2}], [], "two members of the sweep have the name 'm2'"),

@@ -225,8 +225,11 @@ def test_bad_config_files(tmp_path, capsys):
     for content, words in [
         ("[1]", "expected a JSON object"),
         ('{"sae": {"wings": 2}}', "sae has no setting 'wings'"),
-        ('{"train": {"tokens": "many"}}', "tokens expects int, got 'many'"),
-        ('{"train": {"tokens": true}}', "tokens expects int, got True"),
+        (
+            '{"train": {"tokens": "many"}}',
+            "tokens: expected a whole number",
+        ),
+        ('{"train": {"tokens": true}}', "tokens: expected a whole number, got True"),
         ('{"more": {}}', "expected a JSON object with the parts"),
     ]:
         file.write_text(content)

@@ -37,8 +37,8 @@ from kronsae.data.common import digest
 from kronsae.errors import InputError
 from kronsae.registry import command_line
 from kronsae.system import checkpoint
-from kronsae.system.documents import parse_json
-from kronsae.system.files import checked, read_checksummed, write_file
+from kronsae.system.documents import parse_json, typed
+from kronsae.system.files import checked, read_checksummed, usable_path, write_file
 
 FORMAT = "kronsae-activations"
 FORMAT_VERSION = 1
@@ -158,7 +158,7 @@ class CacheIndex:
         """
         if is_url(folder):
             return cls._at(Remote(str(folder)))
-        folder = Path(folder)
+        folder = usable_path(folder, "activations")
         path = folder / INDEX_NAME
         try:
             document = read_checksummed(path)
@@ -385,8 +385,9 @@ def described(data: DataConfig) -> dict[str, Any]:
     return {name: getattr(data, name) for name in DESCRIBED}
 
 
-def source_of_file(values: dict[str, Any], where: str) -> DataConfig:
+def source_of_file(values: Any, where: str) -> DataConfig:
     """The inverse of `described`. Raises InputError for other settings, or invalid ones."""
+    values = typed(values, dict, where)
     unknown = sorted(values.keys() - set(DESCRIBED))
     if unknown:
         raise InputError(f"{where}: unknown settings {unknown}")

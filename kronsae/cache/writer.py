@@ -49,7 +49,7 @@ from kronsae.cache.index import (
     write_tensors,
 )
 from kronsae.cache.model import ManyHookpoints, tokenizer_digest
-from kronsae.config import DataConfig, check_values, setting
+from kronsae.config import DataConfig, check_values, from_dict, setting
 from kronsae.data.activations import (
     LanguageModelActivations,
     describe_begin,
@@ -58,12 +58,14 @@ from kronsae.data.activations import (
 from kronsae.data.text import check_text, open_text
 from kronsae.errors import InputError, differences
 from kronsae.system import checkpoint
+from kronsae.system.documents import typed
 from kronsae.system.files import (
     LOCK_NAME,
     lock,
     read_checksummed,
     remove_leftovers,
     sync,
+    usable_path,
     write_checksummed,
 )
 from kronsae.system.parallel import ALONE, Mesh
@@ -102,11 +104,11 @@ class HarvestConfig:
     device: str = setting("auto", "cpu, cuda, cuda:1, ... (auto: cuda if there is one)")
 
     def __post_init__(self) -> None:
+        check_values(self)
         for name, default in dataclasses.asdict(DataConfig()).items():
             value = getattr(self.data, name)
             if name not in (*DESCRIBED, "trust_remote_code") and value != default:
                 raise InputError(f"{name} {value!r} has no effect on a harvest: leave it out")
-        check_values(self)
 
     def to_dict(self) -> dict[str, Any]:
         """Settings that determine the bytes of a cache, as JSON values."""
@@ -117,16 +119,9 @@ class HarvestConfig:
     @classmethod
     def from_dict(cls, values: dict[str, Any], where: str) -> "HarvestConfig":
         """The inverse of `to_dict`. Raises InputError for invalid values."""
-        try:
-            values = dict(values)
-            data = source_of_file(values.pop("data"), where)
-            for name, kind in (("layers", int), ("hookpoints", str)):
-                values[name] = tuple(values[name])
-                if not all(type(value) is kind for value in values[name]):
-                    raise TypeError(f"{name} {values[name]}")
-            return cls(data=data, **values)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{where} was not written by a harvest ({error})") from error
+        values = typed(values, dict, f"{where}: config")
+        data = source_of_file(values.get("data"), f"{where}: config.data")
+        return from_dict(cls, values | {"data": data}, where)
 
 
 class Progress(NamedTuple):
@@ -161,7 +156,7 @@ def harvest(
     Raises InputError if model or text cannot be used, `out` holds anything else, activations are
     not finite or do not fit the dtype, or the disk is full.
     """
-    folder, lock_file = Path(out), None
+    folder, lock_file = usable_path(out, "--out"), None
     try:
         with mesh.world.together():
             if mesh.first:

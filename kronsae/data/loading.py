@@ -1,9 +1,9 @@
 """Configuration, tokenizer and weights of a transformers model by its name."""
 
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from kronsae.data.common import reason
 from kronsae.embedded import EMBEDDED_MODEL, embedded_model_path
 from kronsae.errors import InputError, Notice, require
 from kronsae.system.documents import read_json
+from kronsae.system.files import usable_path
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -62,7 +63,7 @@ def _source(name: str) -> Source:
             return Source(str(embedded_model_path()))
         except FileNotFoundError as error:
             raise InputError(str(error)) from error
-    path = Path(name).expanduser()
+    path = usable_path(os.path.expanduser(name), "model")
     if path.suffix == ".gguf" and path.is_file():
         require("gguf", f"model {name!r}, a GGUF file,")
         return Source(str(path.parent), path.name)
@@ -106,7 +107,7 @@ def _not_found(name: str, revision: str | None, error: Exception) -> str:
             f"model {name!r} needs code from its hub repository. Read that code, then "
             "allow it with --trust-remote-code"
         )
-    if Path(name).expanduser().is_dir():
+    if os.path.isdir(os.path.expanduser(name)):
         return f"model {name!r}: the folder holds no transformers model ({why})"
     if name.startswith((".", "/", "~")):
         return f"model {name!r}: there is no such folder"

@@ -16,6 +16,7 @@ Rows without text (null, empty, white space) are skipped.
 
 import glob
 import hashlib
+import os
 import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -32,6 +33,7 @@ from kronsae.data.common import digest
 from kronsae.data.sampling import Beginning, drawn_rows, shuffled
 from kronsae.data.stdlib import stdlib_documents
 from kronsae.errors import InputError, require, warn
+from kronsae.system.files import usable_path
 
 STDLIB = "stdlib"
 
@@ -473,14 +475,14 @@ def local_files(dataset: str) -> list[Path]:
 
     Raises InputError if it can only mean files and there are none.
     """
-    is_path = Path(dataset).expanduser().exists()  # even with a comma in its name
+    is_path = os.path.exists(os.path.expanduser(dataset))  # even with a comma in its name
     parts = [dataset] if is_path else [part.strip() for part in dataset.split(",")]
     files = [path for part in parts for path in _files_of(part, alone=len(parts) == 1)]
     return list({path.resolve(): path for path in files}.values())
 
 
 def _files_of(part: str, alone: bool) -> list[Path]:
-    path = Path(part).expanduser()
+    path = usable_path(os.path.expanduser(part), "dataset")
     if path.is_dir():
         return _files_in(path)
     if path.is_file():

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kronsae.config import SAEConfig, kind_of
+from kronsae.config import DataConfig, SAEConfig, kind_of, with_defaults
 from kronsae.data.token_text import token_texts
 from kronsae.explore import charts
 from kronsae.explore.charts import Record, is_number
@@ -33,9 +33,10 @@ def write_report(
     """
     settings = read_run(run_folder)
     records = read_metrics(run_folder / "metrics.jsonl")
-    sae, data = settings["config"]["sae"], settings["config"]["data"] or {}
+    sae, data = with_defaults(SAEConfig, settings["config"]["sae"]), settings["config"]["data"]
+    data = {} if data is None else with_defaults(DataConfig, data)
     hook = data.get("hookpoint") or f"layer {data.get('layer')}"
-    selection = sae.get("selection", SAEConfig.selection)
+    selection = sae["selection"]
     timed = [r for r in records if is_number(r.get("tokens")) and is_number(r.get("seconds"))]
     evaluation = last_evaluation(records)
     command = settings.get("command", [])

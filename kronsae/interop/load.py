@@ -7,7 +7,8 @@ import torch
 from kronsae.data.common import reason
 from kronsae.errors import InputError
 from kronsae.interop.formats import known, recognise
-from kronsae.model.sae import SAE, WEIGHTS_NAME
+from kronsae.model.massive import check_rule
+from kronsae.model.sae import METADATA, SAE, WEIGHTS_NAME
 from kronsae.registry import FORMATS
 from kronsae.system.documents import typed
 from kronsae.system.files import usable_path
@@ -41,7 +42,13 @@ def load(
             f"{folder / form.weights} is a pickle, which is only read on request: with "
             "allow_pickle=True (--allow-pickle), which loads tensors and runs no code"
         )
-    return form.read(folder).to(device)
+    sae = form.read(folder)
+    try:
+        typed(sae.metadata, METADATA, "metadata")
+        check_rule(sae.metadata, sae.d_model, sae.config.d_target)
+    except InputError as error:
+        raise InputError(f"{folder / form.config}: {error}") from error
+    return sae.to(device)
 
 
 def _find_sae(

@@ -33,7 +33,8 @@ def read(folder: Path) -> SAE:
     settings = typed(settings, SAE_FILE, str(folder / CONFIG_NAME))
     if unknown := sorted(settings.keys() - SAE_FILE.required.keys()):
         raise InputError(
-            f"{folder / CONFIG_NAME}: unknown keys {unknown}: take them out (metadata has a place for more)"
+            f"{folder / CONFIG_NAME}: unknown keys {unknown}: take them out, or put them into "
+            "'metadata'"
         )
     weights = folder / WEIGHTS_NAME
     if not weights.is_file():

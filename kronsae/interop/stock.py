@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kronsae.config import SAEConfig, from_dict, kind_of
 from kronsae.errors import InputError
-from kronsae.model.sae import METADATA, SAE
+from kronsae.model.sae import SAE
 from kronsae.model.selection import TopK
 from kronsae.registry import SELECTIONS
 from kronsae.system.documents import part_of, read_json, typed
@@ -197,12 +197,9 @@ def _checked_note(note: Any, config: SAEConfig, threshold: Tensor | None) -> SAE
 
 
 def source_metadata(format: str, settings: dict[str, Any], **data: Any) -> dict[str, Any]:
-    """`sae.metadata` of an SAE of another library. data: what its file says of the activations.
-
-    Raises InputError if that is of wrong types.
-    """
+    """`sae.metadata` of an SAE of another library. data: what its file says of the activations."""
     known = {name: value for name, value in data.items() if value is not None}
-    return typed({"format": format, "data": known, "settings": settings}, METADATA, "its settings")
+    return {"format": format, "data": known, "settings": settings}
 
 
 def write_folder(

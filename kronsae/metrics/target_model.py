@@ -7,6 +7,7 @@ text are in their metadata, or given by flags.
 import argparse
 import dataclasses
 import functools
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -111,7 +112,7 @@ def cache_of(sae: SAE, given: dict[str, Any], device: Any) -> CacheActivations |
 
 def _open_cache(sae: SAE, folder: str, given: dict[str, Any], device: Any) -> CacheActivations:
     """The cache in the folder. Raises InputError if it does not hold the text that is needed."""
-    if not Path(folder).is_dir():  # nothing is fetched from where an SAE's file says
+    if not os.path.isdir(folder):  # nothing is fetched from where an SAE's file says
         raise InputError("there is no such folder here")
     known = _data_of_run(sae)
     cache = CacheActivations(
@@ -138,7 +139,7 @@ def load_saes(sources: Sequence[str], given: dict[str, Any], device: Any) -> lis
 
 
 def _members(source: str) -> list[str]:
-    if not (Path(source) / "sweep.json").exists():
+    if not os.path.exists(os.path.join(source, "sweep.json")):
         return [source]
     sweep, _ = SweepFolder.open(source)
     return [str(run.path) for run in sweep.runs.values()]

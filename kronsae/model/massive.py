@@ -139,3 +139,14 @@ def rule_of(metadata: Mapping[str, Any]) -> MassiveTokens | None:
             f"metadata of the SAE: its {METADATA} cannot be read ({error!r}): expected what "
             "kronsae writes"
         ) from error
+
+
+def check_rule(metadata: Mapping[str, Any], d_model: int, d_target: int) -> None:
+    """Raise InputError unless the rule in an SAE's metadata is for activations of its widths."""
+    rule = rule_of(metadata)
+    for sphere, width in ((rule.of_input, d_model), (rule.of_target, d_target)) if rule else ():
+        if sphere is not None and sphere.mean.shape != (width,):
+            raise InputError(
+                f"metadata of the SAE: {METADATA}: expected a mean of {width} numbers, got "
+                f"{list(sphere.mean.shape)}"
+            )

@@ -67,7 +67,7 @@ SAE_FILE = Keys(
         "format_version": int,
         "sae": dict[str, Any],
         "sha256": str,
-        "metadata": METADATA,
+        "metadata": dict[str, Any],
     }
 )
 """config.json of a folder of `SAE.save`."""

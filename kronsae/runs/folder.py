@@ -73,6 +73,7 @@ _MEMBER = Keys(
         "failed": str | None,
     },
 )
+_NOT_ENDED: dict[str, Any] = {"tokens": 0, "metrics": {}, "step_ms": None, "failed": None}
 SWEEP = Keys({"members": GenericAlias(dict, (str, _MEMBER))})
 """sweep.json."""
 
@@ -306,7 +307,11 @@ class SweepFolder(_Folder):
 
     def members(self) -> dict[str, dict[str, Any]]:
         """Entries of sweep.json, by the member's name."""
-        return _read_index(self.index, "kronsae-sweep", SWEEP)["members"]
+        members = _read_index(self.index, "kronsae-sweep", SWEEP)["members"]
+        return {
+            name: {**_NOT_ENDED, **entry, "config": whole(entry["config"], self.index)}
+            for name, entry in members.items()
+        }
 
     def change(self, name: str, config: dict[str, Any], data: dict[str, Any]) -> None:
         """Change a member's settings, in its run and in sweep.json."""

@@ -1,10 +1,9 @@
 """A run or sweep folder that a training goes on with."""
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
-from kronsae.config import PARTS, DataConfig, all_settings, stored
+from kronsae.config import PARTS, DataConfig, all_settings, stored, with_defaults
 from kronsae.errors import InputError, differences
 from kronsae.runs.folder import RUN, SINGLE, RunFolder, SweepFolder
 from kronsae.system import checkpoint
@@ -95,10 +94,7 @@ def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:
     return {
         name: values
         if name not in PARTS or values is None  # no language model
-        else {
-            **{spec.name: spec.default for spec in dataclasses.fields(PARTS[name])},
-            **stored(PARTS[name], values),
-        }
+        else with_defaults(PARTS[name], values)
         for name, values in config.items()
     }
 

@@ -424,6 +424,9 @@ def _read_config(path: Path) -> dict[str, Any]:
     document = _read_json(path, "--config")
     of_run = isinstance(document, dict) and "config" in document
     parts = document["config"] if of_run else document
+    for part in document if of_run else ():
+        if part in PARTS and part != "data":  # "data" of a run describes its activations
+            raise InputError(f"--config {path}: {part!r} is beside 'config': put it inside")
     if not isinstance(parts, dict) or not set(parts) <= set(PARTS):
         raise InputError(
             f"--config {path}: expected a JSON object with the parts {list(PARTS)}, "
@@ -431,7 +434,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         )
     settings: dict[str, Any] = {}
     for part, values in parts.items():
-        values = flat(part, values or {}, f"--config {path}")
+        values = flat(part, {} if values is None else values, f"--config {path}")
         settings |= stored(PARTS[part], values) if of_run else values
     return untrusted(settings)
 
