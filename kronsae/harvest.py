@@ -44,6 +44,7 @@ from kronsae.plan.outline import NoOutline
 from kronsae.plan.time import duration
 from kronsae.system import parallel
 from kronsae.system.devices import resolve_device
+from kronsae.system.documents import part_of
 from kronsae.system.files import read_checksummed
 from kronsae.system.parallel import Mesh
 
@@ -128,10 +129,14 @@ def parse(argv: list[str]) -> tuple[HarvestConfig | None, Path, bool]:
 def _of_earlier_version(folder: Path) -> dict[str, Any]:
     """What a harvest that an earlier version began goes by, for settings that came later."""
     try:
-        known = read_checksummed(folder / HARVEST_NAME)["config"]["data"]
-    except (OSError, ValueError, KeyError, TypeError):  # there is none, or `harvest` says why
-        return {}
-    return {name: value for name, value in stored(DataConfig, {}).items() if name not in known}
+        known = part_of(read_checksummed(folder / HARVEST_NAME), "config", "data")
+    except (OSError, ValueError):  # there is none, or `harvest` says why
+        known = {}
+    return (
+        {}
+        if not known
+        else {name: value for name, value in stored(DataConfig, {}).items() if name not in known}
+    )
 
 
 _OWN = {spec.name for spec in dataclasses.fields(HarvestConfig)} - {"data"}

@@ -16,12 +16,23 @@ import kronsae
 from kronsae import InputError, SAEConfig, TrainConfig
 from kronsae.cache import CacheIndex, writer
 from kronsae.config import DataConfig, RunConfig
+from kronsae.data import loading
 from kronsae.evaluate.__main__ import _entry
 from kronsae.evaluate.judge import Judgement
+from kronsae.experiments.grid import _earlier_runs
+from kronsae.experiments.toy import Toy
 from kronsae.explore.report import write_report
+from kronsae.harvest import _of_earlier_version
 from kronsae.hub import model_card
 from kronsae.metrics.target_model import LoadedSAE, cache_of, data_of
 from kronsae.model.massive import rule_of
+from kronsae.properties import (
+    MeasureConfig,
+    Stored,
+    load_properties,
+    measure,
+    save_properties,
+)
 from kronsae.registry import FORMATS
 from kronsae.runs import sweep as sweeps
 from kronsae.runs.folder import SweepFolder
@@ -244,3 +255,45 @@ def test_a_cache(monkeypatch, tmp_path):
     check(path, document_of(path), lambda: CacheIndex.open(path.parent).json())
     path = path.with_name("harvest.json")
     check(path, document_of(path), lambda: writer.stored_config(path.parent).to_dict())
+    path.with_name("index.json").unlink()  # as if the harvest had not ended
+
+    def read():
+        _of_earlier_version(path.parent)
+        assert CacheIndex.open(path.parent).planned >= 0
+
+    check(path, document_of(path), read, broken_works=True)
+
+
+def test_a_model_adapter(monkeypatch, tmp_path):
+    monkeypatch.setattr(loading, "require", lambda *_: None)
+    (tmp_path / "adapter_model.safetensors").touch()
+    path = tmp_path / "adapter_config.json"
+    check(path, {"base_model_name_or_path": "x"}, lambda: loading._source(str(tmp_path)))
+
+
+def test_an_experiment(tmp_path):
+    path = tmp_path / "toy.json"
+    document = {"settings": {"device": "cpu"}, "made_with": {}, "runs": [{"seed": 0}]}
+
+    def read():
+        try:
+            _earlier_runs(path, Toy())
+        except InputError as error:
+            if "was made otherwise" not in str(error):
+                raise
+
+    check(path, document, read)
+
+
+def test_properties(tmp_path):
+    x = torch.randn(60, 16)
+    sae = kronsae.SAE(SAEConfig(d_model=16, heads=4, m=2, n=2, k=4)).eval()
+    ids, mask = torch.zeros(2, 30, dtype=torch.int64), torch.ones(2, 30, dtype=torch.bool)
+    properties = measure(sae, [(ids, mask, x)], 5, MeasureConfig(tokens=60, sample=4))
+    facts = {
+        **{"sae_sha256": "0", "text": {"dataset": "stdlib"}, "settings": {"tokens": 60}},
+        "summary": {},
+    }
+    save_properties(Stored(properties, None, None, facts), tmp_path / "it")
+    path = tmp_path / "it" / "properties.json"
+    check(path, document_of(path), lambda: load_properties(path.parent).examined)

@@ -37,7 +37,7 @@ from kronsae.data.common import digest
 from kronsae.errors import InputError
 from kronsae.registry import command_line
 from kronsae.system import checkpoint
-from kronsae.system.documents import parse_json, typed
+from kronsae.system.documents import parse_json, part_of, typed
 from kronsae.system.files import checked, read_checksummed, usable_path, write_file
 
 FORMAT = "kronsae-activations"
@@ -198,10 +198,11 @@ class CacheIndex:
         for place in reversed(checkpoint.list_checkpoints(folder / PROGRESS)):
             try:
                 state = checkpoint.load_state(place, tensors=False)
-                tokens = read_checksummed(folder / HARVEST_NAME)["config"]["tokens"]
-            except (OSError, ValueError, KeyError, TypeError):
+                tokens = part_of(read_checksummed(folder / HARVEST_NAME), "config").get("tokens")
+                _expect(_count(tokens), "tokens")
+            except (OSError, ValueError):
                 continue  # damaged, or gone since it was listed: the harvest may be running
-            if state.get("index", {}).get("train"):
+            if part_of(state, "index").get("train"):
                 index = cls.from_json(state["index"], place, hint)
                 return dataclasses.replace(index, planned=tokens)
         raise InputError(f"{folder}: the harvest is incomplete, without a shard so far; {hint}")

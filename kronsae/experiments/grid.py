@@ -13,9 +13,14 @@ import torch
 from kronsae.errors import InputError
 from kronsae.experiments.experiment import Experiment, Run
 from kronsae.system.devices import compute_dtype, resolve_device
-from kronsae.system.documents import read_json
+from kronsae.system.documents import Keys, read_json, typed
 from kronsae.system.files import write_json, write_text
 from kronsae_kernels import __version__
+
+_DOCUMENT = Keys(
+    {"settings": dict[str, Any], "made_with": dict[str, Any], "runs": list[dict[str, Any]]}
+)
+"""NAME.json, as far as it is read."""
 
 
 def run_grid(
@@ -91,10 +96,10 @@ def _earlier_runs(path: Path, experiment: Experiment) -> list[Run]:
     if not path.exists():
         return []
     try:
-        document = read_json(path)
-        was, runs = {**document["settings"], **document["made_with"]}, document["runs"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{path} is not one that an experiment wrote: {error!r}") from error
+        document = typed(read_json(path), _DOCUMENT, "")
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is not one that an experiment wrote: {error}") from error
+    was, runs = {**document["settings"], **document["made_with"]}, document["runs"]
     axes = {spec.name for spec in dataclasses.fields(experiment) if spec.metadata.get("axis")}
     given = {**dataclasses.asdict(experiment), **made_with(experiment.device)}
     given = json.loads(json.dumps(given))  # a tuple is a list there

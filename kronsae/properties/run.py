@@ -143,9 +143,10 @@ def kept(run: Path, given: dict[str, Any], text: dict[str, Any]) -> Stored | Non
         return None
     stored = load_properties(run / FOLDER)
     digest = sha256(run / "sae" / WEIGHTS_NAME)
-    same = {**stored.facts["settings"], **stored.facts["text"]}
+    facts = stored.examined
+    same = {**facts["settings"], **facts["text"]}
     asked = given | {name: value for name, value in text.items() if name in _TEXT}
-    if stored.facts["sae_sha256"] != digest or any(same[k] != v for k, v in asked.items()):
+    if facts["sae_sha256"] != digest or any(same.get(k) != v for k, v in asked.items()):
         return None
     return stored
 

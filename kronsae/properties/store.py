@@ -1,7 +1,7 @@
 """RUN/properties/: the properties of a run's latents as files.
 
 properties.safetensors   every array, by name: "post.count", "pre.top.tokens", "nearest.latents", …
-properties.json          the text, the settings, a summary, and the checksum of the former
+properties.json          the text, the settings, a summary, and checksums of both files
 """
 
 from pathlib import Path
@@ -13,12 +13,25 @@ from kronsae.errors import InputError
 from kronsae.properties.examples import PARTS, Examples
 from kronsae.properties.gather import Examined, Properties
 from kronsae.properties.geometry import LogitEffects, Nearest
-from kronsae.system.documents import read_json
-from kronsae.system.files import replace_directory, sha256, write_json
+from kronsae.system.documents import Keys, typed
+from kronsae.system.files import read_checksummed, replace_directory, sha256, write_checksummed
 
 FOLDER = "properties"
 FORMAT_VERSION = 1
 _ARRAYS, _FACTS = "properties.safetensors", "properties.json"
+_DOCUMENT = Keys(
+    {
+        **{"format": str, "format_version": int, "sha256": str, "tokens": int, "contexts": int},
+        **{"exact_entropy": dict[str, bool], "logits_norm": str | None},
+    }
+)
+_EXAMINED = Keys(
+    {
+        **{"sae_sha256": str, "settings": dict[str, Any], "summary": dict[str, Any]},
+        "text": Keys({"dataset": str}),
+    },
+    {"massive_tokens": int},
+)
 
 
 class Stored(NamedTuple):
@@ -29,6 +42,11 @@ class Stored(NamedTuple):
     logits: LogitEffects | None
     facts: dict[str, Any]
     """sae_sha256, text, settings and summary."""
+
+    @property
+    def examined(self) -> dict[str, Any]:
+        """The facts that `examine` wrote. Raises InputError for others."""
+        return typed(self.facts, _EXAMINED, f"{FOLDER}/{_FACTS}")
 
 
 def save_properties(stored: Stored, folder: Path) -> Path:
@@ -53,7 +71,7 @@ def save_properties(stored: Stored, folder: Path) -> Path:
             "logits_norm": None if stored.logits is None else stored.logits.norm,
             **stored.facts,
         }
-        write_json(beside / _FACTS, document)
+        write_checksummed(beside / _FACTS, document)
 
     return replace_directory(folder, write)
 
@@ -67,12 +85,10 @@ def load_properties(folder: Path) -> Stored:
     from safetensors.numpy import load_file
 
     try:
-        document = read_json(folder / _FACTS)
+        document = typed(read_checksummed(folder / _FACTS), _DOCUMENT, "")
     except (OSError, ValueError) as error:
         raise InputError(f"{folder / _FACTS} cannot be read: {error}") from error
-    kind = None
-    if isinstance(document, dict):
-        kind = document.get("format"), document.get("format_version")
+    kind = document["format"], document["format_version"]
     if kind != ("kronsae-properties", FORMAT_VERSION):
         raise InputError(
             f"{folder / _FACTS}: expected format 'kronsae-properties', version {FORMAT_VERSION}, "
