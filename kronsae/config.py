@@ -128,8 +128,12 @@ def check_values(config: Any) -> None:
 
 def _typed(value: Any, spec: dataclasses.Field[Any], hints: Mapping[str, Any]) -> Any:
     """The value of a field as its type says. Raises InputError otherwise."""
+    hint = hints[spec.name]
+    if hint is int and isinstance(value, float) and "help" not in spec.metadata:
+        # People may write 1e6 for a setting; the fields of other documents no person writes.
+        raise InputError(f"{spec.name}: expected a whole number, got {value!r}")
     try:
-        return typed(value, hints[spec.name], spec.name)
+        return typed(value, hint, spec.name)
     except InputError as error:
         if value is None and spec.default is not MISSING:
             raise InputError(f"{error}: leave it out for its default, {spec.default!r}") from None

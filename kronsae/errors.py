@@ -49,4 +49,6 @@ def differences(was: Any, now: Any, name: str = "", ignored: Container[str] = ()
 
 
 def _shown(value: Any) -> str:
+    if value is None:
+        return "not set"
     return f"{value:,}" if type(value) is int else repr(value)

@@ -132,11 +132,8 @@ def _of_earlier_version(folder: Path) -> dict[str, Any]:
         known = part_of(read_checksummed(folder / HARVEST_NAME), "config", "data")
     except (OSError, ValueError):  # there is none, or `harvest` says why
         known = {}
-    return (
-        {}
-        if not known
-        else {name: value for name, value in stored(DataConfig, {}).items() if name not in known}
-    )
+    later = stored(DataConfig, {}) if known else {}
+    return {name: value for name, value in later.items() if name not in known}
 
 
 _OWN = {spec.name for spec in dataclasses.fields(HarvestConfig)} - {"data"}

@@ -46,9 +46,9 @@ def test_differences():
     was, now = {"lr": 1, "sae": {"k": 3, "m": 2}}, {"lr": 2, "sae": {"k": 4, "m": 2}, "new": 5}
     assert differences(was, now) == [
         "lr: was 1, is 2",
-        "new: was None, is 5",
+        "new: was not set, is 5",
         "sae.k: was 3, is 4",
     ]
     assert differences(was, now, "config", {"config.sae.k", "config.lr"}) == [
-        "config.new: was None, is 5"
+        "config.new: was not set, is 5"
     ]

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from kronsae.errors import InputError
+from kronsae.errors import InputError, differences
 from kronsae.experiments.experiment import Experiment, Run
 from kronsae.system.devices import compute_dtype, resolve_device
 from kronsae.system.documents import Keys, read_json, typed
@@ -103,12 +103,7 @@ def _earlier_runs(path: Path, experiment: Experiment) -> list[Run]:
     axes = {spec.name for spec in dataclasses.fields(experiment) if spec.metadata.get("axis")}
     given = {**dataclasses.asdict(experiment), **made_with(experiment.device)}
     given = json.loads(json.dumps(given))  # a tuple is a list there
-    differences = [
-        f"\n  {name}: was {was.get(name)!r}, is {given.get(name)!r}"
-        for name in sorted(given.keys() | was.keys())
-        if name not in axes and given.get(name) != was.get(name)
-    ]
-    if differences:
+    if changes := differences(was, given, ignored=axes):
         where = f"{path} was made otherwise: choose another --out, or remove it"
-        raise InputError(where + "".join(differences))
+        raise InputError("\n  ".join([where, *changes]))
     return runs

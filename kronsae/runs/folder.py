@@ -308,10 +308,7 @@ class SweepFolder(_Folder):
     def members(self) -> dict[str, dict[str, Any]]:
         """Entries of sweep.json, by the member's name."""
         members = _read_index(self.index, "kronsae-sweep", SWEEP)["members"]
-        return {
-            name: {**_NOT_ENDED, **entry, "config": whole(entry["config"], self.index)}
-            for name, entry in members.items()
-        }
+        return {name: {**_NOT_ENDED, **entry} for name, entry in members.items()}
 
     def change(self, name: str, config: dict[str, Any], data: dict[str, Any]) -> None:
         """Change a member's settings, in its run and in sweep.json."""

@@ -10,6 +10,7 @@ from kronsae.config import SAEConfig, TrainConfig, all_settings, from_dict
 from kronsae.errors import InputError
 from kronsae.model.flops import flops_per_token
 from kronsae.system import tables
+from kronsae.system.documents import part_of
 
 
 def own_settings() -> tuple[str, ...]:
@@ -109,7 +110,7 @@ def comparison(members: dict[str, dict[str, Any]]) -> tuple[list[str], list[list
     head = ["member", "encoder", "F", "k", "M mult-adds", "ms a step"]
     rows = []
     for name, entry in members.items():
-        sae = from_dict(SAEConfig, entry["config"]["sae"], f"member {name}")
+        sae = from_dict(SAEConfig, part_of(entry, "config", "sae"), f"member {name}")
         kron = sae.heads
         rows.append(
             [

@@ -175,7 +175,7 @@ def _plain(value: Any, kind: Any, name: str) -> Any:
     if found is not None:
         return found
     expected, hint = _WORDS.get(kind) or kind.__name__, ""
-    if isinstance(value, str):
+    if isinstance(value, str) and kind in (int, float, bool, str):
         hint = " in UTF-8, without NUL" if kind is str else ", without quotes"
     raise _wrong(name, f"expected {expected}{hint}, got {shown(value)}")
 

@@ -77,6 +77,7 @@ def fit(
     checkpoint is kept. Arguments that cannot work, and an SAE that does not fit the free memory,
     raise it before anything is allocated or written.
     """
+    typed(on_record, Callable | None, "on_record")
     [result] = fit_members(
         [MemberPlan(SINGLE, sae_config, train_config or TrainConfig(), settings or {})],
         activations,
