@@ -11,12 +11,14 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from decimal import Decimal
+from pathlib import Path
 from types import FrameType, MappingProxyType
 from typing import Any, NoReturn, get_args, get_origin
 
 from kronsae.config import base_type
 from kronsae.errors import InputError, Notice
 from kronsae.registry import SAE_KINDS, load_plugin
+from kronsae.system.files import usable_path
 
 
 class Terminated(BaseException):
@@ -152,6 +154,7 @@ class Parser(argparse.ArgumentParser):
         )
         self.example = example
         self.others = others
+        self.register("type", Path, _path)
         self.add_argument(
             "--plugin",
             action="append",
@@ -198,6 +201,14 @@ class Parser(argparse.ArgumentParser):
         close = [f"--{flag}" for flag in difflib.get_close_matches(name.lstrip("-"), flags, n=3)]
         hint = f"did you mean {' or '.join(close)}?" if close else "--help lists all flags"
         return f"unknown argument {argument!r}: {hint}"
+
+
+def _path(text: str) -> Path:
+    """The path that a flag names."""
+    try:
+        return usable_path(text, "path")
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 _format_any_warning = warnings.formatwarning

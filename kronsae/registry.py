@@ -11,6 +11,7 @@ A kind is registered when its module is imported: a file of your own by `--plugi
 """
 
 import importlib.util
+import os
 import shlex
 import sys
 import traceback
@@ -126,12 +127,12 @@ def command_line(*words: str) -> str:
 
 def load_plugin(path: str | Path) -> None:
     """Run a Python file that registers kinds. Raises InputError if that cannot be done."""
+    if not os.path.isfile(path):  # also for a name that no file can have
+        raise InputError(f"--plugin {path}: there is no such file")
     path = Path(path).resolve()
     name = f"kronsae_plugin_{path.stem}"
     if getattr(sys.modules.get(name), "__file__", None) == str(path):
         return
-    if not path.is_file():
-        raise InputError(f"--plugin {path}: there is no such file")
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise InputError(f"--plugin {path}: expected a Python file, whose name ends in .py")

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import kronsae
 from kronsae import SAE, InputError, SAEConfig, TrainConfig
+from kronsae.__main__ import main
 from kronsae.config import MOST_LATENTS, DataConfig, from_dict
 from kronsae.metrics import evaluate
 from kronsae.registry import FORMATS
@@ -361,6 +362,12 @@ def test_weights_that_no_sae_has(library, kind, tmp_path):
             kronsae.load(folder, allow_pickle=True)
 
 
+def test_a_threshold_that_was_not_learned_yet_is_kept(tmp_path):
+    sae = SAE(SAEConfig(**KRON, d_model=16, selection="batchtopk"))
+    loaded = kronsae.load(sae.save(tmp_path / "sae"))
+    assert loaded.selection.threshold.isnan()
+
+
 # Documents
 
 
@@ -423,3 +430,14 @@ def test_typed(value, hint, expected):
 def test_not_typed(value, hint, words):
     with pytest.raises(InputError, match=words):
         typed(value, hint, "it")
+
+
+@pytest.mark.parametrize(
+    "words",
+    ["train --out", "train --resume", "train --config", "train --iso-flops-of", "train --plugin"]
+    + ["train --dataset", "train --activations", "evaluate", "harvest --out", "explore"],
+)
+def test_a_path_that_is_too_long(words, capsys):
+    assert main([*words.split(), "x" * 300]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "Traceback" not in error

@@ -24,7 +24,7 @@ from kronsae.interop.stock import (
 )
 from kronsae.model.sae import SAE
 from kronsae.registry import FORMATS, OBJECTIVES
-from kronsae.system.documents import part_of
+from kronsae.system.documents import part_of, typed
 from kronsae.system.files import replace_directory, write_json
 
 WEIGHTS_NAME = "ae.pt"
@@ -167,10 +167,10 @@ def read(folder: Path) -> SAE:
 def _k_of(kind: str, trainer: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> int | None:
     if kind not in ("AutoEncoderTopK", "BatchTopKSAE", "MatryoshkaBatchTopKSAE"):
         return None
-    k = int(tensors["k"]) if "k" in tensors else trainer.get("k")
+    k = tensors.get("k", trainer.get("k"))
     if k is None:
         raise InputError(f"neither {path} nor {CONFIG_NAME} has k")
-    return k
+    return typed(k, int, f"{path}: k")
 
 
 def _unpickled(path: Path) -> dict[str, Tensor]:

@@ -336,7 +336,6 @@ def made_of(config: SAEConfig, tensors: dict[str, Tensor], path: Path) -> SAE:
     Raises InputError if their names or shapes are not those of such an SAE, before any memory is
     allocated, and if some are not finite floats.
     """
-    check_weights(tensors, path)
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     rows = config.dict_size, config.d_out
     if shapes.get("W_dec") != rows or shapes.get("W_enc", ())[-1:] != (config.d_model,):
@@ -348,6 +347,7 @@ def made_of(config: SAEConfig, tensors: dict[str, Tensor], path: Path) -> SAE:
     expected = {name: tuple(tensor.shape) for name, tensor in sae.state_dict().items()}
     if expected != shapes:
         raise InputError(f"{path}: expected tensors {expected}, got {shapes}")
+    check_weights(tensors, path, unset=dict(sae.named_buffers()))
     sae = sae.to_empty(device="cpu")
     sae.load_state_dict(tensors)
     return sae.eval()

@@ -1,6 +1,7 @@
 """Tensors that come from a caller or a file, checked before anything is computed with them."""
 
 import warnings
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -12,11 +13,12 @@ from kronsae.system.devices import free_bytes
 from kronsae.system.documents import shown
 
 
-def as_floating(x: Any, name: str, expected: str = "[..., d]") -> Tensor:
+def as_values(x: Any, name: str, expected: str = "[..., d]") -> Tensor:
     """The floating-point tensor that a caller gave, as a tensor or as an array of numpy.
 
     An array keeps its memory. Eight-bit floats, with which torch does not compute, become float32.
-    Raises InputError, which names `name`, for anything else, and for a sparse or nested tensor.
+    Raises InputError, which names `name`, for anything else, for a sparse or nested tensor, and for
+    one without values, on the device "meta".
     """
     if isinstance(x, np.ndarray) and x.dtype.kind == "f":
         x = _of_numpy(x)
@@ -28,6 +30,8 @@ def as_floating(x: Any, name: str, expected: str = "[..., d]") -> Tensor:
     if x.layout != torch.strided or x.is_nested:
         kind = "a nested one" if x.is_nested else f"{x.layout}: give {name}.to_dense()"
         raise InputError(f"{name}: expected a dense tensor, got {kind}")
+    if x.is_meta:
+        raise InputError(f"{name}: expected a tensor with values, got one on the device 'meta'")
     return x.float() if x.itemsize == 1 else x
 
 
@@ -43,21 +47,16 @@ def _of_numpy(x: np.ndarray) -> Any:
             return x
 
 
-def as_values(x: Any, name: str, expected: str = "[..., d]") -> Tensor:
-    """`as_floating`, of a tensor that has values: on the device "meta" it has none."""
-    x = as_floating(x, name, expected)
-    if x.device.type == "meta":
-        raise InputError(f"{name}: expected a tensor with values, got one on the device 'meta'")
-    return x
+def check_weights(tensors: dict[str, Tensor], path: Any, unset: Collection[str] = ()) -> None:
+    """Raise InputError unless all of these tensors, read from `path`, are finite floats.
 
-
-def check_weights(tensors: dict[str, Tensor], path: Any) -> None:
-    """Raise InputError unless all of these tensors, read from `path`, are finite floats."""
+    unset: names of those that may be NaN or infinite, as they may not have been learned yet.
+    """
     for name, x in tensors.items():
         problem = None
-        if not x.is_floating_point():
-            problem = f"expected floating-point numbers, got {x.dtype}"
-        elif not torch.isfinite(x.float() if x.itemsize == 1 else x).all():
+        if not x.is_floating_point() or x.layout != torch.strided or x.is_nested or x.is_meta:
+            problem = f"expected floating-point numbers, dense, got {x.dtype}, {x.layout}"
+        elif name not in unset and not torch.isfinite(x.float() if x.itemsize == 1 else x).all():
             problem = "it holds NaN or infinity"
         if problem:
             raise InputError(

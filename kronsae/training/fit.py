@@ -177,8 +177,9 @@ def fit_members(
         check_heads(plan.sae, mesh.heads.size)
     source = _as_source(activations, config)
     plans = [_complete(plan, source) for plan in plans]
-    own = [p for p in plans if owned.get(p.name, mesh.world.rank) == mesh.world.rank]
-    _check_room(own, source, device, mesh)
+    own = [plan for plan in plans if owned.get(plan.name, mesh.world.rank) == mesh.world.rank]
+    width = source.d_model + getattr(source, "d_target", 0)
+    _check_room(own, config.batch_size * width, device, mesh)
     ranks = (1, 1) if owned else layout
     not_fused = [check_step(plan.sae, plan.train, device, ranks) for plan in plans]
     judged_on = None if heldout is None else as_heldout(heldout)
@@ -348,19 +349,19 @@ def _as_source(activations: Activations, config: TrainConfig) -> ActivationSourc
     return IterableActivations(cast(Iterable[Tensor | Pair], activations))
 
 
-def _check_room(
-    plans: list[MemberPlan], source: ActivationSource, device: torch.device, mesh: Mesh
-) -> None:
+def _check_room(plans: list[MemberPlan], batch: int, device: torch.device, mesh: Mesh) -> None:
     """Raise InputError if weights, moments and a batch alone are more than the free memory.
 
     plans: those that this process trains. `kronsae.plan.memory` plans all that a run takes.
+    batch: numbers in it.
     """
-    of_batch = plans[0].train.batch_size * (source.d_model + getattr(source, "d_target", 0))
-    copies = 2 if plans[0].train.moments == "bfloat16" else 3  # a weight, and its moments
-    numbers = sum(plan.sae.matrix_entries for plan in plans) // mesh.heads.size
+    numbers = 0
+    for plan in plans:
+        copies = 2 if plan.train.moments == "bfloat16" else 3  # a weight, and its two moments
+        numbers += copies * plan.sae.matrix_entries // mesh.heads.size
     with mesh.world.together():
         check_room(
-            copies * numbers + of_batch,
+            numbers + batch,
             device,
             "weights, AdamW's moments and a batch",
             "take a smaller dict_size (or heads), a smaller batch_size, or fewer SAEs",

@@ -279,7 +279,7 @@ def _reference(of: str, own: SAEConfig) -> SAEConfig:
     """The autoencoder that --iso-flops-of names, of any width."""
     if of == "topk":
         return SAEConfig(encoder="dense", dict_size=own.dict_size, k=own.k)
-    path = Path(of)
+    path = usable_path(of, "--iso-flops-of")
     path = path / "config.json" if path.is_dir() else path
     document = _read_json(path, "--iso-flops-of")
     if isinstance(document, dict):
@@ -414,7 +414,7 @@ def _resumed(
 
 def _read_json(path: Path, flag: str) -> Any:
     try:
-        return read_json(usable_path(path, flag))
+        return read_json(path)
     except (OSError, ValueError) as error:
         raise InputError(f"{flag} {path} cannot be read: {error}") from error
 
