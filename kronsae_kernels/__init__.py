@@ -4,9 +4,11 @@ Needs torch alone. `fused_encode` and `sparse_decode` are a fixed contract; the 
 (`torch_impl`, `backends`) may change between versions, `reference` is their specification.
 """
 
+from kronsae_kernels.batch_topk import batch_topk_encode
 from kronsae_kernels.common import SparseCodes
 from kronsae_kernels.decode import sparse_decode
 from kronsae_kernels.encode import dense_encode, fused_encode
+from kronsae_kernels.experts import expert_encode
 from kronsae_kernels.nested import nested_decode
 from kronsae_kernels.threshold import jump, threshold_encode
 from kronsae_kernels.version import __version__
@@ -14,7 +16,9 @@ from kronsae_kernels.version import __version__
 __all__ = [
     "SparseCodes",
     "__version__",
+    "batch_topk_encode",
     "dense_encode",
+    "expert_encode",
     "fused_encode",
     "jump",
     "nested_decode",

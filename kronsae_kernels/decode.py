@@ -24,7 +24,7 @@ from kronsae_kernels.common import (
     shape_of,
     without_autocast,
 )
-from kronsae_kernels.rules import Rules, forward_rule, has_values, operator, total
+from kronsae_kernels.rules import Rules, has_values, operator, total
 
 
 def sparse_decode(
@@ -122,6 +122,10 @@ class Decode(Rules):
         return w_dec.new_empty(values.shape[0], *prefixes, w_dec.shape[1])
 
     @staticmethod
+    def flops(values, indices, w_dec, *_):
+        return 2 * values.numel() * w_dec.shape[1]
+
+    @staticmethod
     def rows(*args):
         return 0, 1
 
@@ -147,8 +151,8 @@ class Decode(Rules):
             None,
         )
 
-    @forward_rule
-    def jvp(ctx, saved, t_values, _, t_w, t_b, *__):
+    @staticmethod
+    def tangents(ctx, saved, t_values, _, t_w, t_b, *__):
         values, indices, w_dec = saved
         rest = None, ctx.bounds, ctx.impl
         return total(
@@ -184,6 +188,10 @@ class DecodeBackward(Rules):
             values.new_empty(values.shape) if need_values else values.new_empty(0),
             w_dec.new_empty(w_dec.shape) if need_w else w_dec.new_empty(0),
         )
+
+    @staticmethod
+    def flops(d_out, values, indices, w_dec, bounds, need_values, need_w, impl):
+        return (need_values + need_w) * 2 * values.numel() * w_dec.shape[1]
 
     @staticmethod
     def rows(*args):
@@ -227,8 +235,8 @@ class DecodeBackward(Rules):
             *4 * [None],
         )
 
-    @forward_rule
-    def jvp(ctx, saved, t_out, t_values, _, t_w, *__):
+    @staticmethod
+    def tangents(ctx, saved, t_out, t_values, _, t_w, *__):
         d_out, values, indices, w_dec = saved
 
         def derived(d_out, values, w_dec, need_values, need_w):

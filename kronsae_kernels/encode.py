@@ -8,6 +8,8 @@ For fixed indices a factor is relu(x . w_enc[row] + b_enc[row]), the row a known
 derivatives of all encoders, of any order, are those of `decode` with w_enc as the table.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -34,8 +36,8 @@ from kronsae_kernels.common import (
     shape_of,
     without_autocast,
 )
-from kronsae_kernels.rules import Rules, forward_rule, has_values, operator, total
-from kronsae_kernels.torch_impl import i_major, i_major_bias, live_pre_latents, rows_of
+from kronsae_kernels.rules import Rules, derived_again, has_values, operator, total
+from kronsae_kernels.torch_impl import i_major, live_pre_latents, rows_of
 
 
 def fused_encode(
@@ -93,7 +95,7 @@ def fused_encode(
         scale = scale.square()  # of the product under the root
     name = backends.choose(impl, x.device, x.dtype)
     if name == "reference":
-        gate = {"m": m, "composition": composition, "eps": eps}
+        gate: dict[str, Any] = {"m": m, "composition": composition, "eps": eps}
         codes = reference.fused_encode(x, w_enc, b_enc, k=k, mask=mask, scale=scale, **gate)
         return _allowed(codes, mask, counts)
     flat, of_tokens = x.reshape(-1, x.shape[-1]), _flat_mask(mask, size)
@@ -126,11 +128,11 @@ def dense_encode(
     size = w_enc.shape[0]
     k, counts = _check_k(k, x, size, f"F = {size}", mask)
     scale = _check_scale(scale, x, size)
-    check_choice("relu", relu, (True, False))
+    require(isinstance(relu, bool), f"relu: expected True or False, got {relu!r}")
     name = backends.choose(impl, x.device, x.dtype)
     if name == "reference":
-        options = {"mask": mask, "scale": scale, "relu": relu}
-        return _allowed(reference.dense_encode(x, w_enc, b_enc, k=k, **options), mask, counts)
+        codes = reference.dense_encode(x, w_enc, b_enc, k=k, mask=mask, scale=scale, relu=relu)
+        return _allowed(codes, mask, counts)
     flat, of_tokens = x.reshape(-1, x.shape[-1]), _flat_mask(mask, size)
     values, _, indices = torch.ops.kronsae.encode(
         flat, w_enc, b_enc, None, "" if relu else "mul", name, k, of_tokens, scale
@@ -203,25 +205,29 @@ def _check_k(
     """The largest k, and those of tokens (None: of all the same), if so many can be selected."""
     counts = None
     if isinstance(k, Tensor) and k.ndim > 0:
-        counts, shape = k, tuple(x.shape[:-1])
-        check_shape("k", counts, shape, "one for each token, [...]")
-        require(counts.dtype in INTEGERS, f"k: expected integers, got {counts.dtype}")
-        check_same("device", x=x, k=counts)
-        require(
-            has_values(counts),
-            "k: one a token decides how wide the codes are, which torch.compile, vmap and fake "
-            "tensors cannot know. Give the largest one as an integer, and set values to 0 after",
-        )
-        low, k = (int(bound) for bound in torch.aminmax(counts)) if counts.numel() else (0, 1)
-        require(low >= 0, f"k: expected integers >= 0, got {low}")
-        k = max(1, k)
-    k = as_integer(k)
-    check_count("k", k, 1, size, f"1 <= k <= {of_size}")
+        counts, k = k, _largest_k(k, x)
+    most = as_integer(k)
+    check_count("k", most, 1, size, f"1 <= k <= {of_size}")
     check_mask(mask, size, tuple(x.shape[:-1]))
     if mask is not None and mask.ndim == 1 and has_values(mask):
         allowed = int(mask.sum())
-        require(k <= allowed, f"k: expected at most the {allowed} latents in mask, got {k}")
-    return k, counts
+        require(most <= allowed, f"k: expected at most the {allowed} latents in mask, got {most}")
+    return most, counts
+
+
+def _largest_k(counts: Tensor, x: Tensor) -> int:
+    """The largest k of all tokens, at least 1."""
+    check_shape("k", counts, tuple(x.shape[:-1]), "one for each token, [...]")
+    require(counts.dtype in INTEGERS, f"k: expected integers, got {counts.dtype}")
+    check_same("device", x=x, k=counts)
+    require(
+        has_values(counts),
+        "k: one a token decides how wide the codes are, which torch.compile, vmap and fake tensors "
+        "cannot know. Give the largest one as an integer, and set values to 0 after",
+    )
+    low, high = (int(bound) for bound in torch.aminmax(counts)) if counts.numel() else (0, 1)
+    require(low >= 0, f"k: expected integers >= 0, got {low}")
+    return max(1, high)
 
 
 def _check_scale(scale: Tensor | None, x: Tensor, size: int) -> Tensor | None:
@@ -271,6 +277,11 @@ class EncodeBackward(Rules):
         )
 
     @staticmethod
+    def flops(d_base, d_extension, indices, x, w_enc, m, need_x, need_w, impl):
+        rows = indices.numel() * (1 if m is None else 2)
+        return (need_x + need_w) * 2 * rows * x.shape[1]
+
+    @staticmethod
     def rows(*args):
         need_w = args[7]  # a sum over rows
         return () if need_w else (0, 1, 2, 3)
@@ -316,6 +327,10 @@ class Selected(Rules):
     """
 
     @staticmethod
+    def flops(x, w_enc, *_):
+        return 2 * x.shape[0] * w_enc.numel()
+
+    @staticmethod
     def rows(*args):
         return (0,)
 
@@ -336,7 +351,7 @@ class Selected(Rules):
             d_base, d_extension = d_base * (base > 0), d_extension * (extension > 0)
         need_x, need_w, need_b = ctx.needs_input_grad[:3]
         arguments = d_base, d_extension, indices, x, w_enc, ctx.m, need_x, need_w or need_b
-        if torch.is_grad_enabled():  # these derivatives are differentiated, too
+        if derived_again():
             gradients = encode_backward(*arguments, ctx.impl)
         else:
             gradients = torch.ops.kronsae.encode_backward(*arguments, ctx.impl)
@@ -346,13 +361,13 @@ class Selected(Rules):
             *ctx.not_derived * [None],
         )
 
-    @forward_rule
-    def jvp(ctx, saved, t_x, t_w, t_b, *_):
+    @staticmethod
+    def tangents(ctx, saved, t_x, t_w, t_b, *_):
         x, w_enc, indices, *factors = saved
         table, tangents = i_major(w_enc), []
         for factor, rows in zip(factors, rows_of(indices, w_enc, ctx.m), strict=False):
 
-            def dots(x: Tensor, table: Tensor, factor=factor, rows=rows) -> Tensor:
+            def dots(x, table, factor=factor, rows=rows):
                 return torch.ops.kronsae.decode_backward(
                     x, factor, rows, table, None, True, False, ctx.impl
                 )[0]
@@ -360,7 +375,7 @@ class Selected(Rules):
             tangent = total(
                 None if t_x is None else dots(t_x, table),
                 None if t_w is None else dots(x, i_major(t_w)),
-                None if t_b is None else i_major_bias(t_b)[rows].to(factor.dtype),
+                None if t_b is None else i_major(t_b[..., None])[rows, 0].to(factor.dtype),
             )
             tangents.append(tangent if ctx.composition == "mul" else tangent * (factor > 0))
         if ctx.m is None:

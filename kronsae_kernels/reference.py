@@ -104,6 +104,51 @@ def dense_encode(
     return SparseCodes(values.gather(-1, indices), indices)
 
 
+def batch_topk_encode(
+    x: Tensor,
+    w_enc: Tensor,
+    b_enc: Tensor | None = None,
+    *,
+    k: int,
+    m: int | None = None,
+    composition: str = "mand",
+    eps: float = 0.0,
+    mask: Tensor | None = None,
+) -> SparseCodes:
+    """The k B largest active latents of B tokens; unused slots have value 0. [Bussmann et al.]"""
+    product = latents(x, w_enc, b_enc, m, composition)
+    values = product if m is None else compose(product, composition, eps)
+    silent = eps**0.5 if m is not None and composition == "mand" else 0.0
+    scores = _competing(values, mask, None)
+    selected = torch.zeros_like(scores, dtype=torch.bool).flatten()
+    selected[largest(scores.flatten(), k * scores[..., 0].numel())] = True
+    selected = selected.view_as(scores) & (scores > silent)
+    indices = largest(product.detach().masked_fill(~selected, -torch.inf), values.shape[-1])
+    width = max(1, int(selected.sum(-1).max()) if selected.numel() else 0)
+    indices = indices[..., :width]
+    return SparseCodes(values.where(selected, 0).gather(-1, indices), indices)
+
+
+def expert_encode(
+    x: Tensor,
+    w_enc: Tensor,
+    b_enc: Tensor | None = None,
+    *,
+    expert: Tensor,
+    experts: int,
+    k: int,
+    m: int | None = None,
+    composition: str = "mand",
+    eps: float = 0.0,
+) -> SparseCodes:
+    """The k largest latents of the part of the dictionary that is each token's expert."""
+    product = latents(x, w_enc, b_enc, m, composition)
+    owner = torch.arange(product.shape[-1], device=x.device) // (product.shape[-1] // experts)
+    indices = largest(_competing(product, owner == expert[..., None], None), k)
+    product = product.gather(-1, indices)
+    return SparseCodes(product if m is None else compose(product, composition, eps), indices)
+
+
 def threshold_encode(
     x: Tensor,
     w_enc: Tensor,

@@ -12,19 +12,36 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
-from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 LIBRARY = torch.library.Library("kronsae", "FRAGMENT")
+OPERATORS: dict[str, type["Rules"]] = {}
 
 
 class Rules(torch.autograd.Function):
-    """What `operator` makes an operator of.
+    """What `operator` makes an operator of; with setup_context and backward, as any such function.
 
-    compute: its results, of annotated arguments without defaults; they share no memory.
-    fake: the same without numbers.
-    setup_context, backward, jvp: those of an autograd function, where jvp is a `forward_rule`. They
-        call operators, which are differentiated in turn.
+    The rules call operators, which are differentiated in turn.
     """
+
+    @staticmethod
+    def compute(*args: Any) -> Any:
+        """The results, of annotated arguments without defaults; they share no memory."""
+        raise NotImplementedError
+
+    @staticmethod
+    def fake(*args: Any) -> Any:
+        """The same without numbers."""
+        raise NotImplementedError
+
+    @staticmethod
+    def tangents(ctx: Any, saved: Sequence[Any], *tangents: Any) -> Any:
+        """Tangents of the results, from the saved tensors and the tangents of all arguments."""
+        raise NotImplementedError
+
+    @staticmethod
+    def flops(*args: Any) -> int:
+        """Floating-point operations of its products, as `torch.utils.flop_counter` counts them."""
+        raise NotImplementedError
 
     @staticmethod
     def rows(*args: Any) -> tuple[int, ...]:
@@ -50,31 +67,30 @@ def operator(name: str) -> Callable[[type[Rules]], type[Rules]]:
             one = [arg.select(d, 0) if isinstance(d, int) else arg for arg, d in pairs]
             return batch(function, info.batch_size, in_dims, args, rules.rows(*one))
 
-        rules.forward, rules.vmap = staticmethod(forward), staticmethod(vmap)
+        def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
+            # torch switches forward mode off here, for outer levels as well, which then would get a
+            # wrong second derivative. So it is on, without the tangents of this level's tensors.
+            _check_sizes(ctx.saved_tensors)
+            saved = [forward_ad.unpack_dual(t, level=0).primal for t in ctx.saved_tensors]
+            with forward_ad._set_fwd_grad_enabled(True):
+                return rules.tangents(ctx, saved, *tangents)
+
+        for rule in (forward, vmap, jvp):
+            setattr(rules, rule.__name__, staticmethod(rule))
         LIBRARY.impl(name, torch._disable_dynamo(rules.compute), "CompositeExplicitAutograd")
         for key in ("Autograd", "FuncTorchDynamicLayerFrontMode"):
             LIBRARY.impl(name, lambda *args: rules.apply(*args), key)
         torch.library.register_fake(qualified, rules.fake, lib=LIBRARY)
         torch.library.register_vmap(qualified, vmap, lib=LIBRARY)
+        OPERATORS[name] = rules
         return rules
 
     return define
 
 
-def forward_rule(rule: Callable) -> staticmethod:
-    """`jvp` of an autograd function from rule(ctx, saved tensors, *tangents), inside a jvp, too.
-
-    torch switches forward mode off around `jvp`, for outer levels as well, which then would get a
-    wrong second derivative. So it is on here, with the tangents of this level's tensors left out.
-    """
-
-    def jvp(ctx: Any, *tangents: Tensor | None) -> Any:
-        _check_sizes(ctx.saved_tensors)
-        saved = [forward_ad.unpack_dual(tensor, level=0).primal for tensor in ctx.saved_tensors]
-        with forward_ad._set_fwd_grad_enabled(True):
-            return rule(ctx, saved, *tangents)
-
-    return staticmethod(jvp)
+def derived_again() -> bool:
+    """Whether the results of a backward rule are differentiated, in either mode."""
+    return torch.is_grad_enabled() or forward_ad._current_level >= 0
 
 
 def total(*terms: Tensor | None) -> Tensor | None:
@@ -127,8 +143,11 @@ def batch(
 
 def _check_sizes(tensors: Sequence[Tensor]) -> None:
     """Raise RuntimeError for a size that only a computation tells, while torch.compile traces."""
-    for size in itertools.chain(*(tensor.shape for tensor in tensors)):
-        if isinstance(size, torch.SymInt) and free_unbacked_symbols(size):
+    sizes = itertools.chain(*(tensor.shape for tensor in tensors))
+    for size in (size for size in sizes if isinstance(size, torch.SymInt)):
+        from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+
+        if free_unbacked_symbols(size):
             raise RuntimeError(
                 "torch.compile takes neither forward-mode derivatives nor vmap of codes whose "
                 "width depends on the data (threshold_encode): call jvp or vmap outside "

@@ -1,5 +1,7 @@
 """`threshold_encode`: every latent above a threshold of its own, as JumpReLU needs them."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -63,7 +65,7 @@ def threshold_encode(
     lowest = threshold.detach() - (0.0 if bandwidth is None else bandwidth / 2)
     name = backends.choose(impl, x.device, x.dtype)
     if name == "reference":
-        gate = {"m": m, "composition": composition, "eps": eps}
+        gate: dict[str, Any] = {"m": m, "composition": composition, "eps": eps}
         values, indices = reference.threshold_encode(x, w_enc, b_enc, threshold=lowest, **gate)
         used = values != 0
     else:

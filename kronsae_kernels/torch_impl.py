@@ -80,8 +80,10 @@ def _with_masks(
     """Chunks of tokens, and the part of a mask [B, F] that is theirs (or the whole mask [F])."""
     start = 0
     for chunk in chunks:
-        own = mask is None or mask.ndim == 1
-        yield chunk, mask if own else mask[start : start + len(chunk)]
+        if mask is None or mask.ndim == 1:
+            yield chunk, mask
+        else:
+            yield chunk, mask[start : start + len(chunk)]
         start += len(chunk)
 
 

@@ -352,7 +352,9 @@ def test_public_names():
     assert set(kronsae_kernels.__all__) == {
         "SparseCodes",
         "__version__",
+        "batch_topk_encode",
         "dense_encode",
+        "expert_encode",
         "fused_encode",
         "jump",
         "nested_decode",

@@ -87,8 +87,23 @@ def threshold_encode_inputs():
         yield *first, torch.rand(F), 0.0
 
 
+def encode_batch_inputs():
+    for *first, k, mask, _ in (*encode_inputs(), *dense_inputs()):
+        if mask is None or mask.ndim == 1:
+            yield *first, k, 1e-3 if first[4] == "mand" else 0.0, None, mask
+            yield *first, k, 0.0, torch.tensor(0.5), mask
+
+
+def encode_experts_inputs():
+    for x, *rest, k, mask, scale in (*encode_inputs(), *dense_inputs()):
+        if k <= F // 3 and mask is None and scale is None:
+            yield x, *rest, k, torch.randint(3, (len(x),)), 3
+
+
 INPUTS = {
     "encode": lambda: (*encode_inputs(), *dense_inputs()),
+    "encode_batch": encode_batch_inputs,
+    "encode_experts": encode_experts_inputs,
     "encode_backward": lambda: (*encode_backward_inputs(), *dense_backward_inputs()),
     "decode": decode_inputs,
     "decode_backward": decode_backward_inputs,
@@ -112,6 +127,20 @@ def test_every_operator_is_checked():
         if name.startswith("kronsae::")
     }
     assert found == set(INPUTS)
+
+
+def test_flops_are_counted():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    import kronsae_kernels.flops  # noqa: F401
+
+    x, weights = randn(7, D), parameters()
+    rows, k = H * (M + N), 4
+    with FlopCounterMode(display=False) as counter:
+        step(autoencoder, x, weights)
+    forward = 2 * 7 * D * (rows + k)
+    backward = 2 * 7 * D * 2 * (2 * k + k)
+    assert counter.get_total_flops() == forward + backward
 
 
 # torch.compile

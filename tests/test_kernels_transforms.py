@@ -210,6 +210,19 @@ def test_gradient_penalty_with_backward():
     assert_same(*gradients)
 
 
+@ALL
+def test_dual_tensors_through_backward(kind):
+    """A Hessian-vector product whose gradients are taken without a graph."""
+    ours, reference, inputs = both(kind)
+    products = []
+    for function in (ours, reference):
+        with forward_ad.dual_level():
+            duals = [forward_ad.make_dual(t.clone().requires_grad_(), t) for t in inputs]
+            gradients = torch.autograd.grad(cubed(function)(*duals), duals)
+            products.append([forward_ad.unpack_dual(t).tangent for t in gradients])
+    assert_same(*products)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_tangents_of_narrow_dtypes(dtype):
     x, w = torch.randn(B, D).to(dtype), torch.randn(H, M + N, D).to(dtype)

@@ -23,10 +23,12 @@ from kronsae.system.tensors import as_values, check_room
 from kronsae_kernels import (
     SparseCodes,
     dense_encode,
+    expert_encode,
     fused_encode,
     reference,
     threshold_encode,
 )
+from kronsae_kernels.batch_topk import encode_batch, spread
 
 
 class EncoderKind(Kind, nn.Module):
@@ -74,6 +76,24 @@ class EncoderKind(Kind, nn.Module):
         width = max(1, int(active.max()) if active.numel() else 0)
         order = reference.largest(values.detach(), width)
         return SparseCodes(values.gather(-1, order), order)
+
+    def of_batch(
+        self, x: Tensor, w: Tensor, b: Tensor, *, k: int, threshold: Tensor | None, impl: str | None
+    ) -> SparseCodes | None:
+        """The k B largest latents of a batch x [..., d], or all of at least a threshold (scalar).
+
+        None by default: BatchTopK then goes by `encode`, which torch.compile does not take whole.
+        """
+        return None
+
+    def of_experts(
+        self, x: Tensor, w: Tensor, b: Tensor, expert: Tensor, *, k: int, impl: str | None
+    ) -> SparseCodes | None:
+        """The k largest latents of each token's expert [B], x [B, d].
+
+        None by default: it then goes by `encode`, as with `of_batch`.
+        """
+        return None
 
     @abstractmethod
     def every(self, x: Tensor, w: Tensor, b: Tensor) -> Tensor:
@@ -159,6 +179,13 @@ class Kron(EncoderKind):
     def above(self, x, w, b, threshold, impl):
         return threshold_encode(x, w, b, threshold=threshold, impl=impl, **self._gate)
 
+    def of_batch(self, x, w, b, *, k, threshold, impl):
+        return encode_batch(x, w, b, k=k, threshold=threshold, impl=impl, **self._gate)
+
+    def of_experts(self, x, w, b, expert, *, k, impl):
+        experts = self.config.experts
+        return expert_encode(x, w, b, expert=expert, experts=experts, k=k, impl=impl, **self._gate)
+
     def every(self, x, w, b):
         config = self.config
         product = reference.latents(x, w, b, config.m, config.composition)
@@ -197,6 +224,13 @@ class Dense(EncoderKind):
 
     def above(self, x, w, b, threshold, impl):
         return threshold_encode(x, w, b, threshold=threshold, impl=impl)
+
+    def of_batch(self, x, w, b, *, k, threshold, impl):
+        return encode_batch(x, w, b, k=k, threshold=threshold, impl=impl)
+
+    def of_experts(self, x, w, b, expert, *, k, impl):
+        experts = self.config.experts
+        return expert_encode(x, w, b, expert=expert, experts=experts, k=k, impl=impl)
 
     def every(self, x, w, b):
         return reference.latents(x, w, b, None, "")
@@ -289,6 +323,12 @@ class Encoder(nn.Module):
     def _largest_of_experts(
         self, router: Router, x: Tensor, k: int, mask: Tensor | None, impl: str | None
     ) -> SparseCodes:
+        probability, expert = router(x).max(-1)
+        if mask is None:
+            weights = self.W_enc, self.b_enc
+            codes = self.kind.of_experts(x, *weights, expert, k=k, impl=impl)
+            if codes is not None:
+                return SparseCodes(codes.values * probability[:, None], codes.indices)
         weights, biases = (p.split(len(p) // self.config.experts) for p in (self.W_enc, self.b_enc))
         masks = mask.split(self.latents_per_token) if mask is not None else None
 
@@ -300,7 +340,20 @@ class Encoder(nn.Module):
             )
             return widened(values, indices + expert * self.latents_per_token, k, self.dict_size)
 
-        return router.dispatch(x, encode_expert)
+        return router.dispatch(x, probability, expert, encode_expert)
+
+    def of_batch(
+        self, x: Tensor, k: int, threshold: Tensor | None, *, impl: str | None = None
+    ) -> SparseCodes | None:
+        """The k B largest latents of a batch x [..., d], or all of at least a threshold (scalar).
+
+        None where they have to be found among those of experts, processes, or other kinds.
+        """
+        shared = self.mesh.heads.size > 1 or (threshold is None and self.mesh.data.size > 1)
+        if shared or self.router is not None or impl == "reference":
+            return None
+        x, threshold = self._as_weights(x), None if threshold is None else threshold.detach()
+        return self.kind.of_batch(x, self.W_enc, self.b_enc, k=k, threshold=threshold, impl=impl)
 
     def above(self, x: Tensor, threshold: Tensor, *, impl: str | None = None) -> SparseCodes:
         """Every latent of x [..., d] above its threshold [F], padded (`threshold_encode`).
@@ -366,13 +419,8 @@ def add_per_latent_(out: Tensor, codes: SparseCodes, values: Tensor) -> None:
 
 
 def widened(values: Tensor, indices: Tensor, width: int, size: int) -> SparseCodes:
-    """Codes [B, w] of `size` latents, filled up with unused slots to `width`.
-
-    Indices of unused slots are spread over all latents: a single latent with all of them would have
-    a long list of entries, which slows down the gradient of its decoder row.
-    """
-    shape = len(values), width - values.shape[1]
-    spread = torch.arange(shape[0] * shape[1], device=indices.device) % size
+    """Codes [B, w] of `size` latents, filled up with unused slots to `width`."""
+    unused = spread(indices.new_empty(len(values), width - values.shape[1]), size)
     return SparseCodes(
-        nn.functional.pad(values, (0, shape[1])), torch.cat([indices, spread.view(shape)], 1)
+        nn.functional.pad(values, (0, unused.shape[1])), torch.cat([indices, unused], 1)
     )

@@ -37,9 +37,14 @@ class Router(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             return nn.functional.linear(x.to(self.weight.dtype), self.weight, self.bias).softmax(-1)
 
-    def dispatch(self, x: Tensor, encode: Callable[[int, Tensor], SparseCodes]) -> SparseCodes:
+    def dispatch(
+        self,
+        x: Tensor,
+        probability: Tensor,
+        expert: Tensor,
+        encode: Callable[[int, Tensor], SparseCodes],
+    ) -> SparseCodes:
         """Codes [B, w] of x [B, d]: `encode(expert, rows)` of each expert's tokens, times p."""
-        probability, expert = self(x).max(-1)
         order = expert.argsort(stable=True)
         counts = expert.bincount(minlength=self.weight.shape[0]).tolist()
         parts = [encode(e, rows) for e, rows in enumerate(x[order].split(counts))]
@@ -53,6 +58,7 @@ class Router(nn.Module):
         group: ranks with the other tokens of the batch; the result is x's part of their loss.
         """
         p = self(x)
-        counts = group.sum(p.argmax(-1).bincount(minlength=p.shape[1]))
+        chosen = p.argmax(-1, keepdim=True) == torch.arange(p.shape[1], device=p.device)
+        counts = group.sum(chosen.sum(0))
         share = counts / counts.sum()
         return p.shape[1] * (share * p.sum(0) / counts.sum()).sum()

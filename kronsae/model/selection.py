@@ -20,14 +20,14 @@ from torch import Tensor, nn
 
 from kronsae.config import SAEConfig, TrainConfig
 from kronsae.errors import InputError
-from kronsae.model.encoder import Encoder, widened
+from kronsae.model.encoder import Encoder
 from kronsae.registry import SELECTIONS, Kind
 from kronsae.system.parallel import ALONE
 from kronsae_kernels import SparseCodes, jump
+from kronsae_kernels.batch_topk import candidates, largest_of_batch
+from kronsae_kernels.rules import has_values
 from kronsae_kernels.step import BELOW, Thresholds
 
-CANDIDATES_PER_K = 2
-"""Candidates of a token at first, in multiples of k. Tokens that need more are encoded again."""
 WIDEST_PER_K = 8
 """Candidates of the token of a batch that has most with BatchTopK, in multiples of k. Measured with
 the embedded default once the loss falls slowly; in the first batches it can be all latents."""
@@ -171,32 +171,28 @@ class BatchTopK(Selection):
 
     def forward(self, sae: Encoder, x: Tensor, k: int, impl: str | None = None) -> SparseCodes:
         """Codes of x [..., d]. Raises ValueError for inference without a threshold."""
-        if not self.training and bool(self.threshold.isnan()):
+        threshold = None if self.training else self.threshold
+        if threshold is not None and has_values(threshold) and bool(threshold.isnan()):
             raise ValueError(
                 "BatchTopK has no threshold yet: train it, or call train() to select over the batch"
             )
-        flat = x.reshape(-1, x.shape[-1])
-        width = min(CANDIDATES_PER_K * k, sae.latents_per_token)
-        values, indices = sae.largest(flat, width, impl=impl)
-        while True:
-            detached = values.detach()
-            if self.training:
-                keep = _largest_of_batch(sae, detached, k)
-            else:
-                keep = detached >= self.threshold
-            keep &= detached > sae.silent_value
-            rows = keep[:, -1].nonzero().squeeze(1)
-            unfinished = len(rows)
-            if self.training:  # if one rank encodes again, all do
-                unfinished = sae.mesh.data.count(unfinished, x.device)
-            if not unfinished or width == sae.latents_per_token:
-                break
-            width = min(2 * width, sae.latents_per_token)
-            wider = sae.largest(flat[rows], width, impl=impl)
-            values, indices = widened(values, indices, width, sae.dict_size)  # new tensors
-            values.index_copy_(0, rows, wider.values)
-            indices.index_copy_(0, rows, wider.indices)
-        values, indices = _only(values, indices, keep)
+        codes = sae.of_batch(x, k, threshold, impl=impl)
+        if codes is not None:
+            return codes
+
+        def select(values: Tensor) -> Tensor:
+            kept = _largest_of_batch(sae, values, k) if threshold is None else values >= threshold
+            return kept & (values > sae.silent_value)
+
+        def encode(x: Tensor, width: int) -> SparseCodes:
+            return sae.largest(x, width, impl=impl)
+
+        def total(count: int) -> int:
+            return count if threshold is not None else sae.mesh.data.count(count, x.device)
+
+        flat, most = x.reshape(-1, x.shape[-1]), sae.latents_per_token
+        (values, indices), kept = candidates(encode, select, flat, k, most, sae.dict_size, total)
+        values, indices = _only(values, indices, kept)
         shape = (*x.shape[:-1], values.shape[1])
         return SparseCodes(values.reshape(shape), indices.reshape(shape))
 
@@ -318,14 +314,8 @@ class JumpReLU(Selection):
 
 def _largest_of_batch(sae: Encoder, values: Tensor, k: int) -> Tensor:
     """Mask of the values [b, w] among the k B largest of the batch; of equal ones, the earlier."""
-    batch = sae.mesh.batch(values)
-    flat, count = batch.flatten(), k * len(batch)
-    if count == 0:
-        return torch.zeros_like(values, dtype=torch.bool)
-    limit = flat.kthvalue(flat.numel() - count + 1).values
-    above, ties = flat > limit, flat == limit
-    ties &= ties.cumsum(0) <= count - above.sum()
-    return sae.mesh.part((above | ties).view_as(batch))[:, : values.shape[1]]
+    kept = largest_of_batch(sae.mesh.batch(values), k)
+    return sae.mesh.part(kept)[:, : values.shape[1]]
 
 
 def _only(values: Tensor, indices: Tensor, keep: Tensor) -> SparseCodes:

@@ -20,12 +20,13 @@ from kronsae.model.objectives import (
 )
 from kronsae.model.ranks import SHARDED
 from kronsae.model.sae import SAE
-from kronsae.model.selection import CANDIDATES_PER_K, Selection
+from kronsae.model.selection import Selection
 from kronsae.registry import OBJECTIVES, SAE_KINDS, SELECTIONS
 from kronsae.system.devices import compute_dtype
 from kronsae.system.parallel import ALONE, Mesh
 from kronsae_kernels import SparseCodes
 from kronsae_kernels import step as fused
+from kronsae_kernels.batch_topk import CANDIDATES_PER_K
 
 ADAM_BETA1 = 0.9
 
