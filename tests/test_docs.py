@@ -9,6 +9,7 @@ import torch
 from kronsae.export.__main__ import make_parser
 from kronsae.metrics.figures import MEANING
 from kronsae.training.options import parse
+from kronsae_kernels import fused_encode
 
 DOCS = Path(__file__).parent.parent / "docs"
 
@@ -28,7 +29,7 @@ def run(example: str) -> dict:
 
 
 def test_there_are_examples():
-    assert len(EXAMPLES) == 4
+    assert len(EXAMPLES) == 6
 
 
 def test_beside_what_you_have():
@@ -57,6 +58,47 @@ def test_a_kron_encoder_in_your_class():
     assert names["x_hat"].shape == (16, 32) and names["codes"].indices.max() < 512
     for parameter in names["model"].parameters():
         assert parameter.grad.isfinite().all() and parameter.grad.any()
+
+
+def test_that_class_with_what_expects_plain_parameters(tmp_path):
+    """Flat vectors, safetensors and FSDP2 take parameters that are contiguous."""
+    import safetensors.torch
+    from torch import distributed as dist
+    from torch.distributed.fsdp import fully_shard
+    from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+    names = run(EXAMPLES[3])
+    model, x = names["model"], torch.randn(16, 32)
+    expected = model(x)[0]
+    safetensors.torch.save_model(model, tmp_path / "model.safetensors")
+    vector_to_parameters(parameters_to_vector(model.parameters()), model.parameters())
+    assert torch.equal(model(x)[0], expected)
+    again = names["KronAutoencoder"](d=32, heads=64, m=2, n=4, k=8)
+    safetensors.torch.load_model(again, tmp_path / "model.safetensors")
+    assert torch.equal(again(x)[0], expected)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+        sharded = fully_shard(again, mesh=mesh)
+        found = sharded(x)[0]
+        assert torch.equal(found, expected)
+        found.square().mean().backward()
+        weight = sharded.w_enc
+        assert weight.grad.full_tensor().abs().sum() > 0
+        with pytest.raises(ValueError, match=r"w_enc: .* got a DTensor. Give `.to_local\(\)`"):
+            fused_encode(x, weight, m=2, k=8, layout="row-major")
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_jumprelu_autoencoder():
+    assert run(EXAMPLES[4])["log_threshold"].grad.abs().sum() > 0
+
+
+def test_derivatives():
+    names = run(EXAMPLES[5])
+    assert names["moved"].abs().sum() > 0
+    assert names["each"].shape == (64, 32)
 
 
 def test_contract_lists_what_is_exported():

@@ -25,11 +25,11 @@ import kronsae_kernels
 from kronsae import SAE, InputError, SAEConfig
 from kronsae.cache import CacheActivations, CacheIndex, Damaged, HarvestConfig, harvest
 from kronsae.cache.index import ShardFile, damaged, read_tensors
-from kronsae.config import DataConfig, RunConfig, TrainConfig
+from kronsae.config import MOST_LATENTS, MOST_WIDTH, DataConfig, RunConfig, TrainConfig
 from kronsae.data import LanguageModel, open_text
 from kronsae.data.loading import load_tokenizer
 from kronsae.export.verify import heldout_tokens
-from kronsae.interpret.chat import LocalChat
+from kronsae.interpret.local import LocalChat
 from kronsae.metrics.target_model import load_sae, load_saes, open_heldout
 from kronsae.plan.outline import outline
 from kronsae.properties.run import open_run
@@ -361,15 +361,14 @@ def test_memory_is_little():
 
 OF_KRON = {"d_model": 8, "heads": 4, "m": 2, "n": 2, "k": 2}
 SIZES = {
-    "dict_size": {"heads": HUGE // 4},
-    "d_model": {"d_model": HUGE},
-    "both": {"heads": HUGE // 4, "d_model": 2**62},
-    "d_target": {"d_target": HUGE},
-    "a head": {"heads": 1, "m": 2**25, "n": 2**25},
-    "more than an integer holds": {"heads": 10**30},
-    "thresholds": {"heads": HUGE // 4, "selection": "jumprelu"},
-    "experts": {"heads": HUGE // 4, "experts": HUGE // 4},
-    "groups": {"heads": HUGE // 4, "objective": "matryoshka", "matryoshka_first": 4},
+    "dict_size": {"heads": MOST_LATENTS // 4},
+    "d_model": {"d_model": MOST_WIDTH},
+    "both": {"heads": MOST_LATENTS // 4, "d_model": MOST_WIDTH},
+    "d_target": {"d_target": MOST_WIDTH},
+    "a head": {"heads": 1, "m": 2**17, "n": 2**17},
+    "thresholds": {"heads": MOST_LATENTS // 4, "selection": "jumprelu"},
+    "experts": {"heads": MOST_LATENTS // 4, "experts": MOST_LATENTS // 4},
+    "groups": {"heads": MOST_LATENTS // 4, "objective": "matryoshka", "matryoshka_first": 4},
 }
 
 
@@ -386,6 +385,27 @@ def test_a_configuration_of_any_size_takes_no_memory(format, name, tmp_path):
     sae.save(folder) if format == "kronsae" else FORMATS[format].write(sae, folder)
     with little_memory(), pytest.raises(InputError, match="expected tensors"):
         kronsae.load(folder)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"heads": HUGE // 4, "dict_size": HUGE},
+        {"heads": 10**30},
+        {"d_model": 2**62},
+        {"d_target": HUGE},
+    ],
+    ids=str,
+)
+def test_a_configuration_beyond_any_size_is_refused(changes, tmp_path):
+    SAE(SAEConfig(**OF_KRON)).save(tmp_path)
+    path = tmp_path / "config.json"
+    document = json.loads(path.read_text())
+    document["sae"] |= changes
+    del document["checksum"]
+    path.write_text(json.dumps(document))
+    with little_memory(), pytest.raises(InputError, match="expected"):
+        kronsae.load(tmp_path)
 
 
 def lying(tensors, path, *_, **__):
