@@ -3,13 +3,15 @@
 import argparse
 import dataclasses
 import difflib
+import io
+import os
 import shutil
 import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from decimal import Decimal
 from types import FrameType, MappingProxyType
 from typing import Any, NoReturn, get_args, get_origin
@@ -20,8 +22,17 @@ from kronsae.registry import SAE_KINDS, load_plugin
 
 
 class Terminated(BaseException):
-    """Raised on SIGTERM. A BaseException, so that no handler of errors catches it."""
+    """Raised on SIGTERM or SIGHUP. A BaseException, so that no handler of errors catches it."""
 
+    def __init__(self, number: int = signal.SIGTERM) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+STOPS = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)
+)
+"""Signals that ask a command to stop; SIGHUP comes when its terminal closes, unless under nohup."""
 
 REPEAT_SECONDS = 0.05
 """Time after which a stop that Python dropped is raised again."""
@@ -29,7 +40,7 @@ REPEAT_SECONDS = 0.05
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Raise Terminated on SIGTERM and KeyboardInterrupt on SIGINT, so that neither is ever lost.
+    """Raise Terminated on SIGTERM and SIGHUP, KeyboardInterrupt on SIGINT, so that none is lost.
 
     Then half-written files are removed, and the user is told how to go on. Python prints and drops
     exceptions that are raised in a destructor or in the callback of a weak reference: a dropped
@@ -67,13 +78,13 @@ class _Stops:
         self.dropped = False
         self.handlers = {
             number: signal.signal(number, self.stop)
-            for number in (signal.SIGTERM, signal.SIGINT)
+            for number in STOPS
             if signal.getsignal(number) is not signal.SIG_IGN
         }
         self.hook, sys.unraisablehook = sys.unraisablehook, self.see_dropped
 
     def exception(self) -> KeyboardInterrupt | Terminated:
-        return Terminated() if self.received[-1] == signal.SIGTERM else KeyboardInterrupt()
+        return stop_of(self.received[-1])
 
     def stop(self, number: int, frame: FrameType | None) -> None:
         self.dropped = False
@@ -100,9 +111,14 @@ class _Stops:
                 signal.signal(number, handler)
 
 
+def stop_of(number: int) -> KeyboardInterrupt | Terminated:
+    """The exception for a signal of `STOPS`."""
+    return KeyboardInterrupt() if number == signal.SIGINT else Terminated(number)
+
+
 def signal_of(error: KeyboardInterrupt | Terminated) -> signal.Signals:
     """The signal that raised it."""
-    return signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
+    return signal.Signals(error.number) if isinstance(error, Terminated) else signal.SIGINT
 
 
 def stopped(error: KeyboardInterrupt | Terminated) -> str:
@@ -110,6 +126,67 @@ def stopped(error: KeyboardInterrupt | Terminated) -> str:
     cause = error.__cause__
     after = "" if cause is None else f" (after it came {type(cause).__name__}: {cause})"
     return f"Stopped by {signal_of(error).name}{after}"
+
+
+class Enduring:
+    """A text stream that never raises: whatever cannot be written there is dropped.
+
+    It may have no reader any more (`| head`), lie on a full disk, be closed, or know too few
+    characters, in whose place it gets escapes.  lost: called once, with the error, when the stream
+    fails though somebody may still read it.
+    """
+
+    def __init__(self, stream: Any, lost: Callable[[Exception], None] = lambda error: None) -> None:
+        self.stream = open(os.devnull, "w") if stream is None else stream
+        self.lost = lost
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text: str) -> int:
+        with self._enduring():
+            self.stream.write(text)
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        self.write("".join(lines))
+
+    def flush(self) -> None:
+        with self._enduring():
+            self.stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    @contextmanager
+    def _enduring(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            failed, self.stream = self.stream, open(os.devnull, "w")
+            with suppress(OSError, ValueError):  # also what it holds back goes nowhere
+                os.dup2(self.stream.fileno(), failed.fileno())
+            if not isinstance(error, BrokenPipeError):
+                self.lost(error)
+
+
+@contextmanager
+def enduring_output() -> Iterator[None]:
+    """Let nothing that is printed end the work; decorates the `main` of every command.
+
+    If standard output fails, though it has a reader, standard error says so.
+    """
+
+    def tell(error: Exception) -> None:
+        print(f"warning: what is printed from here on is lost: {error}", file=sys.stderr)
+
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = Enduring(sys.stdout, tell), Enduring(sys.stderr)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        sys.stdout, sys.stderr = streams
 
 
 class _Formatter(argparse.HelpFormatter):
@@ -229,6 +306,7 @@ def load_plugins(argv: Sequence[str] | None) -> list[str]:
     return rest
 
 
+@enduring_output()
 def exit_status(work: Callable[[list[str]], None], argv: Sequence[str] | None) -> int:
     """Run `work` with the arguments of a command line; returns the exit status.
 

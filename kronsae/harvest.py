@@ -9,10 +9,8 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
@@ -32,6 +30,7 @@ from kronsae.commandline import (
     Parser,
     Terminated,
     add_flag,
+    enduring_output,
     load_plugins,
     signal_of,
     stoppable,
@@ -141,6 +140,7 @@ RANK_SECONDS = 3600
 """Time that a process waits for another one: for its language model to load, or for a shard."""
 
 
+@enduring_output()
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 only if the cache is complete and valid.
 
@@ -220,12 +220,7 @@ def _check_plan(config: HarvestConfig, folder: Path) -> None:
 
 def _harvest(config: HarvestConfig, folder: Path, mesh: Mesh) -> None:
     """Harvest, and show its progress and what came of it."""
-    console = Console(
-        file=cast(IO[str], Enduring(sys.stdout)),
-        highlight=False,
-        soft_wrap=True,
-        quiet=not mesh.first,
-    )
+    console = Console(highlight=False, soft_wrap=True, quiet=not mesh.first)
     with Shown(console) as shown:
         index = harvest(config, folder, shown, mesh)
     console.print(describe(folder, index), markup=False)
@@ -236,33 +231,6 @@ def _is_complete(folder: Path, config: HarvestConfig) -> bool:
     if not (folder / INDEX_NAME).exists():
         return False
     return not (folder / HARVEST_NAME).exists() or not goes_on(stored_config(folder), config)
-
-
-class Enduring:
-    """A text stream that drops what is written once nobody reads it: a harvest goes on."""
-
-    def __init__(self, stream: Any) -> None:
-        self.stream = open(os.devnull, "w") if stream is None else stream
-
-    def write(self, text: str) -> int:
-        with self._enduring():
-            self.stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with self._enduring():
-            self.stream.flush()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
-
-    @contextmanager
-    def _enduring(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError:
-            with open(os.devnull, "w") as nowhere:  # also for what the stream holds back
-                os.dup2(nowhere.fileno(), self.stream.fileno())
 
 
 SECONDS_BETWEEN_LINES = 600

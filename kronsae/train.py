@@ -14,7 +14,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from kronsae.commandline import Terminated, load_plugins, signal_of, stoppable, stopped
+from kronsae.commandline import (
+    Terminated,
+    enduring_output,
+    load_plugins,
+    signal_of,
+    stoppable,
+    stopped,
+)
 from kronsae.config import RunConfig, SAEConfig, kind_of
 from kronsae.data.activations import NO_OVERLAP, LanguageModelActivations, split_target
 from kronsae.data.amount import count_tokens, in_words, name_of_text, too_few
@@ -52,6 +59,7 @@ from kronsae.training.session import FitResult, MemberPlan
 __all__ = ["fit", "fit_many", "main"]
 
 
+@enduring_output()
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 only when the work was done.
 

@@ -1,5 +1,7 @@
 """What command lines share: stops that are never lost, numbers, help that fits a terminal."""
 
+import errno
+import io
 import os
 import re
 import signal
@@ -13,7 +15,7 @@ import pytest
 from kronsae import harvest, train
 from kronsae.__main__ import COMMANDS as ALL_COMMANDS
 from kronsae.__main__ import main as kronsae_command
-from kronsae.commandline import Terminated, integer, stoppable
+from kronsae.commandline import Enduring, Terminated, enduring_output, integer, stoppable
 from kronsae.experiments.__main__ import main as experiments
 from kronsae.system.parallel import RankLost
 from kronsae.training.signals import note_signals
@@ -45,7 +47,7 @@ sys.exit(exit_status(work, []))
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize("place", ["destructor", "callback of a weak reference"])
 def test_a_signal_where_python_drops_what_is_raised_stops_the_process(number, place):
     code = WORK.format(number=int(number), place=place)
@@ -109,7 +111,7 @@ def test_an_error_without_a_signal_is_itself():
 
 @pytest.fixture
 def handlers():
-    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGALRM)
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGALRM)
     before = {number: signal.getsignal(number) for number in numbers}
     yield before
     for number, handler in before.items():
@@ -152,6 +154,78 @@ def test_an_ignored_signal_stays_ignored(handlers):
     with stoppable():
         signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+@pytest.mark.parametrize("under_nohup", [False, True])
+def test_the_end_of_a_terminal_finishes_the_step(handlers, under_nohup, capsys):
+    if under_nohup:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    with note_signals(lambda: None) as stop:
+        signal.raise_signal(signal.SIGHUP)
+    assert stop.received == (None if under_nohup else signal.SIGHUP)
+    assert ("SIGHUP: finishing this step" in capsys.readouterr().err) is not under_nohup
+
+
+# What is printed
+
+PRINTING = """
+import sys
+from pathlib import Path
+from rich.console import Console
+from kronsae.commandline import exit_status
+
+def work(argv):
+    console = Console()
+    for number in range(2000):
+        print("a line – of text ┃ é \\udc80", number, flush=number == 7)
+        print("an error –", file=sys.stderr)
+        console.print("[bold]▁▂▃[/bold]", number)
+    Path(argv[0]).write_text("all is done")
+
+sys.exit(exit_status(work, sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "cp1252", "ascii"])
+@pytest.mark.parametrize(
+    "where", ["| head -8", "> /dev/full", "> /dev/full 2>&1", ">&- 2>&-", "2>&1 | head -1", ""]
+)
+def test_nothing_that_is_printed_ends_the_work(where, encoding, tmp_path):
+    program, out = tmp_path / "printing.py", tmp_path / "out"
+    program.write_text(PRINTING)
+    line = f"set -o pipefail; {sys.executable} {program} {out} {where}"
+    environment = {**os.environ, "PYTHONIOENCODING": encoding, "PYTHONPATH": os.getcwd()}
+    ended = subprocess.run(["bash", "-c", line], capture_output=True, env=environment)
+    assert ended.returncode == 0, ended.stderr[-2000:]
+    assert out.read_text() == "all is done"
+    assert b"Traceback" not in ended.stderr and b"ignored" not in ended.stderr
+    lost = b"what is printed from here on is lost: [Errno 28] No space left on device"
+    assert ended.stderr.count(lost) == (where == "> /dev/full")
+    if where in ("| head -8", ""):
+        first = ended.stdout.splitlines()[0].decode(encoding)
+        assert first.startswith("a line ") and first.endswith("0")
+
+
+def test_a_stream_without_a_file_that_fails():
+    class Failing(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.EIO, "Input/output error")
+
+    said = []
+    stream = Enduring(Failing(), said.append)
+    stream.writelines(["one\n", "two\n"])
+    print("three", file=stream, flush=True)
+    assert [error.errno for error in said] == [errno.EIO]
+    closed = io.StringIO()
+    closed.close()
+    print("nowhere", file=Enduring(closed), flush=True)
+
+
+def test_streams_are_given_back():
+    streams = sys.stdout, sys.stderr
+    with enduring_output():
+        assert isinstance(sys.stdout, Enduring) and isinstance(sys.stderr, Enduring)
+    assert (sys.stdout, sys.stderr) == streams
 
 
 # Flags and help

@@ -12,6 +12,7 @@ from kronsae.commandline import (
     Parser,
     Terminated,
     add_flag,
+    enduring_output,
     load_plugins,
     signal_of,
     stoppable,
@@ -77,6 +78,7 @@ def parse(name: str, argv: list[str]) -> tuple[Experiment, Path]:
     return kind(**{**preset, **flags}), out
 
 
+@enduring_output()
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 only when the experiment is complete.
 

@@ -59,8 +59,9 @@ def fit(
         part of the batches, or, with `share` "members", of the SAEs of `fit_many`. Only the first
         one writes files and calls `on_record`.
 
-    On SIGTERM or SIGINT the step in progress is finished, a checkpoint saved, and the result
-    returned with `stopped_by`. A batch whose gradient is not finite is skipped, and logged as such.
+    On SIGTERM, SIGINT or SIGHUP the step in progress is finished, a checkpoint saved, and the
+    result returned with `stopped_by`. A batch whose gradient is not finite is skipped, and logged
+    as such.
     Raises InputError if that happens `learner.SKIPS` times in a row, and if the data ends before
     the budget, is not finite, or does not fit the configuration; with `out`, the last good
     checkpoint is kept.
