@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import errno
 import io
 import os
 import shutil
@@ -306,6 +307,35 @@ def load_plugins(argv: Sequence[str] | None) -> list[str]:
     return rest
 
 
+DISK = ("EROFS", "ENOSPC", "EDQUOT", "EFBIG", "EACCES", "EPERM", "ENAMETOOLONG", "EIO")
+MEMORY = ("can't allocate memory", "out of memory", "bad_alloc", "can't start new thread")
+"""What torch, C++ and Python say if there is none left."""
+
+
+def of_machine(error: Exception) -> str | None:
+    """A sentence about an error of the disk or the memory; None for one that needs a traceback."""
+    name = errno.errorcode.get(getattr(error, "errno", None) or 0)
+    if isinstance(error, OSError) and name in DISK:
+        return f"the disk does not let this command go on: {error}"
+    said = isinstance(error, RuntimeError) and any(words in str(error) for words in MEMORY)
+    if said or isinstance(error, MemoryError) or name == "ENOMEM":
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        return (
+            f"there is not enough memory ({reason}): take smaller settings, or a higher limit "
+            "(ulimit -v) if this process has one"
+        )
+    return None
+
+
+def status_of(error: Exception) -> int:
+    """Say what a user can solve; returns the exit status, 2. Raises any other error again."""
+    reason = str(error) if isinstance(error, InputError) else of_machine(error)
+    if reason is None:
+        raise error
+    print(f"error: {reason}", file=sys.stderr)
+    return 2
+
+
 @enduring_output()
 def exit_status(work: Callable[[list[str]], None], argv: Sequence[str] | None) -> int:
     """Run `work` with the arguments of a command line; returns the exit status.
@@ -315,9 +345,8 @@ def exit_status(work: Callable[[list[str]], None], argv: Sequence[str] | None) -
     try:
         with stoppable():
             work(load_plugins(argv))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except Exception as error:
+        return status_of(error)
     except (KeyboardInterrupt, Terminated) as error:
         print(stopped(error), file=sys.stderr)
         return 128 + signal_of(error)

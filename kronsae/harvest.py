@@ -32,6 +32,7 @@ from kronsae.commandline import (
     add_flag,
     enduring_output,
     load_plugins,
+    of_machine,
     signal_of,
     stoppable,
     stopped,
@@ -172,13 +173,14 @@ def main(argv: list[str] | None = None) -> int:
         rank, cause = os.environ.get("RANK", "0"), error.__cause__
         print(f"error: rank {rank}: another process was lost ({cause}); {hint}", file=sys.stderr)
         return 4
-    except Exception:  # a bug in the model, the data or kronsae: the traceback helps
-        traceback.print_exc()
+    except Exception as error:  # a bug in the model, the data or kronsae: the traceback helps
+        reason = of_machine(error)
+        print(f"error: {reason}", file=sys.stderr) if reason else traceback.print_exc()
         if folder is not None and (folder / HARVEST_NAME).exists():
             print(
                 f"\nFinished shards are kept: resume by {resume_command(folder)}", file=sys.stderr
             )
-        return 1
+        return 2 if reason else 1
     except (KeyboardInterrupt, Terminated) as error:
         hint = f"; resume by {resume_command(folder)}" if folder else ""
         if first:

@@ -18,7 +18,9 @@ from kronsae.commandline import (
     Terminated,
     enduring_output,
     load_plugins,
+    of_machine,
     signal_of,
+    status_of,
     stoppable,
     stopped,
 )
@@ -48,6 +50,7 @@ from kronsae.sources import open_activations, source_of
 from kronsae.system import parallel
 from kronsae.system.checkpoint import list_checkpoints, step_of
 from kronsae.system.devices import resolve_device
+from kronsae.system.files import check_writable
 from kronsae.system.parallel import ALONE, Mesh, join
 from kronsae.system.tables import aligned
 from kronsae.training.fit import fit, fit_many, fit_members
@@ -70,7 +73,6 @@ def main(argv: list[str] | None = None) -> int:
     """
     quiet = not parallel.is_first()
     console = Console(stderr=False, highlight=False, soft_wrap=True, quiet=quiet)
-    errors = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
         request = parse(load_plugins(argv))
         if request.plan:
@@ -87,14 +89,13 @@ def main(argv: list[str] | None = None) -> int:
                 if mesh.first:
                     _check_memory(request, console)
         return train(request, console, mesh)
-    except InputError as error:
-        if not quiet:  # all processes have the same error
-            errors.print(f"error: {error}", style="red", markup=False)
-        return 2
     except parallel.RankLost as error:
-        rank = os.environ.get("RANK", "0")
-        errors.print(f"error: rank {rank}: {error}", style="red", markup=False)
+        print(f"error: rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr)
         return 4
+    except Exception as error:
+        if quiet and isinstance(error, InputError):  # all processes have the same error
+            return 2
+        return status_of(error)
     except KeyboardInterrupt:  # before there is a run
         return 128 + signal.SIGINT
 
@@ -144,10 +145,11 @@ def train(request: Request, console: Console, mesh: Mesh = ALONE) -> int:
         if mesh.first:
             _say_how_to_go_on(out, f"{stopped(error)}.")
         return 128 + signal_of(error)
-    except Exception:  # in the model's code, the data's or ours
-        traceback.print_exc()
+    except Exception as error:  # in the model's code, the data's or ours
+        reason = of_machine(error)
+        print(f"error: {reason}", file=sys.stderr) if reason else traceback.print_exc()
         _say_how_to_go_on(out, "When that is solved:")
-        return 1
+        return 2 if reason else 1
 
 
 def _resume_command(out: Path) -> str:
@@ -168,8 +170,8 @@ def _train(request: Request, console: Console, mesh: Mesh, out: Path) -> int:
     began = time.monotonic()
     torch.manual_seed(request.config.train.stream_seed)  # plugins draw from torch's generator
     with mesh.world.together():
-        if request.resume is None and mesh.first:
-            RunFolder.check_free(out)  # before the model is loaded; fit checks again
+        if mesh.first:  # before the model is loaded; fit checks again
+            check_writable(out) if request.resume else RunFolder.check_free(out)
     request, source, heldout = _open(request, console, mesh)
     _describe(console, request, source, heldout, out)
     folder = SweepFolder(out, request.members) if request.sweep else RunFolder(out)

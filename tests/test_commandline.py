@@ -1,5 +1,6 @@
 """What command lines share: stops that are never lost, numbers, help that fits a terminal."""
 
+import dataclasses
 import errno
 import io
 import os
@@ -9,15 +10,24 @@ import subprocess
 import sys
 import time
 import weakref
+from pathlib import Path
 
 import pytest
 
 from kronsae import harvest, train
 from kronsae.__main__ import COMMANDS as ALL_COMMANDS
 from kronsae.__main__ import main as kronsae_command
-from kronsae.commandline import Enduring, Terminated, enduring_output, integer, stoppable
+from kronsae.commandline import (
+    Enduring,
+    Terminated,
+    enduring_output,
+    exit_status,
+    integer,
+    stoppable,
+)
 from kronsae.experiments.__main__ import main as experiments
 from kronsae.system.parallel import RankLost
+from kronsae.training.options import parse
 from kronsae.training.signals import note_signals
 
 WORK = """
@@ -226,6 +236,79 @@ def test_streams_are_given_back():
     with enduring_output():
         assert isinstance(sys.stdout, Enduring) and isinstance(sys.stderr, Enduring)
     assert (sys.stdout, sys.stderr) == streams
+
+
+# Errors of the machine
+
+OUT_OF_MEMORY = """
+import resource, sys
+import numpy, torch
+from kronsae.commandline import exit_status
+
+def work(argv):
+    pages = int(open("/proc/self/statm").read().split()[0])
+    limit = pages * resource.getpagesize() + 2**27
+    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    {allocate}
+
+sys.exit(exit_status(work, []))
+"""
+
+
+@pytest.mark.parametrize("allocate", ["torch.empty(2**30)", "numpy.empty(2**30)", "b' ' * 2**30"])
+def test_memory_that_runs_out_is_a_sentence(allocate):
+    code = OUT_OF_MEMORY.format(allocate=allocate)
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.returncode == 2 and "Traceback" not in ended.stderr
+    assert ended.stderr.startswith("error: there is not enough memory (")
+
+
+@pytest.mark.parametrize("name", ["EROFS", "ENOSPC", "EDQUOT", "EACCES"])
+def test_a_disk_that_fails_is_a_sentence(name, capsys):
+    error = OSError(getattr(errno, name), os.strerror(getattr(errno, name)), "a/file")
+
+    def work(argv):
+        raise error
+
+    assert exit_status(work, []) == 2
+    said = f"error: the disk does not let this command go on: {error}\n"
+    assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("shapes differ"), ConnectionError("lost"), KeyError("k")]
+)
+def test_other_errors_keep_their_traceback(error):
+    def work(argv):
+        raise error
+
+    with pytest.raises(type(error)):
+        exit_status(work, [])
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        *("train", "train --resume /proc/self", "evaluate RUN", "explore RUN"),
+        *("experiments toy --smallest", "intervene RUN --effects 2"),
+    ],
+)
+def test_commands_find_that_they_cannot_write_before_they_work(command, monkeypatch, capsys):
+    """/proc takes no files. RUN is not there: they do not come as far as to read it."""
+    if "experiments" in command:
+        pytest.importorskip("matplotlib")
+    monkeypatch.setattr(train, "_open", lambda *_: pytest.fail("it loads the model"))
+    out = [] if "--resume" in command else ["--out", "/proc/out"]
+    if command == "train --resume /proc/self":
+        monkeypatch.setattr(train, "parse", lambda argv: resumed_in(Path("/proc/self")))
+    assert kronsae_command([*command.split(), *out]) == 2
+    err = capsys.readouterr().err
+    assert "cannot be written to" in err and "Traceback" not in err
+
+
+def resumed_in(path):
+    request = parse(["--no-memory-check"])
+    return dataclasses.replace(request, resume=path)
 
 
 # Flags and help

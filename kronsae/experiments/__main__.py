@@ -15,10 +15,11 @@ from kronsae.commandline import (
     enduring_output,
     load_plugins,
     signal_of,
+    status_of,
     stoppable,
     stopped,
 )
-from kronsae.errors import InputError, require
+from kronsae.errors import require
 from kronsae.experiments.experiment import EXPERIMENTS, Experiment, Run
 from kronsae.experiments.grid import run_grid
 
@@ -95,9 +96,8 @@ def main(argv: list[str] | None = None) -> int:
         command = shlex.join(["python", "-m", "kronsae.experiments", *argv])
         with stoppable():
             run_grid(name, experiment, out, command, show)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except Exception as error:
+        return status_of(error)
     except (KeyboardInterrupt, Terminated) as error:
         print(f"{stopped(error)}: the same command goes on from here", file=sys.stderr)
         return 128 + signal_of(error)

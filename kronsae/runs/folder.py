@@ -35,7 +35,15 @@ from kronsae.errors import InputError, warn
 from kronsae.model.ranks import SHARDED_STATE
 from kronsae.runs.sweep import check_names
 from kronsae.system import checkpoint
-from kronsae.system.files import LOCK_NAME, lock, remove_leftovers, sync, write_json, write_text
+from kronsae.system.files import (
+    LOCK_NAME,
+    check_writable,
+    lock,
+    remove_leftovers,
+    sync,
+    write_json,
+    write_text,
+)
 from kronsae.system.parallel import ALONE, Mesh
 
 FORMAT_VERSION = 1
@@ -73,7 +81,11 @@ class _Folder:
         Raises InputError if another process holds it.
         """
         self._locked = lock(self.path, f"{self.path} is being trained by another process")
-        self._clear()
+        try:
+            self._clear()
+        except OSError as error:
+            self.release()
+            raise InputError(f"{self.path} cannot be written to: {error}") from error
 
     def _clear(self) -> None:
         """Clear away what interrupted writes left."""
@@ -118,8 +130,12 @@ class _Folder:
 
     @staticmethod
     def check_free(path: str | Path) -> None:
-        """Raise InputError unless `path` is new, empty, or left by an interrupted `create`."""
+        """Raise InputError unless a run can be made in `path`.
+
+        It has to be new, empty, or left by an interrupted `create`, where files can be written.
+        """
         path = Path(path)
+        check_writable(path)
         names = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
         known = not names.isdisjoint({"config.json", "sweep.json"})
         free = _BEGUN in names or names <= {LOCK_NAME} and (path.is_dir() or not path.exists())

@@ -64,8 +64,8 @@ def free_bytes(device: torch.device) -> int | None:
     """Free memory of the device, or None if the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    sizes = [size for size in (_available(), _left_in_group()) if size is not None]
-    return min(sizes, default=None)
+    sizes = (_available(), _left_in_group(), _left_of_limit())
+    return min((size for size in sizes if size is not None), default=None)
 
 
 def _available() -> int | None:
@@ -90,6 +90,18 @@ def _left_in_group(root: Path = Path("/sys/fs/cgroup")) -> int | None:
         statistics = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
         return limit - used + int(statistics["inactive_file"])
     except (OSError, KeyError, ValueError):
+        return None
+
+
+def _left_of_limit() -> int | None:
+    """Addresses below this process' limit (`ulimit -v`) that it does not use yet; None without."""
+    try:
+        import resource
+
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        return None if limit == resource.RLIM_INFINITY else limit - pages * resource.getpagesize()
+    except (ImportError, OSError):  # not Linux
         return None
 
 

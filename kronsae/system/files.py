@@ -4,9 +4,10 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,20 @@ def write_json(path: Path, value: Any) -> None:
     """Write `value` as JSON, atomically. NaN and infinity are refused."""
     text = json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n"
     write_text(path, text)
+
+
+def check_writable(folder: Path) -> None:
+    """Raise InputError if no file can be written in a folder, before the work that is for it.
+
+    Of a folder that is not there yet, the first one above it that exists is tried.
+    """
+    try:
+        places = (folder, *folder.absolute().parents)
+        there = next(place for place in places if place.exists())
+        with tempfile.TemporaryFile(dir=there, buffering=0) as file:
+            file.write(bytes(4096))  # a full disk may take a file without contents
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written to: {error}") from error
 
 
 _CHECKSUM = "checksum"
@@ -128,10 +143,8 @@ def _replacing(path: Path) -> Iterator[Path]:
         yield beside
         sync(path.parent)
     except BaseException as error:
-        if beside.is_dir():
-            shutil.rmtree(beside, ignore_errors=True)
-        else:
-            beside.unlink(missing_ok=True)
+        with suppress(OSError):  # if the file system became read-only: the first error counts
+            shutil.rmtree(beside) if beside.is_dir() else beside.unlink(missing_ok=True)
         if isinstance(error, (OSError, SafetensorError)):
             problem = f"{path} could not be written ({error}); nothing was left in its place"
             raise InputError(problem) from error
@@ -149,10 +162,16 @@ def _check_replaceable(path: Path, new: Path) -> None:
 
 
 def remove_directory(path: Path) -> None:
-    """Remove a folder so that an interruption leaves none that is half there under its name."""
+    """Remove a folder so that an interruption leaves none that is half there under its name.
+
+    Raises InputError if it cannot be removed.
+    """
     beside = _beside(path)
-    os.rename(path, beside)
-    shutil.rmtree(beside)
+    try:
+        os.rename(path, beside)
+        shutil.rmtree(beside)
+    except OSError as error:
+        raise InputError(f"{path} cannot be removed: {error}") from error
 
 
 def remove_leftovers(folder: Path) -> None:
