@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import signal
 import threading
 
@@ -10,7 +11,7 @@ import torch
 from synthetic import SyntheticActivations
 
 import kronsae
-from kronsae import InputError, SAEConfig, TrainConfig
+from kronsae import InputError, SAEConfig, TrainConfig, load
 from kronsae.config import DataConfig, RunConfig
 from kronsae.data import TensorActivations
 from kronsae.metrics.heldout import Heldout
@@ -19,7 +20,7 @@ from kronsae.runs.folder import RunFolder
 from kronsae.runs.resume import open_to_resume
 from kronsae.system import checkpoint
 from kronsae.system.files import read_checksummed
-from kronsae.train import fit
+from kronsae.train import fit, fit_many
 from kronsae.training.session import Session
 
 KRON = SAEConfig(heads=16, m=2, n=4, k=4)
@@ -398,3 +399,64 @@ def test_config_json_may_be_edited_where_a_run_may_change(tmp_path):
     changed = "config.train.lr: was 0.003, is 0.5\nA checkpoint has a copy:\n  cp .*/config.json .*"
     with pytest.raises(InputError, match=changed):
         open_to_resume(tmp_path / "run")
+
+
+OTHER_RUNS = {
+    "seed": (KRON, X, {"seed": 1}),
+    "lr": (KRON, X, {"lr": 0.004}),
+    "k": (dataclasses.replace(KRON, k=KRON.k + 1), X, {}),
+    "content": (KRON, X + 1, {}),
+}
+NEWEST = "step-00000040"
+
+
+def another_run(what, tmp_path):
+    """Folders of a run, and of another of the same shapes."""
+    sae, x, settings = OTHER_RUNS[what]
+    fit(KRON, X, TRAIN, out=tmp_path / "run")
+    fit(sae, x, dataclasses.replace(TRAIN, **settings), out=tmp_path / "other")
+    return tmp_path / "run", tmp_path / "other"
+
+
+@pytest.mark.parametrize("what", OTHER_RUNS)
+def test_a_checkpoint_of_another_run_is_refused(what, tmp_path):
+    run, other = another_run(what, tmp_path)
+    mine, theirs = (folder / "checkpoints" / NEWEST for folder in (run, other))
+    whole = load(run)
+    shutil.rmtree(mine)
+    shutil.copytree(theirs, mine)
+    words = f"step-00000040 is of another run, with other settings:\n.*{what}: was .*, is "
+    with pytest.raises(InputError, match=words) as refused:
+        fit(KRON, X, TRAIN, out=run, resume=True)
+    shutil.rmtree(str(refused.value).split("remove the folder ")[1])
+    resumed = fit(KRON, X, TRAIN, out=run, resume=True)  # from the one before
+    assert weights_equal(whole, resumed.sae)
+    # Whether config.json or the only checkpoint is another's, nobody can tell.
+    for place in (run / "checkpoints").iterdir():
+        shutil.rmtree(place)
+    shutil.copytree(theirs, mine)
+    with pytest.raises(InputError, match=rf"{what}: was (.|\n)*copied here, take that folder away"):
+        fit(KRON, X, TRAIN, out=run, resume=True)
+
+
+def test_the_state_of_another_run_beside_our_settings_is_refused(tmp_path):
+    run, other = another_run("seed", tmp_path)
+    for name in ("state.json", "state.safetensors"):
+        shutil.copy(other / "checkpoints" / NEWEST / name, run / "checkpoints" / NEWEST / name)
+    with pytest.raises(InputError, match="it is of another checkpoint than config.json beside it"):
+        fit(KRON, X, TRAIN, out=run, resume=True)
+
+
+@pytest.mark.parametrize("change", [{"lr": 0.004}, {}])
+def test_what_a_sweep_shares_may_not_be_of_another_sweep(change, tmp_path):
+    """The stream's state: of a sweep with another setting of a member, or of other data."""
+    saes, names = [KRON, dataclasses.replace(KRON, k=2)], ["a", "b"]
+    fit_many(saes, X, TRAIN, names=names, out=tmp_path / "sweep")
+    trains = [TRAIN, dataclasses.replace(TRAIN, **change)]
+    fit_many(saes, X if change else X + 1, trains, names=names, out=tmp_path / "other")
+    mine, theirs = (tmp_path / name / "checkpoints" / NEWEST for name in ("sweep", "other"))
+    shutil.rmtree(mine)
+    shutil.copytree(theirs, mine)
+    words = "b: config.train.lr: was 0.004" if change else "data.content: was"
+    with pytest.raises(InputError, match=f"is of another run, with other settings:\n  {words}"):
+        fit_many(saes, X, TRAIN, names=names, out=tmp_path / "sweep", resume=True)

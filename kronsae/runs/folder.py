@@ -18,6 +18,7 @@ import copy
 import json
 import os
 import platform
+import shlex
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -119,6 +120,10 @@ class _Folder:
         finally:
             self.release()
 
+    def copies(self) -> dict[str, dict[str, Any]]:
+        """Files of settings that each checkpoint has a copy of, by name."""
+        return {self.index.name: self.document}
+
     def _begin(self, kind: str, settings: dict[str, Any]) -> None:
         """Write the index, which makes the folder a run, or a sweep."""
         head = {"format": kind, "format_version": FORMAT_VERSION}
@@ -206,8 +211,7 @@ class RunFolder(_Folder):
                 self._sync_metrics()
         state = {**state, "metrics_bytes": _size(self.metrics)}
         folder = checkpoint.step_folder(self.checkpoints, step)
-        copies = {self.index.name: self.document}
-        checkpoint.save_state(folder, state, self.mesh, SHARDED_STATE, copies)
+        checkpoint.save_state(folder, state, self.mesh, SHARDED_STATE, self.copies())
 
     def _sync_metrics(self) -> None:
         """See to it that the lines that a checkpoint counts are on the disk."""
@@ -291,6 +295,10 @@ class SweepFolder(_Folder):
         for run in self.runs.values():
             run._clear()
 
+    def copies(self) -> dict[str, dict[str, Any]]:
+        """Also the first member's config.json, which describes the data that all share."""
+        return super().copies() | next(iter(self.runs.values())).copies()
+
     def members(self) -> dict[str, dict[str, Any]]:
         """Entries of sweep.json, by the member's name."""
         return _read_index(self.index, "kronsae-sweep", {"members"})["members"]
@@ -322,8 +330,7 @@ class SweepFolder(_Folder):
             self.runs[name]._write_checkpoint(step, own)
         shared = {**state, "members": list(members)}
         folder = checkpoint.step_folder(self.checkpoints, step)
-        copies = {self.index.name: self.document}
-        checkpoint.save_state(folder, shared, self.mesh, copies=copies)
+        checkpoint.save_state(folder, shared, self.mesh, copies=self.copies())
         if self.mesh.first:
             checkpoint.prune(self.checkpoints, keep)
             for name in members:
@@ -373,7 +380,8 @@ def _read_index(path: Path, kind: str, keys: set[str]) -> dict[str, Any]:
         whole = checkpoint.copy_of(path, path.parent / "checkpoints")
         if whole is not None:
             raise InputError(
-                f"{path} is damaged ({error}); a checkpoint has a copy:\n  cp {whole} {path}"
+                f"{path} is damaged ({error}); a checkpoint has a copy:\n"
+                f"  {shlex.join(['cp', str(whole), str(path)])}"
             ) from error
         raise InputError(
             f"{path.parent} is no run folder: {path} cannot be read ({error}); begin again, with "

@@ -53,7 +53,7 @@ _CHECKSUM = "checksum"
 
 def write_checksummed(path: Path, document: dict[str, Any]) -> None:
     """Write a JSON object, atomically, with a checksum of its values: see `read_checksummed`."""
-    write_json(path, {**document, _CHECKSUM: _digest(document)})
+    write_json(path, {**document, _CHECKSUM: digest_of(document)})
 
 
 def read_checksummed(path: Path) -> Any:
@@ -68,7 +68,7 @@ def read_checksummed(path: Path) -> Any:
 def checked(document: Any) -> Any:
     """A JSON value without its checksum. Raises ValueError if that is of other values."""
     if isinstance(document, dict) and _CHECKSUM in document:
-        if document.pop(_CHECKSUM) != _digest(document):
+        if document.pop(_CHECKSUM) != digest_of(document):
             raise ValueError(
                 f"its values are not those that its {_CHECKSUM!r} was made of; if you changed them "
                 f"on purpose, take the {_CHECKSUM!r} out"
@@ -76,8 +76,8 @@ def checked(document: Any) -> Any:
     return document
 
 
-def _digest(document: dict[str, Any]) -> str:
-    """SHA-256 of the values, in whichever order and form they are written."""
+def digest_of(document: dict[str, Any]) -> str:
+    """SHA-256 of a document's values, in whichever order and form they are written."""
     text = json.dumps(json.loads(json.dumps(document)), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
