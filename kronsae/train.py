@@ -36,6 +36,7 @@ from kronsae.metrics.heldout import Heldout, HeldoutText, massive_warning
 from kronsae.model.massive import MassiveTokens, rule_of
 from kronsae.model.normalizer import SAMPLE_TOKENS
 from kronsae.model.ranks import check_heads, ranks_of_one
+from kronsae.model.sae import load_metadata
 from kronsae.plan.amount import available_tokens
 from kronsae.plan.memory import check_memory, make_plan
 from kronsae.plan.outline import NoOutline, Outline, outline
@@ -50,14 +51,14 @@ from kronsae.sources import open_activations, source_of
 from kronsae.system import parallel
 from kronsae.system.checkpoint import list_checkpoints, step_of
 from kronsae.system.devices import resolve_device
-from kronsae.system.files import check_writable
+from kronsae.system.files import NOT_FINITE, check_writable
 from kronsae.system.parallel import ALONE, Mesh, join
 from kronsae.system.tables import aligned
 from kronsae.training.fit import fit, fit_many, fit_members
 from kronsae.training.learner import why_not_fused
 from kronsae.training.options import Request, parse
 from kronsae.training.progress import ProgressBar
-from kronsae.training.session import FitResult, MemberPlan
+from kronsae.training.session import Diverged, FitResult, MemberPlan
 
 __all__ = ["fit", "fit_many", "main"]
 
@@ -66,7 +67,8 @@ __all__ = ["fit", "fit_many", "main"]
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 only when the work was done.
 
-    2: the command or its data cannot be used. 3: a member of a sweep ended early, the others did
+    1: training diverged, or the model's code, the data's or ours has a fault. 2: the command, its
+    data, the disk or the memory cannot be used. 3: a member of a sweep diverged, the others did
     not. 4: another process of torchrun was lost. 128 + n: stopped by signal n, and saved.
 
     Under torchrun every process runs this, and the first one prints for all.
@@ -92,6 +94,9 @@ def main(argv: list[str] | None = None) -> int:
     except parallel.RankLost as error:
         print(f"error: rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr)
         return 4
+    except Diverged as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     except Exception as error:
         if quiet and isinstance(error, InputError):  # all processes have the same error
             return 2
@@ -175,6 +180,10 @@ def _train(request: Request, console: Console, mesh: Mesh, out: Path) -> int:
     request, source, heldout = _open(request, console, mesh)
     _describe(console, request, source, heldout, out)
     folder = SweepFolder(out, request.members) if request.sweep else RunFolder(out)
+    for run in folder.runs.values():
+        if failed := _failed_before(run):
+            name = f"{run.path.name}: " if request.sweep else ""
+            console.print(f"Before it is resumed: {name}{failed}", style="yellow", markup=False)
     plans = [
         MemberPlan(
             *(name, config.sae, config.train),
@@ -216,7 +225,10 @@ def _train(request: Request, console: Console, mesh: Mesh, out: Path) -> int:
     done = f"\nTrained on {tokens:,} tokens{took}. Everything is in {folder.path}:\n"
     if mesh.first:
         _summarise(console, results, heldout, folder, latents, done)
-    return 3 if any(result.failed for result in fitted) else 0
+    failed = [result.failed for result in fitted if result.failed]
+    if failed and not request.sweep and mesh.first:
+        print(f"error: {failed[0]}", file=sys.stderr)
+    return 0 if not failed else 1 if len(failed) == len(fitted) else 3
 
 
 def _open(request: Request, console: Console, mesh: Mesh) -> tuple[Request, Any, Heldout]:
@@ -298,6 +310,13 @@ def _done_before(out: Path) -> str:
     return f", goes on after step {step_of(checkpoints[-1]):,}" if checkpoints else ""
 
 
+def _failed_before(run: RunFolder) -> str | None:
+    """How training diverged in a run that is resumed; None if it did not."""
+    with suppress(OSError, ValueError):  # there is no SAE, or a damaged one, to be written again
+        return load_metadata(run.sae).get("failed")
+    return None
+
+
 def _describe_member(config: RunConfig) -> str:
     sae, train = config.sae, config.train
     shape = kind_of(vars(sae))
@@ -340,10 +359,12 @@ def _report(
     if not all(result.sae for result in results.values()) and not mesh.first:
         return latents  # the first process loads the SAEs of the others
     for name, result in results.items():
+        if result.failed and not folder.runs[name].sae.exists():  # its weights were not finite
+            continue
         sae = result.sae or load(folder.runs[name].sae, device=device)
         heldout = heldout.leaving_out(rule_of(sae.metadata))
         # Each process has a part of the heads, so that all take part.
-        latents = [] if tokenizer is None else top_contexts(sae, heldout)
+        latents = [] if tokenizer is None or result.failed else top_contexts(sae, heldout)
         if mesh.first:
             write_report(folder.runs[name].path, contexts=latents, tokenizer=tokenizer)
     return latents
@@ -377,8 +398,12 @@ def _summarise(
     for name in _SHOWN:
         if name in result.metrics:
             label, meaning = MEANING[name]
-            table.add_row(label, f"{result.metrics[name]:.4f}", f"[dim]{meaning}[/dim]")
+            value = result.metrics[name]
+            text = "–" if value is None else f"{value:.4f}"
+            table.add_row(label, text, f"[dim]{meaning}[/dim]")
     console.print(table)
+    if NOT_FINITE in result.metrics:
+        console.print(f"Not finite: {result.metrics[NOT_FINITE]}", style="yellow", markup=False)
     if latents and model is not None:
         console.print("\n[bold]What some latents have learned[/bold] (where they fire most)")
         for block in render_contexts(latents, model.tokenizer, console):
@@ -419,7 +444,7 @@ def _summarise_sweep(
     console.print(aligned(*comparison(folder.members()), left=2), markup=False)
     for name, result in results.items():
         if result.failed:
-            console.print(f"{name} ended early: {result.failed}", style="red", markup=False)
+            console.print(f"{name}: {result.failed}", style="red", markup=False)
     console.print(
         f"{done}"
         f"  NAME/          the run of each: config.json, metrics.jsonl, report.html, sae/\n"

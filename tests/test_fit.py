@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import re
 import shutil
 import signal
 import threading
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from synthetic import SyntheticActivations
 
 import kronsae
@@ -21,7 +23,8 @@ from kronsae.runs.resume import open_to_resume
 from kronsae.system import checkpoint
 from kronsae.system.files import read_checksummed
 from kronsae.train import fit, fit_many
-from kronsae.training.session import Session
+from kronsae.training.learner import Learner
+from kronsae.training.session import Diverged, Session
 
 KRON = SAEConfig(heads=16, m=2, n=4, k=4)
 TRAIN = TrainConfig(
@@ -460,3 +463,89 @@ def test_what_a_sweep_shares_may_not_be_of_another_sweep(change, tmp_path):
     words = "b: config.train.lr: was 0.004" if change else "data.content: was"
     with pytest.raises(InputError, match=f"is of another run, with other settings:\n  {words}"):
         fit_many(saes, X, TRAIN, names=names, out=tmp_path / "sweep", resume=True)
+
+
+# Training that diverges
+
+
+def strict_records(run):
+    """The lines of metrics.jsonl, which have to be JSON as others read it."""
+
+    def refuse(token):
+        raise AssertionError(f"{token} is no JSON")
+
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line, parse_constant=refuse) for line in lines]
+
+
+def test_one_enormous_row_of_heldout_text_does_not_end_training(tmp_path):
+    """In float32 its reconstruction overflows; the weights have nothing to do with it."""
+    enormous = HELDOUT.clone()
+    enormous[5] = 1e30
+    whole = fit(KRON, X, TRAIN, heldout=HELDOUT)
+    for multiple in (10.0, 0.0):  # left out as massive; measured
+        train = dataclasses.replace(TRAIN, massive_multiple=multiple)
+        out = tmp_path / str(multiple)
+        result = fit(KRON, X, train, heldout=enormous, out=out)
+        assert result.failed is None and weights_equal(whole.sae, result.sae)
+        final = strict_records(out)[-1]
+        of_all = "explained_variance_all" if multiple else "explained_variance"
+        assert final[of_all] is None and f"{of_all} is nan" in final["not_finite"]
+        assert (final["explained_variance"] is None) == (multiple == 0)
+        assert result.metrics[of_all] is None and kronsae.load(out).metadata["metrics"] == {
+            name: final[name] for name in result.metrics
+        }
+
+
+@pytest.mark.parametrize("heldout", [HELDOUT, None])
+def test_training_that_is_hopeless_in_the_end_has_diverged(heldout, tmp_path):
+    """Its gradients are finite, and it ends as if nothing was wrong."""
+    train = dataclasses.replace(TRAIN, lr=100.0)
+    result = fit(KRON, X, train, heldout=heldout, out=tmp_path / "run")
+    words = r"step 40: the last batches .*no better than by noise: training has diverged; try a "
+    assert re.match(words + "smaller lr than 100$", result.failed)
+    assert result.tokens == TRAIN.tokens
+    assert strict_records(tmp_path / "run")[-1]["reason"] == result.failed
+    assert kronsae.load(tmp_path / "run").metadata["failed"] == result.failed
+    again = fit(KRON, X, train, heldout=heldout, out=tmp_path / "run", resume=True)
+    assert again.failed == result.failed and weights_equal(again.sae, result.sae)
+
+
+@pytest.mark.parametrize("steps", [5, 40])
+def test_a_rate_that_overflows_has_diverged(steps, tmp_path):
+    """Also before eight batches in a row were skipped."""
+    train = dataclasses.replace(TRAIN, lr=1e25, tokens=100 * steps, eval_every=3)
+    if steps == 40:
+        with pytest.raises(Diverged, match="step 9: .*8 batches in a row: training has diverged"):
+            fit(KRON, X, train, heldout=HELDOUT, out=tmp_path)
+    else:
+        failed = fit(KRON, X, train, heldout=HELDOUT, out=tmp_path).failed
+        assert "step 5: the last batches and held-out text are explained no better" in failed
+    heldout = [r for r in strict_records(tmp_path) if r["kind"] == "heldout"]
+    assert heldout[0]["explained_variance"] is None and heldout[0]["not_finite"]
+
+
+@pytest.mark.parametrize("step", [7, 40])
+def test_weights_that_are_not_finite_are_not_saved(step, tmp_path, monkeypatch):
+    """Of two members one goes wrong, before a checkpoint or at the end: the other goes on."""
+    make = Learner.step
+
+    def wrong(self, *args):
+        figures = make(self, *args)
+        if self.step_count == step and self.config.seed == 1:
+            self.sae.b_dec.data[3] = float("inf")
+        return figures
+
+    monkeypatch.setattr(Learner, "step", wrong)
+    whole = fit(KRON, X, TRAIN, heldout=HELDOUT)
+    trains = [TRAIN, dataclasses.replace(TRAIN, seed=1, data_seed=0)]
+    names, out = ["good", "bad"], tmp_path / "sweep"
+    good, bad = fit_many([KRON] * 2, X, trains, names=names, heldout=HELDOUT, out=out)
+    assert good.failed is None and weights_equal(whole.sae, good.sae)
+    assert "training has diverged; try a smaller lr than 0.003" in bad.failed and bad.sae is None
+    assert not (out / "bad" / "sae").exists()
+    saved = [path for path in out.rglob("*.safetensors")]
+    assert all(torch.isfinite(x).all() for path in saved for x in load_file(path).values())
+    strict_records(out / "bad")
+    again = fit_many([KRON] * 2, X, trains, names=names, heldout=HELDOUT, out=out, resume=True)
+    assert "has diverged" in again[1].failed and weights_equal(again[0].sae, good.sae)

@@ -216,6 +216,17 @@ def test_odd_values(tmp_path, value):
             assert "nan" not in drawn and "inf" not in drawn
 
 
+def test_a_run_that_diverged(tmp_path):
+    reason = "step 50: training has diverged; try a smaller lr than 100"
+    said = {"explained_variance": None, "not_finite": "explained_variance is nan"}
+    found = records(50)
+    found[-1] |= said
+    write_run(tmp_path, [*found, {"kind": "diverged", "step": 50, "reason": reason}])
+    page = Page(write_report(tmp_path).read_text(encoding="utf-8"))
+    assert f"{reason}." in page.text and "explained_variance is nan." in page.text
+    assert "–" in page.texts and "None" not in page.texts
+
+
 def test_dense_and_custom_data(tmp_path):
     sae = SAEConfig(d_model=6, encoder="dense", dict_size=30, k=4)
     settings = {"config": {"sae": sae.__dict__, "data": None, "train": {}}}

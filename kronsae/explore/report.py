@@ -48,6 +48,7 @@ def write_report(
         exact=SELECTIONS[selection].exact if selection in SELECTIONS else True,
         trained=timed[-1] if timed else None,
         evaluation=evaluation,
+        diverged=next((r.get("reason") for r in records if r.get("kind") == "diverged"), None),
         figures=MEANING,
         warning=massive_warning(evaluation),
         latents=[_latent(latent, tokenizer) for latent in contexts],

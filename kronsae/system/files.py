@@ -2,11 +2,12 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,18 @@ def check_writable(folder: Path) -> None:
             file.write(bytes(4096))  # a full disk may take a file without contents
     except OSError as error:
         raise InputError(f"{folder} cannot be written to: {error}") from error
+
+
+NOT_FINITE = "not_finite"
+
+
+def finite(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Figures as strict JSON: None for NaN and infinity, and NOT_FINITE says which they were."""
+    wrong = {k: v for k, v in figures.items() if isinstance(v, float) and not math.isfinite(v)}
+    if not wrong:
+        return dict(figures)
+    said = [figures.get(NOT_FINITE), *(f"{name} is {value}" for name, value in wrong.items())]
+    return {**figures, **dict.fromkeys(wrong), NOT_FINITE: ", ".join(filter(None, said))}
 
 
 _CHECKSUM = "checksum"

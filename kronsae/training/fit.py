@@ -22,6 +22,7 @@ from kronsae.runs.resume import open_folder
 from kronsae.runs.sweep import check_names, one_stream
 from kronsae.system import checkpoint
 from kronsae.system.devices import resolve_device
+from kronsae.system.files import finite
 from kronsae.system.parallel import Mesh, join, owners
 from kronsae.training.learner import check_step
 from kronsae.training.session import Diverged, FitResult, Member, MemberPlan, Session
@@ -61,10 +62,10 @@ def fit(
 
     On SIGTERM, SIGINT or SIGHUP the step in progress is finished, a checkpoint saved, and the
     result returned with `stopped_by`. A batch whose gradient is not finite is skipped, and logged
-    as such.
-    Raises InputError if that happens `learner.SKIPS` times in a row, and if the data ends before
-    the budget, is not finite, or does not fit the configuration; with `out`, the last good
-    checkpoint is kept.
+    as such. Raises Diverged if that happens `learner.SKIPS` times in a row; training that diverged
+    with finite gradients ends with a result that has `failed`.
+    Raises InputError if the data ends before the budget, is not finite, or does not fit the
+    configuration; with `out`, the last good checkpoint is kept.
     """
     [result] = fit_members(
         [MemberPlan(SINGLE, sae_config, train_config or TrainConfig(), settings or {})],
@@ -198,12 +199,16 @@ def _train_and_judge(session: Session) -> None:
             for member in session.own:
                 if member.metrics:
                     member.record("final", member.metrics, stream)
+        if stopped_by is None:
+            for member in session.own:
+                member.judge(stream)
         session.sync()
         for member in session.live:
             member.finish(stream, stopped_by)
         session.note()
     except InputError as error:
-        raise InputError("\n".join([str(error), *_rescue(session, error)])) from error
+        kind = Diverged if isinstance(error, Diverged) else InputError
+        raise kind("\n".join([str(error), *_rescue(session, error)])) from error
 
 
 def _judge(session: Session) -> None:
@@ -212,11 +217,11 @@ def _judge(session: Session) -> None:
     if session.config.final_tokens:
         heldout = heldout.first(session.config.final_tokens)
     for member in session.own:
-        member.metrics = evaluate(member.sae(stream), heldout)
+        member.metrics = finite(evaluate(member.sae(stream), heldout))
     saes = {member.name: partial(member.sae, stream) for member in session.own}
     losses = evaluate_cross_entropy(saes, heldout, session.on_judged)
     for member in session.own:
-        member.metrics |= losses[member.name]
+        member.metrics = finite(member.metrics | losses[member.name])
 
 
 def _rescue(session: Session, error: InputError) -> list[str]:
