@@ -18,8 +18,9 @@ from types import FrameType, MappingProxyType
 from typing import Any, NoReturn, get_args, get_origin
 
 from kronsae.config import base_type
-from kronsae.errors import InputError, Notice
+from kronsae.errors import InputError, Notice, warn
 from kronsae.registry import SAE_KINDS, load_plugin
+from kronsae.system.devices import seed_everything
 
 
 class Terminated(BaseException):
@@ -260,6 +261,29 @@ class Parser(argparse.ArgumentParser):
             message += "; a kind of your own is registered by --plugin FILE"
         raise InputError(message)
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, but InputError for a flag that is given twice and for an empty value.
+
+        Of a flag of several values all count, which a warning says.
+        """
+        given: dict[str, str] = {}
+        last = ""
+        for argument in sys.argv[1:] if args is None else args:
+            name, equals, value = argument.partition("=")
+            action = self._option_string_actions.get(name)
+            if action is not None:
+                last, before = name, given.get(action.dest)
+                if before is not None:
+                    twice = f"{name} is given twice" if before == name else f"{before} and {name}"
+                    if not isinstance(action, argparse._AppendAction):  # or one that extends
+                        raise InputError(f"{twice}: leave one of them out")
+                    warn(f"{twice}: the values of both count")
+                given[action.dest] = name
+            if not argument or equals and not value and action is not None:
+                place = f"{last}: " if last else ""
+                raise InputError(f"{place}expected a value, got an empty string")
+        return super().parse_known_args(args, namespace)
+
     def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
         """The flags in `argv`; an unknown one is an error that names those like it."""
         options, unknown = self.parse_known_args(argv)
@@ -344,7 +368,9 @@ def exit_status(work: Callable[[list[str]], None], argv: Sequence[str] | None) -
     """
     try:
         with stoppable():
-            work(load_plugins(argv))
+            rest = load_plugins(argv)
+            seed_everything(0)  # a command with a --seed takes that
+            work(rest)
     except Exception as error:
         return status_of(error)
     except (KeyboardInterrupt, Terminated) as error:

@@ -42,8 +42,9 @@ from kronsae.errors import InputError
 from kronsae.plan.harvest import make_plan, render, why_early, why_refused
 from kronsae.plan.outline import NoOutline
 from kronsae.plan.time import duration
+from kronsae.registry import command_line
 from kronsae.system import parallel
-from kronsae.system.devices import resolve_device
+from kronsae.system.devices import resolve_device, seed_everything
 from kronsae.system.files import read_checksummed
 from kronsae.system.parallel import Mesh
 
@@ -223,6 +224,7 @@ def _check_plan(config: HarvestConfig, folder: Path) -> None:
 def _harvest(config: HarvestConfig, folder: Path, mesh: Mesh) -> None:
     """Harvest, and show its progress and what came of it."""
     console = Console(highlight=False, soft_wrap=True, quiet=not mesh.first)
+    seed_everything(config.seed)
     with Shown(console) as shown:
         index = harvest(config, folder, shown, mesh)
     console.print(describe(folder, index), markup=False)
@@ -301,7 +303,7 @@ def describe(folder: Path, index: CacheIndex) -> str:
         f"{len(index.train) + len(index.heldout):,} shards of {index.dtype}, "
         f"{index.bytes / 2**20:,.0f} MiB ({index.bytes / rows:,.0f} bytes a token)\n"
         f"  {index.data.model}: {names}\n"
-        f"Next: kronsae train --activations {folder}"
+        f"Next: {command_line('train', '--activations', str(folder))}"
     )
 
 

@@ -1,6 +1,7 @@
 """`kronsae train`: train a sparse autoencoder on a language model's activations."""
 
 import os
+import shlex
 import signal
 import sys
 import time
@@ -50,7 +51,7 @@ from kronsae.runs.sweep import comparison
 from kronsae.sources import open_activations, source_of
 from kronsae.system import parallel
 from kronsae.system.checkpoint import list_checkpoints, step_of
-from kronsae.system.devices import resolve_device
+from kronsae.system.devices import resolve_device, seed_everything
 from kronsae.system.files import NOT_FINITE, check_writable
 from kronsae.system.parallel import ALONE, Mesh, join
 from kronsae.system.tables import aligned
@@ -173,7 +174,7 @@ def _say_how_to_go_on(out: Path, cause: str) -> None:
 
 def _train(request: Request, console: Console, mesh: Mesh, out: Path) -> int:
     began = time.monotonic()
-    torch.manual_seed(request.config.train.stream_seed)  # plugins draw from torch's generator
+    seed_everything(request.config.train.stream_seed)
     with mesh.world.together():
         if mesh.first:  # before the model is loaded; fit checks again
             check_writable(out) if request.resume else RunFolder.check_free(out)
@@ -451,7 +452,7 @@ def _summarise_sweep(
         f"  comparison.md  this table\n"
         f"  sweep.json     every setting and figure\n"
         f"Next: kronsae.load({str(folder.path / next(iter(results)))!r}), or --config "
-        f"{folder.path}/NAME/config.json to train one of them alone.",
+        f"{shlex.quote(str(folder.path))}/NAME/config.json to train one of them alone.",
         markup=False,
     )
 

@@ -3,8 +3,11 @@
 import dataclasses
 import errno
 import io
+import json
 import os
+import random
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,9 +15,11 @@ import time
 import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
-from kronsae import harvest, train
+from kronsae import InputError, SAEConfig, TrainConfig, harvest, train
 from kronsae.__main__ import COMMANDS as ALL_COMMANDS
 from kronsae.__main__ import main as kronsae_command
 from kronsae.commandline import (
@@ -25,10 +30,16 @@ from kronsae.commandline import (
     integer,
     stoppable,
 )
+from kronsae.data import IterableActivations
+from kronsae.errors import Notice
 from kronsae.experiments.__main__ import main as experiments
+from kronsae.system.checkpoint import load_state, save_state
+from kronsae.system.devices import random_states, seed_everything, set_random_states
 from kronsae.system.parallel import RankLost
+from kronsae.train import fit
 from kronsae.training.options import parse
 from kronsae.training.signals import note_signals
+from kronsae.training.stream import Stream
 
 WORK = """
 import os, signal, sys, time, weakref
@@ -369,3 +380,94 @@ def test_the_libraries_names_as_people_write_them(tmp_path, capsys):
     for name in ("saelens", "SAE-Lens", "dictionary-learning"):
         assert kronsae_command(["export", "nowhere", "--to", name, "--out", "x"]) == 2
         assert "nowhere: no such folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "words"),
+    [
+        (
+            "train --tokens 1e3 --heads 4 --tokens=2e3",
+            "--tokens is given twice: leave one of them out",
+        ),
+        ("train --streaming --no-streaming", "--streaming and --no-streaming: leave one of them"),
+        ("train --resume a --resume b", "--resume is given twice"),
+        ("harvest --tokens 1 --tokens 2", "--tokens is given twice"),
+        ("evaluate a --device cpu --device cpu", "--device is given twice"),
+        ("experiments toy --out a --out b", "--out is given twice"),
+        ("doctor --json --json", "--json is given twice"),
+        ("train --model ''", "--model: expected a value, got an empty string"),
+        ("train --dataset=", "--dataset: expected a value, got an empty string"),
+        ("train --lr ''", "--lr: expected a value, got an empty string"),
+        ("train --k 4 '' 8", "--k: expected a value, got an empty string"),
+        ("train --out ''", "--out: expected a value, got an empty string"),
+        ("harvest --out ''", "--out: expected a value, got an empty string"),
+        ("evaluate ''", "error: expected a value, got an empty string"),
+        ("explore '' --top 3", "error: expected a value, got an empty string"),
+        ("intervene a --latent 1 --prompt ''", "--prompt: expected a value, got an empty string"),
+        ("export a --to ''", "--to: expected a value, got an empty string"),
+        ("train --plugin ''", "--plugin: expected one argument, a Python file"),
+    ],
+)
+def test_a_flag_twice_and_an_empty_value_are_refused(line, words, capsys):
+    assert kronsae_command(shlex.split(line)) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_flags_of_several_values_may_be_given_again():
+    with pytest.warns(Notice, match="--k is given twice: the values of both count"):
+        request = parse(["--no-memory-check", "--k", "4", "--k", "8"])
+    assert list(request.members) == ["k4", "k8"]
+
+
+def draws():
+    return random.random(), np.random.rand(), torch.rand(1).item()
+
+
+@pytest.mark.parametrize("seed", [0, 2**40 - 1])
+def test_a_seed_decides_whatever_a_model_draws(seed):
+    seed_everything(seed)
+    first, states, torch_state = draws(), random_states(), torch.get_rng_state()
+    later = draws()
+    seed_everything(seed)
+    assert draws() == first
+    draws()
+    set_random_states(json.loads(json.dumps(states)))  # as a checkpoint keeps them
+    torch.set_rng_state(torch_state)
+    assert draws() == later
+
+
+def test_commands_without_a_seed_draw_the_same():
+    drawn = []
+    for _ in "12":
+        exit_status(lambda argv: drawn.append(draws()), [])
+    assert drawn[0] == drawn[1]
+
+
+def test_a_checkpoint_keeps_what_is_drawn_next(tmp_path):
+    source = IterableActivations([torch.randn(50, 8)] * 4)
+    stream = Stream(source, 200, torch.device("cpu"))
+    stream.next()
+    save_state(tmp_path / "step", stream.state_dict())
+    expected = draws()
+    stream.load_state_dict(load_state(tmp_path / "step"))
+    assert draws() == expected
+
+
+@pytest.mark.parametrize("name", ["a run", "$(touch x)", "it's", "a;b"])
+def test_commands_that_are_printed_can_be_pasted(name, tmp_path, capsys):
+    out = tmp_path / name
+    x = torch.randn(400, 8)
+    sae = SAEConfig(d_model=8, heads=4, m=2, n=2, k=2)
+    config = TrainConfig(tokens=400, batch_size=50)
+    fit(sae, x, config, out=out)
+    with pytest.raises(InputError) as refused:
+        fit(sae, x, config, out=out)
+    command = re.search("(--resume .*) goes on with it", str(refused.value))[1]
+    assert shlex.split(command) == ["--resume", str(out)]
+    (out / "config.json").write_text("{")
+    with pytest.raises(InputError) as refused:
+        fit(sae, x, config, out=out, resume=True)
+    command = str(refused.value).splitlines()[-1]
+    subprocess.run(["bash", "-c", command], check=True, cwd=tmp_path)
+    assert fit(sae, x, config, out=out, resume=True).tokens == 400
+    assert {path.name for path in tmp_path.iterdir()} == {name}

@@ -35,7 +35,7 @@ TRAINS = {
     "long": dataclasses.replace(TRAIN, lr=5e-3, dead_after_tokens=300),
     "dense": dataclasses.replace(TRAIN, seed=5),
 }
-TIMES = ("seconds", "tokens_per_s", "wait_share", "model_wait_share")
+TIMES = ("seconds", "tokens_per_s", "wait_share", "model_wait_share", "crc32")
 
 
 def sweep(saes=SAES, trains=TRAINS, activations=X, **options):

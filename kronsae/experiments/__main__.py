@@ -22,6 +22,7 @@ from kronsae.commandline import (
 from kronsae.errors import require
 from kronsae.experiments.experiment import EXPERIMENTS, Experiment, Run
 from kronsae.experiments.grid import run_grid
+from kronsae.system.devices import seed_everything
 
 
 def overview() -> str:
@@ -94,6 +95,7 @@ def main(argv: list[str] | None = None) -> int:
         experiment, out = parse(name, flags)
         require("matplotlib", "a picture")
         command = shlex.join(["python", "-m", "kronsae.experiments", *argv])
+        seed_everything(0)
         with stoppable():
             run_grid(name, experiment, out, command, show)
     except Exception as error:

@@ -25,6 +25,7 @@ from kronsae.properties.geometry import kinship, logit_effects, mean_cosines, ne
 from kronsae.properties.store import FOLDER, Stored, load_properties, save_properties
 from kronsae.properties.summary import summarise
 from kronsae.runs.folder import RunFolder
+from kronsae.system.devices import seed_everything
 from kronsae.system.files import check_writable, sha256
 
 EMBEDDED: dict[str, Any] = {"tokens": 200_000, "sample": 32}
@@ -44,6 +45,7 @@ def examine(run: Path, given: dict[str, Any], text: dict[str, Any], device: str)
     check_writable(run / FOLDER)
     sae, data, digest = open_run(run, text, device)
     settings = MeasureConfig(**((EMBEDDED if data.model == "embedded" else {}) | given))
+    seed_everything(settings.seed)
     source = _open_text(sae, data, text, settings, device)
     reader = f"the cache {source.folder}" if hasattr(source, "folder") else data.model
     say(f"{run}: reading {settings.tokens:,} tokens of {data.dataset} with {reader}")

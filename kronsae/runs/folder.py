@@ -40,6 +40,7 @@ from kronsae.system.files import (
     LOCK_NAME,
     check_writable,
     lock,
+    log_line,
     remove_leftovers,
     sync,
     write_json,
@@ -145,7 +146,7 @@ class _Folder:
         known = not names.isdisjoint({"config.json", "sweep.json"})
         free = _BEGUN in names or names <= {LOCK_NAME} and (path.is_dir() or not path.exists())
         if known or not free:
-            hint = f"--resume {path} goes on with it, or " if known else ""
+            hint = f"--resume {shlex.quote(str(path))} goes on with it, or " if known else ""
             raise InputError(f"{path} exists already: {hint}choose another --out")
 
 
@@ -195,7 +196,7 @@ class RunFolder(_Folder):
         """Append one line to metrics.jsonl."""
         try:
             with open(self.metrics, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record, allow_nan=False) + "\n")
+                file.write(log_line(record))
         except OSError as error:
             raise InputError(f"{self.metrics} could not be written: {error}") from error
 

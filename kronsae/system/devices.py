@@ -1,13 +1,44 @@
 """Devices and dtypes by name, free memory, and a clock for devices that run behind the host."""
 
 import os
+import random
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from kronsae.errors import InputError
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the generators of Python, numpy and torch, which a model or a plugin may draw from."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def random_states() -> dict[str, Any]:
+    """States of the generators of Python and numpy, as JSON values."""
+    version, numbers, gauss = random.getstate()
+    _, keys, *rest = np.random.get_state()
+    return {
+        "python": [version, np.array(numbers, np.uint32).tobytes().hex(), gauss],
+        "numpy": [keys.tobytes().hex(), *rest],
+    }
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """The inverse of `random_states`."""
+
+    def unpacked(text: str) -> np.ndarray:
+        return np.frombuffer(bytes.fromhex(text), np.uint32)
+
+    version, numbers, gauss = states["python"]
+    random.setstate((version, tuple(unpacked(numbers).tolist()), gauss))
+    keys, *rest = states["numpy"]
+    np.random.set_state(("MT19937", unpacked(keys), *rest))
 
 
 def resolve_device(name: str) -> torch.device:

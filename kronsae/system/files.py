@@ -7,6 +7,7 @@ import os
 import shutil
 import tempfile
 import uuid
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -93,6 +94,39 @@ def digest_of(document: dict[str, Any]) -> str:
     """SHA-256 of a document's values, in whichever order and form they are written."""
     text = json.dumps(json.loads(json.dumps(document)), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+_CRC = "crc32"
+"""Key of a line's checksum, its last one."""
+
+
+def log_line(record: Mapping[str, Any]) -> str:
+    """A record as a line of a JSONL log, with a checksum. NaN and infinity are refused."""
+    crc = zlib.crc32(json.dumps(record, allow_nan=False).encode())
+    return json.dumps({**record, _CRC: f"{crc:08x}"}) + "\n"
+
+
+def read_log(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """The records of a log, without checksums, and the numbers of its damaged lines.
+
+    A line is damaged if it is no JSON object, or not the one that its checksum was made of. Those
+    before the first one with a checksum may have none, as earlier versions wrote them. The last
+    line may lack its end, as a kill leaves it: it is no record then, and not damaged either.
+    """
+    *lines, torn = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    records: list[dict[str, Any]] = []
+    damaged, has_checksums = [], False
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            crc = record.pop(_CRC, None)
+            has_checksums |= crc is not None
+            if has_checksums and crc != f"{zlib.crc32(json.dumps(record).encode()):08x}":
+                raise ValueError("it was altered")
+            records.append(record)
+        except (ValueError, AttributeError, TypeError, RecursionError):
+            damaged.append(number)
+    return records, damaged
 
 
 def write_text(path: Path, text: str) -> None:
