@@ -182,7 +182,7 @@ def enduring_output() -> Iterator[None]:
         print(f"warning: what is printed from here on is lost: {error}", file=sys.stderr)
 
     streams = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = Enduring(sys.stdout, tell), Enduring(sys.stderr)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = Enduring(sys.stdout, tell), Enduring(sys.stderr)
     try:
         yield
     finally:

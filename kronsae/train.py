@@ -95,13 +95,11 @@ def main(argv: list[str] | None = None) -> int:
     except parallel.RankLost as error:
         print(f"error: rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr)
         return 4
-    except Diverged as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     except Exception as error:
+        status = 1 if isinstance(error, Diverged) else 2
         if quiet and isinstance(error, InputError):  # all processes have the same error
-            return 2
-        return status_of(error)
+            return status
+        return min(status, status_of(error))
     except KeyboardInterrupt:  # before there is a run
         return 128 + signal.SIGINT
 

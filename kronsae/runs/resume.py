@@ -53,8 +53,9 @@ def open_to_resume(
     index = path / "sweep.json"
     if index.exists() or checkpoint.copy_of(index, path / "checkpoints"):
         sweep, members = SweepFolder.open(path)
-        for folder in (sweep, *sweep.runs.values()):
-            _check_unchanged(folder)
+        _check_unchanged(sweep)
+        for run in sweep.runs.values():
+            _check_unchanged(run)
         return sweep, members
     run, settings = RunFolder.open(path)
     if "sweep" in settings:

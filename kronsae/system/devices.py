@@ -22,7 +22,8 @@ def seed_everything(seed: int) -> None:
 def random_states() -> dict[str, Any]:
     """States of the generators of Python and numpy, as JSON values."""
     version, numbers, gauss = random.getstate()
-    _, keys, *rest = np.random.get_state()
+    of_numpy: Any = np.random.get_state()
+    _, keys, *rest = of_numpy
     return {
         "python": [version, np.array(numbers, np.uint32).tobytes().hex(), gauss],
         "numpy": [keys.tobytes().hex(), *rest],
