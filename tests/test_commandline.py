@@ -302,6 +302,7 @@ def test_other_errors_keep_their_traceback(error):
     [
         *("train", "train --resume /proc/self", "evaluate RUN", "explore RUN"),
         *("experiments toy --smallest", "intervene RUN --effects 2"),
+        "interpret RUN --explainer MODEL",
     ],
 )
 def test_commands_find_that_they_cannot_write_before_they_work(command, monkeypatch, capsys):
