@@ -262,10 +262,7 @@ class Parser(argparse.ArgumentParser):
         raise InputError(message)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """As argparse's, but InputError for a flag that is given twice and for an empty value.
-
-        Of a flag of several values all count, which a warning says.
-        """
+        """As argparse's, but InputError for an empty value, and a warning of a flag given twice."""
         given: dict[str, str] = {}
         last = ""
         for argument in sys.argv[1:] if args is None else args:
@@ -275,9 +272,8 @@ class Parser(argparse.ArgumentParser):
                 last, before = name, given.get(action.dest)
                 if before is not None:
                     twice = f"{name} is given twice" if before == name else f"{before} and {name}"
-                    if not isinstance(action, argparse._AppendAction):  # or one that extends
-                        raise InputError(f"{twice}: leave one of them out")
-                    warn(f"{twice}: the values of both count")
+                    several = isinstance(action, argparse._AppendAction)  # or one that extends
+                    warn(f"{twice}: {'the values of both count' if several else 'the last counts'}")
                 given[action.dest] = name
             if not argument or equals and not value and action is not None:
                 place = f"{last}: " if last else ""
