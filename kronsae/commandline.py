@@ -3,27 +3,40 @@
 import argparse
 import dataclasses
 import difflib
+import errno
+import io
+import os
 import shutil
 import signal
 import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from decimal import Decimal
 from pathlib import Path
 from types import FrameType, MappingProxyType
 from typing import Any, NoReturn, get_args, get_origin
 
 from kronsae.config import base_type
-from kronsae.errors import InputError, Notice
+from kronsae.errors import InputError, Notice, warn
 from kronsae.registry import SAE_KINDS, load_plugin
+from kronsae.system.devices import seed_everything
 from kronsae.system.files import usable_path
 
 
 class Terminated(BaseException):
-    """Raised on SIGTERM. A BaseException, so that no handler of errors catches it."""
+    """Raised on SIGTERM or SIGHUP. A BaseException, so that no handler of errors catches it."""
 
+    def __init__(self, number: int = signal.SIGTERM) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+STOPS = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP") if hasattr(signal, name)
+)
+"""Signals that ask a command to stop; SIGHUP comes when its terminal closes, unless under nohup."""
 
 REPEAT_SECONDS = 0.05
 """Time after which a stop that Python dropped is raised again."""
@@ -31,7 +44,7 @@ REPEAT_SECONDS = 0.05
 
 @contextmanager
 def stoppable() -> Iterator[None]:
-    """Raise Terminated on SIGTERM and KeyboardInterrupt on SIGINT, so that neither is ever lost.
+    """Raise Terminated on SIGTERM and SIGHUP, KeyboardInterrupt on SIGINT, so that none is lost.
 
     Then half-written files are removed, and the user is told how to go on. Python prints and drops
     exceptions that are raised in a destructor or in the callback of a weak reference: a dropped
@@ -69,13 +82,13 @@ class _Stops:
         self.dropped = False
         self.handlers = {
             number: signal.signal(number, self.stop)
-            for number in (signal.SIGTERM, signal.SIGINT)
+            for number in STOPS
             if signal.getsignal(number) is not signal.SIG_IGN
         }
         self.hook, sys.unraisablehook = sys.unraisablehook, self.see_dropped
 
     def exception(self) -> KeyboardInterrupt | Terminated:
-        return Terminated() if self.received[-1] == signal.SIGTERM else KeyboardInterrupt()
+        return stop_of(self.received[-1])
 
     def stop(self, number: int, frame: FrameType | None) -> None:
         self.dropped = False
@@ -102,9 +115,14 @@ class _Stops:
                 signal.signal(number, handler)
 
 
+def stop_of(number: int) -> KeyboardInterrupt | Terminated:
+    """The exception for a signal of `STOPS`."""
+    return KeyboardInterrupt() if number == signal.SIGINT else Terminated(number)
+
+
 def signal_of(error: KeyboardInterrupt | Terminated) -> signal.Signals:
     """The signal that raised it."""
-    return signal.SIGTERM if isinstance(error, Terminated) else signal.SIGINT
+    return signal.Signals(error.number) if isinstance(error, Terminated) else signal.SIGINT
 
 
 def stopped(error: KeyboardInterrupt | Terminated) -> str:
@@ -112,6 +130,67 @@ def stopped(error: KeyboardInterrupt | Terminated) -> str:
     cause = error.__cause__
     after = "" if cause is None else f" (after it came {type(cause).__name__}: {cause})"
     return f"Stopped by {signal_of(error).name}{after}"
+
+
+class Enduring:
+    """A text stream that never raises: whatever cannot be written there is dropped.
+
+    It may have no reader any more (`| head`), lie on a full disk, be closed, or know too few
+    characters, in whose place it gets escapes.  lost: called once, with the error, when the stream
+    fails though somebody may still read it.
+    """
+
+    def __init__(self, stream: Any, lost: Callable[[Exception], None] = lambda error: None) -> None:
+        self.stream = open(os.devnull, "w") if stream is None else stream
+        self.lost = lost
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+    def write(self, text: str) -> int:
+        with self._enduring():
+            self.stream.write(text)
+        return len(text)
+
+    def writelines(self, lines: Iterable[str]) -> None:
+        self.write("".join(lines))
+
+    def flush(self) -> None:
+        with self._enduring():
+            self.stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+    @contextmanager
+    def _enduring(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            failed, self.stream = self.stream, open(os.devnull, "w")
+            with suppress(OSError, ValueError):  # also what it holds back goes nowhere
+                os.dup2(self.stream.fileno(), failed.fileno())
+            if not isinstance(error, BrokenPipeError):
+                self.lost(error)
+
+
+@contextmanager
+def enduring_output() -> Iterator[None]:
+    """Let nothing that is printed end the work; decorates the `main` of every command.
+
+    If standard output fails, though it has a reader, standard error says so.
+    """
+
+    def tell(error: Exception) -> None:
+        print(f"warning: what is printed from here on is lost: {error}", file=sys.stderr)
+
+    streams = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = Enduring(sys.stdout, tell), Enduring(sys.stderr)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        sys.stdout, sys.stderr = streams
 
 
 class _Formatter(argparse.HelpFormatter):
@@ -185,6 +264,25 @@ class Parser(argparse.ArgumentParser):
             message += "; a kind of your own is registered by --plugin FILE"
         raise InputError(message)
 
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's, but InputError for an empty value, and a warning of a flag given twice."""
+        given: dict[str, str] = {}
+        last = ""
+        for argument in sys.argv[1:] if args is None else args:
+            name, equals, value = argument.partition("=")
+            action = self._option_string_actions.get(name)
+            if action is not None:
+                last, before = name, given.get(action.dest)
+                if before is not None:
+                    twice = f"{name} is given twice" if before == name else f"{before} and {name}"
+                    several = isinstance(action, argparse._AppendAction)  # or one that extends
+                    warn(f"{twice}: {'the values of both count' if several else 'the last counts'}")
+                given[action.dest] = name
+            if not argument or equals and not value and action is not None:
+                place = f"{last}: " if last else ""
+                raise InputError(f"{place}expected a value, got an empty string")
+        return super().parse_known_args(args, namespace)
+
     def parse(self, argv: Sequence[str] | None) -> argparse.Namespace:
         """The flags in `argv`; an unknown one is an error that names those like it."""
         options, unknown = self.parse_known_args(argv)
@@ -240,6 +338,36 @@ def load_plugins(argv: Sequence[str] | None) -> list[str]:
     return rest
 
 
+DISK = ("EROFS", "ENOSPC", "EDQUOT", "EFBIG", "EACCES", "EPERM", "ENAMETOOLONG", "EIO")
+MEMORY = ("can't allocate memory", "out of memory", "bad_alloc", "can't start new thread")
+"""What torch, C++ and Python say if there is none left."""
+
+
+def of_machine(error: Exception) -> str | None:
+    """A sentence about an error of the disk or the memory; None for one that needs a traceback."""
+    name = errno.errorcode.get(getattr(error, "errno", None) or 0)
+    if isinstance(error, OSError) and name in DISK:
+        return f"the disk does not let this command go on: {error}"
+    said = isinstance(error, RuntimeError) and any(words in str(error) for words in MEMORY)
+    if said or isinstance(error, MemoryError) or name == "ENOMEM":
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        return (
+            f"there is not enough memory ({reason}): take smaller settings, or a higher limit "
+            "(ulimit -v) if this process has one"
+        )
+    return None
+
+
+def status_of(error: Exception) -> int:
+    """Say what a user can solve; returns the exit status, 2. Raises any other error again."""
+    reason = str(error) if isinstance(error, InputError) else of_machine(error)
+    if reason is None:
+        raise error
+    print(f"error: {reason}", file=sys.stderr)
+    return 2
+
+
+@enduring_output()
 def exit_status(work: Callable[[list[str]], None], argv: Sequence[str] | None) -> int:
     """Run `work` with the arguments of a command line; returns the exit status.
 
@@ -247,10 +375,11 @@ def exit_status(work: Callable[[list[str]], None], argv: Sequence[str] | None) -
     """
     try:
         with stoppable():
-            work(load_plugins(argv))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+            rest = load_plugins(argv)
+            seed_everything(0)  # a command with a --seed takes that
+            work(rest)
+    except Exception as error:
+        return status_of(error)
     except (KeyboardInterrupt, Terminated) as error:
         print(stopped(error), file=sys.stderr)
         return 128 + signal_of(error)

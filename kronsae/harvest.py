@@ -9,10 +9,8 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any, cast
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn
@@ -32,7 +30,9 @@ from kronsae.commandline import (
     Parser,
     Terminated,
     add_flag,
+    enduring_output,
     load_plugins,
+    of_machine,
     signal_of,
     stoppable,
     stopped,
@@ -42,8 +42,9 @@ from kronsae.errors import InputError
 from kronsae.plan.harvest import make_plan, render, why_early, why_refused
 from kronsae.plan.outline import NoOutline
 from kronsae.plan.time import duration
+from kronsae.registry import command_line
 from kronsae.system import parallel
-from kronsae.system.devices import resolve_device
+from kronsae.system.devices import resolve_device, seed_everything
 from kronsae.system.documents import part_of
 from kronsae.system.files import read_checksummed
 from kronsae.system.parallel import Mesh
@@ -143,6 +144,7 @@ RANK_SECONDS = 3600
 """Time that a process waits for another one: for its language model to load, or for a shard."""
 
 
+@enduring_output()
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 only if the cache is complete and valid.
 
@@ -174,13 +176,14 @@ def main(argv: list[str] | None = None) -> int:
         rank, cause = os.environ.get("RANK", "0"), error.__cause__
         print(f"error: rank {rank}: another process was lost ({cause}); {hint}", file=sys.stderr)
         return 4
-    except Exception:  # a bug in the model, the data or kronsae: the traceback helps
-        traceback.print_exc()
+    except Exception as error:  # a bug in the model, the data or kronsae: the traceback helps
+        reason = of_machine(error)
+        print(f"error: {reason}", file=sys.stderr) if reason else traceback.print_exc()
         if folder is not None and (folder / HARVEST_NAME).exists():
             print(
                 f"\nFinished shards are kept: resume by {resume_command(folder)}", file=sys.stderr
             )
-        return 1
+        return 2 if reason else 1
     except (KeyboardInterrupt, Terminated) as error:
         hint = f"; resume by {resume_command(folder)}" if folder else ""
         if first:
@@ -222,12 +225,8 @@ def _check_plan(config: HarvestConfig, folder: Path) -> None:
 
 def _harvest(config: HarvestConfig, folder: Path, mesh: Mesh) -> None:
     """Harvest, and show its progress and what came of it."""
-    console = Console(
-        file=cast(IO[str], Enduring(sys.stdout)),
-        highlight=False,
-        soft_wrap=True,
-        quiet=not mesh.first,
-    )
+    console = Console(highlight=False, soft_wrap=True, quiet=not mesh.first)
+    seed_everything(config.seed)
     with Shown(console) as shown:
         index = harvest(config, folder, shown, mesh)
     console.print(describe(folder, index), markup=False)
@@ -238,33 +237,6 @@ def _is_complete(folder: Path, config: HarvestConfig) -> bool:
     if not (folder / INDEX_NAME).exists():
         return False
     return not (folder / HARVEST_NAME).exists() or not goes_on(stored_config(folder), config)
-
-
-class Enduring:
-    """A text stream that drops what is written once nobody reads it: a harvest goes on."""
-
-    def __init__(self, stream: Any) -> None:
-        self.stream = open(os.devnull, "w") if stream is None else stream
-
-    def write(self, text: str) -> int:
-        with self._enduring():
-            self.stream.write(text)
-        return len(text)
-
-    def flush(self) -> None:
-        with self._enduring():
-            self.stream.flush()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
-
-    @contextmanager
-    def _enduring(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError:
-            with open(os.devnull, "w") as nowhere:  # also for what the stream holds back
-                os.dup2(nowhere.fileno(), self.stream.fileno())
 
 
 SECONDS_BETWEEN_LINES = 600
@@ -333,7 +305,7 @@ def describe(folder: Path, index: CacheIndex) -> str:
         f"{len(index.train) + len(index.heldout):,} shards of {index.dtype}, "
         f"{index.bytes / 2**20:,.0f} MiB ({index.bytes / rows:,.0f} bytes a token)\n"
         f"  {index.data.model}: {names}\n"
-        f"Next: kronsae train --activations {folder}"
+        f"Next: {command_line('train', '--activations', str(folder))}"
     )
 
 

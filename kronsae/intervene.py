@@ -41,7 +41,7 @@ from kronsae.metrics.heldout import HeldoutText
 from kronsae.metrics.target_model import LoadedSAE, add_flags, given_data, load_sae, open_heldout
 from kronsae.properties.contexts import short
 from kronsae.runs.folder import RunFolder, versions
-from kronsae.system.devices import resolve_device
+from kronsae.system.devices import resolve_device, seed_everything
 from kronsae.system.files import write_json
 from kronsae.system.tables import console_table
 
@@ -108,6 +108,7 @@ def work(argv: list[str]) -> None:
     if measures:
         RunFolder.check_free(out)
     console = Console(highlight=False, soft_wrap=True)
+    seed_everything(request.seed)
     device = resolve_device(request.device)
     loaded = load_sae(request.run, given_data(request), device)
     if not measures:

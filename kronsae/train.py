@@ -1,6 +1,7 @@
 """`kronsae train`: train a sparse autoencoder on a language model's activations."""
 
 import os
+import shlex
 import signal
 import sys
 import time
@@ -14,7 +15,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from kronsae.commandline import Terminated, load_plugins, signal_of, stoppable, stopped
+from kronsae.commandline import (
+    Terminated,
+    enduring_output,
+    load_plugins,
+    of_machine,
+    signal_of,
+    status_of,
+    stoppable,
+    stopped,
+)
 from kronsae.config import RunConfig, SAEConfig, kind_of
 from kronsae.data.activations import NO_OVERLAP, LanguageModelActivations, split_target
 from kronsae.data.amount import count_tokens, in_words, name_of_text, too_few
@@ -27,6 +37,7 @@ from kronsae.metrics.heldout import Heldout, HeldoutText, massive_warning
 from kronsae.model.massive import MassiveTokens, rule_of
 from kronsae.model.normalizer import SAMPLE_TOKENS
 from kronsae.model.ranks import check_heads, ranks_of_one
+from kronsae.model.sae import load_metadata
 from kronsae.plan.amount import available_tokens
 from kronsae.plan.memory import check_memory, make_plan
 from kronsae.plan.outline import NoOutline, Outline, outline
@@ -40,29 +51,31 @@ from kronsae.runs.sweep import comparison
 from kronsae.sources import open_activations, source_of
 from kronsae.system import parallel
 from kronsae.system.checkpoint import list_checkpoints, step_of
-from kronsae.system.devices import resolve_device
+from kronsae.system.devices import resolve_device, seed_everything
+from kronsae.system.files import NOT_FINITE, check_writable
 from kronsae.system.parallel import ALONE, Mesh, join
 from kronsae.system.tables import aligned
 from kronsae.training.fit import fit, fit_many, fit_members
 from kronsae.training.learner import why_not_fused
 from kronsae.training.options import Request, parse
 from kronsae.training.progress import ProgressBar
-from kronsae.training.session import FitResult, MemberPlan
+from kronsae.training.session import Diverged, FitResult, MemberPlan
 
 __all__ = ["fit", "fit_many", "main"]
 
 
+@enduring_output()
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 only when the work was done.
 
-    2: the command or its data cannot be used. 3: a member of a sweep ended early, the others did
+    1: training diverged, or the model's code, the data's or ours has a fault. 2: the command, its
+    data, the disk or the memory cannot be used. 3: a member of a sweep diverged, the others did
     not. 4: another process of torchrun was lost. 128 + n: stopped by signal n, and saved.
 
     Under torchrun every process runs this, and the first one prints for all.
     """
     quiet = not parallel.is_first()
     console = Console(stderr=False, highlight=False, soft_wrap=True, quiet=quiet)
-    errors = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
         request = parse(load_plugins(argv))
         if request.plan:
@@ -79,14 +92,14 @@ def main(argv: list[str] | None = None) -> int:
                 if mesh.first:
                     _check_memory(request, console)
         return train(request, console, mesh)
-    except InputError as error:
-        if not quiet:  # all processes have the same error
-            errors.print(f"error: {error}", style="red", markup=False)
-        return 2
     except parallel.RankLost as error:
-        rank = os.environ.get("RANK", "0")
-        errors.print(f"error: rank {rank}: {error}", style="red", markup=False)
+        print(f"error: rank {os.environ.get('RANK', '0')}: {error}", file=sys.stderr)
         return 4
+    except Exception as error:
+        status = 1 if isinstance(error, Diverged) else 2
+        if quiet and isinstance(error, InputError):  # all processes have the same error
+            return status
+        return min(status, status_of(error))
     except KeyboardInterrupt:  # before there is a run
         return 128 + signal.SIGINT
 
@@ -136,10 +149,11 @@ def train(request: Request, console: Console, mesh: Mesh = ALONE) -> int:
         if mesh.first:
             _say_how_to_go_on(out, f"{stopped(error)}.")
         return 128 + signal_of(error)
-    except Exception:  # in the model's code, the data's or ours
-        traceback.print_exc()
+    except Exception as error:  # in the model's code, the data's or ours
+        reason = of_machine(error)
+        print(f"error: {reason}", file=sys.stderr) if reason else traceback.print_exc()
         _say_how_to_go_on(out, "When that is solved:")
-        return 1
+        return 2 if reason else 1
 
 
 def _resume_command(out: Path) -> str:
@@ -158,13 +172,17 @@ def _say_how_to_go_on(out: Path, cause: str) -> None:
 
 def _train(request: Request, console: Console, mesh: Mesh, out: Path) -> int:
     began = time.monotonic()
-    torch.manual_seed(request.config.train.stream_seed)  # plugins draw from torch's generator
+    seed_everything(request.config.train.stream_seed)
     with mesh.world.together():
-        if request.resume is None and mesh.first:
-            RunFolder.check_free(out)  # before the model is loaded; fit checks again
+        if mesh.first:  # before the model is loaded; fit checks again
+            check_writable(out) if request.resume else RunFolder.check_free(out)
     request, source, heldout = _open(request, console, mesh)
     _describe(console, request, source, heldout, out)
     folder = SweepFolder(out, request.members) if request.sweep else RunFolder(out)
+    for run in folder.runs.values():
+        if failed := _failed_before(run):
+            name = f"{run.path.name}: " if request.sweep else ""
+            console.print(f"Before it is resumed: {name}{failed}", style="yellow", markup=False)
     plans = [
         MemberPlan(
             *(name, config.sae, config.train),
@@ -206,7 +224,10 @@ def _train(request: Request, console: Console, mesh: Mesh, out: Path) -> int:
     done = f"\nTrained on {tokens:,} tokens{took}. Everything is in {folder.path}:\n"
     if mesh.first:
         _summarise(console, results, heldout, folder, latents, done)
-    return 3 if any(result.failed for result in fitted) else 0
+    reasons = [result.failed for result in fitted if result.failed]
+    if reasons and not request.sweep and mesh.first:
+        print(f"error: {reasons[0]}", file=sys.stderr)
+    return 0 if not reasons else 1 if len(reasons) == len(fitted) else 3
 
 
 def _open(request: Request, console: Console, mesh: Mesh) -> tuple[Request, Any, Heldout]:
@@ -288,6 +309,13 @@ def _done_before(out: Path) -> str:
     return f", goes on after step {step_of(checkpoints[-1]):,}" if checkpoints else ""
 
 
+def _failed_before(run: RunFolder) -> str | None:
+    """How training diverged in a run that is resumed; None if it did not."""
+    with suppress(OSError, ValueError):  # there is no SAE, or a damaged one, to be written again
+        return load_metadata(run.sae).get("failed")
+    return None
+
+
 def _describe_member(config: RunConfig) -> str:
     sae, train = config.sae, config.train
     shape = kind_of(vars(sae))
@@ -330,10 +358,12 @@ def _report(
     if not all(result.sae for result in results.values()) and not mesh.first:
         return latents  # the first process loads the SAEs of the others
     for name, result in results.items():
+        if result.failed and not folder.runs[name].sae.exists():  # its weights were not finite
+            continue
         sae = result.sae or load(folder.runs[name].sae, device=device)
         heldout = heldout.leaving_out(rule_of(sae.metadata))
         # Each process has a part of the heads, so that all take part.
-        latents = [] if tokenizer is None else top_contexts(sae, heldout)
+        latents = [] if tokenizer is None or result.failed else top_contexts(sae, heldout)
         if mesh.first:
             write_report(folder.runs[name].path, contexts=latents, tokenizer=tokenizer)
     return latents
@@ -367,8 +397,12 @@ def _summarise(
     for name in _SHOWN:
         if name in result.metrics:
             label, meaning = MEANING[name]
-            table.add_row(label, f"{result.metrics[name]:.4f}", f"[dim]{meaning}[/dim]")
+            value = result.metrics[name]
+            text = "–" if value is None else f"{value:.4f}"
+            table.add_row(label, text, f"[dim]{meaning}[/dim]")
     console.print(table)
+    if NOT_FINITE in result.metrics:
+        console.print(f"Not finite: {result.metrics[NOT_FINITE]}", style="yellow", markup=False)
     if latents and model is not None:
         console.print("\n[bold]What some latents have learned[/bold] (where they fire most)")
         for block in render_contexts(latents, model.tokenizer, console):
@@ -409,14 +443,14 @@ def _summarise_sweep(
     console.print(aligned(*comparison(folder.members()), left=2), markup=False)
     for name, result in results.items():
         if result.failed:
-            console.print(f"{name} ended early: {result.failed}", style="red", markup=False)
+            console.print(f"{name}: {result.failed}", style="red", markup=False)
     console.print(
         f"{done}"
         f"  NAME/          the run of each: config.json, metrics.jsonl, report.html, sae/\n"
         f"  comparison.md  this table\n"
         f"  sweep.json     every setting and figure\n"
         f"Next: kronsae.load({str(folder.path / next(iter(results)))!r}), or --config "
-        f"{folder.path}/NAME/config.json to train one of them alone.",
+        f"{shlex.quote(str(folder.path))}/NAME/config.json to train one of them alone.",
         markup=False,
     )
 

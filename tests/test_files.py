@@ -1,14 +1,24 @@
 """Files that are whole or not there, and JSON that knows its own checksum."""
 
+import builtins
+import errno
 import json
+import os
+import tempfile
+from pathlib import Path
 
 import pytest
 
+from kronsae import InputError
+from kronsae.runs.folder import RunFolder
 from kronsae.system.files import (
+    check_writable,
     read_checksummed,
     remove_directory,
     remove_leftovers,
+    replace_directory,
     write_checksummed,
+    write_text,
 )
 
 DOCUMENT = {"name": "é", "rates": [0.1, 1e-300, 3], "deep": {"none": None, "on": True}}
@@ -69,3 +79,49 @@ def test_a_folder_that_is_removed_is_never_half_there(tmp_path, monkeypatch):
     assert not folder.exists()
     remove_leftovers(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def read_only(*args, **kwargs):
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+
+@pytest.mark.parametrize(
+    "write", [write_text, lambda path, _: replace_directory(path, lambda new: (new / "a").touch())]
+)
+def test_a_file_system_that_becomes_read_only_is_what_the_message_says(
+    write, tmp_path, monkeypatch
+):
+    """What was half-written cannot be removed any more: that error hid the first one."""
+    for name in ("replace", "rename", "unlink", "rmdir"):
+        monkeypatch.setattr(os, name, read_only)
+    with pytest.raises(InputError, match="new could not be written.*Read-only file system"):
+        write(tmp_path / "new", "text")
+
+
+def test_a_folder_that_cannot_be_removed_is_named(tmp_path, monkeypatch):
+    (tmp_path / "old").mkdir()
+    monkeypatch.setattr(os, "rename", read_only)
+    with pytest.raises(InputError, match="old cannot be removed.*Read-only file system"):
+        remove_directory(tmp_path / "old")
+
+
+def test_a_folder_is_tried_before_the_work_that_is_for_it(tmp_path, monkeypatch):
+    check_writable(tmp_path)
+    check_writable(tmp_path / "of" / "some" / "folders")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "in it", Path("/proc/here")):
+        with pytest.raises(InputError, match="cannot be written to"):
+            check_writable(place)
+    monkeypatch.setattr(tempfile, "TemporaryFile", read_only)
+    with pytest.raises(InputError, match="Read-only file system"):
+        check_writable(tmp_path)
+    with pytest.raises(InputError, match="Read-only file system"):
+        RunFolder.check_free(tmp_path / "run")
+
+
+def test_a_log_on_a_disk_that_fails_is_an_input_error(tmp_path, monkeypatch):
+    run = RunFolder.create(tmp_path / "run", {"config": {}, "data": {}})
+    monkeypatch.setattr(builtins, "open", read_only)
+    with pytest.raises(InputError, match="metrics.jsonl could not be written.*Read-only"):
+        run.log({"step": 1})

@@ -2,15 +2,18 @@
 
 import dataclasses
 import json
+import re
+import shutil
 import signal
 import threading
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from synthetic import SyntheticActivations
 
 import kronsae
-from kronsae import InputError, SAEConfig, TrainConfig
+from kronsae import InputError, SAEConfig, TrainConfig, load
 from kronsae.config import DataConfig, RunConfig
 from kronsae.data import TensorActivations
 from kronsae.metrics.heldout import Heldout
@@ -19,8 +22,9 @@ from kronsae.runs.folder import RunFolder
 from kronsae.runs.resume import open_to_resume
 from kronsae.system import checkpoint
 from kronsae.system.files import read_checksummed
-from kronsae.train import fit
-from kronsae.training.session import Session
+from kronsae.train import fit, fit_many
+from kronsae.training.learner import Learner
+from kronsae.training.session import Diverged, Session
 
 KRON = SAEConfig(heads=16, m=2, n=4, k=4)
 TRAIN = TrainConfig(
@@ -398,3 +402,150 @@ def test_config_json_may_be_edited_where_a_run_may_change(tmp_path):
     changed = "config.train.lr: was 0.003, is 0.5\nA checkpoint has a copy:\n  cp .*/config.json .*"
     with pytest.raises(InputError, match=changed):
         open_to_resume(tmp_path / "run")
+
+
+OTHER_RUNS = {
+    "seed": (KRON, X, {"seed": 1}),
+    "lr": (KRON, X, {"lr": 0.004}),
+    "k": (dataclasses.replace(KRON, k=KRON.k + 1), X, {}),
+    "content": (KRON, X + 1, {}),
+}
+NEWEST = "step-00000040"
+
+
+def another_run(what, tmp_path):
+    """Folders of a run, and of another of the same shapes."""
+    sae, x, settings = OTHER_RUNS[what]
+    fit(KRON, X, TRAIN, out=tmp_path / "run")
+    fit(sae, x, dataclasses.replace(TRAIN, **settings), out=tmp_path / "other")
+    return tmp_path / "run", tmp_path / "other"
+
+
+@pytest.mark.parametrize("what", OTHER_RUNS)
+def test_a_checkpoint_of_another_run_is_refused(what, tmp_path):
+    run, other = another_run(what, tmp_path)
+    mine, theirs = (folder / "checkpoints" / NEWEST for folder in (run, other))
+    whole = load(run)
+    shutil.rmtree(mine)
+    shutil.copytree(theirs, mine)
+    words = f"step-00000040 is of another run, with other settings:\n.*{what}: was .*, is "
+    with pytest.raises(InputError, match=words) as refused:
+        fit(KRON, X, TRAIN, out=run, resume=True)
+    shutil.rmtree(str(refused.value).split("remove the folder ")[1])
+    resumed = fit(KRON, X, TRAIN, out=run, resume=True)  # from the one before
+    assert weights_equal(whole, resumed.sae)
+    # Whether config.json or the only checkpoint is another's, nobody can tell.
+    for place in (run / "checkpoints").iterdir():
+        shutil.rmtree(place)
+    shutil.copytree(theirs, mine)
+    with pytest.raises(InputError, match=rf"{what}: was (.|\n)*copied here, take that folder away"):
+        fit(KRON, X, TRAIN, out=run, resume=True)
+
+
+def test_the_state_of_another_run_beside_our_settings_is_refused(tmp_path):
+    run, other = another_run("seed", tmp_path)
+    for name in ("state.json", "state.safetensors"):
+        shutil.copy(other / "checkpoints" / NEWEST / name, run / "checkpoints" / NEWEST / name)
+    with pytest.raises(InputError, match="it is of another checkpoint than config.json beside it"):
+        fit(KRON, X, TRAIN, out=run, resume=True)
+
+
+@pytest.mark.parametrize("change", [{"lr": 0.004}, {}])
+def test_what_a_sweep_shares_may_not_be_of_another_sweep(change, tmp_path):
+    """The stream's state: of a sweep with another setting of a member, or of other data."""
+    saes, names = [KRON, dataclasses.replace(KRON, k=2)], ["a", "b"]
+    fit_many(saes, X, TRAIN, names=names, out=tmp_path / "sweep")
+    trains = [TRAIN, dataclasses.replace(TRAIN, **change)]
+    fit_many(saes, X if change else X + 1, trains, names=names, out=tmp_path / "other")
+    mine, theirs = (tmp_path / name / "checkpoints" / NEWEST for name in ("sweep", "other"))
+    shutil.rmtree(mine)
+    shutil.copytree(theirs, mine)
+    words = "b: config.train.lr: was 0.004" if change else "data.content: was"
+    with pytest.raises(InputError, match=f"is of another run, with other settings:\n  {words}"):
+        fit_many(saes, X, TRAIN, names=names, out=tmp_path / "sweep", resume=True)
+
+
+# Training that diverges
+
+
+def strict_records(run):
+    """The lines of metrics.jsonl, which have to be JSON as others read it."""
+
+    def refuse(token):
+        raise AssertionError(f"{token} is no JSON")
+
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line, parse_constant=refuse) for line in lines]
+
+
+def test_one_enormous_row_of_heldout_text_does_not_end_training(tmp_path):
+    """In float32 its reconstruction overflows; the weights have nothing to do with it."""
+    enormous = HELDOUT.clone()
+    enormous[5] = 1e30
+    whole = fit(KRON, X, TRAIN, heldout=HELDOUT)
+    for multiple in (10.0, 0.0):  # left out as massive; measured
+        train = dataclasses.replace(TRAIN, massive_multiple=multiple)
+        out = tmp_path / str(multiple)
+        result = fit(KRON, X, train, heldout=enormous, out=out)
+        assert result.failed is None and weights_equal(whole.sae, result.sae)
+        final = strict_records(out)[-1]
+        of_all = "explained_variance_all" if multiple else "explained_variance"
+        assert final[of_all] is None and f"{of_all} is nan" in final["not_finite"]
+        assert (final["explained_variance"] is None) == (multiple == 0)
+        assert result.metrics[of_all] is None and kronsae.load(out).metadata["metrics"] == {
+            name: final[name] for name in result.metrics
+        }
+
+
+@pytest.mark.parametrize("heldout", [HELDOUT, None])
+def test_training_that_is_hopeless_in_the_end_has_diverged(heldout, tmp_path):
+    """Its gradients are finite, and it ends as if nothing was wrong."""
+    train = dataclasses.replace(TRAIN, lr=100.0)
+    result = fit(KRON, X, train, heldout=heldout, out=tmp_path / "run")
+    words = r"step 40: the last batches .*no better than by noise: training has diverged; try a "
+    assert re.match(words + "smaller lr than 100$", result.failed)
+    assert result.tokens == TRAIN.tokens
+    assert strict_records(tmp_path / "run")[-1]["reason"] == result.failed
+    assert kronsae.load(tmp_path / "run").metadata["failed"] == result.failed
+    again = fit(KRON, X, train, heldout=heldout, out=tmp_path / "run", resume=True)
+    assert again.failed == result.failed and weights_equal(again.sae, result.sae)
+
+
+@pytest.mark.parametrize("steps", [5, 40])
+def test_a_rate_that_overflows_has_diverged(steps, tmp_path):
+    """Also before eight batches in a row were skipped."""
+    train = dataclasses.replace(TRAIN, lr=1e25, tokens=100 * steps, eval_every=3)
+    if steps == 40:
+        with pytest.raises(Diverged, match="step 9: .*8 batches in a row: training has diverged"):
+            fit(KRON, X, train, heldout=HELDOUT, out=tmp_path)
+    else:
+        failed = fit(KRON, X, train, heldout=HELDOUT, out=tmp_path).failed
+        assert "step 5: the last batches and held-out text are explained no better" in failed
+    heldout = [r for r in strict_records(tmp_path) if r["kind"] == "heldout"]
+    assert heldout[0]["explained_variance"] is None and heldout[0]["not_finite"]
+
+
+@pytest.mark.parametrize("step", [7, 40])
+def test_weights_that_are_not_finite_are_not_saved(step, tmp_path, monkeypatch):
+    """Of two members one goes wrong, before a checkpoint or at the end: the other goes on."""
+    make = Learner.step
+
+    def wrong(self, *args):
+        figures = make(self, *args)
+        if self.step_count == step and self.config.seed == 1:
+            self.sae.b_dec.data[3] = float("inf")
+        return figures
+
+    monkeypatch.setattr(Learner, "step", wrong)
+    whole = fit(KRON, X, TRAIN, heldout=HELDOUT)
+    trains = [TRAIN, dataclasses.replace(TRAIN, seed=1, data_seed=0)]
+    names, out = ["good", "bad"], tmp_path / "sweep"
+    good, bad = fit_many([KRON] * 2, X, trains, names=names, heldout=HELDOUT, out=out)
+    assert good.failed is None and weights_equal(whole.sae, good.sae)
+    assert "training has diverged; try a smaller lr than 0.003" in bad.failed and bad.sae is None
+    assert not (out / "bad" / "sae").exists()
+    saved = [path for path in out.rglob("*.safetensors")]
+    assert all(torch.isfinite(x).all() for path in saved for x in load_file(path).values())
+    strict_records(out / "bad")
+    again = fit_many([KRON] * 2, X, trains, names=names, heldout=HELDOUT, out=out, resume=True)
+    assert "has diverged" in again[1].failed and weights_equal(again[0].sae, good.sae)

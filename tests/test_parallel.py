@@ -103,7 +103,7 @@ def test_latents_compete_by_their_product(layout, of_ranks):
 
 def figures(record):
     """What of a record does not depend on the clock."""
-    clock = ("seconds", "tokens_per_s", "wait_share", "kind", "stopped_by")
+    clock = ("seconds", "tokens_per_s", "wait_share", "kind", "stopped_by", "crc32")
     return {name: value for name, value in record.items() if name not in clock}
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from kronsae.plan.outline import outline
 from kronsae.plan.text import render
 from kronsae.plan.time import duration, model_seconds, run_time, short_duration
 from kronsae.sources import open_activations
-from kronsae.system.devices import _left_in_group
+from kronsae.system.devices import _left_in_group, free_bytes
 from kronsae.train import main
 from kronsae.training.learner import Learner
 
@@ -408,3 +409,12 @@ def test_planned_memory_is_what_training_takes():
     for one in against.compare(list(against.CONFIGURATIONS), torch.device("cpu")):
         memory = one["memory"]
         assert memory["planned"] == pytest.approx(memory["measured"], rel=0.2), one
+
+
+def test_a_limit_of_addresses_limits_what_is_free(monkeypatch):
+    """As `ulimit -v` sets it."""
+    free = free_bytes(torch.device("cpu"))
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    limits = {resource.RLIMIT_AS: used + 100 * MIB}
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (limits[which],) * 2)
+    assert 50 * MIB <= free_bytes(torch.device("cpu")) <= 100 * MIB < free

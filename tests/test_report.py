@@ -8,10 +8,12 @@ import torch
 
 from kronsae import SAE, RunConfig, SAEConfig
 from kronsae.config import DataConfig, TrainConfig
+from kronsae.errors import Notice
 from kronsae.explore.charts import linear_ticks, log_ticks
 from kronsae.explore.report import read_metrics, write_report
 from kronsae.metrics.heldout import Heldout, HeldoutText
 from kronsae.properties.contexts import top_contexts
+from kronsae.system.files import log_line, read_log
 
 EVIL = "<script>alert('&')</script>"
 VOID = {"meta", "br"}
@@ -214,6 +216,55 @@ def test_odd_values(tmp_path, value):
     for name, drawn in page.attributes:
         if name in ("d", "x", "y", "cx", "cy"):
             assert "nan" not in drawn and "inf" not in drawn
+
+
+def test_lines_that_were_altered_do_not_reach_the_page(tmp_path):
+    """Each line has a checksum; half a line at the end is what a kill leaves."""
+    write_run(tmp_path, [])
+    log = tmp_path / "metrics.jsonl"
+    lines = [log_line(record) for record in records(50)]
+    lines[-1] = lines[-1].replace('"l0": 31.5', '"l0": 91.5')
+    lines[3] = lines[3].replace('"step": 4', '"step": 4e9')
+    lines[5] = lines[5][:40] + "\n"
+    lines[7] = "null\n"
+    lines[8] = "\xff\x00[[[\n"
+    lines[9] = '{"kind": "final", "step": 99, "l0": 77.7}\n'
+    log.write_text("".join(lines) + '{"kind": "train", "st')
+    with pytest.warns(Notice, match="were altered are left out: 4, 6, 8, 9, 10, ...$"):
+        page = Page(write_report(tmp_path).read_text(encoding="utf-8"))
+    assert "metrics.jsonl: lines that are broken or were altered are left out: 4, 6" in page.text
+    assert "91.5" not in page.text and "77.7" not in page.text and "has not ended" in page.text
+
+
+@pytest.mark.filterwarnings("error")
+def test_lines_of_earlier_versions_have_no_checksum(tmp_path):
+    write_run(tmp_path, records(50))  # and a run that goes on has some
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write(log_line({"kind": "final", "step": 51, "tokens": 408, "l0": 30.25}))
+        file.write('{"kind": "tra')
+    assert "30.25" in Page(write_report(tmp_path).read_text(encoding="utf-8")).text
+
+
+def test_any_flipped_bit_of_a_line_is_noticed_or_changes_nothing(tmp_path):
+    record = {"kind": "train", "step": 7, "loss": 0.123456789012345, "lr": None}
+    line = log_line(record).encode()
+    for bit in range(8 * (len(line) - 1)):
+        altered = bytearray(line)
+        altered[bit // 8] ^= 1 << bit % 8
+        (tmp_path / "log").write_bytes(line + altered)
+        found, damaged = read_log(tmp_path / "log")
+        assert found == [record] * len(found) and (len(found) == 2 or damaged)
+
+
+def test_a_run_that_diverged(tmp_path):
+    reason = "step 50: training has diverged; try a smaller lr than 100"
+    said = {"explained_variance": None, "not_finite": "explained_variance is nan"}
+    found = records(50)
+    found[-1] |= said
+    write_run(tmp_path, [*found, {"kind": "diverged", "step": 50, "reason": reason}])
+    page = Page(write_report(tmp_path).read_text(encoding="utf-8"))
+    assert f"{reason}." in page.text and "explained_variance is nan." in page.text
+    assert "–" in page.texts and "None" not in page.texts
 
 
 def test_dense_and_custom_data(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import time
 
 import pytest
@@ -210,3 +211,35 @@ def test_bad_iso_flops(arguments, words, tmp_path, capsys, monkeypatch):
 def test_iso_flops_of_another_width():
     with pytest.raises(InputError, match="d_model: 256 is configured, the data has 512"):
         parse(["--d-model", "256"]).at_width(512)
+
+
+DIVERGING = ["--lr", "1e25", "--tokens", "4000"]
+HOPELESS = ["--lr", "1e2", "--tokens", "4000"]
+
+
+@pytest.mark.parametrize("flags", [DIVERGING, HOPELESS])
+def test_a_run_that_diverges_says_so_in_a_sentence(flags, tmp_path):
+    """Its gradients overflow; or they do not, and it ends with an explained variance of -20,000."""
+    out = tmp_path / "run"
+    for attempt in (SMALL + flags + ["--out", out], ["--resume", out]):
+        status, printed, err = finish(*attempt)
+        assert status == 1 and "Traceback" not in err
+        [said] = [line for line in err.splitlines() if line.startswith("error: step ")]
+        assert "training has diverged; try a smaller" in said
+    assert f"Before it is resumed: {said.removeprefix('error: ')}" in printed
+    assert "This run is of no use" in (out / "report.html").read_text()
+
+
+def test_a_sweep_of_which_one_diverges(tmp_path):
+    """lr 1e25 beside a healthy one, which ends as it does alone, and one that ends hopeless."""
+    flags = [*SMALL, "--tokens", "4000"]
+    sweep, alone = tmp_path / "sweep", tmp_path / "alone"
+    status, printed, err = finish(*flags, "--lr", "1e25", "1e2", "1e-3", "--out", sweep)
+    assert status == 3 and "Traceback" not in err
+    for name in ("lr1e25", "lr100"):
+        assert re.search(rf"^{name}: step .*training has diverged", printed, re.MULTILINE)
+        assert f"- {name}: step " in (sweep / "comparison.md").read_text()
+    assert finish(*flags, "--lr", "1e-3", "--out", alone)[0] == 0
+    saved = [run / "sae" / "sae.safetensors" for run in (alone, sweep / "lr0.001")]
+    assert saved[0].read_bytes() == saved[1].read_bytes()
+    assert finish(*flags, "--lr", "1e25", "2e25", "--out", tmp_path / "all")[0] == 1

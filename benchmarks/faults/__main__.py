@@ -6,6 +6,7 @@ nothing happened to. Exit status 1 if anything was lost.
 
 import argparse
 import json
+import shlex
 import sys
 import tempfile
 import textwrap
@@ -50,15 +51,16 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of every random choice")
     parser.add_argument("--scale", type=float, default=1.0, help="of how often each is tried")
     parser.add_argument("--kinds", nargs="+", help="of runs: on these alone")
+    parser.add_argument("--faults", nargs="+", help="words: only faults whose name has one")
     options = parser.parse_args(argv)
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         campaign = Campaign(Path(folder), options.seed, lambda line: print(line, flush=True))
-        outcomes = run_all(campaign, options.scale, options.kinds)
+        outcomes = run_all(campaign, options.scale, options.kinds, options.faults)
     arguments = sys.argv[1:] if argv is None else argv
     results = {
-        "command": " ".join(["python -m benchmarks.faults", *arguments]),
+        "command": shlex.join(["python", "-m", "benchmarks.faults", *arguments]),
         "seed": options.seed,
         "versions": {name: version for name, version in versions().items() if name != "platform"},
         "tried": sum(outcome.tried for outcome in outcomes),

@@ -1,7 +1,9 @@
 """The faults: each is tried so many times, and what came of it is one row of the table."""
 
 import dataclasses
+import errno
 import functools
+import os
 import random
 import re
 import shutil
@@ -14,7 +16,14 @@ from typing import Any, NamedTuple
 import torch
 
 from benchmarks.faults import runs
-from benchmarks.faults.injections import Fault, Spots, limit_file_size
+from benchmarks.faults.injections import (
+    Fault,
+    Spots,
+    limit_file_size,
+    print_in,
+    print_to,
+    refuse_writes,
+)
 from benchmarks.faults.runs import Ended, Kind
 
 KILLED = -signal.SIGKILL
@@ -63,6 +72,16 @@ class Campaign:
         if ended.status != 0:
             raise Failed(f"{kind.name}, without a fault: exit {ended.status}\n{ended.text}")
         return kind.compare(out), ended
+
+    @functools.cache  # noqa: B019
+    def another(self, kind: Kind) -> Path:
+        """Folder of a run with another seed."""
+        out = self.folder / f"another {kind.name}"
+        arguments = [*kind.flags, "--seed", "1", "--out", out]
+        ended = runs.execute(kind, arguments, out.with_suffix(".log"), Fault())
+        if ended.status != 0:
+            raise Failed(f"{kind.name}, with another seed: exit {ended.status}\n{ended.text}")
+        return out
 
     def outcome(self, case: "Case", times: int) -> Outcome:
         """Try a fault so many times, each in a folder of its own; what was lost is noted."""
@@ -299,7 +318,7 @@ def damage_log(it: Attempt, how: str) -> None:
     DAMAGES[how](it.out / "metrics.jsonl", it.drawn)
     ended = it.run()
     it.require_success(ended)
-    it.say(lines_with(ended.text, "has lost"))
+    it.say(lines_with(ended.text, "has lost", "are left out"))
     learned = runs.learned(it.out)
     it.require_same(learned, {name: it.expected[name] for name in learned})
     if not (it.out / "report.html").exists():
@@ -331,6 +350,113 @@ def half_line(path: Path, drawn: random.Random) -> None:
 
 HALF = "half a line at the end"
 DAMAGES = {"truncated": truncate, "a bit flipped": flip, HALF: half_line}
+
+
+# Another run's checkpoint
+
+
+def swap(it: Attempt, pattern: str) -> None:
+    """A checkpoint of another run, of the same shapes, takes the place of one of this run."""
+    other = it.campaign.another(it.kind)
+    it.run()
+    mine = it.drawn.choice(sorted(it.out.glob(pattern)))
+    theirs = other / mine.relative_to(it.out)
+    shutil.rmtree(mine)
+    shutil.copytree(theirs, mine)
+    it.outcome.hit += 1
+    ended = it.run()
+    it.require_error(ended, "is of another run")
+    it.say(error_of(ended.text))
+    obey(error_of(ended.text), it.out)
+    it.go_on()
+
+
+# A disk that fails
+
+
+def refuse(it: Attempt, number: int) -> None:
+    """All writes fail from a random one on, as on a file system that became read-only, or full."""
+    after = it.drawn.randrange(it.whole.operations)
+    if first := it.hit_by(Fault(prepare=lambda: refuse_writes(number, after))):
+        it.require_error(first, os.strerror(number))
+        it.say(error_of(first.text))
+
+
+# What is printed
+
+
+def print_badly(it: Attempt, prepare: Callable[[random.Random], None]) -> None:
+    """Standard output and error fail; the run must not: it ends as if nothing was wrong."""
+    seed = it.drawn.random()
+    ended = it.run(Fault(prepare=lambda: prepare(random.Random(seed))))
+    it.outcome.hit += 1
+    it.require_success(ended)
+    it.require_whole_files()
+    it.require_finished()
+
+
+# Training that diverges
+
+
+def diverge(it: Attempt) -> None:
+    """All gradients are NaN from a random step on: the run says so, and can go on without that.
+
+    Of a sweep it is one member, and the other one ends as it would have.
+    """
+    at = it.drawn.randrange(2, 15)
+    is_sweep = it.kind.name == "sweep"
+    ended = it.run(Fault(prepare=lambda: gradients_are_nan(at, 4 if is_sweep else None)))
+    it.outcome.hit += 1
+    it.require_whole_files()
+    said = lines_with(ended.text, "training has diverged; try a smaller lr than")
+    if ended.status != (3 if is_sweep else 1) or not said or "Traceback" in ended.text:
+        raise Failed(f"exit {ended.status}\n{ended.text[-1500:]}")
+    it.say(said)
+    if is_sweep:
+        others = it.kind.compare(it.out)["k8"], it.expected["k8"]
+        it.require_same(*others)
+    else:
+        it.require_success(it.run())
+        it.require_whole_files()
+
+
+def judge_badly(it: Attempt) -> None:
+    """Held-out figures are NaN or infinite; what is learned has nothing to do with it."""
+    ended = it.run(Fault(prepare=figures_are_nan))
+    it.outcome.hit += 1
+    it.require_success(ended)
+    it.require_whole_files()
+    for run in (it.out / "k4", it.out / "k8") if it.kind.name == "sweep" else (it.out,):
+        final = runs.records(run)[-1]
+        if final["fvu"] is not None or "fvu is inf" not in final["not_finite"]:
+            raise Failed(f"the log does not say what was not finite: {final}")
+        expected = runs.learned(it.campaign.folder_of(it.kind) / run.relative_to(it.out))
+        it.require_same(runs.learned(run), expected)
+
+
+def gradients_are_nan(at: int, k: int | None) -> None:
+    """From step `at` on, of members with this k; None: of all."""
+    from kronsae.training.learner import Learner
+
+    step = Learner._autograd_step
+
+    def wrong(self: Any, *args: Any) -> Any:
+        if self.step_count >= at and k in (None, self.sae.config.k):
+            raise FloatingPointError("gradient norm is nan")
+        return step(self, *args)
+
+    Learner._autograd_step = wrong  # type: ignore[method-assign]
+
+
+def figures_are_nan() -> None:
+    from kronsae.metrics.figures import ReconstructionMetrics
+
+    compute = ReconstructionMetrics.compute
+
+    def wrong(self: Any) -> dict[str, float]:
+        return compute(self) | {"fvu": float("inf"), "mse": float("nan")}
+
+    ReconstructionMetrics.compute = wrong  # type: ignore[method-assign]
 
 
 # Sources that fail
@@ -452,7 +578,44 @@ FAILURES = {
 }
 
 
+PRINTED: dict[str, Callable[[random.Random], None]] = {
+    "printed to a pipe that closes": lambda drawn: print_to("| head", drawn.randrange(2000)),
+    "printed to a full disk": lambda _: print_to("/dev/full"),
+    "printed in latin-1": lambda _: print_in("latin-1"),
+    "printed in cp1252": lambda _: print_in("cp1252"),
+}
+SWAPPED = [
+    ("live", "checkpoints/step-*"),
+    ("sweep", "k4/checkpoints/step-*"),
+    ("sweep", "checkpoints/step-*"),
+    ("cache", "checkpoints/step-*"),
+]
+
+
+def outer_cases() -> Iterator[Case]:
+    """Faults around a run: divergence, what is printed, other runs' files, disks that fail."""
+    for kind, times in {"live": 3, "cache": 2, "2 ranks": 1, "sweep": 3}.items():
+        yield Case("gradients are NaN from a step on", kind, times, diverge)
+    for kind in ("live", "sweep"):
+        yield Case("held-out figures are NaN and infinite", kind, 2, judge_badly)
+    for fault, prepare in PRINTED.items():
+        for kind, times in {"live": 2, "sweep": 1, "harvest": 2}.items():
+            attempt = partial(print_badly, prepare=prepare)
+            yield Case(fault, kind, times, attempt)
+    for kind in ("live", "sweep", "harvest", "cache", "2 ranks"):
+        attempt = partial(stop, numbers=(signal.SIGHUP,))
+        yield Case("SIGHUP at a random moment", kind, 2, attempt)
+    for kind, pattern in SWAPPED:
+        attempt = partial(swap, pattern=pattern)
+        yield Case(f"another run's: {pattern}", kind, 2, attempt)
+    for number, what in ((errno.EROFS, "read-only"), (errno.ENOSPC, "full")):
+        for kind in ("live", "sweep", "harvest", "cache"):
+            attempt = partial(refuse, number=number)
+            yield Case(f"the file system becomes {what}", kind, 3, attempt)
+
+
 def cases() -> Iterator[Case]:
+    yield from outer_cases()
     for kind, times in KILLS.items():
         for at in ("moment", "operation"):
             yield Case(f"kill -9 at a random {at}", kind, times, partial(kill, at=at))
@@ -480,11 +643,20 @@ def cases() -> Iterator[Case]:
         yield Case("an outlier token of 1e30", kind, 2, outlier)
 
 
-def run_all(campaign: Campaign, scale: float, kinds: Sequence[str] | None = None) -> list[Outcome]:
-    """Try all faults, each `scale` times its `times` (at least once). kinds: of runs; None: all."""
+def run_all(
+    campaign: Campaign,
+    scale: float,
+    kinds: Sequence[str] | None = None,
+    faults: Sequence[str] | None = None,
+) -> list[Outcome]:
+    """Try all faults, each `scale` times its `times` (at least once).
+
+    kinds: of runs; None: all.  faults: words, of which a fault's name has one; None: all.
+    """
     outcomes = []
     for case in cases():
-        if kinds is None or case.kind in kinds:
+        named = faults is None or any(word in case.fault for word in faults)
+        if named and (kinds is None or case.kind in kinds):
             outcome = campaign.outcome(case, max(1, round(scale * case.times)))
             outcomes.append(outcome)
             campaign.show(

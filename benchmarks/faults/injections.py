@@ -4,9 +4,14 @@ Moments are given in processor time, not in seconds: what a process has done by 
 on what else the machine does.
 """
 
+import builtins
+import errno
+import io
 import os
 import resource
 import signal
+import sys
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -83,6 +88,57 @@ def limit_file_size(size: int) -> None:
     """Let no file of this process grow beyond so many bytes: writes fail, as on a full disk."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+
+
+def refuse_writes(number: int, after: int) -> None:
+    """Let all file operations of this process fail with an error, once `after` of them were made.
+
+    number: EROFS, as of a file system that became read-only, or ENOSPC of a full one. What is
+    removed can still be removed on a full one.
+    """
+    count, kept = [0], ("unlink", "rmdir", "truncate") if number == errno.ENOSPC else ()
+
+    def refusing(operation: Callable[..., Any], writes: Callable[..., bool]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if writes(*args, **kwargs):
+                count[0] += 1
+                if count[0] > after:
+                    raise OSError(number, os.strerror(number), str(args[0]))
+            return operation(*args, **kwargs)
+
+        return run
+
+    def opens_to_write(path: Any, mode: Any = "r", *args: Any, **kwargs: Any) -> bool:
+        return not isinstance(path, int) and not set(str(mode)).isdisjoint("wax+")
+
+    builtins.open = io.open = refusing(open, opens_to_write)  # type: ignore[assignment]
+    for name in OPERATIONS:
+        if name not in kept:
+            setattr(os, name, refusing(getattr(os, name), lambda *args, **kwargs: True))
+
+
+def print_to(where: str, size: int = 0) -> None:
+    """Let what this process prints go to a file; or to "| head", which reads `size` bytes."""
+    if where == "| head":
+        reading, writing = os.pipe()
+        threading.Thread(target=_head, args=(reading, size), daemon=True).start()
+    else:
+        writing = os.open(where, os.O_WRONLY)
+    for stream in (1, 2):
+        os.dup2(writing, stream)
+    os.close(writing)
+
+
+def _head(pipe: int, size: int) -> None:
+    while size > 0 and (read := os.read(pipe, size)):
+        size -= len(read)
+    os.close(pipe)
+
+
+def print_in(encoding: str) -> None:
+    """Let this process print in an encoding, as PYTHONIOENCODING does."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding=encoding, errors="strict")  # type: ignore[union-attr]
 
 
 def processor_seconds(pid: int) -> float:

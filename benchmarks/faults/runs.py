@@ -195,7 +195,7 @@ def first_or_resume(kind: Kind, out: Path) -> list[str]:
 
 # What must be equal in the end
 
-_CLOCKS = ("seconds", "tokens_per_s", "wait_share", "model_wait_share", "step_ms")
+_CLOCKS = ("seconds", "tokens_per_s", "wait_share", "model_wait_share", "step_ms", "crc32")
 
 
 def records(run: Path) -> list[dict[str, Any]]:

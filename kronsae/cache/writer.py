@@ -18,6 +18,7 @@ one of the next shards. The first writes the states and the index.
 
 import dataclasses
 import json
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -212,7 +213,8 @@ def stored_config(folder: Path) -> HarvestConfig:
         )
         copy = checkpoint.copy_of(path, folder / PROGRESS)
         if copy is not None:
-            problem = f"{path} is damaged ({error}); restore it from a copy:\n  cp {copy} {path}"
+            restore = shlex.join(["cp", str(copy), str(path)])
+            problem = f"{path} is damaged ({error}); restore it from a copy:\n  {restore}"
         raise InputError(problem) from error
     return HarvestConfig.from_dict(values, str(path))
 

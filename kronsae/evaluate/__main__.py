@@ -27,7 +27,7 @@ from kronsae.metrics.target_model import (
 )
 from kronsae.runs.folder import RunFolder, versions
 from kronsae.system.devices import resolve_device
-from kronsae.system.files import write_json, write_text
+from kronsae.system.files import finite, write_json, write_text
 
 
 def make_parser() -> Parser:
@@ -113,7 +113,7 @@ def _entry(loaded: LoadedSAE, judgement: Judgement) -> dict[str, Any]:
         "trained_tokens": metadata.get("tokens"),
         "seed": trained.get("seed"),
         "tokens": judgement.tokens,
-        "metrics": judgement.metrics,
+        "metrics": finite(judgement.metrics),
         "densities": density_histogram(judgement.counts, judgement.tokens),
     }
 

@@ -12,14 +12,17 @@ from kronsae.commandline import (
     Parser,
     Terminated,
     add_flag,
+    enduring_output,
     load_plugins,
     signal_of,
+    status_of,
     stoppable,
     stopped,
 )
-from kronsae.errors import InputError, require
+from kronsae.errors import require
 from kronsae.experiments.experiment import EXPERIMENTS, Experiment, Run
 from kronsae.experiments.grid import run_grid
+from kronsae.system.devices import seed_everything
 
 
 def overview() -> str:
@@ -77,6 +80,7 @@ def parse(name: str, argv: list[str]) -> tuple[Experiment, Path]:
     return kind(**{**preset, **flags}), out
 
 
+@enduring_output()
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 only when the experiment is complete.
 
@@ -91,11 +95,11 @@ def main(argv: list[str] | None = None) -> int:
         experiment, out = parse(name, flags)
         require("matplotlib", "a picture")
         command = shlex.join(["python", "-m", "kronsae.experiments", *argv])
+        seed_everything(0)
         with stoppable():
             run_grid(name, experiment, out, command, show)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except Exception as error:
+        return status_of(error)
     except (KeyboardInterrupt, Terminated) as error:
         print(f"{stopped(error)}: the same command goes on from here", file=sys.stderr)
         return 128 + signal_of(error)

@@ -14,7 +14,7 @@ from kronsae.errors import InputError, differences
 from kronsae.experiments.experiment import Experiment, Run
 from kronsae.system.devices import compute_dtype, resolve_device
 from kronsae.system.documents import Keys, read_json, typed
-from kronsae.system.files import write_json, write_text
+from kronsae.system.files import check_writable, write_json, write_text
 from kronsae_kernels import __version__
 
 _DOCUMENT = Keys(
@@ -36,6 +36,7 @@ def run_grid(
     Returns the runs of the cells. Raises InputError if the file there was made with other settings
     (but for axes, which may grow) or versions, and if there is nothing to run.
     """
+    check_writable(folder)
     path = folder / f"{name}.json"
     document: dict[str, Any] = {
         "experiment": name,

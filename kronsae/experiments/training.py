@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import signal
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from functools import partial
@@ -11,7 +10,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from kronsae.commandline import Terminated
+from kronsae.commandline import stop_of
 from kronsae.config import DataConfig, SAEConfig, TrainConfig, setting
 from kronsae.data import ActivationSource
 from kronsae.experiments.activations import Activations, collect
@@ -233,7 +232,7 @@ def fit_whole(
     """`fit`, which raises Terminated or KeyboardInterrupt if a signal ended it early."""
     result = fit(config, activations, train_config, heldout=heldout)
     if result.stopped_by is not None:
-        raise Terminated if result.stopped_by == signal.SIGTERM else KeyboardInterrupt
+        raise stop_of(result.stopped_by)
     return result
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from kronsae.commandline import exit_status
 from kronsae.explore.write import write_explorer
 from kronsae.properties.run import PropertiesParser, examine, kept, open_run, say
+from kronsae.system.files import check_writable
 
 
 def work(argv: list[str]) -> None:
@@ -21,6 +22,8 @@ def work(argv: list[str]) -> None:
     )
     settings, text, flags = parser.read(argv)
     run = flags["run"]
+    out = flags.get("out", run / "explorer.html")
+    check_writable(out.parent)
     sae, data, _ = open_run(run, text, flags["device"])
     stored = kept(run, settings, text)
     if stored is None:
@@ -29,7 +32,6 @@ def work(argv: list[str]) -> None:
 
     common = {"revision": data.revision, "trust_remote_code": data.trust_remote_code}
     tokenizer = load_tokenizer(data.model, common)
-    out = flags.get("out", run / "explorer.html")
     write_explorer(run, sae, stored, tokenizer, out)
     say(f"{out} ({out.stat().st_size / 2**20:.1f} MiB): open it in a browser")
 

@@ -166,7 +166,7 @@ def is_number(value: Any) -> bool:
 def figure_text(key: str, value: Any) -> str:
     """A value of a record for people: 96.03 % for shares, four digits for the rest."""
     if not is_number(value):
-        return str(value)
+        return "–" if value is None else str(value)
     if key in SHARES:
         return f"{100 * value:.2f} %"
     return f"{value:#.4g}" if 0 < abs(value) < 1000 else f"{value:,.0f}"

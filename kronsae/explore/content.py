@@ -254,7 +254,7 @@ def _facts(run: Path, sae: SAE, stored: Stored) -> dict[str, Any]:
     """The run as a whole: where it comes from, its figures, its curves."""
     settings = read_run(run)["config"]
     data = settings["data"]
-    evaluation = last_evaluation(read_metrics(run / "metrics.jsonl"))
+    evaluation = last_evaluation(read_metrics(run / "metrics.jsonl")[0])
     properties = stored.properties
     return {
         "run": run.resolve().name,

@@ -11,13 +11,14 @@ from typing import Any
 
 from kronsae.config import DataConfig, SAEConfig, kind_of, with_defaults
 from kronsae.data.token_text import token_texts
+from kronsae.errors import warn
 from kronsae.explore import charts
 from kronsae.explore.charts import Record, is_number
 from kronsae.metrics.figures import MEANING, massive_warning
 from kronsae.properties.contexts import LatentContexts, Window, short, title
 from kronsae.registry import SELECTIONS
 from kronsae.runs.folder import read_run
-from kronsae.system.files import write_text
+from kronsae.system.files import read_log, write_text
 from kronsae.system.templates import render
 
 _TEMPLATE = Path(__file__).parent / "page" / "report.html.j2"
@@ -32,7 +33,7 @@ def write_report(
     metrics.jsonl or here, is left out of the page. Raises InputError if it cannot be written.
     """
     settings = read_run(run_folder)
-    records = read_metrics(run_folder / "metrics.jsonl")
+    records, damaged = read_metrics(run_folder / "metrics.jsonl")
     sae, data = with_defaults(SAEConfig, settings["config"]["sae"]), settings["config"]["data"]
     data = {} if data is None else with_defaults(DataConfig, data)
     hook = data.get("hookpoint") or f"layer {data.get('layer')}"
@@ -50,7 +51,9 @@ def write_report(
         exact=SELECTIONS[selection].exact if selection in SELECTIONS else True,
         trained=timed[-1] if timed else None,
         evaluation=evaluation,
+        diverged=next((r.get("reason") for r in records if r.get("kind") == "diverged"), None),
         figures=MEANING,
+        damaged=damaged,
         warning=massive_warning(evaluation),
         latents=[_latent(latent, tokenizer) for latent in contexts],
         charts=[drawing for chart in charts.CHARTS if (drawing := charts.draw(chart, records))],
@@ -70,22 +73,22 @@ def write_report(
     return run_folder / "report.html"
 
 
-def read_metrics(path: Path) -> list[Record]:
-    """The records, by step; what is no line of the log (half a one, of a run that was
-    killed, or a damaged one) is skipped."""
-    records = []
+def read_metrics(path: Path) -> tuple[list[Record], str | None]:
+    """The records, by step, and a warning, which is also given, if some lines are damaged.
+
+    These are left out. So is half a line at the end, of a run that was killed, without a word.
+    """
     try:
-        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        records, damaged = read_log(path)
     except OSError:
-        return []
-    for line in lines:
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict) and is_number(record.get("step")):
-            records.append(record)
-    return sorted(records, key=lambda record: record["step"])
+        return [], None
+    stepped = [record for record in records if is_number(record.get("step"))]
+    if not damaged:
+        return sorted(stepped, key=lambda record: record["step"]), None
+    numbers = ", ".join(map(str, damaged[:5])) + (", ..." if len(damaged) > 5 else "")
+    said = f"{path.name}: lines that are broken or were altered are left out: {numbers}"
+    warn(f"{path.parent}: {said}")
+    return sorted(stepped, key=lambda record: record["step"]), said
 
 
 def last_evaluation(records: Sequence[Record]) -> Record:

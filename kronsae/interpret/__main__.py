@@ -24,8 +24,8 @@ from kronsae.interpret.scoring import EXPLANATION_TOKENS, SHOWN, Interpretation,
 from kronsae.metrics.target_model import HeldoutText, add_flags, given_data, load_sae, open_heldout
 from kronsae.model.sae import SAE
 from kronsae.runs.folder import versions
-from kronsae.system.devices import resolve_device
-from kronsae.system.files import write_json
+from kronsae.system.devices import resolve_device, seed_everything
+from kronsae.system.files import check_writable, write_json
 from kronsae.system.tables import console_table
 
 ANSWERS, RESULT = "answers.jsonl", "interpretation.json"
@@ -69,6 +69,8 @@ def work(argv: list[str]) -> None:
     """Explain and score latents of an SAE. Raises InputError if it cannot be done."""
     flags = make_parser().parse(argv)
     _check(flags)
+    check_writable(flags.out)
+    seed_everything(flags.seed)
     device = resolve_device(flags.device)
     console = Console(highlight=False, soft_wrap=True)
     loaded = load_sae(flags.run, given_data(flags), device)

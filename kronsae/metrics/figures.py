@@ -5,9 +5,12 @@ Letters: B tokens, d width, F latents, V vocabulary size.
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from kronsae.errors import InputError
 
 MEANING = {
     "explained_variance": (
@@ -85,16 +88,20 @@ MEANING = {
 }
 """Label and meaning of each metric of an evaluation, in the order of tables."""
 
+HOPELESS = -1.0
+"""Explained variance below which training has diverged: noise of the size of the activations would
+do no worse."""
+
 MASSIVE_VARIANCE = 0.05
 """Share of the variance above which a warning tells of massive tokens."""
 
 
-def massive_warning(metrics: Mapping[str, float], tokens: Sequence[str] = ()) -> str | None:
+def massive_warning(metrics: Mapping[str, Any], tokens: Sequence[str] = ()) -> str | None:
     """A warning about an evaluation whose variance massive tokens dominate; None without need.
 
     tokens: texts of the massive tokens, each of them once.
     """
-    variance = metrics.get("massive_variance_share", 0.0)
+    variance = metrics.get("massive_variance_share") or 0.0
     if variance <= MASSIVE_VARIANCE:
         return None
     named = f" ({', '.join(map(repr, tokens))})" if tokens else ""
@@ -171,11 +178,11 @@ class ReconstructionMetrics:
         return self.squared_norm - self.sum.square().sum().item() / max(1, self.tokens)
 
     def compute(self) -> dict[str, float]:
-        """The metrics. Raises ValueError without tokens, or if all were the same vector."""
+        """The metrics. Raises InputError without tokens, or if all were the same vector."""
         if not self.tokens:
-            raise ValueError("no tokens to evaluate on")
+            raise InputError("no tokens to evaluate on")
         if self.variance <= 0:
-            raise ValueError("all activations are equal: explained variance is undefined")
+            raise InputError("all activations are equal: explained variance is undefined")
         fvu = self.squared_error / self.variance
         return {
             "explained_variance": 1 - fvu,
@@ -211,9 +218,9 @@ class FiringMetrics:
         return self.counts.double() / self.tokens
 
     def compute(self) -> dict[str, float]:
-        """The metrics. Raises ValueError without tokens."""
+        """The metrics. Raises InputError without tokens."""
         if not self.tokens:
-            raise ValueError("no tokens to evaluate on")
+            raise InputError("no tokens to evaluate on")
         equal = {}
         if self.tokens >= EQUAL_TOKENS:
             silent = probability_of_silence(self.counts, self.tokens, EQUAL_TOKENS)

@@ -25,7 +25,8 @@ from kronsae.properties.geometry import kinship, logit_effects, mean_cosines, ne
 from kronsae.properties.store import FOLDER, Stored, load_properties, save_properties
 from kronsae.properties.summary import summarise
 from kronsae.runs.folder import RunFolder, whole
-from kronsae.system.files import sha256
+from kronsae.system.devices import seed_everything
+from kronsae.system.files import check_writable, sha256
 
 EMBEDDED: dict[str, Any] = {"tokens": 200_000, "sample": 32}
 """Settings that apply to the embedded model where none are given."""
@@ -41,8 +42,10 @@ def examine(run: Path, given: dict[str, Any], text: dict[str, Any], device: str)
     another text than the run's, or trust its model's code.
     Raises InputError if RUN is no finished run of a language model, or its model or text is gone.
     """
+    check_writable(run / FOLDER)
     sae, data, digest = open_run(run, text, device)
     settings = MeasureConfig(**((EMBEDDED if data.model == "embedded" else {}) | given))
+    seed_everything(settings.seed)
     source = _open_text(sae, data, text, settings, device)
     reader = f"the cache {source.folder}" if hasattr(source, "folder") else data.model
     say(f"{run}: reading {settings.tokens:,} tokens of {data.dataset} with {reader}")

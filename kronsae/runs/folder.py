@@ -15,9 +15,9 @@ comparison.md     a table of the members
 """
 
 import copy
-import json
 import os
 import platform
+import shlex
 import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping
@@ -39,7 +39,9 @@ from kronsae.system import checkpoint
 from kronsae.system.documents import Keys, read_json, typed
 from kronsae.system.files import (
     LOCK_NAME,
+    check_writable,
     lock,
+    log_line,
     remove_leftovers,
     sync,
     usable_path,
@@ -103,7 +105,11 @@ class _Folder:
         Raises InputError if another process holds it.
         """
         self._locked = lock(self.path, f"{self.path} is being trained by another process")
-        self._clear()
+        try:
+            self._clear()
+        except OSError as error:
+            self.release()
+            raise InputError(f"{self.path} cannot be written to: {error}") from error
 
     def _clear(self) -> None:
         """Clear away what interrupted writes left."""
@@ -137,6 +143,10 @@ class _Folder:
         finally:
             self.release()
 
+    def copies(self) -> dict[str, dict[str, Any]]:
+        """Files of settings that each checkpoint has a copy of, by name."""
+        return {self.index.name: self.document}
+
     def _begin(self, kind: str, settings: dict[str, Any]) -> None:
         """Write the index, which makes the folder a run, or a sweep."""
         head = {"format": kind, "format_version": FORMAT_VERSION}
@@ -148,13 +158,17 @@ class _Folder:
 
     @staticmethod
     def check_free(path: str | Path) -> None:
-        """Raise InputError unless `path` is new, empty, or left by an interrupted `create`."""
+        """Raise InputError unless a run can be made in `path`.
+
+        It has to be new, empty, or left by an interrupted `create`, where files can be written.
+        """
         path = usable_path(path, "--out")
+        check_writable(path)
         names = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
         known = not names.isdisjoint({"config.json", "sweep.json"})
         free = _BEGUN in names or names <= {LOCK_NAME} and (path.is_dir() or not path.exists())
         if known or not free:
-            hint = f"--resume {path} goes on with it, or " if known else ""
+            hint = f"--resume {shlex.quote(str(path))} goes on with it, or " if known else ""
             raise InputError(f"{path} exists already: {hint}choose another --out")
 
 
@@ -204,7 +218,7 @@ class RunFolder(_Folder):
         """Append one line to metrics.jsonl."""
         try:
             with open(self.metrics, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record, allow_nan=False) + "\n")
+                file.write(log_line(record))
         except OSError as error:
             raise InputError(f"{self.metrics} could not be written: {error}") from error
 
@@ -220,8 +234,7 @@ class RunFolder(_Folder):
                 self._sync_metrics()
         state = {**state, "metrics_bytes": _size(self.metrics)}
         folder = checkpoint.step_folder(self.checkpoints, step)
-        copies = {self.index.name: self.document}
-        checkpoint.save_state(folder, state, self.mesh, SHARDED_STATE, copies)
+        checkpoint.save_state(folder, state, self.mesh, SHARDED_STATE, self.copies())
 
     def _sync_metrics(self) -> None:
         """See to it that the lines that a checkpoint counts are on the disk."""
@@ -305,6 +318,10 @@ class SweepFolder(_Folder):
         for run in self.runs.values():
             run._clear()
 
+    def copies(self) -> dict[str, dict[str, Any]]:
+        """Also the first member's config.json, which describes the data that all share."""
+        return super().copies() | next(iter(self.runs.values())).copies()
+
     def members(self) -> dict[str, dict[str, Any]]:
         """Entries of sweep.json, by the member's name."""
         members = _read_index(self.index, "kronsae-sweep", SWEEP)["members"]
@@ -337,8 +354,7 @@ class SweepFolder(_Folder):
             self.runs[name]._write_checkpoint(step, own)
         shared = {**state, "members": list(members)}
         folder = checkpoint.step_folder(self.checkpoints, step)
-        copies = {self.index.name: self.document}
-        checkpoint.save_state(folder, shared, self.mesh, copies=copies)
+        checkpoint.save_state(folder, shared, self.mesh, copies=self.copies())
         if self.mesh.first:
             checkpoint.prune(self.checkpoints, keep)
             for name in members:
@@ -402,7 +418,8 @@ def _read_index(path: Path, kind: str, hint: Any) -> dict[str, Any]:
         whole = checkpoint.copy_of(path, path.parent / "checkpoints")
         if whole is not None:
             raise InputError(
-                f"{path} is damaged ({error}); a checkpoint has a copy:\n  cp {whole} {path}"
+                f"{path} is damaged ({error}); a checkpoint has a copy:\n"
+                f"  {shlex.join(['cp', str(whole), str(path)])}"
             ) from error
         raise InputError(
             f"{path.parent} is no run folder: {path} cannot be read ({error}); begin again, with "

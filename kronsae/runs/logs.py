@@ -128,7 +128,7 @@ class Log:
         figures = {
             f"{record['kind']}/{name}": value
             for name, value in record.items()
-            if name not in _NOT_METRICS and not isinstance(value, str)
+            if name not in _NOT_METRICS and isinstance(value, int | float)
         }
         for log in self.logs:
             log.write(figures, record["step"], record["tokens"])

@@ -1,14 +1,14 @@
 """A run or sweep folder that a training goes on with."""
 
+import shlex
 from pathlib import Path
 from typing import Any
 
 from kronsae.config import PARTS, DataConfig, all_settings, stored, with_defaults
 from kronsae.errors import InputError, differences
-from kronsae.runs.folder import RUN, SINGLE, RunFolder, SweepFolder
+from kronsae.runs.folder import RUN, SINGLE, SWEEP, RunFolder, SweepFolder
 from kronsae.system import checkpoint
 from kronsae.system.documents import typed
-from kronsae.system.files import read_checksummed
 from kronsae.system.parallel import Mesh
 
 
@@ -53,6 +53,7 @@ def open_to_resume(
     index = path / "sweep.json"
     if index.exists() or checkpoint.copy_of(index, path / "checkpoints"):
         sweep, members = SweepFolder.open(path)
+        _check_unchanged(sweep)
         for run in sweep.runs.values():
             _check_unchanged(run)
         return sweep, members
@@ -65,28 +66,49 @@ def open_to_resume(
     return run, {SINGLE: settings}
 
 
-def _check_unchanged(run: RunFolder) -> None:
-    """Raise InputError if config.json has other settings than the copy in a checkpoint.
+def _check_unchanged(folder: RunFolder | SweepFolder) -> None:
+    """Raise InputError if a checkpoint was written by a run with other settings than this one.
 
-    Those that a run may change when it goes on may be edited there.
+    It may have been copied here; or somebody has edited config.json, which may be done to settings
+    that a run may change when it goes on.
     """
-    copy = checkpoint.copy_of(run.index, run.checkpoints)
-    if copy is None:
-        return
-    saved, written = typed(read_checksummed(copy), RUN, str(copy)), run.document
-    free = _free() | {"data.dtype", "data.weights"}  # which follow model_dtype
-    changes = [
-        *differences(
-            _with_defaults(saved["config"]), _with_defaults(written["config"]), "config", free
-        ),
-        *differences(saved["data"], written["data"], "data", free),
-    ]
-    if changes:
+    for name, written in folder.copies().items():
+        copies = checkpoint.copies_of(name, folder.checkpoints)
+        schema = SWEEP if "members" in written else RUN
+        changes = {
+            place: _changes(typed(copy, schema, str(place / name)), written)
+            for place, copy in copies.items()
+        }
+        others = [place for place in changes if changes[place]]
+        if not others:
+            continue
+        place, index = others[-1], folder.path / name
+        lines = "\n  ".join(changes[place])
+        if len(others) < len(changes):  # config.json is that of the others
+            raise InputError(
+                f"checkpoint {place} is of another run, with other settings:\n  {lines}\n"
+                f"To go on without it, remove the folder {place}"
+            )
         raise InputError(
-            f"{run.index} has other settings than the run was trained with:\n  "
-            + "\n  ".join(changes)
-            + f"\nA checkpoint has a copy:\n  cp {copy} {run.index}"
+            f"{index} has other settings than the run was trained with:\n  {lines}\n"
+            f"A checkpoint has a copy:\n  {shlex.join(['cp', str(place / name), str(index)])}\n"
+            "If it is the checkpoint of another run, which was copied here, take that folder away"
         )
+
+
+def _changes(was: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Differences between two documents of a run, or of a sweep, that decide what is learned."""
+    if "members" in now:
+        if was["members"].keys() != now["members"].keys():
+            return [f"members: were {', '.join(was['members'])}, are {', '.join(now['members'])}"]
+        pairs = {name: (was["members"][name], entry) for name, entry in now["members"].items()}
+        return [f"{name}: {line}" for name, pair in pairs.items() for line in _changes(*pair)]
+    free = _free() | {"data.dtype", "data.weights"}  # which follow model_dtype
+    configs = _with_defaults(was["config"]), _with_defaults(now["config"])
+    return [
+        *differences(*configs, "config", free),
+        *differences(was.get("data"), now.get("data"), "data", free),  # a sweep.json has none
+    ]
 
 
 def _with_defaults(config: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from kronsae.errors import InputError
 from kronsae.model.flops import flops_per_token
 from kronsae.system import tables
 from kronsae.system.documents import part_of
+from kronsae.system.files import NOT_FINITE
 
 
 def own_settings() -> tuple[str, ...]:
@@ -120,11 +121,11 @@ def comparison(members: dict[str, dict[str, Any]]) -> tuple[list[str], list[list
                 str(sae.k) if sae.k else "–",
                 f"{flops_per_token(sae) / 1e6:,.2f}",
                 f"{entry['step_ms']:,.1f}" if entry["step_ms"] else "–",
-                *(f"{entry['metrics'][k]:.4f}" if k in entry["metrics"] else "–" for k in shown),
+                *("–" if x is None else f"{x:.4f}" for x in map(entry["metrics"].get, shown)),
             ]
         )
         if entry["failed"]:
-            rows[-1][0] += f" (stopped after {entry['tokens']:,} tokens)"
+            rows[-1][0] += f" (diverged, {entry['tokens']:,} tokens)"
     return [*head, *(_SHOWN[key] for key in shown)], rows
 
 
@@ -138,5 +139,10 @@ def markdown(members: dict[str, dict[str, Any]], warning: str | None = None) -> 
         text += f"\nMeasured on {figures['heldout_tokens']:,} held-out tokens.\n"
     if warning is not None:
         text += f"\n**Warning**: {warning}.\n"
-    failed = [f"- {name}: {entry['failed']}" for name, entry in members.items() if entry["failed"]]
-    return text + ("\nStopped early:\n\n" + "\n".join(failed) + "\n" if failed else "")
+    for head, said in (
+        ("Diverged", {name: entry["failed"] for name, entry in members.items()}),
+        ("Not finite", {name: entry["metrics"].get(NOT_FINITE) for name, entry in members.items()}),
+    ):
+        lines = "".join(f"- {name}: {reason}\n" for name, reason in said.items() if reason)
+        text += f"\n{head}:\n\n{lines}" if lines else ""
+    return text

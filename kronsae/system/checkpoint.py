@@ -2,7 +2,8 @@
 
 A state is a nested dict of tensors and JSON values. On disk it is a folder with the tensors in
 state.safetensors and the rest in state.json, which also holds the SHA-256 of the tensors' file, and
-a checksum of its own. A run's checkpoints also have a copy of its config.json.
+a checksum of its own. A run's checkpoints also have a copy of its config.json, whose values
+state.json knows, so that neither can come from another run without being noticed.
 
 Processes that divide an autoencoder's heads (`kronsae.system.parallel`) each write their own rows:
 rank 0 to state.safetensors, beside all that is the same on all ranks, the next ones to
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from kronsae.errors import InputError
 from kronsae.system.files import (
+    digest_of,
     read_checksummed,
     remove_directory,
     replace_directory,
@@ -101,6 +103,7 @@ def _write_files(
     document = {
         "format_version": SHARDED_VERSION if digests else FORMAT_VERSION,
         "sha256": sums if digests else sums[TENSORS_NAME],
+        "copies": {name: digest_of(copy) for name, copy in copies.items()},
         "state": values,
     }
     write_checksummed(part / VALUES_NAME, document)
@@ -168,6 +171,10 @@ def _read_values(folder: Path) -> tuple[dict[str, str], Any]:
         files = [_file(rank) for rank in range(len(digests))]
         if version in (FORMAT_VERSION, SHARDED_VERSION) and list(digests) != files:
             raise ValueError(f"expected the files {files}, got {list(digests)}")
+        for name, digest in document.get("copies", {}).items():
+            copy = _copy(folder, name)
+            if copy is not None and digest_of(copy) != digest:
+                raise ValueError(f"it is of another checkpoint than {name} beside it")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _damaged(folder, f"{VALUES_NAME}: {error}") from error
     if version not in (FORMAT_VERSION, SHARDED_VERSION):
@@ -290,13 +297,23 @@ def step_of(folder: Path) -> int:
 
 def copy_of(path: Path, checkpoints: Path) -> Path | None:
     """The newest undamaged copy of a file that `save_state` put into a checkpoint, or None."""
-    for folder in reversed(list_checkpoints(checkpoints)):
-        try:
-            read_checksummed(folder / path.name)
-            return folder / path.name
-        except (OSError, ValueError):
-            continue
-    return None
+    folders = list(copies_of(path.name, checkpoints))
+    return folders[-1] / path.name if folders else None
+
+
+def copies_of(name: str, checkpoints: Path) -> dict[Path, dict[str, Any]]:
+    """The undamaged copies of a file that `save_state` put into checkpoints, oldest first."""
+    found = {folder: _copy(folder, name) for folder in list_checkpoints(checkpoints)}
+    return {folder: copy for folder, copy in found.items() if copy is not None}
+
+
+def _copy(folder: Path, name: str) -> dict[str, Any] | None:
+    """The copy of a file in a checkpoint; None if it is missing or damaged."""
+    try:
+        copy = read_checksummed(folder / name)
+    except (OSError, ValueError):
+        return None
+    return copy if isinstance(copy, dict) else None
 
 
 def drop_after(checkpoints: Path, step: int) -> None:

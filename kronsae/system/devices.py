@@ -1,13 +1,45 @@
 """Devices and dtypes by name, free memory, and a clock for devices that run behind the host."""
 
 import os
+import random
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from kronsae.errors import InputError
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the generators of Python, numpy and torch, which a model or a plugin may draw from."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
+def random_states() -> dict[str, Any]:
+    """States of the generators of Python and numpy, as JSON values."""
+    version, numbers, gauss = random.getstate()
+    of_numpy: Any = np.random.get_state()
+    _, keys, *rest = of_numpy
+    return {
+        "python": [version, np.array(numbers, np.uint32).tobytes().hex(), gauss],
+        "numpy": [keys.tobytes().hex(), *rest],
+    }
+
+
+def set_random_states(states: dict[str, Any]) -> None:
+    """The inverse of `random_states`."""
+
+    def unpacked(text: str) -> np.ndarray:
+        return np.frombuffer(bytes.fromhex(text), np.uint32)
+
+    version, numbers, gauss = states["python"]
+    random.setstate((version, tuple(unpacked(numbers).tolist()), gauss))
+    keys, *rest = states["numpy"]
+    np.random.set_state(("MT19937", unpacked(keys), *rest))
 
 
 def resolve_device(name: str) -> torch.device:
@@ -64,8 +96,8 @@ def free_bytes(device: torch.device) -> int | None:
     """Free memory of the device, or None if the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    sizes = [size for size in (_available(), _left_in_group()) if size is not None]
-    return min(sizes, default=None)
+    sizes = (_available(), _left_in_group(), _left_of_limit())
+    return min((size for size in sizes if size is not None), default=None)
 
 
 def _available() -> int | None:
@@ -90,6 +122,18 @@ def _left_in_group(root: Path = Path("/sys/fs/cgroup")) -> int | None:
         statistics = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
         return limit - used + int(statistics["inactive_file"])
     except (OSError, KeyError, ValueError):
+        return None
+
+
+def _left_of_limit() -> int | None:
+    """Addresses below this process' limit (`ulimit -v`) that it does not use yet; None without."""
+    try:
+        import resource
+
+        limit, _ = resource.getrlimit(resource.RLIMIT_AS)
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        return None if limit == resource.RLIM_INFINITY else limit - pages * resource.getpagesize()
+    except (ImportError, OSError):  # not Linux
         return None
 
 

@@ -2,11 +2,14 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
+import tempfile
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +47,38 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, to_json(value, str(path)) + "\n")
 
 
+def check_writable(folder: Path) -> None:
+    """Raise InputError if no file can be written in a folder, before the work that is for it.
+
+    Of a folder that is not there yet, the first one above it that exists is tried.
+    """
+    try:
+        places = (folder, *folder.absolute().parents)
+        there = next(place for place in places if place.exists())
+        with tempfile.TemporaryFile(dir=there, buffering=0) as file:
+            file.write(bytes(4096))  # a full disk may take a file without contents
+    except OSError as error:
+        raise InputError(f"{folder} cannot be written to: {error}") from error
+
+
+NOT_FINITE = "not_finite"
+
+
+def finite(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """Figures as strict JSON: None for NaN and infinity, and NOT_FINITE says which they were."""
+    wrong = {k: v for k, v in figures.items() if isinstance(v, float) and not math.isfinite(v)}
+    if not wrong:
+        return dict(figures)
+    said = [figures.get(NOT_FINITE), *(f"{name} is {value}" for name, value in wrong.items())]
+    return {**figures, **dict.fromkeys(wrong), NOT_FINITE: ", ".join(filter(None, said))}
+
+
 _CHECKSUM = "checksum"
 
 
 def write_checksummed(path: Path, document: dict[str, Any]) -> None:
     """Write a JSON object, atomically, with a checksum of its values: see `read_checksummed`."""
-    write_json(path, {**document, _CHECKSUM: _digest(document)})
+    write_json(path, {**document, _CHECKSUM: digest_of(document)})
 
 
 def read_checksummed(path: Path) -> Any:
@@ -64,7 +93,7 @@ def read_checksummed(path: Path) -> Any:
 def checked(document: Any) -> Any:
     """A JSON value without its checksum. Raises ValueError if that is of other values."""
     if isinstance(document, dict) and _CHECKSUM in document:
-        if document.pop(_CHECKSUM) != _digest(document):
+        if document.pop(_CHECKSUM) != digest_of(document):
             raise ValueError(
                 f"its values are not those that its {_CHECKSUM!r} was made of; if you changed them "
                 f"on purpose, take the {_CHECKSUM!r} out"
@@ -72,10 +101,43 @@ def checked(document: Any) -> Any:
     return document
 
 
-def _digest(document: dict[str, Any]) -> str:
-    """SHA-256 of the values, in whichever order and form they are written."""
+def digest_of(document: dict[str, Any]) -> str:
+    """SHA-256 of a document's values, in whichever order and form they are written."""
     text = json.dumps(json.loads(to_json(document, "the document", None)), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+_CRC = "crc32"
+"""Key of a line's checksum, its last one."""
+
+
+def log_line(record: Mapping[str, Any]) -> str:
+    """A record as a line of a JSONL log, with a checksum. NaN and infinity are refused."""
+    crc = zlib.crc32(json.dumps(record, allow_nan=False).encode())
+    return json.dumps({**record, _CRC: f"{crc:08x}"}) + "\n"
+
+
+def read_log(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """The records of a log, without checksums, and the numbers of its damaged lines.
+
+    A line is damaged if it is no JSON object, or not the one that its checksum was made of. Those
+    before the first one with a checksum may have none, as earlier versions wrote them. The last
+    line may lack its end, as a kill leaves it: it is no record then, and not damaged either.
+    """
+    *lines, torn = path.read_bytes().split(b"\n") if path.exists() else [b""]
+    records: list[dict[str, Any]] = []
+    damaged, has_checksums = [], False
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            crc = record.pop(_CRC, None)
+            has_checksums |= crc is not None
+            if has_checksums and crc != f"{zlib.crc32(json.dumps(record).encode()):08x}":
+                raise ValueError("it was altered")
+            records.append(record)
+        except (ValueError, AttributeError, TypeError, RecursionError):
+            damaged.append(number)
+    return records, damaged
 
 
 def write_text(path: Path, text: str) -> None:
@@ -139,10 +201,8 @@ def _replacing(path: Path) -> Iterator[Path]:
         yield beside
         sync(path.parent)
     except BaseException as error:
-        if beside.is_dir():
-            shutil.rmtree(beside, ignore_errors=True)
-        else:
-            beside.unlink(missing_ok=True)
+        with suppress(OSError):  # if the file system became read-only: the first error counts
+            shutil.rmtree(beside) if beside.is_dir() else beside.unlink(missing_ok=True)
         if isinstance(error, (OSError, SafetensorError)):
             problem = f"{path} could not be written ({error}); nothing was left in its place"
             raise InputError(problem) from error
@@ -160,10 +220,16 @@ def _check_replaceable(path: Path, new: Path) -> None:
 
 
 def remove_directory(path: Path) -> None:
-    """Remove a folder so that an interruption leaves none that is half there under its name."""
+    """Remove a folder so that an interruption leaves none that is half there under its name.
+
+    Raises InputError if it cannot be removed.
+    """
     beside = _beside(path)
-    os.rename(path, beside)
-    shutil.rmtree(beside)
+    try:
+        os.rename(path, beside)
+        shutil.rmtree(beside)
+    except OSError as error:
+        raise InputError(f"{path} cannot be removed: {error}") from error
 
 
 def remove_leftovers(folder: Path) -> None:

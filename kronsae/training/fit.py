@@ -31,7 +31,7 @@ from kronsae.runs.sweep import check_names, one_stream
 from kronsae.system import checkpoint
 from kronsae.system.devices import resolve_device
 from kronsae.system.documents import to_json, typed
-from kronsae.system.files import usable_path
+from kronsae.system.files import finite, usable_path
 from kronsae.system.parallel import Mesh, join, owners
 from kronsae.system.tensors import check_room
 from kronsae.training.learner import check_step
@@ -70,12 +70,13 @@ def fit(
         part of the batches, or, with `share` "members", of the SAEs of `fit_many`. Only the first
         one writes files and calls `on_record`.
 
-    On SIGTERM or SIGINT the step in progress is finished, a checkpoint saved, and the result
-    returned with `stopped_by`. A batch whose gradient is not finite is skipped, and logged as such.
-    Raises InputError if that happens `learner.SKIPS` times in a row, and if the data ends before
-    the budget, is not finite, or does not fit the configuration; with `out`, the last good
-    checkpoint is kept. Arguments that cannot work, and an SAE that does not fit the free memory,
-    raise it before anything is allocated or written.
+    On SIGTERM, SIGINT or SIGHUP the step in progress is finished, a checkpoint saved, and the
+    result returned with `stopped_by`. A batch whose gradient is not finite is skipped, and logged
+    as such. Raises Diverged if that happens `learner.SKIPS` times in a row; training that diverged
+    with finite gradients ends with a result that has `failed`.
+    Raises InputError if the data ends before the budget, is not finite, or does not fit the
+    configuration; with `out`, the last good checkpoint is kept. Arguments that cannot work, and an
+    SAE that does not fit the free memory, raise it before anything is allocated or written.
     """
     typed(on_record, Callable | None, "on_record")
     [result] = fit_members(
@@ -223,12 +224,16 @@ def _train_and_judge(session: Session) -> None:
             for member in session.own:
                 if member.metrics:
                     member.record("final", member.metrics, stream)
+        if stopped_by is None:
+            for member in session.own:
+                member.judge(stream)
         session.sync()
         for member in session.live:
             member.finish(stream, stopped_by)
         session.note()
     except InputError as error:
-        raise InputError("\n".join([str(error), *_rescue(session, error)])) from error
+        kind = Diverged if isinstance(error, Diverged) else InputError
+        raise kind("\n".join([str(error), *_rescue(session, error)])) from error
 
 
 def _judge(session: Session) -> None:
@@ -237,11 +242,11 @@ def _judge(session: Session) -> None:
     if session.config.final_tokens:
         heldout = heldout.first(session.config.final_tokens)
     for member in session.own:
-        member.metrics = evaluate(member.sae(stream), heldout)
+        member.metrics = finite(evaluate(member.sae(stream), heldout))
     saes = {member.name: partial(member.sae, stream) for member in session.own}
     losses = evaluate_cross_entropy(saes, heldout, session.on_judged)
     for member in session.own:
-        member.metrics |= losses[member.name]
+        member.metrics = finite(member.metrics | losses[member.name])
 
 
 def _rescue(session: Session, error: InputError) -> list[str]:

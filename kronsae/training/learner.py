@@ -369,6 +369,12 @@ class Learner:
         self.tokens += x.shape[0]
         return Skipped(reason, min(x.abs().max().item(), torch.finfo(x.dtype).max))
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether all weights are finite, also those of other processes; waits for the device."""
+        wrong = not all(bool(torch.isfinite(p).all()) for p in self.sae.parameters())
+        return not int(self.mesh.world.max(torch.tensor(int(wrong))))
+
     def _count_fired(self, tokens: int, own: SparseCodes) -> None:
         """Count for how many tokens each latent has been silent, after a batch of `tokens`."""
         active = self.sae.fired(own)
@@ -608,7 +614,7 @@ def _by_kernel_name(sae: SAE) -> dict[str, Tensor]:
 
 
 def _diverged(reason: str) -> str:
-    return f"{reason}, {SKIPS} batches in a row: training has diverged, try a smaller lr"
+    return f"{reason}, {SKIPS} batches in a row: training has diverged"
 
 
 @torch.no_grad()

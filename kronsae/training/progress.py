@@ -64,10 +64,13 @@ class ProgressBar:
                 self.printed[name] = step // self.every
                 self.console.print(f"step {step:,}/{self.total:,}  {figures}")
         elif record["kind"] == "heldout":
+            explained = record["explained_variance"]
+            ev = "–" if explained is None else f"{explained:.4f}"
             self.console.print(
-                f"step {step:,}: {name}held-out explained variance "
-                f"{record['explained_variance']:.4f}, L0 {record['l0']:.1f}"
+                f"step {step:,}: {name}held-out explained variance {ev}, L0 {record['l0']:.1f}"
             )
+        elif record["kind"] == "diverged" and self.sweep:  # the others go on
+            self.console.print(name + record["reason"], style="red", markup=False)
         elif record["kind"] == "skipped":
             count = record["batches"]
             batches = f"{count} batches up to here " if count > 1 else ""

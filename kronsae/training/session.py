@@ -10,7 +10,7 @@ from torch import Tensor
 from kronsae.config import SAEConfig, TrainConfig
 from kronsae.errors import InputError
 from kronsae.interop.load import load
-from kronsae.metrics.figures import massive_warning
+from kronsae.metrics.figures import HOPELESS, massive_warning
 from kronsae.metrics.heldout import Heldout
 from kronsae.model.massive import METADATA
 from kronsae.model.sae import SAE, load_metadata, made_of, save_metadata
@@ -19,6 +19,7 @@ from kronsae.runs.logs import Log
 from kronsae.runs.sweep import markdown
 from kronsae.system import checkpoint
 from kronsae.system.devices import Clock
+from kronsae.system.files import finite
 from kronsae.system.parallel import ALONE, Mesh
 from kronsae.training.learner import Learner, Metrics, Skipped
 from kronsae.training.signals import Stop
@@ -29,7 +30,7 @@ ENDING = ("tokens", "metrics", "step_ms", "stopped_by", "failed")
 
 
 class Diverged(InputError):
-    """No member has a finite gradient any more."""
+    """Every member has diverged."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,14 +42,16 @@ class FitResult:
     "members"): then it is in the run folder."""
     tokens: int
     """Tokens trained on."""
-    metrics: dict[str, float]
-    """Final figures on held-out activations; empty without any."""
+    metrics: dict[str, Any]
+    """Final figures on held-out activations (`kronsae.metrics.figures.finite`); empty without any.
+    """
     history: list[dict[str, Any]]
     """The logged records of this call, as in metrics.jsonl."""
     stopped_by: int | None
     """Number of the signal that ended the run early, or None."""
     failed: str | None = None
-    """Reason why this member of a sweep ended before the others, or None."""
+    """A sentence about how training diverged, for which a member of a sweep may have ended before
+    the others; None if it did not."""
     step_ms: float = 0.0
     """Mean time of an optimizer step of this SAE alone, in this call."""
 
@@ -83,6 +86,7 @@ class Member:
         self.mesh = mesh
         self.owner = owner
         self.name = plan.name
+        self.lr = plan.train.lr
         self.settings = plan.settings
         self.on_record = on_record
         self.run = folder.runs[plan.name] if folder else None
@@ -93,12 +97,15 @@ class Member:
         if self.mine:
             self._learner = Learner(plan.sae, plan.train, device, mesh if owner is None else ALONE)
         self.figures: Metrics = {}  # of the last step
-        self.metrics: dict[str, float] = {}  # final ones
+        self.metrics: dict[str, Any] = {}  # final ones
         self.history: list[dict[str, Any]] = []
         self.unsent: list[dict[str, Any]] = []  # records that other ranks lack
         self.clock = Clock(device)
         self.saved = False
         """Whether the run folder has the SAE's weights of now."""
+        self.hopeless = False
+        """Whether the last batch that was logged is explained worse than `HOPELESS`, or skipped
+        like the one before it."""
         self.failed: str | None = None
         self.result: FitResult | None = None
 
@@ -121,13 +128,17 @@ class Member:
             with self.clock:
                 figures = self.learner.step(x, target, log)
         except FloatingPointError as error:  # the weights are still those of the step before
-            self.failed = str(error)
+            self.diverge(str(error), stream)
             return
         if isinstance(figures, Skipped):
             self.record("skipped", figures._asdict(), stream)
             self.figures = {}
+            self.hopeless |= self.learner.skipped > 1
         else:
             self.figures = figures or {}
+            explained = self.figures.get("explained_variance")
+            if explained is not None and len(x) >= self.learner.batch:  # the last one may be cut
+                self.hopeless = not explained >= HOPELESS
         # The next member's gradients take the place of these.
         self.learner.optimizer.zero_grad(set_to_none=True)
 
@@ -136,14 +147,36 @@ class Member:
         try:
             skipped = self.learner.settle()
         except FloatingPointError as error:
-            self.failed = str(error)
+            self.diverge(str(error), stream)
             return
         if skipped is not None:
             self.record("skipped", skipped._asdict(), stream)
 
+    def check(self, stream: Stream) -> None:
+        """Set `failed` if the weights are not finite; all ranks that train it call this."""
+        if not self.learner.is_finite:
+            self.diverge("some weights are NaN or infinite: training has diverged", stream)
+
+    def judge(self, stream: Stream) -> None:
+        """Set `failed` if the SAE is `HOPELESS` in the end, though its gradients were finite.
+
+        Held-out text alone does not decide: a row of it may be enormous.
+        """
+        explained = self.metrics.get("explained_variance")
+        if self.hopeless and (explained is None or explained < HOPELESS):
+            told = "" if explained is None else f" (explained variance {explained:,.4g})"
+            words = "the last batches" + (f" and held-out text{told}" if self.metrics else "")
+            reason = f"{words} are explained no better than by noise: training has diverged"
+            self.diverge(reason, stream)
+
+    def diverge(self, reason: str, stream: Stream) -> None:
+        """Set `failed`, and log it."""
+        self.failed = f"step {stream.steps:,}: {reason}; try a smaller lr than {self.lr:g}"
+        self.record("diverged", {"reason": self.failed}, stream)
+
     def record(self, kind: str, values: Mapping[str, Any], stream: Stream) -> None:
         """Log a record of this step, now or in the next `Session.sync`."""
-        entry = {"kind": kind, **stream.position(), **values}
+        entry = {"kind": kind, **stream.position(), **finite(values)}
         if self.owner is None:
             with self.mesh.world.together():
                 self.write([entry])
@@ -186,8 +219,10 @@ class Member:
         """
         sae, ending = None, {}
         if self.mine:
-            sae, ending = self.sae(stream), self._ending()
-            sae.metadata = self._facts(ending, stream)
+            ending = self._ending()
+            if self.learner.is_finite:  # else there is nothing to keep
+                sae = self.sae(stream)
+                sae.metadata = self._facts(ending, stream)
         if self.owner is not None:
             return sae, self._save_owned(self.owner, sae, ending, stream)
         if self.run is not None and sae is not None:
@@ -213,7 +248,7 @@ class Member:
             with self.mesh.world.together():
                 if self.mesh.first and self.saved:
                     save_metadata(self.run.sae, self._facts(ending, stream))
-                elif self.mesh.first:
+                elif self.mesh.first and "config" in state:
                     config = SAEConfig(**state["config"])
                     whole = sae or made_of(config, state["weights"], self.run.sae)
                     whole.save(self.run.sae, self._facts(ending, stream))
@@ -238,6 +273,14 @@ class Member:
         }
         return facts | ({"failed": self.failed} if self.failed else {})
 
+    def state_dict(self) -> dict[str, Any]:
+        """The state of its learner, and what `judge` has to know."""
+        return {**self.learner.state_dict(), "hopeless": self.hopeless}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.learner.load_state_dict(state)
+        self.hopeless = state.get("hopeless", False)  # which older checkpoints lack
+
     def restore_metrics(self) -> None:
         """Take over the final figures of an earlier session, after which nothing was trained."""
         assert self.run is not None  # it was resumed
@@ -248,8 +291,8 @@ class Member:
         """Take over the result of an earlier session, in which this member failed."""
         assert self.run is not None  # it was resumed
         with self.mesh.world.together():
-            sae = load(self.run.sae)
-        tokens = sae.metadata["tokens"]
+            sae = load(self.run.sae) if self.run.sae.exists() else None  # if it was finite
+        tokens = sae.metadata["tokens"] if sae else 0
         self.result = FitResult(sae if self.mine else None, tokens, {}, [], None, message)
         self._learner = None
 
@@ -332,20 +375,24 @@ class Session:
     def check_live(self) -> None:
         """Raise Diverged if no member learns any more."""
         if not self.live:
-            raise Diverged("\n".join(str(result.failed) for result in self.results.values()))
+            prefix = "{}: " if isinstance(self.folder, SweepFolder) or len(self.members) > 1 else ""
+            lines = (prefix.format(n) + str(r.failed) for n, r in self.results.items())
+            raise Diverged("\n".join(lines))
 
     def save(self) -> None:
         """Write a checkpoint, once all steps are known to be good."""
         self.stream.check()
         for member in self.own:
             member.settle(self.stream)
+            if member.failed is None:
+                member.check(self.stream)
         self.sync()
         self.check_live()
         if self.folder is not None:
             state = {
                 "stream": self.stream.state_dict(),
                 "members": {
-                    member.name: member.learner.state_dict() if member.mine else None
+                    member.name: member.state_dict() if member.mine else None
                     for member in self.live
                 },
                 "failed": {name: result.failed for name, result in self.results.items()},
@@ -354,9 +401,9 @@ class Session:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.stream.load_state_dict(state["stream"])
-        for name, learner in state["members"].items():
+        for name, own in state["members"].items():
             if self.members[name].mine:
-                self.members[name].learner.load_state_dict(learner)
+                self.members[name].load_state_dict(own)
                 if self.stream.done and not self.config.final_evaluation:
                     self.members[name].restore_metrics()
         for name, message in state["failed"].items():

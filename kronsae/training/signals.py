@@ -1,4 +1,4 @@
-"""Handling of SIGTERM and SIGINT in training: the step is finished, and everything saved."""
+"""Handling of SIGTERM, SIGINT and SIGHUP in training: the step is finished, everything saved."""
 
 import dataclasses
 import signal
@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
+from kronsae.commandline import STOPS
 from kronsae.system.parallel import RankLost
 
 
@@ -20,7 +21,10 @@ class Stop:
 
 @contextmanager
 def note_signals(interrupt: Callable[[], None]) -> Iterator[Stop]:
-    """Note the first SIGTERM or SIGINT and call `interrupt`; a second one acts as usual."""
+    """Note the first signal of `STOPS` and call `interrupt`; a second one acts as usual.
+
+    An ignored signal stays ignored, as SIGHUP is under nohup.
+    """
     stop = Stop()
     earlier: dict[int, Any] = {}
 
@@ -30,7 +34,8 @@ def note_signals(interrupt: Callable[[], None]) -> Iterator[Stop]:
         restore()
         name = signal.Signals(number).name
         message = f"\n{name}: finishing this step and saving (again to stop at once)"
-        with suppress(RuntimeError):  # the signal came in the middle of another print
+        # It may come in the middle of another print, or because the terminal was closed.
+        with suppress(RuntimeError, OSError, ValueError):
             print(message, file=sys.stderr)
 
     def restore() -> None:
@@ -38,8 +43,9 @@ def note_signals(interrupt: Callable[[], None]) -> Iterator[Stop]:
             signal.signal(number, handler)
 
     with suppress(ValueError):  # only the main thread handles signals
-        for number in (signal.SIGTERM, signal.SIGINT):
-            earlier[number] = signal.signal(number, handle)
+        for number in STOPS:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                earlier[number] = signal.signal(number, handle)
     try:
         yield stop
     except RankLost:

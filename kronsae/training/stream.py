@@ -14,6 +14,7 @@ from kronsae.data.common import is_finite
 from kronsae.errors import InputError
 from kronsae.model.massive import DEFAULT_MULTIPLE, MassiveTokens
 from kronsae.model.normalizer import SAMPLE_TOKENS, Normalizer
+from kronsae.system.devices import random_states, set_random_states
 
 
 class DataEnded(InputError):
@@ -272,6 +273,7 @@ class Stream:
             "pending": self.pending,
             "seen": self.seen.sums(),
             "torch_random_state": torch.get_rng_state(),
+            "random_states": random_states(),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -284,4 +286,6 @@ class Stream:
         if "seen" in state:  # which older checkpoints lack
             self.seen.sums().copy_(state["seen"])
         torch.set_rng_state(state["torch_random_state"])
+        if "random_states" in state:
+            set_random_states(state["random_states"])
         self.rated = (self.started, self.tokens, 0.0)
