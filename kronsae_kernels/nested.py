@@ -51,11 +51,12 @@ def check_bounds(bounds: Iterable[int], size: int) -> list[int]:
         bounds = bounds.tolist()
     if isinstance(bounds, Iterable):
         bounds = [as_integer(bound) for bound in bounds]
+    right, previous = isinstance(bounds, Sequence) and len(bounds) > 0, 0
+    for bound in bounds if right else ():  # (older torch.compile cannot trace all())
+        right = right and is_integer(bound) and previous < bound <= size
+        previous = bound if right else size
     require(
-        isinstance(bounds, Sequence)
-        and len(bounds) > 0
-        and all(is_integer(bound) and 1 <= bound <= size for bound in bounds)
-        and all(a < b for a, b in zip(bounds, bounds[1:], strict=False)),
+        right,
         lambda: (
             f"bounds: expected a list of ascending integers in [1, F] = [1, {size}], "
             f"got {shown(bounds)}"

@@ -157,6 +157,7 @@ def test_transforms(kind):
     ],
     ids=lambda point: "-".join(map(str, point.values())),
 )
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
 def test_saes_compile_whole(point, training):
     torch._dynamo.reset()
     heads = {"dict_size": 32} if "encoder" in point else {"heads": 8, "m": 2, "n": 2}

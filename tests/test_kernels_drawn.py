@@ -116,6 +116,7 @@ def close(got, expected):
 
 
 @pytest.mark.parametrize("seed", range(FAMILIES))
+@torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
 def test_drawn_autoencoders(seed):
     family = Family(seed)
     torch._dynamo.reset()

@@ -240,7 +240,8 @@ def test_tangents_of_narrow_dtypes(dtype):
 @pytest.fixture
 def fresh_compiler():
     torch._dynamo.reset()
-    yield
+    with torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True):
+        yield
     torch._dynamo.reset()
 
 
