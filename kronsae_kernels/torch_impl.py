@@ -3,8 +3,9 @@
 Selection is exact and never holds [B, F]: a head whose largest product M = max p max q is not
 among the k first (by M descending, head ascending) cannot hold one of the k largest latents, since
 each of the k heads before it holds a latent that precedes all of its own. So k heads are kept, and
-the k largest of their k m n latents are the k largest of all. Tokens are taken in chunks, so that
-the pre-latents of a chunk stay in the cache and memory does not grow with B.
+the k largest of their k m n latents are the k largest of all; of those heads' rows k are kept in
+the same way. Tokens are taken in chunks, so that the pre-latents of a chunk stay in the cache and
+memory does not grow with B.
 
 The rest is three sums over a sparse matrix C [B, N] with r entries a row, given as coefficients
 [B, r] and columns [B, r]: C table (`combine`), C^T y (`scatter`), and the derivative of the first
@@ -66,10 +67,10 @@ def encode(
         return indices, values, values.new_empty(0)
     heads, rows, _ = w_enc.shape
     n = rows - m
-    pres = projections(x, w_enc, b_enc, scratch=min(k, heads) * m * n)
+    scratch = min(k, heads) * (max(m, n) if mask is None and scale is None else m * n)
     parts = [
         select_kron(pre.view(-1, rows, heads), allowed, m, n, k, composition, scale=scale)
-        for pre, allowed in _with_masks(pres, mask)
+        for pre, allowed in _with_masks(projections(x, w_enc, b_enc, scratch), mask)
     ]
     return concatenate(parts, x, k, (torch.int64, dtype, dtype))
 
@@ -451,6 +452,8 @@ def select_kron(
     places = _few(mask, k * m * n) if few else None
     if places is not None:
         return _select_among(pre, places, m, n, k, composition, scale)
+    if mask is None and scale is None:
+        return _select_of_all(pre, m, n, k, composition)
     if k < heads:
         kept = top(_head_scores(pre, mask, m, composition, scale), k).sort(dim=1).values
         pre = pre.gather(2, kept[:, None, :].expand(-1, rows, -1))
@@ -475,6 +478,41 @@ def select_kron(
     base = factors.gather(1, slot * rows + base_row)
     extension = factors.gather(1, slot * rows + m + extension_row)
     return kept.gather(1, slot) * (m * n) + latent, base, extension
+
+
+def _select_of_all(
+    pre: Tensor, m: int, n: int, k: int, composition: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`select_kron` among all latents: k heads, k base rows of those, k latents of those.
+
+    A head's row i, its n latents with base i, is a group as a head is. With few heads the first
+    round would save nothing.
+    """
+    heads, dtype, kept = pre.shape[2], accumulate_dtype(pre.dtype), None
+    if heads > 4 * k:
+        kept = top(_head_scores(pre, None, m, composition, None), k).sort(dim=1).values
+        pre = pre.gather(2, kept[:, None, :].expand(-1, m + n, -1))
+        heads = k
+    base, extension = (part.transpose(1, 2) for part in pre.split([m, n], 1))
+    base = base.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    highest = extension.amax(2, keepdim=True).to(dtype)
+    if composition == "mul":
+        lowest = extension.amin(2, keepdim=True).to(dtype)
+        row_scores = torch.maximum(base * highest, base * lowest)
+    else:
+        row_scores = base.relu_() * highest.relu_()
+    # Heads and rows ascend, so a lower position is a lower latent index.
+    rows = top(row_scores.flatten(1), min(k, heads * m)).sort(dim=1).values
+    slot, base_row = divide(rows, m)
+    base = base.flatten(1).gather(1, rows)
+    extension = extension.gather(1, slot[:, :, None].expand(-1, -1, n)).to(dtype)
+    if composition != "mul":
+        extension = extension.relu_()
+    position = top((base[:, :, None] * extension).flatten(1), k)
+    row, extension_row = divide(position, n)
+    head = slot if kept is None else kept.gather(1, slot)
+    indices = (head * m + base_row).gather(1, row) * n + extension_row
+    return indices, base.gather(1, row), extension.flatten(1).gather(1, position)
 
 
 def _few(mask: Tensor | None, most: int) -> Tensor | None:

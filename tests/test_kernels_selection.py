@@ -6,7 +6,7 @@ import implementations
 import pytest
 import torch
 
-from kronsae_kernels import dense_encode, fused_encode, sparse_decode, torch_impl
+from kronsae_kernels import dense_encode, fused_encode, reference, sparse_decode, torch_impl
 from kronsae_kernels.common import COMPOSITIONS
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -117,6 +117,43 @@ def test_mul_where_all_products_are_negative():
     assert codes.indices.item() == 2
     codes = fused_encode(x, -w[:, :, None], m=2, k=1, composition="mul")
     assert (codes.values.item(), codes.indices.item()) == (-2.0, 2)
+
+
+def tied_pre_latents(tokens, rows, heads, dtype):
+    """[tokens, rows, heads]: of all kinds that decide by the index, a few tokens of each."""
+    pre = torch.randn(tokens, rows, heads).to(dtype)
+    few = torch.arange(tokens) % 8
+    pre[few == 1] = torch.randint(-2, 3, pre[few == 1].shape).to(dtype)  # equal factors
+    pre[few == 2] = 0.0
+    pre[few == 3] = -1.0
+    pre[few == 4] = 2.0 ** torch.randint(-3, 4, pre[few == 4].shape).to(dtype)  # equal products
+    pre[few == 5] *= torch.rand_like(pre[few == 5]) < 0.1  # fewer than k above 0
+    pre[few == 6] *= torch.finfo(dtype).tiny ** 0.5  # denormal products, some of them 0
+    return pre
+
+
+@pytest.mark.parametrize("composition", COMPOSITIONS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("heads", "m", "n", "k"),
+    [
+        (64, 32, 32, 32),
+        (9, 32, 32, 32),
+        (3, 17, 40, 64),
+        (50, 3, 5, 9),
+        (200, 1, 7, 5),
+        (2, 2, 2, 8),
+    ],
+)
+def test_heads_and_rows_that_are_left_out(heads, m, n, k, dtype, composition):
+    """The k largest lie in k rows of k heads, whatever ties: as if all products were sorted."""
+    pre = tied_pre_latents(40, m + n, heads, dtype)
+    by_head = pre.transpose(1, 2)
+    product = reference.products(by_head[..., :m], by_head[..., m:], composition).flatten(1)
+    expected = reference.largest(product, k)
+    indices, base, extension = torch_impl.select_kron(pre, None, m, n, k, composition)
+    assert torch.equal(indices, expected)
+    assert torch.equal(base * extension, product.gather(1, expected))
 
 
 # Rows that are not finite
