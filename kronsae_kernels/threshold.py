@@ -51,7 +51,7 @@ def threshold_encode(
         the gradient. Without it thresholds get none.
     composition, eps, impl, layout, order of the latents, gradients and errors: as in
     `fused_encode`.
-    Memory: O(B w) and one chunk of tokens' scores [b, F], forward alone.
+    Memory: O(B w) and one chunk of tokens' pre-latents (dense: scores [b, F]), forward alone.
     """
     rank = 2 if m is None else 3
     x, w_enc, b_enc = check_encoder(x, w_enc, b_enc, None, rank=rank, layout=layout)

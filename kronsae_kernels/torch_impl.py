@@ -16,7 +16,7 @@ Arguments are 2-D, checked by the public functions. Letters as in `common`.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import TypeVar, cast
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -151,48 +151,90 @@ def threshold_encode(
     entries that mean nothing.
     """
     size, dtype = threshold.shape[0], accumulate_dtype(x.dtype)
-    parts = [
-        _above(pre.to(dtype), w_enc.shape, threshold, m, eps, composition)
-        for pre in projections(x, w_enc, b_enc, scratch=size)
-    ]
-    counts, latents, *factors = concatenate(parts, x, 0, (torch.int64, torch.int64, dtype, dtype))
-    counts = counts.view(-1)
+    threshold = _without_nan(threshold.to(torch.promote_types(threshold.dtype, dtype)))
+    if m is None:
+        parts = [_above(pre.to(dtype), threshold) for pre in projections(x, w_enc, b_enc, size)]
+    else:
+        heads, rows, _ = w_enc.shape
+        limits = _Limits(threshold.view(heads, m, rows - m), composition, eps)
+        parts = [
+            _products_above(pre.view(-1, rows, heads), limits)
+            for pre in projections(x, w_enc, b_enc, scratch=0)
+        ]
+    dtypes = torch.int64, torch.int64, dtype, dtype
+    counts, latents, base, extension = concatenate(parts, x, None, dtypes)
     width = max(1, int(counts.max()) if counts.numel() else 0)
     used = torch.arange(width, device=x.device) < counts[:, None]
     indices = torch.arange(used.numel(), device=x.device).remainder_(size).view(used.shape)
-    base = torch.zeros(used.shape, dtype=dtype, device=x.device)
-    extension = torch.zeros_like(base)
-    for slots, entries in zip((indices, base, extension), (latents, *factors), strict=True):
-        slots[used] = entries.view(-1)
-    return base, extension, indices, counts
+    indices.masked_scatter_(used, latents)
+    base, extension = (
+        torch.zeros(used.shape, dtype=dtype, device=x.device).masked_scatter_(used, factor)
+        for factor in (base, extension)
+    )
+    # Largest first. Latents are in order so far, and the sort is stable.
+    product = base if m is None else base * extension
+    order = product.where(used, -torch.inf).sort(dim=1, descending=True, stable=True).indices
+    return base.gather(1, order), extension.gather(1, order), indices.gather(1, order), counts
 
 
-def _above(
-    pre: Tensor, shape: torch.Size, threshold: Tensor, m: int | None, eps: float, composition: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Active latents of a chunk of b tokens: how many each token has [b]; then, token by token,
-    the latents and their two factors. shape: that of w_enc."""
-    if m is None:
-        product = values = pre.relu()
-    else:
-        factors = pre.view(-1, shape[1], shape[0]).transpose(1, 2)
+def _without_nan(x: Tensor) -> Tensor:
+    """x with infinity for NaN: a threshold that no value exceeds, a product that may hide some."""
+    return x.nan_to_num(torch.inf, torch.inf, -torch.inf)
+
+
+Above = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Active latents of b tokens: how many each token has [b]; then, token by token and in order, the
+latents and their two factors."""
+
+
+def _above(pre: Tensor, threshold: Tensor) -> Above:
+    """`threshold_encode` of a chunk from a dense encoder's pre-activations [b, F]."""
+    token, latent = (pre > threshold.clamp(min=0)).nonzero().unbind(1)
+    values = pre[token, latent]
+    return token.bincount(minlength=len(pre)), latent, values, values
+
+
+class _Limits(NamedTuple):
+    """Thresholds [h, m, n] of the values of products."""
+
+    threshold: Tensor
+    composition: str
+    eps: float
+
+    def exceeded(self, product: Tensor, threshold: Tensor) -> Tensor:
+        """Where a latent with this product is active. Its value grows with the product."""
+        values = reference.compose(product, self.composition, self.eps)
+        return (values > threshold) & (product > 0)
+
+
+def _products_above(pre: Tensor, limits: _Limits) -> Above:
+    """`threshold_encode` of a chunk from a Kron encoder's pre-latents [b, m + n, h].
+
+    Where a head's largest product does not exceed its lowest threshold, no other does; and so with
+    its base rows. Products are formed in the others alone.
+    """
+    heads, m, n = limits.threshold.shape
+    dtype, composition = accumulate_dtype(pre.dtype), limits.composition
+    of_rows = limits.threshold.amin(2)
+    scores = _without_nan(_head_scores(pre, None, m, composition, None))
+    pairs = limits.exceeded(scores, of_rows.amin(1)).nonzero()
+    parts = []
+    for span in spans(len(pairs), m * n * dtype.itemsize, pre.device):
+        token, head = pairs[span].unbind(1)
+        factors = pre[token, :, head].to(dtype)
         if composition != "mul":
-            factors = factors.relu()
-        base, extension = factors[..., :m], factors[..., m:]
-        product = (base[..., :, None] * extension[..., None, :]).flatten(1)
-        values = reference.compose(product, composition, eps)
-    token, latent = ((values > threshold) & (product > 0)).nonzero(as_tuple=True)
-    # Largest first. `nonzero` gives latents in order, and both sorts are stable.
-    order = product[token, latent].argsort(descending=True, stable=True)
-    order = order[token[order].argsort(stable=True)]
-    token, latent = token[order], latent[order]
-    counts = token.bincount(minlength=len(pre))
-    if m is None:
-        return counts, latent, product[token, latent], product[token, latent]
-    n = shape[1] - m
-    head, of_head = divide(latent, m * n)
-    row, column = divide(of_head, n)
-    return counts, latent, base[token, head, row], extension[token, head, column]
+            factors = factors.relu_()
+        base, extension = factors[:, :m], factors[:, m:]
+        scores = _without_nan(_row_scores(base, extension, composition))
+        pair, row = limits.exceeded(scores, of_rows[head]).nonzero().unbind(1)
+        token, head, base, extension = token[pair], head[pair], base[pair, row], extension[pair]
+        product = base[:, None] * extension
+        place, column = limits.exceeded(product, limits.threshold[head, row]).nonzero().unbind(1)
+        latents = ((head * m + row) * n)[place] + column
+        parts.append((token[place], latents, base[place], extension[place, column]))
+    dtypes = torch.int64, torch.int64, dtype, dtype
+    token, latents, base, extension = concatenate(parts, pre, None, dtypes)
+    return token.bincount(minlength=len(pre)), latents, base, extension
 
 
 # Decode
@@ -495,14 +537,11 @@ def _select_of_all(
         heads = k
     base, extension = (part.transpose(1, 2) for part in pre.split([m, n], 1))
     base = base.to(dtype, copy=True, memory_format=torch.contiguous_format)
-    highest = extension.amax(2, keepdim=True).to(dtype)
-    if composition == "mul":
-        lowest = extension.amin(2, keepdim=True).to(dtype)
-        row_scores = torch.maximum(base * highest, base * lowest)
-    else:
-        row_scores = base.relu_() * highest.relu_()
+    if composition != "mul":
+        base = base.relu_()
+    row_scores = _row_scores(base, extension, composition).flatten(1)
     # Heads and rows ascend, so a lower position is a lower latent index.
-    rows = top(row_scores.flatten(1), min(k, heads * m)).sort(dim=1).values
+    rows = top(row_scores, min(k, heads * m)).sort(dim=1).values
     slot, base_row = divide(rows, m)
     base = base.flatten(1).gather(1, rows)
     extension = extension.gather(1, slot[:, :, None].expand(-1, -1, n)).to(dtype)
@@ -580,6 +619,18 @@ def _head_scores(
         torch.maximum(highest[0] * highest[1], lowest[0] * lowest[1]),
         torch.maximum(highest[0] * lowest[1], lowest[0] * highest[1]),
     )
+
+
+def _row_scores(base: Tensor, extension: Tensor, composition: str) -> Tensor:
+    """Largest product of each base [..., m] with an extension [..., n], as in `_head_scores`.
+
+    base: after the ReLU, if there is one; extension: before or after it.
+    """
+    highest = extension.amax(-1, keepdim=True).to(base.dtype)
+    if composition != "mul":
+        return base * highest.relu_()
+    lowest = extension.amin(-1, keepdim=True).to(base.dtype)
+    return torch.maximum(base * highest, base * lowest)
 
 
 def select_dense(
@@ -665,11 +716,12 @@ def spans(
 
 
 def concatenate(
-    parts: Sequence[Tensors], x: Tensor, k: int, dtypes: tuple[torch.dtype, ...]
+    parts: Sequence[Tensors], x: Tensor, k: int | None, dtypes: tuple[torch.dtype, ...]
 ) -> Tensors:
-    """The results of all chunks as one."""
+    """The results of all chunks as one; k None: their tensors are 1-D."""
     if not parts:
-        joined = [x.new_empty(0, k, dtype=dtype) for dtype in dtypes]
+        shape = (0,) if k is None else (0, k)
+        joined = [x.new_empty(shape, dtype=dtype) for dtype in dtypes]
     elif len(parts) == 1:
         joined = [part.contiguous() for part in parts[0]]
     else:

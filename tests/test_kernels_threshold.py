@@ -65,6 +65,38 @@ def test_below_all_it_is_all_that_is_active(kind):
     assert torch.equal(codes.indices[used], top.indices[used])
 
 
+def integers(*shape, dtype):
+    return torch.randint(-2, 3, shape).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("heads", "m", "n"), [(1, 1, 1), (7, 3, 5), (40, 1, 9), (3, 17, 20)])
+def test_heads_and_rows_that_are_left_out(kind, heads, m, n, dtype, monkeypatch):
+    """Bit for bit the reference's, where values equal thresholds, each other and 0."""
+    monkeypatch.setitem(torch_impl.CHUNK_BYTES, "cpu", 1)
+    monkeypatch.setattr(torch_impl, "MIN_CHUNK_TOKENS", 11)  # also of heads that are looked into
+    size = heads * m * n
+    kind = {**kind, "m": m} if "m" in kind else kind
+    rows = (heads, m + n) if "m" in kind else (size,)
+    x, w_enc, b_enc = (integers(*shape, dtype=dtype) for shape in ((23, 4), (*rows, 4), rows))
+    x[5], x[6, 2], w_enc.view(-1, 4)[0, 1] = 0, torch.nan, torch.nan
+    odd = torch.tensor([-1.0, 0.0, 2.0**0.5, 2.0, 6.0, torch.nan, torch.inf, -torch.inf])
+    for threshold in (
+        odd[torch.randint(len(odd), (size,))],
+        odd[torch.randint(2, 5, (size,))].double().exp2().sqrt(),
+        torch.full((size,), -torch.inf),
+        torch.full((size,), 1e30),
+        (2 * torch.rand(heads, 1) + torch.rand(heads, m * n)).flatten().to(dtype)[:size],
+    ):
+        got, expected = (
+            threshold_encode(x, w_enc, b_enc, threshold=threshold, **kind, impl=impl)
+            for impl in ("torch", "reference")
+        )
+        used = expected.values > 0
+        assert torch.equal(got.values, expected.values)
+        assert torch.equal(got.indices[used], expected.indices[used])
+
+
 def test_leading_dimensions_and_no_tokens(kind):
     x, *weights = tensors(kind, torch.float32)
     threshold = torch.full((F,), 0.5)
