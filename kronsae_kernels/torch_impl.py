@@ -305,7 +305,7 @@ def decode_backward(
             d_values = d_values.masked_fill(indices >= bounds[-1], 0)
         d_values = d_values.to(values.dtype)
     if need_w:
-        d_w = scatter(values, *group(indices, w_dec.shape[0]), y, rows).to(w_dec.dtype)
+        d_w = scatter(values, *group(values, indices, w_dec.shape[0]), y, rows).to(w_dec.dtype)
     return d_values, d_w
 
 
@@ -339,8 +339,13 @@ def combine(coefficients: Tensor, columns: Tensor, table: Tensor) -> Tensor:
     if columns.numel() == 0:
         return table.new_zeros(columns.shape[0], table.shape[1], dtype=dtype)
     if table.dtype == dtype:
+        used, starts = coefficients != 0, None
+        counts = used.sum(1)
+        if 2 * int(counts.sum()) < used.numel():  # codes as wide as one token needs
+            columns, coefficients = columns[used], coefficients[used]
+            starts = counts.cumsum(0) - counts
         columns, coefficients = columns.contiguous(), coefficients.contiguous()
-        return embedding_bag(columns, table, mode="sum", per_sample_weights=coefficients)
+        return embedding_bag(columns, table, starts, mode="sum", per_sample_weights=coefficients)
     # embedding_bag wants the coefficients in the table's dtype, which would round them.
     out = [
         torch.bmm(coefficients[span, None, :], table[columns[span]].to(dtype)).squeeze(1)
@@ -371,14 +376,15 @@ def _row_dots(y: Tensor, columns: Tensor, table: Tensor, rows: Tensor) -> Tensor
     ).view(columns.shape)
 
 
-def group(columns: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """Entries of [B, r] sorted by column (stably): order [B r], and each column's start [size]."""
-    keys = columns.reshape(-1)
+def group(coefficients: Tensor, columns: Tensor, size: int) -> tuple[Tensor, Tensor]:
+    """Entries of [B, r] that are not 0, sorted by column (stably); each column's start [size]."""
+    entries = coefficients.reshape(-1).nonzero().squeeze(1)
+    keys = columns.reshape(-1)[entries]
     if size < 2**31:
         keys = keys.int()  # half the time of int64
     ordered, order = keys.sort(stable=True)
     starts = torch.searchsorted(ordered, torch.arange(size, dtype=keys.dtype, device=keys.device))
-    return order, starts
+    return entries[order], starts
 
 
 def scatter(
@@ -402,7 +408,7 @@ def _scatter_linear(
 ) -> tuple[Tensor, Tensor]:
     """Gradients [size, d], [size] of a linear layer's weight and bias, in x's dtype."""
     dtype = accumulate_dtype(x.dtype)
-    grouped = group(columns, size)
+    grouped = group(coefficients, columns, size)
     d_w = scatter(coefficients, *grouped, x.to(dtype)).to(x.dtype)
     entries = coefficients.to(dtype).reshape(-1, 1)
     d_b = scatter(torch.ones_like(entries), *grouped, entries).to(x.dtype)

@@ -305,3 +305,24 @@ def test_chunks_of_sums_in_bfloat16(chunk, monkeypatch):
     for one, of_truth in zip(got, truth, strict=True):
         # A float32 sum of 9 terms at most, each below 4 * 4.
         assert (one - of_truth).abs().max() < 10 * 2**-24 * 9 * 16
+
+
+@pytest.mark.parametrize("used", [0.0, 0.1, 0.9])
+def test_slots_of_value_0_are_left_out(used):
+    """Sums over codes of which most slots are unused: bit for bit those over all slots."""
+    table, y, columns = torch.randn(50, 9), torch.randn(10, 9), torch.randint(50, (10, 40))
+    coefficients = torch.randn(10, 40) * (torch.rand(10, 40) < used)
+    got = torch_impl.combine(coefficients, columns, table)
+    rows = table[columns] * coefficients[..., None]
+    torch.testing.assert_close(got, rows.sum(1))
+    every = torch.nn.functional.embedding_bag(
+        columns, table, mode="sum", per_sample_weights=coefficients
+    )
+    assert torch.equal(got, every)
+    grouped = torch_impl.group(coefficients, columns, 50)
+    assert len(grouped[0]) == coefficients.count_nonzero()
+    expected = torch.zeros(50, 9, dtype=torch.float64)
+    products = coefficients.double()[..., None] * y.double()[:, None]
+    expected.index_add_(0, columns.view(-1), products.flatten(0, 1))
+    got = torch_impl.scatter(coefficients, *grouped, y)
+    torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
