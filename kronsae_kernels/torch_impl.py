@@ -156,7 +156,7 @@ def threshold_encode(
         parts = [_above(pre.to(dtype), threshold) for pre in projections(x, w_enc, b_enc, size)]
     else:
         heads, rows, _ = w_enc.shape
-        limits = _Limits(threshold.view(heads, m, rows - m), composition, eps)
+        limits = _Limits(threshold.reshape(heads, m, rows - m), composition, eps)
         parts = [
             _products_above(pre.view(-1, rows, heads), limits)
             for pre in projections(x, w_enc, b_enc, scratch=0)
