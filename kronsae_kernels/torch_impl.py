@@ -15,7 +15,9 @@ these. All three are deterministic.
 Arguments are 2-D, checked by the public functions. Letters as in `common`.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple, TypeVar, cast
 
 import torch
@@ -28,11 +30,15 @@ from kronsae_kernels.common import accumulate_dtype
 CHUNK_BYTES = {"cpu": 8 << 20}
 """Size of the pre-latents of one chunk of tokens, by device type: the cache, on a CPU."""
 DEFAULT_CHUNK_BYTES = 1 << 30
+WHOLE = 2
+"""Chunks up to so many times CHUNK_BYTES are made at once: fewer rounds, and no new pages."""
 MIN_CHUNK_TOKENS = 256
 """Fewer tokens make the matrix product inefficient."""
 TILE_TOKENS = 128
 """Tokens of a tile of the product on a GPU, of which chunks are multiples."""
 Tensors = TypeVar("Tensors", bound=tuple[Tensor, ...])
+Block = tuple[int, Tensor]
+"""Number of the first head, and pre-latents [b, m + n, c] of c heads (dense: [b, 1, c])."""
 
 
 # Encode
@@ -57,6 +63,14 @@ def encode(
     scale [F]: they compete by their product times it.
     """
     dtype = accumulate_dtype(x.dtype)
+    if mask is None and scale is None:
+        chunks = blocks(x, w_enc, b_enc, k)
+        if m is None:
+            dense = [_largest_of_dense(chunk, k, composition) for chunk in chunks]
+            indices, values = concatenate(dense, x, k, (torch.int64, dtype))
+            return indices, values, values.new_empty(0)
+        parts = [_largest_of_kron(chunk, m, k, composition) for chunk in chunks]
+        return concatenate(parts, x, k, (torch.int64, dtype, dtype))
     if m is None:
         signed = composition == "mul"
         dense = [
@@ -67,10 +81,10 @@ def encode(
         return indices, values, values.new_empty(0)
     heads, rows, _ = w_enc.shape
     n = rows - m
-    scratch = min(k, heads) * (max(m, n) if mask is None and scale is None else m * n)
+    pres = projections(x, w_enc, b_enc, scratch=min(k, heads) * m * n)
     parts = [
         select_kron(pre.view(-1, rows, heads), allowed, m, n, k, composition, scale=scale)
-        for pre, allowed in _with_masks(projections(x, w_enc, b_enc, scratch), mask)
+        for pre, allowed in _with_masks(pres, mask)
     ]
     return concatenate(parts, x, k, (torch.int64, dtype, dtype))
 
@@ -153,16 +167,22 @@ def threshold_encode(
     size, dtype = threshold.shape[0], accumulate_dtype(x.dtype)
     threshold = _without_nan(threshold.to(torch.promote_types(threshold.dtype, dtype)))
     if m is None:
-        parts = [_above(pre.to(dtype), threshold) for pre in projections(x, w_enc, b_enc, size)]
+        above = partial(_above, threshold=threshold)
     else:
-        heads, rows, _ = w_enc.shape
-        limits = _Limits(threshold.reshape(heads, m, rows - m), composition, eps)
-        parts = [
-            _products_above(pre.view(-1, rows, heads), limits)
-            for pre in projections(x, w_enc, b_enc, scratch=0)
-        ]
+        limits = threshold.reshape(w_enc.shape[0], m, -1)
+        above = partial(_products_above, limits=_Limits(limits, composition, eps))
+    parts, begin = [], 0
+    for chunk in blocks(x, w_enc, b_enc, k=1):
+        for start, block in chunk:
+            token, *found = above(block, start)
+            parts.append((token + begin, *found))
+        begin += len(block)
     dtypes = torch.int64, torch.int64, dtype, dtype
-    counts, latents, base, extension = concatenate(parts, x, None, dtypes)
+    token, latents, base, extension = concatenate(parts, x, None, dtypes)
+    counts = token.bincount(minlength=x.shape[0])
+    if len(parts) > 1:
+        order = token.argsort(stable=True)
+        latents, base, extension = latents[order], base[order], extension[order]
     width = max(1, int(counts.max()) if counts.numel() else 0)
     used = torch.arange(width, device=x.device) < counts[:, None]
     indices = torch.arange(used.numel(), device=x.device).remainder_(size).view(used.shape)
@@ -183,15 +203,16 @@ def _without_nan(x: Tensor) -> Tensor:
 
 
 Above = tuple[Tensor, Tensor, Tensor, Tensor]
-"""Active latents of b tokens: how many each token has [b]; then, token by token and in order, the
-latents and their two factors."""
+"""Active latents of a block, token by token and in order: token, latent, and its two factors."""
 
 
-def _above(pre: Tensor, threshold: Tensor) -> Above:
-    """`threshold_encode` of a chunk from a dense encoder's pre-activations [b, F]."""
-    token, latent = (pre > threshold.clamp(min=0)).nonzero().unbind(1)
-    values = pre[token, latent]
-    return token.bincount(minlength=len(pre)), latent, values, values
+def _above(block: Tensor, start: int, threshold: Tensor) -> Above:
+    """`threshold_encode` of a block [b, 1, c] of a dense encoder's pre-activations."""
+    pre = block[:, 0].to(accumulate_dtype(block.dtype))
+    limits = threshold[start : start + pre.shape[1]].clamp(min=0)
+    token, column = (pre > limits).nonzero().unbind(1)
+    values = pre[token, column]
+    return token, start + column, values, values
 
 
 class _Limits(NamedTuple):
@@ -207,15 +228,16 @@ class _Limits(NamedTuple):
         return (values > threshold) & (product > 0)
 
 
-def _products_above(pre: Tensor, limits: _Limits) -> Above:
-    """`threshold_encode` of a chunk from a Kron encoder's pre-latents [b, m + n, h].
+def _products_above(pre: Tensor, start: int, limits: _Limits) -> Above:
+    """`threshold_encode` of a block [b, m + n, c] of a Kron encoder's pre-latents.
 
     Where a head's largest product does not exceed its lowest threshold, no other does; and so with
     its base rows. Products are formed in the others alone.
     """
-    heads, m, n = limits.threshold.shape
+    _, m, n = limits.threshold.shape
     dtype, composition = accumulate_dtype(pre.dtype), limits.composition
-    of_rows = limits.threshold.amin(2)
+    threshold = limits.threshold[start : start + pre.shape[2]]
+    of_rows = threshold.amin(2)
     scores = _without_nan(_head_scores(pre, None, m, composition, None))
     pairs = limits.exceeded(scores, of_rows.amin(1)).nonzero()
     parts = []
@@ -229,12 +251,11 @@ def _products_above(pre: Tensor, limits: _Limits) -> Above:
         pair, row = limits.exceeded(scores, of_rows[head]).nonzero().unbind(1)
         token, head, base, extension = token[pair], head[pair], base[pair, row], extension[pair]
         product = base[:, None] * extension
-        place, column = limits.exceeded(product, limits.threshold[head, row]).nonzero().unbind(1)
-        latents = ((head * m + row) * n)[place] + column
+        place, column = limits.exceeded(product, threshold[head, row]).nonzero().unbind(1)
+        latents = (((start + head) * m + row) * n)[place] + column
         parts.append((token[place], latents, base[place], extension[place, column]))
     dtypes = torch.int64, torch.int64, dtype, dtype
-    token, latents, base, extension = concatenate(parts, pre, None, dtypes)
-    return token.bincount(minlength=len(pre)), latents, base, extension
+    return concatenate(parts, pre, None, dtypes)
 
 
 # Decode
@@ -501,7 +522,7 @@ def select_kron(
     if places is not None:
         return _select_among(pre, places, m, n, k, composition, scale)
     if mask is None and scale is None:
-        return _select_of_all(pre, m, n, k, composition)
+        return _largest_of_kron([(0, pre)], m, k, composition)
     if k < heads:
         kept = top(_head_scores(pre, mask, m, composition, scale), k).sort(dim=1).values
         pre = pre.gather(2, kept[:, None, :].expand(-1, rows, -1))
@@ -528,19 +549,17 @@ def select_kron(
     return kept.gather(1, slot) * (m * n) + latent, base, extension
 
 
-def _select_of_all(
-    pre: Tensor, m: int, n: int, k: int, composition: str
+def _largest_of_kron(
+    chunk: Iterable[Block], m: int, k: int, composition: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`select_kron` among all latents: k heads, k base rows of those, k latents of those.
 
-    A head's row i, its n latents with base i, is a group as a head is. With few heads the first
-    round would save nothing.
+    A head's row i, its n latents with base i, is a group as a head is.
     """
-    heads, dtype, kept = pre.shape[2], accumulate_dtype(pre.dtype), None
-    if heads > 4 * k:
-        kept = top(_head_scores(pre, None, m, composition, None), k).sort(dim=1).values
-        pre = pre.gather(2, kept[:, None, :].expand(-1, m + n, -1))
-        heads = k
+    kept, pre = _largest_columns(
+        chunk, k, lambda block: _head_scores(block, None, m, composition, None)
+    )
+    n, heads, dtype = pre.shape[1] - m, pre.shape[2], accumulate_dtype(pre.dtype)
     base, extension = (part.transpose(1, 2) for part in pre.split([m, n], 1))
     base = base.to(dtype, copy=True, memory_format=torch.contiguous_format)
     if composition != "mul":
@@ -555,9 +574,70 @@ def _select_of_all(
         extension = extension.relu_()
     position = top((base[:, :, None] * extension).flatten(1), k)
     row, extension_row = divide(position, n)
-    head = slot if kept is None else kept.gather(1, slot)
+    head = kept.gather(1, slot)
     indices = (head * m + base_row).gather(1, row) * n + extension_row
     return indices, base.gather(1, row), extension.flatten(1).gather(1, position)
+
+
+def _largest_of_dense(chunk: Iterable[Block], k: int, composition: str) -> tuple[Tensor, Tensor]:
+    """`select_dense` among all latents."""
+
+    def scores(block: Tensor) -> Tensor:
+        return block[:, 0] if composition == "mul" else block[:, 0].relu_()
+
+    kept, values = _largest_columns(chunk, k, scores)
+    values = values[:, 0].to(accumulate_dtype(values.dtype))
+    order = top(values, k)
+    return kept.gather(1, order), values.gather(1, order)
+
+
+def _largest_columns(
+    chunk: Iterable[Block], k: int, scores_of: Callable[[Tensor], Tensor]
+) -> tuple[Tensor, Tensor]:
+    """The k columns with the largest scores, ascending: their numbers [b, k], and [b, r, k].
+
+    More of them where all are few.
+    scores_of: [b, c] of a block [b, r, c]. Of equal scores the first counts, so that a column of a
+    later block must exceed the k-th largest score before it, which soon few do.
+    """
+    held: list[Tensor] = []  # scores [b, k], columns [b, k], and these themselves [b, r, k]
+    for start, block in chunk:
+        scores = scores_of(block)
+        if not held:
+            if scores.shape[1] <= 4 * k:  # all there are, and too few to leave some out
+                return torch.arange(scores.shape[1], device=scores.device).expand_as(scores), block
+            columns = top(scores, k).sort(dim=1).values
+            held = [scores.gather(1, columns), columns, _gather_columns(block, columns)]
+            continue
+        columns, used = _exceeding(scores, held[0].amin(1, keepdim=True), k)
+        if columns.shape[1]:
+            scores = scores.gather(1, columns).masked_fill_(~used, -torch.inf)
+            found = scores, columns + start, _gather_columns(block, columns)
+            scores, numbers, block = (torch.cat(pair, -1) for pair in zip(held, found, strict=True))
+            places = top(scores, k).sort(dim=1).values
+            held = [scores.gather(1, places), numbers.gather(1, places)]
+            held.append(_gather_columns(block, places))
+    return held[1], held[2]
+
+
+def _exceeding(scores: Tensor, bar: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Columns [b, w] of scores [b, c] above a bar [b, 1] (or NaN), ascending; which are used.
+
+    The k largest of them, if a token has more.
+    """
+    token, columns = (~(scores <= bar)).nonzero().unbind(1)
+    counts = token.bincount(minlength=len(scores))
+    width = int(counts.max())
+    if width > k:
+        columns = top(scores, k).sort(dim=1).values
+        return columns, torch.ones_like(columns, dtype=torch.bool)
+    used = torch.arange(width, device=scores.device) < counts[:, None]
+    return torch.zeros_like(used, dtype=torch.int64).masked_scatter_(used, columns), used
+
+
+def _gather_columns(block: Tensor, columns: Tensor) -> Tensor:
+    """Columns [b, k] of each token of a block [b, r, c]: [b, r, k]."""
+    return block.gather(2, columns[:, None, :].expand(-1, block.shape[1], -1))
 
 
 def _few(mask: Tensor | None, most: int) -> Tensor | None:
@@ -698,6 +778,51 @@ def projections(x: Tensor, w_enc: Tensor, b_enc: Tensor | None, scratch: int) ->
         else:
             torch.addmm(bias, x[span], weight.t(), out=pre)
         yield pre
+
+
+def blocks(x: Tensor, w_enc: Tensor, b_enc: Tensor | None, k: int) -> Iterator[Iterable[Block]]:
+    """x w_enc^T + b_enc for each chunk of tokens, a block of heads at a time in one buffer.
+
+    A block has all heads but where those of a chunk are much larger than the cache; then more than
+    4k that fit into it.
+    """
+    weight = w_enc[None] if w_enc.ndim == 2 else w_enc.transpose(0, 1)
+    rows, heads, _ = weight.shape
+    chunks = spans(x.shape[0], rows * heads * x.element_size(), x.device)
+    tokens = max((span.stop - span.start for span in chunks), default=1)
+    budget = CHUNK_BYTES.get(x.device.type, DEFAULT_CHUNK_BYTES)
+    width = max(8 * k, budget // (tokens * rows * x.element_size()))
+    if heads <= WHOLE * width:
+        for pre in projections(x, w_enc, b_enc, scratch=0):
+            yield [(0, pre.view(-1, rows, heads))]
+        return
+    width = _multiple(math.ceil(heads / math.ceil(heads / width)), 64)
+    bias = None if b_enc is None else b_enc.reshape(heads, rows).t()
+    buffer = x.new_empty(rows * tokens * width)
+    for span in chunks:
+        yield _blocks_of_chunk(x[span], weight, bias, buffer, width)
+
+
+def _blocks_of_chunk(
+    x: Tensor, weight: Tensor, bias: Tensor | None, buffer: Tensor, width: int
+) -> Iterator[Block]:
+    """The blocks of `width` heads of a chunk x [b, d]. weight: [r, h, d]; bias: [r, h]."""
+    for start in range(0, weight.shape[1], width):
+        part = weight[:, start : start + width]
+        rows, heads, _ = part.shape
+        block = buffer[: rows * len(x) * heads].view(rows, len(x), heads)
+        for row in range(rows):
+            if bias is None:
+                torch.mm(x, part[row].t(), out=block[row])
+            else:
+                own = bias[row, start : start + width]
+                torch.addmm(own, x, part[row].t(), out=block[row])
+        yield start, block.transpose(0, 1)
+
+
+def _multiple(number: int, of: int) -> int:
+    """The next multiple."""
+    return -(-number // of) * of
 
 
 def chunk_tokens(bytes_per_token: int, device: torch.device, least: int | None = None) -> int:

@@ -326,3 +326,53 @@ def test_slots_of_value_0_are_left_out(used):
     expected.index_add_(0, columns.view(-1), products.flatten(0, 1))
     got = torch_impl.scatter(coefficients, *grouped, y)
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+# Blocks of heads
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Blocks of 64 heads, of chunks of 5 tokens."""
+    monkeypatch.setitem(torch_impl.CHUNK_BYTES, "cpu", 1)
+    monkeypatch.setattr(torch_impl, "MIN_CHUNK_TOKENS", 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("composition", [*COMPOSITIONS, None])
+@pytest.mark.parametrize(("heads", "k"), [(64, 2), (65, 2), (300, 3), (641, 4), (200, 11)])
+def test_blocks_of_heads_change_nothing(heads, k, composition, dtype, small_blocks):
+    """Where later heads tie with earlier ones, exceed them all, or are not numbers; None: dense."""
+    rows = (heads, 5) if composition else (heads,)
+    x, w_enc, b_enc = (integers(*shape, dtype=dtype) for shape in ((23, 6), (*rows, 6), rows))
+    x[3], b_enc[-3:] = 0, 9  # ties of all heads but the last
+    x[7, 2] = torch.nan
+    if composition:
+        encode, options = fused_encode, {"m": 2, "composition": composition}
+    else:
+        encode, options = dense_encode, {}
+    got, expected = (
+        encode(x, w_enc, b_enc, k=k, impl=impl, **options) for impl in ("torch", "reference")
+    )
+    numbers = torch.arange(23) != 7
+    assert_same([part[numbers] for part in got], [part[numbers] for part in expected])
+    assert got.values[7].isnan().all()
+    assert len(set(got.indices[7].tolist())) == k
+    # Heads that hold nothing come first, then some that are not numbers.
+    w_enc[: heads // 2], b_enc[: heads // 2], w_enc[-2] = 0, -1, torch.nan
+    got, expected = (
+        encode(x[numbers], w_enc, b_enc, k=k, impl=impl, **options)
+        for impl in ("torch", "reference")
+    )
+    assert torch.equal(got.values.isnan(), expected.values.isnan())
+    settled = ~expected.values.isnan()
+    assert torch.equal(got.values[settled], expected.values[settled])
+    assert torch.equal(got.indices[settled], expected.indices[settled])
+
+
+def test_blocks_are_made_of_wide_encoders_alone(monkeypatch):
+    """Each chunk of S1 and S2 is one product; at F = 2^18 it is made of blocks in the cache."""
+    for heads, count in ((512, 1), (2048, 1), (4096, 4), (2**14, 16)):
+        x, w_enc = torch.empty(256, 1), torch.empty(heads, 8, 1)
+        (chunk, *_) = torch_impl.blocks(x, w_enc, None, 64)
+        assert len(list(chunk)) == count

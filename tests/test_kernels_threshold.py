@@ -70,7 +70,9 @@ def integers(*shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(("heads", "m", "n"), [(1, 1, 1), (7, 3, 5), (40, 1, 9), (3, 17, 20)])
+@pytest.mark.parametrize(
+    ("heads", "m", "n"), [(1, 1, 1), (7, 3, 5), (40, 1, 9), (3, 17, 20), (200, 1, 2)]
+)
 def test_heads_and_rows_that_are_left_out(kind, heads, m, n, dtype, monkeypatch):
     """Bit for bit the reference's, where values equal thresholds, each other and 0."""
     monkeypatch.setitem(torch_impl.CHUNK_BYTES, "cpu", 1)
