@@ -22,7 +22,7 @@ from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag
+from torch.nn.functional import embedding, embedding_bag
 
 from kronsae_kernels import reference
 from kronsae_kernels.common import accumulate_dtype
@@ -30,8 +30,10 @@ from kronsae_kernels.common import accumulate_dtype
 CHUNK_BYTES = {"cpu": 8 << 20}
 """Size of the pre-latents of one chunk of tokens, by device type: the cache, on a CPU."""
 DEFAULT_CHUNK_BYTES = 1 << 30
+FEW_PER_K = 4
+"""Up to so many heads times k, choosing k of them first costs more than it saves."""
 WHOLE = 2
-"""Chunks up to so many times CHUNK_BYTES are made at once: fewer rounds, and no new pages."""
+"""Chunks up to so many times CHUNK_BYTES (dense: twice that) are made at once, in fewer rounds."""
 MIN_CHUNK_TOKENS = 256
 """Fewer tokens make the matrix product inefficient."""
 TILE_TOKENS = 128
@@ -559,28 +561,30 @@ def _largest_of_kron(
     kept, pre = _largest_columns(
         chunk, k, lambda block: _head_scores(block, None, m, composition, None)
     )
-    n, heads, dtype = pre.shape[1] - m, pre.shape[2], accumulate_dtype(pre.dtype)
-    base, extension = (part.transpose(1, 2) for part in pre.split([m, n], 1))
-    base = base.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    dtype, contiguous = accumulate_dtype(pre.dtype), torch.contiguous_format
+    factors = pre.transpose(1, 2).to(dtype, copy=True, memory_format=contiguous)
     if composition != "mul":
-        base = base.relu_()
-    row_scores = _row_scores(base, extension, composition).flatten(1)
+        factors = factors.relu_()
+    tokens, heads, both = factors.shape
+    n = both - m
+    row_scores = _row_scores(factors[..., :m], factors[..., m:], composition).flatten(1)
     # Heads and rows ascend, so a lower position is a lower latent index.
     rows = top(row_scores, min(k, heads * m)).sort(dim=1).values
     slot, base_row = divide(rows, m)
-    base = base.flatten(1).gather(1, rows)
-    extension = extension.gather(1, slot[:, :, None].expand(-1, -1, n)).to(dtype)
-    if composition != "mul":
-        extension = extension.relu_()
-    position = top((base[:, :, None] * extension).flatten(1), k)
-    row, extension_row = divide(position, n)
-    head = kept.gather(1, slot)
-    indices = (head * m + base_row).gather(1, row) * n + extension_row
-    return indices, base.gather(1, row), extension.flatten(1).gather(1, position)
+    first_head = torch.arange(tokens, device=pre.device)[:, None] * heads
+    factors = embedding(first_head + slot, factors.flatten(0, 1))  # [b, rows, m + n]
+    base = factors.gather(2, base_row[:, :, None])
+    position = top((base * factors[..., m:]).flatten(1), k)
+    row, column = divide(position, n)
+    indices = (kept.gather(1, slot) * m + base_row).gather(1, row) * n + column
+    extension = factors.flatten(1).gather(1, row * both + m + column)
+    return indices, base.squeeze(2).gather(1, row), extension
 
 
 def _largest_of_dense(chunk: Iterable[Block], k: int, composition: str) -> tuple[Tensor, Tensor]:
     """`select_dense` among all latents."""
+    if isinstance(chunk, list):  # a single block
+        return select_dense(chunk[0][1].squeeze(1), None, k, signed=composition == "mul")
 
     def scores(block: Tensor) -> Tensor:
         return block[:, 0] if composition == "mul" else block[:, 0].relu_()
@@ -604,7 +608,7 @@ def _largest_columns(
     for start, block in chunk:
         scores = scores_of(block)
         if not held:
-            if scores.shape[1] <= 4 * k:  # all there are, and too few to leave some out
+            if scores.shape[1] <= FEW_PER_K * k:  # all there are: leaving some out saves nothing
                 return torch.arange(scores.shape[1], device=scores.device).expand_as(scores), block
             columns = top(scores, k).sort(dim=1).values
             held = [scores.gather(1, columns), columns, _gather_columns(block, columns)]
@@ -710,13 +714,12 @@ def _head_scores(
 def _row_scores(base: Tensor, extension: Tensor, composition: str) -> Tensor:
     """Largest product of each base [..., m] with an extension [..., n], as in `_head_scores`.
 
-    base: after the ReLU, if there is one; extension: before or after it.
+    Both after the ReLU, if there is one.
     """
-    highest = extension.amax(-1, keepdim=True).to(base.dtype)
+    score = base * extension.amax(-1, keepdim=True)
     if composition != "mul":
-        return base * highest.relu_()
-    lowest = extension.amin(-1, keepdim=True).to(base.dtype)
-    return torch.maximum(base * highest, base * lowest)
+        return score
+    return torch.maximum(score, base * extension.amin(-1, keepdim=True))
 
 
 def select_dense(
@@ -784,16 +787,17 @@ def blocks(x: Tensor, w_enc: Tensor, b_enc: Tensor | None, k: int) -> Iterator[I
     """x w_enc^T + b_enc for each chunk of tokens, a block of heads at a time in one buffer.
 
     A block has all heads but where those of a chunk are much larger than the cache; then more than
-    4k that fit into it.
+    FEW_PER_K k, as many as fit into it.
     """
     weight = w_enc[None] if w_enc.ndim == 2 else w_enc.transpose(0, 1)
     rows, heads, _ = weight.shape
-    chunks = spans(x.shape[0], rows * heads * x.element_size(), x.device)
+    columns = rows * heads * (2 if 1 < rows and heads <= FEW_PER_K * k else 1)  # with a copy
+    chunks = spans(x.shape[0], columns * x.element_size(), x.device)
     tokens = max((span.stop - span.start for span in chunks), default=1)
     budget = CHUNK_BYTES.get(x.device.type, DEFAULT_CHUNK_BYTES)
-    width = max(8 * k, budget // (tokens * rows * x.element_size()))
-    if heads <= WHOLE * width:
-        for pre in projections(x, w_enc, b_enc, scratch=0):
+    width = max(2 * FEW_PER_K * k, budget // (tokens * rows * x.element_size()))
+    if heads <= (WHOLE if rows > 1 else 2 * WHOLE) * width:
+        for pre in projections(x, w_enc, b_enc, scratch=columns):
             yield [(0, pre.view(-1, rows, heads))]
         return
     width = _multiple(math.ceil(heads / math.ceil(heads / width)), 64)
