@@ -3,6 +3,11 @@
 `SAE`, its configs, and `load`; training is `kronsae.train.fit`, or `python -m kronsae.train`.
 """
 
+from kronsae.system.threads import wait_passively
+
+wait_passively()  # before torch is loaded
+
+# ruff: noqa: E402, I001
 from kronsae.config import DataConfig, RunConfig, SAEConfig, TrainConfig
 from kronsae.errors import InputError
 from kronsae.interop.load import load

@@ -23,6 +23,7 @@ from kronsae.errors import InputError, Notice, warn
 from kronsae.registry import SAE_KINDS, load_plugin
 from kronsae.system.devices import seed_everything
 from kronsae.system.files import usable_path
+from kronsae.system.threads import limit_threads
 
 
 class Terminated(BaseException):
@@ -375,6 +376,7 @@ def exit_status(work: Callable[[list[str]], None], argv: Sequence[str] | None) -
     """
     try:
         with stoppable():
+            limit_threads()
             rest = load_plugins(argv)
             seed_everything(0)  # a command with a --seed takes that
             work(rest)

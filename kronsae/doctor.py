@@ -16,6 +16,7 @@ from torch.torch_version import TorchVersion
 
 from kronsae.commandline import Parser, exit_status
 from kronsae.system.devices import free_bytes
+from kronsae.system.threads import processors, waiting
 from kronsae_kernels import __version__, backends, dense_encode, fused_encode, sparse_decode
 from kronsae_kernels.step import why_not as why_not_fused
 
@@ -54,7 +55,9 @@ def describe(device: torch.device) -> dict[str, Any]:
     if device.type == "cpu":
         return {
             "name": platform.processor() or platform.machine(),
+            "processors": processors(),
             "threads": torch.get_num_threads(),
+            "waiting": waiting() or "spinning",
             "vectors": torch.backends.cpu.get_cpu_capability(),
             "free_bytes": free_bytes(device),
         }
@@ -205,7 +208,7 @@ def render(findings: dict[str, Any]) -> str:
             for name, value in facts.items()
         ]
         kernel = findings["kernels"][device]
-        lines += ["", f"{device}: " + ", ".join(shown)]
+        lines += ["", f"{device}: " + ", ".join(shown), *_on_threads(facts)]
         reasons = kernel["why_not"] | {"fused step": kernel["fused_step_why_not"]}
         for name, reason in reasons.items():
             default = " (the default here)" if name == kernel["default"] else ""
@@ -220,6 +223,22 @@ def render(findings: dict[str, Any]) -> str:
     else:
         lines += ["", "All is well. Next: kronsae train --plan"]
     return "\n".join(lines)
+
+
+def _on_threads(facts: dict[str, Any]) -> list[str]:
+    """What is to be said of a device's threads, if it is a CPU."""
+    if "threads" not in facts:
+        return []
+    lines = [
+        "  on a busy processor threads that spin while they wait are 10 times slower: programs of "
+        "your own need OMP_WAIT_POLICY=passive before torch is imported (commands set it)"
+    ]
+    if facts["threads"] > facts["processors"]:
+        lines.append(
+            f"  {facts['threads']} threads share {facts['processors']:g} processors: set "
+            f"OMP_NUM_THREADS={max(1, int(facts['processors']))}"
+        )
+    return lines
 
 
 def main(argv: list[str] | None = None) -> int:

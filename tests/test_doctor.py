@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from kronsae import doctor
+from kronsae.system import threads
 from kronsae_kernels import backends
 
 CPU = torch.device("cpu")
@@ -87,6 +88,13 @@ def test_what_is_amiss_is_said(found):
     assert doctor.problems(gpu) == ["cuda:0: the GPU's kernels cannot run, torch's will: no triton"]
 
 
+def test_threads_that_have_too_few_processors(found):
+    cpu = {**found["devices"]["cpu"], "threads": 8, "processors": 2.5}
+    shown = doctor.render({**found, "devices": {"cpu": cpu}})
+    assert "8 threads share 2.5 processors: set OMP_NUM_THREADS=2" in shown
+    assert "share" not in doctor.render({**found, "devices": {"cpu": {**cpu, "threads": 2}}})
+
+
 def test_exit_status(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "IMPLS", ("torch",))
     assert doctor.main(["--json"]) == 0
@@ -100,7 +108,8 @@ def test_exit_status(monkeypatch, capsys):
 
 def test_as_a_command():
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment.pop("TRITON_INTERPRET", None)
+    for name in ("TRITON_INTERPRET", *threads.POLICIES):
+        environment.pop(name, None)
     done = subprocess.run(
         [sys.executable, "-m", "kronsae.doctor", "--json"],
         capture_output=True,
@@ -111,6 +120,8 @@ def test_as_a_command():
     )
     assert done.returncode == 0, done.stderr
     findings = json.loads(done.stdout)
+    assert findings["devices"]["cpu"]["waiting"] == "OMP_WAIT_POLICY=passive"
+    assert findings["devices"]["cpu"]["threads"] == 1
     if not torch.cuda.is_available():
         assert "Triton needs a GPU" in findings["kernels"]["cpu"]["why_not"]["triton"]
         assert {one["impl"] for one in findings["checks"]} == {"torch"}
