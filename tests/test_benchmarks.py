@@ -529,3 +529,24 @@ def test_a_sweep_costs_little_more_than_its_steps():
     _, sweep = spent(lambda: fit_many(saes, source(), config))
     alone = [spent(partial(fit, sae, batches, config))[1]["cpu"] for sae in saes]
     assert sweep["cpu"] < 1.5 * model["cpu"] + sum(alone)
+
+
+def test_busy_processes_are_planted_and_end(tmp_path):
+    file = tmp_path / "busy.json"
+    cases = ["encode m = n = 32", "product m = n = 32"]
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.busy", "--rounds", "1", "--json", file]
+        + ["--case", *cases, "--contender", "topk"],
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert "encode m = n = 32 / its product: " in done.stdout and "step S1" not in done.stdout
+    times = json.loads(file.read_text())["times"]
+    assert {name: list(of) for name, of in times.items()} == {
+        name: [*cases, "topk"] for name in ("passive", "spinning", "keeping")
+    }
+    for of_case in times["passive"].values():
+        assert [len(rounds) for rounds in of_case] == [1, 1, 1]  # quiet, one busy, two
