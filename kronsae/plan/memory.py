@@ -285,9 +285,8 @@ def _code_bytes(
         total += 32 * ranks[1] * batch * width
         if fused:  # the decoded parts of all ranks, summed in float32, and their squares
             total += 8 * batch * sae.d_out
-    if not selection.by_k and not fused:  # [b, F]: products, values, and more
-        columns = max(sae.encoder_rows, sae.dict_size)
-        total += 12 * sae.dict_size * _chunk_tokens(columns, batch, dtype, device)
+    if not selection.by_k and not fused and not sae.m:  # a dense encoder's scores, where above
+        total += 12 * sae.dict_size * _chunk_tokens(sae.dict_size, batch, dtype, device)
     if objective.nested:  # nested reconstructions, their gradients, and suffix sums of these
         total += 3 * 4 * batch * len(sae.prefixes) * sae.d_out
     if fused and not selection.exact:  # batches are kept until their steps are confirmed
