@@ -84,17 +84,14 @@ class LiveKernels(Live):
         self.launches = launches
 
     def call(self, func, args, kwargs):
-        from kronsae_kernels.triton_impl import operations
+        from kronsae_kernels.rules import OPERATORS
 
         self.launches.clear()  # they hold their arguments
         if func.namespace != "kronsae":
             return super().call(func, args, kwargs)
         # Do its work here: on meta tensors the operator itself only shapes its results.
-        name = func._schema.name.split("::")[1]
         with self:
-            results = getattr(operations, name)(*args[:-1])
-        # The operators of the encoders return the indices last.
-        return (*results[1:], results[0]) if name in ("encode", "dense_encode") else results
+            return OPERATORS[func._schema.name.split("::")[1]].compute(*args)
 
 
 @contextmanager

@@ -95,7 +95,18 @@ def test_wide_codes_gather_no_rows():
     assert found.bytes <= values.numel() * 4
 
 
-WRONG = [[], [0, 24], [8, 4], [4, 4], [25], [1.5], [True, 24], 24, torch.tensor([4, 4]), torch.tensor([1.5])]
+WRONG = [
+    [],
+    [0, 24],
+    [8, 4],
+    [4, 4],
+    [25],
+    [1.5],
+    [True, 24],
+    24,
+    torch.tensor([4, 4]),
+    torch.tensor([1.5]),
+]
 
 
 @pytest.mark.parametrize("bounds", WRONG, ids=str)

@@ -112,8 +112,8 @@ def test_leading_dimensions_and_no_tokens(kind):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"threshold": torch.zeros(F - 1)}, "threshold: expected .F. = .36."),
-        ({"threshold": [0.0] * F}, "threshold: expected a tensor, got .0.0"),
+        ({"threshold": torch.zeros(F - 1)}, "threshold: expected .F., or a single number = .36."),
+        ({"threshold": [0.0] * F}, "threshold: expected a finite number, got .0.0"),
         ({"m": 5}, "m: expected an integer in .1, 4."),
         ({"m": None}, "w_enc: expected .F, d."),
         ({"composition": "max"}, "composition"),

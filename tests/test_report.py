@@ -194,7 +194,9 @@ def test_lines_end_at_line_feeds_alone(tmp_path):
     record = {"kind": "final", "step": 1, "note": "a\u2028b\x85c"}
     write_run(tmp_path, [])
     (tmp_path / "metrics.jsonl").write_text(json.dumps(record, ensure_ascii=False) + "\r\n\n")
-    assert read_metrics(tmp_path / "metrics.jsonl") == [record]
+    records, damaged = read_metrics(tmp_path / "metrics.jsonl")
+    assert records == [record]
+    assert "left out: 2" in damaged  # the empty line
 
 
 def test_a_run_that_was_killed(tmp_path):
