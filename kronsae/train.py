@@ -444,12 +444,13 @@ def _summarise_sweep(
     for name, result in results.items():
         if result.failed:
             console.print(f"{name}: {result.failed}", style="red", markup=False)
+    example = next((name for name, result in results.items() if not result.failed), "NAME")
     console.print(
         f"{done}"
         f"  NAME/          the run of each: config.json, metrics.jsonl, report.html, sae/\n"
         f"  comparison.md  this table\n"
         f"  sweep.json     every setting and figure\n"
-        f"Next: kronsae.load({str(folder.path / next(iter(results)))!r}), or --config "
+        f"Next: kronsae.load({str(folder.path / example)!r}), or --config "
         f"{shlex.quote(str(folder.path))}/NAME/config.json to train one of them alone.",
         markup=False,
     )
