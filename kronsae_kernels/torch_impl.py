@@ -815,12 +815,19 @@ def _blocks_of_chunk(
         part = weight[:, start : start + width]
         rows, heads, _ = part.shape
         block = buffer[: rows * len(x) * heads].view(rows, len(x), heads)
-        for row in range(rows):
-            if bias is None:
-                torch.mm(x, part[row].t(), out=block[row])
+        own = None if bias is None else bias[:, None, start : start + width]
+        if x.dtype == accumulate_dtype(x.dtype):  # all rows at once: fewer waits for threads
+            xs, by_row = x.expand(rows, *x.shape), part.transpose(1, 2)
+            if own is None:
+                torch.bmm(xs, by_row, out=block)
             else:
-                own = bias[row, start : start + width]
-                torch.addmm(own, x, part[row].t(), out=block[row])
+                torch.baddbmm(own, xs, by_row, out=block)
+        else:  # whose batched product is slower, and rounds in another order
+            for row in range(rows):
+                if own is None:
+                    torch.mm(x, part[row].t(), out=block[row])
+                else:
+                    torch.addmm(own[row, 0], x, part[row].t(), out=block[row])
         yield start, block.transpose(0, 1)
 
 
