@@ -736,7 +736,7 @@ class GraphedStep:
             self._graph = graph
         except RuntimeError as error:
             self.step.forget()
-            self.problem = str(error).splitlines()[0]
+            self.problem = (str(error) or type(error).__name__).splitlines()[0]
 
     def _plain(
         self, x: Tensor, lr: Tensor, target: Tensor | None = None

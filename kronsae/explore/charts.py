@@ -1,6 +1,7 @@
 """Charts of a run's records over its tokens: where their lines, axes and labels lie."""
 
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -160,7 +161,7 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 def is_number(value: Any) -> bool:
     """Whether a value of a file is a finite number."""
-    return isinstance(value, int | float) and math.isfinite(value)
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max
 
 
 def figure_text(key: str, value: Any) -> str:

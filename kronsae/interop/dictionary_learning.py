@@ -179,7 +179,7 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
     except Exception as error:  # pickle, zip and torch raise errors of their own types
         raise InputError(
             f"{path} does not hold tensors alone, and nothing else is unpickled "
-            f"({type(error).__name__}: {str(error).splitlines()[0]})"
+            f"({type(error).__name__}: {(str(error) or type(error).__name__).splitlines()[0]})"
         ) from error
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise InputError(f"{path}: expected a dictionary of tensors")

@@ -54,7 +54,8 @@ def resolve_device(name: str) -> torch.device:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))  # under torchrun
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"device {name!r} cannot be used: {str(error).splitlines()[0]}") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise InputError(f"device {name!r} cannot be used: {reason}") from error
     return device
 
 

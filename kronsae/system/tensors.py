@@ -73,7 +73,7 @@ def check_room(count: int, device: torch.device | str | None, what: str, advice:
     try:
         place = torch.get_default_device() if device is None else torch.device(device)
     except (RuntimeError, TypeError) as error:
-        problem = str(error).splitlines()[0]
+        problem = (str(error) or type(error).__name__).splitlines()[0]
         raise InputError(f"device {device!r} cannot be used: {problem}") from error
     free = free_bytes(place) if place.type in ("cpu", "cuda") else None
     if free is not None and place.type == "cuda":  # torch has some of it, unused
