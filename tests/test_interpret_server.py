@@ -182,7 +182,7 @@ REPEATED = {
         f"Retry-After: {value}": (body(b"slow down", 429, Retry_After=value), "429 slow down")
         for value in (
             *("0", "-1", "nan", "inf", "1e300", "86400", "soon", "1" * 5000),
-            email.utils.format_datetime(email.utils.localtime()),
+            "Thu, 01 Jan 1970 00:00:00 GMT",
             *("Fri, 31 Dec 9999 23:59:59 GMT", "Mon, 01 Jan 0001 00:00:00 -2359"),
         )
     },
