@@ -135,6 +135,9 @@ class Server(HTTPServer):
         self.seen: list[dict] = []
         self.headers_seen: list[dict] = []
         self.behaviour: list[tuple[int, dict | bytes]] = []
+        self.silent_from: int | None = None
+        """Number of the first request that is not answered until `wakes`."""
+        self.wakes = threading.Event()
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     @property
@@ -155,6 +158,8 @@ class Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.seen.append(body)
         self.server.headers_seen.append(dict(self.headers))
+        if len(self.server.seen) == self.server.silent_from:
+            self.server.wakes.wait(60)
         status, found = (
             200,
             {
@@ -485,6 +490,13 @@ def test_a_local_model_that_repeats_itself_is_stopped(talker):
     assert reply.text.split() == SAYS[:2] * (local.REPEATED // 2)
 
 
+def test_a_local_model_that_is_abandoned_writes_no_more(talker):
+    found = LocalChat(talker)
+    found.abandon()
+    with pytest.raises(CancelledError):
+        found.answer([{"role": "user", "content": "what is it"}], 10)
+
+
 def test_what_repeats_itself():
     """A piece of any length up to 64 tokens, three times and 32 tokens at least."""
     assert not local.repeats([]) and not local.repeats([1] * 31) and local.repeats([1] * 32)
@@ -602,6 +614,28 @@ def test_both_routes_and_a_restart(folder, talker, server, tmp_path, capsys):
     assert main([*flags, "--out", str(out)]) == 0
     found = json.loads((out / "interpretation.json").read_text())
     assert found["latents"] == local["latents"][:2] and found["costs"]["calls"] == 0
+
+
+def test_a_second_stop_does_not_wait_for_a_silent_server(folder, server, tmp_path):
+    server.silent_from = 3
+    flags = [folder, "--latents", "3", "--server", server.url, "--server-model", "m", "--out"]
+    command = [sys.executable, "-m", "kronsae.interpret", *flags, str(tmp_path)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        while process.poll() is None and (len(server.seen) < 3 or lines(tmp_path) < 2):
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        said = iter(process.stdout.readline, "")
+        assert any("Stopping, once what was asked is answered" in line for line in said)
+        time.sleep(0.5)
+        assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        output = process.communicate(timeout=20)[0]
+    finally:
+        process.kill()
+        server.wakes.set()
+    assert "keeps 2 new answers" in output and "Stopped by SIGTERM" in output
+    assert process.returncode == 128 + signal.SIGTERM and lines(tmp_path) == 2
 
 
 @pytest.mark.parametrize(

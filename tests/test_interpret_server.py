@@ -11,6 +11,7 @@ import re
 import socket
 import threading
 import time
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -270,6 +271,23 @@ def test_after_a_failure_comes_an_answer(server, monkeypatch):
     started = time.monotonic()
     assert ServerChat(server.url, "m").answer(QUESTION, 10) == Reply("fine", 7, 2)
     assert 0.3 <= time.monotonic() - started < 5
+
+
+def test_abandoned_requests_end_at_once(server, monkeypatch):
+    """Whatever they wait for: a silent server, or the list of its models."""
+    monkeypatch.setattr(chat, "TIMEOUT_S", 60.0)
+    server.behave = SLOW["silence"]
+    found = ServerChat(server.url, "m")
+    with ThreadPoolExecutor() as pool:
+        asked = [pool.submit(found.answer, QUESTION, 10) for _ in range(3)]
+        while len(server.keys) < 3:
+            time.sleep(0.01)
+        started = time.monotonic()
+        found.abandon()
+        for each in (*asked, pool.submit(found.answer, QUESTION, 10)):
+            with pytest.raises(CancelledError):
+                each.result()
+    assert time.monotonic() - started < 5
 
 
 def test_dates_and_seconds():

@@ -142,24 +142,39 @@ def _interpret_all(
     parallel: int,
     console: Console,
 ) -> list[Interpretation]:
-    """Interpretations of the latents, `parallel` at a time; answers are kept if it is stopped."""
+    """Interpretations of the latents, `parallel` at a time; answers are kept if it is stopped.
+
+    What was asked by then is waited for, until a second stop.
+    """
     with ThreadPoolExecutor(parallel) as pool:
-        pending = [pool.submit(interpret, latent, tokenizer, answers, seed) for latent in examples]
         try:
+            ask = partial(pool.submit, interpret)
+            pending = [ask(latent, tokenizer, answers, seed) for latent in examples]
             quietly = not console.is_terminal
             done = track(pending, "explaining", console=console, transient=True, disable=quietly)
             return [future.result() for future in done]
         except BaseException:
-            answers.stop()
-            console.print("Stopping, once what was asked is answered", markup=False)
-            pool.shutdown(cancel_futures=True)
-            if answers.asked:
-                console.print(
-                    f"Stopped: {answers.path} keeps {answers.asked:,} new answers, and the same "
-                    "command goes on from there",
-                    markup=False,
-                )
+            _wait(pool, answers, console)
             raise
+
+
+def _wait(pool: ThreadPoolExecutor, answers: Answers, console: Console) -> None:
+    """Wait for the answers that are under way, and say how many are kept."""
+    try:
+        answers.stop()
+        console.print("Stopping, once what was asked is answered; Ctrl-C stops at once")
+        pool.shutdown(cancel_futures=True)
+    except BaseException:
+        answers.abandon()
+        pool.shutdown(cancel_futures=True)
+        raise
+    finally:
+        if answers.asked:
+            console.print(
+                f"Stopped: {answers.path} keeps {answers.asked:,} new answers, and the same "
+                "command goes on from there",
+                markup=False,
+            )
 
 
 def summary(results: list[Interpretation]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import re
 import threading
 import time
 from collections import defaultdict
-from concurrent.futures import CancelledError
+from concurrent.futures import CancelledError, Future
 from email.utils import parsedate_to_datetime
 from functools import cache
 from pathlib import Path
@@ -78,6 +78,9 @@ class Chat(Protocol):
 
     def answer(self, messages: Messages, max_tokens: int) -> Reply: ...
 
+    def abandon(self) -> None:
+        """Let answers that are under way, and later ones, raise CancelledError soon."""
+
 
 def one_line(text: str) -> str:
     """A text of a model or a server as it can be printed: control characters become spaces."""
@@ -103,6 +106,8 @@ class ServerChat:
         if not (self._key.isascii() and self._key.isprintable()):
             raise InputError("OPENAI_API_KEY: expected letters, digits and signs of ASCII alone")
         self.stopped = threading.Event()
+        self._abandoned = threading.Event()
+        self._requests: set[Future[Any]] = set()
 
     def answer(self, messages: Messages, max_tokens: int) -> Reply:
         body = {
@@ -126,6 +131,12 @@ class ServerChat:
             text = text.rpartition(prompt)[2]
         text = self._without_key(text)[: max_tokens * TOKEN_CHARACTERS]
         return Reply(text, _count(usage, "prompt_tokens"), _count(usage, "completion_tokens"))
+
+    def abandon(self) -> None:
+        self.stopped.set()
+        self._abandoned.set()
+        for request in tuple(self._requests):
+            request.cancel()
 
     def _post(self, body: dict[str, Any]) -> Any:
         """The JSON value that answers `body`, after as many attempts as that takes."""
@@ -168,10 +179,17 @@ class ServerChat:
         """Status, headers and body of the answer to a GET, or to a POST of a JSON value.
 
         Of a body longer than REPLY_BYTES only little more is read.
-        Raises asyncio.TimeoutError or one of _FAILURES.
+        Raises asyncio.TimeoutError or one of _FAILURES; CancelledError after `abandon`.
         """
         whole = asyncio.wait_for(self._transfer(path, body), seconds)
-        return asyncio.run_coroutine_threadsafe(whole, _loop()).result()
+        request = asyncio.run_coroutine_threadsafe(whole, _loop())
+        self._requests.add(request)
+        try:
+            if self._abandoned.is_set():
+                request.cancel()
+            return request.result()
+        finally:
+            self._requests.discard(request)
 
     async def _transfer(self, path: str, body: Any) -> tuple[int, Any, bytes]:
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
@@ -340,6 +358,11 @@ class Answers:
         self._stopped.set()
         if isinstance(self.chat, ServerChat):
             self.chat.stopped.set()
+
+    def abandon(self) -> None:
+        """Ask no more, and end the answers that are under way."""
+        self.stop()
+        self.chat.abandon()
 
     def costs(self) -> dict[str, int]:
         """Calls and tokens: asked this time, found in the file, and both together in tokens."""

@@ -1,5 +1,7 @@
 """A language model that answers, loaded here."""
 
+import threading
+from concurrent.futures import CancelledError
 from functools import partial
 from typing import Any, cast
 
@@ -42,6 +44,7 @@ class LocalChat:
                 f"model {name!r} cannot generate text: it has no trained head for that"
             )
         self.model: Any = cast(Any, model).to(device).eval()
+        self._abandoned = threading.Event()
 
     @torch.no_grad()
     def answer(self, messages: Messages, max_tokens: int) -> Reply:
@@ -65,12 +68,21 @@ class LocalChat:
                 temperature=None,
                 top_p=None,
                 top_k=None,
-                stopping_criteria=[partial(_repeats, ids.shape[1])],
+                stopping_criteria=[partial(self._ends, ids.shape[1])],
                 pad_token_id=next(pad for pad in pads if pad is not None),
                 use_cache=True,
             )[0, ids.shape[1] :]
         text = tokenizer.decode(out, skip_special_tokens=True)
         return Reply(text, ids.shape[1], len(out))
+
+    def abandon(self) -> None:
+        self._abandoned.set()
+
+    def _ends(self, start: int, ids: Tensor, scores: Any, **_: Any) -> Tensor:
+        """Whether what follows `start` tokens `repeats`, asked after each token: [1]."""
+        if self._abandoned.is_set():
+            raise CancelledError
+        return torch.tensor([repeats(ids[0, start:].tolist())], device=ids.device)
 
     def _tokens(self, messages: Messages) -> list[int]:
         if getattr(self.tokenizer, "chat_template", None):
@@ -80,11 +92,6 @@ class LocalChat:
             return self.tokenizer(text, add_special_tokens=False)["input_ids"]
         parts = [f"{part['role'].capitalize()}: {part['content']}" for part in messages]
         return self.tokenizer("\n\n".join([*parts, "Assistant:"]))["input_ids"]
-
-
-def _repeats(start: int, ids: Tensor, scores: Any, **_: Any) -> Tensor:
-    """Whether what follows `start` tokens `repeats`, as generation asks after each token: [1]."""
-    return torch.tensor([repeats(ids[0, start:].tolist())], device=ids.device)
 
 
 def repeats(tokens: list[int]) -> bool:
