@@ -2,15 +2,18 @@
 answer or an InputError; the answers before can be read again; and the key goes to nobody else.
 """
 
+import base64
 import contextlib
 import email.utils
 import gzip
+import html
 import json
 import os
 import re
 import socket
 import threading
 import time
+import urllib.parse
 from concurrent.futures import CancelledError, ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -312,6 +315,48 @@ def test_nothing_of_a_url_but_its_address(server, monkeypatch):
     with pytest.raises(InputError, match="OPENAI_API_KEY: expected") as caught:
         ServerChat(server.url, "m")
     assert "secret" not in str(caught.value)
+
+
+def spellings(key: str) -> list[str]:
+    """A key as servers, proxies and pages of errors repeat it."""
+    as_json = json.dumps(key)[1:-1]
+    quoted = urllib.parse.quote(key, safe="")
+    encoded = [
+        encode(f"{before}{key}{after}".encode()).decode()
+        for before in ("", "u", "u:", "Bearer ")
+        for after in ("", "x", "xy")
+        for encode in (base64.b64encode, base64.urlsafe_b64encode)
+    ]
+    return [
+        *(key, repr(key), as_json, as_json.replace("/", "\\/"), json.dumps(as_json)),
+        "".join(f"\\u{ord(each):04X}" for each in key),
+        *(quoted, quoted.lower(), urllib.parse.quote(quoted, safe="")),
+        *(html.escape(key), html.escape(html.escape(key))),
+        "".join(f"&#{ord(each)};" for each in key),
+        "".join(f"&#x{ord(each):X};" for each in key),
+        *encoded,
+        *(urllib.parse.quote(each, safe="") for each in encoded),
+        *(each.replace("/", "\\/") for each in encoded),
+    ]
+
+
+def test_no_spelling_of_the_key_is_shown_or_kept(server, monkeypatch, tmp_path):
+    key = "sk-ab/cd+EF=<&'\"\\?>>~~~zz9=="
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    found = ServerChat(server.url, "m")
+    for number, spelling in enumerate(spellings(key)):
+        server.behave = body(completion(f"[{spelling}]"))
+        answers = Answers(found, tmp_path / f"{number}.jsonl")
+        text = answers.ask(QUESTION, 100)
+        assert re.fullmatch(r"\[.{,8}\(the key\).{,10}\]", text), (spelling, text)
+        assert json.loads(answers.path.read_bytes())["text"] == text
+    for spelling in spellings(key)[::5]:
+        server.behave = body(spelling.encode(), 400, Location=f"/?k={spelling}")
+        with pytest.raises(InputError, match=r"400 .*\(the key\).*points to /.k=.*\(the key\)"):
+            found.answer(QUESTION, 10)
+    text = "a + b / c = d, %2B, &amp; and aGVsbG8gd29ybGQ="
+    server.behave = body(completion(text))
+    assert found.answer(QUESTION, 100).text == text
 
 
 def test_a_word_that_is_no_secret_stays(server, monkeypatch):

@@ -1,6 +1,7 @@
 """Language models that answer: a server's; and the file that keeps what any of them said."""
 
 import asyncio
+import base64
 import contextlib
 import hashlib
 import json
@@ -12,6 +13,7 @@ from collections import defaultdict
 from concurrent.futures import CancelledError, Future
 from email.utils import parsedate_to_datetime
 from functools import cache
+from html.entities import html5
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -105,6 +107,7 @@ class ServerChat:
         self._key = os.environ.get("OPENAI_API_KEY", "").strip()
         if not (self._key.isascii() and self._key.isprintable()):
             raise InputError("OPENAI_API_KEY: expected letters, digits and signs of ASCII alone")
+        self._secret = _spellings(self._key) if len(self._key) >= SECRET_CHARACTERS else None
         self.stopped = threading.Event()
         self._abandoned = threading.Event()
         self._requests: set[Future[Any]] = set()
@@ -224,8 +227,7 @@ class ServerChat:
         return one_line(self._without_key(text))[:QUOTED_CHARACTERS]
 
     def _without_key(self, text: str) -> str:
-        secret = len(self._key) >= SECRET_CHARACTERS
-        return text.replace(self._key, "(the key)") if secret else text
+        return self._secret.sub("(the key)", text) if self._secret else text
 
 
 class _Passing(Exception):
@@ -234,6 +236,33 @@ class _Passing(Exception):
     def __init__(self, why: str, wait: float | None = None, *, slow: bool = False) -> None:
         super().__init__(why)
         self.wait, self.slow = wait, slow
+
+
+def _spellings(key: str) -> re.Pattern[str]:
+    """What matches a key, as it is or escaped, and base64 of texts that hold it.
+
+    Each character may be escaped as in JSON, in a URL or in HTML, also several times.
+    """
+
+    def escaped(character: str) -> str:
+        code = f"{ord(character):02x}"
+        names = [name.rstrip(";") for name, value in html5.items() if value == character]
+        references = "|".join([f"#0{{,8}}{ord(character)}", f"#x0{{,8}}{code}", *names])
+        return (
+            rf"(?:\\{{,8}}{re.escape(character)}|\\{{1,8}}(?:u00|x){code}"
+            rf"|%(?:25){{,3}}{code}|&(?:amp;){{,3}}(?:{references});?)"
+        )
+
+    def in_base64(start: int) -> str:
+        """Base64 of the key, `start` bytes after a multiple of three: what is the key's alone."""
+        whole = base64.b64encode(bytes(start) + key.encode()).decode()
+        own = whole[-(-start * 8 // 6) : (start + len(key)) * 8 // 6]
+        edge = "[a-z0-9+/_-]{,4}"
+        url_safe = {"+": f"(?:{escaped('+')}|-)", "/": f"(?:{escaped('/')}|_)"}
+        return edge + "".join(url_safe.get(each, each) for each in own) + edge
+
+    plain = "".join(map(escaped, key))
+    return re.compile("|".join([plain, *map(in_base64, range(3))]), re.IGNORECASE)
 
 
 @cache
