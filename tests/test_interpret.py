@@ -4,6 +4,7 @@ The model that answers here is a table from each token to the next, so that its 
 what it says about latents means nothing.
 """
 
+import contextlib
 import json
 import random
 import re
@@ -52,6 +53,7 @@ from kronsae.interpret.scoring import (
     split,
 )
 from kronsae.metrics.heldout import HeldoutText
+from kronsae.system.files import lock
 
 SAYS = ["EXPLANATION:", "words", "[1,0,1,0,1,0,1,0]"]
 ANSWER = " ".join(SAYS)
@@ -176,7 +178,8 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(data)))
         self.send_header("Retry-After", "0")
         self.end_headers()
-        self.wfile.write(data)
+        with contextlib.suppress(BrokenPipeError):  # the client was stopped
+            self.wfile.write(data)
 
     def log_message(self, *_):
         pass
@@ -614,6 +617,20 @@ def test_both_routes_and_a_restart(folder, talker, server, tmp_path, capsys):
     assert main([*flags, "--out", str(out)]) == 0
     found = json.loads((out / "interpretation.json").read_text())
     assert found["latents"] == local["latents"][:2] and found["costs"]["calls"] == 0
+
+
+def test_one_command_at_a_time_writes_to_a_folder(folder, server, tmp_path, capsys):
+    """A second one would ask, and pay for, everything again."""
+    flags = [folder, "--latents", "1", "--server", server.url, "--server-model", "m", "--out"]
+    held = lock(tmp_path, "")
+    try:
+        assert main([*flags, str(tmp_path)]) == 2
+    finally:
+        held.release()
+    assert "is in use: another process writes" in capsys.readouterr().err
+    assert not server.seen and not (tmp_path / "answers.jsonl").exists()
+    assert main([*flags, str(tmp_path)]) == 0
+    lock(tmp_path, "").release()
 
 
 def test_a_second_stop_does_not_wait_for_a_silent_server(folder, server, tmp_path):

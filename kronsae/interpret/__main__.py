@@ -25,7 +25,7 @@ from kronsae.metrics.target_model import HeldoutText, add_flags, given_data, loa
 from kronsae.model.sae import SAE
 from kronsae.runs.folder import versions
 from kronsae.system.devices import resolve_device, seed_everything
-from kronsae.system.files import check_writable, write_json
+from kronsae.system.files import check_writable, lock, write_json
 from kronsae.system.tables import console_table
 
 ANSWERS, RESULT = "answers.jsonl", "interpretation.json"
@@ -92,26 +92,42 @@ def work(argv: list[str]) -> None:
     say(f"reading {facts['tokens']:,} tokens of {facts['dataset']} ({facts['which']})")
     latents = flags.latent or _draw(loaded.sae, text, flags.latents, flags.seed)
     flags.out.mkdir(parents=True, exist_ok=True)
-    answers = Answers(chat, flags.out / ANSWERS)
-    examples = collect(loaded.sae, text, latents, flags.seed)
-    tokenizer = text.model.tokenizer
-    results = _interpret_all(examples, tokenizer, answers, flags.seed, parallel, console)
-    document = {
+    held = lock(flags.out, f"{flags.out} is in use: another process writes explanations there")
+    try:
+        answers = Answers(chat, flags.out / ANSWERS)
+        examples = collect(loaded.sae, text, latents, flags.seed)
+        tokenizer = text.model.tokenizer
+        results = _interpret_all(examples, tokenizer, answers, flags.seed, parallel, console)
+        document = _document(results, answers, text, loaded.source, flags.seed, argv)
+        write_json(flags.out / RESULT, document)
+    finally:
+        held.release()
+    _show(results, document, console)
+    console.print(f"In {flags.out}: {RESULT}, {ANSWERS}", markup=False)
+
+
+def _document(
+    results: list[Interpretation],
+    answers: Answers,
+    text: HeldoutText,
+    subject: str,
+    seed: int,
+    argv: list[str],
+) -> dict[str, Any]:
+    """What RESULT holds."""
+    return {
         "format": "kronsae-interpretation",
         "format_version": 1,
         "command": shlex.join(["python", "-m", "kronsae.interpret", *argv]),
         "versions": versions(),
-        "seed": flags.seed,
-        "subject": loaded.source,
-        "explainer": chat.name,
-        "text": facts,
+        "seed": seed,
+        "subject": subject,
+        "explainer": answers.chat.name,
+        "text": text.facts,
         "summary": summary(results),
         "costs": answers.costs(),
         "latents": [_plain(result) for result in results],
     }
-    write_json(flags.out / RESULT, document)
-    _show(results, document, console)
-    console.print(f"In {flags.out}: {RESULT}, {ANSWERS}", markup=False)
 
 
 def _check(flags: argparse.Namespace) -> None:
@@ -148,8 +164,9 @@ def _interpret_all(
     """
     with ThreadPoolExecutor(parallel) as pool:
         try:
-            ask = partial(pool.submit, interpret)
-            pending = [ask(latent, tokenizer, answers, seed) for latent in examples]
+            pending = [
+                pool.submit(interpret, latent, tokenizer, answers, seed) for latent in examples
+            ]
             quietly = not console.is_terminal
             done = track(pending, "explaining", console=console, transient=True, disable=quietly)
             return [future.result() for future in done]

@@ -321,7 +321,8 @@ class Answers:
     """A chat whose answers are kept in a file, so that no question is asked twice.
 
     Each line of the JSONL file is an answer, under a digest of the model's name and the question.
-    Several threads may ask; after `stop` none gets an answer that has still to be asked for.
+    Several threads of one process may ask; after `stop` none gets an answer that has still to be
+    asked for.
     Raises InputError for a file that holds something else.
     """
 
