@@ -307,6 +307,7 @@ def test_nothing_of_a_url_but_its_address(server, monkeypatch):
     for url in (
         *("http://me:hunter2@localhost/v1", "me:hunter2@localhost", "http://h/v1?key=hunter2"),
         *("http://h/v1#hunter2", "ftp://hunter", "http:///v1", "http://[::1", "localhost:80"),
+        *("http://h:65536/v1", "https://[::1]:99999999/v1"),
     ):
         with pytest.raises(InputError, match="expected a URL such as") as caught:
             ServerChat(url, "m")
@@ -315,6 +316,23 @@ def test_nothing_of_a_url_but_its_address(server, monkeypatch):
     with pytest.raises(InputError, match="OPENAI_API_KEY: expected") as caught:
         ServerChat(server.url, "m")
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["HTTP_PROXY", "https_proxy", "ALL_PROXY"])
+def test_a_proxy_that_is_none_is_refused(name, monkeypatch):
+    """Before anything is asked, and without its password."""
+    monkeypatch.delenv(name.lower(), raising=False)  # which goes before the other
+    for proxy in (
+        *("http://me:hunter2@127.0.0.1:99999999", "me:hunter2@localhost:65536", "http://[::1"),
+        *("http://me:hunter2#3@h:1", "http://me:hunter2/3@h:1", "gopher://me:hunter2@h"),
+    ):
+        monkeypatch.setenv(name, proxy)
+        with pytest.raises(InputError, match=f"{name.upper()}: expected a URL such as") as caught:
+            ServerChat("http://localhost:8000/v1", "m")
+        assert "hunter2" not in str(caught.value)
+    for proxy in ("", "http://me:hunter2@127.0.0.1:65535", "localhost:3128", "socks5h://h:1"):
+        monkeypatch.setenv(name, proxy)
+        ServerChat("http://localhost:8000/v1", "m")
 
 
 def spellings(key: str) -> list[str]:

@@ -16,6 +16,7 @@ from functools import cache
 from html.entities import html5
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
+from urllib.request import getproxies
 
 import httpx2
 
@@ -96,11 +97,13 @@ class ServerChat:
     one, is sent to it as the caller's key. The key goes nowhere else: redirects are not followed,
     and where the server repeats it, it is taken out.
     Requests that fail for a passing reason are made ATTEMPTS times, until `stopped` is set.
-    Raises InputError if the server refuses, cannot be reached, or answers something else.
+    Raises InputError if the server refuses, cannot be reached, or answers something else; and for
+    a proxy in the environment that is none.
     """
 
     def __init__(self, url: str, model: str) -> None:
         _check_url(url)
+        _check_proxies()
         self.url = url.rstrip("/")
         self.model = model
         self.name = model  # a server may come back at another port
@@ -281,11 +284,33 @@ def _check_url(url: str) -> None:
             f"{example}, without user, password and query; a key goes into OPENAI_API_KEY"
         )
     try:
-        parsed = httpx2.URL(url)
+        parsed = _parsed(url)
     except httpx2.InvalidURL as error:
         raise InputError(f"{example}, got {url!r:.200} ({error})") from None
     if parsed.scheme not in ("http", "https") or not parsed.host:
         raise InputError(f"{example}, got {url!r}")
+
+
+def _check_proxies() -> None:
+    """Raise InputError if the environment names a proxy that is none, without its password."""
+    proxies = getproxies()
+    for kind in ("http", "https", "all"):
+        if proxy := proxies.get(kind):
+            try:
+                httpx2.Proxy(_parsed(proxy if "://" in proxy else f"http://{proxy}"))
+            except (httpx2.InvalidURL, ValueError):
+                raise InputError(
+                    f"{kind.upper()}_PROXY: expected a URL such as http://localhost:3128, with a "
+                    "port up to 65535; in a password, / ? # @ and : are written as in URLs (%2F …)"
+                ) from None
+
+
+def _parsed(url: str) -> httpx2.URL:
+    """The parts of a URL. Raises InvalidURL, also for a port beyond what a socket takes."""
+    parsed = httpx2.URL(url)
+    if (parsed.port or 0) > 65535:
+        raise httpx2.InvalidURL("a port is at most 65535")
+    return parsed
 
 
 def _seconds(retry_after: str | None) -> float | None:
