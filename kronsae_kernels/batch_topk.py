@@ -13,6 +13,7 @@ from kronsae_kernels.common import (
     SparseCodes,
     accumulate_dtype,
     as_integer,
+    as_number,
     check_choice,
     check_count,
     check_mask,
@@ -44,7 +45,8 @@ def batch_topk_encode(
 
     Equals `reference.batch_topk_encode`. [Bussmann et al. 2024: BatchTopK]
     Of equal values those of earlier tokens come first. Latents that are not active (0; "mand":
-    sqrt(eps)) are never selected.
+    sqrt(eps)) are never selected. A token whose latents are not finite competes with none, and gets
+    the first k of them.
     w is the largest number of such latents on one token (at least 1). Tokens with fewer fill up at
     the end: value 0, at the index of some latent, without gradient.
     In use, a BatchTopK SAE selects what exceeds a fixed threshold: `threshold_encode`.
@@ -57,7 +59,7 @@ def batch_topk_encode(
     """
     rank = 2 if m is None else 3
     x, w_enc, b_enc = check_encoder(x, w_enc, b_enc, mask, rank=rank, layout=layout)
-    m, k = as_integer(m), as_integer(k)
+    m, k, eps = as_integer(m), as_integer(k), as_number(eps)
     size = dict_size(w_enc, m)
     check_count("k", k, 1, size, f"1 <= k <= F = {size}")
     check_mask(mask, size)
@@ -130,16 +132,25 @@ class EncodeBatch(Selected):
             kept = largest_of_batch(values, k) if threshold is None else values >= threshold
             return kept & (values > silent)
 
+        most = size if mask is None else int(mask.sum())
+        if not most:
+            return EncodeBatch.nothing(x)
         with without_autocast(x):
-            most = size if mask is None else int(mask.sum())
             (values, indices, *factors), kept = candidates(encode, select, x, k, most, size)
-        kept |= values.isnan()  # NaN in x goes on
+        kept[:, :k] |= ~values[:, :k].isfinite()  # NaN in x goes on
         counts = kept.sum(1)
         width = max(1, int(counts.max()) if counts.numel() else 0)
         used = kept[:, :width]
         base, extension = (factor[:, :width].where(used, 0) for factor in factors)
         indices = indices[:, :width].where(used, spread(indices[:, :width], size))
         return base, extension, indices, counts
+
+    @staticmethod
+    def nothing(x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Results without an active latent."""
+        base = x.new_zeros(len(x), 1, dtype=accumulate_dtype(x.dtype))
+        indices = torch.zeros_like(base, dtype=torch.int64)
+        return base, torch.zeros_like(base), indices, indices.new_zeros(len(x))
 
     @staticmethod
     def rows(*args):
@@ -185,8 +196,11 @@ def candidates(
 
 
 def largest_of_batch(values: Tensor, k: int) -> Tensor:
-    """Mask of the values [B, w] among the k B largest; of equal ones, the earlier."""
-    flat, count = values.flatten(), k * len(values)
+    """Mask of the values [B, w] among the k B largest; of equal ones, the earlier.
+
+    Values that are not finite are none of them, so that they do not change what others get.
+    """
+    flat, count = values.where(values.isfinite(), -torch.inf).flatten(), k * len(values)
     if count == 0 or count >= flat.numel():
         return torch.full_like(values, count > 0, dtype=torch.bool)
     limit = flat.kthvalue(flat.numel() - count + 1).values

@@ -7,6 +7,7 @@ Letters, everywhere in this package:
 """
 
 import math
+import numbers
 import operator
 import reprlib
 from collections.abc import Callable
@@ -138,7 +139,20 @@ def as_integer(value: Any) -> Any:
     if isinstance(value, Tensor):
         single = value.ndim == 0 and value.dtype in INTEGERS and not value.is_meta
         return int(value) if single else value
-    return operator.index(value) if hasattr(value, "__index__") else value
+    try:
+        return operator.index(value)
+    except TypeError:
+        return value
+
+
+def as_number(value: Any) -> Any:
+    """A number of numpy, or a tensor that is a single one, as a float; anything else as it is."""
+    if isinstance(value, (int, float)):
+        return value
+    if isinstance(value, Tensor):
+        single = value.ndim == 0 and value.dtype != torch.bool and not value.is_meta
+        return value.item() if single else value
+    return value.item() if isinstance(value, numbers.Real) and hasattr(value, "item") else value
 
 
 def is_integer(value: Any) -> bool:

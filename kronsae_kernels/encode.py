@@ -21,6 +21,7 @@ from kronsae_kernels.common import (
     SparseCodes,
     accumulate_dtype,
     as_integer,
+    as_number,
     cast_for_autocast,
     check_choice,
     check_count,
@@ -71,7 +72,7 @@ def fused_encode(
     mask: [F] bool, of which at least k are True, or [..., F], one a token. Only latents where it is
         True are selected. A token that has fewer fills up with value 0.
     scale: [F] >= 0. Latents compete by scale times value ("mand": its square times the product,
-        for eps = 0 the same); values are not scaled. It gets no gradient.
+        for eps = 0 the same), and are in that order; values are not scaled. It gets no gradient.
 
     Returns values [..., k], largest first (ties: lowest index), float32 (float64 for float64), and
     indices int64; latent (head, i, j) has index head m n + i n + j. Latents compete by the product
@@ -84,15 +85,14 @@ def fused_encode(
     `impl` cannot run here.
     """
     x, w_enc, b_enc = check_encoder(x, w_enc, b_enc, mask, rank=3, layout=layout)
-    m = as_integer(m)
     heads, rows, _ = w_enc.shape
+    m, eps = as_integer(m), as_number(eps)
+    require(m is not None, "m: expected an integer, got None")
     size = dict_size(w_enc, m)
     k, counts = _check_k(k, x, size, f"F = {heads} * {m} * {rows - m} = {size}", mask)
     check_choice("composition", composition, COMPOSITIONS)
     check_number("eps", eps, 0)
-    scale = _check_scale(scale, x, size)
-    if scale is not None and composition == "mand":
-        scale = scale.square()  # of the product under the root
+    scale = _check_scale(scale, x, size, 2 if composition == "mand" else 1)
     name = backends.choose(impl, x.device, x.dtype)
     if name == "reference":
         gate: dict[str, Any] = {"m": m, "composition": composition, "eps": eps}
@@ -127,7 +127,7 @@ def dense_encode(
     x, w_enc, b_enc = check_encoder(x, w_enc, b_enc, mask, rank=2)
     size = w_enc.shape[0]
     k, counts = _check_k(k, x, size, f"F = {size}", mask)
-    scale = _check_scale(scale, x, size)
+    scale = _check_scale(scale, x, size, 1)
     require(isinstance(relu, bool), f"relu: expected True or False, got {relu!r}")
     name = backends.choose(impl, x.device, x.dtype)
     if name == "reference":
@@ -179,6 +179,10 @@ def check_encoder(
     if mask is not None:
         check_tensors(mask=mask)
     check_choice("layout", layout, LAYOUTS)
+    require(
+        rank == 3 or layout == LAYOUTS[0],
+        f"layout: expected {LAYOUTS[0]!r} without m, as {LAYOUTS[1]!r} is one of heads",
+    )
     shape = {2: "[F, d]", 3: "[h, m + n, d]"}[rank] if layout == LAYOUTS[0] else "[m + n, h, d]"
     require(x.ndim >= 1, lambda: f"x: expected [..., d], got {shape_of(x)}")
     check_matrix("w_enc", w_enc, rank, shape)
@@ -230,16 +234,22 @@ def _largest_k(counts: Tensor, x: Tensor) -> int:
     return max(1, high)
 
 
-def _check_scale(scale: Tensor | None, x: Tensor, size: int) -> Tensor | None:
-    """A scale [F] in the dtype of values, without its history."""
+def _check_scale(scale: Tensor | None, x: Tensor, size: int, power: int) -> Tensor | None:
+    """A scale [F] to a power (2: of the product under a root) in the dtype of values.
+
+    Without its history, and divided by the largest first, so that the power is a float32.
+    """
     if scale is None:
         return None
     check_floating(scale=scale)
     check_shape("scale", scale, (size,), "[F]")
     check_same("device", x=x, scale=scale)
     if has_values(scale):
-        require(not bool((scale < 0).any()), "scale: expected numbers >= 0, got negative ones")
-    return scale.detach().to(accumulate_dtype(x.dtype))
+        right = bool(((scale >= 0) & scale.isfinite()).all())
+        require(right, "scale: expected finite numbers >= 0, got others")
+    scale = scale.detach().double()
+    scale = scale / scale.amax().clamp(min=torch.finfo(scale.dtype).tiny)
+    return (scale**power).to(accumulate_dtype(x.dtype))
 
 
 # Operators

@@ -12,6 +12,7 @@ from kronsae_kernels.common import (
     SparseCodes,
     accumulate_dtype,
     as_integer,
+    as_number,
     check_choice,
     check_count,
     check_number,
@@ -52,6 +53,7 @@ def expert_encode(
     rank = 2 if m is None else 3
     x, w_enc, b_enc = check_encoder(x, w_enc, b_enc, None, rank=rank, layout=layout)
     m, k, experts = as_integer(m), as_integer(k), as_integer(experts)
+    eps = as_number(eps)
     size = dict_size(w_enc, m)
     check_tensors(expert=expert)
     check_shape("expert", expert, tuple(x.shape[:-1]), "one for each token, [...]")

@@ -30,6 +30,10 @@ def nested_decode(
     from the last bound on take no part.  w_dec: [F, d].  b_dec: [d] or None.
     impl, results, gradients and errors: as of `sparse_decode`.
     """
+    require(
+        isinstance(codes, (tuple, list)) and len(codes) == 2,
+        lambda: f"codes: expected (values, indices), got {shown(codes)}",
+    )
     values, indices = codes
     indices = check_decode(values, indices, w_dec, b_dec)
     bounds = check_bounds(bounds, w_dec.shape[0])

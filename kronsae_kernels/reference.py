@@ -119,10 +119,13 @@ def batch_topk_encode(
     product = latents(x, w_enc, b_enc, m, composition)
     values = product if m is None else compose(product, composition, eps)
     silent = eps**0.5 if m is not None and composition == "mand" else 0.0
-    scores = _competing(values, mask, None)
+    scores, tokens = _competing(values, mask, None), values[..., 0].numel()
+    finite = scores.where(scores.isfinite(), -torch.inf)
     selected = torch.zeros_like(scores, dtype=torch.bool).flatten()
-    selected[largest(scores.flatten(), k * scores[..., 0].numel())] = True
-    selected = selected.view_as(scores) & (scores > silent)
+    selected[largest(finite.flatten(), k * tokens)] = True
+    selected = selected.view_as(scores) & (finite > silent)
+    first = torch.zeros_like(selected).scatter(-1, largest(scores, k), True)
+    selected |= first & (scores.isnan() | (scores == torch.inf))  # what is not finite goes on
     indices = largest(product.detach().masked_fill(~selected, -torch.inf), values.shape[-1])
     width = max(1, int(selected.sum(-1).max()) if selected.numel() else 0)
     indices = indices[..., :width]

@@ -103,8 +103,10 @@ def has_values(tensor: Tensor) -> bool:
     """False where numbers cannot be looked at: compiled, traced, fake or meta tensors, vmap."""
     if torch.compiler.is_compiling() or tensor.is_meta or isinstance(tensor, FakeTensor):
         return False
+    while torch._C._functorch.is_gradtrackingtensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
     traced = torch._C._len_torch_dispatch_stack()
-    return not (traced or torch._C._are_functorch_transforms_active())
+    return not (traced or torch._C._functorch.is_batchedtensor(tensor))
 
 
 def batch(

@@ -8,14 +8,17 @@ from torch import Tensor
 from kronsae_kernels import backends, reference
 from kronsae_kernels.common import (
     COMPOSITIONS,
+    INTEGERS,
     SparseCodes,
     accumulate_dtype,
     as_integer,
+    as_number,
     check_choice,
     check_floating,
     check_number,
     check_same,
     check_shape,
+    check_tensors,
     dict_size,
     require,
     without_autocast,
@@ -45,7 +48,8 @@ def threshold_encode(
     the end: value 0, at the index of some latent, without gradient. So does a row with NaN.
 
     x: [..., d].  w_enc: [h, m + n, d] with m given (Kron), or [F, d] without (dense).
-    b_enc: [h, m + n] or [F], or None.  threshold: [F], or a number for all latents.
+    b_enc: [h, m + n] or [F], or None.  threshold: [F], or a number for all latents
+    (NaN: none exceeds it).
     bandwidth: None, or that of the pseudo-derivatives (`jump`) by which a threshold learns. Codes
         then contain the latents less than half of it below their threshold, too, with value 0: for
         the gradient. Without it thresholds get none.
@@ -55,13 +59,12 @@ def threshold_encode(
     """
     rank = 2 if m is None else 3
     x, w_enc, b_enc = check_encoder(x, w_enc, b_enc, None, rank=rank, layout=layout)
-    m = as_integer(m)
+    m, eps, bandwidth = as_integer(m), as_number(eps), as_number(bandwidth)
     threshold = _check_threshold(threshold, x, dict_size(w_enc, m))
     check_choice("composition", composition, COMPOSITIONS)
     check_number("eps", eps, 0)
     if bandwidth is not None:
-        check_number("bandwidth", bandwidth, 0)
-        require(bandwidth > 0, f"bandwidth: expected > 0, got {bandwidth}")
+        _check_bandwidth(bandwidth)
     lowest = threshold.detach() - (0.0 if bandwidth is None else bandwidth / 2)
     name = backends.choose(impl, x.device, x.dtype)
     if name == "reference":
@@ -83,14 +86,26 @@ def threshold_encode(
 
 
 def jump(
-    values: Tensor, threshold: Tensor, bandwidth: float, used: Tensor | None = None
+    values: Tensor, threshold: Tensor | float, bandwidth: float, used: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
     """JumpReLU z = v H(v - t) and activity H(v - t) of values v with thresholds t, elementwise.
 
     Derivatives by t: dz/dt = -(t / w) K((v - t) / w) and dH/dt = -(1 / w) K((v - t) / w), with the
     rectangle K(u) = 1 for |u| < 1/2 and w the bandwidth. By v: dz/dv = H(v - t) and dH/dv = 0.
     used: False in unused slots, where all of these are 0. [Rajamanoharan et al. 2024]
+    threshold: as values, or a number.
     """
+    check_floating(values=values)
+    bandwidth = as_number(bandwidth)
+    _check_bandwidth(bandwidth)
+    if not isinstance(threshold, Tensor):
+        number = as_number(threshold)
+        check_number("threshold", number, None)
+        threshold = values.new_tensor(number)
+    if used is not None:
+        check_tensors(used=used)
+        require(used.dtype == torch.bool, f"used: expected torch.bool, got {used.dtype}")
+        check_shape("used", used, tuple(values.shape), "the shape of values")
     active, near = values > threshold, (values - threshold).abs() < bandwidth / 2
     if used is not None:
         active, near = active & used, near & used
@@ -103,14 +118,22 @@ def jump(
 def _check_threshold(threshold: Tensor | float, x: Tensor, size: int) -> Tensor:
     """A threshold for each of F = size latents."""
     if not isinstance(threshold, Tensor):
-        check_number("threshold", threshold, None)
-        threshold = x.new_tensor(threshold, dtype=accumulate_dtype(x.dtype))
+        number = as_number(threshold)
+        check_number("threshold", number, None)
+        threshold = x.new_tensor(number, dtype=accumulate_dtype(x.dtype))
+    if threshold.dtype in INTEGERS:
+        threshold = threshold.to(accumulate_dtype(x.dtype))
     check_floating(threshold=threshold)
     if threshold.ndim == 0:
         threshold = threshold.expand(size)
     check_shape("threshold", threshold, (size,), "[F], or a single number")
     check_same("device", x=x, threshold=threshold)
     return threshold
+
+
+def _check_bandwidth(bandwidth: float) -> None:
+    check_number("bandwidth", bandwidth, 0)
+    require(bandwidth > 0, f"bandwidth: expected > 0, got {bandwidth}")
 
 
 @operator("threshold_encode")

@@ -170,6 +170,7 @@ def resumed(folder):
             lock.unlink()
 
 
+@pytest.mark.slow
 def test_a_run(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     shutil.rmtree(tmp_path / "run" / "checkpoints")  # with a copy to compare with
@@ -193,6 +194,7 @@ def test_a_run(run, tmp_path):
     check(path, document_of(path), read)
 
 
+@pytest.mark.slow
 def test_a_run_beside_its_copy(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     [checkpoint] = (tmp_path / "run" / "checkpoints").iterdir()
@@ -231,6 +233,7 @@ def test_files_of_settings(tmp_path):
     check(path, CONFIG, lambda: parse(["--config", str(path)]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("library", [name for name in FORMATS if name != "kronsae"])
 @pytest.mark.parametrize("kind", ["topk", "jumprelu", "kron"])
 def test_other_libraries(library, kind, run, tmp_path):

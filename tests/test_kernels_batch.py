@@ -76,11 +76,34 @@ def test_batch_topk_of_ties_and_of_nothing():
     assert not first[-1].any()
     assert batch_topk_encode(-torch.ones(B, D), w, m=M, k=3).values.tolist() == [[0.0]] * B
     assert batch_topk_encode(torch.ones(0, D), w, m=M, k=3).values.shape == (0, 1)
-    x = torch.ones(B, D)
-    x[2, 0] = torch.nan
-    values = batch_topk_encode(x, w, m=M, k=3).values
-    assert values[2].isnan().any()
-    assert not values[[0, 1, *range(3, B)]].isnan().any()
+    for impl in ("torch", "reference"):
+        none = torch.zeros(F, dtype=torch.bool)
+        codes = batch_topk_encode(torch.ones(B, D), w, m=M, k=3, mask=none, impl=impl)
+        assert codes.values.tolist() == [[0.0]] * B
+
+
+@pytest.mark.parametrize("number", [torch.nan, torch.inf])
+@pytest.mark.parametrize("kind", KINDS)
+def test_batch_topk_of_a_row_that_is_not_finite(kind, number):
+    """It gets k values that are not finite, and the others what they get beside an empty row."""
+    tensors, gate = inputs(kind)
+    x, *weights = (t.abs() for t in tensors)
+    others = torch.arange(B) != 2
+    x[2] = -1e3
+    expected = batch_topk_encode(x, *weights, k=3, **gate).values[others] if kind != "mul" else None
+    x[2] = number
+    for impl in ("torch", "reference"):
+        values = batch_topk_encode(x, *weights, k=3, impl=impl, **gate).values
+        assert not values[2, :3].isfinite().any()
+        assert (values[2, 3:] == 0).all()
+        assert values[others].isfinite().all()
+        if expected is not None:
+            width = max(values.shape[1], expected.shape[1])
+            got, wanted = (
+                torch.nn.functional.pad(t, (0, width - t.shape[1]))
+                for t in (values[others], expected)
+            )
+            torch.testing.assert_close(got, wanted)
 
 
 @IMPLS

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,8 +18,11 @@ from kronsae_kernels import (
     backends,
     dense_encode,
     fused_encode,
+    jump,
+    nested_decode,
     reference,
     sparse_decode,
+    threshold_encode,
     torch_impl,
 )
 
@@ -36,6 +40,10 @@ def encode(x=X, w_enc=W_ENC, b_enc=B_ENC, **options):
 
 def dense(x=X, w_enc=W_DENSE, b_enc=B_DENSE, **options):
     return dense_encode(x, w_enc, b_enc, **{"k": 3, **options})
+
+
+def above(x=X, w_enc=W_DENSE, b_enc=B_DENSE, **options):
+    return threshold_encode(x, w_enc, b_enc, **{"threshold": 0.0, **options})
 
 
 def decode(values=VALUES, indices=INDICES, w_dec=W_DEC, b_dec=B_DEC, **options):
@@ -140,7 +148,21 @@ ERRORS = [
     (lambda: encode(mask=MASK.expand(2, -1)), ["mask:", "[..., F] = [3, 40]", "[2, 40]"]),
     (lambda: encode(scale=torch.ones(39)), ["scale:", "[F] = [40]", "[39]"]),
     (lambda: encode(scale=torch.ones(40).long()), ["scale:", "float32", "torch.int64"]),
-    (lambda: encode(scale=-torch.ones(40)), ["scale:", ">= 0", "negative"]),
+    (lambda: encode(scale=-torch.ones(40)), ["scale:", "finite numbers >= 0"]),
+    (lambda: encode(scale=torch.full((40,), torch.nan)), ["scale:", "finite numbers >= 0"]),
+    (lambda: dense(scale=torch.full((40,), torch.inf)), ["scale:", "finite numbers >= 0"]),
+    (lambda: encode(k=np.array([3, 3, 3])), ["k:", "integer", "numpy.ndarray"]),
+    (lambda: encode(m=None), ["m:", "integer", "None"]),
+    (lambda: above(layout="row-major"), ["layout:", "head-major", "without m"]),
+    (lambda: nested_decode(None, [40], W_DEC), ["codes:", "(values, indices)", "None"]),
+    (lambda: nested_decode(VALUES, [40], W_DEC), ["codes:", "(values, indices)", "tensor"]),
+    (lambda: jump(VALUES, 1.0, 0.0), ["bandwidth:", "> 0"]),
+    (lambda: jump(VALUES, 1.0, float("nan")), ["bandwidth:", "finite", "nan"]),
+    (lambda: jump(VALUES, 1.0, "1"), ["bandwidth:", "number", "'1'"]),
+    (lambda: jump([1.0], 1.0, 1.0), ["values:", "tensor", "[1.0]"]),
+    (lambda: jump(VALUES, "1", 1.0), ["threshold:", "number", "'1'"]),
+    (lambda: jump(VALUES, 1.0, 1.0, VALUES), ["used:", "bool", "torch.float32"]),
+    (lambda: jump(VALUES, 1.0, 1.0, VALUES[:1] > 0), ["used:", "[3, 2]", "[1, 2]"]),
     (lambda: encode(scale=2.0), ["scale:", "tensor", "got 2.0"]),
     (lambda: dense(relu=None), ["relu:", "True", "None"]),
     (lambda: encode(layout="rows"), ["layout:", "head-major", "row-major", "'rows'"]),

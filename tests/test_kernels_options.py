@@ -260,3 +260,42 @@ def test_jump_counts_active_latents():
     assert gradient.tolist() == pytest.approx([0.0, -2.5, -2.5, 0.0])
     infinite = torch.full((4,), torch.inf, requires_grad=True)
     assert jump(values, infinite, 0.4)[0].tolist() == [0.0] * 4
+
+
+@pytest.mark.parametrize("encode", ENCODERS)
+def test_a_constant_scale_changes_nothing(encode):
+    x, w, b = inputs()
+    expected = encode(x, w, b, k=5)
+    for scale in (1.0, 1e30, 1e-30):
+        codes = encode(x, w, b, k=5, scale=torch.full((F,), scale))
+        assert torch.equal(codes.values, expected.values)
+        assert torch.equal(codes.indices, expected.indices)
+
+
+@pytest.mark.parametrize("encode", ENCODERS)
+def test_k_of_each_token_and_checks_under_transforms(encode):
+    """Only what vmap hides is unknown."""
+    x, w, b = inputs()
+    k, scale = torch.arange(B) % 4, torch.ones(F)
+    loss = lambda x, **options: encode(x, w, b, **options).values.square().sum()  # noqa: E731
+    expected = torch.func.grad(lambda x: loss(x, k=k, impl="reference"))(x)
+    torch.testing.assert_close(torch.func.grad(lambda x: loss(x, k=k))(x), expected)
+    for transform in (torch.func.grad, torch.func.vmap):
+        with pytest.raises(ValueError, match="scale: expected finite numbers >= 0"):
+            transform(lambda x: loss(x, k=2, scale=-scale))(x)
+        with pytest.raises(ValueError, match="k: expected at most the 1 latents in mask"):
+            transform(lambda x: loss(x, k=2, mask=torch.arange(F) < 1))(x)
+    with pytest.raises(ValueError, match="k: one a token decides how wide the codes are"):
+        torch.func.vmap(lambda x, k: loss(x[None], k=k[None]))(x, k)
+
+
+@pytest.mark.parametrize(
+    "one", [1, np.float32(1), np.float64(1), torch.tensor(1), torch.tensor(1.0)]
+)
+def test_numbers_of_other_kinds(one):
+    x, w, b = inputs()
+    expected = threshold_encode(x, w, b, m=M, threshold=1.0, eps=1.0, bandwidth=1.0).values
+    got = threshold_encode(x, w, b, m=M, threshold=one, eps=one, bandwidth=one).values
+    assert torch.equal(got, expected)
+    for a, b in zip(jump(expected, one, one), jump(expected, 1.0, 1.0), strict=True):
+        assert torch.equal(a, b)
