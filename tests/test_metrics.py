@@ -106,6 +106,18 @@ def test_cross_entropy_and_divergence_by_hand():
     assert kl_divergence(barred, other).item() == pytest.approx(math.log(2), rel=1e-6)
 
 
+def test_what_is_not_finite_is_never_perfect():
+    logits = torch.randn(2, 5)
+    other = torch.stack([torch.full((5,), math.nan), logits[1]])
+    first, second = kl_divergence(logits, other).tolist()
+    assert math.isnan(first) and second == 0
+    assert kl_divergence(other, logits).isnan().tolist() == [True, False]
+    metrics = ReconstructionMetrics(2)
+    metrics.update(X, torch.where(X == 4, math.nan, X_HAT))
+    found = metrics.compute()
+    assert all(map(math.isnan, found.values())), found
+
+
 def test_recovered_by_hand():
     assert cross_entropy_recovered(2.0, 3.0, 6.0) == 0.75
     assert cross_entropy_recovered(2.0, 2.0, 6.0) == 1

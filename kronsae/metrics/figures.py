@@ -158,7 +158,7 @@ class ReconstructionMetrics:
         self.batch_form += (1 - errors[varied] / spread[varied]).sum().item()
         self.batch_tokens += int(varied.sum())
         norms, norms_hat = x.norm(dim=-1), x_hat.norm(dim=-1)
-        both = (norms > 0) & (norms_hat > 0)
+        both = (norms != 0) & (norms_hat != 0)  # also NaN, which is no right angle
         products = (x * x_hat).sum(-1)[both]
         self.cosines += (products / (norms * norms_hat)[both]).sum().item()
         nonzero = norms > 0
@@ -283,9 +283,13 @@ def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def kl_divergence(logits: Tensor, other: Tensor) -> Tensor:
-    """KL(softmax(logits) || softmax(other)) in nats: [n] float64 for [n, V] each."""
+    """KL(softmax(logits) || softmax(other)) in nats: [n] float64 for [n, V] each.
+
+    NaN where either softmax is NaN.
+    """
     logp, logq = logits.double().log_softmax(-1), other.double().log_softmax(-1)
-    return (logp.exp() * (logp - logq)).nansum(-1)  # 0 log 0 = 0: logits may be -inf
+    p = logp.exp()
+    return (p * (logp - logq)).masked_fill(p == 0, 0).sum(-1)  # 0 log 0 = 0: logits may be -inf
 
 
 Numbers = Sequence[float] | Tensor
