@@ -8,11 +8,11 @@ import pytest
 import torch
 from tiny_models import BLOCKS, CAUSAL, POSITIONS, WIDTH, WORDS, save_model
 
-from kronsae import SAE, InputError, SAEConfig
+from kronsae import SAE, InputError, SAEConfig, load
 from kronsae.data import LanguageModel
 from kronsae.evaluate import judge
 from kronsae.evaluate.__main__ import main
-from kronsae.evaluate.show import console_table
+from kronsae.evaluate.show import console_table, draw
 from kronsae.metrics.figures import MEANING, cross_entropy_recovered
 from kronsae.metrics.heldout import Heldout, HeldoutText, evaluate
 from kronsae.metrics.target_model import data_of, load_sae, open_heldout
@@ -203,6 +203,32 @@ def test_a_sweep_from_the_command_line(sweep, tmp_path, capsys):
     page = (out / "evaluation.md").read_text()
     for name in document["judged"][0]["metrics"]:
         assert f"| {MEANING[name][0]} | " in page
+
+
+@pytest.fixture(scope="module")
+def overflowing(sweep, tmp_path_factory):
+    """A run's SAE whose latents are infinite, and its reconstruction NaN."""
+    sae = load(sweep / "m2")
+    with torch.no_grad():
+        sae.W_enc.mul_(1e25)
+    return sae.save(tmp_path_factory.mktemp("wild") / "wild")
+
+
+def test_a_reconstruction_that_is_not_finite(sweep, overflowing, tmp_path, capsys):
+    """Its figures are null with the reason; those of the other SAE are as they are alone."""
+    out = tmp_path / "out"
+    assert main([str(overflowing), str(sweep / "m2"), "--out", str(out)]) == 0
+    wild, other = json.loads((out / "evaluation.json").read_text())["judged"]
+    of_output = {"explained_variance", "cosine", "mse", "relative_norm", "ce_spliced", "kl_spliced"}
+    for name in of_output:
+        assert wild["metrics"][name] is None and other["metrics"][name] is not None, name
+        assert f"{name} is nan" in wild["metrics"]["not_finite"]
+    assert wild["metrics"]["kl_zero"] == other["metrics"]["kl_zero"]
+    assert "not_finite" not in other["metrics"]
+    assert f"wild: not finite: {wild['metrics']['not_finite']}" in capsys.readouterr().out
+    assert (out / "tradeoff.png").is_file()
+    draw([wild, wild], tmp_path)
+    assert [path.name for path in tmp_path.glob("*.png")] == ["densities.png"]
 
 
 def test_one_run_and_other_text(sweep, tmp_path, capsys):

@@ -27,7 +27,7 @@ from kronsae.metrics.target_model import (
 )
 from kronsae.runs.folder import RunFolder, versions
 from kronsae.system.devices import resolve_device
-from kronsae.system.files import finite, write_json, write_text
+from kronsae.system.files import NOT_FINITE, finite, write_json, write_text
 
 
 def make_parser() -> Parser:
@@ -142,6 +142,10 @@ def _write(document: dict[str, Any], out: Path, console: Console) -> None:
         [entry] = document["judged"]
         console.print(" · ".join([entry["name"], *filter(None, facts(entry))]), style="bold")
     console.print(console_table(document["judged"]))
+    for entry in document["judged"]:
+        if reason := entry["metrics"].get(NOT_FINITE):
+            line = f"{entry['name']}: not finite: {reason}"
+            console.print(line, style="yellow", markup=False)
     console.print(
         f"In {out}: evaluation.md (explains each figure), "
         f"{', '.join(['evaluation.json', *pictures])}"

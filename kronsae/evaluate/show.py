@@ -109,6 +109,7 @@ def text_in_words(text: Mapping[str, Any]) -> str:
 def draw(judged: Sequence[Entry], folder: Path) -> list[Path]:
     """densities.png; of several also tradeoff.png: what each explains and recovers, against its L0.
 
+    A figure that is not finite has no point in it, and there is none without points.
     Raises ImportError without matplotlib.
     """
     import matplotlib
@@ -118,8 +119,8 @@ def draw(judged: Sequence[Entry], folder: Path) -> list[Path]:
 
     with pyplot.rc_context({"axes.spines.top": False, "axes.spines.right": False}):
         figures = {"densities.png": _densities(judged)}
-        if len(judged) > 1:
-            figures["tradeoff.png"] = _tradeoff(judged)
+        if len(judged) > 1 and (points := _points(judged)):
+            figures["tradeoff.png"] = _tradeoff(points)
         for name, figure in figures.items():
             figure.savefig(folder / name, dpi=110)
         pyplot.close("all")
@@ -163,19 +164,32 @@ _FIGURES = (
 )
 
 
-def _tradeoff(judged: Sequence[Entry]) -> Any:
+_Points = dict[str, list[tuple[int, str, float, float]]]
+"""By a figure's label: number and name of each SAE that has it, its L0, and the figure."""
+
+
+def _points(judged: Sequence[Entry]) -> _Points:
+    points = {
+        label: [
+            (number, entry["name"], entry["metrics"]["l0"], entry["metrics"][name])
+            for number, entry in enumerate(judged)
+            if entry["metrics"].get(name) is not None
+        ]
+        for name, label in _FIGURES
+    }
+    return {label: some for label, some in points.items() if some}
+
+
+def _tradeoff(points: _Points) -> Any:
     from matplotlib import pyplot
 
-    shown = [(name, label) for name, label in _FIGURES if name in judged[0]["metrics"]]
     figure, panels = pyplot.subplots(
-        1, len(shown), figsize=(3.6 * len(shown) + 1.8, 3.4), squeeze=False, layout="constrained"
+        1, len(points), figsize=(3.6 * len(points) + 1.8, 3.4), squeeze=False, layout="constrained"
     )
-    for axes, (name, label) in zip(panels[0], shown, strict=True):
-        for number, entry in enumerate(judged):
-            if name in entry["metrics"]:
-                point = entry["metrics"]["l0"], entry["metrics"][name]
-                marker = "osD^v"[number // 10 % 5]  # there are ten colours
-                axes.plot(*point, marker, color=f"C{number}", label=entry["name"])
+    for axes, (label, some) in zip(panels[0], points.items(), strict=True):
+        for number, name, *point in some:
+            marker = "osD^v"[number // 10 % 5]  # there are ten colours
+            axes.plot(*point, marker, color=f"C{number}", label=name)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
         axes.margins(0.2)
