@@ -332,6 +332,7 @@ def test_arguments_of_an_sae(tmp_path):
 WEIGHTS = {
     "NaN": lambda x: x * math.nan,
     "infinity": lambda x: torch.full_like(x, math.inf),
+    "beyond float32": lambda x: x.double() + 1e60,
     "integers": lambda x: x.long(),
     "bytes": lambda x: x.to(torch.uint8),
     "bools": lambda x: x > 0,

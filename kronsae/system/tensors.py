@@ -48,16 +48,17 @@ def _of_numpy(x: np.ndarray) -> Any:
 
 
 def check_weights(tensors: dict[str, Tensor], path: Any, unset: Collection[str] = ()) -> None:
-    """Raise InputError unless all of these tensors, read from `path`, are finite floats.
+    """Raise InputError unless all of these tensors, read from `path`, are floats.
 
+    They have to be finite in float32, in which SAEs are loaded.
     unset: names of those that may be NaN or infinite, as they may not have been learned yet.
     """
     for name, x in tensors.items():
         problem = None
         if not x.is_floating_point() or x.layout != torch.strided or x.is_nested or x.is_meta:
             problem = f"expected floating-point numbers, dense, got {x.dtype}, {x.layout}"
-        elif name not in unset and not torch.isfinite(x.float() if x.itemsize == 1 else x).all():
-            problem = "it holds NaN or infinity"
+        elif name not in unset and not torch.isfinite(x.float()).all():
+            problem = "it holds NaN, infinity, or numbers too large for float32"
         if problem:
             raise InputError(
                 f"{path}: {name}: {problem}. No SAE can be made of it: take the file again from "
