@@ -5,6 +5,7 @@ import gzip
 import hashlib
 import json
 import re
+import shutil
 import struct
 from html.parser import HTMLParser
 
@@ -14,7 +15,7 @@ import torch
 from explorer_pages import CONFIGS, EVIL, make_page
 from jinja2.utils import htmlsafe_json_dumps
 
-from kronsae import SAEConfig, TrainConfig
+from kronsae import SAEConfig, TrainConfig, load
 from kronsae.explore import __main__ as command
 from kronsae.explore.blocks import ALIGN, encode, rounded, smallest
 from kronsae.properties import WINDOW, load_properties
@@ -257,6 +258,21 @@ def test_another_text_has_its_own_column(tmp_path):
     other.write_text(text.read_text().replace("body", "text"))
     assert open_run(run, {"dataset": str(other)}, "cpu")[1].text_column == "text"
     assert command.main([str(run), "--dataset", str(other), "--tokens", "300"]) == 0
+
+
+@pytest.mark.parametrize("value", [1e25, -3e38])
+def test_an_sae_whose_outputs_are_not_finite(value, run, tmp_path, capsys, recwarn):
+    """One sentence instead of a page: such an SAE is left by training that diverged."""
+    wild = tmp_path / "wild"
+    shutil.copytree(run, wild, ignore=shutil.ignore_patterns("properties", "explorer.html"))
+    sae = load(wild)
+    with torch.no_grad():
+        sae.W_enc.mul_(value)
+    sae.save(wild / "sae")
+    assert command.main([str(wild), "--tokens", "1000"]) == 2
+    assert "the SAE's outputs are not finite" in capsys.readouterr().err
+    assert not (wild / "explorer.html").exists() and not (wild / "properties").exists()
+    assert not [one for one in recwarn if one.category is RuntimeWarning]
 
 
 def test_command_says_what_is_wrong(run, tmp_path, capsys):

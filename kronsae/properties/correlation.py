@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from kronsae.errors import InputError
 from kronsae.model.sae import SAE
 from kronsae_kernels import SparseCodes
 
@@ -33,8 +34,16 @@ def correlations_of(sae: SAE, x: Tensor) -> Correlations:
 
 
 def active_codes(sae: SAE, x: Tensor) -> SparseCodes:
-    """Codes of x [B, d], on the CPU, with value 0 where no latent is active."""
+    """Codes of x [B, d], on the CPU, with value 0 where no latent is active.
+
+    Raises InputError if some are NaN or infinite.
+    """
     codes = sae.encode(x.to(sae.W_dec))
+    if not torch.isfinite(codes.values).all():
+        raise InputError(
+            "the SAE's outputs are not finite on this text, as after training that diverged: there "
+            "is nothing to measure"
+        )
     return SparseCodes(codes.values.where(sae.fired(codes), 0).cpu(), codes.indices.cpu())
 
 

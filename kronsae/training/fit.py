@@ -119,7 +119,7 @@ def fit_many(
     scale of activations, and figures that depend on no SAE, are computed once.
 
     A member with `learner.SKIPS` gradients in a row that are not finite ends there, with the
-    weights of the last good step (its result has `failed`), and the others go on. Returns the
+    weights of the last step made (its result has `failed`), and the others go on. Returns the
     results in order. Raises InputError as `fit` does, if the members cannot share a stream, or if
     all of them failed.
     """
