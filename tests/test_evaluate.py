@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -10,12 +11,13 @@ from tiny_models import BLOCKS, CAUSAL, POSITIONS, WIDTH, WORDS, save_model
 
 from kronsae import SAE, InputError, SAEConfig, load
 from kronsae.data import LanguageModel
+from kronsae.errors import Notice
 from kronsae.evaluate import judge
 from kronsae.evaluate.__main__ import main
 from kronsae.evaluate.show import console_table, draw
 from kronsae.metrics.figures import MEANING, cross_entropy_recovered
 from kronsae.metrics.heldout import Heldout, HeldoutText, evaluate
-from kronsae.metrics.target_model import data_of, load_sae, open_heldout
+from kronsae.metrics.target_model import data_of, load_sae, load_saes, open_heldout
 from kronsae.train import main as train
 
 SMALL = [
@@ -229,6 +231,19 @@ def test_a_reconstruction_that_is_not_finite(sweep, overflowing, tmp_path, capsy
     assert (out / "tradeoff.png").is_file()
     draw([wild, wild], tmp_path)
     assert [path.name for path in tmp_path.glob("*.png")] == ["densities.png"]
+
+
+def test_a_member_without_an_sae_is_left_out(sweep, tmp_path):
+    """So training leaves one whose weights are not finite."""
+    copy = tmp_path / "sweep"
+    shutil.copytree(sweep, copy)
+    shutil.rmtree(copy / "m2" / "sae")
+    with pytest.warns(Notice, match="sweep: m2 saved no SAE, and is left out"):
+        [loaded] = load_saes([str(copy)], {}, "cpu")
+    assert loaded.name == "m4"
+    shutil.rmtree(copy / "m4" / "sae")
+    with pytest.raises(InputError, match="m2 holds no SAE"):
+        load_saes([str(copy)], {}, "cpu")
 
 
 def test_one_run_and_other_text(sweep, tmp_path, capsys):

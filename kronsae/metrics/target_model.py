@@ -132,7 +132,10 @@ def _open_cache(sae: SAE, folder: str, given: dict[str, Any], device: Any) -> Ca
 
 
 def load_saes(sources: Sequence[str], given: dict[str, Any], device: Any) -> list[LoadedSAE]:
-    """`load_sae` of several, or of all members of a sweep, with names that are distinct."""
+    """`load_sae` of several, or of all members of a sweep, with names that are distinct.
+
+    Members that saved no SAE, as their weights were not finite, are left out with a notice.
+    """
     paths = [path for source in sources for path in _members(source)]
     names = _names(paths)
     return [load_sae(p, given, device)._replace(name=n) for n, p in zip(names, paths, strict=True)]
@@ -142,7 +145,10 @@ def _members(source: str) -> list[str]:
     if not os.path.exists(os.path.join(source, "sweep.json")):
         return [source]
     sweep, _ = SweepFolder.open(source)
-    return [str(run.path) for run in sweep.runs.values()]
+    saved = {name: str(run.path) for name, run in sweep.runs.items() if run.sae.exists()}
+    if saved and (without := sorted(sweep.runs.keys() - saved.keys())):
+        warn(f"{source}: {', '.join(without)} saved no SAE, and is left out")
+    return list(saved.values()) or [str(run.path) for run in sweep.runs.values()]
 
 
 def _names(paths: Sequence[str]) -> list[str]:
