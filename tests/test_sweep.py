@@ -270,6 +270,8 @@ def test_bad_sweeps(tmp_path):
         fit_many(list(SAES.values()), X, [TRAIN])
     for names, words in (
         (["a", "b", "a"], "two members of the sweep have the name 'a'"),
+        (["a", "b", "A"], "two members of the sweep have the name 'a' .capitals"),
+        (["a", "b", "Checkpoints"], "'Checkpoints' cannot be the name"),
         (["a", "b", "checkpoints"], "'checkpoints' cannot be the name"),
         (["a", "b", "../c"], "'../c' cannot be the name"),
     ):

@@ -54,15 +54,22 @@ def one_stream(configs: Sequence[TrainConfig]) -> list[TrainConfig]:
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Raise InputError unless the names are folders' names, all different."""
-    for name in names:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=-]{0,199}", name) or name in _RESERVED:
+    """Raise InputError unless the names are folders' names, all different.
+
+    Names that differ in case alone are one folder on some file systems.
+    """
+    folded = [name.lower() for name in names]
+    for name, same in zip(names, folded, strict=True):
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=-]{0,199}", name) or same in _RESERVED:
             raise InputError(
                 f"{name!r} cannot be the name of a member of a sweep, and of its folder: expected "
                 f"letters, digits and any of . _ = -, and none of {', '.join(_RESERVED)}"
             )
-        if names.count(name) > 1:
-            raise InputError(f"two members of the sweep have the name {name!r}: give others")
+        if folded.count(same) > 1:
+            raise InputError(
+                f"two members of the sweep have the name {name!r} (capitals count as small "
+                "letters): give others"
+            )
 
 
 def name_of(overrides: dict[str, Any]) -> str:
