@@ -197,6 +197,7 @@ BAD = {
     "meta": X.to("meta"),
     "numpy int": X.long().numpy(),
     "numpy object": np.array([None]),
+    "numpy masked": np.ma.masked_array(X.numpy(), X.numpy() > 1),
     "longdouble": X.numpy().astype(np.longdouble),
 }
 

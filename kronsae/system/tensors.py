@@ -20,6 +20,11 @@ def as_values(x: Any, name: str, expected: str = "[..., d]") -> Tensor:
     Raises InputError, which names `name`, for anything else, for a sparse or nested tensor, and for
     one without values, on the device "meta".
     """
+    if isinstance(x, np.ma.MaskedArray):
+        raise InputError(
+            f"{name}: expected an array without a mask, got a masked one: give those of its rows "
+            "that count"
+        )
     if isinstance(x, np.ndarray) and x.dtype.kind == "f":
         x = _of_numpy(x)
     if not isinstance(x, Tensor) or not x.is_floating_point():
