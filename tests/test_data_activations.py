@@ -440,11 +440,12 @@ def test_an_iterable_cannot_go_back():
     "batches, words",
     [
         ([], "got an empty iterable"),
+        ([None], "batch 0: expected a floating tensor .*, got None"),
         ([torch.zeros(3)], "batch 0: expected a floating tensor"),
         ([torch.zeros(4, 3), torch.zeros(4, 2)], r"batch 1: .* = \(3, 0\) as before, got \(2, 0\)"),
         ([torch.zeros(4, 3), None], "batch 1: expected a floating tensor"),
     ],
-    ids=["empty", "shape", "width", "type"],
+    ids=["empty", "none", "shape", "width", "type"],
 )
 def test_iterables_that_give_no_activations(batches, words):
     with pytest.raises(InputError, match=words):

@@ -157,9 +157,11 @@ class IterableActivations:
                 "activations: expected a tensor [N, d], an array of numpy, a pair of these, or an "
                 f"iterable of batches, got {shown(batches)}"
             ) from None
-        first = next(iterator, None)
-        if first is None:
-            raise InputError("activations: expected batches [B, d], got an empty iterable")
+        try:
+            first = next(iterator)
+        except StopIteration:
+            problem = "activations: expected batches [B, d], got an empty iterable"
+            raise InputError(problem) from None
         rows, self.d_target = _rows(first, "batch 0")
         self.d_model = rows.shape[1] - self.d_target
         self.batches = chain([first], iterator)
