@@ -226,6 +226,16 @@ CONFIG = {
 }
 
 
+@pytest.mark.parametrize("change", [{"format": "x"}, {"format_version": 99}])
+def test_settings_of_another_format(change, run, tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(document_of(run / "config.json") | change))
+    [name] = change
+    for flags in (["--config"], ["--tokens", "1M", "--m", "2", "--iso-flops-of"]):
+        with pytest.raises(InputError, match=f"config.json: {name}: expected .*, got"):
+            parse([*flags, str(path)])
+
+
 def test_files_of_settings(tmp_path):
     path = tmp_path / "it.json"
     check(path, SWEEP, lambda: parse(["--sweep", str(path)]))

@@ -29,7 +29,7 @@ from kronsae.config import (
 )
 from kronsae.errors import InputError
 from kronsae.model.flops import equal_budget, flops_per_token
-from kronsae.runs.folder import SINGLE, SweepFolder, whole
+from kronsae.runs.folder import FORMAT_VERSION, SINGLE, SweepFolder, whole
 from kronsae.runs.resume import open_to_resume
 from kronsae.runs.sweep import check_names, name_of, one_stream, own_settings, product
 from kronsae.sources import source_of
@@ -283,6 +283,7 @@ def _reference(of: str, own: SAEConfig) -> SAEConfig:
     path = path / "config.json" if path.is_dir() else path
     document = _read_json(path, "--iso-flops-of")
     if isinstance(document, dict):
+        _check_format(document, "--iso-flops-of", path)
         document = document.get("config", document)  # a run has it, an SAE does not
     if not isinstance(document, dict) or not isinstance(document.get("sae"), dict):
         raise InputError(
@@ -419,10 +420,23 @@ def _read_json(path: Path, flag: str) -> Any:
         raise InputError(f"{flag} {path} cannot be read: {error}") from error
 
 
+def _check_format(document: dict[str, Any], flag: str, path: Path) -> None:
+    """Raise InputError if the config.json of a run or an SAE says that it is of another format."""
+    kind = "kronsae-run" if "config" in document else "kronsae"
+    expected = {"format": kind, "format_version": FORMAT_VERSION}
+    for name, value in expected.items():
+        if name in document and document[name] != value:
+            raise InputError(
+                f"{flag} {path}: {name}: expected {value!r}, got {str(document[name])[:80]}"
+            )
+
+
 def _read_config(path: Path) -> dict[str, Any]:
     """Flat settings from a JSON file: a run's config.json, or {"sae": …, "data": …, "train": …}."""
     document = _read_json(path, "--config")
     of_run = isinstance(document, dict) and "config" in document
+    if of_run:
+        _check_format(document, "--config", path)
     parts = document["config"] if of_run else document
     for part in document if of_run else ():
         if part in PARTS and part != "data":  # "data" of a run describes its activations
