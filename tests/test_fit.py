@@ -525,6 +525,36 @@ def test_a_rate_that_overflows_has_diverged(steps, tmp_path):
     assert heldout[0]["explained_variance"] is None and heldout[0]["not_finite"]
 
 
+@pytest.mark.parametrize(
+    ("sae", "train", "advice"),
+    [
+        ({"init_scale": 1e30}, {}, "a smaller init_scale than 1e+30, or a smaller lr than 0.003"),
+        (
+            {},
+            {"weight_decay": 1e30},
+            "a smaller weight_decay than 1e+30, or a smaller lr than 0.003",
+        ),
+        ({"eps": 1e-5}, {"lr": 1e25}, "a smaller lr than 1e+25"),
+    ],
+)
+def test_what_to_try_after_divergence(sae, train, advice):
+    config, train = dataclasses.replace(KRON, **sae), dataclasses.replace(TRAIN, **train)
+    try:
+        said = fit(config, X, train).failed
+    except Diverged as error:
+        said = str(error)
+    assert said.endswith(f"training has diverged; try {advice}")
+
+
+@pytest.mark.parametrize("saves", [False, True])
+def test_a_signal_promises_no_more_than_is_done(saves, tmp_path, capsys):
+    def stop(record):
+        signal.raise_signal(signal.SIGTERM)
+
+    fit(KRON, X, TRAIN, out=tmp_path / "run" if saves else None, on_record=stop)
+    assert ("finishing this step and saving" in capsys.readouterr().err) is saves
+
+
 @pytest.mark.parametrize("step", [7, 40])
 def test_weights_that_are_not_finite_are_not_saved(step, tmp_path, monkeypatch):
     """Of two members one goes wrong, before a checkpoint or at the end: the other goes on."""

@@ -211,7 +211,7 @@ def _train_and_judge(session: Session) -> None:
     """Train all members, evaluate them, and save them, even after an error."""
     stream = session.stream
     try:
-        with note_signals(session.interrupt) as stop:
+        with note_signals(session.interrupt, session.folder is not None) as stop:
             _train(session, stop)
         stopped_by = session.signal(stop)
         stream.close()

@@ -86,7 +86,7 @@ class Member:
         self.mesh = mesh
         self.owner = owner
         self.name = plan.name
-        self.lr = plan.train.lr
+        self.advice = _advice_of(plan)
         self.settings = plan.settings
         self.on_record = on_record
         self.run = folder.runs[plan.name] if folder else None
@@ -171,7 +171,7 @@ class Member:
 
     def diverge(self, reason: str, stream: Stream) -> None:
         """Set `failed`, and log it."""
-        self.failed = f"step {stream.steps:,}: {reason}; try a smaller lr than {self.lr:g}"
+        self.failed = f"step {stream.steps:,}: {reason}; try {self.advice}"
         self.record("diverged", {"reason": self.failed}, stream)
 
     def record(self, kind: str, values: Mapping[str, Any], stream: Stream) -> None:
@@ -295,6 +295,25 @@ class Member:
         tokens = sae.metadata["tokens"] if sae else 0
         self.result = FitResult(sae if self.mine else None, tokens, {}, [], None, message)
         self._learner = None
+
+
+_ENLARGING = {
+    "sae": ("eps", "init_scale"),
+    "train": ("weight_decay", "l0_coefficient", "auxk_coefficient", "balance_coefficient"),
+}
+"""Settings that make training diverge if they are enormous, by part; at most 1 by default."""
+
+
+def _advice_of(plan: MemberPlan) -> str:
+    """What to try if this training diverges."""
+    settings = {
+        name: getattr(getattr(plan, part), name)
+        for part, names in _ENLARGING.items()
+        for name in names
+    }
+    suspects = {name: value for name, value in settings.items() if value > 1}
+    suspects["lr"] = plan.train.lr
+    return ", or ".join(f"a smaller {name} than {value:g}" for name, value in suspects.items())
 
 
 @dataclasses.dataclass

@@ -20,9 +20,10 @@ class Stop:
 
 
 @contextmanager
-def note_signals(interrupt: Callable[[], None]) -> Iterator[Stop]:
+def note_signals(interrupt: Callable[[], None], saves: bool = True) -> Iterator[Stop]:
     """Note the first signal of `STOPS` and call `interrupt`; a second one acts as usual.
 
+    saves: whether something is saved then, for the message.
     An ignored signal stays ignored, as SIGHUP is under nohup.
     """
     stop = Stop()
@@ -33,7 +34,8 @@ def note_signals(interrupt: Callable[[], None]) -> Iterator[Stop]:
         interrupt()
         restore()
         name = signal.Signals(number).name
-        message = f"\n{name}: finishing this step and saving (again to stop at once)"
+        saving = " and saving" if saves else ""
+        message = f"\n{name}: finishing this step{saving} (again to stop at once)"
         # It may come in the middle of another print, or because the terminal was closed.
         with suppress(RuntimeError, OSError, ValueError):
             print(message, file=sys.stderr)
