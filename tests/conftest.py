@@ -6,6 +6,7 @@ Without a GPU, Triton's interpreter runs the kernels, on CPU tensors. Where seve
 
 import dataclasses
 import os
+import signal
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # torch reads it when it is imported
@@ -20,6 +21,10 @@ for _name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"):
 if not torch.cuda.is_available():
     # Triton reads it when it and the kernels are imported: later too.
     os.environ["TRITON_INTERPRET"] = "1"
+
+# Ignored signals, as under nohup and in the background of a script, stay ignored in processes.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 pytest.register_assert_rewrite("truth")
 
