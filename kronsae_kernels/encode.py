@@ -40,6 +40,9 @@ from kronsae_kernels.common import (
 from kronsae_kernels.rules import Rules, derived_again, has_values, operator, total
 from kronsae_kernels.torch_impl import i_major, live_pre_latents, rows_of
 
+WITHOUT_RELU = ("mul", "linear")
+"""Compositions of factors that may be negative; "linear": of a dense encoder, whose values are."""
+
 
 def fused_encode(
     x: Tensor,
@@ -135,7 +138,7 @@ def dense_encode(
         return _allowed(codes, mask, counts)
     flat, of_tokens = x.reshape(-1, x.shape[-1]), _flat_mask(mask, size)
     values, _, indices = torch.ops.kronsae.encode(
-        flat, w_enc, b_enc, None, "" if relu else "mul", name, k, of_tokens, scale
+        flat, w_enc, b_enc, None, "" if relu else "linear", name, k, of_tokens, scale
     )
     return _allowed(_codes(x, values, indices), mask, counts)
 
@@ -357,7 +360,7 @@ class Selected(Rules):
     @staticmethod
     def backward(ctx, d_base, d_extension, *_):
         x, w_enc, indices, base, extension = ctx.saved_tensors
-        if ctx.composition != "mul":
+        if ctx.composition not in WITHOUT_RELU:
             d_base, d_extension = d_base * (base > 0), d_extension * (extension > 0)
         need_x, need_w, need_b = ctx.needs_input_grad[:3]
         arguments = d_base, d_extension, indices, x, w_enc, ctx.m, need_x, need_w or need_b
@@ -387,7 +390,7 @@ class Selected(Rules):
                 None if t_w is None else dots(x, i_major(t_w)),
                 None if t_b is None else i_major(t_b[..., None])[rows, 0].to(factor.dtype),
             )
-            tangents.append(tangent if ctx.composition == "mul" else tangent * (factor > 0))
+            tangents.append(tangent if ctx.composition in WITHOUT_RELU else tangent * (factor > 0))
         if ctx.m is None:
             tangents.append(torch.zeros_like(factors[1]))
         return *tangents, *ctx.others * [None]

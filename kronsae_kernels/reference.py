@@ -60,11 +60,11 @@ def latents(
     composition: str,
 ) -> Tensor:
     """Scores [..., F] by which latents are selected: a Kron encoder's products, or the ReLU (for
-    composition "mul": what it is taken of)."""
+    composition "linear": what it is taken of)."""
     bias = None if b_enc is None else b_enc.flatten()
     pre_latents = torch.nn.functional.linear(x, w_enc.flatten(0, -2), bias)
     if m is None:
-        pre_latents = pre_latents if composition == "mul" else pre_latents.relu()
+        pre_latents = pre_latents if composition == "linear" else pre_latents.relu()
         return pre_latents.to(accumulate_dtype(x.dtype))
     pre_latents = pre_latents.unflatten(-1, w_enc.shape[:2])
     return products(pre_latents[..., :m], pre_latents[..., m:], composition).flatten(-3)
@@ -99,7 +99,7 @@ def dense_encode(
     relu: bool = True,
 ) -> SparseCodes:
     """The k largest of ReLU(w_enc x + b_enc): a TopK SAE's encoder. [Gao et al. 2024]"""
-    values = latents(x, w_enc, b_enc, None, "" if relu else "mul")
+    values = latents(x, w_enc, b_enc, None, "" if relu else "linear")
     indices = largest(_competing(values, mask, scale), k)
     return SparseCodes(values.gather(-1, indices), indices)
 

@@ -60,7 +60,8 @@ def encode(
 
     Returns indices [B, k] int64, base [B, k] and extension [B, k] (ReLU applied, except for
     composition "mul"), float32 (float64 for float64), by product descending, index ascending.
-    m None: a dense encoder; its values are the base, the extension is an empty tensor.
+    m None: a dense encoder; its values are the base (composition "linear": without the ReLU), the
+    extension is an empty tensor.
     mask [F] or [B, F]: the latents that compete; where a token's are fewer than k, others follow.
     scale [F]: they compete by their product times it.
     """
@@ -74,7 +75,7 @@ def encode(
         parts = [_largest_of_kron(chunk, m, k, composition) for chunk in chunks]
         return concatenate(parts, x, k, (torch.int64, dtype, dtype))
     if m is None:
-        signed = composition == "mul"
+        signed = composition == "linear"
         dense = [
             select_dense(pre, allowed, k, scale=scale, signed=signed)
             for pre, allowed in _with_masks(projections(x, w_enc, b_enc, scratch=0), mask)
@@ -584,10 +585,10 @@ def _largest_of_kron(
 def _largest_of_dense(chunk: Iterable[Block], k: int, composition: str) -> tuple[Tensor, Tensor]:
     """`select_dense` among all latents."""
     if isinstance(chunk, list):  # a single block
-        return select_dense(chunk[0][1].squeeze(1), None, k, signed=composition == "mul")
+        return select_dense(chunk[0][1].squeeze(1), None, k, signed=composition == "linear")
 
     def scores(block: Tensor) -> Tensor:
-        return block[:, 0] if composition == "mul" else block[:, 0].relu_()
+        return block[:, 0] if composition == "linear" else block[:, 0].relu_()
 
     kept, values = _largest_columns(chunk, k, scores)
     values = values[:, 0].to(accumulate_dtype(values.dtype))

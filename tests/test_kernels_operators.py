@@ -45,7 +45,7 @@ def dense_inputs():
     x, w, b = randn(5, D, grad=True), randn(F, D, grad=True), randn(F, grad=True)
     yield x, w, b, None, "", "torch", 3, None, None
     yield x, w, None, None, "", "torch", 8, torch.arange(F) % 2 == 0, None
-    yield x, w, b, None, "mul", "torch", 8, None, torch.rand(F)
+    yield x, w, b, None, "linear", "torch", 8, None, torch.rand(F)
     yield randn(0, D), w.detach(), b.detach(), None, "", "torch", F, None, None
     yield *(t.detach().half() for t in (x, w, b)), None, "", "torch", 3, None, None
     yield randn(D, 5).t(), randn(D, F).t(), None, None, "", "torch", 1, None, None

@@ -9,7 +9,6 @@ relative error, and multiplies by the learning rate: 1e-10 leaves room for cance
 in float32, with 2^-24 in place of 2^-53, through 20 steps: 1e-5.
 """
 
-import json
 import os
 import signal
 import subprocess
@@ -25,7 +24,7 @@ from kronsae import InputError, SAEConfig, TrainConfig
 from kronsae.model.ranks import check_heads
 from kronsae.system import checkpoint, parallel
 from kronsae.system.devices import resolve_device
-from kronsae.system.files import read_checksummed, write_checksummed
+from kronsae.system.files import read_checksummed, read_log, write_checksummed
 from kronsae.system.parallel import ALONE, Group, Mesh
 from kronsae.train import fit, main
 from kronsae.training.learner import why_not_fused
@@ -112,8 +111,7 @@ def test_a_run_of_ranks_is_that_of_one_process(layout, of_ranks, alone, folder):
     """Its records, written by rank 0 alone, and the SAE that it leaves."""
     final, *records = of_ranks[0][layout]["run"]
     assert figures(final) == pytest.approx(figures(alone[0]), rel=1e-5)
-    written = (folder / layout / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line) for line in written] == records
+    assert read_log(folder / layout / "metrics.jsonl") == (records, [])
     for before, after in zip(alone[1:], records, strict=True):
         assert figures(after) == pytest.approx(figures(before), rel=1e-4, abs=1e-6)
     sae, whole = kronsae.load(folder / layout), kronsae.load(folder / "alone")

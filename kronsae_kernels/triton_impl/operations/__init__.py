@@ -63,7 +63,7 @@ def encode(
     scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Same as `torch_impl.encode`, which also serves for a scale, masks a token, and no ReLU."""
-    signed = m is None and composition == "mul"
+    signed = m is None and composition == "linear"
     if scale is not None or signed or (mask is not None and mask.ndim > 1):
         return torch_impl.encode(x, w_enc, b_enc, mask, m, k, composition, scale)
     of_mask = None if mask is None else mask.contiguous().view(torch.uint8)
