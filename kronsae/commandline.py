@@ -19,7 +19,7 @@ from types import FrameType, MappingProxyType
 from typing import Any, NoReturn, get_args, get_origin
 
 from kronsae.config import base_type
-from kronsae.errors import InputError, Notice, warn
+from kronsae.errors import InputError, Notice, first_line, warn
 from kronsae.registry import SAE_KINDS, load_plugin
 from kronsae.system.devices import seed_everything
 from kronsae.system.files import usable_path
@@ -351,7 +351,7 @@ def of_machine(error: Exception) -> str | None:
         return f"the disk does not let this command go on: {error}"
     said = isinstance(error, RuntimeError) and any(words in str(error) for words in MEMORY)
     if said or isinstance(error, MemoryError) or name == "ENOMEM":
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         return (
             f"there is not enough memory ({reason}): take smaller settings, or a higher limit "
             "(ulimit -v) if this process has one"

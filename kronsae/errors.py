@@ -52,3 +52,8 @@ def _shown(value: Any) -> str:
     if value is None:
         return "not set"
     return f"{value:,}" if type(value) is int else repr(value)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text; its type, if it has none."""
+    return (str(error) or type(error).__name__).splitlines()[0]

@@ -21,7 +21,7 @@ from kronsae_kernels.common import (
     dict_size,
     without_autocast,
 )
-from kronsae_kernels.encode import Selected, check_encoder
+from kronsae_kernels.encode import SelectedAnyWidth, check_encoder, codes_of
 from kronsae_kernels.rules import operator
 
 CANDIDATES_PER_K = 2
@@ -91,18 +91,15 @@ def encode_batch(
     """
     x, w_enc, b_enc = check_encoder(x, w_enc, b_enc, mask, rank=2 if m is None else 3)
     name = backends.choose(impl, x.device, x.dtype)
-    base, extension, indices, counts = torch.ops.kronsae.encode_batch(
+    *results, counts = torch.ops.kronsae.encode_batch(
         *(x.reshape(-1, x.shape[-1]), w_enc, b_enc, m, composition, name),
         *(k, eps, threshold, mask),
     )
-    values = base if m is None else reference.compose(base * extension, composition, eps)
-    values = values.where(torch.arange(values.shape[1], device=x.device) < counts[:, None], 0)
-    shape = (*x.shape[:-1], values.shape[1])
-    return SparseCodes(values.view(shape), indices.view(shape))
+    return codes_of(x, *results, m=m, composition=composition, eps=eps, counts=counts)
 
 
 @operator("encode_batch")
-class EncodeBatch(Selected):
+class EncodeBatch(SelectedAnyWidth):
     @staticmethod
     def compute(
         x: Tensor,
@@ -153,16 +150,8 @@ class EncodeBatch(Selected):
         return base, torch.zeros_like(base), indices, indices.new_zeros(len(x))
 
     @staticmethod
-    def rows(*args):
-        threshold = args[8]  # without it, all tokens compete
-        return () if threshold is None else (0,)
-
-    @staticmethod
-    def fake(x, w_enc, b_enc, m, composition, impl, k, eps, threshold, mask):
-        width = torch.library.get_ctx().new_dynamic_size()
-        factor = x.new_empty(x.shape[0], width, dtype=accumulate_dtype(x.dtype))
-        indices = torch.empty_like(factor, dtype=torch.int64)
-        return factor, torch.empty_like(factor), indices, indices.new_empty(x.shape[0])
+    def rows(x, w_enc, b_enc, m, composition, impl, k, eps, threshold, mask):
+        return () if threshold is None else (0,)  # without a threshold all tokens compete
 
 
 def candidates(

@@ -194,9 +194,8 @@ class DecodeBackward(Rules):
         return (need_values + need_w) * 2 * values.numel() * w_dec.shape[1]
 
     @staticmethod
-    def rows(*args):
-        need_w = args[6]  # a sum over rows
-        return () if need_w else (0, 1, 2)
+    def rows(d_out, values, indices, w_dec, bounds, need_values, need_w, impl):
+        return () if need_w else (0, 1, 2)  # a gradient of w_dec is a sum over rows
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -96,17 +96,17 @@ def fused_encode(
     check_choice("composition", composition, COMPOSITIONS)
     check_number("eps", eps, 0)
     scale = _check_scale(scale, x, size, 2 if composition == "mand" else 1)
+    gate: dict[str, Any] = {"m": m, "composition": composition, "eps": eps}
     name = backends.choose(impl, x.device, x.dtype)
     if name == "reference":
-        gate: dict[str, Any] = {"m": m, "composition": composition, "eps": eps}
         codes = reference.fused_encode(x, w_enc, b_enc, k=k, mask=mask, scale=scale, **gate)
         return _allowed(codes, mask, counts)
     flat, of_tokens = x.reshape(-1, x.shape[-1]), _flat_mask(mask, size)
-    base, extension, indices = torch.ops.kronsae.encode(
+    results = torch.ops.kronsae.encode(
         flat, w_enc, b_enc, m, composition, name, k, of_tokens, scale
     )
-    values = reference.compose(base * extension, composition, eps)
-    return _allowed(_codes(x, values, indices), mask, counts)
+    codes = codes_of(x, *results, **gate)
+    return _allowed(codes, mask, counts)
 
 
 def dense_encode(
@@ -137,14 +137,31 @@ def dense_encode(
         codes = reference.dense_encode(x, w_enc, b_enc, k=k, mask=mask, scale=scale, relu=relu)
         return _allowed(codes, mask, counts)
     flat, of_tokens = x.reshape(-1, x.shape[-1]), _flat_mask(mask, size)
-    values, _, indices = torch.ops.kronsae.encode(
+    results = torch.ops.kronsae.encode(
         flat, w_enc, b_enc, None, "" if relu else "linear", name, k, of_tokens, scale
     )
-    return _allowed(_codes(x, values, indices), mask, counts)
+    return _allowed(codes_of(x, *results, m=None), mask, counts)
 
 
-def _codes(x: Tensor, values: Tensor, indices: Tensor) -> SparseCodes:
-    """Values and indices [B, k] in the shape of x."""
+def codes_of(
+    x: Tensor,
+    base: Tensor,
+    extension: Tensor,
+    indices: Tensor,
+    *,
+    m: int | None,
+    composition: str = "",
+    eps: float = 0.0,
+    counts: Tensor | None = None,
+) -> SparseCodes:
+    """Codes in the shape of x, from the results [B, w] of an operator.
+
+    m None: of a dense encoder, whose values are the base.
+    counts: [B], from which on a token's slots are unused: value 0.
+    """
+    values = base if m is None else reference.compose(base * extension, composition, eps)
+    if counts is not None:
+        values = values.where(torch.arange(values.shape[1], device=x.device) < counts[:, None], 0)
     shape = (*x.shape[:-1], values.shape[1])
     return SparseCodes(values.view(shape), indices.view(shape))
 
@@ -295,9 +312,8 @@ class EncodeBackward(Rules):
         return (need_x + need_w) * 2 * rows * x.shape[1]
 
     @staticmethod
-    def rows(*args):
-        need_w = args[7]  # a sum over rows
-        return () if need_w else (0, 1, 2, 3)
+    def rows(d_base, d_extension, indices, x, w_enc, m, need_x, need_w, impl):
+        return () if need_w else (0, 1, 2, 3)  # a gradient of w_enc is a sum over rows
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -335,9 +351,15 @@ def encode_backward(
 class Selected(Rules):
     """Derivatives of the factors of selected latents, by x, w_enc and b_enc.
 
-    The operator's arguments begin with x, w_enc, b_enc, m, composition and impl, its results with
-    base, extension and indices.
+    The operator's arguments begin with x, w_enc, b_enc, m, composition and impl (then, with results
+    as wide, k), its results with base, extension and indices.
     """
+
+    @staticmethod
+    def fake(x, w_enc, b_enc, m, composition, impl, k, *_):
+        base = x.new_empty(x.shape[0], k, dtype=accumulate_dtype(x.dtype))
+        extension = base.new_empty(0) if m is None else torch.empty_like(base)
+        return base, extension, torch.empty_like(base, dtype=torch.int64)
 
     @staticmethod
     def flops(x, w_enc, *_):
@@ -396,6 +418,17 @@ class Selected(Rules):
         return *tangents, *ctx.others * [None]
 
 
+class SelectedAnyWidth(Selected):
+    """`Selected` where the data decide how many latents there are. Counts [B] are a last result."""
+
+    @staticmethod
+    def fake(x, *_):
+        width = torch.library.get_ctx().new_dynamic_size()
+        base = x.new_empty(x.shape[0], width, dtype=accumulate_dtype(x.dtype))
+        indices = torch.empty_like(base, dtype=torch.int64)
+        return base, torch.empty_like(base), indices, indices.new_empty(x.shape[0])
+
+
 @operator("encode")
 class Encode(Selected):
     @staticmethod
@@ -417,12 +450,5 @@ class Encode(Selected):
         return base, extension, indices
 
     @staticmethod
-    def rows(*args):
-        mask = args[7]
+    def rows(x, w_enc, b_enc, m, composition, impl, k, mask, scale):
         return (0,) if mask is None or mask.ndim == 1 else (0, 7)
-
-    @staticmethod
-    def fake(x, w_enc, b_enc, m, composition, impl, k, mask, scale):
-        base = x.new_empty(x.shape[0], k, dtype=accumulate_dtype(x.dtype))
-        extension = base.new_empty(0) if m is None else torch.empty_like(base)
-        return base, extension, torch.empty_like(base, dtype=torch.int64)

@@ -10,7 +10,6 @@ from kronsae_kernels.common import (
     COMPOSITIONS,
     INTEGERS,
     SparseCodes,
-    accumulate_dtype,
     as_integer,
     as_number,
     check_choice,
@@ -23,7 +22,7 @@ from kronsae_kernels.common import (
     require,
     without_autocast,
 )
-from kronsae_kernels.encode import Selected, check_encoder
+from kronsae_kernels.encode import Selected, check_encoder, codes_of
 from kronsae_kernels.rules import has_values, operator
 
 
@@ -69,19 +68,17 @@ def expert_encode(
     check_choice("composition", composition, COMPOSITIONS)
     check_number("eps", eps, 0)
     expert = expert.long()
+    gate: dict[str, Any] = {"m": m, "composition": composition, "eps": eps}
     name = backends.choose(impl, x.device, x.dtype)
     if name == "reference":
         if has_values(expert):
             _check_expert(expert, experts)
-        gate: dict[str, Any] = {"m": m, "composition": composition, "eps": eps}
         return reference.expert_encode(x, w_enc, b_enc, expert=expert, experts=experts, k=k, **gate)
-    base, extension, indices = torch.ops.kronsae.encode_experts(
+    results = torch.ops.kronsae.encode_experts(
         *(x.reshape(-1, x.shape[-1]), w_enc, b_enc, m, composition, name),
         *(k, expert.reshape(-1), experts),
     )
-    values = base if m is None else reference.compose(base * extension, composition, eps)
-    shape = (*x.shape[:-1], k)
-    return SparseCodes(values.view(shape), indices.view(shape))
+    return codes_of(x, *results, **gate)
 
 
 def _check_expert(expert: Tensor, experts: int) -> None:
@@ -126,15 +123,9 @@ class EncodeExperts(Selected):
         return base[back], extension if m is None else extension[back], indices[back]
 
     @staticmethod
-    def flops(x, w_enc, *others):
-        return 2 * x.shape[0] * w_enc.numel() // others[-1]
+    def flops(x, w_enc, b_enc, m, composition, impl, k, expert, experts):
+        return 2 * x.shape[0] * w_enc.numel() // experts
 
     @staticmethod
     def rows(*args):
         return 0, 7
-
-    @staticmethod
-    def fake(x, w_enc, b_enc, m, composition, impl, k, expert, experts):
-        base = x.new_empty(x.shape[0], k, dtype=accumulate_dtype(x.dtype))
-        extension = base.new_empty(0) if m is None else torch.empty_like(base)
-        return base, extension, torch.empty_like(base, dtype=torch.int64)

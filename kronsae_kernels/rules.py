@@ -152,8 +152,8 @@ def _check_sizes(tensors: Sequence[Tensor]) -> None:
         if free_unbacked_symbols(size):
             raise RuntimeError(
                 "torch.compile takes neither forward-mode derivatives nor vmap of codes whose "
-                "width depends on the data (threshold_encode): call jvp or vmap outside "
-                "torch.compile, of functions that are not compiled"
+                "width depends on the data (threshold_encode, batch_topk_encode): call jvp or vmap "
+                "outside torch.compile, of functions that are not compiled"
             )
 
 

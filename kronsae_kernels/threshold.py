@@ -23,7 +23,7 @@ from kronsae_kernels.common import (
     require,
     without_autocast,
 )
-from kronsae_kernels.encode import Selected, check_encoder
+from kronsae_kernels.encode import SelectedAnyWidth, check_encoder, codes_of
 from kronsae_kernels.rules import operator
 
 
@@ -66,22 +66,17 @@ def threshold_encode(
     if bandwidth is not None:
         _check_bandwidth(bandwidth)
     lowest = threshold.detach() - (0.0 if bandwidth is None else bandwidth / 2)
+    gate: dict[str, Any] = {"m": m, "composition": composition, "eps": eps}
     name = backends.choose(impl, x.device, x.dtype)
     if name == "reference":
-        gate: dict[str, Any] = {"m": m, "composition": composition, "eps": eps}
         values, indices = reference.threshold_encode(x, w_enc, b_enc, threshold=lowest, **gate)
-        used = values != 0
     else:
-        base, extension, indices, counts = torch.ops.kronsae.threshold_encode(
+        *results, counts = torch.ops.kronsae.threshold_encode(
             x.reshape(-1, x.shape[-1]), w_enc, b_enc, m, composition, name, lowest, eps
         )
-        values = base if m is None else reference.compose(base * extension, composition, eps)
-        used = torch.arange(values.shape[1], device=x.device) < counts[:, None]
-        values = values.where(used, 0)
-        shape = (*x.shape[:-1], values.shape[1])
-        values, indices, used = values.view(shape), indices.view(shape), used.view(shape)
-    if bandwidth is not None:
-        values, _ = jump(values, threshold[indices], bandwidth, used)
+        values, indices = codes_of(x, *results, counts=counts, **gate)
+    if bandwidth is not None:  # (a latent of value 0 is an unused slot)
+        values, _ = jump(values, threshold[indices], bandwidth, used=values != 0)
     return SparseCodes(values, indices)
 
 
@@ -137,7 +132,7 @@ def _check_bandwidth(bandwidth: float) -> None:
 
 
 @operator("threshold_encode")
-class ThresholdEncode(Selected):
+class ThresholdEncode(SelectedAnyWidth):
     @staticmethod
     def compute(
         x: Tensor,
@@ -153,10 +148,3 @@ class ThresholdEncode(Selected):
             return backends.module(impl).threshold_encode(
                 x, w_enc, b_enc, threshold, m, eps, composition
             )
-
-    @staticmethod
-    def fake(x, w_enc, b_enc, m, composition, impl, threshold, eps):
-        width = torch.library.get_ctx().new_dynamic_size()
-        factor = x.new_empty(x.shape[0], width, dtype=accumulate_dtype(x.dtype))
-        indices = torch.empty_like(factor, dtype=torch.int64)
-        return factor, torch.empty_like(factor), indices, indices.new_empty(x.shape[0])

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kronsae.data.common import reason
 from kronsae.errors import InputError
 from kronsae.interop.formats import Format, Reader
 from kronsae.interop.lens_format import ungated
@@ -178,8 +179,7 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip and torch raise errors of their own types
         raise InputError(
-            f"{path} does not hold tensors alone, and nothing else is unpickled "
-            f"({type(error).__name__}: {(str(error) or type(error).__name__).splitlines()[0]})"
+            f"{path} does not hold tensors alone, and nothing else is unpickled ({reason(error)})"
         ) from error
     if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
         raise InputError(f"{path}: expected a dictionary of tensors")

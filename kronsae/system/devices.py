@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from kronsae.errors import InputError
+from kronsae.errors import InputError, first_line
 
 
 def seed_everything(seed: int) -> None:
@@ -54,7 +54,7 @@ def resolve_device(name: str) -> torch.device:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))  # under torchrun
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         raise InputError(f"device {name!r} cannot be used: {reason}") from error
     return device
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kronsae.errors import InputError
+from kronsae.errors import InputError, first_line
 from kronsae.system.devices import free_bytes
 from kronsae.system.documents import shown
 
@@ -79,7 +79,7 @@ def check_room(count: int, device: torch.device | str | None, what: str, advice:
     try:
         place = torch.get_default_device() if device is None else torch.device(device)
     except (RuntimeError, TypeError) as error:
-        problem = (str(error) or type(error).__name__).splitlines()[0]
+        problem = first_line(error)
         raise InputError(f"device {device!r} cannot be used: {problem}") from error
     free = free_bytes(place) if place.type in ("cpu", "cuda") else None
     if free is not None and place.type == "cuda":  # torch has some of it, unused
