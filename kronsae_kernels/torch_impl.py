@@ -22,7 +22,7 @@ from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding, embedding_bag
+from torch.nn.functional import embedding_bag
 
 from kronsae_kernels import reference
 from kronsae_kernels.common import accumulate_dtype
@@ -250,7 +250,8 @@ def _products_above(pre: Tensor, start: int, limits: _Limits) -> Above:
         if composition != "mul":
             factors = factors.relu_()
         base, extension = factors[:, :m], factors[:, m:]
-        scores = _without_nan(_row_scores(base, extension, composition))
+        scores = _without_nan(_row_scores(base[..., None], extension[..., None], composition))
+        scores = scores.squeeze(2)
         pair, row = limits.exceeded(scores, of_rows[head]).nonzero().unbind(1)
         token, head, base, extension = token[pair], head[pair], base[pair, row], extension[pair]
         product = base[:, None] * extension
@@ -449,25 +450,54 @@ def divide(numbers: Tensor, divisor: int) -> tuple[Tensor, Tensor]:
 
 
 def top(scores: Tensor, k: int) -> Tensor:
-    """Positions [b, k] of the k largest of scores [b, c]: largest first, ties lowest first.
+    """Numbers [b, k] of the k largest of scores [b, c]: largest first, ties lowest first.
 
+    Scores [b, r, c] of r to each of c columns are numbered column by column, as latents are by
+    head: that in row i of column j is j r + i.
+    """
+    _, *inner, _ = scores.shape
+    rows, scores = math.prod(inner), scores.flatten(1)
+    size = scores.shape[1]
+    if k == size:
+        return _sorted_numbers(scores, rows, k)
+    ranked, positions, tied = _largest(scores, k)
+    numbers = positions
+    if rows > 1:
+        row, column = divide(positions, size // rows)
+        numbers = column.mul_(rows).add_(row)
+    if (ranked[:, 1:] == ranked[:, :-1]).any():
+        # The right ones, but equal scores in any order: by number, then stably by score.
+        numbers, order = numbers.sort(dim=1)
+        order = ranked.gather(1, order).sort(dim=1, descending=True, stable=True).indices
+        numbers = numbers.gather(1, order)
+    tied = tied.nonzero().squeeze(1)
+    if tied.numel():
+        numbers[tied] = _sorted_numbers(scores[tied], rows, k)
+    return numbers
+
+
+def _largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The k < c largest of scores [b, c], and their positions: [b, k] each, largest first.
+
+    The third: bool [b], whether a tie at a cut leaves open which they are.
     Long rows in two rounds, by the argument above: the k groups with the largest maxima hold the k
     largest scores. A group is {j, j + c/g, j + 2c/g, ...}, so that its maximum is taken over
-    contiguous slabs; where a tie at the cut leaves the groups open, the row is sorted whole.
+    contiguous slabs.
     """
-    rows, size = scores.shape
+    tokens, size = scores.shape
     per_group = _group_size(size, k)
-    if per_group == 1:
-        return _top_of_short(scores, k)
     groups = size // per_group
-    slabs = scores.view(rows, per_group, groups)
-    ranked, kept = slabs.amax(1).topk(k + 1, dim=1)
-    kept = kept[:, :k].sort(dim=1).values
+    slabs = scores.view(tokens, per_group, groups)
+    maxima = scores if per_group == 1 else slabs.amax(1)
+    ranked, kept = maxima.topk(k + 1, dim=1)
+    tied = ranked[:, k] == ranked[:, k - 1]
+    ranked, kept = ranked[:, :k], kept[:, :k]
+    if per_group == 1:
+        return ranked, kept, tied
     candidates = slabs.gather(2, kept[:, None, :].expand(-1, per_group, -1)).flatten(1)
-    position = _top_of_short(candidates, k)
-    member, slot = divide(position, k)
-    positions = member * groups + kept.gather(1, slot)
-    return _sort_where(ranked[:, k] == ranked[:, k - 1], positions, scores)
+    ranked, positions, tied_inside = _largest(candidates, k)
+    member, slot = divide(positions, k)
+    return ranked, member * groups + kept.gather(1, slot), tied | tied_inside
 
 
 def _group_size(size: int, k: int) -> int:
@@ -478,29 +508,10 @@ def _group_size(size: int, k: int) -> int:
     return per_group
 
 
-def _top_of_short(scores: Tensor, k: int) -> Tensor:
-    """`top` in one round. topk leaves the order of equal scores open: such rows are sorted."""
-    if k == scores.shape[1]:
-        return _sorted_positions(scores, k)
-    ranked, positions = scores.topk(k + 1, dim=1)
-    positions = positions[:, :k]
-    if (ranked[:, 1:k] == ranked[:, : k - 1]).any():
-        # The right ones, but equal scores in any order: by position, then stably by score.
-        positions = positions.sort(dim=1).values
-        order = scores.gather(1, positions).sort(dim=1, descending=True, stable=True).indices
-        positions = positions.gather(1, order)
-    return _sort_where(ranked[:, k] == ranked[:, k - 1], positions, scores)
-
-
-def _sort_where(rows: Tensor, positions: Tensor, scores: Tensor) -> Tensor:
-    """`positions` [b, k] with those of the given rows (bool [b]) replaced by a stable sort's."""
-    rows = rows.nonzero().squeeze(1)
-    if rows.numel():
-        positions[rows] = _sorted_positions(scores[rows], positions.shape[1])
-    return positions
-
-
-def _sorted_positions(scores: Tensor, k: int) -> Tensor:
+def _sorted_numbers(scores: Tensor, rows: int, k: int) -> Tensor:
+    """`top` by a stable sort of scores [b, r c]."""
+    if rows > 1:
+        scores = scores.unflatten(1, (rows, -1)).transpose(1, 2).flatten(1)
     return scores.sort(dim=1, descending=True, stable=True).indices[:, :k]
 
 
@@ -562,24 +573,21 @@ def _largest_of_kron(
     kept, pre = _largest_columns(
         chunk, k, lambda block: _head_scores(block, None, m, composition, None)
     )
-    dtype, contiguous = accumulate_dtype(pre.dtype), torch.contiguous_format
-    factors = pre.transpose(1, 2).to(dtype, copy=True, memory_format=contiguous)
-    if composition != "mul":
-        factors = factors.relu_()
-    tokens, heads, both = factors.shape
-    n = both - m
-    row_scores = _row_scores(factors[..., :m], factors[..., m:], composition).flatten(1)
-    # Heads and rows ascend, so a lower position is a lower latent index.
+    heads = pre.shape[2]
+    base, extension = pre.to(accumulate_dtype(pre.dtype)).tensor_split([m], dim=1)
+    row_scores = _row_scores(base, extension, composition)
+    # Heads and rows ascend, so a lower number is a lower latent index.
     rows = top(row_scores, min(k, heads * m)).sort(dim=1).values
     slot, base_row = divide(rows, m)
-    first_head = torch.arange(tokens, device=pre.device)[:, None] * heads
-    factors = embedding(first_head + slot, factors.flatten(0, 1))  # [b, rows, m + n]
-    base = factors.gather(2, base_row[:, :, None])
-    position = top((base * factors[..., m:]).flatten(1), k)
-    row, column = divide(position, n)
-    indices = (kept.gather(1, slot) * m + base_row).gather(1, row) * n + column
-    extension = factors.flatten(1).gather(1, row * both + m + column)
-    return indices, base.squeeze(2).gather(1, row), extension
+    base = base.flatten(1).gather(1, base_row * heads + slot)
+    extension = _gather_columns(extension, slot)  # [b, n, rows]
+    if composition != "mul":
+        base, extension = base.relu_(), extension.relu_()
+    number = top(base[:, None, :] * extension, k)
+    row, column = divide(number, extension.shape[1])
+    indices = (kept.gather(1, slot) * m + base_row).gather(1, row) * extension.shape[1] + column
+    extension = extension.flatten(1).gather(1, column * rows.shape[1] + row)
+    return indices, base.gather(1, row), extension
 
 
 def _largest_of_dense(chunk: Iterable[Block], k: int, composition: str) -> tuple[Tensor, Tensor]:
@@ -607,10 +615,11 @@ def _largest_columns(
     """
     held: list[Tensor] = []  # scores [b, k], columns [b, k], and these themselves [b, r, k]
     for start, block in chunk:
+        count = block.shape[2]
+        if not held and count <= FEW_PER_K * k:  # all there are: leaving some out saves nothing
+            return torch.arange(count, device=block.device).expand(len(block), count), block
         scores = scores_of(block)
         if not held:
-            if scores.shape[1] <= FEW_PER_K * k:  # all there are: leaving some out saves nothing
-                return torch.arange(scores.shape[1], device=scores.device).expand_as(scores), block
             columns = top(scores, k).sort(dim=1).values
             held = [scores.gather(1, columns), columns, _gather_columns(block, columns)]
             continue
@@ -713,14 +722,14 @@ def _head_scores(
 
 
 def _row_scores(base: Tensor, extension: Tensor, composition: str) -> Tensor:
-    """Largest product of each base [..., m] with an extension [..., n], as in `_head_scores`.
+    """Largest product [b, m, c] of each base with an extension [b, n, c], as in `_head_scores`.
 
-    Both after the ReLU, if there is one.
+    Both before the ReLU.
     """
-    score = base * extension.amax(-1, keepdim=True)
+    highest = extension.amax(1, keepdim=True)
     if composition != "mul":
-        return score
-    return torch.maximum(score, base * extension.amin(-1, keepdim=True))
+        return base.relu().mul_(highest.relu_())
+    return torch.maximum(base * highest, base * extension.amin(1, keepdim=True))
 
 
 def select_dense(
