@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding
 
 from kronsae_kernels.common import SparseCodes, accumulate_dtype
 
@@ -177,8 +178,9 @@ def sparse_decode(
 ) -> Tensor:
     """Sum of the selected decoder rows times their values, plus b_dec, in w_dec's dtype."""
     dtype = accumulate_dtype(w_dec.dtype)
+    rows = embedding(indices, w_dec)  # w_dec[indices], but no index may be negative
     # Not a matrix product, which autocast would round.
-    out = (values.to(dtype)[..., None] * w_dec[indices].to(dtype)).sum(-2)
+    out = (values.to(dtype)[..., None] * rows.to(dtype)).sum(-2)
     if b_dec is not None:
         out = out + b_dec.to(dtype)
     return out.to(w_dec.dtype)
