@@ -26,17 +26,17 @@ from benchmarks.shapes import SHAPES, Shape, activations, batches
 from benchmarks.steps import CONTENDERS, encoding
 from kronsae import SAEConfig, TrainConfig
 from kronsae.system.tables import markdown
-from kronsae.system.threads import POLICIES
+from kronsae.system.threads import BRIEFLY, POLICIES
 from kronsae.training.learner import Learner
 
 CPU = torch.device("cpu")
 SQUARE = Shape("m = n = 32", d=256, heads=64, m=32, n=32, k=32, tokens=1024)
 WIDE = Shape("F = 2^18", d=256, heads=2**14, m=4, n=4, k=32, tokens=512)
 ENVIRONMENTS = {
-    "passive": {"OMP_WAIT_POLICY": "passive"},
+    "brief": BRIEFLY,
     "spinning": {},
     "keeping": {
-        "OMP_WAIT_POLICY": "passive",
+        **BRIEFLY,
         "MALLOC_MMAP_THRESHOLD_": str(2**32),
         "MALLOC_TRIM_THRESHOLD_": str(2**33),
     },
@@ -47,22 +47,26 @@ LEAST_SECONDS = 0.3
 GOALS: dict[str, tuple[tuple[str, str, int], tuple[str, str, int], float]] = {
     **{
         f"step {shape}, {busy} busy / quiet": (
-            ("passive", f"step {shape}", busy),
-            ("passive", f"step {shape}", 0),
+            ("brief", f"step {shape}", busy),
+            ("brief", f"step {shape}", 0),
             2.0 * busy,
         )
         for shape in ("S1", "S2")
         for busy in (1, 2)
     },
     "encode F = 2^18 / with an allocator that keeps memory": (
-        ("passive", "encode F = 2^18", 0),
+        ("brief", "encode F = 2^18", 0),
         ("keeping", "encode F = 2^18", 0),
         1.2,
     ),
-    "JumpReLU / TopK, step S1": (("passive", "jumprelu S1", 0), ("passive", "topk S1", 0), 3.0),
+    "JumpReLU / TopK, step S1": (
+        ("brief", "trained jumprelu S1", 0),
+        ("brief", "trained topk S1", 0),
+        3.0,
+    ),
     "encode m = n = 32 / its product": (
-        ("passive", "encode m = n = 32", 0),
-        ("passive", "product m = n = 32", 0),
+        ("brief", "encode m = n = 32", 0),
+        ("brief", "product m = n = 32", 0),
         3.0,
     ),
 }
@@ -97,14 +101,19 @@ def training(selection: str, shape: Shape) -> Callable[[], object]:
 
 CASES: dict[str, Callable[[], Callable[[], object]]] = {
     **{f"step {name}": partial(contender, "kron", SHAPES[name]) for name in ("S1", "S2")},
-    "topk S1": partial(training, "topk", SHAPES["S1"]),
-    "jumprelu S1": partial(training, "jumprelu", SHAPES["S1"]),
+    "trained topk S1": partial(training, "topk", SHAPES["S1"]),
+    "trained jumprelu S1": partial(training, "jumprelu", SHAPES["S1"]),
     "encode F = 2^18": lambda: encoding(WIDE, activations(WIDE)),
     "product F = 2^18": lambda: products(WIDE, activations(WIDE))["kron product"],
     "encode m = n = 32": lambda: encoding(SQUARE, activations(SQUARE)),
     "product m = n = 32": lambda: products(SQUARE, activations(SQUARE))["kron product"],
 }
-"""Calls to time. Other steps of `benchmarks.steps` are those of --contender, at S1."""
+"""Calls to time. Other steps of `benchmarks.steps` are those of --contender."""
+CONTENDERS_AT = {
+    f"{name} {shape}": partial(contender, name, at)
+    for name in CONTENDERS
+    for shape, at in {**SHAPES, WIDE.name: WIDE}.items()
+}
 
 
 def timed(call: Callable[[], object]) -> tuple[float, float]:
@@ -121,7 +130,7 @@ def work(names: list[str], rounds: int) -> dict[str, list[list[tuple[float, floa
     """Times of each case, for 0, 1 and 2 busy processes: one of each round."""
     times: dict[str, list[list[tuple[float, float]]]] = {name: [[], [], []] for name in names}
     for name in names:
-        call = CASES[name]() if name in CASES else contender(name, SHAPES["S1"])
+        call = {**CONTENDERS_AT, **CASES}[name]()
         call()
         for _ in range(rounds):
             for busy in range(3):
@@ -162,13 +171,21 @@ def ratio(times: dict[str, Any], over: tuple, under: tuple) -> float:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = command("busy", __doc__, rounds=5)
-    parser.add_argument("--case", nargs="+", choices=CASES, default=list(CASES), metavar="CASE")
-    parser.add_argument("--contender", nargs="+", choices=CONTENDERS, default=[], metavar="NAME")
+    parser.add_argument("--case", nargs="*", choices=CASES, default=list(CASES), metavar="CASE")
+    parser.add_argument(
+        "--contender",
+        nargs="+",
+        choices=CONTENDERS_AT,
+        default=[],
+        metavar="CASE",
+        help="a step of benchmarks.steps at a shape: 'topk S2'",
+    )
+    parser.add_argument("--environment", nargs="+", choices=ENVIRONMENTS, default=[*ENVIRONMENTS])
     options = parser.parse_args(arguments)
     names = [*options.case, *options.contender]
     times = {
-        environment: in_environment(added, names, options.rounds)
-        for environment, added in ENVIRONMENTS.items()
+        environment: in_environment(ENVIRONMENTS[environment], names, options.rounds)
+        for environment in options.environment
     }
     save(options.json, {**describe(CPU), "times": times})
     rows = []
@@ -180,7 +197,7 @@ def main(arguments: list[str] | None = None) -> None:
     head = ("case, environment", "quiet, ms", "one busy", "to quiet", "two busy", "to quiet")
     print(markdown(head, rows, numeric=True))
     for goal, (over, under, most) in GOALS.items():
-        if over[1] in names and under[1] in names:
+        if all(env in times and name in names for env, name, _ in (over, under)):
             reached = ratio(times, over, under)
             verdict = "reached" if reached <= most else "MISSED"
             print(f"{goal}: {reached:.2f}, at most {most:g}: {verdict}")

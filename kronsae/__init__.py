@@ -3,9 +3,9 @@
 `SAE`, its configs, and `load`; training is `kronsae.train.fit`, or `python -m kronsae.train`.
 """
 
-from kronsae.system.threads import wait_passively
+from kronsae.system.threads import wait_briefly
 
-wait_passively()  # before torch is loaded
+wait_briefly()  # before torch is loaded
 
 # ruff: noqa: E402, I001
 from kronsae.config import DataConfig, RunConfig, SAEConfig, TrainConfig

@@ -16,7 +16,7 @@ from torch.torch_version import TorchVersion
 
 from kronsae.commandline import Parser, exit_status
 from kronsae.system.devices import free_bytes
-from kronsae.system.threads import processors, waiting
+from kronsae.system.threads import BRIEFLY, processors, waiting
 from kronsae_kernels import __version__, backends, dense_encode, fused_encode, sparse_decode
 from kronsae_kernels.step import why_not as why_not_fused
 
@@ -229,9 +229,10 @@ def _on_threads(facts: dict[str, Any]) -> list[str]:
     """What is to be said of a device's threads, if it is a CPU."""
     if "threads" not in facts:
         return []
+    wanted = " ".join(f"{name}={value}" for name, value in BRIEFLY.items())
     lines = [
         "  on a busy processor threads that spin while they wait are 10 times slower: programs of "
-        "your own need OMP_WAIT_POLICY=passive before torch is imported (commands set it)"
+        f"your own need {wanted} before torch is imported (commands set it)"
     ]
     if facts["threads"] > facts["processors"]:
         lines.append(

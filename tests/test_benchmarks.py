@@ -536,7 +536,7 @@ def test_busy_processes_are_planted_and_end(tmp_path):
     cases = ["encode m = n = 32", "product m = n = 32"]
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.busy", "--rounds", "1", "--json", file]
-        + ["--case", *cases, "--contender", "topk"],
+        + ["--case", *cases, "--contender", "topk toy"],
         cwd=ROOT,
         env=ENVIRONMENT,
         capture_output=True,
@@ -546,7 +546,7 @@ def test_busy_processes_are_planted_and_end(tmp_path):
     assert "encode m = n = 32 / its product: " in done.stdout and "step S1" not in done.stdout
     times = json.loads(file.read_text())["times"]
     assert {name: list(of) for name, of in times.items()} == {
-        name: [*cases, "topk"] for name in ("passive", "spinning", "keeping")
+        name: [*cases, "topk toy"] for name in ("brief", "spinning", "keeping")
     }
-    for of_case in times["passive"].values():
+    for of_case in times["brief"].values():
         assert [len(rounds) for rounds in of_case] == [1, 1, 1]  # quiet, one busy, two

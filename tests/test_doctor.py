@@ -120,7 +120,7 @@ def test_as_a_command():
     )
     assert done.returncode == 0, done.stderr
     findings = json.loads(done.stdout)
-    assert findings["devices"]["cpu"]["waiting"] == "OMP_WAIT_POLICY=passive"
+    assert findings["devices"]["cpu"]["waiting"] == "OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=2000"
     assert findings["devices"]["cpu"]["threads"] == 1
     if not torch.cuda.is_available():
         assert "Triton needs a GPU" in findings["kernels"]["cpu"]["why_not"]["triton"]

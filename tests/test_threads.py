@@ -21,27 +21,27 @@ def fresh(monkeypatch):
 
 
 @pytest.mark.parametrize("argv", [["-m"], ["/usr/bin/kronsae", "train"], ["kronsae.exe"]])
-def test_commands_wait_passively(fresh, argv):
+def test_commands_wait_briefly(fresh, argv):
     fresh.setattr(sys, "argv", argv)
-    threads.wait_passively()
+    threads.wait_briefly()
     assert os.environ["OMP_WAIT_POLICY"] == "passive"
-    assert threads.waiting() == "OMP_WAIT_POLICY=passive"
+    assert threads.waiting() == "OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=2000"
 
 
 @pytest.mark.parametrize("name", threads.POLICIES)
 def test_what_the_user_sets_stays(fresh, name):
     fresh.setenv(name, "1")
-    threads.wait_passively()
+    threads.wait_briefly()
     assert threads.waiting() == f"{name}=1"
 
 
 def test_other_programs_are_left_alone(fresh):
     for argv in ([], [""], ["/usr/bin/pytest"], ["train.py", "kronsae"]):
         fresh.setattr(sys, "argv", argv)
-        threads.wait_passively()
+        threads.wait_briefly()
     fresh.setattr(sys, "argv", ["-m"])
     fresh.setitem(sys.modules, "torch", torch)  # too late
-    threads.wait_passively()
+    threads.wait_briefly()
     assert threads.waiting() == ""
 
 
