@@ -81,6 +81,16 @@ def opened(dataset, seed=0, **settings):
     return open_text(config(dataset, **settings), seed)
 
 
+def test_a_carriage_return_between_values_ends_no_line(tmp_path):
+    for name, text in {
+        "inside": '{"text": "one",\r"n": 1}\r\n{"text":\r"two"}\n',
+        "between": '{"text": "one"}\r{"text": "two"}\r',
+    }.items():
+        path = tmp_path / f"{name}.jsonl"
+        path.write_bytes(text.encode())
+        assert list(opened(path)) == ["one", "two"], name
+
+
 def error(dataset, **settings):
     with pytest.raises(InputError) as caught:
         opened(dataset, **settings)

@@ -200,8 +200,9 @@ def test_a_run_beside_its_copy(run, tmp_path):
     [checkpoint] = (tmp_path / "run" / "checkpoints").iterdir()
     path = tmp_path / "run" / "config.json"
     check(path, document_of(path), lambda: resumed(tmp_path / "run"))
-    path = checkpoint / "config.json"
-    check(path, document_of(path), lambda: resumed(tmp_path / "run"), broken_works=True)
+    for name in ("config.json", "state.json"):
+        path = checkpoint / name
+        check(path, document_of(path), lambda: resumed(tmp_path / "run"), broken_works=True)
 
 
 def test_a_sweep(run, tmp_path):

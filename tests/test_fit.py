@@ -534,6 +534,11 @@ def test_a_rate_that_overflows_has_diverged(steps, tmp_path):
             {"weight_decay": 1e30},
             "a smaller weight_decay than 1e+30, or a smaller lr than 0.003",
         ),
+        (
+            {"selection": "relu", "k": 50, "selection_settings": {"l1_coefficient": 1e30}},
+            {},
+            "a smaller l1_coefficient than 1e+30, or a smaller lr than 0.003",
+        ),
         ({"eps": 1e-5}, {"lr": 1e25}, "a smaller lr than 1e+25"),
     ],
 )

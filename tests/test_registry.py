@@ -1,5 +1,6 @@
 """Kinds from outside: a file of one's own adds a selection that every command knows."""
 
+import ast
 import json
 import re
 import textwrap
@@ -324,9 +325,13 @@ def test_a_source_a_log_and_a_format_of_ones_own(tmp_path, monkeypatch, capsys):
         export = ("export", "run", "--plugin", "mine.py", "--to", "plain", "--out", "plain")
         assert command(export) == 0
         assert 'Load it with: plain.load("plain")' in capsys.readouterr().out
-        export = ("export", "run", "--plugin", "mine.py", "--to", "kronsae", "--out", "own")
+        own = 'my "own" \\'
+        export = ("export", "run", "--plugin", "mine.py", "--to", "kronsae", "--out", own)
         assert command([*export, "--verify", "--tokens", "100"]) == 0
-        assert "On 100 held-out tokens of rows:x.safetensors" in capsys.readouterr().out
+        said = capsys.readouterr().out
+        assert "On 100 held-out tokens of rows:x.safetensors" in said
+        [call] = re.findall(r"Load it with: kronsae.load\((.*)\)", said)
+        assert ast.literal_eval(call) == own
         assert command(["evaluate", "run", "--plugin", "mine.py"]) == 2
         printed = capsys.readouterr().err
         assert "was trained on rows:x.safetensors, without a language model: give" in printed

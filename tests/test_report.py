@@ -82,6 +82,15 @@ def write_run(folder, records, **settings):
     (folder / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in records))
 
 
+def test_a_member_goes_on_with_its_sweep(tmp_path):
+    for name, sweep in {"alone": {}, "member": {"sweep": "member"}}.items():
+        (tmp_path / name).mkdir()
+        write_run(tmp_path / name, records(), **sweep)
+        page = Page(write_report(tmp_path / name).read_text(encoding="utf-8"))
+        resumed = tmp_path if sweep else tmp_path / name
+        assert f"--resume {resumed} " in page.text.replace("\n", " ")
+
+
 def records(count: int = 1000) -> list[dict]:
     found = [
         {

@@ -208,7 +208,7 @@ def _json_rows(file: BinaryIO, path: Path) -> Iterator[list[tuple[str, Any]]]:
         return
     while lines:
         batch = []
-        for line in lines.splitlines():
+        for line in io.BytesIO(lines):  # only \n ends one: \r may stand between values
             number += 1
             try:
                 batch += [(f"line {number}", row) for row in _json_values(line.decode())]

@@ -59,6 +59,7 @@ def write_report(
         charts=[drawing for chart in charts.CHARTS if (drawing := charts.draw(chart, records))],
         edges=charts,
         folder=str(run_folder),
+        resumed=str(run_folder.parent if "sweep" in settings else run_folder),
         command=command if isinstance(command, str) else _command(command),
         settings=json.dumps(settings, indent=2, ensure_ascii=False),
         grouped="{:,}".format,

@@ -6,6 +6,7 @@ a hub id. So this also imports SAEs of other libraries (--to kronsae).
 
 import argparse
 import dataclasses
+import json
 import re
 import sys
 from collections.abc import Sequence
@@ -109,7 +110,8 @@ def _export(argv: list[str]) -> None:
     FORMATS[request.to].write(sae, request.out)
     kind = kind_of(dataclasses.asdict(sae.config))
     print(f"Wrote {request.out}: a {kind} for {FORMATS[request.to].library}")
-    print("Load it with:", FORMATS[request.to].how_to_load.format(out=request.out))
+    inside_quotes = json.dumps(str(request.out), ensure_ascii=False)[1:-1]
+    print("Load it with:", FORMATS[request.to].how_to_load.format(out=inside_quotes))
     if request.verify:
         _verify(request, sae)
 

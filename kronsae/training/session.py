@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -299,19 +300,20 @@ class Member:
 
 _ENLARGING = {
     "sae": ("eps", "init_scale"),
+    "sae.selection_settings": ("l1_coefficient", "gate_coefficient"),
     "train": ("weight_decay", "l0_coefficient", "auxk_coefficient", "balance_coefficient"),
 }
-"""Settings that make training diverge if they are enormous, by part; at most 1 by default."""
+"""Settings that make training diverge if they are enormous, by part; at most 3 by default."""
 
 
 def _advice_of(plan: MemberPlan) -> str:
     """What to try if this training diverges."""
     settings = {
-        name: getattr(getattr(plan, part), name)
+        name: getattr(attrgetter(part)(plan), name, 0)
         for part, names in _ENLARGING.items()
         for name in names
     }
-    suspects = {name: value for name, value in settings.items() if value > 1}
+    suspects = {name: value for name, value in settings.items() if value > 3}
     suspects["lr"] = plan.train.lr
     return ", or ".join(f"a smaller {name} than {value:g}" for name, value in suspects.items())
 
