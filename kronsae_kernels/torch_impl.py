@@ -403,13 +403,14 @@ def _row_dots(y: Tensor, columns: Tensor, table: Tensor, rows: Tensor) -> Tensor
 
 def group(coefficients: Tensor, columns: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """Entries of [B, r] that are not 0, sorted by column (stably); each column's start [size]."""
-    entries = coefficients.reshape(-1).nonzero().squeeze(1)
-    keys = columns.reshape(-1)[entries]
+    entries, keys = coefficients.reshape(-1).nonzero().squeeze(1), columns.reshape(-1)
+    if some := len(entries) < len(keys):
+        keys = keys[entries]
     if size < 2**31:
         keys = keys.int()  # half the time of int64
     ordered, order = keys.sort(stable=True)
     starts = torch.searchsorted(ordered, torch.arange(size, dtype=keys.dtype, device=keys.device))
-    return entries[order], starts
+    return entries[order] if some else order, starts
 
 
 def scatter(
@@ -449,9 +450,10 @@ def divide(numbers: Tensor, divisor: int) -> tuple[Tensor, Tensor]:
 # Selection
 
 
-def top(scores: Tensor, k: int) -> Tensor:
-    """Numbers [b, k] of the k largest of scores [b, c]: largest first, ties lowest first.
+def top(scores: Tensor, k: int, ascending: bool = False) -> Tensor:
+    """Numbers [b, k] of the k largest of scores [b, c], of equal ones the lowest.
 
+    Largest first, equal ones in order; or ascending.
     Scores [b, r, c] of r to each of c columns are numbered column by column, as latents are by
     head: that in row i of column j is j r + i.
     """
@@ -459,21 +461,25 @@ def top(scores: Tensor, k: int) -> Tensor:
     rows, scores = math.prod(inner), scores.flatten(1)
     size = scores.shape[1]
     if k == size:
+        if ascending:
+            return torch.arange(size, device=scores.device).repeat(len(scores), 1)
         return _sorted_numbers(scores, rows, k)
     ranked, positions, tied = _largest(scores, k)
     numbers = positions
     if rows > 1:
         row, column = divide(positions, size // rows)
         numbers = column.mul_(rows).add_(row)
-    if (ranked[:, 1:] == ranked[:, :-1]).any():
-        # The right ones, but equal scores in any order: by number, then stably by score.
-        numbers, order = numbers.sort(dim=1)
-        order = ranked.gather(1, order).sort(dim=1, descending=True, stable=True).indices
-        numbers = numbers.gather(1, order)
+    if not ascending:  # the right ones, but equal scores are in any order
+        equal = (ranked[:, 1:] == ranked[:, :-1]).any(1).nonzero().squeeze(1)
+        if equal.numel():  # by number, then stably by score
+            by_number, order = numbers[equal].sort(dim=1)
+            order = ranked[equal].gather(1, order)
+            order = order.sort(dim=1, descending=True, stable=True).indices
+            numbers[equal] = by_number.gather(1, order)
     tied = tied.nonzero().squeeze(1)
     if tied.numel():
         numbers[tied] = _sorted_numbers(scores[tied], rows, k)
-    return numbers
+    return numbers.sort(dim=1).values if ascending else numbers
 
 
 def _largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -538,7 +544,7 @@ def select_kron(
     if mask is None and scale is None:
         return _largest_of_kron([(0, pre)], m, k, composition)
     if k < heads:
-        kept = top(_head_scores(pre, mask, m, composition, scale), k).sort(dim=1).values
+        kept = top(_head_scores(pre, mask, m, composition, scale), k, ascending=True)
         pre = pre.gather(2, kept[:, None, :].expand(-1, rows, -1))
     else:
         kept = torch.arange(heads, device=pre.device).expand(tokens, heads)
@@ -577,7 +583,7 @@ def _largest_of_kron(
     base, extension = pre.to(accumulate_dtype(pre.dtype)).tensor_split([m], dim=1)
     row_scores = _row_scores(base, extension, composition)
     # Heads and rows ascend, so a lower number is a lower latent index.
-    rows = top(row_scores, min(k, heads * m)).sort(dim=1).values
+    rows = top(row_scores, min(k, heads * m), ascending=True)
     slot, base_row = divide(rows, m)
     base = base.flatten(1).gather(1, base_row * heads + slot)
     extension = _gather_columns(extension, slot)  # [b, n, rows]
@@ -620,7 +626,7 @@ def _largest_columns(
             return torch.arange(count, device=block.device).expand(len(block), count), block
         scores = scores_of(block)
         if not held:
-            columns = top(scores, k).sort(dim=1).values
+            columns = top(scores, k, ascending=True)
             held = [scores.gather(1, columns), columns, _gather_columns(block, columns)]
             continue
         columns, used = _exceeding(scores, held[0].amin(1, keepdim=True), k)
@@ -628,7 +634,7 @@ def _largest_columns(
             scores = scores.gather(1, columns).masked_fill_(~used, -torch.inf)
             found = scores, columns + start, _gather_columns(block, columns)
             scores, numbers, block = (torch.cat(pair, -1) for pair in zip(held, found, strict=True))
-            places = top(scores, k).sort(dim=1).values
+            places = top(scores, k, ascending=True)
             held = [scores.gather(1, places), numbers.gather(1, places)]
             held.append(_gather_columns(block, places))
     return held[1], held[2]
@@ -643,7 +649,7 @@ def _exceeding(scores: Tensor, bar: Tensor, k: int) -> tuple[Tensor, Tensor]:
     counts = token.bincount(minlength=len(scores))
     width = int(counts.max())
     if width > k:
-        columns = top(scores, k).sort(dim=1).values
+        columns = top(scores, k, ascending=True)
         return columns, torch.ones_like(columns, dtype=torch.bool)
     used = torch.arange(width, device=scores.device) < counts[:, None]
     return torch.zeros_like(used, dtype=torch.int64).masked_scatter_(used, columns), used
