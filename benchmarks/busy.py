@@ -31,6 +31,7 @@ from kronsae.training.learner import Learner
 
 CPU = torch.device("cpu")
 SQUARE = Shape("m = n = 32", d=256, heads=64, m=32, n=32, k=32, tokens=1024)
+SQUARE_WIDER = SQUARE._replace(name="m = n = 32, d = 1536", d=1536)
 WIDE = Shape("F = 2^18", d=256, heads=2**14, m=4, n=4, k=32, tokens=512)
 ENVIRONMENTS = {
     "brief": BRIEFLY,
@@ -64,11 +65,14 @@ GOALS: dict[str, tuple[tuple[str, str, int], tuple[str, str, int], float]] = {
         ("brief", "trained topk S1", 0),
         3.0,
     ),
-    "encode m = n = 32 / its product": (
-        ("brief", "encode m = n = 32", 0),
-        ("brief", "product m = n = 32", 0),
-        3.0,
-    ),
+    **{
+        f"encode {shape.name} / its product": (
+            ("brief", f"encode {shape.name}", 0),
+            ("brief", f"product {shape.name}", 0),
+            3.0,
+        )
+        for shape in (SQUARE, SQUARE_WIDER)
+    },
 }
 """Ratios of two cases (environment, case, busy processes), and the most that each may be."""
 
@@ -99,14 +103,25 @@ def training(selection: str, shape: Shape) -> Callable[[], object]:
     return lambda: learner.step(scaled[1])
 
 
+def encoded(shape: Shape) -> Callable[[], object]:
+    """Encode and select."""
+    return encoding(shape, activations(shape))
+
+
+def product(shape: Shape) -> Callable[[], object]:
+    """The bare matrix product of the encoder."""
+    return products(shape, activations(shape))["kron product"]
+
+
 CASES: dict[str, Callable[[], Callable[[], object]]] = {
     **{f"step {name}": partial(contender, "kron", SHAPES[name]) for name in ("S1", "S2")},
     "trained topk S1": partial(training, "topk", SHAPES["S1"]),
     "trained jumprelu S1": partial(training, "jumprelu", SHAPES["S1"]),
-    "encode F = 2^18": lambda: encoding(WIDE, activations(WIDE)),
-    "product F = 2^18": lambda: products(WIDE, activations(WIDE))["kron product"],
-    "encode m = n = 32": lambda: encoding(SQUARE, activations(SQUARE)),
-    "product m = n = 32": lambda: products(SQUARE, activations(SQUARE))["kron product"],
+    **{
+        f"{name} {shape.name}": partial(make, shape)
+        for shape in (WIDE, SQUARE, SQUARE_WIDER)
+        for name, make in {"encode": encoded, "product": product}.items()
+    },
 }
 """Calls to time. Other steps of `benchmarks.steps` are those of --contender."""
 CONTENDERS_AT = {
