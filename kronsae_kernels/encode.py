@@ -42,6 +42,7 @@ from kronsae_kernels.torch_impl import i_major, live_pre_latents, rows_of
 
 WITHOUT_RELU = ("mul", "linear")
 """Compositions of factors that may be negative; "linear": of a dense encoder, whose values are."""
+SCALE_EXPECTED = "scale: expected finite numbers >= 0, got others"
 
 
 def fused_encode(
@@ -72,7 +73,8 @@ def fused_encode(
     impl: None (by the device), "triton", "torch" or "reference".
     k: the same for all tokens, or int64 [...] >= 0, one a token. Then codes are as wide as the
         largest, and a token's other slots have value 0.
-    mask: [F] bool, of which at least k are True, or [..., F], one a token. Only latents where it is
+    mask: [F] bool, of which at least k are True (where torch.compile or vmap hide how many are, it
+        is as one a token), or [..., F], one a token. Only latents where it is
         True are selected. A token that has fewer fills up with value 0.
     scale: [F] >= 0. Latents compete by scale times value ("mand": its square times the product,
         for eps = 0 the same), and are in that order; values are not scaled. It gets no gradient.
@@ -172,10 +174,12 @@ def _flat_mask(mask: Tensor | None, size: int) -> Tensor | None:
 
 
 def _allowed(codes: SparseCodes, mask: Tensor | None, counts: Tensor | None) -> SparseCodes:
-    """Codes with value 0 from a token's count [...] on, and where its mask [..., F] is False."""
+    """Codes with value 0 from a token's count [...] on, and where its mask is False."""
     values, indices = codes
     if mask is not None and mask.ndim > 1:
         values = values.where(mask.gather(-1, indices), 0)
+    elif mask is not None and not has_values(mask):  # it may have fewer than k
+        values = values.where(mask[indices], 0)
     if counts is not None:
         places = torch.arange(values.shape[-1], device=values.device)
         values = values.where(places < counts[..., None], 0)
@@ -266,8 +270,9 @@ def _check_scale(scale: Tensor | None, x: Tensor, size: int, power: int) -> Tens
     check_same("device", x=x, scale=scale)
     if has_values(scale):
         right = bool(((scale >= 0) & scale.isfinite()).all())
-        require(right, "scale: expected finite numbers >= 0, got others")
+        require(right, SCALE_EXPECTED)
     scale = scale.detach().double()
+    scale = scale.where((scale >= 0) & scale.isfinite(), torch.nan)  # what a graph hides
     scale = scale / scale.amax().clamp(min=torch.finfo(scale.dtype).tiny)
     return (scale**power).to(accumulate_dtype(x.dtype))
 
@@ -443,6 +448,8 @@ class Encode(Selected):
         mask: Tensor | None,
         scale: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        if scale is not None and scale.device.type == "cpu":
+            require(not scale.isnan().any(), SCALE_EXPECTED)
         with without_autocast(x):
             indices, base, extension = backends.module(impl).encode(
                 x, w_enc, b_enc, mask, m, k, composition, scale

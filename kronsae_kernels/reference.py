@@ -148,6 +148,7 @@ def expert_encode(
     """The k largest latents of the part of the dictionary that is each token's expert."""
     product = latents(x, w_enc, b_enc, m, composition)
     owner = torch.arange(product.shape[-1], device=x.device) // (product.shape[-1] // experts)
+    expert = embedding(expert, owner[:: len(owner) // experts, None])[..., 0]  # checks its range
     indices = largest(_competing(product, owner == expert[..., None], None), k)
     product = product.gather(-1, indices)
     return SparseCodes(product if m is None else compose(product, composition, eps), indices)

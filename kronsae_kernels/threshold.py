@@ -97,6 +97,12 @@ def jump(
         number = as_number(threshold)
         check_number("threshold", number, None)
         threshold = values.new_tensor(number)
+    if threshold.dtype in INTEGERS:
+        threshold = threshold.to(values.dtype)
+    check_floating(threshold=threshold)
+    if threshold.ndim > 0:
+        check_shape("threshold", threshold, tuple(values.shape), "the shape of values, or a number")
+        check_same("device", values=values, threshold=threshold)
     if used is not None:
         check_tensors(used=used)
         require(used.dtype == torch.bool, f"used: expected torch.bool, got {used.dtype}")

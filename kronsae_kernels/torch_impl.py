@@ -538,7 +538,7 @@ def select_kron(
     """
     tokens, rows, heads = pre.shape
     dtype = accumulate_dtype(pre.dtype)
-    places = _few(mask, k * m * n) if few else None
+    places = _few(mask, k, k * m * n) if few else None
     if places is not None:
         return _select_among(pre, places, m, n, k, composition, scale)
     if mask is None and scale is None:
@@ -660,12 +660,12 @@ def _gather_columns(block: Tensor, columns: Tensor) -> Tensor:
     return block.gather(2, columns[:, None, :].expand(-1, block.shape[1], -1))
 
 
-def _few(mask: Tensor | None, most: int) -> Tensor | None:
-    """The latents of a mask [F] (ascending), if they are no more than `most`."""
+def _few(mask: Tensor | None, k: int, most: int) -> Tensor | None:
+    """The latents of a mask [F] (ascending), if they are k or more, and no more than `most`."""
     if mask is None or mask.ndim > 1:
         return None
     places = mask.nonzero().squeeze(1)
-    return places if len(places) <= most else None
+    return places if k <= len(places) <= most else None
 
 
 def _select_among(
@@ -750,7 +750,7 @@ def select_dense(
 
     mask, few: as in `select_kron`.  signed: without the ReLU.
     """
-    places = None if mask is None or not few else _few(mask, mask.shape[-1] // 2)
+    places = None if mask is None or not few else _few(mask, k, mask.shape[-1] // 2)
     if places is not None:
         pre = pre.index_select(1, places)
         mask, scale = None, None if scale is None else scale[places]

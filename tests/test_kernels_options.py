@@ -4,9 +4,11 @@ import implementations
 import numpy as np
 import pytest
 import torch
+from torch.func import vmap
 
 from kronsae_kernels import (
     dense_encode,
+    expert_encode,
     fused_encode,
     jump,
     nested_decode,
@@ -299,3 +301,66 @@ def test_numbers_of_other_kinds(one):
     assert torch.equal(got, expected)
     for a, b in zip(jump(expected, one, one), jump(expected, 1.0, 1.0), strict=True):
         assert torch.equal(a, b)
+
+
+FEW = torch.arange(20) >= 18
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+@pytest.mark.parametrize("hides", ["compile", "vmap"])
+@pytest.mark.parametrize("m", [None, 2])
+def test_a_mask_of_fewer_than_k_that_nobody_can_look_at(m, hides, impl):
+    """As with one mask a token: what follows has value 0."""
+    x, w = torch.randn(3, 6).abs(), torch.randn(20, 6) if m is None else torch.randn(5, 4, 6).abs()
+
+    def encode(mask):
+        if m is None:
+            return dense_encode(x, w, k=4, mask=mask, impl=impl)
+        return fused_encode(x, w, m=m, k=4, mask=mask, impl=impl)
+
+    if hides == "compile":
+        codes = torch.compile(encode, fullgraph=True, backend="aot_eager")(FEW)
+    else:
+        codes = vmap(encode)(FEW[None])
+    wanted = encode(FEW.expand(3, 20))
+    for got, expected in zip(codes, wanted, strict=True):
+        assert torch.equal(got.view(3, 4), expected)
+    assert (wanted.values[:, 2:] == 0).all()
+    with pytest.raises(ValueError, match="at most the 2 latents in mask"):
+        encode(FEW)
+
+
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+@pytest.mark.parametrize("hides", ["compile", "vmap"])
+@pytest.mark.parametrize("expert", [-1, 5])
+def test_no_expert_out_of_range(expert, hides, impl):
+    x, w = torch.randn(4, 6), torch.randn(5, 4, 6)
+
+    def encode(x, expert):
+        return expert_encode(x, w, m=2, k=2, expert=expert, experts=5, impl=impl)
+
+    call = torch.compile(encode, fullgraph=True) if hides == "compile" else vmap(encode)
+    inside = call(x, torch.tensor([0, 1, 2, 4]))
+    assert torch.equal(inside.indices // 4, torch.tensor([0, 1, 2, 4])[:, None].expand(4, 2))
+    with pytest.raises(Exception, match="expert|range|bounds"):
+        call(x, torch.tensor([0, 1, 2, expert]))
+
+
+@pytest.mark.parametrize("bad", [-1.0, torch.nan, torch.inf])
+def test_a_scale_that_a_graph_hides(bad):
+    x, w, scale = torch.randn(4, 6), torch.randn(20, 6), torch.ones(20)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def encode(scale):
+        return dense_encode(x, w, k=2, scale=scale)
+
+    assert torch.equal(encode(scale).indices, dense_encode(x, w, k=2).indices)
+    scale[3] = bad
+    with pytest.raises(Exception, match="scale: expected finite numbers >= 0"):
+        encode(scale)
+
+
+@pytest.mark.parametrize("shape", [(7,), (5, 1, 3), (4, 1)])
+def test_a_threshold_of_jump_is_as_values(shape):
+    with pytest.raises(ValueError, match="threshold: expected"):
+        jump(torch.randn(4, 3), torch.zeros(shape), 0.1)
