@@ -230,10 +230,12 @@ def _on_threads(facts: dict[str, Any]) -> list[str]:
     if "threads" not in facts:
         return []
     wanted = " ".join(f"{name}={value}" for name, value in BRIEFLY.items())
-    lines = [
-        "  on a busy processor threads that spin while they wait are 10 times slower: programs of "
-        f"your own need {wanted} before torch is imported (commands set it)"
-    ]
+    busy = "  on a busy processor threads that spin while they wait are 10 times slower: "
+    if facts["waiting"] in (wanted, "spinning"):
+        lines = [f"{busy}programs of your own need {wanted} before torch is imported"]
+        lines[0] += " (commands set it)"
+    else:
+        lines = [f"{busy}commands set {wanted}, but not where you have set {facts['waiting']}"]
     if facts["threads"] > facts["processors"]:
         lines.append(
             f"  {facts['threads']} threads share {facts['processors']:g} processors: set "

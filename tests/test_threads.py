@@ -35,6 +35,12 @@ def test_what_the_user_sets_stays(fresh, name):
     assert threads.waiting() == f"{name}=1"
 
 
+def test_what_is_empty_is_not_set(fresh):
+    fresh.setenv("OMP_WAIT_POLICY", "")
+    threads.wait_briefly()
+    assert threads.waiting() == "OMP_WAIT_POLICY=passive GOMP_SPINCOUNT=2000"
+
+
 def test_other_programs_are_left_alone(fresh):
     for argv in ([], [""], ["/usr/bin/pytest"], ["train.py", "kronsae"]):
         fresh.setattr(sys, "argv", argv)

@@ -40,7 +40,7 @@ def _is_command() -> bool:
 
 def waiting() -> str:
     """How threads wait, as in the environment: "OMP_WAIT_POLICY=passive"; "" if it says nothing."""
-    return " ".join(f"{name}={os.environ[name]}" for name in POLICIES if name in os.environ)
+    return " ".join(f"{name}={os.environ[name]}" for name in POLICIES if os.environ.get(name))
 
 
 def limit_threads() -> None:
