@@ -1,5 +1,6 @@
 """Checkpoints and files: complete, atomic, checked, free of pickle."""
 
+import math
 import os
 
 import pytest
@@ -299,6 +300,49 @@ def test_a_log_that_lost_bytes_keeps_whole_lines(tmp_path):
     with pytest.warns(UserWarning, match=f"has lost {lost} bytes.*training is not"):
         assert run.load_checkpoint()["step"] == 5
     assert run.metrics.read_bytes() == first
+    run.metrics.unlink()
+    with pytest.warns(UserWarning, match="has lost"):
+        assert run.load_checkpoint()["step"] == 5
+
+
+CHANGES = {
+    "nothing": lambda lines: lines,
+    "longer": lambda lines: [lines[0], b"[" * 5000 + b"\n", *lines[1:]],
+    "infinite": lambda lines: [lines[0], b'{"kind": "train", "step": 1e999}\n', *lines[1:]],
+    "first": lambda lines: [b'{"kind": "train", "step": 1e999}\n', *lines],
+    "later": lambda lines: [b'{"kind": "train", "step": 99}\n', *lines],
+    "shorter": lambda lines: [*lines[:2], lines[2][:40] + b"\n", *lines[3:]],
+    "joined": lambda lines: [*lines[:2], lines[2][:40], *lines[3:]],
+    "twice": lambda lines: [*lines[:2], *lines[1:]],
+    "removed": lambda lines: [*lines[:2], *lines[3:]],
+    "no step": lambda lines: [*lines[:2], files.log_line({"kind": "note"}).encode(), *lines[2:]],
+    "half": lambda lines: [*lines[:-1], lines[-1][:9]],
+}
+
+
+@pytest.mark.parametrize("how", CHANGES)
+def test_a_log_whose_lines_changed_loses_no_other_line(how, tmp_path):
+    """Lines of all lengths; several of the checkpoint's step, and how a training ended in it."""
+    run = RunFolder.create(tmp_path / "run", {"config": {}, "data": {}})
+    before = [{"kind": "train", "step": step, "loss": 7.0**step} for step in range(5, 31, 5)]
+    before += [{"kind": kind, "step": 30, "tokens": 300} for kind in ("heldout", "skipped")]
+    for record in before:
+        run.log(record)
+    run.save_checkpoint(30, {}, keep=2)
+    for kind, step in (("diverged", 30), ("final", 30), ("train", 35), ("train", 40)):
+        run.log({"kind": kind, "step": step})
+    changed = CHANGES[how](run.metrics.read_bytes().splitlines(keepends=True))
+    run.metrics.write_bytes(b"".join(changed))
+    expected, damaged = files.read_log(run.metrics)
+    kinds = ("final", "diverged")
+    expected = [
+        r for r in expected if r.get("step", 0) in (*range(31), math.inf) and r["kind"] not in kinds
+    ]
+    assert len(expected) >= len(before) - 2
+    run.load_checkpoint()
+    assert run.metrics.read_bytes().endswith(b"\n")
+    run.log({"kind": "train", "step": 35})
+    assert files.read_log(run.metrics) == ([*expected, {"kind": "train", "step": 35}], damaged)
 
 
 def test_a_setting_that_changes_is_kept_by_the_member_and_the_sweep(tmp_path):

@@ -15,6 +15,7 @@ comparison.md     a table of the members
 """
 
 import copy
+import math
 import os
 import platform
 import shlex
@@ -42,9 +43,11 @@ from kronsae.system.files import (
     check_writable,
     lock,
     log_line,
+    log_lines,
     remove_leftovers,
     sync,
     usable_path,
+    write_file,
     write_json,
     write_text,
 )
@@ -250,24 +253,53 @@ class RunFolder(_Folder):
         tensors: False leaves None in their place.
         """
         folders = checkpoint.list_checkpoints(self.checkpoints)
-        state = None
-        if folders:
+        if not folders:
+            state, step, length = None, 0, 0
+        else:
             state = checkpoint.load_state(folders[-1], self.mesh.heads, SHARDED_STATE, tensors)
+            step, length = checkpoint.step_of(folders[-1]), state["metrics_bytes"]
         if self.mesh.first:
-            self._cut_metrics(state["metrics_bytes"] if state else 0)
+            self._cut_metrics(step, length)
         return state
 
-    def _cut_metrics(self, length: int) -> None:
-        """Leave the first `length` bytes; of a file that lost some of them, the whole lines."""
-        if _size(self.metrics) < length:
+    def _cut_metrics(self, step: int, length: int) -> None:
+        """Leave the records up to the checkpoint of `step`, whose log had `length` bytes.
+
+        Lines that are damaged, or have no step, stay if they begin among these bytes. A line may
+        have changed its length since, so the bytes do not say which records are later ones.
+        """
+        try:
             content = self.metrics.read_bytes() if self.metrics.exists() else b""
-            warn(
-                f"{self.metrics} has lost {length - len(content):,} bytes: some of what was logged "
-                "before the checkpoint is missing from it, and from the report; training is not"
-            )
-            length = content.rfind(b"\n") + 1
-        if _size(self.metrics) > length:
-            os.truncate(self.metrics, length)
+            if len(content) < length:
+                warn(
+                    f"{self.metrics} has lost {length - len(content):,} bytes: some of what was "
+                    "logged before the checkpoint is missing from it, and from the report; "
+                    "training is not"
+                )
+            kept, start = [], 0
+            for line, record in log_lines(content):
+                is_earlier = _is_logged_by(record, step)
+                if start < length if is_earlier is None else is_earlier:
+                    kept.append(line)
+                start += len(line)
+            left = b"".join(kept)
+            if not content.startswith(left):
+                write_file(self.metrics, lambda beside: beside.write_bytes(left))
+            elif left != content:
+                os.truncate(self.metrics, len(left))
+        except OSError as error:
+            raise InputError(f"{self.metrics} could not be cut: {error}") from error
+
+
+def _is_logged_by(record: dict[str, Any] | None, step: int) -> bool | None:
+    """Whether a record was logged before the checkpoint of `step`; None if nobody can tell.
+
+    What is logged in a step comes before its checkpoint, apart from how the training ended.
+    """
+    at = (record or {}).get("step")
+    if record is None or not isinstance(at, int | float) or not -math.inf < at < math.inf:
+        return None
+    return at < step or at == step and record.get("kind") not in ("final", "diverged")
 
 
 class SweepFolder(_Folder):

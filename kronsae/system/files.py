@@ -117,27 +117,31 @@ def log_line(record: Mapping[str, Any]) -> str:
     return json.dumps({**record, _CRC: f"{crc:08x}"}) + "\n"
 
 
-def read_log(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
-    """The records of a log, without checksums, and the numbers of its damaged lines.
+def log_lines(content: bytes) -> Iterator[tuple[bytes, dict[str, Any] | None]]:
+    """Each whole line of a log, and its record without the checksum; None if it is damaged.
 
     A line is damaged if it is no JSON object, or not the one that its checksum was made of. Those
-    before the first one with a checksum may have none, as earlier versions wrote them. The last
-    line may lack its end, as a kill leaves it: it is no record then, and not damaged either.
+    before the first one with a checksum may have none, as earlier versions wrote them. What follows
+    the last newline, as a kill leaves it, is no line.
     """
-    *lines, torn = path.read_bytes().split(b"\n") if path.exists() else [b""]
-    records: list[dict[str, Any]] = []
-    damaged, has_checksums = [], False
-    for number, line in enumerate(lines, 1):
+    has_checksums = False
+    for line in content.split(b"\n")[:-1]:
         try:
             record = json.loads(line)
             crc = record.pop(_CRC, None)
             has_checksums |= crc is not None
             if has_checksums and crc != f"{zlib.crc32(json.dumps(record).encode()):08x}":
                 raise ValueError("it was altered")
-            records.append(record)
         except (ValueError, AttributeError, TypeError, RecursionError):
-            damaged.append(number)
-    return records, damaged
+            record = None
+        yield line + b"\n", record
+
+
+def read_log(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """The records of a log, without checksums, and the numbers of its damaged lines."""
+    lines = list(log_lines(path.read_bytes())) if path.exists() else []
+    records = [record for _, record in lines if record is not None]
+    return records, [number for number, (_, record) in enumerate(lines, 1) if record is None]
 
 
 def write_text(path: Path, text: str) -> None:
