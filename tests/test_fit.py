@@ -176,7 +176,10 @@ def test_damaged_checkpoint(tmp_path):
     fit(KRON, X, TRAIN, out=tmp_path / "run")
     newest = tmp_path / "run" / "checkpoints" / "step-00000040"
     (newest / "state.json").write_text("{}")
-    with pytest.raises(InputError, match="step-00000040 is damaged.*remove the folder"):
+    with pytest.raises(InputError, match="step-00000040 is damaged.*the checkpoint before it$"):
+        fit(KRON, X, TRAIN, out=tmp_path / "run", resume=True)
+    shutil.rmtree(newest.with_name("step-00000030"))
+    with pytest.raises(InputError, match="there is none before it: remove .* to begin again$"):
         fit(KRON, X, TRAIN, out=tmp_path / "run", resume=True)
 
 
@@ -402,6 +405,28 @@ def test_config_json_may_be_edited_where_a_run_may_change(tmp_path):
     changed = "config.train.lr: was 0.003, is 0.5\nA checkpoint has a copy:\n  cp .*/config.json .*"
     with pytest.raises(InputError, match=changed):
         open_to_resume(tmp_path / "run")
+
+
+def test_an_edit_of_config_json_and_of_its_copies_is_refused(tmp_path):
+    """The copies' checksums are then of other values, so that nothing is left to compare with."""
+    run = tmp_path / "run"
+    fit(KRON, X, TRAIN, out=run)
+    config, copies = run / "config.json", list(run.glob("checkpoints/*/config.json"))
+    whole = {path: path.read_text() for path in (config, *copies)}
+    for path in copies:
+        path.write_text("{")
+    open_to_resume(run)  # it is what the checkpoint was written with
+    for path, text in whole.items():
+        path.write_text(text.replace('"lr": 0.003', '"lr": 0.5'))
+    for _ in range(2):
+        with pytest.raises(
+            InputError, match="config.json was edited.*step-00000040.*undo the edit"
+        ):
+            fit(KRON, X, dataclasses.replace(TRAIN, lr=0.5), out=run, resume=True)
+        for path in copies:
+            path.unlink(missing_ok=True)
+    config.write_text(whole[config])
+    open_to_resume(run)
 
 
 OTHER_RUNS = {

@@ -9,6 +9,7 @@ from kronsae.errors import InputError, differences
 from kronsae.runs.folder import RUN, SINGLE, SWEEP, RunFolder, SweepFolder
 from kronsae.system import checkpoint
 from kronsae.system.documents import typed
+from kronsae.system.files import digest_of
 from kronsae.system.parallel import Mesh
 
 
@@ -70,11 +71,22 @@ def _check_unchanged(folder: RunFolder | SweepFolder) -> None:
     """Raise InputError if a checkpoint was written by a run with other settings than this one.
 
     It may have been copied here; or somebody has edited config.json, which may be done to settings
-    that a run may change when it goes on.
+    that a run may change when it goes on. The newest checkpoint knows the digest of its copy, by
+    which config.json is judged if the copy is missing or damaged.
     """
+    newest = checkpoint.list_checkpoints(folder.checkpoints)[-1:]
     for name, written in folder.copies().items():
         copies = checkpoint.copies_of(name, folder.checkpoints)
         schema = SWEEP if "members" in written else RUN
+        for place in newest:
+            digest = None if place in copies else checkpoint.digest_of_copy(place, name)
+            # What became of its members is written to a sweep.json later on.
+            if schema is RUN and digest not in (None, digest_of(written)):
+                raise InputError(
+                    f"{folder.path / name} was edited, or is of another run than checkpoint "
+                    f"{place}, and the copy there is damaged, so nobody can tell what it was: "
+                    f"undo the edit, or {checkpoint.without(place)}"
+                )
         changes = {
             place: _changes(typed(copy, schema, str(place / name)), written)
             for place, copy in copies.items()

@@ -220,10 +220,15 @@ class _Shards:
 
 
 def _damaged(folder: Path, reason: str) -> InputError:
-    return InputError(
-        f"checkpoint {folder} is damaged ({reason}); remove the folder {folder} to go on from the "
-        "checkpoint before it"
-    )
+    return InputError(f"checkpoint {folder} is damaged ({reason}); {without(folder)}")
+
+
+def without(folder: Path) -> str:
+    """What to do about a checkpoint that a run cannot go on from, in words."""
+    oldest = list_checkpoints(folder.parent)[:1]
+    if oldest not in ([], [folder]):
+        return f"remove the folder {folder} to go on from the checkpoint before it"
+    return f"there is none before it: remove the folder {folder} to begin again"
 
 
 def _file(rank: int) -> str:
@@ -314,6 +319,14 @@ def _copy(folder: Path, name: str) -> dict[str, Any] | None:
     except (OSError, ValueError):
         return None
     return copy if isinstance(copy, dict) else None
+
+
+def digest_of_copy(folder: Path, name: str) -> str | None:
+    """What state.json says of the values of a file's copy in a checkpoint, if it can be read."""
+    try:
+        return read_checksummed(folder / VALUES_NAME)["copies"][name]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def drop_after(checkpoints: Path, step: int) -> None:
