@@ -1,7 +1,9 @@
 """`fit`: learning, seeds, logging, resuming, stopping, and data that cannot be used."""
 
 import dataclasses
+import functools
 import json
+import operator
 import re
 import shutil
 import signal
@@ -444,6 +446,44 @@ def another_run(what, tmp_path):
     fit(KRON, X, TRAIN, out=tmp_path / "run")
     fit(sae, x, dataclasses.replace(TRAIN, **settings), out=tmp_path / "other")
     return tmp_path / "run", tmp_path / "other"
+
+
+@pytest.mark.parametrize(
+    "place, value, named",
+    [
+        ("metrics_bytes", -1, "metrics_bytes"),
+        ("stream", None, "stream"),
+        ("stream.step", -5, "stream.step: expected a whole number from 1 to 200, got -5"),
+        ("stream.step", 5000, "stream.step"),
+        ("stream.tokens", 10**15, "stream.tokens"),
+        ("stream.seconds", -1.0, "stream.seconds"),
+        ("stream.normalizer.scale", -1.0, "stream.normalizer.scale"),
+        ("stream.normalizer.radius", -1.0, "stream.normalizer.radius"),
+        ("stream.normalizer", {"scale": 1.0}, "stream.normalizer: 'mean' is missing"),
+        ("stream.normalizer.mean", {"__tensor__": ".stream.seen"}, "stream.normalizer.mean"),
+        ("stream.source", {"text": 5}, "source: 'given' is missing"),
+        ("stream.source.given", -1, "source.given"),
+        ("stream.pending", [5], r"stream.pending\[0\]"),
+        ("stream.random_states.numpy", [], "random_states"),
+        ("members", {}, "members"),
+        ("members.sae.step_count", -1, "members.sae.step_count"),
+        ("members.sae.tokens", 10**15, "members.sae.tokens"),
+        ("members.sae.skipped", 99, "members.sae.skipped"),
+        ("members.sae.moments", {}, "members.sae.moments: 'W_enc' is missing"),
+        ("members.sae.weights", {}, "members.sae.weights"),
+        ("members.sae.hopeless", 5, "members.sae.hopeless"),
+    ],
+)
+def test_a_state_that_was_edited_is_refused(place, value, named, tmp_path):
+    """Without its checksum, as the message about that suggests: the key that is wrong is named."""
+    fit(KRON, X, dataclasses.replace(TRAIN, tokens=200), out=tmp_path / "run")
+    path = tmp_path / "run" / "checkpoints" / "step-00000002" / "state.json"
+    document = read_checksummed(path)
+    *parents, key = place.split(".")
+    functools.reduce(operator.getitem, parents, document["state"])[key] = value
+    path.write_text(json.dumps(document))
+    with pytest.raises(InputError, match=f"checkpoint .*step-00000002.*{named}"):
+        fit(KRON, X, dataclasses.replace(TRAIN, tokens=200), out=tmp_path / "run", resume=True)
 
 
 @pytest.mark.parametrize("what", OTHER_RUNS)

@@ -20,9 +20,10 @@ from kronsae.cache.remote import Remote, is_url
 from kronsae.config import ACTIVATIONS_ORDERS
 from kronsae.data.activations import HELDOUT_SETTINGS
 from kronsae.data.buffer import ShuffleBuffer
-from kronsae.data.common import check_batch_size
+from kronsae.data.common import check_batch_size, given
 from kronsae.data.rows import BatchMemory, gather
 from kronsae.errors import InputError
+from kronsae.system.documents import Keys, typed
 
 READERS = 4
 """Files read in parallel: while one waits for the disk, another one's checksum is computed."""
@@ -323,8 +324,10 @@ class CacheActivations:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on after the last batch of a state."""
-        self.position = state["given"]
+        most = 2**53 if self.epochs is None else self.epochs * self.index.train_rows
+        self.position = given(state, most)
         if self.buffer is not None:
+            state = typed(state, Keys({"buffer": Any}), "source")
             self.buffer.source = self._stream()
             self.buffer.load_state_dict(state["buffer"])
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kronsae.config import DataConfig
 from kronsae.data.buffer import ShuffleBuffer
-from kronsae.data.common import check_batch_size, digest, is_finite
+from kronsae.data.common import check_batch_size, digest, given, is_finite
 from kronsae.data.language_model import LanguageModel
 from kronsae.data.packing import Packer, special_ids, token_mask
 from kronsae.data.prefetch import ForwardPass, Prefetcher
@@ -18,7 +18,7 @@ from kronsae.data.rows import BatchMemory, gather
 from kronsae.data.text import TextSource
 from kronsae.errors import InputError, warn
 from kronsae.system import parallel
-from kronsae.system.documents import shown
+from kronsae.system.documents import Keys, Number, shown, typed
 from kronsae.system.tensors import as_values
 
 HASHED_ROWS = 256
@@ -124,7 +124,8 @@ class TensorActivations:
         return {"given": self.rows_served}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.rows_served = state["given"]
+        rows = 2**53 if self.epochs is None else self.epochs * self.x.shape[0]
+        self.rows_served = given(state, rows)
 
     def describe(self) -> dict[str, Any]:
         count = self.x.shape[0]
@@ -177,7 +178,7 @@ class IterableActivations:
         return {"given": self.batches_served}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        expected = state["given"]
+        expected = given(state)
         if self.batches_served > expected:
             raise InputError(
                 f"the iterable has given {self.batches_served} batches, more than the {expected} "
@@ -197,6 +198,9 @@ class IterableActivations:
             "d_model": self.d_model,
             **_describe_target(self.d_target),
         }
+
+
+_POSITION = Keys({"text": Any, "packer": Any, "contexts": Tensor, "forwards": Number(int)})
 
 
 class LanguageModelActivations:
@@ -374,12 +378,14 @@ class LanguageModelActivations:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state, even after batches were given."""
+        state = typed(state, Keys({"buffer": Any}), "source")
         self.close()
-        self.go_to({name: state[name] for name in self.position})
+        self.go_to({name: value for name, value in state.items() if name != "buffer"})
         self.buffer.load_state_dict(state["buffer"])
 
     def go_to(self, position: dict[str, Any]) -> None:
         """Go on with the contexts that came after `position_dict`."""
+        position = typed(position, _POSITION, "source")
         self.position = position
         self.text.load_state_dict(position["text"])
         self.documents = iter(self.text)

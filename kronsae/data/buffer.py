@@ -8,9 +8,18 @@ from torch import Tensor
 
 from kronsae.data.common import check_batch_size
 from kronsae.data.rows import BatchMemory, gather
+from kronsae.system.documents import Keys, typed
 
 MOVED_ROWS = 4096
 """Rows moved per copy: a small copy reuses memory, a large one gets new pages each time."""
+
+
+_STATE = Keys(
+    {
+        **dict.fromkeys(("rows", "order", "served", "overflow", "generator"), Tensor),
+        "ended": bool,
+    }
+)
 
 
 class ShuffleBuffer:
@@ -122,6 +131,7 @@ class ShuffleBuffer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state, which is copied; the source has to stand where it stood then."""
+        state = typed(state, _STATE, "source.buffer")
         rows, overflow = state["rows"], state["overflow"]
         self.filled = rows.shape[0]
         if self.filled:

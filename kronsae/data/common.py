@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from kronsae.errors import InputError
+from kronsae.system.documents import Keys, Number, typed
 
 REASON_CHARACTERS = 240
 """Longest message quoted from another library's error."""
@@ -35,6 +36,11 @@ def reason(error: BaseException) -> str:
 def check_batch_size(batch_size: int) -> None:
     if batch_size < 1:
         raise InputError(f"batch_size: expected >= 1, got {batch_size}")
+
+
+def given(state: Any, most: float = 2**53) -> int:
+    """The number in a source's state of what it has given. Raises InputError if it is none."""
+    return typed(state, Keys({"given": Number(int, 0, most)}), "source")["given"]
 
 
 def is_finite(x: Tensor) -> bool:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kronsae.errors import InputError
+from kronsae.system.documents import Keys, typed
 
 PIECE_CHARACTERS = 100_000
 """Longer documents are tokenised in pieces, which bounds memory."""
@@ -63,6 +64,7 @@ class Packer:
         return {"waiting": torch.tensor(self.waiting, dtype=torch.int64)}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        state = typed(state, Keys({"waiting": Tensor}), "source.packer")
         self.waiting = state["waiting"].tolist()
 
 

@@ -33,6 +33,7 @@ from kronsae.data.common import digest
 from kronsae.data.sampling import Beginning, drawn_rows, shuffled
 from kronsae.data.stdlib import stdlib_documents
 from kronsae.errors import InputError, require, warn
+from kronsae.system.documents import Keys, Number, typed
 from kronsae.system.files import usable_path
 
 STDLIB = "stdlib"
@@ -114,6 +115,11 @@ class TextSource(Protocol):
         """Hash of the text, whatever its order and location."""
 
 
+def _state(state: Any, epochs: int, hints: dict[str, Any]) -> dict[str, Any]:
+    """A text's state, with its epoch and what `hints` names. Raises InputError for another one."""
+    return typed(state, Keys({"epoch": Number(int, 0, epochs), **hints}), "source.text")
+
+
 class IndexedText:
     """Documents of a sequence, shuffled anew in each epoch; it goes to any position in O(1).
 
@@ -185,6 +191,8 @@ class IndexedText:
         return {"epoch": self.epoch, "position": self.position}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        position = Number(int, 0, len(self.documents))
+        state = _state(state, self.epochs, {"position": position})
         self.epoch, self.position = state["epoch"], state["position"]
 
     def fingerprint(self) -> str:
@@ -239,6 +247,7 @@ class StreamedText:
         return {"epoch": self.epoch, "stream": self.resumed_at or self.train.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        state = _state(state, self.epochs, {"stream": dict[str, Any]})
         self.epoch = state["epoch"]
         self._go_to(state["stream"])
 
@@ -375,6 +384,8 @@ class BufferedText:
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        hints = {"start": dict[str, Any], "before": Number(int), "position": Number(int)}
+        state = _state(state, self.epochs, hints)
         for name in ("epoch", "start", "before", "position"):
             setattr(self, name, state[name])
 

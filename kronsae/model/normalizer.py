@@ -8,12 +8,19 @@ from torch import Tensor
 
 from kronsae.errors import InputError
 from kronsae.model.massive import DEFAULT_MULTIPLE, Sphere
+from kronsae.system.documents import Keys, Number, typed
 
 SMALLEST = 1e-30
 """Smallest variance of activations, and 1 over the largest: latents are products of two."""
 
 SAMPLE_TOKENS = 8192
 """Number of activations, the first ones, that determine mean, scale and radius."""
+
+
+_STATE = Keys(
+    {"mean": Tensor, "scale": Number(float, SMALLEST, 1 / SMALLEST)},
+    {"radius": Number(float, 0, math.inf, null=True)},
+)
 
 
 class Normalizer:
@@ -65,6 +72,12 @@ class Normalizer:
 
     def to(self, device: torch.device) -> "Normalizer":
         return Normalizer(self.mean.to(device), self.scale, self.radius)
+
+    @classmethod
+    def of_state(cls, state: Any, name: str) -> "Normalizer":
+        """The inverse of `state_dict`. Raises InputError, which names the key inside `name`."""
+        state = typed(state, _STATE, name)
+        return cls(state["mean"], state["scale"], state.get("radius"))
 
     def state_dict(self) -> dict[str, Any]:
         return {"mean": self.mean, "scale": self.scale, "radius": self.radius}

@@ -37,7 +37,7 @@ from kronsae.errors import InputError, warn
 from kronsae.model.ranks import SHARDED_STATE
 from kronsae.runs.sweep import check_names
 from kronsae.system import checkpoint
-from kronsae.system.documents import Keys, read_json, typed
+from kronsae.system.documents import Keys, Number, read_json, typed
 from kronsae.system.files import (
     LOCK_NAME,
     check_writable,
@@ -257,6 +257,7 @@ class RunFolder(_Folder):
             state, step, length = None, 0, 0
         else:
             state = checkpoint.load_state(folders[-1], self.mesh.heads, SHARDED_STATE, tensors)
+            state = _checked(folders[-1], state, {"metrics_bytes": Number(int)})
             step, length = checkpoint.step_of(folders[-1]), state["metrics_bytes"]
         if self.mesh.first:
             self._cut_metrics(step, length)
@@ -400,7 +401,10 @@ class SweepFolder(_Folder):
         """
         state, step = None, -1
         for folder in reversed(checkpoint.list_checkpoints(self.checkpoints)):
-            loaded = checkpoint.load_state(folder)
+            loaded = _checked(folder, checkpoint.load_state(folder), {"members": list[str]})
+            if not self.runs.keys() >= set(loaded["members"]):
+                reason = f"members: expected some of {list(self.runs)}, got {loaded['members']}"
+                raise checkpoint.damaged(folder, reason)
             if all(
                 (self.runs[name].checkpoints / folder.name).is_dir() for name in loaded["members"]
             ):
@@ -459,6 +463,14 @@ def _read_index(path: Path, kind: str, hint: Any) -> dict[str, Any]:
         ) from error
     document.pop("checksum", None)  # which older versions wrote
     return document
+
+
+def _checked(folder: Path, state: Any, hints: dict[str, Any]) -> dict[str, Any]:
+    """A checkpoint's state, with what `hints` names. Raises InputError for another one."""
+    try:
+        return typed(state, Keys(hints), "state")
+    except InputError as error:
+        raise checkpoint.damaged(folder, str(error)) from error
 
 
 def versions() -> dict[str, str]:

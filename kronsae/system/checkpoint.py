@@ -132,7 +132,7 @@ def state_of(owner: int, state: dict[str, Any] | None, group: Group) -> dict[str
         group.to_first(x, owner)
     if group.rank == owner and state is not None:
         return state
-    return _join(values, lambda name: tensors.get(name))
+    return _join(values, "", lambda name: tensors.get(name))
 
 
 def load_state(
@@ -156,9 +156,9 @@ def load_state(
         return shards.rows(name, group) if _is_sharded(name, sharded) else shards[0][name]
 
     try:
-        return _join(values, tensor)
+        return _join(values, "", tensor)
     except (KeyError, SafetensorError) as error:  # undamaged, but not what `save_state` wrote
-        raise _damaged(folder, f"tensors: {error}") from error
+        raise damaged(folder, f"tensors: {error}") from error
 
 
 def _read_values(folder: Path) -> tuple[dict[str, str], Any]:
@@ -175,8 +175,8 @@ def _read_values(folder: Path) -> tuple[dict[str, str], Any]:
             copy = _copy(folder, name)
             if copy is not None and digest_of(copy) != digest:
                 raise ValueError(f"it is of another checkpoint than {name} beside it")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise _damaged(folder, f"{VALUES_NAME}: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise damaged(folder, f"{VALUES_NAME}: {error}") from error
     if version not in (FORMAT_VERSION, SHARDED_VERSION):
         raise InputError(
             f"checkpoint {folder}: expected format version {FORMAT_VERSION} or {SHARDED_VERSION}, "
@@ -198,9 +198,9 @@ class _Shards:
         if number not in self._read:
             path = self.folder / _file(number)
             if not path.is_file():
-                raise _damaged(self.folder, f"{path.name} is missing")
+                raise damaged(self.folder, f"{path.name} is missing")
             if sha256(path) != self.digests[path.name]:
-                raise _damaged(
+                raise damaged(
                     self.folder, f"{path.name} does not have the SHA-256 that {VALUES_NAME} names"
                 )
             self._read[number] = st.load_file(path)
@@ -219,7 +219,8 @@ class _Shards:
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
-def _damaged(folder: Path, reason: str) -> InputError:
+def damaged(folder: Path, reason: str) -> InputError:
+    """The error that a checkpoint cannot be gone on from, for this reason."""
     return InputError(f"checkpoint {folder} is damaged ({reason}); {without(folder)}")
 
 
@@ -268,14 +269,19 @@ def _split(
     raise TypeError(f"a state holds tensors and JSON values, got {type(value)} at {name}")
 
 
-def _join(value: Any, tensor: Callable[[str], Tensor | None]) -> Any:
-    """The inverse of `_split`: `value` with tensors in the place of their names."""
+def _join(value: Any, name: str, tensor: Callable[[str], Tensor | None]) -> Any:
+    """The inverse of `_split`: `value` with tensors in the place of their names.
+
+    Raises KeyError if another tensor's name is in the place of one.
+    """
     if isinstance(value, dict):
         if set(value) == {_TENSOR_KEY}:
-            return tensor(value[_TENSOR_KEY])
-        return {key: _join(item, tensor) for key, item in value.items()}
+            if value[_TENSOR_KEY] != name:
+                raise KeyError(f"{name} cannot be {value[_TENSOR_KEY]}")
+            return tensor(name)
+        return {key: _join(item, f"{name}.{key}", tensor) for key, item in value.items()}
     if isinstance(value, list):
-        return [_join(item, tensor) for item in value]
+        return [_join(item, f"{name}.{i}", tensor) for i, item in enumerate(value)]
     return value
 
 

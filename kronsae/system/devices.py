@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from kronsae.errors import InputError, first_line
+from kronsae.system.documents import Number, typed
 
 
 def seed_everything(seed: int) -> None:
@@ -31,15 +32,19 @@ def random_states() -> dict[str, Any]:
 
 
 def set_random_states(states: dict[str, Any]) -> None:
-    """The inverse of `random_states`."""
+    """The inverse of `random_states`. Raises InputError for what it does not give."""
 
     def unpacked(text: str) -> np.ndarray:
         return np.frombuffer(bytes.fromhex(text), np.uint32)
 
-    version, numbers, gauss = states["python"]
-    random.setstate((version, tuple(unpacked(numbers).tolist()), gauss))
-    keys, *rest = states["numpy"]
-    np.random.set_state(("MT19937", unpacked(keys), *rest))
+    try:
+        version, numbers, gauss = states["python"]
+        random.setstate((version, tuple(unpacked(numbers).tolist()), gauss))
+        keys, position, *rest = states["numpy"]
+        position = typed(position, Number(int, 0, 624), "position")
+        np.random.set_state(("MT19937", unpacked(keys), position, *rest))
+    except (LookupError, TypeError, ValueError) as error:
+        raise InputError(f"random_states: {error}") from error
 
 
 def resolve_device(name: str) -> torch.device:

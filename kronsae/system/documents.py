@@ -111,6 +111,17 @@ class Keys:
     """Whether null may be in its place."""
 
 
+@dataclass(frozen=True)
+class Number:
+    """A type hint for a number (int or float) from `least` to `most`."""
+
+    kind: type
+    least: float = 0
+    most: float = 2**53
+    null: bool = False
+    """Whether null may be in its place."""
+
+
 _WORDS: dict[Any, str] = {
     int: "a whole number",
     float: "a number",
@@ -135,15 +146,21 @@ def typed(value: Any, hint: Any, name: str) -> Any:
         return value
     if origin in (Union, UnionType):
         return _one_of(value, args, name)
+    if isinstance(hint, (Keys, Number)) and value is None and hint.null:
+        return None
     if isinstance(hint, Keys):
-        if value is None and hint.null:
-            return None
         values = typed(value, dict, name)
         for key in hint.required:
             if key not in values:
                 raise _wrong(name, f"{key!r} is missing")
         hints = {**hint.required, **hint.others}
         return {k: typed(v, hints.get(k, Any), _inside(name, k)) for k, v in values.items()}
+    if isinstance(hint, Number):
+        number = _plain(value, hint.kind, name)
+        if not hint.least <= number <= hint.most:
+            expected = f"{_WORDS[hint.kind]} from {hint.least:,} to {hint.most:,}"
+            raise _wrong(name, f"expected {expected}, got {shown(value)}")
+        return number
     if origin is dict:
         values = typed(value, dict, name)
         return {k: typed(v, args[1], _inside(name, k)) for k, v in values.items()}
@@ -182,7 +199,7 @@ def _plain(value: Any, kind: Any, name: str) -> Any:
 
 def _converted(value: Any, kind: Any) -> Any:
     """`value` as one of a plain type, or None."""
-    if getattr(value, "ndim", None) == 0:
+    if getattr(value, "ndim", None) == 0 and not isinstance(value, kind):
         value = value.item()
     if kind in (int, float):
         number = isinstance(value, Real) and not isinstance(value, bool)

@@ -23,6 +23,7 @@ from kronsae.model.sae import SAE
 from kronsae.model.selection import Selection
 from kronsae.registry import OBJECTIVES, SAE_KINDS, SELECTIONS
 from kronsae.system.devices import compute_dtype
+from kronsae.system.documents import Keys, Number, typed
 from kronsae.system.parallel import ALONE, Mesh
 from kronsae_kernels import SparseCodes
 from kronsae_kernels import step as fused
@@ -587,12 +588,40 @@ class Learner:
             "tokens_since_fired": self.tokens_since_fired,
         }
 
+    def _state_keys(self) -> Keys:
+        """What `state_dict` gives; the last ones are those that older checkpoints lack."""
+        tokens = Number(int, 0, self.config.tokens)
+        return Keys(
+            {
+                "weights": Keys(dict.fromkeys(self.sae.state_dict(), Tensor)),
+                "moments": dict[str, Any],
+                "step_count": tokens,
+                "batch": tokens,
+                "tokens": tokens,
+                "tokens_since_fired": Tensor,
+            },
+            {
+                "skipped": Number(int, 0, SKIPS),
+                "quiet_until": Number(int),
+                "width": Number(int, 1, self.sae.config.dict_size, null=True),
+            },
+        )
+
     @torch.no_grad()
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], name: str = "state") -> None:
+        """Go on from a state. Raises InputError, which names the key inside `name`."""
+        state = typed(state, self._state_keys(), name)
         self.sae.load_state_dict(state["weights"])
-        for name, parameter in self.sae.named_parameters():
-            for key, moment in state["moments"].get(name, {}).items():
-                self.optimizer.state[parameter][key].copy_(moment)
+        if state["step_count"]:
+            named = dict(self.sae.named_parameters())
+            moments = {
+                name: Keys(dict.fromkeys(self.optimizer.state[p], Tensor))
+                for name, p in named.items()
+            }
+            read = typed(state["moments"], Keys(moments), f"{name}.moments")
+            for parameter, keys in moments.items():
+                for key in keys.required:
+                    self.optimizer.state[named[parameter]][key].copy_(read[parameter][key])
         self.step_count = state["step_count"]
         self.batch = state["batch"]
         self.tokens = state["tokens"]

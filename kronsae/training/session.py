@@ -20,6 +20,7 @@ from kronsae.runs.logs import Log
 from kronsae.runs.sweep import markdown
 from kronsae.system import checkpoint
 from kronsae.system.devices import Clock
+from kronsae.system.documents import Keys, typed
 from kronsae.system.files import finite
 from kronsae.system.parallel import ALONE, Mesh
 from kronsae.training.learner import Learner, Metrics, Skipped
@@ -279,8 +280,10 @@ class Member:
         return {**self.learner.state_dict(), "hopeless": self.hopeless}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.learner.load_state_dict(state)
-        self.hopeless = state.get("hopeless", False)  # which older checkpoints lack
+        name = f"members.{self.name}"
+        self.learner.load_state_dict(state, name)
+        # Which older checkpoints lack.
+        self.hopeless = typed(state.get("hopeless", False), bool, f"{name}.hopeless")
 
     def restore_metrics(self) -> None:
         """Take over the final figures of an earlier session, after which nothing was trained."""
@@ -316,6 +319,9 @@ def _advice_of(plan: MemberPlan) -> str:
     suspects = {name: value for name, value in settings.items() if value > 3}
     suspects["lr"] = plan.train.lr
     return ", or ".join(f"a smaller {name} than {value:g}" for name, value in suspects.items())
+
+
+_STATE = Keys({"stream": Any, "members": dict[str, Any], "failed": dict[str, str]})
 
 
 @dataclasses.dataclass
@@ -421,6 +427,19 @@ class Session:
             self.folder.save_checkpoint(self.stream.steps, state, self.config.keep_checkpoints)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from the newest checkpoint's state. Raises InputError, which names a wrong key."""
+        assert self.folder is not None  # it was resumed
+        try:
+            self._load(typed(state, _STATE, ""))
+        except InputError as error:
+            place = checkpoint.list_checkpoints(self.folder.checkpoints)[-1]
+            raise InputError(f"checkpoint {place} cannot be gone on from: {error}") from error
+
+    def _load(self, state: dict[str, Any]) -> None:
+        if {*state["members"], *state["failed"]} != self.members.keys():
+            raise InputError(
+                f"members: expected {list(self.members)}, got {list(state['members'])}"
+            )
         self.stream.load_state_dict(state["stream"])
         for name, own in state["members"].items():
             if self.members[name].mine:

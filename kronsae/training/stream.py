@@ -15,11 +15,26 @@ from kronsae.errors import InputError
 from kronsae.model.massive import DEFAULT_MULTIPLE, MassiveTokens
 from kronsae.model.normalizer import SAMPLE_TOKENS, Normalizer
 from kronsae.system.devices import random_states, set_random_states
+from kronsae.system.documents import Keys, Number, typed
 
 
 class DataEnded(InputError):
     """The activations ended before the budget was used."""
 
+
+_STATE = Keys(
+    {
+        "step": int,
+        "tokens": int,
+        "seconds": Number(float),
+        "normalizer": Any,
+        "target_normalizer": Any,
+        "source": dict[str, Any],
+        "pending": list[Tensor],
+        "torch_random_state": Tensor,
+    },
+    {"seen": Tensor},
+)
 
 UNSUMMED = 64
 """Batches whose distances are kept until they are summed, which takes several operations."""
@@ -277,10 +292,16 @@ class Stream:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.steps, self.tokens, self.seconds = (state[k] for k in ("step", "tokens", "seconds"))
-        self.normalizer = Normalizer(**state["normalizer"]).to(self.device)
-        if state["target_normalizer"] is not None:
-            self.target_normalizer = Normalizer(**state["target_normalizer"]).to(self.device)
+        """Go on from a state. Raises InputError, which names the key that cannot be."""
+        state = typed(state, _STATE, "stream")
+        tokens = typed(state["tokens"], Number(int, 1, self.budget), "stream.tokens")
+        steps = typed(state["step"], Number(int, 1, tokens), "stream.step")
+        self.steps, self.tokens, self.seconds = steps, tokens, state["seconds"]
+        normalizer = Normalizer.of_state(state["normalizer"], "stream.normalizer")
+        self.normalizer = normalizer.to(self.device)
+        if self.d_target:
+            of_target = Normalizer.of_state(state["target_normalizer"], "stream.target_normalizer")
+            self.target_normalizer = of_target.to(self.device)
         self.source.load_state_dict(state["source"])
         self.pending = state["pending"]
         if "seen" in state:  # which older checkpoints lack
