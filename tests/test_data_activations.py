@@ -230,6 +230,45 @@ def test_resume(model, kind, epochs, tmp_path, monkeypatch):
         assert same(list(resumed), whole[after:]), after
 
 
+def edited(state):
+    """A state without each of its keys, and with each of its counts negative, and their names.
+
+    What is in a dataset's own state, it alone knows.
+    """
+    for key, value in state.items():
+        yield key, {name: x for name, x in state.items() if name != key}
+        if type(value) is int:
+            yield key, state | {key: -1}
+        if isinstance(value, dict):
+            yield key, state | {key: 5}
+            for name, part in edited(value) if key not in ("start", "stream") else ():
+                yield name, state | {key: part}
+
+
+@pytest.mark.parametrize("kind", ["given", "streamed", "streamed in its own order"])
+def test_a_state_that_was_edited_is_refused(model, kind, tmp_path, monkeypatch):
+    """That of a source, its text, its packer or its buffer: the key is named."""
+    monkeypatch.setattr(LanguageModel, "load", lambda *_args, **_settings: model)
+    streaming = {"streaming": True, "shuffle_documents": 9 * (kind == "streamed")}
+    config = dataclasses.replace(
+        SETTINGS, dataset=jsonl(tmp_path, monkeypatch), heldout_order="first", **streaming
+    )
+    if kind == "given":
+        source = make(model)
+    else:
+        source = open_activations(config, batch_size=BATCH, seed=0, device="cpu")
+    take(source, 3)
+    state = copy.deepcopy(source.state_dict())
+    count = 0
+    for name, wrong in edited(state):
+        count += 1
+        with pytest.raises(InputError, match=name):
+            source.load_state_dict(wrong)
+            take(source, 3)
+    assert count > 15
+    source.load_state_dict(state)
+
+
 def test_a_source_in_use_goes_back(model):
     source = make(model)
     batches = iter(source)

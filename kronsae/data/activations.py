@@ -386,12 +386,12 @@ class LanguageModelActivations:
     def go_to(self, position: dict[str, Any]) -> None:
         """Go on with the contexts that came after `position_dict`."""
         position = typed(position, _POSITION, "source")
-        self.position = position
         self.text.load_state_dict(position["text"])
         self.documents = iter(self.text)
         self.packer.load_state_dict(position["packer"])
         self.contexts = list(position["contexts"])
         self.forwards = position["forwards"]
+        self.position = position
         self.buffer.source = self._rows()
 
     def describe(self) -> dict[str, Any]:
