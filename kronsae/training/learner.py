@@ -602,7 +602,7 @@ class Learner:
             },
             {
                 "skipped": Number(int, 0, SKIPS),
-                "quiet_until": Number(int),
+                "quiet_until": Number(int, 0, 2**54),
                 "width": Number(int, 1, self.sae.config.dict_size, null=True),
             },
         )
