@@ -282,6 +282,11 @@ def test_a_run_killed_while_it_was_made_can_be_made_again(tmp_path):
     RunFolder.create(begun, {"config": {}, "data": {}})
     with pytest.raises(InputError, match="exists already: --resume"):
         RunFolder.check_free(begun)
+    (begun / ".begun").touch()  # it was killed between its last two files
+    run = RunFolder(begun)
+    run.lock()
+    run.release()
+    assert not (begun / ".begun").exists()
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("")
     with pytest.raises(InputError, match="exists already: choose another"):

@@ -118,6 +118,8 @@ class _Folder:
         """Clear away what interrupted writes left."""
         for folder in (self.path, self.checkpoints):
             remove_leftovers(folder)
+        if self.index.exists():  # it was made, and the process died before it said so
+            (self.path / _BEGUN).unlink(missing_ok=True)
 
     def share(self, mesh: Mesh, owners: Mapping[str, int]) -> None:
         """Let the processes of a mesh train here together, or each its own members."""
