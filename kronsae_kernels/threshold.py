@@ -21,6 +21,7 @@ from kronsae_kernels.common import (
     check_tensors,
     dict_size,
     require,
+    shape_of,
     without_autocast,
 )
 from kronsae_kernels.encode import SelectedAnyWidth, check_encoder, codes_of
@@ -88,7 +89,7 @@ def jump(
     Derivatives by t: dz/dt = -(t / w) K((v - t) / w) and dH/dt = -(1 / w) K((v - t) / w), with the
     rectangle K(u) = 1 for |u| < 1/2 and w the bandwidth. By v: dz/dv = H(v - t) and dH/dv = 0.
     used: False in unused slots, where all of these are 0. [Rajamanoharan et al. 2024]
-    threshold: as values, or a number.
+    threshold: as values, or what can be expanded to them: [F] for values [..., F], or a number.
     """
     check_floating(values=values)
     bandwidth = as_number(bandwidth)
@@ -101,8 +102,15 @@ def jump(
         threshold = threshold.to(values.dtype)
     check_floating(threshold=threshold)
     if threshold.ndim > 0:
-        check_shape("threshold", threshold, tuple(values.shape), "the shape of values, or a number")
         check_same("device", values=values, threshold=threshold)
+        sizes = zip(reversed(threshold.shape), reversed(values.shape), strict=False)
+        require(
+            threshold.ndim <= values.ndim and all(size in (1, whole) for size, whole in sizes),
+            lambda: (
+                f"threshold: expected a shape that can be expanded to {shape_of(values)}, that of "
+                f"values, got {shape_of(threshold)}"
+            ),
+        )
     if used is not None:
         check_tensors(used=used)
         require(used.dtype == torch.bool, f"used: expected torch.bool, got {used.dtype}")

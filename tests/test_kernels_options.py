@@ -360,7 +360,15 @@ def test_a_scale_that_a_graph_hides(bad):
         encode(scale)
 
 
-@pytest.mark.parametrize("shape", [(7,), (5, 1, 3), (4, 1)])
+@pytest.mark.parametrize("shape", [(7,), (5, 1, 3), (3, 1)])
 def test_a_threshold_of_jump_is_as_values(shape):
     with pytest.raises(ValueError, match="threshold: expected"):
         jump(torch.randn(4, 3), torch.zeros(shape), 0.1)
+
+
+def test_a_threshold_of_jump_can_be_expanded():
+    values = torch.randn(4, 3)
+    for threshold in (torch.rand(3), torch.rand(4, 1), torch.rand(1, 3)):
+        expanded = jump(values, threshold.expand(4, 3), 0.1)
+        for got, expected in zip(jump(values, threshold, 0.1), expanded, strict=True):
+            assert torch.equal(got, expected)
