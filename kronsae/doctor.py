@@ -232,10 +232,10 @@ def _on_threads(facts: dict[str, Any]) -> list[str]:
     wanted = " ".join(f"{name}={value}" for name, value in BRIEFLY.items())
     busy = "  on a busy processor threads that spin while they wait are 10 times slower: "
     if facts["waiting"] in (wanted, "spinning"):
-        lines = [f"{busy}programs of your own need {wanted} before torch is imported"]
-        lines[0] += " (commands set it)"
+        advice = f"programs of your own need {wanted} before torch is imported (commands set it)"
     else:
-        lines = [f"{busy}commands set {wanted}, but not where you have set {facts['waiting']}"]
+        advice = f"commands set {wanted}, but not here, as you have set {facts['waiting']}"
+    lines = [busy + advice]
     if facts["threads"] > facts["processors"]:
         lines.append(
             f"  {facts['threads']} threads share {facts['processors']:g} processors: set "

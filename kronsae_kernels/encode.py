@@ -73,9 +73,9 @@ def fused_encode(
     impl: None (by the device), "triton", "torch" or "reference".
     k: the same for all tokens, or int64 [...] >= 0, one a token. Then codes are as wide as the
         largest, and a token's other slots have value 0.
-    mask: [F] bool, of which at least k are True (where torch.compile or vmap hide how many are, it
-        is as one a token), or [..., F], one a token. Only latents where it is
-        True are selected. A token that has fewer fills up with value 0.
+    mask: [F] bool, of which at least k are True, or [..., F], one a token. Only latents where it is
+        True are selected. A token that has fewer fills up with value 0; so does every token if [F]
+        has fewer, where torch.compile or vmap keep this call from counting them.
     scale: [F] >= 0. Latents compete by scale times value ("mand": its square times the product,
         for eps = 0 the same), and are in that order; values are not scaled. It gets no gradient.
 
