@@ -30,8 +30,11 @@ from kronsae.system.threads import BRIEFLY, POLICIES
 from kronsae.training.learner import Learner
 
 CPU = torch.device("cpu")
-SQUARE = Shape("m = n = 32", d=256, heads=64, m=32, n=32, k=32, tokens=1024)
-SQUARE_WIDER = SQUARE._replace(name="m = n = 32, d = 1536", d=1536)
+SQUARES = [
+    Shape(f"m = n = 32, d = {d}", d=d, heads=64, m=32, n=32, k=32, tokens=1024)
+    for d in (256, 512, 768, 1536)
+]
+"""The narrower x, the more of an encode is selection."""
 WIDE = Shape("F = 2^18", d=256, heads=2**14, m=4, n=4, k=32, tokens=512)
 ENVIRONMENTS = {
     "brief": BRIEFLY,
@@ -71,7 +74,7 @@ GOALS: dict[str, tuple[tuple[str, str, int], tuple[str, str, int], float]] = {
             ("brief", f"product {shape.name}", 0),
             3.0,
         )
-        for shape in (SQUARE, SQUARE_WIDER)
+        for shape in SQUARES
     },
 }
 """Ratios of two cases (environment, case, busy processes), and the most that each may be."""
@@ -119,7 +122,7 @@ CASES: dict[str, Callable[[], Callable[[], object]]] = {
     "trained jumprelu S1": partial(training, "jumprelu", SHAPES["S1"]),
     **{
         f"{name} {shape.name}": partial(make, shape)
-        for shape in (WIDE, SQUARE, SQUARE_WIDER)
+        for shape in (WIDE, *SQUARES)
         for name, make in {"encode": encoded, "product": product}.items()
     },
 }

@@ -443,6 +443,8 @@ def _scatter_linear(
 
 def divide(numbers: Tensor, divisor: int) -> tuple[Tensor, Tensor]:
     """Quotient and remainder of numbers >= 0. (`%` on tensors is another, slower division.)"""
+    if divisor & (divisor - 1) == 0:
+        return numbers >> (divisor.bit_length() - 1), numbers & (divisor - 1)
     quotient = numbers // divisor
     return quotient, numbers - quotient * divisor
 
@@ -807,7 +809,7 @@ def blocks(x: Tensor, w_enc: Tensor, b_enc: Tensor | None, k: int) -> Iterator[I
     """
     weight = w_enc[None] if w_enc.ndim == 2 else w_enc.transpose(0, 1)
     rows, heads, _ = weight.shape
-    columns = rows * heads * (2 if 1 < rows and heads <= FEW_PER_K * k else 1)  # with a copy
+    columns = rows * heads
     chunks = spans(x.shape[0], columns * x.element_size(), x.device)
     tokens = max((span.stop - span.start for span in chunks), default=1)
     budget = CHUNK_BYTES.get(x.device.type, DEFAULT_CHUNK_BYTES)

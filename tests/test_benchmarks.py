@@ -533,7 +533,7 @@ def test_a_sweep_costs_little_more_than_its_steps():
 
 def test_busy_processes_are_planted_and_end(tmp_path):
     file = tmp_path / "busy.json"
-    cases = ["encode m = n = 32", "product m = n = 32"]
+    cases = ["encode m = n = 32, d = 512", "product m = n = 32, d = 512"]
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.busy", "--rounds", "1", "--json", file]
         + ["--case", *cases, "--contender", "topk toy"],
@@ -543,7 +543,7 @@ def test_busy_processes_are_planted_and_end(tmp_path):
         text=True,
         check=True,
     )
-    assert "encode m = n = 32 / its product: " in done.stdout and "step S1" not in done.stdout
+    assert f"{cases[0]} / its product: " in done.stdout and "step S1" not in done.stdout
     times = json.loads(file.read_text())["times"]
     assert {name: list(of) for name, of in times.items()} == {
         name: [*cases, "topk toy"] for name in ("brief", "spinning", "keeping")
