@@ -64,8 +64,9 @@ def check_tensors(**tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         if not isinstance(tensor, Tensor):
             raise ValueError(f"{name}: expected a tensor, got {shown(tensor)}")
-        if tensor.layout != torch.strided:
-            raise ValueError(f"{name}: expected a dense tensor, got layout {tensor.layout}")
+        if tensor.layout != torch.strided or tensor.is_nested:
+            got = "a nested one" if tensor.is_nested else f"layout {tensor.layout}"
+            raise ValueError(f"{name}: expected a dense tensor, got {got}")
         if type(tensor).__name__ == "DTensor":
             raise ValueError(
                 f"{name}: expected a tensor of this process, got a DTensor. Give `.to_local()` of "

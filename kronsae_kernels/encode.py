@@ -245,6 +245,7 @@ def _check_k(
 
 def _largest_k(counts: Tensor, x: Tensor) -> int:
     """The largest k of all tokens, at least 1."""
+    check_tensors(k=counts)
     check_shape("k", counts, tuple(x.shape[:-1]), "one for each token, [...]")
     require(counts.dtype in INTEGERS, f"k: expected integers, got {counts.dtype}")
     check_same("device", x=x, k=counts)

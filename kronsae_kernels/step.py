@@ -281,7 +281,6 @@ class TrainingStep:
         k = self.k if k is None else k
         check_tensors(x=x)
         check_floating(x=x)
-        require(x.layout == torch.strided, lambda: f"x: expected a dense tensor, got {x.layout}")
         require(
             x.ndim == 2 and x.shape[1] == self.d and x.shape[0] > 0,
             lambda: f"x: expected [B, {self.d}] with B >= 1, got {shape_of(x)}",

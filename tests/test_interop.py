@@ -326,6 +326,20 @@ def test_export_and_verify_its_own_format(trained, tmp_path, capsys):
     assert lines[0][1:] == lines[1][2:] == [lines[0][1], "8.0000"]
 
 
+def test_verify_says_what_is_missing_before_anything_is_written(
+    trained, tmp_path, monkeypatch, capsys
+):
+    trained("topk").save(tmp_path / "sae")
+    monkeypatch.setattr(FORMATS["sparsify"], "package", "eai-nowhere")
+    command = [str(tmp_path / "sae"), "--to", "sparsify", "--out", str(tmp_path / "out")]
+    assert export([*command, "--verify"]) == 2
+    reason = (
+        "--verify needs eai-nowhere (it is not installed): pip install eai-nowhere, or leave out"
+    )
+    assert reason in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_verify_notices_another_sae(trained, activations, tmp_path):
     from kronsae.export.verify import verify
 

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from torch.nested import nested_tensor
 
 import kronsae_kernels
 from kronsae_kernels import (
@@ -32,6 +33,7 @@ W_DENSE, B_DENSE = torch.randn(40, 4), torch.randn(40)
 MASK = torch.arange(40) < 7
 VALUES, INDICES = torch.randn(3, 2), torch.randint(40, (3, 2))
 W_DEC, B_DEC = torch.randn(40, 4), torch.randn(4)
+JAGGED = nested_tensor([X, W_DENSE], layout=torch.jagged)
 
 
 def encode(x=X, w_enc=W_ENC, b_enc=B_ENC, **options):
@@ -85,6 +87,8 @@ ERRORS = [
     (lambda: decode(indices=VALUES), ["indices:", "integers", "torch.float32"]),
     (lambda: encode(x=X.to_sparse()), ["x:", "dense tensor", "torch.sparse_coo"]),
     (lambda: decode(w_dec=W_DEC.to_sparse_csr()), ["w_dec:", "dense tensor", "torch.sparse_csr"]),
+    (lambda: encode(x=JAGGED), ["x:", "dense tensor", "nested"]),
+    (lambda: decode(w_dec=JAGGED), ["w_dec:", "dense tensor", "nested"]),
     (lambda: decode(w_dec=W_DEC.long()), ["w_dec:", "float32", "torch.int64"]),
     (lambda: decode(b_dec=B_DEC.double()), ["same dtype", "b_dec torch.float64"]),
     # Ranks and widths

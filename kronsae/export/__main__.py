@@ -140,6 +140,10 @@ def _check(request: argparse.Namespace) -> None:
             raise InputError(f"{flag} has no effect without --verify: leave it out")
     if request.tokens is not None and request.tokens < 2:
         raise InputError(f"--tokens: expected at least 2, got {request.tokens}")
+    if request.verify:
+        from kronsae.export.verify import check_installed
+
+        check_installed(request.to)
 
 
 def _verify(request: argparse.Namespace, sae: SAE) -> None:

@@ -54,6 +54,21 @@ class Verification(NamedTuple):
         )
 
 
+def check_installed(library: str) -> None:
+    """Raise InputError if the library that `verify` would load an export in is not installed."""
+    package = FORMATS[library].package
+    try:
+        metadata.version(package)
+    except metadata.PackageNotFoundError as error:
+        raise _needed(package, "it is not installed") from error
+
+
+def _needed(package: str, reason: object) -> InputError:
+    return InputError(
+        f"--verify needs {package} ({reason}): pip install {package}, or leave out --verify"
+    )
+
+
 @torch.no_grad()
 def verify(
     sae: SAE, folder: Path, library: str, x: Tensor, target: Tensor | None = None
@@ -61,7 +76,7 @@ def verify(
     """Load `folder` in `library` (a name in `kronsae.registry.FORMATS`) and compare with `sae`.
 
     x: [t, d] activations.  target: [t, d_out] of a transcoder.
-    Raises InputError if the library is not installed.
+    Raises InputError if the library cannot be imported.
     """
     metrics = evaluate(sae, Heldout(x, targets=target))
     before = Figures("kronsae", metrics["explained_variance"], metrics["l0"])
@@ -70,9 +85,7 @@ def verify(
     try:
         theirs = form.reader(folder, sae)
     except ImportError as error:
-        raise InputError(
-            f"--verify needs {name} ({error}): pip install {name}, or leave out --verify"
-        ) from error
+        raise _needed(name, error) from error
     judged = ReconstructionMetrics(sae.config.d_out)
     target = x if target is None else target
     spread = target.double().std().item()
