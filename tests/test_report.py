@@ -9,7 +9,14 @@ import torch
 from kronsae import SAE, RunConfig, SAEConfig
 from kronsae.config import DataConfig, TrainConfig
 from kronsae.errors import Notice
-from kronsae.explore.charts import linear_ticks, log_ticks
+from kronsae.explore.charts import (
+    CHARTS,
+    draw,
+    figure_text,
+    linear_ticks,
+    log_ticks,
+    tick_text,
+)
 from kronsae.explore.report import read_metrics, write_report
 from kronsae.metrics.heldout import Heldout, HeldoutText
 from kronsae.properties.contexts import top_contexts
@@ -276,6 +283,33 @@ def test_a_run_that_diverged(tmp_path):
     page = Page(write_report(tmp_path).read_text(encoding="utf-8"))
     assert f"{reason}." in page.text and "explained_variance is nan." in page.text
     assert "–" in page.texts and "None" not in page.texts
+    assert "has not ended" not in page.text
+
+
+@pytest.mark.parametrize(
+    "key, value, shown, tick",
+    [
+        ("lr", 5e24, "5.000e+24", "5e+24"),
+        ("lr", 0.0, "0", "0"),
+        ("lr", 4e-4, "0.0004000", "0.0004"),
+        ("tokens_per_s", 123_456, "123,456", "123.5 k"),
+        ("tokens_per_s", 2e9, "2.000e+09", "2 B"),
+        ("explained_variance", -4700.883286, "-470088.33 %", "-4.701e+05 %"),
+        ("explained_variance", -5.8e72, "-5.8e+74 %", "-5.8e+74 %"),
+        ("mse", 5.72e72, "5.720e+72", "5.7e+72"),
+    ],
+)
+def test_numbers_of_any_size_are_short(key, value, shown, tick):
+    assert figure_text(key, value) == shown and tick_text(key, value) == tick
+
+
+def test_a_line_of_one_point_is_seen():
+    train = {"kind": "train", "step": 1, "tokens": 256, "lr": 0.1}
+    chart = next(chart for chart in CHARTS if chart.key == "lr")
+    (line,) = draw(chart, [train]).lines
+    assert "a2 2" in line[2]
+    (line,) = draw(chart, [train, train | {"tokens": 512}]).lines
+    assert line[2].count("L") == 1 and "a" not in line[2]
 
 
 def test_dense_and_custom_data(tmp_path):

@@ -106,7 +106,9 @@ def draw(chart: Chart, records: Sequence[Record]) -> Drawing | None:
         places = [f"{across(x):.1f} {up(y):.1f}" for x, y in curve]
         if kind == "heldout":  # nothing was measured between two evaluations
             return "".join(f"M{place}L{place}" for place in places)
-        return f"M{places[0]}L{'L'.join(places)}"  # a line of one point is a dot
+        if len(curve) == 1:
+            return f"M{places[0]}m-2 0a2 2 0 1 0 4 0a2 2 0 1 0-4 0"  # a ring
+        return f"M{'L'.join(places)}"
 
     return Drawing(
         chart.title,
@@ -165,18 +167,20 @@ def is_number(value: Any) -> bool:
 
 
 def figure_text(key: str, value: Any) -> str:
-    """A value of a record for people: 96.03 % for shares, four digits for the rest."""
+    """A value of a record for people: 96.03 % for shares, else 0.1235, 12,345 or 1.235e+09."""
     if not is_number(value):
         return "–" if value is None else str(value)
     if key in SHARES:
-        return f"{100 * value:.2f} %"
-    return f"{value:#.4g}" if 0 < abs(value) < 1000 else f"{value:,.0f}"
+        return f"{100 * value:.2f} %" if abs(value) < 1e4 else f"{100 * value:.3g} %"
+    return f"{value:,.0f}" if value == 0 or 1000 <= abs(value) < 1e9 else f"{value:#.4g}"
 
 
 def tick_text(key: str, value: float) -> str:
-    """A number on an axis: 25 % for shares; else 0.25, 500, 20 k, 1.5 M, 2 B."""
+    """A number on an axis: 25 % for shares; else 0.25, 500, 20 k, 1.5 M, 2 B, 5e+24."""
     if key in SHARES:
         return f"{100 * value:.4g} %"
+    if abs(value) >= 1e12:
+        return f"{value:.2g}"
     for size, letter in ((1e9, " B"), (1e6, " M"), (1e3, " k")):
         if abs(value) >= size:
             return f"{value / size:.4g}{letter}"
