@@ -45,8 +45,8 @@ def batch_topk_encode(
 
     Equals `reference.batch_topk_encode`. [Bussmann et al. 2024: BatchTopK]
     Of equal values those of earlier tokens come first. Latents that are not active (0; "mand":
-    sqrt(eps)) are never selected. A token whose latents are not finite competes with none, and gets
-    the first k of them.
+    sqrt(eps)) are never selected. A token whose largest latent is not finite competes with none,
+    and gets its k largest.
     w is the largest number of such latents on one token (at least 1). Tokens with fewer fill up at
     the end: value 0, at the index of some latent, without gradient.
     In use, a BatchTopK SAE selects what exceeds a fixed threshold: `threshold_encode`.
@@ -126,15 +126,13 @@ class EncodeBatch(SelectedAnyWidth):
             return reference.compose(base * extension, composition, eps), indices, base, extension
 
         def select(values: Tensor) -> Tensor:
-            kept = largest_of_batch(values, k) if threshold is None else values >= threshold
-            return kept & (values > silent)
+            return selected(values, k, silent, threshold)
 
         most = size if mask is None else int(mask.sum())
         if not most:
             return EncodeBatch.nothing(x)
         with without_autocast(x):
             (values, indices, *factors), kept = candidates(encode, select, x, k, most, size)
-        kept[:, :k] |= ~values[:, :k].isfinite()  # NaN in x goes on
         counts = kept.sum(1)
         width = max(1, int(counts.max()) if counts.numel() else 0)
         used = kept[:, :width]
@@ -184,12 +182,26 @@ def candidates(
             entry.index_copy_(0, rows, wide)
 
 
-def largest_of_batch(values: Tensor, k: int) -> Tensor:
-    """Mask of the values [B, w] among the k B largest; of equal ones, the earlier.
+def selected(values: Tensor, k: int, silent: float, threshold: Tensor | None = None) -> Tensor:
+    """Mask of the values [B, w], each token's largest first, that BatchTopK selects.
 
-    Values that are not finite are none of them, so that they do not change what others get.
+    The k B largest, of equal ones the earlier, or all of at least a threshold (scalar); above
+    `silent`. A token whose largest value is not finite competes with none and gets the first k, so
+    that it changes nothing for others, and goes on to the reconstruction.
     """
-    flat, count = values.where(values.isfinite(), -torch.inf).flatten(), k * len(values)
+    broken = ~(values[:, :1] < torch.inf)
+    if threshold is None:
+        kept = _largest_of_batch(values.masked_fill(broken, -torch.inf), k)
+    else:
+        kept = values >= threshold
+    kept = kept & (values > silent) & ~broken
+    kept[:, :k] |= broken
+    return kept
+
+
+def _largest_of_batch(values: Tensor, k: int) -> Tensor:
+    """Mask of the values [B, w] among the k B largest; of equal ones, the earlier."""
+    flat, count = values.flatten(), k * len(values)
     if count == 0 or count >= flat.numel():
         return torch.full_like(values, count > 0, dtype=torch.bool)
     limit = flat.kthvalue(flat.numel() - count + 1).values

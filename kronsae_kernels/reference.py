@@ -121,12 +121,13 @@ def batch_topk_encode(
     values = product if m is None else compose(product, composition, eps)
     silent = eps**0.5 if m is not None and composition == "mand" else 0.0
     scores, tokens = _competing(values, mask, None), values[..., 0].numel()
-    finite = scores.where(scores.isfinite(), -torch.inf)
+    broken = ~(scores.amax(-1, keepdim=True) < torch.inf)  # competes with none, goes on as it is
+    finite = scores.masked_fill(broken, -torch.inf)
     selected = torch.zeros_like(scores, dtype=torch.bool).flatten()
     selected[largest(finite.flatten(), k * tokens)] = True
     selected = selected.view_as(scores) & (finite > silent)
     first = torch.zeros_like(selected).scatter(-1, largest(scores, k), True)
-    selected |= first & (scores.isnan() | (scores == torch.inf))  # what is not finite goes on
+    selected |= first & broken if mask is None else first & broken & mask
     indices = largest(product.detach().masked_fill(~selected, -torch.inf), values.shape[-1])
     width = max(1, int(selected.sum(-1).max()) if selected.numel() else 0)
     indices = indices[..., :width]

@@ -106,6 +106,20 @@ def test_batch_topk_of_a_row_that_is_not_finite(kind, number):
             torch.testing.assert_close(got, wanted)
 
 
+@pytest.mark.parametrize("overflows", [1, 2, 6])
+@pytest.mark.parametrize("impl", ["torch", "reference", implementations.TRITON])
+def test_batch_topk_of_a_row_whose_products_overflow(overflows, impl):
+    """It gets its k largest, and the others as many as if it had none, however many overflow."""
+    w = torch.zeros(6, 2, 6)
+    w[range(6), :, range(6)] = 1  # products are the squares of x
+    x = torch.tensor([[2.0**40] * 6, [6.0, 5, 4, 3, 2, 1], [0.0] * 6])
+    x[0, :overflows] = 2.0**70
+    codes = batch_topk_encode(x, w, m=1, k=2, impl=impl)
+    assert codes.values[0, :2].tolist() == [torch.inf, torch.inf if overflows > 1 else 2.0**40]
+    assert codes.values[1].tolist() == [6.0, 5, 4, 3, 2, 1]
+    assert not codes.values[0, 2:].any() and not codes.values[2].any()
+
+
 @IMPLS
 @pytest.mark.parametrize("k", [1, 4, 10])
 @pytest.mark.parametrize("kind", KINDS)

@@ -24,7 +24,7 @@ from kronsae.model.encoder import Encoder
 from kronsae.registry import SELECTIONS, Kind
 from kronsae.system.parallel import ALONE
 from kronsae_kernels import SparseCodes, jump
-from kronsae_kernels.batch_topk import candidates, largest_of_batch
+from kronsae_kernels.batch_topk import candidates, selected
 from kronsae_kernels.rules import has_values
 from kronsae_kernels.step import BELOW, Thresholds
 
@@ -181,8 +181,9 @@ class BatchTopK(Selection):
             return codes
 
         def select(values: Tensor) -> Tensor:
-            kept = _largest_of_batch(sae, values, k) if threshold is None else values >= threshold
-            return kept & (values > sae.silent_value)
+            if threshold is None:
+                return _of_batch(sae, values, k)
+            return selected(values, k, sae.silent_value, threshold)
 
         def encode(x: Tensor, width: int) -> SparseCodes:
             return sae.largest(x, width, impl=impl)
@@ -197,9 +198,7 @@ class BatchTopK(Selection):
         return SparseCodes(values.reshape(shape), indices.reshape(shape))
 
     def cut(self, sae: Encoder, codes: SparseCodes, k: int) -> SparseCodes:
-        values = codes.values.detach()
-        keep = _largest_of_batch(sae, values, k) & (values > sae.silent_value)
-        return _only(*codes, keep)
+        return _only(*codes, _of_batch(sae, codes.values.detach(), k))
 
     @torch.no_grad()
     def update(self, sae: Encoder, codes: SparseCodes) -> None:
@@ -312,15 +311,14 @@ class JumpReLU(Selection):
         return threshold is not None
 
 
-def _largest_of_batch(sae: Encoder, values: Tensor, k: int) -> Tensor:
-    """Mask of the values [b, w] among the k B largest of the batch; of equal ones, the earlier."""
-    kept = largest_of_batch(sae.mesh.batch(values), k)
+def _of_batch(sae: Encoder, values: Tensor, k: int) -> Tensor:
+    """Mask of the values [b, w] that are selected from the batch of all processes."""
+    kept = selected(sae.mesh.batch(values), k, sae.silent_value)
     return sae.mesh.part(kept)[:, : values.shape[1]]
 
 
 def _only(values: Tensor, indices: Tensor, keep: Tensor) -> SparseCodes:
     """Codes [B, w] of the entries to `keep`, as wide as the widest token's; others are unused."""
-    keep = keep | values.isnan()  # NaN in x goes on to the reconstruction
     width = max(1, int(keep.sum(1).max()) if len(keep) else 0)
     return SparseCodes(values.where(keep, 0)[:, :width], indices[:, :width])
 
