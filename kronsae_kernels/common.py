@@ -87,6 +87,15 @@ def check_floating(**tensors: Tensor | None) -> None:
         )
 
 
+def check_integers(**tensors: Tensor) -> None:
+    """Each argument is of one of INTEGERS."""
+    for name, tensor in tensors.items():
+        require(
+            tensor.dtype in INTEGERS,
+            f"{name}: expected integers (int8 to int64, or uint8), got {tensor.dtype}",
+        )
+
+
 def check_same(attribute: str, **tensors: Tensor | None) -> None:
     """All given tensors have the same `device` or `dtype`."""
     values = {name: getattr(t, attribute) for name, t in tensors.items() if t is not None}

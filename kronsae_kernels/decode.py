@@ -13,9 +13,9 @@ from torch import Tensor
 
 from kronsae_kernels import backends, reference
 from kronsae_kernels.common import (
-    INTEGERS,
     SparseCodes,
     check_floating,
+    check_integers,
     check_matrix,
     check_same,
     check_shape,
@@ -80,7 +80,7 @@ def check_decode(values: Tensor, indices: Tensor, w_dec: Tensor, b_dec: Tensor |
     check_floating(values=values, w_dec=w_dec, b_dec=b_dec)
     check_matrix("w_dec", w_dec, 2, "[F, d]")
     require(values.ndim >= 1, lambda: f"values: expected [..., k], got {shape_of(values)}")
-    require(indices.dtype in INTEGERS, f"indices: expected integers, got {indices.dtype}")
+    check_integers(indices=indices)
     check_shape("indices", indices, tuple(values.shape), "the shape of values")
     check_shape("b_dec", b_dec, (w_dec.shape[1],), "[d]")
     check_same("device", values=values, indices=indices, w_dec=w_dec, b_dec=b_dec)

@@ -16,7 +16,6 @@ from torch import Tensor
 from kronsae_kernels import backends, reference
 from kronsae_kernels.common import (
     COMPOSITIONS,
-    INTEGERS,
     LAYOUTS,
     SparseCodes,
     accumulate_dtype,
@@ -26,6 +25,7 @@ from kronsae_kernels.common import (
     check_choice,
     check_count,
     check_floating,
+    check_integers,
     check_mask,
     check_matrix,
     check_number,
@@ -247,7 +247,7 @@ def _largest_k(counts: Tensor, x: Tensor) -> int:
     """The largest k of all tokens, at least 1."""
     check_tensors(k=counts)
     check_shape("k", counts, tuple(x.shape[:-1]), "one for each token, [...]")
-    require(counts.dtype in INTEGERS, f"k: expected integers, got {counts.dtype}")
+    check_integers(k=counts)
     check_same("device", x=x, k=counts)
     require(
         has_values(counts),

@@ -8,12 +8,12 @@ from torch import Tensor
 from kronsae_kernels import backends, reference
 from kronsae_kernels.common import (
     COMPOSITIONS,
-    INTEGERS,
     SparseCodes,
     as_integer,
     as_number,
     check_choice,
     check_count,
+    check_integers,
     check_number,
     check_same,
     check_shape,
@@ -56,7 +56,7 @@ def expert_encode(
     size = dict_size(w_enc, m)
     check_tensors(expert=expert)
     check_shape("expert", expert, tuple(x.shape[:-1]), "one for each token, [...]")
-    require(expert.dtype in INTEGERS, f"expert: expected integers, got {expert.dtype}")
+    check_integers(expert=expert)
     check_same("device", x=x, expert=expert)
     check_count("experts", experts, 1, len(w_enc), "of which each owns as many rows of w_enc")
     require(

@@ -49,8 +49,8 @@ def threshold_encode(
     the end: value 0, at the index of some latent, without gradient. So does a row with NaN.
 
     x: [..., d].  w_enc: [h, m + n, d] with m given (Kron), or [F, d] without (dense).
-    b_enc: [h, m + n] or [F], or None.  threshold: [F], or a number for all latents
-    (NaN: none exceeds it).
+    b_enc: [h, m + n] or [F], or None.  threshold: [F], where no value exceeds NaN; or
+    a finite number for all latents.
     bandwidth: None, or that of the pseudo-derivatives (`jump`) by which a threshold learns. Codes
         then contain the latents less than half of it below their threshold, too, with value 0: for
         the gradient. Without it thresholds get none.

@@ -8,6 +8,8 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from kronsae import InputError
 from kronsae.runs.folder import RunFolder
@@ -125,3 +127,13 @@ def test_a_log_on_a_disk_that_fails_is_an_input_error(tmp_path, monkeypatch):
     monkeypatch.setattr(builtins, "open", read_only)
     with pytest.raises(InputError, match="metrics.jsonl could not be written.*Read-only"):
         run.log({"step": 1})
+
+
+def test_files_may_be_read_as_umask_says(tmp_path):
+    """Also those of safetensors, which lets the owner alone read what it writes."""
+    before = os.umask(0o027)
+    try:
+        replace_directory(tmp_path / "new", lambda new: save_file({"a": torch.ones(2)}, new / "a"))
+    finally:
+        os.umask(before)
+    assert (tmp_path / "new" / "a").stat().st_mode & 0o777 == 0o640

@@ -181,8 +181,30 @@ def test_damaged_checkpoint(tmp_path):
     with pytest.raises(InputError, match="step-00000040 is damaged.*the checkpoint before it$"):
         fit(KRON, X, TRAIN, out=tmp_path / "run", resume=True)
     shutil.rmtree(newest.with_name("step-00000030"))
-    with pytest.raises(InputError, match="there is none before it: remove .* to begin again$"):
+    with pytest.raises(InputError, match="to begin again, as there is none before it$"):
         fit(KRON, X, TRAIN, out=tmp_path / "run", resume=True)
+
+
+def test_a_checkpoint_is_no_run_to_resume(tmp_path):
+    """It has a copy of config.json, and stays as it is."""
+    run = tmp_path / "run"
+    fit(KRON, X, TRAIN, out=run)
+    place = run / "checkpoints" / "step-00000030"
+    before = {file.name: file.read_bytes() for file in place.iterdir()}
+    with pytest.raises(InputError, match=f"30 is a checkpoint: give the folder of its run, {run}"):
+        fit(KRON, X, TRAIN, out=place, resume=True)
+    assert {file.name: file.read_bytes() for file in place.iterdir()} == before
+
+
+def test_a_run_folder_that_was_removed_is_nothing_to_go_on_with(tmp_path):
+    def batches():
+        yield from X[:1000].split(100)
+        shutil.rmtree(tmp_path / "run")
+        raise InputError("the server is gone")
+
+    with pytest.raises(InputError, match="the server is gone") as error:
+        fit(KRON, batches(), TRAIN, out=tmp_path / "run")
+    assert "go on from" not in str(error.value)
 
 
 def test_data_that_ends_early_keeps_the_work(tmp_path):
@@ -422,7 +444,7 @@ def test_an_edit_of_config_json_and_of_its_copies_is_refused(tmp_path):
         path.write_text(text.replace('"lr": 0.003', '"lr": 0.5'))
     for _ in range(2):
         with pytest.raises(
-            InputError, match="config.json was edited.*step-00000040.*undo the edit"
+            InputError, match="config.json was edited.*step-00000040.*Undo the edit"
         ):
             fit(KRON, X, dataclasses.replace(TRAIN, lr=0.5), out=run, resume=True)
         for path in copies:
@@ -465,6 +487,7 @@ def another_run(what, tmp_path):
         ("stream.source.given", -1, "source.given"),
         ("stream.pending", [5], r"stream.pending\[0\]"),
         ("stream.random_states.numpy", [], "random_states"),
+        ("stream.random_states.numpy", ["00" * 2496, 0, 10**30, 0.0], "random_states"),
         ("members", {}, "members"),
         ("members.sae.step_count", -1, "members.sae.step_count"),
         ("members.sae.tokens", 10**15, "members.sae.tokens"),

@@ -147,7 +147,7 @@ def test_experts_that_are_none(impl):
         ({"expert": expert + E}, r"expert: expected integers in \[0, 3\), got \[3, 3\]"),
         ({"expert": expert - 1}, r"expert: expected integers in \[0, 3\), got \[-1, -1\]"),
         ({"expert": expert[:3]}, r"expert: expected one for each token"),
-        ({"expert": expert.float()}, "expert: expected integers, got torch.float32"),
+        ({"expert": expert.float()}, "expert: expected integers"),
         ({"experts": 4}, "experts: expected a divisor of the 6 rows"),
         ({"k": 13}, r"k: expected an integer in \[1, 12\]"),
     ]:

@@ -151,7 +151,7 @@ def test_one_process_goes_on_after_a_member_of_another_rank_failed(of_ranks, alo
 
 def test_what_was_learned_is_saved_where_the_data_ends(of_ranks, folder):
     truth = ranks.cut_short(folder / "alone ended")
-    assert "What was learned in 280 tokens" in truth
+    assert "What was learned in the first 280 tokens" in truth
     for done in of_ranks:
         assert done["ended"] == truth.replace("alone ended", "ended")
     assert contents(folder / "ended") == contents(folder / "alone ended")
@@ -161,7 +161,7 @@ def test_what_was_learned_is_saved_where_the_first_rank_cannot_write(of_ranks, f
     """Which is a step in which not all records are the same as in one process."""
     for done in of_ranks:
         assert "the disk is full" in done["full"]
-        assert "What was learned in 160 tokens" in done["full"]
+        assert "What was learned in the first 160 tokens" in done["full"]
     assert {kronsae.load(folder / "full" / n).metadata["tokens"] for n in MEMBERS} == {160}
 
 

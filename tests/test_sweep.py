@@ -220,7 +220,7 @@ def test_a_member_that_diverges_ends_and_the_others_go_on(diverging, whole, tmp_
     for name in ("small", "dense"):
         assert results[name].failed is None
         assert files(tmp_path)[name] == files(whole)[name]
-    assert "long (diverged, 1,200 tokens)" in (tmp_path / "comparison.md").read_text()
+    assert "long (diverged after 1,200 tokens)" in (tmp_path / "comparison.md").read_text()
     index = json.loads((tmp_path / "sweep.json").read_text())["members"]
     assert index["long"]["failed"] == failed.failed and index["small"]["failed"] is None
 
@@ -241,9 +241,9 @@ def test_resume_with_a_member_that_diverged(stop_after, diverging, whole, tmp_pa
 
 
 def test_all_members_diverge(diverging, tmp_path):
-    with pytest.raises(InputError, match="nan at step 12.*\nWhat was learned in 1,200 tokens"):
+    with pytest.raises(InputError, match="nan at step 12.*\nWhat .* in the first 1,200 tokens"):
         sweep({"long": SAES["long"]}, {"long": TRAINS["long"]}, out=tmp_path / "sweep")
-    with pytest.raises(InputError, match="nan at step 12.*\nWhat was learned in 1,200 tokens"):
+    with pytest.raises(InputError, match="nan at step 12.*\nWhat .* in the first 1,200 tokens"):
         fit(SAES["long"], X, TRAINS["long"], out=tmp_path / "run")
 
 

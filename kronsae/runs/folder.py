@@ -447,6 +447,12 @@ def _read_index(path: Path, kind: str, hint: Any) -> dict[str, Any]:
     path = usable_path(path, "run folder")
     if not path.parent.is_dir():
         raise InputError(f"{path.parent} is no run folder: it does not exist")
+    if (path.parent / checkpoint.VALUES_NAME).exists():
+        run = path.parent.absolute().parents[1]
+        raise InputError(
+            f"{path.parent} is a checkpoint: give the folder of its run, {run}, which goes on from "
+            "its newest checkpoint"
+        )
     try:
         document = typed(read_json(path), hint, "")
         written = document.get("format"), document.get("format_version")

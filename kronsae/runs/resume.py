@@ -84,8 +84,8 @@ def _check_unchanged(folder: RunFolder | SweepFolder) -> None:
             if schema is RUN and digest not in (None, digest_of(written)):
                 raise InputError(
                     f"{folder.path / name} was edited, or is of another run than checkpoint "
-                    f"{place}, and the copy there is damaged, so nobody can tell what it was: "
-                    f"undo the edit, or {checkpoint.without(place)}"
+                    f"{place}, and the copy there is damaged, so nobody can tell what it was. "
+                    f"Undo the edit; if that is not possible, {checkpoint.without(place)}"
                 )
         changes = {
             place: _changes(typed(copy, schema, str(place / name)), written)

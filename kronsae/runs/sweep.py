@@ -132,7 +132,7 @@ def comparison(members: dict[str, dict[str, Any]]) -> tuple[list[str], list[list
             ]
         )
         if entry["failed"]:
-            rows[-1][0] += f" (diverged, {entry['tokens']:,} tokens)"
+            rows[-1][0] += f" (diverged after {entry['tokens']:,} tokens)"
     return [*head, *(_SHOWN[key] for key in shown)], rows
 
 

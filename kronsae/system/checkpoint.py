@@ -229,7 +229,7 @@ def without(folder: Path) -> str:
     oldest = list_checkpoints(folder.parent)[:1]
     if oldest not in ([], [folder]):
         return f"remove the folder {folder} to go on from the checkpoint before it"
-    return f"there is none before it: remove the folder {folder} to begin again"
+    return f"remove the folder {folder} to begin again, as there is none before it"
 
 
 def _file(rank: int) -> str:

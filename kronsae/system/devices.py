@@ -43,7 +43,7 @@ def set_random_states(states: dict[str, Any]) -> None:
         keys, position, *rest = states["numpy"]
         position = typed(position, Number(int, 0, 624), "position")
         np.random.set_state(("MT19937", unpacked(keys), position, *rest))
-    except (LookupError, TypeError, ValueError) as error:
+    except (ArithmeticError, LookupError, TypeError, ValueError) as error:
         raise InputError(f"random_states: {error}") from error
 
 

@@ -173,7 +173,10 @@ def replace_directory(path: Path, write: Callable[[Path], None]) -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         beside.mkdir()
         write(beside)
+        mode = beside.stat().st_mode & 0o666
         for file in beside.iterdir():
+            with suppress(OSError):  # a file system without modes
+                file.chmod(mode)  # as umask asks: safetensors lets the owner alone read
             sync(file)
         sync(beside)
         if path.exists():

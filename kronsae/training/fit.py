@@ -268,8 +268,9 @@ def _rescue(session: Session, error: InputError) -> list[str]:
     lines = []
     if saved and learned:
         where = folder.path if isinstance(folder, SweepFolder) else folder.sae
-        lines.append(f"What was learned in {learned:,} tokens is in {where}")
-    if not isinstance(error, DataEnded | Diverged):  # a resumed run would end alike
+        lines.append(f"What was learned in the first {learned:,} tokens is in {where}")
+    # A resumed run would end alike; and without its index there is none.
+    if folder.index.exists() and not isinstance(error, DataEnded | Diverged):
         command = command_line("train", "--resume", str(folder.path))
         if next(iter(session.members.values())).settings["config"]["data"] is None:
             command = f"fit(..., out={str(folder.path)!r}, resume=True)"

@@ -33,6 +33,8 @@ ADAM_BETA1 = 0.9
 
 SKIPS = 8
 """Steps in a row whose gradient is not finite after which an SAE counts as diverged."""
+USUAL_LARGEST = 100
+"""Up to so many times the usual size, the largest activation of a batch is nothing special."""
 
 UNCONFIRMED = 16
 """Number of batches of BatchTopK or JumpReLU after which the fused step asks the device whether
@@ -126,7 +128,7 @@ class Skipped(NamedTuple):
 
     reason: str
     largest: float
-    """Magnitude of the largest normalised activation in the first of them: usually 1 to 100."""
+    """Magnitude of the largest normalised activation in the first of them."""
     batches: int = 1
 
 

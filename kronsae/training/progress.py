@@ -5,6 +5,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from kronsae.training.learner import USUAL_LARGEST
 from kronsae.training.options import Request
 
 
@@ -74,8 +75,11 @@ class ProgressBar:
         elif record["kind"] == "skipped":
             count = record["batches"]
             batches = f"{count} batches up to here " if count > 1 else ""
+            largest = "no activation of the batch is unusually large"
+            if record["largest"] > USUAL_LARGEST:
+                size = f"{record['largest']:.3g} times the usual size"
+                largest = f"the largest activation of the batch is {size}"
             self.console.print(
-                f"step {step:,}: {name}{batches}skipped, as its {record['reason']} (the "
-                f"largest activation of the batch is {record['largest']:.3g} times the usual size)",
+                f"step {step:,}: {name}{batches}skipped, as its {record['reason']} ({largest})",
                 style="yellow",
             )
