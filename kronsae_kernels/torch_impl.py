@@ -809,13 +809,12 @@ def blocks(x: Tensor, w_enc: Tensor, b_enc: Tensor | None, k: int) -> Iterator[I
     """
     weight = w_enc[None] if w_enc.ndim == 2 else w_enc.transpose(0, 1)
     rows, heads, _ = weight.shape
-    columns = rows * heads
-    chunks = spans(x.shape[0], columns * x.element_size(), x.device)
+    chunks = spans(x.shape[0], rows * heads * x.element_size(), x.device)
     tokens = max((span.stop - span.start for span in chunks), default=1)
     budget = CHUNK_BYTES.get(x.device.type, DEFAULT_CHUNK_BYTES)
     width = max(2 * FEW_PER_K * k, budget // (tokens * rows * x.element_size()))
     if heads <= (WHOLE if rows > 1 else 2 * WHOLE) * width:
-        for pre in projections(x, w_enc, b_enc, scratch=columns):
+        for pre in projections(x, w_enc, b_enc, scratch=0):
             yield [(0, pre.view(-1, rows, heads))]
         return
     width = _multiple(math.ceil(heads / math.ceil(heads / width)), 64)

@@ -190,6 +190,9 @@ def test_a_checkpoint_is_no_run_to_resume(tmp_path):
     run = tmp_path / "run"
     fit(KRON, X, TRAIN, out=run)
     place = run / "checkpoints" / "step-00000030"
+    shutil.copytree(place, tmp_path / "kept")
+    with pytest.raises(InputError, match="kept is a checkpoint: give the folder of its run, which"):
+        fit(KRON, X, TRAIN, out=tmp_path / "kept", resume=True)
     before = {file.name: file.read_bytes() for file in place.iterdir()}
     with pytest.raises(InputError, match=f"30 is a checkpoint: give the folder of its run, {run}"):
         fit(KRON, X, TRAIN, out=place, resume=True)

@@ -448,9 +448,10 @@ def _read_index(path: Path, kind: str, hint: Any) -> dict[str, Any]:
     if not path.parent.is_dir():
         raise InputError(f"{path.parent} is no run folder: it does not exist")
     if (path.parent / checkpoint.VALUES_NAME).exists():
-        run = path.parent.absolute().parents[1]
+        inside = path.parent.absolute().parent
+        run = f", {inside.parent}," if inside.name == "checkpoints" else ","
         raise InputError(
-            f"{path.parent} is a checkpoint: give the folder of its run, {run}, which goes on from "
+            f"{path.parent} is a checkpoint: give the folder of its run{run} which goes on from "
             "its newest checkpoint"
         )
     try:

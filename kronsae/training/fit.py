@@ -269,7 +269,7 @@ def _rescue(session: Session, error: InputError) -> list[str]:
     if saved and learned:
         where = folder.path if isinstance(folder, SweepFolder) else folder.sae
         lines.append(f"What was learned in the first {learned:,} tokens is in {where}")
-    # A resumed run would end alike; and without its index there is none.
+    # No command where a resumed run would end alike, or where the folder is gone.
     if folder.index.exists() and not isinstance(error, DataEnded | Diverged):
         command = command_line("train", "--resume", str(folder.path))
         if next(iter(session.members.values())).settings["config"]["data"] is None:
