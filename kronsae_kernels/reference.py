@@ -118,20 +118,24 @@ def batch_topk_encode(
 ) -> SparseCodes:
     """The k B largest active latents of B tokens; unused slots have value 0. [Bussmann et al.]"""
     product = latents(x, w_enc, b_enc, m, composition)
-    values = product if m is None else compose(product, composition, eps)
+    size = product.shape[-1]
+    order = largest(_competing(product, mask, None), size)
+    allowed = torch.ones_like(order, dtype=torch.bool)
+    if mask is not None:  # latents outside it come last, also after -inf
+        order = order.gather(-1, largest(mask[order].int(), size))
+        allowed = mask[order]
+    values = product.gather(-1, order)
+    values = values if m is None else compose(values, composition, eps)
     silent = eps**0.5 if m is not None and composition == "mand" else 0.0
-    scores, tokens = _competing(values, mask, None), values[..., 0].numel()
-    broken = ~(scores.amax(-1, keepdim=True) < torch.inf)  # competes with none, goes on as it is
-    finite = scores.masked_fill(broken, -torch.inf)
-    selected = torch.zeros_like(scores, dtype=torch.bool).flatten()
-    selected[largest(finite.flatten(), k * tokens)] = True
-    selected = selected.view_as(scores) & (finite > silent)
-    first = torch.zeros_like(selected).scatter(-1, largest(scores, k), True)
-    selected |= first & broken if mask is None else first & broken & mask
-    indices = largest(product.detach().masked_fill(~selected, -torch.inf), values.shape[-1])
+    scores = values.detach().masked_fill(~allowed, -torch.inf)
+    broken = ~(scores[..., :1] < torch.inf)  # competes with none, goes on as it is
+    scores = scores.masked_fill(broken, -torch.inf)
+    selected = torch.zeros_like(allowed).flatten()
+    selected[largest(scores.flatten(), k * values[..., 0].numel())] = True
+    selected = selected.view_as(allowed) & (scores > silent)
+    selected[..., :k] |= (broken & allowed)[..., :k]
     width = max(1, int(selected.sum(-1).max()) if selected.numel() else 0)
-    indices = indices[..., :width]
-    return SparseCodes(values.where(selected, 0).gather(-1, indices), indices)
+    return SparseCodes(values.where(selected, 0)[..., :width], order[..., :width])
 
 
 def expert_encode(

@@ -196,7 +196,19 @@ def test_a_checkpoint_is_no_run_to_resume(tmp_path):
     before = {file.name: file.read_bytes() for file in place.iterdir()}
     with pytest.raises(InputError, match=f"30 is a checkpoint: give the folder of its run, {run}"):
         fit(KRON, X, TRAIN, out=place, resume=True)
+    with pytest.raises(InputError, match="exists already: choose another --out$"):
+        fit(KRON, X, TRAIN, out=place)
     assert {file.name: file.read_bytes() for file in place.iterdir()} == before
+
+
+def test_a_checkpoint_of_a_sweep_or_a_member_is_no_run_to_resume(tmp_path):
+    sweep = tmp_path / "sweep"
+    fit_many([KRON, dataclasses.replace(KRON, k=2)], X, TRAIN, names=["a", "b"], out=sweep)
+    for place in (sweep, sweep / "a"):
+        with pytest.raises(
+            InputError, match=f"is a checkpoint: give the folder of its run, {sweep},"
+        ):
+            open_to_resume(place / "checkpoints" / "step-00000030")
 
 
 def test_a_run_folder_that_was_removed_is_nothing_to_go_on_with(tmp_path):

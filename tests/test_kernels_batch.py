@@ -120,6 +120,23 @@ def test_batch_topk_of_a_row_whose_products_overflow(overflows, impl):
     assert not codes.values[0, 2:].any() and not codes.values[2].any()
 
 
+@pytest.mark.parametrize("impl", ["torch", "reference"])
+def test_batch_topk_orders_a_token_by_products_and_knows_its_mask(impl):
+    """Unequal products may have one root; allowed latents of -inf come before those left out."""
+    w = torch.tensor([[[1.0], [1.0], [1 + 2**-23]]])
+    codes = batch_topk_encode(torch.ones(1, 1), w, m=1, k=1, impl=impl)
+    assert codes.indices.tolist() == [[1]]
+    w = torch.tensor([[[1.0], [-1.0], [-2.0], [3.0]]])
+    codes = batch_topk_encode(
+        torch.tensor([[1e20], [1.0]]),
+        w,
+        **{"m": 1, "k": 3, "composition": "mul", "impl": impl},
+        mask=torch.tensor([False, True, True]),
+    )
+    assert codes.values.tolist() == [[torch.inf, -torch.inf], [3.0, 0.0]]
+    assert codes.indices[0].tolist() == [2, 1] and codes.indices[1, 0] == 2
+
+
 @IMPLS
 @pytest.mark.parametrize("k", [1, 4, 10])
 @pytest.mark.parametrize("kind", KINDS)

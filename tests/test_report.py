@@ -297,10 +297,22 @@ def test_a_run_that_diverged(tmp_path):
         ("explained_variance", -4700.883286, "-470088.33 %", "-4.701e+05 %"),
         ("explained_variance", -5.8e72, "-5.8e+74 %", "-5.8e+74 %"),
         ("mse", 5.72e72, "5.720e+72", "5.7e+72"),
+        ("mse", 999.96, "1,000", "1000"),
     ],
 )
 def test_numbers_of_any_size_are_short(key, value, shown, tick):
     assert figure_text(key, value) == shown and tick_text(key, value) == tick
+
+
+@pytest.mark.parametrize("chart", CHARTS, ids=lambda chart: chart.key)
+def test_what_is_too_large_to_draw_is_left_out(chart):
+    records = [
+        {"kind": "train", "step": step, "tokens": step, chart.key: value}
+        for step, value in enumerate((5e-324, 1e-280, 0.5, 1e280, 1.7e308), 1)
+    ]
+    drawing = draw(chart, records)
+    assert drawing is not None and "inf" not in str(drawing) and "nan" not in str(drawing)
+    assert draw(chart, records[:1]) is None and draw(chart, records[4:]) is None
 
 
 def test_a_line_of_one_point_is_seen():

@@ -24,6 +24,9 @@ SHARES = (
 )
 """Figures that are shown in percent."""
 
+_SMALLEST = 1e-290
+"""Values below it, and above 1 over it, are not drawn: ticks around them would not be finite."""
+
 LEFT, RIGHT, TOP, BOTTOM = 52, 414, 10, 184
 """Edges of the plot in its SVG, of 440 by 220 units."""
 
@@ -131,6 +134,7 @@ def points(records: Iterable[Record], kind: str, key: str, positive: bool) -> Po
         and is_number(record.get("tokens"))
         and is_number(record.get(key))
         and (record[key] > 0 or not positive)
+        and (record[key] == 0 or _SMALLEST < abs(record[key]) < 1 / _SMALLEST)
     ]
 
 
@@ -172,7 +176,8 @@ def figure_text(key: str, value: Any) -> str:
         return "–" if value is None else str(value)
     if key in SHARES:
         return f"{100 * value:.2f} %" if abs(value) < 1e4 else f"{100 * value:.3g} %"
-    return f"{value:,.0f}" if value == 0 or 1000 <= abs(value) < 1e9 else f"{value:#.4g}"
+    whole = value == 0 or 999.95 <= abs(value) < 1e9
+    return f"{value:,.0f}" if whole else f"{value:#.4g}"
 
 
 def tick_text(key: str, value: float) -> str:

@@ -170,7 +170,7 @@ class _Folder:
         path = usable_path(path, "--out")
         check_writable(path)
         names = {entry.name for entry in path.iterdir()} if path.is_dir() else set()
-        known = not names.isdisjoint({"config.json", "sweep.json"})
+        known = not names.isdisjoint(_INDEXES) and not _is_checkpoint(path)
         free = _BEGUN in names or names <= {LOCK_NAME} and (path.is_dir() or not path.exists())
         if known or not free:
             hint = f"--resume {shlex.quote(str(path))} goes on with it, or " if known else ""
@@ -447,9 +447,10 @@ def _read_index(path: Path, kind: str, hint: Any) -> dict[str, Any]:
     path = usable_path(path, "run folder")
     if not path.parent.is_dir():
         raise InputError(f"{path.parent} is no run folder: it does not exist")
-    if (path.parent / checkpoint.VALUES_NAME).exists():
-        inside = path.parent.absolute().parent
-        run = f", {inside.parent}," if inside.name == "checkpoints" else ","
+    if _is_checkpoint(path.parent):
+        above = path.parent.resolve().parents[1:3]  # its run, and the sweep that this may be of
+        places = [place for name in _INDEXES for place in above if (place / name).exists()]
+        run = f", {places[0]}," if places else ","
         raise InputError(
             f"{path.parent} is a checkpoint: give the folder of its run{run} which goes on from "
             "its newest checkpoint"
@@ -472,6 +473,15 @@ def _read_index(path: Path, kind: str, hint: Any) -> dict[str, Any]:
         ) from error
     document.pop("checksum", None)  # which older versions wrote
     return document
+
+
+_INDEXES = ("sweep.json", "config.json")
+"""A file that makes a folder a sweep or a run."""
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a checkpoint, which has copies of these files."""
+    return (folder / checkpoint.VALUES_NAME).exists()
 
 
 def _checked(folder: Path, state: Any, hints: dict[str, Any]) -> dict[str, Any]:
