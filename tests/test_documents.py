@@ -245,7 +245,7 @@ def test_files_of_settings(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("library", [name for name in FORMATS if name != "kronsae"])
+@pytest.mark.parametrize("library", ["sae_lens", "sparsify", "dictionary_learning"])
 @pytest.mark.parametrize("kind", ["topk", "jumprelu", "kron"])
 def test_other_libraries(library, kind, run, tmp_path):
     config = {

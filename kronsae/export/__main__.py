@@ -43,7 +43,7 @@ def make_parser() -> Parser:
         "--to",
         required=True,
         type=_library,
-        choices=(*FORMATS, "hub"),
+        choices=(*(name for name, form in FORMATS.items() if form.written), "hub"),
         help="the library that will load it",
     )
     parser.add_argument(
@@ -59,13 +59,13 @@ def make_parser() -> Parser:
         "--tokens", type=int, metavar="N", help=f"tokens to verify on (default: {VERIFY_TOKENS})"
     )
     parser.add_argument(
-        "--subfolder", metavar="NAME", help="folder in SAE that holds it, such as layers.6"
+        "--subfolder", metavar="NAME", help="folder or file in SAE that holds it, as layers.6"
     )
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a hub id")
     parser.add_argument(
         "--allow-pickle",
         action="store_true",
-        help="read dictionary_learning's ae.pt, a pickle, from which only tensors are loaded",
+        help="read weights that are a pickle, from which only tensors are loaded",
     )
     parser.add_argument(
         "--trust-remote-code",

@@ -10,18 +10,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kronsae.data.common import reason
 from kronsae.errors import InputError
 from kronsae.interop.formats import Format, Reader
 from kronsae.interop.lens_format import ungated
 from kronsae.interop.stock import (
     Origin,
     Stock,
+    layer_of,
     note_of,
     read_object,
     source_metadata,
     stock_of,
     take,
+    unpickled,
 )
 from kronsae.model.sae import SAE
 from kronsae.registry import FORMATS, OBJECTIVES
@@ -132,7 +133,7 @@ def read(folder: Path) -> SAE:
             f"{', '.join(CLASSES)}"
         )
     path = folder / WEIGHTS_NAME
-    tensors = _unpickled(path)
+    tensors = unpickled(path)
     if kind in ("MatryoshkaBatchTopKSAE", "JumpReluAutoEncoder"):
         fields = _transposed(take(tensors, _PARAMETERS | {"threshold": "threshold"}, path), "W_enc")
     elif kind == "GatedAutoEncoder":
@@ -159,10 +160,17 @@ def read(folder: Path) -> SAE:
         settings,
         name=trainer.get("lm_name"),
         hookpoint=trainer.get("submodule_name"),
-        layer=trainer.get("layer"),
+        layer=_layer_of(trainer),
         context_length=part_of(settings, "buffer").get("ctx_len"),
     )
     return stock.to_sae(settings.get("kronsae"), metadata)
+
+
+def _layer_of(trainer: dict[str, Any]) -> int | None:
+    """The block, if the SAE is one of the residual stream after it: `resid_post_layer_3`."""
+    name = str(trainer.get("submodule_name") or "resid_post")
+    of_block = "resid_post" in name or layer_of(name) is not None
+    return trainer.get("layer") if of_block else None
 
 
 def _k_of(kind: str, trainer: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> int | None:
@@ -172,18 +180,6 @@ def _k_of(kind: str, trainer: dict[str, Any], tensors: dict[str, Tensor], path: 
     if k is None:
         raise InputError(f"neither {path} nor {CONFIG_NAME} has k")
     return typed(k, int, f"{path}: k")
-
-
-def _unpickled(path: Path) -> dict[str, Tensor]:
-    try:
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle, zip and torch raise errors of their own types
-        raise InputError(
-            f"{path} does not hold tensors alone, and nothing else is unpickled ({reason(error)})"
-        ) from error
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise InputError(f"{path}: expected a dictionary of tensors")
-    return tensors
 
 
 def reader(folder: Path, sae: SAE) -> Reader:

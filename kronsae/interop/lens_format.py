@@ -135,14 +135,18 @@ def lens_hook(layer: int | None, hookpoint: str | None) -> str | None:
 
 
 def read(folder: Path) -> SAE:
-    """Read an SAE of SAELens. Raises InputError if it is damaged or of an unknown kind.
+    """Read an SAE of SAELens. Raises InputError if it is damaged or of an unknown kind."""
+    path = folder / WEIGHTS_NAME
+    return made_by_lens(read_object(folder / CONFIG_NAME), read_tensors(path), path)
+
+
+def made_by_lens(settings: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> SAE:
+    """The SAE of settings and tensors of SAELens, which were read from `path`.
 
     "gated" and "standard" become thresholds: a gated latent is active above
     b_mag - exp(r_mag) b_gate, a ReLU above 0.
+    Raises InputError if there is no such SAE here.
     """
-    settings = read_object(folder / CONFIG_NAME)
-    path = folder / WEIGHTS_NAME
-    tensors = read_tensors(path)
     metadata = part_of(settings, "metadata")
     architecture = settings.get("architecture", "standard")
     activation = settings.get("activation_fn", settings.get("activation_fn_str"))
@@ -151,7 +155,7 @@ def read(folder: Path) -> SAE:
         settings = {**settings, "k": part_of(settings, "activation_fn_kwargs").get("k")}
     if architecture == ARCHITECTURE:
         return _read_own(settings, tensors, path)
-    _check_stock(folder, architecture, settings)
+    _check_stock(path.parent, architecture, settings, tensors)
     stock = Stock(
         **_fields_of(architecture, settings, tensors, path),
         k=settings.get("k") if architecture == "topk" else None,
@@ -159,10 +163,14 @@ def read(folder: Path) -> SAE:
     )
     if settings.get("apply_b_dec_to_input", True) and not stock.transcoder:
         stock = stock.with_decoder_bias_first(-1)
+    if architecture == "topk" and settings.get("rescale_acts_by_decoder_norm"):
+        stock = stock.with_unit_rows()
     return stock.to_sae(metadata.get("kronsae"), _metadata(settings, metadata))
 
 
-def _check_stock(folder: Path, architecture: str, settings: dict[str, Any]) -> None:
+def _check_stock(
+    folder: Path, architecture: str, settings: dict[str, Any], tensors: dict[str, Tensor]
+) -> None:
     """Raise InputError for an architecture or a setting that has no counterpart here."""
     if architecture not in STOCK:
         raise InputError(
@@ -175,8 +183,9 @@ def _check_stock(folder: Path, architecture: str, settings: dict[str, Any]) -> N
             f"{settings['normalize_activations']!r}; fold that into its weights in SAELens first, "
             "if possible"
         )
-    if settings.get("finetuning_scaling_factor"):
-        raise InputError(f"{folder}: SAEs with a finetuning scaling factor are not read")
+    for name in ("scaling_factor", "finetuning_scaling_factor"):
+        if name in tensors and not (tensors[name] == 1).all():
+            raise InputError(f"{folder}: SAEs with a finetuning scaling factor are not read")
 
 
 def _fields_of(
@@ -197,11 +206,6 @@ def _fields_of(
     fields["W_enc"] = fields["W_enc"].T
     if architecture in _OF_RELU:
         fields["threshold"] = torch.zeros_like(fields["b_enc"])
-    if architecture == "topk" and settings.get("rescale_acts_by_decoder_norm"):
-        norms = fields["W_dec"].norm(dim=1)
-        fields["W_enc"] = fields["W_enc"] * norms[:, None]
-        fields["b_enc"] = fields["b_enc"] * norms
-        fields["W_dec"] = fields["W_dec"] / norms[:, None]
     return fields
 
 
@@ -226,16 +230,16 @@ def _read_own(settings: dict[str, Any], tensors: dict[str, Tensor], path: Path) 
 
 def _metadata(settings: dict[str, Any], metadata: dict[str, Any]) -> dict[str, Any]:
     facts = {**settings, **metadata}
-    hook, module = (str(facts.get(name) or "") for name in ("hook_name", "hf_hook_name"))
-    parts = hook.split(".")
-    block = parts[1] if len(parts) == 3 and parts[2] == "hook_resid_post" else ""
+    hook = str(facts.get("hook_name") or facts.get("hook_point") or "")  # before version 2
+    module = str(facts.get("hf_hook_name") or "")
+    layer = layer_of(hook)
     return source_metadata(
         "sae_lens",
         settings,
         name=facts.get("model_name"),
         hookpoint=module or hook or None,
         target_hookpoint=facts.get("hf_hook_name_out"),
-        layer=int(block) if block.isdigit() else layer_of(module),
+        layer=layer_of(module) if layer is None else layer,
         context_length=facts.get("context_size"),
         prepend_bos=facts.get("prepend_bos"),
     )

@@ -6,7 +6,8 @@ import torch
 
 from kronsae.data.common import reason
 from kronsae.errors import InputError
-from kronsae.interop.formats import known, recognise
+from kronsae.interop.formats import files_of, known, recognise
+from kronsae.interop.pretrained import REGISTRY, of_registry
 from kronsae.model.massive import check_rule
 from kronsae.model.sae import METADATA, SAE, WEIGHTS_NAME
 from kronsae.registry import FORMATS
@@ -24,30 +25,36 @@ def load(
 ) -> SAE:
     """Load an SAE from a run folder, a folder written by `SAE.save`, or a Hugging Face hub id.
 
-    Folders and repositories of SAELens, sparsify and dictionary_learning are recognised by their
-    files (`kronsae.interop`).
+    Folders, files and repositories of other libraries, and of public suites, are recognised by the
+    names of their files (`kronsae.interop`). "sae_lens:RELEASE/ID" is an SAE of SAELens' registry,
+    which that library loads.
 
     The SAE takes raw activations; `sae.metadata` holds the metadata saved with it.
     revision: branch, tag or commit on the hub.  subfolder: of the SAE in the folder or repository,
-        such as "layers.6".
-    allow_pickle: also read dictionary_learning's ae.pt, a pickle, of which only tensors are loaded.
+        such as "layers.6", or its file there, such as "layer6.sae.pt".
+    allow_pickle: also read weights that are a pickle, from which only tensors are loaded.
     Raises InputError if there is no SAE, or if it is damaged or of another format.
     """
     for name, value in (("revision", revision), ("subfolder", subfolder)):
         typed(value, str | None, name)
+    if str(source).startswith(REGISTRY):
+        if revision is not None or subfolder is not None:
+            raise InputError(f"revision and subfolder have no effect with {source}: leave them out")
+        return of_registry(str(source)).to(device)
     folder = _find_sae(source, revision, subfolder, allow_pickle)
     form = FORMATS[recognise(folder) or "kronsae"]
     if form.pickle and not allow_pickle:
         raise InputError(
-            f"{folder / form.weights} is a pickle, which is only read on request: with "
-            "allow_pickle=True (--allow-pickle), which loads tensors and runs no code"
+            f"{form.weights_of(folder)} is a pickle, which is only read on request: with "
+            "allow_pickle=True, which loads tensors and runs no code. (`kronsae export SAE "
+            "--allow-pickle --to kronsae --out DIR` makes a folder of it that is none)"
         )
     sae = form.read(folder)
     try:
         typed(sae.metadata, METADATA, "metadata")
         check_rule(sae.metadata, sae.d_model, sae.config.d_target)
     except InputError as error:
-        raise InputError(f"{folder / form.config}: {error}") from error
+        raise InputError(f"{folder / (form.config or '')}: {error}") from error
     return sae.to(device)
 
 
@@ -66,14 +73,24 @@ def _find_sae(
     if (path / "sweep.json").is_file() and not subfolder:
         raise InputError(f"{source} is a sweep: name one of its runs, {source}/NAME")
     inside = usable_path(path / (subfolder or "sae"), "subfolder")
-    for folder in (inside,) if subfolder else (path, inside):
+    folders = (inside,) if subfolder else (path, inside)
+    for folder in folders:
         if recognise(folder) or (folder / WEIGHTS_NAME).exists():
             return folder
     where = f"{source}{f', {subfolder}' if subfolder else ''}"
+    files = sorted(file for folder in folders for file in folder.glob("*") if file.is_file())
+    saes = list(filter(recognise, files))
+    if len(saes) > 1:
+        raise InputError(
+            f"{where} holds {len(saes)} SAEs: name one of the files, such as {saes[0].name}"
+        )
+    if saes:
+        return saes[0]
     hint = (
         "(a run writes it when it ends, or stops on a signal)"
         if local
-        else "(if it is in another folder there, name that with subfolder)"
+        else "(if it is in another folder there, name that with subfolder; weights that are a "
+        "pickle are only downloaded with allow_pickle=True)"
     )
     raise InputError(
         f"{where} holds no SAE: expected {WEIGHTS_NAME} there or in its folder sae/ {hint}. "
@@ -88,10 +105,8 @@ def download(repo_id: str, revision: str | None, subfolder: str | None, allow_pi
     """
     from huggingface_hub import snapshot_download
 
-    folders = [f"{subfolder.strip('/')}/"] if subfolder else ["", "sae/"]
-    names = {form.config for form in FORMATS.values()}
-    names |= {form.weights for form in FORMATS.values() if allow_pickle or not form.pickle}
-    files = [f"{folder}{name}" for folder in folders for name in sorted(names)]
+    paths = [subfolder.strip("/")] if subfolder else ["", "sae"]
+    files = sorted(set().union(*(files_of(path, allow_pickle) for path in paths)))
     try:
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=files))
     except Exception as error:  # the hub client raises dozens of types

@@ -102,9 +102,16 @@ def _metadata(folder: Path, settings: dict[str, Any]) -> dict[str, Any]:
         run = read_object(folder.resolve().parent / "config.json")
     except InputError:
         run = {}
-    layer = layer_of(folder.name) if folder.name.startswith("layers.") else None
+    name = folder.name
+    transcoder = bool(settings.get("transcode"))  # from a module's input to its output
     return source_metadata(
-        "sparsify", settings, name=run.get("model"), hookpoint=folder.name, layer=layer
+        "sparsify",
+        settings,
+        name=run.get("model"),
+        hookpoint=f"{name}:input" if transcoder else name,
+        target_hookpoint=name if transcoder else None,
+        layer=layer_of(name) if name.startswith("layers.") and not transcoder else None,
+        context_length=run.get("ctx_len"),
     )
 
 
@@ -129,6 +136,6 @@ def reader(folder: Path, sae: SAE) -> Reader:
 @FORMATS.register("sparsify")
 class Sparsify(Format):
     library, package = "sparsify", "eai-sparsify"
-    weights, config = WEIGHTS_NAME, CONFIG_NAME
+    weights, config, optional = WEIGHTS_NAME, CONFIG_NAME, ("../config.json",)
     how_to_load = 'sparsify.SparseCoder.load_from_disk("{out}")'
     read, write, reader = staticmethod(read), staticmethod(write), staticmethod(reader)

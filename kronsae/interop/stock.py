@@ -7,6 +7,8 @@ KronSAE has not: its latent is the root of a product of two projections.
 """
 
 import dataclasses
+import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 
 from kronsae.config import SAEConfig, from_dict, kind_of
+from kronsae.data.common import reason
 from kronsae.errors import InputError
 from kronsae.model.sae import SAE
 from kronsae.model.selection import TopK
@@ -62,7 +65,7 @@ class Stock:
                     f"{name}: expected a matrix, got {list(getattr(self, name).shape)}"
                 )
         size, d = self.W_enc.shape
-        d_out = self.W_dec.shape[1]
+        d_out = self.W_dec.shape[1] if self.transcoder else d
         expected = {"b_enc": (size,), "W_dec": (size, d_out), "b_dec": (d_out,)}
         expected |= {"threshold": (size,)} if self.threshold is not None else {}
         expected |= {"W_skip": (d_out, d)} if self.W_skip is not None else {}
@@ -79,21 +82,51 @@ class Stock:
         moved = (self.b_enc.double() + sign * shift).to(self.b_enc.dtype)
         return dataclasses.replace(self, b_enc=moved)
 
+    def of_raw(self, scale: float, target_scale: float) -> "Stock":
+        """The same SAE of raw activations x, from one that takes x * scale.
+
+        target_scale: by which the activations are multiplied that it reconstructs.
+        """
+        ratio = scale / target_scale
+        return dataclasses.replace(
+            self,
+            W_enc=self.W_enc * scale,
+            W_dec=self.W_dec / target_scale,
+            b_dec=self.b_dec / target_scale,
+            W_skip=None if self.W_skip is None else self.W_skip * ratio,
+        )
+
+    def with_unit_rows(self) -> "Stock":
+        """The same reconstruction, with decoder rows of unit norm and latents times that norm."""
+        norms = self.W_dec.norm(dim=1)
+        rows = self.W_dec / norms.clamp(min=torch.finfo(norms.dtype).tiny)[:, None]
+        return dataclasses.replace(
+            self,
+            W_enc=self.W_enc * norms[:, None],
+            b_enc=self.b_enc * norms,
+            W_dec=rows,
+            threshold=None if self.threshold is None else self.threshold * norms,
+        )
+
     def to_sae(self, note: Any = None, metadata: dict[str, Any] | None = None) -> SAE:
-        """The SAE as a TopK or JumpReLU SAE, or as the `note` describes it.
+        """The SAE as a TopK, ReLU or JumpReLU SAE, or as the `note` describes it.
 
         note: that of `note_of` in the file, if the tensors agree with it.
         metadata: `sae.metadata` if there is no such note.
         """
         size, d = self.W_enc.shape
         d_out = self.W_dec.shape[1]
+        selection = self._selection()
+        if selection == "topk" and self.k is None:
+            raise InputError("k: the file does not say how many latents of a token are active")
+        k = self.k or min(DEFAULT_K, size)
         config = SAEConfig(
             d_model=d,
             d_target=d_out if self.transcoder else 0,
             encoder="dense",
             dict_size=size,
-            k=self.k or min(DEFAULT_K, size),
-            selection="topk" if self.threshold is None else "jumprelu",
+            k=k if SELECTIONS[selection].aims_at_k else 0,
+            selection=selection,
             objective="multi_topk" if self.multi_topk else "plain",
             skip=self.W_skip is not None,
         )
@@ -108,6 +141,11 @@ class Stock:
         sae.load_state_dict(tensors)
         sae.metadata = note["metadata"] if noted else metadata or {}
         return sae.eval()
+
+    def _selection(self) -> str:
+        if self.threshold is None:
+            return "topk"
+        return "jumprelu" if (self.threshold > 0).any() else "relu"
 
 
 class NoStockForm(InputError):
@@ -224,16 +262,43 @@ def read_object(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} cannot be read: {error}") from error
 
 
-def take(tensors: dict[str, Tensor], names: dict[str, str], path: Path) -> dict[str, Any]:
+def take(
+    tensors: dict[str, Tensor], names: dict[str, str], path: Path, transposed: Collection[str] = ()
+) -> dict[str, Any]:
     """Tensors by our names, in float32 at least, for `Stock`. names: ours -> the file's.
 
+    transposed: our names of those that are transposed in the file.
     Raises InputError if one is missing, or not of finite floats.
     """
-    missing = sorted(set(names.values()) - set(tensors))
+    there = [name for name, tensor in tensors.items() if isinstance(tensor, Tensor)]
+    missing = sorted(set(names.values()) - set(there))
     if missing:
-        raise InputError(f"{path}: expected tensors {missing}, got {sorted(tensors)}")
+        raise InputError(f"{path}: expected tensors {missing}, got {sorted(there)}")
     check_weights({theirs: tensors[theirs] for theirs in names.values()}, path)
-    return {ours: _exact(tensors[theirs]) for ours, theirs in names.items()}
+    taken = {ours: _exact(tensors[theirs]) for ours, theirs in names.items()}
+    for name in transposed:
+        if taken[name].ndim != 2:
+            shape = list(taken[name].shape)
+            raise InputError(f"{path}: {names[name]}: expected a matrix, got {shape}")
+        taken[name] = taken[name].T
+    return taken
+
+
+def unpickled(path: Path) -> dict[str, Any]:
+    """The dictionary in a pickle of torch: tensors, numbers, text and containers, as nothing else
+    is unpickled.
+
+    Raises InputError if it holds anything else, or is damaged.
+    """
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle, zip and torch raise errors of their own types
+        raise InputError(
+            f"{path} does not hold tensors alone, and nothing else is unpickled ({reason(error)})"
+        ) from error
+    if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
+        raise InputError(f"{path}: expected a dictionary of tensors")
+    return dict(content)
 
 
 def _exact(tensor: Tensor) -> Tensor:
@@ -290,10 +355,16 @@ def _of(kind: type, value: Any) -> Any:
     return value if type(value) is kind else None
 
 
+_BLOCK = re.compile(r"blocks\.([0-9]{1,9})\.hook_resid_post|.+\.([0-9]{1,9})")
+
+
 def layer_of(hookpoint: str | None) -> int | None:
-    """N of a hookpoint `….N`, the output of a block; None for other hookpoints."""
-    before, _, last = (hookpoint or "").rpartition(".")
-    return int(last) if before and last.isdigit() else None
+    """N of a hookpoint that is the output of a block; None for other hookpoints.
+
+    Its name is `….N`, or `blocks.N.hook_resid_post` in TransformerLens.
+    """
+    match = _BLOCK.fullmatch(hookpoint or "")
+    return int(match[1] or match[2]) if match else None
 
 
 def dense(codes: SparseCodes, size: int) -> Tensor:

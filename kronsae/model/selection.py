@@ -303,8 +303,9 @@ class JumpReLU(Selection):
         return _in_float32(self.log_threshold).exp()
 
     def load_activity_threshold(self, threshold: Tensor) -> dict[str, Tensor]:
-        # Values are never negative: thresholds below 0 select as 0 does.
-        return {"selection.log_threshold": threshold.float().clamp(min=0).log()}
+        # Nothing to speak of is below or above these limits, and their logarithms are finite.
+        limits = torch.finfo(torch.float32)
+        return {"selection.log_threshold": threshold.float().clamp(limits.tiny, limits.max).log()}
 
     @classmethod
     def can_have(cls, threshold: Tensor | None) -> bool:
