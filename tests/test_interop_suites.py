@@ -251,6 +251,24 @@ def llamascopium_folded(root: Path) -> Made:
     return llamascopium(root, "relu", norm_activation="inference")
 
 
+def llamascopium_earlier(root: Path) -> Made:
+    """With the tensors' names before version 2, and with thresholds of the latents themselves."""
+    made = llamascopium(root, "jumprelu", sparsity_include_decoder_norm=False)
+    path = made.path / "sae_weights.safetensors"
+    new = kronsae.system.files.read_tensors(path)
+    names = {"encoder.weight": new["W_E"].T, "encoder.bias": new["b_E"]}
+    names |= {"decoder.weight": new["W_D"].T, "decoder.bias": new["b_D"]}
+    threshold = new["activation_function.log_jumprelu_threshold"]
+    norms = {name: tensor for name, tensor in new.items() if tensor.ndim == 0}
+    save(path, names | norms | {"log_jumprelu_threshold": threshold})
+    scale, w = math.sqrt(WIDTH) / 1.7, drawn()
+
+    def encode(x: Tensor) -> Tensor:
+        return jump(x * scale @ w["W_enc"].T + w["b_enc"], w["threshold"])
+
+    return made._replace(encode=encode)
+
+
 def qwen_scope(root: Path) -> Made:
     w = drawn()
     path = root / f"Qwen/SAE-Res-Qwen3-1.7B-Base-W32K-L0_{K}/layer6.sae.pt"
@@ -350,7 +368,7 @@ LAYOUTS = (
     *(gemma_scope, gemma_scope_attention, gemma_scope_transcoder),
     *(gemma_scope_2, gemma_scope_2_affine),
     *(llama_scope, llama_scope_transcoder, llama_scope_plain),
-    *(llamascopium, llamascopium_jumprelu, llamascopium_folded),
+    *(llamascopium, llamascopium_jumprelu, llamascopium_folded, llamascopium_earlier),
     *(qwen_scope, openai, goodfire, deepseek, hook_z, transcoder_set),
 )
 
@@ -772,3 +790,134 @@ def test_without_saelens_a_sentence_says_what_to_install(monkeypatch):
         kronsae.load("sae_lens:gpt2-small-res-jb/blocks.8.hook_resid_pre")
     with pytest.raises(InputError, match="revision and subfolder have no effect"):
         kronsae.load("sae_lens:gpt2-small-res-jb/blocks.8.hook_resid_pre", revision="main")
+
+
+@pytest.fixture
+def lens(tmp_path, monkeypatch):
+    """SAELens' loaders of public suites, which find their repositories in hub/."""
+    loaders = pytest.importorskip("sae_lens.loading.pretrained_sae_loaders")
+    root = tmp_path / "hub"
+
+    def download(repo_id: str, filename: str, subfolder: str = "", **_: Any) -> str:
+        path = root / repo_id / subfolder / filename
+        if not path.is_file():
+            raise loaders.EntryNotFoundError(filename)
+        return str(path)
+
+    def shapes(repo_id: str, filename: str) -> dict[str, list[int]]:
+        tensors = kronsae.system.files.read_tensors(root / repo_id / filename)
+        return {name: list(tensor.shape) for name, tensor in tensors.items()}
+
+    monkeypatch.setattr(loaders, "hf_hub_download", download)
+    monkeypatch.setattr(loaders, "get_safetensors_tensor_shapes", shapes)
+    return loaders
+
+
+def moved(made: Made, root: Path, repository: str) -> Made:
+    """A file at the root of a folder, in a repository of that name."""
+    path = root / repository / made.path.name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return made._replace(path=made.path.rename(path))
+
+
+GPT2, DEEPSEEK = "ckkissane/attn-saes", "qresearch/DeepSeek-R1-Distill-Llama-8B-SAE-l19"
+GOODFIRE = "Goodfire/Llama-3.1-8B-Instruct-SAE-l19"
+CONVERTERS = {
+    "gemma_2": gemma_scope,
+    "gemma_2_transcoder": gemma_scope_transcoder,
+    "gemma_3": gemma_scope_2,
+    "gemma_3 affine": gemma_scope_2_affine,
+    "llama_scope": lambda root: llama_scope(root, unit=True),
+    "llama_scope_r1_distill": lambda root: moved(llamascopium_earlier(root), root, "fnlp/R1"),
+    "qwen_scope": qwen_scope,
+    "goodfire": lambda root: moved(goodfire(root), root, GOODFIRE),
+    "deepseek_r1": lambda root: moved(deepseek(root), root, DEEPSEEK),
+    "connor_rob_hook_z": lambda root: moved(hook_z(root), root, GPT2),
+    "mwhanna_transcoder": transcoder_set,
+}
+"""SAELens' converters, by its names, and the layouts that they read."""
+
+
+@pytest.mark.parametrize("converter", CONVERTERS)
+def test_saelens_reads_the_same(converter, lens, tmp_path):
+    import sae_lens
+
+    root = tmp_path / "hub"
+    root.mkdir()
+    made = CONVERTERS[converter](root)
+    if converter == "connor_rob_hook_z":
+        facts = {"act_size": WIDTH, "dict_size": SIZE, "act_name": "blocks.0.attn.hook_z"}
+        made.path.with_name(f"{made.path.stem}_cfg.json").write_text(json.dumps(facts))
+    if converter == "mwhanna_transcoder":
+        facts = {"d_model": WIDTH, "d_feature": SIZE, "batch_size": 64}
+        lines = [f"{name}:\n  value: {value}\n" for name, value in facts.items()]
+        made.path.with_name("wandb-config.yaml").write_text("".join(lines))
+    if converter == "llama_scope_r1_distill":
+        config = json.loads((made.path / "config.json").read_text())
+        config |= {"d_model": WIDTH, "expansion_factor": SIZE // WIDTH}
+        (made.path / "config.json").write_text(json.dumps(config))
+    ours = kronsae.load(made.path, allow_pickle=True)
+    owner, name, *folder = made.path.relative_to(root).parts
+    sizes = {"d_in": WIDTH, "d_sae": SIZE, "dtype": "float32", "reshape_activations": "none"}
+    sizes |= {"d_out": OUT} if ours.config.d_target else {}
+    read = lens.NAMED_PRETRAINED_SAE_LOADERS[converter.split()[0]]
+    settings, weights, _ = read(f"{owner}/{name}", "/".join(folder), "cpu", False, sizes)
+    theirs = sae_lens.SAE.from_dict(lens.handle_config_defaulting(settings))
+    theirs.load_state_dict(weights)
+    if theirs.cfg.normalize_activations != "none":
+        norm = 1.5 if converter == "llama_scope" else 1.7
+        theirs.fold_activation_norm_scaling_factor(math.sqrt(WIDTH) / norm)
+    skip = getattr(theirs, "W_skip", None)
+    check(
+        ours,
+        theirs.encode,
+        lambda z, x: theirs.decode(z) + (0 if skip is None else x @ skip.T),
+    )
+
+
+def test_an_sae_of_saelens_registry(lens, tmp_path):
+    """By its release and id; and by its repository and folder."""
+    repository, folder = "jbloom/GPT2-Small-SAEs-Reformatted", "blocks.8.hook_resid_pre"
+    w = drawn()
+    path = tmp_path / "hub" / repository / folder
+    tensors = {name: w[name] for name in ("W_dec", "b_enc", "b_dec")} | {"W_enc": w["W_enc"].T}
+    save(path / "sae_weights.safetensors", tensors)
+    settings = {"d_in": WIDTH, "d_sae": SIZE, "dtype": "float32", "hook_name": folder}
+    settings |= {"model_name": "gpt2-small", "context_size": 128}
+    (path / "cfg.json").write_text(json.dumps(settings))
+    for name in ("gpt2-small-res-jb", repository):
+        sae = kronsae.load(f"sae_lens:{name}/{folder}")
+        check(
+            sae,
+            lambda x: ((x - w["b_dec"]) @ w["W_enc"].T + w["b_enc"]).relu(),
+            lambda z, x: z @ w["W_dec"] + w["b_dec"],
+        )
+        origin = Origin.of(sae.metadata)
+        assert (origin.model, origin.hookpoint, origin.layer) == ("gpt2-small", folder, None)
+    assert kronsae.load(Path(f"sae_lens:gpt2-small-res-jb/{folder}")).config.dict_size == SIZE
+
+
+def test_an_sae_of_the_registry_with_a_factor(lens, tmp_path):
+    """SAELens folds the factor of its own list; the thresholds are in the file's units."""
+    from sae_lens.loading.pretrained_saes_directory import get_norm_scaling_factor
+
+    norm = math.sqrt(WIDTH) / get_norm_scaling_factor("llama_scope_lxr_8x", "l15r_8x")
+    norms = {"in": norm, "out": norm}
+    llama_scope(tmp_path / "hub", unit=True, dataset_average_activation_norm=norms)
+    theirs = kronsae.load("sae_lens:llama_scope_lxr_8x/l15r_8x")
+    made = llama_scope(tmp_path, unit=True, dataset_average_activation_norm=norms)
+    ours = kronsae.load(made.path)
+    check(theirs, made.encode, made.decode)
+    check(ours, made.encode, made.decode)
+    assert Origin.of(theirs.metadata).layer == 15
+
+
+def test_names_that_the_registry_has_not(lens, tmp_path):
+    for name, reason in (
+        ("gpt2-small-res-jp/blocks.8.hook_resid_pre", "no release.*it has gpt2-small-res-jb"),
+        ("gpt2-small-res-jb/blocks.8", "has no 'blocks.8'; it has blocks"),
+        ("nobody/nowhere/blocks.8", "SAELens cannot load it"),
+        ("gpt2-small-res-jb", "has no ''; it has blocks"),
+    ):
+        with pytest.raises(InputError, match=reason):
+            kronsae.load(f"sae_lens:{name}")
