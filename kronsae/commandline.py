@@ -412,6 +412,23 @@ def shown(value: Any) -> str:
     return f"{value:_}" if isinstance(value, int) else str(value)
 
 
+def add_place_flags(parser: Any) -> None:
+    """Add flags that say where in a folder or repository an SAE is, and how it is read."""
+    parser.add_argument(
+        "--subfolder", metavar="NAME", help="folder or file in SAE that holds it, such as layers.6"
+    )
+    parser.add_argument(
+        "--allow-pickle",
+        action="store_true",
+        help="read weights that are a pickle, from which only tensors are loaded",
+    )
+
+
+def given_place(flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags of `add_place_flags` that were given, as arguments of `kronsae.load`."""
+    return {name: flags[name] for name in ("subfolder", "allow_pickle") if flags.get(name)}
+
+
 def add_flag(
     group: Any,
     spec: dataclasses.Field[Any],

@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
-from kronsae.commandline import Parser, exit_status
+from kronsae.commandline import Parser, exit_status, given_place
 from kronsae.data import LanguageModel
 from kronsae.data.activations import open_model
 from kronsae.data.loading import quiet
@@ -38,7 +38,13 @@ from kronsae.interventions.effects import (
 from kronsae.interventions.hooks import ablate, clamp, intervene, steer
 from kronsae.metrics.figures import pearson, spearman
 from kronsae.metrics.heldout import HeldoutText
-from kronsae.metrics.target_model import LoadedSAE, add_flags, given_data, load_sae, open_heldout
+from kronsae.metrics.target_model import (
+    LoadedSAE,
+    add_flags,
+    given_data,
+    load_sae,
+    open_heldout,
+)
 from kronsae.properties.contexts import short
 from kronsae.runs.folder import RunFolder, versions
 from kronsae.system.devices import resolve_device, seed_everything
@@ -57,7 +63,7 @@ def make_parser() -> Parser:
         "kronsae intervene RUN --latent 107 --and-test",
         usage="%(prog)s RUN (--latent N ... | --effects N) [flags]",
     )
-    parser.add_argument("run", metavar="RUN", help="run folder, folder of a saved SAE, or hub id")
+    parser.add_argument("run", metavar="RUN", help="run folder, or any SAE that kronsae.load takes")
     parser.add_argument("--latent", type=int, nargs="+", metavar="N", help="latents to change")
     parser.add_argument("--prompt", metavar="TEXT", help="text that the model reads")
     edits = parser.add_argument_group(
@@ -110,7 +116,7 @@ def work(argv: list[str]) -> None:
     console = Console(highlight=False, soft_wrap=True)
     seed_everything(request.seed)
     device = resolve_device(request.device)
-    loaded = load_sae(request.run, given_data(request), device)
+    loaded = load_sae(request.run, given_data(request), device, **given_place(vars(request)))
     if not measures:
         with quiet():
             model, _ = open_model(loaded.data, device)

@@ -6,6 +6,8 @@ Where SAELens is installed, its own loaders read the same files.
 import io
 import json
 import math
+import random
+import re
 import zipfile
 from collections.abc import Callable
 from fnmatch import fnmatch
@@ -16,13 +18,17 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_models import WORDS, save_model
 from torch import Tensor
 
 import kronsae
 from kronsae import InputError
+from kronsae.__main__ import main as command
 from kronsae.export.__main__ import main as export
 from kronsae.interop.formats import recognise
 from kronsae.interop.stock import Origin, dense
+from kronsae.interpret.chat import Reply
+from kronsae.metrics.target_model import data_of
 from kronsae.registry import FORMATS
 
 WIDTH, SIZE, OUT, K = 8, 24, 6, 4
@@ -58,6 +64,8 @@ class Made(NamedTuple):
     """Of latents and the input."""
     selection: str
     origin: dict[str, Any]
+    k: int | None = None
+    """Active latents, if that is said."""
 
 
 def save_npz(path: Path, arrays: dict[str, Tensor]) -> None:
@@ -77,7 +85,7 @@ def save_pickle(path: Path, content: dict[str, Any]) -> None:
 
 def gemma_scope(root: Path, release: str = "2b-pt-res") -> Made:
     w = drawn()
-    folder = root / f"google/gemma-scope-{release}/layer_20/width_16k/average_l0_71"
+    folder = root / f"google/gemma-scope-{release}/layer_20/width_16k/average_l0_7"
     arrays = {name: w[name] for name in ("W_dec", "b_enc", "b_dec", "threshold")}
     save_npz(folder / "params.npz", arrays | {"W_enc": w["W_enc"].T.contiguous()})
     return Made(
@@ -86,6 +94,7 @@ def gemma_scope(root: Path, release: str = "2b-pt-res") -> Made:
         lambda z, x: z @ w["W_dec"] + w["b_dec"],
         "jumprelu",
         {"model": "google/gemma-2-2b", "hookpoint": "model.layers.20", "layer": 20},
+        7,
     )
 
 
@@ -107,6 +116,7 @@ def gemma_scope_transcoder(root: Path) -> Made:
         lambda z, x: z @ w["W_dec"] + w["b_dec"],
         "jumprelu",
         {"model": "google/gemma-2-2b", "hookpoint": None, "layer": None},
+        11,
     )
 
 
@@ -118,6 +128,7 @@ def gemma_scope_2(root: Path, folder: str = "resid_post_all/layer_17_width_16k_l
     config = {
         "architecture": "jump_relu",
         "model_name": "gemma-v3-270m-pt",
+        "l0": 9,
         "hf_hook_point_in": "model.layers.17.output",
         "hf_hook_point_out": "model.layers.17.output",
     }
@@ -128,6 +139,7 @@ def gemma_scope_2(root: Path, folder: str = "resid_post_all/layer_17_width_16k_l
         lambda z, x: z @ w["W_dec"] + w["b_dec"],
         "jumprelu",
         {"model": "google/gemma-3-270m", "hookpoint": "model.layers.17", "layer": 17},
+        9,
     )
 
 
@@ -240,7 +252,7 @@ def llamascopium(root: Path, activation: str = "topk", **settings: Any) -> Made:
         return (z @ w["W_dec"] + w["b_dec"]) / scale
 
     origin = {"model": None, "hookpoint": hook, "layer": 5}
-    return Made(folder, encode, decode, activation, origin)
+    return Made(folder, encode, decode, activation, origin, K if activation == "topk" else None)
 
 
 def llamascopium_jumprelu(root: Path) -> Made:
@@ -280,6 +292,7 @@ def qwen_scope(root: Path) -> Made:
         lambda z, x: z @ w["W_dec"] + w["b_dec"],
         "topk",
         {"model": "Qwen/Qwen3-1.7B-Base", "hookpoint": "model.layers.6", "layer": 6},
+        K,
     )
 
 
@@ -389,7 +402,7 @@ def test_a_file_of_each_layout(layout, tmp_path):
     sae = kronsae.load(made.path, allow_pickle=True)
     check(sae, made.encode, made.decode)
     assert (sae.config.encoder, sae.config.selection) == ("dense", made.selection)
-    assert made.selection != "topk" or sae.config.k == K
+    assert sae.config.k == made.k or made.k is None
     origin = Origin.of(sae.metadata)
     assert {name: getattr(origin, name) for name in made.origin} == made.origin
     again = kronsae.load(sae.save(tmp_path / "ours"))
@@ -921,3 +934,123 @@ def test_names_that_the_registry_has_not(lens, tmp_path):
     ):
         with pytest.raises(InputError, match=reason):
             kronsae.load(f"sae_lens:{name}")
+
+
+# Commands on such SAEs
+
+
+@pytest.fixture(scope="module")
+def language_model(tmp_path_factory):
+    """A tiny model of Gemma 2's architecture, and a text for it."""
+    folder = tmp_path_factory.mktemp("models")
+    save_model(folder / "gemma2", "gemma2")
+    draw = random.Random(0)
+    lines = [" ".join(draw.choices(WORDS, k=40)) for _ in range(120)]
+    text = folder / "text.jsonl"
+    text.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    return folder / "gemma2", text
+
+
+@pytest.fixture
+def flags(language_model):
+    """What such an SAE's file does not say."""
+    model, text = map(str, language_model)
+    return ["--model", model, "--layer", "1", "--dataset", text]
+
+
+@pytest.fixture
+def suite(tmp_path):
+    """An SAE of Gemma Scope for the tiny model's width."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(64, 32, generator=generator)
+    rows /= rows.norm(dim=1, keepdim=True)
+    arrays = {"W_enc": rows.T.contiguous(), "W_dec": rows, "b_dec": torch.zeros(32)}
+    arrays |= {"b_enc": torch.zeros(64), "threshold": torch.full((64,), 0.02)}
+    folder = tmp_path / "layer_1/width_16k/average_l0_7"
+    save_npz(folder / "params.npz", arrays)
+    return folder
+
+
+def test_evaluate(suite, flags, tmp_path, capsys):
+    out = tmp_path / "judged"
+    assert command(["evaluate", str(suite), *flags, "--out", str(out)]) == 0
+    [judged] = json.loads((out / "evaluation.json").read_text())["judged"]
+    assert judged["kind"] == "JumpReLU SAE" and judged["metrics"]["l0"] > 1
+    assert judged["metrics"]["ce_spliced"] > 0
+    assert command(["evaluate", str(suite)]) == 2
+    assert "its metadata does not name a language model: give --model" in capsys.readouterr().err
+
+
+def test_evaluate_a_file_of_a_folder(suite, flags, tmp_path, capsys):
+    """A pickle, by the flags that say where it is and that it may be read."""
+    arrays = {name: torch.from_numpy(a) for name, a in np.load(suite / "params.npz").items()}
+    arrays["W_enc"], arrays["W_dec"] = arrays["W_enc"].T, arrays["W_dec"].T
+    folder = tmp_path / f"SAE-Res-Tiny-W1K-L0_{K}"
+    save_pickle(folder / "layer1.sae.pt", {name: a.contiguous() for name, a in arrays.items()})
+    judge = ["evaluate", str(folder), *flags, "--out", str(tmp_path / "judged")]
+    judge += ["--subfolder", "layer1.sae.pt"]
+    assert command(judge) == 2
+    assert "on request: with allow_pickle=True (--allow-pickle)" in capsys.readouterr().err
+    assert command([*judge, "--allow-pickle"]) == 0
+    [judged] = json.loads((tmp_path / "judged" / "evaluation.json").read_text())["judged"]
+    assert (judged["kind"], judged["k"]) == ("TopK SAE", K)
+
+
+def test_intervene(suite, flags, tmp_path, capsys):
+    prompt = ["--latent", "3", "--prompt", "w1 w2 w3", "--new-tokens", "3", "--set", "4"]
+    assert command(["intervene", str(suite), *flags, *prompt]) == 0
+    effects = ["--effects", "2", "--out", str(tmp_path / "effects"), "--heldout-tokens", "400"]
+    assert command(["intervene", str(suite), *flags, *effects]) == 0
+
+
+def test_interpret(suite, flags, tmp_path, monkeypatch):
+    class Says:
+        name = "a stand-in"
+
+        def __init__(self, *_: Any, **__: Any) -> None:
+            """Nothing is loaded."""
+
+        def answer(self, messages: list[dict[str, str]], max_tokens: int) -> Reply:
+            return Reply("EXPLANATION: words\n1, 0, 1, 0, 1", 1, 1)
+
+    monkeypatch.setattr("kronsae.interpret.__main__.LocalChat", Says)
+    words = ["--explainer", "x", "--latents", "2", "--out", str(tmp_path / "said")]
+    assert command(["interpret", str(suite), *flags, *words]) == 0
+    summary = json.loads((tmp_path / "said" / "interpretation.json").read_text())["summary"]
+    assert summary["explained"] == 2
+
+
+def test_explore(suite, flags, tmp_path, capsys):
+    """Its properties are kept beside the page, and serve again for this SAE and place alone."""
+    page = tmp_path / "pages" / "sae.html"
+    explore = ["explore", str(suite), *flags, "--tokens", "2000", "--out", str(page)]
+    assert command(explore) == 0
+    facts = json.loads(re.findall(r'id="facts"[^>]*>(.*?)</script>', page.read_text())[0])
+    assert facts["trained"] is None and facts["hookpoint"] == "layer 1"
+    assert facts["summary"]["groups"]["latent"]["fire"] > 50
+    measured = page.parent / "properties" / "properties.json"
+    first = measured.read_bytes()
+    assert command(explore) == 0 and measured.read_bytes() == first
+    assert command([*explore, "--layer", "0"]) == 0 and measured.read_bytes() != first
+    assert not (suite / "properties").exists()
+    capsys.readouterr()
+    for arguments, reason in (
+        ([str(suite), *flags], "is no run: give --out FILE"),
+        ([str(tmp_path / "nowhere")], "no such folder"),
+        ([str(suite), "--out", str(page)], "give --model"),
+    ):
+        assert command(["explore", *arguments]) == 2
+        assert reason in capsys.readouterr().err
+
+
+def test_what_the_file_says_of_its_model_is_used(tmp_path):
+    """The block, where it is one; a module else; and flags for what it does not say."""
+    made = gemma_scope(tmp_path)
+    data = data_of(kronsae.load(made.path), {}, "it")
+    assert (data.model, data.layer, data.hookpoint) == ("google/gemma-2-2b", 20, None)
+    assert data.bos == "bos"
+    attention = data_of(kronsae.load(gemma_scope_attention(tmp_path).path), {}, "it")
+    assert attention.hookpoint == "model.layers.20.self_attn.o_proj:input"
+    transcoder = kronsae.load(gemma_scope_transcoder(tmp_path).path)
+    given = {"hookpoint": "h", "target_hookpoint": "t"}
+    assert data_of(transcoder, given, "it").target_hookpoint == "t"

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import Progress
 
-from kronsae.commandline import Parser, exit_status
+from kronsae.commandline import Parser, exit_status, given_place
 from kronsae.config import kind_of
 from kronsae.data.loading import quiet
 from kronsae.evaluate.judge import Judgement, judge
@@ -43,7 +43,7 @@ def make_parser() -> Parser:
         "runs",
         nargs="+",
         metavar="RUN",
-        help="run folder, sweep folder (all its members), folder of a saved SAE, or hub id",
+        help="run folder, sweep folder (all its members), or whatever kronsae.load takes",
     )
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="folder to write (default: a new one under runs/)"
@@ -57,7 +57,8 @@ def work(argv: list[str]) -> None:
     out = request.out or Path("runs") / f"evaluation-{time.strftime('%Y%m%d-%H%M%S')}"
     RunFolder.check_free(out)
     device = resolve_device(request.device)
-    loaded_saes = load_saes(request.runs, given_data(request), device)
+    given = given_data(request)
+    loaded_saes = load_saes(request.runs, given, device, **given_place(vars(request)))
     console = Console(highlight=False, soft_wrap=True)
     entries: dict[str, dict[str, Any]] = {}
     texts = []

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from kronsae.config import kind_of
+from kronsae.config import DataConfig, kind_of
 from kronsae.data.token_text import token_texts
 from kronsae.explore.blocks import encode, encode_json, rounded, smallest
 from kronsae.explore.charts import figure_text
@@ -65,10 +65,17 @@ def grid_of(sae: SAE) -> Grid:
     return Grid(-(-config.dict_size // GROUP**2), GROUP, GROUP, False)
 
 
-def make_content(run: Path, sae: SAE, stored: Stored, tokenizer: Any | None) -> dict[str, Any]:
+def make_content(
+    run: Path,
+    sae: SAE,
+    stored: Stored,
+    tokenizer: Any | None,
+    activations: DataConfig | None = None,
+) -> dict[str, Any]:
     """The data of the page of a run, by the names that its template has for them.
 
     tokenizer: of its language model; None shows numbers.
+    activations: of an SAE that is no run, `run` being where it was loaded from.
     """
     properties = stored.properties
     grid = grid_of(sae)
@@ -93,7 +100,7 @@ def make_content(run: Path, sae: SAE, stored: Stored, tokenizer: Any | None) -> 
     }
     per_block = max(1, BLOCK_LATENTS // (grid.m * grid.n))
     facts = {
-        **_facts(run, sae, stored),
+        **_facts(run, sae, stored, activations),
         "grid": grid._asdict(),
         "perBlock": per_block,
         "latents": sae.dict_size,
@@ -250,15 +257,19 @@ def _details(
     return arrays
 
 
-def _facts(run: Path, sae: SAE, stored: Stored) -> dict[str, Any]:
+def _facts(run: Path, sae: SAE, stored: Stored, activations: DataConfig | None) -> dict[str, Any]:
     """The run as a whole: where it comes from, its figures, its curves."""
-    settings = read_run(run)["config"]
-    data = settings["data"]
-    evaluation = last_evaluation(read_metrics(run / "metrics.jsonl")[0])
+    trained, evaluation = None, {}
+    if activations is None:
+        settings = read_run(run)["config"]
+        data, trained = settings["data"], settings["train"]["tokens"]
+        evaluation = last_evaluation(read_metrics(run / "metrics.jsonl")[0])
+    else:
+        data = vars(activations)
     properties = stored.properties
     return {
         "run": run.resolve().name,
-        "kind": kind_of(settings["sae"]),
+        "kind": kind_of(vars(sae.config)),
         "active": sae.selection.describe(sae.config),
         "model": data["model"],
         "hookpoint": data["hookpoint"] or f"layer {data['layer']}",
@@ -266,7 +277,7 @@ def _facts(run: Path, sae: SAE, stored: Stored) -> dict[str, Any]:
         "dataset": stored.facts["text"]["dataset"],
         "tokens": properties.tokens,
         "massive": stored.facts.get("massive_tokens", 0),
-        "trained": settings["train"]["tokens"],
+        "trained": trained,
         "figures": [
             (label, figure_text(key, evaluation[key]), meaning)
             for key, (label, meaning) in MEANING.items()

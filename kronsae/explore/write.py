@@ -10,6 +10,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
+from kronsae.config import DataConfig
 from kronsae.explore.content import make_content
 from kronsae.model.sae import SAE
 from kronsae.properties import Stored
@@ -20,9 +21,19 @@ SCRIPTS = ("data.js", "charts.js", "latents.js", "views.js", "main.js")
 _PAGE = Path(__file__).parent / "page"
 
 
-def write_explorer(run: Path, sae: SAE, stored: Stored, tokenizer: Any | None, out: Path) -> Path:
-    """Write the page of a run to `out`. Raises InputError if it cannot be written."""
-    write_text(out, render(make_content(run, sae, stored, tokenizer)))
+def write_explorer(
+    run: Path,
+    sae: SAE,
+    stored: Stored,
+    tokenizer: Any | None,
+    out: Path,
+    data: DataConfig | None = None,
+) -> Path:
+    """Write the page of a run to `out`. Raises InputError if it cannot be written.
+
+    data: the activations of an SAE that is no run.
+    """
+    write_text(out, render(make_content(run, sae, stored, tokenizer, data)))
     return out
 
 

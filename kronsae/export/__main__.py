@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kronsae.commandline import Parser, exit_status
+from kronsae.commandline import Parser, add_place_flags, exit_status, given_place
 from kronsae.config import kind_of
 from kronsae.errors import InputError
 from kronsae.interop.load import load
@@ -58,15 +58,8 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--tokens", type=int, metavar="N", help=f"tokens to verify on (default: {VERIFY_TOKENS})"
     )
-    parser.add_argument(
-        "--subfolder", metavar="NAME", help="folder or file in SAE that holds it, as layers.6"
-    )
+    add_place_flags(parser)
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a hub id")
-    parser.add_argument(
-        "--allow-pickle",
-        action="store_true",
-        help="read weights that are a pickle, from which only tensors are loaded",
-    )
     parser.add_argument(
         "--trust-remote-code",
         action="store_true",
@@ -92,12 +85,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _export(argv: list[str]) -> None:
     request = make_parser().parse(argv)
     _check(request)
-    sae = load(
-        request.source,
-        revision=request.revision,
-        subfolder=request.subfolder,
-        allow_pickle=request.allow_pickle,
-    )
+    sae = load(request.source, revision=request.revision, **given_place(vars(request)))
     if request.to == "hub":
         from kronsae.hub import push
 

@@ -33,7 +33,8 @@ _MOST_COMPRESSED = 20
 """Times its size that a file of arrays may take in memory; weights can hardly be compressed."""
 _NAMES = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
 _HOOKS = ("hf_hook_point_in", "hf_hook_point_out")
-_CONFIG = Keys({}, dict.fromkeys(("model_name", "architecture", *_HOOKS), str | None))
+_TEXTS = dict.fromkeys(("model_name", "architecture", *_HOOKS), str | None)
+_CONFIG = Keys({}, {**_TEXTS, "l0": float | None})
 
 
 _DAMAGED = (
@@ -84,7 +85,9 @@ def read(folder: Path) -> SAE:
     arrays = {name.replace("w_", "W_"): array for name, array in arrays.items()}  # transcoders'
     fields = take(arrays, {name: name for name in _NAMES}, path, ("W_enc",))
     release = _RELEASE.search(where)
-    stock = Stock(**fields, transcoder=release is not None and release[3] == "transcoders")
+    transcoder = release is not None and release[3] == "transcoders"
+    l0 = re.search(r"/average_l0_([0-9]{1,6})$", where)
+    stock = Stock(**fields, k=_k(int(l0[1]) if l0 else None, fields), transcoder=transcoder)
     return stock.to_sae(None, source_metadata("gemma_scope", {}, **_origin(where)))
 
 
@@ -111,7 +114,13 @@ def read_second(folder: Path) -> SAE:
     data = _second_origin(settings, folder.absolute().as_posix())
     transcoder = "W_skip" in fields or data.get("target_hookpoint") is not None
     metadata = source_metadata("gemma_scope_2", settings, **data)
-    return Stock(**fields, transcoder=transcoder).to_sae(None, metadata)
+    k = _k(settings.get("l0"), fields)
+    return Stock(**fields, k=k, transcoder=transcoder).to_sae(None, metadata)
+
+
+def _k(l0: float | None, fields: dict[str, Any]) -> int | None:
+    """The mean number of active latents, as k."""
+    return None if l0 is None else min(max(1, round(l0)), max(1, fields["b_enc"].numel()))
 
 
 _RELEASE = re.compile(r"gemma-scope-(2b|9b|27b)-(pt|it)-([a-z]+)")

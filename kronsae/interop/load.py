@@ -46,8 +46,7 @@ def load(
     if form.pickle and not allow_pickle:
         raise InputError(
             f"{form.weights_of(folder)} is a pickle, which is only read on request: with "
-            "allow_pickle=True, which loads tensors and runs no code. (`kronsae export SAE "
-            "--allow-pickle --to kronsae --out DIR` makes a folder of it that is none)"
+            "allow_pickle=True (--allow-pickle), which loads tensors and runs no code"
         )
     sae = form.read(folder)
     try:

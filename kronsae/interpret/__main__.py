@@ -14,14 +14,20 @@ from rich.console import Console
 from rich.progress import track
 from rich.text import Text
 
-from kronsae.commandline import Parser, exit_status
+from kronsae.commandline import Parser, exit_status, given_place
 from kronsae.data.loading import quiet
 from kronsae.errors import InputError
 from kronsae.interpret.chat import Answers, Chat, ServerChat
 from kronsae.interpret.examples import LatentExamples, collect, firing_counts
 from kronsae.interpret.local import LocalChat
 from kronsae.interpret.scoring import EXPLANATION_TOKENS, SHOWN, Interpretation, interpret
-from kronsae.metrics.target_model import HeldoutText, add_flags, given_data, load_sae, open_heldout
+from kronsae.metrics.target_model import (
+    HeldoutText,
+    add_flags,
+    given_data,
+    load_sae,
+    open_heldout,
+)
 from kronsae.model.sae import SAE
 from kronsae.runs.folder import versions
 from kronsae.system.devices import resolve_device, seed_everything
@@ -40,7 +46,7 @@ def make_parser() -> Parser:
         "kronsae interpret RUN --explainer Qwen/Qwen2.5-7B-Instruct --out explanations",
         usage="%(prog)s RUN --out DIR (--explainer MODEL | --server URL) ...",
     )
-    parser.add_argument("run", metavar="RUN", help="run folder, folder of a saved SAE, or hub id")
+    parser.add_argument("run", metavar="RUN", help="run folder, or any SAE that kronsae.load takes")
     model = parser.add_argument_group("the model that explains (one of the two)")
     model.add_argument(
         "--explainer", metavar="MODEL", help="transformers model: hub name or folder"
@@ -73,7 +79,7 @@ def work(argv: list[str]) -> None:
     seed_everything(flags.seed)
     device = resolve_device(flags.device)
     console = Console(highlight=False, soft_wrap=True)
-    loaded = load_sae(flags.run, given_data(flags), device)
+    loaded = load_sae(flags.run, given_data(flags), device, **given_place(vars(flags)))
     for latent in flags.latent or ():
         if not 0 <= latent < loaded.sae.dict_size:
             raise InputError(f"--latent: expected 0 to {loaded.sae.dict_size - 1}, got {latent}")

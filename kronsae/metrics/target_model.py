@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from kronsae.cache import CacheActivations
-from kronsae.commandline import add_flag
+from kronsae.commandline import add_flag, add_place_flags
 from kronsae.config import DataConfig, data_settings, from_dict, stored, untrusted
 from kronsae.data import open_text, split_target
 from kronsae.data.activations import HELDOUT_SETTINGS, open_model, set_aside
@@ -55,7 +55,8 @@ class LoadedSAE(NamedTuple):
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
-    """Add flags that override an SAE's metadata, and the device."""
+    """Add flags that override an SAE's metadata, `add_place_flags`, and the device."""
+    add_place_flags(parser)
     group = parser.add_argument_group("language model and text (default: the run's own)")
     for spec in dataclasses.fields(DataConfig):
         if spec.metadata.get("of"):
@@ -79,13 +80,13 @@ def given_data(request: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in vars(request).items() if name in names}
 
 
-def load_sae(source: str, given: dict[str, Any], device: Any = "cpu") -> LoadedSAE:
-    """Load an SAE: of a run, an `SAE.save` folder, or a hub id.
+def load_sae(source: str, given: dict[str, Any], device: Any = "cpu", **place: Any) -> LoadedSAE:
+    """Load an SAE: of a run, or any other that `kronsae.load` takes.
 
-    given: fields of `DataConfig` that override the SAE's metadata.
+    given: fields of `DataConfig` that override the SAE's metadata.  place: those of `given_place`.
     Raises InputError if there is no SAE, or if its language model is not known.
     """
-    sae = load(source, device=device)
+    sae = load(source, device=device, **place)
     data, cache = data_of(sae, given, source), cache_of(sae, given, device)
     return LoadedSAE(_names([source])[0], source, sae, data, cache)
 
@@ -131,14 +132,19 @@ def _open_cache(sae: SAE, folder: str, given: dict[str, Any], device: Any) -> Ca
     return cache
 
 
-def load_saes(sources: Sequence[str], given: dict[str, Any], device: Any) -> list[LoadedSAE]:
+def load_saes(
+    sources: Sequence[str], given: dict[str, Any], device: Any, **place: Any
+) -> list[LoadedSAE]:
     """`load_sae` of several, or of all members of a sweep, with names that are distinct.
 
     Members that saved no SAE, as their weights were not finite, are left out with a notice.
     """
     paths = [path for source in sources for path in _members(source)]
     names = _names(paths)
-    return [load_sae(p, given, device)._replace(name=n) for n, p in zip(names, paths, strict=True)]
+    return [
+        load_sae(path, given, device, **place)._replace(name=name)
+        for name, path in zip(names, paths, strict=True)
+    ]
 
 
 def _members(source: str) -> list[str]:
@@ -169,8 +175,10 @@ def data_of(sae: SAE, given: dict[str, Any], name: str) -> DataConfig:
     described = sae.metadata.get("data") or {}
     known = as_evaluated(stored(DataConfig, known), described) if known else known
     if not known and described.get("name", "given") != "given":
-        known = {"model": described["name"], "hookpoint": described["hookpoint"]}
-        known |= {k: described[k] for k in ("revision", "target_hookpoint") if k in described}
+        # Other libraries' names of modules may be none of the model's; a block's number is one.
+        place = next((k for k in ("layer", "hookpoint") if described.get(k) is not None), None)
+        names = filter(None, (place, "revision", "target_hookpoint"))
+        known = {"model": described["name"]} | {k: described[k] for k in names if k in described}
         if isinstance(prepend := described.get("prepend_bos"), bool):
             known["bos"] = "bos" if prepend else "none"
     if not known and "model" not in given:

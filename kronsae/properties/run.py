@@ -2,15 +2,17 @@
 
 import argparse
 import dataclasses
+import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
-from kronsae.commandline import Parser, add_flag
+from kronsae.commandline import Parser, add_flag, add_place_flags
 from kronsae.config import DataConfig
 from kronsae.data.activations import split_target
 from kronsae.data.loading import load_config, load_tokenizer, quiet
@@ -35,15 +37,25 @@ NEAREST, EFFECTS = 8, 10
 """How many nearest rows, and raised and lowered tokens, are kept of each latent."""
 
 
-def examine(run: Path, given: dict[str, Any], text: dict[str, Any], device: str) -> Stored:
+def examine(
+    run: Path,
+    given: dict[str, Any],
+    text: dict[str, Any],
+    device: str,
+    folder: Path | None = None,
+    **place: Any,
+) -> Stored:
     """Measure the properties of a run's latents and keep them in RUN/properties/.
 
     given: settings of `measure` (`MeasureConfig`), by name.  text: fields of `DataConfig` that name
     another text than the run's, or trust its model's code.
+    folder: where they are kept instead. RUN may then be any SAE, whose model and text the metadata
+    or `text` name.  place: where it is in a repository (`given_place`).
     Raises InputError if RUN is no finished run of a language model, or its model or text is gone.
     """
-    check_writable(run / FOLDER)
-    sae, data, digest = open_run(run, text, device)
+    folder = folder or run / FOLDER
+    check_writable(folder)
+    sae, data, digest = open_run(run, text, device, **place)
     settings = MeasureConfig(**((EMBEDDED if data.model == "embedded" else {}) | given))
     seed_everything(settings.seed)
     source = _open_text(sae, data, text, settings, device)
@@ -72,7 +84,7 @@ def examine(run: Path, given: dict[str, Any], text: dict[str, Any], device: str)
             summary["nearest"] = kinship(nearest, config.m, config.n)
     facts = {
         "sae_sha256": digest,
-        "text": {name: getattr(data, name) for name in _TEXT},
+        "text": {name: getattr(data, name) for name in (*_TEXT, *_MODEL)},
         "settings": dataclasses.asdict(settings),
         "massive_tokens": massive,
         "summary": summary,
@@ -81,8 +93,8 @@ def examine(run: Path, given: dict[str, Any], text: dict[str, Any], device: str)
     if getattr(source.language_model, "missing", None) is None:
         effects = logit_effects(sae, source.language_model.model, EFFECTS)
     stored = Stored(properties, nearest, effects, facts)
-    save_properties(stored, run / FOLDER)
-    return load_properties(run / FOLDER)
+    save_properties(stored, folder)
+    return load_properties(folder)
 
 
 def _open_text(
@@ -140,27 +152,50 @@ def without_massive(
 _TEXT = ("dataset", "dataset_config", "split", "text_column")
 
 
-def kept(run: Path, given: dict[str, Any], text: dict[str, Any]) -> Stored | None:
-    """The content of RUN/properties/, if it is of this SAE, these settings and this text."""
-    if not (run / FOLDER).is_dir():
+_MODEL = ("model", "revision", "layer", "hookpoint", "target_hookpoint")
+"""Fields of `DataConfig` that name the activations of an SAE which is no run."""
+
+
+def kept(folder: Path, digest: str, given: dict[str, Any], text: dict[str, Any]) -> Stored | None:
+    """The properties in a folder, if they are of this SAE, these settings and this text.
+
+    digest: the checksum of the SAE's weights.
+    """
+    if not folder.is_dir():
         return None
-    stored = load_properties(run / FOLDER)
-    digest = sha256(run / "sae" / WEIGHTS_NAME)
+    stored = load_properties(folder)
     facts = stored.examined
     same = {**facts["settings"], **facts["text"]}
-    asked = given | {name: value for name, value in text.items() if name in _TEXT}
+    asked = given | {name: value for name, value in text.items() if name in (*_TEXT, *_MODEL)}
     if facts["sae_sha256"] != digest or any(same.get(k) != v for k, v in asked.items()):
         return None
     return stored
 
 
-def open_run(run: Path, text: dict[str, Any], device: str) -> tuple[SAE, DataConfig, str]:
-    """A run's SAE, where its activations come from, and the checksum of its weights."""
-    sae = load(run, device=device)
+def open_run(
+    run: Path, text: dict[str, Any], device: str, **place: Any
+) -> tuple[SAE, DataConfig, str]:
+    """A run's SAE, where its activations come from, and the checksum of its weights.
+
+    Or those of any other SAE. Raises InputError if no language model or text is known.
+    """
+    sae = load(str(run), device=device, **place)
+    if not is_run(run):
+        weights = save({name: tensor.cpu() for name, tensor in sae.state_dict().items()})
+        # No text is its own: as little as can be is held out of what is given.
+        data = dataclasses.replace(data_of(sae, text, str(run)), heldout_tokens=1)
+        return sae, data, hashlib.sha256(weights).hexdigest()
+    if given := sorted(text.keys() & set(_MODEL)):
+        raise InputError(f"{', '.join(given)}: {run} is a run, which has its own: leave that out")
     folder, settings = RunFolder.open(run)
     if whole(settings["config"], folder.index)["data"] is None:
         raise InputError(f"{run} was trained from tensors: there is no text to look at")
     return sae, data_of(sae, text, str(run)), sha256(run / "sae" / WEIGHTS_NAME)
+
+
+def is_run(path: Path) -> bool:
+    """Whether a path is a run that has an SAE, and no SAE from elsewhere."""
+    return (path / "sae" / WEIGHTS_NAME).is_file()
 
 
 def _finite(values: dict[str, float]) -> dict[str, float | None]:
@@ -173,9 +208,16 @@ def _finite(values: dict[str, float]) -> dict[str, float | None]:
 class PropertiesParser(Parser):
     """Flags of both commands: the run, the settings, the text."""
 
-    def __init__(self, command: str, description: str, example: str) -> None:
+    def __init__(self, command: str, description: str, example: str, saes: bool = False) -> None:
+        """saes: whether RUN may be an SAE that is no run; there are flags for its model then."""
         super().__init__(command, description, example, argument_default=argparse.SUPPRESS)
-        self.add_argument("run", type=Path, metavar="RUN", help="run folder")
+        whose = "run folder, or any SAE that kronsae.load takes" if saes else "run folder"
+        self.add_argument("run", type=Path, metavar="RUN", help=whose)
+        for spec in dataclasses.fields(DataConfig):
+            if saes and spec.name in _MODEL:
+                add_flag(self, spec, default="of an SAE that is no run: what its file says")
+        if saes:
+            add_place_flags(self)
         for spec in dataclasses.fields(MeasureConfig):
             add_flag(self, spec)
         for spec in dataclasses.fields(DataConfig):
@@ -192,7 +234,7 @@ class PropertiesParser(Parser):
         """Settings, text, and the other flags. Raises InputError for anything wrong."""
         flags = vars(self.parse(argv))
         settings = [spec.name for spec in dataclasses.fields(MeasureConfig)]
-        text = [*_TEXT, "trust_remote_code"]
+        text = [*_TEXT, *_MODEL, "trust_remote_code"]
         return _taken(flags, settings), _taken(flags, text), flags
 
 

@@ -4,11 +4,12 @@ function introduction() {
   const kron = grid.kron ? ` in ${grouped(grid.heads)} heads of ${grid.m} base × `
     + `${grid.n} extension` : '';
   const of = facts.target ? `predicting ${facts.target} from ${facts.hookpoint}` : facts.hookpoint;
+  const trained = facts.trained === null ? '' : `, trained on ${grouped(facts.trained)} tokens`;
   const massive = facts.massive ? ` (and not on ${grouped(facts.massive)} massive ones)` : '';
   return make('div', null,
     make('h1', null, facts.kind, make('small', null, facts.run)),
     make('p', null, make('strong', null, `${grouped(facts.latents)} latents`), kron,
-      `, ${facts.active}: ${of} of ${facts.model}, trained on ${grouped(facts.trained)} tokens. `
+      `, ${facts.active}: ${of} of ${facts.model}${trained}. `
       + `Everything here was seen on ${grouped(facts.tokens)} tokens of ${facts.dataset}${massive}, `
       + `on which ${grouped(facts.summary.groups.latent.fire)} latents fire.`));
 }
