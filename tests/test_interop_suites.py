@@ -25,6 +25,7 @@ import kronsae
 from kronsae import InputError
 from kronsae.__main__ import main as command
 from kronsae.export.__main__ import main as export
+from kronsae.hub import model_card
 from kronsae.interop.formats import recognise
 from kronsae.interop.stock import Origin, dense
 from kronsae.interpret.chat import Reply
@@ -405,6 +406,8 @@ def test_a_file_of_each_layout(layout, tmp_path):
     assert sae.config.k == made.k or made.k is None
     origin = Origin.of(sae.metadata)
     assert {name: getattr(origin, name) for name in made.origin} == made.origin
+    card = model_card(sae, "me/it")
+    assert "L1 penalty" not in card and ("above 0" in card) == (made.selection == "relu")
     again = kronsae.load(sae.save(tmp_path / "ours"))
     check(again, made.encode, made.decode)
     assert again.metadata == sae.metadata

@@ -31,6 +31,10 @@ DEFAULT_K = 50
 """k of an SAE with thresholds, if its file does not give one."""
 
 
+_NO_PENALTY = {"l1_coefficient": 0.0}
+"""Settings of a ReLU SAE: files of other libraries do not say how it was trained."""
+
+
 @dataclass
 class Stock:
     """A dense SAE, transcoder or JumpReLU SAE of any library, in the module's common form.
@@ -127,6 +131,7 @@ class Stock:
             dict_size=size,
             k=k if SELECTIONS[selection].aims_at_k else 0,
             selection=selection,
+            selection_settings=_NO_PENALTY if selection == "relu" else None,
             objective="multi_topk" if self.multi_topk else "plain",
             skip=self.W_skip is not None,
         )

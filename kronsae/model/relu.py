@@ -59,6 +59,8 @@ class ReLU(Selection):
     @classmethod
     def describe(cls, config: SAEConfig) -> str:
         coefficient = config.selection_settings.l1_coefficient
+        if not coefficient:
+            return "active where they are above 0"
         return f"kept sparse by an L1 penalty of {coefficient:g}"
 
     def forward(self, sae: Encoder, x: Tensor, k: int, impl: str | None = None) -> SparseCodes:
