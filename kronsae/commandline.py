@@ -429,6 +429,24 @@ def given_place(flags: Mapping[str, Any]) -> dict[str, Any]:
     return {name: flags[name] for name in ("subfolder", "allow_pickle") if flags.get(name)}
 
 
+def layers(text: str) -> int | range | str:
+    """A layer ("3"), several in a row ("0-11"), or "all". Raises ArgumentTypeError otherwise."""
+    first, dash, last = text.partition("-")
+    if text == ALL:
+        return text
+    if first.isdecimal() and last.isdecimal():
+        if int(first) > int(last):
+            raise argparse.ArgumentTypeError(f"expected the first layer before the last: {text!r}")
+        return range(int(first), int(last) + 1)
+    if first.isdecimal() and not dash:
+        return int(first)
+    raise argparse.ArgumentTypeError(f"expected a layer (3), several (0-11) or all, got {text!r}")
+
+
+ALL = "all"
+"""All layers of a language model, or of a cache."""
+
+
 def add_flag(
     group: Any,
     spec: dataclasses.Field[Any],
@@ -454,7 +472,8 @@ def add_flag(
     if kind is bool:
         options["action"] = argparse.BooleanOptionalAction
     else:
-        options["type"] = integer if kind is int else kind
+        parse = layers if spec.metadata.get("parse") == "layers" else kind
+        options["type"] = integer if parse is int else parse
         options["metavar"] = {int: "N", float: "X", str: "NAME"}[kind]
         if several or is_tuple:
             options |= {"nargs": "+", "action": "extend"}

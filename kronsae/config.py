@@ -71,6 +71,8 @@ def setting(
     metadata: `group`, the title of a group of flags.
         `free` (DataConfig, TrainConfig): it may change when a run resumes.
         `shared` (TrainConfig, SAEConfig): it is the same for all members of a sweep.
+        `own` (DataConfig): members of a sweep may differ in it.
+        `parse`: the values of its flag are of another kind (`commandline.add_flag`).
         `of` (DataConfig): "model", "text" or "reading".
         `before`: its value in files of runs, SAEs and caches that were written before there was
         this setting (`stored`).
@@ -474,14 +476,24 @@ class DataConfig:
         harvested=True,
         unless=_unless_downloaded,
     )
-    layer: int | None = _of_model(None, "read the residual stream after this block, counted from 0")
+    layer: int | None = _of_model(
+        None,
+        "read the residual stream after this block, counted from 0; several (3 6 9, 0-11, all) "
+        "train an autoencoder at each, in one pass of the language model",
+        own=True,
+        parse="layers",
+    )
     hookpoint: str | None = _of_model(
-        None, "read the output of the module of this name instead of a layer"
+        None,
+        "read the output of the module of this name instead of a layer; or of several, and of all "
+        "that match a pattern such as 'model.layers.*.mlp'",
+        own=True,
     )
     target_hookpoint: str | None = _of_model(
         None,
         "train a transcoder: predict the output of this module, which runs later, from that of "
-        "layer or hookpoint",
+        "layer or hookpoint (several: one for each of these)",
+        own=True,
     )
     activations: str | None = setting(
         None,

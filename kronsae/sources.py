@@ -10,6 +10,8 @@
 
 import os
 from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,11 +21,20 @@ from kronsae.cache.index import DESCRIBED, so_far
 from kronsae.cache.reader import hookpoint_numbers
 from kronsae.cache.remote import is_url
 from kronsae.config import DataConfig
-from kronsae.data.activations import LanguageModelActivations, open_model
+from kronsae.data.activations import (
+    LanguageModelActivations,
+    open_model,
+    resolve_context_length,
+)
 from kronsae.data.common import check_batch_size
+from kronsae.data.many_hookpoints import ManyHookpoints
 from kronsae.data.text import check_text, open_text
 from kronsae.errors import InputError
 from kronsae.registry import SOURCES
+from kronsae.system.parallel import ALONE, Mesh
+
+Receivers = Mapping[str, Collection[int]] | None
+"""For each hookpoint the ranks that train on it; None: all do."""
 
 
 class Source(ABC):
@@ -46,6 +57,21 @@ class Source(ABC):
         If it also has `language_model`, `heldout_contexts()` and `heldout_mask()`, they are passed
         to `kronsae.metrics.HeldoutText`. Raises InputError if it cannot be opened.
         """
+
+    @classmethod
+    def open_all(
+        cls,
+        configs: Mapping[str, DataConfig],
+        *,
+        mesh: Mesh = ALONE,
+        receivers: Receivers = None,
+        **common: Any,
+    ) -> dict[str, Any]:
+        """`open` of each hookpoint, by name; batches of all of them have the same tokens.
+
+        A process reads those alone that it iterates over. See `open_hookpoints`.
+        """
+        return {name: cls.open(config, **common) for name, config in configs.items()}
 
     @classmethod
     def describe(cls, source: Any, data: DataConfig) -> str:
@@ -78,11 +104,43 @@ def open_activations(
 
     Raises InputError if they cannot be used.
     """
-    kind = source_of(config.activations)
-    source = kind.open(config, batch_size=batch_size, seed=seed, device=torch.device(device))
-    if not hasattr(source, "heldout_activations"):
-        raise InputError(f"{kind.__name__}.open: expected `heldout_activations`, got {source!r}")
+    [source] = open_hookpoints(
+        {"": config}, batch_size=batch_size, seed=seed, device=device
+    ).values()
     return source
+
+
+def open_hookpoints(
+    configs: Mapping[str, DataConfig],
+    *,
+    batch_size: int,
+    seed: int,
+    device: torch.device | str,
+    mesh: Mesh = ALONE,
+    receivers: Receivers = None,
+) -> dict[str, Any]:
+    """The sources of several hookpoints, by name, which one pass of the language model feeds.
+
+    configs: they differ in the hookpoint alone.
+    mesh: of the processes that share the language model's work.
+    receivers: for each hookpoint the ranks that train on it (None: all do).
+    Raises InputError if they cannot be used.
+    """
+    kind = source_of(next(iter(configs.values())).activations)
+    common: Any = {"batch_size": batch_size, "seed": seed, "device": torch.device(device)}
+    if len(configs) > 1:
+        sources = kind.open_all(configs, mesh=mesh, receivers=receivers, **common)
+    else:
+        [(name, config)] = configs.items()
+        sources = {name: kind.open(config, **common)}
+        if hasattr(sources[name], "language_model"):
+            sources[name].language_model.ranks = mesh.reading
+    for source in sources.values():
+        if not hasattr(source, "heldout_activations"):
+            raise InputError(
+                f"{kind.__name__}.open: expected `heldout_activations`, got {source!r}"
+            )
+    return sources
 
 
 class Live(Source):
@@ -99,6 +157,30 @@ class Live(Source):
         return LanguageModelActivations(
             model, open_text(data, seed), data, batch_size, seed, device
         )
+
+    @classmethod
+    def open_all(
+        cls,
+        configs: Mapping[str, DataConfig],
+        *,
+        mesh: Mesh = ALONE,
+        receivers: Receivers = None,
+        **common: Any,
+    ) -> dict[str, Any]:
+        batch_size, seed, device = (common[name] for name in ("batch_size", "seed", "device"))
+        check_batch_size(batch_size)
+        first = next(iter(configs.values()))
+        check_text(first)
+        model = ManyHookpoints.load_all(list(configs.values()), first.model_device or device)
+        data = replace(first, context_length=resolve_context_length(model, first))
+        model.ranks, own = mesh.reading, None
+        if receivers is not None:
+            model.receivers = [receivers[name] for name in configs]
+            own = [n for n, ranks in enumerate(model.receivers) if mesh.world.rank in ranks]
+        reader = LanguageModelActivations(
+            model, open_text(data, seed), data, batch_size, seed, device, own
+        )
+        return dict(zip(configs, reader.hookpoints, strict=True))
 
     @classmethod
     def describe(cls, source: LanguageModelActivations, data: DataConfig) -> str:

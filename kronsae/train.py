@@ -10,7 +10,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -26,12 +25,16 @@ from kronsae.commandline import (
     stopped,
 )
 from kronsae.config import RunConfig, SAEConfig, kind_of
-from kronsae.data.activations import NO_OVERLAP, LanguageModelActivations, split_target
+from kronsae.data.activations import (
+    NO_OVERLAP,
+    HookpointActivations,
+    LanguageModelActivations,
+    split_target,
+)
 from kronsae.data.amount import count_tokens, in_words, name_of_text, too_few
 from kronsae.data.packing import contexts_in_words
 from kronsae.errors import InputError
 from kronsae.explore.report import elapsed, write_report
-from kronsae.interop.load import load
 from kronsae.metrics.figures import MEANING
 from kronsae.metrics.heldout import Heldout, HeldoutText, massive_warning
 from kronsae.model.massive import MassiveTokens, rule_of
@@ -43,12 +46,12 @@ from kronsae.plan.memory import check_memory, make_plan
 from kronsae.plan.outline import NoOutline, Outline, outline
 from kronsae.plan.text import describe_ranks, render
 from kronsae.plan.time import run_time
-from kronsae.properties.contexts import LatentContexts, top_contexts
+from kronsae.properties.contexts import LatentContexts, as_contexts, top_contexts
 from kronsae.properties.contexts import render as render_contexts
 from kronsae.registry import SELECTIONS, command_line
 from kronsae.runs.folder import RunFolder, SweepFolder
 from kronsae.runs.sweep import comparison
-from kronsae.sources import open_activations, source_of
+from kronsae.sources import open_hookpoints, source_of
 from kronsae.system import parallel
 from kronsae.system.checkpoint import list_checkpoints, step_of
 from kronsae.system.devices import resolve_device, seed_everything
@@ -110,7 +113,7 @@ def _join(request: Request) -> Mesh:
     if parallel.ranks() > 1 and request.config.data.overlap == "on":
         raise InputError(f"overlap 'on': {NO_OVERLAP}")
     mesh = join(config.tensor_parallel, resolve_device(config.device), config.rank_timeout)
-    parallel.owners(request.members, config.share, (mesh.data.size, mesh.heads.size))
+    request.owners(mesh)
     for member in request.members.values():
         check_heads(member.sae, mesh.heads.size)
     return mesh
@@ -126,9 +129,11 @@ def _check_memory(request: Request, console: Console) -> None:
 
 
 def _plan(request: Request) -> tuple[dict[str, Any], dict[str, RunConfig], Outline]:
-    """The plan, the members, and the language model's outline."""
-    model = outline(request.config.data)
-    members = request.at_width(model.d_model, model.d_target).members
+    """The plan, the members, and the language model's outline up to the last hookpoint."""
+    outlines = {name: outline(data) for name, data in request.data.items()}
+    widths = {name: (each.d_model, each.d_target) for name, each in outlines.items()}
+    members = request.at_widths(widths).members
+    model = max(outlines.values(), key=lambda each: each.flops_per_token)
     return make_plan(members, model), members, model
 
 
@@ -176,8 +181,8 @@ def _train(request: Request, console: Console, mesh: Mesh, out: Path) -> int:
     with mesh.world.together():
         if mesh.first:  # before the model is loaded; fit checks again
             check_writable(out) if request.resume else RunFolder.check_free(out)
-    request, source, heldout = _open(request, console, mesh)
-    _describe(console, request, source, heldout, out)
+    request, sources, heldout = _open(request, console, mesh)
+    _describe(console, request, sources, heldout, out)
     folder = SweepFolder(out, request.members) if request.sweep else RunFolder(out)
     for run in folder.runs.values():
         if failed := _failed_before(run):
@@ -187,6 +192,7 @@ def _train(request: Request, console: Console, mesh: Mesh, out: Path) -> int:
         MemberPlan(
             *(name, config.sae, config.train),
             {"config": config.to_dict(), **request.notes.get(name, {})},
+            request.hookpoints[name],
         )
         for name, config in request.members.items()
     ]
@@ -194,7 +200,7 @@ def _train(request: Request, console: Console, mesh: Mesh, out: Path) -> int:
     with ProgressBar(console, request) as progress:
         try:
             fitted = fit_members(
-                *(plans, source, heldout, out, resume, progress, mesh, request.sweep),
+                *(plans, sources, heldout, out, resume, progress, mesh, request.sweep),
                 on_judged=progress.judged,
             )
         except InputError:
@@ -217,45 +223,59 @@ def _train(request: Request, console: Console, mesh: Mesh, out: Path) -> int:
             markup=False,
         )
         return 128 + stopped_by
-    device = resolve_device(request.config.train.device)
-    latents = _report(results, heldout, folder, mesh, device)
+    latents = _report(results, request, heldout, folder, mesh)
     took = elapsed(time.monotonic() - began)
     took = f" in {took}" if not resume else f" ({took} since it was resumed)"
     done = f"\nTrained on {tokens:,} tokens{took}. Everything is in {folder.path}:\n"
     if mesh.first:
-        _summarise(console, results, heldout, folder, latents, done)
+        _summarise(console, results, request, heldout, folder, latents, done)
     reasons = [result.failed for result in fitted if result.failed]
     if reasons and not request.sweep and mesh.first:
         print(f"error: {reasons[0]}", file=sys.stderr)
     return 0 if not reasons else 1 if len(reasons) == len(fitted) else 3
 
 
-def _open(request: Request, console: Console, mesh: Mesh) -> tuple[Request, Any, Heldout]:
-    """The request with the widths of the activations, their source, and held-out ones."""
+def _open(
+    request: Request, console: Console, mesh: Mesh
+) -> tuple[Request, dict[str, Any], dict[str, Heldout]]:
+    """The request with the widths of the activations, and by hookpoint their sources, and held-out
+    ones of those that this process trains on."""
     data, train_config = request.config.data, request.config.train
     names = escape(data.activations or f"{data.model} and {data.dataset}")
     console.print(f"[bold]kronsae[/bold]: loading {names}")
     if data.model_device is not None:
         resolve_device(data.model_device)
-    source = open_activations(
-        data,
+    receivers = request.receivers(mesh)
+    sources = open_hookpoints(
+        request.data,
         batch_size=train_config.batch_size,
         seed=train_config.stream_seed,
         device=resolve_device(train_config.device),
+        mesh=mesh,
+        receivers=receivers,
     )
-    d_target = getattr(source, "d_target", 0)
-    request = request.at_width(source.d_model, d_target)
-    if hasattr(source, "check_budget"):
-        source.check_budget(request.config.train.tokens)
-    text = None
-    if hasattr(source, "language_model"):
-        source.language_model.ranks = mesh.reading
-        text = HeldoutText(source.language_model, source.heldout_contexts(), source.heldout_mask())
-    return request, source, Heldout(*split_target(source.heldout_activations(), d_target), text)
+    widths = {name: (x.d_model, getattr(x, "d_target", 0)) for name, x in sources.items()}
+    request = request.at_widths(widths)
+    heldout = {}
+    for name, source in sources.items():
+        if hasattr(source, "check_budget"):
+            source.check_budget(request.config.train.tokens)
+        if receivers is not None and mesh.world.rank not in receivers[name]:
+            continue
+        text = None
+        if hasattr(source, "language_model"):
+            read = source.language_model, source.heldout_contexts(), source.heldout_mask()
+            text = HeldoutText(*read)
+        rows = split_target(source.heldout_activations(), widths[name][1])
+        heldout[name] = Heldout(*rows, text)
+    return request, sources, heldout
 
 
 def _new_folder(request: Request) -> Path:
-    """runs/MODEL-HOOK-ENCODER-F…-k…-TIME (of a sweep: MODEL-HOOK-sweep-TIME), not yet there."""
+    """runs/MODEL-HOOK-ENCODER-F…-k…-TIME, not yet there.
+
+    Of a sweep it is MODEL-HOOK-sweep-TIME, of one at several hookpoints MODEL-suite-TIME.
+    """
     data, sae = request.config.data, request.config.sae
     hook = data.hookpoint or f"layer{data.layer}"
     stamp = time.strftime("%Y%m%d-%H%M%S")
@@ -263,18 +283,31 @@ def _new_folder(request: Request) -> Path:
     words = [sae.encoder, *(name for name in (sae.selection, sae.objective) if name not in usual)]
     words += [f"experts{sae.experts}"] if sae.experts else []
     words += [f"F{sae.dict_size}", *([f"k{sae.k}"] if sae.k else [])]
-    kind = "sweep" if request.sweep else "-".join(words)
-    return Path("runs") / f"{Path(data.model).name}-{hook}-{kind}-{stamp}"
+    kind = f"{hook}-sweep" if request.sweep else "-".join([hook, *words])
+    kind = "suite" if len(request.data) > 1 else kind
+    return Path("runs") / f"{Path(data.model).name}-{kind}-{stamp}"
 
 
-def _describe(console: Console, request: Request, source: Any, heldout: Heldout, out: Path) -> None:
+def _describe(
+    console: Console,
+    request: Request,
+    sources: dict[str, Any],
+    heldout: dict[str, Heldout],
+    out: Path,
+) -> None:
     config = request.config
     train = config.train
+    source, *others = sources.values()
+    held_out = len(next(iter(heldout.values())).activations)
+    model = source_of(config.data.activations).describe(source, config.data)
+    if others:
+        names = ", ".join(other.language_model.hookpoint for other in others)
+        model += f"; at {len(others)} more: {names}"
     available, described = _available(source), source.describe()
     length, documents = described.get("context_length"), getattr(source, "heldout_documents", None)
     rows = {
-        "language model": source_of(config.data.activations).describe(source, config.data),
-        "text": f"{name_of_text(config.data)}; {heldout.activations.shape[0]:,} tokens "
+        "language model": model,
+        "text": f"{name_of_text(config.data)}; {held_out:,} tokens "
         + (f"of {documents:,} documents " if documents else "")
         + f"held out{in_words(available, config.data.epochs)}",
         "read in": contexts_in_words(length, described.get("context_begin")) if length else "",
@@ -297,7 +330,7 @@ def _describe(console: Console, request: Request, source: Any, heldout: Heldout,
 
 def _available(source: Any) -> int | None:
     """About how many tokens of text there are to train on; None if it is not known."""
-    if not isinstance(source, LanguageModelActivations):
+    if not isinstance(source, LanguageModelActivations | HookpointActivations):
         return None
     tokenizer, length = source.language_model.tokenizer, source.config.context_length
     return count_tokens(source.config, tokenizer, length, source.text)
@@ -347,39 +380,45 @@ _SHOWN = (
 
 def _report(
     results: dict[str, FitResult],
-    heldout: Heldout,
+    request: Request,
+    heldout: dict[str, Heldout],
     folder: RunFolder | SweepFolder,
     mesh: Mesh,
-    device: torch.device,
 ) -> list[LatentContexts]:
     """Write the reports; returns some latents of the last SAE with the contexts they fire in."""
-    tokenizer = heldout.text.model.tokenizer if heldout.text else None
-    latents: list[LatentContexts] = []
-    if not all(result.sae for result in results.values()) and not mesh.first:
-        return latents  # the first process loads the SAEs of the others
+    contexts: dict[str, list[LatentContexts]] = {}
     for name, result in results.items():
-        if result.failed and not folder.runs[name].sae.exists():  # its weights were not finite
+        if result.sae is None or result.failed:  # it is another process's, or not worth a look
             continue
-        sae = result.sae or load(folder.runs[name].sae, device=device)
-        heldout = heldout.leaving_out(rule_of(sae.metadata))
-        # Each process has a part of the heads, so that all take part.
-        latents = [] if tokenizer is None or result.failed else top_contexts(sae, heldout)
-        if mesh.first:
-            write_report(folder.runs[name].path, contexts=latents, tokenizer=tokenizer)
-    return latents
+        judged_on = heldout[request.hookpoints[name]].leaving_out(rule_of(result.sae.metadata))
+        if judged_on.text is not None and judged_on.text.model.tokenizer is not None:
+            # Each process may have a part of the heads, so that all take part.
+            contexts[name] = top_contexts(result.sae, judged_on)
+    for of_rank in mesh.world.exchange(contexts):
+        contexts |= {name: list(map(as_contexts, latents)) for name, latents in of_rank.items()}
+    if mesh.first:
+        text = next(iter(heldout.values())).text
+        for name, result in results.items():
+            if not result.failed or folder.runs[name].sae.exists():  # else nothing was finite
+                latents = contexts.get(name, [])
+                tokenizer = text and text.model.tokenizer
+                write_report(folder.runs[name].path, contexts=latents, tokenizer=tokenizer)
+    return next((contexts[name] for name in reversed(results) if name in contexts), [])
 
 
 def _summarise(
     console: Console,
     results: dict[str, FitResult],
-    heldout: Heldout,
+    request: Request,
+    heldout: dict[str, Heldout],
     folder: RunFolder | SweepFolder,
     latents: list[LatentContexts],
     done: str,
 ) -> None:
     """Print the evaluation, some latents, and where everything is."""
-    model = heldout.text.model if heldout.text else None
-    _warn_of_massive_tokens(console, results, heldout)
+    heldout_text = next(iter(heldout.values())).text
+    model = heldout_text.model if heldout_text else None
+    _warn_of_massive_tokens(console, results, request, heldout)
     tokens = next((r.metrics["heldout_tokens"] for r in results.values() if r.metrics), None)
     if tokens is not None:
         console.print(f"\n[bold]On held-out text[/bold] ({tokens:,} tokens)")
@@ -423,18 +462,28 @@ def _summarise(
 
 
 def _warn_of_massive_tokens(
-    console: Console, results: dict[str, FitResult], heldout: Heldout
+    console: Console,
+    results: dict[str, FitResult],
+    request: Request,
+    heldout: dict[str, Heldout],
 ) -> None:
-    judged = next((result for result in results.values() if result.sae and result.metrics), None)
-    if judged is None or judged.sae is None:
-        return
-    rule, counted = rule_of(judged.sae.metadata), None
-    if rule is None:
-        first = heldout.first(SAMPLE_TOKENS)
-        counted = MassiveTokens.of(first.activations, first.targets)
-    warning = massive_warning(judged.metrics, heldout.leaving_out(rule, counted))
-    if warning is not None:
-        console.print(f"\nwarning: {warning}", style="yellow", markup=False)
+    """Say where massive tokens hold much of the variance, once for each hookpoint."""
+    judged = {
+        request.hookpoints[name]: result
+        for name, result in results.items()
+        if result.sae and result.metrics
+    }
+    for hookpoint, result in judged.items():
+        assert result.sae is not None
+        text = heldout[hookpoint]
+        rule, counted = rule_of(result.sae.metadata), None
+        if rule is None:
+            first = text.first(SAMPLE_TOKENS)
+            counted = MassiveTokens.of(first.activations, first.targets)
+        warning = massive_warning(result.metrics, text.leaving_out(rule, counted))
+        if warning is not None:
+            where = f"{hookpoint}: " if hookpoint else ""
+            console.print(f"\nwarning: {where}{warning}", style="yellow", markup=False)
 
 
 def _summarise_sweep(

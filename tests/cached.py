@@ -4,8 +4,8 @@ import dataclasses
 import functools
 
 from kronsae.cache import HarvestConfig, harvest, writer
-from kronsae.cache.model import ManyHookpoints
 from kronsae.config import DataConfig
+from kronsae.data.many_hookpoints import ManyHookpoints
 from kronsae.data.text import IndexedText
 
 LENGTH, PASS = 16, 4

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 
 from kronsae.cache import CacheActivations, CacheIndex, Damaged, index, reader, writer
 from kronsae.cache.index import damaged
-from kronsae.cache.model import ManyHookpoints
 from kronsae.data import LanguageModel, LanguageModelActivations
+from kronsae.data.many_hookpoints import ManyHookpoints
 from kronsae.errors import InputError
 from kronsae.system import checkpoint, parallel
 from kronsae.system.files import read_checksummed, write_checksummed
@@ -202,7 +202,7 @@ def test_an_int8_cache_is_made_good_and_longer(monkeypatch, tmp_path):
 
 def test_what_float16_cannot_hold_is_refused(harvester, monkeypatch, tmp_path):
     read = LanguageModelActivations.read
-    monkeypatch.setattr(LanguageModelActivations, "read", lambda *a: 1e6 * read(*a))
+    monkeypatch.setattr(LanguageModelActivations, "read", lambda *a: [1e6 * x for x in read(*a)])
     config = cached.dataclasses.replace(cached.CONFIG, dtype="float16")
     with pytest.raises(InputError, match=r"gpt_neox.layers.1 has activations.*--dtype bfloat16"):
         harvester(tmp_path / "cache", config)
@@ -797,7 +797,7 @@ class Process(parallel.Group):
 def share(count, work):
     """work(mesh) on each of so many ranks; returns what each gave or raised."""
     values, barrier, results = [None] * count, threading.Barrier(count), [None] * count
-    activations, one_at_a_time = ManyHookpoints.activations, threading.Lock()
+    activations, one_at_a_time = ManyHookpoints.activations_of_points, threading.Lock()
 
     def locked(*arguments):  # they share a model, and its hooks
         with one_at_a_time:
@@ -813,7 +813,7 @@ def share(count, work):
 
     ranks = [threading.Thread(target=run, args=(rank,)) for rank in range(count)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ManyHookpoints, "activations", locked)
+        patch.setattr(ManyHookpoints, "activations_of_points", locked)
         for rank in ranks:
             rank.start()
         for rank in ranks:

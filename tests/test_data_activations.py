@@ -308,12 +308,12 @@ class Broken:
         self.inner, self.good_calls = model, good_calls
         self.model, self.tokenizer, self.hookpoint = model.model, model.tokenizer, model.hookpoint
         self.d_model, self.device = model.d_model, model.device
-        self.d_target = 0
+        self.d_target, self.points = 0, (self,)
 
-    def activations(self, ids):
+    def activations_of_points(self, ids):
         x = self.inner.activations(ids)
         self.good_calls -= 1
-        return x if self.good_calls >= 0 else torch.full_like(x, torch.nan)
+        return [x if self.good_calls >= 0 else torch.full_like(x, torch.nan)]
 
 
 def test_nan_in_training_text(model):

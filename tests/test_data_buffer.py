@@ -19,7 +19,7 @@ SETTINGS = {
 
 
 class Rows:
-    """Passes [r, 2] of the numbers 0, 1, ..., resumable by `next_row`."""
+    """Passes [r, 2] and [r, 3] of the numbers 0, 1, ..., resumable by `next_row`."""
 
     def __init__(self, rows, pass_size, next_row=0):
         self.rows, self.pass_size, self.next_row = rows, pass_size, next_row
@@ -28,17 +28,20 @@ class Rows:
         while self.next_row < self.rows:
             start, stop = self.next_row, min(self.rows, self.next_row + self.pass_size)
             self.next_row = stop
-            yield torch.arange(start, stop).float()[:, None].expand(-1, 2)
+            numbers = torch.arange(start, stop)[:, None]
+            yield [numbers.float().expand(-1, 2), numbers.double().expand(-1, 3)]
 
 
 def make(settings, seed=0, next_row=0):
     source = Rows(settings["rows"], settings["pass_size"], next_row)
-    buffer = ShuffleBuffer(iter(source), settings["capacity"], settings["batch_size"], seed)
+    buffer = ShuffleBuffer(
+        iter(source), settings["capacity"], settings["batch_size"], seed, hookpoints=2
+    )
     return source, buffer
 
 
 def numbers(settings, seed=0):
-    return [batch[:, 0].tolist() for batch in make(settings, seed)[1]]
+    return [x[:, 0].tolist() for x, _ in make(settings, seed)[1]]
 
 
 @pytest.fixture(params=SETTINGS.values(), ids=SETTINGS)
@@ -51,9 +54,10 @@ def test_every_row_comes_once(settings):
     assert sorted(rows) == list(range(settings["rows"]))
 
 
-def test_rows_stay_whole():
-    for batch in make(SETTINGS["usual"])[1]:
-        assert batch[:, 0].equal(batch[:, 1])
+def test_rows_stay_whole_and_hookpoints_share_their_order(settings):
+    for x, y in make(settings)[1]:
+        assert x.dtype == torch.float32 and y.dtype == torch.float64
+        assert x[:, 0].equal(x[:, 1]) and y.equal(x[:, :1].double().expand(-1, 3))
 
 
 def test_only_the_last_batch_is_smaller(settings):
@@ -84,9 +88,10 @@ def test_memory_is_bounded_by_the_capacity():
     _, buffer = make(SETTINGS["usual"])
     places = set()
     for _ in buffer:
-        assert buffer.filled <= buffer.capacity == buffer.rows.shape[0] == 128
-        places.add(buffer.rows.data_ptr())
-    assert len(places) == 1
+        assert buffer.filled <= buffer.capacity == 128
+        assert [rows.shape for rows in buffer.rows] == [(128, 2), (128, 3)]
+        places |= {rows.data_ptr() for rows in buffer.rows}
+    assert len(places) == 2
 
 
 def test_resume_at_every_batch(settings):
@@ -96,30 +101,46 @@ def test_resume_at_every_batch(settings):
         batches = iter(buffer)
         for _ in range(after):
             next(batches)
-        state = copy.deepcopy(buffer.state_dict())
+        states = copy.deepcopy(buffer.state_dicts())
         _, resumed = make(settings, seed=99, next_row=source.next_row)
-        resumed.load_state_dict(state)
-        assert [batch[:, 0].tolist() for batch in resumed] == whole[after:], after
+        resumed.load_state_dicts(states)
+        rest = list(resumed)
+        assert [x[:, 0].tolist() for x, _ in rest] == whole[after:], after
+        assert [y[:, 2].tolist() for _, y in rest] == whole[after:], after
 
 
 def test_a_loaded_state_is_not_written_to():
     settings = SETTINGS["usual"]
     source, buffer = make(settings)
     next(iter(buffer))
-    state = copy.deepcopy(buffer.state_dict())
-    before = copy.deepcopy(state)
+    states = copy.deepcopy(buffer.state_dicts())
+    before = copy.deepcopy(states)
     resumed = make(settings, next_row=source.next_row)[1]
-    resumed.load_state_dict(state)
+    resumed.load_state_dicts(states)
     list(resumed)
-    for name, value in before.items():
-        assert value == state[name] if name == "ended" else value.equal(state[name]), name
+    for was, state in zip(before, states, strict=True):
+        for name, value in was.items():
+            assert value == state[name] if name == "ended" else value.equal(state[name]), name
+
+
+def test_one_of_the_hookpoints_goes_on_alone():
+    """Its state is that of a buffer of its own."""
+    settings = SETTINGS["usual"]
+    source, buffer = make(settings)
+    for _ in range(5):
+        buffer.next()
+    states = copy.deepcopy(buffer.state_dicts())
+    rest = ([y] for _, y in Rows(settings["rows"], settings["pass_size"], source.next_row))
+    alone = ShuffleBuffer(rest, settings["capacity"], settings["batch_size"], 99)
+    alone.load_state_dicts(states[1:])
+    assert [y[:, 0].tolist() for (y,) in alone] == numbers(settings)[5:]
 
 
 def test_rows_wait_on_the_device_asked_for():
     buffer = ShuffleBuffer(iter([]), 8, 2, 0, device=torch.device("meta"))
-    state = make(SETTINGS["usual"])[1].state_dict() | {"rows": torch.zeros(4, 2)}
-    buffer.load_state_dict(state)
-    assert buffer.rows.device.type == "meta"
+    state = make(SETTINGS["usual"])[1].state_dicts()[0] | {"rows": torch.zeros(4, 2)}
+    buffer.load_state_dicts([state])
+    assert buffer.rows[0].device.type == "meta"
 
 
 @pytest.mark.gpu
@@ -130,12 +151,13 @@ def test_resume_on_a_gpu_from_a_state_on_the_cpu():
     batches = iter(buffer)
     for _ in range(3):
         next(batches)
-    rest = (x.to(device) for x in Rows(settings["rows"], settings["pass_size"], source.next_row))
-    resumed = ShuffleBuffer(rest, settings["capacity"], settings["batch_size"], 0, device)
-    resumed.load_state_dict(copy.deepcopy(buffer.state_dict()))
+    rows = Rows(settings["rows"], settings["pass_size"], source.next_row)
+    rest = ([part.to(device) for part in parts] for parts in rows)
+    resumed = ShuffleBuffer(rest, settings["capacity"], settings["batch_size"], 0, device, 2)
+    resumed.load_state_dicts(copy.deepcopy(buffer.state_dicts()))
     found = list(resumed)
-    assert all(batch.device.type == "cuda" for batch in found)
-    assert [batch[:, 0].tolist() for batch in found] == whole[3:]
+    assert all(part.device.type == "cuda" for batch in found for part in batch)
+    assert [x[:, 0].tolist() for x, _ in found] == whole[3:]
 
 
 def test_an_empty_stream_gives_no_batch():

@@ -21,8 +21,8 @@ import torch
 from kronsae import harvest
 from kronsae.cache import CacheIndex, HarvestConfig
 from kronsae.cache.index import damaged, resume_command
-from kronsae.cache.model import ManyHookpoints
 from kronsae.cache.writer import Progress
+from kronsae.data.many_hookpoints import ManyHookpoints
 from kronsae.errors import InputError
 from kronsae.harvest import make_plan, parse
 from kronsae.plan.time import duration

@@ -182,9 +182,12 @@ def test_what_stops_one_rank_stops_all(of_ranks):
 
 def test_one_process_has_all_members():
     """Whatever `share` says: nothing is shared out."""
-    assert parallel.owners(["a"], "members", (1, 1)) == {}
-    assert parallel.owners(["a", "b"], "tokens", (2, 1)) == {}
-    assert parallel.owners("abc", "members", (2, 1)) == {"a": 0, "b": 1, "c": 0}
+    assert parallel.owners({"a": ""}, "members", (1, 1)) == {}
+    assert parallel.owners({"a": "", "b": ""}, "tokens", (2, 1)) == {}
+    at_one = dict.fromkeys("abc", "")
+    assert parallel.owners(at_one, "members", (2, 1)) == {"a": 0, "b": 1, "c": 0}
+    at_two = {"a1": "x", "b1": "y", "a2": "x", "b2": "y"}
+    assert parallel.owners(at_two, "members", (2, 1)) == {"a1": 0, "b1": 1, "a2": 0, "b2": 1}
     train = TrainConfig(tokens=80, batch_size=40)
     config = SAEConfig(heads=4, m=2, n=2, k=2)
     one, other = (

@@ -105,7 +105,7 @@ def test_a_thread_that_is_stuck_is_left_behind(monkeypatch):
     stuck = threading.Event()
 
     def passes():
-        yield ForwardPass(torch.zeros(1, 1), {})
+        yield ForwardPass([torch.zeros(1, 1)], {})
         stuck.wait(60)
 
     prefetcher = Prefetcher(passes(), limit=9, devices=(torch.device("cpu"),))
@@ -282,7 +282,7 @@ def test_evaluation_and_forward_passes_take_turns(model):
 
 def test_waiting_times_are_counted():
     """A consumer that takes its time: the thread waits for it, and it never waits."""
-    passes = (ForwardPass(torch.zeros(4, 2), {"n": n}) for n in range(6))
+    passes = (ForwardPass([torch.zeros(4, 2)], {"n": n}) for n in range(6))
     prefetcher = Prefetcher(passes, limit=8, devices=(torch.device("cpu"),))
     began, taken = time.monotonic(), []
     for forward_pass in prefetcher:
@@ -294,7 +294,7 @@ def test_waiting_times_are_counted():
 
 
 def test_interrupted_it_raises_although_there_is_more():
-    passes = iter([ForwardPass(torch.zeros(1, 1), {})] * 3)
+    passes = iter([ForwardPass([torch.zeros(1, 1)], {})] * 3)
     prefetcher = Prefetcher(passes, limit=9, devices=(torch.device("cpu"),))
     next(prefetcher)
     prefetcher.interrupt()

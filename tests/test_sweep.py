@@ -266,7 +266,10 @@ def test_what_decides_the_stream_cannot_differ(change, words):
 def test_bad_sweeps(tmp_path):
     with pytest.raises(InputError, match="expected one SAE or more"):
         fit_many([], X)
-    with pytest.raises(InputError, match="as many train_configs, names and settings"):
+    with pytest.raises(
+        InputError,
+        match="as many train_configs, names, .* got 3 SAEs, 1 tr",
+    ):
         fit_many(list(SAES.values()), X, [TRAIN])
     for names, words in (
         (["a", "b", "a"], "two members of the sweep have the name 'a'"),

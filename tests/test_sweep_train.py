@@ -129,7 +129,7 @@ def test_seeds_draw_weights_and_the_stream_stays():
         ([{"batch_size": 64}], [], "batch_size must be the same for all members"),
         ([{"tokens": 64}], [], "tokens must be the same"),
         ([{"data_seed": 1}], [], "data_seed must be the same"),
-        ([{"layer": 1}], [], "layer must be the same"),
+        ([{"context_length": 64}], [], "context_length must be the same"),
         ([{"model": "gpt2"}], [], "model must be the same"),
         ([{"wings": 1}], [], "entry 0: there is no setting 'wings'"),
         ([{}, {"m": "two"}], [], "member {'m': 'two'} of the sweep: m: expected a whole number"),
@@ -162,12 +162,12 @@ def test_bad_sweeps(entries, arguments, words, tmp_path, capsys, monkeypatch):
 
 def test_iso_flops_of_topk_by_hand():
     """[KronSAE, eq. 7] on d = 256: a dense SAE's FLOPs on T tokens, spent by the Kron encoder."""
-    request = parse(["--iso-flops-of", "topk", "--tokens", "100000"]).at_width(256)
+    request = parse(["--iso-flops-of", "topk", "--tokens", "100000"]).at_widths({"": (256, 0)})
     dense, kron = 256 * 4096 + 32 * 256, 256 * 256 * 8 + 4096 + 32 * 256
     assert request.config.train.tokens == round(100_000 * dense / kron)
     note = request.notes["sae"]["iso_flops_of"]
     assert note["tokens"] == 100_000 and note["sae"]["encoder"] == "dense"
-    assert request.at_width(256).config.train.tokens == request.config.train.tokens
+    assert request.at_widths({"": (256, 0)}).config.train.tokens == request.config.train.tokens
 
 
 def test_iso_flops_of_a_run_is_what_the_run_records(whole, tmp_path):
@@ -175,7 +175,7 @@ def test_iso_flops_of_a_run_is_what_the_run_records(whole, tmp_path):
     of = whole[0] / "k4"
     common = [*SMALL, "--tokens", "512", "--m", "2", "--iso-flops-of"]
     budgets = {
-        parse([*common, str(path)]).at_width(256).config.train.tokens
+        parse([*common, str(path)]).at_widths({"": (256, 0)}).config.train.tokens
         for path in (of, of / "config.json", of / "sae", of / "sae" / "config.json")
     }
     [tokens] = budgets
@@ -210,7 +210,7 @@ def test_bad_iso_flops(arguments, words, tmp_path, capsys, monkeypatch):
 
 def test_iso_flops_of_another_width():
     with pytest.raises(InputError, match="d_model: 256 is configured, the data has 512"):
-        parse(["--d-model", "256"]).at_width(512)
+        parse(["--d-model", "256"]).at_widths({"": (512, 0)})
 
 
 DIVERGING = ["--lr", "1e25", "--tokens", "4000"]

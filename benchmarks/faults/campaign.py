@@ -504,23 +504,23 @@ def text_fails(at: int) -> None:
 
 def change_pass(at: int, change: Callable[[torch.Tensor], None]) -> None:
     """Call `change` with what forward pass number `at` of the language model reads out."""
-    from kronsae.cache.model import ManyHookpoints
     from kronsae.data.language_model import LanguageModel
+    from kronsae.data.many_hookpoints import ManyHookpoints
 
     count = [0]
 
-    def changed(run: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-        def activations(self: Any, *args: Any) -> torch.Tensor:
-            x = run(self, *args)
+    def changed(run: Callable[..., list[torch.Tensor]]) -> Callable[..., list[torch.Tensor]]:
+        def activations(self: Any, *args: Any) -> list[torch.Tensor]:
+            outputs = run(self, *args)
             count[0] += 1
             if count[0] == at:
-                change(x)
-            return x
+                change(outputs[0])
+            return outputs
 
         return activations
 
     for model in (LanguageModel, ManyHookpoints):
-        model.activations = changed(model.activations)
+        model.activations_of_points = changed(model.activations_of_points)
 
 
 def model_fails(at: int) -> None:

@@ -6,75 +6,15 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from kronsae.cache.index import CacheIndex, Hookpoint
-from kronsae.config import DataConfig
+from kronsae.cache.index import CacheIndex
 from kronsae.data.common import digest
-from kronsae.data.language_model import EMBEDDED_LAYER, PROBE, LanguageModel, check_layer
+from kronsae.data.language_model import LanguageModel
 from kronsae.data.loading import load_tokenizer, quiet
-from kronsae.embedded import EMBEDDED_MODEL
 from kronsae.errors import InputError
 
 if TYPE_CHECKING:
-    from typing_extensions import Self
-
-
-class ManyHookpoints(LanguageModel):
-    """A language model whose `activations` are those of several hookpoints, side by side.
-
-    Create it by `load_at`.
-    """
-
-    hookpoints: tuple[Hookpoint, ...] = ()
-
-    @classmethod
-    def load_at(
-        cls,
-        data: DataConfig,
-        layers: Sequence[int],
-        hookpoints: Sequence[str],
-        device: torch.device | str = "cpu",
-    ) -> "Self":
-        """The model of `data`, read after the blocks `layers` and at the modules `hookpoints`.
-
-        Raises InputError as `LanguageModel.load` does, or for a hookpoint that is named twice.
-        """
-        layers = default_layers(data, layers, hookpoints)
-        layer = next(iter(layers), None)
-        hookpoint = next(iter(hookpoints), None) if layer is None else None
-        model = cls.of(dataclasses.replace(data, layer=layer, hookpoint=hookpoint), device)
-        for layer in layers:
-            check_layer(data.model, model.model.config, layer)
-        blocks = model.hookpoint.rpartition(".")[0]
-        names = [*(f"{blocks}.{layer}" for layer in layers), *hookpoints]
-        twice = next((name for name in names if names.count(name) > 1), None)
-        if twice is not None:
-            raise InputError(f"hookpoint {twice!r} is named twice: leave it out once")
-        outputs = model.activations_at(names, PROBE)
-        layer_of: dict[str, int] = dict(zip(names, layers, strict=False))
-        model.hookpoints = tuple(
-            Hookpoint(name, output.shape[-1], layer_of.get(name))
-            for name, output in zip(names, outputs, strict=True)
-        )
-        model.hookpoint = ", ".join(names)
-        model.d_model, _ = model._probe()  # of all hookpoints
-        return model
-
-    def activations(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """[b, t, sum of widths] for token ids [b, t]; the forward pass ends after the last one."""
-        if not self.hookpoints:  # while `load` probes the first one
-            return super().activations(input_ids, attention_mask)
-        names = [hookpoint.name for hookpoint in self.hookpoints]
-        return torch.cat(self.activations_at(names, input_ids), -1)
-
-
-def default_layers(
-    data: DataConfig, layers: Sequence[int], hookpoints: Sequence[str]
-) -> tuple[int, ...]:
-    """`layers`, or the embedded model's default if nothing is named."""
-    alone = not layers and not hookpoints and data.model == EMBEDDED_MODEL
-    return (EMBEDDED_LAYER,) if alone else tuple(layers)
+    pass
 
 
 class ModelByName:

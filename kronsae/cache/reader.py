@@ -109,7 +109,9 @@ class CacheActivations:
             self.buffer = ShuffleBuffer(rows, buffer_tokens, batch_size, seed, self.device)
 
     def __iter__(self) -> Iterator[Tensor]:
-        return iter(self.buffer) if self.buffer is not None else self._global()
+        if self.buffer is None:
+            return self._global()
+        return (batch for [batch] in self.buffer)
 
     def check_budget(self, tokens: int) -> None:
         """Raise InputError if the cache has fewer tokens, over all epochs."""
@@ -180,14 +182,14 @@ class CacheActivations:
 
     # In stream order
 
-    def _stream(self) -> Iterator[Tensor]:
-        """Rows [r, d] of each shard from the position on."""
+    def _stream(self) -> Iterator[list[Tensor]]:
+        """Rows [r, d] of each shard from the position on, for `ShuffleBuffer`."""
         shards = len(self.index.train)
         end = None if self.epochs is None else self.epochs * shards
         numbers = count(self.position) if end is None else range(self.position, end)
         for tensors in self._read([number % shards] for number in numbers):
             self.position += 1
-            yield _join(tensors)
+            yield [_join(tensors)]
 
     # Reading
 
@@ -319,7 +321,7 @@ class CacheActivations:
     # Position
 
     def state_dict(self) -> dict[str, Any]:
-        buffer = {} if self.buffer is None else {"buffer": self.buffer.state_dict()}
+        buffer = {} if self.buffer is None else {"buffer": self.buffer.state_dicts()[0]}
         return {"given": self.position, **buffer}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -329,7 +331,7 @@ class CacheActivations:
         if self.buffer is not None:
             state = typed(state, Keys({"buffer": Any}), "source")
             self.buffer.source = self._stream()
-            self.buffer.load_state_dict(state["buffer"])
+            self.buffer.load_state_dicts([state["buffer"]])
 
     def describe(self) -> dict[str, Any]:
         return {

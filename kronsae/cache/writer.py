@@ -49,13 +49,14 @@ from kronsae.cache.index import (
     source_of_file,
     write_tensors,
 )
-from kronsae.cache.model import ManyHookpoints, tokenizer_digest
+from kronsae.cache.model import tokenizer_digest
 from kronsae.config import DataConfig, check_values, from_dict, setting
 from kronsae.data.activations import (
     LanguageModelActivations,
     describe_begin,
     resolve_context_length,
 )
+from kronsae.data.many_hookpoints import ManyHookpoints
 from kronsae.data.text import check_text, open_text
 from kronsae.errors import InputError, differences
 from kronsae.system import checkpoint
@@ -357,7 +358,9 @@ class _Harvest:
         check_text(config.data)
         data = dataclasses.replace(config.data, model_dtype=self._model_dtype())
         self.model = ManyHookpoints.load_at(data, config.layers, config.hookpoints, device)
-        self.widths = [hookpoint.width for hookpoint in self.model.hookpoints]
+        self.hookpoints = tuple(
+            Hookpoint(point.hookpoint, point.d_model, point.layer) for point in self.model.points
+        )
         self.dtype = str(self.model.dtype).removeprefix("torch.")
         self.data = dataclasses.replace(
             config.data,
@@ -388,7 +391,7 @@ class _Harvest:
         names = ("name", "revision", "commit", "weights", "dtype")
         parameters = sum(p.numel() for p in self.model.model.parameters())
         return CacheIndex(
-            hookpoints=self.model.hookpoints,
+            hookpoints=self.hookpoints,
             dtype=self.dtype,
             context_length=self.data.context_length,
             data=self.data,
@@ -566,15 +569,13 @@ class _Harvest:
         at_once: number of shards that are made at the same time (0: to repair).
         """
         rows = int(sum(mask.sum() for mask in made.masks))
-        stored = [self._new(rows, width) for width in self.widths]
+        stored = [self._new(rows, hookpoint.width) for hookpoint in self.hookpoints]
         done = sum(shard.rows for section in SECTIONS for shard in self.shards[section])
         start = 0
         for ids in made.ids:
-            x = self.source.read(ids, "the text")
-            stop = start + len(x)
-            for hookpoint, part, all_rows in zip(
-                self.model.hookpoints, x.split(self.widths, 1), stored, strict=True
-            ):
+            parts = self.source.read(ids, "the text")
+            stop = start + len(parts[0])
+            for hookpoint, part, all_rows in zip(self.hookpoints, parts, stored, strict=True):
                 _store(part, {name: y[start:stop] for name, y in all_rows.items()}, hookpoint)
             start = stop
             if at_once:

@@ -1,7 +1,9 @@
 """Sources of training batches: each can save its position and go on from it exactly."""
 
 import dataclasses
-from collections.abc import Iterable, Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
 from itertools import chain, islice
 from typing import Any, Protocol
 
@@ -210,7 +212,10 @@ class LanguageModelActivations:
     tokens as the shuffle buffer serves between two refills. Batches and states are the same as
     without it. `close` ends the thread.
 
+    language_model: one that is read at a single hookpoint, or `ManyHookpoints`, whose activations
+        the `hookpoints` give.
     device: where rows are buffered and batches are given (None: the language model's device).
+    own: numbers of the hookpoints whose activations this process wants (None: all).
     Some documents are held out for evaluation; a warning says if they have fewer tokens than
     `config.heldout_tokens`. Tokens at the end of the data that do not fill a context are left out.
     Raises InputError if there is not one context of text for training and one for evaluation, or
@@ -225,14 +230,19 @@ class LanguageModelActivations:
         batch_size: int,
         seed: int,
         device: torch.device | None = None,
+        own: Sequence[int] | None = None,
     ) -> None:
         check_batch_size(batch_size)
         self.device = device or language_model.device
         self.language_model = language_model
+        points = language_model.points
+        self.own = list(range(len(points)) if own is None else own)
+        self.hookpoints = [HookpointActivations(self, number) for number in range(len(points))]
         self.text = text
         self.config = config
         self.batch_size, self.seed = batch_size, seed
-        self.d_model, self.d_target = language_model.d_model, language_model.d_target
+        first = points[self.own[0]]
+        self.d_model, self.d_target = first.d_model, first.d_target
         self.packer = Packer(language_model.tokenizer, config.context_length, config.bos)
         self.special = special_ids(language_model.tokenizer)
         self.contexts: list[Tensor] = []  # packed, not yet run through the model
@@ -252,14 +262,28 @@ class LanguageModelActivations:
         self.prefetcher: Prefetcher | None = None
         self.position = self.position_dict()
         self.buffer = ShuffleBuffer(
-            self._rows(), config.buffer_tokens, batch_size, seed, self.device
+            *(self._rows(), config.buffer_tokens, batch_size, seed, self.device),
+            hookpoints=len(self.own),
         )
+        self._states: dict[int, dict[str, Any]] = {}
 
     def __iter__(self) -> Iterator[Tensor]:
-        return iter(self.buffer)
+        """Batches of the only hookpoint."""
+        [hookpoint] = self.hookpoints
+        return iter(hookpoint)
 
-    def _rows(self) -> Iterator[Tensor]:
-        """Rows [r, d_model + d_target] float32 of the masked tokens, one forward pass at a time."""
+    def serve(self) -> bool:
+        """Give each of the hookpoints that are wanted the next batch; False after the last one."""
+        batch = self.buffer.next()
+        if batch is None:
+            return False
+        for number, x in zip(self.own, batch, strict=True):
+            self.hookpoints[number].served.append(x)
+        return True
+
+    def _rows(self) -> Iterator[list[Tensor]]:
+        """Rows [r, d_model + d_target] float32 of the masked tokens, one forward pass at a time,
+        of each hookpoint."""
         passes = self._passes()
         if self.overlap:
             devices = (self.device, self.language_model.device)
@@ -270,10 +294,11 @@ class LanguageModelActivations:
 
     def _passes(self) -> Iterator[ForwardPass]:
         while (ids := self.next_contexts()) is not None:
-            x = self.read(ids, f"forward pass {self.forwards - 1}")
+            rows = self.read(ids, f"forward pass {self.forwards - 1}")
             # A copy to the host must be complete; one between GPUs is ordered by their streams.
-            x = x.to(self.device, non_blocking=self.device.type == "cuda")
-            yield ForwardPass(x, self.position_dict())
+            ordered = self.device.type == "cuda"
+            rows = [x.to(self.device, non_blocking=ordered) for x in rows]
+            yield ForwardPass(rows, self.position_dict())
 
     def next_contexts(self) -> Tensor | None:
         """Token ids [b, context_length] of the next forward pass; None at the end of the text."""
@@ -294,21 +319,26 @@ class LanguageModelActivations:
                 break
             self.contexts += self.packer.add(document)
 
-    def read(self, ids: Tensor, where: str) -> Tensor:
+    def read(self, ids: Tensor, where: str) -> list[Tensor]:
         """Rows [r, d_model + d_target] float32 of the masked tokens of contexts [b, L].
 
-        Raises InputError, which names `where`, if they are not finite.
+        Of each hookpoint. Raises InputError, which names `where`, if they are not finite.
         """
-        activations = self.language_model.activations(ids)
-        x = activations[self.token_mask(ids).to(activations.device)].float()
-        if not is_finite(x):
-            bad = (~torch.isfinite(x)).any(1).double().mean().item()
-            raise InputError(
-                f"{self.language_model.hookpoint} gave NaN or infinity for {bad:.1%} of the tokens "
-                f"of {where}: try --model-dtype float32 or bfloat16 (a training run can resume "
-                "with it; a harvest has to start again)"
-            )
-        return x
+        outputs = self.language_model.activations_of_points(ids)
+        mask = self.token_mask(ids).to(outputs[0].device)
+        rows = []
+        for number in self.own:
+            x = outputs[number][mask].float()
+            if not is_finite(x):
+                bad = (~torch.isfinite(x)).any(1).double().mean().item()
+                hookpoint = self.language_model.points[number].hookpoint
+                raise InputError(
+                    f"{hookpoint} gave NaN or infinity for {bad:.1%} of the tokens of {where}: try "
+                    "--model-dtype float32 or bfloat16 (a training run can resume with it; a "
+                    "harvest has to start again)"
+                )
+            rows.append(x)
+        return rows
 
     def token_mask(self, ids: Tensor) -> Tensor:
         """Mask [b, t] of the tokens to train and evaluate on; see `packing.token_mask`."""
@@ -324,21 +354,34 @@ class LanguageModelActivations:
         return self.token_mask(self._heldout)
 
     def heldout_activations(self) -> Tensor:
-        """Rows [t, d_model + d_target] float32 of the held-out tokens, in reading order."""
+        """Rows [t, d_model + d_target] float32 of the held-out tokens, in reading order.
+
+        Of the only hookpoint.
+        """
+        [rows] = self.heldout_rows.values()
+        return rows
+
+    @cached_property
+    def heldout_rows(self) -> dict[int, Tensor]:
+        """`heldout_activations` of each of the `hookpoints`."""
         parts = self._heldout.split(self.config.contexts_per_batch)
-        return torch.cat([self.read(ids, "held-out text") for ids in parts])
+        rows = zip(*(self.read(ids, "held-out text") for ids in parts), strict=True)
+        return dict(zip(self.own, map(torch.cat, rows), strict=True))
 
     def text_in_order(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """The held-out text and then the rest, unshuffled, for analysis.
 
         Gives per forward pass the token ids [b, L], their mask [b, L], and rows
-        [t, d_model + d_target] float32 of the masked tokens. It moves the position in the text.
+        [t, d_model + d_target] float32 of the masked tokens, of the only hookpoint. It moves the
+        position in the text.
         """
         size = self.config.contexts_per_batch
         for ids in self._heldout.split(size):
-            yield ids, self.token_mask(ids), self.read(ids, "held-out text")
-        while (ids := self.next_contexts()) is not None:
-            yield ids, self.token_mask(ids), self.read(ids, "the text")
+            [rows] = self.read(ids, "held-out text")
+            yield ids, self.token_mask(ids), rows
+        while (contexts := self.next_contexts()) is not None:
+            [rows] = self.read(contexts, "the text")
+            yield contexts, self.token_mask(contexts), rows
 
     def interrupt(self) -> None:
         """Raise `Interrupted` where a batch is waited for or a forward pass runs.
@@ -363,7 +406,13 @@ class LanguageModelActivations:
         return None if self.prefetcher is None else self.prefetcher.waited
 
     def state_dict(self) -> dict[str, Any]:
-        return {**self.position, "buffer": self.buffer.state_dict()}
+        [state] = self.state_dicts().values()
+        return state
+
+    def state_dicts(self) -> dict[int, dict[str, Any]]:
+        """`state_dict` of each of the `hookpoints`, all of which have given as many batches."""
+        buffers = zip(self.own, self.buffer.state_dicts(), strict=True)
+        return {number: {**self.position, "buffer": buffer} for number, buffer in buffers}
 
     def position_dict(self) -> dict[str, Any]:
         """The position in the text, and the tokens and contexts that wait."""
@@ -378,10 +427,19 @@ class LanguageModelActivations:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from a state, even after batches were given."""
-        state = typed(state, Keys({"buffer": Any}), "source")
+        self.load_state_of(self.own[0], state)
+
+    def load_state_of(self, number: int, state: dict[str, Any]) -> None:
+        """Go on from the states of the `hookpoints`, once the last of them is loaded."""
+        self._states[number] = typed(state, Keys({"buffer": Any}), "source")
+        if len(self._states) < len(self.own):
+            return
         self.close()
         self.go_to({name: value for name, value in state.items() if name != "buffer"})
-        self.buffer.load_state_dict(state["buffer"])
+        self.buffer.load_state_dicts([self._states[n]["buffer"] for n in self.own])
+        self._states.clear()
+        for hookpoint in self.hookpoints:
+            hookpoint.served.clear()
 
     def go_to(self, position: dict[str, Any]) -> None:
         """Go on with the contexts that came after `position_dict`."""
@@ -395,9 +453,13 @@ class LanguageModelActivations:
         self.buffer.source = self._rows()
 
     def describe(self) -> dict[str, Any]:
+        return self.describe_at(self.language_model)
+
+    def describe_at(self, point: LanguageModel) -> dict[str, Any]:
+        """`describe` of the batches of one of the hookpoints."""
         return {
             "source": "language model",
-            **self.language_model.describe(),
+            **point.describe(),
             "text": self.text.fingerprint(),
             "heldout_contexts": self._heldout.shape[0],
             "batch_size": self.batch_size,
@@ -405,6 +467,43 @@ class LanguageModelActivations:
             **{name: getattr(self.config, name) for name in BATCH_SETTINGS + HELDOUT_SETTINGS},
             **describe_begin(self.language_model.tokenizer, self.packer.begin),
         }
+
+
+class HookpointActivations:
+    """The activations at one of the hookpoints that a `LanguageModelActivations` reads together.
+
+    Batches are those that it would give at this hookpoint alone. All hookpoints are read in turn,
+    a batch of each; what some have not been asked for yet waits.
+    """
+
+    def __init__(self, reader: LanguageModelActivations, number: int) -> None:
+        self.reader, self.number = reader, number
+        self.language_model = reader.language_model.points[number]
+        self.d_model = self.language_model.d_model
+        self.d_target = self.language_model.d_target
+        self.served: deque[Tensor] = deque()
+
+    def __iter__(self) -> Iterator[Tensor]:
+        while self.served or self.reader.serve():
+            yield self.served.popleft()
+
+    def heldout_activations(self) -> Tensor:
+        """Rows [t, d_model + d_target] float32 of the held-out tokens, in reading order."""
+        return self.reader.heldout_rows[self.number]
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.reader.state_dicts()[self.number]
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a state, once each of the hookpoints was given its own."""
+        self.reader.load_state_of(self.number, state)
+
+    def describe(self) -> dict[str, Any]:
+        return self.reader.describe_at(self.language_model)
+
+    def __getattr__(self, name: str) -> Any:
+        """What all hookpoints share: the text, held-out contexts, the thread."""
+        return getattr(self.reader, name)
 
 
 def describe_begin(tokenizer: Any, begin: list[int]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 Letters: b contexts, t tokens per context, d width of the hookpoint's output, V vocabulary size.
 """
 
+import copy
 import dataclasses
 import difflib
 import threading
@@ -86,6 +87,7 @@ class LanguageModel:
         self.lock = threading.RLock()
         self.interrupted = threading.Event()
         self.ranks = ALONE.reading
+        self._body: nn.Module | None = None
         self.resumes: bool | None = None  # see `kronsae.metrics.splicing.ForwardPasses`
         self.tokenizer = tokenizer
         self.hookpoint = hookpoint
@@ -96,13 +98,43 @@ class LanguageModel:
             config.use_cache = False
         self.absent = absent
         self.is_encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
-        self.module = find_module(model, name, hookpoint)
-        self.target_hookpoint = target_hookpoint
-        self.target = find_module(model, name, target_hookpoint) if target_hookpoint else None
-        self.d_model, self.d_target = self._probe()
+        self.no_cross_entropy: str | None = None
+        self._move(hookpoint, target_hookpoint)
         with torch.no_grad():
             self.no_cross_entropy = self._why_no_cross_entropy()
-            self._body = None if self.no_cross_entropy else self._find_body()
+        self._body = self._find_body()
+
+    def _move(self, hookpoint: str, target_hookpoint: str | None) -> None:
+        """Read other modules from now on. Raises InputError as the class says."""
+        self.hookpoint, self.target_hookpoint = hookpoint, target_hookpoint
+        self.layer: int | None = None
+        self.module = find_module(self.model, self.name, hookpoint)
+        self.target = (
+            find_module(self.model, self.name, target_hookpoint) if target_hookpoint else None
+        )
+        self.d_model, self.d_target = self._probe()
+
+    def at(
+        self,
+        *,
+        layer: int | None = None,
+        hookpoint: str | None = None,
+        target_hookpoint: str | None = None,
+    ) -> "LanguageModel":
+        """The same loaded model, read at another layer or module; see `load`."""
+
+        def moved(name: str) -> LanguageModel:
+            other = copy.copy(self)
+            other.resumes = None
+            other._move(name, target_hookpoint)
+            other._body = other._find_body()
+            return other
+
+        if hookpoint is not None:
+            return moved(hookpoint)
+        assert layer is not None
+        check_layer(self.name, self.model.config, layer)
+        return _at_block(moved, self.model, self.name, layer)
 
     @classmethod
     def load(
@@ -197,11 +229,15 @@ class LanguageModel:
                 reason = f"does not run to its end on text alone ({error_reason(error)})"
         return reason and f"{self.name} ({kind}) {reason}"
 
+    @torch.no_grad()
     def _find_body(self) -> nn.Module | None:
         """The part of the model that gives the hidden states for its head.
 
-        None if the head cannot run apart from it: that is tried on a few tokens.
+        None if the head cannot run apart from it: that is tried on a few tokens. Also without
+        cross-entropy.
         """
+        if self.no_cross_entropy is not None:
+            return None
         whole = self._run(PROBE, None).logits[:, :-1].flatten(0, 1)
         parts = self.hookpoint.split(".")
         around = [".".join(parts[:count]) for count in range(1, len(parts))]
@@ -270,6 +306,15 @@ class LanguageModel:
         with self.lock, self._interruptible():
             return self.ranks.map(self._activations, input_ids, attention_mask)
 
+    @property
+    def points(self) -> tuple["LanguageModel", ...]:
+        """Where activations are read: here alone, of `ManyHookpoints` at each hookpoint."""
+        return (self,)
+
+    def activations_of_points(self, input_ids: Tensor) -> list[Tensor]:
+        """`activations` of each of the `points`."""
+        return [self.activations(input_ids)]
+
     def interrupt(self) -> None:
         """Make `activations` raise Interrupted at the next block, until `interrupted` is cleared.
 
@@ -278,16 +323,23 @@ class LanguageModel:
         self.interrupted.set()
 
     def _activations(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
-        if self.target_hookpoint is None:
-            return self._read([self.hookpoint], input_ids, attention_mask)[self.hookpoint]
-        hookpoints = self.hookpoint, self.target_hookpoint
-        outputs = self._read(hookpoints, input_ids, attention_mask)
+        outputs = self._read(self._names, input_ids, attention_mask)
         if next(iter(outputs)) == self.target_hookpoint:
             raise InputError(
                 f"target_hookpoint {self.target_hookpoint!r} of {self.name} runs before "
                 f"{self.hookpoint!r}: a transcoder predicts what comes later"
             )
-        return torch.cat([outputs[name] for name in hookpoints], -1)
+        return self._joined(outputs)
+
+    @property
+    def _names(self) -> list[str]:
+        """The hookpoint and, if there is one, the target."""
+        return [self.hookpoint] + ([self.target_hookpoint] if self.target_hookpoint else [])
+
+    def _joined(self, outputs: dict[str, Tensor]) -> Tensor:
+        """[b, t, d_model + d_target] from the outputs of modules by name."""
+        parts = [outputs[name] for name in self._names]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
     @torch.no_grad()
     def activations_at(self, hookpoints: Sequence[str], input_ids: Tensor) -> list[Tensor]:
@@ -564,6 +616,12 @@ def _num_layers(config: Any) -> int:
     return layers
 
 
+def layers_of(data: DataConfig) -> range:
+    """The layers of the model that `data` names, from its configuration. Raises InputError."""
+    with quiet():
+        return range(_num_layers(load_config(data.model, data.revision, data.trust_remote_code)))
+
+
 def check_layer(name: str, config: Any, layer: int) -> None:
     """Raise InputError unless the model `name` with this transformers config has the layer."""
     layers = _num_layers(config)
@@ -584,7 +642,9 @@ def _at_block(
     problem: InputError | None = None
     for blocks, _ in lists_of_blocks(model):
         try:
-            return at(f"{blocks}.{layer}")
+            read = at(f"{blocks}.{layer}")
+            read.layer = layer
+            return read
         except InputError as error:  # the blocks of an image encoder, for example, do not run
             problem = problem or error
     if problem is not None:

@@ -99,6 +99,33 @@ def load_config(name: str, revision: str | None, trust_remote_code: bool) -> Any
         raise InputError(_not_found(name, revision, error)) from error
 
 
+class NoSkeleton(InputError):
+    """Raised if a model cannot be created without weights; it may still load and run."""
+
+
+def load_skeleton(name: str, revision: str | None, trust_remote_code: bool) -> tuple[Any, Any]:
+    """A model's configuration, and the model on the meta device, without weights.
+
+    Raises InputError if its config.json cannot be loaded, NoSkeleton if it needs its weights.
+    """
+    with quiet():
+        config = load_config(name, revision, trust_remote_code)
+        try:
+            with torch.device("meta"):
+                model = loader_of(config).from_config(config, trust_remote_code=trust_remote_code)
+        except Exception as error:  # there are dozens of types
+            raise NoSkeleton(
+                f"model {name!r} cannot be created without weights ({reason(error)})"
+            ) from error
+    return config, model
+
+
+def module_names(name: str, revision: str | None, trust_remote_code: bool) -> list[str]:
+    """Names of a model's modules, in its order. Raises InputError as `load_skeleton` does."""
+    _, model = load_skeleton(name, revision, trust_remote_code)
+    return [name for name, _ in model.named_modules() if name]
+
+
 def _not_found(name: str, revision: str | None, error: Exception) -> str:
     text = str(error)
     why = reason(error)

@@ -20,8 +20,8 @@ CLOSE_TIMEOUT = 5.0
 class ForwardPass(NamedTuple):
     """Activations of one forward pass of a language model."""
 
-    rows: Tensor
-    """[r, d], on the device where they wait for training."""
+    rows: list[Tensor]
+    """[r, d] of each hookpoint, on the device where they wait for training."""
     position: dict[str, Any]
     """The source's position after this pass, as in its `state_dict`."""
 
@@ -70,13 +70,14 @@ class Prefetcher:
             if not self.ready:
                 raise self.error or StopIteration
             forward_pass, event = self.ready.popleft()
-            self.rows -= forward_pass.rows.shape[0]
+            self.rows -= len(forward_pass.rows[0])
             self.changed.notify_all()
         if event is not None:
-            stream = torch.cuda.current_stream(forward_pass.rows.device)
+            stream = torch.cuda.current_stream(forward_pass.rows[0].device)
             stream.wait_event(event)
-            # The allocator must not reuse the memory before this stream has read it.
-            forward_pass.rows.record_stream(stream)
+            for rows in forward_pass.rows:
+                # The allocator must not reuse the memory before this stream has read it.
+                rows.record_stream(stream)
         return forward_pass
 
     @property
@@ -119,11 +120,11 @@ class Prefetcher:
 
     def _append(self, forward_pass: ForwardPass) -> bool:
         """Hand over a pass and wait for room; False once closed."""
-        stream = self.streams.get(forward_pass.rows.device)
+        stream = self.streams.get(forward_pass.rows[0].device)
         event = None if stream is None else stream.record_event()
         with self.changed:
             self.ready.append((forward_pass, event))
-            self.rows += forward_pass.rows.shape[0]
+            self.rows += len(forward_pass.rows[0])
             self.changed.notify_all()
             self._waits_since = time.monotonic()
             while self.rows >= self.limit and not self.closed:

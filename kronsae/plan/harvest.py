@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from kronsae.cache import HarvestConfig
-from kronsae.cache.model import default_layers
 from kronsae.data.amount import about, name_of_text, too_few
+from kronsae.data.many_hookpoints import default_layers
 from kronsae.data.text import check_text
 from kronsae.errors import InputError
 from kronsae.plan.amount import available_tokens

@@ -26,6 +26,7 @@ from kronsae.model.ranks import check_heads, ranks_of_one
 from kronsae.model.sae import SAE
 from kronsae.plan.outline import Outline
 from kronsae.registry import OBJECTIVES, SELECTIONS
+from kronsae.runs.sweep import hookpoints_of
 from kronsae.system import parallel
 from kronsae.system.devices import (
     compute_dtype,
@@ -70,9 +71,10 @@ def make_plan(members: Mapping[str, RunConfig], model: Outline) -> dict[str, Any
     parts = _parts(members, ranks)
     by_process = [[plans[name] for name in names] for names in parts]
     process = max(by_process, key=lambda process: sum(member.state for member in process))
-    row = 4 * (model.d_model + model.d_target)  # bytes of an activation and its target
+    # Bytes of the activations of a token, and their targets, at each hookpoint of a process.
+    row = 4 * max(_width([members[name] for name in names]) for names in parts)
     buffer, saved_buffer = _buffer_bytes(config, row)
-    reader = _reader(config, model, model_device, ranks) if model_device == device else None
+    reader = _reader(config, model, model_device, ranks, row) if model_device == device else None
     stays = {
         "language model": reader.weights if reader else 0,
         "text": _text_bytes(config.data) if device.type == "cpu" else 0,
@@ -187,11 +189,21 @@ def _peak(
 def _parts(members: Mapping[str, RunConfig], ranks: tuple[int, int]) -> list[list[str]]:
     """Names of the members that each process trains alone; one part, of all, if they share them."""
     train = next(iter(members.values())).train
-    owned = parallel.owners(members, train.share, ranks)
+    hookpoints = hookpoints_of({name: config.data for name, config in members.items()})
+    owned = parallel.owners(hookpoints, train.share, ranks)
     parts: dict[int, list[str]] = {}
     for name in members:
         parts.setdefault(owned.get(name, 0), []).append(name)
     return list(parts.values())
+
+
+def _width(configs: Iterable[RunConfig]) -> int:
+    """Width of the activations, and their targets, of the hookpoints that these read."""
+    places = {
+        (config.data.layer, config.data.hookpoint, config.data.target_hookpoint): config.sae
+        for config in configs
+    }
+    return sum(sae.d_model + sae.d_target for sae in places.values())
 
 
 def _member(
@@ -315,9 +327,12 @@ def _buffer_bytes(config: RunConfig, row: int) -> tuple[int, int]:
 
 
 def _reader(
-    config: RunConfig, model: Outline, device: torch.device, ranks: tuple[int, int]
+    config: RunConfig, model: Outline, device: torch.device, ranks: tuple[int, int], row: int
 ) -> _Reader:
-    """Rough sizes of the language model and its activations on a rank."""
+    """Rough sizes of the language model and its activations on a rank.
+
+    row: bytes of what is read of a token, in float32.
+    """
     size = model_dtype(config.data.model_dtype, device, model.checkpoint).itemsize
     tokens = config.data.contexts_per_batch * model.context_length
     # A block's widest activation has four times the model's width, and exists twice. About six more
@@ -328,9 +343,13 @@ def _reader(
     # Logits, the same in float32, and logarithms of probabilities.
     logit = size + 4 + (4 if size < 4 else 0)
     judged = CONTEXTS_AT_ONCE * model.context_length
+    row_of_one = 4 * (config.sae.d_model + config.sae.d_target)
     return _Reader(
         weights=model.parameters * size,
-        forward=14 * width + 4 * (tokens - own) * model.d_model,
+        # What other hookpoints give waits, until it is copied to float32.
+        forward=14 * width
+        + row * (tokens - own)
+        + max(0, row - row_of_one) * own * (size + 4) // 4,
         widest=4 * width,
         losses=logit * min(LOGITS_AT_ONCE, judged * model.vocabulary),
     )

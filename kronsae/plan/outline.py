@@ -19,7 +19,7 @@ from kronsae.data.language_model import (
     layer_or_hookpoint,
     lists_of_blocks,
 )
-from kronsae.data.loading import checkpoint_dtype, load_config, loader_of, quiet
+from kronsae.data.loading import NoSkeleton, checkpoint_dtype, load_skeleton
 from kronsae.errors import InputError, warn
 from kronsae.sources import Cache, source_of
 
@@ -111,18 +111,12 @@ def _of_cache(config: DataConfig, activations: str) -> Outline:
 def _skeleton(config: DataConfig) -> tuple[int | str, Any, nn.Module]:
     """The layer or hookpoint to read, the model's configuration, the model on the meta device."""
     read = layer_or_hookpoint(config.model, config.layer, config.hookpoint)
-    with quiet():
-        settings = load_config(config.model, config.revision, config.trust_remote_code)
-        if isinstance(read, int):
-            check_layer(config.model, settings, read)
-        loader = loader_of(settings)
-        try:
-            with torch.device("meta"):
-                model = loader.from_config(settings, trust_remote_code=config.trust_remote_code)
-        except Exception as error:  # there are dozens of types
-            raise NoOutline(
-                f"model {config.model!r} cannot be created without weights ({reason(error)})"
-            ) from error
+    try:
+        settings, model = load_skeleton(config.model, config.revision, config.trust_remote_code)
+    except NoSkeleton as error:
+        raise NoOutline(str(error)) from error
+    if isinstance(read, int):
+        check_layer(config.model, settings, read)
     if not model.config.is_encoder_decoder:
         model.config.pad_token_id = None  # some models warn if they find it among the tokens
     model.config.use_cache = True  # else masks look for several texts, which needs values

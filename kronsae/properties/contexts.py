@@ -64,6 +64,17 @@ class LatentContexts(NamedTuple):
     """Strongest first; one a context, and none that repeats another's text."""
 
 
+def as_contexts(latent: Sequence[Any]) -> LatentContexts:
+    """A latent with its contexts, from the lists that JSON makes of them."""
+    made = LatentContexts(*latent)
+    windows = (Window(*window) for window in made.windows)
+    return made._replace(
+        windows=tuple(
+            w._replace(tokens=tuple(w.tokens), activations=tuple(w.activations)) for w in windows
+        )
+    )
+
+
 @torch.no_grad()
 def top_contexts(
     sae: SAE,

@@ -10,6 +10,7 @@ report.html       the run to look at
 A sweep, which trains several SAEs on one stream of activations:
 sweep.json        the members' names and settings, and how each ended
 NAME/             a run for each member, with what it alone has in its checkpoints
+streams/NAME/     step-NNNNNNNN/ of each hookpoint, of a sweep that reads several (a suite)
 checkpoints/      step-NNNNNNNN/: what they share; written last, so it says which step is complete
 comparison.md     a table of the members
 """
@@ -121,8 +122,11 @@ class _Folder:
         if self.index.exists():  # it was made, and the process died before it said so
             (self.path / _BEGUN).unlink(missing_ok=True)
 
-    def share(self, mesh: Mesh, owners: Mapping[str, int]) -> None:
-        """Let the processes of a mesh train here together, or each its own members."""
+    def share(self, mesh: Mesh, owners: Mapping[str, int], hookpoints: Mapping[str, str]) -> None:
+        """Let the processes of a mesh train here together, or each its own members.
+
+        hookpoints: of each member, by name; "" if there is one alone.
+        """
         self.mesh, self.owners = mesh, owners
 
     def release(self) -> None:
@@ -312,6 +316,8 @@ class SweepFolder(_Folder):
         super().__init__(path, "sweep.json")
         self.runs = {name: RunFolder(path / name) for name in names}
         self.comparison = path / "comparison.md"
+        self.streams = path / "streams"
+        self.hookpoints: Mapping[str, str] = dict.fromkeys(self.runs, "")
 
     @classmethod
     def create(cls, path: str | Path, settings: dict[str, dict[str, Any]]) -> "SweepFolder":
@@ -343,15 +349,28 @@ class SweepFolder(_Folder):
             sweep.runs[name], settings[name] = RunFolder.open(run.path)
         return sweep, settings
 
-    def share(self, mesh: Mesh, owners: Mapping[str, int]) -> None:
-        super().share(mesh, owners)
+    def share(self, mesh: Mesh, owners: Mapping[str, int], hookpoints: Mapping[str, str]) -> None:
+        super().share(mesh, owners, hookpoints)
+        self.hookpoints = hookpoints
         for run in self.runs.values():
-            run.share(mesh, owners)
+            run.share(mesh, owners, hookpoints)
 
     def _clear(self) -> None:
         super()._clear()
         for run in self.runs.values():
             run._clear()
+        for stream in self.streams.iterdir() if self.streams.is_dir() else ():
+            remove_leftovers(stream)
+
+    @property
+    def _ranks_of_streams(self) -> dict[str, list[int]]:
+        """For each hookpoint of a suite the ranks that have its stream; [] if all have."""
+        ranks: dict[str, list[int]] = {}
+        for name, hookpoint in self.hookpoints.items():
+            if hookpoint:
+                own = ranks.setdefault(hookpoint, [])
+                own += [self.owners[name]] if name in self.owners else []
+        return ranks
 
     def copies(self) -> dict[str, dict[str, Any]]:
         """Also the first member's config.json, which describes the data that all share."""
@@ -376,22 +395,32 @@ class SweepFolder(_Folder):
         write_text(self.comparison, comparison)
 
     def save_checkpoint(self, step: int, state: dict[str, Any], keep: int) -> None:
-        """Write the state of `step`: each of state["members"] in its run, then here the rest.
+        """Write the state of `step`: state["streams"], state["members"] in their runs, the rest.
 
         A step counts once the sweep's own part is there, so that one that was interrupted between
         two members never happened. The state of a member that another rank trains alone is None;
         the first rank, which writes, receives one after another.
         """
         members = state["members"]
+        for name, ranks in self._ranks_of_streams.items():
+            own = state["streams"].get(name)
+            if ranks:
+                own = checkpoint.state_of(min(ranks), own, self.mesh.world)
+            folder = checkpoint.step_folder(self.streams / name, step)
+            checkpoint.save_state(folder, own, self.mesh)
         for name, own in members.items():
             if name in self.owners:
                 own = checkpoint.state_of(self.owners[name], own, self.mesh.world)
             self.runs[name]._write_checkpoint(step, own)
         shared = {**state, "members": list(members)}
+        if "streams" in state:
+            shared["streams"] = list(self._ranks_of_streams)
         folder = checkpoint.step_folder(self.checkpoints, step)
         checkpoint.save_state(folder, shared, self.mesh, copies=self.copies())
         if self.mesh.first:
             checkpoint.prune(self.checkpoints, keep)
+            for name in self._ranks_of_streams:
+                checkpoint.prune(self.streams / name, keep)
             for name in members:
                 checkpoint.prune(self.runs[name].checkpoints, keep)
 
@@ -402,17 +431,19 @@ class SweepFolder(_Folder):
         The states of members that other ranks train come without tensors.
         """
         state, step = None, -1
+        streams = self._ranks_of_streams
         for folder in reversed(checkpoint.list_checkpoints(self.checkpoints)):
             loaded = _checked(folder, checkpoint.load_state(folder), {"members": list[str]})
             if not self.runs.keys() >= set(loaded["members"]):
                 reason = f"members: expected some of {list(self.runs)}, got {loaded['members']}"
                 raise checkpoint.damaged(folder, reason)
-            if all(
-                (self.runs[name].checkpoints / folder.name).is_dir() for name in loaded["members"]
-            ):
+            places = [self.runs[name].checkpoints for name in loaded["members"]]
+            places += [self.streams / name for name in streams]
+            if all((place / folder.name).is_dir() for place in places):
                 state, step = loaded, checkpoint.step_of(folder)
                 break
-        checkpoint.drop_after(self.checkpoints, step)
+        for checkpoints in (self.checkpoints, *(self.streams / name for name in streams)):
+            checkpoint.drop_after(checkpoints, step)
         names = self.runs if state is None else state["members"]
         for name in names:
             checkpoint.drop_after(self.runs[name].checkpoints, step)
@@ -421,7 +452,17 @@ class SweepFolder(_Folder):
             name: self.runs[name].load_checkpoint(tensors=self.owners.get(name, rank) == rank)
             for name in names
         }
-        return None if state is None else {**state, "members": members}
+        if state is None:
+            return None
+        if streams:
+            state["streams"] = {
+                name: checkpoint.load_state(
+                    checkpoint.step_folder(self.streams / name, step),
+                    tensors=not ranks or rank in ranks,
+                )
+                for name, ranks in streams.items()
+            }
+        return {**state, "members": members}
 
 
 def read_run(path: Path) -> dict[str, Any]:

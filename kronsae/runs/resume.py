@@ -20,10 +20,11 @@ def open_folder(
     sweep: bool,
     mesh: Mesh,
     owned: dict[str, int],
+    hookpoints: dict[str, str],
 ) -> tuple[RunFolder | SweepFolder | None, dict[str, Any] | None]:
     """The folder to train in, locked by the first process, and the state to go on from.
 
-    owned: which rank trains a member alone, and needs its state.
+    owned: which rank trains a member alone, and needs its state.  hookpoints: of the members.
     """
     if out is None:
         if resume:
@@ -37,7 +38,7 @@ def open_folder(
                     folder = (
                         _claim(out, resume, settings, sweep) if turn else open_to_resume(out)[0]
                     )
-                    folder.share(mesh, owned)
+                    folder.share(mesh, owned, hookpoints)
                     state = folder.load_checkpoint() if resume else None
     except InputError:
         if folder is not None:

@@ -3,10 +3,10 @@
 import dataclasses
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from kronsae.config import SAEConfig, TrainConfig, all_settings, from_dict
+from kronsae.config import DataConfig, SAEConfig, TrainConfig, all_settings, from_dict
 from kronsae.errors import InputError
 from kronsae.model.flops import flops_per_token
 from kronsae.system import tables
@@ -15,15 +15,29 @@ from kronsae.system.files import NOT_FINITE
 
 
 def own_settings() -> tuple[str, ...]:
-    """Settings in which members may differ: what the autoencoder is, and how it learns."""
+    """Settings in which members may differ: the autoencoder, its hookpoint, how it learns."""
     return tuple(
         name
         for name, setting in all_settings().items()
-        if setting.part != "data" and not setting.spec.metadata.get("shared")
+        if setting.spec.metadata.get("own", setting.part != "data")
+        and not setting.spec.metadata.get("shared")
     )
 
 
-_RESERVED = ("checkpoints", "sweep.json", "comparison.md")
+def hookpoints_of(configs: Mapping[str, DataConfig]) -> dict[str, str]:
+    """A name for the hookpoint of each member, also of a folder; "" if all have the same."""
+    names = {
+        name: _as_name(
+            "-to-".join(
+                filter(None, (data.hookpoint or f"layer{data.layer}", data.target_hookpoint))
+            )
+        )
+        for name, data in configs.items()
+    }
+    return names if len(set(names.values())) > 1 else dict.fromkeys(names, "")
+
+
+_RESERVED = ("checkpoints", "streams", "sweep.json", "comparison.md", "report.html")
 
 
 def one_stream(configs: Sequence[TrainConfig]) -> list[TrainConfig]:
@@ -78,24 +92,34 @@ def name_of(overrides: dict[str, Any]) -> str:
     for name, value in overrides.items():
         sign = "=" if name[-1].isdigit() else ""
         text = value if isinstance(value, str) else f"{name}{sign}{value:g}".replace("+", "")
-        parts.append(text)
+        parts.append(_as_name(text))
     return "-".join(parts)
 
 
-def product(entries: Iterable[dict[str, Any]], lists: dict[str, list[Any]]) -> list[dict[str, Any]]:
-    """Each entry with each combination of the lists' values: every member's own settings.
+def _as_name(text: str) -> str:
+    """A text as a part of a folder's name."""
+    return re.sub(r"[^A-Za-z0-9._=-]+", "-", text)
 
-    Raises InputError if an entry has a setting that is also a list.
+
+def product(
+    entries: Iterable[dict[str, Any]],
+    lists: dict[str, list[Any]],
+    hookpoints: Sequence[dict[str, Any]] = (),
+) -> list[dict[str, Any]]:
+    """Each entry at each hookpoint with each combination of the lists' values.
+
+    That is every member's own settings. hookpoints: settings for each of them.
+    Raises InputError if an entry has a setting that is also a list, or of the hookpoints.
     """
     members = []
-    for entry in entries:
-        both = sorted(entry.keys() & lists.keys())
+    for entry, hookpoint in itertools.product(entries, hookpoints or [{}]):
+        both = sorted(entry.keys() & {*lists, *hookpoint})
         if both:
             raise InputError(
                 f"{both[0]} has several values and is in the sweep file, too: leave it out of one"
             )
         for values in itertools.product(*lists.values()):
-            members.append({**entry, **dict(zip(lists, values, strict=True))})
+            members.append({**entry, **hookpoint, **dict(zip(lists, values, strict=True))})
     return members
 
 

@@ -18,7 +18,7 @@ Letters: B tokens, d width, F latents, k selected latents a token, R ranks of a 
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -99,6 +99,20 @@ class Group:
                 dist.all_gather(parts, x.contiguous(), group=self.group)
         return torch.stack(parts)
 
+    def gather_at(self, x: Tensor, ranks: Collection[int]) -> Tensor:
+        """`gather` for some of the ranks; the others get [0, *x.shape]."""
+        if len(ranks) == self.size:
+            return self.gather(x)
+        parts = [x.new_empty(0, *x.shape)]
+        for receiver in sorted(ranks):
+            own = receiver == self.rank
+            into = list(x.new_empty(self.size, *x.shape)) if own else None
+            with _noticing_loss():
+                dist.gather(x.contiguous(), into, group=self.group, group_dst=receiver)
+            if into is not None:
+                parts = [torch.stack(into)]
+        return parts[0]
+
     def whole(self, x: Tensor) -> Tensor:
         """All rows of a tensor whose rows are divided equally, on the CPU of rank 0.
 
@@ -150,16 +164,34 @@ class Group:
 
     def map(self, compute: Callable[..., Tensor], *rows: Tensor | None) -> Tensor:
         """compute(*rows) [n, ...] of tensors [n, ...]; each rank computes its share of the rows."""
+        [x] = self.map_all(lambda *rows: [compute(*rows)], rows)
+        return x
+
+    def map_all(
+        self,
+        compute: Callable[..., list[Tensor]],
+        rows: Sequence[Tensor | None],
+        receivers: Sequence[Collection[int]] | None = None,
+    ) -> list[Tensor]:
+        """`map` of a function that gives several tensors.
+
+        receivers: of each tensor the ranks that get it; others get one of no rows. None: all do.
+        """
         if self.size == 1:
             return compute(*rows)
         count = next(len(part) for part in rows if part is not None)
         share = self.share(count)
         # A rank without a share computes the first row, to know the shape of a row.
         span = share if share.stop > share.start else slice(1)
-        x = compute(*(None if part is None else part[span] for part in rows))
-        padded = x.new_zeros(-(-count // self.size), *x.shape[1:])
-        padded[: share.stop - share.start] = x[: share.stop - share.start]
-        return self.gather(padded).flatten(0, 1)[:count]
+        found = []
+        computed = compute(*(None if part is None else part[span] for part in rows))
+        for number, x in enumerate(computed):
+            padded = x.new_zeros(-(-count // self.size), *x.shape[1:])
+            padded[: share.stop - share.start] = x[: share.stop - share.start]
+            ranks = None if receivers is None else receivers[number]
+            whole = self.gather(padded) if ranks is None else self.gather_at(padded, ranks)
+            found.append(whole.flatten(0, 1)[:count])
+        return found
 
     def exchange(self, value: Any) -> list[Any]:
         """The values (JSON) of all ranks, in their order."""
@@ -261,13 +293,15 @@ def shape(tensor_parallel: int) -> tuple[int, int]:
     return count // tensor_parallel, tensor_parallel
 
 
-def owners(members: Iterable[str], share: str, layout: tuple[int, int]) -> dict[str, int]:
+def owners(members: Mapping[str, str], share: str, layout: tuple[int, int]) -> dict[str, int]:
     """The rank that trains each member of a sweep alone; empty if all ranks train all of them.
 
+    members: the hookpoint of each, by name. Ranks take one member after another of a sweep at one
+        hookpoint; of several hookpoints each rank has neighbours, so that it reads few of them.
     layout: (R along data, R along heads) of all ranks.
     Raises InputError if share is "members" and a rank would have none, or only some heads of one.
     """
-    names, (data, heads) = list(members), layout
+    data, heads = layout
     if share == "tokens" or data * heads == 1:
         return {}
     if heads > 1:
@@ -275,12 +309,18 @@ def owners(members: Iterable[str], share: str, layout: tuple[int, int]) -> dict[
             "share 'members': each autoencoder is trained by one process, but tensor_parallel is "
             f"{heads}: give --tensor-parallel 1, or --share tokens"
         )
-    if len(names) < data:
+    if len(members) < data:
         raise InputError(
             f"share 'members': {data} processes need at least {data} autoencoders, got "
-            f"{len(names)}: start fewer processes, train more autoencoders, or give --share tokens"
+            f"{len(members)}: start fewer processes, train more autoencoders, or give --share "
+            "tokens"
         )
-    return {name: number % data for number, name in enumerate(names)}
+    hookpoints = list(dict.fromkeys(members.values()))
+    if len(hookpoints) == 1:
+        return {name: number % data for number, name in enumerate(members)}
+    ordered = sorted(members, key=lambda name: hookpoints.index(members[name]))
+    ranks = {name: number * data // len(ordered) for number, name in enumerate(ordered)}
+    return {name: ranks[name] for name in members}
 
 
 def join(tensor_parallel: int, device: torch.device, seconds: float) -> Mesh:

@@ -1,8 +1,7 @@
 """`fit` and `fit_many`: train SAEs on one stream of activations, with logs and checkpoints."""
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -94,11 +93,12 @@ def fit(
 
 def fit_many(
     sae_configs: Sequence[SAEConfig],
-    activations: Activations,
+    activations: Activations | Mapping[str, Activations],
     train_configs: TrainConfig | Sequence[TrainConfig] | None = None,
     *,
     names: Sequence[str] | None = None,
-    heldout: HeldoutActivations | None = None,
+    hookpoints: Sequence[str] | None = None,
+    heldout: HeldoutActivations | Mapping[str, HeldoutActivations] | None = None,
     out: str | Path | None = None,
     resume: bool = False,
     settings: Sequence[dict[str, Any]] | None = None,
@@ -111,6 +111,10 @@ def fit_many(
         `kronsae.runs.sweep.own_settings` lists. The order of the data is the first member's; `seed`
         draws each member's weights.
     names: of the members, and of their run folders in `out` (default: "sae-0", "sae-1", ...).
+    hookpoints: for a suite, which has activations of several hookpoints: `activations` and
+        `heldout` are mappings then, by names, and these are the names that each SAE learns from.
+        In every step each hookpoint gives a batch of the same tokens. (Tensors of as many rows are
+        shuffled alike.)
     out: sweep folder (see `kronsae.runs.folder`).  settings: for each, as in `fit`.
     on_record: called with the member's name and each logged record.
     With several processes each trains all SAEs on its part of the tokens or heads, or, with `share`
@@ -130,21 +134,27 @@ def fit_many(
     default = [f"sae-{i}" for i in range(count)]
     names = default if names is None else typed(names, list[str], "names")
     settings = [{}] * count if settings is None else typed(settings, list, "settings")
-    lengths = {len(train_configs), len(names), len(settings)}
-    if not count or lengths != {count}:
+    hookpoints = [""] * count if hookpoints is None else typed(hookpoints, list[str], "hookpoints")
+    lists = {
+        "train_configs": train_configs,
+        "names": names,
+        "settings": settings,
+        "hookpoints": hookpoints,
+    }
+    lengths = {name: len(each) for name, each in lists.items()}
+    if not count or set(lengths.values()) != {count}:
         raise InputError(
-            "fit_many: expected one SAE or more, and as many train_configs, names and settings, "
-            f"got {count} SAEs, {len(train_configs)} train_configs, {len(names)} names, "
-            f"{len(settings)} settings"
+            f"fit_many: expected one SAE or more, and as many {', '.join(lists)}, got {count} "
+            f"SAEs, {', '.join(f'{length} {name}' for name, length in lengths.items())}"
         )
-    plans = list(map(MemberPlan, names, sae_configs, train_configs, settings))
+    plans = list(map(MemberPlan, names, sae_configs, train_configs, settings, hookpoints))
     return fit_members(plans, activations, heldout, out, resume, on_record, mesh, sweep=True)
 
 
 def fit_members(
     plans: list[MemberPlan],
-    activations: Activations,
-    heldout: HeldoutActivations | None,
+    activations: Activations | Mapping[str, Activations],
+    heldout: HeldoutActivations | Mapping[str, HeldoutActivations] | None,
     out: str | Path | None,
     resume: bool,
     on_record: Callable[[str, dict[str, Any]], None] | None,
@@ -167,38 +177,45 @@ def fit_members(
     typed(on_record, Callable | None, "on_record")
     if sweep:
         check_names([plan.name for plan in plans])
+        check_names([name for name in {plan.hookpoint for plan in plans} if name])
     trains = one_stream([plan.train for plan in plans])
     plans = [dataclasses.replace(p, train=train) for p, train in zip(plans, trains, strict=True)]
     config = plans[0].train
     device = resolve_device(config.device)
     mesh = mesh or join(config.tensor_parallel, device, config.rank_timeout)
     layout = mesh.data.size, mesh.heads.size
-    owned = owners([plan.name for plan in plans], config.share, layout)
+    owned = owners({plan.name: plan.hookpoint for plan in plans}, config.share, layout)
     for plan in plans:
         check_heads(plan.sae, mesh.heads.size)
-    source = _as_source(activations, config)
-    plans = [_complete(plan, source) for plan in plans]
+    sources = _sources(activations, plans, config)
+    plans = [_complete(plan, sources[plan.hookpoint]) for plan in plans]
     own = [plan for plan in plans if owned.get(plan.name, mesh.world.rank) == mesh.world.rank]
-    width = source.d_model + getattr(source, "d_target", 0)
+    own_sources = {plan.hookpoint: sources[plan.hookpoint] for plan in own}
+    width = sum(x.d_model + getattr(x, "d_target", 0) for x in own_sources.values())
     _check_room(own, config.batch_size * width, device, mesh)
     ranks = (1, 1) if owned else layout
     not_fused = [check_step(plan.sae, plan.train, device, ranks) for plan in plans]
-    judged_on = None if heldout is None else as_heldout(heldout)
-    if judged_on is not None:
-        check_heldout(judged_on, plans[0].sae)
+    judged_on = None if heldout is None else _heldouts(heldout, own)
     check_packages(config)
     _check_same([plan.settings for plan in plans], mesh)
     folder, state = open_folder(
-        out, resume, {p.name: p.settings for p in plans}, sweep, mesh, owned
+        *(out, resume, {p.name: p.settings for p in plans}, sweep, mesh, owned),
+        hookpoints={p.name: p.hookpoint for p in plans},
     )
-    stream = Stream(source, config.tokens, device, config.massive_multiple)
+    streams = {
+        name: Stream(x, config.tokens, device, config.massive_multiple)
+        for name, x in own_sources.items()
+    }
     session = Session(
-        stream, config, folder, mesh, bool(owned), any(not_fused), judged_on, on_judged
+        streams, config, folder, mesh, bool(owned), any(not_fused), judged_on, on_judged
     )
     try:
         for plan in plans:
             owner = owned.get(plan.name)
-            session.members[plan.name] = Member(plan, device, folder, on_record, mesh, owner)
+            stream = streams.get(plan.hookpoint, session.stream)
+            session.members[plan.name] = Member(
+                plan, device, folder, on_record, mesh, owner, stream
+            )
         if state is not None:
             session.load_state_dict(state)
         _train_and_judge(session)
@@ -209,27 +226,27 @@ def fit_members(
 
 def _train_and_judge(session: Session) -> None:
     """Train all members, evaluate them, and save them, even after an error."""
-    stream = session.stream
     try:
         with note_signals(session.interrupt, session.folder is not None) as stop:
             _train(session, stop)
         stopped_by = session.signal(stop)
-        stream.close()
+        for stream in session.streams.values():
+            stream.close()
         if stopped_by is None and session.heldout is not None:
             session.sync()
             for member in session.live:
-                member.save(stream)
+                member.save()
             if session.config.final_evaluation:
                 _judge(session)
             for member in session.own:
                 if member.metrics:
-                    member.record("final", member.metrics, stream)
+                    member.record("final", member.metrics)
         if stopped_by is None:
             for member in session.own:
-                member.judge(stream)
+                member.judge()
         session.sync()
         for member in session.live:
-            member.finish(stream, stopped_by)
+            member.finish(stopped_by)
         session.note()
     except InputError as error:
         kind = Diverged if isinstance(error, Diverged) else InputError
@@ -237,16 +254,21 @@ def _train_and_judge(session: Session) -> None:
 
 
 def _judge(session: Session) -> None:
-    """The final evaluation of all members."""
-    stream, heldout = session.stream, session.judged_on
-    if session.config.final_tokens:
-        heldout = heldout.first(session.config.final_tokens)
-    for member in session.own:
-        member.metrics = finite(evaluate(member.sae(stream), heldout))
-    saes = {member.name: partial(member.sae, stream) for member in session.own}
-    losses = evaluate_cross_entropy(saes, heldout, session.on_judged)
-    for member in session.own:
-        member.metrics = finite(member.metrics | losses[member.name])
+    """The final evaluation of all members, one hookpoint after another."""
+    for done, hookpoint in enumerate(session.streams):
+        heldout = session.judged_on(hookpoint)
+        if session.config.final_tokens:
+            heldout = heldout.first(session.config.final_tokens)
+        members = [member for member in session.own if member.hookpoint == hookpoint]
+        for member in members:
+            member.metrics = finite(evaluate(member.sae(), heldout))
+
+        def judged(batch: int, batches: int, before: int = done) -> None:
+            session.on_judged(before * batches + batch, len(session.streams) * batches)
+
+        losses = evaluate_cross_entropy({m.name: m.sae for m in members}, heldout, judged)
+        for member in members:
+            member.metrics = finite(member.metrics | losses[member.name])
 
 
 def _rescue(session: Session, error: InputError) -> list[str]:
@@ -257,7 +279,7 @@ def _rescue(session: Session, error: InputError) -> list[str]:
         if stream.steps:
             session.sync()
             for member in session.live:
-                member.finish(stream)
+                member.finish()
         learned = max((result.tokens for result in session.results.values()), default=0)
         if learned:
             session.note()
@@ -291,7 +313,7 @@ def _train(session: Session, stop: Stop) -> None:
     # After a signal at least one step is made, so that there is something to save.
     while not stream.done and (not stream.steps or session.signal(stop) is None):
         try:
-            batch = stream.next()
+            batches = session.next()
         except Interrupted:
             break
         except DataEnded:
@@ -300,18 +322,18 @@ def _train(session: Session, stop: Stop) -> None:
             raise
         log = stream.due(config.log_every) or stream.done
         if log or session.waits:
-            stream.check()
+            session.check()
         for member in session.own:
-            member.step(*batch, stream, log)
+            member.step(*batches[member.hookpoint], log)
         if log:
-            rates = stream.rates()
+            rates = session.rates()
             for member in session.own:
                 if member.figures:  # the batch was not skipped
-                    member.record("train", member.figures | rates, stream)
+                    member.record("train", member.figures | rates[member.hookpoint])
         if session.heldout is not None and stream.due(config.eval_every) and not stream.done:
             for member in session.own:
-                figures = evaluate(member.sae(stream), session.judged_on)
-                member.record("heldout", figures, stream)
+                figures = evaluate(member.sae(), session.judged_on(member.hookpoint))
+                member.record("heldout", figures)
         if session.is_sync_step:
             session.sync()
             session.check_live()
@@ -341,6 +363,44 @@ def _check_same(settings: list[dict[str, Any]], mesh: Mesh) -> None:
         raise InputError(
             "the processes of this training were given different activations or settings: give "
             "all of them the same, each takes its own part of the batches"
+        )
+
+
+def _sources(
+    activations: Activations | Mapping[str, Activations],
+    plans: list[MemberPlan],
+    config: TrainConfig,
+) -> dict[str, ActivationSource]:
+    """The sources by hookpoint, each of which some of the SAEs learn from."""
+    if not isinstance(activations, Mapping):
+        activations = {"": activations}
+    _check_names_of_hookpoints("activations", activations, plans)
+    return {name: _as_source(each, config) for name, each in activations.items()}
+
+
+def _heldouts(
+    heldout: HeldoutActivations | Mapping[str, HeldoutActivations], plans: list[MemberPlan]
+) -> dict[str, Heldout]:
+    """Held-out activations by hookpoint. Raises InputError if SAEs cannot be evaluated on them."""
+    if not isinstance(heldout, Mapping):
+        heldout = {"": heldout}
+    _check_names_of_hookpoints("heldout", heldout, plans)
+    judged_on = {name: as_heldout(each) for name, each in heldout.items()}
+    for plan in plans:
+        check_heldout(judged_on[plan.hookpoint], plan.sae)
+    return judged_on
+
+
+def _check_names_of_hookpoints(
+    what: str, given: Mapping[str, Any], plans: list[MemberPlan]
+) -> None:
+    """Raise InputError unless there is something for each hookpoint that SAEs learn from."""
+    wanted = list(dict.fromkeys(plan.hookpoint for plan in plans))
+    if not given.keys() >= set(wanted):
+        named = wanted if wanted != [""] else "none: name one for each SAE in `hookpoints`"
+        raise InputError(
+            f"{what}: expected a mapping with the hookpoints that SAEs learn from ({named}), got "
+            + ("one that has " + str(list(given)) if set(given) != {""} else "no mapping")
         )
 
 

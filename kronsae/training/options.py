@@ -8,6 +8,7 @@ of values of flags that have several.
 import argparse
 import dataclasses
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,20 @@ from kronsae.errors import InputError
 from kronsae.model.flops import equal_budget, flops_per_token
 from kronsae.runs.folder import FORMAT_VERSION, SINGLE, SweepFolder, whole
 from kronsae.runs.resume import open_to_resume
-from kronsae.runs.sweep import check_names, name_of, one_stream, own_settings, product
+from kronsae.runs.sweep import (
+    check_names,
+    hookpoints_of,
+    name_of,
+    one_stream,
+    own_settings,
+    product,
+)
 from kronsae.sources import source_of
+from kronsae.system import parallel
 from kronsae.system.documents import read_json
 from kronsae.system.files import usable_path
+from kronsae.system.parallel import Mesh
+from kronsae.training.hookpoints import NAMES, expand
 
 OTHER_NAMES = {
     "--architecture": "--encoder and --selection: 'standard' is --encoder dense --selection relu, "
@@ -46,8 +57,8 @@ OTHER_NAMES = {
     "--d-in": "taken from the model (--d-model N checks it)",
     "--hook-name": "--layer N (blocks.N.hook_resid_post is --layer N), or --hookpoint NAME, a "
     "module of the transformers model",
-    "--hookpoints": "--layer N or --hookpoint NAME, one a run (harvest takes several)",
-    "--layers": "--layer N, one a run (harvest takes several)",
+    "--hookpoints": "--hookpoint NAME ..., also patterns such as 'model.layers.*.mlp'",
+    "--layers": "--layer N ..., also 0-11 or all",
     "--model-name": "--model NAME",
     "--dataset-path": "--dataset NAME",
     "--training-tokens": "--tokens N",
@@ -89,13 +100,39 @@ class Request:
         """Configuration of the first member; what members share is the same in all."""
         return next(iter(self.members.values()))
 
-    def at_width(self, d_model: int, d_target: int = 0) -> "Request":
+    @property
+    def hookpoints(self) -> dict[str, str]:
+        """A name for the hookpoint of each member; "" if all read the same."""
+        return hookpoints_of({name: config.data for name, config in self.members.items()})
+
+    @property
+    def data(self) -> dict[str, DataConfig]:
+        """The settings of the activations of each hookpoint, by its name."""
+        hookpoints = self.hookpoints
+        return {hookpoints[name]: config.data for name, config in self.members.items()}
+
+    def owners(self, mesh: Mesh) -> dict[str, int]:
+        """The rank that trains each member alone, by its name; see `parallel.owners`."""
+        layout = mesh.data.size, mesh.heads.size
+        return parallel.owners(self.hookpoints, self.config.train.share, layout)
+
+    def receivers(self, mesh: Mesh) -> dict[str, set[int]] | None:
+        """The ranks that train on each hookpoint, by its name; None if all do."""
+        owners = self.owners(mesh)
+        ranks: dict[str, set[int]] = {}
+        for name, hookpoint in self.hookpoints.items():
+            ranks.setdefault(hookpoint, set()).add(owners.get(name, 0))
+        return ranks if owners else None
+
+    def at_widths(self, widths: Mapping[str, tuple[int, int]]) -> "Request":
         """The request with widths of the activations, and token budgets for --iso-flops-of.
 
+        widths: (d_model, d_target) of each hookpoint.
         Raises InputError if another width is configured, or if the budgets of members differ.
         """
-        members, notes = {}, {}
+        members, notes, hookpoints = {}, {}, self.hookpoints
         for name, config in self.members.items():
+            d_model, d_target = widths[hookpoints[name]]
             sae, train = config.sae.with_widths(d_model, d_target), config.train
             if self.iso_flops_of:
                 reference = self.iso_flops_of[name].with_widths(d_model, d_target)
@@ -198,6 +235,7 @@ def parse(argv: list[str] | None = None) -> Request:
     flags = vars(options)
     names = ("out", "resume", "config", "plan", "sweep", "iso_flops_of", "no_memory_check")
     run = {name: flags.pop(name, None) for name in names}
+    places = {name: flags.pop(name) for name in NAMES if name in flags}
     lists = {name: value for name, value in flags.items() if isinstance(value, list)}
     flags |= {name: value[0] for name, value in lists.items()}
     lists = {name: value for name, value in lists.items() if len(value) > 1}
@@ -205,12 +243,15 @@ def parse(argv: list[str] | None = None) -> Request:
         raise InputError("--no-memory-check has no effect with --plan: leave it out")
     common = (bool(run["plan"]), not run["no_memory_check"])
     if run["resume"] is not None:
-        return _resumed(run, flags, lists, common)
+        return _resumed(run, flags | places, lists, common)
     file = _read_config(run["config"]) if run["config"] else {}
-    sweep = bool(run["sweep"] or lists)
+    points = expand(places, file | flags)
+    if len(points) == 1:
+        flags |= points.pop()
+    sweep = bool(run["sweep"] or lists or points)
     if sweep:
         flags = {name: value for name, value in flags.items() if name not in lists}
-        members = _members(flags, file, run["sweep"], lists)
+        members = _members(flags, file, run["sweep"], lists, points)
     else:
         members = {SINGLE: build(flags, file)}
     references = None
@@ -224,13 +265,18 @@ def parse(argv: list[str] | None = None) -> Request:
 
 
 def _members(
-    flags: dict[str, Any], file: dict[str, Any], sweep: Path | None, lists: dict[str, list[Any]]
+    flags: dict[str, Any],
+    file: dict[str, Any],
+    sweep: Path | None,
+    lists: dict[str, list[Any]],
+    points: list[dict[str, Any]],
 ) -> dict[str, RunConfig]:
-    """The members of a sweep: each entry of its file, with each combination of the lists."""
+    """The members of a sweep: each entry of its file, at each hookpoint, with each combination of
+    the lists."""
     entries = [{}] if sweep is None else _read_sweep(sweep)
     configs: dict[str, RunConfig] = {}
     names = []
-    for own in product(entries, lists):
+    for own in product(entries, lists, points):
         entry_name = own.pop("name", None)
         layered = dict(flags)
         _drop_overruled(layered, own)
@@ -239,7 +285,8 @@ def _members(
         except InputError as error:
             raise InputError(f"member {entry_name or own} of the sweep: {error}") from error
         if entry_name is not None:  # the members of an entry differ by the lists' values
-            own = {name: value for name, value in own.items() if name in lists}
+            several = {*lists, *(points[0] if points else ())}
+            own = {name: value for name, value in own.items() if name in several}
         names.append("-".join(filter(None, (entry_name, name_of(own)))) or "base")
         check_names(names)
         configs[names[-1]] = config

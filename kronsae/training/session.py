@@ -25,7 +25,7 @@ from kronsae.system.files import finite
 from kronsae.system.parallel import ALONE, Mesh
 from kronsae.training.learner import Learner, Metrics, Skipped
 from kronsae.training.signals import Stop
-from kronsae.training.stream import Stream
+from kronsae.training.stream import DataEnded, Stream
 
 ENDING = ("tokens", "metrics", "step_ms", "stopped_by", "failed")
 """Fields of a member's result that sweep.json has."""
@@ -67,6 +67,8 @@ class MemberPlan:
     train: TrainConfig
     settings: dict[str, Any]
     """Content of its config.json."""
+    hookpoint: str = ""
+    """Name of the stream that it learns from; "" if there is one alone."""
 
 
 class Member:
@@ -74,6 +76,7 @@ class Member:
 
     owner: the rank that trains it alone, whose records the others get in `Session.sync`; None if
         all ranks of the mesh train it together.
+    stream: what it learns from. (On ranks without it any other one, which is at the same step.)
     """
 
     def __init__(
@@ -84,8 +87,11 @@ class Member:
         on_record: Callable[[str, dict[str, Any]], None] | None,
         mesh: Mesh,
         owner: int | None,
+        stream: Stream,
     ) -> None:
         self.mesh = mesh
+        self.stream = stream
+        self.hookpoint = plan.hookpoint
         self.owner = owner
         self.name = plan.name
         self.advice = _advice_of(plan)
@@ -117,23 +123,23 @@ class Member:
         assert self._learner is not None
         return self._learner
 
-    def step(self, x: Tensor, target: Tensor | None, stream: Stream, log: bool) -> None:
+    def step(self, x: Tensor, target: Tensor | None, log: bool) -> None:
         """One optimizer step on a normalised batch; sets `failed` if it diverges.
 
         log: True if its figures are to be logged.
         """
         if log:
-            self.settle(stream)
+            self.settle()
             if self.failed is not None:
                 return
         try:
             with self.clock:
                 figures = self.learner.step(x, target, log)
         except FloatingPointError as error:  # the weights are still those of the step before
-            self.diverge(str(error), stream)
+            self.diverge(str(error))
             return
         if isinstance(figures, Skipped):
-            self.record("skipped", figures._asdict(), stream)
+            self.record("skipped", figures._asdict())
             self.figures = {}
             self.hopeless |= self.learner.skipped > 1
         else:
@@ -144,22 +150,22 @@ class Member:
         # The next member's gradients take the place of these.
         self.learner.optimizer.zero_grad(set_to_none=True)
 
-    def settle(self, stream: Stream) -> None:
+    def settle(self) -> None:
         """Record batches skipped in steps that did not log; sets `failed` if it diverged."""
         try:
             skipped = self.learner.settle()
         except FloatingPointError as error:
-            self.diverge(str(error), stream)
+            self.diverge(str(error))
             return
         if skipped is not None:
-            self.record("skipped", skipped._asdict(), stream)
+            self.record("skipped", skipped._asdict())
 
-    def check(self, stream: Stream) -> None:
+    def check(self) -> None:
         """Set `failed` if the weights are not finite; all ranks that train it call this."""
         if not self.learner.is_finite:
-            self.diverge("some weights are NaN or infinite: training has diverged", stream)
+            self.diverge("some weights are NaN or infinite: training has diverged")
 
-    def judge(self, stream: Stream) -> None:
+    def judge(self) -> None:
         """Set `failed` if the SAE is `HOPELESS` in the end, though its gradients were finite.
 
         Held-out text alone does not decide: a row of it may be enormous.
@@ -169,16 +175,16 @@ class Member:
             told = "" if explained is None else f" (explained variance {explained:,.4g})"
             words = "the last batches" + (f" and held-out text{told}" if self.metrics else "")
             reason = f"{words} are explained no better than by noise: training has diverged"
-            self.diverge(reason, stream)
+            self.diverge(reason)
 
-    def diverge(self, reason: str, stream: Stream) -> None:
+    def diverge(self, reason: str) -> None:
         """Set `failed`, and log it."""
-        self.failed = f"step {stream.steps:,}: {reason}; try {self.advice}"
-        self.record("diverged", {"reason": self.failed}, stream)
+        self.failed = f"step {self.stream.steps:,}: {reason}; try {self.advice}"
+        self.record("diverged", {"reason": self.failed})
 
-    def record(self, kind: str, values: Mapping[str, Any], stream: Stream) -> None:
+    def record(self, kind: str, values: Mapping[str, Any]) -> None:
         """Log a record of this step, now or in the next `Session.sync`."""
-        entry = {"kind": kind, **stream.position(), **finite(values)}
+        entry = {"kind": kind, **self.stream.position(), **finite(values)}
         if self.owner is None:
             with self.mesh.world.together():
                 self.write([entry])
@@ -195,25 +201,25 @@ class Member:
             if self.on_record:
                 self.on_record(self.name, entry)
 
-    def sae(self, stream: Stream) -> SAE:
+    def sae(self) -> SAE:
         """The SAE at this point of the training, of raw activations."""
-        normalizer, of_target = stream.normalizer, stream.target_normalizer
+        normalizer, of_target = self.stream.normalizer, self.stream.target_normalizer
         assert normalizer is not None  # once a step was made
         self.learner.confirm()
         target = None if of_target is None else (of_target.mean, of_target.scale)
         return self.learner.sae.folded(normalizer.mean, normalizer.scale, target)
 
-    def finish(self, stream: Stream, stopped_by: int | None = None) -> None:
+    def finish(self, stopped_by: int | None = None) -> None:
         """Save the SAE, make the result, and drop the learner; all ranks call this together."""
-        if stream.normalizer is None:
+        if self.stream.normalizer is None:
             raise InputError("no step was made: there is no SAE to save")
-        sae, ending = self.save(stream)
+        sae, ending = self.save()
         self.result = FitResult(
             sae, history=self.history, stopped_by=stopped_by, failed=self.failed, **ending
         )
         self._learner = None
 
-    def save(self, stream: Stream) -> tuple[SAE | None, dict[str, Any]]:
+    def save(self) -> tuple[SAE | None, dict[str, Any]]:
         """Save the SAE in the run folder, if there is one; all ranks call this together.
 
         Gives the SAE, where this rank trains it, and the `_ending`. After the first call it writes
@@ -223,10 +229,10 @@ class Member:
         if self.mine:
             ending = self._ending()
             if self.learner.is_finite:  # else there is nothing to keep
-                sae = self.sae(stream)
-                sae.metadata = self._facts(ending, stream)
+                sae = self.sae()
+                sae.metadata = self._facts(ending, self._massive())
         if self.owner is not None:
-            return sae, self._save_owned(self.owner, sae, ending, stream)
+            return sae, self._save_owned(self.owner, sae, ending)
         if self.run is not None and sae is not None:
             if self.saved:
                 with self.mesh.world.together():
@@ -237,23 +243,22 @@ class Member:
             self.saved = True
         return sae, ending
 
-    def _save_owned(
-        self, owner: int, sae: SAE | None, ending: dict[str, Any], stream: Stream
-    ) -> dict[str, Any]:
+    def _save_owned(self, owner: int, sae: SAE | None, ending: dict[str, Any]) -> dict[str, Any]:
         """The ending of a member with an owner, whose SAE the first rank saves."""
-        state: dict[str, Any] = {"ending": ending}
+        state: dict[str, Any] = {"ending": ending, METADATA: self._massive()}
         if sae is not None and self.run is not None and not self.saved:
             state |= {"config": dataclasses.asdict(sae.config), "weights": sae.state_dict()}
         state = checkpoint.state_of(owner, state, self.mesh.world)
         ending = state["ending"]
         if self.run is not None:
+            facts = self._facts(ending, state[METADATA])
             with self.mesh.world.together():
                 if self.mesh.first and self.saved:
-                    save_metadata(self.run.sae, self._facts(ending, stream))
+                    save_metadata(self.run.sae, facts)
                 elif self.mesh.first and "config" in state:
                     config = SAEConfig(**state["config"])
                     whole = sae or made_of(config, state["weights"], self.run.sae)
-                    whole.save(self.run.sae, self._facts(ending, stream))
+                    whole.save(self.run.sae, facts)
             self.saved = True
         return ending
 
@@ -265,13 +270,17 @@ class Member:
             "step_ms": self.clock.mean_ms,
         }
 
-    def _facts(self, ending: dict[str, Any], stream: Stream) -> dict[str, Any]:
+    def _massive(self) -> dict[str, Any] | None:
+        """The rule for massive tokens, for the metadata."""
+        return None if self.stream.massive is None else self.stream.massive.facts()
+
+    def _facts(self, ending: dict[str, Any], massive: dict[str, Any] | None) -> dict[str, Any]:
         """Metadata of the saved SAE."""
         facts = {
             **self.settings,
             "tokens": ending["tokens"],
             "metrics": ending["metrics"],
-            METADATA: None if stream.massive is None else stream.massive.facts(),
+            METADATA: massive,
         }
         return facts | ({"failed": self.failed} if self.failed else {})
 
@@ -321,14 +330,21 @@ def _advice_of(plan: MemberPlan) -> str:
     return ", or ".join(f"a smaller {name} than {value:g}" for name, value in suspects.items())
 
 
-_STATE = Keys({"stream": Any, "members": dict[str, Any], "failed": dict[str, str]})
+_STATE = Keys(
+    {"members": dict[str, Any], "failed": dict[str, str]},
+    {"stream": Any, "streams": dict[str, Any]},
+)
 
 
 @dataclasses.dataclass
 class Session:
-    """The stream and all members, and how they are saved together."""
+    """The streams and all members, and how they are saved together.
 
-    stream: Stream
+    All streams give as many batches, of the same tokens at each hookpoint.
+    """
+
+    streams: dict[str, Stream]
+    """By hookpoint; with several processes those alone that this one's members learn from."""
     config: TrainConfig
     folder: RunFolder | SweepFolder | None
     mesh: Mesh
@@ -336,18 +352,50 @@ class Session:
     """True if each member has one rank that trains it alone. Ranks then `sync` in some steps."""
     waits: bool
     """True if the steps of any member wait for the device."""
-    heldout: Heldout | None = None
+    heldout: dict[str, Heldout] | None = None
+    """By hookpoint."""
     on_judged: Callable[[int, int], None] = lambda done, total: None
     members: dict[str, Member] = dataclasses.field(default_factory=dict)
 
     @property
-    def judged_on(self) -> Heldout:
+    def stream(self) -> Stream:
+        """One of the streams, for what is the same in all of them: steps, tokens, the clock."""
+        return next(iter(self.streams.values()))
+
+    def next(self) -> dict[str, tuple[Tensor, Tensor | None]]:
+        """The next batch of each hookpoint; see `Stream.next`."""
+        batches: dict[str, tuple[Tensor, Tensor | None]] = {}
+        for name, stream in self.streams.items():
+            try:
+                batches[name] = stream.next()
+            except DataEnded as error:
+                if batches:
+                    raise InputError(
+                        f"hookpoint {name}: {error}, but others go on: give as many for each"
+                    ) from error
+                raise
+        counts = {name: stream.tokens for name, stream in self.streams.items()}
+        if len(set(counts.values())) > 1:
+            raise InputError(
+                f"step {self.stream.steps}: expected batches of the same tokens at each hookpoint, "
+                f"got {counts} tokens so far"
+            )
+        return batches
+
+    def rates(self) -> dict[str, dict[str, float]]:
+        """`Stream.rates` by hookpoint; waiting for activations is that for all of them."""
+        rates = {name: stream.rates() for name, stream in self.streams.items()}
+        waited = min(1.0, sum(each["wait_share"] for each in rates.values()))
+        return {name: each | {"wait_share": waited} for name, each in rates.items()}
+
+    def judged_on(self, hookpoint: str) -> Heldout:
         """The held-out activations, of which figures leave out massive ones, as training does."""
         assert self.heldout is not None
-        if self.heldout.counted is None and self.heldout.massive is None:
-            stream = self.stream
-            self.heldout = self.heldout.leaving_out(stream.massive, stream.counted)
-        return self.heldout
+        heldout = self.heldout[hookpoint]
+        if heldout.counted is None and heldout.massive is None:
+            stream = self.streams[hookpoint]
+            heldout = self.heldout[hookpoint] = heldout.leaving_out(stream.massive, stream.counted)
+        return heldout
 
     @property
     def live(self) -> list[Member]:
@@ -386,7 +434,7 @@ class Session:
                     member.write(received[name][0])
         for member in self.members.values():
             if member.failed is not None and member.result is None:
-                member.finish(self.stream)
+                member.finish()
 
     def signal(self, stop: Stop) -> int | None:
         """The signal that any process has received, so that all stop after the same step."""
@@ -406,18 +454,24 @@ class Session:
             lines = (prefix.format(n) + str(r.failed) for n, r in self.results.items())
             raise Diverged("\n".join(lines))
 
+    def check(self) -> None:
+        """Raise InputError if a batch of any stream was not finite; see `Stream.check`."""
+        for stream in self.streams.values():
+            stream.check()
+
     def save(self) -> None:
         """Write a checkpoint, once all steps are known to be good."""
-        self.stream.check()
+        self.check()
         for member in self.own:
-            member.settle(self.stream)
+            member.settle()
             if member.failed is None:
-                member.check(self.stream)
+                member.check()
         self.sync()
         self.check_live()
         if self.folder is not None:
+            streams = {name: stream.state_dict() for name, stream in self.streams.items()}
             state = {
-                "stream": self.stream.state_dict(),
+                **({"stream": streams[""]} if "" in streams else {"streams": streams}),
                 "members": {
                     member.name: member.state_dict() if member.mine else None
                     for member in self.live
@@ -440,7 +494,9 @@ class Session:
             raise InputError(
                 f"members: expected {list(self.members)}, got {list(state['members'])}"
             )
-        self.stream.load_state_dict(state["stream"])
+        streams = state.get("streams", {"": state.get("stream")})
+        for name, stream in self.streams.items():
+            stream.load_state_dict(streams.get(name))
         for name, own in state["members"].items():
             if self.members[name].mine:
                 self.members[name].load_state_dict(own)
@@ -458,11 +514,13 @@ class Session:
                 before = self.folder.document["members"][name].get("step_ms", 0.0)
                 ending["step_ms"] = result.step_ms or before  # resumed, and no step was left
                 endings[name] = {"config": self.members[name].settings["config"], **ending}
-            judged = next((r.metrics for r in self.results.values() if r.metrics), {})
-            self.folder.note(endings, markdown(endings, massive_warning(judged)))
+            warnings = (massive_warning(result.metrics) for result in self.results.values())
+            warning = next(filter(None, warnings), None)
+            self.folder.note(endings, markdown(endings, warning))
 
     def close(self) -> None:
-        self.stream.close()
+        for stream in self.streams.values():
+            stream.close()
         for member in self.members.values():
             if member.log is not None:
                 member.log.close()

@@ -1,0 +1,391 @@
+"""Suites: SAEs at several hookpoints that one pass of the language model feeds."""
+
+import copy
+import dataclasses
+import itertools
+import json
+import shutil
+import signal
+
+import pytest
+import torch
+from test_sweep import timeless
+from test_train import SMALL, finish
+
+import kronsae
+from kronsae import InputError, SAEConfig, TrainConfig
+from kronsae.config import DataConfig
+from kronsae.data.language_model import LanguageModel
+from kronsae.sources import open_hookpoints
+from kronsae.system import checkpoint, parallel
+from kronsae.train import fit, fit_many
+from kronsae.training.options import parse
+
+WIDTHS = {"early": 24, "late": 40}
+ROWS = 2000
+
+
+def rows(width, seed, count=ROWS):
+    generator = torch.Generator().manual_seed(seed)
+    directions = torch.randn(64, width, generator=generator)
+    active = torch.rand(count, 64, generator=generator) < 0.05
+    return (active * torch.rand(count, 64, generator=generator)) @ directions
+
+
+X = {name: rows(width, width) for name, width in WIDTHS.items()}
+HELDOUT = {name: rows(width, width, ROWS + 200)[ROWS:] for name, width in WIDTHS.items()}
+TRAIN = TrainConfig(
+    tokens=1500, batch_size=100, lr=3e-3, log_every=4, eval_every=8, checkpoint_every=4
+)
+SAES = {
+    "early-kron": SAEConfig(heads=8, m=2, n=4, k=4),
+    "late-dense": SAEConfig(encoder="dense", dict_size=96, k=8),
+    "early-dense": SAEConfig(encoder="dense", dict_size=64, k=4),
+}
+AT = {name: name.partition("-")[0] for name in SAES}
+
+
+def suite(activations=None, train=TRAIN, **options):
+    """The results of a suite, by member."""
+    results = fit_many(
+        list(SAES.values()),
+        X if activations is None else activations,
+        train,
+        names=list(SAES),
+        hookpoints=list(AT.values()),
+        **options,
+    )
+    return dict(zip(SAES, results, strict=True))
+
+
+def files(folder, names):
+    """What a suite gives: each member's weights, and its records without the times."""
+    return {
+        name: (
+            (folder / name / "sae" / "sae.safetensors").read_bytes(),
+            timeless(map(json.loads, (folder / name / "metrics.jsonl").read_text().splitlines())),
+        )
+        for name in names
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The folder of an uninterrupted suite."""
+    out = tmp_path_factory.mktemp("whole") / "suite"
+    suite(heldout=HELDOUT, out=out)
+    return out
+
+
+# From tensors
+
+
+@pytest.mark.parametrize("name", SAES)
+def test_each_member_is_what_it_is_alone(name, whole, tmp_path):
+    alone = fit(SAES[name], X[AT[name]], TRAIN, heldout=HELDOUT[AT[name]], out=tmp_path / "run")
+    weights, records = files(whole, [name])[name]
+    assert (tmp_path / "run" / "sae" / "sae.safetensors").read_bytes() == weights
+    assert timeless(alone.history) == records
+    assert kronsae.load(whole / name).d_model == WIDTHS[AT[name]]
+
+
+@pytest.mark.parametrize("stop_after", [1, 6, 14])
+def test_a_signal_saves_all_and_resume_is_bit_for_bit(stop_after, whole, tmp_path):
+    def interrupt(name, record):
+        if record["step"] == stop_after and name == "late-dense":
+            signal.raise_signal(signal.SIGTERM)
+
+    every_step = dataclasses.replace(TRAIN, log_every=1)
+    part = suite(train=every_step, heldout=HELDOUT, out=tmp_path, on_record=interrupt)
+    assert {r.stopped_by for r in part.values()} == {signal.SIGTERM}
+    streams = {
+        path.name: checkpoint.list_checkpoints(path) for path in (tmp_path / "streams").iterdir()
+    }
+    assert streams.keys() == WIDTHS.keys()
+    assert all(checkpoint.step_of(steps[-1]) == stop_after for steps in streams.values())
+    suite(heldout=HELDOUT, out=tmp_path, resume=True)
+    for name, (weights, _) in files(tmp_path, SAES).items():
+        assert weights == files(whole, [name])[name][0]
+
+
+def test_a_step_counts_once_all_streams_and_members_have_it(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / "suite")
+    newest = checkpoint.list_checkpoints(whole / "checkpoints")[-1].name
+    shutil.rmtree(tmp_path / "suite" / "streams" / "late" / newest)
+    suite(heldout=HELDOUT, out=tmp_path / "suite", resume=True)
+    for name, (weights, records) in files(tmp_path / "suite", SAES).items():
+        assert (weights, records) == files(whole, [name])[name]
+
+
+def test_only_the_newest_states_of_streams_are_kept(whole):
+    steps = [path.name for path in checkpoint.list_checkpoints(whole / "checkpoints")]
+    assert len(steps) == 2
+    for stream in (whole / "streams").iterdir():
+        assert [path.name for path in checkpoint.list_checkpoints(stream)] == steps
+
+
+def test_iterables_are_read_in_step():
+    """A batch of each hookpoint a step; they resume by being skipped."""
+
+    def batches(name):
+        return list(X[name].split(100))
+
+    found = suite({name: batches(name) for name in X})
+    alone = fit(SAES["late-dense"], batches("late"), TRAIN)
+    assert torch.equal(found["late-dense"].sae.W_dec, alone.sae.W_dec)
+
+
+def test_sources_that_do_not_give_the_same_tokens_are_refused():
+    with pytest.raises(InputError, match="late: the data ended after 1,000 .*others go on"):
+        suite({"early": X["early"].split(100), "late": X["late"][:1000].split(100)})
+    with pytest.raises(InputError, match="expected batches of the same tokens at each hookpoint"):
+        suite({"early": X["early"].split(100), "late": X["late"].split(99)})
+
+
+def test_bad_mappings_are_refused(tmp_path):
+    for activations, words in (
+        (
+            {"early": X["early"]},
+            r"activations: .*\['early', 'late'\].* got one that has \['early'\]",
+        ),
+        (X["early"], r"activations: expected a mapping .* got no mapping"),
+        ({**X, "late": X["late"][:, :0]}, "activations: expected a floating tensor"),
+    ):
+        with pytest.raises(InputError, match=words):
+            suite(activations, out=tmp_path / "suite")
+    with pytest.raises(InputError, match="heldout: expected a mapping"):
+        suite(heldout=HELDOUT["early"], out=tmp_path / "suite")
+    with pytest.raises(InputError, match="name one for each SAE in `hookpoints`"):
+        fit_many([SAES["early-kron"]], X, TRAIN)
+    with pytest.raises(InputError, match="'a/b' cannot be the name"):
+        fit_many([SAES["early-kron"]], {"a/b": X["early"]}, TRAIN, hookpoints=["a/b"])
+    with pytest.raises(InputError, match=r"heldout: expected floating activations \[t, 40\]"):
+        suite(heldout={**HELDOUT, "late": HELDOUT["early"]}, out=tmp_path / "suite")
+    assert not (tmp_path / "suite").exists()
+
+
+def test_a_member_may_diverge_and_the_others_go_on():
+    wild = dataclasses.replace(TRAIN, lr=1e30)
+    results = fit_many(
+        [SAES["early-kron"], SAES["late-dense"]], X, [wild, TRAIN], hookpoints=["early", "late"]
+    )
+    assert results[0].failed and not results[1].failed
+    assert results[1].tokens == TRAIN.tokens
+
+
+# From a language model
+
+TEXTS = [f"word{i} is the name of number {i}, and so on {i % 7}" * 3 for i in range(400)]
+DATA = DataConfig(
+    **{"layer": 1, "context_length": 32, "contexts_per_batch": 4, "buffer_tokens": 512},
+    **{"heldout_tokens": 128, "model_dtype": "float32"},
+)
+POINTS = {
+    "layer1": DATA,
+    "layer3": dataclasses.replace(DATA, layer=3),
+    "mlp": dataclasses.replace(DATA, layer=None, hookpoint="gpt_neox.layers.2.mlp"),
+    "transcoder": dataclasses.replace(
+        DATA, layer=None, hookpoint="gpt_neox.layers.0.mlp", target_hookpoint="gpt_neox.layers.2"
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def jsonl(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return str(path)
+
+
+@pytest.fixture
+def points(jsonl):
+    return {name: dataclasses.replace(data, dataset=jsonl) for name, data in POINTS.items()}
+
+
+def opened(points, **settings):
+    return open_hookpoints(points, batch_size=64, seed=3, device="cpu", **settings)
+
+
+@pytest.mark.parametrize("overlap", ["off", "on"])
+def test_each_hookpoint_gives_what_it_gives_alone(points, overlap):
+    points = {n: dataclasses.replace(data, overlap=overlap) for n, data in points.items()}
+    together = opened(points)
+    batches = dict(
+        zip(together, zip(*zip(*together.values(), strict=True), strict=True), strict=True)
+    )
+    for name, data in points.items():
+        [alone] = opened({name: data}).values()
+        assert (together[name].d_model, together[name].d_target) == (alone.d_model, alone.d_target)
+        assert together[name].describe() == alone.describe()
+        assert together[name].heldout_activations().equal(alone.heldout_activations())
+        expected = list(alone)
+        assert len(expected) > 20
+        for got, truth in zip(batches[name], expected, strict=True):
+            assert got.equal(truth)
+        alone.close()
+    next(iter(together.values())).close()
+
+
+def test_the_blocks_run_once_a_pass(points, monkeypatch):
+    count = []
+    run = LanguageModel._run
+    monkeypatch.setattr(LanguageModel, "_run", lambda *a: count.append(1) or run(*a))
+    together = opened(points)
+    count.clear()
+    for _ in zip(*together.values(), strict=True):
+        pass
+    assert len(count) == together["mlp"].forwards > 5
+
+
+@pytest.mark.parametrize("after", [1, 7, 20])
+def test_hookpoints_go_on_from_any_batch(points, after):
+    """Also each alone, from its own state."""
+    together = opened(points)
+    for _ in itertools.islice(zip(*together.values(), strict=True), after):
+        pass
+    states = copy.deepcopy({name: source.state_dict() for name, source in together.items()})
+    expected = {name: torch.cat(list(source)) for name, source in together.items()}
+    again = opened(points)
+    for name, state in states.items():
+        again[name].load_state_dict(state)
+    for name, source in again.items():
+        assert torch.cat(list(source)).equal(expected[name])
+        [alone] = opened({name: points[name]}).values()
+        alone.load_state_dict(states[name])
+        assert torch.cat(list(alone)).equal(expected[name])
+
+
+def test_a_process_keeps_rows_of_its_own_hookpoints_alone(points):
+    receivers = {"layer1": {1}, "layer3": {0, 1}, "mlp": {0}, "transcoder": {1}}
+    sources = opened(points, receivers=receivers)
+    assert sources["mlp"].own == [1, 2]
+    mine = list(zip(sources["layer3"], sources["mlp"], strict=True))
+    [alone] = opened({"mlp": points["mlp"]}).values()
+    assert torch.cat([y for _, y in mine]).equal(torch.cat(list(alone)))
+
+
+def test_the_same_hookpoint_twice_is_refused(points):
+    twice = {"a": points["layer1"], "b": points["layer1"]}
+    with pytest.raises(InputError, match="gpt_neox.layers.1' is named twice"):
+        opened(twice)
+
+
+# The command line
+
+SUITE = [*SMALL, "--tokens", "3000", "--layer", "0-1", "--encoder", "kron", "dense"]
+MEMBERS = ("layer0-kron", "layer0-dense", "layer1-kron", "layer1-dense")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    out = tmp_path_factory.mktemp("trained") / "suite"
+    status, printed, err = finish(*SUITE, "--out", out)
+    assert status == 0, err
+    return out, printed
+
+
+def test_a_suite_of_layers(trained):
+    out, printed = trained
+    assert {path.name for path in out.iterdir() if path.is_dir()} == {
+        *("checkpoints", "streams", *MEMBERS)
+    }
+    for name in MEMBERS:
+        data = json.loads((out / name / "config.json").read_text())["config"]["data"]
+        assert data["layer"] == int(name[5]) and name in printed
+        assert (out / name / "report.html").is_file()
+
+
+@pytest.mark.parametrize("name", ["layer0-dense", "layer1-kron"])
+def test_a_members_config_repeats_it_alone(name, trained, tmp_path):
+    out, _ = trained
+    status, _, err = finish("--config", out / name / "config.json", "--out", tmp_path / "run")
+    assert status == 0, err
+    weights = [(f / "sae" / "sae.safetensors").read_bytes() for f in (out / name, tmp_path / "run")]
+    assert weights[0] == weights[1]
+
+
+def places(arguments):
+    members = parse(arguments).members
+    return {
+        name: (c.data.layer, c.data.hookpoint, c.data.target_hookpoint)
+        for name, c in members.items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (["--layer", "0-2"], {f"layer{n}": (n, None, None) for n in range(3)}),
+        (["--layer", "3", "1-2", "2"], {f"layer{n}": (n, None, None) for n in (3, 1, 2)}),
+        (["--layer", "all"], {f"layer{n}": (n, None, None) for n in range(4)}),
+        (["--layer", "2-2"], {"sae": (2, None, None)}),
+        (
+            ["--hookpoint", "gpt_neox.layers.*.mlp"],
+            {
+                f"gpt_neox.layers.{n}.mlp": (None, f"gpt_neox.layers.{n}.mlp", None)
+                for n in range(4)
+            },
+        ),
+        (
+            ["--hookpoint", "*.[01].attention", "--target-hookpoint", "*.[01].mlp"],
+            {
+                f"gpt_neox.layers.{n}.attention-gpt_neox.layers.{n}.mlp": (
+                    *(None, f"gpt_neox.layers.{n}.attention", f"gpt_neox.layers.{n}.mlp"),
+                )
+                for n in range(2)
+            },
+        ),
+    ],
+)
+def test_which_hookpoints_flags_name(arguments, expected):
+    assert places(arguments) == expected
+
+
+def test_layers_multiply_a_sweep_and_stand_first_in_names():
+    members = parse(["--k", "8", "16", "--layer", "1", "3"]).members
+    assert list(members) == ["layer1-k8", "layer1-k16", "layer3-k8", "layer3-k16"]
+    assert members["layer3-k8"].data.layer == 3 and members["layer3-k8"].sae.k == 8
+
+
+def test_a_sweep_file_gives_each_layer_its_own_k_and_size(tmp_path):
+    entries = [{"layer": 1, "k": 8}, {"layer": 3, "k": 16, "dict_size": 2048, "name": "top"}]
+    (tmp_path / "sweep.json").write_text(json.dumps(entries))
+    members = parse(["--sweep", str(tmp_path / "sweep.json")]).members
+    found = {n: (c.data.layer, c.sae.k, c.sae.dict_size) for n, c in members.items()}
+    assert found == {"layer1-k8": (1, 8, 4096), "top": (3, 16, 2048)}
+    with pytest.raises(InputError, match="layer has several values and is in the sweep file"):
+        parse(["--sweep", str(tmp_path / "sweep.json"), "--layer", "1", "2"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--layer", "3-1"], "expected the first layer before the last: '3-1'"),
+        (["--layer", "one"], r"expected a layer \(3\), several \(0-11\) or all, got 'one'"),
+        (["--layer", "-1"], "layer"),
+        (
+            ["--hookpoint", "gpt_neox.layers.*.nothing"],
+            "matches none of the",
+        ),
+        (["--layer", "1", "2", "--hookpoint", "x"], "expected one"),
+        (
+            ["--layer", "0-2", "--target-hookpoint", "gpt_neox.layers.[23]"],
+            "expected one target_hookpoint, or one for each layer or hookpoint, got 3 for layer, 2",
+        ),
+    ],
+)
+def test_bad_hookpoints_are_refused(arguments, words):
+    with pytest.raises(InputError, match=words):
+        parse(arguments)
+
+
+def test_a_layer_that_the_model_lacks_is_refused(tmp_path):
+    status, _, err = finish(*SMALL, "--layer", "2-6", "--out", tmp_path / "suite")
+    assert status == 2 and "layer 4: " in err or "layer 6: " in err
+    assert not (tmp_path / "suite").exists()
+
+
+def test_members_of_a_hookpoint_are_neighbours_on_ranks():
+    at = {f"layer{n}-{kind}": f"layer{n}" for n in range(3) for kind in ("a", "b")}
+    assert list(parallel.owners(at, "members", (2, 1)).values()) == [0, 0, 0, 1, 1, 1]
+    assert list(parallel.owners(at, "members", (3, 1)).values()) == [0, 0, 1, 1, 2, 2]
