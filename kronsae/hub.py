@@ -1,8 +1,10 @@
-"""SAEs on the Hugging Face hub: `push` one with its model card and report, `download` by id.
+"""SAEs on the Hugging Face hub: `push` one, or a sweep, with model card and report.
 
 from kronsae.hub import push
 push("runs/my-run", "me/my-sae")                 # or: python -m kronsae.export … --to hub
 sae = kronsae.load("me/my-sae", revision="main")
+push("runs/my-suite", "me/my-suite")
+sae = kronsae.load("me/my-suite", layer=6)
 """
 
 import dataclasses
@@ -17,16 +19,21 @@ from kronsae.data.text import COMPRESSIONS, KINDS, TEXT_SUFFIXES
 from kronsae.errors import InputError
 from kronsae.interop.load import load
 from kronsae.interop.stock import Origin
+from kronsae.interop.suite import INDEX_NAME
 from kronsae.metrics.figures import MEANING
 from kronsae.model.massive import rule_of
 from kronsae.model.sae import SAE
+from kronsae.runs.folder import SweepFolder
+from kronsae.runs.sweep import comparison
 from kronsae.system.documents import part_of
+from kronsae.system.files import write_json
 from kronsae.system.tables import markdown
 from kronsae.system.templates import render
 from kronsae_kernels import __version__
 
 CARD_NAME, REPORT_NAME = "README.md", "report.html"
 _CARD = Path(__file__).parent / "model_card.md.j2"
+_SUITE_CARD = Path(__file__).parent / "suite_card.md.j2"
 
 
 def push(
@@ -39,7 +46,8 @@ def push(
 ) -> str:
     """Upload an SAE to the hub in one commit; returns its URL.
 
-    source: an SAE, or what `kronsae.load` takes; of a run folder report.html goes along.
+    source: an SAE, or what `kronsae.load` takes; of a run folder report.html goes along. Or the
+        folder of a sweep, whose members get a folder each.
     repo_id: "owner/name"; made if it does not exist.  revision: a branch, made if need be.
     The hub's token is that of `hf auth login`, or HF_TOKEN.
 
@@ -52,13 +60,12 @@ def push(
 
     if repo_id.count("/") != 1:
         raise InputError(f"repo_id: expected 'owner/name', got {repo_id!r}")
-    sae = source if isinstance(source, SAE) else load(source)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = sae.save(Path(temporary) / "sae")
-        if not isinstance(source, SAE) and (report := Path(source) / REPORT_NAME).is_file():
-            shutil.copy(report, folder)
-        card = model_card(sae, repo_id, report=(folder / REPORT_NAME).is_file())
-        (folder / CARD_NAME).write_text(card, encoding="utf-8")
+        folder = Path(temporary) / "repository"
+        if not isinstance(source, SAE) and (Path(source) / INDEX_NAME).is_file():
+            _fill_suite(SweepFolder.open(source)[0], folder, repo_id)
+        else:
+            _fill(source, folder, repo_id)
         api = HfApi()
         try:
             api.create_repo(repo_id, private=private, exist_ok=True)
@@ -76,6 +83,46 @@ def push(
                 "`hf auth login`, and check that the name is yours"
             ) from error
     return commit.commit_url
+
+
+def _fill(source: SAE | str | Path, folder: Path, repo_id: str) -> SAE:
+    """Write the files of an SAE to a new folder; the SAE."""
+    sae = source if isinstance(source, SAE) else load(source)
+    sae.save(folder)
+    if not isinstance(source, SAE) and (report := Path(source) / REPORT_NAME).is_file():
+        shutil.copy(report, folder)
+    card = model_card(sae, repo_id, report=(folder / REPORT_NAME).is_file())
+    (folder / CARD_NAME).write_text(card, encoding="utf-8")
+    return sae
+
+
+def _fill_suite(sweep: SweepFolder, folder: Path, repo_id: str) -> None:
+    """Write the files of all SAEs of a sweep that were saved, its index and its card."""
+    members, origins = sweep.members(), {}
+    for name, run in sweep.runs.items():
+        if run.sae.is_dir() and not members[name]["failed"]:
+            origins[name] = Origin.of(_fill(run.path, folder / name, repo_id).metadata)
+    if not origins:
+        raise InputError(f"{sweep.path} has no SAE to push: it has not ended, or all diverged")
+    kept = {name: members[name] for name in origins}
+    write_json(folder / INDEX_NAME, sweep.document | {"members": kept})
+    if sweep.report.is_file():
+        shutil.copy(sweep.report, folder)
+    layers = [origin.layer for origin in origins.values()]
+    example, origin = next(iter(origins.items()))
+    card = render(
+        _SUITE_CARD,
+        repo_id=repo_id,
+        name=repo_id.partition("/")[2],
+        origin=origin,
+        base_model=_on_hub(origin.model),
+        dataset=_on_hub(origin.dataset),
+        count=len(kept),
+        example=example,
+        layer=next((layer for layer in layers if layers.count(layer) == 1), None),
+        table=markdown(*comparison(kept)),
+    )
+    (folder / CARD_NAME).write_text(card, encoding="utf-8")
 
 
 def model_card(sae: SAE, repo_id: str, *, report: bool = False) -> str:

@@ -35,6 +35,7 @@ from kronsae.data.amount import count_tokens, in_words, name_of_text, too_few
 from kronsae.data.packing import contexts_in_words
 from kronsae.errors import InputError
 from kronsae.explore.report import elapsed, write_report
+from kronsae.explore.sweep_report import write_sweep_report
 from kronsae.metrics.figures import MEANING
 from kronsae.metrics.heldout import Heldout, HeldoutText, massive_warning
 from kronsae.model.massive import MassiveTokens, rule_of
@@ -403,6 +404,8 @@ def _report(
                 latents = contexts.get(name, [])
                 tokenizer = text and text.model.tokenizer
                 write_report(folder.runs[name].path, contexts=latents, tokenizer=tokenizer)
+        if isinstance(folder, SweepFolder):
+            write_sweep_report(folder)
     return next((contexts[name] for name in reversed(results) if name in contexts), [])
 
 
@@ -497,6 +500,7 @@ def _summarise_sweep(
     console.print(
         f"{done}"
         f"  NAME/          the run of each: config.json, metrics.jsonl, report.html, sae/\n"
+        f"  report.html    all of them to look at\n"
         f"  comparison.md  this table\n"
         f"  sweep.json     every setting and figure\n"
         f"Next: kronsae.load({str(folder.path / example)!r}), or --config "

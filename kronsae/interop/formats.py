@@ -60,6 +60,14 @@ class Format(ABC):
         """Write the folder. Raises InputError, with the reason, if the format cannot hold it."""
 
     @staticmethod
+    def folder_of(sae: SAE, name: str) -> str:
+        """Name of an SAE's folder in a suite, as the library's suites have it.
+
+        name: that of the member in its sweep, which other suites keep.
+        """
+        return name
+
+    @staticmethod
     def reader(folder: Path, sae: SAE) -> Reader:
         """The SAE as the library itself runs it, for --verify. Raises ImportError without it."""
         raise InputError("this format does not say how its library runs an SAE: leave out --verify")

@@ -8,6 +8,7 @@ from kronsae.data.common import reason
 from kronsae.errors import InputError
 from kronsae.interop.formats import files_of, known, recognise
 from kronsae.interop.pretrained import REGISTRY, of_registry
+from kronsae.interop.suite import subfolder_of
 from kronsae.model.massive import check_rule
 from kronsae.model.sae import METADATA, SAE, WEIGHTS_NAME
 from kronsae.registry import FORMATS
@@ -21,6 +22,8 @@ def load(
     device: torch.device | str = "cpu",
     revision: str | None = None,
     subfolder: str | None = None,
+    layer: int | None = None,
+    hookpoint: str | None = None,
     allow_pickle: bool = False,
 ) -> SAE:
     """Load an SAE from a run folder, a folder written by `SAE.save`, or a Hugging Face hub id.
@@ -32,15 +35,30 @@ def load(
     The SAE takes raw activations; `sae.metadata` holds the metadata saved with it.
     revision: branch, tag or commit on the hub.  subfolder: of the SAE in the folder or repository,
         such as "layers.6", or its file there, such as "layer6.sae.pt".
+    layer, hookpoint: in place of the subfolder, of a suite (`kronsae.interop.suite`), such as the
+        folder of a sweep at several hookpoints.
     allow_pickle: also read weights that are a pickle, from which only tensors are loaded.
     Raises InputError if there is no SAE, or if it is damaged or of another format.
     """
-    for name, value in (("revision", revision), ("subfolder", subfolder)):
+    for name, value in (
+        ("revision", revision),
+        ("subfolder", subfolder),
+        ("hookpoint", hookpoint),
+    ):
         typed(value, str | None, name)
     if str(source).startswith(REGISTRY):
-        if revision is not None or subfolder is not None:
-            raise InputError(f"revision and subfolder have no effect with {source}: leave them out")
+        given = (revision, subfolder, layer, hookpoint)
+        if any(value is not None for value in given):
+            raise InputError(
+                "revision, subfolder, layer and hookpoint have no effect with "
+                f"{source}: leave them out"
+            )
         return of_registry(str(source)).to(device)
+    if layer is not None or hookpoint is not None:
+        if subfolder is not None:
+            raise InputError(f"subfolder {subfolder!r}: give it, or a layer or hookpoint, not both")
+        layer = typed(layer, int | None, "layer")
+        subfolder = subfolder_of(usable_path(source, "source"), layer, hookpoint, revision)
     folder = _find_sae(source, revision, subfolder, allow_pickle)
     form = FORMATS[recognise(folder) or "kronsae"]
     if form.pickle and not allow_pickle:
@@ -70,9 +88,12 @@ def _find_sae(
     elif revision is not None:
         raise InputError(f"revision {revision!r} has no effect: {source} is a local folder")
     if (path / "sweep.json").is_file() and not subfolder:
-        raise InputError(f"{source} is a sweep: name one of its runs, {source}/NAME")
+        raise InputError(
+            f"{source} is a sweep: name one of its runs, {source}/NAME, or give layer= or "
+            "hookpoint= if that tells which"
+        )
     inside = usable_path(path / (subfolder or "sae"), "subfolder")
-    folders = (inside,) if subfolder else (path, inside)
+    folders = (inside, inside / "sae") if subfolder else (path, inside)
     for folder in folders:
         if recognise(folder) or (folder / WEIGHTS_NAME).exists():
             return folder
@@ -104,7 +125,8 @@ def download(repo_id: str, revision: str | None, subfolder: str | None, allow_pi
     """
     from huggingface_hub import snapshot_download
 
-    paths = [subfolder.strip("/")] if subfolder else ["", "sae"]
+    above = f"{subfolder.strip('/')}/" if subfolder else ""
+    paths = [above.rstrip("/"), f"{above}sae"]
     files = sorted(set().union(*(files_of(path, allow_pickle) for path in paths)))
     try:
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=files))

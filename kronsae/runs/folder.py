@@ -13,6 +13,7 @@ NAME/             a run for each member, with what it alone has in its checkpoin
 streams/NAME/     step-NNNNNNNN/ of each hookpoint, of a sweep that reads several (a suite)
 checkpoints/      step-NNNNNNNN/: what they share; written last, so it says which step is complete
 comparison.md     a table of the members
+report.html       the same to look at, and figures over the hookpoints
 """
 
 import copy
@@ -316,6 +317,7 @@ class SweepFolder(_Folder):
         super().__init__(path, "sweep.json")
         self.runs = {name: RunFolder(path / name) for name in names}
         self.comparison = path / "comparison.md"
+        self.report = path / "report.html"
         self.streams = path / "streams"
         self.hookpoints: Mapping[str, str] = dict.fromkeys(self.runs, "")
 

@@ -6,7 +6,14 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from kronsae.config import DataConfig, SAEConfig, TrainConfig, all_settings, from_dict
+from kronsae.config import (
+    DataConfig,
+    SAEConfig,
+    TrainConfig,
+    all_settings,
+    from_dict,
+    with_defaults,
+)
 from kronsae.errors import InputError
 from kronsae.model.flops import flops_per_token
 from kronsae.system import tables
@@ -26,15 +33,14 @@ def own_settings() -> tuple[str, ...]:
 
 def hookpoints_of(configs: Mapping[str, DataConfig]) -> dict[str, str]:
     """A name for the hookpoint of each member, also of a folder; "" if all have the same."""
-    names = {
-        name: _as_name(
-            "-to-".join(
-                filter(None, (data.hookpoint or f"layer{data.layer}", data.target_hookpoint))
-            )
-        )
-        for name, data in configs.items()
-    }
+    names = {name: hookpoint_name(vars(data)) for name, data in configs.items()}
     return names if len(set(names.values())) > 1 else dict.fromkeys(names, "")
+
+
+def hookpoint_name(data: Mapping[str, Any]) -> str:
+    """A name for the hookpoint in settings of `DataConfig`: "layer3", "model.layers.3.mlp"."""
+    read = data["hookpoint"] or f"layer{data['layer']}"
+    return _as_name("-to-".join(filter(None, (read, data["target_hookpoint"]))))
 
 
 _RESERVED = ("checkpoints", "streams", "sweep.json", "comparison.md", "report.html")
@@ -140,6 +146,13 @@ def comparison(members: dict[str, dict[str, Any]]) -> tuple[list[str], list[list
     if "dead_share_10k" in shown:
         shown.remove("dead_share")
     head = ["member", "encoder", "F", "k", "M mult-adds", "ms a step"]
+    places = {}
+    for name, entry in members.items():
+        if data := part_of(entry, "config", "data"):
+            places[name] = hookpoint_name(with_defaults(DataConfig, data))
+    several = len(set(places.values())) > 1
+    if several:
+        head.insert(1, "reads")
     rows = []
     for name, entry in members.items():
         sae = from_dict(SAEConfig, part_of(entry, "config", "sae"), f"member {name}")
@@ -147,6 +160,7 @@ def comparison(members: dict[str, dict[str, Any]]) -> tuple[list[str], list[list
         rows.append(
             [
                 name,
+                *([places[name]] if several else []),
                 f"{sae.heads}x{sae.m}x{sae.n}" if kron else sae.encoder,
                 f"{sae.dict_size:,}",
                 str(sae.k) if sae.k else "–",

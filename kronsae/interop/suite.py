@@ -1,0 +1,134 @@
+"""Suites: folders and repositories with an SAE for each of several hookpoints."""
+
+import re
+from collections.abc import Iterable
+from fnmatch import fnmatch
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+from kronsae.data.common import reason
+from kronsae.errors import InputError
+from kronsae.interop.formats import FileFormat
+from kronsae.registry import FORMATS
+from kronsae.system.documents import part_of, read_json, typed
+
+INDEX_NAME = "sweep.json"
+"""The file of our own suites that names their members."""
+
+_LAYER = re.compile(r"(?:^|[._/-])(?:layers?|blocks?|h)[._-]?(\d+)(?=$|[._/-])")
+"""The number of a layer in a name such as layers.6, blocks.6.hook_resid_post, layer_6."""
+
+
+class Place(NamedTuple):
+    """Where an SAE of a suite is, and what it reads."""
+
+    folder: str
+    layer: int | None
+    hookpoint: str | None
+
+
+def subfolder_of(
+    source: str | Path, layer: int | None, hookpoint: str | None, revision: str | None
+) -> str:
+    """The folder in a suite of the SAE at a layer or hookpoint.
+
+    source: a sweep's folder, a folder of any known format's folders, or such a repository on the
+    hub. Layers are those of our own index, or the numbers in the names of folders.
+    Raises InputError if there is none, or if there are several.
+    """
+    if (layer is None) == (hookpoint is None):
+        raise InputError(f"expected layer or hookpoint, got layer {layer}, hookpoint {hookpoint!r}")
+    places = _places(Path(source)) if Path(source).is_dir() else _on_hub(str(source), revision)
+    if hookpoint is not None:
+        wanted = f"hookpoint {hookpoint!r}"
+        found = [place for place in places if hookpoint in (place.hookpoint, place.folder)]
+    else:
+        wanted = f"layer {layer}"
+        # The residual stream counts before other modules of the block.
+        found = [place for place in places if place.layer == layer and place.hookpoint is None]
+        found = found or [place for place in places if place.layer == layer]
+    if len(found) == 1:
+        return found[0].folder
+    if not found:
+        there = ", ".join(place.folder for place in places[:20]) or "no SAE"
+        raise InputError(f"{source} has no SAE at {wanted}; it has {there}")
+    names = [place.folder for place in found]
+    raise InputError(
+        f"{source} has {len(names)} SAEs at {wanted}: {', '.join(names)}; choose one by "
+        f"subfolder={names[0]!r}"
+    )
+
+
+def _places(folder: Path) -> list[Place]:
+    """The SAEs of a suite in a folder."""
+    index = folder / INDEX_NAME
+    if index.is_file():
+        try:
+            return _of_index(read_json(index))
+        except (OSError, ValueError) as error:
+            raise InputError(f"{index} cannot be read: {error}") from error
+    return _of_files(path.relative_to(folder).as_posix() for path in folder.glob("*/**/*"))
+
+
+def _on_hub(repo_id: str, revision: str | None) -> list[Place]:
+    """The SAEs of a suite on the hub, of which only the list of files, or the index, is read."""
+    from huggingface_hub import HfApi, hf_hub_download
+
+    try:
+        files = HfApi().list_repo_files(repo_id, revision=revision)
+        if INDEX_NAME in files:
+            index = hf_hub_download(repo_id, INDEX_NAME, revision=revision)
+            return _of_index(read_json(Path(index)))
+    except Exception as error:  # the hub client raises dozens of types
+        raise InputError(
+            f"{repo_id}: neither a local folder nor a repository that the Hugging Face hub could "
+            f"list ({reason(error)})"
+        ) from error
+    return _of_files(files)
+
+
+def _of_index(document: Any) -> list[Place]:
+    """The members of one of our own suites, from its index."""
+    members = typed(document, dict, INDEX_NAME).get("members")
+    places = []
+    for name, entry in typed(members, dict[str, dict[str, Any]], f"{INDEX_NAME}: members").items():
+        data = part_of(entry, "config", "data")
+        layer, hookpoint = data.get("layer"), data.get("hookpoint")
+        places.append(
+            Place(
+                name,
+                layer if isinstance(layer, int) else _layer_in(str(hookpoint)),
+                hookpoint if isinstance(hookpoint, str) else None,
+            )
+        )
+    return places
+
+
+def _of_files(files: Iterable[str]) -> list[Place]:
+    """The folders, and files, among these that hold weights of a known format."""
+    found: set[str] = set()
+    for path in map(PurePosixPath, files):
+        for form in FORMATS.values():
+            if not fnmatch(path.name, form.weights):
+                continue
+            if issubclass(form, FileFormat):
+                found.add(str(path))
+            elif path.parent.parts:
+                found.add(str(path.parent))
+    places = []
+    for name in sorted(found):
+        layer = _layer_in(name)
+        rest = _LAYER.sub("", name).strip("._-/")
+        # What follows a layer's number names a part of the block, but for its residual stream.
+        is_residual = rest in ("", "sae", "sae.pt", *_RESIDUAL)
+        places.append(Place(name, layer, None if is_residual else PurePosixPath(name).name))
+    return places
+
+
+_RESIDUAL = ("hook_resid_post", "resid_post", "res", "residual")
+"""Names of the residual stream after a block, as others give them."""
+
+
+def _layer_in(name: str) -> int | None:
+    found = _LAYER.findall(name)
+    return int(found[-1]) if found else None
