@@ -48,6 +48,7 @@ from kronsae.system.devices import resolve_device, seed_everything
 from kronsae.system.documents import part_of
 from kronsae.system.files import read_checksummed
 from kronsae.system.parallel import Mesh
+from kronsae.training.hookpoints import matches, numbers
 
 __all__ = ["HarvestConfig", "harvest", "main", "make_plan"]
 
@@ -118,8 +119,10 @@ def parse(argv: list[str]) -> tuple[HarvestConfig | None, Path, bool]:
         data = dataclasses.replace(config.data, trust_remote_code=trusted)
         return dataclasses.replace(config, data=data, **flags), folder, plan
     own = {name: flags.pop(name) for name in list(flags) if name in _OWN}
-    own |= {name: tuple(own[name]) for name in _LISTS if name in own}
     data = DataConfig(**{**_of_earlier_version(folder), **flags})
+    for name, expand in (("layers", numbers), ("hookpoints", matches)):
+        if name in own:
+            own[name] = tuple(expand(own[name], data))
     if data.model == "embedded":
         for name in ("revision", "trust_remote_code"):
             if flags.get(name):
@@ -299,13 +302,15 @@ def describe(folder: Path, index: CacheIndex) -> str:
     """The contents of a cache as text."""
     names = ", ".join(f"{point.name} (d = {point.width:,})" for point in index.hookpoints)
     rows = index.train_rows + index.heldout_rows
+    layers = sum(point.layer is not None for point in index.hookpoints)
+    at = ["--layer", "all"] if layers > 1 else []
     return (
         f"{folder}: {index.train_rows:,} tokens to train on{so_far(index)}, "
         f"{index.heldout_rows:,} held out, in "
         f"{len(index.train) + len(index.heldout):,} shards of {index.dtype}, "
         f"{index.bytes / 2**20:,.0f} MiB ({index.bytes / rows:,.0f} bytes a token)\n"
         f"  {index.data.model}: {names}\n"
-        f"Next: {command_line('train', '--activations', str(folder))}"
+        f"Next: {command_line('train', '--activations', str(folder), *at)}"
     )
 
 

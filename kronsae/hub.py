@@ -11,6 +11,7 @@ import dataclasses
 import re
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from kronsae.config import kind_of, without_nesting
@@ -43,12 +44,14 @@ def push(
     revision: str | None = None,
     private: bool = False,
     message: str | None = None,
+    members: Sequence[str] | None = None,
 ) -> str:
     """Upload an SAE to the hub in one commit; returns its URL.
 
     source: an SAE, or what `kronsae.load` takes; of a run folder report.html goes along. Or the
         folder of a sweep, whose members get a folder each.
     repo_id: "owner/name"; made if it does not exist.  revision: a branch, made if need be.
+    members: of a sweep, those to upload (None: all that have an SAE and did not diverge).
     The hub's token is that of `hf auth login`, or HF_TOKEN.
 
     The repository gets sae.safetensors and config.json, from which `kronsae.load(repo_id)` makes
@@ -63,7 +66,7 @@ def push(
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "repository"
         if not isinstance(source, SAE) and (Path(source) / INDEX_NAME).is_file():
-            _fill_suite(SweepFolder.open(source)[0], folder, repo_id)
+            _fill_suite(SweepFolder.open(source)[0], folder, repo_id, members)
         else:
             _fill(source, folder, repo_id)
         api = HfApi()
@@ -96,11 +99,17 @@ def _fill(source: SAE | str | Path, folder: Path, repo_id: str) -> SAE:
     return sae
 
 
-def _fill_suite(sweep: SweepFolder, folder: Path, repo_id: str) -> None:
-    """Write the files of all SAEs of a sweep that were saved, its index and its card."""
+def _fill_suite(
+    sweep: SweepFolder, folder: Path, repo_id: str, wanted: Sequence[str] | None
+) -> None:
+    """Write the files of the SAEs of a sweep, its index and its card."""
     members, origins = sweep.members(), {}
+    for name in wanted or ():
+        if name not in members:
+            raise InputError(f"{sweep.path} has no member {name!r}; it has {', '.join(members)}")
     for name, run in sweep.runs.items():
-        if run.sae.is_dir() and not members[name]["failed"]:
+        usable = run.sae.is_dir() and not members[name]["failed"]
+        if name in wanted if wanted else usable:
             origins[name] = Origin.of(_fill(run.path, folder / name, repo_id).metadata)
     if not origins:
         raise InputError(f"{sweep.path} has no SAE to push: it has not ended, or all diverged")

@@ -24,7 +24,7 @@ from kronsae.commandline import (
     stoppable,
     stopped,
 )
-from kronsae.config import RunConfig, SAEConfig, kind_of
+from kronsae.config import DataConfig, RunConfig, SAEConfig, kind_of
 from kronsae.data.activations import (
     NO_OVERLAP,
     HookpointActivations,
@@ -45,7 +45,7 @@ from kronsae.model.sae import load_metadata
 from kronsae.plan.amount import available_tokens
 from kronsae.plan.memory import check_memory, make_plan
 from kronsae.plan.outline import NoOutline, Outline, outline
-from kronsae.plan.text import describe_ranks, render
+from kronsae.plan.text import describe_ranks, names_in_words, render
 from kronsae.plan.time import run_time
 from kronsae.properties.contexts import LatentContexts, as_contexts, top_contexts
 from kronsae.properties.contexts import render as render_contexts
@@ -85,9 +85,9 @@ def main(argv: list[str] | None = None) -> int:
         if request.plan:
             if quiet:  # the first process measures
                 return 0
-            plan, members, model = _plan(request)
-            available = available_tokens(request.config.data, model.context_length)
-            takes = run_time(plan, members, model, available)
+            plan, members, data, model = _plan(request)
+            available = available_tokens(data, model.context_length)
+            takes = run_time(plan, members, data, model, available)
             console.print(render(plan, members, takes, available), markup=False)
             return 0
         mesh = _join(request)
@@ -122,20 +122,22 @@ def _join(request: Request) -> Mesh:
 
 def _check_memory(request: Request, console: Console) -> None:
     try:
-        plan, _, _ = _plan(request)
+        plan, *_ = _plan(request)
     except NoOutline as error:  # the run may fit all the same
         console.print(f"memory was not planned: {error}", markup=False)
     else:
         check_memory(plan)
 
 
-def _plan(request: Request) -> tuple[dict[str, Any], dict[str, RunConfig], Outline]:
-    """The plan, the members, and the language model's outline up to the last hookpoint."""
+def _plan(
+    request: Request,
+) -> tuple[dict[str, Any], dict[str, RunConfig], DataConfig, Outline]:
+    """The plan, the members, the last hookpoint, and the language model's outline up to it."""
     outlines = {name: outline(data) for name, data in request.data.items()}
     widths = {name: (each.d_model, each.d_target) for name, each in outlines.items()}
     members = request.at_widths(widths).members
-    model = max(outlines.values(), key=lambda each: each.flops_per_token)
-    return make_plan(members, model), members, model
+    last = max(outlines, key=lambda name: outlines[name].flops_per_token)
+    return make_plan(members, outlines[last]), members, request.data[last], outlines[last]
 
 
 def train(request: Request, console: Console, mesh: Mesh = ALONE) -> int:
@@ -314,10 +316,7 @@ def _describe(
         "read in": contexts_in_words(length, described.get("context_begin")) if length else "",
         "training": f"{train.tokens:,} tokens, {train.steps:,} steps of {train.batch_size:,}"
         + describe_ranks(train),
-        **{
-            name if request.sweep else "autoencoder": _describe_member(member)
-            for name, member in request.members.items()
-        },
+        **_describe_members(request),
         "run folder": str(out) + _done_before(out),
     }
     table = Table.grid(padding=(0, 2))
@@ -348,6 +347,17 @@ def _failed_before(run: RunFolder) -> str | None:
     with suppress(OSError, ValueError):  # there is no SAE, or a damaged one, to be written again
         return load_metadata(run.sae).get("failed")
     return None
+
+
+def _describe_members(request: Request) -> dict[str, str]:
+    """A line about each member; one about those that differ in their hookpoint alone."""
+    alike: dict[str, list[str]] = {}
+    for name, member in request.members.items():
+        alike.setdefault(_describe_member(member), []).append(name)
+    return {
+        names_in_words(names) if request.sweep else "autoencoder": text
+        for text, names in alike.items()
+    }
 
 
 def _describe_member(config: RunConfig) -> str:

@@ -316,7 +316,7 @@ def test_plan_counts_the_buffer_of_a_cache(cache, capsys):
     assert main(arguments) == 0
     assert f"from the cache {cache}" in " ".join(capsys.readouterr().out.split())
     request = kronsae.train.parse(arguments)
-    plan, _, _ = kronsae.train._plan(request)
+    plan, *_ = kronsae.train._plan(request)
     source = CacheActivations(cache, layer=2, batch_size=64, buffer_tokens=400)
     slots = 2 * sum(part.numel() * part.itemsize for part in source._new_slot())
     batches = 3 * 64 * source.d_model * 4

@@ -235,6 +235,44 @@ for source, settings in (("me/other", {}), ("me/sae", {"revision": "no"}),
     assert files["report.html"] == b"<html>the run</html>"
 
 
+def test_push_and_load_of_a_suite(hub, tmp_path):
+    """Its members by layer, of which the index alone is read first."""
+    script = """
+import torch
+import kronsae
+from kronsae import SAEConfig, TrainConfig
+from kronsae.export.__main__ import main
+from kronsae.train import fit_many
+x = {name: torch.randn(300, 8) for name in ("a", "b")}
+config = SAEConfig(heads=4, m=2, n=2, k=3)
+train = TrainConfig(tokens=200, batch_size=100)
+data = lambda layer: {"layer": layer, "hookpoint": None, "model": "EleutherAI/pythia-70m"}
+parts = {"sae": {"d_model": 8, "dict_size": 16, "k": 3}, "train": {}}
+settings = [{"config": {**parts, "data": data(n)}, "data": {"layer": n}} for n in (3, 4)]
+fit_many([config] * 2, x, train, names=["l3", "l4"], hookpoints=["a", "b"], out="suite",
+         settings=settings)
+assert main(["suite", "--to", "hub", "--repo", "me/suite"]) == 0
+print(kronsae.load("me/suite", layer=4).config.k, kronsae.load("me/suite", subfolder="l3").config.k)
+for settings in ({"layer": 5}, {}):
+    try:
+        kronsae.load("me/suite", **settings)
+    except kronsae.InputError as error:
+        print(error)
+assert main(["suite", "--to", "hub", "--repo", "me/one", "--members", "l4"]) == 0
+"""
+    lines = run(hub, tmp_path, script)
+    assert 'kronsae.load("me/suite", subfolder="NAME")' in lines[1]
+    assert lines[2] == "3 3" and "no SAE at layer 5; it has l3, l4" in lines[3]
+    files = hub.commits["me/suite"][hub.branches["me/suite"]["main"]]
+    member = ("README.md", "config.json", "sae.safetensors")
+    inside = {f"{name}/{file}" for name in ("l3", "l4") for file in member}
+    assert set(files) == {"README.md", "sweep.json", *inside}
+    card = files["README.md"].decode()
+    assert 'kronsae.load("me/suite", layer=3)' in card and "| l4 |" in card
+    one = hub.commits["me/one"][hub.branches["me/one"]["main"]]
+    assert not any(file.startswith("l3") for file in one) and not hub.unknown
+
+
 def test_an_sae_of_another_library_on_the_hub(hub, tmp_path):
     """As sparsify's repositories are: a folder for each hookpoint."""
     fixture = Path(__file__).parent / "fixtures" / "interop" / "sparsify" / "layers.3"

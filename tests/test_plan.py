@@ -103,7 +103,9 @@ def test_the_plan_of_members_shared_out_is_that_of_the_largest_process(monkeypat
     monkeypatch.setattr(timing, "model_seconds", lambda *_: 2.0)
     # The slower of two has one of 5 s a step; they share the language model's work.
     token = 5 / train.batch_size + 2 / 2
-    assert run_time(plan, three, outline(DATA)).startswith(f"{duration(train.tokens * token)}: a ")
+    assert run_time(plan, three, DATA, outline(DATA)).startswith(
+        f"{duration(train.tokens * token)}: a "
+    )
     text = text_of(plan, three)
     assert "by 2 processes: each trains autoencoders of its own" in text
     assert "MiB in the largest process" in text
@@ -129,7 +131,10 @@ def test_the_plan_of_several_processes_is_that_of_each(monkeypatch):
     assert plan["disk_mib"] == pytest.approx(alone["disk_mib"])
     assert plan["members"]["kron"]["parameters"] == alone["members"]["kron"]["parameters"]
     assert "add up their gradients" in plan["members"]["kron"]["training_step_why"]
-    assert run_time(plan, own, outline(DATA)) == "not measured: several processes share the heads"
+    assert (
+        run_time(plan, own, DATA, outline(DATA))
+        == "not measured: several processes share the heads"
+    )
     text = text_of(plan, own)
     assert "4 processes: 2 share the tokens of a batch, 2 the heads" in text
     assert "MiB in each process" in text
@@ -197,6 +202,31 @@ def test_what_the_allocator_keeps(monkeypatch):
     assert large["kept by the allocator"] == pytest.approx(passes["a step"] - size / MIB)
 
 
+def test_a_suite_holds_the_activations_of_each_hookpoint(monkeypatch):
+    """Once for all members at it; of its own hookpoints alone in a process of several."""
+
+    def at(layer, sae):
+        return RunConfig(sae, dataclasses.replace(DATA, layer=layer), TRAIN)
+
+    suite = {f"{layer}-{name}": at(layer, sae) for layer in (1, 3) for name, sae in SAES.items()}
+    model = outline(dataclasses.replace(DATA, layer=3))
+    assert model.flops_per_token > outline(dataclasses.replace(DATA, layer=1)).flops_per_token
+    alone = make_plan({name: at(3, sae) for name, sae in SAES.items()}, model)
+    plan = make_plan(suite, model)
+    for part in ("shuffle buffer", "held-out activations", "weights and moments", "batches"):
+        assert plan["memory_mib"][part] == pytest.approx(2 * alone["memory_mib"][part])
+    assert plan["disk_mib"]["checkpoints"] == pytest.approx(2 * alone["disk_mib"]["checkpoints"])
+    reading = "a forward pass of the language model"
+    assert plan["passes_mib"][reading] > alone["passes_mib"][reading]
+    text = text_of(plan, suite)
+    assert "at 2 hookpoints (layer1, layer3), d = 256" in text and "1-kron and 3-kron" in text
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    train = dataclasses.replace(TRAIN, share="members")
+    shared = {name: dataclasses.replace(config, train=train) for name, config in suite.items()}
+    of_two = make_plan(shared, model)["memory_mib"]
+    assert of_two["shuffle buffer"] == alone["memory_mib"]["shuffle buffer"]
+
+
 def test_time_is_that_of_real_steps_and_forward_passes(monkeypatch):
     """In turns on one device; at the same time where the language model has a device of its own."""
     own, model = members(**SAES), outline(DATA)
@@ -204,20 +234,20 @@ def test_time_is_that_of_real_steps_and_forward_passes(monkeypatch):
     asked = []
     monkeypatch.setattr(timing, "step_seconds", lambda *given: asked.append(given) or 64.0)
     monkeypatch.setattr(timing, "model_seconds", lambda *_: 3.0)
-    text = run_time(plan, own, model)
+    text = run_time(plan, own, DATA, model)
     # 10,000 tokens of 3 s, and of 64 s for each of two SAEs and 128 tokens.
     assert text.startswith("about 10 hours: a token takes 3 s in the language model and")
     assert [config.sae for config, _ in asked] == list(SAES.values())
     monkeypatch.setattr(timing, "overlaps", lambda *_: True)
-    beside = run_time({**plan, "model_device": "cuda:1"}, own, model)
+    beside = run_time({**plan, "model_device": "cuda:1"}, own, DATA, model)
     assert beside.startswith("about 8 hours: ")
     # A text that ends before, and one that does not.
-    assert run_time(plan, own, model, 1000).startswith("about 1 hour: ")
-    assert run_time(plan, own, model, 10**9) == text
+    assert run_time(plan, own, DATA, model, 1000).startswith("about 1 hour: ")
+    assert run_time(plan, own, DATA, model, 10**9) == text
     full = {**plan, "free_mib": 1.0}
-    assert run_time(full, own, model) == "not measured: it does not fit into memory"
+    assert run_time(full, own, DATA, model) == "not measured: it does not fit into memory"
     interpreted = {**plan, "kernels": "triton"}
-    assert run_time(interpreted, own, model).startswith("not measured: Triton's interpreter")
+    assert run_time(interpreted, own, DATA, model).startswith("not measured: Triton's interpreter")
 
 
 @pytest.mark.parametrize(

@@ -9,17 +9,22 @@ import signal
 
 import pytest
 import torch
+from rich.console import Console
+from test_parallel import start as start_ranks
 from test_sweep import timeless
-from test_train import SMALL, finish
+from test_train import SMALL, _wait_for, finish, start
 
 import kronsae
-from kronsae import InputError, SAEConfig, TrainConfig
+import kronsae.export.__main__ as export
+from kronsae import InputError, SAEConfig, TrainConfig, harvest
 from kronsae.config import DataConfig
 from kronsae.data.language_model import LanguageModel
+from kronsae.interop.suite import subfolder_of
 from kronsae.sources import open_hookpoints
 from kronsae.system import checkpoint, parallel
 from kronsae.train import fit, fit_many
 from kronsae.training.options import parse
+from kronsae.training.progress import ProgressBar
 
 WIDTHS = {"early": 24, "late": 40}
 ROWS = 2000
@@ -389,3 +394,177 @@ def test_members_of_a_hookpoint_are_neighbours_on_ranks():
     at = {f"layer{n}-{kind}": f"layer{n}" for n in range(3) for kind in ("a", "b")}
     assert list(parallel.owners(at, "members", (2, 1)).values()) == [0, 0, 0, 1, 1, 1]
     assert list(parallel.owners(at, "members", (3, 1)).values()) == [0, 0, 1, 1, 2, 2]
+
+
+# What is done with a suite
+
+
+@pytest.mark.parametrize("order", ["stream", "global"])
+def test_a_suite_from_a_cache(order, trained, tmp_path):
+    """In the order of live training it is that of the live model; in any, each as alone."""
+    out, _ = trained
+    cache, data = tmp_path / "cache", ["--context-length", "64", "--heldout-tokens", "1024"]
+    assert harvest.main(["--layer", "all", "--tokens", "8000", *data, "--out", str(cache)]) == 0
+    kept = SMALL[: SMALL.index("--context-length")] + SMALL[SMALL.index("--log-every") :]
+    flags = [*kept, "--tokens", "3000", "--buffer-tokens", "2048", "--activations", cache]
+    flags += ["--activations-order", order]
+    status, _, err = finish(
+        *flags, "--layer", "0-1", "--encoder", "kron", "dense", "--out", tmp_path / "s"
+    )
+    assert status == 0, err
+    if order == "stream":
+        for name in MEMBERS:
+            assert weights_of(tmp_path / "s" / name) == weights_of(out / name)
+        return
+    config = tmp_path / "s" / "layer1-kron" / "config.json"
+    status, _, err = finish("--config", config, "--out", tmp_path / "alone")
+    assert status == 0, err
+    assert weights_of(tmp_path / "alone") == weights_of(tmp_path / "s" / "layer1-kron")
+
+
+def weights_of(run):
+    return (run / "sae" / "sae.safetensors").read_bytes()
+
+
+@pytest.mark.slow
+def test_kill_9_and_resume(trained, tmp_path):
+    out = tmp_path / "suite"
+    process = start(*SUITE, "--out", out)
+    _wait_for(lambda: len(checkpoint.list_checkpoints(out / "checkpoints")) >= 1, process)
+    process.kill()
+    process.communicate()
+    status, _, err = finish("--resume", out)
+    assert status == 0, err
+    for name in MEMBERS:
+        assert weights_of(out / name) == weights_of(trained[0] / name)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("processes", [2, 4])
+def test_ranks_that_share_the_members_write_the_same(processes, trained, tmp_path):
+    """Stopped and gone on with by one process, too."""
+    flags = [*SUITE, "--share", "members", "--out", tmp_path / "suite"]
+    process = start_ranks(processes, *flags, log=tmp_path / "log")
+    assert process.wait(300) == 0, (tmp_path / "log").read_text()
+    for name in MEMBERS:
+        assert weights_of(tmp_path / "suite" / name) == weights_of(trained[0] / name)
+        metrics = [
+            timeless(map(json.loads, (f / name / "metrics.jsonl").read_text().splitlines()))
+            for f in (tmp_path / "suite", trained[0])
+        ]
+        assert metrics[0] == metrics[1]
+        contexts = [
+            (f / name / "report.html").read_text().count("<mark")
+            for f in (tmp_path / "suite", trained[0])
+        ]
+        assert contexts[0] == contexts[1] > 0
+    newest = checkpoint.list_checkpoints(tmp_path / "suite" / "checkpoints")[-1]
+    for path in (newest, *(f / newest.name for f in (tmp_path / "suite" / "streams").iterdir())):
+        shutil.rmtree(path)
+    status, _, err = finish("--resume", tmp_path / "suite")
+    assert status == 0, err
+    for name in MEMBERS:
+        assert weights_of(tmp_path / "suite" / name) == weights_of(trained[0] / name)
+
+
+def test_load_by_layer_and_hookpoint(whole, trained, tmp_path):
+    out, _ = trained
+    with pytest.raises(
+        InputError, match="2 SAEs at layer 1: layer1-kron, layer1-dense; choose one"
+    ):
+        kronsae.load(out, layer=1)
+    with pytest.raises(InputError, match="no SAE at layer 7; it has layer0-kron"):
+        kronsae.load(out, layer=7)
+    with pytest.raises(InputError, match="give it, or a layer or hookpoint, not both"):
+        kronsae.load(out, layer=1, subfolder="layer1-kron")
+    with pytest.raises(InputError, match="is a sweep: name one of its runs"):
+        kronsae.load(out)
+    assert kronsae.load(out, subfolder="layer1-kron").config.encoder == "kron"
+    exported = tmp_path / "exported"
+    names = ["layer0-dense", "layer1-kron"]
+    assert (
+        export.main([str(out), "--to", "kronsae", "--members", *names, "--out", str(exported)]) == 0
+    )
+    assert [kronsae.load(exported, layer=n).config.encoder for n in (0, 1)] == ["dense", "kron"]
+    with pytest.raises(InputError, match="no SAE at hookpoint 'model.norm'"):
+        kronsae.load(exported, hookpoint="model.norm")
+
+
+def test_export_of_a_suite(trained, tmp_path, capsys):
+    out = str(trained[0])
+    to = tmp_path / "sparsify"
+    common = [out, "--to", "sparsify", "--out", str(to)]
+    assert export.main(common) == 2
+    assert "--members layer0-dense layer1-dense writes those that fit" in capsys.readouterr().err
+    assert not to.exists()
+    assert export.main([*common, "--members", "layer0-dense", "layer1-dense"]) == 0
+    assert sorted(path.name for path in to.iterdir()) == ["layers.0", "layers.1"]
+    loaded = kronsae.load(to, layer=1)
+    assert torch.equal(loaded.W_dec, kronsae.load(trained[0] / "layer1-dense").W_dec)
+    assert kronsae.load(to, hookpoint="layers.1").d_model == loaded.d_model
+    (to / "layers.1" / "notes.txt").write_text("mine")
+    assert export.main([*common, "--members", "layer0-dense", "layer1-dense"]) == 2
+    assert "notes.txt" in capsys.readouterr().err and (to / "layers.1" / "notes.txt").exists()
+    lens = tmp_path / "lens"
+    assert export.main([out, "--to", "sae_lens", "--out", str(lens)]) == 0
+    assert {path.name for path in lens.iterdir()} == set(MEMBERS)  # two at each hookpoint
+    assert export.main([out, "--to", "sae_lens", "--members", "none", "--out", str(lens)]) == 2
+    assert "has no such member; it has layer0-kron" in capsys.readouterr().err
+    assert (
+        export.main([f"{out}/layer0-kron", "--to", "sae_lens", "--members", "x", "--out", "y"]) == 2
+    )
+    assert "--members has no effect" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("files", "layer", "folder"),
+    [
+        (["layers.6/sae.safetensors", "layers.6.mlp/sae.safetensors"], 6, "layers.6"),
+        (["layers.5/sae.safetensors", "layers.6.mlp/sae.safetensors"], 6, "layers.6.mlp"),
+        (["blocks.6.hook_resid_post/sae_weights.safetensors"], 6, "blocks.6.hook_resid_post"),
+        (["layer6.sae.pt", "layer16.sae.pt"], 6, "layer6.sae.pt"),
+        (
+            [
+                "layer_6/width_16k/average_l0_71/params.npz",
+                "layer_16/width_16k/average_l0_71/params.npz",
+            ],
+            *(6, "layer_6/width_16k/average_l0_71"),
+        ),
+    ],
+)
+def test_layers_in_the_names_of_other_suites(files, layer, folder, tmp_path):
+    for file in (*files, "README.md"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    assert subfolder_of(tmp_path, layer, None, None) == folder
+
+
+def test_the_report_compares_layers(trained):
+    out, _ = trained
+    page = (out / "report.html").read_text()
+    assert "4 autoencoders at 2 hookpoints of embedded" in page
+    for name in MEMBERS:
+        assert f'href="{name}/report.html"' in page
+    assert page.count("<figure>") == 4 and page.count('class="line line1"') == 4
+    table = (out / "comparison.md").read_text()
+    assert "| reads |" in table.splitlines()[0].replace("  ", "") and "layer1" in table
+
+
+def test_a_sweep_at_one_hookpoint_has_no_charts_of_them(tmp_path):
+    status, _, err = finish(*SMALL, "--tokens", "1000", "--k", "4", "--out", tmp_path / "sweep")
+    assert status == 0, err
+    page = (tmp_path / "sweep" / "report.html").read_text()
+    assert "2 autoencoders of embedded" in page and "<figure>" not in page
+
+
+def test_lines_of_many_members_are_one(capsys):
+    request = parse(["--layer", "0-3", "--k", "4", "8"])
+    console = Console(force_terminal=False, width=200)
+    record = {"kind": "train", "step": 80, "dead_share": 0.5, "tokens_per_s": 10.0, "wait_share": 0}
+    with ProgressBar(console, request) as progress:
+        for number, name in enumerate(request.members):
+            progress(name, {**record, "explained_variance": number / 10})
+        progress("layer0-k4", {"kind": "diverged", "step": 80, "reason": "it grew"})
+    printed = capsys.readouterr().out
+    assert "8 autoencoders: EV 0.000 to 0.700  dead 50.0%  10 tokens/s" in printed
+    assert "layer0-k4: it grew" in printed and printed.count("autoencoders") == 1

@@ -89,9 +89,16 @@ class HarvestConfig:
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     """Settings of model and text; all others have to keep their defaults."""
     layers: tuple[int, ...] = setting(
-        (), "read the residual streams after these blocks, counted from 0 (embedded: 2)"
+        (),
+        "read the residual streams after these blocks, counted from 0: 3 6 9, 0-11 or all "
+        "(embedded: 2)",
+        parse="layers",
     )
-    hookpoints: tuple[str, ...] = setting((), "read the outputs of the modules of these names")
+    hookpoints: tuple[str, ...] = setting(
+        (),
+        "read the outputs of the modules of these names, and of those that match a pattern such as "
+        "'model.layers.*.mlp'",
+    )
     tokens: int = setting(
         0, "tokens to harvest for training, rounded up to whole forward passes (0: all the text)"
     )

@@ -1,7 +1,8 @@
-"""`kronsae export SAE --to FORMAT`: write an SAE for another library, or push it to the hub.
+"""`kronsae export SAE --to FORMAT`: write SAEs for another library, or push them to the hub.
 
 SAE is anything that `kronsae.load` takes: a run folder, a folder of kronsae or of another library,
-a hub id. So this also imports SAEs of other libraries (--to kronsae).
+a hub id. So this also imports SAEs of other libraries (--to kronsae). Of a sweep's folder all
+members are written, each to a folder that is named as the other library names those of a suite.
 """
 
 import argparse
@@ -15,9 +16,14 @@ from pathlib import Path
 from kronsae.commandline import Parser, add_place_flags, exit_status, given_place
 from kronsae.config import kind_of
 from kronsae.errors import InputError
+from kronsae.interop.formats import Format
 from kronsae.interop.load import load
+from kronsae.interop.suite import INDEX_NAME
 from kronsae.model.sae import SAE
 from kronsae.registry import FORMATS
+from kronsae.runs.folder import SweepFolder
+from kronsae.system.documents import read_json
+from kronsae.system.files import replace_directory, write_json
 
 VERIFY_TOKENS = 16_384
 
@@ -33,11 +39,20 @@ def make_parser() -> Parser:
         "export",
         "Write an SAE in the format of another library, or push it to the Hugging Face hub.",
         "kronsae export RUN --to sae_lens --out exported --verify\n"
-        "kronsae export RUN --to hub --repo me/my-sae",
+        "kronsae export RUN --to hub --repo me/my-sae\n"
+        "kronsae export SUITE --to sparsify --out exported",
         usage="%(prog)s SAE --to FORMAT (--out DIR | --repo OWNER/NAME) [flags]",
     )
     parser.add_argument(
-        "source", metavar="SAE", help="run folder, folder of an SAE of any known format, or hub id"
+        "source",
+        metavar="SAE",
+        help="run or sweep folder, folder of an SAE of any known format, or hub id",
+    )
+    parser.add_argument(
+        "--members",
+        nargs="+",
+        metavar="NAME",
+        help="members of a sweep to write (default: all that have an SAE)",
     )
     parser.add_argument(
         "--to",
@@ -85,23 +100,94 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _export(argv: list[str]) -> None:
     request = make_parser().parse(argv)
     _check(request)
-    sae = load(request.source, revision=request.revision, **given_place(vars(request)))
-    if request.to == "hub":
-        from kronsae.hub import push
-
-        # `push` finds the report in a run's folder.
-        is_run = (Path(request.source) / "report.html").is_file()
-        source = request.source if is_run else sae
-        url = push(source, request.repo, revision=request.branch, private=request.private)
-        print(f'Pushed: {url}\nLoad it with: kronsae.load("{request.repo}")')
+    form = None if request.to == "hub" else FORMATS[request.to]
+    is_sweep = (Path(request.source) / INDEX_NAME).is_file() and request.subfolder is None
+    if request.members and not is_sweep:
+        raise InputError(f"--members has no effect: {request.source} is no sweep; leave it out")
+    if form is None:
+        _push(request, is_sweep)
         return
-    FORMATS[request.to].write(sae, request.out)
-    kind = kind_of(dataclasses.asdict(sae.config))
-    print(f"Wrote {request.out}: a {kind} for {FORMATS[request.to].library}")
-    inside_quotes = json.dumps(str(request.out), ensure_ascii=False)[1:-1]
-    print("Load it with:", FORMATS[request.to].how_to_load.format(out=inside_quotes))
-    if request.verify:
-        _verify(request, sae)
+    saes = _of_sweep(request) if is_sweep else {"": _load(request)}
+    folders = {name: request.out / folder for name, folder in _folders(saes, form).items()}
+    if is_sweep:
+        _write_suite(request, form, saes)
+    else:
+        form.write(saes[""], request.out)
+    for name, sae in saes.items():
+        kind = kind_of(dataclasses.asdict(sae.config))
+        print(f"Wrote {folders[name]}: a {kind} for {form.library}")
+    example = str(next(iter(folders.values())))
+    inside_quotes = json.dumps(example, ensure_ascii=False)[1:-1]
+    print("Load it with:", form.how_to_load.format(out=inside_quotes))
+    for name, sae in saes.items() if request.verify else ():
+        _verify(request, sae, folders[name])
+
+
+def _load(request: argparse.Namespace) -> SAE:
+    return load(request.source, revision=request.revision, **given_place(vars(request)))
+
+
+def _of_sweep(request: argparse.Namespace) -> dict[str, SAE]:
+    """The SAEs of a sweep, or of those of its members that are named."""
+    sweep, _ = SweepFolder.open(request.source)
+    names = request.members or [name for name, run in sweep.runs.items() if run.sae.is_dir()]
+    for name in names:
+        if name not in sweep.runs:
+            raise InputError(
+                f"--members {name}: {request.source} has no such member; it has "
+                f"{', '.join(sweep.runs)}"
+            )
+    if not names:
+        raise InputError(f"{request.source} has no SAE: a sweep writes them when it ends")
+    return {name: load(sweep.runs[name].path) for name in names}
+
+
+def _folders(saes: dict[str, SAE], form: type[Format]) -> dict[str, str]:
+    """The folder of each SAE: as the library names it, or by its own name if that is not unique."""
+    if list(saes) == [""]:
+        return {"": ""}
+    folders = {name: form.folder_of(sae, name) for name, sae in saes.items()}
+    return folders if len(set(folders.values())) == len(saes) else {name: name for name in saes}
+
+
+def _write_suite(request: argparse.Namespace, form: type[Format], saes: dict[str, SAE]) -> None:
+    """Write all SAEs, or none if the format cannot hold one of them."""
+
+    def write(part: Path) -> None:
+        problems = {}
+        for name, folder in _folders(saes, form).items():
+            try:
+                form.write(saes[name], part / folder)
+            except InputError as error:
+                problems[name] = error
+        if problems:
+            name, problem = next(iter(problems.items()))
+            fitting = " ".join(other for other in saes if other not in problems)
+            advice = f"; --members {fitting} writes those that fit" if fitting else ""
+            raise InputError(f"{name}: {problem}. Nothing was written{advice}")
+        if form is FORMATS["kronsae"]:  # by which `load` finds a layer
+            document = read_json(Path(request.source) / INDEX_NAME)
+            members = {name: document["members"][name] for name in saes}
+            write_json(part / INDEX_NAME, document | {"members": members})
+
+    replace_directory(request.out, write)
+
+
+def _push(request: argparse.Namespace, is_sweep: bool) -> None:
+    from kronsae.hub import push
+
+    # `push` finds the report in a run's folder.
+    is_run = is_sweep or (Path(request.source) / "report.html").is_file()
+    source = request.source if is_run else _load(request)
+    url = push(
+        source,
+        request.repo,
+        revision=request.branch,
+        private=request.private,
+        members=request.members,
+    )
+    where = f', subfolder="{(request.members or ["NAME"])[0]}"' if is_sweep else ""
+    print(f'Pushed: {url}\nLoad it with: kronsae.load("{request.repo}"{where})')
 
 
 def _check(request: argparse.Namespace) -> None:
@@ -134,13 +220,13 @@ def _check(request: argparse.Namespace) -> None:
         check_installed(request.to)
 
 
-def _verify(request: argparse.Namespace, sae: SAE) -> None:
+def _verify(request: argparse.Namespace, sae: SAE, folder: Path) -> None:
     from kronsae.export.verify import heldout_tokens, random_tokens, verify
 
     tokens = request.tokens or VERIFY_TOKENS
     heldout = heldout_tokens(sae, tokens, trust_remote_code=request.trust_remote_code)
     x, target, what = heldout or random_tokens(sae, tokens)
-    result = verify(sae, request.out, request.to, x, target)
+    result = verify(sae, folder, request.to, x, target)
     print(f"\nOn {result.tokens:,} {what}:")
     print(f"{'':28}{'explained variance':>20}{'L0':>12}")
     for figures in (result.before, result.after):
@@ -150,9 +236,7 @@ def _verify(request: argparse.Namespace, sae: SAE) -> None:
         f"{result.largest_difference:.1e} standard deviations"
     )
     if not result.agrees:
-        raise InputError(
-            f"{result.after.library} gives other figures for {request.out} than kronsae"
-        )
+        raise InputError(f"{result.after.library} gives other figures for {folder} than kronsae")
 
 
 if __name__ == "__main__":

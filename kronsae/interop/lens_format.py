@@ -267,4 +267,11 @@ class SAELens(Format):
     library, package = "SAELens", "sae-lens"
     weights, config = WEIGHTS_NAME, CONFIG_NAME
     how_to_load = 'import kronsae.interop.sae_lens; sae_lens.SAE.load_from_disk("{out}")'
+
+    @staticmethod
+    def folder_of(sae: SAE, name: str) -> str:
+        """The hookpoint's name in TransformerLens: "blocks.6.hook_resid_post"."""
+        origin = Origin.of(sae.metadata)
+        return lens_hook(origin.layer, origin.hookpoint) or name
+
     read, write, reader = staticmethod(read), staticmethod(write), staticmethod(reader)

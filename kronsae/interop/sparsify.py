@@ -4,6 +4,7 @@ It holds TopK autoencoders and transcoders, with Multi-TopK and a linear skip.
 """
 
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor
 from kronsae.errors import InputError
 from kronsae.interop.formats import Format, Reader
 from kronsae.interop.stock import (
+    Origin,
     Stock,
     layer_of,
     note_of,
@@ -138,4 +140,11 @@ class Sparsify(Format):
     library, package = "sparsify", "eai-sparsify"
     weights, config, optional = WEIGHTS_NAME, CONFIG_NAME, ("../config.json",)
     how_to_load = 'sparsify.SparseCoder.load_from_disk("{out}")'
+
+    @staticmethod
+    def folder_of(sae: SAE, name: str) -> str:
+        """The hookpoint in the model without its head: "layers.6.mlp" of "model.layers.6.mlp"."""
+        hookpoint = Origin.of(sae.metadata).hookpoint
+        return name if hookpoint is None else re.sub(r"^\w+\.(?=\w+\.\d+)", "", hookpoint)
+
     read, write, reader = staticmethod(read), staticmethod(write), staticmethod(reader)

@@ -67,7 +67,7 @@ def _places(folder: Path) -> list[Place]:
             return _of_index(read_json(index))
         except (OSError, ValueError) as error:
             raise InputError(f"{index} cannot be read: {error}") from error
-    return _of_files(path.relative_to(folder).as_posix() for path in folder.glob("*/**/*"))
+    return _of_files(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
 
 
 def _on_hub(repo_id: str, revision: str | None) -> list[Place]:

@@ -2,13 +2,14 @@
 
 import math
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from kronsae.config import RunConfig, TrainConfig, kind_of
+from kronsae.config import DataConfig, RunConfig, TrainConfig, kind_of
 from kronsae.data.amount import in_words, name_of_text, too_few
 from kronsae.plan.memory import listed, shortage
 from kronsae.registry import SELECTIONS
+from kronsae.runs.sweep import hookpoint_name
 from kronsae.system import parallel
 
 
@@ -37,9 +38,7 @@ def render(
     """
     config = next(iter(members.values()))
     data, train = config.data, config.train
-    hookpoint = data.hookpoint or f"residual stream after block {data.layer}"
-    if data.target_hookpoint:
-        hookpoint += f", to predict {data.target_hookpoint}"
+    read = f"{_hookpoints(config.data for config in members.values())}, d = {_widths(members)}"
     cost = f"{plan['flops_per_token_model'] / 1e6:,.1f} M multiply-adds a token"
     if data.activations:
         cost = f"from the cache {data.activations}, so it runs for evaluations only"
@@ -48,15 +47,20 @@ def render(
     disk = plan["disk_mib"]
     lines = [
         "What would run (nothing was loaded or written):",
-        f"  language model   {data.model}, {hookpoint}, d = {plan['d_model']:,}; {cost}",
+        f"  language model   {data.model}, {read}; {cost}",
         f"  text             {name_of_text(data)}{in_words(available, data.epochs)}",
         f"  training         {plan['tokens']:,} tokens in {plan['steps']:,} steps of "
         f"{train.batch_size:,}, AdamW{describe_ranks(train)}",
         f"  device           {plan['device']}",
         f"  kernels          {plan['kernels']} ({plan['kernels_why']})",
     ]
+    alike: dict[tuple[str, ...], list[str]] = {}  # members that differ in their hookpoint alone
     for name, figures in plan["members"].items():
-        lines += _member_lines("autoencoder" if len(members) == 1 else name, members[name], figures)
+        alike.setdefault(tuple(_member_lines(members[name], figures)), []).append(name)
+    for (first, *rest), names in alike.items():
+        title = "autoencoder" if len(members) == 1 else names_in_words(names)
+        lines += [f"  {title:16} {first}"] if len(title) <= 16 else [f"  {title}", 19 * " " + first]
+        lines += rest
     lines += [
         memory_line(plan, process),
         f"  disk             up to {sum(disk.values()):,.0f} MiB: {listed(disk.items())}",
@@ -67,8 +71,33 @@ def render(
     return wrapped(lines, shortage(plan))
 
 
-def _member_lines(title: str, config: RunConfig, figures: dict[str, Any]) -> list[str]:
-    """Lines on one autoencoder. figures: of it, in the plan."""
+def _hookpoints(configs: Iterable[DataConfig]) -> str:
+    """What is read, in words; of several hookpoints their number and their names."""
+    names = {}
+    for data in configs:
+        name = data.hookpoint or f"residual stream after block {data.layer}"
+        if data.target_hookpoint:
+            name += f", to predict {data.target_hookpoint}"
+        names[hookpoint_name(vars(data))] = name
+    if len(names) == 1:
+        return next(iter(names.values()))
+    return f"at {len(names)} hookpoints ({', '.join(names)})"
+
+
+def _widths(members: Mapping[str, RunConfig]) -> str:
+    widths = {config.sae.d_model for config in members.values()}
+    return " and ".join(f"{width:,}" for width in sorted(widths))
+
+
+def names_in_words(names: Sequence[str]) -> str:
+    """The first and the last name, and how many lie between: "layer0 ... layer5 (6)"."""
+    if len(names) <= 2:
+        return " and ".join(names)
+    return f"{names[0]} ... {names[-1]} ({len(names)})"
+
+
+def _member_lines(config: RunConfig, figures: dict[str, Any]) -> list[str]:
+    """Lines on one autoencoder, without its name. figures: of it, in the plan."""
     sae = config.sae
     shape = kind_of(vars(sae))
     if sae.heads:
@@ -79,7 +108,7 @@ def _member_lines(title: str, config: RunConfig, figures: dict[str, Any]) -> lis
     rounded = "" if moments == "float32" else f", moments in {moments}"
     ratio = figures["flops_per_token_dense"] / figures["flops_per_token"]
     return [
-        f"  {title:16} {shape}, F = {figures['dict_size']:,}, "
+        f"{shape}, F = {figures['dict_size']:,}, "
         f"{SELECTIONS[sae.selection].describe(sae)}, {figures['parameters'] / 1e6:,.1f} M "
         f"parameters, lr {config.train.lr:g}, {figures['compute_dtype']}{rounded}",
         f"    multiply-adds  {figures['flops_per_token'] / 1e6:,.2f} M a token (eq. 7; dense "

@@ -9,6 +9,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -57,11 +58,13 @@ def model_seconds(data: DataConfig, model: Outline, device: torch.device) -> flo
 def run_time(
     plan: dict[str, Any],
     members: Mapping[str, RunConfig],
+    data: DataConfig,
     model: Outline,
     available: int | None = None,
 ) -> str:
     """The time of a run or a sweep, in words. plan: of `make_plan`.
 
+    data, model: of the last hookpoint.
     available: tokens to train on, where a run ends even if more are configured; None if it is not
         known.
     For several processes it counts computation alone, not their waiting for each other.
@@ -73,11 +76,16 @@ def run_time(
         return "not measured: Triton's interpreter is for tests, not for runs"
     if plan["ranks"][1] > 1:
         return "not measured: several processes share the heads"
-    config = next(iter(members.values()))
-    data, train = config.data, config.train
+    train = next(iter(members.values())).train
     device, model_device = torch.device(plan["device"]), torch.device(plan["model_device"])
     processes = math.prod(plan["ranks"])
-    steps = {name: step_seconds(member, device) for name, member in members.items()}
+    measured: dict[str, float] = {}  # those at other hookpoints take as long
+    steps = {}
+    for name, member in members.items():
+        kind = repr((member.sae, replace(member.train, seed=0)))
+        if kind not in measured:
+            measured[kind] = step_seconds(member, device)
+        steps[name] = measured[kind]
     share = 1 if train.share == "members" else processes
     learning = max(sum(steps[name] for name in names) for names in plan["parts"])
     learning /= train.batch_size * share

@@ -174,10 +174,11 @@ def replace_directory(path: Path, write: Callable[[Path], None]) -> Path:
         beside.mkdir()
         write(beside)
         mode = beside.stat().st_mode & 0o666
-        for file in beside.iterdir():
+        for entry in beside.rglob("*"):
             with suppress(OSError):  # a file system without modes
-                file.chmod(mode)  # as umask asks: safetensors lets the owner alone read
-            sync(file)
+                if not entry.is_dir():
+                    entry.chmod(mode)  # as umask asks: safetensors lets the owner alone read
+            sync(entry)
         sync(beside)
         if path.exists():
             _check_replaceable(path, beside)
@@ -219,7 +220,8 @@ def _replacing(path: Path) -> Iterator[Path]:
 def _check_replaceable(path: Path, new: Path) -> None:
     others = {path.name}
     if path.is_dir():
-        others = {p.name for p in path.iterdir()} - {p.name for p in new.iterdir()}
+        theirs, ours = ({str(p.relative_to(f)) for p in f.rglob("*")} for f in (path, new))
+        others = theirs - ours
     if others:
         raise InputError(
             f"{path} holds {sorted(others)[:5]}, which would be lost: choose another folder"

@@ -8,13 +8,22 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from kronsae.training.learner import USUAL_LARGEST
 from kronsae.training.options import Request
 
+MANY = 6
+"""Number of members of a sweep from which on a line is about all of them."""
+
 
 class ProgressBar:
-    """Progress of `fit`: a bar on a terminal, elsewhere ten lines."""
+    """Progress of `fit`: a bar on a terminal, elsewhere ten lines.
+
+    Of a sweep each member has its lines, or, of `MANY` members, a line has the lowest and the
+    highest figures.
+    """
 
     def __init__(self, console: Console, request: Request) -> None:
         self.console = console
         self.sweep = request.sweep
+        self.many = len(request.members) >= MANY
+        self.of_step: dict[str, dict[str, Any]] = {}  # records of many members, by name
         self.total = request.config.train.steps
         self.every = max(1, self.total // 10)
         self.printed: dict[str, int] = {}
@@ -34,10 +43,12 @@ class ProgressBar:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._show_many()
         self.bar.stop()
 
     def judged(self, done: int, total: int) -> None:
         """Show how much of the held-out text the final evaluation has read."""
+        self._show_many()
         figures = f"final evaluation: {done:,} of {total:,} batches of held-out text"
         self.bar.update(self.task, completed=done, total=total, figures=figures)
         if (
@@ -49,21 +60,18 @@ class ProgressBar:
 
     def __call__(self, name: str, record: dict[str, Any]) -> None:
         """Show a record of a member."""
+        if self.many and record["kind"] in ("train", "heldout"):
+            before = next(iter(self.of_step.values()), record)
+            if any(before[key] != record[key] for key in ("step", "kind")):
+                self._show_many()
+            self.of_step[name] = record
+            return
         step, name = record["step"], f"{name}: " if self.sweep else ""
         if record["kind"] == "train":
             explained = record["explained_variance"]  # None if all activations are equal
             ev = "–" if explained is None else f"{explained:.3f}"
-            figures = (
-                f"{name}EV {ev}  dead {record['dead_share']:.1%}  "
-                f"{record['tokens_per_s']:,.0f} tokens/s, "
-                f"waited {record['wait_share']:.0%} for activations"
-            )
-            if "model_wait_share" in record:
-                figures += f", the language model {record['model_wait_share']:.0%} for room"
-            self.bar.update(self.task, completed=step, figures=figures)
-            if not self.console.is_terminal and step // self.every != self.printed.get(name):
-                self.printed[name] = step // self.every
-                self.console.print(f"step {step:,}/{self.total:,}  {figures}")
+            dead = f"{record['dead_share']:.1%}"
+            self._show(step, name, f"{name}EV {ev}  dead {dead}  {_speed(record)}")
         elif record["kind"] == "heldout":
             explained = record["explained_variance"]
             ev = "–" if explained is None else f"{explained:.4f}"
@@ -83,3 +91,42 @@ class ProgressBar:
                 f"step {step:,}: {name}{batches}skipped, as its {record['reason']} ({largest})",
                 style="yellow",
             )
+
+    def _show(self, step: int, name: str, figures: str) -> None:
+        """Show figures of training in the bar, or in a line of each tenth of the steps."""
+        self.bar.update(self.task, completed=step, figures=figures)
+        if not self.console.is_terminal and step // self.every != self.printed.get(name):
+            self.printed[name] = step // self.every
+            self.console.print(f"step {step:,}/{self.total:,}  {figures}")
+
+    def _show_many(self) -> None:
+        """Show the records of all members of a step, which are then forgotten."""
+        records = list(self.of_step.values())
+        self.of_step = {}
+        if not records:
+            return
+        step, kind = records[0]["step"], records[0]["kind"]
+        explained = _range("{:.3f}", [record["explained_variance"] for record in records])
+        who = f"{len(records)} autoencoders"
+        if kind == "heldout":
+            self.console.print(f"step {step:,}: {who}: held-out explained variance {explained}")
+            return
+        dead = _range("{:.1%}", [record["dead_share"] for record in records])
+        self._show(step, "", f"{who}: EV {explained}  dead {dead}  {_speed(records[-1])}")
+
+
+def _speed(record: dict[str, Any]) -> str:
+    """Tokens a second, and who waited, in words."""
+    waited = f"waited {record['wait_share']:.0%} for activations"
+    if "model_wait_share" in record:
+        waited += f", the language model {record['model_wait_share']:.0%} for room"
+    return f"{record['tokens_per_s']:,.0f} tokens/s, {waited}"
+
+
+def _range(form: str, values: list[float | None]) -> str:
+    """The lowest and the highest of the values that there are."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return "–"
+    ends = [form.format(end) for end in (min(known), max(known))]
+    return ends[0] if ends[0] == ends[1] else " to ".join(ends)
