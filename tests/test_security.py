@@ -146,17 +146,23 @@ def test_the_search_takes_nothing_else_for_it():
 
 
 def test_no_module_unpickles_or_runs_what_it_reads():
-    """But for dictionary_learning's files, on request, where torch takes tensors alone."""
+    """But for pickles of SAEs, on request, where torch takes tensors alone, and arrays of numpy,
+    which are refused if they hold objects.
+    """
     found = [
         (path.relative_to(package.parent).as_posix(), name, call)
         for package in PACKAGES
         for path in sorted(package.rglob("*.py"))
         for name, call in dangers(path.read_text(encoding="utf-8"))
     ]
-    [(path, name, call)] = found
-    assert (path, name) == ("kronsae/interop/dictionary_learning.py", "torch.load")
-    [safe] = [word.value for word in call.keywords if word.arg == "weights_only"]
-    assert safe.value is True
+    safely = {
+        ("kronsae/interop/gemma_scope.py", "numpy.load"): ("allow_pickle", False),
+        ("kronsae/interop/stock.py", "torch.load"): ("weights_only", True),
+    }
+    assert [(path, name) for path, name, _ in found] == list(safely)
+    for (*_, call), (argument, value) in zip(found, safely.values(), strict=True):
+        [safe] = [word.value for word in call.keywords if word.arg == argument]
+        assert safe.value is value
 
 
 # Code that comes with a model is not run unless asked for

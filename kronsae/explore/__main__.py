@@ -20,7 +20,7 @@ def work(argv: list[str]) -> None:
         "properties are measured first, unless RUN/properties/ has them (for another SAE: "
         "properties/ beside --out).",
         "kronsae explore runs/MY-RUN\n"
-        "kronsae explore SAE --model gpt2 --layer 6 --dataset text.jsonl --out pages/sae.html",
+        "kronsae explore SAE --model gpt2 --layer 6 --dataset text.jsonl --out sae.html",
         saes=True,
     )
     parser.add_argument(

@@ -22,8 +22,14 @@ from kronsae.metrics.target_model import cache_of, data_of
 from kronsae.model.massive import METADATA, MassiveTokens, rule_of, without
 from kronsae.model.normalizer import SAMPLE_TOKENS
 from kronsae.model.sae import SAE, WEIGHTS_NAME
-from kronsae.properties.gather import MeasureConfig, measure
-from kronsae.properties.geometry import kinship, logit_effects, mean_cosines, nearest_rows
+from kronsae.properties.gather import MeasureConfig, Properties, measure
+from kronsae.properties.geometry import (
+    Nearest,
+    kinship,
+    logit_effects,
+    mean_cosines,
+    nearest_rows,
+)
 from kronsae.properties.store import FOLDER, Stored, load_properties, save_properties
 from kronsae.properties.summary import summarise
 from kronsae.runs.folder import RunFolder, whole
@@ -75,19 +81,13 @@ def examine(
     if massive := sum(left_out):
         say(f"{massive:,} massive tokens are left out, which the SAE was not trained on")
     say("decoder rows: nearest ones, and effects on the next token")
-    rows, config = sae.W_dec.detach(), sae.config
-    nearest = nearest_rows(rows, NEAREST)
-    summary = summarise(sae, properties)
-    if config.heads:
-        summary["cosines"] = _finite(mean_cosines(rows, config.heads, config.m, config.n))
-        if nearest is not None:
-            summary["nearest"] = kinship(nearest, config.m, config.n)
+    nearest = nearest_rows(sae.W_dec.detach(), NEAREST)
     facts = {
         "sae_sha256": digest,
         "text": {name: getattr(data, name) for name in (*_TEXT, *_MODEL)},
         "settings": dataclasses.asdict(settings),
         "massive_tokens": massive,
-        "summary": summary,
+        "summary": _summary(sae, properties, nearest),
     }
     effects = None
     if getattr(source.language_model, "missing", None) is None:
@@ -95,6 +95,17 @@ def examine(
     stored = Stored(properties, nearest, effects, facts)
     save_properties(stored, folder)
     return load_properties(folder)
+
+
+def _summary(sae: SAE, properties: Properties, nearest: Nearest | None) -> dict[str, Any]:
+    """What the properties are on the whole, and where the rows of a head's latents point."""
+    config, summary = sae.config, summarise(sae, properties)
+    if config.heads:
+        cosines = mean_cosines(sae.W_dec.detach(), config.heads, config.m, config.n)
+        summary["cosines"] = _finite(cosines)
+        if nearest is not None:
+            summary["nearest"] = kinship(nearest, config.m, config.n)
+    return summary
 
 
 def _open_text(
