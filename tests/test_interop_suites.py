@@ -804,7 +804,7 @@ def test_without_saelens_a_sentence_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "sae_lens", None)
     with pytest.raises(InputError, match="needs SAELens 6 .*: pip install sae-lens, or load the s"):
         kronsae.load("sae_lens:gpt2-small-res-jb/blocks.8.hook_resid_pre")
-    with pytest.raises(InputError, match="revision and subfolder have no effect"):
+    with pytest.raises(InputError, match="revision, subfolder, layer and hookpoint have no"):
         kronsae.load("sae_lens:gpt2-small-res-jb/blocks.8.hook_resid_pre", revision="main")
 
 
