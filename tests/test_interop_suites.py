@@ -8,6 +8,7 @@ import json
 import math
 import random
 import re
+import shutil
 import zipfile
 from collections.abc import Callable
 from fnmatch import fnmatch
@@ -28,6 +29,7 @@ from kronsae.export.__main__ import main as export
 from kronsae.hub import model_card
 from kronsae.interop.formats import recognise
 from kronsae.interop.stock import Origin, dense
+from kronsae.interop.suite import subfolder_of
 from kronsae.interpret.chat import Reply
 from kronsae.metrics.target_model import data_of
 from kronsae.registry import FORMATS
@@ -763,6 +765,38 @@ def test_a_repository_of_a_suite(layout, files, hub, tmp_path):
     of_file = made.path.is_file()
     expected = [folder, *files] if of_file else [f"{folder}/{name}" for name in files]
     assert sorted(hub) == sorted(name.removeprefix("../") for name in expected)
+
+
+@pytest.mark.parametrize(
+    ("layout", "layer", "above", "other"),
+    [
+        (qwen_scope, 6, 0, "layer7.sae.pt"),
+        (llama_scope, 15, 0, "Llama3_1-8B-Base-L16R-8x"),
+        (llamascopium, 5, 0, "L6R"),
+        (gemma_scope, 20, 2, "layer_21"),
+        (gemma_scope_2, 17, 0, "layer_18_width_16k_l0_small"),
+        (transcoder_set, 7, 0, "layer_8.safetensors"),
+    ],
+)
+def test_a_layer_of_a_suite(layout, layer, above, other, tmp_path):
+    """Found by the names of its files, beside one of the next layer."""
+    made = layout(tmp_path)
+    place = (made.path, *made.path.parents)[above]
+    copy = shutil.copytree if place.is_dir() else shutil.copy
+    copy(place, place.with_name(other))
+    for number, name in ((layer, place.name), (layer + 1, other)):
+        assert subfolder_of(place.parent, number, None, None).split("/")[0] == name
+    sae = kronsae.load(place.parent, layer=layer, allow_pickle=True)
+    check(sae, made.encode, made.decode)
+    with pytest.raises(InputError, match=f"has no SAE at layer {layer + 2}; it has"):
+        kronsae.load(place.parent, layer=layer + 2)
+
+
+def test_a_trainers_folder_is_one_sae_of_a_suite(tmp_path):
+    """Its ae.pt is no SAE beside it."""
+    fixture = Path(__file__).parent / "fixtures/interop/dictionary_learning/AutoEncoderTopK"
+    shutil.copytree(fixture, tmp_path / "resid_post_layer_3/trainer_0")
+    assert kronsae.load(tmp_path, layer=3, allow_pickle=True).config.k == 3
 
 
 def test_a_pickle_of_the_hub_is_not_fetched_unasked(hub, tmp_path):

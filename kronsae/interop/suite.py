@@ -15,8 +15,10 @@ from kronsae.system.documents import part_of, read_json, typed
 INDEX_NAME = "sweep.json"
 """The file of our own suites that names their members."""
 
-_LAYER = re.compile(r"(?:^|[._/-])(?:layers?|blocks?|h)[._-]?(\d+)(?=$|[._/-])")
-"""The number of a layer in a name such as layers.6, blocks.6.hook_resid_post, layer_6."""
+_LAYER = re.compile(
+    r"(?:^|[._/-])(?:(?:layers?|blocks?|h)[._-]?(\d+)|L(\d+)(?:R|A|M|TC))(?=$|[._/-])"
+)
+"""The number of a layer in a name such as layers.6, blocks.6.hook_resid_post, layer_6, L6R."""
 
 
 class Place(NamedTuple):
@@ -106,17 +108,18 @@ def _of_index(document: Any) -> list[Place]:
 
 def _of_files(files: Iterable[str]) -> list[Place]:
     """The folders, and files, among these that hold weights of a known format."""
-    found: set[str] = set()
+    folders: set[str] = set()
+    alone: set[str] = set()
     for path in map(PurePosixPath, files):
         for form in FORMATS.values():
-            if not fnmatch(path.name, form.weights):
-                continue
             if issubclass(form, FileFormat):
-                found.add(str(path))
-            elif path.parent.parts:
-                found.add(str(path.parent))
+                alone |= {str(path)} if fnmatch(path.name, form.weights) else set()
+            elif path.match(f"?*/{form.weights}"):
+                folders.add(str(path).removesuffix(f"/{form.weights}"))
     places = []
-    for name in sorted(found):
+    for name in sorted(
+        folders | {file for file in alone if str(PurePosixPath(file).parent) not in folders}
+    ):
         layer = _layer_in(name)
         rest = _LAYER.sub("", name).strip("._-/")
         # What follows a layer's number names a part of the block, but for its residual stream.
@@ -131,4 +134,4 @@ _RESIDUAL = ("hook_resid_post", "resid_post", "res", "residual")
 
 def _layer_in(name: str) -> int | None:
     found = _LAYER.findall(name)
-    return int(found[-1]) if found else None
+    return int("".join(found[-1])) if found else None
