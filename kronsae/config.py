@@ -485,14 +485,16 @@ class DataConfig:
     )
     hookpoint: str | None = _of_model(
         None,
-        "read the output of the module of this name instead of a layer; or of several, and of all "
-        "that match a pattern such as 'model.layers.*.mlp'",
+        "read this instead of a layer: the output of a module (NAME), its input (NAME:input), or a "
+        "site of block N (N.resid_pre, N.attn_z, N.attn_out, N.resid_mid, N.mlp_in, N.mlp_out, "
+        "N.resid_post, or TransformerLens' name); or several, and all that match a pattern such as "
+        "'model.layers.*.mlp' or '*.attn_z'",
         own=True,
     )
     target_hookpoint: str | None = _of_model(
         None,
-        "train a transcoder: predict the output of this module, which runs later, from that of "
-        "layer or hookpoint (several: one for each of these)",
+        "train a transcoder: predict this hookpoint, which is computed later, from the layer or "
+        "hookpoint (several: one for each of these)",
         own=True,
     )
     activations: str | None = setting(

@@ -280,7 +280,7 @@ def _new_folder(request: Request) -> Path:
     Of a sweep it is MODEL-HOOK-sweep-TIME, of one at several hookpoints MODEL-suite-TIME.
     """
     data, sae = request.config.data, request.config.sae
-    hook = data.hookpoint or f"layer{data.layer}"
+    hook = (data.hookpoint or f"layer{data.layer}").replace(":", "-")
     stamp = time.strftime("%Y%m%d-%H%M%S")
     usual = (SAEConfig.selection, SAEConfig.objective)
     words = [sae.encoder, *(name for name in (sae.selection, sae.objective) if name not in usual)]

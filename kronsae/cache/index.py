@@ -34,6 +34,7 @@ from torch import Tensor
 from kronsae.cache.remote import Remote, is_url
 from kronsae.config import DTYPES, DataConfig, data_settings, from_dict, stored
 from kronsae.data.common import digest
+from kronsae.data.hookpoints import Site
 from kronsae.errors import InputError
 from kronsae.registry import command_line
 from kronsae.system import checkpoint
@@ -115,12 +116,14 @@ class Shard:
 
 @dataclasses.dataclass(frozen=True)
 class Hookpoint:
-    """A module of the language model, and the width of its output."""
+    """A hookpoint of the language model, and its width."""
 
     name: str
     width: int
     layer: int | None = None
     """The block, if the hookpoint was given as the residual stream after it."""
+    site: str | None = dataclasses.field(default=None, compare=False)  # earlier versions had none
+    """What it is to a block, such as `6.attn_z`, if that is known."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -361,10 +364,13 @@ class CacheIndex:
         Raises InputError if it was not harvested, or none is named and there are several.
         """
         wanted = f"layer {layer}" if layer is not None else f"hookpoint {hookpoint!r}"
+        site = Site.of(hookpoint)
         numbers = [
             number
             for number, known in enumerate(self.hookpoints)
-            if known.name == hookpoint or (layer is not None and known.layer == layer)
+            if known.name == hookpoint
+            or (layer is not None and known.layer == layer)
+            or (site is not None and known.site == str(site))
         ]
         if layer is None and hookpoint is None:
             numbers, wanted = list(range(len(self.hookpoints))), "which one?"

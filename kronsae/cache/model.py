@@ -3,7 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -12,9 +12,6 @@ from kronsae.data.common import digest
 from kronsae.data.language_model import LanguageModel
 from kronsae.data.loading import load_tokenizer, quiet
 from kronsae.errors import InputError
-
-if TYPE_CHECKING:
-    pass
 
 
 class ModelByName:
@@ -33,11 +30,12 @@ class ModelByName:
         device: torch.device | str,
         trust_remote_code: bool,
     ) -> None:
-        names = [index.hookpoints[number].name for number in numbers]
         self.index = index
-        self.hookpoint, self.target_hookpoint = names[0], names[1] if len(names) == 2 else None
+        self.hookpoints = [index.hookpoints[number] for number in numbers]
+        self.hookpoint, *others = (hookpoint.name for hookpoint in self.hookpoints)
+        self.target_hookpoint = others[0] if others else None
         self.name = index.data.model
-        widths = [index.hookpoints[number].width for number in numbers]
+        widths = [hookpoint.width for hookpoint in self.hookpoints]
         self.d_model, self.d_target = widths[0], sum(widths[1:])
         self.device = torch.device(device)
         self.trust_remote_code = trust_remote_code
@@ -63,6 +61,8 @@ class ModelByName:
     def describe(self) -> dict[str, Any]:
         """`LanguageModel.describe`, from the cache."""
         known = {key: value for key, value in self.index.model.items() if key != "parameters"}
+        for name, hookpoint in zip(("site", "target_site"), self.hookpoints, strict=False):
+            known |= {name: hookpoint.site} if hookpoint.site else {}
         target = {"target_hookpoint": self.target_hookpoint} if self.target_hookpoint else {}
         return {**known, "hookpoint": self.hookpoint, "d_model": self.d_model, **target}
 

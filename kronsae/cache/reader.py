@@ -334,10 +334,13 @@ class CacheActivations:
             self.buffer.load_state_dicts([state["buffer"]])
 
     def describe(self) -> dict[str, Any]:
+        hookpoints = [self.index.hookpoints[number] for number in self.numbers]
+        sites = [hookpoint.site for hookpoint in hookpoints]
         return {
             "source": "cache",
             "cache": self.index.fingerprint,
-            "hookpoints": [self.index.hookpoints[number].name for number in self.numbers],
+            "hookpoints": [hookpoint.name for hookpoint in hookpoints],
+            **({"sites": sites} if any(sites) else {}),
             "text": self.index.text,
             "heldout_contexts": sum(shard.contexts for shard in self.index.heldout),
             "context_length": self.index.context_length,

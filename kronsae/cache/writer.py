@@ -96,8 +96,8 @@ class HarvestConfig:
     )
     hookpoints: tuple[str, ...] = setting(
         (),
-        "read the outputs of the modules of these names, and of those that match a pattern such as "
-        "'model.layers.*.mlp'",
+        "read these hookpoints: NAME, NAME:input, sites such as 6.attn_z, and all that match a "
+        "pattern such as 'model.layers.*.mlp' or '*.attn_z'",
     )
     tokens: int = setting(
         0, "tokens to harvest for training, rounded up to whole forward passes (0: all the text)"
@@ -366,7 +366,10 @@ class _Harvest:
         data = dataclasses.replace(config.data, model_dtype=self._model_dtype())
         self.model = ManyHookpoints.load_at(data, config.layers, config.hookpoints, device)
         self.hookpoints = tuple(
-            Hookpoint(point.hookpoint, point.d_model, point.layer) for point in self.model.points
+            Hookpoint(
+                *(point.hookpoint, point.d_model, point.layer), site=point.site_at(point.hookpoint)
+            )
+            for point in self.model.points
         )
         self.dtype = str(self.model.dtype).removeprefix("torch.")
         self.data = dataclasses.replace(

@@ -1,16 +1,14 @@
 """A transformers language model whose activations are read at a hookpoint.
 
-Letters: b contexts, t tokens per context, d width of the hookpoint's output, V vocabulary size.
+Letters: b contexts, t tokens per context, d width of the hookpoint, V vocabulary size.
 """
 
 import copy
-import dataclasses
-import difflib
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +17,19 @@ from torch.nn.functional import cross_entropy
 from kronsae.config import DataConfig
 from kronsae.data.common import Interrupted, digest
 from kronsae.data.common import reason as error_reason
+from kronsae.data.hookpoints import (
+    INPUT,
+    Hook,
+    Site,
+    by_position,
+    check_layer,
+    first_tensor,
+    hooks_at,
+    lists_of_blocks,
+    num_layers,
+    site_of,
+    with_first,
+)
 from kronsae.data.loading import (
     checkpoint_dtype,
     load_config,
@@ -52,23 +63,24 @@ LOGITS_AT_ONCE = 2**25
 
 
 class LanguageModel:
-    """A frozen language model, its tokenizer, and the module whose output is read.
+    """A frozen language model, its tokenizer, and the hookpoint where it is read.
 
     model: a transformers model; put into evaluation mode.
-    hookpoint: name of the module in `model.named_modules()`, whose output is a tensor [b, t, d], or
-        a tuple or ModelOutput that begins with one.
-    target_hookpoint: the module whose output a transcoder predicts; it runs after the first.
+    hookpoint: NAME (the output of a module in `model.named_modules()`), NAME:input, or a site of a
+        block such as `6.attn_z`; see `kronsae.data.hookpoints`. It is a tensor [b, t, d] or
+        [b t, d], or the first of a tuple or ModelOutput. The attribute has no alias.
+    target_hookpoint: the hookpoint that a transcoder predicts; it runs after the first.
     name, revision: the model's origin, for `describe`.
     absent: names of weights that the checkpoint lacks, and that are therefore random.
 
-    d_model, d_target: widths of the two outputs, from a tiny forward pass (d_target 0 without a
+    d_model, d_target: widths of the two, from a tiny forward pass (d_target 0 without a
         target).
     no_cross_entropy: why `token_losses` does not work, in a sentence; None if it does. It does not
         for masked language models (BERT), encoder-decoder models, or if the checkpoint lacks the
         head that predicts the next token.
     An encoder-decoder model reads the same text in both halves.
-    Raises InputError if the hookpoint does not exist, does not run on text, has no output
-    [b, t, d], gives it for other positions than those of the text, or depends on an absent weight.
+    Raises InputError if the hookpoint does not exist, does not run on text, is not [b, t, d], is of
+    other positions than those of the text, or depends on an absent weight.
     """
 
     def __init__(
@@ -90,7 +102,6 @@ class LanguageModel:
         self._body: nn.Module | None = None
         self.resumes: bool | None = None  # see `kronsae.metrics.splicing.ForwardPasses`
         self.tokenizer = tokenizer
-        self.hookpoint = hookpoint
         self.name, self.revision = name, revision
         self.commit: str | None = getattr(model.config, "_commit_hash", None)
         self.weights = _weights_digest(model)
@@ -99,19 +110,26 @@ class LanguageModel:
         self.absent = absent
         self.is_encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
         self.no_cross_entropy: str | None = None
+        self.hooks: dict[str, Hook] = {}
+        self.sites: dict[str, Site | None] = {}
         self._move(hookpoint, target_hookpoint)
         with torch.no_grad():
             self.no_cross_entropy = self._why_no_cross_entropy()
         self._body = self._find_body()
 
     def _move(self, hookpoint: str, target_hookpoint: str | None) -> None:
-        """Read other modules from now on. Raises InputError as the class says."""
-        self.hookpoint, self.target_hookpoint = hookpoint, target_hookpoint
+        """Read other hookpoints from now on. Raises InputError as the class says."""
         self.layer: int | None = None
-        self.module = find_module(self.model, self.name, hookpoint)
-        self.target = (
-            find_module(self.model, self.name, target_hookpoint) if target_hookpoint else None
-        )
+        self.flattened = False
+        self.hook = self.hook_at(hookpoint)
+        self.target = self.hook_at(target_hookpoint) if target_hookpoint else None
+        self.hookpoint = self.hook.name
+        self.target_hookpoint = self.target.name if self.target else None
+        if self.target_hookpoint == self.hookpoint:
+            raise InputError(
+                f"target_hookpoint {target_hookpoint!r} of {self.name} is the hookpoint "
+                f"{self.hookpoint!r}: an autoencoder predicts its input, leave it out"
+            )
         self.d_model, self.d_target = self._probe()
 
     def at(
@@ -121,7 +139,7 @@ class LanguageModel:
         hookpoint: str | None = None,
         target_hookpoint: str | None = None,
     ) -> "LanguageModel":
-        """The same loaded model, read at another layer or module; see `load`."""
+        """The same loaded model, read at another layer or hookpoint; see `load`."""
 
         def moved(name: str) -> LanguageModel:
             other = copy.copy(self)
@@ -201,6 +219,25 @@ class LanguageModel:
             trust_remote_code=data.trust_remote_code,
         )
 
+    def hook_at(self, hookpoint: str) -> Hook:
+        """Where the model has a hookpoint. Raises InputError if it does not have it."""
+        if hookpoint not in self.hooks:
+            with self._on_text():
+                hook = hooks_at(self.model, self.name, hookpoint, self._run_probe)[0]
+            self.hooks[hookpoint] = self.hooks.setdefault(hook.name, hook)
+        return self.hooks[hookpoint]
+
+    def site_at(self, hookpoint: str) -> str | None:
+        """The name of a hookpoint that all models share, such as `6.attn_z`, if it has one."""
+        if hookpoint not in self.sites:
+            self.sites[hookpoint] = site_of(self.model, self.hook_at(hookpoint), self._run_probe)
+        site = self.sites[hookpoint]
+        return None if site is None else str(site)
+
+    def _run_probe(self) -> None:
+        with torch.no_grad(), self.lock:
+            self._run(PROBE, None)
+
     @property
     def has_cross_entropy(self) -> bool:
         """Whether `token_losses` works."""
@@ -239,11 +276,12 @@ class LanguageModel:
         if self.no_cross_entropy is not None:
             return None
         whole = self._run(PROBE, None).logits[:, :-1].flatten(0, 1)
-        parts = self.hookpoint.split(".")
+        parts = self.hook.module_name.split(".")
         around = [".".join(parts[:count]) for count in range(1, len(parts))]
         modules = [self.model.get_submodule(name) for name in around]
         for body in (self.model.base_model, self.model.get_decoder(), *modules):
-            inside = body is not None and (self.target or self.module) in set(body.modules())
+            read = (self.target or self.hook).module
+            inside = body is not None and read in set(body.modules())
             if body is None or body is self.model or not inside:
                 continue
             try:
@@ -281,6 +319,12 @@ class LanguageModel:
 
     def describe(self) -> dict[str, Any]:
         """Everything that identifies the activations (JSON-able), the same on every device."""
+        target = self.target_hookpoint
+        known = {
+            "site": self.site_at(self.hook.name),
+            "target_hookpoint": target,
+            "target_site": target and self.site_at(target),
+        }
         return {
             "name": self.name,
             "revision": self.revision,
@@ -288,19 +332,19 @@ class LanguageModel:
             "weights": self.weights,
             "hookpoint": self.hookpoint,
             "d_model": self.d_model,
-            **({"target_hookpoint": self.target_hookpoint} if self.target_hookpoint else {}),
+            **{name: value for name, value in known.items() if value is not None},
             "dtype": str(self.dtype).removeprefix("torch."),
         }
 
     @torch.no_grad()
     def activations(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-        """The hookpoint's output [b, t, d], in the model's dtype, for token ids [b, t].
+        """The hookpoint's hidden states [b, t, d], in the model's dtype, for token ids [b, t].
 
-        With a target, its output is appended: [b, t, d_model + d_target].
+        With a target, its own are appended: [b, t, d_model + d_target].
         The forward pass ends there: later blocks and the head do not run.
         If several `ranks` share the work, all call this with the same contexts; each runs a part of
         them and receives the rest from the others.
-        Raises InputError if an output is not [b, t, d], or if the target runs before the input;
+        Raises InputError if they are not [b, t, d], or if the target runs before the input;
         Interrupted after `interrupt`.
         """
         with self.lock, self._interruptible():
@@ -343,10 +387,10 @@ class LanguageModel:
 
     @torch.no_grad()
     def activations_at(self, hookpoints: Sequence[str], input_ids: Tensor) -> list[Tensor]:
-        """The outputs [b, t, d] of several modules, in one forward pass, for token ids [b, t].
+        """Hidden states [b, t, d] at several hookpoints, in one forward pass, for token ids [b, t].
 
         The forward pass ends once all of them have run; a module's first run counts.
-        Raises InputError if a module does not exist, does not run, or has no output [b, t, d].
+        Raises InputError if a hookpoint does not exist, does not run, or is not [b, t, d].
         """
         outputs = self._read(hookpoints, input_ids, None)
         return [outputs[name] for name in hookpoints]
@@ -355,20 +399,20 @@ class LanguageModel:
         self, hookpoints: Sequence[str], input_ids: Tensor, attention_mask: Tensor | None
     ) -> dict[str, Tensor]:
         """`activations_at` by name, in the order in which the modules run."""
-        modules = {name: find_module(self.model, self.name, name) for name in hookpoints}
+        hooks = {name: self.hook_at(name) for name in hookpoints}
         outputs: dict[str, Tensor] = {}
 
-        def keep(name: str, _module: nn.Module, _inputs: Any, output: Any) -> None:
+        def keep(name: str, hidden: Any) -> None:
             if name in outputs:
                 return
-            outputs[name] = self._hidden(output, input_ids, name)
-            if len(outputs) == len(modules):
-                raise _Stop(output)
+            outputs[name] = self._hidden(hidden, input_ids, name)
+            if len(outputs) == len(hooks):
+                raise _Stop(hidden)
             outputs[name] = outputs[name].clone()  # later modules may add to it in place
 
         with ExitStack() as stack:
-            for name, module in modules.items():
-                stack.enter_context(module.register_forward_hook(partial(keep, name)))
+            for name, hook in hooks.items():
+                stack.enter_context(hook.reading(partial(keep, name)))
             try:
                 self._run(input_ids, attention_mask)
             except _Stop:
@@ -376,7 +420,7 @@ class LanguageModel:
         silent = next(name for name in hookpoints if name not in outputs)
         raise InputError(
             f"hookpoint {silent!r} of {self.name} does not run in a forward pass: it is a "
-            f"{type(modules[silent]).__name__}; name a module inside it, or another one"
+            f"{type(hooks[silent].module).__name__}; name a module inside it, or another one"
         )
 
     @torch.no_grad()
@@ -475,13 +519,15 @@ class LanguageModel:
                     stack.enter_context(block.register_forward_hook(stop))
             yield
 
-    def _hidden(self, output: Any, input_ids: Tensor, hookpoint: str) -> Tensor:
-        hidden = first_tensor(output)
+    def _hidden(self, hidden: Any, input_ids: Tensor, hookpoint: str) -> Tensor:
+        own, hidden = hidden, by_position(hidden, input_ids.shape)
+        self.flattened |= hidden is not own
         if isinstance(hidden, Tensor) and hidden.ndim == 3 and hidden.shape[:2] == input_ids.shape:
             return hidden
         got = list(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
         raise InputError(
-            f"hookpoint {hookpoint!r} of {self.name}: expected an output [b, t, d], "
+            f"hookpoint {hookpoint!r} of {self.name}: expected an "
+            f"{'input' if hookpoint.endswith(INPUT) else 'output'} [b, t, d], "
             f"{[*input_ids.shape, 'd']} for this input, got {got}: choose another module"
         )
 
@@ -496,19 +542,15 @@ class LanguageModel:
         with ExitStack() as stack:
             for m in self.model.modules():
                 stack.enter_context(m.register_forward_pre_hook(lambda m, _: used.add(m)))
-            try:
+            with self._on_text():
                 outputs = self.activations(PROBE)
                 d_model = width = outputs.shape[2]
                 if self.target is not None:
                     [hidden] = self.activations_at([self.hookpoint], PROBE)
                     d_model = hidden.shape[2]
-            except (InputError, Interrupted):
-                raise
-            except Exception as error:  # of the model's code
-                raise InputError(
-                    f"model {self.name!r} ({type(self.model).__name__}) does not run on text alone "
-                    f"({error_reason(error)}): activations are read as a model reads text"
-                ) from error
+        last = self.target or self.hook
+        if last.of_input:  # the forward pass ends before this module
+            used.discard(last.module)
         names = {id(m): name for name, m in self.model.named_modules()}
         owners = {names[id(m)] for m in used}
         random = [weight for weight in self.absent if weight.rpartition(".")[0] in owners]
@@ -520,6 +562,19 @@ class LanguageModel:
             )
         self._check_positions(outputs)
         return d_model, width - d_model
+
+    @contextmanager
+    def _on_text(self) -> Iterator[None]:
+        """Raises InputError for an error of the model's code."""
+        try:
+            yield
+        except (InputError, Interrupted):
+            raise
+        except Exception as error:
+            raise InputError(
+                f"model {self.name!r} ({type(self.model).__name__}) does not run on text alone "
+                f"({error_reason(error)}): activations are read as a model reads text"
+            ) from error
 
     def _check_positions(self, outputs: Tensor) -> None:
         """Raise InputError unless outputs [2, t, d] for PROBE are those of its positions."""
@@ -538,6 +593,21 @@ class LanguageModel:
                 f"changes its output at positions {changed.nonzero()[:, 0].tolist()}, so it is not "
                 "that of the text, position by position. Choose another module"
             )
+        if self.flattened and not self._in_order(outputs):
+            raise InputError(
+                f"hookpoint {self.hookpoint!r} of {self.name}: its rows are not the tokens of one "
+                "text after those of another, so they are not read as positions. Choose another "
+                "module"
+            )
+
+    def _in_order(self, outputs: Tensor) -> bool:
+        """Whether a text alone gives its part of outputs [2, t, d] for PROBE.
+
+        It does not if rows [b t, d] begin with the first tokens of all texts, or are sorted.
+        """
+        alone = torch.cat([self.activations(text[None]) for text in PROBE]).float()
+        tolerance = max(1e-3, 8 * torch.finfo(outputs.dtype).eps)
+        return bool(((alone - outputs).abs() <= tolerance * outputs.abs().amax(2, True)).all())
 
 
 class LastStates(NamedTuple):
@@ -571,24 +641,6 @@ def replaced_output(module: nn.Module, output: Any) -> Iterator[None]:
             module.__dict__["forward"] = before
 
 
-def first_tensor(output: Any) -> Any:
-    """Hidden states of a module's output: itself, or the first part of a tuple or ModelOutput."""
-    if isinstance(output, Tensor):
-        return output
-    if isinstance(output, dict):  # a ModelOutput
-        return next(iter(output.values()), None)
-    return output[0] if isinstance(output, (tuple, list)) and output else output
-
-
-def with_first(output: Any, hidden: Tensor) -> Any:
-    """`output` with `hidden` in the place of `first_tensor(output)`."""
-    if isinstance(output, Tensor):
-        return hidden
-    if isinstance(output, dict):  # a ModelOutput
-        return dataclasses.replace(cast(Any, output), **{next(iter(output)): hidden})
-    return type(output)((hidden, *output[1:]))
-
-
 # A model's structure
 
 
@@ -601,35 +653,15 @@ def layer_or_hookpoint(name: str, layer: int | None, hookpoint: str | None) -> i
     if layer is None and name != EMBEDDED_MODEL:
         raise InputError(
             f"model {name!r}: which activations? Give --layer N (the residual stream after block "
-            "N, from 0) or --hookpoint MODULE_NAME"
+            "N, from 0) or --hookpoint NAME (such as N.attn_z)"
         )
     return EMBEDDED_LAYER if layer is None else layer
-
-
-def _num_layers(config: Any) -> int:
-    layers = getattr(config.get_text_config(), "num_hidden_layers", None)
-    if not isinstance(layers, int):
-        raise InputError(
-            f"a model of type {config.model_type!r} has no list of blocks that its configuration "
-            "counts, so --layer has no meaning: name a module with --hookpoint"
-        )
-    return layers
 
 
 def layers_of(data: DataConfig) -> range:
     """The layers of the model that `data` names, from its configuration. Raises InputError."""
     with quiet():
-        return range(_num_layers(load_config(data.model, data.revision, data.trust_remote_code)))
-
-
-def check_layer(name: str, config: Any, layer: int) -> None:
-    """Raise InputError unless the model `name` with this transformers config has the layer."""
-    layers = _num_layers(config)
-    if not 0 <= layer < layers:
-        raise InputError(
-            f"layer {layer}: {name} has {layers} blocks, so expected 0 to {layers - 1} "
-            "(layer N is the residual stream after block N)"
-        )
+        return range(num_layers(load_config(data.model, data.revision, data.trust_remote_code)))
 
 
 Loaded = TypeVar("Loaded", bound=LanguageModel)
@@ -650,31 +682,8 @@ def _at_block(
     if problem is not None:
         raise problem
     raise InputError(
-        f"model {name!r}: no list of {_num_layers(model.config)} blocks found in "
+        f"model {name!r}: no list of {num_layers(model.config)} blocks found in "
         f"{type(model).__name__}, so --layer has no meaning: name a module with --hookpoint"
-    )
-
-
-def lists_of_blocks(model: nn.Module) -> list[tuple[str, nn.ModuleList]]:
-    """Every ModuleList with as many modules as the model has blocks, and its name."""
-    layers = _num_layers(model.config)
-    return [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and len(module) == layers
-    ]
-
-
-def find_module(model: nn.Module, name: str, hookpoint: str) -> nn.Module:
-    """The module `hookpoint` of the model `name`. Raises InputError if there is none."""
-    modules = dict(model.named_modules())
-    if hookpoint in modules:
-        return modules[hookpoint]
-    close = difflib.get_close_matches(hookpoint, modules, n=4, cutoff=0.5)
-    hint = f"close are {', '.join(close)}; " if close else ""
-    raise InputError(
-        f"hookpoint {hookpoint!r}: {name} has no such module; {hint}to list all: "
-        f"print(*dict(LanguageModel.load({name!r}, layer=0).model.named_modules()), sep='\\n')"
     )
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kronsae.config import SAEConfig, from_dict, kind_of
+from kronsae.data.hookpoints import Site
 from kronsae.errors import InputError
 from kronsae.interop.formats import Format, Reader
 from kronsae.interop.stock import (
@@ -53,6 +54,7 @@ def write(sae: SAE, folder: str | Path) -> Path:
         tensors, settings = _stock(sae)
     except NoStockForm:
         tensors, settings = _own(sae)
+    facts = metadata_of(sae)
     config = {
         "d_in": sae.config.d_model,
         "d_sae": sae.config.dict_size,
@@ -60,9 +62,9 @@ def write(sae: SAE, folder: str | Path) -> Path:
         "device": "cpu",
         "apply_b_dec_to_input": False,
         "normalize_activations": "none",
-        "reshape_activations": "none",
+        "reshape_activations": reshaping(facts),
         **settings,
-        "metadata": metadata_of(sae),
+        "metadata": facts,
     }
     return write_folder(folder, (WEIGHTS_NAME, tensors), (CONFIG_NAME, config))
 
@@ -116,7 +118,8 @@ def metadata_of(sae: SAE) -> dict[str, Any]:
         "sae_lens_version": VERSION,
         "sae_lens_training_version": None,
         "model_name": origin.model,
-        "hook_name": lens_hook(origin.layer, origin.hookpoint),
+        "hook_name": lens_hook(origin.site, origin.hookpoint),
+        "hook_name_out": lens_hook(origin.target_site, origin.target_hookpoint),
         "hf_hook_name": origin.hookpoint,
         "hf_hook_name_out": origin.target_hookpoint,
         "context_size": origin.context_length,
@@ -129,9 +132,17 @@ def metadata_of(sae: SAE) -> dict[str, Any]:
     return {name: value for name, value in facts.items() if value is not None}
 
 
-def lens_hook(layer: int | None, hookpoint: str | None) -> str | None:
-    """TransformerLens' name of the residual stream after a block; without a layer, `hookpoint`."""
-    return hookpoint if layer is None else f"blocks.{layer}.hook_resid_post"
+def lens_hook(site: Site | None, hookpoint: str | None) -> str | None:
+    """TransformerLens' name of a site; `hookpoint` if the site is not known."""
+    return hookpoint if site is None else site.lens
+
+
+def reshaping(facts: dict[str, Any]) -> str:
+    """SAELens' `reshape_activations`. facts: of `metadata_of`.
+
+    TransformerLens has attention z by head, [..., heads, d_head].
+    """
+    return "hook_z" if str(facts.get("hook_name")).endswith(".hook_z") else "none"
 
 
 def read(folder: Path) -> SAE:
@@ -232,13 +243,14 @@ def _metadata(settings: dict[str, Any], metadata: dict[str, Any]) -> dict[str, A
     facts = {**settings, **metadata}
     hook = str(facts.get("hook_name") or facts.get("hook_point") or "")  # before version 2
     module = str(facts.get("hf_hook_name") or "")
-    layer = layer_of(hook)
+    site, layer = Site.of(hook), layer_of(hook)
     return source_metadata(
         "sae_lens",
         settings,
         name=facts.get("model_name"),
         hookpoint=module or hook or None,
-        target_hookpoint=facts.get("hf_hook_name_out"),
+        site=None if site is None else str(site),
+        target_hookpoint=facts.get("hf_hook_name_out") or facts.get("hook_name_out"),
         layer=layer_of(module) if layer is None else layer,
         context_length=facts.get("context_size"),
         prepend_bos=facts.get("prepend_bos"),
@@ -250,6 +262,7 @@ def reader(folder: Path, sae: SAE) -> Reader:
 
     importlib.import_module("kronsae.interop.sae_lens")  # registers our architecture
     theirs: Any = sae_lens.SAE.load_from_disk(folder)
+    theirs.turn_off_forward_pass_hook_z_reshaping()  # x is flat
 
     def apply(x: Tensor) -> tuple[Tensor, Tensor]:
         latents = theirs.encode(x)
@@ -272,6 +285,6 @@ class SAELens(Format):
     def folder_of(sae: SAE, name: str) -> str:
         """The hookpoint's name in TransformerLens: "blocks.6.hook_resid_post"."""
         origin = Origin.of(sae.metadata)
-        return lens_hook(origin.layer, origin.hookpoint) or name
+        return lens_hook(origin.site, origin.hookpoint) or name
 
     read, write, reader = staticmethod(read), staticmethod(write), staticmethod(reader)

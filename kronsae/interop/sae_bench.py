@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from kronsae.commandline import Parser, exit_status
+from kronsae.data.hookpoints import Site
 from kronsae.errors import InputError
-from kronsae.interop.lens_format import lens_hook
 from kronsae.interop.load import load
 from kronsae.interop.sae_lens import KronSAE
 from kronsae.interop.stock import Origin
@@ -61,7 +61,7 @@ def adapt(
     wrapped = KronSAE.wrap(sae).requires_grad_(False)
     facts = wrapped.cfg.metadata
     facts.model_name, facts.hook_layer = model_name, layer
-    facts.hook_name = lens_hook(layer, None)
+    facts.hook_name = Site(layer, "resid_post").lens
     if facts.prepend_bos is None:  # SAEBench needs to know, and assumes it of most SAEs
         facts.prepend_bos = True
     facts.context_size = facts.context_size or 128

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from kronsae.config import SAEConfig as OwnConfig
 from kronsae.config import from_dict
 from kronsae.errors import InputError
-from kronsae.interop.lens_format import ARCHITECTURE, check_own, metadata_of
+from kronsae.interop.lens_format import ARCHITECTURE, check_own, metadata_of, reshaping
 from kronsae.interop.stock import dense, encoder_proxy
 from kronsae.model.sae import SAE as OwnSAE
 from kronsae_kernels import SparseCodes
@@ -70,12 +70,14 @@ class KronSAE(SAE[KronSAEConfig]):
     def wrap(cls, sae: OwnSAE) -> "KronSAE":
         """Convert an SAE. Raises InputError for a transcoder."""
         check_own(sae.config)
+        facts = metadata_of(sae)
         settings = {
             "architecture": ARCHITECTURE,
             "d_in": sae.d_model,
             "d_sae": sae.dict_size,
             "kronsae": dataclasses.asdict(sae.config),
-            "metadata": metadata_of(sae),
+            "reshape_activations": reshaping(facts),
+            "metadata": facts,
         }
         wrapped = cls(KronSAEConfig.from_dict(settings))
         wrapped.sae.load_state_dict(sae.state_dict())

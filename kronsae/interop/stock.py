@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kronsae.config import SAEConfig, from_dict, kind_of
 from kronsae.data.common import reason
+from kronsae.data.hookpoints import Site
 from kronsae.errors import InputError
 from kronsae.model.sae import SAE
 from kronsae.model.selection import TopK
@@ -317,8 +318,11 @@ class Origin:
 
     model: str | None = None
     hookpoint: str | None = None
-    """Name of the module in `transformers`."""
+    """Where `transformers`' model was read; see `kronsae.data.hookpoints`."""
     target_hookpoint: str | None = None
+    site: Site | None = None
+    """What the hookpoint is to its block, if that is known."""
+    target_site: Site | None = None
     layer: int | None = None
     """The block, if the hookpoint is the residual stream after one."""
     context_length: int | None = None
@@ -338,16 +342,28 @@ class Origin:
         settings = part_of(metadata, "config", "data")
         if data.get("source") == "cache":  # its description names the hookpoints alone
             names = _of(list, data.get("hookpoints")) or []
+            sites = _of(list, data.get("sites")) or []
             known = dict(zip(("hookpoint", "target_hookpoint"), names, strict=False))
+            known |= dict(zip(("site", "target_site"), sites, strict=False))
             data = {"name": settings.get("model"), "layer": settings.get("layer"), **known, **data}
         hookpoint = _of(str, data.get("hookpoint"))
+        target = _of(str, data.get("target_hookpoint"))
         layer = _of(int, data.get("layer"))
+        layer = layer_of(hookpoint) if layer is None else layer
+        site, target_site = (
+            Site.of(_of(str, data.get(name))) or Site.of(point)
+            for name, point in (("site", hookpoint), ("target_site", target))
+        )
+        if site is None and layer is not None:
+            site = Site(layer, "resid_post")
         begin = _of(list, data.get("context_begin"))
         return cls(
             model=_of(str, data.get("name")),
             hookpoint=hookpoint,
-            target_hookpoint=_of(str, data.get("target_hookpoint")),
-            layer=layer_of(hookpoint) if layer is None else layer,
+            target_hookpoint=target,
+            site=site,
+            target_site=target_site,
+            layer=layer,
             context_length=_of(int, data.get("context_length")),
             dataset=_of(str, part_of(metadata, "config", "data").get("dataset")),
             prepend_bos=_of(bool, data.get("prepend_bos")),

@@ -7,6 +7,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from kronsae.data.common import reason
+from kronsae.data.hookpoints import Site
 from kronsae.errors import InputError
 from kronsae.interop.formats import FileFormat
 from kronsae.registry import FORMATS
@@ -133,5 +134,7 @@ _RESIDUAL = ("hook_resid_post", "resid_post", "res", "residual")
 
 
 def _layer_in(name: str) -> int | None:
+    if (site := Site.of(name)) is not None:
+        return site.layer
     found = _LAYER.findall(name)
     return int("".join(found[-1])) if found else None

@@ -7,21 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kronsae.data.language_model import (
-    LanguageModel,
-    LastStates,
-    first_tensor,
-    lists_of_blocks,
-    replaced_output,
-    with_first,
-)
+from kronsae.data.hookpoints import by_position, first_tensor, lists_of_blocks
+from kronsae.data.language_model import LanguageModel, LastStates, replaced_output
 from kronsae.data.packing import special_ids
 from kronsae.model.massive import MassiveTokens
 
 Make = Callable[[Tensor, Tensor], Tensor]
 """Function of the hookpoint's activations x [n, d] and those to replace, y [n, d_out], to new y.
 
-y is x, unless the model has a target hookpoint, whose output is replaced then.
+y is x, unless the model has a target hookpoint, which is replaced then.
 """
 
 
@@ -41,25 +35,24 @@ def spliced(
         comes from the attention mask, or else from the length of the cache.
     massive: the rule for tokens in the mask that keep their activations, whatever `make` gives.
 
-    If a module runs several times in a forward pass, its first output is replaced. The model's lock
+    If a module runs several times in a forward pass, its first run counts. The model's lock
     keeps other threads from running it. Gradients flow to the result of `make`.
     """
     forward = _Forward(mask, special_ids(model.tokenizer) if mask is None else None, first)
-    replaced = model.module if model.target is None else model.target
 
     def begin(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         forward.begin(args, kwargs)
 
-    def read(_module: nn.Module, _inputs: Any, output: Any) -> None:
+    def read(hidden: Tensor) -> None:
         if forward.x is None:
-            forward.x = first_tensor(output).clone()  # later modules may add to it in place
+            forward.x = forward.by_position(hidden).clone()  # modules may add to it in place
 
-    def replace(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+    def replace(hidden: Tensor) -> Tensor:
         if forward.replaced:
-            return output
+            return hidden
         forward.replaced = True
-        y = first_tensor(output)
-        x = y if forward.x is None else forward.x
+        y = forward.by_position(hidden)
+        x = y if forward.x is None else forward.x.to(y.device)
         tokens = forward.tokens(y)
         of_x, of_y = x[tokens], y[tokens]
         made = make(of_x, of_y).to(y)
@@ -68,15 +61,13 @@ def spliced(
             made = torch.where(kept[:, None], of_y, made)
         out = y.clone()
         out[tokens] = made
-        return with_first(output, out)
+        return out.view_as(hidden)
 
     with model.lock, ExitStack() as stack:
-        hooks = [model.model.register_forward_pre_hook(begin, with_kwargs=True)]
+        stack.enter_context(model.model.register_forward_pre_hook(begin, with_kwargs=True))
         if model.target is not None:
-            hooks.append(model.module.register_forward_hook(read))
-        hooks.append(replaced.register_forward_hook(replace))
-        for hook in hooks:
-            stack.callback(hook.remove)
+            stack.enter_context(model.hook.reading(read))
+        stack.enter_context((model.target or model.hook).replacing(replace))
         yield
 
 
@@ -147,8 +138,8 @@ PROBE_TOKENS = 32
 def _blocks_before(model: LanguageModel) -> list[nn.Module]:
     """The blocks before the one in which the hookpoint lies; [] if it is not in a block."""
     for name, blocks in lists_of_blocks(model.model):
-        inside = model.hookpoint.removeprefix(f"{name}.")
-        if inside != model.hookpoint:
+        inside = model.hook.module_name.removeprefix(f"{name}.")
+        if inside != model.hook.module_name:
             return list(blocks)[: int(inside.partition(".")[0])]
     return []
 
@@ -167,10 +158,16 @@ class _Forward:
         self.x: Tensor | None = None
         self.replaced = False
         self.ids = kwargs.get("input_ids", args[0] if args else None)
+        given = kwargs.get("inputs_embeds") if self.ids is None else self.ids
+        self.shape = None if given is None else given.shape[:2]
         self.attention = kwargs.get("attention_mask")
         # The argument is `past_key_values`, or `cache` in newer transformers.
         caches = (value for value in kwargs.values() if hasattr(value, "get_seq_length"))
         self.seen = max((int(cache.get_seq_length()) for cache in caches), default=0)
+
+    def by_position(self, hidden: Tensor) -> Tensor:
+        """Hidden states [b, t, d] of this forward pass, of those or [b t, d]."""
+        return hidden if self.shape is None else by_position(hidden, self.shape)
 
     def tokens(self, y: Tensor) -> Tensor:
         """Mask [b, t] of the activations y [b, t, d] to replace."""

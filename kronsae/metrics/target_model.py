@@ -32,7 +32,7 @@ from kronsae.runs.folder import SweepFolder
 OF_MODEL = data_settings(of="model")
 OF_TEXT = data_settings(of="text")
 HELP = {
-    "target_hookpoint": "name of the module whose output a transcoder predicts",
+    "target_hookpoint": "the hookpoint that a transcoder predicts",
     "heldout_tokens": "tokens of text to read (default: as many as the run held out)",
     "dataset": "other text than the run's own held-out slice: hub name, or files; 'stdlib'",
 }

@@ -42,9 +42,9 @@ _DESCRIBED = Keys(
     {},
     {
         **{"name": _TEXT, "hookpoint": _TEXT, "target_hookpoint": _TEXT, "revision": _TEXT},
-        **{"source": _TEXT, "dtype": _TEXT, "text": _TEXT},
+        **{"source": _TEXT, "dtype": _TEXT, "text": _TEXT, "site": _TEXT, "target_site": _TEXT},
         **{"layer": _NUMBER, "context_length": _NUMBER, "prepend_bos": bool | None},
-        **{"hookpoints": _TEXTS, "context_begin": _TEXTS},
+        **{"hookpoints": _TEXTS, "context_begin": _TEXTS, "sites": list[str | None] | None},
     },
 )
 METADATA = Keys(

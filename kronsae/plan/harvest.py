@@ -38,7 +38,7 @@ def outlines(config: HarvestConfig) -> dict[str, Outline]:
     if not reads:
         raise InputError(
             f"--model {data.model} needs --layer N ... (residual streams after blocks, from 0) "
-            "or --hookpoint MODULE_NAME ..."
+            "or --hookpoint NAME ..."
         )
     return {name: outline(dataclasses.replace(data, **read)) for name, read in reads.items()}
 

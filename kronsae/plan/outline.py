@@ -12,13 +12,8 @@ from kronsae.cache import CacheIndex
 from kronsae.cache.reader import hookpoint_numbers
 from kronsae.config import DataConfig
 from kronsae.data.common import reason
-from kronsae.data.language_model import (
-    check_layer,
-    find_module,
-    first_tensor,
-    layer_or_hookpoint,
-    lists_of_blocks,
-)
+from kronsae.data.hookpoints import Hook, Reached, check_layer, hooks_at, lists_of_blocks
+from kronsae.data.language_model import layer_or_hookpoint
 from kronsae.data.loading import NoSkeleton, checkpoint_dtype, load_skeleton
 from kronsae.errors import InputError, warn
 from kronsae.sources import Cache, source_of
@@ -28,7 +23,7 @@ class Outline(NamedTuple):
     """Sizes of a language model, and the cost of a forward pass up to its hookpoint."""
 
     d_model: int
-    """Width of the hookpoint's output."""
+    """Width of the hookpoint."""
     parameters: int
     """Number of parameters of the whole model."""
     flops_per_token: float
@@ -42,7 +37,7 @@ class Outline(NamedTuple):
     checkpoint: torch.dtype | None = None
     """dtype of the weights in the model's files, if its configuration says."""
     d_target: int = 0
-    """Width of the target hookpoint's output; 0 without one."""
+    """Width of the target hookpoint; 0 without one."""
 
 
 class NoOutline(InputError):
@@ -60,10 +55,7 @@ def outline(config: DataConfig, context_length: int = 1024) -> Outline:
     if config.activations is not None:
         return _of_cache(config, config.activations)
     read, settings, model = _skeleton(config)
-    if isinstance(read, str):
-        modules = [find_module(model, config.model, read)]
-    else:
-        modules = [blocks[read] for _, blocks in lists_of_blocks(model)]
+    hooks = _hooks(model, config.model, read)
     text = settings.get_text_config()
     longest = getattr(text, "max_position_embeddings", None) or context_length
     tokens = min(config.context_length or context_length, longest)
@@ -71,13 +63,15 @@ def outline(config: DataConfig, context_length: int = 1024) -> Outline:
     checkpoint = checkpoint_dtype(settings)
     parameters = sum(p.numel() for p in model.parameters())
     failed = None
-    for module in modules:
+    targets = []
+    if config.target_hookpoint:
+        targets = _hooks(model, config.model, config.target_hookpoint)
+    for number, hook in enumerate(hooks):
         try:
-            d, flops = _run(model, module, tokens)
+            d, flops = _run(model, hook, tokens)
             d_target = 0
-            if config.target_hookpoint:  # the forward pass ends there
-                target = find_module(model, config.model, config.target_hookpoint)
-                d_target, flops = _run(model, target, tokens)
+            if targets:  # the forward pass ends there
+                d_target, flops = _run(model, targets[number % len(targets)], tokens)
         except Exception as error:  # of any type: the model needs numbers
             failed = reason(error)
             continue
@@ -89,7 +83,7 @@ def outline(config: DataConfig, context_length: int = 1024) -> Outline:
     blocks = [block for _, blocks in lists_of_blocks(model) for block in blocks]
     used = blocks if isinstance(read, str) else blocks[: read + 1]
     weights = sum(p.numel() for block in used for p in block.parameters())
-    width = modules and getattr(modules[0], "out_features", None)
+    width = hooks and hooks[0].declared_width
     hidden = text.hidden_size
     d_target = hidden if config.target_hookpoint else 0
     return Outline(
@@ -133,10 +127,7 @@ def forward_pass(
     """
     read, _, model = _skeleton(config)
     read = config.target_hookpoint or read
-    if isinstance(read, str):
-        module = find_module(model, config.model, read)
-    else:
-        module = lists_of_blocks(model)[0][1][read]
+    hook = _hooks(model, config.model, read)[0]
     model.to(dtype).to_empty(device=device)
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.detach().fill_(0.01 if tensor.is_floating_point() else 0)
@@ -144,7 +135,7 @@ def forward_pass(
 
     def run() -> None:
         try:
-            _width(model, module, ids)
+            _width(model, hook, ids)
         except Exception as error:  # of any type
             problem = f"model {config.model!r} only runs with its own weights"
             raise NoOutline(f"{problem} ({reason(error)})") from error
@@ -152,31 +143,34 @@ def forward_pass(
     return run
 
 
-class _Reached(Exception):
-    """Ends the forward pass at the hookpoint."""
+def _hooks(model: nn.Module, name: str, read: int | str) -> list[Hook]:
+    """Where a layer or hookpoint may be: in one place, or one for each list of blocks."""
+    if isinstance(read, str):
+        return hooks_at(model, name, read)
+    return [Hook(f"{blocks}.{read}", modules[read]) for blocks, modules in lists_of_blocks(model)]
 
 
-def _run(model: nn.Module, module: nn.Module, tokens: int) -> tuple[int, float]:
-    """Width of the module's output, and multiply-adds per token up to it."""
+def _run(model: nn.Module, hook: Hook, tokens: int) -> tuple[int, float]:
+    """Width of the hookpoint, and multiply-adds per token up to it."""
     ids = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
     with FlopCounterMode(display=False) as counter:
-        width = _width(model, module, ids)
+        width = _width(model, hook, ids)
     return width, counter.get_total_flops() / 2 / tokens
 
 
 @torch.no_grad()
-def _width(model: nn.Module, module: nn.Module, ids: torch.Tensor) -> int:
-    """Width of the module's output in a forward pass that ends there."""
+def _width(model: nn.Module, hook: Hook, ids: torch.Tensor) -> int:
+    """Width of the hookpoint in a forward pass that ends there."""
     widths: list[int] = []
 
-    def stop(_module: nn.Module, _inputs: Any, output: Any) -> None:
-        widths.append(first_tensor(output).shape[-1])
-        raise _Reached
+    def stop(hidden: Any) -> None:
+        widths.append(hidden.shape[-1])
+        raise Reached
 
     try:
-        with warnings.catch_warnings(), module.register_forward_hook(stop):
+        with warnings.catch_warnings(), hook.reading(stop):
             warnings.simplefilter("ignore")
             model(input_ids=ids)
-    except _Reached:
+    except Reached:
         return widths[0]
-    raise RuntimeError(f"{type(module).__name__} does not run in a forward pass")
+    raise RuntimeError(f"{type(hook.module).__name__} does not run in a forward pass")

@@ -18,6 +18,7 @@ from kronsae.data.activations import split_target
 from kronsae.data.loading import load_config, load_tokenizer, quiet
 from kronsae.errors import InputError
 from kronsae.interop.load import load
+from kronsae.interop.stock import Origin
 from kronsae.metrics.target_model import cache_of, data_of
 from kronsae.model.massive import METADATA, MassiveTokens, rule_of, without
 from kronsae.model.normalizer import SAMPLE_TOKENS
@@ -90,7 +91,7 @@ def examine(
         "summary": _summary(sae, properties, nearest),
     }
     effects = None
-    if getattr(source.language_model, "missing", None) is None:
+    if _in_stream(sae) and getattr(source.language_model, "missing", None) is None:
         effects = logit_effects(sae, source.language_model.model, EFFECTS)
     stored = Stored(properties, nearest, effects, facts)
     save_properties(stored, folder)
@@ -106,6 +107,13 @@ def _summary(sae: SAE, properties: Properties, nearest: Nearest | None) -> dict[
         if nearest is not None:
             summary["nearest"] = kinship(nearest, config.m, config.n)
     return summary
+
+
+def _in_stream(sae: SAE) -> bool:
+    """Whether decoder rows are directions of the residual stream, as far as is known."""
+    origin = Origin.of(sae.metadata)
+    site = origin.target_site if sae.config.d_target else origin.site
+    return site is None or site.name not in ("attn_z", "mlp_in")
 
 
 def _open_text(

@@ -177,7 +177,7 @@ def _claim(
         raise
 
 
-_LATER = ("context_begin", "prepend_bos", "streaming")
+_LATER = ("context_begin", "prepend_bos", "streaming", "site", "target_site", "sites")
 """Facts about a run's data that earlier versions did not write down."""
 
 

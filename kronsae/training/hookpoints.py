@@ -7,6 +7,7 @@ from typing import Any
 from kronsae.cache import CacheIndex
 from kronsae.commandline import ALL
 from kronsae.config import DataConfig
+from kronsae.data.hookpoints import INPUT, SITES, Site
 from kronsae.data.language_model import layers_of
 from kronsae.data.loading import module_names
 from kronsae.errors import InputError
@@ -70,8 +71,9 @@ def _all_layers(data: DataConfig) -> Sequence[int]:
 
 
 def matches(given: Sequence[str], data: DataConfig) -> list[str]:
-    """The modules, each once; those that match a pattern in the model's order.
+    """The hookpoints, each once; those that match a pattern in the model's order.
 
+    A pattern matches modules, their inputs if it ends in ":input", or else sites of blocks.
     Raises InputError if none matches.
     """
     found: dict[str, None] = {}
@@ -80,7 +82,9 @@ def matches(given: Sequence[str], data: DataConfig) -> list[str]:
             found[name] = None
             continue
         known = _known(data)
-        matching = fnmatch.filter(known, name)
+        if name.endswith(INPUT) and not fnmatch.filter(known, name):
+            known = [each + INPUT for each in known]
+        matching = fnmatch.filter(known, name) or fnmatch.filter(_sites(data), name)
         if not matching:
             raise InputError(
                 f"hookpoint {name!r} matches none of the {len(known):,} that there are, such as "
@@ -88,6 +92,16 @@ def matches(given: Sequence[str], data: DataConfig) -> list[str]:
             )
         found |= dict.fromkeys(matching)
     return list(found)
+
+
+def _sites(data: DataConfig) -> list[str]:
+    """The sites that blocks may have, by all their names."""
+    if data.activations is not None and source_of(data.activations) is Cache:
+        points = CacheIndex.open(data.activations).hookpoints
+        sites = [site for point in points if (site := Site.of(point.site)) is not None]
+    else:
+        sites = [Site(layer, name) for layer in layers_of(data) for name in SITES]
+    return [*map(str, sites), *(site.lens for site in sites)]
 
 
 def _known(data: DataConfig) -> list[str]:

@@ -55,8 +55,8 @@ OTHER_NAMES = {
     "--d-sae": "--dict-size N",
     "--num-latents": "--dict-size N",
     "--d-in": "taken from the model (--d-model N checks it)",
-    "--hook-name": "--layer N (blocks.N.hook_resid_post is --layer N), or --hookpoint NAME, a "
-    "module of the transformers model",
+    "--hook-name": "--layer N (blocks.N.hook_resid_post is --layer N), or --hookpoint NAME: "
+    "TransformerLens' name (blocks.N.attn.hook_z), or a module of the transformers model",
     "--hookpoints": "--hookpoint NAME ..., also patterns such as 'model.layers.*.mlp'",
     "--layers": "--layer N ..., also 0-11 or all",
     "--model-name": "--model NAME",
@@ -361,7 +361,7 @@ def build(flags: dict[str, Any], file: dict[str, Any] | None = None) -> RunConfi
     if config.data.layer is None and config.data.hookpoint is None:
         raise InputError(
             f"--model {model} needs --layer N (the residual stream after block N, from 0) "
-            "or --hookpoint MODULE_NAME"
+            "or --hookpoint NAME (such as N.attn_z)"
         )
     return config
 
