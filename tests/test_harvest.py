@@ -221,7 +221,10 @@ def test_verify_says_what_is_damaged_and_the_same_command_repairs(shared, tmp_pa
         (["--resume", "x"], "holds no harvest"),
         (["--verify", "x", "--device", "cpu"], "--verify takes everything from the folder"),
         (["--verify", "x"], "is not a cache of activations"),
-        (["--out", "x", "--layer", "1", "1"], "'gpt_neox.layers.1' is named twice"),
+        (
+            ["--out", "x", "--layer", "1", "--hookpoint", "gpt_neox.layers.1"],
+            "'gpt_neox.layers.1' is named twice",
+        ),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_said(arguments, words, monkeypatch, capsys, tmp_path):

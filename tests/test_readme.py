@@ -105,6 +105,9 @@ def test_other_commands_parse():
 def test_commands_parse(command):
     words = command.replace("\\\n", " ").split()
     request = parse(words[2:])
+    if len(request.data) > 1:  # "two SAEs at each of twelve layers"
+        assert len(request.members) == 24 and len(request.data) == 12
+        return
     if request.sweep:  # "trains twelve"
         assert len(request.members) == 12
         return
@@ -121,11 +124,12 @@ def test_harvest_parses():
 
 
 def test_commands_of_torchrun_parse():
-    lines = [line for c in COMMANDS for line in c.splitlines() if line.startswith("torchrun")]
+    joined = [command.replace("\\\n", " ") for command in COMMANDS]
+    lines = [line for c in joined for line in c.splitlines() if line.startswith("torchrun")]
     for line in lines:
         _, _, flags = line.partition("-m kronsae.train ")
         assert parse(shlex.split(flags)).config.train.tensor_parallel in (1, 4)
-    assert len(lines) == 3
+    assert len(lines) == 4
 
 
 def test_experiments_parse():

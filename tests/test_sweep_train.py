@@ -30,7 +30,7 @@ def whole(tmp_path_factory):
 def test_everything_is_there(whole):
     out, printed = whole
     assert {p.name for p in out.iterdir()} == {
-        *(".lock", "sweep.json", "comparison.md", "checkpoints", *NAMES)
+        *(".lock", "sweep.json", "comparison.md", "report.html", "checkpoints", *NAMES)
     }
     for name in NAMES:
         assert {p.name for p in (out / name).iterdir()} == {
