@@ -526,7 +526,19 @@ class DataConfig:
         None, "configuration name of a hub dataset", unless=_unless_a_dataset
     )
     split: str = _of_text("train", "split of a hub dataset", unless=_unless_a_dataset)
-    text_column: str = _of_text("text", "column that holds the text", unless=_unless_a_dataset)
+    text_column: str = _of_text(
+        "text",
+        "column that holds the text: strings, lists of token ids, or lists of messages with role "
+        "and content, which the model's chat template renders",
+        unless=_unless_a_dataset,
+    )
+    chat_roles: str = _of_text(
+        "",
+        "train and evaluate on the messages of these roles alone, separated by commas, such as "
+        "assistant (default: all; tokens of the chat template itself never are)",
+        unless=_unless_a_dataset,
+        before="",
+    )
     streaming: bool = _of_text(
         False,
         "stream the dataset instead of downloading or indexing it first",
@@ -557,6 +569,18 @@ class DataConfig:
         "without a special token (none), or with the tokens of a text, such as '<|im_start|>' or "
         "'[gMASK]<sop>'",
         before="auto",
+    )
+    join_documents: bool = _of_reading(
+        True,
+        "fill contexts with one document after another; otherwise each holds one document, or a "
+        "part of it, and is padded",
+        before=True,
+    )
+    exclude_tokens: str = _of_reading(
+        "",
+        "tokens that are never trained or evaluated on, as special tokens are not: ids, or texts "
+        "of one token, separated by commas",
+        before="",
     )
     contexts_per_batch: int = _of_reading(
         32, "contexts per forward pass of the language model", least=1
@@ -619,6 +643,7 @@ class DataConfig:
             self,
             *("activations_order", "activations_tokens"),
             *("dataset_config", "split", "streaming", "text_column", "shuffle_documents"),
+            "chat_roles",
         )
         _require(
             not self.streaming or self.shuffle_documents > 0 or self.heldout_order == "first",

@@ -22,7 +22,7 @@ from kronsae.commandline import Parser, exit_status, given_place
 from kronsae.data import LanguageModel
 from kronsae.data.activations import open_model
 from kronsae.data.loading import quiet
-from kronsae.data.packing import context_begin, prompt_ids, token_mask
+from kronsae.data.packing import context_begin, left_out_ids, prompt_ids, token_mask
 from kronsae.data.token_text import token_texts
 from kronsae.errors import InputError
 from kronsae.interventions.effects import (
@@ -297,7 +297,8 @@ def _of_prompt(loaded: LoadedSAE, prompt: str, device: torch.device) -> HeldoutT
     model, _ = open_model(loaded.data, device)
     bos = loaded.data.bos
     ids = torch.tensor([prompt_ids(model.tokenizer, prompt, bos)])
-    mask = token_mask(ids, model.tokenizer, begin=len(context_begin(model.tokenizer, bos)))
+    left_out = left_out_ids(model.tokenizer, loaded.data.exclude_tokens)
+    mask = token_mask(ids, model.tokenizer, left_out, len(context_begin(model.tokenizer, bos)))
     if not mask.any():
         raise InputError("--prompt: SAEs are trained on none of its tokens")
     return HeldoutText(model, ids, mask, 1, {"prompt": prompt, "tokens": int(mask.sum())})

@@ -4,7 +4,8 @@ A cache is a folder:
 
 index.json                            the `CacheIndex`: contents and origin (while a harvest is
                                       incomplete, it is in the newest state in progress/)
-train-00000.tokens.safetensors        contexts [c, L] int32 token ids, mask [c, L] bool
+train-00000.tokens.safetensors        contexts [c, L] int32 token ids (PADDING: none), mask
+                                      [c, L] bool of the tokens that have activations
 train-00000.0.safetensors             activations [r, width] of the first hookpoint; if they are
                                       int8, also scales [r] float32 to multiply them by
 train-00000.1.safetensors             ... of the second; and so on

@@ -10,7 +10,7 @@ import torch
 from kronsae.cache.index import CacheIndex
 from kronsae.data.common import digest
 from kronsae.data.language_model import LanguageModel
-from kronsae.data.loading import load_tokenizer, quiet
+from kronsae.data.loading import find_tokenizer
 from kronsae.errors import InputError
 
 
@@ -92,14 +92,10 @@ class ModelByName:
         """The model's tokenizer; None if it cannot be loaded or is not that of the harvest."""
         data = self.index.data
         common = {"revision": data.revision, "trust_remote_code": self.trust_remote_code}
-        try:
-            with quiet():
-                tokenizer = load_tokenizer(data.model, common)
-        except InputError:
-            return None
+        tokenizer = find_tokenizer(data.model, common)
         return tokenizer if tokenizer_digest(tokenizer) == self.index.tokenizer else None
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
-    """Hash of a tokenizer's vocabulary."""
-    return digest(*sorted(tokenizer.get_vocab().items()))
+    """Hash of a tokenizer's vocabulary; without a tokenizer, of none."""
+    return digest(*sorted(tokenizer.get_vocab().items() if tokenizer else ()))

@@ -18,9 +18,10 @@ from kronsae.cache.index import CacheIndex, Shard, check_sizes, read_tensors, so
 from kronsae.cache.model import ModelByName
 from kronsae.cache.remote import Remote, is_url
 from kronsae.config import ACTIVATIONS_ORDERS
-from kronsae.data.activations import HELDOUT_SETTINGS
+from kronsae.data.activations import HELDOUT_SETTINGS, describe_mask
 from kronsae.data.buffer import ShuffleBuffer
 from kronsae.data.common import check_batch_size, given
+from kronsae.data.packing import PADDING
 from kronsae.data.rows import BatchMemory, gather
 from kronsae.errors import InputError
 from kronsae.system.documents import Keys, typed
@@ -259,7 +260,7 @@ class CacheActivations:
         return torch.cat(parts)
 
     def heldout_contexts(self) -> Tensor:
-        """Token ids [c, context_length] of the held-out text."""
+        """Token ids [c, context_length] of the held-out text, or PADDING."""
         return self._tokens("contexts").long()
 
     def heldout_mask(self) -> Tensor:
@@ -278,6 +279,8 @@ class CacheActivations:
     @property
     def heldout_tokens(self) -> int:
         """Tokens of the held-out contexts."""
+        if not self.index.data.join_documents:  # contexts are padded
+            return int((self.heldout_contexts() != PADDING).sum())
         contexts = sum(shard.contexts for shard in self.index.heldout)
         return contexts * self.index.context_length
 
@@ -351,6 +354,7 @@ class CacheActivations:
             "buffer_tokens": self.buffer_tokens,
             **{name: getattr(self.index.data, name) for name in HELDOUT_SETTINGS},
             **self.index.begin,
+            **describe_mask(self.index.data),
         }
 
 

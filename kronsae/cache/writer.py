@@ -57,6 +57,7 @@ from kronsae.data.activations import (
     resolve_context_length,
 )
 from kronsae.data.many_hookpoints import ManyHookpoints
+from kronsae.data.packing import marked, token_ids
 from kronsae.data.text import check_text, open_text
 from kronsae.errors import InputError, differences
 from kronsae.system import checkpoint
@@ -275,8 +276,8 @@ def _document(config: HarvestConfig) -> dict[str, Any]:
 class _Passes(NamedTuple):
     """The forward passes of a shard that is to be made."""
 
-    ids: list[Tensor]
-    """Token ids [b, L] of each."""
+    contexts: list[Tensor]
+    """Packed contexts [b, L] of each."""
     masks: list[Tensor]
     """Their tokens to store, [b, L]."""
     position: dict[str, Any]
@@ -411,7 +412,7 @@ class _Harvest:
             seed=self.config.seed,
             heldout=(),
             train=(),
-            begin=describe_begin(self.model.tokenizer, self.source.packer.begin),
+            begin=describe_begin(self.model.vocabulary, self.source.packer.begin),
         )
 
     def _index(self) -> CacheIndex:
@@ -527,12 +528,12 @@ class _Harvest:
 
     def _heldout(self) -> Iterator[Tensor]:
         done = sum(shard.contexts for shard in self.shards["heldout"])
-        left = self.source.heldout_contexts()[done:]
+        left = self.source.packed_heldout()[done:]
         if len(left):
             yield from left.split(self.data.contexts_per_batch)
 
     def _train(self) -> Iterator[Tensor]:
-        """Token ids [b, L] per forward pass, until there are as many tokens as configured."""
+        """Packed contexts [b, L] per forward pass, until there are as many tokens as configured."""
         rows = sum(shard.rows for shard in self.shards["train"])
         while not self.config.tokens or rows < self.config.tokens:
             ids = self.source.next_contexts()
@@ -562,16 +563,16 @@ class _Harvest:
 
     def _shards_of(self, passes: Iterator[Tensor]) -> Iterator[_Passes]:
         """The forward passes of each shard."""
-        ids, masks, rows = [], [], 0
-        for contexts in passes:
-            ids.append(contexts)
-            masks.append(self.source.token_mask(contexts))
+        contexts, masks, rows = [], [], 0
+        for packed in passes:
+            contexts.append(packed)
+            masks.append(self.source.token_mask(packed))
             rows += int(masks[-1].sum())
             if rows >= self.config.shard_tokens:
-                yield _Passes(ids, masks, self.source.position_dict())
-                ids, masks, rows = [], [], 0
+                yield _Passes(contexts, masks, self.source.position_dict())
+                contexts, masks, rows = [], [], 0
         if rows:
-            yield _Passes(ids, masks, self.source.position_dict())
+            yield _Passes(contexts, masks, self.source.position_dict())
 
     def _write(self, section: str, number: int, made: _Passes, at_once: int) -> Shard:
         """Run the language model on the contexts of a shard, and write its files.
@@ -582,8 +583,8 @@ class _Harvest:
         stored = [self._new(rows, hookpoint.width) for hookpoint in self.hookpoints]
         done = sum(shard.rows for section in SECTIONS for shard in self.shards[section])
         start = 0
-        for ids in made.ids:
-            parts = self.source.read(ids, "the text")
+        for packed in made.contexts:
+            parts = self.source.read(packed, "the text")
             stop = start + len(parts[0])
             for hookpoint, part, all_rows in zip(self.hookpoints, parts, stored, strict=True):
                 _store(part, {name: y[start:stop] for name, y in all_rows.items()}, hookpoint)
@@ -595,7 +596,7 @@ class _Harvest:
             return write_tensors(self.folder / file_name(section, number, name), tensors)
 
         files = [write(number, tensors) for number, tensors in enumerate(stored)]
-        ids, mask = torch.cat(made.ids), torch.cat(made.masks)
+        ids, mask = token_ids(torch.cat(made.contexts)), torch.cat(made.masks)
         tokens = write("tokens", {"contexts": ids.int(), "mask": mask})
         return Shard(len(ids), rows, tokens, tuple(files))
 
@@ -610,8 +611,8 @@ class _Harvest:
     def _repair(self, index: CacheIndex, broken: list[tuple[str, int, str]]) -> None:
         """Write the shards again that `damaged` has listed."""
         for section, number, _ in broken:
-            ids = self._contexts_of(index, section, number).split(self.data.contexts_per_batch)
-            passes = _Passes(list(ids), [*map(self.source.token_mask, ids)], {})
+            packed = self._contexts_of(index, section, number).split(self.data.contexts_per_batch)
+            passes = _Passes(list(packed), [*map(self.source.token_mask, packed)], {})
             if self._write(section, number, passes, at_once=0) != index.shards(section)[number]:
                 raise InputError(
                     f"{self.folder}: shard {section} {number} was written again, but with other "
@@ -622,15 +623,15 @@ class _Harvest:
             self.on_progress(Progress(rows, rows, f"{section} shard {number:,}"))
 
     def _contexts_of(self, index: CacheIndex, section: str, number: int) -> Tensor:
-        """Token ids [c, L] of a shard, from its file, or from the text if that is damaged."""
+        """Packed contexts [c, L] of a shard, from its file, or from the text if that is damaged."""
         shards = index.shards(section)
         shard, start = shards[number], sum(earlier.contexts for earlier in shards[:number])
         try:
-            layout = index.tokens_layout(shard)
-            return read_tensors(self.folder, shard.tokens, layout)["contexts"].long()
+            tokens = read_tensors(self.folder, shard.tokens, index.tokens_layout(shard))
+            return marked(tokens["contexts"].long(), tokens["mask"])
         except Damaged:
             if section == "heldout":
-                return self.source.heldout_contexts()[start : start + shard.contexts]
+                return self.source.packed_heldout()[start : start + shard.contexts]
         self._pass_over(start)
         parts, missing = [], shard.contexts
         while missing > 0 and (ids := self.source.next_contexts()) is not None:

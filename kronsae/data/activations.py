@@ -4,7 +4,7 @@ import dataclasses
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from itertools import chain, islice
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -14,7 +14,7 @@ from kronsae.config import DataConfig
 from kronsae.data.buffer import ShuffleBuffer
 from kronsae.data.common import check_batch_size, digest, given, is_finite
 from kronsae.data.language_model import LanguageModel
-from kronsae.data.packing import Packer, special_ids, token_mask
+from kronsae.data.packing import PADDING, Packer, left_out_ids, token_ids, token_mask
 from kronsae.data.prefetch import ForwardPass, Prefetcher
 from kronsae.data.rows import BatchMemory, gather
 from kronsae.data.text import TextSource
@@ -31,6 +31,10 @@ DEFAULT_CONTEXT = 1024
 
 BATCH_SETTINGS = ("context_length", "contexts_per_batch", "buffer_tokens", "epochs")
 """Settings of `DataConfig` that change the batches, apart from the model and the text."""
+
+
+MASK_SETTINGS = ("chat_roles", "join_documents", "exclude_tokens")
+"""Settings of `DataConfig` that change contexts and masks, described where they are given."""
 
 
 HELDOUT_SETTINGS = ("streaming", "shuffle_documents", "heldout_order")
@@ -243,11 +247,18 @@ class LanguageModelActivations:
         self.batch_size, self.seed = batch_size, seed
         first = points[self.own[0]]
         self.d_model, self.d_target = first.d_model, first.d_target
-        self.packer = Packer(language_model.tokenizer, config.context_length, config.bos)
-        self.special = special_ids(language_model.tokenizer)
+        vocabulary = language_model.vocabulary
+        self.packer = Packer.of(config, vocabulary)
+        self.left_out = left_out_ids(vocabulary, config.exclude_tokens)
         self.contexts: list[Tensor] = []  # packed, not yet run through the model
         self.forwards = 0
-        self._heldout, self.heldout_documents = set_aside(text, language_model.tokenizer, config)
+        text.check_ids(language_model.tokens)
+        self._heldout, self.heldout_documents = set_aside(text, vocabulary, config)
+        if not self.heldout_mask().any():
+            raise InputError(
+                f"dataset {config.dataset!r}: no token of its held-out text may be trained on"
+                + (f": are there messages of {config.chat_roles}?" if config.chat_roles else "")
+            )
         text.hold_out(self.heldout_documents)
         self.documents = iter(text)
         self._pack(1)
@@ -301,7 +312,7 @@ class LanguageModelActivations:
             yield ForwardPass(rows, self.position_dict())
 
     def next_contexts(self) -> Tensor | None:
-        """Token ids [b, context_length] of the next forward pass; None at the end of the text."""
+        """Packed contexts [b, context_length] of the next forward pass; None at the text's end."""
         size = self.config.contexts_per_batch
         self._pack(size)
         if not self.contexts:
@@ -319,13 +330,13 @@ class LanguageModelActivations:
                 break
             self.contexts += self.packer.add(document)
 
-    def read(self, ids: Tensor, where: str) -> list[Tensor]:
-        """Rows [r, d_model + d_target] float32 of the masked tokens of contexts [b, L].
+    def read(self, packed: Tensor, where: str) -> list[Tensor]:
+        """Rows [r, d_model + d_target] float32 of the masked tokens of packed contexts [b, L].
 
         Of each hookpoint. Raises InputError, which names `where`, if they are not finite.
         """
-        outputs = self.language_model.activations_of_points(ids)
-        mask = self.token_mask(ids).to(outputs[0].device)
+        outputs = self.language_model.activations_of_points(token_ids(packed))
+        mask = self.token_mask(packed).to(outputs[0].device)
         rows = []
         for number in self.own:
             x = outputs[number][mask].float()
@@ -340,13 +351,17 @@ class LanguageModelActivations:
             rows.append(x)
         return rows
 
-    def token_mask(self, ids: Tensor) -> Tensor:
+    def token_mask(self, packed: Tensor) -> Tensor:
         """Mask [b, t] of the tokens to train and evaluate on; see `packing.token_mask`."""
-        tokenizer, begin = self.language_model.tokenizer, len(self.packer.begin)
-        return token_mask(ids, tokenizer, self.special, begin)
+        begin = len(self.packer.begin)
+        return token_mask(packed, self.language_model.vocabulary, self.left_out, begin)
 
     def heldout_contexts(self) -> Tensor:
         """Token ids [c, context_length] that are never trained on; the same for every seed."""
+        return token_ids(self._heldout)
+
+    def packed_heldout(self) -> Tensor:
+        """`heldout_contexts` as `next_contexts` gives others, with the marks of the packer."""
         return self._heldout
 
     def heldout_mask(self) -> Tensor:
@@ -364,8 +379,8 @@ class LanguageModelActivations:
     @cached_property
     def heldout_rows(self) -> dict[int, Tensor]:
         """`heldout_activations` of each of the `hookpoints`."""
-        parts = self._heldout.split(self.config.contexts_per_batch)
-        rows = zip(*(self.read(ids, "held-out text") for ids in parts), strict=True)
+        parts = self.packed_heldout().split(self.config.contexts_per_batch)
+        rows = zip(*(self.read(packed, "held-out text") for packed in parts), strict=True)
         return dict(zip(self.own, map(torch.cat, rows), strict=True))
 
     def text_in_order(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -376,12 +391,12 @@ class LanguageModelActivations:
         position in the text.
         """
         size = self.config.contexts_per_batch
-        for ids in self._heldout.split(size):
-            [rows] = self.read(ids, "held-out text")
-            yield ids, self.token_mask(ids), rows
+        for packed in self._heldout.split(size):
+            [rows] = self.read(packed, "held-out text")
+            yield token_ids(packed), self.token_mask(packed), rows
         while (contexts := self.next_contexts()) is not None:
             [rows] = self.read(contexts, "the text")
-            yield contexts, self.token_mask(contexts), rows
+            yield token_ids(contexts), self.token_mask(contexts), rows
 
     def interrupt(self) -> None:
         """Raise `Interrupted` where a batch is waited for or a forward pass runs.
@@ -465,7 +480,9 @@ class LanguageModelActivations:
             "batch_size": self.batch_size,
             "seed": self.seed,
             **{name: getattr(self.config, name) for name in BATCH_SETTINGS + HELDOUT_SETTINGS},
-            **describe_begin(self.language_model.tokenizer, self.packer.begin),
+            **describe_begin(self.language_model.vocabulary, self.packer.begin),
+            **describe_mask(self.config),
+            **({"chat_template": self.packer.chat.digest} if self.packer.chat else {}),
         }
 
 
@@ -506,6 +523,12 @@ class HookpointActivations:
         return getattr(self.reader, name)
 
 
+def describe_mask(config: DataConfig) -> dict[str, Any]:
+    """The settings of MASK_SETTINGS that are given; old runs were described without them."""
+    given = {name: getattr(config, name) for name in MASK_SETTINGS}
+    return {name: value for name, value in given.items() if value != getattr(DataConfig, name)}
+
+
 def describe_begin(tokenizer: Any, begin: list[int]) -> dict[str, Any]:
     """How contexts begin, for `describe`, exports and other libraries.
 
@@ -517,33 +540,40 @@ def describe_begin(tokenizer: Any, begin: list[int]) -> dict[str, Any]:
 
 
 def set_aside(text: TextSource, tokenizer: Any, config: DataConfig) -> tuple[Tensor, int]:
-    """Held-out contexts [c, context_length], and the number of documents that they come from.
+    """Packed held-out contexts [c, context_length], and the number of documents that they are of.
 
     They are the first of `text.heldout()` that reach config.heldout_tokens; a warning says if the
     text has fewer.
     Raises InputError if the text does not fill one context.
     """
-    packer = Packer(tokenizer, config.context_length, config.bos)
+    packer = Packer.of(config, tokenizer)
     contexts: list[Tensor] = []
-    wanted = -(-config.heldout_tokens // config.context_length)
-    documents, empty = 0, 0
+    tokens = documents = empty = 0
     for document in text.heldout():
         documents += 1
         empty += not document
-        contexts += islice(packer.add(document), wanted - len(contexts))
-        if len(contexts) == wanted:
+        for context in packer.add(document):
+            contexts.append(context)
+            tokens += int((context != PADDING).sum())
+            if tokens >= config.heldout_tokens:
+                break
+        if tokens >= config.heldout_tokens:
             break
     if documents == empty:
         raise InputError(f"dataset {config.dataset!r}: there is no text in its {documents:,} rows")
+    if not contexts and packer.chat and packer.chat.problem:
+        raise InputError(
+            f"dataset {config.dataset!r}: its conversations cannot be read ({packer.chat.problem})"
+        )
     if not contexts:
         raise InputError(
             f"dataset {config.dataset!r} has less held-out text than one context of "
             f"{config.context_length} tokens: give more text, or a smaller --context-length"
         )
-    if len(contexts) < wanted:
+    if tokens < config.heldout_tokens:
         warn(
-            f"dataset {config.dataset!r}: only {len(contexts) * config.context_length:,} of "
-            f"{config.heldout_tokens:,} tokens could be held out"
+            f"dataset {config.dataset!r}: only {tokens:,} of {config.heldout_tokens:,} tokens "
+            "could be held out"
         )
     return torch.stack(contexts), documents
 

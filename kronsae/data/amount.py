@@ -1,13 +1,17 @@
 """About how many tokens a text gives to train on, from its bytes and a sample of its documents."""
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from kronsae.config import DataConfig
-from kronsae.data.packing import context_begin
+from kronsae.data.document import Document, sizes
+from kronsae.data.packing import Packer, left_out_ids, trained_on
 from kronsae.data.text import (
     STDLIB,
     IndexedText,
@@ -16,6 +20,7 @@ from kronsae.data.text import (
     kind_of_file,
     open_text,
     options_of_file,
+    settings_of_files,
 )
 
 SAMPLE_DOCUMENTS = 256
@@ -36,8 +41,8 @@ class Sample(NamedTuple):
     """Some documents of a text."""
 
     size: float
-    """Bytes of the whole text, about."""
-    texts: list[str]
+    """Of the whole text, about: bytes, or the number of token ids."""
+    documents: list[Document]
 
 
 def count_tokens(
@@ -45,11 +50,14 @@ def count_tokens(
 ) -> int | None:
     """About how many tokens there are to train on, over all epochs; None if it is not known.
 
-    It is known of the standard library, of files, and of a hub dataset that is on the disk.
+    It is known of the standard library, of files, and of a hub dataset that is on the disk, if
+    there is a tokenizer.
 
     text: of `config`, once it is open and documents are held out.
     Raises InputError if files cannot be read.
     """
+    if tokenizer is None:
+        return None
     if config.dataset == STDLIB and text is None:
         text = open_text(config, 0)
     if isinstance(text, IndexedText):
@@ -58,13 +66,18 @@ def count_tokens(
         sample, heldout = _of_files(files, config), config.heldout_tokens
     else:
         return None
-    texts = [text[:SAMPLE_CHARACTERS] for text in sample.texts]
-    # verbose=False: no warning about texts longer than the model's context.
-    ids = [tokenizer(t, add_special_tokens=False, verbose=False)["input_ids"] for t in texts]
-    tokens_per_byte = sum(map(len, ids)) / max(1, _bytes(texts))
-    tokens = max(0.0, sample.size * tokens_per_byte - heldout)
-    if not context_begin(tokenizer, config.bos):  # the first token of each context is left out
-        tokens *= 1 - 1 / context_length
+    documents = [x[:SAMPLE_CHARACTERS] if isinstance(x, str) else x for x in sample.documents]
+    packer = Packer.of(dataclasses.replace(config, context_length=context_length), tokenizer)
+    read = [[token for part in packer.tokens(x) for token in part] for x in documents if x]
+    every = torch.tensor([token for tokens in read for token in tokens], dtype=torch.int64)
+    count = int(trained_on(every, left_out_ids(tokenizer, config.exclude_tokens)).sum())
+    share = count / max(1, len(every))
+    tokens = max(0.0, sample.size * count / max(1, sizes(documents)) - heldout * share)
+    if not packer.begin:  # the first token of each context is left out
+        contexts = len(every) / context_length
+        if not config.join_documents:
+            contexts = sum(math.ceil(len(tokens) / context_length) for tokens in read)
+        tokens *= max(0.0, 1 - contexts / max(1, len(every)))
     return config.epochs * int(tokens)
 
 
@@ -76,31 +89,26 @@ def _of_indexed(text: IndexedText) -> Sample:
 def _of_files(files: list[Path], config: DataConfig) -> Sample:
     """A sample from the beginnings of some of the files."""
     sampled = _spread(files, SAMPLE_FILES)
-    texts: list[str] = []
+    documents: list[Document] = []
     read = size = 0.0
     for path in sampled:
         beginning, share = _beginning(path, config)
         read += share * path.stat().st_size
-        size += _bytes(beginning)
-        texts += _spread(beginning, SAMPLE_DOCUMENTS // len(sampled))
-    return Sample(size / max(1, read) * sum(path.stat().st_size for path in files), texts)
+        size += sizes(beginning)
+        documents += _spread(beginning, SAMPLE_DOCUMENTS // len(sampled))
+    return Sample(size / max(1, read) * sum(path.stat().st_size for path in files), documents)
 
 
-def _beginning(path: Path, config: DataConfig) -> tuple[list[str], float]:
+def _beginning(path: Path, config: DataConfig) -> tuple[list[Document], float]:
     """Documents at the beginning of a file, and the share of the file that they are, about."""
     from kronsae.data.columns import Settings, open_file, read_beginning
 
-    kind = kind_of_file(path)
-    if kind != "text":
+    if kind_of_file(path) != "text":
         options = dict(options_of_file(path, alone=True))
-        return read_beginning(path, Settings(column=config.text_column, kind=kind, **options))
+        return read_beginning(path, Settings(**settings_of_files([path], config, options)))
     with open_file(path) as (file, stored):
         reader = TextIOWrapper(file, "utf-8")
         return [reader.read(BEGINNING_CHARACTERS)], stored.tell() / path.stat().st_size
-
-
-def _bytes(texts: Sequence[str]) -> int:
-    return sum(len(text.encode()) for text in texts)
 
 
 def _spread(items: Sequence[Any], count: int) -> list[Any]:

@@ -5,7 +5,7 @@ Letters: b contexts, t tokens per context, d width of the hookpoint, V vocabular
 
 import copy
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
@@ -32,11 +32,13 @@ from kronsae.data.hookpoints import (
 )
 from kronsae.data.loading import (
     checkpoint_dtype,
+    find_tokenizer,
     load_config,
     load_model,
     load_tokenizer,
     quiet,
 )
+from kronsae.data.packing import PADDING, ModelTokens
 from kronsae.embedded import EMBEDDED_MODEL
 from kronsae.errors import InputError
 from kronsae.system.devices import model_dtype
@@ -66,6 +68,7 @@ class LanguageModel:
     """A frozen language model, its tokenizer, and the hookpoint where it is read.
 
     model: a transformers model; put into evaluation mode.
+    tokenizer: None if there is none; then token ids alone can be read.
     hookpoint: NAME (the output of a module in `model.named_modules()`), NAME:input, or a site of a
         block such as `6.attn_z`; see `kronsae.data.hookpoints`. It is a tensor [b, t, d] or
         [b t, d], or the first of a tuple or ModelOutput. The attribute has no alias.
@@ -102,6 +105,8 @@ class LanguageModel:
         self._body: nn.Module | None = None
         self.resumes: bool | None = None  # see `kronsae.metrics.splicing.ForwardPasses`
         self.tokenizer = tokenizer
+        self.vocabulary = ModelTokens(model.config) if tokenizer is None else tokenizer
+        """What knows the special tokens."""
         self.name, self.revision = name, revision
         self.commit: str | None = getattr(model.config, "_commit_hash", None)
         self.weights = _weights_digest(model)
@@ -166,6 +171,7 @@ class LanguageModel:
         dtype: torch.dtype | str = torch.float32,
         device: torch.device | str = "cpu",
         trust_remote_code: bool = False,
+        needs_tokenizer: bool = True,
     ) -> "Self":
         """Load a model from a folder or the Hugging Face hub, or "embedded", which kronsae ships.
 
@@ -175,6 +181,7 @@ class LanguageModel:
             layer.
         target_hookpoint: the module whose output a transcoder predicts.
         revision: branch, tag or commit on the hub.
+        needs_tokenizer: False also loads a model without one.
         dtype: also by name; "auto" as `kronsae.system.devices.model_dtype` says.
 
         Only safetensors files are read, because unpickling can run code.
@@ -189,7 +196,9 @@ class LanguageModel:
             if isinstance(dtype, str):
                 dtype = model_dtype(dtype, torch.device(device), checkpoint_dtype(config))
             common = {"revision": revision, "trust_remote_code": trust_remote_code}
-            tokenizer = load_tokenizer(name_or_path, common)
+            tokenizer = (load_tokenizer if needs_tokenizer else find_tokenizer)(
+                name_or_path, common
+            )
             model, absent = load_model(name_or_path, config, dtype, common)
         at = partial(
             cls,
@@ -217,6 +226,8 @@ class LanguageModel:
             dtype=data.model_dtype,
             device=device,
             trust_remote_code=data.trust_remote_code,
+            # Another column than that of text may hold token ids.
+            needs_tokenizer=data.text_column == DataConfig.text_column,
         )
 
     def hook_at(self, hookpoint: str) -> Hook:
@@ -237,6 +248,12 @@ class LanguageModel:
     def _run_probe(self) -> None:
         with torch.no_grad(), self.lock:
             self._run(PROBE, None)
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens that the model knows."""
+        embeddings = self.model.get_input_embeddings()
+        return getattr(embeddings, "num_embeddings", self.model.config.get_text_config().vocab_size)
 
     @property
     def has_cross_entropy(self) -> bool:
@@ -427,12 +444,13 @@ class LanguageModel:
     def token_losses(self, input_ids: Tensor) -> Tensor:
         """Cross-entropy of each next token: [b, t - 1] float32, in nats, for token ids [b, t].
 
+        It is 0 where the next token is PADDING.
         Memory: the model's own for [b, t] tokens, and about LOGITS_AT_ONCE logits.
         Raises InputError if the model does not predict the next token.
         """
         states = self.last_states(input_ids)
         targets = states.ids[:, 1:].flatten()
-        losses = torch.empty(targets.shape, device=targets.device)
+        losses = torch.zeros(targets.shape, device=targets.device)
         for rows, logits in self.next_token_logits(states):
             losses[rows] = cross_entropy(logits.float(), targets[rows], reduction="none")
         return losses.view(states.ids.shape[0], -1)
@@ -453,26 +471,27 @@ class LanguageModel:
             return LastStates(ids, self._body_output(body, ids, attention_mask), None)
 
     @torch.no_grad()
-    def next_token_logits(self, states: "LastStates") -> Iterator[tuple[slice, Tensor]]:
-        """Logits [n, V] of each next token, with their slice of the flattened [b (t - 1)] tokens.
+    def next_token_logits(self, states: "LastStates") -> "Iterator[tuple[Rows, Tensor]]":
+        """Logits [n, V] of each next token, with its place in the flattened [b (t - 1)] tokens.
 
-        The head (and scaling of its logits) runs on about LOGITS_AT_ONCE logits at a time.
+        PADDING is no next token. The head (and scaling of its logits) runs on about LOGITS_AT_ONCE
+        logits at a time.
         """
         if states.logits is not None:
             logits = states.logits[:, :-1].flatten(0, 1)
-            yield slice(0, len(logits)), logits
+            [rows] = _next_tokens(states.ids, len(logits))
+            yield rows, logits[rows]
             return
         assert self._body is not None
         yield from self._logits_of(self._body, states)
 
     @torch.no_grad()
-    def _logits_of(self, body: nn.Module, states: "LastStates") -> Iterator[tuple[slice, Tensor]]:
+    def _logits_of(self, body: nn.Module, states: "LastStates") -> "Iterator[tuple[Rows, Tensor]]":
         """`next_token_logits` of the hidden states that `body` gives."""
         hidden = first_tensor(states.output)[:, :-1].flatten(0, 1)
         ids = states.ids[:, 1:].flatten()
         size = max(1, LOGITS_AT_ONCE // self.model.config.get_text_config().vocab_size)
-        for start in range(0, len(hidden), size):
-            rows = slice(start, min(start + size, len(hidden)))
+        for rows in _next_tokens(states.ids, size):
             output = with_first(states.output, hidden[rows][None])
             with self.lock, replaced_output(body, output):
                 # Not `self.model(...)`: its hooks would count another forward pass.
@@ -486,8 +505,9 @@ class LanguageModel:
 
     def _run(self, input_ids: Tensor, attention_mask: Tensor | None) -> Any:
         # Without a mask some models derive one from the padding token, which may also end texts.
-        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        ids, mask = input_ids.to(self.device), mask.to(self.device)
+        there = input_ids != PADDING
+        mask = there.to(input_ids.dtype) if attention_mask is None else attention_mask
+        ids, mask = (input_ids * there).to(self.device), mask.to(self.device)
         if not self.is_encoder_decoder:
             return self.model(input_ids=ids, attention_mask=mask)
         # Without these the decoder reads the text from one position further left, or nothing.
@@ -608,6 +628,19 @@ class LanguageModel:
         alone = torch.cat([self.activations(text[None]) for text in PROBE]).float()
         tolerance = max(1e-3, 8 * torch.finfo(outputs.dtype).eps)
         return bool(((alone - outputs).abs() <= tolerance * outputs.abs().amax(2, True)).all())
+
+
+Rows = slice | Tensor
+"""Places of tokens: a range, or their indices [n]."""
+
+
+def _next_tokens(ids: Tensor, size: int) -> Iterable[Rows]:
+    """Places in the flattened [b (t - 1)] of the next tokens of ids [b, t], `size` at a time."""
+    there = ids[:, 1:].flatten() != PADDING
+    if not there.all():
+        return there.nonzero()[:, 0].split(size)
+    count = len(there)
+    return [slice(start, min(start + size, count)) for start in range(0, count, size)]
 
 
 class LastStates(NamedTuple):

@@ -147,6 +147,7 @@ def _not_found(name: str, revision: str | None, error: Exception) -> str:
 
 
 def load_tokenizer(name: str, common: dict[str, Any]) -> Any:
+    """The model's tokenizer. Raises InputError if it has none."""
     from transformers import AutoTokenizer
 
     advice = "text cannot be read without one. Save it beside the model, or name another model"
@@ -159,6 +160,15 @@ def load_tokenizer(name: str, common: dict[str, Any]) -> Any:
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise InputError(f"model {name!r} has no tokenizer: {advice}")
     return tokenizer
+
+
+def find_tokenizer(name: str, common: dict[str, Any]) -> Any | None:
+    """The model's tokenizer; None if it has none."""
+    try:
+        with quiet():
+            return load_tokenizer(name, common)
+    except InputError:
+        return None
 
 
 def load_model(

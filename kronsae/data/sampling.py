@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kronsae.data.document import Document, as_bytes, as_text
+
 DRAW_SEED = 0
 """Seed of what is held out: one for all runs, so that they are evaluated on the same text."""
 
@@ -26,7 +28,7 @@ LEAST_DIFFERENCE = 0.01
 def drawn_rows(documents: Any, order: str) -> Tensor:
     """Rows [n] int64 of the n documents, of which the first ones are held out.
 
-    documents: a sequence of texts (None for no text).
+    documents: a sequence of documents (None for no text).
     order: "first" for the order in which they stand; "sample" for one that a fixed seed draws. That
         of up to DRAWN_BY_TEXT documents depends on the texts alone, so that a file and the same
         file sorted are one and the same text.
@@ -36,13 +38,13 @@ def drawn_rows(documents: Any, order: str) -> Tensor:
         return torch.arange(count)
     if count > DRAWN_BY_TEXT:
         return torch.randperm(count, generator=torch.Generator().manual_seed(DRAW_SEED))
-    keys = [_key(text or "") for text in documents]
+    keys = [_key(as_bytes(document)) for document in documents]
     return torch.tensor(sorted(range(count), key=keys.__getitem__), dtype=torch.int64)
 
 
-def _key(text: str) -> bytes:
+def _key(document: bytes) -> bytes:
     seed = DRAW_SEED.to_bytes(8, "little")
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8, key=seed).digest()
+    return hashlib.blake2b(document, digest_size=8, key=seed).digest()
 
 
 def shuffled(rows: Tensor, seed: int, epoch: int, before: int = 0) -> Tensor:
@@ -68,19 +70,22 @@ class Difference(NamedTuple):
 
 
 class Beginning:
-    """The bytes of the first documents of a text, to compare later ones with."""
+    """The bytes of the first documents of a text, to compare later ones with.
 
-    def __init__(self, texts: Sequence[str]) -> None:
-        self.documents = len(texts)
-        self.shares = _byte_shares(texts)
+    Documents of token ids are not compared.
+    """
 
-    def difference(self, texts: Sequence[str]) -> Difference | None:
+    def __init__(self, documents: Sequence[Document]) -> None:
+        self.documents = len(documents)
+        self.shares = _byte_shares(documents)
+
+    def difference(self, documents: Sequence[Document]) -> Difference | None:
         """How most of these documents differ from nearly all of the first; None if they do not.
 
         The share of some byte is in their median higher than in 95 % of the first documents, or
         lower, by LEAST_DIFFERENCE of the text. Kinds of documents that are rare make no difference.
         """
-        first, later = self.shares, _byte_shares(texts)
+        first, later = self.shares, _byte_shares(documents)
         if min(len(first), len(later)) < LEAST_DOCUMENTS:
             return None
         low, usual, high = first.quantile(torch.tensor([0.05, 0.5, 0.95], dtype=first.dtype), 0)
@@ -92,8 +97,9 @@ class Beginning:
         return Difference(byte, usual[byte].item(), median[byte].item())
 
 
-def _byte_shares(texts: Sequence[str]) -> Tensor:
-    """[n, 256] float64: the share of each byte in each document that is not empty."""
+def _byte_shares(documents: Sequence[Document]) -> Tensor:
+    """[n, 256] float64: the share of each byte in each document that has text."""
+    texts = map(as_text, documents)
     encoded = [text[:PROFILED_CHARACTERS].encode("utf-8", "replace") for text in texts if text]
     counts = [
         torch.frombuffer(bytearray(data), dtype=torch.uint8).bincount(minlength=256)

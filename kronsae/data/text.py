@@ -11,14 +11,15 @@
   known here, except hidden ones.
 - Anything else: a dataset of the Hugging Face hub. Each row is a document.
 
-Rows without text (null, empty, white space) are skipped.
+A document is a text, a list of token ids, or the messages of a conversation, as the column holds
+(`kronsae.data.document`). Rows without text (null, empty, white space) are skipped.
 """
 
 import glob
 import hashlib
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import TextIOWrapper
 from itertools import islice
@@ -30,6 +31,15 @@ from torch import Tensor
 
 from kronsae.config import DataConfig, flag
 from kronsae.data.common import digest
+from kronsae.data.document import (
+    MESSAGES,
+    TEXT,
+    Document,
+    as_document,
+    as_text,
+    kind_of_value,
+    sizes,
+)
 from kronsae.data.sampling import Beginning, drawn_rows, shuffled
 from kronsae.data.stdlib import stdlib_documents
 from kronsae.errors import InputError, require, warn
@@ -91,10 +101,17 @@ HUB_ADVICE = {
 class TextSource(Protocol):
     """Documents to train on, in a seeded order, and held-out documents."""
 
-    def heldout(self) -> Iterator[str]:
+    def heldout(self) -> Iterator[Document]:
         """Documents to evaluate on, in an order that is the same for every seed.
 
         "" stands for a row without text.
+        """
+
+    def check_ids(self, vocabulary: int) -> None:
+        """Refuse token ids that a model with so many tokens does not have.
+
+        Raises InputError at once for documents that are indexed; those of a stream are refused when
+        they are read.
         """
 
     def hold_out(self, count: int) -> None:
@@ -103,7 +120,7 @@ class TextSource(Protocol):
         Raises InputError if that leaves nothing to train on.
         """
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[Document]:
         """Documents to train on, from the current position; none is empty."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -123,14 +140,14 @@ def _state(state: Any, epochs: int, hints: dict[str, Any]) -> dict[str, Any]:
 class IndexedText:
     """Documents of a sequence, shuffled anew in each epoch; it goes to any position in O(1).
 
-    documents: texts to train on.  aside: texts to evaluate on; None takes them from `documents`, in
+    documents: those to train on.  aside: those to evaluate on; None takes them from `documents`, in
     `heldout_order` (see `drawn_rows`).  name: of the text in error messages.
     """
 
     def __init__(
         self,
-        documents: "Sequence[str | None] | Column",
-        aside: Sequence[str | None] | None,
+        documents: "Sequence[Document | None] | Column",
+        aside: Sequence[Document | None] | None,
         *,
         seed: int,
         epochs: int,
@@ -146,7 +163,7 @@ class IndexedText:
         self.drawn: Tensor | None = None  # `rows`, once it was asked for
         self.epoch = self.position = 0
 
-    def heldout(self) -> Iterator[str]:
+    def heldout(self) -> Iterator[Document]:
         if self.aside is not None:
             return (_clean(text, self.name) for text in self.aside)
         return (_clean(self.documents[int(row)], self.name) for row in self.rows)
@@ -164,16 +181,21 @@ class IndexedText:
         if self.held_out >= len(self.documents):
             raise _nothing_left(self.name, count)
 
-    def size(self) -> int:
-        """Bytes of the documents to train on, about."""
+    def check_ids(self, vocabulary: int) -> None:
         documents = self.documents
-        if isinstance(documents, Column):
-            size = documents.size()
-        else:
-            size = sum(len((document or "").encode()) for document in documents)
+        column = documents if isinstance(documents, Column) else None
+        wrong = column.wrong_id(vocabulary) if column else _wrong_id(documents, vocabulary)
+        if wrong is not None:
+            row, token = wrong
+            raise _unknown_id(f"{self.name!r}, row {row + 1:,}", token, vocabulary)
+
+    def size(self) -> int:
+        """Bytes of the documents to train on, about, or (`size_of`) their number of token ids."""
+        documents = self.documents
+        size = documents.size() if isinstance(documents, Column) else sizes(documents)
         return size * (len(documents) - self.held_out) // max(1, len(documents))
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[Document]:
         rows = self.rows[self.held_out :]
         drawn, order = None, rows
         while self.epoch < self.epochs:
@@ -210,12 +232,16 @@ class StreamedText:
     ) -> None:
         self.dataset, self.column, self.epochs, self.name = dataset, column, epochs, name
         self._fingerprint = fingerprint
+        self.vocabulary: int | None = None
         self.epoch = 0
         self.resumed_at: dict[str, Any] | None = None
         self.hold_out(0, check=False)
 
-    def heldout(self) -> Iterator[str]:
+    def heldout(self) -> Iterator[Document]:
         return self._texts(self.dataset)
+
+    def check_ids(self, vocabulary: int) -> None:
+        self.vocabulary = vocabulary
 
     def hold_out(self, count: int, check: bool = True) -> None:
         self.train = self.dataset.skip(count)
@@ -224,7 +250,7 @@ class StreamedText:
             raise _nothing_left(self.name, count)
         self._go_to(self.start)
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[Document]:
         while self.epoch < self.epochs:
             for text in self._texts(self.train):
                 self.resumed_at = None
@@ -238,10 +264,10 @@ class StreamedText:
         # The dataset itself reports a loaded position only after its next row.
         self.resumed_at = position
 
-    def _texts(self, dataset: Any) -> Iterator[str]:
+    def _texts(self, dataset: Any) -> Iterator[Document]:
         with _reading(f"dataset {self.name!r}: reading on failed"):
             for row in dataset:
-                yield _clean(row[self.column], self.name)
+                yield _clean(row[self.column], self.name, self.vocabulary)
 
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "stream": self.resumed_at or self.train.state_dict()}
@@ -286,7 +312,8 @@ class BufferedText:
         self.held_out = 0  # documents
         self.beginning: dict[str, Any] = self.dataset.state_dict()
         self.rows, self.read_to = iter(self.dataset), self.beginning
-        self.buffer: list[str] = []
+        self.buffer: list[Document] = []
+        self.vocabulary: int | None = None
         self.filled_at: dict[str, Any] | None = None
         self.profile: Beginning | None = None
         self.warned = False
@@ -297,7 +324,11 @@ class BufferedText:
         self.before = 0  # documents of the dataset before the buffer
         self.position = 0  # documents given out of the buffer
 
-    def heldout(self) -> Iterator[str]:
+    def check_ids(self, vocabulary: int) -> None:
+        self.vocabulary = vocabulary
+        self.filled_at = None
+
+    def heldout(self) -> Iterator[Document]:
         texts, end = self._fill(self.beginning)
         while texts:
             yield from (texts[row] for row in drawn_rows(texts, self.heldout_order))
@@ -320,7 +351,7 @@ class BufferedText:
             self._compare(texts, before)
             before += len(texts)
 
-    def __iter__(self) -> Iterator[str]:
+    def __iter__(self) -> Iterator[Document]:
         while self.epoch < self.epochs:
             texts, end = self._fill(self.start)
             if not texts:
@@ -335,7 +366,7 @@ class BufferedText:
                     yield text
             self.start, self.before, self.position = end, self.before + len(texts), 0
 
-    def _fill(self, start: dict[str, Any]) -> tuple[list[str], dict[str, Any]]:
+    def _fill(self, start: dict[str, Any]) -> tuple[list[Document], dict[str, Any]]:
         """The documents from a place in the dataset on that fill the buffer, and where they end."""
         if start == self.filled_at:
             return self.buffer, self.read_to
@@ -346,8 +377,8 @@ class BufferedText:
             self.filled_at, self.read_to = None, {}  # until it is filled
             self.buffer, characters = [], 0
             for row in islice(self.rows, self.size):
-                self.buffer.append(_clean(row[self.column], self.name))
-                characters += len(self.buffer[-1])
+                self.buffer.append(_clean(row[self.column], self.name, self.vocabulary))
+                characters += len(as_text(self.buffer[-1]) or self.buffer[-1])
                 if characters >= BUFFER_CHARACTERS:
                     break
             # The dataset reports a loaded position only after its next row.
@@ -355,12 +386,12 @@ class BufferedText:
         self.filled_at = start
         return self.buffer, self.read_to
 
-    def _order(self, texts: list[str]) -> list[int]:
+    def _order(self, texts: list[Document]) -> list[int]:
         """Rows of the buffer that are trained on, in their order."""
         rows = drawn_rows(texts, self.heldout_order)[max(0, self.held_out - self.before) :]
         return shuffled(rows, self.seed, self.epoch, self.before).tolist()
 
-    def _compare(self, texts: list[str], before: int) -> None:
+    def _compare(self, texts: list[Document], before: int) -> None:
         """Warn, once, if documents are of other kinds than those in the first buffer.
 
         before: documents of the dataset before them.
@@ -402,20 +433,26 @@ class Column:
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def __getitem__(self, index: int) -> str | None:
+    def __getitem__(self, index: int) -> Document | None:
         return self.dataset[index][self.name]
 
-    def __iter__(self) -> Iterator[str | None]:
+    def __iter__(self) -> Iterator[Document | None]:
         for rows in self.dataset.iter(ROWS_AT_ONCE):
             yield from rows[self.name]
 
     def size(self) -> int:
-        """Bytes of all values, about; it does not read them."""
+        """Bytes of all values, about, or the number of token ids; it does not read them."""
+        from kronsae.data.columns import size_of_column
+
         column = self.dataset.data.column(self.name)
-        offset = {"string": 4, "large_string": 8, "string_view": 16}.get(str(column.type), 0)
-        size = max(0, column.nbytes - offset * len(column))
         # `dataset` may be a selection of these rows.
-        return size * len(self) // max(1, len(column))
+        return size_of_column(column) * len(self) // max(1, len(column))
+
+    def wrong_id(self, vocabulary: int) -> tuple[int, int] | None:
+        """Row and value of a token id that is not below `vocabulary`; None if there is none."""
+        from kronsae.data.columns import wrong_id
+
+        return wrong_id(self.dataset.data.column(self.name), vocabulary)
 
 
 def open_text(config: DataConfig, seed: int) -> TextSource:
@@ -428,7 +465,12 @@ def open_text(config: DataConfig, seed: int) -> TextSource:
     if config.dataset == STDLIB:
         return _open_stdlib(config, seed)
     dataset = _open_files(files, config) if files else _open_hub(config)
-    _check_rows(dataset, config)
+    kind = _check_rows(dataset, config)
+    if config.chat_roles and kind != MESSAGES:
+        raise InputError(
+            f"--chat-roles {config.chat_roles} has no effect: column {config.text_column!r} holds "
+            f"{kind}, not messages: leave it out, or name another with --text-column"
+        )
     fingerprint = _fingerprint(dataset, files, config)
     name, epochs = config.dataset, config.epochs
     common: dict[str, Any] = {"epochs": epochs, "fingerprint": fingerprint, "name": name}
@@ -578,7 +620,7 @@ def _open_group(names: list[str], kind: str, options: dict[str, str], config: Da
     if kind == "text":
         builder = datasets.load_dataset_builder(kind, data_files=names, **options)
     else:
-        builder = TextColumn.of(names, column=config.text_column, kind=kind, **options)
+        builder = TextColumn.of(names, **settings_of_files(names, config, options))
     if config.streaming:
         # Not those of an index, where there is one: positions of the stream would differ.
         builder.info.features = builder._info().features
@@ -587,6 +629,17 @@ def _open_group(names: list[str], kind: str, options: dict[str, str], config: Da
     if not builder.info.splits["train"].num_examples:
         raise InputError(f"dataset {config.dataset!r} is empty: there are no rows in its files")
     return builder.as_dataset("train")
+
+
+def settings_of_files(
+    files: Sequence[str | Path], config: DataConfig, options: Mapping[str, str]
+) -> dict[str, str]:
+    """`columns.Settings` to read the column of files with; the first one says what it holds."""
+    from kronsae.data.columns import Settings, kind_of_column
+
+    first = Path(files[0])
+    settings = {"column": config.text_column, "kind": kind_of_file(first), **options}
+    return {**settings, "documents": kind_of_column(first, Settings(**settings))}
 
 
 def options_of_file(path: Path, alone: bool) -> tuple[tuple[str, str], ...]:
@@ -617,9 +670,12 @@ def _open_hub(config: DataConfig) -> Any:
         )
 
 
-def _check_rows(dataset: Any, config: DataConfig) -> None:
-    """Raise InputError if there are no rows, or if the column is missing or holds no text."""
-    from kronsae.data.columns import TEXT_TYPES
+def _check_rows(dataset: Any, config: DataConfig) -> str:
+    """The kind of the documents in the column.
+
+    Raises InputError if there are no rows, or if the column is missing or holds no documents.
+    """
+    from kronsae.data.columns import kind_of_type
 
     first: dict[str, Any]
     name, features = config.text_column, dataset.features or {}
@@ -636,24 +692,44 @@ def _check_rows(dataset: Any, config: DataConfig) -> None:
             "name one with --text-column"
         )
     if name in features:
-        # Structs and lists have no dtype.
-        kind = getattr(features[name], "dtype", None) or "nested values"
+        of_column = features.arrow_schema.field(name).type
+        kind, got = kind_of_type(of_column), str(of_column)[:80]
     else:  # not every stream knows its types
-        kind = "string" if isinstance(first[name], str | None) else type(first[name]).__name__
-    if kind not in TEXT_TYPES:
+        value = first[name]
+        kind, got = TEXT if value is None else kind_of_value(value), type(value).__name__
+    if kind is None:
         raise InputError(
-            f"dataset {config.dataset!r}, column {name!r}: expected text, got {kind}; the columns "
-            f"are {list(first)}: name another with --text-column"
+            f"dataset {config.dataset!r}, column {name!r}: expected text, token ids or messages, "
+            f"got {got}; the columns are {list(first)}: name another with --text-column"
         )
+    return kind
 
 
-def _clean(text: Any, name: str) -> str:
-    """The document, or "" if it is null or white space."""
-    if text is None:
-        return ""
-    if not isinstance(text, str):
-        raise InputError(f"dataset {name!r}: expected text, got {type(text).__name__} {text!r:.40}")
-    return "" if text.isspace() else text
+def _clean(document: Any, name: str, vocabulary: int | None = None) -> Document:
+    """The document, or "" if it is null or white space.
+
+    Raises InputError if it is none, or for token ids that are not below `vocabulary`.
+    """
+    document = as_document(document, f"dataset {name!r}")
+    wrong = vocabulary and _wrong_id([document], vocabulary)
+    if wrong:
+        raise _unknown_id(f"{name!r}", wrong[1], vocabulary or 0)
+    return document
+
+
+def _wrong_id(documents: Iterable[Document | None], vocabulary: int) -> tuple[int, int] | None:
+    """Row and value of a token id that is not below `vocabulary`; None if there is none."""
+    for row, document in enumerate(documents):
+        if document and isinstance(document[0], int) and max(document) >= vocabulary:
+            return row, max(document)
+    return None
+
+
+def _unknown_id(where: str, token: int, vocabulary: int) -> InputError:
+    return InputError(
+        f"dataset {where}: token id {token} is not one of the model's, which are 0 to "
+        f"{vocabulary - 1:,}: was the text tokenised for another model?"
+    )
 
 
 def _nothing_left(name: str, count: int) -> InputError:

@@ -49,7 +49,7 @@ class _Losses:
             self.cross_entropy += cross_entropy(after, targets[rows]).sum().item()
             if spliced is not clean:
                 self.divergence += kl_divergence(before, after).sum().item()
-        self.tokens += len(targets)
+            self.tokens += len(before)
 
     @property
     def means(self) -> tuple[float, float]:

@@ -40,10 +40,10 @@ def work(argv: list[str]) -> None:
     stored = kept(folder, digest, settings, text)
     if stored is None:
         stored = examine(run, settings, text, flags["device"], folder, **place)
-    from kronsae.data.loading import load_tokenizer
+    from kronsae.data.loading import find_tokenizer
 
     common = {"revision": data.revision, "trust_remote_code": data.trust_remote_code}
-    tokenizer = load_tokenizer(data.model, common)
+    tokenizer = find_tokenizer(data.model, common)
     write_explorer(run, sae, stored, tokenizer, out, None if of_run else data)
     say(f"{out} ({out.stat().st_size / 2**20:.1f} MiB): open it in a browser")
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from kronsae.data import LanguageModel
+from kronsae.data.packing import PADDING
 from kronsae.errors import InputError
 from kronsae.interventions.hooks import values_of
 from kronsae.metrics.figures import cross_entropy, kl_divergence
@@ -254,7 +255,7 @@ def and_test(sae: SAE, text: HeldoutText, latent: int) -> dict[str, Any]:
         kept = fires.any(1)
         rows, fires = kept.repeat_interleave(mask.sum(1)), fires[kept]
         part = EncodedText(ids[kept], mask[kept], SparseCodes(*(t[rows] for t in codes)))
-        elsewhere += int((~fires[:, :-1]).sum())
+        elsewhere += int((~fires[:, :-1] & (part.ids[:, 1:] != PADDING)).sum())
         for name in off:
             sums[name] += _ablate(sae, text.model, part, x[rows], fires, off[name], others).cpu()
     if not firing:
@@ -344,7 +345,8 @@ def _ablate(
 
     targets = part.ids[:, 1:].flatten()
     at = fires[:, :-1].flatten()  # a token's activations predict the next one
-    increase = torch.empty(len(targets), dtype=torch.float64, device=targets.device)
+    there = targets != PADDING
+    increase = torch.zeros(len(targets), dtype=torch.float64, device=targets.device)
     divergence = increase.new_zeros(())
     clean_states = model.last_states(part.ids)
     with spliced(model, lambda _, y: y + difference.to(y), part.mask):
@@ -353,8 +355,8 @@ def _ablate(
         target, chosen = targets[rows], at[rows]
         increase[rows] = cross_entropy(changed, target) - cross_entropy(clean, target)
         divergence += kl_divergence(clean[chosen], changed[chosen]).sum()
-    figures = (*sums, lost, gained, increase[at].sum(), divergence)
-    return torch.stack([*(f.double() for f in figures), increase[~at].sum(), at.sum().double()])
+    figures = (*sums, lost, gained, increase[at].sum(), divergence, increase[~at].sum())
+    return torch.stack([f.double() for f in (*figures, (at & there).sum())])
 
 
 def _only_in(sae: SAE, codes: SparseCodes, others: SparseCodes) -> Tensor:

@@ -24,6 +24,7 @@ from kronsae.errors import InputError
 from kronsae.metrics.splicing import spliced
 from kronsae.model.massive import rule_of
 from kronsae.model.sae import SAE
+from kronsae.system.documents import typed
 from kronsae_kernels import SparseCodes
 
 
@@ -95,7 +96,8 @@ def intervene(
         base = y if keep_error else sae.decode(codes, x)
         return base + change(sae, codes, edits).to(base) if edits else base
 
-    begin = (sae.metadata.get("data") or {}).get("context_begin") or ()
-    massive, first = rule_of(sae.metadata), max(1, len(begin))
-    with spliced(model, edited, massive=massive, first=first):
+    known = sae.metadata.get("data") or {}
+    massive, first = rule_of(sae.metadata), max(1, len(known.get("context_begin") or ()))
+    excluded = typed(known.get("exclude_tokens", ""), str, "data.exclude_tokens")
+    with spliced(model, edited, massive=massive, first=first, excluded=excluded):
         yield

@@ -14,6 +14,7 @@ from kronsae.config import SAEConfig
 from kronsae.data import LanguageModel, split_target
 from kronsae.data.common import is_finite
 from kronsae.data.language_model import LastStates
+from kronsae.data.packing import PADDING
 from kronsae.data.token_text import token_texts
 from kronsae.errors import InputError
 from kronsae.metrics.figures import (
@@ -40,7 +41,7 @@ class HeldoutText:
 
     model: LanguageModel
     contexts: Tensor
-    """[c, L] int64 token ids."""
+    """[c, L] int64 token ids; PADDING where a document does not fill its context."""
     mask: Tensor
     """[c, L] bool: tokens whose activations are replaced. BOS, other special tokens and the first
     position of each context keep their activations."""
@@ -113,7 +114,7 @@ class HeldoutText:
             passes.forget()
             for name, make in makes.items():
                 totals[name] += self._sum_of_losses(passes.spliced(make(), mask, self.massive))
-            count += ids[:, 1:].numel()
+            count += int((ids[:, 1:] != PADDING).sum())
             on_batch(done, batches)
         return {name: total / count for name, total in totals.items()}
 

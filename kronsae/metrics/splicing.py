@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from kronsae.data.hookpoints import by_position, first_tensor, lists_of_blocks
 from kronsae.data.language_model import LanguageModel, LastStates, replaced_output
-from kronsae.data.packing import special_ids
+from kronsae.data.packing import left_out_ids
 from kronsae.model.massive import MassiveTokens
 
 Make = Callable[[Tensor, Tensor], Tensor]
@@ -26,19 +26,22 @@ def spliced(
     mask: Tensor | None = None,
     massive: MassiveTokens | None = None,
     first: int = 1,
+    excluded: str = "",
 ) -> Iterator[None]:
     """While open, `make` replaces activations in every forward pass of `model.model`.
 
     mask: [b, t] bool, the n tokens to replace in a forward pass on [b, t]. By default all but
-        special tokens and the `first` positions of each text, on which SAEs are not trained. This
-        works with a key-value cache, padding on either side, beams and samples: a token's position
-        comes from the attention mask, or else from the length of the cache.
+        special tokens, those `excluded` (`left_out_ids`), and the `first` positions of each text,
+        on which SAEs are not trained. This works with a key-value cache, padding on either side,
+        beams and samples: a token's position comes from the attention mask, or else from the length
+        of the cache.
     massive: the rule for tokens in the mask that keep their activations, whatever `make` gives.
 
     If a module runs several times in a forward pass, its first run counts. The model's lock
     keeps other threads from running it. Gradients flow to the result of `make`.
     """
-    forward = _Forward(mask, special_ids(model.tokenizer) if mask is None else None, first)
+    left_out = left_out_ids(model.vocabulary, excluded) if mask is None else None
+    forward = _Forward(mask, left_out, first)
 
     def begin(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         forward.begin(args, kwargs)
@@ -147,11 +150,11 @@ def _blocks_before(model: LanguageModel) -> list[nn.Module]:
 class _Forward:
     """State of a forward pass: its inputs, and whether activations were replaced.
 
-    mask: the tokens to replace, or None: all but the special and the first ones.
+    mask: the tokens to replace, or None: all but the `left_out` and the first ones.
     """
 
-    def __init__(self, mask: Tensor | None, special: Tensor | None, first: int) -> None:
-        self.mask, self.special, self.first = mask, special, first
+    def __init__(self, mask: Tensor | None, left_out: Tensor | None, first: int) -> None:
+        self.mask, self.left_out, self.first = mask, left_out, first
         self.begin((), {})
 
     def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -182,6 +185,6 @@ class _Forward:
         else:
             position = torch.arange(self.seen, self.seen + length, device=y.device)
             tokens = (position >= self.first).expand(y.shape[:2])
-        if self.ids is None or self.special is None:
+        if self.ids is None or self.left_out is None:
             return tokens
-        return tokens & ~torch.isin(self.ids.to(y.device), self.special.to(y.device))
+        return tokens & ~torch.isin(self.ids.to(y.device), self.left_out.to(y.device))

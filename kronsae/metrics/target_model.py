@@ -20,7 +20,7 @@ from kronsae.config import DataConfig, data_settings, from_dict, stored, untrust
 from kronsae.data import open_text, split_target
 from kronsae.data.activations import HELDOUT_SETTINGS, open_model, set_aside
 from kronsae.data.language_model import LanguageModel
-from kronsae.data.packing import context_begin, token_mask
+from kronsae.data.packing import PADDING, context_begin, left_out_ids, token_ids, token_mask
 from kronsae.errors import InputError, warn
 from kronsae.interop.load import load
 from kronsae.metrics.heldout import HeldoutText
@@ -274,7 +274,8 @@ def _of_cache(loaded: LoadedSAE) -> tuple[Any, HeldoutText]:
     cache = loaded.cache
     assert cache is not None
     contexts, mask = cache.heldout_contexts(), cache.heldout_mask()
-    count = -(-loaded.data.heldout_tokens // cache.index.context_length)
+    tokens = (contexts != PADDING).sum(1).cumsum(0)
+    count = int((tokens < loaded.data.heldout_tokens).sum()) + 1
     facts = {
         "which": "the run's own held-out text, from its cache",
         "fingerprint": cache.index.text,
@@ -301,26 +302,31 @@ def _of_text(loaded: LoadedSAE, device: Any) -> tuple[LanguageModel, HeldoutText
         )
         if read_by_run != data:
             data, text = read_by_run, open_text(read_by_run, seed=0)
-    contexts, documents = set_aside(text, model.tokenizer, data)
+    text.check_ids(model.tokens)
+    packed, documents = set_aside(text, model.vocabulary, data)
     if own and getattr(text, "aside", None) is None:
         length = trained_on["context_length"]
         tokens = length * trained_on["heldout_contexts"]
+        if not of_run["join_documents"]:  # contexts are padded
+            tokens = min(tokens, of_run.get("heldout_tokens", tokens))
+        packing = {name: of_run[name] for name in ("bos", "join_documents", "chat_roles")}
         held_out = dataclasses.replace(
-            data, context_length=length, heldout_tokens=tokens, bos=of_run["bos"]
+            data, context_length=length, heldout_tokens=tokens, **packing
         )
-        if documents > set_aside(text, model.tokenizer, held_out)[1]:
+        if documents > set_aside(text, model.vocabulary, held_out)[1]:
             raise InputError(
                 f"{loaded.name} was trained on all of {data.dataset!r} except {tokens:,} held-out "
                 "tokens: give at most as many --heldout-tokens, or another --dataset"
             )
-    begin = context_begin(model.tokenizer, data.bos)
-    mask = token_mask(contexts, model.tokenizer, begin=len(begin))
+    begin = context_begin(model.vocabulary, data.bos)
+    left_out = left_out_ids(model.vocabulary, data.exclude_tokens)
+    mask = token_mask(packed, model.vocabulary, left_out, len(begin))
     facts = {
         "which": "the run's own held-out text" if own else "other text than the run's",
         "fingerprint": text.fingerprint(),
-        "context_begin": model.tokenizer.convert_ids_to_tokens(begin),
+        "context_begin": model.vocabulary.convert_ids_to_tokens(begin),
     }
-    return model, HeldoutText(model, contexts, mask, data.contexts_per_batch, facts)
+    return model, HeldoutText(model, token_ids(packed), mask, data.contexts_per_batch, facts)
 
 
 def _massive_rules(

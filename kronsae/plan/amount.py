@@ -3,8 +3,7 @@
 from kronsae.cache import CacheIndex
 from kronsae.config import DataConfig
 from kronsae.data.amount import count_tokens
-from kronsae.data.loading import load_tokenizer, quiet
-from kronsae.errors import InputError
+from kronsae.data.loading import find_tokenizer
 from kronsae.sources import Cache, source_of
 
 
@@ -19,9 +18,5 @@ def available_tokens(data: DataConfig, context_length: int) -> int | None:
             return None
         return data.epochs * CacheIndex.open(data.activations).train_rows
     common = {"revision": data.revision, "trust_remote_code": data.trust_remote_code}
-    try:
-        with quiet():
-            tokenizer = load_tokenizer(data.model, common)
-    except InputError:
-        return None
+    tokenizer = find_tokenizer(data.model, common)
     return count_tokens(data, tokenizer, context_length)

@@ -15,7 +15,7 @@ from torch import Tensor
 from kronsae.commandline import Parser, add_flag, add_place_flags
 from kronsae.config import DataConfig
 from kronsae.data.activations import split_target
-from kronsae.data.loading import load_config, load_tokenizer, quiet
+from kronsae.data.loading import find_tokenizer, load_config, quiet
 from kronsae.errors import InputError
 from kronsae.interop.load import load
 from kronsae.interop.stock import Origin
@@ -133,9 +133,10 @@ def _vocabulary(data: DataConfig) -> int:
     trusted = data.trust_remote_code
     with quiet():
         config = load_config(data.model, data.revision, trusted)
-        common = {"revision": data.revision, "trust_remote_code": trusted}
-        tokenizer = load_tokenizer(data.model, common)
-    return max(len(tokenizer), config.get_text_config().vocab_size)
+    tokenizer = find_tokenizer(
+        data.model, {"revision": data.revision, "trust_remote_code": trusted}
+    )
+    return max(len(tokenizer or ()), config.get_text_config().vocab_size)
 
 
 def without_massive(
