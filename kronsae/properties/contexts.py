@@ -17,7 +17,7 @@ from kronsae.data.token_text import token_texts
 from kronsae.errors import InputError
 from kronsae.metrics.heldout import BATCH_TOKENS, Heldout
 from kronsae.model.sae import SAE
-from kronsae.properties.examples import IndexedText
+from kronsae.properties.examples import NO_TOKEN, IndexedText
 from kronsae.properties.token_mass import entropy, rank
 
 LEFT, RIGHT = 12, 4
@@ -241,7 +241,8 @@ def _window(
 ) -> Window:
     """The window around a row of the activations, whose few tokens are encoded once more."""
     context, position = int(text.context[row]), int(text.position[row])
-    start, stop = max(0, position - LEFT), min(text.ids.shape[1], position + RIGHT + 1)
+    length = int((text.ids[context] != NO_TOKEN).sum())
+    start, stop = max(0, position - LEFT), min(length, position + RIGHT + 1)
     inside = text.row[context, start:stop]
     inside = inside[inside >= 0]
     fired = _fired(sae, activations[inside[0] : inside[-1] + 1])

@@ -14,7 +14,7 @@ WINDOW = 31
 """Tokens of an example, the event's in their middle. [KronSAE, App. D]"""
 
 NO_TOKEN = -1
-"""Where a window reaches beyond its context."""
+"""Where a window reaches beyond its context, and where a context is padded."""
 
 PARTS = ("scores", "places", "tokens", "values")
 """Arrays of `Examples`, as they are stored."""
@@ -27,7 +27,7 @@ class IndexedText:
     """
 
     def __init__(self, ids: np.ndarray, mask: np.ndarray, first: int = 0) -> None:
-        self.ids, self.first = ids, first
+        self.ids, self.first = np.where(ids < 0, NO_TOKEN, ids), first
         self.context, self.position = mask.nonzero()
         """[t] each: where a row is."""
         self.tokens = ids[mask]
