@@ -4,6 +4,7 @@ import json
 import math
 import warnings
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ import kronsae
 from kronsae import SAE, InputError, SAEConfig, TrainConfig
 from kronsae.__main__ import main
 from kronsae.config import MOST_LATENTS, DataConfig, from_dict
+from kronsae.data import TensorActivations
 from kronsae.metrics import evaluate
 from kronsae.registry import FORMATS
 from kronsae.system import tensors as tensors_module
@@ -173,6 +175,66 @@ def test_arrays_of_numpy_are_as_good_as_tensors():
     assert same(trained(iter(batches)), trained(iter(X.split(100))))
     pair = trained((X.numpy(), X[:, :4].numpy()))
     assert same(pair, trained((X, X[:, :4])))
+
+
+def anonymous_mib():
+    """Memory of this process that no file backs."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 2**10
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux")
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_memmap_is_read_row_by_row(tmp_path, dtype):
+    """Neither it nor a part of it, nor a pair of them, is ever in memory as a whole."""
+    contexts, length, width = (200 << 20) // (256 * 256 * np.dtype(dtype).itemsize), 256, 256
+    written = np.memmap(tmp_path / "x.bin", dtype, "w+", shape=(contexts, length, width))
+    generator = np.random.default_rng(0)
+    for part in np.array_split(np.arange(contexts), 20):
+        written[part] = generator.standard_normal((len(part), length, width), np.float32)
+    written.flush()
+    x = np.memmap(tmp_path / "x.bin", dtype, "r", shape=(contexts, length, width))
+    flat = x.reshape(-1, width)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trained(flat[:256])  # what the first training takes
+        before = anonymous_mib()
+        for given in (flat, x, x[:, 1:], (x, x), (x[:, 1:, :64], x[:, :-1])):
+            source = TensorActivations(given, 4096)
+            batches = [source.describe(), *islice(source, 4)]
+            del batches
+            assert anonymous_mib() - before < 100  # 200 MiB are in the file
+        trained(flat, train={"tokens": 8192, "batch_size": 2048})
+        assert anonymous_mib() - before < 100
+    few = TensorActivations(np.array(x[:2]), 64, seed=1)
+    same_few = TensorActivations(x[:2], 64, seed=1)
+    assert few.describe() == same_few.describe()
+    assert torch.equal(next(iter(few)), next(iter(same_few)))
+
+
+def test_rows_of_a_part_of_an_array_are_its_rows(tmp_path):
+    x, y = torch.randn(5, 6, 3), torch.randn(5, 6, 4)
+    for given, whole in (
+        (x[:, 1:].numpy(), x[:, 1:].reshape(-1, 3)),
+        ((x[:, 1:], y[:, :-1]), torch.cat([x[:, 1:], y[:, :-1]], -1).reshape(-1, 7)),
+    ):
+        parts, plain = TensorActivations(given, 7, 3, 2), TensorActivations(whole, 7, 3, 2)
+        assert torch.equal(torch.cat(list(parts)), torch.cat(list(plain)))
+        assert parts.describe()["content"] == plain.describe()["content"]
+
+
+@pytest.mark.parametrize("dtype", ["uint16", np.dtype("V2")])
+def test_bits_of_bfloat16_are_not_taken_for_numbers(dtype):
+    bits = X.bfloat16().view(torch.uint16)
+    if dtype == "uint16":
+        for x in (bits.numpy(), bits):
+            with pytest.raises(InputError, match=r"got \[.*uint16.*\.view\(torch.bfloat16\)"):
+                trained(x)
+        values = torch.from_numpy(bits.numpy()).view(torch.bfloat16)
+        assert same(trained(values), trained(X.bfloat16()))
+    else:
+        with pytest.raises(InputError, match="expected a floating tensor"):
+            trained(bits.numpy().view(dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])

@@ -79,7 +79,9 @@ class TensorActivations:
 
     A batch may cross into the next epoch, so that only the very last batch can be smaller:
     learning-rate schedules count on full batches.
-    x: a tensor, or a pair of them (which is copied into one).  epochs: None repeats for ever.
+    x: a tensor or an array of numpy, or a pair of these. It keeps its memory, and a batch reads its
+        own rows alone, so that x may be a `numpy.memmap` of a file larger than memory.
+    epochs: None repeats for ever.
     Raises InputError unless x is floating, non-empty and at least two-dimensional, and
     batch_size >= 1.
     """
@@ -88,11 +90,12 @@ class TensorActivations:
         self, x: Tensor | Pair, batch_size: int, seed: int = 0, epochs: int | None = None
     ) -> None:
         check_batch_size(batch_size)
-        self.x, self.d_target = _rows(x, "activations")
+        self.parts = _parts(x, "activations")  # inputs and, for a transcoder, targets
+        self.d_model, self.d_target = _widths(self.parts)
+        self.count, self.device = self.parts[0].shape[:-1].numel(), self.parts[0].device
         self.batch_size, self.seed, self.epochs = batch_size, seed, epochs
-        self.d_model = self.x.shape[1] - self.d_target
         self.rows_served = 0  # over all epochs
-        self.memory = BatchMemory(batch_size, self.x.shape[1], torch.float32)
+        self.memory = BatchMemory(batch_size, self.d_model + self.d_target, torch.float32)
         self._shuffled: tuple[int, Tensor] | None = None  # epoch, and its order
 
     def __iter__(self) -> Iterator[Tensor]:
@@ -102,17 +105,17 @@ class TensorActivations:
 
     def _batch(self, rows: Tensor) -> Tensor:
         """The rows [B, d] float32 at indices [B]."""
-        if self.x.device.type != "cpu":
-            return self.x.index_select(0, rows).float()
-        return gather([self.x], rows, self.memory.take(len(rows)))
+        if self.device.type == "cpu" and all(part.ndim == 2 for part in self.parts):
+            return gather(self.parts, rows, self.memory.take(len(rows)))
+        return torch.cat([_at(part, rows).float() for part in self.parts], 1)
 
     def _next_rows(self) -> Tensor:
         """Indices [B] of the next rows, also across an epoch's end; none after the last epoch."""
-        start, count = self.rows_served, self.x.shape[0]
+        start, count = self.rows_served, self.count
         stop = start + self.batch_size
         if self.epochs is not None:
             stop = min(stop, self.epochs * count)
-        parts = [torch.empty(0, dtype=torch.int64, device=self.x.device)]
+        parts = [torch.empty(0, dtype=torch.int64, device=self.device)]
         while start < stop:
             epoch, row = divmod(start, count)
             parts.append(self._order(epoch)[row : row + stop - start])
@@ -122,24 +125,25 @@ class TensorActivations:
     def _order(self, epoch: int) -> Tensor:
         if self._shuffled is None or self._shuffled[0] != epoch:
             generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            order = torch.randperm(self.x.shape[0], generator=generator)
-            self._shuffled = epoch, order.to(self.x.device)
+            order = torch.randperm(self.count, generator=generator)
+            self._shuffled = epoch, order.to(self.device)
         return self._shuffled[1]
 
     def state_dict(self) -> dict[str, Any]:
         return {"given": self.rows_served}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        rows = 2**53 if self.epochs is None else self.epochs * self.x.shape[0]
+        rows = 2**53 if self.epochs is None else self.epochs * self.count
         self.rows_served = given(state, rows)
 
     def describe(self) -> dict[str, Any]:
-        count = self.x.shape[0]
+        count = self.count
         chosen = torch.linspace(0, count - 1, min(count, HASHED_ROWS), dtype=torch.float64)
-        rows = self.x[chosen.long().to(self.x.device)].float().cpu().contiguous()
+        at = chosen.long().to(self.device)
+        rows = torch.cat([_at(part, at) for part in self.parts], 1).float().cpu().contiguous()
         return {
             "source": "tensor",
-            "shape": list(self.x.shape),
+            "shape": [count, self.d_model + self.d_target],
             "content": digest(rows.numpy().tobytes()),
             "batch_size": self.batch_size,
             "seed": self.seed,
@@ -613,10 +617,10 @@ def resolve_context_length(model: LanguageModel, config: DataConfig) -> int:
     return config.context_length or min(DEFAULT_CONTEXT, longest or DEFAULT_CONTEXT)
 
 
-def _rows(x: Any, name: str, widths: tuple[int, int] | None = None) -> tuple[Tensor, int]:
-    """Rows [B, d] of a tensor, or [B, d_model + d_target] of a pair; and d_target (0 if none).
+def _parts(x: Any, name: str) -> list[Tensor]:
+    """A tensor [B, d], or those of a pair, on the memory of what the caller gave.
 
-    widths: the (d_model, d_target) expected. Raises InputError, which names `name`.
+    They stay [..., d] where their rows are no view of it. Raises InputError, which names `name`.
     """
     parts = list(x) if isinstance(x, (tuple, list)) and len(x) == 2 else [x]
     parts = [as_values(part, name, "[..., B, d]") for part in parts]
@@ -629,14 +633,43 @@ def _rows(x: Any, name: str, widths: tuple[int, int] | None = None) -> tuple[Ten
             f"{name}: expected a target for each input, got {list(parts[0].shape)} and "
             f"{list(parts[1].shape)}"
         )
-    d_model, d_target = parts[0].shape[-1], parts[1].shape[-1] if len(parts) == 2 else 0
-    if widths is not None and widths != (d_model, d_target):
+    return [_flat(part.detach()) for part in parts]
+
+
+def _flat(x: Tensor) -> Tensor:
+    """x [..., d] as rows [B, d], unless that would copy it."""
+    try:
+        return x.view(-1, x.shape[-1])
+    except RuntimeError:  # its strides do not allow it
+        return x
+
+
+def _at(x: Tensor, rows: Tensor) -> Tensor:
+    """Rows [B] of x [..., d], counted over all its leading dimensions."""
+    if x.ndim == 2:
+        return x.index_select(0, rows)
+    return x[torch.unravel_index(rows, x.shape[:-1])]
+
+
+def _widths(parts: list[Tensor]) -> tuple[int, int]:
+    """(d_model, d_target) of a tensor or a pair; d_target is 0 without a target."""
+    d_model, *d_target = (part.shape[-1] for part in parts)
+    return d_model, sum(d_target)
+
+
+def _rows(x: Any, name: str, widths: tuple[int, int] | None = None) -> tuple[Tensor, int]:
+    """Rows [B, d] of a tensor, or [B, d_model + d_target] of a pair; and d_target (0 if none).
+
+    widths: the (d_model, d_target) expected. Raises InputError, which names `name`.
+    """
+    parts = _parts(x, name)
+    found = _widths(parts)
+    if widths is not None and widths != found:
         raise InputError(
-            f"{name}: expected widths (d_model, d_target) = {widths} as before, "
-            f"got {(d_model, d_target)}"
+            f"{name}: expected widths (d_model, d_target) = {widths} as before, got {found}"
         )
-    rows = [part.detach().flatten(0, -2) for part in parts]
-    return (rows[0] if len(rows) == 1 else torch.cat(rows, 1)), d_target
+    rows = [part.flatten(0, -2) for part in parts]
+    return (rows[0] if len(rows) == 1 else torch.cat(rows, 1)), found[1]
 
 
 def _describe_target(d_target: int) -> dict[str, int]:

@@ -12,11 +12,18 @@ from kronsae.errors import InputError, first_line
 from kronsae.system.devices import free_bytes
 from kronsae.system.documents import shown
 
+BFLOAT16 = (
+    ". If these are the bits of bfloat16, which numpy does not have, give "
+    "torch.as_tensor(x).view(torch.bfloat16)"
+)
+"""Advice for unsigned numbers in the place of floats."""
+
 
 def as_values(x: Any, name: str, expected: str = "[..., d]") -> Tensor:
     """The floating-point tensor that a caller gave, as a tensor or as an array of numpy.
 
-    An array keeps its memory. Eight-bit floats, with which torch does not compute, become float32.
+    An array keeps its memory, unless its bytes or rows are stored backwards. Eight-bit floats, with
+    which torch does not compute, become float32.
     Raises InputError, which names `name`, for anything else, for a sparse or nested tensor, and for
     one without values, on the device "meta".
     """
@@ -28,9 +35,11 @@ def as_values(x: Any, name: str, expected: str = "[..., d]") -> Tensor:
     if isinstance(x, np.ndarray) and x.dtype.kind == "f":
         x = _of_numpy(x)
     if not isinstance(x, Tensor) or not x.is_floating_point():
-        got = f"{list(x.shape)} {x.dtype}" if hasattr(x, "dtype") else shown(x)
+        dtype = str(getattr(x, "dtype", "")).removeprefix("torch.")
+        got = f"{list(x.shape)} {x.dtype}" if dtype else shown(x)
         raise InputError(
             f"{name}: expected a floating tensor {expected}, or an array of numpy, got {got}"
+            + (BFLOAT16 if dtype == "uint16" else "")
         )
     if x.layout != torch.strided or x.is_nested:
         kind = "a nested one" if x.is_nested else f"{x.layout}: give {name}.to_dense()"
