@@ -309,7 +309,7 @@ class Broken:
         self.model, self.tokenizer, self.hookpoint = model.model, model.tokenizer, model.hookpoint
         self.d_model, self.device = model.d_model, model.device
         self.d_target, self.points = 0, (self,)
-        self.vocabulary, self.tokens = model.vocabulary, model.tokens
+        self.vocabulary, self.vocab_size = model.vocabulary, model.vocab_size
 
     def activations_of_points(self, ids):
         x = self.inner.activations(ids)

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from array import array
 
 import datasets
 import numpy as np
@@ -95,13 +96,13 @@ def test_ids_are_packed_as_their_text_is(tmp_path, model, ids, name, of, streami
 def test_separators_and_beginnings_are_there_once():
     tokenizer = make_tokenizer("llama")
     packer = Packer(tokenizer, 5)
-    documents = [[1, 10, 11], [12, 13, 2], [14, 15]]
+    documents = [array("i", ids) for ids in ([1, 10, 11], [12, 13, 2], [14, 15])]
     contexts = [c.tolist() for document in documents for c in packer.add(document)]
     assert contexts == [[1, 10, 11, 2, 12], [1, 13, 2, 14, 15]] and packer.waiting == [2]
 
 
 WRONG = {
-    "high": ([[5, 6], [7, 99_999]], ["row 2", "token id 99999", "0 to 3"]),
+    "high": ([[5, 6], [7, 99_999]], ["row 2", "token id 99999", "0 to 3,071"]),
     "negative": ([[5, 6], [3], [-4]], ["row 3", "-4"]),
 }
 
@@ -110,8 +111,6 @@ WRONG = {
 @pytest.mark.parametrize("name", ["a.jsonl", "a.parquet"])
 def test_ids_out_of_the_vocabulary_are_refused_before_training(tmp_path, model, name, rows, words):
     path = tmp_path / name
-    if name == "a.jsonl" and rows[-1] == [-4]:
-        words = ["line 3", "-4"]
     data = config(write(path, rows))
     with pytest.raises(InputError) as caught:
         LanguageModelActivations(model, open_text(data, 0), data, 8, 0)
@@ -129,7 +128,6 @@ def test_a_stream_refuses_them_as_it_reads(tmp_path, model, ids):
     [
         ([[1, 2], [3, 0.5]], ["line 2", "token ids", "0.5"]),
         ([[1, 2], [3, None]], ["line 2", "token ids", "None"]),
-        ([[1, 2], [3, True]], ["line 2", "token ids", "True"]),
         ([[1, 2], "some text"], ["line 2", "expected token ids", "some text"]),
         ([[1, 2], [2**40]], ["line 2", "token ids", str(2**40)]),
         ([{"a": 1}], ["expected text", "dict"]),

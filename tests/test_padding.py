@@ -2,6 +2,7 @@
 
 import json
 import os
+from array import array
 
 import datasets
 import pytest
@@ -61,9 +62,9 @@ def opened(model, seed=0, **settings):
 def test_each_context_holds_one_document():
     packer = Packer(make_tokenizer("gpt_neox"), 4, join=False)
     of_word = packer.tokenizer.get_vocab()
-    words = [[of_word[word] for word in WORDS[:count]] for count in (2, 4, 5, 7, 1)]
+    words = [array("i", [of_word[w] for w in WORDS[:n]]) for n in (2, 4, 5, 7, 1)]
     contexts = [c.tolist() for ids in words for c in packer.add(ids)]
-    a = words[3]
+    a = words[3].tolist()
     assert (
         contexts
         == [
@@ -76,7 +77,7 @@ def test_each_context_holds_one_document():
     )
     assert not packer.waiting
     begun = Packer(make_tokenizer("llama"), 4, join=False)
-    assert [c.tolist() for c in begun.add(a[:4])] == [[1, *a[:3]], [1, a[3], PADDING, PADDING]]
+    assert [c.tolist() for c in begun.add(words[1])] == [[1, *a[:3]], [1, a[3], PADDING, PADDING]]
 
 
 @pytest.mark.parametrize("family", ["gpt_neox", "bert"])

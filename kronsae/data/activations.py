@@ -256,7 +256,7 @@ class LanguageModelActivations:
         self.left_out = left_out_ids(vocabulary, config.exclude_tokens)
         self.contexts: list[Tensor] = []  # packed, not yet run through the model
         self.forwards = 0
-        text.check_ids(language_model.tokens)
+        text.check_ids(language_model.vocab_size)
         self._heldout, self.heldout_documents = set_aside(text, vocabulary, config)
         if not self.heldout_mask().any():
             raise InputError(

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from kronsae.config import DataConfig
-from kronsae.data.document import Document, sizes
+from kronsae.data.document import as_document, sizes
 from kronsae.data.packing import Packer, left_out_ids, trained_on
 from kronsae.data.text import (
     STDLIB,
@@ -42,7 +42,8 @@ class Sample(NamedTuple):
 
     size: float
     """Of the whole text, about: bytes, or the number of token ids."""
-    documents: list[Document]
+    documents: list[Any]
+    """As rows of a column hold them."""
 
 
 def count_tokens(
@@ -66,7 +67,11 @@ def count_tokens(
         sample, heldout = _of_files(files, config), config.heldout_tokens
     else:
         return None
-    documents = [x[:SAMPLE_CHARACTERS] if isinstance(x, str) else x for x in sample.documents]
+    where = f"dataset {config.dataset!r}"
+    documents = [
+        as_document(x[:SAMPLE_CHARACTERS] if isinstance(x, str) else x, where)
+        for x in sample.documents
+    ]
     packer = Packer.of(dataclasses.replace(config, context_length=context_length), tokenizer)
     read = [[token for part in packer.tokens(x) for token in part] for x in documents if x]
     every = torch.tensor([token for tokens in read for token in tokens], dtype=torch.int64)
@@ -89,17 +94,17 @@ def _of_indexed(text: IndexedText) -> Sample:
 def _of_files(files: list[Path], config: DataConfig) -> Sample:
     """A sample from the beginnings of some of the files."""
     sampled = _spread(files, SAMPLE_FILES)
-    documents: list[Document] = []
+    documents: list[Any] = []
     read = size = 0.0
     for path in sampled:
         beginning, share = _beginning(path, config)
         read += share * path.stat().st_size
-        size += sizes(beginning)
+        size += sizes([as_document(x, str(path)) for x in beginning])
         documents += _spread(beginning, SAMPLE_DOCUMENTS // len(sampled))
     return Sample(size / max(1, read) * sum(path.stat().st_size for path in files), documents)
 
 
-def _beginning(path: Path, config: DataConfig) -> tuple[list[Document], float]:
+def _beginning(path: Path, config: DataConfig) -> tuple[list[Any], float]:
     """Documents at the beginning of a file, and the share of the file that they are, about."""
     from kronsae.data.columns import Settings, open_file, read_beginning
 

@@ -1,21 +1,27 @@
-"""Documents of a text: strings, lists of token ids, or the messages of conversations."""
+"""Documents of a text: strings, arrays of token ids, or the messages of conversations."""
 
-import json
+from array import array
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from kronsae.errors import InputError
 
 Message = dict[str, str]
 """A message of a conversation: its "role" and its "content"."""
 
-Document = str | list[int] | list[Message]
-"""An empty one stands for a row without text."""
+if TYPE_CHECKING:
+    Ids = array[int]
+else:  # it cannot be subscripted before Python 3.12
+    Ids = array
+
+Document = str | Ids | list[Message]
+"""An empty one stands for a row without text. (An array takes a tenth of a list's memory.)"""
 
 TEXT, IDS, MESSAGES = "text", "token ids", "messages"
 """Kinds of documents, in words for messages."""
 
-LARGEST_ID = 2**31 - 1
+ID = "i"
+"""Type code of an array of token ids: 32 bits."""
 
 
 def kind_of_value(value: Any) -> str | None:
@@ -43,10 +49,15 @@ def as_document(value: Any, where: str, kind: str | None = None) -> Document:
         raise InputError(f"{where}: expected {kind or TEXT}, got {got}")
     if (kind or kind_of_value(value)) == MESSAGES:
         return [_message(item, where) for item in value]
-    for item in value:
-        if type(item) is not int or not 0 <= item <= LARGEST_ID:
-            raise InputError(f"{where}: expected token ids, got {item!r:.40}")
-    return value
+    try:
+        return array(ID, value)
+    except (TypeError, OverflowError) as error:
+        wrong = next((item for item in value if not _is_id(item)), value)
+        raise InputError(f"{where}: expected token ids, got {wrong!r:.40}") from error
+
+
+def _is_id(item: Any) -> bool:
+    return isinstance(item, int) and abs(item) < 2**31
 
 
 def _message(value: Any, where: str) -> Message:
@@ -64,30 +75,26 @@ def as_text(document: Document | None) -> str:
     """The document's text; "" for token ids."""
     if isinstance(document, str):
         return document
-    if not document or isinstance(document[0], int):
+    if not document or isinstance(document, array):
         return ""
-    return "\n".join(message["content"] for message in document)  # type: ignore[index]
+    return "\n".join(message["content"] for message in document)
 
 
-def as_bytes(document: Document | None) -> bytes:
-    """Bytes that differ between any two documents."""
-    text = document or ""
-    text = text if isinstance(text, str) else json.dumps(text)
-    return text.encode("utf-8", "surrogatepass")
-
-
-def size_of(document: Document | None) -> int:
-    """Bytes of a text or of a conversation; the number of token ids."""
-    if not document:
-        return 0
-    if isinstance(document, str):
-        return len(document.encode("utf-8", "surrogatepass"))
-    return sum(map(_size_of_item, document))
-
-
-def _size_of_item(item: int | Message) -> int:
-    return 1 if isinstance(item, int) else sum(len(text.encode()) for text in item.values())
+def as_bytes(document: Any) -> bytes:
+    """Bytes that differ between any two documents, also as rows of a column hold them."""
+    if not document or isinstance(document, str):
+        return (document or "").encode("utf-8", "surrogatepass")
+    parts = [(x.get("role"), x.get("content")) if isinstance(x, Mapping) else x for x in document]
+    return repr(parts).encode("utf-8", "surrogatepass")
 
 
 def sizes(documents: Sequence[Document | None]) -> int:
-    return sum(map(size_of, documents))
+    """Bytes of texts and conversations; the number of token ids."""
+    return sum(_size(document) for document in documents if document)
+
+
+def _size(document: Document) -> int:
+    if isinstance(document, array):
+        return len(document)
+    texts = [document] if isinstance(document, str) else [x for m in document for x in m.values()]
+    return sum(len(text.encode("utf-8", "surrogatepass")) for text in texts)

@@ -250,7 +250,7 @@ class LanguageModel:
             self._run(PROBE, None)
 
     @property
-    def tokens(self) -> int:
+    def vocab_size(self) -> int:
         """Number of tokens that the model knows."""
         embeddings = self.model.get_input_embeddings()
         return getattr(embeddings, "num_embeddings", self.model.config.get_text_config().vocab_size)

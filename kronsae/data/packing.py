@@ -5,6 +5,7 @@ model reads and that nothing is trained on; PADDING stands where a document is t
 """
 
 import re
+from array import array
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -110,10 +111,11 @@ class Packer:
                 yield self._tokens(piece)
             if self.separator is not None and self.join:
                 yield [self.separator]
-        elif isinstance(document[0], int):
-            ids = self._without_beginning(document)
-            ended = not self.join or self.separator is None or ids[-1:] == [self.separator]
-            yield ids if ended else [*ids, self.separator]
+        elif isinstance(document, array):
+            ids = self._without_beginning(document.tolist())
+            yield ids
+            if self.separator is not None and self.join and ids[-1:] != [self.separator]:
+                yield [self.separator]
         else:
             yield self._without_beginning(self._of_messages(document))
 
@@ -212,11 +214,12 @@ def left_out_ids(tokenizer: Any, excluded: str = "") -> Tensor:
 def _excluded_id(item: str, tokenizer: Any) -> int:
     if item.strip().isdecimal():
         return int(item)
-    known = getattr(tokenizer, "get_vocab", dict)()
-    if item in known:
-        return known[item]
-    ids = [] if isinstance(tokenizer, ModelTokens) else tokenizer(item, add_special_tokens=False)
-    ids = ids and ids["input_ids"]
+    ids: list[int] = []
+    if not isinstance(tokenizer, ModelTokens):
+        known = tokenizer.get_vocab()
+        if item in known:
+            return known[item]
+        ids = tokenizer(item, add_special_tokens=False)["input_ids"]
     if len(ids) != 1 or ids[0] == getattr(tokenizer, "unk_token_id", None):
         raise InputError(
             f"exclude_tokens: {item!r} is {len(ids) or 'no'} tokens of the model: expected ids, or "

@@ -19,6 +19,7 @@ import glob
 import hashlib
 import os
 import zlib
+from array import array
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from io import TextIOWrapper
@@ -184,7 +185,8 @@ class IndexedText:
     def check_ids(self, vocabulary: int) -> None:
         documents = self.documents
         column = documents if isinstance(documents, Column) else None
-        wrong = column.wrong_id(vocabulary) if column else _wrong_id(documents, vocabulary)
+        rows = (as_document(row, f"dataset {self.name!r}") for row in documents)
+        wrong = _wrong_id(rows, vocabulary) if column is None else column.wrong_id(vocabulary)
         if wrong is not None:
             row, token = wrong
             raise _unknown_id(f"{self.name!r}, row {row + 1:,}", token, vocabulary)
@@ -678,7 +680,7 @@ def _check_rows(dataset: Any, config: DataConfig) -> str:
     from kronsae.data.columns import kind_of_type
 
     first: dict[str, Any]
-    name, features = config.text_column, dataset.features or {}
+    name, features = config.text_column, dataset.features
     if config.streaming:
         with _reading(f"dataset {config.dataset!r} could not be read"):
             first = next(iter(dataset), {})
@@ -691,7 +693,7 @@ def _check_rows(dataset: Any, config: DataConfig) -> str:
             f"dataset {config.dataset!r} has no column {name!r}: it has {list(first)}; "
             "name one with --text-column"
         )
-    if name in features:
+    if features and name in features:
         of_column = features.arrow_schema.field(name).type
         kind, got = kind_of_type(of_column), str(of_column)[:80]
     else:  # not every stream knows its types
@@ -718,10 +720,12 @@ def _clean(document: Any, name: str, vocabulary: int | None = None) -> Document:
 
 
 def _wrong_id(documents: Iterable[Document | None], vocabulary: int) -> tuple[int, int] | None:
-    """Row and value of a token id that is not below `vocabulary`; None if there is none."""
+    """Row and value of a token id that is not in 0 to vocabulary - 1; None if there is none."""
     for row, document in enumerate(documents):
-        if document and isinstance(document[0], int) and max(document) >= vocabulary:
-            return row, max(document)
+        if document and isinstance(document, array):
+            wrong = (x for x in (min(document), max(document)) if not 0 <= x < vocabulary)
+            if (token := next(wrong, None)) is not None:
+                return row, token
     return None
 
 

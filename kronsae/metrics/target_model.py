@@ -302,7 +302,7 @@ def _of_text(loaded: LoadedSAE, device: Any) -> tuple[LanguageModel, HeldoutText
         )
         if read_by_run != data:
             data, text = read_by_run, open_text(read_by_run, seed=0)
-    text.check_ids(model.tokens)
+    text.check_ids(model.vocab_size)
     packed, documents = set_aside(text, model.vocabulary, data)
     if own and getattr(text, "aside", None) is None:
         length = trained_on["context_length"]
