@@ -191,8 +191,8 @@ def size_of_column(column: pyarrow.ChunkedArray) -> int:
     return sum(pyarrow.compute.sum(length).as_py() or 0 for length in lengths)
 
 
-def wrong_id(column: pyarrow.ChunkedArray, vocabulary: int) -> tuple[int, int] | None:
-    """Row and value of a token id that is not in 0 to vocabulary - 1; None if there is none."""
+def wrong_id(column: pyarrow.ChunkedArray, vocab_size: int) -> tuple[int, int] | None:
+    """Row and value of a token id that is not in 0 to vocab_size - 1; None if there is none."""
     if kind_of_type(column.type) != IDS:
         return None
     before = 0
@@ -200,7 +200,7 @@ def wrong_id(column: pyarrow.ChunkedArray, vocabulary: int) -> tuple[int, int] |
         ids = chunk.flatten()
         extremes = pyarrow.compute.min_max(ids).as_py()
         wrong = next(
-            (v for v in extremes.values() if v is not None and not 0 <= v < vocabulary), None
+            (v for v in extremes.values() if v is not None and not 0 <= v < vocab_size), None
         )
         if wrong is not None:
             place = pyarrow.compute.index(ids, wrong).as_py()

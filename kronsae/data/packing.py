@@ -44,7 +44,8 @@ class ModelTokens:
 
 
 def _listed(ids: int | list[int] | None) -> list[int]:
-    return [] if ids is None else ids if isinstance(ids, list) else [ids]
+    listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    return [token for token in listed if token >= 0]
 
 
 class Packer:

@@ -108,7 +108,7 @@ class TextSource(Protocol):
         "" stands for a row without text.
         """
 
-    def check_ids(self, vocabulary: int) -> None:
+    def check_ids(self, vocab_size: int) -> None:
         """Refuse token ids that a model with so many tokens does not have.
 
         Raises InputError at once for documents that are indexed; those of a stream are refused when
@@ -182,14 +182,14 @@ class IndexedText:
         if self.held_out >= len(self.documents):
             raise _nothing_left(self.name, count)
 
-    def check_ids(self, vocabulary: int) -> None:
+    def check_ids(self, vocab_size: int) -> None:
         documents = self.documents
         column = documents if isinstance(documents, Column) else None
         rows = (as_document(row, f"dataset {self.name!r}") for row in documents)
-        wrong = _wrong_id(rows, vocabulary) if column is None else column.wrong_id(vocabulary)
+        wrong = _wrong_id(rows, vocab_size) if column is None else column.wrong_id(vocab_size)
         if wrong is not None:
             row, token = wrong
-            raise _unknown_id(f"{self.name!r}, row {row + 1:,}", token, vocabulary)
+            raise _unknown_id(f"{self.name!r}, row {row + 1:,}", token, vocab_size)
 
     def size(self) -> int:
         """Bytes of the documents to train on, about, or (`size_of`) their number of token ids."""
@@ -234,7 +234,7 @@ class StreamedText:
     ) -> None:
         self.dataset, self.column, self.epochs, self.name = dataset, column, epochs, name
         self._fingerprint = fingerprint
-        self.vocabulary: int | None = None
+        self.vocab_size: int | None = None
         self.epoch = 0
         self.resumed_at: dict[str, Any] | None = None
         self.hold_out(0, check=False)
@@ -242,8 +242,8 @@ class StreamedText:
     def heldout(self) -> Iterator[Document]:
         return self._texts(self.dataset)
 
-    def check_ids(self, vocabulary: int) -> None:
-        self.vocabulary = vocabulary
+    def check_ids(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
 
     def hold_out(self, count: int, check: bool = True) -> None:
         self.train = self.dataset.skip(count)
@@ -269,7 +269,7 @@ class StreamedText:
     def _texts(self, dataset: Any) -> Iterator[Document]:
         with _reading(f"dataset {self.name!r}: reading on failed"):
             for row in dataset:
-                yield _clean(row[self.column], self.name, self.vocabulary)
+                yield _clean(row[self.column], self.name, self.vocab_size)
 
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "stream": self.resumed_at or self.train.state_dict()}
@@ -315,7 +315,7 @@ class BufferedText:
         self.beginning: dict[str, Any] = self.dataset.state_dict()
         self.rows, self.read_to = iter(self.dataset), self.beginning
         self.buffer: list[Document] = []
-        self.vocabulary: int | None = None
+        self.vocab_size: int | None = None
         self.filled_at: dict[str, Any] | None = None
         self.profile: Beginning | None = None
         self.warned = False
@@ -326,8 +326,8 @@ class BufferedText:
         self.before = 0  # documents of the dataset before the buffer
         self.position = 0  # documents given out of the buffer
 
-    def check_ids(self, vocabulary: int) -> None:
-        self.vocabulary = vocabulary
+    def check_ids(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
         self.filled_at = None
 
     def heldout(self) -> Iterator[Document]:
@@ -379,7 +379,7 @@ class BufferedText:
             self.filled_at, self.read_to = None, {}  # until it is filled
             self.buffer, characters = [], 0
             for row in islice(self.rows, self.size):
-                self.buffer.append(_clean(row[self.column], self.name, self.vocabulary))
+                self.buffer.append(_clean(row[self.column], self.name, self.vocab_size))
                 characters += len(as_text(self.buffer[-1]) or self.buffer[-1])
                 if characters >= BUFFER_CHARACTERS:
                     break
@@ -450,11 +450,11 @@ class Column:
         # `dataset` may be a selection of these rows.
         return size_of_column(column) * len(self) // max(1, len(column))
 
-    def wrong_id(self, vocabulary: int) -> tuple[int, int] | None:
-        """Row and value of a token id that is not below `vocabulary`; None if there is none."""
+    def wrong_id(self, vocab_size: int) -> tuple[int, int] | None:
+        """Row and value of a token id that is not below `vocab_size`; None if there is none."""
         from kronsae.data.columns import wrong_id
 
-        return wrong_id(self.dataset.data.column(self.name), vocabulary)
+        return wrong_id(self.dataset.data.column(self.name), vocab_size)
 
 
 def open_text(config: DataConfig, seed: int) -> TextSource:
@@ -707,32 +707,31 @@ def _check_rows(dataset: Any, config: DataConfig) -> str:
     return kind
 
 
-def _clean(document: Any, name: str, vocabulary: int | None = None) -> Document:
+def _clean(document: Any, name: str, vocab_size: int | None = None) -> Document:
     """The document, or "" if it is null or white space.
 
-    Raises InputError if it is none, or for token ids that are not below `vocabulary`.
+    Raises InputError if it is none, or for token ids that are not below `vocab_size`.
     """
     document = as_document(document, f"dataset {name!r}")
-    wrong = vocabulary and _wrong_id([document], vocabulary)
-    if wrong:
-        raise _unknown_id(f"{name!r}", wrong[1], vocabulary or 0)
+    if vocab_size is not None and (wrong := _wrong_id([document], vocab_size)):
+        raise _unknown_id(repr(name), wrong[1], vocab_size)
     return document
 
 
-def _wrong_id(documents: Iterable[Document | None], vocabulary: int) -> tuple[int, int] | None:
-    """Row and value of a token id that is not in 0 to vocabulary - 1; None if there is none."""
+def _wrong_id(documents: Iterable[Document | None], vocab_size: int) -> tuple[int, int] | None:
+    """Row and value of a token id that is not in 0 to vocab_size - 1; None if there is none."""
     for row, document in enumerate(documents):
         if document and isinstance(document, array):
-            wrong = (x for x in (min(document), max(document)) if not 0 <= x < vocabulary)
+            wrong = (x for x in (min(document), max(document)) if not 0 <= x < vocab_size)
             if (token := next(wrong, None)) is not None:
                 return row, token
     return None
 
 
-def _unknown_id(where: str, token: int, vocabulary: int) -> InputError:
+def _unknown_id(where: str, token: int, vocab_size: int) -> InputError:
     return InputError(
         f"dataset {where}: token id {token} is not one of the model's, which are 0 to "
-        f"{vocabulary - 1:,}: was the text tokenised for another model?"
+        f"{vocab_size - 1:,}: was the text tokenised for another model?"
     )
 
 
