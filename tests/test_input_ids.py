@@ -21,6 +21,7 @@ from kronsae.data.packing import ModelTokens, Packer, context_begin
 from kronsae.data.text import open_text
 from kronsae.errors import InputError
 from kronsae.evaluate.__main__ import main as evaluate
+from kronsae.explore.__main__ import main as explore
 from kronsae.harvest import main as harvest
 from kronsae.system.files import read_checksummed
 from kronsae.train import main as train
@@ -207,7 +208,7 @@ def without_tokenizer(tmp_path):
 
 
 def test_a_model_without_a_tokenizer(tmp_path, without_tokenizer, capsys):
-    """It is trained, resumed, judged and harvested; only the contexts' texts are left out."""
+    """It is trained, judged, explored and harvested; ids stand in the place of texts."""
     generator = np.random.default_rng(0)
     rows = [generator.integers(6, 96, size).tolist() for size in generator.integers(5, 80, 120)]
     path = write(tmp_path / "a.parquet", rows)
@@ -217,6 +218,7 @@ def test_a_model_without_a_tokenizer(tmp_path, without_tokenizer, capsys):
     assert "Without the contexts of latents" in capsys.readouterr().out
     assert read_checksummed(out / "config.json")["config"]["data"]["text_column"] == "input_ids"
     assert evaluate([str(out)]) == 0
+    assert explore([str(out), "--tokens", "400", "--sample", "2"]) == 0
     folder = tmp_path / "cache"
     assert harvest([*flags, "--out", str(folder)]) == 0
     index = CacheIndex.open(folder)
