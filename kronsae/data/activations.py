@@ -258,11 +258,7 @@ class LanguageModelActivations:
         self.forwards = 0
         text.check_ids(language_model.vocab_size)
         self._heldout, self.heldout_documents = set_aside(text, vocabulary, config)
-        if not self.heldout_mask().any():
-            raise InputError(
-                f"dataset {config.dataset!r}: no token of its held-out text may be trained on"
-                + (f": are there messages of {config.chat_roles}?" if config.chat_roles else "")
-            )
+        self._check_heldout()
         text.hold_out(self.heldout_documents)
         self.documents = iter(text)
         self._pack(1)
@@ -359,6 +355,15 @@ class LanguageModelActivations:
         """Mask [b, t] of the tokens to train and evaluate on; see `packing.token_mask`."""
         begin = len(self.packer.begin)
         return token_mask(packed, self.language_model.vocabulary, self.left_out, begin)
+
+    def _check_heldout(self) -> None:
+        """Raise InputError if no token of the held-out text is one to evaluate on."""
+        roles = self.config.chat_roles
+        if not self.heldout_mask().any():
+            raise InputError(
+                f"dataset {self.config.dataset!r}: no token of its held-out text may be trained on"
+                + (f": are there messages of {roles}?" if roles else "")
+            )
 
     def heldout_contexts(self) -> Tensor:
         """Token ids [c, context_length] that are never trained on; the same for every seed."""

@@ -196,9 +196,8 @@ class LanguageModel:
             if isinstance(dtype, str):
                 dtype = model_dtype(dtype, torch.device(device), checkpoint_dtype(config))
             common = {"revision": revision, "trust_remote_code": trust_remote_code}
-            tokenizer = (load_tokenizer if needs_tokenizer else find_tokenizer)(
-                name_or_path, common
-            )
+            find = load_tokenizer if needs_tokenizer else find_tokenizer
+            tokenizer = find(name_or_path, common)
             model, absent = load_model(name_or_path, config, dtype, common)
         at = partial(
             cls,
