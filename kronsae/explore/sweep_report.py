@@ -73,7 +73,10 @@ def write_sweep_report(sweep: SweepFolder) -> Path:
             if any(max(of.values()) > 0 for of in values.values()):
                 drawings.append(draw(figure, values, ticks_of(hookpoints)))
     metrics: list[dict[str, Any]] = [entry["metrics"] for entry in members.values()]
-    warned = [(name, massive_warning(entry["metrics"])) for name, entry in members.items()]
+    warnings: dict[str, list[str]] = {}  # members at one hookpoint have the same
+    for name, entry in members.items():
+        if (warning := massive_warning(entry["metrics"])) is not None:
+            warnings.setdefault(warning, []).append(name)
     page = render(
         _TEMPLATE,
         name=sweep.path.resolve().name,
@@ -86,7 +89,7 @@ def write_sweep_report(sweep: SweepFolder) -> Path:
         rows=list(zip(members, rows, strict=True)),
         reports={name: run.report.is_file() for name, run in sweep.runs.items()},
         failed={name: entry["failed"] for name, entry in members.items() if entry["failed"]},
-        warnings=[(name, warning) for name, warning in warned if warning is not None],
+        warnings={", ".join(names): warning for warning, names in warnings.items()},
         charts=drawings,
         colours=COLOURS,
         edges=charts,
