@@ -77,6 +77,7 @@ def setting(
         `before`: its value in files of runs, SAEs and caches that were written before there was
         this setting (`stored`).
         `harvested` (DataConfig): a cache of activations fixes it.
+        `tuned` (SAEConfig): fine-tuning may change it, because it matters in training alone.
     """
     metadata |= {"help": help, "least": least, "most": most, "unless": unless}
     if choices is not None:  # a registry, which is filled later, may be empty
@@ -250,18 +251,20 @@ class SAEConfig:
         0.0, "added under the root of mAND ([KronSAE, App. H] has 1e-5)", unless=_unless_mand
     )
     selection: str = setting("topk", "how active latents are chosen", choices=SELECTIONS)
-    objective: str = setting("plain", "loss of the reconstruction", choices=OBJECTIVES)
+    objective: str = setting("plain", "loss of the reconstruction", choices=OBJECTIVES, tuned=True)
     matryoshka_first: int = setting(
         0,
         "latents of the first and of the second Matryoshka group; each later group has twice as "
         "many as the one before (0: 2048, or dict_size / 16 if less)",
         unless=_unless_kind("objective", "nested"),
+        tuned=True,
     )
     jumprelu_bandwidth: float = setting(
         0.0,
         "width of the window around a threshold in which latents contribute to its gradient, for "
         f"activations of variance 1 (0: {DEFAULT_BANDWIDTH})",
         unless=_unless_thresholds,
+        tuned=True,
     )
     experts: int = setting(
         0,

@@ -196,6 +196,7 @@ def _train(request: Request, console: Console, mesh: Mesh, out: Path) -> int:
             *(name, config.sae, config.train),
             {"config": config.to_dict(), **request.notes.get(name, {})},
             request.hookpoints[name],
+            request.starts.get(name),
         )
         for name, config in request.members.items()
     ]

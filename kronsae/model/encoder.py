@@ -113,13 +113,14 @@ class EncoderKind(Kind, nn.Module):
         """Directions [F, d] at which the decoder's rows start."""
         return w
 
-    def fold_(self, shift: Tensor, share: float) -> None:
+    def fold_(self, shift: Tensor, share: float | Tensor) -> None:
         """Adapt own parameters when the SAE shall take raw activations in place of normalised ones.
 
         `SAE.folded` calls it. W_enc stays, b_enc becomes (b_enc - shift) * share; with W_enc
         multiplied by `share`, too, all latents come out multiplied by `share`. A second bias b
         with weights r W_enc would become (b - r * shift) * share.
-        shift: float64, one value for each row of W_enc.
+        shift: float64, one value for each row of W_enc.  share: may be one for each row, too, if
+        each latent has a row.
         """
 
     @property

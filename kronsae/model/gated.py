@@ -96,5 +96,5 @@ class Gated(EncoderKind):
         error = part_of_mean(x_hat - target, tokens)
         return {"gate_loss": Penalty(error, self.config.encoder_settings.gate_coefficient)}
 
-    def fold_(self, shift: Tensor, share: float) -> None:
+    def fold_(self, shift: Tensor, share: float | Tensor) -> None:
         self.b_mag.copy_((self.b_mag.double() - self.r_mag.double().exp() * shift) * share)

@@ -43,6 +43,7 @@ class ReLU(Selection):
     title = "ReLU"
     Settings = ReLUSettings
     aims_at_k = False
+    is_rowwise = True
 
     @classmethod
     def check(cls, config: SAEConfig) -> None:

@@ -271,6 +271,38 @@ class SAE(Encoder):
         out.selection.scale_(1 / out_scale)
         return out.eval()
 
+    def unfolded(
+        self, mean: Tensor, scale: float, target: tuple[Tensor, float] | None = None
+    ) -> "SAE":
+        """The inverse of `folded`: this SAE of x as an SAE of (x - mean) * scale."""
+        if target is not None:
+            target = -target[0] * target[1], 1 / target[1]
+        return self.folded(-mean * scale, 1 / scale, target)
+
+    def why_no_unit_rows(self) -> str | None:
+        """Reason why `use_unit_rows_` would change what it computes; None if it would not."""
+        config = self.config
+        if self.kind.dense_form(self.W_enc, self.b_enc) is None:
+            return f"encoder {config.encoder!r} has no encoder row for each decoder row"
+        if self.router is not None or not self.selection.is_rowwise:
+            selection = "a router" if self.router is not None else f"selection {config.selection!r}"
+            return f"{selection} compares latents, which would be scaled"
+        return None
+
+    @torch.no_grad()
+    def use_unit_rows_(self) -> None:
+        """Scale decoder rows to unit norm, and latents by the norms, for the same reconstruction.
+
+        See `why_no_unit_rows`.
+        """
+        norms = self.decoder_norms()
+        norms = norms.clamp(min=torch.finfo(norms.dtype).tiny)
+        self.W_dec.div_(norms[:, None])
+        self.W_enc.mul_(norms[:, None])
+        self.b_enc.mul_(norms)
+        self.kind.fold_(torch.zeros_like(norms, dtype=torch.float64), norms.double())
+        self.selection.scale_(norms)
+
     def save(self, directory: str | Path, metadata: dict[str, Any] | None = None) -> Path:
         """Write sae.safetensors and config.json to `directory`, which is replaced atomically.
 

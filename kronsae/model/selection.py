@@ -64,6 +64,8 @@ class Selection(Kind, nn.Module):
     """True if it selects for any k, and can `cut` its codes to a smaller one."""
     exact: ClassVar[bool] = False
     """True if each token gets k latents, neither more nor fewer."""
+    is_rowwise: ClassVar[bool] = False
+    """True if whether a latent is active depends on its own value and threshold alone."""
     learns_thresholds: ClassVar[bool] = False
     """True if latents have thresholds that the loss learns (`jumprelu_bandwidth`)."""
 
@@ -105,8 +107,11 @@ class Selection(Kind, nn.Module):
     def update(self, sae: Encoder, codes: SparseCodes) -> None:
         """Learn from a batch's codes, after its optimizer step."""
 
-    def scale_(self, factor: float) -> None:
-        """Adapt to latents in other units: all values are multiplied by `factor`."""
+    def scale_(self, factor: float | Tensor) -> None:
+        """Adapt to latents in other units: all values are multiplied by `factor`.
+
+        It is one for each latent, [F], only if each latent has a threshold of its own.
+        """
 
     def thresholds(self, config: TrainConfig) -> Thresholds | None:
         """Thresholds that the fused step learns, beside the weights."""
@@ -208,7 +213,7 @@ class BatchTopK(Selection):
         moved = moved.where(~self.threshold.isnan(), smallest)
         self.threshold.copy_(moved.where(smallest.isfinite(), self.threshold))
 
-    def scale_(self, factor: float) -> None:
+    def scale_(self, factor: float | Tensor) -> None:
         self.threshold.mul_(factor)
 
     @classmethod
@@ -245,7 +250,7 @@ class JumpReLU(Selection):
     """
 
     title = "JumpReLU"
-    learns_thresholds = fused = True
+    learns_thresholds = is_rowwise = fused = True
 
     @classmethod
     def check(cls, config: SAEConfig) -> None:
@@ -293,8 +298,9 @@ class JumpReLU(Selection):
         return codes, {"l0_loss": Penalty(loss, config.l0_coefficient)}
 
     @torch.no_grad()
-    def scale_(self, factor: float) -> None:
-        self.log_threshold.add_(math.log(factor))
+    def scale_(self, factor: float | Tensor) -> None:
+        log = factor.log() if isinstance(factor, Tensor) else math.log(factor)
+        self.log_threshold.add_(log)
 
     def thresholds(self, config: TrainConfig) -> Thresholds:
         return Thresholds(self.log_threshold, self.bandwidth, config.l0_coefficient)

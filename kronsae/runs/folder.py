@@ -67,9 +67,14 @@ makes it again."""
 
 RUN = Keys(
     {"config": run_settings(partial=True), "data": dict[str, Any]},
-    {"versions": dict[str, Any], "command": str | list[str], "sweep": str},
+    {
+        **{"versions": dict[str, Any], "command": str | list[str], "sweep": str},
+        "finetune": Keys({"sha256": str}, {"source": str}),
+    },
 )
-"""config.json of a run. data: what describes the activations.  sweep: its name in one."""
+"""config.json of a run. data: what describes the activations.  sweep: its name in one.
+finetune: the SAE from whose weights it started.
+"""
 
 _MEMBER = Keys(
     {"config": run_settings(partial=True)},

@@ -8,7 +8,7 @@ from kronsae.config import PARTS, DataConfig, all_settings, stored, with_default
 from kronsae.errors import InputError, differences
 from kronsae.runs.folder import RUN, SINGLE, SWEEP, RunFolder, SweepFolder
 from kronsae.system import checkpoint
-from kronsae.system.documents import typed
+from kronsae.system.documents import part_of, typed
 from kronsae.system.files import digest_of
 from kronsae.system.parallel import Mesh
 
@@ -151,6 +151,8 @@ def _claim(
                 f"{folder.path} has the members {list(saved)}, and cannot go on with "
                 f"{list(settings)}"
             )
+        for name, document in saved.items():
+            _keep_start(folder, document, settings[name])
         changed = {name: _other_dtype(document, settings[name]) for name, document in saved.items()}
         for name, document in saved.items():
             given = settings[name]["data"]
@@ -175,6 +177,27 @@ def _claim(
     except InputError:
         folder.release()
         raise
+
+
+def _keep_start(
+    folder: RunFolder | SweepFolder, saved: dict[str, Any], given: dict[str, Any]
+) -> None:
+    """Note in the given settings from which SAE a run has started, if a checkpoint goes on from it.
+
+    Raises InputError if it was another one, or if there is no checkpoint yet.
+    """
+    was = saved.get("finetune")
+    if was is not None and "finetune" not in given:
+        if not checkpoint.list_checkpoints(folder.checkpoints):
+            raise InputError(
+                f"{folder.path} has no checkpoint yet, and starts from the weights of an SAE: give "
+                "that SAE, in place of a configuration"
+            )
+        given["finetune"] = was
+    shas = [part_of(document, "finetune").get("sha256") for document in (saved, given)]
+    if shas[0] != shas[1]:
+        started = "random weights" if was is None else "the weights of another SAE"
+        raise InputError(f"{folder.path} was started from {started} than this training is")
 
 
 _LATER = ("context_begin", "prepend_bos", "streaming", "site", "target_site", "sites")

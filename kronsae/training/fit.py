@@ -22,6 +22,7 @@ from kronsae.metrics.heldout import (
     evaluate_cross_entropy,
 )
 from kronsae.model.ranks import check_heads
+from kronsae.model.sae import SAE
 from kronsae.registry import command_line
 from kronsae.runs.folder import RUN, SINGLE, SweepFolder
 from kronsae.runs.logs import check_packages
@@ -36,6 +37,7 @@ from kronsae.system.tensors import check_room
 from kronsae.training.learner import check_step
 from kronsae.training.session import Diverged, FitResult, Member, MemberPlan, Session
 from kronsae.training.signals import Stop, note_signals
+from kronsae.training.start import check_start
 from kronsae.training.stream import DataEnded, Stream
 
 Activations = Tensor | Pair | ActivationSource | Iterable[Tensor | Pair]
@@ -43,7 +45,7 @@ HeldoutActivations = Heldout | Tensor | Pair
 
 
 def fit(
-    sae_config: SAEConfig,
+    sae: SAEConfig | SAE,
     activations: Activations,
     train_config: TrainConfig | None = None,
     *,
@@ -56,13 +58,16 @@ def fit(
 ) -> FitResult:
     """Train an SAE on activations; see the fields of `SAEConfig` and `TrainConfig`.
 
+    sae: a configuration, whose weights are drawn, or an SAE of raw activations (such as `load`
+        gives) that is trained on: a copy of it, which starts out computing the same.
     activations: [N, d] (shuffled each epoch), or an iterable of [B, d] tensors taken as they come,
         or any `kronsae.data.ActivationSource`. Arrays of numpy will do for tensors.
         For a transcoder: a pair (inputs [N, d], targets [N, d_target]), or an iterable of pairs.
     heldout: activations to evaluate on, never trained on: [t, d], or a pair, or a `Heldout`.
     out: run folder (see `kronsae.runs.folder`); None keeps everything in memory.
     resume: go on from the newest checkpoint in `out`; batches and weights are, bit for bit, those
-        of an uninterrupted run (on a CPU; an iterable must give the same batches again).
+        of an uninterrupted run (on a CPU; an iterable must give the same batches again). Once there
+        is a checkpoint, a configuration will do in place of the SAE that it started from.
     settings: more entries of config.json.  on_record: called with each logged record.
     mesh: the processes that train together; by default those of torchrun
         (`kronsae.system.parallel`). All of them call this with the same arguments. Each takes its
@@ -79,7 +84,7 @@ def fit(
     """
     typed(on_record, Callable | None, "on_record")
     [result] = fit_members(
-        [MemberPlan(SINGLE, sae_config, train_config or TrainConfig(), settings or {})],
+        [MemberPlan.of(SINGLE, sae, train_config or TrainConfig(), settings or {})],
         activations,
         heldout,
         out,
@@ -92,7 +97,7 @@ def fit(
 
 
 def fit_many(
-    sae_configs: Sequence[SAEConfig],
+    saes: Sequence[SAEConfig | SAE],
     activations: Activations | Mapping[str, Activations],
     train_configs: TrainConfig | Sequence[TrainConfig] | None = None,
     *,
@@ -127,7 +132,7 @@ def fit_many(
     results in order. Raises InputError as `fit` does, if the members cannot share a stream, or if
     all of them failed.
     """
-    count = len(typed(sae_configs, list, "sae_configs"))
+    count = len(typed(saes, list, "saes"))
     if train_configs is None or isinstance(train_configs, TrainConfig):
         train_configs = [train_configs or TrainConfig()] * count
     train_configs = list(typed(train_configs, list, "train_configs"))
@@ -147,7 +152,7 @@ def fit_many(
             f"fit_many: expected one SAE or more, and as many {', '.join(lists)}, got {count} "
             f"SAEs, {', '.join(f'{length} {name}' for name, length in lengths.items())}"
         )
-    plans = list(map(MemberPlan, names, sae_configs, train_configs, settings, hookpoints))
+    plans = list(map(MemberPlan.of, names, saes, train_configs, settings, hookpoints))
     return fit_members(plans, activations, heldout, out, resume, on_record, mesh, sweep=True)
 
 
@@ -173,6 +178,8 @@ def fit_members(
         for name, given, kind in (("sae", plan.sae, SAEConfig), ("train", plan.train, TrainConfig)):
             typed(given, kind, f"{name}_config")
         typed(plan.settings, dict, "settings")
+        if plan.start is not None:
+            check_start(plan.start, plan.sae, plan.train)
     typed(mesh, Mesh | None, "mesh")
     typed(on_record, Callable | None, "on_record")
     if sweep:

@@ -168,7 +168,11 @@ class Learner:
     A transcoder also gets its target [B, d_target], normalised.
     mesh: processes that train it together. Each gets the whole batch, and learns from its part;
         weights, moments and counters are those of the heads that it holds.
+    finetunes: whether it starts from a trained SAE (`start_from`). The warm-up then leaves
+        thresholds as they are.
     """
+
+    finetunes = False
 
     def __init__(
         self,
@@ -250,7 +254,19 @@ class Learner:
     @property
     def _warming_up(self) -> bool:
         """True while selections `prepare` for each batch."""
-        return self.tokens < self.batch * max(1, warmup_steps(self.config, self.batch))
+        warm_up = self.batch * max(1, warmup_steps(self.config, self.batch))
+        return self.tokens < warm_up and not self.finetunes
+
+    def start_from(self, sae: SAE) -> None:
+        """Take the weights of an SAE of normalised activations, of the same kind and shape."""
+        heads = self.mesh.heads
+        self.sae.load_state_dict(
+            {
+                name: tensor[heads.share(len(tensor))] if name in SHARDED else tensor
+                for name, tensor in sae.state_dict().items()
+            }
+        )
+        self.finetunes = True
 
     @property
     def dead(self) -> Tensor:
@@ -588,6 +604,7 @@ class Learner:
             "quiet_until": self.quiet_until,
             "width": self._width or None,
             "tokens_since_fired": self.tokens_since_fired,
+            "finetunes": self.finetunes,
         }
 
     def _state_keys(self) -> Keys:
@@ -606,6 +623,7 @@ class Learner:
                 "skipped": Number(int, 0, SKIPS),
                 "quiet_until": Number(int, 0, 2**54),
                 "width": Number(int, 1, self.sae.config.dict_size, null=True),
+                "finetunes": bool,
             },
         )
 
@@ -629,6 +647,7 @@ class Learner:
         self.tokens = state["tokens"]
         self.skipped = state.get("skipped", 0)  # which older checkpoints lack
         self.quiet_until = state.get("quiet_until", self.config.dead_after)
+        self.finetunes = state.get("finetunes", False)
         self.tokens_since_fired.copy_(state["tokens_since_fired"])
         self._unconfirmed.clear()
         if self._width:

@@ -30,6 +30,7 @@ from kronsae.config import (
 )
 from kronsae.errors import InputError
 from kronsae.model.flops import equal_budget, flops_per_token
+from kronsae.model.sae import SAE
 from kronsae.runs.folder import FORMAT_VERSION, SINGLE, SweepFolder, whole
 from kronsae.runs.resume import open_to_resume
 from kronsae.runs.sweep import (
@@ -42,10 +43,12 @@ from kronsae.runs.sweep import (
 )
 from kronsae.sources import source_of
 from kronsae.system import parallel
+from kronsae.system.checkpoint import list_checkpoints
 from kronsae.system.documents import read_json
 from kronsae.system.files import usable_path
 from kronsae.system.parallel import Mesh
 from kronsae.training.hookpoints import NAMES, expand
+from kronsae.training.start import Starts, settings_of
 
 OTHER_NAMES = {
     "--architecture": "--encoder and --selection: 'standard' is --encoder dense --selection relu, "
@@ -94,6 +97,8 @@ class Request:
     """For each member the autoencoder whose FLOPs on config.train.tokens are its budget."""
     notes: dict[str, dict[str, Any]] = dataclasses.field(default_factory=dict)
     """For each member the entries of its config.json beside its settings."""
+    starts: dict[str, SAE] = dataclasses.field(default_factory=dict)
+    """For each member that is fine-tuned the SAE that it starts from."""
 
     @property
     def config(self) -> RunConfig:
@@ -130,7 +135,7 @@ class Request:
         widths: (d_model, d_target) of each hookpoint.
         Raises InputError if another width is configured, or if the budgets of members differ.
         """
-        members, notes, hookpoints = {}, {}, self.hookpoints
+        members, notes, hookpoints = {}, dict(self.notes), self.hookpoints
         for name, config in self.members.items():
             d_model, d_target = widths[hookpoints[name]]
             sae, train = config.sae.with_widths(d_model, d_target), config.train
@@ -138,7 +143,7 @@ class Request:
                 reference = self.iso_flops_of[name].with_widths(d_model, d_target)
                 tokens = _equal_flops(train.tokens, reference, sae)
                 budget = {"sae": dataclasses.asdict(reference), "tokens": train.tokens}
-                notes[name] = {"iso_flops_of": budget}
+                notes[name] = {**notes.get(name, {}), "iso_flops_of": budget}
                 train = dataclasses.replace(train, tokens=tokens)
             members[name] = dataclasses.replace(config, sae=sae, train=train)
         budgets = {name: config.train.tokens for name, config in members.items()}
@@ -204,6 +209,18 @@ def _add_run_flags(run: Any) -> None:
         "several values (N ...) make a sweep, too: one autoencoder for each combination",
     )
     run.add_argument(
+        "--finetune",
+        metavar="SAE",
+        help="start from the weights of this SAE, which also decides what it is: a run, a folder "
+        "or hub repository of any format that is read, or one of the SAEs in it (RUN/NAME); of a "
+        "suite each member starts from the SAE at its hookpoint",
+    )
+    run.add_argument(
+        "--allow-pickle",
+        action="store_true",
+        help="--finetune: read weights that are a pickle, from which only tensors are loaded",
+    )
+    run.add_argument(
         "--iso-flops-of",
         metavar="CONFIG",
         help="train on as many tokens as cost the FLOPs of another autoencoder on --tokens: the "
@@ -233,7 +250,10 @@ def parse(argv: list[str] | None = None) -> Request:
     if unknown:
         raise InputError(_unknown(unknown[0], parser, sys.argv[1:] if argv is None else argv))
     flags = vars(options)
-    names = ("out", "resume", "config", "plan", "sweep", "iso_flops_of", "no_memory_check")
+    names = (
+        *("out", "resume", "config", "plan", "sweep", "iso_flops_of", "no_memory_check"),
+        *("finetune", "allow_pickle"),
+    )
     run = {name: flags.pop(name, None) for name in names}
     places = {name: flags.pop(name) for name in NAMES if name in flags}
     lists = {name: value for name, value in flags.items() if isinstance(value, list)}
@@ -248,12 +268,17 @@ def parse(argv: list[str] | None = None) -> Request:
     points = expand(places, file | flags)
     if len(points) == 1:
         flags |= points.pop()
+    starts = None
+    if run["finetune"] is not None:
+        starts = Starts(run["finetune"], bool(run["allow_pickle"]))
+    elif run["allow_pickle"]:
+        raise InputError("--allow-pickle has no effect without --finetune: leave it out")
     sweep = bool(run["sweep"] or lists or points)
     if sweep:
         flags = {name: value for name, value in flags.items() if name not in lists}
-        members = _members(flags, file, run["sweep"], lists, points)
+        members = _members(flags, file, run["sweep"], lists, points, starts)
     else:
-        members = {SINGLE: build(flags, file)}
+        members = {SINGLE: build(flags, file, starts)}
     references = None
     if run["iso_flops_of"] is not None:
         if "tokens" not in flags:
@@ -261,7 +286,9 @@ def parse(argv: list[str] | None = None) -> Request:
                 "--iso-flops-of needs --tokens, the budget of the autoencoder it compares with"
             )
         references = {n: _reference(run["iso_flops_of"], c.sae) for n, c in members.items()}
-    return Request(members, sweep, run["out"], None, *common, references)
+    of_members = {n: starts.at(vars(c.data)) for n, c in members.items()} if starts else {}
+    notes = {name: {"finetune": starts.note(sae)} for name, sae in of_members.items()}
+    return Request(members, sweep, run["out"], None, *common, references, notes, of_members)
 
 
 def _members(
@@ -270,6 +297,7 @@ def _members(
     sweep: Path | None,
     lists: dict[str, list[Any]],
     points: list[dict[str, Any]],
+    starts: Starts | None,
 ) -> dict[str, RunConfig]:
     """The members of a sweep: each entry of its file, at each hookpoint, with each combination of
     the lists."""
@@ -281,7 +309,7 @@ def _members(
         layered = dict(flags)
         _drop_overruled(layered, own)
         try:
-            config = build(layered | own, file)
+            config = build(layered | own, file, starts)
         except InputError as error:
             raise InputError(f"member {entry_name or own} of the sweep: {error}") from error
         if entry_name is not None:  # the members of an entry differ by the lists' values
@@ -339,9 +367,12 @@ def _reference(of: str, own: SAEConfig) -> SAEConfig:
     return from_dict(SAEConfig, document["sae"], f"--iso-flops-of {path}")
 
 
-def build(flags: dict[str, Any], file: dict[str, Any] | None = None) -> RunConfig:
+def build(
+    flags: dict[str, Any], file: dict[str, Any] | None = None, starts: Starts | None = None
+) -> RunConfig:
     """The configuration with these settings (flat, by field name): flags win over the file's.
 
+    starts: what it starts from, which decides the settings of the autoencoder.
     Raises InputError for settings that contradict each other, or have no effect.
     """
     chosen = dict(file or {})
@@ -354,6 +385,9 @@ def build(flags: dict[str, Any], file: dict[str, Any] | None = None) -> RunConfi
     model = chosen.get("model", DataConfig.model)
     settings = dict(EMBEDDED) if model == "embedded" else {"dict_size": PAPER_DICT_SIZE}
     _drop_overruled(settings, chosen)
+    if starts is not None:
+        chosen |= settings_of(starts.at(settings | chosen), explicit)
+        _drop_overruled(settings, chosen)
     settings |= chosen
     _check_effects({**defaults, **settings}, explicit)
     parts = nested(settings)
@@ -425,7 +459,7 @@ def _resumed(
     common: tuple[bool, bool],
 ) -> Request:
     """The request to go on with a run or sweep; `flags` may change settings that are free."""
-    for name in ("out", "config", "sweep", "iso_flops_of"):
+    for name in ("out", "config", "sweep", "iso_flops_of", "finetune"):
         if run[name] is not None:
             raise InputError(
                 f"--resume takes all settings from the run folder: leave out {flag(name)}"
@@ -438,7 +472,7 @@ def _resumed(
                 "run"
             )
     folder, documents = open_to_resume(run["resume"])
-    members = {}
+    members, notes, starts = {}, {}, {}
     for name, document in documents.items():
         saved = whole(document["config"], folder.index)
         if saved["data"] is None:
@@ -457,7 +491,13 @@ def _resumed(
             for part, cls in PARTS.items()
         }
         members[name] = RunConfig(**parts)
-    return Request(members, isinstance(folder, SweepFolder), None, run["resume"], *common)
+        if note := document.get("finetune"):
+            notes[name] = {"finetune": note}
+            if not list_checkpoints(folder.checkpoints):
+                start = Starts(str(note.get("source")), bool(run["allow_pickle"]))
+                starts[name] = start.again(saved["data"], note)
+    is_sweep = isinstance(folder, SweepFolder)
+    return Request(members, is_sweep, None, run["resume"], *common, None, notes, starts)
 
 
 def _read_json(path: Path, flag: str) -> Any:

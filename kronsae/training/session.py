@@ -1,6 +1,7 @@
 """A training session: a stream, and the members (SAEs) that learn from it together."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from operator import attrgetter
 from typing import Any
@@ -25,6 +26,7 @@ from kronsae.system.files import finite
 from kronsae.system.parallel import ALONE, Mesh
 from kronsae.training.learner import Learner, Metrics, Skipped
 from kronsae.training.signals import Stop
+from kronsae.training.start import config_of, normalised, note_of
 from kronsae.training.stream import DataEnded, Stream
 
 ENDING = ("tokens", "metrics", "step_ms", "stopped_by", "failed")
@@ -69,6 +71,23 @@ class MemberPlan:
     """Content of its config.json."""
     hookpoint: str = ""
     """Name of the stream that it learns from; "" if there is one alone."""
+    start: SAE | None = None
+    """An SAE of raw activations, from whose weights it starts; None: from random ones."""
+
+    @classmethod
+    def of(
+        cls,
+        name: str,
+        sae: SAEConfig | SAE,
+        train: TrainConfig,
+        settings: dict[str, Any],
+        hookpoint: str = "",
+    ) -> "MemberPlan":
+        """A plan to train from random weights, or, given an SAE, from its own."""
+        if not isinstance(sae, SAE):
+            return cls(name, sae, train, settings, hookpoint)
+        settings = {**typed(settings, dict, "settings"), "finetune": note_of(sae)}
+        return cls(name, config_of(sae), train, settings, hookpoint, sae)
 
 
 class Member:
@@ -101,9 +120,11 @@ class Member:
         group = folder.path.name if isinstance(folder, SweepFolder) else None
         self.log = Log(self.run, plan.train, plan.settings, group) if mesh.first else None
         self.mine = owner in (None, mesh.world.rank)
-        self._learner: Learner | None = None
-        if self.mine:
-            self._learner = Learner(plan.sae, plan.train, device, mesh if owner is None else ALONE)
+        self.start = plan.start if self.mine else None
+        self._new_learner = functools.partial(
+            Learner, config=plan.train, device=device, mesh=mesh if owner is None else ALONE
+        )
+        self._learner = self._new_learner(plan.sae) if self.mine else None
         self.figures: Metrics = {}  # of the last step
         self.metrics: dict[str, Any] = {}  # final ones
         self.history: list[dict[str, Any]] = []
@@ -128,6 +149,8 @@ class Member:
 
         log: True if its figures are to be logged.
         """
+        if self.start is not None:
+            self._begin(self.start)
         if log:
             self.settle()
             if self.failed is not None:
@@ -149,6 +172,21 @@ class Member:
                 self.hopeless = not explained >= HOPELESS
         # The next member's gradients take the place of these.
         self.learner.optimizer.zero_grad(set_to_none=True)
+
+    def _begin(self, start: SAE) -> None:
+        """Take the weights to start from, now that the stream has its normalizers."""
+        normalizers = self.stream.normalizer, self.stream.target_normalizer
+        assert normalizers[0] is not None  # it has given a batch
+        sae = normalised(start, self.learner.config, *normalizers)
+        self._set_eps(sae.config.eps)
+        self.learner.start_from(sae)
+        self.start = None
+
+    def _set_eps(self, eps: float) -> None:
+        """Make the learner anew if its eps has to follow the scale of the activations."""
+        config = self.learner.sae.config
+        if config.eps != eps:
+            self._learner = self._new_learner(dataclasses.replace(config, eps=eps))
 
     def settle(self) -> None:
         """Record batches skipped in steps that did not log; sets `failed` if it diverged."""
@@ -286,12 +324,15 @@ class Member:
 
     def state_dict(self) -> dict[str, Any]:
         """The state of its learner, and what `judge` has to know."""
-        return {**self.learner.state_dict(), "hopeless": self.hopeless}
+        eps = self.learner.sae.config.eps
+        return {**self.learner.state_dict(), "hopeless": self.hopeless, "eps": eps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         name = f"members.{self.name}"
+        self.start = None
+        # Which older checkpoints lack, as "hopeless".
+        self._set_eps(typed(state.get("eps", self.learner.sae.config.eps), float, f"{name}.eps"))
         self.learner.load_state_dict(state, name)
-        # Which older checkpoints lack.
         self.hopeless = typed(state.get("hopeless", False), bool, f"{name}.hopeless")
 
     def restore_metrics(self) -> None:
