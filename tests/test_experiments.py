@@ -20,6 +20,7 @@ from kronsae.experiments.grid import missing_cells, run_grid
 from kronsae.experiments.report import TUNING_SEED, grouped
 from kronsae.experiments.training import TrainingExperiment
 from kronsae.experiments.variants import sae_config, with_dense_forms
+from kronsae.model.sae import SAE
 from kronsae_kernels import SparseCodes
 
 pytest.importorskip("matplotlib")
@@ -456,3 +457,39 @@ def test_a_dense_encoder_has_no_gate_to_change():
     config = experiment.sae({"variant": "m2n4", "arm": "eps=1e-5", "dict_size": 128})
     assert config.eps == 1e-5 != SAEConfig(dict_size=128).eps
     assert difference("adam_beta2=0.95") == {TrainConfig: {"adam_beta2": 0.95}}
+
+
+# conversion
+
+
+def test_latents_are_grouped_into_heads_by_their_rows():
+    """Rows that are sums of a head's base and extension rows are found, and fitted exactly."""
+    from kronsae.experiments.conversion import additive, converted, grid_of, nearest_groups
+
+    h, m, n, d = 6, 2, 4, 32
+    generator = torch.Generator().manual_seed(0)
+    centre, base, extension = (
+        scale * torch.randn(h, count, d, generator=generator)
+        for count, scale in ((1, 8), (m, 3), (n, 1))
+    )
+    truth = (centre + base)[:, :, None] + extension[:, None]  # [h, m, n, d]
+    shuffled = torch.randperm(h * m * n, generator=generator)
+    rows = truth.flatten(0, 2)[shuffled]
+    groups = nearest_groups(rows, m * n)
+    assert groups.flatten().sort().values.tolist() == list(range(len(rows)))
+    order = torch.stack([group[grid_of(rows[group], m)] for group in groups])
+    fitted = additive(rows[order])
+    assert fitted.shape == (h, m + n, d)
+    means = (fitted[:, :m, None] + fitted[:, None, m:]) / 2
+    torch.testing.assert_close(means, rows[order], atol=1e-4, rtol=1e-4)
+
+    dense, kron = (
+        SAE(SAEConfig(d_model=d, k=4, **shape))
+        for shape in ({"encoder": "dense", "dict_size": h * m * n}, {"heads": h, "m": m, "n": n})
+    )
+    with torch.no_grad():  # all latents of a head alike: then both encoders are the same
+        dense.W_enc.copy_(centre.expand(h, m * n, d).flatten(0, 1)[shuffled])
+        dense.b_enc.fill_(0.5)
+    x = torch.randn(50, d, generator=generator)
+    values = converted(dense, kron, fitted=True).encode(x).values
+    torch.testing.assert_close(values, dense.encode(x).values, atol=1e-4, rtol=1e-4)

@@ -6,6 +6,7 @@ import signal
 
 import pytest
 import torch
+from test_parallel import start as start_ranks
 
 import kronsae
 import kronsae.export.__main__ as export
@@ -273,3 +274,15 @@ def test_an_sae_of_another_library_gets_the_defaults_of_training():
     run = {"selection": "relu", "selection_settings": {"l1_coefficient": 0.5}}
     sae.metadata = {"config": {"sae": run}}
     assert kronsae.training.start.config_of(sae).selection_settings.l1_coefficient == 0.5
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("share", [["--tensor-parallel", "2"], ["--share", "members"], []])
+def test_several_processes_start_from_the_same(share, runs, tmp_path):
+    """With its heads sharded, its members, or the tokens of its batches."""
+    out = tmp_path / "tuned"
+    arguments = [*STILL, "--layer", "1", "2", "--finetune", runs / "suite", "--out", out, *share]
+    process = start_ranks(2, *arguments, log=tmp_path / "log")
+    assert process.wait(300) == 0, (tmp_path / "log").read_text()
+    for name in ("layer1", "layer2"):
+        assert explained(out / name) == pytest.approx(explained(runs / "suite" / name), abs=2e-4)

@@ -17,6 +17,7 @@ MODULES = (
     "sparsity",
     "jumprelu",
     "convergence",
+    "conversion",
 )
 """Experiments, in the order to list them."""
 

@@ -29,6 +29,7 @@ from kronsae.experiments.report import (
 )
 from kronsae.experiments.variants import sae_config
 from kronsae.metrics.heldout import Heldout
+from kronsae.model.sae import SAE
 from kronsae.sources import open_activations
 from kronsae.system.devices import resolve_device
 from kronsae.training.fit import fit
@@ -155,10 +156,11 @@ class TrainingExperiment(Experiment):
         return cell["variant"]
 
     def train(
-        self, config: SAEConfig, activations: Activations, cell: dict[str, Any], **recipe: Any
+        self, sae: SAEConfig | SAE, activations: Activations, cell: dict[str, Any], **recipe: Any
     ) -> FitResult:
         """Train at the cell's "lr" and "seed", and judge on the held-out activations.
 
+        sae: a configuration, or an SAE to start from.
         recipe: settings of `TrainConfig` in place of its defaults.
         """
         tokens = self.tokens_of(cell, activations.heldout.shape[1])
@@ -172,7 +174,7 @@ class TrainingExperiment(Experiment):
             **recipe,
         )
         x = activations.training(tokens, cell["seed"])
-        return fit_whole(config, x, train_config, Heldout(activations.heldout))
+        return fit_whole(sae, x, train_config, Heldout(activations.heldout))
 
     def conclude(self, runs: Sequence[Run]) -> tuple[str, str]:
         """A table of explained variance, the paper's below ours."""
@@ -224,13 +226,13 @@ def product(**axes: int | Iterable[Any]) -> list[dict[str, Any]]:
 
 
 def fit_whole(
-    config: SAEConfig,
+    sae: SAEConfig | SAE,
     activations: Tensor | ActivationSource,
     train_config: TrainConfig,
     heldout: Heldout,
 ) -> FitResult:
     """`fit`, which raises Terminated or KeyboardInterrupt if a signal ended it early."""
-    result = fit(config, activations, train_config, heldout=heldout)
+    result = fit(sae, activations, train_config, heldout=heldout)
     if result.stopped_by is not None:
         raise stop_of(result.stopped_by)
     return result

@@ -129,6 +129,12 @@ class Request:
             ranks.setdefault(hookpoint, set()).add(owners.get(name, 0))
         return ranks if owners else None
 
+    def starting_from(self, starts: Starts) -> "Request":
+        """The request with the SAE that each member starts from, and a note about it."""
+        of_members = {name: starts.at(vars(c.data)) for name, c in self.members.items()}
+        notes = {name: {"finetune": starts.note(sae)} for name, sae in of_members.items()}
+        return dataclasses.replace(self, notes=notes, starts=of_members)
+
     def at_widths(self, widths: Mapping[str, tuple[int, int]]) -> "Request":
         """The request with widths of the activations, and token budgets for --iso-flops-of.
 
@@ -286,9 +292,8 @@ def parse(argv: list[str] | None = None) -> Request:
                 "--iso-flops-of needs --tokens, the budget of the autoencoder it compares with"
             )
         references = {n: _reference(run["iso_flops_of"], c.sae) for n, c in members.items()}
-    of_members = {n: starts.at(vars(c.data)) for n, c in members.items()} if starts else {}
-    notes = {name: {"finetune": starts.note(sae)} for name, sae in of_members.items()}
-    return Request(members, sweep, run["out"], None, *common, references, notes, of_members)
+    request = Request(members, sweep, run["out"], None, *common, references)
+    return request if starts is None else request.starting_from(starts)
 
 
 def _members(

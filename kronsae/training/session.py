@@ -175,9 +175,9 @@ class Member:
 
     def _begin(self, start: SAE) -> None:
         """Take the weights to start from, now that the stream has its normalizers."""
-        normalizers = self.stream.normalizer, self.stream.target_normalizer
-        assert normalizers[0] is not None  # it has given a batch
-        sae = normalised(start, self.learner.config, *normalizers)
+        of_input, of_target = self.stream.normalizer, self.stream.target_normalizer
+        assert of_input is not None  # it has given a batch
+        sae = normalised(start, self.learner.config, of_input, of_target)
         self._set_eps(sae.config.eps)
         self.learner.start_from(sae)
         self.start = None
