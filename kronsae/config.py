@@ -680,6 +680,14 @@ class TrainConfig:
     lr_final: float = setting(1e-6, "learning rate at the end of the cosine")
     lr_scale_by_dict_size: bool = setting(False, "multiply lr by 1 / sqrt(dict_size / 2**15)")
     warmup_fraction: float = setting(0.1, "share of the steps with linear warm-up", most=1)
+    k_start: int = setting(
+        0,
+        "active latents per token in the first step, from where they go linearly to k (0: k)",
+        unless=_unless_kind("selection", "aims_at_k"),
+    )
+    k_fraction: float = setting(
+        0.1, "share of the steps in which they do", most=1, unless=_unless_nonzero("k_start")
+    )
     adam_beta2: float = setting(0.999, "AdamW's beta2, the decay of its second moment")
     weight_decay: float = setting(0.0, "weight decay of AdamW (on the encoder's weights)")
     decoder_norm: str = setting(

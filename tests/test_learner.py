@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from kronsae import SAEConfig, TrainConfig
+from kronsae import InputError, SAEConfig, TrainConfig
 from kronsae.model.normalizer import Normalizer
 from kronsae.model.objectives import auxk_loss
 from kronsae.training.learner import SKIPS, Learner, learning_rate
@@ -47,6 +47,39 @@ def test_schedule_ends_with_the_budget_whatever_the_batches(batch):
     assert max(rates) == pytest.approx(1e-3, rel=0.01)
     assert rates[-1] == pytest.approx(1e-6, rel=0.01)
     assert all(rate > 1.2e-6 for rate in rates[:-1])  # and not before
+
+
+@pytest.mark.parametrize(
+    ("k_start", "expected"), [(12, [12, 10, 8, 6, 4, 4]), (2, [2, 2, 3, 4, 4, 4]), (0, [4] * 6)]
+)
+@pytest.mark.parametrize("selection", ["topk", "batchtopk"])
+def test_k_goes_linearly_from_its_start(selection, k_start, expected):
+    """In training: in use, and saved, the SAE has k."""
+    config = SAEConfig(d_model=16, heads=16, m=2, n=4, k=4, selection=selection)
+    subject = learner(config, tokens=1000, k_start=k_start, k_fraction=0.4 * bool(k_start))
+    found = [subject.step(torch.randn(100, 16))["l0"] for _ in expected]
+    assert found == expected
+    assert subject.sae.config.k == 4 == subject.sae.folded(torch.zeros(16), 1.0).selection.k
+
+
+def test_jumprelu_aims_at_the_k_of_the_step():
+    config = SAEConfig(d_model=16, heads=16, m=2, n=4, k=4, selection="jumprelu")
+    subject = learner(config, tokens=1000, k_start=12, k_fraction=0.4, warmup_fraction=1.0)
+    x = torch.randn(100, 16)
+    assert [round(subject.step(x)["l0"]) for _ in range(6)] == [12, 10, 8, 6, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("settings", "k_start", "words"),
+    [
+        ({}, 500, "k_start 500: k: expected 1 <= k <= dict_size = 128, got 500"),
+        ({"experts": 4}, 40, "k_start 40: k: expected at most the 32 latents"),
+        ({"objective": "multi_topk"}, 40, "k_start 40: .*selects 4 k = 160"),
+    ],
+)
+def test_a_start_of_k_that_cannot_be_is_refused(settings, k_start, words):
+    with pytest.raises(InputError, match=words):
+        learner(SAEConfig(d_model=16, heads=16, m=2, n=4, k=4, **settings), k_start=k_start)
 
 
 @pytest.mark.parametrize("decoder_norm", ["unit", "free"])

@@ -94,6 +94,18 @@ def test_fused_and_torch_steps_give_the_same_run(config, decoder_norm):
     assert_same(*runs)
 
 
+@pytest.mark.parametrize("name", ["kron", "batchtopk", "jumprelu"])
+def test_steps_are_the_same_while_k_changes(name):
+    config = {"kron": KRON, "batchtopk": BATCHES["kron"], "jumprelu": JUMPS["kron"]}[name]
+    settings = {"k_start": 7, "k_fraction": 0.25, "warmup_fraction": 0.1}
+    runs = [learner(config, fused_step, **settings) for fused_step in ("on", "off")]
+    for x in batches(4):
+        ours, theirs = (run.step(x) for run in runs)
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-6)
+    assert [run.sae.selection.k for run in runs] == [3, 3]
+    assert_same(*runs)
+
+
 def same_with_few_and_many(
     config: SAEConfig, monkeypatch, **settings: Any
 ) -> tuple[Learner, Learner, dict[str, float]]:

@@ -151,15 +151,14 @@ class Conversion(EqualTokens):
 
     def run(self, shared: Shared, cell: dict[str, Any]) -> dict[str, Any]:
         activations, dense = shared.activations, shared.dense(cell["seed"])
-        start: SAEConfig | SAE = self.sae(cell)
-        before = {}
+        kron, start, before = self.sae(cell), None, {}
         if cell["start"] != SCRATCH:
-            start = self.random(activations, start, cell["seed"])
             assert dense.sae is not None  # one process trains it
+            start = self.random(activations, kron, cell["seed"])
             start = converted(dense.sae, start, cell["start"] == CONVERTED)
             heldout = evaluate(start, Heldout(activations.heldout))
             before = {"before": heldout["explained_variance"]}
-        figures = quality(self.train(start, activations, cell))
+        figures = quality(self.train(start or kron, activations, cell))
         return {**figures, **before, "dense": dense.metrics["explained_variance"]}
 
     def random(self, activations: Activations, config: SAEConfig, seed: int) -> SAE:

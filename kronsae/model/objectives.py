@@ -124,8 +124,8 @@ class MultiTopK(Objective):
 
     @classmethod
     def reconstruct(cls, sae, x, target, tokens, config, progress):
-        wide = sae.selection(sae, x, MULTI_TOPK * sae.config.k)
-        codes = sae.selection.cut(sae, wide, sae.config.k)
+        wide = sae.selection(sae, x, MULTI_TOPK * sae.selection.k)
+        codes = sae.selection.cut(sae, wide, sae.selection.k)
         x_hat = sae.with_skip(sae.sum_of_rows(sae.own(codes)), x)
         mse = part_of_mean(x_hat - target, tokens)
         error = part_of_mean(sae.decode(wide, x) - target, tokens)

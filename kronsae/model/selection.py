@@ -72,6 +72,8 @@ class Selection(Kind, nn.Module):
     def __init__(self, config: SAEConfig) -> None:
         super().__init__()
         self.config = config
+        self.k = config.k
+        """k in training, which a schedule changes (`TrainConfig.k_start`)."""
 
     @classmethod
     def widest(cls, config: SAEConfig) -> int:
@@ -99,7 +101,7 @@ class Selection(Kind, nn.Module):
         x is this process's part of a batch of `sae.mesh.data.count(b, x.device)` tokens.
         progress: share of the training that is done, from 0 to 1.
         """
-        return self(sae, x, self.config.k), {}
+        return self(sae, x, self.k), {}
 
     def prepare(self, sae: Encoder, x: Tensor) -> None:
         """Adapt to a batch x [B, d], before each step of the warm-up."""
@@ -286,7 +288,7 @@ class JumpReLU(Selection):
     @torch.no_grad()
     def prepare(self, sae: Encoder, x: Tensor) -> None:
         batch = BatchTopK(sae.config)
-        smallest = _smallest(sae, batch(sae, x, sae.config.k))
+        smallest = _smallest(sae, batch(sae, x, self.k))
         if smallest.isfinite():
             self.log_threshold.fill_(smallest.log() - BELOW)
 
@@ -294,7 +296,7 @@ class JumpReLU(Selection):
         self, sae: Encoder, x: Tensor, config: TrainConfig, progress: float
     ) -> tuple[SparseCodes, dict[str, Penalty]]:
         codes, l0 = self.codes_and_l0(sae, x)
-        loss = sae.mesh.data.as_part((l0 / self.config.k - 1).square())
+        loss = sae.mesh.data.as_part((l0 / self.k - 1).square())
         return codes, {"l0_loss": Penalty(loss, config.l0_coefficient)}
 
     @torch.no_grad()

@@ -35,7 +35,7 @@ from kronsae.system.devices import (
     resolve_device,
     with_index,
 )
-from kronsae.training.learner import UNCONFIRMED, check_step
+from kronsae.training.learner import UNCONFIRMED, check_step, with_largest_k
 from kronsae_kernels import backends
 from kronsae_kernels.step import why_not_graphed
 from kronsae_kernels.torch_impl import chunk_tokens
@@ -286,6 +286,7 @@ def _code_bytes(
     sae: SAEConfig, train: TrainConfig, device: torch.device, ranks: tuple[int, int], fused: bool
 ) -> int:
     """Bytes of a step's latents, reconstructions and their gradients on a rank."""
+    sae = with_largest_k(sae, train)
     selection, objective = SELECTIONS[sae.selection], OBJECTIVES[sae.objective]
     dtype = compute_dtype(train.dtype, device)
     batch = math.ceil(train.batch_size / ranks[0])

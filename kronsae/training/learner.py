@@ -1,5 +1,6 @@
 """`Learner`: one SAE and all that an optimizer step changes (weights, moments, counters)."""
 
+import dataclasses
 import functools
 import math
 from collections.abc import Iterable
@@ -67,6 +68,21 @@ def learning_rate(tokens: int, config: TrainConfig, dict_size: int, batch: int) 
     return config.lr_final + (peak - config.lr_final) * cosine
 
 
+def k_of_step(tokens: int, config: TrainConfig, k: int, batch: int) -> int:
+    """k of the step after `tokens` tokens: linear from k_start to k. batch: as for the rate."""
+    steps = round(config.k_fraction * math.ceil(config.tokens / batch))
+    left = 1 - tokens / (batch * steps) if steps else 0.0
+    return k + round(max(0.0, left) * (config.k_start - k)) if config.k_start else k
+
+
+def with_largest_k(sae: SAEConfig, config: TrainConfig) -> SAEConfig:
+    """The SAE with the largest k of its training. Raises InputError if it cannot have that many."""
+    try:
+        return dataclasses.replace(sae, k=max(sae.k, config.k_start)) if config.k_start else sae
+    except InputError as error:
+        raise InputError(f"k_start {config.k_start}: {error}") from error
+
+
 def warmup_steps(config: TrainConfig, batch: int) -> int:
     """Number of steps of `batch` tokens in which the learning rate grows."""
     return round(config.warmup_fraction * math.ceil(config.tokens / batch))
@@ -110,6 +126,7 @@ def check_step(
 ) -> str | None:
     """`why_not_fused`. Raises InputError for settings that need the fused step if it cannot be
     used."""
+    with_largest_k(sae, config)
     reason = why_not_fused(sae, config, device, ranks)
     if reason is None:
         return None
@@ -153,6 +170,8 @@ class _StepKind(NamedTuple):
     """Number of tokens on which the loss of dead latents is measured."""
     prepares: bool
     """True if the batch sets a JumpReLU's thresholds first (`JumpReLU.prepare`)."""
+    k: int
+    """Active latents per token. While they change, no step becomes a graph."""
 
 
 class Learner:
@@ -201,7 +220,8 @@ class Learner:
         self._unreported: Skipped | None = None  # by the fused step
         self._width = 0  # candidates of a token; 0 if it always has k
         if self.fused is not None and not self.sae.selection.exact:
-            self._width = min(CANDIDATES_PER_K * sae_config.k, sae_config.dict_size)
+            most = with_largest_k(sae_config, config).k
+            self._width = min(CANDIDATES_PER_K * most, sae_config.dict_size)
         # Arguments of the last steps, which the device may not have made.
         self._unconfirmed: list[tuple[Tensor, float, Tensor | None, _StepKind]] = []
         # No latent is dead before so many tokens: until then the fused step looks for none.
@@ -291,6 +311,7 @@ class Learner:
         sae, config = self.sae, self.config
         lr = learning_rate(self.tokens, config, sae.dict_size, self.batch or x.shape[0])
         self.batch = self.batch or x.shape[0]
+        sae.selection.k = k_of_step(self.tokens, config, sae.config.k, self.batch)
         if self.fused is not None:
             return self._fused_step(x, target, lr, log)
         part = self.mesh.part
@@ -485,7 +506,8 @@ class Learner:
         if self.tokens >= self.quiet_until:
             auxk = auxk_tokens(self.sae.config, self.config, x.shape[0])
         dead = self._count_dead() if log else None
-        kind = _StepKind(auxk, self._fused.thresholds is not None and self._warming_up)
+        prepares = self._fused.thresholds is not None and self._warming_up
+        kind = _StepKind(auxk, prepares, self.sae.selection.k)
         result = self._run(x, target, lr, kind)
         self.step_count += 1
         self.tokens += x.shape[0]
@@ -521,7 +543,8 @@ class Learner:
         """A fused step, as a CUDA graph if possible."""
         once = functools.partial(self._once, kind=kind, width=self._width)
         reason = fused.why_not_graphed(self.device, self.mesh.heads.size)
-        if self.config.cuda_graph == "off" or reason is not None:
+        changing = kind.k != self.sae.config.k
+        if self.config.cuda_graph == "off" or reason is not None or changing:
             return once(x, lr, target)
         graph = self._graphs.get(kind)
         if graph is None and len(self._graphs) < MAX_GRAPHS:
@@ -557,8 +580,8 @@ class Learner:
         sae, config, step = self.sae.config, self.config, self._fused
         bounds = sae.prefixes if OBJECTIVES[sae.objective].nested else None
         if kind.prepares:
-            step.set_thresholds(x, width=width)
-        out = step.accumulate(x, target=target, bounds=bounds, width=width or None)
+            step.set_thresholds(x, k=kind.k, width=width)
+        out = step.accumulate(x, target=target, k=kind.k, bounds=bounds, width=width or None)
         aux = self._zero
         if kind.auxk_tokens:
             residual = -out.residual[: kind.auxk_tokens].float()
