@@ -203,11 +203,21 @@ def test_command_line(runs, tmp_path):
         assert main(["--resume", str(out)]) == 0
         for checkpoint in (out / "checkpoints").iterdir():
             checkpoint.rename(tmp_path / checkpoint.name)
-        with pytest.raises(InputError, match="lens: no such folder"):
-            parse(["--resume", str(out)])
+        for how in (["--resume", str(out)], ["--config", str(out / "config.json")]):
+            with pytest.raises(InputError, match="lens: no such folder"):
+                parse(how)
     finally:
         (runs / "away").rename(lens)
-    assert note_of(parse(["--resume", str(out)]).starts["sae"]) == note_of(kronsae.load(lens))
+    again = parse(["--config", str(out / "config.json")])
+    for request in (again, parse(["--resume", str(out)])):
+        [sae] = request.starts.values()
+        assert note_of(sae) == note_of(kronsae.load(lens))
+        assert request.notes["sae"]["finetune"] == note
+    document = json.loads((out / "config.json").read_text())
+    document["finetune"]["sha256"] = "0" * 64
+    (tmp_path / "other.json").write_text(json.dumps(document))
+    with pytest.raises(InputError, match="its weights have changed"):
+        parse(["--config", str(tmp_path / "other.json")])
 
 
 def test_a_suite_starts_each_member_at_its_layer(runs, tmp_path):

@@ -44,7 +44,7 @@ from kronsae.runs.sweep import (
 from kronsae.sources import source_of
 from kronsae.system import parallel
 from kronsae.system.checkpoint import list_checkpoints
-from kronsae.system.documents import read_json
+from kronsae.system.documents import part_of, read_json
 from kronsae.system.files import usable_path
 from kronsae.system.parallel import Mesh
 from kronsae.training.hookpoints import NAMES, expand
@@ -274,11 +274,7 @@ def parse(argv: list[str] | None = None) -> Request:
     points = expand(places, file | flags)
     if len(points) == 1:
         flags |= points.pop()
-    starts = None
-    if run["finetune"] is not None:
-        starts = Starts(run["finetune"], bool(run["allow_pickle"]))
-    elif run["allow_pickle"]:
-        raise InputError("--allow-pickle has no effect without --finetune: leave it out")
+    starts = _starts(run)
     sweep = bool(run["sweep"] or lists or points)
     if sweep:
         flags = {name: value for name, value in flags.items() if name not in lists}
@@ -294,6 +290,21 @@ def parse(argv: list[str] | None = None) -> Request:
         references = {n: _reference(run["iso_flops_of"], c.sae) for n, c in members.items()}
     request = Request(members, sweep, run["out"], None, *common, references)
     return request if starts is None else request.starting_from(starts)
+
+
+def _starts(run: dict[str, Any]) -> Starts | None:
+    """What --finetune names, or the --config of a run that was fine-tuned; None for neither."""
+    source, note = run["finetune"], {}
+    if run["config"] and source is None:
+        note = part_of(_read_json(run["config"], "--config"), "finetune")
+        source = note.get("source")
+        if note and source is None:
+            raise InputError(f"--config {run['config']} started from an SAE: give it by --finetune")
+    if source is not None:
+        return Starts(str(source), bool(run["allow_pickle"]), note.get("sha256"))
+    if run["allow_pickle"]:
+        raise InputError("--allow-pickle has no effect without --finetune: leave it out")
+    return None
 
 
 def _members(
@@ -499,8 +510,8 @@ def _resumed(
         if note := document.get("finetune"):
             notes[name] = {"finetune": note}
             if not list_checkpoints(folder.checkpoints):
-                start = Starts(str(note.get("source")), bool(run["allow_pickle"]))
-                starts[name] = start.again(saved["data"], note)
+                start = Starts(note.get("source", ""), bool(run["allow_pickle"]), note["sha256"])
+                starts[name] = start.at(saved["data"])
     is_sweep = isinstance(folder, SweepFolder)
     return Request(members, is_sweep, None, run["resume"], *common, None, notes, starts)
 

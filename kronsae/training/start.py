@@ -23,17 +23,21 @@ UNIT_TOLERANCE = 1e-4
 
 
 class Starts:
-    """The SAE, or suite of SAEs, that --finetune names."""
+    """The SAE, or suite of SAEs, that --finetune names.
 
-    def __init__(self, source: str, allow_pickle: bool = False) -> None:
+    sha256: of the weights, if a run has noted them before.
+    """
+
+    def __init__(self, source: str, allow_pickle: bool = False, sha256: str | None = None) -> None:
         self.source = source
         self.allow_pickle = allow_pickle
+        self.sha256 = sha256
         self._loaded: dict[tuple[int | None, str | None], SAE] = {}
 
     def at(self, settings: Mapping[str, Any]) -> SAE:
         """The SAE for a member with these flat settings: of a suite the one at its hookpoint.
 
-        Raises InputError if there is none.
+        Raises InputError if there is none, or if its weights have changed.
         """
         place = settings.get("layer"), settings.get("hookpoint")
         if place not in self._loaded:
@@ -41,6 +45,10 @@ class Starts:
                 self._loaded[place] = self._load(*place)
             except InputError as error:
                 raise InputError(f"--finetune {self.source}: {error}") from error
+            if self.sha256 not in (None, note_of(self._loaded[place])["sha256"]):
+                raise InputError(
+                    f"--finetune {self.source}: its weights have changed since a run started there"
+                )
         return self._loaded[place]
 
     def _load(self, layer: int | None, hookpoint: str | None) -> SAE:
@@ -71,15 +79,6 @@ class Starts:
     def note(self, sae: SAE) -> dict[str, str]:
         """What config.json says of an SAE of these."""
         return {"source": self.source, **note_of(sae)}
-
-    def again(self, settings: Mapping[str, Any], note: Mapping[str, Any]) -> SAE:
-        """`at`, for a run that goes on. Raises InputError if it is another SAE than in its note."""
-        sae = self.at(settings)
-        if note_of(sae)["sha256"] != note["sha256"]:
-            raise InputError(
-                f"--finetune {self.source}: its weights have changed since this run was started"
-            )
-        return sae
 
 
 def note_of(sae: SAE) -> dict[str, str]:
