@@ -22,6 +22,7 @@ from kronsae.config import base_type
 from kronsae.errors import InputError, Notice, first_line, warn
 from kronsae.registry import SAE_KINDS, load_plugin
 from kronsae.system.devices import seed_everything
+from kronsae.system.documents import parse_json
 from kronsae.system.files import usable_path
 from kronsae.system.threads import limit_threads
 
@@ -443,6 +444,20 @@ def layers(text: str) -> int | range | str:
     raise argparse.ArgumentTypeError(f"expected a layer (3), several (0-11) or all, got {text!r}")
 
 
+def json_object(text: str) -> dict[str, Any]:
+    """A JSON object. Raises ArgumentTypeError for anything else."""
+    try:
+        value = parse_json(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"expected a JSON object ({error}): {text}") from None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"expected a JSON object, such as {{...}}: {text}")
+    return value
+
+
+PARSERS: dict[str, Callable[[str], Any]] = {"layers": layers, "json": json_object}
+"""How the text of a flag is read, by `parse` of its `kronsae.config.setting`."""
+
 ALL = "all"
 """All layers of a language model, or of a cache."""
 
@@ -472,9 +487,9 @@ def add_flag(
     if kind is bool:
         options["action"] = argparse.BooleanOptionalAction
     else:
-        parse = layers if spec.metadata.get("parse") == "layers" else kind
+        parse = PARSERS.get(spec.metadata.get("parse", ""), kind)
         options["type"] = integer if parse is int else parse
-        options["metavar"] = {int: "N", float: "X", str: "NAME"}[kind]
+        options["metavar"] = {int: "N", float: "X", str: "NAME"}.get(kind, "JSON")
         if several or is_tuple:
             options |= {"nargs": "+", "action": "extend"}
     if "choices" in spec.metadata:

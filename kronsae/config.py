@@ -27,6 +27,37 @@ HELDOUT_ORDERS = ("sample", "first")
 DTYPES = ("float32", "bfloat16", "float16")
 DEFAULT_BANDWIDTH = 0.1
 
+LOAD_IN = ("whole", "8bit", "4bit")
+
+MODEL_KWARGS_REFUSED = {
+    **dict.fromkeys(("dtype", "torch_dtype"), "give --model-dtype"),
+    **dict.fromkeys(("load_in_8bit", "load_in_4bit"), "give --load-in"),
+    "device_map": "give --device-map",
+    "revision": "give --revision",
+    **dict.fromkeys(("trust_remote_code", "code_revision"), "give --trust-remote-code"),
+    **dict.fromkeys(
+        ("auto_map", "custom_generate", "use_kernels", "kernel_config", "allow_all_kernels"),
+        "it can run code from the hub",
+    ),
+    **dict.fromkeys(
+        ("use_safetensors", "weights_only", "from_tf", "from_flax", "state_dict"),
+        "weights are read from safetensors or GGUF alone, as unpickling can run code",
+    ),
+    **dict.fromkeys(
+        ("token", "use_auth_token"), "settings are stored in files: log in with `hf auth login`"
+    ),
+    **dict.fromkeys(
+        ("pretrained_model_name_or_path", "subfolder", "gguf_file", "adapter_kwargs", "cache_dir"),
+        "--model names the files (HF_HOME is where downloads are kept)",
+    ),
+    "ignore_mismatched_sizes": "weights of other shapes would be random",
+    **dict.fromkeys(
+        ("config", "output_loading_info", "return_unused_kwargs", "use_cache", "return_dict"),
+        "kronsae sets it",
+    ),
+}
+"""Arguments of from_pretrained that --model-kwargs cannot have, and why."""
+
 LARGEST = 2**53
 """Largest whole number of a setting: every reader of JSON knows it exactly."""
 MOST_LATENTS, MOST_WIDTH = 2**35, 2**24
@@ -62,17 +93,19 @@ def setting(
     least: float = 0,
     most: float = math.inf,
     unless: Unless | None = None,
+    hash: bool | None = None,
     **metadata: Any,
 ) -> Any:
     """A dataclass field that is a setting, with its metadata.
 
     help: of its flag.  choices: the allowed values.  least, most: bounds of a number.
     unless: when it has no effect; giving it then is an error.
+    hash: False for values that cannot be hashed.
     metadata: `group`, the title of a group of flags.
         `free` (DataConfig, TrainConfig): it may change when a run resumes.
         `shared` (TrainConfig, SAEConfig): it is the same for all members of a sweep.
         `own` (DataConfig): members of a sweep may differ in it.
-        `parse`: the values of its flag are of another kind (`commandline.add_flag`).
+        `parse`: how the text of its flag is read (`commandline.PARSERS`).
         `of` (DataConfig): "model", "text" or "reading".
         `before`: its value in files of runs, SAEs and caches that were written before there was
         this setting (`stored`).
@@ -82,7 +115,7 @@ def setting(
     metadata |= {"help": help, "least": least, "most": most, "unless": unless}
     if choices is not None:  # a registry, which is filled later, may be empty
         metadata["choices"] = choices
-    return field(default=default, metadata=metadata)
+    return field(default=default, hash=hash, metadata=metadata)
 
 
 def no_effect(spec: dataclasses.Field[Any], settings: Mapping[str, Any]) -> str | None:
@@ -623,9 +656,38 @@ class DataConfig:
         free=True,
         unless=_unless_downloaded,
     )
+    model_kwargs: dict[str, Any] | None = _of_model(
+        None,
+        "more arguments for transformers' from_pretrained, and values that replace those of the "
+        'model\'s config.json, as a JSON object: \'{"attn_implementation": "eager"}\'',
+        harvested=True,
+        parse="json",
+        hash=False,
+        before=None,
+    )
+    load_in: str = _of_model(
+        LOAD_IN[0],
+        "round the model's matrices to 8 or 4 bits, for a half or a quarter of the memory of "
+        "bfloat16 (pip install bitsandbytes accelerate)",
+        choices=LOAD_IN,
+        harvested=True,
+        before=LOAD_IN[0],
+    )
+    device_map: str | None = _of_model(
+        None,
+        "spread the model over all devices, or leave parts in memory or on the disk: auto, "
+        "balanced, balanced_low_0, sequential, or a device (pip install accelerate)",
+        free=True,
+        unless=_unless_live,
+    )
 
     def __post_init__(self) -> None:
         check_values(self)
+        check_model_kwargs(self.model_kwargs or {})
+        _require(
+            self.device_map is None or self.model_device is None,
+            "device_map and model_device exclude each other: give one",
+        )
         _require(
             self.layer is None or self.hookpoint is None,
             "layer and hookpoint exclude each other: give one",
@@ -662,6 +724,22 @@ class DataConfig:
         if self.activations == self.model:
             return self
         return replace(self, activations=None, activations_order="global", activations_tokens=0)
+
+
+def check_model_kwargs(kwargs: Mapping[str, Any]) -> None:
+    """Raise InputError for arguments of from_pretrained that kronsae sets, or that could run code.
+
+    kwargs: a JSON object; arguments inside of others, such as text_config, are checked, too.
+    """
+    for name, value in kwargs.items():
+        reason = MODEL_KWARGS_REFUSED.get(name)
+        if reason is None and name.startswith("_"):
+            reason = "it is internal to transformers"
+        if reason is None and name.endswith("_implementation") and "/" in str(value):
+            reason = f"{value!r} is code from the hub"
+        _require(reason is None, f"model_kwargs: {name} cannot be given: {reason}")
+        if isinstance(value, Mapping):
+            check_model_kwargs(value)
 
 
 _of_losses = partial(setting, group="dead latents, and losses beside the error")

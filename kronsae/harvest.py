@@ -21,6 +21,7 @@ from kronsae.cache.index import (
     DESCRIBED,
     HARVEST_NAME,
     INDEX_NAME,
+    OF_MACHINE,
     damaged,
     resume_command,
     so_far,
@@ -82,14 +83,14 @@ def make_parser() -> Parser:
             add_flag(group, spec)
     group = parser.add_argument_group("language model and text")
     for spec in dataclasses.fields(DataConfig):
-        if spec.name in (*DESCRIBED, "trust_remote_code"):
+        if spec.name in (*DESCRIBED, *OF_MACHINE):
             add_flag(group, spec)
     return parser
 
 
 _LISTS = {"layers": "layer", "hookpoints": "hookpoint"}
 
-_WITH_RESUME = ("device", "tokens", "trust_remote_code")
+_WITH_RESUME = ("device", "tokens", *OF_MACHINE)
 """Settings that the folder does not store, or that may grow."""
 
 
@@ -114,9 +115,9 @@ def parse(argv: list[str]) -> tuple[HarvestConfig | None, Path, bool]:
             raise InputError("--plan has no effect with --verify: leave it out")
         return None, folder, False
     if action == "resume":
-        trusted = flags.pop("trust_remote_code", False)
+        own = {name: flags.pop(name) for name in OF_MACHINE if name in flags}
         config = stored_config(folder)
-        data = dataclasses.replace(config.data, trust_remote_code=trusted)
+        data = dataclasses.replace(config.data, **own)
         return dataclasses.replace(config, data=data, **flags), folder, plan
     own = {name: flags.pop(name) for name in list(flags) if name in _OWN}
     data = DataConfig(**{**_of_earlier_version(folder), **flags})

@@ -185,12 +185,10 @@ class Live(Source):
     @classmethod
     def describe(cls, source: LanguageModelActivations, data: DataConfig) -> str:
         model = source.language_model
-        parameters = sum(p.numel() for p in model.model.parameters())
         reads = _reads(model.hookpoint, model.target_hookpoint)
         return (
-            f"{data.model}, {parameters / 1e6:,.1f} M parameters in {_dtype(model, data)}; reads "
-            f"out {reads} "
-            f"(d = {source.d_model:,})"
+            f"{data.model}, {model.parameters / 1e6:,.1f} M parameters in {_dtype(model, data)}; "
+            f"reads out {reads} (d = {source.d_model:,})"
         )
 
 

@@ -33,6 +33,7 @@ from kronsae.cache.index import (
     DESCRIBED,
     HARVEST_NAME,
     INDEX_NAME,
+    OF_MACHINE,
     PROGRESS,
     SECTIONS,
     STORED,
@@ -117,7 +118,7 @@ class HarvestConfig:
         check_values(self)
         for name, default in dataclasses.asdict(DataConfig()).items():
             value = getattr(self.data, name)
-            if name not in (*DESCRIBED, "trust_remote_code") and value != default:
+            if name not in (*DESCRIBED, *OF_MACHINE) and value != default:
                 raise InputError(f"{name} {value!r} has no effect on a harvest: leave it out")
 
     def to_dict(self) -> dict[str, Any]:
@@ -400,13 +401,13 @@ class _Harvest:
         """The index before there are shards: what bytes depend on, besides the settings."""
         model = self.model.describe()
         names = ("name", "revision", "commit", "weights", "dtype")
-        parameters = sum(p.numel() for p in self.model.model.parameters())
+        known = {name: model[name] for name in names} | self.model.changes
         return CacheIndex(
             hookpoints=self.hookpoints,
             dtype=self.dtype,
             context_length=self.data.context_length,
             data=self.data,
-            model={**{name: model[name] for name in names}, "parameters": parameters},
+            model={**known, "parameters": self.model.parameters},
             tokenizer=tokenizer_digest(self.model.tokenizer),
             text=self.source.text.fingerprint(),
             seed=self.config.seed,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from kronsae.config import DataConfig
+from kronsae.config import LOAD_IN, DataConfig, check_model_kwargs
 from kronsae.data.common import Interrupted, digest
 from kronsae.data.common import reason as error_reason
 from kronsae.data.hookpoints import (
@@ -36,7 +36,9 @@ from kronsae.data.loading import (
     load_config,
     load_model,
     load_tokenizer,
+    main_device,
     quiet,
+    stored_weight,
 )
 from kronsae.data.packing import PADDING, ModelTokens
 from kronsae.embedded import EMBEDDED_MODEL
@@ -75,6 +77,7 @@ class LanguageModel:
     target_hookpoint: the hookpoint that a transcoder predicts; it runs after the first.
     name, revision: the model's origin, for `describe`.
     absent: names of weights that the checkpoint lacks, and that are therefore random.
+    changes: what makes it another model than its files, for `describe`.
 
     d_model, d_target: widths of the two, from a tiny forward pass (d_target 0 without a
         target).
@@ -96,6 +99,7 @@ class LanguageModel:
         name: str = "given",
         revision: str | None = None,
         absent: tuple[str, ...] = (),
+        changes: dict[str, Any] | None = None,
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         # Hooks belong to the model, not to a thread: one forward pass at a time.
@@ -112,7 +116,7 @@ class LanguageModel:
         self.weights = _weights_digest(model)
         for config in (model.config, model.config.get_text_config()):
             config.use_cache = False
-        self.absent = absent
+        self.absent, self.changes = absent, changes or {}
         self.is_encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
         self.no_cross_entropy: str | None = None
         self.hooks: dict[str, Hook] = {}
@@ -172,6 +176,9 @@ class LanguageModel:
         device: torch.device | str = "cpu",
         trust_remote_code: bool = False,
         needs_tokenizer: bool = True,
+        model_kwargs: dict[str, Any] | None = None,
+        load_in: str = LOAD_IN[0],
+        device_map: str | None = None,
     ) -> "Self":
         """Load a model from a folder or the Hugging Face hub, or "embedded", which kronsae ships.
 
@@ -183,6 +190,9 @@ class LanguageModel:
         revision: branch, tag or commit on the hub.
         needs_tokenizer: False also loads a model without one.
         dtype: also by name; "auto" as `kronsae.system.devices.model_dtype` says.
+        model_kwargs: more arguments of from_pretrained, and values that replace its config.json's.
+        load_in: "8bit" or "4bit" rounds its matrices, by bitsandbytes.
+        device_map: as in from_pretrained, such as "auto", in place of the device.
 
         Only safetensors files are read, because unpickling can run code.
         Raises InputError if the model cannot be loaded (no such name, no network, no safetensors,
@@ -190,7 +200,8 @@ class LanguageModel:
         """
         block_or_name = layer_or_hookpoint(name_or_path, layer, hookpoint)
         with quiet():
-            config = load_config(name_or_path, revision, trust_remote_code)
+            check_model_kwargs(model_kwargs or {})
+            config = load_config(name_or_path, revision, trust_remote_code, model_kwargs)
             if isinstance(block_or_name, int):
                 check_layer(name_or_path, config, block_or_name)
             if isinstance(dtype, str):
@@ -198,14 +209,19 @@ class LanguageModel:
             common = {"revision": revision, "trust_remote_code": trust_remote_code}
             find = load_tokenizer if needs_tokenizer else find_tokenizer
             tokenizer = find(name_or_path, common)
-            model, absent = load_model(name_or_path, config, dtype, common)
+            placing = {"kwargs": model_kwargs, "load_in": load_in, "device_map": device_map}
+            model, absent = load_model(name_or_path, config, dtype, common, device, **placing)
+        changes: dict[str, Any] = {"model_kwargs": model_kwargs} if model_kwargs else {}
+        if load_in != LOAD_IN[0]:
+            changes["load_in"] = load_in
         at = partial(
             cls,
-            model.to(device),  # type: ignore[arg-type]  # its wrapper is typed as a function
+            model,
             tokenizer,
             name=name_or_path,
             revision=revision,
             absent=absent,
+            changes=changes,
             target_hookpoint=target_hookpoint,
         )
         if isinstance(block_or_name, str):
@@ -227,6 +243,9 @@ class LanguageModel:
             trust_remote_code=data.trust_remote_code,
             # Another column than that of text may hold token ids.
             needs_tokenizer=data.text_column == DataConfig.text_column,
+            model_kwargs=data.model_kwargs,
+            load_in=data.load_in,
+            device_map=data.device_map,
         )
 
     def hook_at(self, hookpoint: str) -> Hook:
@@ -312,11 +331,19 @@ class LanguageModel:
 
     @property
     def device(self) -> torch.device:
-        return next(self.model.parameters()).device
+        """Where token ids go and activations come from, also if parts are on other devices."""
+        return main_device(self.model)
 
     @property
     def dtype(self) -> torch.dtype:
-        return next(self.model.parameters()).dtype
+        """The dtype in which it computes; rounded matrices are integers."""
+        floating = (p.dtype for p in self.model.parameters() if p.is_floating_point())
+        return next(floating, torch.float32)
+
+    @property
+    def parameters(self) -> int:
+        """Number of its parameters, also of rounded ones."""
+        return self.model.num_parameters()
 
     @property
     def max_context(self) -> int | None:
@@ -350,6 +377,7 @@ class LanguageModel:
             "d_model": self.d_model,
             **{name: value for name, value in known.items() if value is not None},
             "dtype": str(self.dtype).removeprefix("torch."),
+            **self.changes,
         }
 
     @torch.no_grad()
@@ -487,7 +515,7 @@ class LanguageModel:
     @torch.no_grad()
     def _logits_of(self, body: nn.Module, states: "LastStates") -> "Iterator[tuple[Rows, Tensor]]":
         """`next_token_logits` of the hidden states that `body` gives."""
-        hidden = first_tensor(states.output)[:, :-1].flatten(0, 1)
+        hidden = first_tensor(states.output)[:, :-1].flatten(0, 1).to(states.ids.device)
         ids = states.ids[:, 1:].flatten()
         size = max(1, LOGITS_AT_ONCE // self.model.config.get_text_config().vocab_size)
         for rows in _next_tokens(states.ids, size):
@@ -542,7 +570,7 @@ class LanguageModel:
         own, hidden = hidden, by_position(hidden, input_ids.shape)
         self.flattened |= hidden is not own
         if isinstance(hidden, Tensor) and hidden.ndim == 3 and hidden.shape[:2] == input_ids.shape:
-            return hidden
+            return hidden.to(self.device)
         got = list(hidden.shape) if isinstance(hidden, Tensor) else type(hidden).__name__
         raise InputError(
             f"hookpoint {hookpoint!r} of {self.name}: expected an "
@@ -693,7 +721,8 @@ def layer_or_hookpoint(name: str, layer: int | None, hookpoint: str | None) -> i
 def layers_of(data: DataConfig) -> range:
     """The layers of the model that `data` names, from its configuration. Raises InputError."""
     with quiet():
-        return range(num_layers(load_config(data.model, data.revision, data.trust_remote_code)))
+        config = load_config(data.model, data.revision, data.trust_remote_code, data.model_kwargs)
+        return range(num_layers(config))
 
 
 Loaded = TypeVar("Loaded", bound=LanguageModel)
@@ -720,10 +749,13 @@ def _at_block(
 
 
 def _weights_digest(model: nn.Module) -> str:
-    """Hash of the first few elements of each weight."""
-    return digest(
-        *(
-            (name, *p.shape, *p.detach().reshape(-1)[:4].float().tolist())
-            for name, p in model.named_parameters()
-        )
-    )
+    """Hash of the first few elements of each weight, wherever it is kept."""
+
+    def begin(name: str) -> tuple[Any, ...]:
+        with stored_weight(model, name) as weight:
+            return (name, *weight.shape, *weight.detach().reshape(-1)[:4].float().tolist())
+
+    # Where weights are left on the disk, those that are the same are no longer the same tensor.
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    names = [name for name, _ in model.named_parameters() if name not in tied]
+    return digest(*map(begin, names))

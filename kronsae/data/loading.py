@@ -1,13 +1,16 @@
 """Configuration, tokenizer and weights of a transformers model by its name."""
 
+import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import nn
 
+from kronsae.config import LOAD_IN, DataConfig
 from kronsae.data.common import reason
 from kronsae.embedded import EMBEDDED_MODEL, embedded_model_path
 from kronsae.errors import InputError, Notice, require
@@ -87,13 +90,23 @@ def _source(name: str) -> Source:
     return Source(str(path))
 
 
-def load_config(name: str, revision: str | None, trust_remote_code: bool) -> Any:
+def load_config(
+    name: str,
+    revision: str | None,
+    trust_remote_code: bool,
+    kwargs: Mapping[str, Any] | None = None,
+) -> Any:
+    """A model's configuration. kwargs: values that replace those of its file, and others."""
     from transformers import AutoConfig
 
     source = _source(name)
     try:
         return AutoConfig.from_pretrained(
-            source.name, revision=revision, trust_remote_code=trust_remote_code, **source.gguf
+            source.name,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            **source.gguf,
+            **(kwargs or {}),
         )
     except Exception as error:  # transformers and the hub raise dozens of kinds
         raise InputError(_not_found(name, revision, error)) from error
@@ -103,13 +116,18 @@ class NoSkeleton(InputError):
     """Raised if a model cannot be created without weights; it may still load and run."""
 
 
-def load_skeleton(name: str, revision: str | None, trust_remote_code: bool) -> tuple[Any, Any]:
+def load_skeleton(
+    name: str,
+    revision: str | None,
+    trust_remote_code: bool,
+    kwargs: Mapping[str, Any] | None = None,
+) -> tuple[Any, Any]:
     """A model's configuration, and the model on the meta device, without weights.
 
     Raises InputError if its config.json cannot be loaded, NoSkeleton if it needs its weights.
     """
     with quiet():
-        config = load_config(name, revision, trust_remote_code)
+        config = load_config(name, revision, trust_remote_code, kwargs)
         try:
             with torch.device("meta"):
                 model = loader_of(config).from_config(config, trust_remote_code=trust_remote_code)
@@ -120,9 +138,9 @@ def load_skeleton(name: str, revision: str | None, trust_remote_code: bool) -> t
     return config, model
 
 
-def module_names(name: str, revision: str | None, trust_remote_code: bool) -> list[str]:
+def module_names(data: DataConfig) -> list[str]:
     """Names of a model's modules, in its order. Raises InputError as `load_skeleton` does."""
-    _, model = load_skeleton(name, revision, trust_remote_code)
+    _, model = load_skeleton(data.model, data.revision, data.trust_remote_code, data.model_kwargs)
     return [name for name, _ in model.named_modules() if name]
 
 
@@ -172,14 +190,33 @@ def find_tokenizer(name: str, common: dict[str, Any]) -> Any | None:
 
 
 def load_model(
-    name: str, config: Any, dtype: torch.dtype, common: dict[str, Any]
+    name: str,
+    config: Any,
+    dtype: torch.dtype,
+    common: dict[str, Any],
+    device: torch.device | str = "cpu",
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    load_in: str = LOAD_IN[0],
+    device_map: str | None = None,
 ) -> tuple["PreTrainedModel", tuple[str, ...]]:
-    """The model, and the names of weights that its files lack."""
+    """The model on a device, and the names of weights that its files lack.
+
+    config: by `load_config` with the same kwargs.
+    device_map: where accelerate puts its parts, in place of `device`.
+    Raises InputError for weights that cannot be loaded, and without a package that is needed.
+    """
     import transformers
 
     recent = tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= (4, 56)
     source, loader = _source(name), loader_of(config)
     own: dict[str, Any] = dict(source.gguf) or {"use_safetensors": True}
+    own |= _of_loading(config, kwargs or {}) | _rounding(load_in, dtype)
+    # A model that was rounded is put on its device while it is loaded, and stays there.
+    rounded = "quantization_config" in own or getattr(config, "quantization_config", None)
+    if device_map is not None or rounded:
+        require("accelerate", "--device-map" if device_map else "a model in 8 or 4 bits")
+        own["device_map"] = device_map or {"": str(torch.device(device))}
     try:
         model, info = loader.from_pretrained(
             source.name,
@@ -194,6 +231,8 @@ def load_model(
 
             adapted: Any = PeftModel.from_pretrained(model, source.adapter)
             model = adapted.merge_and_unload()
+        if "device_map" not in own:
+            model.to(device)
     except Exception as error:  # of dozens of kinds
         if "safetensors" in str(error):
             raise InputError(
@@ -205,6 +244,60 @@ def load_model(
             f"model {name!r}: its weights cannot be loaded ({reason(error)})"
         ) from error
     return model, tuple(sorted(info["missing_keys"] - _computed(model)))
+
+
+def _of_loading(config: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments that are none of the values in the model's configuration."""
+    own = {name: value for name, value in kwargs.items() if not hasattr(config, name)}
+    memory = own.get("max_memory")
+    if isinstance(memory, Mapping):  # JSON has no numbers as keys
+        own["max_memory"] = {int(k) if k.isdecimal() else k: v for k, v in memory.items()}
+    return own
+
+
+def _rounding(load_in: str, dtype: torch.dtype) -> dict[str, Any]:
+    """The argument that makes transformers round matrices. Raises InputError without bitsandbytes.
+
+    dtype: of products with them.
+    """
+    if load_in == LOAD_IN[0]:
+        return {}
+    require("bitsandbytes", f"--load-in {load_in}")
+    from transformers import BitsAndBytesConfig
+
+    # It warns at each product that it is rounded to float16.
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    nf4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": dtype}
+    bits = {"load_in_8bit": True} if load_in == "8bit" else {"load_in_4bit": True, **nf4}
+    return {"quantization_config": BitsAndBytesConfig(**bits)}
+
+
+def main_device(model: "PreTrainedModel") -> torch.device:
+    """The device of a model's weights, or, if they are on several, the first that computes.
+
+    Parts that are left in memory or on the disk are brought there when they run.
+    """
+    places = list(getattr(model, "hf_device_map", {}).values())
+    first = next(model.parameters()).device
+    if len(set(places)) < 2 and first.type != "meta":
+        return first
+    place = next((place for place in places if place not in ("cpu", "disk")), "cpu")
+    return torch.device("cuda", place) if isinstance(place, int) else torch.device(place)
+
+
+@contextmanager
+def stored_weight(model: nn.Module, name: str) -> Iterator[torch.Tensor]:
+    """While open, the weight of that name, also if it is kept in memory or on the disk."""
+    owner, _, own_name = name.rpartition(".")
+    weight = model.get_parameter(name)
+    if not weight.is_meta:
+        yield weight
+        return
+    from accelerate.utils import align_module_device
+
+    module = model.get_submodule(owner)
+    with align_module_device(module, torch.device("cpu")):
+        yield module.get_parameter(own_name)
 
 
 def _computed(model: "PreTrainedModel") -> set[str]:

@@ -3,7 +3,7 @@
 import threading
 from concurrent.futures import CancelledError
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,12 +38,12 @@ class LocalChat:
         with quiet():
             config = load_config(name, **common)
             self.tokenizer = load_tokenizer(name, common)
-            model, absent = load_model(name, config, dtype, common)
+            model, absent = load_model(name, config, dtype, common, device)
         if absent or not hasattr(model, "generate"):
             raise InputError(
                 f"model {name!r} cannot generate text: it has no trained head for that"
             )
-        self.model: Any = cast(Any, model).to(device).eval()
+        self.model: Any = model.eval()
         self._abandoned = threading.Event()
 
     @torch.no_grad()

@@ -13,7 +13,7 @@ from kronsae.data.many_hookpoints import default_layers
 from kronsae.data.text import check_text
 from kronsae.errors import InputError
 from kronsae.plan.amount import available_tokens
-from kronsae.plan.memory import MIB, in_mib, shortage
+from kronsae.plan.memory import MIB, in_mib, shortage, weight_bytes
 from kronsae.plan.outline import NoOutline, Outline, outline
 from kronsae.plan.text import memory_line, wrapped
 from kronsae.plan.time import duration, model_seconds
@@ -71,7 +71,7 @@ def make_plan(config: HarvestConfig, out: Path) -> dict[str, Any]:
     rows = harvested and harvested + contexts * (length - 1)
     tokens = data.contexts_per_batch * length
     memory = {
-        "language model": model.parameters * size,
+        "language model": model.parameters * weight_bytes(data, size),
         # The hookpoints' outputs, copied and joined, as float32, and a block's activations.
         "a forward pass": tokens * (12 * model.hidden_size * size + (4 + 2 * size) * width),
         "a shard": (config.shard_tokens + tokens) * (width * stored + scales),

@@ -346,7 +346,7 @@ def _reader(
     judged = CONTEXTS_AT_ONCE * model.context_length
     row_of_one = 4 * (config.sae.d_model + config.sae.d_target)
     return _Reader(
-        weights=model.parameters * size,
+        weights=model.parameters * weight_bytes(config.data, size),
         # What other hookpoints give waits, until it is copied to float32.
         forward=14 * width
         + row * (tokens - own)
@@ -354,6 +354,16 @@ def _reader(
         widest=4 * width,
         losses=logit * min(LOGITS_AT_ONCE, judged * model.vocabulary),
     )
+
+
+def weight_bytes(data: DataConfig, size: int) -> float:
+    """Bytes of a weight of the language model, which computes with numbers of `size` bytes.
+
+    A --device-map puts no more weights on a device than fit there: they do not count.
+    """
+    if data.device_map is not None:
+        return 0
+    return {"8bit": 1, "4bit": 0.5}.get(data.load_in, size)
 
 
 def _model_device(data: DataConfig, device: torch.device) -> torch.device:

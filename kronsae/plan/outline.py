@@ -106,7 +106,9 @@ def _skeleton(config: DataConfig) -> tuple[int | str, Any, nn.Module]:
     """The layer or hookpoint to read, the model's configuration, the model on the meta device."""
     read = layer_or_hookpoint(config.model, config.layer, config.hookpoint)
     try:
-        settings, model = load_skeleton(config.model, config.revision, config.trust_remote_code)
+        settings, model = load_skeleton(
+            config.model, config.revision, config.trust_remote_code, config.model_kwargs
+        )
     except NoSkeleton as error:
         raise NoOutline(str(error)) from error
     if isinstance(read, int):

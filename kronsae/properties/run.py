@@ -132,7 +132,7 @@ def _vocabulary(data: DataConfig) -> int:
     """Tokens that there are."""
     trusted = data.trust_remote_code
     with quiet():
-        config = load_config(data.model, data.revision, trusted)
+        config = load_config(data.model, data.revision, trusted, data.model_kwargs)
     tokenizer = find_tokenizer(
         data.model, {"revision": data.revision, "trust_remote_code": trusted}
     )

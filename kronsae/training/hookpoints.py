@@ -28,7 +28,7 @@ def expand(flags: dict[str, Any], settings: dict[str, Any]) -> list[dict[str, An
     given = {name: flags[name] for name in NAMES if flags.get(name)}
     if not given:
         return []
-    names = {"model", "revision", "activations", "trust_remote_code"}
+    names = {"model", "revision", "activations", "trust_remote_code", "model_kwargs"}
     data = DataConfig(**{name: settings[name] for name in names & settings.keys()})
     values = {
         name: numbers(of, data) if name == "layer" else matches(of, data)
@@ -108,4 +108,4 @@ def _known(data: DataConfig) -> list[str]:
     """The hookpoints of a cache, or the modules of a language model."""
     if data.activations is not None and source_of(data.activations) is Cache:
         return [point.name for point in CacheIndex.open(data.activations).hookpoints]
-    return module_names(data.model, data.revision, data.trust_remote_code)
+    return module_names(data)
