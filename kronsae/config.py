@@ -537,7 +537,8 @@ class DataConfig:
         None,
         "train from this cache (a folder that kronsae harvest wrote, or its URL) instead of a "
         "language model and text; if it has several hookpoints, choose one by --layer or "
-        "--hookpoint; NAME:REST is a source that a plugin registers",
+        "--hookpoint. socket:HOST:PORT and stdin: are activations that another program sends; "
+        "NAME:REST is a source that a plugin registers",
         free=True,
     )
     activations_order: str = setting(

@@ -12,7 +12,7 @@ import os
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -27,11 +27,12 @@ from kronsae.data.activations import (
     resolve_context_length,
 )
 from kronsae.data.common import check_batch_size
+from kronsae.data.frames import FrameActivations, connect, standard_input
 from kronsae.data.many_hookpoints import ManyHookpoints
 from kronsae.data.text import check_text, open_text
 from kronsae.errors import InputError
 from kronsae.registry import SOURCES
-from kronsae.system.parallel import ALONE, Mesh
+from kronsae.system.parallel import ALONE, Mesh, ranks
 
 Receivers = Mapping[str, Collection[int]] | None
 """For each hookpoint the ranks that train on it; None: all do."""
@@ -249,6 +250,45 @@ class Cache(Source):
             f"{data.model}, not loaded: {source.index.train_rows:,} tokens of {reads} "
             f"(d = {source.d_model:,}) are in {data.activations}{so_far(source.index)}"
         )
+
+
+class Frames(Source):
+    """Activations that another process sends; see `kronsae.data.frames`."""
+
+    @classmethod
+    @abstractmethod
+    def stream(cls, rest: str) -> BinaryIO:
+        """The stream that REST names, in `--activations NAME:REST`."""
+
+    @classmethod
+    def open(
+        cls, data: DataConfig, *, batch_size: int, seed: int, device: torch.device
+    ) -> FrameActivations:
+        if ranks() > 1:
+            raise InputError(
+                f"activations {data.activations!r} reach one process: train in one, or harvest a "
+                "cache for several"
+            )
+        stream = cls.stream((data.activations or "").partition(":")[2])
+        return FrameActivations(stream, data, batch_size, seed, device)
+
+
+@SOURCES.register("socket")
+class Socket(Frames):
+    """`socket:HOST:PORT`, where a sender listens; without HOST, on this computer."""
+
+    stream = staticmethod(connect)
+
+
+@SOURCES.register("stdin")
+class StandardInput(Frames):
+    """`stdin:`, what is piped into this process."""
+
+    @classmethod
+    def stream(cls, rest: str) -> BinaryIO:
+        if rest:
+            raise InputError(f"activations 'stdin:{rest}': expected 'stdin:'")
+        return standard_input()
 
 
 def _reads(hookpoint: str, target_hookpoint: str | None) -> str:
