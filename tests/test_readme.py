@@ -102,9 +102,15 @@ def test_other_commands_parse():
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("kronsae train")])
-def test_commands_parse(command):
+def test_commands_parse(command, tmp_path, monkeypatch):
     words = command.replace("\\\n", " ").split()
+    monkeypatch.chdir(tmp_path)
+    if "--finetune" in words:
+        SAE(SAEConfig(d_model=256, heads=32, m=2, n=2, k=8)).save(words[3])
     request = parse(words[2:])
+    if "--finetune" in words:
+        assert request.config.sae.heads == 32 and request.config.train.lr == 1e-4
+        return
     if len(request.data) > 1:  # "two SAEs at each of twelve layers"
         assert len(request.members) == 24 and len(request.data) == 12
         return
