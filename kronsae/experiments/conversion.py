@@ -109,11 +109,7 @@ class Shared(NamedTuple):
 class Conversion(EqualTokens):
     figure = "no figure"
     statement = "Whether a Kron SAE learns faster from the weights of a dense one."
-    smallest = EqualTokens.smallest | {
-        "dense_tokens": 2048,
-        "variants": ("m2n4",),
-        "tokens": (1024, 2048),
-    }
+    smallest = EqualTokens.smallest | {"dense_tokens": 2048, "tokens": (1024, 2048)}
     paper = EqualTokens.paper | {
         "dense_tokens": 125_000_000,
         "dense_lr": 8e-4,
@@ -123,7 +119,7 @@ class Conversion(EqualTokens):
     column = "start"
     headings = {"variant": "Kron SAE", "tokens": "tokens"}
 
-    variants: tuple[str, ...] = axis(("m2n4", "m4n4"), "Kron SAEs, by the shape of their heads")
+    variants: tuple[str, ...] = axis(("m2n4",), "Kron SAEs, by the shape of their heads")
     tokens: tuple[int, ...] = axis((50_000, 200_000), "tokens of a Kron SAE")  # type: ignore[assignment]
     dict_size: int = axis(2048, "dictionary size F")
     dense_tokens: int = setting(400_000, "tokens of the dense SAE")
