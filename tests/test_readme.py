@@ -101,16 +101,13 @@ def test_other_commands_parse():
     assert found == parsers.keys()
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("kronsae train")])
-def test_commands_parse(command, tmp_path, monkeypatch):
+TRAINING = [c for c in COMMANDS if c.startswith("kronsae train")]
+
+
+@pytest.mark.parametrize("command", [c for c in TRAINING if "--finetune" not in c])
+def test_commands_parse(command):
     words = command.replace("\\\n", " ").split()
-    monkeypatch.chdir(tmp_path)
-    if "--finetune" in words:
-        SAE(SAEConfig(d_model=256, heads=32, m=2, n=2, k=8)).save(words[3])
     request = parse(words[2:])
-    if "--finetune" in words:
-        assert request.config.sae.heads == 32 and request.config.train.lr == 1e-4
-        return
     if len(request.data) > 1:  # "two SAEs at each of twelve layers"
         assert len(request.members) == 24 and len(request.data) == 12
         return
@@ -118,6 +115,16 @@ def test_commands_parse(command, tmp_path, monkeypatch):
         assert len(request.members) == 12
         return
     assert request.config.train.tokens == 500_000_000
+
+
+def test_commands_that_finetune_parse(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("runs/mine", "lens"):
+        SAE(SAEConfig(d_model=256, encoder="dense", dict_size=2048, k=32)).save(folder)
+    lines = [line for c in TRAINING if "--finetune" in c for line in c.splitlines()]
+    requests = [parse(shlex.split(line)[2:]) for line in lines if line.startswith("kronsae train")]
+    assert [len(request.starts) for request in requests] == [1, 0, 3, 0]
+    assert {request.config.sae.dict_size for request in requests} == {2048}
 
 
 def test_harvest_parses():
