@@ -815,7 +815,10 @@ class TrainConfig:
         None, "seed of the order of the data (default: --seed)", shared=True, most=2**40 - 1
     )
     device: str = _of_device(
-        "auto", "cpu, cuda, cuda:1, ... (auto: cuda if there is one)", shared=True, free=True
+        "auto",
+        "cpu, cuda, cuda:1, ..., or mps (auto: cuda if there is one)",
+        shared=True,
+        free=True,
     )
     dtype: str = _of_device(
         "auto",

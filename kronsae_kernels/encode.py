@@ -272,7 +272,9 @@ def _check_scale(scale: Tensor | None, x: Tensor, size: int, power: int) -> Tens
     if has_values(scale):
         right = bool(((scale >= 0) & scale.isfinite()).all())
         require(right, SCALE_EXPECTED)
-    scale = scale.detach().double()
+    # A device such as mps has no float64.
+    wide = torch.float64 if scale.device.type in ("cpu", "cuda") else torch.float32
+    scale = scale.detach().to(wide)
     scale = scale.where((scale >= 0) & scale.isfinite(), torch.nan)  # what a graph hides
     scale = scale / scale.amax().clamp(min=torch.finfo(scale.dtype).tiny)
     return (scale**power).to(accumulate_dtype(x.dtype))

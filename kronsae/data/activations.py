@@ -341,7 +341,7 @@ class LanguageModelActivations:
         for number in self.own:
             x = outputs[number][mask].float()
             if not is_finite(x):
-                bad = (~torch.isfinite(x)).any(1).double().mean().item()
+                bad = (~torch.isfinite(x)).any(1).float().mean().item()
                 hookpoint = self.language_model.points[number].hookpoint
                 raise InputError(
                     f"{hookpoint} gave NaN or infinity for {bad:.1%} of the tokens of {where}: try "
@@ -599,7 +599,7 @@ def overlaps(config: DataConfig, model_device: torch.device) -> bool:
     """
     if parallel.ranks() > 1:
         return False
-    return config.overlap == "on" or config.overlap == "auto" and model_device.type != "cpu"
+    return config.overlap == "on" or config.overlap == "auto" and model_device.type == "cuda"
 
 
 def open_model(config: DataConfig, device: torch.device | str) -> tuple[LanguageModel, DataConfig]:

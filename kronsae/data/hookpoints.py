@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from kronsae.errors import InputError
+from kronsae.system.devices import as_double
 
 INPUT = ":input"
 """The end of a hookpoint that is a module's input."""
@@ -374,8 +375,8 @@ class _Block:
 
 def _equal(terms: Sequence[Tensor], total: Tensor) -> bool:
     """Whether the terms add up to the total, except for the rounding of its dtype."""
-    error = (sum(term.double() for term in terms) - total.double()).abs()
-    size = sum(tensor.double().abs() for tensor in (*terms, total))
+    error = (sum(map(as_double, terms)) - as_double(total)).abs()
+    size = sum(as_double(tensor).abs() for tensor in (*terms, total))
     return bool((error <= 2 * torch.finfo(total.dtype).eps * size).all())
 
 

@@ -21,6 +21,7 @@ from kronsae.metrics.figures import (
 from kronsae.metrics.heldout import HeldoutText, SAEMetrics
 from kronsae.metrics.splicing import ForwardPasses, Make
 from kronsae.model.sae import SAE
+from kronsae.system.devices import as_double, of_doubles
 
 
 class Judgement(NamedTuple):
@@ -134,7 +135,8 @@ def _compared(losses: dict[str, _Losses], spliced: _Losses) -> dict[str, float]:
 def _mean(text: HeldoutText, on_batch: Callable[[], None]) -> Tensor:
     """Mean [d] float64 of the activations that SAEs reconstruct, over tokens that are replaced."""
     model, count = text.model, 0
-    total = torch.zeros(model.d_target or model.d_model, dtype=torch.float64, device=model.device)
+    device = of_doubles(model.device)
+    total = torch.zeros(model.d_target or model.d_model, dtype=torch.float64, device=device)
     for _, _, x in text.rows():
         if not is_finite(x):
             raise InputError(
@@ -143,7 +145,7 @@ def _mean(text: HeldoutText, on_batch: Callable[[], None]) -> Tensor:
             )
         if text.massive is not None:
             x = x[~text.massive(*split_target(x, model.d_target))]
-        total += x[:, -len(total) :].double().sum(0)
+        total += as_double(x[:, -len(total) :]).sum(0)
         count += len(x)
         on_batch()
     if not count:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from kronsae.errors import InputError
+from kronsae.system.devices import as_double, of_doubles
 
 MEANING = {
     "explained_variance": (
@@ -147,7 +148,7 @@ class ReconstructionMetrics:
         self.nonzero = 0
 
     def update(self, x: Tensor, x_hat: Tensor) -> None:
-        x, x_hat = x.double(), x_hat.double()
+        x, x_hat = as_double(x), as_double(x_hat)
         errors = (x - x_hat).square().sum(-1)
         self.tokens += x.shape[0]
         self.squared_error += errors.sum().item()
@@ -215,7 +216,7 @@ class FiringMetrics:
     @property
     def densities(self) -> Tensor:
         """[F] float64: share of the tokens on which each latent fires."""
-        return self.counts.double() / self.tokens
+        return as_double(self.counts) / self.tokens
 
     def compute(self) -> dict[str, float]:
         """The metrics. Raises InputError without tokens."""
@@ -227,9 +228,9 @@ class FiringMetrics:
             equal = {"dead_share_10k": silent.mean().item()}
         return {
             "l0": int(self.counts.sum()) / self.tokens,
-            "dead_share": (self.counts == 0).double().mean().item(),
+            "dead_share": as_double(self.counts == 0).mean().item(),
             **equal,
-            "dense_share": (self.densities > DENSE).double().mean().item(),
+            "dense_share": as_double(self.densities > DENSE).mean().item(),
             "heldout_tokens": self.tokens,
         }
 
@@ -240,7 +241,7 @@ def probability_of_silence(counts: Tensor, tokens: int, drawn: int) -> Tensor:
     counts: [F] tokens on which each latent fires. C(tokens - count, drawn) / C(tokens, drawn), as
     tokens are drawn without replacement.
     """
-    left = tokens - counts.double()
+    left = tokens - as_double(counts)
 
     def log_choices(n: Tensor) -> Tensor:
         """log n! - log (n - drawn)!"""
@@ -259,7 +260,7 @@ def density_histogram(counts: Tensor, tokens: int, bins_a_decade: int = 4) -> di
     """
     decades = max(1, math.ceil(math.log10(tokens)))
     edges = [-decades + i / bins_a_decade for i in range(decades * bins_a_decade + 1)]
-    alive = counts[counts > 0].double() / tokens
+    alive = as_double(counts[counts > 0]) / tokens
     # Compare densities, not logarithms, so that rounding does not decide at an edge.
     bounds = torch.tensor([10.0**edge for edge in edges], dtype=torch.float64)
     bins = torch.bucketize(alive.cpu(), bounds, right=True) - 1
@@ -279,7 +280,9 @@ def cross_entropy_recovered(clean: float, spliced: float, ablated: float) -> flo
 
 def cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
     """-log p(target) in nats: [n] float64 for logits [n, V] and targets [n]."""
-    return torch.nn.functional.cross_entropy(logits.double(), targets, reduction="none")
+    return torch.nn.functional.cross_entropy(
+        as_double(logits), targets.to(of_doubles(targets.device)), reduction="none"
+    )
 
 
 def kl_divergence(logits: Tensor, other: Tensor) -> Tensor:
@@ -287,7 +290,7 @@ def kl_divergence(logits: Tensor, other: Tensor) -> Tensor:
 
     NaN where either softmax is NaN.
     """
-    logp, logq = logits.double().log_softmax(-1), other.double().log_softmax(-1)
+    logp, logq = (as_double(of).log_softmax(-1) for of in (logits, other))
     p = logp.exp()
     return (p * (logp - logq)).masked_fill(p == 0, 0).sum(-1)  # 0 log 0 = 0: logits may be -inf
 

@@ -26,6 +26,7 @@ from kronsae.metrics.figures import massive_warning as massive_in_figures
 from kronsae.metrics.splicing import ForwardPasses, Make
 from kronsae.model.massive import MassiveTokens, without
 from kronsae.model.sae import SAE
+from kronsae.system.devices import as_double
 from kronsae.system.documents import typed
 from kronsae.system.tensors import as_values
 
@@ -123,7 +124,7 @@ class HeldoutText:
         total = 0.0
         for rows, logits in self.model.next_token_logits(states):
             losses = cross_entropy(logits.float(), targets[rows], reduction="none")
-            total += losses.double().sum().item()
+            total += as_double(losses).sum().item()
         return total
 
 

@@ -12,6 +12,7 @@ from kronsae.model.encoder import Encoder, EncoderKind, widened
 from kronsae.model.objectives import part_of_mean
 from kronsae.model.selection import Penalty
 from kronsae.registry import ENCODERS
+from kronsae.system.devices import as_double
 from kronsae_kernels import SparseCodes, threshold_encode
 
 
@@ -97,4 +98,4 @@ class Gated(EncoderKind):
         return {"gate_loss": Penalty(error, self.config.encoder_settings.gate_coefficient)}
 
     def fold_(self, shift: Tensor, share: float | Tensor) -> None:
-        self.b_mag.copy_((self.b_mag.double() - self.r_mag.double().exp() * shift) * share)
+        self.b_mag.copy_((as_double(self.b_mag) - as_double(self.r_mag).exp() * shift) * share)

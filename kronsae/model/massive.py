@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kronsae.config import TrainConfig
 from kronsae.errors import InputError
+from kronsae.system.devices import as_double
 
 DEFAULT_MULTIPLE = TrainConfig.massive_multiple
 """Tokens farther from the mean than so many times the median distance are massive."""
@@ -82,8 +83,8 @@ class MassiveTokens(NamedTuple):
         cls, x: Tensor, target: Tensor | None = None, multiple: float = DEFAULT_MULTIPLE
     ) -> "MassiveTokens":
         """The rule for sample activations x [N, d] and, of a transcoder, their targets."""
-        of_input, _ = Sphere.of(x.double(), multiple)
-        of_target = None if target is None else Sphere.of(target.double(), multiple)[0]
+        of_input, _ = Sphere.of(as_double(x), multiple)
+        of_target = None if target is None else Sphere.of(as_double(target), multiple)[0]
         return cls(multiple, of_input, of_target)
 
     def __call__(self, x: Tensor, target: Tensor | None = None) -> Tensor:

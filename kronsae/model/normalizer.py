@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kronsae.errors import InputError
 from kronsae.model.massive import DEFAULT_MULTIPLE, Sphere
+from kronsae.system.devices import as_double
 from kronsae.system.documents import Keys, Number, typed
 
 SMALLEST = 1e-30
@@ -45,7 +46,7 @@ class Normalizer:
         multiple: of the median distance, beyond which activations are massive (0: 10, to count
             them).
         """
-        sphere, near = Sphere.of(x.double(), multiple or DEFAULT_MULTIPLE)
+        sphere, near = Sphere.of(as_double(x), multiple or DEFAULT_MULTIPLE)
         variance = (near - sphere.mean).square().mean().item()
         if not math.isfinite(variance) or variance <= 0:
             raise InputError(

@@ -19,6 +19,7 @@ from kronsae.errors import InputError
 from kronsae.model.encoder import Encoder, is_every
 from kronsae.model.ranks import SHARDED, own_part
 from kronsae.registry import SELECTIONS
+from kronsae.system.devices import as_double
 from kronsae.system.documents import Keys, shown, to_json, typed
 from kronsae.system.files import (
     read_checksummed,
@@ -254,20 +255,20 @@ class SAE(Encoder):
 
         def shift(weight: Tensor) -> Tensor:
             """weight @ mean * scale (float64), by which the mean shifts weight @ (x * scale)."""
-            return (weight.double() @ mean.double()) * scale
+            return (as_double(weight) @ as_double(mean)) * scale
 
         shift_of_rows = shift(self.W_enc)
         out.W_enc.mul_(scale * share)
-        out.b_enc.copy_((self.b_enc.double() - shift_of_rows) * share)
+        out.b_enc.copy_((as_double(self.b_enc) - shift_of_rows) * share)
         out.kind.fold_(shift_of_rows, share)
-        bias = self.b_dec.double()
+        bias = as_double(self.b_dec)
         if self.W_skip is not None and out.W_skip is not None:
             out.W_skip.mul_(scale / out_scale)
             bias = bias - shift(self.W_skip)
-        out.b_dec.copy_(bias / out_scale + out_mean.double())
+        out.b_dec.copy_(bias / out_scale + as_double(out_mean))
         if self.router is not None and out.router is not None:
             out.router.weight.mul_(scale)
-            out.router.bias.copy_(self.router.bias.double() - shift(self.router.weight))
+            out.router.bias.copy_(as_double(self.router.bias) - shift(self.router.weight))
         out.selection.scale_(1 / out_scale)
         return out.eval()
 

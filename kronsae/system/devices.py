@@ -53,15 +53,27 @@ def resolve_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        if device.type not in ("cpu", "cuda"):
-            raise RuntimeError("expected cpu or cuda")
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise RuntimeError("expected cpu, cuda or mps")
+        if device.type == "mps" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise RuntimeError("torchrun's processes cannot share one: start a single process")
         if device == torch.device("cuda") and "LOCAL_RANK" in os.environ:
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))  # under torchrun
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = first_line(error)
         raise InputError(f"device {name!r} cannot be used: {reason}") from error
     return device
+
+
+def of_doubles(device: torch.device) -> torch.device:
+    """Where float64 numbers of a device are kept: on the CPU if it has none, as mps."""
+    return device if device.type in ("cpu", "cuda") else torch.device("cpu")
+
+
+def as_double(x: torch.Tensor) -> torch.Tensor:
+    """x in float64, on `of_doubles` of its device."""
+    return x.to(of_doubles(x.device), torch.float64)
 
 
 def compute_dtype(name: str, device: torch.device) -> torch.dtype:
@@ -95,7 +107,7 @@ def with_index(device: torch.device) -> torch.device:
     """The device with its index, as tensors have it: "cuda" alone is the current card."""
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())
-    return device
+    return torch.device("mps", 0) if device.type == "mps" else device
 
 
 def free_bytes(device: torch.device) -> int | None:

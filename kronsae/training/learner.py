@@ -23,7 +23,7 @@ from kronsae.model.ranks import SHARDED
 from kronsae.model.sae import SAE
 from kronsae.model.selection import Selection
 from kronsae.registry import OBJECTIVES, SAE_KINDS, SELECTIONS
-from kronsae.system.devices import compute_dtype
+from kronsae.system.devices import as_double, compute_dtype
 from kronsae.system.documents import Keys, Number, typed
 from kronsae.system.parallel import ALONE, Mesh
 from kronsae_kernels import SparseCodes
@@ -328,8 +328,9 @@ class Learner:
         self._count_fired(x.shape[0], sae.own(result.codes))
         self.step_count += 1
         self.tokens += x.shape[0]
-        l0 = fired.sum().double() / x.shape[0]
-        sums = torch.stack([result.mse, result.auxk_loss, l0, *result.losses.values()]).double()
+        l0 = as_double(fired.sum()) / x.shape[0]
+        scalars = [result.mse, result.auxk_loss, l0, *result.losses.values()]
+        sums = torch.stack([as_double(scalar) for scalar in scalars])
         mse, auxk_loss, l0, *losses = self.mesh.data.sum(sums).tolist()
         spread = spread_of(x if target is None else target).item()
         numbers = [mse, auxk_loss, spread, l0, dead, result.grad_norm.item(), *losses]

@@ -14,7 +14,7 @@ from kronsae.data.common import is_finite
 from kronsae.errors import InputError
 from kronsae.model.massive import DEFAULT_MULTIPLE, MassiveTokens
 from kronsae.model.normalizer import SAMPLE_TOKENS, Normalizer
-from kronsae.system.devices import random_states, set_random_states
+from kronsae.system.devices import as_double, of_doubles, random_states, set_random_states
 from kronsae.system.documents import Keys, Number, typed
 
 
@@ -44,7 +44,7 @@ class Seen:
     """Tokens, massive ones, and their parts of the variance; nothing here waits for the device."""
 
     def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(4, dtype=torch.float64, device=device)
+        self._sums = torch.zeros(4, dtype=torch.float64, device=of_doubles(device))
         self._unsummed: list[tuple[Tensor, list[Tensor], list[float]]] = []
 
     def add(self, centred: list[Tensor], normalizers: list[Normalizer]) -> Tensor:
@@ -64,9 +64,10 @@ class Seen:
         To write to it sets them.
         """
         for massive, distances, scales in self._unsummed:
+            massive = massive.to(self._sums.device)
             squares = torch.zeros_like(massive, dtype=torch.float64)
             for part, scale in zip(distances, scales, strict=True):
-                squares += (part.double() * scale).square()
+                squares += (as_double(part) * scale).square()
             ones = torch.ones_like(squares)
             rows = torch.stack([ones, massive * ones, squares, torch.where(massive, squares, 0)])
             self._sums += rows.sum(1)
