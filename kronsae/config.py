@@ -58,6 +58,9 @@ MODEL_KWARGS_REFUSED = {
 }
 """Arguments of from_pretrained that --model-kwargs cannot have, and why."""
 
+OF_MACHINE = ("trust_remote_code", "device_map")
+"""Settings of `DataConfig` that a command takes from its own command line alone."""
+
 LARGEST = 2**53
 """Largest whole number of a setting: every reader of JSON knows it exactly."""
 MOST_LATENTS, MOST_WIDTH = 2**35, 2**24
@@ -976,11 +979,12 @@ def with_defaults(cls: type, values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def untrusted(data: dict[str, Any]) -> dict[str, Any]:
-    """Settings of `DataConfig` from a file, without `trust_remote_code`.
+    """Settings of `DataConfig` from a file, without `OF_MACHINE`.
 
-    Only the user may allow code from the hub: anyone may have made the file.
+    Only the user may allow code from the hub, or files of weights in a folder that --model-kwargs
+    names: anyone may have made the file.
     """
-    return {name: value for name, value in data.items() if name != "trust_remote_code"}
+    return {name: value for name, value in data.items() if name not in OF_MACHINE}
 
 
 class Setting(NamedTuple):

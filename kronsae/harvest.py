@@ -21,7 +21,6 @@ from kronsae.cache.index import (
     DESCRIBED,
     HARVEST_NAME,
     INDEX_NAME,
-    OF_MACHINE,
     damaged,
     resume_command,
     so_far,
@@ -38,7 +37,7 @@ from kronsae.commandline import (
     stoppable,
     stopped,
 )
-from kronsae.config import DataConfig, flag, stored
+from kronsae.config import OF_MACHINE, DataConfig, flag, stored
 from kronsae.errors import InputError
 from kronsae.plan.harvest import make_plan, render, why_early, why_refused
 from kronsae.plan.outline import NoOutline

@@ -277,7 +277,9 @@ class Frames(Source):
 class Socket(Frames):
     """`socket:HOST:PORT`, where a sender listens; without HOST, on this computer."""
 
-    stream = staticmethod(connect)
+    @classmethod
+    def stream(cls, rest: str) -> BinaryIO:
+        return connect(rest)
 
 
 @SOURCES.register("stdin")

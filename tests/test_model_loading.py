@@ -8,7 +8,7 @@ from tiny_models import save_model
 from torch import nn
 
 from kronsae.cache import CacheIndex
-from kronsae.config import DataConfig
+from kronsae.config import DataConfig, untrusted
 from kronsae.data import LanguageModel, loading
 from kronsae.errors import InputError
 from kronsae.evaluate.__main__ import main as evaluate
@@ -239,6 +239,11 @@ def test_a_run_with_a_device_map(tmp_path):
     assert config_of(spread)["data"] == config_of(plain)["data"]
     first, other = ((run / "sae" / "sae.safetensors").read_bytes() for run in (plain, spread))
     assert first[-4096:] == other[-4096:]
+
+
+def test_a_file_cannot_ask_for_a_device_map():
+    """Whoever made it could otherwise name a folder for the weights that do not fit."""
+    assert untrusted({"device_map": "auto", "model": "m"}) == {"model": "m"}
 
 
 def test_two_places_for_a_model_contradict_each_other():

@@ -74,9 +74,6 @@ call reads files slower that the system has not cached.)"""
 DESCRIBED = data_settings(harvested=True)
 """Settings of `DataConfig` that a cache fixes."""
 
-OF_MACHINE = ("trust_remote_code", "device_map")
-"""Settings of `DataConfig` that a harvest takes and a cache does not store."""
-
 _FILE_NAME = re.compile(r"(heldout|train)-[0-9]{5,12}\.(tokens|[0-9]{1,4})\.safetensors")
 
 Folder = Path | Remote

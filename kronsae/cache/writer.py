@@ -33,7 +33,6 @@ from kronsae.cache.index import (
     DESCRIBED,
     HARVEST_NAME,
     INDEX_NAME,
-    OF_MACHINE,
     PROGRESS,
     SECTIONS,
     STORED,
@@ -51,7 +50,7 @@ from kronsae.cache.index import (
     write_tensors,
 )
 from kronsae.cache.model import tokenizer_digest
-from kronsae.config import DataConfig, check_values, from_dict, setting
+from kronsae.config import OF_MACHINE, DataConfig, check_values, from_dict, setting
 from kronsae.data.activations import (
     LanguageModelActivations,
     describe_begin,

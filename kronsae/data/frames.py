@@ -21,14 +21,13 @@ from kronsae.data.activations import IterableActivations, Pair, split_target
 from kronsae.data.buffer import ShuffleBuffer
 from kronsae.data.common import check_batch_size, digest
 from kronsae.errors import InputError, warn
-from kronsae.system.documents import Keys, Number, parse_json, typed
+from kronsae.system.documents import Keys, parse_json, typed
 
 MAX_FRAME_BYTES = 2**30
 MAX_HEADER_BYTES = 2**16
 CONNECT_SECONDS = 10
 
-_SHAPE = list[Number(int, 1, MAX_FRAME_BYTES)]  # type: ignore[misc]  # a hint of `typed`
-_TENSOR = Keys({"shape": _SHAPE, "dtype": str})
+_TENSOR = Keys({"shape": list[int], "dtype": str})
 FLOATING = ("F64", "F32", "F16", "BF16")
 
 
@@ -122,11 +121,11 @@ def _check_header(header: Any, size: int) -> list[str]:
     names = [name for name in ("activations", "target") if name in header]
     for name in names:
         shape, dtype = header[name]["shape"], header[name]["dtype"]
-        if len(shape) != 2 or shape[1] > MOST_WIDTH or dtype not in FLOATING:
+        if len(shape) != 2 or not 0 < shape[1] <= MOST_WIDTH or dtype not in FLOATING:
             raise ValueError(
                 f"{name}: expected [r, d] of {', '.join(FLOATING)}, got {shape} {dtype}"
             )
-        if shape[0] != header["activations"]["shape"][0]:
+        if shape[0] < 1 or shape[0] != header["activations"]["shape"][0]:
             raise ValueError(f"{name}: expected a row for each activation, got {shape}")
         if shape[0] * shape[1] * 2 > size:
             raise ValueError(f"{name}: {shape} {dtype} does not fit in {size:,} bytes")

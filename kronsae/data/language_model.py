@@ -209,7 +209,11 @@ class LanguageModel:
             common = {"revision": revision, "trust_remote_code": trust_remote_code}
             find = load_tokenizer if needs_tokenizer else find_tokenizer
             tokenizer = find(name_or_path, common)
-            placing = {"kwargs": model_kwargs, "load_in": load_in, "device_map": device_map}
+            placing: dict[str, Any] = {
+                "kwargs": model_kwargs,
+                "load_in": load_in,
+                "device_map": device_map,
+            }
             model, absent = load_model(name_or_path, config, dtype, common, device, **placing)
         changes: dict[str, Any] = {"model_kwargs": model_kwargs} if model_kwargs else {}
         if load_in != LOAD_IN[0]:

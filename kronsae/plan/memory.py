@@ -346,7 +346,7 @@ def _reader(
     judged = CONTEXTS_AT_ONCE * model.context_length
     row_of_one = 4 * (config.sae.d_model + config.sae.d_target)
     return _Reader(
-        weights=model.parameters * weight_bytes(config.data, size),
+        weights=math.ceil(model.parameters * weight_bytes(config.data, size)),
         # What other hookpoints give waits, until it is copied to float32.
         forward=14 * width
         + row * (tokens - own)
