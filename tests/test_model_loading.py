@@ -174,6 +174,14 @@ def test_a_model_of_integers_is_read(folder):
     assert read.token_losses(IDS).isfinite().all()
 
 
+def test_a_model_that_does_not_tell_the_first_tokens_apart_is_read(folder):
+    """So do special tokens without training, once their embeddings are rounded."""
+    plain = LanguageModel.load(folder, layer=1)
+    plain.model.get_input_embeddings().weight[1:7] = 0.5
+    read = LanguageModel(plain.model, plain.tokenizer, plain.hookpoint)
+    assert read.d_model == plain.d_model
+
+
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
 def test_fewer_bits_need_a_package(folder, bits, monkeypatch):
     def require(package, needed_by):

@@ -629,10 +629,13 @@ class LanguageModel:
 
     def _check_positions(self, outputs: Tensor) -> None:
         """Raise InputError unless outputs [2, t, d] for PROBE are those of its positions."""
-        first, other = outputs.float()
-        # Rounding may differ with the other tokens of a batch (experts), by a few units.
-        tolerance = 8 * torch.finfo(outputs.dtype).eps
-        changed = (first - other).abs().amax(1) > tolerance * first.abs().amax(1)
+        changed = _changed(outputs)
+        if not changed[CHANGED]:
+            # The first ids may be special tokens that no training told apart, so that rounding to 8
+            # bits makes them one.
+            probe = PROBE.clone()
+            probe[1, CHANGED] = self.vocab_size // 2
+            changed = _changed(self.activations(probe))
         before = changed[:CHANGED]
         moved = not changed[CHANGED] or before.any() and not before.all()
         if before.all():  # it reads both ways: what a text of one token changes is at its position
@@ -672,6 +675,14 @@ def _next_tokens(ids: Tensor, size: int) -> Iterable[Rows]:
         return there.nonzero()[:, 0].split(size)
     count = len(there)
     return [slice(start, min(start + size, count)) for start in range(0, count, size)]
+
+
+def _changed(outputs: Tensor) -> Tensor:
+    """[t] bool: the positions at which outputs [2, t, d] differ by more than rounding."""
+    first, other = outputs.float()
+    # Rounding may differ with the other tokens of a batch (experts), by a few units.
+    tolerance = 8 * torch.finfo(outputs.dtype).eps
+    return (first - other).abs().amax(1) > tolerance * first.abs().amax(1)
 
 
 class LastStates(NamedTuple):

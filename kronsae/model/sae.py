@@ -301,7 +301,8 @@ class SAE(Encoder):
         self.W_dec.div_(norms[:, None])
         self.W_enc.mul_(norms[:, None])
         self.b_enc.mul_(norms)
-        self.kind.fold_(torch.zeros_like(norms, dtype=torch.float64), norms.double())
+        wide = as_double(norms)
+        self.kind.fold_(torch.zeros_like(wide), wide)
         self.selection.scale_(norms)
 
     def save(self, directory: str | Path, metadata: dict[str, Any] | None = None) -> Path:
