@@ -10,6 +10,7 @@ from torch import nn
 from kronsae.cache import CacheIndex
 from kronsae.config import DataConfig, untrusted
 from kronsae.data import LanguageModel, loading
+from kronsae.data.language_model import _changed
 from kronsae.errors import InputError
 from kronsae.evaluate.__main__ import main as evaluate
 from kronsae.harvest import main as harvest
@@ -180,6 +181,17 @@ def test_a_model_that_does_not_tell_the_first_tokens_apart_is_read(folder):
     plain.model.get_input_embeddings().weight[1:7] = 0.5
     read = LanguageModel(plain.model, plain.tokenizer, plain.hookpoint)
     assert read.d_model == plain.d_model
+
+
+def test_one_massive_number_does_not_hide_that_a_token_has_changed():
+    """As of SmolLM2 in 8 bits, whose first ids give activations of 700 in one place."""
+    outputs = torch.randn(1, 5, 16).expand(2, -1, -1).clone()
+    outputs[..., 0] = 700
+    outputs[1, 2:, 1:] += 10
+    assert _changed(outputs.bfloat16()).tolist() == [False, False, True, False, False]
+    outputs[1, :, 1:] += 1  # rounding elsewhere, and no more of it there
+    outputs[1, 2] = outputs[0, 2] + 1
+    assert not _changed(outputs.bfloat16()).any()
 
 
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])

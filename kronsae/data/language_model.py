@@ -678,11 +678,18 @@ def _next_tokens(ids: Tensor, size: int) -> Iterable[Rows]:
 
 
 def _changed(outputs: Tensor) -> Tensor:
-    """[t] bool: the positions at which outputs [2, t, d] differ by more than rounding."""
+    """[t] bool: the positions at which outputs [2, t, d] for PROBE differ by more than rounding.
+
+    At `CHANGED`, more than where nothing has to change: one number of a massive activation may hide
+    what becomes of all others.
+    """
     first, other = outputs.float()
+    differences = (first - other).abs().amax(1) / first.abs().amax(1).clamp(min=1e-30)
     # Rounding may differ with the other tokens of a batch (experts), by a few units.
-    tolerance = 8 * torch.finfo(outputs.dtype).eps
-    return (first - other).abs().amax(1) > tolerance * first.abs().amax(1)
+    rounding = 8 * torch.finfo(outputs.dtype).eps
+    changed = differences > rounding
+    changed[CHANGED] = differences[CHANGED] > differences[:CHANGED].max().clamp(max=rounding)
+    return changed
 
 
 class LastStates(NamedTuple):
