@@ -109,7 +109,7 @@ def open_source(
 def read(source: LanguageModelActivations) -> Iterator[int]:
     """The language model alone, with packing and masks: rows of each forward pass."""
     for done in source._passes():
-        yield done.rows.shape[0]
+        yield len(done.rows[0])
 
 
 def learn(learner: Learner, batches: list[Tensor]) -> Iterator[int]:
