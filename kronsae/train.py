@@ -88,7 +88,8 @@ def main(argv: list[str] | None = None) -> int:
             plan, members, data, model = _plan(request)
             available = available_tokens(data, model.context_length)
             takes = run_time(plan, members, data, model, available)
-            console.print(render(plan, members, takes, available), markup=False)
+            text = render(plan, members, takes, available, request.starts_from)
+            console.print(text, markup=False)
             return 0
         mesh = _join(request)
         if request.memory_check:
@@ -318,6 +319,7 @@ def _describe(
         "training": f"{train.tokens:,} tokens, {train.steps:,} steps of {train.batch_size:,}"
         + describe_ranks(train),
         **_describe_members(request),
+        "starts from": request.starts_from,
         "run folder": str(out) + _done_before(out),
     }
     table = Table.grid(padding=(0, 2))

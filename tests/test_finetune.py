@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import signal
+import warnings
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from test_parallel import start as start_ranks
 import kronsae
 import kronsae.export.__main__ as export
 from kronsae import SAE, InputError, SAEConfig, TrainConfig
+from kronsae.errors import Notice
 from kronsae.model.normalizer import Normalizer
 from kronsae.system.files import sha256
 from kronsae.train import fit, fit_many, main
@@ -238,6 +240,49 @@ def test_a_sweep_starts_all_members_from_one(runs):
     request = parse(["--finetune", f"{runs}/suite/layer2", "--lr", "1e-4", "1e-3"])
     assert len(request.members) == 2 == len(request.starts)
     assert {config.sae.dict_size for config in request.members.values()} == {128}
+
+
+def test_it_goes_on_where_the_sae_was_trained(runs, capsys):
+    second = str(runs / "suite" / "layer2")
+    request = parse(["--finetune", second])
+    assert (request.config.data.layer, request.config.data.model) == (2, "embedded")
+    lens = str(runs / "lens")
+    assert parse(["--finetune", lens]).config.data.layer == 1
+    assert main([*STILL, "--finetune", second, "--plan"]) == 0
+    assert f"starts from      {second}\n" in capsys.readouterr().out
+    with pytest.warns(Notice, match="was trained at layer2 of embedded, and goes on at layer1"):
+        assert parse(["--finetune", second, "--layer", "1"]).config.data.layer == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        parse(["--finetune", second, "--hookpoint", "2.resid_post"])
+    with pytest.raises(InputError, match="it has several SAEs: give --layer or --hookpoint"):
+        parse(["--finetune", str(runs / "suite")])
+
+
+def test_an_sae_of_unknown_origin_needs_a_hookpoint(tmp_path):
+    sae_of("dense").save(tmp_path / "sae")
+    with pytest.raises(InputError, match="does not say where it was trained: give --model, and"):
+        parse(["--finetune", str(tmp_path / "sae")])
+    assert parse(["--finetune", str(tmp_path / "sae"), "--layer", "1"]).config.data.layer == 1
+
+
+def test_flags_choose_one_of_several_at_a_layer(tmp_path):
+    out = tmp_path / "sweep"
+    shape = ["--encoder", "dense", "kron", "--dict-size", "64", "--k", "4", "--layer", "1", "2"]
+    assert main([*SMALL, *shape, "--tokens", "1000", "--out", str(out)]) == 0
+    start = ["--finetune", str(out), "--layer", "1"]
+    for encoder in ("dense", "kron"):
+        request = parse([*start, "--encoder", encoder])
+        assert request.starts["sae"].config.encoder == encoder
+    with pytest.raises(InputError, match="has 2 SAEs there, and the other flags fit 2 of them"):
+        parse(start)
+    with pytest.raises(InputError, match="the other flags fit 0 of them"):
+        parse([*start, "--dict-size", "128"])
+    again = parse([*start, "--encoder", "dense", "kron"])
+    assert {n: s.config.encoder for n, s in again.starts.items()} == {
+        "dense": "dense",
+        "kron": "kron",
+    }
 
 
 @pytest.mark.parametrize(

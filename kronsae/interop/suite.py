@@ -33,11 +33,27 @@ class Place(NamedTuple):
 def subfolder_of(
     source: str | Path, layer: int | None, hookpoint: str | None, revision: str | None
 ) -> str:
-    """The folder in a suite of the SAE at a layer or hookpoint.
+    """The folder in a suite of the SAE at a layer or hookpoint; see `subfolders_of`.
+
+    Raises InputError if there is none, or if there are several.
+    """
+    wanted, folders = subfolders_of(source, layer, hookpoint, revision)
+    if len(folders) == 1:
+        return folders[0]
+    raise InputError(
+        f"{source} has {len(folders)} SAEs at {wanted}: {', '.join(folders)}; choose one by "
+        f"subfolder={folders[0]!r}"
+    )
+
+
+def subfolders_of(
+    source: str | Path, layer: int | None, hookpoint: str | None, revision: str | None = None
+) -> tuple[str, list[str]]:
+    """A layer or hookpoint in words, and the folders in a suite of the SAEs there.
 
     source: a sweep's folder, a folder of any known format's folders, or such a repository on the
     hub. Layers are those of our own index, or the numbers in the names of folders.
-    Raises InputError if there is none, or if there are several.
+    Raises InputError if there is none.
     """
     if (layer is None) == (hookpoint is None):
         raise InputError(f"expected layer or hookpoint, got layer {layer}, hookpoint {hookpoint!r}")
@@ -50,16 +66,10 @@ def subfolder_of(
         # The residual stream counts before other modules of the block.
         found = [place for place in places if place.layer == layer and place.hookpoint is None]
         found = found or [place for place in places if place.layer == layer]
-    if len(found) == 1:
-        return found[0].folder
     if not found:
         there = ", ".join(place.folder for place in places[:20]) or "no SAE"
         raise InputError(f"{source} has no SAE at {wanted}; it has {there}")
-    names = [place.folder for place in found]
-    raise InputError(
-        f"{source} has {len(names)} SAEs at {wanted}: {', '.join(names)}; choose one by "
-        f"subfolder={names[0]!r}"
-    )
+    return wanted, [place.folder for place in found]
 
 
 def _places(folder: Path) -> list[Place]:

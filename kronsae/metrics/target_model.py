@@ -171,16 +171,7 @@ def _names(paths: Sequence[str]) -> list[str]:
 
 def data_of(sae: SAE, given: dict[str, Any], name: str) -> DataConfig:
     """Language model and text of an SAE: as given, otherwise from its metadata."""
-    known = untrusted(_data_of_run(sae))
-    described = sae.metadata.get("data") or {}
-    known = as_evaluated(stored(DataConfig, known), described) if known else known
-    if not known and described.get("name", "given") != "given":
-        # Other libraries' names of modules may be none of the model's; a block's number is one.
-        place = next((k for k in ("layer", "hookpoint") if described.get(k) is not None), None)
-        names = filter(None, (place, "revision", "target_hookpoint"))
-        known = {"model": described["name"]} | {k: described[k] for k in names if k in described}
-        if isinstance(prepend := described.get("prepend_bos"), bool):
-            known["bos"] = "bos" if prepend else "none"
+    known = known_data(sae)
     if not known and "model" not in given:
         raise InputError(
             f"{name}: its metadata does not name a language model: give --model, and --layer or "
@@ -200,6 +191,23 @@ def data_of(sae: SAE, given: dict[str, Any], name: str) -> DataConfig:
             "--layer or --hookpoint, and --dataset"
         )
     return data
+
+
+def known_data(sae: SAE) -> dict[str, Any]:
+    """Settings of `DataConfig` in an SAE's metadata: of its run, or what another library's file
+    says. {} if they do not name a language model."""
+    described = sae.metadata.get("data") or {}
+    if known := untrusted(_data_of_run(sae)):
+        return as_evaluated(stored(DataConfig, known), described)
+    if described.get("name", "given") == "given":
+        return {}
+    # Other libraries' names of modules may be none of the model's; a block's number is one.
+    place = next((k for k in ("layer", "hookpoint") if described.get(k) is not None), None)
+    names = filter(None, (place, "revision", "target_hookpoint"))
+    known = {"model": described["name"]} | {k: described[k] for k in names if k in described}
+    if isinstance(prepend := described.get("prepend_bos"), bool):
+        known["bos"] = "bos" if prepend else "none"
+    return known
 
 
 def as_evaluated(data: dict[str, Any], described: dict[str, Any]) -> dict[str, Any]:

@@ -31,10 +31,12 @@ def render(
     members: Mapping[str, RunConfig],
     time: str,
     available: int | None = None,
+    starts_from: str = "",
 ) -> str:
     """The plan as text.
 
     time: of the run, in words.  available: tokens to train on, about; None if it is not known.
+    starts_from: the SAE whose weights training starts from, if it does.
     """
     config = next(iter(members.values()))
     data, train = config.data, config.train
@@ -61,6 +63,7 @@ def render(
         title = "autoencoder" if len(members) == 1 else names_in_words(names)
         lines += [f"  {title:16} {first}"] if len(title) <= 16 else [f"  {title}", 19 * " " + first]
         lines += rest
+    lines += [f"  starts from      {starts_from}"] if starts_from else []
     lines += [
         memory_line(plan, process),
         f"  disk             up to {sum(disk.values()):,.0f} MiB: {listed(disk.items())}",

@@ -129,9 +129,21 @@ class Request:
             ranks.setdefault(hookpoint, set()).add(owners.get(name, 0))
         return ranks if owners else None
 
+    @property
+    def starts_from(self) -> str:
+        """The SAE whose weights training starts from, in words; "" for random weights."""
+        notes = [note["finetune"] for note in self.notes.values() if "finetune" in note]
+        sources = dict.fromkeys(note.get("source", "an SAE given in Python") for note in notes)
+        several = len({note["sha256"] for note in notes}) > 1
+        return ", ".join(sources) + (", each member from an SAE of its own" if several else "")
+
     def starting_from(self, starts: Starts) -> "Request":
         """The request with the SAE that each member starts from, and a note about it."""
-        of_members = {name: starts.at(vars(c.data)) for name, c in self.members.items()}
+        of_members = {}
+        for name, config in self.members.items():
+            own = flat("sae", dataclasses.asdict(config.sae), "")
+            of_members[name] = starts.at(vars(config.data), own)
+            starts.check_place(of_members[name], config.data)
         notes = {name: {"finetune": starts.note(sae)} for name, sae in of_members.items()}
         return dataclasses.replace(self, notes=notes, starts=of_members)
 
@@ -271,10 +283,12 @@ def parse(argv: list[str] | None = None) -> Request:
     if run["resume"] is not None:
         return _resumed(run, flags | places, lists, common)
     file = _read_config(run["config"]) if run["config"] else {}
+    starts = _starts(run)
+    if starts is not None:
+        file = starts.place(file | flags | places) | file
     points = expand(places, file | flags)
     if len(points) == 1:
         flags |= points.pop()
-    starts = _starts(run)
     sweep = bool(run["sweep"] or lists or points)
     if sweep:
         flags = {name: value for name, value in flags.items() if name not in lists}
@@ -402,7 +416,7 @@ def build(
     settings = dict(EMBEDDED) if model == "embedded" else {"dict_size": PAPER_DICT_SIZE}
     _drop_overruled(settings, chosen)
     if starts is not None:
-        chosen |= settings_of(starts.at(settings | chosen), explicit)
+        chosen |= settings_of(starts.at(settings | chosen, explicit), explicit)
         _drop_overruled(settings, chosen)
     settings |= chosen
     _check_effects({**defaults, **settings}, explicit)

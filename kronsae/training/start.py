@@ -2,20 +2,33 @@
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch as st
 
-from kronsae.config import SAEConfig, TrainConfig, all_settings, flag, flat, from_dict
-from kronsae.errors import InputError
+from kronsae.config import (
+    DataConfig,
+    SAEConfig,
+    TrainConfig,
+    all_settings,
+    flag,
+    flat,
+    from_dict,
+    with_defaults,
+)
+from kronsae.data.hookpoints import Site
+from kronsae.errors import InputError, warn
 from kronsae.interop.load import load
 from kronsae.interop.pretrained import REGISTRY
-from kronsae.interop.suite import INDEX_NAME
+from kronsae.interop.suite import INDEX_NAME, subfolders_of
+from kronsae.metrics.target_model import known_data
 from kronsae.model.normalizer import Normalizer
 from kronsae.model.sae import SAE
 from kronsae.registry import SELECTIONS
+from kronsae.runs.sweep import hookpoint_name
+from kronsae.sources import Cache, source_of
 from kronsae.system.documents import part_of
 
 UNIT_TOLERANCE = 1e-4
@@ -32,36 +45,89 @@ class Starts:
         self.source = source
         self.allow_pickle = allow_pickle
         self.sha256 = sha256
-        self._loaded: dict[tuple[int | None, str | None], SAE] = {}
+        self._loaded: dict[tuple[int | None, str | None], dict[str, SAE]] = {}
 
-    def at(self, settings: Mapping[str, Any]) -> SAE:
+    def place(self, given: Collection[str]) -> dict[str, Any]:
+        """Settings of `DataConfig` by which an SAE is trained on where it was trained.
+
+        given: names of settings that the user chose.
+        Raises InputError if a suite is to be read at all its hookpoints, or if the SAE does not
+        say where it was trained.
+        """
+        if not _PLACE.isdisjoint(given):
+            return {}
+        known = known_data(next(iter(self._found(None, None).values())))
+        if known.get("activations") and source_of(known["activations"]) is not Cache:
+            known = {}
+        if known.get("layer") is None and known.get("hookpoint") is None:
+            raise InputError(
+                f"--finetune {self.source}: it does not say where it was trained: give --model, "
+                "and --layer or --hookpoint"
+            )
+        names = {*_PLACE, "target_hookpoint"}
+        names |= set() if {"model", "activations"} & set(given) else {"model", "revision", "bos"}
+        return {
+            name: value
+            for name, value in known.items()
+            if name in names - set(given) and value is not None
+        }
+
+    def at(self, settings: Mapping[str, Any], explicit: Mapping[str, Any] | None = None) -> SAE:
         """The SAE for a member with these flat settings: of a suite the one at its hookpoint.
 
+        explicit: those that the user chose, which say which of several it is.
         Raises InputError if there is none, or if its weights have changed.
         """
-        place = settings.get("layer"), settings.get("hookpoint")
+        found = self._found(settings.get("layer"), settings.get("hookpoint"))
+        if self.sha256 is not None:
+            found = {name: sae for name, sae in found.items() if sha256_of(sae) == self.sha256}
+            if not found:
+                raise InputError(
+                    f"--finetune {self.source}: its weights have changed since a run started there"
+                )
+        if len(found) > 1:
+            fitting = {n: sae for n, sae in found.items() if _agrees(sae, explicit or settings)}
+            if len(fitting) != 1:
+                which = ", ".join(f"{self.source}/{name}" for name in fitting or found)
+                raise InputError(
+                    f"--finetune {self.source} has {len(found)} SAEs there, and the other flags "
+                    f"fit {len(fitting)} of them: name one ({which}), or give flags that only one "
+                    "has, such as --encoder or --dict-size"
+                )
+            found = fitting
+        return next(iter(found.values()))
+
+    def _found(self, layer: int | None, hookpoint: str | None) -> dict[str, SAE]:
+        """The SAEs at a hookpoint, by where they are in the source; {"": SAE} of one alone."""
+        place = layer, hookpoint
         if place not in self._loaded:
             try:
                 self._loaded[place] = self._load(*place)
             except InputError as error:
                 raise InputError(f"--finetune {self.source}: {error}") from error
-            if self.sha256 not in (None, note_of(self._loaded[place])["sha256"]):
-                raise InputError(
-                    f"--finetune {self.source}: its weights have changed since a run started there"
-                )
         return self._loaded[place]
 
-    def _load(self, layer: int | None, hookpoint: str | None) -> SAE:
-        def of_suite() -> SAE:
-            return load(
-                self.source, layer=layer, hookpoint=hookpoint, allow_pickle=self.allow_pickle
-            )
+    def _load(self, layer: int | None, hookpoint: str | None) -> dict[str, SAE]:
+        def of_suite() -> dict[str, SAE]:
+            _, folders = subfolders_of(self.source, layer, hookpoint)
+            return {
+                name: load(self.source, subfolder=name, allow_pickle=self.allow_pickle)
+                for name in folders
+            }
 
-        if (Path(self.source) / INDEX_NAME).is_file():
+        is_sweep = (Path(self.source) / INDEX_NAME).is_file()
+        if layer is None and hookpoint is None and is_sweep:
+            raise InputError(
+                "it has several SAEs: give --layer or --hookpoint, or name one of them, as in "
+                f"{self.source}/NAME"
+            )
+        if is_sweep:
             return of_suite()
         try:
-            return self._alone()
+            return {"": self._alone()}
         except InputError as error:
+            if layer is None and hookpoint is None:
+                raise
             try:
                 return of_suite()
             except InputError:
@@ -80,14 +146,49 @@ class Starts:
         """What config.json says of an SAE of these."""
         return {"source": self.source, **note_of(sae)}
 
+    def check_place(self, sae: SAE, data: DataConfig) -> None:
+        """Give a notice if an SAE was trained at another hookpoint than `data` names."""
+        known = known_data(sae)
+        if known.get("layer") is None and known.get("hookpoint") is None:
+            return
+        was = with_defaults(DataConfig, known)
+        if _site(was) != _site(vars(data)):
+            warn(
+                f"--finetune {self.source} was trained at {hookpoint_name(was)} of "
+                f"{was['model']}, and goes on at {hookpoint_name(vars(data))} of {data.model}"
+            )
+
+
+_PLACE = {"layer", "hookpoint"}
+
+
+def _site(data: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The hookpoint in settings of `DataConfig`, and the target, by one name of several."""
+    read, target = (Site.of(data[name]) or data[name] for name in ("hookpoint", "target_hookpoint"))
+    return read or Site(data["layer"], "resid_post"), target
+
+
+def _agrees(sae: SAE, explicit: Mapping[str, Any]) -> bool:
+    """Whether settings that the user chose are those of a trained SAE."""
+    try:
+        settings_of(sae, explicit)
+    except InputError:
+        return False
+    return True
+
 
 def note_of(sae: SAE) -> dict[str, str]:
     """What config.json says of the SAE that a training starts from.
 
     sha256: of its weights, in the file that `SAE.save` would write.
     """
+    return {"sha256": sha256_of(sae)}
+
+
+def sha256_of(sae: SAE) -> str:
+    """The SHA-256 of an SAE's weights, in the file that `SAE.save` would write."""
     weights = {name: tensor.contiguous() for name, tensor in sae.state_dict().items()}
-    return {"sha256": hashlib.sha256(st.save(weights)).hexdigest()}
+    return hashlib.sha256(st.save(weights)).hexdigest()
 
 
 def config_of(sae: SAE) -> SAEConfig:
