@@ -890,6 +890,10 @@ class TrainConfig:
             self.massive_multiple == 0 or self.massive_multiple >= 2,
             f"massive_multiple: expected 0 (none) or >= 2, got {self.massive_multiple}",
         )
+        _require(
+            self.k_fraction > 0 or not self.k_start,
+            f"k_fraction: expected more than 0 beside k_start {self.k_start}, got 0",
+        )
         _require(self.adam_beta2 < 1, f"adam_beta2: expected 0 <= beta < 1, got {self.adam_beta2}")
 
     @property

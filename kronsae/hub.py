@@ -24,7 +24,7 @@ from kronsae.interop.suite import INDEX_NAME
 from kronsae.metrics.figures import MEANING
 from kronsae.model.massive import rule_of
 from kronsae.model.sae import SAE
-from kronsae.runs.folder import SweepFolder
+from kronsae.runs.folder import saved_members
 from kronsae.runs.sweep import comparison
 from kronsae.system.documents import part_of
 from kronsae.system.files import write_json
@@ -66,7 +66,7 @@ def push(
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "repository"
         if not isinstance(source, SAE) and (Path(source) / INDEX_NAME).is_file():
-            _fill_suite(SweepFolder.open(source)[0], folder, repo_id, members)
+            _fill_suite(Path(source), folder, repo_id, members)
         else:
             _fill(source, folder, repo_id)
         api = HfApi()
@@ -99,24 +99,15 @@ def _fill(source: SAE | str | Path, folder: Path, repo_id: str) -> SAE:
     return sae
 
 
-def _fill_suite(
-    sweep: SweepFolder, folder: Path, repo_id: str, wanted: Sequence[str] | None
-) -> None:
+def _fill_suite(sweep: Path, folder: Path, repo_id: str, wanted: Sequence[str] | None) -> None:
     """Write the files of the SAEs of a sweep, its index and its card."""
-    members, origins = sweep.members(), {}
-    for name in wanted or ():
-        if name not in members:
-            raise InputError(f"{sweep.path} has no member {name!r}; it has {', '.join(members)}")
-    for name, run in sweep.runs.items():
-        usable = run.sae.is_dir() and not members[name]["failed"]
-        if name in wanted if wanted else usable:
-            origins[name] = Origin.of(_fill(run.path, folder / name, repo_id).metadata)
-    if not origins:
-        raise InputError(f"{sweep.path} has no SAE to push: it has not ended, or all diverged")
-    kept = {name: members[name] for name in origins}
-    write_json(folder / INDEX_NAME, sweep.document | {"members": kept})
-    if sweep.report.is_file():
-        shutil.copy(sweep.report, folder)
+    index, runs = saved_members(sweep, wanted)
+    origins = {
+        name: Origin.of(_fill(run, folder / name, repo_id).metadata) for name, run in runs.items()
+    }
+    write_json(folder / INDEX_NAME, index)
+    if (report := sweep / REPORT_NAME).is_file():
+        shutil.copy(report, folder)
     layers = [origin.layer for origin in origins.values()]
     example, origin = next(iter(origins.items()))
     card = render(
@@ -126,10 +117,10 @@ def _fill_suite(
         origin=origin,
         base_model=_on_hub(origin.model),
         dataset=_on_hub(origin.dataset),
-        count=len(kept),
+        count=len(runs),
         example=example,
         layer=next((layer for layer in layers if layers.count(layer) == 1), None),
-        table=markdown(*comparison(kept)),
+        table=markdown(*comparison(index["members"])),
     )
     (folder / CARD_NAME).write_text(card, encoding="utf-8")
 

@@ -88,6 +88,8 @@ def source_of(activations: str | None) -> type[Source]:
     if activations is None:
         return Live
     name, colon, _ = activations.partition(":")
+    if not colon and name in SOURCES and not os.path.exists(name):
+        raise InputError(f"activations {name!r}: expected '{name}:', with a colon")
     if colon and name in SOURCES:
         return SOURCES[name]
     if colon and not is_url(activations) and not os.path.exists(activations):

@@ -327,6 +327,11 @@ def test_tensorboard(tmp_path):
     assert list((tmp_path / "run" / "tensorboard").glob("events*"))
 
 
+def test_a_path_is_no_activations():
+    with pytest.raises(InputError, match="got 'cache': kronsae.cache.CacheActivations reads"):
+        fit(KRON, "cache", TRAIN)
+
+
 def test_settings_of_fit_reach_the_learner():
     """Flags that only matter with dead latents, or rarely, do change the result."""
     plain = fit(KRON, X, TRAIN).sae

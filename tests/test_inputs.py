@@ -89,6 +89,7 @@ def test_whole_numbers_have_an_end(name, value):
         ({"device": "c\0pu"}, "device: expected text in UTF-8, without NUL"),
         ({"wandb": "\udcff"}, "wandb: expected text in UTF-8"),
         ({"seed": 1.5}, "seed: expected a whole number, got 1.5"),
+        ({"k_start": 64, "k_fraction": 0}, "k_fraction: expected more than 0 beside k_start 64"),
         ({"rank_timeout": 10**10}, "rank_timeout: expected 1 to 1000000000"),
     ],
     ids=repr,

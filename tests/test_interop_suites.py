@@ -519,6 +519,9 @@ def test_settings_of_saelens_before_version_2(tmp_path):
         ({"sae_type": "clt"}, "sae_type 'clt': that has no counterpart"),
         ({"use_glu_encoder": True}, "use_glu_encoder"),
         ({"act_fn": "batchtopk"}, "selects by the batch"),
+        ({"act_fn": "gelu"}, "act_fn 'gelu': that has no counterpart"),
+        ({"d_model": 99}, "d_model is 99, the weights have"),
+        ({"d_sae": 99}, "d_sae is 99, the weights have"),
         ({"norm_activation": "token-wise"}, "another for each token or batch"),
         ({"top_k": None}, "k: the file does not say"),
         ({"top_k": 25}, "k: expected 1 to 24"),
@@ -570,6 +573,18 @@ def test_gemma_scope_2_of_several_layers(tmp_path):
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match="expected architecture 'jump_relu', got 'batch_topk'"):
         kronsae.load(folder)
+
+
+def test_gemma_scope_with_tensors_of_another_kind(tmp_path):
+    folder = gemma_scope(tmp_path / "one").path
+    arrays = dict(np.load(folder / "params.npz"))
+    np.savez(folder / "params.npz", **arrays, W_skip=arrays["W_enc"])
+    folder_2 = gemma_scope_2(tmp_path / "two").path
+    tensors = kronsae.system.files.read_tensors(folder_2 / "params.safetensors")
+    save(folder_2 / "params.safetensors", tensors | {"W_skip": tensors["w_enc"].clone()})
+    for path in (folder, folder_2):
+        with pytest.raises(InputError, match=r"tensors \['W_skip'\] have no counterpart"):
+            kronsae.load(path)
 
 
 def test_openai_with_topk_normalises_each_token(tmp_path):

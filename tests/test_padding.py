@@ -221,6 +221,11 @@ def test_excluded_tokens_are_ids_or_texts():
             left_out_ids(tokenizer, f"w3,{item}")
 
 
+def test_an_excluded_id_that_the_model_does_not_know(models):
+    with pytest.raises(InputError, match=r"exclude_tokens: the model has \d+ tokens.*id 999999"):
+        opened(models["gpt_neox"], exclude_tokens="999999")
+
+
 def test_they_are_never_trained_or_evaluated_on(models):
     model = models["gpt_neox"]
     word = model.tokenizer.get_vocab()["w3"]

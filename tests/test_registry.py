@@ -320,6 +320,8 @@ def test_a_source_a_log_and_a_format_of_ones_own(tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
         assert command(["train", "--activations", "columns:x", *flags]) == 2
         assert "no source 'columns' is registered" in capsys.readouterr().err
+        assert command(["train", "--activations", "stdin", *flags]) == 2
+        assert "'stdin': expected 'stdin:', with a colon" in capsys.readouterr().err
         assert command(["train", *rows, "--model", "gpt2", *flags]) == 2
         assert "--model gpt2 has no effect with --activations" in capsys.readouterr().err
         export = ("export", "run", "--plugin", "mine.py", "--to", "plain", "--out", "plain")

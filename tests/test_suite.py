@@ -19,7 +19,9 @@ import kronsae.export.__main__ as export
 from kronsae import InputError, SAEConfig, TrainConfig, harvest
 from kronsae.config import DataConfig
 from kronsae.data.language_model import LanguageModel
+from kronsae.errors import Notice
 from kronsae.interop.suite import subfolder_of
+from kronsae.runs.folder import saved_members
 from kronsae.sources import open_hookpoints
 from kronsae.system import checkpoint, parallel
 from kronsae.train import fit, fit_many
@@ -155,12 +157,13 @@ def test_bad_mappings_are_refused(tmp_path):
         ),
         (X["early"], r"activations: expected a mapping .* got no mapping"),
         ({**X, "late": X["late"][:, :0]}, "activations: expected a floating tensor"),
+        ({**X, "late": X["late"][:100]}, "as many rows for each hookpoint.* 'late' 100"),
     ):
         with pytest.raises(InputError, match=words):
             suite(activations, out=tmp_path / "suite")
     with pytest.raises(InputError, match="heldout: expected a mapping"):
         suite(heldout=HELDOUT["early"], out=tmp_path / "suite")
-    with pytest.raises(InputError, match="name one for each SAE in `hookpoints`"):
+    with pytest.raises(InputError, match="none: fit_many names them in `hookpoints`"):
         fit_many([SAES["early-kron"]], X, TRAIN)
     with pytest.raises(InputError, match="'a/b' cannot be the name"):
         fit_many([SAES["early-kron"]], {"a/b": X["early"]}, TRAIN, hookpoints=["a/b"])
@@ -372,7 +375,7 @@ def test_a_sweep_file_gives_each_layer_its_own_k_and_size(tmp_path):
             ["--hookpoint", "gpt_neox.layers.*.nothing"],
             "matches none of the",
         ),
-        (["--layer", "1", "2", "--hookpoint", "x"], "expected one"),
+        (["--layer", "1", "2", "--hookpoint", "x"], "--layer and --hookpoint exclude each other"),
         (
             ["--layer", "0-2", "--target-hookpoint", "gpt_neox.layers.[23]"],
             "expected one target_hookpoint, or one for each layer or hookpoint, got 3 for layer, 2",
@@ -382,6 +385,51 @@ def test_a_sweep_file_gives_each_layer_its_own_k_and_size(tmp_path):
 def test_bad_hookpoints_are_refused(arguments, words):
     with pytest.raises(InputError, match=words):
         parse(arguments)
+
+
+@pytest.mark.parametrize(
+    ("entry", "words"),
+    [
+        ({"layer": None}, "entry 0: layer: expected the number of one block, got None"),
+        ({"layer": "0-2"}, "layer: expected the number of one block, got '0-2'"),
+        ({"hookpoint": "gpt_neox.layers.*"}, "hookpoint: expected the name of one, not a pattern"),
+        ({"target_hookpoint": 3}, "target_hookpoint: expected the name of one"),
+        ({"name": ""}, "name: expected a string that is not empty, got ''"),
+    ],
+)
+def test_bad_entries_of_a_sweep_file_are_refused(entry, words, tmp_path):
+    (tmp_path / "sweep.json").write_text(json.dumps([entry]))
+    with pytest.raises(InputError, match=words):
+        parse(["--sweep", str(tmp_path / "sweep.json")])
+
+
+def test_what_diverged_or_is_gone_is_left_out(whole, tmp_path):
+    out, to = tmp_path / "suite", tmp_path / "to"
+    shutil.copytree(whole, out)
+    index = json.loads((out / "sweep.json").read_text())
+    index["members"]["early-kron"]["failed"] = "its loss was nan"
+    (out / "sweep.json").write_text(json.dumps(index))
+    shutil.rmtree(out / "late-dense")
+    with pytest.warns(Notice) as notices:
+        assert export.main([str(out), "--to", "kronsae", "--out", str(to)]) == 0
+    said = [str(notice.message) for notice in notices]
+    assert f"{out}/early-kron diverged (its loss was nan): it is left out" in said
+    assert f"{out}/late-dense has no SAE: it is left out" in said
+    assert [path.name for path in to.iterdir() if path.is_dir()] == ["early-dense"]
+    assert list(json.loads((to / "sweep.json").read_text())["members"]) == ["early-dense"]
+    with pytest.warns(Notice, match="early-kron diverged"):
+        arguments = [str(out), "--members", "early-kron", "--to", "kronsae"]
+        assert export.main([*arguments, "--out", str(tmp_path / "one")]) == 0
+    with pytest.raises(InputError, match="it has early-dense$"):
+        kronsae.load(out, layer=9)
+    (out / "sweep.json").unlink()
+    with pytest.raises(InputError, match=r"sweep.json is missing; a checkpoint has a copy"):
+        saved_members(out)
+
+
+def test_a_layer_of_one_sae_is_refused(whole):
+    with pytest.raises(InputError, match="holds one SAE, and not a suite: leave out layer"):
+        kronsae.load(whole / "late-dense", layer=1)
 
 
 def test_a_layer_that_the_model_lacks_is_refused(tmp_path):
@@ -509,7 +557,7 @@ def test_export_of_a_suite(trained, tmp_path, capsys):
     assert export.main([out, "--to", "sae_lens", "--out", str(lens)]) == 0
     assert {path.name for path in lens.iterdir()} == set(MEMBERS)  # two at each hookpoint
     assert export.main([out, "--to", "sae_lens", "--members", "none", "--out", str(lens)]) == 2
-    assert "has no such member; it has layer0-kron" in capsys.readouterr().err
+    assert "has no member 'none'; it has layer0-kron" in capsys.readouterr().err
     assert (
         export.main([f"{out}/layer0-kron", "--to", "sae_lens", "--members", "x", "--out", "y"]) == 2
     )

@@ -239,7 +239,7 @@ def _prepare(folder: Path, config: HarvestConfig) -> None:
     A harvest may be there, with these settings or fewer tokens; an incomplete one also with more
     tokens than it is to have now, if it has not as many yet.
     """
-    if (folder / HARVEST_NAME).exists():
+    if (folder / HARVEST_NAME).exists() and not _is_empty(folder):
         was, so_far = stored_config(folder), _tokens_so_far(folder)
         shorter = so_far is not None and config.tokens >= max(1, so_far)
         may_change = shorter or goes_on(was, config)
@@ -252,10 +252,15 @@ def _prepare(folder: Path, config: HarvestConfig) -> None:
                 f"{least}); choose another --out:\n  " + "\n  ".join(changes)
             )
         return
-    own_files = (LOCK_NAME, f".{HARVEST_NAME}")
-    if any(not path.name.startswith(own_files) for path in folder.iterdir()):
+    if not _is_empty(folder):
         raise InputError(f"{folder} is not empty: choose another --out")
     write_checksummed(folder / HARVEST_NAME, _document(config))
+
+
+def _is_empty(folder: Path) -> bool:
+    """Whether a folder holds nothing, or a harvest that wrote its settings alone."""
+    own_files = (LOCK_NAME, f".{HARVEST_NAME}", HARVEST_NAME)
+    return all(path.name.startswith(own_files) for path in folder.iterdir())
 
 
 def _tokens_so_far(folder: Path) -> int | None:

@@ -14,7 +14,14 @@ from kronsae.config import DataConfig
 from kronsae.data.buffer import ShuffleBuffer
 from kronsae.data.common import check_batch_size, digest, given, is_finite
 from kronsae.data.language_model import LanguageModel
-from kronsae.data.packing import PADDING, Packer, left_out_ids, token_ids, token_mask
+from kronsae.data.packing import (
+    PADDING,
+    Packer,
+    left_out_ids,
+    special_ids,
+    token_ids,
+    token_mask,
+)
 from kronsae.data.prefetch import ForwardPass, Prefetcher
 from kronsae.data.rows import BatchMemory, gather
 from kronsae.data.text import TextSource
@@ -254,6 +261,12 @@ class LanguageModelActivations:
         vocabulary = language_model.vocabulary
         self.packer = Packer.of(config, vocabulary)
         self.left_out = left_out_ids(vocabulary, config.exclude_tokens)
+        chosen = set(self.left_out.tolist()) - set(special_ids(vocabulary).tolist())
+        if chosen and max(chosen) >= language_model.vocab_size:
+            raise InputError(
+                f"exclude_tokens: the model has {language_model.vocab_size:,} tokens, and none has "
+                f"the id {max(chosen)}"
+            )
         self.contexts: list[Tensor] = []  # packed, not yet run through the model
         self.forwards = 0
         text.check_ids(language_model.vocab_size)

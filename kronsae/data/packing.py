@@ -213,6 +213,11 @@ def left_out_ids(tokenizer: Any, excluded: str = "") -> Tensor:
 
 
 def _excluded_id(item: str, tokenizer: Any) -> int:
+    if not item:
+        raise InputError(
+            "exclude_tokens: expected ids, or texts of one token, separated by commas, got an "
+            "empty text"
+        )
     if item.strip().isdecimal():
         return int(item)
     ids: list[int] = []

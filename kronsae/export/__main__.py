@@ -12,17 +12,17 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from kronsae.commandline import Parser, add_place_flags, exit_status, given_place
 from kronsae.config import kind_of
-from kronsae.errors import InputError
+from kronsae.errors import InputError, warn
 from kronsae.interop.formats import Format
 from kronsae.interop.load import load
 from kronsae.interop.suite import INDEX_NAME
 from kronsae.model.sae import SAE
 from kronsae.registry import FORMATS
-from kronsae.runs.folder import SweepFolder
-from kronsae.system.documents import read_json
+from kronsae.runs.folder import saved_members
 from kronsae.system.files import replace_directory, write_json
 
 VERIFY_TOKENS = 16_384
@@ -107,10 +107,17 @@ def _export(argv: list[str]) -> None:
     if form is None:
         _push(request, is_sweep)
         return
-    saes = _of_sweep(request) if is_sweep else {"": _load(request)}
+    index: dict[str, Any] = {}
+    if is_sweep:
+        index, runs = saved_members(request.source, request.members)
+        saes = {name: load(run) for name, run in runs.items()}
+    else:
+        saes = {"": _load(request)}
+        if failed := saes[""].metadata.get("failed"):
+            warn(f"{request.source} diverged ({failed})")
     folders = {name: request.out / folder for name, folder in _folders(saes, form).items()}
     if is_sweep:
-        _write_suite(request, form, saes)
+        _write_suite(request.out, form, saes, index)
     else:
         form.write(saes[""], request.out)
     for name, sae in saes.items():
@@ -127,21 +134,6 @@ def _load(request: argparse.Namespace) -> SAE:
     return load(request.source, revision=request.revision, **given_place(vars(request)))
 
 
-def _of_sweep(request: argparse.Namespace) -> dict[str, SAE]:
-    """The SAEs of a sweep, or of those of its members that are named."""
-    sweep, _ = SweepFolder.open(request.source)
-    names = request.members or [name for name, run in sweep.runs.items() if run.sae.is_dir()]
-    for name in names:
-        if name not in sweep.runs:
-            raise InputError(
-                f"--members {name}: {request.source} has no such member; it has "
-                f"{', '.join(sweep.runs)}"
-            )
-    if not names:
-        raise InputError(f"{request.source} has no SAE: a sweep writes them when it ends")
-    return {name: load(sweep.runs[name].path) for name in names}
-
-
 def _folders(saes: dict[str, SAE], form: type[Format]) -> dict[str, str]:
     """The folder of each SAE: as the library names it, or by its own name if that is not unique."""
     if list(saes) == [""]:
@@ -150,8 +142,10 @@ def _folders(saes: dict[str, SAE], form: type[Format]) -> dict[str, str]:
     return folders if len(set(folders.values())) == len(saes) else {name: name for name in saes}
 
 
-def _write_suite(request: argparse.Namespace, form: type[Format], saes: dict[str, SAE]) -> None:
-    """Write all SAEs, or none if the format cannot hold one of them."""
+def _write_suite(
+    out: Path, form: type[Format], saes: dict[str, SAE], index: dict[str, Any]
+) -> None:
+    """Write all SAEs, or none if the format cannot hold one of them. index: of their sweep."""
 
     def write(part: Path) -> None:
         problems = {}
@@ -166,11 +160,9 @@ def _write_suite(request: argparse.Namespace, form: type[Format], saes: dict[str
             advice = f"; --members {fitting} writes those that fit" if fitting else ""
             raise InputError(f"{name}: {problem}. Nothing was written{advice}")
         if form is FORMATS["kronsae"]:  # by which `load` finds a layer
-            document = read_json(Path(request.source) / INDEX_NAME)
-            members = {name: document["members"][name] for name in saes}
-            write_json(part / INDEX_NAME, document | {"members": members})
+            write_json(part / INDEX_NAME, index)
 
-    replace_directory(request.out, write)
+    replace_directory(out, write)
 
 
 def _push(request: argparse.Namespace, is_sweep: bool) -> None:

@@ -40,7 +40,7 @@ _CONFIG = Keys(
         **dict.fromkeys(("use_decoder_bias", "use_glu_encoder"), bool | None),
         "sparsity_include_decoder_norm": bool | None,
         "apply_decoder_bias_to_pre_encoder": bool | None,
-        "top_k": int | None,
+        **dict.fromkeys(("top_k", "d_model", "d_sae"), int | None),
         "jump_relu_threshold": float | None,
         _MEAN_NORM: Keys({"in": _POSITIVE, "out": _POSITIVE}, null=True),
     },
@@ -63,6 +63,9 @@ def read(config: Path, path: Path) -> SAE:
         k=settings.get("top_k") if activation == "topk" else None,
         transcoder=target != source,
     )
+    for name, size in zip(("d_sae", "d_model"), stock.W_enc.shape, strict=True):
+        if settings.get(name, size) not in (None, size):
+            raise InputError(f"{config}: {name} is {settings[name]:,}, the weights have {size:,}")
     scales = _scales(settings, tensors, stock, (source, target), path)
     if settings.get("apply_decoder_bias_to_pre_encoder") and not stock.transcoder:
         stock = stock.with_decoder_bias_first(-1)
@@ -95,8 +98,10 @@ def _check(settings: dict[str, Any], activation: str, config: Path) -> None:
         problem = f"sae_type {shown(kind)}"
     elif settings.get("use_glu_encoder"):
         problem = "an encoder with a second, multiplied projection (use_glu_encoder)"
-    elif activation not in ("relu", "jumprelu", "topk"):
+    elif activation in ("batchtopk", "layertopk", "batchlayertopk"):
         problem = f"act_fn {shown(activation)}, which selects by the batch, without thresholds"
+    elif activation not in ("relu", "jumprelu", "topk"):
+        problem = f"act_fn {shown(activation)}"
     elif norm not in (None, "dataset-wise", "inference"):
         problem = f"norm_activation {shown(norm)}, a factor that is another for each token or batch"
     if problem is not None:

@@ -134,9 +134,7 @@ def read_transcoder(path: Path) -> SAE:
     """
     tensors = read_tensors(path)
     names = _NAMES | {name: name for name in ("W_skip", "threshold") if name in tensors}
-    fields = take(tensors, names, path)
-    if unknown := sorted(tensors.keys() - names.keys()):
-        raise InputError(f"{path}: tensors {unknown} have no counterpart here")
+    fields = take(tensors, names, path, whole=True)
     if "threshold" not in fields:
         fields["threshold"] = torch.zeros_like(fields["b_enc"])
     settings = _settings(path.with_name("config.yaml"))

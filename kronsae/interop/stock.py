@@ -158,6 +158,11 @@ class NoStockForm(InputError):
     """Raised for an SAE that no stock class of another library can hold."""
 
 
+def own_formats(config: SAEConfig) -> str:
+    """The formats that hold every SAE of ours, in words. SAELens' takes no transcoder."""
+    return "kronsae or hub" if config.d_target else "kronsae, sae_lens or hub"
+
+
 def stock_of(sae: SAE, library: str) -> Stock:
     """The stock form of a dense SAE. Raises NoStockForm, with the reason, if it has none."""
     config = sae.config
@@ -167,15 +172,18 @@ def stock_of(sae: SAE, library: str) -> Stock:
         why = f"no dense encoder of {config.dict_size:,} rows gives the same latents"
         if sae.kind.factored:
             why = "its latents are products of two projections"
+        lens = (
+            "--to sae_lens (an architecture of its own there, after `import "
+            "kronsae.interop.sae_lens`), "
+        )
         raise NoStockForm(
             f"{library}'s stock formats cannot hold a {kind_of(dataclasses.asdict(config))}: "
-            f"{why}. Use --to sae_lens (an architecture of its own there, after `import "
-            "kronsae.interop.sae_lens`), --to hub, or kronsae.load(...).encode"
+            f"{why}. Use {'' if config.d_target else lens}--to hub, or kronsae.load(...).encode"
         )
     if config.experts:
         raise NoStockForm(
-            f"{library}'s stock formats have no router: export an SAE with experts --to kronsae, "
-            "sae_lens or hub"
+            f"{library}'s stock formats have no router: export an SAE with experts --to "
+            f"{own_formats(config)}"
         )
     w_enc, b_enc, gate = form
     return Stock(
@@ -201,8 +209,7 @@ def _threshold(sae: SAE, gate: Tensor | None, library: str) -> Tensor | None:
     if own is None and not isinstance(sae.selection, TopK):
         raise NoStockForm(
             f"{library}'s stock formats select the k largest latents, or those above thresholds: "
-            f"selection {sae.config.selection!r} does neither. Use --to sae_lens (an architecture "
-            "of its own there), kronsae or hub"
+            f"selection {sae.config.selection!r} does neither. Use --to {own_formats(sae.config)}"
         )
     if gate is None or own is None:
         if gate is not None:
@@ -269,17 +276,24 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def take(
-    tensors: dict[str, Tensor], names: dict[str, str], path: Path, transposed: Collection[str] = ()
+    tensors: dict[str, Tensor],
+    names: dict[str, str],
+    path: Path,
+    transposed: Collection[str] = (),
+    whole: bool = False,
 ) -> dict[str, Any]:
     """Tensors by our names, in float32 at least, for `Stock`. names: ours -> the file's.
 
     transposed: our names of those that are transposed in the file.
+    whole: whether these are all that such a file has, as others change what the SAE computes.
     Raises InputError if one is missing, or not of finite floats.
     """
     there = [name for name, tensor in tensors.items() if isinstance(tensor, Tensor)]
     missing = sorted(set(names.values()) - set(there))
     if missing:
         raise InputError(f"{path}: expected tensors {missing}, got {sorted(there)}")
+    if whole and (unknown := sorted(set(tensors) - set(names.values()))):
+        raise InputError(f"{path}: tensors {unknown} have no counterpart here")
     check_weights({theirs: tensors[theirs] for theirs in names.values()}, path)
     taken = {ours: _exact(tensors[theirs]) for ours, theirs in names.items()}
     for name in transposed:
@@ -299,8 +313,10 @@ def unpickled(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip and torch raise errors of their own types
+        # torch advises to unpickle everything, which would run code.
+        why = "" if "weights_only" in str(error) else f" ({reason(error)})"
         raise InputError(
-            f"{path} does not hold tensors alone, and nothing else is unpickled ({reason(error)})"
+            f"{path} does not hold tensors alone, and nothing else is unpickled{why}"
         ) from error
     if not isinstance(content, dict) or not all(isinstance(name, str) for name in content):
         raise InputError(f"{path}: expected a dictionary of tensors")

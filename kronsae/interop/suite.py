@@ -66,6 +66,8 @@ def subfolders_of(
         # The residual stream counts before other modules of the block.
         found = [place for place in places if place.layer == layer and place.hookpoint is None]
         found = found or [place for place in places if place.layer == layer]
+    if not found and [place.folder for place in places] == ["sae"]:
+        raise InputError(f"{source} holds one SAE, and not a suite: leave out layer and hookpoint")
     if not found:
         there = ", ".join(place.folder for place in places[:20]) or "no SAE"
         raise InputError(f"{source} has no SAE at {wanted}; it has {there}")
@@ -77,7 +79,8 @@ def _places(folder: Path) -> list[Place]:
     index = folder / INDEX_NAME
     if index.is_file():
         try:
-            return _of_index(read_json(index))
+            places = _of_index(read_json(index))
+            return [place for place in places if (folder / place.folder).is_dir()]
         except (OSError, ValueError) as error:
             raise InputError(f"{index} cannot be read: {error}") from error
     return _of_files(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
@@ -101,10 +104,12 @@ def _on_hub(repo_id: str, revision: str | None) -> list[Place]:
 
 
 def _of_index(document: Any) -> list[Place]:
-    """The members of one of our own suites, from its index."""
+    """The members of one of our own suites that did not diverge, from its index."""
     members = typed(document, dict, INDEX_NAME).get("members")
     places = []
     for name, entry in typed(members, dict[str, dict[str, Any]], f"{INDEX_NAME}: members").items():
+        if entry.get("failed"):
+            continue
         data = part_of(entry, "config", "data")
         layer, hookpoint = data.get("layer"), data.get("hookpoint")
         places.append(

@@ -472,6 +472,41 @@ class SweepFolder(_Folder):
         return {**state, "members": members}
 
 
+def saved_members(
+    path: str | Path, wanted: Iterable[str] | None = None
+) -> tuple[dict[str, Any], dict[str, Path]]:
+    """A sweep's index and the runs of its members by name, of those that have an SAE.
+
+    wanted: names of members; None: all, but for those that diverged, of which a notice tells.
+    Raises InputError if a member that is wanted has no SAE, or if none has.
+    """
+    path = Path(path)
+    index = _read_index(path / "sweep.json", "kronsae-sweep", SWEEP)
+    members = {name: {**_NOT_ENDED, **entry} for name, entry in index["members"].items()}
+    check_names(list(members))
+    left_out = {}
+    for name, entry in members.items():
+        if not (path / name / "sae").is_dir():
+            left_out[name] = "has no SAE"
+        elif entry["failed"]:
+            left_out[name] = f"diverged ({entry['failed']})"
+    for name in wanted or ():
+        if name not in members:
+            raise InputError(f"{path} has no member {name!r}; it has {', '.join(members)}")
+        if not (path / name / "sae").is_dir():
+            raise InputError(f"{path / name} has no SAE: a run writes it when it ends")
+    names = [name for name in members if name not in left_out] if wanted is None else list(wanted)
+    if not names:
+        raise InputError(f"{path} has no SAE: it has not ended, or all members diverged")
+    for name, reason in left_out.items():
+        if wanted is None:
+            warn(f"{path / name} {reason}: it is left out")
+        elif name in names:
+            warn(f"{path / name} {reason}")
+    kept = {name: entry for name, entry in members.items() if name in names}
+    return index | {"members": kept}, {name: path / name for name in kept}
+
+
 def read_run(path: Path) -> dict[str, Any]:
     """config.json of a run, also of one that another program wrote. Raises InputError."""
     index = path / "config.json"
@@ -510,9 +545,11 @@ def _read_index(path: Path, kind: str, hint: Any) -> dict[str, Any]:
             raise ValueError(f"expected {kind!r} of format version {FORMAT_VERSION}, got {written}")
     except (OSError, ValueError) as error:
         whole = checkpoint.copy_of(path, path.parent / "checkpoints")
+        is_gone = isinstance(error, FileNotFoundError)
         if whole is not None:
+            problem = "is missing" if is_gone else f"is damaged ({error})"
             raise InputError(
-                f"{path} is damaged ({error}); a checkpoint has a copy:\n"
+                f"{path} {problem}; a checkpoint has a copy:\n"
                 f"  {shlex.join(['cp', str(whole), str(path)])}"
             ) from error
         raise InputError(

@@ -382,7 +382,15 @@ def _sources(
     if not isinstance(activations, Mapping):
         activations = {"": activations}
     _check_names_of_hookpoints("activations", activations, plans)
-    return {name: _as_source(each, config) for name, each in activations.items()}
+    sources = {name: _as_source(each, config) for name, each in activations.items()}
+    rows = {name: x.count for name, x in sources.items() if isinstance(x, TensorActivations)}
+    if len(set(rows.values())) > 1:
+        counts = ", ".join(f"{name!r} {count:,}" for name, count in rows.items())
+        raise InputError(
+            "activations: expected as many rows for each hookpoint, those of the same tokens, got "
+            f"{counts}"
+        )
+    return sources
 
 
 def _heldouts(
@@ -404,7 +412,7 @@ def _check_names_of_hookpoints(
     """Raise InputError unless there is something for each hookpoint that SAEs learn from."""
     wanted = list(dict.fromkeys(plan.hookpoint for plan in plans))
     if not given.keys() >= set(wanted):
-        named = wanted if wanted != [""] else "none: name one for each SAE in `hookpoints`"
+        named = wanted if wanted != [""] else "none: fit_many names them in `hookpoints`"
         raise InputError(
             f"{what}: expected a mapping with the hookpoints that SAEs learn from ({named}), got "
             + ("one that has " + str(list(given)) if set(given) != {""} else "no mapping")
@@ -412,6 +420,11 @@ def _check_names_of_hookpoints(
 
 
 def _as_source(activations: Activations, config: TrainConfig) -> ActivationSource:
+    if isinstance(activations, str | bytes | Path):
+        raise InputError(
+            f"activations: expected tensors or a source of them, got {activations!r}: "
+            "kronsae.cache.CacheActivations reads a cache"
+        )
     is_pair = isinstance(activations, tuple) and len(activations) == 2
     first: Any = cast(Pair, activations)[0] if is_pair else activations
     if isinstance(first, (Tensor, np.ndarray)):

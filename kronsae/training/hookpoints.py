@@ -28,6 +28,8 @@ def expand(flags: dict[str, Any], settings: dict[str, Any]) -> list[dict[str, An
     given = {name: flags[name] for name in NAMES if flags.get(name)}
     if not given:
         return []
+    if "layer" in given and "hookpoint" in given:
+        raise InputError("--layer and --hookpoint exclude each other: give one")
     names = {"model", "revision", "activations", "trust_remote_code", "model_kwargs"}
     data = DataConfig(**{name: settings[name] for name in names & settings.keys()})
     values = {
@@ -70,6 +72,11 @@ def _all_layers(data: DataConfig) -> Sequence[int]:
     return sorted(layers)
 
 
+def is_pattern(name: str) -> bool:
+    """Whether the name of a hookpoint is a pattern, as in a shell."""
+    return any(sign in name for sign in "*?[")
+
+
 def matches(given: Sequence[str], data: DataConfig) -> list[str]:
     """The hookpoints, each once; those that match a pattern in the model's order.
 
@@ -78,7 +85,7 @@ def matches(given: Sequence[str], data: DataConfig) -> list[str]:
     """
     found: dict[str, None] = {}
     for name in given:
-        if not any(sign in name for sign in "*?["):
+        if not is_pattern(name):
             found[name] = None
             continue
         known = _known(data)

@@ -8,7 +8,7 @@ of values of flags that have several.
 import argparse
 import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +47,7 @@ from kronsae.system.checkpoint import list_checkpoints
 from kronsae.system.documents import part_of, read_json
 from kronsae.system.files import usable_path
 from kronsae.system.parallel import Mesh
-from kronsae.training.hookpoints import NAMES, expand
+from kronsae.training.hookpoints import NAMES, expand, is_pattern
 from kronsae.training.start import Starts, settings_of
 
 OTHER_NAMES = {
@@ -275,6 +275,9 @@ def parse(argv: list[str] | None = None) -> Request:
     run = {name: flags.pop(name, None) for name in names}
     places = {name: flags.pop(name) for name in NAMES if name in flags}
     lists = {name: value for name, value in flags.items() if isinstance(value, list)}
+    for name, values in lists.items():
+        if twice := [value for value in values if values.count(value) > 1]:
+            raise InputError(f"{flag(name)}: {twice[0]} is given twice: leave one out")
     flags |= {name: value[0] for name, value in lists.items()}
     lists = {name: value for name, value in lists.items() if len(value) > 1}
     if run["plan"] and run["no_memory_check"]:
@@ -368,8 +371,7 @@ def _read_sweep(path: Path) -> list[dict[str, Any]]:
         where = f"--sweep {path}, entry {number}"
         if not isinstance(entry, dict):
             raise InputError(f"{where}: expected an object of settings, got {str(entry)[:80]}")
-        if not isinstance(entry.get("name", ""), str):
-            raise InputError(f"{where}: name: expected a string, got {entry['name']!r}")
+        _check_entry(entry, where)
         for name in entry:
             if name not in (*own, "name"):
                 raise InputError(
@@ -378,6 +380,22 @@ def _read_sweep(path: Path) -> list[dict[str, Any]]:
                     else f"{where}: there is no setting {name!r}; known are {', '.join(own)}"
                 )
     return document
+
+
+def _check_entry(entry: dict[str, Any], where: str) -> None:
+    """Raise InputError unless an entry of a sweep file has a name and one hookpoint, if any."""
+    expected: dict[str, tuple[str, Callable[[Any], bool]]] = {
+        "name": ("a string that is not empty", lambda x: isinstance(x, str) and bool(x)),
+        "layer": ("the number of one block", lambda x: type(x) is int),
+        **dict.fromkeys(
+            ("hookpoint", "target_hookpoint"),
+            ("the name of one, not a pattern", lambda x: isinstance(x, str) and not is_pattern(x)),
+        ),
+    }
+    for name in entry.keys() & expected.keys():
+        words, is_right = expected[name]
+        if not is_right(entry[name]):
+            raise InputError(f"{where}: {name}: expected {words}, got {entry[name]!r}")
 
 
 def _reference(of: str, own: SAEConfig) -> SAEConfig:
