@@ -418,13 +418,18 @@ class SAEConfig:
                 f"{'; '.join(dict.fromkeys(shapes))}"
             )
 
-    def with_widths(self, d_model: int, d_target: int) -> "SAEConfig":
-        """A copy with the widths of the data. Raises InputError if others are configured."""
+    def with_widths(self, d_model: int, d_target: int, starts: bool = False) -> "SAEConfig":
+        """A copy with the widths of the data. Raises InputError if others are configured.
+
+        starts: whether they are those of an SAE that training starts from.
+        """
         for name, width in (("d_model", d_model), ("d_target", d_target)):
             configured = getattr(self, name)
+            has = f"the SAE to start from has {configured or 'none'}" if starts else None
             _require(
-                configured in (0, width),
-                f"{name}: {configured} is configured, the data has {width or 'none'}",
+                configured == width or configured == 0 and not starts,
+                f"{name}: {has or f'{configured} is configured'}, the data has {width or 'none'}"
+                + " (--target-hookpoint names a target)" * (name == "d_target"),
             )
         return replace(self, d_model=d_model, d_target=d_target)
 

@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> int:
             if quiet:  # the first process measures
                 return 0
             plan, members, data, model = _plan(request)
-            available = available_tokens(data, model.context_length)
+            available = available_tokens(data, model.context_length, model.vocabulary)
             takes = run_time(plan, members, data, model, available)
             text = render(plan, members, takes, available, request.starts_from)
             console.print(text, markup=False)

@@ -317,8 +317,12 @@ def test_what_cannot_be_started_from_is_refused(runs, tmp_path):
         parse(["--allow-pickle"])
     with pytest.raises(InputError, match="--resume takes all settings"):
         parse(["--resume", str(runs / "suite"), "--finetune", "x"])
-    with pytest.raises(InputError, match="d_model: 12 is configured, the data has 5"):
+    with pytest.raises(InputError, match="d_model: the SAE to start from has 12, the data has 5"):
         fit(sae_of("dense"), torch.randn(100, 5), TUNE)
+    with pytest.raises(
+        InputError, match="d_target: the SAE to start from has 7, the data has none"
+    ):
+        fit(sae_of("skip"), X, TUNE)
 
 
 def test_an_sae_of_another_library_gets_the_defaults_of_training():

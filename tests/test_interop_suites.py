@@ -538,6 +538,22 @@ def test_what_llamascopium_has_and_we_have_not(settings, reason, tmp_path):
         kronsae.load(folder)
 
 
+def test_a_shape_that_is_wrong_names_the_file(tmp_path):
+    made = gemma_scope(tmp_path)
+    arrays = dict(np.load(made.path / "params.npz"))
+    np.savez(made.path / "params.npz", **arrays | {"b_enc": arrays["b_enc"][:-1]})
+    with pytest.raises(InputError, match=f"^{made.path}: b_enc: expected .24., got .23."):
+        kronsae.load(made.path)
+
+
+def test_the_file_of_a_folders_weights_will_do(tmp_path):
+    made = llama_scope(tmp_path)
+    sae = kronsae.load(made.path / "checkpoints" / "final.safetensors")
+    check(sae, made.encode, made.decode)
+    again = kronsae.load(sae.save(tmp_path / "ours") / "sae.safetensors")
+    check(again, made.encode, made.decode)
+
+
 def test_a_decoder_row_of_zeros(tmp_path):
     """Its latent is never selected where its row's norm counts."""
     for activation in ("topk", "jumprelu"):

@@ -328,6 +328,38 @@ def test_multiply_adds_of_the_embedded_model_by_hand():
     assert found.hidden_size == d
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (
+            ["--hookpoint", "2.mlp_out", "--target-hookpoint", "1.mlp_out"],
+            "runs before '2.mlp_out'",
+        ),
+        (
+            ["--layer", "1", "--dataset", "text.jsonl", "--chat-roles", "user"],
+            "holds text, not mes",
+        ),
+        (["--layer", "1", "--dataset", "ids.jsonl"], "token id 9999 is not one of the model's"),
+        (["--layer", "1", "--exclude-tokens", "9999"], "none has the id 9999"),
+        (["--layer", "1", "--load-in", "8bit"], "--load-in 8bit needs the package bitsandbytes"),
+    ],
+)
+def test_the_plan_refuses_what_the_run_refuses(flags, words, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("kronsae.data.loading.require", no_package)
+    rows = {"text": ["a text"] * 50, "ids": [[1, 2, 9999] * 9] * 50}
+    for name, documents in rows.items():
+        lines = (json.dumps({"text": document}) for document in documents)
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    for plan in (["--plan"], []):
+        assert main([*flags, *plan]) == 2
+        assert words in capsys.readouterr().err
+
+
+def no_package(package, needed_by):
+    raise InputError(f"{needed_by} needs the package {package}")
+
+
 def test_what_does_not_fit_is_refused_before_the_model_is_loaded(monkeypatch, capsys, tmp_path):
     import transformers
 

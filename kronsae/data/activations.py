@@ -18,7 +18,6 @@ from kronsae.data.packing import (
     PADDING,
     Packer,
     left_out_ids,
-    special_ids,
     token_ids,
     token_mask,
 )
@@ -260,13 +259,8 @@ class LanguageModelActivations:
         self.d_model, self.d_target = first.d_model, first.d_target
         vocabulary = language_model.vocabulary
         self.packer = Packer.of(config, vocabulary)
-        self.left_out = left_out_ids(vocabulary, config.exclude_tokens)
-        chosen = set(self.left_out.tolist()) - set(special_ids(vocabulary).tolist())
-        if chosen and max(chosen) >= language_model.vocab_size:
-            raise InputError(
-                f"exclude_tokens: the model has {language_model.vocab_size:,} tokens, and none has "
-                f"the id {max(chosen)}"
-            )
+        known = language_model.vocab_size
+        self.left_out = left_out_ids(vocabulary, config.exclude_tokens, known)
         self.contexts: list[Tensor] = []  # packed, not yet run through the model
         self.forwards = 0
         text.check_ids(language_model.vocab_size)

@@ -10,13 +10,15 @@ from typing import Any, NamedTuple
 import torch
 
 from kronsae.config import DataConfig
-from kronsae.data.document import as_document, sizes
+from kronsae.data.document import as_document, kind_of_value, sizes
 from kronsae.data.packing import Packer, left_out_ids, trained_on
 from kronsae.data.text import (
     STDLIB,
     IndexedText,
     TextSource,
+    check_roles,
     check_text,
+    checked_document,
     kind_of_file,
     open_text,
     options_of_file,
@@ -47,7 +49,11 @@ class Sample(NamedTuple):
 
 
 def count_tokens(
-    config: DataConfig, tokenizer: Any, context_length: int, text: TextSource | None = None
+    config: DataConfig,
+    tokenizer: Any,
+    context_length: int,
+    text: TextSource | None = None,
+    vocab_size: int = 0,
 ) -> int | None:
     """About how many tokens there are to train on, over all epochs; None if it is not known.
 
@@ -55,7 +61,8 @@ def count_tokens(
     there is a tokenizer.
 
     text: of `config`, once it is open and documents are held out.
-    Raises InputError if files cannot be read.
+    vocab_size: number of tokens that the model knows; 0 if it is not known.
+    Raises InputError if files cannot be read, or if settings do not fit the documents.
     """
     if tokenizer is None:
         return None
@@ -67,15 +74,15 @@ def count_tokens(
         sample, heldout = _of_files(files, config), config.heldout_tokens
     else:
         return None
-    where = f"dataset {config.dataset!r}"
-    documents = [
-        as_document(x[:SAMPLE_CHARACTERS] if isinstance(x, str) else x, where)
-        for x in sample.documents
-    ]
+    for kind in {kind_of_value(x) for x in sample.documents if x}:
+        check_roles(config, kind)
+    beginnings = [x[:SAMPLE_CHARACTERS] if isinstance(x, str) else x for x in sample.documents]
+    documents = [checked_document(x, config.dataset, vocab_size or None) for x in beginnings]
     packer = Packer.of(dataclasses.replace(config, context_length=context_length), tokenizer)
     read = [[token for part in packer.tokens(x) for token in part] for x in documents if x]
     every = torch.tensor([token for tokens in read for token in tokens], dtype=torch.int64)
-    count = int(trained_on(every, left_out_ids(tokenizer, config.exclude_tokens)).sum())
+    left_out = left_out_ids(tokenizer, config.exclude_tokens, vocab_size)
+    count = int(trained_on(every, left_out).sum())
     share = count / max(1, len(every))
     tokens = max(0.0, sample.size * count / max(1, sizes(documents)) - heldout * share)
     if not packer.begin:  # the first token of each context is left out

@@ -95,7 +95,10 @@ def read_frames(stream: BinaryIO) -> Iterator[list[Tensor]]:
 def _frame(stream: BinaryIO, size: int, where: str) -> list[Tensor]:
     """The tensors of a frame of `size` bytes, once its header is checked."""
     if not 8 < size <= MAX_FRAME_BYTES:
-        raise InputError(f"{where}: expected 9 to {MAX_FRAME_BYTES:,} bytes, got {size:,}")
+        raise InputError(
+            f"{where}: expected 9 to {MAX_FRAME_BYTES:,} bytes, as its first 8 bytes say, got "
+            f"{size:,}: send frames of safetensors (kronsae.data.frames.send), of fewer rows each"
+        )
     start = _read(stream, 8, where)
     length = int.from_bytes(start, "little")
     if not 0 < length <= min(MAX_HEADER_BYTES, size - 8):

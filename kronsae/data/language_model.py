@@ -417,10 +417,7 @@ class LanguageModel:
     def _activations(self, input_ids: Tensor, attention_mask: Tensor | None) -> Tensor:
         outputs = self._read(self._names, input_ids, attention_mask)
         if next(iter(outputs)) == self.target_hookpoint:
-            raise InputError(
-                f"target_hookpoint {self.target_hookpoint!r} of {self.name} runs before "
-                f"{self.hookpoint!r}: a transcoder predicts what comes later"
-            )
+            raise runs_before(self.name, self.target_hookpoint, self.hookpoint)
         return self._joined(outputs)
 
     @property
@@ -724,6 +721,14 @@ def replaced_output(module: nn.Module, output: Any) -> Iterator[None]:
 
 
 # A model's structure
+
+
+def runs_before(model: str, target: str, hookpoint: str) -> InputError:
+    """The error for a target that runs before the activations that are to predict it."""
+    return InputError(
+        f"target_hookpoint {target!r} of {model} runs before {hookpoint!r}: a transcoder predicts "
+        "what comes later"
+    )
 
 
 def layer_or_hookpoint(name: str, layer: int | None, hookpoint: str | None) -> int | str:

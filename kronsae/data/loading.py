@@ -240,9 +240,11 @@ def load_model(
                 "(unpickling can run code): convert it with save_pretrained, or give a --revision "
                 f"that has them ({reason(error)})"
             ) from error
-        raise InputError(
-            f"model {name!r}: its weights cannot be loaded ({reason(error)})"
-        ) from error
+        why = reason(error)
+        if "ignore_mismatched_sizes" in why:
+            given = f", with --model-kwargs {dict(kwargs)}" if kwargs else ""
+            why = f"they have other shapes than its configuration gives{given}"
+        raise InputError(f"model {name!r}: its weights cannot be loaded ({why})") from error
     return model, tuple(sorted(info["missing_keys"] - _computed(model)))
 
 
@@ -255,6 +257,13 @@ def _of_loading(config: Any, kwargs: Mapping[str, Any]) -> dict[str, Any]:
     return own
 
 
+def check_load_in(load_in: str) -> None:
+    """Raise InputError without the packages that a model in 8 or 4 bits needs."""
+    if load_in != LOAD_IN[0]:
+        for package in ("bitsandbytes", "accelerate"):
+            require(package, f"--load-in {load_in}")
+
+
 def _rounding(load_in: str, dtype: torch.dtype) -> dict[str, Any]:
     """The argument that makes transformers round matrices. Raises InputError without bitsandbytes.
 
@@ -262,7 +271,7 @@ def _rounding(load_in: str, dtype: torch.dtype) -> dict[str, Any]:
     """
     if load_in == LOAD_IN[0]:
         return {}
-    require("bitsandbytes", f"--load-in {load_in}")
+    check_load_in(load_in)
     from transformers import BitsAndBytesConfig
 
     # It warns at each product that it is rounded to float16.

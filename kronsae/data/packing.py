@@ -199,16 +199,22 @@ def trained_on(packed: Tensor, left_out: Tensor) -> Tensor:
     return (packed >= 0) & (packed < READ_ONLY) & ~torch.isin(packed, left_out)
 
 
-def left_out_ids(tokenizer: Any, excluded: str = "") -> Tensor:
+def left_out_ids(tokenizer: Any, excluded: str = "", vocab_size: int = 0) -> Tensor:
     """Tokens [s] int64 that are neither trained nor evaluated on: special ones, and the excluded.
 
     excluded: ids, names or texts of tokens, separated by commas.
+    vocab_size: number of tokens that the model knows; 0 if it is not known.
     Raises InputError for one that is not a token.
     """
     ids = special_ids(tokenizer)
     if not excluded:
         return ids
     chosen = [_excluded_id(item, tokenizer) for item in excluded.split(",")]
+    if max(chosen) >= vocab_size > 0:
+        raise InputError(
+            f"exclude_tokens: the model has {vocab_size:,} tokens, and none has the id "
+            f"{max(chosen)}"
+        )
     return torch.cat([ids, torch.tensor(chosen)]).unique()
 
 

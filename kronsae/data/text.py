@@ -166,8 +166,8 @@ class IndexedText:
 
     def heldout(self) -> Iterator[Document]:
         if self.aside is not None:
-            return (_clean(text, self.name) for text in self.aside)
-        return (_clean(self.documents[int(row)], self.name) for row in self.rows)
+            return (checked_document(text, self.name) for text in self.aside)
+        return (checked_document(self.documents[int(row)], self.name) for row in self.rows)
 
     @property
     def rows(self) -> Tensor:
@@ -208,7 +208,7 @@ class IndexedText:
                 drawn, order = self.epoch, shuffled(rows, self.seed, self.epoch)
             text = self.documents[int(order[self.position])]
             self.position += 1
-            if text := _clean(text, self.name):
+            if text := checked_document(text, self.name):
                 yield text
 
     def state_dict(self) -> dict[str, Any]:
@@ -269,7 +269,7 @@ class StreamedText:
     def _texts(self, dataset: Any) -> Iterator[Document]:
         with _reading(f"dataset {self.name!r}: reading on failed"):
             for row in dataset:
-                yield _clean(row[self.column], self.name, self.vocab_size)
+                yield checked_document(row[self.column], self.name, self.vocab_size)
 
     def state_dict(self) -> dict[str, Any]:
         return {"epoch": self.epoch, "stream": self.resumed_at or self.train.state_dict()}
@@ -379,7 +379,7 @@ class BufferedText:
             self.filled_at, self.read_to = None, {}  # until it is filled
             self.buffer, characters = [], 0
             for row in islice(self.rows, self.size):
-                self.buffer.append(_clean(row[self.column], self.name, self.vocab_size))
+                self.buffer.append(checked_document(row[self.column], self.name, self.vocab_size))
                 characters += len(as_text(self.buffer[-1]) or self.buffer[-1])
                 if characters >= BUFFER_CHARACTERS:
                     break
@@ -468,11 +468,7 @@ def open_text(config: DataConfig, seed: int) -> TextSource:
         return _open_stdlib(config, seed)
     dataset = _open_files(files, config) if files else _open_hub(config)
     kind = _check_rows(dataset, config)
-    if config.chat_roles and kind != MESSAGES:
-        raise InputError(
-            f"--chat-roles {config.chat_roles} has no effect: column {config.text_column!r} holds "
-            f"{kind}, not messages: leave it out, or name another with --text-column"
-        )
+    check_roles(config, kind)
     fingerprint = _fingerprint(dataset, files, config)
     name, epochs = config.dataset, config.epochs
     common: dict[str, Any] = {"epochs": epochs, "fingerprint": fingerprint, "name": name}
@@ -482,6 +478,15 @@ def open_text(config: DataConfig, seed: int) -> TextSource:
     if config.streaming:
         return BufferedText(dataset, config.text_column, size=config.shuffle_documents, **common)
     return IndexedText(Column(dataset, config.text_column), None, **common)
+
+
+def check_roles(config: DataConfig, kind: str | None) -> None:
+    """Raise InputError if --chat-roles has no effect on a column with this kind of documents."""
+    if config.chat_roles and kind != MESSAGES:
+        raise InputError(
+            f"--chat-roles {config.chat_roles} has no effect: column {config.text_column!r} holds "
+            f"{kind}, not messages: leave it out, or name another with --text-column"
+        )
 
 
 def _fingerprint(dataset: Any, files: list[Path], config: DataConfig) -> str:
@@ -707,7 +712,7 @@ def _check_rows(dataset: Any, config: DataConfig) -> str:
     return kind
 
 
-def _clean(document: Any, name: str, vocab_size: int | None = None) -> Document:
+def checked_document(document: Any, name: str, vocab_size: int | None = None) -> Document:
     """The document, or "" if it is null or white space.
 
     Raises InputError if it is none, or for token ids that are not below `vocab_size`.

@@ -66,7 +66,11 @@ def load(
             f"{form.weights_of(folder)} is a pickle, which is only read on request: with "
             "allow_pickle=True (--allow-pickle), which loads tensors and runs no code"
         )
-    sae = form.read(folder)
+    try:
+        sae = form.read(folder)
+    except InputError as error:  # some say what is wrong alone
+        is_named = str(folder) in str(error)
+        raise error if is_named else InputError(f"{folder}: {error}") from error
     try:
         typed(sae.metadata, METADATA, "metadata")
         check_rule(sae.metadata, sae.d_model, sae.config.d_target)
@@ -92,6 +96,10 @@ def _find_sae(
             f"{source} is a sweep: name one of its runs, {source}/NAME, or give layer= or "
             "hookpoint= if that tells which"
         )
+    for folder in list(path.parents)[:2] if path.is_file() else ():
+        name = recognise(folder)
+        if name is not None and FORMATS[name].weights_of(folder) == path:
+            return folder  # whose weights these are
     inside = usable_path(path / (subfolder or "sae"), "subfolder")
     folders = (inside, inside / "sae") if subfolder else (path, inside)
     for folder in folders:

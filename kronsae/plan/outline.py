@@ -13,8 +13,8 @@ from kronsae.cache.reader import hookpoint_numbers
 from kronsae.config import DataConfig
 from kronsae.data.common import reason
 from kronsae.data.hookpoints import Hook, Reached, check_layer, hooks_at, lists_of_blocks
-from kronsae.data.language_model import layer_or_hookpoint
-from kronsae.data.loading import NoSkeleton, checkpoint_dtype, load_skeleton
+from kronsae.data.language_model import layer_or_hookpoint, runs_before
+from kronsae.data.loading import NoSkeleton, check_load_in, checkpoint_dtype, load_skeleton
 from kronsae.errors import InputError, warn
 from kronsae.sources import Cache, source_of
 
@@ -54,6 +54,7 @@ def outline(config: DataConfig, context_length: int = 1024) -> Outline:
     """
     if config.activations is not None:
         return _of_cache(config, config.activations)
+    check_load_in(config.load_in)
     read, settings, model = _skeleton(config)
     hooks = _hooks(model, config.model, read)
     text = settings.get_text_config()
@@ -67,14 +68,19 @@ def outline(config: DataConfig, context_length: int = 1024) -> Outline:
     if config.target_hookpoint:
         targets = _hooks(model, config.model, config.target_hookpoint)
     for number, hook in enumerate(hooks):
+        reached: list[Any] = []
         try:
             d, flops = _run(model, hook, tokens)
             d_target = 0
             if targets:  # the forward pass ends there
-                d_target, flops = _run(model, targets[number % len(targets)], tokens)
+                with hook.reading(reached.append):
+                    d_target, flops = _run(model, targets[number % len(targets)], tokens)
         except Exception as error:  # of any type: the model needs numbers
             failed = reason(error)
             continue
+        if targets and not reached:
+            read_at = config.hookpoint or hook.name
+            raise runs_before(config.model, config.target_hookpoint or "", read_at)
         return Outline(
             *(d, parameters, flops, tokens, text.hidden_size, vocabulary, checkpoint, d_target)
         )

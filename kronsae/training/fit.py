@@ -353,7 +353,8 @@ def _train(session: Session, stop: Stop) -> None:
 
 def _complete(plan: MemberPlan, source: ActivationSource) -> MemberPlan:
     """The plan with the width of the activations, and all entries of config.json."""
-    sae = plan.sae.with_widths(source.d_model, getattr(source, "d_target", 0))
+    widths = source.d_model, getattr(source, "d_target", 0)
+    sae = plan.sae.with_widths(*widths, starts=plan.start is not None)
     config = {
         "sae": dataclasses.asdict(sae),
         "data": None,

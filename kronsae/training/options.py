@@ -156,7 +156,8 @@ class Request:
         members, notes, hookpoints = {}, dict(self.notes), self.hookpoints
         for name, config in self.members.items():
             d_model, d_target = widths[hookpoints[name]]
-            sae, train = config.sae.with_widths(d_model, d_target), config.train
+            sae = config.sae.with_widths(d_model, d_target, starts=name in self.starts)
+            train = config.train
             if self.iso_flops_of:
                 reference = self.iso_flops_of[name].with_widths(d_model, d_target)
                 tokens = _equal_flops(train.tokens, reference, sae)
