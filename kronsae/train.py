@@ -138,7 +138,9 @@ def _plan(
     widths = {name: (each.d_model, each.d_target) for name, each in outlines.items()}
     members = request.at_widths(widths).members
     last = max(outlines, key=lambda name: outlines[name].flops_per_token)
-    return make_plan(members, outlines[last]), members, request.data[last], outlines[last]
+    saes = {id(sae): sae for sae in request.starts.values()}.values()
+    starts = sum(weight.nbytes for sae in saes for weight in sae.state_dict().values())
+    return make_plan(members, outlines[last], starts), members, request.data[last], outlines[last]
 
 
 def train(request: Request, console: Console, mesh: Mesh = ALONE) -> int:

@@ -249,7 +249,9 @@ def test_it_goes_on_where_the_sae_was_trained(runs, capsys):
     lens = str(runs / "lens")
     assert parse(["--finetune", lens]).config.data.layer == 1
     assert main([*STILL, "--finetune", second, "--plan"]) == 0
-    assert f"starts from      {second}\n" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert f"starts from      {second}\n" in printed
+    assert "SAEs to start from" in " ".join(printed.split())
     with pytest.warns(Notice, match="was trained at layer2 of embedded, and goes on at layer1"):
         assert parse(["--finetune", second, "--layer", "1"]).config.data.layer == 1
     with warnings.catch_warnings():

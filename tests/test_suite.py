@@ -11,7 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 from test_parallel import start as start_ranks
-from test_sweep import timeless
+from test_sweep import files, timeless
 from test_train import SMALL, _wait_for, finish, start
 
 import kronsae
@@ -63,17 +63,6 @@ def suite(activations=None, train=TRAIN, **options):
         **options,
     )
     return dict(zip(SAES, results, strict=True))
-
-
-def files(folder, names):
-    """What a suite gives: each member's weights, and its records without the times."""
-    return {
-        name: (
-            (folder / name / "sae" / "sae.safetensors").read_bytes(),
-            timeless(map(json.loads, (folder / name / "metrics.jsonl").read_text().splitlines())),
-        )
-        for name in names
-    }
 
 
 @pytest.fixture(scope="module")

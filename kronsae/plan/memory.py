@@ -56,10 +56,11 @@ MEMORY_MARGIN = 1.5
 """A run is refused if it needs 1.5 times the free memory or more: plans are estimates."""
 
 
-def make_plan(members: Mapping[str, RunConfig], model: Outline) -> dict[str, Any]:
+def make_plan(members: Mapping[str, RunConfig], model: Outline, starts: int = 0) -> dict[str, Any]:
     """Counts, bytes and multiply-adds of a run, or of a sweep of several members (JSON-able).
 
     members: by name, with the width of their activations; they share data and stream.
+    starts: bytes of the SAEs that training starts from, which stay in the CPU's memory.
     """
     config = next(iter(members.values()))
     train = config.train
@@ -79,6 +80,7 @@ def make_plan(members: Mapping[str, RunConfig], model: Outline) -> dict[str, Any
         "language model": reader.weights if reader else 0,
         "text": _text_bytes(config.data) if device.type == "cpu" else 0,
         "weights and moments": sum(member.state for member in process),
+        "SAEs to start from": starts if device.type == "cpu" else 0,
         "copies in the compute dtype": sum(member.copies for member in process),
         "shuffle buffer": buffer,
         "activations made ahead": buffer // 2 if overlaps(config.data, model_device) else 0,
