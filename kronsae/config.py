@@ -848,7 +848,7 @@ class TrainConfig:
     )
     moments: str = _of_device(
         "float32",
-        "dtype of AdamW's moments of the two matrices; bfloat16 (fused step only) halves their "
+        "dtype of AdamW's moments of the two matrices; bfloat16 halves their "
         "memory, by stochastic rounding",
         choices=MOMENTS,
     )

@@ -12,6 +12,8 @@ from torch.nn.functional import embedding
 
 from kronsae_kernels.common import SparseCodes, accumulate_dtype
 
+BITS = 0xFFFFFFFF
+
 
 def products(base: Tensor, extension: Tensor, composition: str) -> Tensor:
     """Product of every base with every extension pre-latent of a head, by which latents compete.
@@ -206,6 +208,35 @@ def nested_decode(
         for bound in bounds
     ]
     return torch.stack(parts, -2)
+
+
+def rounded_moments(first: Tensor, second: Tensor, seed: int, step: int) -> tuple[Tensor, Tensor]:
+    """AdamW's moments [rows, d] (float32) in bfloat16, rounded by chance after a step (from 1).
+
+    seed: of the weight.  The noise depends on it, on the step, and on an element's row and column.
+    """
+    rows, d = first.shape
+    key = hashed(hashed(torch.tensor([seed])) + step & BITS)
+    key = hashed(key + torch.arange(rows) & BITS)[:, None]
+    noise = hashed(key + torch.arange(d) & BITS)
+    return rounded_by_chance(first, noise), rounded_by_chance(second, noise >> 16)
+
+
+def hashed(number: Tensor) -> Tensor:
+    """32 bits that look random, from 32 bits: one to one. number: int64, below 2^32."""
+    number = ((number ^ (number >> 16)) * 0x7FEB352D) & BITS
+    number = ((number ^ (number >> 15)) * 0x846CA68B) & BITS
+    return number ^ (number >> 16)
+
+
+def rounded_by_chance(value: Tensor, noise: Tensor) -> Tensor:
+    """Finite float32 numbers in bfloat16: up or down, with a chance that makes the mean right.
+
+    noise: int64, of which 16 bits are used: they are added below the bits that stay.
+    """
+    bits = (value.view(torch.int32).long() & BITS) + (noise & 0xFFFF)
+    bits = bits & 0xFFFF0000
+    return torch.where(bits >= 2**31, bits - 2**32, bits).int().view(torch.float32).bfloat16()
 
 
 def _competing(scores: Tensor, mask: Tensor | None, scale: Tensor | None) -> Tensor:

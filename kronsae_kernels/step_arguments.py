@@ -29,8 +29,8 @@ from kronsae_kernels.ranks import Ranks
 
 NAMES = ("w_enc", "b_enc", "w_dec", "b_dec")
 MOMENTS = ("float32", "bfloat16")
-ROUNDED = ("w_enc", "w_dec")
-"""Weights whose moments may be in bfloat16."""
+SEEDS = {"w_enc": 1, "w_dec": 2}
+"""Weights whose moments may be in bfloat16, and seeds of the noise that rounds these."""
 
 
 class Thresholds(NamedTuple):
@@ -72,7 +72,7 @@ def new_state(
 
 
 def _dtype_of_moments(name: str, weight: torch.dtype, moments: str) -> torch.dtype:
-    return torch.bfloat16 if moments == "bfloat16" and name in ROUNDED else weight
+    return torch.bfloat16 if moments == "bfloat16" and name in SEEDS else weight
 
 
 def check_state(

@@ -108,6 +108,14 @@ def learn(mesh: Mesh, config: SAEConfig) -> dict[str, Any]:
     return {"metrics": metrics, "codes": codes, "weights": whole, "silent": silent}
 
 
+def learn_rounded(mesh: Mesh) -> dict[str, Any]:
+    """Losses, weights and moments of a learner in float32 with bfloat16 moments."""
+    learner = Learner(POINTS["kron"], replace(TRAIN, moments="bfloat16"), CPU, mesh)
+    losses = [learner.step(x.float())["loss"] for x in data()]
+    state = learner.state_dict()
+    return {"losses": losses, "weights": state["weights"], **state["moments"]}
+
+
 SWEEP = {name: (POINTS | OVER_TOKENS)[name] for name in ("kron", "batchtopk", "dense")}
 """Members of which two ranks train each its own."""
 SWEEP_TRAIN = TrainConfig(
@@ -331,6 +339,7 @@ def _work(rank: int, folder: Path) -> None:
     for name, mesh in meshes.items():
         points = POINTS | (OVER_TOKENS if name == "4 data" else {})
         done[name] = {point: learn(mesh, config) for point, config in points.items()}
+        done[name]["rounded"] = learn_rounded(mesh)
         done[name]["run"] = run(folder / name, mesh)
         done[name]["edges"] = edges(mesh)
         done[name]["mapped"] = mapped(mesh)

@@ -315,14 +315,17 @@ def test_dead_latents_come_back_to_life(config):
     assert explained[1 / 32] > explained[0.0] + 0.02, explained
 
 
-def test_state_continues_bit_for_bit():
+@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
+def test_state_continues_bit_for_bit(moments):
     batches = torch.randn(8, 100, 16)
-    whole, first, second = learner(), learner(), learner(seed=5)
+    whole, first, second = (learner(moments=moments, seed=seed) for seed in (0, 0, 5))
     for x in batches:
         whole.step(x)
     for x in batches[:5]:
         first.step(x)
-    second.load_state_dict(first.state_dict())
+    state = first.state_dict()
+    assert state["moments"]["W_dec"]["exp_avg_sq"].dtype == getattr(torch, moments)
+    second.load_state_dict(state)
     for x in batches[5:]:
         second.step(x)
     for name, parameter in whole.sae.named_parameters():

@@ -90,6 +90,21 @@ def test_ranks_learn_what_one_process_learns(layout, point, of_ranks, learned):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_bfloat16_moments_are_the_same_on_ranks_that_share_tokens(layout, of_ranks):
+    """Or weights would drift apart. Ranks that share heads draw other noise than one process."""
+    alone = ranks.learn_rounded(ALONE)
+    for column in zip(*ranks.LAYOUTS[layout], strict=True):
+        first, *others = (of_ranks[rank][layout]["rounded"] for rank in column)
+        assert first["losses"] == pytest.approx(alone["losses"], rel=1e-3)
+        assert first["W_dec"]["exp_avg_sq"].dtype == torch.bfloat16
+        for other in others:
+            assert other.pop("losses") == first["losses"]
+            for part, tensors in other.items():
+                for name, tensor in tensors.items():
+                    assert torch.equal(tensor, first[part][name]), (part, name)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_latents_compete_by_their_product(layout, of_ranks):
     """Equal roots, different products: the larger product is selected, on whatever rank it is."""
     selected, values, x_hat = of_ranks[0][layout]["edges"]

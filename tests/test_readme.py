@@ -3,6 +3,7 @@
 The commands and links of all pages exist.
 """
 
+import math
 import re
 import shlex
 from pathlib import Path
@@ -111,8 +112,9 @@ def test_commands_parse(command):
     if len(request.data) > 1:  # "two SAEs at each of twelve layers"
         assert len(request.members) == 24 and len(request.data) == 12
         return
-    if request.sweep:  # "trains twelve"
-        assert len(request.members) == 12
+    if request.sweep:  # "trains twelve": one for every combination
+        flags = " ".join(words[2:]).split("--")[1:]
+        assert len(request.members) == math.prod(len(flag.split()) - 1 for flag in flags)
         return
     assert request.config.train.tokens == 500_000_000
 

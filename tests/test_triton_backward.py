@@ -11,6 +11,8 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
+from kronsae_kernels.reference import hashed, rounded_by_chance, rounded_moments
+from kronsae_kernels.step_arguments import SEEDS
 from kronsae_kernels.triton_impl import configs, operations
 from kronsae_kernels.triton_impl.device import hashed as hashed_by_kernel
 from kronsae_kernels.triton_impl.device import rounded_by_chance as rounded_by_kernel
@@ -247,31 +249,6 @@ def test_a_head_with_more_extension_rows_than_a_program_sums(device):
 
 # Moments in bfloat16
 
-BITS = 0xFFFFFFFF
-
-
-def hashed(number: Tensor) -> Tensor:
-    """`device.hashed` of int64 numbers below 2^32."""
-    number = ((number ^ (number >> 16)) * 0x7FEB352D) & BITS
-    number = ((number ^ (number >> 15)) * 0x846CA68B) & BITS
-    return number ^ (number >> 16)
-
-
-def rounded_by_chance(value: Tensor, noise: Tensor) -> Tensor:
-    """`device.rounded_by_chance` of finite float32 numbers."""
-    bits = (value.view(torch.int32).long() & BITS) + (noise & 0xFFFF)
-    bits = bits & 0xFFFF0000
-    return torch.where(bits >= 2**31, bits - 2**32, bits).int().view(torch.float32).bfloat16()
-
-
-def rounded_moments(first: Tensor, second: Tensor, seed: int, step: int) -> tuple[Tensor, Tensor]:
-    """Moments [rows, d] (float32) as the kernels store them in bfloat16."""
-    rows, d = first.shape
-    key = hashed(hashed(torch.tensor([seed])) + step & BITS)
-    key = hashed(key + torch.arange(rows) & BITS)[:, None]
-    noise = hashed(key + torch.arange(d) & BITS)
-    return rounded_by_chance(first, noise), rounded_by_chance(second, noise >> 16)
-
 
 @triton.jit
 def _round(value, noise, out, size, WIDTH: tl.constexpr):
@@ -348,7 +325,7 @@ def test_bfloat16_moments_are_those_of_float32_rounded_by_chance(kron, device):
                         entries, *entries.coefficients, y, hyper, "update", True, weight, None
                     )
         torch.testing.assert_close(found[0], exact[0], rtol=1e-6, atol=1e-7)
-        seed = operations.gradients.SEEDS["w_enc" if kron else "w_dec"]
+        seed = SEEDS["w_enc" if kron else "w_dec"]
         expected = rounded_moments(*(e.cpu().flatten(0, -2) for e in exact[1:]), seed, step)
         for got, other, before in zip(found[1:], expected, moments, strict=True):
             assert got.dtype == torch.bfloat16

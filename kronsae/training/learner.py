@@ -26,9 +26,10 @@ from kronsae.registry import OBJECTIVES, SAE_KINDS, SELECTIONS
 from kronsae.system.devices import as_double, compute_dtype
 from kronsae.system.documents import Keys, Number, typed
 from kronsae.system.parallel import ALONE, Mesh
-from kronsae_kernels import SparseCodes
+from kronsae_kernels import SparseCodes, rounded
 from kronsae_kernels import step as fused
 from kronsae_kernels.batch_topk import CANDIDATES_PER_K
+from kronsae_kernels.step_arguments import SEEDS
 
 ADAM_BETA1 = 0.9
 
@@ -132,11 +133,6 @@ def check_step(
         return None
     if config.fused_step == "on":
         raise InputError(f"fused_step 'on': {reason}")
-    if config.moments != "float32":
-        raise InputError(
-            f"moments {config.moments!r} needs the fused step, which this run does not use "
-            f"({reason}): leave --moments out, for float32"
-        )
     return reason
 
 
@@ -473,7 +469,7 @@ class Learner:
             raise FloatingPointError(f"gradient norm is {norm.item()}")
         if config.max_grad_norm:
             torch.nn.utils.clip_grads_with_norm_(sae.parameters(), config.max_grad_norm, norm)
-        self.optimizer.step()
+        self._adamw(lr)
         if self.unit_norm:
             sae.normalize_decoder()
         losses = {name: penalty.loss.detach() for name, penalty in result.penalties.items()}
@@ -481,6 +477,23 @@ class Learner:
             losses["objective"] = result.loss.detach()
         step = _Step(result.mse.detach(), aux.detach(), result.codes, norm, losses)
         return step, dead_count
+
+    def _adamw(self, lr: float) -> None:
+        """A step of AdamW by the gradients, of which those of matrices whose moments are bfloat16
+        are then removed."""
+        weights = _by_kernel_name(self.sae)
+        for name, seed in SEEDS.items() if self.config.moments == "bfloat16" else ():
+            weight = weights[name]
+            assert weight.grad is not None
+            rounded.adamw_(
+                *(weight, weight.grad, self.optimizer.state[weight]),
+                seed=seed,
+                lr=lr,
+                betas=(ADAM_BETA1, self.config.adam_beta2),
+                weight_decay=self.config.weight_decay if name == "w_enc" else 0.0,
+            )
+            weight.grad = None
+        self.optimizer.step()
 
     def _gradients(self) -> dict[str, Tensor]:
         return {name: p.grad for name, p in self.sae.named_parameters() if p.grad is not None}

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from kronsae_kernels.step_arguments import SEEDS
 from kronsae_kernels.triton_impl import backward
 from kronsae_kernels.triton_impl.configs import Config
 from kronsae_kernels.triton_impl.launch import cdiv, configure, launch, next_power_of_2
@@ -13,8 +14,6 @@ MAX_EXTENSIONS = 16
 """Extension rows that one program sums at most, in registers."""
 Updated = tuple[Tensor, Tensor, Tensor]
 """A float32 weight and AdamW's two moments of it (of matrices also bfloat16), changed in place."""
-SEEDS = {"w_enc": 1, "w_dec": 2}
-"""Seeds of the noise that rounds bfloat16 moments."""
 MODES = {"gradient": 0, "measure": 1, "update": 2}
 
 
