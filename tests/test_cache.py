@@ -145,8 +145,9 @@ def test_stored_dtype_rounds_and_nothing_else(dtype, cache, monkeypatch, tmp_pat
     assert held.dtype == dtype and held.bytes < 0.52 * CacheIndex.open(cache).bytes
     exact = torch.cat(train_rows(cache))
     assert torch.cat(train_rows(tmp_path / "cache")).equal(exact.to(getattr(torch, dtype)))
-    batch = next(iter(opened(tmp_path / "cache", order="stream")))
-    assert batch.dtype == torch.float32
+    source = opened(tmp_path / "cache", order="stream")
+    batch = next(iter(source))
+    assert (batch.dtype, source.buffer.rows[0].dtype) == (torch.float32, held.dtype_in_memory)
 
 
 def test_int8_is_each_row_times_its_scale(cache, monkeypatch, tmp_path):

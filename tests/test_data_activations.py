@@ -122,6 +122,27 @@ def _sorted(rows):
     return rows[rows[:, 0].argsort()]
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_rows_wait_in_the_dtype_of_the_model(dtype, model, monkeypatch):
+    """In half the memory; batches and held-out rows are the same float32 numbers."""
+    activations = LanguageModel.activations_of_points
+
+    def given_as(self, ids):
+        return [x.to(dtype) for x in activations(self, ids)]
+
+    monkeypatch.setattr(LanguageModel, "activations_of_points", given_as)
+    source = make(model)
+    batches = list(source)
+    kept = torch.float32 if dtype == torch.float64 else dtype
+    assert [rows.dtype for rows in source.buffer.rows] == [kept]
+    monkeypatch.setattr("kronsae.data.activations.as_kept", torch.Tensor.float)
+    before = make(model)
+    for found, expected in zip(batches, before, strict=True):
+        assert found.dtype == torch.float32 and torch.equal(found, expected)
+    assert source.heldout_activations().dtype == torch.float32
+    assert torch.equal(source.heldout_activations(), before.heldout_activations())
+
+
 def test_batches_have_the_size_asked_for(model):
     sizes = [batch.shape for batch in make(model)]
     assert len(sizes) > 8

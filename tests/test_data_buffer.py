@@ -143,6 +143,31 @@ def test_rows_wait_on_the_device_asked_for():
     assert buffer.rows[0].device.type == "meta"
 
 
+def as_given(settings, dtype, next_row=0):
+    """A source of one hookpoint, and a buffer of its rows in `dtype`, scaled to be inexact."""
+    source = Rows(settings["rows"], settings["pass_size"], next_row)
+    rows = ([(x / 7).bfloat16().to(dtype)] for x, _ in source)
+    return source, ShuffleBuffer(rows, settings["capacity"], settings["batch_size"], 0)
+
+
+@pytest.mark.parametrize("before", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("after", [torch.float32, torch.bfloat16])
+def test_rows_that_go_on_in_another_dtype_stay_the_same_numbers(before, after, settings):
+    """From a checkpoint of an earlier version, whose rows are float32, or with --model-dtype."""
+    whole = [batch for [batch] in as_given(settings, torch.float32)[1]]
+    source, buffer = as_given(settings, before)
+    found = [buffer.next()[0] for _ in range(len(whole) // 2)]
+    states = copy.deepcopy(buffer.state_dicts())
+    assert not buffer.filled or states[0]["rows"].dtype == before
+    resumed = as_given(settings, after, source.next_row)[1]
+    resumed.load_state_dicts(states)
+    found += [batch for [batch] in resumed]
+    for batch, expected in zip(found, whole, strict=True):
+        assert batch.dtype == torch.float32
+        assert torch.allclose(batch, expected, rtol=0, atol=2**-20)  # the smallest of float16
+        assert before == torch.float16 or torch.equal(batch, expected)
+
+
 @pytest.mark.gpu
 def test_resume_on_a_gpu_from_a_state_on_the_cpu():
     settings, device = SETTINGS["usual"], torch.device("cuda")

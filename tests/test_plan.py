@@ -204,6 +204,24 @@ def test_what_the_allocator_keeps(monkeypatch):
     assert large["kept by the allocator"] == pytest.approx(passes["a step"] - size / MIB)
 
 
+def test_a_buffer_takes_the_bytes_of_the_models_dtype():
+    """In memory and in checkpoints; batches and held-out rows are float32."""
+    plans, short = {}, {"buffer_tokens": 1000, "contexts_per_batch": 1, "context_length": 256}
+    for dtype in ("float32", "bfloat16"):
+        data = dataclasses.replace(DATA, model_dtype=dtype, **short)
+        source = open_activations(data, batch_size=128, seed=0, device=torch.device("cpu"))
+        next(iter(source))
+        plans[dtype] = make_plan({"kron": RunConfig(SAES["kron"], data, TRAIN)}, outline(data))
+        held = sum(storage(rows) for rows in source.buffer.rows)
+        assert plans[dtype]["memory_mib"]["shuffle buffer"] * MIB == held
+    whole, half = (plan["memory_mib"] for plan in plans.values())
+    assert half["shuffle buffer"] == whole["shuffle buffer"] / 2
+    assert all(half[part] == whole[part] for part in ("batches", "held-out activations"))
+    saved = [plan["disk_mib"]["checkpoints"] for plan in plans.values()]
+    copies = TRAIN.keep_checkpoints + 1
+    assert saved[0] - saved[1] == pytest.approx(copies * half["shuffle buffer"])
+
+
 def test_a_suite_holds_the_activations_of_each_hookpoint(monkeypatch):
     """Once for all members at it; of its own hookpoints alone in a process of several."""
 

@@ -271,7 +271,7 @@ class CacheActivations:
         """Rows [t, d_model + d_target] float32 of these tokens, in reading order."""
         return torch.cat(
             [
-                _join([self._load_file(shard, number) for number in self.numbers])
+                _join([self._load_file(shard, number) for number in self.numbers]).float()
                 for shard in self.index.heldout
             ]
         )
@@ -309,7 +309,7 @@ class CacheActivations:
     def _read_whole(self, shard: Shard) -> tuple[Tensor, Tensor, Tensor]:
         """Token ids [c, L], mask [c, L] and rows [r, d_model + d_target] float32 of a shard."""
         tokens = read_tensors(self.folder, shard.tokens, self.index.tokens_layout(shard))
-        rows = _join([self._load_file(shard, number) for number in self.numbers])
+        rows = _join([self._load_file(shard, number) for number in self.numbers]).float()
         return tokens["contexts"].long(), tokens["mask"], rows
 
     def text_in_order(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -404,6 +404,5 @@ def _scaled(scales: Tensor, activations: Tensor, into: Tensor | None) -> Tensor:
 
 
 def _join(tensors: list[Tensor]) -> Tensor:
-    """Tensors [r, width] side by side, as float32."""
-    parts = [tensor.float() for tensor in tensors]
-    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+    """Tensors [r, width] side by side."""
+    return tensors[0] if len(tensors) == 1 else torch.cat(tensors, 1)

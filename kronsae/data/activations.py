@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kronsae.config import DataConfig
 from kronsae.data.buffer import ShuffleBuffer
-from kronsae.data.common import check_batch_size, digest, given, is_finite
+from kronsae.data.common import as_kept, check_batch_size, digest, given, is_finite
 from kronsae.data.language_model import LanguageModel
 from kronsae.data.packing import (
     PADDING,
@@ -300,8 +300,8 @@ class LanguageModelActivations:
         return True
 
     def _rows(self) -> Iterator[list[Tensor]]:
-        """Rows [r, d_model + d_target] float32 of the masked tokens, one forward pass at a time,
-        of each hookpoint."""
+        """Rows [r, d_model + d_target] of the masked tokens, one forward pass at a time, of each
+        hookpoint."""
         passes = self._passes()
         if self.overlap:
             devices = (self.device, self.language_model.device)
@@ -312,7 +312,7 @@ class LanguageModelActivations:
 
     def _passes(self) -> Iterator[ForwardPass]:
         while (ids := self.next_contexts()) is not None:
-            rows = self.read(ids, f"forward pass {self.forwards - 1}")
+            rows = self._read(ids, f"forward pass {self.forwards - 1}")
             # A copy to the host must be complete; one between GPUs is ordered by their streams.
             ordered = self.device.type == "cuda"
             rows = [x.to(self.device, non_blocking=ordered) for x in rows]
@@ -342,11 +342,15 @@ class LanguageModelActivations:
 
         Of each hookpoint. Raises InputError, which names `where`, if they are not finite.
         """
+        return [rows.float() for rows in self._read(packed, where)]
+
+    def _read(self, packed: Tensor, where: str) -> list[Tensor]:
+        """`read`, but rows that the language model gives in bfloat16 or float16 stay so."""
         outputs = self.language_model.activations_of_points(token_ids(packed))
         mask = self.token_mask(packed).to(outputs[0].device)
         rows = []
         for number in self.own:
-            x = outputs[number][mask].float()
+            x = as_kept(outputs[number][mask])
             if not is_finite(x):
                 bad = (~torch.isfinite(x)).any(1).float().mean().item()
                 hookpoint = self.language_model.points[number].hookpoint

@@ -22,6 +22,11 @@ _STATE = Keys(
 )
 
 
+def in_batches(x: Tensor) -> Tensor:
+    """x in the dtype of batches: float32, or float64 if x is."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class ShuffleBuffer:
     """Shuffles a stream of activations through a buffer of `capacity` rows (tokens).
 
@@ -29,6 +34,8 @@ class ShuffleBuffer:
     serves everything when the stream ends; only the very last batch can be smaller. The capacity
     is at least twice the batch size. Hookpoints that are read together share one order: a batch
     has the same tokens of each.
+    Rows keep the dtype in which they come, so that those of a bfloat16 model take half the memory;
+    batches are float32, or float64 if the rows are.
 
     source: gives tensors [r, d], one for each hookpoint, with a row for each token. They are not
         written to, and must not change until the next ones are asked for (rows that do not fit are
@@ -81,7 +88,7 @@ class ShuffleBuffer:
         """The rows [B, d] of each hookpoint at indices [B]."""
         if not self.memory:
             chosen = chosen.to(self.rows[0].device)
-            return [rows.index_select(0, chosen) for rows in self.rows]
+            return [in_batches(rows.index_select(0, chosen)) for rows in self.rows]
         return [
             gather([rows], chosen, memory.take(len(chosen)))
             for rows, memory in zip(self.rows, self.memory, strict=True)
@@ -103,7 +110,11 @@ class ShuffleBuffer:
             if not self.rows[0].numel():
                 self._allocate(parts)
             taken = min(len(parts[0]), self.capacity - self.filled)
-            for rows, part in zip(self.rows, parts, strict=True):
+            for number, part in enumerate(parts):
+                rows = self.rows[number]
+                wide = torch.promote_types(rows.dtype, part.dtype)
+                if wide != rows.dtype:  # the run goes on with another --model-dtype
+                    rows = self.rows[number] = rows.to(wide)
                 rows[self.filled : self.filled + taken] = part[:taken]
             self.filled += taken
             if taken < len(parts[0]):
@@ -119,7 +130,8 @@ class ShuffleBuffer:
             shape, device = (self.capacity, part.shape[1]), self.device or part.device
             self.rows.append(torch.empty(shape, dtype=part.dtype, device=device))
             if device.type == "cpu":
-                self.memory.append(BatchMemory(self.batch_size, part.shape[1], part.dtype))
+                dtype = in_batches(part[:0]).dtype
+                self.memory.append(BatchMemory(self.batch_size, part.shape[1], dtype))
 
     def _close_gaps(self) -> None:
         """Move rows from the end into the gaps that served rows left."""

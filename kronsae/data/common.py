@@ -43,5 +43,10 @@ def given(state: Any, most: float = 2**53) -> int:
     return typed(state, Keys({"given": Number(int, 0, most)}), "source")["given"]
 
 
+def as_kept(x: Tensor) -> Tensor:
+    """Activations as they are kept: bfloat16 and float16 as they are, others in float32."""
+    return x if x.dtype in (torch.bfloat16, torch.float16) else x.float()
+
+
 def is_finite(x: Tensor) -> bool:
     return bool(torch.isfinite(x).all())

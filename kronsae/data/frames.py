@@ -19,7 +19,7 @@ from torch import Tensor
 from kronsae.config import MOST_WIDTH, DataConfig
 from kronsae.data.activations import IterableActivations, Pair, split_target
 from kronsae.data.buffer import ShuffleBuffer
-from kronsae.data.common import check_batch_size, digest
+from kronsae.data.common import as_kept, check_batch_size, digest
 from kronsae.errors import InputError, warn
 from kronsae.system.documents import Keys, parse_json, typed
 
@@ -197,7 +197,8 @@ def _set_aside(frames: Iterator[list[Tensor]], count: int) -> tuple[Tensor, Tens
         parts.append(_joined(frame))
         rows += len(parts[-1])
         if rows > count:
-            return *torch.cat(parts).split([count, rows - count]), d_target
+            heldout, rest = torch.cat(parts).split([count, rows - count])
+            return heldout.float(), rest, d_target
     raise InputError(
         f"activations: {rows:,} rows came, no more than the {count:,} to be held out: send more, "
         "or give fewer --heldout-tokens"
@@ -213,8 +214,8 @@ def _until_gone(frames: Iterator[list[Tensor]]) -> Iterator[list[Tensor]]:
 
 
 def _joined(frame: list[Tensor]) -> Tensor:
-    """Rows [r, d_model + d_target] float32."""
-    return torch.cat([part.float() for part in frame], 1)
+    """Rows [r, d_model + d_target]."""
+    return torch.cat([as_kept(part) for part in frame], 1)
 
 
 def _pair(rows: Tensor, d_target: int) -> Tensor | Pair:

@@ -74,8 +74,10 @@ def make_plan(members: Mapping[str, RunConfig], model: Outline, starts: int = 0)
     process = max(by_process, key=lambda process: sum(member.state for member in process))
     # Bytes of the activations of a token, and their targets, at each hookpoint of a process.
     row = 4 * max(_width([members[name] for name in names]) for names in parts)
-    buffer, saved_buffer = _buffer_bytes(config, row)
-    reader = _reader(config, model, model_device, ranks, row) if model_device == device else None
+    dtype = model_dtype(config.data.model_dtype, model_device, model.checkpoint)
+    kept = row // 4 * min(4, dtype.itemsize)
+    buffer, saved_buffer = _buffer_bytes(config, row, kept)
+    reader = _reader(config, model, dtype, ranks, kept) if model_device == device else None
     stays = {
         "language model": reader.weights if reader else 0,
         "text": _text_bytes(config.data) if device.type == "cpu" else 0,
@@ -314,29 +316,33 @@ def _text_bytes(data: DataConfig) -> int:
     return TEXT_BYTES + (DOCUMENT_BYTES * data.shuffle_documents if data.streaming else 0)
 
 
-def _buffer_bytes(config: RunConfig, row: int) -> tuple[int, int]:
-    """Bytes of the shuffle buffer in memory, for rows of so many bytes, and in a checkpoint."""
+def _buffer_bytes(config: RunConfig, row: int, kept: int) -> tuple[int, int]:
+    """Bytes of the shuffle buffer in memory, and in a checkpoint.
+
+    row, kept: bytes of what is read of a token, in float32 and as a language model gives it.
+    """
     data = config.data
-    live = row * max(data.buffer_tokens, 2 * config.train.batch_size)
+    tokens = max(data.buffer_tokens, 2 * config.train.batch_size)
     if data.activations is None:
-        return live, live
+        return kept * tokens, kept * tokens
     index = CacheIndex.open(data.activations)
     permuted = data.activations_order == "global"
     rows = group_rows(index, data.buffer_tokens if permuted else 0)
     read_ahead = 2 * rows * row // 4 * index.dtype_in_memory.itemsize
     if permuted:
         return read_ahead + BATCHES_IN_MEMORY * config.train.batch_size * row, 0
+    live = row // 4 * index.dtype_in_memory.itemsize * tokens
     return live + read_ahead, live
 
 
 def _reader(
-    config: RunConfig, model: Outline, device: torch.device, ranks: tuple[int, int], row: int
+    config: RunConfig, model: Outline, dtype: torch.dtype, ranks: tuple[int, int], row: int
 ) -> _Reader:
-    """Rough sizes of the language model and its activations on a rank.
+    """Rough sizes of the language model, which computes in `dtype`, and its activations on a rank.
 
-    row: bytes of what is read of a token, in float32.
+    row: bytes of what is read of a token.
     """
-    size = model_dtype(config.data.model_dtype, device, model.checkpoint).itemsize
+    size = dtype.itemsize
     tokens = config.data.contexts_per_batch * model.context_length
     # A block's widest activation has four times the model's width, and exists twice. About six more
     # of that width exist beside it: the residual stream, its norm, attention. Ranks share the
@@ -346,13 +352,11 @@ def _reader(
     # Logits, the same in float32, and logarithms of probabilities.
     logit = size + 4 + (4 if size < 4 else 0)
     judged = CONTEXTS_AT_ONCE * model.context_length
-    row_of_one = 4 * (config.sae.d_model + config.sae.d_target)
+    row_of_one = min(4, size) * (config.sae.d_model + config.sae.d_target)
     return _Reader(
         weights=math.ceil(model.parameters * weight_bytes(config.data, size)),
-        # What other hookpoints give waits, until it is copied to float32.
-        forward=14 * width
-        + row * (tokens - own)
-        + max(0, row - row_of_one) * own * (size + 4) // 4,
+        # What other hookpoints give waits, until the tokens to train on are copied.
+        forward=14 * width + row * (tokens - own) + 2 * max(0, row - row_of_one) * own,
         widest=4 * width,
         losses=logit * min(LOGITS_AT_ONCE, judged * model.vocabulary),
     )
