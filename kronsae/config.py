@@ -19,7 +19,7 @@ from kronsae.system.documents import Keys, typed
 
 COMPOSITIONS = ("mand", "relu_mul", "mul")
 DECODER_NORMS = ("unit", "free")
-MOMENTS = ("float32", "bfloat16")
+MOMENTS = ("float32", "bfloat16", "8bit")
 SHARES = ("tokens", "members")
 ACTIVATIONS_ORDERS = ("global", "stream")
 BEGINNINGS = ("auto", "bos", "none")
@@ -848,8 +848,8 @@ class TrainConfig:
     )
     moments: str = _of_device(
         "float32",
-        "dtype of AdamW's moments of the two matrices; bfloat16 halves their "
-        "memory, by stochastic rounding",
+        "dtype of AdamW's moments of the two matrices; bfloat16 halves their memory, by stochastic "
+        "rounding, and 8bit quarters it, without the fused step (pip install bitsandbytes)",
         choices=MOMENTS,
     )
     tensor_parallel: int = _of_processes(

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from kronsae import InputError, SAEConfig, TrainConfig
+from kronsae.config import MOMENTS
 from kronsae.model.normalizer import Normalizer
 from kronsae.model.objectives import auxk_loss
 from kronsae.training.learner import SKIPS, Learner, learning_rate
@@ -315,8 +316,10 @@ def test_dead_latents_come_back_to_life(config):
     assert explained[1 / 32] > explained[0.0] + 0.02, explained
 
 
-@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
+@pytest.mark.parametrize("moments", MOMENTS)
 def test_state_continues_bit_for_bit(moments):
+    if moments == "8bit":
+        pytest.importorskip("bitsandbytes")
     batches = torch.randn(8, 100, 16)
     whole, first, second = (learner(moments=moments, seed=seed) for seed in (0, 0, 5))
     for x in batches:
@@ -324,7 +327,8 @@ def test_state_continues_bit_for_bit(moments):
     for x in batches[:5]:
         first.step(x)
     state = first.state_dict()
-    assert state["moments"]["W_dec"]["exp_avg_sq"].dtype == getattr(torch, moments)
+    dtype = torch.uint8 if moments == "8bit" else getattr(torch, moments)
+    assert state["moments"]["W_dec"]["exp_avg_sq"].dtype == dtype
     second.load_state_dict(state)
     for x in batches[5:]:
         second.step(x)

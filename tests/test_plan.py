@@ -13,6 +13,7 @@ from tiny_models import BLOCKS, FAMILIES, save_model
 from benchmarks import plan as against
 from benchmarks.memory import Live
 from kronsae import DataConfig, InputError, RunConfig, SAEConfig, TrainConfig
+from kronsae.config import MOMENTS
 from kronsae.data import LanguageModel
 from kronsae.metrics.heldout import CONTEXTS_AT_ONCE
 from kronsae.model import flops
@@ -65,10 +66,12 @@ def test_memory_of_a_sweep_is_the_sum_of_what_stays():
     assert both["shuffle buffer"] * MIB == 4 * 256 * 5000
 
 
-@pytest.mark.parametrize("moments", ["float32", "bfloat16"])
+@pytest.mark.parametrize("moments", MOMENTS)
 @pytest.mark.parametrize("name", SAES)
 def test_state_and_gradients_are_what_a_learner_has(name, moments):
     """The bytes of a learner's state after a step, and of its gradients."""
+    if moments == "8bit":
+        pytest.importorskip("bitsandbytes")
     train = dataclasses.replace(TRAIN, moments=moments)
     learner = Learner(SAES[name], train, torch.device("cpu"))
     learner.step(torch.randn(128, 256))

@@ -35,6 +35,7 @@ from kronsae.system.devices import (
     resolve_device,
     with_index,
 )
+from kronsae.training import eight_bit
 from kronsae.training.learner import UNCONFIRMED, check_step, with_largest_k
 from kronsae_kernels import backends
 from kronsae_kernels.step import why_not_graphed
@@ -224,7 +225,12 @@ def _member(
     # The fused step writes no gradients, but keeps the matrices in the compute dtype.
     gradients = 0 if fused else 4 * own
     matrices = rows * sae.d_model, sae.dict_size // ranks[1] * sae.d_out
-    moments = 8 * own - (4 * sum(matrices) if train.moments == "bfloat16" else 0)
+    short = {
+        "float32": 8 * sum(matrices),
+        "bfloat16": 4 * sum(matrices),
+        "8bit": sum(map(eight_bit.state_bytes, matrices)),
+    }
+    moments = 8 * (own - sum(matrices)) + short[train.moments]
     batch = math.ceil(train.batch_size / ranks[0])
     step = gradients + _pre_latent_bytes(rows, batch, dtype, device)
     step += _code_bytes(sae, train, device, ranks, fused)

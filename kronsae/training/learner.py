@@ -26,6 +26,7 @@ from kronsae.registry import OBJECTIVES, SAE_KINDS, SELECTIONS
 from kronsae.system.devices import as_double, compute_dtype
 from kronsae.system.documents import Keys, Number, typed
 from kronsae.system.parallel import ALONE, Mesh
+from kronsae.training import eight_bit
 from kronsae_kernels import SparseCodes, rounded
 from kronsae_kernels import step as fused
 from kronsae_kernels.batch_topk import CANDIDATES_PER_K
@@ -104,6 +105,8 @@ def why_not_fused(
             f"{data} ranks add up their gradients, which it never writes. With --share members "
             "each rank trains members of a sweep alone"
         )
+    if config.moments == "8bit":
+        return "bitsandbytes computes 8-bit moments"
     if config.fused_step == "auto" and device.type == "cpu":
         return "the kernels of the fused step are for a GPU"
     if SELECTIONS[sae.selection].learns_thresholds and sae.eps:
@@ -128,6 +131,8 @@ def check_step(
     """`why_not_fused`. Raises InputError for settings that need the fused step if it cannot be
     used."""
     with_largest_k(sae, config)
+    if config.moments == "8bit":
+        eight_bit.check(device, ranks[1])
     reason = why_not_fused(sae, config, device, ranks)
     if reason is None:
         return None
@@ -237,8 +242,12 @@ class Learner:
             fused=True,
         )
         weights = _by_kernel_name(self.sae)
-        for name, state in fused.new_state(weights, config.moments).items():
-            optimizer.state[weights[name]] = state
+        short = [name for name in SEEDS if config.moments == "8bit"]
+        others = {name: weight for name, weight in weights.items() if name not in short}
+        states = fused.new_state(others, config.moments)
+        states |= {name: eight_bit.new_state(weights[name].detach()) for name in short}
+        for name, weight in weights.items():
+            optimizer.state[weight] = states[name]
         return optimizer
 
     def _new_fused_step(self) -> fused.TrainingStep:
@@ -479,19 +488,18 @@ class Learner:
         return step, dead_count
 
     def _adamw(self, lr: float) -> None:
-        """A step of AdamW by the gradients, of which those of matrices whose moments are bfloat16
-        are then removed."""
-        weights = _by_kernel_name(self.sae)
-        for name, seed in SEEDS.items() if self.config.moments == "bfloat16" else ():
+        """A step of AdamW by the gradients. Those of matrices with short moments are then freed."""
+        config, weights = self.config, _by_kernel_name(self.sae)
+        step: dict[str, Any] = {"lr": lr, "betas": (ADAM_BETA1, config.adam_beta2)}
+        for name, seed in SEEDS.items() if config.moments != "float32" else ():
             weight = weights[name]
             assert weight.grad is not None
-            rounded.adamw_(
-                *(weight, weight.grad, self.optimizer.state[weight]),
-                seed=seed,
-                lr=lr,
-                betas=(ADAM_BETA1, self.config.adam_beta2),
-                weight_decay=self.config.weight_decay if name == "w_enc" else 0.0,
-            )
+            step["weight_decay"] = config.weight_decay if name == "w_enc" else 0.0
+            subject = weight, weight.grad, self.optimizer.state[weight]
+            if config.moments == "8bit":
+                eight_bit.adamw_(*subject, **step)
+            else:
+                rounded.adamw_(*subject, seed=seed, **step)
             weight.grad = None
         self.optimizer.step()
 
