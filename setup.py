@@ -43,9 +43,10 @@ EXTRAS = {
     "report": ["matplotlib"],
     # `kronsae experiments`.
     "experiments": ["matplotlib", "scipy"],
-    # `kronsae train --tensorboard` and `--wandb`.
+    # `kronsae train --tensorboard`, `--wandb` and `--trackio`.
     "tensorboard": ["tensorboard"],
     "wandb": ["wandb"],
+    "trackio": ["trackio"],
     # Our SAEs in SAELens.
     "sae-lens": ["sae-lens>=6.54,<7"],
     # Our SAEs in SAEBench, which wants numpy < 2 and datasets < 4: an environment of its own.

@@ -888,6 +888,7 @@ class TrainConfig:
     wandb: str | None = _of_logs(
         None, "also log to this Weights & Biases project (pip install wandb)"
     )
+    trackio: str | None = _of_logs(None, "also log to this trackio project (pip install trackio)")
 
     def __post_init__(self) -> None:
         check_values(self)

@@ -1,4 +1,5 @@
-"""Where metrics go while a run trains: metrics.jsonl always, TensorBoard, wandb, and logs of yours.
+"""Where metrics go while a run trains: metrics.jsonl always, TensorBoard, wandb, trackio, and your
+own logs.
 
 A log is a class that is registered. One that a plugin registers is used by every run that loads it:
 
@@ -7,6 +8,7 @@ A log is a class that is registered. One that a plugin registers is used by ever
         def write(self, figures, step, tokens): ...
 """
 
+import contextvars
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any, ClassVar
@@ -68,8 +70,24 @@ class TensorBoard(RunLog):
         self.writer.close()
 
 
+class Tracker(RunLog):
+    """A log whose run, which a subclass opens, has `log(figures, step=...)` and `finish()`."""
+
+    run: Any
+
+    def write(self, figures: dict[str, float], step: int, tokens: int) -> None:
+        self.run.log({**figures, "tokens": tokens}, step=step)
+
+    def close(self) -> None:
+        self.run.finish()
+
+
+def _name(folder: Path, group: str | None) -> str:
+    return folder.name if group is None else f"{group}-{folder.name}"
+
+
 @LOGS.register("wandb")
-class WeightsAndBiases(RunLog):
+class WeightsAndBiases(Tracker):
     package = "wandb"
 
     @classmethod
@@ -81,7 +99,7 @@ class WeightsAndBiases(RunLog):
     ) -> None:
         import wandb
 
-        name = folder.name if group is None else f"{group}-{folder.name}"
+        name = _name(folder, group)
         self.run = wandb.init(
             project=config.wandb,
             name=name,
@@ -94,11 +112,43 @@ class WeightsAndBiases(RunLog):
             **({} if group is None else {"reinit": "create_new"}),
         )
 
-    def write(self, figures: dict[str, float], step: int, tokens: int) -> None:
-        self.run.log({**figures, "tokens": tokens}, step=step)
 
-    def close(self) -> None:
-        self.run.finish()
+@LOGS.register("trackio")
+class Trackio(Tracker):
+    package = "trackio"
+
+    @classmethod
+    def wanted(cls, config: TrainConfig) -> bool:
+        return config.trackio is not None
+
+    def __init__(
+        self, folder: Path, config: TrainConfig, settings: dict[str, Any], group: str | None
+    ) -> None:
+        import trackio
+        from trackio.sqlite_storage import SQLiteStorage
+
+        # A folder with metrics is that of a run that goes on. trackio finishes the run of its
+        # context before it opens another one: each member of a sweep gets a context.
+        resume = "allow" if (folder / "metrics.jsonl").exists() else "never"
+        try:
+            self.run = contextvars.copy_context().run(
+                trackio.init,
+                project=config.trackio,
+                name=_name(folder, group),
+                group=group,
+                config=settings,
+                resume=resume,
+            )
+        except ValueError as error:
+            raise InputError(f"--trackio {config.trackio}: {error}") from error
+        rows = SQLiteStorage.get_logs(config.trackio, self.run.name, run_id=self.run.id)
+        self.known = {(row["step"], name) for row in rows for name in row}
+
+    def write(self, figures: dict[str, float], step: int, tokens: int) -> None:
+        """Write what trackio does not know: it keeps the steps after the last checkpoint, too."""
+        new = {name: x for name, x in figures.items() if (step, name) not in self.known}
+        if new:
+            super().write(new, step, tokens)
 
 
 class Log:
