@@ -17,6 +17,7 @@ from collections import namedtuple
 import cached
 import pytest
 import torch
+from tiny_models import save_model
 
 from kronsae import harvest
 from kronsae.cache import CacheIndex, HarvestConfig
@@ -252,6 +253,15 @@ def test_the_disk_is_checked_before_the_model_is_loaded(monkeypatch, capsys, tmp
     assert not out.exists()
     assert harvest.main([*arguments, "--plan"]) == 0
     assert "It would be refused" in capsys.readouterr().out and not out.exists()
+
+
+def test_the_plan_of_a_model_that_has_no_default_layer(capsys, tmp_path):
+    save_model(tmp_path / "model", "gpt2")
+    (tmp_path / "text.txt").write_text("w1 w2 w3 " * 2000)
+    given = ["--model", str(tmp_path / "model"), "--dataset", str(tmp_path / "text.txt")]
+    given += ["--layer", "0", "1", "--tokens", "1000", "--context-length", "64", "--plan"]
+    assert harvest.main([*given, "--out", str(tmp_path / "cache")]) == 0
+    assert "layer 0 (d = 32), layer 1 (d = 32)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("dtype", ["auto", "int8"])

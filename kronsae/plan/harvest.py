@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from kronsae.cache import HarvestConfig
+from kronsae.config import DataConfig
 from kronsae.data.amount import about, name_of_text, too_few
 from kronsae.data.many_hookpoints import default_layers
 from kronsae.data.text import check_text
@@ -24,28 +25,33 @@ DISK_MARGIN = 1.05
 """A harvest is refused unless 1.05 times the disk space that it needs is free."""
 
 
-def outlines(config: HarvestConfig) -> dict[str, Outline]:
-    """The language model up to each hookpoint, by the name or layer that the user gave.
+def reads(config: HarvestConfig) -> dict[str, DataConfig]:
+    """What is read of the language model, by the name or layer that the user gave.
 
     Raises InputError if the configuration names no hookpoint.
     """
     data = config.data
-    reads: dict[str, dict[str, Any]] = {
+    given: dict[str, dict[str, Any]] = {
         f"layer {layer}": {"layer": layer}
         for layer in default_layers(data, config.layers, config.hookpoints)
     }
-    reads |= {f"hookpoint {name}": {"hookpoint": name} for name in config.hookpoints}
-    if not reads:
+    given |= {f"hookpoint {name}": {"hookpoint": name} for name in config.hookpoints}
+    if not given:
         raise InputError(
             f"--model {data.model} needs --layer N ... (residual streams after blocks, from 0) "
             "or --hookpoint NAME ..."
         )
-    return {name: outline(dataclasses.replace(data, **read)) for name, read in reads.items()}
+    return {name: dataclasses.replace(data, **read) for name, read in given.items()}
 
 
-def _last(models: dict[str, Outline]) -> Outline:
-    """The outline up to the last hookpoint, where a forward pass ends."""
-    return max(models.values(), key=lambda model: model.flops_per_token)
+def outlines(config: HarvestConfig) -> dict[str, Outline]:
+    """The language model up to each of these hookpoints. Raises InputError as `reads` does."""
+    return {name: outline(data) for name, data in reads(config).items()}
+
+
+def _last(models: dict[str, Outline]) -> str:
+    """The name of the last hookpoint, where a forward pass ends."""
+    return max(models, key=lambda name: models[name].flops_per_token)
 
 
 def make_plan(config: HarvestConfig, out: Path) -> dict[str, Any]:
@@ -57,7 +63,7 @@ def make_plan(config: HarvestConfig, out: Path) -> dict[str, Any]:
     data, device = config.data, resolve_device(config.device)
     check_text(data)
     models = outlines(config)
-    model = _last(models)
+    model = models[_last(models)]
     size = model_dtype(data.model_dtype, device, model.checkpoint).itemsize
     stored = size if config.dtype == "auto" else getattr(torch, config.dtype).itemsize
     widths = {name: outlined.d_model for name, outlined in models.items()}
@@ -149,8 +155,10 @@ def _time(plan: dict[str, Any], config: HarvestConfig) -> str:
     """The time of the language model up to the last hookpoint, in words."""
     if plan["tokens"] is None:
         return "unknown: the length of the text is not known"
+    models = outlines(config)
+    last = _last(models)
     try:
-        token = model_seconds(config.data, _last(outlines(config)), torch.device(plan["device"]))
+        token = model_seconds(reads(config)[last], models[last], torch.device(plan["device"]))
     except NoOutline as error:
         return f"not measured: {error}"
     tokens = plan["tokens"] + config.data.heldout_tokens
