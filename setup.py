@@ -34,6 +34,7 @@ EXTRAS = {
         "ruff==0.17.6",
         "tensorboard",
         "matplotlib",
+        "pillow",
         "scipy",
         "selenium",
         "build",
@@ -47,6 +48,8 @@ EXTRAS = {
     "tensorboard": ["tensorboard"],
     "wandb": ["wandb"],
     "trackio": ["trackio"],
+    # `--image-column`.
+    "images": ["pillow"],
     # Our SAEs in SAELens.
     "sae-lens": ["sae-lens>=6.54,<7"],
     # Our SAEs in SAEBench, which wants numpy < 2 and datasets < 4: an environment of its own.

@@ -240,6 +240,14 @@ _unless_streamed = _with(
     "a dataset that is indexed (--streaming streams it)", lambda settings: not settings["streaming"]
 )
 _unless_a_dataset = _with("dataset 'stdlib'", lambda settings: settings["dataset"] == "stdlib")
+_unless_text = _with(
+    "--image-column (each image is a context, by its number in the dataset)",
+    lambda settings: settings["image_column"] is not None,
+)
+
+
+def _unless_text_of_a_dataset(settings: Mapping[str, Any]) -> str | None:
+    return _unless_a_dataset(settings) or _unless_text(settings)
 
 
 @dataclass(frozen=True)
@@ -575,19 +583,27 @@ class DataConfig:
         "text",
         "column that holds the text: strings, lists of token ids, or lists of messages with role "
         "and content, which the model's chat template renders",
+        unless=_unless_text_of_a_dataset,
+    )
+    image_column: str | None = _of_text(
+        None,
+        "read the images of this column by a vision model (ViT, CLIP's vision tower, SigLIP, "
+        "DINOv2), and train on the activations of their patches; of image files, or a folder of "
+        "them, it is 'image'",
         unless=_unless_a_dataset,
+        before=None,
     )
     chat_roles: str = _of_text(
         "",
         "train and evaluate on the messages of these roles alone, separated by commas, such as "
         "assistant (default: all; tokens of the chat template itself never are)",
-        unless=_unless_a_dataset,
+        unless=_unless_text_of_a_dataset,
         before="",
     )
     streaming: bool = _of_text(
         False,
         "stream the dataset instead of downloading or indexing it first",
-        unless=_unless_a_dataset,
+        unless=_unless_text_of_a_dataset,
     )
     shuffle_documents: int = _of_text(
         10_000,
@@ -614,18 +630,21 @@ class DataConfig:
         "without a special token (none), or with the tokens of a text, such as '<|im_start|>' or "
         "'[gMASK]<sop>'",
         before="auto",
+        unless=_unless_text,
     )
     join_documents: bool = _of_reading(
         True,
         "fill contexts with one document after another; otherwise each holds one document, or a "
         "part of it, and is padded",
         before=True,
+        unless=_unless_text,
     )
     exclude_tokens: str = _of_reading(
         "",
         "tokens that are never trained or evaluated on, as special tokens are not: ids, or texts "
         "of one token, separated by commas",
         before="",
+        unless=_unless_text,
     )
     contexts_per_batch: int = _of_reading(
         32, "contexts per forward pass of the language model", least=1
@@ -717,7 +736,7 @@ class DataConfig:
             self,
             *("activations_order", "activations_tokens"),
             *("dataset_config", "split", "streaming", "text_column", "shuffle_documents"),
-            "chat_roles",
+            *("chat_roles", "image_column", "bos", "join_documents", "exclude_tokens"),
         )
         _require(
             not self.streaming or self.shuffle_documents > 0 or self.heldout_order == "first",

@@ -22,7 +22,16 @@ from kronsae_kernels.step import why_not as why_not_fused
 
 NEEDED = {"torch": "2.6", "transformers": "4.48", "datasets": "3.0", "safetensors": "0.4.5"}
 """Oldest versions that work, as in setup.py."""
-OTHERS = ("triton", "huggingface_hub", "matplotlib", "scipy", "tensorboard", "wandb", "trackio")
+OTHERS = (
+    "triton",
+    "huggingface_hub",
+    "matplotlib",
+    "scipy",
+    "tensorboard",
+    "wandb",
+    "trackio",
+    "pillow",
+)
 """Packages that kronsae uses if they are there, and the hub's."""
 
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from kronsae.commandline import Parser, exit_status, given_place
 from kronsae.data import LanguageModel
 from kronsae.data.activations import open_model
+from kronsae.data.images import check_no_images
 from kronsae.data.loading import quiet
 from kronsae.data.packing import context_begin, left_out_ids, prompt_ids, token_mask
 from kronsae.data.token_text import token_texts
@@ -117,6 +118,7 @@ def work(argv: list[str]) -> None:
     seed_everything(request.seed)
     device = resolve_device(request.device)
     loaded = load_sae(request.run, given_data(request), device, **given_place(vars(request)))
+    check_no_images(loaded.data, "kronsae intervene")
     if not measures:
         with quiet():
             model, _ = open_model(loaded.data, device)

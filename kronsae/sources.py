@@ -28,8 +28,9 @@ from kronsae.data.activations import (
 )
 from kronsae.data.common import check_batch_size
 from kronsae.data.frames import FrameActivations, connect, standard_input
+from kronsae.data.images import open_documents
 from kronsae.data.many_hookpoints import ManyHookpoints
-from kronsae.data.text import check_text, open_text
+from kronsae.data.text import check_text
 from kronsae.errors import InputError
 from kronsae.registry import SOURCES
 from kronsae.system.parallel import ALONE, Mesh, ranks
@@ -158,7 +159,7 @@ class Live(Source):
         check_text(data)
         model, data = open_model(data, data.model_device or device)
         return LanguageModelActivations(
-            model, open_text(data, seed), data, batch_size, seed, device
+            model, open_documents(data, seed), data, batch_size, seed, device
         )
 
     @classmethod
@@ -181,7 +182,7 @@ class Live(Source):
             model.receivers = [receivers[name] for name in configs]
             own = [n for n, ranks in enumerate(model.receivers) if mesh.world.rank in ranks]
         reader = LanguageModelActivations(
-            model, open_text(data, seed), data, batch_size, seed, device, own
+            model, open_documents(data, seed), data, batch_size, seed, device, own
         )
         return dict(zip(configs, reader.hookpoints, strict=True))
 

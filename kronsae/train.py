@@ -313,11 +313,13 @@ def _describe(
     available, described = _available(source), source.describe()
     length, documents = described.get("context_length"), getattr(source, "heldout_documents", None)
     rows = {
-        "language model": model,
-        "text": f"{name_of_text(config.data)}; {held_out:,} tokens "
+        "model" if config.data.image_column else "language model": model,
+        "images"
+        if config.data.image_column
+        else "text": f"{name_of_text(config.data)}; {held_out:,} tokens "
         + (f"of {documents:,} documents " if documents else "")
         + f"held out{in_words(available, config.data.epochs)}",
-        "read in": contexts_in_words(length, described.get("context_begin")) if length else "",
+        "read in": _read_in(config.data, length, described.get("context_begin")),
         "training": f"{train.tokens:,} tokens, {train.steps:,} steps of {train.batch_size:,}"
         + describe_ranks(train),
         **_describe_members(request),
@@ -331,6 +333,15 @@ def _describe(
     console.print(table)
     if (early := too_few(train.tokens, available, config.data.epochs)) is not None:
         console.print(f"It will end early: {early}", style="yellow", markup=False)
+
+
+def _read_in(data: DataConfig, length: int | None, begin: list[str] | None) -> str:
+    """What the model reads at once, in words; "" if that is not known."""
+    if length is None:
+        return ""
+    if data.image_column is not None:
+        return f"images of {length:,} positions, of which the patches are trained on"
+    return contexts_in_words(length, begin)
 
 
 def _available(source: Any) -> int | None:
@@ -444,7 +455,9 @@ def _summarise(
     if model is not None and evaluations and not any("ce_clean" in e for e in evaluations):
         # The model of a cache may be out of reach, too.
         console.print(f"Without cross-entropy: {model.no_cross_entropy}", markup=False)
-    if model is None or model.tokenizer is None:
+    if request.config.data.image_column is not None:
+        console.print("Without the images on which latents fire: they are not shown")
+    elif model is None or model.tokenizer is None:
         console.print("Without the contexts of latents, as the model's tokenizer is not here")
     if isinstance(folder, SweepFolder):
         _summarise_sweep(console, results, folder, done)
@@ -465,7 +478,7 @@ def _summarise(
         for block in render_contexts(latents, model.tokenizer, console):
             console.print(block)
     following = ""
-    if model is not None:
+    if model is not None and request.config.data.image_column is None:
         following = f"  {command_line('explore', str(folder.path))}  to look into its latents\n"
     console.print(
         f"{done}"

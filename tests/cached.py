@@ -27,7 +27,7 @@ def text(config, seed, texts=TEXTS):
 
 def give_text(monkeypatch, texts=TEXTS):
     """Let harvests read `texts`, whatever they ask for."""
-    monkeypatch.setattr(writer, "open_text", lambda config, seed: text(config, seed, texts))
+    monkeypatch.setattr(writer, "open_documents", lambda config, seed: text(config, seed, texts))
 
 
 load_at = ManyHookpoints.load_at

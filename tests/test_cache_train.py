@@ -125,7 +125,7 @@ def test_later_looks_read_the_text_that_the_cache_was_made_from(whole, cache, mo
     loaded = load_sae(str(whole), {})
     assert loaded.data.activations is None and loaded.data.dataset == "given"
     monkeypatch.setattr(
-        "kronsae.metrics.target_model.open_text", lambda data, seed: cached.text(data, seed)
+        "kronsae.metrics.target_model.open_documents", lambda data, seed: cached.text(data, seed)
     )
     heldout = open_heldout(loaded._replace(cache=None), "cpu")
     expected = CacheActivations(cache, layer=2, batch_size=1).heldout_contexts()

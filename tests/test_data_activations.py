@@ -383,7 +383,8 @@ def test_what_is_cheap_to_check_comes_before_the_model(settings, batch_size, wor
     ids=["model", "layer", "context length"],
 )
 def test_the_model_is_checked_before_the_text_is_read(settings, words, monkeypatch):
-    monkeypatch.setattr("kronsae.sources.open_text", lambda *_args: pytest.fail("text was read"))
+    unread = "kronsae.sources.open_documents"
+    monkeypatch.setattr(unread, lambda *_args: pytest.fail("text was read"))
     with pytest.raises(InputError, match=words):
         open_activations(DataConfig(**settings), batch_size=BATCH, seed=0, device="cpu")
 

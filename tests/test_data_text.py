@@ -524,7 +524,7 @@ def test_fingerprint_of_a_large_file_has_its_size_and_both_ends(tmp_path, monkey
 
     def mark(content):
         (tmp_path / "a.txt").write_text(content)
-        return text_module._content_hash(tmp_path / "a.txt")
+        return text_module.content_hash(tmp_path / "a.txt")
 
     base = "a" * 1000
     others = ["b" + base[1:], base[:-1] + "b", base + "a"]

@@ -122,7 +122,9 @@ def test_commands_parse(command):
 def test_commands_that_finetune_parse(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for folder in ("runs/mine", "lens"):
-        SAE(SAEConfig(d_model=256, encoder="dense", dict_size=2048, k=32)).save(folder)
+        sae = SAE(SAEConfig(d_model=256, encoder="dense", dict_size=2048, k=32))
+        sae.metadata = {"data": {"name": "embedded", "layer": 2}}
+        sae.save(folder)
     lines = [line for c in TRAINING if "--finetune" in c for line in c.splitlines()]
     requests = [parse(shlex.split(line)[2:]) for line in lines if line.startswith("kronsae train")]
     assert [len(request.starts) for request in requests] == [1, 0, 3, 0]

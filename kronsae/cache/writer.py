@@ -56,9 +56,10 @@ from kronsae.data.activations import (
     describe_begin,
     resolve_context_length,
 )
+from kronsae.data.images import open_documents
 from kronsae.data.many_hookpoints import ManyHookpoints
 from kronsae.data.packing import marked, token_ids
-from kronsae.data.text import check_text, open_text
+from kronsae.data.text import check_text
 from kronsae.errors import InputError, differences
 from kronsae.system import checkpoint
 from kronsae.system.documents import typed
@@ -385,7 +386,7 @@ class _Harvest:
         )
         if config.dtype != "auto":
             self.dtype = config.dtype
-        text = open_text(self.data, config.seed)
+        text = open_documents(self.data, config.seed)
         self.source = LanguageModelActivations(self.model, text, self.data, 1, config.seed)
         self.start = self.source.position_dict()
         self.head = self._without_shards()

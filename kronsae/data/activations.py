@@ -625,6 +625,13 @@ def resolve_context_length(model: LanguageModel, config: DataConfig) -> int:
     Raises InputError if more is configured than the model reads.
     """
     longest = model.max_context
+    if model.images is not None and config.context_length not in (0, longest):
+        raise InputError(
+            f"context_length: {config.model} gives {longest} positions for an image, "
+            f"got {config.context_length}: leave it out"
+        )
+    if model.images is not None:
+        return model.images.positions
     if longest and config.context_length > longest:
         raise InputError(
             f"context_length: {config.model} reads at most {longest} tokens, "

@@ -11,6 +11,7 @@ import torch
 
 from kronsae.config import DataConfig
 from kronsae.data.document import as_document, kind_of_value, sizes
+from kronsae.data.images import count_patches
 from kronsae.data.packing import Packer, left_out_ids, trained_on
 from kronsae.data.text import (
     STDLIB,
@@ -64,6 +65,8 @@ def count_tokens(
     vocab_size: number of tokens that the model knows; 0 if it is not known.
     Raises InputError if files cannot be read, or if settings do not fit the documents.
     """
+    if config.image_column is not None:
+        return count_patches(config)
     if tokenizer is None:
         return None
     if config.dataset == STDLIB and text is None:
@@ -131,6 +134,8 @@ def _spread(items: Sequence[Any], count: int) -> list[Any]:
 
 def name_of_text(config: DataConfig) -> str:
     """The name of a text, and how a stream of it is shuffled."""
+    if config.image_column is not None:
+        return f"images of {config.dataset}"
     if not config.streaming:
         return config.dataset
     if not config.shuffle_documents:

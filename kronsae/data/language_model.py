@@ -30,8 +30,10 @@ from kronsae.data.hookpoints import (
     site_of,
     with_first,
 )
+from kronsae.data.images import Images
 from kronsae.data.loading import (
     checkpoint_dtype,
+    config_of,
     find_tokenizer,
     load_config,
     load_model,
@@ -40,7 +42,7 @@ from kronsae.data.loading import (
     quiet,
     stored_weight,
 )
-from kronsae.data.packing import PADDING, ModelTokens
+from kronsae.data.packing import PADDING, ImageTokens, ModelTokens
 from kronsae.embedded import EMBEDDED_MODEL
 from kronsae.errors import InputError
 from kronsae.system.devices import model_dtype
@@ -76,6 +78,7 @@ class LanguageModel:
         [b t, d], or the first of a tuple or ModelOutput. The attribute has no alias.
     target_hookpoint: the hookpoint that a transcoder predicts; it runs after the first.
     name, revision: the model's origin, for `describe`.
+    images: what a vision model reads in place of text; then ids are numbers of images.
     absent: names of weights that the checkpoint lacks, and that are therefore random.
     changes: what makes it another model than its files, for `describe`.
 
@@ -98,6 +101,7 @@ class LanguageModel:
         target_hookpoint: str | None = None,
         name: str = "given",
         revision: str | None = None,
+        images: Images | None = None,
         absent: tuple[str, ...] = (),
         changes: dict[str, Any] | None = None,
     ) -> None:
@@ -109,8 +113,12 @@ class LanguageModel:
         self._body: nn.Module | None = None
         self.resumes: bool | None = None  # see `kronsae.metrics.splicing.ForwardPasses`
         self.tokenizer = tokenizer
+        self.images, self.probe = images, PROBE
         self.vocabulary = ModelTokens(model.config) if tokenizer is None else tokenizer
         """What knows the special tokens."""
+        if images is not None:
+            images.measure(model, name)
+            self.probe, self.vocabulary = images.probe, ImageTokens(images.others)
         self.name, self.revision = name, revision
         self.commit: str | None = getattr(model.config, "_commit_hash", None)
         self.weights = _weights_digest(model)
@@ -179,6 +187,7 @@ class LanguageModel:
         model_kwargs: dict[str, Any] | None = None,
         load_in: str = LOAD_IN[0],
         device_map: str | None = None,
+        images: Images | None = None,
     ) -> "Self":
         """Load a model from a folder or the Hugging Face hub, or "embedded", which kronsae ships.
 
@@ -193,6 +202,7 @@ class LanguageModel:
         model_kwargs: more arguments of from_pretrained, and values that replace its config.json's.
         load_in: "8bit" or "4bit" rounds its matrices, by bitsandbytes.
         device_map: as in from_pretrained, such as "auto", in place of the device.
+        images: what the model reads in place of text, by its vision tower.
 
         Only safetensors files are read, because unpickling can run code.
         Raises InputError if the model cannot be loaded (no such name, no network, no safetensors,
@@ -201,14 +211,15 @@ class LanguageModel:
         block_or_name = layer_or_hookpoint(name_or_path, layer, hookpoint)
         with quiet():
             check_model_kwargs(model_kwargs or {})
-            config = load_config(name_or_path, revision, trust_remote_code, model_kwargs)
+            named = name_or_path, revision, trust_remote_code, model_kwargs
+            config = load_config(*named, images is not None)
             if isinstance(block_or_name, int):
                 check_layer(name_or_path, config, block_or_name)
             if isinstance(dtype, str):
                 dtype = model_dtype(dtype, torch.device(device), checkpoint_dtype(config))
             common = {"revision": revision, "trust_remote_code": trust_remote_code}
             find = load_tokenizer if needs_tokenizer else find_tokenizer
-            tokenizer = find(name_or_path, common)
+            tokenizer = None if images is not None else find(name_or_path, common)
             placing: dict[str, Any] = {
                 "kwargs": model_kwargs,
                 "load_in": load_in,
@@ -218,12 +229,15 @@ class LanguageModel:
         changes: dict[str, Any] = {"model_kwargs": model_kwargs} if model_kwargs else {}
         if load_in != LOAD_IN[0]:
             changes["load_in"] = load_in
+        if images is not None:
+            changes["image_processor"] = images.digest
         at = partial(
             cls,
             model,
             tokenizer,
             name=name_or_path,
             revision=revision,
+            images=images,
             absent=absent,
             changes=changes,
             target_hookpoint=target_hookpoint,
@@ -250,6 +264,7 @@ class LanguageModel:
             model_kwargs=data.model_kwargs,
             load_in=data.load_in,
             device_map=data.device_map,
+            images=None if data.image_column is None else Images(data),
         )
 
     def hook_at(self, hookpoint: str) -> Hook:
@@ -269,11 +284,13 @@ class LanguageModel:
 
     def _run_probe(self) -> None:
         with torch.no_grad(), self.lock:
-            self._run(PROBE, None)
+            self._run(self.probe, None)
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens that the model knows."""
+        """Number of tokens that the model knows, or of images."""
+        if self.images is not None:
+            return len(self.images)
         embeddings = self.model.get_input_embeddings()
         return getattr(embeddings, "num_embeddings", self.model.config.get_text_config().vocab_size)
 
@@ -285,7 +302,9 @@ class LanguageModel:
     def _why_no_cross_entropy(self) -> str | None:
         kind = type(self.model).__name__
         reason = None
-        if kind.endswith("ForMaskedLM"):
+        if self.images is not None:
+            reason = "reads images, and predicts no next token"
+        elif kind.endswith("ForMaskedLM"):
             reason = "predicts masked tokens, not the next one"
         elif self.is_encoder_decoder:
             reason = "is an encoder-decoder model, whose decoder could copy from its encoder"
@@ -351,7 +370,12 @@ class LanguageModel:
 
     @property
     def max_context(self) -> int | None:
-        """Longest context that the model reads, in tokens; None if its config does not say."""
+        """Longest context that the model reads, in tokens; None if its config does not say.
+
+        Of images it is the only length.
+        """
+        if self.images is not None:
+            return self.images.positions
         config = self.model.config.get_text_config()
         names = ("max_position_embeddings", "max_target_positions", "max_seq_len")
         positions = next(filter(None, (getattr(config, name, None) for name in names)), None)
@@ -532,6 +556,9 @@ class LanguageModel:
             return self._run(input_ids.to(self.device), None).logits
 
     def _run(self, input_ids: Tensor, attention_mask: Tensor | None) -> Any:
+        if self.images is not None:
+            pixels = self.images.pixels(input_ids[:, 0].tolist())
+            return self.model(pixel_values=pixels.to(self.device, self.dtype))
         # Without a mask some models derive one from the padding token, which may also end texts.
         there = input_ids != PADDING
         mask = there.to(input_ids.dtype) if attention_mask is None else attention_mask
@@ -591,10 +618,10 @@ class LanguageModel:
             for m in self.model.modules():
                 stack.enter_context(m.register_forward_pre_hook(lambda m, _: used.add(m)))
             with self._on_text():
-                outputs = self.activations(PROBE)
+                outputs = self.activations(self.probe)
                 d_model = width = outputs.shape[2]
                 if self.target is not None:
-                    [hidden] = self.activations_at([self.hookpoint], PROBE)
+                    [hidden] = self.activations_at([self.hookpoint], self.probe)
                     d_model = hidden.shape[2]
         last = self.target or self.hook
         if last.of_input:  # the forward pass ends before this module
@@ -620,12 +647,16 @@ class LanguageModel:
             raise
         except Exception as error:
             raise InputError(
-                f"model {self.name!r} ({type(self.model).__name__}) does not run on text alone "
-                f"({error_reason(error)}): activations are read as a model reads text"
+                f"model {self.name!r} ({type(self.model).__name__}) does not run on "
+                + ("images" if self.images else "text alone")
+                + f" ({error_reason(error)}): activations are read as a model reads them"
             ) from error
 
     def _check_positions(self, outputs: Tensor) -> None:
-        """Raise InputError unless outputs [2, t, d] for PROBE are those of its positions."""
+        """Raise InputError unless outputs [2, t, d] for the probe are those of its positions."""
+        if self.images is not None:
+            self._check_patches(outputs, self.images.changed)
+            return
         changed = _changed(outputs)
         if not changed[CHANGED]:
             # The first ids may be special tokens that no training told apart, so that rounding to 8
@@ -651,12 +682,21 @@ class LanguageModel:
                 "module"
             )
 
+    def _check_patches(self, outputs: Tensor, at: int) -> None:
+        """Raise InputError unless the patch that differs, at a position, changes its output."""
+        if torch.equal(*outputs[:, at]) or self.flattened and not self._in_order(outputs):
+            raise InputError(
+                f"hookpoint {self.hookpoint!r} of {self.name}: another patch at position {at} does "
+                "not change its output there, so it is not that of the image, patch by patch. "
+                "Choose another module"
+            )
+
     def _in_order(self, outputs: Tensor) -> bool:
         """Whether a text alone gives its part of outputs [2, t, d] for PROBE.
 
         It does not if rows [b t, d] begin with the first tokens of all texts, or are sorted.
         """
-        alone = torch.cat([self.activations(text[None]) for text in PROBE]).float()
+        alone = torch.cat([self.activations(text[None]) for text in self.probe]).float()
         tolerance = max(1e-3, 8 * torch.finfo(outputs.dtype).eps)
         return bool(((alone - outputs).abs() <= tolerance * outputs.abs().amax(2, True)).all())
 
@@ -747,9 +787,7 @@ def layer_or_hookpoint(name: str, layer: int | None, hookpoint: str | None) -> i
 
 def layers_of(data: DataConfig) -> range:
     """The layers of the model that `data` names, from its configuration. Raises InputError."""
-    with quiet():
-        config = load_config(data.model, data.revision, data.trust_remote_code, data.model_kwargs)
-        return range(num_layers(config))
+    return range(num_layers(config_of(data)))
 
 
 Loaded = TypeVar("Loaded", bound=LanguageModel)

@@ -59,7 +59,7 @@ class Source(NamedTuple):
         return {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
 
 
-def _source(name: str) -> Source:
+def source_of_model(name: str) -> Source:
     """The source of the model of that name. Raises InputError for what is no model."""
     if name == EMBEDDED_MODEL:
         try:
@@ -95,13 +95,17 @@ def load_config(
     revision: str | None,
     trust_remote_code: bool,
     kwargs: Mapping[str, Any] | None = None,
+    images: bool = False,
 ) -> Any:
-    """A model's configuration. kwargs: values that replace those of its file, and others."""
+    """A model's configuration. kwargs: values that replace those of its file, and others.
+
+    images: that of the part that reads images, as patches. Raises InputError if there is none.
+    """
     from transformers import AutoConfig
 
-    source = _source(name)
+    source = source_of_model(name)
     try:
-        return AutoConfig.from_pretrained(
+        config = AutoConfig.from_pretrained(
             source.name,
             revision=revision,
             trust_remote_code=trust_remote_code,
@@ -110,6 +114,15 @@ def load_config(
         )
     except Exception as error:  # transformers and the hub raise dozens of kinds
         raise InputError(_not_found(name, revision, error)) from error
+    if not images:
+        return config
+    vision = getattr(config, "vision_config", config)
+    if not hasattr(vision, "patch_size"):
+        raise InputError(
+            f"model {name!r} (of type {config.model_type!r}) has no part that reads images as "
+            "patches: --image-column is for ViT, CLIP, SigLIP, DINOv2 and the like"
+        )
+    return vision
 
 
 class NoSkeleton(InputError):
@@ -121,13 +134,14 @@ def load_skeleton(
     revision: str | None,
     trust_remote_code: bool,
     kwargs: Mapping[str, Any] | None = None,
+    images: bool = False,
 ) -> tuple[Any, Any]:
     """A model's configuration, and the model on the meta device, without weights.
 
     Raises InputError if its config.json cannot be loaded, NoSkeleton if it needs its weights.
     """
     with quiet():
-        config = load_config(name, revision, trust_remote_code, kwargs)
+        config = load_config(name, revision, trust_remote_code, kwargs, images)
         try:
             with torch.device("meta"):
                 model = loader_of(config).from_config(config, trust_remote_code=trust_remote_code)
@@ -138,9 +152,22 @@ def load_skeleton(
     return config, model
 
 
+def config_of(data: DataConfig) -> Any:
+    """`load_config` of the model that `data` names."""
+    images, trusted = data.image_column is not None, data.trust_remote_code
+    with quiet():
+        return load_config(data.model, data.revision, trusted, data.model_kwargs, images)
+
+
+def skeleton_of(data: DataConfig) -> tuple[Any, Any]:
+    """`load_skeleton` of the model that `data` names."""
+    images, trusted = data.image_column is not None, data.trust_remote_code
+    return load_skeleton(data.model, data.revision, trusted, data.model_kwargs, images)
+
+
 def module_names(data: DataConfig) -> list[str]:
     """Names of a model's modules, in its order. Raises InputError as `load_skeleton` does."""
-    _, model = load_skeleton(data.model, data.revision, data.trust_remote_code, data.model_kwargs)
+    _, model = skeleton_of(data)
     return [name for name, _ in model.named_modules() if name]
 
 
@@ -168,8 +195,11 @@ def load_tokenizer(name: str, common: dict[str, Any]) -> Any:
     """The model's tokenizer. Raises InputError if it has none."""
     from transformers import AutoTokenizer
 
-    advice = "text cannot be read without one. Save it beside the model, or name another model"
-    source = _source(name)
+    advice = (
+        "text cannot be read without one. Save it beside the model, or name another model (images "
+        "are read by a vision model with --image-column)"
+    )
+    source = source_of_model(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.name, **common, **source.gguf)
     except Exception as error:  # of dozens of kinds
@@ -209,7 +239,7 @@ def load_model(
     import transformers
 
     recent = tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= (4, 56)
-    source, loader = _source(name), loader_of(config)
+    source, loader = source_of_model(name), loader_of(config)
     own: dict[str, Any] = dict(source.gguf) or {"use_safetensors": True}
     own |= _of_loading(config, kwargs or {}) | _rounding(load_in, dtype)
     # A model that was rounded is put on its device while it is loaded, and stays there.
@@ -321,7 +351,8 @@ def _computed(model: "PreTrainedModel") -> set[str]:
 def checkpoint_dtype(config: Any) -> torch.dtype | None:
     """The dtype of a model's weights by its config; None if that does not say."""
     for part in (config, config.get_text_config()):
-        dtype = getattr(part, "dtype", None) or getattr(part, "torch_dtype", None)
+        with quiet():  # transformers warns of the older name
+            dtype = getattr(part, "dtype", None) or getattr(part, "torch_dtype", None)
         if dtype is not None:
             return getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     return None

@@ -7,14 +7,14 @@ model reads and that nothing is trained on; PADDING stands where a document is t
 import re
 from array import array
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from kronsae.config import DataConfig
 from kronsae.data.chat import ChatTemplate
-from kronsae.data.document import Document, Message
+from kronsae.data.document import Document, Ids, Message
 from kronsae.errors import InputError
 from kronsae.system.documents import Keys, typed
 
@@ -41,6 +41,18 @@ class ModelTokens:
 
     def convert_ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
         return [f"[{token}]" for token in ids]
+
+
+class ImageTokens(ModelTokens):
+    """The positions of images in place of special tokens; see `kronsae.data.images`.
+
+    unread: number of positions before the patches.
+    """
+
+    def __init__(self, unread: int) -> None:
+        self.all_special_ids: list[int] = []
+        self.bos_token_id = self.eos_token_id = self.sep_token_id = None
+        self.unread = unread
 
 
 def _listed(ids: int | list[int] | None) -> list[int]:
@@ -89,6 +101,8 @@ class Packer:
     @classmethod
     def of(cls, data: DataConfig, tokenizer: Any) -> "Packer":
         """The packer that `data` configures."""
+        if data.image_column is not None:
+            return ImagePacker(tokenizer, data.context_length, join=False)
         join, roles = data.join_documents, data.chat_roles
         return cls(tokenizer, data.context_length, data.bos, join=join, chat_roles=roles)
 
@@ -165,6 +179,13 @@ class Packer:
         self.waiting = state["waiting"].tolist()
 
 
+class ImagePacker(Packer):
+    """Gives each image, whose document is its number, a context of its own."""
+
+    def add(self, document: Document) -> Iterator[Tensor]:
+        yield torch.full((self.context_length,), cast(Ids, document)[0])
+
+
 def token_ids(packed: Tensor) -> Tensor:
     """Token ids of packed contexts, PADDING where there is no token."""
     return torch.where(packed < READ_ONLY, packed, packed - READ_ONLY)
@@ -182,7 +203,7 @@ def token_mask(
 
     They are no padding, not READ_ONLY, not special, and not first in a context. Models use the
     first position as an attention sink, with or without a BOS token: its activations are orders of
-    magnitude larger than the rest.
+    magnitude larger than the rest. Of an image they are the patches.
 
     left_out: tokens [s] that are not trained on (default: `special_ids(tokenizer)`, whose listing
         takes milliseconds where there are thousands).
@@ -190,7 +211,8 @@ def token_mask(
     """
     left_out = special_ids(tokenizer) if left_out is None else left_out
     mask = trained_on(packed.cpu(), left_out)
-    mask[:, : max(1, begin)] = False
+    unread = tokenizer.unread if isinstance(tokenizer, ImageTokens) else max(1, begin)
+    mask[:, :unread] = False
     return mask
 
 

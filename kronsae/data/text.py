@@ -62,6 +62,10 @@ KINDS = {
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".tex", ".py")
 """Suffixes of the text files of a folder; others have to be named or matched by a glob."""
 
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+IMAGE_FILES = (*IMAGE_SUFFIXES, ".parquet", ".arrow")
+"""Suffixes of the files of a folder of images."""
+
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 
 METADATA = frozenset({"dataset_info.json", "state.json"})
@@ -267,7 +271,7 @@ class StreamedText:
         self.resumed_at = position
 
     def _texts(self, dataset: Any) -> Iterator[Document]:
-        with _reading(f"dataset {self.name!r}: reading on failed"):
+        with reading(f"dataset {self.name!r}: reading on failed"):
             for row in dataset:
                 yield checked_document(row[self.column], self.name, self.vocab_size)
 
@@ -372,7 +376,7 @@ class BufferedText:
         """The documents from a place in the dataset on that fill the buffer, and where they end."""
         if start == self.filled_at:
             return self.buffer, self.read_to
-        with _reading(f"dataset {self.name!r}: reading on failed"):
+        with reading(f"dataset {self.name!r}: reading on failed"):
             if start != self.read_to:
                 self.dataset.load_state_dict(start)
                 self.rows = iter(self.dataset)
@@ -466,7 +470,7 @@ def open_text(config: DataConfig, seed: int) -> TextSource:
     files = check_text(config)
     if config.dataset == STDLIB:
         return _open_stdlib(config, seed)
-    dataset = _open_files(files, config) if files else _open_hub(config)
+    dataset = _open_files(files, config) if files else open_hub(config)
     kind = _check_rows(dataset, config)
     check_roles(config, kind)
     fingerprint = _fingerprint(dataset, files, config)
@@ -492,10 +496,10 @@ def check_roles(config: DataConfig, kind: str | None) -> None:
 def _fingerprint(dataset: Any, files: list[Path], config: DataConfig) -> str:
     """Hash of a text from files or the hub, whatever its order."""
     if files:
-        return digest(config.text_column, *map(kind_of_file, files), *map(_content_hash, files))
+        return digest(config.text_column, *map(kind_of_file, files), *map(content_hash, files))
     if not config.streaming:
         return dataset._fingerprint
-    with _reading(f"dataset {config.dataset!r} could not be read"):
+    with reading(f"dataset {config.dataset!r} could not be read"):
         first = [row[config.text_column] for row in islice(dataset, STREAMED_ROWS)]
     return digest(config.dataset, config.dataset_config, config.split, config.text_column, *first)
 
@@ -507,7 +511,7 @@ def check_text(config: DataConfig) -> list[Path]:
     """
     if config.dataset == STDLIB:
         return []
-    files = local_files(config.dataset)
+    files = local_files(config.dataset, images=config.image_column is not None)
     if not files:
         return []
     for name in ("split", "dataset_config"):
@@ -530,21 +534,22 @@ def check_text(config: DataConfig) -> list[Path]:
     return files
 
 
-def local_files(dataset: str) -> list[Path]:
+def local_files(dataset: str, images: bool = False) -> list[Path]:
     """The files that a --dataset value names, each once, or [] if it names a hub dataset.
 
+    images: of a folder those that hold images.
     Raises InputError if it can only mean files and there are none.
     """
     is_path = os.path.exists(os.path.expanduser(dataset))  # even with a comma in its name
     parts = [dataset] if is_path else [part.strip() for part in dataset.split(",")]
-    files = [path for part in parts for path in _files_of(part, alone=len(parts) == 1)]
+    files = [path for part in parts for path in _files_of(part, len(parts) == 1, images)]
     return list({path.resolve(): path for path in files}.values())
 
 
-def _files_of(part: str, alone: bool) -> list[Path]:
+def _files_of(part: str, alone: bool, images: bool) -> list[Path]:
     path = usable_path(os.path.expanduser(part), "dataset")
     if path.is_dir():
-        return _files_in(path)
+        return _files_in(path, IMAGE_FILES if images else (*KINDS, *TEXT_SUFFIXES))
     if path.is_file():
         return [path]
     if any(sign in part for sign in "*?["):
@@ -558,13 +563,12 @@ def _files_of(part: str, alone: bool) -> list[Path]:
     return []
 
 
-def _files_in(folder: Path) -> list[Path]:
+def _files_in(folder: Path, known: tuple[str, ...]) -> list[Path]:
     if (folder / "dataset_dict.json").is_file():
         splits = sorted(path.name for path in folder.iterdir() if path.is_dir())
         raise InputError(
             f"dataset: {folder} holds several splits, {splits}: name the folder of one"
         )
-    known = (*KINDS, *TEXT_SUFFIXES)
     files = [
         path
         for path in sorted(folder.rglob("*"))
@@ -588,7 +592,8 @@ def _suffix(path: Path) -> str:
 
 
 def kind_of_file(path: Path) -> str:
-    return KINDS.get(_suffix(path), "text")
+    suffix = _suffix(path)
+    return "image" if suffix in IMAGE_SUFFIXES else KINDS.get(suffix, "text")
 
 
 def _open_stdlib(config: DataConfig, seed: int) -> IndexedText:
@@ -611,7 +616,7 @@ def _open_files(files: list[Path], config: DataConfig) -> Any:
 
     groups: dict[tuple[tuple[str, str], ...], list[str]] = {}
     kind = kind_of_file(files[0])
-    with _reading(f"dataset {config.dataset!r}: its {kind} files could not be read"), _no_bars():
+    with reading(f"dataset {config.dataset!r}: its {kind} files could not be read"), no_bars():
         for path in files:
             groups.setdefault(options_of_file(path, alone=len(files) == 1), []).append(str(path))
         parts = [_open_group(names, kind, dict(o), config) for o, names in groups.items()]
@@ -665,10 +670,10 @@ def options_of_file(path: Path, alone: bool) -> tuple[tuple[str, str], ...]:
     return (("sample_by", "paragraph" if "\n\n" in beginning else "line"),)
 
 
-def _open_hub(config: DataConfig) -> Any:
+def open_hub(config: DataConfig) -> Any:
     import datasets
 
-    with _reading(
+    with reading(
         f"dataset {config.dataset!r} is no local file or folder, and could not be opened from "
         "the Hugging Face hub"
     ):
@@ -687,7 +692,7 @@ def _check_rows(dataset: Any, config: DataConfig) -> str:
     first: dict[str, Any]
     name, features = config.text_column, dataset.features
     if config.streaming:
-        with _reading(f"dataset {config.dataset!r} could not be read"):
+        with reading(f"dataset {config.dataset!r} could not be read"):
             first = next(iter(dataset), {})
     else:
         first = dict.fromkeys(dataset.column_names) if len(dataset) else {}
@@ -748,7 +753,7 @@ def _nothing_left(name: str, count: int) -> InputError:
 
 
 @contextmanager
-def _no_bars() -> Iterator[None]:
+def no_bars() -> Iterator[None]:
     """Hide progress bars of `datasets`."""
     import datasets
 
@@ -762,7 +767,7 @@ def _no_bars() -> Iterator[None]:
 
 
 @contextmanager
-def _reading(problem: str) -> Iterator[None]:
+def reading(problem: str) -> Iterator[None]:
     """Turn any error of `datasets` (there are dozens of types) into an InputError.
 
     One of ours that `datasets` has wrapped is raised again.
@@ -792,7 +797,7 @@ def _reason(error: BaseException) -> str:
     return f"{type(error).__name__}: {message}{advice}"
 
 
-def _content_hash(path: Path) -> str:
+def content_hash(path: Path) -> str:
     """Hash of a file's content."""
     size = path.stat().st_size
     with path.open("rb") as file:

@@ -15,6 +15,7 @@ from rich.progress import track
 from rich.text import Text
 
 from kronsae.commandline import Parser, exit_status, given_place
+from kronsae.data.images import check_no_images
 from kronsae.data.loading import quiet
 from kronsae.errors import InputError
 from kronsae.interpret.chat import Answers, Chat, ServerChat
@@ -80,6 +81,7 @@ def work(argv: list[str]) -> None:
     device = resolve_device(flags.device)
     console = Console(highlight=False, soft_wrap=True)
     loaded = load_sae(flags.run, given_data(flags), device, **given_place(vars(flags)))
+    check_no_images(loaded.data, "kronsae interpret")
     for latent in flags.latent or ():
         if not 0 <= latent < loaded.sae.dict_size:
             raise InputError(f"--latent: expected 0 to {loaded.sae.dict_size - 1}, got {latent}")

@@ -17,8 +17,9 @@ import torch
 from kronsae.cache import CacheActivations
 from kronsae.commandline import add_flag, add_place_flags
 from kronsae.config import DataConfig, data_settings, from_dict, stored, untrusted
-from kronsae.data import open_text, split_target
+from kronsae.data import split_target
 from kronsae.data.activations import HELDOUT_SETTINGS, open_model, set_aside
+from kronsae.data.images import open_documents
 from kronsae.data.language_model import LanguageModel
 from kronsae.data.packing import PADDING, context_begin, left_out_ids, token_ids, token_mask
 from kronsae.errors import InputError, warn
@@ -260,6 +261,8 @@ def open_heldout(
             + (f", and {model.target_hookpoint} {model.d_target}" if model.d_target else "")
         )
     left_out = "special tokens and the first position of each context pass unchanged"
+    if loaded.data.image_column is not None:
+        left_out = "the positions of an image before its patches pass unchanged"
     rule, counted = _massive_rules([loaded, *beside], text, massive_multiple)
     if rule is not None:
         left_out += (
@@ -300,7 +303,7 @@ def _of_cache(loaded: LoadedSAE) -> tuple[Any, HeldoutText]:
 def _of_text(loaded: LoadedSAE, device: Any) -> tuple[LanguageModel, HeldoutText]:
     """Text that the SAE was not trained on, and the model that reads it. Raises InputError."""
     model, data = open_model(loaded.data, device)
-    text = open_text(data, seed=0)
+    text = open_documents(data, seed=0)
     trained_on = loaded.trained_on
     own = text.fingerprint() == trained_on.get("text")
     of_run = stored(DataConfig, {**trained_on, **_data_of_run(loaded.sae)})
@@ -309,7 +312,7 @@ def _of_text(loaded: LoadedSAE, device: Any) -> tuple[LanguageModel, HeldoutText
             data, **{name: of_run[name] for name in HELDOUT_SETTINGS if name in of_run}
         )
         if read_by_run != data:
-            data, text = read_by_run, open_text(read_by_run, seed=0)
+            data, text = read_by_run, open_documents(read_by_run, seed=0)
     text.check_ids(model.vocab_size)
     packed, documents = set_aside(text, model.vocabulary, data)
     if own and getattr(text, "aside", None) is None:

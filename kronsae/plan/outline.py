@@ -13,8 +13,9 @@ from kronsae.cache.reader import hookpoint_numbers
 from kronsae.config import DataConfig
 from kronsae.data.common import reason
 from kronsae.data.hookpoints import Hook, Reached, check_layer, hooks_at, lists_of_blocks
+from kronsae.data.images import blank_pixels
 from kronsae.data.language_model import layer_or_hookpoint, runs_before
-from kronsae.data.loading import NoSkeleton, check_load_in, checkpoint_dtype, load_skeleton
+from kronsae.data.loading import NoSkeleton, check_load_in, checkpoint_dtype, skeleton_of
 from kronsae.errors import InputError, warn
 from kronsae.sources import Cache, source_of
 
@@ -60,6 +61,7 @@ def outline(config: DataConfig, context_length: int = 1024) -> Outline:
     text = settings.get_text_config()
     longest = getattr(text, "max_position_embeddings", None) or context_length
     tokens = min(config.context_length or context_length, longest)
+    inputs = _inputs(config, 1, tokens)
     vocabulary = getattr(text, "vocab_size", 0)
     checkpoint = checkpoint_dtype(settings)
     parameters = sum(p.numel() for p in model.parameters())
@@ -70,11 +72,11 @@ def outline(config: DataConfig, context_length: int = 1024) -> Outline:
     for number, hook in enumerate(hooks):
         reached: list[Any] = []
         try:
-            d, flops = _run(model, hook, tokens)
+            tokens, d, flops = _run(model, hook, inputs)
             d_target = 0
             if targets:  # the forward pass ends there
                 with hook.reading(reached.append):
-                    d_target, flops = _run(model, targets[number % len(targets)], tokens)
+                    _, d_target, flops = _run(model, targets[number % len(targets)], inputs)
         except Exception as error:  # of any type: the model needs numbers
             failed = reason(error)
             continue
@@ -112,9 +114,7 @@ def _skeleton(config: DataConfig) -> tuple[int | str, Any, nn.Module]:
     """The layer or hookpoint to read, the model's configuration, the model on the meta device."""
     read = layer_or_hookpoint(config.model, config.layer, config.hookpoint)
     try:
-        settings, model = load_skeleton(
-            config.model, config.revision, config.trust_remote_code, config.model_kwargs
-        )
+        settings, model = skeleton_of(config)
     except NoSkeleton as error:
         raise NoOutline(str(error)) from error
     if isinstance(read, int):
@@ -139,11 +139,15 @@ def forward_pass(
     model.to(dtype).to_empty(device=device)
     for tensor in (*model.parameters(), *model.buffers()):
         tensor.detach().fill_(0.01 if tensor.is_floating_point() else 0)
-    ids = torch.zeros(contexts, tokens, dtype=torch.int64, device=device)
+    inputs = _inputs(config, contexts, tokens)
+    inputs = {
+        name: torch.zeros(x.shape, dtype=dtype if x.is_floating_point() else x.dtype, device=device)
+        for name, x in inputs.items()
+    }
 
     def run() -> None:
         try:
-            _width(model, hook, ids)
+            _shape(model, hook, inputs)
         except Exception as error:  # of any type
             problem = f"model {config.model!r} only runs with its own weights"
             raise NoOutline(f"{problem} ({reason(error)})") from error
@@ -158,27 +162,35 @@ def _hooks(model: nn.Module, name: str, read: int | str) -> list[Hook]:
     return [Hook(f"{blocks}.{read}", modules[read]) for blocks, modules in lists_of_blocks(model)]
 
 
-def _run(model: nn.Module, hook: Hook, tokens: int) -> tuple[int, float]:
-    """Width of the hookpoint, and multiply-adds per token up to it."""
-    ids = torch.zeros(1, tokens, dtype=torch.int64, device="meta")
+def _inputs(config: DataConfig, contexts: int, tokens: int) -> dict[str, torch.Tensor]:
+    """What the model reads, on the meta device: token ids, or images."""
+    if config.image_column is not None:
+        return {"pixel_values": blank_pixels(config, contexts).bfloat16()}
+    return {"input_ids": torch.zeros(contexts, tokens, dtype=torch.int64, device="meta")}
+
+
+def _run(model: nn.Module, hook: Hook, inputs: dict[str, torch.Tensor]) -> tuple[int, int, float]:
+    """Tokens and width of the hookpoint, and multiply-adds per token up to it."""
     with FlopCounterMode(display=False) as counter:
-        width = _width(model, hook, ids)
-    return width, counter.get_total_flops() / 2 / tokens
+        shape = _shape(model, hook, inputs)
+    ids = inputs.get("input_ids")
+    tokens = shape[1] if ids is None else ids.shape[1]
+    return tokens, shape[-1], counter.get_total_flops() / 2 / tokens
 
 
 @torch.no_grad()
-def _width(model: nn.Module, hook: Hook, ids: torch.Tensor) -> int:
-    """Width of the hookpoint in a forward pass that ends there."""
-    widths: list[int] = []
+def _shape(model: nn.Module, hook: Hook, inputs: dict[str, torch.Tensor]) -> torch.Size:
+    """Shape of the hookpoint in a forward pass that ends there."""
+    shapes: list[torch.Size] = []
 
     def stop(hidden: Any) -> None:
-        widths.append(hidden.shape[-1])
+        shapes.append(hidden.shape)
         raise Reached
 
     try:
         with warnings.catch_warnings(), hook.reading(stop):
             warnings.simplefilter("ignore")
-            model(input_ids=ids)
+            model(**inputs)
     except Reached:
-        return widths[0]
+        return shapes[0]
     raise RuntimeError(f"{type(hook.module).__name__} does not run in a forward pass")

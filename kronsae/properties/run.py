@@ -15,6 +15,7 @@ from torch import Tensor
 from kronsae.commandline import Parser, add_flag, add_place_flags
 from kronsae.config import DataConfig
 from kronsae.data.activations import split_target
+from kronsae.data.images import check_no_images
 from kronsae.data.loading import find_tokenizer, load_config, quiet
 from kronsae.errors import InputError
 from kronsae.interop.load import load
@@ -204,13 +205,16 @@ def open_run(
         weights = save({name: tensor.cpu() for name, tensor in sae.state_dict().items()})
         # No text is its own: as little as can be is held out of what is given.
         data = dataclasses.replace(data_of(sae, text, str(run)), heldout_tokens=1)
+        check_no_images(data, "kronsae explore")
         return sae, data, hashlib.sha256(weights).hexdigest()
     if given := sorted(text.keys() & set(_MODEL)):
         raise InputError(f"{', '.join(given)}: {run} is a run, which has its own: leave that out")
     folder, settings = RunFolder.open(run)
     if whole(settings["config"], folder.index)["data"] is None:
         raise InputError(f"{run} was trained from tensors: there is no text to look at")
-    return sae, data_of(sae, text, str(run)), sha256(run / "sae" / WEIGHTS_NAME)
+    data = data_of(sae, text, str(run))
+    check_no_images(data, "kronsae explore")
+    return sae, data, sha256(run / "sae" / WEIGHTS_NAME)
 
 
 def is_run(path: Path) -> bool:
