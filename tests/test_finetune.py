@@ -257,8 +257,29 @@ def test_it_goes_on_where_the_sae_was_trained(runs, capsys):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         parse(["--finetune", second, "--hookpoint", "2.resid_post"])
-    with pytest.raises(InputError, match="it has several SAEs: give --layer or --hookpoint"):
+    with pytest.raises(InputError, match=r"several SAEs \(layer1, layer2\): give --layer or"):
         parse(["--finetune", str(runs / "suite")])
+    data = parse(["--finetune", str(runs / "suite"), "--hookpoint", "1.resid_post"]).config.data
+    assert (data.context_length, data.heldout_tokens) == (64, 500)
+
+
+def test_it_reads_the_text_of_its_run(tmp_path, monkeypatch):
+    text = tmp_path / "text.jsonl"
+    text.write_text(
+        "\n".join(json.dumps({"body": f"text {n} of some words. " * 30}) for n in range(90))
+    )
+    out = tmp_path / "run"
+    flags = ["--dataset", str(text), "--text-column", "body", "--layer", "1"]
+    shape = ["--encoder", "dense", "--dict-size", "64", "--k", "4", "--tokens", "1000"]
+    assert main([*SMALL, *flags, *shape, "--out", str(out)]) == 0
+    data = parse(["--finetune", str(out), "--tokens", "500"]).config.data
+    assert (data.dataset, data.text_column, data.context_length) == (str(text), "body", 64)
+    data = parse(["--finetune", str(out), "--dataset", "stdlib"]).config.data
+    assert (data.dataset, data.text_column, data.context_length) == ("stdlib", "text", 64)
+    data = parse(["--finetune", str(out), "--layer", "2"]).config.data
+    assert (data.dataset, data.layer) == (str(text), 2)
+    monkeypatch.chdir(tmp_path)
+    assert parse(["--finetune", "run"]).notes["sae"]["finetune"]["source"] == str(out)
 
 
 def test_an_sae_of_unknown_origin_needs_a_hookpoint(tmp_path):
@@ -266,6 +287,16 @@ def test_an_sae_of_unknown_origin_needs_a_hookpoint(tmp_path):
     with pytest.raises(InputError, match="does not say where it was trained: give --model, and"):
         parse(["--finetune", str(tmp_path / "sae")])
     assert parse(["--finetune", str(tmp_path / "sae"), "--layer", "1"]).config.data.layer == 1
+
+
+def test_a_k_that_the_format_does_not_give_is_named(tmp_path):
+    sae = sae_of("dense, jumprelu")
+    source = str(sae.save(tmp_path / "sae"))
+    with pytest.warns(Notice, match="training aims at 4 active latents a token.*--k chooses"):
+        parse(["--finetune", source, "--layer", "1"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        parse(["--finetune", source, "--layer", "1", "--k", "9"])
 
 
 def test_flags_choose_one_of_several_at_a_layer(tmp_path):

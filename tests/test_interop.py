@@ -294,9 +294,11 @@ def test_a_damaged_file_is_an_input_error(tmp_path):
         kronsae.load(folder)
 
 
-def test_a_folder_of_folders_needs_the_one_meant():
-    with pytest.raises(InputError, match="holds no SAE.*dictionary_learning .ae.pt, config.json."):
+def test_a_folder_of_folders_needs_the_one_meant(tmp_path):
+    with pytest.raises(InputError, match="holds SAEs in folders of it .layers.3, layers.3.mlp.: "):
         kronsae.load(FIXTURES / "sparsify")
+    with pytest.raises(InputError, match="holds no SAE.*dictionary_learning .ae.pt, config.json."):
+        kronsae.load(tmp_path)
     sae = kronsae.load(FIXTURES / "sparsify", subfolder="layers.3")
     assert sae.config.k == 3
 

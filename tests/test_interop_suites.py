@@ -542,7 +542,9 @@ def test_a_shape_that_is_wrong_names_the_file(tmp_path):
     made = gemma_scope(tmp_path)
     arrays = dict(np.load(made.path / "params.npz"))
     np.savez(made.path / "params.npz", **arrays | {"b_enc": arrays["b_enc"][:-1]})
-    with pytest.raises(InputError, match=f"^{made.path}: b_enc: expected .24., got .23."):
+    with pytest.raises(
+        InputError, match=f"^{made.path}: b_enc: expected .24. beside W_enc .24, 8., got .23."
+    ):
         kronsae.load(made.path)
 
 
@@ -601,6 +603,27 @@ def test_gemma_scope_with_tensors_of_another_kind(tmp_path):
     for path in (folder, folder_2):
         with pytest.raises(InputError, match=r"tensors \['W_skip'\] have no counterpart"):
             kronsae.load(path)
+
+
+@pytest.mark.parametrize("layout", [llama_scope, llamascopium, qwen_scope, openai, goodfire])
+def test_tensors_that_are_not_known(layout, tmp_path):
+    path = layout(tmp_path).path
+    file = next(p for p in (path, *path.rglob("*")) if p.suffix in (".pt", ".pth", ".safetensors"))
+    extra = {"encoder_glu.weight": torch.ones(3, 3)}
+    if file.suffix == ".safetensors":
+        save(file, kronsae.system.files.read_tensors(file) | extra)
+    else:
+        torch.save(torch.load(file) | extra, file)
+    with pytest.raises(InputError, match=r"tensors \['encoder_glu.weight'\] have no counterpart"):
+        kronsae.load(path, allow_pickle=True)
+
+
+def test_weights_of_eight_bits(tmp_path):
+    path = gemma_scope_2(tmp_path).path / "params.safetensors"
+    tensors = kronsae.system.files.read_tensors(path)
+    save(path, {name: x.to(torch.float8_e4m3fn) for name, x in tensors.items()})
+    rounded = tensors["w_dec"].to(torch.float8_e4m3fn).float()
+    assert torch.equal(kronsae.load(path).W_dec, rounded)
 
 
 def test_openai_with_topk_normalises_each_token(tmp_path):
@@ -1053,6 +1076,7 @@ def test_evaluate_a_file_of_a_folder(suite, flags, tmp_path, capsys):
     """A pickle, by the flags that say where it is and that it may be read."""
     arrays = {name: torch.from_numpy(a) for name, a in np.load(suite / "params.npz").items()}
     arrays["W_enc"], arrays["W_dec"] = arrays["W_enc"].T, arrays["W_dec"].T
+    del arrays["threshold"]
     folder = tmp_path / f"SAE-Res-Tiny-W1K-L0_{K}"
     save_pickle(folder / "layer1.sae.pt", {name: a.contiguous() for name, a in arrays.items()})
     judge = ["evaluate", str(folder), *flags, "--out", str(tmp_path / "judged")]

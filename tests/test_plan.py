@@ -363,6 +363,7 @@ def test_multiply_adds_of_the_embedded_model_by_hand():
             "holds text, not mes",
         ),
         (["--layer", "1", "--dataset", "ids.jsonl"], "token id 9999 is not one of the model's"),
+        (["--layer", "1", "--context-length", "9999"], "embedded reads at most 256 tokens, got"),
         (["--layer", "1", "--exclude-tokens", "9999"], "none has the id 9999"),
         (["--layer", "1", "--load-in", "8bit"], "--load-in 8bit needs the package bitsandbytes"),
     ],

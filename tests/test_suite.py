@@ -20,8 +20,9 @@ from kronsae import InputError, SAEConfig, TrainConfig, harvest
 from kronsae.config import DataConfig
 from kronsae.data.language_model import LanguageModel
 from kronsae.errors import Notice
+from kronsae.explore.sweep_report import write_sweep_report
 from kronsae.interop.suite import subfolder_of
-from kronsae.runs.folder import saved_members
+from kronsae.runs.folder import SweepFolder, saved_members
 from kronsae.sources import open_hookpoints
 from kronsae.system import checkpoint, parallel
 from kronsae.train import fit, fit_many
@@ -585,6 +586,19 @@ def test_the_report_compares_layers(trained):
     assert page.count("<figure>") == 4 and page.count('class="line line1"') == 4
     table = (out / "comparison.md").read_text()
     assert "| reads |" in table.splitlines()[0].replace("  ", "") and "layer1" in table
+
+
+def test_what_diverged_is_in_no_chart(trained, tmp_path):
+    out = tmp_path / "suite"
+    shutil.copytree(trained[0], out)
+    index = json.loads((out / "sweep.json").read_text())
+    for name in MEMBERS:
+        if name.startswith("layer1"):
+            index["members"][name]["metrics"]["explained_variance"] = -9.8e13
+            index["members"][name]["failed"] = "its loss was nan"
+    (out / "sweep.json").write_text(json.dumps(index))
+    page = write_sweep_report(SweepFolder.open(out)[0]).read_text()
+    assert "-9.8e+13" in page and page.count("e+1") == 2  # in the table, of two members
 
 
 def test_a_sweep_at_one_hookpoint_has_no_charts_of_them(tmp_path):

@@ -632,12 +632,17 @@ def resolve_context_length(model: LanguageModel, config: DataConfig) -> int:
         )
     if model.images is not None:
         return model.images.positions
+    check_context_length(config, longest)
+    return config.context_length or min(DEFAULT_CONTEXT, longest or DEFAULT_CONTEXT)
+
+
+def check_context_length(config: DataConfig, longest: int | None) -> None:
+    """Raise InputError for a longer context than a model reads (None: any length)."""
     if longest and config.context_length > longest:
         raise InputError(
             f"context_length: {config.model} reads at most {longest} tokens, "
             f"got {config.context_length}"
         )
-    return config.context_length or min(DEFAULT_CONTEXT, longest or DEFAULT_CONTEXT)
 
 
 def _parts(x: Any, name: str) -> list[Tensor]:

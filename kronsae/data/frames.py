@@ -97,7 +97,7 @@ def _frame(stream: BinaryIO, size: int, where: str) -> list[Tensor]:
     if not 8 < size <= MAX_FRAME_BYTES:
         raise InputError(
             f"{where}: expected 9 to {MAX_FRAME_BYTES:,} bytes, as its first 8 bytes say, got "
-            f"{size:,}: send frames of safetensors (kronsae.data.frames.send), of fewer rows each"
+            f"{size:,}: send frames as kronsae.data.frames.send does"
         )
     start = _read(stream, 8, where)
     length = int.from_bytes(start, "little")

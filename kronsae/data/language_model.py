@@ -376,17 +376,7 @@ class LanguageModel:
         """
         if self.images is not None:
             return self.images.positions
-        config = self.model.config.get_text_config()
-        names = ("max_position_embeddings", "max_target_positions", "max_seq_len")
-        positions = next(filter(None, (getattr(config, name, None) for name in names)), None)
-        if not isinstance(positions, int) or positions <= 0:
-            return None
-        # RoBERTa counts positions from padding_idx + 1, so it reads fewer than it has.
-        for name, module in self.model.named_modules():
-            padding = getattr(module, "padding_idx", None)
-            if name.endswith("position_embeddings") and padding is not None:
-                return min(positions, module.num_embeddings) - padding - 1
-        return positions
+        return max_context(self.model)
 
     def describe(self) -> dict[str, Any]:
         """Everything that identifies the activations (JSON-able), the same on every device."""
@@ -761,6 +751,21 @@ def replaced_output(module: nn.Module, output: Any) -> Iterator[None]:
 
 
 # A model's structure
+
+
+def max_context(model: Any) -> int | None:
+    """Longest context that a model of text reads, in tokens; None if its config does not say."""
+    config = model.config.get_text_config()
+    names = ("max_position_embeddings", "max_target_positions", "max_seq_len")
+    positions = next(filter(None, (getattr(config, name, None) for name in names)), None)
+    if not isinstance(positions, int) or positions <= 0:
+        return None
+    # RoBERTa counts positions from padding_idx + 1, so it reads fewer than it has.
+    for name, module in model.named_modules():
+        padding = getattr(module, "padding_idx", None)
+        if name.endswith("position_embeddings") and padding is not None:
+            return min(positions, module.num_embeddings) - padding - 1
+    return positions
 
 
 def runs_before(model: str, target: str, hookpoint: str) -> InputError:

@@ -67,7 +67,7 @@ def write_sweep_report(sweep: SweepFolder) -> Path:
             values: dict[str, dict[int, float]] = {}
             for name, entry in members.items():
                 value = entry["metrics"].get(figure.key)
-                if is_number(value):
+                if is_number(value) and not entry["failed"]:
                     of_variant = values.setdefault(variants[name], {})
                     of_variant[hookpoints.index(places[name])] = value
             if any(max(of.values()) > 0 for of in values.values()):

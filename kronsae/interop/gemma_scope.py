@@ -83,7 +83,7 @@ def read(folder: Path) -> SAE:
     path, where = folder / ARRAYS_NAME, folder.absolute().as_posix()
     arrays = read_arrays(path)
     arrays = {name.replace("w_", "W_"): array for name, array in arrays.items()}  # transcoders'
-    fields = take(arrays, {name: name for name in _NAMES}, path, ("W_enc",), whole=True)
+    fields = take(arrays, {name: name for name in _NAMES}, path, ("W_enc",), others=())
     release = _RELEASE.search(where)
     transcoder = release is not None and release[3] == "transcoders"
     l0 = re.search(r"/average_l0_([0-9]{1,6})$", where)
@@ -110,7 +110,7 @@ def read_second(folder: Path) -> SAE:
     names = {ours: ours.lower() for ours in _NAMES}
     if "affine_skip_connection" in tensors:
         names["W_skip"] = "affine_skip_connection"
-    fields = take(tensors, names, path, names.keys() & {"W_enc", "W_skip"}, whole=True)
+    fields = take(tensors, names, path, names.keys() & {"W_enc", "W_skip"}, others=())
     data = _second_origin(settings, folder.absolute().as_posix())
     transcoder = "W_skip" in fields or data.get("target_hookpoint") is not None
     metadata = source_metadata("gemma_scope_2", settings, **data)

@@ -179,6 +179,10 @@ def made_by_lens(settings: dict[str, Any], tensors: dict[str, Tensor], path: Pat
     return stock.to_sae(metadata.get("kronsae"), _metadata(settings, metadata))
 
 
+_FACTORS = ("scaling_factor", "finetuning_scaling_factor")
+"""Factors of latents that a file may have; those of ones change nothing."""
+
+
 def _check_stock(
     folder: Path, architecture: str, settings: dict[str, Any], tensors: dict[str, Tensor]
 ) -> None:
@@ -194,7 +198,7 @@ def _check_stock(
             f"{settings['normalize_activations']!r}; fold that into its weights in SAELens first, "
             "if possible"
         )
-    for name in ("scaling_factor", "finetuning_scaling_factor"):
+    for name in _FACTORS:
         if name in tensors and not (tensors[name] == 1).all():
             raise InputError(f"{folder}: SAEs with a finetuning scaling factor are not read")
 
@@ -205,7 +209,7 @@ def _fields_of(
     """Tensors of a stock architecture, as fields of `Stock`."""
     if architecture == "gated":
         gated = ("W_enc", "W_dec", "b_dec", "r_mag", "b_mag", "b_gate")
-        fields = take(tensors, {name: name for name in gated}, path)
+        fields = take(tensors, {name: name for name in gated}, path, others=_FACTORS)
         fields["W_enc"], fields["b_enc"], fields["threshold"] = ungated(
             fields["W_enc"].T, fields.pop("r_mag"), fields.pop("b_mag"), fields.pop("b_gate")
         )
@@ -213,7 +217,7 @@ def _fields_of(
     names = _NAMES
     names += ("threshold",) if architecture in _WITH_THRESHOLD else ()
     names += ("W_skip",) if "skip" in architecture else ()
-    fields = take(tensors, {name: name for name in names}, path)
+    fields = take(tensors, {name: name for name in names}, path, others=_FACTORS)
     fields["W_enc"] = fields["W_enc"].T
     if architecture in _OF_RELU:
         fields["threshold"] = torch.zeros_like(fields["b_enc"])

@@ -114,7 +114,8 @@ def _fields(settings: dict[str, Any], tensors: dict[str, Tensor], path: Path) ->
     names = dict(_LINEAR if earlier else _NAMES)
     if settings.get("use_decoder_bias") is False:
         del names["b_dec"]
-    fields = take(tensors, names, path, ("W_dec" if earlier else "W_enc",))
+    others = (f"{_MEAN_NORM}*", "*log_jumprelu_threshold", "b_D", "decoder.bias")
+    fields = take(tensors, names, path, ("W_dec" if earlier else "W_enc",), others)
     if "b_dec" not in fields:
         fields["b_dec"] = fields["W_dec"].new_zeros(fields["W_dec"].shape[1:])
     return fields

@@ -36,7 +36,7 @@ def _qwen_scope(content: dict[str, Any], path: Path) -> tuple[Stock, dict[str, A
             f"{path}: k is in the name of Qwen-Scope's repositories alone: keep the file in a "
             "folder of such a name, as in SAE-Res-Qwen3-1.7B-Base-W32K-L0_50/layer6.sae.pt"
         )
-    fields = take(content, _NAMES, path, ("W_dec",))
+    fields = take(content, _NAMES, path, ("W_dec",), others=())
     return Stock(**fields, k=int(release[2])), {"name": f"Qwen/{release[1]}"}
 
 
@@ -56,7 +56,8 @@ def _openai(content: dict[str, Any], path: Path) -> tuple[Stock, dict[str, Any]]
         "W_dec": "decoder.weight",
         "b_dec": "pre_bias",
     }
-    stock = _relu(take(content, names, path, ("W_dec",))).with_decoder_bias_first(-1)
+    others = ("activation*", "stats_last_nonzero")
+    stock = _relu(take(content, names, path, ("W_dec",), others)).with_decoder_bias_first(-1)
     of_gpt2 = "gpt2-small" in path.absolute().as_posix()
     return stock, {"name": "openai-community/gpt2"} if of_gpt2 else {}
 
@@ -73,12 +74,12 @@ def _linear(content: dict[str, Any], path: Path) -> tuple[Stock, dict[str, Any]]
     model = re.fullmatch(r"(DeepSeek|Llama)(-.+)-SAE-l[0-9]+", path.stem)
     owner = {"DeepSeek": "deepseek-ai", "Llama": "meta-llama"}
     data = {"name": f"{owner[model[1]]}/{model[1]}{model[2]}"} if model else {}
-    return _relu(take(content, names, path, ("W_dec",))), data
+    return _relu(take(content, names, path, ("W_dec",), others=())), data
 
 
 def _hook_z(content: dict[str, Any], path: Path) -> tuple[Stock, dict[str, Any]]:
     """Attention SAEs of GPT-2 small, of the concatenated heads."""
-    stock = _relu(take(content, _NAMES, path, ("W_enc",))).with_decoder_bias_first(-1)
+    stock = _relu(take(content, _NAMES, path, ("W_enc",), ())).with_decoder_bias_first(-1)
     block = re.match(r"gpt2-small_L([0-9]{1,4})_", path.name)
     data = {}
     if block is not None:
@@ -134,7 +135,7 @@ def read_transcoder(path: Path) -> SAE:
     """
     tensors = read_tensors(path)
     names = _NAMES | {name: name for name in ("W_skip", "threshold") if name in tensors}
-    fields = take(tensors, names, path, whole=True)
+    fields = take(tensors, names, path, others=())
     if "threshold" not in fields:
         fields["threshold"] = torch.zeros_like(fields["b_enc"])
     settings = _settings(path.with_name("config.yaml"))

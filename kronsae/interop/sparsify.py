@@ -86,7 +86,7 @@ def read(folder: Path) -> SAE:
     tensors = read_tensors(path)
     names = _NAMES | ({"W_skip": "W_skip"} if settings.get("skip_connection") else {})
     stock = Stock(
-        **take(tensors, names, path),
+        **take(tensors, names, path, others=()),
         k=settings.get("k"),
         transcoder=bool(settings.get("transcode")),
         multi_topk=bool(settings.get("multi_topk")),

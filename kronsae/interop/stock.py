@@ -10,6 +10,7 @@ import dataclasses
 import re
 from collections.abc import Collection
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -71,13 +72,14 @@ class Stock:
                 )
         size, d = self.W_enc.shape
         d_out = self.W_dec.shape[1] if self.transcoder else d
-        expected = {"b_enc": (size,), "W_dec": (size, d_out), "b_dec": (d_out,)}
+        expected = {"W_dec": (size, d_out), "b_enc": (size,), "b_dec": (d_out,)}
         expected |= {"threshold": (size,)} if self.threshold is not None else {}
         expected |= {"W_skip": (d_out, d)} if self.W_skip is not None else {}
         for name, shape in expected.items():
             got = tuple(getattr(self, name).shape)
             if got != shape:
-                raise InputError(f"{name}: expected {list(shape)}, got {list(got)}")
+                beside = f" beside W_enc {[size, d]}"
+                raise InputError(f"{name}: expected {list(shape)}{beside}, got {list(got)}")
         if self.k is not None and not (type(self.k) is int and 1 <= self.k <= size):
             raise InputError(f"k: expected 1 to {size}, the number of latents, got {self.k!r}")
 
@@ -280,19 +282,22 @@ def take(
     names: dict[str, str],
     path: Path,
     transposed: Collection[str] = (),
-    whole: bool = False,
+    others: Collection[str] | None = None,
 ) -> dict[str, Any]:
     """Tensors by our names, in float32 at least, for `Stock`. names: ours -> the file's.
 
     transposed: our names of those that are transposed in the file.
-    whole: whether these are all that such a file has, as others change what the SAE computes.
-    Raises InputError if one is missing, or not of finite floats.
+    others: patterns of what else such a file may have, which changes nothing (None: anything).
+    Raises InputError if one is missing, or not of finite floats, or if there are more, which may
+    change what the SAE computes.
     """
     there = [name for name, tensor in tensors.items() if isinstance(tensor, Tensor)]
     missing = sorted(set(names.values()) - set(there))
     if missing:
         raise InputError(f"{path}: expected tensors {missing}, got {sorted(there)}")
-    if whole and (unknown := sorted(set(tensors) - set(names.values()))):
+    more = set() if others is None else set(tensors) - set(names.values())
+    unknown = sorted(name for name in more if not any(fnmatch(name, each) for each in others or ()))
+    if unknown:
         raise InputError(f"{path}: tensors {unknown} have no counterpart here")
     check_weights({theirs: tensors[theirs] for theirs in names.values()}, path)
     taken = {ours: _exact(tensors[theirs]) for ours, theirs in names.items()}
@@ -325,7 +330,8 @@ def unpickled(path: Path) -> dict[str, Any]:
 
 def _exact(tensor: Tensor) -> Tensor:
     """The tensor on the CPU, in float32 at least."""
-    return tensor.detach().to("cpu", torch.promote_types(tensor.dtype, torch.float32))
+    dtype = torch.float64 if tensor.dtype == torch.float64 else torch.float32
+    return tensor.detach().to("cpu", dtype)
 
 
 @dataclass(frozen=True)

@@ -57,10 +57,13 @@ def subfolders_of(
     """
     if (layer is None) == (hookpoint is None):
         raise InputError(f"expected layer or hookpoint, got layer {layer}, hookpoint {hookpoint!r}")
-    places = _places(Path(source)) if Path(source).is_dir() else _on_hub(str(source), revision)
+    places = places_of(Path(source)) if Path(source).is_dir() else _on_hub(str(source), revision)
     if hookpoint is not None:
         wanted = f"hookpoint {hookpoint!r}"
         found = [place for place in places if hookpoint in (place.hookpoint, place.folder)]
+        site = Site.of(hookpoint)
+        if not found and site is not None and site.name == "resid_post":
+            found = [place for place in places if place[1:] == (site.layer, None)]
     else:
         wanted = f"layer {layer}"
         # The residual stream counts before other modules of the block.
@@ -74,7 +77,7 @@ def subfolders_of(
     return wanted, [place.folder for place in found]
 
 
-def _places(folder: Path) -> list[Place]:
+def places_of(folder: Path) -> list[Place]:
     """The SAEs of a suite in a folder."""
     index = folder / INDEX_NAME
     if index.is_file():

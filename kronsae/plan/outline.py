@@ -11,10 +11,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from kronsae.cache import CacheIndex
 from kronsae.cache.reader import hookpoint_numbers
 from kronsae.config import DataConfig
+from kronsae.data.activations import check_context_length
 from kronsae.data.common import reason
 from kronsae.data.hookpoints import Hook, Reached, check_layer, hooks_at, lists_of_blocks
 from kronsae.data.images import blank_pixels
-from kronsae.data.language_model import layer_or_hookpoint, runs_before
+from kronsae.data.language_model import layer_or_hookpoint, max_context, runs_before
 from kronsae.data.loading import NoSkeleton, check_load_in, checkpoint_dtype, skeleton_of
 from kronsae.errors import InputError, warn
 from kronsae.sources import Cache, source_of
@@ -57,6 +58,8 @@ def outline(config: DataConfig, context_length: int = 1024) -> Outline:
         return _of_cache(config, config.activations)
     check_load_in(config.load_in)
     read, settings, model = _skeleton(config)
+    if config.image_column is None:
+        check_context_length(config, max_context(model))
     hooks = _hooks(model, config.model, read)
     text = settings.get_text_config()
     longest = getattr(text, "max_position_embeddings", None) or context_length

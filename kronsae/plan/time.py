@@ -22,6 +22,10 @@ from kronsae.system.devices import model_dtype
 from kronsae.training.learner import Learner
 
 ROUNDS = 3
+
+ROUND_SECONDS = 10.0
+"""Time after which no other round of a measurement begins."""
+
 UNITS = {"years": 31_557_600, "weeks": 604_800, "days": 86_400, "hours": 3600, "minutes": 60}
 
 
@@ -112,12 +116,14 @@ def short_duration(seconds: float) -> str:
 
 
 def _timed(call: Callable[[], Any], device: torch.device) -> float:
-    """Median seconds of ROUNDS calls after a first one."""
-    seconds = []
+    """Median seconds of ROUNDS calls after a first one; of fewer, if they take long."""
+    seconds: list[float] = []
     for _ in range(ROUNDS + 1):
         began = time.perf_counter()
         call()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds[1:])
+        if sum(seconds) > ROUND_SECONDS and (len(seconds) > 1 or device.type == "cpu"):
+            break
+    return statistics.median(seconds[1:] or seconds)

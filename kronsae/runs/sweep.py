@@ -166,12 +166,19 @@ def comparison(members: dict[str, dict[str, Any]]) -> tuple[list[str], list[list
                 str(sae.k) if sae.k else "–",
                 f"{flops_per_token(sae) / 1e6:,.2f}",
                 f"{entry['step_ms']:,.1f}" if entry["step_ms"] else "–",
-                *("–" if x is None else f"{x:.4f}" for x in map(entry["metrics"].get, shown)),
+                *(_figure(entry["metrics"].get(key)) for key in shown),
             ]
         )
         if entry["failed"]:
             rows[-1][0] += f" (diverged after {entry['tokens']:,} tokens)"
     return [*head, *(_SHOWN[key] for key in shown)], rows
+
+
+def _figure(value: float | None) -> str:
+    """A figure in the table; one of weights that diverged may have any size."""
+    if value is None:
+        return "–"
+    return f"{value:.4f}" if abs(value) < 1e4 else f"{value:.1e}"
 
 
 def markdown(members: dict[str, dict[str, Any]], warning: str | None = None) -> str:

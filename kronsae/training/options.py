@@ -435,7 +435,9 @@ def build(
     settings = dict(EMBEDDED) if model == "embedded" else {"dict_size": PAPER_DICT_SIZE}
     _drop_overruled(settings, chosen)
     if starts is not None:
-        chosen |= settings_of(starts.at(settings | chosen, explicit), explicit)
+        start = starts.at(settings | chosen, explicit)
+        chosen |= settings_of(start, explicit)
+        starts.check_k(start, explicit)
         _drop_overruled(settings, chosen)
     settings |= chosen
     _check_effects({**defaults, **settings}, explicit)

@@ -13,6 +13,7 @@ from kronsae.config import (
     SAEConfig,
     TrainConfig,
     all_settings,
+    data_settings,
     flag,
     flat,
     from_dict,
@@ -22,7 +23,7 @@ from kronsae.data.hookpoints import Site
 from kronsae.errors import InputError, warn
 from kronsae.interop.load import load
 from kronsae.interop.pretrained import REGISTRY
-from kronsae.interop.suite import INDEX_NAME, subfolders_of
+from kronsae.interop.suite import INDEX_NAME, places_of, subfolders_of
 from kronsae.metrics.target_model import known_data
 from kronsae.model.normalizer import Normalizer
 from kronsae.model.sae import SAE
@@ -42,35 +43,68 @@ class Starts:
     """
 
     def __init__(self, source: str, allow_pickle: bool = False, sha256: str | None = None) -> None:
-        self.source = source
+        # Absolute, so that config.json says where it was from everywhere.
+        self.source = str(Path(source).absolute()) if Path(source).exists() else source
         self.allow_pickle = allow_pickle
         self.sha256 = sha256
         self._loaded: dict[tuple[int | None, str | None], dict[str, SAE]] = {}
 
     def place(self, given: Collection[str]) -> dict[str, Any]:
-        """Settings of `DataConfig` by which an SAE is trained on where it was trained.
+        """Settings of `DataConfig` by which an SAE is trained on where, and as, it was trained.
 
+        That is the model, the hookpoint, the text and how it is read; those that are chosen leave
+        out what depends on them.
         given: names of settings that the user chose.
         Raises InputError if a suite is to be read at all its hookpoints, or if the SAE does not
         say where it was trained.
         """
-        if not _PLACE.isdisjoint(given):
-            return {}
-        known = known_data(next(iter(self._found(None, None).values())))
-        if known.get("activations") and source_of(known["activations"]) is not Cache:
-            known = {}
-        if known.get("layer") is None and known.get("hookpoint") is None:
-            raise InputError(
-                f"--finetune {self.source}: it does not say where it was trained: give --model, "
-                "and --layer or --hookpoint"
-            )
-        names = {*_PLACE, "target_hookpoint"}
-        names |= set() if {"model", "activations"} & set(given) else {"model", "revision", "bos"}
+        at_own_place = _PLACE.isdisjoint(given)
+        known = self._known(at_own_place)
+        names = {*_PLACE, "target_hookpoint"} if at_own_place else set()
+        if not {"model", "activations"} & set(given):
+            names |= {*data_settings(of="model"), *data_settings(of="reading")} - {*names, *_PLACE}
+            if "dataset" not in given:
+                names |= set(data_settings(of="text"))
         return {
             name: value
             for name, value in known.items()
             if name in names - set(given) and value is not None
         }
+
+    def _known(self, at_own_place: bool) -> dict[str, Any]:
+        """What is known of the activations, without those that no language model gave.
+
+        at_own_place: whether the hookpoint is needed.
+        """
+        if self._is_sweep:
+            places = places_of(Path(self.source))
+            if at_own_place:
+                raise InputError(
+                    f"--finetune {self.source} has several SAEs "
+                    f"({', '.join(place.folder for place in places[:20])}): give --layer or "
+                    f"--hookpoint, or name one of them, as in {self.source}/NAME"
+                )
+            known = known_data(load(self.source, subfolder=places[0].folder)) if places else {}
+        else:
+            try:
+                known = known_data(self._found(None, None)[""])
+            except InputError:
+                if at_own_place:
+                    raise
+                return {}  # a suite of another library
+        if known.get("activations") and source_of(known["activations"]) is not Cache:
+            known = {}
+        known.pop("activations", None)
+        if at_own_place and known.get("layer") is None and known.get("hookpoint") is None:
+            raise InputError(
+                f"--finetune {self.source}: it does not say where it was trained: give --model, "
+                "and --layer or --hookpoint"
+            )
+        return known
+
+    @property
+    def _is_sweep(self) -> bool:
+        return (Path(self.source) / INDEX_NAME).is_file()
 
     def at(self, settings: Mapping[str, Any], explicit: Mapping[str, Any] | None = None) -> SAE:
         """The SAE for a member with these flat settings: of a suite the one at its hookpoint.
@@ -115,14 +149,10 @@ class Starts:
                 for name in folders
             }
 
-        is_sweep = (Path(self.source) / INDEX_NAME).is_file()
-        if layer is None and hookpoint is None and is_sweep:
-            raise InputError(
-                "it has several SAEs: give --layer or --hookpoint, or name one of them, as in "
-                f"{self.source}/NAME"
-            )
-        if is_sweep:
+        if self._is_sweep:
             return of_suite()
+        if (None, None) in self._loaded:
+            return self._loaded[None, None]
         try:
             return {"": self._alone()}
         except InputError as error:
@@ -141,6 +171,15 @@ class Starts:
             if len(rest) == 2 and owner:
                 source, subfolder = f"{owner}/{rest[0]}", rest[1]
         return load(source, subfolder=subfolder, allow_pickle=self.allow_pickle)
+
+    def check_k(self, sae: SAE, explicit: Collection[str]) -> None:
+        """Give a notice if training aims at a k that neither the SAE's file nor the user gave."""
+        aims = SELECTIONS[sae.config.selection].aims_at_k and not sae.selection.exact
+        if aims and not part_of(sae.metadata, "config", "sae") and "k" not in explicit:
+            warn(
+                f"--finetune {self.source}: training aims at {sae.config.k} active latents a "
+                "token, which its format does not give: --k chooses another number"
+            )
 
     def note(self, sae: SAE) -> dict[str, str]:
         """What config.json says of an SAE of these."""
@@ -165,7 +204,10 @@ _PLACE = {"layer", "hookpoint"}
 def _site(data: Mapping[str, Any]) -> tuple[Any, Any]:
     """The hookpoint in settings of `DataConfig`, and the target, by one name of several."""
     read, target = (Site.of(data[name]) or data[name] for name in ("hookpoint", "target_hookpoint"))
-    return read or Site(data["layer"], "resid_post"), target
+    read = read or Site(data["layer"], "resid_post")
+    if isinstance(read, Site) and read.name == "resid_pre" and read.layer:
+        read = Site(read.layer - 1, "resid_post")
+    return read, target
 
 
 def _agrees(sae: SAE, explicit: Mapping[str, Any]) -> bool:
