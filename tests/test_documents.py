@@ -282,7 +282,7 @@ def test_a_model_adapter(monkeypatch, tmp_path):
     monkeypatch.setattr(loading, "require", lambda *_: None)
     (tmp_path / "adapter_model.safetensors").touch()
     path = tmp_path / "adapter_config.json"
-    check(path, {"base_model_name_or_path": "x"}, lambda: loading._source(str(tmp_path)))
+    check(path, {"base_model_name_or_path": "x"}, lambda: loading.source_of_model(str(tmp_path)))
 
 
 def test_an_experiment(tmp_path):

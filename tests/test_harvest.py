@@ -235,10 +235,10 @@ def test_what_cannot_work_is_said(arguments, words, monkeypatch, capsys, tmp_pat
 
 
 def test_a_harvest_that_was_refused_leaves_room_for_another(tmp_path, capsys):
-    out = ["--out", str(tmp_path / "cache"), *SMALL]
+    out = ["--out", str(tmp_path / "cache"), *SMALL, "--tokens", "1000"]
     assert harvest.main([*out, "--hookpoint", "*.attn_z", "blocks.1.attn.hook_z"]) == 2
     assert "is named twice" in capsys.readouterr().err
-    assert harvest.main([*out, "--hookpoint", "1.attn_z"]) == 0
+    assert harvest.main([*out, "--hookpoint", "1.attn_z", "--heldout-tokens", "300"]) == 0
 
 
 def test_the_disk_is_checked_before_the_model_is_loaded(monkeypatch, capsys, tmp_path):

@@ -332,7 +332,7 @@ def test_a_mask_of_fewer_than_k_that_nobody_can_look_at(m, hides, impl):
 
 @pytest.mark.parametrize("impl", ["torch", "reference"])
 @pytest.mark.parametrize("hides", ["compile", "vmap"])
-@pytest.mark.parametrize("expert", [-1, 5])
+@pytest.mark.parametrize("expert", [pytest.param(-1, marks=pytest.mark.slow), 5])
 def test_no_expert_out_of_range(expert, hides, impl):
     x, w = torch.randn(4, 6), torch.randn(5, 4, 6)
 

@@ -141,7 +141,10 @@ def test_a_batch_of_massive_tokens_alone_becomes_the_mean():
 
 
 @pytest.mark.parametrize("encoder", ["kron", "dense"])
-@pytest.mark.parametrize(("share", "times"), [(0.001, 20), (0.001, 300), (0.005, 100)])
+@pytest.mark.parametrize(
+    ("share", "times"),
+    [(0.001, 20), pytest.param(0.001, 300, marks=pytest.mark.slow), (0.005, 100)],
+)
 def test_training_and_figures_are_those_of_ordinary_tokens(encoder, share, times):
     config = KRON if encoder == "kron" else SAEConfig(encoder="dense", dict_size=128, k=8)
     without_sinks = fit(config, X, TRAIN, heldout=HELDOUT)

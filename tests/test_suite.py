@@ -235,7 +235,10 @@ def test_the_blocks_run_once_a_pass(points, monkeypatch):
     assert len(count) == together["mlp"].forwards > 5
 
 
-@pytest.mark.parametrize("after", [1, 7, 20])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("after", [pytest.param(1, marks=SLOW), 7, pytest.param(20, marks=SLOW)])
 def test_hookpoints_go_on_from_any_batch(points, after):
     """Also each alone, from its own state."""
     together = opened(points)
@@ -293,7 +296,7 @@ def test_a_suite_of_layers(trained):
         assert (out / name / "report.html").is_file()
 
 
-@pytest.mark.parametrize("name", ["layer0-dense", "layer1-kron"])
+@pytest.mark.parametrize("name", [pytest.param("layer0-dense", marks=SLOW), "layer1-kron"])
 def test_a_members_config_repeats_it_alone(name, trained, tmp_path):
     out, _ = trained
     status, _, err = finish("--config", out / name / "config.json", "--out", tmp_path / "run")
@@ -437,7 +440,7 @@ def test_members_of_a_hookpoint_are_neighbours_on_ranks():
 # What is done with a suite
 
 
-@pytest.mark.parametrize("order", ["stream", "global"])
+@pytest.mark.parametrize("order", ["stream", pytest.param("global", marks=SLOW)])
 def test_a_suite_from_a_cache(order, trained, tmp_path):
     """In the order of live training it is that of the live model; in any, each as alone."""
     out, _ = trained

@@ -217,7 +217,7 @@ DIVERGING = ["--lr", "1e25", "--tokens", "4000"]
 HOPELESS = ["--lr", "1e2", "--tokens", "4000"]
 
 
-@pytest.mark.parametrize("flags", [DIVERGING, HOPELESS])
+@pytest.mark.parametrize("flags", [DIVERGING, pytest.param(HOPELESS, marks=pytest.mark.slow)])
 def test_a_run_that_diverges_says_so_in_a_sentence(flags, tmp_path):
     """Its gradients overflow; or they do not, and it ends with an explained variance of -20,000."""
     out = tmp_path / "run"

@@ -488,6 +488,7 @@ def test_clipping():
     assert_same(step, truth, 1e-5, weights)
 
 
+@pytest.mark.slow
 def test_bfloat16_is_as_close_to_float32_as_autocast_is():
     """After 6 steps, weights are at most twice as far from the float32 run's as autocast's are.
 
