@@ -83,7 +83,7 @@ def make_plan(members: Mapping[str, RunConfig], model: Outline, starts: int = 0)
         "language model": reader.weights if reader else 0,
         "text": _text_bytes(config.data) if device.type == "cpu" else 0,
         "weights and moments": sum(member.state for member in process),
-        "SAEs to start from": starts if device.type == "cpu" else 0,
+        **({"SAEs to start from": starts} if starts and device.type == "cpu" else {}),
         "copies in the compute dtype": sum(member.copies for member in process),
         "shuffle buffer": buffer,
         "activations made ahead": buffer // 2 if overlaps(config.data, model_device) else 0,
