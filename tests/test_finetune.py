@@ -11,13 +11,13 @@ from test_parallel import start as start_ranks
 
 import kronsae
 import kronsae.export.__main__ as export
-from kronsae import SAE, InputError, SAEConfig, TrainConfig
+from kronsae import SAE, DataConfig, InputError, SAEConfig, TrainConfig
 from kronsae.errors import Notice
 from kronsae.model.normalizer import Normalizer
 from kronsae.system.files import sha256
 from kronsae.train import fit, fit_many, main
 from kronsae.training.options import parse
-from kronsae.training.start import normalised, note_of
+from kronsae.training.start import Starts, normalised, note_of
 
 D, OUT = 12, 7
 KINDS = {
@@ -287,6 +287,15 @@ def test_an_sae_of_unknown_origin_needs_a_hookpoint(tmp_path):
     with pytest.raises(InputError, match="does not say where it was trained: give --model, and"):
         parse(["--finetune", str(tmp_path / "sae")])
     assert parse(["--finetune", str(tmp_path / "sae"), "--layer", "1"]).config.data.layer == 1
+
+
+def test_a_vision_model_goes_on_with_images_of_another_dataset(tmp_path):
+    data = DataConfig(model="vit", layer=1, dataset="pics", image_column="image")
+    sae = sae_of("dense")
+    sae.metadata = {"config": {"data": dataclasses.asdict(data)}}
+    place = Starts(str(sae.save(tmp_path / "sae"))).place({"dataset"})
+    assert (place["model"], place["image_column"]) == ("vit", "image")
+    assert "dataset" not in place
 
 
 def test_a_k_that_the_format_does_not_give_is_named(tmp_path):

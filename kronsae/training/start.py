@@ -63,6 +63,7 @@ class Starts:
         names = {*_PLACE, "target_hookpoint"} if at_own_place else set()
         if not {"model", "activations"} & set(given):
             names |= {*data_settings(of="model"), *data_settings(of="reading")} - {*names, *_PLACE}
+            names.add("image_column")  # what the model reads, on any dataset
             if "dataset" not in given:
                 names |= set(data_settings(of="text"))
         return {
