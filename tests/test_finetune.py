@@ -296,6 +296,11 @@ def test_a_vision_model_goes_on_with_images_of_another_dataset(tmp_path):
     place = Starts(str(sae.save(tmp_path / "sae"))).place({"dataset"})
     assert (place["model"], place["image_column"]) == ("vit", "image")
     assert "dataset" not in place
+    data = dataclasses.replace(data, target_hookpoint="2.mlp_out")
+    sae.metadata = {"config": {"data": dataclasses.asdict(data)}}
+    starts = Starts(str(sae.save(tmp_path / "transcoder")))
+    assert starts.place({})["target_hookpoint"] == "2.mlp_out"
+    assert not {"layer", "target_hookpoint"} & starts.place({"layer"}).keys()
 
 
 def test_a_k_that_the_format_does_not_give_is_named(tmp_path):

@@ -8,7 +8,7 @@ from kronsae.data.common import reason
 from kronsae.errors import InputError
 from kronsae.interop.formats import files_of, known, recognise
 from kronsae.interop.pretrained import REGISTRY, of_registry
-from kronsae.interop.suite import places_of, subfolder_of
+from kronsae.interop.suite import subfolder_of
 from kronsae.model.massive import check_rule
 from kronsae.model.sae import METADATA, SAE, WEIGHTS_NAME
 from kronsae.registry import FORMATS
@@ -114,11 +114,12 @@ def _find_sae(
         )
     if saes:
         return saes[0]
-    if local and not subfolder and (inside_it := places_of(path)):
-        names = ", ".join(place.folder for place in inside_it[:8])
+    below = sorted(inside.glob("*")) if subfolder else sorted(path.glob("*"))
+    names = [each.name for each in below if recognise(each) or recognise(each / "sae")]
+    if local and names:
         raise InputError(
-            f"{source} holds SAEs in folders of it ({names}): give layer= or hookpoint=, or "
-            f"subfolder={inside_it[0].folder!r}"
+            f"{where} holds SAEs in folders of it ({', '.join(names[:8])}): name one of them, or "
+            "give layer= or hookpoint= if that tells which"
         )
     hint = (
         "(a run writes it when it ends, or stops on a signal)"

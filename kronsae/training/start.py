@@ -60,12 +60,13 @@ class Starts:
         """
         at_own_place = _PLACE.isdisjoint(given)
         known = self._known(at_own_place)
-        names = {*_PLACE, "target_hookpoint"} if at_own_place else set()
+        place, names = {*_PLACE, "target_hookpoint"}, set()
         if not {"model", "activations"} & set(given):
-            names |= {*data_settings(of="model"), *data_settings(of="reading")} - {*names, *_PLACE}
+            names |= {*data_settings(of="model"), *data_settings(of="reading")}
             names.add("image_column")  # what the model reads, on any dataset
             if "dataset" not in given:
                 names |= set(data_settings(of="text"))
+        names = names | place if at_own_place else names - place
         return {
             name: value
             for name, value in known.items()
