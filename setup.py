@@ -14,6 +14,7 @@ VERSION = (ROOT / "kronsae_kernels" / "version.py").read_text(encoding="utf-8").
 
 PACKAGE_DATA = {
     "kronsae": ["py.typed", "*.j2"],
+    "kronsae.features": ["*.j2"],
     "kronsae_kernels": ["py.typed"],
     "kronsae.embedded": ["*/*"],
     "kronsae.explore": ["page/*"],

@@ -10,6 +10,7 @@ wait_briefly()  # before torch is loaded
 # ruff: noqa: E402, I001
 from kronsae.config import DataConfig, RunConfig, SAEConfig, TrainConfig
 from kronsae.errors import InputError
+from kronsae.features import language_model
 from kronsae.interop.load import load
 from kronsae.model.sae import SAE, SAEOutput
 from kronsae.registry import load_installed_plugins
@@ -25,6 +26,7 @@ __all__ = [
     "SparseCodes",
     "TrainConfig",
     "__version__",
+    "language_model",
     "load",
 ]
 

@@ -19,10 +19,10 @@ from kronsae.data.common import reason
 from kronsae.data.text import COMPRESSIONS, KINDS, TEXT_SUFFIXES
 from kronsae.errors import InputError
 from kronsae.interop.load import load
-from kronsae.interop.stock import Origin
 from kronsae.interop.suite import INDEX_NAME
 from kronsae.metrics.figures import MEANING
 from kronsae.model.massive import rule_of
+from kronsae.model.origin import Origin
 from kronsae.model.sae import SAE
 from kronsae.runs.folder import saved_members
 from kronsae.runs.sweep import comparison

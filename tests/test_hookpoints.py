@@ -19,10 +19,10 @@ from kronsae.config import DataConfig
 from kronsae.data import LanguageModel
 from kronsae.data.hookpoints import SITES, Site, site_of
 from kronsae.interop.lens_format import metadata_of, write
-from kronsae.interop.stock import Origin
 from kronsae.interventions.hooks import clamp, intervene
 from kronsae.metrics.splicing import ForwardPasses, spliced
 from kronsae.metrics.target_model import load_sae, open_heldout
+from kronsae.model.origin import Origin
 from kronsae.plan.outline import outline
 from kronsae.train import main
 from kronsae.training.hookpoints import matches

@@ -17,8 +17,10 @@ import kronsae
 from kronsae import SAE, InputError, SAEConfig, TrainConfig
 from kronsae.export.__main__ import main as export
 from kronsae.interop.formats import recognise
-from kronsae.interop.stock import Origin, dense, encoder_proxy
+from kronsae.interop.stock import encoder_proxy
+from kronsae.model.origin import Origin
 from kronsae.registry import FORMATS
+from kronsae.system.tensors import dense
 from kronsae.train import fit
 from kronsae_kernels import SparseCodes
 

@@ -17,8 +17,8 @@ from benchmarks import peers
 from kronsae import SAE, InputError, TrainConfig
 from kronsae.export.__main__ import main as export
 from kronsae.export.verify import verify
-from kronsae.interop.stock import dense
 from kronsae.registry import FORMATS
+from kronsae.system.tensors import dense
 from kronsae.train import fit
 
 SHARDED = [(library, name) for library, names in HOLDS.items() for name in sorted(names)]

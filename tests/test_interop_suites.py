@@ -28,11 +28,12 @@ from kronsae.__main__ import main as command
 from kronsae.export.__main__ import main as export
 from kronsae.hub import model_card
 from kronsae.interop.formats import recognise
-from kronsae.interop.stock import Origin, dense
 from kronsae.interop.suite import subfolder_of
 from kronsae.interpret.chat import Reply
 from kronsae.metrics.target_model import data_of
+from kronsae.model.origin import Origin
 from kronsae.registry import FORMATS
+from kronsae.system.tensors import dense
 
 WIDTH, SIZE, OUT, K = 8, 24, 6, 4
 X = torch.randn(40, WIDTH, generator=torch.Generator().manual_seed(1)) * 1.5

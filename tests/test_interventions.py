@@ -209,7 +209,7 @@ def test_what_cannot_be_edited(gpt2):
     with pytest.raises(InputError, match="expected 0 to 39"), intervene(gpt2, make(), [ablate(40)]):
         pass
     other = SAE(SAEConfig(d_model=8, **KRON))
-    with pytest.raises(InputError, match="widths"), intervene(gpt2, other, []):
+    with pytest.raises(InputError, match="maps width 8 to 8"), intervene(gpt2, other, []):
         pass
 
 

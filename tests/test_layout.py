@@ -11,6 +11,7 @@ LEVELS = (
     ("train", "harvest", "intervene", "doctor"),
     ("explore", "interpret", "export", "experiments"),
     ("plan", "evaluate"),
+    ("features",),
     ("training",),
     ("properties", "interventions", "hub"),
     ("metrics",),
@@ -41,11 +42,16 @@ def modules() -> dict[str, Path]:
 MODULES = modules()
 
 
+FACE = "kronsae.model.familiar"
+"""Methods of an SAE that hand over to the rest of the package, which they import when called."""
+
+
 @cache
 def imports(module: str) -> frozenset[str]:
     """Modules of the package that a module imports, anywhere in its text."""
     names: set[str] = set()
-    for node in ast.walk(ast.parse(MODULES[module].read_text(encoding="utf-8"))):
+    tree = ast.parse(MODULES[module].read_text(encoding="utf-8"))
+    for node in tree.body if module == FACE else ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

@@ -169,7 +169,7 @@ class LanguageModel:
             return moved(hookpoint)
         assert layer is not None
         check_layer(self.name, self.model.config, layer)
-        return _at_block(moved, self.model, self.name, layer)
+        return at_block(moved, self.model, self.name, layer)
 
     @classmethod
     def load(
@@ -244,7 +244,7 @@ class LanguageModel:
         )
         if isinstance(block_or_name, str):
             return at(block_or_name)
-        return _at_block(at, model, name_or_path, block_or_name)
+        return at_block(at, model, name_or_path, block_or_name)
 
     @classmethod
     def of(cls, data: DataConfig, device: torch.device | str) -> "Self":
@@ -798,7 +798,7 @@ def layers_of(data: DataConfig) -> range:
 Loaded = TypeVar("Loaded", bound=LanguageModel)
 
 
-def _at_block(
+def at_block(
     at: Callable[[str], Loaded], model: "PreTrainedModel", name: str, layer: int
 ) -> Loaded:
     """The model read at block `layer` of the first list of blocks that gives hidden states."""

@@ -14,9 +14,7 @@ from kronsae.errors import InputError
 from kronsae.interop.formats import Format, Reader
 from kronsae.interop.lens_format import ungated
 from kronsae.interop.stock import (
-    Origin,
     Stock,
-    layer_of,
     note_of,
     read_object,
     source_metadata,
@@ -24,6 +22,7 @@ from kronsae.interop.stock import (
     take,
     unpickled,
 )
+from kronsae.model.origin import Origin, layer_of
 from kronsae.model.sae import SAE
 from kronsae.registry import FORMATS, OBJECTIVES
 from kronsae.system.documents import part_of, typed

@@ -20,9 +20,7 @@ from kronsae.errors import InputError
 from kronsae.interop.formats import Format, Reader
 from kronsae.interop.stock import (
     NoStockForm,
-    Origin,
     Stock,
-    layer_of,
     note_of,
     read_object,
     source_metadata,
@@ -30,6 +28,7 @@ from kronsae.interop.stock import (
     take,
     write_folder,
 )
+from kronsae.model.origin import Origin, layer_of
 from kronsae.model.sae import SAE, made_of
 from kronsae.registry import FORMATS
 from kronsae.system.documents import part_of

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from kronsae.errors import InputError
 from kronsae.interop.formats import ReadOnlyFormat
-from kronsae.interop.stock import Stock, layer_of, read_object, source_metadata, take
+from kronsae.interop.stock import Stock, read_object, source_metadata, take
+from kronsae.model.origin import layer_of
 from kronsae.model.sae import SAE
 from kronsae.registry import FORMATS
 from kronsae.system.documents import Keys, Number, shown, typed

@@ -32,7 +32,8 @@ def load(
     names of their files (`kronsae.interop`). "sae_lens:RELEASE/ID" is an SAE of SAELens' registry,
     which that library loads.
 
-    The SAE takes raw activations; `sae.metadata` holds the metadata saved with it.
+    The SAE takes raw activations; `sae.metadata` holds the metadata saved with it. Its parameters
+    need no gradients: `sae.requires_grad_()` lets them learn.
     revision: branch, tag or commit on the hub.  subfolder: of the SAE in the folder or repository,
         such as "layers.6", or its file there, such as "layer6.sae.pt".
     layer, hookpoint: in place of the subfolder, of a suite (`kronsae.interop.suite`), such as the
@@ -53,7 +54,7 @@ def load(
                 "revision, subfolder, layer and hookpoint have no effect with "
                 f"{source}: leave them out"
             )
-        return of_registry(str(source)).to(device)
+        return _loaded(of_registry(str(source)), source, device)
     if layer is not None or hookpoint is not None:
         if subfolder is not None:
             raise InputError(f"subfolder {subfolder!r}: give it, or a layer or hookpoint, not both")
@@ -76,7 +77,13 @@ def load(
         check_rule(sae.metadata, sae.d_model, sae.config.d_target)
     except InputError as error:
         raise InputError(f"{folder / (form.config or '')}: {error}") from error
-    return sae.to(device)
+    return _loaded(sae, source, device)
+
+
+def _loaded(sae: SAE, source: str | Path, device: torch.device | str) -> SAE:
+    """An SAE to use: on the device, without gradients."""
+    sae.source = str(source)
+    return sae.to(device).requires_grad_(False)
 
 
 def _find_sae(

@@ -23,7 +23,7 @@ from kronsae.data.hookpoints import Site
 from kronsae.errors import InputError
 from kronsae.interop.load import load
 from kronsae.interop.sae_lens import KronSAE
-from kronsae.interop.stock import Origin
+from kronsae.model.origin import Origin
 from kronsae.model.sae import SAE
 
 NamedSAEs = list[tuple[str, Any]]

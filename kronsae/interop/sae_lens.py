@@ -22,8 +22,9 @@ from kronsae.config import SAEConfig as OwnConfig
 from kronsae.config import from_dict
 from kronsae.errors import InputError
 from kronsae.interop.lens_format import ARCHITECTURE, check_own, metadata_of, reshaping
-from kronsae.interop.stock import dense, encoder_proxy
+from kronsae.interop.stock import encoder_proxy
 from kronsae.model.sae import SAE as OwnSAE
+from kronsae.system.tensors import dense
 from kronsae_kernels import SparseCodes
 
 _PREFIX = "sae."

@@ -14,9 +14,7 @@ from torch import Tensor
 from kronsae.errors import InputError
 from kronsae.interop.formats import Format, Reader
 from kronsae.interop.stock import (
-    Origin,
     Stock,
-    layer_of,
     note_of,
     read_object,
     source_metadata,
@@ -24,6 +22,7 @@ from kronsae.interop.stock import (
     take,
     write_folder,
 )
+from kronsae.model.origin import Origin, layer_of
 from kronsae.model.sae import SAE
 from kronsae.registry import FORMATS
 from kronsae.system.files import read_tensors

@@ -82,9 +82,7 @@ def work(argv: list[str]) -> None:
     console = Console(highlight=False, soft_wrap=True)
     loaded = load_sae(flags.run, given_data(flags), device, **given_place(vars(flags)))
     check_no_images(loaded.data, "kronsae interpret")
-    for latent in flags.latent or ():
-        if not 0 <= latent < loaded.sae.dict_size:
-            raise InputError(f"--latent: expected 0 to {loaded.sae.dict_size - 1}, got {latent}")
+    loaded.sae.check_latents(flags.latent or ())
     models = [loaded.data.model, *filter(None, [flags.explainer])]
     say = partial(console.print, style="dim", markup=False)
     say(f"loading {' and '.join(models)}")

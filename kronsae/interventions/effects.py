@@ -281,8 +281,7 @@ def _place(sae: SAE, latent: int) -> tuple[int, int, int]:
     config = sae.config
     if not config.heads:
         raise InputError("an AND-test needs latents composed of base and extension (encoder kron)")
-    if not 0 <= latent < sae.dict_size:
-        raise InputError(f"latent: expected 0 to {sae.dict_size - 1}, got {latent}")
+    sae.check_latents([latent])
     head, within = divmod(latent, config.m * config.n)
     return head, *divmod(within, config.n)
 

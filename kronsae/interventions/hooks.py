@@ -22,9 +22,11 @@ from torch import Tensor
 from kronsae.data import LanguageModel
 from kronsae.errors import InputError
 from kronsae.metrics.splicing import spliced
+from kronsae.metrics.target_model import check_widths
 from kronsae.model.massive import rule_of
 from kronsae.model.sae import SAE
 from kronsae.system.documents import typed
+from kronsae.system.tensors import as_values
 from kronsae_kernels import SparseCodes
 
 
@@ -82,22 +84,49 @@ def intervene(
     sae: of raw activations at the model's hookpoint.
     Raises InputError for a latent outside [0, F), or widths that do not fit.
     """
-    for edit in edits:
-        if not 0 <= edit.latent < sae.dict_size:
-            raise InputError(f"latent: expected 0 to {sae.dict_size - 1}, got {edit.latent}")
-    if (model.d_model, model.d_target) != (sae.config.d_model, sae.config.d_target):
-        raise InputError(
-            f"expected an SAE of widths {(model.d_model, model.d_target)} (hookpoint, target), got "
-            f"{(sae.config.d_model, sae.config.d_target)}"
-        )
+    sae.check_latents(edit.latent for edit in edits)
+    check_widths(model, sae, sae.source or "edits")
 
-    def edited(x: Tensor, y: Tensor) -> Tensor:
+    def replaced(x: Tensor, y: Tensor) -> Tensor:
         codes = sae.encode(x.to(sae.W_dec))
         base = y if keep_error else sae.decode(codes, x)
         return base + change(sae, codes, edits).to(base) if edits else base
 
+    massive, first = rule_of(sae.metadata), _first(sae)
     known = sae.metadata.get("data") or {}
-    massive, first = rule_of(sae.metadata), max(1, len(known.get("context_begin") or ()))
     excluded = typed(known.get("exclude_tokens", ""), str, "data.exclude_tokens")
-    with spliced(model, edited, massive=massive, first=first, excluded=excluded):
+    with spliced(model, replaced, massive=massive, first=first, excluded=excluded):
         yield
+
+
+def _first(sae: SAE) -> int:
+    """Positions at the start of a text that the SAE was not trained on."""
+    known = sae.metadata.get("data") or {}
+    return max(1, len(known.get("context_begin") or ()))
+
+
+@torch.no_grad()
+def edited(sae: SAE, x: Tensor, edits: Sequence[Edit]) -> Tensor:
+    """Activations x [..., t, d] with the edits applied: for hooks of other libraries.
+
+        hook = lambda x, hook: edited(sae, x, [steer(17, 5.0)])       # TransformerLens
+        model.run_with_hooks(tokens, fwd_hooks=[("blocks.6.hook_resid_post", hook)])
+        block.output[:] = edited(sae, block.output, [steer(17, 5.0)])   # nnsight
+
+    The SAE's error is kept. The first positions are not changed, unless x is of one position alone,
+    as in generation with a cache; nor are massive tokens. Token ids are not known here: other
+    special tokens are changed.
+    Raises InputError for a latent outside [0, F), a width that does not fit, and a transcoder.
+    """
+    sae.check_latents(edit.latent for edit in edits)
+    if sae.config.d_target:
+        raise InputError("edited: a transcoder changes its target: use `intervene`")
+    codes = sae.encode(as_values(x, "x").to(sae.W_dec))
+    width = codes.values.shape[-1]
+    flat = SparseCodes(*(part.reshape(-1, width) for part in codes))
+    changed = change(sae, flat, edits).view(x.shape).to(x)
+    if x.shape[-2] > 1:
+        changed[..., : _first(sae), :] = 0
+    if (massive := rule_of(sae.metadata)) is not None:
+        changed[massive(x.flatten(0, -2)).view(x.shape[:-1])] = 0
+    return x + changed

@@ -253,13 +253,7 @@ def open_heldout(
     Raises InputError if more text is needed than the run held out, or if the widths do not fit.
     """
     model, text = _of_cache(loaded) if loaded.cache else _of_text(loaded, device)
-    config = loaded.sae.config
-    if (model.d_model, model.d_target) != (config.d_model, config.d_target):
-        raise InputError(
-            f"{loaded.name}: the SAE maps width {config.d_model} to {config.d_out}, but "
-            f"{model.hookpoint} of {model.name} has width {model.d_model}"
-            + (f", and {model.target_hookpoint} {model.d_target}" if model.d_target else "")
-        )
+    check_widths(model, loaded.sae, loaded.name)
     left_out = "special tokens and the first position of each context pass unchanged"
     if loaded.data.image_column is not None:
         left_out = "the positions of an image before its patches pass unchanged"
@@ -278,6 +272,17 @@ def open_heldout(
         **text.facts,
     }
     return dataclasses.replace(text, massive=rule, counted=counted, facts=facts)
+
+
+def check_widths(model: LanguageModel, sae: SAE, name: str) -> None:
+    """Raise InputError unless the SAE is of the widths of the model's hookpoint and target."""
+    config = sae.config
+    if (model.d_model, model.d_target) != (config.d_model, config.d_target):
+        raise InputError(
+            f"{name}: the SAE maps width {config.d_model} to {config.d_out}, but "
+            f"{model.hookpoint} of {model.name} has width {model.d_model}"
+            + (f", and {model.target_hookpoint} {model.d_target}" if model.d_target else "")
+        )
 
 
 def _of_cache(loaded: LoadedSAE) -> tuple[Any, HeldoutText]:

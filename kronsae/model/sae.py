@@ -7,6 +7,7 @@ Training happens on centred and scaled activations; `SAE.folded` gives the SAE o
 """
 
 import dataclasses
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from kronsae.config import SAEConfig, run_settings
 from kronsae.errors import InputError
 from kronsae.model.encoder import Encoder, is_every
+from kronsae.model.familiar import Familiar
 from kronsae.model.ranks import SHARDED, own_part
 from kronsae.registry import SELECTIONS
 from kronsae.system.devices import as_double
@@ -29,7 +31,7 @@ from kronsae.system.files import (
     write_checksummed,
 )
 from kronsae.system.parallel import ALONE, Mesh
-from kronsae.system.tensors import as_values, check_weights
+from kronsae.system.tensors import as_values, check_weights, dense
 from kronsae_kernels import SparseCodes, sparse_decode
 from kronsae_kernels.common import check_tensors
 
@@ -86,7 +88,7 @@ class SAEOutput(NamedTuple):
     None for a transcoder that was not given its target."""
 
 
-class SAE(Encoder):
+class SAE(Familiar, Encoder):
     """A sparse autoencoder with parameters
 
     W_enc: [h, m + n, d] (Kron) or [F, d] (dense)      b_enc: [h, m + n] or [F]
@@ -166,22 +168,45 @@ class SAE(Encoder):
     ) -> SparseCodes:
         """The active latents of x [..., d]; with `k` or `mask`, the k largest (see `largest`).
 
-        Unused slots have value 0 (see `kronsae.model.selection`); TopK has none.
+        Unused slots have value 0 (see `kronsae.model.selection`); TopK has none. See also
+        `encode_dense`.
         """
         if k is not None or mask is not None:
             k = self.config.k if k is None else k
             return self.largest(x, k, mask=mask, impl=impl)
         return self.selection(self, x, self.config.k, impl)
 
+    def encode_dense(self, x: Tensor) -> Tensor:
+        """Values of all latents [..., F] of x [..., d]: `encode` of other libraries."""
+        return dense(self.encode(x), self.dict_size)
+
     def decode(
-        self, codes: SparseCodes, x: Tensor | None = None, *, impl: str | None = None
+        self, codes: SparseCodes | Tensor, x: Tensor | None = None, *, impl: str | None = None
     ) -> Tensor:
-        """Reconstruction [..., d] of codes [..., k]; a transcoder with skip needs its input x."""
+        """Reconstruction [..., d] of codes [..., k]; a transcoder with skip needs its input x.
+
+        codes: also the values of all latents, [..., F].
+        """
+        if isinstance(codes, Tensor):
+            check_tensors(codes=codes)
+            if codes.shape[-1:] != (self.dict_size,):
+                shape = list(codes.shape)
+                raise InputError(
+                    f"codes: expected SparseCodes, or [..., {self.dict_size}], got {shape}"
+                )
+            x_hat = torch.nn.functional.linear(self._as_weights(codes), self.W_dec.T, self.b_dec)
+            return self.with_skip(x_hat, x)
         if not (isinstance(codes, tuple) and len(codes) == 2):
             raise InputError(f"codes: expected SparseCodes(values, indices), got {shown(codes)}")
         codes = SparseCodes(*codes)
         check_tensors(**codes._asdict())
         return self.with_skip(self.sum_of_rows(self.own(codes), impl=impl), x)
+
+    def check_latents(self, latents: Iterable[int]) -> None:
+        """Raise InputError unless all are numbers of latents, in [0, F)."""
+        for latent in latents:
+            if not 0 <= typed(latent, int, "latent") < self.dict_size:
+                raise InputError(f"latent: expected 0 to {self.dict_size - 1}, got {latent}")
 
     def own(self, codes: SparseCodes) -> SparseCodes:
         """The codes, of [..., k], of the latents that this process holds: rows of its own W_dec."""

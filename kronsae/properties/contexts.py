@@ -14,7 +14,6 @@ from rich.text import Text
 from torch import Tensor
 
 from kronsae.data.token_text import token_texts
-from kronsae.errors import InputError
 from kronsae.metrics.heldout import BATCH_TOKENS, Heldout
 from kronsae.model.sae import SAE
 from kronsae.properties.examples import NO_TOKEN, IndexedText
@@ -92,9 +91,7 @@ def top_contexts(
     Memory: O(BATCH_TOKENS k + F KEPT_CONTEXTS), never [t, F]. Deterministic.
     Empty if the activations came without text. Raises InputError for a latent outside [0, F).
     """
-    for latent in latents or ():
-        if not 0 <= latent < sae.dict_size:
-            raise InputError(f"latent: expected 0 to {sae.dict_size - 1}, got {latent}")
+    sae.check_latents(latents or ())
     heldout = heldout.ordinary()
     read = heldout.text
     if read is None or not len(heldout.activations):

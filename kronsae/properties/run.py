@@ -19,10 +19,10 @@ from kronsae.data.images import check_no_images
 from kronsae.data.loading import find_tokenizer, load_config, quiet
 from kronsae.errors import InputError
 from kronsae.interop.load import load
-from kronsae.interop.stock import Origin
 from kronsae.metrics.target_model import cache_of, data_of
 from kronsae.model.massive import METADATA, MassiveTokens, rule_of, without
 from kronsae.model.normalizer import SAMPLE_TOKENS
+from kronsae.model.origin import Origin
 from kronsae.model.sae import SAE, WEIGHTS_NAME
 from kronsae.properties.gather import MeasureConfig, Properties, measure
 from kronsae.properties.geometry import (

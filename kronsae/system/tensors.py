@@ -11,6 +11,7 @@ from torch import Tensor
 from kronsae.errors import InputError, first_line
 from kronsae.system.devices import free_bytes
 from kronsae.system.documents import shown
+from kronsae_kernels import SparseCodes
 
 BFLOAT16 = (
     ". If these are the bits of bfloat16, which numpy does not have, give "
@@ -98,3 +99,11 @@ def check_room(count: int, device: torch.device | str | None, what: str, advice:
             f"{what} would take {4 * count / 2**20:,.0f} MiB of memory or more on {place}, where "
             f"{free / 2**20:,.0f} MiB are free: {advice}"
         )
+
+
+def dense(codes: SparseCodes, size: int) -> Tensor:
+    """Codes [..., k] as a tensor [..., size] of their dtype, zero elsewhere."""
+    values, indices = codes
+    # Added, not written: an unused slot (value 0) may name a latent of another slot.
+    out = values.new_zeros(*values.shape[:-1], size)
+    return out.scatter_add_(-1, indices, values)

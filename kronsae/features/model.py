@@ -1,0 +1,317 @@
+"""A language model with the SAEs that read it: from text to features, and back by steering.
+
+sae = kronsae.load("runs/MY-RUN")
+lm = kronsae.language_model(sae)
+lm.features("import os").strongest()
+with lm.steer({537: 60}):
+    print(lm.generate("import os"))
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from kronsae.config import DataConfig
+from kronsae.data.images import check_no_images
+from kronsae.data.language_model import LanguageModel, at_block, layer_or_hookpoint
+from kronsae.data.loading import quiet
+from kronsae.data.packing import PADDING, context_begin, left_out_ids, prompt_ids, token_mask
+from kronsae.data.token_text import token_texts
+from kronsae.errors import InputError
+from kronsae.features.text import Features
+from kronsae.interventions.hooks import Edit, ablate, clamp, intervene, steer
+from kronsae.metrics.target_model import check_widths, data_of, known_data
+from kronsae.model.massive import rule_of, without
+from kronsae.model.sae import SAE
+from kronsae.properties.correlation import joined
+from kronsae.system.devices import seed_everything
+from kronsae_kernels import SparseCodes
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+Texts = str | Sequence[str] | Tensor
+
+
+def language_model(
+    *saes: SAE,
+    model: Any = None,
+    tokenizer: Any = None,
+    device: torch.device | str | None = None,
+    **settings: Any,
+) -> "TargetModel":
+    """The language model that an SAE reads, or several SAEs of it at any of its hookpoints.
+
+    model: another name or folder of it than the SAE's metadata have; or a model of transformers
+        that is loaded, with its tokenizer.
+    device: of the model (default: the first SAE's).
+    settings: what the metadata do not say, or other values: the settings of the model in
+        `kronsae.DataConfig`, such as layer, hookpoint, revision, model_dtype, load_in, device_map,
+        bos and trust_remote_code.
+    Raises InputError if the metadata name no model and none is given, if it cannot be loaded or
+    has no such hookpoint, if widths do not fit, or if the SAEs read several models.
+    """
+    if not saes:
+        raise InputError("expected at least one SAE, got none: kronsae.language_model(sae)")
+    named = model is None or isinstance(model, str)
+    given = settings if model is None or not named else {"model": model, **settings}
+    device = saes[0].W_dec.device if device is None else device
+    places: list[Place] = []
+    for number, sae in enumerate(saes):
+        name = sae.source or ("the SAE" if len(saes) == 1 else f"SAE {number}")
+        unknown = {} if named or known_data(sae) else {"model": "given"}
+        data = data_of(sae, unknown | given, name)
+        check_no_images(data, "kronsae.language_model")
+        with quiet():
+            if places:
+                read = _another(places[0], data, name)
+            else:
+                read = LanguageModel.of(data, device) if named else _around(model, tokenizer, data)
+        check_widths(read, sae, name)
+        places.append(Place(sae, read, data))
+    return TargetModel(places)
+
+
+def _around(model: Any, tokenizer: Any, data: DataConfig) -> LanguageModel:
+    """A loaded transformers model, read where `data` says."""
+    if tokenizer is None:
+        raise InputError("tokenizer: a model that is loaded needs it, to read texts")
+    name = getattr(model.config, "_name_or_path", "") or data.model
+    at = partial(LanguageModel, model, tokenizer, name=name, target_hookpoint=data.target_hookpoint)
+    place = layer_or_hookpoint(data.model, data.layer, data.hookpoint)
+    return at(place) if isinstance(place, str) else at_block(at, model, name, place)
+
+
+def _another(first: "Place", data: DataConfig, name: str) -> LanguageModel:
+    """The first SAE's model, read where another SAE reads it."""
+    for setting in ("model", "revision", "bos"):
+        one, other = getattr(first.data, setting), getattr(data, setting)
+        if one != other:
+            raise InputError(
+                f"{name}: expected an SAE of the same {setting} as the first one's, {one!r}, got "
+                f"{other!r}: call kronsae.language_model for each"
+            )
+    place = layer_or_hookpoint(data.model, data.layer, data.hookpoint)
+    where: dict[str, Any] = {"hookpoint" if isinstance(place, str) else "layer": place}
+    return first.model.at(**where, target_hookpoint=data.target_hookpoint)
+
+
+class Place(NamedTuple):
+    """An SAE, the language model read at its hookpoint, and the settings of its run."""
+
+    sae: SAE
+    model: LanguageModel
+    data: DataConfig
+
+    def mask(self, ids: Tensor) -> Tensor:
+        """[b, t] bool: tokens of padded ids [b, t] that the SAE was trained on, or massive."""
+        vocabulary = self.model.vocabulary
+        begin = len(context_begin(vocabulary, self.data.bos))
+        left_out = left_out_ids(vocabulary, self.data.exclude_tokens)
+        return token_mask(ids, vocabulary, left_out, begin)
+
+
+class TargetModel:
+    """A language model and SAEs of it; `kronsae.language_model` makes it.
+
+    model: the transformers model.  tokenizer: its tokenizer.  saes: as they were given.
+    Methods take `sae`, which of them; it can be left out if there is one.
+    """
+
+    def __init__(self, places: Sequence[Place]) -> None:
+        self.places = list(places)
+        self.saes = [place.sae for place in places]
+        self.model, self.tokenizer = places[0].model.model, places[0].model.tokenizer
+        self.bos = places[0].data.bos
+
+    def __repr__(self) -> str:
+        name, parameters = self.places[0].model.name, self.places[0].model.parameters
+        lines = [f"{place.model.hookpoint}: {place.sae!r}" for place in self.places]
+        return "\n".join([f"{name} ({parameters / 1e6:,.1f} M parameters), read at", *lines])
+
+    def place(self, sae: SAE | None = None) -> Place:
+        """The SAE and its hookpoint. Raises InputError if it is not one of `saes`."""
+        if sae is None and len(self.places) == 1:
+            return self.places[0]
+        for place in self.places:
+            if place.sae is sae:
+                return place
+        raise InputError(
+            f"sae: expected one of the {len(self.saes)} SAEs of this language model, got "
+            + ("none of them" if sae is None else "another one")
+        )
+
+    # Reading
+
+    def features(self, texts: Texts, sae: SAE | None = None) -> Features:
+        """The features of each token of a text, or of several, by an SAE.
+
+        texts: a text, a list of texts, or token ids [b, t] that begin as contexts do.
+        Raises InputError for a text that is empty, or longer than the model reads.
+        """
+        return self.features_of_each(texts, [self.place(sae).sae])[0]
+
+    @torch.no_grad()
+    def features_of_each(self, texts: Texts, saes: Sequence[SAE] | None = None) -> list[Features]:
+        """`features` by several SAEs (default: all), from one forward pass a batch of texts."""
+        places = [self.place(sae) for sae in (self.saes if saes is None else saes)]
+        names = list(dict.fromkeys(place.model.hookpoint for place in places))
+        made: list[list[_Part]] = [[] for _ in places]
+        ids = self._ids(texts)
+        for batch in _batches(ids, places[0].data.contexts_per_batch):
+            rows = dict(zip(names, places[0].model.activations_at(names, batch), strict=True))
+            for parts, place in zip(made, places, strict=True):
+                parts.append(_encoded(place, batch, rows[place.model.hookpoint]))
+        shown = [text for each in ids for text in token_texts(each, self.tokenizer)]
+        number = torch.arange(len(ids)).repeat_interleave(torch.tensor([len(each) for each in ids]))
+        flat = torch.tensor([token for each in ids for token in each])
+        return [
+            Features(
+                place.sae,
+                shown,
+                flat,
+                number,
+                joined([part.codes for part in parts]),
+                torch.cat([part.kept for part in parts]),
+            )
+            for place, parts in zip(places, made, strict=True)
+        ]
+
+    def _ids(self, texts: Texts) -> list[list[int]]:
+        """Token ids of each text."""
+        if isinstance(texts, Tensor):
+            if texts.ndim != 2 or texts.is_floating_point():
+                raise InputError(
+                    f"texts: expected token ids [b, t], got {list(texts.shape)} {texts.dtype}"
+                )
+            ids = texts.tolist()
+        else:
+            listed = [texts] if isinstance(texts, str) else list(texts)
+            for text in listed:
+                if not isinstance(text, str):
+                    raise InputError(f"texts: expected text, got {type(text).__name__}")
+            ids = [prompt_ids(self.tokenizer, text, self.bos) for text in listed]
+        longest = self.places[0].model.max_context
+        for number, each in enumerate(ids):
+            if not each:
+                raise InputError(f"text {number} is empty")
+            if longest and len(each) > longest:
+                raise InputError(
+                    f"text {number} has {len(each):,} tokens, more than the {longest:,} that "
+                    f"{self.places[0].model.name} reads: cut it, or give it in parts"
+                )
+        if not ids:
+            raise InputError("texts: expected at least one, got none")
+        return ids
+
+    @torch.no_grad()
+    def next_tokens(self, prompt: str, count: int = 10) -> "pd.DataFrame":
+        """The likeliest next tokens: token, logit and probability."""
+        import pandas as pd
+
+        logits = self.places[0].model.logits(torch.tensor(self._ids(prompt)))[0, -1].double().cpu()
+        best = logits.topk(min(count, len(logits)))
+        return pd.DataFrame(
+            {
+                "token": [
+                    token_texts([token], self.tokenizer)[0] for token in best.indices.tolist()
+                ],
+                "logit": best.values.numpy(),
+                "probability": logits.softmax(-1)[best.indices].numpy(),
+            }
+        )
+
+    # Changing
+
+    @torch.no_grad()
+    def generate(
+        self, prompt: str, max_new_tokens: int = 40, *, seed: int = 0, **settings: Any
+    ) -> str:
+        """The text that the model writes after a prompt: by default the likeliest token each time.
+
+        settings: of transformers' `generate`, such as do_sample=True, which draws with the seed.
+        """
+        ids = torch.tensor(self._ids(prompt), device=self.places[0].model.device)
+        ends = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
+        greedy = {} if settings.get("do_sample") else {"do_sample": False, **NOT_SAMPLED}
+        usual = {"pad_token_id": next((i for i in ends if i is not None), None), "use_cache": True}
+        seed_everything(seed)
+        with quiet():
+            out = cast(Any, self.model).generate(
+                ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=max_new_tokens,
+                **(usual | greedy | settings),
+            )
+        return self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+
+    def steer(
+        self, strengths: Mapping[int, float], sae: SAE | None = None
+    ) -> AbstractContextManager[None]:
+        """While open, `strength` times its decoder row is added for each latent: z' = z + strength.
+
+        As for `ablate` and `clamp`, the SAE's error is kept, and special tokens, the first position
+        and massive tokens are not changed; see `kronsae.interventions.intervene`.
+        Raises InputError for a latent outside [0, F).
+        """
+        return self.edit([steer(*pair) for pair in strengths.items()], sae)
+
+    def clamp(
+        self, values: Mapping[int, float], sae: SAE | None = None
+    ) -> AbstractContextManager[None]:
+        """While open, each latent has its value on every token, also where it does not fire."""
+        return self.edit([clamp(*pair) for pair in values.items()], sae)
+
+    def ablate(
+        self, latents: Iterable[int] | int, sae: SAE | None = None
+    ) -> AbstractContextManager[None]:
+        """While open, the latents are 0."""
+        listed = [latents] if isinstance(latents, int) else latents
+        return self.edit([ablate(latent) for latent in listed], sae)
+
+    def edit(self, edits: Sequence[Edit], sae: SAE | None = None) -> AbstractContextManager[None]:
+        """While open, the edits apply in every forward pass."""
+        place = self.place(sae)
+        return intervene(place.model, place.sae, edits)
+
+
+NOT_SAMPLED = {"temperature": None, "top_p": None, "top_k": None}
+"""What a model's own generation settings may have for sampling."""
+
+
+class _Part(NamedTuple):
+    """Codes of all tokens of a batch, and which of them the SAE was trained on."""
+
+    codes: SparseCodes
+    kept: Tensor
+
+
+def _encoded(place: Place, ids: Tensor, rows: Tensor) -> _Part:
+    """Codes of the hookpoint's activations [b, t, d] for padded ids [b, t]."""
+    sae, mask = place.sae, place.mask(ids)
+    x = rows[mask.to(rows.device)]
+    if (rule := rule_of(sae.metadata)) is not None:
+        massive = rule.of_input.excludes(x)
+        x, mask = x[~massive], without(mask, massive)
+    codes = sae.encode(x.to(sae.W_dec))
+    there = ids != PADDING
+    kept = mask[there]
+
+    def of_all(part: Tensor) -> Tensor:
+        out = part.new_zeros(len(kept), part.shape[1])
+        out[kept.to(part.device)] = part
+        return out
+
+    return _Part(SparseCodes(*map(of_all, codes)), kept)
+
+
+def _batches(ids: Sequence[Sequence[int]], size: int) -> Iterable[Tensor]:
+    """Texts in their order, `size` at a time, padded on the right: [b, t] each."""
+    for first in range(0, len(ids), size):
+        part = ids[first : first + size]
+        length = max(map(len, part))
+        yield torch.tensor([[*each, *[PADDING] * (length - len(each))] for each in part])
