@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from kronsae import SAE, SAEConfig
 from kronsae.export.__main__ import make_parser
 from kronsae.metrics.figures import MEANING
 from kronsae.training.options import parse
@@ -141,3 +142,13 @@ def test_reading_names_the_figures_of_an_evaluation():
     explained = re.findall(r"^- \*\*(.+?)\*\*", part, flags=re.MULTILINE)
     assert len(rows) > 5 and len(explained) > 7
     assert set(rows) | set(explained) <= labels
+
+
+def test_features_in_python(tmp_path, monkeypatch, capsys):
+    """The first lines of a notebook."""
+    monkeypatch.chdir(tmp_path)
+    sae = SAE(SAEConfig(d_model=256, heads=32, m=2, n=2, k=8))
+    sae.save("runs/MY-RUN", {"data": {"name": "embedded", "layer": 2}})
+    names = run(blocks("python.md", "python")[0])
+    shown = capsys.readouterr().out
+    assert shown.lstrip().startswith("value") and len(names["f"]) == len(names["f"].tokens) > 5

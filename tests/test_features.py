@@ -206,7 +206,8 @@ def test_what_an_sae_says_of_itself(folder, sae, tmp_path):
     assert f"1.resid_post of {folder}; trained on 12,000 tokens" in repr(sae)
     assert "KronSAE" in repr(SAE(SAEConfig(d_model=4, heads=2, m=1, n=1, k=1)))
     assert (sae.cfg.d_in, sae.cfg.d_sae, sae.cfg.k) == (WIDTH, 40, 5)
-    assert sae.cfg.hook_name == "blocks.1.hook_resid_post" and sae.cfg.model_name == folder
+    assert sae.cfg.hook_name == sae.cfg.metadata.hook_name == "blocks.1.hook_resid_post"
+    assert sae.cfg.metadata.model_name == folder
     sae.save(tmp_path / "suite" / "l1")
     loaded = SAE.from_pretrained(str(tmp_path / "suite"), "l1")
     assert loaded.source == str(tmp_path / "suite")

@@ -82,6 +82,14 @@ class Familiar(nn.Module):
         `config` has all of them, by our names.
         """
         origin, weight = Origin.of(self.metadata), next(self.parameters())
+        source = {
+            "model_name": origin.model,
+            "hook_name": origin.site.lens if origin.site else origin.hookpoint,
+            "hook_layer": origin.layer,
+            "context_size": origin.context_length,
+            "prepend_bos": origin.prepend_bos,
+            "dataset_path": origin.dataset,
+        }
         return SimpleNamespace(
             architecture=kind_of(vars(self.config)),
             d_in=self.config.d_model,
@@ -89,12 +97,8 @@ class Familiar(nn.Module):
             k=self.config.k,
             dtype=str(weight.dtype).removeprefix("torch."),
             device=str(weight.device),
-            model_name=origin.model,
-            hook_name=origin.site.lens if origin.site else origin.hookpoint,
-            hook_layer=origin.layer,
-            context_size=origin.context_length,
-            prepend_bos=origin.prepend_bos,
-            dataset_path=origin.dataset,
+            metadata=SimpleNamespace(**source),
+            **source,
         )
 
     def __repr__(self) -> str:
