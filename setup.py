@@ -14,10 +14,10 @@ VERSION = (ROOT / "kronsae_kernels" / "version.py").read_text(encoding="utf-8").
 
 PACKAGE_DATA = {
     "kronsae": ["py.typed", "*.j2"],
-    "kronsae.features": ["*.j2"],
     "kronsae_kernels": ["py.typed"],
     "kronsae.embedded": ["*/*"],
     "kronsae.explore": ["page/*"],
+    "kronsae.features": ["*.j2"],
     "kronsae_kernels.triton_impl": ["*.json"],
 }
 """Files of the packages that are not Python."""
@@ -41,7 +41,7 @@ EXTRAS = {
         "build",
         "twine",
     ],
-    # Pictures of `kronsae evaluate`.
+    # Pictures of `kronsae evaluate`, and of a latent's card.
     "report": ["matplotlib"],
     # `kronsae experiments`.
     "experiments": ["matplotlib", "scipy"],

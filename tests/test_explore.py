@@ -275,6 +275,17 @@ def test_an_sae_whose_outputs_are_not_finite(value, run, tmp_path, capsys, recwa
     assert not [one for one in recwarn if one.category is RuntimeWarning]
 
 
+def test_command_for_a_card(run, tmp_path, capsys):
+    out = tmp_path / "card.html"
+    assert command.main([str(run), "--tokens", "1000", "--feature", "7", "--out", str(out)]) == 0
+    assert f"{out}: the card of latent 7" in capsys.readouterr().out
+    assert [text for text in Page(out.read_text()).texts if text.startswith("Latent 7")]
+    assert command.main([str(run), "--feature", "128", "--out", str(out)]) == 2
+    assert "latent: expected 0 to 127, got 128" in capsys.readouterr().err
+    assert command.main([str(run), "--feature", "7", "--out", str(tmp_path / "card.gif")]) == 2
+    assert "a card is a file .html or .png" in capsys.readouterr().err
+
+
 def test_command_says_what_is_wrong(run, tmp_path, capsys):
     def error(*arguments):
         assert command.main([str(argument) for argument in arguments]) == 2

@@ -34,6 +34,17 @@ def token_texts(
     return [_on_one_line(text) for text in texts]
 
 
+def continued_texts(
+    tokens: Sequence[int], tokenizer: Any | None, fires: Sequence[float] | None = None
+) -> list[str]:
+    """`token_texts` of tokens in the midst of a text, so that none loses the space before it."""
+    if tokenizer is None:
+        return token_texts(tokens, None)
+    before = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
+    fires = None if fires is None else [0.0] * len(before) + [*fires]
+    return token_texts([*before, *tokens], tokenizer, fires)[len(before) :]
+
+
 _NO_CHARACTER = "\ufffd"
 """The replacement character, which decoders give for bytes that are no character."""
 

@@ -3,11 +3,12 @@
 import sys
 from pathlib import Path
 
-from kronsae.commandline import exit_status, given_place
+from kronsae.commandline import exit_status, given_place, integer
 from kronsae.errors import InputError
 from kronsae.explore.write import write_explorer
+from kronsae.features.card import card, check_file
 from kronsae.interop.load import load
-from kronsae.properties.run import PropertiesParser, examine, is_run, kept, open_run, say
+from kronsae.properties.run import PropertiesParser, is_run, open_properties, say
 from kronsae.properties.store import FOLDER
 from kronsae.system.files import check_writable
 
@@ -20,11 +21,19 @@ def work(argv: list[str]) -> None:
         "properties are measured first, unless RUN/properties/ has them (for another SAE: "
         "properties/ beside --out).",
         "kronsae explore runs/MY-RUN\n"
-        "kronsae explore SAE --model gpt2 --layer 6 --dataset text.jsonl --out sae.html",
+        "kronsae explore SAE --model gpt2 --layer 6 --dataset text.jsonl --out sae.html\n"
+        "kronsae explore runs/MY-RUN --feature 537 --out card.png",
         saes=True,
     )
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="page (default: RUN/explorer.html)"
+    )
+    parser.add_argument(
+        "--feature",
+        type=integer,
+        metavar="N",
+        help="write the card of this latent instead, as .html or .png (default: "
+        "RUN/feature-N.html)",
     )
     settings, text, flags = parser.read(argv)
     run = flags["run"]
@@ -33,17 +42,25 @@ def work(argv: list[str]) -> None:
     if not of_run and "out" not in flags:
         load(str(run), **place)  # says what is wrong with it, if it is none
         raise InputError(f"{run} is no run: give --out FILE, in a folder for this SAE's properties")
-    out = flags.get("out", run / "explorer.html")
+    feature = flags.get("feature")
+    name = "explorer.html" if feature is None else f"feature-{feature}.html"
+    out = flags.get("out", run / name)
     check_writable(out.parent)
+    if feature is not None:
+        check_file(out)
     folder = (run if of_run else out.parent) / FOLDER
-    sae, data, digest = open_run(run, text, flags["device"], **place)
-    stored = kept(folder, digest, settings, text)
-    if stored is None:
-        stored = examine(run, settings, text, flags["device"], folder, **place)
-    from kronsae.data.loading import find_tokenizer
-
-    common = {"revision": data.revision, "trust_remote_code": data.trust_remote_code}
-    tokenizer = find_tokenizer(data.model, common)
+    sae, data, stored, tokenizer = open_properties(
+        run,
+        settings,
+        text,
+        flags["device"],
+        folder,
+        lambda sae: sae.check_latents([] if feature is None else [feature]),
+        **place,
+    )
+    if feature is not None:
+        say(f"{card(sae, stored, feature, tokenizer).write(out)}: the card of latent {feature}")
+        return
     write_explorer(run, sae, stored, tokenizer, out, None if of_run else data)
     say(f"{out} ({out.stat().st_size / 2**20:.1f} MiB): open it in a browser")
 

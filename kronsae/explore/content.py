@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kronsae.config import DataConfig, kind_of
-from kronsae.data.token_text import token_texts
+from kronsae.data.token_text import continued_texts
 from kronsae.explore.blocks import encode, encode_json, rounded, smallest
 from kronsae.explore.charts import figure_text
 from kronsae.explore.report import last_evaluation, read_metrics
@@ -130,11 +130,7 @@ class Vocabulary:
         self.partial = np.array([bool(PART.search(text)) for text in self.texts])
 
     def _texts(self, tokens: list[int], fires: Sequence[float] | None = None) -> list[str]:
-        if self.tokenizer is None:
-            return token_texts(tokens, None)
-        before = self.tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
-        fires = None if fires is None else [0.0] * len(before) + [*fires]
-        return token_texts([*before, *tokens], self.tokenizer, fires)[len(before) :]
+        return continued_texts(tokens, self.tokenizer, fires)
 
     def numbers(self, tokens: np.ndarray) -> np.ndarray:
         """Numbers of tokens by themselves, packed."""

@@ -10,6 +10,7 @@ with lm.steer({537: 60}):
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -22,12 +23,14 @@ from kronsae.data.loading import quiet
 from kronsae.data.packing import PADDING, context_begin, left_out_ids, prompt_ids, token_mask
 from kronsae.data.token_text import token_texts
 from kronsae.errors import InputError
+from kronsae.features.card import Card, card
 from kronsae.features.text import Features
 from kronsae.interventions.hooks import Edit, ablate, clamp, intervene, steer
 from kronsae.metrics.target_model import check_widths, data_of, known_data
 from kronsae.model.massive import rule_of, without
 from kronsae.model.sae import SAE
 from kronsae.properties.correlation import joined
+from kronsae.properties.store import FOLDER, Stored, load_properties
 from kronsae.system.devices import seed_everything
 from kronsae_kernels import SparseCodes
 
@@ -127,6 +130,7 @@ class TargetModel:
         self.saes = [place.sae for place in places]
         self.model, self.tokenizer = places[0].model.model, places[0].model.tokenizer
         self.bos = places[0].data.bos
+        self._stored: dict[str | Path, Stored] = {}
 
     def __repr__(self) -> str:
         name, parameters = self.places[0].model.name, self.places[0].model.parameters
@@ -224,6 +228,38 @@ class TargetModel:
                 "probability": logits.softmax(-1)[best.indices].numpy(),
             }
         )
+
+    def feature(
+        self,
+        latent: int,
+        sae: SAE | None = None,
+        *,
+        properties: str | Path | None = None,
+        label: str | None = None,
+    ) -> Card:
+        """A latent's card for a notebook: its figures, where it fires, and what it promotes.
+
+        properties: the folder that `kronsae properties` or `kronsae explore` wrote (default: that
+            of the run that the SAE was loaded from).  label: what the latent is said to stand for.
+        Raises InputError if there is none, if it is of another SAE, or for a latent outside [0, F).
+        """
+        own = self.place(sae).sae
+        if properties is None:
+            properties = Path(own.source or "") / FOLDER
+            if own.source is None or not properties.is_dir():
+                raise InputError(
+                    f"feature: the properties of {own.source or 'this SAE'} are not measured yet: "
+                    f"run `kronsae properties {own.source or 'RUN'}`, or give properties=FOLDER"
+                )
+        if properties not in self._stored:
+            self._stored[properties] = load_properties(Path(properties))
+        stored = self._stored[properties]
+        if len(stored.properties.post.count) != own.dict_size:
+            raise InputError(
+                f"{properties}: expected properties of {own.dict_size:,} latents, got "
+                f"{len(stored.properties.post.count):,}"
+            )
+        return card(own, stored, latent, self.tokenizer, label)
 
     # Changing
 

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save
@@ -215,6 +215,37 @@ def open_run(
     data = data_of(sae, text, str(run))
     check_no_images(data, "kronsae explore")
     return sae, data, sha256(run / "sae" / WEIGHTS_NAME)
+
+
+class Opened(NamedTuple):
+    """An SAE with all that is known of its latents."""
+
+    sae: SAE
+    data: DataConfig
+    stored: Stored
+    tokenizer: Any | None
+
+
+def open_properties(
+    run: Path,
+    given: dict[str, Any],
+    text: dict[str, Any],
+    device: str,
+    folder: Path,
+    check: Callable[[SAE], None] = lambda sae: None,
+    **place: Any,
+) -> Opened:
+    """The properties in a folder; they are measured first if they are not of this SAE and text.
+
+    The arguments are those of `examine`.  check: called with the SAE before that.
+    """
+    sae, data, digest = open_run(run, text, device, **place)
+    check(sae)
+    stored = kept(folder, digest, given, text)
+    if stored is None:
+        stored = examine(run, given, text, device, folder, **place)
+    common = {"revision": data.revision, "trust_remote_code": data.trust_remote_code}
+    return Opened(sae, data, stored, find_tokenizer(data.model, common))
 
 
 def is_run(path: Path) -> bool:
