@@ -102,6 +102,8 @@ OBJECTIVES: Registry[Any] = Registry("objective")
 
 FORMATS: Registry[Any] = Registry("format")
 """`kronsae.interop.formats.Format`s: folders that hold an SAE."""
+DASHBOARDS: Registry[Any] = Registry("dashboard")
+"""`kronsae.export.dashboards.Dashboard`s: folders that hold what is shown of latents."""
 SOURCES: Registry[Any] = Registry("source of activations")
 """`kronsae.sources.Source`s."""
 LOGS: Registry[Any] = Registry("log")

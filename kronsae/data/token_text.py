@@ -8,13 +8,17 @@ from typing import Any
 
 
 def token_texts(
-    tokens: Sequence[int], tokenizer: Any | None, fires: Sequence[float] | None = None
+    tokens: Sequence[int],
+    tokenizer: Any | None,
+    fires: Sequence[float] | None = None,
+    one_line: bool = True,
 ) -> list[str]:
     """The text of each token on one line: ↵ for a newline, ⇥ for a tab or four spaces.
 
     A character that several tokens encode is shown at the last of them. The other tokens' bytes are
     hidden, or, where a latent fires on them (fires: [t], > 0), shown in hexadecimal: ⟨E4 BD⟩. Bytes
     that form no character are shown so, too. Without a tokenizer the texts are ids.
+    one_line: False leaves line breaks, tabs and what cannot be printed as they are.
     """
     if tokenizer is None:
         return [f"[{token}]" for token in tokens]
@@ -31,18 +35,21 @@ def token_texts(
             if fires is not None and fires[position] > 0:
                 texts[position] += hexadecimal
         before = text
-    return [_on_one_line(text) for text in texts]
+    return [_on_one_line(text) for text in texts] if one_line else texts
 
 
 def continued_texts(
-    tokens: Sequence[int], tokenizer: Any | None, fires: Sequence[float] | None = None
+    tokens: Sequence[int],
+    tokenizer: Any | None,
+    fires: Sequence[float] | None = None,
+    one_line: bool = True,
 ) -> list[str]:
     """`token_texts` of tokens in the midst of a text, so that none loses the space before it."""
     if tokenizer is None:
         return token_texts(tokens, None)
     before = tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
     fires = None if fires is None else [0.0] * len(before) + [*fires]
-    return token_texts([*before, *tokens], tokenizer, fires)[len(before) :]
+    return token_texts([*before, *tokens], tokenizer, fires, one_line)[len(before) :]
 
 
 _NO_CHARACTER = "\ufffd"

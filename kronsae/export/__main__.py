@@ -3,6 +3,7 @@
 SAE is anything that `kronsae.load` takes: a run folder, a folder of kronsae or of another library,
 a hub id. So this also imports SAEs of other libraries (--to kronsae). Of a sweep's folder all
 members are written, each to a folder that is named as the other library names those of a suite.
+--to neuronpedia and sae_dashboard write what is known of a run's latents.
 """
 
 import argparse
@@ -14,14 +15,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kronsae.commandline import Parser, add_place_flags, exit_status, given_place
+from kronsae.commandline import Parser, add_place_flags, exit_status, given_place, integer
 from kronsae.config import kind_of
 from kronsae.errors import InputError, warn
+from kronsae.export.share import share
 from kronsae.interop.formats import Format
 from kronsae.interop.load import load
 from kronsae.interop.suite import INDEX_NAME
 from kronsae.model.sae import SAE
-from kronsae.registry import FORMATS
+from kronsae.registry import DASHBOARDS, FORMATS
 from kronsae.runs.folder import saved_members
 from kronsae.system.files import replace_directory, write_json
 
@@ -30,7 +32,7 @@ VERIFY_TOKENS = 16_384
 
 def _library(text: str) -> str:
     """A format's name from other spellings: saelens, SAE-Lens, dictionary-learning."""
-    names = {name.replace("_", ""): name for name in FORMATS}
+    names = {name.replace("_", ""): name for name in (*FORMATS, *DASHBOARDS)}
     return names.get(re.sub("[_ -]", "", text.lower()), text)
 
 
@@ -40,7 +42,8 @@ def make_parser() -> Parser:
         "Write an SAE in the format of another library, or push it to the Hugging Face hub.",
         "kronsae export RUN --to sae_lens --out exported --verify\n"
         "kronsae export RUN --to hub --repo me/my-sae\n"
-        "kronsae export SUITE --to sparsify --out exported",
+        "kronsae export SUITE --to sparsify --out exported\n"
+        "kronsae export RUN --to neuronpedia --out exported",
         usage="%(prog)s SAE --to FORMAT (--out DIR | --repo OWNER/NAME) [flags]",
     )
     parser.add_argument(
@@ -54,12 +57,14 @@ def make_parser() -> Parser:
         metavar="NAME",
         help="members of a sweep to write (default: all that have an SAE)",
     )
+    formats = (*(name for name, form in FORMATS.items() if form.written), *DASHBOARDS, "hub")
     parser.add_argument(
         "--to",
         required=True,
         type=_library,
-        choices=(*(name for name, form in FORMATS.items() if form.written), "hub"),
-        help="the library that will load it",
+        choices=formats,
+        metavar="FORMAT",
+        help=f"the library that will load it, or show its latents: {', '.join(formats)}",
     )
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="folder to write (not with --to hub)"
@@ -71,15 +76,38 @@ def make_parser() -> Parser:
         "tokens (without a run: on random vectors)",
     )
     parser.add_argument(
-        "--tokens", type=int, metavar="N", help=f"tokens to verify on (default: {VERIFY_TOKENS})"
+        "--tokens",
+        type=integer,
+        metavar="N",
+        help=f"tokens to verify on (default: {VERIFY_TOKENS}), or "
+        "on which to measure what is shown of latents",
     )
     add_place_flags(parser)
     parser.add_argument("--revision", metavar="NAME", help="branch, tag or commit of a hub id")
     parser.add_argument(
         "--trust-remote-code",
         action="store_true",
-        help="with --verify: run code that comes with the model from the hub",
+        help="with --verify, or to show latents: run code that comes with the model from the hub",
     )
+    shown = parser.add_argument_group(f"with --to {' and '.join(DASHBOARDS)}")
+    shown.add_argument(
+        "--features", type=integer, nargs="+", metavar="N", help="latents to show (default: all)"
+    )
+    shown.add_argument(
+        "--explanations",
+        type=Path,
+        metavar="DIR",
+        help="what kronsae interpret wrote (default: RUN/explanations, if it is there)",
+    )
+    shown.add_argument(
+        "--model-id", metavar="NAME", help="the model's name there (default: TransformerLens')"
+    )
+    shown.add_argument(
+        "--source-set",
+        metavar="NAME",
+        help="the name of the SAEs of which it is one (default: for instance kronsae-res-4k)",
+    )
+    shown.add_argument("--creator", metavar="NAME", help="who made it (default: kronsae)")
     hub = parser.add_argument_group("with --to hub")
     hub.add_argument(
         "--repo", metavar="OWNER/NAME", help="repository; created if it does not exist"
@@ -100,10 +128,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _export(argv: list[str]) -> None:
     request = make_parser().parse(argv)
     _check(request)
-    form = None if request.to == "hub" else FORMATS[request.to]
+    form = FORMATS[request.to] if request.to in FORMATS else None
     is_sweep = (Path(request.source) / INDEX_NAME).is_file() and request.subfolder is None
     if request.members and not is_sweep:
         raise InputError(f"--members has no effect: {request.source} is no sweep; leave it out")
+    if request.to in DASHBOARDS:
+        share(request, is_sweep)
+        return
     if form is None:
         _push(request, is_sweep)
         return
@@ -183,13 +214,20 @@ def _push(request: argparse.Namespace, is_sweep: bool) -> None:
 
 
 def _check(request: argparse.Namespace) -> None:
-    hub = request.to == "hub"
+    hub, shows = request.to == "hub", request.to in DASHBOARDS
     without_effect = {
         "--out": hub and request.out is not None,
-        "--verify": hub and request.verify,
+        "--verify": (hub or shows) and request.verify,
+        "--subfolder": shows and request.subfolder is not None,
+        "--allow-pickle": shows and request.allow_pickle,
+        "--revision": shows and request.revision is not None,
         "--repo": not hub and request.repo is not None,
         "--branch": not hub and request.branch is not None,
         "--private": not hub and request.private,
+        **{
+            f"--{name.replace('_', '-')}": not shows and getattr(request, name) is not None
+            for name in ("features", "explanations", "model_id", "source_set", "creator")
+        },
     }
     for flag, is_given in without_effect.items():
         if is_given:
@@ -202,7 +240,7 @@ def _check(request: argparse.Namespace) -> None:
         ("--tokens", request.tokens is not None),
         ("--trust-remote-code", request.trust_remote_code),
     ):
-        if is_given and not request.verify:
+        if is_given and not (request.verify or shows):
             raise InputError(f"{flag} has no effect without --verify: leave it out")
     if request.tokens is not None and request.tokens < 2:
         raise InputError(f"--tokens: expected at least 2, got {request.tokens}")
