@@ -301,3 +301,20 @@ def test_command_says_what_is_wrong(run, tmp_path, capsys):
     config = SAEConfig(heads=4, m=2, n=2, k=2)
     fit(config, x, TrainConfig(tokens=300, batch_size=100), out=tmp_path / "tensors")
     assert "trained from tensors" in error(tmp_path / "tensors")
+
+
+def test_a_folder_of_a_suite(tmp_path, capsys):
+    suite, out = tmp_path / "suite", tmp_path / "pages"
+    flags = "--tokens 1024 --batch-size 512 --heldout-tokens 512 --buffer-tokens 1024 --k 8"
+    given = [*flags.split(), "--dict-size", "128", "--layer", "2", "1", "--out", str(suite)]
+    assert train(given) == 0
+    assert command.main([str(suite)]) == 2
+    assert "is a sweep: give --out FOLDER" in capsys.readouterr().err
+    few = ["--tokens", "500", "--sample", "2", "--correlation-tokens", "0"]
+    assert command.main([str(suite), *few, "--out", str(out)]) == 0
+    names = ["layer1", "layer2"]
+    page = Page((out / "index.html").read_text(encoding="utf-8"))
+    links = [attributes["href"] for tag, attributes in page.elements if tag == "a"]
+    assert links == [f"./{name}.html" for name in names]
+    assert {path.name for path in out.iterdir()} == {"index.html", *(f"{n}.html" for n in names)}
+    assert [text.strip() for text in page.of(scope="rowgroup")] == names

@@ -5,9 +5,11 @@ from pathlib import Path
 
 from kronsae.commandline import exit_status, given_place, integer
 from kronsae.errors import InputError
+from kronsae.explore.site import write_site
 from kronsae.explore.write import write_explorer
 from kronsae.features.card import card, check_file
 from kronsae.interop.load import load
+from kronsae.interop.suite import INDEX_NAME
 from kronsae.properties.run import PropertiesParser, is_run, open_properties, say
 from kronsae.properties.store import FOLDER
 from kronsae.system.files import check_writable
@@ -22,11 +24,15 @@ def work(argv: list[str]) -> None:
         "properties/ beside --out).",
         "kronsae explore runs/MY-RUN\n"
         "kronsae explore SAE --model gpt2 --layer 6 --dataset text.jsonl --out sae.html\n"
-        "kronsae explore runs/MY-RUN --feature 537 --out card.png",
+        "kronsae explore runs/MY-RUN --feature 537 --out card.png\n"
+        "kronsae explore runs/MY-SUITE --out pages",
         saes=True,
     )
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="page (default: RUN/explorer.html)"
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="page (default: RUN/explorer.html); of a sweep or suite: a folder of pages",
     )
     parser.add_argument(
         "--feature",
@@ -37,6 +43,14 @@ def work(argv: list[str]) -> None:
     )
     settings, text, flags = parser.read(argv)
     run = flags["run"]
+    if (run / INDEX_NAME).is_file() and "subfolder" not in flags:
+        if "feature" in flags or "out" not in flags:
+            raise InputError(
+                f"{run} is a sweep: give --out FOLDER for the pages of all members, or give the "
+                "folder of one member"
+            )
+        say(f"{write_site(run, settings, text, flags['device'], flags['out'])}: open it")
+        return
     of_run = is_run(run)
     place = given_place(flags)
     if not of_run and "out" not in flags:
