@@ -1,4 +1,4 @@
-"""The Python examples of README, docs/training.md and docs/looking.md run as they stand.
+"""README is short; its Python examples, and those of pages, run as they stand.
 
 The commands and links of all pages exist.
 """
@@ -23,7 +23,13 @@ from kronsae.training.options import make_parser, parse
 ROOT = Path(__file__).parent.parent
 README, *PAGES = (
     (ROOT / name).read_text(encoding="utf-8")
-    for name in ("README.md", "docs/training.md", "docs/looking.md")
+    for name in (
+        "README.md",
+        "docs/training.md",
+        "docs/looking.md",
+        "docs/libraries.md",
+        "docs/claims.md",
+    )
 )
 TEXT = "\n".join([README, *PAGES])
 ALL_PAGES = [
@@ -40,8 +46,16 @@ def example(words: str) -> str:
     return found
 
 
-def test_there_are_examples():
-    assert len(EXAMPLES) == 5 and len(COMMANDS) >= 3
+def test_it_is_short():
+    assert len(README.splitlines()) <= 120
+
+
+def test_features_example(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    sae = SAE(SAEConfig(d_model=256, heads=150, m=2, n=2, k=8))
+    sae.save("runs/MY-RUN", {"data": {"name": "embedded", "layer": 2}})
+    exec(example("kronsae.language_model"), {})
+    assert "latent" in capsys.readouterr().out
 
 
 def test_training_example(tmp_path, monkeypatch, capsys):
@@ -63,7 +77,7 @@ def test_grid_example():
 
 def test_kernels_example():
     names: dict = {}
-    exec(example("dense_encode"), names)
+    exec(example("topk = dense_encode"), names)
     assert names["x_hat"].shape == (32, 64)
     assert names["w_enc"].grad.any() and names["w_dec"].grad.any()
     assert names["topk"].values.shape == (32, 8)
@@ -74,7 +88,7 @@ def test_fused_step_example(capsys):
     pytest.importorskip("triton")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     names: dict = {}
-    exec(example("TrainingStep").replace('"cuda"', f'"{device}"'), names)
+    exec(example("import TrainingStep").replace('"cuda"', f'"{device}"'), names)
     assert 0 < float(capsys.readouterr().out) < 10
     assert names["grad_norm"].isfinite()
 
@@ -157,8 +171,9 @@ def test_experiments_parse():
     assert found
 
 
-def test_files_named_in_the_readme_exist():
-    tree = re.search(r"## Where things are\n\n```\n(.*?)```", README, flags=re.DOTALL).group(1)
+def test_files_named_in_the_tree_exist():
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    tree = re.search(r"## Where things are\n\n```\n(.*?)```", text, flags=re.DOTALL).group(1)
     folder, missing = "", []
     for line in tree.splitlines():
         names = re.findall(r"([\w/]+\.py|\w+/)(?=\s|$)", line)
