@@ -21,7 +21,8 @@ from kronsae_kernels import (
     threshold_encode,
 )
 
-FAMILIES, DRAWS = 20, 25
+FAMILIES, USUAL, DRAWS = 20, 12, 25
+"""Families of shapes; those of them that are not slow; draws of each."""
 
 
 def strided(tensor: torch.Tensor, draw: random.Random) -> torch.Tensor:
@@ -115,7 +116,10 @@ def close(got, expected):
         torch.testing.assert_close(a.double(), b, rtol=3e-6, atol=3e-6 * scale + 2.0**-146)
 
 
-@pytest.mark.parametrize("seed", range(FAMILIES))
+@pytest.mark.parametrize(
+    "seed",
+    [pytest.param(i, marks=() if i < USUAL else pytest.mark.slow) for i in range(FAMILIES)],
+)
 @torch._dynamo.config.patch(capture_dynamic_output_shape_ops=True)
 def test_drawn_autoencoders(seed):
     family = Family(seed)

@@ -11,7 +11,7 @@ from kronsae_kernels.common import COMPOSITIONS
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
-SHAPES_A_DTYPE = 60
+SHAPES_A_DTYPE = 40
 """Distinct shapes that each test below must have run at, for each dtype."""
 of_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).split(".")[1])
 CORNERS = (

@@ -58,7 +58,9 @@ def config(request):
     return SAEConfig(k=4, **request.param)
 
 
-@pytest.mark.parametrize("skip", [False, True], ids=["", "skip"])
+@pytest.mark.parametrize(
+    "skip", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "skip"]
+)
 def test_a_transcoder_from_its_start_to_its_file(config, skip, tmp_path):
     config = SAEConfig(**{**vars(config), "skip": skip})
     whole = fit(config, (X, Y), TRAIN, heldout=HELDOUT, out=tmp_path / "whole")
