@@ -1,6 +1,7 @@
 """Properties of latents, against loops over every token of small texts."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,8 +22,16 @@ from kronsae.properties import (
     summarise,
 )
 from kronsae.properties import gather as gather_module
+from kronsae.properties import store as store_module
 from kronsae.properties import token_mass as token_mass_module
-from kronsae.properties.examples import WINDOW, Examples, IndexedText, random_scores
+from kronsae.properties.examples import (
+    INTERVALS,
+    WINDOW,
+    Examples,
+    IndexedText,
+    IntervalExamples,
+    random_scores,
+)
 from kronsae.properties.gather import pre_latents
 from kronsae.properties.geometry import kinship, mean_cosines
 from kronsae.properties.histogram import BINS, Histograms
@@ -80,7 +89,7 @@ def activations_of(sae, text):
     return out
 
 
-SETTINGS = MeasureConfig(tokens=10**6, top=3, sample=5, correlation_tokens=10**6)
+SETTINGS = MeasureConfig(tokens=10**6, top=3, sample=5, intervals=2, correlation_tokens=10**6)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -93,6 +102,7 @@ def test_equals_loops_over_every_token(name):
         for latent in range(values.shape[2]):
             fired += check_latent(examined, latent, values[..., latent], text)
     assert fired > 10
+    np.testing.assert_array_equal(found.text, text[0])
     assert (found.pre is None) == (name == "dense")
 
 
@@ -124,6 +134,8 @@ def check_latent(examined, latent, z, text):
     np.testing.assert_array_equal(examined.histogram[latent], expected)
     check_top(examined.top, latent, z, ids)
     check_sample(examined.sample, latent, z, ids)
+    if examined.intervals is not None:
+        check_intervals(examined, latent, z, ids)
     return 1
 
 
@@ -148,6 +160,20 @@ def check_sample(examples, latent, z, ids):
         check_window(examples, latent, slot, z, ids)
 
 
+def check_intervals(examined, latent, z, ids):
+    """Every interval has its share of the histogram's activations, as many as fit."""
+    examples, top = examined.intervals, examined.histogram_top[latent]
+    counts = examined.histogram[latent].reshape(INTERVALS, -1).sum(1)
+    for interval, count in enumerate(counts):
+        row = latent * INTERVALS + interval
+        places = examples.places[row][examples.places[row] >= 0]
+        assert len(set(places)) == len(places) == min(2, count)
+        inside = z.ravel()[places].astype(np.float32) / np.float32(top) * INTERVALS
+        assert ((interval <= inside) & (inside < interval + 1)).all()
+        for slot in range(len(places)):
+            check_window(examples, row, slot, z, ids)
+
+
 def check_window(examples, latent, slot, z, ids):
     context, position = divmod(int(examples.places[latent, slot]), LENGTH)
     for place in range(WINDOW):
@@ -167,7 +193,9 @@ def test_does_not_depend_on_batches(monkeypatch):
         np.testing.assert_array_equal(first.count, second.count)
         np.testing.assert_array_equal(first.histogram, second.histogram)
         np.testing.assert_allclose(first.entropy, second.entropy, atol=1e-6)
-        for kind in ("top", "sample"):
+        for kind in ("top", "sample", "intervals"):
+            if getattr(first, kind) is None:
+                continue
             one_kind, other_kind = getattr(first, kind), getattr(second, kind)
             np.testing.assert_array_equal(one_kind.places, other_kind.places)
             np.testing.assert_array_equal(one_kind.tokens, other_kind.tokens)
@@ -176,6 +204,37 @@ def test_does_not_depend_on_batches(monkeypatch):
     third = measure(sae, batches(text, 10), TOKENS, other_seed)
     assert (third.post.sample.places != one.post.sample.places).any()
     np.testing.assert_array_equal(third.post.top.places, one.post.top.places)
+
+
+def test_samples_of_intervals_are_uniform(monkeypatch):
+    """Of each interval's events all are kept equally often, however often the range doubled."""
+    count, size = 1000, 3
+    values = np.concatenate([np.linspace(0.1, top, 8) for top in (0.9, 3.0, 12.0, 14.9)])
+    gathered = IntervalExamples(count, size)
+    text = IndexedText(np.zeros((1, len(values)), np.int32), np.ones((1, len(values)), bool))
+    for place, value in enumerate(values):
+        rows, latents = np.full(count, place), np.arange(count)
+        scores = random_scores(0, latents, rows)
+        gathered.add(
+            *(text, latents, rows, np.full(count, value), scores),
+            lambda latents, rows: np.zeros(rows.shape),
+        )
+    assert (gathered.top == 16).all()
+    kept = np.bincount(gathered.examples.places.clip(0).ravel(), minlength=len(values))
+    intervals = (values / 2).astype(int)
+    for interval in set(intervals):
+        places = np.flatnonzero(intervals == interval)
+        places = places[places > 0]  # as 0 stands for no example above
+        expected = count * min(1, size / (intervals == interval).sum())
+        assert np.abs(kept[places] - expected).max() < 5 * math.sqrt(expected)
+    monkeypatch.setattr(gather_module, "INTERVAL_BYTES", 264 * INTERVALS * 50)
+    assert gather_module._interval_size(20) == 2 and gather_module._interval_size(10**6) == 1
+
+
+def test_text_is_kept_while_it_is_short(monkeypatch):
+    sae, text = an_sae(KRON), a_text()
+    monkeypatch.setattr(gather_module, "TEXT_TOKENS", 10 * LENGTH - 1)
+    assert measure(sae, batches(text, 3), TOKENS, SETTINGS).text is None
 
 
 def test_stops_after_enough_tokens():
@@ -425,7 +484,7 @@ def test_no_logit_effects_without_a_head_or_of_another_width():
 
 
 @pytest.mark.parametrize("name", ["kron", "dense"])
-def test_kept_as_files(name, tmp_path):
+def test_kept_as_files(name, tmp_path, monkeypatch):
     sae, text = an_sae(CONFIGS[name]), a_text()
     found = measure(sae, batches(text, 3), TOKENS, SETTINGS)
     nearest = nearest_rows(sae.W_dec.detach(), 2)
@@ -436,8 +495,16 @@ def test_kept_as_files(name, tmp_path):
     np.testing.assert_array_equal(again.nearest.cosines, nearest.cosines)
     np.testing.assert_array_equal(again.properties.post.entropy, found.post.entropy)
     np.testing.assert_array_equal(again.properties.post.top.tokens, found.post.top.tokens)
+    intervals = again.properties.post.intervals
+    np.testing.assert_array_equal(intervals.places, found.post.intervals.places)
+    np.testing.assert_array_equal(again.properties.text, found.text)
     assert (again.properties.pre is None) == (name == "dense")
     assert again.facts["summary"] == stored.facts["summary"]
+    old = found._replace(text=None, post=replace(found.post, intervals=None))
+    monkeypatch.setattr(store_module, "FORMAT_VERSION", 1)
+    save_properties(stored._replace(properties=old), tmp_path / "properties")
+    again = load_properties(tmp_path / "properties").properties
+    assert again.text is None and again.post.intervals is None and again.tokens == found.tokens
     path = tmp_path / "properties" / "properties.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1

@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import numpy as np
 
+from kronsae.properties.histogram import doublings
 from kronsae.properties.token_mass import rank, uniform
 
 WINDOW = 31
@@ -16,8 +17,16 @@ WINDOW = 31
 NO_TOKEN = -1
 """Where a window reaches beyond its context, and where a context is padded."""
 
-PARTS = ("scores", "places", "tokens", "values")
-"""Arrays of `Examples`, as they are stored."""
+EMPTY = {"scores": -np.inf, "places": -1, "tokens": NO_TOKEN, "values": 0}
+"""Arrays of `Examples`, as they are stored, and what stands in them where there is no example."""
+
+PARTS = tuple(EMPTY)
+
+INTERVALS = 8
+"""Intervals of a latent's activations from which `IntervalExamples` samples."""
+
+JOINED = 4096
+"""Latents whose intervals are joined at a time."""
 
 
 class IndexedText:
@@ -106,6 +115,59 @@ class Examples:
             at = order if values.ndim == 2 else order[..., None]
             setattr(self, name, np.take_along_axis(values, at, 1))
         return self
+
+
+class IntervalExamples:
+    """For each latent a uniform sample of its events in each of INTERVALS equal intervals.
+
+    The intervals lie over [0, top), as the bins of `Histograms` do: when a larger activation comes,
+    top doubles and pairs of intervals are joined, which leaves a uniform sample of both.
+    Memory: that of `Examples(count * INTERVALS, size)`.
+    """
+
+    def __init__(self, count: int, size: int) -> None:
+        self.top = np.zeros(count)
+        self.examples = Examples(count * INTERVALS, size)
+        """A row for each latent and interval, latent by latent."""
+
+    def add(
+        self,
+        text: IndexedText,
+        latents: np.ndarray,
+        rows: np.ndarray,
+        values: np.ndarray,
+        scores: np.ndarray,
+        activations: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    ) -> None:
+        """Events [e] with their activations and `random_scores`; the rest as for `Examples`."""
+        peak = np.zeros(len(self.top))
+        np.maximum.at(peak, latents, values)
+        for grow in doublings(self.top, peak):
+            for start in range(0, len(grow), JOINED):
+                self._join(grow[start : start + JOINED])
+        share = values / np.where(self.top > 0, self.top, 1)[latents]
+        intervals = (share * INTERVALS).astype(np.int64).clip(0, INTERVALS - 1)
+        self.examples.add(
+            text,
+            latents * INTERVALS + intervals,
+            rows,
+            scores,
+            lambda owners, window: activations(owners // INTERVALS, window),
+        )
+
+    def _join(self, latents: np.ndarray) -> None:
+        """Join pairs of intervals of some latents."""
+        half, size = INTERVALS // 2, self.examples.scores.shape[1]
+        rows = latents[:, None] * INTERVALS + np.arange(INTERVALS)
+        low, high = rows[:, :half], rows[:, half:]
+        joined = self.examples.scores[rows].reshape(len(latents), half, 2 * size)
+        order = np.argsort(-joined, 2, kind="stable")[..., :size]
+        for name, empty in EMPTY.items():
+            values = getattr(self.examples, name)
+            both = values[rows].reshape(len(latents), half, 2 * size, *values.shape[2:])
+            at = order if both.ndim == 3 else order[..., None]
+            values[low], values[high] = np.take_along_axis(both, at, 2), empty
+        self.examples.floor[rows] = self.examples.scores[rows].min(2, initial=np.inf)
 
 
 def random_scores(seed: int, latents: np.ndarray, places: np.ndarray) -> np.ndarray:

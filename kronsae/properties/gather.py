@@ -20,7 +20,14 @@ from kronsae.config import SAEConfig, check_values, setting
 from kronsae.errors import InputError
 from kronsae.model.sae import SAE
 from kronsae.properties.correlation import active_codes, joined, mean_correlations
-from kronsae.properties.examples import WINDOW, Examples, IndexedText, random_scores
+from kronsae.properties.examples import (
+    INTERVALS,
+    WINDOW,
+    Examples,
+    IndexedText,
+    IntervalExamples,
+    random_scores,
+)
 from kronsae.properties.histogram import Histograms
 from kronsae.properties.token_mass import TokenMass, largest_shares
 from kronsae_kernels import SparseCodes
@@ -30,6 +37,12 @@ PAPER_SAMPLE = 384
 
 SAMPLE_BYTES = 2**31
 """Most memory of the sampled examples, where their number is left open."""
+
+INTERVAL_SAMPLE, INTERVAL_BYTES = 4, 2**30
+"""Examples of each interval of a latent, and most memory of all, if their number is left open."""
+
+TEXT_TOKENS = 2**23
+"""Longest text that is kept whole, so that examples can be shown with more around them."""
 
 CHUNK_TOKENS = 4096
 CHUNK_SCORES = 2**24
@@ -48,6 +61,11 @@ class MeasureConfig:
         0,
         "examples of each latent to sample (0: 384 as in the paper, or as many as fit in 2 GiB;"
         " embedded model: 32)",
+    )
+    intervals: int = setting(
+        0,
+        "examples of each latent to sample from each eighth of the range of its activations (0: 4,"
+        " or as many as fit in 1 GiB)",
     )
     correlation_tokens: int = setting(65_536, "tokens, the first, over which to correlate latents")
     seed: int = setting(0, "of the sample")
@@ -80,6 +98,9 @@ class Examined:
     """The strongest examples, one a context."""
     sample: Examples
     """A uniform sample of the tokens where it fires."""
+    intervals: Examples | None = None
+    """[N INTERVALS] a uniform sample of each interval of a latent's activations, INTERVALS equal
+    ones over [0, histogram_top); of latents alone, and not in what older versions measured."""
 
 
 class Properties(NamedTuple):
@@ -100,6 +121,9 @@ class Properties(NamedTuple):
     """[F] with all other latents. Both: None if correlation_tokens is 0."""
     exact_entropy: dict[str, bool]
     """Whether token entropies are exact, or estimates of a sketch; by "post" and "pre"."""
+    text: np.ndarray | None = None
+    """[c, L] token ids of all contexts that were read (-1: padding), which examples' places number;
+    None: it was longer than TEXT_TOKENS, or an older version measured this."""
 
 
 @torch.no_grad()
@@ -120,14 +144,17 @@ def measure(
     config = sae.config
     pre_count = config.heads * (config.m + config.n)
     sample = settings.sample or _sample_size(config.dict_size + pre_count)
-    post = _Sums(config.dict_size, vocabulary, settings.top, sample, settings.seed)
+    intervals = settings.intervals or _interval_size(config.dict_size)
+    post = _Sums(config.dict_size, vocabulary, settings.top, sample, settings.seed, intervals)
     pre = _Sums(pre_count, vocabulary, settings.top, sample, settings.seed + 1)
     both = torch.zeros(config.heads, config.m, config.n, dtype=torch.float64)
     codes: list[SparseCodes] = []
+    kept = KeptText()
     tokens = contexts = 0
     for ids, mask, rows in _read(batches, pre_count, settings.tokens):
         text = IndexedText(ids.cpu().numpy(), mask.cpu().numpy(), contexts)
         contexts += len(ids)
+        kept.add(text.ids)
         if not len(rows):  # special tokens alone
             continue
         x = rows[:, : config.d_model].to(sae.W_dec)
@@ -148,10 +175,15 @@ def measure(
     head, others = _correlations(sae, joined(codes)) if codes else (None, None)
     exact = {"post": post.mass.exact}
     if not config.heads:
-        return Properties(tokens, contexts, post.result(), None, None, head, others, exact)
+        return Properties(
+            tokens, contexts, post.result(), None, None, head, others, exact, kept.whole()
+        )
     exact["pre"] = pre.mass.exact
     counts = both.long().numpy()
-    return Properties(tokens, contexts, post.result(), pre.result(), counts, head, others, exact)
+    return Properties(
+        *(tokens, contexts, post.result(), pre.result()),
+        *(counts, head, others, exact, kept.whole()),
+    )
 
 
 def _both(config: SAEConfig, fires: Tensor) -> Tensor:
@@ -163,6 +195,32 @@ def _both(config: SAEConfig, fires: Tensor) -> Tensor:
 def _sample_size(count: int) -> int:
     """Examples to sample of each of `count` latents and pre-latents: as many as fit."""
     return max(1, min(PAPER_SAMPLE, SAMPLE_BYTES // (count * (8 * WINDOW + 16))))
+
+
+def _interval_size(count: int) -> int:
+    """Examples to sample of each interval of `count` latents: as many as fit."""
+    each = count * INTERVALS * (8 * WINDOW + 16)
+    return max(1, min(INTERVAL_SAMPLE, INTERVAL_BYTES // each))
+
+
+class KeptText:
+    """The contexts that were read, unless they are too many."""
+
+    def __init__(self) -> None:
+        self.parts: list[np.ndarray] | None = []
+        self.tokens = 0
+
+    def add(self, ids: np.ndarray) -> None:
+        """Token ids [c, L] of the next contexts."""
+        self.tokens += ids.size
+        if self.tokens > TEXT_TOKENS:
+            self.parts = None
+        elif self.parts is not None:
+            self.parts.append(ids.astype(np.int32))
+
+    def whole(self) -> np.ndarray | None:
+        """All contexts [c, L]; None if there are more than TEXT_TOKENS tokens."""
+        return None if self.parts is None else np.concatenate(self.parts)
 
 
 def pre_latents(sae: SAE, x: Tensor) -> Tensor:
@@ -198,7 +256,9 @@ def _read(
 class _Sums:
     """Running sums of N latents."""
 
-    def __init__(self, count: int, vocabulary: int, top: int, sample: int, seed: int) -> None:
+    def __init__(
+        self, count: int, vocabulary: int, top: int, sample: int, seed: int, intervals: int = 0
+    ) -> None:
         self.seed = seed
         self.count = np.zeros(count, np.int64)
         self.sum = np.zeros(count)
@@ -207,6 +267,7 @@ class _Sums:
         self.mass = TokenMass(count, vocabulary)
         self.histograms = Histograms(count)
         self.top, self.sample = Examples(count, top), Examples(count, sample)
+        self.intervals = IntervalExamples(count, intervals) if intervals else None
 
     def add(
         self, text: IndexedText, latents: np.ndarray, rows: np.ndarray, values: np.ndarray
@@ -231,6 +292,8 @@ class _Sums:
 
         scores = random_scores(self.seed, latents, text.places(rows))
         self.sample.add(text, latents, rows, scores, activations)
+        if self.intervals is not None:
+            self.intervals.add(text, latents, rows, values, scores, activations)
         peak = np.full(size * contexts, -np.inf)
         np.maximum.at(peak, pair, values)
         highest = np.flatnonzero(values == peak[pair])
@@ -287,6 +350,7 @@ class _Sums:
             shares,
             top,
             self.sample.sort(),
+            None if self.intervals is None else self.intervals.examples.sort(),
         )
 
 

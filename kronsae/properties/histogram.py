@@ -1,8 +1,25 @@
 """Histograms of streams whose range nobody knows beforehand."""
 
+from collections.abc import Iterator
+
 import numpy as np
 
 BINS = 32
+
+
+def doublings(top: np.ndarray, peak: np.ndarray) -> Iterator[np.ndarray]:
+    """Raise `top` [N] in place to the smallest powers of two above `peak` [N].
+
+    Yields, for each time that the range of some latents doubles, which ones; not for those whose
+    range was 0.
+    """
+    needed = np.where(peak > 0, np.ldexp(1.0, np.frexp(peak)[1]), 0.0)
+    grow = np.flatnonzero((needed > top) & (top > 0))
+    while len(grow):
+        yield grow
+        top[grow] *= 2
+        grow = grow[needed[grow] > top[grow]]
+    np.maximum(top, needed, out=top)
 
 
 class Histograms:
@@ -36,14 +53,9 @@ class Histograms:
 
     def _grow(self, peak: np.ndarray) -> None:
         """Make room for values up to peak [N]."""
-        needed = np.where(peak > 0, np.ldexp(1.0, np.frexp(peak)[1]), 0.0)
-        grow = np.flatnonzero((needed > self.top) & (self.top > 0))
-        while len(grow):
+        for grow in doublings(self.top, peak):
             joined = self.counts[grow].reshape(-1, BINS // 2, 2).sum(2)
             self.counts[grow] = np.pad(joined, ((0, 0), (0, BINS // 2)))
-            self.top[grow] *= 2
-            grow = grow[needed[grow] > self.top[grow]]
-        self.top = np.maximum(self.top, needed)
 
     def _count(self, cells: np.ndarray) -> None:
         flat = np.bincount(cells, minlength=self.counts.size)

@@ -17,7 +17,9 @@ from kronsae.system.documents import Keys, typed
 from kronsae.system.files import read_checksummed, replace_directory, sha256, write_checksummed
 
 FOLDER = "properties"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READ_VERSIONS = (1, FORMAT_VERSION)
+"""Version 1 has neither examples by interval nor the text."""
 _ARRAYS, _FACTS = "properties.safetensors", "properties.json"
 _DOCUMENT = Keys(
     {
@@ -55,7 +57,7 @@ def save_properties(stored: Stored, folder: Path) -> Path:
 
     properties = stored.properties
     arrays: dict[str, np.ndarray] = {}
-    for name in ("post", "pre", "both", "head_correlation", "other_correlation"):
+    for name in ("post", "pre", "both", "head_correlation", "other_correlation", "text"):
         arrays |= _arrays(name, getattr(properties, name))
     arrays |= _arrays("nearest", stored.nearest) | _arrays("logits", stored.logits)
 
@@ -88,11 +90,11 @@ def load_properties(folder: Path) -> Stored:
         document = typed(read_checksummed(folder / _FACTS), _DOCUMENT, "")
     except (OSError, ValueError) as error:
         raise InputError(f"{folder / _FACTS} cannot be read: {error}") from error
-    kind = document["format"], document["format_version"]
-    if kind != ("kronsae-properties", FORMAT_VERSION):
+    kind, version = document["format"], document["format_version"]
+    if kind != "kronsae-properties" or version not in READ_VERSIONS:
         raise InputError(
-            f"{folder / _FACTS}: expected format 'kronsae-properties', version {FORMAT_VERSION}, "
-            f"got {kind}"
+            f"{folder / _FACTS}: expected format 'kronsae-properties', version "
+            f"{' or '.join(map(str, READ_VERSIONS))}, got {(kind, version)}"
         )
     path = folder / _ARRAYS
     if not path.is_file() or sha256(path) != document["sha256"]:
@@ -110,6 +112,7 @@ def load_properties(folder: Path) -> Stored:
         arrays.get("head_correlation"),
         arrays.get("other_correlation"),
         document["exact_entropy"],
+        arrays.get("text"),
     )
     nearest, logits = _fields("nearest", arrays), _fields("logits", arrays)
     return Stored(
@@ -136,7 +139,9 @@ def _arrays(name: str, value: Any) -> dict[str, np.ndarray]:
 
 def _examined(name: str, arrays: dict[str, np.ndarray]) -> Examined:
     fields: dict[str, Any] = _fields(name, arrays)
-    for kind in ("top", "sample"):
+    for kind in ("top", "sample", "intervals"):
+        if f"{kind}.scores" not in fields:
+            continue
         fields[kind] = examples = Examples(0, 0)
         for part in PARTS:
             setattr(examples, part, fields.pop(f"{kind}.{part}"))
