@@ -24,6 +24,7 @@ from kronsae.properties import (
     nearest_rows,
     summarise,
 )
+from kronsae.properties.examples import INTERVALS, WINDOW
 from kronsae.properties.geometry import LogitEffects, kinship, mean_cosines
 
 EVIL = (
@@ -141,14 +142,16 @@ def make_large_page(folder: Path) -> Path:
     config = SAEConfig(d_model=4, heads=8192, m=4, n=4, k=50)
     sae = SAE(config, generator=torch.Generator().manual_seed(0))
     size, words = config.dict_size, 50_000
+    text = (words * rng.random((4000, 256), np.float32) ** 4).astype(np.int32)
 
     def examples(count: int, kept: int) -> Examples:
         out = Examples(count, kept)
         out.scores = -np.sort(-rng.exponential(5.0, (count, kept)))
-        out.places = rng.integers(0, 10**7, (count, kept))
+        out.places = rng.integers(0, text.size, (count, kept))
         out.tokens = (words * rng.random(out.tokens.shape, np.float32) ** 4).astype(np.int32)
         shade = rng.random(out.values.shape, np.float32)
         out.values = np.where(shade < 0.1, 50 * shade, 0)
+        out.values[..., WINDOW // 2] = np.where(np.isfinite(out.scores), out.scores, 0)
         return out
 
     def examined(count: int) -> Examined:
@@ -156,14 +159,17 @@ def make_large_page(folder: Path) -> Path:
         shares = -np.sort(-rng.random((count, 8))) / 8
         counts, means = rng.integers(0, 1000, count), rng.exponential(3.0, count)
         histograms, tops = rng.poisson(3.0, (count, 32)), np.full(count, 16.0)
-        top, sample = examples(count, 4), examples(count, 1)
+        top, sample = examples(count, 8), examples(count, 4)
+        intervals = examples(INTERVALS * count, 2) if count == size else None
         return Examined(
-            counts, means, means, counts / 1e4, histograms, tops, tokens, shares, top, sample
+            *(counts, means, means, counts / 1e4, histograms, tops, tokens, shares),
+            *(top, sample, intervals),
         )
 
     post, pre = examined(size), examined(8192 * 8)
     both = rng.integers(1000, 2000, (8192, 4, 4))
-    found = Properties(10**6, 4000, post, pre, both, None, None, {"post": False, "pre": False})
+    exact = {"post": False, "pre": False}
+    found = Properties(10**6, 4000, post, pre, both, None, None, exact, text)
     nearest = Nearest(rng.integers(0, size, (size, 8)), rng.random((size, 8)))
     tokens, by = rng.integers(0, words, (2, size, 10)), rng.random((size, 10))
     logits = LogitEffects(tokens[0], by, tokens[1], -by, "norm")

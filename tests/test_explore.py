@@ -12,13 +12,14 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 import torch
-from explorer_pages import CONFIGS, EVIL, make_page
+from explorer_pages import CONFIGS, EVIL, LENGTH, make_page
 from jinja2.utils import htmlsafe_json_dumps
 
 from kronsae import SAEConfig, TrainConfig, load
 from kronsae.explore import __main__ as command
 from kronsae.explore.blocks import ALIGN, encode, rounded, smallest
 from kronsae.properties import WINDOW, load_properties
+from kronsae.properties.examples import INTERVALS
 from kronsae.properties.run import open_run
 from kronsae.train import fit
 from kronsae.train import main as train
@@ -76,10 +77,13 @@ def decode_json(block: str) -> object:
 def read(made):
     page = Page(made.page.read_text(encoding="utf-8"))
     [facts], [index], [vocabulary] = (page.of(id=name) for name in ("facts", "index", "vocabulary"))
-    details = []
+    index = decode(index)
+    details, text, lists = [], *(decode(page.of(id=name)[0].strip()) for name in ("text", "lists"))
+    index |= lists
+    facts = json.loads(facts) | {"text": text}
     while block := page.of(id=f"details-{len(details)}"):
         details.append(decode(block[0].strip()))
-    return page, json.loads(facts), decode(index), decode_json(vocabulary), details
+    return page, facts, index, decode_json(vocabulary), details
 
 
 def test_index_is_the_properties(made):
@@ -98,7 +102,7 @@ def test_index_is_the_properties(made):
         for latent in np.flatnonzero(fires)[:50]:
             numbers = index[f"{name}.tokens"][latent]
             shown = [vocabulary[n] for n in numbers if n < len(vocabulary)]
-            assert shown == [text_of(t) for t in examined.top_tokens[latent][:4] if t >= 0]
+            assert shown == [text_of(t) for t in examined.top_tokens[latent] if t >= 0]
     assert (~(found.post.count > 0)).any()
 
 
@@ -127,29 +131,44 @@ def test_details_are_the_properties(made):
             )
             raised = [vocabulary[n] for n in block["raised"][row]]
             assert raised == [text_of(t) for t in made.stored.logits.raised[latent].tolist()]
-            check_examples(block, row, found.post.top, latent, vocabulary)
+            check_examples(block, row, found, latent, facts["text"], vocabulary)
+            check_intervals(block, row, found, latent)
     assert seen == made.sae.dict_size
 
 
-def check_examples(block, row, examples, latent, vocabulary):
-    """Those on the page are among the strongest, in their order, with their activations."""
-    phrases = []
-    for place, numbers in enumerate(block["post.top.tokens"][row]):
-        if numbers[WINDOW // 2] >= len(vocabulary):
+def check_examples(block, row, found, latent, text, vocabulary):
+    """Those on the page are among the strongest, in their order, each with its activations."""
+    examples, flat = found.post.top, found.text.ravel()
+    contexts = []
+    for slot, place in enumerate(block["post.top.places"][row].tolist()):
+        if place == NOWHERE:
             continue
-        values = block["post.top.values"][row, place] / 255 * block["post.top.peaks"][row, place]
-        texts = [vocabulary[n] if n < len(vocabulary) else None for n in numbers]
-        phrases.append(tuple(texts))
-        slots = [
-            slot
-            for slot in range(examples.tokens.shape[1])
-            if [None if t < 0 else text_of(t) for t in examples.tokens[latent, slot]] == texts
-        ]
-        assert slots
-        expected = examples.values[latent, slots[0]]
+        contexts.append(place // LENGTH)
+        values = block["post.top.values"][row, slot] / 255 * block["post.top.peaks"][row, slot]
+        [kept] = np.flatnonzero(examples.places[latent] == place)
+        expected = examples.values[latent, kept]
         np.testing.assert_allclose(values, expected, atol=expected.max() / 200)
-    assert len(phrases) == len(set(phrases))
-    assert bool(phrases) == (examples.places[latent, 0] >= 0)
+        assert vocabulary[text["tokens"].ravel()[place]] == text_of(flat[place])
+    assert len(contexts) == len(set(contexts))
+    assert bool(contexts) == (examples.places[latent, 0] >= 0)
+
+
+def check_intervals(block, row, found, latent):
+    """Examples of an interval have activations inside it, and all are of different contexts."""
+    places = block["post.intervals.places"][row].reshape(INTERVALS, -1)
+    top = found.post.histogram_top[latent]
+    contexts = []
+    for interval, slot in zip(*np.nonzero(places != NOWHERE), strict=True):
+        contexts.append(places[interval, slot] // LENGTH)
+        at = interval * places.shape[1] + slot
+        shade = block["post.intervals.values"][row, at, WINDOW // 2] / 255
+        share = shade * block["post.intervals.peaks"][row, at] / top * INTERVALS
+        assert interval - 0.01 <= share <= interval + 1.1
+    assert len(contexts) == len(set(contexts))
+    assert bool(contexts) == bool(found.post.count[latent])
+
+
+NOWHERE = 2**32 - 1
 
 
 def test_nothing_breaks_out(made):
@@ -161,7 +180,7 @@ def test_nothing_breaks_out(made):
         html = html.replace(htmlsafe_json_dumps(text)[1:-1], "")
     assert "pwned" not in html
     scripts = [attributes for tag, attributes in page.elements if tag == "script"]
-    assert len(scripts) == 4 + len(details)
+    assert len(scripts) == 7 + len(details)
     running = [a for a in scripts if a.get("type") not in ("text/plain", "application/json")]
     assert running == [{}]
     assert not [tag for tag, _ in page.elements if tag in ("img", "iframe", "object", "base")]

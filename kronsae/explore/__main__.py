@@ -1,15 +1,21 @@
 """`python -m kronsae.explore RUN`: a page to look into a run's latents."""
 
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from kronsae.commandline import exit_status, given_place, integer
-from kronsae.errors import InputError
+from kronsae.errors import InputError, warn
+from kronsae.explore.labels import FILE, Labels, labels_beside, read_labels, write_labels
 from kronsae.explore.site import write_site
 from kronsae.explore.write import write_explorer
 from kronsae.features.card import card, check_file
 from kronsae.interop.load import load
-from kronsae.interop.suite import INDEX_NAME
+from kronsae.interop.suite import INDEX_NAME, member_of
+from kronsae.metrics.target_model import known_data
+from kronsae.model.sae import SAE
+from kronsae.properties.examples import WINDOW
 from kronsae.properties.run import PropertiesParser, is_run, open_properties, say
 from kronsae.properties.store import FOLDER
 from kronsae.system.files import check_writable
@@ -21,9 +27,9 @@ def work(argv: list[str]) -> None:
         "explore",
         "Write one HTML file to look into the latents of a run, or of another SAE. Their "
         "properties are measured first, unless RUN/properties/ has them (for another SAE: "
-        "properties/ beside --out).",
-        "kronsae explore runs/MY-RUN\n"
-        "kronsae explore SAE --model gpt2 --layer 6 --dataset text.jsonl --out sae.html\n"
+        "properties/ beside the page).",
+        "kronsae explore runs/MY-RUN --labels explanations\n"
+        "kronsae explore SAE --model gpt2 --layer 6 --dataset text.jsonl\n"
         "kronsae explore runs/MY-RUN --feature 537 --out card.png\n"
         "kronsae explore runs/MY-SUITE --out pages",
         saes=True,
@@ -32,7 +38,8 @@ def work(argv: list[str]) -> None:
         "--out",
         type=Path,
         metavar="FILE",
-        help="page (default: RUN/explorer.html); of a sweep or suite: a folder of pages",
+        help="page (default: explorer.html in RUN, or in runs/explored/NAME); of a sweep or "
+        "suite: a folder of pages",
     )
     parser.add_argument(
         "--feature",
@@ -41,42 +48,113 @@ def work(argv: list[str]) -> None:
         help="write the card of this latent instead, as .html or .png (default: "
         "RUN/feature-N.html)",
     )
+    parser.add_argument(
+        "--labels",
+        type=Path,
+        action="append",
+        metavar="PATH",
+        help="labels of latents: the --out of kronsae interpret, or a labels.json that a page "
+        f"saved. They are kept in {FILE} beside the run, which each page shows",
+    )
     settings, text, flags = parser.read(argv)
-    run = flags["run"]
-    if (run / INDEX_NAME).is_file() and "subfolder" not in flags:
+    run, text, place = _member(flags["run"], text, given_place(flags))
+    if (run / INDEX_NAME).is_file() and "subfolder" not in place:
         if "feature" in flags or "out" not in flags:
             raise InputError(
                 f"{run} is a sweep: give --out FOLDER for the pages of all members, or give the "
                 "folder of one member"
             )
+        if "labels" in flags:
+            raise InputError(f"--labels are of one SAE, and {run} is a sweep: give one member")
         say(f"{write_site(run, settings, text, flags['device'], flags['out'])}: open it")
         return
     of_run = is_run(run)
-    place = given_place(flags)
     if not of_run and "out" not in flags:
         load(str(run), **place)  # says what is wrong with it, if it is none
-        raise InputError(f"{run} is no run: give --out FILE, in a folder for this SAE's properties")
+    home = run if of_run else _home(run, place)
     feature = flags.get("feature")
     name = "explorer.html" if feature is None else f"feature-{feature}.html"
-    out = flags.get("out", run / name)
+    out = flags.get("out", home / name)
     check_writable(out.parent)
     if feature is not None:
         check_file(out)
-    folder = (run if of_run else out.parent) / FOLDER
+    beside = run if of_run else out.parent
+    given = flags.get("labels", [])
+
+    def check(sae: SAE) -> None:
+        sae.check_latents([] if feature is None else [feature])
+        for source in given:
+            read_labels(source, sae.dict_size, None)
+
     sae, data, stored, tokenizer = open_properties(
         run,
         settings,
         text,
         flags["device"],
-        folder,
-        lambda sae: sae.check_latents([] if feature is None else [feature]),
+        beside / FOLDER,
+        check,
         **place,
     )
     if feature is not None:
         say(f"{card(sae, stored, feature, tokenizer).write(out)}: the card of latent {feature}")
         return
-    write_explorer(run, sae, stored, tokenizer, out, None if of_run else data)
+    labels = _labels(given, beside, sae.dict_size, stored.facts["sae_sha256"])
+    if stored.properties.post.intervals is None:
+        _say_what_is_missing(beside / FOLDER)
+    write_explorer(run, sae, stored, tokenizer, out, None if of_run else data, labels)
     say(f"{out} ({out.stat().st_size / 2**20:.1f} MiB): open it in a browser")
+
+
+def _member(
+    run: Path, text: dict[str, Any], place: dict[str, Any]
+) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """RUN, `text` and `place` where RUN may be a suite, of which --layer or --hookpoint names one.
+
+    What the SAE's metadata says of its layer then holds, and not the flag.
+    """
+    where = {name: text[name] for name in ("layer", "hookpoint") if name in text}
+    if not where or is_run(run) or place.get("subfolder"):
+        return run, text, place
+    if (name := member_of(str(run), **where)) is None:
+        return run, text, place
+    if is_run(run / name):
+        return run / name, {k: v for k, v in text.items() if k not in where}, place
+    place = place | {"subfolder": name}
+    known = known_data(load(str(run), **place))
+    if {"layer", "hookpoint"} & known.keys() and text.get("model", known["model"]) == known[
+        "model"
+    ]:
+        text = {k: v for k, v in text.items() if k not in where}
+    return run, text, place
+
+
+def _home(source: Path, place: dict[str, Any]) -> Path:
+    """The folder under runs/ for the page and the properties of an SAE that is no run."""
+    name = "-".join(filter(None, (str(source), place.get("subfolder"))))
+    return Path("runs", "explored", re.sub(r"[^\w.-]+", "-", name).strip("-."))
+
+
+def _labels(given: list[Path], folder: Path, latents: int, digest: str) -> Labels:
+    """The labels beside a run, after those of --labels have been added to them.
+
+    A label by a person is not replaced with one that a model wrote.
+    """
+    labels = labels_beside(folder, latents, digest)
+    for source in given:
+        for latent, label in read_labels(source, latents, digest).items():
+            if not label.by or latent not in labels or labels[latent].by:
+                labels[latent] = label
+    if given:
+        write_labels(labels, folder / FILE, digest)
+        say(f"{folder / FILE}: {len(labels):,} labels")
+    return labels
+
+
+def _say_what_is_missing(folder: Path) -> None:
+    warn(
+        f"{folder} was measured by an older version: the page has no examples by activation "
+        f"interval, and only {WINDOW} tokens of each example. Move the folder away to measure anew"
+    )
 
 
 def main(argv: list[str] | None = None) -> int:

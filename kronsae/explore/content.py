@@ -1,10 +1,11 @@
-"""Data of the explorer's page: facts, an index of all latents, and blocks of their details.
+"""Data of the explorer's page: facts, and blocks of arrays or JSON.
 
 Letters: F latents, P pre-latents, N of either, s examples, w tokens of an example's window.
 
-facts: JSON, read at once. index: arrays of all latents, for the walls, grids and lists. vocabulary:
-the texts of all tokens that occur; everything else names tokens by their number in it. Details of
-`facts["perBlock"]` heads (or groups of latents) lie in a block each, read when they are looked at.
+facts: JSON, read at once. Blocks: "index", figures of all latents, for the first view;
+"vocabulary", the texts of all tokens that occur, by whose numbers everything else names tokens;
+"lists", the tokens of all latents, for the table and the search; "labels"; "text", in which
+examples lie; "details-0" and on, the rest of `facts["perBlock"]` heads (or groups of latents) each.
 """
 
 import re
@@ -18,19 +19,15 @@ from kronsae.config import DataConfig, kind_of
 from kronsae.data.token_text import continued_texts
 from kronsae.explore.blocks import encode, encode_json, rounded, smallest
 from kronsae.explore.charts import figure_text
+from kronsae.explore.labels import Labels, plain
+from kronsae.explore.passages import counts_for, examples_of, in_text
 from kronsae.explore.report import last_evaluation, read_metrics
 from kronsae.metrics.figures import MEANING, massive_warning
 from kronsae.model.sae import SAE
-from kronsae.properties import WINDOW, Examined, Examples, Properties, Stored, gates
-from kronsae.properties.contexts import SAME_TOKENS, phrases
+from kronsae.properties import WINDOW, Examined, Properties, Stored, gates
+from kronsae.properties.examples import INTERVALS
 from kronsae.properties.summary import of_each
 from kronsae.runs.folder import read_run
-
-EXAMPLES = ((8, 8), (6, 4), (4, 2), (3, 1))
-"""Strongest and sampled examples of each latent: the first that fits in EXAMPLE_BYTES."""
-
-EXAMPLE_BYTES = 80 * 2**20
-"""Examples before they are compressed."""
 
 BLOCK_LATENTS = 64
 """At least so many latents a block, if there are."""
@@ -38,14 +35,11 @@ BLOCK_LATENTS = 64
 GROUP = 8
 """A dense encoder's latents are shown in squares of so many rows."""
 
-INDEX_TOKENS = 4
-"""Tokens of each latent in the index: those that most of its activation lies on."""
+LISTED_EFFECTS = 4
+"""Tokens that a latent makes more, and less, likely, in the lists of all latents."""
 
 PART = re.compile("⟨[0-9A-F]{2}(?: [0-9A-F]{2})*⟩")
 """Bytes in a token's text that are no character of their own."""
-
-Shown = tuple[np.ndarray, np.ndarray]
-"""Examples of N latents: their tokens [N, s, w], or these by number, and activations [N, s, w]."""
 
 
 class Grid(NamedTuple):
@@ -71,8 +65,9 @@ def make_content(
     stored: Stored,
     tokenizer: Any | None,
     activations: DataConfig | None = None,
+    labels: Labels | None = None,
 ) -> dict[str, Any]:
-    """The data of the page of a run, by the names that its template has for them.
+    """The data of the page of a run: `facts`, and `blocks` by name, in the order of their use.
 
     tokenizer: of its language model; None shows numbers.
     activations: of an SAE that is no run, `run` being where it was loaded from.
@@ -81,23 +76,23 @@ def make_content(
     grid = grid_of(sae)
     groups = {"post": properties.post} | ({"pre": properties.pre} if properties.pre else {})
     latents = sum(len(examined.count) for examined in groups.values())
-    tops, samples = _examples_shown(latents, properties.post)
+    text = properties.text
+    count = counts_for(latents, properties.post, text is not None)
+    shown = {
+        f"{name}.{kind}": examples
+        for name, examined in groups.items()
+        for kind, examples in examples_of(
+            examined, count, None if text is None else text.shape[1]
+        ).items()
+    }
+    contexts, places = in_text(text, list(shown.values()))
     lists = [examined.top_tokens for examined in groups.values()]
     if stored.logits is not None:
         lists += [stored.logits.raised, stored.logits.lowered]
-    chosen = {
-        f"{name}.{kind}": examples
-        for name, examined in groups.items()
-        for kind, examples in (
-            ("top", _distinct(examined.top, tops)),
-            ("sample", (examined.sample.tokens[:, :samples], examined.sample.values[:, :samples])),
-        )
-    }
-    vocabulary = Vocabulary([*lists, *(tokens for tokens, _ in chosen.values())], tokenizer)
-    shown = {
-        name: (vocabulary.in_context(tokens, values), values)
-        for name, (tokens, values) in chosen.items()
-    }
+    vocabulary = Vocabulary([*lists, contexts], tokenizer)
+    text_block = encode(vocabulary.in_context(contexts))
+    placed = {name: (at, shown[name].values) for name, at in zip(shown, places, strict=True)}
+    relations = _relations(sae, properties)
     per_block = max(1, BLOCK_LATENTS // (grid.m * grid.n))
     facts = {
         **_facts(run, sae, stored, activations),
@@ -105,17 +100,27 @@ def make_content(
         "perBlock": per_block,
         "latents": sae.dict_size,
         "window": WINDOW,
-        "examples": [tops, samples],
+        "contextTokens": contexts.shape[1],
+        "wholeText": text is not None,
+        "intervals": INTERVALS if count.interval else 0,
+        "examples": count._asdict(),
+        "sae": stored.facts.get("sae_sha256"),
     }
-    return {
-        "facts": facts,
-        "index": encode(_index(sae, properties, groups, vocabulary)),
+    blocks = {
+        "index": encode(_index(properties, groups)),
         "vocabulary": encode_json(vocabulary.texts),
-        "details": [
-            encode(_details(stored, grid, first, per_block, groups, shown, vocabulary))
-            for first in range(0, grid.heads, per_block)
-        ],
+        "lists": encode(_lists(stored, groups, vocabulary, contexts if text is not None else None)),
+        "labels": encode_json({} if labels is None else plain(labels)),
+        "text": text_block,
     }
+    for number, first in enumerate(range(0, grid.heads, per_block)):
+        rows = {
+            name: slice(first * width, (first + per_block) * width)
+            for name, width in (("post", grid.m * grid.n), ("pre", grid.m + grid.n))
+        }
+        details = _details(rows, stored, groups, relations, placed, vocabulary)
+        blocks[f"details-{number}"] = encode(details)
+    return {"facts": facts, "blocks": blocks}
 
 
 class Vocabulary:
@@ -125,11 +130,12 @@ class Vocabulary:
         used = np.unique(np.concatenate([np.unique(some) for some in tokens]))
         self.used, self.tokenizer = used[used >= 0], tokenizer
         self.texts = [self._texts([int(token)])[0] for token in self.used]
-        """The text that each token adds to one that has begun, on one line; later, others, too."""
+        """The text that each token adds to one that has begun, on one line; then bytes, and
+        characters of several tokens."""
         self.known = {text: number for number, text in enumerate(self.texts)}
         self.partial = np.array([bool(PART.search(text)) for text in self.texts])
 
-    def _texts(self, tokens: list[int], fires: Sequence[float] | None = None) -> list[str]:
+    def _texts(self, tokens: Sequence[int], fires: Sequence[float] | None = None) -> list[str]:
         return continued_texts(tokens, self.tokenizer, fires)
 
     def numbers(self, tokens: np.ndarray) -> np.ndarray:
@@ -139,18 +145,30 @@ class Vocabulary:
     def _numbers(self, tokens: np.ndarray) -> np.ndarray:
         return np.where(tokens < 0, -1, np.searchsorted(self.used, tokens))
 
-    def in_context(self, tokens: np.ndarray, values: np.ndarray) -> np.ndarray:
-        """Numbers of the tokens of windows [N, s, w], of which several may spell one character.
+    def in_context(self, tokens: np.ndarray) -> dict[str, np.ndarray]:
+        """Numbers of the tokens [c, L] of contexts, of which several may spell one character.
 
-        -1: no token.  values: activations, by which a part of a character is shown as bytes.
+        Such a character is the last one's text; "hiddenAt" are the places of the others, and
+        "hidden" their texts where a latent fires on them, which are bytes.
         """
         numbers = self._numbers(tokens)
-        windows = ((numbers >= 0) & self.partial[numbers]).any(-1)
-        for window in zip(*windows.nonzero(), strict=True):
-            there = numbers[window] >= 0
-            texts = self._texts(tokens[window][there].tolist(), values[window][there].tolist())
-            numbers[window][there] = [self._number(text) for text in texts]
-        return numbers
+        firing = numbers.copy()
+        partial = np.append(self.partial, False)[numbers]  # -1: no token
+        edges = np.diff(np.pad(partial, ((0, 0), (1, 1))).astype(np.int8), axis=1)
+        starts, ends = (edges > 0).nonzero(), (edges < 0).nonzero()
+        seen: dict[tuple[int, ...], tuple[list[int], list[int]]] = {}
+        for context, start, end in zip(*starts, ends[1], strict=True):
+            run = tuple(tokens[context, start:end].tolist())
+            if run not in seen:
+                plain, bytewise = self._texts(run), self._texts(run, [1.0] * len(run))
+                seen[run] = [*map(self._number, plain)], [*map(self._number, bytewise)]
+            numbers[context, start:end], firing[context, start:end] = seen[run]
+        hidden = np.flatnonzero(firing != numbers)
+        return {
+            "tokens": self.packed(numbers),
+            "hiddenAt": hidden.astype(np.uint32),
+            "hidden": self.packed(firing.ravel()[hidden]),
+        }
 
     def _number(self, text: str) -> int:
         if text not in self.known:
@@ -163,86 +181,76 @@ class Vocabulary:
         return smallest(np.append(numbers, len(self.texts)))[:-1].reshape(numbers.shape)
 
 
-def _examples_shown(count: int, post: Examined) -> tuple[int, int]:
-    """How many strongest and sampled examples of each of `count` latents the page holds."""
-    fits = [pair for pair in EXAMPLES if count * sum(pair) * WINDOW * 3 <= EXAMPLE_BYTES]
-    tops, samples = (fits or EXAMPLES[-1:])[0]
-    return min(tops, post.top.scores.shape[1]), min(samples, post.sample.scores.shape[1])
-
-
-def _distinct(examples: Examples, size: int) -> Shown:
-    """The strongest that do not repeat the text of a stronger one, up to their middle.
-
-    Their tokens; -1: none.
-    """
-    middle = WINDOW // 2
-    phrase = phrases(examples.tokens[:, :, middle - SAME_TOKENS + 1 : middle + 1])  # [N, s]
-    present = examples.places >= 0
-    later = np.tri(phrase.shape[1], k=-1, dtype=bool)
-    repeats = ((phrase[:, :, None] == phrase[:, None, :]) & later).any(2)
-    order = np.argsort(repeats | ~present, 1, kind="stable")[:, :size]
-    keep = np.take_along_axis(present & ~repeats, order, 1)[..., None]
-    return (
-        np.where(keep, np.take_along_axis(examples.tokens, order[..., None], 1), -1),
-        np.where(keep, np.take_along_axis(examples.values, order[..., None], 1), 0),
-    )
-
-
-def _index(
-    sae: SAE, properties: Properties, groups: dict[str, Examined], vocabulary: Vocabulary
-) -> dict[str, np.ndarray]:
-    """Arrays of all latents and pre-latents."""
+def _index(properties: Properties, groups: dict[str, Examined]) -> dict[str, np.ndarray]:
+    """Figures of all latents and pre-latents."""
     arrays: dict[str, np.ndarray] = {}
     for name, examined in groups.items():
         peak = examined.top.scores[:, 0]
         values = of_each(examined, properties.tokens)
         values["max"] = np.where(np.isfinite(peak), peak, np.nan)
         arrays |= {f"{name}.{key}": rounded(value) for key, value in values.items()}
-        arrays[f"{name}.tokens"] = vocabulary.numbers(examined.top_tokens[:, :INDEX_TOKENS])
-        arrays[f"{name}.shares"] = (255 * examined.top_shares[:, :INDEX_TOKENS]).astype(np.uint8)
+    return arrays
+
+
+def _lists(
+    stored: Stored,
+    groups: dict[str, Examined],
+    vocabulary: Vocabulary,
+    text: np.ndarray | None,
+) -> dict[str, np.ndarray]:
+    """Tokens of all latents and pre-latents, and how often each token is in the text."""
+    arrays: dict[str, np.ndarray] = {}
+    for name, examined in groups.items():
+        arrays[f"{name}.tokens"] = vocabulary.numbers(examined.top_tokens)
+        arrays[f"{name}.shares"] = np.ceil(65535 * examined.top_shares).astype(np.uint16)
+    if stored.logits is not None:
+        for name in ("raised", "lowered"):
+            tokens, by = (getattr(stored.logits, key) for key in (name, f"{name}_by"))
+            arrays[name] = vocabulary.numbers(tokens[:, :LISTED_EFFECTS])
+            arrays[f"{name}By"] = rounded(by[:, :LISTED_EFFECTS])
+    if text is not None:
+        used = np.searchsorted(vocabulary.used, text[text >= 0])
+        arrays["counts"] = np.bincount(used, minlength=len(vocabulary.used)).astype(np.uint32)
+    return arrays
+
+
+def _relations(sae: SAE, properties: Properties) -> dict[str, np.ndarray]:
+    """What is known of each latent [F] and others: its head, all others, its base and extension."""
     relations = {
         "headCorrelation": properties.head_correlation,
         "otherCorrelation": properties.other_correlation,
         **(gates(sae, properties) if properties.both is not None else {}),
     }
-    return arrays | {
-        f"post.{key}": rounded(value.ravel())
-        for key, value in relations.items()
-        if value is not None
-    }
+    return {name: value.ravel() for name, value in relations.items() if value is not None}
 
 
 def _details(
+    rows: dict[str, slice],
     stored: Stored,
-    grid: Grid,
-    first: int,
-    count: int,
     groups: dict[str, Examined],
-    shown: dict[str, Shown],
+    relations: dict[str, np.ndarray],
+    shown: dict[str, tuple[np.ndarray, np.ndarray]],
     vocabulary: Vocabulary,
 ) -> dict[str, np.ndarray]:
-    """Arrays of the latents of `count` heads from `first` on, and of their pre-latents."""
-    rows = {
-        name: slice(first * width, (first + count) * width)
-        for name, width in (("post", grid.m * grid.n), ("pre", grid.m + grid.n))
-    }
+    """Arrays of some rows of latents ("post") and of pre-latents ("pre").
+
+    shown: places [N, s] and activations [N, s, w] of examples.
+    """
     arrays: dict[str, np.ndarray] = {}
     for name, examined in groups.items():
         part = rows[name]
-        arrays |= {
-            f"{name}.histogram": examined.histogram[part].clip(max=2**32 - 1).astype(np.uint32),
-            f"{name}.histogramTop": examined.histogram_top[part].astype(np.float32),
-            f"{name}.tokens": vocabulary.numbers(examined.top_tokens[part]),
-            f"{name}.shares": rounded(examined.top_shares[part]),
-        }
-        for kind in ("top", "sample"):
-            numbers, values = (array[part] for array in shown[f"{name}.{kind}"])
-            peak = np.maximum(values.max(2, initial=0), np.finfo(np.float32).tiny)
-            shade = np.ceil(255 * (values / peak[..., None]).clip(0, 1))
-            arrays[f"{name}.{kind}.tokens"] = vocabulary.packed(numbers)
-            arrays[f"{name}.{kind}.values"] = shade.astype(np.uint8)
-            arrays[f"{name}.{kind}.peaks"] = rounded(peak)
+        histogram = examined.histogram[part].clip(max=2**32 - 1)
+        arrays[f"{name}.histogram"] = histogram.astype(np.uint32)
+        arrays[f"{name}.histogramTop"] = examined.histogram_top[part].astype(np.float32)
+    for name, (places, values) in shown.items():
+        part = rows[name.partition(".")[0]]
+        peak = np.maximum(values[part].max(2, initial=0), np.finfo(np.float32).tiny)
+        shade = np.ceil(255 * (values[part] / peak[..., None]).clip(0, 1))
+        arrays[f"{name}.places"] = places[part].astype(np.uint32)  # -1: the largest
+        arrays[f"{name}.values"] = shade.astype(np.uint8)
+        arrays[f"{name}.peaks"] = rounded(peak)
     part = rows["post"]
+    arrays |= {name: rounded(value[part]) for name, value in relations.items()}
     if stored.nearest is not None:
         arrays["nearest"] = stored.nearest.latents[part].astype(np.uint32)
         arrays["cosines"] = rounded(stored.nearest.cosines[part])

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from kronsae.config import DataConfig, kind_of, with_defaults
 from kronsae.errors import InputError
 from kronsae.explore.charts import figure_text
+from kronsae.explore.labels import labels_beside
 from kronsae.explore.write import write_explorer
 from kronsae.metrics.figures import MEANING
 from kronsae.model.origin import Origin
@@ -62,7 +63,9 @@ def write_site(
     for name, run in runs.items():
         opened = open_properties(run, settings, text, device, run / FOLDER)
         page = out / f"{name}.html"
-        write_explorer(run, opened.sae, opened.stored, opened.tokenizer, page)
+        digest = opened.stored.facts["sae_sha256"]
+        labels = labels_beside(run, opened.sae.dict_size, digest)
+        write_explorer(run, opened.sae, opened.stored, opened.tokenizer, page, labels=labels)
         say(f"{page} ({page.stat().st_size / 2**20:.1f} MiB)")
         members.append(_member(name, index["members"][name], opened))
     write_text(out / INDEX, _index(sweep.resolve().name, members, opened))

@@ -12,12 +12,16 @@ from typing import Any
 
 from kronsae.config import DataConfig
 from kronsae.explore.content import make_content
+from kronsae.explore.labels import Labels
 from kronsae.model.sae import SAE
 from kronsae.properties import Stored
 from kronsae.system import templates
 from kronsae.system.files import write_text
 
-SCRIPTS = ("data.js", "charts.js", "latents.js", "views.js", "main.js")
+SCRIPTS = (
+    *("data.js", "charts.js", "labels.js", "latents.js", "table.js", "search.js"),
+    *("views.js", "main.js"),
+)
 _PAGE = Path(__file__).parent / "page"
 
 
@@ -28,12 +32,13 @@ def write_explorer(
     tokenizer: Any | None,
     out: Path,
     data: DataConfig | None = None,
+    labels: Labels | None = None,
 ) -> Path:
     """Write the page of a run to `out`. Raises InputError if it cannot be written.
 
     data: the activations of an SAE that is no run.
     """
-    write_text(out, render(make_content(run, sae, stored, tokenizer, data)))
+    write_text(out, render(make_content(run, sae, stored, tokenizer, data, labels)))
     return out
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from kronsae.data.common import reason
 from kronsae.data.hookpoints import Site
 from kronsae.errors import InputError
-from kronsae.interop.formats import FileFormat
+from kronsae.interop.formats import FileFormat, recognise
 from kronsae.registry import FORMATS
 from kronsae.system.documents import part_of, read_json, typed
 
@@ -44,6 +44,24 @@ def subfolder_of(
         f"{source} has {len(folders)} SAEs at {wanted}: {', '.join(folders)}; choose one by "
         f"subfolder={folders[0]!r}"
     )
+
+
+def member_of(source: str, *, layer: int | None = None, hookpoint: str | None = None) -> str | None:
+    """The folder of the SAE at a layer or hookpoint, if `source` is a suite; None if it is one SAE.
+
+    Of both, the hookpoint counts. None, too, for what cannot be listed: `load` says why.
+    Raises InputError if a suite has none there, or several.
+    """
+    path = Path(source)
+    if path.is_file() or recognise(path) or recognise(path / "sae"):
+        return None
+    try:
+        places = places_of(path) if path.is_dir() else _on_hub(source, None)
+    except InputError:
+        return None
+    if [place.folder for place in places] in ([], ["sae"]):
+        return None
+    return subfolder_of(source, None if hookpoint is not None else layer, hookpoint, None)
 
 
 def subfolders_of(

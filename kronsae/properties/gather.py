@@ -181,8 +181,15 @@ def measure(
     exact["pre"] = pre.mass.exact
     counts = both.long().numpy()
     return Properties(
-        *(tokens, contexts, post.result(), pre.result()),
-        *(counts, head, others, exact, kept.whole()),
+        tokens,
+        contexts,
+        post.result(),
+        pre.result(),
+        counts,
+        head,
+        others,
+        exact,
+        kept.whole(),
     )
 
 

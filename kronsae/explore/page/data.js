@@ -5,9 +5,22 @@ const grid = facts.grid;
 const PER_HEAD = grid.m * grid.n;
 const PRE_PER_HEAD = grid.m + grid.n;
 
-const ARRAYS = {
-  uint8: Uint8Array, uint16: Uint16Array, uint32: Uint32Array,
-  int32: Int32Array, float32: Float32Array,
+const parsed = new Promise((resolve) => {
+  if (document.readyState === 'loading') document.addEventListener('DOMContentLoaded', resolve);
+  else resolve();
+});
+
+// Where data come from, and where labels go to. All else asks this object alone, so that a page
+// with a server behind it needs only another one. Here the data are elements of the page.
+const source = {
+  // The bytes of a block, unpacked.
+  async block(name) {
+    const there = () => document.getElementById(name)?.nextSibling; // else still being parsed
+    if (!there()) await parsed;
+    return unzip(bytesOf(document.getElementById(name).textContent));
+  },
+  // Keep the labels, given as labels.json has them; null: the page cannot, and offers the file.
+  saveLabels: null,
 };
 
 function bytesOf(text) {
@@ -15,44 +28,49 @@ function bytesOf(text) {
     ?? Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
 }
 
-async function unzip(text) {
-  const packed = bytesOf(text);
+async function unzip(packed) {
   const stream = new Blob([packed]).stream().pipeThrough(new DecompressionStream('gzip'));
   return new Response(stream).arrayBuffer();
 }
 
+const ARRAYS = {
+  uint8: Uint8Array, uint16: Uint16Array, uint32: Uint32Array,
+  int32: Int32Array, float32: Float32Array,
+};
+
 // A block's arrays by name, each with its shape; blocks.py writes them.
-async function readBlock(text) {
-  const raw = await unzip(text);
+async function readBlock(name) {
+  const raw = await source.block(name);
   const length = new DataView(raw).getUint32(0, true);
   const header = JSON.parse(new TextDecoder().decode(new Uint8Array(raw, 4, length)));
   const arrays = {};
-  for (const [name, dtype, shape, offset] of header) {
+  for (const [key, dtype, shape, offset] of header) {
     const count = shape.reduce((product, size) => product * size, 1);
-    arrays[name] = { data: new ARRAYS[dtype](raw, 4 + length + offset, count), shape };
+    arrays[key] = { data: new ARRAYS[dtype](raw, 4 + length + offset, count), shape };
   }
   return arrays;
 }
 
-function textOf(id) {
-  const element = document.getElementById(id);
-  return element && element.nextSibling ? element.textContent : null; // else still being parsed
-}
+const readJSON = async (name) => JSON.parse(new TextDecoder().decode(await source.block(name)));
 
-const parsed = new Promise((resolve) => {
-  if (document.readyState === 'loading') document.addEventListener('DOMContentLoaded', resolve);
-  else resolve();
-});
-
-let index; // arrays of all latents
+let index; // figures of all latents
 let vocabulary; // texts of tokens
+let lists; // tokens of all latents
 const blocks = new Map(); // the details read last, by block
 
 async function readIndex() {
-  [index, vocabulary] = await Promise.all([
-    readBlock(textOf('index')),
-    unzip(textOf('vocabulary')).then((raw) => JSON.parse(new TextDecoder().decode(raw))),
-  ]);
+  index = await readBlock('index');
+}
+
+// What all views but the first one's figures need.
+let listsRead;
+function readLists() {
+  listsRead ??= Promise.all([readBlock('lists'), readJSON('vocabulary'), readJSON('labels')])
+    .then(([arrays, texts, labels]) => {
+      [lists, vocabulary] = [arrays, texts];
+      startLabels(labels);
+    });
+  return listsRead;
 }
 
 const KEPT_BLOCKS = 64;
@@ -60,12 +78,25 @@ const KEPT_BLOCKS = 64;
 async function details(head) {
   const number = Math.floor(head / facts.perBlock);
   if (!blocks.has(number)) {
-    const id = `details-${number}`;
-    if (textOf(id) === null) await parsed;
-    blocks.set(number, readBlock(document.getElementById(id).textContent));
+    blocks.set(number, readBlock(`details-${number}`));
     if (blocks.size > KEPT_BLOCKS) blocks.delete(blocks.keys().next().value);
   }
   return blocks.get(number);
+}
+
+let textRead;
+let text; // in which examples lie: tokens by place, and bytes that are hidden unless it fires there
+function readText() {
+  textRead ??= readBlock('text').then(({ tokens, hiddenAt, hidden }) => {
+    const bytes = new Map([...hiddenAt.data].map((place, at) => [place, hidden.data[at]]));
+    text = { tokens: tokens.data, bytes };
+  });
+  return textRead;
+}
+
+// The text of the token at a place; undefined where there is none.
+function textAt(place, fires) {
+  return textOfToken((fires ? text.bytes.get(place) : undefined) ?? text.tokens[place]);
 }
 
 // Row `row` of an array.
@@ -91,14 +122,18 @@ const baseAt = (head, i) => (
 const extensionAt = (head, j) => (
   { kind: 'extension', group: 'pre', number: j, head, j, row: head * PRE_PER_HEAD + grid.m + j });
 
-const valueOf = (unit, name) => {
-  const array = index[`${unit.group}.${name}`];
-  return array ? array.data[unit.row] : undefined;
-};
+function unitAtRow(group, row) {
+  if (group === 'post') return latentAt(row);
+  const head = Math.floor(row / PRE_PER_HEAD);
+  const inHead = row - head * PRE_PER_HEAD;
+  return inHead < grid.m ? baseAt(head, inHead) : extensionAt(head, inHead - grid.m);
+}
+
+const valueOf = (unit, name) => index[`${unit.group}.${name}`].data[unit.row];
 
 // Texts of the tokens that most of its activation lies on.
 function tokensOf(unit, count = 4) {
-  return [...rowOf(index[`${unit.group}.tokens`], unit.row)]
+  return [...rowOf(lists[`${unit.group}.tokens`], unit.row)]
     .slice(0, count).map(textOfToken).filter((text) => text !== undefined);
 }
 

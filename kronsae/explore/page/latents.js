@@ -1,9 +1,9 @@
 // How a latent, base or extension is shown.
 
 const MEASURES = {
-  frequency: ['how often it fires', percent],
+  frequency: ['density', percent],
   mean: ['mean activation', short],
-  max: ['largest activation', short],
+  max: ['max activation', short],
   entropy: ['token entropy', short],
   multitoken: ['multitoken ratio', percent],
 };
@@ -32,54 +32,118 @@ function tokenBars(label, style, numbers, values) {
 }
 
 const MIDDLE = Math.floor(facts.window / 2);
+const MORE = 100; // tokens on each side that more context shows
+const NOWHERE = 2 ** 32 - 1;
 
-// Examples of a row of a block: tokens and shades of each, and the activation of the darkest.
+// Examples of a row of a block: where in the text, shades of a window, the activation of the darkest.
 function examplesOf(block, group, kind, row) {
-  const [tokens, shades, peaks] = ['tokens', 'values', 'peaks'].map(
-    (name) => rowOf(block[`${group}.${kind}.${name}`], row));
-  return [...peaks].map((peak, number) => {
-    const window = [number * facts.window, (number + 1) * facts.window];
-    return { tokens: [...tokens.subarray(...window)], shades: shades.subarray(...window), peak };
-  }).filter((example) => textOfToken(example.tokens[MIDDLE]) !== undefined);
+  const arrays = ['places', 'values', 'peaks'].map((name) => block[`${group}.${kind}.${name}`]);
+  if (!arrays[0]) return [];
+  const [places, shades, peaks] = arrays.map((array) => rowOf(array, row));
+  return [...places].map((place, number) => ({
+    place, peak: peaks[number],
+    shades: shades.subarray(number * facts.window, (number + 1) * facts.window),
+  }));
 }
 
-// One example as a line: the shade of each token its activation, the middle one framed.
-function exampleLine({ tokens, shades, peak }, strongest) {
+const isThere = ({ place }) => place !== NOWHERE;
+
+// The first place of the context of a place, and the place after its last.
+function contextOf(place) {
+  const start = place - place % facts.contextTokens;
+  return [start, start + facts.contextTokens];
+}
+
+// The latent on the token at a place.
+function activationAt({ place, shades, peak }, at) {
+  const shade = shades[at - place + MIDDLE];
+  return shade ? peak * shade / 255 : 0;
+}
+
+// One example as a line: the shade of each token its activation, the strongest one framed.
+function exampleLine(example, strongest) {
+  const { place } = example;
+  const [start, end] = contextOf(place);
   const line = make('code', null);
-  const fires = tokens.map((_, position) => shades[position] > 0 || position === MIDDLE);
-  tokens.map(textOfToken).forEach((text, position) => {
-    if (text === undefined) return;
-    if (!fires[position]) {
-      line.append(text);
-      return;
+  const more = make('button', {
+    type: 'button', class: 'more', 'aria-expanded': 'false', 'aria-label': 'More context',
+    title: `More context; activations are known of ${facts.window} tokens`,
+    onclick: () => {
+      const wide = more.getAttribute('aria-expanded') === 'false';
+      more.setAttribute('aria-expanded', String(wide));
+      draw(wide ? MORE : MIDDLE);
+    },
+  }, '⋯');
+
+  function draw(around) {
+    line.replaceChildren();
+    for (let at = Math.max(start, place - around); at <= Math.min(end - 1, place + around); at += 1) {
+      const value = activationAt(example, at);
+      const shown = textAt(at, value > 0);
+      if (shown === undefined) continue;
+      if (!value && at !== place) {
+        line.append(shown);
+        continue;
+      }
+      const blank = shown.match(/^ *(?=[^ ])/)?.[0] ?? ''; // else a line may break in the frame
+      line.append(blank, make(at === place ? 'mark' : 'span', {
+        title: short(value), vars: { '--a': strongest ? Math.min(1, value / strongest) : 0 },
+      }, shown.slice(blank.length)));
     }
-    const value = peak * shades[position] / 255;
-    const blank = text.match(/^ *(?=[^ ])/)?.[0] ?? ''; // else a line may break in the frame
-    line.append(blank, make(position === MIDDLE ? 'mark' : 'span', {
-      title: short(value), vars: { '--a': strongest ? Math.min(1, value / strongest) : 0 },
-    }, text.slice(blank.length)));
-  });
-  return make('li', null, make('b', null, short(peak * shades[MIDDLE] / 255)), line);
+  }
+
+  draw(MIDDLE);
+  return make('li', null, make('b', null, short(activationAt(example, place))), line,
+    facts.wholeText ? more : null);
+}
+
+function exampleItems(examples, strongest) {
+  return make('ol', { class: 'examples' },
+    examples.filter(isThere).map((each) => exampleLine(each, strongest)));
 }
 
 function exampleList(block, group, kind, row, strongest, count = Infinity) {
-  const examples = examplesOf(block, group, kind, row).slice(0, count);
-  return examples.length
-    ? make('ol', { class: 'examples' }, examples.map((each) => exampleLine(each, strongest)))
+  const examples = examplesOf(block, group, kind, row).filter(isThere).slice(0, count);
+  return examples.length ? exampleItems(examples, strongest)
     : make('p', { class: 'faint' }, 'It never fires in this text.');
+}
+
+// Examples of each interval of its activations, the highest first.
+function intervalsOf(block, group, row, strongest) {
+  const examples = examplesOf(block, group, 'intervals', row);
+  if (!examples.some(isThere)) return null;
+  const each = examples.length / facts.intervals;
+  const counts = rowOf(block[`${group}.histogram`], row);
+  const bins = counts.length / facts.intervals;
+  const all = counts.reduce((sum, count) => sum + count, 0);
+  const top = block[`${group}.histogramTop`].data[row];
+  const parts = [];
+  for (let interval = facts.intervals - 1; interval >= 0; interval -= 1) {
+    const some = examples.slice(interval * each, (interval + 1) * each);
+    const inside = counts.subarray(interval * bins, (interval + 1) * bins);
+    const share = inside.reduce((sum, count) => sum + count, 0) / all;
+    const [low, high] = [interval, interval + 1].map((edge) => short(top * edge / facts.intervals));
+    if (some.some(isThere)) {
+      parts.push(make('h5', null, `${low} to ${high}`,
+        make('small', null, ` ${percent(share)} of the tokens where it fires`)),
+      exampleItems(some, strongest));
+    }
+  }
+  return make('section', { class: 'intervals' },
+    make('h4', null, 'Samples by activation interval'), parts);
 }
 
 function stat(label, value, note) {
   return make('div', { title: note }, make('dt', null, label), make('dd', null, value));
 }
 
-function statsOf(unit) {
+function statsOf(unit, block, row) {
   const entropy = valueOf(unit, 'entropy');
   const exact = facts.exactEntropy[unit.group];
   const rows = [
-    stat('fires on', percent(valueOf(unit, 'frequency') || 0), 'share of tokens'),
-    stat('mean', short(valueOf(unit, 'mean')), 'mean activation where it fires'),
-    stat('largest', short(valueOf(unit, 'max')), 'largest activation'),
+    stat('density', percent(valueOf(unit, 'frequency') || 0), 'share of tokens on which it fires'),
+    stat('mean activation', short(valueOf(unit, 'mean')), 'where it fires'),
+    stat('max activation', short(valueOf(unit, 'max')), 'on this text'),
     stat('token entropy', (exact ? '' : '≈ ') + short(entropy),
       `in nats; its activation is spread over about ${short(Math.exp(entropy))} tokens, in effect`),
     stat('multitoken', percent(valueOf(unit, 'multitoken')),
@@ -89,23 +153,23 @@ function statsOf(unit) {
     ['headCorrelation', 'with its head', 'mean correlation with the others of its head'],
     ['otherCorrelation', 'with all others', 'mean correlation with all other latents'],
   ]) {
-    const value = valueOf(unit, name);
+    const value = unit.kind === 'latent' ? block[name]?.data[row] : undefined;
     if (value !== undefined) rows.push(stat(label, short(value), note));
   }
   return make('dl', { class: 'stats' }, rows);
 }
 
 // How often base and extension fire together, and which of them is missing if not.
-function gateOf(unit) {
+function gateOf(block, row) {
   const shares = {
-    both: valueOf(unit, 'both'),
-    base: valueOf(unit, 'base_blocks'),
-    extension: valueOf(unit, 'extension_blocks'),
+    both: block.both.data[row],
+    base: block.base_blocks.data[row],
+    extension: block.extension_blocks.data[row],
   };
   const gate = shares.base > shares.extension ? 'base' : 'extension';
   const parts = [['both', 'both fire'], ['base', 'base blocks'], ['extension', 'extension blocks']]
     .map(([style, label]) => [style, `${label}: ${percent(shares[style])}`]);
-  const selected = valueOf(unit, 'selected');
+  const selected = block.selected.data[row];
   return section('Gate',
     make('p', null, `The ${gate} decides more often: it alone is 0 on `,
       make('strong', null, percent(shares[gate])), ' of tokens. Both fire on ',
@@ -169,33 +233,37 @@ function rowIn(unit) {
 
 // Everything about one latent, base or extension.
 async function unitView(unit) {
-  const block = await details(unit.head);
+  const [block] = await Promise.all([details(unit.head), readText()]);
   const row = rowIn(unit);
   const top = block[`${unit.group}.histogramTop`].data[row];
   const counts = rowOf(block[`${unit.group}.histogram`], row);
   const strongest = valueOf(unit, 'max');
   const bars = (label, style, tokens, values) => tokenBars(
     label, style, rowOf(block[tokens], row), rowOf(block[values], row));
-  const lists = [bars('Fires on', 'share', `${unit.group}.tokens`, `${unit.group}.shares`)];
+  const shares = [...rowOf(lists[`${unit.group}.shares`], unit.row)].map((share) => share / 65535);
+  const columns = [tokenBars('Top tokens, by share of its activation', 'share',
+    rowOf(lists[`${unit.group}.tokens`], unit.row), shares)];
   const post = unit.kind === 'latent';
   if (post && block.raised) {
-    lists.push(bars('Makes likelier', 'raised', 'raised', 'raisedBy'),
-      bars('Makes less likely', 'lowered', 'lowered', 'loweredBy'));
+    columns.push(bars('Positive logits', 'raised', 'raised', 'raisedBy'),
+      bars('Negative logits', 'lowered', 'lowered', 'loweredBy'));
   }
   const note = post && block.raised
-    ? make('p', { class: 'note' }, 'Next tokens: the direct effect of its decoder row on the '
+    ? make('p', { class: 'note' }, 'Logits of next tokens: the direct effect of its decoder row on the '
       + `logits, ${facts.logits.norm ? `through the weight of ${facts.logits.norm}` : 'with no norm'}`
       + ' (its scale left out, so the unit is open), around their mean. Later blocks are not seen.')
     : null;
   return make('article', { class: `unit ${unit.kind}` },
     titleOf(unit),
-    statsOf(unit),
-    section('Strongest examples', exampleList(block, unit.group, 'top', row, strongest)),
-    make('section', { class: 'lists' }, lists), note,
+    post ? labelLine(unit.number) : null,
+    statsOf(unit, block, row),
+    section('Top activations', exampleList(block, unit.group, 'top', row, strongest)),
+    make('section', { class: 'lists' }, columns), note,
     top ? section('Activations (heights by the root of counts)',
       histogram(counts, 'Histogram of activations', (share) => short(top * share))) : null,
-    post && grid.kron ? gateOf(unit) : null,
-    facts.examples[1] ? make('details', null,
+    post && grid.kron ? gateOf(block, row) : null,
+    post ? intervalsOf(block, unit.group, row, strongest) : null,
+    facts.examples.sample ? make('details', null,
       make('summary', null, 'A random sample of where it fires'),
       exampleList(block, unit.group, 'sample', row, strongest)) : null,
     post && block.nearest ? nearestOf(unit, block, row) : null);

@@ -1,10 +1,12 @@
-// Addresses: #/ · #/head/H · #/head/H/base/I · #/head/H/extension/J · #/latent/F · #/find/TEXT
+// Addresses: #/ · #/head/H · #/head/H/base/I · #/head/H/extension/J · #/latent/F · #/find/TEXT · #/latents?…
 
 const main = document.getElementById('main');
 const query = document.getElementById('query');
 
-// What an address names: {unit}, {query}, or {} for all heads; null if there is no such thing.
+// What an address names: {unit}, {query}, {table}, or {} for all heads; null if there is no such thing.
 function placeOf(address) {
+  const table = address.match(/^#\/latents\/?(?:\?(.*))?$/);
+  if (table) return { table: table[1] ?? '' };
   const found = address.match(
     /^(?:#\/?)?(?:latent\/(\d+)|head\/(\d+)(?:\/(base|extension)\/(\d+))?|find\/(.+))?\/?$/);
   if (!found) return null;
@@ -19,12 +21,14 @@ function placeOf(address) {
   if (latent) return latent < facts.latents ? { unit: latentAt(Number(latent)) } : null;
   if (!head) return {};
   if (head >= grid.heads) return null;
-  if (!kind) return { unit: strongestOf(Number(head)) };
+  if (!kind) return { unit: strongestIn(Number(head)) };
   if (!grid.kron || number >= (kind === 'base' ? grid.m : grid.n)) return null;
   return { unit: (kind === 'base' ? baseAt : extensionAt)(Number(head), Number(number)) };
 }
 
-function viewOf(place) {
+async function viewOf(place) {
+  if (place && Object.keys(place).length) await readLists();
+  if (place?.table !== undefined) return tableView(place.table);
   if (place?.unit) return headView(place.unit);
   if (place?.query) return findView(place.query);
   if (place) return overview();
@@ -53,6 +57,7 @@ async function route() {
   // The link that was followed is gone: reading goes on at the top of what it led to.
   if (turn > 1 && document.activeElement === document.body) main.focus({ preventScroll: true });
   shownHead = head;
+  if (document.activeElement !== query) query.value = place?.query ?? '';
   const title = place?.query ?? address.replace(/^#?\/?/, '').replaceAll('/', ' ');
   document.title = title ? `${title} · ${facts.run}` : `${facts.run}: explorer`;
   main.dataset.address = address;
@@ -63,8 +68,23 @@ document.getElementById('search').addEventListener('submit', (event) => {
   if (query.value) location.hash = `#/find/${encodeURIComponent(query.value)}`;
 });
 
+// Results appear as one types; only the first letter makes an entry in the history.
+let waiting;
+query.addEventListener('input', () => {
+  clearTimeout(waiting);
+  waiting = setTimeout(() => {
+    if (!query.value.trim()) return;
+    const address = `#/find/${encodeURIComponent(query.value)}`;
+    if (!location.hash.startsWith('#/find/')) location.hash = address;
+    else {
+      history.replaceState(null, '', address);
+      route();
+    }
+  }, 120);
+});
+
 document.addEventListener('keydown', (event) => {
-  if (event.key !== '/' || document.activeElement === query) return;
+  if (event.key !== '/' || /^(INPUT|SELECT|TEXTAREA)$/.test(document.activeElement.tagName)) return;
   event.preventDefault();
   query.focus();
   query.select();
@@ -76,4 +96,5 @@ document.getElementById('home').textContent = facts.run;
 readIndex().then(route).then(() => {
   document.body.dataset.ready = '';
   performance.mark('first-view');
+  readLists();
 });

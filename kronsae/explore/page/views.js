@@ -37,7 +37,7 @@ function distribution(label, name, { from, to, map = (v) => v, text = short }) {
 function distributions() {
   const powers = { map: Math.log10, text: (power) => percent(10 ** power) };
   return [
-    distribution('Frequency (share of tokens, logarithmic)', 'frequency',
+    distribution('Density (share of tokens, logarithmic)', 'frequency',
       { from: -6, to: 0, ...powers }),
     distribution('Token entropy (nats)', 'entropy', { from: 0, to: 8 }),
     distribution('Multitoken ratio (logarithmic)', 'multitoken', { from: -4, to: 0, ...powers }),
@@ -55,7 +55,7 @@ function relations() {
   const { groups, correlation, gate, cosines, nearest } = facts.summary;
   const middle = (group, name, text) => (group[name].length ? text(group[name][1]) : '–');
   const out = [table('Medians over those that fire',
-    ['', 'fire', 'of', 'frequency', 'mean', 'token entropy', 'multitoken'],
+    ['', 'fire', 'of', 'density', 'mean activation', 'token entropy', 'multitoken'],
     Object.entries(groups).map(([name, group]) => [`${name}s`,
       grouped(group.fire), grouped(group.count),
       middle(group, 'frequency', percent), middle(group, 'mean', short),
@@ -137,10 +137,12 @@ function wall() {
       .filter((number) => number < facts.latents && !Number.isNaN(index['post.max'].data[number]))
       .sort((a, b) => index['post.frequency'].data[b] - index['post.frequency'].data[a])
       .slice(0, 6);
-    status.replaceChildren(
-      make('a', { href: `#/head/${head}` }, `${capitalised(groupName)} ${head}`), ' ',
-      ...(best.length ? best.map((number) => chip(tokensOf(latentAt(number), 1)[0] ?? '∅'))
-        : [' never fires here']));
+    const link = make('a', { href: `#/head/${head}` }, `${capitalised(groupName)} ${head}`);
+    status.replaceChildren(link, best.length ? '' : ' never fires here');
+    readLists().then(() => {
+      if (status.firstChild !== link) return; // another head was chosen meanwhile
+      status.append(' ', ...best.map((number) => chip(tokensOf(latentAt(number), 1)[0] ?? '∅')));
+    });
   }
 
   function headAt(event) {
@@ -178,7 +180,9 @@ function wall() {
 }
 
 function overview() {
-  return [introduction(), wall(),
+  return [introduction(),
+    make('p', null, make('a', { href: '#/latents' }, 'A table of all latents'), ', to sort and filter.'),
+    wall(),
     make('section', null, make('h2', null, 'On held-out text'),
       facts.warning && make('p', null, make('strong', null, 'Warning: '), `${facts.warning}.`),
       make('dl', { class: 'stats' }, facts.figures.map((figure) => stat(...figure)))),
@@ -249,114 +253,11 @@ async function headView(unit) {
     grid.kron && unit.kind === 'latent' ? await parentsOf(unit) : null)];
 }
 
-function strongestOf(head) {
+function strongestIn(head) {
   const { data } = index['post.max'];
   let best = head * PER_HEAD;
   for (let f = best; f < Math.min(facts.latents, (head + 1) * PER_HEAD); f += 1) {
     if (data[f] > (data[best] || 0)) best = f;
   }
   return latentAt(best);
-}
-
-// Search: a number, tokens, and text in the examples.
-
-const FOUND = 200; // latents or examples that a search shows at most
-const UNIT_GROUPS = grid.kron ? ['post', 'pre'] : ['post'];
-
-function unitLine(unit, rest) {
-  return make('li', null, make('a', { href: addressOf(unit), class: unit.kind }, unit.kind
-    === 'latent' ? nameOf(unit) : `head ${unit.head}, ${nameOf(unit)}`), rest);
-}
-
-function unitAtRow(group, row) {
-  if (group === 'post') return latentAt(row);
-  const head = Math.floor(row / PRE_PER_HEAD);
-  const inHead = row - head * PRE_PER_HEAD;
-  return inHead < grid.m ? baseAt(head, inHead) : extensionAt(head, inHead - grid.m);
-}
-
-function byToken(query) {
-  const wanted = query.trim().toLowerCase();
-  const ranks = vocabulary.map((text) => { // 2: the same, 1: a part of it
-    const plain = text.trim().toLowerCase();
-    return plain === wanted || text === query ? 2 : Number(wanted !== '' && plain.includes(wanted));
-  });
-  const best = new Map();
-  for (const group of UNIT_GROUPS) {
-    const { data, shape } = index[`${group}.tokens`];
-    index[`${group}.shares`].data.forEach((byte, at) => {
-      if (!byte || !ranks[data[at]]) return;
-      const share = byte / 255;
-      const score = share + ranks[data[at]];
-      const row = Math.floor(at / shape[1]);
-      const key = `${group} ${row}`;
-      if (score > (best.get(key)?.score ?? 0)) {
-        best.set(key, { score, share, unit: unitAtRow(group, row) });
-      }
-    });
-  }
-  return [...best.values()].sort((a, b) => b.score - a.score);
-}
-
-function numbersIn(query) {
-  const [, kind, number] = query.trim().match(/^(latent|head|group)?\s*(\d+)$/i) ?? [];
-  return ['latent', 'head'].filter((each) => !kind || /latent/i.test(kind) === (each === 'latent'))
-    .map((each) => `#/${each}/${number}`).filter((href) => placeOf(href))
-    .map((href) => make('li', null, make('a', { href }, href.slice(2).replace('/', ' '))));
-}
-
-function findView(query) {
-  const numbers = numbersIn(query);
-  const tokens = byToken(query);
-  const list = make('ol', { class: 'found' }, tokens.slice(0, FOUND).map(
-    ({ unit, share }) => unitLine(unit, [
-      make('b', null, percent(share)),
-      make('span', { class: 'chips' }, tokensOf(unit).map((text) => chip(text)))])));
-  const progress = make('p', { class: 'faint', 'aria-live': 'polite' });
-  const texts = make('ol', { class: 'found texts' });
-  searchTexts(query, texts, progress);
-  return [make('h1', null, 'Search', make('small', null, query)),
-    numbers.length ? make('ul', { class: 'found' }, numbers) : null,
-    make('section', null,
-      make('h2', null, `Fires on such tokens: ${grouped(tokens.length)}`),
-      make('p', { class: 'faint' }, 'Latents, bases and extensions with the token among the '
-        + 'four that most of their activation lies on, and its share'
-        + `${tokens.length > FOUND ? `: the first ${FOUND}` : ''}.`), list),
-    make('section', null, make('h2', null, 'In the strongest examples'), progress, texts)];
-}
-
-async function searchTexts(query, list, progress) {
-  const wanted = query.toLowerCase();
-  if (wanted.trim().length < 2) {
-    progress.textContent = 'Type two letters or more to search the examples.';
-    return;
-  }
-  let found = 0;
-  const address = location.hash;
-  for (let head = 0; head < grid.heads && found < FOUND; head += facts.perBlock) {
-    const block = await details(head);
-    if (location.hash !== address) return;
-    for (const group of UNIT_GROUPS) {
-      const width = group === 'post' ? PER_HEAD : PRE_PER_HEAD;
-      const count = block[`${group}.top.peaks`].shape[0];
-      for (let row = 0; row < count && found < FOUND; row += 1) {
-        const hit = hitIn(block, group, row, wanted);
-        if (hit) {
-          found += 1;
-          list.append(unitLine(unitAtRow(group, head * width + row),
-            make('ol', { class: 'examples' }, hit)));
-        }
-      }
-    }
-    const share = Math.min(1, (head + facts.perBlock) / grid.heads);
-    progress.textContent = `${found} found, ${Math.round(100 * share)} % searched`;
-  }
-  progress.textContent = found >= FOUND ? `The first ${FOUND} found.` : `${found} found.`;
-}
-
-// The first of its strongest examples that holds the text near its middle.
-function hitIn(block, group, row, wanted) {
-  const hit = examplesOf(block, group, 'top', row).find(
-    ({ tokens }) => tokens.map(textOfToken).join('').toLowerCase().includes(wanted));
-  return hit && exampleLine(hit, hit.peak);
 }
