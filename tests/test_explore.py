@@ -1,6 +1,7 @@
 """The explorer's page, read back: its data are the properties, and nothing in it can break out."""
 
 import base64
+import dataclasses
 import gzip
 import hashlib
 import json
@@ -16,9 +17,10 @@ from explorer_pages import CONFIGS, EVIL, LENGTH, make_page
 from jinja2.utils import htmlsafe_json_dumps
 
 from kronsae import SAEConfig, TrainConfig, load
+from kronsae.errors import Notice
 from kronsae.explore import __main__ as command
 from kronsae.explore.blocks import ALIGN, encode, rounded, smallest
-from kronsae.properties import WINDOW, load_properties
+from kronsae.properties import WINDOW, load_properties, save_properties
 from kronsae.properties.examples import INTERVALS
 from kronsae.properties.run import open_run
 from kronsae.train import fit
@@ -337,3 +339,27 @@ def test_a_folder_of_a_suite(tmp_path, capsys):
     assert links == [f"./{name}.html" for name in names]
     assert {path.name for path in out.iterdir()} == {"index.html", *(f"{n}.html" for n in names)}
     assert [text.strip() for text in page.of(scope="rowgroup")] == names
+
+
+def test_properties_of_an_older_version(run, monkeypatch):
+    """A page is made of them, with windows alone and a notice; the text is that of the windows."""
+    folder = run / "properties"
+    if not folder.is_dir():
+        assert command.main([str(run), "--tokens", "1000", "--sample", "4"]) == 0
+    stored = load_properties(folder)
+    post = dataclasses.replace(stored.properties.post, intervals=None)
+    monkeypatch.setattr("kronsae.properties.store.FORMAT_VERSION", 1)
+    facts = {k: stored.facts[k] for k in ("sae_sha256", "text", "settings", "summary")}
+    older = stored._replace(
+        properties=stored.properties._replace(text=None, post=post), facts=facts
+    )
+    save_properties(older, folder)
+    with pytest.warns(Notice, match="measured by an older version"):
+        assert command.main([str(run), "--out", str(run / "older.html")]) == 0
+    page = Page((run / "older.html").read_text(encoding="utf-8"))
+    facts = json.loads(page.of(id="facts")[0])
+    assert facts["contextTokens"] == WINDOW and not facts["intervals"] and not facts["wholeText"]
+    text = decode(page.of(id="text")[0].strip())["tokens"]
+    places = decode(page.of(id="details-0")[0].strip())["post.top.places"]
+    assert (places[places != NOWHERE] < text.size).all() and (places != NOWHERE).any()
+    assert (places[places != NOWHERE] % WINDOW == WINDOW // 2).all()

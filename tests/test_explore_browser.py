@@ -3,16 +3,26 @@
 Needs Chromium, its driver and selenium (Debian: chromium, chromium-driver); skipped without.
 """
 
+import itertools
 import re
 import shutil
 import time
 
 import numpy as np
 import pytest
-from explorer_pages import EVIL, ByteTokenizer, byte_ids, make_large_page, make_page
+from explorer_pages import (
+    EVIL,
+    ByteTokenizer,
+    EvilTokenizer,
+    byte_ids,
+    make_large_page,
+    make_page,
+)
 from test_report import records, some_contexts, write_run
 
+from kronsae.explore.labels import FILE, Label, read_labels
 from kronsae.explore.report import write_report
+from kronsae.explore.write import write_explorer
 from kronsae.properties import WINDOW
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -159,7 +169,11 @@ def test_shows_the_examples_of_a_latent(at_home, made):
     shown = at_home.texts(".unit .examples mark")[0]
     expected = EVIL[middle] if middle < len(EVIL) else f"word{middle}"
     assert shown == expected.replace("\u2028", "\ufffd").replace("\u202e", "\ufffd")
-    assert at_home.texts(".bars h4") == ["Fires on", "Makes likelier", "Makes less likely"]
+    assert at_home.texts(".bars h4") == [
+        "Top tokens, by share of its activation",
+        "Positive logits",
+        "Negative logits",
+    ]
     assert len(at_home.texts(".near li")) == 4
     assert "final_norm" in at_home.texts(".note")[0]
 
@@ -211,23 +225,136 @@ def test_keyboard(at_home):
     at_home.until("location.hash.startsWith('#/head/')")
 
 
-def test_search(at_home, made):
-    index = made.stored.properties
+def strength(post, tokens, text, latent, token):
+    """Mean activation on a token, less that on all."""
+    everywhere = post.mean[latent] * post.count[latent] / tokens
+    at = post.top_tokens[latent].tolist().index(token)
+    share = post.top_shares[latent][at]
+    there = share * everywhere * tokens / (text == token).sum()
+    return min(there, post.top.scores[latent, 0]) - everywhere
+
+
+def test_search_is_ranked_by_the_activation_on_what_is_typed(at_home, made):
+    found = made.stored.properties
     at_home.go("#/find/word17")
-    found = set(at_home.texts(".found:not(.texts) > li > a"))
-    expected = set()
-    for latent, tokens in enumerate(index.post.top_tokens[:, :4]):
-        if 17 in tokens and index.post.top_shares[latent][tokens.tolist().index(17)] >= 1 / 255:
-            expected.add(f"latent {latent}")
-    assert expected and expected == {text for text in found if text.startswith("latent")}
-    # A phrase of two tokens of an example.
-    latent = int(np.argmax(index.post.count))
-    tokens = index.post.top.tokens[latent, 0]
-    pairs = zip(tokens, tokens[1:], strict=False)
-    first, second = next((a, b) for a, b in pairs if min(a, b) >= len(EVIL))
+    shown = at_home.texts("section:first-of-type .found > li > a")
+    latents = np.flatnonzero((found.post.top_tokens == 17).any(1))
+    strengths = {
+        f"latent {f}": strength(found.post, found.tokens, found.text, f, 17) for f in latents
+    }
+    expected = sorted((f for f in strengths if strengths[f] > 0), key=lambda f: -strengths[f])
+    assert shown == expected[: len(shown)] and shown
+    # A text of two tokens, and the example in which a latent fires most on it.
+    latent = int(np.argmax(found.post.count))
+    tokens = found.post.top.tokens[latent, 0]
+    middle = WINDOW // 2
+    first, second = tokens[middle - 1], tokens[middle]
+    if min(first, second) < len(EVIL):
+        first, second = next((a, b) for a, b in itertools.pairwise(tokens) if min(a, b) > len(EVIL))
     at_home.go(f"#/find/word{first}%20word{second}")
-    at_home.until("/found\\.$/.test(document.querySelector('[aria-live]').textContent)")
-    assert f"latent {latent}" in at_home.texts(".texts > li > a")
+    assert at_home.texts("main > p .chip") == [f"word{first}", f"word{second}"]
+    at_home.until("/times in the text\\./.test(document.querySelector('[aria-live]').textContent)")
+    values = [float(each.split()[0]) for each in at_home.texts(".texts > li > b")]
+    assert values == sorted(values, reverse=True) and values
+    at_home.go("#/find/word9")
+    effects = made.stored.logits
+    best = max(
+        (effects.raised_by[f][slot], f)
+        for f, slot in zip(*np.nonzero(effects.raised[:, :4] == 9), strict=True)
+    )[1]
+    [section] = at_home.run(
+        "return [...document.querySelectorAll('section')]"
+        ".filter((e) => e.querySelector('h2').textContent === 'Positive logits')"
+    )
+    assert section.find_element("css selector", "li a").text == f"latent {best}"
+
+
+def test_search_as_one_types(at_home):
+    at_home.press("/")
+    at_home.press("word1")
+    at_home.arrive("#/find/word1")
+    at_home.press("7")
+    at_home.arrive("#/find/word17")
+    assert at_home.run("return document.activeElement.id") == "query"
+    at_home.driver.back()  # one entry for all that was typed
+    at_home.arrive("#/")
+
+
+def test_table_sorts_filters_and_is_moved_by_keys(at_home, made):
+    post = made.stored.properties.post
+    at_home.click("#to-table")
+    at_home.arrive("#/latents")
+    rows = ".latents tbody th"
+    assert at_home.texts(rows)[:3] == ["0", "1", "2"]
+    at_home.click(".latents .of-density button")
+    at_home.click(".latents .of-density button")
+    assert at_home.run("return location.hash") == "#/latents?sort=-density"
+    sort = ".latents [aria-sort='descending']"
+    assert at_home.texts(sort) == ["Density"] and len(at_home.texts("[aria-sort]")) == 1
+    order = np.argsort(-post.count, kind="stable")
+    assert at_home.texts(rows)[:5] == [str(f) for f in order[:5]]
+    at_home.run("document.querySelector('.latents tbody a').focus()")
+    at_home.press(Keys.ARROW_DOWN, Keys.ARROW_DOWN)
+    assert at_home.focused() == f"#/latent/{order[2]}"
+    at_home.press(Keys.END)
+    assert at_home.focused() == f"#/latent/{order[-1]}"
+    assert at_home.run("return document.activeElement.closest('tr').ariaRowIndex") == "73"
+    at_home.press(Keys.ENTER)
+    at_home.arrive(f"#/latent/{order[-1]}")
+    at_home.driver.back()
+    at_home.arrive("#/latents?sort=-density")
+    at_home.go("#/latents?show=dead")
+    dead = np.flatnonzero(post.count == 0)
+    assert f"{len(dead)} of 72 latents" in at_home.texts("[role='status']")
+    at_home.go("#/latents?from=10&to=20&head=2")
+    assert at_home.texts(rows) == [str(f) for f in range(12, 18)]
+    at_home.go("#/latents?text=word17")
+    logits = made.stored.logits.raised[:, :4]
+    holds = (post.top_tokens[:, :4] == 17).any(1) | (logits == 17).any(1)
+    assert f"{holds.sum()} of 72 latents" in at_home.texts("[role='status']")
+
+
+def test_more_context(at_home, made):
+    latent = int(np.argmax(made.stored.properties.post.top.scores[:, 0]))
+    at_home.go(f"#/latent/{latent}")
+    first = ".unit .examples li:first-child "
+    before = at_home.texts(f"{first}code")[0]
+    at_home.click(f"{first}.more")
+    after = at_home.texts(f"{first}code")[0]
+    assert before in after and len(after) > len(before)
+    button = "return document.querySelector('.more').ariaExpanded"
+    assert at_home.run(button) == "true"
+    at_home.click(f"{first}.more")
+    assert at_home.texts(f"{first}code")[0] == before
+
+
+def test_labels_are_shown_and_edited(browser, tmp_path):
+    made = make_page(tmp_path)
+    labels = {3: Label(EVIL[0], "a model", 0.9), 5: Label("the other one")}
+    write_explorer(made.run, made.sae, made.stored, EvilTokenizer(), made.page, labels=labels)
+    browser.screen(1200, 900)
+    browser.open(made.page, "#/latent/3")
+    assert browser.texts(".labelline .label") == [EVIL[0]]
+    assert browser.texts(".labelline small") == ["by a model, detection 0.9"]
+    browser.click(".labelline button")
+    browser.press(" my own, ", Keys.ENTER)
+    assert browser.texts(".labelline .label") == ["my own,"]
+    assert browser.texts("#edits button") == ["Download labels.json"]
+    saved = browser.run(
+        "window.blobs = []; const own = URL.createObjectURL;"
+        "URL.createObjectURL = (blob) => { window.blobs.push(blob); return own.call(URL, blob); };"
+        "document.querySelector('#edits button').click();"
+        "return window.blobs[0].text();"
+    )
+    (tmp_path / FILE).write_text(saved)
+    kept = read_labels(tmp_path, made.sae.dict_size, None)
+    assert kept == {3: Label("my own,"), 5: Label("the other one")}
+    browser.open(made.page, "#/find/own")  # the page remembers what is not saved yet
+    assert browser.texts(".found a")[0] == "latent 3"
+    browser.go("#/latents?show=labelled&sort=label")
+    assert browser.texts(".latents tbody .label") == ["my own,", "the other one"]
+    browser.run("localStorage.clear()")
+    assert browser.complaints() == []
 
 
 def test_links_that_lead_nowhere(at_home):
@@ -275,7 +402,7 @@ def test_fits_every_screen(at_home, made, width):
     colors = []
     for dark in (False, True):
         at_home.screen(width, 900, dark)
-        for address in ("#/", "#/latent/10", "#/head/1/base/0", "#/find/word"):
+        for address in ("#/", "#/latent/10", "#/head/1/base/0", "#/find/word", "#/latents"):
             at_home.open(made.page, address)
             wide = at_home.run("return document.documentElement.scrollWidth")
             assert wide <= width, address
@@ -299,7 +426,7 @@ def test_a_dense_encoder(browser, tmp_path):
 
 @pytest.mark.slow
 def test_a_large_dictionary(browser, tmp_path):
-    """2^17 latents: the first view within 3 s, the last latent's soon after the page is read."""
+    """2^17 latents: the first view within 3 s, then soon the last latent's and the table."""
     page = make_large_page(tmp_path)
     browser.screen(1400, 900)
     browser.open(page)
@@ -311,5 +438,8 @@ def test_a_large_dictionary(browser, tmp_path):
     started = time.monotonic()
     browser.go("#/latent/131071")
     assert browser.texts(".unit h3") == ["Latent 131071"]
-    assert time.monotonic() - started < 3
+    browser.go("#/latents?sort=-density")
+    assert "131,072 of 131,072 latents" in browser.texts("[role='status']")
+    assert len(browser.texts(".latents tbody tr")) < 100
+    assert time.monotonic() - started < 6
     assert browser.complaints() == []

@@ -1113,8 +1113,9 @@ def test_interpret(suite, flags, tmp_path, monkeypatch):
     assert summary["explained"] == 2
 
 
-def test_explore(suite, flags, tmp_path, capsys):
+def test_explore(suite, flags, tmp_path, capsys, monkeypatch):
     """Its properties are kept beside the page, and serve again for this SAE and place alone."""
+    monkeypatch.chdir(tmp_path)
     page = tmp_path / "pages" / "sae.html"
     explore = ["explore", str(suite), *flags, "--tokens", "2000", "--out", str(page)]
     assert command(explore) == 0
@@ -1126,9 +1127,13 @@ def test_explore(suite, flags, tmp_path, capsys):
     assert command(explore) == 0 and measured.read_bytes() == first
     assert command([*explore, "--layer", "0"]) == 0 and measured.read_bytes() != first
     assert not (suite / "properties").exists()
-    capsys.readouterr()
+    home = Path("runs/explored") / re.sub(r"[^\w.-]+", "-", str(suite)).strip("-")
+    shutil.copytree(measured.parent, home / "properties")
+    for source in (suite, tmp_path):  # the SAE, and a folder of which --layer names it
+        capsys.readouterr()
+        assert command(["explore", str(source), *flags, "--tokens", "2000"]) == 0
+        assert f"{home}/explorer.html (" in capsys.readouterr().out
     for arguments, reason in (
-        ([str(suite), *flags], "is no run: give --out FILE"),
         ([str(tmp_path / "nowhere")], "no such folder"),
         ([str(suite), "--out", str(page)], "give --model"),
     ):

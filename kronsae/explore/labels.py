@@ -69,7 +69,7 @@ def read_labels(path: Path, latents: int, digest: str | None) -> Labels:
 
 
 def labels_beside(folder: Path, latents: int, digest: str | None) -> Labels:
-    """Those of labels.json in a run's folder, {} without one. Raises InputError as `read_labels`."""
+    """Labels of labels.json in a run's folder, {} without. Raises InputError as `read_labels`."""
     path = folder / FILE
     return read_labels(path, latents, digest) if path.is_file() else {}
 

@@ -64,7 +64,7 @@ function downloadLabels() {
 }
 
 const labelText = (number) => (labelOf(number)
-  ? make('span', { class: 'label' }, labelOf(number).text) : null);
+  ? make('span', { class: 'label', title: labelOf(number).text }, labelOf(number).text) : null);
 
 // A latent's label, with who wrote it, and a button to edit it.
 function labelLine(number) {

@@ -63,13 +63,15 @@ async function route() {
   main.dataset.address = address;
 }
 
+let waiting;
+
 document.getElementById('search').addEventListener('submit', (event) => {
   event.preventDefault();
+  clearTimeout(waiting);
   if (query.value) location.hash = `#/find/${encodeURIComponent(query.value)}`;
 });
 
 // Results appear as one types; only the first letter makes an entry in the history.
-let waiting;
 query.addEventListener('input', () => {
   clearTimeout(waiting);
   waiting = setTimeout(() => {

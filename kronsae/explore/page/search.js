@@ -205,6 +205,14 @@ function marksOf(wanted) {
   return { marks, count };
 }
 
+// The first head of each block: first of those whose latents fire most on a text.
+function blocksFor(query) {
+  const firstOf = (head) => head - head % facts.perBlock;
+  const best = byToken(query, 'post').slice(0, FOUND).map(({ row }) => firstOf(latentAt(row).head));
+  const all = Array.from({ length: Math.ceil(grid.heads / facts.perBlock) }, (_, at) => at * facts.perBlock);
+  return new Set([...best, ...all]);
+}
+
 // Examples in which latents fire on the typed text, a latent's strongest, all of them by strength.
 async function searchTexts(query, list, progress) {
   const wanted = query.toLowerCase().trim();
@@ -227,12 +235,14 @@ async function searchTexts(query, list, progress) {
     list.replaceChildren(...found.map(({ unit, example, strength, peak }) => unitLine(unit,
       make('b', null, `${short(strength)} on it`), exampleItems([example], peak))));
   };
-  for (let head = 0; head < grid.heads; head += facts.perBlock) {
+  let searched = 0;
+  for (const head of blocksFor(query)) {
     const block = await details(head);
     if (location.hash !== address) return;
     found.push(...hitsIn(block, head, marks));
     if (found.length > 2 * FOUND) found = strongestOf(found);
-    const share = Math.min(1, (head + facts.perBlock) / grid.heads);
+    searched += facts.perBlock;
+    const share = Math.min(1, searched / grid.heads);
     progress.textContent = `${times}; ${Math.round(100 * share)} % searched`;
     if (performance.now() - shown > 500) {
       found = strongestOf(found);

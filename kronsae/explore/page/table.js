@@ -224,6 +224,7 @@ function tableView(address) {
     }, make('button', { type: 'button', onclick: () => sortBy(each) }, title))));
     if (focus) head.querySelector(`.of-${focus} button`).focus();
     table.setAttribute('aria-rowcount', order.length + 1);
+    table.classList.toggle('labelled', labels.size > 0);
     tall.style.setProperty('--tall', `${Math.min(HIGHEST, (order.length + 1.5) * ROW)}px`);
     said.textContent = `${grouped(order.length)} of ${grouped(facts.latents)} latents`;
     draw();
@@ -236,7 +237,9 @@ function tableView(address) {
       renew();
     },
   }));
-  const number = (name, label, most) => field(name, label, { type: 'number', min: 0, max: most, step: 'any' });
+  const number = (name, label, most, whole) => field(name, label, {
+    type: 'number', min: 0, max: most, step: 'any', 'aria-label': whole,
+  });
   const shown = choice('Latents', SHOWN, fields.get('show') ?? 'all', (key) => {
     fields.set('show', key === 'all' ? '' : key);
     renew();
@@ -246,8 +249,8 @@ function tableView(address) {
   return [make('h1', null, 'Latents'),
     make('form', { class: 'filters', role: 'search', 'aria-label': 'Filter', onsubmit: (event) => event.preventDefault() },
       field('text', 'Token, logit or label', { type: 'search' }), shown,
-      make('span', { class: 'pair' }, number('least', 'Density, % from', 100), number('most', 'to', 100)),
-      make('span', { class: 'pair' }, number('from', 'Numbers from', facts.latents - 1), number('to', 'to', facts.latents - 1)),
+      make('span', { class: 'pair' }, number('least', 'Density, % from', 100), number('most', 'to', 100, 'Density, % to')),
+      make('span', { class: 'pair' }, number('from', 'Numbers from', facts.latents - 1), number('to', 'to', facts.latents - 1, 'Numbers to')),
       number('head', capitalised(groupName), grid.heads - 1)),
     said, scroller];
 }
