@@ -38,6 +38,8 @@ EXTRAS = {
         "pillow",
         "scipy",
         "selenium",
+        "starlette",
+        "uvicorn",
         "build",
         "twine",
     ],
@@ -49,6 +51,8 @@ EXTRAS = {
     "tensorboard": ["tensorboard"],
     "wandb": ["wandb"],
     "trackio": ["trackio"],
+    # `kronsae explore --serve`.
+    "serve": ["starlette", "uvicorn"],
     # `--image-column`.
     "images": ["pillow"],
     # Our SAEs in SAELens.

@@ -8,6 +8,7 @@ from typing import Any
 from kronsae.commandline import exit_status, given_place, integer
 from kronsae.errors import InputError, warn
 from kronsae.explore.labels import FILE, Labels, labels_beside, read_labels, write_labels
+from kronsae.explore.serve import serve_run
 from kronsae.explore.site import write_site
 from kronsae.explore.write import write_explorer
 from kronsae.features.card import card, check_file
@@ -21,14 +22,14 @@ from kronsae.properties.store import FOLDER
 from kronsae.system.files import check_writable
 
 
-def work(argv: list[str]) -> None:
-    """Write the page of a run. Raises InputError if it cannot be done."""
+def make_parser() -> PropertiesParser:
     parser = PropertiesParser(
         "explore",
         "Write one HTML file to look into the latents of a run, or of another SAE. Their "
         "properties are measured first, unless RUN/properties/ has them (for another SAE: "
         "properties/ beside the page).",
         "kronsae explore runs/MY-RUN --labels explanations\n"
+        "kronsae explore runs/MY-RUN --serve\n"
         "kronsae explore SAE --model gpt2 --layer 6 --dataset text.jsonl\n"
         "kronsae explore runs/MY-RUN --feature 537 --out card.png\n"
         "kronsae explore runs/MY-SUITE --out pages",
@@ -56,16 +57,39 @@ def work(argv: list[str]) -> None:
         help="labels of latents: the --out of kronsae interpret, or a labels.json that a page "
         f"saved. They are kept in {FILE} beside the run, which each page shows",
     )
-    settings, text, flags = parser.read(argv)
+    served = parser.add_argument_group("the page with the language model behind it")
+    served.add_argument(
+        "--serve",
+        action="store_true",
+        help="serve the page on this machine in place of writing it: type a text and see which "
+        "features fire, steer them, ablate a latent, its base or its extension",
+    )
+    served.add_argument(
+        "--host",
+        metavar="NAME",
+        help="address to serve on (default: 127.0.0.1, which only this machine reaches)",
+    )
+    served.add_argument(
+        "--port", type=integer, metavar="N", help="its port (default: one that is free)"
+    )
+    return parser
+
+
+def work(argv: list[str]) -> None:
+    """Write or serve the page of a run. Raises InputError if it cannot be done."""
+    settings, text, flags = make_parser().read(argv)
+    serves = flags.get("serve", False)
+    for name in ("out", "feature") if serves else ("host", "port"):
+        if name in flags:
+            reason = "with --serve" if serves else "without --serve"
+            raise InputError(f"--{name} has no effect {reason}: leave it out")
     run, text, place = _member(flags["run"], text, given_place(flags))
     if (run / INDEX_NAME).is_file() and "subfolder" not in place:
-        if "feature" in flags or "out" not in flags:
+        if flags.keys() & {"feature", "serve", "labels"} or "out" not in flags:
             raise InputError(
-                f"{run} is a sweep: give --out FOLDER for the pages of all members, or give the "
-                "folder of one member"
+                f"{run} is a sweep: give --out FOLDER for the pages of all members, or name one "
+                "member: its folder, or --layer or --hookpoint if that tells which"
             )
-        if "labels" in flags:
-            raise InputError(f"--labels are of one SAE, and {run} is a sweep: give one member")
         say(f"{write_site(run, settings, text, flags['device'], flags['out'])}: open it")
         return
     of_run = is_run(run)
@@ -75,7 +99,8 @@ def work(argv: list[str]) -> None:
     feature = flags.get("feature")
     name = "explorer.html" if feature is None else f"feature-{feature}.html"
     out = flags.get("out", home / name)
-    check_writable(out.parent)
+    if not serves:
+        check_writable(out.parent)
     if feature is not None:
         check_file(out)
     beside = run if of_run else out.parent
@@ -95,13 +120,20 @@ def work(argv: list[str]) -> None:
         check,
         **place,
     )
-    if feature is not None:
-        say(f"{card(sae, stored, feature, tokenizer).write(out)}: the card of latent {feature}")
-        return
     labels = _labels(given, beside, sae.dict_size, stored.facts["sae_sha256"])
+    if feature is not None:
+        label = labels[feature].text if feature in labels else None
+        made = card(sae, stored, feature, tokenizer, label).write(out)
+        say(f"{made}: the card of latent {feature}")
+        return
     if stored.properties.post.intervals is None:
         _say_what_is_missing(beside / FOLDER)
-    write_explorer(run, sae, stored, tokenizer, out, None if of_run else data, labels)
+    about, activations = (run, sae, stored, tokenizer), None if of_run else data
+    if serves:
+        address = flags.get("host", "127.0.0.1"), flags.get("port", 0)
+        serve_run(*about, activations, labels, data, beside / FILE, address)
+        return
+    write_explorer(*about, out, activations, labels)
     say(f"{out} ({out.stat().st_size / 2**20:.1f} MiB): open it in a browser")
 
 

@@ -53,6 +53,11 @@ def read_labels(path: Path, latents: int, digest: str | None) -> Labels:
             f"{path} cannot be read: {error}; expected {FILE}, or the --out folder of a "
             f"kronsae interpret that has ended"
         ) from error
+    return labels_of(document, str(path), latents, digest)
+
+
+def labels_of(document: Any, path: str, latents: int, digest: str | None) -> Labels:
+    """The labels in a document; see `read_labels`.  path: its name in messages."""
     kind = document.get("format") if isinstance(document, dict) else None
     if kind not in (FORMAT, EXPLANATIONS):
         raise InputError(f"{path}: expected format {FORMAT!r} or {EXPLANATIONS!r}, got {kind!r}")
@@ -95,8 +100,8 @@ def plain(labels: Labels) -> dict[str, dict[str, Any]]:
     }
 
 
-def _labels(document: Any, path: Path) -> Labels:
-    labels = typed(document, _DOCUMENT, str(path))["labels"]
+def _labels(document: Any, path: str) -> Labels:
+    labels = typed(document, _DOCUMENT, path)["labels"]
     labels = {key: typed(entry, _LABEL, f"{path}: {key}") for key, entry in labels.items()}
     if bad := [key for key in labels if not key.isdecimal()]:
         raise InputError(f"{path}: labels: expected numbers of latents, got {bad[0]!r}")
@@ -107,8 +112,8 @@ def _labels(document: Any, path: Path) -> Labels:
     }
 
 
-def _explanations(document: Any, path: Path) -> Labels:
-    document = typed(document, _EXPLANATIONS, str(path))
+def _explanations(document: Any, path: str) -> Labels:
+    document = typed(document, _EXPLANATIONS, path)
     labels = {}
     for entry in document["latents"]:
         entry = typed(entry, _EXPLANATION, f"{path}: latents")

@@ -20,7 +20,7 @@ from kronsae.system.files import write_text
 
 SCRIPTS = (
     *("data.js", "charts.js", "labels.js", "latents.js", "table.js", "search.js"),
-    *("views.js", "main.js"),
+    *("views.js", "ask.js", "main.js"),
 )
 _PAGE = Path(__file__).parent / "page"
 
@@ -42,13 +42,13 @@ def write_explorer(
     return out
 
 
-def render(content: dict[str, Any]) -> str:
-    """The page as HTML."""
+def render(content: dict[str, Any], connect: str = "'none'") -> str:
+    """The page as HTML.  connect: what its script may ask, by the content security policy."""
     style = _read("style.css")
     script = "(() => {\n'use strict';\n" + "\n".join(map(_read, SCRIPTS)) + "\n})();\n"
     policy = (
         f"default-src 'none'; script-src '{_source(script)}'; style-src '{_source(style)}'; "
-        "img-src data:; base-uri 'none'; form-action 'none'"
+        f"connect-src {connect}; img-src data:; base-uri 'none'; form-action 'none'"
     )
     return templates.render(
         _PAGE / "explorer.html.j2", policy=policy, style=style, script=script, **content

@@ -25,6 +25,7 @@ from kronsae.data.token_text import token_texts
 from kronsae.errors import InputError
 from kronsae.features.card import Card, card
 from kronsae.features.text import Features
+from kronsae.interventions.effects import factors, silence
 from kronsae.interventions.hooks import Edit, ablate, clamp, intervene, steer
 from kronsae.metrics.target_model import check_widths, data_of, known_data
 from kronsae.model.massive import rule_of, without
@@ -308,6 +309,18 @@ class TargetModel:
         """While open, the latents are 0."""
         listed = [latents] if isinstance(latents, int) else latents
         return self.edit([ablate(latent) for latent in listed], sae)
+
+    def silence(
+        self, latent: int, factor: str = "composition", sae: SAE | None = None
+    ) -> AbstractContextManager[None]:
+        """While open, a latent of a KronSAE is silenced ("composition"), or all those of its "base"
+        or of its "extension".
+
+        With TopK, others are selected in their place, as `kronsae intervene --and-test` does.
+        Raises InputError for a dense SAE.
+        """
+        place = self.place(sae)
+        return silence(place.model, place.sae, factors(place.sae, latent)[factor])
 
     def edit(self, edits: Sequence[Edit], sae: SAE | None = None) -> AbstractContextManager[None]:
         """While open, the edits apply in every forward pass."""

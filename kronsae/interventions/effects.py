@@ -8,7 +8,8 @@ Letters: c contexts, t tokens of each, n tokens in the mask, k active latents, F
 vocabulary size, p pairs of a context and a latent.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -18,10 +19,11 @@ from torch import Tensor
 from kronsae.data import LanguageModel
 from kronsae.data.packing import PADDING
 from kronsae.errors import InputError
-from kronsae.interventions.hooks import values_of
+from kronsae.interventions.hooks import first_of, values_of
 from kronsae.metrics.figures import cross_entropy, kl_divergence
 from kronsae.metrics.heldout import HeldoutText
 from kronsae.metrics.splicing import spliced
+from kronsae.model.massive import rule_of
 from kronsae.model.sae import SAE
 from kronsae_kernels import SparseCodes
 
@@ -274,6 +276,30 @@ def and_test(sae: SAE, text: HeldoutText, latent: int) -> dict[str, Any]:
             for name in off
         ],
     }
+
+
+@contextmanager
+def silence(model: LanguageModel, sae: SAE, off: Tensor) -> Iterator[None]:
+    """While open, the latents `off` ([F] bool) are silenced in every forward pass; see `without`.
+
+    The SAE's error is kept: activations change by the difference of the two reconstructions.
+    """
+
+    def silenced(x: Tensor, y: Tensor) -> Tensor:
+        x = x.to(sae.W_dec)
+        return y + (sae.decode(without(sae, x, off), x) - sae.decode(sae.encode(x), x)).to(y)
+
+    with spliced(model, silenced, massive=rule_of(sae.metadata), first=first_of(sae)):
+        yield
+
+
+def factors(sae: SAE, latent: int) -> dict[str, Tensor]:
+    """What `and_test` silences of a latent: latents ([F] bool) of its "base", of its "extension",
+    and it alone ("composition").
+
+    Raises InputError for a dense SAE, or a latent outside [0, F).
+    """
+    return _silenced(sae, *_place(sae, latent))[0]
 
 
 def _place(sae: SAE, latent: int) -> tuple[int, int, int]:

@@ -92,14 +92,14 @@ def intervene(
         base = y if keep_error else sae.decode(codes, x)
         return base + change(sae, codes, edits).to(base) if edits else base
 
-    massive, first = rule_of(sae.metadata), _first(sae)
+    massive, first = rule_of(sae.metadata), first_of(sae)
     known = sae.metadata.get("data") or {}
     excluded = typed(known.get("exclude_tokens", ""), str, "data.exclude_tokens")
     with spliced(model, replaced, massive=massive, first=first, excluded=excluded):
         yield
 
 
-def _first(sae: SAE) -> int:
+def first_of(sae: SAE) -> int:
     """Positions at the start of a text that the SAE was not trained on."""
     known = sae.metadata.get("data") or {}
     return max(1, len(known.get("context_begin") or ()))
@@ -126,7 +126,7 @@ def edited(sae: SAE, x: Tensor, edits: Sequence[Edit]) -> Tensor:
     flat = SparseCodes(*(part.reshape(-1, width) for part in codes))
     changed = change(sae, flat, edits).view(x.shape).to(x)
     if x.shape[-2] > 1:
-        changed[..., : _first(sae), :] = 0
+        changed[..., : first_of(sae), :] = 0
     if (massive := rule_of(sae.metadata)) is not None:
         changed[massive(x.flatten(0, -2)).view(x.shape[:-1])] = 0
     return x + changed

@@ -23,6 +23,20 @@ const source = {
   saveLabels: null,
 };
 
+// With a server behind the page: what it answers, or an Error with what it says.
+async function ask(name, request) {
+  const response = await fetch(name, request && {
+    method: 'POST', headers: { 'Content-Type': 'application/json' }, body: JSON.stringify(request),
+  }).catch(() => {
+    throw new Error('The server does not answer: is `kronsae explore --serve` still running?');
+  });
+  const answer = await response.json().catch(() => ({ error: `status ${response.status}` }));
+  if (!response.ok) throw new Error(answer.error);
+  return answer;
+}
+
+if (facts.served) source.saveLabels = (labels) => ask('labels', labels);
+
 function bytesOf(text) {
   return Uint8Array.fromBase64?.(text) // ten times as fast
     ?? Uint8Array.from(atob(text), (letter) => letter.charCodeAt(0));
@@ -65,7 +79,7 @@ async function readIndex() {
 // What all views but the first one's figures need.
 let listsRead;
 function readLists() {
-  listsRead ??= Promise.all([readBlock('lists'), readJSON('vocabulary'), readJSON('labels')])
+  listsRead ??= Promise.all([readBlock('lists'), readJSON('vocabulary'), facts.served ? ask('labels') : readJSON('labels')])
     .then(([arrays, texts, labels]) => {
       [lists, vocabulary] = [arrays, texts];
       startLabels(labels);

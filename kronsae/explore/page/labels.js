@@ -36,8 +36,7 @@ async function editLabel(number, text) {
   putLabel(number, text);
   edited.set(number, text);
   if (source.saveLabels) {
-    await source.saveLabels(plainLabels());
-    edited.clear();
+    await source.saveLabels(plainLabels()).then(() => edited.clear(), () => {}); // else a file
   }
   try {
     localStorage.setItem(editsKey, JSON.stringify([...edited]));

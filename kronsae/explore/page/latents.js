@@ -256,6 +256,8 @@ async function unitView(unit) {
   return make('article', { class: `unit ${unit.kind}` },
     titleOf(unit),
     post ? labelLine(unit.number) : null,
+    post && facts.served ? make('p', null, make('a', { href: `#/ask/${unit.number}` },
+      'Steer or ablate it in the running model')) : null,
     statsOf(unit, block, row),
     section('Top activations', exampleList(block, unit.group, 'top', row, strongest)),
     make('section', { class: 'lists' }, columns), note,

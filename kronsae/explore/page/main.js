@@ -1,4 +1,4 @@
-// Addresses: #/ · #/head/H · #/head/H/base/I · #/head/H/extension/J · #/latent/F · #/find/TEXT · #/latents?…
+// Addresses: #/ · #/head/H · #/head/H/base/I · #/head/H/extension/J · #/latent/F · #/find/TEXT · #/latents?… · #/ask · #/ask/F
 
 const main = document.getElementById('main');
 const query = document.getElementById('query');
@@ -7,6 +7,8 @@ const query = document.getElementById('query');
 function placeOf(address) {
   const table = address.match(/^#\/latents\/?(?:\?(.*))?$/);
   if (table) return { table: table[1] ?? '' };
+  const asked = facts.served && address.match(/^#\/ask(?:\/(\d+))?$/);
+  if (asked) return asked[1] >= facts.latents ? null : { ask: asked[1] ? Number(asked[1]) : -1 };
   const found = address.match(
     /^(?:#\/?)?(?:latent\/(\d+)|head\/(\d+)(?:\/(base|extension)\/(\d+))?|find\/(.+))?\/?$/);
   if (!found) return null;
@@ -29,6 +31,7 @@ function placeOf(address) {
 async function viewOf(place) {
   if (place && Object.keys(place).length) await readLists();
   if (place?.table !== undefined) return tableView(place.table);
+  if (place?.ask !== undefined) return askView(place.ask);
   if (place?.unit) return headView(place.unit);
   if (place?.query) return findView(place.query);
   if (place) return overview();
@@ -95,6 +98,7 @@ document.addEventListener('keydown', (event) => {
 matchMedia('(prefers-color-scheme: dark)').addEventListener('change', route);
 window.addEventListener('hashchange', route);
 document.getElementById('home').textContent = facts.run;
+document.getElementById('to-ask').hidden = !facts.served;
 readIndex().then(route).then(() => {
   document.body.dataset.ready = '';
   performance.mark('first-view');

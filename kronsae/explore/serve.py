@@ -1,0 +1,282 @@
+"""The explorer with the language model behind it, on this machine: `kronsae explore RUN --serve`.
+
+    GET  /           the page; the first visit has ?token=…, which a cookie then keeps
+    GET  /labels     {latent: {text, by, detection}}
+    POST /ask        {text}                         features of each token
+    POST /generate   {prompt, edits, new_tokens}    the text without and with the edits
+    POST /ablate     {text, latent}                 base, extension and composition silenced
+    POST /labels     what labels.json holds         saved beside the run
+
+Answers are JSON; what cannot be done is {error}, with status 400. Everything needs the token, is
+bounded in size, and is computed one after the other. Only this machine can connect, unless another
+`host` is asked for.
+"""
+
+import json
+import math
+import secrets
+import socket
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+from kronsae.config import DataConfig
+from kronsae.data.language_model import LanguageModel
+from kronsae.data.loading import quiet
+from kronsae.errors import InputError
+from kronsae.explore.content import make_content
+from kronsae.explore.labels import Labels, labels_of, plain, write_labels
+from kronsae.explore.write import render
+from kronsae.features import Features, TargetModel
+from kronsae.features.model import Place
+from kronsae.interventions.effects import factors
+from kronsae.interventions.hooks import Edit, ablate, clamp, steer
+from kronsae.model.sae import SAE
+from kronsae.properties import Stored
+from kronsae.properties.run import say
+from kronsae.system.documents import Keys, typed
+
+if TYPE_CHECKING:
+    from starlette.applications import Starlette
+    from starlette.requests import Request
+    from starlette.responses import Response
+
+MAX_TEXT, MAX_BODY = 20_000, 1 << 24
+"""Most characters of a text, and bytes of a request."""
+MAX_TOKENS, MAX_NEW_TOKENS, MAX_EDITS = 512, 200, 64
+LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
+"""Names of this machine for itself."""
+OPEN_TO_OTHERS = (
+    "--host {}: other machines can connect, and whoever has the token can use the model"
+)
+SHOWN_NEXT = 5
+"""Next tokens that are shown."""
+
+COOKIE = "kronsae-token"
+_ASK = Keys({"text": str})
+_GENERATE = Keys({"prompt": str, "edits": list[dict[str, Any]]}, {"new_tokens": int})
+_EDIT = Keys({"latent": int, "kind": str, "value": float})
+_ABLATE = Keys({"text": str, "latent": int})
+
+
+class Answers:
+    """What the page asks of the language model; each method takes and gives JSON values.
+
+    file: labels.json, where labels are kept.  digest: the SHA-256 of the SAE's weights.
+    """
+
+    def __init__(
+        self, lm: TargetModel, labels: Labels, file: Path, digest: str | None = None
+    ) -> None:
+        self.lm, self.sae = lm, lm.saes[0]
+        self.known, self.file, self.digest = labels, file, digest
+
+    def ask(self, request: Any) -> dict[str, Any]:
+        """Of each token of the text: its text, and [latent, value] of its features by strength."""
+        features = self._features(typed(request, _ASK, "")["text"])
+        return {
+            "tokens": features.tokens,
+            "kept": features.kept.tolist(),
+            "features": _rows(features),
+        }
+
+    def generate(self, request: Any) -> dict[str, Any]:
+        """The continuation without and with the edits, and the likeliest next tokens of both."""
+        asked = typed(request, _GENERATE, "")
+        count = asked.get("new_tokens", 40)
+        if not 1 <= count <= MAX_NEW_TOKENS:
+            raise InputError(f"new_tokens: expected 1 to {MAX_NEW_TOKENS}, got {count}")
+        if len(asked["edits"]) > MAX_EDITS:
+            raise InputError(f"edits: expected at most {MAX_EDITS}, got {len(asked['edits'])}")
+        prompt, edits = asked["prompt"], [_edit(edit) for edit in asked["edits"]]
+        if len(self._features(prompt)) < 2:
+            raise InputError("prompt: expected two tokens at least: the first is never changed")
+        plain = self._continued(prompt, count)
+        with self.lm.edit(edits):
+            return {"plain": plain, "edited": self._continued(prompt, count)}
+
+    def ablate(self, request: Any) -> dict[str, Any]:
+        """The next tokens after the text: as it is, and without a latent, its base or extension."""
+        asked = typed(request, _ABLATE, "")
+        text, latent = asked["text"], asked["latent"]
+        fires = self._features(text).of(latent).tolist()
+        following = {"nothing": self._next(text)}
+        for what in factors(self.sae, latent):
+            with self.lm.silence(latent, what):
+                following[what] = self._next(text)
+        return {"fires": fires, "next": following}
+
+    def labels(self, request: Any) -> dict[str, Any]:
+        """Keep labels in place of those there were."""
+        self.known = labels_of(request, "labels", self.sae.dict_size, self.digest)
+        write_labels(self.known, self.file, self.digest)
+        return {"saved": len(self.known)}
+
+    def _features(self, text: str) -> Features:
+        if len(text) > MAX_TEXT:
+            raise InputError(f"text: expected at most {MAX_TEXT:,} characters, got {len(text):,}")
+        features = self.lm.features(text)
+        if len(features) > MAX_TOKENS:
+            raise InputError(f"text: expected at most {MAX_TOKENS} tokens, got {len(features)}")
+        return features
+
+    def _continued(self, prompt: str, count: int) -> dict[str, Any]:
+        return {"text": self.lm.generate(prompt, count), "next": self._next(prompt)}
+
+    def _next(self, text: str) -> list[list[Any]]:
+        table = self.lm.next_tokens(text, SHOWN_NEXT)
+        return table[["token", "probability"]].to_numpy().tolist()
+
+
+def _rows(features: Features) -> list[list[list[float]]]:
+    rows: list[list[list[float]]] = [[] for _ in features.tokens]
+    ordered = features.to_pandas().sort_values("value", ascending=False, kind="stable")
+    for row in ordered.itertuples():
+        rows[row.position].append([row.latent, row.value])
+    return rows
+
+
+EDITS: dict[str, Callable[[int, float], Edit]] = {
+    "steer": steer,
+    "clamp": clamp,
+    "ablate": lambda latent, _value: ablate(latent),
+}
+
+
+def _edit(given: dict[str, Any]) -> Edit:
+    edit = typed(given, _EDIT, "edits")
+    if edit["kind"] not in EDITS:
+        raise InputError(f"edits: expected a kind of {', '.join(EDITS)}, got {edit['kind']!r}")
+    if not math.isfinite(edit["value"]):
+        raise InputError(f"edits: expected a finite value, got {edit['value']}")
+    return EDITS[edit["kind"]](edit["latent"], edit["value"])
+
+
+def app(page: str, answers: Answers, token: str, hosts: Sequence[str] = LOOPBACK) -> "Starlette":
+    """The server's application.
+
+    hosts: names by which it may be asked for; those of another site are refused, also if they lead
+        to this machine.
+    """
+    from starlette.applications import Starlette
+    from starlette.concurrency import run_in_threadpool
+    from starlette.middleware import Middleware
+    from starlette.middleware.trustedhost import TrustedHostMiddleware
+    from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse
+    from starlette.routing import Route
+
+    one_at_a_time = threading.Lock()
+
+    def allowed(given: str | None) -> bool:
+        return given is not None and secrets.compare_digest(given.encode(), token.encode())
+
+    async def index(request: "Request") -> "Response":
+        if allowed(request.query_params.get("token")):
+            response: Response = RedirectResponse("/")
+            response.set_cookie(COOKIE, token, httponly=True, samesite="strict")
+            return response
+        if not allowed(request.cookies.get(COOKIE)):
+            refused = "Open the address that the command printed: its token is missing here."
+            return HTMLResponse(f"<!doctype html><title>kronsae</title><p>{refused}", 403)
+        return HTMLResponse(page, headers={"Cache-Control": "no-store"})
+
+    def route(name: str) -> Route:
+        answer = getattr(answers, name)
+
+        def computed(body: bytes) -> dict[str, Any]:
+            with one_at_a_time:
+                return answer(json.loads(body))
+
+        async def handle(request: "Request") -> "Response":
+            if not allowed(request.cookies.get(COOKIE)) or not _is_own(request):
+                return JSONResponse({"error": "no token, or another site's request"}, 403)
+            if not request.headers.get("content-type", "").startswith("application/json"):
+                return JSONResponse({"error": "expected JSON"}, 415)
+            body = b""
+            async for part in request.stream():
+                body += part
+                if len(body) > MAX_BODY:
+                    return JSONResponse({"error": f"more than {MAX_BODY:,} bytes"}, 413)
+            try:
+                return JSONResponse(await run_in_threadpool(computed, body))
+            except (InputError, ValueError, RecursionError) as error:
+                return JSONResponse({"error": str(error)}, 400)
+
+        return Route(f"/{name}", handle, methods=["POST"])
+
+    async def labels(request: "Request") -> "Response":
+        if not allowed(request.cookies.get(COOKIE)):
+            return JSONResponse({"error": "no token"}, 403)
+        return JSONResponse(plain(answers.known))
+
+    names = ("ask", "generate", "ablate", "labels")
+    pages = [Route("/", index), Route("/labels", labels, methods=["GET"])]
+    trusted = Middleware(TrustedHostMiddleware, allowed_hosts=list(hosts), www_redirect=False)
+    return Starlette(routes=[*pages, *map(route, names)], middleware=[trusted])
+
+
+def serve_run(
+    run: Path,
+    sae: SAE,
+    stored: Stored,
+    tokenizer: Any,
+    activations: DataConfig | None,
+    labels: Labels,
+    data: DataConfig,
+    file: Path,
+    address: tuple[str, int],
+) -> None:
+    """Serve the page of a run, whose language model and text `data` names; see `serve`.
+
+    file: labels.json.  The other arguments are those of `write_explorer`.
+    Raises InputError for a model without a tokenizer, or of which no text can be generated.
+    """
+    with quiet():
+        model = LanguageModel.of(data, sae.W_dec.device)
+    if model.tokenizer is None or model.no_cross_entropy is not None:
+        raise InputError(f"--serve: {model.no_cross_entropy or 'the model has no tokenizer'}")
+    content = make_content(run, sae, stored, tokenizer, activations)
+    content["facts"] |= {"served": True, "mostTokens": MAX_NEW_TOKENS}
+    answers = Answers(
+        TargetModel([Place(sae, model, data)]), labels, file, stored.facts.get("sae_sha256")
+    )
+    serve(render(content, connect="'self'"), answers, *address, say)
+
+
+def serve(page: str, answers: Answers, host: str, port: int, say: Callable[[str], None]) -> None:
+    """Serve the page until Ctrl-C; the address is said once it can be opened.
+
+    host: another one than that of LOOPBACK lets other machines connect.  port: 0 takes a free one.
+    Raises InputError if the address cannot be had, or if the packages of the extra are missing.
+    """
+    try:
+        import uvicorn
+    except ImportError as error:
+        raise InputError(
+            "--serve needs uvicorn and starlette: pip install 'kronsae[serve]'"
+        ) from error
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as listening:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listening.bind((host, port))
+            listening.listen()
+        except OSError as error:
+            raise InputError(f"--serve: {host}, port {port}: {error.strerror or error}") from error
+        token, port = secrets.token_urlsafe(24), listening.getsockname()[1]
+        if host not in LOOPBACK:
+            print(OPEN_TO_OTHERS.format(host), file=sys.stderr)
+        shown = f"[{host}]" if ":" in host else host
+        say(f"http://{shown}:{port}/?token={token}: open it in a browser; Ctrl-C ends it")
+        hosts = LOOPBACK if host in LOOPBACK else ("*",)
+        config = uvicorn.Config(app(page, answers, token, hosts), log_level="warning")
+        uvicorn.Server(config).run(sockets=[listening])
+
+
+def _is_own(request: "Request") -> bool:
+    """Whether a request comes from the page, as far as its headers say."""
+    origin = request.headers.get("origin")
+    return origin is None or urlsplit(origin).netloc == request.headers.get("host")
