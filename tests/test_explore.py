@@ -341,6 +341,16 @@ def test_a_folder_of_a_suite(tmp_path, capsys):
     assert [text.strip() for text in page.of(scope="rowgroup")] == names
 
 
+def test_a_saved_sae_has_a_page_of_its_own(run, tmp_path, monkeypatch, capsys):
+    """Its folder is named after where it is; a run's sae/ is an SAE like any other."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(run / "sae", tmp_path / "mine")
+    few = ["--tokens", "300", "--sample", "2", "--correlation-tokens", "0"]
+    assert command.main(["mine", "--dataset", "stdlib", *few]) == 0
+    assert "runs/explored/mine/explorer.html (" in capsys.readouterr().out
+    assert load_properties(tmp_path / "runs/explored/mine/properties").properties.text is not None
+
+
 def test_properties_of_an_older_version(run, monkeypatch):
     """A page is made of them, with windows alone and a notice; the text is that of the windows."""
     folder = run / "properties"

@@ -202,7 +202,9 @@ def open_run(
     """
     sae = load(str(run), device=device, **place)
     if not is_run(run):
-        weights = save({name: tensor.cpu() for name, tensor in sae.state_dict().items()})
+        weights = save(
+            {name: tensor.cpu().contiguous() for name, tensor in sae.state_dict().items()}
+        )
         # No text is its own: as little as can be is held out of what is given.
         data = dataclasses.replace(data_of(sae, text, str(run)), heldout_tokens=1)
         check_no_images(data, "kronsae explore")
