@@ -1,5 +1,7 @@
 """From text to features: `kronsae.language_model` against the parts that it is made of."""
 
+import re
+
 import pytest
 import torch
 from tiny_models import BLOCKS, WIDTH, WORDS, save_model
@@ -85,7 +87,11 @@ def test_a_notebook_shows_text_and_escapes_it(lm):
     assert "<b>" not in html and "rgba(" in html
     assert str(features.strongest(1).index[0]) in repr(features)
     latent = int(features.strongest(1).index[0])
-    assert f"latent {latent}" in features.show(latent)._repr_html_()
+    shown = features.show(latent)._repr_html_()
+    assert f"latent {latent}" in shown
+    titles = re.findall(r'title="(\d+): ([^"]+)"', shown)
+    assert {int(number) for number, _ in titles} == {latent}
+    assert [value for _, value in titles] == [f"{x:.3g}" for x in features.of(latent).tolist()]
     assert "w1" in repr(features.show())
 
 

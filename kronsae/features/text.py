@@ -3,6 +3,7 @@
 Letters: t tokens of all texts, one after the other; k active latents of a token; F latents.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -101,10 +102,11 @@ class Features:
     def show(self, latent: int | None = None) -> "Shown":
         """The tokens for a notebook, shaded by a latent, or by the strongest one of each."""
         if latent is not None:
-            return Shown(self, self.of(latent), f"latent {latent}")
-        values = self.codes.values
-        strongest = values.amax(-1) if values.shape[-1] else values.new_zeros(len(self))
-        return Shown(self, strongest, "the strongest latent of each token")
+            values = self.of(latent)
+            return Shown(self, values, [latent] * len(self), f"latent {latent}")
+        values, slots = self.codes.values.max(-1)
+        latents = self.codes.indices.gather(1, slots[:, None])[:, 0].tolist()
+        return Shown(self, values, latents, "the strongest latent of each token")
 
     def __repr__(self) -> str:
         texts = int(self.text[-1]) + 1 if len(self) else 0
@@ -124,17 +126,18 @@ def _numbered(number: int, count: int, what: str) -> int:
 class Shown:
     """Tokens of texts, shaded by a value each: HTML in a notebook, else the text alone."""
 
-    def __init__(self, features: Features, values: Tensor, what: str) -> None:
-        self.features, self.values, self.what = features, values, what
+    def __init__(
+        self, features: Features, values: Tensor, latents: Sequence[int], what: str
+    ) -> None:
+        self.features, self.values, self.latents, self.what = features, values, latents, what
 
-    def _rows(self) -> list[list[tuple[str, float, float, str]]]:
-        """The tokens of each text: its text, value, shade from 0 to 1, and strongest latent."""
+    def _rows(self) -> list[list[tuple[str, float, float, int]]]:
+        """The tokens of each text: its text, value, shade from 0 to 1, and latent."""
         f, values = self.features, self.values.float().clamp(min=0)
-        shades = (values / values.amax().clamp(min=1e-30)).tolist() if len(f) else []
-        latents = f.codes.indices.gather(1, f.codes.values.argmax(1, True))[:, 0].tolist()
+        shades = (values / values.amax().clamp(min=1e-30)).tolist()
         rows: list[list[Any]] = [[] for _ in range(int(f.text[-1]) + 1 if len(f) else 0)]
         for text, *cell in zip(
-            f.text.tolist(), f.tokens, values.tolist(), shades, latents, strict=True
+            f.text.tolist(), f.tokens, values.tolist(), shades, self.latents, strict=True
         ):
             rows[text].append(cell)
         return rows
