@@ -137,6 +137,15 @@ def test_massive_tokens_have_no_features(folder):
     assert (features.to_dense() > 0).any(1).tolist() == features.kept.tolist()
 
 
+def test_a_text_without_features(folder):
+    """Thresholds that nothing exceeds: codes have no slot."""
+    sae = make(folder, encoder="dense", dict_size=30, selection="jumprelu")
+    sae.selection.log_threshold.data.fill_(20.0)
+    features = sae.language_model().features(TEXTS)
+    assert not features.to_dense().any() and features.to_pandas().empty
+    assert features.strongest().empty and "rgba" in features._repr_html_()
+
+
 def test_what_cannot_be_read(sae, lm):
     for texts, message in (
         ([], "at least one"),

@@ -351,8 +351,8 @@ def _encoded(place: Place, ids: Tensor, rows: Tensor) -> _Part:
     kept = mask[there]
 
     def of_all(part: Tensor) -> Tensor:
-        out = part.new_zeros(len(kept), part.shape[1])
-        out[kept.to(part.device)] = part
+        out = part.new_zeros(len(kept), max(1, part.shape[1]))  # a slot, if no latent is active
+        out[kept.to(part.device), : part.shape[1]] = part
         return out
 
     return _Part(SparseCodes(*map(of_all, codes)), kept)
