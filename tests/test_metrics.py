@@ -11,6 +11,7 @@ from kronsae.metrics.figures import (
     cross_entropy,
     cross_entropy_recovered,
     density_histogram,
+    gini,
     kl_divergence,
     pearson,
     probability_of_silence,
@@ -77,8 +78,24 @@ def test_firing_by_hand():
         "l0": 9 / 5,
         "dead_share": 16 / 20,
         "dense_share": 4 / 20,
+        # Counts 1, 1, 2, 5 at ranks 17 to 20: (13 + 15 + 2 * 17 + 5 * 19) / (20 * 9).
+        "firing_gini": pytest.approx(157 / 180),
+        "largest_share": 5 / 9,
         "heldout_tokens": 5,
     }
+
+
+@pytest.mark.parametrize(
+    ("counts", "by_hand"),
+    [
+        ([3, 3, 3, 3], 0.0),
+        ([0, 8, 0, 0], 3 / 4),
+        ([5, 0, 3], 5 / 12),  # pairs differ by 5, 2 and 3, twice each: 20 / (2 * 3 * 8)
+        ([0, 0], 0.0),
+    ],
+)
+def test_gini_by_hand(counts, by_hand):
+    assert gini(torch.tensor(counts)) == pytest.approx(by_hand)
 
 
 def test_density_histogram_by_hand():

@@ -20,6 +20,7 @@ SHARES = (
     "dead_share",
     "dead_share_10k",
     "dense_share",
+    "largest_share",
     "ce_recovered",
 )
 """Figures that are shown in percent."""

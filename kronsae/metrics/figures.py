@@ -53,6 +53,15 @@ MEANING = {
         "Dense latents",
         "share of latents that more than a tenth of the held-out tokens activates",
     ),
+    "firing_gini": (
+        "Gini coefficient of firings",
+        "how unequally the latents share all firings: 0 if each fires equally often, near 1 if few "
+        "latents fire and most never do",
+    ),
+    "largest_share": (
+        "Largest share of firings",
+        "share of all firings that are those of the one latent that fires most",
+    ),
     "heldout_tokens": (
         "Held-out tokens",
         "tokens that figures are measured on, without massive ones",
@@ -201,6 +210,8 @@ class FiringMetrics:
     l0 = latents that fire per token; dead_share, dense_share = shares of latents that fire on no
     token, and on more than a share DENSE of all tokens; dead_share_10k = the share expected to fire
     on none of EQUAL_TOKENS of these tokens, drawn without replacement (absent if there are fewer).
+    firing_gini, largest_share: `gini` of the counts, and the largest of them over their sum; 0 if
+    nothing fires.
     """
 
     def __init__(self, dict_size: int, device: torch.device | str = "cpu") -> None:
@@ -231,8 +242,21 @@ class FiringMetrics:
             "dead_share": as_double(self.counts == 0).mean().item(),
             **equal,
             "dense_share": as_double(self.densities > DENSE).mean().item(),
+            "firing_gini": gini(self.counts),
+            "largest_share": int(self.counts.max()) / max(1, int(self.counts.sum())),
             "heldout_tokens": self.tokens,
         }
+
+
+def gini(counts: Tensor) -> float:
+    """Gini coefficient of counts [F] >= 0: sum_ij |c_i - c_j| / (2 F sum c).
+
+    0 if all are equal (also if all are 0), (F - 1) / F if one of them has everything.
+    """
+    ranked = as_double(counts).sort().values
+    ranks = torch.arange(1, len(ranked) + 1, dtype=ranked.dtype, device=ranked.device)
+    above = (2 * ranks - len(ranked) - 1) @ ranked
+    return (above / (len(ranked) * ranked.sum()).clamp(min=1)).item()
 
 
 def probability_of_silence(counts: Tensor, tokens: int, drawn: int) -> Tensor:
