@@ -1,20 +1,25 @@
 """`kronsae intervene RUN`: effects of changed latents on a language model.
 
---latent and --prompt: its text and next token before and after. --effects: the effect of each
-latent's ablation on the loss, exact and estimated. --and-test: a latent of a Kron head compared
-with its base and its extension.
+--latent and --prompt: text and next token before and after, on request with a strength that keeps
+the text fluent (--fluency), and beside a baseline (--mean-difference). --effects: the effect of
+each latent's ablation on the loss, exact and estimated. --and-test: a latent of a Kron head
+compared with its base and its extension.
 """
 
 import argparse
+import dataclasses
+import math
+import re
 import shlex
 import sys
 import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
@@ -23,7 +28,7 @@ from kronsae.data import LanguageModel
 from kronsae.data.activations import open_model
 from kronsae.data.images import check_no_images
 from kronsae.data.loading import quiet
-from kronsae.data.packing import context_begin, left_out_ids, prompt_ids, token_mask
+from kronsae.data.packing import left_out_ids, prompt_ids, token_mask
 from kronsae.data.token_text import token_texts
 from kronsae.errors import InputError
 from kronsae.interventions.effects import (
@@ -36,7 +41,16 @@ from kronsae.interventions.effects import (
     last_logit,
     summed_loss,
 )
-from kronsae.interventions.hooks import ablate, clamp, intervene, steer
+from kronsae.interventions.hooks import ablate, clamp, displace, intervene, steer
+from kronsae.interventions.steering import (
+    Change,
+    Continuations,
+    calibrated,
+    continuations,
+    difference_of_texts,
+    generated,
+    mean_difference,
+)
 from kronsae.metrics.figures import pearson, spearman
 from kronsae.metrics.heldout import HeldoutText
 from kronsae.metrics.target_model import (
@@ -46,10 +60,15 @@ from kronsae.metrics.target_model import (
     load_sae,
     open_heldout,
 )
+from kronsae.metrics.usual import Usual, usual_values
+from kronsae.model.massive import rule_of
+from kronsae.model.sae import SAE, WEIGHTS_NAME
 from kronsae.properties.contexts import short
+from kronsae.properties.run import is_run, kept
+from kronsae.properties.store import FOLDER
 from kronsae.runs.folder import RunFolder, versions
 from kronsae.system.devices import resolve_device, seed_everything
-from kronsae.system.files import write_json
+from kronsae.system.files import sha256, write_json
 from kronsae.system.tables import console_table
 
 TABLE_ROWS = 8
@@ -59,7 +78,8 @@ def make_parser() -> Parser:
     parser = Parser(
         "intervene",
         "Change latents in a language model while it runs, and measure the effects.",
-        'kronsae intervene RUN --latent 107 --prompt "import os" --add 5\n'
+        'kronsae intervene RUN --latent 107 --prompt "import os" --add 2x\n'
+        'kronsae intervene RUN --latent 107 --prompt "import os" --fluency 1.5\n'
         "kronsae intervene RUN --effects 20\n"
         "kronsae intervene RUN --latent 107 --and-test",
         usage="%(prog)s RUN (--latent N ... | --effects N) [flags]",
@@ -71,8 +91,40 @@ def make_parser() -> Parser:
         "change of --latent (default: --ablate)"
     ).add_mutually_exclusive_group()
     edits.add_argument("--ablate", action="store_true", help="set its value to 0")
-    edits.add_argument("--set", type=float, metavar="X", help="set its value to X on every token")
-    edits.add_argument("--add", type=float, metavar="X", help="steer: add X times its decoder row")
+    edits.add_argument(
+        "--set",
+        type=strength,
+        metavar="X",
+        help="set its value to X on every token; 2x: to twice its usual maximum",
+    )
+    edits.add_argument(
+        "--add",
+        type=strength,
+        metavar="X",
+        help="steer: add X times its decoder row; 2x: twice its usual maximum",
+    )
+    edits.add_argument(
+        "--fluency",
+        type=float,
+        metavar="X",
+        help="steer as strongly as keeps the perplexity of the text that comes out within X times "
+        "(such as 1.5) that of unsteered text, by the unsteered model",
+    )
+    parser.add_argument(
+        "--mean-difference",
+        nargs="*",
+        type=Path,
+        metavar="FILE",
+        help="steer also by a baseline: the mean activation where the latents fire, minus that "
+        "elsewhere; or, of two files with a text a line, that of the first minus the second",
+    )
+    parser.add_argument(
+        "--samples",
+        type=int,
+        metavar="N",
+        help="texts to draw, whose fluency is measured (default: 8 with --fluency or "
+        "--mean-difference, otherwise the likeliest text alone)",
+    )
     parser.add_argument(
         "--reconstruct",
         action="store_true",
@@ -89,7 +141,11 @@ def make_parser() -> Parser:
         help="measure N random latents that fire (or those of --latent)",
     )
     effects.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="seed of the random latents (default: 0)"
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="seed of random latents, texts (default: 0)",
     )
     effects.add_argument("--target", metavar="TOKEN", help="its logit after --prompt, not the loss")
     effects.add_argument(
@@ -101,8 +157,12 @@ def make_parser() -> Parser:
         help="ablate the base, the extension and the composition of each --latent",
     )
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="folder of the results of --effects and --and-test"
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder of the results (default: a new one under runs/; none for --prompt alone)",
     )
+    parser._negative_number_matcher = re.compile(r"^-\d*\.?\d+x?$")
     add_flags(parser)
     return parser
 
@@ -110,24 +170,22 @@ def make_parser() -> Parser:
 def work(argv: list[str]) -> None:
     request = make_parser().parse(argv)
     _check(request)
-    out = request.out or Path("runs") / f"intervention-{time.strftime('%Y%m%d-%H%M%S')}"
-    measures = request.effects is not None or request.and_test
-    if measures:
+    if request.effects is not None:
+        kind, measure, show = "effects", _effects, _show_effects
+    elif request.and_test:
+        kind, measure, show = "and-test", _and_tests, _show_and_tests
+    else:
+        kind, measure, show = "intervention", _steering, _show_steering
+    out = request.out
+    if out is None and measure is not _steering:
+        out = Path("runs") / f"intervention-{time.strftime('%Y%m%d-%H%M%S')}"
+    if out is not None:
         RunFolder.check_free(out)
     console = Console(highlight=False, soft_wrap=True)
     seed_everything(request.seed)
     device = resolve_device(request.device)
     loaded = load_sae(request.run, given_data(request), device, **given_place(vars(request)))
     check_no_images(loaded.data, "kronsae intervene")
-    if not measures:
-        with quiet():
-            model, _ = open_model(loaded.data, device)
-        _generate(model, loaded, request, console)
-        return
-    if request.effects is not None:
-        kind, measure, show = "effects", _effects, _show_effects
-    else:
-        kind, measure, show = "and-test", _and_tests, _show_and_tests
     document = {
         "format": f"kronsae-{kind}",
         "command": shlex.join(["kronsae", "intervene", *argv]),
@@ -136,25 +194,33 @@ def work(argv: list[str]) -> None:
         "subject": loaded.source,
         **measure(loaded, request, device),
     }
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / f"{kind}.json", document)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(out / f"{kind}.json", document)
     show(document, console)
-    console.print(f"In {out}: {kind}.json", markup=False)
+    if out is not None:
+        console.print(f"In {out}: {kind}.json", markup=False)
 
 
 def _check(request: argparse.Namespace) -> None:
     """Raise InputError for flags that do not go together."""
-    changes = request.ablate or request.set is not None or request.add is not None
+    steers = request.add is not None or request.fluency is not None
+    baseline = request.mean_difference is not None
+    of_text = {
+        "--ablate, --set, --add and --fluency": request.ablate or request.set is not None or steers,
+        "--reconstruct": request.reconstruct,
+        "--mean-difference": baseline,
+        "--samples": request.samples is not None,
+    }
     if request.effects is not None:
-        wrong = {"--and-test": request.and_test, "--ablate, --set and --add": changes}
-        wrong["--reconstruct"] = request.reconstruct
+        wrong = {"--and-test": request.and_test, **of_text}
         if request.effects < 2:
             raise InputError(f"--effects: expected >= 2 latents to compare, got {request.effects}")
         if (request.target is None) != (request.prompt is None):
             raise InputError("--effects: --prompt and --target go together")
     elif request.and_test:
-        wrong = {"--ablate, --set and --add": changes, "--reconstruct": request.reconstruct}
-        wrong |= {"--prompt": request.prompt is not None, "--target": request.target is not None}
+        wrong = of_text | {"--prompt": request.prompt is not None}
+        wrong["--target"] = request.target is not None
         if not request.latent:
             raise InputError("--and-test needs --latent")
     else:
@@ -162,7 +228,18 @@ def _check(request: argparse.Namespace) -> None:
             raise InputError(
                 "nothing to do: give --latent and --prompt, or --effects, or --and-test"
             )
-        wrong = {"--target": request.target is not None, "--out": request.out is not None}
+        wrong = {
+            "--target": request.target is not None,
+            "--mean-difference without --add or --fluency": baseline and not steers,
+            "--reconstruct with --mean-difference": baseline and request.reconstruct,
+        }
+        if baseline and len(request.mean_difference) not in (0, 2):
+            raise InputError(
+                "--mean-difference: expected two files of texts, or none, got "
+                f"{len(request.mean_difference)}"
+            )
+        if request.samples is not None and request.samples < 1:
+            raise InputError(f"--samples: expected >= 1 texts, got {request.samples}")
     for flag, is_given in wrong.items():
         if is_given:
             raise InputError(f"{flag} has no effect here: leave it out")
@@ -171,7 +248,44 @@ def _check(request: argparse.Namespace) -> None:
 # Text
 
 
-@torch.no_grad()
+class Strength(NamedTuple):
+    """A value of a latent, or a multiple of its usual maximum."""
+
+    amount: float
+    of_usual: bool = False
+
+    def values(self, usual: Mapping[int, Usual], latents: Sequence[int]) -> dict[int, float]:
+        """The value of each latent. Raises InputError for a multiple of what is not known."""
+        if not self.of_usual:
+            return dict.fromkeys(latents, self.amount)
+        for latent in latents:
+            if not usual[latent].maximum > 0:
+                raise InputError(
+                    f"latent {latent} fires on none of {usual[latent].read:,} tokens, so its usual "
+                    "maximum is not known: give its value (--add 5), or more --heldout-tokens"
+                )
+        return {latent: self.amount * usual[latent].maximum for latent in latents}
+
+
+def strength(text: str) -> Strength:
+    """A number ("5"), or a multiple ("2x"). Raises ArgumentTypeError for anything else."""
+    try:
+        amount = float(text.removesuffix("x"))
+    except ValueError:
+        amount = math.nan
+    if not math.isfinite(amount):
+        raise argparse.ArgumentTypeError(
+            f"expected a number (5), or a multiple of the latent's usual maximum (2x), got {text!r}"
+        )
+    return Strength(amount, text.endswith("x"))
+
+
+SAMPLES = 8
+
+USUAL_TOKENS = 8192
+"""Tokens of text that tell what is usual for a latent, unless --heldout-tokens is given."""
+
+
 def continuation(
     model: LanguageModel, prompt: str, new_tokens: int, bos: str = "auto"
 ) -> tuple[str, Tensor]:
@@ -180,65 +294,314 @@ def continuation(
     bos: how the prompt begins, see `kronsae.data.packing.context_begin`.
     Raises InputError if the prompt has fewer than two tokens (the first is never changed).
     """
-    tokenizer, generate = model.tokenizer, cast(Any, model.model).generate
-    ids = torch.tensor([prompt_ids(tokenizer, prompt, bos)], device=model.device)
+    ids = torch.tensor([prompt_ids(model.tokenizer, prompt, bos)], device=model.device)
     if ids.shape[1] < 2:
         raise InputError(f"--prompt: expected two tokens at least, got {ids.shape[1]}")
-    pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    whole = generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        pad_token_id=pad,
-        max_new_tokens=new_tokens,
-        use_cache=True,
-        do_sample=False,
-        temperature=None,
-        top_p=None,
-        top_k=None,
-    )
-    text = tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=True)
-    return text, model.logits(ids)[0, -1].double().cpu()
+    whole = generated(model, ids, new_tokens)
+    text = model.tokenizer.decode(whole[0, ids.shape[1] :], skip_special_tokens=True)
+    return text, next_logits(model, ids)
 
 
-def _generate(
-    model: LanguageModel, loaded: LoadedSAE, request: argparse.Namespace, console: Console
-) -> None:
-    """Print the continuations of the prompt and the next tokens, without and with the edits."""
-    if request.set is not None:
-        edits = [clamp(latent, request.set) for latent in request.latent]
-        done = f"set to {request.set:g}"
-    elif request.add is not None:
-        edits = [steer(latent, request.add) for latent in request.latent]
-        done = f"steered by {request.add:g}"
-    else:
-        edits, done = [ablate(latent) for latent in request.latent], "ablated"
-    prompt = request.prompt, request.new_tokens, loaded.data.bos
+@torch.no_grad()
+def next_logits(model: LanguageModel, ids: Tensor) -> Tensor:
+    """Logits [V] float64 of the token after ids [1, t]."""
+    return model.logits(ids)[0, -1].double().cpu()
+
+
+def _steering(
+    loaded: LoadedSAE, request: argparse.Namespace, device: torch.device
+) -> dict[str, Any]:
+    """Text after the prompt and its next tokens, without and with the change of the latents."""
+    sae, latents = loaded.sae, list(dict.fromkeys(request.latent))
+    sae.check_latents(latents)
+    given = request.set or request.add or (Strength(1.0, True) if request.fluency else None)
+    baseline = request.mean_difference
     with quiet():
-        before, clean = continuation(model, *prompt)
-        with intervene(model, loaded.sae, edits, keep_error=not request.reconstruct):
-            after, edited = continuation(model, *prompt)
-    latents = ", ".join(map(str, request.latent))
-    error = "activations replaced by the reconstruction" if request.reconstruct else "error kept"
-    console.print(f"latent {latents} {done} ({error}), except on the first token\n", style="bold")
-    for name, text in (("before", before), ("after", after)):
-        console.print(name, style="dim")
-        console.print(Text(request.prompt, style="dim") + Text(text), end="\n\n")
-    console.print(_next_tokens(clean, edited, model.tokenizer))
+        usual = _of_properties(request, latents) if given else {}
+        source, text = "its properties", None
+        if given and not usual or baseline == []:
+            must = baseline == [] or given is not None and given.of_usual
+            text, source = _heldout(loaded, request, device, must)
+        model = open_model(loaded.data, device)[0] if text is None else text.model
+        if text is not None and not usual:
+            usual = usual_values(sae, text, latents)
+        values = given.values(usual, latents) if given else dict.fromkeys(latents, 0.0)
+        changes = {"after": _change(model, sae, request, values)}
+        if baseline is not None:
+            along = _baseline(loaded, model, text, baseline, values)
+            changes["mean difference"] = lambda times: displace(model, sae, times * along)
+        prompt = _texts(loaded, model, [request.prompt])
+        on_prompt = usual_values(sae, prompt, latents)
+        ways = _continued(model, loaded, request, changes)
+    times = ways[1].get("times", 1.0)
+    if given and not request.set:
+        step = float(_sum_of_rows(sae, values).norm())
+        for way in ways[1:]:
+            way["length"] = step * way.get("times", 1.0)
+    return {
+        "prompt": request.prompt,
+        "change": "set" if request.set else "add" if given else "ablate",
+        "reconstruct": request.reconstruct,
+        "fluency": request.fluency,
+        "usual": {"from": source} | {str(k): each._asdict() for k, each in usual.items()},
+        "latents": [
+            {
+                "latent": latent,
+                "value": value * times,
+                "multiple": given.amount * times if given and given.of_usual else None,
+                "fires_on_prompt": on_prompt[latent].tokens,
+            }
+            for latent, value in values.items()
+        ],
+        "continuations": ways,
+    }
 
 
-def _next_tokens(clean: Tensor, edited: Tensor, tokenizer: Any) -> Table:
-    """Table of the next tokens whose probability changes most, from logits [V]."""
+def _of_properties(request: argparse.Namespace, latents: list[int]) -> dict[int, Usual]:
+    """What is usual for the latents by RUN/properties/; {} if they are not there, or others."""
+    run = Path(request.run)
+    if not is_run(run):
+        return {}
+    stored = kept(run / FOLDER, sha256(run / "sae" / WEIGHTS_NAME), {}, given_data(request))
+    return {} if stored is None else stored.usual(latents)
+
+
+def _heldout(
+    loaded: LoadedSAE, request: argparse.Namespace, device: torch.device, must: bool
+) -> tuple[HeldoutText | None, str]:
+    """Text to read what is usual from, and what it is. None with a Notice if it is not there.
+
+    must: raise the InputError instead.
+    """
+    try:
+        text = open_heldout(loaded, device, request.massive_multiple)
+    except InputError as error:
+        if must:
+            raise
+        return None, f"not known: {error}"
+    if "heldout_tokens" not in given_data(request):
+        text = text.first(USUAL_TOKENS)
+    return text, f"{text.facts['dataset']}, {text.facts['which']}"
+
+
+def _texts(loaded: LoadedSAE, model: LanguageModel, texts: Sequence[str]) -> HeldoutText:
+    """Texts as the SAE's were read, without the tokens that it leaves out."""
+    data = loaded.data
+    text = HeldoutText.of(model, texts, data.bos, data.exclude_tokens)
+    return dataclasses.replace(text, massive=rule_of(loaded.sae.metadata))
+
+
+def _change(
+    model: LanguageModel, sae: SAE, request: argparse.Namespace, values: Mapping[int, float]
+) -> Change:
+    """The change that the flags ask for, with a multiple of the values."""
+    edit = clamp if request.set else steer
+
+    def change(times: float) -> AbstractContextManager[None]:
+        edits = [edit(latent, times * value) for latent, value in values.items()]
+        if not (request.set or request.add or request.fluency):
+            edits = [ablate(latent) for latent in values]
+        return intervene(model, sae, edits, keep_error=not request.reconstruct)
+
+    return change
+
+
+def _sum_of_rows(sae: SAE, values: Mapping[int, float]) -> Tensor:
+    """What steering by the values adds to activations: [d_out]."""
+    return sae.W_dec.new_tensor(list(values.values())) @ sae.W_dec.detach()[list(values)]
+
+
+def _baseline(
+    loaded: LoadedSAE,
+    model: LanguageModel,
+    text: HeldoutText | None,
+    files: Sequence[Path],
+    values: Mapping[int, float],
+) -> Tensor:
+    """The mean difference [d_out], as long as what steering adds; turned round if that is < 0."""
+    sae = loaded.sae
+    if files:
+        direction = difference_of_texts(
+            *(_texts(loaded, model, _lines(file)) for file in files)
+        ).to(sae.W_dec)
+    else:
+        assert text is not None
+        direction = mean_difference(sae, text, list(values))
+    if not direction.any():
+        raise InputError("--mean-difference: both sets of texts have the same mean activation")
+    sign = math.copysign(1.0, next(iter(values.values())))
+    return direction * (sign * _sum_of_rows(sae, values).norm() / direction.norm())
+
+
+def _lines(file: Path) -> list[str]:
+    """The texts in a file, one a line."""
+    try:
+        lines = [line for line in file.read_text("utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise InputError(f"--mean-difference: {file} cannot be read: {error}") from error
+    if not lines:
+        raise InputError(f"--mean-difference: {file} has no text: expected one a line")
+    return lines
+
+
+def _continued(
+    model: LanguageModel,
+    loaded: LoadedSAE,
+    request: argparse.Namespace,
+    changes: Mapping[str, Change],
+) -> list[dict[str, Any]]:
+    """The prompt's continuation "before" and with each of the changes, and its next tokens."""
+    ids = prompt_ids(model.tokenizer, request.prompt, loaded.data.bos)
+    sampled = request.samples or (SAMPLES if request.fluency or len(changes) > 1 else 0)
+    options = {"new_tokens": request.new_tokens, "samples": sampled, "seed": request.seed}
+    before = continuations(model, ids, **options) if sampled else None
+    ways, clean = [], None
+    every: dict[str, Change] = {"before": lambda times: nullcontext(), **changes}
+    for name, change in every.items():
+        way: dict[str, Any] = {"what": name}
+        drawn, times = before, 1.0
+        if before is not None and name != "before":
+            if request.fluency:
+                found = calibrated(model, ids, change, request.fluency, before=before, **options)
+                drawn, times, way["tried"] = found.after, found.strength, found.tried
+            else:
+                drawn = continuations(model, ids, change(1.0), **options)
+            way["times"] = times
+        with change(times):
+            if drawn is None:
+                text, logits = continuation(
+                    model, request.prompt, request.new_tokens, loaded.data.bos
+                )
+                way["text"] = text
+            else:
+                logits = next_logits(model, torch.tensor([ids], device=model.device))
+        if drawn is not None and before is not None:
+            way |= _figures(model, loaded, ids, drawn, list(map(int, request.latent)))
+            way["ratio"] = drawn.perplexity / before.perplexity
+        clean = logits if clean is None else clean
+        way["next_tokens"] = _next_tokens(clean, logits, model.tokenizer)
+        ways.append(way)
+    return ways
+
+
+def _figures(
+    model: LanguageModel,
+    loaded: LoadedSAE,
+    prompt: list[int],
+    drawn: Continuations,
+    latents: Sequence[int],
+) -> dict[str, Any]:
+    """Sampled texts, their fluency, and how often the latents fire on them.
+
+    "fires": share of new tokens, as the unchanged model reads them, a mean over the latents.
+    """
+    ids = torch.cat([torch.tensor([prompt] * len(drawn.ids)), drawn.ids], 1)
+    left_out = left_out_ids(model.tokenizer, loaded.data.exclude_tokens)
+    mask = token_mask(ids, model.tokenizer, left_out, len(prompt))
+    text = HeldoutText(model, ids, mask, massive=rule_of(loaded.sae.metadata))
+    usual = usual_values(loaded.sae, text, latents).values()
+    read = sum(each.read for each in usual)
+    texts = drawn.texts(model.tokenizer)
+    return {
+        "text": texts[0],
+        "texts": texts,
+        "perplexity": drawn.perplexity,
+        "distinct": drawn.distinct,
+        "fires": sum(each.tokens for each in usual) / read if read else None,
+    }
+
+
+def _next_tokens(clean: Tensor, edited: Tensor, tokenizer: Any) -> list[dict[str, Any]]:
+    """The next tokens whose probability changes most, from logits [V]."""
     p, q = clean.softmax(-1), edited.softmax(-1)
+    return [
+        {
+            "token": token_texts([token], tokenizer)[0],
+            "logits": [clean[token].item(), edited[token].item()],
+            "probabilities": [p[token].item(), q[token].item()],
+        }
+        for token in (q - p).abs().topk(min(TABLE_ROWS, len(p))).indices.tolist()
+    ]
+
+
+def _show_steering(document: dict[str, Any], console: Console) -> None:
+    latents, ways = document["latents"], document["continuations"]
+    for line in _usual_in_words(document):
+        console.print(line, style="dim", markup=False)
+    error = "activations replaced by the reconstruction"
+    error = error if document["reconstruct"] else "error kept"
+    numbers = ", ".join(str(each["latent"]) for each in latents)
+    done = f"latent {numbers} {_done(document)} ({error}), except on the first token"
+    console.print(done + "\n", style="bold")
+    for way in ways:
+        console.print(way["what"], style="dim")
+        console.print(Text(document["prompt"], style="dim") + Text(way["text"]), end="\n\n")
+    if "perplexity" in ways[0]:
+        _show_fluency(ways, console)
     table = console_table(("next token", "logit before", "after", "probability before", "after"))
-    for token in (q - p).abs().topk(min(TABLE_ROWS, len(p))).indices.tolist():
+    for each in ways[1]["next_tokens"]:
         table.add_row(
-            Text(repr(token_texts([token], tokenizer)[0])),
-            f"{clean[token]:.2f}",
-            f"{edited[token]:.2f}",
-            f"{100 * p[token]:.2f} %",
-            f"{100 * q[token]:.2f} %",
+            Text(repr(each["token"])),
+            *(f"{logit:.2f}" for logit in each["logits"]),
+            *(f"{100 * share:.2f} %" for share in each["probabilities"]),
         )
-    return table
+    console.print(table)
+
+
+def _usual_in_words(document: dict[str, Any]) -> Iterator[str]:
+    """What is usual for the latents, and which of them a change cannot touch."""
+    usual = document["usual"]
+    for each in document["latents"]:
+        latent, silent = each["latent"], not each["fires_on_prompt"]
+        if silent and document["change"] == "ablate":
+            yield (
+                f"latent {latent} does not fire on the prompt: there is nothing to ablate in it, "
+                "only in what the model adds"
+            )
+        if of_one := usual.get(str(latent)):
+            fires = f"latent {latent} fires on {100 * of_one['tokens'] / of_one['read']:.3g} % of "
+            fires += f"{of_one['read']:,} tokens ({usual['from']})"
+            if of_one["tokens"]:
+                fires += f"; there it is {short(of_one['mean'])} on average, and at most "
+                fires += short(of_one["maximum"])
+            yield fires
+        elif document["change"] != "ablate":
+            yield f"what is usual for latent {latent} is {usual['from']}"
+
+
+def _done(document: dict[str, Any]) -> str:
+    """What was done to the latents: "steered by 24.6 = 2x its usual maximum"."""
+    latents, change = document["latents"], document["change"]
+    if change == "ablate":
+        return "ablated"
+    values = list(dict.fromkeys(f"{each['value']:g}" for each in latents))
+    multiple = latents[0]["multiple"]
+    if multiple is not None:
+        values = [short(each["value"]) for each in latents]
+    done = f"{'set to' if change == 'set' else 'steered by'} {', '.join(values)}"
+    return done if multiple is None else f"{done} = {multiple:.3g}x its usual maximum"
+
+
+def _show_fluency(ways: list[dict[str, Any]], console: Console) -> None:
+    table = console_table(("", "length", "perplexity", "ratio", "distinct pairs", "fires on"))
+    for way in ways:
+        fires = way["fires"]
+        table.add_row(
+            way["what"],
+            short(way["length"]) if "length" in way else "–",
+            f"{way['perplexity']:.2f}",
+            f"{way['ratio']:.2f}",
+            f"{100 * way['distinct']:.0f} %",
+            "–" if fires is None else f"{100 * fires:.1f} %",
+        )
+    console.print(table)
+    console.print(
+        f"of {len(ways[0]['texts'])} sampled texts. length: of what is added to activations; "
+        "perplexity: by the unchanged model, and its ratio to that before; distinct pairs: of "
+        "adjacent tokens, fewer where a text repeats itself; fires on: share of the new tokens on "
+        "which the latent fires, as the unchanged model reads them\n",
+        style="dim",
+    )
 
 
 # Effects
@@ -296,14 +659,9 @@ def _effects(
 
 
 def _of_prompt(loaded: LoadedSAE, prompt: str, device: torch.device) -> HeldoutText:
-    model, _ = open_model(loaded.data, device)
-    bos = loaded.data.bos
-    ids = torch.tensor([prompt_ids(model.tokenizer, prompt, bos)])
-    left_out = left_out_ids(model.tokenizer, loaded.data.exclude_tokens)
-    mask = token_mask(ids, model.tokenizer, left_out, len(context_begin(model.tokenizer, bos)))
-    if not mask.any():
-        raise InputError("--prompt: SAEs are trained on none of its tokens")
-    return HeldoutText(model, ids, mask, 1, {"prompt": prompt, "tokens": int(mask.sum())})
+    model, data = open_model(loaded.data, device)[0], loaded.data
+    text = HeldoutText.of(model, [prompt], data.bos, data.exclude_tokens)
+    return dataclasses.replace(text, facts={"prompt": prompt, **text.facts})
 
 
 def _one_token(tokenizer: Any, text: str) -> int:

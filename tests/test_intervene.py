@@ -58,6 +58,54 @@ def test_text_from_the_command_line(folder, capsys):
     assert "steered by -30" in capsys.readouterr().out
 
 
+def test_strengths_of_what_is_usual(folder, tmp_path, capsys):
+    """--add 2x adds twice the largest value on the held-out text, and --out keeps it all."""
+    out, flags = (
+        tmp_path / "out",
+        [folder, "--latent", "3", "--prompt", PROMPT, "--new-tokens", "3"],
+    )
+    assert main([*flags, "--add", "2x", "--out", str(out)]) == 0
+    printed = capsys.readouterr().out
+    document = json.loads((out / "intervention.json").read_text())
+    [latent], usual = document["latents"], document["usual"]["3"]
+    assert latent["value"] == 2 * usual["maximum"] > 0 and usual["tokens"] < usual["read"] <= 192
+    assert f"latent 3 fires on {100 * usual['tokens'] / usual['read']:.3g} % of" in printed
+    assert "= 2x its usual maximum (error kept)" in printed and f"In {out}" in printed
+    assert [way["what"] for way in document["continuations"]] == ["before", "after"]
+    assert main([*flags, "--set", "-1x"]) == 0
+    assert "set to -" in capsys.readouterr().out
+
+
+def test_fluency_beside_the_mean_difference(folder, tmp_path, capsys):
+    files = [tmp_path / "with.txt", tmp_path / "without.txt"]
+    files[0].write_text("import os\nimport sys\n")
+    files[1].write_text("def f(x):\n\n    return x\n")
+    out = tmp_path / "out"
+    flags = [folder, "--latent", "3", "--prompt", PROMPT, "--new-tokens", "3", "--samples", "2"]
+    flags += ["--fluency", "2", "--out", str(out), "--mean-difference"]
+    assert main([*flags, *map(str, files)]) == 0
+    before, *ways = json.loads((out / "intervention.json").read_text())["continuations"]
+    assert [way["what"] for way in ways] == ["after", "mean difference"]
+    for way in ways:
+        assert way["ratio"] == way["perplexity"] / before["perplexity"] <= 2
+        assert way["length"] > 0 and len(way["texts"]) == 2
+    printed = capsys.readouterr().out
+    assert f"{ways[0]['perplexity']:.2f}" in printed and "distinct pairs" in printed
+
+
+def test_ablation_of_a_latent_that_does_not_fire(folder, tmp_path, capsys):
+    out = tmp_path / "out"
+    latents = [str(latent) for latent in range(64)]
+    flags = [folder, "--prompt", "import os", "--new-tokens", "1", "--latent", *latents]
+    assert main([*flags, "--out", str(out)]) == 0
+    document = json.loads((out / "intervention.json").read_text())
+    silent = [each["latent"] for each in document["latents"] if not each["fires_on_prompt"]]
+    assert 0 < len(silent) < 64
+    printed = capsys.readouterr().out
+    assert printed.count("does not fire on the prompt") == len(silent)
+    assert f"latent {silent[0]} does not fire" in printed
+
+
 def test_effects_from_the_command_line(folder, tmp_path, capsys):
     out = tmp_path / "out"
     assert main([folder, "--effects", "12", "--contexts-each", "2", "--out", str(out)]) == 0
@@ -102,6 +150,13 @@ def test_and_test_from_the_command_line(folder, tmp_path, capsys):
         (["--latent", "3", "--prompt", PROMPT, "--target", "x"], "--target has no effect"),
         (["--latent", "3", "--prompt", PROMPT, "--set", "1", "--add", "1"], "not allowed with"),
         (["--effects", "5", "--set", "1"], "no effect here"),
+        (["--latent", "3", "--prompt", PROMPT, "--set", "1x2"], "multiple of the latent's"),
+        (["--latent", "3", "--prompt", PROMPT, "--mean-difference"], "without --add or --fluency"),
+        (["--latent", "3", "--prompt", PROMPT, "--fluency", "1"], "above 1, got 1"),
+        (
+            ["--latent", "3", "--prompt", PROMPT, "--add", "1", "--mean-difference", "a", "b"],
+            "a cannot be read",
+        ),
         (["--effects", "1"], "expected >= 2"),
         (["--effects", "5", "--prompt", "x"], "go together"),
         (["--effects", "5", "--prompt", PROMPT, "--target", "no one token"], "expected one token"),

@@ -491,6 +491,10 @@ def test_kept_as_files(name, tmp_path, monkeypatch):
     stored = Stored(found, nearest, None, {"summary": summarise(sae, found)})
     save_properties(stored, tmp_path / "properties")
     again = load_properties(tmp_path / "properties")
+    [latent] = again.properties.post.count.argmax(keepdims=True)
+    usual = again.usual([latent])[latent]
+    assert usual.maximum >= usual.mean > 0
+    assert usual.maximum == again.properties.post.top.scores[latent, 0]
     assert again.properties.tokens == found.tokens and again.logits is None
     np.testing.assert_array_equal(again.nearest.cosines, nearest.cosines)
     np.testing.assert_array_equal(again.properties.post.entropy, found.post.entropy)

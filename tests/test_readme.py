@@ -96,8 +96,11 @@ def test_fused_step_example(capsys):
 def test_interventions_example(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     SAE(SAEConfig(d_model=256, heads=32, m=2, n=2, k=8)).save("runs/MY-RUN")
-    exec(example("intervene("), {})
+    names: dict = {}
+    exec(example("with intervene("), names)
     assert capsys.readouterr().out.startswith("def read(self, path):")
+    exec(example("calibrated("), names)
+    assert names["best"].ratio <= 1.5 and capsys.readouterr().out
 
 
 def test_other_commands_parse():

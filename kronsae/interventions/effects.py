@@ -19,10 +19,11 @@ from torch import Tensor
 from kronsae.data import LanguageModel
 from kronsae.data.packing import PADDING
 from kronsae.errors import InputError
-from kronsae.interventions.hooks import first_of, values_of
+from kronsae.interventions.hooks import first_of
 from kronsae.metrics.figures import cross_entropy, kl_divergence
 from kronsae.metrics.heldout import HeldoutText
 from kronsae.metrics.splicing import spliced
+from kronsae.metrics.usual import values_of
 from kronsae.model.massive import rule_of
 from kronsae.model.sae import SAE
 from kronsae_kernels import SparseCodes

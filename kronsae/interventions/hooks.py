@@ -14,7 +14,7 @@ Letters: n tokens, k active latents, e latents that are edited, d width.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from kronsae.data import LanguageModel
 from kronsae.errors import InputError
 from kronsae.metrics.splicing import spliced
 from kronsae.metrics.target_model import check_widths
+from kronsae.metrics.usual import values_of
 from kronsae.model.massive import rule_of
 from kronsae.model.sae import SAE
 from kronsae.system.documents import typed
@@ -51,14 +52,6 @@ def clamp(latent: int, value: float) -> Edit:
 def steer(latent: int, amount: float) -> Edit:
     """Set the latent to z' = z + amount, which adds `amount` times its decoder row."""
     return Edit(latent, 1.0, amount)
-
-
-def values_of(codes: SparseCodes, latents: Sequence[int], dict_size: int) -> Tensor:
-    """Values [n, e] of some distinct latents in codes [n, k], 0 if they are not active."""
-    column = torch.full((dict_size,), len(latents), device=codes.indices.device)
-    column[list(latents)] = torch.arange(len(latents), device=column.device)
-    out = codes.values.new_zeros(len(codes.values), len(latents) + 1)
-    return out.scatter_add_(1, column[codes.indices], codes.values)[:, :-1]
 
 
 def change(sae: SAE, codes: SparseCodes, edits: Sequence[Edit]) -> Tensor:
@@ -92,11 +85,29 @@ def intervene(
         base = y if keep_error else sae.decode(codes, x)
         return base + change(sae, codes, edits).to(base) if edits else base
 
-    massive, first = rule_of(sae.metadata), first_of(sae)
+    with spliced(model, replaced, **_places(sae)):
+        yield
+
+
+@contextmanager
+def displace(model: LanguageModel, sae: SAE, vector: Tensor) -> Iterator[None]:
+    """While open, `vector` [d_out] is added to the activations wherever `intervene` changes them.
+
+    They are those that the SAE reconstructs, in their own units.
+    Raises InputError for another shape, or widths that do not fit.
+    """
+    check_widths(model, sae, sae.source or "vector")
+    if vector.shape != (sae.config.d_out,):
+        raise InputError(f"vector: expected [{sae.config.d_out}], got {list(vector.shape)}")
+    with spliced(model, lambda _, y: y + vector.to(y), **_places(sae)):
+        yield
+
+
+def _places(sae: SAE) -> dict[str, Any]:
+    """The tokens that `spliced` leaves as they are, because the SAE is not trained on them."""
     known = sae.metadata.get("data") or {}
     excluded = typed(known.get("exclude_tokens", ""), str, "data.exclude_tokens")
-    with spliced(model, replaced, massive=massive, first=first, excluded=excluded):
-        yield
+    return {"massive": rule_of(sae.metadata), "first": first_of(sae), "excluded": excluded}
 
 
 def first_of(sae: SAE) -> int:

@@ -1,7 +1,7 @@
 """Held-out text and activations, and the evaluation of an SAE on them during training."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -14,7 +14,7 @@ from kronsae.config import SAEConfig
 from kronsae.data import LanguageModel, split_target
 from kronsae.data.common import is_finite
 from kronsae.data.language_model import LastStates
-from kronsae.data.packing import PADDING
+from kronsae.data.packing import PADDING, context_begin, left_out_ids, prompt_ids, token_mask
 from kronsae.data.token_text import token_texts
 from kronsae.errors import InputError
 from kronsae.metrics.figures import (
@@ -77,12 +77,43 @@ class HeldoutText:
     @torch.no_grad()
     def read(self) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Token ids [b, L], mask [b, L] without massive tokens, and their activations [n, d]."""
+        for ids, mask, x, _ in self.pairs():
+            yield ids, mask, x
+
+    @torch.no_grad()
+    def pairs(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """`read`, and the activations [n, d_out] that SAEs reconstruct: of a transcoder, others."""
         for ids, mask, rows in self.rows():
             x, target = split_target(rows, self.model.d_target)
+            y = x if target is None else target
             if self.massive is not None:
                 massive = self.massive(x, target)
-                x, mask = x[~massive], without(mask, massive)
-            yield ids, mask, x
+                x, y, mask = x[~massive], y[~massive], without(mask, massive)
+            yield ids, mask, x, y
+
+    def first(self, tokens: int) -> "HeldoutText":
+        """The first contexts, at least one, that together hold at most `tokens` tokens."""
+        count = max(1, int((self.mask.sum(1).cumsum(0) <= tokens).sum()))
+        return replace(self, contexts=self.contexts[:count], mask=self.mask[:count])
+
+    @classmethod
+    def of(
+        cls, model: LanguageModel, texts: Sequence[str], bos: str = "auto", excluded: str = ""
+    ) -> "HeldoutText":
+        """Texts, each in a context of its own, cut where the model reads no more.
+
+        bos: how they begin (`context_begin`).  excluded: tokens to leave out (`left_out_ids`).
+        Raises InputError if no token is left in the mask.
+        """
+        each = [prompt_ids(model.tokenizer, text, bos)[: model.max_context] for text in texts]
+        length = max(map(len, each), default=0)
+        ids = torch.tensor([some + [PADDING] * (length - len(some)) for some in each])
+        begin = len(context_begin(model.tokenizer, bos))
+        left_out = left_out_ids(model.tokenizer, excluded)
+        mask = token_mask(ids, model.tokenizer, left_out, begin) if length else ids.bool()
+        if not mask.any():
+            raise InputError("SAEs are trained on none of the tokens of this text")
+        return cls(model, ids, mask, facts={"tokens": int(mask.sum())})
 
     def massive_ids(self) -> Tensor:
         """Token ids [n] of the massive tokens, left out or counted."""
@@ -155,10 +186,8 @@ class Heldout:
             return self
         text = self.text
         if text is not None:
-            ends = text.mask.sum(1).cumsum(0)
-            count = max(1, int((ends <= tokens).sum()))
-            tokens = int(ends[count - 1])
-            text = replace(text, contexts=text.contexts[:count], mask=text.mask[:count])
+            text = text.first(tokens)
+            tokens = int(text.mask.sum())
         targets = None if self.targets is None else self.targets[:tokens]
         return replace(self, activations=self.activations[:tokens], targets=targets, text=text)
 

@@ -4,12 +4,14 @@ properties.safetensors   every array, by name: "post.count", "pre.top.tokens", "
 properties.json          the text, the settings, a summary, and checksums of both files
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from kronsae.errors import InputError
+from kronsae.metrics.usual import Usual
 from kronsae.properties.examples import PARTS, Examples
 from kronsae.properties.gather import Examined, Properties
 from kronsae.properties.geometry import LogitEffects, Nearest
@@ -44,6 +46,19 @@ class Stored(NamedTuple):
     logits: LogitEffects | None
     facts: dict[str, Any]
     """sae_sha256, text, settings and summary."""
+
+    def usual(self, latents: Sequence[int]) -> dict[int, Usual]:
+        """What is usual for latents of the SAE on the text that was read, by latent."""
+        post, read = self.properties.post, self.properties.tokens
+        return {
+            latent: Usual(
+                int(post.count[latent]),
+                read,
+                float(post.mean[latent]),
+                max(0.0, float(post.top.scores[latent].max())),
+            )
+            for latent in latents
+        }
 
     @property
     def examined(self) -> dict[str, Any]:
