@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from kronsae.features.card import Card, card
 from kronsae.features.text import Features
 from kronsae.interventions.effects import factors, silence
 from kronsae.interventions.hooks import Edit, ablate, clamp, intervene, steer
+from kronsae.interventions.steering import generated
 from kronsae.metrics.target_model import check_widths, data_of, known_data
 from kronsae.model.massive import rule_of, without
 from kronsae.model.sae import SAE
@@ -272,18 +273,10 @@ class TargetModel:
 
         settings: of transformers' `generate`, such as do_sample=True, which draws with the seed.
         """
-        ids = torch.tensor(self._ids(prompt), device=self.places[0].model.device)
-        ends = (self.tokenizer.pad_token_id, self.tokenizer.eos_token_id)
-        greedy = {} if settings.get("do_sample") else {"do_sample": False, **NOT_SAMPLED}
-        usual = {"pad_token_id": next((i for i in ends if i is not None), None), "use_cache": True}
+        ids = torch.tensor(self._ids(prompt))
         seed_everything(seed)
         with quiet():
-            out = cast(Any, self.model).generate(
-                ids,
-                attention_mask=torch.ones_like(ids),
-                max_new_tokens=max_new_tokens,
-                **(usual | greedy | settings),
-            )
+            out = generated(self.places[0].model, ids, max_new_tokens, **settings)
         return self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
 
     def steer(
@@ -326,10 +319,6 @@ class TargetModel:
         """While open, the edits apply in every forward pass."""
         place = self.place(sae)
         return intervene(place.model, place.sae, edits)
-
-
-NOT_SAMPLED = {"temperature": None, "top_p": None, "top_k": None}
-"""What a model's own generation settings may have for sampling."""
 
 
 class _Part(NamedTuple):

@@ -19,12 +19,11 @@ from torch import Tensor
 from kronsae.data import LanguageModel
 from kronsae.data.packing import PADDING
 from kronsae.errors import InputError
-from kronsae.interventions.hooks import first_of
+from kronsae.interventions.hooks import places_of
 from kronsae.metrics.figures import cross_entropy, kl_divergence
 from kronsae.metrics.heldout import HeldoutText
 from kronsae.metrics.splicing import spliced
 from kronsae.metrics.usual import values_of
-from kronsae.model.massive import rule_of
 from kronsae.model.sae import SAE
 from kronsae_kernels import SparseCodes
 
@@ -290,7 +289,7 @@ def silence(model: LanguageModel, sae: SAE, off: Tensor) -> Iterator[None]:
         x = x.to(sae.W_dec)
         return y + (sae.decode(without(sae, x, off), x) - sae.decode(sae.encode(x), x)).to(y)
 
-    with spliced(model, silenced, massive=rule_of(sae.metadata), first=first_of(sae)):
+    with spliced(model, silenced, **places_of(sae)):
         yield
 
 

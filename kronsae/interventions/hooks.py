@@ -85,7 +85,7 @@ def intervene(
         base = y if keep_error else sae.decode(codes, x)
         return base + change(sae, codes, edits).to(base) if edits else base
 
-    with spliced(model, replaced, **_places(sae)):
+    with spliced(model, replaced, **places_of(sae)):
         yield
 
 
@@ -99,11 +99,11 @@ def displace(model: LanguageModel, sae: SAE, vector: Tensor) -> Iterator[None]:
     check_widths(model, sae, sae.source or "vector")
     if vector.shape != (sae.config.d_out,):
         raise InputError(f"vector: expected [{sae.config.d_out}], got {list(vector.shape)}")
-    with spliced(model, lambda _, y: y + vector.to(y), **_places(sae)):
+    with spliced(model, lambda _, y: y + vector.to(y), **places_of(sae)):
         yield
 
 
-def _places(sae: SAE) -> dict[str, Any]:
+def places_of(sae: SAE) -> dict[str, Any]:
     """The tokens that `spliced` leaves as they are, because the SAE is not trained on them."""
     known = sae.metadata.get("data") or {}
     excluded = typed(known.get("exclude_tokens", ""), str, "data.exclude_tokens")
