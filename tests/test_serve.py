@@ -11,6 +11,7 @@ import torch
 from test_features import TEXTS, folder, lm, make, sae  # noqa: F401  # fixtures
 
 from kronsae import InputError
+from kronsae.explore.__main__ import work
 from kronsae.explore.labels import Label, read_labels
 from kronsae.explore.serve import MAX_BODY, Answers, serve
 from kronsae.interventions import ablate, steer
@@ -189,3 +190,17 @@ def test_an_address_that_is_taken(address, lm, tmp_path):  # noqa: F811
     port = int(address.partition("/?")[0].rpartition(":")[2])
     with pytest.raises(InputError, match=f"127.0.0.1, port {port}"):
         serve(PAGE, Answers(lm, {}, tmp_path / "labels.json"), "127.0.0.1", port, print)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--serve", "--out", "page.html"], "--out has no effect with --serve"),
+        (["--serve", "--feature", "3"], "--feature has no effect with --serve"),
+        (["--port", "8000"], "--port has no effect without --serve"),
+        (["--host", "0.0.0.0"], "--host has no effect without --serve"),
+    ],
+)
+def test_flags_that_do_not_go_together(flags, message):
+    with pytest.raises(InputError, match=message):
+        work(["runs/nowhere", *flags])
