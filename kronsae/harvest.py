@@ -41,13 +41,14 @@ from kronsae.config import OF_MACHINE, DataConfig, flag, stored
 from kronsae.errors import InputError
 from kronsae.plan.harvest import make_plan, render, why_early, why_refused
 from kronsae.plan.outline import NoOutline
-from kronsae.plan.time import duration
 from kronsae.registry import command_line
 from kronsae.system import parallel
 from kronsae.system.devices import resolve_device, seed_everything
 from kronsae.system.documents import part_of
 from kronsae.system.files import read_checksummed
 from kronsae.system.parallel import Mesh
+from kronsae.system.progress import Pace
+from kronsae.system.tables import wrapping_console
 from kronsae.training.hookpoints import matches, numbers
 
 __all__ = ["HarvestConfig", "harvest", "main", "make_plan"]
@@ -228,7 +229,7 @@ def _check_plan(config: HarvestConfig, folder: Path) -> None:
 
 def _harvest(config: HarvestConfig, folder: Path, mesh: Mesh) -> None:
     """Harvest, and show its progress and what came of it."""
-    console = Console(highlight=False, soft_wrap=True, quiet=not mesh.first)
+    console = wrapping_console(quiet=not mesh.first)
     seed_everything(config.seed)
     with Shown(console) as shown:
         index = harvest(config, folder, shown, mesh)
@@ -251,8 +252,7 @@ class Shown:
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self.began: tuple[float, int] | None = None
-        """Time and tokens when this process had made its first forward pass."""
+        self.pace = Pace("tokens", rated=True)
         self.printed = (-1, 0.0)
         """Tenths of the harvest, and the time, of the last line."""
         self.bar = Bar(
@@ -276,26 +276,13 @@ class Shown:
             self.console.print(f"{progress.repaired} was damaged, is repaired")
             return
         now, rows, planned = time.monotonic(), progress.rows, progress.planned
-        figures = self._figures(now, rows, planned)
+        figures = self.pace.words(rows, planned, now)
         self.bar.update(self.task, completed=rows, total=planned, figures=figures)
         tenth, (printed, at) = 10 * rows // planned if planned else 0, self.printed
         late = now - at >= SECONDS_BETWEEN_LINES
         if not self.console.is_terminal and (tenth != printed or late):
             self.printed = tenth, now
             self.console.print(figures)
-
-    def _figures(self, now: float, rows: int, planned: int | None) -> str:
-        """Tokens of how many, their rate and the time left."""
-        figures = f"{min(rows, planned):,} of {planned:,} tokens" if planned else f"{rows:,} tokens"
-        if self.began is None:
-            self.began = now, rows
-        began, first = self.began
-        if rows > first and now > began:
-            rate = (rows - first) / (now - began)
-            figures += f", {rate:,.0f} tokens/s"
-            if planned and planned > rows:
-                figures += f", {duration((planned - rows) / rate)} left"
-        return figures
 
 
 def describe(folder: Path, index: CacheIndex) -> str:

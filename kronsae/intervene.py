@@ -13,7 +13,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,7 +69,8 @@ from kronsae.properties.store import FOLDER
 from kronsae.runs.folder import RunFolder, versions
 from kronsae.system.devices import resolve_device, seed_everything
 from kronsae.system.files import sha256, write_json
-from kronsae.system.tables import console_table
+from kronsae.system.progress import Pace
+from kronsae.system.tables import console_table, wrapping_console
 
 TABLE_ROWS = 8
 
@@ -181,7 +182,7 @@ def work(argv: list[str]) -> None:
         out = Path("runs") / f"intervention-{time.strftime('%Y%m%d-%H%M%S')}"
     if out is not None:
         RunFolder.check_free(out)
-    console = Console(highlight=False, soft_wrap=True)
+    console = wrapping_console()
     seed_everything(request.seed)
     device = resolve_device(request.device)
     loaded = load_sae(request.run, given_data(request), device, **given_place(vars(request)))
@@ -632,7 +633,9 @@ def _effects(
         raise InputError("fewer than two of these latents fire on this text")
     attributed = attributed_effects(text.model, sae, encoded, objective, batch)
     between = time.perf_counter()
-    exact = exact_effects(text.model, sae, encoded, pairs, objective, batch)
+    exact = exact_effects(
+        text.model, sae, encoded, pairs, objective, batch, _said("ablations", len(pairs))
+    )
     seconds = {"attribution": between - began, "ablation": time.perf_counter() - between}
 
     def by_latent(values: Tensor) -> Tensor:
@@ -656,6 +659,20 @@ def _effects(
             for f, t, e, a in zip(latents, tokens, exact, attributed, strict=True)
         ],
     }
+
+
+def _said(unit: str, total: int) -> Callable[[int], None]:
+    """Says how much is done and the time left, at each quarter."""
+    pace, quarter = Pace(unit), 0
+
+    def say(done: int) -> None:
+        nonlocal quarter
+        words = pace.words(done, total)
+        if 4 * done // total > quarter:
+            quarter = 4 * done // total
+            print(words, flush=True)
+
+    return say
 
 
 def _of_prompt(loaded: LoadedSAE, prompt: str, device: torch.device) -> HeldoutText:

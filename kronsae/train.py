@@ -58,7 +58,7 @@ from kronsae.system.checkpoint import list_checkpoints, step_of
 from kronsae.system.devices import resolve_device, seed_everything
 from kronsae.system.files import NOT_FINITE, check_writable
 from kronsae.system.parallel import ALONE, Mesh, join
-from kronsae.system.tables import aligned
+from kronsae.system.tables import fitted, wrapping_console
 from kronsae.training.fit import fit, fit_many, fit_members
 from kronsae.training.learner import why_not_fused
 from kronsae.training.options import Request, parse
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     Under torchrun every process runs this, and the first one prints for all.
     """
     quiet = not parallel.is_first()
-    console = Console(stderr=False, highlight=False, soft_wrap=True, quiet=quiet)
+    console = wrapping_console(quiet=quiet)
     try:
         request = parse(load_plugins(argv))
         if request.plan:
@@ -520,7 +520,7 @@ def _warn_of_massive_tokens(
 def _summarise_sweep(
     console: Console, results: dict[str, FitResult], folder: SweepFolder, done: str
 ) -> None:
-    console.print(aligned(*comparison(folder.members()), left=2), markup=False)
+    console.print(fitted(*comparison(folder.members()), console.width, left=2), markup=False)
     for name, result in results.items():
         if result.failed:
             console.print(f"{name}: {result.failed}", style="red", markup=False)

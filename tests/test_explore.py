@@ -249,6 +249,7 @@ def test_command(run, capsys):
     flags = ["--tokens", "3000", "--sample", "4", "--correlation-tokens", "1000"]
     assert command.main([str(run), *flags]) == 0
     assert "explorer.html (" in capsys.readouterr().out
+    assert 'href="explorer.html"' in (run / "report.html").read_text(encoding="utf-8")
     stored = load_properties(run / "properties")
     tokens = stored.properties.tokens
     assert 3000 <= tokens < 3256  # whole contexts

@@ -26,8 +26,8 @@ from kronsae.cache.writer import Progress
 from kronsae.data.many_hookpoints import ManyHookpoints
 from kronsae.errors import InputError
 from kronsae.harvest import make_plan, parse
-from kronsae.plan.time import duration
 from kronsae.system.files import read_checksummed
+from kronsae.system.progress import duration
 
 SMALL = [
     *("--layer", "1", "2", "--context-length", "32", "--contexts-per-batch", "16"),

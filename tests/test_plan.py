@@ -23,9 +23,10 @@ from kronsae.plan import time as timing
 from kronsae.plan.memory import check_memory, make_plan
 from kronsae.plan.outline import outline
 from kronsae.plan.text import render
-from kronsae.plan.time import duration, model_seconds, run_time, short_duration
+from kronsae.plan.time import model_seconds, run_time, short_duration
 from kronsae.sources import open_activations
 from kronsae.system.devices import _left_in_group, free_bytes
+from kronsae.system.progress import duration
 from kronsae.train import main
 from kronsae.training.learner import Learner
 

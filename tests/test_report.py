@@ -17,7 +17,7 @@ from kronsae.explore.charts import (
     log_ticks,
     tick_text,
 )
-from kronsae.explore.report import read_metrics, write_report
+from kronsae.explore.report import link_explorer, read_metrics, write_report
 from kronsae.metrics.heldout import Heldout, HeldoutText
 from kronsae.properties.contexts import top_contexts
 from kronsae.system.files import log_line, read_log
@@ -168,6 +168,21 @@ def test_the_whole_page(tmp_path):
     assert len(html) < 200_000  # long curves are thinned
     write_report(tmp_path, contexts=some_contexts())
     assert path.read_text(encoding="utf-8") == html
+
+
+def test_the_explorer_is_linked_once_it_exists(tmp_path):
+    write_run(tmp_path, records(20))
+    path = write_report(tmp_path)
+    said = " ".join(Page(path.read_text()).text.split())
+    assert f"kronsae explore {tmp_path} makes a page" in said
+    link_explorer(tmp_path)
+    page = path.read_text()
+    assert ("href", "explorer.html") in Page(page).attributes and "kronsae explore" not in page
+    (tmp_path / "explorer.html").write_text("")
+    assert write_report(tmp_path).read_text() == page  # as after --resume
+    path.unlink()
+    link_explorer(tmp_path)
+    assert not path.exists()
 
 
 def test_everything_is_escaped(tmp_path):

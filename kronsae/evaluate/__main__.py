@@ -28,6 +28,8 @@ from kronsae.metrics.target_model import (
 from kronsae.runs.folder import RunFolder, versions
 from kronsae.system.devices import resolve_device
 from kronsae.system.files import NOT_FINITE, finite, write_json, write_text
+from kronsae.system.progress import Pace
+from kronsae.system.tables import wrapping_console
 
 
 def make_parser() -> Parser:
@@ -59,7 +61,7 @@ def work(argv: list[str]) -> None:
     device = resolve_device(request.device)
     given = given_data(request)
     loaded_saes = load_saes(request.runs, given, device, **given_place(vars(request)))
-    console = Console(highlight=False, soft_wrap=True)
+    console = wrapping_console()
     entries: dict[str, dict[str, Any]] = {}
     texts = []
     for group in by_text(loaded_saes):
@@ -88,14 +90,16 @@ def work(argv: list[str]) -> None:
 
 def _judge(group: list[LoadedSAE], text: HeldoutText, console: Console) -> list[Judgement]:
     total, done = 2 * sum(1 for _ in text.batches()), count(1)
+    pace = Pace("batches of contexts")
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("reading", total=total)
 
         def show() -> None:
             bar.advance(task)
             batch = next(done)
+            words = pace.words(batch, total)
             if not console.is_terminal and batch % -(-total // 4) == 0:
-                console.print(f"read {batch:,} of {total:,} batches of contexts", style="dim")
+                console.print(f"read {words}", style="dim")
 
         judgements = judge({loaded.name: loaded.sae for loaded in group}, text, show)
     return [judgements[loaded.name] for loaded in group]

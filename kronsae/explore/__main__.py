@@ -8,6 +8,7 @@ from typing import Any
 from kronsae.commandline import exit_status, given_place, integer
 from kronsae.errors import InputError, warn
 from kronsae.explore.labels import FILE, Labels, labels_beside, read_labels, write_labels
+from kronsae.explore.report import EXPLORER, link_explorer
 from kronsae.explore.serve import serve_run
 from kronsae.explore.site import write_site
 from kronsae.explore.write import write_explorer
@@ -97,7 +98,7 @@ def work(argv: list[str]) -> None:
         load(str(run), **place)  # says what is wrong with it, if it is none
     home = run if of_run else _home(run, place)
     feature = flags.get("feature")
-    name = "explorer.html" if feature is None else f"feature-{feature}.html"
+    name = EXPLORER if feature is None else f"feature-{feature}.html"
     out = flags.get("out", home / name)
     if not serves:
         check_writable(out.parent)
@@ -134,6 +135,8 @@ def work(argv: list[str]) -> None:
         serve_run(*about, activations, labels, data, beside / FILE, address)
         return
     write_explorer(*about, out, activations, labels)
+    if of_run and out == run / EXPLORER:
+        link_explorer(run)
     say(f"{out} ({out.stat().st_size / 2**20:.1f} MiB): open it in a browser")
 
 

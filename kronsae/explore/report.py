@@ -4,10 +4,13 @@
 """
 
 import json
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from markupsafe import Markup
 
 from kronsae.config import DataConfig, SAEConfig, kind_of, with_defaults
 from kronsae.data.token_text import token_texts
@@ -16,7 +19,7 @@ from kronsae.explore import charts
 from kronsae.explore.charts import Record, is_number
 from kronsae.metrics.figures import MEANING, massive_warning
 from kronsae.properties.contexts import LatentContexts, Window, short, title
-from kronsae.registry import SELECTIONS
+from kronsae.registry import SELECTIONS, command_line
 from kronsae.runs.folder import read_run
 from kronsae.system.files import read_log, write_text
 from kronsae.system.templates import render
@@ -58,6 +61,7 @@ def write_report(
         latents=[_latent(latent, tokenizer) for latent in contexts],
         charts=[drawing for chart in charts.CHARTS if (drawing := charts.draw(chart, records))],
         edges=charts,
+        explorer=_explorer(run_folder) if _has_latents_to_show(data) else None,
         folder=str(run_folder),
         resumed=str(run_folder.parent if "sweep" in settings else run_folder),
         command=command if isinstance(command, str) else _command(command),
@@ -72,6 +76,35 @@ def write_report(
     )
     write_text(run_folder / "report.html", page)
     return run_folder / "report.html"
+
+
+EXPLORER = "explorer.html"
+"""The explorer of a run, in its folder."""
+
+_LINK = Markup(f'<a href="{EXPLORER}">Explore all latents</a>')
+
+
+def _has_latents_to_show(data: dict[str, Any]) -> bool:
+    """Whether `kronsae explore` takes a run of this data: text that a language model reads."""
+    return bool(data.get("model")) and data.get("image_column") is None
+
+
+def _explorer(run_folder: Path) -> Markup:
+    """A link to the run's explorer, or how it is made."""
+    if (run_folder / EXPLORER).is_file():
+        return _LINK
+    return Markup("<code>{}</code> makes a page of all latents.").format(
+        command_line("explore", str(run_folder))
+    )
+
+
+def link_explorer(run_folder: Path) -> None:
+    """Link the run's explorer in a report.html that was written before it."""
+    path = run_folder / "report.html"
+    if path.is_file():
+        page = path.read_text(encoding="utf-8")
+        place = re.compile(r'(?<=<p id="explorer">).*?(?=</p>)', re.DOTALL)
+        write_text(path, place.sub(_LINK, page, count=1))
 
 
 def read_metrics(path: Path) -> tuple[list[Record], str | None]:

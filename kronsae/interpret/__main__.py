@@ -33,7 +33,8 @@ from kronsae.model.sae import SAE
 from kronsae.runs.folder import versions
 from kronsae.system.devices import resolve_device, seed_everything
 from kronsae.system.files import check_writable, lock, write_json
-from kronsae.system.tables import console_table
+from kronsae.system.progress import Pace
+from kronsae.system.tables import console_table, wrapping_console
 
 ANSWERS, RESULT = "answers.jsonl", "interpretation.json"
 
@@ -79,7 +80,7 @@ def work(argv: list[str]) -> None:
     check_writable(flags.out)
     seed_everything(flags.seed)
     device = resolve_device(flags.device)
-    console = Console(highlight=False, soft_wrap=True)
+    console = wrapping_console()
     loaded = load_sae(flags.run, given_data(flags), device, **given_place(vars(flags)))
     check_no_images(loaded.data, "kronsae interpret")
     loaded.sae.check_latents(flags.latent or ())
@@ -174,8 +175,14 @@ def _interpret_all(
                 pool.submit(interpret, latent, tokenizer, answers, seed) for latent in examples
             ]
             quietly = not console.is_terminal
-            done = track(pending, "explaining", console=console, transient=True, disable=quietly)
-            return [future.result() for future in done]
+            waiting = track(pending, "explaining", console=console, transient=True, disable=quietly)
+            results, pace = [], Pace("latents")
+            for done, future in enumerate(waiting, 1):
+                results.append(future.result())
+                words = pace.words(done, len(pending))
+                if quietly and 10 * done // len(pending) > 10 * (done - 1) // len(pending):
+                    console.print(f"explained {words}")
+            return results
         except BaseException:
             _wait(pool, answers, console)
             raise

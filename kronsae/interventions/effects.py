@@ -104,11 +104,13 @@ def exact_effects(
     pairs: Tensor,
     objective: Objective = summed_loss,
     batch: int = 16,
+    on_batch: Callable[[int], None] = lambda pairs: None,
 ) -> Tensor:
     """Change of the objective in a context when a latent is ablated there: [p] float64.
 
     pairs: [p, 2] int64, context and latent.
     batch: contexts per forward pass; fewer if they have more than MAX_LOGITS logits.
+    on_batch: called after each pass with how many pairs are done.
     The SAE's error is kept: activations lose the latent's value times its decoder row.
     """
     batch = _limited(batch, model, encoded)
@@ -121,6 +123,7 @@ def exact_effects(
         removed = values[:, None] * sae.W_dec[latents].repeat_interleave(mask.sum(1), 0)
         with spliced(model, partial(_subtract, removed), mask):
             effects.append(objective(model.logits(ids), ids) - clean[contexts])
+        on_batch(sum(map(len, effects)))
     return torch.cat(effects) if effects else torch.zeros(0, dtype=torch.float64)
 
 

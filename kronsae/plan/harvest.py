@@ -17,9 +17,10 @@ from kronsae.plan.amount import available_tokens
 from kronsae.plan.memory import MIB, in_mib, shortage, weight_bytes
 from kronsae.plan.outline import NoOutline, Outline, outline
 from kronsae.plan.text import memory_line, wrapped
-from kronsae.plan.time import duration, model_seconds
+from kronsae.plan.time import model_seconds
 from kronsae.system.devices import free_bytes, model_dtype, resolve_device
 from kronsae.system.parallel import ranks
+from kronsae.system.progress import duration
 
 DISK_MARGIN = 1.05
 """A harvest is refused unless 1.05 times the disk space that it needs is free."""

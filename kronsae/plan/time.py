@@ -19,25 +19,13 @@ from kronsae.data.activations import overlaps
 from kronsae.plan.memory import shortage
 from kronsae.plan.outline import NoOutline, Outline, forward_pass
 from kronsae.system.devices import model_dtype
+from kronsae.system.progress import duration
 from kronsae.training.learner import Learner
 
 ROUNDS = 3
 
 ROUND_SECONDS = 10.0
 """Time after which no other round of a measurement begins."""
-
-UNITS = {"years": 31_557_600, "weeks": 604_800, "days": 86_400, "hours": 3600, "minutes": 60}
-
-
-def duration(seconds: float) -> str:
-    """Seconds in words, such as "about 3 weeks": one significant digit in the largest unit."""
-    for unit, size in (*UNITS.items(), ("seconds", 1)):
-        count = seconds / size
-        if count >= 0.95 or unit == "seconds":
-            break
-    digits = -math.floor(math.log10(count)) if count > 0 else 0
-    rounded = max(1, round(count, digits))
-    return f"about {rounded:,.0f} {unit if rounded > 1 else unit[:-1]}"
 
 
 def step_seconds(config: RunConfig, device: torch.device) -> float:

@@ -37,6 +37,7 @@ from kronsae.properties.summary import summarise
 from kronsae.runs.folder import RunFolder, whole
 from kronsae.system.devices import seed_everything
 from kronsae.system.files import check_writable, sha256
+from kronsae.system.progress import Pace
 
 EMBEDDED: dict[str, Any] = {"tokens": 200_000, "sample": 32}
 """Settings that apply to the embedded model where none are given."""
@@ -69,13 +70,14 @@ def examine(
     source = _open_text(sae, data, text, settings, device)
     reader = f"the cache {source.folder}" if hasattr(source, "folder") else data.model
     say(f"{run}: reading {settings.tokens:,} tokens of {data.dataset} with {reader}")
-    said = 0
+    said, pace = 0, Pace("tokens")
 
     def progress(tokens: int) -> None:
         nonlocal said
+        pace.seconds_each(tokens)
         if tokens * 10 // settings.tokens > said:
             said = tokens * 10 // settings.tokens
-            say(f"{tokens:,} tokens")
+            say(pace.words(tokens, settings.tokens))
 
     left_out: list[int] = []
     batches = without_massive(source.text_in_order(), sae, left_out.append)

@@ -1,8 +1,10 @@
 """Tables as text: Markdown, and columns of fixed width for a terminal."""
 
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
 
@@ -30,6 +32,41 @@ def aligned(header: Sequence[str], rows: Iterable[Sequence[str]], *, left: int =
         )
         for line in lines
     )
+
+
+def fitted(
+    header: Sequence[str], rows: Sequence[Sequence[str]], width: int, *, left: int = 1
+) -> str:
+    """`aligned`, made narrow where it is wider than `width`, if that can be done.
+
+    Then words of the header stand below each other, and columns whose cells are all the same are
+    named in a line below the table.
+    """
+    text = aligned(header, rows, left=left)
+    if len(rows) < 2 or max(map(len, text.splitlines())) <= width:
+        return text
+    member, *figures = zip(header, *rows, strict=True)
+    same = [column for column in figures if len(set(column[1:])) == 1]
+    columns = [member, *(column for column in figures if column not in same)]
+    heads = [
+        textwrap.wrap(head, max(map(len, (*head.split(), *cells))), break_on_hyphens=False)
+        for head, *cells in columns
+    ]
+    height = max(map(len, heads))
+    lines = zip(*([""] * (height - len(head)) + head for head in heads), strict=True)
+    first, *others = [*lines, *zip(*(column[1:] for column in columns), strict=True)]
+    text = aligned(first, others, left=1 + sum(c not in same for c in figures[: left - 1]))
+    if same:
+        shared = ", ".join(f"{head} {cell}" for head, cell, *_ in same)
+        text += "\n" + textwrap.fill(f"the same for all: {shared}", width)
+    return text
+
+
+def wrapping_console(**options: Any) -> Console:
+    """A console that breaks lines between words on a terminal, and no lines elsewhere."""
+    console = Console(highlight=False, **options)
+    console.soft_wrap = not console.is_terminal
+    return console
 
 
 def console_table(header: Sequence[str], *, left: int = 1) -> Table:

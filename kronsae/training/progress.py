@@ -3,8 +3,10 @@
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Column
 
+from kronsae.system.progress import Pace
 from kronsae.training.learner import USUAL_LARGEST
 from kronsae.training.options import Request
 
@@ -27,12 +29,13 @@ class ProgressBar:
         self.total = request.config.train.steps
         self.every = max(1, self.total // 10)
         self.printed: dict[str, int] = {}
+        self.batch, self.log_every = request.config.train.batch_size, request.config.train.log_every
+        self.pace, self.speed = Pace("steps"), _Speed()
         self.bar = Progress(
-            TextColumn("training"),
-            BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(),
+            BarColumn(bar_width=12),
+            # Where they are too long for the terminal, they go on in the next line.
+            TextColumn("{task.fields[figures]}", table_column=Column(no_wrap=False)),
             console=console,
             disable=console.quiet or not console.is_terminal,
         )
@@ -71,7 +74,7 @@ class ProgressBar:
             explained = record["explained_variance"]  # None if all activations are equal
             ev = "–" if explained is None else f"{explained:.3f}"
             dead = f"{record['dead_share']:.1%}"
-            self._show(step, name, f"{name}EV {ev}  dead {dead}  {_speed(record)}")
+            self._show(step, name, f"{name}EV {ev}  dead {dead}  {self._speed(record)}")
         elif record["kind"] == "heldout":
             explained = record["explained_variance"]
             ev = "–" if explained is None else f"{explained:.4f}"
@@ -99,6 +102,20 @@ class ProgressBar:
             self.printed[name] = step // self.every
             self.console.print(f"step {step:,}/{self.total:,}  {figures}")
 
+    def _speed(self, record: dict[str, Any]) -> str:
+        """Tokens a second, the time left, and who waited, in words; all are means."""
+        step, speed = record["step"], self.speed
+        since = step - speed.step if speed.step else min(step, self.log_every)
+        speed.add(record, max(1, since) * self.batch)
+        words = [f"{speed.tokens / speed.seconds:,.0f} tokens/s"]
+        if step < self.total and (left := self.pace.left(step, self.total)):
+            words.append(left)
+        words.append(f"waited {speed.waited / speed.seconds:.0%} for activations")
+        if "model_wait_share" in record:
+            share = speed.model_waited / speed.seconds
+            words.append(f"the language model {share:.0%} for room")
+        return ", ".join(words)
+
     def _show_many(self) -> None:
         """Show the records of all members of a step, which are then forgotten."""
         records = list(self.of_step.values())
@@ -112,15 +129,25 @@ class ProgressBar:
             self.console.print(f"step {step:,}: {who}: held-out explained variance {explained}")
             return
         dead = _range("{:.1%}", [record["dead_share"] for record in records])
-        self._show(step, "", f"{who}: EV {explained}  dead {dead}  {_speed(records[-1])}")
+        self._show(step, "", f"{who}: EV {explained}  dead {dead}  {self._speed(records[-1])}")
 
 
-def _speed(record: dict[str, Any]) -> str:
-    """Tokens a second, and who waited, in words."""
-    waited = f"waited {record['wait_share']:.0%} for activations"
-    if "model_wait_share" in record:
-        waited += f", the language model {record['model_wait_share']:.0%} for room"
-    return f"{record['tokens_per_s']:,.0f} tokens/s, {waited}"
+class _Speed:
+    """Means over the run of the rates in records, each of which is of the steps since the last."""
+
+    def __init__(self) -> None:
+        self.step = self.tokens = 0
+        self.seconds = self.waited = self.model_waited = 0.0
+
+    def add(self, record: dict[str, Any], tokens: int) -> None:
+        """A record of `tokens` tokens; of several members of a step, the first counts."""
+        if record["step"] == self.step:
+            return
+        self.step = record["step"]
+        seconds = tokens / max(1e-9, record["tokens_per_s"])
+        self.tokens, self.seconds = self.tokens + tokens, self.seconds + seconds
+        self.waited += seconds * record["wait_share"]
+        self.model_waited += seconds * record.get("model_wait_share", 0.0)
 
 
 def _range(form: str, values: list[float | None]) -> str:
