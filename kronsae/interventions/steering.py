@@ -77,7 +77,8 @@ def generated(model: LanguageModel, ids: Tensor, new_tokens: int, **options: Any
     """
     tokenizer, generate = model.tokenizer, cast(Any, model.model).generate
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
-    greedy = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    if not options.get("do_sample"):  # what the model's own settings may have for sampling
+        options = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None} | options
     ids = ids.to(model.device)
     return generate(
         ids,
@@ -85,7 +86,7 @@ def generated(model: LanguageModel, ids: Tensor, new_tokens: int, **options: Any
         pad_token_id=pad,
         max_new_tokens=new_tokens,
         use_cache=True,
-        **greedy | options,
+        **options,
     )
 
 
