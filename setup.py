@@ -22,8 +22,10 @@ PACKAGE_DATA = {
 }
 """Files of the packages that are not Python."""
 
+DOCS = ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1,<2"]
+
 EXTRAS = {
-    # To work on kronsae: tests, linting, building distributions.
+    # To work on kronsae: tests, linting, the site, building distributions.
     "dev": [
         "pytest>=8",
         "pytest-benchmark",
@@ -42,7 +44,10 @@ EXTRAS = {
         "uvicorn",
         "build",
         "twine",
+        *DOCS,
     ],
+    # `mkdocs build`.
+    "docs": DOCS,
     # Pictures of `kronsae evaluate`, and of a latent's card.
     "report": ["matplotlib"],
     # `kronsae experiments`.
