@@ -8,7 +8,9 @@ import torch
 
 from kronsae import SAE, SAEConfig
 from kronsae.export.__main__ import make_parser
+from kronsae.intervene import make_parser as intervene_parser
 from kronsae.metrics.figures import MEANING
+from kronsae.training.options import make_parser as training_parser
 from kronsae.training.options import parse
 from kronsae_kernels import fused_encode
 
@@ -153,3 +155,42 @@ def test_features_in_python(tmp_path, monkeypatch, capsys):
     names = run(blocks("python.md", "python")[0])
     shown = capsys.readouterr().out
     assert shown.lstrip().startswith("value") and len(names["f"]) == len(names["f"].tokens) > 5
+
+
+SAELENS = (DOCS / "from-saelens.md").read_text(encoding="utf-8")
+
+
+def test_first_lines_from_saelens(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    sae = SAE(SAEConfig(d_model=16, heads=32, m=2, n=2, k=8))
+    sae.save("runs/MY-RUN", {"data": {"name": "embedded", "layer": 2}})
+    names = run(blocks("from-saelens.md", "python")[0])
+    assert "16 128 blocks.2.hook_resid_post" in capsys.readouterr().out
+    torch.testing.assert_close(names["sae"].decode(names["acts"]), names["x_hat"])
+
+
+def test_flags_for_settings_of_saelens_exist():
+    parsers = [training_parser(), make_parser(), intervene_parser()]
+    flags = {flag for parser in parsers for a in parser._actions for flag in a.option_strings}
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]*", SAELENS))
+    assert len(named) > 50 and named <= flags
+
+
+def test_architectures_of_saelens_can_be_trained():
+    commands = re.findall(r"`(--encoder [^`]*)`(?= \||[;:])", SAELENS)
+    assert len(commands) == 6
+    for command in commands:
+        words = command.replace(" K", " 8").replace(" C", " 0.5").split()
+        parse([*words, "--dict-size", "1024"])
+    [block] = blocks("from-saelens.md", "bash")
+    parse(block.replace("\\\n", "").split()[2:])
+
+
+def test_all_settings_of_saelens_are_explained():
+    sae_lens = pytest.importorskip("sae_lens")
+    fields = set(sae_lens.LanguageModelSAERunnerConfig.__dataclass_fields__)
+    unneeded = {"sae", "logger", "verbose", "model_kwargs", "model_class_name", "hook_eval"}
+    unneeded |= {"sae_lens_version", "sae_lens_training_version", "save_final_checkpoint"}
+    unneeded |= {"llm_compilation_mode", "sae_compilation_mode"}
+    explained = set(re.findall(r"`(\w+)`", SAELENS))
+    assert fields - unneeded <= explained
