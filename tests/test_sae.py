@@ -245,3 +245,11 @@ def test_flops_are_eq_7():
     assert flops_per_token(SAEConfig(d_model=10, heads=3, m=2, n=4, k=5)) == 10 * 18 + 24 + 50
     dense = SAEConfig(d_model=10, encoder="dense", dict_size=24, k=5)
     assert flops_per_token(dense) == 240 + 50
+
+
+def test_unit_rows_are_refused_before_anything_changes():
+    sae = SAE(SAEConfig(d_model=4, heads=2, m=2, n=2, k=2))
+    before = sae.W_dec.clone()
+    with pytest.raises(InputError, match="'kron' has no encoder row"):
+        sae.use_unit_rows_()
+    assert torch.equal(sae.W_dec, before)

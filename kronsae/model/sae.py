@@ -319,8 +319,10 @@ class SAE(Familiar, Encoder):
     def use_unit_rows_(self) -> None:
         """Scale decoder rows to unit norm, and latents by the norms, for the same reconstruction.
 
-        See `why_no_unit_rows`.
+        Raises InputError where `why_no_unit_rows` gives a reason.
         """
+        if reason := self.why_no_unit_rows():
+            raise InputError(f"decoder rows cannot be scaled to unit norm: {reason}")
         norms = self.decoder_norms()
         norms = norms.clamp(min=torch.finfo(norms.dtype).tiny)
         self.W_dec.div_(norms[:, None])
