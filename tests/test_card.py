@@ -13,7 +13,9 @@ from kronsae.config import DataConfig
 from kronsae.features import card
 from kronsae.features.card import PASSAGES, percent
 from kronsae.features.model import Place, TargetModel
+from kronsae.properties.run import digest_of
 from kronsae.properties.store import save_properties
+from kronsae.system.files import sha256
 
 LABEL = EVIL[1] + " & $x_1$"
 
@@ -117,7 +119,10 @@ def test_a_card_in_a_notebook(made, busiest, shown, tmp_path):
     """`feature` takes the properties of the run that the SAE is of, or of a folder."""
     model = SimpleNamespace(model=None, tokenizer=EvilTokenizer())
     lm = TargetModel([Place(made.sae, model, DataConfig())])
-    folder = save_properties(made.stored, tmp_path / "run" / "properties")
+    facts = made.stored.facts | {"sae_sha256": digest_of(made.sae)}
+    made.sae.save(tmp_path / "run" / "sae")
+    assert facts["sae_sha256"] == sha256(tmp_path / "run" / "sae" / "sae.safetensors")
+    folder = save_properties(made.stored._replace(facts=facts), tmp_path / "run" / "properties")
     given = lm.feature(busiest, properties=folder, label=LABEL)
     assert given._repr_html_() == shown._repr_html_()
     with pytest.raises(InputError, match="not measured yet"):
@@ -127,5 +132,5 @@ def test_a_card_in_a_notebook(made, busiest, shown, tmp_path):
     with pytest.raises(InputError, match="latent: expected"):
         lm.feature(made.sae.dict_size)
     other = SAE(SAEConfig(d_model=6, heads=2, m=2, n=2, k=2))
-    with pytest.raises(InputError, match="expected properties of 8 latents"):
+    with pytest.raises(InputError, match="the properties of another SAE"):
         TargetModel([Place(other, model, DataConfig())]).feature(0, properties=folder)

@@ -243,3 +243,34 @@ def test_what_an_sae_says_of_itself(folder, sae, tmp_path):
 
 def test_words_of_the_tokenizer_are_read(lm):
     assert lm.features(WORDS[1]).tokens[-1].strip() == WORDS[1]
+
+
+def test_what_would_be_answered_wrongly_is_refused(lm):
+    for call in (lm.generate, lm.next_tokens):
+        with pytest.raises(InputError, match="expected one text, got list"):
+            call(TEXTS)
+    for values, message in (
+        ({3: float("nan")}, "expected a finite one, got nan"),
+        ({3: "x"}, "value of latent 3"),
+        ([3], "expected {latent: value}, got list"),
+    ):
+        for change in (lm.steer, lm.clamp):
+            with pytest.raises(InputError, match=message), change(values):
+                pass
+
+
+def test_a_token_of_one_of_several_texts(lm):
+    features = lm.features(TEXTS)
+    of_last = features.strongest(3, token=-1, text=0)
+    alone = lm.features(TEXTS[0]).strongest(3, token=-1)
+    assert of_last.index.tolist() == alone.index.tolist() and len(alone) == 3
+    assert of_last["value"].tolist() == pytest.approx(alone["value"].tolist(), rel=1e-4)
+    with pytest.raises(InputError, match="token: expected 0 to 5"):
+        features.strongest(token=6, text=0)
+
+
+def test_architectures_have_the_names_of_saelens(folder):
+    assert make(folder).cfg.architecture == "kronsae"
+    for selection, name in (("topk", "topk"), ("jumprelu", "jumprelu")):
+        sae = make(folder, encoder="dense", dict_size=30, selection=selection)
+        assert sae.cfg.architecture == name

@@ -32,7 +32,7 @@ def served(lm, tmp_path_factory):  # noqa: F811
     arguments = (render(content, connect="'self'"), answers, "127.0.0.1", 0, say)
     threading.Thread(target=serve, args=arguments, daemon=True).start()
     assert there.wait(60)
-    return said[0].partition(": open it")[0], root / "labels.json"
+    return said[0].splitlines()[-1], root / "labels.json"
 
 
 def test_ask_steer_ablate_and_label(served, lm, tmp_path):  # noqa: F811

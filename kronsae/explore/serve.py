@@ -5,13 +5,14 @@
     POST /ask        {text}                         features of each token
     POST /generate   {prompt, edits, new_tokens}    the text without and with the edits
     POST /ablate     {text, latent}                 base, extension and composition silenced
-    POST /labels     what labels.json holds         saved beside the run
+    POST /labels     {labels: {latent: text}}       saved beside the run, with those there are
 
 Answers are JSON; what cannot be done is {error}, with status 400. Everything needs the token, is
 bounded in size, and is computed one after the other. Only this machine can connect, unless another
 `host` is asked for.
 """
 
+import hashlib
 import json
 import math
 import secrets
@@ -28,7 +29,7 @@ from kronsae.data.language_model import LanguageModel
 from kronsae.data.loading import quiet
 from kronsae.errors import InputError
 from kronsae.explore.content import make_content
-from kronsae.explore.labels import Labels, labels_of, plain, write_labels
+from kronsae.explore.labels import FORMAT, Labels, labels_of, plain, write_labels
 from kronsae.explore.write import render
 from kronsae.features import Features, TargetModel
 from kronsae.features.model import Place
@@ -55,11 +56,11 @@ OPEN_TO_OTHERS = (
 SHOWN_NEXT = 5
 """Next tokens that are shown."""
 
-COOKIE = "kronsae-token"
 _ASK = Keys({"text": str})
 _GENERATE = Keys({"prompt": str, "edits": list[dict[str, Any]]}, {"new_tokens": int})
 _EDIT = Keys({"latent": int, "kind": str, "value": float})
 _ABLATE = Keys({"text": str, "latent": int})
+_LABELS = Keys({"labels": dict[str, str]})
 
 
 class Answers:
@@ -110,8 +111,12 @@ class Answers:
         return {"fires": fires, "next": following}
 
     def labels(self, request: Any) -> dict[str, Any]:
-        """Keep labels in place of those there were."""
-        self.known = labels_of(request, "labels", self.sae.dict_size, self.digest)
+        """Keep the texts of some labels, by latent; an empty one takes a label away."""
+        texts = typed(request, _LABELS, "")["labels"]
+        document = {"labels": {number: {"text": text} for number, text in texts.items()}}
+        new = labels_of({"format": FORMAT, **document}, "labels", self.sae.dict_size, None)
+        others = {f: label for f, label in self.known.items() if str(f) not in texts}
+        self.known = others | new
         write_labels(self.known, self.file, self.digest)
         return {"saved": len(self.known)}
 
@@ -169,6 +174,8 @@ def app(page: str, answers: Answers, token: str, hosts: Sequence[str] = LOOPBACK
     from starlette.routing import Route
 
     one_at_a_time = threading.Lock()
+    # Browsers keep cookies by host alone: two servers need two names.
+    cookie = f"kronsae-{hashlib.sha256(token.encode()).hexdigest()[:12]}"
 
     def allowed(given: str | None) -> bool:
         return given is not None and secrets.compare_digest(given.encode(), token.encode())
@@ -176,10 +183,12 @@ def app(page: str, answers: Answers, token: str, hosts: Sequence[str] = LOOPBACK
     async def index(request: "Request") -> "Response":
         if allowed(request.query_params.get("token")):
             response: Response = RedirectResponse("/")
-            response.set_cookie(COOKIE, token, httponly=True, samesite="strict")
+            response.set_cookie(cookie, token, httponly=True, samesite="strict")
             return response
-        if not allowed(request.cookies.get(COOKIE)):
-            refused = "Open the address that the command printed: its token is missing here."
+        if not allowed(request.cookies.get(cookie)):
+            refused = (
+                "Open the address that the command printed: its token is missing or wrong here."
+            )
             return HTMLResponse(f"<!doctype html><title>kronsae</title><p>{refused}", 403)
         return HTMLResponse(page, headers={"Cache-Control": "no-store"})
 
@@ -191,7 +200,7 @@ def app(page: str, answers: Answers, token: str, hosts: Sequence[str] = LOOPBACK
                 return answer(json.loads(body))
 
         async def handle(request: "Request") -> "Response":
-            if not allowed(request.cookies.get(COOKIE)) or not _is_own(request):
+            if not allowed(request.cookies.get(cookie)) or not _is_own(request):
                 return JSONResponse({"error": "no token, or another site's request"}, 403)
             if not request.headers.get("content-type", "").startswith("application/json"):
                 return JSONResponse({"error": "expected JSON"}, 415)
@@ -208,7 +217,7 @@ def app(page: str, answers: Answers, token: str, hosts: Sequence[str] = LOOPBACK
         return Route(f"/{name}", handle, methods=["POST"])
 
     async def labels(request: "Request") -> "Response":
-        if not allowed(request.cookies.get(COOKIE)):
+        if not allowed(request.cookies.get(cookie)):
             return JSONResponse({"error": "no token"}, 403)
         return JSONResponse(plain(answers.known))
 
@@ -270,7 +279,7 @@ def serve(page: str, answers: Answers, host: str, port: int, say: Callable[[str]
         if host not in LOOPBACK:
             print(OPEN_TO_OTHERS.format(host), file=sys.stderr)
         shown = f"[{host}]" if ":" in host else host
-        say(f"http://{shown}:{port}/?token={token}: open it in a browser; Ctrl-C ends it")
+        say(f"Open this in a browser (Ctrl-C ends it):\nhttp://{shown}:{port}/?token={token}")
         hosts = LOOPBACK if host in LOOPBACK else ("*",)
         config = uvicorn.Config(app(page, answers, token, hosts), log_level="warning")
         uvicorn.Server(config).run(sockets=[listening])

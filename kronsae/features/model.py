@@ -22,7 +22,7 @@ from kronsae.data.language_model import LanguageModel, at_block, layer_or_hookpo
 from kronsae.data.loading import quiet
 from kronsae.data.packing import PADDING, context_begin, left_out_ids, prompt_ids, token_mask
 from kronsae.data.token_text import token_texts
-from kronsae.errors import InputError
+from kronsae.errors import InputError, warn
 from kronsae.features.card import Card, card
 from kronsae.features.text import Features
 from kronsae.interventions.effects import factors, silence
@@ -32,6 +32,7 @@ from kronsae.metrics.target_model import check_widths, data_of, known_data
 from kronsae.model.massive import rule_of, without
 from kronsae.model.sae import SAE
 from kronsae.properties.correlation import joined
+from kronsae.properties.run import digest_of
 from kronsae.properties.store import FOLDER, Stored, load_properties
 from kronsae.system.devices import seed_everything
 from kronsae_kernels import SparseCodes
@@ -172,6 +173,8 @@ class TargetModel:
             rows = dict(zip(names, places[0].model.activations_at(names, batch), strict=True))
             for parts, place in zip(made, places, strict=True):
                 parts.append(_encoded(place, batch, rows[place.model.hookpoint]))
+        if any(not part.kept.any() for parts in made for part in parts):
+            warn(NOTHING_KEPT)
         shown = [text for each in ids for text in token_texts(each, self.tokenizer)]
         number = torch.arange(len(ids)).repeat_interleave(torch.tensor([len(each) for each in ids]))
         flat = torch.tensor([token for each in ids for token in each])
@@ -214,12 +217,20 @@ class TargetModel:
             raise InputError("texts: expected at least one, got none")
         return ids
 
+    def _prompt(self, prompt: str) -> list[list[int]]:
+        """Token ids of one text."""
+        if not isinstance(prompt, str):
+            raise InputError(f"prompt: expected one text, got {type(prompt).__name__}")
+        return self._ids(prompt)
+
     @torch.no_grad()
     def next_tokens(self, prompt: str, count: int = 10) -> "pd.DataFrame":
         """The likeliest next tokens: token, logit and probability."""
         import pandas as pd
 
-        logits = self.places[0].model.logits(torch.tensor(self._ids(prompt)))[0, -1].double().cpu()
+        logits = (
+            self.places[0].model.logits(torch.tensor(self._prompt(prompt)))[0, -1].double().cpu()
+        )
         best = logits.topk(min(count, len(logits)))
         return pd.DataFrame(
             {
@@ -256,10 +267,10 @@ class TargetModel:
         if properties not in self._stored:
             self._stored[properties] = load_properties(Path(properties))
         stored = self._stored[properties]
-        if len(stored.properties.post.count) != own.dict_size:
+        if stored.facts.get("sae_sha256") != digest_of(own):
             raise InputError(
-                f"{properties}: expected properties of {own.dict_size:,} latents, got "
-                f"{len(stored.properties.post.count):,}"
+                f"{properties} has the properties of another SAE: measure this one's with "
+                "`kronsae explore`"
             )
         return card(own, stored, latent, self.tokenizer, label)
 
@@ -273,7 +284,7 @@ class TargetModel:
 
         settings: of transformers' `generate`, such as do_sample=True, which draws with the seed.
         """
-        ids = torch.tensor(self._ids(prompt))
+        ids = torch.tensor(self._prompt(prompt))
         seed_everything(seed)
         with quiet():
             out = generated(self.places[0].model, ids, max_new_tokens, **settings)
@@ -288,13 +299,13 @@ class TargetModel:
         and massive tokens are not changed; see `kronsae.interventions.intervene`.
         Raises InputError for a latent outside [0, F).
         """
-        return self.edit([steer(*pair) for pair in strengths.items()], sae)
+        return self.edit([steer(*pair) for pair in _pairs(strengths)], sae)
 
     def clamp(
         self, values: Mapping[int, float], sae: SAE | None = None
     ) -> AbstractContextManager[None]:
         """While open, each latent has its value on every token, also where it does not fire."""
-        return self.edit([clamp(*pair) for pair in values.items()], sae)
+        return self.edit([clamp(*pair) for pair in _pairs(values)], sae)
 
     def ablate(
         self, latents: Iterable[int] | int, sae: SAE | None = None
@@ -319,6 +330,18 @@ class TargetModel:
         """While open, the edits apply in every forward pass."""
         place = self.place(sae)
         return intervene(place.model, place.sae, edits)
+
+
+def _pairs(values: Mapping[int, float]) -> Iterable[tuple[int, float]]:
+    if not isinstance(values, Mapping):
+        raise InputError(f"expected {{latent: value}}, got {type(values).__name__}")
+    return values.items()
+
+
+NOTHING_KEPT = (
+    "no feature is active: the SAE is not trained on special tokens, massive tokens, and the first "
+    "position of a text, and there are no others"
+)
 
 
 class _Part(NamedTuple):

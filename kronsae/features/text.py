@@ -81,17 +81,22 @@ class Features:
     ) -> "pd.DataFrame":
         """The features that fire most strongly: in all texts, in one text, or on one token.
 
-        token: its position in `tokens`; negative ones count from the end.  text: its number.
+        token: its position in `tokens`, or with `text` in that text; negative ones count from the
+            end.  text: its number.
         Columns: latent (the index), value (its largest), token (where), position, and tokens (on
         how many it fires); on one token only latent and value.
         Raises InputError for a token or text that there is not.
         """
         table = self.to_pandas()
-        if token is not None:
-            table = table[table["position"] == _numbered(token, len(self), "token")]
+        first, count_of_tokens = 0, len(self)
         if text is not None:
-            texts = int(self.text[-1]) + 1 if len(self) else 0
-            table = table[table["text"] == _numbered(text, texts, "text")]
+            number = _numbered(text, int(self.text[-1]) + 1, "text")
+            table = table[table["text"] == number]
+            first = int((self.text < number).sum())
+            count_of_tokens = int((self.text == number).sum())
+        if token is not None:
+            position = first + _numbered(token, count_of_tokens, "token")
+            table = table[table["position"] == position]
         ordered = table.sort_values("value", ascending=False, kind="stable")
         best = ordered.drop_duplicates("latent").head(count).set_index("latent")
         if token is not None:

@@ -12,6 +12,7 @@ SAE's metadata has the rule for them) are not changed, as SAEs are not trained o
 Letters: n tokens, k active latents, e latents that are edited, d width.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -54,6 +55,16 @@ def steer(latent: int, amount: float) -> Edit:
     return Edit(latent, 1.0, amount)
 
 
+def check_edits(sae: SAE, edits: Sequence[Edit]) -> None:
+    """Raise InputError for a latent outside [0, F), and a value that is no finite number."""
+    sae.check_latents(edit.latent for edit in edits)
+    for edit in edits:
+        if not math.isfinite(typed(edit.add, float, f"value of latent {edit.latent}")):
+            raise InputError(
+                f"value of latent {edit.latent}: expected a finite one, got {edit.add}"
+            )
+
+
 def change(sae: SAE, codes: SparseCodes, edits: Sequence[Edit]) -> Tensor:
     """Change [n, d_out] of the reconstruction of codes [n, k] by the edits.
 
@@ -77,7 +88,7 @@ def intervene(
     sae: of raw activations at the model's hookpoint.
     Raises InputError for a latent outside [0, F), or widths that do not fit.
     """
-    sae.check_latents(edit.latent for edit in edits)
+    check_edits(sae, edits)
     check_widths(model, sae, sae.source or "edits")
 
     def replaced(x: Tensor, y: Tensor) -> Tensor:
@@ -129,7 +140,7 @@ def edited(sae: SAE, x: Tensor, edits: Sequence[Edit]) -> Tensor:
     special tokens are changed.
     Raises InputError for a latent outside [0, F), a width that does not fit, and a transcoder.
     """
-    sae.check_latents(edit.latent for edit in edits)
+    check_edits(sae, edits)
     if sae.config.d_target:
         raise InputError("edited: a transcoder changes its target: use `intervene`")
     codes = sae.encode(as_values(x, "x").to(sae.W_dec))

@@ -91,7 +91,7 @@ class Familiar(nn.Module):
             "dataset_path": origin.dataset,
         }
         return SimpleNamespace(
-            architecture=kind_of(vars(self.config)),
+            architecture=self._architecture,
             d_in=self.config.d_model,
             d_sae=self.config.dict_size,
             k=self.config.k,
@@ -100,6 +100,14 @@ class Familiar(nn.Module):
             metadata=SimpleNamespace(**source),
             **source,
         )
+
+    @property
+    def _architecture(self) -> str:
+        """SAELens' name of the kind: "kronsae", "topk", "jumprelu", "gated", "standard", …"""
+        config = self.config
+        if config.encoder != "dense":
+            return "kronsae" if config.heads else config.encoder
+        return {"relu": "standard"}.get(config.selection, config.selection)
 
     def __repr__(self) -> str:
         """What it is, in two lines: kind and size; where it reads, and how long it was trained."""

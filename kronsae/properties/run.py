@@ -195,6 +195,12 @@ def kept(folder: Path, digest: str, given: dict[str, Any], text: dict[str, Any])
     return stored
 
 
+def digest_of(sae: SAE) -> str:
+    """The SHA-256 of an SAE's weights, as `SAE.save` writes them."""
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in sae.state_dict().items()}
+    return hashlib.sha256(save(tensors)).hexdigest()
+
+
 def open_run(
     run: Path, text: dict[str, Any], device: str, **place: Any
 ) -> tuple[SAE, DataConfig, str]:
@@ -204,13 +210,10 @@ def open_run(
     """
     sae = load(str(run), device=device, **place)
     if not is_run(run):
-        weights = save(
-            {name: tensor.cpu().contiguous() for name, tensor in sae.state_dict().items()}
-        )
         # No text is its own: as little as can be is held out of what is given.
         data = dataclasses.replace(data_of(sae, text, str(run)), heldout_tokens=1)
         check_no_images(data, "kronsae explore")
-        return sae, data, hashlib.sha256(weights).hexdigest()
+        return sae, data, digest_of(sae)
     if given := sorted(text.keys() & set(_MODEL)):
         raise InputError(f"{', '.join(given)}: {run} is a run, which has its own: leave that out")
     folder, settings = RunFolder.open(run)

@@ -19,7 +19,7 @@ const source = {
     if (!there()) await parsed;
     return unzip(bytesOf(document.getElementById(name).textContent));
   },
-  // Keep the labels, given as labels.json has them; null: the page cannot, and offers the file.
+  // Keep texts of labels, given by latent; null: the page cannot, and offers the file.
   saveLabels: null,
 };
 
@@ -35,7 +35,7 @@ async function ask(name, request) {
   return answer;
 }
 
-if (facts.served) source.saveLabels = (labels) => ask('labels', labels);
+if (facts.served) source.saveLabels = (labels) => ask('labels', { labels });
 
 function bytesOf(text) {
   return Uint8Array.fromBase64?.(text) // ten times as fast

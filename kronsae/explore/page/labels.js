@@ -36,7 +36,7 @@ async function editLabel(number, text) {
   putLabel(number, text);
   edited.set(number, text);
   if (source.saveLabels) {
-    await source.saveLabels(plainLabels()).then(() => edited.clear(), () => {}); // else a file
+    await source.saveLabels({ [number]: text }).then(() => edited.clear(), () => {}); // else a file
   }
   try {
     localStorage.setItem(editsKey, JSON.stringify([...edited]));
@@ -52,7 +52,7 @@ function showEdits() {
     title: `${edited.size} edited: save labels.json into the run's folder, or give it to `
       + 'kronsae explore --labels; then the page made next has them',
     onclick: downloadLabels,
-  }, 'Download labels.json')] : []));
+  }, `${source.saveLabels ? 'Not saved: ' : ''}Download labels.json`)] : []));
 }
 
 function downloadLabels() {
