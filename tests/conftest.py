@@ -7,6 +7,7 @@ Without a GPU, Triton's interpreter runs the kernels, on CPU tensors. Where seve
 import dataclasses
 import os
 import signal
+import sys
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # torch reads it when it is imported
@@ -124,6 +125,14 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def no_plugins():
+    """A plugin that a test loads is forgotten after it: commands would go on naming its file."""
+    yield
+    if registry := sys.modules.get("kronsae.registry"):
+        registry._loaded_files.clear()
 
 
 @pytest.fixture

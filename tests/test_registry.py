@@ -38,12 +38,11 @@ TRAIN = (
 
 
 @pytest.fixture
-def plugin(tmp_path, monkeypatch):
+def plugin(tmp_path):
     """The example of CONTRIBUTING.md, as a file."""
     [code] = re.findall(r"```python\n# mine.py\n(.*?)```", CONTRIBUTING.read_text(), re.DOTALL)
     path = tmp_path / "mine.py"
     path.write_text(code)
-    monkeypatch.setattr(registry, "_loaded_files", [])  # and not what other tests have loaded
     yield path
     SELECTIONS._kinds.pop("mine", None)
 
