@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 import kronsae
-from kronsae import InputError, SAEConfig, registry
+from kronsae import InputError, SAEConfig
 from kronsae.__main__ import main as command
 from kronsae.config import all_settings
 from kronsae.hub import model_card
