@@ -16,6 +16,7 @@ import griffe
 
 DOCS = "docs"
 LINK = re.compile(r"(?<=\]\()(\.\./[^)\s]+)(?=\))")
+NOTEBOOK = re.compile(r"(?<=\w)\.ipynb(?=\))")
 NAMED = re.compile(r"^(`?[\w.…]+`?(?:, `?[\w.…]+`?)*): (?=\S)")
 ANSI = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -28,14 +29,17 @@ def on_page_markdown(markdown: str, *, page: Any, config: Any, **_: Any) -> str:
 
 
 def outward(markdown: str, page: str, repository: str) -> str:
-    """The page with absolute links where they lead out of docs/.  page: its path there."""
+    """The page with absolute links where they lead out of docs/, and to the pages of notebooks.
+
+    page: its path there.
+    """
     folder = posixpath.dirname(f"{DOCS}/{page}")
 
     def absolute(link: re.Match[str]) -> str:
         target = posixpath.normpath(posixpath.join(folder, link[0]))
         return link[0] if target.startswith(f"{DOCS}/") else f"{repository}/{target}"
 
-    return LINK.sub(absolute, markdown)
+    return NOTEBOOK.sub(".md", LINK.sub(absolute, markdown))
 
 
 # Notebooks
