@@ -9,6 +9,7 @@ import re
 import shutil
 import struct
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,13 +17,16 @@ import torch
 from explorer_pages import CONFIGS, EVIL, LENGTH, make_page
 from jinja2.utils import htmlsafe_json_dumps
 
+import kronsae
 from kronsae import SAEConfig, TrainConfig, load
 from kronsae.errors import Notice
 from kronsae.explore import __main__ as command
 from kronsae.explore.blocks import ALIGN, encode, rounded, smallest
 from kronsae.properties import WINDOW, load_properties, save_properties
+from kronsae.properties.__main__ import main as measure
 from kronsae.properties.examples import INTERVALS
 from kronsae.properties.run import open_run
+from kronsae.system.files import sha256
 from kronsae.train import fit
 from kronsae.train import main as train
 
@@ -262,8 +266,23 @@ def test_command(run, capsys):
     assert command.main([str(run), "--tokens", "3000", "--out", str(out)]) == 0
     assert out.read_bytes() == (run / "explorer.html").read_bytes()
     assert (run / "properties" / "properties.json").stat().st_mtime_ns == before
+    # Nor does a measurement of fewer tokens replace it, or one of more pass for the usual number.
+    capsys.readouterr()
     assert command.main([str(run), "--tokens", "1000", "--sample", "4"]) == 0
-    assert load_properties(run / "properties").facts["settings"]["tokens"] == 1000
+    assert "its measurement of 3,000 tokens of stdlib is taken" in capsys.readouterr().out
+    assert command.main([str(run)]) == 0
+    assert (
+        "(to measure 200,000 anew, give --tokens 200000 --dataset stdlib)"
+        in capsys.readouterr().out
+    )
+    for other in (["--sample", "5"], ["--dataset", "stdlib", "--top", "3"]):
+        assert command.main([str(run), "--tokens", "1000", *other]) == 2
+        assert "one of 1,000 would replace it: give --tokens 3000" in capsys.readouterr().err
+    assert measure([str(run), "--tokens", "1000"]) == 2
+    assert (run / "properties" / "properties.json").stat().st_mtime_ns == before
+    assert command.main([str(run), "--tokens", "3001", "--sample", "4"]) == 0
+    assert "this replaces the measurement of 3,000 tokens" in capsys.readouterr().out
+    assert load_properties(run / "properties").facts["settings"]["tokens"] == 3001
     facts = json.loads(Page(out.read_text(encoding="utf-8")).of(id="facts")[0])
     assert facts["grid"] == {"heads": 8, "m": 4, "n": 4, "kron": True}
 
@@ -346,10 +365,25 @@ def test_a_saved_sae_has_a_page_of_its_own(run, tmp_path, monkeypatch, capsys):
     """Its folder is named after where it is; a run's sae/ is an SAE like any other."""
     monkeypatch.chdir(tmp_path)
     shutil.copytree(run / "sae", tmp_path / "mine")
-    few = ["--tokens", "300", "--sample", "2", "--correlation-tokens", "0"]
-    assert command.main(["mine", "--dataset", "stdlib", *few]) == 0
-    assert "runs/explored/mine/explorer.html (" in capsys.readouterr().out
-    assert load_properties(tmp_path / "runs/explored/mine/properties").properties.text is not None
+    few = ["--tokens", "300", "--sample", "2", "--correlation-tokens", "0", "--dataset", "stdlib"]
+    assert command.main(["mine", *few]) == 0
+    [home] = Path("runs/explored").iterdir()
+    assert home.name == f"mine-{sha256(Path('mine/sae.safetensors'))[:12]}"
+    assert f"{home}/explorer.html (" in capsys.readouterr().out
+    before = (home / "properties/properties.json").read_bytes()
+    # Another SAE has its own measurement, also if both pages are in one folder.
+    other = load("mine")
+    other.W_dec.data.mul_(-1)
+    other.save(tmp_path / "other")
+    assert command.main(["other", *few, "--out", "pages/other.html"]) == 0
+    assert command.main(["mine", *few, "--out", "pages/mine.html"]) == 0
+    assert (home / "properties/properties.json").read_bytes() == before
+    # Both are found in Python, and by the other command, wherever the SAE is named from.
+    lm = kronsae.language_model(load(tmp_path / "other"), load(tmp_path / "mine"))
+    cards = [lm.feature(3, sae) for sae in lm.saes]
+    assert cards[0].text == cards[1].text and cards[0].lists != cards[1].lists
+    assert measure([str(tmp_path / "mine"), *few, "--top", "3"]) == 0
+    assert f"{home}/properties: what was measured" in capsys.readouterr().out
 
 
 def test_properties_of_an_older_version(run, monkeypatch):

@@ -1114,7 +1114,7 @@ def test_interpret(suite, flags, tmp_path, monkeypatch):
 
 
 def test_explore(suite, flags, tmp_path, capsys, monkeypatch):
-    """Its properties are kept beside the page, and serve again for this SAE and place alone."""
+    """Its properties are kept under runs/explored, and serve again for this SAE and place alone."""
     monkeypatch.chdir(tmp_path)
     page = tmp_path / "pages" / "sae.html"
     explore = ["explore", str(suite), *flags, "--tokens", "2000", "--out", str(page)]
@@ -1122,13 +1122,12 @@ def test_explore(suite, flags, tmp_path, capsys, monkeypatch):
     facts = json.loads(re.findall(r'id="facts"[^>]*>(.*?)</script>', page.read_text())[0])
     assert facts["trained"] is None and facts["hookpoint"] == "layer 1"
     assert facts["summary"]["groups"]["latent"]["fire"] > 50
-    measured = page.parent / "properties" / "properties.json"
+    [home] = Path("runs/explored").iterdir()
+    measured = home / "properties" / "properties.json"
     first = measured.read_bytes()
     assert command(explore) == 0 and measured.read_bytes() == first
     assert command([*explore, "--layer", "0"]) == 0 and measured.read_bytes() != first
     assert not (suite / "properties").exists()
-    home = Path("runs/explored") / re.sub(r"[^\w.-]+", "-", str(suite)).strip("-")
-    shutil.copytree(measured.parent, home / "properties")
     for source in (suite, tmp_path):  # the SAE, and a folder of which --layer names it
         capsys.readouterr()
         assert command(["explore", str(source), *flags, "--tokens", "2000"]) == 0

@@ -230,7 +230,7 @@ def of_subject(folder, tmp_path):
 
 
 def of_properties(folder, tmp_path):
-    _, config, _ = open_run(run_of(folder, tmp_path), {}, "cpu")
+    config = open_run(run_of(folder, tmp_path), {}, "cpu").data
     open_activations(config, batch_size=4, seed=0, device="cpu")
 
 

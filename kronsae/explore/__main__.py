@@ -1,9 +1,7 @@
 """`python -m kronsae.explore RUN`: a page to look into a run's latents."""
 
-import re
 import sys
 from pathlib import Path
-from typing import Any
 
 from kronsae.commandline import exit_status, given_place, integer
 from kronsae.errors import InputError, warn
@@ -13,13 +11,16 @@ from kronsae.explore.serve import serve_run
 from kronsae.explore.site import write_site
 from kronsae.explore.write import write_explorer
 from kronsae.features.card import card, check_file
-from kronsae.interop.load import load
-from kronsae.interop.suite import INDEX_NAME, member_of
-from kronsae.metrics.target_model import known_data
-from kronsae.model.sae import SAE
+from kronsae.interop.suite import INDEX_NAME
 from kronsae.properties.examples import WINDOW
-from kronsae.properties.run import PropertiesParser, is_run, open_properties, say
-from kronsae.properties.store import FOLDER
+from kronsae.properties.run import (
+    PropertiesParser,
+    is_run,
+    member_named,
+    open_properties,
+    open_run,
+    say,
+)
 from kronsae.system.files import check_writable
 
 
@@ -27,14 +28,13 @@ def make_parser() -> PropertiesParser:
     parser = PropertiesParser(
         "explore",
         "Write one HTML file to look into the latents of a run, or of another SAE. Their "
-        "properties are measured first, unless RUN/properties/ has them (for another SAE: "
-        "properties/ beside the page).",
+        "properties are measured first, unless RUN/properties/ has them (of another SAE: "
+        "runs/explored/NAME/properties/).",
         "kronsae explore runs/MY-RUN --labels explanations\n"
         "kronsae explore runs/MY-RUN --serve\n"
         "kronsae explore SAE --model gpt2 --layer 6 --dataset text.jsonl\n"
         "kronsae explore runs/MY-RUN --feature 537 --out card.png\n"
         "kronsae explore runs/MY-SUITE --out pages",
-        saes=True,
     )
     parser.add_argument(
         "--out",
@@ -84,7 +84,7 @@ def work(argv: list[str]) -> None:
         if name in flags:
             reason = "with --serve" if serves else "without --serve"
             raise InputError(f"--{name} has no effect {reason}: leave it out")
-    run, text, place = _member(flags["run"], text, given_place(flags))
+    run, text, place = member_named(flags["run"], text, given_place(flags))
     if (run / INDEX_NAME).is_file() and "subfolder" not in place:
         if flags.keys() & {"feature", "serve", "labels"} or "out" not in flags:
             raise InputError(
@@ -93,80 +93,37 @@ def work(argv: list[str]) -> None:
             )
         say(f"{write_site(run, settings, text, flags['device'], flags['out'])}: open it")
         return
-    of_run = is_run(run)
-    if not of_run and "out" not in flags:
-        load(str(run), **place)  # says what is wrong with it, if it is none
-    home = run if of_run else _home(run, place)
-    feature = flags.get("feature")
-    name = EXPLORER if feature is None else f"feature-{feature}.html"
-    out = flags.get("out", home / name)
+    feature, given = flags.get("feature"), flags.get("labels", [])
+    opened = open_run(run, text, flags["device"], **place)
+    home, of_run = opened.folder.parent, is_run(run)
+    out = flags.get("out", home / (EXPLORER if feature is None else f"feature-{feature}.html"))
     if not serves:
         check_writable(out.parent)
     if feature is not None:
         check_file(out)
-    beside = run if of_run else out.parent
-    given = flags.get("labels", [])
-
-    def check(sae: SAE) -> None:
-        sae.check_latents([] if feature is None else [feature])
-        for source in given:
-            read_labels(source, sae.dict_size, None)
-
-    sae, data, stored, tokenizer = open_properties(
-        run,
-        settings,
-        text,
-        flags["device"],
-        beside / FOLDER,
-        check,
-        **place,
-    )
-    labels = _labels(given, beside, sae.dict_size, stored.facts["sae_sha256"])
+        opened.sae.check_latents([feature])
+    for source in given:
+        read_labels(source, opened.sae.dict_size, None)
+    sae, data, stored, tokenizer = open_properties(opened, settings)
+    labels = _labels(given, home, sae.dict_size, opened.digest)
+    if not serves:
+        out.parent.mkdir(parents=True, exist_ok=True)
     if feature is not None:
         label = labels[feature].text if feature in labels else None
         made = card(sae, stored, feature, tokenizer, label).write(out)
         say(f"{made}: the card of latent {feature}")
         return
     if stored.properties.post.intervals is None:
-        _say_what_is_missing(beside / FOLDER)
+        _say_what_is_missing(opened.folder)
     about, activations = (run, sae, stored, tokenizer), None if of_run else data
     if serves:
         address = flags.get("host", "127.0.0.1"), flags.get("port", 0)
-        serve_run(*about, activations, labels, data, beside / FILE, address)
+        serve_run(*about, activations, labels, data, home / FILE, address)
         return
     write_explorer(*about, out, activations, labels)
     if of_run and out == run / EXPLORER:
         link_explorer(run)
     say(f"{out} ({out.stat().st_size / 2**20:.1f} MiB): open it in a browser")
-
-
-def _member(
-    run: Path, text: dict[str, Any], place: dict[str, Any]
-) -> tuple[Path, dict[str, Any], dict[str, Any]]:
-    """RUN, `text` and `place` where RUN may be a suite, of which --layer or --hookpoint names one.
-
-    What the SAE's metadata says of its layer then holds, and not the flag.
-    """
-    where = {name: text[name] for name in ("layer", "hookpoint") if name in text}
-    if not where or is_run(run) or place.get("subfolder"):
-        return run, text, place
-    if (name := member_of(str(run), **where)) is None:
-        return run, text, place
-    if is_run(run / name):
-        return run / name, {k: v for k, v in text.items() if k not in where}, place
-    place = place | {"subfolder": name}
-    known = known_data(load(str(run), **place))
-    if {"layer", "hookpoint"} & known.keys() and text.get("model", known["model"]) == known[
-        "model"
-    ]:
-        text = {k: v for k, v in text.items() if k not in where}
-    return run, text, place
-
-
-def _home(source: Path, place: dict[str, Any]) -> Path:
-    """The folder under runs/ for the page and the properties of an SAE that is no run."""
-    name = "-".join(filter(None, (str(source), place.get("subfolder"))))
-    return Path("runs", "explored", re.sub(r"[^\w.-]+", "-", name).strip("-."))
 
 
 def _labels(given: list[Path], folder: Path, latents: int, digest: str) -> Labels:

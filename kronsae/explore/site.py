@@ -15,8 +15,7 @@ from kronsae.explore.labels import labels_beside
 from kronsae.explore.write import write_explorer
 from kronsae.metrics.figures import MEANING
 from kronsae.model.origin import Origin
-from kronsae.properties import FOLDER
-from kronsae.properties.run import Opened, open_properties, say
+from kronsae.properties.run import Opened, open_properties, open_run, say
 from kronsae.runs.folder import saved_members
 from kronsae.runs.sweep import hookpoint_name
 from kronsae.system.documents import part_of
@@ -49,7 +48,7 @@ class Member(NamedTuple):
 def write_site(
     sweep: Path, settings: dict[str, Any], text: dict[str, Any], device: str, out: Path
 ) -> Path:
-    """Write the folder `out`; returns its index. The arguments are those of `examine`.
+    """Write the folder `out`; returns its index. The arguments are those of the command line.
 
     The properties of a member are measured first if they are missing. Raises InputError if that,
     or writing, cannot be done.
@@ -61,7 +60,7 @@ def write_site(
     out.mkdir(parents=True, exist_ok=True)
     members = []
     for name, run in runs.items():
-        opened = open_properties(run, settings, text, device, run / FOLDER)
+        opened = open_properties(open_run(run, text, device), settings)
         page = out / f"{name}.html"
         digest = opened.stored.facts["sae_sha256"]
         labels = labels_beside(run, opened.sae.dict_size, digest)

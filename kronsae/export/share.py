@@ -2,7 +2,6 @@
 
 import argparse
 from collections import Counter
-from functools import partial
 from pathlib import Path
 
 import kronsae.export.neuronpedia
@@ -10,9 +9,7 @@ import kronsae.export.sae_dashboard  # noqa: F401  registers, as the line above
 from kronsae.config import DataConfig, with_defaults
 from kronsae.errors import InputError
 from kronsae.export.dashboards import Explained, Names, Subject, one_name, read_explanations
-from kronsae.model.sae import SAE
-from kronsae.properties import FOLDER
-from kronsae.properties.run import is_run, open_properties
+from kronsae.properties.run import is_run, open_properties, open_run
 from kronsae.registry import DASHBOARDS
 from kronsae.runs.folder import saved_members
 from kronsae.runs.sweep import hookpoint_name
@@ -24,20 +21,21 @@ EXPLANATIONS = "explanations"
 
 def share(request: argparse.Namespace, is_sweep: bool) -> None:
     """Write what --to shows of a run, or of each member of a sweep. Raises InputError."""
-    dashboard, source = DASHBOARDS[request.to], Path(request.source)
-    if not is_sweep and not is_run(source):
+    dashboard, path = DASHBOARDS[request.to], Path(request.source)
+    if not is_sweep and not is_run(path):
         raise InputError(
-            f"{source} is no run folder: --to {request.to} writes what was measured on a run's text"
+            f"{path} is no run folder: --to {request.to} writes what was measured on a run's text"
         )
-    members = _members(source, request.members) if is_sweep else {"": (source, "")}
+    members = _members(path, request.members) if is_sweep else {"": (path, "")}
     if request.explanations is not None and len(members) > 1:
         raise InputError("--explanations are of one SAE: choose it by --members")
     given = {} if request.tokens is None else {"tokens": request.tokens}
     trusted = {"trust_remote_code": True} if request.trust_remote_code else {}
     for name, (run, suffix) in members.items():
         explained = _explanations(run, request.explanations)
-        check = partial(SAE.check_latents, latents=[*explained, *(request.features or ())])
-        opened = open_properties(run, given, trusted, "cpu", run / FOLDER, check)
+        source = open_run(run, trusted, "cpu")
+        source.sae.check_latents([*explained, *(request.features or ())])
+        opened = open_properties(source, given)
         names = Names(request.model_id, request.source_set, request.creator or "kronsae", suffix)
         subject = Subject(opened, names, request.features, explained, name)
         folder = dashboard.write(subject, request.out)

@@ -32,8 +32,8 @@ from kronsae.metrics.target_model import check_widths, data_of, known_data
 from kronsae.model.massive import rule_of, without
 from kronsae.model.sae import SAE
 from kronsae.properties.correlation import joined
-from kronsae.properties.run import digest_of
-from kronsae.properties.store import FOLDER, Stored, load_properties
+from kronsae.properties.run import digest_of, folder_of
+from kronsae.properties.store import Stored, load_properties
 from kronsae.system.devices import seed_everything
 from kronsae_kernels import SparseCodes
 
@@ -133,7 +133,7 @@ class TargetModel:
         self.saes = [place.sae for place in places]
         self.model, self.tokenizer = places[0].model.model, places[0].model.tokenizer
         self.bos = places[0].data.bos
-        self._stored: dict[str | Path, Stored] = {}
+        self._stored: dict[Path, Stored] = {}
 
     def __repr__(self) -> str:
         name, parameters = self.places[0].model.name, self.places[0].model.parameters
@@ -252,24 +252,26 @@ class TargetModel:
     ) -> Card:
         """A latent's card for a notebook: its figures, where it fires, and what it promotes.
 
-        properties: the folder that `kronsae properties` or `kronsae explore` wrote (default: that
-            of the run that the SAE was loaded from).  label: what the latent is said to stand for.
+        properties: the folder that `kronsae properties` or `kronsae explore` wrote (default:
+            RUN/properties of the run that the SAE was loaded from, or the folder of this SAE in
+            runs/explored).  label: what the latent is said to stand for.
         Raises InputError if there is none, if it is of another SAE, or for a latent outside [0, F).
         """
         own = self.place(sae).sae
-        if properties is None:
-            properties = Path(own.source or "") / FOLDER
-            if own.source is None or not properties.is_dir():
-                raise InputError(
-                    f"feature: the properties of {own.source or 'this SAE'} are not measured yet: "
-                    f"run `kronsae properties {own.source or 'RUN'}`, or give properties=FOLDER"
-                )
-        if properties not in self._stored:
-            self._stored[properties] = load_properties(Path(properties))
-        stored = self._stored[properties]
-        if stored.facts.get("sae_sha256") != digest_of(own):
+        digest, source = digest_of(own), own.source or "SAE"
+        folder = Path(folder_of(source, digest) if properties is None else properties)
+        if properties is None and not folder.is_dir():
             raise InputError(
-                f"{properties} has the properties of another SAE: measure this one's with "
+                f"feature: {folder} is not there, so the properties of {source} are not measured "
+                f"yet, or elsewhere: run `kronsae properties {source}`, or give properties=FOLDER, "
+                "the folder named properties that it or `kronsae explore` has written"
+            )
+        if folder not in self._stored:
+            self._stored[folder] = load_properties(folder)
+        stored = self._stored[folder]
+        if stored.facts.get("sae_sha256") != digest:
+            raise InputError(
+                f"{folder} has the properties of another SAE: measure this one's with "
                 "`kronsae explore`"
             )
         return card(own, stored, latent, self.tokenizer, label)

@@ -4,8 +4,8 @@ import math
 import sys
 from typing import Any
 
-from kronsae.commandline import exit_status
-from kronsae.properties.run import PropertiesParser, examine
+from kronsae.commandline import exit_status, given_place
+from kronsae.properties.run import PropertiesParser, examine, member_named, open_run
 from kronsae.system.tables import aligned
 
 
@@ -14,12 +14,14 @@ def work(argv: list[str]) -> None:
     parser = PropertiesParser(
         "properties",
         "Measure what the latents of a run do on a text, in one pass over it, into "
-        "RUN/properties/. [KronSAE, App. D]",
+        "RUN/properties/ (of another SAE: into runs/explored/NAME/properties/). [KronSAE, App. D]",
         "kronsae properties runs/MY-RUN --tokens 1M",
     )
     settings, text, flags = parser.read(argv)
-    stored = examine(flags["run"], settings, text, flags["device"])
-    print(medians(stored.facts["summary"]))
+    run, text, place = member_named(flags["run"], text, given_place(flags))
+    opened = open_run(run, text, flags["device"], **place)
+    stored = examine(opened, settings)
+    print(f"{medians(stored.facts['summary'])}\n{opened.folder}: what was measured")
 
 
 def main(argv: list[str] | None = None) -> int:

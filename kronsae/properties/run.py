@@ -1,8 +1,9 @@
-"""The properties of a run: its SAE on its own text, or on another, and where they are kept."""
+"""The properties of an SAE: on its run's text, or on another, and where they are kept."""
 
 import argparse
 import dataclasses
 import hashlib
+import re
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -19,7 +20,8 @@ from kronsae.data.images import check_no_images
 from kronsae.data.loading import find_tokenizer, load_config, quiet
 from kronsae.errors import InputError
 from kronsae.interop.load import load
-from kronsae.metrics.target_model import cache_of, data_of
+from kronsae.interop.suite import member_of
+from kronsae.metrics.target_model import cache_of, data_of, known_data
 from kronsae.model.massive import METADATA, MassiveTokens, rule_of, without
 from kronsae.model.normalizer import SAMPLE_TOKENS
 from kronsae.model.origin import Origin
@@ -42,30 +44,42 @@ from kronsae.system.progress import Pace
 EMBEDDED: dict[str, Any] = {"tokens": 200_000, "sample": 32}
 """Settings that apply to the embedded model where none are given."""
 
+EXPLORED = Path("runs", "explored")
+"""Folder for the pages and properties of SAEs that are no runs."""
+
 NEAREST, EFFECTS = 8, 10
 """How many nearest rows, and raised and lowered tokens, are kept of each latent."""
 
 
-def examine(
-    run: Path,
-    given: dict[str, Any],
-    text: dict[str, Any],
-    device: str,
-    folder: Path | None = None,
-    **place: Any,
-) -> Stored:
-    """Measure the properties of a run's latents and keep them in RUN/properties/.
+class OpenRun(NamedTuple):
+    """An SAE with where its activations come from, and where its properties are kept."""
 
-    given: settings of `measure` (`MeasureConfig`), by name.  text: fields of `DataConfig` that name
-    another text than the run's, or trust its model's code.
-    folder: where they are kept instead. RUN may then be any SAE, whose model and text the metadata
-    or `text` name.  place: where it is in a repository (`given_place`).
-    Raises InputError if RUN is no finished run of a language model, or its model or text is gone.
+    sae: SAE
+    data: DataConfig
+    digest: str
+    """The SHA-256 of its weights."""
+    run: Path
+    """As it was named: a run, or any other SAE."""
+    folder: Path
+    """RUN/properties/; of an SAE that is no run, one in runs/explored/ that it has alone."""
+    text: dict[str, Any]
+    """Fields of `DataConfig` that name another text than the run's, or trust its model's code."""
+    device: str
+
+    def settings(self, given: dict[str, Any]) -> MeasureConfig:
+        return MeasureConfig(**((EMBEDDED if self.data.model == "embedded" else {}) | given))
+
+
+def examine(opened: OpenRun, given: dict[str, Any]) -> Stored:
+    """Measure the properties of an SAE's latents and keep them in its folder.
+
+    given: settings of `measure` (`MeasureConfig`), by name.
+    Raises InputError if its model or text is gone, or if more tokens of it are measured there.
     """
-    folder = folder or run / FOLDER
+    sae, data, digest, run, folder, text, device = opened
+    settings = opened.settings(given)
+    _check_replaced(opened, settings)
     check_writable(folder)
-    sae, data, digest = open_run(run, text, device, **place)
-    settings = MeasureConfig(**((EMBEDDED if data.model == "embedded" else {}) | given))
     seed_everything(settings.seed)
     source = _open_text(sae, data, text, settings, device)
     reader = f"the cache {source.folder}" if hasattr(source, "folder") else data.model
@@ -182,6 +196,7 @@ _MODEL = ("model", "revision", "layer", "hookpoint", "target_hookpoint")
 def kept(folder: Path, digest: str, given: dict[str, Any], text: dict[str, Any]) -> Stored | None:
     """The properties in a folder, if they are of this SAE, these settings and this text.
 
+    Those of more tokens than `given` has serve as well.
     digest: the checksum of the SAE's weights.
     """
     if not folder.is_dir():
@@ -190,9 +205,29 @@ def kept(folder: Path, digest: str, given: dict[str, Any], text: dict[str, Any])
     facts = stored.examined
     same = {**facts["settings"], **facts["text"]}
     asked = given | {name: value for name, value in text.items() if name in (*_TEXT, *_MODEL)}
-    if facts["sae_sha256"] != digest or any(same.get(k) != v for k, v in asked.items()):
+    fewer = asked.pop("tokens", 0) > same["tokens"]
+    if fewer or facts["sae_sha256"] != digest or any(same.get(k) != v for k, v in asked.items()):
         return None
     return stored
+
+
+def _check_replaced(opened: OpenRun, settings: MeasureConfig) -> None:
+    """Say which measurement a new one will replace. Raises InputError if that has more tokens."""
+    folder = opened.folder
+    if not folder.is_dir():
+        return
+    facts = load_properties(folder).examined
+    measured, dataset = facts["settings"]["tokens"], facts["text"]["dataset"]
+    if facts["sae_sha256"] != opened.digest:
+        say(f"{folder} is of other weights than the run has now: it is measured anew")
+        return
+    if settings.tokens < measured:
+        raise InputError(
+            f"{folder} holds a measurement of {measured:,} tokens of {dataset}, and one of "
+            f"{settings.tokens:,} would replace it: give --tokens {measured} or more, or move the "
+            "folder away to measure anew"
+        )
+    say(f"{folder}: this replaces the measurement of {measured:,} tokens of {dataset}")
 
 
 def digest_of(sae: SAE) -> str:
@@ -201,27 +236,67 @@ def digest_of(sae: SAE) -> str:
     return hashlib.sha256(save(tensors)).hexdigest()
 
 
-def open_run(
-    run: Path, text: dict[str, Any], device: str, **place: Any
-) -> tuple[SAE, DataConfig, str]:
-    """A run's SAE, where its activations come from, and the checksum of its weights.
+def folder_of(source: str | Path, digest: str, subfolder: str | None = None) -> Path:
+    """Where the properties of an SAE are kept: RUN/properties/, or runs/explored/NAME/properties/.
 
-    Or those of any other SAE. Raises InputError if no language model or text is known.
+    NAME is that of an SAE which is no run, with the first digits of its weights' SHA-256: those of
+    different SAEs never share a folder, and the same SAE has one, however its path is written.
+    """
+    if is_run(Path(source)):
+        return Path(source) / FOLDER
+    mark = digest[:12]
+    name = re.sub(r"[^\w.-]+", "-", "-".join(filter(None, (str(source), subfolder)))).strip("-.")
+    there = sorted(EXPLORED.glob(f"*-{mark}"))
+    return (there[0] if there else EXPLORED / f"{name}-{mark}") / FOLDER
+
+
+def open_run(run: Path, text: dict[str, Any], device: str, **place: Any) -> OpenRun:
+    """A run's SAE, where its activations come from, and where its properties are kept.
+
+    text: see `OpenRun`.  place: where it is in a repository (`given_place`). RUN may be any other
+    SAE, whose model and text the metadata or `text` name.
+    Raises InputError if no language model or text is known.
     """
     sae = load(str(run), device=device, **place)
     if not is_run(run):
         # No text is its own: as little as can be is held out of what is given.
         data = dataclasses.replace(data_of(sae, text, str(run)), heldout_tokens=1)
-        check_no_images(data, "kronsae explore")
-        return sae, data, digest_of(sae)
-    if given := sorted(text.keys() & set(_MODEL)):
-        raise InputError(f"{', '.join(given)}: {run} is a run, which has its own: leave that out")
-    folder, settings = RunFolder.open(run)
-    if whole(settings["config"], folder.index)["data"] is None:
-        raise InputError(f"{run} was trained from tensors: there is no text to look at")
-    data = data_of(sae, text, str(run))
+        digest = digest_of(sae)
+    else:
+        if given := sorted(text.keys() & set(_MODEL)):
+            raise InputError(
+                f"{', '.join(given)}: {run} is a run, which has its own: leave that out"
+            )
+        folder, settings = RunFolder.open(run)
+        if whole(settings["config"], folder.index)["data"] is None:
+            raise InputError(f"{run} was trained from tensors: there is no text to look at")
+        data, digest = data_of(sae, text, str(run)), sha256(run / "sae" / WEIGHTS_NAME)
     check_no_images(data, "kronsae explore")
-    return sae, data, sha256(run / "sae" / WEIGHTS_NAME)
+    folder_for = folder_of(run, digest, place.get("subfolder"))
+    return OpenRun(sae, data, digest, run, folder_for, text, device)
+
+
+def member_named(
+    run: Path, text: dict[str, Any], place: dict[str, Any]
+) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """RUN, `text` and `place` where RUN may be a suite, of which --layer or --hookpoint names one.
+
+    What the SAE's metadata says of its layer then holds, and not the flag.
+    """
+    where = {name: text[name] for name in ("layer", "hookpoint") if name in text}
+    if not where or is_run(run) or place.get("subfolder"):
+        return run, text, place
+    if (name := member_of(str(run), **where)) is None:
+        return run, text, place
+    if is_run(run / name):
+        return run / name, {k: v for k, v in text.items() if k not in where}, place
+    place = place | {"subfolder": name}
+    known = known_data(load(str(run), **place))
+    if {"layer", "hookpoint"} & known.keys() and text.get("model", known["model"]) == known[
+        "model"
+    ]:
+        text = {k: v for k, v in text.items() if k not in where}
+    return run, text, place
 
 
 class Opened(NamedTuple):
@@ -233,26 +308,32 @@ class Opened(NamedTuple):
     tokenizer: Any | None
 
 
-def open_properties(
-    run: Path,
-    given: dict[str, Any],
-    text: dict[str, Any],
-    device: str,
-    folder: Path,
-    check: Callable[[SAE], None] = lambda sae: None,
-    **place: Any,
-) -> Opened:
-    """The properties in a folder; they are measured first if they are not of this SAE and text.
+def open_properties(opened: OpenRun, given: dict[str, Any]) -> Opened:
+    """The properties of an SAE; they are measured first if they are not of its text and settings.
 
-    The arguments are those of `examine`.  check: called with the SAE before that.
+    given: see `examine`.
     """
-    sae, data, digest = open_run(run, text, device, **place)
-    check(sae)
-    stored = kept(folder, digest, given, text)
+    stored = kept(opened.folder, opened.digest, given, opened.text)
     if stored is None:
-        stored = examine(run, given, text, device, folder, **place)
+        stored = examine(opened, given)
+    else:
+        _say_what_serves(opened, stored, given)
+    data = opened.data
     common = {"revision": data.revision, "trust_remote_code": data.trust_remote_code}
-    return Opened(sae, data, stored, find_tokenizer(data.model, common))
+    return Opened(opened.sae, data, stored, find_tokenizer(data.model, common))
+
+
+def _say_what_serves(opened: OpenRun, stored: Stored, given: dict[str, Any]) -> None:
+    """One line if a measurement of other text, or of another number of tokens, serves."""
+    facts, asked = stored.examined, opened.settings(given).tokens
+    measured, dataset = facts["settings"]["tokens"], facts["text"]["dataset"]
+    if (measured, dataset) == (asked, opened.data.dataset):
+        return
+    more = f"give --tokens {asked} --dataset {opened.data.dataset}"
+    say(
+        f"{opened.folder}: its measurement of {measured:,} tokens of {dataset} is taken "
+        f"(to measure {asked:,} anew, {'move the folder away' if asked < measured else more})"
+    )
 
 
 def is_run(path: Path) -> bool:
@@ -270,16 +351,15 @@ def _finite(values: dict[str, float]) -> dict[str, float | None]:
 class PropertiesParser(Parser):
     """Flags of both commands: the run, the settings, the text."""
 
-    def __init__(self, command: str, description: str, example: str, saes: bool = False) -> None:
-        """saes: whether RUN may be an SAE that is no run; there are flags for its model then."""
+    def __init__(self, command: str, description: str, example: str) -> None:
         super().__init__(command, description, example, argument_default=argparse.SUPPRESS)
-        whose = "run folder, or any SAE that kronsae.load takes" if saes else "run folder"
-        self.add_argument("run", type=Path, metavar="RUN", help=whose)
+        self.add_argument(
+            "run", type=Path, metavar="RUN", help="run folder, or any SAE that kronsae.load takes"
+        )
         for spec in dataclasses.fields(DataConfig):
-            if saes and spec.name in _MODEL:
+            if spec.name in _MODEL:
                 add_flag(self, spec, default="of an SAE that is no run: what its file says")
-        if saes:
-            add_place_flags(self)
+        add_place_flags(self)
         for spec in dataclasses.fields(MeasureConfig):
             add_flag(self, spec)
         for spec in dataclasses.fields(DataConfig):

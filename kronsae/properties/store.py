@@ -31,7 +31,7 @@ _DOCUMENT = Keys(
 )
 _EXAMINED = Keys(
     {
-        **{"sae_sha256": str, "settings": dict[str, Any], "summary": dict[str, Any]},
+        **{"sae_sha256": str, "settings": Keys({"tokens": int}), "summary": dict[str, Any]},
         "text": Keys({"dataset": str}),
     },
     {"massive_tokens": int},
