@@ -19,7 +19,9 @@ from kronsae.export.dashboards import Explained, Names, Subject, read_explanatio
 from kronsae.export.neuronpedia import Neuronpedia
 from kronsae.export.sae_dashboard import SAEDashboard
 from kronsae.properties import load_properties
+from kronsae.properties.labels import Label, write_labels
 from kronsae.properties.run import Opened
+from kronsae.system.files import sha256
 from kronsae.train import main as train
 
 STRING, FLOAT, INT, BOOL = "String", "Float", "Int", "Boolean"
@@ -217,8 +219,11 @@ def test_command(tmp_path, capsys):
     assert train([*flags.split(), "--dict-size", "128", "--out", str(run)]) == 0
     (run / "explanations").mkdir()
     explained = {"latent": 5, "explanation": "words", "detection": {"score": 0.5}, "fuzzing": None}
-    document = {"explainer": "model", "latents": [explained]}
+    document = {"explainer": "model", "latents": [explained, explained | {"latent": 7}]}
     (run / "explanations" / "interpretation.json").write_text(json.dumps(document))
+
+    labels = {5: Label("other words", "another", 0.25), 7: Label("mine"), 8: Label("also mine")}
+    write_labels(labels, run / "labels.json", sha256(run / "sae" / "sae.safetensors"))
 
     def export(library, *more):
         return main([str(run), "--to", library, "--out", str(out), *more])
@@ -227,11 +232,13 @@ def test_command(tmp_path, capsys):
     assert load_properties(run / "properties").properties.tokens >= 1000  # it was measured
     folder = out / "embedded" / "2-kronsae-res-128"
     assert (
-        f"Wrote {folder}: 2 latents for Neuronpedia, 1 of them explained" in capsys.readouterr().out
+        f"Wrote {folder}: 2 latents for Neuronpedia, 2 of them explained (1 by a person)"
+        in capsys.readouterr().out
     )
     assert [row["index"] for row in rows(folder, "features")] == ["5", "7"]
     assert rows(folder, "source")[0]["num_tokens_in_prompt"] > 0
-    assert rows(folder, "explanations")[0]["notes"] == "by model; detection 0.50"
+    explanations = [(r["description"], r["notes"]) for r in rows(folder, "explanations")]
+    assert explanations == [("words", "by model; detection 0.50"), ("mine", "by a person")]
 
     assert export("sae_dashboard", "--features", "128") == 2
     assert "latent: expected 0 to 127, got 128" in capsys.readouterr().err

@@ -20,10 +20,10 @@ from explorer_pages import (
 )
 from test_report import records, some_contexts, write_run
 
-from kronsae.explore.labels import FILE, Label, read_labels
 from kronsae.explore.report import write_report
 from kronsae.explore.write import write_explorer
 from kronsae.properties import WINDOW
+from kronsae.properties.labels import FILE, Label, read_labels
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
 DRIVER = shutil.which("chromedriver")

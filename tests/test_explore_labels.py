@@ -6,7 +6,7 @@ import pytest
 
 from kronsae.errors import InputError
 from kronsae.explore.__main__ import _labels
-from kronsae.explore.labels import FILE, Label, read_labels, write_labels
+from kronsae.properties.labels import FILE, Label, read_labels, write_labels
 
 LABELS = {3: Label("a word"), 10: Label("its end", "a model", 0.75)}
 

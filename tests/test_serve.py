@@ -12,9 +12,9 @@ from test_features import TEXTS, folder, lm, make, sae  # noqa: F401  # fixtures
 
 from kronsae import InputError
 from kronsae.explore.__main__ import work
-from kronsae.explore.labels import Label, read_labels
 from kronsae.explore.serve import MAX_BODY, Answers, serve
 from kronsae.interventions import ablate, steer
+from kronsae.properties.labels import Label, read_labels
 
 PAGE = "<!doctype html><title>served</title>"
 

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from kronsae.commandline import exit_status, given_place, integer
 from kronsae.errors import InputError, warn
-from kronsae.explore.labels import FILE, Labels, labels_beside, read_labels, write_labels
 from kronsae.explore.report import EXPLORER, link_explorer
 from kronsae.explore.serve import serve_run
 from kronsae.explore.site import write_site
@@ -13,6 +12,7 @@ from kronsae.explore.write import write_explorer
 from kronsae.features.card import card, check_file
 from kronsae.interop.suite import INDEX_NAME
 from kronsae.properties.examples import WINDOW
+from kronsae.properties.labels import FILE, Labels, labels_beside, read_labels, write_labels
 from kronsae.properties.run import (
     PropertiesParser,
     is_run,

@@ -19,13 +19,13 @@ from kronsae.config import DataConfig, kind_of
 from kronsae.data.token_text import continued_texts
 from kronsae.explore.blocks import encode, encode_json, rounded, smallest
 from kronsae.explore.charts import figure_text
-from kronsae.explore.labels import Labels, plain
 from kronsae.explore.passages import counts_for, examples_of, in_text
 from kronsae.explore.report import last_evaluation, read_metrics
 from kronsae.metrics.figures import MEANING, massive_warning
 from kronsae.model.sae import SAE
 from kronsae.properties import WINDOW, Examined, Properties, Stored, gates
 from kronsae.properties.examples import INTERVALS
+from kronsae.properties.labels import Labels, plain
 from kronsae.properties.summary import of_each
 from kronsae.runs.folder import read_run
 

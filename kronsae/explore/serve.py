@@ -29,7 +29,6 @@ from kronsae.data.language_model import LanguageModel
 from kronsae.data.loading import quiet
 from kronsae.errors import InputError
 from kronsae.explore.content import make_content
-from kronsae.explore.labels import FORMAT, Labels, labels_of, plain, write_labels
 from kronsae.explore.write import render
 from kronsae.features import Features, TargetModel
 from kronsae.features.model import Place
@@ -37,6 +36,7 @@ from kronsae.interventions.effects import factors
 from kronsae.interventions.hooks import Edit, ablate, clamp, steer
 from kronsae.model.sae import SAE
 from kronsae.properties import Stored
+from kronsae.properties.labels import FORMAT, Labels, labels_of, plain, write_labels
 from kronsae.properties.run import say
 from kronsae.system.documents import Keys, typed
 

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 from kronsae.config import DataConfig, kind_of, with_defaults
 from kronsae.errors import InputError
 from kronsae.explore.charts import figure_text
-from kronsae.explore.labels import labels_beside
 from kronsae.explore.write import write_explorer
 from kronsae.metrics.figures import MEANING
 from kronsae.model.origin import Origin
+from kronsae.properties.labels import labels_beside
 from kronsae.properties.run import Opened, open_properties, open_run, say
 from kronsae.runs.folder import saved_members
 from kronsae.runs.sweep import hookpoint_name

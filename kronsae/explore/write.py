@@ -12,9 +12,9 @@ from typing import Any
 
 from kronsae.config import DataConfig
 from kronsae.explore.content import make_content
-from kronsae.explore.labels import Labels
 from kronsae.model.sae import SAE
 from kronsae.properties import Stored
+from kronsae.properties.labels import Labels
 from kronsae.system import templates
 from kronsae.system.files import write_text
 

@@ -24,6 +24,7 @@ from kronsae.data.token_text import continued_texts
 from kronsae.errors import InputError
 from kronsae.model.origin import Origin
 from kronsae.properties import WINDOW, Examples, Stored
+from kronsae.properties.labels import Labels
 from kronsae.properties.run import Opened
 from kronsae.system.documents import Keys, read_json, typed
 
@@ -68,10 +69,11 @@ class Group(NamedTuple):
 
 
 class Explained(NamedTuple):
-    """What a language model said of a latent, and how well that predicts."""
+    """What a language model, or a person, said of a latent, and how well that predicts."""
 
     text: str
     model: str
+    """ "": a person."""
     scores: dict[str, float]
 
 
@@ -254,6 +256,20 @@ def read_explanations(path: Path) -> dict[int, Explained]:
         for latent in document["latents"]
         if latent["explanation"]
     }
+
+
+def with_labels(explained: dict[int, Explained], labels: Labels) -> dict[int, Explained]:
+    """Explanations, and a run's labels: a person's own in place of one that a model wrote."""
+    new = {
+        latent: Explained(
+            label.text,
+            label.by,
+            {} if label.detection is None else {"detection": label.detection},
+        )
+        for latent, label in labels.items()
+        if not label.by or latent not in explained
+    }
+    return explained | new
 
 
 def number(value: float) -> float:

@@ -172,11 +172,12 @@ def _activations(subject: Subject, latent: Latent) -> Iterator[dict[str, Any]]:
 def _explanations(subject: Subject, latent: Latent) -> Iterator[dict[str, Any]]:
     """The row of its explanation. Type and model are null: Neuronpedia has lists of those it knows.
 
-    The model and the scores are in the notes.
+    The model, or that it is a person's label, and the scores are in the notes.
     """
     if latent.explained is None:
         return
     text, model, scores = latent.explained
+    by = f"by {model or 'a person'}"
     yield {
         "id": identity(subject.model, subject.source, latent.id, "explanation"),
         **_key(subject, latent),
@@ -184,5 +185,5 @@ def _explanations(subject: Subject, latent: Latent) -> Iterator[dict[str, Any]]:
         "description": text,
         "typeName": None,
         "explanationModelName": None,
-        "notes": "; ".join([f"by {model}", *(f"{k} {v:.2f}" for k, v in scores.items())]),
+        "notes": "; ".join([by, *(f"{k} {v:.2f}" for k, v in scores.items())]),
     }
