@@ -9,7 +9,7 @@ from tiny_models import BLOCKS, WIDTH, WORDS, save_model
 import kronsae
 from kronsae import SAE, InputError, SAEConfig
 from kronsae.data import LanguageModel
-from kronsae.interventions import edited, intervene, steer
+from kronsae.interventions import displace, edited, intervene, steer
 from kronsae.model.massive import MassiveTokens
 
 TEXTS = ["w1 w2 w3 w4 w5", "w9 w8", "w3 w1 w4 w1 w5 w9 w2 w6"]
@@ -251,12 +251,23 @@ def test_what_would_be_answered_wrongly_is_refused(lm):
             call(TEXTS)
     for values, message in (
         ({3: float("nan")}, "expected a finite one, got nan"),
+        ({3: -1e30}, "in size, got -1e.30: one to about ten times"),
         ({3: "x"}, "value of latent 3"),
         ([3], "expected {latent: value}, got list"),
     ):
         for change in (lm.steer, lm.clamp):
             with pytest.raises(InputError, match=message), change(values):
                 pass
+
+
+def test_logits_that_are_no_numbers_are_said(sae, lm):
+    vector = torch.full((WIDTH,), torch.inf)
+    for call in (lm.generate, lm.next_tokens):
+        with (
+            displace(lm.places[0].model, sae, vector),
+            pytest.raises(InputError, match="logits are NaN: .*ten times the latent's own maximum"),
+        ):
+            call(TEXTS[0])
 
 
 def test_a_token_of_one_of_several_texts(lm):

@@ -1,8 +1,13 @@
 """The served explorer: its answers against `kronsae.language_model`, and whom it refuses."""
 
 import json
+import re
+import signal
+import subprocess
+import sys
 import threading
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from http.cookiejar import CookieJar
 from urllib.error import HTTPError
 
@@ -12,7 +17,7 @@ from test_features import TEXTS, folder, lm, make, sae  # noqa: F401  # fixtures
 
 from kronsae import InputError
 from kronsae.explore.__main__ import work
-from kronsae.explore.serve import MAX_BODY, Answers, serve
+from kronsae.explore.serve import MAX_BODY, Answers, bound, serve
 from kronsae.interventions import ablate, steer
 from kronsae.properties.labels import Label, read_labels
 
@@ -36,10 +41,11 @@ def address(lm, file):  # noqa: F811
         there.set()
 
     answers = Answers(lm, {5: Label("names", "a model", 0.5)}, file)
-    args = (PAGE, answers, "127.0.0.1", 0, say)
-    threading.Thread(target=serve, args=args, daemon=True).start()
-    assert there.wait(60)
-    return said[0].splitlines()[-1]
+    with bound("127.0.0.1", 0) as door:
+        args = (PAGE, answers, door, say)
+        threading.Thread(target=serve, args=args, daemon=True).start()
+        assert there.wait(60)
+        yield said[0].splitlines()[-1]
 
 
 class Visitor:
@@ -162,6 +168,12 @@ def test_labels_are_kept(visitor, file):
             b'{"prompt": "w1 w2", "edits": [{"latent": 1, "kind": "steer", "value": NaN}]}',
             "finite",
         ),
+        (
+            "generate",
+            {"prompt": TEXTS[0], "edits": [{"latent": 9, "kind": "steer", "value": 1e30}]},
+            "ten times the latent's own maximum",
+        ),
+        ("generate", {"prompt": "w1 " * 120, "edits": [], "new_tokens": 9}, "at most 7, got 9"),
         ("ablate", {"text": TEXTS[0], "latent": -1}, "expected 0 to 39"),
     ],
 )
@@ -181,13 +193,81 @@ def test_strangers_are_refused(address, visitor):
     assert visitor.refused("ask", {"text": TEXTS[0]}, **elsewhere)[0] == 403
     assert visitor.refused("ask", {"text": TEXTS[0]}, Host="elsewhere.example")[0] == 400
     assert visitor.refused("ask", {"text": "x"}, **{"Content-Type": "text/plain"})[0] == 415
-    assert visitor.refused("ask", b" " * (MAX_BODY + 1))[0] == 413
+    code, error = visitor.refused("ask", b" " * (2 * MAX_BODY))
+    assert code == 413 and "expected at most" in error
 
 
-def test_an_address_that_is_taken(address, lm, tmp_path):  # noqa: F811
-    port = int(address.partition("/?")[0].rpartition(":")[2])
+def test_an_address_that_is_taken(address):
+    """It is said before anything is loaded."""
+    port = address.partition("/?")[0].rpartition(":")[2]
     with pytest.raises(InputError, match=f"127.0.0.1, port {port}"):
-        serve(PAGE, Answers(lm, {}, tmp_path / "labels.json"), "127.0.0.1", port, print)
+        work(["nowhere", "--serve", "--port", port])
+
+
+def test_labels_do_not_wait_for_the_model(visitor, lm, monkeypatch):  # noqa: F811
+    computes, go_on, ask = threading.Event(), threading.Event(), lm.features
+
+    def features(text):
+        computes.set()
+        assert go_on.wait(60)
+        return ask(text)
+
+    monkeypatch.setattr(lm, "features", features)
+    with ThreadPoolExecutor() as pool:
+        asked = [pool.submit(visitor.post, "ask", {"text": text}) for text in TEXTS[:2]]
+        try:
+            assert computes.wait(60)
+            assert visitor.post("labels", {"labels": {}})["saved"] >= 0
+            assert not any(answer.done() for answer in asked)
+        finally:
+            go_on.set()
+    assert all(answer.result()["tokens"] for answer in asked)
+
+
+def test_an_address_for_others(lm, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """0.0.0.0 is none: this machine's own is said."""
+    monkeypatch.setattr("uvicorn.Server.run", lambda self, sockets: None)
+    answers, said = Answers(lm, {}, tmp_path / "labels.json"), []
+    with bound("0.0.0.0", 0) as door:
+        serve(PAGE, answers, door, said.append)
+        port = door.getsockname()[1]
+    found = re.search(rf"http://(.+):{port}/\?token=\S+$", said[0])
+    assert found and found[1] != "0.0.0.0"
+    assert "other machines can connect" in capsys.readouterr().err
+
+
+STOPPED = """
+import threading, types
+from kronsae.commandline import exit_status
+from kronsae.explore.serve import Answers, bound, serve
+class Slow(Answers):
+    def __init__(self): self.known = {}
+    def ask(self, request): print("computes", flush=True); threading.Event().wait(600)
+def work(argv):
+    with bound("127.0.0.1", 0) as door:
+        serve("page", Slow(), door, lambda text: print(text.splitlines()[-1], flush=True))
+exit(exit_status(work, []))
+"""
+
+
+def test_ctrl_c_while_the_model_computes():
+    """It ends at once, whoever waits, and without a traceback."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    with (
+        subprocess.Popen([sys.executable, "-c", STOPPED], **pipes) as process,
+        ThreadPoolExecutor() as pool,
+    ):
+        try:
+            visitor = Visitor(process.stdout.readline().strip())
+            visitor.visit()
+            asked = [pool.submit(visitor.post, "ask", {}) for _ in range(2)]
+            assert process.stdout.readline() == "computes\n"
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) == 130
+        finally:
+            process.kill()
+        assert process.stderr.read() == "Stopped by SIGINT\n"
+    assert all(isinstance(each.exception(), OSError) for each in asked)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from test_explore_browser import Browser, pytestmark  # noqa: F401  # skips with
 from test_features import TEXTS, folder, lm, make, sae  # noqa: F401  # fixtures
 
 from kronsae.explore.content import make_content
-from kronsae.explore.serve import Answers, serve
+from kronsae.explore.serve import Answers, bound, serve
 from kronsae.explore.write import render
 
 
@@ -20,7 +20,7 @@ def served(lm, tmp_path_factory):  # noqa: F811
     root = tmp_path_factory.mktemp("served")
     made = make_page(root)
     content = make_content(made.run, made.sae, made.stored, EvilTokenizer())
-    content["facts"] |= {"served": True, "mostTokens": 200}
+    content["facts"] |= {"served": True, "mostTokens": 200, "longestText": 128}
     said: list[str] = []
     there = threading.Event()
 
@@ -29,10 +29,11 @@ def served(lm, tmp_path_factory):  # noqa: F811
         there.set()
 
     answers = Answers(lm, {}, root / "labels.json")
-    arguments = (render(content, connect="'self'"), answers, "127.0.0.1", 0, say)
-    threading.Thread(target=serve, args=arguments, daemon=True).start()
-    assert there.wait(60)
-    return said[0].splitlines()[-1], root / "labels.json"
+    with bound("127.0.0.1", 0) as door:
+        arguments = (render(content, connect="'self'"), answers, door, say)
+        threading.Thread(target=serve, args=arguments, daemon=True).start()
+        assert there.wait(60)
+        yield said[0].splitlines()[-1], root / "labels.json"
 
 
 def test_ask_steer_ablate_and_label(served, lm, tmp_path):  # noqa: F811

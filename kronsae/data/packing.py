@@ -15,6 +15,7 @@ from torch import Tensor
 from kronsae.config import DataConfig
 from kronsae.data.chat import ChatTemplate
 from kronsae.data.document import Document, Ids, Message
+from kronsae.data.loading import quiet
 from kronsae.errors import InputError
 from kronsae.system.documents import Keys, typed
 
@@ -317,10 +318,12 @@ SHOWN_TOKENS = 20
 
 
 def prompt_ids(tokenizer: Any, prompt: str, bos: str = "auto") -> list[int]:
-    """Token ids of a prompt, which begins as contexts do."""
-    if bos == "auto":
-        return tokenizer(prompt)["input_ids"]
-    return context_begin(tokenizer, bos) + tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    """Token ids of a prompt, which begins as contexts do; it may be longer than a model reads."""
+    with quiet():
+        if bos == "auto":
+            return tokenizer(prompt)["input_ids"]
+        plain = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        return context_begin(tokenizer, bos) + plain
 
 
 def beginning_token(tokenizer: Any) -> int | None:

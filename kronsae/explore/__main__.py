@@ -1,12 +1,15 @@
 """`python -m kronsae.explore RUN`: a page to look into a run's latents."""
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from socket import socket
+from typing import Any
 
 from kronsae.commandline import exit_status, given_place, integer
 from kronsae.errors import InputError, warn
 from kronsae.explore.report import EXPLORER, link_explorer
-from kronsae.explore.serve import serve_run
+from kronsae.explore.serve import bound, serve_run
 from kronsae.explore.site import write_site
 from kronsae.explore.write import write_explorer
 from kronsae.features.card import card, check_file
@@ -84,6 +87,15 @@ def work(argv: list[str]) -> None:
         if name in flags:
             reason = "with --serve" if serves else "without --serve"
             raise InputError(f"--{name} has no effect {reason}: leave it out")
+    address = flags.pop("host", "127.0.0.1"), flags.pop("port", 0)
+    with bound(*address) if serves else nullcontext() as door:
+        _explore(settings, text, flags, door)
+
+
+def _explore(
+    settings: dict[str, Any], text: dict[str, Any], flags: dict[str, Any], door: socket | None
+) -> None:
+    """Write what the flags ask for, or serve it behind the door."""
     run, text, place = member_named(flags["run"], text, given_place(flags))
     if (run / INDEX_NAME).is_file() and "subfolder" not in place:
         if flags.keys() & {"feature", "serve", "labels"} or "out" not in flags:
@@ -97,7 +109,7 @@ def work(argv: list[str]) -> None:
     opened = open_run(run, text, flags["device"], **place)
     home, of_run = opened.folder.parent, is_run(run)
     out = flags.get("out", home / (EXPLORER if feature is None else f"feature-{feature}.html"))
-    if not serves:
+    if door is None:
         check_writable(out.parent)
     if feature is not None:
         check_file(out)
@@ -106,7 +118,7 @@ def work(argv: list[str]) -> None:
         read_labels(source, opened.sae.dict_size, None)
     sae, data, stored, tokenizer = open_properties(opened, settings)
     labels = _labels(given, home, sae.dict_size, opened.digest)
-    if not serves:
+    if door is None:
         out.parent.mkdir(parents=True, exist_ok=True)
     if feature is not None:
         label = labels[feature].text if feature in labels else None
@@ -116,9 +128,8 @@ def work(argv: list[str]) -> None:
     if stored.properties.post.intervals is None:
         _say_what_is_missing(opened.folder)
     about, activations = (run, sae, stored, tokenizer), None if of_run else data
-    if serves:
-        address = flags.get("host", "127.0.0.1"), flags.get("port", 0)
-        serve_run(*about, activations, labels, data, home / FILE, address)
+    if door is not None:
+        serve_run(*about, activations, labels, data, home / FILE, door)
         return
     write_explorer(*about, out, activations, labels)
     if of_run and out == run / EXPLORER:

@@ -7,23 +7,27 @@
     POST /ablate     {text, latent}                 base, extension and composition silenced
     POST /labels     {labels: {latent: text}}       saved beside the run, with those there are
 
-Answers are JSON; what cannot be done is {error}, with status 400. Everything needs the token, is
-bounded in size, and is computed one after the other. Only this machine can connect, unless another
-`host` is asked for.
+Answers are JSON; what cannot be done is {error}, with status 400. Everything needs the token and is
+bounded in size. What needs the model is computed one after the other, for which labels do not wait.
+Only this machine can connect, unless another `host` is asked for.
 """
 
 import hashlib
+import ipaddress
 import json
 import math
+import os
 import secrets
 import socket
 import sys
-import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
+from kronsae.commandline import stop_of, stopped
 from kronsae.config import DataConfig
 from kronsae.data.language_model import LanguageModel
 from kronsae.data.loading import quiet
@@ -41,6 +45,7 @@ from kronsae.properties.run import say
 from kronsae.system.documents import Keys, typed
 
 if TYPE_CHECKING:
+    from anyio import CapacityLimiter
     from starlette.applications import Starlette
     from starlette.requests import Request
     from starlette.responses import Response
@@ -53,6 +58,8 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
 OPEN_TO_OTHERS = (
     "--host {}: other machines can connect, and whoever has the token can use the model"
 )
+ELSEWHERE = {socket.AF_INET: "192.0.2.1", socket.AF_INET6: "2001:db8::1"}
+"""Addresses of no machine, the way to which leads over this machine's own address."""
 SHOWN_NEXT = 5
 """Next tokens that are shown."""
 
@@ -74,6 +81,7 @@ class Answers:
     ) -> None:
         self.lm, self.sae = lm, lm.saes[0]
         self.known, self.file, self.digest = labels, file, digest
+        self.longest = min(MAX_TOKENS, lm.places[0].model.max_context or MAX_TOKENS)
 
     def ask(self, request: Any) -> dict[str, Any]:
         """Of each token of the text: its text, and [latent, value] of its features by strength."""
@@ -93,8 +101,14 @@ class Answers:
         if len(asked["edits"]) > MAX_EDITS:
             raise InputError(f"edits: expected at most {MAX_EDITS}, got {len(asked['edits'])}")
         prompt, edits = asked["prompt"], [_edit(edit) for edit in asked["edits"]]
-        if len(self._features(prompt)) < 2:
+        if (length := len(self._features(prompt))) < 2:
             raise InputError("prompt: expected two tokens at least: the first is never changed")
+        room = (self.lm.places[0].model.max_context or length + count) - length
+        if count > room:
+            raise InputError(
+                f"new_tokens: expected at most {room}, got {count}: the prompt has {length} "
+                f"tokens, and the model reads {length + room}"
+            )
         plain = self._continued(prompt, count)
         with self.lm.edit(edits):
             return {"plain": plain, "edited": self._continued(prompt, count)}
@@ -124,8 +138,8 @@ class Answers:
         if len(text) > MAX_TEXT:
             raise InputError(f"text: expected at most {MAX_TEXT:,} characters, got {len(text):,}")
         features = self.lm.features(text)
-        if len(features) > MAX_TOKENS:
-            raise InputError(f"text: expected at most {MAX_TOKENS} tokens, got {len(features)}")
+        if len(features) > self.longest:
+            raise InputError(f"text: expected at most {self.longest} tokens, got {len(features)}")
         return features
 
     def _continued(self, prompt: str, count: int) -> dict[str, Any]:
@@ -160,20 +174,22 @@ def _edit(given: dict[str, Any]) -> Edit:
     return EDITS[edit["kind"]](edit["latent"], edit["value"])
 
 
-def app(page: str, answers: Answers, token: str, hosts: Sequence[str] = LOOPBACK) -> "Starlette":
+def app(
+    page: str, answers: Answers, token: str, hosts: Sequence[str], model_free: "CapacityLimiter"
+) -> "Starlette":
     """The server's application.
 
     hosts: names by which it may be asked for; those of another site are refused, also if they lead
         to this machine.
+    model_free: lets one computation in at a time.
     """
+    from anyio.to_thread import run_sync
     from starlette.applications import Starlette
-    from starlette.concurrency import run_in_threadpool
     from starlette.middleware import Middleware
     from starlette.middleware.trustedhost import TrustedHostMiddleware
     from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse
     from starlette.routing import Route
 
-    one_at_a_time = threading.Lock()
     # Browsers keep cookies by host alone: two servers need two names.
     cookie = f"kronsae-{hashlib.sha256(token.encode()).hexdigest()[:12]}"
 
@@ -195,22 +211,21 @@ def app(page: str, answers: Answers, token: str, hosts: Sequence[str] = LOOPBACK
     def route(name: str) -> Route:
         answer = getattr(answers, name)
 
-        def computed(body: bytes) -> dict[str, Any]:
-            with one_at_a_time:
-                return answer(json.loads(body))
+        async def answered(body: bytes) -> dict[str, Any]:
+            request = json.loads(body)
+            if name == "labels":
+                return answer(request)
+            return await run_sync(answer, request, limiter=model_free)
 
         async def handle(request: "Request") -> "Response":
             if not allowed(request.cookies.get(cookie)) or not _is_own(request):
                 return JSONResponse({"error": "no token, or another site's request"}, 403)
             if not request.headers.get("content-type", "").startswith("application/json"):
                 return JSONResponse({"error": "expected JSON"}, 415)
-            body = b""
-            async for part in request.stream():
-                body += part
-                if len(body) > MAX_BODY:
-                    return JSONResponse({"error": f"more than {MAX_BODY:,} bytes"}, 413)
+            if (body := await _body(request)) is None:
+                return JSONResponse({"error": f"expected at most {MAX_BODY:,} bytes"}, 413)
             try:
-                return JSONResponse(await run_in_threadpool(computed, body))
+                return JSONResponse(await answered(body))
             except (InputError, ValueError, RecursionError) as error:
                 return JSONResponse({"error": str(error)}, 400)
 
@@ -236,11 +251,11 @@ def serve_run(
     labels: Labels,
     data: DataConfig,
     file: Path,
-    address: tuple[str, int],
+    door: socket.socket,
 ) -> None:
     """Serve the page of a run, whose language model and text `data` names; see `serve`.
 
-    file: labels.json.  The other arguments are those of `write_explorer`.
+    file: labels.json.  door: see `bound`.  The others are those of `write_explorer`.
     Raises InputError for a model without a tokenizer, or of which no text can be generated.
     """
     with quiet():
@@ -248,41 +263,88 @@ def serve_run(
     if model.tokenizer is None or model.no_cross_entropy is not None:
         raise InputError(f"--serve: {model.no_cross_entropy or 'the model has no tokenizer'}")
     content = make_content(run, sae, stored, tokenizer, activations)
-    content["facts"] |= {"served": True, "mostTokens": MAX_NEW_TOKENS}
     answers = Answers(
         TargetModel([Place(sae, model, data)]), labels, file, stored.facts.get("sae_sha256")
     )
-    serve(render(content, connect="'self'"), answers, *address, say)
+    served = {"served": True, "mostTokens": MAX_NEW_TOKENS, "longestText": answers.longest}
+    content["facts"] |= served
+    serve(render(content, connect="'self'"), answers, door, say)
 
 
-def serve(page: str, answers: Answers, host: str, port: int, say: Callable[[str], None]) -> None:
-    """Serve the page until Ctrl-C; the address is said once it can be opened.
+@contextmanager
+def bound(host: str, port: int) -> Iterator[socket.socket]:
+    """A socket with the address to serve on, which nobody else can take.
 
     host: another one than that of LOOPBACK lets other machines connect.  port: 0 takes a free one.
     Raises InputError if the address cannot be had, or if the packages of the extra are missing.
     """
     try:
-        import uvicorn
+        import uvicorn  # noqa: F401
     except ImportError as error:
         raise InputError(
             "--serve needs uvicorn and starlette: pip install 'kronsae[serve]'"
         ) from error
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as listening:
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    with socket.socket(family, socket.SOCK_STREAM) as door:
+        door.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            listening.bind((host, port))
-            listening.listen()
-        except OSError as error:
-            raise InputError(f"--serve: {host}, port {port}: {error.strerror or error}") from error
-        token, port = secrets.token_urlsafe(24), listening.getsockname()[1]
-        if host not in LOOPBACK:
-            print(OPEN_TO_OTHERS.format(host), file=sys.stderr)
-        shown = f"[{host}]" if ":" in host else host
-        say(f"Open this in a browser (Ctrl-C ends it):\nhttp://{shown}:{port}/?token={token}")
-        hosts = LOOPBACK if host in LOOPBACK else ("*",)
-        config = uvicorn.Config(app(page, answers, token, hosts), log_level="warning")
-        uvicorn.Server(config).run(sockets=[listening])
+            door.bind((host, port))
+            door.listen()
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"--serve: {host}, port {port}: {reason}") from error
+        yield door
+
+
+def serve(page: str, answers: Answers, door: socket.socket, say: Callable[[str], None]) -> None:
+    """Serve the page until Ctrl-C; the address is said once it can be opened.
+
+    door: see `bound`.
+    """
+    import uvicorn
+    from anyio import CapacityLimiter
+
+    model_free = CapacityLimiter(1)
+
+    class Server(uvicorn.Server):
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            if model_free.borrowed_tokens:  # by a thread, for which Python would wait
+                print(stopped(stop_of(sig)), file=sys.stderr, flush=True)
+                os._exit(128 + sig)
+            super().handle_exit(sig, frame)
+
+    token, (host, port) = secrets.token_urlsafe(24), door.getsockname()[:2]
+    address = ipaddress.ip_address(host)
+    if not address.is_loopback:
+        print(OPEN_TO_OTHERS.format(host), file=sys.stderr)
+    if address.is_unspecified:
+        host = _own_address(door.family)
+    shown = f"[{host}]" if ":" in host else host
+    say(f"Open this in a browser (Ctrl-C ends it):\nhttp://{shown}:{port}/?token={token}")
+    hosts = LOOPBACK if address.is_loopback else ("*",)
+    served = app(page, answers, token, hosts, model_free)
+    Server(uvicorn.Config(served, log_level="warning")).run(sockets=[door])
+
+
+def _own_address(family: socket.AddressFamily) -> str:
+    """The address of this machine for others; its name if it is on no network."""
+    with suppress(OSError), socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect((ELSEWHERE[family], 9))  # which sends nothing
+        return probe.getsockname()[0]
+    return socket.gethostname()
+
+
+async def _body(request: "Request") -> bytes | None:
+    """A request's body; None if it is too long.
+
+    It is read to its end all the same: a connection that is closed before is reset.
+    """
+    body = bytearray()
+    length = 0
+    async for part in request.stream():
+        length += len(part)
+        body = body + part if length <= MAX_BODY else bytearray()
+    return bytes(body) if length <= MAX_BODY else None
 
 
 def _is_own(request: "Request") -> bool:

@@ -27,7 +27,7 @@ from kronsae.features.card import Card, card
 from kronsae.features.text import Features
 from kronsae.interventions.effects import factors, silence
 from kronsae.interventions.hooks import Edit, ablate, clamp, intervene, steer
-from kronsae.interventions.steering import generated
+from kronsae.interventions.steering import check_numbers, generated
 from kronsae.metrics.target_model import check_widths, data_of, known_data
 from kronsae.model.massive import rule_of, without
 from kronsae.model.sae import SAE
@@ -225,12 +225,14 @@ class TargetModel:
 
     @torch.no_grad()
     def next_tokens(self, prompt: str, count: int = 10) -> "pd.DataFrame":
-        """The likeliest next tokens: token, logit and probability."""
+        """The likeliest next tokens: token, logit and probability.
+
+        Raises InputError if logits are NaN, as they are with too large a strength.
+        """
         import pandas as pd
 
-        logits = (
-            self.places[0].model.logits(torch.tensor(self._prompt(prompt)))[0, -1].double().cpu()
-        )
+        ids = torch.tensor(self._prompt(prompt))
+        logits = check_numbers(self.places[0].model.logits(ids)[0, -1]).double().cpu()
         best = logits.topk(min(count, len(logits)))
         return pd.DataFrame(
             {
@@ -285,6 +287,7 @@ class TargetModel:
         """The text that the model writes after a prompt: by default the likeliest token each time.
 
         settings: of transformers' `generate`, such as do_sample=True, which draws with the seed.
+        Raises InputError if logits are NaN, as they are with too large a strength.
         """
         ids = torch.tensor(self._prompt(prompt))
         seed_everything(seed)

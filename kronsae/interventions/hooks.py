@@ -31,6 +31,12 @@ from kronsae.system.documents import typed
 from kronsae.system.tensors import as_values
 from kronsae_kernels import SparseCodes
 
+LARGEST_NORM = math.sqrt(torch.finfo(torch.float32).max)
+"""Of activations whose squares a model can sum, as its norms do."""
+
+SENSIBLE = "one to about ten times the latent's own maximum makes sense"
+"""A value of a latent."""
+
 
 class Edit(NamedTuple):
     """Change of a latent's value z on every token: z' = keep * z + add."""
@@ -56,12 +62,20 @@ def steer(latent: int, amount: float) -> Edit:
 
 
 def check_edits(sae: SAE, edits: Sequence[Edit]) -> None:
-    """Raise InputError for a latent outside [0, F), and a value that is no finite number."""
+    """Raise InputError for a latent outside [0, F), and a value that is not finite or too large.
+
+    It is too large if the square of the norm of what it adds to the activations is infinite.
+    """
     sae.check_latents(edit.latent for edit in edits)
     for edit in edits:
-        if not math.isfinite(typed(edit.add, float, f"value of latent {edit.latent}")):
+        value = typed(edit.add, float, f"value of latent {edit.latent}")
+        if not math.isfinite(value):
+            raise InputError(f"value of latent {edit.latent}: expected a finite one, got {value}")
+        most = LARGEST_NORM / max(1e-9, sae.W_dec[edit.latent].float().norm().item())
+        if abs(value) > most:
             raise InputError(
-                f"value of latent {edit.latent}: expected a finite one, got {edit.add}"
+                f"value of latent {edit.latent}: expected at most {most:.0e} in size, got "
+                f"{value:g}: {SENSIBLE}"
             )
 
 

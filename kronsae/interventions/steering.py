@@ -24,6 +24,7 @@ from torch import Tensor
 from kronsae.data import LanguageModel
 from kronsae.data.packing import PADDING
 from kronsae.errors import InputError, warn
+from kronsae.interventions.hooks import SENSIBLE
 from kronsae.metrics.heldout import HeldoutText
 from kronsae.metrics.usual import values_of
 from kronsae.model.sae import SAE
@@ -69,19 +70,32 @@ class Calibration(NamedTuple):
         return self.after.perplexity / self.before.perplexity
 
 
+def check_numbers(logits: Tensor) -> Tensor:
+    """The logits. Raises InputError if some are NaN."""
+    if logits.isnan().any():
+        raise InputError(
+            "the model's logits are NaN: if a latent is changed, its value is too large to compute "
+            f"with ({SENSIBLE})"
+        )
+    return logits
+
+
 @torch.no_grad()
 def generated(model: LanguageModel, ids: Tensor, new_tokens: int, **options: Any) -> Tensor:
     """Token ids [s, t + r] of the prompts [s, t] and what `generate` adds; greedy by default.
 
     options: of `generate`, such as do_sample=True.
+    Raises InputError if logits are NaN.
     """
     tokenizer, generate = model.tokenizer, cast(Any, model.model).generate
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     if not options.get("do_sample"):  # what the model's own settings may have for sampling
         options = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None} | options
     ids = ids.to(model.device)
+    given = options.pop("logits_processor", None) or []
     return generate(
         ids,
+        logits_processor=[lambda _ids, logits: check_numbers(logits), *given],
         attention_mask=torch.ones_like(ids),
         pad_token_id=pad,
         max_new_tokens=new_tokens,

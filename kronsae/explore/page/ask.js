@@ -194,8 +194,10 @@ function askView(latent) {
     type: 'number', min: 0, max: facts.latents - 1, required: true,
     value: String(asked.latent >= 0 ? asked.latent : 0),
   });
+  const longest = make('p', { class: 'note' }, `At most ${grouped(facts.longestText)} tokens.`);
   const [features, made, cut] = ['features', 'made', 'cut'].map(placeFor);
-  const read = asking(make('form', { class: 'ask' }, text, make('button', null, 'Show its features')),
+  const read = asking(make('form', { class: 'ask' }, text, longest,
+    make('button', null, 'Show its features')),
     features, async () => {
       asked.answer = await ask('ask', { text: text.value });
       asked.token = -1;
