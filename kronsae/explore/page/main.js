@@ -35,8 +35,7 @@ async function viewOf(place) {
   if (place?.unit) return headView(place.unit);
   if (place?.query) return findView(place.query);
   if (place) return overview();
-  return [make('h1', null, 'Nothing there'), make('p', null,
-    `There are latents 0 to ${facts.latents - 1} in ${groupName}s 0 to ${grid.heads - 1}. `,
+  return [make('h1', null, 'Nothing there'), make('p', null, whatThereIs(), ' ',
     make('a', { href: '#/' }, `All ${groupName}s`))];
 }
 
@@ -71,20 +70,20 @@ let waiting;
 document.getElementById('search').addEventListener('submit', (event) => {
   event.preventDefault();
   clearTimeout(waiting);
-  if (query.value) location.hash = `#/find/${encodeURIComponent(query.value)}`;
+  const [numberedPlace] = numbered(query.value);
+  if (query.value) location.hash = numberedPlace ?? `#/find/${encodeURIComponent(query.value)}`;
 });
 
 // Results appear as one types; only the first letter makes an entry in the history.
 query.addEventListener('input', () => {
   clearTimeout(waiting);
   waiting = setTimeout(() => {
-    if (!query.value.trim()) return;
-    const address = `#/find/${encodeURIComponent(query.value)}`;
-    if (!location.hash.startsWith('#/find/')) location.hash = address;
-    else {
+    const isEmpty = !query.value.trim();
+    const address = isEmpty ? '#/' : `#/find/${encodeURIComponent(query.value)}`;
+    if (location.hash.startsWith('#/find/')) {
       history.replaceState(null, '', address);
       route();
-    }
+    } else if (!isEmpty) location.hash = address;
   }, 120);
 });
 

@@ -120,11 +120,22 @@ function byLogit(query, name) {
   return [...best.values()].sort((a, b) => b.score - a.score);
 }
 
-function numbersIn(query) {
-  const [, kind, number] = query.trim().match(/^(latent|head|group)?\s*(\d+)$/i) ?? [];
+const NUMBER = /^(latent|head|group)?\s*(\d+)$/i;
+const whatThereIs = () => (
+  `There are latents 0 to ${facts.latents - 1} in ${groupName}s 0 to ${grid.heads - 1}.`);
+
+// Addresses of the latent and the head with the number that was typed, of those that there are.
+function numbered(query) {
+  const [, kind, number] = query.trim().match(NUMBER) ?? [];
   return ['latent', 'head'].filter((each) => !kind || /latent/i.test(kind) === (each === 'latent'))
-    .map((each) => `#/${each}/${number}`).filter((href) => placeOf(href))
-    .map((href) => make('li', null, make('a', { href }, href.slice(2).replace('/', ' '))));
+    .map((each) => `#/${each}/${number}`).filter((href) => number && placeOf(href));
+}
+
+function numbersIn(query) {
+  const found = numbered(query);
+  if (!found.length) return NUMBER.test(query.trim()) ? make('p', null, whatThereIs()) : null;
+  return make('ul', { class: 'found' }, found.map((href) => (
+    make('li', null, make('a', { href }, href.slice(2).replace('/', ' '))))));
 }
 
 function byLabel(query) {
@@ -160,14 +171,13 @@ function promoting(query, name, title) {
 }
 
 function findView(query) {
-  const numbers = numbersIn(query);
   const progress = make('p', { class: 'faint', 'aria-live': 'polite' });
   const texts = make('ol', { class: 'found texts' });
   searchTexts(query, texts, progress);
   const pieces = piecesOf(query);
   return [make('h1', null, 'Search', make('small', null, query)),
     pieces.length > 1 ? make('p', { class: 'faint' }, 'As tokens: ', chips(pieces.map((each) => each.piece))) : null,
-    numbers.length ? make('ul', { class: 'found' }, numbers) : null,
+    numbersIn(query),
     foundList('Labels', 'Labels with these words.', byLabel(query), (unit) => unitLine(unit, chips(tokensOf(unit)))),
     firing(query, 'post'),
     make('section', null, make('h2', null, 'Examples that fire on the text'), progress, texts),
