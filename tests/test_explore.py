@@ -357,6 +357,13 @@ def test_a_folder_of_a_suite(tmp_path, capsys):
     page = Page((out / "index.html").read_text(encoding="utf-8"))
     links = [attributes["href"] for tag, attributes in page.elements if tag == "a"]
     assert links == [f"./{name}.html" for name in names]
+    assert "suite" in map(str.strip, page.texts)
+    columns = [text.strip() for text in page.of(scope="col")]
+    assert columns[:2] == ["page", "Explained variance"]
+    for name in names:  # and each names the suite, and leads back to the index
+        member = Page((out / f"{name}.html").read_text(encoding="utf-8"))
+        assert [text.strip() for text in member.of(id="to-index")] == ["All of suite"]
+        assert json.loads(member.of(id="facts")[0])["run"] == f"suite/{name}"
     assert {path.name for path in out.iterdir()} == {"index.html", *(f"{n}.html" for n in names)}
     assert [text.strip() for text in page.of(scope="rowgroup")] == names
 

@@ -149,7 +149,7 @@ def _labels(given: list[Path], folder: Path, latents: int, digest: str) -> Label
                 labels[latent] = label
     if given:
         write_labels(labels, folder / FILE, digest)
-        say(f"{folder / FILE}: {len(labels):,} labels")
+        say(f"{folder / FILE}: {len(labels):,} label{'s' if len(labels) != 1 else ''}")
     return labels
 
 

@@ -21,6 +21,7 @@ from kronsae.explore.blocks import encode, encode_json, rounded, smallest
 from kronsae.explore.charts import figure_text
 from kronsae.explore.passages import counts_for, examples_of, in_text
 from kronsae.explore.report import last_evaluation, read_metrics
+from kronsae.interop.suite import INDEX_NAME
 from kronsae.metrics.figures import MEANING, massive_warning
 from kronsae.model.sae import SAE
 from kronsae.properties import WINDOW, Examined, Properties, Stored, gates
@@ -261,6 +262,12 @@ def _details(
     return arrays
 
 
+def _name(run: Path) -> str:
+    """A run's name, with that of its sweep or suite before it."""
+    in_suite = (run.parent / INDEX_NAME).is_file()
+    return f"{run.parent.name}/{run.name}" if in_suite else run.name
+
+
 def _facts(run: Path, sae: SAE, stored: Stored, activations: DataConfig | None) -> dict[str, Any]:
     """The run as a whole: where it comes from, its figures, its curves."""
     trained, evaluation = None, {}
@@ -272,7 +279,7 @@ def _facts(run: Path, sae: SAE, stored: Stored, activations: DataConfig | None) 
         data = vars(activations)
     properties = stored.properties
     return {
-        "run": run.resolve().name,
+        "run": _name(run.resolve()),
         "kind": kind_of(vars(sae.config)),
         "active": sae.selection.describe(sae.config),
         "model": data["model"],

@@ -58,16 +58,17 @@ def write_site(
     if INDEX in (f"{name}.html" for name in runs):
         raise InputError(f"{sweep}: a member is named index, as the page that lists them")
     out.mkdir(parents=True, exist_ok=True)
-    members = []
+    members, suite = [], sweep.resolve().name
     for name, run in runs.items():
         opened = open_properties(open_run(run, text, device), settings)
         page = out / f"{name}.html"
         digest = opened.stored.facts["sae_sha256"]
         labels = labels_beside(run, opened.sae.dict_size, digest)
-        write_explorer(run, opened.sae, opened.stored, opened.tokenizer, page, labels=labels)
+        about = run, opened.sae, opened.stored, opened.tokenizer
+        write_explorer(*about, page, labels=labels, suite=suite)
         say(f"{page} ({page.stat().st_size / 2**20:.1f} MiB)")
         members.append(_member(name, index["members"][name], opened))
-    write_text(out / INDEX, _index(sweep.resolve().name, members, opened))
+    write_text(out / INDEX, _index(suite, members, opened))
     return out / INDEX
 
 

@@ -33,17 +33,22 @@ def write_explorer(
     out: Path,
     data: DataConfig | None = None,
     labels: Labels | None = None,
+    suite: str | None = None,
 ) -> Path:
     """Write the page of a run to `out`. Raises InputError if it cannot be written.
 
-    data: the activations of an SAE that is no run.
+    data: the activations of an SAE that is no run.  suite: whose index.html is beside the page.
     """
-    write_text(out, render(make_content(run, sae, stored, tokenizer, data, labels)))
+    content = make_content(run, sae, stored, tokenizer, data, labels)
+    write_text(out, render(content, suite=suite))
     return out
 
 
-def render(content: dict[str, Any], connect: str = "'none'") -> str:
-    """The page as HTML.  connect: what its script may ask, by the content security policy."""
+def render(content: dict[str, Any], connect: str = "'none'", suite: str | None = None) -> str:
+    """The page as HTML.
+
+    connect: what its script may ask, by the content security policy.  suite: see `write_explorer`.
+    """
     style = _read("style.css")
     script = "(() => {\n'use strict';\n" + "\n".join(map(_read, SCRIPTS)) + "\n})();\n"
     policy = (
@@ -51,7 +56,12 @@ def render(content: dict[str, Any], connect: str = "'none'") -> str:
         f"connect-src {connect}; img-src data:; base-uri 'none'; form-action 'none'"
     )
     return templates.render(
-        _PAGE / "explorer.html.j2", policy=policy, style=style, script=script, **content
+        _PAGE / "explorer.html.j2",
+        policy=policy,
+        style=style,
+        script=script,
+        suite=suite,
+        **content,
     )
 
 
