@@ -64,11 +64,11 @@ def test_tables_agree_with_the_codes(lm):
     assert len(table) == int((dense > 0).sum())
     for row in table.itertuples():
         assert dense[row.position, row.latent] == pytest.approx(row.value)
-        assert features.tokens[row.position] == row.token
+        assert features.tokens[row.position].replace(" ", "·") == row.token
         assert features.text[row.position] == row.text
     best = features.strongest(3)
     assert best.index.tolist() == dense.amax(0).topk(3).indices.tolist()
-    assert best["tokens"].tolist() == [(dense[:, i] > 0).sum() for i in best.index]
+    assert best["fires_on"].tolist() == [(dense[:, i] > 0).sum() for i in best.index]
     on_one = features.strongest(2, token=-1)
     assert on_one.index.tolist() == dense[-1].topk(2).indices.tolist()
     of_one = features.strongest(1, text=1)
@@ -106,7 +106,7 @@ def test_several_saes_read_in_one_pass_what_each_reads_alone(folder, sae):
     alone = other.language_model().features(TEXTS).to_dense()
     torch.testing.assert_close(second.to_dense(), alone)
     assert torch.equal(both.features(TEXTS, other).to_dense(), second.to_dense())
-    with pytest.raises(InputError, match="one of the 2 SAEs"):
+    with pytest.raises(InputError, match=r"one of 2 .*, got none: give sae= one of saes\[0\], at "):
         both.features(TEXTS)
     elsewhere = make("another/model")
     with pytest.raises(InputError, match="same model"):
@@ -151,12 +151,22 @@ def test_what_cannot_be_read(sae, lm):
         ([], "at least one"),
         (["w1 " * 200], "more than the 128"),
         ([3], "expected text, got int"),
+        (None, "expected a text, a list of texts, or token ids"),
+        (["w1", "w\ud800"], r"text 1: .*U\+D800\) at 1"),
         (torch.ones(2, 3), "expected token ids"),
+        (torch.tensor([[1, 10**6]]), "expected token ids from 0 to"),
     ):
         with pytest.raises(InputError, match=message):
             lm.features(texts)
-    with pytest.raises(InputError, match="at least one SAE"):
-        kronsae.language_model()
+    for given, model, message in (
+        ((), {}, "at least one SAE"),
+        (("runs/MY-RUN",), {}, "got 'runs/MY-RUN': load it first"),
+        ((sae,), {"device": "foo"}, "'foo' cannot be used: expected cpu, cuda or mps"),
+        ((sae,), {"model": torch.nn.Linear(2, 2)}, "a model of transformers, got Linear"),
+        ((sae,), {"tokenizer": lm.tokenizer}, "tokenizer has no effect"),
+    ):
+        with pytest.raises(InputError, match=message):
+            kronsae.language_model(*given, **model)
     unknown = make("")
     unknown.metadata = {}
     with pytest.raises(InputError, match="does not name a language model"):
@@ -234,6 +244,19 @@ def test_what_an_sae_says_of_itself(folder, sae, tmp_path):
     torch.testing.assert_close(loaded.decode(dense), loaded.decode(codes))
     with pytest.raises(InputError, match=r"or \[..., 40\], got \[3, 32\]"):
         loaded.decode(x)
+    assert (loaded.device, loaded.dtype, loaded.k) == (loaded.W_dec.device, torch.float32, 5)
+    settings = loaded.cfg.to_dict()
+    assert settings["d_sae"] == 40 and settings["normalize_activations"] == "none"
+    assert settings["metadata"]["hook_layer"] == 1
+    again = SAE.load_from_disk(tmp_path / "suite" / "l1")
+    assert torch.equal(again.W_enc, loaded.W_enc)
+    with pytest.raises(InputError, match="device 'foo' cannot be used"):
+        kronsae.load(tmp_path / "suite" / "l1", device="foo")
+    for wrong in (lambda: loaded(x) - x, lambda: x - loaded(x)):
+        with pytest.raises(InputError, match="the reconstruction is sae"):
+            wrong()
+    with pytest.raises(AttributeError, match="no 'mean': .* the reconstruction is sae"):
+        loaded(x).mean()
     with pytest.raises(AttributeError, match="use sae.dict_size"):
         loaded.d_sae  # noqa: B018
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
@@ -258,6 +281,19 @@ def test_what_would_be_answered_wrongly_is_refused(lm):
         for change in (lm.steer, lm.clamp):
             with pytest.raises(InputError, match=message), change(values):
                 pass
+    features = lm.features(TEXTS)
+    for wrong, message in (
+        (lambda: lm.generate("w1 w2", seed=1), "seed has no effect without do_sample"),
+        (lambda: lm.generate("w1 w2", 127), "3 tokens .* and 127 new ones .* the 128 that"),
+        (lambda: lm.generate("w1 w2", 3, speed=1), "generate: .*speed"),
+        (lambda: lm.generate("w1 w2", 0), "new tokens: expected a whole number from 1"),
+        (lambda: features.strongest(token="w1"), "token: expected a whole number"),
+        (lambda: features.strongest(0), "count: expected a whole number from 1"),
+        (lambda: lm.silence(3, "head"), "factor: expected base, extension, composition"),
+        (lambda: lm.features_of_each(TEXTS, lm.saes[0]), "expected a list of SAEs"),
+    ):
+        with pytest.raises(InputError, match=message):
+            wrong()
 
 
 def test_logits_that_are_no_numbers_are_said(sae, lm):

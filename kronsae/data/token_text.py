@@ -52,6 +52,14 @@ def continued_texts(
     return token_texts([*before, *tokens], tokenizer, fires, one_line)[len(before) :]
 
 
+def chip(text: str) -> str:
+    """A token by itself: the spaces around it become dots, an empty one ∅."""
+    inner = text.strip(" ")
+    before = len(text) - len(text.lstrip(" "))
+    after = len(text) - len(inner) - before if inner else 0
+    return f"{'·' * before}{inner}{'·' * after}" or "∅"
+
+
 _NO_CHARACTER = "\ufffd"
 """The replacement character, which decoders give for bytes that are no character."""
 

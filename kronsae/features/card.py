@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from kronsae.data.token_text import continued_texts
+from kronsae.data.token_text import chip, continued_texts
 from kronsae.errors import InputError, require
 from kronsae.features.contents import Bar, Contents, Parent, Passage
 from kronsae.model.sae import SAE
@@ -193,11 +193,3 @@ def _bars(
         for token, value, text in zip(tokens[:TOKENS], values[:TOKENS], shown[:TOKENS], strict=True)
         if token != NO_TOKEN
     )
-
-
-def chip(text: str) -> str:
-    """A token by itself: the spaces around it become dots, an empty one ∅."""
-    inner = text.strip(" ")
-    before = len(text) - len(text.lstrip(" "))
-    after = len(text) - len(inner) - before if inner else 0
-    return f"{'·' * before}{inner}{'·' * after}" or "∅"

@@ -21,8 +21,8 @@ from kronsae.data.images import check_no_images
 from kronsae.data.language_model import LanguageModel, at_block, layer_or_hookpoint
 from kronsae.data.loading import quiet
 from kronsae.data.packing import PADDING, context_begin, left_out_ids, prompt_ids, token_mask
-from kronsae.data.token_text import token_texts
-from kronsae.errors import InputError, warn
+from kronsae.data.token_text import chip, continued_texts, token_texts
+from kronsae.errors import InputError, first_line, warn
 from kronsae.features.card import Card, card
 from kronsae.features.text import Features
 from kronsae.interventions.effects import factors, silence
@@ -34,7 +34,8 @@ from kronsae.model.sae import SAE
 from kronsae.properties.correlation import joined
 from kronsae.properties.run import digest_of, folder_of
 from kronsae.properties.store import Stored, load_properties
-from kronsae.system.devices import seed_everything
+from kronsae.system.devices import resolve_device, seed_everything
+from kronsae.system.documents import Number, shown, typed
 from kronsae_kernels import SparseCodes
 
 if TYPE_CHECKING:
@@ -63,9 +64,19 @@ def language_model(
     """
     if not saes:
         raise InputError("expected at least one SAE, got none: kronsae.language_model(sae)")
+    for sae in saes:
+        if not isinstance(sae, SAE):
+            raise InputError(
+                f"expected an SAE, got {shown(sae)}: load it first, as "
+                "kronsae.language_model(kronsae.load(FOLDER)), and name a model by model=NAME"
+            )
     named = model is None or isinstance(model, str)
+    if named and tokenizer is not None:
+        raise InputError("tokenizer has no effect without a loaded model: give model=, too")
+    if not named and not hasattr(model, "config"):
+        raise InputError(f"model: expected a name or a model of transformers, got {shown(model)}")
     given = settings if model is None or not named else {"model": model, **settings}
-    device = saes[0].W_dec.device if device is None else device
+    device = saes[0].device if device is None else resolve_device(str(device))
     places: list[Place] = []
     for number, sae in enumerate(saes):
         name = sae.source or ("the SAE" if len(saes) == 1 else f"SAE {number}")
@@ -121,6 +132,11 @@ class Place(NamedTuple):
         return token_mask(ids, vocabulary, left_out, begin)
 
 
+def _in_words(place: Place) -> str:
+    where = place.model.hookpoint
+    return f"{place.sae.source} at {where}" if place.sae.source else f"at {where}"
+
+
 class TargetModel:
     """A language model and SAEs of it; `kronsae.language_model` makes it.
 
@@ -147,9 +163,10 @@ class TargetModel:
         for place in self.places:
             if place.sae is sae:
                 return place
+        known = "; ".join(f"saes[{i}], {_in_words(place)}" for i, place in enumerate(self.places))
         raise InputError(
-            f"sae: expected one of the {len(self.saes)} SAEs of this language model, got "
-            + ("none of them" if sae is None else "another one")
+            f"sae: expected one of {len(self.saes)} of this language model, got "
+            f"{'none' if sae is None else 'another'}: give sae= one of {known}"
         )
 
     # Reading
@@ -165,6 +182,8 @@ class TargetModel:
     @torch.no_grad()
     def features_of_each(self, texts: Texts, saes: Sequence[SAE] | None = None) -> list[Features]:
         """`features` by several SAEs (default: all), from one forward pass a batch of texts."""
+        if isinstance(saes, SAE):
+            raise InputError("saes: expected a list of SAEs, got one: features(texts, sae)")
         places = [self.place(sae) for sae in (self.saes if saes is None else saes)]
         names = list(dict.fromkeys(place.model.hookpoint for place in places))
         made: list[list[_Part]] = [[] for _ in places]
@@ -175,13 +194,13 @@ class TargetModel:
                 parts.append(_encoded(place, batch, rows[place.model.hookpoint]))
         if any(not part.kept.any() for parts in made for part in parts):
             warn(NOTHING_KEPT)
-        shown = [text for each in ids for text in token_texts(each, self.tokenizer)]
+        tokens = [text for each in ids for text in token_texts(each, self.tokenizer)]
         number = torch.arange(len(ids)).repeat_interleave(torch.tensor([len(each) for each in ids]))
         flat = torch.tensor([token for each in ids for token in each])
         return [
             Features(
                 place.sae,
-                shown,
+                tokens,
                 flat,
                 number,
                 joined([part.codes for part in parts]),
@@ -193,16 +212,35 @@ class TargetModel:
     def _ids(self, texts: Texts) -> list[list[int]]:
         """Token ids of each text."""
         if isinstance(texts, Tensor):
-            if texts.ndim != 2 or texts.is_floating_point():
+            vocabulary = self.places[0].model.vocab_size
+            if texts.ndim != 2 or texts.is_floating_point() or texts.dtype == torch.bool:
                 raise InputError(
                     f"texts: expected token ids [b, t], got {list(texts.shape)} {texts.dtype}"
                 )
+            if texts.numel() and not 0 <= texts.min() <= texts.max() < vocabulary:
+                raise InputError(
+                    f"texts: expected token ids from 0 to {vocabulary - 1:,}, got "
+                    f"{texts.min():,} to {texts.max():,}"
+                )
             ids = texts.tolist()
         else:
-            listed = [texts] if isinstance(texts, str) else list(texts)
-            for text in listed:
+            listed = [texts] if isinstance(texts, str) else texts
+            if not isinstance(listed, Iterable):
+                raise InputError(
+                    "texts: expected a text, a list of texts, or token ids [b, t], got "
+                    f"{type(texts).__name__}"
+                )
+            listed = list(listed)
+            for number, text in enumerate(listed):
                 if not isinstance(text, str):
                     raise InputError(f"texts: expected text, got {type(text).__name__}")
+                try:
+                    text.encode()
+                except UnicodeEncodeError as error:
+                    raise InputError(
+                        f"text {number}: expected characters, got half of one (a lone surrogate, "
+                        f"U+{ord(text[error.start]):04X}) at {error.start}"
+                    ) from error
             ids = [prompt_ids(self.tokenizer, text, self.bos) for text in listed]
         longest = self.places[0].model.max_context
         for number, each in enumerate(ids):
@@ -225,19 +263,21 @@ class TargetModel:
 
     @torch.no_grad()
     def next_tokens(self, prompt: str, count: int = 10) -> "pd.DataFrame":
-        """The likeliest next tokens: token, logit and probability.
+        """The likeliest next tokens: token (a dot for a space), logit and probability.
 
         Raises InputError if logits are NaN, as they are with too large a strength.
         """
         import pandas as pd
 
+        count = typed(count, Number(int, 1), "count")
         ids = torch.tensor(self._prompt(prompt))
         logits = check_numbers(self.places[0].model.logits(ids)[0, -1]).double().cpu()
         best = logits.topk(min(count, len(logits)))
         return pd.DataFrame(
             {
                 "token": [
-                    token_texts([token], self.tokenizer)[0] for token in best.indices.tolist()
+                    chip(continued_texts([token], self.tokenizer)[0])
+                    for token in best.indices.tolist()
                 ],
                 "logit": best.values.numpy(),
                 "probability": logits.softmax(-1)[best.indices].numpy(),
@@ -282,17 +322,26 @@ class TargetModel:
 
     @torch.no_grad()
     def generate(
-        self, prompt: str, max_new_tokens: int = 40, *, seed: int = 0, **settings: Any
+        self, prompt: str, max_new_tokens: int = 40, *, seed: int | None = None, **settings: Any
     ) -> str:
         """The text that the model writes after a prompt: by default the likeliest token each time.
 
-        settings: of transformers' `generate`, such as do_sample=True, which draws with the seed.
-        Raises InputError if logits are NaN, as they are with too large a strength.
+        settings: of transformers' `generate`, such as do_sample=True, which draws with the seed
+            (default: 0).
+        Raises InputError for a seed where nothing is drawn, if the model does not read as many
+        tokens as that would be, and if logits are NaN, as they are with too large a strength.
         """
+        if seed is not None and not settings.get("do_sample"):
+            raise InputError("seed has no effect without do_sample=True: give both, or neither")
         ids = torch.tensor(self._prompt(prompt))
-        seed_everything(seed)
+        seed_everything(typed(seed or 0, Number(int), "seed"))
         with quiet():
-            out = generated(self.places[0].model, ids, max_new_tokens, **settings)
+            try:
+                out = generated(self.places[0].model, ids, max_new_tokens, **settings)
+            except InputError:
+                raise
+            except ValueError as error:  # of transformers, for settings
+                raise InputError(f"generate: {first_line(error)}") from error
         return self.tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
 
     def steer(
@@ -316,7 +365,7 @@ class TargetModel:
         self, latents: Iterable[int] | int, sae: SAE | None = None
     ) -> AbstractContextManager[None]:
         """While open, the latents are 0."""
-        listed = [latents] if isinstance(latents, int) else latents
+        listed = latents if isinstance(latents, Iterable) else [latents]
         return self.edit([ablate(latent) for latent in listed], sae)
 
     def silence(
@@ -326,10 +375,13 @@ class TargetModel:
         or of its "extension".
 
         With TopK, others are selected in their place, as `kronsae intervene --and-test` does.
-        Raises InputError for a dense SAE.
+        Raises InputError for a dense SAE, and for another factor.
         """
         place = self.place(sae)
-        return silence(place.model, place.sae, factors(place.sae, latent)[factor])
+        known = factors(place.sae, latent)
+        if factor not in known:
+            raise InputError(f"factor: expected {', '.join(known)}, got {shown(factor)}")
+        return silence(place.model, place.sae, known[factor])
 
     def edit(self, edits: Sequence[Edit], sae: SAE | None = None) -> AbstractContextManager[None]:
         """While open, the edits apply in every forward pass."""

@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from kronsae.data.token_text import chip
 from kronsae.errors import InputError
 from kronsae.model.sae import SAE
+from kronsae.system.documents import Number, typed
 from kronsae.system.templates import render
 from kronsae.system.tensors import dense
 from kronsae_kernels import SparseCodes
@@ -57,7 +59,8 @@ class Features:
     def to_pandas(self) -> "pd.DataFrame":
         """A row for each token and feature that is active on it, in reading order.
 
-        Columns: text, position (of the token in `tokens`), token, latent, value.
+        Columns: text, position (of the token in `tokens`), token (a dot for a space around it),
+        latent, value.
         """
         import pandas as pd
 
@@ -66,7 +69,7 @@ class Features:
             {
                 "text": self.text[position].cpu().numpy(),
                 "position": position.cpu().numpy(),
-                "token": [self.tokens[at] for at in position.tolist()],
+                "token": [chip(self.tokens[at]) for at in position.tolist()],
                 "latent": self.codes.indices[position, slot].cpu().numpy(),
                 "value": self.codes.values[position, slot].float().cpu().numpy(),
             }
@@ -83,10 +86,11 @@ class Features:
 
         token: its position in `tokens`, or with `text` in that text; negative ones count from the
             end.  text: its number.
-        Columns: latent (the index), value (its largest), token (where), position, and tokens (on
-        how many it fires); on one token only latent and value.
+        Columns: latent (the index), value (its largest), token (where that is; a dot for a space
+        around it), position, and fires_on (on how many tokens); on one token only latent and value.
         Raises InputError for a token or text that there is not.
         """
+        count = typed(count, Number(int, 1), "count")
         table = self.to_pandas()
         first, count_of_tokens = 0, len(self)
         if text is not None:
@@ -101,8 +105,8 @@ class Features:
         best = ordered.drop_duplicates("latent").head(count).set_index("latent")
         if token is not None:
             return best[["value"]]
-        best["tokens"] = table["latent"].value_counts().reindex(best.index)
-        return best[["value", "token", "position", "tokens"]]
+        best["fires_on"] = table["latent"].value_counts().reindex(best.index)
+        return best[["value", "token", "position", "fires_on"]]
 
     def show(self, latent: int | None = None) -> "Shown":
         """The tokens for a notebook, shaded by a latent, or by the strongest one of each."""
@@ -123,7 +127,7 @@ class Features:
 
 
 def _numbered(number: int, count: int, what: str) -> int:
-    if not -count <= number < count:
+    if not -count <= typed(number, int, what) < count:
         raise InputError(f"{what}: expected 0 to {count - 1}, got {number}")
     return number % count
 

@@ -12,6 +12,7 @@ from kronsae.interop.suite import subfolder_of
 from kronsae.model.massive import check_rule
 from kronsae.model.sae import METADATA, SAE, WEIGHTS_NAME
 from kronsae.registry import FORMATS
+from kronsae.system.devices import resolve_device
 from kronsae.system.documents import typed
 from kronsae.system.files import usable_path
 
@@ -39,8 +40,10 @@ def load(
     layer, hookpoint: in place of the subfolder, of a suite (`kronsae.interop.suite`), such as the
         folder of a sweep at several hookpoints.
     allow_pickle: also read weights that are a pickle, from which only tensors are loaded.
-    Raises InputError if there is no SAE, or if it is damaged or of another format.
+    Raises InputError if there is no SAE, if it is damaged or of another format, or without such a
+    device.
     """
+    device = resolve_device(str(device))
     for name, value in (
         ("revision", revision),
         ("subfolder", subfolder),
@@ -80,7 +83,7 @@ def load(
     return _loaded(sae, source, device)
 
 
-def _loaded(sae: SAE, source: str | Path, device: torch.device | str) -> SAE:
+def _loaded(sae: SAE, source: str | Path, device: torch.device) -> SAE:
     """An SAE to use: on the device, without gradients."""
     sae.source = str(source)
     return sae.to(device).requires_grad_(False)

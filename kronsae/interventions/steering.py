@@ -29,6 +29,7 @@ from kronsae.metrics.heldout import HeldoutText
 from kronsae.metrics.usual import values_of
 from kronsae.model.sae import SAE
 from kronsae.system.devices import as_double, of_doubles
+from kronsae.system.documents import Number, typed
 
 DOUBLINGS, HALVINGS, BISECTIONS = 5, 6, 3
 """Of the usual strength, until one is within the budget and its double is not; and between them."""
@@ -85,8 +86,14 @@ def generated(model: LanguageModel, ids: Tensor, new_tokens: int, **options: Any
     """Token ids [s, t + r] of the prompts [s, t] and what `generate` adds; greedy by default.
 
     options: of `generate`, such as do_sample=True.
-    Raises InputError if logits are NaN.
+    Raises InputError if that is more than the model reads, and if logits are NaN.
     """
+    length = ids.shape[1] + typed(new_tokens, Number(int, 1), "new tokens")
+    if model.max_context and length > model.max_context:
+        raise InputError(
+            f"{ids.shape[1]:,} tokens of the prompt and {new_tokens:,} new ones are more than the "
+            f"{model.max_context:,} that {model.name} reads: generate fewer, or cut the prompt"
+        )
     tokenizer, generate = model.tokenizer, cast(Any, model.model).generate
     pad = tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
     if not options.get("do_sample"):  # what the model's own settings may have for sampling

@@ -3,9 +3,11 @@
 Methods here may call rooms above, which nothing else in this room does.
 """
 
+from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from kronsae.config import SAEConfig, kind_of
@@ -23,7 +25,6 @@ ELSEWHERE = {
     "hook_name": "sae.cfg.hook_name",
     "save_model": "sae.save(FOLDER)",
     "save_inference_model": "sae.save(FOLDER)",
-    "load_from_disk": "kronsae.load(FOLDER)",
     "run_with_cache": "sae.encode(x), or kronsae.language_model(sae).features(TEXT)",
     "hook_sae_acts_post": "sae.encode(x)",
     "fold_W_dec_norm": "sae.use_unit_rows_(), which most SAEs do not need",
@@ -33,6 +34,14 @@ ELSEWHERE = {
     "steer": "kronsae.language_model(sae).steer({LATENT: STRENGTH})",
 }
 """Names of other libraries, and of ours in another place, with what does their job here."""
+
+
+class Settings(SimpleNamespace):
+    """An SAE's settings by SAELens' names."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """All of them, those in `metadata` as a dict, too."""
+        return vars(self) | {"metadata": vars(self.metadata)}
 
 
 class Familiar(nn.Module):
@@ -54,14 +63,19 @@ class Familiar(nn.Module):
             the SAE's id there (needs sae-lens).
         more: other arguments of `kronsae.load`.
         """
-        from pathlib import Path
-
         from kronsae.interop.load import load
         from kronsae.interop.pretrained import REGISTRY
 
         if sae_id is not None and "/" not in release and not Path(release).exists():
             release, sae_id = f"{REGISTRY}{release}/{sae_id}", None
         return load(release, subfolder=sae_id, device=device, **more)  # type: ignore[return-value]
+
+    @classmethod
+    def load_from_disk(cls, path: str | Path, device: str = "cpu", **more: Any) -> "Self":
+        """`kronsae.load` under another of SAELens' names. more: other arguments of it."""
+        from kronsae.interop.load import load
+
+        return load(path, device=device, **more)  # type: ignore[return-value]
 
     def language_model(self, **given: Any) -> "TargetModel":
         """The language model that this SAE reads; see `kronsae.language_model`."""
@@ -76,12 +90,27 @@ class Familiar(nn.Module):
         return push(self, repo_id, **more)  # type: ignore[arg-type]
 
     @property
-    def cfg(self) -> SimpleNamespace:
+    def device(self) -> torch.device:
+        """Of its weights."""
+        return next(self.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of its weights."""
+        return next(self.parameters()).dtype
+
+    @property
+    def k(self) -> int:
+        """Active latents a token, as `config.k`."""
+        return self.config.k
+
+    @property
+    def cfg(self) -> Settings:
         """The settings by SAELens' names, to read: architecture, d_in, d_sae, k, hook_name, …
 
         `config` has all of them, by our names.
         """
-        origin, weight = Origin.of(self.metadata), next(self.parameters())
+        origin = Origin.of(self.metadata)
         source = {
             "model_name": origin.model,
             "hook_name": origin.site.lens if origin.site else origin.hookpoint,
@@ -90,13 +119,15 @@ class Familiar(nn.Module):
             "prepend_bos": origin.prepend_bos,
             "dataset_path": origin.dataset,
         }
-        return SimpleNamespace(
+        return Settings(
             architecture=self._architecture,
             d_in=self.config.d_model,
             d_sae=self.config.dict_size,
             k=self.config.k,
-            dtype=str(weight.dtype).removeprefix("torch."),
-            device=str(weight.device),
+            dtype=str(self.dtype).removeprefix("torch."),
+            device=str(self.device),
+            normalize_activations="none",  # it takes raw ones
+            apply_b_dec_to_input=False,
             metadata=SimpleNamespace(**source),
             **source,
         )

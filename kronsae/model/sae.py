@@ -76,6 +76,9 @@ SAE_FILE = Keys(
 """config.json of a folder of `SAE.save`."""
 
 
+_NO_TENSOR = "sae(x) gives x_hat, codes and loss: the reconstruction is sae(x).x_hat"
+
+
 class SAEOutput(NamedTuple):
     """Result of a forward pass."""
 
@@ -86,6 +89,15 @@ class SAEOutput(NamedTuple):
     loss: Tensor | None
     """Mean squared error over tokens and dimensions (scalar). [KronSAE, App. H]
     None for a transcoder that was not given its target."""
+
+    def __sub__(self, _other: object) -> Any:
+        raise InputError(_NO_TENSOR)
+
+    def __rsub__(self, _other: object) -> Any:
+        raise InputError(_NO_TENSOR)
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"no {name!r}: {_NO_TENSOR}")
 
 
 class SAE(Familiar, Encoder):

@@ -52,9 +52,9 @@ def resolve_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        device = torch.device(name)
-        if device.type not in ("cpu", "cuda", "mps"):
+        if name.partition(":")[0] not in ("cpu", "cuda", "mps"):
             raise RuntimeError("expected cpu, cuda or mps")
+        device = torch.device(name)
         if device.type == "mps" and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise RuntimeError("torchrun's processes cannot share one: start a single process")
         if device == torch.device("cuda") and "LOCAL_RANK" in os.environ:
