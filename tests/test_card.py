@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from explorer_pages import EVIL, EvilTokenizer, make_page
+from rich.cells import cell_len
 from test_explore import Page
 
 from kronsae import SAE, InputError, SAEConfig
@@ -69,6 +70,25 @@ def test_passages_are_the_strongest_examples(made, busiest, shown):
     page = Page(shown._repr_html_())
     marks = [float(attributes["title"]) for tag, attributes in page.elements if tag == "mark"]
     assert marks[: (values > 0).sum()] == [float(f"{value:.3g}") for value in values if value > 0]
+
+
+def test_printed(made, shown):
+    """Short, for a terminal of 80 columns; the whole of its parts is not printed."""
+    lines = repr(shown).splitlines()
+    assert len(lines) < 25 and max(map(cell_len, lines)) <= 80
+    assert lines[0] == f"Latent {shown.latent} · {shown.place}"
+    assert LABEL in lines[1:3] and dict(shown.figures)["density"] in repr(shown)
+    assert all(bar.shown in repr(shown) for _, _, bars in shown.lists for bar in bars)
+    strongest = max(shown.passages[0].tokens, key=lambda token: token[1])[0]
+    assert f"«{strongest.strip(' ')[:8]}" in repr(shown)
+    never = card(made.sae, made.stored, made.sae.dict_size - 1, None)
+    assert "It does not fire here." in repr(never)
+
+
+def test_the_histogram_is_that_of_the_explorer(made, busiest, shown):
+    post = made.stored.properties.post
+    assert shown.counts == tuple(post.histogram[busiest])
+    assert shown.end == post.histogram_top[busiest] > post.top.scores[busiest, 0]
 
 
 def test_nothing_breaks_out(shown, tmp_path):

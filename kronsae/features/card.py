@@ -13,6 +13,7 @@ import numpy as np
 from kronsae.data.token_text import chip, continued_texts
 from kronsae.errors import InputError, require
 from kronsae.features.contents import Bar, Contents, Parent, Passage
+from kronsae.features.plain import as_text
 from kronsae.model.sae import SAE
 from kronsae.properties import WINDOW, Examined, Properties, Stored, gates
 from kronsae.properties.contexts import SAME_TOKENS
@@ -32,7 +33,10 @@ _HERE = Path(__file__).parent
 
 
 class Card(Contents):
-    """What is known of a latent, ready to be shown: in Jupyter, as HTML or as a PNG."""
+    """What is known of a latent, ready to be shown: in Jupyter, as HTML, as a PNG or as text."""
+
+    def __repr__(self) -> str:
+        return as_text(self)
 
     def _repr_html_(self) -> str:
         """The card as a fragment of HTML, which Jupyter shows."""
@@ -75,8 +79,6 @@ def card(
     sae.check_latents([latent])
     properties = stored.properties
     post = properties.post
-    counts = np.trim_zeros(post.histogram[latent], "b")
-    share_of_bins = len(counts) / post.histogram.shape[1]
     return Card(
         int(latent),
         *_composition(sae, properties, latent, tokenizer),
@@ -84,8 +86,8 @@ def card(
         f"On {properties.tokens:,} tokens of {stored.facts['text']['dataset']}."
         + (LOGITS if stored.logits is not None else ""),
         _figures(post, latent, properties.tokens),
-        tuple(counts.tolist()),
-        float(post.histogram_top[latent]) * share_of_bins,
+        tuple(post.histogram[latent].tolist()),
+        float(post.histogram_top[latent]),
         _passages(post, latent, tokenizer),
         _lists(stored, latent, tokenizer),
     )

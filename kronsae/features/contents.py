@@ -58,4 +58,4 @@ class Contents:
     @property
     def heights(self) -> list[float]:
         """Heights of the histogram's bars, from 0 to 1: roots of the counts."""
-        return np.sqrt(np.array(self.counts) / max(self.counts, default=1)).tolist()
+        return np.sqrt(np.array(self.counts) / max(1, *self.counts)).tolist()

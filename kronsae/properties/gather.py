@@ -64,8 +64,8 @@ class MeasureConfig:
     )
     intervals: int = setting(
         0,
-        "examples of each latent to sample from each eighth of the range of its activations (0: 4,"
-        " or as many as fit in 1 GiB)",
+        "examples of each latent to sample from each of 8 equal intervals of its activations, up to"
+        " the power of two above the largest (0: 4, or as many as fit in 1 GiB)",
     )
     correlation_tokens: int = setting(65_536, "tokens, the first, over which to correlate latents")
     seed: int = setting(0, "of the sample")
