@@ -33,6 +33,7 @@ from kronsae.data.activations import (
 )
 from kronsae.data.amount import count_tokens, in_words, name_of_text, too_few
 from kronsae.data.packing import contexts_in_words
+from kronsae.embedded import EMBEDDED_MODEL
 from kronsae.errors import InputError
 from kronsae.explore.report import elapsed, write_report
 from kronsae.explore.sweep_report import write_sweep_report
@@ -477,19 +478,20 @@ def _summarise(
         console.print("\n[bold]What some latents have learned[/bold] (where they fire most)")
         for block in render_contexts(latents, model.tokenizer, console):
             console.print(block)
-    following = ""
-    if model is not None and request.config.data.image_column is None:
-        following = f"  {command_line('explore', str(folder.path))}  to look into its latents\n"
-    console.print(
-        f"{done}"
-        f"  report.html    this run to look at\n"
-        f"  sae/           the autoencoder:  kronsae.load({str(folder.path)!r})\n"
-        f"  metrics.jsonl  every logged step\n"
-        f"  config.json    every setting, to repeat the run by --config\n"
-        f"Next:\n{following}"
-        f"  kronsae train --help  for a --model, --layer and --dataset of your own",
-        markup=False,
-    )
+    data, following = request.config.data, []
+    if model is not None and data.image_column is None:
+        following += [f"{command_line('explore', str(folder.path))}  to look into its latents"]
+    if data.model == EMBEDDED_MODEL and data.activations is None:
+        following += ["kronsae train --help  for a --model, --layer and --dataset of your own"]
+    lines = [
+        "  report.html    this run to look at",
+        f"  sae/           the autoencoder:  kronsae.load({str(folder.path)!r})",
+        "  metrics.jsonl  every logged step",
+        "  config.json    every setting, to repeat the run by --config",
+        *(["Next:"] if following else []),
+        *(f"  {line}" for line in following),
+    ]
+    console.print(done + "\n".join(lines), markup=False)
 
 
 def _warn_of_massive_tokens(

@@ -257,6 +257,9 @@ def test_it_goes_on_where_the_sae_was_trained(runs, capsys):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         parse(["--finetune", second, "--hookpoint", "2.resid_post"])
+        for place in (["--layer", "9"], ["--hookpoint", "9.resid_post"]):
+            with pytest.raises(InputError, match="layer 9: embedded has 4 blocks"):
+                parse(["--finetune", second, *place])
     with pytest.raises(InputError, match=r"several SAEs \(layer1, layer2\): give --layer or"):
         parse(["--finetune", str(runs / "suite")])
     data = parse(["--finetune", str(runs / "suite"), "--hookpoint", "1.resid_post"]).config.data

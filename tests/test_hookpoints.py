@@ -437,6 +437,8 @@ def test_a_plan_knows_the_widths_without_weights(name, tmp_path):
     loaded = LanguageModel.load(str(folder), layer=LAYER)
     for site in SITES:
         if name in PARALLEL and site == "resid_mid":
+            with pytest.raises(InputError, match="attention and MLP run in parallel"):
+                outline(DataConfig(model=str(folder), hookpoint=f"{LAYER}.{site}"))
             continue
         counted = outline(DataConfig(model=str(folder), hookpoint=f"{LAYER}.{site}"))
         [x] = loaded.activations_at([f"{LAYER}.{site}"], IDS)

@@ -229,6 +229,16 @@ def test_an_image_that_is_wrong_is_named(models, images, tmp_path, name, words):
         loaded.pixels([0])
 
 
+def test_a_run_does_not_go_on_with_other_images(models, images, tmp_path, capsys):
+    """Nobody is told to resume it, which would be refused once the image is corrected."""
+    folder = damaged("cut", tmp_path / "images", images)
+    given = flags(models, folder, "--layer", "1")
+    assert train.main([*given, "--out", str(tmp_path / "run")]) == 2
+    err = " ".join(capsys.readouterr().err.split())
+    assert "0.png: the image cannot be read" in err and "--resume" not in err
+    assert "start again: a run does not go on with other images" in err
+
+
 def test_small_images_are_read(models, tmp_path):
     for number, size in enumerate(((3, 40), (40, 3), (1, 1))):
         Image.new("RGB", size, (255, 0, 0)).save(tmp_path / f"{number}.png")

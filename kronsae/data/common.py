@@ -17,6 +17,10 @@ class Interrupted(Exception):
     """Raised where activations are waited for, when the run is asked to stop."""
 
 
+class BadImage(InputError):
+    """An image that cannot be read; without it, or with another, the data are others."""
+
+
 def digest(*parts: Any) -> str:
     """Hash of JSON values, strings and bytes in their order: 16 hexadecimal digits."""
     hashed = hashlib.sha256()

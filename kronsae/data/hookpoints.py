@@ -50,6 +50,10 @@ _NOT_READ = {
 }
 """TransformerLens' names that could be mistaken for a site."""
 
+_PARALLEL_TYPES = ("gptj", "codegen", "phi", "cohere", "cohere2")
+_PARALLEL_SETTINGS = ("use_parallel_residual", "parallel_attn", "new_decoder_architecture")
+"""Types and settings of models whose attention and MLP run in parallel."""
+
 _NO_SUM = (
     "no outputs of its modules, added to resid_pre, give resid_post: it scales them, or a norm "
     "comes after the sum"
@@ -197,7 +201,8 @@ def hooks_at(
     for list_name, blocks in lists_of_blocks(model):
         try:
             block = _Block(list_name, blocks[site.layer], site.layer)
-            hooks.append(block.at(site.name, f"hookpoint {hookpoint!r} of {name}", run))
+            what = f"hookpoint {hookpoint!r} of {name}"
+            hooks.append(block.at(site.name, what, run, _is_parallel(model.config)))
         except InputError as error:  # the blocks of an image encoder, for example, do not run
             problems.append(error)
     if not hooks:
@@ -258,10 +263,13 @@ class _Block:
         self.attention = next((name for name in ATTENTION if name in self.children), None)
         self.mlp = next((name for name in MLP if name in self.children), None)
 
-    def at(self, site: str, what: str, run: Callable[[], Any] | None) -> Hook:
-        """The hook of a site. what: the hookpoint, for InputError if there is none."""
+    def at(self, site: str, what: str, run: Callable[[], Any] | None, parallel: bool) -> Hook:
+        """The hook of a site. what: the hookpoint, for InputError if there is none.
+
+        parallel: whether attention and MLP are known to run in parallel.
+        """
         sites = self.by_name()
-        sites = self._alike() | sites if run is None else sites | self.by_sum(run)
+        sites = self._alike(parallel) | sites if run is None else sites | self.by_sum(run)
         if site in sites:
             return sites[site]
         known = ", ".join(f"{self.layer}.{name}" for name in SITES if name in sites)
@@ -313,13 +321,14 @@ class _Block:
             return self._named(sites)
         return {}
 
-    def _alike(self) -> dict[str, Hook]:
+    def _alike(self, parallel: bool) -> dict[str, Hook]:
         """Places with the width of the sites that only a sum can show, and about where they are."""
         if self.mlp is None:
             return {}
         end = self._hook()
         middle = end if self.attention is None else self._hook(self.attention)
-        return {"attn_out": middle, "resid_mid": middle, "mlp_out": end}
+        alike = {"attn_out": middle, "resid_mid": middle, "mlp_out": end}
+        return {name: hook for name, hook in alike.items() if name != "resid_mid" or not parallel}
 
     def _hook(self, inside: str = "", of_input: bool = False) -> Hook:
         name = f"{self.name}.{inside}".removesuffix(".")
@@ -434,6 +443,14 @@ def num_layers(config: Any) -> int:
             "counts, so --layer has no meaning: name a module with --hookpoint"
         )
     return layers
+
+
+def _is_parallel(config: Any) -> bool:
+    """Whether attention and MLP of a block both read resid_pre, as far as its config tells."""
+    text = config.get_text_config()
+    return text.model_type in _PARALLEL_TYPES or any(
+        getattr(text, name, False) for name in _PARALLEL_SETTINGS
+    )
 
 
 def check_layer(name: str, config: Any, layer: int) -> None:

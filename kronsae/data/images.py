@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from kronsae.config import DataConfig
-from kronsae.data.common import digest, reason
+from kronsae.data.common import BadImage, digest, reason
 from kronsae.data.hookpoints import first_tensor
 from kronsae.data.loading import config_of, main_device, quiet, source_of_model
 from kronsae.data.text import (
@@ -291,20 +291,20 @@ def _open_rows(data: DataConfig) -> _Files | _Column:
 
 
 def _decoded(value: Any, where: str) -> "Image":
-    """An image in RGB. Raises InputError, which names where it is."""
+    """An image in RGB. Raises BadImage, which names where it is."""
     import datasets
 
     if value is None:
-        raise InputError(f"{where}: there is no image: remove the row")
+        raise BadImage(f"{where}: there is no image: remove the row")
     try:
         image = datasets.Image().decode_example(value)
         image.load()
     except Exception as error:  # of many formats
-        raise InputError(
+        raise BadImage(
             f"{where}: the image cannot be read ({reason(error)}): correct or remove it"
         ) from error
     if image.mode.startswith(DEEP):
-        raise InputError(
+        raise BadImage(
             f"{where}: expected 8 bits a channel, got an image of mode {image.mode!r}: convert it"
         )
     return image.convert("RGB")
@@ -315,7 +315,7 @@ def _processed(processor: Any, image: "Image", where: str) -> Tensor:
         made = processor([image], return_tensors="pt", input_data_format="channels_last")
         return made["pixel_values"][0].float()
     except Exception as error:  # of transformers
-        raise InputError(f"{where}: the model's image processor fails ({reason(error)})") from error
+        raise BadImage(f"{where}: the model's image processor fails ({reason(error)})") from error
 
 
 def _load_processor(data: DataConfig) -> tuple[Any, tuple[int, ...], tuple[int, int]]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from kronsae.config import SAEConfig, TrainConfig
 from kronsae.data import ActivationSource, IterableActivations, TensorActivations
 from kronsae.data.activations import Pair
-from kronsae.data.common import Interrupted, digest
+from kronsae.data.common import BadImage, Interrupted, digest
 from kronsae.errors import InputError
 from kronsae.metrics.heldout import (
     Heldout,
@@ -299,7 +299,9 @@ def _rescue(session: Session, error: InputError) -> list[str]:
         where = folder.path if isinstance(folder, SweepFolder) else folder.sae
         lines.append(f"What was learned in the first {learned:,} tokens is in {where}")
     # No command where a resumed run would end alike, or where the folder is gone.
-    if folder.index.exists() and not isinstance(error, DataEnded | Diverged):
+    if isinstance(error, BadImage):
+        lines.append("Then start again: a run does not go on with other images")
+    elif folder.index.exists() and not isinstance(error, DataEnded | Diverged):
         command = command_line("train", "--resume", str(folder.path))
         if next(iter(session.members.values())).settings["config"]["data"] is None:
             command = f"fit(..., out={str(folder.path)!r}, resume=True)"

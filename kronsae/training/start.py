@@ -19,7 +19,8 @@ from kronsae.config import (
     from_dict,
     with_defaults,
 )
-from kronsae.data.hookpoints import Site
+from kronsae.data import loading
+from kronsae.data.hookpoints import Site, check_layer
 from kronsae.errors import InputError, warn
 from kronsae.interop.load import load
 from kronsae.interop.pretrained import REGISTRY
@@ -188,12 +189,19 @@ class Starts:
         return {"source": self.source, **note_of(sae)}
 
     def check_place(self, sae: SAE, data: DataConfig) -> None:
-        """Give a notice if an SAE was trained at another hookpoint than `data` names."""
+        """Give a notice if an SAE was trained at another hookpoint than `data` names.
+
+        Raises InputError if the model has no such layer.
+        """
         known = known_data(sae)
         if known.get("layer") is None and known.get("hookpoint") is None:
             return
         was = with_defaults(DataConfig, known)
         if _site(was) != _site(vars(data)):
+            site = Site.of(data.hookpoint)
+            layer = site.layer if site else data.layer
+            if layer is not None and data.activations is None:
+                check_layer(data.model, loading.config_of(data), layer)
             warn(
                 f"--finetune {self.source} was trained at {hookpoint_name(was)} of "
                 f"{was['model']}, and goes on at {hookpoint_name(vars(data))} of {data.model}"
