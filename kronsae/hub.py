@@ -26,7 +26,7 @@ from kronsae.model.origin import Origin
 from kronsae.model.sae import SAE
 from kronsae.runs.folder import saved_members
 from kronsae.runs.sweep import comparison
-from kronsae.system.documents import part_of
+from kronsae.system.documents import part_of, shown
 from kronsae.system.files import write_json
 from kronsae.system.tables import markdown
 from kronsae.system.templates import render
@@ -61,8 +61,8 @@ def push(
     """
     from huggingface_hub import HfApi
 
-    if repo_id.count("/") != 1:
-        raise InputError(f"repo_id: expected 'owner/name', got {repo_id!r}")
+    if not isinstance(repo_id, str) or repo_id.count("/") != 1:
+        raise InputError(f"repo_id: expected 'owner/name', got {shown(repo_id)}")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "repository"
         if not isinstance(source, SAE) and (Path(source) / INDEX_NAME).is_file():

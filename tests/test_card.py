@@ -14,6 +14,7 @@ from kronsae.config import DataConfig
 from kronsae.features import card
 from kronsae.features.card import PASSAGES, percent
 from kronsae.features.model import Place, TargetModel
+from kronsae.properties.labels import Label, write_labels
 from kronsae.properties.run import digest_of
 from kronsae.properties.store import save_properties
 from kronsae.system.files import sha256
@@ -149,6 +150,9 @@ def test_a_card_in_a_notebook(made, busiest, shown, tmp_path):
         lm.feature(busiest)
     made.sae.source = str(tmp_path / "run")
     assert lm.feature(busiest, label=LABEL)._repr_html_() == shown._repr_html_()
+    labels = {busiest: Label(LABEL)}
+    write_labels(labels, tmp_path / "run" / "labels.json", facts["sae_sha256"])
+    assert lm.feature(busiest)._repr_html_() == shown._repr_html_()
     with pytest.raises(InputError, match="latent: expected"):
         lm.feature(made.sae.dict_size)
     other = SAE(SAEConfig(d_model=6, heads=2, m=2, n=2, k=2))

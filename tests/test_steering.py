@@ -8,9 +8,11 @@ import torch
 from tiny_models import WIDTH, save_model
 
 from kronsae import SAE, InputError, SAEConfig
+from kronsae.config import DataConfig
 from kronsae.data import LanguageModel
 from kronsae.data.packing import PADDING
 from kronsae.errors import Notice
+from kronsae.features.model import Place, TargetModel
 from kronsae.interventions import (
     calibrated,
     continuations,
@@ -191,3 +193,7 @@ def test_calibrated_text_is_within_its_budget(model, sae):
     assert best.ratio == ratios[best.strength] <= 1.3 and 0 < best.strength < 50 * 32
     above = [ratio for strength, ratio in best.tried if strength > best.strength]
     assert above and min(above) > 1.3 and len(best.tried) <= 10
+    lm = TargetModel([Place(sae, model, DataConfig())])
+    text = model.tokenizer.decode(PROMPT)
+    same = lm.calibrated(3, text, 1.3, usual=50.0, new_tokens=3, samples=4)
+    assert (same.strength, same.ratio) == (best.strength, best.ratio)

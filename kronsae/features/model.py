@@ -27,11 +27,12 @@ from kronsae.features.card import Card, card
 from kronsae.features.text import Features
 from kronsae.interventions.effects import factors, silence
 from kronsae.interventions.hooks import Edit, ablate, clamp, intervene, steer
-from kronsae.interventions.steering import check_numbers, generated
+from kronsae.interventions.steering import Calibration, calibrated, check_numbers, generated
 from kronsae.metrics.target_model import check_widths, data_of, known_data
 from kronsae.model.massive import rule_of, without
 from kronsae.model.sae import SAE
 from kronsae.properties.correlation import joined
+from kronsae.properties.labels import labels_beside
 from kronsae.properties.run import digest_of, folder_of
 from kronsae.properties.store import Stored, load_properties
 from kronsae.system.devices import resolve_device, seed_everything
@@ -296,7 +297,8 @@ class TargetModel:
 
         properties: the folder that `kronsae properties` or `kronsae explore` wrote (default:
             RUN/properties of the run that the SAE was loaded from, or the folder of this SAE in
-            runs/explored).  label: what the latent is said to stand for.
+            runs/explored).  label: what the latent is said to stand for
+            (default: the one in labels.json beside the properties, from `kronsae explore`).
         Raises InputError if there is none, if it is of another SAE, or for a latent outside [0, F).
         """
         own = self.place(sae).sae
@@ -316,6 +318,9 @@ class TargetModel:
                 f"{folder} has the properties of another SAE: measure this one's with "
                 "`kronsae explore`"
             )
+        own.check_latents([latent])
+        if label is None and (said := labels_beside(folder.parent, own.dict_size, digest)):
+            label = said[latent].text if latent in said else None
         return card(own, stored, latent, self.tokenizer, label)
 
     # Changing
@@ -354,6 +359,35 @@ class TargetModel:
         Raises InputError for a latent outside [0, F).
         """
         return self.edit([steer(*pair) for pair in _pairs(strengths)], sae)
+
+    def calibrated(
+        self,
+        latent: int,
+        prompt: str,
+        budget: float = 1.5,
+        sae: SAE | None = None,
+        *,
+        usual: float = 1.0,
+        **draw: Any,
+    ) -> Calibration:
+        """The largest strength to steer a latent by with which the model still writes fluently.
+
+        budget: how many times the perplexity of unsteered text that of steered text may be.
+        usual: the strength to begin with, such as the latent's largest activation.
+        draw: new_tokens (40), samples (8) and seed (0) of the texts.
+        The result has `strength`, and the texts `before` and `after`; see
+        `kronsae.interventions.calibrated`, which also says what is raised.
+        """
+        place = self.place(sae)
+        place.sae.check_latents([latent])
+        return calibrated(
+            place.model,
+            self._prompt(prompt)[0],
+            lambda strength: intervene(place.model, place.sae, [steer(latent, strength)]),
+            budget,
+            usual=usual,
+            **draw,
+        )
 
     def clamp(
         self, values: Mapping[int, float], sae: SAE | None = None

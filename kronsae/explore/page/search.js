@@ -66,7 +66,7 @@ function piecesOf(query) {
 }
 
 // How strongly latents fire on what was typed, strongest first. The strength on a token is the mean
-// activation there, less that on all tokens; on a text, the mean over its pieces by their weights.
+// activation there, minus the mean on all tokens; on a text, the mean over its pieces by their weights.
 function byToken(query, group) {
   const pieces = piecesOf(query);
   const total = pieces.reduce((sum, { weight }) => sum + weight, 0);
@@ -158,8 +158,8 @@ function foundList(title, note, found, line) {
 
 function firing(query, group) {
   return foundList(group === 'post' ? 'Latents that fire on it' : 'Bases and extensions that fire on it',
-    'By their mean activation there, less that on all tokens; and the share of their activation '
-      + 'that lies on it.', byToken(query, group), ({ row, strongest, on, share }) => unitLine(
+    'Ranked by the mean activation on this token, minus the mean on all tokens. The percentage is the '
+      + 'share of all of a latent\'s activation that lies on it.', byToken(query, group), ({ row, strongest, on, share }) => unitLine(
       unitAtRow(group, row), make('b', null, `${short(strongest)} on `, chip(textOfToken(on))),
       make('small', null, percent(share)), chips(tokensOf(unitAtRow(group, row)))));
 }
@@ -235,7 +235,7 @@ async function searchTexts(query, list, progress) {
   const { marks, count } = marksOf(wanted);
   const times = `${grouped(count)} times in the text`;
   if (!count) {
-    progress.textContent = facts.wholeText ? 'It is not in the text.' : 'It is in no example.';
+    progress.textContent = facts.wholeText ? 'The text that was read does not contain it.' : 'No example contains it.';
     return;
   }
   let found = [];
