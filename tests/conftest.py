@@ -5,9 +5,12 @@ Without a GPU, Triton's interpreter runs the kernels, on CPU tensors. Where seve
 """
 
 import dataclasses
+import math
 import os
 import signal
 import sys
+import zlib
+from collections import defaultdict
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     os.environ["OMP_NUM_THREADS"] = "1"  # torch reads it when it is imported
@@ -106,9 +109,27 @@ LONGEST = (
 """Files that take longest: they come first, so that no process has one left when all others end."""
 
 
+def mark_most_cases_slow(items):
+    """Mark all but one in n cases of a test with the mark `one_in(n)` as slow: the same each time.
+
+    A case that is asked for by its name alone is run.
+    """
+    cases = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("one_in") and not item.get_closest_marker("slow"):
+            is_long = bool(item.get_closest_marker("long"))
+            cases[item.path, item.originalname, is_long].append(item)
+    for many in cases.values():
+        many.sort(key=lambda item: zlib.crc32(item.name.encode()))
+        kept = math.ceil(len(many) / many[0].get_closest_marker("one_in").args[0])
+        for item in many[kept:]:
+            item.add_marker("slow")
+
+
 def pytest_collection_modifyitems(config, items):
     """Leave out `slow` and `long` tests unless -m names them; skip `gpu` tests without a GPU."""
     items.sort(key=lambda item: item.path.stem not in LONGEST)  # stable
+    mark_most_cases_slow(items)
     if not torch.cuda.is_available():
         reason = pytest.mark.skip(reason="needs a CUDA device")
         for item in items:

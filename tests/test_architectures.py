@@ -267,6 +267,7 @@ def every(names):
     return [pytest.param(n, marks=() if n in FEW else pytest.mark.long) for n in names]
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("name", every(MODELS))
 def test_what_is_read_is_what_transformers_gives(name, tmp_path):
     folder, reference = made(name, tmp_path / "model")
@@ -335,6 +336,7 @@ def test_roberta_reads_as_many_positions_as_it_has(tmp_path):
 RUNS = [name for name, what in EXPECTED.items() if what.startswith("exact") and name != "mpt"]
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("name", every(RUNS))
 def test_a_plan_counts_the_operations_of_a_run_without_weights(name, tmp_path):
     """Not of all experts, nor of what a warning would say was counted by its parts."""

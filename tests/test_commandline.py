@@ -68,6 +68,7 @@ sys.exit(exit_status(work, []))
 """
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize("place", ["destructor", "callback of a weak reference"])
 def test_a_signal_where_python_drops_what_is_raised_stops_the_process(number, place):
@@ -207,6 +208,7 @@ sys.exit(exit_status(work, sys.argv[1:]))
 """
 
 
+@pytest.mark.one_in(8)
 @pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "cp1252", "ascii"])
 @pytest.mark.parametrize(
     "where", ["| head -8", "> /dev/full", "> /dev/full 2>&1", ">&- 2>&-", "2>&1 | head -1", ""]
@@ -266,6 +268,7 @@ sys.exit(exit_status(work, []))
 """
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("allocate", ["torch.empty(2**30)", "numpy.empty(2**30)", "b' ' * 2**30"])
 def test_memory_that_runs_out_is_a_sentence(allocate):
     code = OUT_OF_MEMORY.format(allocate=allocate)

@@ -219,6 +219,7 @@ def test_too_little_text(texts, words, streaming, tmp_path, monkeypatch):
         open_activations(config, batch_size=BATCH, seed=0, device="cpu")
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("epochs", [1, 2])
 @pytest.mark.parametrize("kind", ["given", "indexed", "streamed", "streamed in its own order"])
 def test_resume(model, kind, epochs, tmp_path, monkeypatch):

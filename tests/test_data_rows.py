@@ -45,6 +45,7 @@ HOLDERS = {
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("hold", HOLDERS.values(), ids=HOLDERS)
 def test_memory_that_anything_still_sees_is_not(hold):
     memory = BatchMemory(8, 3, torch.float32)

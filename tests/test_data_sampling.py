@@ -149,6 +149,7 @@ def test_orders_are_permutations_that_differ():
 # The buffer of a stream
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("name", ["*.jsonl", "*.csv", "*.txt", "*.parquet"])
 @pytest.mark.parametrize("size", [1, 4, 100])
 def test_a_buffered_stream_resumes_at_every_document(tmp_path, name, size):

@@ -27,6 +27,7 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("scipy")
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", EXPERIMENTS)
 def test_smallest_form(name, tmp_path, capsys):
     """Every cell is run; the JSON says with what; a second call runs nothing again."""

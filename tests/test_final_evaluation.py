@@ -160,6 +160,7 @@ def test_a_finished_run_keeps_its_figures_and_can_get_them_later(tmp_path, capsy
     assert final_of(run).items() >= figures.items()
 
 
+@pytest.mark.slow
 def test_a_kill_while_figures_are_added_to_an_sae(tmp_path):
     """It leaves a file that is half written beside the SAE: of a run, and of a sweep's member."""
     sweep = ["--lr", "0.001", "0.002"]
@@ -173,6 +174,7 @@ def test_a_kill_while_figures_are_added_to_an_sae(tmp_path):
             assert {path.name for path in sae.iterdir()} == {"config.json", "sae.safetensors"}
 
 
+@pytest.mark.slow
 def test_settings_that_a_resume_changes_are_saved(tmp_path):
     run = tmp_path / "run"
     assert train([*SMALL, "--out", str(run)]) == 0

@@ -97,6 +97,7 @@ def train(config):
     return dataclasses.replace(TRAIN, moments=("float32", "bfloat16")[number % 2])
 
 
+@pytest.mark.one_in(4)
 def test_a_point_from_its_start_to_its_file(config, train, tmp_path):
     """It learns; a run that was stopped and resumed is the same; its file says the same."""
     heldout = heldout_activations()
@@ -261,6 +262,7 @@ def test_decoder_gradients_keep_no_component_along_their_rows(config):
     assert max(rows) < 1e-6, rows
 
 
+@pytest.mark.one_in(4)
 def test_bfloat16_autocast_learns_everywhere(config):
     train = dataclasses.replace(TRAIN, dtype="bfloat16", dead_after_tokens=1)
     learner, batches = Learner(config, train, torch.device("cpu")), iter(source())

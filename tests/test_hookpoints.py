@@ -115,6 +115,7 @@ def losses_with(model, make, ids=IDS):
 # Sites
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", every([*SEQUENTIAL, *PARALLEL]))
 def test_sites_add_up_to_the_residual_stream(name, tmp_path):
     """On other text than that on which they were found, and the modules are those expected."""
@@ -431,6 +432,7 @@ def test_rows_of_some_tokens_are_refused():
 # Commands
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", every(["llama", "gpt2", "gpt_neox", "gemma2", "opt", "falcon"]))
 def test_a_plan_knows_the_widths_without_weights(name, tmp_path):
     folder, _ = made(name, tmp_path / name)

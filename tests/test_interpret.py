@@ -633,6 +633,7 @@ def test_one_command_at_a_time_writes_to_a_folder(folder, server, tmp_path, caps
     lock(tmp_path, "").release()
 
 
+@pytest.mark.slow
 def test_a_second_stop_does_not_wait_for_a_silent_server(folder, server, tmp_path):
     server.silent_from = 3
     flags = [folder, "--latents", "3", "--server", server.url, "--server-model", "m", "--out"]

@@ -248,6 +248,7 @@ def test_what_is_none_is_said_at_once(case, ask, server, servers):
     assert server.written < 2**26
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("case", REPEATED)
 def test_what_may_pass_is_asked_again(case, ask, server):
     behave, words = REPEATED[case]

@@ -40,6 +40,7 @@ def away_from_kinks(shape, composition="mand"):
     raise AssertionError("no such numbers")
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("eps", [0.0, 1e-5])
 @pytest.mark.parametrize("composition", COMPOSITIONS)
 def test_gradcheck_encode(composition, eps):
@@ -219,6 +220,7 @@ def test_nothing_selected_and_no_tokens():
 # Against plain torch, at a middle size
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("ours", ["torch", implementations.TRITON])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_errs_no_more_than_plain_torch(dtype, ours):

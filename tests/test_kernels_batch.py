@@ -40,6 +40,7 @@ def assert_as_reference(encode, tensors, impl, **options):
     return got
 
 
+@pytest.mark.one_in(3)
 @IMPLS
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("k", [1, 4, 10, 30])
@@ -137,6 +138,7 @@ def test_batch_topk_orders_a_token_by_products_and_knows_its_mask(impl):
     assert codes.indices[0].tolist() == [2, 1] and codes.indices[1, 0] == 2
 
 
+@pytest.mark.one_in(4)
 @IMPLS
 @pytest.mark.parametrize("k", [1, 4, 10])
 @pytest.mark.parametrize("kind", KINDS)
@@ -200,6 +202,7 @@ def test_transforms(kind):
         torch.testing.assert_close(got, torch.stack([reference_(x, w, b), reference_(x, -w, b)]))
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize(
     "point",

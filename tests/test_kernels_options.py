@@ -113,6 +113,7 @@ def test_indices_of_other_dtypes(dtype):
 # Masks and scales
 
 
+@pytest.mark.one_in(4)
 @IMPLS
 @pytest.mark.parametrize("share", [0.02, 0.3, 0.9])
 @pytest.mark.parametrize("encode", ENCODERS)

@@ -69,6 +69,7 @@ def integers(*shape, dtype):
     return torch.randint(-2, 3, shape).to(dtype)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("heads", "m", "n"), [(1, 1, 1), (7, 3, 5), (40, 1, 9), (3, 17, 20), (200, 1, 2)]

@@ -126,6 +126,7 @@ def test_jacobians(kind):
         assert_same(*(jacobian(f, argnums=(0, 1, 2))(*inputs) for f in (ours, reference)))
 
 
+@pytest.mark.one_in(4)
 @ALL
 @pytest.mark.parametrize("outer", [jacrev, jacfwd])
 @pytest.mark.parametrize("inner", [jacrev, jacfwd])
@@ -142,6 +143,7 @@ def test_third_derivatives():
     assert_same(third(ours)(inputs[0]), third(reference)(inputs[0]))
 
 
+@pytest.mark.one_in(3)
 @ALL
 def test_gradcheck_of_all_modes(kind):
     ours, _, inputs = both(kind)
@@ -245,6 +247,7 @@ def fresh_compiler():
     torch._dynamo.reset()
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("kind", ["fused mand", "dense", "threshold mand", "nested"])
 @pytest.mark.parametrize("transform", ["jvp", "grad", "vmap", "vmap of grad"])
@@ -279,6 +282,7 @@ def test_transforms_of_a_compiled_function(kind):
     assert_same(grad(cubed(compiled))(*inputs), grad(cubed(ours))(*inputs))
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize("dynamic", [False, True])
 @pytest.mark.parametrize("kind", ["threshold mand", "threshold"])

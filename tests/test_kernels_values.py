@@ -83,6 +83,7 @@ def check(operation, exact, dtype, name, **options) -> None:
     run_cases(both, name, **options)
 
 
+@pytest.mark.one_in(3)
 @of_dtype
 @pytest.mark.parametrize("exact", [True, False], ids=["integers", "normal"])
 @pytest.mark.parametrize("operation", CHECKS)

@@ -121,6 +121,7 @@ def test_a_run_records_the_arguments_and_is_evaluated_with_them(tmp_path, capsys
     assert "model_kwargs" not in config_of(plain)["data"]
 
 
+@pytest.mark.slow
 def test_a_run_of_before_there_were_arguments_resumes(tmp_path):
     run = tmp_path / "run"
     assert train(flags(run)) == 0
@@ -206,6 +207,7 @@ def test_fewer_bits_need_a_package(folder, bits, monkeypatch):
         LanguageModel.load(folder, layer=1, device_map="auto")
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
 def test_a_rounded_model_trains_and_is_evaluated(tmp_path, bits, capsys):
     pytest.importorskip("bitsandbytes")

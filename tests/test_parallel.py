@@ -72,6 +72,7 @@ def test_the_cases_have_dead_latents_clipping_and_tiny_batches(learned):
     assert min(ranks.BATCHES) < 4 and all(b % 2 for b in ranks.BATCHES)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("layout, point", CASES)
 def test_ranks_learn_what_one_process_learns(layout, point, of_ranks, learned):
     """Losses and all other metrics, weights, dead latents; the selection exactly, on each rank."""
@@ -89,6 +90,7 @@ def test_ranks_learn_what_one_process_learns(layout, point, of_ranks, learned):
         torch.testing.assert_close(got["weights"][name], weight, rtol=1e-10, atol=1e-10, msg=name)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_bfloat16_moments_are_the_same_on_ranks_that_share_tokens(layout, of_ranks):
     """Or weights would drift apart. Ranks that share heads draw other noise than one process."""
@@ -104,6 +106,7 @@ def test_bfloat16_moments_are_the_same_on_ranks_that_share_tokens(layout, of_ran
                     assert torch.equal(tensor, first[part][name]), (part, name)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_latents_compete_by_their_product(layout, of_ranks):
     """Equal roots, different products: the larger product is selected, on whatever rank it is."""
@@ -121,6 +124,7 @@ def figures(record):
     return {name: value for name, value in record.items() if name not in clock}
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_run_of_ranks_is_that_of_one_process(layout, of_ranks, alone, folder):
     """Its records, written by rank 0 alone, and the SAE that it leaves."""
@@ -212,6 +216,7 @@ def sharded(folder, count):
     return whole
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("saved", [2, 3, 4, 6])
 @pytest.mark.parametrize("loaded", [1, 2, 3, 4, 6])
 def test_any_number_of_ranks_finds_its_rows(saved, loaded, tmp_path):

@@ -322,6 +322,7 @@ def test_steps_are_timed_as_configured(monkeypatch):
     assert given == (timing.ROUNDS + 1) * [((128, 256), (128, 32))]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_outline_is_what_the_loaded_model_has(family, tmp_path):
     """Width of every hookpoint that runs in a block, and parameters, without any weight."""

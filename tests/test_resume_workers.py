@@ -117,6 +117,7 @@ def chain(tmp_path_factory):
     return folder, whole, parts
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", LIVE + CACHE)
 def test_with_another_number_of_processes(name, chain):
     _, whole, parts = chain
@@ -128,6 +129,7 @@ def test_with_another_number_of_processes(name, chain):
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", LIVE)
 @pytest.mark.parametrize("first, then", [("off", "on"), ("on", "off")])
 def test_with_the_language_model_in_a_thread_or_not(
@@ -143,6 +145,7 @@ def test_with_the_language_model_in_a_thread_or_not(
     assert not found[0].equal(found[31])  # the text comes in another order the second time
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", CACHE)
 @pytest.mark.parametrize("readers", [1, 3])
 def test_with_more_files_read_at_a_time(name, readers, chain, monkeypatch, tmp_path):

@@ -204,6 +204,7 @@ def opened(points, **settings):
     return open_hookpoints(points, batch_size=64, seed=3, device="cpu", **settings)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("overlap", ["off", "on"])
 def test_each_hookpoint_gives_what_it_gives_alone(points, overlap):
     points = {n: dataclasses.replace(data, overlap=overlap) for n, data in points.items()}
@@ -604,6 +605,7 @@ def test_what_diverged_is_in_no_chart(trained, tmp_path):
     assert "-9.8e+13" in page and page.count("e+1") == 2  # in the table, of two members
 
 
+@pytest.mark.slow
 def test_a_sweep_at_one_hookpoint_has_no_charts_of_them(tmp_path):
     status, _, err = finish(*SMALL, "--tokens", "1000", "--k", "4", "--out", tmp_path / "sweep")
     assert status == 0, err

@@ -230,6 +230,7 @@ def test_a_run_that_diverges_says_so_in_a_sentence(flags, tmp_path):
     assert "This run is of no use" in (out / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_sweep_of_which_one_diverges(tmp_path):
     """lr 1e25 beside a healthy one, which ends as it does alone, and one that ends hopeless."""
     flags = [*SMALL, "--tokens", "4000"]

@@ -322,6 +322,7 @@ GRID = [
 ]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "arguments",
     [

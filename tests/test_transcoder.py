@@ -58,6 +58,7 @@ def config(request):
     return SAEConfig(k=4, **request.param)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "skip", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["", "skip"]
 )

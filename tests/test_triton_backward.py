@@ -18,7 +18,6 @@ from kronsae_kernels.triton_impl.device import hashed as hashed_by_kernel
 from kronsae_kernels.triton_impl.device import rounded_by_chance as rounded_by_kernel
 
 CASES = 200
-DRAWN_PARTS = [pytest.param(part, marks=[pytest.mark.slow] * (part > 0)) for part in range(8)]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -137,7 +136,8 @@ ODD = (1, 2, 3, 5, 8, 16, 17, 33, 37, 40, 48)
 """Widths: with and without whole pieces of 8 and 16."""
 
 
-@pytest.mark.parametrize("part", DRAWN_PARTS)
+@pytest.mark.one_in(8)
+@pytest.mark.parametrize("part", range(8))
 def test_rows(part, device):
     """Pieces that are whole and not, segments, empty rows, one token, each mode and dtype."""
     for case in range(part, CASES, 8):
@@ -216,7 +216,8 @@ def check_heads(drawn: Drawn, what: str, h: int, m: int, n: int, d: int, tokens:
     assert_close(f"{what}: gradient of bias", out_bias, of_bias, rtol)
 
 
-@pytest.mark.parametrize("part", DRAWN_PARTS)
+@pytest.mark.one_in(8)
+@pytest.mark.parametrize("part", range(8))
 def test_heads(part, device, monkeypatch):
     """Extension rows of one program and of several, segments, empty runs, each mode and dtype."""
     for case in range(part, CASES, 8):

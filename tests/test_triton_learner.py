@@ -94,6 +94,7 @@ def test_fused_and_torch_steps_give_the_same_run(config, decoder_norm):
     assert_same(*runs)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", ["kron", "batchtopk", "jumprelu"])
 def test_steps_are_the_same_while_k_changes(name):
     config = {"kron": KRON, "batchtopk": BATCHES["kron"], "jumprelu": JUMPS["kron"]}[name]
@@ -158,6 +159,7 @@ def test_jumprelu_gives_the_same_run(name, monkeypatch):
     torch.testing.assert_close(state["exp_avg"], theirs["exp_avg"], rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_batches_with_too_few_candidates_are_made_again_wherever_somebody_looks(monkeypatch):
     """Before a checkpoint, and one by one: the same bits. A spoiled batch is left out as ever."""
     monkeypatch.setattr(learners, "CANDIDATES_PER_K", 1)
@@ -265,6 +267,7 @@ def spoiled(x: torch.Tensor, size: float = 1e30) -> torch.Tensor:
     return x
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "config, operations_of, kernels_of",
     [

@@ -81,9 +81,8 @@ def as_double(leaves: list[Tensor | None]) -> list[Tensor | None]:
     return [None if leaf is None else leaf.double() for leaf in leaves]
 
 
-@pytest.mark.parametrize(
-    "part", [pytest.param(part, marks=[pytest.mark.slow] * (part > 0)) for part in range(8)]
-)
+@pytest.mark.one_in(8)
+@pytest.mark.parametrize("part", range(8))
 def test_drawn_cases(part, device):
     for seed in range(part, CASES, 8):
         leaves, indices, bounds, exact = drawn(seed)

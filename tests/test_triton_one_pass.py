@@ -110,9 +110,8 @@ def drawn(number: int):
     return m, n, heads, k, COMPOSITIONS[draw(0, 2)], (torch.bfloat16, torch.float16)[number % 2]
 
 
-@pytest.mark.parametrize(
-    "number", [pytest.param(n, marks=[pytest.mark.slow] * (n >= 12)) for n in range(32)]
-)
+@pytest.mark.one_in(8)
+@pytest.mark.parametrize("number", range(32))
 def test_drawn_heads(number, device):
     """Each token has another kind of numbers; every second case is ordered by its heads' keys."""
     m, n, heads, k, composition, dtype = drawn(number)
@@ -127,6 +126,7 @@ def test_drawn_heads(number, device):
         check_heads(x, w_enc, None, m, k, composition, pre)
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("m", "n", "heads", "d", "tokens", "k", "bias", "composition", "dtype", "tma"),
     [
@@ -222,6 +222,7 @@ def test_lengths_of_products(device):
     assert ((pre.cpu().double() - value).abs() <= error).all()
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("composition", COMPOSITIONS)
 @pytest.mark.parametrize(("m", "n", "k"), [(2, 4, 7), (3, 1, 20)])
 def test_encode_equals_the_reference(composition, m, n, k, device, kernels):

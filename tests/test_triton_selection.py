@@ -120,6 +120,7 @@ SPECIAL = (
 )  # fmt: skip
 
 
+@pytest.mark.one_in(4)
 @of_composition
 @pytest.mark.parametrize("name", SPECIAL)
 def test_special_numbers(name, composition, device):
@@ -300,6 +301,7 @@ def test_chunks_of_tokens_change_nothing(device, monkeypatch):
     assert_same(run(), expected)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("allowed", [0, 1, 5, 12])
 @pytest.mark.parametrize("composition", ["mand", "mul"])
 @pytest.mark.parametrize("fits", [True, False], ids=["kernels", "torch"])
@@ -363,6 +365,7 @@ def draw(number: int) -> Drawn:
     )  # fmt: skip
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("block", range(10))
 def test_drawn_cases(block, device, monkeypatch):
     """25 each: ties, signed zeros, NaN, masks of any number of latents, k from 1 to F, splits,

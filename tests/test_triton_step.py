@@ -399,6 +399,7 @@ def drawn_codes(number: int) -> dict[str, Any]:
     }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("block", range(10))
 @pytest.mark.parametrize("one_gather", [True, False], ids=["one-gather", "two-gathers"])
 def test_drawn_codes(one_gather, block):
@@ -608,6 +609,7 @@ def test_masks_are_bool():
         step.accumulate(x.long())
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "arguments, words",
     [

@@ -30,7 +30,6 @@ KINDS = [
     None,  # a dense encoder
 ]
 CASES = 240
-DRAWN_PARTS = [pytest.param(part, marks=[pytest.mark.slow] * (part > 0)) for part in range(8)]
 
 
 @pytest.fixture(autouse=True)
@@ -105,7 +104,8 @@ def gradients(leaves: list[Tensor], options: dict, weight: Tensor, impl: str) ->
     return list(torch.autograd.grad((values * of_code).sum(), leaves))
 
 
-@pytest.mark.parametrize("part", DRAWN_PARTS)
+@pytest.mark.one_in(8)
+@pytest.mark.parametrize("part", range(8))
 def test_drawn_cases(part, device, monkeypatch):
     """Of integers; gradients without a root are integers, too, and equal to the bit."""
     for seed in range(part, CASES, 8):
@@ -139,6 +139,7 @@ def test_drawn_cases(part, device, monkeypatch):
             torch.testing.assert_close(a, b, rtol=0, atol=rounding * scale, msg=where)
 
 
+@pytest.mark.one_in(4)
 @pytest.mark.parametrize("kind", KINDS, ids=str)
 @pytest.mark.parametrize("name", SPECIAL)
 def test_special_numbers(name, kind, device):
@@ -164,6 +165,7 @@ def test_nan_is_of_its_token_alone(device):
     assert not values[1].any() and values[0].any() and values[2].any()
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("most", [8, 256])
 def test_more_latents_than_a_program_sorts(most, device, monkeypatch):
     """All 300 of a token, with ties, sorted by torch and ranked in several blocks; and few."""

@@ -58,6 +58,7 @@ def small_blocks():
         yield
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     ("operation", "name", "dtype", "exact"),
     chosen(),
