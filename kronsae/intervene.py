@@ -62,13 +62,12 @@ from kronsae.metrics.target_model import (
 )
 from kronsae.metrics.usual import Usual, usual_values
 from kronsae.model.massive import rule_of
-from kronsae.model.sae import SAE, WEIGHTS_NAME
+from kronsae.model.sae import SAE
 from kronsae.properties.contexts import short
-from kronsae.properties.run import is_run, kept
-from kronsae.properties.store import FOLDER
+from kronsae.properties.run import digest_of, folder_of, kept
 from kronsae.runs.folder import RunFolder, versions
 from kronsae.system.devices import resolve_device, seed_everything
-from kronsae.system.files import sha256, write_json
+from kronsae.system.files import write_json
 from kronsae.system.progress import Pace
 from kronsae.system.tables import console_table, wrapping_console
 
@@ -318,7 +317,7 @@ def _steering(
     given = request.set or request.add or (Strength(1.0, True) if request.fluency else None)
     baseline = request.mean_difference
     with quiet():
-        usual = _of_properties(request, latents) if given else {}
+        usual = _of_properties(sae, request, latents) if given else {}
         source, text = "its properties", None
         if given and not usual or baseline == []:
             must = baseline == [] or given is not None and given.of_usual
@@ -358,12 +357,10 @@ def _steering(
     }
 
 
-def _of_properties(request: argparse.Namespace, latents: list[int]) -> dict[int, Usual]:
-    """What is usual for the latents by RUN/properties/; {} if they are not there, or others."""
-    run = Path(request.run)
-    if not is_run(run):
-        return {}
-    stored = kept(run / FOLDER, sha256(run / "sae" / WEIGHTS_NAME), {}, given_data(request))
+def _of_properties(sae: SAE, request: argparse.Namespace, latents: list[int]) -> dict[int, Usual]:
+    """What is usual for the latents by the properties of the SAE; {} without, or of other text."""
+    digest = digest_of(sae)
+    stored = kept(folder_of(request.run, digest), digest, {}, given_data(request))
     return {} if stored is None else stored.usual(latents)
 
 

@@ -226,11 +226,11 @@ def test_command(tmp_path, capsys):
     write_labels(labels, run / "labels.json", sha256(run / "sae" / "sae.safetensors"))
 
     def export(library, *more):
-        return main([str(run), "--to", library, "--out", str(out), *more])
+        return main([str(run), "--to", library, "--out", str(out / library), *more])
 
     assert export("neuronpedia", "--tokens", "1000", "--features", "5", "7") == 0
     assert load_properties(run / "properties").properties.tokens >= 1000  # it was measured
-    folder = out / "embedded" / "2-kronsae-res-128"
+    folder = out / "neuronpedia" / "embedded" / "2-kronsae-res-128"
     assert (
         f"Wrote {folder}: 2 latents for Neuronpedia, 2 of them explained (1 by a person)"
         in capsys.readouterr().out
@@ -240,6 +240,10 @@ def test_command(tmp_path, capsys):
     explanations = [(r["description"], r["notes"]) for r in rows(folder, "explanations")]
     assert explanations == [("words", "by model; detection 0.50"), ("mine", "by a person")]
 
+    assert export("sae_dashboard", "--features", "5") == 0
+    assert "explained" not in capsys.readouterr().out
+    assert export("sae_dashboard", "--explanations", str(run / "explanations")) == 2
+    assert "sae_dashboard holds no explanations: leave --explan" in capsys.readouterr().err
     assert export("sae_dashboard", "--features", "128") == 2
     assert "latent: expected 0 to 127, got 128" in capsys.readouterr().err
     assert export("sae_lens", "--features", "5") == 2

@@ -9,6 +9,7 @@ from kronsae import SAE, InputError, SAEConfig
 from kronsae.data import LanguageModel
 from kronsae.intervene import continuation, main
 from kronsae.interventions.hooks import clamp, intervene, steer
+from kronsae.properties.__main__ import main as properties
 
 PROMPT = "def read(self, path):\n    return self."
 
@@ -74,6 +75,16 @@ def test_strengths_of_what_is_usual(folder, tmp_path, capsys):
     assert [way["what"] for way in document["continuations"]] == ["before", "after"]
     assert main([*flags, "--set", "-1x"]) == 0
     assert "set to -" in capsys.readouterr().out
+
+
+def test_what_is_usual_of_an_sae_whose_properties_are_kept(folder, tmp_path, monkeypatch):
+    """Those of an SAE that is no run lie in runs/explored."""
+    monkeypatch.chdir(tmp_path)
+    assert properties([folder, "--tokens", "300"]) == 0
+    flags = ["--latent", "3", "--prompt", PROMPT, "--new-tokens", "1", "--add", "1x", "--out", "o"]
+    assert main([folder, *flags]) == 0
+    usual = json.loads((tmp_path / "o" / "intervention.json").read_text())["usual"]
+    assert usual["from"] == "its properties" and usual["3"]["read"] >= 300
 
 
 def test_fluency_beside_the_mean_difference(folder, tmp_path, capsys):

@@ -104,6 +104,8 @@ class Dashboard(ABC):
     """The name of what reads it."""
     how_to_load: ClassVar[str]
     """How the folder {out} gets there."""
+    has_explanations: ClassVar[bool] = True
+    """Whether its files hold explanations of latents."""
 
     @staticmethod
     @abstractmethod

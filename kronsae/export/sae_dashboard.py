@@ -24,6 +24,7 @@ TICKS = 5
 @DASHBOARDS.register("sae_dashboard")
 class SAEDashboard(Dashboard):
     library = "SAEDashboard"
+    has_explanations = False
     how_to_load = (
         "from sae_dashboard.sae_vis_data import SaeVisConfig, SaeVisData; "
         'SaeVisData.load_json("{out}/sae_vis.json", SaeVisConfig(hook_point="", features=[]), '

@@ -36,14 +36,18 @@ def share(request: argparse.Namespace, is_sweep: bool) -> None:
             f"{path} is no run folder: --to {request.to} writes what was measured on a run's text"
         )
     members = _members(path, request.members) if is_sweep else {"": (path, "")}
+    if request.explanations is not None and not dashboard.has_explanations:
+        raise InputError(f"--to {request.to} holds no explanations: leave --explanations out")
     if request.explanations is not None and len(members) > 1:
         raise InputError("--explanations are of one SAE: choose it by --members")
     given = {} if request.tokens is None else {"tokens": request.tokens}
     trusted = {"trust_remote_code": True} if request.trust_remote_code else {}
     for name, (run, suffix) in members.items():
         source = open_run(run, trusted, "cpu")
-        labels = labels_beside(run, source.sae.dict_size, source.digest)
-        explained = with_labels(_explanations(run, request.explanations), labels)
+        explained = {}
+        if dashboard.has_explanations:
+            labels = labels_beside(run, source.sae.dict_size, source.digest)
+            explained = with_labels(_explanations(run, request.explanations), labels)
         source.sae.check_latents([*explained, *(request.features or ())])
         opened = open_properties(source, given)
         names = Names(request.model_id, request.source_set, request.creator or "kronsae", suffix)
