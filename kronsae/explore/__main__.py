@@ -96,6 +96,8 @@ def _explore(
     settings: dict[str, Any], text: dict[str, Any], flags: dict[str, Any], door: socket | None
 ) -> None:
     """Write what the flags ask for, or serve it behind the door."""
+    if "out" in flags:
+        check_writable(flags["out"].parent)
     run, text, place = member_named(flags["run"], text, given_place(flags))
     if (run / INDEX_NAME).is_file() and "subfolder" not in place:
         if flags.keys() & {"feature", "serve", "labels"} or "out" not in flags:
