@@ -25,6 +25,9 @@ def explanations(folder, **latents):
 def test_what_is_written_is_read(tmp_path):
     write_labels(LABELS, tmp_path / FILE, "abc")
     assert read_labels(tmp_path / FILE, 11, "abc") == read_labels(tmp_path, 11, "abc") == LABELS
+    by_hand = {"format": "kronsae-labels", "labels": {"3": "mine"}}
+    (tmp_path / FILE).write_text(json.dumps(by_hand))
+    assert read_labels(tmp_path, 11, "abc") == {3: Label("mine")}
 
 
 def test_explanations_become_labels_and_none_of_a_person_is_lost(tmp_path):
@@ -51,6 +54,7 @@ def test_says_what_is_wrong(tmp_path):
         ([], "expected format 'kronsae-labels'"),
         ({"format": "kronsae-labels", "labels": {"x": {"text": "a"}}}, "numbers of latents"),
         ({"format": "kronsae-labels", "labels": {"1": {}}}, "'text' is missing"),
+        ({"format": "kronsae-labels", "labels": {"1": 3}}, "expected an object"),
         ({"format": "kronsae-labels", "labels": {"1": {"text": "a", "detection": 2}}}, "0 to 1"),
         ({"format": "kronsae-interpretation", "explainer": "m", "latents": [{}]}, "is missing"),
     ):

@@ -346,8 +346,21 @@ def test_token_mass_without_a_table(pairs, monkeypatch):
         said = math.sqrt(3 / REGISTERS)
         assert np.abs(error[:-1]).max() < 4 * said
         assert np.sqrt(np.square(error[:-1]).mean()) < 1.5 * said
-        with pytest.raises(ValueError, match="sketch"):
-            mass.top(5)
+        assert_estimated(mass.top(5), table)
+
+
+def assert_estimated(found, exact):
+    """Tokens with a clear share are found, and shares are about the true ones."""
+    true_tokens, true_shares = exact.top(5)
+    tokens, shares = found
+    for latent, (first, second) in enumerate(true_shares[:, :2]):
+        if first > second + 0.05:
+            assert tokens[latent, 0] == true_tokens[latent, 0]
+    of_all = exact.table / exact.table.sum(0).clip(min=1e-9)
+    there = tokens >= 0
+    true = of_all[tokens, np.arange(len(tokens))[:, None]][there]
+    assert there.any() and np.abs(shares[there] - true).max() < 0.02 and (shares[~there] == 0).all()
+    assert (np.diff(shares, axis=1) <= 0).all()
 
 
 def test_token_mass_of_dense_activations(monkeypatch):
@@ -364,17 +377,24 @@ def test_token_mass_of_dense_activations(monkeypatch):
     sketch.add_dense(tokens, values)
     assert not sketch.exact
     assert np.abs(sketch.entropy() - exact.entropy()).max() < 4 * math.sqrt(3 / REGISTERS)
+    assert_estimated(sketch.top(5), exact)
 
 
-def test_top_tokens_of_examples_where_the_sums_are_a_sketch(monkeypatch):
+def test_top_tokens_where_the_sums_are_a_sketch(monkeypatch):
+    """They are those of all activations, and not of the strongest examples alone."""
+    sae, text = an_sae(KRON), a_text()
+    exact = measure(sae, batches(text, 3), TOKENS, SETTINGS)
     monkeypatch.setattr(token_mass_module, "TABLE_ENTRIES", 0)
     monkeypatch.setattr(token_mass_module, "PAIRS", 10)
-    sae, text = an_sae(KRON), a_text()
     found = measure(sae, batches(text, 3), TOKENS, SETTINGS)
     assert found.exact_entropy == {"post": False, "pre": False}
-    middle = found.post.top.tokens[:, 0, WINDOW // 2]
-    fires = found.post.count > 0
-    assert (found.post.top_tokens[fires] == middle[fires, None]).any(1).all()
+    for estimated, true in ((found.post, exact.post), (found.pre, exact.pre)):
+        clear = true.top_shares[:, 0] > true.top_shares[:, 1] + 0.05
+        assert clear.any()
+        assert (estimated.top_tokens[clear, 0] == true.top_tokens[clear, 0]).all()
+        np.testing.assert_allclose(
+            estimated.top_shares[clear, 0], true.top_shares[clear, 0], atol=0.03
+        )
 
 
 def test_sample_is_uniform():

@@ -29,7 +29,7 @@ from kronsae.properties.examples import (
     random_scores,
 )
 from kronsae.properties.histogram import Histograms
-from kronsae.properties.token_mass import TokenMass, largest_shares
+from kronsae.properties.token_mass import TokenMass
 from kronsae_kernels import SparseCodes
 
 PAPER_SAMPLE = 384
@@ -120,7 +120,8 @@ class Properties(NamedTuple):
     other_correlation: np.ndarray | None
     """[F] with all other latents. Both: None if correlation_tokens is 0."""
     exact_entropy: dict[str, bool]
-    """Whether token entropies are exact, or estimates of a sketch; by "post" and "pre"."""
+    """Whether token entropies and the shares of top tokens are exact, or estimates of a sketch; by
+    "post" and "pre"."""
     text: np.ndarray | None = None
     """[c, L] token ids of all contexts that were read (-1: padding), which examples' places number;
     None: it was longer than TEXT_TOKENS, or an older version measured this."""
@@ -343,9 +344,7 @@ class _Sums:
         self.shares += (fired / lengths.clip(min=1)[:, None]).sum(0)
 
     def result(self) -> Examined:
-        top = self.top.sort()
-        exact = self.mass.exact
-        tokens, shares = self.mass.top(TOP_TOKENS) if exact else _tokens_of(top)
+        tokens, shares = self.mass.top(TOP_TOKENS)
         return Examined(
             self.count,
             self.sum / self.count.clip(min=1),
@@ -355,19 +354,10 @@ class _Sums:
             self.histograms.top,
             tokens,
             shares,
-            top,
+            self.top.sort(),
             self.sample.sort(),
             None if self.intervals is None else self.intervals.examples.sort(),
         )
-
-
-def _tokens_of(top: Examples) -> tuple[np.ndarray, np.ndarray]:
-    """The tokens of the strongest examples by their activation, where sums by token are unknown."""
-    latents, slots = (top.places >= 0).nonzero()
-    tokens = top.tokens[latents, slots, WINDOW // 2]
-    pairs, of_example = np.unique(np.stack([latents, tokens]), axis=1, return_inverse=True)
-    mass = np.bincount(of_example.ravel(), top.scores[latents, slots])
-    return largest_shares(pairs[0], pairs[1], mass, len(top.places), TOP_TOKENS)
 
 
 def _correlations(sae: SAE, codes: SparseCodes) -> tuple[np.ndarray | None, np.ndarray]:

@@ -102,6 +102,7 @@ def plain(labels: Labels) -> dict[str, dict[str, Any]]:
 
 def _labels(document: Any, path: str) -> Labels:
     labels = typed(document, _DOCUMENT, path)["labels"]
+    labels = {key: {"text": e} if isinstance(e, str) else e for key, e in labels.items()}
     labels = {key: typed(entry, _LABEL, f"{path}: {key}") for key, entry in labels.items()}
     if bad := [key for key in labels if not key.isdecimal()]:
         raise InputError(f"{path}: labels: expected numbers of latents, got {bad[0]!r}")

@@ -1,6 +1,6 @@
 """On which tokens a latent's activation lies: its token entropy, in bounded memory.
 
-Letters: N latents, V tokens of the vocabulary, e events (a latent on a token), R registers.
+Letters: N latents, V tokens of the vocabulary, e events (a latent on a token).
 """
 
 import numpy as np
@@ -13,6 +13,12 @@ PAIRS = 2**24
 
 REGISTERS = 512
 """Registers of the sketch of a latent; its error is sqrt(3 / REGISTERS) = 0.077 nats."""
+
+TABLES, BUCKETS = 4, 128
+"""Tables in which a sketch sums a latent's mass by token, and the least number of sums in each."""
+
+CANDIDATES = 2**28
+"""Pairs of a latent and a token, at most, among which a sketch looks for the top tokens."""
 
 
 class TokenMass:
@@ -35,7 +41,7 @@ class TokenMass:
 
     @property
     def exact(self) -> bool:
-        """Whether all sums are kept; if not, entropies are estimates and `top` is unknown."""
+        """Whether all sums are kept; if not, entropies and shares are estimates of a sketch."""
         if self.waiting:
             self._merge()
         return self.sketch is None
@@ -58,7 +64,7 @@ class TokenMass:
         """values [t, N] of all latents on tokens [t]; without a table they enter the sketch, as
         pre-latents fire on too many tokens for pairs."""
         if self.table is None:
-            self.sketch = self.sketch or Sketch(self.count)
+            self.sketch = self.sketch or Sketch(self.count, self.vocabulary)
             self.sketch.add_dense(tokens, values)
             return
         for token, row in zip(tokens, values.clip(min=0), strict=True):
@@ -70,7 +76,7 @@ class TokenMass:
         self.pairs, of_entry = np.unique(keys, return_inverse=True)
         self.mass, self.waiting = np.bincount(of_entry, mass, len(self.pairs)), []
         if len(self.pairs) > PAIRS:
-            self.sketch = Sketch(self.count)
+            self.sketch = Sketch(self.count, self.vocabulary)
             self.sketch.add(*np.divmod(self.pairs, self.vocabulary), self.mass)
             self.pairs, self.mass = self.pairs[:0], self.mass[:0]
 
@@ -86,12 +92,12 @@ class TokenMass:
         return np.where(some, entropy(latents, mass, self.count), np.nan)
 
     def top(self, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """The tokens with most mass, and their shares of it (`largest_shares`).
+        """The tokens [N, size] with most mass, and their shares; -1 and 0 where there are fewer.
 
-        Raises ValueError if the sums are not exact any more.
+        If the sums are not exact any more, a share is an estimate (`Sketch.top`).
         """
-        if not self.exact:
-            raise ValueError("the sums by token are a sketch, which does not know the tokens")
+        if not self.exact and self.sketch is not None:
+            return self.sketch.top(size)
         return largest_shares(*self._entries(), self.count, size)
 
     def _entries(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -133,19 +139,31 @@ def rank(groups: np.ndarray) -> np.ndarray:
 
 
 class Sketch:
-    """Entropies from REGISTERS random projections of each latent's mass, whatever the vocabulary.
+    """Entropies and top tokens of each latent's mass, in the same memory for any vocabulary.
 
-    Register r of a latent is sum_t m_t X_tr with X from the maximally skewed stable law of index 1,
-    for which E exp(sum_t p_t X_tr) = prod_t p_t^p_t = exp(-entropy). [Clifford and Cosma 2013]
+    Entropies are from REGISTERS random projections. Register r of a latent is sum_t m_t X_tr, X
+    from the maximally skewed stable law of index 1, for which
+    E exp(sum_t p_t X_tr) = prod_t p_t^p_t = exp(-entropy). [Clifford and Cosma 2013]
+    Top tokens are from a count-min sketch: TABLES tables of sums over the tokens that have the same
+    hash, another one in each table. [Cormode and Muthukrishnan 2005]
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, vocabulary: int) -> None:
         self.registers = np.zeros((count, REGISTERS), np.float32)
         self.total = np.zeros(count)
+        width = max(BUCKETS, TABLE_ENTRIES // (TABLES * count))
+        self.buckets = np.zeros((TABLES, width, count), np.float32)
+        cells = np.arange(TABLES * vocabulary).reshape(TABLES, vocabulary)
+        self.bucket_of = (uniform(3, cells) * width).astype(np.int64)
+        self.of_token = np.zeros(vocabulary)
+        """Mass of each token, of all latents."""
 
     def add(self, latents: np.ndarray, tokens: np.ndarray, mass: np.ndarray) -> None:
         """Events [e]."""
         self.total += np.bincount(latents, mass, len(self.total))
+        self.of_token += np.bincount(tokens, mass, len(self.of_token))
+        for table, bucket in zip(self.buckets, self.bucket_of[:, tokens], strict=True):
+            np.add.at(table, (bucket, latents), mass)
         for start in range(0, len(latents), 2**15):
             part = slice(start, start + 2**15)
             seen, of_event = np.unique(tokens[part], return_inverse=True)
@@ -160,6 +178,10 @@ class Sketch:
         self.total += values.sum(0, dtype=np.float64)
         seen, of_token = np.unique(tokens, return_inverse=True)
         self.registers += values.T @ _skewed_stable(seen)[of_token]
+        self.of_token += np.bincount(tokens, values.sum(1), len(self.of_token))
+        for table, buckets in zip(self.buckets, self.bucket_of[:, tokens], strict=True):
+            for bucket, row in zip(buckets, values, strict=True):
+                table[bucket] += row
 
     def entropy(self) -> np.ndarray:
         out = np.full(len(self.total), np.nan)
@@ -167,6 +189,29 @@ class Sketch:
         shares = self.registers[some] / self.total[some, None]
         out[some] = -np.log(np.exp(shares).mean(1))
         return out.clip(min=0)
+
+    def top(self, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """As `TokenMass.top`, of estimates: what the other tokens of a bucket have is subtracted.
+
+        Only the tokens with most mass of all latents are candidates, and shares of less than one in
+        as many as there are buckets are left out.
+        """
+        width, count = self.buckets.shape[1:]
+        most = min(np.count_nonzero(self.of_token), max(2**12, CANDIDATES // count))
+        candidates = np.argsort(-self.of_token, kind="stable")[:most]
+        largest, shares = np.full((count, size), -1), np.zeros((count, size))
+        step = max(1, 2**22 // count)
+        for tokens in np.split(candidates, range(step, len(candidates), step)):
+            sums = zip(self.buckets, self.bucket_of[:, tokens], strict=True)
+            found = np.minimum.reduce([table[bucket] for table, bucket in sums])
+            found -= (self.total - found) / (width - 1)
+            found = np.where(found * width < self.total, 0, found / self.total.clip(min=1e-300)).T
+            both = np.concatenate([shares, found], axis=1)
+            order = np.argsort(-both, axis=1, kind="stable")[:, :size]
+            names = np.concatenate([largest, np.broadcast_to(tokens, found.shape)], axis=1)
+            shares = np.take_along_axis(both, order, 1)
+            largest = np.where(shares > 0, np.take_along_axis(names, order, 1), -1)
+        return largest, shares
 
 
 def _skewed_stable(tokens: np.ndarray) -> np.ndarray:

@@ -150,7 +150,7 @@ function statsOf(unit, block, row) {
       'share of a context on which it fires, mean over contexts where it does'),
   ];
   for (const [name, label, note] of [
-    ['headCorrelation', 'with its head', 'mean correlation with the others of its head'],
+    ['headCorrelation', 'correlation with its head', 'mean over the other latents of its head'],
     ['otherCorrelation', 'with all others', 'mean correlation with all other latents'],
   ]) {
     const value = unit.kind === 'latent' ? block[name]?.data[row] : undefined;
@@ -241,7 +241,8 @@ async function unitView(unit) {
   const bars = (label, style, tokens, values) => tokenBars(
     label, style, rowOf(block[tokens], row), rowOf(block[values], row));
   const shares = [...rowOf(lists[`${unit.group}.shares`], unit.row)].map((share) => share / 65535);
-  const columns = [tokenBars('Top tokens, by share of its activation', 'share',
+  const estimated = facts.exactEntropy[unit.group] ? '' : ' (estimates)';
+  const columns = [tokenBars(`Top tokens, by share of its activation${estimated}`, 'share',
     rowOf(lists[`${unit.group}.tokens`], unit.row), shares)];
   const post = unit.kind === 'latent';
   if (post && block.raised) {
