@@ -27,6 +27,7 @@ DOCS = ["mkdocs-material>=9.6,<10", "mkdocstrings[python]>=1,<2"]
 EXTRAS = {
     # To work on kronsae: tests, linting, the site, building distributions.
     "dev": [
+        "triton>=3.2; platform_system == 'Linux' and platform_machine == 'x86_64'",
         "pytest>=8",
         "pytest-benchmark",
         "pytest-timeout",
@@ -122,6 +123,9 @@ if __name__ == "__main__":
         license_expression="Apache-2.0",
         license_files=["LICENSE"],
         python_requires=">=3.10",
+        # An editable install is then a path of its own, and the folder of a clone, where Python
+        # looks first, does not hide the package of the same name.
+        package_dir={"": "."},
         packages=find_packages(
             include=["kronsae", "kronsae.*", "kronsae_kernels", "kronsae_kernels.*"]
         ),
@@ -129,7 +133,6 @@ if __name__ == "__main__":
         package_data=PACKAGE_DATA,
         install_requires=[
             "torch>=2.7",
-            "triton>=3.2; platform_system == 'Linux' and platform_machine == 'x86_64'",
             "numpy",
             "safetensors>=0.4.5",
             "transformers>=4.48",
