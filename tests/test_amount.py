@@ -3,6 +3,7 @@
 import gzip
 import json
 import random
+import re
 
 import cached
 import datasets
@@ -143,6 +144,7 @@ def test_a_run_says_at_the_start_that_it_will_end_early(tmp_path, capsys):
     assert main([*arguments, "--plan"]) == 0
     planned = " ".join(capsys.readouterr().out.split())
     assert "It would end early: --tokens is 1,000,000, and the text gives about" in planned
+    assert re.search(r"time .* for about [\d,]+ tokens, all of the text: a token takes", planned)
     assert main([*arguments, "--out", str(tmp_path / "run")]) == 2
     said, ended = capsys.readouterr()
     assert "It will end early: --tokens is 1,000,000, and the text gives about" in said

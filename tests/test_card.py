@@ -93,7 +93,7 @@ def test_the_histogram_is_that_of_the_explorer(made, busiest, shown):
 
 
 def test_nothing_breaks_out(shown, tmp_path):
-    text = shown.to_html(tmp_path / "card.html").read_text(encoding="utf-8")
+    text = shown.to_html(tmp_path / "new" / "card.html").read_text(encoding="utf-8")
     page = Page(text)
     tags = {tag for tag, _ in page.elements}
     assert not tags & {"script", "img", "iframe", "base", "form"}

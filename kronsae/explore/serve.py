@@ -31,6 +31,7 @@ from kronsae.commandline import stop_of, stopped
 from kronsae.config import DataConfig
 from kronsae.data.language_model import LanguageModel
 from kronsae.data.loading import quiet
+from kronsae.data.packing import prompt_ids
 from kronsae.errors import InputError
 from kronsae.explore.content import make_content
 from kronsae.explore.write import render
@@ -137,10 +138,10 @@ class Answers:
     def _features(self, text: str) -> Features:
         if len(text) > MAX_TEXT:
             raise InputError(f"text: expected at most {MAX_TEXT:,} characters, got {len(text):,}")
-        features = self.lm.features(text)
-        if len(features) > self.longest:
-            raise InputError(f"text: expected at most {self.longest} tokens, got {len(features)}")
-        return features
+        length = len(prompt_ids(self.lm.tokenizer, text, self.lm.bos))
+        if length > self.longest:
+            raise InputError(f"text: expected at most {self.longest} tokens, got {length}")
+        return self.lm.features(text)
 
     def _continued(self, prompt: str, count: int) -> dict[str, Any]:
         return {"text": self.lm.generate(prompt, count), "next": self._next(prompt)}
@@ -291,7 +292,7 @@ def bound(host: str, port: int) -> Iterator[socket.socket]:
             door.bind((host, port))
             door.listen()
         except (OSError, OverflowError) as error:
-            reason = getattr(error, "strerror", None) or error
+            reason = getattr(error, "strerror", None) or "expected a port from 0 to 65535"
             raise InputError(f"--serve: {host}, port {port}: {reason}") from error
         yield door
 

@@ -44,8 +44,7 @@ class Card(Contents):
 
     def to_html(self, path: str | Path) -> Path:
         """Write the card as a page of its own. Raises InputError if it cannot be written."""
-        path = Path(path)
-        check_writable(path.parent)
+        path = _place_for(path)
         page = templates.render(
             _HERE / "page.html.j2", title=f"Latent {self.latent}", fragment=self._repr_html_()
         )
@@ -54,11 +53,10 @@ class Card(Contents):
 
     def to_png(self, path: str | Path) -> Path:
         """Write the card as a picture. Raises InputError without matplotlib."""
-        path = Path(path)
         require("matplotlib", "the picture of a card")
         from kronsae.features.picture import draw
 
-        check_writable(path.parent)
+        path = _place_for(path)
         write_file(path, lambda beside: draw(self, beside))
         return path
 
@@ -66,6 +64,14 @@ class Card(Contents):
         """Write the card as HTML or PNG, by the name of the file. Raises InputError for others."""
         check_file(Path(path))
         return self.to_png(path) if Path(path).suffix == ".png" else self.to_html(path)
+
+
+def _place_for(path: str | Path) -> Path:
+    """The path, whose folder is made. Raises InputError if nothing can be written there."""
+    path = Path(path)
+    check_writable(path.parent)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 def card(

@@ -246,7 +246,7 @@ class TargetModel:
         longest = self.places[0].model.max_context
         for number, each in enumerate(ids):
             if not each:
-                raise InputError(f"text {number} is empty")
+                raise InputError(f"text {number} is empty: leave it out")
             if longest and len(each) > longest:
                 raise InputError(
                     f"text {number} has {len(each):,} tokens, more than the {longest:,} that "

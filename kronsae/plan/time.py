@@ -16,6 +16,7 @@ import torch
 
 from kronsae.config import DataConfig, RunConfig
 from kronsae.data.activations import overlaps
+from kronsae.data.amount import about
 from kronsae.plan.memory import shortage
 from kronsae.plan.outline import NoOutline, Outline, forward_pass
 from kronsae.system.devices import model_dtype
@@ -88,9 +89,10 @@ def run_time(
     parallel = overlaps(data, model_device) and model_device != device
     token = max(reading, learning) if parallel else reading + learning
     tokens = train.tokens if available is None else min(train.tokens, available)
+    of_fewer = f" for {about(tokens)} tokens, all of the text" if tokens < train.tokens else ""
     return (
-        f"{duration(tokens * token)}: a token takes {short_duration(reading)} in the language "
-        f"model and {short_duration(learning)} in optimizer steps (measured here, without "
+        f"{duration(tokens * token)}{of_fewer}: a token takes {short_duration(reading)} in the "
+        f"language model and {short_duration(learning)} in optimizer steps (measured here, without "
         "evaluations, checkpoints and the auxiliary loss of dead latents)"
     )
 

@@ -28,6 +28,7 @@ function asking(form, place, work) {
       place.replaceChildren(...show(place.dataset.shows));
       status.textContent = '';
     } catch (error) {
+      place.replaceChildren();
       status.textContent = error.message;
     }
     button.disabled = false;
@@ -88,7 +89,7 @@ function featuresFound() {
   const features = strongestFeatures();
   const where = asked.token >= 0 ? `on “${tokens[asked.token].trim()}”` : 'in the text';
   const rows = features.slice(0, SHOWN_FEATURES).map(([latent, value, count]) => [
-    make('button', {
+    make('span', { class: 'tools' }, make('button', {
       type: 'button', 'aria-pressed': String(latent === asked.latent),
       'aria-label': `Shade by latent ${latent}`,
       onclick: () => {
@@ -97,9 +98,6 @@ function featuresFound() {
         again('cut');
       },
     }, 'Shade'),
-    make('a', { href: addressOf(latentAt(latent)) }, nameOf(latentAt(latent))),
-    labelText(latent) ?? make('span', { class: 'chips' }, tokensOf(latentAt(latent), 3).map((t) => chip(t))),
-    short(value), grouped(count),
     make('button', {
       type: 'button',
       'aria-label': `Change latent ${latent}`,
@@ -107,12 +105,15 @@ function featuresFound() {
         addEdit(latent);
         again('edits');
       },
-    }, 'Change'),
+    }, 'Change')),
+    make('a', { href: addressOf(latentAt(latent)) }, nameOf(latentAt(latent))),
+    labelText(latent) ?? make('span', { class: 'chips' }, tokensOf(latentAt(latent), 3).map((t) => chip(t))),
+    short(value), grouped(count),
   ]);
   return [text,
     make('p', { class: 'note' }, `Shaded by ${shaded}. Choose a token to see its features.`),
     features.length ? askTable(`The strongest of ${grouped(features.length)} features ${where}`,
-      ['', 'feature', 'label or top tokens', 'activation', 'tokens', ''], rows)
+      ['', 'feature', 'label or top tokens', 'activation', 'tokens'], rows)
       : make('p', null, 'No feature is active here: the SAE was not trained on this token.')];
 }
 
@@ -153,7 +154,7 @@ function generations() {
   if (!asked.made) return [];
   const column = (title, { text, next }) => make('section', null, make('h3', null, title),
     make('pre', null, make('span', { class: 'faint' }, asked.made.prompt), text),
-    make('h4', null, 'Next token'), nextTokens(next));
+    make('h4', null, 'Next token after the prompt'), nextTokens(next));
   return [make('div', { class: 'beside' }, column('Unchanged', asked.made.plain),
     column(asked.made.changes || 'Nothing is changed', asked.made.edited))];
 }
