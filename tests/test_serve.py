@@ -175,7 +175,7 @@ def test_labels_are_kept(visitor, file):
         ),
         ("generate", {"prompt": "w1 " * 120, "edits": [], "new_tokens": 9}, "at most 7, got 9"),
         ("ablate", {"text": TEXTS[0], "latent": -1}, "expected 0 to 39"),
-        ("ask", {"text": "w1 " * 600}, "expected at most 128 tokens, got 600"),
+        ("ask", {"text": "w1 " * 600}, "expected at most 128 tokens, got 601"),
     ],
 )
 def test_what_is_refused(visitor, name, value, message):
