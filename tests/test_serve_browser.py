@@ -84,7 +84,7 @@ def test_ask_steer_ablate_and_label(served, lm, tmp_path):  # noqa: F811
             "const text = document.querySelector('textarea'); text.value = 'w1 '.repeat(200);"
             "text.form.requestSubmit()"
         )
-        browser.until("document.querySelector('.ask .status').textContent.includes('more than')")
+        browser.until("document.querySelector('.ask .status').textContent.includes('at most')")
         # A label is kept on the disk.
         browser.run("location.hash = '#/latent/3'")
         browser.until("document.querySelector('.labelline button')")
