@@ -266,7 +266,8 @@ def test_time_is_that_of_real_steps_and_forward_passes(monkeypatch):
     beside = run_time({**plan, "model_device": "cuda:1"}, own, DATA, model)
     assert beside.startswith("about 8 hours: ")
     # A text that ends before, and one that does not.
-    assert run_time(plan, own, DATA, model, 1000).startswith("about 1 hour: ")
+    of_fewer = run_time(plan, own, DATA, model, 1000)
+    assert of_fewer.startswith("about 1 hour for about 1,000 tokens, all of the text: ")
     assert run_time(plan, own, DATA, model, 10**9) == text
     full = {**plan, "free_mib": 1.0}
     assert run_time(full, own, DATA, model) == "not measured: it does not fit into memory"
