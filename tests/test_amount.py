@@ -65,7 +65,7 @@ def counted(text, model, config):
     return total
 
 
-@pytest.mark.one_in(3)
+@pytest.mark.one_in(7)
 @pytest.mark.parametrize(
     "name", ["a.jsonl", "a.jsonl.gz", "a.csv", "a.parquet", "a.arrow", "a.txt", "stdlib"]
 )

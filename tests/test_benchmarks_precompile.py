@@ -64,6 +64,7 @@ print("hits", hits)
 """
 
 
+@pytest.mark.slow
 def test_a_launch_finds_what_was_compiled_ahead(tmp_path):
     """By Triton's own launch, on real tensors: each comes from the cache, none is compiled."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}

@@ -28,6 +28,7 @@ def root_on_path(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT))
 
 
+@pytest.mark.slow
 def test_search_in_the_interpreter(tmp_path):
     """An alternative is measured; one that no kernel can have is passed over, with the reason."""
     file = tmp_path / "tune.json"

@@ -678,7 +678,7 @@ def test_an_incomplete_harvest_may_end_with_fewer_tokens(planned, further, harve
     assert CacheIndex.open(folder).planned is None
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.slow
 @pytest.mark.parametrize("tokens", [230, 251])
 def test_made_longer_and_interrupted_anywhere_it_ends_in_the_same_bytes(
     tokens, harvester, tmp_path

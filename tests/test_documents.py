@@ -263,6 +263,7 @@ def test_other_libraries(library, kind, run, tmp_path):
     check(path, document_of(path), lambda: kronsae.load(folder, allow_pickle=True))
 
 
+@pytest.mark.slow
 def test_a_cache(monkeypatch, tmp_path):
     cached.make(monkeypatch, tmp_path / "cache")
     path = tmp_path / "cache" / "index.json"

@@ -134,6 +134,7 @@ def final_of(run) -> dict | None:
     return next((record for record in records if record["kind"] == "final"), None)
 
 
+@pytest.mark.slow
 def test_its_size_is_a_setting_and_it_can_be_left_out(tmp_path):
     runs = {"all": [], "part": ["--final-tokens", "300"], "none": ["--no-final-evaluation"]}
     for name, flags in runs.items():

@@ -97,7 +97,7 @@ def train(config):
     return dataclasses.replace(TRAIN, moments=("float32", "bfloat16")[number % 2])
 
 
-@pytest.mark.one_in(4)
+@pytest.mark.one_in(8)
 def test_a_point_from_its_start_to_its_file(config, train, tmp_path):
     """It learns; a run that was stopped and resumed is the same; its file says the same."""
     heldout = heldout_activations()

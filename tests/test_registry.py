@@ -210,6 +210,7 @@ def test_what_has_no_stock_form(tmp_path):
         FORMATS["sparsify"].write(relu, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_pages_and_cards_of_a_kind_with_settings_of_its_own(tmp_path, monkeypatch, capsys):
     """No "k = 0", no nested object: the report, the model card, the judgement and --config."""
     monkeypatch.chdir(tmp_path)

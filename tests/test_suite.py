@@ -239,7 +239,8 @@ def test_the_blocks_run_once_a_pass(points, monkeypatch):
 SLOW = pytest.mark.slow
 
 
-@pytest.mark.parametrize("after", [pytest.param(1, marks=SLOW), 7, pytest.param(20, marks=SLOW)])
+@pytest.mark.slow
+@pytest.mark.parametrize("after", [1, 7, 20])
 def test_hookpoints_go_on_from_any_batch(points, after):
     """Also each alone, from its own state."""
     together = opened(points)
@@ -257,6 +258,7 @@ def test_hookpoints_go_on_from_any_batch(points, after):
         assert torch.cat(list(alone)).equal(expected[name])
 
 
+@pytest.mark.slow
 def test_a_process_keeps_rows_of_its_own_hookpoints_alone(points):
     receivers = {"layer1": {1}, "layer3": {0, 1}, "mlp": {0}, "transcoder": {1}}
     sources = opened(points, receivers=receivers)

@@ -41,6 +41,7 @@ def test_everything_is_there(whole):
     assert "recovered" in printed and str(out) in printed
 
 
+@pytest.mark.slow
 def test_a_members_config_repeats_it_alone(whole, tmp_path):
     out, _ = whole
     config = str(out / "k4" / "config.json")

@@ -154,6 +154,7 @@ def test_rows(part, device):
             )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_row_of_thousands_of_entries(device):
     """With the segments' own length: 2,001 tokens, of which one latent has nearly all."""
     length = configs.config_of("segments", "sm_90").blocks["ROW_LENGTH"]
@@ -236,6 +237,7 @@ def test_heads(part, device, monkeypatch):
             )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_head_of_thousands_of_entries(device):
     """With the segments' own length."""
     length = configs.config_of("segments", "sm_90").blocks["HEAD_LENGTH"]

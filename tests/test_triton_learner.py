@@ -450,6 +450,7 @@ def tensors_of(subject: Learner) -> list[torch.Tensor]:
     return [*weights, *states, *counters, *subject.fused._copies.values()]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="graphs are real here")
 @pytest.mark.parametrize(
     "config",
@@ -545,6 +546,7 @@ RUN = TrainConfig(
 )
 
 
+@pytest.mark.slow
 def test_a_run_records_what_was_skipped_between_its_lines():
     x, records = X.clone(), []
     x[37] = 1e30
@@ -555,6 +557,7 @@ def test_a_run_records_what_was_skipped_between_its_lines():
     assert result.tokens == 40 and all(p.isfinite().all() for p in result.sae.parameters())
 
 
+@pytest.mark.slow
 def test_a_run_that_diverges_ends_where_it_is_noticed(tmp_path):
     def batches():
         yield X[:10]
@@ -569,6 +572,7 @@ def test_a_run_that_diverges_ends_where_it_is_noticed(tmp_path):
     assert sae.metadata["tokens"] == 10 * (SKIPS + 1)
 
 
+@pytest.mark.slow
 def test_a_run_with_bfloat16_moments_goes_on_from_its_checkpoint():
     """To the bit, as the rounding of a step depends on its number; and it takes half the bytes."""
     whole, first, second = (learner(KRON, "on", moments="bfloat16") for _ in range(3))

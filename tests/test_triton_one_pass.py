@@ -270,6 +270,7 @@ def test_where_it_is_not_used(device, kernels):
     assert "encode_heads" not in kernels
 
 
+@pytest.mark.slow
 def test_order_of_programs_changes_no_bit(device, shuffled):  # noqa: F811
     """Of lists that are cut, and of the codes that are made of them."""
     x = torch.randn(20, 24).to(device, torch.bfloat16)

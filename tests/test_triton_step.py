@@ -186,6 +186,7 @@ def test_rows_of_the_frequent_latents_are_cut_into_segments():
     assert int(of_heads.max()) > lengths["HEAD_LENGTH"]
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "composition, eps",
     [("mand", 1e-5), pytest.param("relu_mul", 0.0, marks=pytest.mark.slow), ("mul", 0.0)],
@@ -200,6 +201,7 @@ def test_each_composition(composition, eps):
     assert_same(step, truth, 1e-5, weights)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize("dense", [False, True], ids=["kron", "dense"])
 def test_passes_with_target_mask_and_weight_add_up(dense):
     """As the auxiliary loss makes them: few latents, another target, no b_dec, a weight."""
@@ -229,6 +231,7 @@ def test_many_codes_are_decoded_in_two_gathers(monkeypatch):
     assert_same(step, truth, 1e-5, weights)
 
 
+@pytest.mark.one_in(2)
 @pytest.mark.parametrize(
     "dense, one_gather",
     [
@@ -267,6 +270,7 @@ NESTED = {
 }
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize("name", NESTED)
 def test_nested_prefixes(name):
     """With passes of other tokens and kinds, and frequent rows that are cut into segments."""
@@ -296,6 +300,7 @@ def test_nested_prefixes(name):
     assert_same(step, truth, 1e-5, weights)
 
 
+@pytest.mark.slow
 def test_nested_prefixes_in_bfloat16_are_as_close_as_autocast():
     """As `test_bfloat16_is_as_close_to_float32_as_autocast_is`."""
     bounds, distances = [6, 12, HEADS * M * N], []
