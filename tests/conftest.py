@@ -104,9 +104,15 @@ hypothesis.settings.load_profile("kronsae")
 LONGEST = (
     *("test_triton_learner", "test_triton_step", "test_grid", "test_triton_selection"),
     *("test_transcoder", "test_kernels_values", "test_triton_backward", "test_train"),
-    *("test_faults", "test_predict", "test_aot", "test_members", "test_parallel"),
+    *("test_predict", "test_aot", "test_members", "test_parallel"),
+    *("test_suite", "test_sweep_train", "test_hookpoints", "test_architectures", "test_tutorials"),
 )
 """Files that take longest: they come first, so that no process has one left when all others end."""
+
+
+def pytest_configure(config):
+    """Let xdist keep this order: it puts files of few tests last, and ours are few and long."""
+    config.option.loadscopereorder = False
 
 
 def mark_most_cases_slow(items):

@@ -484,7 +484,7 @@ def test_kill_9_and_resume(trained, tmp_path):
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=SLOW)])
 def test_ranks_that_share_the_members_write_the_same(processes, trained, tmp_path):
     """Stopped and gone on with by one process, too."""
     flags = [*SUITE, "--share", "members", "--out", tmp_path / "suite"]
