@@ -410,6 +410,7 @@ def test_kernels_are_counted_where_they_belong():
     assert {kernel: stage_of(kernel) for kernel in found} == found
 
 
+@pytest.mark.slow
 def test_rehearsal_of_the_script_for_a_gpu(tmp_path, monkeypatch):
     """Parts run on the CPU at a toy shape; one that fails in the middle costs only itself."""
     from benchmarks import on_gpu
@@ -531,6 +532,7 @@ def test_a_sweep_costs_little_more_than_its_steps():
     assert sweep["cpu"] < 1.5 * model["cpu"] + sum(alone)
 
 
+@pytest.mark.slow
 def test_busy_processes_are_planted_and_end(tmp_path):
     file = tmp_path / "busy.json"
     cases = ["encode m = n = 32, d = 512", "product m = n = 32, d = 512"]

@@ -107,7 +107,7 @@ def ranks_of(process):
     return [int(pid) for pid in found.stdout.split()]
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_ranks_leave_the_same_bytes_also_after_a_kill(whole, tmp_path):
     folder, log = tmp_path / "cache", tmp_path / "log"
     process, end = start_ranks(2, folder, log), time.monotonic() + 200

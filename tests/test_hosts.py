@@ -11,7 +11,7 @@ from test_suite import MEMBERS, SUITE, weights_of
 from test_sweep import timeless
 from test_train import finish
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.slow
 
 HOSTS = {"kronsae-a": "10.211.7.1", "kronsae-b": "10.211.7.2"}
 

@@ -25,7 +25,7 @@ from kronsae.system.parallel import ALONE
 from kronsae.training import stream
 from kronsae.training.stream import Stream
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.slow
 
 CPU = torch.device("cpu")
 BATCH, BATCHES, STOPS = 48, 52, (7, 20)

@@ -100,7 +100,7 @@ def test_kill_9_and_resume(moment, whole, tmp_path):
     _same_result(out, whole[0])
 
 
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
 )

@@ -41,6 +41,7 @@ def has_kernels(name):
     return "impl" in [argument.name for argument in schema.arguments]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     [
