@@ -9,7 +9,7 @@ import torch
 from tiny_models import CAUSAL, FAMILIES
 
 from kronsae import SAE, SAEConfig
-from kronsae.errors import InputError
+from kronsae.errors import InputError, Notice
 from kronsae.properties import (
     MeasureConfig,
     Stored,
@@ -529,6 +529,13 @@ def test_kept_as_files(name, tmp_path, monkeypatch):
     save_properties(stored._replace(properties=old), tmp_path / "properties")
     again = load_properties(tmp_path / "properties").properties
     assert again.text is None and again.post.intervals is None and again.tokens == found.tokens
+    np.testing.assert_array_equal(again.post.top_tokens, found.post.top_tokens)
+    monkeypatch.setattr(store_module, "FORMAT_VERSION", 2)
+    estimated = found._replace(exact_entropy=dict.fromkeys(found.exact_entropy, False))
+    save_properties(stored._replace(properties=estimated), tmp_path / "properties")
+    with pytest.warns(Notice, match="left out until you measure again"):
+        again = load_properties(tmp_path / "properties").properties
+    assert (again.post.top_tokens == -1).all() and not again.post.top_shares.any()
     path = tmp_path / "properties" / "properties.safetensors"
     data = bytearray(path.read_bytes())
     data[-1] ^= 1

@@ -344,7 +344,8 @@ async def _body(request: "Request") -> bytes | None:
     length = 0
     async for part in request.stream():
         length += len(part)
-        body = body + part if length <= MAX_BODY else bytearray()
+        if length <= MAX_BODY:
+            body += part
     return bytes(body) if length <= MAX_BODY else None
 
 

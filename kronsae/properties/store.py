@@ -4,13 +4,14 @@ properties.safetensors   every array, by name: "post.count", "pre.top.tokens", "
 properties.json          the text, the settings, a summary, and checksums of both files
 """
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from kronsae.errors import InputError
+from kronsae.errors import InputError, warn
 from kronsae.metrics.usual import Usual
 from kronsae.properties.examples import PARTS, Examples
 from kronsae.properties.gather import Examined, Properties
@@ -19,9 +20,10 @@ from kronsae.system.documents import Keys, typed
 from kronsae.system.files import read_checksummed, replace_directory, sha256, write_checksummed
 
 FOLDER = "properties"
-FORMAT_VERSION = 2
-READ_VERSIONS = (1, FORMAT_VERSION)
-"""Version 1 has neither examples by interval nor the text."""
+FORMAT_VERSION = 3
+READ_VERSIONS = (1, 2, FORMAT_VERSION)
+"""Version 1 has neither examples by interval nor the text. Before version 3, where sums by token
+did not fit in memory, top tokens are those of the strongest examples alone: they are left out."""
 _ARRAYS, _FACTS = "properties.safetensors", "properties.json"
 _DOCUMENT = Keys(
     {
@@ -129,6 +131,12 @@ def load_properties(folder: Path) -> Stored:
         document["exact_entropy"],
         arrays.get("text"),
     )
+    if version < 3 and not all(document["exact_entropy"].values()):
+        properties = _without_false_shares(properties)
+        warn(
+            f"{folder}: an older version measured some top tokens on the strongest examples "
+            "alone: they are left out until you measure again"
+        )
     nearest, logits = _fields("nearest", arrays), _fields("logits", arrays)
     return Stored(
         properties,
@@ -150,6 +158,17 @@ def _arrays(name: str, value: Any) -> dict[str, np.ndarray]:
     if not isinstance(fields, dict):  # None, or the name of a norm
         return {}
     return {k: v for field in fields for k, v in _arrays(f"{name}.{field}", fields[field]).items()}
+
+
+def _without_false_shares(properties: Properties) -> Properties:
+    """Without top tokens where they are not exact."""
+    empty: dict[str, Examined] = {}
+    for name, exact in properties.exact_entropy.items():
+        group: Examined = getattr(properties, name)
+        if not exact:
+            tokens, shares = np.full_like(group.top_tokens, -1), np.zeros_like(group.top_shares)
+            empty[name] = dataclasses.replace(group, top_tokens=tokens, top_shares=shares)
+    return properties._replace(**empty)  # type: ignore[arg-type]
 
 
 def _examined(name: str, arrays: dict[str, np.ndarray]) -> Examined:
