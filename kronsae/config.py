@@ -314,6 +314,12 @@ class SAEConfig:
         0,
         "split the dictionary into so many experts; a router gives each token one (0: no Switch)",
     )
+    refine: int = setting(
+        0,
+        "gradient steps on the values of the selected latents, which make the reconstruction "
+        "better; their size is learned (0: values are the encoder's)",
+        most=16,
+    )
     skip: bool = setting(
         False, "add a linear prediction from the input to a transcoder", unless=_unless_transcoder
     )
@@ -349,6 +355,8 @@ class SAEConfig:
             "skip needs a target (--target-hookpoint, or pairs of inputs and targets): an "
             "autoencoder with a linear skip would copy its input",
         )
+        if self.refine:
+            self._check_refine()
         if OBJECTIVES[self.objective].nested:
             self._resolve_prefixes()
         if SELECTIONS[self.selection].learns_thresholds and not self.jumprelu_bandwidth:
@@ -383,6 +391,19 @@ class SAEConfig:
             self.eps == 0,
             "experts scale latents by the router's probability, so that eps could not tell silent "
             "from active latents: leave one of them out",
+        )
+
+    def _check_refine(self) -> None:
+        """Raise InputError for an SAE whose values cannot be refined."""
+        _require(
+            not self.d_target,
+            "refine: its steps need what is reconstructed, which a transcoder does not read: leave "
+            "out refine, or the target",
+        )
+        _require(
+            self.composition != "mul",
+            "refine: its steps keep values at 0 or above, and composition 'mul' has negative ones: "
+            "leave out refine, or take composition mand",
         )
 
     def _resolve_heads(self) -> None:
@@ -501,6 +522,7 @@ def kind_of(settings: Mapping[str, Any]) -> str:
         and selection.title in objective.title
     )
     words = [
+        "Refined" if settings.get("refine") else "",
         "Switch" if settings.get("experts") else "",
         objective.title if objective else settings["objective"],
         "" if silent else selection.title if selection else settings["selection"],

@@ -10,6 +10,7 @@ from kronsae_kernels.decode import sparse_decode
 from kronsae_kernels.encode import dense_encode, fused_encode
 from kronsae_kernels.experts import expert_encode
 from kronsae_kernels.nested import nested_decode
+from kronsae_kernels.refine import refine_codes
 from kronsae_kernels.threshold import jump, threshold_encode
 from kronsae_kernels.version import __version__
 
@@ -22,6 +23,7 @@ __all__ = [
     "fused_encode",
     "jump",
     "nested_decode",
+    "refine_codes",
     "sparse_decode",
     "threshold_encode",
 ]

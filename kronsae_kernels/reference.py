@@ -210,6 +210,26 @@ def nested_decode(
     return torch.stack(parts, -2)
 
 
+def refine_codes(
+    values: Tensor,
+    indices: Tensor,
+    x: Tensor,
+    *,
+    w_dec: Tensor,
+    b_dec: Tensor | None = None,
+    rate: Tensor,
+    silent: float = 0.0,
+) -> SparseCodes:
+    """Steps z <- ReLU(z + rate D (x - b_dec - z D)) on the active values; D: the codes' rows."""
+    dtype = accumulate_dtype(w_dec.dtype)
+    rows, active = embedding(indices, w_dec).to(dtype), values.detach().abs() > silent
+    for step in rate:
+        x_hat = sparse_decode(values, indices, w_dec=w_dec, b_dec=b_dec)
+        products = (rows * (x - x_hat).to(dtype)[..., None, :]).sum(-1)
+        values = values.where(~active, (values + step * products.to(values.dtype)).relu())
+    return SparseCodes(values, indices)
+
+
 def rounded_moments(first: Tensor, second: Tensor, seed: int, step: int) -> tuple[Tensor, Tensor]:
     """AdamW's moments [rows, d] (float32) in bfloat16, rounded by chance after a step (from 1).
 

@@ -166,6 +166,11 @@ def own_formats(config: SAEConfig) -> str:
 def stock_of(sae: SAE, library: str) -> Stock:
     """The stock form of a dense SAE. Raises NoStockForm, with the reason, if it has none."""
     config = sae.config
+    if config.refine:
+        raise NoStockForm(
+            f"{library}'s stock formats decode the encoder's values, and this SAE refines them: "
+            f"use --to {own_formats(config)}, or export `sae.unrefined()`, which reconstructs less"
+        )
     with torch.no_grad():
         form = sae.kind.dense_form(_exact(sae.W_enc), _exact(sae.b_enc))
     if form is None:

@@ -24,15 +24,17 @@ def forward(
     experts: int = 0,
     d_out: int | None = None,
     skip: bool = False,
+    refine: int = 0,
 ) -> int:
     """Multiply-adds of one token's forward pass. [KronSAE, eq. 7]
 
     dF + kd for a dense encoder (heads = 0), dh(m + n) + mnh + kd for a Kron encoder. With experts:
-    those of the router and of one expert. d_out: width of a transcoder's target.
+    those of the router and of one expert. d_out: width of a transcoder's target. refine: steps that
+    each decode once more, and multiply the k rows with the error.
     """
     d_out = d if d_out is None else d_out
     encode = d * heads * (m + n) + m * n * heads if heads else d * dict_size
-    return encode // max(1, experts) + d * experts + k * d_out + skip * d * d_out
+    return encode // max(1, experts) + d * experts + (1 + 2 * refine) * k * d_out + skip * d * d_out
 
 
 def flops_per_token(sae: SAEConfig) -> int:
@@ -47,6 +49,7 @@ def flops_per_token(sae: SAEConfig) -> int:
         experts=sae.experts,
         d_out=sae.d_out,
         skip=sae.skip,
+        refine=sae.refine,
     )
 
 

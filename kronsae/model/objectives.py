@@ -40,6 +40,8 @@ class Reconstruction(NamedTuple):
     """[B, d] reconstruction from all active latents."""
     codes: SparseCodes
     """The active latents of each token."""
+    selected: SparseCodes
+    """The same with the values by which they were selected (`SAE.refined` changes values)."""
     decoded: SparseCodes
     """All latents that were decoded here (`SAE.own`); their values have gradients from decoding
     alone."""
@@ -76,11 +78,12 @@ class Plain(Objective):
 
     @classmethod
     def reconstruct(cls, sae, x, target, tokens, config, progress):
-        codes, penalties = sae.selection.codes_and_penalties(sae, x, config, progress)
+        selected, penalties = sae.selection.codes_and_penalties(sae, x, config, progress)
+        codes = sae.refined(selected, x)
         decoded = sae.own(codes)
         x_hat = sae.with_skip(sae.sum_of_rows(decoded), x)
         mse = part_of_mean(x_hat - target, tokens)
-        return Reconstruction(mse, mse, x_hat, codes, decoded, penalties)
+        return Reconstruction(mse, mse, x_hat, codes, selected, decoded, penalties)
 
 
 @OBJECTIVES.register("matryoshka")
@@ -95,11 +98,13 @@ class Matryoshka(Objective):
 
     @classmethod
     def reconstruct(cls, sae, x, target, tokens, config, progress):
-        codes, penalties = sae.selection.codes_and_penalties(sae, x, config, progress)
+        selected, penalties = sae.selection.codes_and_penalties(sae, x, config, progress)
+        codes = sae.refined(selected, x)
         nested = nested_decode(codes, sae.config.prefixes, sae.W_dec, sae.b_dec)
         nested = sae.with_skip(nested, x[:, None])
         errors = (nested - target[:, None]).square().sum((0, 2)) / (tokens * target.shape[1])
-        return Reconstruction(errors.sum(), errors[-1], nested[:, -1], codes, codes, penalties)
+        loss = errors.sum()
+        return Reconstruction(loss, errors[-1], nested[:, -1], codes, selected, codes, penalties)
 
 
 @OBJECTIVES.register("multi_topk")
@@ -125,12 +130,13 @@ class MultiTopK(Objective):
     @classmethod
     def reconstruct(cls, sae, x, target, tokens, config, progress):
         wide = sae.selection(sae, x, MULTI_TOPK * sae.selection.k)
-        codes = sae.selection.cut(sae, wide, sae.selection.k)
+        selected = sae.selection.cut(sae, wide, sae.selection.k)
+        codes, wide = sae.refined(selected, x), sae.refined(wide, x)
         x_hat = sae.with_skip(sae.sum_of_rows(sae.own(codes)), x)
         mse = part_of_mean(x_hat - target, tokens)
         error = part_of_mean(sae.decode(wide, x) - target, tokens)
         loss = mse + MULTI_TOPK_WEIGHT * error
-        return Reconstruction(loss, mse, x_hat, codes, wide, {})
+        return Reconstruction(loss, mse, x_hat, codes, selected, wide, {})
 
 
 def objective(
@@ -210,7 +216,7 @@ def auxk_loss(
         raise ValueError(f"x: expected at least 2 tokens, whose variance is taken, got {tokens}")
     mean = group.sum(residual.sum(0)) / tokens
     variance = group.sum(part_of_mean(residual - mean, tokens))
-    codes = sae.own(sae.encode(x, k=available, mask=dead))
+    codes = sae.own(sae.largest(x, available, mask=dead))
     error = part_of_mean(sae.sum_of_rows(codes, bias=False) - residual, tokens)
     return error * ((available / k) / (variance + VARIANCE_FLOOR)), codes
 

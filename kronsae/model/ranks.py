@@ -35,11 +35,12 @@ def check_heads(config: SAEConfig, ranks: int) -> None:
                 f"tensor_parallel {ranks}: {part} {name!r} does not work with several processes "
                 f"for one autoencoder (only {' and '.join(known)})"
             )
-    if config.experts:
-        raise InputError(
-            f"tensor_parallel {ranks}: experts do not work with several processes for one "
-            "autoencoder"
-        )
+    for name in ("experts", "refine"):
+        if getattr(config, name):
+            raise InputError(
+                f"tensor_parallel {ranks}: {name} does not work with several processes for one "
+                "autoencoder"
+            )
     count, unit = (config.heads, "heads") if config.heads else (config.dict_size, "latents")
     if count % ranks:
         raise InputError(

@@ -32,7 +32,7 @@ from kronsae.system.files import (
 )
 from kronsae.system.parallel import ALONE, Mesh
 from kronsae.system.tensors import as_values, check_weights, dense
-from kronsae_kernels import SparseCodes, sparse_decode
+from kronsae_kernels import SparseCodes, refine_codes, sparse_decode
 from kronsae_kernels.common import check_tensors
 
 FORMAT_VERSION = 1
@@ -76,6 +76,10 @@ SAE_FILE = Keys(
 """config.json of a folder of `SAE.save`."""
 
 
+REFINE_RATE = 0.5
+"""Size at which the steps of `SAEConfig.refine` start, in those that would solve for one latent
+alone, whose decoder row has unit norm."""
+
 _NO_TENSOR = "sae(x) gives x_hat, codes and loss: the reconstruction is sae(x).x_hat"
 
 
@@ -113,6 +117,7 @@ class SAE(Familiar, Encoder):
     and, where config asks for them,
     selection.…: BatchTopK's threshold, JumpReLU's thresholds (`kronsae.model.selection`)
     router.weight, router.bias: of experts (`kronsae.model.router`)
+    refine_rate: [config.refine], sizes of the steps that refine values (`refined`)
     W_skip: [d_target, d], of a transcoder with a linear skip; starts at 0 [Paulo et al. 2025]
     A transcoder's W_dec [F, d_target] starts as random rows of unit norm.
 
@@ -137,6 +142,8 @@ class SAE(Familiar, Encoder):
         self.W_dec = nn.Parameter(torch.empty(self.own_latents, config.d_out, device=device))
         self.b_dec = nn.Parameter(torch.zeros(config.d_out, device=device))
         self.selection = SELECTIONS[config.selection](config).to(device)
+        rate = torch.full((config.refine,), REFINE_RATE, device=device) if config.refine else None
+        self.refine_rate = None if rate is None else nn.Parameter(rate)
         skip = torch.zeros(config.d_out, config.d_model, device=device) if config.skip else None
         self.W_skip = None if skip is None else nn.Parameter(skip)
         if self.W_enc.device.type != "meta":
@@ -157,6 +164,8 @@ class SAE(Familiar, Encoder):
         self.b_dec.zero_()
         if self.router is not None:
             self.router.reset_parameters(generator)
+        if self.refine_rate is not None:
+            self.refine_rate.fill_(REFINE_RATE)
         if self.W_skip is not None:
             self.W_skip.zero_()
 
@@ -183,10 +192,30 @@ class SAE(Familiar, Encoder):
         Unused slots have value 0 (see `kronsae.model.selection`); TopK has none. See also
         `encode_dense`.
         """
-        if k is not None or mask is not None:
-            k = self.config.k if k is None else k
-            return self.largest(x, k, mask=mask, impl=impl)
-        return self.selection(self, x, self.config.k, impl)
+        if k is None and mask is None:
+            codes = self.selection(self, x, self.config.k, impl)
+        else:
+            codes = self.largest(x, self.config.k if k is None else k, mask=mask, impl=impl)
+        if self.refine_rate is None:
+            return codes
+        values, indices = self.refined(codes, x, impl=impl)
+        values, order = values.sort(dim=-1, descending=True, stable=True)
+        return SparseCodes(values, indices.gather(-1, order))
+
+    def refined(self, codes: SparseCodes, x: Tensor, *, impl: str | None = None) -> SparseCodes:
+        """The selected codes of x [..., d] after the gradient steps that `SAEConfig.refine` asks
+        for: the same latents, in the same places, with values that reconstruct x better."""
+        if self.refine_rate is None:
+            return codes
+        x, silent = self._as_weights(x), self.silent_value
+        if not is_every(codes):
+            weights = self.W_dec, self.b_dec
+            return refine_codes(codes, x, *weights, rate=self.refine_rate, silent=silent, impl=impl)
+        values, active = codes.values, self.fired(codes)
+        for rate in self.refine_rate:
+            error = x - self.sum_of_rows(SparseCodes(values, codes.indices))
+            values = values.where(~active, (values + rate * (error @ self.W_dec.T)).relu())
+        return SparseCodes(values, codes.indices)
 
     def encode_dense(self, x: Tensor) -> Tensor:
         """Values of all latents [..., F] of x [..., d]: `encode` of other libraries."""
@@ -317,11 +346,25 @@ class SAE(Familiar, Encoder):
             target = -target[0] * target[1], 1 / target[1]
         return self.folded(-mean * scale, 1 / scale, target)
 
+    def unrefined(self) -> "SAE":
+        """A copy that decodes the encoder's values: `SAEConfig.refine` is 0.
+
+        It selects the same latents, and reconstructs less than this SAE was trained to.
+        """
+        out = SAE(dataclasses.replace(self.config, refine=0), device="meta", mesh=self.mesh)
+        out = out.to_empty(device=self.W_enc.device)
+        state = self.state_dict()
+        out.load_state_dict({name: state[name] for name in out.state_dict()})
+        out.metadata = self.metadata
+        return out.train(self.training)
+
     def why_no_unit_rows(self) -> str | None:
         """Reason why `use_unit_rows_` would change what it computes; None if it would not."""
         config = self.config
         if self.kind.dense_form(self.W_enc, self.b_enc) is None:
             return f"encoder {config.encoder!r} has no encoder row for each decoder row"
+        if config.refine:
+            return "the steps that refine values would be of other sizes"
         if self.router is not None or not self.selection.is_rowwise:
             selection = "a router" if self.router is not None else f"selection {config.selection!r}"
             return f"{selection} compares latents, which would be scaled"

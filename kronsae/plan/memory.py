@@ -312,6 +312,8 @@ def _code_bytes(
         total += 12 * sae.dict_size * _chunk_tokens(sae.dict_size, batch, dtype, device)
     if objective.nested:  # nested reconstructions, their gradients, and suffix sums of these
         total += 3 * 4 * batch * len(sae.prefixes) * sae.d_out
+    if sae.refine:  # values, products, errors and their gradients of each step
+        total += sae.refine * batch * (24 * width + 16 * sae.d_out)
     if fused and not selection.exact:  # batches are kept until their steps are confirmed
         total += 4 * batch * (sae.d_model + sae.d_target) * min(UNCONFIRMED, train.log_every)
     return total

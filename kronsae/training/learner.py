@@ -114,7 +114,7 @@ def why_not_fused(
     known: dict[str, list[Any]] = {
         part: [name for name in kinds if kinds[name].fused] for part, kinds in SAE_KINDS.items()
     }
-    known |= {"experts": [0], "skip": [False]}
+    known |= {"experts": [0], "skip": [False], "refine": [0]}
     for name, values in known.items():
         if getattr(sae, name) not in values:
             return f"it needs {name} {' or '.join(map(repr, values))}, not {getattr(sae, name)!r}"
@@ -159,6 +159,8 @@ class _Step(NamedTuple):
     """Scalar; 0 if it was not computed."""
     codes: SparseCodes
     """The active latents of each token. After a fused step those held here; -1 for others."""
+    selected: SparseCodes
+    """The same with the values by which they were selected."""
     grad_norm: Tensor
     losses: dict[str, Tensor]
     """Other losses of the objective, by name (scalars)."""
@@ -328,7 +330,7 @@ class Learner:
         except FloatingPointError as error:
             return self._skip(x, str(error))
         self.skipped = 0
-        sae.selection.update(sae, result.codes)
+        sae.selection.update(sae, result.selected)
         fired = sae.fired(result.codes)
         self._count_fired(x.shape[0], sae.own(result.codes))
         self.step_count += 1
@@ -470,7 +472,7 @@ class Learner:
         self.optimizer.zero_grad(set_to_none=True)
         (result.loss + config.auxk_coefficient * aux).backward()
         if self.unit_norm:
-            remove_parallel_component(sae.W_dec, decoded)
+            remove_parallel_component(sae.W_dec, None if sae.config.refine else decoded)
         for gradient in self._gradients().values():
             ranks.sum(gradient)
         norm = self._gradient_norm()
@@ -484,7 +486,8 @@ class Learner:
         losses = {name: penalty.loss.detach() for name, penalty in result.penalties.items()}
         if result.loss is not result.mse:
             losses["objective"] = result.loss.detach()
-        step = _Step(result.mse.detach(), aux.detach(), result.codes, norm, losses)
+        errors = result.mse.detach(), aux.detach()
+        step = _Step(*errors, result.codes, result.selected, norm, losses)
         return step, dead_count
 
     def _adamw(self, lr: float) -> None:
@@ -631,7 +634,7 @@ class Learner:
         if out.l0_loss is not None:
             loss = out.loss + config.l0_coefficient * out.l0_loss
             losses = {"l0_loss": out.l0_loss, "objective": loss}
-        return _Step(out.mse, aux, out.codes, norm, losses)
+        return _Step(out.mse, aux, out.codes, out.codes, norm, losses)
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, moments and counters: tensors and JSON values."""
@@ -713,14 +716,18 @@ def _diverged(reason: str) -> str:
 
 
 @torch.no_grad()
-def remove_parallel_component(w_dec: Tensor, decoded: list[SparseCodes]) -> None:
+def remove_parallel_component(w_dec: Tensor, decoded: list[SparseCodes] | None) -> None:
     """Remove from each row's gradient the component that only changes the row's (unit) norm.
 
     decoded: the codes that went through w_dec, their values' gradients retained. A row's gradient
     is the sum of z dL/dx_hat over its entries, so its product with the row itself is the sum of
-    z dL/dz: no pass over [F, d] is needed to find it.
+    z dL/dz: no pass over [F, d] is needed to find it. None if w_dec was used otherwise, too.
     """
     assert w_dec.grad is not None
+    if decoded is None:
+        along = torch.linalg.vecdot(w_dec.grad, w_dec)
+        w_dec.grad.addcmul_(w_dec, along[:, None], value=-1)
+        return
     along = w_dec.new_zeros(w_dec.shape[0])
     for codes in decoded:
         assert codes.values.grad is not None
