@@ -13,6 +13,7 @@ MODULES = (
     "composition",
     "heads",
     "isoflop",
+    "comparison",
     "layers",
     "sparsity",
     "jumprelu",

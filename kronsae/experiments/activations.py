@@ -1,7 +1,7 @@
 """Activations that all runs of an experiment share."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,8 @@ class Activations(NamedTuple):
     """[N, d], for the longest training, if they fit in memory."""
     open_source: Callable[..., ActivationSource]
     """Called with `seed`."""
+    facts: dict[str, Any] = {}
+    """Settings and description of where they come from, for an SAE's metadata."""
 
     def training(self, tokens: int, seed: int) -> Tensor | ActivationSource:
         """Activations of so many tokens, for `fit`; in memory the seed only decides their order."""

@@ -124,16 +124,23 @@ class TrainingExperiment(Experiment):
     def prepare(self) -> Any:
         return self.activations()
 
+    def data_config(self, **given: Any) -> DataConfig:
+        """Where activations come from, by the settings, some of which `given` replaces."""
+        names = {spec.name for spec in dataclasses.fields(DataConfig)}
+        return DataConfig(**{n: value for n, value in vars(self).items() if n in names} | given)
+
     def activations(self, **given: Any) -> Activations:
         """Activations by the settings, some of which `given` replaces."""
-        names = {spec.name for spec in dataclasses.fields(DataConfig)}
-        data = {name: value for name, value in vars(self).items() if name in names} | given
-        config, device = DataConfig(**data), resolve_device(self.device)
+        config, device = self.data_config(**given), resolve_device(self.device)
         source = partial(open_activations, config, batch_size=self.batch_size, device=device)
         first = source(seed=0)
         heldout, tokens = first.heldout_activations(), self.longest(first.d_model)
         fit_in_memory = tokens * first.d_model * 4 <= self.memory_gib * 2**30
-        return Activations(heldout, collect(first, tokens) if fit_in_memory else None, source)
+        x = collect(first, tokens) if fit_in_memory else None
+        facts = {"config": dataclasses.asdict(config), "data": first.describe()}
+        return Activations(
+            heldout, x, source, {"config": dataclasses.asdict(config), "data": facts}
+        )
 
     def longest(self, d_model: int) -> int:
         """Tokens of the longest training."""

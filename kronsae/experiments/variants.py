@@ -10,23 +10,30 @@ from kronsae.experiments.report import Spread
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "topk": {},
+    "batchtopk": {"selection": "batchtopk"},
     "matryoshka": {"objective": "matryoshka"},
     "switch": {"experts": 8},
     "jumprelu": {"selection": "jumprelu"},
 }
-"""SAEs that the paper gives a Kron encoder, and their settings. [KronSAE, App. A.1, A.6]"""
+"""SAEs that get a Kron encoder, and their settings. [KronSAE, App. A.1, A.6; BatchTopK: ours]"""
+
+REFINED = "-refined"
+"""End of the name of a variant whose values one gradient step refines (`SAEConfig.refine`)."""
 
 
 def sae_config(variant: str, dict_size: int, k: int) -> SAEConfig:
     """The SAE that a variant's name means.
 
-    "topk", "matryoshka", "switch", "jumprelu": a dense encoder; "m2n4": KronSAE with m = 2, n = 4
-    (and as many heads as dict_size takes); "matryoshka-m2n4": the Kron form of another family than
-    TopK; "h8m2n4": with its heads, which must agree; "m2n4-relu_mul": another composition than
-    mAND. Raises InputError for any other name, and where dict_size does not fit the variant.
+    "topk", "batchtopk", "matryoshka", "switch", "jumprelu": a dense encoder; "m2n4": KronSAE with
+    m = 2, n = 4 (and as many heads as dict_size takes); "matryoshka-m2n4": the Kron form of another
+    family than TopK; "h8m2n4": with its heads, which must agree; "m2n4-relu_mul": another
+    composition than mAND; "topk-refined", "m2n4-refined": with one step that refines values.
+    Raises InputError for any other name, and where dict_size does not fit the variant.
     """
+    refine = int(variant.endswith(REFINED))
+    variant = variant.removesuffix(REFINED)
     family = dense_form(variant)
-    given = {"dict_size": dict_size, "k": k, **FAMILIES[family]}
+    given = {"dict_size": dict_size, "k": k, "refine": refine, **FAMILIES[family]}
     if variant == family:
         return SAEConfig(encoder="dense", **given)
     shape = variant.removeprefix(f"{family}-")
@@ -44,7 +51,8 @@ def sae_config(variant: str, dict_size: int, k: int) -> SAEConfig:
 def dense_form(variant: str) -> str:
     """The variant with a dense encoder that a Kron form is held against (of itself: itself)."""
     family = variant.partition("-")[0]
-    return family if family in FAMILIES else "topk"
+    family = family if family in FAMILIES else "topk"
+    return family + REFINED * variant.endswith(REFINED)
 
 
 def with_dense_forms(variants: Iterable[str]) -> tuple[str, ...]:

@@ -1,0 +1,166 @@
+"""SAEs side by side at equal tokens and at equal FLOPs, at several layers. [KronSAE, Table 4]
+
+The learning rate of each SAE is chosen on fewer tokens than the trainings have. At equal FLOPs an
+SAE with a Kron encoder spends on its forward passes what a TopK SAE spends at equal tokens (eq. 7).
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from kronsae.config import DataConfig, setting
+from kronsae.experiments.activations import Activations
+from kronsae.experiments.experiment import EXPERIMENTS, Run, axis
+from kronsae.experiments.grid import matches
+from kronsae.experiments.isoflop import BASELINE, equal_flops_tokens
+from kronsae.experiments.report import TUNING_SEED, Spread, explained, grouped, markdown, picture
+from kronsae.experiments.training import SMALLEST, TrainingExperiment, product, quality
+from kronsae.experiments.variants import dense_form
+from kronsae.model.flops import flops_per_token
+from kronsae.sources import source_of
+
+EQUAL_TOKENS, EQUAL_FLOPS = "tokens", "FLOPs"
+
+
+@EXPERIMENTS.register("comparison")
+@dataclasses.dataclass(frozen=True)
+class Comparison(TrainingExperiment):
+    figure = "Table 4"
+    statement = "At equal tokens TopK explains more than KronSAE; at equal FLOPs, KronSAE more."
+    smallest = SMALLEST | {
+        **{"layer": (2,), "tokens": 2048, "tuning_tokens": 1024, "dict_size": 128},
+        "variants": ("topk", "m2n4", "topk-refined", "m2n4-refined"),
+    }
+    paper = {
+        **{"model": "EleutherAI/pythia-410m", "layer": (16,)},
+        **{"dataset": "HuggingFaceFW/fineweb-edu", "dataset_config": "sample-10BT"},
+        **{"streaming": True, "buffer_tokens": 524_288, "heldout_tokens": 262_144},
+        **{"batch_size": 8192, "k": 50, "tokens": 125_000_000, "tuning_tokens": 12_500_000},
+        **{"dict_size": 65536, "learning_rates": (4e-4, 8e-4, 1.6e-3)},
+    }
+
+    cache: str | None = setting(
+        None, "folder of `kronsae harvest` to read activations from, in place of model and text"
+    )
+    saes: str | None = setting(None, "folder to save the trained SAEs in (default: none is saved)")
+    layer: tuple[int, ...] = axis((2,), "residual streams after these blocks, from 0")  # type: ignore[assignment]
+    variants: tuple[str, ...] = axis(
+        ("topk", "m2n4", "m4n4", "m4n8", "topk-refined", "m4n4-refined"), "SAEs to compare"
+    )
+    dict_size: int = axis(4096, "dictionary size F")
+    tokens: int = axis(400_000, "tokens of a training, at equal tokens")
+    tuning_tokens: int = axis(100_000, "tokens of a training that tries a learning rate")
+
+    def rows(self) -> list[dict[str, Any]]:
+        return product(layer=self.layer, variant=self.variants, dict_size=self.dict_size)
+
+    def cells(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
+        """At each layer the trials of all learning rates, then seed after seed."""
+        cells = []
+        for layer in self.layer:
+            rates: list[tuple[dict[str, Any], float]] = []
+            rows = [row for row in self.rows() if row["layer"] == layer]
+            for row in rows:
+                trial = {**row, "tokens": self.tuning_tokens, "seed": TUNING_SEED}
+                trials = [{**trial, "lr": lr} for lr in self.learning_rates]
+                cells += trials
+                tried = [run for run in runs if any(matches(run, each) for each in trials)]
+                if len(tried) == len(trials):
+                    rates.append((row, max(tried, key=self.merit)["lr"]))
+            for seed in range(self.seeds):
+                for row, lr in rates:
+                    for equal in self.budgets(row["variant"]):
+                        cells.append({**row, "equal": equal, "lr": lr, "seed": seed})
+        return cells
+
+    def budgets(self, variant: str) -> tuple[str, ...]:
+        """What a variant is held equal in: a dense encoder, in tokens alone."""
+        return (EQUAL_TOKENS, *([EQUAL_FLOPS] if variant != dense_form(variant) else ()))
+
+    def tokens_of(self, row: dict[str, Any], d_model: int) -> int:
+        if row.get("equal") == EQUAL_FLOPS:
+            variant, size = row["variant"], row["dict_size"]
+            return equal_flops_tokens(variant, size, self.k, d_model, self.tokens)
+        return row.get("tokens", self.tokens)
+
+    def longest(self, d_model: int) -> int:
+        cells = product(variant=self.variants, dict_size=self.dict_size, equal=[EQUAL_FLOPS])
+        return max(self.tokens, *(self.tokens_of(cell, d_model) for cell in cells))
+
+    def prepare(self) -> Callable[[int], Activations]:
+        """Activations of a layer, those of the last one asked for being kept."""
+        return lru_cache(maxsize=1)(lambda layer: self.activations(layer=layer))
+
+    def data_config(self, **given: Any) -> DataConfig:
+        if self.cache is not None:
+            given["activations"] = self.cache
+            given |= source_of(self.cache).decided(given)
+        return super().data_config(**given)
+
+    def run(self, shared: Callable[[int], Activations], cell: dict[str, Any]) -> dict[str, Any]:
+        activations = shared(cell["layer"])
+        result = self.train(self.sae(cell), activations, cell)
+        sae = result.sae
+        assert sae is not None
+        figures: dict[str, Any] = {
+            "tokens": result.tokens,
+            "flops_per_token": flops_per_token(sae.config),
+            **quality(result),
+        }
+        if self.saes is not None and cell["seed"] != TUNING_SEED:
+            name = "layer{layer}-{variant}-F{dict_size}-equal-{equal}-{seed}".format_map(cell)
+            sae.metadata["config"]["data"] = activations.facts["config"]
+            sae.metadata["data"] = activations.facts["data"]
+            sae.save(Path(self.saes) / name)
+            figures["sae"] = name
+        return figures
+
+    def conclude(self, runs: Sequence[Run]) -> tuple[str, str]:
+        """A table of explained variance, a row each SAE."""
+        spreads = explained(runs, "layer", "variant", "equal")
+        rows = []
+        for (layer, variant), group in grouped(runs, "layer", "variant").items():
+            [baseline, *_] = grouped(runs, "layer", "variant")[layer, BASELINE]
+            share = group[0]["flops_per_token"] / baseline["flops_per_token"]
+            by_budget = [spreads.get((layer, variant, b), "") for b in (EQUAL_TOKENS, EQUAL_FLOPS)]
+            dead = Spread.of(run["dead_share"] for run in group if run["equal"] == EQUAL_TOKENS)
+            rows.append([layer, variant, f"{share:.2f}", f"{group[0]['lr']:g}", *by_budget, dead])
+        header = ["layer", "SAE", "FLOPs a token", "learning rate"]
+        header += ["at equal tokens", "at equal FLOPs", "dead latents"]
+        return markdown(header, rows), self.sentence(spreads)
+
+    def sentence(self, spreads: dict[tuple, Spread]) -> str:
+        parts = []
+        for equal in (EQUAL_TOKENS, EQUAL_FLOPS):
+            gaps: dict[str, list[float]] = {}
+            for (layer, variant, of_budget), spread in spreads.items():
+                dense = layer, dense_form(variant), EQUAL_TOKENS
+                if of_budget == equal and dense[1] != variant and dense in spreads:
+                    gaps.setdefault(variant, []).append(spread.mean - spreads[dense].mean)
+            above = [f"{name} {min(gap):+.4f} to {max(gap):+.4f}" for name, gap in gaps.items()]
+            parts.append(f"at equal {equal} " + ", ".join(above))
+        return (
+            f"Explained variance above that of the dense form, over the layers: {'; '.join(parts)} "
+            "(paper, Table 4: at equal tokens the best KronSAE is 0.001 to 0.011 below TopK)."
+        )
+
+    def draw(self, runs: Sequence[Run], path: Path) -> None:
+        """A panel each layer; an SAE a line, a point each budget."""
+        with picture(path, len(self.layer), (5, 0.6 + 0.28 * len(self.variants))) as row:
+            for axes, layer in zip(row, self.layer, strict=True):
+                here = explained(runs, "layer", "equal", "variant")
+                for equal, marker in ((EQUAL_TOKENS, "o"), (EQUAL_FLOPS, "D")):
+                    points = [
+                        (spread, -place)
+                        for place, variant in enumerate(self.variants)
+                        if (spread := here.get((layer, equal, variant))) is not None
+                    ]
+                    means, places = [s.mean for s, _ in points], [y for _, y in points]
+                    errors = [s.deviation for s, _ in points]
+                    axes.errorbar(means, places, xerr=errors, fmt=marker, label=f"at equal {equal}")
+                axes.set_yticks([-i for i in range(len(self.variants))], self.variants)
+                axes.set_xlabel("explained variance")
+                axes.set_title(f"layer {layer}")
+                axes.grid(axis="y", alpha=0.3)
