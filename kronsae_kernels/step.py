@@ -40,6 +40,7 @@ from kronsae_kernels.step_arguments import (
     check_of_latents,
     check_prefixes,
     check_ranks,
+    check_refine,
     check_scalar,
     check_settings,
     check_state,
@@ -50,7 +51,13 @@ from kronsae_kernels.step_arguments import (
 )
 
 if TYPE_CHECKING:
-    from kronsae_kernels.triton_impl.operations import DecodeAndLoss, Entries, Jumped
+    from kronsae_kernels.triton_impl.operations import (
+        DecodeAndLoss,
+        Entries,
+        Jumped,
+        RefinedRows,
+        Refinement,
+    )
 
 MAX_WIDTH = 8192
 """d at most, of x and of the target: a program holds a row and both its moments in registers."""
@@ -60,6 +67,8 @@ MAX_PREFIXES = 32
 """Nested prefixes at most: a program holds the errors of all of them in registers."""
 THRESHOLDS = "log_threshold"
 """The name of a JumpReLU's thresholds, where they are trained too."""
+RATES = "refine_rate"
+"""The name of the sizes of the steps that refine values, where there are such."""
 BELOW = 1e-6
 """How far below the logarithm of the smallest active value that of a set threshold lies, so that
 no rounding makes the threshold larger than the value."""
@@ -96,6 +105,8 @@ class StepOutput(NamedTuple):
     """Mean squared error of the whole reconstruction (float32 scalar)."""
     l0_loss: Tensor | None = None
     """With `Thresholds`: (L0 / k - 1)^2 (float32 scalar), not weighted, no part of `loss`."""
+    selected: SparseCodes | None = None
+    """With `refine`: the codes with the values by which they were selected."""
 
 
 class _Part(NamedTuple):
@@ -114,6 +125,8 @@ class _Part(NamedTuple):
     decoded: "DecodeAndLoss"
     d_log: Tensor | None
     """Gradients by log thresholds, 0 if a mask selected the codes; None without thresholds."""
+    refined: "RefinedRows | None" = None
+    """What decoder rows get, if the codes were refined."""
 
 
 class TrainingStep:
@@ -138,6 +151,9 @@ class TrainingStep:
         "exp_avg_sq" (shaped and stored as the weight). Used, and changed, in place; None: new.
     thresholds: of a JumpReLU, which then selects where no mask does; eps must be 0. `state` has
         those of "log_threshold", too.
+    refine: float32 [N], sizes of N steps that refine the values of the codes (`refine_codes`),
+        where no mask selects them; trained too, and `state` has those of "refine_rate". Not
+        together with thresholds or ranks.
     silent: int64 [F], tokens since each latent was active: `apply` keeps count, of passes
         without a mask. None: nobody counts.
     ranks: processes that hold R F latents together, each F of them with their rows of w_enc, b_enc
@@ -182,6 +198,7 @@ class TrainingStep:
         state: Mapping[str, Mapping[str, Tensor]] | None = None,
         silent: Tensor | None = None,
         thresholds: Thresholds | None = None,
+        refine: Tensor | None = None,
         ranks: Ranks | None = None,
     ) -> None:
         self.weights = dict(zip(NAMES, (w_enc, b_enc, w_dec, b_dec), strict=True))
@@ -191,6 +208,9 @@ class TrainingStep:
         if thresholds is not None:
             check_thresholds(thresholds, w_dec, eps)
             self.weights[THRESHOLDS] = thresholds.log
+        if refine is not None:
+            check_refine(refine, self.weights, thresholds, ranks)
+            self.weights[RATES] = refine
         self.m, self.k, self.composition, self.eps = m, k, composition, float(eps)
         self.d, (self.dict_size, self.d_target) = w_enc.shape[-1], w_dec.shape
         self.device, self.dtype, self.thresholds = w_dec.device, dtype, thresholds
@@ -215,6 +235,7 @@ class TrainingStep:
     def _allocate(self, betas: tuple[float, float], adam_eps: float) -> None:
         """Counters and AdamW's numbers on the device; and what there is later."""
         self._b_dec_gradient: Tensor | None = None
+        self._rate_gradient: Tensor | None = None
         self._sums: Tensor | None = None  # of all parts, as `counters.prepare_update` wants them
         self._copies: dict[str, Tensor] = {}
         self._versions: tuple[int, ...] = ()
@@ -316,9 +337,16 @@ class TrainingStep:
         indices, base, extension, jumped = self._select(x, low["w_enc"], mask, k, width)
         b_dec = self.weights["b_dec"] if bias and self._first else None
         scale = weight * (2 / target.numel())
-        how = self._how, self.eps, scale
-        codes = target, indices, base, extension, low["w_dec"], b_dec, *how
-        row = None
+        table, made = low["w_dec"], (self._how, self.eps, scale)
+        factors, how = (base, extension), made
+        refinement = row = None
+        if RATES in self.weights and mask is None:
+            rates, silent = self.weights[RATES].detach(), self._threshold
+            refinement = operations.Refinement(
+                *(target, indices, base, extension, table, b_dec, *made[:2], silent, rates)
+            )
+            factors, how = (refinement.values, refinement.values), ("linear", 0.0, 1.0)
+        codes = target, indices, *factors, table, b_dec, *how
         if bounds is None:
             decoded = operations.decode_and_loss(
                 *codes,
@@ -335,16 +363,48 @@ class TrainingStep:
             of_bias = d_x_hat.sum(0, dtype=torch.float32) * scale
             earlier = self._b_dec_gradient
             self._b_dec_gradient = of_bias if earlier is None else earlier + of_bias
+        refined = None
+        if refinement is not None:
+            of_codes = indices, base, extension, *made
+            decoded, d_rows, refined = self._refined(refinement, decoded, d_rows, row, of_codes)
         sums = decoded.sums.sum(1)
         self._sums = sums[:2] if self._sums is None else self._sums + sums[:2]
         d_log, l0_loss = self._threshold_gradients(jumped, decoded, indices, weight, scale, k)
         selected = SparseCodes(decoded.values, indices)
         noted = selected if mask is None else None
         decoded = decoded._replace(d_values=None)  # it is not needed any more
-        self._parts.append(_Part(given, noted, x, d_rows, row, indices, decoded, d_log))
+        self._parts.append(_Part(given, noted, x, d_rows, row, indices, decoded, d_log, refined))
         loss = sums[0] / target.numel()
         mse = loss if bounds is None else sums[2] / target.numel()
-        return StepOutput(loss, selected, residual, mse, l0_loss)
+        before = None if refinement is None else SparseCodes(refinement.selected, indices)
+        return StepOutput(loss, selected, residual, mse, l0_loss, before)
+
+    def _refined(
+        self,
+        refinement: "Refinement",
+        decoded: "DecodeAndLoss",
+        d_rows: Tensor,
+        row: Tensor | None,
+        made: tuple[Any, ...],
+    ) -> tuple["DecodeAndLoss", Tensor, "RefinedRows"]:
+        """`decoded` of refined codes with gradients of what was selected, and what rows get.
+
+        decoded: with a scale of 1.  made: how codes were selected, as `describe` takes it.
+        """
+        from kronsae_kernels.triton_impl import operations
+
+        *_, scale = made
+        shares = decoded.scaled * scale, decoded.along * scale
+        d_values, d_rates, d_bias, rows = refinement.backward(
+            decoded.d_base, *shares, d_rows, row, scale
+        )
+        if self._b_dec_gradient is not None:
+            self._b_dec_gradient += d_bias
+        earlier = self._rate_gradient
+        self._rate_gradient = d_rates if earlier is None else earlier + d_rates
+        of_codes = operations.code_gradients(operations.describe(*made), d_values, decoded.sums)
+        of_codes["values"] = refinement.values
+        return decoded._replace(**of_codes), rows.rows, rows
 
     def _select(
         self, x: Tensor, w_enc: Tensor, mask: Tensor | None, k: int, width: int | None
@@ -476,7 +536,7 @@ class TrainingStep:
 
     def _clear(self) -> None:
         self._parts.clear()
-        self._b_dec_gradient = self._sums = None
+        self._b_dec_gradient = self._rate_gradient = self._sums = None
 
     def _apply(self, lr: float | Tensor, max_norm: float | None) -> Tensor:
         from kronsae_kernels.triton_impl import operations
@@ -492,6 +552,10 @@ class TrainingStep:
         vectors = {"b_dec": torch.zeros_like(self.weights["b_dec"]) if of_bias is None else of_bias}
         if self.thresholds is not None:
             vectors[THRESHOLDS] = operations.sum_entries(entries, of["d_log"])
+        if RATES in self.weights:
+            of_rates = self._rate_gradient
+            rates = self.weights[RATES]
+            vectors[RATES] = torch.zeros_like(rates) if of_rates is None else of_rates
         counted = [name for name in vectors if self._first or name != "b_dec"]
         decoder = self._of("w_dec"), self._copies.get("w_dec")
         encoder = self._of("w_enc"), self._copies.get("w_enc"), self._of("b_enc")
@@ -522,6 +586,8 @@ class TrainingStep:
         both, by the name of the field."""
         from kronsae_kernels.triton_impl import operations
 
+        if RATES in self.weights:
+            return self._refined_entries()
         names = ["scaled", "along", "d_base"]
         names += [] if self.m is None else ["d_extension"]
         names += [] if self.thresholds is None else ["d_log"]
@@ -534,6 +600,33 @@ class TrainingStep:
         )
         of_decoder = entries if entries.rows is None else entries._replace(tokens=entries.rows)
         return entries, of_decoder, dict(zip(names, entries.coefficients, strict=True))
+
+    def _refined_entries(self) -> tuple["Entries", "Entries", dict[str, Tensor]]:
+        """`_entries` where decoder rows get more than the codes: two lists, each sorted."""
+        from kronsae_kernels.triton_impl import operations
+
+        names = ["d_base"] if self.m is None else ["d_base", "d_extension"]
+        of_names = tuple(self._all(name) for name in names)
+        indices, row = self._all("indices"), self._row_of_codes("x")
+        encoder = operations.Entries.of(indices, self.dict_size, of_names, row)
+        start, lists = 0, []
+        for part in self._parts:
+            refined, decoded = part.refined, part.decoded
+            if refined is None:
+                row = torch.arange(len(part.indices), dtype=torch.int32, device=self.device)
+                row = row[:, None].expand_as(part.indices)
+                entries = row, part.indices, decoded.scaled, decoded.along
+            else:
+                entries = refined.row, refined.indices, refined.scaled, refined.along
+            lists.append((entries[0] + start, *entries[1:]))
+            start += len(part.d_rows)
+        row, indices, *of_rows = (
+            torch.cat([each.flatten() for each in column]) for column in zip(*lists, strict=True)
+        )
+        decoder = operations.Entries.of(indices, self.dict_size, tuple(of_rows), row)
+        fields = dict(zip(names, encoder.coefficients, strict=True))
+        fields |= dict(zip(("scaled", "along"), decoder.coefficients, strict=True))
+        return encoder, decoder, fields
 
     def _finish(self, square: Tensor, hyper: Tensor) -> Tensor:
         """The gradient's norm, from its square; counts the step, and what was active in it."""

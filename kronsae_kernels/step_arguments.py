@@ -212,6 +212,26 @@ def check_ranks(ranks: Ranks | None, thresholds: Thresholds | None) -> None:
     )
 
 
+def check_refine(
+    refine: Tensor,
+    weights: dict[str, Tensor],
+    thresholds: Thresholds | None,
+    ranks: Ranks | None,
+) -> None:
+    check_tensors(refine=refine)
+    check_same("device", refine=refine, w_dec=weights["w_dec"])
+    require(
+        refine.ndim == 1 and len(refine) > 0 and refine.dtype == torch.float32,
+        lambda: f"refine: expected float32 [N], N >= 1, got {refine.dtype} {shape_of(refine)}",
+    )
+    require(
+        thresholds is None and (ranks is None or ranks.size == 1),
+        "refine: expected neither thresholds nor several ranks beside it",
+    )
+    d, d_target = weights["w_enc"].shape[-1], weights["w_dec"].shape[1]
+    require(d == d_target, f"refine: expected rows of w_dec as wide as x, {d}, got {d_target}")
+
+
 def check_target(target: Tensor | None, x: Tensor, d_target: int) -> None:
     check_floating(target=target)
     require(

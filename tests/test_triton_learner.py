@@ -79,6 +79,8 @@ def assert_same(one: Learner, other: Learner) -> None:
             "free",
             id="nested-dense-free",
         ),
+        pytest.param(replace(KRON, refine=1), "unit", id="refined", marks=pytest.mark.slow),
+        pytest.param(replace(BATCH, refine=2), "unit", id="batchtopk-refined"),
     ],
 )
 def test_fused_and_torch_steps_give_the_same_run(config, decoder_norm):

@@ -9,7 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from kronsae_kernels import dense_encode, fused_encode, nested_decode, sparse_decode
+from kronsae_kernels import (
+    dense_encode,
+    fused_encode,
+    nested_decode,
+    refine_codes,
+    sparse_decode,
+)
 from kronsae_kernels import step as fused
 from kronsae_kernels.step import TrainingStep
 
@@ -52,7 +58,8 @@ def copy_of(weights: Weights) -> Weights:
 
 def make(weights: Weights, **settings: Any) -> TrainingStep:
     dense = weights["w_enc"].ndim == 2
-    return TrainingStep(**weights, **{"k": K, "m": None if dense else M, **settings})
+    given = {name.replace("refine_rate", "refine"): weight for name, weight in weights.items()}
+    return TrainingStep(**given, **{"k": K, "m": None if dense else M, **settings})
 
 
 class Autograd:
@@ -83,7 +90,7 @@ class Autograd:
     def backward(
         self, x: Tensor, *, target=None, k=K, mask=None, bias=True, weight=1.0, bounds=None
     ) -> Tensor:
-        w_enc, b_enc, w_dec, b_dec = self.weights.values()
+        w_enc, b_enc, w_dec, b_dec, *rates = self.weights.values()
         x = x.to(self.dtype)
         target = x if target is None else target.to(self.dtype)
         impl = None if self.autocast else "reference"
@@ -95,6 +102,8 @@ class Autograd:
                     x, w_enc, b_enc, m=M, k=k, mask=mask, impl=impl, **self.settings
                 )
             b_dec = b_dec if bias else None
+            if rates and mask is None:
+                codes = refine_codes(codes, target, w_dec, b_dec, rate=rates[0], impl=impl)
             if bounds is None:
                 x_hat = sparse_decode(codes, w_dec=w_dec, b_dec=b_dec, impl=impl)[:, None]
             else:
@@ -172,6 +181,43 @@ def test_steps_equal_autograd_and_adamw(dense, unit_norm, count):
         torch.testing.assert_close(
             step.weights["w_dec"].norm(dim=1), torch.ones(HEADS * M * N, device=DEVICE)
         )
+
+
+@pytest.mark.parametrize(
+    "dense, steps, bounds",
+    [(False, 1, None), (True, 2, None), (False, 2, [6, 18])],
+    ids=["kron-one-step", "dense-two-steps", "kron-nested"],
+)
+def test_refined_steps_equal_autograd_and_adamw(dense, steps, bounds):
+    """With micro-batches, and with the auxiliary pass, which is not refined."""
+    rates = torch.tensor([0.5, 0.3], device=DEVICE)[:steps]
+    weights = {**new_weights(dense), "refine_rate": rates}
+    truth, step = Autograd(weights), make(copy_of(weights))
+    mask = torch.arange(HEADS * M * N, device=DEVICE) % 2 == 0
+    for number, x in enumerate(batches(5)):
+        for part in x.split(4) if number == 0 else [x]:
+            out, given = step.accumulate(part, bounds=bounds), dict(bounds=bounds)
+            torch.testing.assert_close(
+                out.loss.double(), truth.backward(part, **given), rtol=1e-5, atol=0
+            )
+            assert not torch.equal(out.codes.values, out.selected.values)
+        if number == 1:
+            aux = {"mask": mask, "bias": False, "weight": 0.1}
+            step.accumulate(x[:4], **aux), truth.backward(x[:4], **aux)
+        norm, expected = step.apply(1e-2), truth.apply(1e-2)
+        torch.testing.assert_close(norm.double(), expected.double(), rtol=1e-4, atol=0)
+    assert_same(step, truth, 1e-5, weights)
+    assert float((step.weights["refine_rate"] - rates).abs().min()) > 1e-3
+
+
+def test_refine_is_checked():
+    weights = new_weights(False)
+    for refine, message in [
+        (torch.ones(()), "refine: expected float32 .N., N >= 1, got"),
+        (torch.ones(1, dtype=torch.float64), "refine: expected float32"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            TrainingStep(**weights, k=K, m=M, refine=refine.to(DEVICE))
 
 
 def test_rows_of_the_frequent_latents_are_cut_into_segments():

@@ -72,7 +72,8 @@ class Comparison(TrainingExperiment):
             for seed in range(self.seeds):
                 for row, lr in rates:
                     for equal in self.budgets(row["variant"]):
-                        cells.append({**row, "equal": equal, "lr": lr, "seed": seed})
+                        budget = {"equal": equal, "budget": self.tokens}
+                        cells.append({**row, **budget, "lr": lr, "seed": seed})
         return cells
 
     def budgets(self, variant: str) -> tuple[str, ...]:

@@ -114,10 +114,12 @@ def why_not_fused(
     known: dict[str, list[Any]] = {
         part: [name for name in kinds if kinds[name].fused] for part, kinds in SAE_KINDS.items()
     }
-    known |= {"experts": [0], "skip": [False], "refine": [0]}
+    known |= {"experts": [0], "skip": [False]}
     for name, values in known.items():
         if getattr(sae, name) not in values:
             return f"it needs {name} {' or '.join(map(repr, values))}, not {getattr(sae, name)!r}"
+    if sae.refine and SELECTIONS[sae.selection].learns_thresholds:
+        return f"with selection {sae.selection!r} it needs refine 0, not {sae.refine}"
     prefixes = len(sae.prefixes) if OBJECTIVES[sae.objective].nested else 0
     if prefixes > fused.MAX_PREFIXES:
         return f"{prefixes} prefixes are too many for it (at most {fused.MAX_PREFIXES})"
@@ -269,6 +271,7 @@ class Learner:
             state={name: self.optimizer.state[weight] for name, weight in weights.items()},
             silent=self.tokens_since_fired,
             thresholds=sae.selection.thresholds(config),
+            refine=sae.refine_rate,
             ranks=self.mesh.heads,
         )
 
@@ -625,16 +628,17 @@ class Learner:
             aux = revival.loss * weight / config.auxk_coefficient
         norm = step.apply(lr, max_norm=config.max_grad_norm or None)
         selection = self.sae.selection
+        selected = out.selected or out.codes
         if type(selection).update is not Selection.update:
             # A step that was not made has no codes.
-            values, indices = out.codes
+            values, indices = selected
             codes = SparseCodes(values.masked_fill(norm.isnan(), 0), indices)
             selection.update(self.sae, codes)
         losses = {} if bounds is None else {"objective": out.loss}
         if out.l0_loss is not None:
             loss = out.loss + config.l0_coefficient * out.l0_loss
             losses = {"l0_loss": out.l0_loss, "objective": loss}
-        return _Step(out.mse, aux, out.codes, out.codes, norm, losses)
+        return _Step(out.mse, aux, out.codes, selected, norm, losses)
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, moments and counters: tensors and JSON values."""

@@ -57,7 +57,7 @@ def pair_dots(y, columns, table, out, r, d,
 def _slopes(d_value, p, q, eps, ROOT: tl.constexpr, SIGNED: tl.constexpr, DENSE: tl.constexpr):
     """Derivatives by both pre-latents, from that by a value."""
     if DENSE:
-        d_p = tl.where(p > 0.0, d_value, 0.0)
+        d_p = d_value if SIGNED else tl.where(p > 0.0, d_value, 0.0)
         d_q = d_p
     else:
         product = p * q

@@ -4,6 +4,7 @@
     one_pass   the same, with the encoder's product     gradients  of weights, and AdamW
     threshold  latents above thresholds                 nested     reconstructions from prefixes
     training   what a training step alone asks for
+    refine     steps on the values of codes, in a training step
 
 Arguments are 2-D, checked by the public functions. Letters as in `common`.
 """
@@ -16,8 +17,10 @@ from torch import Tensor
 from kronsae_kernels import torch_impl
 from kronsae_kernels.triton_impl.operations.gather import (
     DecodeAndLoss,
+    code_gradients,
     combine,
     decode_and_loss,
+    describe,
     pair_dots,
 )
 from kronsae_kernels.triton_impl.operations.gradients import (
@@ -37,6 +40,7 @@ from kronsae_kernels.triton_impl.operations.nested import (
     suffix_sums,
 )
 from kronsae_kernels.triton_impl.operations.one_pass import encode_in_one_pass, lists_of
+from kronsae_kernels.triton_impl.operations.refine import RefinedRows, Refinement
 from kronsae_kernels.triton_impl.operations.select import Selection, select_dense, select_kron
 from kronsae_kernels.triton_impl.operations.threshold import (
     Jumped,

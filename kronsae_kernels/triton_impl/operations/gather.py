@@ -86,9 +86,10 @@ def decode_and_loss(
     """Decoder, squared error against x [B, d], and its gradients by the codes [B, k].
 
     indices: -1 for a place without a latent, which takes no part: its numbers are 0.
-    composition: one of COMPOSITIONS, or "dense" (base holds the values). scale: a number, or a
-    float32 scalar on the device. one_gather: rows are gathered once, for which a chunk of k of them
-    must fit into a warp's registers.
+    composition: one of COMPOSITIONS, or "dense" (base holds the values, of a ReLU), or "linear"
+    (base holds the values, of any sign). scale: a number, or a float32 scalar on the device.
+    one_gather: rows are gathered once, for which a chunk of k of them must fit into a warp's
+    registers.
     total: adds up [B, d] float32 over processes that decode other codes of the same tokens, of
     which one has the bias; rows are then gathered twice.
     """
@@ -96,15 +97,20 @@ def decode_and_loss(
     if one_gather and total is None:
         return _decode_and_loss(x, codes, table, bias)
     sums = table.new_empty(2, len(indices), dtype=torch.float32)
-    values = base
-    if composition != "dense":
-        values = reference.compose(base * extension, composition, eps)
+    values = values_of(base, extension, composition, eps)
     x_hat = combine(values, indices, table, bias, torch.float32)
     error = (x_hat if total is None else total(x_hat)).sub_(x)
     d_values = pair_dots(error, indices, table, torch.float32)
     torch.sum(error.square(), 1, out=sums[0])
     of_codes = code_gradients(codes, d_values, sums)
     return DecodeAndLoss(error.to(table.dtype), sums, **of_codes, d_values=d_values)
+
+
+def values_of(base: Tensor, extension: Tensor, composition: str, eps: float) -> Tensor:
+    """Values [B, k] of codes, from their factors."""
+    if composition in ("dense", "linear"):
+        return base
+    return reference.compose(base * extension, composition, eps)
 
 
 def describe(
@@ -125,8 +131,8 @@ def describe(
         "ON_DEVICE": isinstance(scale, Tensor),
         "eps": eps,
         "ROOT": composition == "mand",
-        "SIGNED": composition == "mul",
-        "DENSE": composition == "dense",
+        "SIGNED": composition in ("mul", "linear"),
+        "DENSE": composition in ("dense", "linear"),
     }
 
 

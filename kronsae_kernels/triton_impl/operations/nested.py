@@ -120,7 +120,7 @@ def nested_decode_and_loss(
     whole reconstruction's residual.
     """
     (tokens, k), d, prefixes = indices.shape, table.shape[1], len(bounds)
-    dense, root = composition == "dense", composition == "mand"
+    dense, root = composition in ("dense", "linear"), composition == "mand"
     groups = Grouped.of(
         indices, bounds, base, None if dense else extension, root=root, eps=eps, rows=True
     )
