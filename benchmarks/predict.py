@@ -273,10 +273,13 @@ def auxiliary_of(shape: Shape) -> Shape:
     return shape._replace(k=objectives.auxk_latents(sae, config), tokens=tokens)
 
 
-def passes(shape: Shape, card: str, moments: str, auxiliary: bool) -> tuple[Pass, Pass, Pass]:
+def passes(
+    shape: Shape, card: str, moments: str, auxiliary: bool, refine: int = 0
+) -> tuple[Pass, Pass, Pass]:
     """A fused step in parts: forward and backward, the same among dead latents, update.
 
     auxiliary: whether there is a second part; as `kronsae.training.learner` makes it.
+    refine: steps that refine values.
     """
 
     def meta(dtype: torch.dtype, *size: int) -> Tensor:
@@ -311,6 +314,7 @@ def passes(shape: Shape, card: str, moments: str, auxiliary: bool) -> tuple[Pass
             k=shape.k,
             dtype=torch.bfloat16,
             moments=moments,
+            refine=meta(single, refine) if refine else None,
         )
     for _ in range(2):
         parts.clear()
@@ -510,14 +514,15 @@ def estimate(part: Pass, shape: Shape, card: str, works: dict[str, Work]) -> dic
 
 
 def predict(
-    shape: Shape, card: str, moments: str = "float32", auxiliary: bool = False
+    shape: Shape, card: str, moments: str = "float32", auxiliary: bool = False, refine: int = 0
 ) -> dict[str, Any]:
     """Rows, totals and goals of a shape on a card, as JSON values.
 
-    moments: of AdamW. auxiliary: also what the pass that revives dead latents adds.
+    moments: of AdamW. auxiliary: also what the pass that revives dead latents adds. refine: steps
+    that refine values, for which the floor is that of a step without.
     """
     machine = CARDS[card]
-    first, _, update = passes(shape, card, moments, auxiliary=False)
+    first, _, update = passes(shape, card, moments, auxiliary=False, refine=refine)
     works = stages(shape, "kron", 2, getattr(torch, moments).itemsize)
     step = estimate(first + update, shape, card, works)
     product = product_ms(shape.tokens, shape.columns, shape.d, machine)
@@ -529,6 +534,7 @@ def predict(
         "card": card,
         "triton": triton.__version__,
         "moments": moments,
+        "refine": refine,
         **step,
         "floor_ms": sum(machine.ceilings.floor_ms(work) for work in works.values()),
         "product_ms": product,
@@ -536,7 +542,7 @@ def predict(
     }
     if auxiliary:
         dying = auxiliary_of(shape)
-        _, second, longer = passes(shape, card, moments, auxiliary=True)
+        _, second, longer = passes(shape, card, moments, auxiliary=True, refine=refine)
         revived = estimate(second, dying, card, stages(dying, "kron", 2))
         alone, both = (estimate(one, shape, card, works)["step_ms"] for one in (update, longer))
         figures["auxiliary"] = {
@@ -573,6 +579,8 @@ def table(figures: dict[str, Any]) -> str:
     card = f"{figures['card']} ({CARDS[figures['card']].name}), Triton {figures['triton']}"
     if figures["moments"] != "float32":
         card += f", moments in {figures['moments']}"
+    if figures["refine"]:
+        card += f", values refined by {_many(figures['refine'], 'step')}"
     step = figures["step_ms"]
     total = "**step**", _counts(figures), figures["floor_ms"], step
     parts = [
@@ -678,6 +686,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--auxiliary", action="store_true", help="also what the pass that revives latents adds"
     )
+    parser.add_argument(
+        "--refine", type=int, default=0, metavar="N", help="steps that refine values; default: 0"
+    )
     parser.add_argument("--update", action="store_true", help="rewrite tests/golden/predicted.json")
     return parser
 
@@ -685,18 +696,19 @@ def make_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> None:
     parser = make_parser()
     options = parser.parse_args(arguments)
-    held = GOAL_SHAPES, "sm_90", "float32"
-    if options.update and (options.shape, options.card, options.moments) != held:
+    held = GOAL_SHAPES, "sm_90", "float32", 0
+    if options.update and (options.shape, options.card, options.moments, options.refine) != held:
         parser.error(
             f"--update: the file has {' and '.join(GOAL_SHAPES)} on sm_90 with float32 moments: "
-            "leave out --shape, --card and --moments"
+            "leave out --shape, --card, --moments and --refine"
         )
     if triton.knobs.runtime.interpret:
         parser.error("unset TRITON_INTERPRET: interpreted kernels cannot be compiled")
     print(f"Estimates; times in milliseconds.\n\n{indent(LEGEND, '    ')}")
     results = []
     for name in options.shape:
-        results.append(predict(SHAPES[name], options.card, options.moments, options.auxiliary))
+        settings = options.card, options.moments, options.auxiliary, options.refine
+        results.append(predict(SHAPES[name], *settings))
         print(table(results[-1]), flush=True)
     if options.update:
         write_golden(results)
