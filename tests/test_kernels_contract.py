@@ -384,6 +384,7 @@ def test_public_names():
         "fused_encode",
         "jump",
         "nested_decode",
+        "refine_codes",
         "sparse_decode",
         "threshold_encode",
     }

@@ -1,0 +1,171 @@
+"""SAEs of a real language model side by side, in all figures: `python -m benchmarks.study`.
+
+It harvests activations, trains all SAEs of `kronsae experiments comparison` (a process a layer, a
+thread each), evaluates them on held-out text, and writes the tables of a page. The commands that it
+runs are printed, after an estimate of the hours. The same command goes on where it was stopped.
+"""
+
+import argparse
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kronsae.config import TrainConfig
+from kronsae.experiments.comparison import Comparison
+from kronsae.experiments.report import Spread
+from kronsae.system.files import write_text
+from kronsae.system.tables import markdown
+from kronsae.training.learner import Learner
+
+VARIANTS = [
+    *("topk", "m2n4", "m4n4", "m4n8", "batchtopk", "batchtopk-m4n4"),
+    *("matryoshka", "matryoshka-m4n4", "topk-refined", "m4n4-refined"),
+    *("batchtopk-refined", "batchtopk-m4n4-refined"),
+]
+FIGURES = {
+    "explained_variance": ("explained variance", 4),
+    "ce_recovered": ("CE recovered", 4),
+    "kl_spliced": ("KL divergence", 4),
+    "dead_share": ("dead latents", 4),
+}
+"""Figures of an evaluation in the table: heading, and digits."""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("benchmarks.study", description=str(__doc__).splitlines()[0])
+    given = parser.add_argument
+    given("--model", required=True, help="language model: hub name or folder")
+    given("--dataset", required=True, help="hub name, or files")
+    given("--bos", default="auto", help="how contexts begin, as for kronsae harvest")
+    given("--layer", type=int, nargs="+", required=True, help="residual streams, from 0")
+    given("--context-length", type=int, default=256, help="tokens of a context")
+    given("--dict-size", type=int, default=8192, help="latents")
+    given("--k", type=int, default=32, help="active latents a token")
+    given("--tokens", type=int, default=500_000, help="of a training, at equal tokens")
+    given("--tuning-tokens", type=int, default=100_000, help="of one that tries a learning rate")
+    given("--learning-rates", type=float, nargs="+", default=[0.002, 0.004, 0.008, 0.016])
+    given("--seeds", type=int, default=3, help="trainings of each SAE")
+    given("--variants", nargs="+", default=VARIANTS, help="SAEs (kronsae/experiments/variants.py)")
+    given("--heldout-tokens", type=int, default=8192, help="to measure the model's losses on")
+    given("--out", type=Path, required=True, help="folder")
+    given("--plan", action="store_true", help="print hours and commands, and stop")
+    return parser
+
+
+def comparison(options: argparse.Namespace, layer: int) -> Comparison:
+    """The experiment of a layer."""
+    shared = ("dict_size", "k", "tokens", "tuning_tokens", "seeds")
+    return Comparison(
+        layer=(layer,),
+        learning_rates=tuple(options.learning_rates),
+        variants=tuple(options.variants),
+        **{name: getattr(options, name) for name in shared},
+    )
+
+
+def commands(options: argparse.Namespace, d_model: int) -> list[list[list[str]]]:
+    """Commands, those of a stage in a list: to harvest; to train, one a layer; to evaluate."""
+    out, layers = options.out, list(map(str, options.layer))
+    harvested = comparison(options, options.layer[0]).longest(d_model)
+    harvest = ["harvest", "--model", options.model, "--dataset", options.dataset]
+    harvest += ["--layer", *layers, "--tokens", str(harvested), "--bos", options.bos]
+    harvest += ["--context-length", str(options.context_length), "--out", f"{out}/cache"]
+    shared = ["--dict-size", str(options.dict_size), "--k", str(options.k)]
+    shared += ["--tokens", str(options.tokens), "--tuning-tokens", str(options.tuning_tokens)]
+    shared += ["--learning-rates", *map(str, options.learning_rates)]
+    shared += ["--seeds", str(options.seeds), "--variants", *options.variants]
+    train = [
+        ["experiments", "comparison", "--cache", f"{out}/cache", "--layer", layer, *shared]
+        + ["--saes", f"{out}/saes", "--out", f"{out}/layer{layer}"]
+        for layer in layers
+    ]
+    evaluate = [
+        ["evaluate", *sorted(map(str, (out / "saes").glob(f"layer{layer}-*")))]
+        + ["--heldout-tokens", str(options.heldout_tokens), "--out", f"{out}/evaluation-{layer}"]
+        for layer in layers
+    ]
+    return [[harvest], train, evaluate]
+
+
+def hours(options: argparse.Namespace, d_model: int) -> float:
+    """Hours of all trainings, if each has a thread of its own: from steps timed here."""
+    experiment, seconds = comparison(options, options.layer[0]), 0.0
+    torch.set_num_threads(1)
+    x = torch.randn(experiment.batch_size, d_model)
+    for row in experiment.rows():
+        config = experiment.sae(row).with_widths(d_model, 0)
+        train = TrainConfig(batch_size=len(x), device="cpu")
+        learner, times = Learner(config, train, torch.device("cpu")), []
+        for _ in range(4):
+            began = time.perf_counter()
+            learner.step(x)
+            times.append(time.perf_counter() - began)
+        tokens = options.tuning_tokens * len(options.learning_rates)
+        for equal in experiment.budgets(row["variant"]):
+            tokens += options.seeds * experiment.tokens_of({**row, "equal": equal}, d_model)
+        seconds += tokens / len(x) * min(times[1:])
+    return seconds * len(options.layer) / 3600
+
+
+def run(stage: Iterable[list[str]], threads: int) -> None:
+    """Run commands side by side; exits with the status of one that fails."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    started = [
+        subprocess.Popen([sys.executable, "-m", f"kronsae.{name}", *rest], env=environment)
+        for name, *rest in stage
+    ]
+    statuses = [process.wait() for process in started]
+    if any(statuses):
+        sys.exit(max(statuses))
+
+
+def tables(options: argparse.Namespace) -> str:
+    """Markdown of all figures of all SAEs: means and deviations over the seeds."""
+    header = ["layer", "SAE", "equal", "tokens", *(name for name, _ in FIGURES.values())]
+    rows: list[list[Any]] = []
+    for layer in options.layer:
+        runs = json.loads((options.out / f"layer{layer}" / "comparison.json").read_text())["runs"]
+        evaluation = options.out / f"evaluation-{layer}" / "evaluation.json"
+        metrics = {e["name"]: e["metrics"] for e in json.loads(evaluation.read_text())["judged"]}
+        groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for one in runs:
+            if one.get("sae") in metrics:
+                groups.setdefault((one["variant"], one["equal"]), []).append(one)
+        for (variant, equal), group in groups.items():
+            figures = [
+                Spread.of(metrics[one["sae"]][name] for one in group).to(digits)
+                for name, (_, digits) in FIGURES.items()
+            ]
+            rows.append([layer, variant, equal, f"{group[0]['tokens']:,}", *figures])
+    return markdown(header, rows)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    from transformers import AutoConfig
+
+    options = make_parser().parse_args(arguments)
+    d_model = AutoConfig.from_pretrained(options.model).hidden_size
+    print(f"about {hours(options, d_model):.1f} hours of a thread to train", flush=True)
+    if options.plan:
+        for stage in commands(options, d_model):
+            print("\n".join(shlex.join(["kronsae", *command]) for command in stage))
+        return
+    for number in range(3):
+        stage = commands(options, d_model)[number]
+        if number == 2:
+            stage = [c for c in stage if not Path(c[-1], "evaluation.json").exists()]
+        run(stage, threads=1 if number == 1 else torch.get_num_threads())
+    write_text(options.out / "study.md", tables(options))
+    print(tables(options))
+
+
+if __name__ == "__main__":
+    main()
