@@ -125,6 +125,19 @@ def test_other_settings_do_not_mix(squares, tmp_path):
         run(squares, tmp_path, scale=2)
 
 
+def test_settings_that_older_files_lack_had_their_defaults(squares, tmp_path):
+    run(squares, tmp_path)
+    path = tmp_path / "squares.json"
+    document = json.loads(path.read_text())
+    del document["settings"]["scale"]
+    path.write_text(json.dumps(document))
+    run(squares, tmp_path, numbers=(1, 4))
+    assert squares.seen == [1, 2, 3, 4]
+    path.write_text(json.dumps(document))
+    with pytest.raises(InputError, match="scale: was 1, is 2"):
+        run(squares, tmp_path, scale=2)
+
+
 def test_a_foreign_file_is_left_alone(squares, tmp_path):
     (tmp_path / "squares.json").write_text("[]")
     with pytest.raises(InputError, match="not one that an experiment wrote"):

@@ -10,7 +10,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from kronsae.config import DataConfig, setting
+from kronsae.config import setting
 from kronsae.experiments.activations import Activations
 from kronsae.experiments.experiment import EXPERIMENTS, Run, axis
 from kronsae.experiments.grid import matches
@@ -19,7 +19,6 @@ from kronsae.experiments.report import TUNING_SEED, Spread, explained, grouped, 
 from kronsae.experiments.training import SMALLEST, TrainingExperiment, product, quality
 from kronsae.experiments.variants import dense_form
 from kronsae.model.flops import flops_per_token
-from kronsae.sources import source_of
 
 EQUAL_TOKENS, EQUAL_FLOPS = "tokens", "FLOPs"
 
@@ -41,9 +40,6 @@ class Comparison(TrainingExperiment):
         **{"dict_size": 65536, "learning_rates": (4e-4, 8e-4, 1.6e-3)},
     }
 
-    cache: str | None = setting(
-        None, "folder of `kronsae harvest` to read activations from, in place of model and text"
-    )
     saes: str | None = setting(None, "folder to save the trained SAEs in (default: none is saved)")
     layer: tuple[int, ...] = axis((2,), "residual streams after these blocks, from 0")  # type: ignore[assignment]
     variants: tuple[str, ...] = axis(
@@ -93,12 +89,6 @@ class Comparison(TrainingExperiment):
     def prepare(self) -> Callable[[int], Activations]:
         """Activations of a layer, those of the last one asked for being kept."""
         return lru_cache(maxsize=1)(lambda layer: self.activations(layer=layer))
-
-    def data_config(self, **given: Any) -> DataConfig:
-        if self.cache is not None:
-            given["activations"] = self.cache
-            given |= source_of(self.cache).decided(given)
-        return super().data_config(**given)
 
     def run(self, shared: Callable[[int], Activations], cell: dict[str, Any]) -> dict[str, Any]:
         activations = shared(cell["layer"])

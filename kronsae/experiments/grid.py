@@ -100,7 +100,10 @@ def _earlier_runs(path: Path, experiment: Experiment) -> list[Run]:
         document = typed(read_json(path), _DOCUMENT, "")
     except (OSError, ValueError) as error:
         raise InputError(f"{path} is not one that an experiment wrote: {error}") from error
-    was, runs = {**document["settings"], **document["made_with"]}, document["runs"]
+    # Older files lack settings, which had their defaults.
+    since = {spec.name: spec.default for spec in dataclasses.fields(experiment)}
+    was = {**json.loads(json.dumps(since)), **document["settings"], **document["made_with"]}
+    runs = document["runs"]
     axes = {spec.name for spec in dataclasses.fields(experiment) if spec.metadata.get("axis")}
     given = {**dataclasses.asdict(experiment), **made_with(experiment.device)}
     given = json.loads(json.dumps(given))  # a tuple is a list there

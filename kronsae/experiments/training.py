@@ -30,7 +30,7 @@ from kronsae.experiments.report import (
 from kronsae.experiments.variants import sae_config
 from kronsae.metrics.heldout import Heldout
 from kronsae.model.sae import SAE
-from kronsae.sources import open_activations
+from kronsae.sources import open_activations, source_of
 from kronsae.system.devices import resolve_device
 from kronsae.training.fit import fit
 from kronsae.training.session import FitResult
@@ -84,6 +84,9 @@ class TrainingExperiment(Experiment):
     dataset: str = setting("stdlib", "hub name, or files; 'stdlib': Python's standard library")
     dataset_config: str | None = setting(None, "configuration name of a hub dataset")
     streaming: bool = setting(False, "stream the dataset")
+    cache: str | None = setting(
+        None, "folder of `kronsae harvest` to read activations from, in place of model and text"
+    )
     buffer_tokens: int = setting(65_536, "size of the shuffle buffer, in tokens")
     heldout_tokens: int = setting(32_768, "tokens set aside to judge on")
     memory_gib: float = setting(8.0, "hold activations up to this; more are computed anew each run")
@@ -127,7 +130,11 @@ class TrainingExperiment(Experiment):
     def data_config(self, **given: Any) -> DataConfig:
         """Where activations come from, by the settings, some of which `given` replaces."""
         names = {spec.name for spec in dataclasses.fields(DataConfig)}
-        return DataConfig(**{n: value for n, value in vars(self).items() if n in names} | given)
+        given = {n: value for n, value in vars(self).items() if n in names} | given
+        if self.cache is not None:
+            given["activations"] = self.cache
+            given |= source_of(self.cache).decided({**given, "hookpoint": None})
+        return DataConfig(**given)
 
     def activations(self, **given: Any) -> Activations:
         """Activations by the settings, some of which `given` replaces."""

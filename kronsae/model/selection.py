@@ -35,6 +35,10 @@ THRESHOLD_RATE = 0.1
 """Share of the newest batch in the running mean of BatchTopK's threshold."""
 
 
+L0_RATE = 0.05
+"""By how much a JumpReLU's log thresholds move in a step whose L0 is twice its aim."""
+
+
 class Penalty(NamedTuple):
     """A loss beside the reconstruction error.
 
@@ -245,7 +249,9 @@ class JumpReLU(Selection):
 
     log_threshold: parameter [F]. It learns through the pseudo-derivatives of `jump`, also from a
     loss (L0 / k - 1)^2 that holds the mean number of active latents L0 at k.
-    [Rajamanoharan et al. 2024: JumpReLU SAEs]
+    [Rajamanoharan et al. 2024: JumpReLU SAEs] That loss alone comes to rest off its aim, where the
+    reconstruction error pulls as much as it does. So after each step all thresholds also move
+    together, by L0_RATE (L0 / k - 1) in logarithm, until L0 is k.
     In the warm-up latents grow faster than thresholds learn, and L0 would grow with them: until its
     end `prepare` sets all thresholds just below the smallest of the batch's k B largest values.
     Memory: O(B w) and a chunk of scores [b, F].
@@ -298,6 +304,15 @@ class JumpReLU(Selection):
         codes, l0 = self.codes_and_l0(sae, x)
         loss = sae.mesh.data.as_part((l0 / self.k - 1).square())
         return codes, {"l0_loss": Penalty(loss, config.l0_coefficient)}
+
+    @torch.no_grad()
+    def update(self, sae: Encoder, codes: SparseCodes) -> None:
+        """Move all thresholds towards an L0 of k."""
+        group = sae.mesh.data
+        tokens = group.count(len(codes.values), codes.values.device)
+        l0 = group.sum(sae.fired(codes).sum()) / tokens
+        excess = (l0 / self.k - 1).clamp(max=1) * (l0 > 0)  # a step not made has no codes
+        self.log_threshold.add_(L0_RATE * excess)
 
     @torch.no_grad()
     def scale_(self, factor: float | Tensor) -> None:
