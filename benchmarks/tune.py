@@ -202,6 +202,7 @@ Where most can be won comes first, should time run out.
 NOT_TUNED = (
     *("combine", "pair_dots", "code_gradients", "row_gradients", "sum_entries", "code_values"),
     *("group_codes", "nested_sums", "nested_errors", "suffix_sums", "nested_dots"),
+    "hierarchical_errors",
     *("keep_first", "prepare_update", "note_active", "finish_update", "product_limits"),
     *("count_above", "write_above", "rank_above", "jump", "jump_gradients"),
 )

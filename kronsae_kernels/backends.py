@@ -1,8 +1,8 @@
 """Choice of the implementation of an operation: by the tensors' device, or the one asked for.
 
 A backend is a module with these functions of `torch_impl` (same names, same arguments): `encode`,
-`threshold_encode`, `encode_backward`, `decode` and `decode_backward`. Kernels for another device
-plug in here: one line in `_BACKENDS`, nothing else in the package changes.
+`threshold_encode`, `encode_backward`, `decode`, `decode_backward` and `hierarchical`. Kernels for
+another device plug in here: one line in `_BACKENDS`, nothing else in the package changes.
 """
 
 import importlib

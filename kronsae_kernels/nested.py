@@ -49,8 +49,13 @@ def nested_decode(
     return out.view(*values.shape[:-1], *out.shape[1:])
 
 
-def check_bounds(bounds: Iterable[int], size: int) -> list[int]:
-    """The bounds of nested prefixes of F = size latents. Raises ValueError if they are none."""
+def check_bounds(
+    bounds: Iterable[int], size: int, name: str = "bounds", letter: str = "F"
+) -> list[int]:
+    """The bounds of nested prefixes of F = size latents. Raises ValueError if they are none.
+
+    name, letter: what the message calls them, and their largest.
+    """
     if isinstance(bounds, Tensor) and not bounds.is_meta:
         bounds = bounds.tolist()
     if isinstance(bounds, Iterable):
@@ -62,7 +67,7 @@ def check_bounds(bounds: Iterable[int], size: int) -> list[int]:
     require(
         right,
         lambda: (
-            f"bounds: expected a list of ascending integers in [1, F] = [1, {size}], "
+            f"{name}: expected a list of ascending integers in [1, {letter}] = [1, {size}], "
             f"got {shown(bounds)}"
         ),
     )

@@ -230,6 +230,27 @@ def refine_codes(
     return SparseCodes(values, indices)
 
 
+def hierarchical_loss(
+    values: Tensor,
+    indices: Tensor,
+    prefixes: Sequence[int],
+    *,
+    w_dec: Tensor,
+    b_dec: Tensor | None = None,
+    target: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Squared error of the reconstruction from as many first codes of each token as a prefix has,
+    summed over tokens, mean over prefixes (scalar); and the residual [..., d] of the last prefix.
+    """
+    dtype = accumulate_dtype(w_dec.dtype)
+    rows = embedding(indices, w_dec).to(dtype)
+    x_hats = (values.to(dtype)[..., None] * rows).cumsum(-2)
+    if b_dec is not None:
+        x_hats = x_hats + b_dec.to(dtype)
+    residuals = x_hats[..., [end - 1 for end in prefixes], :] - target.to(dtype)[..., None, :]
+    return residuals.square().sum() / len(prefixes), residuals[..., -1, :].detach()
+
+
 def rounded_moments(first: Tensor, second: Tensor, seed: int, step: int) -> tuple[Tensor, Tensor]:
     """AdamW's moments [rows, d] (float32) in bfloat16, rounded by chance after a step (from 1).
 

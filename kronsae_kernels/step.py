@@ -30,6 +30,7 @@ from kronsae_kernels.common import (
     require,
     shape_of,
 )
+from kronsae_kernels.hierarchical import check_ranks_of_codes
 from kronsae_kernels.ranks import Ranks, keep_largest_of_all
 from kronsae_kernels.reference import compose
 from kronsae_kernels.step_arguments import (
@@ -93,8 +94,8 @@ class StepOutput(NamedTuple):
     """Losses and codes of one forward and backward pass."""
 
     loss: Tensor
-    """Mean squared error over tokens and dimensions, not weighted (float32 scalar); with nested
-    prefixes the sum of theirs."""
+    """Mean squared error over tokens and dimensions, not weighted (float32 scalar); with `bounds`
+    the sum of those of all prefixes, with `prefixes` their mean."""
     codes: SparseCodes
     """[B, k] values and indices, largest first (-1 in places that a mask leaves over); of a
     selection over the batch [B, width]; with ranks this rank's own, [B, min(k, F)], and -1 in
@@ -260,6 +261,7 @@ class TrainingStep:
         bias: bool = True,
         weight: float | Tensor = 1.0,
         bounds: Sequence[int] | None = None,
+        prefixes: Sequence[int] | None = None,
         width: int | None = None,
     ) -> StepOutput:
         """Forward and backward of weight * mean((decode(encode(x)) - target)^2); no weight changes.
@@ -270,6 +272,9 @@ class TrainingStep:
             same however many are allowed.  bias: whether b_dec takes part.
         bounds: of nested prefixes, as of `nested_decode`, the last of them F: what is decoded from
             the latents of each prefix has an error, and the sum of all errors is the loss.
+        prefixes: numbers of latents, ascending, the last of them k: what is decoded from so many
+            of a token's largest latents has an error, and the mean of all errors is the loss (as of
+            `hierarchical_loss`).
         width: for a selection over the batch (BatchTopK): of all active latents the k B largest, of
             equal ones the earlier token's, looked for among the `width` >= k largest of each token.
             Codes are [B, width], and places of others have index -1 and value 0. Where a token
@@ -286,16 +291,25 @@ class TrainingStep:
         check_scalar("weight", weight, self.device, low=None)
         check_same("device", x=x, target=target, mask=mask, w_dec=self.weights["w_dec"])
         require(
-            self.ranks is None or (bounds is None and width is None),
-            "bounds, width: ranks select the k latents of each token, for one reconstruction; "
-            f"expected None for both, got {bounds} and {width}",
+            self.ranks is None or (bounds is None and prefixes is None and width is None),
+            "bounds, prefixes, width: ranks select the k latents of each token, for one "
+            f"reconstruction; expected None for all, got {bounds}, {prefixes} and {width}",
+        )
+        require(
+            prefixes is None or (bounds is None and width is None),
+            "prefixes: of the k latents of each token, without bounds or a width",
         )
         self._check_width(width, k, mask)
-        prefixes = None
+        require(
+            prefixes is None or RATES not in self.weights,
+            "prefixes: expected None where values are refined, for one reconstruction",
+        )
         if bounds is not None:
-            prefixes = check_prefixes(bounds, self.dict_size, MAX_PREFIXES)
+            bounds = check_prefixes(bounds, self.dict_size, MAX_PREFIXES)
+        if prefixes is not None:
+            prefixes = check_ranks_of_codes(prefixes, k)
         with torch.no_grad():
-            return self._accumulate(x, target, k, mask, bias, weight, prefixes, width)
+            return self._accumulate(x, target, k, mask, bias, weight, bounds, prefixes, width)
 
     def _check_batch(self, x: Tensor, k: int | None) -> int:
         """k, by default that of the step."""
@@ -327,7 +341,8 @@ class TrainingStep:
         mask: Tensor | None,
         bias: bool,
         weight: float | Tensor,
-        bounds: list[int] | None,
+        bounds: Sequence[int] | None,
+        prefixes: Sequence[int] | None,
         width: int | None,
     ) -> StepOutput:
         from kronsae_kernels.triton_impl import operations
@@ -336,7 +351,8 @@ class TrainingStep:
         x, low = x.to(self.dtype).contiguous(), self._low_precision()
         indices, base, extension, jumped = self._select(x, low["w_enc"], mask, k, width)
         b_dec = self.weights["b_dec"] if bias and self._first else None
-        scale = weight * (2 / target.numel())
+        errors = target.numel() * (1 if prefixes is None else len(prefixes))
+        scale = weight * (2 / errors)
         table, made = low["w_dec"], (self._how, self.eps, scale)
         factors, how = (base, extension), made
         refinement = row = None
@@ -347,18 +363,21 @@ class TrainingStep:
             )
             factors, how = (refinement.values, refinement.values), ("linear", 0.0, 1.0)
         codes = target, indices, *factors, table, b_dec, *how
-        if bounds is None:
+        if bounds is not None:
+            decoded, row = operations.nested_decode_and_loss(*codes, bounds)
+        elif prefixes is not None:
+            decoded, row = operations.hierarchical_decode_and_loss(*codes, prefixes)
+        else:
             decoded = operations.decode_and_loss(
                 *codes,
                 one_gather=indices.shape[1] <= MAX_FUSED_CODES and jumped is None,
                 total=None if self.ranks is None else self.ranks.sum,
             )
-            d_x_hat = residual = d_rows = decoded.residual
-        else:
-            decoded, row = operations.nested_decode_and_loss(*codes, bounds)
+        d_x_hat = residual = d_rows = decoded.residual
+        if row is not None:
             # [:, g] sums the errors of prefixes g to G - 1: all at 0, the whole's alone at -1.
-            d_x_hat, residual = decoded.residual[:, 0], decoded.residual[:, -1]
-            d_rows = decoded.residual.flatten(0, 1)
+            d_x_hat, residual = d_rows[:, 0], d_rows[:, -1]
+            d_rows = d_rows.flatten(0, 1)
         if bias:
             of_bias = d_x_hat.sum(0, dtype=torch.float32) * scale
             earlier = self._b_dec_gradient
@@ -374,8 +393,8 @@ class TrainingStep:
         noted = selected if mask is None else None
         decoded = decoded._replace(d_values=None)  # it is not needed any more
         self._parts.append(_Part(given, noted, x, d_rows, row, indices, decoded, d_log, refined))
-        loss = sums[0] / target.numel()
-        mse = loss if bounds is None else sums[2] / target.numel()
+        loss = sums[0] / errors
+        mse = loss if row is None else sums[2] / target.numel()
         before = None if refinement is None else SparseCodes(refinement.selected, indices)
         return StepOutput(loss, selected, residual, mse, l0_loss, before)
 

@@ -18,6 +18,7 @@ Arguments are 2-D, checked by the public functions. Letters as in `common`.
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import NamedTuple, TypeVar, cast
 
 import torch
@@ -332,6 +333,63 @@ def decode_backward(
     if need_w:
         d_w = scatter(values, *group(values, indices, w_dec.shape[0]), y, rows).to(w_dec.dtype)
     return d_values, d_w
+
+
+def hierarchical(
+    values: Tensor,
+    indices: Tensor,
+    w_dec: Tensor,
+    target: Tensor,
+    prefixes: Sequence[int],
+    gradients: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Squared errors of the sums of the first codes, and their gradients, in one gather of rows.
+
+    Returns the sum of the squared errors over tokens and prefixes, the residual [B, d] of all
+    codes, and (empty without `gradients`) the sum's derivatives by values, w_dec and target, all in
+    the dtype of target [B, d]: at least float32. Memory: O(B (k + d) + F d), and a chunk of rows.
+    """
+    (tokens, k), (size, d), dtype = values.shape, w_dec.shape, target.dtype
+    weights, loss, residual = values.to(dtype), target.new_zeros(()), torch.empty_like(target)
+    left_out = set(range(k)) - {end - 1 for end in prefixes}
+    shapes = [(tokens, k), (size, d), (tokens, d)] if gradients else [(0,)] * 3
+    d_values, d_w, d_target = (target.new_zeros(shape) for shape in shapes)
+    chunks = spans(tokens, 2 * k * d * target.element_size(), target.device, 1)
+    most = max((span.stop - span.start for span in chunks), default=0)
+    gathered, products = w_dec.new_empty(most * k, d), target.new_empty(most, k, d)
+    for span in chunks:
+        columns, z = indices[span], weights[span]
+        rows = gathered[: columns.numel()]
+        torch.index_select(w_dec, 0, columns.reshape(-1), out=rows)
+        rows = rows.to(dtype).view(-1, k, d)
+        errors = torch.mul(rows, z[..., None], out=products[: len(z)])
+        of_slots = errors.unbind(1)
+        of_slots[0].sub_(target[span])
+        for before, after in pairwise(of_slots):  # faster than cumsum, in place
+            after.add_(before)
+        residual[span] = of_slots[-1]
+        for slot in left_out:
+            of_slots[slot].zero_()
+        loss += errors.flatten().dot(errors.flatten())
+        if gradients:
+            for after, before in pairwise(reversed(of_slots)):  # of all prefixes that hold the slot
+                before.add_(after)
+            d_target[span] = -2 * of_slots[0]
+            d_values[span] = 2 * torch.linalg.vecdot(rows, errors)
+            _scatter_into(d_w, 2 * z, columns, errors.flatten(0, 1))
+    return loss, residual, d_values, d_w, d_target
+
+
+def _scatter_into(out: Tensor, coefficients: Tensor, columns: Tensor, y: Tensor) -> None:
+    """out[f] += sum over entries with column f of coefficient times y's row [b r, d] of the entry.
+
+    Only rows that occur are touched.
+    """
+    ordered, order = columns.reshape(-1).sort(stable=True)
+    latents, counts = ordered.unique_consecutive(return_counts=True)
+    weights, starts = coefficients.reshape(-1)[order], counts.cumsum(0) - counts
+    sums = embedding_bag(order, y, starts, mode="sum", per_sample_weights=weights)
+    out.index_add_(0, latents, sums)  # each latent once: deterministic
 
 
 def _bags(indices: Tensor, values: Tensor, bounds: Sequence[int]) -> tuple[Tensor, Tensor]:

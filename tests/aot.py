@@ -112,6 +112,7 @@ def step(
     composition: str = "mand",
     moments: str = "float32",
     bounds: list[int] | None = None,
+    prefixes: list[int] | None = None,
     width: int | None = None,
     jumps: bool = False,
     tokens: int = 8192,
@@ -132,7 +133,7 @@ def step(
     )  # fmt: skip
     if jumps:
         training.set_thresholds(_meta(dtype, tokens, d), width=width)
-    training.accumulate(_meta(dtype, tokens, d), bounds=bounds, width=width)
+    training.accumulate(_meta(dtype, tokens, d), bounds=bounds, prefixes=prefixes, width=width)
     training.apply(lr=1e-3, max_norm=1.0)
 
 
@@ -144,6 +145,13 @@ def nested(
     w_dec, b_dec = _meta(dtype, size, d), _meta(dtype, d)
     out = operations.decode(values, indices, w_dec, b_dec, bounds)
     operations.decode_backward(out, values, indices, w_dec, bounds, True, True)
+
+
+def hierarchical(dtype: torch.dtype, size: int, d: int, k: int, tokens: int = 8192) -> None:
+    """The loss of all prefixes of the codes, with its gradients."""
+    values, indices = _meta(F32, tokens, k), _meta(torch.int64, tokens, k)
+    w_dec, target = _meta(dtype, size, d), _meta(F32, tokens, d)
+    operations.hierarchical(values, indices, w_dec, target, range(1, k + 1), True)
 
 
 def auxiliary(heads: int, m: int, n: int, d: int, k: int, tokens: int = 96) -> None:
@@ -220,6 +228,9 @@ CASES: list[Case] = [
     case("step_jump_64k", step, BF16, 8192, 2, 4, 2304, 50, width=100, jumps=True),
     case("step_jump_topk", step, BF16, 8192, None, 8, 1536, 50, width=400, jumps=True),
     case("step_nested_f32", step, F32, 4096, None, 8, 1536, 50, bounds=[2**i for i in range(16)]),
+    case("hierarchical_f32", hierarchical, F32, 65536, 2304, 64),
+    case("step_hierarchical_64k", step, BF16, 8192, 2, 4, 2304, 50, prefixes=[*range(1, 51)]),
+    case("step_hierarchical_wide", step, BF16, 8192, 2, 4, 8192, 128, prefixes=[64, 128]),
 ]
 
 # What a card allows, and what is expected of a kernel

@@ -67,6 +67,7 @@ OVER_TOKENS = {
         **{"objective": "matryoshka", "matryoshka_first": 8},
     ),
     "multi_topk": SAEConfig(d_model=D, heads=8, m=2, n=3, k=3, objective="multi_topk"),
+    "hierarchical": SAEConfig(d_model=D, heads=8, m=2, n=3, k=5, objective="hierarchical"),
     "multi batch": SAEConfig(
         **{"d_model": D, "heads": 8, "m": 2, "n": 3, "k": 3},
         **{"selection": "batchtopk", "objective": "multi_topk"},

@@ -30,12 +30,17 @@ OBJECTIVES = {
     "plain": {},
     "matryoshka": {"objective": "matryoshka", "matryoshka_first": 8},
     "multi_topk": {"objective": "multi_topk"},
+    "hierarchical": {"objective": "hierarchical"},
 }
 EXPERTS = {"": {}, "switch": {"experts": 4}}
 ILLEGAL = {
     ("jumprelu", "multi_topk"): "needs a selection by k",
     ("matryoshka", "switch"): "experts cannot be nested",
     ("relu", "multi_topk"): "needs a selection by k",
+    **{
+        (name, "hierarchical"): "does not give each token k: take --selection topk"
+        for name in ("batchtopk", "jumprelu", "relu")
+    },
     ("jumprelu", "switch"): "no threshold holds for all tokens",
     ("relu", "switch"): "takes all latents above 0",
     ("gated", "switch"): "has no experts",
@@ -77,8 +82,8 @@ def heldout_activations():
 
 
 def test_the_grid_is_what_it_should_be():
-    """3 x 4 x 3 x 2 points, of which those of ILLEGAL say at once why they are not there."""
-    assert len(ALL) == 72 and len(POINTS) == 38
+    """3 x 4 x 4 x 2 points, of which those of ILLEGAL say at once why they are not there."""
+    assert len(ALL) == 96 and len(POINTS) == 43
     for names, settings in ALL.items():
         if BARRED[names]:
             with pytest.raises(InputError, match="|".join(BARRED[names])):
@@ -233,6 +238,28 @@ def test_multi_topk_of_a_batch_is_two_batchtopk_selections():
         torch.testing.assert_close(codes.values, expected.values)
         used = sae.fired(codes)
         assert torch.equal(codes.indices[used], expected.indices[used])
+
+
+@pytest.mark.parametrize("name", [name for name in POINTS if "hierarchical" in name])
+def test_hierarchical_is_the_mean_over_k(name):
+    """Of the errors of an encode and a decode of its own for each k; codes are sorted."""
+    for prefixes, ks in (("all", range(1, 7)), ("powers", (1, 2, 4, 6))):
+        own = {"k": 6, "objective_settings": {"hierarchical_prefixes": prefixes}}
+        config = SAEConfig(d_model=D, **POINTS[name] | own)
+        sae, x = SAE(config, generator=torch.Generator().manual_seed(0)), torch.randn(32, D)
+        with torch.no_grad():
+            sae.b_dec.normal_()
+        found = objective(sae, x, TRAIN)
+        errors = [(sae.decode(sae.encode(x, k=k)) - x).square().mean() for k in ks]
+        error = without_penalties(found)
+        torch.testing.assert_close(error, sum(errors) / len(errors))
+        torch.testing.assert_close(found.mse, errors[-1])
+        torch.testing.assert_close(found.x_hat, sae.decode(sae.encode(x)))
+        assert (found.codes.values.diff(dim=1) <= 0).all()
+        parameters = list(sae.parameters())
+        truth = gradients(sum(errors) / len(errors), parameters)
+        for a, b in zip(gradients(error, parameters), truth, strict=True):
+            torch.testing.assert_close(a, b)
 
 
 def test_penalties_enter_with_their_coefficients():

@@ -376,12 +376,14 @@ def test_imports_torch_alone():
 
 def test_public_names():
     assert set(kronsae_kernels.__all__) == {
+        "HierarchicalLoss",
         "SparseCodes",
         "__version__",
         "batch_topk_encode",
         "dense_encode",
         "expert_encode",
         "fused_encode",
+        "hierarchical_loss",
         "jump",
         "nested_decode",
         "refine_codes",

@@ -80,6 +80,17 @@ def decode_backward_inputs():
             yield g[:, None].repeat(1, 2, 1), randn(5, 3), indices, w, [12, F - 1], *needs
 
 
+def hierarchical_inputs():
+    indices, target = torch.randint(F, (5, 3)), randn(5, D, grad=True)
+    values, w = randn(5, 3, grad=True), randn(F, D, grad=True)
+    rest = [2, 3], True, "torch"
+    yield values, indices, w, target, *rest
+    yield values.detach(), indices, w, target, [1, 2, 3], True, "torch"
+    yield randn(5, 3), indices, randn(F, D, dtype=torch.bfloat16), target, *rest
+    yield randn(0, 3, grad=True), indices[:0], w, randn(0, D), *rest
+    yield randn(3, 5).t(), indices, randn(D, F).t(), target.detach(), [3], False, "torch"
+
+
 def threshold_encode_inputs():
     for *first, _, _, _ in encode_inputs():
         yield *first, torch.rand(F), 1e-3 if first[4] == "mand" else 0.0
@@ -107,6 +118,7 @@ INPUTS = {
     "encode_backward": lambda: (*encode_backward_inputs(), *dense_backward_inputs()),
     "decode": decode_inputs,
     "decode_backward": decode_backward_inputs,
+    "hierarchical": hierarchical_inputs,
     "threshold_encode": threshold_encode_inputs,
 }
 

@@ -259,6 +259,7 @@ KRON = {"d_model": 8, "heads": 8, "m": 2, "n": 2, "k": 4}
         ({"selection": "jumprelu"}, "selection 'jumprelu'"),
         ({"objective": "matryoshka", "matryoshka_first": 16}, "objective 'matryoshka'"),
         ({"objective": "multi_topk"}, "objective 'multi_topk'"),
+        ({"objective": "hierarchical"}, "objective 'hierarchical'"),
         ({"experts": 2}, "experts do not work"),
         ({"heads": 6}, "6 heads cannot be divided evenly among 4 processes"),
         ({"encoder": "dense", "dict_size": 30, "heads": 0, "m": 0, "n": 0}, "30 latents cannot"),

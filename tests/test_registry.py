@@ -146,7 +146,7 @@ def test_a_registry_is_a_mapping():
         kinds.register("a")(str)
     with pytest.raises(InputError, match=r"kind: one of \('a',\), not \['x'\]"):
         kinds[["x"]]
-    assert set(OBJECTIVES) == {"plain", "matryoshka", "multi_topk"}
+    assert set(OBJECTIVES) == {"plain", "matryoshka", "multi_topk", "hierarchical"}
 
 
 def test_a_kind_without_a_method_that_it_has_to_define():

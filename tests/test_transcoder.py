@@ -26,6 +26,7 @@ POINTS = {
     "jumprelu": {"encoder": "dense", "dict_size": 64, "selection": "jumprelu"},
     "matryoshka": {"heads": 16, "m": 2, "n": 2, "objective": "matryoshka"},
     "multi_topk": {"encoder": "dense", "dict_size": 64, "objective": "multi_topk"},
+    "hierarchical": {"encoder": "dense", "dict_size": 64, "objective": "hierarchical"},
     "switch": {"heads": 16, "m": 2, "n": 2, "experts": 4},
 }
 TRAIN = TrainConfig(

@@ -16,6 +16,7 @@ from kronsae_kernels.triton_impl import (
     counters,
     decode,
     gemm,
+    hierarchical,
     launch,
     nested,
     operations,
@@ -24,7 +25,7 @@ from kronsae_kernels.triton_impl import (
 )
 
 TABLE = json.loads(configs.PATH.read_text(encoding="utf-8"))
-MODULES = (backward, batch, counters, decode, gemm, nested, select, threshold)
+MODULES = (backward, batch, counters, decode, gemm, hierarchical, nested, select, threshold)
 DERIVED = {
     "encode": {"ONE_PASS"},
     "segments": {"ROW_LENGTH", "HEAD_LENGTH"},

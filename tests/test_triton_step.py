@@ -12,6 +12,7 @@ from torch import Tensor
 from kronsae_kernels import (
     dense_encode,
     fused_encode,
+    hierarchical_loss,
     nested_decode,
     refine_codes,
     sparse_decode,
@@ -88,7 +89,16 @@ class Autograd:
         )
 
     def backward(
-        self, x: Tensor, *, target=None, k=K, mask=None, bias=True, weight=1.0, bounds=None
+        self,
+        x: Tensor,
+        *,
+        target=None,
+        k=K,
+        mask=None,
+        bias=True,
+        weight=1.0,
+        bounds=None,
+        prefixes=None,
     ) -> Tensor:
         w_enc, b_enc, w_dec, b_dec, *rates = self.weights.values()
         x = x.to(self.dtype)
@@ -104,6 +114,11 @@ class Autograd:
             b_dec = b_dec if bias else None
             if rates and mask is None:
                 codes = refine_codes(codes, target, w_dec, b_dec, rate=rates[0], impl=impl)
+            if prefixes is not None:
+                loss, _ = hierarchical_loss(codes, prefixes, w_dec, target, b_dec, impl=impl)
+                loss = loss / target.numel()
+                (weight * loss).backward()
+                return loss.detach()
             if bounds is None:
                 x_hat = sparse_decode(codes, w_dec=w_dec, b_dec=b_dec, impl=impl)[:, None]
             else:
@@ -344,6 +359,52 @@ def test_nested_prefixes(name):
         norm, expected = step.apply(1e-2), truth.apply(1e-2)
         torch.testing.assert_close(norm.double(), expected.double(), rtol=1e-4, atol=0)
     assert_same(step, truth, 1e-5, weights)
+
+
+HIERARCHICAL = {
+    "kron": ([1, 2, 4], {"eps": 1e-2}),
+    "kron-mul": ([2, 4], {"composition": "mul"}),
+    "dense": ([1, 2, 3, 4], {}),
+}
+
+
+@pytest.mark.parametrize("name", HIERARCHICAL)
+def test_prefixes_of_the_codes(name):
+    """Beside passes of other kinds."""
+    prefixes, settings = HIERARCHICAL[name]
+    weights = new_weights(name == "dense", frequent=True)
+    truth, step = Autograd(weights, **settings), make(copy_of(weights), **settings)
+    mask = torch.zeros(HEADS * M * N, dtype=torch.bool, device=DEVICE)
+    mask[:2] = True
+    for x in batches(2):
+        out = step.accumulate(x, k=4, prefixes=prefixes)
+        expected = truth.backward(x, k=4, prefixes=prefixes)
+        torch.testing.assert_close(out.loss.double(), expected, rtol=1e-5, atol=0)
+        w_dec, b_dec = (step.weights[n].detach() for n in ("w_dec", "b_dec"))
+        error = sparse_decode(out.codes, w_dec=w_dec, b_dec=b_dec, impl="torch") - x
+        torch.testing.assert_close(out.residual, error, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(out.mse, error.square().mean(), rtol=1e-5, atol=0)
+        step.accumulate(x[:2], bias=False, weight=0.5)
+        truth.backward(x[:2], bias=False, weight=0.5)
+        # Places that a mask leaves over add nothing: the last prefixes are the same then.
+        step.accumulate(x, prefixes=[1, 3, 4], k=4, mask=mask)
+        masked = {"k": 2, "mask": mask}
+        truth.backward(x, prefixes=[1, 2], weight=1 / 3 * 2, **masked)
+        truth.backward(x, weight=1 / 3, **masked)
+        norm, expected = step.apply(1e-2), truth.apply(1e-2)
+        torch.testing.assert_close(norm.double(), expected.double(), rtol=1e-4, atol=0)
+    assert_same(step, truth, 1e-5, weights)
+
+
+def test_prefixes_are_of_a_tokens_own_codes():
+    step, x = make(new_weights(True)), batches(1)[0]
+    for wrong, words in (
+        ({"prefixes": [1, 2]}, "prefixes: expected k = 3 as the last"),
+        ({"prefixes": [3, 3]}, "prefixes: .* ascending integers"),
+        ({"prefixes": [1, 3], "width": 6}, "without bounds or a width"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            step.accumulate(x, **wrong)
 
 
 @pytest.mark.slow

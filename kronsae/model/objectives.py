@@ -8,7 +8,7 @@ sum over their own tokens, divided by all B. The parts add up to the loss, and s
 
 import math
 from abc import abstractmethod
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -69,6 +69,17 @@ class Objective(Kind):
         progress: share of the training that is done, from 0 to 1.
         """
 
+    @classmethod
+    def step_arguments(cls, config: SAEConfig, k: int) -> dict[str, Any]:
+        """Arguments of `kronsae_kernels.step.TrainingStep.accumulate` for a step with this k, by
+        which a `fused` kind has another loss than the mean squared error."""
+        return {}
+
+    @classmethod
+    def step_bytes(cls, config: SAEConfig, k: int, batch: int, on_cpu: bool) -> int:
+        """Bytes of a step beyond those of its codes and one reconstruction, for a plan."""
+        return 0
+
 
 @OBJECTIVES.register("plain")
 class Plain(Objective):
@@ -105,6 +116,15 @@ class Matryoshka(Objective):
         errors = (nested - target[:, None]).square().sum((0, 2)) / (tokens * target.shape[1])
         loss = errors.sum()
         return Reconstruction(loss, errors[-1], nested[:, -1], codes, selected, codes, penalties)
+
+    @classmethod
+    def step_arguments(cls, config, k):
+        return {"bounds": config.prefixes}
+
+    @classmethod
+    def step_bytes(cls, config, k, batch, on_cpu):
+        # Nested reconstructions, their gradients, and suffix sums of these.
+        return 3 * 4 * batch * len(config.prefixes) * config.d_out
 
 
 @OBJECTIVES.register("multi_topk")

@@ -310,8 +310,7 @@ def _code_bytes(
             total += 8 * batch * sae.d_out
     if not selection.by_k and not fused and not sae.m:  # a dense encoder's scores, where above
         total += 12 * sae.dict_size * _chunk_tokens(sae.dict_size, batch, dtype, device)
-    if objective.nested:  # nested reconstructions, their gradients, and suffix sums of these
-        total += 3 * 4 * batch * len(sae.prefixes) * sae.d_out
+    total += objective.step_bytes(sae, sae.k, batch, device.type == "cpu")
     if sae.refine:  # values, products, errors and their gradients of each step
         total += sae.refine * batch * (24 * width + 16 * sae.d_out)
     if fused and not selection.exact:  # batches are kept until their steps are confirmed

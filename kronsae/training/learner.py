@@ -606,10 +606,10 @@ class Learner:
         than `auxk` latents are dead, the missing ones are zeros.
         """
         sae, config, step = self.sae.config, self.config, self._fused
-        bounds = sae.prefixes if OBJECTIVES[sae.objective].nested else None
+        how = OBJECTIVES[sae.objective].step_arguments(sae, kind.k)
         if kind.prepares:
             step.set_thresholds(x, k=kind.k, width=width)
-        out = step.accumulate(x, target=target, k=kind.k, bounds=bounds, width=width or None)
+        out = step.accumulate(x, target=target, k=kind.k, width=width or None, **how)
         aux = self._zero
         if kind.auxk_tokens:
             residual = -out.residual[: kind.auxk_tokens].float()
@@ -634,7 +634,7 @@ class Learner:
             values, indices = selected
             codes = SparseCodes(values.masked_fill(norm.isnan(), 0), indices)
             selection.update(self.sae, codes)
-        losses = {} if bounds is None else {"objective": out.loss}
+        losses = {"objective": out.loss} if how else {}
         if out.l0_loss is not None:
             loss = out.loss + config.l0_coefficient * out.l0_loss
             losses = {"l0_loss": out.l0_loss, "objective": loss}

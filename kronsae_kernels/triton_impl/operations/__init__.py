@@ -3,7 +3,7 @@
     select     the k first latents of pre-latents       gather     sums of gathered rows
     one_pass   the same, with the encoder's product     gradients  of weights, and AdamW
     threshold  latents above thresholds                 nested     reconstructions from prefixes
-    training   what a training step alone asks for
+    training   what a training step alone asks for      hierarchical  from a token's first codes
     refine     steps on the values of codes, in a training step
 
 Arguments are 2-D, checked by the public functions. Letters as in `common`.
@@ -31,6 +31,10 @@ from kronsae_kernels.triton_impl.operations.gradients import (
     update_heads,
     update_rows,
     update_vector,
+)
+from kronsae_kernels.triton_impl.operations.hierarchical import (
+    hierarchical,
+    hierarchical_decode_and_loss,
 )
 from kronsae_kernels.triton_impl.operations.nested import (
     Grouped,
