@@ -216,6 +216,24 @@ def overflowing(sweep, tmp_path_factory):
     return sae.save(tmp_path_factory.mktemp("wild") / "wild")
 
 
+def test_one_sae_at_several_k(sweep, tmp_path, capsys):
+    """Each as an SAE of that k with these weights."""
+    run = str(next(path for path in sorted(sweep.iterdir()) if path.name.startswith("m2")))
+    short = ["--heldout-tokens", "256", "--out", str(tmp_path / "out")]
+    assert main([run, "--ks", "2", "8", "2", *short]) == 0
+    document = json.loads((tmp_path / "out" / "evaluation.json").read_text())
+    few, own = document["judged"]
+    assert [few["k"], own["k"]] == [2, 8] and few["name"].endswith(" k=2")
+    loaded = load_sae(run, {"heldout_tokens": 256})
+    text = open_heldout(loaded, torch.device("cpu"), None)
+    alone = judge({"few": loaded.sae.with_k(2), "own": loaded.sae}, text)
+    for entry, judgement in zip((few, own), alone.values(), strict=True):
+        assert entry["metrics"] == pytest.approx(judgement.metrics)
+    assert few["metrics"]["l0"] == 2 and own["metrics"]["l0"] > 2
+    assert main([run, "--ks", "257"]) == 2
+    assert "--ks: " in (said := capsys.readouterr().err) and "1 <= k <= dict_size" in said
+
+
 def test_a_reconstruction_that_is_not_finite(sweep, overflowing, tmp_path, capsys):
     """Its figures are null with the reason; those of the other SAE are as they are alone."""
     out = tmp_path / "out"

@@ -441,6 +441,33 @@ def test_equal_flops():
         assert equal_flops_tokens(dense, 64, 4, 16, 1000) == 1000
 
 
+def test_one_sae_for_all_k_is_judged_at_each():
+    """And so is the SAE of the largest k; others at their own alone."""
+    from kronsae.experiments.hierarchical import EACH, LARGEST, ONE
+
+    experiment = EXPERIMENTS["hierarchical"](k=(4, 8), learning_rates=(0.1,), seeds=1)
+    cells = experiment.cells([])
+    assert [(cell["trained"], cell["k"]) for cell in cells] == [(ONE, 8), (EACH, 4), (EACH, 8)]
+    assert [experiment.sae(cell).objective for cell in cells] == ["hierarchical", "plain", "plain"]
+    explained = [{"4": 0.5, "8": 0.6}, {"4": 0.52}, {"4": 0.3, "8": 0.61}]
+    runs = [
+        {**cell, "by_k": by_k, "explained_variance": list(by_k.values())[-1]}
+        for cell, by_k in zip(cells, explained, strict=True)
+    ]
+    assert {
+        (run["trained"], run["k"]): run["explained_variance"] for run in experiment.points(runs)
+    } == {
+        **{(ONE, 4): 0.5, (ONE, 8): 0.6, (EACH, 4): 0.52, (EACH, 8): 0.61},
+        **{(LARGEST, 4): 0.3, (LARGEST, 8): 0.61},
+    }
+    table, sentence = experiment.conclude(runs)
+    assert "| 4 | 0.5000 | 0.5200 | 0.3000 |" in table
+    assert (
+        "-0.0200 at k = 4, -0.0100 at k = 8; beside the SAE of the largest k, +0.2000" in sentence
+    )
+    assert experiment.merit(runs[0]) == pytest.approx(0.55) and experiment.merit(runs[1]) == 0.52
+
+
 # convergence
 
 

@@ -253,3 +253,16 @@ def test_unit_rows_are_refused_before_anything_changes():
     with pytest.raises(InputError, match="'kron' has no encoder row"):
         sae.use_unit_rows_()
     assert torch.equal(sae.W_dec, before)
+
+
+def test_another_k_shares_the_weights():
+    sae, x = SAE(SAEConfig(d_model=6, heads=4, m=2, n=3, k=5)).eval(), torch.randn(7, 6)
+    few = sae.with_k(2)
+    assert few.config.k == 2 and sae.config.k == 5 and few.W_dec is sae.W_dec
+    assert all(map(torch.equal, few.encode(x), sae.encode(x, k=2)))
+    assert torch.equal(few(x).x_hat, sae.decode(sae.encode(x, k=2)))
+    with pytest.raises(InputError, match="1 <= k <= dict_size = 24, got 25"):
+        sae.with_k(25)
+    batch = SAE(SAEConfig(d_model=6, heads=4, m=2, n=3, k=5, selection="batchtopk"))
+    with pytest.raises(InputError, match="'batchtopk' does not give each token k latents"):
+        batch.with_k(2)

@@ -27,6 +27,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 KRON = SAEConfig(d_model=12, heads=3, m=2, n=2, k=3)
 DENSE = SAEConfig(d_model=12, encoder="dense", dict_size=12, k=3)
 NESTED = SAEConfig(d_model=12, heads=4, m=2, n=2, k=3, objective="matryoshka", matryoshka_first=4)
+HIERARCHICAL = replace(KRON, objective="hierarchical")
 BATCH = replace(KRON, selection="batchtopk")
 BATCHES = {
     "kron": BATCH,
@@ -74,6 +75,7 @@ def assert_same(one: Learner, other: Learner) -> None:
         pytest.param(DENSE, "unit", id="dense", marks=pytest.mark.slow),
         pytest.param(KRON, "free", id="kron-free", marks=pytest.mark.slow),
         pytest.param(NESTED, "unit", id="nested", marks=pytest.mark.slow),
+        pytest.param(HIERARCHICAL, "free", id="hierarchical"),
         pytest.param(
             replace(DENSE, objective="matryoshka", matryoshka_first=3),
             "free",
@@ -97,9 +99,10 @@ def test_fused_and_torch_steps_give_the_same_run(config, decoder_norm):
 
 
 @pytest.mark.one_in(3)
-@pytest.mark.parametrize("name", ["kron", "batchtopk", "jumprelu"])
+@pytest.mark.parametrize("name", ["kron", "batchtopk", "jumprelu", "hierarchical"])
 def test_steps_are_the_same_while_k_changes(name):
-    config = {"kron": KRON, "batchtopk": BATCHES["kron"], "jumprelu": JUMPS["kron"]}[name]
+    configs = {"kron": KRON, "batchtopk": BATCHES["kron"], "jumprelu": JUMPS["kron"]}
+    config = (configs | {"hierarchical": HIERARCHICAL})[name]
     settings = {"k_start": 7, "k_fraction": 0.25, "warmup_fraction": 0.1}
     runs = [learner(config, fused_step, **settings) for fused_step in ("on", "off")]
     for x in batches(4):

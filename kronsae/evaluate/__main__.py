@@ -3,6 +3,7 @@
 import shlex
 import sys
 import time
+from collections.abc import Iterable
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from rich.progress import Progress
 from kronsae.commandline import Parser, exit_status, given_place
 from kronsae.config import kind_of
 from kronsae.data.loading import quiet
+from kronsae.errors import InputError
 from kronsae.evaluate.judge import Judgement, judge
 from kronsae.evaluate.show import console_table, draw, facts, markdown, text_in_words
 from kronsae.metrics.figures import density_histogram
@@ -50,6 +52,14 @@ def make_parser() -> Parser:
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="folder to write (default: a new one under runs/)"
     )
+    parser.add_argument(
+        "--ks",
+        nargs="+",
+        type=int,
+        metavar="K",
+        help="judge each SAE (of selection topk) with these numbers of active latents in place of "
+        "its own",
+    )
     add_flags(parser)
     return parser
 
@@ -61,6 +71,8 @@ def work(argv: list[str]) -> None:
     device = resolve_device(request.device)
     given = given_data(request)
     loaded_saes = load_saes(request.runs, given, device, **given_place(vars(request)))
+    if request.ks:
+        loaded_saes = [at for loaded in loaded_saes for at in _at_ks(loaded, request.ks)]
     console = wrapping_console()
     entries: dict[str, dict[str, Any]] = {}
     texts = []
@@ -86,6 +98,17 @@ def work(argv: list[str]) -> None:
         "judged": [entries[loaded.name] for loaded in loaded_saes],
     }
     _write(document, out, console)
+
+
+def _at_ks(loaded: LoadedSAE, ks: Iterable[int]) -> list[LoadedSAE]:
+    """An SAE with each number of active latents, none twice."""
+    try:
+        return [
+            loaded._replace(name=f"{loaded.name} k={k}", sae=loaded.sae.with_k(k))
+            for k in dict.fromkeys(ks)
+        ]
+    except InputError as error:
+        raise InputError(f"--ks: {loaded.name}: {error}") from error
 
 
 def _judge(group: list[LoadedSAE], text: HeldoutText, console: Console) -> list[Judgement]:

@@ -164,14 +164,14 @@ _FIGURES = (
 )
 
 
-_Points = dict[str, list[tuple[int, str, float, float]]]
-"""By a figure's label: number and name of each SAE that has it, its L0, and the figure."""
+_Points = dict[str, list[tuple[int, Entry, float, float]]]
+"""By a figure's label: number and entry of each SAE that has it, its L0, and the figure."""
 
 
 def _points(judged: Sequence[Entry]) -> _Points:
     points = {
         label: [
-            (number, entry["name"], entry["metrics"]["l0"], entry["metrics"][name])
+            (number, entry, entry["metrics"]["l0"], entry["metrics"][name])
             for number, entry in enumerate(judged)
             if entry["metrics"].get(name) is not None
         ]
@@ -187,9 +187,12 @@ def _tradeoff(points: _Points) -> Any:
         1, len(points), figsize=(3.6 * len(points) + 1.8, 3.4), squeeze=False, layout="constrained"
     )
     for axes, (label, some) in zip(panels[0], points.items(), strict=True):
-        for number, name, *point in some:
+        for number, entry, *point in some:
             marker = "osD^v"[number // 10 % 5]  # there are ten colours
-            axes.plot(*point, marker, color=f"C{number}", label=name)
+            axes.plot(*point, marker, color=f"C{number}", label=entry["name"])
+        for source in dict.fromkeys(entry["source"] for _, entry, *_ in some):  # of several k
+            curve = sorted(point for _, entry, *point in some if entry["source"] == source)
+            axes.plot(*zip(*curve, strict=True), color="0.8", zorder=0)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:.3g}")
         axes.margins(0.2)

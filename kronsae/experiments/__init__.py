@@ -16,6 +16,7 @@ MODULES = (
     "comparison",
     "layers",
     "sparsity",
+    "hierarchical",
     "jumprelu",
     "convergence",
     "conversion",

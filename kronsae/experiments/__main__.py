@@ -50,7 +50,7 @@ def make_parser(name: str) -> Parser:
     experiment = EXPERIMENTS[name]
     parser = Parser(
         f"experiments {name}",
-        f"[KronSAE, {experiment.figure}] {experiment.statement}",
+        f"[{experiment.cited}, {experiment.figure}] {experiment.statement}",
         f"kronsae experiments {name} --smallest",
         argument_default=argparse.SUPPRESS,
     )

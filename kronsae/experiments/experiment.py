@@ -26,6 +26,8 @@ class Experiment(ABC):
     and its flags. `kronsae.experiments.grid` runs it.
     """
 
+    cited: ClassVar[str] = "KronSAE"
+    """The paper."""
     figure: ClassVar[str]
     """Figure, table or section of the paper that it checks."""
     statement: ClassVar[str]

@@ -40,7 +40,7 @@ def run_grid(
     path = folder / f"{name}.json"
     document: dict[str, Any] = {
         "experiment": name,
-        "checks": f"[KronSAE, {experiment.figure}]",
+        "checks": f"[{experiment.cited}, {experiment.figure}]",
         "statement": experiment.statement,
         "command": command,
         "settings": dataclasses.asdict(experiment),
@@ -65,7 +65,7 @@ def run_grid(
     wanted = [run for cell in cells for run in runs if matches(run, cell)]
     table, line = experiment.conclude(wanted)
     write_json(path, {**document, "conclusion": line})
-    head = f"[KronSAE, {experiment.figure}]: {experiment.statement}\n\n    {command}"
+    head = f"[{experiment.cited}, {experiment.figure}]: {experiment.statement}\n\n    {command}"
     write_text(folder / f"{name}.md", f"{head}\n\n{table}\n\n{line}\n")
     experiment.draw(wanted, folder / f"{name}.png")
     return wanted

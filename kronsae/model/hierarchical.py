@@ -45,6 +45,11 @@ class Hierarchical(Objective):
                 f"latents, and selection {config.selection!r} does not give each token k: take "
                 "--selection topk"
             )
+        if config.refine:
+            raise InputError(
+                "objective 'hierarchical' has an error for each k, and refine would give the latents "
+                "other values for each: leave one of them out"
+            )
 
     @classmethod
     def prefixes(cls, config: SAEConfig, k: int) -> list[int]:
@@ -60,7 +65,7 @@ class Hierarchical(Objective):
         prefixes = cls.prefixes(sae.config, codes.values.shape[1])
         loss, residual = hierarchical_loss(codes, prefixes, sae.W_dec, wanted, sae.b_dec)
         loss, mse = loss / (tokens * target.shape[1]), part_of_mean(residual, tokens)
-        return Reconstruction(loss, mse, target + residual, codes, codes, penalties)
+        return Reconstruction(loss, mse, target + residual, codes, codes, codes, penalties)
 
     @classmethod
     def step_arguments(cls, config: SAEConfig, k: int) -> dict[str, Any]:

@@ -6,6 +6,7 @@ With TopK it is two calls of `kronsae_kernels` on raw activations:
 Training happens on centred and scaled activations; `SAE.folded` gives the SAE of raw ones.
 """
 
+import copy
 import dataclasses
 from collections.abc import Iterable
 from pathlib import Path
@@ -216,6 +217,21 @@ class SAE(Familiar, Encoder):
             error = x - self.sum_of_rows(SparseCodes(values, codes.indices))
             values = values.where(~active, (values + rate * (error @ self.W_dec.T)).relu())
         return SparseCodes(values, codes.indices)
+
+    def with_k(self, k: int) -> "SAE":
+        """The same SAE with another number of active latents; it shares the weights.
+
+        Raises InputError for a selection that does not give each token k latents, and for a k that
+        it cannot have.
+        """
+        if not SELECTIONS[self.config.selection].exact:
+            raise InputError(
+                f"selection {self.config.selection!r} does not give each token k latents: only an "
+                "SAE that does (topk) can have another k"
+            )
+        other = copy.copy(self)
+        other.config = dataclasses.replace(self.config, k=k)
+        return other
 
     def encode_dense(self, x: Tensor) -> Tensor:
         """Values of all latents [..., F] of x [..., d]: `encode` of other libraries."""
