@@ -207,5 +207,7 @@ def test_it_is_counted_named_and_refused_where_it_cannot_be():
         config(d_target=5)
     with pytest.raises(InputError, match="composition 'mul' has negative"):
         config(composition="mul")
+    with pytest.raises(InputError, match="'hierarchical' has an error for each k"):
+        config(objective="hierarchical")
     with pytest.raises(NoStockForm, match="this SAE refines them: use --to kronsae, sae_lens or"):
         stock_of(SAE(config(**DENSE)), "sparsify")

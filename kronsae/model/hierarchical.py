@@ -47,7 +47,7 @@ class Hierarchical(Objective):
             )
         if config.refine:
             raise InputError(
-                "objective 'hierarchical' has an error for each k, and refine would give the latents "
+                "objective 'hierarchical' has an error for each k, and refine would give latents "
                 "other values for each: leave one of them out"
             )
 
