@@ -17,7 +17,7 @@ from kronsae.experiments.experiment import EXPERIMENTS, Run, axis
 from kronsae.experiments.report import Across, explained, markdown
 from kronsae.experiments.training import EqualTokens
 
-MISS = 0.1
+MISS = 0.02
 """Share of its aim by which L0 may be off and still count as met."""
 
 PAPER_EV = {
@@ -74,11 +74,15 @@ class JumpReLU(EqualTokens):
     def conclude(self, runs: Sequence[Run]) -> tuple[str, str]:
         evs = explained(runs, "variant", "k")
         l0s = explained(runs, "variant", "k", figure="l0")
+        dead = explained(runs, "variant", "k", figure="dead_share")
         names = self.names()
         figures = {(names[variant], k): (l0s[variant, k], evs[variant, k]) for variant, k in evs}
         lines = [
-            [k, name, l0.to(1), ev, f"{PAPER_EV[name][k]:.3f}" if k in PAPER_EV[name] else "-"]
-            for (name, k), (l0, ev) in figures.items()
+            [
+                *(k, names[variant], l0s[variant, k].to(1), ev, dead[variant, k].to(3)),
+                f"{PAPER_EV[names[variant]][k]:.3f}" if k in PAPER_EV[names[variant]] else "-",
+            ]
+            for (variant, k), ev in evs.items()
         ]
         verdicts = []
         for name, rival in (("JumpReLU", "TopK"), ("Kron JumpReLU", "Kron TopK")):
@@ -98,5 +102,5 @@ class JumpReLU(EqualTokens):
             f"At equal tokens {'; '.join(verdicts)}. L0 with JumpReLU is {min(shares):.2f} to "
             f"{max(shares):.2f} times what it aimed at."
         )
-        header = ["L0 aimed at", "SAE", "L0", "explained variance", "paper"]
+        header = ["L0 aimed at", "SAE", "L0", "explained variance", "dead latents", "paper"]
         return markdown(header, lines), line
