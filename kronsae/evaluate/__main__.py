@@ -3,7 +3,9 @@
 import shlex
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -17,13 +19,16 @@ from kronsae.data.loading import quiet
 from kronsae.errors import InputError
 from kronsae.evaluate.judge import Judgement, judge
 from kronsae.evaluate.show import console_table, draw, facts, markdown, text_in_words
+from kronsae.metrics.absorption import FirstLetters
 from kronsae.metrics.figures import density_histogram
 from kronsae.metrics.heldout import HeldoutText, massive_warning
+from kronsae.metrics.probing import ClassProbes, labelled_text
 from kronsae.metrics.target_model import (
     LoadedSAE,
     add_flags,
     by_text,
     given_data,
+    held_out_by_run,
     load_saes,
     open_heldout,
 )
@@ -60,6 +65,18 @@ def make_parser() -> Parser:
         help="judge each SAE (of selection topk) with these numbers of active latents in place of "
         "its own",
     )
+    parser.add_argument(
+        "--absorption",
+        action="store_true",
+        help="measure how far other latents absorb those of words' first letters, too (a minute "
+        "for a small model)",
+    )
+    parser.add_argument(
+        "--probe",
+        metavar="COLUMN",
+        help="measure how well a few latents tell what this column of the dataset says of a "
+        "document, too",
+    )
     add_flags(parser)
     return parser
 
@@ -83,8 +100,13 @@ def work(argv: list[str]) -> None:
         names = [loaded.name for loaded in group]
         texts.append({"of": names, **text.facts, "model": text.model.describe()})
         texts[-1]["no_cross_entropy"] = text.model.no_cross_entropy
+        measures = _measures(group[0], text, request, console)
+        texts[-1] |= {name: measure.facts for name, measure in measures.items()}
         for loaded, judgement in zip(group, _judge(group, text, console), strict=True):
-            entries[loaded.name] = _entry(loaded, judgement)
+            entry = entries[loaded.name] = _entry(loaded, judgement)
+            for name, measure in measures.items():
+                figures, entry[name] = measure.measure(loaded.sae)
+                entry["metrics"] |= figures
         warning = massive_warning(entries[group[0].name]["metrics"], text)
         if warning is not None:
             texts[-1]["warning"] = warning
@@ -109,6 +131,22 @@ def _at_ks(loaded: LoadedSAE, ks: Iterable[int]) -> list[LoadedSAE]:
         ]
     except InputError as error:
         raise InputError(f"--ks: {loaded.name}: {error}") from error
+
+
+def _measures(
+    loaded: LoadedSAE, text: HeldoutText, request: Namespace, console: Console
+) -> dict[str, FirstLetters | ClassProbes]:
+    """What else is measured of SAEs of a model and text, by its name in evaluation.json."""
+    measures: dict[str, FirstLetters | ClassProbes] = {}
+    if request.absorption:
+        console.print("reading words for --absorption", style="dim")
+        measures["absorption"] = FirstLetters.of(text.model, bos=loaded.data.bos)
+    if request.probe is not None:
+        console.print("reading documents for --probe", style="dim")
+        held_out = held_out_by_run(loaded, text.model)
+        documents, classes = labelled_text(text.model, loaded.data, request.probe, held_out)
+        measures["probe"] = ClassProbes(replace(documents, massive=text.massive), classes)
+    return measures
 
 
 def _judge(group: list[LoadedSAE], text: HeldoutText, console: Console) -> list[Judgement]:

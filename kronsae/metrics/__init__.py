@@ -1,5 +1,6 @@
 """Metrics of SAEs, and the held-out text and activations on which they are measured."""
 
+from kronsae.metrics.absorption import FirstLetters
 from kronsae.metrics.figures import (
     MEANING,
     FiringMetrics,
@@ -10,10 +11,13 @@ from kronsae.metrics.figures import (
     kl_divergence,
 )
 from kronsae.metrics.heldout import Heldout, HeldoutText, evaluate, evaluate_cross_entropy
+from kronsae.metrics.probing import ClassProbes, labelled_text
 
 __all__ = [
     "MEANING",
+    "ClassProbes",
     "FiringMetrics",
+    "FirstLetters",
     "Heldout",
     "HeldoutText",
     "ReconstructionMetrics",
@@ -23,4 +27,5 @@ __all__ = [
     "evaluate",
     "evaluate_cross_entropy",
     "kl_divergence",
+    "labelled_text",
 ]

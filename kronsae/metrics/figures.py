@@ -95,6 +95,38 @@ MEANING = {
     ),
     "kl_mean": ("KL divergence, mean", "the same with the mean of the activations"),
     "kl_zero": ("KL divergence, zeroed", "the same with zeros"),
+    "absorbed_share": (
+        "Absorption",
+        "share of a first letter's direction that other latents hold in place of the letter's own, "
+        "on words that begin with it: mean over letters; lower is better",
+    ),
+    "fully_absorbed_share": (
+        "Full absorption",
+        "share of these words on which none of the letter's latents fires, and another stands in",
+    ),
+    "letter_latents": (
+        "Latents of a first letter",
+        "how many latents share a first letter, on average: above 1 it is split",
+    ),
+    "letter_f1": (
+        "First letters, by latents",
+        "F1 with which these latents tell whether a word begins with their letter",
+    ),
+    "letter_f1_probe": (
+        "First letters, by activations",
+        "the same of a linear probe on the activations, which depends on no SAE",
+    ),
+    "class_accuracy_1": (
+        "Class of a text, by 1 latent",
+        "accuracy with which the mean of one latent tells a document of a class from others: 0.5 "
+        "is chance, mean over classes",
+    ),
+    "class_accuracy_2": ("Class of a text, by 2 latents", "the same by two latents"),
+    "class_accuracy_5": ("Class of a text, by 5 latents", "the same by five latents"),
+    "class_accuracy_all": (
+        "Class of a text, by activations",
+        "the same by all coordinates of the activations, which depends on no SAE",
+    ),
 }
 """Label and meaning of each metric of an evaluation, in the order of tables."""
 

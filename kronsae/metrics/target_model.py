@@ -321,14 +321,8 @@ def _of_text(loaded: LoadedSAE, device: Any) -> tuple[LanguageModel, HeldoutText
     text.check_ids(model.vocab_size)
     packed, documents = set_aside(text, model.vocabulary, data)
     if own and getattr(text, "aside", None) is None:
-        length = trained_on["context_length"]
-        tokens = length * trained_on["heldout_contexts"]
-        if not of_run["join_documents"]:  # contexts are padded
-            tokens = min(tokens, of_run.get("heldout_tokens", tokens))
-        packing = {name: of_run[name] for name in ("bos", "join_documents", "chat_roles")}
-        held_out = dataclasses.replace(
-            data, context_length=length, heldout_tokens=tokens, **packing
-        )
+        held_out = _as_held_out(loaded, data)
+        tokens = held_out.heldout_tokens
         if documents > set_aside(text, model.vocabulary, held_out)[1]:
             raise InputError(
                 f"{loaded.name} was trained on all of {data.dataset!r} except {tokens:,} held-out "
@@ -343,6 +337,26 @@ def _of_text(loaded: LoadedSAE, device: Any) -> tuple[LanguageModel, HeldoutText
         "context_begin": model.vocabulary.convert_ids_to_tokens(begin),
     }
     return model, HeldoutText(model, token_ids(packed), mask, data.contexts_per_batch, facts)
+
+
+def _as_held_out(loaded: LoadedSAE, data: DataConfig) -> DataConfig:
+    """`data` with the settings by which the SAE's run held documents out of this text."""
+    trained_on = loaded.trained_on
+    of_run = stored(DataConfig, {**trained_on, **_data_of_run(loaded.sae)})
+    length = trained_on["context_length"]
+    tokens = length * trained_on["heldout_contexts"]
+    if not of_run["join_documents"]:  # contexts are padded
+        tokens = min(tokens, of_run.get("heldout_tokens", tokens))
+    packing = {name: of_run[name] for name in ("bos", "join_documents", "chat_roles")}
+    return dataclasses.replace(data, context_length=length, heldout_tokens=tokens, **packing)
+
+
+def held_out_by_run(loaded: LoadedSAE, model: LanguageModel) -> int:
+    """How many documents of its text an SAE's run held out; 0 if the text is another one."""
+    text = open_documents(loaded.data, seed=0)
+    if text.fingerprint() != loaded.trained_on.get("text"):
+        return 0
+    return set_aside(text, model.vocabulary, _as_held_out(loaded, loaded.data))[1]
 
 
 def _massive_rules(
