@@ -17,7 +17,7 @@ from kronsae.metrics.logistic import logistic
 from kronsae.metrics.probing import ClassProbes, labelled_text
 from kronsae_kernels import SparseCodes
 
-LETTERS, OWN, EACH = 3, 300, 20
+LETTERS, OWN, EACH = 3, 200, 20
 """Letters, words of each, and those of them that have a latent of their own, by 2 a latent."""
 
 
@@ -225,4 +225,8 @@ def test_from_the_command_line(tmp_path, monkeypatch):
     assert entry["probe"].keys() == {"code", "prose", "digits"}
     assert 0 < len(entry["absorption"]) <= 26
     assert text["absorption"]["words"] == 200 and 0 < text["probe"]["measured_of_heldout"] < 6
-    assert f"| {MEANING['absorbed_share'][0]} | " in (out / "evaluation.md").read_text()
+    page = (out / "evaluation.md").read_text()
+    assert f"| {MEANING['absorbed_share'][0]} | " in page
+    held_out = text["probe"]["measured_of_heldout"]
+    assert "3 of the column kind, on the first 20 tokens of 18 documents; of 6" in page
+    assert f"the run held out {held_out}." in page and "200 words" in page

@@ -92,12 +92,27 @@ def markdown(document: Mapping[str, Any]) -> str:
         f"- {', '.join(text['of'])}: {text['tokens']:,} tokens of "
         f"{text['dataset']} ({text['which']}), in {text_in_words(text)}, read by "
         f"{text['model']['name']} in {text['model']['dtype']} at {text['model']['hookpoint']}; "
-        f"{text['left_out']}." + (f" **Warning**: {text['warning']}." if "warning" in text else "")
+        f"{text['left_out']}.{_beside(text)}"
+        + (f" **Warning**: {text['warning']}." if "warning" in text else "")
         for text in document["texts"]
     )
     return (
         f"# Evaluation on held-out text\n\n    {document['command']}\n\n{table}\n\n{texts}\n\n"
         f"{meanings}\n"
+    )
+
+
+def _beside(text: Mapping[str, Any]) -> str:
+    """On what --absorption and --probe measure, in sentences that follow another; "" without."""
+    words, probe = text.get("absorption"), text.get("probe")
+    first = f" First letters: {words['words']:,} words of the vocabulary." if words else ""
+    if not probe:
+        return first
+    return first + (
+        f" Classes: {len(probe['classes'])} of the column {probe['column']}, on the first "
+        f"{probe['context_length']} tokens of {probe['documents']:,} documents; of "
+        f"{probe['measured']:,} that are measured, the run held out "
+        f"{probe['measured_of_heldout']:,}."
     )
 
 
