@@ -108,6 +108,10 @@ def test_a_constructed_absorption_is_measured(made_words):
         scaled.W_enc.mul_(2)
         scaled.b_enc.mul_(2)
     assert measure.measure(scaled).metrics == pytest.approx(absorbed.metrics)
+    with torch.no_grad():
+        scaled.W_enc.fill_(torch.inf)
+    with pytest.raises(InputError, match="latents are not finite"):
+        measure.measure(scaled)
     with pytest.raises(InputError, match="expected an SAE of width 33, got 8"):
         measure.measure(SAE(SAEConfig(d_model=8, encoder="dense", dict_size=8, k=2)))
 

@@ -102,11 +102,16 @@ def work(argv: list[str]) -> None:
         texts[-1]["no_cross_entropy"] = text.model.no_cross_entropy
         measures = _measures(group[0], text, request, console)
         texts[-1] |= {name: measure.facts for name, measure in measures.items()}
-        for loaded, judgement in zip(group, _judge(group, text, console), strict=True):
+        measured = [
+            {name: measure.measure(loaded.sae) for name, measure in measures.items()}
+            for loaded in group
+        ]
+        judgements = _judge(group, text, console)
+        for loaded, judgement, beside in zip(group, judgements, measured, strict=True):
             entry = entries[loaded.name] = _entry(loaded, judgement)
-            for name, measure in measures.items():
-                figures, entry[name] = measure.measure(loaded.sae)
+            for name, (figures, details) in beside.items():
                 entry["metrics"] |= figures
+                entry[name] = details
         warning = massive_warning(entries[group[0].name]["metrics"], text)
         if warning is not None:
             texts[-1]["warning"] = warning

@@ -30,6 +30,7 @@ from torch.nn.functional import (
 )
 
 from kronsae.data import LanguageModel, split_target
+from kronsae.data.common import is_finite
 from kronsae.data.packing import PADDING, context_begin, special_ids
 from kronsae.errors import InputError, warn
 from kronsae.metrics.heldout import BATCH_TOKENS, CONTEXTS_AT_ONCE
@@ -287,10 +288,15 @@ def codes_of(codes: SparseCodes, rows: Tensor) -> SparseCodes:
 
 
 def active_codes(sae: SAE, x: Tensor) -> SparseCodes:
-    """Codes [n, k] of x [n, d], with k the most active latents of a row; unused slots hold 0."""
+    """Codes [n, k] of x [n, d], with k the most active latents of a row; unused slots hold 0.
+
+    Raises InputError if they are not finite.
+    """
     parts = []
     for rows in x.split(BATCH_TOKENS):
         values, indices = sae.encode(rows.to(sae.W_dec))
+        if not is_finite(values):
+            raise InputError("absorption: the SAE's latents are not finite: leave it out")
         places = values.abs().topk(max(1, int((values != 0).sum(1).max()))).indices
         parts.append((values.gather(1, places), indices.gather(1, places)))
     width = max(values.shape[1] for values, _ in parts)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kronsae.config import DataConfig
-from kronsae.data.common import as_kept
+from kronsae.data.common import as_kept, is_finite
 from kronsae.data.document import as_text
 from kronsae.data.language_model import LanguageModel
 from kronsae.data.text import STDLIB, IndexedText, open_text
@@ -101,7 +101,8 @@ class ClassProbes:
     def measure(self, sae: SAE) -> Probing:
         """Sparse probing of an SAE of raw activations of the same model and hookpoint.
 
-        Memory: the latents of each document that are not 0. Raises InputError for another width.
+        Memory: the latents of each document that are not 0.
+        Raises InputError for another width, or if latents are not finite.
         """
         width = self.x[0].shape[1]
         if sae.config.d_model != width:
@@ -135,6 +136,8 @@ class ClassProbes:
             counts = self.counts[first : first + DOCUMENTS_AT_ONCE]
             rows = torch.cat(self.x[first : first + DOCUMENTS_AT_ONCE])
             values, indices = sae.encode(rows.to(sae.W_dec))
+            if not is_finite(values):
+                raise InputError("probing: the SAE's latents are not finite: leave it out")
             document = torch.arange(len(counts)).repeat_interleave(counts).to(indices.device)
             sums = torch.zeros(len(counts) * sae.dict_size, device=values.device)
             places = document[:, None] * sae.dict_size + indices
