@@ -33,8 +33,12 @@ VARIANTS = [
 FIGURES = {
     "explained_variance": ("explained variance", 4),
     "ce_recovered": ("CE recovered", 4),
-    "kl_spliced": ("KL divergence", 4),
-    "dead_share": ("dead latents", 4),
+    "kl_spliced": ("KL divergence", 3),
+    "dead_share": ("dead latents", 3),
+    "absorbed_share": ("absorption", 3),
+    "fully_absorbed_share": ("full absorption", 3),
+    "class_accuracy_1": ("class by 1 latent", 3),
+    "class_accuracy_5": ("class by 5", 3),
 }
 """Figures of an evaluation in the table: heading, and digits."""
 
@@ -55,6 +59,7 @@ def make_parser() -> argparse.ArgumentParser:
     given("--seeds", type=int, default=3, help="trainings of each SAE")
     given("--variants", nargs="+", default=VARIANTS, help="SAEs (kronsae/experiments/variants.py)")
     given("--heldout-tokens", type=int, default=8192, help="to measure the model's losses on")
+    given("--probe", metavar="COLUMN", help="column of the text's class, for sparse probing")
     given("--out", type=Path, required=True, help="folder")
     given("--plan", action="store_true", help="print hours and commands, and stop")
     return parser
@@ -87,9 +92,11 @@ def commands(options: argparse.Namespace, d_model: int) -> list[list[list[str]]]
         + ["--saes", f"{out}/saes", "--out", f"{out}/layer{layer}"]
         for layer in layers
     ]
+    probe = [] if options.probe is None else ["--probe", options.probe]
     evaluate = [
         ["evaluate", *sorted(map(str, (out / "saes").glob(f"layer{layer}-*")))]
-        + ["--heldout-tokens", str(options.heldout_tokens), "--out", f"{out}/evaluation-{layer}"]
+        + ["--heldout-tokens", str(options.heldout_tokens), "--absorption", *probe]
+        + ["--out", f"{out}/evaluation-{layer}"]
         for layer in layers
     ]
     return [[harvest], train, evaluate]
@@ -98,6 +105,7 @@ def commands(options: argparse.Namespace, d_model: int) -> list[list[list[str]]]
 def hours(options: argparse.Namespace, d_model: int) -> float:
     """Hours of all trainings, if each has a thread of its own: from steps timed here."""
     experiment, seconds = comparison(options, options.layer[0]), 0.0
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     x = torch.randn(experiment.batch_size, d_model)
     for row in experiment.rows():
@@ -112,6 +120,7 @@ def hours(options: argparse.Namespace, d_model: int) -> float:
         for equal in experiment.budgets(row["variant"]):
             tokens += options.seeds * experiment.tokens_of({**row, "equal": equal}, d_model)
         seconds += tokens / len(x) * min(times[1:])
+    torch.set_num_threads(threads)
     return seconds * len(options.layer) / 3600
 
 
@@ -140,8 +149,11 @@ def tables(options: argparse.Namespace) -> str:
             if one.get("sae") in metrics:
                 groups.setdefault((one["variant"], one["equal"]), []).append(one)
         for (variant, equal), group in groups.items():
+            measured = [metrics[one["sae"]] for one in group]
             figures = [
-                Spread.of(metrics[one["sae"]][name] for one in group).to(digits)
+                Spread.of(of_one[name] for of_one in measured).to(digits)
+                if all(name in of_one for of_one in measured)
+                else ""
                 for name, (_, digits) in FIGURES.items()
             ]
             rows.append([layer, variant, equal, f"{group[0]['tokens']:,}", *figures])
