@@ -534,3 +534,41 @@ def test_latents_are_grouped_into_heads_by_their_rows():
     x = torch.randn(50, d, generator=generator)
     values = converted(dense, kron, fitted=True).encode(x).values
     torch.testing.assert_close(values, dense.encode(x).values, atol=1e-4, rtol=1e-4)
+
+
+def test_a_comparison_tunes_on_fewer_tokens_and_then_trains_seed_after_seed():
+    experiment = EXPERIMENTS["comparison"](
+        layer=(1, 2), variants=("topk", "m2n4"), learning_rates=(0.1, 0.2), seeds=2, tokens=1000
+    )
+    trials = experiment.cells([])
+    assert [(c["layer"], c["variant"], c["lr"]) for c in trials] == [
+        (layer, variant, lr)
+        for layer in (1, 2)
+        for variant in ("topk", "m2n4")
+        for lr in (0.1, 0.2)
+    ]
+    assert {(c["tokens"], c["seed"]) for c in trials} == {(experiment.tuning_tokens, TUNING_SEED)}
+    runs = [{**cell, "explained_variance": cell["lr"]} for cell in trials]
+    cells = [cell for cell in experiment.cells(runs) if cell not in trials]
+    assert {cell["lr"] for cell in cells} == {0.2}
+    of_first = [(c["seed"], c["variant"], c["equal"]) for c in cells if c["layer"] == 1]
+    assert of_first == [
+        (seed, *one)
+        for seed in range(2)
+        for one in (("topk", "tokens"), ("m2n4", "tokens"), ("m2n4", "FLOPs"))
+    ]
+    tokens = [experiment.tokens_of(cell, 64) for cell in cells[:3]]
+    assert tokens[:2] == [1000, 1000] and 1200 < tokens[2] < 1350  # 6 rows for 8 latents
+
+
+def test_saes_of_a_comparison_know_their_model_and_text(tmp_path):
+    from kronsae.metrics.target_model import load_sae
+
+    kind = EXPERIMENTS["comparison"]
+    experiment = kind(**kind.smallest | {"saes": str(tmp_path), "layer": (1,)})
+    cell = {"layer": 1, "variant": "m2n4-refined", "dict_size": 128, "equal": "tokens"}
+    figures = experiment.run(experiment.prepare(), {**cell, "lr": 0.01, "seed": 0})
+    loaded = load_sae(str(tmp_path / figures["sae"]), {})
+    assert figures["tokens"] == loaded.sae.metadata["tokens"] == 2048
+    assert (loaded.data.model, loaded.data.layer) == ("embedded", 1)
+    assert loaded.trained_on["text"] and loaded.sae.config.refine == 1

@@ -5,6 +5,7 @@ SAE with a Kron encoder spends on its forward passes what a TopK SAE spends at e
 """
 
 import dataclasses
+import operator
 from collections.abc import Callable, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -17,7 +18,7 @@ from kronsae.experiments.grid import matches
 from kronsae.experiments.isoflop import BASELINE, equal_flops_tokens
 from kronsae.experiments.report import TUNING_SEED, Spread, explained, grouped, markdown, picture
 from kronsae.experiments.training import SMALLEST, TrainingExperiment, product, quality
-from kronsae.experiments.variants import dense_form
+from kronsae.experiments.variants import dense_form, wins
 from kronsae.model.flops import flops_per_token
 
 EQUAL_TOKENS, EQUAL_FLOPS = "tokens", "FLOPs"
@@ -123,18 +124,17 @@ class Comparison(TrainingExperiment):
         return markdown(header, rows), self.sentence(spreads)
 
     def sentence(self, spreads: dict[tuple, Spread]) -> str:
+        at_tokens = {key[:2]: spread for key, spread in spreads.items() if key[2] == EQUAL_TOKENS}
+        at_flops = {key[:2]: spread for key, spread in spreads.items() if key[2] == EQUAL_FLOPS}
         parts = []
-        for equal in (EQUAL_TOKENS, EQUAL_FLOPS):
-            gaps: dict[str, list[float]] = {}
-            for (layer, variant, of_budget), spread in spreads.items():
-                dense = layer, dense_form(variant), EQUAL_TOKENS
-                if of_budget == equal and dense[1] != variant and dense in spreads:
-                    gaps.setdefault(variant, []).append(spread.mean - spreads[dense].mean)
-            above = [f"{name} {min(gap):+.4f} to {max(gap):+.4f}" for name, gap in gaps.items()]
-            parts.append(f"at equal {equal} " + ", ".join(above))
+        for equal, own in ((EQUAL_TOKENS, at_tokens), (EQUAL_FLOPS, at_flops)):
+            counts = wins(at_tokens | own, operator.ge)
+            texts = (f"{name} at {won} of {len(self.layer)}" for name, won in counts.items())
+            parts.append(f"at equal {equal} {', '.join(texts)}")
         return (
-            f"Explained variance above that of the dense form, over the layers: {'; '.join(parts)} "
-            "(paper, Table 4: at equal tokens the best KronSAE is 0.001 to 0.011 below TopK)."
+            f"Layers at which a Kron form explains at least as much as its dense form: "
+            f"{'; '.join(parts)} (paper, Table 4: at equal tokens the best KronSAE is 0.001 to "
+            "0.011 below TopK)."
         )
 
     def draw(self, runs: Sequence[Run], path: Path) -> None:
