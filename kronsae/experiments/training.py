@@ -145,9 +145,7 @@ class TrainingExperiment(Experiment):
         fit_in_memory = tokens * first.d_model * 4 <= self.memory_gib * 2**30
         x = collect(first, tokens) if fit_in_memory else None
         facts = {"config": dataclasses.asdict(config), "data": first.describe()}
-        return Activations(
-            heldout, x, source, {"config": dataclasses.asdict(config), "data": facts}
-        )
+        return Activations(heldout, x, source, facts)
 
     def longest(self, d_model: int) -> int:
         """Tokens of the longest training."""
