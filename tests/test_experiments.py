@@ -553,12 +553,14 @@ def test_a_comparison_tunes_on_fewer_tokens_and_then_trains_seed_after_seed():
     assert {cell["lr"] for cell in cells} == {0.2}
     of_first = [(c["seed"], c["variant"], c["equal"]) for c in cells if c["layer"] == 1]
     assert of_first == [
-        (seed, *one)
-        for seed in range(2)
-        for one in (("topk", "tokens"), ("m2n4", "tokens"), ("m2n4", "FLOPs"))
+        *((0, "topk", "tokens"), (0, "m2n4", "tokens"), (1, "topk", "tokens")),
+        *((1, "m2n4", "tokens"), (0, "m2n4", "FLOPs"), (1, "m2n4", "FLOPs")),
     ]
-    tokens = [experiment.tokens_of(cell, 64) for cell in cells[:3]]
-    assert tokens[:2] == [1000, 1000] and 1200 < tokens[2] < 1350  # 6 rows for 8 latents
+    tokens = [experiment.tokens_of(cell, 64) for cell in cells[3:5]]
+    assert tokens[0] == 1000 and 1200 < tokens[1] < 1350  # 6 rows for 8 latents
+    assert experiment.longest(64) == experiment.tuning_tokens
+    assert dataclasses.replace(experiment, tuning_tokens=1).longest(64) == tokens[1]
+    assert dataclasses.replace(experiment, tuning_tokens=1, equal=("tokens",)).longest(64) == 1000
 
 
 def test_saes_of_a_comparison_know_their_model_and_text(tmp_path):

@@ -11,6 +11,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from kronsae.cache import CacheIndex
 from kronsae.config import setting
 from kronsae.experiments.activations import Activations
 from kronsae.experiments.experiment import EXPERIMENTS, Run, axis
@@ -18,7 +19,7 @@ from kronsae.experiments.grid import matches
 from kronsae.experiments.isoflop import BASELINE, equal_flops_tokens
 from kronsae.experiments.report import TUNING_SEED, Spread, explained, grouped, markdown, picture
 from kronsae.experiments.training import SMALLEST, TrainingExperiment, product, quality
-from kronsae.experiments.variants import dense_form, wins
+from kronsae.experiments.variants import dense_form, sae_config, wins
 from kronsae.model.flops import flops_per_token
 
 EQUAL_TOKENS, EQUAL_FLOPS = "tokens", "FLOPs"
@@ -47,6 +48,7 @@ class Comparison(TrainingExperiment):
         ("topk", "m2n4", "m4n4", "m4n8", "topk-refined", "m4n4-refined"), "SAEs to compare"
     )
     dict_size: int = axis(4096, "dictionary size F")
+    equal: tuple[str, ...] = axis((EQUAL_TOKENS, EQUAL_FLOPS), "in what SAEs are equal")
     tokens: int = axis(400_000, "tokens of a training, at equal tokens")
     tuning_tokens: int = axis(100_000, "tokens of a training that tries a learning rate")
 
@@ -54,7 +56,7 @@ class Comparison(TrainingExperiment):
         return product(layer=self.layer, variant=self.variants, dict_size=self.dict_size)
 
     def cells(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
-        """At each layer the trials of all learning rates, then seed after seed."""
+        """At each layer the trials of all learning rates, then each budget, seed after seed."""
         cells = []
         for layer in self.layer:
             rates: list[tuple[dict[str, Any], float]] = []
@@ -66,16 +68,18 @@ class Comparison(TrainingExperiment):
                 tried = [run for run in runs if any(matches(run, each) for each in trials)]
                 if len(tried) == len(trials):
                     rates.append((row, max(tried, key=self.merit)["lr"]))
-            for seed in range(self.seeds):
-                for row, lr in rates:
-                    for equal in self.budgets(row["variant"]):
-                        budget = {"equal": equal, "budget": self.tokens}
-                        cells.append({**row, **budget, "lr": lr, "seed": seed})
+            for equal in self.equal:
+                budget = {"equal": equal, "budget": self.tokens}
+                for seed in range(self.seeds):
+                    for row, lr in rates:
+                        if equal in self.budgets(row["variant"]):
+                            cells.append({**row, **budget, "lr": lr, "seed": seed})
         return cells
 
     def budgets(self, variant: str) -> tuple[str, ...]:
         """What a variant is held equal in: a dense encoder, in tokens alone."""
-        return (EQUAL_TOKENS, *([EQUAL_FLOPS] if variant != dense_form(variant) else ()))
+        budgets = (EQUAL_TOKENS,) if variant == dense_form(variant) else (EQUAL_TOKENS, EQUAL_FLOPS)
+        return tuple(equal for equal in self.equal if equal in budgets)
 
     def tokens_of(self, row: dict[str, Any], d_model: int) -> int:
         if row.get("equal") == EQUAL_FLOPS:
@@ -84,8 +88,15 @@ class Comparison(TrainingExperiment):
         return row.get("tokens", self.tokens)
 
     def longest(self, d_model: int) -> int:
-        cells = product(variant=self.variants, dict_size=self.dict_size, equal=[EQUAL_FLOPS])
-        return max(self.tokens, *(self.tokens_of(cell, d_model) for cell in cells))
+        cells = product(variant=self.variants, dict_size=self.dict_size, equal=self.equal)
+        return max(self.tuning_tokens, *(self.tokens_of(cell, d_model) for cell in cells))
+
+    def activations(self, **given: Any) -> Activations:
+        """Of a cache, the first tokens, as many as the longest training has."""
+        if self.cache is not None:
+            width = CacheIndex.open(self.cache).hookpoints[0].width
+            given["activations_tokens"] = self.longest(width)
+        return super().activations(**given)
 
     def prepare(self) -> Callable[[int], Activations]:
         """Activations of a layer, those of the last one asked for being kept."""
@@ -96,9 +107,10 @@ class Comparison(TrainingExperiment):
         result = self.train(self.sae(cell), activations, cell)
         sae = result.sae
         assert sae is not None
+        baseline = sae_config(BASELINE, self.dict_size, self.k).with_widths(sae.d_model, 0)
         figures: dict[str, Any] = {
             "tokens": result.tokens,
-            "flops_per_token": flops_per_token(sae.config),
+            "flops_share": flops_per_token(sae.config) / flops_per_token(baseline),
             **quality(result),
         }
         if self.saes is not None and cell["seed"] != TUNING_SEED:
@@ -114,12 +126,11 @@ class Comparison(TrainingExperiment):
         spreads = explained(runs, "layer", "variant", "equal")
         rows = []
         for (layer, variant), group in grouped(runs, "layer", "variant").items():
-            [baseline, *_] = grouped(runs, "layer", "variant")[layer, BASELINE]
-            share = group[0]["flops_per_token"] / baseline["flops_per_token"]
             by_budget = [spreads.get((layer, variant, b), "") for b in (EQUAL_TOKENS, EQUAL_FLOPS)]
-            dead = Spread.of(run["dead_share"] for run in group if run["equal"] == EQUAL_TOKENS)
-            rows.append([layer, variant, f"{share:.2f}", f"{group[0]['lr']:g}", *by_budget, dead])
-        header = ["layer", "SAE", "FLOPs a token", "learning rate"]
+            dead = Spread.of(run["dead_share"] for run in group)
+            share = f"{group[0]['flops_share']:.2f}"
+            rows.append([layer, variant, share, f"{group[0]['lr']:g}", *by_budget, dead])
+        header = ["layer", "SAE", f"FLOPs, of {BASELINE}'s", "learning rate"]
         header += ["at equal tokens", "at equal FLOPs", "dead latents"]
         return markdown(header, rows), self.sentence(spreads)
 
@@ -128,7 +139,9 @@ class Comparison(TrainingExperiment):
         at_flops = {key[:2]: spread for key, spread in spreads.items() if key[2] == EQUAL_FLOPS}
         parts = []
         for equal, own in ((EQUAL_TOKENS, at_tokens), (EQUAL_FLOPS, at_flops)):
-            counts = wins(at_tokens | own, operator.ge)
+            both = at_tokens | own
+            paired = {at: ev for at, ev in both.items() if (at[0], dense_form(at[1])) in both}
+            counts = wins(paired, operator.ge)
             texts = (f"{name} at {won} of {len(self.layer)}" for name, won in counts.items())
             parts.append(f"at equal {equal} {', '.join(texts)}")
         return (
