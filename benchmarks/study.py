@@ -44,7 +44,12 @@ FIGURES = {
 
 
 def make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("benchmarks.study", description=str(__doc__).splitlines()[0])
+    parser = argparse.ArgumentParser(
+        "benchmarks.study",
+        description=str(__doc__).splitlines()[0],
+        epilog="The same command goes on where it was stopped.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
     given = parser.add_argument
     given("--model", required=True, help="language model: hub name or folder")
     given("--dataset", required=True, help="hub name, or files")
@@ -53,11 +58,11 @@ def make_parser() -> argparse.ArgumentParser:
     given("--context-length", type=int, default=256, help="tokens of a context")
     given("--dict-size", type=int, default=8192, help="latents")
     given("--k", type=int, default=32, help="active latents a token")
-    given("--tokens", type=int, default=500_000, help="of a training, at equal tokens")
-    given("--tuning-tokens", type=int, default=100_000, help="of one that tries a learning rate")
+    given("--tokens", type=int, default=500_000, help="tokens to train each SAE on")
+    given("--tuning-tokens", type=int, default=100_000, help="tokens to try each learning rate on")
     given("--learning-rates", type=float, nargs="+", default=[0.002, 0.004, 0.008, 0.016])
     given("--seeds", type=int, default=3, help="trainings of each SAE")
-    given("--variants", nargs="+", default=VARIANTS, help="SAEs (kronsae/experiments/variants.py)")
+    given("--variants", nargs="+", default=VARIANTS, help="SAEs to train")
     given("--heldout-tokens", type=int, default=8192, help="to measure the model's losses on")
     given("--probe", metavar="COLUMN", help="column of the text's class, for sparse probing")
     given("--out", type=Path, required=True, help="folder")
@@ -165,6 +170,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     options = make_parser().parse_args(arguments)
     d_model = AutoConfig.from_pretrained(options.model).hidden_size
+    print("timing a step of each SAE", flush=True)
     print(f"about {hours(options, d_model):.1f} hours of a thread to train", flush=True)
     if options.plan:
         for stage in commands(options, d_model):

@@ -33,12 +33,14 @@ ONCE = (
 
 
 class HierarchicalLoss(NamedTuple):
-    """Results of `hierarchical_loss`, at least float32."""
+    """Results of `hierarchical_loss`, at least float32.
+
+    loss: squared error, summed over tokens and dimensions, mean over the prefixes (scalar).
+    residual: [..., d] reconstruction from all codes, minus the target; without a gradient.
+    """
 
     loss: Tensor
-    """Squared error, summed over tokens and dimensions, mean over the prefixes (scalar)."""
     residual: Tensor
-    """[..., d] reconstruction from all codes, minus the target; without a gradient."""
 
 
 def hierarchical_loss(
@@ -50,8 +52,9 @@ def hierarchical_loss(
     *,
     impl: str | None = None,
 ) -> HierarchicalLoss:
-    """Mean over the prefixes j of the squared error of the reconstruction from the first j codes.
+    """Squared error of the reconstruction from the first j codes, mean over the prefixes j.
 
+    It is summed over tokens and dimensions: divide by `target.numel()` for a mean squared error.
     Equals `reference.hierarchical_loss`: with codes that are sorted, as encoders give them, the
     first j are the j largest latents. [Balagansky et al. 2025: HierarchicalTopK,
     arXiv:2505.24473] Each decoder row of a token is gathered once, for all prefixes, forward and

@@ -6,7 +6,16 @@ import torch
 from torch import Tensor
 
 from kronsae_kernels import backends, reference
-from kronsae_kernels.common import SparseCodes, check_floating, check_same, check_shape, require
+from kronsae_kernels.common import (
+    SparseCodes,
+    check_floating,
+    check_number,
+    check_same,
+    check_shape,
+    check_tensors,
+    require,
+    shown,
+)
 from kronsae_kernels.decode import check_decode, check_range, sparse_decode
 from kronsae_kernels.rules import has_values
 
@@ -25,7 +34,7 @@ def refine_codes(
 
     Equals `reference.refine_codes`. A step is z <- ReLU(z + rate D (x - b_dec - sum_s z_s D_s)), of
     which D [k, d] are the decoder rows of the token's codes: the gradient of half the squared
-    error. The latents stay the same ones.
+    error. Latents stay the same ones, in the same places: values are no longer sorted.
 
     codes: values [..., k] and indices [..., k] in [0, F).  x: [..., d], what is reconstructed.
     w_dec: [F, d].  b_dec: [d] or None.  rate: [N], one for each of N steps.
@@ -34,12 +43,19 @@ def refine_codes(
     Gradients of all tensors but indices. Each step reads the k rows twice, forward, and writes no
     [B, k, d]. Raises as `sparse_decode` does.
     """
+    require(
+        isinstance(codes, (tuple, list)) and len(codes) == 2,
+        lambda: f"codes: expected (values, indices), got {shown(codes)}",
+    )
     values, indices = codes
     indices = check_decode(values, indices, w_dec, b_dec)
+    check_tensors(x=x, rate=rate)
     check_floating(x=x, rate=rate)
     check_shape("x", x, (*values.shape[:-1], w_dec.shape[1]), "[..., d]")
     require(rate.ndim == 1, lambda: f"rate: expected [N], got {list(rate.shape)}")
     check_same("device", x=x, w_dec=w_dec, rate=rate)
+    check_same("dtype", x=x, w_dec=w_dec)
+    check_number("silent", silent, 0)
     name = backends.choose(impl, w_dec.device, w_dec.dtype)
     if name == "reference":
         if has_values(indices):

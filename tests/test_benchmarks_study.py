@@ -21,7 +21,7 @@ def options(out, *more):
 def test_the_plan_says_hours_and_commands(tmp_path, capsys):
     given = ["--model", str(MODEL), "--dataset", "stdlib", "--layer", "2", *SMALL]
     study.main([*given, "--probe", "source", "--out", str(tmp_path), "--plan"])
-    hours, harvest, train, evaluate = capsys.readouterr().out.splitlines()
+    _, hours, harvest, train, evaluate = capsys.readouterr().out.splitlines()
     assert hours == "about 0.0 hours of a thread to train"
     assert harvest.startswith(f"kronsae harvest --model {MODEL} --dataset stdlib --layer 2")
     assert int(harvest.partition("--tokens ")[2].split()[0]) > 4096  # at equal FLOPs Kron sees more

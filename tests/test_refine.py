@@ -151,7 +151,9 @@ def test_training_refines(given, tmp_path):
     again = load(tmp_path)
     assert again.config.refine == 1
     torch.testing.assert_close(again(x[:64]).x_hat, sae(x[:64]).x_hat)
-    plain = sae.unrefined()
+    plain = again.unrefined()
+    assert plain.W_dec is again.W_dec and not plain(x[:2]).x_hat.requires_grad
+    assert again.refine_rate is not None and "refine_rate" not in plain.state_dict()
     assert plain.config == dataclasses.replace(sae.config, refine=0)
     errors = [(s(x).x_hat - x).square().mean().item() for s in (sae, plain)]
     assert errors[0] < errors[1]
@@ -207,7 +209,7 @@ def test_it_is_counted_named_and_refused_where_it_cannot_be():
         config(d_target=5)
     with pytest.raises(InputError, match="composition 'mul' has negative"):
         config(composition="mul")
-    with pytest.raises(InputError, match="'hierarchical' has an error for each k"):
+    with pytest.raises(InputError, match="'hierarchical' trains one set of values"):
         config(objective="hierarchical")
     with pytest.raises(NoStockForm, match="this SAE refines them: use --to kronsae, sae_lens or"):
         stock_of(SAE(config(**DENSE)), "sparsify")

@@ -16,6 +16,7 @@ Letters: n words, d width, F latents, k active latents of a word.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from string import ascii_lowercase
 from typing import Any, NamedTuple, TypedDict
 
@@ -118,6 +119,10 @@ class Absorption(NamedTuple):
     letters: dict[str, LetterAbsorption]
 
 
+OnRead = Callable[[int, int], None]
+"""Called with how many are done, and their total."""
+
+
 class FirstLetters:
     """Words of a model's vocabulary and probes for their first letters, to measure SAEs with.
 
@@ -157,10 +162,18 @@ class FirstLetters:
 
     @classmethod
     def of(
-        cls, model: LanguageModel, settings: Settings = Settings(), bos: str = "auto"
+        cls,
+        model: LanguageModel,
+        settings: Settings = Settings(),
+        bos: str = "auto",
+        *,
+        on_read: OnRead = lambda done, total: None,
     ) -> "FirstLetters":
-        """The words of a model, read at its hookpoint; prompts begin as `context_begin` says."""
-        return cls(read_words(model, settings, bos), settings)
+        """The words of a model, read at its hookpoint; prompts begin as `context_begin` says.
+
+        on_read: called while it reads, with how many words are done, and their total.
+        """
+        return cls(read_words(model, settings, bos, on_read), settings)
 
     @torch.no_grad()
     def measure(self, sae: SAE) -> Absorption:
@@ -369,9 +382,15 @@ def vocabulary_words(model: LanguageModel) -> list[tuple[int, str]]:
     ]
 
 
-def read_words(model: LanguageModel, settings: Settings = Settings(), bos: str = "auto") -> Words:
+def read_words(
+    model: LanguageModel,
+    settings: Settings = Settings(),
+    bos: str = "auto",
+    on_read: OnRead = lambda done, total: None,
+) -> Words:
     """Words of the vocabulary and their activations, each at its token in a prompt.
 
+    on_read: see `FirstLetters.of`.
     Raises InputError for a model that reads both ways, that has no tokenizer, or fewer words than a
     prompt needs.
     """
@@ -384,7 +403,10 @@ def read_words(model: LanguageModel, settings: Settings = Settings(), bos: str =
     drawn = [words[place] for place in order.tolist()]
     count = int(len(drawn) * settings.train_share)
     prompts = Prompts(model, settings, bos)
-    parts = [prompts.read(side, generator) for side in (drawn[:count], drawn[count:])]
+    parts = [
+        prompts.read(side, generator, partial(_report, on_read, before, len(drawn)))
+        for before, side in ((0, drawn[:count]), (count, drawn[count:]))
+    ]
     names = [text for _, text in drawn]
     return Words(
         torch.cat(parts),
@@ -392,6 +414,10 @@ def read_words(model: LanguageModel, settings: Settings = Settings(), bos: str =
         torch.arange(len(names)) < count,
         names,
     )
+
+
+def _report(on_read: OnRead, before: int, total: int, done: int) -> None:
+    on_read(before + done, total)
 
 
 def _letter(text: str) -> int:
@@ -421,8 +447,16 @@ class Prompts:
                 f"{model.max_context} tokens that {model.name} reads: give fewer"
             )
 
-    def read(self, words: list[tuple[int, str]], generator: torch.Generator) -> Tensor:
-        """Activations [n, d] of words, with others of them as examples."""
+    def read(
+        self,
+        words: list[tuple[int, str]],
+        generator: torch.Generator,
+        on_read: Callable[[int], None] = lambda done: None,
+    ) -> Tensor:
+        """Activations [n, d] of words, with others of them as examples.
+
+        on_read: called with how many of them are done.
+        """
         if len(words) < self.examples + self.count:
             raise InputError(
                 f"absorption: expected at least {self.examples + self.count} words to train probes "
@@ -441,6 +475,7 @@ class Prompts:
             outputs = self.model.activations(torch.tensor(contexts))[rows, columns]
             x, _ = split_target(outputs, self.model.d_target)
             parts.append(x.float().cpu())
+            on_read(min(len(words), (first + len(batch)) * self.count))
         return torch.cat(parts)
 
     def _prompt(

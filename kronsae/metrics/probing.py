@@ -8,7 +8,7 @@ the activations. [Gurnee et al. 2023; Karvonen et al. 2025]
 Letters: n documents, c classes, d width, F latents, k latents of a probe.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, cast
 
@@ -79,8 +79,14 @@ class ClassProbes:
     """
 
     def __init__(
-        self, text: HeldoutText, labels: Sequence[str], settings: Settings = Settings()
+        self,
+        text: HeldoutText,
+        labels: Sequence[str],
+        settings: Settings = Settings(),
+        *,
+        on_read: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
+        """on_read: called while it reads, with how many documents are done, and their total."""
         self.settings, self.counts = settings, torch.zeros(0, dtype=torch.int64)
         self.facts = text.facts
         self.problems = problems(labels, settings)
@@ -88,6 +94,7 @@ class ClassProbes:
         for _, mask, x in text.read():
             parts.append(as_kept(x).cpu())
             self.counts = torch.cat([self.counts, mask.sum(1).cpu()])
+            on_read(len(self.counts), len(labels))
         self.x = torch.cat(parts).split(self.counts.tolist())
         means = torch.stack([rows.double().sum(0) for rows in self.x])
         means /= self.counts.clamp(min=1)[:, None]
@@ -208,6 +215,24 @@ def _rotated(train: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
     return train @ basis.T, test @ basis.T
 
 
+def classes_of(data: DataConfig, column: str) -> list[str | None]:
+    """What a column of a dataset says of each row: its class.
+
+    Raises InputError unless the dataset has rows with a column of this name that holds text.
+    """
+    if data.image_column is not None or data.streaming or data.dataset == STDLIB:
+        raise InputError(
+            f"probing: expected a dataset whose rows have a column {column!r}, in files or from "
+            f"the hub without --streaming, got {data.dataset!r}: give another --dataset"
+        )
+    named = replace(data, text_column=column, chat_roles="")
+    try:
+        rows = cast(IndexedText, open_text(named, seed=0)).documents
+    except InputError as error:
+        raise InputError(str(error).replace("--text-column", "--probe")) from error
+    return [as_text(row) for row in rows]
+
+
 def labelled_text(
     model: LanguageModel,
     data: DataConfig,
@@ -226,14 +251,8 @@ def labelled_text(
     Raises InputError unless the text has rows with a column of this name that holds text, and two
     such classes.
     """
-    if data.image_column is not None or data.streaming or data.dataset == STDLIB:
-        raise InputError(
-            f"probing: expected a dataset whose rows have a column {column!r}, in files or from "
-            f"the hub without --streaming, got {data.dataset!r}: give another --dataset"
-        )
+    names = classes_of(data, column)
     text = cast(IndexedText, open_text(data, seed=0))
-    named = replace(data, text_column=column, chat_roles="")
-    names = [as_text(name) for name in cast(IndexedText, open_text(named, seed=0)).documents]
     chosen: dict[str, list[tuple[int, str]]] = {name: [] for name in names if name}
     for place, row in enumerate(text.rows.tolist()):
         of_class = chosen.get(names[row], [])

@@ -47,8 +47,8 @@ class Hierarchical(Objective):
             )
         if config.refine:
             raise InputError(
-                "objective 'hierarchical' has an error for each k, and refine would give latents "
-                "other values for each: leave one of them out"
+                "objective 'hierarchical' trains one set of values for every k, but refine would "
+                "change the values for each k: leave one of them out"
             )
 
     @classmethod

@@ -363,16 +363,14 @@ class SAE(Familiar, Encoder):
         return self.folded(-mean * scale, 1 / scale, target)
 
     def unrefined(self) -> "SAE":
-        """A copy that decodes the encoder's values: `SAEConfig.refine` is 0.
+        """The same SAE with `SAEConfig.refine` 0, which decodes the encoder's values.
 
-        It selects the same latents, and reconstructs less than this SAE was trained to.
+        It shares the weights, selects the same latents, and reconstructs less than this SAE.
         """
-        out = SAE(dataclasses.replace(self.config, refine=0), device="meta", mesh=self.mesh)
-        out = out.to_empty(device=self.W_enc.device)
-        state = self.state_dict()
-        out.load_state_dict({name: state[name] for name in out.state_dict()})
-        out.metadata = self.metadata
-        return out.train(self.training)
+        other = copy.copy(self)
+        other._parameters = {**self._parameters, "refine_rate": None}
+        other.config = dataclasses.replace(self.config, refine=0)
+        return other
 
     def why_no_unit_rows(self) -> str | None:
         """Reason why `use_unit_rows_` would change what it computes; None if it would not."""
