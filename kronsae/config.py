@@ -849,6 +849,14 @@ class TrainConfig:
         "jumprelu: weight of the loss (L0 / k - 1)^2 that keeps k latents per token active",
         unless=_unless_thresholds,
     )
+    l0_rate: float = _of_losses(
+        0.05,
+        "jumprelu: after each step all log thresholds move by this times (L0 / k - 1), so that L0 "
+        "comes to k",
+        most=1,
+        unless=_unless_thresholds,
+        before=0.0,
+    )
     balance_coefficient: float = _of_losses(
         0.1,
         "experts: weight of the loss that spreads tokens evenly over them",

@@ -13,7 +13,6 @@ import kronsae
 import kronsae.export.__main__ as export
 from kronsae import SAE, DataConfig, InputError, SAEConfig, TrainConfig
 from kronsae.errors import Notice
-from kronsae.model import selection
 from kronsae.model.normalizer import Normalizer
 from kronsae.system.files import sha256
 from kronsae.train import fit, fit_many, main
@@ -37,13 +36,7 @@ KINDS = {
 UNIT, FREE = TrainConfig(), TrainConfig(decoder_norm="free")
 X = torch.randn(900, D, generator=torch.Generator().manual_seed(1)) * 3 + 2
 Y = torch.randn(900, OUT, generator=torch.Generator().manual_seed(2)) * 0.2 - 1
-TUNE = TrainConfig(tokens=400, batch_size=100, lr=1e-12, lr_final=1e-12, log_every=1)
-
-
-@pytest.fixture(autouse=True)
-def _thresholds_stay(monkeypatch):
-    """Those of a JumpReLU, which would move towards the L0 that the SAE does not have here."""
-    monkeypatch.setattr(selection, "L0_RATE", 0.0)
+TUNE = TrainConfig(tokens=400, batch_size=100, lr=1e-12, lr_final=1e-12, log_every=1, l0_rate=0.0)
 
 
 def sae_of(name, unit=True):

@@ -149,12 +149,22 @@ def test_commands_that_finetune_parse(tmp_path, monkeypatch):
 
 
 def test_harvest_parses():
-    [block] = [c for c in COMMANDS if c.startswith("kronsae harvest")]
-    harvested, trained = block.replace("\\\n", " ").strip().splitlines()
-    config, folder, _ = parse_harvest(shlex.split(harvested)[2:])
-    assert config.layers == (3, 6) and config.tokens == 10_000_000
-    flags = vars(make_parser().parse_args(shlex.split(trained)[2:]))
-    assert Path(flags["activations"]) == folder and set(flags["layer"]) <= set(config.layers)
+    for block, expected in zip(
+        [c for c in COMMANDS if c.startswith("kronsae harvest")],
+        (((3, 6), 10_000_000), ((10, 20), 1_000_000)),
+        strict=True,
+    ):
+        harvested, used = block.replace("\\\n", " ").strip().splitlines()
+        config, folder, _ = parse_harvest(shlex.split(harvested)[2:])
+        assert (config.layers, config.tokens) == expected
+        _, name, *words = shlex.split(used)
+        if name == "train":
+            flags = vars(make_parser().parse_args(words))
+            assert Path(flags["activations"]) == folder
+            assert set(flags["layer"]) <= set(config.layers)
+        else:
+            experiment, _ = parse_experiment(words[0], words[1:])
+            assert experiment.cache == str(folder) and experiment.layer == config.layers
 
 
 def test_commands_of_torchrun_parse():

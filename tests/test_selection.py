@@ -273,7 +273,10 @@ def test_jumprelu_comes_to_its_l0():
 
 
 def test_all_thresholds_of_a_jumprelu_move_together_towards_k(point):
-    """Up if more latents are active, down if fewer; not at all if a step gave no codes."""
+    """Up if more latents are active, down if fewer; not at all if a step gave no codes.
+
+    By no step if `l0_rate` is 0, as in runs of older versions.
+    """
     sae, x = make(point, selection="jumprelu"), torch.randn(64, D)
     sae.selection.prepare(sae, x)
     log = sae.selection.log_threshold
@@ -289,6 +292,9 @@ def test_all_thresholds_of_a_jumprelu_move_together_towards_k(point):
     sae.selection.k = 1
     sae.selection.update(sae, codes)
     assert ((log - before) > 0).all()
+    still = Learner(sae.config, TrainConfig(l0_rate=0.0), torch.device("cpu")).sae
+    still.selection.update(still, codes)
+    assert not still.selection.log_threshold.any()
 
 
 @pytest.mark.parametrize(

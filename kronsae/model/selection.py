@@ -35,10 +35,6 @@ THRESHOLD_RATE = 0.1
 """Share of the newest batch in the running mean of BatchTopK's threshold."""
 
 
-L0_RATE = 0.05
-"""By how much a JumpReLU's log thresholds move in a step whose L0 is twice its aim."""
-
-
 class Penalty(NamedTuple):
     """A loss beside the reconstruction error.
 
@@ -250,8 +246,8 @@ class JumpReLU(Selection):
     log_threshold: parameter [F]. It learns through the pseudo-derivatives of `jump`, also from a
     loss (L0 / k - 1)^2 that holds the mean number of active latents L0 at k.
     [Rajamanoharan et al. 2024: JumpReLU SAEs] That loss alone comes to rest off its aim, where the
-    reconstruction error pulls as much as it does. So after each step all thresholds also move
-    together, by L0_RATE (L0 / k - 1) in logarithm, until L0 is k.
+    reconstruction error pulls as much as it does. So after each step all log thresholds also move
+    together, by l0_rate (L0 / k - 1), until L0 is k.
     In the warm-up latents grow faster than thresholds learn, and L0 would grow with them: until its
     end `prepare` sets all thresholds just below the smallest of the batch's k B largest values.
     Memory: O(B w) and a chunk of scores [b, F].
@@ -272,6 +268,7 @@ class JumpReLU(Selection):
     def __init__(self, config: SAEConfig) -> None:
         super().__init__(config)
         self.bandwidth = config.jumprelu_bandwidth
+        self.l0_rate = TrainConfig.l0_rate
         self.log_threshold = nn.Parameter(torch.zeros(config.dict_size))
 
     def forward(self, sae: Encoder, x: Tensor, k: int, impl: str | None = None) -> SparseCodes:
@@ -312,7 +309,7 @@ class JumpReLU(Selection):
         tokens = group.count(len(codes.values), codes.values.device)
         l0 = group.sum(sae.fired(codes).sum()) / tokens
         excess = (l0 / self.k - 1).clamp(max=1) * (l0 > 0)  # a step not made has no codes
-        self.log_threshold.add_(L0_RATE * excess)
+        self.log_threshold.add_(self.l0_rate * excess)
 
     @torch.no_grad()
     def scale_(self, factor: float | Tensor) -> None:
