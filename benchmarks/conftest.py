@@ -1,11 +1,53 @@
 """Shapes, device and what is reported beside each time: `pytest benchmarks/ --benchmark-only`."""
 
+import os
+import shutil
+
+# Threads sleep where they wait long, as those of `kronsae train` (kronsae.system.threads.BRIEFLY):
+# torch reads this when it is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
+# ruff: noqa: E402
 import pytest
 import torch
 
+from benchmarks import isoflop
+from benchmarks.flags import positive
 from benchmarks.floors import measure_ceilings
-from benchmarks.measure import Flush, describe, synchronize
+from benchmarks.measure import Flush, describe, synchronize, thousands
 from benchmarks.shapes import SHAPES, batches
+
+ROUNDS = 7
+WIDE = 100
+"""Columns of a terminal from which on the table has quartiles, too."""
+LEGEND = f"""
+How to read the tables (IQR: from first to third quartile; 4x4: m = n = 4)
+  forward, backward
+            {ROUNDS} calls of an operation of kronsae_kernels, each on a batch.
+  equal FLOPs
+            Each row trains an SAE from scratch, with {isoflop.SEEDS} seeds, on the same
+            activations of the embedded model. The time is that of a whole
+            training. FLOPs are those of forward passes (KronSAE, eq. 7): a
+            cheaper encoder sees more tokens for them.
+  explains  Share of the variance of held-out activations that is
+            reconstructed, on average.
+  refined   Ours, with a gradient step on the values of the active latents.
+  listing   Plain PyTorch, the code in the paper's appendix H.
+"""
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-benchmark reads its options
+def pytest_configure(config):
+    if getattr(config.option, "benchmark_columns", ()) is None:
+        wide = shutil.get_terminal_size((WIDE, 0)).columns >= WIDE
+        config.option.benchmark_columns = ["median", "iqr"] if wide else ["median"]
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_terminal_summary(terminalreporter):
+    if getattr(terminalreporter.config.option, "benchmark_only", False):
+        terminalreporter.write(LEGEND)
 
 
 def pytest_addoption(parser):
@@ -15,12 +57,26 @@ def pytest_addoption(parser):
         default=default,
         help=f"comma-separated shapes to run at, of {', '.join(SHAPES)} (default: %(default)s)",
     )
+    parser.addoption(
+        "--iso-tokens",
+        type=positive,
+        help="budget of the trainings with equal FLOPs: the tokens that TopK sees "
+        "(default: 65,536; on a GPU 500,000 at a larger F)",
+    )
 
 
 def pytest_generate_tests(metafunc):
     if "shape" in metafunc.fixturenames:
         names = metafunc.config.getoption("--shapes").split(",")
-        metafunc.parametrize("shape", [SHAPES[name] for name in names], ids=names, scope="module")
+        shapes = [SHAPES[name] for name in names]
+        metafunc.parametrize(
+            "shape", shapes, ids=[f"{size(s)}, {s.m}x{s.n}" for s in shapes], scope="module"
+        )
+
+
+def size(shape):
+    """What a shape is, in few words."""
+    return f"d {shape.d}, F {shape.dict_size:,}, k {shape.k}"
 
 
 @pytest.fixture(scope="session")
@@ -47,14 +103,16 @@ def xs(shape, device):
 
 @pytest.fixture
 def timed(benchmark, shape, device, ceilings, flush):
-    """timed(group, flops, work, run, prepare): times run(*prepare()), the cache flushed before.
+    """timed(operation, label, flops, work, run, prepare): times run(*prepare()), the cache flushed.
 
-    Beside the time stand the shape, the work (FLOPs and bytes), and the floor's share.
+    In the table the label has tokens a second beside it; extra_info has the shape, the work (FLOPs
+    and bytes), and the floor's share.
     """
 
-    def time(group, flops, work, run, prepare=tuple):
+    def time(operation, label, flops, work, run, prepare=tuple):
         floor_ms = ceilings.floor_ms(work)
-        benchmark.group = f"{group}, {shape}; floor {floor_ms:.3f} ms"
+        form = f" {shape.m}x{shape.n}" if "Kron" in operation else ""
+        benchmark.group = f"{operation}{form}, {size(shape)}, {shape.tokens:,} tokens a call"
 
         def setup():
             arguments = prepare()
@@ -66,9 +124,10 @@ def timed(benchmark, shape, device, ceilings, flush):
             run(*arguments)
             synchronize(device)
 
-        benchmark.pedantic(call, setup=setup, rounds=7, warmup_rounds=2)
+        benchmark.pedantic(call, setup=setup, rounds=ROUNDS, warmup_rounds=2)
         if benchmark.stats is not None:  # None under --benchmark-disable
             seconds = benchmark.stats.stats.median
+            benchmark.stats.name = f"{label}: {thousands(shape.tokens / seconds)} tokens/s"
             benchmark.extra_info.update(
                 describe(device),
                 shape=shape._asdict(),

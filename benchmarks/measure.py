@@ -58,6 +58,13 @@ def describe(device: torch.device) -> dict[str, str | int | None]:
     }
 
 
+def thousands(number: float) -> str:
+    """To three digits, in thousands or millions: 8.1k, 65.5k, 131k, 1.07M."""
+    if number >= 999_500:
+        return f"{number / 1e6:,.2f}M"
+    return f"{number / 1000:.1f}k" if number < 99_950 else f"{number / 1000:.0f}k"
+
+
 def _processor() -> str:
     try:
         match = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())

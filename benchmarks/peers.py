@@ -10,7 +10,7 @@ import importlib
 import importlib.metadata
 import os
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,16 @@ from kronsae.data.common import reason
 
 STEPS = 100_000
 """Length of the training that their schedules are made for."""
+LAST_RATE = 1e-6
+"""Learning rate at the end of a schedule, where a library asks for one."""
+
+
+class Recipe(NamedTuple):
+    """A schedule for the libraries' trainers: a linear warm-up, then a cosine, or else a line."""
+
+    lr: float
+    steps: int
+    warmup: int
 
 
 class Peer(NamedTuple):
@@ -31,7 +41,14 @@ class Peer(NamedTuple):
     """[B, d] to [B, d] with the weights as they are."""
 
 
-def sparsify(shape: Shape, w_enc: Tensor, b_enc: Tensor, w_dec: Tensor, b_dec: Tensor) -> Peer:
+def sparsify(
+    shape: Shape,
+    w_enc: Tensor,
+    b_enc: Tensor,
+    w_dec: Tensor,
+    b_dec: Tensor,
+    recipe: Recipe | None = None,
+) -> Peer:
     """eai-sparsify 1.3.3: the part of Trainer.fit's loop that is not the language model.
 
     With its "adam" (torch.optim.Adam where bitsandbytes is missing), the optimizer of the others;
@@ -49,8 +66,9 @@ def sparsify(shape: Shape, w_enc: Tensor, b_enc: Tensor, w_dec: Tensor, b_dec: T
         {"encoder.weight": w_enc, "encoder.bias": b_enc, "W_dec": w_dec, "b_dec": b_dec}
     )
     rate = 2e-4 / (sae.num_latents / 2**14) ** 0.5  # trainer.py:123
+    rate, steps, warmup = recipe or Recipe(rate, STEPS, 1000)
     optimizer = torch.optim.Adam([{"params": sae.parameters(), "lr": rate}])  # trainer.py:120-130
-    scheduler = get_linear_schedule_with_warmup(optimizer, 1000, STEPS)  # trainer.py:132-136
+    scheduler = get_linear_schedule_with_warmup(optimizer, warmup, steps)  # trainer.py:132-136
     did_fire = torch.zeros(sae.num_latents, device=device, dtype=torch.bool)
     silent_for = torch.zeros(sae.num_latents, device=device, dtype=torch.long)
 
@@ -75,7 +93,14 @@ def sparsify(shape: Shape, w_enc: Tensor, b_enc: Tensor, w_dec: Tensor, b_dec: T
     return Peer(step, lambda x: sae(x).sae_out)
 
 
-def sae_lens(shape: Shape, w_enc: Tensor, b_enc: Tensor, w_dec: Tensor, b_dec: Tensor) -> Peer:
+def sae_lens(
+    shape: Shape,
+    w_enc: Tensor,
+    b_enc: Tensor,
+    w_dec: Tensor,
+    b_dec: Tensor,
+    recipe: Recipe | None = None,
+) -> Peer:
     """sae-lens 6.54: SAETrainer.step (training/sae_trainer.py), with its autocast on a GPU."""
     from sae_lens import SAETrainer, TopKTrainingSAE, TopKTrainingSAEConfig
     from sae_lens.config import SAETrainerConfig
@@ -87,10 +112,14 @@ def sae_lens(shape: Shape, w_enc: Tensor, b_enc: Tensor, w_dec: Tensor, b_dec: T
         )
     )
     sae.load_state_dict({"W_enc": w_enc.T, "b_enc": b_enc, "W_dec": w_dec, "b_dec": b_dec})
+    schedule: dict[str, Any] = {"lr_end": 3e-5}  # as its runner fills in (config.py); constant
+    if recipe is not None:
+        schedule = {"lr": recipe.lr, "lr_end": LAST_RATE, "lr_scheduler_name": "cosineannealing"}
+        schedule["lr_warm_up_steps"] = recipe.warmup
     config = SAETrainerConfig(
-        total_training_samples=STEPS * shape.tokens,
+        total_training_samples=(recipe.steps if recipe else STEPS) * shape.tokens,
         train_batch_size_samples=shape.tokens,
-        lr_end=3e-5,  # as its runner's configuration fills in (config.py); the rate is constant
+        **schedule,
         device=str(device),
         autocast=device.type == "cuda",
     )
@@ -105,7 +134,12 @@ def sae_lens(shape: Shape, w_enc: Tensor, b_enc: Tensor, w_dec: Tensor, b_dec: T
 
 
 def dictionary_learning(
-    shape: Shape, w_enc: Tensor, b_enc: Tensor, w_dec: Tensor, b_dec: Tensor
+    shape: Shape,
+    w_enc: Tensor,
+    b_enc: Tensor,
+    w_dec: Tensor,
+    b_dec: Tensor,
+    recipe: Recipe | None = None,
 ) -> Peer:
     """dictionary-learning 0.1.0: TopKTrainer.update (trainers/top_k.py) as trainSAE calls it.
 
@@ -113,9 +147,12 @@ def dictionary_learning(
     """
     from dictionary_learning.trainers.top_k import TopKTrainer
 
-    device = w_enc.device
+    device, schedule = w_enc.device, {"steps": STEPS}
+    if recipe is not None:
+        schedule = {"lr": recipe.lr, "steps": recipe.steps, "warmup_steps": recipe.warmup}
+        schedule["decay_start"] = recipe.warmup + 1
     trainer = TopKTrainer(
-        steps=STEPS,
+        **schedule,
         activation_dim=shape.d,
         dict_size=shape.dict_size,
         k=shape.k,

@@ -7,6 +7,7 @@ On a GPU all compute in bfloat16 (autocast) with float32 weights and moments, on
 
 from collections.abc import Callable, Iterable
 from functools import partial
+from itertools import repeat
 from typing import Any, NamedTuple
 
 import torch
@@ -75,14 +76,14 @@ LOSSES = {"kron": (kron_loss, kron_parameters), "dense": (dense_loss, dense_para
 def plain(model: type[nn.Module], shape: Shape, device: torch.device) -> Step:
     """A model in plain PyTorch."""
     module = _model(model, shape, device)
-    return _train(lambda x: mse_loss(module(x), x), module.parameters(), device)
+    return autograd_step(lambda x: mse_loss(module(x), x), module.parameters(), device)
 
 
 def unfused(encoder: str, shape: Shape, device: torch.device) -> Step:
     """Our operations, differentiated by autograd, and torch's fused AdamW."""
     loss, parameters_of = LOSSES[encoder]
     parameters = parameters_of(shape, device)
-    return _train(lambda x: loss(shape, x, *parameters), parameters, device)
+    return autograd_step(lambda x: loss(shape, x, *parameters), parameters, device)
 
 
 def fused(encoder: str, shape: Shape, device: torch.device) -> Step:
@@ -176,12 +177,17 @@ def _model(cls: type[nn.Module], shape: Shape, device: torch.device) -> nn.Modul
         return cls(shape.d, *size, shape.k)
 
 
-def _train(
-    loss_of: Callable[[Tensor], Tensor], parameters: Iterable[nn.Parameter], device: torch.device
+def autograd_step(
+    loss_of: Callable[[Tensor], Tensor],
+    parameters: Iterable[nn.Parameter],
+    device: torch.device,
+    rates: Iterable[float] = repeat(LEARNING_RATE),
 ) -> Step:
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, fused=True)
+    """A step of autograd and torch's fused AdamW, at the next of the learning rates."""
+    optimizer, following = torch.optim.AdamW(parameters, fused=True), iter(rates)
 
     def step(x: Tensor) -> Tensor:
+        optimizer.param_groups[0]["lr"] = next(following)
         with autocast(device):
             loss = loss_of(x)
         loss.backward()

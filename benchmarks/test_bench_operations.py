@@ -18,7 +18,7 @@ IMPLEMENTATIONS = [name for name in backends.NAMES if name != "reference"]
 @pytest.fixture(params=IMPLEMENTATIONS)
 def impl(request, device):
     if request.param == "triton" and device.type == "cpu":
-        pytest.skip("an interpreted kernel would be no measure")
+        pytest.skip("Triton's kernels are timed on a GPU: interpreted, they would be no measure")
     try:
         return backends.choose(request.param, device)
     except RuntimeError as reason:
@@ -68,7 +68,9 @@ def decode(shape, xs):
     return call, codes
 
 
-OPERATIONS = {"encode_kron": encode_kron, "encode_dense": encode_dense, "decode": decode}
+OPERATIONS = {"KronSAE encoder": encode_kron, "TopK encoder": encode_dense, "Decoder": decode}
+ENCODERS = {"KronSAE encoder": "kron", "TopK encoder": "dense"}
+DIRECTIONS = ["forward", "backward", "forward + backward"]
 
 
 def work_of(shape, name, direction, width):
@@ -77,11 +79,11 @@ def work_of(shape, name, direction, width):
     Forward: as in `floors.stages` (an encoder is encode + select, and reads its float32 weights).
     Backward: the products of the update stages, and each gradient written in float32 (4 bytes).
     """
-    encoder = "dense" if name == "encode_dense" else "kron"
+    encoder = ENCODERS.get(name, "kron")
     of = stages(shape, encoder, width)
     gathered = width * shape.tokens * shape.k * shape.d
     values_in_and_out = 2 * 4 * shape.tokens * shape.k
-    if name == "decode":
+    if name == "Decoder":
         forward = of["decode"]._replace(multiply_adds=shape.tokens * shape.k * shape.d)
         rows, products_back = shape.dict_size, 2 * shape.tokens * shape.k * shape.d
     else:
@@ -90,18 +92,17 @@ def work_of(shape, name, direction, width):
     batch = width * shape.tokens * shape.d
     backward = Work(products_back, 4 * rows * shape.d + batch + values_in_and_out, gathered)
     both = Work(*map(sum, zip(forward, backward, strict=True)))
-    return {"forward": forward, "backward": backward, "both": both}[direction]
+    return dict(zip(DIRECTIONS, (forward, backward, both), strict=True))[direction]
 
 
 def flops(shape, name, direction):
     """Multiply-adds [KronSAE, eq. 7]; the backward pass has two products for each forward."""
     of_decoder = shape.k * shape.d
-    encoder = "dense" if name == "encode_dense" else "kron"
-    once = of_decoder if name == "decode" else shape.flops_per_token(encoder) - of_decoder
-    return {"forward": 1, "backward": 2, "both": 3}[direction] * shape.tokens * once
+    once = shape.flops_per_token(ENCODERS[name]) - of_decoder if name in ENCODERS else of_decoder
+    return (1 + DIRECTIONS.index(direction)) * shape.tokens * once
 
 
-@pytest.mark.parametrize("direction", ["forward", "backward", "both"])
+@pytest.mark.parametrize("direction", DIRECTIONS)
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_operation(timed, device, shape, xs, impl, name, direction):
     call, batches = OPERATIONS[name](shape, xs)
@@ -134,13 +135,13 @@ def test_operation(timed, device, shape, xs, impl, name, direction):
             (backward if direction == "backward" else both)(argument)
 
     work = work_of(shape, name, direction, compute_bytes(device))
-    timed(f"{name} {direction}", flops(shape, name, direction), work, run, prepare)
+    label = direction if device.type == "cpu" else f"{direction}, {impl}"
+    timed(name, label, flops(shape, name, direction), work, run, prepare)
 
 
-@pytest.mark.parametrize("encoder", ["kron", "dense"])
-def test_product(timed, device, shape, xs, encoder):
+@pytest.mark.parametrize("name", ENCODERS)
+def test_product(timed, device, shape, xs, name):
     """x w^T, which no encoder can do without: the floor of `encode` forward."""
-    product = products(shape, xs[0])[f"{encoder} product"]
-    work = stages(shape, encoder, compute_bytes(device))["encode"]
-    name = f"encode_{encoder}"
-    timed(f"{name} forward", flops(shape, name, "forward"), work, product)
+    product = products(shape, xs[0])[f"{ENCODERS[name]} product"]
+    work = stages(shape, ENCODERS[name], compute_bytes(device))["encode"]
+    timed(name, "matrix product alone", flops(shape, name, "forward"), work, product)

@@ -31,19 +31,23 @@ def root_on_path(monkeypatch):
 
 
 def test_benchmarks_run_at_a_toy_shape(tmp_path):
+    """Its table says in words what each row is."""
     file = tmp_path / "report.json"
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "benchmarks", "--shapes", "toy", "--benchmark-only", "-q"]
-        + [f"--benchmark-json={file}", "-p", "no:cacheprovider"],
+        [sys.executable, "-m", "pytest", "benchmarks", "--shapes", "toy", "--benchmark-only"]
+        + [f"--benchmark-json={file}", "-p", "no:cacheprovider", "--iso-tokens", "4096"],
         cwd=ROOT,
-        env=ENVIRONMENT,
+        env={**ENVIRONMENT, "COLUMNS": "100"},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stdout
     report = json.loads(file.read_text())["benchmarks"]
-    assert len(report) >= 11
-    for one in report:
+    operations = [one for one in report if "floor_ms" in one["extra_info"]]
+    trainings = [one for one in report if "equal FLOPs" in one["group"]]
+    assert len(operations) >= 11 and len(trainings) >= 6
+    assert len(operations) + len(trainings) == len(report)
+    for one in operations:
         info = one["extra_info"]
         assert info["tokens_per_s"] == pytest.approx(64 / one["stats"]["median"])
         share = info["floor_ms"] / 1e3 / one["stats"]["median"]
@@ -51,7 +55,17 @@ def test_benchmarks_run_at_a_toy_shape(tmp_path):
         assert info["flops"] > 0
         assert info["moved_bytes"] > 0
         assert info["torch"] == torch.__version__
-        assert "toy" in one["group"]
+        assert "d 16, F 64, k 4, 64 tokens a call" in one["group"]
+    for one in trainings:
+        info = one["extra_info"]
+        assert info["tokens_per_s"] == pytest.approx(info["tokens"] / one["stats"]["median"])
+        assert len(info["explained_variance"]) == one["stats"]["rounds"] == 2
+        explained = sum(info["explained_variance"]) / 2
+        assert f": explains {explained:.3f}, " in one["name"]
+    table = done.stdout.partition("- benchmark ")[2].partition("Legend")[0].splitlines()
+    assert any("Median" in line and "IQR" in line for line in table)
+    assert max(len(one["name"]) for one in report) <= 60  # of 100 columns, 40 are for seconds
+    assert all(any(line.startswith(one["name"]) for line in table) for one in report)
 
 
 def test_comparison_at_a_toy_shape(capsys, tmp_path):
