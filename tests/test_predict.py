@@ -123,8 +123,8 @@ def test_bytes_of_a_weight_by_the_dtype_of_its_moments():
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--update", "--shape", "toy"], "leave out --shape, --card and --moments"),
-        (["--update", "--card", "sm_80"], "leave out --shape, --card and --moments"),
+        (["--update", "--shape", "toy"], "leave out --shape, --card, --moments and --refine"),
+        (["--update", "--card", "sm_80"], "leave out --shape, --card, --moments and --refine"),
         (["--json", "{folder}/none/x.json"], "--json: expected a file in a folder that exists"),
     ],
 )

@@ -35,10 +35,10 @@ def check_heads(config: SAEConfig, ranks: int) -> None:
                 f"tensor_parallel {ranks}: {part} {name!r} does not work with several processes "
                 f"for one autoencoder (only {' and '.join(known)})"
             )
-    for name in ("experts", "refine"):
+    for name, does in (("experts", "do"), ("refine", "does")):
         if getattr(config, name):
             raise InputError(
-                f"tensor_parallel {ranks}: {name} does not work with several processes for one "
+                f"tensor_parallel {ranks}: {name} {does} not work with several processes for one "
                 "autoencoder"
             )
     count, unit = (config.heads, "heads") if config.heads else (config.dict_size, "latents")
