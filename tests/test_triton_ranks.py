@@ -159,9 +159,7 @@ def test_what_is_refused():
     step = step_of_two()
     x = torch.ones(2, 3, device=step.device)
     for given in ({"width": 6}, {"bounds": [5]}):
-        with pytest.raises(
-            ValueError, match="prefixes, width: ranks select .* expected None"
-        ):
+        with pytest.raises(ValueError, match="prefixes, width: ranks select .* expected None"):
             step.accumulate(x, **given)
     with pytest.raises(RuntimeError, match="2 ranks exchange"):
         GraphedStep(step)
