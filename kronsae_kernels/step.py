@@ -355,11 +355,13 @@ class TrainingStep:
         scale = weight * (2 / errors)
         table, made = low["w_dec"], (self._how, self.eps, scale)
         factors, how = (base, extension), made
+        one_gather = indices.shape[1] <= MAX_FUSED_CODES and jumped is None
         refinement = row = None
         if RATES in self.weights and mask is None:
             rates, silent = self.weights[RATES].detach(), self._threshold
             refinement = operations.Refinement(
-                *(target, indices, base, extension, table, b_dec, *made[:2], silent, rates)
+                *(target, indices, base, extension, table, b_dec),
+                *(*made[:2], silent, rates, one_gather),
             )
             factors, how = (refinement.values, refinement.values), ("linear", 0.0, 1.0)
         codes = target, indices, *factors, table, b_dec, *how
@@ -370,7 +372,7 @@ class TrainingStep:
         else:
             decoded = operations.decode_and_loss(
                 *codes,
-                one_gather=indices.shape[1] <= MAX_FUSED_CODES and jumped is None,
+                one_gather=one_gather,
                 total=None if self.ranks is None else self.ranks.sum,
             )
         d_x_hat = residual = d_rows = decoded.residual

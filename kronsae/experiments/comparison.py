@@ -15,10 +15,15 @@ from kronsae.cache import CacheIndex
 from kronsae.config import setting
 from kronsae.experiments.activations import Activations
 from kronsae.experiments.experiment import EXPERIMENTS, Run, axis
-from kronsae.experiments.grid import matches
 from kronsae.experiments.isoflop import BASELINE, equal_flops_tokens
 from kronsae.experiments.report import TUNING_SEED, Spread, explained, grouped, markdown, picture
-from kronsae.experiments.training import SMALLEST, TrainingExperiment, product, quality
+from kronsae.experiments.training import (
+    QWEN,
+    SMALLEST,
+    TrainingExperiment,
+    product,
+    quality,
+)
 from kronsae.experiments.variants import dense_form, sae_config, wins
 from kronsae.model.flops import flops_per_token
 
@@ -34,13 +39,7 @@ class Comparison(TrainingExperiment):
         **{"layer": (2,), "tokens": 2048, "tuning_tokens": 1024, "dict_size": 128},
         "variants": ("topk", "m2n4", "topk-refined", "m2n4-refined"),
     }
-    paper = {
-        **{"model": "EleutherAI/pythia-410m", "layer": (16,)},
-        **{"dataset": "HuggingFaceFW/fineweb-edu", "dataset_config": "sample-10BT"},
-        **{"streaming": True, "buffer_tokens": 524_288, "heldout_tokens": 262_144},
-        **{"batch_size": 8192, "k": 50, "tokens": 125_000_000, "tuning_tokens": 12_500_000},
-        **{"dict_size": 65536, "learning_rates": (4e-4, 8e-4, 1.6e-3)},
-    }
+    paper = QWEN | {"layer": (14,), "tokens": 125_000_000, "dict_size": 32768}
 
     saes: str | None = setting(None, "folder to save the trained SAEs in (default: none is saved)")
     layer: tuple[int, ...] = axis((2,), "residual streams after these blocks, from 0")  # type: ignore[assignment]
@@ -65,9 +64,8 @@ class Comparison(TrainingExperiment):
                 trial = {**row, "tokens": self.tuning_tokens, "seed": TUNING_SEED}
                 trials = [{**trial, "lr": lr} for lr in self.learning_rates]
                 cells += trials
-                tried = [run for run in runs if any(matches(run, each) for each in trials)]
-                if len(tried) == len(trials):
-                    rates.append((row, max(tried, key=self.merit)["lr"]))
+                if (best := self.best_of(trials, runs)) is not None:
+                    rates.append((row, best))
             for equal in self.equal:
                 budget = {"equal": equal, "budget": self.tokens}
                 for seed in range(self.seeds):

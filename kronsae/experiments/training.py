@@ -110,15 +110,19 @@ class TrainingExperiment(Experiment):
         cells = []
         for row in self.rows():
             trials = [{**row, "lr": lr, "seed": TUNING_SEED} for lr in self.learning_rates]
-            best = trials[0]["lr"]
+            best: float | None = trials[0]["lr"]
             if len(trials) > 1:
                 cells += trials
-                tried = [run for run in runs if any(matches(run, trial) for trial in trials)]
-                if len(tried) < len(trials):
-                    continue
-                best = max(tried, key=self.merit)["lr"]
+                best = self.best_of(trials, runs)
+            if best is None:
+                continue
             cells += [{**row, "lr": best, "seed": seed} for seed in range(self.seeds)]
         return cells
+
+    def best_of(self, trials: Sequence[dict[str, Any]], runs: Sequence[Run]) -> float | None:
+        """The learning rate of the trial of the greatest merit; None unless all have run."""
+        tried = [run for run in runs if any(matches(run, trial) for trial in trials)]
+        return max(tried, key=self.merit)["lr"] if len(tried) == len(trials) else None
 
     def merit(self, run: Run) -> Any:
         """Figure of a run by which its learning rate is chosen: the largest wins."""

@@ -213,7 +213,8 @@ class Learner:
         reason = check_step(sae_config, config, device, (mesh.data.size, mesh.heads.size))
         generator = torch.Generator().manual_seed(config.seed)
         self.sae = SAE(sae_config, generator=generator, mesh=mesh).to(device)
-        self.sae.selection.l0_rate = config.l0_rate
+        if self.sae.selection.learns_thresholds:
+            self.sae.selection.l0_rate = config.l0_rate
         self.optimizer = self._new_optimizer()
         self.tokens_since_fired = torch.zeros(len(self.sae.W_dec), dtype=torch.int64, device=device)
         self.fused = self._new_fused_step() if reason is None else None

@@ -12,9 +12,6 @@ from torch import Tensor
 
 from kronsae_kernels.triton_impl.operations.gather import decode_and_loss, values_of
 
-MAX_ONE_GATHER = 128
-"""k at most for one gather; above, rows are gathered twice."""
-
 
 class RefinedRows(NamedTuple):
     """What decoder rows get from refined codes: sums of `rows`, times coefficients."""
@@ -60,11 +57,14 @@ class Refinement:
         eps: float,
         silent: float,
         rates: Tensor,
+        one_gather: bool,
     ) -> None:
-        """target: [B, d].  composition, and codes: as of `decode_and_loss`.  rates: [N]."""
+        """target: [B, d].  rates: [N].  composition, one_gather, and codes: as of
+        `decode_and_loss`."""
         values = values_of(base, extension, composition, eps).masked_fill(indices < 0, 0.0)
         self.selected = values
         self.indices, self.table, self.rates = indices, table, rates
+        self.one_gather = one_gather
         active = values > silent
         self.steps: list[_Step] = []
         for rate in rates.unbind():
@@ -80,8 +80,7 @@ class Refinement:
     ) -> tuple[Tensor, Tensor]:
         """The rows' sum minus target [B, d], and its negative products with the rows [B, k]."""
         codes = target, self.indices, coefficients, coefficients, self.table, bias
-        one_gather = coefficients.shape[1] <= MAX_ONE_GATHER
-        out = decode_and_loss(*codes, "linear", 0.0, 1.0, one_gather)
+        out = decode_and_loss(*codes, "linear", 0.0, 1.0, self.one_gather)
         return out.residual, -out.d_base
 
     def backward(
