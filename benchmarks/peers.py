@@ -191,7 +191,8 @@ PEERS = {
 """Peers by the name of their distribution."""
 
 
-INSTALL = f"pip install torch=={torch.__version__} -e '.[peers]' && pip uninstall -y torchvision"
+_RELEASE = torch.__version__.partition("+")[0]  # an index has no "2.13.0+cpu"
+INSTALL = f"pip install torch=={_RELEASE} -e '.[peers]' && pip uninstall -y torchvision"
 """Keeps this torch, and removes a torchvision that is built for another and that no peer needs."""
 
 

@@ -115,10 +115,10 @@ def _join(request: Request) -> Mesh:
     config = request.config.train
     if parallel.ranks() > 1 and request.config.data.overlap == "on":
         raise InputError(f"overlap 'on': {NO_OVERLAP}")
+    for member in request.members.values():
+        check_heads(member.sae, config.tensor_parallel)
     mesh = join(config.tensor_parallel, resolve_device(config.device), config.rank_timeout)
     request.owners(mesh)
-    for member in request.members.values():
-        check_heads(member.sae, mesh.heads.size)
     return mesh
 
 

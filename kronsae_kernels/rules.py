@@ -163,6 +163,8 @@ def _as_tuple(results: Any) -> tuple[tuple[Tensor, ...], bool]:
 
 
 def _same_width(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors [..., w] of different widths, padded with 0 to the largest."""
+    """Tensors [..., w] of different widths, padded with 0 to the largest; scalars as they are."""
+    if not tensors[0].ndim:
+        return list(tensors)
     widest = max(tensor.shape[-1] for tensor in tensors)
     return [torch.nn.functional.pad(t, (0, widest - t.shape[-1])) for t in tensors]

@@ -192,3 +192,16 @@ def test_rows_too_long_for_a_program_take_torch(monkeypatch):
     expected = torch_impl.hierarchical(*arguments)
     monkeypatch.setitem(hierarchical.__globals__, "MAX_WIDTH", D - 1)
     assert all(map(torch.equal, hierarchical(*arguments), expected))
+
+
+def test_vmap_gives_each_its_loss(device):
+    values, indices = torch.rand(3, 2, 4, device=device), torch.randint(F, (3, 2, 4), device=device)
+    w_dec, target = torch.randn(F, D, device=device), torch.randn(3, 2, D, device=device)
+
+    def loss(values, indices, target):
+        return hierarchical_loss(SparseCodes(values, indices), [2, 4], w_dec, target)
+
+    together = torch.vmap(loss)(values, indices, target)
+    each = [loss(*one) for one in zip(values, indices, target, strict=True)]
+    for found, one_by_one in zip(together, zip(*each, strict=True), strict=True):
+        torch.testing.assert_close(found, torch.stack(one_by_one))

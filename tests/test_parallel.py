@@ -261,6 +261,7 @@ KRON = {"d_model": 8, "heads": 8, "m": 2, "n": 2, "k": 4}
         ({"objective": "multi_topk"}, "objective 'multi_topk'"),
         ({"objective": "hierarchical"}, "objective 'hierarchical'"),
         ({"experts": 2}, "experts do not work"),
+        ({"refine": 1}, "refine does not work"),
         ({"heads": 6}, "6 heads cannot be divided evenly among 4 processes"),
         ({"encoder": "dense", "dict_size": 30, "heads": 0, "m": 0, "n": 0}, "30 latents cannot"),
     ],
@@ -283,6 +284,8 @@ def test_why_the_fused_step_is_off():
 def test_tensor_parallel_needs_torchrun(capsys, monkeypatch):
     assert main(["--tensor-parallel", "2"]) == 2
     assert "torchrun --nproc-per-node 2 -m kronsae.train" in capsys.readouterr().err
+    assert main(["--tensor-parallel", "2", "--refine", "1"]) == 2
+    assert "tensor_parallel 2: refine does not work" in capsys.readouterr().err
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(InputError, match="3 processes cannot be arranged in groups of 2"):
         parallel.shape(2)

@@ -157,6 +157,8 @@ def _export(argv: list[str]) -> None:
     example = str(next(iter(folders.values())))
     inside_quotes = json.dumps(example, ensure_ascii=False)[1:-1]
     print("Load it with:", form.how_to_load.format(out=inside_quotes))
+    if form.pickle:
+        print("Its weights are a pickle, which kronsae.load reads with allow_pickle=True alone")
     for name, sae in saes.items() if request.verify else ():
         _verify(request, sae, folders[name])
 

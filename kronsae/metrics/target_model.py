@@ -33,6 +33,8 @@ from kronsae.runs.folder import SweepFolder
 OF_MODEL = data_settings(of="model")
 OF_TEXT = data_settings(of="text")
 HELP = {
+    "layer": "read the residual stream after this block, counted from 0",
+    "hookpoint": "read this instead of a layer, by its name as for kronsae train",
     "target_hookpoint": "the hookpoint that a transcoder predicts",
     "heldout_tokens": "tokens of text to read (default: as many as the run held out)",
     "dataset": "other text than the run's own held-out slice: hub name, or files; 'stdlib'",

@@ -189,11 +189,11 @@ def fit_members(
     plans = [dataclasses.replace(p, train=train) for p, train in zip(plans, trains, strict=True)]
     config = plans[0].train
     device = resolve_device(config.device)
+    for plan in plans:
+        check_heads(plan.sae, config.tensor_parallel if mesh is None else mesh.heads.size)
     mesh = mesh or join(config.tensor_parallel, device, config.rank_timeout)
     layout = mesh.data.size, mesh.heads.size
     owned = owners({plan.name: plan.hookpoint for plan in plans}, config.share, layout)
-    for plan in plans:
-        check_heads(plan.sae, mesh.heads.size)
     sources = _sources(activations, plans, config)
     plans = [_complete(plan, sources[plan.hookpoint]) for plan in plans]
     own = [plan for plan in plans if owned.get(plan.name, mesh.world.rank) == mesh.world.rank]
