@@ -141,6 +141,7 @@ class TrainingStep:
     dtype: of activations, of matrix products and of the copies of the weights that they read:
         float32, bfloat16 or float16. Sums, weights and moments are float32 in any case.
     betas, adam_eps, weight_decay: AdamW's; the decay is on w_enc alone.
+    encoder_lr_ratio: the learning rate of w_enc is so many times that of `apply`.
     unit_norm: decoder rows have unit norm. What would only change a row's norm is taken out of its
         gradient, and rows are scaled to unit norm after the step.
     moments: "float32", or "bfloat16": the moments of w_enc and w_dec take half the bytes. They are
@@ -194,6 +195,7 @@ class TrainingStep:
         betas: tuple[float, float] = (0.9, 0.999),
         adam_eps: float = 1e-8,
         weight_decay: float = 0.0,
+        encoder_lr_ratio: float = 1.0,
         unit_norm: bool = True,
         moments: str = "float32",
         state: Mapping[str, Mapping[str, Tensor]] | None = None,
@@ -205,6 +207,7 @@ class TrainingStep:
         self.weights = dict(zip(NAMES, (w_enc, b_enc, w_dec, b_dec), strict=True))
         check_weights(self.weights, m)
         check_settings(composition, eps, dtype, betas, adam_eps, weight_decay, unit_norm)
+        check_number("encoder_lr_ratio", encoder_lr_ratio, 0)
         check_ranks(ranks, thresholds)
         if thresholds is not None:
             check_thresholds(thresholds, w_dec, eps)
@@ -231,9 +234,9 @@ class TrainingStep:
         # Values above it in magnitude are those of active latents.
         self._threshold = eps**0.5 if m is not None and composition == "mand" else 0.0
         self._parts: list[_Part] = []
-        self._allocate(betas, adam_eps)
+        self._allocate([*betas, self.weight_decay, float(encoder_lr_ratio)], adam_eps)
 
-    def _allocate(self, betas: tuple[float, float], adam_eps: float) -> None:
+    def _allocate(self, adamw: list[float], adam_eps: float) -> None:
         """Counters and AdamW's numbers on the device; and what there is later."""
         self._b_dec_gradient: Tensor | None = None
         self._rate_gradient: Tensor | None = None
@@ -244,11 +247,10 @@ class TrainingStep:
         self.skips = torch.zeros(4, device=self.device)
         # Rows: with weight decay, and without; columns as in `triton_impl.device`. The zeros are
         # filled in for each step.
-        fields = [0.0, 1 - betas[0], betas[1], 1 - betas[1], 0.0, 0.0, adam_eps, 0.0, 0.0, 0.0]
+        beta1, beta2, *_ = adamw
+        fields = [0.0, 1 - beta1, beta2, 1 - beta2, 0.0, 0.0, adam_eps, 0.0, 0.0, 0.0]
         self._hyper = torch.tensor([[0.0, *fields[1:]], [1.0, *fields[1:]]], device=self.device)
-        self._betas = torch.tensor(
-            [*betas, self.weight_decay], dtype=torch.float64, device=self.device
-        )
+        self._adamw = torch.tensor(adamw, dtype=torch.float64, device=self.device)
         self._lr = torch.zeros((), dtype=torch.float64, device=self.device)
 
     def accumulate(
@@ -684,7 +686,7 @@ class TrainingStep:
             lr = self._lr.fill_(lr)
         size = sum(len(part.x) for part in self._parts) * self.d_target
         steps = [self.state[name]["step"] for name in self.weights]
-        operations.prepare_update(sums, self.missed, size, lr, self._betas, self._hyper, steps)
+        operations.prepare_update(sums, self.missed, size, lr, self._adamw, self._hyper, steps)
         return self._hyper
 
     def _of(self, name: str) -> tuple[Tensor, Tensor, Tensor]:

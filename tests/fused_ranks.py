@@ -34,6 +34,7 @@ TRAIN = TrainConfig(
     lr=1e-2,
     warmup_fraction=0.2,
     weight_decay=0.01,
+    encoder_lr_ratio=0.5,
     adam_beta2=0.9,
     max_grad_norm=0.3,
     dead_after_tokens=2 * B,

@@ -342,6 +342,7 @@ def test_settings_of_fit_reach_the_learner():
         {"auxk_fraction": 1.0},
         {"dead_after_tokens": 100},
         {"weight_decay": 0.5},
+        {"encoder_lr_ratio": 0.5},
         {"adam_beta2": 0.9},
         {"decoder_norm": "free"},
         {"max_grad_norm": 1e-3},

@@ -45,7 +45,10 @@ TRANSCODERS = {
     name: replace(config, d_target=d_target)
     for name, config, d_target in (("kron", KRON, 7), ("dense", DENSE, 20))
 }
-SETTINGS = {"tokens": 60, "batch_size": 6, "lr": 1e-2, "dtype": "float32", "weight_decay": 0.01}
+SETTINGS = {
+    **{"tokens": 60, "batch_size": 6, "lr": 1e-2, "dtype": "float32", "weight_decay": 0.01},
+    "encoder_lr_ratio": 0.5,
+}
 
 
 def learner(config: SAEConfig, fused_step: str, **settings) -> Learner:

@@ -75,6 +75,7 @@ class Autograd:
         eps: float = 0.0,
         unit_norm: bool = True,
         weight_decay: float = 0.0,
+        encoder_lr_ratio: float = 1.0,
         autocast: bool = False,
     ) -> None:
         self.weights = {n: w.to(dtype, copy=True).requires_grad_() for n, w in weights.items()}
@@ -83,8 +84,8 @@ class Autograd:
         w_enc, *rest = self.weights.values()
         self.optimizer = torch.optim.AdamW(
             [
-                {"params": [w_enc], "weight_decay": weight_decay},
-                {"params": rest, "weight_decay": 0.0},
+                {"params": [w_enc], "weight_decay": weight_decay, "ratio": encoder_lr_ratio},
+                {"params": rest, "weight_decay": 0.0, "ratio": 1.0},
             ]
         )
 
@@ -131,7 +132,7 @@ class Autograd:
         """The gradient's norm, before clipping."""
         w_dec = self.weights["w_dec"]
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["ratio"]
         with torch.no_grad():
             for weight in self.weights.values():
                 if weight.grad is None:  # as the fused step: a step on a gradient of 0
@@ -177,8 +178,8 @@ def test_steps_equal_autograd_and_adamw(dense, unit_norm, count):
     one of the update; 50 of those add up to 5e-6 of what the weights moved.
     """
     weights = new_weights(dense, frequent=True)
-    truth = Autograd(weights, unit_norm=unit_norm, weight_decay=0.01)
-    step = make(copy_of(weights), unit_norm=unit_norm, weight_decay=0.01)
+    settings = {"unit_norm": unit_norm, "weight_decay": 0.01, "encoder_lr_ratio": 0.5}
+    truth, step = Autograd(weights, **settings), make(copy_of(weights), **settings)
     for number, x in enumerate(batches(count)):
         parts = x.split(4) if number % 5 == 0 else [x]
         lr = 1e-2 / (1 + number)
@@ -912,6 +913,7 @@ def changed(**changes: Any) -> Weights:
         ({}, {"adam_eps": math.inf}, ["adam_eps:", "finite", "inf"]),
         ({}, {"weight_decay": -1.0}, ["weight_decay:", ">= 0", "-1.0"]),
         ({}, {"weight_decay": math.nan}, ["weight_decay:", "finite", "nan"]),
+        ({}, {"encoder_lr_ratio": -0.5}, ["encoder_lr_ratio:", ">= 0", "-0.5"]),
         ({}, {"silent": torch.zeros(18)}, ["silent:", "int64", "torch.float32"]),
         ({}, {"silent": torch.zeros(5).long()}, ["silent:", "[F] = [18]", "[5]"]),
         ({}, {"silent": torch.zeros(18, 2).long()[:, 0]}, ["silent:", "contiguous", "stride 2"]),

@@ -95,6 +95,9 @@ class TrainingExperiment(Experiment):
     learning_rates: tuple[float, ...] = axis(
         (1.6e-2, 2.4e-2), "rates to choose from, for each row on a seed of its own"
     )
+    encoder_lr_ratio: float = setting(
+        1.0, "learning rate of the encoder's weights, in multiples of that of all others"
+    )
     seeds: int = axis(3, "trainings of each row")
 
     @abstractmethod
@@ -184,6 +187,7 @@ class TrainingExperiment(Experiment):
             tokens=tokens,
             batch_size=self.batch_size,
             lr=cell["lr"],
+            encoder_lr_ratio=self.encoder_lr_ratio,
             seed=cell["seed"],
             device=self.device,
             eval_every=0,

@@ -107,13 +107,15 @@ def _member_lines(config: RunConfig, figures: dict[str, Any]) -> list[str]:
         shape += f", {sae.heads:,} heads x {sae.m} x {sae.n}"
     if sae.experts:
         shape += f", {sae.experts} experts"
-    moments = config.train.moments
+    moments, lr = config.train.moments, f"lr {config.train.lr:g}"
+    if config.train.encoder_lr_ratio != 1:
+        lr += f" (encoder {config.train.lr * config.train.encoder_lr_ratio:g})"
     rounded = "" if moments == "float32" else f", moments in {moments}"
     ratio = figures["flops_per_token_dense"] / figures["flops_per_token"]
     return [
         f"{shape}, F = {figures['dict_size']:,}, "
         f"{SELECTIONS[sae.selection].describe(sae)}, {figures['parameters'] / 1e6:,.1f} M "
-        f"parameters, lr {config.train.lr:g}, {figures['compute_dtype']}{rounded}",
+        f"parameters, {lr}, {figures['compute_dtype']}{rounded}",
         f"    multiply-adds  {figures['flops_per_token'] / 1e6:,.2f} M a token (eq. 7; dense "
         f"TopK: x{ratio:.2f}), {figures['flops_per_token_step'] / 1e6:,.2f} M with the whole "
         "training step",

@@ -240,8 +240,12 @@ class Learner:
         rest = [p for p in self.sae.parameters() if p is not self.sae.W_enc]
         optimizer = torch.optim.AdamW(
             [
-                {"params": [self.sae.W_enc], "weight_decay": config.weight_decay},
-                {"params": rest, "weight_decay": 0.0},
+                {
+                    "params": [self.sae.W_enc],
+                    "weight_decay": config.weight_decay,
+                    "ratio": config.encoder_lr_ratio,
+                },
+                {"params": rest, "weight_decay": 0.0, "ratio": 1.0},
             ],
             lr=config.lr,
             betas=(ADAM_BETA1, config.adam_beta2),
@@ -269,6 +273,7 @@ class Learner:
             betas=(ADAM_BETA1, config.adam_beta2),
             unit_norm=self.unit_norm,
             weight_decay=config.weight_decay,
+            encoder_lr_ratio=config.encoder_lr_ratio,
             moments=config.moments,
             state={name: self.optimizer.state[weight] for name, weight in weights.items()},
             silent=self.tokens_since_fired,
@@ -457,7 +462,7 @@ class Learner:
         dead_count = self.mesh.heads.count(int(dead.sum()), self.device)
         measured = auxk_tokens(sae.config, config, tokens) if dead_count else 0
         for parameters in self.optimizer.param_groups:
-            parameters["lr"] = lr
+            parameters["lr"] = lr * parameters["ratio"]
         with torch.autocast(self.device.type, self.dtype, self.dtype != torch.float32):
             progress = self.tokens / config.tokens
             result = objective(sae, x, config, target, tokens, progress)
@@ -498,11 +503,13 @@ class Learner:
     def _adamw(self, lr: float) -> None:
         """A step of AdamW by the gradients. Those of matrices with short moments are then freed."""
         config, weights = self.config, _by_kernel_name(self.sae)
-        step: dict[str, Any] = {"lr": lr, "betas": (ADAM_BETA1, config.adam_beta2)}
+        step: dict[str, Any] = {"betas": (ADAM_BETA1, config.adam_beta2)}
         for name, seed in SEEDS.items() if config.moments != "float32" else ():
             weight = weights[name]
             assert weight.grad is not None
-            step["weight_decay"] = config.weight_decay if name == "w_enc" else 0.0
+            encoder = name == "w_enc"
+            step["lr"] = lr * config.encoder_lr_ratio if encoder else lr
+            step["weight_decay"] = config.weight_decay if encoder else 0.0
             subject = weight, weight.grad, self.optimizer.state[weight]
             if config.moments == "8bit":
                 eight_bit.adamw_(*subject, **step)

@@ -37,18 +37,18 @@ def _power(base, exponent):
 
 
 @triton.jit
-def _corrected(hyper, steps, lr, betas):
+def _corrected(hyper, steps, lr, adamw):
     """Write the step's number, its size and the scale of the second moment's root, corrected."""
     tl.store(hyper + STEP, steps.to(tl.float32))
     one = tl.full((), 1.0, tl.float64)
-    first = one - _power(tl.load(betas), steps)
-    second = one - _power(tl.load(betas + 1), steps)
+    first = one - _power(tl.load(adamw), steps)
+    second = one - _power(tl.load(adamw + 1), steps)
     tl.store(hyper + STEP_SIZE, (lr / first).to(tl.float32))
     tl.store(hyper + ROOT_SCALE, (one / tl.sqrt(second)).to(tl.float32))
 
 
 @triton.jit
-def prepare_update(sums, missed, size, lr, betas, hyper, steps_w_enc, steps_b_enc, steps_w_dec,
+def prepare_update(sums, missed, size, lr, adamw, hyper, steps_w_enc, steps_b_enc, steps_w_dec,
                    steps_b_dec, steps_more):  # fmt: skip
     """The numbers of an AdamW step, and its place in the count of steps. Grid (1,).
 
@@ -56,8 +56,9 @@ def prepare_update(sums, missed, size, lr, betas, hyper, steps_w_enc, steps_b_en
     an update would use. No step is made unless both are, and the square of the mean squared error,
     too: second moments are squares of gradients, and infinity would stay in them. Nor is one made
     unless both numbers of `missed` are 0 (see `finish_update`).
-    lr: a scalar.  betas [3] float64: AdamW's two, and the weight decay.
-    hyper [2, 10]: with weight decay (w_enc), and without (the others); see `device`.
+    lr: a scalar.  adamw [4] float64: both betas; of w_enc, the weight decay and what lr is
+    multiplied by.
+    hyper [2, 10]: those of w_enc, and those of the others; see `device`.
     steps_*: float32 scalars, how many steps each weight has made; one more afterwards.
     """
     error, rest = tl.load(sums) / size, tl.load(sums + 1)
@@ -67,9 +68,10 @@ def prepare_update(sums, missed, size, lr, betas, hyper, steps_w_enc, steps_b_en
     rate = tl.load(lr).to(tl.float64)
     one = tl.full((), 1.0, tl.float64)
     of_w_enc, of_w_dec = tl.load(steps_w_enc), tl.load(steps_w_dec)
-    tl.store(hyper + DECAY, (one - rate * tl.load(betas + 2)).to(tl.float32))
-    _corrected(hyper, of_w_enc.to(tl.int32) + 1, rate, betas)
-    _corrected(hyper + FIELDS, of_w_dec.to(tl.int32) + 1, rate, betas)
+    own_rate = rate * tl.load(adamw + 3)
+    tl.store(hyper + DECAY, (one - own_rate * tl.load(adamw + 2)).to(tl.float32))
+    _corrected(hyper, of_w_enc.to(tl.int32) + 1, own_rate, adamw)
+    _corrected(hyper + FIELDS, of_w_dec.to(tl.int32) + 1, rate, adamw)
     for row in tl.static_range(2):
         tl.store(hyper + row * FIELDS + GRADIENT_SCALE, 1.0)
         tl.store(hyper + row * FIELDS + PROCEED, proceed)

@@ -61,7 +61,7 @@ def prepare_update(
     missed: Tensor,
     size: int,
     lr: Tensor,
-    betas: Tensor,
+    adamw: Tensor,
     hyper: Tensor,
     steps: Sequence[Tensor],
 ) -> None:
@@ -77,7 +77,7 @@ def prepare_update(
         missed=missed,
         size=size,
         lr=lr,
-        betas=betas,
+        adamw=adamw,
         hyper=hyper,
         steps_w_enc=w_enc,
         steps_b_enc=b_enc,
