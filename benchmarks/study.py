@@ -20,7 +20,8 @@ import torch
 
 from kronsae.config import TrainConfig
 from kronsae.experiments.comparison import Comparison
-from kronsae.experiments.report import Spread
+from kronsae.experiments.isoflop import BASELINE
+from kronsae.experiments.report import Spread, grouped
 from kronsae.system.files import write_text
 from kronsae.system.tables import markdown
 from kronsae.training.learner import Learner
@@ -31,6 +32,7 @@ VARIANTS = [
     *("batchtopk-refined", "batchtopk-m4n4-refined"),
 ]
 FIGURES = {
+    "l0": ("L0", 1),
     "explained_variance": ("explained variance", 4),
     "ce_recovered": ("CE recovered", 4),
     "kl_spliced": ("KL divergence", 3),
@@ -142,27 +144,29 @@ def run(stage: Iterable[list[str]], threads: int) -> None:
 
 
 def tables(options: argparse.Namespace) -> str:
-    """Markdown of all figures of all SAEs: means and deviations over the seeds."""
-    header = ["layer", "SAE", "equal", "tokens", *(name for name, _ in FIGURES.values())]
-    rows: list[list[Any]] = []
+    """Markdown of all figures of all SAEs, a table each layer and budget: means and deviations over
+    the seeds."""
+    header = ["SAE", "tokens", f"FLOPs, of {BASELINE}'s", *(name for name, _ in FIGURES.values())]
+    parts = []
     for layer in options.layer:
         runs = json.loads((options.out / f"layer{layer}" / "comparison.json").read_text())["runs"]
         evaluation = options.out / f"evaluation-{layer}" / "evaluation.json"
         metrics = {e["name"]: e["metrics"] for e in json.loads(evaluation.read_text())["judged"]}
-        groups: dict[tuple[str, str], list[dict[str, Any]]] = {}
-        for one in runs:
-            if one.get("sae") in metrics:
-                groups.setdefault((one["variant"], one["equal"]), []).append(one)
-        for (variant, equal), group in groups.items():
-            measured = [metrics[one["sae"]] for one in group]
-            figures = [
-                Spread.of(of_one[name] for of_one in measured).to(digits)
-                if all(name in of_one for of_one in measured)
-                else ""
-                for name, (_, digits) in FIGURES.items()
-            ]
-            rows.append([layer, variant, equal, f"{group[0]['tokens']:,}", *figures])
-    return markdown(header, rows)
+        trained = [one for one in runs if one.get("sae") in metrics]
+        for (equal,), of_budget in grouped(trained, "equal").items():
+            rows: list[list[Any]] = []
+            for (variant,), group in grouped(of_budget, "variant").items():
+                measured = [metrics[one["sae"]] for one in group]
+                figures = [
+                    Spread.of(of_one[name] for of_one in measured).to(digits)
+                    if all(name in of_one for of_one in measured)
+                    else ""
+                    for name, (_, digits) in FIGURES.items()
+                ]
+                share = f"{group[0]['flops_share']:.2f}"
+                rows.append([variant, f"{group[0]['tokens']:,}", share, *figures])
+            parts.append(f"### Layer {layer}, at equal {equal}\n\n{markdown(header, rows)}")
+    return "\n\n".join(parts)
 
 
 def main(arguments: list[str] | None = None) -> None:

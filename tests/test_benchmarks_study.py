@@ -7,6 +7,7 @@ import pytest
 
 import kronsae.embedded
 from benchmarks import study
+from kronsae.experiments.report import TUNING_SEED
 
 MODEL = Path(kronsae.embedded.__file__).parent / "stdlib-4m"
 SMALL = ["--dict-size", "128", "--k", "8", "--tokens", "4096", "--tuning-tokens", "1024"]
@@ -35,9 +36,12 @@ def test_a_table_has_means_over_seeds(tmp_path):
     for seed in range(2):
         for variant, equal in (("topk", "tokens"), ("m2n4", "tokens"), ("m2n4", "FLOPs")):
             name = f"{variant}-{equal}-{seed}"
-            runs.append({"variant": variant, "equal": equal, "tokens": 4096, "sae": name})
+            run = {"variant": variant, "equal": equal, "tokens": 4096, "flops_share": 0.5}
+            runs.append({**run, "sae": name, "seed": seed})
             judged.append({"name": name, "metrics": {"explained_variance": 0.5 + seed / 10}})
-    runs.append({"variant": "topk", "lr": 0.1, "tokens": 1024})  # it chose a learning rate
+    runs.append(
+        {"variant": "topk", "lr": 0.1, "tokens": 1024, "seed": TUNING_SEED}
+    )  # it chose a learning rate
     for layer in (1, 2):
         for folder, file, content in (
             (f"layer{layer}", "comparison.json", {"runs": runs}),
@@ -46,9 +50,12 @@ def test_a_table_has_means_over_seeds(tmp_path):
             (tmp_path / folder).mkdir()
             (tmp_path / folder / file).write_text(json.dumps(content))
     lines = study.tables(options(tmp_path)).splitlines()
-    assert len(lines) == 2 + 6
-    assert lines[2].startswith("| 1 | topk | tokens | 4,096 | 0.5500 ± 0.0707 |  |")
-    assert lines[-1].startswith("| 2 | m2n4 | FLOPs | 4,096 | 0.5500")
+    heads = [line for line in lines if line.startswith("#")]
+    assert heads[0] == "### Layer 1, at equal tokens" and heads[-1] == "### Layer 2, at equal FLOPs"
+    rows = [line for line in lines if line.startswith(("| topk", "| m2n4"))]
+    assert len(rows) == 6
+    assert rows[0].startswith("| topk | 4,096 | 0.50 |  | 0.5500 ± 0.0707 |  |")
+    assert rows[-1].startswith("| m2n4 | 4,096 | 0.50 |  | 0.5500")
 
 
 def test_a_command_that_fails_ends_the_study(capfd):

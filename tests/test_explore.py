@@ -368,6 +368,7 @@ def test_a_folder_of_a_suite(tmp_path, capsys):
     assert [text.strip() for text in page.of(scope="rowgroup")] == names
 
 
+@pytest.mark.slow
 def test_a_saved_sae_has_a_page_of_its_own(run, tmp_path, monkeypatch, capsys):
     """Its folder is named after where it is; a run's sae/ is an SAE like any other."""
     monkeypatch.chdir(tmp_path)

@@ -199,6 +199,7 @@ def test_implementations_check_alike(impl):
 # Choice of the implementation
 
 
+@pytest.mark.slow
 def test_triton_that_cannot_run_says_why():
     """On a CPU, in a process as a user's: without the interpreter that the tests have."""
     script = (

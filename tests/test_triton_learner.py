@@ -496,6 +496,7 @@ def test_a_step_is_captured_and_replayed(config, taped, monkeypatch):
     assert runs[0].graph_problem is None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="graphs are real here")
 def test_a_transcoders_step_is_replayed_with_its_target(taped, monkeypatch):
     monkeypatch.setattr(fused.GraphedStep, "WARMUP", 1)
