@@ -42,7 +42,8 @@ FIGURES = {
     "class_accuracy_1": ("class by 1 latent", 3),
     "class_accuracy_5": ("class by 5", 3),
 }
-"""Figures of an evaluation in the table: heading, and digits."""
+"""Figures in the table: heading, and digits. Those that the training has are of more tokens, and
+replace the evaluation's."""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -156,7 +157,7 @@ def tables(options: argparse.Namespace) -> str:
         for (equal,), of_budget in grouped(trained, "equal").items():
             rows: list[list[Any]] = []
             for (variant,), group in grouped(of_budget, "variant").items():
-                measured = [metrics[one["sae"]] for one in group]
+                measured = [metrics[one["sae"]] | one for one in group]
                 figures = [
                     Spread.of(of_one[name] for of_one in measured).to(digits)
                     if all(name in of_one for of_one in measured)

@@ -535,10 +535,14 @@ class LanguageModel:
         size = max(1, LOGITS_AT_ONCE // self.model.config.get_text_config().vocab_size)
         for rows in _next_tokens(states.ids, size):
             output = with_first(states.output, hidden[rows][None])
-            with self.lock, replaced_output(body, output):
-                # Not `self.model(...)`: its hooks would count another forward pass.
-                logits = self.model.forward(input_ids=ids[rows][None]).logits[0]
-            yield rows, logits
+            # No name here keeps the logits while others of the text are asked for.
+            yield rows, self._head(body, output, ids[rows])
+
+    def _head(self, body: nn.Module, output: Any, ids: Tensor) -> Tensor:
+        """Logits [n, V] of hidden states that `body` gave."""
+        with self.lock, replaced_output(body, output):
+            # Not `self.model(...)`: its hooks would count another forward pass.
+            return self.model.forward(input_ids=ids[None]).logits[0]
 
     def logits(self, input_ids: Tensor) -> Tensor:
         """All logits [b, t, V], differentiable; for a few short contexts."""

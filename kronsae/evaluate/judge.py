@@ -14,9 +14,9 @@ from kronsae.data.common import is_finite
 from kronsae.data.language_model import LastStates
 from kronsae.errors import InputError
 from kronsae.metrics.figures import (
-    cross_entropy,
     cross_entropy_recovered,
-    kl_divergence,
+    divergence,
+    log_probabilities,
 )
 from kronsae.metrics.heldout import HeldoutText, SAEMetrics
 from kronsae.metrics.splicing import ForwardPasses, Make
@@ -43,14 +43,11 @@ class _Losses:
         self.cross_entropy = self.divergence = 0.0
         self.tokens = 0
 
-    def update(self, model: LanguageModel, clean: LastStates, spliced: LastStates) -> None:
-        targets = clean.ids[:, 1:].flatten()
-        pairs = zip(model.next_token_logits(clean), model.next_token_logits(spliced), strict=True)
-        for (rows, before), (_, after) in pairs:
-            self.cross_entropy += cross_entropy(after, targets[rows]).sum().item()
-            if spliced is not clean:
-                self.divergence += kl_divergence(before, after).sum().item()
-            self.tokens += len(before)
+    def update(self, clean: Tensor, spliced: Tensor, targets: Tensor) -> None:
+        """clean, spliced: log-probabilities [n, V].  targets: [n], the next tokens."""
+        self.cross_entropy -= spliced.gather(1, targets[:, None].to(spliced.device)).sum().item()
+        self.divergence += divergence(clean, spliced).sum().item()
+        self.tokens += len(targets)
 
     @property
     def means(self) -> tuple[float, float]:
@@ -69,8 +66,8 @@ def judge(
     The text is read twice: up to the hookpoint, for the mean of the activations; then in full, once
     unchanged, and from the hookpoint's block on for each ablation and SAE, which replaces the
     activations (a transcoder: its target). Tokens outside `text.mask`, and massive ones, keep their
-    activations.
-    Memory: the model's for a batch of contexts, and F counts per SAE.
+    activations. The clean model's predictions are computed once for all SAEs.
+    Memory: the model's for a batch of contexts; its last hidden states, and F counts, per SAE.
     on_batch: called after each batch of contexts, in both readings.
     Raises InputError if activations are not finite, or if the mask is empty.
     """
@@ -86,15 +83,16 @@ def judge(
             on_batch()
     for ids, mask in text.batches() if model.has_cross_entropy else ():
         passes = ForwardPasses(model, ids)
-        losses["clean"].update(model, passes.clean, passes.clean)
         replacements: dict[str, Make] = {
             "mean": lambda _, y: mean.expand(y.shape),
             "zero": lambda _, y: torch.zeros_like(y),
             **{_of(name): candidate.update for name, candidate in candidates.items()},
         }
-        for name, make in replacements.items():
-            states = passes.spliced(make, mask, text.massive)
-            losses[name].update(model, passes.clean, states)
+        # Where the model gives all logits at once, those of one SAE at a time are held.
+        one_by_one = passes.clean.logits is not None
+        for names in [[name] for name in replacements] if one_by_one else [list(replacements)]:
+            states = {n: passes.spliced(replacements[n], mask, text.massive) for n in names}
+            _add(losses, model, passes.clean, states)
         on_batch()
     return {
         name: Judgement(
@@ -107,6 +105,22 @@ def judge(
         )
         for name, candidate in candidates.items()
     }
+
+
+def _add(
+    losses: Mapping[str, _Losses],
+    model: LanguageModel,
+    clean: LastStates,
+    spliced: Mapping[str, LastStates],
+) -> None:
+    """Add a batch's losses: of the clean model, and by name of what was spliced."""
+    targets = clean.ids[:, 1:].flatten()
+    logits = {name: model.next_token_logits(states) for name, states in spliced.items()}
+    for rows, clean_logits in model.next_token_logits(clean):
+        before, wanted = log_probabilities(clean_logits), targets[rows]
+        losses["clean"].update(before, before, wanted)
+        for name, chunks in logits.items():
+            losses[name].update(before, log_probabilities(next(chunks)[1]), wanted)
 
 
 def _of(name: str) -> str:

@@ -346,7 +346,16 @@ def kl_divergence(logits: Tensor, other: Tensor) -> Tensor:
 
     NaN where either softmax is NaN.
     """
-    logp, logq = (as_double(of).log_softmax(-1) for of in (logits, other))
+    return divergence(log_probabilities(logits), log_probabilities(other))
+
+
+def log_probabilities(logits: Tensor) -> Tensor:
+    """Logarithms of softmax(logits): float64 [n, V] for logits [n, V]."""
+    return as_double(logits).log_softmax(-1)
+
+
+def divergence(logp: Tensor, logq: Tensor) -> Tensor:
+    """KL(p || q) in nats: [n], from logarithms [n, V] of probabilities."""
     p = logp.exp()
     return (p * (logp - logq)).masked_fill(p == 0, 0).sum(-1)  # 0 log 0 = 0: logits may be -inf
 
