@@ -574,3 +574,15 @@ def test_saes_of_a_comparison_know_their_model_and_text(tmp_path):
     assert figures["tokens"] == loaded.sae.metadata["tokens"] == 2048
     assert (loaded.data.model, loaded.data.layer) == ("embedded", 1)
     assert loaded.trained_on["text"] and loaded.sae.config.refine == 1
+
+
+def test_a_comparison_says_nothing_of_a_budget_without_runs():
+    experiment = EXPERIMENTS["comparison"](variants=("topk", "m2n4"), seeds=1)
+    run = {"layer": 2, "variant": "topk", "equal": "tokens", "seed": 0, "lr": 0.1}
+    run |= {"flops_share": 1.0, "explained_variance": 0.5, "dead_share": 0.0}
+    kron = {**run, "variant": "m2n4", "explained_variance": 0.6}
+    _, line = experiment.conclude([run, kron])
+    assert "at equal tokens m2n4 at 1 of 1 (paper" in line and "at equal FLOPs" not in line
+    _, line = experiment.conclude([run, kron, {**kron, "equal": "FLOPs"}])
+    assert "; at equal FLOPs m2n4 at 1 of 1 (paper" in line
+    assert "none to compare" in experiment.conclude([run])[1]

@@ -137,15 +137,17 @@ class Comparison(TrainingExperiment):
         at_flops = {key[:2]: spread for key, spread in spreads.items() if key[2] == EQUAL_FLOPS}
         parts = []
         for equal, own in ((EQUAL_TOKENS, at_tokens), (EQUAL_FLOPS, at_flops)):
-            both = at_tokens | own
+            dense = {at: ev for at, ev in at_tokens.items() if at[1] == dense_form(at[1])}
+            both = dense | own
             paired = {at: ev for at, ev in both.items() if (at[0], dense_form(at[1])) in both}
             counts = wins(paired, operator.ge)
-            texts = (f"{name} at {won} of {len(self.layer)}" for name, won in counts.items())
-            parts.append(f"at equal {equal} {', '.join(texts)}")
+            texts = [f"{name} at {won} of {len(self.layer)}" for name, won in counts.items()]
+            if texts:
+                parts.append(f"at equal {equal} {', '.join(texts)}")
         return (
             f"Layers at which a Kron form explains at least as much as its dense form: "
-            f"{'; '.join(parts)} (paper, Table 4: at equal tokens the best KronSAE is 0.001 to "
-            "0.011 below TopK)."
+            f"{'; '.join(parts) or 'none to compare'} (paper, Table 4: at equal tokens the best "
+            "KronSAE is 0.001 to 0.011 below TopK)."
         )
 
     def draw(self, runs: Sequence[Run], path: Path) -> None:
@@ -159,6 +161,8 @@ class Comparison(TrainingExperiment):
                         for place, variant in enumerate(self.variants)
                         if (spread := here.get((layer, equal, variant))) is not None
                     ]
+                    if not points:
+                        continue
                     means, places = [s.mean for s, _ in points], [y for _, y in points]
                     errors = [s.deviation for s, _ in points]
                     axes.errorbar(means, places, xerr=errors, fmt=marker, label=f"at equal {equal}")
