@@ -81,6 +81,7 @@ class Convergence(EqualTokens):
             *("adam_beta2=0.99", "adam_beta2=0.95", "init_scale=2", "init_scale=4", "eps=1e-5"),
             *("auxk_coefficient=0", "auxk_coefficient=0.125", "decoder_norm=free"),
             *("warmup_fraction=0.02", "weight_decay=0.01"),
+            *("encoder_lr_ratio=0.5", "encoder_lr_ratio=0.25"),
         ),
         "settings tried in place of the recipe's, as NAME=VALUE",
     )

@@ -187,11 +187,10 @@ class TrainingExperiment(Experiment):
             tokens=tokens,
             batch_size=self.batch_size,
             lr=cell["lr"],
-            encoder_lr_ratio=self.encoder_lr_ratio,
             seed=cell["seed"],
             device=self.device,
             eval_every=0,
-            **recipe,
+            **{"encoder_lr_ratio": self.encoder_lr_ratio, **recipe},
         )
         x = activations.training(tokens, cell["seed"])
         return fit_whole(sae, x, train_config, Heldout(activations.heldout))
