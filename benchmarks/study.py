@@ -63,10 +63,11 @@ def make_parser() -> argparse.ArgumentParser:
     given("--k", type=int, default=32, help="active latents a token")
     given("--tokens", type=int, default=500_000, help="tokens to train each SAE on")
     given("--tuning-tokens", type=int, default=100_000, help="tokens to try each learning rate on")
-    given("--learning-rates", type=float, nargs="+", default=[0.002, 0.004, 0.008, 0.016])
+    rates = [0.002, 0.004, 0.008, 0.016]
+    given("--learning-rates", type=float, nargs="+", default=rates, help="to choose from")
     given("--seeds", type=int, default=3, help="trainings of each SAE")
     given("--variants", nargs="+", default=VARIANTS, help="SAEs to train")
-    given("--heldout-tokens", type=int, default=8192, help="to measure the model's losses on")
+    given("--heldout-tokens", type=int, default=8192, help="tokens for CE and KL divergence")
     given("--probe", metavar="COLUMN", help="column of the text's class, for sparse probing")
     given("--out", type=Path, required=True, help="folder")
     given("--plan", action="store_true", help="print hours and commands, and stop")

@@ -807,7 +807,9 @@ class TrainConfig:
     lr: float = setting(8e-4, "peak learning rate of AdamW")
     lr_final: float = setting(1e-6, "learning rate at the end of the cosine")
     encoder_lr_ratio: float = setting(
-        1.0, "learning rate of the encoder's weights, in multiples of that of all other parameters"
+        1.0,
+        "learning rate of the encoder's matrix (not its bias), in multiples of that of all other "
+        "parameters (0: it stays as it is)",
     )
     lr_scale_by_dict_size: bool = setting(False, "multiply lr by 1 / sqrt(dict_size / 2**15)")
     warmup_fraction: float = setting(0.1, "share of the steps with linear warm-up", most=1)

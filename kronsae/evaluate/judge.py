@@ -23,6 +23,10 @@ from kronsae.metrics.splicing import ForwardPasses, Make
 from kronsae.model.sae import SAE
 from kronsae.system.devices import as_double, of_doubles
 
+STATES_AT_ONCE = 8
+"""SAEs whose last hidden states are held together, so that the clean model's predictions are
+computed once for all of them."""
+
 
 class Judgement(NamedTuple):
     """Metrics of an SAE on a text."""
@@ -66,8 +70,9 @@ def judge(
     The text is read twice: up to the hookpoint, for the mean of the activations; then in full, once
     unchanged, and from the hookpoint's block on for each ablation and SAE, which replaces the
     activations (a transcoder: its target). Tokens outside `text.mask`, and massive ones, keep their
-    activations. The clean model's predictions are computed once for all SAEs.
-    Memory: the model's for a batch of contexts; its last hidden states, and F counts, per SAE.
+    activations.
+    Memory: the model's for a batch of contexts, with STATES_AT_ONCE last hidden states; F counts per
+    SAE.
     on_batch: called after each batch of contexts, in both readings.
     Raises InputError if activations are not finite, or if the mask is empty.
     """
@@ -88,10 +93,15 @@ def judge(
             "zero": lambda _, y: torch.zeros_like(y),
             **{_of(name): candidate.update for name, candidate in candidates.items()},
         }
+        _add(losses, model, passes.clean, {"clean": passes.clean})
         # Where the model gives all logits at once, those of one SAE at a time are held.
-        one_by_one = passes.clean.logits is not None
-        for names in [[name] for name in replacements] if one_by_one else [list(replacements)]:
-            states = {n: passes.spliced(replacements[n], mask, text.massive) for n in names}
+        at_once = STATES_AT_ONCE if passes.clean.logits is None else 1
+        names = list(replacements)
+        for start in range(0, len(names), at_once):
+            states = {
+                name: passes.spliced(replacements[name], mask, text.massive)
+                for name in names[start : start + at_once]
+            }
             _add(losses, model, passes.clean, states)
         on_batch()
     return {
@@ -113,12 +123,11 @@ def _add(
     clean: LastStates,
     spliced: Mapping[str, LastStates],
 ) -> None:
-    """Add a batch's losses: of the clean model, and by name of what was spliced."""
+    """Add a batch's losses, by name of what was spliced."""
     targets = clean.ids[:, 1:].flatten()
     logits = {name: model.next_token_logits(states) for name, states in spliced.items()}
     for rows, clean_logits in model.next_token_logits(clean):
         before, wanted = log_probabilities(clean_logits), targets[rows]
-        losses["clean"].update(before, before, wanted)
         for name, chunks in logits.items():
             losses[name].update(before, log_probabilities(next(chunks)[1]), wanted)
 

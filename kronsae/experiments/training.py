@@ -96,7 +96,7 @@ class TrainingExperiment(Experiment):
         (1.6e-2, 2.4e-2), "rates to choose from, for each row on a seed of its own"
     )
     encoder_lr_ratio: float = setting(
-        1.0, "learning rate of the encoder's weights, in multiples of that of all others"
+        1.0, "learning rate of the encoder's matrix, in multiples of that of all others"
     )
     seeds: int = axis(3, "trainings of each row")
 
