@@ -71,8 +71,8 @@ def judge(
     unchanged, and from the hookpoint's block on for each ablation and SAE, which replaces the
     activations (a transcoder: its target). Tokens outside `text.mask`, and massive ones, keep their
     activations.
-    Memory: the model's for a batch of contexts, with STATES_AT_ONCE last hidden states; F counts per
-    SAE.
+    Memory: the model's for a batch of contexts, STATES_AT_ONCE last hidden states, and F counts
+    per SAE.
     on_batch: called after each batch of contexts, in both readings.
     Raises InputError if activations are not finite, or if the mask is empty.
     """
