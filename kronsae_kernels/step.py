@@ -245,7 +245,7 @@ class TrainingStep:
         self._versions: tuple[int, ...] = ()
         self.missed = torch.zeros(2, device=self.device)
         self.skips = torch.zeros(4, device=self.device)
-        # Rows: with weight decay, and without; columns as in `triton_impl.device`. The zeros are
+        # Rows: for w_enc, and for the others; columns as in `triton_impl.device`. The zeros are
         # filled in for each step.
         beta1, beta2, *_ = adamw
         fields = [0.0, 1 - beta1, beta2, 1 - beta2, 0.0, 0.0, adam_eps, 0.0, 0.0, 0.0]

@@ -39,9 +39,7 @@ def test_a_table_has_means_over_seeds(tmp_path):
             run = {"variant": variant, "equal": equal, "tokens": 4096, "flops_share": 0.5}
             runs.append({**run, "sae": name, "seed": seed})
             judged.append({"name": name, "metrics": {"explained_variance": 0.5 + seed / 10}})
-    runs.append(
-        {"variant": "topk", "lr": 0.1, "tokens": 1024, "seed": TUNING_SEED}
-    )  # it chose a learning rate
+    runs.append({"variant": "topk", "lr": 0.1, "tokens": 1024, "seed": TUNING_SEED})
     for layer in (1, 2):
         for folder, file, content in (
             (f"layer{layer}", "comparison.json", {"runs": runs}),

@@ -146,7 +146,7 @@ def update_rows(
     gradient's squared norm.
 
     mode "measure": only that. copy: the weight in another dtype, kept up to date.
-    hyper [2, 10]: with weight decay and without, which rows without a bias (decoders) never have.
+    hyper [2, 10]: for w_enc and for the others, of which are rows without a bias (decoders).
     """
     rows, d = weight[0].shape
     sums, squares = _row_sums(entries, coefficients, y), y.new_empty(rows, dtype=torch.float32)
