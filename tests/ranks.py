@@ -197,7 +197,7 @@ def owned_refusals(mesh: Mesh) -> list[str]:
     """What ranks say when all members diverge, and of settings that cannot be."""
     messages = []
     heads = mesh._replace(data=mesh.heads, heads=mesh.data)
-    for count, more, layout in ((3, WILD | {"eval_every": 0}, mesh), (1, {}, mesh), (3, {}, heads)):
+    for count, more, layout in ((3, WILD | {"eval_every": 0}, mesh), (1, {}, mesh), (1, {}, heads)):
         try:
             saes = list(SWEEP.values())[:count]
             fit_many(saes, X, replace(SWEEP_TRAIN, **more), mesh=layout)
