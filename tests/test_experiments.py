@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
+import cached
 import pytest
 import torch
 
@@ -574,6 +575,22 @@ def test_saes_of_a_comparison_know_their_model_and_text(tmp_path):
     assert figures["tokens"] == loaded.sae.metadata["tokens"] == 2048
     assert (loaded.data.model, loaded.data.layer) == ("embedded", 1)
     assert loaded.trained_on["text"] and loaded.sae.config.refine == 1
+
+
+def test_settings_of_runs_from_a_cache_are_those_of_the_cache(tmp_path, monkeypatch):
+    cached.make(monkeypatch, tmp_path / "cache")
+    kind = EXPERIMENTS["comparison"]
+    few = {"tokens": 256, "tuning_tokens": 128, "batch_size": 64, "seeds": 1}
+    given = {"cache": str(tmp_path / "cache"), "layer": (1,), "variants": ("topk",)}
+    experiment = kind(**kind.smallest | given | few)
+    runs, again = (
+        run_grid("comparison", experiment, tmp_path / "out", "a command", lambda *_: None)
+        for _ in range(2)
+    )
+    assert runs == again and runs[-1]["tokens"] == 256
+    settings = json.loads((tmp_path / "out/comparison.json").read_text())["settings"]
+    assert settings["dataset"] == cached.DATA.dataset != experiment.dataset
+    assert settings["heldout_tokens"] == cached.DATA.heldout_tokens != experiment.heldout_tokens
 
 
 def test_a_comparison_says_nothing_of_a_budget_without_runs():

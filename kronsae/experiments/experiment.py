@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -42,6 +42,10 @@ class Experiment(ABC):
     @abstractmethod
     def cells(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
         """The runs it wants, each a dict of JSON values, as far as `runs` let it know them."""
+
+    def recorded(self) -> dict[str, Any]:
+        """Settings by name as they had an effect, for the file."""
+        return asdict(self)
 
     def prepare(self) -> Any:
         """Objects that all runs share, made once, if there is anything left to run."""

@@ -43,7 +43,7 @@ def run_grid(
         "checks": f"[{experiment.cited}, {experiment.figure}]",
         "statement": experiment.statement,
         "command": command,
-        "settings": dataclasses.asdict(experiment),
+        "settings": experiment.recorded(),
         "made_with": made_with(experiment.device),
         "runs": _earlier_runs(path, experiment),
     }
@@ -105,7 +105,7 @@ def _earlier_runs(path: Path, experiment: Experiment) -> list[Run]:
     was = {**json.loads(json.dumps(since)), **document["settings"], **document["made_with"]}
     runs = document["runs"]
     axes = {spec.name for spec in dataclasses.fields(experiment) if spec.metadata.get("axis")}
-    given = {**dataclasses.asdict(experiment), **made_with(experiment.device)}
+    given = {**experiment.recorded(), **made_with(experiment.device)}
     given = json.loads(json.dumps(given))  # a tuple is a list there
     if changes := differences(was, given, ignored=axes):
         where = f"{path} was made otherwise: choose another --out, or remove it"

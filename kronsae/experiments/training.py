@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from kronsae.cache.index import DESCRIBED, CacheIndex
 from kronsae.commandline import stop_of
 from kronsae.config import DataConfig, SAEConfig, TrainConfig, setting
 from kronsae.data import ActivationSource
@@ -130,6 +131,14 @@ class TrainingExperiment(Experiment):
     def merit(self, run: Run) -> Any:
         """Figure of a run by which its learning rate is chosen: the largest wins."""
         return run["explained_variance"]
+
+    def recorded(self) -> dict[str, Any]:
+        """With the model, the text and the held-out tokens of the cache, where there is one."""
+        settings = super().recorded()
+        if self.cache is not None:
+            data = CacheIndex.open(self.cache).data
+            settings |= {name: getattr(data, name) for name in DESCRIBED if name in settings}
+        return settings
 
     def prepare(self) -> Any:
         return self.activations()
