@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 from dataclasses import replace
 
 import pytest
@@ -70,7 +71,7 @@ def random(d: int, d_target: int = 0) -> SAE:
     return SAE(config, generator=torch.Generator().manual_seed(0)).eval()
 
 
-def test_identity_and_zero_on_the_embedded_model():
+def test_identity_and_zero_on_the_embedded_model(monkeypatch):
     """Cross-entropy recovered is 1 for an SAE that changes nothing, and 0 for one that gives 0."""
     model = LanguageModel.load("embedded")
     text = "def add(self, other):\n    if other is None:\n        return self\n" * 3
@@ -78,7 +79,12 @@ def test_identity_and_zero_on_the_embedded_model():
     mask = torch.ones_like(ids, dtype=torch.bool)
     mask[:, 0] = False
     saes = {"same": identity(256), "zero": zero(256), "other": random(256)}
-    found = judge(saes, HeldoutText(model, ids, mask, 1, {}))
+    held_out = HeldoutText(model, ids, mask, 1, {})
+    found = judge(saes, held_out)
+    monkeypatch.setattr(sys.modules["kronsae.evaluate.judge"], "STATES_AT_ONCE", 2)
+    assert {name: each.metrics for name, each in judge(saes, held_out).items()} == {
+        name: each.metrics for name, each in found.items()
+    }
     same, zeroed, other = (found[name].metrics for name in saes)
     assert same["ce_recovered"] == same["ce_recovered_mean"] == same["explained_variance"] == 1
     assert same["kl_spliced"] == 0 and same["ce_spliced"] == same["ce_clean"]
