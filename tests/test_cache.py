@@ -481,6 +481,9 @@ def test_sizes_are_checked_before_memory_is_asked_for(copy, monkeypatch):
 def test_other_folders_are_refused(tmp_path, copy):
     with pytest.raises(InputError, match="is not a cache of activations"):
         CacheIndex.open(tmp_path)
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match="is not a cache of activations: it is a file"):
+        CacheIndex.open(tmp_path / "file")
     (copy / "index.json").write_text('{"format": "kronsae-activations", "format_version": 9}')
     with pytest.raises(InputError, match="expected format version 1, got 9"):
         CacheIndex.open(copy)

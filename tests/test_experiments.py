@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import shutil
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -577,20 +578,35 @@ def test_saes_of_a_comparison_know_their_model_and_text(tmp_path):
     assert loaded.trained_on["text"] and loaded.sae.config.refine == 1
 
 
+def again_at(folder, experiment):
+    return run_grid("comparison", experiment, folder / "out", "a command", lambda *_: None)
+
+
 def test_settings_of_runs_from_a_cache_are_those_of_the_cache(tmp_path, monkeypatch):
     cached.make(monkeypatch, tmp_path / "cache")
     kind = EXPERIMENTS["comparison"]
     few = {"tokens": 256, "tuning_tokens": 128, "batch_size": 64, "seeds": 1}
     given = {"cache": str(tmp_path / "cache"), "layer": (1,), "variants": ("topk",)}
     experiment = kind(**kind.smallest | given | few)
-    runs, again = (
-        run_grid("comparison", experiment, tmp_path / "out", "a command", lambda *_: None)
-        for _ in range(2)
-    )
-    assert runs == again and runs[-1]["tokens"] == 256
+    runs = again_at(tmp_path, experiment)
+    assert runs[-1]["tokens"] == 256
     settings = json.loads((tmp_path / "out/comparison.json").read_text())["settings"]
     assert settings["dataset"] == cached.DATA.dataset != experiment.dataset
     assert settings["heldout_tokens"] == cached.DATA.heldout_tokens != experiment.heldout_tokens
+    assert again_at(tmp_path, experiment) == runs
+    with pytest.raises(InputError, match=r"model 'gpt2': .* was harvested with 'embedded'; leave"):
+        again_at(tmp_path, dataclasses.replace(experiment, model="gpt2"))
+    path = tmp_path / "out/comparison.json"
+    document = json.loads(path.read_text())
+    older = {**document["settings"], "dataset": "stdlib", "heldout_tokens": 2048}
+    del older["cache_fingerprint"]
+    path.write_text(json.dumps({**document, "settings": older}))
+    assert again_at(tmp_path, experiment) == runs  # it now has the fingerprint
+    shutil.rmtree(tmp_path / "cache")
+    data = dataclasses.replace(cached.DATA, context_length=8)
+    cached.make(monkeypatch, tmp_path / "cache", data=data)
+    with pytest.raises(InputError, match="cache_fingerprint: was"):
+        again_at(tmp_path, experiment)
 
 
 def test_a_comparison_says_nothing_of_a_budget_without_runs():

@@ -166,10 +166,11 @@ class CacheIndex:
         path = folder / INDEX_NAME
         try:
             document = read_checksummed(path)
-        except FileNotFoundError as error:
+        except (FileNotFoundError, NotADirectoryError) as error:
             if (folder / HARVEST_NAME).is_file():
                 return cls._so_far(folder)
-            problem = f"it has no {path.name}" if folder.is_dir() else "there is no such folder"
+            problem = "it is a file" if folder.exists() else "there is no such folder"
+            problem = f"it has no {path.name}" if folder.is_dir() else problem
             raise InputError(f"{folder} is not a cache of activations: {problem}") from error
         except (OSError, ValueError) as error:
             raise InputError(f"{path} cannot be read ({error}); {_rewrite(folder)}") from error

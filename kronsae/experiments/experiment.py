@@ -44,7 +44,7 @@ class Experiment(ABC):
         """The runs it wants, each a dict of JSON values, as far as `runs` let it know them."""
 
     def recorded(self) -> dict[str, Any]:
-        """Settings by name as they had an effect, for the file."""
+        """Settings by name for the file, as they have an effect, and what else tells runs apart."""
         return asdict(self)
 
     def prepare(self) -> Any:

@@ -100,14 +100,15 @@ def _earlier_runs(path: Path, experiment: Experiment) -> list[Run]:
         document = typed(read_json(path), _DOCUMENT, "")
     except (OSError, ValueError) as error:
         raise InputError(f"{path} is not one that an experiment wrote: {error}") from error
+    recorded, given = experiment.recorded(), dataclasses.asdict(experiment)
+    now = json.loads(json.dumps({**recorded, **made_with(experiment.device)}))  # tuples are lists
     # Older files lack settings, which had their defaults.
     since = {spec.name: spec.default for spec in dataclasses.fields(experiment)}
-    was = {**json.loads(json.dumps(since)), **document["settings"], **document["made_with"]}
+    was = {**now, **json.loads(json.dumps(since)), **document["settings"], **document["made_with"]}
     runs = document["runs"]
     axes = {spec.name for spec in dataclasses.fields(experiment) if spec.metadata.get("axis")}
-    given = {**experiment.recorded(), **made_with(experiment.device)}
-    given = json.loads(json.dumps(given))  # a tuple is a list there
-    if changes := differences(was, given, ignored=axes):
+    decided = {name for name, value in given.items() if recorded[name] != value}
+    if changes := differences(was, now, ignored=axes | decided):
         where = f"{path} was made otherwise: choose another --out, or remove it"
         raise InputError("\n  ".join([where, *changes]))
     return runs

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,6 +15,7 @@ from kronsae.cache.index import DESCRIBED, CacheIndex
 from kronsae.commandline import stop_of
 from kronsae.config import DataConfig, SAEConfig, TrainConfig, setting
 from kronsae.data import ActivationSource
+from kronsae.errors import InputError
 from kronsae.experiments.activations import Activations, collect
 from kronsae.experiments.experiment import Experiment, Run, axis
 from kronsae.experiments.grid import matches
@@ -133,12 +135,24 @@ class TrainingExperiment(Experiment):
         return run["explained_variance"]
 
     def recorded(self) -> dict[str, Any]:
-        """With the model, the text and the held-out tokens of the cache, where there is one."""
+        """Of a cache, its model, text and held-out tokens, and the hash of these.
+
+        The hash stays the same where the cache grows. Raises InputError if a setting was given that
+        is not the cache's.
+        """
         settings = super().recorded()
-        if self.cache is not None:
-            data = CacheIndex.open(self.cache).data
-            settings |= {name: getattr(data, name) for name in DESCRIBED if name in settings}
-        return settings
+        if self.cache is None:
+            return settings
+        index = CacheIndex.open(self.cache)
+        presets = ({spec.name: spec.default for spec in fields(self)}, self.smallest, self.paper)
+        for name in (name for name in DESCRIBED if name in settings):
+            given, own = settings[name], getattr(index.data, name)
+            if given not in (own, *(preset.get(name) for preset in presets)):
+                raise InputError(
+                    f"{name} {given!r}: {self.cache} was harvested with {own!r}; leave it out"
+                )
+            settings[name] = own
+        return settings | {"cache_fingerprint": dataclasses.replace(index, train=()).fingerprint}
 
     def prepare(self) -> Any:
         return self.activations()
