@@ -323,7 +323,7 @@ def train(path, out, *more):
     assert main(["--dataset", str(path), "--out", str(out), *SMALL, *more]) == 0
 
 
-@pytest.mark.long
+@pytest.mark.slow
 def test_explained_variance_does_not_depend_on_the_order_of_rows(tmp_path):
     """Before, it was 0.55, 0.95 or 0.88, as the first documents were held out."""
     found = []

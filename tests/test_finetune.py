@@ -385,8 +385,7 @@ def test_an_sae_of_another_library_gets_the_defaults_of_training():
     assert kronsae.training.start.config_of(sae).selection_settings.l1_coefficient == 0.5
 
 
-@pytest.mark.one_in(3)
-@pytest.mark.long
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [["--tensor-parallel", "2"], ["--share", "members"], []])
 def test_several_processes_start_from_the_same(share, runs, tmp_path):
     """With its heads sharded, its members, or the tokens of its batches."""

@@ -299,7 +299,8 @@ def test_a_suite_of_layers(trained):
         assert (out / name / "report.html").is_file()
 
 
-@pytest.mark.parametrize("name", [pytest.param("layer0-dense", marks=SLOW), "layer1-kron"])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["layer0-dense", "layer1-kron"])
 def test_a_members_config_repeats_it_alone(name, trained, tmp_path):
     out, _ = trained
     status, _, err = finish("--config", out / name / "config.json", "--out", tmp_path / "run")

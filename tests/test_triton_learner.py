@@ -337,6 +337,7 @@ def test_a_step_of_the_trainer_is_few_operations():
     assert sum(counts.operations.values()) <= 34, counts.operations
 
 
+@pytest.mark.slow
 def test_skipped_batches_are_heard_of_where_somebody_asks():
     subject, (x, *_) = learner(KRON, "on"), batches(1)
     assert subject.step(x, log=False) is None and subject.settle() is None

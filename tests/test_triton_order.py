@@ -135,6 +135,7 @@ def test_order_of_programs_changes_no_bit(tensors, shuffled):
     assert_equal(results(tensors), expected)
 
 
+@pytest.mark.slow
 def test_runs_agree_to_the_bit(tensors):
     """And all is deterministic in torch's eyes."""
     expected = results(tensors)

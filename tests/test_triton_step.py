@@ -199,6 +199,7 @@ def test_steps_equal_autograd_and_adamw(dense, unit_norm, count):
         )
 
 
+@pytest.mark.one_in(3)
 @pytest.mark.parametrize(
     "dense, steps, bounds",
     [(False, 1, None), (True, 2, None), (False, 2, [6, 18])],
