@@ -169,8 +169,10 @@ class CacheIndex:
         except (FileNotFoundError, NotADirectoryError) as error:
             if (folder / HARVEST_NAME).is_file():
                 return cls._so_far(folder)
-            problem = "it is a file" if folder.exists() else "there is no such folder"
-            problem = f"it has no {path.name}" if folder.is_dir() else problem
+            if folder.is_dir():
+                problem = f"it has no {path.name}"
+            else:
+                problem = "it is a file" if folder.exists() else "there is no such folder"
             raise InputError(f"{folder} is not a cache of activations: {problem}") from error
         except (OSError, ValueError) as error:
             raise InputError(f"{path} cannot be read ({error}); {_rewrite(folder)}") from error

@@ -38,14 +38,15 @@ def run_grid(
     """
     check_writable(folder)
     path = folder / f"{name}.json"
+    settings = experiment.recorded()
     document: dict[str, Any] = {
         "experiment": name,
         "checks": f"[{experiment.cited}, {experiment.figure}]",
         "statement": experiment.statement,
         "command": command,
-        "settings": experiment.recorded(),
+        "settings": settings,
         "made_with": made_with(experiment.device),
-        "runs": _earlier_runs(path, experiment),
+        "runs": _earlier_runs(path, experiment, settings),
     }
     runs: list[Run] = document["runs"]
     shared = None
@@ -93,21 +94,21 @@ def made_with(device: str) -> dict[str, str]:
     }
 
 
-def _earlier_runs(path: Path, experiment: Experiment) -> list[Run]:
+def _earlier_runs(path: Path, experiment: Experiment, settings: dict[str, Any]) -> list[Run]:
     if not path.exists():
         return []
     try:
         document = typed(read_json(path), _DOCUMENT, "")
     except (OSError, ValueError) as error:
         raise InputError(f"{path} is not one that an experiment wrote: {error}") from error
-    recorded, given = experiment.recorded(), dataclasses.asdict(experiment)
-    now = json.loads(json.dumps({**recorded, **made_with(experiment.device)}))  # tuples are lists
-    # Older files lack settings, which had their defaults.
+    now = json.loads(json.dumps({**settings, **made_with(experiment.device)}))  # tuples are lists
+    # Older files lack settings, which had their defaults, and have not those that a cache decides.
     since = {spec.name: spec.default for spec in dataclasses.fields(experiment)}
     was = {**now, **json.loads(json.dumps(since)), **document["settings"], **document["made_with"]}
     runs = document["runs"]
     axes = {spec.name for spec in dataclasses.fields(experiment) if spec.metadata.get("axis")}
-    decided = {name for name, value in given.items() if recorded[name] != value}
+    given = dataclasses.asdict(experiment)
+    decided = {name for name, value in given.items() if settings[name] != value}
     if changes := differences(was, now, ignored=axes | decided):
         where = f"{path} was made otherwise: choose another --out, or remove it"
         raise InputError("\n  ".join([where, *changes]))

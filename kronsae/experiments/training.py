@@ -4,7 +4,6 @@ import dataclasses
 import itertools
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
@@ -144,10 +143,10 @@ class TrainingExperiment(Experiment):
         if self.cache is None:
             return settings
         index = CacheIndex.open(self.cache)
-        presets = ({spec.name: spec.default for spec in fields(self)}, self.smallest, self.paper)
+        defaults = {spec.name: spec.default for spec in dataclasses.fields(self)}
         for name in (name for name in DESCRIBED if name in settings):
             given, own = settings[name], getattr(index.data, name)
-            if given not in (own, *(preset.get(name) for preset in presets)):
+            if given not in (own, *(p.get(name) for p in (defaults, self.smallest, self.paper))):
                 raise InputError(
                     f"{name} {given!r}: {self.cache} was harvested with {own!r}; leave it out"
                 )
