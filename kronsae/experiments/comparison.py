@@ -167,6 +167,7 @@ class Comparison(TrainingExperiment):
                     errors = [s.deviation for s, _ in points]
                     axes.errorbar(means, places, xerr=errors, fmt=marker, label=f"at equal {equal}")
                 axes.set_yticks([-i for i in range(len(self.variants))], self.variants)
+                axes.set_ylim(0.5 - len(self.variants), 0.5)
                 axes.set_xlabel("explained variance")
                 axes.set_title(f"layer {layer}")
                 axes.grid(axis="y", alpha=0.3)
