@@ -292,7 +292,7 @@ def test_an_experiment(tmp_path):
 
     def read():
         try:
-            _earlier_runs(path, Toy())
+            _earlier_runs(path, Toy(), Toy().recorded())
         except InputError as error:
             if "was made otherwise" not in str(error):
                 raise
