@@ -417,11 +417,16 @@ def test_jumprelu_is_not_chosen_for_more_latents():
     merit = EXPERIMENTS["jumprelu"]().merit
 
     def ranked(*runs):
-        runs = [{"k": 100, "l0": l0, "explained_variance": ev} for l0, ev in runs]
-        return [run["l0"] for run in sorted(runs, key=merit, reverse=True)]
+        runs = [{"k": 100, "l0_training": l0, "explained_variance": ev} for l0, ev in runs]
+        return [run["l0_training"] for run in sorted(runs, key=merit, reverse=True)]
 
     assert ranked((150, 0.9), (102, 0.7), (98, 0.8)) == [98, 102, 150]
     assert ranked((150, 0.9), (80, 0.7)) == [80, 150]
+
+
+def test_jumprelu_of_an_older_version_is_refused():
+    with pytest.raises(InputError, match="did not keep the L0 in training"):
+        EXPERIMENTS["jumprelu"]().cells([{"k": 32, "l0": 32.0, "seed": 0}])
 
 
 def test_jumprelu_is_judged_at_the_l0_it_has():
