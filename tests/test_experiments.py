@@ -11,6 +11,7 @@ import cached
 import pytest
 import torch
 
+from kronsae.cache.reader import CacheActivations
 from kronsae.config import SAEConfig, TrainConfig, setting
 from kronsae.data import TensorActivations
 from kronsae.errors import InputError
@@ -612,6 +613,15 @@ def test_settings_of_runs_from_a_cache_are_those_of_the_cache(tmp_path, monkeypa
     cached.make(monkeypatch, tmp_path / "cache", data=data)
     with pytest.raises(InputError, match="cache_fingerprint: was"):
         again_at(tmp_path, experiment)
+
+
+def test_every_experiment_reads_the_first_tokens_of_a_cache(tmp_path, monkeypatch):
+    cached.make(monkeypatch, tmp_path / "cache")
+    folder = str(tmp_path / "cache")
+    experiment = EXPERIMENTS["jumprelu"](cache=folder, layer=1, batch_size=32, tokens=128)
+    x = experiment.activations().x
+    rows = CacheActivations(folder, layer=1, batch_size=128, tokens=128)
+    assert x.unique(dim=0).equal(next(iter(rows)).unique(dim=0))
 
 
 def test_a_comparison_says_nothing_of_a_budget_without_runs():

@@ -11,7 +11,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from kronsae.cache import CacheIndex
 from kronsae.config import setting
 from kronsae.experiments.activations import Activations
 from kronsae.experiments.experiment import EXPERIMENTS, Run, axis
@@ -88,13 +87,6 @@ class Comparison(TrainingExperiment):
     def longest(self, d_model: int) -> int:
         cells = product(variant=self.variants, dict_size=self.dict_size, equal=self.equal)
         return max(self.tuning_tokens, *(self.tokens_of(cell, d_model) for cell in cells))
-
-    def activations(self, **given: Any) -> Activations:
-        """Of a cache, the first tokens, as many as the longest training has."""
-        if self.cache is not None:
-            width = CacheIndex.open(self.cache).hookpoints[0].width
-            given["activations_tokens"] = self.longest(width)
-        return super().activations(**given)
 
     def prepare(self) -> Callable[[int], Activations]:
         """Activations of a layer, those of the last one asked for being kept."""

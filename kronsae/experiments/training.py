@@ -166,7 +166,13 @@ class TrainingExperiment(Experiment):
         return DataConfig(**given)
 
     def activations(self, **given: Any) -> Activations:
-        """Activations by the settings, some of which `given` replaces."""
+        """Activations by the settings, some of which `given` replaces.
+
+        Of a cache, its first tokens, as many as the longest training has.
+        """
+        if self.cache is not None:
+            width = CacheIndex.open(self.cache).hookpoints[0].width
+            given["activations_tokens"] = self.longest(width)
         config, device = self.data_config(**given), resolve_device(self.device)
         source = partial(open_activations, config, batch_size=self.batch_size, device=device)
         first = source(seed=0)
