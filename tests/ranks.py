@@ -328,7 +328,7 @@ def refusals(mesh: Mesh, folder: Path) -> list[str]:
     return messages
 
 
-def _work(rank: int, folder: Path) -> None:
+def _work(rank: int, folder: Path, cases: list[tuple[str, str]]) -> None:
     torch.set_num_threads(1)
     timeout = timedelta(seconds=60)
     store = f"file://{folder / 'store'}"
@@ -339,8 +339,8 @@ def _work(rank: int, folder: Path) -> None:
     meshes = {name: mesh for name, mesh in meshes.items() if mesh is not None}
     done: dict[str, dict[str, Any]] = {}
     for name, mesh in meshes.items():
-        points = POINTS | (OVER_TOKENS if name == "4 data" else {})
-        done[name] = {point: learn(mesh, config) for point, config in points.items()}
+        points = [point for layout, point in cases if layout == name]
+        done[name] = {point: learn(mesh, (POINTS | OVER_TOKENS)[point]) for point in points}
         done[name]["rounded"] = learn_rounded(mesh)
         done[name]["run"] = run(folder / name, mesh)
         done[name]["edges"] = edges(mesh)
@@ -366,8 +366,11 @@ def lost(mesh: Mesh, rank: int) -> str:
     return ""
 
 
-def results(folder: Path) -> list[dict[str, dict[str, Any]]]:
-    """What each rank got, by mesh and job; run folders are in `folder`, by the mesh's name."""
+def results(folder: Path, cases: list[tuple[str, str]]) -> list[dict[str, dict[str, Any]]]:
+    """What each rank got, by mesh and job; run folders are in `folder`, by the mesh's name.
+
+    cases: meshes and points to learn.
+    """
     run(folder / "chain", stop_after=5)
-    mp.spawn(_work, (folder,), nprocs=4)
+    mp.spawn(_work, (folder, cases), nprocs=4)
     return [torch.load(folder / f"rank-{rank}.pt") for rank in range(4)]

@@ -40,8 +40,11 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def of_ranks(folder):
-    return ranks.results(folder)
+def of_ranks(request, folder):
+    """Of the cases that the chosen tests need."""
+    given = [getattr(item, "callspec", None) for item in request.session.items]
+    asked = [(c.params.get("layout"), c.params.get("point")) for c in given if c is not None]
+    return ranks.results(folder, [case for case in CASES if case in asked])
 
 
 @pytest.fixture(scope="module")
