@@ -11,7 +11,6 @@ import cached
 import pytest
 import torch
 
-from kronsae.cache.reader import CacheActivations
 from kronsae.config import SAEConfig, TrainConfig, setting
 from kronsae.data import TensorActivations
 from kronsae.errors import InputError
@@ -24,6 +23,7 @@ from kronsae.experiments.report import TUNING_SEED, grouped
 from kronsae.experiments.training import TrainingExperiment
 from kronsae.experiments.variants import sae_config, with_dense_forms
 from kronsae.model.sae import SAE
+from kronsae.training.session import FitResult
 from kronsae_kernels import SparseCodes
 
 pytest.importorskip("matplotlib")
@@ -423,6 +423,28 @@ def test_jumprelu_is_not_chosen_for_more_latents():
 
     assert ranked((150, 0.9), (102, 0.7), (98, 0.8)) == [98, 102, 150]
     assert ranked((150, 0.9), (80, 0.7)) == [80, 150]
+    assert ranked((100, -1e60), (99, None), (150, 0.9)) == [150, 100, 99]  # they diverged
+
+
+def test_l0_in_training_is_that_of_the_last_fifth(monkeypatch):
+    kind = EXPERIMENTS["jumprelu"]
+    records = [{"kind": "train", "l0": float(step)} for step in range(1, 12)]
+    metrics = {"explained_variance": 0.5, "dead_share": 0.0, "l0": 8.0}
+    history = [*records, {"kind": "final", **metrics}]
+    result = FitResult(None, 0, metrics, history, None)
+    monkeypatch.setattr(kind, "train", lambda *given, log_every: result if log_every == 1 else None)
+    cell = {"variant": "jumprelu", "k": 8, "dict_size": 64, "tokens": 0, "lr": 0.1, "seed": 0}
+    assert kind().run(None, cell)["l0_training"] == 10  # of 9, 10 and 11
+
+
+@pytest.mark.parametrize("name", ["jumprelu", "sparsity"])
+def test_a_rate_that_diverges_loses(name, tmp_path):
+    kind = EXPERIMENTS[name]
+    given = kind.smallest | {"learning_rates": (1e30, 1.6e-2), "seeds": 1}
+    if name == "jumprelu":
+        given["k"] = (8,)
+    runs = run_grid(name, kind(**given), tmp_path, "a command", lambda *_: None)
+    assert {run["lr"] for run in runs if run["seed"] != TUNING_SEED} == {1.6e-2}
 
 
 def test_jumprelu_of_an_older_version_is_refused():
@@ -615,13 +637,15 @@ def test_settings_of_runs_from_a_cache_are_those_of_the_cache(tmp_path, monkeypa
         again_at(tmp_path, experiment)
 
 
-def test_every_experiment_reads_the_first_tokens_of_a_cache(tmp_path, monkeypatch):
+def test_a_cell_reads_the_same_tokens_of_a_cache_beside_longer_ones(tmp_path, monkeypatch):
     cached.make(monkeypatch, tmp_path / "cache")
-    folder = str(tmp_path / "cache")
-    experiment = EXPERIMENTS["jumprelu"](cache=folder, layer=1, batch_size=32, tokens=128)
-    x = experiment.activations().x
-    rows = CacheActivations(folder, layer=1, batch_size=128, tokens=128)
-    assert x.unique(dim=0).equal(next(iter(rows)).unique(dim=0))
+    given = {"cache": str(tmp_path / "cache"), "layer": 1, "batch_size": 32, "buffer_tokens": 64}
+    jumprelu, comparison = EXPERIMENTS["jumprelu"], EXPERIMENTS["comparison"]
+    short = jumprelu(**given, tokens=128).activations().x
+    assert short.shape[0] == 128
+    assert jumprelu(**given, tokens=(128, 256)).activations().x[:128].equal(short)
+    longer = comparison(**given | {"layer": (1,)}, tokens=256, tuning_tokens=64)
+    assert longer.activations(layer=1).x[:128].equal(short)
 
 
 def test_a_comparison_says_nothing_of_a_budget_without_runs():

@@ -82,9 +82,13 @@ class JumpReLU(EqualTokens):
             )
         return super().cells(runs)
 
-    def merit(self, run: Run) -> tuple[float, float]:
-        """Runs that meet their L0 rank by explained variance, above the rest, nearest first."""
-        return -max(MISS, abs(run["l0_training"] / run["k"] - 1)), run["explained_variance"]
+    def merit(self, run: Run) -> tuple[bool, float, float]:
+        """Runs that meet their L0 rank by explained variance, above the rest, nearest first.
+
+        Those that explain nothing come last, whatever their L0: they have diverged.
+        """
+        missed_by, explained = abs(run["l0_training"] / run["k"] - 1), super().merit(run)
+        return explained > 0, -max(MISS, missed_by), explained
 
     def run(self, shared: Activations, cell: dict[str, Any]) -> dict[str, Any]:
         result = self.train(self.sae(cell), shared, cell, log_every=1)
@@ -109,6 +113,7 @@ class JumpReLU(EqualTokens):
             for (variant, k), ev in evs.items()
         ]
         verdicts = []
+        at_its_l0 = "would at its L0" if len(self.k) > 1 else "does at an L0 of k"
         for name, rival in (("JumpReLU", "TopK"), ("Kron JumpReLU", "Kron TopK")):
             curve = [(l0.mean, ev.mean) for l0, ev in (figures[rival, k] for k in self.k)]
             met = [k for k in self.k if abs(shares[name, k] - 1) <= MISS]
@@ -118,7 +123,7 @@ class JumpReLU(EqualTokens):
             theirs = sum(ev > PAPER_EV[rival][k] for k, ev in PAPER_EV[name].items())
             verdicts.append(
                 f"{name} meets {len(met)} of {len(self.k)} L0s within {MISS:.0%} and explains "
-                f"more than {rival} would at its L0 in {ours} of them "
+                f"more than {rival} {at_its_l0} in {ours} of them "
                 f"(paper: {theirs} of {len(PAPER_EV[name])})"
             )
         jump = [share for (name, _), share in shares.items() if "JumpReLU" in name]

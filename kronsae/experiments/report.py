@@ -47,12 +47,17 @@ def grouped(runs: Iterable[Run], *keys: str) -> dict[tuple, list[Run]]:
     return groups
 
 
+def number(figure: float | None) -> float:
+    """A figure of a run; -inf for one that is not finite, as of a training that diverged."""
+    return -math.inf if figure is None else figure
+
+
 def explained(
     runs: Iterable[Run], *keys: str, figure: str = "explained_variance"
 ) -> dict[tuple, Spread]:
     """Explained variance, or another figure, over the seeds, by the values of the keys."""
     return {
-        values: Spread.of(run[figure] for run in group)
+        values: Spread.of(number(run[figure]) for run in group)
         for values, group in grouped(runs, *keys).items()
     }
 

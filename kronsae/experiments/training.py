@@ -27,6 +27,7 @@ from kronsae.experiments.report import (
     explained,
     grouped,
     markdown,
+    number,
     picture,
 )
 from kronsae.experiments.variants import sae_config
@@ -131,7 +132,7 @@ class TrainingExperiment(Experiment):
 
     def merit(self, run: Run) -> Any:
         """Figure of a run by which its learning rate is chosen: the largest wins."""
-        return run["explained_variance"]
+        return number(run["explained_variance"])
 
     def recorded(self) -> dict[str, Any]:
         """Of a cache, its model, text and held-out tokens, and the hash of these.
@@ -151,28 +152,27 @@ class TrainingExperiment(Experiment):
                     f"{name} {given!r}: {self.cache} was harvested with {own!r}; leave it out"
                 )
             settings[name] = own
-        return settings | {"cache_fingerprint": dataclasses.replace(index, train=()).fingerprint}
+        fingerprint = dataclasses.replace(index, train=()).fingerprint
+        return settings | {"cache_fingerprint": f"{fingerprint}, read as a stream"}
 
     def prepare(self) -> Any:
         return self.activations()
 
     def data_config(self, **given: Any) -> DataConfig:
-        """Where activations come from, by the settings, some of which `given` replaces."""
+        """Where activations come from, by the settings, some of which `given` replaces.
+
+        A cache is read as live training reads its text: a cell gets the same tokens however long
+        the other trainings are, and when the cache has grown.
+        """
         names = {spec.name for spec in dataclasses.fields(DataConfig)}
         given = {n: value for n, value in vars(self).items() if n in names} | given
         if self.cache is not None:
-            given["activations"] = self.cache
+            given |= {"activations": self.cache, "activations_order": "stream"}
             given |= source_of(self.cache).decided({**given, "hookpoint": None})
         return DataConfig(**given)
 
     def activations(self, **given: Any) -> Activations:
-        """Activations by the settings, some of which `given` replaces.
-
-        Of a cache, its first tokens, as many as the longest training has.
-        """
-        if self.cache is not None:
-            width = CacheIndex.open(self.cache).hookpoints[0].width
-            given["activations_tokens"] = self.longest(width)
+        """Activations by the settings, some of which `given` replaces."""
         config, device = self.data_config(**given), resolve_device(self.device)
         source = partial(open_activations, config, batch_size=self.batch_size, device=device)
         first = source(seed=0)
