@@ -252,13 +252,13 @@ def test_torchrun_trains_each_member_in_one_process(tmp_path):
     flags = [*RUN, "--k", "2", "8", "--share", "members"]  # and the k that RUN has
     sweep, log = tmp_path / "sweep", tmp_path / "log"
     process = start(2, *flags, "--out", sweep, log=log)
-    after_steps(7, sweep / "k4")
+    after_steps(7, sweep / "k4", process, log)
     process.send_signal(signal.SIGTERM)
-    process.wait(100)
+    process.wait(900)
     assert "Stopped by SIGTERM after" in log.read_text()
     again = start(2, "--resume", sweep, log=log)
     try:
-        assert again.wait(200) == 0, log.read_text()
+        assert again.wait(900) == 0, log.read_text()
     except subprocess.TimeoutExpired:
         again.kill()
         raise

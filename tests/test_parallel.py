@@ -333,11 +333,11 @@ def start(processes, *flags, log):
     )
 
 
-def after_steps(count, run):
+def after_steps(count, run, process, log):
     """Wait until so many steps are logged."""
-    metrics, end = run / "metrics.jsonl", time.monotonic() + 200
+    metrics, end = run / "metrics.jsonl", time.monotonic() + 900
     while not metrics.exists() or len(metrics.read_text().splitlines()) < count:
-        assert time.monotonic() < end, "no steps were made"
+        assert process.poll() is None and time.monotonic() < end, log.read_text()
         time.sleep(0.05)
 
 
@@ -367,9 +367,9 @@ def close_to(run, alone):
 def test_torchrun_stopped_by_a_signal_goes_on_in_one_process(tmp_path, alone_from_text):
     run, log = tmp_path / "run", tmp_path / "log"
     process = start(2, *RUN, "--tensor-parallel", 2, "--out", run, log=log)
-    after_steps(7, run)
+    after_steps(7, run, process, log)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(100) != 0
+    assert process.wait(900) != 0
     assert "Stopped by SIGTERM after" in log.read_text()
     assert log.read_text().count("Stopped by") == 1  # one speaks for all
     assert main(["--resume", str(run), "--tensor-parallel", "1"]) == 0
@@ -380,14 +380,14 @@ def test_torchrun_stopped_by_a_signal_goes_on_in_one_process(tmp_path, alone_fro
 @pytest.mark.parametrize("fault", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_rank_that_dies_or_hangs_ends_all_and_the_run_goes_on(fault, tmp_path, alone_from_text):
     run, log = tmp_path / "run", tmp_path / "log"
-    process = start(3, *RUN, "--out", run, "--rank-timeout", 15, log=log)
-    after_steps(7, run)
+    process = start(3, *RUN, "--out", run, "--rank-timeout", 60, log=log)
+    after_steps(7, run, process, log)
     os.kill(workers(process)[-1], fault)
-    assert process.wait(200) != 0  # torchrun kills the one that hangs
+    assert process.wait(900) != 0  # torchrun kills the one that hangs
     words = ["another process of this training ended or did not answer"]
     if fault == signal.SIGKILL:  # torchrun, which sees it die, may end the others before they do
         words.append("Signal 9 (SIGKILL) received")
     assert any(each in log.read_text() for each in words)
     again = start(2, "--resume", run, "--rank-timeout", 600, log=log)
-    assert again.wait(200) == 0, log.read_text()
+    assert again.wait(900) == 0, log.read_text()
     close_to(run, alone_from_text)
