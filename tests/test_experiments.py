@@ -19,7 +19,7 @@ from kronsae.experiments.activations import collect
 from kronsae.experiments.convergence import difference
 from kronsae.experiments.experiment import EXPERIMENTS, Experiment, axis
 from kronsae.experiments.grid import missing_cells, run_grid
-from kronsae.experiments.report import TUNING_SEED, grouped
+from kronsae.experiments.report import TUNING_SEED, Spread, grouped
 from kronsae.experiments.training import TrainingExperiment
 from kronsae.experiments.variants import sae_config, with_dense_forms
 from kronsae.model.sae import SAE
@@ -435,6 +435,11 @@ def test_l0_in_training_is_that_of_the_last_fifth(monkeypatch):
     monkeypatch.setattr(kind, "train", lambda *given, log_every: result if log_every == 1 else None)
     cell = {"variant": "jumprelu", "k": 8, "dict_size": 64, "tokens": 0, "lr": 0.1, "seed": 0}
     assert kind().run(None, cell)["l0_training"] == 10  # of 9, 10 and 11
+
+
+def test_spread_of_what_diverged():
+    assert str(Spread.of([-math.inf, 0.5])) == "-inf"
+    assert str(Spread.of([0.25, 0.75])) == "0.5000 ± 0.3536"
 
 
 @pytest.mark.parametrize("name", ["jumprelu", "sparsity"])

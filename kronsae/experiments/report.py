@@ -15,7 +15,7 @@ TUNING_SEED = 1000
 
 
 class Spread(NamedTuple):
-    """Mean and sample standard deviation (nan for one value)."""
+    """Mean and sample standard deviation (nan for one value, or if any is not finite)."""
 
     mean: float
     deviation: float
@@ -23,7 +23,8 @@ class Spread(NamedTuple):
     @classmethod
     def of(cls, values: Iterable[float]) -> "Spread":
         values = list(values)
-        deviation = statistics.stdev(values) if len(values) > 1 else math.nan
+        several = len(values) > 1 and all(map(math.isfinite, values))
+        deviation = statistics.stdev(values) if several else math.nan
         return cls(statistics.fmean(values), deviation)
 
     def __str__(self) -> str:
