@@ -2,7 +2,7 @@
 
 Training only aims a JumpReLU SAE at k active latents a token, and more of them explain more. So
 the table has two L0s beside the aim: that of the last steps, which says whether training met it,
-and that on held-out tokens, a text of its own, whose L0 may be another. JumpReLU is judged at the
+and that on held-out tokens, which may differ since their text is another. JumpReLU is judged at the
 L0 on held-out tokens, against the curve of TopK, unless training missed its aim by more than MISS.
 A learning rate at which it misses is chosen only if it misses at all rates.
 """
