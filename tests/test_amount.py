@@ -86,6 +86,21 @@ def test_the_number_is_close(tmp_path, monkeypatch, model, name):
     assert count_tokens(config, model.tokenizer, LENGTH, text) == pytest.approx(expected, rel=0.03)
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
+def test_long_documents_that_begin_otherwise(tmp_path, model, name):
+    """Pieces come from all of a document: digits, a token each, are all of its beginning."""
+    drawn = random.Random(0)
+    long = [
+        "".join(drawn.choices("0123456789", k=20_000)) + " the cat sat on a mat" * 5_000
+        for _ in range(3)
+    ]
+    path = write(tmp_path / name, [*long, *documents(50)])
+    config = DataConfig(dataset=str(path), context_length=LENGTH, heldout_tokens=HELDOUT)
+    text = open_text(config, 0)
+    expected = counted(open_text(config, 0), model, config)
+    assert count_tokens(config, model.tokenizer, LENGTH, text) == pytest.approx(expected, rel=0.05)
+
+
 def test_many_files_are_sampled(tmp_path, monkeypatch, model):
     monkeypatch.setattr(amount, "SAMPLE_FILES", 3)
     texts = documents()

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from kronsae.config import DataConfig
-from kronsae.data.document import as_document, kind_of_value, sizes
+from kronsae.data.document import Document, as_document, kind_of_value, sizes
 from kronsae.data.images import count_patches
 from kronsae.data.packing import Packer, left_out_ids, trained_on
 from kronsae.data.text import (
@@ -26,10 +26,15 @@ from kronsae.data.text import (
     settings_of_files,
 )
 
-SAMPLE_DOCUMENTS = 256
+SAMPLE_DOCUMENTS = 512
 
-SAMPLE_CHARACTERS = 20_000
-"""Characters of a sampled document that are tokenised."""
+SAMPLE_CHARACTERS = 500
+"""Length of the pieces of sampled texts that are tokenised. They come from anywhere in a text: its
+beginning often has more tokens a character than the rest. A text gives one piece, or several where
+there are few texts."""
+
+GOLDEN = 0.618
+"""Multiples of it, modulo 1, are spread evenly, however many there are."""
 
 SAMPLE_FILES = 8
 
@@ -79,21 +84,39 @@ def count_tokens(
         return None
     for kind in {kind_of_value(x) for x in sample.documents if x}:
         check_roles(config, kind)
-    beginnings = [x[:SAMPLE_CHARACTERS] if isinstance(x, str) else x for x in sample.documents]
-    documents = [checked_document(x, config.dataset, vocab_size or None) for x in beginnings]
     packer = Packer.of(dataclasses.replace(config, context_length=context_length), tokenizer)
-    read = [[token for part in packer.tokens(x) for token in part] for x in documents if x]
-    every = torch.tensor([token for tokens in read for token in tokens], dtype=torch.int64)
     left_out = left_out_ids(tokenizer, config.exclude_tokens, vocab_size)
-    count = int(trained_on(every, left_out).sum())
-    share = count / max(1, len(every))
-    tokens = max(0.0, sample.size * count / max(1, sizes(documents)) - heldout * share)
+    documents = [checked_document(x, config.dataset, vocab_size or None) for x in sample.documents]
+    size = total = count = contexts = 0.0
+    for number, document in enumerate(documents):
+        if not document:
+            continue
+        pieces = _pieces(document, SAMPLE_DOCUMENTS // len(documents), number * GOLDEN % 1)
+        tokens_of_pieces = (tokens for piece in pieces for tokens in packer.tokens(piece))
+        ids = torch.tensor([token for tokens in tokens_of_pieces for token in tokens]).long()
+        times = sizes([document]) / sizes(pieces)
+        size += sizes([document])
+        total += times * len(ids)
+        count += times * float(trained_on(ids, left_out).sum())
+        contexts += math.ceil(times * len(ids) / context_length)
+    share = count / max(1.0, total)
+    tokens = max(0.0, sample.size * count / max(1.0, size) - heldout * share)
     if not packer.begin:  # the first token of each context is left out
-        contexts = len(every) / context_length
-        if not config.join_documents:
-            contexts = sum(math.ceil(len(tokens) / context_length) for tokens in read)
-        tokens *= max(0.0, 1 - contexts / max(1, len(every)))
+        if config.join_documents:
+            contexts = total / context_length
+        tokens *= max(0.0, 1 - contexts / max(1.0, total))
     return config.epochs * int(tokens)
+
+
+def _pieces(document: Document, count: int, offset: float) -> list[Document]:
+    """At most `count` pieces of a text, evenly spaced; of other documents, all.
+
+    offset: of the pieces in their `count` equal shares of the text, from 0 to 1.
+    """
+    if not isinstance(document, str) or len(document) <= count * SAMPLE_CHARACTERS:
+        return [document]
+    starts = [int((i + offset) / count * (len(document) - SAMPLE_CHARACTERS)) for i in range(count)]
+    return [document[start : start + SAMPLE_CHARACTERS] for start in starts]
 
 
 def _of_indexed(text: IndexedText) -> Sample:
