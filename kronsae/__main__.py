@@ -4,7 +4,7 @@ import difflib
 import sys
 from importlib import import_module
 
-from kronsae.commandline import enduring_output
+from kronsae.commandline import as_command
 from kronsae_kernels import __version__
 
 COMMANDS = {
@@ -33,7 +33,7 @@ kronsae COMMAND --help lists the flags of one, with an example.
 """
 
 
-@enduring_output()
+@as_command()
 def main(argv: list[str] | None = None) -> int:
     """Run a command; returns its exit status, or 2 if there is no such command."""
     argv = sys.argv[1:] if argv is None else argv

@@ -21,6 +21,7 @@ from typing import Any, NoReturn, get_args, get_origin
 from kronsae.config import base_type
 from kronsae.errors import InputError, Notice, first_line, warn
 from kronsae.registry import SAE_KINDS, load_plugin
+from kronsae.system.allocator import keep_freed_memory
 from kronsae.system.devices import seed_everything
 from kronsae.system.documents import parse_json
 from kronsae.system.files import usable_path
@@ -176,8 +177,20 @@ class Enduring:
 
 
 @contextmanager
+def as_command() -> Iterator[None]:
+    """Decorates the `main` of every command: its memory, its threads, and what it prints.
+
+    See `keep_freed_memory`, `limit_threads` and `enduring_output`.
+    """
+    keep_freed_memory()
+    limit_threads()
+    with enduring_output():
+        yield
+
+
+@contextmanager
 def enduring_output() -> Iterator[None]:
-    """Let nothing that is printed end the work; decorates the `main` of every command.
+    """Let nothing that is printed end the work.
 
     If standard output fails, though it has a reader, standard error says so.
     """
@@ -369,7 +382,7 @@ def status_of(error: Exception) -> int:
     return 2
 
 
-@enduring_output()
+@as_command()
 def exit_status(work: Callable[[list[str]], None], argv: Sequence[str] | None) -> int:
     """Run `work` with the arguments of a command line; returns the exit status.
 
@@ -377,7 +390,6 @@ def exit_status(work: Callable[[list[str]], None], argv: Sequence[str] | None) -
     """
     try:
         with stoppable():
-            limit_threads()
             rest = load_plugins(argv)
             seed_everything(0)  # a command with a --seed takes that
             work(rest)

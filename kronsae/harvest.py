@@ -30,7 +30,7 @@ from kronsae.commandline import (
     Parser,
     Terminated,
     add_flag,
-    enduring_output,
+    as_command,
     load_plugins,
     of_machine,
     signal_of,
@@ -148,7 +148,7 @@ RANK_SECONDS = 3600
 """Time that a process waits for another one: for its language model to load, or for a shard."""
 
 
-@enduring_output()
+@as_command()
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 only if the cache is complete and valid.
 

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from kronsae.commandline import (
     Terminated,
-    enduring_output,
+    as_command,
     load_plugins,
     of_machine,
     signal_of,
@@ -69,7 +69,7 @@ from kronsae.training.session import Diverged, FitResult, MemberPlan
 __all__ = ["fit", "fit_many", "main"]
 
 
-@enduring_output()
+@as_command()
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 only when the work was done.
 

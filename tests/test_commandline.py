@@ -13,13 +13,15 @@ import subprocess
 import sys
 import time
 import weakref
+from contextlib import suppress
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from kronsae import InputError, SAEConfig, TrainConfig, harvest, train
+from kronsae import InputError, SAEConfig, TrainConfig, commandline, harvest, train
 from kronsae.__main__ import COMMANDS as ALL_COMMANDS
 from kronsae.__main__ import main as kronsae_command
 from kronsae.commandline import (
@@ -474,3 +476,18 @@ def test_commands_that_are_printed_can_be_pasted(name, tmp_path, capsys):
     subprocess.run(["bash", "-c", command], check=True, cwd=tmp_path)
     assert fit(sae, x, config, out=out, resume=True).tokens == 400
     assert {path.name for path in tmp_path.iterdir()} == {name}
+
+
+@pytest.mark.parametrize("command", ["", *ALL_COMMANDS])
+def test_every_command_sets_up_memory_and_threads(monkeypatch, capsys, command):
+    """Also `python -m kronsae.COMMAND`, which does not go through `kronsae`."""
+    calls = []
+    monkeypatch.setattr(commandline, "keep_freed_memory", lambda: calls.append("memory"))
+    monkeypatch.setattr(commandline, "limit_threads", lambda: calls.append("threads"))
+    module = import_module(f"kronsae.{command}".rstrip("."))
+    if hasattr(module, "__path__"):
+        module = import_module(f"{module.__name__}.__main__")
+    with suppress(SystemExit):
+        module.main(["--help"])
+    assert calls == ["memory", "threads"]
+    assert "kronsae" in capsys.readouterr().out

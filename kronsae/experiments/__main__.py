@@ -12,7 +12,7 @@ from kronsae.commandline import (
     Parser,
     Terminated,
     add_flag,
-    enduring_output,
+    as_command,
     load_plugins,
     signal_of,
     status_of,
@@ -80,7 +80,7 @@ def parse(name: str, argv: list[str]) -> tuple[Experiment, Path]:
     return kind(**{**preset, **flags}), out
 
 
-@enduring_output()
+@as_command()
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit status: 0 only when the experiment is complete.
 
