@@ -15,7 +15,7 @@ VERSION = (ROOT / "kronsae_kernels" / "version.py").read_text(encoding="utf-8").
 PACKAGE_DATA = {
     "kronsae": ["py.typed", "*.j2"],
     "kronsae_kernels": ["py.typed"],
-    "kronsae.embedded": ["*/*"],
+    "kronsae.embedded": ["stdlib-4m/*"],
     "kronsae.explore": ["page/*"],
     "kronsae.features": ["*.j2"],
     "kronsae_kernels.triton_impl": ["*.json"],
