@@ -12,7 +12,7 @@ def kinds(outputs: list[dict]) -> list[tuple[str, list[str]]]:
     return [(each["output_type"], sorted(each.get("data", {}))) for each in outputs]
 
 
-@pytest.mark.one_in(2)
+@pytest.mark.one_in(4)
 @pytest.mark.long
 @pytest.mark.parametrize("path", TUTORIALS, ids=lambda path: path.stem)
 def test_it_runs_and_shows_the_same_kinds_of_outputs(path, tmp_path, monkeypatch):
