@@ -21,11 +21,10 @@ from typing import Any, NoReturn, get_args, get_origin
 from kronsae.config import base_type
 from kronsae.errors import InputError, Notice, first_line, warn
 from kronsae.registry import SAE_KINDS, load_plugin
-from kronsae.system.allocator import keep_freed_memory
 from kronsae.system.devices import seed_everything
 from kronsae.system.documents import parse_json
 from kronsae.system.files import usable_path
-from kronsae.system.threads import limit_threads
+from kronsae.system.threads import limited_threads
 
 
 class Terminated(BaseException):
@@ -178,13 +177,11 @@ class Enduring:
 
 @contextmanager
 def as_command() -> Iterator[None]:
-    """Decorates the `main` of every command: its memory, its threads, and what it prints.
+    """Set up threads and output of a command, and restore both; decorates every `main`.
 
-    See `keep_freed_memory`, `limit_threads` and `enduring_output`.
+    See `limited_threads` and `enduring_output`.
     """
-    keep_freed_memory()
-    limit_threads()
-    with enduring_output():
+    with limited_threads(), enduring_output():
         yield
 
 

@@ -86,15 +86,26 @@ def test_the_number_is_close(tmp_path, monkeypatch, model, name):
     assert count_tokens(config, model.tokenizer, LENGTH, text) == pytest.approx(expected, rel=0.03)
 
 
+def digits(count):
+    """Each is a token."""
+    return "".join(random.Random(count).choices("0123456789", k=count))
+
+
+SENTENCE = " the cat sat on a mat"
+UNEVEN = {
+    "long ones": [digits(20_000) + SENTENCE * 5_000] * 3 + documents(50),
+    "one book": [*documents(299), (digits(3_000) + SENTENCE * 300) * 20],
+    "beginnings": [digits(200) + SENTENCE * 40] * 700,
+    "both ends": [digits(120) + SENTENCE * 27 + digits(120)] * 700,
+    "bytes": ["一二三四五六七八九十" * 100, SENTENCE * 50] * 300,
+}
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.txt"])
-def test_long_documents_that_begin_otherwise(tmp_path, model, name):
-    """Pieces come from all of a document: digits, a token each, are all of its beginning."""
-    drawn = random.Random(0)
-    long = [
-        "".join(drawn.choices("0123456789", k=20_000)) + " the cat sat on a mat" * 5_000
-        for _ in range(3)
-    ]
-    path = write(tmp_path / name, [*long, *documents(50)])
+@pytest.mark.parametrize("texts", UNEVEN)
+def test_documents_that_are_not_the_same_all_through(tmp_path, model, texts, name):
+    """Pieces come from all of a document, and more of them from longer ones."""
+    path = write(tmp_path / name, UNEVEN[texts])
     config = DataConfig(dataset=str(path), context_length=LENGTH, heldout_tokens=HELDOUT)
     text = open_text(config, 0)
     expected = counted(open_text(config, 0), model, config)

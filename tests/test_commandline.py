@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 import weakref
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from pathlib import Path
 
@@ -479,15 +479,20 @@ def test_commands_that_are_printed_can_be_pasted(name, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("command", ["", *ALL_COMMANDS])
-def test_every_command_sets_up_memory_and_threads(monkeypatch, capsys, command):
+def test_every_command_limits_threads(monkeypatch, capsys, command):
     """Also `python -m kronsae.COMMAND`, which does not go through `kronsae`."""
     calls = []
-    monkeypatch.setattr(commandline, "keep_freed_memory", lambda: calls.append("memory"))
-    monkeypatch.setattr(commandline, "limit_threads", lambda: calls.append("threads"))
+
+    @contextmanager
+    def limited():
+        calls.append(command)
+        yield
+
+    monkeypatch.setattr(commandline, "limited_threads", limited)
     module = import_module(f"kronsae.{command}".rstrip("."))
     if hasattr(module, "__path__"):
         module = import_module(f"{module.__name__}.__main__")
     with suppress(SystemExit):
         module.main(["--help"])
-    assert calls == ["memory", "threads"]
+    assert calls == [command]
     assert "kronsae" in capsys.readouterr().out

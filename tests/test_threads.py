@@ -98,11 +98,12 @@ def test_threads_are_no_more_than_processors(fresh):
         torch.set_num_threads(2)
         for count, expected in ((8.0, 2), (2.0, 2), (1.9, 1), (0.3, 1)):
             fresh.setattr(threads, "processors", lambda count=count: count)
-            threads.limit_threads()
-            assert torch.get_num_threads() == expected
-            torch.set_num_threads(2)
+            with threads.limited_threads():
+                assert torch.get_num_threads() == expected
+            assert torch.get_num_threads() == 2
         fresh.setenv("OMP_NUM_THREADS", "2")
-        threads.limit_threads()
-        assert torch.get_num_threads() == 2
+        fresh.setattr(threads, "processors", lambda: 1.0)
+        with threads.limited_threads():
+            assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(before)

@@ -29,12 +29,11 @@ from kronsae.data.text import (
 SAMPLE_DOCUMENTS = 512
 
 SAMPLE_CHARACTERS = 500
-"""Length of the pieces of sampled texts that are tokenised. They come from anywhere in a text: its
-beginning often has more tokens a character than the rest. A text gives one piece, or several where
-there are few texts."""
+"""Length of the pieces of sampled texts that are tokenised: from anywhere in a text, since its
+beginning often has more tokens a character than the rest, and more of them from longer texts."""
 
-GOLDEN = 0.618
-"""Multiples of it, modulo 1, are spread evenly, however many there are."""
+GOLDEN = (5**0.5 - 1) / 2
+"""Its multiples, modulo 1, are spread evenly."""
 
 SAMPLE_FILES = 8
 
@@ -87,14 +86,20 @@ def count_tokens(
     packer = Packer.of(dataclasses.replace(config, context_length=context_length), tokenizer)
     left_out = left_out_ids(tokenizer, config.exclude_tokens, vocab_size)
     documents = [checked_document(x, config.dataset, vocab_size or None) for x in sample.documents]
+    characters = sum(len(document) for document in documents if isinstance(document, str))
+    if not characters:  # conversations, or token ids: they are read whole
+        documents = documents[::2]
     size = total = count = contexts = 0.0
     for number, document in enumerate(documents):
         if not document:
             continue
-        pieces = _pieces(document, SAMPLE_DOCUMENTS // len(documents), number * GOLDEN % 1)
+        pieces: Sequence[Document] = [document]
+        if isinstance(document, str):
+            wanted = max(1, round(SAMPLE_DOCUMENTS * len(document) / characters))
+            pieces = _pieces(document, wanted, number * GOLDEN % 1)
         tokens_of_pieces = (tokens for piece in pieces for tokens in packer.tokens(piece))
         ids = torch.tensor([token for tokens in tokens_of_pieces for token in tokens]).long()
-        times = sizes([document]) / sizes(pieces)
+        times = len(document) / sum(map(len, pieces))
         size += sizes([document])
         total += times * len(ids)
         count += times * float(trained_on(ids, left_out).sum())
@@ -108,15 +113,16 @@ def count_tokens(
     return config.epochs * int(tokens)
 
 
-def _pieces(document: Document, count: int, offset: float) -> list[Document]:
-    """At most `count` pieces of a text, evenly spaced; of other documents, all.
+def _pieces(text: str, count: int, offset: float) -> list[str]:
+    """At most `count` pieces of a text, evenly spaced; its end goes on with its beginning.
 
     offset: of the pieces in their `count` equal shares of the text, from 0 to 1.
     """
-    if not isinstance(document, str) or len(document) <= count * SAMPLE_CHARACTERS:
-        return [document]
-    starts = [int((i + offset) / count * (len(document) - SAMPLE_CHARACTERS)) for i in range(count)]
-    return [document[start : start + SAMPLE_CHARACTERS] for start in starts]
+    if len(text) <= count * SAMPLE_CHARACTERS:
+        return [text]
+    starts = [int((i + offset) / count * len(text)) for i in range(count)]
+    around = text + text[:SAMPLE_CHARACTERS]
+    return [around[start : start + SAMPLE_CHARACTERS] for start in starts]
 
 
 def _of_indexed(text: IndexedText) -> Sample:

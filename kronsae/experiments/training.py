@@ -101,6 +101,7 @@ class TrainingExperiment(Experiment):
     encoder_lr_ratio: float = setting(
         1.0, "learning rate of the encoder's matrix, in multiples of that of all others"
     )
+    max_grad_norm: float = setting(0.0, "clip the gradient's norm to this (0: no clipping)")
     seeds: int = axis(3, "trainings of each row")
 
     @abstractmethod
@@ -218,7 +219,11 @@ class TrainingExperiment(Experiment):
             seed=cell["seed"],
             device=self.device,
             eval_every=0,
-            **{"encoder_lr_ratio": self.encoder_lr_ratio, **recipe},
+            **{
+                "encoder_lr_ratio": self.encoder_lr_ratio,
+                "max_grad_norm": self.max_grad_norm,
+                **recipe,
+            },
         )
         x = activations.training(tokens, cell["seed"])
         return fit_whole(sae, x, train_config, Heldout(activations.heldout))

@@ -7,6 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 POLICIES = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME")
@@ -43,12 +44,18 @@ def waiting() -> str:
     return " ".join(f"{name}={os.environ[name]}" for name in POLICIES if os.environ.get(name))
 
 
-def limit_threads() -> None:
+@contextmanager
+def limited_threads() -> Iterator[None]:
     """Use no more threads than processors, where the user has not said how many."""
     import torch
 
+    before = torch.get_num_threads()
     if not any(name in os.environ for name in COUNTS):
-        torch.set_num_threads(max(1, min(torch.get_num_threads(), int(processors()))))
+        torch.set_num_threads(max(1, min(before, int(processors()))))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def processors(root: Path = Path("/sys/fs/cgroup")) -> float:
