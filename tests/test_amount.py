@@ -112,6 +112,19 @@ def test_documents_that_are_not_the_same_all_through(tmp_path, model, texts, nam
     assert count_tokens(config, model.tokenizer, LENGTH, text) == pytest.approx(expected, rel=0.05)
 
 
+def test_all_of_a_few_rows_of_token_ids_are_read(tmp_path, model):
+    """Of two rows one has special tokens alone, which are not trained on."""
+    path = tmp_path / "a.jsonl"
+    rows = [[5] * 1_000, special_ids(model.tokenizer)[:1].tolist() * 1_000]
+    path.write_text("".join(json.dumps({"ids": row}) + "\n" for row in rows))
+    config = DataConfig(
+        **{"dataset": str(path), "text_column": "ids", "context_length": LENGTH},
+        heldout_tokens=1,
+    )
+    expected = 1_000 * (1 - 1 / LENGTH)  # without the first token of each context
+    assert count_tokens(config, model.tokenizer, LENGTH) == pytest.approx(expected, rel=0.01)
+
+
 def test_many_files_are_sampled(tmp_path, monkeypatch, model):
     monkeypatch.setattr(amount, "SAMPLE_FILES", 3)
     texts = documents()

@@ -46,12 +46,14 @@ def waiting() -> str:
 
 @contextmanager
 def limited_threads() -> Iterator[None]:
-    """Use no more threads than processors, where the user has not said how many."""
+    """Use no more threads than processors meanwhile, unless the user has said how many."""
     import torch
 
+    if any(os.environ.get(name) for name in COUNTS):
+        yield
+        return
     before = torch.get_num_threads()
-    if not any(name in os.environ for name in COUNTS):
-        torch.set_num_threads(max(1, min(before, int(processors()))))
+    torch.set_num_threads(max(1, min(before, int(processors()))))
     try:
         yield
     finally:
