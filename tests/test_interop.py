@@ -175,6 +175,16 @@ def test_a_note_that_the_tensors_contradict_is_not_believed(trained, tmp_path):
     torch.testing.assert_close(back.selection.log_threshold.exp(), tensors["threshold"])
 
 
+@pytest.mark.parametrize("setting, value", [("refine", 1), ("experts", 2), ("skip", True)])
+def test_a_note_of_weights_that_are_not_there_is_not_believed(setting, value, trained, tmp_path):
+    folder = FORMATS["sae_lens"].write(trained("topk"), tmp_path / "out")
+    path = folder / "cfg.json"
+    document = json.loads(path.read_text())
+    document["metadata"]["kronsae"]["sae"][setting] = value
+    path.write_text(json.dumps(document))
+    assert not getattr(kronsae.load(folder).config, setting)
+
+
 def test_the_smallest_active_value_of_batchtopk_stays_active(trained, activations, tmp_path):
     """Ours are active from the threshold on, theirs above it."""
     sae = kronsae.load(trained("batchtopk").save(tmp_path / "sae"))

@@ -244,9 +244,9 @@ def _checked_note(note: Any, config: SAEConfig, threshold: Tensor | None) -> SAE
         noted = from_dict(SAEConfig, note["sae"], "note")
     except (InputError, KeyError, TypeError):
         return None
-    same = ("d_model", "d_target", "encoder", "dict_size", "skip")
+    same = ("d_model", "d_target", "encoder", "dict_size", "skip", "experts", "refine")
     agrees = all(getattr(noted, name) == getattr(config, name) for name in same)
-    agrees &= SELECTIONS[noted.selection].can_have(threshold) and not noted.experts
+    agrees &= SELECTIONS[noted.selection].can_have(threshold)
     if SELECTIONS[noted.selection].exact:
         agrees &= noted.k == config.k
     return noted if agrees else None
