@@ -60,10 +60,9 @@ class Comparison(TrainingExperiment):
             rates: list[tuple[dict[str, Any], float]] = []
             rows = [row for row in self.rows() if row["layer"] == layer]
             for row in rows:
-                trial = {**row, "tokens": self.tuning_tokens, "seed": TUNING_SEED}
-                trials = [{**trial, "lr": lr} for lr in self.learning_rates]
+                trials, best = self.trials({**row, "tokens": self.tuning_tokens}, runs)
                 cells += trials
-                if (best := self.best_of(trials, runs)) is not None:
+                if best is not None:
                     rates.append((row, best))
             for equal in self.equal:
                 budget = {"equal": equal, "budget": self.tokens}

@@ -116,20 +116,24 @@ class TrainingExperiment(Experiment):
         """
         cells = []
         for row in self.rows():
-            trials = [{**row, "lr": lr, "seed": TUNING_SEED} for lr in self.learning_rates]
-            best: float | None = trials[0]["lr"]
-            if len(trials) > 1:
-                cells += trials
-                best = self.best_of(trials, runs)
-            if best is None:
-                continue
-            cells += [{**row, "lr": best, "seed": seed} for seed in range(self.seeds)]
+            trials, best = self.trials(row, runs)
+            cells += trials
+            if best is not None:
+                cells += [{**row, "lr": best, "seed": seed} for seed in range(self.seeds)]
         return cells
 
-    def best_of(self, trials: Sequence[dict[str, Any]], runs: Sequence[Run]) -> float | None:
-        """The learning rate of the trial of the greatest merit; None unless all have run."""
-        tried = [run for run in runs if any(matches(run, trial) for trial in trials)]
-        return max(tried, key=self.merit)["lr"] if len(tried) == len(trials) else None
+    def trials(
+        self, row: dict[str, Any], runs: Sequence[Run]
+    ) -> tuple[list[dict[str, Any]], float | None]:
+        """A cell each learning rate of a row, and the rate of the greatest merit among their runs.
+
+        The rate is None unless all have run. A single rate is not tried.
+        """
+        cells = [{**row, "lr": lr, "seed": TUNING_SEED} for lr in self.learning_rates]
+        if len(cells) == 1:
+            return [], cells[0]["lr"]
+        tried = [run for run in runs if any(matches(run, cell) for cell in cells)]
+        return cells, max(tried, key=self.merit)["lr"] if len(tried) == len(cells) else None
 
     def merit(self, run: Run) -> Any:
         """Figure of a run by which its learning rate is chosen: the largest wins."""
