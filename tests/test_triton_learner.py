@@ -280,7 +280,7 @@ def spoiled(x: torch.Tensor, size: float = 1e30) -> torch.Tensor:
     "config, operations_of, kernels_of",
     [
         *((KRON, 14, 12), (DENSE, 16, 12), (NESTED, 16, 15), (BATCH, 32, 14)),
-        (JUMPS["kron"], 48, 22),
+        (JUMPS["kron"], 56, 22),
     ],
     ids=["kron", "dense", "nested", "batchtopk", "jumprelu"],
 )

@@ -307,9 +307,9 @@ class JumpReLU(Selection):
         """Move all thresholds towards an L0 of k."""
         group = sae.mesh.data
         tokens = group.count(len(codes.values), codes.values.device)
-        l0 = group.sum(sae.fired(codes).sum()) / tokens
-        excess = (l0 / self.k - 1).clamp(max=1) * (l0 > 0)  # a step not made has no codes
-        self.log_threshold.add_(self.l0_rate * excess)
+        share = group.sum(sae.fired(codes).sum()) / (tokens * self.k)
+        excess = (share - 1).clamp(max=1) * (share > 0)  # a step not made has no codes
+        self.log_threshold.add_(excess, alpha=self.l0_rate)
 
     @torch.no_grad()
     def scale_(self, factor: float | Tensor) -> None:
