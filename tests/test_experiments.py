@@ -597,7 +597,7 @@ def test_a_comparison_tunes_on_fewer_tokens_and_then_trains_seed_after_seed():
     assert dataclasses.replace(experiment, tuning_tokens=1).longest(64) == tokens[1]
     assert dataclasses.replace(experiment, tuning_tokens=1, equal=("tokens",)).longest(64) == 1000
     single = dataclasses.replace(experiment, learning_rates=(0.2,))
-    assert single.cells([]) == cells
+    assert single.cells([]) == cells and single.longest(64) == tokens[1]
 
 
 def test_saes_of_a_comparison_know_their_model_and_text(tmp_path):

@@ -85,7 +85,8 @@ class Comparison(TrainingExperiment):
 
     def longest(self, d_model: int) -> int:
         cells = product(variant=self.variants, dict_size=self.dict_size, equal=self.equal)
-        return max(self.tuning_tokens, *(self.tokens_of(cell, d_model) for cell in cells))
+        tuning = self.tuning_tokens if len(self.learning_rates) > 1 else 0
+        return max(tuning, *(self.tokens_of(cell, d_model) for cell in cells))
 
     def prepare(self) -> Callable[[int], Activations]:
         """Activations of a layer, those of the last one asked for being kept."""
@@ -159,6 +160,7 @@ class Comparison(TrainingExperiment):
                     axes.errorbar(means, places, xerr=errors, fmt=marker, label=f"at equal {equal}")
                 axes.set_yticks([-i for i in range(len(self.variants))], self.variants)
                 axes.set_ylim(0.5 - len(self.variants), 0.5)
+                axes.locator_params("x", nbins=4)  # labels of close values are long
                 axes.set_xlabel("explained variance")
                 axes.set_title(f"layer {layer}")
                 axes.grid(axis="y", alpha=0.3)
