@@ -62,7 +62,6 @@ def make_parser() -> argparse.ArgumentParser:
     given("--dict-size", type=int, default=8192, help="latents")
     given("--k", type=int, default=32, help="active latents a token")
     given("--tokens", type=int, default=500_000, help="tokens to train each SAE on")
-    given("--tuning-tokens", type=int, default=100_000, help="tokens to try each learning rate on")
     rates = [0.002, 0.004, 0.008, 0.016]
     given("--learning-rates", type=float, nargs="+", default=rates, help="to choose from")
     given("--seeds", type=int, default=3, help="trainings of each SAE")
@@ -76,7 +75,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 def comparison(options: argparse.Namespace, layer: int) -> Comparison:
     """The experiment of a layer."""
-    shared = ("dict_size", "k", "tokens", "tuning_tokens", "seeds")
+    shared = ("dict_size", "k", "tokens", "seeds")
     return Comparison(
         layer=(layer,),
         learning_rates=tuple(options.learning_rates),
@@ -93,7 +92,7 @@ def commands(options: argparse.Namespace, d_model: int) -> list[list[list[str]]]
     harvest += ["--layer", *layers, "--tokens", str(harvested), "--bos", options.bos]
     harvest += ["--context-length", str(options.context_length), "--out", f"{out}/cache"]
     shared = ["--dict-size", str(options.dict_size), "--k", str(options.k)]
-    shared += ["--tokens", str(options.tokens), "--tuning-tokens", str(options.tuning_tokens)]
+    shared += ["--tokens", str(options.tokens)]
     shared += ["--learning-rates", *map(str, options.learning_rates)]
     shared += ["--seeds", str(options.seeds), "--variants", *options.variants]
     train = [
@@ -114,6 +113,8 @@ def commands(options: argparse.Namespace, d_model: int) -> list[list[list[str]]]
 def hours(options: argparse.Namespace, d_model: int) -> float:
     """Hours of all trainings, if each has a thread of its own: from steps timed here."""
     experiment, seconds = comparison(options, options.layer[0]), 0.0
+    rates = len(options.learning_rates)
+    trainings = options.seeds + (rates if rates > 1 else 0)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     x = torch.randn(experiment.batch_size, d_model)
@@ -125,9 +126,7 @@ def hours(options: argparse.Namespace, d_model: int) -> float:
             began = time.perf_counter()
             learner.step(x)
             times.append(time.perf_counter() - began)
-        tokens = options.tuning_tokens * len(options.learning_rates)
-        for equal in experiment.budgets(row["variant"]):
-            tokens += options.seeds * experiment.tokens_of({**row, "equal": equal}, d_model)
+        tokens = trainings * experiment.tokens_of(row, d_model)
         seconds += tokens / len(x) * min(times[1:])
     torch.set_num_threads(threads)
     return seconds * len(options.layer) / 3600

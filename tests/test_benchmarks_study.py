@@ -10,7 +10,7 @@ from benchmarks import study
 from kronsae.experiments.report import TUNING_SEED
 
 MODEL = Path(kronsae.embedded.__file__).parent / "stdlib-4m"
-SMALL = ["--dict-size", "128", "--k", "8", "--tokens", "4096", "--tuning-tokens", "1024"]
+SMALL = ["--dict-size", "128", "--k", "8", "--tokens", "4096"]
 SMALL += ["--variants", "topk", "m2n4", "--learning-rates", "0.01", "--seeds", "2"]
 
 
@@ -26,7 +26,7 @@ def test_the_plan_says_hours_and_commands(tmp_path, capsys):
     assert hours == "about 0.0 hours of a thread to train"
     assert harvest.startswith(f"kronsae harvest --model {MODEL} --dataset stdlib --layer 2")
     assert int(harvest.partition("--tokens ")[2].split()[0]) > 4096  # at equal FLOPs Kron sees more
-    assert train.startswith("kronsae experiments comparison") and "--tuning-tokens 1024" in train
+    assert train.startswith("kronsae experiments comparison") and "--tokens 4096" in train
     assert evaluate.endswith(f"--absorption --probe source --out {tmp_path}/evaluation-2")
 
 
@@ -39,7 +39,7 @@ def test_a_table_has_means_over_seeds(tmp_path):
             run = {"variant": variant, "equal": equal, "tokens": 4096, "flops_share": 0.5}
             runs.append({**run, "sae": name, "seed": seed})
             judged.append({"name": name, "metrics": {"explained_variance": 0.5 + seed / 10}})
-    runs.append({"variant": "topk", "lr": 0.1, "tokens": 1024, "seed": TUNING_SEED})
+    runs.append({"variant": "topk", "lr": 0.1, "tokens": 4096, "seed": TUNING_SEED})
     for layer in (1, 2):
         for folder, file, content in (
             (f"layer{layer}", "comparison.json", {"runs": runs}),

@@ -571,33 +571,33 @@ def test_latents_are_grouped_into_heads_by_their_rows():
     torch.testing.assert_close(values, dense.encode(x).values, atol=1e-4, rtol=1e-4)
 
 
-def test_a_comparison_tunes_on_fewer_tokens_and_then_trains_seed_after_seed():
+def test_a_comparison_tunes_each_budget_on_as_many_tokens_as_it_trains():
     experiment = EXPERIMENTS["comparison"](
         layer=(1, 2), variants=("topk", "m2n4"), learning_rates=(0.1, 0.2), seeds=2, tokens=1000
     )
     trials = experiment.cells([])
-    assert [(c["layer"], c["variant"], c["lr"]) for c in trials] == [
-        (layer, variant, lr)
-        for layer in (1, 2)
-        for variant in ("topk", "m2n4")
-        for lr in (0.1, 0.2)
+    rows = [("tokens", "topk"), ("tokens", "m2n4"), ("FLOPs", "m2n4")]
+    assert [(c["layer"], c["equal"], c["variant"], c["lr"]) for c in trials] == [
+        (layer, *row, lr) for layer in (1, 2) for row in rows for lr in (0.1, 0.2)
     ]
-    assert {(c["tokens"], c["seed"]) for c in trials} == {(experiment.tuning_tokens, TUNING_SEED)}
-    runs = [{**cell, "explained_variance": cell["lr"]} for cell in trials]
-    cells = [cell for cell in experiment.cells(runs) if cell not in trials]
-    assert {cell["lr"] for cell in cells} == {0.2}
-    of_first = [(c["seed"], c["variant"], c["equal"]) for c in cells if c["layer"] == 1]
-    assert of_first == [
-        *((0, "topk", "tokens"), (0, "m2n4", "tokens"), (1, "topk", "tokens")),
-        *((1, "m2n4", "tokens"), (0, "m2n4", "FLOPs"), (1, "m2n4", "FLOPs")),
+    assert {c["seed"] for c in trials} == {TUNING_SEED}
+    tokens = [experiment.tokens_of(cell, 64) for cell in trials[:6]]
+    assert tokens[:4] == [1000] * 4  # a trial is as long as the trainings
+    assert 1200 < tokens[4] == tokens[5] < 1350  # 6 rows for 8 latents
+    assert experiment.longest(64) == tokens[5]
+    # Of m2n4 the larger rate is better on few tokens, the smaller one on more.
+    runs = [
+        {**c, "explained_variance": c["lr"] if c["equal"] == "tokens" else -c["lr"]} for c in trials
     ]
-    tokens = [experiment.tokens_of(cell, 64) for cell in cells[3:5]]
-    assert tokens[0] == 1000 and 1200 < tokens[1] < 1350  # 6 rows for 8 latents
-    assert experiment.longest(64) == experiment.tuning_tokens
-    assert dataclasses.replace(experiment, tuning_tokens=1).longest(64) == tokens[1]
-    assert dataclasses.replace(experiment, tuning_tokens=1, equal=("tokens",)).longest(64) == 1000
+    cells = [c for c in experiment.cells(runs) if c not in trials and c["layer"] == 1]
+    assert [(c["equal"], c["variant"], c["lr"], c["seed"]) for c in cells] == [
+        (*row, rate, seed)
+        for row, rate in zip(rows, (0.2, 0.2, 0.1), strict=True)
+        for seed in (0, 1)
+    ]
     single = dataclasses.replace(experiment, learning_rates=(0.2,))
-    assert single.cells([]) == cells and single.longest(64) == tokens[1]
+    assert {(c["lr"], c["seed"]) for c in single.cells([])} == {(0.2, 0), (0.2, 1)}
+    assert dataclasses.replace(experiment, equal=("tokens",)).longest(64) == 1000
 
 
 def test_saes_of_a_comparison_know_their_model_and_text(tmp_path):
@@ -605,7 +605,13 @@ def test_saes_of_a_comparison_know_their_model_and_text(tmp_path):
 
     kind = EXPERIMENTS["comparison"]
     experiment = kind(**kind.smallest | {"saes": str(tmp_path), "layer": (1,)})
-    cell = {"layer": 1, "variant": "m2n4-refined", "dict_size": 128, "equal": "tokens"}
+    cell = {
+        "layer": 1,
+        "variant": "m2n4-refined",
+        "dict_size": 128,
+        "equal": "tokens",
+        "budget": 2048,
+    }
     figures = experiment.run(experiment.prepare(), {**cell, "lr": 0.01, "seed": 0})
     loaded = load_sae(str(tmp_path / figures["sae"]), {})
     assert figures["tokens"] == loaded.sae.metadata["tokens"] == 2048
@@ -620,7 +626,7 @@ def again_at(folder, experiment):
 def test_settings_of_runs_from_a_cache_are_those_of_the_cache(tmp_path, monkeypatch):
     cached.make(monkeypatch, tmp_path / "cache")
     kind = EXPERIMENTS["comparison"]
-    few = {"tokens": 256, "tuning_tokens": 128, "batch_size": 64, "seeds": 1}
+    few = {"tokens": 256, "batch_size": 64, "seeds": 1}
     given = {"cache": str(tmp_path / "cache"), "layer": (1,), "variants": ("topk",)}
     experiment = kind(**kind.smallest | given | few)
     runs = again_at(tmp_path, experiment)
@@ -651,7 +657,7 @@ def test_a_cell_reads_the_same_tokens_of_a_cache_beside_longer_ones(tmp_path, mo
     short = jumprelu(**given, tokens=128).activations().x
     assert short.shape[0] == 128
     assert jumprelu(**given, tokens=(128, 256)).activations().x[:128].equal(short)
-    longer = comparison(**given | {"layer": (1,)}, tokens=256, tuning_tokens=64)
+    longer = comparison(**given | {"layer": (1,)}, tokens=256)
     assert longer.activations(layer=1).x[:128].equal(short)
 
 

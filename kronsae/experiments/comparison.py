@@ -1,7 +1,8 @@
 """SAEs side by side at equal tokens and at equal FLOPs, at several layers. [KronSAE, Table 4]
 
-The learning rate of each SAE is chosen on fewer tokens than the trainings have. At equal FLOPs an
-SAE with a Kron encoder spends on its forward passes what a TopK SAE spends at equal tokens (eq. 7).
+At equal FLOPs an SAE with a Kron encoder spends on its forward passes what a TopK SAE spends at
+equal tokens (eq. 7). The learning rate of an SAE is chosen for each budget, on as many tokens as
+its trainings have: a rate that is best after fewer tokens can be too small or too large for more.
 """
 
 import dataclasses
@@ -35,7 +36,7 @@ class Comparison(TrainingExperiment):
     figure = "Table 4"
     statement = "At equal tokens TopK explains more than KronSAE; at equal FLOPs, KronSAE more."
     smallest = SMALLEST | {
-        **{"layer": (2,), "tokens": 2048, "tuning_tokens": 1024, "dict_size": 128},
+        **{"layer": (2,), "tokens": 2048, "dict_size": 128},
         "variants": ("topk", "m2n4", "topk-refined", "m2n4-refined"),
     }
     paper = QWEN | {"layer": (14,), "tokens": 125_000_000, "dict_size": 32768}
@@ -48,45 +49,25 @@ class Comparison(TrainingExperiment):
     dict_size: int = axis(4096, "dictionary size F")
     equal: tuple[str, ...] = axis((EQUAL_TOKENS, EQUAL_FLOPS), "in what SAEs are equal")
     tokens: int = axis(400_000, "tokens of a training, at equal tokens")
-    tuning_tokens: int = axis(100_000, "tokens of a training that tries a learning rate")
 
     def rows(self) -> list[dict[str, Any]]:
-        return product(layer=self.layer, variant=self.variants, dict_size=self.dict_size)
-
-    def cells(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
-        """At each layer the trials of all learning rates, then each budget, seed after seed."""
-        cells = []
-        for layer in self.layer:
-            rates: list[tuple[dict[str, Any], float]] = []
-            rows = [row for row in self.rows() if row["layer"] == layer]
-            for row in rows:
-                trials, best = self.trials({**row, "tokens": self.tuning_tokens}, runs)
-                cells += trials
-                if best is not None:
-                    rates.append((row, best))
-            for equal in self.equal:
-                budget = {"equal": equal, "budget": self.tokens}
-                for seed in range(self.seeds):
-                    for row, lr in rates:
-                        if equal in self.budgets(row["variant"]):
-                            cells.append({**row, **budget, "lr": lr, "seed": seed})
-        return cells
-
-    def budgets(self, variant: str) -> tuple[str, ...]:
-        """What a variant is held equal in: a dense encoder, in tokens alone."""
-        budgets = (EQUAL_TOKENS,) if variant == dense_form(variant) else (EQUAL_TOKENS, EQUAL_FLOPS)
-        return tuple(equal for equal in self.equal if equal in budgets)
+        """SAEs by layer and budget; those with a dense encoder are held equal in tokens alone."""
+        return [
+            {**row, "budget": self.tokens}
+            for row in product(
+                layer=self.layer,
+                equal=self.equal,
+                variant=self.variants,
+                dict_size=self.dict_size,
+            )
+            if row["equal"] == EQUAL_TOKENS or row["variant"] != dense_form(row["variant"])
+        ]
 
     def tokens_of(self, row: dict[str, Any], d_model: int) -> int:
-        if row.get("equal") == EQUAL_FLOPS:
-            variant, size = row["variant"], row["dict_size"]
-            return equal_flops_tokens(variant, size, self.k, d_model, self.tokens)
-        return row.get("tokens", self.tokens)
-
-    def longest(self, d_model: int) -> int:
-        cells = product(variant=self.variants, dict_size=self.dict_size, equal=self.equal)
-        tuning = self.tuning_tokens if len(self.learning_rates) > 1 else 0
-        return max(tuning, *(self.tokens_of(cell, d_model) for cell in cells))
+        if row["equal"] == EQUAL_TOKENS:
+            return row["budget"]
+        variant, size = row["variant"], row["dict_size"]
+        return equal_flops_tokens(variant, size, self.k, d_model, row["budget"])
 
     def prepare(self) -> Callable[[int], Activations]:
         """Activations of a layer, those of the last one asked for being kept."""
@@ -119,7 +100,8 @@ class Comparison(TrainingExperiment):
             by_budget = [spreads.get((layer, variant, b), "") for b in (EQUAL_TOKENS, EQUAL_FLOPS)]
             dead = Spread.of(run["dead_share"] for run in group)
             share = f"{group[0]['flops_share']:.2f}"
-            rows.append([layer, variant, share, f"{group[0]['lr']:g}", *by_budget, dead])
+            rates = ", ".join(dict.fromkeys(f"{run['lr']:g}" for run in group))
+            rows.append([layer, variant, share, rates, *by_budget, dead])
         header = ["layer", "SAE", f"FLOPs, of {BASELINE}'s", "learning rate"]
         header += ["at equal tokens", "at equal FLOPs", "dead latents"]
         return markdown(header, rows), self.sentence(spreads)
