@@ -22,6 +22,7 @@ from kronsae.experiments.grid import missing_cells, run_grid
 from kronsae.experiments.report import TUNING_SEED, Spread, grouped
 from kronsae.experiments.training import TrainingExperiment
 from kronsae.experiments.variants import sae_config, with_dense_forms
+from kronsae.model.flops import flops_per_token
 from kronsae.model.sae import SAE
 from kronsae.training.session import FitResult
 from kronsae_kernels import SparseCodes
@@ -290,10 +291,22 @@ def test_families(family, expected):
 
 
 def test_kron_forms_stand_behind_their_dense_forms():
-    variants = ("topk", "m2n4", "switch-m2n4", "h8m2n4-mul", "switch-m4n4")
+    variants = ("topk", "m2n4", "switch-m2n4", "h8m2n4-mul", "switch-half", "batchtopk-half")
     assert with_dense_forms(variants) == (
-        "topk", "m2n4", "switch", "switch-m2n4", "h8m2n4-mul", "switch-m4n4"
+        "topk", "m2n4", "switch", "switch-m2n4", "h8m2n4-mul", "switch-half", "batchtopk",
+        "batchtopk-half",
     )  # fmt: skip
+
+
+def test_a_dense_sae_with_half_of_the_latents_costs_what_m4n4_does():
+    half, kron, dense = (
+        dataclasses.replace(sae_config(name, 1024, 32), d_model=64)
+        for name in ("batchtopk-half-refined", "batchtopk-m4n4-refined", "batchtopk-refined")
+    )
+    assert (half.encoder, half.dict_size) == ("dense", 512)
+    assert dataclasses.replace(half, dict_size=1024) == dense
+    products = 1024  # of base and extension pre-latents, on top of the encoder's rows
+    assert flops_per_token(kron) - flops_per_token(half) == products
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,10 @@
 """SAEs side by side at equal tokens and at equal FLOPs, at several layers. [KronSAE, Table 4]
 
 At equal FLOPs an SAE with a Kron encoder spends on its forward passes what a TopK SAE spends at
-equal tokens (eq. 7). The learning rate of an SAE is chosen for each budget, on as many tokens as
-its trainings have: a rate that is best after fewer tokens can be too small or too large for more.
+equal tokens (eq. 7); so does a dense SAE with half of the latents ("topk-half"), beside which one
+sees what a Kron encoder adds to more tokens. The learning rate of an SAE is chosen for each budget,
+on as many tokens as its trainings have: a rate that is best after fewer tokens can be too small or
+too large for more.
 """
 
 import dataclasses
@@ -44,14 +46,15 @@ class Comparison(TrainingExperiment):
     saes: str | None = setting(None, "folder to save the trained SAEs in (default: none is saved)")
     layer: tuple[int, ...] = axis((2,), "residual streams after these blocks, from 0")  # type: ignore[assignment]
     variants: tuple[str, ...] = axis(
-        ("topk", "m2n4", "m4n4", "m4n8", "topk-refined", "m4n4-refined"), "SAEs to compare"
+        ("topk", "topk-half", "m2n4", "m4n4", "m4n8", "topk-refined", "m4n4-refined"),
+        "SAEs to compare",
     )
     dict_size: int = axis(4096, "dictionary size F")
     equal: tuple[str, ...] = axis((EQUAL_TOKENS, EQUAL_FLOPS), "in what SAEs are equal")
     tokens: int = axis(400_000, "tokens of a training, at equal tokens")
 
     def rows(self) -> list[dict[str, Any]]:
-        """SAEs by layer and budget; those with a dense encoder are held equal in tokens alone."""
+        """SAEs by layer and budget; dense SAEs with all latents are held equal in tokens alone."""
         return [
             {**row, "budget": self.tokens}
             for row in product(
@@ -119,7 +122,7 @@ class Comparison(TrainingExperiment):
             if texts:
                 parts.append(f"at equal {equal} {', '.join(texts)}")
         return (
-            f"Layers at which a Kron form explains at least as much as its dense form: "
+            f"Layers at which an SAE explains at least as much as its dense form: "
             f"{'; '.join(parts) or 'none to compare'} (paper, Table 4: at equal tokens the best "
             "KronSAE is 0.001 to 0.011 below TopK)."
         )

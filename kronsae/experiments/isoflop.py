@@ -1,7 +1,9 @@
 """Explained variance at equal FLOPs, over budgets and dictionary sizes. [KronSAE, Figs. 1, 9]
 
 A budget is what a TopK SAE of the same dictionary size spends on so many tokens (eq. 7); a variant
-with a cheaper encoder sees more tokens for it. The learning rate is chosen for each point. A
+with a cheaper encoder sees more tokens for it. So does a dense SAE with half of the latents
+("topk-half"), which shows what comes from more tokens alone. The learning rate is chosen for each
+point. A
 Matryoshka SAE costs what its plain form does: one pass over the active latents reconstructs from
 all nested prefixes.
 """
@@ -34,10 +36,10 @@ def equal_flops_tokens(variant: str, dict_size: int, k: int, d_model: int, budge
 @dataclasses.dataclass(frozen=True)
 class IsoFLOP(TrainingExperiment):
     figure = "Figs. 1, 9"
-    statement = "How much a Kron encoder explains with the FLOPs of a dense one."
+    statement = "A Kron encoder explains more than a dense one with the same FLOPs."
     smallest = SMALLEST | {
         **{"budgets": (1024, 2048), "dict_sizes": (128,)},
-        "variants": ("m2n4", "matryoshka-m2n4"),
+        "variants": ("topk-half", "m2n4", "matryoshka-m2n4"),
     }
     paper = QWEN | {
         "budgets": (125_000_000, 500_000_000, 1_000_000_000, 2_000_000_000),
@@ -49,7 +51,8 @@ class IsoFLOP(TrainingExperiment):
     budgets: tuple[int, ...] = axis((100_000, 200_000, 400_000), "tokens that a TopK SAE sees")
     dict_sizes: tuple[int, ...] = axis((2048, 4096), "dictionary sizes F")
     variants: tuple[str, ...] = axis(
-        ("m2n4", "m4n4", "matryoshka-m2n4"), "Kron forms, each held against its dense form"
+        ("topk-half", "m2n4", "m4n4", "matryoshka-m2n4"),
+        "SAEs, each held against its dense form: Kron forms, or half as many latents",
     )
     seeds: int = axis(2, "trainings of each point")
 

@@ -1,4 +1,4 @@
-"""SAEs that experiments compare, by short names: Kron forms, and the dense forms beside them."""
+"""SAEs that experiments compare, by short names: dense ones, and the Kron forms of these."""
 
 import re
 from collections.abc import Callable, Iterable
@@ -21,13 +21,18 @@ REFINED = "-refined"
 """End of the name of a variant whose values one gradient step refines (`SAEConfig.refine`)."""
 
 
+HALF = "half"
+"""Shape of a dense encoder with dict_size / 2 latents: it has as many rows as m4n4."""
+
+
 def sae_config(variant: str, dict_size: int, k: int) -> SAEConfig:
     """The SAE that a variant's name means.
 
-    "topk", "batchtopk", "matryoshka", "switch", "jumprelu": a dense encoder; "m2n4": KronSAE with
-    m = 2, n = 4 (and as many heads as dict_size takes); "matryoshka-m2n4": the Kron form of another
-    family than TopK; "h8m2n4": with its heads, which must agree; "m2n4-relu_mul": another
-    composition than mAND; "topk-refined", "m2n4-refined": with one step that refines values.
+    "topk", "batchtopk", "matryoshka", "switch", "jumprelu": a dense encoder; "topk-half": one with
+    dict_size / 2 latents; "m2n4": KronSAE with m = 2, n = 4 (and as many heads as dict_size takes);
+    "matryoshka-m2n4": the Kron form of another family than TopK; "h8m2n4": with its heads, which
+    must agree; "m2n4-relu_mul": another composition than mAND; "topk-refined", "m2n4-refined": with
+    one step that refines values.
     Raises InputError for any other name, and where dict_size does not fit the variant.
     """
     refine = int(variant.endswith(REFINED))
@@ -37,10 +42,12 @@ def sae_config(variant: str, dict_size: int, k: int) -> SAEConfig:
     if variant == family:
         return SAEConfig(encoder="dense", **given)
     shape = variant.removeprefix(f"{family}-")
+    if shape == HALF:
+        return SAEConfig(encoder="dense", **given | {"dict_size": dict_size // 2})
     match = re.fullmatch(r"(?:h(\d+))?m(\d+)n(\d+)(?:-(\w+))?", shape)
     if match is None:
         raise InputError(
-            f"variant: expected {', '.join(FAMILIES)}, m2n4, h8m2n4, m2n4-relu_mul or "
+            f"variant: expected {', '.join(FAMILIES)}, topk-half, m2n4, h8m2n4, m2n4-relu_mul or "
             f"matryoshka-m2n4, got {variant!r}"
         )
     *widths, composition = match.groups(default="")
@@ -49,19 +56,22 @@ def sae_config(variant: str, dict_size: int, k: int) -> SAEConfig:
 
 
 def dense_form(variant: str) -> str:
-    """The variant with a dense encoder that a Kron form is held against (of itself: itself)."""
+    """The variant with a dense encoder and all latents that another one is held against.
+
+    Of itself: itself.
+    """
     family = variant.partition("-")[0]
     family = family if family in FAMILIES else "topk"
     return family + REFINED * variant.endswith(REFINED)
 
 
 def with_dense_forms(variants: Iterable[str]) -> tuple[str, ...]:
-    """The variants, each family's dense form before its Kron forms, none twice."""
+    """The variants, each family's dense form before the others, none twice."""
     return tuple(dict.fromkeys(name for kron in variants for name in (dense_form(kron), kron)))
 
 
 def wins(spreads: dict[tuple, Spread], better: Callable[[float, float], bool]) -> dict[str, int]:
-    """Number of points at which each Kron form beats its dense form; keys end with a variant."""
+    """Number of points at which each variant beats its dense form; keys end with a variant."""
     counts: dict[str, int] = {}
     for (*point, variant), spread in spreads.items():
         if variant != (dense := dense_form(variant)):
