@@ -6,6 +6,7 @@ train with: each of some rates once, on a seed of its own; RATES_FILE keeps what
 
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -66,6 +67,11 @@ class Budget(NamedTuple):
     @property
     def topk(self) -> SAEConfig:
         return SAEConfig(encoder="dense", **self._sizes)
+
+    @property
+    def topk_half(self) -> SAEConfig:
+        """TopK with half of the latents, which sees about as many tokens as m = n = 4."""
+        return replace(self.topk, dict_size=self.dict_size // 2)
 
     def kron(self, m: int, n: int, **more: float) -> SAEConfig:
         return SAEConfig(m=m, n=n, **self._sizes, **more)
@@ -177,6 +183,7 @@ ROWS = {
     "KronSAE 2x4, ours": Row(lambda budget: budget.kron(2, 4), ours),
     "KronSAE 4x4 refined": Row(lambda budget: budget.kron(4, 4, refine=1), ours),
     "TopK, ours": Row(lambda budget: budget.topk, ours),
+    "TopK, F / 2, ours": Row(lambda budget: budget.topk_half, ours),
     "KronSAE 4x4, listing": Row(lambda budget: budget.kron(4, 4, eps=EPS), plain),
     "TopK, plain PyTorch": Row(lambda budget: budget.topk, plain),
     **{

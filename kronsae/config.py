@@ -485,8 +485,8 @@ class SAEConfig:
 
     @property
     def encoder_rows(self) -> int:
-        """Rows of the encoder matrix: heads (m + n), or dict_size without heads."""
-        return self.heads * (self.m + self.n) or self.dict_size
+        """Rows of the encoder matrix: heads (m + n), or dict_size where each latent has its own."""
+        return ENCODERS[self.encoder].rows(self)
 
     @property
     def matrix_entries(self) -> int:

@@ -23,6 +23,11 @@ ENCODERS = {
     "kron": {"heads": 16, "m": 2, "n": 2},
     "dense": {"encoder": "dense", "dict_size": F},
     "gated": {"encoder": "gated", "dict_size": F},
+    "mixed": {
+        "encoder": "mixed",
+        "dict_size": F,
+        "encoder_settings": {"dense_latents": 16, "head_m": 4, "head_n": 2},
+    },
 }
 SELECTIONS = {name: {"selection": name, "k": 4} for name in ("topk", "batchtopk", "jumprelu")}
 SELECTIONS["relu"] = {"selection": "relu", "selection_settings": {"l1_coefficient": 0.5}}
@@ -44,6 +49,7 @@ ILLEGAL = {
     ("jumprelu", "switch"): "no threshold holds for all tokens",
     ("relu", "switch"): "takes all latents above 0",
     ("gated", "switch"): "has no experts",
+    ("mixed", "switch"): "has no experts",
 }
 ALL = {
     names: {name: value for part in parts for name, value in part.items()}
@@ -82,8 +88,8 @@ def heldout_activations():
 
 
 def test_the_grid_is_what_it_should_be():
-    """3 x 4 x 4 x 2 points, of which those of ILLEGAL say at once why they are not there."""
-    assert len(ALL) == 96 and len(POINTS) == 43
+    """4 x 4 x 4 x 2 points, of which those of ILLEGAL say at once why they are not there."""
+    assert len(ALL) == 128 and len(POINTS) == 54
     for names, settings in ALL.items():
         if BARRED[names]:
             with pytest.raises(InputError, match="|".join(BARRED[names])):

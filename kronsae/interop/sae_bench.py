@@ -65,7 +65,7 @@ def adapt(
     if facts.prepend_bos is None:  # SAEBench needs to know, and assumes it of most SAEs
         facts.prepend_bos = True
     facts.context_size = facts.context_size or 128
-    if sae.config.encoder == "kron":
+    if sae.kind.dense_form(sae.W_enc, sae.b_enc) is None:
         facts.w_enc = PROXY
     return wrapped.to(device=device, dtype=getattr(torch, dtype))
 

@@ -3,6 +3,6 @@
 Importing it registers the kinds of encoders, selections and objectives that come with us.
 """
 
-from kronsae.model import encoder, gated, hierarchical, objectives, relu, selection
+from kronsae.model import encoder, gated, hierarchical, mixed, objectives, relu, selection
 
-__all__ = ["encoder", "gated", "hierarchical", "objectives", "relu", "selection"]
+__all__ = ["encoder", "gated", "hierarchical", "mixed", "objectives", "relu", "selection"]

@@ -50,6 +50,16 @@ class EncoderKind(Kind, nn.Module):
         super().__init__()
         self.config = config
 
+    @classmethod
+    def rows(cls, config: SAEConfig) -> int:
+        """Number of projections, which are the rows of W_enc: by default one for each latent."""
+        return config.dict_size
+
+    @classmethod
+    def pairs(cls, config: SAEConfig) -> int:
+        """Number of latents that are made from two projections."""
+        return 0
+
     def encode(
         self, x: Tensor, w: Tensor, b: Tensor, *, k: int, mask: Tensor | None, impl: str | None
     ) -> SparseCodes:
@@ -169,6 +179,14 @@ class Kron(EncoderKind):
     usual_selection = "TopK"
     factored = fused = shares_heads = True
 
+    @classmethod
+    def rows(cls, config):
+        return config.heads * (config.m + config.n)
+
+    @classmethod
+    def pairs(cls, config):
+        return config.dict_size
+
     @property
     def _gate(self) -> dict[str, Any]:
         config = self.config
@@ -243,7 +261,7 @@ class Dense(EncoderKind):
 class Encoder(nn.Module):
     """Projections of activations, and the latents that they make; `SAE` adds selection and decoder.
 
-    W_enc: [h, m + n, d] (with heads) or [F, d]        b_enc: [h, m + n] or [F]
+    W_enc: [h, m + n, d] (with heads) or [F, d], a kind's `rows` in place of F      b_enc: as these
     kind: the `EncoderKind` that computes latents from them
     router: chooses experts (`kronsae.model.router`), or None
     mesh: the processes that share it, see `SAE`
@@ -267,7 +285,7 @@ class Encoder(nn.Module):
             heads = config.heads // mesh.heads.size
             w_enc = torch.empty(config.m + config.n, heads, d, device=device).transpose(0, 1)
         else:
-            w_enc = torch.empty(self.own_latents, d, device=device)
+            w_enc = torch.empty(config.encoder_rows // mesh.heads.size, d, device=device)
         self.W_enc = nn.Parameter(w_enc)
         self.b_enc = nn.Parameter(torch.zeros(w_enc.shape[:-1], device=device))
         self.router = Router(config.experts, d, device) if config.experts else None
@@ -313,7 +331,7 @@ class Encoder(nn.Module):
             values, indices = self._largest_of_experts(self.router, flat, k, mask, impl)
         else:
             size = self.own_latents
-            own = _largest_allowed(
+            own = largest_allowed(
                 self.kind.products, flat, self.W_enc, self.b_enc, min(k, size), mask, impl
             )
             products, indices = largest(own, k, self.mesh.heads, size)
@@ -334,7 +352,7 @@ class Encoder(nn.Module):
         masks = mask.split(self.latents_per_token) if mask is not None else None
 
         def encode_expert(expert: int, rows: Tensor) -> SparseCodes:
-            values, indices = _largest_allowed(
+            values, indices = largest_allowed(
                 self.kind.encode,
                 *(rows, weights[expert], biases[expert]),
                 *(k, masks[expert] if masks else None, impl),
@@ -389,7 +407,7 @@ class Encoder(nn.Module):
         return codes.values.abs() > self.silent_value
 
 
-def _largest_allowed(
+def largest_allowed(
     encode: Callable[..., SparseCodes],
     x: Tensor,
     w: Tensor,

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from kronsae.config import SAEConfig
 from kronsae.errors import InputError
+from kronsae.registry import ENCODERS
 
 ADAMW = 8
 """Operations on one parameter: two averages, bias corrections, root, division, update."""
@@ -32,25 +33,18 @@ def forward(
     those of the router and of one expert. d_out: width of a transcoder's target. refine: steps that
     each decode once more, and multiply the k rows with the error.
     """
-    d_out = d if d_out is None else d_out
     encode = d * heads * (m + n) + m * n * heads if heads else d * dict_size
-    return encode // max(1, experts) + d * experts + (1 + 2 * refine) * k * d_out + skip * d * d_out
+    return _forward(encode, d, k, experts, d if d_out is None else d_out, skip, refine)
 
 
 def flops_per_token(sae: SAEConfig) -> int:
     """`forward` of a configuration."""
-    return forward(
-        sae.d_model,
-        sae.dict_size,
-        sae.k,
-        heads=sae.heads,
-        m=sae.m,
-        n=sae.n,
-        experts=sae.experts,
-        d_out=sae.d_out,
-        skip=sae.skip,
-        refine=sae.refine,
-    )
+    encode = sae.d_model * sae.encoder_rows + ENCODERS[sae.encoder].pairs(sae)
+    return _forward(encode, sae.d_model, sae.k, sae.experts, sae.d_out, sae.skip, sae.refine)
+
+
+def _forward(encode: int, d: int, k: int, experts: int, d_out: int, skip: bool, refine: int) -> int:
+    return encode // max(1, experts) + d * experts + (1 + 2 * refine) * k * d_out + skip * d * d_out
 
 
 class Step(NamedTuple):

@@ -1,0 +1,126 @@
+"""The mixed encoder: some latents have a projection each, the others are those of Kron heads."""
+
+from dataclasses import dataclass, replace
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from kronsae.config import SAEConfig, check_values, setting
+from kronsae.errors import InputError
+from kronsae.model.encoder import EncoderKind, largest_allowed
+from kronsae.registry import ENCODERS, OBJECTIVES
+from kronsae_kernels import SparseCodes, dense_encode, fused_encode, reference
+
+
+@dataclass(frozen=True)
+class MixedSettings:
+    """Settings of encoder "mixed"."""
+
+    dense_latents: int = setting(
+        0,
+        "mixed: number of latents that have a projection each; all others are in heads (0: about a "
+        "third of dict_size)",
+    )
+    head_m: int = setting(8, "mixed: base pre-latents per head", least=1)
+    head_n: int = setting(8, "mixed: extension pre-latents per head", least=1)
+
+    def __post_init__(self) -> None:
+        check_values(self)
+
+
+@ENCODERS.register("mixed")
+class Mixed(EncoderKind):
+    """dense_latents latents relu(W x + b), then those of heads of head_m base and head_n extension
+    pre-latents, combined by mAND [KronSAE, eq. 2-4].
+
+    W_enc: [R, d], b_enc: [R]; the rows of the dense latents come first, then the base and extension
+    pre-latents of all heads: the first of each head, the second of each, …
+    With heads of 8 by 8 and a third of the latents dense it has about F / 2 rows. [ours]
+    """
+
+    title = "mixed SAE"
+    usual_selection = "TopK"
+    Settings = MixedSettings
+
+    @classmethod
+    def check(cls, config: SAEConfig) -> None:
+        if config.experts:
+            raise InputError("encoder 'mixed' has no experts: leave them out, or take 'kron'")
+        own, size = config.encoder_settings, config.dict_size
+        of_head = own.head_m * own.head_n
+        heads, most = round(2 * size / 3 / of_head), (size - 1) // of_head
+        if most < 1:
+            raise InputError(
+                f"dict_size {size}: encoder 'mixed' needs more latents than one head has, head_m * "
+                f"head_n = {of_head}: take smaller heads, or more latents"
+            )
+        dense = own.dense_latents or size - of_head * min(most, max(1, heads))
+        if not 0 < dense < size or (size - dense) % of_head:
+            near = size - of_head * min(most, max(1, round((size - dense) / of_head)))
+            raise InputError(
+                f"dense_latents {dense}: the other {max(0, size - dense)} of dict_size = {size} "
+                f"latents must form heads of head_m * head_n = {own.head_m} * {own.head_n}, at "
+                f"least one; near it is {near}"
+            )
+        if OBJECTIVES[config.objective].nested:
+            for end in config.prefixes:
+                if end > dense and (end - dense) % of_head:
+                    raise InputError(
+                        f"matryoshka_first {config.matryoshka_first}: the prefix of {end} latents "
+                        f"would split a head of {of_head}, after {dense} dense latents: change "
+                        "dense_latents, or the heads"
+                    )
+        object.__setattr__(config, "encoder_settings", replace(own, dense_latents=dense))
+
+    @classmethod
+    def pairs(cls, config: SAEConfig) -> int:
+        return config.dict_size - config.encoder_settings.dense_latents
+
+    @classmethod
+    def rows(cls, config: SAEConfig) -> int:
+        own = config.encoder_settings
+        heads = cls.pairs(config) // (own.head_m * own.head_n)
+        return own.dense_latents + heads * (own.head_m + own.head_n)
+
+    def _parts(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights or biases of the dense latents [D, …], and of the heads [h, m + n, …]."""
+        own = self.config.encoder_settings
+        dense, heads = w.split([own.dense_latents, len(w) - own.dense_latents])
+        return dense, heads.unflatten(0, (own.head_m + own.head_n, -1)).transpose(0, 1)
+
+    def encode(
+        self, x: Tensor, w: Tensor, b: Tensor, *, k: int, mask: Tensor | None, impl: str | None
+    ) -> SparseCodes:
+        own, flat = self.config.encoder_settings, x.reshape(-1, x.shape[-1])
+        (w_dense, w_heads), (b_dense, b_heads) = self._parts(w), self._parts(b)
+        sizes = own.dense_latents, self.config.dict_size - own.dense_latents
+        of_dense, of_heads = (None, None) if mask is None else mask.split(sizes)
+        encode_heads = partial(fused_encode, m=own.head_m)
+        few = [min(k, size) for size in sizes]
+        parts = (
+            largest_allowed(dense_encode, flat, w_dense, b_dense, few[0], of_dense, impl),
+            largest_allowed(encode_heads, flat, w_heads, b_heads, few[1], of_heads, impl),
+        )
+        values = torch.cat([part.values for part in parts], 1)
+        indices = torch.cat([parts[0].indices, parts[1].indices + sizes[0]], 1)
+        # Both are sorted, and the dense latents are the first ones: so equal values stay in order.
+        order = values.detach().argsort(dim=1, descending=True, stable=True)[:, :k]
+        shape = (*x.shape[:-1], k)
+        return SparseCodes(
+            values.gather(1, order).view(shape), indices.gather(1, order).view(shape)
+        )
+
+    def every(self, x: Tensor, w: Tensor, b: Tensor) -> Tensor:
+        (w_dense, w_heads), (b_dense, b_heads) = self._parts(w), self._parts(b)
+        dense = nn.functional.linear(x, w_dense, b_dense).relu()
+        m = self.config.encoder_settings.head_m
+        product = reference.latents(x, w_heads, b_heads, m, "mand")
+        heads = reference.compose(product, "mand", 0.0).where(product > 0, 0)
+        return torch.cat([dense, heads], -1)
+
+    def decoder_rows(self, w: Tensor) -> Tensor:
+        own = self.config.encoder_settings
+        dense, heads = self._parts(w)
+        base, extension = heads.split([own.head_m, own.head_n], dim=1)
+        return torch.cat([dense, (base[:, :, None] + extension[:, None]).flatten(0, 2)])
