@@ -73,6 +73,10 @@ class Budget(NamedTuple):
         """TopK with half of the latents, which sees about as many tokens as m = n = 4."""
         return replace(self.topk, dict_size=self.dict_size // 2)
 
+    @property
+    def mixed(self) -> SAEConfig:
+        return SAEConfig(encoder="mixed", **self._sizes)
+
     def kron(self, m: int, n: int, **more: float) -> SAEConfig:
         return SAEConfig(m=m, n=n, **self._sizes, **more)
 
@@ -182,6 +186,7 @@ ROWS = {
     "KronSAE 4x4, ours": Row(lambda budget: budget.kron(4, 4), ours),
     "KronSAE 2x4, ours": Row(lambda budget: budget.kron(2, 4), ours),
     "KronSAE 4x4 refined": Row(lambda budget: budget.kron(4, 4, refine=1), ours),
+    "mixed encoder, ours": Row(lambda budget: budget.mixed, ours),
     "TopK, ours": Row(lambda budget: budget.topk, ours),
     "TopK, F / 2, ours": Row(lambda budget: budget.topk_half, ours),
     "KronSAE 4x4, listing": Row(lambda budget: budget.kron(4, 4, eps=EPS), plain),

@@ -37,7 +37,7 @@ def test_each_row_spends_the_budget_to_within_a_batch(isoflop, kind):
 
 def test_each_row_learns(isoflop):
     """On sums of few directions; the training's SAEs differ by their seeds alone."""
-    budget = isoflop.Budget(dict_size=64, tokens=1024, heldout=512, k=4, batch=64, d=16)
+    budget = isoflop.Budget(dict_size=128, tokens=1024, heldout=512, k=4, batch=64, d=16)
     generator = torch.Generator().manual_seed(0)
     directions = torch.randn(32, 16, generator=generator)
     x = directions[torch.randint(32, (4096, 2), generator=generator)].sum(1) / 2**0.5

@@ -9,9 +9,9 @@ from kronsae.model.flops import flops_per_token
 from kronsae_kernels import reference
 
 
-def mixed(dense=24, m=3, n=2, size=60, k=7, **more):
+def mixed(dense=24, m=3, n=2, size=60, k=7, factor=0.5, **more):
     """A mixed SAE of 16 values; for larger sizes as many of its latents are equal as may be."""
-    settings = {"dense_latents": dense, "head_m": m, "head_n": n}
+    settings = {"dense_latents": dense, "head_m": m, "head_n": n, "dense_factor": factor}
     config = SAEConfig(
         d_model=16, dict_size=size, k=k, encoder="mixed", encoder_settings=settings, **more
     )
@@ -30,7 +30,7 @@ def test_mixed_latents_are_dense_ones_and_those_of_heads():
     pre = (x @ sae.W_enc.T + sae.b_enc).relu()
     dense, heads = pre[:, :24], pre[:, 24:].view(50, 5, 6)
     products = heads[:, :3, None] * heads[:, None, 3:]  # [50, m, n, h]
-    expected = torch.cat([dense, products.sqrt().permute(0, 3, 1, 2).flatten(1)], 1)
+    expected = torch.cat([dense / 2, products.sqrt().permute(0, 3, 1, 2).flatten(1)], 1)
     torch.testing.assert_close(sae.kind.every(x, sae.W_enc, sae.b_enc), expected)
     for k in (1, 7, 30, 60):
         codes, order = sae.encode(x, k=k), reference.largest(expected, k)
@@ -74,6 +74,7 @@ def test_gradients_of_mixed_latents():
         ({"dense": 60}, "dense_latents 60: the other 0 of .* at least one; near it is 54"),
         ({"dense": 0, "m": 8, "n": 8}, "dict_size 60: .* more latents than one head has, .* 64"),
         ({"m": 0}, "head_m: expected >= 1, got 0"),
+        ({"factor": 0}, "dense_factor: expected > 0, got 0"),
         ({"experts": 2}, "encoder 'mixed' has no experts"),
         (
             {"size": 64, "dense": 22, "objective": "matryoshka", "matryoshka_first": 16},

@@ -24,6 +24,7 @@ class MixedSettings:
     )
     head_m: int = setting(8, "mixed: base pre-latents per head", least=1)
     head_n: int = setting(8, "mixed: extension pre-latents per head", least=1)
+    dense_factor: float = setting(0.8, "mixed: factor of the dense latents")
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -31,12 +32,14 @@ class MixedSettings:
 
 @ENCODERS.register("mixed")
 class Mixed(EncoderKind):
-    """dense_latents latents relu(W x + b), then those of heads of head_m base and head_n extension
-    pre-latents, combined by mAND [KronSAE, eq. 2-4].
+    """dense_latents latents relu(W x + b), times dense_factor, then those of heads of head_m base
+    and head_n extension pre-latents, combined by mAND [KronSAE, eq. 2-4].
 
     W_enc: [R, d], b_enc: [R]; the rows of the dense latents come first, then the base and extension
     pre-latents of all heads: the first of each head, the second of each, …
-    With heads of 8 by 8 and a third of the latents dense it has about F / 2 rows. [ours]
+    With heads of 8 by 8 and a third of the latents dense it has about F / 2 rows. The factor makes
+    up for the size of a dense latent: a projection that is u > 0 exceeds the root of uv wherever
+    v < u, so that dense latents would be selected too often, and those of heads die. [ours]
     """
 
     title = "mixed SAE"
@@ -56,6 +59,8 @@ class Mixed(EncoderKind):
                 f"head_n = {of_head}: take smaller heads, or more latents"
             )
         dense = own.dense_latents or size - of_head * min(most, max(1, heads))
+        if own.dense_factor <= 0:
+            raise InputError(f"dense_factor: expected > 0, got {own.dense_factor}")
         if not 0 < dense < size or (size - dense) % of_head:
             near = size - of_head * min(most, max(1, round((size - dense) / of_head)))
             raise InputError(
@@ -102,7 +107,7 @@ class Mixed(EncoderKind):
             largest_allowed(dense_encode, flat, w_dense, b_dense, few[0], of_dense, impl),
             largest_allowed(encode_heads, flat, w_heads, b_heads, few[1], of_heads, impl),
         )
-        values = torch.cat([part.values for part in parts], 1)
+        values = torch.cat([parts[0].values * own.dense_factor, parts[1].values], 1)
         indices = torch.cat([parts[0].indices, parts[1].indices + sizes[0]], 1)
         # Both are sorted, and the dense latents are the first ones: so equal values stay in order.
         order = values.detach().argsort(dim=1, descending=True, stable=True)[:, :k]
@@ -113,9 +118,9 @@ class Mixed(EncoderKind):
 
     def every(self, x: Tensor, w: Tensor, b: Tensor) -> Tensor:
         (w_dense, w_heads), (b_dense, b_heads) = self._parts(w), self._parts(b)
-        dense = nn.functional.linear(x, w_dense, b_dense).relu()
-        m = self.config.encoder_settings.head_m
-        product = reference.latents(x, w_heads, b_heads, m, "mand")
+        own = self.config.encoder_settings
+        dense = nn.functional.linear(x, w_dense, b_dense).relu() * own.dense_factor
+        product = reference.latents(x, w_heads, b_heads, own.head_m, "mand")
         heads = reference.compose(product, "mand", 0.0).where(product > 0, 0)
         return torch.cat([dense, heads], -1)
 
