@@ -27,8 +27,8 @@ from kronsae.system.tables import markdown
 from kronsae.training.learner import Learner
 
 VARIANTS = [
-    *("topk", "topk-half", "m2n4", "m4n4", "m4n8"),
-    *("batchtopk", "batchtopk-half", "batchtopk-m4n4"),
+    *("topk", "topk-half", "topk-mixed", "m2n4", "m4n4", "m4n8"),
+    *("batchtopk", "batchtopk-half", "batchtopk-mixed", "batchtopk-m4n4"),
     *("matryoshka", "matryoshka-m4n4", "topk-refined", "m4n4-refined"),
     *("batchtopk-refined", "batchtopk-m4n4-refined"),
 ]

@@ -680,7 +680,12 @@ def test_a_comparison_says_nothing_of_a_budget_without_runs():
     run |= {"flops_share": 1.0, "explained_variance": 0.5, "dead_share": 0.0}
     kron = {**run, "variant": "m2n4", "explained_variance": 0.6}
     _, line = experiment.conclude([run, kron])
-    assert "at equal tokens m2n4 at 1 of 1 (paper" in line and "at equal FLOPs" not in line
+    assert "at equal tokens m2n4 at 1 of 1 (as many) (paper" in line
+    assert "at equal FLOPs" not in line
     _, line = experiment.conclude([run, kron, {**kron, "equal": "FLOPs"}])
-    assert "; at equal FLOPs m2n4 at 1 of 1 (paper" in line
+    assert "; at equal FLOPs m2n4 at 1 of 1 (as many) (paper" in line
+    half = {**kron, "variant": "topk-half", "equal": "FLOPs", "explained_variance": 0.55}
+    _, line = experiment.conclude([run, half, {**kron, "equal": "FLOPs"}])
+    assert "at equal FLOPs topk-half at 1 of 1, m2n4 at 1 of 1 (as many)" in line
+    assert "; at equal FLOPs m2n4 at 1 of 1 (half) (paper" in line
     assert "none to compare" in experiment.conclude([run])[1]

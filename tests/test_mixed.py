@@ -74,7 +74,7 @@ def test_gradients_of_mixed_latents():
         ({"dense": 60}, "dense_latents 60: the other 0 of .* at least one; near it is 54"),
         ({"dense": 0, "m": 8, "n": 8}, "dict_size 60: .* more latents than one head has, .* 64"),
         ({"m": 0}, "head_m: expected >= 1, got 0"),
-        ({"factor": 0}, "dense_factor: expected > 0, got 0"),
+        ({"factor": 0}, "dense_factor: expected 0.01 to 100, got 0"),
         ({"experts": 2}, "encoder 'mixed' has no experts"),
         (
             {"size": 64, "dense": 22, "objective": "matryoshka", "matryoshka_first": 16},

@@ -10,13 +10,20 @@ all nested prefixes.
 
 import dataclasses
 import operator
+from collections.abc import Callable
 from typing import Any
 
 from kronsae.experiments.activations import Activations
 from kronsae.experiments.experiment import EXPERIMENTS, axis
 from kronsae.experiments.report import Across, Spread
 from kronsae.experiments.training import QWEN, SMALLEST, TrainingExperiment, product, quality
-from kronsae.experiments.variants import sae_config, wins, with_dense_forms
+from kronsae.experiments.variants import (
+    dense_form,
+    half_form,
+    sae_config,
+    wins,
+    with_dense_forms,
+)
 from kronsae.model.flops import equal_budget, flops_per_token
 
 BASELINE = "topk"
@@ -39,7 +46,7 @@ class IsoFLOP(TrainingExperiment):
     statement = "A Kron encoder explains more than a dense one with the same FLOPs."
     smallest = SMALLEST | {
         **{"budgets": (1024, 2048), "dict_sizes": (128,)},
-        "variants": ("topk-half", "m2n4", "matryoshka-m2n4"),
+        "variants": ("topk-half", "topk-mixed", "m2n4", "matryoshka-m2n4"),
     }
     paper = QWEN | {
         "budgets": (125_000_000, 500_000_000, 1_000_000_000, 2_000_000_000),
@@ -51,7 +58,7 @@ class IsoFLOP(TrainingExperiment):
     budgets: tuple[int, ...] = axis((100_000, 200_000, 400_000), "tokens that a TopK SAE sees")
     dict_sizes: tuple[int, ...] = axis((2048, 4096), "dictionary sizes F")
     variants: tuple[str, ...] = axis(
-        ("topk-half", "m2n4", "m4n4", "matryoshka-m2n4"),
+        ("topk-half", "topk-mixed", "m2n4", "m4n4", "matryoshka-m2n4"),
         "SAEs, each held against its dense form: Kron forms, or half as many latents",
     )
     seeds: int = axis(2, "trainings of each point")
@@ -73,11 +80,15 @@ class IsoFLOP(TrainingExperiment):
 
     def sentence(self, spreads: dict[tuple, Spread]) -> str:
         points = len({key[:-1] for key in spreads})
-        counts = [
-            f"{variant} at {count} of {points} points"
-            for variant, count in wins(spreads, operator.ge).items()
-        ]
+
+        def counted(against: Callable[[str], str]) -> str:
+            counts = wins(spreads, operator.ge, against).items()
+            return ", ".join(f"{variant} at {count} of {points}" for variant, count in counts)
+
+        halves = counted(half_form)
         return (
-            f"At equal FLOPs, at least as much as its dense form explains: {', '.join(counts)} "
-            "(paper: pictures, Figs. 1 and 9; its authors expect TopK to win at large budgets)."
+            f"At equal FLOPs, points at which it explains at least as much as a dense encoder with "
+            f"as many latents: {counted(dense_form)}"
+            + f"; as one with half as many: {halves}" * bool(halves)
+            + " (paper: pictures, Figs. 1 and 9; its authors expect TopK to win at large budgets)."
         )

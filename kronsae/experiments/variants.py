@@ -73,12 +73,24 @@ def with_dense_forms(variants: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for kron in variants for name in (dense_form(kron), kron)))
 
 
-def wins(spreads: dict[tuple, Spread], better: Callable[[float, float], bool]) -> dict[str, int]:
-    """Number of points at which each variant beats its dense form; keys end with a variant."""
+def half_form(variant: str) -> str:
+    """The dense variant with half of the latents that another one is held against."""
+    dense = dense_form(variant)
+    return dense.removesuffix(REFINED) + "-half" + REFINED * dense.endswith(REFINED)
+
+
+def wins(
+    spreads: dict[tuple, Spread],
+    better: Callable[[float, float], bool],
+    against: Callable[[str], str] = dense_form,
+) -> dict[str, int]:
+    """Number of points at which each variant beats another one; keys end with a variant.
+
+    Only where both are; a dense form with all latents is held against none.
+    """
     counts: dict[str, int] = {}
     for (*point, variant), spread in spreads.items():
-        if variant != (dense := dense_form(variant)):
-            baseline = (*point, dense)
-            won = better(spread.mean, spreads[baseline].mean)
-            counts[variant] = counts.get(variant, 0) + won
+        other = spreads.get((*point, against(variant)))
+        if other is not None and variant not in (dense_form(variant), against(variant)):
+            counts[variant] = counts.get(variant, 0) + better(spread.mean, other.mean)
     return counts

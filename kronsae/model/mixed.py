@@ -24,7 +24,7 @@ class MixedSettings:
     )
     head_m: int = setting(8, "mixed: base pre-latents per head", least=1)
     head_n: int = setting(8, "mixed: extension pre-latents per head", least=1)
-    dense_factor: float = setting(0.8, "mixed: factor of the dense latents")
+    dense_factor: float = setting(0.8, "mixed: factor of the dense latents", least=0.01, most=100)
 
     def __post_init__(self) -> None:
         check_values(self)
@@ -59,8 +59,6 @@ class Mixed(EncoderKind):
                 f"head_n = {of_head}: take smaller heads, or more latents"
             )
         dense = own.dense_latents or size - of_head * min(most, max(1, heads))
-        if own.dense_factor <= 0:
-            raise InputError(f"dense_factor: expected > 0, got {own.dense_factor}")
         if not 0 < dense < size or (size - dense) % of_head:
             near = size - of_head * min(most, max(1, round((size - dense) / of_head)))
             raise InputError(
