@@ -33,6 +33,8 @@ How to read the tables (IQR: from first to third quartile; 4x4: m = n = 4)
   explains  Share of the variance of held-out activations that is
             reconstructed, on average.
   refined   Ours, with a gradient step on the values of the active latents.
+  mixed     Ours: a third of the latents dense, the others in heads of 8x8.
+  F / 2     Half of the latents, which see as many tokens as those of 4x4.
   listing   Plain PyTorch, the code in the paper's appendix H.
 """
 
