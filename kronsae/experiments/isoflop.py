@@ -87,8 +87,8 @@ class IsoFLOP(TrainingExperiment):
 
         halves = counted(half_form)
         return (
-            f"At equal FLOPs, points at which an SAE explains at least as much as a dense encoder with "
-            f"as many latents: {counted(dense_form)}"
+            "At equal FLOPs, points at which an SAE explains at least as much as a dense encoder "
+            f"with as many latents: {counted(dense_form)}"
             + f"; as one with half as many: {halves}" * bool(halves)
             + " (paper: pictures, Figs. 1 and 9; its authors expect TopK to win at large budgets)."
         )
