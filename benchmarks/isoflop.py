@@ -24,6 +24,7 @@ from benchmarks.steps import EPS, autocast, autograd_step
 from kronsae.config import DataConfig, SAEConfig, TrainConfig
 from kronsae.experiments.activations import collect
 from kronsae.experiments.report import TUNING_SEED
+from kronsae.experiments.variants import sae_config
 from kronsae.metrics.figures import ReconstructionMetrics
 from kronsae.model.flops import flops_per_token
 from kronsae.model.normalizer import Normalizer
@@ -68,14 +69,9 @@ class Budget(NamedTuple):
     def topk(self) -> SAEConfig:
         return SAEConfig(encoder="dense", **self._sizes)
 
-    @property
-    def topk_half(self) -> SAEConfig:
-        """TopK with half of the latents, which sees about as many tokens as m = n = 4."""
-        return replace(self.topk, dict_size=self.dict_size // 2)
-
-    @property
-    def mixed(self) -> SAEConfig:
-        return SAEConfig(encoder="mixed", **self._sizes)
+    def variant(self, name: str) -> SAEConfig:
+        """An SAE of the experiments by its name."""
+        return replace(sae_config(name, self.dict_size, self.k), d_model=self.d)
 
     def kron(self, m: int, n: int, **more: float) -> SAEConfig:
         return SAEConfig(m=m, n=n, **self._sizes, **more)
@@ -186,9 +182,9 @@ ROWS = {
     "KronSAE 4x4, ours": Row(lambda budget: budget.kron(4, 4), ours),
     "KronSAE 2x4, ours": Row(lambda budget: budget.kron(2, 4), ours),
     "KronSAE 4x4 refined": Row(lambda budget: budget.kron(4, 4, refine=1), ours),
-    "mixed encoder, ours": Row(lambda budget: budget.mixed, ours),
+    "mixed encoder, ours": Row(lambda budget: budget.variant("topk-mixed"), ours),
     "TopK, ours": Row(lambda budget: budget.topk, ours),
-    "TopK, F / 2, ours": Row(lambda budget: budget.topk_half, ours),
+    "TopK, F / 2, ours": Row(lambda budget: budget.variant("topk-half"), ours),
     "KronSAE 4x4, listing": Row(lambda budget: budget.kron(4, 4, eps=EPS), plain),
     "TopK, plain PyTorch": Row(lambda budget: budget.topk, plain),
     **{

@@ -10,7 +10,7 @@ from kronsae_kernels import reference
 
 
 def mixed(dense=24, m=3, n=2, size=60, k=7, factor=0.5, **more):
-    """A mixed SAE of 16 values; for larger sizes as many of its latents are equal as may be."""
+    """A mixed SAE and activations, all small whole numbers, so that many latents are equal."""
     settings = {"dense_latents": dense, "head_m": m, "head_n": n, "dense_factor": factor}
     config = SAEConfig(
         d_model=16, dict_size=size, k=k, encoder="mixed", encoder_settings=settings, **more

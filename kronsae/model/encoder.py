@@ -261,7 +261,7 @@ class Dense(EncoderKind):
 class Encoder(nn.Module):
     """Projections of activations, and the latents that they make; `SAE` adds selection and decoder.
 
-    W_enc: [h, m + n, d] (with heads) or [F, d], a kind's `rows` in place of F      b_enc: as these
+    W_enc: [h, m + n, d] (with heads) or [R, d], R the kind's `rows`   b_enc: [h, m + n] or [R]
     kind: the `EncoderKind` that computes latents from them
     router: chooses experts (`kronsae.model.router`), or None
     mesh: the processes that share it, see `SAE`
