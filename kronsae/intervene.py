@@ -65,7 +65,7 @@ from kronsae.model.massive import rule_of
 from kronsae.model.sae import SAE
 from kronsae.properties.contexts import short
 from kronsae.properties.run import digest_of, folder_of, kept
-from kronsae.runs.folder import RunFolder, versions
+from kronsae.runs.folder import RunFolder, output_folder, versions
 from kronsae.system.devices import resolve_device, seed_everything
 from kronsae.system.files import write_json
 from kronsae.system.progress import Pace
@@ -176,30 +176,30 @@ def work(argv: list[str]) -> None:
         kind, measure, show = "and-test", _and_tests, _show_and_tests
     else:
         kind, measure, show = "intervention", _steering, _show_steering
-    out = request.out
-    if out is None and measure is not _steering:
-        out = Path("runs") / f"intervention-{time.strftime('%Y%m%d-%H%M%S')}"
-    if out is not None:
-        RunFolder.check_free(out)
-    console = wrapping_console()
-    seed_everything(request.seed)
-    device = resolve_device(request.device)
-    loaded = load_sae(request.run, given_data(request), device, **given_place(vars(request)))
-    check_no_images(loaded.data, "kronsae intervene")
-    document = {
-        "format": f"kronsae-{kind}",
-        "command": shlex.join(["kronsae", "intervene", *argv]),
-        "versions": versions(),
-        "seed": request.seed,
-        "subject": loaded.source,
-        **measure(loaded, request, device),
-    }
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(out / f"{kind}.json", document)
-    show(document, console)
-    if out is not None:
-        console.print(f"In {out}: {kind}.json", markup=False)
+    is_written = request.out is not None or measure is not _steering
+    folder = output_folder(request.out, "intervention") if is_written else nullcontext()
+    with folder as out:
+        if out is not None:
+            RunFolder.check_free(out)
+        console = wrapping_console()
+        seed_everything(request.seed)
+        device = resolve_device(request.device)
+        loaded = load_sae(request.run, given_data(request), device, **given_place(vars(request)))
+        check_no_images(loaded.data, "kronsae intervene")
+        document = {
+            "format": f"kronsae-{kind}",
+            "command": shlex.join(["kronsae", "intervene", *argv]),
+            "versions": versions(),
+            "seed": request.seed,
+            "subject": loaded.source,
+            **measure(loaded, request, device),
+        }
+        if out is not None:
+            out.mkdir(parents=True, exist_ok=True)
+            write_json(out / f"{kind}.json", document)
+        show(document, console)
+        if out is not None:
+            console.print(f"In {out}: {kind}.json", markup=False)
 
 
 def _check(request: argparse.Namespace) -> None:

@@ -6,7 +6,7 @@ import signal
 import sys
 import time
 import traceback
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,7 @@ from kronsae.plan.time import run_time
 from kronsae.properties.contexts import LatentContexts, as_contexts, top_contexts
 from kronsae.properties.contexts import render as render_contexts
 from kronsae.registry import SELECTIONS, command_line
-from kronsae.runs.folder import RunFolder, SweepFolder
+from kronsae.runs.folder import RunFolder, SweepFolder, output_folder
 from kronsae.runs.sweep import comparison
 from kronsae.sources import open_hookpoints, source_of
 from kronsae.system import parallel
@@ -146,8 +146,12 @@ def _plan(
 
 def train(request: Request, console: Console, mesh: Mesh = ALONE) -> int:
     """Train, evaluate and report; returns the exit status."""
-    out = request.resume or request.out or _new_folder(request)
-    out = Path(mesh.world.exchange(str(out))[0])
+    given = request.resume or request.out
+    with output_folder(given, _name(request)) if mesh.first else nullcontext() as out:
+        return _train_in(Path(mesh.world.exchange(str(out))[0]), request, console, mesh)
+
+
+def _train_in(out: Path, request: Request, console: Console, mesh: Mesh) -> int:
     try:
         with stoppable():
             status = _train(request, console, mesh, out)
@@ -279,21 +283,20 @@ def _open(
     return request, sources, heldout
 
 
-def _new_folder(request: Request) -> Path:
-    """runs/MODEL-HOOK-ENCODER-F…-k…-TIME, not yet there.
+def _name(request: Request) -> str:
+    """What a new run folder is named after: MODEL-HOOK-ENCODER-F…-k….
 
-    Of a sweep it is MODEL-HOOK-sweep-TIME, of one at several hookpoints MODEL-suite-TIME.
+    Of a sweep it is MODEL-HOOK-sweep, of one at several hookpoints MODEL-suite.
     """
     data, sae = request.config.data, request.config.sae
     hook = (data.hookpoint or f"layer{data.layer}").replace(":", "-")
-    stamp = time.strftime("%Y%m%d-%H%M%S")
     usual = (SAEConfig.selection, SAEConfig.objective)
     words = [sae.encoder, *(name for name in (sae.selection, sae.objective) if name not in usual)]
     words += [f"experts{sae.experts}"] if sae.experts else []
     words += [f"F{sae.dict_size}", *([f"k{sae.k}"] if sae.k else [])]
     kind = f"{hook}-sweep" if request.sweep else "-".join([hook, *words])
     kind = "suite" if len(request.data) > 1 else kind
-    return Path("runs") / f"{Path(data.model).name}-{kind}-{stamp}"
+    return f"{Path(data.model).name}-{kind}"
 
 
 def _describe(

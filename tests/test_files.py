@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 
 from kronsae import InputError
-from kronsae.runs.folder import RunFolder
+from kronsae.runs.folder import RunFolder, output_folder
 from kronsae.system.files import (
     check_writable,
     read_checksummed,
@@ -120,6 +121,36 @@ def test_a_folder_is_tried_before_the_work_that_is_for_it(tmp_path, monkeypatch)
         check_writable(tmp_path)
     with pytest.raises(InputError, match="Read-only file system"):
         RunFolder.check_free(tmp_path / "run")
+
+
+def test_commands_that_start_in_the_same_second_write_to_folders_of_their_own(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time, "strftime", lambda _: "20260101-000000")
+    with output_folder(None, "evaluation") as first, output_folder(None, "evaluation") as second:
+        assert [first.name, second.name] == [
+            "evaluation-20260101-000000",
+            "evaluation-20260101-000000-2",
+        ]
+        RunFolder.check_free(first)
+        (first / "evaluation.json").touch()
+    assert list((tmp_path / "runs").iterdir()) == [tmp_path / first], "an empty one is removed"
+    (tmp_path / first / "evaluation.json").unlink()
+    (tmp_path / first).rmdir()
+    (tmp_path / "runs").rmdir()
+    with output_folder(None, "evaluation"):
+        pass
+    assert not list(tmp_path.iterdir()), "nor does an empty runs/ stay"
+    with output_folder(tmp_path, "evaluation") as given:
+        assert given == tmp_path
+
+
+def test_a_folder_that_cannot_be_made_is_an_input_error(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").symlink_to("nowhere")
+    with output_folder(None, "run") as out, pytest.raises(InputError, match="runs/run-"):
+        RunFolder.create(out, {})
 
 
 def test_a_log_on_a_disk_that_fails_is_an_input_error(tmp_path, monkeypatch):

@@ -182,7 +182,8 @@ TRAIN = [
 ]
 
 
-def test_from_the_command_line_to_the_explorer(tmp_path, folders, capsys):
+def test_from_the_command_line_to_the_explorer(tmp_path, folders, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     flags = ["--model", str(folders["gpt_neox"]), "--dataset", str(path), *FLAGS]

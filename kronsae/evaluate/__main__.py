@@ -2,7 +2,6 @@
 
 import shlex
 import sys
-import time
 from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -33,7 +32,7 @@ from kronsae.metrics.target_model import (
     load_saes,
     open_heldout,
 )
-from kronsae.runs.folder import RunFolder, versions
+from kronsae.runs.folder import RunFolder, output_folder, versions
 from kronsae.system.devices import resolve_device
 from kronsae.system.files import NOT_FINITE, finite, write_json, write_text
 from kronsae.system.progress import Pace
@@ -82,8 +81,12 @@ def make_parser() -> Parser:
 
 def work(argv: list[str]) -> None:
     request = make_parser().parse(argv)
-    out = request.out or Path("runs") / f"evaluation-{time.strftime('%Y%m%d-%H%M%S')}"
-    RunFolder.check_free(out)
+    with output_folder(request.out, "evaluation") as out:
+        RunFolder.check_free(out)
+        _evaluate(request, shlex.join(["kronsae", "evaluate", *argv]), out)
+
+
+def _evaluate(request: Namespace, command: str, out: Path) -> None:
     device = resolve_device(request.device)
     given = given_data(request)
     loaded_saes = load_saes(request.runs, given, device, **given_place(vars(request)))
@@ -119,7 +122,7 @@ def work(argv: list[str]) -> None:
     document = {
         "format": "kronsae-evaluation",
         "format_version": 1,
-        "command": shlex.join(["kronsae", "evaluate", *argv]),
+        "command": command,
         "versions": versions(),
         "device": str(device),
         "texts": texts,

@@ -23,9 +23,11 @@ import platform
 import shlex
 import shutil
 import sys
+import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
+from itertools import count
 from pathlib import Path
 from types import GenericAlias, MappingProxyType
 from typing import Any
@@ -88,6 +90,35 @@ _MEMBER = Keys(
 _NOT_ENDED: dict[str, Any] = {"tokens": 0, "metrics": {}, "step_ms": None, "failed": None}
 SWEEP = Keys({"members": GenericAlias(dict, (str, _MEMBER))})
 """sweep.json."""
+
+
+@contextmanager
+def output_folder(given: Path | None, name: str) -> Iterator[Path]:
+    """The folder that a command writes: the given one, otherwise a new one, runs/NAME-TIME.
+
+    The new one is made at once, so that commands that start in the same second do not share it. It
+    is removed if nothing was written in it. If it cannot be made, `check_free` says so.
+    """
+    if given is not None:
+        yield given
+        return
+    runs, name = Path("runs"), f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
+    is_new = not runs.exists()
+    for number in count(1):
+        out = runs / (name if number == 1 else f"{name}-{number}")
+        with suppress(OSError):
+            runs.mkdir(exist_ok=True)
+            out.mkdir()
+            break
+        if not out.exists():
+            break
+    try:
+        yield out
+    finally:
+        with suppress(OSError):
+            out.rmdir()
+            if is_new:
+                runs.rmdir()
 
 
 class _Folder:
