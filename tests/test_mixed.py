@@ -78,13 +78,41 @@ def test_gradients_of_mixed_latents():
         ({"experts": 2}, "encoder 'mixed' has no experts"),
         (
             {"size": 64, "dense": 22, "objective": "matryoshka", "matryoshka_first": 16},
-            "the prefix of 32 latents would split a head of 6, after 22 dense latents",
+            "dense_latents 22: the nested prefix of 32 latents would split a head of 6; near it is "
+            "34",
+        ),
+        (
+            {"size": 64, "m": 8, "n": 7, "dense": 0, "objective": "matryoshka"},
+            "dict_size 64: .* one head has, .* 56, after the 32 latents that nested prefixes need",
         ),
     ],
 )
 def test_mixed_saes_that_cannot_be(given, message):
     with pytest.raises(InputError, match=message):
         mixed(**given)
+
+
+@pytest.mark.parametrize("size", [64, 96, 320, 512, 4096])
+@pytest.mark.parametrize("shape", [(2, 3), (4, 4), (8, 8)])
+@pytest.mark.parametrize("groups", [1, 3, 5])
+def test_no_nested_prefix_splits_a_head_by_default(size, shape, groups):
+    """The nearest number of dense latents to a third that splits none, of all that there are."""
+    first, of_head = size >> groups, shape[0] * shape[1]
+    ends = [first << i for i in range(groups + 1)]
+    fits = [
+        dense
+        for dense in range(1, size)
+        if all((end - dense) % of_head == 0 for end in ends if end > dense)
+    ]
+    settings = {"head_m": shape[0], "head_n": shape[1]}
+    given = {"objective": "matryoshka", "matryoshka_first": first, "encoder_settings": settings}
+    if not fits:
+        with pytest.raises(InputError, match=f"dict_size {size}: .* more latents than one head"):
+            SAEConfig(dict_size=size, k=1, encoder="mixed", **given)
+        return
+    dense = SAEConfig(dict_size=size, k=1, encoder="mixed", **given).encoder_settings.dense_latents
+    assert dense in fits
+    assert abs(dense - size / 3) == min(abs(other - size / 3) for other in fits)
 
 
 def test_a_mixed_encoder_costs_half_of_a_dense_one_unless_told():

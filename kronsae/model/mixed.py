@@ -52,28 +52,32 @@ class Mixed(EncoderKind):
             raise InputError("encoder 'mixed' has no experts: leave them out, or take 'kron'")
         own, size = config.encoder_settings, config.dict_size
         of_head = own.head_m * own.head_n
-        heads, most = round(2 * size / 3 / of_head), (size - 1) // of_head
+        ends = config.prefixes if OBJECTIVES[config.objective].nested else ()
+        # A prefix that no whole number of heads completes has to end among the dense latents.
+        least = max((end for end in ends if (size - end) % of_head), default=1)
+        most = (size - least) // of_head
         if most < 1:
+            among = f", after the {least} latents that nested prefixes need dense" * (least > 1)
             raise InputError(
                 f"dict_size {size}: encoder 'mixed' needs more latents than one head has, head_m * "
-                f"head_n = {of_head}: take smaller heads, or more latents"
+                f"head_n = {of_head}{among}: take smaller heads, or more latents"
             )
-        dense = own.dense_latents or size - of_head * min(most, max(1, heads))
+
+        def with_heads(latents: float) -> int:
+            return size - of_head * min(most, max(1, round(latents / of_head)))
+
+        dense = own.dense_latents or with_heads(2 * size / 3)
         if not 0 < dense < size or (size - dense) % of_head:
-            near = size - of_head * min(most, max(1, round((size - dense) / of_head)))
             raise InputError(
                 f"dense_latents {dense}: the other {max(0, size - dense)} of dict_size = {size} "
                 f"latents must form heads of head_m * head_n = {own.head_m} * {own.head_n}, at "
-                f"least one; near it is {near}"
+                f"least one; near it is {with_heads(size - dense)}"
             )
-        if OBJECTIVES[config.objective].nested:
-            for end in config.prefixes:
-                if end > dense and (end - dense) % of_head:
-                    raise InputError(
-                        f"matryoshka_first {config.matryoshka_first}: the prefix of {end} latents "
-                        f"would split a head of {of_head}, after {dense} dense latents: change "
-                        "dense_latents, or the heads"
-                    )
+        if dense < least:
+            raise InputError(
+                f"dense_latents {dense}: the nested prefix of {least} latents would split a head "
+                f"of {of_head}; near it is {with_heads(size - dense)}"
+            )
         object.__setattr__(config, "encoder_settings", replace(own, dense_latents=dense))
 
     @classmethod
