@@ -207,8 +207,9 @@ def without_tokenizer(tmp_path):
     return folder
 
 
-def test_a_model_without_a_tokenizer(tmp_path, without_tokenizer, capsys):
+def test_a_model_without_a_tokenizer(tmp_path, without_tokenizer, monkeypatch, capsys):
     """It is trained, judged, explored and harvested; ids stand in the place of texts."""
+    monkeypatch.chdir(tmp_path)
     generator = np.random.default_rng(0)
     rows = [generator.integers(6, 96, size).tolist() for size in generator.integers(5, 80, 120)]
     path = write(tmp_path / "a.parquet", rows)

@@ -109,7 +109,8 @@ def test_a_flag_that_is_no_object_is_an_error(text, tmp_path, capsys):
     assert "expected a JSON object" in capsys.readouterr().err
 
 
-def test_a_run_records_the_arguments_and_is_evaluated_with_them(tmp_path, capsys):
+def test_a_run_records_the_arguments_and_is_evaluated_with_them(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     run, kwargs = tmp_path / "run", {"layer_norm_eps": 0.1, "attn_implementation": "eager"}
     assert train(flags(run, "--model-kwargs", json.dumps(kwargs))) == 0
     assert config_of(run)["config"]["data"]["model_kwargs"] == kwargs
@@ -209,7 +210,8 @@ def test_fewer_bits_need_a_package(folder, bits, monkeypatch):
 
 @pytest.mark.one_in(2)
 @pytest.mark.parametrize("bits", ["8bit", "4bit"])
-def test_a_rounded_model_trains_and_is_evaluated(tmp_path, bits, capsys):
+def test_a_rounded_model_trains_and_is_evaluated(tmp_path, bits, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     pytest.importorskip("bitsandbytes")
     pytest.importorskip("accelerate")
     run = tmp_path / "run"
