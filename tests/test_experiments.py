@@ -298,6 +298,20 @@ def test_kron_forms_stand_behind_their_dense_forms():
     )  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("variant", "dense", "factor"),
+    [("topk-mixed", 320, 0.8), ("topk-mixed448", 448, 0.8), ("batchtopk-mixed512x.65", 512, 0.65)],
+)
+def test_mixed_encoders_by_their_number_of_dense_latents(variant, dense, factor):
+    config = sae_config(variant, 1024, 32)
+    own = config.encoder_settings
+    assert (config.encoder, own.dense_latents, own.dense_factor) == ("mixed", dense, factor)
+    assert sae_config(f"{variant}-refined", 1024, 32) == dataclasses.replace(config, refine=1)
+    for wrong in (f"{variant}x", f"{variant}x1x1", "topk-mixedx0.5"):
+        with pytest.raises(InputError, match="variant: expected .* topk-mixed3648x0.65"):
+            sae_config(wrong, 1024, 32)
+
+
 def test_a_dense_sae_with_half_of_the_latents_costs_what_m4n4_does():
     half, kron, dense = (
         dataclasses.replace(sae_config(name, 1024, 32), d_model=64)

@@ -21,19 +21,13 @@ REFINED = "-refined"
 """End of the name of a variant whose values one gradient step refines (`SAEConfig.refine`)."""
 
 
-SHAPES: dict[str, Callable[[int], dict[str, Any]]] = {
-    "half": lambda size: {"encoder": "dense", "dict_size": size // 2},
-    "mixed": lambda size: {"encoder": "mixed", "dict_size": size},
-}
-"""Encoders that have about as many rows as m4n4: dense with half of the latents, and mixed."""
-
-
 def sae_config(variant: str, dict_size: int, k: int) -> SAEConfig:
     """The SAE that a variant's name means.
 
     "topk", "batchtopk", "matryoshka", "switch", "jumprelu": a dense encoder; "topk-half": one with
-    dict_size / 2 latents; "topk-mixed": a mixed encoder; "m2n4": KronSAE with m = 2, n = 4 (and as
-    many heads as dict_size takes); "matryoshka-m2n4": the Kron form of another family than TopK;
+    dict_size / 2 latents; "topk-mixed": a mixed encoder, "topk-mixed3648" with so many dense
+    latents, "topk-mixed3648x0.65" with this `dense_factor`, too; "m2n4": KronSAE with m = 2, n = 4
+    (and as many heads as dict_size takes); "matryoshka-m2n4": the Kron form of another family;
     "h8m2n4": with its heads, which must agree; "m2n4-relu_mul": another composition than mAND;
     "topk-refined", "m2n4-refined": with one step that refines values.
     Raises InputError for any other name, and where dict_size does not fit the variant.
@@ -45,13 +39,17 @@ def sae_config(variant: str, dict_size: int, k: int) -> SAEConfig:
     if variant == family:
         return SAEConfig(encoder="dense", **given)
     shape = variant.removeprefix(f"{family}-")
-    if shape in SHAPES:
-        return SAEConfig(**given | SHAPES[shape](dict_size))
+    if shape == "half":
+        return SAEConfig(encoder="dense", **given | {"dict_size": dict_size // 2})
+    if match := re.fullmatch(r"mixed(?:(\d+)(?:x(\d*\.?\d+))?)?", shape):
+        named = zip(("dense_latents", "dense_factor"), (int, float), match.groups(), strict=True)
+        own = {name: number(text) for name, number, text in named if text is not None}
+        return SAEConfig(encoder="mixed", encoder_settings=own, **given)
     match = re.fullmatch(r"(?:h(\d+))?m(\d+)n(\d+)(?:-(\w+))?", shape)
     if match is None:
         raise InputError(
-            f"variant: expected {', '.join(FAMILIES)}, topk-half, topk-mixed, m2n4, h8m2n4, "
-            f"m2n4-relu_mul or matryoshka-m2n4, got {variant!r}"
+            f"variant: expected {', '.join(FAMILIES)}, topk-half, topk-mixed, "
+            f"topk-mixed3648x0.65, m2n4, h8m2n4, m2n4-relu_mul or matryoshka-m2n4, got {variant!r}"
         )
     *widths, composition = match.groups(default="")
     heads, m, n = (int(width or 0) for width in widths)
