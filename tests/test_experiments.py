@@ -24,6 +24,7 @@ from kronsae.experiments.training import TrainingExperiment
 from kronsae.experiments.variants import sae_config, with_dense_forms
 from kronsae.model.flops import flops_per_token
 from kronsae.model.sae import SAE
+from kronsae.system.files import lock
 from kronsae.training.session import FitResult
 from kronsae_kernels import SparseCodes
 
@@ -121,6 +122,15 @@ def test_an_axis_may_grow_and_shrink(squares, tmp_path):
     document = json.loads((tmp_path / "squares.json").read_text())
     assert document["conclusion"] == "[4, 25]"  # of what was asked for
     assert len(document["runs"]) == 4  # nothing is thrown away
+
+
+def test_two_processes_do_not_run_in_one_folder(squares, tmp_path):
+    """Each would write its own runs over those of the other."""
+    held = lock(tmp_path, "")
+    with pytest.raises(InputError, match="is in use: another process runs an experiment there"):
+        run(squares, tmp_path)
+    held.release()
+    assert len(run(squares, tmp_path)) == 3 and squares.seen == [1, 2, 3]
 
 
 def test_other_settings_do_not_mix(squares, tmp_path):

@@ -14,7 +14,7 @@ from kronsae.errors import InputError, differences
 from kronsae.experiments.experiment import Experiment, Run
 from kronsae.system.devices import compute_dtype, resolve_device
 from kronsae.system.documents import Keys, read_json, typed
-from kronsae.system.files import check_writable, write_json, write_text
+from kronsae.system.files import check_writable, lock, write_json, write_text
 from kronsae_kernels import __version__
 
 _DOCUMENT = Keys(
@@ -34,9 +34,25 @@ def run_grid(
 
     on_run: called with each new run, the cells done and the cells known so far.
     Returns the runs of the cells. Raises InputError if the file there was made with other settings
-    (but for axes, which may grow) or versions, and if there is nothing to run.
+    (but for axes, which may grow) or versions, if there is nothing to run, and if another process
+    runs an experiment in `folder`.
     """
     check_writable(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    held = lock(folder, f"{folder} is in use: another process runs an experiment there")
+    try:
+        return _run_missing(name, experiment, folder, command, on_run)
+    finally:
+        held.release()
+
+
+def _run_missing(
+    name: str,
+    experiment: Experiment,
+    folder: Path,
+    command: str,
+    on_run: Callable[[Run, int, int], None],
+) -> list[Run]:
     path = folder / f"{name}.json"
     settings = experiment.recorded()
     document: dict[str, Any] = {
@@ -58,7 +74,6 @@ def run_grid(
         figures = experiment.run(shared, cell)
         seconds = round(time.perf_counter() - began, 1)
         runs.append({**cell, **figures, "seconds": seconds, "command": command})
-        folder.mkdir(parents=True, exist_ok=True)
         write_json(path, document)
         on_run(runs[-1], len(cells) - len(missing) + 1, len(cells))
     if not cells:
