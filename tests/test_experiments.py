@@ -317,7 +317,13 @@ def test_mixed_encoders_by_their_number_of_dense_latents(variant, dense, factor)
     own = config.encoder_settings
     assert (config.encoder, own.dense_latents, own.dense_factor) == ("mixed", dense, factor)
     assert sae_config(f"{variant}-refined", 1024, 32) == dataclasses.replace(config, refine=1)
-    for wrong in (f"{variant}x", f"{variant}x1x1", "topk-mixedx0.5"):
+    for wrong in (
+        f"{variant}x",
+        f"{variant}x1x1",
+        "topk-mixedx0.5",
+        "topk-mixed0",
+        "m2n" + "9" * 5000,
+    ):
         with pytest.raises(InputError, match="variant: expected .* topk-mixed3648x0.65"):
             sae_config(wrong, 1024, 32)
 

@@ -6,6 +6,7 @@ import json
 import os
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -148,9 +149,30 @@ def test_commands_that_start_in_the_same_second_write_to_folders_of_their_own(
 
 def test_a_folder_that_cannot_be_made_is_an_input_error(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "runs").symlink_to("nowhere")
-    with output_folder(None, "run") as out, pytest.raises(InputError, match="runs/run-"):
-        RunFolder.create(out, {})
+    runs = tmp_path / "runs"
+    for make in (lambda: runs.symlink_to("nowhere"), lambda: runs.symlink_to("runs"), runs.touch):
+        make()
+        problem = "runs/run-.* cannot be created: .*runs"
+        with pytest.raises(InputError, match=problem), output_folder(None, "run"):
+            pass
+        runs.unlink()
+
+
+def test_folders_of_commands_that_come_and_go_are_their_own(tmp_path, monkeypatch):
+    """No other command has the folder while one writes in it, whoever clears runs/ away."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(time, "strftime", lambda _: "20260101-000000")
+
+    def come_and_go(writer: int) -> None:
+        for _ in range(100):
+            with output_folder(None, "run") as out:
+                mine = out / "mine"
+                mine.touch(exist_ok=False)
+                mine.unlink()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(come_and_go, range(4)))
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_log_on_a_disk_that_fails_is_an_input_error(tmp_path, monkeypatch):

@@ -70,20 +70,22 @@ def test_gradients_of_mixed_latents():
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"dense": 25}, "dense_latents 25: the other 35 of dict_size = 60 .* near it is 24"),
-        ({"dense": 60}, "dense_latents 60: the other 0 of .* at least one; near it is 54"),
-        ({"dense": 0, "m": 8, "n": 8}, "dict_size 60: .* more latents than one head has, .* 64"),
+        ({"dense": 25}, "dense_latents 25: the other 35 of dict_size = 60 .* works is 24"),
+        ({"dense": 60}, "dense_latents 60: the other 0 of .* at least one: .* works is 54"),
+        (
+            {"dense": 0, "m": 8, "n": 8},
+            "dict_size 60: .* head_n = 64 latents and at least 1 dense: ",
+        ),
         ({"m": 0}, "head_m: expected >= 1, got 0"),
         ({"factor": 0}, "dense_factor: expected 0.01 to 100, got 0"),
         ({"experts": 2}, "encoder 'mixed' has no experts"),
         (
             {"size": 64, "dense": 22, "objective": "matryoshka", "matryoshka_first": 16},
-            "dense_latents 22: the nested prefix of 32 latents would split a head of 6; near it is "
-            "34",
+            "dense_latents 22: the nested prefix of 32 latents would split a head .* works is 34",
         ),
         (
             {"size": 64, "m": 8, "n": 7, "dense": 0, "objective": "matryoshka"},
-            "dict_size 64: .* one head has, .* 56, after the 32 latents that nested prefixes need",
+            "dict_size 64: .* head_n = 56 latents and at least 32 dense, as a nested prefix ends",
         ),
     ],
 )
@@ -107,7 +109,7 @@ def test_no_nested_prefix_splits_a_head_by_default(size, shape, groups):
     settings = {"head_m": shape[0], "head_n": shape[1]}
     given = {"objective": "matryoshka", "matryoshka_first": first, "encoder_settings": settings}
     if not fits:
-        with pytest.raises(InputError, match=f"dict_size {size}: .* more latents than one head"):
+        with pytest.raises(InputError, match=f"dict_size {size}: .* needs a head of"):
             SAEConfig(dict_size=size, k=1, encoder="mixed", **given)
         return
     dense = SAEConfig(dict_size=size, k=1, encoder="mixed", **given).encoder_settings.dense_latents

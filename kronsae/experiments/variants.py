@@ -25,9 +25,10 @@ def sae_config(variant: str, dict_size: int, k: int) -> SAEConfig:
     """The SAE that a variant's name means.
 
     "topk", "batchtopk", "matryoshka", "switch", "jumprelu": a dense encoder; "topk-half": one with
-    dict_size / 2 latents; "topk-mixed": a mixed encoder, "topk-mixed3648" with so many dense
-    latents, "topk-mixed3648x0.65" with this `dense_factor`, too; "m2n4": KronSAE with m = 2, n = 4
-    (and as many heads as dict_size takes); "matryoshka-m2n4": the Kron form of another family;
+    dict_size / 2 latents; "topk-mixed": a mixed encoder; "topk-mixed3648": one with 3,648 dense
+    latents; "topk-mixed3648x0.65": one whose `dense_factor` is 0.65 besides; "m2n4": KronSAE with
+    m = 2, n = 4 (and as many heads as dict_size takes); "matryoshka-m2n4": the Kron form of another
+    family than TopK;
     "h8m2n4": with its heads, which must agree; "m2n4-relu_mul": another composition than mAND;
     "topk-refined", "m2n4-refined": with one step that refines values.
     Raises InputError for any other name, and where dict_size does not fit the variant.
@@ -41,11 +42,12 @@ def sae_config(variant: str, dict_size: int, k: int) -> SAEConfig:
     shape = variant.removeprefix(f"{family}-")
     if shape == "half":
         return SAEConfig(encoder="dense", **given | {"dict_size": dict_size // 2})
-    if match := re.fullmatch(r"mixed(?:(\d+)(?:x(\d*\.?\d+))?)?", shape):
-        named = zip(("dense_latents", "dense_factor"), (int, float), match.groups(), strict=True)
-        own = {name: number(text) for name, number, text in named if text is not None}
+    if match := re.fullmatch(r"mixed(?:([1-9][0-9]{0,8})(?:x([0-9]*\.?[0-9]+))?)?", shape):
+        dense, factor = match.groups()
+        own: dict[str, Any] = {"dense_latents": int(dense or 0)}
+        own |= {"dense_factor": float(factor)} if factor else {}
         return SAEConfig(encoder="mixed", encoder_settings=own, **given)
-    match = re.fullmatch(r"(?:h(\d+))?m(\d+)n(\d+)(?:-(\w+))?", shape)
+    match = re.fullmatch(r"(?:h([0-9]{1,9}))?m([0-9]{1,9})n([0-9]{1,9})(?:-(\w+))?", shape)
     if match is None:
         raise InputError(
             f"variant: expected {', '.join(FAMILIES)}, topk-half, topk-mixed, "

@@ -20,7 +20,7 @@ class MixedSettings:
     dense_latents: int = setting(
         0,
         "mixed: number of latents that have a projection each; all others are in heads (0: about a "
-        "third of dict_size)",
+        "third of dict_size, or more where nested prefixes need it)",
     )
     head_m: int = setting(8, "mixed: base pre-latents per head", least=1)
     head_n: int = setting(8, "mixed: extension pre-latents per head", least=1)
@@ -57,26 +57,26 @@ class Mixed(EncoderKind):
         least = max((end for end in ends if (size - end) % of_head), default=1)
         most = (size - least) // of_head
         if most < 1:
-            among = f", after the {least} latents that nested prefixes need dense" * (least > 1)
+            cause = ", as a nested prefix ends there" if least > 1 else ""
             raise InputError(
-                f"dict_size {size}: encoder 'mixed' needs more latents than one head has, head_m * "
-                f"head_n = {of_head}{among}: take smaller heads, or more latents"
+                f"dict_size {size}: encoder 'mixed' needs a head of head_m * head_n = {of_head} "
+                f"latents and at least {least} dense{cause}: take smaller heads, or more latents"
             )
 
-        def with_heads(latents: float) -> int:
-            return size - of_head * min(most, max(1, round(latents / of_head)))
+        def dense_beside(in_heads: float) -> int:
+            return size - of_head * min(most, max(1, round(in_heads / of_head)))
 
-        dense = own.dense_latents or with_heads(2 * size / 3)
+        dense = own.dense_latents or dense_beside(2 * size / 3)
         if not 0 < dense < size or (size - dense) % of_head:
             raise InputError(
                 f"dense_latents {dense}: the other {max(0, size - dense)} of dict_size = {size} "
                 f"latents must form heads of head_m * head_n = {own.head_m} * {own.head_n}, at "
-                f"least one; near it is {with_heads(size - dense)}"
+                f"least one: the nearest number that works is {dense_beside(size - dense)}"
             )
         if dense < least:
             raise InputError(
                 f"dense_latents {dense}: the nested prefix of {least} latents would split a head "
-                f"of {of_head}; near it is {with_heads(size - dense)}"
+                f"of {of_head}: the nearest number that works is {dense_beside(size - dense)}"
             )
         object.__setattr__(config, "encoder_settings", replace(own, dense_latents=dense))
 

@@ -27,7 +27,6 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from importlib import metadata
-from itertools import count
 from pathlib import Path
 from types import GenericAlias, MappingProxyType
 from typing import Any
@@ -96,29 +95,36 @@ SWEEP = Keys({"members": GenericAlias(dict, (str, _MEMBER))})
 def output_folder(given: Path | None, name: str) -> Iterator[Path]:
     """The folder that a command writes: the given one, otherwise a new one, runs/NAME-TIME.
 
-    The new one is made at once, so that commands that start in the same second do not share it. It
-    is removed if nothing was written in it. If it cannot be made, `check_free` says so.
+    The new one is made at once, so that commands that start in the same second do not share it: the
+    second one's name ends with -2. If nothing was written in it, it is removed, and an empty runs/.
+    Raises InputError if it cannot be made.
     """
     if given is not None:
         yield given
         return
-    runs, name = Path("runs"), f"{name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    is_new = not runs.exists()
-    for number in count(1):
-        out = runs / (name if number == 1 else f"{name}-{number}")
-        with suppress(OSError):
-            runs.mkdir(exist_ok=True)
-            out.mkdir()
-            break
-        if not out.exists():
-            break
+    out = _new_folder(Path("runs"), f"{name}-{time.strftime('%Y%m%d-%H%M%S')}")
     try:
         yield out
     finally:
         with suppress(OSError):
             out.rmdir()
-            if is_new:
-                runs.rmdir()
+            out.parent.rmdir()
+
+
+def _new_folder(parent: Path, name: str) -> Path:
+    problem: OSError | None = None
+    for number in range(1, 1000):
+        out = parent / (name if number == 1 else f"{name}-{number}")
+        try:
+            parent.mkdir(exist_ok=True)
+            out.mkdir()
+            return out
+        except (FileExistsError, FileNotFoundError) as error:  # taken, or runs/ was just removed
+            problem = error
+        except OSError as error:
+            problem = error
+            break
+    raise InputError(f"{out} cannot be created: {problem}")
 
 
 class _Folder:
