@@ -124,6 +124,25 @@ def test_an_axis_may_grow_and_shrink(squares, tmp_path):
     assert len(document["runs"]) == 4  # nothing is thrown away
 
 
+def test_a_failure_before_the_first_run_leaves_no_folder(squares, tmp_path):
+    squares.ill = 1
+    with pytest.raises(KeyboardInterrupt):
+        run(squares, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_is_removed_meanwhile_is_made_again(squares, tmp_path):
+    out = tmp_path / "out"
+
+    def remove_first(run, done, total):
+        if done == 1:
+            shutil.rmtree(out)
+
+    runs = run_grid("squares", squares(), out, "a command", remove_first)
+    document = json.loads((out / "squares.json").read_text())
+    assert document["runs"] == runs and len(runs) == 3
+
+
 def test_two_processes_do_not_run_in_one_folder(squares, tmp_path):
     """Each would write its own runs over those of the other."""
     held = lock(tmp_path, "")

@@ -2,9 +2,12 @@
 
 import dataclasses
 import json
+import os
 import platform
+import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,7 @@ from kronsae.errors import InputError, differences
 from kronsae.experiments.experiment import Experiment, Run
 from kronsae.system.devices import compute_dtype, resolve_device
 from kronsae.system.documents import Keys, read_json, typed
-from kronsae.system.files import check_writable, lock, write_json, write_text
+from kronsae.system.files import LOCK_NAME, check_writable, lock, write_json, write_text
 from kronsae_kernels import __version__
 
 _DOCUMENT = Keys(
@@ -43,6 +46,9 @@ def run_grid(
     try:
         return _run_missing(name, experiment, folder, command, on_run)
     finally:
+        with suppress(OSError):
+            if os.listdir(folder) == [LOCK_NAME]:  # nothing came of it
+                shutil.rmtree(folder)
         held.release()
 
 
@@ -74,6 +80,7 @@ def _run_missing(
         figures = experiment.run(shared, cell)
         seconds = round(time.perf_counter() - began, 1)
         runs.append({**cell, **figures, "seconds": seconds, "command": command})
+        folder.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
         write_json(path, document)
         on_run(runs[-1], len(cells) - len(missing) + 1, len(cells))
     if not cells:
