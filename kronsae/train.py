@@ -147,7 +147,8 @@ def _plan(
 def train(request: Request, console: Console, mesh: Mesh = ALONE) -> int:
     """Train, evaluate and report; returns the exit status."""
     given = request.resume or request.out
-    with output_folder(given, _name(request)) if mesh.first else nullcontext() as out:
+    is_known = given is not None or not mesh.first  # otherwise the first process makes it
+    with nullcontext(given) if is_known else output_folder(None, _name(request)) as out:
         return _train_in(Path(mesh.world.exchange(str(out))[0]), request, console, mesh)
 
 
