@@ -6,8 +6,8 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -40,58 +40,58 @@ def run_grid(
     (but for axes, which may grow) or versions, if there is nothing to run, and if another process
     runs an experiment in `folder`.
     """
+    with _held(folder):
+        path = folder / f"{name}.json"
+        settings = experiment.recorded()
+        document: dict[str, Any] = {
+            "experiment": name,
+            "checks": f"[{experiment.cited}, {experiment.figure}]",
+            "statement": experiment.statement,
+            "command": command,
+            "settings": settings,
+            "made_with": made_with(experiment.device),
+            "runs": _earlier_runs(path, experiment, settings),
+        }
+        runs: list[Run] = document["runs"]
+        shared = None
+        while missing := missing_cells(cells := experiment.cells(runs), runs):
+            if shared is None:
+                shared = experiment.prepare()
+            cell = missing[0]
+            began = time.perf_counter()
+            figures = experiment.run(shared, cell)
+            seconds = round(time.perf_counter() - began, 1)
+            runs.append({**cell, **figures, "seconds": seconds, "command": command})
+            folder.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
+            write_json(path, document)
+            on_run(runs[-1], len(cells) - len(missing) + 1, len(cells))
+        if not cells:
+            raise InputError(f"{name}: with these settings there is nothing to run")
+        wanted = [run for cell in cells for run in runs if matches(run, cell)]
+        table, line = experiment.conclude(wanted)
+        write_json(path, {**document, "conclusion": line})
+        head = f"[{experiment.cited}, {experiment.figure}]: {experiment.statement}\n\n    {command}"
+        write_text(folder / f"{name}.md", f"{head}\n\n{table}\n\n{line}\n")
+        experiment.draw(wanted, folder / f"{name}.png")
+        return wanted
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Keep other processes' experiments out of a folder, which goes if nothing came of this one.
+
+    Raises InputError if another process runs one there.
+    """
     check_writable(folder)
     folder.mkdir(parents=True, exist_ok=True)
     held = lock(folder, f"{folder} is in use: another process runs an experiment there")
     try:
-        return _run_missing(name, experiment, folder, command, on_run)
+        yield
     finally:
         with suppress(OSError):
-            if os.listdir(folder) == [LOCK_NAME]:  # nothing came of it
+            if os.listdir(folder) == [LOCK_NAME]:
                 shutil.rmtree(folder)
         held.release()
-
-
-def _run_missing(
-    name: str,
-    experiment: Experiment,
-    folder: Path,
-    command: str,
-    on_run: Callable[[Run, int, int], None],
-) -> list[Run]:
-    path = folder / f"{name}.json"
-    settings = experiment.recorded()
-    document: dict[str, Any] = {
-        "experiment": name,
-        "checks": f"[{experiment.cited}, {experiment.figure}]",
-        "statement": experiment.statement,
-        "command": command,
-        "settings": settings,
-        "made_with": made_with(experiment.device),
-        "runs": _earlier_runs(path, experiment, settings),
-    }
-    runs: list[Run] = document["runs"]
-    shared = None
-    while missing := missing_cells(cells := experiment.cells(runs), runs):
-        if shared is None:
-            shared = experiment.prepare()
-        cell = missing[0]
-        began = time.perf_counter()
-        figures = experiment.run(shared, cell)
-        seconds = round(time.perf_counter() - began, 1)
-        runs.append({**cell, **figures, "seconds": seconds, "command": command})
-        folder.mkdir(parents=True, exist_ok=True)  # somebody may have removed it
-        write_json(path, document)
-        on_run(runs[-1], len(cells) - len(missing) + 1, len(cells))
-    if not cells:
-        raise InputError(f"{name}: with these settings there is nothing to run")
-    wanted = [run for cell in cells for run in runs if matches(run, cell)]
-    table, line = experiment.conclude(wanted)
-    write_json(path, {**document, "conclusion": line})
-    head = f"[{experiment.cited}, {experiment.figure}]: {experiment.statement}\n\n    {command}"
-    write_text(folder / f"{name}.md", f"{head}\n\n{table}\n\n{line}\n")
-    experiment.draw(wanted, folder / f"{name}.png")
-    return wanted
 
 
 def matches(run: Run, cell: dict[str, Any]) -> bool:
