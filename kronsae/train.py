@@ -147,7 +147,7 @@ def _plan(
 def train(request: Request, console: Console, mesh: Mesh = ALONE) -> int:
     """Train, evaluate and report; returns the exit status."""
     given = request.resume or request.out
-    is_known = given is not None or not mesh.first  # otherwise the first process makes it
+    is_known = given is not None or not mesh.first  # the first process makes one for all
     with nullcontext(given) if is_known else output_folder(None, _name(request)) as out:
         return _train_in(Path(mesh.world.exchange(str(out))[0]), request, console, mesh)
 
