@@ -105,12 +105,12 @@ class Correlation(EqualTokens):
         edges = torch.linspace(LOWEST, HIGHEST, BINS + 1).tolist()
         with picture(path, len(shapes), (4, 3.2)) as row:
             for axes, ((shape,), group) in zip(row, shapes.items(), strict=True):
-                for weights, color in (("trained", "C0"), ("random", "C7")):
+                for weights, color, dash in (("random", "C7", "--"), ("trained", "C0", ":")):
                     shares = torch.tensor([run[weights]["head_shares"] for run in group]).mean(0)
                     axes.stairs(shares.tolist(), edges, color=color, label=weights)
                     others = Spread.of(run[weights]["others"] for run in group).mean
                     label = f"{weights}, all others"
-                    axes.axvline(others, color=color, linestyle=":", label=label)
+                    axes.axvline(others, color=color, linestyle=dash, label=label)
                 axes.set_title(shape)
                 axes.set_xlabel("mean correlation with its head")
                 axes.set_ylabel("share of latents")

@@ -83,6 +83,9 @@ class Hierarchical(EqualTokens):
     def draw(self, runs: Sequence[Run], path: Path) -> None:
         super().draw(self.points(runs), path)
 
+    def subject(self) -> str:
+        return f"{self.variant_of_all}, "
+
     def sentence(self, spreads: dict[tuple, Spread]) -> str:
         def above(other: str, k: int) -> str:
             gain = spreads[k, ONE].mean - spreads[k, other].mean

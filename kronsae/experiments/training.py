@@ -251,7 +251,11 @@ class TrainingExperiment(Experiment):
                 curves(axes, of_size, self.line, self.across, *points)
                 tokens = {run["tokens"] for run in of_size}
                 of_tokens = f", {tokens.pop():,} tokens" if len(tokens) == 1 else ""
-                axes.set_title(f"F = {size:,}{of_tokens}")
+                axes.set_title(f"{self.subject()}F = {size:,}{of_tokens}")
+
+    def subject(self) -> str:
+        """How a picture's title begins: the SAE, where all are of one kind."""
+        return ""
 
 
 @dataclasses.dataclass(frozen=True)

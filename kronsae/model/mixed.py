@@ -32,8 +32,8 @@ class MixedSettings:
 
 @ENCODERS.register("mixed")
 class Mixed(EncoderKind):
-    """dense_latents latents relu(W x + b), times dense_factor, then those of heads of head_m base
-    and head_n extension pre-latents, combined by mAND [KronSAE, eq. 2-4].
+    """First `dense_latents` latents, dense_factor * relu(W x + b). Then the latents of heads, each
+    of head_m base and head_n extension pre-latents, combined by mAND [KronSAE, eq. 2-4].
 
     W_enc: [R, d], b_enc: [R]; the rows of the dense latents come first, then the base and extension
     pre-latents of all heads: the first of each head, the second of each, …
@@ -91,7 +91,7 @@ class Mixed(EncoderKind):
         return own.dense_latents + heads * (own.head_m + own.head_n)
 
     def _parts(self, w: Tensor) -> tuple[Tensor, Tensor]:
-        """Weights or biases of the dense latents [D, …], and of the heads [h, m + n, …]."""
+        """Weights or biases of the dense latents [dense_latents, …], and of heads [h, m + n, …]."""
         own = self.config.encoder_settings
         dense, heads = w.split([own.dense_latents, len(w) - own.dense_latents])
         return dense, heads.unflatten(0, (own.head_m + own.head_n, -1)).transpose(0, 1)
