@@ -1,10 +1,11 @@
 """Two kinds of SAE, pair by pair, on tokens that neither saw: `python -m benchmarks.paired`.
 
-    python -m benchmarks.paired --cache cache --layer 10 A-0 A-1 A-2 --beside B-0 B-1 B-2
+    python -m benchmarks.paired --cache cache A-0 A-1 A-2 --beside B-0 B-1 B-2
 
 The tokens are those of the cache after all that the SAEs can have read in training, so that no
 setting was chosen on them either. Documents are resampled to tell how far a difference depends on
 the text. (Not contexts: a long document of an unusual kind fills many, one after the other.)
+The interval of a mean is that of these SAEs on other text, not of other seeds.
 """
 
 import argparse
@@ -20,6 +21,8 @@ from kronsae.model.massive import rule_of
 from kronsae.system.tables import markdown
 
 RESAMPLED = 10_000
+LEAST_DOCUMENTS = 30
+"""Fewer say nothing about other text, and get no interval."""
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -28,22 +31,47 @@ def make_parser() -> argparse.ArgumentParser:
     given("saes", nargs="+", help="SAEs that were trained on the cache")
     given("--beside", nargs="+", required=True, help="as many SAEs to compare them with")
     given("--cache", required=True, help="folder that kronsae harvest wrote")
-    given("--layer", type=int, required=True, help="residual stream, from 0")
     return parser
 
 
-def tokens_read(sae: SAE) -> int:
-    """Tokens at the start of a cache that an SAE can have been trained on.
+def opened(folder: str, saes: dict[str, SAE]) -> CacheActivations:
+    """The cache at the hookpoint of all SAEs, which maps names to SAEs.
 
-    Raises InputError if it did not read a cache in the order of the stream.
+    Raises InputError unless each is an autoencoder that was trained, from random weights, from the
+    cache in the order of the stream, all of them at one hookpoint.
     """
-    data = sae.metadata.get("data", {})
-    if data.get("order") != "stream":
-        raise InputError(
-            "expected SAEs trained with --activations-order stream, which leave the end of a cache "
-            f"unread; got the order {data.get('order')!r}"
-        )
-    return sae.metadata["tokens"] + data["buffer_tokens"]
+    hookpoints = {}
+    for name, sae in saes.items():
+        data = sae.metadata.get("data") or {}
+        if data.get("source") != "cache" or data.get("order") != "stream":
+            raise InputError(
+                f"{name}: expected an SAE trained from a cache with --activations-order stream, "
+                "which leaves the end of the cache unread"
+            )
+        if sae.config.d_target:
+            raise InputError(f"{name}: expected an autoencoder, got a transcoder")
+        if "finetune" in sae.metadata:
+            raise InputError(
+                f"{name}: it went on from another SAE (--finetune), which may have read any token"
+            )
+        (hookpoints[name],) = data["hookpoints"]
+    (first, hookpoint), *others = hookpoints.items()
+    for name, other in others:
+        if other != hookpoint:
+            raise InputError(f"{name} was trained at {other}, and {first} at {hookpoint}")
+    cache = CacheActivations(folder, hookpoint=hookpoint, batch_size=1)
+    for name, sae in saes.items():
+        if sae.metadata["data"]["cache"] != cache.index.fingerprint:
+            raise InputError(
+                f"{name} was trained from another cache than {folder}, or before it grew"
+            )
+    return cache
+
+
+def tokens_read(sae: SAE) -> int:
+    """Tokens at the start of its cache that an SAE can have been trained on."""
+    data = sae.metadata["data"]
+    return sae.metadata["tokens"] + max(data["buffer_tokens"], 2 * data["batch_size"])
 
 
 def unseen(cache: CacheActivations, first: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -66,19 +94,23 @@ def unseen(cache: CacheActivations, first: int) -> Iterator[tuple[Tensor, Tensor
 
 
 @torch.no_grad()
-def errors(saes: Sequence[SAE], x: Tensor, document: Tensor) -> tuple[Tensor, Tensor]:
-    """Squared distance [n] from the mean, and squared error [s, n] of each SAE, by document."""
+def errors(saes: Sequence[SAE], x: Tensor, document: Tensor) -> tuple[Tensor, Tensor, list[float]]:
+    """Squared distance [n] from the mean, squared error [s, n] of each SAE, by document, and L0."""
 
     def by_document(squares: Tensor) -> Tensor:
         sums = torch.zeros(int(document.max()) + 1, dtype=torch.float64)
         return sums.index_add_(0, document, squares.double())
 
-    from_mean = by_document((x - x.mean(0)).square().sum(1))
-    wrong = [
-        torch.cat([(sae(part).x_hat - part).square().sum(1) for part in x.split(2048)])
-        for sae in saes
-    ]
-    return from_mean, torch.stack([by_document(squares) for squares in wrong])
+    wrong, l0 = [], []
+    for sae in saes:
+        squares, active = [], 0
+        for part in x.split(2048):
+            out = sae(part)
+            squares.append((out.x_hat - part).square().sum(1))
+            active += int((out.codes.values > 0).sum())
+        wrong.append(by_document(torch.cat(squares)))
+        l0.append(active / len(x))
+    return by_document((x - x.mean(0)).square().sum(1)), torch.stack(wrong), l0
 
 
 def interval(gains: Tensor, from_mean: Tensor) -> tuple[float, float]:
@@ -86,38 +118,53 @@ def interval(gains: Tensor, from_mean: Tensor) -> tuple[float, float]:
 
     gains: [n] squared error that one SAE of a pair has less, by document.
     """
-    drawn = torch.randint(
-        len(gains), (RESAMPLED, len(gains)), generator=torch.Generator().manual_seed(0)
-    )
-    shares = gains[drawn].sum(1) / from_mean[drawn].sum(1)
-    low, high = shares.quantile(shares.new_tensor([0.025, 0.975])).tolist()
+    generator = torch.Generator().manual_seed(0)
+    shares = []
+    for _ in range(RESAMPLED // 100):
+        drawn = torch.randint(len(gains), (100, len(gains)), generator=generator)
+        shares.append(gains[drawn].sum(1) / from_mean[drawn].sum(1))
+    low, high = torch.cat(shares).quantile(gains.new_tensor([0.025, 0.975])).tolist()
     return low, high
 
 
-def compare(names: Sequence[str], beside: Sequence[str], cache: CacheActivations) -> str:
+def compare(names: Sequence[str], beside: Sequence[str], folder: str) -> str:
     """A table of explained variance, a row for each pair and one for their means."""
     if len(names) != len(beside):
         raise InputError(f"expected as many SAEs --beside, {len(names)}; got {len(beside)}")
-    saes = [load(name) for name in (*names, *beside)]
-    parts = list(unseen(cache, max(map(tokens_read, saes))))
+    saes = {name: load(name) for name in (*names, *beside)}
+    cache = opened(folder, saes)
+    read = {name: tokens_read(sae) for name, sae in saes.items()}
+    most = max(read, key=lambda name: read[name])
+    parts = list(unseen(cache, read[most]))
     if not parts:
-        raise InputError("the SAEs read all of the cache: harvest more --tokens")
+        raise InputError(
+            f"{most} can have read {read[most]:,} tokens: expected a cache with whole shards after "
+            f"these, and {folder} has {cache.index.train_rows:,} tokens"
+        )
     x, document = map(torch.cat, zip(*parts, strict=True))
-    rule = rule_of(saes[0].metadata)
-    if rule is not None:
-        usual = ~rule(x)
+    for rule in filter(None, (rule_of(sae.metadata) for sae in saes.values())):
+        usual = ~rule(x)  # what one SAE leaves out is left out for all
         x, document = x[usual], document[usual]
     document = document.unique(return_inverse=True)[1]
-    from_mean, wrong = errors(saes, x, document)
-    ours, theirs = wrong.unflatten(0, (2, -1))
-    pairs = [*zip(names, ours, theirs, strict=True), ("mean", ours.mean(0), theirs.mean(0))]
+    from_mean, wrong, l0 = errors([saes[name] for name in (*names, *beside)], x, document)
+    few = len(from_mean) < LEAST_DOCUMENTS
+    count = len(names)
+    ours, theirs = wrong[:count], wrong[count:]
+    pairs = [*zip(names, ours, theirs, l0[:count], l0[count:], strict=True)]
+    mean_l0 = sum(l0[:count]) / count, sum(l0[count:]) / count
     rows = []
-    for name, one, other in pairs:
+    for name, one, other, *both in [*pairs, ("mean", ours.mean(0), theirs.mean(0), *mean_l0)]:
         explained = [f"{1 - error.sum() / from_mean.sum():.4f}" for error in (one, other)]
         gains = other - one
         low, high = interval(gains, from_mean)
-        more = f"{gains.sum() / from_mean.sum():+.4f}"
-        rows.append([name, *explained, more, f"{low:+.4f} to {high:+.4f}"])
+        rows.append(
+            [
+                name,
+                *(f"{value} (L0 {l0:.1f})" for value, l0 in zip(explained, both, strict=True)),
+                f"{gains.sum() / from_mean.sum():+.4f}",
+                "too few documents" if few else f"{low:+.4f} to {high:+.4f}",
+            ]
+        )
     header = ["SAE", "explained variance", "the SAE beside", "more", "95 % of resampled texts"]
     return f"{len(x):,} tokens in {len(from_mean):,} documents\n\n{markdown(header, rows)}"
 
@@ -126,8 +173,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser()
     options = parser.parse_args(argv)
     try:
-        cache = CacheActivations(options.cache, layer=options.layer, batch_size=1)
-        print(compare(options.saes, options.beside, cache))
+        print(compare(options.saes, options.beside, options.cache))
     except InputError as error:
         parser.error(str(error))
 

@@ -10,58 +10,104 @@ from kronsae.cache import CacheActivations
 from kronsae.train import main
 
 FLAGS = [
-    *("--layer", "2", "--tokens", "300", "--batch-size", "50", "--buffer-tokens", "100"),
+    *("--batch-size", "50", "--buffer-tokens", "100"),
     *("--dict-size", "64", "--k", "4", "--eval-every", "0", "--log-every", "1"),
 ]
+SAES = {
+    "a": ["--layer", "2"],
+    "b": ["--layer", "2", "--seed", "1"],
+    "permuted": ["--layer", "2"],
+    "other-layer": ["--layer", "1"],
+    "transcoder": ["--hookpoint", "gpt_neox.layers.1", "--target-hookpoint", "gpt_neox.layers.2"],
+    "long": ["--layer", "2"],
+}
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """A cache, and SAEs trained on it: seeds 0 and 1 (a, b), and one in permuted order (c)."""
+    """Two caches, and SAEs: SAES of the first, one that went on from a, and one of the second."""
     folder = tmp_path_factory.mktemp("paired")
     with pytest.MonkeyPatch.context() as patch:
         cached.make(patch, folder / "cache")
-    for name, seed, order in (("a", "0", "stream"), ("b", "1", "stream"), ("c", "0", "global")):
-        flags = ["--seed", seed, "--activations-order", order, "--out", str(folder / name)]
-        assert main(["--activations", str(folder / "cache"), *FLAGS, *flags]) == 0
+        cached.make(patch, folder / "second", seed=1)
+
+    def train(name, *flags, cache="cache"):
+        order = "global" if name == "permuted" else "stream"
+        tokens = "1500" if name == "long" else "300"
+        given = ["--activations", str(folder / cache), "--activations-order", order, *FLAGS]
+        assert main([*given, "--tokens", tokens, *flags, "--out", str(folder / name)]) == 0
+
+    for name, flags in SAES.items():
+        train(name, *flags)
+    train("went-on", "--layer", "2", "--finetune", str(folder / "a"))
+    train("of-second", "--layer", "2", cache="second")
     return folder
 
 
-def opened(folder):
+def cache_of(folder):
     return CacheActivations(folder / "cache", layer=2, batch_size=1)
 
 
+def table(folder, names, beside):
+    """The line above the table, and the cells of its rows."""
+    paths = [[str(folder / name) for name in side.split()] for side in (names, beside)]
+    size, _, _, _, *rows = paired.compare(*paths, str(folder / "cache")).splitlines()
+    return size, [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
+
+
 def test_figures_are_those_of_the_tokens_after_the_training(folder):
-    names = [str(folder / name) for name in ("a", "b")]
     shards = [
         rows
-        for number, (_, _, rows) in enumerate(opened(folder).text_in_order())
-        if number >= len(opened(folder).index.heldout)
+        for number, (_, _, rows) in enumerate(cache_of(folder).text_in_order())
+        if number >= len(cache_of(folder).index.heldout)
     ]
-    read = [sum(map(len, shards[:number])) for number in range(len(shards))]
-    x = torch.cat([rows for rows, before in zip(shards, read, strict=True) if before >= 400])
-    saes = [kronsae.load(name) for name in names]
+    before = [sum(map(len, shards[:number])) for number in range(len(shards))]
+    x = torch.cat([rows for rows, read in zip(shards, before, strict=True) if read >= 400])
+    saes = [kronsae.load(folder / name) for name in "ab"]
     x = x[~paired.rule_of(saes[0].metadata)(x)]
-    wrong = [(sae(x).x_hat - x).double().square().sum() for sae in saes]
+    outs = [sae(x) for sae in saes]
+    wrong = [(out.x_hat - x).double().square().sum() for out in outs]
     ours, theirs = (float(1 - w / (x - x.mean(0)).double().square().sum()) for w in wrong)
-    size, _, _, _, pair, mean = paired.compare(names[:1], names[1:], opened(folder)).splitlines()
+    l0s = [(out.codes.values > 0).sum(1).double().mean() for out in outs]
+    size, (pair, mean) = table(folder, "a", "b")
     assert size.startswith(f"{len(x):,} tokens in ")
-    assert pair.startswith(f"| {names[0]} | {ours:.4f} | {theirs:.4f} | {ours - theirs:+.4f} | ")
-    assert mean.split("|")[2:] == pair.split("|")[2:]
+    assert pair[1:3] == [f"{ours:.4f} (L0 {l0s[0]:.1f})", f"{theirs:.4f} (L0 {l0s[1]:.1f})"]
+    assert pair[3] == f"{ours - theirs:+.4f}"
+    assert mean[1:] == pair[1:]
 
 
-def test_the_mean_is_over_the_pairs_and_an_sae_differs_from_itself_by_nothing(folder):
-    a, b = str(folder / "a"), str(folder / "b")
-    *_, first, same, mean = paired.compare([a, b], [b, b], opened(folder)).splitlines()
-    assert same.endswith("| +0.0000 | +0.0000 to +0.0000 |")
-    more = [float(line.split("|")[4]) for line in (first, mean)]
-    assert more[0] != 0 and abs(more[1] - more[0] / 2) <= 1e-4
+def test_the_mean_is_over_the_pairs_and_an_sae_differs_from_itself_by_nothing(folder, monkeypatch):
+    assert table(folder, "a", "b")[1][0][4] == "too few documents"
+    monkeypatch.setattr(paired, "LEAST_DOCUMENTS", 2)
+    _, (first, same, mean) = table(folder, "a b", "b b")
+    assert same[3:] == ["+0.0000", "+0.0000 to +0.0000"]
+    assert float(first[3]) != 0 and abs(float(mean[3]) - float(first[3]) / 2) <= 1e-4
+
+
+def test_what_one_sae_leaves_out_is_left_out_in_any_order(folder, monkeypatch):
+    whole, _ = table(folder, "a", "b")
+
+    def rule_of(metadata):
+        return (lambda x: x[:, 0] > 0) if metadata["config"]["train"]["seed"] else None
+
+    monkeypatch.setattr(paired, "rule_of", rule_of)
+    size, (pair, _) = table(folder, "a", "b")
+    swapped_size, (swapped, _) = table(folder, "b", "a")
+    assert size == swapped_size != whole
+    assert pair[1:3] == swapped[2:0:-1]
+
+
+def test_the_buffer_holds_two_batches_at_least(folder):
+    sae = kronsae.load(folder / "a")
+    assert paired.tokens_read(sae) == 300 + 100
+    sae.metadata["data"]["batch_size"] = 70
+    assert paired.tokens_read(sae) == 300 + 140
 
 
 def test_a_document_ends_at_a_special_token(folder):
     """The text of the cache has 40 documents, joined into contexts; some are held out."""
-    rows, documents = map(torch.cat, zip(*paired.unseen(opened(folder), 0), strict=True))
-    assert len(rows) == len(documents) == opened(folder).index.train_rows
+    rows, documents = map(torch.cat, zip(*paired.unseen(cache_of(folder), 0), strict=True))
+    assert len(rows) == len(documents) == cache_of(folder).index.train_rows
     assert (documents.diff() >= 0).all()
     assert 30 <= len(documents.unique()) <= 40
 
@@ -79,14 +125,18 @@ def test_the_interval_of_equal_documents_has_no_width_and_of_others_has():
 @pytest.mark.parametrize(
     ("ours", "beside", "said"),
     [
-        ("a", "c", "trained with --activations-order stream"),
+        ("a", "permuted", "with --activations-order stream"),
         ("a", "a b", "as many SAEs --beside, 1; got 2"),
+        ("a", "other-layer", "was trained at gpt_neox.layers.1, and"),
+        ("transcoder", "transcoder", "expected an autoencoder, got a transcoder"),
+        ("a", "went-on", "it went on from another SAE"),
+        ("of-second", "of-second", "was trained from another cache"),
+        ("a", "long", "can have read 1,600 tokens: expected a cache with whole shards after these"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(ours, beside, said, folder, capsys):
     paths = [str(folder / name) for name in beside.split()]
-    given = ["--cache", str(folder / "cache"), "--layer", "2", str(folder / ours), "--beside"]
     with pytest.raises(SystemExit) as ended:
-        paired.main([*given, *paths])
+        paired.main(["--cache", str(folder / "cache"), str(folder / ours), "--beside", *paths])
     assert ended.value.code == 2
     assert said in " ".join(capsys.readouterr().err.split())
