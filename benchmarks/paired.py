@@ -58,12 +58,15 @@ def opened(folder: str, saes: dict[str, SAE]) -> CacheActivations:
     (first, hookpoint), *others = hookpoints.items()
     for name, other in others:
         if other != hookpoint:
-            raise InputError(f"{name} was trained at {other}, and {first} at {hookpoint}")
+            raise InputError(
+                f"expected SAEs of one hookpoint: {name} was trained at {other}, and {first} at "
+                f"{hookpoint}"
+            )
     cache = CacheActivations(folder, hookpoint=hookpoint, batch_size=1)
     for name, sae in saes.items():
         if sae.metadata["data"]["cache"] != cache.index.fingerprint:
             raise InputError(
-                f"{name} was trained from another cache than {folder}, or before it grew"
+                f"{name} was trained from another cache than that in {folder}, or before it grew"
             )
     return cache
 
@@ -138,8 +141,8 @@ def compare(names: Sequence[str], beside: Sequence[str], folder: str) -> str:
     parts = list(unseen(cache, read[most]))
     if not parts:
         raise InputError(
-            f"{most} can have read {read[most]:,} tokens: expected a cache with whole shards after "
-            f"these, and {folder} has {cache.index.train_rows:,} tokens"
+            f"{most} can have read {read[most]:,} of the {cache.index.train_rows:,} tokens of "
+            f"{folder}, and no whole shard comes after these: train SAEs on fewer --tokens"
         )
     x, document = map(torch.cat, zip(*parts, strict=True))
     for rule in filter(None, (rule_of(sae.metadata) for sae in saes.values())):

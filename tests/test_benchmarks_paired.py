@@ -127,11 +127,11 @@ def test_the_interval_of_equal_documents_has_no_width_and_of_others_has():
     [
         ("a", "permuted", "with --activations-order stream"),
         ("a", "a b", "as many SAEs --beside, 1; got 2"),
-        ("a", "other-layer", "was trained at gpt_neox.layers.1, and"),
+        ("a", "other-layer", "expected SAEs of one hookpoint"),
         ("transcoder", "transcoder", "expected an autoencoder, got a transcoder"),
         ("a", "went-on", "it went on from another SAE"),
         ("of-second", "of-second", "was trained from another cache"),
-        ("a", "long", "can have read 1,600 tokens: expected a cache with whole shards after these"),
+        ("a", "long", "no whole shard comes after these: train SAEs on fewer --tokens"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(ours, beside, said, folder, capsys):
