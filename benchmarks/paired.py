@@ -80,8 +80,8 @@ def tokens_read(sae: SAE) -> int:
 def unseen(cache: CacheActivations, first: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Activations [r, d], and the document of each [r], of the shards from token `first` on.
 
-    A document ends at a special token, which no mask includes, as it does not the first of a
-    context.
+    A document ends at a special token. Masks leave these out, and the first token of each context,
+    which ends no document.
     """
     tokens = documents = 0
     for number, (_, mask, rows) in enumerate(cache.text_in_order()):
@@ -97,8 +97,8 @@ def unseen(cache: CacheActivations, first: int) -> Iterator[tuple[Tensor, Tensor
 
 
 @torch.no_grad()
-def errors(saes: Sequence[SAE], x: Tensor, document: Tensor) -> tuple[Tensor, Tensor, list[float]]:
-    """Squared distance [n] from the mean, squared error [s, n] of each SAE, by document, and L0."""
+def errors(saes: Sequence[SAE], x: Tensor, document: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Squared distance [n] from the mean and squared error [s, n], by document, and L0 [s]."""
 
     def by_document(squares: Tensor) -> Tensor:
         sums = torch.zeros(int(document.max()) + 1, dtype=torch.float64)
@@ -113,7 +113,7 @@ def errors(saes: Sequence[SAE], x: Tensor, document: Tensor) -> tuple[Tensor, Te
             active += int((out.codes.values > 0).sum())
         wrong.append(by_document(torch.cat(squares)))
         l0.append(active / len(x))
-    return by_document((x - x.mean(0)).square().sum(1)), torch.stack(wrong), l0
+    return by_document((x - x.mean(0)).square().sum(1)), torch.stack(wrong), torch.tensor(l0)
 
 
 def interval(gains: Tensor, from_mean: Tensor) -> tuple[float, float]:
@@ -150,24 +150,24 @@ def compare(names: Sequence[str], beside: Sequence[str], folder: str) -> str:
         x, document = x[usual], document[usual]
     document = document.unique(return_inverse=True)[1]
     from_mean, wrong, l0 = errors([saes[name] for name in (*names, *beside)], x, document)
-    few = len(from_mean) < LEAST_DOCUMENTS
     count = len(names)
-    ours, theirs = wrong[:count], wrong[count:]
-    pairs = [*zip(names, ours, theirs, l0[:count], l0[count:], strict=True)]
-    mean_l0 = sum(l0[:count]) / count, sum(l0[count:]) / count
-    rows = []
-    for name, one, other, *both in [*pairs, ("mean", ours.mean(0), theirs.mean(0), *mean_l0)]:
-        explained = [f"{1 - error.sum() / from_mean.sum():.4f}" for error in (one, other)]
-        gains = other - one
-        low, high = interval(gains, from_mean)
-        rows.append(
-            [
-                name,
-                *(f"{value} (L0 {l0:.1f})" for value, l0 in zip(explained, both, strict=True)),
-                f"{gains.sum() / from_mean.sum():+.4f}",
-                "too few documents" if few else f"{low:+.4f} to {high:+.4f}",
-            ]
-        )
+
+    def row(name: str, of: slice, against: slice) -> list[str]:
+        """The cells of a pair, or of the means over several."""
+        one, other = wrong[of].mean(0), wrong[against].mean(0)
+        gains, texts = other - one, "too few documents"
+        if len(gains) >= LEAST_DOCUMENTS:
+            texts = "{:+.4f} to {:+.4f}".format(*interval(gains, from_mean))
+        explained = [
+            f"{1 - error.sum() / from_mean.sum():.4f} (L0 {l0[which].mean():.1f})"
+            for error, which in ((one, of), (other, against))
+        ]
+        return [name, *explained, f"{gains.sum() / from_mean.sum():+.4f}", texts]
+
+    rows = [
+        row(name, slice(i, i + 1), slice(count + i, count + i + 1)) for i, name in enumerate(names)
+    ]
+    rows.append(row("mean", slice(count), slice(count, None)))
     header = ["SAE", "explained variance", "the SAE beside", "more", "95 % of resampled texts"]
     return f"{len(x):,} tokens in {len(from_mean):,} documents\n\n{markdown(header, rows)}"
 

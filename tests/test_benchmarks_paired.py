@@ -116,9 +116,8 @@ def test_the_interval_of_equal_documents_has_no_width_and_of_others_has():
     ones = torch.ones(50, dtype=torch.float64)
     assert paired.interval(0.1 * ones, ones) == pytest.approx((0.1, 0.1))
     gains = torch.linspace(-1, 1, 50, dtype=torch.float64)
-    low, high = paired.interval(
-        gains, ones
-    )  # of a mean: 1.96 deviations of 0.589, by the root of 50
+    low, high = paired.interval(gains, ones)
+    # of a mean: 1.96 standard deviations, 0.589, by the root of 50
     assert -low == pytest.approx(0.163, abs=0.02) and high == pytest.approx(0.163, abs=0.02)
 
 
