@@ -2,10 +2,10 @@
 
     python -m benchmarks.paired --cache cache A-0 A-1 A-2 --beside B-0 B-1 B-2
 
-The tokens are those of the cache after all that the SAEs can have read in training, so that no
-setting was chosen on them either. Documents are resampled to tell how far a difference depends on
-the text. (Not contexts: a long document of an unusual kind fills many, one after the other.)
-The interval of a mean is that of these SAEs on other text, not of other seeds.
+The tokens are those of the cache after all that the SAEs can have read in training: if settings
+were chosen on the held-out text, none was chosen on these. Documents are resampled to tell how far
+a difference depends on the text. (Not contexts: a long document of an unusual kind fills many, one
+after the other.) The interval of a mean is that of these SAEs on other text, not of other seeds.
 """
 
 import argparse
@@ -16,6 +16,8 @@ from torch import Tensor
 
 from kronsae import SAE, load
 from kronsae.cache.reader import CacheActivations
+from kronsae.config import DataConfig
+from kronsae.data.activations import MASK_SETTINGS
 from kronsae.errors import InputError
 from kronsae.model.massive import rule_of
 from kronsae.system.tables import markdown
@@ -38,7 +40,8 @@ def opened(folder: str, saes: dict[str, SAE]) -> CacheActivations:
     """The cache at the hookpoint of all SAEs, which maps names to SAEs.
 
     Raises InputError unless each is an autoencoder that was trained, from random weights, from the
-    cache in the order of the stream, all of them at one hookpoint.
+    cache in the order of the stream, all of them at one hookpoint; and if the cache leaves out
+    tokens that end no document.
     """
     hookpoints = {}
     for name, sae in saes.items():
@@ -63,6 +66,13 @@ def opened(folder: str, saes: dict[str, SAE]) -> CacheActivations:
                 f"{hookpoint}"
             )
     cache = CacheActivations(folder, hookpoint=hookpoint, batch_size=1)
+    for setting in MASK_SETTINGS:
+        got, usual = getattr(cache.index.data, setting), getattr(DataConfig(), setting)
+        if got != usual:
+            raise InputError(
+                f"{folder} was harvested with {setting} {got!r}, so that a token that is left out "
+                f"need not end a document: expected {usual!r}"
+            )
     for name, sae in saes.items():
         if sae.metadata["data"]["cache"] != cache.index.fingerprint:
             raise InputError(
@@ -80,16 +90,17 @@ def tokens_read(sae: SAE) -> int:
 def unseen(cache: CacheActivations, first: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Activations [r, d], and the document of each [r], of the shards from token `first` on.
 
-    A document ends at a special token. Masks leave these out, and the first token of each context,
-    which ends no document.
+    The mask leaves special tokens out, and each of them ends a document. It also leaves out what
+    begins each context, which ends none.
     """
     tokens = documents = 0
+    begin = max(1, len(cache.index.begin.get("context_begin") or ()))
     for number, (_, mask, rows) in enumerate(cache.text_in_order()):
         if number < len(cache.index.heldout):
             continue
         if tokens >= first:
             ends = ~mask
-            ends[:, 0] = False
+            ends[:, :begin] = False
             document = documents + ends.flatten().cumsum(0).view_as(mask)
             documents = int(document[-1, -1])
             yield rows, document[mask]
@@ -141,8 +152,8 @@ def compare(names: Sequence[str], beside: Sequence[str], folder: str) -> str:
     parts = list(unseen(cache, read[most]))
     if not parts:
         raise InputError(
-            f"{most} can have read {read[most]:,} of the {cache.index.train_rows:,} tokens of "
-            f"{folder}, and no whole shard comes after these: train SAEs on fewer --tokens"
+            f"{most} can have read the first {read[most]:,} tokens. {folder} has "
+            f"{cache.index.train_rows:,}, and no whole shard after those: train on fewer --tokens"
         )
     x, document = map(torch.cat, zip(*parts, strict=True))
     for rule in filter(None, (rule_of(sae.metadata) for sae in saes.values())):

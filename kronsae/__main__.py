@@ -23,7 +23,7 @@ COMMANDS = {
 HELP = """kronsae {version}: train sparse autoencoders with very large dictionaries
 
 Start with:
-  kronsae train              an SAE on a small model of ours, in two minutes
+  kronsae train              an SAE on a small model of ours, in minutes
   kronsae explore runs/...   look at what it learned
 
 Commands:

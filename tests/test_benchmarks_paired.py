@@ -1,5 +1,7 @@
 """SAEs compared pair by pair on the tokens of a cache that they have not read."""
 
+import dataclasses
+
 import cached
 import pytest
 import torch
@@ -112,6 +114,26 @@ def test_a_document_ends_at_a_special_token(folder):
     assert 30 <= len(documents.unique()) <= 40
 
 
+def test_what_begins_a_context_ends_no_document(tmp_path, monkeypatch):
+    data = dataclasses.replace(cached.DATA, bos="import os\n")
+    index = cached.make(monkeypatch, tmp_path / "cache", data=data)
+    assert len(index.begin["context_begin"]) > 1
+    parts = paired.unseen(CacheActivations(tmp_path / "cache", layer=2, batch_size=1), 0)
+    documents = torch.cat([document for _, document in parts])
+    assert 30 <= len(documents.unique()) <= 40 < sum(shard.contexts for shard in index.train)
+
+
+@pytest.mark.parametrize(("setting", "value"), [("exclude_tokens", "="), ("join_documents", False)])
+def test_a_cache_whose_masks_do_not_tell_documents_apart_is_refused(
+    setting, value, folder, tmp_path, monkeypatch
+):
+    data = dataclasses.replace(cached.DATA, **{setting: value})
+    cached.make(monkeypatch, tmp_path / "cache", data=data)
+    saes = {"a": kronsae.load(folder / "a")}
+    with pytest.raises(paired.InputError, match=f"harvested with {setting} {value!r}"):
+        paired.opened(str(tmp_path / "cache"), saes)
+
+
 def test_the_interval_of_equal_documents_has_no_width_and_of_others_has():
     ones = torch.ones(50, dtype=torch.float64)
     assert paired.interval(0.1 * ones, ones) == pytest.approx((0.1, 0.1))
@@ -130,7 +152,7 @@ def test_the_interval_of_equal_documents_has_no_width_and_of_others_has():
         ("transcoder", "transcoder", "expected an autoencoder, got a transcoder"),
         ("a", "went-on", "it went on from another SAE"),
         ("of-second", "of-second", "was trained from another cache"),
-        ("a", "long", "no whole shard comes after these: train SAEs on fewer --tokens"),
+        ("a", "long", "no whole shard after those: train on fewer --tokens"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(ours, beside, said, folder, capsys):

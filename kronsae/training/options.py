@@ -188,7 +188,7 @@ def make_parser() -> Parser:
     parser = Parser(
         "train",
         "Train a sparse autoencoder on a language model's activations. Without flags it trains on "
-        "a small model and text that are on this computer, in about two minutes.",
+        "a small model and text that are on this computer, in two to four minutes.",
         "kronsae train\n"
         "kronsae train --model EleutherAI/pythia-160m --layer 6 --tokens 500M \\\n"
         "    --dataset HuggingFaceFW/fineweb-edu --streaming --dict-size 32768 --k 50",
