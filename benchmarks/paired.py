@@ -20,6 +20,7 @@ from kronsae.config import DataConfig
 from kronsae.data.activations import MASK_SETTINGS
 from kronsae.errors import InputError
 from kronsae.model.massive import rule_of
+from kronsae.system.documents import part_of
 from kronsae.system.tables import markdown
 
 RESAMPLED = 10_000
@@ -74,32 +75,40 @@ def opened(folder: str, saes: dict[str, SAE]) -> CacheActivations:
                 f"need not end a document: expected {usual!r}"
             )
     for name, sae in saes.items():
-        if sae.metadata["data"]["cache"] != cache.index.fingerprint:
-            raise InputError(
-                f"{name} was trained from another cache than that in {folder}, or before it grew"
-            )
+        given = cache.index.first(tokens_given(sae, cache), cache.folder)
+        if sae.metadata["data"]["cache"] != given.fingerprint:
+            raise InputError(f"{name} was trained from another cache than that in {folder}")
     return cache
 
 
-def tokens_read(sae: SAE) -> int:
+def tokens_given(sae: SAE, cache: CacheActivations) -> int:
+    """Tokens that its cache had when an SAE was trained, or --activations-tokens."""
+    given = part_of(sae.metadata, "config", "data").get("activations_tokens")
+    return min(given or cache.index.train_rows, cache.index.train_rows)
+
+
+def tokens_read(sae: SAE, cache: CacheActivations) -> int:
     """Tokens at the start of its cache that an SAE can have been trained on."""
     data = sae.metadata["data"]
-    return sae.metadata["tokens"] + max(data["buffer_tokens"], 2 * data["batch_size"])
+    read = sae.metadata["tokens"] + max(data["buffer_tokens"], 2 * data["batch_size"])
+    return min(read, tokens_given(sae, cache))
 
 
 def unseen(cache: CacheActivations, first: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Activations [r, d], and the document of each [r], of the shards from token `first` on.
 
-    The mask leaves special tokens out, and each of them ends a document. It also leaves out what
-    begins each context, which ends none.
+    Each special token ends a document, but for those that begin each context. The mask leaves out
+    special tokens, and what is first in a context, which can be text.
     """
     tokens = documents = 0
-    begin = max(1, len(cache.index.begin.get("context_begin") or ()))
-    for number, (_, mask, rows) in enumerate(cache.text_in_order()):
+    begin = len(cache.index.begin.get("context_begin") or ())
+    for number, (ids, mask, rows) in enumerate(cache.text_in_order()):
         if number < len(cache.index.heldout):
             continue
         if tokens >= first:
-            ends = ~mask
+            first_of_text = max(1, begin)
+            special = ids[:, first_of_text:][~mask[:, first_of_text:]]
+            ends = torch.isin(ids, special)
             ends[:, :begin] = False
             document = documents + ends.flatten().cumsum(0).view_as(mask)
             documents = int(document[-1, -1])
@@ -147,13 +156,13 @@ def compare(names: Sequence[str], beside: Sequence[str], folder: str) -> str:
         raise InputError(f"expected as many SAEs --beside, {len(names)}; got {len(beside)}")
     saes = {name: load(name) for name in (*names, *beside)}
     cache = opened(folder, saes)
-    read = {name: tokens_read(sae) for name, sae in saes.items()}
+    read = {name: tokens_read(sae, cache) for name, sae in saes.items()}
     most = max(read, key=lambda name: read[name])
     parts = list(unseen(cache, read[most]))
     if not parts:
         raise InputError(
-            f"{most} can have read the first {read[most]:,} tokens. {folder} has "
-            f"{cache.index.train_rows:,}, and no whole shard after those: train on fewer --tokens"
+            f"{most} may have read {read[most]:,} of the {cache.index.train_rows:,} tokens of "
+            f"{folder}, and no whole shard is left: train on fewer --tokens"
         )
     x, document = map(torch.cat, zip(*parts, strict=True))
     for rule in filter(None, (rule_of(sae.metadata) for sae in saes.values())):

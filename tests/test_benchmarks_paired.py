@@ -22,6 +22,7 @@ SAES = {
     "other-layer": ["--layer", "1"],
     "transcoder": ["--hookpoint", "gpt_neox.layers.1", "--target-hookpoint", "gpt_neox.layers.2"],
     "long": ["--layer", "2"],
+    "first": ["--layer", "2", "--activations-tokens", "700", "--epochs", "3"],
 }
 
 
@@ -35,7 +36,7 @@ def folder(tmp_path_factory):
 
     def train(name, *flags, cache="cache"):
         order = "global" if name == "permuted" else "stream"
-        tokens = "1500" if name == "long" else "300"
+        tokens = {"long": "1500", "first": "1100"}.get(name, "300")
         given = ["--activations", str(folder / cache), "--activations-order", order, *FLAGS]
         assert main([*given, "--tokens", tokens, *flags, "--out", str(folder / name)]) == 0
 
@@ -57,16 +58,18 @@ def table(folder, names, beside):
     return size, [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
 
 
-def test_figures_are_those_of_the_tokens_after_the_training(folder):
-    shards = [
-        rows
-        for number, (_, _, rows) in enumerate(cache_of(folder).text_in_order())
-        if number >= len(cache_of(folder).index.heldout)
-    ]
+def rows_after(folder, tokens, sae):
+    """Rows of whole shards after the first tokens, without those that an SAE leaves out."""
+    cache = cache_of(folder)
+    shards = [rows for _, _, rows in cache.text_in_order()][len(cache.index.heldout) :]
     before = [sum(map(len, shards[:number])) for number in range(len(shards))]
-    x = torch.cat([rows for rows, read in zip(shards, before, strict=True) if read >= 400])
+    x = torch.cat([rows for rows, read in zip(shards, before, strict=True) if read >= tokens])
+    return x[~paired.rule_of(sae.metadata)(x)]
+
+
+def test_figures_are_those_of_the_tokens_after_the_training(folder):
     saes = [kronsae.load(folder / name) for name in "ab"]
-    x = x[~paired.rule_of(saes[0].metadata)(x)]
+    x = rows_after(folder, 400, saes[0])
     outs = [sae(x) for sae in saes]
     wrong = [(out.x_hat - x).double().square().sum() for out in outs]
     ours, theirs = (float(1 - w / (x - x.mean(0)).double().square().sum()) for w in wrong)
@@ -100,10 +103,25 @@ def test_what_one_sae_leaves_out_is_left_out_in_any_order(folder, monkeypatch):
 
 
 def test_the_buffer_holds_two_batches_at_least(folder):
-    sae = kronsae.load(folder / "a")
-    assert paired.tokens_read(sae) == 300 + 100
+    sae, cache = kronsae.load(folder / "a"), cache_of(folder)
+    assert paired.tokens_read(sae, cache) == 300 + 100
     sae.metadata["data"]["batch_size"] = 70
-    assert paired.tokens_read(sae) == 300 + 140
+    assert paired.tokens_read(sae, cache) == 300 + 140
+
+
+def test_no_token_is_read_beyond_those_that_were_given(folder):
+    assert paired.tokens_read(kronsae.load(folder / "first"), cache_of(folder)) == 700
+    assert table(folder, "first", "first")[0] != table(folder, "a", "a")[0]
+
+
+def test_a_cache_that_has_grown_since_can_be_compared_on(tmp_path, monkeypatch):
+    cached.make(monkeypatch, tmp_path / "cache", tokens=600)
+    given = ["--activations", str(tmp_path / "cache"), "--activations-order", "stream", *FLAGS]
+    assert main([*given, "--layer", "2", "--tokens", "600", "--out", str(tmp_path / "a")]) == 0
+    cached.make(monkeypatch, tmp_path / "cache", tokens=1200)
+    size, _ = table(tmp_path, "a", "a")
+    left = rows_after(tmp_path, 600, kronsae.load(tmp_path / "a"))
+    assert size.startswith(f"{len(left):,} tokens in ") and len(left) > 400
 
 
 def test_a_document_ends_at_a_special_token(folder):
@@ -112,6 +130,20 @@ def test_a_document_ends_at_a_special_token(folder):
     assert len(rows) == len(documents) == cache_of(folder).index.train_rows
     assert (documents.diff() >= 0).all()
     assert 30 <= len(documents.unique()) <= 40
+
+
+@pytest.mark.parametrize("length", [7, 16])
+def test_a_special_token_that_is_first_in_a_context_ends_a_document(length, tmp_path, monkeypatch):
+    data = dataclasses.replace(cached.DATA, context_length=length)
+    cached.make(monkeypatch, tmp_path / "cache", data=data)
+    cache = CacheActivations(tmp_path / "cache", layer=2, batch_size=1)
+    shards = list(cache.text_in_order())[len(cache.index.heldout) :]
+    ids = torch.cat([ids.flatten() for ids, _, _ in shards])
+    mask = torch.cat([mask.flatten() for _, mask, _ in shards])
+    separators = (ids == 0).cumsum(0)  # <|endoftext|>
+    documents = torch.cat([document for _, document in paired.unseen(cache, 0)])
+    assert (ids.view(-1, length)[:, 0] == 0).any()
+    assert documents.tolist() == separators[mask].tolist()
 
 
 def test_what_begins_a_context_ends_no_document(tmp_path, monkeypatch):
@@ -152,7 +184,7 @@ def test_the_interval_of_equal_documents_has_no_width_and_of_others_has():
         ("transcoder", "transcoder", "expected an autoencoder, got a transcoder"),
         ("a", "went-on", "it went on from another SAE"),
         ("of-second", "of-second", "was trained from another cache"),
-        ("a", "long", "no whole shard after those: train on fewer --tokens"),
+        ("a", "long", "no whole shard is left: train on fewer --tokens"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(ours, beside, said, folder, capsys):
